@@ -1,0 +1,148 @@
+"""Configuration without a framework: a script's constants, then python config files, then --key=value, all checked.
+
+    lr = 1e-6                    # learning rate
+    model: str | None = None     # None is allowed because the annotation says so
+    config = configure(globals())
+
+Only names that the script declares above that call may be set. A user's mistake is a UserError: one sentence, exit code 2.
+"""
+
+import ast
+import difflib
+import math
+import os
+import sys
+import types
+
+
+class UserError(ValueError):
+    """A mistake of the user: what is wrong, where, what to do. Printed without a traceback, exit code 2."""
+
+
+def _excepthook(kind, error, traceback):
+    if not issubclass(kind, UserError):
+        return sys.__excepthook__(kind, error, traceback)
+    if os.environ.get('RANK', '0') == '0':  # every rank raises the same error; one says it
+        print(f'error: {error}', file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+class Config(dict):
+    """Option -> value. origin: option -> 'default', 'command line', or the config file that set it last."""
+
+    origin: dict
+
+    def ignored(self, options, why):
+        """Options that have no effect in this run: an error on the command line, a printed note in a config file."""
+        for name in options:
+            if self.origin[name] == 'command line':
+                raise UserError(f'--{name} has no effect: {why}')
+            if self.origin[name] != 'default' and os.environ.get('RANK', '0') == '0':
+                print(f'note: {name} of {self.origin[name]} has no effect: {why}')
+
+
+def configure(scope, argv=None):
+    """Override the constants of a script from config files and flags. Returns the resolved Config.
+
+    scope: the script's globals(), updated in place. argv: sys.argv[1:] by default. Raises UserError."""
+    sys.excepthook = _excepthook
+    argv = sys.argv[1:] if argv is None else argv
+    options = _declared(scope['__file__'])
+    if '--help' in argv or '-h' in argv:
+        print(f'{(scope.get("__doc__") or "").strip()}\n\noptions, to be set in a config file or as --name=value:')
+        for name, (allowed, comment) in options.items():
+            print(f'  --{name} = {scope[name]!r} ({" | ".join(allowed)})  {comment}')
+        sys.exit(0)
+    config = Config({name: scope[name] for name in options})
+    config.origin = dict.fromkeys(options, 'default')
+    for path in [a for a in argv if not a.startswith('-')]:
+        for name, value, where in _read_file(path):
+            config[name] = _check(name, value, options, where)
+            config.origin[name] = path
+    seen = set()
+    for flag in [a for a in argv if a.startswith('-')]:
+        name, equals, text = flag.removeprefix('--').partition('=')
+        if not flag.startswith('--') or not name:
+            raise UserError(f'cannot read {flag!r}: options are written --name=value')
+        if name in seen:
+            raise UserError(f'--{name} is given twice')
+        seen.add(name)
+        config[name] = _check(name, _parse(name, text if equals else 'true', options), options, 'the command line')
+        config.origin[name] = 'command line'
+    scope.update(config)
+    return config
+
+
+def _declared(path):
+    """The options of a script: name -> (allowed type names, comment), from its top-level constants, in order."""
+    with open(path, encoding='utf-8') as file:
+        source = file.read()
+    lines, options = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(node.value, ast.Call):
+                break  # config = configure(globals())
+            if isinstance(node, ast.AnnAssign):
+                allowed = [part.strip() for part in ast.unparse(node.annotation).split('|')]
+            else:
+                allowed = [type(ast.literal_eval(node.value)).__name__]
+            options[target.id] = (allowed, lines[node.end_lineno - 1].partition('  # ')[2])
+    return options
+
+
+def _read_file(path):
+    """(name, value, 'file, line n') for every public name that a config file assigns."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            source = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, 'strerror', None) or 'not a text file'
+        raise UserError(f'cannot read the config file {path}: {reason}') from None
+    names = {}
+    try:
+        exec(compile(source, path, 'exec'), names)
+    except Exception as error:  # whatever a config file can raise is the user's to mend
+        line = getattr(error, 'lineno', None)
+        trace = error.__traceback__
+        while trace and not line:
+            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else None
+            trace = trace.tb_next
+        raise UserError(f'{path}, line {line or 1}: {type(error).__name__}: {getattr(error, "msg", error)}') from None
+    lines = {
+        n.id: n.lineno for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name) and type(n.ctx) is ast.Store
+    }
+    for name, value in names.items():
+        if not name.startswith('_') and not isinstance(value, types.ModuleType):
+            yield name, value, f'{path}, line {lines.get(name, 1)}'
+
+
+def _parse(name, text, options):
+    """The value that a flag's text means under the option's declared types."""
+    allowed = options[name][0] if name in options else ['str']
+    if 'None' in allowed and text.lower() in ('none', 'null'):
+        return None
+    if 'bool' in allowed and text.lower() in ('true', 'false', '1', '0', 'yes', 'no'):
+        return text.lower() in ('true', '1', 'yes')
+    for kind in (int, float):
+        if kind.__name__ in allowed:
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+    return text
+
+
+def _check(name, value, options, where):
+    """The value, with an int promoted to a float option. Raises UserError for an unknown name or a wrong type."""
+    if name not in options:
+        near = difflib.get_close_matches(name, options, 1)
+        hint = f'did you mean {near[0]}?' if near else '--help lists the options'
+        raise UserError(f'{where}: unknown option {name!r}; {hint}')
+    allowed = options[name][0]
+    kind = 'None' if value is None else type(value).__name__
+    if kind == 'int' and 'float' in allowed and 'int' not in allowed:
+        kind, value = 'float', float(value)
+    if kind not in allowed or (kind == 'float' and math.isnan(value)):
+        raise UserError(f'{where}: {name} must be {" or ".join(allowed)}, not {value!r}')
+    return value

@@ -1,0 +1,324 @@
+"""Everything that touches a transformers model: loading, packed attention, log-probs of answers, divergences, sampling.
+
+The one function that training needs is response_logps(model, batch): log-prob sums of every answer in a packed microbatch
+(data.py), float32, with the LM head applied only where an answer token is predicted, in chunks that are recomputed in
+backward, so that no (tokens, vocabulary) tensor of the whole microbatch ever exists. No collectives here: fsdp.py.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from configurator import UserError
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+# ---- loading ----
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """The tokenizer of a hub id, a local folder, or 'toy'. Raises UserError."""
+    if name == 'toy':
+        import toy
+
+        return toy.tokenizer()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the library raises OSError, ValueError, KeyError and its own for a missing tokenizer
+        raise UserError(
+            f'no tokenizer in {name!r} ({_first_line(error)}); put tokenizer.json beside the model'
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f'the tokenizer of {name!r} has no end-of-text token: set eos_token in its tokenizer_config.json'
+        )
+    return tokenizer
+
+
+def load_model(name: str, *, empty: bool = False, trust_remote_code: bool = False, seed: int = 0):
+    """A causal LM in float32 and eval mode (dropout off), on the CPU; empty: without weights. Raises UserError."""
+    transformers.AttentionInterface.register('packed', packed_attention)
+    transformers.AttentionMaskInterface.register('packed', lambda *args, **kwargs: None)
+    try:
+        if name == 'toy':
+            import toy
+
+            config = toy.model_config()
+        else:
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if empty or name == 'toy':
+            with torch.device('meta') if empty else contextlib.nullcontext(), torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model = transformers.AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                )
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:
+        raise UserError(f'cannot load the model {name!r}: {_first_line(error)}') from None
+    return model.eval()
+
+
+def check_tokenizer(tokenizer, model, name: str):
+    """Raise UserError when the tokenizer can produce ids that the model has no embedding for."""
+    rows = core(model).get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f'the tokenizer has {len(tokenizer)} ids but the model {name!r} embeds {rows}: they do not belong together'
+        )
+
+
+def core(model):
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, 'get_base_model') else model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# ---- attention over packed answers ----
+
+
+def packed_attention(
+    module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, packed=None, **_
+):
+    """Attention of a row of groups [prompt | answer | answer ...]: an answer sees its group's prompt and itself.
+
+    query (1, H, T, D), key and value (1, H_kv, T, D); packed: a data.Batch. Returns (1, T, H, D), None. On CUDA in half
+    precision one varlen kernel does it; elsewhere one small sdpa an answer, so that no answer pays for the others."""
+    if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        seq = packed.varlen
+        out = varlen_attn(q, k[seq.gather], v[seq.gather], seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, scale=scaling,
+                          window_size=window, enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+        return out[None], None
+    sizes = [size for prompt, answers in packed.groups for size in (prompt, *answers)]
+    q, k, v = (iter(x.split(sizes, dim=2)) for x in (query, key, value))  # split, not slices: its backward is one cat
+    out = []
+    for _, answers in packed.groups:
+        prompt_q, prompt_k, prompt_v = next(q), next(k), next(v)
+        for i in range(len(answers)):
+            q_i = next(q) if i else torch.cat((prompt_q, next(q)), 2)
+            k_i, v_i = torch.cat((prompt_k, next(k)), 2), torch.cat((prompt_v, next(v)), 2)
+            out.append(_attend(q_i, k_i, v_i, scaling, sliding_window, softcap))
+    return torch.cat(out, 2).transpose(1, 2), None
+
+
+def _attend(q, k, v, scaling, window, softcap):
+    """Causal attention of the last q.shape[2] positions of a sequence over all of it."""
+    n, m = q.shape[2], k.shape[2]
+    mask = None
+    if n < m or softcap or (window and window < m):
+        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        if window:
+            mask = mask.triu(m - n - window + 1)
+    if not softcap:
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa)
+    repeat = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(repeat, 1).mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float('-inf'))
+    return scores.float().softmax(-1).to(v.dtype) @ v.repeat_interleave(repeat, 1)
+
+
+# ---- log-probs and divergences of answers ----
+
+
+def response_logps(model, batch, divergence=None, reference=None):
+    """Log-prob sums of the answers of a batch -> logps (A,) and, with divergence, its sums div (A,) or None.
+
+    divergence: a function of (log_pi, log_ref), both (n, V) -> (n,), such as kl below; reference: the reference model's
+    hidden_and_head on the same batch. float32; also under autograd, with the logits recomputed in backward."""
+    hidden, head = hidden_and_head(model, batch)
+    out = _Head.apply(hidden, *head, batch.target, core(model).config, divergence, reference)
+    return batch.sum(out[0]), batch.sum(out[1]) if divergence else None
+
+
+def hidden_and_head(model, batch):
+    """Hidden states (N, d) that predict the N answer tokens, and the head's (weight, bias).
+
+    Works inside the root module's forward only (fsdp.py registers response_logps and this as such)."""
+    inner = core(model)
+    if batch.groups:
+        out = inner.base_model(input_ids=batch.ids, position_ids=batch.position, use_cache=False, packed=batch)
+    else:
+        out = inner.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    head = inner.get_output_embeddings()
+    return out.last_hidden_state.flatten(0, 1)[batch.index], (head.weight, head.bias)
+
+
+def _post(raw, config):
+    """float32 logits from the head's output: some architectures scale (Cohere, Granite) or soft-cap (Gemma) them."""
+    logits = raw.float() * (getattr(config, 'logit_scale', None) or 1 / (getattr(config, 'logits_scaling', None) or 1))
+    cap = getattr(config, 'final_logit_softcapping', None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _per_token(raw, target, config, divergence, reference):
+    """Head output (n, V) -> log-probs of the targets (n,) and divergences (n,) from a reference's (hidden, head)."""
+    logits = _post(raw, config)
+    if divergence is None:
+        return (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1),)
+    hidden, head = reference
+    log_pi, log_ref = logits.log_softmax(1), _post(F.linear(hidden, *head), config).log_softmax(1)
+    return log_pi.gather(1, target[:, None])[:, 0], divergence(log_pi, log_ref)
+
+
+class _Head(torch.autograd.Function):
+    """LM head, log-softmax, gather and divergence by chunks of positions: one chunk of logits exists at a time."""
+
+    @staticmethod
+    def chunks(n, vocabulary, device):
+        size = max(1, (2**27 if device.type == 'cuda' else 2**24) // vocabulary)
+        return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, config, divergence, reference):
+        ctx.save_for_backward(hidden, weight, bias, target)
+        ctx.rest = config, divergence, reference
+        out = hidden.new_empty(2 if divergence else 1, len(target), dtype=torch.float32)
+        for rows in _Head.chunks(len(target), len(weight), hidden.device):
+            ref = (reference[0][rows], reference[1]) if divergence else None
+            values = _per_token(F.linear(hidden[rows], weight, bias), target[rows], config, divergence, ref)
+            for i, value in enumerate(values):
+                out[i, rows] = value
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, bias, target = ctx.saved_tensors
+        config, divergence, reference = ctx.rest
+        d_hidden, d_bias = torch.empty_like(hidden), 0.0
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for rows in _Head.chunks(len(target), len(weight), hidden.device):
+            raw = F.linear(hidden[rows], weight, bias)
+            if divergence or getattr(config, 'final_logit_softcapping', None):
+                ref = (reference[0][rows], reference[1]) if divergence else None
+                with torch.enable_grad():
+                    values = _per_token(raw.requires_grad_(), target[rows], config, divergence, ref)
+                (d_raw,) = torch.autograd.grad(values, raw, tuple(grad[:, rows]))
+            else:  # one-hot minus softmax by hand: two passes over the logits where autograd takes five
+                scale = _post(torch.ones((), device=raw.device), config)
+                slope = grad[0, rows, None] * scale
+                d_raw = _post(raw, config).softmax(1).mul_(-slope).scatter_add_(1, target[rows, None], slope)
+            d_raw = d_raw.to(weight.dtype)
+            d_hidden[rows] = d_raw @ weight
+            if d_weight is not None and weight.dtype == torch.float32:
+                d_weight.addmm_(d_raw.T, hidden[rows])
+            elif d_weight is not None:  # chunks add up in float32 whatever the compute type
+                d_weight += d_raw.T @ hidden[rows]
+            if bias is not None and ctx.needs_input_grad[2]:
+                d_bias = d_bias + d_raw.sum(0)
+        d_weight = d_weight if d_weight is None else d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None if bias is None else d_bias, None, None, None, None
+
+
+def kl(log_pi, log_ref):
+    """KL(reference || policy) at a position: (..., V) log-probs -> (...,). Z = log ref - log pi, averaged under ref."""
+    return (log_ref.exp() * (log_ref - log_pi)).sum(-1)
+
+
+def cvar(log_pi, log_ref, *, mu):
+    """Mean of Z over the worst probability mass mu of the reference; mu = 1 is the KL. Ra-DPO, arXiv:2505.20359."""
+    z, order = (log_ref - log_pi).sort(-1, descending=True)
+    p = log_ref.exp().gather(-1, order)
+    weight = (mu - (p.cumsum(-1) - p)).clamp(min=0).minimum(p)  # the atom at the border is shared
+    return (weight * z).sum(-1) / mu
+
+
+def erm(log_pi, log_ref, *, mu):
+    """Entropic risk (1 / mu) log mean exp(mu Z) under the reference; mu -> 0 is the KL. Ra-DPO, arXiv:2505.20359."""
+    return torch.logsumexp(log_ref + mu * (log_ref - log_pi), -1) / mu
+
+
+def released(log_pi, log_ref, *, mu, parts=2):
+    """What Ra-DPO's published code computes; not a risk measure, kept to reproduce published curves.
+
+    In each half of the vocabulary, sum of p Z over Z above the unweighted (1 - mu) quantile; 0 where policy = reference."""
+    z, p = log_ref - log_pi, log_ref.exp()
+    size = z.shape[-1] // parts
+    total = 0.0
+    for part in [slice(i * size, (i + 1) * size if i < parts - 1 else None) for i in range(parts)]:
+        above = z[..., part] > z[..., part].detach().quantile(1 - mu, dim=-1, keepdim=True)
+        total = total + (p[..., part] * z[..., part] * above).sum(-1)
+    return total
+
+
+RISKS = {'cvar': cvar, 'erm': erm, 'released': released}
+
+
+@torch.no_grad()
+def packing_error(model, packed, padded):
+    """Largest difference between log-probs of the same answers, packed here and by the model's own padded forward.
+
+    Larger than rounding: the architecture cannot be packed (its attention needs what packed_attention does not give)."""
+    with attention(model, 'sdpa'):
+        logits = model(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float().log_softmax(-1)
+    plain = padded.sum(logits.flatten(0, 1)[padded.index].gather(1, padded.target[:, None])[:, 0])
+    return (model.response_logps(packed)[0] - plain).abs().max().item()
+
+
+# ---- sampling ----
+
+
+@contextlib.contextmanager
+def attention(model, implementation):
+    """Switch a model's attention for a while; the soft cap of Gemma 2 needs 'eager' wherever it is not packed."""
+    inner = core(model)
+    before = inner.config._attn_implementation
+    if implementation == 'sdpa' and getattr(inner.config, 'attn_logit_softcapping', None):
+        implementation = 'eager'
+    inner.set_attn_implementation(implementation)
+    yield
+    inner.set_attn_implementation(before)
+
+
+class _Gumbel(transformers.LogitsProcessor):
+    """Adding Gumbel noise and taking the largest is sampling; a generator a row makes a row independent of its batch."""
+
+    def __init__(self, seeds):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, ids, scores):
+        noise = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators]).to(scores.device)
+        return scores.float().log_softmax(-1) - (-noise.clamp(min=1e-20).log()).log()
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0):
+    """Sample an answer for each prompt (lists of ids), the noise of row i drawn from seeds[i]; temperature 0 is greedy.
+
+    Returns lists of ids without the end of text. Under FSDP call it inside fsdp.unsharded, or equally often on all ranks."""
+    inner = core(model)
+    stop = {tokenizer.eos_token_id} | set(_as_list(inner.generation_config.eos_token_id))
+    width = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.eos_token_id] * (width - len(p)) + list(p) for p in prompts], device=inner.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=inner.device)
+    processors = transformers.LogitsProcessorList()
+    if temperature > 0:
+        processors.append(transformers.TemperatureLogitsWarper(temperature))
+        if top_p < 1:
+            processors.append(transformers.TopPLogitsWarper(top_p))
+        processors.append(_Gumbel(seeds))
+    settings = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id
+    )
+    with attention(model, 'sdpa'):
+        out = inner.generate(
+            ids, attention_mask=mask, generation_config=settings, logits_processor=processors, synced_gpus=False
+        )
+    answers = out[:, width:].tolist()
+    return [a[: next((i for i, token in enumerate(a) if token in stop), len(a))] for a in answers]
+
+
+def _as_list(x):
+    return x if isinstance(x, list) else [] if x is None else [x]
