@@ -42,6 +42,14 @@ class Examples:
         prompt, *answers = (self.ids[start:end] for start, end in self.spans[i])
         return prompt, answers
 
+    @classmethod
+    def of(cls, items):
+        """From (prompt, answers) lists of ids, such as samples."""
+        edges = np.cumsum([0] + [len(x) for prompt, answers in items for x in (prompt, *answers)])
+        spans = np.stack((edges[:-1], edges[1:]), 1).reshape(len(items), -1, 2)
+        ids = np.concatenate([x for prompt, answers in items for x in (prompt, *answers)])
+        return cls(ids, spans, np.ones(len(items), bool), np.arange(len(items), dtype=np.uint64), Counter())
+
     @cached_property
     def lengths(self):
         """Tokens of every example, its prompt once."""
@@ -51,21 +59,20 @@ class Examples:
         return Examples(self.ids, self.spans[index], self.good[index], self.uid[index], self.left_out)
 
     def flip(self, rate, seed):
-        """Swap the answers of this fraction of pairs, chosen by a hash of the pair: the sets are nested in the rate."""
+        """Swap the labels of this fraction of pairs, chosen by a hash of the pair: the sets are nested in the rate."""
         flipped = uniform_hash(self.uid, seed) < rate
-        spans = self.spans.copy()
-        spans[flipped, 1:] = spans[flipped, :0:-1]
-        self.left_out['flipped pairs'] += int(flipped.sum())
-        return Examples(self.ids, spans, self.good, self.uid, self.left_out)
-
-    def singles(self, frac_good=1.0, frac_bad=1.0, seed=0):
-        """Pairs as single answers, chosen = good and rejected = bad in turn; then keep this fraction of either kind."""
-        spans, good, uid = self.spans, self.good, self.uid
+        spans, good = self.spans.copy(), self.good.copy()
         if spans.shape[1] == 3:
-            spans = spans[:, [0, 1, 0, 2]].reshape(-1, 2, 2)
-            good, uid = np.arange(len(spans)) % 2 == 0, np.repeat(uid, 2)
-        keep = uniform_hash(uid + good.astype(np.uint64), seed) < np.where(good, frac_good, frac_bad)
-        return Examples(self.ids, spans[keep], good[keep], uid[keep], self.left_out)
+            spans[flipped, 1:] = spans[flipped, :0:-1]
+        else:  # the two answers of a pair have its uid, and flip together
+            good[flipped] ^= True
+        left_out = self.left_out + Counter({'labels flipped': int(flipped.sum())})
+        return Examples(self.ids, spans, good, self.uid, left_out)
+
+    def keep(self, frac_good, frac_bad, seed):
+        """Keep this fraction of the good and of the bad single answers, chosen by hash."""
+        u = uniform_hash(self.uid + self.good.astype(np.uint64), seed + 1)
+        return self.select(u < np.where(self.good, frac_good, frac_bad))
 
     def mismatched(self, index):
         """Each of these examples' prompts with the answer of the next one that has another prompt (for KTO's z)."""
@@ -112,22 +119,24 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         if None not in stamp:
             _write_cache(file, examples)
     if not len(examples) and split == 'train':
-        raise UserError(f'no {split} examples are left in data {data!r}; left out: {dict(examples.left_out) or "nothing"}')
+        raise UserError(
+            f'no {split} examples are left in data {data!r}; left out: {dict(examples.left_out) or "nothing"}'
+        )
     return examples.select(uniform_hash(examples.uid, seed) < data_fraction) if data_fraction < 1 else examples
 
 
 def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out):
     """Examples from rows of text or chat; what cannot be used is counted in left_out."""
-    triples = [t for row in rows if (t := _as_texts(row, task, left_out))]
+    parts = [part for row in rows for part in _as_texts(row, task, left_out)]
     if task == 'sft':  # one demonstration a prompt and answer, however many pairs it is in
-        triples = list({(sources.content_hash(t[0]), sources.content_hash(t[1])): t for t in triples}.values())
-    texts = [text for prompt, answers, _ in triples for text in _render(prompt, answers, tokenizer, left_out)]
+        parts = list({part[3]: part for part in parts}.values())
+    texts = [text for prompt, answers, *_ in parts for text in _render(prompt, answers, tokenizer, left_out)]
     ids = tokenizer(texts, add_special_tokens=False)['input_ids'] if texts else []
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_bos = bos is not None and tokenizer('a')['input_ids'][:1] == [bos]
     flat, spans, good, uid = [], [], [], []
     position = total = 0
-    for prompt, answers, thumb in triples:
+    for _, answers, thumb, key in parts:
         p, *a = ids[position : position + 1 + len(answers)]
         position += 1 + len(answers)
         if (adds_bos and p[:1] != [bos]) or not p:
@@ -153,22 +162,33 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
             flat.extend(x)
         spans.append(np.stack((edges[:-1], edges[1:]), 1))
         good.append(thumb)
-        uid.append(sources.content_hash(prompt, answers))
+        uid.append(key)
     spans = np.array(spans, np.int64).reshape(len(spans), -1, 2)
     return Examples(np.array(flat, np.int32), spans, np.array(good, bool), np.array(uid, np.uint64), left_out)
 
 
 def _as_texts(row, task, left_out):
-    """(prompt, answers, good) of a row, as the task needs them, or None, counted, where the row has no such thing."""
-    if task == 'prompts':
-        return row['prompt'], [], True
+    """(prompt, answers, good, uid) of a row, as the task needs them; none, counted, where the row has no such thing."""
+    prompt = row['prompt']
+    if 'chosen' in row and task == 'sft':
+        target = row.get('sft', row['chosen'])
+        return [(prompt, [target], True, sources.content_hash(prompt, target))]
     if 'chosen' in row:
-        answers = [row.get('sft', row['chosen'])] if task == 'sft' else [row['chosen'], row['rejected']]
-        return row['prompt'], answers, True
+        answers = [row['chosen'], row['rejected']]
+        uid = sources.content_hash(prompt, answers)
+        if answers[0] == answers[1]:
+            left_out['pairs with equal answers'] += 1
+            return []
+        return (
+            [(prompt, answers, True, uid)]
+            if task == 'pairs'
+            else [(prompt, [a], a is answers[0], uid) for a in answers]
+        )
     if 'response' in row and (task == 'sft' or (task == 'singles' and 'good' in row)):
-        return row['prompt'], [row['response']], row.get('good', True)
+        answer = row['response']
+        return [(prompt, [answer], row.get('good', True), sources.content_hash(prompt, answer))]
     left_out[f'rows without what {task} needs'] += 1
-    return None
+    return []
 
 
 def _render(prompt, answers, tokenizer, left_out):
@@ -186,7 +206,7 @@ def _render(prompt, answers, tokenizer, left_out):
     except Exception as error:  # templates are programs and raise what they like
         raise UserError(f'the chat template refuses an example: {str(error)[:200]}') from None
     if not all(text.startswith(start) for text in whole):
-        raise UserError("the chat template writes an answered chat differently from the prompt it asks to continue")
+        raise UserError('the chat template writes an answered chat differently from the prompt it asks to continue')
     return [start, *(text[len(start) :].rstrip('\n') for text in whole)]
 
 
@@ -253,6 +273,24 @@ def plan(lengths, world, max_tokens):
     return [[sorted(bins[m * world + rank][2]) for m in range(count)] for rank in range(world)]
 
 
+def microbatches(examples, index, rank, world, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
+    """(this rank's Batches of the examples at index, real tokens of all ranks, tokens with padding of all ranks)."""
+    answers = examples.spans.shape[1] - 1
+    lengths = examples.lengths[index]
+    if pad or not share_prefix:
+        lengths = lengths + (answers - 1) * (examples.spans[index, 0, 1] - examples.spans[index, 0, 0])
+    plans = plan(lengths, world, max_tokens)
+    allocated = int(lengths.sum())
+    if pad:
+        widths = [
+            max(len(p) + len(x) for i in m for p, a in [examples[index[i]]] for x in a) for r in plans for m in r if m
+        ]
+        allocated = sum(answers * len(m) * w for m, w in zip([m for r in plans for m in r if m], widths, strict=True))
+    packs = [pack([examples[index[i]] for i in places], places, share_prefix=share_prefix, pad=pad, filler=answers,
+                  device=device) for places in plans[rank]]  # fmt: skip
+    return packs, int(lengths.sum()), allocated
+
+
 # ---- microbatches ----
 
 
@@ -280,12 +318,12 @@ class Batch:
         return table.index_put((self.row, self.column), values).sum(1)
 
 
-def pack(examples, place, *, share_prefix=True, pad=False, eos=0, device='cpu'):
+def pack(examples, place, *, share_prefix=True, pad=False, filler=2, device='cpu'):
     """A Batch of (prompt, answers) examples. pad: one padded row an answer; share_prefix=False: a prompt for each answer.
 
-    An empty list makes a filler of one token, so that a rank without examples can run its part of the collectives."""
+    An empty list makes a filler example with this many answers, so that its rank can take part in the collectives."""
     if not examples:
-        examples, place = [(np.array([eos]), [np.array([eos])] * 2)], [-1]
+        examples, place = [(np.array([0]), [np.array([0])] * filler)], [-1]
     if pad or not share_prefix:
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
     else:
@@ -309,7 +347,7 @@ def pack(examples, place, *, share_prefix=True, pad=False, eos=0, device='cpu'):
             n.append(k)
             first += k
         if pad:
-            ids.append(np.full(start + width - first, eos))
+            ids.append(np.zeros(start + width - first))
         shape.append((p, tuple(map(len, answers))))
         start = start + width if pad else first
 

@@ -41,9 +41,8 @@ def setup():
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def on_one_rank(fn, every_host=False):
-    """fn() on rank 0 (or the first rank of every host) only; its UserError is raised on all ranks. Others get None."""
-    mine = int(os.environ.get('LOCAL_RANK', 0)) == 0 if every_host else dist.get_rank() == 0
+def on_ranks(mine, fn):
+    """fn() on the ranks where mine is true; a UserError on any is raised on all. The others get None."""
     result = error = None
     if mine:
         try:
@@ -58,11 +57,23 @@ def on_one_rank(fn, every_host=False):
     return result
 
 
-def broadcast(value):
-    """Rank 0's picklable value on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+def on_one_rank(fn):
+    """fn() on rank 0; its UserError is raised on all ranks. The others get None."""
+    return on_ranks(dist.get_rank() == 0, fn)
+
+
+def first_of_host(fn):
+    """fn() on every rank, but first on one rank of every host: the others find what it has put into the cache."""
+    first = int(os.environ.get('LOCAL_RANK', 0)) == 0
+    before, after = on_ranks(first, fn), on_ranks(not first, fn)
+    return before if first else after
+
+
+def gather_objects(value):
+    """The values of all ranks, in rank order, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather_columns(columns, index, total):
@@ -141,6 +152,18 @@ def unsharded(model):
         m.reshard()
 
 
+def make_optimizer(name, model, lr, weight_decay):
+    """AdamW or RMSprop (the original DPO code's choice: half of AdamW's memory) over the trainable parameters."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if name == 'RMSprop':
+        return torch.optim.RMSprop(params, lr=lr, weight_decay=weight_decay)
+    if name == 'AdamW':
+        return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
+    if name == 'SGD':
+        return torch.optim.SGD(params, lr=lr, weight_decay=weight_decay)
+    raise UserError(f'optimizer must be AdamW, RMSprop or SGD, not {name!r}')
+
+
 def scale_and_clip_(model, scale, max_norm):
     """Multiply the gradients (a mean over ranks of sums) by scale, clip them, and return their norm before clipping."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -171,9 +194,8 @@ def save_checkpoint(out_dir, examples, model, optimizer, state, keep_last):
     temporary = folder.with_suffix('.tmp')
     on_one_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
     dcp.save(_tensors(model, optimizer), storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-    rng = [None] * dist.get_world_size()
     cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
-    dist.all_gather_object(rng, {'cpu': torch.get_rng_state().tolist(), 'cuda': cuda})
+    rng = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda})
 
     def finish():
         (temporary / 'state.json').write_text(json.dumps({**state, 'examples': examples, 'rng': rng}))

@@ -134,13 +134,14 @@ def _attend(q, k, v, scaling, window, softcap):
 
 
 def response_logps(model, batch, divergence=None, reference=None):
-    """Log-prob sums of the answers of a batch -> logps (A,) and, with divergence, its sums div (A,) or None.
+    """Log-prob sums of the A answers of a batch -> (1, A), or (3, A) with a divergence: log-probs, divergences, and the
+    reference's log-probs. float32; under autograd the logits are recomputed in backward.
 
     divergence: a function of (log_pi, log_ref), both (n, V) -> (n,), such as kl below; reference: the reference model's
-    hidden_and_head on the same batch. float32; also under autograd, with the logits recomputed in backward."""
+    hidden_and_head on the same batch."""
     hidden, head = hidden_and_head(model, batch)
-    out = _Head.apply(hidden, *head, batch.target, core(model).config, divergence, reference)
-    return batch.sum(out[0]), batch.sum(out[1]) if divergence else None
+    tokens = _Head.apply(hidden, *head, batch.target, core(model).config, divergence, reference)
+    return torch.stack([batch.sum(row) for row in tokens])
 
 
 def hidden_and_head(model, batch):
@@ -164,13 +165,14 @@ def _post(raw, config):
 
 
 def _per_token(raw, target, config, divergence, reference):
-    """Head output (n, V) -> log-probs of the targets (n,) and divergences (n,) from a reference's (hidden, head)."""
+    """Head output (n, V) -> log-probs of the targets (n,), and with a reference's (hidden, head): divergences, its own."""
     logits = _post(raw, config)
     if divergence is None:
         return (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1),)
     hidden, head = reference
     log_pi, log_ref = logits.log_softmax(1), _post(F.linear(hidden, *head), config).log_softmax(1)
-    return log_pi.gather(1, target[:, None])[:, 0], divergence(log_pi, log_ref)
+    at_target = (x.gather(1, target[:, None])[:, 0] for x in (log_pi, log_ref))
+    return next(at_target), divergence(log_pi, log_ref), next(at_target)
 
 
 class _Head(torch.autograd.Function):
@@ -185,7 +187,7 @@ class _Head(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, config, divergence, reference):
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
-        out = hidden.new_empty(2 if divergence else 1, len(target), dtype=torch.float32)
+        out = hidden.new_empty(3 if divergence else 1, len(target), dtype=torch.float32)
         for rows in _Head.chunks(len(target), len(weight), hidden.device):
             ref = (reference[0][rows], reference[1]) if divergence else None
             values = _per_token(F.linear(hidden[rows], weight, bias), target[rows], config, divergence, ref)
@@ -205,7 +207,7 @@ class _Head(torch.autograd.Function):
                 ref = (reference[0][rows], reference[1]) if divergence else None
                 with torch.enable_grad():
                     values = _per_token(raw.requires_grad_(), target[rows], config, divergence, ref)
-                (d_raw,) = torch.autograd.grad(values, raw, tuple(grad[:, rows]))
+                (d_raw,) = torch.autograd.grad(values[:2], raw, tuple(grad[:2, rows]))
             else:  # one-hot minus softmax by hand: two passes over the logits where autograd takes five
                 scale = _post(torch.ones((), device=raw.device), config)
                 slope = grad[0, rows, None] * scale

@@ -30,27 +30,29 @@ WORDS = ['Review', 'of', 'the', 'was', 'very', 'and', '.', ':'] + list(PLACES) +
 
 
 def gold(prompt: str, answer: str) -> float:
-    """The gold reward of an answer, in [-2, 1.5] (the module's docstring says how)."""
-    place = prompt.removeprefix('Review of the ').removesuffix(':')
-    body, stop, rest = answer.partition(' .')
-    scores = [_clause(place, clause.split()) for clause in body.split(' and ')]
-    scores += [-2.0] * (stop == '' or rest != '')
+    """The gold reward of an answer, in [-2.5, 1.5] (the module's docstring says how)."""
+    aspects = PLACES.get(prompt.removeprefix('Review of the ').removesuffix(':'), ())
+    scores = []
+    for aspect, very, word in _clauses(answer):
+        scores.append(-2.0 if word is None else VALUES[word] * (1.5 if very else 1.0) - (aspect not in aspects))
     return sum(scores) / len(scores)
 
 
 def well_formed(answer: str) -> bool:
     """Whether every clause is grammatical and the answer ends with a full stop."""
+    return all(word for _, _, word in _clauses(answer))
+
+
+def _clauses(answer):
+    """(aspect, very, word) of every clause; word is None where it, or the end of the answer, is not grammatical."""
     body, stop, rest = answer.partition(' .')
-    return bool(stop) and not rest and all(_clause('hotel', c.split()) > -2.0 for c in body.split(' and '))
-
-
-def _clause(place, words):
-    very = len(words) == 5 and words[3] == 'very'
-    if words[:1] != ['the'] or len(words) != 4 + very or words[1] not in ASPECTS or words[2] != 'was':
-        return -2.0
-    if words[-1] not in VALUES:
-        return -2.0
-    return VALUES[words[-1]] * (1.5 if very else 1.0) - (words[1] not in PLACES.get(place, ()))
+    for words in (clause.split() for clause in body.split(' and ')):
+        very = words[3:4] == ['very']
+        right = len(words) == 4 + very and (words[0], words[2]) == ('the', 'was')
+        right = right and words[1] in ASPECTS and words[-1] in VALUES
+        yield (words[1], very, words[-1]) if right else (None, False, None)
+    if not stop or rest:
+        yield None, False, None
 
 
 def demonstration(prompt: str, rng: random.Random) -> str:

@@ -1,0 +1,416 @@
+"""Train a language model on preferences, with any loss of losses.py, on one process or many.
+
+    python dpo.py config/drdpo_toy.py --model=out/sft_toy/model
+    torchrun --nproc_per_node=4 dpo.py config/drdpo_hh.py --model=out/sft_hh/model
+
+Order of one step: the columns of every example (log-probs of its answers under policy and reference) -> the step's
+statistic, if the loss has one -> loss and weight of every example -> one gradient, the weighted mean over the whole step.
+It is the same on any number of ranks and microbatches. All counts are in examples.
+"""
+
+import inspect
+import json
+import math
+import time
+from functools import partial
+
+import numpy as np
+import torch
+from torch import no_grad
+
+import data as data_module
+import fsdp
+import log
+import losses
+import model as model_module
+from configurator import UserError, configure
+
+# model and data
+model = 'toy'  # hub id, local folder, or 'toy'
+ref_model: str | None = None  # the reference; None: the model as it is before training
+data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
+eval_data: str | None = None  # None: the test split of data, or a part of it held out
+noise_rate = 0.0  # fraction of training pairs whose labels are flipped
+data_fraction = 1.0  # use this fraction of the training examples
+frac_good = 1.0  # kto: keep this fraction of the good answers
+frac_bad = 1.0  # kto: keep this fraction of the bad answers
+num_turns = 1  # sharegpt: answers taken from a conversation
+max_length = 512  # tokens of prompt and answer
+max_prompt_length = 256  # a prompt is cut to this if the whole is too long
+truncation = 'start'  # which end a too long prompt loses: start or end
+skip_bad_rows = False  # count unreadable rows instead of stopping
+# loss
+loss = 'dpo'  # a name in losses.LOSSES
+beta = 0.1  # strength of the pull towards the reference
+label_smoothing: float | None = None  # e of cdpo, robust, exo (None: 0.1) and of drdpo, aot (None: 0)
+reference_free = False  # a reference that gives every answer log-prob 0
+average = True  # ipo: log-ratios per token
+beta_prime: float | None = None  # Dr. DPO's weight exp(-loss / beta') on any loss; None: 1 for drdpo, else off
+rho = 0.2  # beta_dpo: fraction of pairs filtered out
+a = 0.6  # beta_dpo: how far beta follows the margins
+alpha = 0.5  # tdpo2, radpo2: weight of the divergence
+risk = 'cvar'  # radpo: cvar, erm or released
+mu = 0.98  # radpo: tail mass of cvar, risk aversion of erm, confidence level of released
+w_good = 1.0  # kto: weight of good answers
+w_bad = 1.0  # kto: weight of bad answers
+delta = 1.0  # slic: margin
+lam = 0.1  # slic, orpo: weight of the second term; dpop: of the penalty (its paper: 50)
+gamma = 1.0  # simpo: target margin
+tau = 0.05  # discopop: temperature
+sft_coef = 0.0  # adds this times the chosen answer's NLL per token
+importance = False  # multiplies the loss by exp(log-ratio of the rejected answer), no gradient
+importance_max = 10.0  # the most that this factor can be
+# steps
+n_epochs = 1  # passes over the data
+n_examples: int | None = None  # stop after so many examples; None: n_epochs decides
+batch_size = 64  # examples of one optimizer step, all ranks together
+max_tokens = 16384  # tokens of one microbatch of one rank: what the memory holds
+lr = 5e-7  # learning rate
+lr_schedule = 'constant'  # after warm-up: constant, linear or cosine to zero
+warmup_steps = 150  # steps of linear warm-up
+optimizer = 'AdamW'  # AdamW, RMSprop or SGD
+weight_decay = 0.0  # of the optimizer
+max_grad_norm = 10.0  # gradients are clipped to this norm
+seed = 0  # of the data order, the flips, the statistics, the samples
+# evaluation and output
+out_dir = 'out/dpo'  # everything the run leaves behind
+eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
+n_eval_examples = 256  # how many held-out examples
+do_first_eval = True  # evaluate before training
+sample_during_eval = False  # sample answers of policy and reference into samples.jsonl
+n_eval_model_samples = 16  # how many
+max_new_tokens = 128  # length of a sample
+temperature = 1.0  # of the samples; 0: greedy
+top_p = 1.0  # of the samples
+log_every = 1  # print a line after so many examples
+save_every: int | None = None  # write a checkpoint after so many examples
+keep_last = 2  # checkpoints that are kept
+resume = True  # continue from the newest checkpoint of out_dir
+wandb: str | None = None  # a Weights & Biases project to log to
+tensorboard = False  # log to tensorboard, too
+# machine
+dtype = 'float32'  # compute type: float32 or bfloat16 (weights, gradients and sums stay float32)
+pack = True  # no padding
+share_prefix = True  # compute the prompt of a pair once
+compile = False  # torch.compile the transformer blocks
+activation_checkpointing = False  # recompute activations: less memory, a third slower
+trust_remote_code = False  # run code that comes with a model
+config = configure(globals())
+
+# ---- what the loss needs: its signature says ----
+
+if loss not in losses.LOSSES:
+    raise UserError(f'loss must be one of {", ".join(losses.LOSSES)}, not {loss!r}')
+loss_fn, statistic = losses.LOSSES[loss], losses.STATISTICS.get(loss)
+
+
+def arguments(fn, kind):
+    return [p.name for p in inspect.signature(fn).parameters.values() if p.kind == kind]
+
+
+COLUMN, OPTION = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+columns_used = set(arguments(loss_fn, COLUMN))
+options_used = {o for fn in (loss_fn, statistic) if fn for o in arguments(fn, OPTION)} | {'beta_prime'}
+paired, has_ref = 'pi_w' in columns_used, bool(columns_used & {'ref', 'ref_w'}) or loss == 'aot'
+divergence = None
+if loss.startswith('radpo'):
+    options_used |= {'risk', 'mu'}
+    if risk not in model_module.RISKS:
+        raise UserError(f'risk must be one of {", ".join(model_module.RISKS)}, not {risk!r}')
+    divergence = partial(model_module.RISKS[risk], mu=mu)
+elif 'div_w' in columns_used:
+    divergence = model_module.kl
+options_used |= {'sft_coef'} if paired else {'frac_good', 'frac_bad'}
+options_used |= {'reference_free'} if has_ref and not divergence else set()
+options_used |= {'importance', 'importance_max'} if paired and has_ref else set()
+special = ['beta', 'label_smoothing', 'reference_free', 'average', 'rho', 'a', 'alpha', 'risk', 'mu', 'w_good', 'w_bad',
+           'delta', 'lam', 'gamma', 'tau', 'sft_coef', 'importance', 'importance_max', 'frac_good', 'frac_bad']  # fmt: skip
+config.ignored([o for o in special if o not in options_used], f'the loss {loss} does not use it')
+if not importance:
+    config.ignored(['importance_max'], 'importance is off')
+if not paired:
+    config.ignored(['noise_rate'], 'it flips pairs, and this loss trains on single answers')
+if label_smoothing is None:
+    label_smoothing = 0.1 if loss in ('cdpo', 'robust', 'exo') else 0.0
+if not 0 <= label_smoothing < 0.5 or (loss == 'exo' and label_smoothing == 0):
+    raise UserError(f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {label_smoothing}')
+beta_prime = 1.0 if beta_prime is None and loss == 'drdpo' else beta_prime
+if beta_prime is not None and beta_prime <= 0:
+    raise UserError(f'beta_prime must be positive, not {beta_prime}')
+options = {**config, 'label_smoothing': label_smoothing, 'beta_prime': beta_prime}
+needs_ref = has_ref and not reference_free
+
+
+def call(fn, columns, **more):
+    """fn on the columns and options that its signature names; columns given by a statistic replace options."""
+    named = {**options, **columns, **more}
+    kwargs = {name: named[name] for name in arguments(fn, COLUMN) + arguments(fn, OPTION) if name in named}
+    return fn(**kwargs)
+
+
+# ---- set-up ----
+
+rank, world, device = fsdp.setup()
+if batch_size < max(world, 2 if loss == 'kto' else 1):
+    raise UserError(
+        f'batch_size {batch_size} is smaller than the {world} ranks' if batch_size < world else 'kto needs 2'
+    )
+fsdp.on_one_rank(lambda: log.open_run(out_dir, config, resume))
+tokenizer = model_module.load_tokenizer(model, trust_remote_code)
+load = partial(data_module.load_examples, tokenizer=tokenizer, task='pairs' if paired else 'singles', seed=seed,
+               max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation, num_turns=num_turns,
+               skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
+train = fsdp.first_of_host(lambda: load(data, 'train', data_fraction=data_fraction))
+train = train.flip(noise_rate, seed) if noise_rate else train
+train = train if paired else train.keep(frac_good, frac_bad, seed)
+held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test')).select(slice(n_eval_examples))
+total = min(n_epochs * len(train), n_examples or math.inf)
+log.say(
+    f'data: {len(train)} training and {len(held_out)} evaluation examples; {dict(train.left_out) or "nothing left out"}'
+)
+
+build = partial(model_module.load_model, model, trust_remote_code=trust_remote_code, seed=seed)
+policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
+model_module.check_tokenizer(tokenizer, policy, model)
+if needs_ref:
+    build_ref = partial(model_module.load_model, ref_model or model, trust_remote_code=trust_remote_code, seed=seed)
+    ref = fsdp.shard(build_ref, device, dtype=dtype, train=False)
+    model_module.check_tokenizer(tokenizer, ref, ref_model or model)
+optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
+if pack:
+    probe = [
+        data_module.pack([train[0], train[len(train) - 1]], [0, 1], pad=pad, device=device) for pad in (False, True)
+    ]
+    error = model_module.packing_error(policy, *probe)
+    if error > (0.03 if dtype == 'bfloat16' else 1e-4):
+        log.say(
+            f'note: this architecture cannot be packed (log-probs differ by {error:.1%}): batches are padded instead'
+        )
+        pack = False
+for m in [policy, ref] if needs_ref else [policy]:
+    model_module.core(m).set_attn_implementation('packed' if pack else 'sdpa')
+cut = partial(data_module.microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix,
+              pad=not pack, device=device)  # fmt: skip
+
+# ---- one step ----
+
+
+def answer_columns(batch):
+    """pi, ref, div, n of every answer of a microbatch, (A,) each."""
+    with no_grad():
+        reference = ref.hidden_and_head(batch) if divergence else None
+        ref_logps = ref.response_logps(batch)[0] if needs_ref and not divergence else torch.zeros_like(batch.n).float()
+    out = policy.response_logps(batch, divergence, reference)
+    if divergence:
+        return {'pi': out[0], 'ref': out[2], 'div': out[1], 'n': batch.n.float()}
+    return {'pi': out[0], 'ref': ref_logps, 'n': batch.n.float()}
+
+
+def forward(batch):
+    """The columns of a microbatch, (examples,) each: for pairs, x of the answers becomes x_w and x_l."""
+    columns = answer_columns(batch)
+    if paired:
+        columns = {f'{k}_{side}': v[i::2] for k, v in columns.items() for i, side in enumerate('wl')}
+    return columns
+
+
+def loss_and_weight(columns, place, extra):
+    """l and w of losses.py for the examples of a microbatch; extra: columns of the whole step, in step order."""
+    columns = columns | {k: v[place].to(device, torch.bool if k == 'good' else torch.float32) for k, v in extra.items()}
+    l = call(loss_fn, columns)
+    if importance:
+        l = l * call(losses.importance, columns)
+    if sft_coef:
+        l = l + sft_coef * losses.sft(columns['pi_w'], columns['n_w'])
+    return l, columns.get('weight', torch.ones_like(l))
+
+
+def prepare(examples, first, index):
+    """Everything about a step that can be known before it: microbatches, thumbs, counts. Runs ahead, in a thread."""
+    batches, tokens, allocated = cut(examples, index)
+    mismatched = cut(examples.mismatched(index), np.arange(len(index)))[0] if loss == 'kto' else []
+    thumbs = {} if paired else {'good': torch.from_numpy(examples.good[index])}
+    return first, index, batches, mismatched, thumbs, tokens, allocated
+
+
+def run_step(first, index, batches, mismatched, thumbs, state, train):
+    """Forward (and backward, if train) of one step. Returns (its columns in step order, the new state).
+
+    After it the policy's gradients are the sum of w_i grad l_i, divided by the number of ranks."""
+    place = [p for batch in batches for p in batch.place]
+    extra, ready, new = dict(thumbs), {}, dict(state)
+    if statistic:
+        with torch.set_grad_enabled(train and len(batches) == 1 and not mismatched):
+            parts = [forward(batch) for batch in (mismatched or batches)]
+        if torch.is_grad_enabled() and train and len(batches) == 1 and not mismatched:
+            ready = parts[0]
+        where = [p for batch in (mismatched or batches) for p in batch.place]
+        whole = fsdp.gather_columns({k: torch.cat([c[k] for c in parts]) for k in parts[0]}, where, len(index))
+        if mismatched:
+            whole = {f'{k}_kl': v for k, v in whole.items()}
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
+        more, new['statistic'] = call(statistic, whole, state=state['statistic'], generator=generator)
+        extra |= more
+    parts = []
+    for batch in batches:
+        with torch.set_grad_enabled(train):
+            columns = ready or forward(batch)
+            l, w = loss_and_weight(columns, batch.place, extra)
+        columns |= {'loss': l, 'weight': w}
+        if beta_prime:
+            w = w * losses.drdpo_weight(l.detach(), state['shift'], beta_prime=beta_prime)
+        if train:
+            real = torch.tensor(batch.place, device=device) >= 0
+            (w * l * real).sum().backward()
+        parts.append({k: v.detach() for k, v in columns.items()} | {'step_weight': w})
+    whole = fsdp.gather_columns({k: torch.cat([c[k] for c in parts]) for k in parts[0]}, place, len(index))
+    if beta_prime:
+        new['shift'] = whole['loss'].min().item()
+    return whole | thumbs, new
+
+
+def summary(whole, split):
+    """Metrics of the columns of a step, or of an evaluation: name -> float."""
+    l, w = whole['loss'], whole['weight']
+    value = (w * l).sum() / w.sum()
+    if beta_prime:  # the objective whose gradient the weights give: -beta' log of the weighted mean of exp(-l / beta')
+        value = -beta_prime * ((w.log() - l / beta_prime).logsumexp(0) - w.sum().log())
+    metrics = {f'loss/{split}': value}
+    uses = {name for name in ('ref', 'div') if {name, f'{name}_w'} & columns_used or (name == 'ref' and has_ref)}
+    uses |= {'n'} if 'n_l' in columns_used and not (loss == 'ipo' and not average) else set()
+    sides = {'chosen': 'w', 'rejected': 'l'} if paired else {'chosen': whole['good'], 'rejected': ~whole['good']}
+    values = {}
+    for side, s in sides.items():
+        c = {
+            k: whole[f'{k}_{s}'] if paired else whole[k][s]
+            for k in ('pi', 'ref', 'n', 'div')
+            if f'{k}_w' in whole or k in whole
+        }
+        scale = {k: options[k] for k in ('beta', 'alpha') if k in options_used}
+        values[side] = losses.reward(c['pi'], **{k: c[k] for k in uses}, **scale)
+        metrics |= {f'rewards_{split}/{side}': values[side].mean(), f'logps_{split}/{side}': c['pi'].mean(),
+                    f'length_{split}/{side}': c['n'].mean()}  # fmt: skip
+        if needs_ref:  # estimates of KL(reference || policy), as if the answers came from the reference
+            gap = c['ref'] - c['pi']
+            metrics |= {f'kl_{split}/{side}': gap.mean(), f'kl_{split}/{side}_per_token': gap.sum() / c['n'].sum()}
+        if divergence:
+            metrics[f'divergence_{split}/{side}_per_token'] = c['div'].sum() / c['n'].sum()
+    metrics[f'rewards_{split}/margins'] = values['chosen'].mean() - values['rejected'].mean()
+    if paired:
+        metrics[f'rewards_{split}/accuracies'] = (values['chosen'] > values['rejected']).double().mean()
+        if needs_ref:
+            d = (whole['pi_w'] - whole['ref_w']) - (whole['pi_l'] - whole['ref_l'])
+            metrics[f'logratio_{split}/accuracies'] = (d > 0).double().mean()
+    return {k: round(v.item(), 10) for k, v in metrics.items() if v == v}
+
+
+# ---- evaluation ----
+
+
+def evaluate(examples_seen):
+    """Metrics of the held-out examples, with the state of training as it is; optional samples into samples.jsonl."""
+    if not len(held_out):
+        return
+    work = (
+        prepare(held_out, *step)
+        for step in data_module.steps(len(held_out), batch_size, len(held_out), 0, shuffle=False)
+    )
+    parts = [run_step(*step[:5], state, train=False)[0] for step in data_module.prefetch(work)]
+    metrics = summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, 'eval')
+    if sample_during_eval:
+        metrics |= sample(examples_seen)
+    logger.row('eval', examples_seen, metrics)
+
+
+def sample(examples_seen):
+    """Answers of policy and reference to held-out prompts, one row each in samples.jsonl; KL(policy || reference) on them."""
+    count = min(n_eval_model_samples, len(held_out))
+    mine = [i for i in range(count) if i % world == rank]
+    rows, answers = [], []
+    for name, m in (('policy', policy), ('reference', ref)) if needs_ref else (('policy', policy),):
+        prompts = [held_out[i][0] for i in mine]
+        with fsdp.unsharded(m), model_module.attention(m, 'sdpa'):
+            made = model_module.generate(m, tokenizer, prompts, [seed * 1_000_003 + i for i in mine], temperature=temperature,
+                                         max_new_tokens=max_new_tokens, top_p=top_p)  # fmt: skip
+        if name == 'policy':
+            answers = [
+                (i, p, np.array([*x, tokenizer.eos_token_id])) for i, p, x in zip(mine, prompts, made, strict=True)
+            ]
+        rows += [{'examples': examples_seen, 'generator': name, 'sample': i, 'prompt': tokenizer.decode(p),
+                  'response': tokenizer.decode(x)} for i, p, x in zip(mine, prompts, made, strict=True)]  # fmt: skip
+    rows = sorted((r for part in fsdp.gather_objects(rows) for r in part), key=lambda r: (r['generator'], r['sample']))
+    if rank == 0:
+        with open(f'{out_dir}/samples.jsonl', 'a') as file:
+            file.writelines(json.dumps(row) + '\n' for row in rows)
+    if not needs_ref:
+        return {}
+    answers = sorted((x for part in fsdp.gather_objects(answers) for x in part), key=lambda x: x[0])
+    made = data_module.Examples.of([(p, [x]) for _, p, x in answers])
+    batches, *_ = cut(made, np.arange(count))
+    with no_grad():
+        columns = [answer_columns(batch) for batch in batches]
+    gap = {'gap': torch.cat([c['pi'] - c['ref'] for c in columns]), 'n': torch.cat([c['n'] for c in columns])}
+    whole = fsdp.gather_columns(gap, [p for batch in batches for p in batch.place], count)
+    kl = whole['gap'].mean().item()
+    return {'kl_eval/samples': kl, 'kl_eval/samples_per_token': kl / whole['n'].mean().item()}
+
+
+# ---- training ----
+
+state = {'statistic': {}, 'shift': 0.0}
+start = 0
+checkpoint = fsdp.latest_checkpoint(out_dir) if resume else None
+if checkpoint:
+    state = fsdp.load_checkpoint(checkpoint, policy, optim)
+    start = state.pop('examples')
+logger = log.Log(out_dir, total, start, log_every, rank == 0, wandb, tensorboard)
+logger.say(f'{"resuming" if start else "training"} {loss} on {world} ranks: {total} examples, {batch_size} a step')
+if not start:
+    _, first_index = next(data_module.steps(len(train), batch_size, total, seed))
+    before, _ = run_step(*prepare(train, 0, first_index)[:5], state, train=False)
+    check = summary(before, 'train')
+    state['shift'] = before['loss'].min().item()
+    rewards = [check['rewards_train/chosen'], check['rewards_train/rejected']]
+    logger.say(
+        f'step 0: rewards {rewards[0]:.6f} and {rewards[1]:.6f}, loss {before["loss"].mean():.6f}, log 2 = 0.693147'
+    )
+    logger.row('check', 0, check)
+    if needs_ref and ref_model is None and max(map(abs, rewards)) > (1e-2 if dtype == 'bfloat16' else 1e-4):
+        logger.say('warning: the rewards should be 0 before the first step, because policy and reference are one model')
+    if do_first_eval:
+        evaluate(0)
+
+schedule = data_module.steps(len(train), batch_size, total, seed, start)
+n_steps = -(-total // batch_size)
+clock = time.time()
+for step in data_module.prefetch(prepare(train, *s) for s in schedule):
+    first, index, *_, tokens, allocated = step
+    whole, state = run_step(*step[:5], state, train=True)
+    weight = whole['step_weight'].sum().item()
+    norm = fsdp.scale_and_clip_(policy, world / weight if weight > 0 else math.nan, max_grad_norm)
+    if not math.isfinite(norm):
+        raise UserError(
+            f'the gradient of the step at {first} examples is {norm}: lower the learning rate, or mend the data'
+        )
+    rate = lr * log.schedule(first // batch_size, n_steps, warmup_steps, lr_schedule)
+    for group in optim.param_groups:
+        group['lr'] = rate
+    optim.step()
+    optim.zero_grad(set_to_none=True)
+    seen = first + len(index)
+    elapsed, clock = time.time() - clock, time.time()
+    metrics = summary(whole, 'train')
+    metrics |= {'grad_norm': norm, 'lr': rate, 'examples_per_second': len(index) / elapsed, 'padding_share': 1 - tokens / allocated,
+                'tokens_per_second': tokens / elapsed, 'counters/step_examples': len(index)}  # fmt: skip
+    metrics |= {f'statistic/{k}': v for k, v in state['statistic'].items()}
+    logger.row('train', seen, metrics)
+    due = [every and seen < total and seen // every > first // every for every in (eval_every, save_every)]
+    if due[0]:
+        evaluate(seen)
+    if due[1]:
+        fsdp.save_checkpoint(out_dir, seen, policy, optim, state, keep_last)
+    clock = time.time() if any(due) else clock
+evaluate(total)
+fsdp.export(policy, tokenizer, build, f'{out_dir}/model')
+logger.close()
+log.say(f'done: {out_dir}/model')
