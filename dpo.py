@@ -9,7 +9,6 @@ It is the same on any number of ranks and microbatches. All counts are in exampl
 """
 
 import inspect
-import json
 import math
 import time
 from functools import partial
@@ -18,12 +17,14 @@ import numpy as np
 import torch
 from torch import no_grad
 
-import data as data_module
 import fsdp
+import generate
 import log
 import losses
-import model as model_module
 from configurator import UserError, configure
+from data import Examples, microbatches, pack_probe, prefetch, steps
+from model import RISKS, check_tokenizer, core, kl, load_model, load_tokenizer, packing_error
+from tokenise import load_examples
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -115,11 +116,11 @@ paired, has_ref = 'pi_w' in columns_used, bool(columns_used & {'ref', 'ref_w'}) 
 divergence = None
 if loss.startswith('radpo'):
     options_used |= {'risk', 'mu'}
-    if risk not in model_module.RISKS:
-        raise UserError(f'risk must be one of {", ".join(model_module.RISKS)}, not {risk!r}')
-    divergence = partial(model_module.RISKS[risk], mu=mu)
+    if risk not in RISKS:
+        raise UserError(f'risk must be one of {", ".join(RISKS)}, not {risk!r}')
+    divergence = partial(RISKS[risk], mu=mu)
 elif 'div_w' in columns_used:
-    divergence = model_module.kl
+    divergence = kl
 options_used |= {'sft_coef'} if paired else {'frac_good', 'frac_bad'}
 options_used |= {'reference_free'} if has_ref and not divergence else set()
 options_used |= {'importance', 'importance_max'} if paired and has_ref else set()
@@ -156,8 +157,8 @@ if batch_size < max(world, 2 if loss == 'kto' else 1):
         f'batch_size {batch_size} is smaller than the {world} ranks' if batch_size < world else 'kto needs 2'
     )
 fsdp.on_one_rank(lambda: log.open_run(out_dir, config, resume))
-tokenizer = model_module.load_tokenizer(model, trust_remote_code)
-load = partial(data_module.load_examples, tokenizer=tokenizer, task='pairs' if paired else 'singles', seed=seed,
+tokenizer = load_tokenizer(model, trust_remote_code)
+load = partial(load_examples, tokenizer=tokenizer, task='pairs' if paired else 'singles', seed=seed,
                max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation, num_turns=num_turns,
                skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
 train = fsdp.first_of_host(lambda: load(data, 'train', data_fraction=data_fraction))
@@ -169,27 +170,24 @@ log.say(
     f'data: {len(train)} training and {len(held_out)} evaluation examples; {dict(train.left_out) or "nothing left out"}'
 )
 
-build = partial(model_module.load_model, model, trust_remote_code=trust_remote_code, seed=seed)
+build = partial(load_model, model, trust_remote_code=trust_remote_code, seed=seed)
 policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
-model_module.check_tokenizer(tokenizer, policy, model)
+check_tokenizer(tokenizer, policy, model)
 if needs_ref:
-    build_ref = partial(model_module.load_model, ref_model or model, trust_remote_code=trust_remote_code, seed=seed)
+    build_ref = partial(load_model, ref_model or model, trust_remote_code=trust_remote_code, seed=seed)
     ref = fsdp.shard(build_ref, device, dtype=dtype, train=False)
-    model_module.check_tokenizer(tokenizer, ref, ref_model or model)
+    check_tokenizer(tokenizer, ref, ref_model or model)
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
 if pack:
-    probe = [
-        data_module.pack([train[0], train[len(train) - 1]], [0, 1], pad=pad, device=device) for pad in (False, True)
-    ]
-    error = model_module.packing_error(policy, *probe)
+    error = packing_error(policy, *pack_probe(train, device))
     if error > (0.03 if dtype == 'bfloat16' else 1e-4):
         log.say(
             f'note: this architecture cannot be packed (log-probs differ by {error:.1%}): batches are padded instead'
         )
         pack = False
 for m in [policy, ref] if needs_ref else [policy]:
-    model_module.core(m).set_attn_implementation('packed' if pack else 'sdpa')
-cut = partial(data_module.microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix,
+    core(m).set_attn_implementation('packed' if pack else 'sdpa')
+cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix,
               pad=not pack, device=device)  # fmt: skip
 
 # ---- one step ----
@@ -230,40 +228,41 @@ def prepare(examples, first, index):
     batches, tokens, allocated = cut(examples, index)
     mismatched = cut(examples.mismatched(index), np.arange(len(index)))[0] if loss == 'kto' else []
     thumbs = {} if paired else {'good': torch.from_numpy(examples.good[index])}
-    return first, index, batches, mismatched, thumbs, tokens, allocated
+    return (first, index, batches, mismatched, thumbs), tokens, allocated
+
+
+def gather(parts, batches, total):
+    """Columns of this rank's microbatches -> columns of the whole step, in step order, equal on every rank."""
+    joined = {k: torch.cat([columns[k] for columns in parts]) for k in parts[0]}
+    return fsdp.gather_columns(joined, [p for batch in batches for p in batch.place], total)
 
 
 def run_step(first, index, batches, mismatched, thumbs, state, train):
     """Forward (and backward, if train) of one step. Returns (its columns in step order, the new state).
 
     After it the policy's gradients are the sum of w_i grad l_i, divided by the number of ranks."""
-    place = [p for batch in batches for p in batch.place]
-    extra, ready, new = dict(thumbs), {}, dict(state)
+    extra, forwarded, new = dict(thumbs), {}, dict(state)
     if statistic:
-        with torch.set_grad_enabled(train and len(batches) == 1 and not mismatched):
-            parts = [forward(batch) for batch in (mismatched or batches)]
-        if torch.is_grad_enabled() and train and len(batches) == 1 and not mismatched:
-            ready = parts[0]
-        where = [p for batch in (mismatched or batches) for p in batch.place]
-        whole = fsdp.gather_columns({k: torch.cat([c[k] for c in parts]) for k in parts[0]}, where, len(index))
-        if mismatched:
-            whole = {f'{k}_kl': v for k, v in whole.items()}
+        once = train and len(batches) == 1 and not mismatched  # then the pass that trains serves the statistic as well
+        with torch.set_grad_enabled(once):
+            parts = [forward(batch) for batch in mismatched or batches]
+        forwarded = parts[0] if once else {}
+        whole = gather(parts, mismatched or batches, len(index))
+        whole |= {f'{k}_kl': v for k, v in whole.items()} if mismatched else {}
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
-        more, new['statistic'] = call(statistic, whole, state=state['statistic'], generator=generator)
-        extra |= more
+        values, new['statistic'] = call(statistic, whole, state=state['statistic'], generator=generator)
+        extra |= values
     parts = []
     for batch in batches:
         with torch.set_grad_enabled(train):
-            columns = ready or forward(batch)
+            columns = forwarded or forward(batch)
             l, w = loss_and_weight(columns, batch.place, extra)
-        columns |= {'loss': l, 'weight': w}
-        if beta_prime:
-            w = w * losses.drdpo_weight(l.detach(), state['shift'], beta_prime=beta_prime)
+        step_weight = w * losses.drdpo_weight(l.detach(), state['shift'], beta_prime=beta_prime) if beta_prime else w
         if train:
             real = torch.tensor(batch.place, device=device) >= 0
-            (w * l * real).sum().backward()
-        parts.append({k: v.detach() for k, v in columns.items()} | {'step_weight': w})
-    whole = fsdp.gather_columns({k: torch.cat([c[k] for c in parts]) for k in parts[0]}, place, len(index))
+            (step_weight * l * real).sum().backward()
+        parts.append(columns | {'loss': l, 'weight': w, 'step_weight': step_weight})
+    whole = gather(parts, batches, len(index))
     if beta_prime:
         new['shift'] = whole['loss'].min().item()
     return whole | thumbs, new
@@ -311,11 +310,8 @@ def evaluate(examples_seen):
     """Metrics of the held-out examples, with the state of training as it is; optional samples into samples.jsonl."""
     if not len(held_out):
         return
-    work = (
-        prepare(held_out, *step)
-        for step in data_module.steps(len(held_out), batch_size, len(held_out), 0, shuffle=False)
-    )
-    parts = [run_step(*step[:5], state, train=False)[0] for step in data_module.prefetch(work)]
+    work = (prepare(held_out, *step) for step in steps(len(held_out), batch_size, len(held_out), 0, shuffle=False))
+    parts = [run_step(*step, state, train=False)[0] for step, *_ in prefetch(work)]
     metrics = summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, 'eval')
     if sample_during_eval:
         metrics |= sample(examples_seen)
@@ -324,35 +320,21 @@ def evaluate(examples_seen):
 
 def sample(examples_seen):
     """Answers of policy and reference to held-out prompts, one row each in samples.jsonl; KL(policy || reference) on them."""
-    count = min(n_eval_model_samples, len(held_out))
-    mine = [i for i in range(count) if i % world == rank]
-    rows, answers = [], []
-    for name, m in (('policy', policy), ('reference', ref)) if needs_ref else (('policy', policy),):
-        prompts = [held_out[i][0] for i in mine]
-        with fsdp.unsharded(m), model_module.attention(m, 'sdpa'):
-            made = model_module.generate(m, tokenizer, prompts, [seed * 1_000_003 + i for i in mine], temperature=temperature,
-                                         max_new_tokens=max_new_tokens, top_p=top_p)  # fmt: skip
-        if name == 'policy':
-            answers = [
-                (i, p, np.array([*x, tokenizer.eos_token_id])) for i, p, x in zip(mine, prompts, made, strict=True)
-            ]
-        rows += [{'examples': examples_seen, 'generator': name, 'sample': i, 'prompt': tokenizer.decode(p),
-                  'response': tokenizer.decode(x)} for i, p, x in zip(mine, prompts, made, strict=True)]  # fmt: skip
-    rows = sorted((r for part in fsdp.gather_objects(rows) for r in part), key=lambda r: (r['generator'], r['sample']))
+    prompts = [held_out[i][0] for i in range(min(n_eval_model_samples, len(held_out)))]
+    models = {'policy': policy, 'reference': ref} if needs_ref else {'policy': policy}
+    answers = generate.sample(models, tokenizer, prompts, rank=rank, world=world, seed=seed, temperature=temperature,
+                              max_new_tokens=max_new_tokens, top_p=top_p)  # fmt: skip
     if rank == 0:
-        with open(f'{out_dir}/samples.jsonl', 'a') as file:
-            file.writelines(json.dumps(row) + '\n' for row in rows)
+        generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, answers, examples_seen)
     if not needs_ref:
         return {}
-    answers = sorted((x for part in fsdp.gather_objects(answers) for x in part), key=lambda x: x[0])
-    made = data_module.Examples.of([(p, [x]) for _, p, x in answers])
-    batches, *_ = cut(made, np.arange(count))
+    own = Examples.of([(prompts[i], [[*a, tokenizer.eos_token_id]]) for name, i, a in answers if name == 'policy'])
+    batches, *_ = cut(own, np.arange(len(own)))
     with no_grad():
-        columns = [answer_columns(batch) for batch in batches]
-    gap = {'gap': torch.cat([c['pi'] - c['ref'] for c in columns]), 'n': torch.cat([c['n'] for c in columns])}
-    whole = fsdp.gather_columns(gap, [p for batch in batches for p in batch.place], count)
-    kl = whole['gap'].mean().item()
-    return {'kl_eval/samples': kl, 'kl_eval/samples_per_token': kl / whole['n'].mean().item()}
+        parts = [answer_columns(batch) for batch in batches]
+    whole = gather(parts, batches, len(own))
+    gap = whole['pi'] - whole['ref']
+    return {'kl_eval/samples': gap.mean().item(), 'kl_eval/samples_per_token': (gap.sum() / whole['n'].sum()).item()}
 
 
 # ---- training ----
@@ -366,8 +348,8 @@ if checkpoint:
 logger = log.Log(out_dir, total, start, log_every, rank == 0, wandb, tensorboard)
 logger.say(f'{"resuming" if start else "training"} {loss} on {world} ranks: {total} examples, {batch_size} a step')
 if not start:
-    _, first_index = next(data_module.steps(len(train), batch_size, total, seed))
-    before, _ = run_step(*prepare(train, 0, first_index)[:5], state, train=False)
+    _, first_index = next(steps(len(train), batch_size, total, seed))
+    before, _ = run_step(*prepare(train, 0, first_index)[0], state, train=False)
     check = summary(before, 'train')
     state['shift'] = before['loss'].min().item()
     rewards = [check['rewards_train/chosen'], check['rewards_train/rejected']]
@@ -380,12 +362,12 @@ if not start:
     if do_first_eval:
         evaluate(0)
 
-schedule = data_module.steps(len(train), batch_size, total, seed, start)
+schedule = steps(len(train), batch_size, total, seed, start)
 n_steps = -(-total // batch_size)
 clock = time.time()
-for step in data_module.prefetch(prepare(train, *s) for s in schedule):
-    first, index, *_, tokens, allocated = step
-    whole, state = run_step(*step[:5], state, train=True)
+for step, tokens, allocated in prefetch(prepare(train, *s) for s in schedule):
+    first, index, *_ = step
+    whole, state = run_step(*step, state, train=True)
     weight = whole['step_weight'].sum().item()
     norm = fsdp.scale_and_clip_(policy, world / weight if weight > 0 else math.nan, max_grad_norm)
     if not math.isfinite(norm):

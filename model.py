@@ -157,9 +157,16 @@ def hidden_and_head(model, batch):
     return out.last_hidden_state.flatten(0, 1)[batch.index], (head.weight, head.bias)
 
 
+def wide(x):
+    """The type that log-probs and sums of x are computed in: float32, or float64 if x is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _post(raw, config):
     """float32 logits from the head's output: some architectures scale (Cohere, Granite) or soft-cap (Gemma) them."""
-    logits = raw.float() * (getattr(config, 'logit_scale', None) or 1 / (getattr(config, 'logits_scaling', None) or 1))
+    logits = raw.to(wide(raw)) * (
+        getattr(config, 'logit_scale', None) or 1 / (getattr(config, 'logits_scaling', None) or 1)
+    )
     cap = getattr(config, 'final_logit_softcapping', None)
     return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -187,7 +194,7 @@ class _Head(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, config, divergence, reference):
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
-        out = hidden.new_empty(3 if divergence else 1, len(target), dtype=torch.float32)
+        out = hidden.new_empty(3 if divergence else 1, len(target), dtype=wide(hidden))
         for rows in _Head.chunks(len(target), len(weight), hidden.device):
             ref = (reference[0][rows], reference[1]) if divergence else None
             values = _per_token(F.linear(hidden[rows], weight, bias), target[rows], config, divergence, ref)
@@ -200,7 +207,7 @@ class _Head(torch.autograd.Function):
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         d_hidden, d_bias = torch.empty_like(hidden), 0.0
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_weight = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
         for rows in _Head.chunks(len(target), len(weight), hidden.device):
             raw = F.linear(hidden[rows], weight, bias)
             if divergence or getattr(config, 'final_logit_softcapping', None):
@@ -214,7 +221,7 @@ class _Head(torch.autograd.Function):
                 d_raw = _post(raw, config).softmax(1).mul_(-slope).scatter_add_(1, target[rows, None], slope)
             d_raw = d_raw.to(weight.dtype)
             d_hidden[rows] = d_raw @ weight
-            if d_weight is not None and weight.dtype == torch.float32:
+            if d_weight is not None and d_weight.dtype == weight.dtype:
                 d_weight.addmm_(d_raw.T, hidden[rows])
             elif d_weight is not None:  # chunks add up in float32 whatever the compute type
                 d_weight += d_raw.T @ hidden[rows]
@@ -269,9 +276,6 @@ def packing_error(model, packed, padded):
     return (model.response_logps(packed)[0] - plain).abs().max().item()
 
 
-# ---- sampling ----
-
-
 @contextlib.contextmanager
 def attention(model, implementation):
     """Switch a model's attention for a while; the soft cap of Gemma 2 needs 'eager' wherever it is not packed."""
@@ -282,45 +286,3 @@ def attention(model, implementation):
     inner.set_attn_implementation(implementation)
     yield
     inner.set_attn_implementation(before)
-
-
-class _Gumbel(transformers.LogitsProcessor):
-    """Adding Gumbel noise and taking the largest is sampling; a generator a row makes a row independent of its batch."""
-
-    def __init__(self, seeds):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, ids, scores):
-        noise = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators]).to(scores.device)
-        return scores.float().log_softmax(-1) - (-noise.clamp(min=1e-20).log()).log()
-
-
-@torch.no_grad()
-def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0):
-    """Sample an answer for each prompt (lists of ids), the noise of row i drawn from seeds[i]; temperature 0 is greedy.
-
-    Returns lists of ids without the end of text. Under FSDP call it inside fsdp.unsharded, or equally often on all ranks."""
-    inner = core(model)
-    stop = {tokenizer.eos_token_id} | set(_as_list(inner.generation_config.eos_token_id))
-    width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.eos_token_id] * (width - len(p)) + list(p) for p in prompts], device=inner.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=inner.device)
-    processors = transformers.LogitsProcessorList()
-    if temperature > 0:
-        processors.append(transformers.TemperatureLogitsWarper(temperature))
-        if top_p < 1:
-            processors.append(transformers.TopPLogitsWarper(top_p))
-        processors.append(_Gumbel(seeds))
-    settings = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id
-    )
-    with attention(model, 'sdpa'):
-        out = inner.generate(
-            ids, attention_mask=mask, generation_config=settings, logits_processor=processors, synced_gpus=False
-        )
-    answers = out[:, width:].tolist()
-    return [a[: next((i for i, token in enumerate(a) if token in stop), len(a))] for a in answers]
-
-
-def _as_list(x):
-    return x if isinstance(x, list) else [] if x is None else [x]

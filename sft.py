@@ -1,0 +1,184 @@
+"""Supervised fine-tuning: the first half of the pipeline, whose model is the reference of dpo.py.
+
+    python sft.py config/sft_toy.py
+    torchrun --nproc_per_node=4 sft.py config/sft_hh.py
+
+The loss of a step is the mean over its answer tokens. All counts are in examples, on any number of ranks.
+"""
+
+import math
+import time
+from functools import partial
+
+import torch
+
+import fsdp
+import generate
+import log
+import losses
+from configurator import UserError, configure
+from data import microbatches, pack_probe, prefetch, steps
+from model import check_tokenizer, core, load_model, load_tokenizer, packing_error
+from tokenise import load_examples
+
+# model and data
+model = 'toy'  # hub id, local folder, or 'toy'
+data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
+eval_data: str | None = None  # None: the test split of data, or a part of it held out
+noise_rate = 0.0  # train on the rejected answer of this fraction of pairs, as the original noise experiments do
+data_fraction = 1.0  # use this fraction of the training examples
+num_turns = 1  # sharegpt: answers taken from a conversation
+max_length = 512  # tokens of prompt and answer
+max_prompt_length = 256  # a prompt is cut to this if the whole is too long
+truncation = 'start'  # which end a too long prompt loses: start or end
+skip_bad_rows = False  # count unreadable rows instead of stopping
+# steps
+n_epochs = 1  # passes over the data
+n_examples: int | None = None  # stop after so many examples; None: n_epochs decides
+batch_size = 64  # examples of one optimizer step, all ranks together
+max_tokens = 16384  # tokens of one microbatch of one rank: what the memory holds
+lr = 5e-7  # learning rate
+lr_schedule = 'constant'  # after warm-up: constant, linear or cosine to zero
+warmup_steps = 150  # steps of linear warm-up
+optimizer = 'AdamW'  # AdamW, RMSprop or SGD
+weight_decay = 0.0  # of the optimizer
+max_grad_norm = 10.0  # gradients are clipped to this norm
+seed = 0  # of the data order and the samples
+# evaluation and output
+out_dir = 'out/sft'  # everything the run leaves behind
+eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
+n_eval_examples = 256  # how many held-out examples
+do_first_eval = True  # evaluate before training
+sample_during_eval = False  # sample answers into samples.jsonl
+n_eval_model_samples = 16  # how many
+max_new_tokens = 128  # length of a sample
+temperature = 1.0  # of the samples; 0: greedy
+top_p = 1.0  # of the samples
+log_every = 1  # print a line after so many examples
+save_every: int | None = None  # write a checkpoint after so many examples
+keep_last = 2  # checkpoints that are kept
+resume = True  # continue from the newest checkpoint of out_dir
+wandb: str | None = None  # a Weights & Biases project to log to
+tensorboard = False  # log to tensorboard, too
+# machine
+dtype = 'float32'  # compute type: float32 or bfloat16 (weights, gradients and sums stay float32)
+pack = True  # no padding
+compile = False  # torch.compile the transformer blocks
+activation_checkpointing = False  # recompute activations: less memory, a third slower
+trust_remote_code = False  # run code that comes with a model
+config = configure(globals())
+
+# ---- set-up ----
+
+rank, world, device = fsdp.setup()
+if batch_size < world:
+    raise UserError(f'batch_size {batch_size} is smaller than the {world} ranks')
+fsdp.on_one_rank(lambda: log.open_run(out_dir, config, resume))
+tokenizer = load_tokenizer(model, trust_remote_code)
+load = partial(load_examples, tokenizer=tokenizer, seed=seed, max_length=max_length, max_prompt_length=max_prompt_length,
+               truncation=truncation, num_turns=num_turns, skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
+train = fsdp.first_of_host(
+    lambda: load(data, 'train', task='pairs' if noise_rate else 'sft', data_fraction=data_fraction)
+)
+train = train.flip(noise_rate, seed).first_answers() if noise_rate else train
+held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test', task='sft')).select(slice(n_eval_examples))
+total = min(n_epochs * len(train), n_examples or math.inf)
+log.say(
+    f'data: {len(train)} training and {len(held_out)} evaluation examples; {dict(train.left_out) or "nothing left out"}'
+)
+
+build = partial(load_model, model, trust_remote_code=trust_remote_code, seed=seed)
+policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
+check_tokenizer(tokenizer, policy, model)
+optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
+if pack:
+    error = packing_error(policy, *pack_probe(train, device))
+    if error > (0.03 if dtype == 'bfloat16' else 1e-4):
+        log.say(
+            f'note: this architecture cannot be packed (log-probs differ by {error:.1%}): batches are padded instead'
+        )
+        pack = False
+core(policy).set_attn_implementation('packed' if pack else 'sdpa')
+cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, pad=not pack, device=device)
+
+# ---- one step ----
+
+
+def run_step(index, batches, train):
+    """The columns of a step, in step order. If train, the gradients are then the sum over its tokens / number of ranks."""
+    parts = []
+    for batch in batches:
+        with torch.set_grad_enabled(train):
+            pi = policy.response_logps(batch)[0]
+            l = losses.sft(pi, batch.n)
+        if train:
+            real = torch.tensor(batch.place, device=device) >= 0
+            (batch.n * l * real).sum().backward()
+        parts.append({'loss': l, 'pi': pi, 'n': batch.n})
+    joined = {k: torch.cat([columns[k] for columns in parts]) for k in parts[0]}
+    return fsdp.gather_columns(joined, [p for batch in batches for p in batch.place], len(index))
+
+
+def summary(whole, split):
+    """Metrics of the columns of a step, or of an evaluation: name -> float."""
+    metrics = {f'loss/{split}': (whole['n'] * whole['loss']).sum() / whole['n'].sum(),
+               f'logps_{split}/chosen': whole['pi'].mean(), f'length_{split}/chosen': whole['n'].mean()}  # fmt: skip
+    return {k: round(v.item(), 10) for k, v in metrics.items()}
+
+
+def evaluate(examples_seen):
+    """Metrics of the held-out examples; optional samples, one row each in samples.jsonl."""
+    if not len(held_out):
+        return
+    plan = steps(len(held_out), batch_size, len(held_out), seed, shuffle=False)
+    work = prefetch((index, cut(held_out, index)[0]) for _, index in plan)
+    parts = [run_step(index, batches, train=False) for index, batches in work]
+    logger.row('eval', examples_seen, summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, 'eval'))
+    if not sample_during_eval:
+        return
+    prompts = [held_out[i][0] for i in range(min(n_eval_model_samples, len(held_out)))]
+    answers = generate.sample({'policy': policy}, tokenizer, prompts, rank=rank, world=world, seed=seed, top_p=top_p,
+                              max_new_tokens=max_new_tokens, temperature=temperature)  # fmt: skip
+    if rank == 0:
+        generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, answers, examples_seen)
+
+
+# ---- training ----
+
+checkpoint = fsdp.latest_checkpoint(out_dir) if resume else None
+start = fsdp.load_checkpoint(checkpoint, policy, optim)['examples'] if checkpoint else 0
+logger = log.Log(out_dir, total, start, log_every, rank == 0, wandb, tensorboard)
+logger.say(f'{"resuming" if start else "training"} on {world} ranks: {total} examples, {batch_size} a step')
+if do_first_eval and not start:
+    evaluate(0)
+n_steps = -(-total // batch_size)
+clock = time.time()
+schedule = steps(len(train), batch_size, total, seed, start)
+for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train, i)) for first, i in schedule):
+    whole = run_step(index, batches, train=True)
+    norm = fsdp.scale_and_clip_(policy, world / whole['n'].sum().item(), max_grad_norm)
+    if not math.isfinite(norm):
+        raise UserError(
+            f'the gradient of the step at {first} examples is {norm}: lower the learning rate, or mend the data'
+        )
+    rate = lr * log.schedule(first // batch_size, n_steps, warmup_steps, lr_schedule)
+    for group in optim.param_groups:
+        group['lr'] = rate
+    optim.step()
+    optim.zero_grad(set_to_none=True)
+    seen = first + len(index)
+    elapsed, clock = time.time() - clock, time.time()
+    metrics = summary(whole, 'train')
+    metrics |= {'grad_norm': norm, 'lr': rate, 'examples_per_second': len(index) / elapsed, 'padding_share': 1 - tokens / allocated,
+                'tokens_per_second': tokens / elapsed, 'counters/step_examples': len(index)}  # fmt: skip
+    logger.row('train', seen, metrics)
+    due = [every and seen < total and seen // every > first // every for every in (eval_every, save_every)]
+    if due[0]:
+        evaluate(seen)
+    if due[1]:
+        fsdp.save_checkpoint(out_dir, seen, policy, optim, {}, keep_last)
+    clock = time.time() if any(due) else clock
+evaluate(total)
+fsdp.export(policy, tokenizer, build, f'{out_dir}/model')
+logger.close()
+log.say(f'done: {out_dir}/model')

@@ -1,0 +1,160 @@
+"""From text (sources.py) to token ids: prompt and answers apart, joined as ids, truncated, counted, cached on disk.
+
+Every answer ends with the end of text, cut or not; BOS stands only where the tokenizer itself would put one."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+import sources
+from configurator import UserError
+from data import Examples, uniform_hash
+
+PLAIN_CHAT = (  # for tokenizers without a chat template: Anthropic's format, as in the original DPO code
+    "{% for m in messages %}{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' if m.role == 'assistant' else "
+    "'\n\n' }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+
+
+def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length, truncation='start', whole=False,
+                  num_turns=1, skip_bad_rows=False, data_fraction=1.0, seed=0, cache=True):  # fmt: skip
+    """Tokenised examples of 'hh', 'hh+shp', 'hh:PATH', 'toy', a hub id, a file or folder; cached on disk by content.
+
+    task: 'pairs', 'singles' (KTO, made from pairs if need be) or 'sft'. max_length, max_prompt_length: tokens; where the
+    whole is too long, the prompt loses its start (or end: truncation), then answers are cut before their end of text.
+    whole: a single file is all for this split. Raises UserError."""
+    options = [split, task, max_length, max_prompt_length, truncation, whole, num_turns, skip_bad_rows]
+    stamp = [sources.fingerprint(source, split) for source in data.split('+')] if cache else [None]
+    tokenizer_stamp = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
+    key = json.dumps([1, stamp, options, tokenizer_stamp, tokenizer.chat_template, tokenizer.eos_token_id])
+    folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
+    file = folder / f'tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors'
+    examples = None if None in stamp else _read_cache(file)
+    if examples is None:
+        rows, left_out = [], Counter()
+        for source in data.split('+'):
+            more, out = sources.load_rows(source, split, whole=whole, num_turns=num_turns, skip_bad_rows=skip_bad_rows)
+            rows += more
+            left_out += out
+        examples = tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out)
+        if None not in stamp:
+            _write_cache(file, examples)
+    if not len(examples) and split == 'train':
+        raise UserError(
+            f'no {split} examples are left in data {data!r}; left out: {dict(examples.left_out) or "nothing"}'
+        )
+    return examples.select(uniform_hash(examples.uid, seed) < data_fraction) if data_fraction < 1 else examples
+
+
+def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out):
+    """Examples from rows of text or chat; what cannot be used is counted in left_out."""
+    parts = [part for row in rows for part in _as_texts(row, task, left_out)]
+    if task == 'sft':  # one demonstration a prompt and answer, however many pairs it is in
+        parts = list({part[3]: part for part in parts}.values())
+    texts = [text for prompt, answers, *_ in parts for text in _render(prompt, answers, tokenizer, left_out)]
+    ids = tokenizer(texts, add_special_tokens=False)['input_ids'] if texts else []
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    adds_bos = bos is not None and tokenizer('a')['input_ids'][:1] == [bos]
+    flat, spans, good, uid = [], [], [], []
+    position = total = 0
+    for _, answers, thumb, key in parts:
+        p, *a = ids[position : position + 1 + len(answers)]
+        position += 1 + len(answers)
+        if (adds_bos and p[:1] != [bos]) or not p:
+            p = [bos if adds_bos else eos, *p]
+        a = [x if x[-1:] == [eos] else [*x, eos] for x in a]
+        if min(map(len, a)) < 2:
+            left_out['empty answers'] += 1
+            continue
+        if len(p) + max(map(len, a)) > max_length:
+            if len(p) > max_prompt_length:
+                left_out['prompts cut'] += 1
+                p = p[-max_prompt_length:] if truncation == 'start' else p[:max_prompt_length]
+            room = max_length - len(p)
+            left_out['answers cut'] += sum(len(x) > room for x in a)
+            a = [x if len(x) <= room else [*x[: room - 1], eos] for x in a]
+        if len(a) == 2 and a[0] == a[1]:
+            left_out['pairs with equal answers'] += 1
+            continue
+        edges = np.cumsum([total, len(p), *map(len, a)])
+        total = int(edges[-1])
+        flat.extend(p)
+        for x in a:
+            flat.extend(x)
+        spans.append(np.stack((edges[:-1], edges[1:]), 1))
+        good.append(thumb)
+        uid.append(key)
+    spans = np.array(spans, np.int64).reshape(len(spans), -1, 2)
+    return Examples(np.array(flat, np.int32), spans, np.array(good, bool), np.array(uid, np.uint64), left_out)
+
+
+def _as_texts(row, task, left_out):
+    """(prompt, answers, good, uid) of a row, as the task needs them; none, counted, where the row has no such thing."""
+    prompt = row['prompt']
+    if 'chosen' in row and task == 'sft':
+        target = row.get('sft', row['chosen'])
+        return [(prompt, [target], True, sources.content_hash(prompt, target))]
+    if 'chosen' in row:
+        answers = [row['chosen'], row['rejected']]
+        uid = sources.content_hash(prompt, answers)
+        if answers[0] == answers[1]:
+            left_out['pairs with equal answers'] += 1
+            return []
+        return (
+            [(prompt, answers, True, uid)]
+            if task == 'pairs'
+            else [(prompt, [a], a is answers[0], uid) for a in answers]
+        )
+    if 'response' in row and (task == 'sft' or (task == 'singles' and 'good' in row)):
+        answer = row['response']
+        return [(prompt, [answer], row.get('good', True), sources.content_hash(prompt, answer))]
+    left_out[f'rows without what {task} needs'] += 1
+    return []
+
+
+def _render(prompt, answers, tokenizer, left_out):
+    """The texts of prompt and answers: as they are, or through the tokenizer's chat template."""
+    if isinstance(prompt, str) and all(isinstance(a, str) for a in answers):
+        return [prompt, *answers]
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_CHAT
+        left_out['note: no chat template in the tokenizer, so chats are written as Human: / Assistant:'] = 1
+    as_chat = [[{'role': role, 'content': text}] if isinstance(text, str) else text
+               for role, text in [('user', prompt), *(('assistant', a) for a in answers)]]  # fmt: skip
+    try:
+        start = tokenizer.apply_chat_template(as_chat[0], tokenize=False, add_generation_prompt=True)
+        whole = [tokenizer.apply_chat_template(as_chat[0] + a, tokenize=False) for a in as_chat[1:]]
+    except Exception as error:  # templates are programs and raise what they like
+        raise UserError(f'the chat template refuses an example: {str(error)[:200]}') from None
+    if not all(text.startswith(start) for text in whole):
+        raise UserError('the chat template writes an answered chat differently from the prompt it asks to continue')
+    return [start, *(text[len(start) :].rstrip('\n') for text in whole)]
+
+
+def _read_cache(file):
+    """The Examples in a cache file, or None where there is none or it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, 'np') as f:
+            arrays = {k: f.get_tensor(k) for k in ('ids', 'spans', 'good', 'uid')}
+            return Examples(*arrays.values(), Counter(json.loads(f.metadata()['left_out'])))
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def _write_cache(file, examples):
+    from safetensors.numpy import save_file
+
+    arrays = {k: np.ascontiguousarray(getattr(examples, k)) for k in ('ids', 'spans', 'good', 'uid')}
+    temporary = file.with_suffix(f'.{os.getpid()}')
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, temporary, {'left_out': json.dumps(examples.left_out)})
+        temporary.rename(file)
+    except OSError as error:
+        print(f'note: tokens are not cached: {error}')
