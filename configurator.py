@@ -24,7 +24,8 @@ def _excepthook(kind, error, traceback):
         return sys.__excepthook__(kind, error, traceback)
     if os.environ.get('RANK', '0') == '0':  # every rank raises the same error; one says it
         print(f'error: {error}', file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.stdout.flush()
+    os._exit(2)  # not sys.exit: threads of the process group can abort an ordinary exit, with another code
 
 
 class Config(dict):

@@ -182,3 +182,5 @@ evaluate(total)
 fsdp.export(policy, tokenizer, build, f'{out_dir}/model')
 logger.close()
 log.say(f'done: {out_dir}/model')
+if __name__ == '__main__':
+    fsdp.leave()

@@ -1,0 +1,12 @@
+# KTO on the toy world (toy.py), from the model of sft_toy.py: 20 seconds on a laptop. Not a paper's experiment.
+#     torchrun --nproc_per_node=2 dpo.py config/kto_toy.py
+model = 'out/sft_toy/model'
+data = 'toy'
+loss = 'kto'
+beta = 0.5
+lr = 3e-4
+lr_schedule = 'linear'
+warmup_steps = 10
+log_every = 1024
+max_new_tokens = 48
+out_dir = 'out/kto_toy'

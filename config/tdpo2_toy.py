@@ -1,0 +1,13 @@
+# TDPO2 on the toy world (toy.py), from the model of sft_toy.py: 20 seconds on a laptop. Not a paper's experiment.
+#     torchrun --nproc_per_node=2 dpo.py config/tdpo2_toy.py
+model = 'out/sft_toy/model'
+data = 'toy'
+loss = 'tdpo2'
+beta = 0.5
+alpha = 0.5
+lr = 3e-4
+lr_schedule = 'linear'
+warmup_steps = 10
+log_every = 1024
+max_new_tokens = 48
+out_dir = 'out/tdpo2_toy'
