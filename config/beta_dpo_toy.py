@@ -3,7 +3,7 @@
 model = 'out/sft_toy/model'
 data = 'toy'
 loss = 'beta_dpo'
-beta = 0.5
+beta = 4.0
 rho = 0.2
 a = 0.05
 lr = 3e-4

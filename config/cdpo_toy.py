@@ -3,7 +3,7 @@
 model = 'out/sft_toy/model'
 data = 'toy'
 loss = 'cdpo'
-beta = 0.5
+beta = 4.0
 label_smoothing = 0.1
 lr = 3e-4
 lr_schedule = 'linear'

@@ -3,7 +3,7 @@
 model = 'out/sft_toy/model'
 data = 'toy'
 loss = 'drdpo'
-beta = 0.5
+beta = 4.0
 beta_prime = 1.0
 lr = 3e-4
 lr_schedule = 'linear'

@@ -3,7 +3,7 @@
 model = 'out/sft_toy/model'
 data = 'toy'
 loss = 'ipo'
-beta = 0.1
+beta = 0.5
 average = False
 lr = 3e-4
 lr_schedule = 'linear'

@@ -3,7 +3,7 @@
 model = 'out/sft_toy/model'
 data = 'toy'
 loss = 'kto'
-beta = 0.5
+beta = 4.0
 lr = 3e-4
 lr_schedule = 'linear'
 warmup_steps = 10

@@ -3,7 +3,7 @@
 model = 'out/sft_toy/model'
 data = 'toy'
 loss = 'radpo1'
-beta = 0.5
+beta = 4.0
 risk = 'cvar'
 mu = 0.98
 lr = 3e-4

@@ -3,7 +3,7 @@
 model = 'out/sft_toy/model'
 data = 'toy'
 loss = 'radpo2'
-beta = 0.5
+beta = 4.0
 alpha = 0.5
 risk = 'cvar'
 mu = 0.98

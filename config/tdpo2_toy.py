@@ -3,7 +3,7 @@
 model = 'out/sft_toy/model'
 data = 'toy'
 loss = 'tdpo2'
-beta = 0.5
+beta = 4.0
 alpha = 0.5
 lr = 3e-4
 lr_schedule = 'linear'
