@@ -252,20 +252,19 @@ def run_step(first, index, batches, mismatched, thumbs, state, train):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
         values, new['statistic'] = call(statistic, whole, state=state['statistic'], generator=generator)
         extra |= values
-    parts = []
+    parts, shift = [], None
     for batch in batches:
         with torch.set_grad_enabled(train):
             columns = forwarded or forward(batch)
             l, w = loss_and_weight(columns, batch.place, extra)
-        step_weight = w * losses.drdpo_weight(l.detach(), state['shift'], beta_prime=beta_prime) if beta_prime else w
+        real = torch.tensor(batch.place, device=device) >= 0
+        if beta_prime and shift is None:  # any constant of the step will do that keeps the weights inside float range
+            shift = fsdp.smallest(l.detach()[real])
+        step_weight = w * losses.drdpo_weight(l.detach(), shift, beta_prime=beta_prime) if beta_prime else w
         if train:
-            real = torch.tensor(batch.place, device=device) >= 0
             (step_weight * l * real).sum().backward()
         parts.append(columns | {'loss': l, 'weight': w, 'step_weight': step_weight})
-    whole = gather(parts, batches, len(index))
-    if beta_prime:
-        new['shift'] = whole['loss'].min().item()
-    return whole | thumbs, new
+    return gather(parts, batches, len(index)) | thumbs, new
 
 
 def summary(whole, split):
@@ -339,7 +338,7 @@ def sample(examples_seen):
 
 # ---- training ----
 
-state = {'statistic': {}, 'shift': 0.0}
+state = {'statistic': {}}
 start = 0
 checkpoint = fsdp.latest_checkpoint(out_dir) if resume else None
 if checkpoint:
@@ -351,7 +350,6 @@ if not start:
     _, first_index = next(steps(len(train), batch_size, total, seed))
     before, _ = run_step(*prepare(train, 0, first_index)[0], state, train=False)
     check = summary(before, 'train')
-    state['shift'] = before['loss'].min().item()
     rewards = [check['rewards_train/chosen'], check['rewards_train/rejected']]
     logger.say(
         f'step 0: rewards {rewards[0]:.6f} and {rewards[1]:.6f}, loss {before["loss"].mean():.6f}, log 2 = 0.693147'
@@ -384,7 +382,7 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in schedule):
     metrics = summary(whole, 'train')
     metrics |= {'grad_norm': norm, 'lr': rate, 'examples_per_second': len(index) / elapsed, 'padding_share': 1 - tokens / allocated,
                 'tokens_per_second': tokens / elapsed, 'counters/step_examples': len(index)}  # fmt: skip
-    metrics |= {f'statistic/{k}': v for k, v in state['statistic'].items()}
+    metrics |= {f'state/{k}': v for k, v in state['statistic'].items()}
     logger.row('train', seen, metrics)
     due = [every and seen < total and seen // every > first // every for every in (eval_every, save_every)]
     if due[0]:

@@ -99,6 +99,13 @@ def gather_columns(columns, index, total):
     return dict(zip(names, table, strict=True))
 
 
+def smallest(values):
+    """The smallest element of a tensor over all ranks, some of which may have none."""
+    least = values.min() if len(values) else values.new_tensor(float('inf'))
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return least
+
+
 # ---- models ----
 
 

@@ -111,8 +111,8 @@ def cpo(pi_w, pi_l, n_w, *, beta):
     return -logsigmoid(beta * (pi_w - pi_l)) - pi_w / n_w
 
 def _log1mexp(x):
-    """log(1 - exp(x)) for x <= 0, finite in value and gradient: x is kept a rounding error below 0."""
-    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    """log(1 - exp(x)) for x <= 0, finite in value and gradient: x is kept a little below 0."""
+    x = x.clamp(max=-torch.finfo(x.dtype).eps ** 2)
     near = x > -0.6931471805599453  # each branch sees only arguments it can take, or its gradient would be NaN
     return torch.where(near, (-torch.expm1(x.where(near, -1.0))).log(), torch.log1p(-x.where(~near, -1.0).exp()))
 

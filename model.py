@@ -216,7 +216,7 @@ class _Head(torch.autograd.Function):
                     values = _per_token(raw.requires_grad_(), target[rows], config, divergence, ref)
                 (d_raw,) = torch.autograd.grad(values[:2], raw, tuple(grad[:2, rows]))
             else:  # one-hot minus softmax by hand: two passes over the logits where autograd takes five
-                scale = _post(torch.ones((), device=raw.device), config)
+                scale = _post(torch.ones((), dtype=raw.dtype, device=raw.device), config)
                 slope = grad[0, rows, None] * scale
                 d_raw = _post(raw, config).softmax(1).mul_(-slope).scatter_add_(1, target[rows, None], slope)
             d_raw = d_raw.to(weight.dtype)

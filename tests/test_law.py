@@ -1,0 +1,70 @@
+"""The law of the project: a step on 1, 2 or 4 ranks, in 1 or several microbatches, gives the same gradient.
+
+For every loss: 3 steps of 12 toy pairs, in float32; gradient norms, metrics, the loss's state and the parameters after
+the last step agree with those of one rank and one microbatch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+ONE, MANY = '4096', '110'  # tokens of a microbatch: the whole step, or two or three pairs
+SHARDINGS = [(1, MANY), (2, ONE), (2, MANY), (4, ONE), (4, MANY)]
+SPEED = ('_per_second', 'padding_share')
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('law')
+    environment = os.environ | {'OMP_NUM_THREADS': '1', 'NANOPREF_CACHE': str(folder / 'cache')}
+    for world in (1, 2, 4):
+        command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={world}', 'tests/law.py']
+        command += [str(folder / str(world)), ONE, MANY]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def cases():
+    import ast
+
+    tree = ast.parse((ROOT / 'tests/law.py').read_text())  # without running it
+    import losses
+
+    node = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == 'CASES')
+    return [*losses.LOSSES, *(ast.literal_eval(key) for key in node.right.keys)]
+
+
+def steps(folder):
+    rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith(SPEED)} for row in rows]
+
+
+@pytest.mark.parametrize('case', cases())
+def test_sharding_law(runs, case):
+    expected, weights = (
+        steps(runs / '1' / f'{case}-{ONE}'),
+        load_file(runs / '1' / f'{case}-{ONE}/model/model.safetensors'),
+    )
+    assert [row['split'] for row in expected] == ['check', 'train', 'train', 'train', 'eval']
+    assert all(row['grad_norm'] > 0 for row in expected[1:4])
+    for world, size in SHARDINGS:
+        folder = runs / str(world) / f'{case}-{size}'
+        for row, other in zip(expected, steps(folder), strict=True):
+            assert row.keys() == other.keys()
+            for key, value in row.items():
+                tolerance = 2e-4 if key.startswith(('state', 'loss', 'grad')) else 1e-4
+                assert other[key] == (pytest.approx(value, rel=tolerance, abs=2e-5) if key != 'split' else value), (
+                    key,
+                    world,
+                    size,
+                )
+        others = load_file(folder / 'model/model.safetensors')
+        assert others.keys() == weights.keys()
+        for name, w in weights.items():
+            assert (w - others[name]).norm() <= 1e-5 * w.norm(), (name, world, size)

@@ -1,0 +1,639 @@
+"""Every dataset's rules on small files in its own raw format (raw/, invented text), every format that any file may have,
+how a file is divided into training and test rows, and what is said of what cannot be read."""
+
+import gzip
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sources
+from configurator import UserError
+
+RAW = Path(__file__).parent / 'raw'
+NAMES = ['hh', 'shp', 'se', 'sharegpt', 'imdb', 'oasst', 'ultrafeedback', 'ultrachat', 'alpaca_eval', 'annotations']
+
+
+def raw(name):
+    return next(str(path) for path in RAW.iterdir() if path.name.partition('.')[0] == name)
+
+
+def load(name, file=None, **options):
+    """The examples of a sample file, {reason: count} of drops, {reason: count} of bad rows."""
+    options = {'whole': True, 'skip_bad_rows': True} | options
+    examples, left_out = sources.load_rows(f'{name}:{raw(file or name)}', 'train', **options)
+    bad = {k.removeprefix('bad rows: '): v for k, v in left_out.items() if k.startswith('bad rows: ')}
+    return examples, {k: v for k, v in left_out.items() if not k.startswith('bad rows: ')}, bad
+
+
+def write(path, rows):
+    """A file of rows in the format that its ending names."""
+    if path.name.endswith('.parquet'):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return str(path)
+    text = json.dumps(rows) if '.jsonl' not in path.name else ''.join(json.dumps(row) + '\n' for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.name.endswith('.gz') else text.encode())
+    return str(path)
+
+
+def user(text):
+    return {'role': 'user', 'content': text}
+
+
+def assistant(text):
+    return {'role': 'assistant', 'content': text}
+
+
+# ---- the datasets ----
+
+
+@pytest.mark.parametrize('name', ['hh', 'hh_helpful', 'hh_harmless'])
+def test_hh(name):
+    examples, drops, bad = load(name, 'hh')
+    assert examples[0] == {
+        'prompt': '\n\nHuman: How do I boil an egg?\n\nAssistant:',
+        'chosen': ' Put it into boiling water for eight minutes.',
+        'rejected': ' No idea.',
+    }
+    assert examples[1] == {
+        'prompt': '\n\nHuman: Name a colour.\n\nAssistant: Blue.'
+        '\n\nHuman: My script prints "Assistant: Blue." Why?\n\nAssistant:',
+        'chosen': ' Because it puts the speaker first.',
+        'rejected': ' It just does.',
+    }
+    assert (examples[2]['chosen'], examples[2]['rejected']) == (' Hello there!', '')  # the caller drops empty answers
+    assert examples[3]['prompt'] == examples[0]['prompt'] and len(examples) == 4
+    assert drops == {'chosen and rejected have different prompts': 1}
+    assert bad == {"no '\\n\\nAssistant:' in the dialogue": 1, "'rejected' is missing or of the wrong type": 1}
+
+
+def test_shp():
+    examples, drops, bad = load('shp')
+    tomatoes = '\n\nHuman: Why are my tomatoes yellow?\n\nAssistant:'
+    garlic = '\n\nHuman: Best time to plant garlic?\n\nAssistant:'
+    soil = ' Check the soil first, then the light.'
+    assert examples == [
+        {'prompt': tomatoes, 'chosen': ' Too much water.', 'rejected': ' They like music.', 'sft': soil},
+        {'prompt': tomatoes, 'chosen': soil, 'rejected': ' They like music.', 'sft': soil},
+        {'prompt': garlic, 'chosen': ' In autumn.', 'rejected': ' At noon.', 'sft': ' In autumn.'},
+    ]
+    assert drops == {'score ratio below 2': 2}
+    assert bad == {"'score_B' is missing or of the wrong type": 1, "'labels' is missing or of the wrong type": 1}
+
+
+def test_se():
+    examples, drops, bad = load('se')
+    code = (
+        ' Use <code>print</code>:\n\n'
+        '<code>for x in range(3):\n    print(x < 2 && "a")\n\n\nprint()\n</code>\n\nGood luck!'
+    )
+    assert examples[0] == {
+        'prompt': '\n\nHuman: How do I print in Python?\n\nI tried <code>echo</code>.\n\nAssistant:',
+        'chosen': code,
+        'rejected': ' Read the docs.',
+        'sft': code,
+    }
+    assert [(x['chosen'], x['rejected'], x['sft']) for x in examples[1:3]] == [
+        (' Water.', ' Tea.', ' Water.'),
+        (' Water.', ' Coffee.', ' Water.'),
+    ]
+    assert examples[3]['prompt'] == '\n\nHuman: Steps\n\nWhat\nnext?\n\nAssistant:'
+    assert examples[3]['chosen'] == ' - one thing\n- another, see this\n\nquoted'
+    assert len(examples) == 4 and drops == {'tie': 2}
+    assert bad == {"'text' is missing or of the wrong type": 1}
+
+
+@pytest.mark.parametrize(
+    'html, text',
+    [
+        ('no tags &amp; no &lt;p&gt;', 'no tags & no <p>'),
+        ('', ''),
+        ('<p>a</p><p>b</p>', 'a\n\nb'),
+        ('a<br/>b', 'a\nb'),
+        ('a  \n b <b> c</b>d', 'a b cd'),
+        ('<p>unclosed', 'unclosed'),
+        ('<p>x <a href="u>v">link</a>, y</p>', 'x link, y'),
+        ('<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>d', '- a\n- b\n- c\n\nd'),
+        ('<pre><code>  a\n\n\n  b</code></pre><p>c</p>', '<code>  a\n\n\n  b</code>\n\nc'),
+    ],
+)
+def test_strip_html(html, text):
+    assert sources.strip_html(html) == text
+
+
+def test_sharegpt():
+    examples, drops, bad = load('sharegpt')
+    assert examples == [
+        {'prompt': '\n\nHuman: Name a river.\n\nAssistant:', 'response': ' The Thames.'},
+        {'prompt': '\n\nHuman: What is 2 + 2?\n\nAssistant:', 'response': ' 4'},
+    ]
+    assert drops == {'does not begin with human, gpt': 3, 'special token in the text': 1}
+    assert bad == {"'value' is missing or of the wrong type": 1}
+    for num_turns in (2, 5):  # the third question of the first chat has no answer
+        first, second, other = load('sharegpt', num_turns=num_turns)[0]
+        assert first == examples[0] and other == examples[1]
+        prompt = first['prompt'] + ' The Thames.\n\nHuman: Another?\n\nAssistant:'
+        assert second == {'prompt': prompt, 'response': ' The Oder.'}
+
+
+def test_imdb():
+    examples, drops, bad = load('imdb')
+    expected = {
+        'prompt': 'I watched this film on a',
+        'chosen': ' rainy day and loved it.',
+        'rejected': ' plane and slept.',
+    }
+    assert examples[0] == expected
+    assert examples[2] == {'prompt': 'So so', 'chosen': ' soothing, so sound.', 'rejected': ' sour.'}
+    assert len(examples) == 3 and not drops and bad == {"the answers do not begin with 'text'": 1}
+
+
+def test_oasst():
+    examples, drops, bad = load('oasst')
+    ask, best, second = user('How do magnets work?'), 'The spins of electrons line up.', 'By their spins.'
+    assert examples == [
+        {'prompt': [ask], 'chosen': [assistant(best)], 'rejected': [assistant(second)]},
+        {'prompt': [ask], 'chosen': [assistant(second)], 'rejected': [assistant('Magic.')]},
+        {
+            'prompt': [ask, assistant(best), user('And fridge magnets?')],
+            'chosen': [assistant('Their poles lie in stripes.')],
+            'rejected': [assistant('They are weak.')],
+        },
+    ]
+    assert drops == {'no answer of the next better rank': 2}  # one is not there, one is German
+    assert bad == {'the conversation above the answer is not whole': 2}  # a gap; a circle
+
+
+@pytest.mark.parametrize('name', ['ultrafeedback', 'ultrafeedback_hybrid'])
+def test_ultrafeedback(name):
+    examples, drops, bad = load(name, 'ultrafeedback')
+    assert examples[1] == {
+        'prompt': [user('What is 7 x 6?')],
+        'chosen': [assistant('42')],
+        'rejected': [assistant('36')],
+    }
+    assert len(examples) == 2 and not drops and bad == {'chosen and rejected have different prompts': 2}
+
+
+def test_ultrachat():
+    examples, drops, bad = load('ultrachat')
+    assert examples[0] == {'prompt': [user('Plan a picnic.')], 'response': [assistant('Bring bread and cheese.')]}
+    assert len(examples) == 2 and drops == {'does not begin with user, assistant': 2}
+    assert bad == {"'messages' is missing or of the wrong type": 1}
+
+
+def test_alpaca_eval():
+    examples, drops, bad = load('alpaca_eval')
+    assert examples[:2] == [
+        {'prompt': '\n\nHuman: Name three fruits.\n\nAssistant:'},
+        {'prompt': '\n\nHuman: Explain tides\nin one line.\n\nAssistant:'},
+    ]
+    assert len(examples) == 3 and not drops and bad == {"'instruction' is missing or of the wrong type": 1}
+
+
+@pytest.mark.parametrize('source', ['annotations:' + raw('annotations'), raw('annotations')])
+def test_annotations(source):
+    """Named, or recognised by its fields."""
+    examples, left_out = sources.load_rows(source, 'train', whole=True, skip_bad_rows=True)
+    assert examples[0] == {'prompt': '\n\nHuman: Question 0?\n\nAssistant:', 'chosen': ' One 0.', 'rejected': ' Two 0.'}
+    assert [x['chosen'] for x in examples] == [' One 0.', ' Two 1.', ' One 4.', ' Two 5.']
+    assert [x['rejected'] for x in examples] == [' Two 0.', ' One 1.', ' Two 4.', ' One 5.']
+    assert left_out == {
+        'tie': 2,
+        'no verdict': 1,
+        "bad rows: 'preference' is not 0, null, or from 1 to 2": 1,
+        "bad rows: 'preference' is missing or of the wrong type": 1,
+    }
+
+
+def test_annotations_without_a_verdict(tmp_path):
+    row = {'instruction': 'q', 'output_1': 'a', 'output_2': 'b', 'preference': float('nan')}
+    source = write(tmp_path / 'annotations.json', [row])
+    assert sources.load_rows(source, 'train', whole=True) == ([], {'no verdict': 1})
+    with pytest.raises(UserError, match='annotations:PATH'):
+        sources.load_rows('annotations', 'train')
+
+
+def test_toy():
+    train, test = (sources.load_rows('toy', split) for split in ('train', 'test'))
+    assert (len(train[0]), len(test[0])) == (6000, 600) and not train[1] and train[0] != test[0]
+    assert set(train[0][0]) == {'prompt', 'chosen', 'rejected'} and sources.load_rows('toy', 'test')[0] == test[0]
+
+
+# ---- the hub ----
+
+
+@pytest.mark.parametrize(
+    'source, asked',
+    [
+        ('hh', ('Anthropic/hh-rlhf', 'test', {})),
+        ('hh_helpful', ('Anthropic/hh-rlhf', 'test', {'data_dir': 'helpful-base'})),
+        ('hh_harmless', ('Anthropic/hh-rlhf', 'test', {'data_dir': 'harmless-base'})),
+        ('shp', ('stanfordnlp/SHP', 'test', {})),
+        ('se', ('HuggingFaceH4/stack-exchange-preferences', 'train', {})),
+        (
+            'sharegpt',
+            (
+                'anon8231489123/ShareGPT_Vicuna_unfiltered',
+                'train',
+                {'data_files': 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json'},
+            ),
+        ),
+        ('imdb', ('insub/imdb_prefix20_forDPO_gpt2-large-imdb-FT_siebert_sentiment-roberta-large-english', 'test', {})),
+        ('oasst', ('OpenAssistant/oasst1', 'validation', {})),
+        ('ultrafeedback', ('HuggingFaceH4/ultrafeedback_binarized', 'test_prefs', {})),
+        ('ultrafeedback_hybrid', ('wzhouad/gemma-2-ultrafeedback-hybrid', 'test', {})),
+        ('ultrachat', ('HuggingFaceH4/ultrachat_200k', 'test_sft', {})),
+        ('alpaca_eval', ('json', 'train', {'data_files': 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'})),
+        ('owner/name', ('owner/name', 'test', {})),
+    ],
+)
+def test_what_is_asked_of_the_hub(monkeypatch, source, asked):
+    calls = []
+
+    def load_dataset(hub_id, split, **kwargs):
+        calls.append((hub_id, split, kwargs))
+        return []
+
+    monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=load_dataset))
+    assert sources.load_rows(source, 'test') == ([], {}) and calls and all(call == asked for call in calls)
+    assert sources.fingerprint(source, 'test') is None
+
+
+def test_hub_rows_and_errors(monkeypatch):
+    rows = [{'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}, {'prompt': 'p', 'chosen': 'a'}]
+    fake = SimpleNamespace(load_dataset=lambda hub_id, split: rows)
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
+    assert sources.load_rows('owner/name', 'test', skip_bad_rows=True)[0] == rows[:1]
+    with pytest.raises(UserError, match=r"owner/name \[test\], row 2: 'rejected' is missing"):
+        sources.load_rows('owner/name', 'test')
+
+    def refuse(hub_id, split):
+        raise ConnectionError('no network\nat all')
+
+    fake.load_dataset = refuse
+    with pytest.raises(UserError, match=r"^cannot load 'owner/name', split 'train', from the hub: no network$"):
+        sources.load_rows('owner/name', 'train')
+
+
+# ---- the formats of any file ----
+
+CHAT_PAIR = {'chosen': [assistant('blue')], 'rejected': [assistant('green')]}
+FORMATS = {
+    'explicit': (
+        {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'},
+        {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'},
+    ),
+    'implicit': (
+        {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'},
+        {'prompt': 'The sky is ', 'chosen': 'blue.', 'rejected': 'green.'},
+    ),
+    'implicit, words that begin alike': (
+        {'chosen': 'The sky is grey.', 'rejected': 'The sky is green.'},
+        {'prompt': 'The sky is', 'chosen': ' grey.', 'rejected': ' green.'},
+    ),
+    'implicit, after a colon': (
+        {'chosen': 'Human: hi\nAssistant:hello', 'rejected': 'Human: hi\nAssistant:hey'},
+        {'prompt': 'Human: hi\nAssistant:', 'chosen': 'hello', 'rejected': 'hey'},
+    ),
+    'implicit, nothing in common': (
+        {'chosen': 'grey', 'rejected': 'green'},
+        {'prompt': '', 'chosen': 'grey', 'rejected': 'green'},
+    ),
+    'explicit chat': (
+        {'prompt': [user('What colour?')], **CHAT_PAIR},
+        {'prompt': [user('What colour?')], **CHAT_PAIR},
+    ),
+    'implicit chat': (
+        {k: [user('What colour?'), *v] for k, v in CHAT_PAIR.items()},
+        {'prompt': [user('What colour?')], **CHAT_PAIR},
+    ),
+    'implicit chat, longer': (
+        {k: [user('a'), assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()},
+        {'prompt': [user('a'), assistant('b'), user('c')], **CHAT_PAIR},
+    ),
+    'prompt and completion': (
+        {'prompt': 'The sky is', 'completion': ' blue.'},
+        {'prompt': 'The sky is', 'response': ' blue.'},
+    ),
+    'prompt and completion chat': (
+        {'prompt': [user('What colour?')], 'completion': [assistant('blue')]},
+        {'prompt': [user('What colour?')], 'response': [assistant('blue')]},
+    ),
+    'thumb up': (
+        {'prompt': 'The sky is', 'completion': ' blue.', 'label': True},
+        {'prompt': 'The sky is', 'response': ' blue.', 'good': True},
+    ),
+    'thumb down': (
+        {'prompt': 'The sky is', 'completion': ' green.', 'label': False},
+        {'prompt': 'The sky is', 'response': ' green.', 'good': False},
+    ),
+    'ours': (
+        {'prompt': 'The sky is', 'response': ' blue.', 'good': False},
+        {'prompt': 'The sky is', 'response': ' blue.', 'good': False},
+    ),
+    'ours, for sft': (
+        {'prompt': 'The sky is', 'response': ' blue.'},
+        {'prompt': 'The sky is', 'response': ' blue.'},
+    ),
+    'messages': (
+        {'messages': [user('a'), assistant('b'), user('c'), assistant('d')]},
+        {'prompt': [user('a'), assistant('b'), user('c')], 'response': [assistant('d')]},
+    ),
+    'text': ({'text': 'The sky is blue.'}, {'prompt': '', 'response': 'The sky is blue.'}),
+    'prompt only': ({'prompt': 'The sky is'}, {'prompt': 'The sky is'}),
+    'prompt only chat': ({'prompt': [user('What colour?')]}, {'prompt': [user('What colour?')]}),
+}
+
+
+@pytest.mark.parametrize('ending', sources.ENDINGS)
+@pytest.mark.parametrize('name', FORMATS)
+def test_formats(tmp_path, name, ending):
+    row, example = FORMATS[name]
+    more = {'id': 7, 'score': 0.5}  # other fields do not matter
+    path = write(tmp_path / f'data{ending}', [row, row | more])
+    assert sources.load_rows(path, 'train', whole=True) == ([example] * 2, {})
+
+
+@pytest.mark.parametrize(
+    'row, reason',
+    [
+        ({'prompt': 'p', 'chosen': 'a'}, "'rejected' is missing or of the wrong type"),
+        ({'prompt': 'p', 'rejected': 'a'}, "'chosen' is missing or of the wrong type"),
+        ({'prompt': 'p', 'chosen': 'a', 'rejected': None}, "'rejected' is missing or of the wrong type"),
+        ({'prompt': 'p', 'chosen': 'a', 'rejected': [assistant('b')]}, "'chosen' is text and 'rejected' is chat"),
+        ({'prompt': 3, 'chosen': 'a', 'rejected': 'b'}, "'prompt' is missing or of the wrong type"),
+        ({'prompt': 'p', 'chosen': [{'role': 'assistant'}], 'rejected': []}, "'content' is missing"),
+        ({'prompt': 'p', 'completion': 'a', 'label': 1}, "'label' is missing or of the wrong type"),
+        ({'prompt': 'p', 'response': 'a', 'good': 'yes'}, "'good' is missing or of the wrong type"),
+        ({'response': 'a'}, "'prompt' is missing"),
+        ({'messages': 'hello'}, "'messages' is missing"),
+        ({'messages': []}, "'messages'"),
+        ({'messages': ['hello']}, "'role' is missing"),
+        ({'messages': [assistant('a'), user('b')]}, "'messages'"),  # nothing to learn
+        ({'text': None}, "'text' is missing"),
+        ({'question': 'q'}, "'prompt' is missing"),
+        ({}, "'prompt' is missing"),
+        ([], 'not an object with named fields'),
+        ('text', 'not an object with named fields'),
+        (None, 'not an object with named fields'),
+    ],
+)
+def test_bad_rows(tmp_path, row, reason):
+    good = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
+    for name, where in (('data.jsonl', 'line 2'), ('data.json', 'row 2')):
+        path = write(tmp_path / name, [good, row, good, row])
+        with pytest.raises(UserError) as info:
+            sources.load_rows(path, 'train', whole=True)
+        message = str(info.value)
+        assert message.startswith(f'{path}, {where}: ') and reason in message and '--skip_bad_rows' in message
+        examples, left_out = sources.load_rows(path, 'train', whole=True, skip_bad_rows=True)
+        assert examples == [good] * 2
+        assert list(left_out.values()) == [2] and reason in next(iter(left_out))
+
+
+def test_broken_lines(tmp_path):
+    good = json.dumps({'prompt': 'p', 'response': 'a'}).encode()
+    lines = [good, b'{"prompt": "p", ', good, b'nonsense', b'{"prompt": "\xff\xfe", "response": "a"}', b'[' * 100_000]
+    for name, content in (('data.jsonl', b'\n'.join(lines)), ('data.jsonl.gz', gzip.compress(b'\n'.join(lines)))):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(UserError) as info:
+            sources.load_rows(str(path), 'train', whole=True)
+        assert str(info.value).startswith(f'{path}, line 2: not valid JSON (')
+        assert 'line' not in str(info.value).partition('(')[2]  # lines of what is one line would confuse
+        examples, left_out = sources.load_rows(str(path), 'train', whole=True, skip_bad_rows=True)
+        assert len(examples) == 2 and sum(left_out.values()) == 4
+
+
+def test_blank_lines_are_no_rows(tmp_path):
+    path = tmp_path / 'data.jsonl'
+    path.write_text('\n{"text": "a"}\n\n{"text": "b"}\r\n{"text": 5}\n  \n')
+    with pytest.raises(UserError, match='line 5'):
+        sources.load_rows(str(path), 'train', whole=True)
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n\r\n')  # some editors begin with a mark
+    assert [x['response'] for x in sources.load_rows(str(path), 'train', whole=True)[0]] == ['a', 'b']
+
+
+@pytest.mark.parametrize(
+    'name, content, words',
+    [
+        ('data.json', b'[\n{"prompt": "p"},\n{"prompt": }\n]', 'data.json, line 3: not valid JSON'),
+        ('data.json', b'{"prompt": "p", "response": "a"}', 'data.json: not a list of rows'),
+        ('data.json', b'{"text": "a"}\n{"text": "b"}', 'data.json, line 2: not valid JSON'),
+        ('data.json', b'', 'data.json, line 1: not valid JSON'),
+        ('data.json', b'\xff\xfe\x00\x01\x80', 'cannot read'),
+        ('data.json', b'[' * 100_000, 'cannot read'),
+        ('data.jsonl.gz', b'not gzip', 'cannot read'),
+        ('data.json.gz', gzip.compress(b'[{"text": "a"}]', mtime=0)[:-6], 'cannot read'),
+        ('data.jsonl.gz', gzip.compress(b'', mtime=0)[:10] + b'\xff' * 30, 'cannot read'),
+        ('data.parquet', b'PAR1 not really', 'cannot read'),
+        ('data.parquet', b'', 'cannot read'),
+        ('data.csv', b'prompt,response\np,a\n', 'data files end in .jsonl'),
+        ('data', b'{"text": "a"}', 'data files end in .jsonl'),
+    ],
+    ids=str,
+)
+def test_unreadable_files(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    for skip in (False, True):  # this is no matter of a row
+        with pytest.raises(UserError) as info:
+            sources.load_rows(str(path), 'train', skip_bad_rows=skip)
+        assert words in str(info.value) and str(path) in str(info.value) and '\n' not in str(info.value)
+
+
+@pytest.mark.parametrize('source', ['nothing', 'missing.jsonl', 'some/missing.jsonl', 'a/b/c', 'hhh', 'HH'])
+def test_unknown_sources(source):
+    with pytest.raises(UserError) as info:
+        sources.load_rows(source, 'train')
+    message = str(info.value)
+    assert repr(source) in message and 'none of the known datasets' in message
+    known = message.rpartition(': ')[2].split(', ')
+    assert known == sorted(known) and {*NAMES, 'toy', 'hh_helpful'} <= set(known)
+
+
+@pytest.mark.parametrize('source', ['hh:missing.jsonl', 'annotations:missing.json', 'nothing:missing'])
+def test_missing_paths(source):
+    for read in (sources.load_rows, sources.fingerprint):  # the second comes first where tokens are cached
+        with pytest.raises(UserError, match='no file or folder .*missing'):
+            read(source, 'train')
+
+
+# ---- training and test rows ----
+
+
+def pairs(n, prompts):
+    return [{'prompt': f'p{i % prompts}', 'chosen': f'a{i}', 'rejected': 'b'} for i in range(n)]
+
+
+def answers(source, split, **options):
+    return [x.get('chosen') or x['response'] for x in sources.load_rows(source, split, **options)[0]]
+
+
+def assert_divided(source, rows):
+    """Train and test rows: all of them, each once, in order, about 1 in 20 of the prompts for testing."""
+    train, test = (sources.load_rows(source, split)[0] for split in ('train', 'test'))
+    in_train, in_test = ({str(x['prompt']) for x in part} for part in (train, test))
+    assert len(train) + len(test) == len(rows) and not in_train & in_test
+    position = {str(x): i for i, x in enumerate(rows)}
+    for part in (train, test):
+        order = [position[str(x)] for x in part]
+        assert order == sorted(set(order))
+    assert 0.02 < len(in_test) / len(in_train | in_test) < 0.09
+
+
+def test_one_file_is_divided_by_its_prompts(tmp_path):
+    rows = pairs(2000, prompts=500)
+    path = write(tmp_path / 'data.jsonl', rows)
+    assert_divided(path, rows)
+    assert sources.load_rows(path, 'train', whole=True)[0] == sources.load_rows(path, 'test', whole=True)[0] == rows
+    chats = [{'prompt': [user(row['prompt'])], 'response': [assistant(row['chosen'])]} for row in rows]
+    assert_divided(write(tmp_path / 'chats.jsonl', chats), chats)
+    # which prompts are held out depends on the prompts alone
+    path, other = (write(tmp_path / name, x) for name, x in (('a.jsonl', rows), ('b.json', rows[::-1] + pairs(9, 9))))
+    held_out = [{x['prompt'] for x in sources.load_rows(source, 'test')[0]} for source in (path, other)]
+    assert held_out[0] == held_out[1]
+
+
+def test_one_file_of_a_dataset_is_divided(tmp_path):
+    rows = [{'text': f'film {i}', 'chosen': f'film {i} good', 'rejected': f'film {i} bad'} for i in range(500)]
+    source = 'imdb:' + write(tmp_path / 'imdb.jsonl', rows)
+    parsed = [{'prompt': row['text'], 'chosen': ' good', 'rejected': ' bad'} for row in rows]
+    assert_divided(source, parsed)
+
+
+@pytest.mark.parametrize('name', ['se', 'sharegpt'])
+def test_a_dataset_without_a_test_split_is_divided(monkeypatch, name):
+    def rows(hub_id, split, **kwargs):
+        assert split == 'train'
+        if name == 'se':
+            replies = [{'pm_score': 1, 'text': 'x'}, {'pm_score': 2, 'text': 'y'}]
+            return [{'question': f'q{i}', 'answers': replies} for i in range(500)]
+        turns = [('human', 'a'), ('gpt', 'b')]
+        return [{'conversations': [{'from': k, 'value': f'{v}{i}'} for k, v in turns]} for i in range(500)]
+
+    monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=rows))
+    train, test = ({x['prompt'] for x in sources.load_rows(name, split)[0]} for split in ('train', 'test'))
+    assert len(train) + len(test) == 500 and not train & test and 10 < len(test) < 45
+    assert len(sources.load_rows(name, 'test', whole=True)[0]) == 500
+
+
+def test_a_folder_with_train_and_test_files(tmp_path):
+    write(tmp_path / 'train-00001.jsonl', [{'text': 'c'}])
+    write(tmp_path / 'train-00000.parquet', [{'text': 'a'}, {'text': 'b'}])
+    write(tmp_path / 'test.json', [{'text': 'd'}])
+    (tmp_path / 'README.md').write_text('about train and test')
+    assert answers(str(tmp_path), 'train') == ['a', 'b', 'c'] and answers(str(tmp_path), 'test') == ['d']
+    assert answers(str(tmp_path), 'train', whole=True) == ['a', 'b', 'c']
+    (tmp_path / 'test.json').unlink()
+    with pytest.raises(UserError, match='has no test file'):
+        sources.load_rows(str(tmp_path), 'test')
+    with pytest.raises(UserError, match='has no train file'):
+        sources.load_rows('hh:' + str(RAW), 'train')
+
+
+def test_folders_and_files_that_only_seem_to_name_a_split(tmp_path):
+    folder = tmp_path / 'latest test of training'  # the name of the folder itself says nothing
+    (folder / 'test').mkdir(parents=True)
+    write(folder / 'latest_train.jsonl', [{'text': 'a'}])
+    write(folder / 'test' / 'part.jsonl', [{'text': 'b'}])
+    assert answers(str(folder), 'train') == ['a'] and answers(str(folder), 'test') == ['b']
+
+
+@pytest.mark.parametrize('file', ['data.jsonl', 'train.jsonl'])
+def test_a_folder_of_one_file_is_divided_as_the_file_is(tmp_path, file):
+    rows = pairs(1000, prompts=500)
+    write(tmp_path / file, rows)
+    assert_divided(str(tmp_path), rows)
+
+
+def test_raw_files_in_a_folder(tmp_path):
+    rows = [json.loads(line) for line in Path(raw('oasst')).read_text().splitlines()]
+    write(tmp_path / 'train.jsonl', rows[:7])
+    write(tmp_path / 'validation.jsonl', rows)
+    source = f'oasst:{tmp_path}'
+    assert [len(sources.load_rows(source, s, skip_bad_rows=True)[0]) for s in ('train', 'test')] == [2, 3]
+    assert sources.fingerprint(source, 'train') and sources.fingerprint(source, 'test')
+
+
+# ---- hashes ----
+
+
+def test_fingerprints(tmp_path):
+    path = write(tmp_path / 'data.jsonl', [{'text': 'a'}])
+    write(tmp_path / 'train.jsonl', [{'text': 'a'}])
+    write(tmp_path / 'test.jsonl', [{'text': 'b'}])
+
+    def stamps():
+        names = [(path, 'train'), (f'hh:{path}', 'train'), (str(tmp_path), 'train'), (str(tmp_path), 'test')]
+        return [sources.fingerprint(*name) for name in names]
+
+    before = stamps()
+    assert None not in before and len(set(before)) == 4 and before == stamps()
+    assert sources.fingerprint('toy', 'train') and sources.fingerprint('owner/name', 'train') is None
+    write(tmp_path / 'train.jsonl', [{'text': 'x'}])
+    assert [a == b for a, b in zip(before, stamps(), strict=True)][:3] == [True, True, False]
+    write(tmp_path / 'data.jsonl', [{'text': 'x'}])
+    assert [a == b for a, b in zip(before, stamps(), strict=True)][:3] == [False] * 3
+
+
+def test_content_hash():
+    assert sources.content_hash('a', 'b') == sources.content_hash('a', 'b') < 2**64
+    hashes = [('a', 'b'), ('ab',), ('b', 'a'), ('a', ['b']), ('a', 'b', ''), (['a', 'b'],), ('é',), ('\ud800',)]
+    assert len({sources.content_hash(*x) for x in hashes}) == len(hashes)
+    assert sources.content_hash({'a': 1, 'b': 2}) == sources.content_hash({'b': 2, 'a': 1})
+    assert sources.content_hash('p') == 0x9715B4127127EFDE  # so the held-out part is the same on every machine, always
+
+
+# ---- any row ----
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_whatever_a_row_lacks_it_is_bad_or_good_and_nothing_else(tmp_path, monkeypatch, name):
+    text = Path(raw(name)).read_text()
+    rows = json.loads(text) if text.startswith('[') else [json.loads(line) for line in text.splitlines()]
+    fake = SimpleNamespace(load_dataset=lambda *args, **kwargs: changed)
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
+    for i, row in enumerate(rows):
+        lacking = [{k: v for k, v in row.items() if k != key} for key in row]
+        for wrong in lacking + [{**row, key: v} for key in row for v in (None, 7, 'x', [], [7], [[]], [{}])]:
+            changed = rows[:i] + [wrong] + rows[i + 1 :]
+            source = f'{name}:' + write(tmp_path / 'rows.json', changed) if name == 'annotations' else name
+            examples, left_out = sources.load_rows(source, 'train', whole=True, skip_bad_rows=True)
+            assert all({'prompt'} <= set(x) <= {'prompt', 'chosen', 'rejected', 'sft', 'response'} for x in examples)
+            assert isinstance(left_out, Counter)
+
+
+CONTENT = st.none() | st.booleans() | st.integers() | st.text(max_size=4)
+ANY = st.recursive(CONTENT, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x), max_leaves=4)
+ROLE = st.sampled_from(['user', 'assistant'])
+CHAT = st.lists(st.fixed_dictionaries({'role': ROLE, 'content': st.text(max_size=2)}), max_size=3)
+FIELDS = ['prompt', 'chosen', 'rejected', 'response', 'good', 'completion', 'label', 'messages', 'text', 'preference']
+FIELDS += ['output_1', 'output_2', 'instruction']
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=4) | CHAT | ANY)
+    | st.fixed_dictionaries({'chosen': CHAT | ANY, 'rejected': CHAT | ANY})
+)
+def test_any_row_parses_or_is_bad(row):
+    try:
+        examples = sources.parse_any(sources.Row(row))
+    except ValueError as error:
+        assert str(error)
+        return
+    for example in examples:
+        if 'drop' not in example:
+            assert isinstance(example['prompt'], str | list)
+            assert {type(example[k]) for k in ('chosen', 'rejected', 'response') if k in example} <= {str, list}
+            assert isinstance(example.get('good', True), bool)
