@@ -167,7 +167,7 @@ train = train if paired else train.keep(frac_good, frac_bad, seed)
 held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test')).select(slice(n_eval_examples))
 total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(
-    f'data: {len(train)} training and {len(held_out)} evaluation examples; {dict(train.left_out) or "nothing left out"}'
+    f'data: {len(train)} training and {len(held_out)} evaluation examples; {dict(+train.left_out) or "nothing left out"}'
 )
 
 build = partial(load_model, model, trust_remote_code=trust_remote_code, seed=seed)

@@ -121,7 +121,8 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
         model.gradient_checkpointing_enable()
     half = dtype == 'bfloat16'
     if half and not train:
-        model.to(torch.bfloat16)
+        for p in model.parameters():  # not model.to: rotary frequencies must stay float32
+            p.data = p.data.to(torch.bfloat16)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
     for block in blocks(model):
@@ -182,6 +183,7 @@ def make_optimizer(name, model, lr, weight_decay):
 
 def scale_and_clip_(model, scale, max_norm):
     """Multiply the gradients (a mean over ranks of sums) by scale, clip them, and return their norm before clipping."""
+    model.reshard()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     norm = (norm.full_tensor() if hasattr(norm, 'full_tensor') else norm).item() * scale
@@ -195,6 +197,7 @@ def scale_and_clip_(model, scale, max_norm):
 def _tensors(model, optimizer):
     """name -> the live tensors of weights and optimizer, tied ones once: loading writes into them."""
     tensors = {}
+    model.reshard()  # after a forward without backward the root still shows its gathered parameters, not the optimizer's
     for name, p in model.named_parameters():
         tensors[f'model.{name}'] = p.detach()
         for key, value in optimizer.state[p].items():
@@ -230,6 +233,7 @@ def latest_checkpoint(out_dir):
 
 def load_checkpoint(folder, model, optimizer):
     """Load a checkpoint, written on any number of ranks, into model and optimizer. Returns its state."""
+    model.reshard()
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     for group in optimizer.param_groups:
@@ -249,6 +253,7 @@ def load_checkpoint(folder, model, optimizer):
 
 def export(model, tokenizer, build, folder):
     """Write a normal Hugging Face folder: safetensors, config, tokenizer. build as in shard."""
+    model.reshard()
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     unique = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
 

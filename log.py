@@ -83,7 +83,8 @@ class Log:
         for sink in self.sinks:
             sink(row)
         self.bar.update(examples - self.bar.n)
-        if split != 'train' or examples // self.every > (examples - metrics['counters/step_examples']) // self.every:
+        before = examples - metrics.get('counters/step_examples', 0)
+        if split == 'eval' or examples // self.every > before // self.every:
             self.say(self.line(row))
 
     def line(self, row):

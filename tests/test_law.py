@@ -42,28 +42,18 @@ def cases():
 
 def steps(folder):
     rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith(SPEED)} for row in rows]
+    return [{k: v for k, v in row.items() if not k.endswith((*SPEED, 'split'))} for row in rows]
 
 
 @pytest.mark.parametrize('case', cases())
 def test_sharding_law(runs, case):
-    expected, weights = (
-        steps(runs / '1' / f'{case}-{ONE}'),
-        load_file(runs / '1' / f'{case}-{ONE}/model/model.safetensors'),
-    )
-    assert [row['split'] for row in expected] == ['check', 'train', 'train', 'train', 'eval']
-    assert all(row['grad_norm'] > 0 for row in expected[1:4])
+    reference = runs / '1' / f'{case}-{ONE}'
+    expected, weights = steps(reference), load_file(reference / 'model/model.safetensors')
+    assert [row.get('grad_norm', 0) > 0 for row in expected] == [False, True, True, True, False]
     for world, size in SHARDINGS:
         folder = runs / str(world) / f'{case}-{size}'
         for row, other in zip(expected, steps(folder), strict=True):
-            assert row.keys() == other.keys()
-            for key, value in row.items():
-                tolerance = 2e-4 if key.startswith(('state', 'loss', 'grad')) else 1e-4
-                assert other[key] == (pytest.approx(value, rel=tolerance, abs=2e-5) if key != 'split' else value), (
-                    key,
-                    world,
-                    size,
-                )
+            assert other == pytest.approx(row, rel=5e-4, abs=5e-5), (world, size)
         others = load_file(folder / 'model/model.safetensors')
         assert others.keys() == weights.keys()
         for name, w in weights.items():
