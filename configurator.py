@@ -8,10 +8,11 @@ Only names that the script declares above that call may be set. A user's mistake
 """
 
 import ast
+import contextlib
 import difflib
-import math
 import os
 import sys
+import traceback
 import types
 
 
@@ -19,13 +20,18 @@ class UserError(ValueError):
     """A mistake of the user: what is wrong, where, what to do. Printed without a traceback, exit code 2."""
 
 
-def _excepthook(kind, error, traceback):
+def _excepthook(kind, error, trace):
     if not issubclass(kind, UserError):
-        return sys.__excepthook__(kind, error, traceback)
-    if os.environ.get('RANK', '0') == '0':  # every rank raises the same error; one says it
-        print(f'error: {error}', file=sys.stderr, flush=True)
+        return sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
+    if main_rank():  # every rank raises the same error; one says it
+        print(f'error: {error}', file=sys.stderr, flush=True)
     os._exit(2)  # not sys.exit: threads of the process group can abort an ordinary exit, with another code
+
+
+def main_rank():
+    """Whether this process is the one that talks to the user."""
+    return os.environ.get('RANK', '0') == '0'
 
 
 class Config(dict):
@@ -38,7 +44,7 @@ class Config(dict):
         for name in options:
             if self.origin[name] == 'command line':
                 raise UserError(f'--{name} has no effect: {why}')
-            if self.origin[name] != 'default' and os.environ.get('RANK', '0') == '0':
+            if self.origin[name] != 'default' and main_rank():
                 print(f'note: {name} of {self.origin[name]} has no effect: {why}')
 
 
@@ -75,40 +81,38 @@ def configure(scope, argv=None):
 
 
 def _declared(path):
-    """The options of a script: name -> (allowed type names, comment), from its top-level constants, in order."""
+    """The options of a script: name -> (allowed type names, comment), from its constants above configure, in order."""
     with open(path, encoding='utf-8') as file:
         source = file.read()
-    lines, options = source.splitlines(), {}
+    options = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            if isinstance(node.value, ast.Call):
-                break  # config = configure(globals())
-            if isinstance(node, ast.AnnAssign):
-                allowed = [part.strip() for part in ast.unparse(node.annotation).split('|')]
-            else:
-                allowed = [type(ast.literal_eval(node.value)).__name__]
-            options[target.id] = (allowed, lines[node.end_lineno - 1].partition('  # ')[2])
+        if isinstance(node, ast.AnnAssign):
+            name, allowed = node.target.id, ast.unparse(node.annotation).split(' | ')
+        elif isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call):
+            name, allowed = node.targets[0].id, [type(ast.literal_eval(node.value)).__name__]
+        elif isinstance(node, ast.Assign):
+            break  # config = configure(globals())
+        else:
+            continue
+        options[name] = allowed, source.splitlines()[node.end_lineno - 1].partition('  # ')[2]
     return options
 
 
 def _read_file(path):
     """(name, value, 'file, line n') for every public name that a config file assigns."""
+    names = {}
     try:
         with open(path, encoding='utf-8') as file:
             source = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or 'not a text file'
-        raise UserError(f'cannot read the config file {path}: {reason}') from None
-    names = {}
-    try:
         exec(compile(source, path, 'exec'), names)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f'cannot read the config file {path}: {getattr(error, "strerror", "not a text file")}'
+        ) from None
     except Exception as error:  # whatever a config file can raise is the user's to mend
         line = getattr(error, 'lineno', None)
-        trace = error.__traceback__
-        while trace and not line:
-            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else None
-            trace = trace.tb_next
+        for frame in traceback.extract_tb(error.__traceback__):
+            line = frame.lineno if frame.filename == path else line
         raise UserError(f'{path}, line {line or 1}: {type(error).__name__}: {getattr(error, "msg", error)}') from None
     lines = {
         n.id: n.lineno for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name) and type(n.ctx) is ast.Store
@@ -120,30 +124,27 @@ def _read_file(path):
 
 def _parse(name, text, options):
     """The value that a flag's text means under the option's declared types."""
-    allowed = options[name][0] if name in options else ['str']
+    allowed = options[name][0] if name in options else ()
     if 'None' in allowed and text.lower() in ('none', 'null'):
         return None
-    if 'bool' in allowed and text.lower() in ('true', 'false', '1', '0', 'yes', 'no'):
-        return text.lower() in ('true', '1', 'yes')
+    if 'bool' in allowed and text.lower() in ('true', 'false'):
+        return text.lower() == 'true'
     for kind in (int, float):
         if kind.__name__ in allowed:
-            try:
+            with contextlib.suppress(ValueError):
                 return kind(text)
-            except ValueError:
-                pass
     return text
 
 
 def _check(name, value, options, where):
-    """The value, with an int promoted to a float option. Raises UserError for an unknown name or a wrong type."""
+    """The value, an int promoted to float where a float is declared. Raises UserError for an unknown name or wrong type."""
     if name not in options:
         near = difflib.get_close_matches(name, options, 1)
         hint = f'did you mean {near[0]}?' if near else '--help lists the options'
         raise UserError(f'{where}: unknown option {name!r}; {hint}')
     allowed = options[name][0]
-    kind = 'None' if value is None else type(value).__name__
-    if kind == 'int' and 'float' in allowed and 'int' not in allowed:
-        kind, value = 'float', float(value)
-    if kind not in allowed or (kind == 'float' and math.isnan(value)):
+    if type(value) is int and 'int' not in allowed and 'float' in allowed:
+        value = float(value)
+    if ('None' if value is None else type(value).__name__) not in allowed or value != value:
         raise UserError(f'{where}: {name} must be {" or ".join(allowed)}, not {value!r}')
     return value

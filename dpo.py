@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from torch import no_grad
 
+import checkpoint
 import fsdp
 import generate
 import log
 import losses
 from configurator import UserError, configure
 from data import Examples, microbatches, pack_probe, prefetch, steps
-from model import RISKS, check_tokenizer, core, kl, load_model, load_tokenizer, packing_error
+from model import can_pack, check_tokenizer, core, load_model, load_tokenizer
+from risks import RISKS, kl
 from tokenise import load_examples
 
 # model and data
@@ -127,10 +129,7 @@ options_used |= {'importance', 'importance_max'} if paired and has_ref else set(
 special = ['beta', 'label_smoothing', 'reference_free', 'average', 'rho', 'a', 'alpha', 'risk', 'mu', 'w_good', 'w_bad',
            'delta', 'lam', 'gamma', 'tau', 'sft_coef', 'importance', 'importance_max', 'frac_good', 'frac_bad']  # fmt: skip
 config.ignored([o for o in special if o not in options_used], f'the loss {loss} does not use it')
-if not importance:
-    config.ignored(['importance_max'], 'importance is off')
-if not paired:
-    config.ignored(['noise_rate'], 'it flips pairs, and this loss trains on single answers')
+config.ignored([] if importance else ['importance_max'], 'importance is off')
 if label_smoothing is None:
     label_smoothing = 0.1 if loss in ('cdpo', 'robust', 'exo') else 0.0
 if not 0 <= label_smoothing < 0.5 or (loss == 'exo' and label_smoothing == 0):
@@ -154,7 +153,7 @@ def call(fn, columns, **more):
 rank, world, device = fsdp.setup()
 if batch_size < max(world, 2 if loss == 'kto' else 1):
     raise UserError(
-        f'batch_size {batch_size} is smaller than the {world} ranks' if batch_size < world else 'kto needs 2'
+        f'batch_size {batch_size} is too small: {world} ranks need one example each, and kto two to compare'
     )
 fsdp.on_one_rank(lambda: log.open_run(out_dir, config, resume))
 tokenizer = load_tokenizer(model, trust_remote_code)
@@ -178,13 +177,7 @@ if needs_ref:
     ref = fsdp.shard(build_ref, device, dtype=dtype, train=False)
     check_tokenizer(tokenizer, ref, ref_model or model)
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-if pack:
-    error = packing_error(policy, *pack_probe(train, device))
-    if error > (0.03 if dtype == 'bfloat16' else 1e-4):
-        log.say(
-            f'note: this architecture cannot be packed (log-probs differ by {error:.1%}): batches are padded instead'
-        )
-        pack = False
+pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
 for m in [policy, ref] if needs_ref else [policy]:
     core(m).set_attn_implementation('packed' if pack else 'sdpa')
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix,
@@ -264,7 +257,25 @@ def run_step(first, index, batches, mismatched, thumbs, state, train):
         if train:
             (step_weight * l * real).sum().backward()
         parts.append(columns | {'loss': l, 'weight': w, 'step_weight': step_weight})
-    return gather(parts, batches, len(index)) | thumbs, new
+    more = {} if paired else {'good': thumbs['good'], 'z': extra.get('z', torch.zeros(len(index)))}
+    return gather(parts, batches, len(index)) | more, new
+
+
+def one_side(whole, side):
+    """pi, ref, n, div of the chosen (True) or the rejected (False) answers, from the columns of a step."""
+    if not paired:
+        return {k: v[whole['good'] == side] for k, v in whole.items()}
+    return {k[:-2]: v for k, v in whole.items() if k.endswith('_w' if side else '_l')}
+
+
+def reward(c):
+    """The loss's own implicit reward, from what the loss itself uses."""
+    uses = (
+        ['ref'] * has_ref + ['div'] * bool(divergence) + ['n'] * ('n_l' in columns_used and (loss != 'ipo' or average))
+    )
+    return losses.reward(
+        c['pi'], **{k: c[k] for k in uses}, **{k: options[k] for k in ('beta', 'alpha') if k in options_used}
+    )
 
 
 def summary(whole, split):
@@ -273,32 +284,23 @@ def summary(whole, split):
     value = (w * l).sum() / w.sum()
     if beta_prime:  # the objective whose gradient the weights give: -beta' log of the weighted mean of exp(-l / beta')
         value = -beta_prime * ((w.log() - l / beta_prime).logsumexp(0) - w.sum().log())
-    metrics = {f'loss/{split}': value}
-    uses = {name for name in ('ref', 'div') if {name, f'{name}_w'} & columns_used or (name == 'ref' and has_ref)}
-    uses |= {'n'} if 'n_l' in columns_used and not (loss == 'ipo' and not average) else set()
-    sides = {'chosen': 'w', 'rejected': 'l'} if paired else {'chosen': whole['good'], 'rejected': ~whole['good']}
-    values = {}
-    for side, s in sides.items():
-        c = {
-            k: whole[f'{k}_{s}'] if paired else whole[k][s]
-            for k in ('pi', 'ref', 'n', 'div')
-            if f'{k}_w' in whole or k in whole
-        }
-        scale = {k: options[k] for k in ('beta', 'alpha') if k in options_used}
-        values[side] = losses.reward(c['pi'], **{k: c[k] for k in uses}, **scale)
-        metrics |= {f'rewards_{split}/{side}': values[side].mean(), f'logps_{split}/{side}': c['pi'].mean(),
+    metrics, chosen, rejected = {f'loss/{split}': value}, one_side(whole, True), one_side(whole, False)
+    for side, c in (('chosen', chosen), ('rejected', rejected)):
+        metrics |= {f'rewards_{split}/{side}': reward(c).mean(), f'logps_{split}/{side}': c['pi'].mean(),
                     f'length_{split}/{side}': c['n'].mean()}  # fmt: skip
         if needs_ref:  # estimates of KL(reference || policy), as if the answers came from the reference
             gap = c['ref'] - c['pi']
             metrics |= {f'kl_{split}/{side}': gap.mean(), f'kl_{split}/{side}_per_token': gap.sum() / c['n'].sum()}
         if divergence:
             metrics[f'divergence_{split}/{side}_per_token'] = c['div'].sum() / c['n'].sum()
-    metrics[f'rewards_{split}/margins'] = values['chosen'].mean() - values['rejected'].mean()
-    if paired:
-        metrics[f'rewards_{split}/accuracies'] = (values['chosen'] > values['rejected']).double().mean()
-        if needs_ref:
-            d = (whole['pi_w'] - whole['ref_w']) - (whole['pi_l'] - whole['ref_l'])
-            metrics[f'logratio_{split}/accuracies'] = (d > 0).double().mean()
+    metrics[f'rewards_{split}/margins'] = reward(chosen).mean() - reward(rejected).mean()
+    right = (
+        reward(chosen) > reward(rejected) if paired else (reward(whole) > options['beta'] * whole['z']) == whole['good']
+    )
+    metrics[f'rewards_{split}/accuracies'] = right.double().mean()
+    if paired and needs_ref:
+        right = chosen['pi'] - chosen['ref'] > rejected['pi'] - rejected['ref']
+        metrics[f'logratio_{split}/accuracies'] = right.double().mean()
     return {k: round(v.item(), 10) for k, v in metrics.items() if v == v}
 
 
@@ -340,11 +342,11 @@ def sample(examples_seen):
 
 state = {'statistic': {}}
 start = 0
-checkpoint = fsdp.latest_checkpoint(out_dir) if resume else None
-if checkpoint:
-    state = fsdp.load_checkpoint(checkpoint, policy, optim)
+latest = checkpoint.latest(out_dir) if resume else None
+if latest:
+    state = checkpoint.load(latest, policy, optim)
     start = state.pop('examples')
-logger = log.Log(out_dir, total, start, log_every, rank == 0, wandb, tensorboard)
+logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard)
 logger.say(f'{"resuming" if start else "training"} {loss} on {world} ranks: {total} examples, {batch_size} a step')
 if not start:
     _, first_index = next(steps(len(train), batch_size, total, seed))
@@ -366,17 +368,9 @@ clock = time.time()
 for step, tokens, allocated in prefetch(prepare(train, *s) for s in schedule):
     first, index, *_ = step
     whole, state = run_step(*step, state, train=True)
-    weight = whole['step_weight'].sum().item()
-    norm = fsdp.scale_and_clip_(policy, world / weight if weight > 0 else math.nan, max_grad_norm)
-    if not math.isfinite(norm):
-        raise UserError(
-            f'the gradient of the step at {first} examples is {norm}: lower the learning rate, or mend the data'
-        )
+    weight = whole['step_weight'].sum().item() or math.nan
     rate = lr * log.schedule(first // batch_size, n_steps, warmup_steps, lr_schedule)
-    for group in optim.param_groups:
-        group['lr'] = rate
-    optim.step()
-    optim.zero_grad(set_to_none=True)
+    norm = fsdp.update(policy, optim, rate, world / weight, max_grad_norm)
     seen = first + len(index)
     elapsed, clock = time.time() - clock, time.time()
     metrics = summary(whole, 'train')
@@ -388,10 +382,10 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in schedule):
     if due[0]:
         evaluate(seen)
     if due[1]:
-        fsdp.save_checkpoint(out_dir, seen, policy, optim, state, keep_last)
+        checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
     clock = time.time() if any(due) else clock
 evaluate(total)
-fsdp.export(policy, tokenizer, build, f'{out_dir}/model')
+checkpoint.export(policy, tokenizer, build, f'{out_dir}/model')
 logger.close()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':

@@ -2,80 +2,78 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from configurator import UserError
+from configurator import UserError, main_rank
 
 # options that may differ when a run is continued: they change neither the result nor what is compared
 NEUTRAL = {'resume', 'keep_last', 'log_every', 'save_every', 'max_tokens', 'compile', 'wandb', 'tensorboard'}
+SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
+         'rewards/rejected': 'rejected', 'kl/samples': 'kl'}  # fmt: skip
 
 
 def open_run(out_dir, config, resume):
     """Claim out_dir for this run and write config.json. Raises UserError where it holds a different run."""
     file = Path(out_dir) / 'config.json'
-    if file.exists():
-        try:
-            before = json.loads(file.read_text())
-        except ValueError:
-            raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
-        changed = [k for k, v in config.items() if k not in NEUTRAL and before['config'].get(k) != v]
-        if changed:
-            what = ', '.join(f'{k} {before["config"].get(k)!r} there and {config[k]!r} here' for k in changed[:3])
-            raise UserError(f'{out_dir} holds a different run ({what}): choose another --out_dir, or delete it')
-        if not resume:
-            raise UserError(f'{out_dir} holds this run already: choose another --out_dir, or let it --resume')
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            before = json.loads(file.read_text())['config']
+            changed = [k for k, v in config.items() if k not in NEUTRAL and before.get(k) != v]
+            if changed:
+                what = ', '.join(f'{k} {before.get(k)!r} there and {config[k]!r} here' for k in changed[:3])
+                raise UserError(f'{out_dir} holds a different run ({what}): choose another --out_dir, or delete it')
+            if not resume:
+                raise UserError(f'{out_dir} holds this run already: choose another --out_dir, or let it --resume')
+        file.write_text(json.dumps(_record(config), indent=1))
+    except OSError as error:
+        raise UserError(f'cannot write to out_dir {out_dir}: {error.strerror}') from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
+
+
+def _record(config):
     import torch
     import transformers
 
     git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
-    record = {
-        'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip(),
-        'versions': {'torch': torch.__version__, 'transformers': transformers.__version__},
-    }  # fmt: skip
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=1))
-    except OSError as error:
-        raise UserError(f'cannot write to out_dir {out_dir}: {error.strerror}') from None
+    versions = {'torch': torch.__version__, 'transformers': transformers.__version__}
+    return {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip(), 'versions': versions}
 
 
 class Log:
-    """metrics.jsonl (one line a step, one an evaluation), a progress bar and a line on the screen. On rank 0 only."""
+    """On rank 0: metrics.jsonl (a row a step, a row an evaluation), a progress bar, and one line a row on the screen."""
 
-    def __init__(self, out_dir, total, start, every, active, wandb=None, tensorboard=False):
-        self.active, self.total, self.every, self.began, self.start = active, total, every, time.time(), start
-        if not active:
-            return
+    def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False):
         from tqdm import tqdm
 
+        self.total, self.every, self.began, self.start, self.sinks = total, every, time.time(), start, []
+        if not main_rank():
+            return
         path = Path(out_dir) / 'metrics.jsonl'
         if path.exists():  # after a resume: keep what the checkpoint has seen, the rest is about to be done again
-            lines = [x for x in path.read_text().splitlines() if json.loads(x)['counters/examples'] <= start and start]
+            lines = [x for x in path.read_text().splitlines() if start and json.loads(x)['counters/examples'] <= start]
             path.write_text(''.join(line + '\n' for line in lines))
         self.file = path.open('a')
         slow = 0.5 if sys.stderr.isatty() else 20
-        self.bar = tqdm(total=total, initial=start, unit='ex', mininterval=slow, dynamic_ncols=True, smoothing=0.1)
-        self.sinks = []
+        self.bar = tqdm(total=total, initial=start, unit='ex', mininterval=slow, dynamic_ncols=True)
         if wandb:
             import wandb as client
 
-            run = client.init(project=wandb, name=Path(out_dir).name, dir=out_dir, id=None)
+            run = client.init(project=wandb, name=Path(out_dir).name, dir=out_dir)
             self.sinks.append(lambda row: run.log(row, step=row['counters/examples']))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(out_dir)
-            self.sinks.append(
-                lambda row: [writer.add_scalar(k, v, row['counters/examples']) for k, v in row.items() if k != 'split']
-            )
+            add = SummaryWriter(out_dir).add_scalar
+            self.sinks.append(lambda row: [add(k, v, row['counters/examples']) for k, v in row.items() if k != 'split'])
 
     def row(self, split, examples, metrics):
-        """Write one row of metrics (name -> number) after so many examples; print it if due."""
-        if not self.active:
+        """Write metrics (name -> number) after so many examples; an evaluation and every log_every examples on screen."""
+        if not main_rank():
             return
         row = {'split': split, 'counters/examples': examples, **metrics}
         self.file.write(json.dumps(row) + '\n')
@@ -89,45 +87,41 @@ class Log:
 
     def line(self, row):
         """One readable line: example count, the few numbers to watch, speed, time left."""
-        names = {
-            'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
-            'rewards/rejected': 'rejected', 'kl/samples': 'kl', 'grad_norm': 'grad',
-        }  # fmt: skip
-        parts = [f'{row["split"]:5s} {row["counters/examples"]:>7d}/{self.total}']
-        for name, short in names.items():
+        split, examples = row['split'], row['counters/examples']
+        parts = [f'{split:5s} {examples:>7d}/{self.total}']
+        for name, short in SHOWN.items():
             group, _, rest = name.partition('/')
-            key = name if not rest else f'{group}_{row["split"]}/{rest}'
-            key = f'loss/{row["split"]}' if name == 'loss' else key
-            if key in row:
-                parts.append(f'{short} {row[key]:.4g}')
-        if 'examples_per_second' in row:
-            done = row['counters/examples'] - self.start
-            left = (time.time() - self.began) / max(done, 1) * (self.total - row['counters/examples'])
-            parts.append(f'{row["examples_per_second"]:.1f} ex/s  {int(left) // 60}:{int(left) % 60:02d} left')
+            key = f'{group}_{split}/{rest}' if rest else f'{group}/{split}'
+            parts += [f'{short} {row[key]:.4g}'] if key in row else []
+        if split == 'train':
+            left = int((time.time() - self.began) / (examples - self.start) * (self.total - examples))
+            parts += [
+                f'grad {row["grad_norm"]:.3g}  {row["examples_per_second"]:.1f} ex/s  {left // 60}:{left % 60:02d} left'
+            ]
         return '  '.join(parts)
 
     def say(self, text):
         """Print above the progress bar."""
-        if self.active:
+        if main_rank():
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def close(self):
-        if self.active:
+        if main_rank():
             self.bar.close()
             self.file.close()
 
 
 def schedule(step, steps, warmup, shape):
     """Factor of the learning rate at a step: linear warm-up, then constant, linear or cosine to zero."""
-    if shape not in ('constant', 'linear', 'cosine'):
-        raise UserError(f'lr_schedule must be constant, linear or cosine, not {shape!r}')
     left = max(0.0, (steps - step) / max(1, steps - warmup))
     shapes = {'constant': 1.0, 'linear': left, 'cosine': (1 - math.cos(math.pi * left)) / 2}
+    if shape not in shapes:
+        raise UserError(f'lr_schedule must be one of {", ".join(shapes)}, not {shape!r}')
     return min(1.0, (step + 1) / (warmup + 1), shapes[shape])
 
 
 def say(text):
-    """Print on rank 0."""
-    if os.environ.get('RANK', '0') == '0':
+    """Print once, whatever the number of ranks."""
+    if main_rank():
         print(text, flush=True)

@@ -137,7 +137,7 @@ def response_logps(model, batch, divergence=None, reference=None):
     """Log-prob sums of the A answers of a batch -> (1, A), or (3, A) with a divergence: log-probs, divergences, and the
     reference's log-probs. float32; under autograd the logits are recomputed in backward.
 
-    divergence: a function of (log_pi, log_ref), both (n, V) -> (n,), such as kl below; reference: the reference model's
+    divergence: a function of (log_pi, log_ref), both (n, V) -> (n,), such as risks.kl; reference: the reference model's
     hidden_and_head on the same batch."""
     hidden, head = hidden_and_head(model, batch)
     tokens = _Head.apply(hidden, *head, batch.target, core(model).config, divergence, reference)
@@ -231,49 +231,23 @@ class _Head(torch.autograd.Function):
         return d_hidden, d_weight, None if bias is None else d_bias, None, None, None, None
 
 
-def kl(log_pi, log_ref):
-    """KL(reference || policy) at a position: (..., V) log-probs -> (...,). Z = log ref - log pi, averaged under ref."""
-    return (log_ref.exp() * (log_ref - log_pi)).sum(-1)
-
-
-def cvar(log_pi, log_ref, *, mu):
-    """Mean of Z over the worst probability mass mu of the reference; mu = 1 is the KL. Ra-DPO, arXiv:2505.20359."""
-    z, order = (log_ref - log_pi).sort(-1, descending=True)
-    p = log_ref.exp().gather(-1, order)
-    weight = (mu - (p.cumsum(-1) - p)).clamp(min=0).minimum(p)  # the atom at the border is shared
-    return (weight * z).sum(-1) / mu
-
-
-def erm(log_pi, log_ref, *, mu):
-    """Entropic risk (1 / mu) log mean exp(mu Z) under the reference; mu -> 0 is the KL. Ra-DPO, arXiv:2505.20359."""
-    return torch.logsumexp(log_ref + mu * (log_ref - log_pi), -1) / mu
-
-
-def released(log_pi, log_ref, *, mu, parts=2):
-    """What Ra-DPO's published code computes; not a risk measure, kept to reproduce published curves.
-
-    In each half of the vocabulary, sum of p Z over Z above the unweighted (1 - mu) quantile; 0 where policy = reference."""
-    z, p = log_ref - log_pi, log_ref.exp()
-    size = z.shape[-1] // parts
-    total = 0.0
-    for part in [slice(i * size, (i + 1) * size if i < parts - 1 else None) for i in range(parts)]:
-        above = z[..., part] > z[..., part].detach().quantile(1 - mu, dim=-1, keepdim=True)
-        total = total + (p[..., part] * z[..., part] * above).sum(-1)
-    return total
-
-
-RISKS = {'cvar': cvar, 'erm': erm, 'released': released}
-
-
 @torch.no_grad()
 def packing_error(model, packed, padded):
-    """Largest difference between log-probs of the same answers, packed here and by the model's own padded forward.
-
-    Larger than rounding: the architecture cannot be packed (its attention needs what packed_attention does not give)."""
+    """Largest relative difference between log-probs of the same answers, packed, and by the model's own padded forward."""
     with attention(model, 'sdpa'):
         logits = model(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float().log_softmax(-1)
     plain = padded.sum(logits.flatten(0, 1)[padded.index].gather(1, padded.target[:, None])[:, 0])
-    return (model.response_logps(packed)[0] - plain).abs().max().item()
+    return ((model.response_logps(packed)[0] - plain).abs() / plain.abs().clamp(min=1)).max().item()
+
+
+def can_pack(model, packed, padded, say):
+    """Whether packing gives this architecture's own log-probs, up to rounding; if not, say so."""
+    error = packing_error(model, packed, padded)
+    half = any(p.dtype == torch.bfloat16 for p in model.parameters())  # as gathered by the forward
+    if error < (0.03 if half else 1e-4):
+        return True
+    say(f'note: this architecture cannot be packed (log-probs differ by {error:.1%}): batches are padded instead')
+    return False
 
 
 @contextlib.contextmanager

@@ -12,13 +12,14 @@ from functools import partial
 
 import torch
 
+import checkpoint
 import fsdp
 import generate
 import log
 import losses
 from configurator import UserError, configure
 from data import microbatches, pack_probe, prefetch, steps
-from model import check_tokenizer, core, load_model, load_tokenizer, packing_error
+from model import can_pack, check_tokenizer, core, load_model, load_tokenizer
 from tokenise import load_examples
 
 # model and data
@@ -91,13 +92,7 @@ build = partial(load_model, model, trust_remote_code=trust_remote_code, seed=see
 policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
 check_tokenizer(tokenizer, policy, model)
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-if pack:
-    error = packing_error(policy, *pack_probe(train, device))
-    if error > (0.03 if dtype == 'bfloat16' else 1e-4):
-        log.say(
-            f'note: this architecture cannot be packed (log-probs differ by {error:.1%}): batches are padded instead'
-        )
-        pack = False
+pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
 core(policy).set_attn_implementation('packed' if pack else 'sdpa')
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, pad=not pack, device=device)
 
@@ -145,9 +140,9 @@ def evaluate(examples_seen):
 
 # ---- training ----
 
-checkpoint = fsdp.latest_checkpoint(out_dir) if resume else None
-start = fsdp.load_checkpoint(checkpoint, policy, optim)['examples'] if checkpoint else 0
-logger = log.Log(out_dir, total, start, log_every, rank == 0, wandb, tensorboard)
+latest = checkpoint.latest(out_dir) if resume else None
+start = checkpoint.load(latest, policy, optim)['examples'] if latest else 0
+logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard)
 logger.say(f'{"resuming" if start else "training"} on {world} ranks: {total} examples, {batch_size} a step')
 if do_first_eval and not start:
     evaluate(0)
@@ -156,16 +151,8 @@ clock = time.time()
 schedule = steps(len(train), batch_size, total, seed, start)
 for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train, i)) for first, i in schedule):
     whole = run_step(index, batches, train=True)
-    norm = fsdp.scale_and_clip_(policy, world / whole['n'].sum().item(), max_grad_norm)
-    if not math.isfinite(norm):
-        raise UserError(
-            f'the gradient of the step at {first} examples is {norm}: lower the learning rate, or mend the data'
-        )
     rate = lr * log.schedule(first // batch_size, n_steps, warmup_steps, lr_schedule)
-    for group in optim.param_groups:
-        group['lr'] = rate
-    optim.step()
-    optim.zero_grad(set_to_none=True)
+    norm = fsdp.update(policy, optim, rate, world / whole['n'].sum().item(), max_grad_norm)
     seen = first + len(index)
     elapsed, clock = time.time() - clock, time.time()
     metrics = summary(whole, 'train')
@@ -176,10 +163,10 @@ for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train,
     if due[0]:
         evaluate(seen)
     if due[1]:
-        fsdp.save_checkpoint(out_dir, seen, policy, optim, {}, keep_last)
+        checkpoint.save(out_dir, seen, policy, optim, {}, keep_last)
     clock = time.time() if any(due) else clock
 evaluate(total)
-fsdp.export(policy, tokenizer, build, f'{out_dir}/model')
+checkpoint.export(policy, tokenizer, build, f'{out_dir}/model')
 logger.close()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':

@@ -25,6 +25,7 @@ import torch
 
 import losses
 import model
+import risks
 
 HERE = Path(__file__).resolve().parent
 SMALL, FULL = HERE / 'golden_small.json', HERE.parents[1] / 'shared/golden/losses_golden.json'
@@ -421,12 +422,12 @@ def tdpo(case, note):
     gold, x, h = open_case(case, note)
     if h.get('is_cal_risk_distribution_logps'):
         raise Skip('log-probs replaced by their quantiles are not log-probs: not among the losses here')
-    divergence = model.kl
+    divergence = risks.kl
     if 'confidence_level' in h:
         parts = 2 if h['is_split_risk_ratio'] else 1
-        divergence = partial(model.RISKS['released'], mu=h['confidence_level'], parts=parts)
+        divergence = partial(risks.RISKS['released'], mu=h['confidence_level'], parts=parts)
     second = h.get('if_tdpo2') or h.get('if_ra_dpo2')
-    c, kl = columns_from_logits(x, divergence), columns_from_logits(x, model.kl)
+    c, kl = columns_from_logits(x, divergence), columns_from_logits(x, risks.kl)
     name = ('radpo' if 'confidence_level' in h else 'tdpo') + ('2' if second else '1')
     l = loss(name, c, beta=h['beta'], **({'alpha': h['alpha']} if second else {}))
     if second:

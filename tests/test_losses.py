@@ -20,6 +20,7 @@ import torch
 
 import losses
 import model
+import risks
 
 PAIR = {
     **{'pi_w': -10.0, 'pi_l': -14.0, 'ref_w': -11.0, 'ref_l': -12.0},
@@ -470,17 +471,17 @@ def test_gradient_is_the_derivative(name):
 REF = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).log()
 PI = torch.tensor([0.25, 0.25, 0.25, 0.25], dtype=torch.float64).log()
 DIVERGENCES = {
-    'kl': model.kl,
-    'cvar': partial(model.cvar, mu=0.4),
-    'erm': partial(model.erm, mu=2.0),
-    'released': partial(model.released, mu=0.7),
-    'released, unsplit': partial(model.released, mu=0.7, parts=1),
+    'kl': risks.kl,
+    'cvar': partial(risks.cvar, mu=0.4),
+    'erm': partial(risks.erm, mu=2.0),
+    'released': partial(risks.released, mu=0.7),
+    'released, unsplit': partial(risks.released, mu=0.7, parts=1),
 }
 
 
 def test_kl_by_hand():
     """Z = log ref - log pi = (log 2, 0, -log 2, -log 2): KL(ref || pi) = (0.5 - 0.125 - 0.125) log 2 = log(2) / 4."""
-    assert model.kl(PI, REF).item() == pytest.approx(log(2) / 4)
+    assert risks.kl(PI, REF).item() == pytest.approx(log(2) / 4)
 
 
 @pytest.mark.parametrize(
@@ -489,13 +490,13 @@ def test_kl_by_hand():
 )
 def test_cvar_by_hand(mu, expected):
     """In units of log 2, the worst mass mu: 0.5 of Z = 1, then 0.25 of Z = 0, then 0.25 of Z = -1; mean over mu."""
-    assert model.cvar(PI, REF, mu=mu).item() == pytest.approx(expected * log(2))
+    assert risks.cvar(PI, REF, mu=mu).item() == pytest.approx(expected * log(2))
 
 
 def test_erm_by_hand():
     """mu = 1: log(0.5 * 2 + 0.25 * 1 + 0.25 / 2) = log 1.375; mu = 2: log(0.5 * 4 + 0.25 + 0.25 / 4) / 2."""
-    assert model.erm(PI, REF, mu=1.0).item() == pytest.approx(log(1.375))
-    assert model.erm(PI, REF, mu=2.0).item() == pytest.approx(log(2.3125) / 2)
+    assert risks.erm(PI, REF, mu=1.0).item() == pytest.approx(log(1.375))
+    assert risks.erm(PI, REF, mu=2.0).item() == pytest.approx(log(2.3125) / 2)
 
 
 def test_released_by_hand():
@@ -506,10 +507,10 @@ def test_released_by_hand():
     The first three entries only: halves of 1 and 2; nothing is above itself in (2); (1, -1) has -0.4 and gives 1/4.
     Even mu = 1 drops the smallest: 9/8, not the KL, 7/8."""
     log_pi = torch.tensor([0.125, 0.125, 0.25, 0.5], dtype=torch.float64).log()
-    assert model.released(log_pi, REF, mu=0.7, parts=1).item() == pytest.approx(9 / 8 * log(2))
-    assert model.released(log_pi, REF, mu=0.7).item() == pytest.approx(7 / 8 * log(2))
-    assert model.released(log_pi[:3], REF[:3], mu=0.7).item() == pytest.approx(1 / 4 * log(2))
-    assert model.released(log_pi, REF, mu=1.0, parts=1).item() == pytest.approx(9 / 8 * log(2))
+    assert risks.released(log_pi, REF, mu=0.7, parts=1).item() == pytest.approx(9 / 8 * log(2))
+    assert risks.released(log_pi, REF, mu=0.7).item() == pytest.approx(7 / 8 * log(2))
+    assert risks.released(log_pi[:3], REF[:3], mu=0.7).item() == pytest.approx(1 / 4 * log(2))
+    assert risks.released(log_pi, REF, mu=1.0, parts=1).item() == pytest.approx(9 / 8 * log(2))
 
 
 def random_log_probs(seed, rows=6, vocabulary=9):
@@ -520,20 +521,20 @@ def random_log_probs(seed, rows=6, vocabulary=9):
 def test_risk_limits():
     """CVaR with mu = 1 and ERM with mu -> 0 are the KL, as is `released` but for what lies at or under its quantile."""
     log_pi, log_ref = random_log_probs(0).log_softmax(-1)
-    kl = model.kl(log_pi, log_ref)
+    kl = risks.kl(log_pi, log_ref)
     torch.testing.assert_close(
         kl, torch.nn.functional.kl_div(log_pi, log_ref, log_target=True, reduction='none').sum(-1)
     )
-    torch.testing.assert_close(model.cvar(log_pi, log_ref, mu=1.0), kl)
-    torch.testing.assert_close(model.erm(log_pi, log_ref, mu=1e-7), kl, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(risks.cvar(log_pi, log_ref, mu=1.0), kl)
+    torch.testing.assert_close(risks.erm(log_pi, log_ref, mu=1e-7), kl, rtol=1e-5, atol=1e-6)
 
 
 def test_risk_grows_with_aversion():
     """CVaR falls with mu from the largest Z down to the KL; ERM rises with mu from the KL to the largest Z."""
     log_pi, log_ref = random_log_probs(1).log_softmax(-1)
     worst = (log_ref - log_pi).max(-1).values
-    cvar = torch.stack([model.cvar(log_pi, log_ref, mu=mu) for mu in (1e-9, 0.01, 0.1, 0.3, 0.6, 0.9, 1.0)])
-    erm = torch.stack([model.erm(log_pi, log_ref, mu=mu) for mu in (0.01, 0.1, 1.0, 10.0, 1000.0)])
+    cvar = torch.stack([risks.cvar(log_pi, log_ref, mu=mu) for mu in (1e-9, 0.01, 0.1, 0.3, 0.6, 0.9, 1.0)])
+    erm = torch.stack([risks.erm(log_pi, log_ref, mu=mu) for mu in (0.01, 0.1, 1.0, 10.0, 1000.0)])
     assert (cvar.diff(dim=0) <= 1e-12).all() and (cvar[0] - cvar[-1] > 0.1).all()
     assert (erm.diff(dim=0) >= -1e-12).all() and (erm <= worst + 1e-12).all()
     torch.testing.assert_close(cvar[0], worst)

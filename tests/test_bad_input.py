@@ -1,0 +1,337 @@
+"""Everything that a user can get wrong: one sentence that says what and where, exit code 2, no traceback, no hang.
+
+Most cases run a script in this process, where the UserError can be caught; one ends a process, one a group of two."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import configurator
+from configurator import UserError
+
+ROOT = Path(configurator.__file__).parent
+SCRIPTS = ['dpo.py', 'sft.py']
+PAIRS = [{'prompt': f'place {i}:', 'chosen': f' good {i} .', 'rejected': f' bad {i} .'} for i in range(6)]
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    """A folder of good and bad files that the cases name."""
+    import transformers
+
+    import toy
+
+    folder = tmp_path_factory.mktemp('world')
+
+    def write(name, *rows):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (folder / name).write_text(''.join(line + '\n' for line in lines))
+
+    write('good.jsonl', *PAIRS)
+    write('broken.jsonl', *PAIRS[:2], '{"prompt": "p", "chosen": ', *PAIRS[2:])
+    write('fields.jsonl', *PAIRS[:3], {'prompt': 'p', 'chosen': 'a'})
+    write('empty_answers.jsonl', *({**row, 'chosen': '', 'rejected': ''} for row in PAIRS))
+    write('one_empty.jsonl', *({**row, 'rejected': ''} for row in PAIRS))
+    write('equal_answers.jsonl', *({**row, 'rejected': row['chosen']} for row in PAIRS))
+    write('prompts.jsonl', *({'prompt': row['prompt']} for row in PAIRS))
+    write('no_rows.jsonl')
+    write('table.csv', 'prompt,chosen,rejected')
+    (folder / 'binary.jsonl').write_bytes(bytes(range(256)))
+    (folder / 'binary.parquet').write_bytes(bytes(range(256)))
+    (folder / 'binary.json').write_bytes(bytes(range(256)))
+    (folder / 'no_data').mkdir()
+    write('misspelt.py', 'beta = 0.1', 'lerning_rate = 1e-3')
+    write('wrong_type.py', "lr = '1e-3'")
+    write('broken.py', 'beta = = 1')
+    write('note.py', 'gamma = 2.0')
+
+    config = toy.model_config()
+    config.vocab_size = 100  # the toy tokenizer has more ids
+    for name in ('small', 'no_tokenizer'):
+        transformers.LlamaForCausalLM(config).save_pretrained(folder / name)
+    toy.tokenizer().save_pretrained(folder / 'small')
+    toy.tokenizer().save_pretrained(folder / 'only_tokenizer')
+    shutil.copytree(folder / 'small', folder / 'no_eos')
+    settings = json.loads((folder / 'no_eos' / 'tokenizer_config.json').read_text())
+    settings.pop('eos_token')
+    (folder / 'no_eos' / 'tokenizer_config.json').write_text(json.dumps(settings))
+    shutil.copytree(folder / 'small', folder / 'damaged')
+    (folder / 'damaged' / 'model.safetensors').write_bytes(b'damaged')
+    yield folder
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def outside(tmp_path, monkeypatch):
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    monkeypatch.delenv('RANK', raising=False)
+
+
+def arguments(world, out_dir, flags):
+    """The command line of a run of three steps, with {world} in flags filled in. Flags replace what is there."""
+    flags = [flag.format(world=world) for flag in flags]
+    default = {'data': f'{world}/good.jsonl', 'eval_data': f'{world}/good.jsonl', 'out_dir': str(out_dir)}
+    default |= {'batch_size': '2', 'n_eval_examples': '2', 'warmup_steps': '0'}
+    given = {flag[2:].partition('=')[0] for flag in flags}
+    return [f'--{k}={v}' for k, v in default.items() if k not in given] + flags
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    """run(script, *flags) -> the globals of the script after it has run."""
+
+    def run(script, *flags, out_dir=tmp_path / 'out'):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, 'argv', [script, *arguments(world, out_dir, flags)])
+            return runpy.run_path(str(ROOT / script), run_name='script')
+
+    return run
+
+
+def refused(run, script, *flags, **more):
+    with pytest.raises(UserError) as info:
+        run(script, *flags, **more)
+    message = str(info.value)
+    assert '\n' not in message and len(message) < 600
+    return message
+
+
+# (flags, what the message says), for both scripts
+BOTH = [
+    # the command line and config files
+    (['--lerning_rate=1e-3'], 'lerning_rate'),
+    (['--bach_size=4'], 'did you mean batch_size'),
+    (['{world}/misspelt.py'], r'misspelt\.py, line [12]: unknown option'),
+    (['{world}/wrong_type.py'], r"wrong_type\.py, line 1: lr must be float, not '1e-3'"),
+    (['{world}/broken.py'], r'broken\.py, line 1: SyntaxError'),
+    (['{world}/missing.py'], r'missing\.py'),
+    (['--lr=fast'], 'lr must be float'),
+    # data
+    (['--data={world}/missing.jsonl'], r'missing\.jsonl'),
+    (['--data=hh:{world}/missing.jsonl'], r'no file or folder .*missing\.jsonl'),
+    (['--data=unknown'], 'known datasets'),
+    (['--eval_data={world}/missing.jsonl'], r'missing\.jsonl'),
+    (['--data={world}/good.jsonl+{world}/missing.jsonl'], r'missing\.jsonl'),
+    (['--data={world}/table.csv'], r'table\.csv: data files end in'),
+    (['--data={world}/binary.jsonl'], r'binary\.jsonl, line 1'),
+    (['--data={world}/binary.json'], r'binary\.json'),
+    (['--data={world}/binary.parquet'], r'binary\.parquet'),
+    (['--data={world}/no_data'], r'no_data has no train file'),
+    (['--data={world}/broken.jsonl'], r'broken\.jsonl, line 3: not valid JSON'),
+    (['--eval_data={world}/broken.jsonl'], r'broken\.jsonl, line 3: not valid JSON'),
+    (['--data={world}/fields.jsonl'], r"fields\.jsonl, line 4: 'rejected' is missing"),
+    (['--data=hh:{world}/good.jsonl'], r"good\.jsonl, line 1: no '.*Assistant:' in the dialogue"),
+    (['--data={world}/empty_answers.jsonl'], 'no train examples are left.*empty answers.*6'),
+    (['--data={world}/prompts.jsonl'], 'no train examples are left.*6'),
+    (['--data={world}/no_rows.jsonl'], 'no train examples are left'),
+    # models
+    (['--model={world}/nothing'], 'nothing'),
+    (['--model={world}/no_tokenizer'], 'tokenizer'),
+    (['--model={world}/only_tokenizer'], 'cannot load the model'),
+    (['--model={world}/damaged'], 'cannot load the model'),
+    (['--model={world}/no_eos'], 'eos_token'),
+    (['--model={world}/small'], r'the tokenizer has \d+ ids but the model .* embeds 100'),
+    # values
+    (['--optimizer=adam'], "optimizer must be .*AdamW.*'adam'"),
+    (['--lr_schedule=step'], "lr_schedule must be .*cosine.*'step'"),
+    (['--dtype=float16'], "dtype must be .*bfloat16.*'float16'"),
+    (['--truncation=middle'], "truncation must be .*start.*'middle'"),
+    *(([f'--{name}={value}'], rf'{name} .*{value}')
+      for name in ('batch_size', 'max_tokens', 'n_examples', 'n_epochs', 'max_length', 'max_prompt_length', 'log_every',
+                   'num_turns', 'keep_last', 'max_new_tokens')
+      for value in (0, -1)),
+    *(([f'--{name}=-1'], rf'{name} .*-1')
+      for name in ('n_eval_examples', 'warmup_steps', 'n_eval_model_samples', 'eval_every', 'save_every', 'lr',
+                   'weight_decay', 'temperature')),
+    *(([f'--{name}={value}'], rf'{name} .*{value}')
+      for name, value in (('noise_rate', 1.5), ('noise_rate', -0.5), ('data_fraction', 1.5), ('data_fraction', -0.5),
+                          ('top_p', 1.5), ('top_p', 0), ('max_grad_norm', 0))),
+    (['--data_fraction=0'], 'data_fraction|no train examples are left'),
+    (['--max_length=8', '--max_prompt_length=8'], 'max_prompt_length .*8.* max_length|max_length .*8.* max_prompt_length'),
+    (['--max_length=8', '--max_prompt_length=9'], 'max_prompt_length .*9.* max_length|max_length .*8.* max_prompt_length'),
+]  # fmt: skip
+DPO = [
+    (['--loss=dop'], "loss must be one of .*'dop'"),
+    (['--data={world}/one_empty.jsonl'], 'no train examples are left.*empty answers.*6'),
+    (['--data={world}/equal_answers.jsonl'], 'no train examples are left.*equal answers.*6'),
+    (['--ref_model={world}/nothing'], 'nothing'),
+    (['--ref_model={world}/small'], r'the tokenizer has \d+ ids but the model .* embeds 100'),
+    (['--gamma=2'], '--gamma has no effect: the loss dpo'),
+    (['--loss=simpo', '--reference_free'], '--reference_free has no effect: the loss simpo'),
+    (['--frac_good=0.5'], '--frac_good has no effect'),
+    (['--importance_max=5'], '--importance_max has no effect'),
+    (['--loss=exo', '--label_smoothing=0'], 'label_smoothing must .*exo'),
+    (['--loss=cdpo', '--label_smoothing=0.5'], 'label_smoothing must .*0.5'),
+    (['--loss=cdpo', '--label_smoothing=-0.1'], 'label_smoothing must .*-0.1'),
+    (['--loss=radpo1', '--risk=none'], "risk must be one of .*cvar.*'none'"),
+    (['--beta_prime=0'], 'beta_prime must be positive'),
+    (['--loss=kto', '--batch_size=1'], 'kto'),
+    (['--loss=kto', '--frac_good=1.5'], 'frac_good .*1.5'),
+    (['--loss=kto', '--frac_bad=-1'], 'frac_bad .*-1'),
+    (['--loss=kto', '--frac_good=0', '--frac_bad=0'], 'frac_good|no train examples'),
+]
+CASES = [(script, *case) for script in SCRIPTS for case in BOTH] + [('dpo.py', *case) for case in DPO]
+
+
+@pytest.mark.parametrize('script, flags, words', CASES, ids=lambda x: ' '.join(x) if isinstance(x, list) else None)
+def test_one_sentence(run, script, flags, words):
+    message = refused(run, script, *flags)
+    assert re.search(words, message), message
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize(
+    'flags',
+    [
+        ['--optimizer=adam'],
+        ['--lr_schedule=step'],
+        ['--data={world}/broken.jsonl'],
+        ['--model={world}/nothing'],
+        ['--model={world}/small'],
+    ],
+)
+def test_a_run_that_never_began_does_not_claim_its_folder(run, script, flags):
+    refused(run, script, *flags)
+    assert run(script)['total'] == 6
+
+
+# ---- the output folder ----
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_out_dir(run, script, world, tmp_path):
+    (tmp_path / 'file').write_text('')
+    for path in ('file', 'file/below'):
+        assert str(tmp_path / path) in refused(run, script, f'--out_dir={tmp_path / path}')
+    run(script)
+    kept = {f: f.read_bytes() for f in (tmp_path / 'out').rglob('*') if f.is_file()}
+    message = refused(run, script, '--lr=1e-3')
+    assert 'holds a different run' in message and 'lr 5e-07 there and 0.001 here' in message and '--out_dir' in message
+    message = refused(run, script, '--resume=false')
+    assert 'holds this run already' in message
+    assert {f: f.read_bytes() for f in (tmp_path / 'out').rglob('*') if f.is_file()} == kept  # and nothing is touched
+    (tmp_path / 'out' / 'config.json').write_text('{"config": ')
+    assert 'config.json is damaged' in refused(run, script)
+
+
+@pytest.mark.parametrize('content', ['{"model_type": "llama", "vocab_size": 100}', '[]', '{"config": 3}', '\xff'])
+def test_an_out_dir_that_is_no_run(run, tmp_path, content):
+    """The folder of a model, for one: its config.json is not ours, and stays."""
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'config.json').write_text(content, encoding='latin-1')
+    assert 'config.json' in refused(run, 'sft.py')
+    assert (tmp_path / 'out' / 'config.json').read_text(encoding='latin-1') == content
+
+
+# ---- what is no mistake ----
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_without_evaluation(run, script, tmp_path):
+    run(script, '--n_eval_examples=0', '--eval_every=2', '--sample_during_eval')
+    rows = [json.loads(line) for line in (tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()]
+    assert {row['split'] for row in rows} <= {'train', 'check'} and rows[-1]['counters/examples'] == 6
+    assert (tmp_path / 'out' / 'model' / 'config.json').exists()
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_a_file_too_small_to_hold_anything_out(run, script, tmp_path, capsys):
+    """A sixth prompt in twenty is not there."""
+    (tmp_path / 'd.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in PAIRS[:2]))
+    from sources import load_rows
+
+    assert [len(load_rows(str(tmp_path / 'd.jsonl'), split)[0]) for split in ('train', 'test')] == [2, 0]
+    run(script, f'--data={tmp_path}/d.jsonl', '--eval_data=none')
+    assert 'data: 2 training and 0 evaluation examples' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_long_texts_are_cut_and_counted(run, script, capsys):
+    scope = run(script, '--max_length=7', '--max_prompt_length=4')
+    out = capsys.readouterr().out
+    assert "'prompts cut': 6" in out and "'answers cut'" in out
+    assert (scope['train'].lengths > 0).all() and scope['total'] == 6
+    (spans,) = {tuple(x) for x in (scope['train'].spans[..., 1] - scope['train'].spans[..., 0])[:, :2].tolist()}
+    assert spans == (4, 3)
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_bad_rows_can_be_skipped_and_are_counted(run, script, tmp_path, capsys):
+    for name in ('broken', 'fields'):
+        run(script, f'--data={{world}}/{name}.jsonl', '--skip_bad_rows', out_dir=tmp_path / name)
+        assert re.search(r"'bad rows: [^}]*: 1\b", capsys.readouterr().out)
+
+
+def test_a_config_file_may_set_what_the_loss_ignores(run, capsys):
+    run('dpo.py', '{world}/note.py')
+    out = capsys.readouterr().out
+    assert re.search(r'^note: gamma of \S*note\.py has no effect: the loss dpo does not use it$', out, re.M)
+
+
+# ---- processes ----
+
+ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+
+
+def test_a_process_ends_with_code_2_and_one_line(world, tmp_path):
+    flags = arguments(world, tmp_path / 'out', ['--model={world}/small'])  # found late, with a process group alive
+    env = {**ENV, 'NANOPREF_CACHE': str(tmp_path / 'cache')}
+    done = subprocess.run(
+        [sys.executable, ROOT / 'dpo.py', *flags], env=env, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2 and re.fullmatch(r'error: the tokenizer has .*\n', done.stderr), done.stderr
+    assert done.stdout.startswith('data: ')
+
+
+DRIVER = """
+import json, os, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+from configurator import UserError
+script, cases = sys.argv[1], json.loads(sys.argv[2])
+for number, sys.argv in enumerate(cases):
+    try:
+        runpy.run_path(script, run_name='script')
+    except UserError as error:
+        if number == len(cases) - 1:
+            raise
+        print(f'[{number} {os.environ["RANK"]}] {error}', flush=True)
+"""
+
+
+def test_two_processes_agree_and_do_not_hang(world, tmp_path):
+    """Mistakes that one rank finds, or both; all but the last are caught, so that one launch does for all."""
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'driver.py').write_text(DRIVER)
+    cases = [
+        (['--batch_size=1'], 'batch_size 1 is smaller than the 2 ranks'),
+        ([f'--out_dir={tmp_path}/file'], 'cannot write to out_dir'),  # rank 0 alone
+        (['--data={world}/broken.jsonl'], 'line 3: not valid JSON'),  # the first rank of a host before the others
+        (['--eval_data={world}/missing.jsonl'], 'missing.jsonl'),
+        (['--data={world}/equal_answers.jsonl'], 'no train examples are left'),
+        (['--model={world}/damaged'], 'cannot load the model'),  # rank 0 reads the weights
+        (['--optimizer=adam'], 'optimizer must be'),
+        (['--model={world}/small'], 'they do not belong together'),
+        (['--loss=dop'], 'loss must be one of'),
+    ]
+    argv = [['dpo.py', *arguments(world, tmp_path / f'out{i}', flags)] for i, (flags, _) in enumerate(cases)]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    command += [str(tmp_path / 'driver.py'), str(ROOT / 'dpo.py'), json.dumps(argv)]
+    env = {**ENV, 'NANOPREF_CACHE': str(tmp_path / 'cache')}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    for number, (_, words) in enumerate(cases[:-1]):
+        for rank in range(2):
+            (line,) = [x for x in done.stdout.splitlines() if x.startswith(f'[{number} {rank}] ')]
+            assert words in line
+    assert done.returncode != 0 and len(re.findall('^error: .*', done.stderr, re.M)) == 1
+    assert re.search(f'^error: {cases[-1][1]}', done.stderr, re.M) and re.search(r'exitcode\s*: 2\b', done.stderr)
+    assert 'driver.py", line' not in done.stderr  # no traceback of ours

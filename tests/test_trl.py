@@ -1,0 +1,24 @@
+"""dpo.py against numbers that TRL's DPOTrainer gave (trl_numbers.json, made by runs/compare_trl.py --write).
+
+Both run DPO in float32 on the same 32 toy pairs in the same order, for six steps, from weights that a formula gives: a
+GPT-NeoX with SGD, in several microbatches, and a Llama with AdamW, in one; most steps clip the gradient. Needs no TRL.
+"""
+
+import json
+
+import pytest
+
+from runs import compare_trl
+
+NUMBERS = json.loads(compare_trl.NUMBERS.read_text())
+
+
+@pytest.mark.parametrize('name', NUMBERS['runs'])
+def test_every_step_is_what_trl_says(name, tmp_path):
+    run = NUMBERS['runs'][name]
+    compare_trl.toy_model(run['model'], tmp_path / 'model')
+    compare_trl.write_pairs(NUMBERS['pairs'], tmp_path / 'pairs.jsonl')
+    ours = compare_trl.with_nanopref(tmp_path / 'model', tmp_path / 'pairs.jsonl', tmp_path / 'out', run['options'])
+    assert len(ours) == len(run['steps']) >= 5
+    for step, (our, their) in enumerate(zip(ours, run['steps'], strict=True)):
+        assert our == pytest.approx(their, rel=0, abs=1e-4), f'step {step + 1}'
