@@ -269,7 +269,7 @@ def test_long_texts_are_cut_and_counted(run, script, capsys):
 def test_bad_rows_can_be_skipped_and_are_counted(run, script, tmp_path, capsys):
     for name in ('broken', 'fields'):
         run(script, f'--data={{world}}/{name}.jsonl', '--skip_bad_rows', out_dir=tmp_path / name)
-        assert re.search(r"'bad rows: [^}]*: 1\b", capsys.readouterr().out)
+        assert re.search(r'bad rows: [^}]*: 1\b', capsys.readouterr().out)
 
 
 def test_a_config_file_may_set_what_the_loss_ignores(run, capsys):
@@ -295,6 +295,7 @@ def test_a_process_ends_with_code_2_and_one_line(world, tmp_path):
 
 DRIVER = """
 import json, os, runpy, sys
+import torch.distributed as dist
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 from configurator import UserError
 script, cases = sys.argv[1], json.loads(sys.argv[2])
@@ -302,6 +303,8 @@ for number, sys.argv in enumerate(cases):
     try:
         runpy.run_path(script, run_name='script')
     except UserError as error:
+        if number == len(cases) - 2:  # the last has a process group of its own, as a script has
+            dist.destroy_process_group()
         if number == len(cases) - 1:
             raise
         print(f'[{number} {os.environ["RANK"]}] {error}', flush=True)
@@ -320,8 +323,8 @@ def test_two_processes_agree_and_do_not_hang(world, tmp_path):
         (['--data={world}/equal_answers.jsonl'], 'no train examples are left'),
         (['--model={world}/damaged'], 'cannot load the model'),  # rank 0 reads the weights
         (['--optimizer=adam'], 'optimizer must be'),
-        (['--model={world}/small'], 'they do not belong together'),
         (['--loss=dop'], 'loss must be one of'),
+        (['--model={world}/small'], 'the tokenizer has'),
     ]
     argv = [['dpo.py', *arguments(world, tmp_path / f'out{i}', flags)] for i, (flags, _) in enumerate(cases)]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
