@@ -24,7 +24,7 @@ import log
 import losses
 from configurator import UserError, configure
 from data import Examples, microbatches, pack_probe, prefetch, steps
-from model import can_pack, check_tokenizer, core, load_model, load_tokenizer
+from model import can_pack, check_tokenizer, load_model, load_tokenizer, set_attention
 from risks import RISKS, kl
 from tokenise import load_examples
 
@@ -179,7 +179,7 @@ if needs_ref:
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
 pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
 for m in [policy, ref] if needs_ref else [policy]:
-    core(m).set_attn_implementation('packed' if pack else 'sdpa')
+    set_attention(m, pack)
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix,
               pad=not pack, device=device)  # fmt: skip
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from configurator import UserError
-from model import core, hidden_and_head, response_logps
+from model import core, hidden_and_head, response_logps, set_attention
 
 
 def setup():
@@ -142,7 +142,7 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
     for method in (response_logps, hidden_and_head):
         setattr(model, method.__name__, types.MethodType(method, model))
         register_fsdp_forward_method(model, method.__name__)
-    core(model).set_attn_implementation('packed')
+    set_attention(model, packed=True)
     return model
 
 

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import fsdp
-from model import attention, core
+from model import core, padded_attention
 
 
 def sample(models, tokenizer, prompts, *, rank, world, seed, **settings):
@@ -61,10 +61,10 @@ def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.
     settings = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id
     )
-    with attention(model, 'sdpa'):
-        out = inner.generate(
-            ids, attention_mask=mask, generation_config=settings, logits_processor=processors, synced_gpus=False
-        )
+    own, inner.generation_config = inner.generation_config, settings  # a repetition penalty there is not the model's
+    with padded_attention(model):
+        out = inner.generate(ids, attention_mask=mask, logits_processor=processors, synced_gpus=False)
+    inner.generation_config = own
     answers = out[:, width:].tolist()
     return [a[: next((i for i, token in enumerate(a) if token in stop), len(a))] for a in answers]
 

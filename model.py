@@ -6,6 +6,7 @@ backward, so that no (tokens, vocabulary) tensor of the whole microbatch ever ex
 """
 
 import contextlib
+import math
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,8 @@ def packed_attention(
 
     query (1, H, T, D), key and value (1, H_kv, T, D); packed: a data.Batch. Returns (1, T, H, D), None. On CUDA in half
     precision one varlen kernel does it; elsewhere one small sdpa an answer, so that no answer pays for the others."""
+    if packed is None:
+        raise NotImplementedError('this architecture does not hand the batch on to its attention, as StableLM')
     if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
@@ -234,10 +237,15 @@ class _Head(torch.autograd.Function):
 @torch.no_grad()
 def packing_error(model, packed, padded):
     """Largest relative difference between log-probs of the same answers, packed, and by the model's own padded forward."""
-    with attention(model, 'sdpa'):
+    if core(model).config._attn_implementation != 'packed':  # GPT-J, BLOOM, Falcon: no attention can be plugged in
+        return math.inf
+    with padded_attention(model):
         logits = model(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float().log_softmax(-1)
     plain = padded.sum(logits.flatten(0, 1)[padded.index].gather(1, padded.target[:, None])[:, 0])
-    return ((model.response_logps(packed)[0] - plain).abs() / plain.abs().clamp(min=1)).max().item()
+    try:
+        return ((model.response_logps(packed)[0] - plain).abs() / plain.abs().clamp(min=1)).max().item()
+    except NotImplementedError:
+        return math.inf
 
 
 def can_pack(model, packed, padded, say):
@@ -250,13 +258,15 @@ def can_pack(model, packed, padded, say):
     return False
 
 
+def set_attention(model, packed):
+    """Packed attention, or the architecture's own for padded batches: sdpa, or eager where it has none (Gemma 2)."""
+    core(model).set_attn_implementation('packed' if packed else 'sdpa' if core(model)._supports_sdpa else 'eager')
+
+
 @contextlib.contextmanager
-def attention(model, implementation):
-    """Switch a model's attention for a while; the soft cap of Gemma 2 needs 'eager' wherever it is not packed."""
-    inner = core(model)
-    before = inner.config._attn_implementation
-    if implementation == 'sdpa' and getattr(inner.config, 'attn_logit_softcapping', None):
-        implementation = 'eager'
-    inner.set_attn_implementation(implementation)
+def padded_attention(model):
+    """The architecture's own attention for a while: to generate, or to compare with."""
+    before = core(model).config._attn_implementation
+    set_attention(model, packed=False)
     yield
-    inner.set_attn_implementation(before)
+    core(model).set_attn_implementation(before)

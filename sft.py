@@ -19,7 +19,7 @@ import log
 import losses
 from configurator import UserError, configure
 from data import microbatches, pack_probe, prefetch, steps
-from model import can_pack, check_tokenizer, core, load_model, load_tokenizer
+from model import can_pack, check_tokenizer, load_model, load_tokenizer, set_attention
 from tokenise import load_examples
 
 # model and data
@@ -93,7 +93,7 @@ policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_chec
 check_tokenizer(tokenizer, policy, model)
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
 pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
-core(policy).set_attn_implementation('packed' if pack else 'sdpa')
+set_attention(policy, pack)
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, pad=not pack, device=device)
 
 # ---- one step ----

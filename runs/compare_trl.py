@@ -129,7 +129,10 @@ def with_nanopref(folder, file, out_dir, options):
     if done.returncode:
         raise UserError(f'dpo.py stopped with exit code {done.returncode}: {done.stderr.strip()[-2000:]}')
     rows = [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
-    return [{name: row[key] for name, key in COLUMNS.items()} for row in rows if row['split'] == 'train']
+    rows = [row for row in rows if row['split'] == 'train']
+    if any(row['padding_share'] for row in rows):
+        raise UserError('dpo.py found packing to be wrong and padded instead: packed is what should be compared')
+    return [{name: row[key] for name, key in COLUMNS.items()} for row in rows]
 
 
 def with_trl(folder, pairs, work, options):

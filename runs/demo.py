@@ -65,7 +65,8 @@ def main():
     ]  # fmt: skip
     for name, value, meaning in table:
         print(f'  {name:26s} {value:48s} {meaning}')
-    shown = {row['prompt']: i for i, row in reversed(list(enumerate(policy)))}
+    differ = [i for i, row in enumerate(policy) if row['response'] != reference[i]['response']]
+    shown = {policy[i]['prompt']: i for i in reversed(differ)}
     for i in sorted(shown.values())[:3]:
         print(f'\n  {policy[i]["prompt"]}')
         for name, row in (('reference', reference[i]), ('aligned', policy[i])):

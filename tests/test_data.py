@@ -553,6 +553,7 @@ def run(script, *argv):
     """The globals of a script that has run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [script, *argv])
+        patch.setattr(torch, 'set_num_threads', lambda n: None)  # one thread is faster for models this small
         return runpy.run_path(str(ROOT / script), run_name='script')
 
 
