@@ -140,10 +140,15 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
             buffer.copy_(sources[name])
         dist.broadcast(buffer, 0)
     for method in (response_logps, hidden_and_head):
-        setattr(model, method.__name__, types.MethodType(method, model))
-        register_fsdp_forward_method(model, method.__name__)
+        add_method(model, method)
     set_attention(model, packed=True)
     return model
+
+
+def add_method(model, function):
+    """model.function(...) as a forward of the root: outside of one, parts of a sharded model see no gathered parameters."""
+    setattr(model, function.__name__, types.MethodType(function, model))
+    register_fsdp_forward_method(model, function.__name__)
 
 
 def blocks(model):

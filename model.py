@@ -41,8 +41,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
 
 def load_model(name: str, *, empty: bool = False, trust_remote_code: bool = False, seed: int = 0):
     """A causal LM in float32 and eval mode (dropout off), on the CPU; empty: without weights. Raises UserError."""
-    transformers.AttentionInterface.register('packed', packed_attention)
-    transformers.AttentionMaskInterface.register('packed', lambda *args, **kwargs: None)
+    register_attention()
     try:
         if name == 'toy':
             import toy
@@ -84,6 +83,12 @@ def _first_line(error: Exception) -> str:
 
 
 # ---- attention over packed answers ----
+
+
+def register_attention():
+    """Make packed_attention known to transformers, with no mask: the batch says what sees what."""
+    transformers.AttentionInterface.register('packed', packed_attention)
+    transformers.AttentionMaskInterface.register('packed', lambda *args, **kwargs: None)
 
 
 def packed_attention(
@@ -147,17 +152,23 @@ def response_logps(model, batch, divergence=None, reference=None):
     return torch.stack([batch.sum(row) for row in tokens])
 
 
-def hidden_and_head(model, batch):
-    """Hidden states (N, d) that predict the N answer tokens, and the head's (weight, bias).
-
-    Works inside the root module's forward only (fsdp.py registers response_logps and this as such)."""
+def hidden_states(model, batch):
+    """Last hidden states of a batch (rows, T, d) and the head's (weight, bias)."""
     inner = core(model)
     if batch.groups:
         out = inner.base_model(input_ids=batch.ids, position_ids=batch.position, use_cache=False, packed=batch)
     else:
         out = inner.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     head = inner.get_output_embeddings()
-    return out.last_hidden_state.flatten(0, 1)[batch.index], (head.weight, head.bias)
+    return out.last_hidden_state, (head.weight, head.bias)
+
+
+def hidden_and_head(model, batch):
+    """Hidden states (N, d) that predict the N answer tokens, and the head's (weight, bias).
+
+    Works inside the root module's forward only (fsdp.py registers response_logps and this as such)."""
+    hidden, head = hidden_states(model, batch)
+    return hidden.flatten(0, 1)[batch.index], head
 
 
 def wide(x):
@@ -235,26 +246,35 @@ class _Head(torch.autograd.Function):
 
 
 @torch.no_grad()
-def packing_error(model, packed, padded):
-    """Largest relative difference between log-probs of the same answers, packed, and by the model's own padded forward."""
-    if core(model).config._attn_implementation != 'packed':  # GPT-J, BLOOM, Falcon: no attention can be plugged in
+def logp_error(model, batch, padded):
+    """Largest relative difference between response_logps of a batch and of the model's own forward of the same, padded.
+
+    Infinite where the architecture takes no attention from outside (GPT-J, BLOOM), or does not hand it the batch."""
+    set_attention(model, packed=bool(batch.groups))
+    if batch.groups and core(model).config._attn_implementation != 'packed':
         return math.inf
-    with padded_attention(model):
-        logits = model(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float().log_softmax(-1)
-    plain = padded.sum(logits.flatten(0, 1)[padded.index].gather(1, padded.target[:, None])[:, 0])
     try:
-        return ((model.response_logps(packed)[0] - plain).abs() / plain.abs().clamp(min=1)).max().item()
+        ours = model.response_logps(batch)[0]
     except NotImplementedError:
         return math.inf
+    set_attention(model, packed=False)
+    logits = model(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float().log_softmax(-1)
+    plain = padded.sum(logits.flatten(0, 1)[padded.index].gather(1, padded.target[:, None])[:, 0])
+    return ((ours - plain).abs() / plain.abs().clamp(min=1)).max().item()
 
 
-def can_pack(model, packed, padded, say):
-    """Whether packing gives this architecture's own log-probs, up to rounding; if not, say so."""
-    error = packing_error(model, packed, padded)
-    half = any(p.dtype == torch.bfloat16 for p in model.parameters())  # as gathered by the forward
-    if error < (0.03 if half else 1e-4):
+def can_pack(model, packed, padded, half, say):
+    """Whether packed batches give this architecture's own log-probs, up to rounding (of bfloat16 if half).
+
+    If not, say so; if padded ones do not either, its head does what _post does not know: raise UserError."""
+    limit = 0.03 if half else 1e-4
+    if logp_error(model, packed, padded) <= limit:
         return True
-    say(f'note: this architecture cannot be packed (log-probs differ by {error:.1%}): batches are padded instead')
+    error = logp_error(model, padded, padded)
+    if error > limit:
+        raise UserError(f'{type(core(model)).__name__} does something to its logits that model.py does not know: log-probs '
+                        f'would be wrong by {error:.1%}; teach it to _post')  # fmt: skip
+    say('note: this architecture cannot be packed: batches are padded instead')
     return False
 
 

@@ -396,7 +396,8 @@ def test_exit_code_and_stderr(tmp_path, code, rank, status, err):
     path = file(
         SCRIPT.replace('import configure', 'import UserError, configure') + f'print("before")\n{code}\n', 'x.py'
     )
-    env = {**os.environ, 'PYTHONPATH': str(Path(configurator.__file__).parent)} | ({'RANK': rank} if rank else {})
+    env = {**os.environ, 'PYTHONPATH': str(Path(configurator.__file__).parent), 'PYTHONUNBUFFERED': ''}
+    env |= {'RANK': rank} if rank else {}
     done = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == status and done.stdout == 'before\n'  # what was printed is not lost
     assert done.stderr == err if err is not None else 'Traceback' in done.stderr and 'a bug' in done.stderr

@@ -5,12 +5,14 @@ have two layers and random weights, large enough that a wrong mask, position, sc
 
 import inspect
 import json
+import math
 import types
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.utils
 import torch.distributed as dist
 import torch.nn.attention.varlen
 import torch.nn.functional as F
@@ -83,8 +85,7 @@ def randomise(net, seed=0):
 
 
 def tiny(name, seed=0, dtype=torch.float32, attention='packed'):
-    hf.AttentionInterface.register('packed', model.packed_attention)
-    hf.AttentionMaskInterface.register('packed', lambda *args, **kwargs: None)
+    model.register_attention()
     net = hf.AutoModelForCausalLM.from_config(config(name), dtype=torch.float32)
     net = randomise(net, seed).to(dtype).eval()
     net.set_attn_implementation(attention)
@@ -219,6 +220,13 @@ def test_can_pack(name, dtype):
     assert model.can_pack(net, *probe(), said.append) == (name in PACKED)
     assert len(said) == (name in NOT_PACKED) and all('cannot be packed' in line for line in said)
     assert net.config._attn_implementation == before
+    certain = name in NOT_PACKED and name != 'phimoe'  # which shows in the numbers alone
+    assert (model.packing_error(net, *probe()) == math.inf) == certain
+
+
+def test_the_probe_reaches_a_window():
+    short, long = (1, (1, 1)), (6, (9, 4))
+    assert not model.can_pack(tiny('phimoe'), *probe([short, long, short]), lambda line: None)
 
 
 @pytest.mark.parametrize('name', NOT_PACKED)
@@ -251,7 +259,7 @@ def test_a_wrong_attention_is_noticed(name, wrong):
         assert model.packing_error(net, *probe()) > 1e-3
         assert not model.can_pack(net, *probe(), lambda line: None)
     finally:
-        hf.AttentionInterface.register('packed', model.packed_attention)
+        model.register_attention()
 
 
 # ---- divergences ----
@@ -265,11 +273,10 @@ DIVERGENCES = {
 
 
 @pytest.mark.parametrize('layout', [{}, {'pad': True}], ids=['shared', 'padded'])
-@pytest.mark.parametrize('which', DIVERGENCES)
-@pytest.mark.parametrize('name', ['llama', 'gpt_neox', 'phi', 'cohere', 'gemma2'])
+@pytest.mark.parametrize(
+    ('name', 'which'), [(n, d) for n in ('llama', 'gpt_neox', 'phi', 'cohere', 'gemma2') for d in DIVERGENCES][:-1]
+)  # not released, which is not continuous, with Gemma 2, which has no float64 forward to compare with
 def test_divergences(name, which, layout):
-    if name == 'gemma2' and which == 'released':
-        pytest.skip('its quantile is not continuous, and this architecture has no float64 forward to compare with')
     dtype, tolerance = (torch.float32, 1e-5) if name == 'gemma2' else (torch.float64, 5e-7)
     policy, ref = (tiny(name, seed=seed, dtype=dtype) for seed in (0, 1))
     rows = rows_of(PAIRS)
@@ -358,9 +365,8 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_tokens_times_vocabulary(tied, monkeypatch):
     vocabulary, hidden, size = 32_768, 8, 4
     options = GROUPED | {'vocab_size': vocabulary, 'hidden_size': hidden, 'tie_word_embeddings': tied}
-    net = hf.AutoModelForCausalLM.from_config(hf.LlamaConfig(**options)).eval()
-    hf.AttentionInterface.register('packed', model.packed_attention)
-    net.set_attn_implementation('packed')
+    model.register_attention()
+    net = hf.AutoModelForCausalLM.from_config(hf.LlamaConfig(**options), attn_implementation='packed').eval()
     batch = pack([(200, (30, 20)), (150, (10, 40))])
     with Largest() as largest:
         model.response_logps(net, batch).sum().backward()
@@ -379,7 +385,9 @@ def test_no_tensor_of_tokens_times_vocabulary(tied, monkeypatch):
 @pytest.fixture(scope='module')
 def device():
     threads = torch.get_num_threads()
-    yield fsdp.setup()[2]
+    device = fsdp.setup()[2]
+    torch.set_num_threads(1)
+    yield device
     dist.destroy_process_group()
     torch.set_num_threads(threads)
 
@@ -426,9 +434,7 @@ def test_bfloat16(name, saved, device):
     batch = pack(PAIRS)
     policy, ref = (fsdp.shard(build, device, dtype='bfloat16', train=train) for train in (True, False))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
-    assert {p.dtype for p in ref.parameters()} == {torch.bfloat16} and not any(
-        p.requires_grad for p in ref.parameters()
-    )
+    assert {(p.dtype, p.requires_grad) for p in ref.parameters()} == {(torch.bfloat16, False)}
     assert model.can_pack(policy, *probe(), print)
     with torch.no_grad():
         expected = ref.response_logps(batch)
@@ -438,12 +444,9 @@ def test_bfloat16(name, saved, device):
     both = policy.response_logps(batch, risks.kl, reference)
     assert both[0].equal(both[2]) and not both[1].any()
     assert {g.dtype for g in grads.values()} == {torch.float32}
-    assert {p.dtype for p in policy.parameters() if p.grad is not None} >= {
-        torch.bfloat16
-    }  # what the root computes with
     wide, wide_grads = same_grads(fsdp.shard(build, device), batch)
     assert not values.equal(wide)
-    assert_close(values, wide, 0.05)
+    assert_close(values, wide, 0.1)
     flat, wide_flat = (torch.cat([g.flatten() for g in x.values()]) for x in (grads, wide_grads))
     assert torch.cosine_similarity(flat, wide_flat, 0) > 0.99
 
@@ -465,7 +468,7 @@ def test_activation_checkpointing(name, dropout, saved, device):
         hf.AttentionInterface.register('packed', counted)
         calls.clear()
         results += [same_grads(net, pack(PAIRS)) for _ in range(2)]
-        hf.AttentionInterface.register('packed', model.packed_attention)
+        model.register_attention()
         assert len(calls) == 2 * (4 if checkpointing else 2)  # two layers, recomputed in backward
         assert not any(m.training for m in net.modules() if isinstance(m, torch.nn.Dropout))
     for values, grads in results[1:]:
@@ -473,13 +476,20 @@ def test_activation_checkpointing(name, dropout, saved, device):
         assert all(grads[key].equal(grad) for key, grad in results[0][1].items())
 
 
-def test_compile(saved, device):
+def test_compile(saved, device, monkeypatch):
+    """By way of aot_eager: the default backend needs a C++ compiler, and minutes. Layouts do not make it compile anew."""
+    compile, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda module: compile(module, backend='aot_eager'))
     folder, build = saved('llama', num_hidden_layers=1, layer_types=None)
     plain, compiled = (fsdp.shard(build, device, compile=compile) for compile in (False, True))
-    for shape in (PAIRS, PAIRS[:2]):
-        for (values, grads), (others, other_grads) in [[same_grads(net, pack(shape)) for net in (plain, compiled)]]:
-            assert_close(others, values, 1e-4)
-            assert all((other_grads[key] - grad).norm() <= 1e-4 * grad.norm() for key, grad in grads.items())
+    graphs = []
+    for shape in (PAIRS, PAIRS[:3], TRIPLES, SINGLES, [(2, (3, 4))]):
+        before = counters['stats']['unique_graphs']
+        (values, grads), (others, other_grads) = (same_grads(net, pack(shape)) for net in (plain, compiled))
+        graphs.append(counters['stats']['unique_graphs'] - before)
+        assert_close(others, values, 1e-5)
+        assert all((other_grads[key] - grad).norm() <= 1e-5 * grad.norm() for key, grad in grads.items())
+    assert graphs[0] > 0 and not any(graphs[2:])  # the second time lengths become variables
 
 
 @pytest.mark.parametrize(('name', 'tied'), [('llama', True), ('llama', False), ('gpt_neox', False), ('gpt2', True)])

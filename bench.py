@@ -1,0 +1,278 @@
+"""Measure a DPO step: pairs/s, tokens/s, padding, memory and model FLOPs, for variants that add one idea after the other.
+
+    python bench.py --model=pythia-70m --data=synthetic --batch_size=8
+    python bench.py --model=models/pythia-70m --data=hh:data/hh_harmless.jsonl.gz --out=bench.json
+    torchrun --nproc_per_node=2 bench.py --model=pythia-14m
+
+All variants take turns in one process, step by step, on the same pairs; the figures are medians. `padded` is the layout of the
+original DPO code: both answers with their prompts, padded, logits at every position. Loss and gradient are the same in all.
+"""
+
+import json
+import math
+import resource
+import statistics
+import time
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+
+import fsdp
+import losses
+import model as models
+from configurator import UserError, configure, main_rank
+from data import Examples, microbatches
+
+model = 'pythia-70m'  # a published shape with random weights (pythia-14m to pythia-2.8b, llama-8b), or a model folder
+tokenizer: str | None = None  # a tokenizer folder, for real data with a published shape
+vocabulary: int | None = None  # another vocabulary size for a published shape
+data = 'synthetic'  # synthetic (lengths like HH), or what dpo.py reads
+loss = 'dpo'  # a loss on pairs
+batch_size = 8  # pairs of a step, all ranks together
+max_tokens = 16384  # tokens of a microbatch
+n_steps = 5  # timed steps of each variant
+variants = 'padded packed shared head cached'  # which, in order: each adds its idea to the one before; also: compile
+optimizer = 'AdamW'  # AdamW, RMSprop or SGD
+dtype = 'float32'  # float32 or bfloat16
+threads: int | None = None  # CPU threads; None: all
+peak_tflops = 790.0  # what the GPU gives in bfloat16, for the utilisation
+seed = 0  # of weights and data
+out: str | None = None  # write the table as json, too
+config = configure(globals())
+
+SHAPES = {  # width, layers, heads: the published Pythia suite
+    'pythia-14m': (128, 6, 4), 'pythia-70m': (512, 6, 8), 'pythia-160m': (768, 12, 12), 'pythia-410m': (1024, 24, 16),
+    'pythia-1b': (2048, 16, 8), 'pythia-1.4b': (2048, 24, 16), 'pythia-2.8b': (2560, 32, 32),
+}  # fmt: skip
+KNOWN = ['padded', 'packed', 'shared', 'head', 'cached', 'compile']
+names = variants.split()
+if not names or set(names) - set(KNOWN):
+    raise UserError(f'variants must be some of {", ".join(KNOWN)}, not {variants!r}')
+loss_fn = losses.LOSSES.get(loss)
+if loss not in ('dpo', 'ipo', 'hinge', 'sigmoid_norm'):
+    raise UserError(
+        f'bench.py measures dpo, ipo, hinge or sigmoid_norm, not {loss!r}: others cost the same or need more'
+    )
+
+rank, world, device = fsdp.setup()
+if threads:
+    torch.set_num_threads(threads)
+
+
+def build(empty=False):
+    """The model: random weights in a published shape, or a folder's."""
+    if model not in (*SHAPES, 'llama-8b'):
+        return models.load_model(model, empty=empty)
+    models.register_attention()
+    if model == 'llama-8b':
+        shape = transformers.LlamaConfig(
+            vocab_size=vocabulary or 128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0,
+        )  # fmt: skip
+    else:
+        width, layers, heads = SHAPES[model]
+        shape = transformers.GPTNeoXConfig(vocab_size=vocabulary or 50304, hidden_size=width, num_hidden_layers=layers,
+                                           num_attention_heads=heads, intermediate_size=4 * width)  # fmt: skip
+    with torch.device('meta' if empty else 'cpu'):
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(shape).eval()
+
+
+def pairs():
+    """Enough pairs for the timed steps: real ones, or random tokens with log-normal lengths fitted to HH."""
+    count = batch_size * (n_steps + 1)
+    if data != 'synthetic':
+        from tokenise import load_examples
+
+        tok = models.load_tokenizer(tokenizer or model)
+        load = partial(load_examples, data, tokenizer=tok, task='pairs', max_length=512, max_prompt_length=256)
+        examples = fsdp.first_of_host(lambda: load('train'))
+        order = np.random.default_rng(seed).permutation(len(examples))
+        return examples.select(np.resize(order, count))
+    rng = np.random.default_rng(seed)
+    limits, items = ((math.log(85), 0.8, 256), (math.log(27), 0.9, 200), (math.log(33), 0.9, 200)), []
+    for _ in range(count):
+        lengths = [int(np.clip(rng.lognormal(m, s), 2, top)) for m, s, top in limits]
+        prompt, *answers = (rng.integers(0, min(vocabulary or 4096, 4096), n) for n in lengths)
+        items.append((prompt, answers))
+    return Examples.of(items)
+
+
+def full_head(m, batch):
+    """Log-probs as the original code computes them: logits at every position, then the answers' tokens."""
+    hidden, head = models.hidden_states(m, batch)
+    logits = F.linear(hidden.flatten(0, 1), *head).float().log_softmax(-1)
+    return batch.sum(logits[batch.index].gather(1, batch.target[:, None])[:, 0])
+
+
+class Variant:
+    """A policy, its reference and optimizer, and one way of computing a step."""
+
+    def __init__(self, name):
+        self.name, level = name, KNOWN.index(name)
+        self.pad, self.share, self.head, self.cached = level < 1, level >= 2, level >= 3, level >= 4
+        self.policy = fsdp.shard(build, device, dtype=dtype, compile=level >= 5)
+        self.ref = fsdp.shard(build, device, dtype=dtype, train=False)
+        for m in (self.policy, self.ref):
+            models.set_attention(m, not self.pad)
+        self.optimizer = fsdp.make_optimizer(optimizer, self.policy, 1e-6, 0.0)
+        self.cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=self.share, pad=self.pad,
+                           device=device)  # fmt: skip
+        self.times, self.peak = [], 0.0
+
+    def logps(self, m, batch):
+        return m.response_logps(batch)[0] if self.head else m.full_head(batch)
+
+    def step(self, examples, index):
+        """One optimizer step; the cached reference is left out of the time, as in a second epoch."""
+        batches, *_ = self.cut(examples, index)
+        reset_peak()
+        with torch.no_grad():
+            cached = [self.logps(self.ref, b) for b in batches] if self.cached else None
+        sync()
+        start = clock()
+        for i, batch in enumerate(batches):
+            with torch.no_grad():
+                ref = cached[i] if cached else self.logps(self.ref, batch)
+            pi, n = self.logps(self.policy, batch), batch.n.float()
+            columns = {
+                'pi_w': pi[::2],
+                'pi_l': pi[1::2],
+                'ref_w': ref[::2],
+                'ref_l': ref[1::2],
+                'n_w': n[::2],
+                'n_l': n[1::2],
+            }
+            arguments = [columns[c] for c in loss_fn.__code__.co_varnames[: loss_fn.__code__.co_argcount]]
+            l = loss_fn(*arguments, beta=0.1, **({'average': True} if loss == 'ipo' else {}))
+            (l * (torch.tensor(batch.place, device=device) >= 0)).sum().backward()
+        fsdp.update(self.policy, self.optimizer, 1e-6, world / len(index), 10.0)
+        sync()
+        self.times.append(clock() - start)
+        self.peak = max(self.peak, peak_memory())
+
+
+def clock():
+    """Seconds; of the processor on one CPU thread, so that other work on the machine does not count."""
+    return time.process_time() if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def sync():
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+
+
+def reset_peak():
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        try:
+            with open('/proc/self/clear_refs', 'w') as file:
+                file.write('5')  # Linux: forget the peak of the resident set
+        except OSError:
+            pass
+
+
+def peak_memory():
+    """GB: of the GPU, or of the process since reset_peak (it holds all variants' weights)."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        with open('/proc/self/status') as file:
+            return int(next(line for line in file if line.startswith('VmHWM')).split()[1]) / 1e6
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def flops(shape, lengths, shared, head_only, cached):
+    """Model FLOPs of a pair: 2 per weight and token forward, twice that backward, once for a live reference."""
+    weights = sum(
+        p.numel() for n, p in shell.named_parameters() if p.dim() == 2 and 'embed' not in n and 'lm_head' not in n
+    )
+    weights -= sum(
+        p.numel() for n, p in shell.named_parameters() if n.endswith('wte.weight') or n.endswith('wpe.weight')
+    )
+    p, w, r = lengths.T
+    tokens = p + w + r if shared else 2 * p + w + r
+    context = (p + w) ** 2 / 2 + (r * p + r**2 / 2 if shared else (p + r) ** 2 / 2)
+    heads = w + r if head_only else tokens
+    forward = 2 * weights * tokens + 4 * shape.num_hidden_layers * shape.hidden_size * context
+    forward = forward + 2 * shape.hidden_size * shape.vocab_size * heads
+    return float((forward * (3 + (not cached))).mean())
+
+
+def products_alone(tokens, predicted):
+    """Seconds for the step's matrix products and nothing else: every linear layer, forward, and both backward products."""
+    total = 0.0
+    kind = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
+    linears = [m.weight.shape for m in shell.modules() if isinstance(m, torch.nn.Linear)]
+    for (rows, columns), count in {s: linears.count(s) for s in linears}.items():
+        n = predicted if rows == shell.config.vocab_size else tokens
+        x, w = torch.randn(n, columns, dtype=kind, device=device), torch.randn(rows, columns, dtype=kind, device=device)
+        y = torch.randn(n, rows, dtype=kind, device=device)
+        spent = []
+        for _ in range(3):
+            sync()
+            start = clock()
+            x @ w.T
+            sync()
+            forward = clock() - start
+            y @ w
+            y.T @ x
+            sync()
+            spent.append(forward + clock() - start)  # the forward twice: policy and reference
+        total += count * min(spent)
+    return total
+
+
+examples = pairs()
+shell = build(empty=True)
+runs = [Variant(name) for name in names]
+for m in {id(m): m for run in runs for m in (run.policy, run.ref)}.values():
+    fsdp.add_method(m, full_head)
+for step in range(n_steps + 1):
+    index = np.arange(step * batch_size, (step + 1) * batch_size)
+    for run in runs[step % len(runs) :] + runs[: step % len(runs)]:
+        run.step(examples, index)
+lengths = (examples.spans[batch_size:, :, 1] - examples.spans[batch_size:, :, 0]).astype(float)
+rows = []
+for run in runs:
+    seconds = statistics.median(run.times[1:])  # the first step warms up
+    cost = flops(shell.config, lengths, run.share, run.head, run.cached)
+    used = [run.cut(examples, np.arange(s * batch_size, (s + 1) * batch_size))[1:] for s in range(1, n_steps + 1)]
+    rows.append({
+        'variant': run.name, 'pairs_per_second': batch_size / seconds, 'tokens_per_second': lengths.sum() / n_steps / seconds,
+        'padding_share': 1 - sum(t for t, _ in used) / sum(a for _, a in used), 'gflop_per_pair': cost / 1e9,
+        'peak_memory_gb': run.peak, 'ratio': statistics.median(a / b for a, b in zip(runs[0].times[1:], run.times[1:], strict=True)),
+        'mfu': cost * batch_size / seconds / world / peak_tflops / 1e12 if device.type == 'cuda' else None,
+    })  # fmt: skip
+alone = products_alone(int(lengths.sum() / n_steps / world), int(lengths[:, 1:].sum() / n_steps / world))
+if main_rank():
+    where = torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    print(f'{model}, {data}, {loss}, batch {batch_size}, {world} ranks, {where}, {dtype}, torch {torch.__version__}')
+    print(
+        f'mean tokens of a pair: prompt {lengths[:, 0].mean():.0f}, answers {lengths[:, 1].mean():.0f} and {lengths[:, 2].mean():.0f}'
+    )
+    print(
+        f'{"variant":8s} {"pairs/s":>9s} {"x":>6s} {"tokens/s":>9s} {"padding":>8s} {"GFLOP/pair":>11s} {"peak GB":>8s} {"MFU":>6s}'
+    )
+    for r in rows:
+        mfu = f'{r["mfu"]:6.1%}' if r['mfu'] else '     -'
+        print(f'{r["variant"]:8s} {r["pairs_per_second"]:9.2f} {r["ratio"]:6.2f} {r["tokens_per_second"]:9.0f} {r["padding_share"]:8.1%} '
+              f'{r["gflop_per_pair"]:11.1f} {r["peak_memory_gb"]:8.2f} {mfu}')  # fmt: skip
+    print(
+        f'{"limit":8s} {batch_size / alone:9.2f}  pairs/s if the matrix products of policy and reference were all there is'
+    )
+    print(
+        'x: median of the ratio to the first variant, step by step. cached: without the time to make the cache (a forward pass).'
+    )
+    if out:
+        with open(out, 'w') as file:
+            json.dump(
+                {'config': dict(config), 'rows': rows, 'limit_pairs_per_second': batch_size / alone}, file, indent=1
+            )
+if __name__ == '__main__':
+    fsdp.leave()
