@@ -39,6 +39,18 @@ class Config(dict):
 
     origin: dict
 
+    def at_least(self, low, *names):
+        """Raise UserError for an option (that is not None) below low."""
+        for name in names:
+            if self[name] is not None and self[name] < low:
+                raise UserError(f'{name} must be at least {low}, not {self[name]}')
+
+    def one_of(self, **choices):
+        """Raise UserError for an option that is none of its choices."""
+        for name, values in choices.items():
+            if self[name] not in values:
+                raise UserError(f'{name} must be one of {", ".join(values)}, not {self[name]!r}')
+
     def ignored(self, options, why):
         """Options that have no effect in this run: an error on the command line, a printed note in a config file."""
         for name in options:
@@ -63,6 +75,8 @@ def configure(scope, argv=None):
     config = Config({name: scope[name] for name in options})
     config.origin = dict.fromkeys(options, 'default')
     for path in [a for a in argv if not a.startswith('-')]:
+        if not path.endswith('.py'):
+            raise UserError(f'{path!r} is neither a config file (.py) nor an option (--name=value)')
         for name, value, where in _read_file(path):
             config[name] = _check(name, value, options, where)
             config.origin[name] = path
@@ -74,6 +88,8 @@ def configure(scope, argv=None):
         if name in seen:
             raise UserError(f'--{name} is given twice')
         seen.add(name)
+        if not equals and 'bool' not in options.get(name, (['bool'],))[0]:
+            raise UserError(f'--{name} needs a value: --{name}=value')
         config[name] = _check(name, _parse(name, text if equals else 'true', options), options, 'the command line')
         config.origin[name] = 'command line'
     scope.update(config)
@@ -100,23 +116,27 @@ def _declared(path):
 
 def _read_file(path):
     """(name, value, 'file, line n') for every public name that a config file assigns."""
-    names = {}
     try:
         with open(path, encoding='utf-8') as file:
             source = file.read()
-        exec(compile(source, path, 'exec'), names)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f'cannot read the config file {path}: {getattr(error, "strerror", "not a text file")}'
         ) from None
+    names = {}
+    try:
+        exec(compile(source, path, 'exec'), names)
     except Exception as error:  # whatever a config file can raise is the user's to mend
-        line = getattr(error, 'lineno', None)
+        line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else None
         for frame in traceback.extract_tb(error.__traceback__):
             line = frame.lineno if frame.filename == path else line
-        raise UserError(f'{path}, line {line or 1}: {type(error).__name__}: {getattr(error, "msg", error)}') from None
-    lines = {
-        n.id: n.lineno for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name) and type(n.ctx) is ast.Store
-    }
+        reason = ' '.join(str(getattr(error, 'msg', error)).split())
+        raise UserError(f'{path}, line {line or 1}: {type(error).__name__}: {reason}') from None
+    lines = {}
+    for node in ast.walk(ast.parse(source)):  # an assigned name, a function or class, an import
+        if type(getattr(node, 'ctx', None)) is not ast.Load:
+            name = getattr(node, 'asname', None) or getattr(node, 'id', None) or getattr(node, 'name', None)
+            lines[name] = getattr(node, 'lineno', 1)
     for name, value in names.items():
         if not name.startswith('_') and not isinstance(value, types.ModuleType):
             yield name, value, f'{path}, line {lines.get(name, 1)}'
@@ -143,7 +163,7 @@ def _check(name, value, options, where):
         hint = f'did you mean {near[0]}?' if near else '--help lists the options'
         raise UserError(f'{where}: unknown option {name!r}; {hint}')
     allowed = options[name][0]
-    if type(value) is int and 'int' not in allowed and 'float' in allowed:
+    if type(value) is int and 'int' not in allowed and 'float' in allowed and abs(value) < 10**300:
         value = float(value)
     if ('None' if value is None else type(value).__name__) not in allowed or value != value:
         raise UserError(f'{where}: {name} must be {" or ".join(allowed)}, not {value!r}')

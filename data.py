@@ -73,7 +73,7 @@ class Examples:
         spans = self.spans[index].copy()
         prompts = [self.ids[s:e].tobytes() for s, e in spans[:, 0]]
         for i in range(len(index)):
-            others = [(i + k) % len(index) for k in range(1, len(index))]
+            others = [(i + k) % len(index) for k in range(1, len(index))] or [i]
             spans[i, 1] = self.spans[index[next((j for j in others if prompts[j] != prompts[i]), others[0])], 1]
         return Examples(self.ids, spans, self.good[index], self.uid[index], self.left_out)
 
@@ -107,7 +107,7 @@ def plan(lengths, world, max_tokens):
 
     A microbatch holds at most max_tokens tokens, or one example that is longer. Places appear once; a microbatch may be
     empty where there are fewer examples than microbatches. Longest first into the emptiest: nearly equal loads."""
-    count = max(1, -(-int(sum(lengths)) // (world * max_tokens)))
+    count = max(1, -(-sum(min(int(n), max_tokens) for n in lengths) // (world * max_tokens)))
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while True:
         bins = [(0, b, []) for b in range(world * count)]
@@ -224,8 +224,8 @@ def pack(examples, place, *, share_prefix=True, pad=False, filler=2, device='cpu
 
 
 def pack_probe(examples, device):
-    """The first and the last example, packed and padded: to see whether a model gives both the same log-probs."""
-    two = [examples[0], examples[len(examples) - 1]]
+    """The first and the longest example, packed and padded: to see whether a model gives both the same log-probs."""
+    two = [examples[0], examples[int(examples.lengths.argmax())]]
     return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]
 
 

@@ -103,11 +103,18 @@ compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
+config.at_least(
+    0, 'lr', 'warmup_steps', 'weight_decay', 'noise_rate', 'n_eval_examples', 'n_eval_model_samples', 'seed'
+)
+config.at_least(1, 'batch_size', 'max_tokens', 'n_epochs', 'n_examples', 'eval_every', 'save_every', 'keep_last', 'log_every',
+                'max_prompt_length', 'max_new_tokens', 'num_turns')  # fmt: skip
+config.at_least(max_prompt_length + 2, 'max_length')
+config.one_of(dtype=('float32', 'bfloat16'), truncation=('start', 'end'), optimizer=('AdamW', 'RMSprop', 'SGD'),
+              lr_schedule=('constant', 'linear', 'cosine'))  # fmt: skip
 
 # ---- what the loss needs: its signature says ----
 
-if loss not in losses.LOSSES:
-    raise UserError(f'loss must be one of {", ".join(losses.LOSSES)}, not {loss!r}')
+config.one_of(loss=losses.LOSSES, risk=RISKS)
 loss_fn, statistic = losses.LOSSES[loss], losses.STATISTICS.get(loss)
 
 
@@ -122,8 +129,6 @@ paired, has_ref = 'pi_w' in columns_used, bool(columns_used & {'ref', 'ref_w'}) 
 divergence = None
 if loss.startswith('radpo'):
     options_used |= {'risk', 'mu'}
-    if risk not in RISKS:
-        raise UserError(f'risk must be one of {", ".join(RISKS)}, not {risk!r}')
     divergence = partial(RISKS[risk], mu=mu)
 elif 'div_w' in columns_used:
     divergence = kl
@@ -367,7 +372,7 @@ if not start:
     _, first_index = next(steps(len(train), batch_size, total, seed))
     before, _ = run_step(*prepare(train, 0, first_index)[0], state, train=False)
     check = summary(before, 'train')
-    rewards = [check['rewards_train/chosen'], check['rewards_train/rejected']]
+    rewards = [check.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected')]  # kto: a step may lack one
     logger.say(
         f'step 0: rewards {rewards[0]:.6f} and {rewards[1]:.6f}, loss {before["loss"].mean():.6f}, log 2 = 0.693147'
     )

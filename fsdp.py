@@ -177,9 +177,7 @@ def make_optimizer(name, model, lr, weight_decay):
         return torch.optim.RMSprop(params, lr=lr, weight_decay=weight_decay)
     if name == 'AdamW':
         return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
-    if name == 'SGD':
-        return torch.optim.SGD(params, lr=lr, weight_decay=weight_decay)
-    raise UserError(f'optimizer must be AdamW, RMSprop or SGD, not {name!r}')
+    return torch.optim.SGD(params, lr=lr, weight_decay=weight_decay)
 
 
 def update(model, optimizer, lr, scale, max_norm):

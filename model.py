@@ -91,15 +91,16 @@ def register_attention():
     transformers.AttentionMaskInterface.register('packed', lambda *args, **kwargs: None)
 
 
+@torch.compiler.disable  # it would be compiled anew for every layout of a row
 def packed_attention(
-    module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, packed=None, **_
+    module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, packed=None, s_aux=None, **_
 ):
     """Attention of a row of groups [prompt | answer | answer ...]: an answer sees its group's prompt and itself.
 
     query (1, H, T, D), key and value (1, H_kv, T, D); packed: a data.Batch. Returns (1, T, H, D), None. On CUDA in half
     precision one varlen kernel does it; elsewhere one small sdpa an answer, so that no answer pays for the others."""
-    if packed is None:
-        raise NotImplementedError('this architecture does not hand the batch on to its attention, as StableLM')
+    if packed is None or s_aux is not None:
+        raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
     if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
@@ -246,12 +247,15 @@ class _Head(torch.autograd.Function):
 
 
 @torch.no_grad()
-def logp_error(model, batch, padded):
+def packing_error(model, batch, padded):
     """Largest relative difference between response_logps of a batch and of the model's own forward of the same, padded.
 
-    Infinite where the architecture takes no attention from outside (GPT-J, BLOOM), or does not hand it the batch."""
+    Infinite where the architecture takes no attention from outside (GPT-J, BLOOM), does not hand it the batch, or runs on
+    from one answer into the next (convolutions, linear attention)."""
     set_attention(model, packed=bool(batch.groups))
-    if batch.groups and core(model).config._attn_implementation != 'packed':
+    config = core(model).config
+    other_layers = set(getattr(config, 'layer_types', None) or ()) - {'full_attention', 'sliding_attention'}
+    if batch.groups and (config._attn_implementation != 'packed' or other_layers):
         return math.inf
     try:
         ours = model.response_logps(batch)[0]
@@ -268,9 +272,9 @@ def can_pack(model, packed, padded, half, say):
 
     If not, say so; if padded ones do not either, its head does what _post does not know: raise UserError."""
     limit = 0.03 if half else 1e-4
-    if logp_error(model, packed, padded) <= limit:
+    if packing_error(model, packed, padded) <= limit:
         return True
-    error = logp_error(model, padded, padded)
+    error = packing_error(model, padded, padded)
     if error > limit:
         raise UserError(f'{type(core(model)).__name__} does something to its logits that model.py does not know: log-probs '
                         f'would be wrong by {error:.1%}; teach it to _post')  # fmt: skip

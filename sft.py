@@ -68,6 +68,14 @@ compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
+config.at_least(
+    0, 'lr', 'warmup_steps', 'weight_decay', 'noise_rate', 'n_eval_examples', 'n_eval_model_samples', 'seed'
+)
+config.at_least(1, 'batch_size', 'max_tokens', 'n_epochs', 'n_examples', 'eval_every', 'save_every', 'keep_last', 'log_every',
+                'max_prompt_length', 'max_new_tokens', 'num_turns')  # fmt: skip
+config.at_least(max_prompt_length + 2, 'max_length')
+config.one_of(dtype=('float32', 'bfloat16'), truncation=('start', 'end'), optimizer=('AdamW', 'RMSprop', 'SGD'),
+              lr_schedule=('constant', 'linear', 'cosine'))  # fmt: skip
 
 # ---- set-up ----
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from contextlib import suppress
 from html.parser import HTMLParser
@@ -40,8 +41,8 @@ def load_rows(source, split, *, whole=False, num_turns=1, skip_bad_rows=False):
     bad row."""
     name, _, path = source.partition(':')
     getter = globals().get(f'get_{name}')
-    if path and not os.path.exists(path):
-        raise UserError(f'data {source!r}: there is no file or folder {path}')
+    if path:
+        data_files(path)  # raises if there is none
     if getter:
         rows, parse = getter(split, path or None, **({'num_turns': num_turns} if name == 'sharegpt' else {}))
     elif os.path.exists(source):
@@ -52,7 +53,7 @@ def load_rows(source, split, *, whole=False, num_turns=1, skip_bad_rows=False):
         raise UserError(f'data {source!r} is no file, no hub id (owner/name) and none of the known datasets: {known}')
     else:
         rows, parse = read_rows(source, split, None), parse_any
-    divide = not whole and (os.path.isfile(path) or name in NO_TEST_SPLIT)
+    divide = not whole and (name in NO_TEST_SPLIT or (path and len(data_files(path)) == 1))
     examples, left_out = [], Counter()
     for row in rows:
         try:
@@ -81,9 +82,12 @@ def fingerprint(source, split):
     if not path:
         return None  # a hub dataset: the library keeps its own cache of the rows
     digest = hashlib.sha256(source.encode())
-    for file in local_files(path, split):
-        with open(file, 'rb') as stream:
-            digest.update(hashlib.file_digest(stream, 'sha256').digest())
+    for file in data_files(path):
+        try:
+            with open(file, 'rb') as stream:
+                digest.update(hashlib.file_digest(stream, 'sha256').digest())
+        except OSError as error:
+            raise UserError(f'cannot read {file}: {error.strerror}') from None
     return digest.hexdigest()
 
 
@@ -112,15 +116,23 @@ def read_rows(hub_id, split, path, **kwargs):
 
 def local_files(path, split):
     """A file itself, or a folder's data files whose path names this split."""
-    if os.path.isfile(path):
-        return [path]
-    files = sorted(str(f) for f in Path(path).rglob('*') if f.name.endswith(ENDINGS))
-    files = [f for f in files if split.partition('_')[0] in f[len(path) :].lower()] or (
-        files if len(files) == 1 else []
-    )
+    files = data_files(path)
+    if len(files) == 1:  # of which a part is held out
+        return files
+    name = split.partition('_')[0]
+    files = [f for f in files if re.search(rf'(?<![a-z]){name}', f[len(path) :].lower())]  # latest.json is no test file
     if not files:
         raise UserError(f'the folder {path} has no {split} file ({", ".join(ENDINGS)} with {split!r} in its name)')
     return files
+
+
+def data_files(path):
+    """A file itself, or all data files in a folder."""
+    if not os.path.exists(path):
+        raise UserError(f'there is no file or folder {path}')
+    if os.path.isfile(path):
+        return [path]
+    return sorted(str(f) for f in Path(path).rglob('*') if f.name.endswith(ENDINGS) and f.is_file())
 
 
 def _row(raw, where, error=''):
@@ -148,18 +160,20 @@ def _read_file(file):
                     yield _row(raw, f'{file}, row {i + 1}')
                 return
             for i, line in enumerate(stream):
+                if not line.strip():
+                    continue
                 where = f'{file}, line {i + 1}'
                 try:
                     raw = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    yield _row({}, where, f'not valid JSON ({error})')
+                    yield _row({}, where, f'not valid JSON ({getattr(error, "msg", error)})')
                 else:
                     yield _row(raw, where)
     except UserError:
         raise
     except json.JSONDecodeError as error:
         raise UserError(f'{file}, line {error.lineno}: not valid JSON ({error.msg})') from None
-    except (OSError, EOFError, ValueError, RecursionError, ImportError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, ImportError, zlib.error) as error:
         raise UserError(f'cannot read {file}: {getattr(error, "strerror", None) or error}') from None
 
 
@@ -176,18 +190,23 @@ def parse_any(row):
             raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
         if 'prompt' in row:
             return [{'prompt': text_or_chat(row, 'prompt'), 'chosen': chosen, 'rejected': rejected}]
-        same = os.path.commonprefix([chosen, rejected])
+        n = next(
+            (i for i, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y),
+            min(len(chosen), len(rejected)),
+        )
+        same = chosen[:n]
         if isinstance(chosen, str) and not same.endswith((' ', '\n', ':')):  # do not cut a word in two
-            same = same[: max(same.rfind(' '), same.rfind('\n'), same.rfind(':') + 1, 0)]
-        n = len(same)
-        return [{'prompt': same, 'chosen': chosen[n:], 'rejected': rejected[n:]}]
+            n = max(same.rfind(' '), same.rfind('\n'), same.rfind(':') + 1, 0)
+        return [{'prompt': chosen[:n], 'chosen': chosen[n:], 'rejected': rejected[n:]}]
     for key in ('response', 'completion'):
         if key in row:
             example = {'prompt': text_or_chat(row, 'prompt'), 'response': text_or_chat(row, key)}
             label = {'response': 'good', 'completion': 'label'}[key]
             return [example | ({'good': field(row, label, bool)} if label in row else {})]
     if 'messages' in row:
-        turns = text_or_chat(row, 'messages')
+        turns = [message(field(turn, 'role'), field(turn, 'content')) for turn in field(row, 'messages', list)]
+        if not turns or turns[-1]['role'] != 'assistant':
+            raise ValueError("'messages' does not end with an answer")
         return [{'prompt': turns[:-1], 'response': turns[-1:]}]
     if 'text' in row:
         return [{'prompt': '', 'response': field(row, 'text')}]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +44,12 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         examples = tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out)
         if None not in stamp:
             _write_cache(file, examples)
+    examples = examples.select(uniform_hash(examples.uid, seed) < data_fraction) if data_fraction < 1 else examples
     if not len(examples) and split == 'train':
         raise UserError(
             f'no {split} examples are left in data {data!r}; left out: {dict(examples.left_out) or "nothing"}'
         )
-    return examples.select(uniform_hash(examples.uid, seed) < data_fraction) if data_fraction < 1 else examples
+    return examples
 
 
 def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out):
@@ -73,7 +75,9 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
         if len(p) + max(map(len, a)) > max_length:
             if len(p) > max_prompt_length:
                 left_out['prompts cut'] += 1
-                p = p[-max_prompt_length:] if truncation == 'start' else p[:max_prompt_length]
+                head = p[:1] if adds_bos else []
+                tail = p[len(p) - max_prompt_length + len(head) :]
+                p = [*head, *tail] if truncation == 'start' else p[:max_prompt_length]
             room = max_length - len(p)
             left_out['answers cut'] += sum(len(x) > room for x in a)
             a = [x if len(x) <= room else [*x[: room - 1], eos] for x in a]
@@ -88,48 +92,52 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
         spans.append(np.stack((edges[:-1], edges[1:]), 1))
         good.append(thumb)
         uid.append(key)
-    spans = np.array(spans, np.int64).reshape(len(spans), -1, 2)
-    return Examples(np.array(flat, np.int32), spans, np.array(good, bool), np.array(uid, np.uint64), left_out)
+    spans = np.array(spans, np.int64).reshape(-1, 3 if task == 'pairs' else 2, 2)
+    return Examples(np.array(flat, np.int32), spans, np.array(good, bool), np.array(uid, np.uint64), +left_out)
 
 
 def _as_texts(row, task, left_out):
     """(prompt, answers, good, uid) of a row, as the task needs them; none, counted, where the row has no such thing."""
     prompt = row['prompt']
-    if 'chosen' in row and task == 'sft':
-        target = row.get('sft', row['chosen'])
-        return [(prompt, [target], True, sources.content_hash(prompt, target))]
     if 'chosen' in row:
-        answers = [row['chosen'], row['rejected']]
-        uid = sources.content_hash(prompt, answers)
-        if answers[0] == answers[1]:
-            left_out['pairs with equal answers'] += 1
-            return []
-        return (
-            [(prompt, answers, True, uid)]
-            if task == 'pairs'
-            else [(prompt, [a], a is answers[0], uid) for a in answers]
-        )
-    if 'response' in row and (task == 'sft' or (task == 'singles' and 'good' in row)):
-        answer = row['response']
-        return [(prompt, [answer], row.get('good', True), sources.content_hash(prompt, answer))]
-    left_out[f'rows without what {task} needs'] += 1
-    return []
+        answers = [row.get('sft', row['chosen'])] if task == 'sft' else [row['chosen'], row['rejected']]
+    elif 'response' in row and (task == 'sft' or (task == 'singles' and 'good' in row)):
+        answers = [row['response']]
+    else:
+        left_out[f'rows without what {task} needs'] += 1
+        return []
+    uid = sources.content_hash(prompt, answers)
+    if any(map(_blank, answers)):
+        left_out['empty answers'] += 1
+        return []
+    if len(answers) == 1 or task == 'pairs':
+        return [(prompt, answers, row.get('good', True), uid)]
+    if answers[0] == answers[1]:
+        left_out['pairs with equal answers'] += 1
+        return []
+    return [(prompt, [answer], i == 0, uid) for i, answer in enumerate(answers)]
+
+
+def _blank(answer):
+    """Whether an answer, text or chat, says nothing."""
+    return not (answer if isinstance(answer, str) else ''.join(turn['content'] for turn in answer)).strip()
 
 
 def _render(prompt, answers, tokenizer, left_out):
     """The texts of prompt and answers: as they are, or through the tokenizer's chat template."""
     if isinstance(prompt, str) and all(isinstance(a, str) for a in answers):
         return [prompt, *answers]
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_CHAT
+    template = tokenizer.chat_template or PLAIN_CHAT
+    if template is PLAIN_CHAT:
         left_out['note: no chat template in the tokenizer, so chats are written as Human: / Assistant:'] = 1
     as_chat = [[{'role': role, 'content': text}] if isinstance(text, str) else text
                for role, text in [('user', prompt), *(('assistant', a) for a in answers)]]  # fmt: skip
     try:
-        start = tokenizer.apply_chat_template(as_chat[0], tokenize=False, add_generation_prompt=True)
-        whole = [tokenizer.apply_chat_template(as_chat[0] + a, tokenize=False) for a in as_chat[1:]]
+        write = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
+        start = write(as_chat[0], add_generation_prompt=True)
+        whole = [write(as_chat[0] + a) for a in as_chat[1:]]
     except Exception as error:  # templates are programs and raise what they like
-        raise UserError(f'the chat template refuses an example: {str(error)[:200]}') from None
+        raise UserError(f'the chat template refuses an example: {" ".join(str(error).split())[:200]}') from None
     if not all(text.startswith(start) for text in whole):
         raise UserError('the chat template writes an answered chat differently from the prompt it asks to continue')
     return [start, *(text[len(start) :].rstrip('\n') for text in whole)]
@@ -148,6 +156,7 @@ def _read_cache(file):
 
 
 def _write_cache(file, examples):
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     arrays = {k: np.ascontiguousarray(getattr(examples, k)) for k in ('ids', 'spans', 'good', 'uid')}
@@ -156,5 +165,5 @@ def _write_cache(file, examples):
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, temporary, {'left_out': json.dumps(examples.left_out)})
         temporary.rename(file)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         print(f'note: tokens are not cached: {error}')
