@@ -177,11 +177,14 @@ def wide(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _scale(config):
+    """What some architectures multiply the head's output with (Cohere, Granite)."""
+    return (getattr(config, 'logit_scale', None) or 1.0) / (getattr(config, 'logits_scaling', None) or 1.0)
+
+
 def _post(raw, config):
-    """float32 logits from the head's output: some architectures scale (Cohere, Granite) or soft-cap (Gemma) them."""
-    logits = raw.to(wide(raw)) * (
-        getattr(config, 'logit_scale', None) or 1 / (getattr(config, 'logits_scaling', None) or 1)
-    )
+    """float32 logits from the head's output: scaled, and soft-capped (Gemma 2)."""
+    logits = raw.to(wide(raw)) * _scale(config)
     cap = getattr(config, 'final_logit_softcapping', None)
     return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -198,42 +201,65 @@ def _per_token(raw, target, config, divergence, reference):
 
 
 class _Head(torch.autograd.Function):
-    """LM head, log-softmax, gather and divergence by chunks of positions: one chunk of logits exists at a time."""
+    """LM head, log-softmax, gather and divergence by chunks of positions: one chunk of logits exists at a time.
+
+    Without divergence and soft cap, all chunks share one buffer and everything happens in place: fresh memory costs a CPU
+    as much as the matrix product."""
 
     @staticmethod
     def chunks(n, vocabulary, device):
-        size = max(1, (2**27 if device.type == 'cuda' else 2**24) // vocabulary)
+        size = max(1, (2**27 if device.type == 'cuda' else 2**23) // vocabulary)
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+    @staticmethod
+    def logits(buffer, hidden, weight, bias, config):
+        out = buffer[: len(hidden)]
+        if weight.dtype == out.dtype:
+            torch.mm(hidden, weight.T, out=out)
+        else:
+            out.copy_(hidden @ weight.T)
+        if bias is not None:
+            out += bias
+        return out if _scale(config) == 1 else out.mul_(_scale(config))
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, config, divergence, reference):
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
-        out = hidden.new_empty(3 if divergence else 1, len(target), dtype=wide(hidden))
-        for rows in _Head.chunks(len(target), len(weight), hidden.device):
-            ref = (reference[0][rows], reference[1]) if divergence else None
-            values = _per_token(F.linear(hidden[rows], weight, bias), target[rows], config, divergence, ref)
-            for i, value in enumerate(values):
-                out[i, rows] = value
-        return out
+        plain = not divergence and not getattr(config, 'final_logit_softcapping', None)
+        tokens = hidden.new_empty(3 if divergence else 1, len(target), dtype=wide(hidden))
+        chunks = _Head.chunks(len(target), len(weight), hidden.device)
+        buffer = hidden.new_empty(chunks[0].stop if plain else 0, len(weight), dtype=wide(hidden))
+        for rows in chunks:
+            if plain:
+                logits = _Head.logits(buffer, hidden[rows], weight, bias, config)
+                tokens[0, rows] = torch.log_softmax(logits, 1, out=logits).gather(1, target[rows, None])[:, 0]
+            else:
+                ref = (reference[0][rows], reference[1]) if divergence else None
+                values = _per_token(F.linear(hidden[rows], weight, bias), target[rows], config, divergence, ref)
+                tokens[:, rows] = torch.stack(values)
+        return tokens
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
+        plain = not divergence and not getattr(config, 'final_logit_softcapping', None)
         d_hidden, d_bias = torch.empty_like(hidden), 0.0
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
-        for rows in _Head.chunks(len(target), len(weight), hidden.device):
-            raw = F.linear(hidden[rows], weight, bias)
-            if divergence or getattr(config, 'final_logit_softcapping', None):
+        chunks = _Head.chunks(len(target), len(weight), hidden.device)
+        buffer = hidden.new_empty(chunks[0].stop if plain else 0, len(weight), dtype=wide(hidden))
+        for rows in chunks:
+            if plain:  # (one-hot - softmax) * grad
+                logits = _Head.logits(buffer, hidden[rows], weight, bias, config)
+                slope = grad[0, rows, None] * _scale(config)
+                d_raw = torch.softmax(logits, 1, out=logits).mul_(-slope).scatter_add_(1, target[rows, None], slope)
+            else:
                 ref = (reference[0][rows], reference[1]) if divergence else None
                 with torch.enable_grad():
-                    values = _per_token(raw.requires_grad_(), target[rows], config, divergence, ref)
+                    raw = F.linear(hidden[rows].detach(), weight.detach(), bias).detach().requires_grad_()
+                    values = _per_token(raw, target[rows], config, divergence, ref)
                 (d_raw,) = torch.autograd.grad(values[:2], raw, tuple(grad[:2, rows]))
-            else:  # one-hot minus softmax by hand: two passes over the logits where autograd takes five
-                scale = _post(torch.ones((), dtype=raw.dtype, device=raw.device), config)
-                slope = grad[0, rows, None] * scale
-                d_raw = _post(raw, config).softmax(1).mul_(-slope).scatter_add_(1, target[rows, None], slope)
             d_raw = d_raw.to(weight.dtype)
             d_hidden[rows] = d_raw @ weight
             if d_weight is not None and d_weight.dtype == weight.dtype:

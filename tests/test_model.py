@@ -67,6 +67,7 @@ NOT_PACKED = {
 }  # fmt: skip
 PAIRS = [(5, (7, 3)), (1, (1, 9)), (12, (1, 1)), (2, (20, 4))]  # lengths of the prompt and its answers
 SINGLES = [(5, (7,)), (1, (1,)), (1, (12,)), (9, (2,))]
+LATER = [(5, (1, 9)), (2, (3, 4))]  # the longest sequence is a second answer's
 TRIPLES = [(6, (8, 2, 5)), (1, (1, 1, 3))]
 
 
@@ -564,7 +565,7 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
     return out
 
 
-@pytest.mark.parametrize('shape', [PAIRS, SINGLES, TRIPLES], ids=['pairs', 'singles', 'triples'])
+@pytest.mark.parametrize('shape', [PAIRS, LATER, SINGLES, TRIPLES], ids=['pairs', 'later', 'singles', 'triples'])
 @pytest.mark.parametrize('window', [None, 1, 4, 8, 100])
 @pytest.mark.parametrize('heads', [2, 4])
 def test_the_kernel_gets_what_the_loop_computes(heads, window, shape, monkeypatch):
