@@ -25,7 +25,9 @@ def _excepthook(kind, error, trace):
         return sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
     if main_rank():  # every rank raises the same error; one says it
-        print(f'error: {error}', file=sys.stderr, flush=True)
+        print(
+            f'error: {error}', file=sys.__stderr__, flush=True
+        )  # torch.distributed holds back what goes to sys.stderr
     os._exit(2)  # not sys.exit: threads of the process group can abort an ordinary exit, with another code
 
 
@@ -39,11 +41,11 @@ class Config(dict):
 
     origin: dict
 
-    def at_least(self, low, *names):
-        """Raise UserError for an option (that is not None) below low."""
+    def between(self, low, high, *names):
+        """Raise UserError for an option outside [low, high]."""
         for name in names:
-            if self[name] is not None and self[name] < low:
-                raise UserError(f'{name} must be at least {low}, not {self[name]}')
+            if self.get(name) is not None and not low <= self[name] <= high:
+                raise UserError(f'{name} must lie between {low} and {high}, not {self[name]}')
 
     def one_of(self, **choices):
         """Raise UserError for an option that is none of its choices."""

@@ -15,24 +15,32 @@ SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin
          'rewards/rejected': 'rejected', 'kl/samples': 'kl'}  # fmt: skip
 
 
-def open_run(out_dir, config, resume):
-    """Claim out_dir for this run and write config.json. Raises UserError where it holds a different run."""
+def check_out_dir(out_dir, config, resume):
+    """Raise UserError where out_dir holds a different run, or cannot be written."""
     file = Path(out_dir) / 'config.json'
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            before = json.loads(file.read_text())['config']
-            changed = [k for k, v in config.items() if k not in NEUTRAL and before.get(k) != v]
-            if changed:
-                what = ', '.join(f'{k} {before.get(k)!r} there and {config[k]!r} here' for k in changed[:3])
-                raise UserError(f'{out_dir} holds a different run ({what}): choose another --out_dir, or delete it')
-            if not resume:
-                raise UserError(f'{out_dir} holds this run already: choose another --out_dir, or let it --resume')
-        file.write_text(json.dumps(_record(config), indent=1))
+        (file.parent / '.write').touch()
+        (file.parent / '.write').unlink()
+        before = dict(json.loads(file.read_text())['config']) if file.exists() else None
     except OSError as error:
         raise UserError(f'cannot write to out_dir {out_dir}: {error.strerror}') from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
+    changed = [k for k, v in config.items() if before and k not in NEUTRAL and before.get(k) != v]
+    if changed:
+        what = ', '.join(f'{k} {before.get(k)!r} there and {config[k]!r} here' for k in changed[:3])
+        raise UserError(f'{out_dir} holds a different run ({what}): choose another --out_dir, or delete it')
+    if before and not resume:
+        raise UserError(f'{out_dir} holds this run already: choose another --out_dir, or let it --resume')
+
+
+def claim_out_dir(out_dir, config):
+    """Write config.json, now that the run is about to begin: options, command, commit, versions."""
+    try:
+        (Path(out_dir) / 'config.json').write_text(json.dumps(_record(config), indent=1))
+    except OSError as error:
+        raise UserError(f'cannot write to out_dir {out_dir}: {error.strerror}') from None
 
 
 def _record(config):

@@ -68,12 +68,13 @@ compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
-config.at_least(
-    0, 'lr', 'warmup_steps', 'weight_decay', 'noise_rate', 'n_eval_examples', 'n_eval_model_samples', 'seed'
-)
-config.at_least(1, 'batch_size', 'max_tokens', 'n_epochs', 'n_examples', 'eval_every', 'save_every', 'keep_last', 'log_every',
-                'max_prompt_length', 'max_new_tokens', 'num_turns')  # fmt: skip
-config.at_least(max_prompt_length + 2, 'max_length')
+config.between(0, math.inf, 'lr', 'warmup_steps', 'weight_decay', 'n_eval_examples', 'seed', 'temperature')
+config.between(1, math.inf, 'batch_size', 'max_tokens', 'n_epochs', 'n_examples', 'eval_every', 'save_every', 'keep_last',
+               'log_every', 'max_prompt_length', 'max_new_tokens', 'num_turns', 'n_eval_model_samples')  # fmt: skip
+config.between(0, 1, 'noise_rate', 'data_fraction')
+config.between(1e-9, 1, 'top_p')
+config.between(1e-9, math.inf, 'max_grad_norm')
+config.between(max_prompt_length + 2, math.inf, 'max_length')
 config.one_of(dtype=('float32', 'bfloat16'), truncation=('start', 'end'), optimizer=('AdamW', 'RMSprop', 'SGD'),
               lr_schedule=('constant', 'linear', 'cosine'))  # fmt: skip
 
@@ -82,7 +83,7 @@ config.one_of(dtype=('float32', 'bfloat16'), truncation=('start', 'end'), optimi
 rank, world, device = fsdp.setup()
 if batch_size < world:
     raise UserError(f'batch_size {batch_size} is smaller than the {world} ranks')
-fsdp.on_one_rank(lambda: log.open_run(out_dir, config, resume))
+fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
 tokenizer = load_tokenizer(model, trust_remote_code)
 load = partial(load_examples, tokenizer=tokenizer, seed=seed, max_length=max_length, max_prompt_length=max_prompt_length,
                truncation=truncation, num_turns=num_turns, skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
@@ -150,6 +151,7 @@ def evaluate(examples_seen):
 
 latest = checkpoint.latest(out_dir) if resume else None
 start = checkpoint.load(latest, policy, optim)['examples'] if latest else 0
+fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
 logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard)
 logger.say(f'{"resuming" if start else "training"} on {world} ranks: {total} examples, {batch_size} a step')
 if do_first_eval and not start:

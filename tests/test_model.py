@@ -161,6 +161,7 @@ def test_log_probs_and_gradients(name, layout, shape):
     assert_close(values[0], expected)
     assert_same_direction(gradients(net, values[0]), expected_grads)
     assert batch.n.tolist() == [len(answer) for _, answer in rows_of(shape)]
+    assert 'pad' not in layout or batch.mask.sum(1).tolist() == [len(p) + len(a) for p, a in rows_of(shape)]
 
 
 @pytest.mark.parametrize('name', ['gpt_neox', 'gpt2', 'llama', 'mistral', 'qwen3', 'gemma3_text', 'cohere', 'granite'])
@@ -323,6 +324,21 @@ def test_chunks_change_nothing(name, which, monkeypatch):
     assert_close(cut, whole, 1e-6)
     assert_same_direction(gradients(net, cut), grads, 1e-6)
     assert sizes == [(len(batch.target), VOCAB)] * 2  # forward and backward
+
+
+def test_chunks_add_up_in_float32(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator).bfloat16().requires_grad_() for n in (1000, 7))
+    target = torch.randint(0, 2, (1000,), generator=generator)
+    expected = (hidden.float() @ weight.float().T).log_softmax(1)[range(1000), target]
+    (expected_grad,) = torch.autograd.grad(expected.sum(), weight)
+    monkeypatch.setattr(model._Head, 'chunks', staticmethod(lambda n, *_: [slice(i, i + 1) for i in range(n)]))
+    (values,) = model._Head.apply(hidden, weight, None, target, hf.LlamaConfig(), None, None)
+    assert values.dtype == torch.float32
+    assert_close(values, expected, 0.02)
+    (grad,) = torch.autograd.grad(values.sum(), weight)
+    assert grad.dtype == torch.bfloat16
+    assert_same_direction(grad.float(), expected_grad.float(), 0.005)
 
 
 @pytest.mark.parametrize('vocabulary', [7, 50_304, 2**26])
@@ -566,7 +582,7 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
 
 
 @pytest.mark.parametrize('shape', [PAIRS, LATER, SINGLES, TRIPLES], ids=['pairs', 'later', 'singles', 'triples'])
-@pytest.mark.parametrize('window', [None, 1, 4, 8, 100])
+@pytest.mark.parametrize('window', [None, 1, 4, 100])
 @pytest.mark.parametrize('heads', [2, 4])
 def test_the_kernel_gets_what_the_loop_computes(heads, window, shape, monkeypatch):
     calls = []
