@@ -179,7 +179,7 @@ build = partial(load_model, model, trust_remote_code=trust_remote_code, seed=see
 policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
 check_tokenizer(tokenizer, policy, model)
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = pack and can_pack(policy, *pack_probe(train, device), dtype == 'bfloat16', log.say)
+pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
 set_attention(policy, pack)
 cut = partial(microbatches, rank=rank, world=world, share_prefix=share_prefix, pad=not pack, device=device)
 

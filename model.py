@@ -278,32 +278,37 @@ def packing_error(model, batch, padded):
 
     Infinite where the architecture takes no attention from outside (GPT-J, BLOOM), does not hand it the batch, or runs on
     from one answer into the next (convolutions, linear attention)."""
-    set_attention(model, packed=bool(batch.groups))
-    config = core(model).config
+    config, before = core(model).config, core(model).config._attn_implementation
     other_layers = set(getattr(config, 'layer_types', None) or ()) - {'full_attention', 'sliding_attention'}
-    if batch.groups and (config._attn_implementation != 'packed' or other_layers):
-        return math.inf
     try:
+        set_attention(model, packed=bool(batch.groups))
+        if batch.groups and (config._attn_implementation != 'packed' or other_layers):
+            return math.inf
         ours = model.response_logps(batch)[0]
+        set_attention(model, packed=False)
+        logits = model(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float().log_softmax(-1)
     except NotImplementedError:
         return math.inf
-    set_attention(model, packed=False)
-    logits = model(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float().log_softmax(-1)
+    finally:
+        core(model).set_attn_implementation(before)
     plain = padded.sum(logits.flatten(0, 1)[padded.index].gather(1, padded.target[:, None])[:, 0])
     return ((ours - plain).abs() / plain.abs().clamp(min=1)).max().item()
 
 
-def can_pack(model, packed, padded, half, say):
-    """Whether packed batches give this architecture's own log-probs, up to rounding (of bfloat16 if half).
-
-    If not, say so; if padded ones do not either, its head does what _post does not know: raise UserError."""
+def can_pack(model, packed, padded, say):
+    """Whether packed batches give this architecture's own log-probs, up to rounding. If not, say so; if padded ones do not
+    either, its head does what _post does not know: raise UserError."""
+    error = packing_error(model, packed, padded)
+    half = any(p.dtype == torch.bfloat16 for p in model.parameters())  # as the forward has left them: gathered
     limit = 0.03 if half else 1e-4
-    if packing_error(model, packed, padded) <= limit:
+    if error <= limit:
         return True
     error = packing_error(model, padded, padded)
     if error > limit:
-        raise UserError(f'{type(core(model)).__name__} does something to its logits that model.py does not know: log-probs '
-                        f'would be wrong by {error:.1%}; teach it to _post')  # fmt: skip
+        name = type(core(model)).__name__
+        raise UserError(
+            f'{name} does to its logits what _post in model.py does not know: log-probs would be off by {error:.1%}'
+        )
     say('note: this architecture cannot be packed: batches are padded instead')
     return False
 

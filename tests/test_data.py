@@ -185,6 +185,8 @@ def test_equal_answers(tok):
     assert len(tokens(tok, rows[1:2])) == 1
     examples = tokens(tok, [*rows, pair('p', ' a', ' b')], max_length=5, max_prompt_length=2)  # ' a b c' of the second
     assert len(examples) == 1 and examples.left_out['pairs with equal answers'] == 3
+    for task in ('pairs', 'singles'):  # before they are cut
+        assert tokens(tok, rows[:1], task).left_out == {'pairs with equal answers': 1}
     chat = [pair([user('p')], [assistant('a')], [assistant('a')])]
     assert tokens(tok, chat).left_out['pairs with equal answers'] == 1
     assert len(tokens(tok, rows[:1], 'sft')) == 1  # a demonstration all the same
@@ -429,6 +431,10 @@ def test_load_examples(tmp_path, tok):
     assert parts[0.2] < parts[0.5] < parts[1.0] == set(whole.uid.tolist())
     assert 300 < len(parts[0.2]) < 500 and 900 < len(parts[0.5]) < 1100
     assert set(load(str(tmp_path / 'c.jsonl'), tok, data_fraction=0.5, seed=1).uid.tolist()) != parts[0.5]
+    mixed = write(tmp_path / 'e.jsonl', [{'prompt': 'p'}, pair('p', ' a', ' b'), {'chosen': 'a'}, pair('p', ' a', '')])
+    left_out = {"bad rows: 'rejected' is missing or of the wrong type": 1, 'empty answers': 1}
+    left_out['rows without what pairs needs'] = 1
+    assert load(mixed, tok, skip_bad_rows=True).left_out == left_out  # from reading, and from tokenising
     empty = write(tmp_path / 'd.jsonl', [pair('p', '', ' a')] * 3)
     with pytest.raises(UserError, match='no train examples are left.*empty answers.*3'):
         load(empty, tok)
@@ -668,6 +674,8 @@ def test_plans_are_balanced_and_no_longer_than_need_be():
         assert len(plans[0]) <= -(-lengths.sum() // (world * 2048)) + 1
     assert data.plan([5, 5], 1, 10) == [[[0, 1]]] and data.plan([5, 6], 1, 10) == [[[1], [0]]]
     assert data.plan([50], 2, 10) == [[[0]], [[]]]
+    assert len(data.plan([3, 3, 2, 2, 2], 1, 6)[0]) == 3  # longest first makes 7 and 5 of them
+    assert data.plan([50, 40, 20, 10], 2, 50) == [[[0], [2]], [[1], [3]]]  # dealt in turn
 
 
 # ---- packing ----
