@@ -21,10 +21,12 @@ import torch.nn.functional as F
 import transformers
 
 import fsdp
+import load
 import losses
 import model as models
 from configurator import UserError, configure, main_rank
-from data import Examples, microbatches
+from data import microbatches
+from examples import Examples
 
 model = 'pythia-70m'  # a published shape with random weights (pythia-14m to pythia-2.8b, llama-8b), or a model folder
 tokenizer: str | None = None  # a tokenizer folder, for real data with a published shape
@@ -65,7 +67,7 @@ if threads:
 def build(empty=False):
     """The model: random weights in a published shape, or a folder's."""
     if model not in (*SHAPES, 'llama-8b'):
-        return models.load_model(model, empty=empty)
+        return load.load_model(model, empty=empty)
     models.register_attention()
     if model == 'llama-8b':
         shape = transformers.LlamaConfig(
@@ -87,9 +89,9 @@ def pairs():
     if data != 'synthetic':
         from tokenise import load_examples
 
-        tok = models.load_tokenizer(tokenizer or model)
-        load = partial(load_examples, data, tokenizer=tok, task='pairs', max_length=512, max_prompt_length=256)
-        examples = fsdp.first_of_host(lambda: load('train'))
+        tok = load.load_tokenizer(tokenizer or model)
+        examples_of = partial(load_examples, data, tokenizer=tok, task='pairs', max_length=512, max_prompt_length=256)
+        examples = fsdp.first_of_host(lambda: examples_of('train'))
         order = np.random.default_rng(seed).permutation(len(examples))
         return examples.select(np.resize(order, count))
     rng = np.random.default_rng(seed)

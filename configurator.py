@@ -10,10 +10,23 @@ Only names that the script declares above that call may be set. A user's mistake
 import ast
 import contextlib
 import difflib
+import math
 import os
 import sys
 import traceback
 import types
+
+# what values make sense, for whichever of these options a script has: [low, high], or the choices
+RANGES = {
+    (0, math.inf): 'lr warmup_steps weight_decay n_eval_examples seed temperature',
+    (0, 1): 'noise_rate data_fraction frac_good frac_bad',
+    (1e-9, 1): 'top_p',
+    (1e-9, math.inf): 'max_grad_norm beta_prime',
+    (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every save_every keep_last log_every max_length '
+                   'max_prompt_length max_new_tokens num_turns n_eval_model_samples n_steps threads',
+}  # fmt: skip
+CHOICES = {'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
+           'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released')}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -40,18 +53,6 @@ class Config(dict):
     """Option -> value. origin: option -> 'default', 'command line', or the config file that set it last."""
 
     origin: dict
-
-    def between(self, low, high, *names):
-        """Raise UserError for an option outside [low, high]."""
-        for name in names:
-            if self.get(name) is not None and not low <= self[name] <= high:
-                raise UserError(f'{name} must lie between {low} and {high}, not {self[name]}')
-
-    def one_of(self, **choices):
-        """Raise UserError for an option that is none of its choices."""
-        for name, values in choices.items():
-            if self[name] not in values:
-                raise UserError(f'{name} must be one of {", ".join(values)}, not {self[name]!r}')
 
     def ignored(self, options, why):
         """Options that have no effect in this run: an error on the command line, a printed note in a config file."""
@@ -169,4 +170,9 @@ def _check(name, value, options, where):
         value = float(value)
     if ('None' if value is None else type(value).__name__) not in allowed or value != value:
         raise UserError(f'{where}: {name} must be {" or ".join(allowed)}, not {value!r}')
+    for (low, high), names in RANGES.items():
+        if name in names.split() and value is not None and not low <= value <= high:
+            raise UserError(f'{where}: {name} must lie between {low} and {high}, not {value}')
+    if value not in CHOICES.get(name, (value,)):
+        raise UserError(f'{where}: {name} must be one of {", ".join(CHOICES[name])}, not {value!r}')
     return value

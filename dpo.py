@@ -8,7 +8,6 @@ statistic, if the loss has one -> loss and weight of every example -> one gradie
 It is the same on any number of ranks and microbatches. All counts are in examples.
 """
 
-import inspect
 import math
 import time
 from functools import partial
@@ -23,10 +22,12 @@ import generate
 import log
 import losses
 from configurator import UserError, configure
-from data import Examples, microbatches, pack_probe, prefetch, steps
-from model import can_pack, check_tokenizer, load_model, load_tokenizer, set_attention
+from data import microbatches, pack_probe, prefetch, steps
+from examples import Examples
+from load import can_pack, check_tokenizer, load_model, load_tokenizer
+from model import set_attention
 from reference import cached_logps
-from risks import RISKS, kl
+from spec import Spec
 from tokenise import load_examples
 
 # model and data
@@ -103,63 +104,13 @@ compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
-config.between(0, math.inf, 'lr', 'warmup_steps', 'weight_decay', 'n_eval_examples', 'seed', 'temperature')
-config.between(1, math.inf, 'batch_size', 'max_tokens', 'n_epochs', 'n_examples', 'eval_every', 'save_every', 'keep_last',
-               'log_every', 'max_prompt_length', 'max_new_tokens', 'num_turns', 'n_eval_model_samples')  # fmt: skip
-config.between(0, 1, 'noise_rate', 'data_fraction', 'frac_good', 'frac_bad')
-config.between(1e-9, 1, 'top_p')
-config.between(1e-9, math.inf, 'max_grad_norm')
-config.between(max_prompt_length + 2, math.inf, 'max_length')
-config.one_of(dtype=('float32', 'bfloat16'), truncation=('start', 'end'), optimizer=('AdamW', 'RMSprop', 'SGD'),
-              lr_schedule=('constant', 'linear', 'cosine'))  # fmt: skip
+if max_length < max_prompt_length + 2:
+    raise UserError(
+        f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
+    )
 
-# ---- what the loss needs: its signature says ----
-
-config.one_of(loss=losses.LOSSES, risk=RISKS)
-loss_fn, statistic = losses.LOSSES[loss], losses.STATISTICS.get(loss)
-
-
-def arguments(fn, kind):
-    return [p.name for p in inspect.signature(fn).parameters.values() if p.kind == kind]
-
-
-COLUMN, OPTION = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-columns_used = set(arguments(loss_fn, COLUMN))
-options_used = {o for fn in (loss_fn, statistic) if fn for o in arguments(fn, OPTION)} | {'beta_prime'}
-paired, has_ref = 'pi_w' in columns_used, bool(columns_used & {'ref', 'ref_w'}) or loss == 'aot'
-divergence = None
-if loss.startswith('radpo'):
-    options_used |= {'risk', 'mu'}
-    divergence = partial(RISKS[risk], mu=mu)
-elif 'div_w' in columns_used:
-    divergence = kl
-options_used |= {'sft_coef'} if paired else {'frac_good', 'frac_bad'}
-options_used |= {'reference_free'} if has_ref and not divergence else set()
-options_used |= {'importance', 'importance_max'} if paired and has_ref else set()
-special = ['beta', 'label_smoothing', 'reference_free', 'average', 'rho', 'a', 'alpha', 'risk', 'mu', 'w_good', 'w_bad',
-           'delta', 'lam', 'gamma', 'tau', 'sft_coef', 'importance', 'importance_max', 'frac_good', 'frac_bad']  # fmt: skip
-config.ignored([o for o in special if o not in options_used], f'the loss {loss} does not use it')
-config.ignored([] if importance else ['importance_max'], 'importance is off')
-if label_smoothing is None:
-    label_smoothing = 0.1 if loss in ('cdpo', 'robust', 'exo') else 0.0
-if not 0 <= label_smoothing < 0.5 or (loss == 'exo' and label_smoothing == 0):
-    raise UserError(f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {label_smoothing}')
-beta_prime = 1.0 if beta_prime is None and loss == 'drdpo' else beta_prime
-if beta_prime is not None and beta_prime <= 0:
-    raise UserError(f'beta_prime must be positive, not {beta_prime}')
-options = {**config, 'label_smoothing': label_smoothing, 'beta_prime': beta_prime}
-needs_ref = has_ref and not reference_free
-if cache_ref and (divergence or not needs_ref or loss == 'kto'):
-    why = 'needs the live reference, not one number an answer' if needs_ref else 'has no reference to cache'
-    raise UserError(f'--cache_ref: the loss {loss} {why}')
-
-
-def call(fn, columns, **more):
-    """fn on the columns and options that its signature names; columns given by a statistic replace options."""
-    named = {**options, **columns, **more}
-    kwargs = {name: named[name] for name in arguments(fn, COLUMN) + arguments(fn, OPTION) if name in named}
-    return fn(**kwargs)
-
+spec = Spec(config)  # what the loss asks for: its signature says
+beta_prime = spec.options['beta_prime']
 
 # ---- set-up ----
 
@@ -170,7 +121,7 @@ if batch_size < max(world, 2 if loss == 'kto' else 1):
     )
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
 tokenizer = load_tokenizer(model, trust_remote_code)
-load = partial(load_examples, tokenizer=tokenizer, task='pairs' if paired else 'singles', seed=seed,
+load = partial(load_examples, tokenizer=tokenizer, task='pairs' if spec.paired else 'singles', seed=seed,
                max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation, num_turns=num_turns,
                skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
 train = fsdp.first_of_host(lambda: load(data, 'train', data_fraction=data_fraction))
@@ -192,13 +143,13 @@ def load_reference():
 
 
 build_ref = partial(load_model, ref_model or model, trust_remote_code=trust_remote_code, seed=seed)
-ref = load_reference() if needs_ref and not cache_ref else None
+ref = load_reference() if spec.needs_ref and not cache_ref else None
 if cache_ref:
     cached = partial(cached_logps, build_ref, load_reference, cut=partial(cut, max_tokens=4 * max_tokens), dtype=dtype)
     train, held_out = cached(train), cached(held_out) if len(held_out) else held_out
 cut = partial(cut, max_tokens=max_tokens)
 train = train.flip(noise_rate, seed) if noise_rate else train
-train = train if paired else train.keep(frac_good, frac_bad, seed)
+train = train if spec.paired else train.keep(frac_good, frac_bad, seed)
 if not len(train):
     raise UserError('no train examples are left: raise frac_good or frac_bad')
 total = min(n_epochs * len(train), n_examples or math.inf)
@@ -212,10 +163,10 @@ log.say(
 def answer_columns(batch):
     """pi, ref, div, n of every answer of a microbatch, (A,) each."""
     with no_grad():
-        reference = ref.hidden_and_head(batch) if divergence else None
-        ref_logps = batch.ref if ref is None else None if divergence else ref.response_logps(batch)[0]
-    out = policy.response_logps(batch, divergence, reference)
-    if divergence:
+        reference = ref.hidden_and_head(batch) if spec.divergence else None
+        ref_logps = batch.ref if ref is None else None if spec.divergence else ref.response_logps(batch)[0]
+    out = policy.response_logps(batch, spec.divergence, reference)
+    if spec.divergence:
         return {'pi': out[0], 'ref': out[2], 'div': out[1], 'n': batch.n.float()}
     return {'pi': out[0], 'ref': torch.zeros_like(out[0]) if ref_logps is None else ref_logps, 'n': batch.n.float()}
 
@@ -223,7 +174,7 @@ def answer_columns(batch):
 def forward(batch):
     """The columns of a microbatch, (examples,) each: for pairs, x of the answers becomes x_w and x_l."""
     columns = answer_columns(batch)
-    if paired:
+    if spec.paired:
         columns = {f'{k}_{side}': v[i::2] for k, v in columns.items() for i, side in enumerate('wl')}
     return columns
 
@@ -231,9 +182,9 @@ def forward(batch):
 def loss_and_weight(columns, place, extra):
     """l and w of losses.py for the examples of a microbatch; extra: columns of the whole step, in step order."""
     columns = columns | {k: v[place].to(device, torch.bool if k == 'good' else torch.float32) for k, v in extra.items()}
-    l = call(loss_fn, columns)
+    l = spec.call(spec.fn, columns)
     if importance:
-        l = l * call(losses.importance, columns)
+        l = l * spec.call(losses.importance, columns)
     if sft_coef:
         l = l + sft_coef * losses.sft(columns['pi_w'], columns['n_w'])
     return l, columns.get('weight', torch.ones_like(l))
@@ -243,7 +194,7 @@ def prepare(examples, first, index):
     """Everything about a step that can be known before it: microbatches, thumbs, counts. Runs ahead, in a thread."""
     batches, tokens, allocated = cut(examples, index)
     mismatched = cut(examples.mismatched(index), np.arange(len(index)))[0] if loss == 'kto' else []
-    thumbs = {} if paired else {'good': torch.from_numpy(examples.good[index])}
+    thumbs = {} if spec.paired else {'good': torch.from_numpy(examples.good[index])}
     return (first, index, batches, mismatched, thumbs), tokens, allocated
 
 
@@ -258,7 +209,7 @@ def run_step(first, index, batches, mismatched, thumbs, state, train):
 
     After it the policy's gradients are the sum of w_i grad l_i, divided by the number of ranks."""
     extra, forwarded, new = dict(thumbs), {}, dict(state)
-    if statistic:
+    if spec.statistic:
         once = train and len(batches) == 1 and not mismatched  # then the pass that trains serves the statistic as well
         with torch.set_grad_enabled(once):
             parts = [forward(batch) for batch in mismatched or batches]
@@ -266,7 +217,7 @@ def run_step(first, index, batches, mismatched, thumbs, state, train):
         whole = gather(parts, mismatched or batches, len(index))
         whole |= {f'{k}_kl': v for k, v in whole.items()} if mismatched else {}
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
-        values, new['statistic'] = call(statistic, whole, state=state['statistic'], generator=generator)
+        values, new['statistic'] = spec.call(spec.statistic, whole, state=state['statistic'], generator=generator)
         extra |= values
     parts, shift = [], None
     for batch in batches:
@@ -280,51 +231,8 @@ def run_step(first, index, batches, mismatched, thumbs, state, train):
         if train:
             (step_weight * l * real).sum().backward()
         parts.append(columns | {'loss': l, 'weight': w, 'step_weight': step_weight})
-    more = {} if paired else {'good': thumbs['good'], 'z': extra.get('z', torch.zeros(len(index)))}
+    more = {} if spec.paired else {'good': thumbs['good'], 'z': extra.get('z', torch.zeros(len(index)))}
     return gather(parts, batches, len(index)) | more, new
-
-
-def one_side(whole, side):
-    """pi, ref, n, div of the chosen (True) or the rejected (False) answers, from the columns of a step."""
-    if not paired:
-        return {k: v[whole['good'] == side] for k, v in whole.items()}
-    return {k[:-2]: v for k, v in whole.items() if k.endswith('_w' if side else '_l')}
-
-
-def reward(c):
-    """The loss's own implicit reward, from what the loss itself uses."""
-    uses = (
-        ['ref'] * has_ref + ['div'] * bool(divergence) + ['n'] * ('n_l' in columns_used and (loss != 'ipo' or average))
-    )
-    return losses.reward(
-        c['pi'], **{k: c[k] for k in uses}, **{k: options[k] for k in ('beta', 'alpha') if k in options_used}
-    )
-
-
-def summary(whole, split):
-    """Metrics of the columns of a step, or of an evaluation: name -> float."""
-    l, w = whole['loss'], whole['weight']
-    value = (w * l).sum() / w.sum()
-    if beta_prime:  # the objective whose gradient the weights give: -beta' log of the weighted mean of exp(-l / beta')
-        value = -beta_prime * ((w.log() - l / beta_prime).logsumexp(0) - w.sum().log())
-    metrics, chosen, rejected = {f'loss/{split}': value}, one_side(whole, True), one_side(whole, False)
-    for side, c in (('chosen', chosen), ('rejected', rejected)):
-        metrics |= {f'rewards_{split}/{side}': reward(c).mean(), f'logps_{split}/{side}': c['pi'].mean(),
-                    f'length_{split}/{side}': c['n'].mean()}  # fmt: skip
-        if needs_ref:  # estimates of KL(reference || policy), as if the answers came from the reference
-            gap = c['ref'] - c['pi']
-            metrics |= {f'kl_{split}/{side}': gap.mean(), f'kl_{split}/{side}_per_token': gap.sum() / c['n'].sum()}
-        if divergence:
-            metrics[f'divergence_{split}/{side}_per_token'] = c['div'].sum() / c['n'].sum()
-    metrics[f'rewards_{split}/margins'] = reward(chosen).mean() - reward(rejected).mean()
-    right = (
-        reward(chosen) > reward(rejected) if paired else (reward(whole) > options['beta'] * whole['z']) == whole['good']
-    )
-    metrics[f'rewards_{split}/accuracies'] = right.double().mean()
-    if paired and needs_ref:
-        right = chosen['pi'] - chosen['ref'] > rejected['pi'] - rejected['ref']
-        metrics[f'logratio_{split}/accuracies'] = right.double().mean()
-    return {k: round(v.item(), 10) for k, v in metrics.items() if v == v}
 
 
 # ---- evaluation ----
@@ -336,7 +244,7 @@ def evaluate(examples_seen):
         return
     work = (prepare(held_out, *step) for step in steps(len(held_out), batch_size, len(held_out), 0, shuffle=False))
     parts = [run_step(*step, state, train=False)[0] for step, *_ in prefetch(work)]
-    metrics = summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, 'eval')
+    metrics = spec.summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, 'eval')
     if sample_during_eval:
         metrics |= sample(examples_seen)
     logger.row('eval', examples_seen, metrics)
@@ -375,13 +283,13 @@ logger.say(f'{"resuming" if start else "training"} {loss} on {world} ranks: {tot
 if not start:
     _, first_index = next(steps(len(train), batch_size, total, seed))
     before, _ = run_step(*prepare(train, 0, first_index)[0], state, train=False)
-    check = summary(before, 'train')
+    check = spec.summary(before, 'train')
     rewards = [check.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected')]  # kto: a step may lack one
     logger.say(
         f'step 0: rewards {rewards[0]:.6f} and {rewards[1]:.6f}, loss {before["loss"].mean():.6f}, log 2 = 0.693147'
     )
     logger.row('check', 0, check)
-    if needs_ref and ref_model is None and max(map(abs, rewards)) > (1e-2 if dtype == 'bfloat16' else 1e-4):
+    if spec.needs_ref and ref_model is None and max(map(abs, rewards)) > (1e-2 if dtype == 'bfloat16' else 1e-4):
         logger.say('warning: the rewards should be 0 before the first step, because policy and reference are one model')
     if do_first_eval:
         evaluate(0)
@@ -397,7 +305,7 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in schedule):
     norm = fsdp.update(policy, optim, rate, world / weight, max_grad_norm)
     seen = first + len(index)
     elapsed, clock = time.time() - clock, time.time()
-    metrics = summary(whole, 'train')
+    metrics = spec.summary(whole, 'train')
     metrics |= {'grad_norm': norm, 'lr': rate, 'examples_per_second': len(index) / elapsed, 'padding_share': 1 - tokens / allocated,
                 'tokens_per_second': tokens / elapsed, 'counters/step_examples': len(index)}  # fmt: skip
     metrics |= {f'state/{k}': v for k, v in state['statistic'].items()}

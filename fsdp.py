@@ -114,8 +114,8 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
     model = build(empty=True)
     model.requires_grad_(train)
     if activation_checkpointing:
-        enable = "activation_checkpointing_enable"  # its name since transformers 5.20
-        getattr(model, enable, getattr(model, "gradient_checkpointing_enable", None))()
+        enable = 'activation_checkpointing_enable'  # its name since transformers 5.20
+        getattr(model, enable, getattr(model, 'gradient_checkpointing_enable', None))()
     half = dtype == 'bfloat16'
     if half and not train:
         for p in model.parameters():  # not model.to: rotary frequencies must stay float32

@@ -19,7 +19,8 @@ import log
 import losses
 from configurator import UserError, configure
 from data import microbatches, pack_probe, prefetch, steps
-from model import can_pack, check_tokenizer, load_model, load_tokenizer, set_attention
+from load import can_pack, check_tokenizer, load_model, load_tokenizer
+from model import set_attention
 from tokenise import load_examples
 
 # model and data
@@ -68,15 +69,10 @@ compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
-config.between(0, math.inf, 'lr', 'warmup_steps', 'weight_decay', 'n_eval_examples', 'seed', 'temperature')
-config.between(1, math.inf, 'batch_size', 'max_tokens', 'n_epochs', 'n_examples', 'eval_every', 'save_every', 'keep_last',
-               'log_every', 'max_prompt_length', 'max_new_tokens', 'num_turns', 'n_eval_model_samples')  # fmt: skip
-config.between(0, 1, 'noise_rate', 'data_fraction')
-config.between(1e-9, 1, 'top_p')
-config.between(1e-9, math.inf, 'max_grad_norm')
-config.between(max_prompt_length + 2, math.inf, 'max_length')
-config.one_of(dtype=('float32', 'bfloat16'), truncation=('start', 'end'), optimizer=('AdamW', 'RMSprop', 'SGD'),
-              lr_schedule=('constant', 'linear', 'cosine'))  # fmt: skip
+if max_length < max_prompt_length + 2:
+    raise UserError(
+        f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
+    )
 
 # ---- set-up ----
 

@@ -13,7 +13,7 @@ import numpy as np
 
 import sources
 from configurator import UserError
-from data import Examples, uniform_hash
+from examples import Examples, uniform_hash
 
 PLAIN_CHAT = (  # for tokenizers without a chat template: Anthropic's format, as in the original DPO code
     "{% for m in messages %}{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' if m.role == 'assistant' else "

@@ -158,9 +158,9 @@ BOTH = [
       for name, value in (('noise_rate', 1.5), ('noise_rate', -0.5), ('data_fraction', 1.5), ('data_fraction', -0.5),
                           ('top_p', -1), ('top_p', 1.5), ('top_p', 0), ('max_grad_norm', 0))),
     (['--data_fraction=0'], 'data_fraction|no train examples are left'),
-    (['--max_length=8', '--max_prompt_length=7'], 'max_(prompt_)?length must .*8'),  # no room but for an end of text
-    (['--max_length=8', '--max_prompt_length=8'], 'max_(prompt_)?length must .*8'),
-    (['--max_length=8', '--max_prompt_length=9'], 'max_(prompt_)?length must .*8'),
+    (['--max_length=8', '--max_prompt_length=7'], 'max_length .*8'),  # no room but for an end of text
+    (['--max_length=8', '--max_prompt_length=8'], 'max_length .*8'),
+    (['--max_length=8', '--max_prompt_length=9'], 'max_length .*8'),
 ]  # fmt: skip
 DPO = [
     (['--loss=dop'], "loss must be one of .*'dop'"),
@@ -176,7 +176,7 @@ DPO = [
     (['--loss=cdpo', '--label_smoothing=0.5'], 'label_smoothing must .*0.5'),
     (['--loss=cdpo', '--label_smoothing=-0.1'], 'label_smoothing must .*-0.1'),
     (['--loss=radpo1', '--risk=none'], "risk must be one of .*cvar.*'none'"),
-    (['--beta_prime=0'], 'beta_prime must be positive'),
+    (['--beta_prime=0'], 'beta_prime must .*0'),
     (['--loss=kto', '--batch_size=1'], 'kto'),
     (['--loss=kto', '--frac_good=1.5'], 'frac_good .*1.5'),
     (['--loss=kto', '--frac_bad=-1'], 'frac_bad .*-1'),

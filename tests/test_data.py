@@ -18,7 +18,7 @@ import sources
 import tokenise
 import toy
 from configurator import UserError
-from data import Examples
+from examples import Examples, uniform_hash
 
 ROOT = Path(data.__file__).parent
 MANY = settings(max_examples=100, deadline=None, database=None)
@@ -499,12 +499,12 @@ def test_flips(tok):
 
 def test_uniform_hash():
     uid = np.arange(20000, dtype=np.uint64)
-    u = data.uniform_hash(uid, 0)
+    u = uniform_hash(uid, 0)
     assert 0 <= u.min() and u.max() < 1 and np.abs(np.histogram(u, 10, (0, 1))[0] - 2000).max() < 200
-    assert (data.uniform_hash(uid[::-1], 0)[::-1] == u).all() and len(np.unique(u)) == len(u)
-    other = data.uniform_hash(uid, 1)
+    assert (uniform_hash(uid[::-1], 0)[::-1] == u).all() and len(np.unique(u)) == len(u)
+    other = uniform_hash(uid, 1)
     assert abs(np.corrcoef(u, other)[0, 1]) < 0.03 and abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.03
-    assert data.uniform_hash(np.array([1], np.uint64), 0)[0] == pytest.approx(0.5665616, abs=1e-6)  # the same always
+    assert uniform_hash(np.array([1], np.uint64), 0)[0] == pytest.approx(0.5665616, abs=1e-6)  # the same always
 
 
 def test_keep(tok):

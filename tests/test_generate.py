@@ -10,6 +10,7 @@ import transformers as hf
 
 import fsdp
 import generate
+import load
 import model
 import toy
 
@@ -215,7 +216,7 @@ def test_a_trained_step_after_sampling(group):
 
 
 def test_toy_tokenizer():
-    net, tokenizer = model.load_model('toy'), toy.tokenizer()
+    net, tokenizer = load.load_model('toy'), toy.tokenizer()
     prompt = tokenizer.encode('Review of the hotel:')
     (answer,) = generate.generate(net, tokenizer, [prompt], [0], max_new_tokens=5)
     assert 0 < len(answer) <= 5 and isinstance(tokenizer.decode(answer), str)

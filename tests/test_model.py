@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkpoint
 import data
 import fsdp
+import load
 import model
 import risks
 import toy
@@ -218,16 +219,16 @@ def probe(shape=((6, (9, 4)), (3, (5, 8)))):
 def test_can_pack(name, dtype):
     net, said = tiny(name, dtype=dtype), []
     before = net.config._attn_implementation
-    assert model.can_pack(net, *probe(), said.append) == (name in PACKED)
+    assert load.can_pack(net, *probe(), said.append) == (name in PACKED)
     assert len(said) == (name in NOT_PACKED) and all('cannot be packed' in line for line in said)
     assert net.config._attn_implementation == before
     certain = name in NOT_PACKED and name != 'phimoe'  # which shows in the numbers alone
-    assert (model.packing_error(net, *probe()) == math.inf) == certain
+    assert (load.packing_error(net, *probe()) == math.inf) == certain
 
 
 def test_the_probe_reaches_a_window():
     short, long = (1, (1, 1)), (6, (9, 4))
-    assert not model.can_pack(tiny('phimoe'), *probe([short, long, short]), lambda line: None)
+    assert not load.can_pack(tiny('phimoe'), *probe([short, long, short]), lambda line: None)
 
 
 @pytest.mark.parametrize('name', NOT_PACKED)
@@ -254,11 +255,11 @@ def no_cap(*args, softcap=None, **rest):
 @pytest.mark.parametrize(('name', 'wrong'), [('llama', sees_everything), ('mistral', no_window), ('gemma2', no_cap)])
 def test_a_wrong_attention_is_noticed(name, wrong):
     net = tiny(name)
-    assert model.packing_error(net, *probe()) < 1e-6
+    assert load.packing_error(net, *probe()) < 1e-6
     hf.AttentionInterface.register('packed', wrong)
     try:
-        assert model.packing_error(net, *probe()) > 1e-3
-        assert not model.can_pack(net, *probe(), lambda line: None)
+        assert load.packing_error(net, *probe()) > 1e-3
+        assert not load.can_pack(net, *probe(), lambda line: None)
     finally:
         model.register_attention()
 
@@ -417,7 +418,7 @@ def saved(tmp_path_factory):
         for key, value in changes.items():
             setattr(settings, key, value)
         randomise(hf.AutoModelForCausalLM.from_config(settings)).save_pretrained(folder)
-        return folder, partial(model.load_model, str(folder))
+        return folder, partial(load.load_model, str(folder))
 
     return save
 
@@ -450,7 +451,7 @@ def test_bfloat16(name, saved, device):
     policy, ref = (fsdp.shard(build, device, dtype='bfloat16', train=train) for train in (True, False))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert {(p.dtype, p.requires_grad) for p in ref.parameters()} == {(torch.bfloat16, False)}
-    assert model.can_pack(policy, *probe(), print)
+    assert load.can_pack(policy, *probe(), print)
     with torch.no_grad():
         expected = ref.response_logps(batch)
         reference = ref.hidden_and_head(batch)
@@ -534,12 +535,12 @@ def test_export(name, tied, saved, device, tmp_path):
     assert all(p.equal(weights[key]) for key, p in loaded.named_parameters())
     assert any(not p.equal(q) for p, q in zip(loaded.parameters(), original.parameters(), strict=True))
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
-    again = model.load_model(str(out))
+    again = load.load_model(str(out))
     again.set_attn_implementation('packed')
     assert model.response_logps(again, batch).equal(expected)
     assert_close(answer_logps(dense_logits(loaded.eval(), rows_of(PAIRS)), rows_of(PAIRS)), expected[0])
     text = 'Review of the hotel: the room was rotten, naïve\n'
-    assert model.load_tokenizer(str(out)).encode(text) == tokenizer.encode(text)
+    assert load.load_tokenizer(str(out)).encode(text) == tokenizer.encode(text)
 
 
 def keys(folder):

@@ -1,0 +1,77 @@
+"""Tokenised examples as flat arrays: what tokenise.py makes and data.py packs. Flips and fractions are by hash."""
+
+from collections import Counter
+from functools import cached_property
+
+import numpy as np
+
+
+class Examples:
+    """Tokenised examples. ids: all tokens, flat; spans (n, 1 + answers, 2): start and end of the prompt and each answer;
+    good (n,): thumbs up (KTO); uid (n,): a hash of the text; left_out: what was dropped or cut, and how often;
+    ref (n, answers): the reference's log-probs, where they are cached."""
+
+    def __init__(self, ids, spans, good, uid, left_out, ref=None):
+        self.ids, self.spans, self.good, self.uid, self.left_out, self.ref = ids, spans, good, uid, left_out, ref
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __getitem__(self, i):
+        prompt, *answers = (self.ids[start:end] for start, end in self.spans[i])
+        return prompt, answers
+
+    @classmethod
+    def of(cls, items):
+        """From (prompt, answers) lists of ids, such as samples."""
+        edges = np.cumsum([0] + [len(x) for prompt, answers in items for x in (prompt, *answers)])
+        spans = np.stack((edges[:-1], edges[1:]), 1).reshape(len(items), -1, 2)
+        ids = np.concatenate([x for prompt, answers in items for x in (prompt, *answers)])
+        return cls(ids, spans, np.ones(len(items), bool), np.arange(len(items), dtype=np.uint64), Counter())
+
+    @cached_property
+    def lengths(self):
+        """Tokens of every example, its prompt once."""
+        return (self.spans[..., 1] - self.spans[..., 0]).sum(1)
+
+    def select(self, index):
+        ref = None if self.ref is None else self.ref[index]
+        return Examples(self.ids, self.spans[index], self.good[index], self.uid[index], self.left_out, ref)
+
+    def flip(self, rate, seed):
+        """Swap the labels of this fraction of pairs, chosen by a hash of the pair: the sets are nested in the rate."""
+        flipped = uniform_hash(self.uid, seed) < rate
+        spans, good, ref = self.spans.copy(), self.good.copy(), self.ref
+        if spans.shape[1] == 3:
+            spans[flipped, 1:] = spans[flipped, :0:-1]
+            ref = ref if ref is None else np.where(flipped[:, None], ref[:, ::-1], ref)
+        else:  # the two answers of a pair have its uid, and flip together
+            good[flipped] ^= True
+        left_out = self.left_out + Counter({'labels flipped': int(flipped.sum())})
+        return Examples(self.ids, spans, good, self.uid, left_out, ref)
+
+    def first_answers(self):
+        """The chosen answers alone, for SFT."""
+        return Examples(self.ids, self.spans[:, :2], self.good, self.uid, self.left_out)
+
+    def keep(self, frac_good, frac_bad, seed):
+        """Keep this fraction of the good and of the bad single answers, chosen by hash."""
+        u = uniform_hash(self.uid + self.good.astype(np.uint64), seed + 1)
+        return self.select(u < np.where(self.good, frac_good, frac_bad))
+
+    def mismatched(self, index):
+        """Each of these examples' prompts with the answer of the next one that has another prompt (for KTO's z)."""
+        spans = self.spans[index].copy()
+        prompts = [self.ids[s:e].tobytes() for s, e in spans[:, 0]]
+        for i in range(len(index)):
+            others = [(i + k) % len(index) for k in range(1, len(index))] or [i]
+            spans[i, 1] = self.spans[index[next((j for j in others if prompts[j] != prompts[i]), others[0])], 1]
+        return Examples(self.ids, spans, self.good[index], self.uid[index], self.left_out)
+
+
+def uniform_hash(uid, seed):
+    """uint64 ids -> numbers in [0, 1) that look random and depend on nothing else but the seed (splitmix64)."""
+    x = uid + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2**64
