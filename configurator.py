@@ -38,9 +38,8 @@ def _excepthook(kind, error, trace):
         return sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
     if main_rank():  # every rank raises the same error; one says it
-        print(
-            f'error: {error}', file=sys.__stderr__, flush=True
-        )  # torch.distributed holds back what goes to sys.stderr
+        sys.__stderr__.write(f'error: {error}\n')  # torch.distributed holds back what goes to sys.stderr
+        sys.__stderr__.flush()
     os._exit(2)  # not sys.exit: threads of the process group can abort an ordinary exit, with another code
 
 
@@ -51,8 +50,6 @@ def main_rank():
 
 class Config(dict):
     """Option -> value. origin: option -> 'default', 'command line', or the config file that set it last."""
-
-    origin: dict
 
     def ignored(self, options, why):
         """Options that have no effect in this run: an error on the command line, a printed note in a config file."""

@@ -97,17 +97,11 @@ tensorboard = False  # log to tensorboard, too
 dtype = 'float32'  # compute type: float32 or bfloat16 (weights, gradients and sums stay float32)
 pack = True  # no padding
 share_prefix = True  # compute the prompt of a pair once
-cache_ref = (
-    False  # the reference's log-probs from a file, computed once for all runs: pays from the second epoch or run on
-)
+cache_ref = False  # reference log-probs from a file, computed once: pays from the second epoch or run on
 compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
-if max_length < max_prompt_length + 2:
-    raise UserError(
-        f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
-    )
 
 spec = Spec(config)  # what the loss asks for: its signature says
 beta_prime = spec.options['beta_prime']
@@ -116,9 +110,7 @@ beta_prime = spec.options['beta_prime']
 
 rank, world, device = fsdp.setup()
 if batch_size < max(world, 2 if loss == 'kto' else 1):
-    raise UserError(
-        f'batch_size {batch_size} is too small: {world} ranks need one example each, and kto two to compare'
-    )
+    raise UserError(f'batch_size {batch_size} is too small: one example for each of {world} ranks, two for kto')
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
 tokenizer = load_tokenizer(model, trust_remote_code)
 load = partial(load_examples, tokenizer=tokenizer, task='pairs' if spec.paired else 'singles', seed=seed,
@@ -153,9 +145,8 @@ train = train if spec.paired else train.keep(frac_good, frac_bad, seed)
 if not len(train):
     raise UserError('no train examples are left: raise frac_good or frac_bad')
 total = min(n_epochs * len(train), n_examples or math.inf)
-log.say(
-    f'data: {len(train)} training and {len(held_out)} evaluation examples; {dict(+train.left_out) or "nothing left out"}'
-)
+left_out = dict(+train.left_out) or 'nothing'
+log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {left_out}')
 
 # ---- one step ----
 
@@ -271,12 +262,9 @@ def sample(examples_seen):
 
 # ---- training ----
 
-state = {'statistic': {}}
-start = 0
 latest = checkpoint.latest(out_dir) if resume else None
-if latest:
-    state = checkpoint.load(latest, policy, optim)
-    start = state.pop('examples')
+state = checkpoint.load(latest, policy, optim) if latest else {'statistic': {}, 'examples': 0}
+start = state.pop('examples')
 fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
 logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard)
 logger.say(f'{"resuming" if start else "training"} {loss} on {world} ranks: {total} examples, {batch_size} a step')
@@ -286,7 +274,7 @@ if not start:
     check = spec.summary(before, 'train')
     rewards = [check.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected')]  # kto: a step may lack one
     logger.say(
-        f'step 0: rewards {rewards[0]:.6f} and {rewards[1]:.6f}, loss {before["loss"].mean():.6f}, log 2 = 0.693147'
+        f'step 0: rewards {rewards[0]:.6f}, {rewards[1]:.6f}; loss {before["loss"].mean():.6f}; log 2 = 0.693147'
     )
     logger.row('check', 0, check)
     if spec.needs_ref and ref_model is None and max(map(abs, rewards)) > (1e-2 if dtype == 'bfloat16' else 1e-4):

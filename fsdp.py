@@ -54,11 +54,8 @@ def on_ranks(mine, fn):
             result = fn()
         except UserError as e:
             error = str(e)
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for message in errors:
-        if message is not None:
-            raise UserError(message)
+    for message in filter(None, gather_objects(error)):
+        raise UserError(message)
     return result
 
 
@@ -172,13 +169,9 @@ def unsharded(model):
 
 
 def make_optimizer(name, model, lr, weight_decay):
-    """AdamW or RMSprop (the original DPO code's choice: half of AdamW's memory) over the trainable parameters."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    if name == 'RMSprop':
-        return torch.optim.RMSprop(params, lr=lr, weight_decay=weight_decay)
-    if name == 'AdamW':
-        return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
-    return torch.optim.SGD(params, lr=lr, weight_decay=weight_decay)
+    """AdamW, SGD, or RMSprop (the original DPO code's choice: half of AdamW's memory), over the trainable parameters."""
+    params, fused = [p for p in model.parameters() if p.requires_grad], {'fused': True} if name == 'AdamW' else {}
+    return getattr(torch.optim, name)(params, lr=lr, weight_decay=weight_decay, **fused)
 
 
 def update(model, optimizer, lr, scale, max_norm):

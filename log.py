@@ -37,19 +37,13 @@ def check_out_dir(out_dir, config, resume):
 
 def claim_out_dir(out_dir, config):
     """Write config.json, now that the run is about to begin: options, command, commit, versions."""
-    try:
-        (Path(out_dir) / 'config.json').write_text(json.dumps(_record(config), indent=1))
-    except OSError as error:
-        raise UserError(f'cannot write to out_dir {out_dir}: {error.strerror}') from None
-
-
-def _record(config):
     import torch
     import transformers
 
     git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
-    versions = {'torch': torch.__version__, 'transformers': transformers.__version__}
-    return {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip(), 'versions': versions}
+    record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip()}
+    record['versions'] = {'torch': torch.__version__, 'transformers': transformers.__version__}
+    (Path(out_dir) / 'config.json').write_text(json.dumps(record, indent=1))
 
 
 class Log:

@@ -5,18 +5,16 @@ A loss takes columns, one number per example, as positional arguments of shape (
                              policy and the reference (a loss that names no ref_* never runs a reference model)
   n_w, n_l, div_w, div_l     number of answer tokens; divergence (model.py) summed over the answer's positions
   pi, ref, n, good           the same for single answers, with a thumb up (good = True) or down
-It returns (B,) losses. Below a = pi_w - ref_w, r = pi_l - ref_l, d = a - r, S = sigmoid, L(x) = -log S(x), e = smoothing.
+It returns (B,) losses. Below, a = pi_w - ref_w, r = pi_l - ref_l, d = a - r, S = sigmoid, L(x) = -log S(x), e = smoothing.
 A training step minimises sum_i w_i l_i / sum_i w_i over all its examples, wherever they sit; w is detached, and 1 unless
 said otherwise. What else depends on the whole step is a statistic. New loss: a function, and its name in LOSSES below.
 """
 
-# One blank line between the formulas, so that they read as a table:
 # fmt: off
 import torch
 from torch import sigmoid
 from torch.nn.functional import logsigmoid
 
-# ---- pairs, with a reference ----
 
 def dpo(pi_w, pi_l, ref_w, ref_l, *, beta):
     """L(beta d). DPO, arXiv:2305.18290 eq. 7; with the weight drdpo_weight it is Dr. DPO."""
@@ -91,8 +89,6 @@ def sigmoid_norm(pi_w, pi_l, ref_w, ref_l, n_w, n_l, *, beta):
     """L(beta (a / n_w - r / n_l)): DPO per token. Tulu 3, arXiv:2411.15124."""
     return -logsigmoid(beta * ((pi_w - ref_w) / n_w - (pi_l - ref_l) / n_l))
 
-# ---- pairs, without a reference ----
-
 def slic(pi_w, pi_l, *, delta, lam):
     """max(0, delta - pi_w + pi_l) - lam pi_w. SLiC-HF, arXiv:2305.10425."""
     return torch.relu(delta - pi_w + pi_l) - lam * pi_w
@@ -116,8 +112,6 @@ def _log1mexp(x):
     near = x > -0.6931471805599453  # each branch sees only arguments it can take, or its gradient would be NaN
     return torch.where(near, (-torch.expm1(x.where(near, -1.0))).log(), torch.log1p(-x.where(~near, -1.0).exp()))
 
-# ---- single answers ----
-
 def sft(pi, n):
     """NLL per token; with weight n a step is the mean over its tokens."""
     return -pi / n
@@ -130,8 +124,6 @@ def kto(pi, ref, good, z=0.0, *, beta, w_good, w_bad):
 def bradley_terry(s_w, s_l, margin, *, center_coef):
     """L(s_w - s_l - margin) + center_coef (s_w + s_l)^2 on the scores of a reward model. arXiv:2203.02155."""
     return -logsigmoid(s_w - s_l - margin) + center_coef * (s_w + s_l) ** 2
-
-# ---- weights: these compose with any loss ----
 
 def drdpo_weight(losses, shift, *, beta_prime):
     """w of Dr. DPO, -beta' log mean exp(-l / beta'), arXiv:2407.07880 eq. 12; any shift common to the step cancels."""
@@ -160,9 +152,8 @@ def keep_near(d, mean, std, generator, *, rho):
         return torch.ones_like(d, dtype=torch.bool)
     noise = torch.rand(d.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)
     score = -(((d.double() - mean) / std) ** 2) / 2 - (-noise.log()).log()
-    return torch.zeros_like(d, dtype=torch.bool).index_fill(
-        0, score.topk(max(1, round(len(d) * (1 - rho)))).indices, True
-    )
+    kept = score.topk(max(1, round(len(d) * (1 - rho)))).indices
+    return torch.zeros_like(d, dtype=torch.bool).index_fill(0, kept, True)
 
 def kto_statistic(pi_kl, ref_kl, state, generator):
     """z = max(0, mean log-ratio of mismatched answers, y_{i+1} given x_i): an estimate of KL(policy || reference)."""

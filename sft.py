@@ -69,10 +69,6 @@ compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
-if max_length < max_prompt_length + 2:
-    raise UserError(
-        f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
-    )
 
 # ---- set-up ----
 
@@ -89,9 +85,8 @@ train = fsdp.first_of_host(
 train = train.flip(noise_rate, seed).first_answers() if noise_rate else train
 held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test', task='sft')).select(slice(n_eval_examples))
 total = min(n_epochs * len(train), n_examples or math.inf)
-log.say(
-    f'data: {len(train)} training and {len(held_out)} evaluation examples; {dict(+train.left_out) or "nothing left out"}'
-)
+left_out = dict(+train.left_out) or 'nothing'
+log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {left_out}')
 
 build = partial(load_model, model, trust_remote_code=trust_remote_code, seed=seed)
 policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)

@@ -28,6 +28,10 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     task: 'pairs', 'singles' (KTO, made from pairs if need be) or 'sft'. max_length, max_prompt_length: tokens; where the
     whole is too long, the prompt loses its start (or end: truncation), then answers are cut before their end of text.
     whole: a single file is all for this split. Raises UserError."""
+    if max_length < max_prompt_length + 2:
+        raise UserError(
+            f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
+        )
     options = [split, task, max_length, max_prompt_length, truncation, whole, num_turns, skip_bad_rows]
     stamp = [sources.fingerprint(source, split) for source in data.split('+')] if cache else [None]
     tokenizer_stamp = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())

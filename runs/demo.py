@@ -55,7 +55,7 @@ def main():
         ('before the first step', f'rewards {abs(check["rewards_train/chosen"]):.4f} and {abs(check["rewards_train/rejected"]):.4f},'
          f' loss {check["loss/train"]:.4f}', 'must be 0, 0 and log 2 = 0.6931'),
         ('held-out pairs: accuracy', f'{before["rewards_eval/accuracies"]:.3f} -> {after["rewards_eval/accuracies"]:.3f}',
-         'share of pairs whose chosen answer has the higher implicit reward'),
+         'pairs whose chosen answer has the higher implicit reward (before: all are equal)'),
         ('held-out pairs: margin', f'{before["rewards_eval/margins"]:.3f} -> {after["rewards_eval/margins"]:.3f}',
          'chosen minus rejected implicit reward'),
         ('gold reward, reference', gold(reference), f'mean over {len(reference)} sampled answers'),
