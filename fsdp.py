@@ -27,7 +27,7 @@ def setup():
     device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
-    else:
+    elif 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if not dist.is_initialized():
         backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
@@ -41,8 +41,8 @@ def setup():
 def leave():
     """End the process at once. An ordinary exit can abort: gloo's threads want the interpreter while it goes away."""
     dist.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     os._exit(0)
 
 

@@ -42,8 +42,10 @@ def packed_attention(
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         seq = packed.varlen
-        out = varlen_attn(q, k[seq.gather], v[seq.gather], seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, scale=scaling,
-                          window_size=window, enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+        k, v = (
+            x[seq.gather].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)
+        )  # 2.11 knows no grouped heads
+        out = varlen_attn(q, k, v, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, scale=scaling, window_size=window)
         return out[None], None
     sizes = [size for prompt, answers in packed.groups for size in (prompt, *answers)]
     q, k, v = (iter(x.split(sizes, dim=2)) for x in (query, key, value))  # split, not slices: its backward is one cat

@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import fsdp  # noqa: E402
 import losses  # noqa: E402
 
 COMMON = ['--batch_size=12', '--n_examples=36', '--n_eval_examples=16', '--do_first_eval=false', '--optimizer=AdamW',
@@ -38,3 +39,4 @@ def main():
 
 
 main()
+fsdp.leave()

@@ -15,6 +15,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import fsdp  # noqa: E402
+
 COMMON = ['--batch_size=12', '--n_examples=48', '--save_every=12', '--keep_last=9', '--eval_every=24', '--lr=1e-3',
           '--n_eval_examples=8', '--warmup_steps=3', '--lr_schedule=cosine', '--max_length=64', '--max_prompt_length=32']  # fmt: skip
 CASES = {
@@ -50,3 +52,4 @@ def main(folder, other=None):
 
 
 main(*sys.argv[1:])
+fsdp.leave()

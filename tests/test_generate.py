@@ -182,10 +182,10 @@ def test_sharded(group, tmp_path):
     assert inside == sample(plain, PROMPTS, range(4))
     assert net.config._attn_implementation == 'packed'
 
-    models = {'policy': net, 'reference': fsdp.shard(build, device, train=False)}
+    models = {'reference': fsdp.shard(build, device, train=False), 'policy': net}
     rows = generate.sample(models, TOKENIZER, PROMPTS, rank=rank, world=world, seed=5, max_new_tokens=12)
     expected = sample(plain, PROMPTS, [5 * 1_000_003 + i for i in range(4)])
-    assert rows == [(name, i, answer) for name in models for i, answer in enumerate(expected)]
+    assert rows == [(name, i, answer) for name in sorted(models) for i, answer in enumerate(expected)]
     shares = [generate.sample(models, TOKENIZER, PROMPTS, rank=r, world=3, seed=5, max_new_tokens=12) for r in range(3)]
     assert sorted(row for share in shares for row in share) == rows
 
