@@ -80,14 +80,12 @@ def configure(scope, argv=None):
         for name, value, where in _read_file(path):
             config[name] = _check(name, value, options, where)
             config.origin[name] = path
-    seen = set()
     for flag in [a for a in argv if a.startswith('-')]:
         name, equals, text = flag.removeprefix('--').partition('=')
         if not flag.startswith('--') or not name:
             raise UserError(f'cannot read {flag!r}: options are written --name=value')
-        if name in seen:
+        if config.origin.get(name) == 'command line':
             raise UserError(f'--{name} is given twice')
-        seen.add(name)
         if not equals and 'bool' not in options.get(name, (['bool'],))[0]:
             raise UserError(f'--{name} needs a value: --{name}=value')
         config[name] = _check(name, _parse(name, text if equals else 'true', options), options, 'the command line')

@@ -142,11 +142,8 @@ if cache_ref:
 cut = partial(cut, max_tokens=max_tokens)
 train = train.flip(noise_rate, seed) if noise_rate else train
 train = train if spec.paired else train.keep(frac_good, frac_bad, seed)
-if not len(train):
-    raise UserError('no train examples are left: raise frac_good or frac_bad')
 total = min(n_epochs * len(train), n_examples or math.inf)
-left_out = dict(+train.left_out) or 'nothing'
-log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {left_out}')
+log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
 
 # ---- one step ----
 

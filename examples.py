@@ -5,6 +5,8 @@ from functools import cached_property
 
 import numpy as np
 
+from configurator import UserError
+
 
 class Examples:
     """Tokenised examples. ids: all tokens, flat; spans (n, 1 + answers, 2): start and end of the prompt and each answer;
@@ -57,7 +59,14 @@ class Examples:
     def keep(self, frac_good, frac_bad, seed):
         """Keep this fraction of the good and of the bad single answers, chosen by hash."""
         u = uniform_hash(self.uid + self.good.astype(np.uint64), seed + 1)
-        return self.select(u < np.where(self.good, frac_good, frac_bad))
+        kept = self.select(u < np.where(self.good, frac_good, frac_bad))
+        if not len(kept):
+            raise UserError('no train examples are left: raise frac_good or frac_bad')
+        return kept
+
+    def changes(self):
+        """What was left out, cut or flipped, for the screen."""
+        return dict(+self.left_out) or 'nothing'
 
     def mismatched(self, index):
         """Each of these examples' prompts with the answer of the next one that has another prompt (for KTO's z)."""

@@ -111,7 +111,6 @@ class Log:
     def close(self):
         if main_rank():
             self.bar.close()
-            self.file.close()
 
 
 def schedule(step, steps, warmup, shape):

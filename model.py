@@ -36,7 +36,8 @@ def packed_attention(
     precision one varlen kernel does it; elsewhere one small sdpa an answer, so that no answer pays for the others."""
     if packed is None or s_aux is not None:
         raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
-    if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -219,5 +220,7 @@ def padded_attention(model):
     """The architecture's own attention for a while: to generate, or to compare with."""
     before = core(model).config._attn_implementation
     set_attention(model, packed=False)
-    yield
-    core(model).set_attn_implementation(before)
+    try:
+        yield
+    finally:
+        core(model).set_attn_implementation(before)

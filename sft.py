@@ -85,8 +85,7 @@ train = fsdp.first_of_host(
 train = train.flip(noise_rate, seed).first_answers() if noise_rate else train
 held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test', task='sft')).select(slice(n_eval_examples))
 total = min(n_epochs * len(train), n_examples or math.inf)
-left_out = dict(+train.left_out) or 'nothing'
-log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {left_out}')
+log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
 
 build = partial(load_model, model, trust_remote_code=trust_remote_code, seed=seed)
 policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)

@@ -20,6 +20,8 @@ PLAIN_CHAT = (  # for tokenizers without a chat template: Anthropic's format, as
     "'\n\n' }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 
+NO_TEMPLATE = 'note: no chat template in the tokenizer, so chats are written as Human: / Assistant:'
+
 
 def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length, truncation='start', whole=False,
                   num_turns=1, skip_bad_rows=False, data_fraction=1.0, seed=0, cache=True):  # fmt: skip
@@ -35,7 +37,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     options = [split, task, max_length, max_prompt_length, truncation, whole, num_turns, skip_bad_rows]
     stamp = [sources.fingerprint(source, split) for source in data.split('+')] if cache else [None]
     tokenizer_stamp = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
-    key = json.dumps([1, stamp, options, tokenizer_stamp, tokenizer.chat_template, tokenizer.eos_token_id])
+    template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
+    key = json.dumps([1, stamp, options, tokenizer_stamp, template, tokenizer.eos_token_id])
     folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
     file = folder / f'tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors'
     examples = None if None in stamp else _read_cache(file)
@@ -48,6 +51,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         examples = tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out)
         if None not in stamp:
             _write_cache(file, examples)
+    if NO_TEMPLATE in examples.left_out:
+        tokenizer.chat_template = PLAIN_CHAT  # so that the exported tokenizer writes chats as in training
     examples = examples.select(uniform_hash(examples.uid, seed) < data_fraction) if data_fraction < 1 else examples
     if not len(examples) and split == 'train':
         raise UserError(
@@ -132,8 +137,8 @@ def _render(prompt, answers, tokenizer, left_out):
     if isinstance(prompt, str) and all(isinstance(a, str) for a in answers):
         return [prompt, *answers]
     template = tokenizer.chat_template or PLAIN_CHAT
-    if template is PLAIN_CHAT:
-        left_out['note: no chat template in the tokenizer, so chats are written as Human: / Assistant:'] = 1
+    if template == PLAIN_CHAT:
+        left_out[NO_TEMPLATE] = 1
     as_chat = [[{'role': role, 'content': text}] if isinstance(text, str) else text
                for role, text in [('user', prompt), *(('assistant', a) for a in answers)]]  # fmt: skip
     try:

@@ -456,7 +456,8 @@ def test_any_value_in_a_config_file_is_taken_as_it_is_or_refused(script, name, v
     except UserError as error:
         assert 'config.py, line 1' in str(error)
         return
-    assert got == value and type(got) is (float if name in ('rate', 'share') and value is not None else type(value))
+    promoted = name in ('rate', 'share') and value is not None
+    assert got == (float(value) if promoted else value) and type(got) is (float if promoted else type(value))
 
 
 NOT_NONE = TEXT.filter(lambda text: text.lower() not in ('none', 'null'))
