@@ -45,7 +45,7 @@ def packed_attention(
         seq = packed.varlen
         k, v = (
             x[seq.gather].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)
-        )  # 2.11 knows no grouped heads
+        )  # grouped heads, one by one
         out = varlen_attn(q, k, v, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, scale=scaling, window_size=window)
         return out[None], None
     sizes = [size for prompt, answers in packed.groups for size in (prompt, *answers)]
