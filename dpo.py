@@ -14,7 +14,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import no_grad
 
 import checkpoint
 import fsdp
@@ -24,7 +23,7 @@ import losses
 from configurator import UserError, configure
 from data import microbatches, pack_probe, prefetch, steps
 from examples import Examples
-from load import can_pack, check_tokenizer, load_model, load_tokenizer
+from load import can_pack, load_model, load_tokenizer
 from model import set_attention
 from reference import cached_logps
 from spec import Spec
@@ -118,9 +117,8 @@ load = partial(load_examples, tokenizer=tokenizer, task='pairs' if spec.paired e
                skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
 train = fsdp.first_of_host(lambda: load(data, 'train', data_fraction=data_fraction))
 held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test')).select(slice(n_eval_examples))
-build = partial(load_model, model, trust_remote_code=trust_remote_code, seed=seed)
+build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed)
 policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
-check_tokenizer(tokenizer, policy, model)
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
 pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
 set_attention(policy, pack)
@@ -129,12 +127,11 @@ cut = partial(microbatches, rank=rank, world=world, share_prefix=share_prefix, p
 
 def load_reference():
     m = fsdp.shard(build_ref, device, dtype=dtype, train=False)
-    check_tokenizer(tokenizer, m, ref_model or model)
     set_attention(m, pack)
     return m
 
 
-build_ref = partial(load_model, ref_model or model, trust_remote_code=trust_remote_code, seed=seed)
+build_ref = partial(load_model, ref_model or model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed)
 ref = load_reference() if spec.needs_ref and not cache_ref else None
 if cache_ref:
     cached = partial(cached_logps, build_ref, load_reference, cut=partial(cut, max_tokens=4 * max_tokens), dtype=dtype)
@@ -150,7 +147,7 @@ log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; l
 
 def answer_columns(batch):
     """pi, ref, div, n of every answer of a microbatch, (A,) each."""
-    with no_grad():
+    with torch.no_grad():
         reference = ref.hidden_and_head(batch) if spec.divergence else None
         ref_logps = batch.ref if ref is None else None if spec.divergence else ref.response_logps(batch)[0]
     out = policy.response_logps(batch, spec.divergence, reference)
@@ -250,7 +247,7 @@ def sample(examples_seen):
         return {}
     own = Examples.of([(prompts[i], [[*a, tokenizer.eos_token_id]]) for name, i, a in answers if name == 'policy'])
     batches, *_ = cut(own, np.arange(len(own)))
-    with no_grad():
+    with torch.no_grad():
         parts = [answer_columns(batch) for batch in batches]
     whole = gather(parts, batches, len(own))
     gap = whole['pi'] - whole['ref']

@@ -86,8 +86,7 @@ def gather_columns(columns, index, total):
     names = sorted(columns)
     place = torch.as_tensor(index, dtype=torch.long)
     table = torch.zeros(len(names), total, dtype=torch.float64)
-    if len(place):
-        table[:, place[place >= 0]] = torch.stack([columns[n].detach().double().cpu() for n in names])[:, place >= 0]
+    table[:, place[place >= 0]] = torch.stack([columns[n].detach().double().cpu() for n in names])[:, place >= 0]
     dist.all_reduce(table)
     return dict(zip(names, table, strict=True))
 

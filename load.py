@@ -32,7 +32,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     return tokenizer
 
 
-def load_model(name: str, *, empty: bool = False, trust_remote_code: bool = False, seed: int = 0):
+def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_code: bool = False, seed: int = 0):
     """A causal LM in float32 and eval mode (dropout off), on the CPU; empty: without weights. Raises UserError."""
     register_attention()
     try:
@@ -54,6 +54,8 @@ def load_model(name: str, *, empty: bool = False, trust_remote_code: bool = Fals
             )
     except Exception as error:
         raise UserError(f'cannot load the model {name!r}: {_first_line(error)}') from None
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, model, name)
     return model.eval()
 
 

@@ -19,7 +19,7 @@ import log
 import losses
 from configurator import UserError, configure
 from data import microbatches, pack_probe, prefetch, steps
-from load import can_pack, check_tokenizer, load_model, load_tokenizer
+from load import can_pack, load_model, load_tokenizer
 from model import set_attention
 from tokenise import load_examples
 
@@ -87,9 +87,8 @@ held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test', task='sft'
 total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
 
-build = partial(load_model, model, trust_remote_code=trust_remote_code, seed=seed)
+build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed)
 policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
-check_tokenizer(tokenizer, policy, model)
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
 pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
 set_attention(policy, pack)
