@@ -40,6 +40,7 @@ def load_rows(source, split, *, whole=False, num_turns=1, skip_bad_rows=False):
     whole. The Counter says what was left out. Raises UserError for an unreadable source and, unless skip_bad_rows, for a
     bad row."""
     name, _, path = source.partition(':')
+    undivided = False
     getter = globals().get(f'get_{name}')
     if path:
         data_files(path)  # raises if there is none
@@ -52,8 +53,9 @@ def load_rows(source, split, *, whole=False, num_turns=1, skip_bad_rows=False):
         known = ', '.join(sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_')))
         raise UserError(f'data {source!r} is no file, no hub id (owner/name) and none of the known datasets: {known}')
     else:
-        rows, parse = read_rows(source, split, None), parse_any
-    divide = not whole and (name in NO_TEST_SPLIT or (path and len(data_files(path)) == 1))
+        undivided = 'test' not in hub_splits(source)
+        rows, parse = read_rows(source, 'train' if undivided else split, None), parse_any
+    divide = not whole and (name in NO_TEST_SPLIT or undivided or (path and len(data_files(path)) == 1))
     examples, left_out = [], Counter()
     for row in rows:
         try:
@@ -71,6 +73,20 @@ def load_rows(source, split, *, whole=False, num_turns=1, skip_bad_rows=False):
             elif not divide or (content_hash(example['prompt']) % HELD_OUT == 0) == (split == 'test'):
                 examples.append(example)
     return examples, left_out
+
+
+def hub_splits(hub_id):
+    """The names of a hub dataset's splits."""
+    import datasets
+
+    try:
+        return datasets.get_dataset_split_names(hub_id)
+    except Exception as error:  # no network, no such dataset, no access
+        raise UserError(f'cannot find {hub_id!r} on the hub: {_reason(error)}') from None
+
+
+def _reason(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def fingerprint(source, split):
@@ -105,8 +121,7 @@ def read_rows(hub_id, split, path, **kwargs):
         try:
             rows = datasets.load_dataset(hub_id, split=split, **{k: v for k, v in kwargs.items() if v is not None})
         except Exception as error:  # no network, no such dataset, no such split: the library's own words say which
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f'cannot load {hub_id!r}, split {split!r}, from the hub: {reason[:300]}') from None
+            raise UserError(f'cannot load {hub_id!r}, split {split!r}, from the hub: {_reason(error)}') from None
         for i, raw in enumerate(rows):
             yield _row(raw, f'{hub_id} [{split}], row {i + 1}')
         return

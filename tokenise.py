@@ -35,21 +35,29 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
             f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
         )
     options = [split, task, max_length, max_prompt_length, truncation, whole, num_turns, skip_bad_rows]
-    stamp = [sources.fingerprint(source, split) for source in data.split('+')] if cache else [None]
-    tokenizer_stamp = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
-    template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
-    key = json.dumps([1, stamp, options, tokenizer_stamp, template, tokenizer.eos_token_id])
-    folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
-    file = folder / f'tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors'
-    examples = None if None in stamp else _read_cache(file)
-    if examples is None:
-        rows, left_out = [], Counter()
+    stamps, rows, left_out = [sources.fingerprint(source, split) for source in data.split('+')], None, Counter()
+
+    def read():
+        found = []
         for source in data.split('+'):
             more, out = sources.load_rows(source, split, whole=whole, num_turns=num_turns, skip_bad_rows=skip_bad_rows)
-            rows += more
-            left_out += out
+            found += more
+            left_out.update(out)
+        return found
+
+    if None in stamps:  # a hub dataset: only its rows tell what is in it
+        rows = read()
+        stamps = [sources.content_hash(rows)]
+    tokenizer_stamp = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
+    template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
+    key = json.dumps([1, stamps, options, tokenizer_stamp, template, tokenizer.eos_token_id])
+    folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
+    file = folder / f'tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors'
+    examples = _read_cache(file) if cache else None
+    if examples is None:
+        rows = read() if rows is None else rows
         examples = tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out)
-        if None not in stamp:
+        if cache:
             _write_cache(file, examples)
     if NO_TEMPLATE in examples.left_out:
         tokenizer.chat_template = PLAIN_CHAT  # so that the exported tokenizer writes chats as in training

@@ -414,11 +414,14 @@ def test_a_cache_that_cannot_be_written_is_a_note(tmp_path, tok, cache, monkeypa
     assert out.startswith('note: ') and 'not cached' in out and out.count('\n') == 1
 
 
-def test_nothing_is_cached_of_the_hub(tok, cache, count, monkeypatch):
+def test_rows_of_the_hub_are_cached_by_their_content(tok, cache, count, monkeypatch):
+    monkeypatch.setattr(sources, 'hub_splits', lambda name: ['train', 'test'])
     monkeypatch.setattr(sources, 'read_rows', lambda *args, **kwargs: map(sources.Row, many_pairs(3)))
     load('owner/name', tok)
     load('owner/name', tok)
-    assert len(count) == 2 and not cache.exists()
+    assert len(count) == 1
+    monkeypatch.setattr(sources, 'read_rows', lambda *args, **kwargs: map(sources.Row, many_pairs(4)))
+    assert len(load('owner/name', tok)) == 4 and len(count) == 2
 
 
 def test_load_examples(tmp_path, tok):

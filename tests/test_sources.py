@@ -231,6 +231,10 @@ def test_toy():
 # ---- the hub ----
 
 
+def splits(hub_id):
+    return ['train', 'test']
+
+
 @pytest.mark.parametrize(
     'source, asked',
     [
@@ -263,14 +267,16 @@ def test_what_is_asked_of_the_hub(monkeypatch, source, asked):
         calls.append((hub_id, split, kwargs))
         return []
 
-    monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(
+        sys.modules, 'datasets', SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=splits)
+    )
     assert sources.load_rows(source, 'test') == ([], {}) and calls and all(call == asked for call in calls)
     assert sources.fingerprint(source, 'test') is None
 
 
 def test_hub_rows_and_errors(monkeypatch):
     rows = [{'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}, {'prompt': 'p', 'chosen': 'a'}]
-    fake = SimpleNamespace(load_dataset=lambda hub_id, split: rows)
+    fake = SimpleNamespace(load_dataset=lambda hub_id, split: rows, get_dataset_split_names=splits)
     monkeypatch.setitem(sys.modules, 'datasets', fake)
     assert sources.load_rows('owner/name', 'test', skip_bad_rows=True)[0] == rows[:1]
     with pytest.raises(UserError, match=r"owner/name \[test\], row 2: 'rejected' is missing"):
@@ -637,3 +643,27 @@ def test_any_row_parses_or_is_bad(row):
             assert isinstance(example['prompt'], str | list)
             assert {type(example[k]) for k in ('chosen', 'rejected', 'response') if k in example} <= {str, list}
             assert isinstance(example.get('good', True), bool)
+
+
+@pytest.mark.parametrize('splits', [['train', 'test'], ['train']])
+def test_a_hub_dataset_and_the_cache_of_its_tokens(splits, tmp_path, monkeypatch):
+    """Its own test split, or a part of the training one held out; tokenised once, then read from the cache."""
+    import datasets
+
+    import tokenise
+    import toy
+
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path))
+    rows = [{'prompt': f'p{i}', 'chosen': ' a', 'rejected': ' b'} for i in range(200)]
+    monkeypatch.setattr(datasets, 'get_dataset_split_names', lambda name: splits)
+    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: rows if split == 'train' else rows[:3])
+    tokenizer = toy.tokenizer()
+
+    def sizes():
+        limits = {'max_length': 32, 'max_prompt_length': 16}
+        return [len(tokenise.load_examples('me/mine', s, tokenizer, 'pairs', **limits)) for s in ('train', 'test')]
+
+    train, test = sizes()
+    assert (train, test) == (200, 3) if 'test' in splits else train + test == 200 and 0 < test < 40
+    monkeypatch.setattr(tokenise, 'tokenise', None)
+    assert sizes() == [train, test]
