@@ -31,8 +31,9 @@ def check_out_dir(out_dir, config, resume):
     if changed:
         what = ', '.join(f'{k} {before.get(k)!r} there and {config[k]!r} here' for k in changed[:3])
         raise UserError(f'{out_dir} holds a different run ({what}): choose another --out_dir, or delete it')
-    if before and not resume:
-        raise UserError(f'{out_dir} holds this run already: choose another --out_dir, or let it --resume')
+    if before and (not resume or (file.parent / 'model').exists()):
+        done = 'finished' if (file.parent / 'model').exists() else 'begun, and --resume is off'
+        raise UserError(f'{out_dir} holds this run already ({done}): choose another --out_dir, or delete it')
 
 
 def claim_out_dir(out_dir, config):

@@ -6,7 +6,6 @@ data = 'hh'
 dtype = 'bfloat16'
 loss = 'drdpo'
 beta = 0.1
-beta_prime = 1.0
 noise_rate = 0.2
 optimizer = 'RMSprop'
 lr = 5e-7

@@ -4,7 +4,6 @@ model = 'out/sft_toy/model'
 data = 'toy'
 loss = 'drdpo'
 beta = 4.0
-beta_prime = 1.0
 lr = 5e-4
 lr_schedule = 'linear'
 warmup_steps = 10

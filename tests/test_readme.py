@@ -71,8 +71,19 @@ def test_config_of_every_loss_that_papers_compare():
 def test_papers_settings(monkeypatch):
     config = parse('dpo.py config/drdpo_hh_noise20.py', monkeypatch)
     paper = dict(batch_size=64, lr=5e-7, optimizer='RMSprop', warmup_steps=150, max_length=512, max_prompt_length=256)
-    paper |= dict(beta=0.1, beta_prime=1.0, n_epochs=1, dtype='bfloat16', noise_rate=0.2, max_grad_norm=10.0)
+    paper |= dict(beta=0.1, n_epochs=1, dtype='bfloat16', noise_rate=0.2, max_grad_norm=10.0)
     assert {k: config[k] for k in paper} == paper
+
+
+@pytest.mark.parametrize('name', ['drdpo_hh', 'drdpo_hh_noise20', 'drdpo_toy'])
+def test_dpo_with_the_config_of_drdpo_is_the_plain_baseline(name, monkeypatch):
+    """beta' weights any loss when it is set, so these configs leave it to the loss."""
+    from spec import Spec
+
+    primes = [
+        Spec(parse(f'dpo.py config/{name}.py --loss={x}', monkeypatch)).options['beta_prime'] for x in ('drdpo', 'dpo')
+    ]
+    assert primes == [1.0, None]
 
 
 def test_readme_names_every_loss_and_every_dataset():

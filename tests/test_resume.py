@@ -79,3 +79,6 @@ def test_killed_run_continues(tmp_path, monkeypatch):
     assert rows(tmp_path / 'run') == rows(tmp_path / 'whole')
     a, b = (load_file(tmp_path / name / 'model/model.safetensors') for name in ('run', 'whole'))
     assert all(a[k].equal(b[k]) for k in a)
+    again = subprocess.run(flags, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 2 and 'holds this run already (finished)' in again.stderr
+    assert rows(tmp_path / 'run') == rows(tmp_path / 'whole')  # nothing was overwritten
