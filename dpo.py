@@ -276,10 +276,9 @@ if not start:
     if do_first_eval:
         evaluate(0)
 
-schedule = steps(len(train), batch_size, total, seed, start)
 n_steps = -(-total // batch_size)
 clock = time.time()
-for step, tokens, allocated in prefetch(prepare(train, *s) for s in schedule):
+for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(train), batch_size, total, seed, start)):
     first, index, *_ = step
     whole, state = run_step(*step, state, train=True)
     weight = whole['step_weight'].sum().item() or math.nan

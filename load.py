@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 
 import torch
 import transformers
@@ -19,6 +20,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         import toy
 
         return toy.tokenizer()
+    if not os.path.exists(name) and (name.count('/') != 1 or name.startswith(('.', '/'))):
+        raise UserError(f'there is no model folder {name!r}, so no tokenizer: train it first, or give another --model')
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises OSError, ValueError, KeyError and its own for a missing tokenizer

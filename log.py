@@ -56,10 +56,11 @@ class Log:
         self.total, self.every, self.began, self.start, self.sinks = total, every, time.time(), start, []
         if not main_rank():
             return
-        path = Path(out_dir) / 'metrics.jsonl'
-        if path.exists():  # after a resume: keep what the checkpoint has seen, the rest is about to be done again
-            lines = [x for x in path.read_text().splitlines() if start and json.loads(x)['counters/examples'] <= start]
-            path.write_text(''.join(line + '\n' for line in lines))
+        for name, key in (('samples.jsonl', 'examples'), ('metrics.jsonl', 'counters/examples')):
+            path = Path(out_dir) / name
+            if path.exists():  # after a resume: keep what the checkpoint has seen, the rest is about to be done again
+                lines = [x for x in path.read_text().splitlines() if start and json.loads(x)[key] <= start]
+                path.write_text(''.join(line + '\n' for line in lines))
         self.file = path.open('a')
         slow = 0.5 if sys.stderr.isatty() else 20
         self.bar = tqdm(total=total, initial=start, unit='ex', mininterval=slow, dynamic_ncols=True)

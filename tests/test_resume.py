@@ -42,6 +42,8 @@ def test_bit_exact_on_as_many_ranks(runs, case):
     assert rows(resumed) == rows(whole)
     assert [r['counters/examples'] for r in rows(whole) if r['split'] == 'train'] == [12, 24, 36, 48]
     assert [r['counters/examples'] for r in rows(whole) if r['split'] == 'eval'] == [0, 24, 48]
+    if case == 'dpo':  # the samples of evaluations that are done again are there once
+        assert (resumed / 'samples.jsonl').read_text() == (whole / 'samples.jsonl').read_text()
     a, b = (load_file(folder / 'model/model.safetensors') for folder in (whole, resumed))
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
 
