@@ -26,6 +26,7 @@ CASES = {name: [f'--loss={name}'] for name in losses.LOSSES} | {
     'separate_prompts': ['--loss=dpo', '--share_prefix=false'],
     'padded': ['--loss=dpo', '--pack=false'],
     'kto_uneven': ['--loss=kto', '--frac_bad=0.3', '--w_good=2.0'],
+    'sft': [],  # sft.py
 }
 
 
@@ -33,9 +34,10 @@ def main():
     folder, *sizes = sys.argv[1:]
     for name, flags in CASES.items():
         for size in sizes:
-            sys.argv = ['dpo.py', *COMMON, *flags, f'--max_tokens={size}', f'--out_dir={folder}/{name}-{size}']
+            script = 'dpo.py' if flags else 'sft.py'
+            sys.argv = [script, *COMMON, *flags, f'--max_tokens={size}', f'--out_dir={folder}/{name}-{size}']
             with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-                runpy.run_path(str(ROOT / 'dpo.py'), run_name='script')
+                runpy.run_path(str(ROOT / script), run_name='script')
 
 
 main()

@@ -49,7 +49,7 @@ def steps(folder):
 def test_sharding_law(runs, case):
     reference = runs / '1' / f'{case}-{ONE}'
     expected, weights = steps(reference), load_file(reference / 'model/model.safetensors')
-    assert [row.get('grad_norm', 0) > 0 for row in expected] == [False, True, True, True, False]
+    assert [row.get('grad_norm', 0) > 0 for row in expected] == [False] * (case != 'sft') + [True, True, True, False]
     for world, size in SHARDINGS:
         folder = runs / str(world) / f'{case}-{size}'
         for row, other in zip(expected, steps(folder), strict=True):
