@@ -2,10 +2,12 @@
 
     python bench.py --model=pythia-70m --data=synthetic --batch_size=8
     python bench.py --model=models/pythia-70m --data=hh:data/hh_harmless.jsonl.gz --out=bench.json
+    python bench.py --model=pythia-14m --variants='padded trl trl_fastest trl_cuda head cached'   # beside TRL 1.16, if installed
     torchrun --nproc_per_node=2 bench.py --model=pythia-14m
 
 All variants take turns in one process, step by step, on the same pairs; the figures are medians. `padded` is the layout of the
 original DPO code: both answers with their prompts, padded, logits at every position. Loss and gradient are the same in all.
+trl, trl_fastest and trl_cuda are TRL's own trainer (runs/trl_steps.py). Padded batches go through in microbatches of 8 pairs.
 """
 
 import json
@@ -27,16 +29,20 @@ import model as models
 from configurator import UserError, configure, main_rank
 from data import microbatches
 from examples import Examples
+from risks import kl
+from spec import COLUMN, OPTION, arguments
 
 model = 'pythia-70m'  # a published shape with random weights (pythia-14m to pythia-2.8b, llama-8b), or a model folder
 tokenizer: str | None = None  # a tokenizer folder, for real data with a published shape
-vocabulary: int | None = None  # another vocabulary size for a published shape
+vocabulary: int | None = None  # another vocabulary size for a published shape: ids are taken modulo it
 data = 'synthetic'  # synthetic (lengths like HH), or what dpo.py reads
-loss = 'dpo'  # a loss on pairs
+loss = 'dpo'  # a loss on pairs; those with a divergence need the live reference: no cached, no padded
 batch_size = 8  # pairs of a step, all ranks together
 max_tokens = 16384  # tokens of a microbatch
 n_steps = 5  # timed steps of each variant
-variants = 'padded packed shared head cached'  # which, in order: each adds its idea to the one before; also: compile
+variants = (
+    'padded packed shared head cached'  # which, in order: each adds its idea to the one before; also: compile, trl...
+)
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 dtype = 'float32'  # float32 or bfloat16
 threads: int | None = None  # CPU threads; None: all
@@ -49,15 +55,31 @@ SHAPES = {  # width, layers, heads: the published Pythia suite
     'pythia-14m': (128, 6, 4), 'pythia-70m': (512, 6, 8), 'pythia-160m': (768, 12, 12), 'pythia-410m': (1024, 24, 16),
     'pythia-1b': (2048, 16, 8), 'pythia-1.4b': (2048, 24, 16), 'pythia-2.8b': (2560, 32, 32),
 }  # fmt: skip
-KNOWN = ['padded', 'packed', 'shared', 'head', 'cached', 'compile']
+KNOWN = ['padded', 'packed', 'shared', 'head', 'cached', 'compile', 'trl', 'trl_fastest', 'trl_cuda']
+PADDED = 8  # pairs of a padded microbatch, of all ranks
+OPTIONS = {
+    'beta': 0.1,
+    'label_smoothing': 0.1,
+    'average': True,
+    'alpha': 0.5,
+    'gamma': 1.0,
+    'lam': 0.1,
+    'tau': 0.05,
+    'delta': 1.0,
+}
 names = variants.split()
 if not names or set(names) - set(KNOWN):
     raise UserError(f'variants must be some of {", ".join(KNOWN)}, not {variants!r}')
 loss_fn = losses.LOSSES.get(loss)
-if loss not in ('dpo', 'ipo', 'hinge', 'sigmoid_norm'):
+columns_of = arguments(loss_fn, COLUMN) if loss_fn else []
+if 'pi_w' not in columns_of or loss in losses.STATISTICS:
     raise UserError(
-        f'bench.py measures dpo, ipo, hinge or sigmoid_norm, not {loss!r}: others cost the same or need more'
+        f'bench.py measures losses on pairs that need no statistic of the step, not {loss!r}: their step costs the same'
     )
+if 'div_w' in columns_of and set(names) & {'padded', 'packed', 'shared', 'cached', 'compile'}:
+    raise UserError(f'{loss} needs the whole distribution of the live reference: only --variants=head measures it')
+if any(n.startswith('trl') for n in names) and loss != 'dpo':
+    raise UserError('TRL is measured with --loss=dpo only')
 
 rank, world, device = fsdp.setup()
 if threads:
@@ -93,6 +115,8 @@ def pairs():
         examples_of = partial(load_examples, data, tokenizer=tok, task='pairs', max_length=512, max_prompt_length=256)
         examples = fsdp.first_of_host(lambda: examples_of('train'))
         order = np.random.default_rng(seed).permutation(len(examples))
+        if vocabulary:
+            examples.ids = examples.ids % vocabulary  # real lengths, the ids folded into fewer words
         return examples.select(np.resize(order, count))
     rng = np.random.default_rng(seed)
     limits, items = ((math.log(85), 0.8, 256), (math.log(27), 0.9, 200), (math.log(33), 0.9, 200)), []
@@ -119,37 +143,51 @@ class Variant:
         self.policy = fsdp.shard(build, device, dtype=dtype, compile=level >= 5)
         self.ref = fsdp.shard(build, device, dtype=dtype, train=False)
         for m in (self.policy, self.ref):
+            fsdp.add_method(m, full_head)
             models.set_attention(m, not self.pad)
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, 1e-6, 0.0)
-        self.cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=self.share, pad=self.pad,
-                           device=device)  # fmt: skip
-        self.times, self.peak = [], 0.0
+        self.cut = partial(microbatches, rank=rank, world=world, share_prefix=self.share, pad=self.pad, device=device)
+        self.times, self.passes, self.peak = [], [], 0.0
 
     def logps(self, m, batch):
         return m.response_logps(batch)[0] if self.head else m.full_head(batch)
 
+    def batches(self, examples, index):
+        """(microbatches, real tokens, allocated tokens); padded: PADDED pairs at a time, as gradient accumulation does."""
+        if not self.pad:
+            return self.cut(examples, index, max_tokens=max_tokens)
+        parts = [self.cut(examples, index[i : i + PADDED], max_tokens=10**9) for i in range(0, len(index), PADDED)]
+        return [b for batches, *_ in parts for b in batches], sum(p[1] for p in parts), sum(p[2] for p in parts)
+
+    def columns(self, batch, ref):
+        """The columns of losses.py, (pairs,) each. ref: cached log-probs of the answers, or None."""
+        answers = {'n': batch.n.float()}
+        if 'div_w' in columns_of:
+            with torch.no_grad():
+                reference = self.ref.hidden_and_head(batch)
+            answers['pi'], answers['div'], answers['ref'] = self.policy.response_logps(batch, kl, reference)
+        else:
+            if ref is None and 'ref_w' in columns_of:
+                with torch.no_grad():
+                    ref = self.logps(self.ref, batch)
+            answers |= {'pi': self.logps(self.policy, batch)} | ({} if ref is None else {'ref': ref})
+        return {f'{k}_{side}': v[i::2] for k, v in answers.items() for i, side in enumerate('wl')}
+
     def step(self, examples, index):
-        """One optimizer step; the cached reference is left out of the time, as in a second epoch."""
-        batches, *_ = self.cut(examples, index)
+        """One optimizer step. The time of a cached reference's pass is kept apart: later epochs and runs do not pay it."""
+        batches, *_ = self.batches(examples, index)
         reset_peak()
-        with torch.no_grad():
-            cached = [self.logps(self.ref, b) for b in batches] if self.cached else None
         sync()
         start = clock()
-        for i, batch in enumerate(batches):
-            with torch.no_grad():
-                ref = cached[i] if cached else self.logps(self.ref, batch)
-            pi, n = self.logps(self.policy, batch), batch.n.float()
-            columns = {
-                'pi_w': pi[::2],
-                'pi_l': pi[1::2],
-                'ref_w': ref[::2],
-                'ref_l': ref[1::2],
-                'n_w': n[::2],
-                'n_l': n[1::2],
-            }
-            arguments = [columns[c] for c in loss_fn.__code__.co_varnames[: loss_fn.__code__.co_argcount]]
-            l = loss_fn(*arguments, beta=0.1, **({'average': True} if loss == 'ipo' else {}))
+        with torch.no_grad():
+            cached = [self.logps(self.ref, b) for b in batches] if self.cached else [None] * len(batches)
+        sync()
+        self.passes.append(clock() - start)
+        start = clock()
+        for batch, ref in zip(batches, cached, strict=True):
+            columns = self.columns(batch, ref)
+            options = {k: OPTIONS[k] for k in arguments(loss_fn, OPTION)}
+            l = loss_fn(*[columns[c] for c in columns_of], **options)
             (l * (torch.tensor(batch.place, device=device) >= 0)).sum().backward()
         fsdp.update(self.policy, self.optimizer, 1e-6, world / len(index), 10.0)
         sync()
@@ -232,9 +270,18 @@ def products_alone(tokens, predicted):
 
 examples = pairs()
 shell = build(empty=True)
-runs = [Variant(name) for name in names]
-for m in {id(m): m for run in runs for m in (run.policy, run.ref)}.values():
-    fsdp.add_method(m, full_head)
+runs = []
+for name in names:
+    if name.startswith('trl'):
+        from runs.trl_steps import TrlVariant
+
+        order = np.arange((n_steps + 1) * batch_size)
+        step_pairs = min(PADDED, batch_size)
+        runs.append(
+            TrlVariant(name, build(), examples, order, batch_size, step_pairs, clock, reset_peak, peak_memory, threads)
+        )
+    else:
+        runs.append(Variant(name))
 for step in range(n_steps + 1):
     index = np.arange(step * batch_size, (step + 1) * batch_size)
     for run in runs[step % len(runs) :] + runs[: step % len(runs)]:
@@ -243,33 +290,44 @@ lengths = (examples.spans[batch_size:, :, 1] - examples.spans[batch_size:, :, 0]
 rows = []
 for run in runs:
     seconds = statistics.median(run.times[1:])  # the first step warms up
-    cost = flops(shell.config, lengths, run.share, run.head, run.cached)
-    used = [run.cut(examples, np.arange(s * batch_size, (s + 1) * batch_size))[1:] for s in range(1, n_steps + 1)]
-    rows.append({
-        'variant': run.name, 'pairs_per_second': batch_size / seconds, 'tokens_per_second': lengths.sum() / n_steps / seconds,
-        'padding_share': 1 - sum(t for t, _ in used) / sum(a for _, a in used), 'gflop_per_pair': cost / 1e9,
-        'peak_memory_gb': run.peak, 'ratio': statistics.median(a / b for a, b in zip(runs[0].times[1:], run.times[1:], strict=True)),
-        'mfu': cost * batch_size / seconds / world / peak_tflops / 1e12 if device.type == 'cuda' else None,
-    })  # fmt: skip
+    row = {'variant': run.name, 'pairs_per_second': batch_size / seconds, 'tokens_per_second': lengths.sum() / n_steps / seconds,
+           'ratio': statistics.median(a / b for a, b in zip(runs[0].times[1:], run.times[1:], strict=True)),
+           'peak_memory_gb': run.peak}  # fmt: skip
+    if isinstance(run, Variant):
+        cost = flops(shell.config, lengths, run.share, run.head, run.cached or 'ref_w' not in columns_of)
+        used = [
+            run.batches(examples, np.arange(s * batch_size, (s + 1) * batch_size))[1:] for s in range(1, n_steps + 1)
+        ]
+        row |= {'padding_share': 1 - sum(t for t, _ in used) / sum(a for _, a in used), 'gflop_per_pair': cost / 1e9}
+        if device.type == 'cuda':
+            row['mfu'] = cost * batch_size / seconds / world / peak_tflops / 1e12
+        if run.cached:
+            both = statistics.median(a + b for a, b in zip(run.times[1:], run.passes[1:], strict=True))
+            row['pairs_per_second_with_cache_pass'] = batch_size / both
+    rows.append(row)
 alone = products_alone(int(lengths.sum() / n_steps / world), int(lengths[:, 1:].sum() / n_steps / world))
 if main_rank():
     where = torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
     print(f'{model}, {data}, {loss}, batch {batch_size}, {world} ranks, {where}, {dtype}, torch {torch.__version__}')
-    print(
-        f'mean tokens of a pair: prompt {lengths[:, 0].mean():.0f}, answers {lengths[:, 1].mean():.0f} and {lengths[:, 2].mean():.0f}'
-    )
-    print(
-        f'{"variant":8s} {"pairs/s":>9s} {"x":>6s} {"tokens/s":>9s} {"padding":>8s} {"GFLOP/pair":>11s} {"peak GB":>8s} {"MFU":>6s}'
-    )
+    p, w, r = lengths.mean(0)
+    print(f'mean tokens of a pair: prompt {p:.0f}, answers {w:.0f} and {r:.0f}')
+    print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB     MFU')
     for r in rows:
-        mfu = f'{r["mfu"]:6.1%}' if r['mfu'] else '     -'
-        print(f'{r["variant"]:8s} {r["pairs_per_second"]:9.2f} {r["ratio"]:6.2f} {r["tokens_per_second"]:9.0f} {r["padding_share"]:8.1%} '
-              f'{r["gflop_per_pair"]:11.1f} {r["peak_memory_gb"]:8.2f} {mfu}')  # fmt: skip
+        cells = [
+            f'{r[k]:{f}}' if k in r else '-'
+            for k, f in (('padding_share', '.1%'), ('gflop_per_pair', '.1f'), ('peak_memory_gb', '.2f'), ('mfu', '.1%'))
+        ]
+        print(f'{r["variant"]:11s} {r["pairs_per_second"]:9.2f} {r["ratio"]:6.2f} {r["tokens_per_second"]:9.0f} '
+              '{:>8s} {:>11s} {:>8s} {:>7s}'.format(*cells))  # fmt: skip
+        if 'pairs_per_second_with_cache_pass' in r:
+            print(
+                f'{"+ its pass":11s} {r["pairs_per_second_with_cache_pass"]:9.2f}  the pass that makes the cache counted, as in a first epoch'
+            )
     print(
-        f'{"limit":8s} {batch_size / alone:9.2f}  pairs/s if the matrix products of policy and reference were all there is'
+        f'{"limit":11s} {batch_size / alone:9.2f}  if the matrix products of policy and live reference were all there is'
     )
     print(
-        'x: median of the ratio to the first variant, step by step. cached: without the time to make the cache (a forward pass).'
+        'x: median of the ratio to the first variant, step by step. Peak memory holds the weights of all variants of the run.'
     )
     if out:
         with open(out, 'w') as file:
