@@ -39,6 +39,8 @@ data = 'synthetic'  # synthetic (lengths like HH), or what dpo.py reads
 loss = 'dpo'  # a loss on pairs; those with a divergence need the live reference: no cached, no padded
 batch_size = 8  # pairs of a step, all ranks together
 max_tokens = 16384  # tokens of a microbatch
+prompt_tokens: int | None = None  # synthetic: every prompt is so long; None: log-normal lengths like those of HH
+answer_tokens: int | None = None  # synthetic: every answer is so long
 n_steps = 5  # timed steps of each variant
 variants = (
     'padded packed shared head cached'  # which, in order: each adds its idea to the one before; also: compile, trl...
@@ -111,6 +113,8 @@ def pairs():
     if data != 'synthetic':
         from tokenise import load_examples
 
+        if not tokenizer and model in (*SHAPES, 'llama-8b'):
+            raise UserError(f'{model} has no tokenizer for --data={data}: give the folder of one with --tokenizer')
         tok = load.load_tokenizer(tokenizer or model)
         examples_of = partial(load_examples, data, tokenizer=tok, task='pairs', max_length=512, max_prompt_length=256)
         examples = fsdp.first_of_host(lambda: examples_of('train'))
@@ -122,6 +126,7 @@ def pairs():
     limits, items = ((math.log(85), 0.8, 256), (math.log(27), 0.9, 200), (math.log(33), 0.9, 200)), []
     for _ in range(count):
         lengths = [int(np.clip(rng.lognormal(m, s), 2, top)) for m, s, top in limits]
+        lengths = [prompt_tokens or lengths[0], *(answer_tokens or n for n in lengths[1:])]
         prompt, *answers = (rng.integers(0, min(vocabulary or 4096, 4096), n) for n in lengths)
         items.append((prompt, answers))
     return Examples.of(items)

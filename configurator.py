@@ -23,7 +23,7 @@ RANGES = {
     (1e-9, 1): 'top_p',
     (1e-9, math.inf): 'max_grad_norm beta_prime',
     (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every save_every keep_last log_every max_length '
-                   'max_prompt_length max_new_tokens num_turns n_eval_model_samples n_steps threads',
+                   'max_prompt_length max_new_tokens num_turns n_eval_model_samples n_steps threads prompt_tokens answer_tokens vocabulary',
 }  # fmt: skip
 CHOICES = {'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
            'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released')}  # fmt: skip

@@ -141,6 +141,7 @@ train = train.flip(noise_rate, seed) if noise_rate else train
 train = train if spec.paired else train.keep(frac_good, frac_bad, seed)
 total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
+log.say_too_long(train.lengths, max_tokens)
 
 # ---- one step ----
 
@@ -211,7 +212,7 @@ def run_step(first, index, batches, mismatched, thumbs, state, train):
             l, w = loss_and_weight(columns, batch.place, extra)
         real = torch.tensor(batch.place, device=device) >= 0
         if beta_prime and shift is None:  # any constant of the step will do that keeps the weights inside float range
-            shift = fsdp.smallest(l.detach()[real])
+            shift = fsdp.smallest(torch.where(real, l.detach(), torch.inf))
         step_weight = w * losses.drdpo_weight(l.detach(), shift, beta_prime=beta_prime) if beta_prime else w
         if train:
             (step_weight * l * real).sum().backward()
@@ -279,6 +280,7 @@ if not start:
 n_steps = -(-total // batch_size)
 clock = time.time()
 for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(train), batch_size, total, seed, start)):
+    waited = time.time() - clock
     first, index, *_ = step
     whole, state = run_step(*step, state, train=True)
     weight = whole['step_weight'].sum().item() or math.nan
@@ -288,7 +290,8 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(tr
     elapsed, clock = time.time() - clock, time.time()
     metrics = spec.summary(whole, 'train')
     metrics |= {'grad_norm': norm, 'lr': rate, 'examples_per_second': len(index) / elapsed, 'padding_share': 1 - tokens / allocated,
-                'tokens_per_second': tokens / elapsed, 'counters/step_examples': len(index)}  # fmt: skip
+                'tokens_per_second': tokens / elapsed, 'data_wait_per_second': waited / elapsed,
+                'counters/step_examples': len(index)}  # fmt: skip
     metrics |= {f'state/{k}': v for k, v in state['statistic'].items()}
     logger.row('train', seen, metrics)
     due = [every and seen < total and seen // every > first // every for every in (eval_every, save_every)]

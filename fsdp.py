@@ -92,8 +92,8 @@ def gather_columns(columns, index, total):
 
 
 def smallest(values):
-    """The smallest element of a tensor over all ranks, some of which may have none."""
-    least = values.min() if len(values) else values.new_tensor(float('inf'))
+    """The smallest element of a tensor over all ranks."""
+    least = values.min()
     dist.all_reduce(least, dist.ReduceOp.MIN)
     return least
 

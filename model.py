@@ -21,9 +21,8 @@ def core(model):
 
 
 def register_attention():
-    """Make packed_attention known to transformers, with no mask: the batch says what sees what."""
+    """Make packed_attention known to transformers. Without a mask function of that name it makes no mask, and asks for none."""
     transformers.AttentionInterface.register('packed', packed_attention)
-    transformers.AttentionMaskInterface.register('packed', lambda *args, **kwargs: None)
 
 
 @torch.compiler.disable  # it would be compiled anew for every layout of a row

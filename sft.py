@@ -86,6 +86,7 @@ train = train.flip(noise_rate, seed).first_answers() if noise_rate else train
 held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test', task='sft')).select(slice(n_eval_examples))
 total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
+log.say_too_long(train.lengths, max_tokens)
 
 build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed)
 policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
@@ -149,6 +150,7 @@ n_steps = -(-total // batch_size)
 clock = time.time()
 schedule = steps(len(train), batch_size, total, seed, start)
 for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train, i)) for first, i in schedule):
+    waited = time.time() - clock
     whole = run_step(index, batches, train=True)
     rate = lr * log.schedule(first // batch_size, n_steps, warmup_steps, lr_schedule)
     norm = fsdp.update(policy, optim, rate, world / whole['n'].sum().item(), max_grad_norm)
@@ -156,7 +158,8 @@ for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train,
     elapsed, clock = time.time() - clock, time.time()
     metrics = summary(whole, 'train')
     metrics |= {'grad_norm': norm, 'lr': rate, 'examples_per_second': len(index) / elapsed, 'padding_share': 1 - tokens / allocated,
-                'tokens_per_second': tokens / elapsed, 'counters/step_examples': len(index)}  # fmt: skip
+                'tokens_per_second': tokens / elapsed, 'data_wait_per_second': waited / elapsed,
+                'counters/step_examples': len(index)}  # fmt: skip
     logger.row('train', seen, metrics)
     due = [every and seen < total and seen // every > first // every for every in (eval_every, save_every)]
     if due[0]:

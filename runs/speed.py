@@ -19,7 +19,7 @@ hh: str | None = None  # HH pairs: a .jsonl.gz file of Anthropic/hh-rlhf
 tokenizer: str | None = None  # a folder with the tokenizer of the Pythia models
 shapes = '14m 70m-4k 70m'  # which, in order
 batch_sizes = '8 64'  # pairs of a step
-threads = '1 2'  # CPU threads
+cores = '1 2'  # CPU threads
 n_steps = 2  # timed steps of each variant
 keep = False  # let the allocator keep freed memory
 memory = True  # measure peak memory, too: one more process a variant
@@ -69,7 +69,7 @@ def bench(*flags):
 
 missed = 0
 for size in batch_sizes.split():
-    for count in threads.split():
+    for count in cores.split():
         for shape in shapes.split():
             name = f'{shape}, batch {size}, {count} threads' + (', memory kept' if keep else '')
             flags = [*SHAPES[shape], f'--batch_size={size}', f'--threads={count}']
