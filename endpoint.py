@@ -169,7 +169,9 @@ def _read(response, raw, address):
         with contextlib.suppress(KeyError, IndexError, TypeError):
             text = raw['choices'][0]['message']['content']
             if text is None or isinstance(text, str):  # null: it refused, or thought until its tokens were used up
-                return text or '', raw
+                return (text or '').encode(
+                    'utf-8', 'replace'
+                ).decode(), raw  # half a surrogate pair would break a tokenizer
         raise _Again(f'the reply is no chat completion ({said})')
     what = f'{address} answers HTTP {status} ({said})'
     if status in (401, 403):
