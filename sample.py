@@ -1,7 +1,7 @@
 """Sample a model's answers to a dataset's prompts, into samples.jsonl and AlpacaEval's model_outputs.json.
 
     python sample.py --model=out/dpo/model --data=alpaca_eval
-    torchrun --nproc_per_node=4 sample.py --model=out/dpo/model --data=hh --n=4 --temperature=0.7
+    torchrun --nproc_per_node=4 -- sample.py --model=out/dpo/model --data=hh --n=4 --temperature=0.7
     NANOPREF_API_KEY=... python sample.py --endpoint=https://HOST --endpoint_model=NAME --data=alpaca_eval
 
 The noise of an answer comes from its own seed, a hash of --seed, the prompt and the answer's number; batches are planned
