@@ -76,28 +76,16 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
         parts = list({part[3]: part for part in parts}.values())
     texts = [text for prompt, answers, *_ in parts for text in _render(prompt, answers, tokenizer, left_out)]
     ids = tokenizer(texts, add_special_tokens=False)['input_ids'] if texts else []
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    adds_bos = bos is not None and tokenizer('a')['input_ids'][:1] == [bos]
+    join = _joiner(tokenizer, max_length, max_prompt_length, truncation, left_out)
     flat, spans, good, uid = [], [], [], []
     position = total = 0
     for _, answers, thumb, key in parts:
         p, *a = ids[position : position + 1 + len(answers)]
         position += 1 + len(answers)
-        if (adds_bos and p[:1] != [bos]) or not p:
-            p = [bos if adds_bos else eos, *p]
-        a = [x if x[-1:] == [eos] else [*x, eos] for x in a]
-        if min(map(len, a)) < 2:
+        if any(x in ([], [tokenizer.eos_token_id]) for x in a):
             left_out['empty answers'] += 1
             continue
-        if len(p) + max(map(len, a)) > max_length:
-            if len(p) > max_prompt_length:
-                left_out['prompts cut'] += 1
-                head = p[:1] if adds_bos else []
-                tail = p[len(p) - max_prompt_length + len(head) :]
-                p = [*head, *tail] if truncation == 'start' else p[:max_prompt_length]
-            room = max_length - len(p)
-            left_out['answers cut'] += sum(len(x) > room for x in a)
-            a = [x if len(x) <= room else [*x[: room - 1], eos] for x in a]
+        p, a = join(p, a)
         if len(a) == 2 and a[0] == a[1]:
             left_out['pairs with equal answers'] += 1
             continue
@@ -111,6 +99,36 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
         uid.append(key)
     spans = np.array(spans, np.int64).reshape(-1, 3 if task == 'pairs' else 2, 2)
     return Examples(np.array(flat, np.int32), spans, np.array(good, bool), np.array(uid, np.uint64), +left_out)
+
+
+def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation, left_out):
+    """(prompt ids, answer ids) of one text or chat, as tokenise has them; an empty answer is the end of text alone."""
+    ids = tokenizer(_render(prompt, [answer], tokenizer, left_out), add_special_tokens=False)['input_ids']
+    p, a = _joiner(tokenizer, max_length, max_prompt_length, truncation, left_out)(ids[0], ids[1:])
+    return p, a[0]
+
+
+def _joiner(tokenizer, max_length, max_prompt_length, truncation, left_out):
+    """join(prompt ids, lists of answer ids) -> the same as the model sees them: BOS, end of text, cut to the length."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    adds_bos = bos is not None and tokenizer('a')['input_ids'][:1] == [bos]
+
+    def join(p, a):
+        if (adds_bos and p[:1] != [bos]) or not p:
+            p = [bos if adds_bos else eos, *p]
+        a = [x if x[-1:] == [eos] else [*x, eos] for x in a]
+        if len(p) + max(map(len, a)) > max_length:
+            if len(p) > max_prompt_length:
+                left_out['prompts cut'] += 1
+                head = p[:1] if adds_bos else []
+                tail = p[len(p) - max_prompt_length + len(head) :]
+                p = [*head, *tail] if truncation == 'start' else p[:max_prompt_length]
+            room = max_length - len(p)
+            left_out['answers cut'] += sum(len(x) > room for x in a)
+            a = [x if len(x) <= room else [*x[: room - 1], eos] for x in a]
+        return p, a
+
+    return join
 
 
 def _as_texts(row, task, left_out):
