@@ -57,7 +57,9 @@ class _Draw(transformers.LogitsProcessor):
         noise = self.noise(ids.shape[1] - self.start, 2 * side).to(scores)
         mass = grid.logsumexp(2)
         if mass.isnan().any():
-            raise UserError("the model's scores are not numbers (nan): its weights are broken, or too large for its type")
+            raise UserError(
+                "the model's scores are not numbers (nan): its weights are broken, or too large for its type"
+            )
         block = (mass + noise[:, :side]).argmax(1)
         inside = (grid[torch.arange(rows), block] + noise[:, side:]).argmax(1)
         return scores.fill_(-math.inf).scatter_(1, (block * side + inside)[:, None], 0.0)

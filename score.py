@@ -1,5 +1,8 @@
 """Scalar rewards of answers under a reward model: a folder that AutoModelForSequenceClassification loads, with one label."""
 
+import hashlib
+from pathlib import Path
+
 import torch
 import transformers
 
@@ -12,18 +15,33 @@ def load_reward_model(folder, device='cpu', trust_remote_code=False):
     tokenizer = load_tokenizer(folder, trust_remote_code)
     try:
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except Exception as error:  # no such folder, no such class, broken weights
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f'cannot load the reward model {folder!r}: {reason}') from None
     missing = sorted(report['missing_keys'])
     if missing:
-        raise UserError(f'{folder!r} is no reward model: it has no {missing[0]} (a language model? train one with reward.py)')
+        raise UserError(
+            f'{folder!r} is no reward model: it has no {missing[0]} (a language model? train one with reward.py)'
+        )
     if model.config.num_labels != 1:
         raise UserError(f'the reward model {folder!r} has {model.config.num_labels} labels; it must have one scalar')
     check_tokenizer(tokenizer, model, folder)
     return model.to(device).eval(), tokenizer
+
+
+def content(folder):
+    """A hash of a folder's weights and config, so that rewards of two models never mix; None for a hub id."""
+    digest = hashlib.sha256()
+    for file in sorted([*Path(folder).glob('*.safetensors'), *Path(folder).glob('config.json')]):
+        with open(file, 'rb') as stream:
+            digest.update(hashlib.file_digest(stream, 'sha256').digest())
+    return digest.hexdigest()[:16] if Path(folder).is_dir() else None
 
 
 @torch.no_grad()

@@ -29,9 +29,8 @@ def length_controlled(wins, difference, clusters=None):
         return None, None, None
     s = np.sqrt((difference**2).mean())
     x = np.stack([np.ones_like(wins), np.tanh(difference / s)], 1) if s else np.ones((len(wins), 1))  # (n, 2)
-    x = x if np.linalg.matrix_rank(x) == x.shape[1] else x[:, :1]  # always the same difference: no slope to be seen
-    if s and x.shape[1] == 1:
-        return None, None, None  # and no way to tell what equal length would give
+    if np.linalg.matrix_rank(x) < x.shape[1]:
+        return None, None, None  # always the same difference: nothing tells what equal length would give
     beta = np.zeros(x.shape[1])
     for _ in range(50):
         p = 1 / (1 + np.exp(-x @ beta))
