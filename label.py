@@ -240,11 +240,11 @@ wins, question = 2 - np.array([preferences[i] for i in clear]), [table[i]['quest
 lengths = np.array([[len(output.strip()) for output in table[i]['outputs']] for i in clear]).reshape(-1, 2)
 names = [' + '.join(sorted({pair['generators'][k] for pair in table})) for k in (0, 1)]
 names = names if names[0] != names[1] else ['the first answer', 'the second']
-unclear = sum(row['preference'] is None for row in verdicts.values())
+unclear = [row['text'] for row in verdicts.values() if row['preference'] is None]
 report = {'first': names[0], 'second': names[1], 'judge': annotator, 'pairs': len(table), 'with_a_verdict': len(clear),
           'won': int((wins > 0.5).sum()), 'lost': int((wins < 0.5).sum()), 'ties': int((wins == 0.5).sum())}  # fmt: skip
 report |= {'ties_equal_answers': len(equal), 'ties_contradicting_orders': sum(set(both) == {1, 2} for both in judged)}
-report |= {'unclear_replies': unclear, 'failed': failed.total(), 'failures': dict(failed), 'cut': dict(+cut)}
+report |= {'unclear_replies': len(unclear), 'failed': failed.total(), 'failures': dict(failed), 'cut': dict(+cut)}
 report['win_rate'], report['win_rate_se'] = winrate.mean(wins, question)
 fit = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], question)
 report['length_controlled'], report['length_controlled_se'], report['length_effect'] = fit
@@ -271,10 +271,12 @@ log.say(f"""
 {report['ties_contradicting_orders']} contradicting orders
   mean length        {' and '.join(f'{x:.0f}' for x in report['mean_lengths'] or []) or 'unknown'} characters""")
 if endpoint is not None:
-    log.say(f"""  position           {percent('shown_first')} of verdicts are for the answer shown first; without bias 50%
-  orders agree       {percent('agreement')} of pairs""")
-log.say(f"""  without a verdict  {len(table) - len(clear)} pairs; unclear replies: {unclear}, failed requests: {failed.total()}
+    log.say(f"""  shown first, wins  {percent('shown_first')}; 50% without position bias
+  orders agree       {percent('agreement')}""")
+log.say(f"""  without a verdict  {len(table) - len(clear)} pairs; unclear replies: {len(unclear)}, failed requests: {failed.total()}
 {out_dir}/annotations.json, report.json and verdicts.jsonl; answers cut for the judge: {dict(+cut) or 'none'}""")
+if unclear:
+    log.say(f'note: a reply without a verdict in its last line ends: {unclear[0].strip()[-150:]!r}')
 if failed:
     reason, times = failed.most_common(1)[0]
     raise UserError(

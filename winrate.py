@@ -38,7 +38,7 @@ def length_controlled(wins, difference, clusters=None):
         if np.abs(beta).max() > 15 or np.linalg.cond(information) > 1e12:
             return None, None, None
         step = np.linalg.solve(information, x.T @ (wins - p))
-        beta = beta + step * min(1.0, 2.0 / np.abs(step).max()) if step.any() else beta
+        beta = beta + step
         if np.abs(step).max() < 1e-10:
             break
     else:

@@ -33,6 +33,7 @@ def test_every_job_is_answered_once_and_no_more_are_under_way_than_asked_for():
         replies = []
         for reply in endpoint.ask(server.url, jobs(30), **FAST):
             replies.append(reply)
+            time.sleep(0.02)  # a slow disk
             assert len(server.seen) <= len(replies) - 1 + 4  # what is not written yet is bounded
         assert sorted(replies) == [(i, f'answer {i}', completion(f'answer {i}'), None) for i in range(30)]
         assert len(server.seen) == 30 and server.seen[0][0] == '/v1/chat/completions'

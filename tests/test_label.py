@@ -178,6 +178,7 @@ def test_both_orders_ties_and_unclear_replies(capsys):
     assert {name: report[name] for name in expected} == expected
     assert report['win_rate'] == pytest.approx(2.75 / 6) and report['shown_first'] == pytest.approx(3.25 / 5)
     screen = capsys.readouterr().out
+    assert "last line ends: 'Verdict: A, or maybe B'" in screen
     assert '45.8% (standard error' in screen and '65.0%' in screen and 'sigmoid(a + b tanh(d / rms(d)))' in screen
     lines = verdicts('out')
     assert Counter((row['pair'], row['order']) for row in lines) == {(i, o): 1 for i in range(7) for o in (1, 2)}
@@ -290,7 +291,7 @@ def test_killed_and_continued(how):
     write_samples('samples.jsonl', range(60))
     with serve(behave) as server:
         run = flags(server, '--concurrency=4')
-        for stop_at in (30, 70):
+        for stop_at in (30, 70) if how == signal.SIGKILL else (50,):
             process = launch(*run)
             wait_until(lambda: Path('out/verdicts.jsonl').exists() and len(verdicts_so_far()) >= stop_at)  # noqa: B023
             process.send_signal(how)
@@ -341,6 +342,11 @@ def test_another_input_or_judge_is_refused_and_a_mistake_is_not_held_against_any
             label(*flags(server)[:2], '--judge_model=misspelt', '--out_dir=out')
         label(*flags(server))
         Path('mine.txt').write_text(TEMPLATE)
+        mine = [*flags(server)[:-1], '--out_dir=out3', '--judge_prompt=mine.txt']
+        label(*mine)
+        Path('mine.txt').write_text(TEMPLATE + 'Be strict.')
+        with pytest.raises(UserError, match='out3 holds a different run .content of judge_prompt'):
+            label(*mine)
         for change in (['--judge_model=m2'], ['--judge_prompt=mine.txt'], ['--request={}']):
             options = [f for f in flags(server) if f.partition('=')[0] != change[0].partition('=')[0]]
             with pytest.raises(UserError, match='out holds a different run .*choose another --out_dir'):
@@ -539,7 +545,7 @@ def test_transformers_serve(tmp_path):
         with pytest.raises(
             UserError, match='HTTP 500 .Internal Server Error'
         ):  # what this server says to a name it has not
-            label(*run, '--judge_model=/nowhere', '--retries=0')
+            label(*run, '--judge_model=/nowhere', '--retries=1', '--concurrency=2')
         report, rows = label(*run, f'--judge_model={tmp_path}/judge', '--concurrency=2')
         assert report['unclear_replies'] == 0 and report['ties_contradicting_orders'] == 6 and len(rows) == 6
         assert (

@@ -47,7 +47,7 @@ def test_no_finite_fit(wins, difference):
 
 
 def test_an_extreme_but_finite_fit():
-    """Newton's method alone overshoots where most of the data agree."""
+    """Where nearly all was won."""
     rng = np.random.default_rng(3)
     difference = rng.normal(0, 100, 400)
     wins = rng.random(400) < 1 / (1 + np.exp(-(3 + 5 * np.tanh(difference / 100))))
