@@ -1,7 +1,7 @@
 """Sample a model's answers to a dataset's prompts, into samples.jsonl and AlpacaEval's model_outputs.json.
 
     python sample.py --model=out/dpo/model --data=alpaca_eval
-    torchrun --nproc_per_node=4 sample.py --model=out/dpo/model --data=hh --n=4 --temperature=0.7
+    torchrun --nproc_per_node=4 -- sample.py --model=out/dpo/model --data=hh --n=4 --temperature=0.7
     NANOPREF_API_KEY=... python sample.py --endpoint=https://HOST --endpoint_model=NAME --data=alpaca_eval
 
 The noise of an answer comes from its own seed, a hash of --seed, the prompt and the answer's number; batches are planned
@@ -111,7 +111,7 @@ def read_prompts():
     prompts = [prompt for prompt, keep in zip(found.values(), kept, strict=True) if keep][:n_examples]
     if not prompts:
         raise UserError(f'there are no prompts in data {data!r}; left out: {dict(+left_out) or "nothing"}')
-    left_out['not asked for'] += len(found) - len(prompts)
+    left_out['prompts beyond n_examples or data_fraction'] += len(found) - len(prompts)
     if chat or system:
         prompts = [sources.as_chat(prompt) for prompt in prompts]
     if system:
@@ -247,7 +247,7 @@ if done:
 fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, record))
 started, counts, failed = time.time(), Counter(), Counter()
 bar = tqdm(total=(len(keys) - len(done)) // world, unit=' answers', mininterval=0.5 if sys.stderr.isatty() else 20,
-           dynamic_ncols=True, disable=not main_rank(), desc=f'rank 0 of {world}' if world > 1 else None)  # fmt: skip
+           dynamic_ncols=True, disable=not main_rank() or len(done) == len(keys), desc=f'rank 0 of {world}' if world > 1 else None)  # fmt: skip
 if endpoint:
     failed = ask_all()
 elif len(done) < len(keys):

@@ -283,8 +283,8 @@ def as_chat(prompt):
 def instruction(prompt):
     """What a prompt asks, as AlpacaEval has it: of a single question its text alone, else the whole dialogue."""
     if not isinstance(prompt, str):
-        only = len(prompt) == 1 and prompt[0]['role'] == 'user'
-        return prompt[0]['content'] if only else '\n\n'.join(f'{turn["role"]}: {turn["content"]}' for turn in prompt)
+        turns = [turn for turn in prompt if turn['role'] != 'system']
+        return turns[0]['content'] if len(turns) == 1 else '\n\n'.join(f'{t["role"]}: {t["content"]}' for t in turns)
     text = prompt.removeprefix('\n\nHuman: ').removesuffix(ASSISTANT)
     return prompt if ASSISTANT in text or ask(text) != prompt else text
 
