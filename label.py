@@ -276,7 +276,7 @@ if endpoint is not None:
 log.say(f"""  without a verdict  {len(table) - len(clear)} pairs; unclear replies: {len(unclear)}, failed requests: {failed.total()}
 {out_dir}/annotations.json, report.json and verdicts.jsonl; answers cut for the judge: {dict(+cut) or 'none'}""")
 if unclear:
-    log.say(f'note: a reply without a verdict in its last line ends: {unclear[0].strip()[-150:]!r}')
+    log.say(f'note: an unclear reply (cut short, or its last line is no verdict) ends: {unclear[0].strip()[-150:]!r}')
 if failed:
     reason, times = failed.most_common(1)[0]
     raise UserError(

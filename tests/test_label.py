@@ -178,7 +178,7 @@ def test_both_orders_ties_and_unclear_replies(capsys):
     assert {name: report[name] for name in expected} == expected
     assert report['win_rate'] == pytest.approx(2.75 / 6) and report['shown_first'] == pytest.approx(3.25 / 5)
     screen = capsys.readouterr().out
-    assert "last line ends: 'Verdict: A, or maybe B'" in screen
+    assert 'note: an unclear reply (cut short, or its last line is no verdict) ends:' in screen
     assert '45.8% (standard error' in screen and '65.0%' in screen and 'sigmoid(a + b tanh(d / rms(d)))' in screen
     lines = verdicts('out')
     assert Counter((row['pair'], row['order']) for row in lines) == {(i, o): 1 for i in range(7) for o in (1, 2)}
