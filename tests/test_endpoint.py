@@ -4,6 +4,7 @@ import email.utils
 import json
 import socket
 import time
+from collections import Counter
 
 import pytest
 from stub import completion, serve
@@ -76,10 +77,17 @@ def test_a_fault_is_asked_again(fault):
 
 
 def test_a_mixture_of_faults():
-    kinds = list(FAULTS.values())
-    with serve(lambda n, body: kinds[n // 2 % len(kinds)] if n % 2 else str(number(body))) as server:
-        replies = list(endpoint.ask(server.url, jobs(40), **FAST))
-    assert sorted(int(r.text) for r in replies) == list(range(40))
+    """Every job gets two different faults, and every fault meets every other one in flight."""
+    kinds, turn = list(FAULTS.values()), Counter()
+
+    def behave(n, body):
+        i = number(body)
+        turn[i] += 1
+        return kinds[(i + 4 * turn[i]) % len(kinds)] if turn[i] < 3 else str(i)
+
+    with serve(behave) as server:
+        replies = list(endpoint.ask(server.url, jobs(22), backoff=0.02, timeout=0.5, concurrency=8))
+        assert sorted(int(r.text) for r in replies) == list(range(22)) and len(server.seen) == 66
 
 
 def test_after_retries_a_job_is_given_back_with_its_reason():
