@@ -490,7 +490,11 @@ def get_alpaca_eval(split, path=None):
 
 
 def parse_annotation(row):
-    prompt, outputs = ask(field(row, 'instruction')), [answer(field(row, 'output_' + x)) for x in '12']
+    outputs = [field(row, 'output_' + x) for x in '12']
+    if 'prompt' in row:  # label.py keeps what is not '\n\nHuman: instruction\n\nAssistant:' as it is
+        prompt = text_or_chat(row, 'prompt')
+    else:
+        prompt, outputs = ask(field(row, 'instruction')), [answer(x) for x in outputs]
     if row.get('preference') is None or row['preference'] != row['preference']:  # null or NaN
         return [{'drop': 'no verdict'}]
     preference = field(row, 'preference', NUMBER)

@@ -82,18 +82,10 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
     for _, answers, thumb, key in parts:
         p, *a = ids[position : position + 1 + len(answers)]
         position += 1 + len(answers)
-        p = _begin(p, first, eos)
-        a = [x if x[-1:] == [eos] else [*x, eos] for x in a]
-        if min(map(len, a)) < 2:
+        if any(x in ([], [eos]) for x in a):
             left_out['empty answers'] += 1
             continue
-        if len(p) + max(map(len, a)) > max_length:
-            if len(p) > max_prompt_length:
-                left_out['prompts cut'] += 1
-                p = _cut(p, max_prompt_length, first, truncation)
-            room = max_length - len(p)
-            left_out['answers cut'] += sum(len(x) > room for x in a)
-            a = [x if len(x) <= room else [*x[: room - 1], eos] for x in a]
+        p, a = _fit(p, a, first, eos, max_length, max_prompt_length, truncation, left_out)
         if len(a) == 2 and a[0] == a[1]:
             left_out['pairs with equal answers'] += 1
             continue
@@ -107,6 +99,28 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
         uid.append(key)
     spans = np.array(spans, np.int64).reshape(-1, 3 if task == 'pairs' else 2, 2)
     return Examples(np.array(flat, np.int32), spans, np.array(good, bool), np.array(uid, np.uint64), +left_out)
+
+
+def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation, left_out):
+    """(prompt ids, answer ids) of one text or chat, as tokenise has them; an empty answer is the end of text alone."""
+    p, a = tokenizer(_render(prompt, [answer], tokenizer, left_out), add_special_tokens=False)['input_ids']
+    first, eos = _first(tokenizer), tokenizer.eos_token_id
+    p, a = _fit(p, [a], first, eos, max_length, max_prompt_length, truncation, left_out)
+    return p, a[0]
+
+
+def _fit(p, a, first, eos, max_length, max_prompt_length, truncation, left_out):
+    """The ids of a prompt, and of its answers, with BOS and the end of text, cut to the lengths."""
+    p = _begin(p, first, eos)
+    a = [x if x[-1:] == [eos] else [*x, eos] for x in a]
+    if len(p) + max(map(len, a)) > max_length:
+        if len(p) > max_prompt_length:
+            left_out['prompts cut'] += 1
+            p = _cut(p, max_prompt_length, first, truncation)
+        room = max_length - len(p)
+        left_out['answers cut'] += sum(len(x) > room for x in a)
+        a = [x if len(x) <= room else [*x[: room - 1], eos] for x in a]
+    return p, a
 
 
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out):
