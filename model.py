@@ -95,7 +95,9 @@ def response_scores(model, batch):
     """Scores of the A answers of a batch under a reward model: its head on the last token of each answer. (A,), float32."""
     head, hidden = core(model).score, body(model, batch).flatten(0, 1)[batch.last]
     bias = None if head.bias is None else head.bias.to(wide(hidden))
-    return F.linear(hidden.to(wide(hidden)), head.weight.to(wide(hidden)), bias)[:, 0]
+    return F.linear(hidden.to(wide(hidden)), head.weight.to(wide(hidden)), bias).sum(
+        1
+    )  # not [:, 0]: FSDP2 warns of views
 
 
 def body(model, batch):

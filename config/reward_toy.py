@@ -2,6 +2,7 @@
 #     torchrun --nproc_per_node=2 reward.py config/reward_toy.py
 model = 'out/sft_toy/model'
 data = 'toy'
+n_epochs = 2
 lr = 1e-3
 lr_schedule = 'linear'
 warmup_steps = 10
