@@ -46,6 +46,8 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
             config = toy.model_config()
         else:
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if _is_classifier(config):
+            raise UserError(f'{name!r} is a reward model: a language model is needed here')
         if empty or name == 'toy':
             with torch.device('meta') if empty else contextlib.nullcontext(), torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -53,14 +55,27 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
                     config, dtype=torch.float32, trust_remote_code=trust_remote_code
                 )
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
+            _check_complete(name, info['missing_keys'])
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f'cannot load the model {name!r}: {_first_line(error)}') from None
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, name)
     return model.eval()
+
+
+def _check_complete(name, missing):
+    """Raise UserError where a folder lacks weights: transformers would make them up at random."""
+    if missing:
+        raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
 
 
 def separate_pad(tokenizer):
@@ -106,9 +121,7 @@ def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = F
     check_tokenizer(tokenizer, model, name)
     if not is_reward(model):
         raise UserError(f'{type(model).__name__} has no head of the name score: it cannot be a reward model here')
-    missing = set(info.get('missing_keys', ())) - (set() if trained else {'score.weight', 'score.bias'})
-    if missing:
-        raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
+    _check_complete(name, set(info.get('missing_keys', ())) - (set() if trained else {'score.weight', 'score.bias'}))
     if not trained and not empty:
         gone = ', '.join(sorted(info.get('unexpected_keys', ()))) or 'its own'
         say(

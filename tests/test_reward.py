@@ -209,6 +209,19 @@ def test_what_is_no_reward_model(folders, tmp_path):
         make(tmp_path, new_head=True)
 
 
+def test_a_reward_model_is_no_language_model(folders, tmp_path):
+    """dpo.py and sft.py would train from a head that transformers makes up."""
+    for name in 'qwen2', 'gpt2':
+        net, _ = make(folders / name, new_head=True)
+        net.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match='is a reward model: a language model is needed'):
+            load.load_model(str(tmp_path))
+    net = hf.AutoModelForCausalLM.from_pretrained(folders / 'qwen2')
+    net.save_pretrained(tmp_path, state_dict={k: v for k, v in net.state_dict().items() if k != 'lm_head.weight'})
+    with pytest.raises(UserError, match='lacks weights: lm_head.weight'):
+        load.load_model(str(tmp_path))
+
+
 def test_pad_tokens():
     """The tokenizer's own if it is not the end of text, else a new one; always on the right."""
     own = toy.tokenizer()
