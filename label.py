@@ -180,8 +180,7 @@ if gold is not None:
 
 
 if reward_model is not None:
-    import torch
-
+    import fsdp
     import score
     from tokenise import encode
 
@@ -189,13 +188,16 @@ if reward_model is not None:
         raise UserError(
             f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
         )
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    model, tokenizer = score.load_reward_model(reward_model, device, trust_remote_code)
+    _, world, device = fsdp.setup()
+    if world > 1:
+        raise UserError('label.py scores in one process: run it with python, not torchrun')
+    model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
     record['content of reward_model'] = score.content(reward_model)
 
     def rewards(items):
         options = (tokenizer, max_length, max_prompt_length, truncation, cut)
-        return score.scores(model, [encode(prompt, text, *options) for prompt, text in items], max_tokens)
+        encoded = [encode(prompt, text, *options) for prompt, text in items]
+        return score.scores(model, tokenizer, encoded, max_tokens).tolist()
 
 
 # ---- the verdicts ----
@@ -283,3 +285,5 @@ if failed:
     raise UserError(
         f'{failed.total()} verdicts are missing ({times} times: {reason}): run the same command to ask again'
     )
+if reward_model is not None and __name__ == '__main__':
+    fsdp.leave()

@@ -1,38 +1,32 @@
-"""Scalar rewards of answers under a reward model: a folder that AutoModelForSequenceClassification loads, with one label."""
+"""Scores of answers under a reward model (reward.py): for label.py, ppo.py and your own code."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-import transformers
+import torch.distributed as dist
 
+import fsdp
 from configurator import UserError
-from load import check_tokenizer, load_tokenizer
+from data import pack, pack_probe, plan
+from examples import Examples
+from load import can_pack, load_reward, load_tokenizer, separate_pad
+from log import say
+from model import core, set_attention
 
 
-def load_reward_model(folder, device='cpu', trust_remote_code=False):
-    """(model in float32 and eval mode, tokenizer) of a reward model folder or hub id. Raises UserError."""
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    try:
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except Exception as error:  # no such folder, no such class, broken weights
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f'cannot load the reward model {folder!r}: {reason}') from None
-    missing = sorted(report['missing_keys'])
-    if missing:
-        raise UserError(
-            f'{folder!r} is no reward model: it has no {missing[0]} (a language model? train one with reward.py)'
-        )
-    if model.config.num_labels != 1:
-        raise UserError(f'the reward model {folder!r} has {model.config.num_labels} labels; it must have one scalar')
-    check_tokenizer(tokenizer, model, folder)
-    return model.to(device).eval(), tokenizer
+def load_scorer(name, device, *, dtype='float32', trust_remote_code=False):
+    """(the sharded reward model of a folder or hub id, its tokenizer), after fsdp.setup. Raises UserError."""
+    tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
+    build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
+    model = fsdp.shard(build, device, dtype=dtype, train=False)
+    a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
+    end = [tokenizer.eos_token_id]
+    probe = Examples.of([(a, [[*b, *end], [*c[:5], *end]]), (b[:7], [[*c[:9], *end], [*a, *end]])])
+    set_attention(model, can_pack(model, *pack_probe(probe, device), say))
+    return model, tokenizer
 
 
 def content(folder):
@@ -45,28 +39,35 @@ def content(folder):
 
 
 @torch.no_grad()
-def scores(model, items, max_tokens=16384):
-    """The rewards of (prompt ids, answer ids) as a list of floats: the scalar at the last token, the end of text included.
+def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
+    """Scores (n,), float32, of n answers: equal on every rank, and every rank must call this.
 
-    In batches of similar length, padded, of at most max_tokens tokens, padding and all."""
-    rows = [[*prompt, *answer] for prompt, answer in items]
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    out = [0.0] * len(rows)
-    while order:
-        width = len(rows[order[0]])
-        now, order = order[: max(1, max_tokens // width)], order[max(1, max_tokens // width) :]
-        # transformers takes the scalar at the last token that is not the padding id, which is often the end of text, too:
-        # pad with an id that the batch does not have
-        used = {token for i in now for token in rows[i]}
-        pad = next(token for token in range(model.get_input_embeddings().num_embeddings) if token not in used)
-        ids = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in now], device=model.device)
-        mask = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in now], device=model.device)
-        config = model.config.get_text_config()
-        own, config.pad_token_id = config.pad_token_id, pad
-        try:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        finally:
-            config.pad_token_id = own
-        for i, value in zip(now, logits[:, 0].float().tolist(), strict=True):
-            out[i] = value
-    return out
+    items: n of (prompt ids, answer ids); where an answer lacks its end of text, that is appended, as in training. The
+    answers of one prompt share its computation. max_tokens: tokens of one microbatch of one rank. Raises UserError for an
+    item that is longer than the model reads."""
+    eos, groups = tokenizer.eos_token_id, {}
+    padded = core(model).config._attn_implementation != 'packed'
+    limit = getattr(core(model).config.get_text_config(), 'max_position_embeddings', None) or float('inf')
+    for i, (prompt, answer) in enumerate(items):
+        prompt, answer = (np.asarray(x, np.int64) for x in (prompt, answer))
+        answer = answer if len(answer) and answer[-1] == eos else np.append(answer, eos)
+        if not len(prompt) or len(prompt) + len(answer) > limit:
+            raise UserError(f'item {i}: prompt and answer have {len(prompt)} + {len(answer)} tokens, where the reward model '
+                            f'takes a prompt and at most {limit} in all')  # fmt: skip
+        prompt_groups = groups.setdefault(prompt.tobytes(), [])
+        if not prompt_groups or padded or prompt_groups[-1]['tokens'] + len(answer) > max_tokens:
+            prompt_groups.append({'prompt': prompt, 'answers': [], 'place': [], 'tokens': len(prompt)})
+        group = prompt_groups[-1]
+        group['answers'].append(answer)
+        group['place'].append(i)
+        group['tokens'] += len(answer)
+    groups = [group for same_prompt in groups.values() for group in same_prompt]
+    found, place = [], []
+    for chosen in plan([group['tokens'] for group in groups], dist.get_world_size(), max_tokens)[dist.get_rank()]:
+        mine = [groups[g] for g in chosen]
+        batch = pack(
+            [(g['prompt'], g['answers']) for g in mine], chosen, pad=padded, filler=1, device=core(model).device
+        )
+        found.append(model.response_scores(batch))
+        place += [i for g in mine for i in g['place']] or [-1]
+    return fsdp.gather_columns({'score': torch.cat(found)}, place, len(items))['score'].float().numpy()

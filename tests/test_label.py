@@ -407,12 +407,12 @@ def test_gold(tmp_path):
 
 @pytest.fixture(scope='module')
 def reward_folder(tmp_path_factory):
-    """A tiny reward model whose padding id is its end of text, as is common."""
+    """A tiny reward model, as reward.py writes them: its padding id is not its end of text."""
     import torch
     import transformers
 
     folder, tokenizer, config = tmp_path_factory.mktemp('reward'), toy.tokenizer(), toy.model_config()
-    config.num_labels, config.eos_token_id, config.pad_token_id = 1, tokenizer.eos_token_id, tokenizer.eos_token_id
+    config.num_labels, config.eos_token_id, config.pad_token_id = 1, tokenizer.eos_token_id, 511
     torch.manual_seed(0)
     model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     model.score.weight.data.normal_()
@@ -424,15 +424,17 @@ def reward_folder(tmp_path_factory):
 def test_reward_model(reward_folder):
     """The scalar at the end of text, by hand and without padding, decides."""
     import torch
+    import transformers
 
-    import score
+    from load import load_tokenizer
 
     rows = toy_samples('s.jsonl')
     rows[1]['response'] = ''  # an answer that ends at once
     Path('s.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     flags = ['--answers=s.jsonl', f'--reward_model={reward_folder}', '--out_dir=out', '--max_tokens=200']
     report, annotations = label(*flags)
-    model, tokenizer = score.load_reward_model(reward_folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(reward_folder)
+    tokenizer = load_tokenizer(reward_folder)
     by_pair = {row['pair']: row for row in verdicts('out')}
     for i, row in enumerate(annotations):
         values = []
@@ -461,7 +463,7 @@ def test_a_language_model_is_no_reward_model():
     load_model('toy').save_pretrained('lm')
     load_tokenizer('toy').save_pretrained('lm')
     toy_samples('s.jsonl')
-    with pytest.raises(UserError, match="'lm' is no reward model: it has no score.weight"):
+    with pytest.raises(UserError, match="'lm' is no reward model but a language model"):
         label('--answers=s.jsonl', '--reward_model=lm')
 
 
