@@ -171,5 +171,5 @@ def _check(name, value, options, where):
         if name in names.split() and value is not None and not low <= value <= high:
             raise UserError(f'{where}: {name} must lie between {low} and {high}, not {value}')
     if value not in CHOICES.get(name, (value,)):
-        raise UserError(f'{where}: {name} must be one of {", ".join(CHOICES[name])}, not {value!r}')
+        raise UserError(f'{where}: {name} must be one of {", ".join(map(str, CHOICES[name]))}, not {value!r}')
     return value
