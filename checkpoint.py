@@ -90,7 +90,7 @@ def export(model, tokenizer, build, folder):
         shutil.rmtree(temporary, ignore_errors=True)
         if few:
             adapter = Path(folder).with_name('adapter')
-            merged = lora.merge(build(), weights, adapter.with_suffix('.tmp'))
+            merged = lora.merge(build(empty=False), weights, adapter.with_suffix('.tmp'))
             shutil.rmtree(adapter, ignore_errors=True)
             adapter.with_suffix('.tmp').rename(adapter)
             merged.save_pretrained(temporary)
