@@ -149,9 +149,12 @@ def add_method(model, function):
 
 
 def blocks(model):
-    """The transformer blocks, by the class names that the model itself declares."""
-    names = set(core(model)._no_split_modules or [])
-    return [m for m in core(model).modules() if type(m).__name__ in names]
+    """The transformer blocks, by the class names that the model itself declares; none inside another (Mamba names both)."""
+    names, found = set(core(model)._no_split_modules or []), {}
+    for name, m in core(model).named_modules():
+        if type(m).__name__ in names and not any(name.startswith(f'{outer}.') for outer in found):
+            found[name] = m
+    return list(found.values())
 
 
 @contextlib.contextmanager

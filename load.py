@@ -75,8 +75,9 @@ def check_tokenizer(tokenizer, model, name: str):
 def packing_error(model, batch, padded):
     """Largest relative difference between response_logps of a batch and of the model's own forward of the same, padded.
 
-    Infinite where the architecture takes no attention from outside (GPT-J, BLOOM), does not hand it the batch, or runs on
-    from one answer into the next (convolutions, linear attention)."""
+    Infinite where the architecture takes no attention from outside (GPT-J, BLOOM), does not hand it the batch, fails without
+    a mask (MPT), or runs on from one answer into the next (convolutions, linear attention). Raises UserError where it cannot
+    run padded either."""
     config, before = core(model).config, core(model).config._attn_implementation
     other_layers = set(getattr(config, 'layer_types', None) or ()) - {'full_attention', 'sliding_attention'}
     try:
@@ -86,8 +87,12 @@ def packing_error(model, batch, padded):
         ours = model.response_logps(batch)[0]
         set_attention(model, packed=False)
         logits = model(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float().log_softmax(-1)
-    except NotImplementedError:
-        return math.inf
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever an architecture raises that does not know what it was given
+        if batch.groups:
+            return math.inf
+        raise UserError(f'{_name(model)} cannot be trained here: its forward says {_first_line(error)}') from None
     finally:
         core(model).set_attn_implementation(before)
     plain = padded.sum(logits.flatten(0, 1)[padded.index].gather(1, padded.target[:, None])[:, 0])
@@ -104,12 +109,15 @@ def can_pack(model, packed, padded, say):
         return True
     error = packing_error(model, padded, padded)
     if error > limit:
-        name = type(core(model)).__name__
         raise UserError(
-            f'{name} does to its logits what _post in model.py does not know: log-probs would be off by {error:.1%}'
+            f'{_name(model)} does to its logits what _post in model.py does not know: log-probs would be off by {error:.1%}'
         )
     say('note: this architecture cannot be packed: batches are padded instead')
     return False
+
+
+def _name(model):
+    return type(core(model)).__name__.removeprefix('FSDP')  # the prefix that sharding gives it
 
 
 def _first_line(error: Exception) -> str:
