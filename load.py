@@ -51,6 +51,8 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
                 model = transformers.AutoModelForCausalLM.from_config(
                     config, dtype=torch.float32, trust_remote_code=trust_remote_code
                 )
+            if name != 'toy':
+                model.generation_config = _generation_config(name, model.generation_config)
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
@@ -60,6 +62,24 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, name)
     return model.eval()
+
+
+def _generation_config(name, default):
+    """How a model wants to be sampled from: above all, which tokens end the answers of an instruct model."""
+    try:
+        found = transformers.GenerationConfig.from_pretrained(name)
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+    ):  # none, or one that the library does not take: from_pretrained passes it over, too
+        return default
+    try:
+        found.validate(strict=True)
+    except ValueError:  # it could be read, but not written again
+        ids = {k: getattr(found, k) for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+        found = transformers.GenerationConfig(**ids)
+    return found
 
 
 def check_tokenizer(tokenizer, model, name: str):

@@ -97,7 +97,9 @@ def plain_logp(net, tokenizer, prompt, answer):
 
 def step(folder):
     """(the model of folder/base after one step of DPO by hand, the size of that step, mean log-probs of chosen and rejected)."""
-    net = hf.AutoModelForCausalLM.from_pretrained(folder / 'base', dtype=torch.float32, attn_implementation='eager').eval()
+    net = hf.AutoModelForCausalLM.from_pretrained(
+        folder / 'base', dtype=torch.float32, attn_implementation='eager'
+    ).eval()
     tokenizer = hf.AutoTokenizer.from_pretrained(folder / 'base')
     w, l = (torch.stack([plain_logp(net, tokenizer, row['prompt'], row[side]) for row in ROWS])
             for side in ('chosen', 'rejected'))  # fmt: skip
@@ -126,7 +128,9 @@ def check(folder, packed):
     )
     assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
     assert type(loaded) is type(expected)
-    wrong = torch.stack([(p - q).norm() for p, q in zip(loaded.parameters(), expected.parameters(), strict=True)]).norm()
+    wrong = torch.stack(
+        [(p - q).norm() for p, q in zip(loaded.parameters(), expected.parameters(), strict=True)]
+    ).norm()
     assert wrong <= 1e-4 * size, wrong / size
     ids = torch.arange(30)[None]
     tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
