@@ -19,7 +19,7 @@ import types
 # what values make sense, for whichever of these options a script has: [low, high], or the choices
 RANGES = {
     (0, math.inf): 'lr warmup_steps weight_decay n_eval_examples seed temperature',
-    (0, 1): 'noise_rate data_fraction frac_good frac_bad',
+    (0, 1): 'noise_rate data_fraction frac_good frac_bad smooth',
     (1e-9, 1): 'top_p',
     (1e-9, math.inf): 'max_grad_norm beta_prime',
     (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every save_every keep_last log_every max_length '
