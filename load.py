@@ -35,8 +35,18 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     return tokenizer
 
 
-def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_code: bool = False, seed: int = 0):
-    """A causal LM in float32 and eval mode (dropout off), on the CPU; empty: without weights. Raises UserError."""
+def load_model(
+    name: str,
+    *,
+    empty: bool = False,
+    tokenizer=None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    grow: bool = False,
+):
+    """A causal LM in float32 and eval mode (dropout off), on the CPU; empty: without weights. Raises UserError.
+
+    grow: give tokens that the tokenizer has and the model has not an embedding, the mean of all others."""
     register_attention()
     try:
         if name == 'toy':
@@ -59,9 +69,23 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
             )
     except Exception as error:
         raise UserError(f'cannot load the model {name!r}: {_first_line(error)}') from None
+    if grow:
+        _grow(model, len(tokenizer))
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, name)
     return model.eval()
+
+
+@torch.no_grad()
+def _grow(model, size):
+    """At least this many rows of the embedding and of the head, new ones with the mean of the old."""
+    old = core(model).get_input_embeddings().num_embeddings
+    if size > old:
+        model.resize_token_embeddings(size, mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for rows in (layer.weight, getattr(layer, 'bias', None)):
+                if rows is not None:
+                    rows[old:] = rows[:old].mean(0)
 
 
 def _generation_config(name, default):
