@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from configurator import UserError
-from model import core, hidden_and_head, response_logps, response_scores, set_attention
+from model import core, hidden_and_head, response_logps, response_scores, set_attention, token_logps
 
 
 def setup():
@@ -136,7 +136,7 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
         if full:
             buffer.copy_(sources[name])
         dist.broadcast(buffer, 0)
-    for method in (response_logps, hidden_and_head, response_scores):
+    for method in (response_logps, hidden_and_head, response_scores, token_logps):
         add_method(model, method)
     set_attention(model, packed=True)
     return model
@@ -149,8 +149,8 @@ def add_method(model, function):
 
 
 def blocks(model):
-    """The transformer blocks, by the class names that the model itself declares."""
-    names = set(core(model)._no_split_modules or [])
+    """The transformer blocks, by the class names that the model itself (and a critic inside it) declares."""
+    names = {name for m in core(model).modules() for name in getattr(m, '_no_split_modules', None) or []}
     return [m for m in core(model).modules() if type(m).__name__ in names]
 
 

@@ -63,6 +63,18 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
     return model.eval()
 
 
+def add_value_head(model, critic=None):
+    """Give a causal LM what estimates values for token_logps: a scalar head, zero at first, or a whole reward model."""
+    if critic is not None:
+        model.critic = critic
+    else:
+        head = model.get_output_embeddings()
+        model.value_head = torch.nn.Linear(head.weight.shape[1], 1, device=head.weight.device)
+        torch.nn.init.zeros_(model.value_head.weight)
+        torch.nn.init.zeros_(model.value_head.bias)
+    return model
+
+
 def separate_pad(tokenizer):
     """Give the tokenizer a pad token that is not its end of text, on the right: transformers reads a score at the last
     token that is not padding, and that must be the end of text."""

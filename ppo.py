@@ -28,9 +28,10 @@ import fsdp
 import generate
 import log
 import losses
+import score
 import toy
 from configurator import UserError, configure
-from data import microbatches, pack_probe, prefetch, steps
+from data import microbatches, pack_probe, steps
 from examples import Examples
 from load import add_value_head, can_pack, load_model, load_reward, load_tokenizer
 from model import set_attention
@@ -164,13 +165,15 @@ pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
 set_attention(policy, pack)
 ref = fsdp.shard(partial(load_model, ref_model or model, seed=seed, **plain), device, dtype=dtype, train=False)
 set_attention(ref, pack)
+if hasattr(policy, 'critic'):
+    set_attention(policy.critic, pack)
 judge = None
 if reward_model not in (None, 'gold'):
-    judge_tokenizer = load_tokenizer(reward_model, trust_remote_code)
-    if judge_tokenizer.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
-        raise UserError(f'the reward model {reward_model} has another tokenizer than the model {model}')
-    judge = fsdp.shard(partial(load_reward, reward_model, judge_tokenizer), device, dtype=dtype, train=False)
+    judge, judge_tokenizer = score.load_scorer(reward_model, device, dtype=dtype, trust_remote_code=trust_remote_code)
+    can_pack(judge, *pack_probe(train, device), log.say)
     set_attention(judge, pack)
+    if not tokenizer.get_vocab().items() <= judge_tokenizer.get_vocab().items():
+        raise UserError(f'the reward model {reward_model} reads other tokens than the model {model} writes')
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix, pad=not pack,
               device=device)  # fmt: skip
 
@@ -202,37 +205,32 @@ def token_places(batch, index, start, n):
 
 
 def columns(m, examples, start, names):
-    """Columns of every answer token of the examples under a model, flat, equal on all ranks, without gradient."""
+    """Columns of every answer token of the examples under a model, flat, equal on all ranks, without gradient.
+
+    names: of the rows of token_logps; a model without a value head has only the first."""
     n, parts, places = examples.spans.shape[1] - 1, [], []
     index = np.arange(len(examples))
     for batch in cut(examples, index)[0]:
         with torch.no_grad():
             parts.append(m.token_logps(batch))
         places += token_places(batch, index, start, n).tolist()
-    joined = dict(zip(names, torch.cat(parts, 1), strict=True))
+    joined = dict(zip(names, torch.cat(parts, 1), strict=False))
     return fsdp.gather_columns(joined, places, int(start[-1]))
 
 
-def score(examples):
+def scores(examples):
     """Scores of every answer, as the reward model or the toy world gives them: (A,), equal on all ranks."""
     if reward_model == 'gold':
         return torch.tensor([toy.gold(*text) for text in texts(examples)], dtype=torch.float64)
-    n, parts, places = examples.spans.shape[1] - 1, [], []
-    for batch in cut(examples, np.arange(len(examples)))[0]:
-        with torch.no_grad():
-            parts.append(judge.response_scores(batch))
-        places += [p * n + i if p >= 0 else -1 for p in batch.place for i in range(n)]
-    return fsdp.gather_columns({'score': torch.cat(parts)}, places, len(examples) * n)['score']
+    items = [(prompt, answer) for prompt, answers in examples for answer in answers]
+    return torch.from_numpy(score.scores(judge, judge_tokenizer, items, max_tokens, padded=not pack)).double()
 
 
-def measure(examples, values):
-    """What is known of the answers of examples: flat columns of their tokens, columns of the answers, and metrics.
-
-    values: whether the policy has a critic to ask, too."""
+def measure(examples):
+    """Flat columns of the answer tokens of examples under policy and reference, and columns of the answers."""
     n = torch.tensor([len(answer) for _, answers in examples for answer in answers])
     start = torch.cat((torch.zeros(1, dtype=torch.long), n.cumsum(0)))  # of every answer, among all tokens; and their number
-    tokens = columns(policy, examples, start, ['pi', 'value'] if values else ['pi'])
-    tokens |= columns(ref, examples, start, ['ref'])
+    tokens = columns(policy, examples, start, ['pi', 'value']) | columns(ref, examples, start, ['ref'])
     ends = torch.from_numpy(examples.ids[examples.spans[:, 1:, 1].reshape(-1) - 1]) == tokenizer.eos_token_id
     return tokens, {'n': n, 'start': start, 'ended': ends}
 
@@ -260,8 +258,8 @@ def make_round(first, index):
         prompts = [train[i][0].tolist() for i in index for _ in range(group)]
         ids = sample(prompts, [(seed + 1) * 2**32 + first + i for i in range(len(prompts))])
         examples = Examples.of([(prompts[i], ids[i : i + group]) for i in range(0, len(ids), group)])
-    tokens, answers = measure(examples, values=loss == 'ppo')
-    answers['score'] = torch.from_numpy(examples.good * 2.0 - 1) if offline else score(examples)
+    tokens, answers = measure(examples)
+    answers['score'] = torch.from_numpy(examples.good * 2.0 - 1) if offline else scores(examples)
     metrics = describe(examples, tokens, answers, 'train')
     reward = answers['score'] - missing_eos_penalty * ~answers['ended'] * (not offline)
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
@@ -350,9 +348,9 @@ def evaluate(examples_seen):
     prompts = [held_out[i][0].tolist() for i in range(len(held_out))]
     ids = sample(prompts, [seed * 1_000_003 + i for i in range(len(prompts))])
     examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, ids, strict=True)])
-    tokens, answers = measure(examples, values=False)
+    tokens, answers = measure(examples)
     if reward_model:
-        answers['score'] = score(examples)
+        answers['score'] = scores(examples)
     if rank == 0:
         some = [('policy', i, ids[i][: len(ids[i]) - int(answers['ended'][i])]) for i in range(len(ids))]
         generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, some[:n_eval_model_samples], examples_seen)
