@@ -95,7 +95,7 @@ def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = F
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
     try:
         config = _reward_config(name, tokenizer, new_head, trust_remote_code)
-        text = config.get_text_config()
+        text, trained = config.get_text_config(), _is_classifier(config)
         rows = old = text.vocab_size
         if tokenizer.pad_token_id == old == len(tokenizer) - 1:  # a new pad token, for which there is no spare row
             rows = old + 1
@@ -118,10 +118,10 @@ def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = F
     check_tokenizer(tokenizer, model, name)
     if not is_reward(model):
         raise UserError(f'{type(model).__name__} has no head of the name score: it cannot be a reward model here')
-    heads = set() if _is_classifier(config) else {'score.weight', 'score.bias'}
-    if missing := sorted(set(info.get('missing_keys', ())) - heads):
-        raise UserError(f'{name!r} lacks weights: {", ".join(missing[:3])}')
-    if heads and not empty:
+    missing = set(info.get('missing_keys', ())) - (set() if trained else {'score.weight', 'score.bias'})
+    if missing:
+        raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
+    if not trained and not empty:
         gone = ', '.join(sorted(info.get('unexpected_keys', ()))) or 'its own'
         say(
             f'a reward model from the language model {name!r}: a new scalar head, drawn from seed {seed}, replaces {gone}'
@@ -178,24 +178,24 @@ def packing_error(model, batch, padded):
     Infinite where the architecture takes no attention from outside (GPT-J, BLOOM), does not hand it the batch, or runs on
     from one answer into the next (convolutions, linear attention)."""
     config, before = core(model).config, core(model).config._attn_implementation
+    scoring = is_reward(model)
     other_layers = set(getattr(config, 'layer_types', None) or ()) - {'full_attention', 'sliding_attention'}
     try:
         set_attention(model, packed=bool(batch.groups))
         if batch.groups and (config._attn_implementation != 'packed' or other_layers):
             return math.inf
-        ours = model.response_scores(batch) if is_reward(model) else model.response_logps(batch)[0]
+        ours = model.response_scores(batch) if scoring else model.response_logps(batch)[0]
         set_attention(model, packed=False)
-        ids = (
-            padded.ids.masked_fill(padded.mask == 0, config.get_text_config().pad_token_id)
-            if is_reward(model)
-            else padded.ids
-        )
+        filler = (
+            config.get_text_config().pad_token_id if scoring else 0
+        )  # a score is read at the last id that is not pad
+        ids = padded.ids.masked_fill(padded.mask == 0, filler)
         logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
     except NotImplementedError:
         return math.inf
     finally:
         core(model).set_attn_implementation(before)
-    if is_reward(model):
+    if scoring:
         plain = logits[:, 0]
     else:
         logps = logits.log_softmax(-1).flatten(0, 1)[padded.index]

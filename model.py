@@ -114,7 +114,9 @@ def response_scores(model, batch):
 def _scalar(head, hidden):
     """What a linear head of one output makes of hidden states: (n, d) -> (n,), float32."""
     bias = None if head.bias is None else head.bias.to(wide(hidden))
-    return F.linear(hidden.to(wide(hidden)), head.weight.to(wide(hidden)), bias)[:, 0]
+    return F.linear(hidden.to(wide(hidden)), head.weight.to(wide(hidden)), bias).sum(
+        1
+    )  # not [:, 0]: FSDP2 warns of views
 
 
 def body(model, batch):

@@ -170,8 +170,6 @@ if hasattr(policy, 'critic'):
 judge = None
 if reward_model not in (None, 'gold'):
     judge, judge_tokenizer = score.load_scorer(reward_model, device, dtype=dtype, trust_remote_code=trust_remote_code)
-    can_pack(judge, *pack_probe(train, device), log.say)
-    set_attention(judge, pack)
     if not tokenizer.get_vocab().items() <= judge_tokenizer.get_vocab().items():
         raise UserError(f'the reward model {reward_model} reads other tokens than the model {model} writes')
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix, pad=not pack,
@@ -223,7 +221,7 @@ def scores(examples):
     if reward_model == 'gold':
         return torch.tensor([toy.gold(*text) for text in texts(examples)], dtype=torch.float64)
     items = [(prompt, answer) for prompt, answers in examples for answer in answers]
-    return torch.from_numpy(score.scores(judge, judge_tokenizer, items, max_tokens, padded=not pack)).double()
+    return torch.from_numpy(score.scores(judge, judge_tokenizer, items, max_tokens)).double()
 
 
 def measure(examples):
@@ -238,7 +236,8 @@ def measure(examples):
 def describe(examples, tokens, answers, split):
     """Metrics of sampled answers: name -> float."""
     gap = tokens['pi'] - tokens['ref']
-    metrics = {f'kl_{split}/samples': gap.sum() / len(answers['n']), f'kl_{split}/samples_per_token': gap.mean(),
+    metrics = {f'kl_{split}/samples': gap.sum() / len(answers['n']),
+               f'kl_{split}/samples_per_token': gap.mean(),
                f'entropy/{split}': -tokens['pi'].mean(), f'length/{split}': answers['n'].double().mean(),
                f'ended/{split}': answers['ended'].double().mean()}  # fmt: skip
     if 'score' in answers:
@@ -260,7 +259,9 @@ def make_round(first, index):
         examples = Examples.of([(prompts[i], ids[i : i + group]) for i in range(0, len(ids), group)])
     tokens, answers = measure(examples)
     answers['score'] = torch.from_numpy(examples.good * 2.0 - 1) if offline else scores(examples)
-    metrics = describe(examples, tokens, answers, 'train')
+    metrics = {'length/train': answers['n'].double().mean().item(), 'score/train': answers['score'].mean().item()}
+    if not offline:
+        metrics |= describe(examples, tokens, answers, 'train')
     reward = answers['score'] - missing_eos_penalty * ~answers['ended'] * (not offline)
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
     if loss == 'grpo':

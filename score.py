@@ -8,26 +8,34 @@ import torch.distributed as dist
 
 import fsdp
 from configurator import UserError
-from data import pack, plan
-from load import load_reward, load_tokenizer, separate_pad
-from model import core
+from data import pack, pack_probe, plan
+from examples import Examples
+from load import can_pack, load_reward, load_tokenizer, separate_pad
+from log import say
+from model import core, set_attention
 
 
 def load_scorer(name, device, *, dtype='float32', trust_remote_code=False):
     """(the sharded reward model of a folder or hub id, its tokenizer), after fsdp.setup. Raises UserError."""
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
-    return fsdp.shard(build, device, dtype=dtype, train=False), tokenizer
+    model = fsdp.shard(build, device, dtype=dtype, train=False)
+    a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
+    end = [tokenizer.eos_token_id]
+    probe = Examples.of([(a, [[*b, *end], [*c[:5], *end]]), (b[:7], [[*c[:9], *end], [*a, *end]])])
+    set_attention(model, can_pack(model, *pack_probe(probe, device), say))
+    return model, tokenizer
 
 
 @torch.no_grad()
-def scores(model, tokenizer, items, max_tokens, *, padded=False) -> np.ndarray:
+def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
     """Scores (n,), float32, of n answers: equal on every rank, and every rank must call this.
 
     items: n of (prompt ids, answer ids); where an answer lacks its end of text, that is appended, as in training. The
-    answers of one prompt share its computation. max_tokens: tokens of one microbatch of one rank. padded: for models that
-    can_pack refuses. Raises UserError for an item that is longer than the model reads."""
+    answers of one prompt share its computation. max_tokens: tokens of one microbatch of one rank. Raises UserError for an
+    item that is longer than the model reads."""
     eos, groups = tokenizer.eos_token_id, {}
+    padded = core(model).config._attn_implementation != 'packed'
     limit = getattr(core(model).config.get_text_config(), 'max_position_embeddings', None) or float('inf')
     for i, (prompt, answer) in enumerate(items):
         prompt, answer = (np.asarray(x, np.int64) for x in (prompt, answer))
