@@ -75,6 +75,13 @@ def add_value_head(model, critic=None):
     return model
 
 
+def drop_value_head(model):
+    """Take away again what add_value_head gave, so that the model can be exported as the causal LM that it is."""
+    for name in ('critic', 'value_head'):
+        if hasattr(model, name):
+            delattr(model, name)
+
+
 def separate_pad(tokenizer):
     """Give the tokenizer a pad token that is not its end of text, on the right: transformers reads a score at the last
     token that is not padding, and that must be the end of text."""

@@ -33,7 +33,7 @@ import toy
 from configurator import UserError, configure
 from data import microbatches, pack_probe, steps
 from examples import Examples
-from load import add_value_head, can_pack, load_model, load_reward, load_tokenizer
+from load import add_value_head, can_pack, drop_value_head, load_model, load_reward, load_tokenizer
 from model import set_attention
 from tokenise import load_examples
 
@@ -104,6 +104,8 @@ config = configure(globals())
 
 # ---- what the options mean together ----
 
+if loss not in ('ppo', 'grpo'):
+    raise UserError(f'loss must be one of ppo, grpo, not {loss!r}: dpo.py has the losses on preferences')
 config.ignored([] if offline else ['noise_rate', 'max_length'], 'answers are sampled, not taken from the data')
 config.ignored(['missing_eos_penalty', 'group_size'] if offline else [], 'offline, answers come from the data')
 if loss == 'grpo':
@@ -116,9 +118,13 @@ if offline and loss == 'grpo':
 if loss == 'grpo' and group_size < 2:
     raise UserError('grpo compares the answers to one prompt: set --group_size to 2 or more')
 if reward_model is None and not offline:
-    raise UserError('nothing scores the answers: give --reward_model=FOLDER (from reward.py), or gold for the toy world')
+    raise UserError(
+        'nothing scores the answers: give --reward_model=FOLDER (from reward.py), or gold for the toy world'
+    )
 if reward_model == 'gold' and {data, eval_data or data} != {'toy'}:
     raise UserError('--reward_model=gold is known for --data=toy alone: give a folder of reward.py')
+if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+    raise UserError(f'gamma and lam must lie between 0 and 1, not {gamma} and {lam}')
 group = 1 if offline else group_size
 if batch_size % group or minibatch_size % group or minibatch_size > batch_size:
     raise UserError(f'batch_size {batch_size} and minibatch_size {minibatch_size} must be multiples of group_size {group}, '
@@ -132,7 +138,9 @@ fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
 tokenizer = load_tokenizer(model, trust_remote_code)
 load = partial(load_examples, tokenizer=tokenizer, seed=seed, max_prompt_length=max_prompt_length, truncation=truncation,
                num_turns=num_turns, skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
-load_prompts = partial(load, task='sft', max_length=max_prompt_length + 2)  # so that prompts are cut, whatever the answers
+load_prompts = partial(
+    load, task='sft', max_length=max_prompt_length + 2
+)  # so that prompts are cut, whatever the answers
 load_train = partial(load, task='singles', max_length=max_length) if offline else load_prompts
 train = fsdp.first_of_host(lambda: load_train(data, 'train', data_fraction=data_fraction))
 train = train.flip(noise_rate, seed) if noise_rate and offline else train
@@ -184,8 +192,9 @@ def sample(prompts, seeds):
     rows = []
     with fsdp.unsharded(policy):
         for part in (order[i : i + sample_batch] for i in range(0, len(order), sample_batch)):
-            rows += zip(part, generate.generate(policy, tokenizer, [prompts[i] for i in part], [seeds[i] for i in part],
-                                                max_new_tokens=max_new_tokens))  # fmt: skip
+            asked, keys = [prompts[i] for i in part], [seeds[i] for i in part]
+            found = generate.generate(policy, tokenizer, asked, keys, max_new_tokens=max_new_tokens)
+            rows += zip(part, found, strict=True)
     answers = dict(row for part in fsdp.gather_objects(rows) for row in part)
     return [[*answers[i], *[tokenizer.eos_token_id] * (len(answers[i]) < max_new_tokens)] for i in range(len(prompts))]
 
@@ -227,7 +236,9 @@ def scores(examples):
 def measure(examples):
     """Flat columns of the answer tokens of examples under policy and reference, and columns of the answers."""
     n = torch.tensor([len(answer) for _, answers in examples for answer in answers])
-    start = torch.cat((torch.zeros(1, dtype=torch.long), n.cumsum(0)))  # of every answer, among all tokens; and their number
+    start = torch.cat(
+        (torch.zeros(1, dtype=torch.long), n.cumsum(0))
+    )  # of every answer, among all tokens; and their number
     tokens = columns(policy, examples, start, ['pi', 'value']) | columns(ref, examples, start, ['ref'])
     ends = torch.from_numpy(examples.ids[examples.spans[:, 1:, 1].reshape(-1) - 1]) == tokenizer.eos_token_id
     return tokens, {'n': n, 'start': start, 'ended': ends}
@@ -278,7 +289,9 @@ def make_round(first, index):
 
 def critique(tokens, reward, answers):
     """Advantages of tokens and targets of their values, from the answers' rewards, the KL to the reference and the values."""
-    mask = torch.arange(int(answers['n'].max())) < answers['n'][:, None]  # (A, T), its true places in the order of tokens
+    mask = (
+        torch.arange(int(answers['n'].max())) < answers['n'][:, None]
+    )  # (A, T), its true places in the order of tokens
     rewards, value = (torch.zeros(mask.shape, dtype=torch.float64) for _ in range(2))
     value[mask] = tokens['value']
     rewards[mask] = 0.0 * tokens['pi'] if kl_in_loss else -kl_coef * (tokens['pi'] - tokens['ref'])
@@ -309,7 +322,9 @@ def run_minibatch(examples, tokens, answers, index):
             l = losses.ppo(pi, c['old'], c['advantage'], clip=clip)
         v = torch.zeros_like(l)
         if value:
-            v = losses.value_loss(value[0], c['value'], c['target'], value_clip=math.inf if value_clip is None else value_clip)
+            v = losses.value_loss(
+                value[0], c['value'], c['target'], value_clip=math.inf if value_clip is None else value_clip
+            )
         weight = (1 / batch.n[batch.row] if per_answer else torch.ones_like(l)) * real
         (weight * (l + vf_coef * v)).sum().backward()
         rho = (pi - c['old']).detach().exp()
@@ -365,7 +380,9 @@ start = checkpoint.load(latest, policy, optim)['examples'] if latest else 0
 fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
 logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard)
 kind = f'{loss} {"offline " if offline else ""}on {world} ranks'
-logger.say(f'{"resuming" if start else "training"} {kind}: {total} answers, {batch_size} a round, {minibatch_size} a step')
+logger.say(
+    f'{"resuming" if start else "training"} {kind}: {total} answers, {batch_size} a round, {minibatch_size} a step'
+)
 if do_first_eval and not start:
     evaluate(0)
 n_rounds, n_updates = -(-total // batch_size), ppo_epochs * -(-batch_size // minibatch_size)
@@ -386,6 +403,7 @@ for first, index in steps(len(train), batch_size // group, total // group, seed,
         checkpoint.save(out_dir, seen, policy, optim, {}, keep_last)
     clock = time.time() if any(due) else clock
 evaluate(total)
+drop_value_head(policy)
 checkpoint.export(policy, tokenizer, build_policy, f'{out_dir}/model')
 logger.close()
 log.say(f'done: {out_dir}/model')
