@@ -117,7 +117,7 @@ def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = F
                 model, info = auto.from_pretrained(name, config=config, **options)
                 if rows > old:
                     model.resize_token_embeddings(rows, mean_resizing=False).weight.data[old:] = 0.0
-                text.pad_token_id = tokenizer.pad_token_id
+                model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # a copy of the one above
     except UserError:
         raise
     except Exception as error:

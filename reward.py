@@ -3,8 +3,9 @@
     python reward.py config/reward_toy.py
     torchrun --nproc_per_node=4 reward.py config/reward_hh.py
 
-The loss of a step is the mean over its pairs, on any number of ranks and microbatches. The result is a folder that
-transformers' AutoModelForSequenceClassification reads. All counts are in examples.
+The loss of a step is the mean over its pairs, on any number of ranks and microbatches. Where rows have
+a `margin`, the chosen score should be higher by that much. The result is a folder that transformers'
+AutoModelForSequenceClassification reads. All counts are in examples.
 """
 
 import math
@@ -35,7 +36,6 @@ max_prompt_length = 256  # a prompt is cut to this if the whole is too long
 truncation = 'start'  # which end a too long prompt loses: start or end
 skip_bad_rows = False  # count unreadable rows instead of stopping
 # loss
-margins = True  # the chosen score should be higher by the margin of the row, where rows have one
 center_coef = 0.0  # weight of the squared sum of both scores, which keeps them near 0 (its paper: 0.01)
 label_smoothing = 0.0  # labels are wrong with this probability
 # steps
@@ -79,13 +79,11 @@ if not 0 <= label_smoothing < 0.5:
     raise UserError(f'label_smoothing must lie between 0 and 0.5, not {label_smoothing}')
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
 tokenizer = separate_pad(load_tokenizer(model, trust_remote_code))
-load = partial(load_examples, tokenizer=tokenizer, task='pairs', margins=margins, seed=seed, max_length=max_length,
+load = partial(load_examples, tokenizer=tokenizer, task='pairs', margins=True, seed=seed, max_length=max_length,
                max_prompt_length=max_prompt_length, truncation=truncation, num_turns=num_turns,
                skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
 train = fsdp.first_of_host(lambda: load(data, 'train', data_fraction=data_fraction))
 held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test')).select(slice(n_eval_examples))
-if train.margin is None:
-    config.ignored([] if margins else ['margins'], 'no row has a margin')
 train = train.flip(noise_rate, seed) if noise_rate else train
 total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
