@@ -1,7 +1,7 @@
 """Reinforcement learning from a reward: PPO, its offline one-step variant, and GRPO, on one process or many.
 
     python ppo.py config/ppo_toy.py
-    torchrun --nproc_per_node=4 ppo.py config/ppo_hh.py --reward_model=out/reward_hh/model
+    torchrun --nproc_per_node=4 ppo.py config/ppo_hh.py
 
 A round: answers sampled from the policy (offline: labelled answers of the data, +1 and -1) -> scores -> log-probs under
 policy and reference, values -> advantages -> ppo_epochs passes over the round, one gradient a minibatch. That gradient is
