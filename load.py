@@ -93,6 +93,25 @@ def _check_complete(name, missing):
         raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
 
 
+def add_value_head(model, critic=None):
+    """Give a causal LM what estimates values for token_logps: a scalar head, zero at first, or a whole reward model."""
+    if critic is not None:
+        model.critic = critic
+    else:
+        head = model.get_output_embeddings()
+        model.value_head = torch.nn.Linear(head.weight.shape[1], 1, device=head.weight.device)
+        torch.nn.init.zeros_(model.value_head.weight)
+        torch.nn.init.zeros_(model.value_head.bias)
+    return model
+
+
+def drop_value_head(model):
+    """Take away again what add_value_head gave, so that the model can be exported as the causal LM that it is."""
+    for name in ('critic', 'value_head'):
+        if hasattr(model, name):
+            delattr(model, name)
+
+
 def separate_pad(tokenizer):
     """Give the tokenizer a pad token that is not its end of text, on the right: transformers reads a score at the last
     token that is not padding, and that must be the end of text."""

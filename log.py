@@ -15,7 +15,8 @@ from configurator import UserError, main_rank
 NEUTRAL = {'resume', 'keep_last', 'log_every', 'save_every', 'max_tokens', 'compile', 'wandb', 'tensorboard',
            'tp', 'device_map', 'cpu_offload'}  # fmt: skip
 SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
-         'rewards/rejected': 'rejected', 'kl/samples': 'kl'}  # fmt: skip
+         'rewards/rejected': 'rejected', 'score': 'reward',
+         'gold': 'gold', 'kl/samples': 'kl', 'clipped': 'clipped', 'explained_variance': 'ev', 'length': 'length', 'ended': 'ended'}  # fmt: skip
 
 
 def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):

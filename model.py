@@ -20,8 +20,10 @@ def core(model):
 
 
 def blocks(model):
-    """The transformer blocks, by the class names that the model itself declares; none inside another (Mamba names both)."""
-    names, found = set(core(model)._no_split_modules or []), {}
+    """The transformer blocks, by the class names that the model itself (and a critic inside it) declares; none inside another
+    (Mamba names both)."""
+    names = {name for m in core(model).modules() for name in getattr(m, '_no_split_modules', None) or []}
+    found = {}
     for name, m in core(model).named_modules():
         if type(m).__name__ in names and not any(name.startswith(f'{outer}.') for outer in found):
             found[name] = m
@@ -105,9 +107,28 @@ def response_logps(model, batch, divergence=None, reference=None):
     return torch.stack([batch.sum(row) for row in tokens])
 
 
+def token_logps(model, batch):
+    """Log-probs of the N answer tokens of a batch; where the model has a value head (load.py), also the values of the states
+    in which they were chosen. (1, N) or (2, N), float32; the logits are recomputed in backward."""
+    inner = core(model)
+    hidden, head = hidden_and_head(model, batch)
+    logps = _Head.apply(hidden, *head, batch.target, inner.config, None, None)
+    if hasattr(inner, 'critic'):  # a reward model that is a part of the policy
+        values = _scalar(inner.critic.score, body(inner.critic, batch).flatten(0, 1)[batch.index])
+    elif hasattr(inner, 'value_head'):
+        values = _scalar(inner.value_head, hidden)
+    else:
+        return logps
+    return torch.cat((logps, values[None]))
+
+
 def response_scores(model, batch):
     """Scores of the A answers of a batch under a reward model: its head on the last token of each answer. (A,), float32."""
-    head, hidden = core(model).score, body(model, batch).flatten(0, 1)[batch.last]
+    return _scalar(core(model).score, body(model, batch).flatten(0, 1)[batch.last])
+
+
+def _scalar(head, hidden):
+    """What a linear head of one output makes of hidden states: (n, d) -> (n,), float32."""
     bias = None if head.bias is None else head.bias.to(wide(hidden))
     return F.linear(hidden.to(wide(hidden)), head.weight.to(wide(hidden)), bias).sum(
         1
