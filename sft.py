@@ -72,10 +72,7 @@ activation_checkpointing = False  # recompute activations: less memory, a third 
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
 
-CONTROL = [
-    '<|good|>',
-    '<|bad|>',
-]  # special tokens, as in HALOs' csft: one id each, whatever stands before and after them
+# special tokens, as in HALOs' csft: one id each, whatever stands before and after them
 
 # ---- set-up ----
 
@@ -186,3 +183,4 @@ logger.close()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':
     fsdp.leave()
+CONTROL = ['<|good|>', '<|bad|>']
