@@ -83,10 +83,7 @@ attn: str | None = None  # attention on padded batches, such as sdpa, eager, fla
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
 
-CONTROL = [
-    '<|good|>',
-    '<|bad|>',
-]  # special tokens, as in HALOs' csft: one id each, whatever stands before and after them
+# special tokens, as in HALOs' csft: one id each, whatever stands before and after them
 
 # ---- set-up ----
 
@@ -100,7 +97,8 @@ tokenizer = load_tokenizer(model, trust_remote_code)
 if control_tokens:
     tokenizer.add_tokens(CONTROL, special_tokens=True)
 load = partial(load_examples, tokenizer=tokenizer, seed=seed, max_length=max_length - control_tokens,
-               max_prompt_length=max_prompt_length - control_tokens, truncation=truncation, num_turns=num_turns, skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
+               max_prompt_length=max_prompt_length - control_tokens, truncation=truncation, num_turns=num_turns,
+               skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
 task = 'singles' if control_tokens else 'pairs' if noise_rate else 'sft'
 train = fsdp.first_of_host(lambda: load(data, 'train', task=task, data_fraction=data_fraction))
 train = train.flip(noise_rate, seed).first_answers() if noise_rate else train
@@ -203,3 +201,4 @@ logger.close()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':
     fsdp.leave()
+CONTROL = ['<|good|>', '<|bad|>']

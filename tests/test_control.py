@@ -57,7 +57,7 @@ def test_new_rows_are_the_mean_of_the_others(name, tied, spare, tmp_path):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """sft.py on eight pairs, good answers and bad ones; the model has not a row to spare."""
+    """sft.py on six pairs, good answers and bad ones; the model has not a row to spare."""
     folder = tmp_path_factory.mktemp('control')
     t, config = toy.tokenizer(), toy.model_config()
     config.vocab_size = len(t)
