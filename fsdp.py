@@ -136,9 +136,11 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
 
     build(empty) -> transformers model on the CPU, without weights if empty. dtype: 'float32', or 'bfloat16' for compute
     (and for frozen weights) with float32 master weights, gradients and reductions. cpu_offload: weights and optimizer stay in
-    the memory of the CPU, if the device is another one. device_map: instead of all this, one process's build spreads the model."""
+    the memory of the CPU, if the device is another one. device_map: instead of all this, one process's build spreads the model.
+    One process in float32 needs no FSDP, which would copy every weight in each pass: the model stays what build made."""
+    alone = dist.get_world_size() == 1 and dtype == 'float32' and not cpu_offload and device_map is None
     full = on_one_rank(lambda: build(empty=False)) if device_map is None else None
-    model = build(empty=True) if device_map is None else build(device_map=device_map)
+    model = full.to(device) if alone else build(empty=True) if device_map is None else build(device_map=device_map)
     if not train:
         model.requires_grad_(False)
     if activation_checkpointing:
@@ -146,17 +148,19 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
         getattr(core(model), enable, getattr(core(model), 'gradient_checkpointing_enable', None))()
         for block in blocks(model):
             block.training = True  # the block alone: its dropout layers stay in eval mode
-    if device_map is None:
-        _distribute(model, full, device, dtype == 'bfloat16', compile, cpu_offload)
-    else:
+    for block in blocks(model) if compile else ():
+        block.compile()
+    if alone or device_map is not None:
         model.reshard = lambda: None
+    else:
+        _distribute(model, full, device, dtype == 'bfloat16', cpu_offload)
     for method in (response_logps, hidden_and_head, response_scores, token_logps):
         add_method(model, method)
     set_attention(model, packed=True)
     return model
 
 
-def _distribute(model, full, device, half, compile, cpu_offload):
+def _distribute(model, full, device, half, cpu_offload):
     """Cut the empty model over the ranks, in place, and fill it from full, which rank 0 alone has."""
     for p in model.parameters() if half else ():  # not model.to: rotary frequencies must stay float32
         p.data = p.data if p.requires_grad else p.data.to(torch.bfloat16)
@@ -169,8 +173,6 @@ def _distribute(model, full, device, half, compile, cpu_offload):
     home = torch.device('cpu') if cpu_offload else device
     settings['offload_policy'] = CPUOffloadPolicy(device.type == 'cuda') if cpu_offload else OffloadPolicy()
     for block in blocks(model):
-        if compile:
-            block.compile()
         fully_shard(block, **settings)
     fully_shard(model, **settings, reshard_after_forward=False)
     model.to_empty(device=home)

@@ -173,8 +173,8 @@ def trained(policy):
 
 def test_adapters_off_equal_the_base_exactly(tmp_path, device):
     build = partial(load_model, tiny_model(tmp_path, 'llama'))
-    policy = trained(fsdp.shard(partial(build, adapters=OPTIONS), device))
-    base = fsdp.shard(build, device, train=False)
+    policy = trained(fsdp.shard(partial(build, adapters=OPTIONS), device, cpu_offload=True))
+    base = fsdp.shard(build, device, train=False, cpu_offload=True)
     prompt, answers = [5, 6, 7], [[8, 9, 10, 11], [12, 13]]
     batch = data.pack([(torch.tensor(prompt).numpy(), [torch.tensor(a).numpy() for a in answers])], [0])
     with torch.no_grad():
