@@ -48,8 +48,6 @@ ALONE = {  # one process
     'ppo_eager': [*PPO, '--attn=eager', '--activation_checkpointing'],
     'ppo_two_models': [*PPO, '--ref_model=llama'],
     'ppo_own': [*PPO, '--critic=own', '--save_every=12'],
-    'grpo': [*PPO, '--loss=grpo', '--group_size=3'],
-    'grpo_two_models': [*PPO, '--loss=grpo', '--group_size=3', '--ref_model=llama'],
 }
 
 
@@ -120,7 +118,7 @@ def test_reference_answers_without_adapters(runs):
 
 def test_adapters_off_are_a_second_model(runs):
     """The same numbers, to the last bit, with the reference loaded beside the policy; to rounding with a cached one."""
-    for one, two in ('tdpo2', 'two_models'), ('ppo', 'ppo_two_models'), ('grpo', 'grpo_two_models'):
+    for one, two in ('tdpo2', 'two_models'), ('ppo', 'ppo_two_models'):
         assert rows(runs / 'one' / one) == rows(runs / 'one' / two)
     gaps = [row['kl_train/samples'] for row in rows(runs / 'one/ppo') if row['split'] == 'train']
     assert gaps[0] == 0 != gaps[1]
