@@ -93,7 +93,7 @@ def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id
     )
     own, inner.generation_config = inner.generation_config, settings  # a repetition penalty there is not the model's
-    recomputing = [m for m in model.modules() if m.training]  # blocks under activation checkpointing pass over the KV cache
+    recomputing = [m for m in model.modules() if m.training]  # activation checkpointing: no KV cache
     for m in recomputing:
         m.training = False
     try:
