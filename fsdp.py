@@ -49,13 +49,17 @@ def setup(tp=1):
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if world % tp:
+    if (world := dist.get_world_size()) % tp:
         raise UserError(
             f'tp={tp} needs a multiple of {tp} ranks, and there are {world}: see --nproc_per_node of torchrun'
         )
     _tp = tp
-    return rank // tp, world // tp, device
+    return *data_rank(), device
+
+
+def data_rank():
+    """(rank, number of ranks), where those that share their data count as one: as setup has returned them."""
+    return dist.get_rank() // _tp, dist.get_world_size() // _tp
 
 
 @functools.cache
@@ -154,7 +158,7 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
         model.reshard = lambda: None
     else:
         _distribute(model, full, device, dtype == 'bfloat16', cpu_offload)
-    for method in (response_logps, hidden_and_head, response_scores, token_logps):
+    for method in (response_logps, hidden_and_head, response_scores, token_logps, _begin):
         add_method(model, method)
     set_attention(model, packed=True)
     return model
@@ -197,11 +201,17 @@ def add_method(model, function):
     register_fsdp_forward_method(model, function.__name__)
 
 
+def _begin(model):
+    """A forward of nothing. FSDP takes the module whose forward runs first for the root; generation calls one inside PEFT's."""
+
+
 @contextlib.contextmanager
 def unsharded(model):
     """Keep all parameters gathered: generation is several times faster, and ranks need not generate in step."""
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
     try:
+        if modules:
+            model._begin()
         for m in modules:
             m.set_reshard_after_forward(False, recurse=False)
             m.unshard()

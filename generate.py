@@ -93,11 +93,16 @@ def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id
     )
     own, inner.generation_config = inner.generation_config, settings  # a repetition penalty there is not the model's
+    recomputing = [m for m in model.modules() if m.training]  # activation checkpointing: no KV cache
+    for m in recomputing:
+        m.training = False
     try:
         with padded_attention(model):
             out = inner.generate(ids, attention_mask=mask, logits_processor=processors, synced_gpus=False)
     finally:
         inner.generation_config = own
+        for m in recomputing:
+            m.training = True
     answers = out[:, width:].tolist()
     return [a[: next((i for i, token in enumerate(a) if token in stop), len(a))] for a in answers]
 

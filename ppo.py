@@ -27,14 +27,16 @@ import checkpoint
 import fsdp
 import generate
 import log
+import lora
 import losses
+import parallel
 import score
 import toy
-from configurator import UserError, configure
+from configurator import UserError, configure, main_rank
 from data import microbatches, pack_probe, steps
 from examples import Examples
 from load import add_value_head, can_pack, drop_value_head, load_model, load_reward, load_tokenizer
-from model import set_attention
+from model import core, set_attention
 from tokenise import load_examples
 
 # model and data
@@ -78,6 +80,11 @@ optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 weight_decay = 0.0  # of the optimizer
 max_grad_norm = 1.0  # gradients are clipped to this norm
 seed = 0  # of the order of prompts, the answers, the minibatches
+# LoRA
+lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
+lora_alpha = 16.0  # their output is multiplied by alpha / rank
+lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
+lora_targets: str | None = None  # linear layers that get one, such as 'q_proj v_proj'; None: all in the blocks
 # sampling
 max_new_tokens = 128  # length of an answer
 sample_batch = 128  # answers that one rank samples side by side
@@ -99,6 +106,10 @@ pack = True  # no padding
 share_prefix = True  # grpo: compute the prompt of a group once
 compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
+cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
+tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSDP does the rest
+device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
+attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
 
@@ -133,7 +144,9 @@ kl_in_loss = offline or loss == 'grpo'
 
 # ---- set-up ----
 
-rank, world, device = fsdp.setup()
+adapters = lora.options(config)
+parallel.check(config)
+rank, world, device = fsdp.setup(tp)
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
 tokenizer = load_tokenizer(model, trust_remote_code)
 load = partial(load_examples, tokenizer=tokenizer, seed=seed, max_prompt_length=max_prompt_length, truncation=truncation,
@@ -153,31 +166,35 @@ if not total:
     raise UserError(f'n_examples {n_examples} is less than one group of {group} answers')
 
 plain = dict(tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-build_policy = partial(load_model, model, seed=seed, **plain)
+build_policy = partial(load_model, model, seed=seed, adapters=adapters, **plain)
 
 
-def build(empty):
-    """The policy, for ppo with a value head, or with a critic that lives inside it: one optimizer, one checkpoint."""
-    m = build_policy(empty=empty)
+def build(**how):
+    """The policy, for ppo with a value head, or with a critic that lives inside it: one optimizer, one checkpoint.
+
+    Beside adapters, head or critic train as they are."""
+    m = build_policy(**how)
     if loss == 'grpo':
         return m
     name = model if critic == 'own' else critic
-    return add_value_head(
-        m, None if critic == 'head' else load_reward(name, new_head=True, empty=empty, seed=seed, **plain)
-    )
+    return add_value_head(m, None if critic == 'head' else load_reward(name, new_head=True, seed=seed, **plain, **how))
 
 
-policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
+shard = partial(fsdp.shard, device=device, dtype=dtype, cpu_offload=cpu_offload, device_map=device_map)
+policy = shard(build, compile=compile, activation_checkpointing=activation_checkpointing)
+log.say(lora.describe(policy)) if adapters else None
+torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
-set_attention(policy, pack)
-ref = fsdp.shard(partial(load_model, ref_model or model, seed=seed, **plain), device, dtype=dtype, train=False)
-set_attention(ref, pack)
-if hasattr(policy, 'critic'):
-    set_attention(policy.critic, pack)
+pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)
+ref = policy  # which, where its adapters are off, is the model as it was
+if not adapters or ref_model:
+    ref = shard(partial(load_model, ref_model or model, seed=seed, **plain), train=False)
+for m in filter(None, (policy, ref, getattr(core(policy), 'critic', None))):
+    set_attention(m, pack, attn)
 judge = None
 if reward_model not in (None, 'gold'):
-    judge, judge_tokenizer = score.load_scorer(reward_model, device, dtype=dtype, trust_remote_code=trust_remote_code)
+    judge, judge_tokenizer = score.load_scorer(reward_model, device, dtype=dtype, device_map=device_map,
+                                               trust_remote_code=trust_remote_code)  # fmt: skip
     if not tokenizer.get_vocab().items() <= judge_tokenizer.get_vocab().items():
         raise UserError(f'the reward model {reward_model} reads other tokens than the model {model} writes')
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix, pad=not pack,
@@ -214,12 +231,13 @@ def token_places(batch, index, start, n):
 def columns(m, examples, start, names):
     """Columns of every answer token of the examples under a model, flat, equal on all ranks, without gradient.
 
-    names: of the rows of token_logps; a model without a value head has only the first."""
+    names: of the rows of token_logps; a model without a value head has only the first, and only that is computed if only
+    that is named."""
     n, parts, places = examples.spans.shape[1] - 1, [], []
     index = np.arange(len(examples))
     for batch in cut(examples, index)[0]:
         with torch.no_grad():
-            parts.append(m.token_logps(batch))
+            parts.append(m.token_logps(batch, len(names) > 1))
         places += token_places(batch, index, start, n).tolist()
     joined = dict(zip(names, torch.cat(parts, 1), strict=False))
     return fsdp.gather_columns(joined, places, int(start[-1]))
@@ -239,7 +257,9 @@ def measure(examples):
     start = torch.cat(
         (torch.zeros(1, dtype=torch.long), n.cumsum(0))
     )  # of every answer, among all tokens; and their number
-    tokens = columns(policy, examples, start, ['pi', 'value']) | columns(ref, examples, start, ['ref'])
+    tokens = columns(policy, examples, start, ['pi', 'value'])
+    with lora.adapters_off(ref):
+        tokens |= columns(ref, examples, start, ['ref'])
     ends = torch.from_numpy(examples.ids[examples.spans[:, 1:, 1].reshape(-1) - 1]) == tokenizer.eos_token_id
     return tokens, {'n': n, 'start': start, 'ended': ends}
 
@@ -367,7 +387,7 @@ def evaluate(examples_seen):
     tokens, answers = measure(examples)
     if reward_model:
         answers['score'] = scores(examples)
-    if rank == 0:
+    if main_rank():
         some = [('policy', i, ids[i][: len(ids[i]) - int(answers['ended'][i])]) for i in range(len(ids))]
         generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, some[:n_eval_model_samples], examples_seen)
     logger.row('eval', examples_seen, describe(examples, tokens, answers, 'eval'))

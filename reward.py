@@ -17,7 +17,9 @@ import torch
 import checkpoint
 import fsdp
 import log
+import lora
 import losses
+import parallel
 from configurator import UserError, configure
 from data import microbatches, pack_probe, prefetch, steps
 from load import can_pack, load_reward, load_tokenizer, separate_pad
@@ -50,6 +52,11 @@ optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 weight_decay = 0.0  # of the optimizer
 max_grad_norm = 10.0  # gradients are clipped to this norm
 seed = 0  # of the new head, the data order, the flips
+# LoRA
+lora_rank: int | None = None  # train adapters of this rank instead of the model's weights; the head trains as it is
+lora_alpha = 16.0  # their output is multiplied by alpha / rank
+lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
+lora_targets: str | None = None  # linear layers that get one, such as 'q_proj v_proj'; None: all in the blocks
 # evaluation and output
 out_dir = 'out/reward'  # everything the run leaves behind
 eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
@@ -67,12 +74,18 @@ pack = True  # no padding
 share_prefix = True  # compute the prompt of a pair once
 compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
+cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
+tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSDP does the rest
+device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
+attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
 
 # ---- set-up ----
 
-rank, world, device = fsdp.setup()
+adapters = lora.options(config)
+parallel.check(config)
+rank, world, device = fsdp.setup(tp)
 if batch_size < world:
     raise UserError(f'batch_size {batch_size} is smaller than the {world} ranks')
 if not 0 <= label_smoothing < 0.5:
@@ -88,11 +101,15 @@ train = train.flip(noise_rate, seed) if noise_rate else train
 total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
 
-build = partial(load_reward, model, tokenizer, new_head=True, trust_remote_code=trust_remote_code, seed=seed)
-policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
+build = partial(load_reward, model, tokenizer, new_head=True, trust_remote_code=trust_remote_code, seed=seed,
+                adapters=adapters)  # fmt: skip
+policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing,
+                    cpu_offload=cpu_offload, device_map=device_map)  # fmt: skip
+log.say(lora.describe(policy)) if adapters else None
+torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
-set_attention(policy, pack)
+pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)
+set_attention(policy, pack, attn)
 cut = partial(
     microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix, pad=not pack, device=device
 )
@@ -173,7 +190,7 @@ for first, n, batches, margin, tokens, allocated in prefetch(prepare(train, *s) 
         checkpoint.save(out_dir, seen, policy, optim, {}, keep_last)
     clock = time.time() if any(due) else clock
 evaluate(total)
-checkpoint.export(policy, tokenizer, build, f'{out_dir}/model')
+checkpoint.export(policy, tokenizer, partial(build, quiet=True), f'{out_dir}/model')
 logger.close()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':
