@@ -7,7 +7,6 @@ Checkpoints are written in the background, from a copy in the CPU's memory, whil
 import functools
 import hashlib
 import json
-import os
 import shutil
 import threading
 from pathlib import Path
@@ -49,7 +48,7 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     """out_dir/checkpoints/<examples>/: weights and optimizer (safetensors), state and every rank's RNG (json), manifest.
 
     Returns as soon as everything is copied; the rest happens in a thread, and wait() or the next save() raises UserError if it
-    failed. Once it is complete the file `latest` names it, and all but the newest keep_last are removed. state: json-able."""
+    failed. Once it is complete out_dir/latest names it, and all but the newest keep_last are removed. state: json-able."""
     global _pending
     wait()
     folder = Path(out_dir) / 'checkpoints' / f'{examples:010d}'
@@ -111,7 +110,7 @@ def _write(folder, copies, state, rng, keep_last, group):
         for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):  # a checkpoint must not outlive what led to it
             sync(folder.parent.parent / name)
         _move(temporary, folder)
-        replace_text(folder.parent / 'latest', folder.name + '\n')
+        replace_text(folder.parent.parent / 'latest', f'checkpoints/{folder.name}\n')
         for old in [f for f in _folders(folder.parent) if f.name <= folder.name][keep_last:]:
             shutil.rmtree(old)
 
@@ -182,7 +181,7 @@ def latest(out_dir):
     """The newest complete checkpoint folder, the same on all ranks, or None where there is none.
 
     Removes what a killed run has left half written. Damaged checkpoints are reported and put aside as <examples>.damaged, and
-    UserError is raised if there are no others: a run does not start over by itself. The file `latest` is for people."""
+    UserError is raised if there are no others: a run does not start over by itself. out_dir/latest is for people."""
 
     def clean():
         for path in (*Path(out_dir).glob('*.tmp'), *Path(out_dir).glob('checkpoints/*.tmp')):

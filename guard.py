@@ -62,7 +62,7 @@ def _take(out_dir, config, resume):
     with writing(f'to out_dir {out_dir}'):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         _lock = open(Path(out_dir) / '.lock', 'w')
-    for attempt in range(10):  # a process that was just killed may take a moment to go
+    for _attempt in range(10):  # a process that was just killed may take a moment to go
         try:
             fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
