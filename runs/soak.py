@@ -3,7 +3,7 @@
     python runs/soak.py --kills=20 --seed=0
 
 Every case is trained once without interruption. Then the same command is run in another folder and killed, processes and all,
-after a random time since its last start or, half of the time, at a random point of a save, an evaluation, sampling or the
+after a random time since its last start or, half of the time, at a random point of a save, sampling, the export or the
 reference cache; and so again, until it has been killed `per_run` times; then it may finish. A kill is survived if the run it hit
 ends with the metrics.jsonl, samples.jsonl and model of the uninterrupted one, byte for byte but for speeds. Exit code 0 if all are."""
 
@@ -30,7 +30,7 @@ folder: str | None = None  # where to work; None: a temporary folder, removed if
 config = configure(globals())
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMON = ['--batch_size=16', '--n_examples=240', '--save_every=32', '--eval_every=48', '--n_eval_examples=16', '--lr=1e-3',
+COMMON = ['--batch_size=16', '--n_examples=160', '--save_every=32', '--eval_every=48', '--n_eval_examples=16', '--lr=1e-3',
           '--warmup_steps=2', '--sample_during_eval', '--n_eval_model_samples=4', '--max_new_tokens=8', '--data_fraction=0.1',
           '--max_length=64', '--max_prompt_length=32']  # fmt: skip
 MOMENTS = {
@@ -108,7 +108,9 @@ def main():
         if (loss, world) not in wholes:
             whole = base / f'{loss}-{world}'
             began = time.time()
-            assert start(loss, world, whole, base / 'cache').wait() == 0, f'the uninterrupted run fails: {whole}.txt'
+            # a cache of its own: the reference's log-probs equal those of another number of processes to rounding only
+            process = start(loss, world, whole, base / f'cache-{loss}-{world}')
+            assert process.wait() == 0, f'the uninterrupted run fails: {whole}.txt'
             wholes[loss, world], durations[loss, world] = whole, time.time() - began
         work = base / f'run{number}'
         work.mkdir()
@@ -117,9 +119,10 @@ def main():
             process = start(loss, world, work / 'out', work / 'cache')
             moment = rng.choice([None] * len(MOMENTS) + list(MOMENTS))
             delay = rng.uniform(0.2, 1.0) * durations[loss, world]
+            hold = rng.uniform(0.0, 0.7) * durations[loss, world]
             began = time.time()
             while process.poll() is None:
-                if moment and MOMENTS[moment](work / 'out'):
+                if moment and time.time() - began > hold and MOMENTS[moment](work / 'out'):
                     time.sleep(rng.choice([0, 0.002, 0.01, 0.05]))
                     break
                 if not moment and time.time() - began > delay:
@@ -128,7 +131,7 @@ def main():
             if process.poll() is not None:
                 break  # it has finished before the moment came
             kill(process)
-            hits.append(moment or f'{time.time() - began:.1f} s')
+            hits.append(f'{time.time() - began:.1f} s' + f' ({moment})' * bool(moment))
         if process.poll() != 0:
             process = start(loss, world, work / 'out', work / 'cache')
             process.wait()
