@@ -242,7 +242,7 @@ def export(model, tokenizer, build, folder):
         temporary, adapter = Path(f'{folder}.tmp'), Path(folder).with_name('adapter')
         shutil.rmtree(temporary, ignore_errors=True)
         if few:
-            merged = lora.merge(build(), weights, adapter.with_suffix('.tmp'))
+            merged = lora.merge(build(empty=False), weights, adapter.with_suffix('.tmp'))
             _move(adapter.with_suffix('.tmp'), adapter)
             merged.save_pretrained(temporary)
         else:

@@ -42,7 +42,8 @@ def add(model, *, rank, alpha, dropout, targets, seed, whole=()):
     outside = [name for name, (kind, m) in last.items() if kind in wanted and m not in inside]
     settings = peft.LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, exclude_modules=outside or None,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in inside), modules_to_save=list(whole) or None, task_type='CAUSAL_LM',
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in inside), modules_to_save=list(whole) or None,
+        task_type='CAUSAL_LM' if hasattr(model, 'prepare_inputs_for_generation') else 'SEQ_CLS',
     )  # fmt: skip
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # PEFT calls what transformers has renamed

@@ -94,7 +94,10 @@ def response_logps(model, batch, divergence=None, reference=None):
     divergence: a function of (log_pi, log_ref), both (n, V) -> (n,), such as risks.kl; reference: the reference model's
     hidden_and_head on the same batch."""
     hidden, head = hidden_and_head(model, batch)
-    target = batch.target.to(hidden.device)  # only a device map puts it elsewhere
+    target = batch.target.to(hidden.device)  # only a device map puts it, or the reference, elsewhere
+    if reference is not None:
+        (states, head_ref), device = reference, hidden.device
+        reference = states.to(device), [x if x is None else x.to(device) for x in head_ref]
     tokens = _Head.apply(hidden, *head, target, core(model).config, divergence, reference).to(batch.ids.device)
     return torch.stack([batch.sum(row) for row in tokens])
 

@@ -22,7 +22,15 @@ CASES = {
     'sft_llama': [*SFT, *ADAM, '--model=llama', '--max_tokens=200'],
     'sft_qwen2': [*SFT, *ADAM, '--model=qwen2', '--pack=false'],
     'sft_gpt_neox': [*SFT, *SGD, '--model=gpt_neox', '--activation_checkpointing'],
-    'samples': [*DPO, *ADAM, '--model=llama', '--sample_during_eval', '--n_eval_model_samples=3', '--max_new_tokens=6', SAVE],
+    'samples': [
+        *DPO,
+        *ADAM,
+        '--model=llama',
+        '--sample_during_eval',
+        '--n_eval_model_samples=3',
+        '--max_new_tokens=6',
+        SAVE,
+    ],
 }
 ALONE = {  # not with FSDP
     'qwen3': [*DPO, *ADAM, '--model=qwen3'],
@@ -67,7 +75,9 @@ def runs(tmp_path_factory):
 def same(folder, other, limit=1e-5):
     for row, expected in zip(rows(folder), rows(other), strict=True):
         assert row.pop('split') == expected.pop('split')
-        if abs(expected.get('rewards_train/margins', 1)) < 1e-5:  # then rounding decides which answer has the higher reward
+        if (
+            abs(expected.get('rewards_train/margins', 1)) < 1e-5
+        ):  # then rounding decides which answer has the higher reward
             row = {k: v for k, v in row.items() if not k.endswith('accuracies')}
             expected = {k: v for k, v in expected.items() if not k.endswith('accuracies')}
         assert row == pytest.approx(expected, rel=2e-4, abs=limit)
