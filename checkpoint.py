@@ -65,7 +65,9 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
         except BaseException as error:  # a rank is gone, or a bug: neither may pass unseen
             outcome['error'] = f'{type(error).__name__}: {error}'
         if outcome['error']:
-            outcome['error'] = f'cannot write the checkpoint {folder}: {outcome["error"]}; older ones are kept, and the same '
+            outcome['error'] = (
+                f'cannot write the checkpoint {folder}: {outcome["error"]}; older ones are kept, and the same '
+            )
             outcome['error'] += 'command continues from the newest of them'
 
     _pending = threading.Thread(target=work, daemon=True), outcome
@@ -107,7 +109,11 @@ def _write(folder, copies, state, rng, keep_last, group):
         files = {name: f for found, *_ in parts for name, f in found.items()}
         files['state.json'] = _describe(temporary / 'state.json', to_disk=True)
         (temporary / 'manifest.json').write_text(json.dumps(files, indent=1))
-        for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):  # a checkpoint must not outlive what led to it
+        for name in (
+            'metrics.jsonl',
+            'samples.jsonl',
+            'bad_step.jsonl',
+        ):  # a checkpoint must not outlive what led to it
             sync(folder.parent.parent / name)
         _move(temporary, folder)
         replace_text(folder.parent.parent / 'latest', f'checkpoints/{folder.name}\n')

@@ -296,7 +296,8 @@ def save(seen):
 
 
 latest = checkpoint.latest(out_dir) if resume else None
-state = checkpoint.load(latest, policy, optim) if latest else {'statistic': {}, 'examples': 0, 'evaluated': -1, 'bad_steps': 0}
+new = {'statistic': {}, 'examples': 0, 'evaluated': -1, 'bad_steps': 0}
+state = checkpoint.load(latest, policy, optim) if latest else new
 start = state.pop('examples')
 fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
 logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['evaluated'])

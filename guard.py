@@ -37,7 +37,10 @@ def begin(out_dir, config, resume):
 def _heed(number, frame):
     """The signal handler: before the first step nothing can be lost, so leave at once; then, at the end of a step."""
     global _code
-    again = _code == INTERRUPTED and number in (signal.SIGINT, signal.SIGTERM)  # torchrun turns a second Ctrl-C into SIGTERM
+    again = _code == INTERRUPTED and number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    )  # torchrun turns a second Ctrl-C into SIGTERM
     asked = INTERRUPTED if number == signal.SIGINT else SAVED
     if again or not _training:
         why = 'stopped at once: steps since the last checkpoint are lost' if again else 'stopped before the first step'
@@ -136,7 +139,13 @@ def bad_step(out_dir, state, allowed, first, index, uid, norm, columns):
     def write():
         with writing(file), open(file, 'a') as stream:
             for i in places:
-                row = {'examples': first + len(index), 'what': what, 'place': i, 'index': int(index[i]), 'uid': int(uid[i])}
+                row = {
+                    'examples': first + len(index),
+                    'what': what,
+                    'place': i,
+                    'index': int(index[i]),
+                    'uid': int(uid[i]),
+                }
                 row |= {name: values[i].item() for name, values in columns.items()} | {'grad_norm': norm}
                 row = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
                 stream.write(json.dumps(row) + '\n')
@@ -159,7 +168,9 @@ def memory(batches, max_tokens):
         yield
     except torch.OutOfMemoryError:
         longest = max(batch.ids.numel() for batch in batches)
-        lower = 'max_length, since one example fills it' if longest > max_tokens else 'max_tokens, which changes no result'
+        lower = (
+            'max_length, since one example fills it' if longest > max_tokens else 'max_tokens, which changes no result'
+        )
         error = UserError(f'the GPU is out of memory: the longest microbatch has {longest} tokens (max_tokens={max_tokens}); lower '
                           f'{lower}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs')  # fmt: skip
         error.of_this_rank = True

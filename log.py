@@ -114,7 +114,9 @@ class Log:
         """Write metrics (name -> number) after so many examples; an evaluation and every log_every examples on screen."""
         if not main_rank():
             return
-        metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}  # json knows no others; a step's are in bad_step.jsonl
+        metrics = {
+            k: v for k, v in metrics.items() if math.isfinite(v)
+        }  # json knows no others; a step's are in bad_step.jsonl
         row = {'split': split, 'counters/examples': examples, **metrics}
         with writing(self.path):
             self.file.write(json.dumps(row) + '\n')

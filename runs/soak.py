@@ -61,7 +61,9 @@ def start(loss, world, out, cache):
 def children(pid):
     """The processes below one: torchrun puts its workers into sessions of their own."""
     try:
-        found = [int(x) for task in Path(f'/proc/{pid}/task').iterdir() for x in (task / 'children').read_text().split()]
+        found = [
+            int(x) for task in Path(f'/proc/{pid}/task').iterdir() for x in (task / 'children').read_text().split()
+        ]
     except OSError:
         return []
     return found + [grandchild for child in found for grandchild in children(child)]
@@ -135,9 +137,16 @@ def main():
         if process.poll() != 0:
             process = start(loss, world, work / 'out', work / 'cache')
             process.wait()
-        wrong = difference(work / 'out', wholes[loss, world]) if process.returncode == 0 else f'exit code {process.returncode}'
+        wrong = (
+            difference(work / 'out', wholes[loss, world])
+            if process.returncode == 0
+            else f'exit code {process.returncode}'
+        )
         done, survived, number = done + len(hits), survived + len(hits) * (wrong is None), number + 1
-        print(f'{loss:9s} {world} processes, killed at {", ".join(hits) or "no time"}: {wrong or "as if nothing had happened"}', flush=True)
+        print(
+            f'{loss:9s} {world} processes, killed at {", ".join(hits) or "no time"}: {wrong or "as if nothing had happened"}',
+            flush=True,
+        )
         cases.append(wrong)
         if wrong is None:
             shutil.rmtree(work)

@@ -144,7 +144,9 @@ def test_a_save_that_fails_surfaces_at_the_next_step(tmp_path, monkeypatch, whol
         return write(self, *arguments)
 
     monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, 'write_data', full)
-    with pytest.raises(UserError, match='cannot write the checkpoint .*24: No space left on device; older ones are kept'):
+    with pytest.raises(
+        UserError, match='cannot write the checkpoint .*24: No space left on device; older ones are kept'
+    ):
         run(tmp_path / 'run')
     assert names(tmp_path / 'run') == ['0000000012']
     assert len(rows(tmp_path / 'run')) <= 7  # check, eval 0, three or four steps, eval 24
@@ -163,12 +165,17 @@ def test_a_disk_that_is_really_full(tmp_path):
     command = [sys.executable, 'dpo.py', *FLAGS, f'--out_dir={small}/run']
     script = f'mount -t tmpfs -o size=3m none {small} || exit 99; {" ".join(command)}; code=$?; cp -r {small}/run {tmp_path}/kept; exit $code'
     environment = os.environ | {'NANOPREF_CACHE': str(tmp_path / 'cache'), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(['unshare', '-m', 'sh', '-c', script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ['unshare', '-m', 'sh', '-c', script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     if done.returncode == 99:
         pytest.skip('mounting a tmpfs is not permitted here')
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
     assert 'error: cannot write the checkpoint' in done.stderr and 'No space left on device' in done.stderr
-    assert names(tmp_path / 'kept') == ['0000000012'] and checkpoint._damage(tmp_path / 'kept/checkpoints/0000000012') is None
+    assert (
+        names(tmp_path / 'kept') == ['0000000012']
+        and checkpoint._damage(tmp_path / 'kept/checkpoints/0000000012') is None
+    )
 
 
 def test_full_disk_under_metrics_and_export(tmp_path, whole):
@@ -237,7 +244,10 @@ def poison(monkeypatch, script, at, places):
 @pytest.mark.parametrize('script', ['dpo.py', 'sft.py'])
 def test_bad_step_stops_before_the_weights_are_touched(tmp_path, monkeypatch, whole, script):
     poison(monkeypatch, script, [3], [1, 4])
-    with pytest.raises(UserError, match='the loss of the step from 24 to 36 examples is not finite; 2 of its examples are in .*bad_step'):
+    with pytest.raises(
+        UserError,
+        match='the loss of the step from 24 to 36 examples is not finite; 2 of its examples are in .*bad_step',
+    ):
         run(tmp_path / 'run', script=script)
     bad = [json.loads(line) for line in (tmp_path / 'run/bad_step.jsonl').read_text().splitlines()]
     assert len(bad) == 2 and {row['examples'] for row in bad} == {36} and all(row['loss'] == 'nan' for row in bad)
@@ -266,7 +276,10 @@ def test_skipped_steps_are_counted_and_leave_the_weights(tmp_path, monkeypatch, 
     poison(monkeypatch, script, [2, 5], None)
     with pytest.raises(UserError, match=r'the gradient of the step from 48 to 60 .*1 such steps were skipped before'):
         run(tmp_path / 'run', *flags, script=script)
-    assert 'warning: the gradient of the step from 12 to 24 examples is not finite: skipped, 1 of 1' in capsys.readouterr().out
+    assert (
+        'warning: the gradient of the step from 12 to 24 examples is not finite: skipped, 1 of 1'
+        in capsys.readouterr().out
+    )
     train = [r for r in rows(tmp_path / 'run') if r['split'] == 'train']
     assert [r['counters/bad_steps'] for r in train] == [0, 1, 1, 1] and 'grad_norm' not in train[1]
     before, after = (shard(tmp_path / f'run/checkpoints/00000000{n}').read_bytes() for n in (12, 24))
@@ -305,5 +318,7 @@ def test_read_only_out_dir(tmp_path, whole):
     done = subprocess.run(['unshare', '-m', 'sh', '-c', command], cwd=ROOT, capture_output=True, text=True, timeout=120)
     if done.returncode == 99:
         pytest.skip('a read-only mount is not permitted here')
-    assert done.returncode == 2 and 'Traceback' not in done.stderr and 'Read-only file system' in done.stderr, done.stderr
+    assert done.returncode == 2 and 'Traceback' not in done.stderr and 'Read-only file system' in done.stderr, (
+        done.stderr
+    )
     assert [p.name for p in folder.iterdir()] == ['kept']
