@@ -58,6 +58,11 @@ def setup(tp=1):
     return rank // tp, world // tp, device
 
 
+def in_groups():
+    """Whether there are tensor-parallel groups, whose ranks have to generate in step."""
+    return _tp > 1
+
+
 @functools.cache
 def _mesh(device_type, tp, group):
     """The ranks of the default group as ('dp', 'tp'), or as ('dp',) without tensor parallelism."""

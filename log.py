@@ -84,12 +84,13 @@ def claim_out_dir(out_dir, config):
 class Log:
     """On rank 0: metrics.jsonl (a row a step, a row an evaluation), a progress bar, and one line a row on the screen."""
 
-    def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False, evaluated=-1):
+    def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False, evaluated=None):
         from tqdm import tqdm
 
         self.total, self.every, self.began, self.start, self.sinks = total, every, time.time(), start, []
         if not main_rank():
             return
+        evaluated = start if evaluated is None else evaluated  # examples at the last evaluation that was complete
         self.path = Path(out_dir) / 'metrics.jsonl'
         _cut(Path(out_dir) / 'samples.jsonl', lambda row: start and row['examples'] <= evaluated)
         _cut(Path(out_dir) / 'bad_step.jsonl', lambda row: row['examples'] <= start)

@@ -273,16 +273,16 @@ def tokens(whole):
 def test_skipped_steps_are_counted_and_leave_the_weights(tmp_path, monkeypatch, whole, script, capsys):
     """One infinite gradient is skipped; the second, after a resume, is beyond the number allowed."""
     flags = ['--skip_bad_steps=1', '--lr_schedule=cosine']
-    poison(monkeypatch, script, [2, 5], None)
+    poison(monkeypatch, script, [3, 5], None)
     with pytest.raises(UserError, match=r'the gradient of the step from 48 to 60 .*1 such steps were skipped before'):
         run(tmp_path / 'run', *flags, script=script)
     assert (
-        'warning: the gradient of the step from 12 to 24 examples is not finite: skipped, 1 of 1'
+        'warning: the gradient of the step from 24 to 36 examples is not finite: skipped, 1 of 1'
         in capsys.readouterr().out
     )
     train = [r for r in rows(tmp_path / 'run') if r['split'] == 'train']
-    assert [r['counters/bad_steps'] for r in train] == [0, 1, 1, 1] and 'grad_norm' not in train[1]
-    before, after = (shard(tmp_path / f'run/checkpoints/00000000{n}').read_bytes() for n in (12, 24))
+    assert [r['counters/bad_steps'] for r in train] == [0, 0, 1, 1] and 'grad_norm' not in train[2]
+    before, after = (shard(tmp_path / f'run/checkpoints/00000000{n}').read_bytes() for n in (24, 36))
     assert before == after  # weights and optimizer: nothing was touched
     monkeypatch.undo()
     monkeypatch.setenv('NANOPREF_CACHE', str(whole.parent / 'cache'))
@@ -290,7 +290,7 @@ def test_skipped_steps_are_counted_and_leave_the_weights(tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=r'the loss of the step from 48 to 60 .*1 such steps were skipped before'):
         run(tmp_path / 'run', *flags, script=script)
     bad = [json.loads(line)['examples'] for line in (tmp_path / 'run/bad_step.jsonl').read_text().splitlines()]
-    assert bad == [24] * 12 + [60]  # the unfinished step's rows are there once
+    assert bad == [36] * 12 + [60]  # the unfinished step's rows are there once
 
 
 @pytest.mark.parametrize('script', ['dpo.py', 'sft.py'])
@@ -303,6 +303,38 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, whole, script):
         run(tmp_path / 'run', '--max_tokens=200', script=script)
     with pytest.raises(UserError, match=r'\(max_tokens=9\); lower max_length'):
         run(tmp_path / 'other', '--max_tokens=9', script=script)
+
+
+def test_memory_of_another_rank_is_heard():
+    """Only that rank knows, so it speaks, whichever it is; what all ranks know is said once."""
+    code = """import configurator, guard, torch
+configurator.configure({'__file__': 'runs/save_pause.py'}, [])
+with guard.memory([type('Batch', (), {'ids': torch.zeros(7)})], 9):
+    raise torch.OutOfMemoryError"""
+    environment = os.environ | {'RANK': '1'}
+    for text, heard in ((code, True), (code.replace('torch.OutOfMemoryError', "configurator.UserError('all')"), False)):
+        text = text.replace(
+            "{'__file__': 'runs/save_pause.py'}",
+            "{'__file__': 'runs/save_pause.py', 'model': 0, 'n_steps': 0, 'folder': 0}",
+        )
+        done = subprocess.run(
+            [sys.executable, '-c', text], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2 and ('the longest microbatch has 7 tokens' in done.stderr) == heard, done.stderr
+        assert heard or not done.stderr
+
+
+def test_a_signal_ends_sampling(whole, monkeypatch):
+    """The rank that got it stops after one more token; what it has is thrown away."""
+    import generate
+    from load import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer('toy')
+    model = load_model('toy', tokenizer=tokenizer)
+    settings = {'max_new_tokens': 30, 'temperature': 0}
+    assert len(generate.generate(model, tokenizer, [[5, 6]], [0], **settings)[0]) > 1
+    monkeypatch.setattr(guard, '_code', guard.SAVED)
+    assert len(generate.generate(model, tokenizer, [[5, 6]], [0], **settings)[0]) == 1
 
 
 # ---- the folder ----
