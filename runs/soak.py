@@ -102,8 +102,8 @@ def main():
     rng = random.Random(seed)
     base = Path(folder or tempfile.mkdtemp(prefix='soak-'))
     base.mkdir(parents=True, exist_ok=True)
-    cases, wholes, durations = [], {}, {}
-    done = survived = number = 0
+    wholes, durations = {}, {}
+    done = survived = number = resumed = 0
     while done < kills:
         loss = losses.split()[number % len(losses.split())]
         world = int(processes.split()[number % len(processes.split())])
@@ -147,10 +147,11 @@ def main():
             f'{loss:9s} {world} processes, killed at {", ".join(hits) or "no time"}: {wrong or "as if nothing had happened"}',
             flush=True,
         )
-        cases.append(wrong)
+        again = (work / 'out.txt').read_text().count('resuming')  # the other kills came before the first checkpoint
+        resumed += again
         if wrong is None:
             shutil.rmtree(work)
-    print(f'{survived} of {done} kills survived, {number} runs, seed {seed}')
+    print(f'{survived} of {done} kills survived, {number} runs, {resumed} starts from a checkpoint, seed {seed}')
     if survived < done:
         print(f'see {base}')
     elif folder is None:
