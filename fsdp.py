@@ -62,6 +62,11 @@ def data_rank():
     return dist.get_rank() // _tp, dist.get_world_size() // _tp
 
 
+def in_groups():
+    """Whether there are tensor-parallel groups, whose ranks have to generate in step."""
+    return _tp > 1
+
+
 @functools.cache
 def _mesh(device_type, tp, group):
     """The ranks of the default group as ('dp', 'tp'), or as ('dp',) without tensor parallelism."""
@@ -69,12 +74,12 @@ def _mesh(device_type, tp, group):
     return init_device_mesh(device_type, shape, mesh_dim_names=('dp', 'tp')[: len(shape)])
 
 
-def leave():
+def leave(code=0):
     """End the process at once. An ordinary exit can abort: gloo's threads want the interpreter while it goes away."""
     dist.barrier()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def on_ranks(mine, fn):
@@ -129,6 +134,13 @@ def smallest(values):
     least = values.min()
     dist.all_reduce(least, dist.ReduceOp.MIN)
     return least
+
+
+def largest(numbers):
+    """The largest of each of a few integers over all ranks. On the CPU: no wait for the device."""
+    table = torch.tensor(numbers)
+    dist.all_reduce(table, dist.ReduceOp.MAX)
+    return table.tolist()
 
 
 # ---- models ----
@@ -228,10 +240,11 @@ def make_optimizer(name, model, lr, weight_decay):
     return getattr(torch.optim, name)(params, lr=lr, weight_decay=weight_decay, **fused)
 
 
-def update(model, optimizer, lr, scale, max_norm):
+def update(model, optimizer, lr, scale, max_norm, strict=True):
     """One optimizer step on scale times the gradients, clipped to max_norm. Returns the norm before clipping.
 
-    scale: number of ranks / sum of the weights, since FSDP has averaged over ranks sums of weighted gradients."""
+    scale: number of ranks / sum of the weights, since FSDP has averaged over ranks sums of weighted gradients. Where the norm is
+    not finite, the weights stay what they are, and it is a UserError; not strict: the caller sees to it."""
     model.reshard()
     groups = {}  # by mesh, with tensor parallelism there are two, or else by nothing
     for p in model.parameters():
@@ -240,6 +253,9 @@ def update(model, optimizer, lr, scale, max_norm):
     norms = [torch.nn.utils.get_total_norm(grads) for grads in groups.values()]
     norm = math.hypot(*((n.full_tensor() if hasattr(n, 'full_tensor') else n).item() for n in norms)) * scale
     if not math.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        if not strict:
+            return norm
         raise UserError(f'the gradient norm is {norm}: lower the learning rate, or look for broken examples')
     for grads in groups.values():
         torch._foreach_mul_(grads, scale * min(1.0, max_norm / (norm + 1e-6)))

@@ -23,9 +23,11 @@ from functools import partial
 import numpy as np
 import torch
 
+import card
 import checkpoint
 import fsdp
 import generate
+import guard
 import log
 import lora
 import losses
@@ -79,6 +81,7 @@ warmup_steps = 10  # optimizer steps of linear warm-up
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 weight_decay = 0.0  # of the optimizer
 max_grad_norm = 1.0  # gradients are clipped to this norm
+skip_bad_steps = 0  # go on without the step where loss or gradient is not finite, so many times in a run
 seed = 0  # of the order of prompts, the answers, the minibatches
 # LoRA
 lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
@@ -147,7 +150,7 @@ kl_in_loss = offline or loss == 'grpo'
 adapters = lora.options(config)
 parallel.check(config)
 rank, world, device = fsdp.setup(tp)
-fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
+guard.begin(out_dir, config, resume)
 tokenizer = load_tokenizer(model, trust_remote_code)
 load = partial(load_examples, tokenizer=tokenizer, seed=seed, max_prompt_length=max_prompt_length, truncation=truncation,
                num_turns=num_turns, skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
@@ -358,19 +361,30 @@ def run_minibatch(examples, tokens, answers, index):
 
 def train_round(first, examples, tokens, answers):
     """All optimizer steps of a round. Returns metrics."""
-    done, size, n_tokens, totals = n_updates * (first // batch_size), minibatch_size // group, 0, {}
+    done, size, n_tokens, totals, norm = n_updates * (first // batch_size), minibatch_size // group, 0, {}, math.nan
     for epoch in range(ppo_epochs):
         order = np.random.default_rng((seed, first, epoch)).permutation(len(examples))
         for i in range(0, len(order), size):
             index = order[i : i + size]
-            weight, sums = run_minibatch(examples, tokens, answers, index)
             rate = lr * log.schedule(done, n_rounds * n_updates, warmup_steps, lr_schedule)
-            norm = fsdp.update(policy, optim, rate, world / weight, max_grad_norm)
-            n = int(answers['n'].view(len(examples), -1)[index].sum())
+            with guard.memory(cut(examples, index)[0], max_tokens):
+                weight, sums = run_minibatch(examples, tokens, answers, index)
+                scale = world / weight if math.isfinite(sums['loss']) else math.nan
+                found = fsdp.update(policy, optim, rate, scale, max_grad_norm, strict=False)
+            if not math.isfinite(found):
+                columns_of = {
+                    k: v.double().view(len(examples), -1)[index].mean(1)
+                    for k, v in answers.items()
+                    if k in ('score', 'n')
+                }
+                guard.bad_step(out_dir, state, skip_bad_steps, first, index, examples.uid[index], found, columns_of)
+                done += 1
+                continue
+            norm, n = found, int(answers['n'].view(len(examples), -1)[index].sum())
             sums['loss'], sums['value_loss'] = sums['loss'] * n / weight, sums['value_loss'] * n / weight
             totals = {k: totals.get(k, 0.0) + v for k, v in sums.items()}
             n_tokens, done = n_tokens + n, done + 1
-    metrics = {f'{k}/train': v / n_tokens for k, v in totals.items() if k != 'value_loss' or loss == 'ppo'}
+    metrics = {f'{k}/train': v / max(1, n_tokens) for k, v in totals.items() if k != 'value_loss' or loss == 'ppo'}
     return metrics | {'grad_norm': norm, 'lr': rate}
 
 
@@ -379,7 +393,7 @@ def train_round(first, examples, tokens, answers):
 
 def evaluate(examples_seen):
     """Metrics of answers to held-out prompts, always from the same seeds; some of them into samples.jsonl."""
-    if not len(held_out):
+    if not len(held_out) or examples_seen <= state['evaluated']:
         return
     prompts = [held_out[i][0].tolist() for i in range(len(held_out))]
     ids = sample(prompts, [seed * 1_000_003 + i for i in range(len(prompts))])
@@ -387,45 +401,68 @@ def evaluate(examples_seen):
     tokens, answers = measure(examples)
     if reward_model:
         answers['score'] = scores(examples)
+    if guard.stop_asked():
+        return  # answers were cut short: it is done again after the resume
     if main_rank():
         some = [('policy', i, ids[i][: len(ids[i]) - int(answers['ended'][i])]) for i in range(len(ids))]
         generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, some[:n_eval_model_samples], examples_seen)
     logger.row('eval', examples_seen, describe(examples, tokens, answers, 'eval'))
+    state['evaluated'] = examples_seen
 
 
 # ---- training ----
 
+
+def crossed(every, first, seen):
+    """Whether the round from first to seen answers is one after which to do what is done every so many answers."""
+    return every and seen < total and seen // every > first // every
+
+
+def save(seen):
+    checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
+
+
 latest = checkpoint.latest(out_dir) if resume else None
-start = checkpoint.load(latest, policy, optim)['examples'] if latest else 0
+state = checkpoint.load(latest, policy, optim) if latest else {'examples': 0, 'evaluated': -1, 'bad_steps': 0}
+start = state.pop('examples')
 fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
-logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard)
+logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['evaluated'])
 kind = f'{loss} {"offline " if offline else ""}on {world} ranks'
 logger.say(
     f'{"resuming" if start else "training"} {kind}: {total} answers, {batch_size} a round, {minibatch_size} a step'
 )
 if do_first_eval and not start:
     evaluate(0)
+elif start and crossed(eval_every, start - batch_size, start):
+    evaluate(start)  # unless it was complete
 n_rounds, n_updates = -(-total // batch_size), ppo_epochs * -(-batch_size // minibatch_size)
 clock = time.time()
 for first, index in steps(len(train), batch_size // group, total // group, seed, start // group):
     first, seen = first * group, (first + len(index)) * group
     examples, tokens, answers, metrics = make_round(first, index)
+    guard.boundary(partial(save, first) if first else bool, logger.close)  # a round that was cut short is thrown away
     sampled = time.time()
     metrics |= train_round(first, examples, tokens, answers)
     elapsed, sampling, clock = time.time() - clock, sampled - clock, time.time()
     metrics |= {'examples_per_second': (seen - first) / elapsed, 'sampling_share': sampling / elapsed,
                 'tokens_per_second': int(answers['n'].sum()) / elapsed, 'counters/step_examples': seen - first}  # fmt: skip
+    metrics |= {'counters/bad_steps': state['bad_steps']} if skip_bad_steps else {}
     logger.row('train', seen, metrics)
-    due = [every and seen < total and seen // every > first // every for every in (eval_every, save_every)]
+    due = [crossed(every, first, seen) for every in (eval_every, save_every)]
     if due[0]:
         evaluate(seen)
     if due[1]:
-        checkpoint.save(out_dir, seen, policy, optim, {}, keep_last)
+        save(seen)
+    guard.boundary(partial(save, seen), logger.close)
     clock = time.time() if any(due) else clock
 evaluate(total)
+guard.boundary(partial(save, total), logger.close)
+checkpoint.wait()
 drop_value_head(policy)
 checkpoint.export(policy, tokenizer, build_policy, f'{out_dir}/model')
+fsdp.on_one_rank(lambda: card.write(out_dir))
 logger.close()
+guard.end()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':
     fsdp.leave()
