@@ -222,7 +222,10 @@ def load(folder, model, optimizer):
         group['lr'] = 0.0  # the scripts set the rate of every step anew
     optimizer.step()  # makes the optimizer's tensors, to be loaded into
     optimizer.zero_grad()
-    dcp.load(_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(folder)))
+    reader = HuggingFaceStorageReader(str(folder))
+    if not any(name.startswith('optimizer.') for name in reader.read_metadata().state_dict_metadata):
+        optimizer.state.clear()  # saved before the first step that changed the weights
+    dcp.load(_tensors(model, optimizer), storage_reader=reader)
     state = json.loads((Path(folder) / 'state.json').read_text())
     rng = state.pop('rng')
     if len(rng) == dist.get_world_size():

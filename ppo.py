@@ -328,13 +328,13 @@ def critique(tokens, reward, answers):
 # ---- one optimizer step ----
 
 
-def run_minibatch(examples, tokens, answers, index):
-    """Forward and backward of the examples at index. Returns (weight, sums over the minibatch: name -> float).
+def run_minibatch(batches, examples, tokens, answers, index):
+    """Forward and backward of the examples at index, in batches. Returns (weight, sums over the minibatch: name -> float).
 
     After it the policy's gradients are the sum over its tokens of weight times gradient, divided by the number of ranks."""
     n = examples.spans.shape[1] - 1
     sums = torch.zeros(4, dtype=torch.float64)
-    for batch in cut(examples, index)[0]:
+    for batch in batches:
         at = token_places(batch, index, answers['start'], n)
         real = (at >= 0).to(device)
         c = {k: v[at].to(device, torch.float32) for k, v in tokens.items()}
@@ -367,8 +367,9 @@ def train_round(first, examples, tokens, answers):
         for i in range(0, len(order), size):
             index = order[i : i + size]
             rate = lr * log.schedule(done, n_rounds * n_updates, warmup_steps, lr_schedule)
-            with guard.memory(cut(examples, index)[0], max_tokens):
-                weight, sums = run_minibatch(examples, tokens, answers, index)
+            batches, *_ = cut(examples, index)
+            with guard.memory(batches, max_tokens):
+                weight, sums = run_minibatch(batches, examples, tokens, answers, index)
                 scale = world / weight if math.isfinite(sums['loss']) else math.nan
                 found = fsdp.update(policy, optim, rate, scale, max_grad_norm, strict=False)
             if not math.isfinite(found):
