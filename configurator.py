@@ -21,12 +21,14 @@ RANGES = {
     (0, math.inf): 'lr warmup_steps weight_decay n_eval_examples seed temperature',
     (0, 1): 'noise_rate data_fraction frac_good frac_bad',
     (1e-9, 1): 'top_p',
-    (1e-9, math.inf): 'max_grad_norm beta_prime',
+    (1e-9, math.inf): 'max_grad_norm beta_prime timeout',
     (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every save_every keep_last log_every max_length '
-                   'max_prompt_length max_new_tokens num_turns n_eval_model_samples n_steps threads prompt_tokens answer_tokens vocabulary',
+                   'max_prompt_length max_new_tokens num_turns n_eval_model_samples n_steps threads prompt_tokens '
+                   'answer_tokens vocabulary n concurrency',
 }  # fmt: skip
 CHOICES = {'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
-           'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released')}  # fmt: skip
+           'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released'),
+           'split': ('train', 'test')}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -166,8 +168,8 @@ def _check(name, value, options, where):
     if ('None' if value is None else type(value).__name__) not in allowed or value != value:
         raise UserError(f'{where}: {name} must be {" or ".join(allowed)}, not {value!r}')
     for (low, high), names in RANGES.items():
-        if name in names.split() and value is not None and not low <= value <= high:
+        if name in names.split() and type(value) in (int, float) and not low <= value <= high:
             raise UserError(f'{where}: {name} must lie between {low} and {high}, not {value}')
-    if value not in CHOICES.get(name, (value,)):
+    if value is not None and value not in CHOICES.get(name, (value,)):
         raise UserError(f'{where}: {name} must be one of {", ".join(CHOICES[name])}, not {value!r}')
     return value

@@ -80,7 +80,11 @@ class Examples:
 
 def uniform_hash(uid, seed):
     """uint64 ids -> numbers in [0, 1) that look random and depend on nothing else but the seed (splitmix64)."""
-    x = uid + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    return splitmix64(uid + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)).astype(np.float64) / 2**64
+
+
+def splitmix64(x):
+    """uint64 -> uint64 that looks random: a bijection that counters can go into."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2**64
+    return x ^ (x >> np.uint64(31))

@@ -158,13 +158,15 @@ def blocks(model):
 def unsharded(model):
     """Keep all parameters gathered: generation is several times faster, and ranks need not generate in step."""
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for m in modules:
-        m.set_reshard_after_forward(False, recurse=False)
-        m.unshard()
-    yield
-    for m in modules:
-        m.set_reshard_after_forward(m is not model, recurse=False)
-        m.reshard()
+    try:
+        for m in modules:
+            m.set_reshard_after_forward(False, recurse=False)
+            m.unshard()
+        yield
+    finally:
+        for m in modules:
+            m.set_reshard_after_forward(m is not model, recurse=False)
+            m.reshard()
 
 
 def make_optimizer(name, model, lr, weight_decay):

@@ -1,11 +1,15 @@
 """Sampling answers from a model. The noise of an answer comes from its own seed, so no answer depends on its batch."""
 
 import json
+import math
 
+import numpy as np
 import torch
 import transformers
 
 import fsdp
+from configurator import UserError
+from examples import splitmix64
 from model import core, padded_attention
 
 
@@ -31,15 +35,40 @@ def write(file, tokenizer, prompts, answers, examples_seen):
             stream.write(json.dumps(row) + '\n')
 
 
-class _Gumbel(transformers.LogitsProcessor):
-    """Adding Gumbel noise and taking the largest is sampling; a generator a row makes a row independent of its batch."""
+class _Draw(transformers.LogitsProcessor):
+    """Draws a token for every row and leaves it the only one with a score, so that the greedy choice is the sample.
 
-    def __init__(self, seeds):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    Adding Gumbel noise and taking the largest is sampling. First a block of about sqrt(V) tokens is drawn, by its total
+    probability, then a token in it: 2 sqrt(V) noises a token instead of V, each a hash of the row's seed and its own place,
+    so that a row knows nothing of its batch. Unlike inverting the cumulative distribution, where a rounding error in one
+    probability moves the borders of all later tokens, another batch's rounding can only change a near tie."""
+
+    def __init__(self, seeds, start):
+        self.keys, self.start = splitmix64(np.array([seed % 2**64 for seed in seeds], np.uint64)), start
+        self.grid = None
 
     def __call__(self, ids, scores):
-        noise = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators]).to(scores.device)
-        return scores.float().log_softmax(-1) - (-noise.clamp(min=1e-20).log()).log()
+        rows, vocabulary = scores.shape
+        side = math.isqrt(vocabulary - 1) + 1
+        if self.grid is None:  # one buffer for all steps: fresh memory costs a CPU as much as the arithmetic
+            self.grid = scores.new_full((rows, side * side), -math.inf)
+        self.grid[:, :vocabulary] = scores
+        grid = self.grid.view(rows, side, side)
+        noise = self.noise(ids.shape[1] - self.start, 2 * side).to(scores)
+        mass = grid.logsumexp(2)
+        if mass.isnan().any():
+            raise UserError(
+                "the model's scores are not numbers (nan): its weights are broken, or too large for its type"
+            )
+        block = (mass + noise[:, :side]).argmax(1)
+        inside = (grid[torch.arange(rows), block] + noise[:, side:]).argmax(1)
+        return scores.fill_(-math.inf).scatter_(1, (block * side + inside)[:, None], 0.0)
+
+    def noise(self, step, n):
+        """(rows, n) Gumbel noises of a step."""
+        places = np.arange(step * n, (step + 1) * n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        uniform = ((splitmix64(self.keys[:, None] + places) >> np.uint64(11)) + 0.5) / 2**53
+        return torch.from_numpy(-np.log(-np.log(uniform)))
 
 
 @torch.no_grad()
@@ -57,14 +86,16 @@ def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.
         processors.append(transformers.TemperatureLogitsWarper(temperature))
         if top_p < 1:
             processors.append(transformers.TopPLogitsWarper(top_p))
-        processors.append(_Gumbel(seeds))
+        processors.append(_Draw(seeds, width))
     settings = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id
     )
     own, inner.generation_config = inner.generation_config, settings  # a repetition penalty there is not the model's
-    with padded_attention(model):
-        out = inner.generate(ids, attention_mask=mask, logits_processor=processors, synced_gpus=False)
-    inner.generation_config = own
+    try:
+        with padded_attention(model):
+            out = inner.generate(ids, attention_mask=mask, logits_processor=processors, synced_gpus=False)
+    finally:
+        inner.generation_config = own
     answers = out[:, width:].tolist()
     return [a[: next((i for i, token in enumerate(a) if token in stop), len(a))] for a in answers]
 

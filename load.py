@@ -51,6 +51,8 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
                 model = transformers.AutoModelForCausalLM.from_config(
                     config, dtype=torch.float32, trust_remote_code=trust_remote_code
                 )
+            if name != 'toy':
+                _own_stop_tokens(model, name)
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
@@ -60,6 +62,14 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, name)
     return model.eval()
+
+
+def _own_stop_tokens(model, name):
+    """What from_config does not read: the tokens that end an answer, where generation_config.json has its own."""
+    with contextlib.suppress(OSError):
+        own = transformers.GenerationConfig.from_pretrained(name).eos_token_id
+        if own is not None:
+            model.generation_config.eos_token_id = own
 
 
 def check_tokenizer(tokenizer, model, name: str):

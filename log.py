@@ -15,8 +15,8 @@ SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin
          'rewards/rejected': 'rejected', 'kl/samples': 'kl'}  # fmt: skip
 
 
-def check_out_dir(out_dir, config, resume):
-    """Raise UserError where out_dir holds a different run, or cannot be written."""
+def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
+    """Raise UserError where out_dir holds a different run, or cannot be written. neutral: options that may differ."""
     file = Path(out_dir) / 'config.json'
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def check_out_dir(out_dir, config, resume):
         raise UserError(f'cannot write to out_dir {out_dir}: {error.strerror}') from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
-    changed = [k for k, v in config.items() if before and k not in NEUTRAL and before.get(k) != v]
+    changed = [k for k, v in config.items() if before and k not in neutral and before.get(k) != v]
     if changed:
         what = ', '.join(f'{k} {before.get(k)!r} there and {config[k]!r} here' for k in changed[:3])
         raise UserError(f'{out_dir} holds a different run ({what}): choose another --out_dir, or delete it')

@@ -268,6 +268,27 @@ def message(role, text):
     return {'role': role, 'content': text}
 
 
+def as_chat(prompt):
+    """A prompt, text or chat, as chat messages: the reverse of Human: / Assistant:, or else one user's message."""
+    if not isinstance(prompt, str):
+        return prompt
+    before, *parts = re.split(r'\n\n(Human|Assistant):', prompt)
+    if before.strip() or not parts:
+        return [message('user', prompt)]
+    roles = {'Human': 'user', 'Assistant': 'assistant'}
+    turns = [message(roles[who], text.strip()) for who, text in zip(parts[::2], parts[1::2], strict=True)]
+    return turns[:-1] if turns[-1] == message('assistant', '') else turns
+
+
+def instruction(prompt):
+    """What a prompt asks, as AlpacaEval has it: of a single question its text alone, else the whole dialogue."""
+    if not isinstance(prompt, str):
+        turns = [turn for turn in prompt if turn['role'] != 'system']
+        return turns[0]['content'] if len(turns) == 1 else '\n\n'.join(f'{t["role"]}: {t["content"]}' for t in turns)
+    text = prompt.removeprefix('\n\nHuman: ').removesuffix(ASSISTANT)
+    return prompt if ASSISTANT in text or ask(text) != prompt else text
+
+
 def get_hh(split, path=None, data_dir=None):
     """Anthropic/hh-rlhf: two dialogues that differ in their last answer; what precedes it is the prompt."""
 

@@ -76,15 +76,13 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
         parts = list({part[3]: part for part in parts}.values())
     texts = [text for prompt, answers, *_ in parts for text in _render(prompt, answers, tokenizer, left_out)]
     ids = tokenizer(texts, add_special_tokens=False)['input_ids'] if texts else []
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    adds_bos = bos is not None and tokenizer('a')['input_ids'][:1] == [bos]
+    first, eos = _first(tokenizer), tokenizer.eos_token_id
     flat, spans, good, uid = [], [], [], []
     position = total = 0
     for _, answers, thumb, key in parts:
         p, *a = ids[position : position + 1 + len(answers)]
         position += 1 + len(answers)
-        if (adds_bos and p[:1] != [bos]) or not p:
-            p = [bos if adds_bos else eos, *p]
+        p = _begin(p, first, eos)
         a = [x if x[-1:] == [eos] else [*x, eos] for x in a]
         if min(map(len, a)) < 2:
             left_out['empty answers'] += 1
@@ -92,9 +90,7 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
         if len(p) + max(map(len, a)) > max_length:
             if len(p) > max_prompt_length:
                 left_out['prompts cut'] += 1
-                head = p[:1] if adds_bos else []
-                tail = p[len(p) - max_prompt_length + len(head) :]
-                p = [*head, *tail] if truncation == 'start' else p[:max_prompt_length]
+                p = _cut(p, max_prompt_length, first, truncation)
             room = max_length - len(p)
             left_out['answers cut'] += sum(len(x) > room for x in a)
             a = [x if len(x) <= room else [*x[: room - 1], eos] for x in a]
@@ -111,6 +107,32 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
         uid.append(key)
     spans = np.array(spans, np.int64).reshape(-1, 3 if task == 'pairs' else 2, 2)
     return Examples(np.array(flat, np.int32), spans, np.array(good, bool), np.array(uid, np.uint64), +left_out)
+
+
+def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out):
+    """The ids of prompts, text or chat, as they are in training; one of more than `longest` tokens is cut, and counted."""
+    texts = [_render(prompt, [], tokenizer, left_out)[0] for prompt in prompts]
+    first, eos = _first(tokenizer), tokenizer.eos_token_id
+    ids = [_begin(p, first, eos) for p in tokenizer(texts, add_special_tokens=False)['input_ids']]
+    left_out['prompts cut'] += sum(len(p) > longest for p in ids)
+    return [p if len(p) <= longest else _cut(p, longest, first, truncation) for p in ids]
+
+
+def _first(tokenizer):
+    """BOS where the tokenizer itself would put one, else None."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer('a')['input_ids'][:1] == [bos] else None
+
+
+def _begin(prompt, first, eos):
+    """A prompt's ids behind BOS, if it has one; an empty prompt is the end of text before."""
+    return prompt if prompt and first in (None, prompt[0]) else [eos if first is None else first, *prompt]
+
+
+def _cut(prompt, length, first, truncation):
+    """The last (or, truncation 'end', the first) tokens of a prompt, BOS kept."""
+    head = [] if first is None else prompt[:1]
+    return [*head, *prompt[len(prompt) - length + len(head) :]] if truncation == 'start' else prompt[:length]
 
 
 def _as_texts(row, task, left_out):

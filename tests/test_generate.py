@@ -129,6 +129,21 @@ def chi_square(counts, p):
     return (statistic - freedom) / (2 * freedom) ** 0.5
 
 
+@pytest.mark.parametrize('vocabulary', [2, 3, 5, 26, 300])
+def test_draws_follow_the_scores(vocabulary):
+    """A block, then a token in it, is a draw from softmax(scores): every step anew, whatever the seeds look like."""
+    n, rng = 20_000, torch.Generator().manual_seed(1)
+    scores = torch.randn(vocabulary, generator=rng) * 2
+    scores[1 : vocabulary // 2 : 2] = -torch.inf  # as top_p leaves them
+    for seeds in (range(n), [2**40 * i + 7 for i in range(n)]):
+        draw, p = generate._Draw(seeds, start=3), scores.softmax(0)
+        rows = [draw(torch.zeros(n, 3 + step), scores.expand(n, -1).clone()) for step in range(2)]
+        first, second = (row.argmax(1) for row in rows)
+        assert chi_square(first.bincount(minlength=vocabulary), p) < 4
+        pairs = (first * vocabulary + second).bincount(minlength=vocabulary**2)
+        assert chi_square(pairs, (p[:, None] * p).flatten()) < 4  # steps are independent
+
+
 def test_stops_at_the_end_of_text():
     net = build()
     long = sample(net, PROMPTS * 8, range(32))

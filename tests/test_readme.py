@@ -12,7 +12,7 @@ import pytest
 from configurator import configure
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {'dpo.py', 'sft.py', 'bench.py'}
+SCRIPTS = {'dpo.py', 'sft.py', 'bench.py', 'sample.py'}
 README = (ROOT / 'README.md').read_text()
 COMMANDS = [
     line.split('#')[0].strip() for block in re.findall(r'```sh\n(.*?)```', README, re.S) for line in block.splitlines()

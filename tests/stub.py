@@ -1,0 +1,88 @@
+"""An OpenAI-compatible endpoint in a thread that misbehaves as told. Used by the tests of endpoint.py and its users."""
+
+import contextlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def completion(text):
+    return {
+        'id': 'x',
+        'object': 'chat.completion',
+        'choices': [{'index': 0, 'message': {'role': 'assistant', 'content': text}}],
+    }
+
+
+@contextlib.contextmanager
+def serve(behave):
+    """Yields the server: .url, .seen (headers, body) of each request, .cut() drops it.
+
+    behave(n, body) says what the n-th request (from 0) gets: a text for a good reply; (status, content) or
+    (status, content, headers), content text or json; 'half', 'drop', 'hang' or 'drip' are wrapped as {'do': 'half'}."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = 'HTTP/1.1'
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+            with server.lock:
+                n = len(server.seen)
+                server.seen.append((self.path, dict(self.headers), body))
+            what = behave(n, body)
+            do = what.get('do') if isinstance(what, dict) else None
+            if do == 'hang':
+                server.over.wait(60)
+                return
+            status, content, headers = (
+                (*what, {})[:3] if isinstance(what, tuple) else (200, completion('half' if do else what), {})
+            )
+            content = (content if isinstance(content, str) else json.dumps(content)).encode()
+            if do == 'drop':
+                self.close_connection = True
+                return
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header('Content-Length', str(len(content)))
+            self.end_headers()
+            if do == 'drip':
+                for byte in content:
+                    if server.over.wait(0.1):
+                        return
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+            elif do == 'half':
+                self.wfile.write(content[: len(content) // 2])
+                self.close_connection = True
+            else:
+                self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads, block_on_close, request_queue_size = True, False, 64
+
+        def handle_error(self, request, address):
+            pass  # the client went away
+
+    server = Server(('127.0.0.1', 0), Handler)
+    server.seen, server.lock, server.over = [], threading.Lock(), threading.Event()
+    server.url = f'http://127.0.0.1:{server.server_port}'
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.over.set()
+        server.shutdown()
+        server.server_close()
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'it never happened'
+        time.sleep(0.02)
