@@ -100,9 +100,9 @@ def claims(grid: Grid, results):
         return [value(grid.beta(method, b, 'mixed', seed), 'gold') for b in grid.betas]
 
     def frontier(method, seed):
-        trials = [grid.pull(method, x, seed) for x in grid.pulls(method)]
-        start = [(0.0, value(grid.reference(seed), 'gold'))] if len(trials) < 2 else []
-        return start + [(value(t, 'kl'), value(t, 'gold')) for t in trials]
+        """(KL, gold) of the SFT model and of the method at every beta."""
+        trials = [grid.reference(seed), *(grid.pull(method, x, seed) for x in grid.pulls(method))]
+        return [(value(t, 'kl'), value(t, 'gold')) for t in trials]
 
     def forward(method, seed):
         """Forward KL on chosen and rejected answers, one number a beta."""

@@ -115,7 +115,7 @@ def run_trial(trial, work, n_samples):
                 options = COMMON | {'data': file, 'eval_data': test} | options
             train(trial['script'], out, options)
         trained = time.time()
-        result |= measure(reference if trial['options'] is None else out / 'model', reference, work, n_samples)
+        result |= measure(reference if trial['options'] is None else out / 'model', reference, work, n_samples, trial['seed'])
         result |= {'seconds_training': round(trained - began, 1)}
     except UserError as error:
         result['error'] = str(error)
@@ -146,8 +146,8 @@ def columns(policy, reference, examples, divergence):
     return torch.cat(parts, 1).double()
 
 
-def measure(folder, reference_folder, work, n_samples):
-    """Gold reward, KL to the reference, accuracy on clean pairs: the same prompts and the same noise for every model.
+def measure(folder, reference_folder, work, n_samples, noise):
+    """Gold reward, KL to the reference, accuracy on clean pairs: the same prompts for every model, the same noise for every model of a seed.
 
     kl: KL(policy || reference) of whole answers, summed exactly over the words at every position of the policy's own samples.
     kl_chosen, kl_rejected: KL(reference || policy), so summed over the positions of the held-out answers. accuracy: share of
@@ -159,7 +159,7 @@ def measure(folder, reference_folder, work, n_samples):
     ids = tokenizer(prompts, add_special_tokens=False)['input_ids']
     answers = []
     for i in range(0, n_samples, 256):
-        seeds = [10**9 + j for j in range(i, min(i + 256, n_samples))]
+        seeds = [(noise + 1) * 10**9 + j for j in range(i, min(i + 256, n_samples))]
         answers += generate.generate(policy, tokenizer, ids[i : i + 256], seeds, max_new_tokens=40)
     texts = [tokenizer.decode(a) for a in answers]
     gold = [toy.gold(p, a) for p, a in zip(prompts, texts, strict=True)]
