@@ -137,9 +137,9 @@ def write_readme(out, readme):
         raise SystemExit(f'{readme} has no markers {BEGIN} and {END}')
     verdict = report[report.index('| claim |') : report.index('A verdict on one claim')]
     flips = report[report.index('| flipped labels |') : report.index('Accuracy\n\n|')]
-    first, middle = text[: text.index(BEGIN)], re.search(r'(\d+) of \d+ trials, seeds [\d, ]+', report)
+    first, size = text[: text.index(BEGIN)], re.search(r'\d+ of \d+ trials, seeds \d+(, \d+)*', report)
     plots = '![gold reward under flipped labels](runs/claims/flips.png)\n![reward against KL](runs/claims/frontier.png)\n\n'
-    body = f'{verdict}{plots}Gold reward under flipped labels (standard error over seeds; {middle.group()}):\n\n{flips}'
+    body = f'{verdict}{plots}Gold reward under flipped labels (standard error over seeds; {size.group()}):\n\n{flips}'
     readme.write_text(f'{first}{BEGIN}\n{body.rstrip()}\n{text[text.index(END) :]}')
 
 

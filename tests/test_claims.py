@@ -149,11 +149,11 @@ def test_report_of_made_up_results(tmp_path, capsys):
 def test_readme_gets_the_verdicts_and_nothing_else_changes(tmp_path):
     claims_report.write(FULL, [1, 2], made_up(FULL, [1, 2]), tmp_path)
     readme = tmp_path / 'README.md'
-    readme.write_text(f'before\n{claims_report.BEGIN}\nold\n{claims_report.END}\nafter\n')
+    readme.write_text(f'before\n{claims_report.BEGIN}\nstale\n{claims_report.END}\nafter\n')
     claims_report.write_readme(tmp_path, readme)
     once = readme.read_text()
     claims_report.write_readme(tmp_path, readme)
-    assert once == readme.read_text() and 'old' not in once
+    assert once == readme.read_text() and 'stale' not in once
     assert once.startswith('before\n') and once.endswith('\nafter\n') and '| Dr. DPO |' in once and f'**{HOLDS}**' in once
 
 
