@@ -18,7 +18,7 @@ import types
 
 # what values make sense, for whichever of these options a script has: [low, high], or the choices
 RANGES = {
-    (0, math.inf): 'lr warmup_steps weight_decay n_eval_examples seed temperature',
+    (0, math.inf): 'lr warmup_steps weight_decay n_eval_examples seed temperature retries center_coef',
     (0, 1): 'noise_rate data_fraction frac_good frac_bad',
     (1e-9, 1): 'top_p',
     (1e-9, math.inf): 'max_grad_norm beta_prime timeout',
@@ -28,7 +28,7 @@ RANGES = {
 }  # fmt: skip
 CHOICES = {'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
            'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released'),
-           'split': ('train', 'test')}  # fmt: skip
+           'split': ('train', 'test'), 'gold': ('toy',)}  # fmt: skip
 
 
 class UserError(ValueError):

@@ -89,6 +89,7 @@ class Batch:
     row: torch.Tensor  # (N,) which answer
     column: torch.Tensor  # (N,) which token of it
     n: torch.Tensor  # (A,) answer lengths
+    last: torch.Tensor  # (A,) place, in the flattened ids, of the last token of each answer
     place: list  # of each example in the step; -1: a filler that does not count
     longest: int  # tokens of the longest answer
     position: torch.Tensor | None = None
@@ -114,7 +115,7 @@ def pack(examples, place, *, share_prefix=True, pad=False, filler=2, device='cpu
     else:
         groups = examples
     width = max(len(p) + len(a[0]) for p, a in groups) if pad else 0
-    ids, position, index, target, row, column, n, shape = [], [], [], [], [], [], [], []
+    ids, position, index, target, row, column, n, last, shape = [], [], [], [], [], [], [], [], []
     start = 0
     for prompt, answers in groups:
         p = len(prompt)
@@ -131,6 +132,7 @@ def pack(examples, place, *, share_prefix=True, pad=False, filler=2, device='cpu
             column.append(np.arange(k))
             n.append(k)
             first += k
+            last.append(first - 1)
         if pad:
             ids.append(np.zeros(start + width - first))
         shape.append((p, tuple(map(len, answers))))
@@ -140,7 +142,7 @@ def pack(examples, place, *, share_prefix=True, pad=False, filler=2, device='cpu
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
 
     batch = Batch(tensor(ids)[None], tensor(index), tensor(target), tensor(row), tensor(column),
-                  torch.tensor(n, device=device), list(place), max(n))  # fmt: skip
+                  torch.tensor(n, device=device), torch.tensor(last, device=device), list(place), max(n))  # fmt: skip
     if pad:
         batch.ids = batch.ids.view(-1, width)
         ends = torch.tensor([p + a[0] for p, a in shape], device=device)

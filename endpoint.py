@@ -132,11 +132,14 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
             else:
                 failures = failures + 1 if result.text is None else 0
                 proven = proven or result.text is not None
-                if failures == FAILED_IN_A_ROW:
-                    raise UserError(f'{address} failed {failures} jobs in a row; the last one: {result.error}')
+                if failures >= (FAILED_IN_A_ROW if proven else max(concurrency, 2)):  # sooner if all do from the start
+                    advice = (
+                        'run the same command later' if proven else "see the model's name, and the server's own log"
+                    )
+                    raise UserError(f'{failures} requests in a row failed; the last one: {result.error}: {advice}')
                 yield result
             if held and not under_way and not proven:
-                raise UserError(f'{held[0].error}; see that --judge_model or --model and the other options suit it')
+                raise UserError(f'{held[0].error}; see that the name of the model and the other options suit it')
             if proven:
                 yield from held
                 held = []

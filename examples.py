@@ -11,10 +11,12 @@ from configurator import UserError
 class Examples:
     """Tokenised examples. ids: all tokens, flat; spans (n, 1 + answers, 2): start and end of the prompt and each answer;
     good (n,): thumbs up (KTO); uid (n,): a hash of the text; left_out: what was dropped or cut, and how often;
-    ref (n, answers): the reference's log-probs, where they are cached."""
+    ref (n, answers): the reference's log-probs, where they are cached; margin (n,): of pairs, for reward.py, if they have
+    any."""
 
-    def __init__(self, ids, spans, good, uid, left_out, ref=None):
-        self.ids, self.spans, self.good, self.uid, self.left_out, self.ref = ids, spans, good, uid, left_out, ref
+    def __init__(self, ids, spans, good, uid, left_out, ref=None, margin=None):
+        self.ids, self.spans, self.good, self.uid, self.left_out = ids, spans, good, uid, left_out
+        self.ref, self.margin = ref, margin
 
     def __len__(self):
         return len(self.spans)
@@ -37,11 +39,13 @@ class Examples:
         return (self.spans[..., 1] - self.spans[..., 0]).sum(1)
 
     def select(self, index):
-        ref = None if self.ref is None else self.ref[index]
-        return Examples(self.ids, self.spans[index], self.good[index], self.uid[index], self.left_out, ref)
+        ref, margin = (None if x is None else x[index] for x in (self.ref, self.margin))
+        return Examples(self.ids, self.spans[index], self.good[index], self.uid[index], self.left_out, ref, margin)
 
     def flip(self, rate, seed):
-        """Swap the labels of this fraction of pairs, chosen by a hash of the pair: the sets are nested in the rate."""
+        """Swap the labels of this fraction of pairs, chosen by a hash of the pair: the sets are nested in the rate.
+
+        A flipped pair keeps its margin: whoever takes the worse answer for the better one is as sure of it."""
         flipped = uniform_hash(self.uid, seed) < rate
         spans, good, ref = self.spans.copy(), self.good.copy(), self.ref
         if spans.shape[1] == 3:
@@ -50,7 +54,7 @@ class Examples:
         else:  # the two answers of a pair have its uid, and flip together
             good[flipped] ^= True
         left_out = self.left_out + Counter({'labels flipped': int(flipped.sum())})
-        return Examples(self.ids, spans, good, self.uid, left_out, ref)
+        return Examples(self.ids, spans, good, self.uid, left_out, ref, self.margin)
 
     def first_answers(self):
         """The chosen answers alone, for SFT."""

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from configurator import UserError
-from model import core, hidden_and_head, response_logps, set_attention
+from model import core, hidden_and_head, response_logps, response_scores, set_attention
 
 
 def setup():
@@ -136,7 +136,7 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
         if full:
             buffer.copy_(sources[name])
         dist.broadcast(buffer, 0)
-    for method in (response_logps, hidden_and_head):
+    for method in (response_logps, hidden_and_head, response_scores):
         add_method(model, method)
     set_attention(model, packed=True)
     return model

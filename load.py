@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from configurator import UserError
+from log import say
 from model import core, register_attention, set_attention
 
 transformers.utils.logging.set_verbosity_error()
@@ -45,6 +46,8 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
             config = toy.model_config()
         else:
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if _is_classifier(config):
+            raise UserError(f'{name!r} is a reward model: a language model is needed here')
         if empty or name == 'toy':
             with torch.device('meta') if empty else contextlib.nullcontext(), torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -54,9 +57,16 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
             if name != 'toy':
                 _own_stop_tokens(model, name)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
+            _check_complete(name, info['missing_keys'])
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f'cannot load the model {name!r}: {_first_line(error)}') from None
     if tokenizer is not None:
@@ -72,6 +82,91 @@ def _own_stop_tokens(model, name):
             model.generation_config.eos_token_id = own
 
 
+def _check_complete(name, missing):
+    """Raise UserError where a folder lacks weights: transformers would make them up at random."""
+    if missing:
+        raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
+
+
+def separate_pad(tokenizer):
+    """Give the tokenizer a pad token that is not its end of text, on the right: transformers reads a score at the last
+    token that is not padding, and that must be the end of text."""
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({'pad_token': '<|pad|>'})
+    tokenizer.padding_side = 'right'
+    return tokenizer
+
+
+def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = False, trust_remote_code: bool = False,
+                seed: int = 0):  # fmt: skip
+    """A reward model, a transformers sequence classifier with one output, in float32 and eval mode, on the CPU.
+
+    name: as in load_model; new_head: it may be a causal LM, whose head gives way to a scalar one drawn from the seed.
+    tokenizer: with a separate pad token, whose row the embedding gets if it has none. Raises UserError."""
+    register_attention()
+    auto = transformers.AutoModelForSequenceClassification
+    options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
+    try:
+        config = _reward_config(name, tokenizer, new_head, trust_remote_code)
+        text, trained = config.get_text_config(), _is_classifier(config)
+        rows = old = text.vocab_size
+        if tokenizer.pad_token_id == old == len(tokenizer) - 1:  # a new pad token, for which there is no spare row
+            rows = old + 1
+        with torch.random.fork_rng(devices=[]), torch.device('meta') if empty else contextlib.nullcontext():
+            torch.manual_seed(seed)
+            if empty or name == 'toy':
+                text.vocab_size, text.pad_token_id = rows, tokenizer.pad_token_id
+                model, info = auto.from_config(config, **options), {}
+            else:
+                text.pad_token_id = None  # an embedding cannot be made with a pad token that it has no row for
+                options |= {'use_safetensors': True, 'output_loading_info': True}
+                model, info = auto.from_pretrained(name, config=config, **options)
+                if rows > old:
+                    model.resize_token_embeddings(rows, mean_resizing=False).weight.data[old:] = 0.0
+                model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # a copy of the one above
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f'cannot load the model {name!r}: {_first_line(error)}') from None
+    check_tokenizer(tokenizer, model, name)
+    if not is_reward(model):
+        raise UserError(f'{type(model).__name__} has no head of the name score: it cannot be a reward model here')
+    _check_complete(name, set(info.get('missing_keys', ())) - (set() if trained else {'score.weight', 'score.bias'}))
+    if not trained and not empty:
+        gone = ', '.join(sorted(info.get('unexpected_keys', ()))) or 'its own'
+        say(
+            f'a reward model from the language model {name!r}: a new scalar head, drawn from seed {seed}, replaces {gone}'
+        )
+    if rows > old and not empty:
+        say(f'the embedding has one row more, for the pad token {tokenizer.pad_token}')
+    return model.eval()
+
+
+def _is_classifier(config):
+    return (config.architectures or [''])[0].endswith('ForSequenceClassification')
+
+
+def _reward_config(name, tokenizer, new_head, trust_remote_code):
+    """The config of load_reward's model: one output. Raises UserError where name is no reward model that can be read here."""
+    if name == 'toy':
+        import toy
+
+        config = toy.model_config()
+    else:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if not _is_classifier(config) and not new_head:
+        raise UserError(f'{name!r} is no reward model but a language model: train one from it with reward.py')
+    if _is_classifier(config) and config.num_labels != 1:
+        raise UserError(f'the classifier {name!r} has {config.num_labels} outputs; a reward model has one')
+    if _is_classifier(config) and config.get_text_config().pad_token_id == tokenizer.eos_token_id:
+        raise UserError(
+            f'{name!r} pads with its end of text, so its score was read one token before that; here it is read at the end of '
+            'text: train it further with another pad_token_id in its config.json'
+        )
+    config.num_labels = 1
+    return config
+
+
 def check_tokenizer(tokenizer, model, name: str):
     """Raise UserError when the tokenizer can produce ids that the model has no embedding for."""
     rows = core(model).get_input_embeddings().num_embeddings
@@ -81,26 +176,41 @@ def check_tokenizer(tokenizer, model, name: str):
         )
 
 
+def is_reward(model):
+    """Whether a model scores answers, instead of predicting tokens."""
+    return hasattr(core(model), 'score')
+
+
 @torch.no_grad()
 def packing_error(model, batch, padded):
-    """Largest relative difference between response_logps of a batch and of the model's own forward of the same, padded.
+    """Largest relative difference between response_logps (for a reward model response_scores) of a batch and what the
+    model's own forward gives for the same, padded.
 
     Infinite where the architecture takes no attention from outside (GPT-J, BLOOM), does not hand it the batch, or runs on
     from one answer into the next (convolutions, linear attention)."""
     config, before = core(model).config, core(model).config._attn_implementation
+    scoring = is_reward(model)
     other_layers = set(getattr(config, 'layer_types', None) or ()) - {'full_attention', 'sliding_attention'}
     try:
         set_attention(model, packed=bool(batch.groups))
         if batch.groups and (config._attn_implementation != 'packed' or other_layers):
             return math.inf
-        ours = model.response_logps(batch)[0]
+        ours = model.response_scores(batch) if scoring else model.response_logps(batch)[0]
         set_attention(model, packed=False)
-        logits = model(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float().log_softmax(-1)
+        filler = (
+            config.get_text_config().pad_token_id if scoring else 0
+        )  # a score is read at the last id that is not pad
+        ids = padded.ids.masked_fill(padded.mask == 0, filler)
+        logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
     except NotImplementedError:
         return math.inf
     finally:
         core(model).set_attn_implementation(before)
-    plain = padded.sum(logits.flatten(0, 1)[padded.index].gather(1, padded.target[:, None])[:, 0])
+    if scoring:
+        plain = logits[:, 0]
+    else:
+        logps = logits.log_softmax(-1).flatten(0, 1)[padded.index]
+        plain = padded.sum(logps.gather(1, padded.target[:, None])[:, 0])
     return ((ours - plain).abs() / plain.abs().clamp(min=1)).max().item()
 
 
@@ -115,6 +225,8 @@ def can_pack(model, packed, padded, say):
     error = packing_error(model, padded, padded)
     if error > limit:
         name = type(core(model)).__name__
+        if is_reward(model):
+            raise UserError(f'{name} gives other scores than its head on the end of text: off by {error:.1%}')
         raise UserError(
             f'{name} does to its logits what _post in model.py does not know: log-probs would be off by {error:.1%}'
         )

@@ -121,9 +121,11 @@ def kto(pi, ref, good, z=0.0, *, beta, w_good, w_bad):
     h = beta * (pi - ref - z)
     return torch.where(good, w_good * sigmoid(-h), w_bad * sigmoid(h))
 
-def bradley_terry(s_w, s_l, margin, *, center_coef):
-    """L(s_w - s_l - margin) + center_coef (s_w + s_l)^2 on the scores of a reward model. arXiv:2203.02155."""
-    return -logsigmoid(s_w - s_l - margin) + center_coef * (s_w + s_l) ** 2
+def bradley_terry(s_w, s_l, margin, *, center_coef, label_smoothing=0.0):
+    """(1 - e) L(h) + e L(-h) + center_coef (s_w + s_l)^2, h = s_w - s_l - margin, on the scores of a reward model.
+    arXiv:2203.02155; margin: 2307.09288; centred scores: 2312.09244."""
+    h = s_w - s_l - margin
+    return -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h) + center_coef * (s_w + s_l) ** 2
 
 def drdpo_weight(losses, shift, *, beta_prime):
     """w of Dr. DPO, -beta' log mean exp(-l / beta'), arXiv:2407.07880 eq. 12; any shift common to the step cancels."""

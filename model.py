@@ -1,8 +1,8 @@
 """Inside a transformers model: attention over packed answers, log-probs of answers, divergences. load.py makes one.
 
-The one function that training needs is response_logps(model, batch): log-prob sums of every answer in a packed microbatch
+Training on preferences needs one function, response_logps(model, batch): log-prob sums of every answer in a packed microbatch
 (data.py), float32, with the LM head applied only where an answer token is predicted, in chunks that are recomputed in
-backward, so that no (tokens, vocabulary) tensor of the whole microbatch ever exists. No collectives here: fsdp.py.
+backward, so that no (tokens, vocabulary) tensor of the whole microbatch ever exists. A reward model needs response_scores. No collectives here: fsdp.py.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ def _attend(q, k, v, scaling, window, softcap):
     return scores.float().softmax(-1).to(v.dtype) @ v.repeat_interleave(repeat, 1)
 
 
-# ---- log-probs and divergences of answers ----
+# ---- log-probs, divergences and scores of answers ----
 
 
 def response_logps(model, batch, divergence=None, reference=None):
@@ -90,15 +90,29 @@ def response_logps(model, batch, divergence=None, reference=None):
     return torch.stack([batch.sum(row) for row in tokens])
 
 
-def hidden_states(model, batch):
-    """Last hidden states of a batch (rows, T, d) and the head's (weight, bias)."""
+def response_scores(model, batch):
+    """Scores of the A answers of a batch under a reward model: its head on the last token of each answer. (A,), float32."""
+    head, hidden = core(model).score, body(model, batch).flatten(0, 1)[batch.last]
+    bias = None if head.bias is None else head.bias.to(wide(hidden))
+    return F.linear(hidden.to(wide(hidden)), head.weight.to(wide(hidden)), bias).sum(
+        1
+    )  # not [:, 0]: FSDP2 warns of views
+
+
+def body(model, batch):
+    """Last hidden states of a batch, (rows, T, d)."""
     inner = core(model)
     if batch.groups:
         out = inner.base_model(input_ids=batch.ids, position_ids=batch.position, use_cache=False, packed=batch)
     else:
         out = inner.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    head = inner.get_output_embeddings()
-    return out.last_hidden_state, (head.weight, head.bias)
+    return out.last_hidden_state
+
+
+def hidden_states(model, batch):
+    """Last hidden states of a batch (rows, T, d) and the head's (weight, bias)."""
+    head = core(model).get_output_embeddings()
+    return body(model, batch), (head.weight, head.bias)
 
 
 def hidden_and_head(model, batch):

@@ -1,7 +1,8 @@
 """The datasets: where examples come from. Adding one is adding a get_foo(split, path) -> (rows, parse).
 
 rows are the raw rows as the hub, or the local file or folder `path`, has them; parse(row) -> list of examples, each one of
-  {'prompt', 'chosen', 'rejected'}, with 'sft' where the SFT target is not simply the chosen answer;
+  {'prompt', 'chosen', 'rejected'}, with 'sft' where the SFT target is not simply the chosen answer, and 'margin', a number,
+  where it is known by how much the chosen one is better;
   {'prompt', 'response'}, with 'good': bool for KTO;  {'prompt'};  {'drop': reason} for what the dataset's rules leave out.
 A row that is not what it should be makes parse raise ValueError(reason). Texts are strings in Anthropic's format
 ('\\n\\nHuman: ...\\n\\nAssistant:', then ' answer') or lists of chat messages.
@@ -203,8 +204,9 @@ def parse_any(row):
         chosen, rejected = text_or_chat(row, 'chosen'), text_or_chat(row, 'rejected')
         if type(chosen) is not type(rejected):
             raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
+        more = {} if row.get('margin') is None else {'margin': margin(row)}
         if 'prompt' in row:
-            return [{'prompt': text_or_chat(row, 'prompt'), 'chosen': chosen, 'rejected': rejected}]
+            return [{'prompt': text_or_chat(row, 'prompt'), 'chosen': chosen, 'rejected': rejected, **more}]
         n = next(
             (i for i, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y),
             min(len(chosen), len(rejected)),
@@ -212,7 +214,7 @@ def parse_any(row):
         same = chosen[:n]
         if isinstance(chosen, str) and not same.endswith((' ', '\n', ':')):  # do not cut a word in two
             n = max(same.rfind(' '), same.rfind('\n'), same.rfind(':') + 1, 0)
-        return [{'prompt': chosen[:n], 'chosen': chosen[n:], 'rejected': rejected[n:]}]
+        return [{'prompt': chosen[:n], 'chosen': chosen[n:], 'rejected': rejected[n:], **more}]
     for key in ('response', 'completion'):
         if key in row:
             example = {'prompt': text_or_chat(row, 'prompt'), 'response': text_or_chat(row, key)}
@@ -234,6 +236,14 @@ def text_or_chat(row, key):
     if isinstance(value, list):
         return [message(field(turn, 'role'), field(turn, 'content')) for turn in value]
     return value
+
+
+def margin(row):
+    """row['margin'], a finite number."""
+    value = field(row, 'margin', NUMBER)
+    if isinstance(value, bool) or not abs(value) < 1e30:  # NaN is not less than anything
+        raise ValueError("'margin' is not a finite number")
+    return float(value)
 
 
 def get_toy(split, path=None):
@@ -490,7 +500,11 @@ def get_alpaca_eval(split, path=None):
 
 
 def parse_annotation(row):
-    prompt, outputs = ask(field(row, 'instruction')), [answer(field(row, 'output_' + x)) for x in '12']
+    outputs = [field(row, 'output_' + x) for x in '12']
+    if 'prompt' in row:  # label.py keeps what is not '\n\nHuman: instruction\n\nAssistant:' as it is
+        prompt = text_or_chat(row, 'prompt')
+    else:
+        prompt, outputs = ask(field(row, 'instruction')), [answer(x) for x in outputs]
     if row.get('preference') is None or row['preference'] != row['preference']:  # null or NaN
         return [{'drop': 'no verdict'}]
     preference = field(row, 'preference', NUMBER)

@@ -24,17 +24,17 @@ NO_TEMPLATE = 'note: no chat template in the tokenizer, so chats are written as 
 
 
 def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length, truncation='start', whole=False,
-                  num_turns=1, skip_bad_rows=False, data_fraction=1.0, seed=0, cache=True):  # fmt: skip
+                  num_turns=1, skip_bad_rows=False, data_fraction=1.0, seed=0, cache=True, margins=False):  # fmt: skip
     """Tokenised examples of 'hh', 'hh+shp', 'hh:PATH', 'toy', a hub id, a file or folder; cached on disk by content.
 
     task: 'pairs', 'singles' (KTO, made from pairs if need be) or 'sft'. max_length, max_prompt_length: tokens; where the
     whole is too long, the prompt loses its start (or end: truncation), then answers are cut before their end of text.
-    whole: a single file is all for this split. Raises UserError."""
+    whole: a single file is all for this split. margins: keep the margins of pairs. Raises UserError."""
     if max_length < max_prompt_length + 2:
         raise UserError(
             f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
         )
-    options = [split, task, max_length, max_prompt_length, truncation, whole, num_turns, skip_bad_rows]
+    options = [split, task, max_length, max_prompt_length, truncation, whole, num_turns, skip_bad_rows, margins]
     stamps, rows, left_out = [sources.fingerprint(source, split) for source in data.split('+')], None, Counter()
 
     def read():
@@ -50,13 +50,13 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         stamps = [sources.content_hash(rows)]
     tokenizer_stamp = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
     template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
-    key = json.dumps([1, stamps, options, tokenizer_stamp, template, tokenizer.eos_token_id])
+    key = json.dumps([2, stamps, options, tokenizer_stamp, template, tokenizer.eos_token_id])
     folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
     file = folder / f'tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors'
     examples = _read_cache(file) if cache else None
     if examples is None:
         rows = read() if rows is None else rows
-        examples = tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out)
+        examples = tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins)
         if cache:
             _write_cache(file, examples)
     if NO_TEMPLATE in examples.left_out:
@@ -69,31 +69,25 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     return examples
 
 
-def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out):
-    """Examples from rows of text or chat; what cannot be used is counted in left_out."""
+def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False):
+    """Examples from rows of text or chat; what cannot be used is counted in left_out.
+
+    margins: if any pair has a margin, all get one, 0 where there is none, which is counted."""
     parts = [part for row in rows for part in _as_texts(row, task, left_out)]
     if task == 'sft':  # one demonstration a prompt and answer, however many pairs it is in
         parts = list({part[3]: part for part in parts}.values())
     texts = [text for prompt, answers, *_ in parts for text in _render(prompt, answers, tokenizer, left_out)]
     ids = tokenizer(texts, add_special_tokens=False)['input_ids'] if texts else []
     first, eos = _first(tokenizer), tokenizer.eos_token_id
-    flat, spans, good, uid = [], [], [], []
+    flat, spans, good, uid, margin = [], [], [], [], []
     position = total = 0
-    for _, answers, thumb, key in parts:
+    for _, answers, thumb, key, by in parts:
         p, *a = ids[position : position + 1 + len(answers)]
         position += 1 + len(answers)
-        p = _begin(p, first, eos)
-        a = [x if x[-1:] == [eos] else [*x, eos] for x in a]
-        if min(map(len, a)) < 2:
+        if any(x in ([], [eos]) for x in a):
             left_out['empty answers'] += 1
             continue
-        if len(p) + max(map(len, a)) > max_length:
-            if len(p) > max_prompt_length:
-                left_out['prompts cut'] += 1
-                p = _cut(p, max_prompt_length, first, truncation)
-            room = max_length - len(p)
-            left_out['answers cut'] += sum(len(x) > room for x in a)
-            a = [x if len(x) <= room else [*x[: room - 1], eos] for x in a]
+        p, a = _fit(p, a, first, eos, max_length, max_prompt_length, truncation, left_out)
         if len(a) == 2 and a[0] == a[1]:
             left_out['pairs with equal answers'] += 1
             continue
@@ -105,8 +99,38 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
         spans.append(np.stack((edges[:-1], edges[1:]), 1))
         good.append(thumb)
         uid.append(key)
+        margin.append(by)
+    known = sum(by is not None for by in margin)
+    if known and margins:
+        left_out['pairs without a margin, taken as 0'] += len(margin) - known
+    elif known:
+        left_out['margins, which only reward.py uses'] += known
+    margin = np.array([by or 0.0 for by in margin], np.float32) if known and margins else None
     spans = np.array(spans, np.int64).reshape(-1, 3 if task == 'pairs' else 2, 2)
-    return Examples(np.array(flat, np.int32), spans, np.array(good, bool), np.array(uid, np.uint64), +left_out)
+    arrays = np.array(flat, np.int32), spans, np.array(good, bool), np.array(uid, np.uint64)
+    return Examples(*arrays, +left_out, margin=margin)
+
+
+def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation, left_out):
+    """(prompt ids, answer ids) of one text or chat, as tokenise has them; an empty answer is the end of text alone."""
+    p, a = tokenizer(_render(prompt, [answer], tokenizer, left_out), add_special_tokens=False)['input_ids']
+    first, eos = _first(tokenizer), tokenizer.eos_token_id
+    p, a = _fit(p, [a], first, eos, max_length, max_prompt_length, truncation, left_out)
+    return p, a[0]
+
+
+def _fit(p, a, first, eos, max_length, max_prompt_length, truncation, left_out):
+    """The ids of a prompt, and of its answers, with BOS and the end of text, cut to the lengths."""
+    p = _begin(p, first, eos)
+    a = [x if x[-1:] == [eos] else [*x, eos] for x in a]
+    if len(p) + max(map(len, a)) > max_length:
+        if len(p) > max_prompt_length:
+            left_out['prompts cut'] += 1
+            p = _cut(p, max_prompt_length, first, truncation)
+        room = max_length - len(p)
+        left_out['answers cut'] += sum(len(x) > room for x in a)
+        a = [x if len(x) <= room else [*x[: room - 1], eos] for x in a]
+    return p, a
 
 
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out):
@@ -136,7 +160,7 @@ def _cut(prompt, length, first, truncation):
 
 
 def _as_texts(row, task, left_out):
-    """(prompt, answers, good, uid) of a row, as the task needs them; none, counted, where the row has no such thing."""
+    """(prompt, answers, good, uid, margin) of a row, as the task needs them; none, counted, where it has no such thing."""
     prompt = row['prompt']
     if 'chosen' in row:
         answers = [row.get('sft', row['chosen'])] if task == 'sft' else [row['chosen'], row['rejected']]
@@ -150,11 +174,11 @@ def _as_texts(row, task, left_out):
         left_out['empty answers'] += 1
         return []
     if len(answers) == 1 or task == 'pairs':
-        return [(prompt, answers, row.get('good', True), uid)]
+        return [(prompt, answers, row.get('good', True), uid, row.get('margin') if task == 'pairs' else None)]
     if answers[0] == answers[1]:
         left_out['pairs with equal answers'] += 1
         return []
-    return [(prompt, [answer], i == 0, uid) for i, answer in enumerate(answers)]
+    return [(prompt, [answer], i == 0, uid, None) for i, answer in enumerate(answers)]
 
 
 def _blank(answer):
@@ -189,7 +213,8 @@ def _read_cache(file):
     try:
         with safe_open(file, 'np') as f:
             arrays = {k: f.get_tensor(k) for k in ('ids', 'spans', 'good', 'uid')}
-            return Examples(*arrays.values(), Counter(json.loads(f.metadata()['left_out'])))
+            margin = f.get_tensor('margin') if 'margin' in f.keys() else None  # noqa: SIM118, not a dict
+            return Examples(*arrays.values(), Counter(json.loads(f.metadata()['left_out'])), margin=margin)
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
 
@@ -198,7 +223,8 @@ def _write_cache(file, examples):
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    arrays = {k: np.ascontiguousarray(getattr(examples, k)) for k in ('ids', 'spans', 'good', 'uid')}
+    names = ['ids', 'spans', 'good', 'uid'] + ['margin'] * (examples.margin is not None)
+    arrays = {k: np.ascontiguousarray(getattr(examples, k)) for k in names}
     temporary = file.with_suffix(f'.{os.getpid()}')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

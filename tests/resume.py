@@ -1,4 +1,4 @@
-"""Runs, cuts short and resumes dpo.py and sft.py, for test_resume.py:  torchrun --nproc_per_node=N tests/resume.py FOLDER
+"""Runs, cuts short and resumes dpo.py, sft.py and reward.py, for test_resume.py:  torchrun --nproc_per_node=N tests/resume.py FOLDER
 
 FOLDER/<case> is an uninterrupted run; FOLDER/<case>-resumed is what remains of it when it dies after 24 of 48 examples, and
 is then run again. With a second folder, given by an earlier launch, its runs are resumed here, on another number of ranks."""
@@ -24,6 +24,7 @@ CASES = {
     'beta_dpo': ['dpo.py', '--loss=beta_dpo', '--a=0.01', '--optimizer=RMSprop'],
     'kto': ['dpo.py', '--loss=kto', '--max_tokens=200'],
     'sft': ['sft.py', '--optimizer=SGD'],
+    'reward': ['reward.py', '--center_coef=0.1', '--max_tokens=200'],
 }
 
 

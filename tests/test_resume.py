@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ['dpo', 'beta_dpo', 'kto', 'sft']
+CASES = ['dpo', 'beta_dpo', 'kto', 'sft', 'reward']
 
 
 def launch(world, *arguments):

@@ -1,0 +1,73 @@
+"""Scores of answers under a reward model (reward.py): for label.py, ppo.py and your own code."""
+
+import hashlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import fsdp
+from configurator import UserError
+from data import pack, pack_probe, plan
+from examples import Examples
+from load import can_pack, load_reward, load_tokenizer, separate_pad
+from log import say
+from model import core, set_attention
+
+
+def load_scorer(name, device, *, dtype='float32', trust_remote_code=False):
+    """(the sharded reward model of a folder or hub id, its tokenizer), after fsdp.setup. Raises UserError."""
+    tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
+    build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
+    model = fsdp.shard(build, device, dtype=dtype, train=False)
+    a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
+    end = [tokenizer.eos_token_id]
+    probe = Examples.of([(a, [[*b, *end], [*c[:5], *end]]), (b[:7], [[*c[:9], *end], [*a, *end]])])
+    set_attention(model, can_pack(model, *pack_probe(probe, device), say))
+    return model, tokenizer
+
+
+def content(folder):
+    """A hash of a folder's weights and config, so that rewards of two models never mix; None for a hub id."""
+    digest = hashlib.sha256()
+    for file in sorted([*Path(folder).glob('*.safetensors'), *Path(folder).glob('config.json')]):
+        with open(file, 'rb') as stream:
+            digest.update(hashlib.file_digest(stream, 'sha256').digest())
+    return digest.hexdigest()[:16] if Path(folder).is_dir() else None
+
+
+@torch.no_grad()
+def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
+    """Scores (n,), float32, of n answers: equal on every rank, and every rank must call this.
+
+    items: n of (prompt ids, answer ids); where an answer lacks its end of text, that is appended, as in training. The
+    answers of one prompt share its computation. max_tokens: tokens of one microbatch of one rank. Raises UserError for an
+    item that is longer than the model reads."""
+    eos, groups = tokenizer.eos_token_id, {}
+    padded = core(model).config._attn_implementation != 'packed'
+    limit = getattr(core(model).config.get_text_config(), 'max_position_embeddings', None) or float('inf')
+    for i, (prompt, answer) in enumerate(items):
+        prompt, answer = (np.asarray(x, np.int64) for x in (prompt, answer))
+        answer = answer if len(answer) and answer[-1] == eos else np.append(answer, eos)
+        if not len(prompt) or len(prompt) + len(answer) > limit:
+            raise UserError(f'item {i}: prompt and answer have {len(prompt)} + {len(answer)} tokens, where the reward model '
+                            f'takes a prompt and at most {limit} in all')  # fmt: skip
+        prompt_groups = groups.setdefault(prompt.tobytes(), [])
+        if not prompt_groups or padded or prompt_groups[-1]['tokens'] + len(answer) > max_tokens:
+            prompt_groups.append({'prompt': prompt, 'answers': [], 'place': [], 'tokens': len(prompt)})
+        group = prompt_groups[-1]
+        group['answers'].append(answer)
+        group['place'].append(i)
+        group['tokens'] += len(answer)
+    groups = [group for same_prompt in groups.values() for group in same_prompt]
+    found, place = [], []
+    for chosen in plan([group['tokens'] for group in groups], dist.get_world_size(), max_tokens)[dist.get_rank()]:
+        mine = [groups[g] for g in chosen]
+        batch = pack(
+            [(g['prompt'], g['answers']) for g in mine], chosen, pad=padded, filler=1, device=core(model).device
+        )
+        found.append(model.response_scores(batch))
+        place += [i for g in mine for i in g['place']] or [-1]
+    return fsdp.gather_columns({'score': torch.cat(found)}, place, len(items))['score'].float().numpy()

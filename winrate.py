@@ -1,0 +1,74 @@
+"""Win rates from verdicts: with a standard error, at equal length, and what the order of presentation did to a judge.
+
+A win is 1, a loss 0, a tie one half. Pairs of one prompt are not independent, so errors are of whole prompts (clusters).
+"""
+
+import numpy as np
+
+
+def mean(wins, clusters=None):
+    """(mean, standard error) of numbers (n,); clusters (n,): which of them belong together. None where there are too few.
+
+    The error is sqrt(c / (c - 1) sum_c (sum_{i in c} (w_i - mean))^2) / n: the usual one where clusters have one member."""
+    wins = np.asarray(wins, float)
+    if not len(wins):
+        return None, None
+    return float(wins.mean()), _root(_meat(wins[:, None] - wins.mean(), clusters)[0, 0] / len(wins) ** 2)
+
+
+def length_controlled(wins, difference, clusters=None):
+    """(win rate between answers of equal length, its standard error, b), or (None, None, None) without a finite fit.
+
+    The logistic regression P(win) = sigmoid(a + b tanh(difference / s)), difference (n,) the length of the first answer
+    minus that of the second, s its root mean square; b is what length earns. Maximum likelihood by Newton's method, ties
+    as half a win and half a loss. The rate is sigmoid(a): difference 0. Its error is the delta method's, from the
+    clustered sandwich covariance. There is no finite fit where length, or nothing at all, separates wins from losses.
+    (AlpacaEval 2, 2404.04475, has this form of the length term, and a term for how hard an instruction is.)"""
+    wins, difference = np.asarray(wins, float), np.asarray(difference, float)
+    if not len(wins):
+        return None, None, None
+    s = np.sqrt((difference**2).mean())
+    x = np.stack([np.ones_like(wins), np.tanh(difference / s)], 1) if s else np.ones((len(wins), 1))  # (n, 2)
+    if np.linalg.matrix_rank(x) < x.shape[1]:
+        return None, None, None  # always the same difference: nothing tells what equal length would give
+    beta = np.zeros(x.shape[1])
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-x @ beta))
+        information = (x * (p * (1 - p))[:, None]).T @ x
+        if np.abs(beta).max() > 15 or np.linalg.cond(information) > 1e12:
+            return None, None, None
+        step = np.linalg.solve(information, x.T @ (wins - p))
+        beta = beta + step
+        if np.abs(step).max() < 1e-10:
+            break
+    else:
+        return None, None, None
+    inverse = np.linalg.inv(information)
+    variance = (inverse @ _meat(x * (wins - p)[:, None], clusters) @ inverse)[0, 0]
+    rate = float(1 / (1 + np.exp(-beta[0])))
+    error = _root(variance)
+    return rate, None if error is None else rate * (1 - rate) * error, float(beta[1]) if len(beta) == 2 else 0.0
+
+
+def orders(verdicts):
+    """What two orders of presentation tell of a judge. verdicts (n, 2): the preference (1: first answer, 2: second, 1.5:
+    tie) when the first answer was shown first, and when it was shown second; only pairs with two clear verdicts.
+
+    Returns {'first_shown': (share of verdicts for what was shown first, ties half; its standard error), 'agreement': (share
+    of pairs judged alike in both orders, its standard error)}. Without position bias first_shown is 1/2."""
+    verdicts = np.asarray(verdicts, float).reshape(-1, 2)
+    shown = np.stack([2 - verdicts[:, 0], verdicts[:, 1] - 1], 1).mean(1)
+    return {'first_shown': mean(shown), 'agreement': mean(verdicts[:, 0] == verdicts[:, 1])}
+
+
+def _meat(scores, clusters):
+    """Sum over clusters of the outer products of their summed scores (n, k), with the small-sample factor; nan for one."""
+    _, clusters = np.unique(np.arange(len(scores)) if clusters is None else clusters, return_inverse=True)
+    sums = np.zeros((clusters.max() + 1, scores.shape[1]))
+    np.add.at(sums, clusters, scores)
+    c = len(sums)
+    return sums.T @ sums * (c / (c - 1) if c > 1 else np.nan)
+
+
+def _root(variance):
+    return float(np.sqrt(variance)) if variance == variance else None
