@@ -1,7 +1,7 @@
 """Which trials runs/claims.py makes: every claim's methods, over flips, beta, pairs and seeds. A trial is described in claims_run.py.
 
 Every method is run with its own parameters as published (below) and with the learning rate and beta (or what takes its place)
-that gave the highest gold reward among eight settings on a seed that is not reported: the same budget for every method. Where
+that gave the highest gold reward among twelve settings on a seed that is not reported: the same budget for every method. Where
 beta itself is varied, every method has the same betas, at the learning rate of DPO.
 """
 
@@ -39,10 +39,14 @@ QUICK = FULL | {
     'frontier_betas': (0.5, 4.0), 'others': ('dpo', 'kto 1:1', 'kto 1:10', 'simpo', 'orpo'), 'kl_coefs': (0.15,), 'cut': 2,
 }  # fmt: skip
 
-# the eight settings of each method's search, and on which data
-STRENGTHS = {'ipo': ('beta', (0.125, 0.25, 0.5, 1.0)), 'simpo': ('beta', (0.5, 1.0, 2.0, 4.0)), 'orpo': ('lam', (0.1, 0.3, 1.0, 3.0)),
-             'ppo': ('kl_coef', (0.025, 0.05, 0.1, 0.2)), 'grpo': ('kl_coef', (0.025, 0.05, 0.1, 0.2))}  # fmt: skip
-RATES = (5e-4, 1e-3)
+# the twelve settings of each method's search: six strengths a factor of three apart, two learning rates
+STRENGTHS = {
+    'ipo': ('beta', (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)), 'simpo': ('beta', (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)),
+    'orpo': ('lam', (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)), 'ppo': ('kl_coef', (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
+    'grpo': ('kl_coef', (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
+}  # fmt: skip
+DEFAULT = ('beta', (0.1, 0.3, 1.0, 3.0, 10.0, 30.0))
+RATES = (3e-4, 1e-3)
 SEARCHES = {f'flips {name}': FLIPS[name] | {'noise_rate': 0.2} for name in FLIPS} | {
     'clean dpo': OTHERS['dpo'], 'clean kto': KTO['kto 1:1'], 'clean simpo': OTHERS['simpo'], 'clean orpo': OTHERS['orpo'],
     'clean ppo': ONLINE['ppo'], 'clean grpo': ONLINE['grpo'],
@@ -65,16 +69,16 @@ def make(seed, options, cut=1, data='all'):
 
 
 def search(name):
-    """The eight trials of a method's search, on the seed that is not reported."""
+    """The twelve trials of a method's search, on the seed that is not reported."""
     method = name.split()[1]
-    strength, values = STRENGTHS.get(method, ('beta', (0.5, 1.0, 2.0, 4.0)))
+    strength, values = STRENGTHS.get(method, DEFAULT)
     axes = itertools.product(values, RATES)
     return [make(SEARCH_SEED, SEARCHES[name] | {strength: value, 'lr': lr}) for value, lr in axes]
 
 
 def found(name, results):
     """{strength, lr} of the best trial of a finished search. results: key -> result."""
-    strength = STRENGTHS.get(name.split()[1], ('beta',))[0]
+    strength = STRENGTHS.get(name.split()[1], DEFAULT)[0]
     done = [results[key(trial)] for trial in search(name)]
     best = max((r for r in done if 'error' not in r), key=lambda r: r['gold'])
     return {k: best['options'][k] for k in (strength, 'lr')}

@@ -113,7 +113,7 @@ SFT model, nats an answer. Accuracy: on held-out pairs labelled by the gold rewa
         trials = [grid.other(method, seed) for seed in seeds]
         rows.append([name_of(method), *(cells(trials, results, metric) for metric in metrics)])
     text += table(['method', 'gold reward', 'KL', 'accuracy', 'well-formed', 'tokens'], rows)
-    text += '## Settings\n\nFound by `runs/claims.py --search`, the best of eight on seed 0 (`search.jsonl`).\n\n'
+    text += '## Settings\n\nFound by `runs/claims.py --search`, the best of twelve on seed 0 (`search.jsonl`).\n\n'
     rows = [[name, ', '.join(f'{k} {v:g}' for k, v in found.items())] for name, found in grid.settings.items()]
     text += table(['search', 'found'], rows)
     (out / 'results.md').write_text(text.rstrip() + '\n')
