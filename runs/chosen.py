@@ -1,7 +1,7 @@
 """The chosen answers of a dataset's held-out pairs as a file of answers, so that label.py can judge a model against them.
 
-    python runs/chosen.py --data=hh --out=out/chosen.jsonl
-    python label.py --answers=out/sample/samples.jsonl --against=out/chosen.jsonl --endpoint=http://127.0.0.1:8000 --judge_model=NAME
+python runs/chosen.py --data=hh --out=out/chosen.jsonl
+python label.py --answers=out/sample/samples.jsonl --against=out/chosen.jsonl --endpoint=http://127.0.0.1:8000 --judge_model=NAME
 """
 
 import json
@@ -28,6 +28,8 @@ Path(out).parent.mkdir(parents=True, exist_ok=True)
 part = Path(f'{out}.part')
 with part.open('w') as stream:
     for row in rows.values():
-        stream.write(json.dumps({'prompt': row['prompt'], 'response': row['chosen'], 'generator': 'chosen', 'sample': 0}) + '\n')
+        stream.write(
+            json.dumps({'prompt': row['prompt'], 'response': row['chosen'], 'generator': 'chosen', 'sample': 0}) + '\n'
+        )
 part.replace(out)
 print(f'{len(rows)} answers: {out}')

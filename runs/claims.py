@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import claims_grid  # noqa: E402
 import claims_report  # noqa: E402
 import claims_run  # noqa: E402
+
 from configurator import UserError, configure  # noqa: E402
 
 RECORD = ROOT / 'runs' / 'claims'
@@ -63,9 +64,14 @@ def run(trials, file, work):
             stream.flush()
             options = result['options'] or {'loss': 'the SFT model'}
             what = ' '.join(f'{k}={v}' if k != 'loss' else v for k, v in options.items())
-            numbers = result.get('error') or f'gold {result["gold"]:+.3f}  acc {result["accuracy"]:.3f}  kl {result["kl"]:.3f}'
+            numbers = (
+                result.get('error')
+                or f'gold {result["gold"]:+.3f}  acc {result["accuracy"]:.3f}  kl {result["kl"]:.3f}'
+            )
             minutes = (time.time() - began) / i * (len(left) - i) / 60
-            print(f'{i:4d}/{len(left)}  seed {result["seed"]}  {what:60s}  {numbers}  {minutes:.0f} min left', flush=True)
+            print(
+                f'{i:4d}/{len(left)}  seed {result["seed"]}  {what:60s}  {numbers}  {minutes:.0f} min left', flush=True
+            )
 
 
 def main():
@@ -89,7 +95,9 @@ def main():
     if search:
         run([trial for name in claims_grid.SEARCHES for trial in claims_grid.search(name)], out / 'search.jsonl', work)
         rows = read_results(out / 'search.jsonl')
-        settings.write_text(json.dumps({name: claims_grid.found(name, rows) for name in claims_grid.SEARCHES}, indent=1) + '\n')
+        settings.write_text(
+            json.dumps({name: claims_grid.found(name, rows) for name in claims_grid.SEARCHES}, indent=1) + '\n'
+        )
         print(f'{settings}:\n{settings.read_text()}')
         return
     settings = settings if settings.exists() else RECORD / 'settings.json'

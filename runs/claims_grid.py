@@ -65,7 +65,12 @@ def make(seed, options, cut=1, data='all'):
     if options['loss'] in ONLINE:
         options = options | {'n_examples': options['n_examples'] // cut}
         return {'script': 'ppo.py', 'data': 'toy', 'seed': seed, 'options': options}
-    return {'script': 'dpo.py', 'data': data, 'seed': seed, 'options': options | ({'n_examples': 2560 // cut} if cut > 1 else {})}
+    return {
+        'script': 'dpo.py',
+        'data': data,
+        'seed': seed,
+        'options': options | ({'n_examples': 2560 // cut} if cut > 1 else {}),
+    }
 
 
 def search(name):

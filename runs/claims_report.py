@@ -28,7 +28,11 @@ def cells(trials, results, metric, digits=3):
     """'mean (standard error)' of a metric over trials that differ in the seed; what failed or is missing is said."""
     found = [results.get(key(trial)) for trial in trials]
     values = [r[metric] for r in found if r and 'error' not in r]
-    lost = [f'{n} {what}' for what, n in (('failed', sum('error' in r for r in found if r)), ('missing', found.count(None))) if n]
+    lost = [
+        f'{n} {what}'
+        for what, n in (('failed', sum('error' in r for r in found if r)), ('missing', found.count(None)))
+        if n
+    ]
     text = f'{statistics.mean(values):.{digits}f}' if values else ''
     if len(values) > 1:
         text += f' ({statistics.stdev(values) / len(values) ** 0.5:.{digits}f})'
@@ -43,7 +47,9 @@ def verdicts(grid, seeds, results):
         there = [d for d in differences if d is not None]
         number = f'{statistics.mean(there):+.3f}' if there else 'no numbers'
         number += f' ({bounds(there)[1]:.3f})' if len(there) > 1 else ''
-        rows.append((claim, word, number + (f', {len(differences) - len(there)} seeds missing' if there != differences else '')))
+        rows.append(
+            (claim, word, number + (f', {len(differences) - len(there)} seeds missing' if there != differences else ''))
+        )
     return rows
 
 
@@ -69,9 +75,9 @@ def write(grid, seeds, results, out):
     n_samples = '/'.join(sorted({str(row['n_samples']) for row in used}))
     text = f"""# The papers' claims on the toy world
 
-Written by `runs/claims.py`; the raw results are in `results.jsonl`. {len(used)} of {len(grid.trials(seeds))} trials, seeds {", ".join(map(str, seeds))},
-commits {", ".join(sorted({row["commit"] for row in used}))}, {sum(row["seconds"] for row in used) / 60:.0f} minutes of one process, {n_samples} samples a model.
-{len(failed)} trials failed. {", ".join(f"{word}: {n}" for word, n in counts.items())}.
+Written by `runs/claims.py`; the raw results are in `results.jsonl`. {len(used)} of {len(grid.trials(seeds))} trials, seeds {', '.join(map(str, seeds))},
+commits {', '.join(sorted({row['commit'] for row in used}))}, {sum(row['seconds'] for row in used) / 60:.0f} minutes of one process, {n_samples} samples a model.
+{len(failed)} trials failed. {', '.join(f'{word}: {n}' for word, n in counts.items())}.
 
 The toy world is small (one clause is right or wrong by a word, answers of 16 tokens, a model of 0.1 M parameters): what holds
 here is a sign that method and code do what is said of them, and what does not is a finding about this world at these settings.
@@ -88,7 +94,7 @@ SFT model, nats an answer. Accuracy: on held-out pairs labelled by the gold rewa
 """
     if (out / 'notes.md').exists():
         text += (out / 'notes.md').read_text() + '\n'
-    text += '## Flipped labels\n\nOne epoch, the settings of each method\'s search at 20% flips.\n\n![](flips.png)\n\n'
+    text += "## Flipped labels\n\nOne epoch, the settings of each method's search at 20% flips.\n\n![](flips.png)\n\n"
     for metric, title in (('gold', 'Gold reward'), ('accuracy', 'Accuracy'), ('kl', 'KL')):
         text += f'{title}\n\n' + flips_table(grid, seeds, results, metric)
     text += '## beta-DPO\n\nGold reward, at the learning rate of DPO. mixed: half low gaps (below 0.5), half high gaps (above 1.2).\n\n'
@@ -105,10 +111,14 @@ SFT model, nats an answer. Accuracy: on held-out pairs labelled by the gold rewa
             trials = [grid.pull(method, strength, seed) for seed in seeds]
             metrics = ('gold', 'kl', 'kl_chosen', 'kl_rejected')
             rows.append([name_of(method), f'{strength:g}', *(cells(trials, results, metric) for metric in metrics)])
-    text += table(['method', 'beta or kl_coef', 'gold reward', 'KL', 'forward KL, chosen', 'forward KL, rejected'], rows)
+    text += table(
+        ['method', 'beta or kl_coef', 'gold reward', 'KL', 'forward KL, chosen', 'forward KL, rejected'], rows
+    )
     text += '## Single answers, and no reference\n\nEach at the settings of its search.\n\n'
     metrics = ('gold', 'kl', 'accuracy', 'well_formed', 'length')
-    rows = [['the SFT model', *(cells([grid.reference(seed) for seed in seeds], results, metric) for metric in metrics)]]
+    rows = [
+        ['the SFT model', *(cells([grid.reference(seed) for seed in seeds], results, metric) for metric in metrics)]
+    ]
     for method in grid.others:
         trials = [grid.other(method, seed) for seed in seeds]
         rows.append([name_of(method), *(cells(trials, results, metric) for metric in metrics)])
@@ -138,7 +148,9 @@ def write_readme(out, readme):
     verdict = report[report.index('| claim |') : report.index('A verdict on one claim')]
     flips = report[report.index('| flipped labels |') : report.index('Accuracy\n\n|')]
     first, size = text[: text.index(BEGIN)], re.search(r'\d+ of \d+ trials, seeds \d+(, \d+)*', report)
-    plots = '![gold reward under flipped labels](runs/claims/flips.png)\n![reward against KL](runs/claims/frontier.png)\n\n'
+    plots = (
+        '![gold reward under flipped labels](runs/claims/flips.png)\n![reward against KL](runs/claims/frontier.png)\n\n'
+    )
     body = f'{verdict}{plots}Gold reward under flipped labels (standard error over seeds; {size.group()}):\n\n{flips}'
     readme.write_text(f'{first}{BEGIN}\n{body.rstrip()}\n{text[text.index(END) :]}')
 
@@ -160,7 +172,9 @@ def plot(grid, seeds, results, out):
         return (statistics.mean(values), error) if values else None
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for axis, metric, title in zip(axes, ('gold', 'accuracy'), ('gold reward', 'accuracy on clean held-out pairs'), strict=True):
+    for axis, metric, title in zip(
+        axes, ('gold', 'accuracy'), ('gold reward', 'accuracy on clean held-out pairs'), strict=True
+    ):
         for method in FLIPS:
             found = [(rate, points([grid.flips(method, rate, s) for s in seeds], metric)) for rate in grid.rates]
             found = [(100 * rate, *p) for rate, p in found if p]

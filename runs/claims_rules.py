@@ -12,10 +12,20 @@ mean and a one-sided 95% confidence bound on either side (Student's t). A claim 
 import statistics
 from typing import NamedTuple
 
-from claims_grid import FLIPS, FRONTIER, ONLINE, Grid, key
+from claims_grid import FLIPS, ONLINE, Grid, key
 
 HOLDS, NOT, OPEN = 'holds', 'does not hold', 'cannot tell here'
-T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}  # by degrees of freedom
+T95 = {
+    1: 6.314,
+    2: 2.920,
+    3: 2.353,
+    4: 2.132,
+    5: 2.015,
+    6: 1.943,
+    7: 1.895,
+    8: 1.860,
+    9: 1.833,
+}  # by degrees of freedom
 SMALLEST = {'gold': 0.05, 'accuracy': 0.01, 'share': 0.1}
 
 
@@ -146,7 +156,11 @@ def claims(grid: Grid, results):
         if name.startswith('kto') and name != 'kto 1:1':
             yield Claim(f'KTO with {name[4:]} good to bad answers is as good as with 1:1 (2402.01306)', 'gold reward',
                         lambda s, name=name: other(name, s) - other('kto 1:1', s), better=False)  # fmt: skip
-    yield Claim('SimPO, without a reference, beats DPO (2405.14734)', 'gold reward', lambda s: other('simpo', s) - other('dpo', s))
+    yield Claim(
+        'SimPO, without a reference, beats DPO (2405.14734)',
+        'gold reward',
+        lambda s: other('simpo', s) - other('dpo', s),
+    )
     yield Claim('ORPO, without a reference, is as good as DPO (2403.07691)', 'gold reward',
                 lambda s: other('orpo', s) - other('dpo', s), better=False)  # fmt: skip
     for name in ONLINE:

@@ -115,7 +115,9 @@ def run_trial(trial, work, n_samples):
                 options = COMMON | {'data': file, 'eval_data': test} | options
             train(trial['script'], out, options)
         trained = time.time()
-        result |= measure(reference if trial['options'] is None else out / 'model', reference, work, n_samples, trial['seed'])
+        result |= measure(
+            reference if trial['options'] is None else out / 'model', reference, work, n_samples, trial['seed']
+        )
         result |= {'seconds_training': round(trained - began, 1)}
     except UserError as error:
         result['error'] = str(error)
@@ -127,7 +129,9 @@ def commit():
     """The commit that is checked out, with a + where files differ from it."""
     git = ['git', '-C', str(ROOT)]
     head = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, 'status', '--porcelain', '-uno', '--', '*.py'], capture_output=True, text=True).stdout
+    changed = subprocess.run(
+        [*git, 'status', '--porcelain', '-uno', '--', '*.py'], capture_output=True, text=True
+    ).stdout
     return head + '+' * bool(changed.strip())
 
 

@@ -19,8 +19,15 @@ def main(folder):
             continue
         lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
         last = next((row for row in reversed(lines) if row['split'] == 'eval'), {})
-        report = json.loads((run / 'judged' / 'report.json').read_text()) if (run / 'judged' / 'report.json').exists() else {}
-        numbers = [last.get(f'{k}_eval/{x}') for k, x in (('rewards', 'accuracies'), ('rewards', 'margins'), ('kl', 'chosen'), ('kl', 'rejected'))]
+        report = (
+            json.loads((run / 'judged' / 'report.json').read_text())
+            if (run / 'judged' / 'report.json').exists()
+            else {}
+        )
+        numbers = [
+            last.get(f'{k}_eval/{x}')
+            for k, x in (('rewards', 'accuracies'), ('rewards', 'margins'), ('kl', 'chosen'), ('kl', 'rejected'))
+        ]
         cells = ['-' if x is None else f'{x:.1%}' if i == 0 else f'{x:.3f}' for i, x in enumerate(numbers)]
         rows.append([run.name, *cells, percent(report, 'win_rate'), percent(report, 'length_controlled')])
     head = ['run', 'accuracy', 'margin', 'KL on chosen', 'on rejected', 'win rate (se)', 'at equal length (se)']

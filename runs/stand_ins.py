@@ -1,7 +1,7 @@
 """What a dry run (DRY=1) of a procedure in this folder uses instead of the real thing.
 
-    python runs/stand_ins.py --out=FOLDER --hh=PAIRS    # tiny/ (a model), hh.jsonl, sharegpt.json, alpaca_eval.json: 64 examples
-    python runs/stand_ins.py --serve=8765               # a judge: the answer with more different letters wins
+python runs/stand_ins.py --out=FOLDER --hh=PAIRS    # tiny/ (a model), hh.jsonl, sharegpt.json, alpaca_eval.json: 64 examples
+python runs/stand_ins.py --serve=8765               # a judge: the answer with more different letters wins
 """
 
 import json
@@ -31,7 +31,11 @@ def make():
     if not Path(hh).exists():
         raise UserError(f'there is no {hh}: give HH=FILE, pairs of Anthropic/hh-rlhf')
     # of both parts of a divided file; the test part is a twentieth
-    rows = [row for split, n in (('train', N - 8), ('test', 8)) for row in islice(sources.load_rows(f'hh:{hh}', split)[0], n)]
+    rows = [
+        row
+        for split, n in (('train', N - 8), ('test', 8))
+        for row in islice(sources.load_rows(f'hh:{hh}', split)[0], n)
+    ]
     text = [{side: row['prompt'] + row[side] for side in ('chosen', 'rejected')} for row in rows]
     (folder / 'hh.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in text))
     asked = [sources.instruction(row['prompt']).strip() for row in rows]
@@ -59,7 +63,10 @@ def judge(port):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
             message = {'role': 'assistant', 'content': verdict(body['messages'][-1]['content'])}
-            reply = {'object': 'chat.completion', 'choices': [{'index': 0, 'message': message, 'finish_reason': 'stop'}]}
+            reply = {
+                'object': 'chat.completion',
+                'choices': [{'index': 0, 'message': message, 'finish_reason': 'stop'}],
+            }
             content = json.dumps(reply).encode()
             self.send_response(200)
             self.send_header('Content-Length', str(len(content)))

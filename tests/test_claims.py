@@ -17,9 +17,10 @@ import claims_grid  # noqa: E402
 import claims_report  # noqa: E402
 import claims_rules  # noqa: E402
 import claims_run  # noqa: E402
+from claims_rules import HOLDS, NOT, OPEN  # noqa: E402
+
 import load  # noqa: E402
 import toy  # noqa: E402
-from claims_rules import HOLDS, NOT, OPEN  # noqa: E402
 from configurator import UserError  # noqa: E402
 
 SETTINGS = {name: {'beta': 1.0, 'lr': 1e-3} for name in claims_grid.SEARCHES}
@@ -63,7 +64,9 @@ def test_training_pairs_of_a_kind():
     low, high = claims_run.training_pairs('low', 7, 200), claims_run.training_pairs('high', 7, 200)
     assert max(abs(claims_run.gap(p)) for p in low) < 0.5 and min(abs(claims_run.gap(p)) for p in high) > 1.2
     mixed = claims_run.training_pairs('mixed', 7, 200)
-    assert sum(abs(claims_run.gap(p)) < 0.5 for p in mixed) == 100 and mixed != claims_run.training_pairs('mixed', 8, 200)
+    assert sum(abs(claims_run.gap(p)) < 0.5 for p in mixed) == 100 and mixed != claims_run.training_pairs(
+        'mixed', 8, 200
+    )
     assert {abs(claims_run.gap(p)) > 1.2 for p in mixed[:20]} == {True, False}  # shuffled
     assert all(claims_run.gap(p) > 0 for p in claims_run.held_out_pairs())
 
@@ -93,7 +96,9 @@ def test_verdict(differences, better, word):
 def test_bounds_by_hand():
     """0, 1, 2: mean 1, standard deviation 1, error 1 / sqrt 3, times 2.92."""
     mean, error, lower, upper = claims_rules.bounds([0.0, 1.0, 2.0])
-    assert (mean, error) == (1.0, pytest.approx(3**-0.5)) and [1 - lower, upper - 1] == pytest.approx([2.92 / 3**0.5] * 2)
+    assert (mean, error) == (1.0, pytest.approx(3**-0.5)) and [1 - lower, upper - 1] == pytest.approx(
+        [2.92 / 3**0.5] * 2
+    )
 
 
 def test_above_compares_frontiers_where_both_are():
@@ -123,7 +128,9 @@ def test_report_of_made_up_results(tmp_path, capsys):
     lost = claims_grid.key(FULL.other('orpo', 2))
     del results[lost]
     failed = claims_grid.key(FULL.other('simpo', 3))
-    results[failed] = {k: results[failed][k] for k in ('script', 'data', 'seed', 'options', 'seconds', 'commit', 'n_samples')} | {'error': 'nan'}
+    results[failed] = {
+        k: results[failed][k] for k in ('script', 'data', 'seed', 'options', 'seconds', 'commit', 'n_samples')
+    } | {'error': 'nan'}
     words = {claim.words: word for claim, word, _ in claims_report.verdicts(FULL, [1, 2, 3], results)}
 
     def said(start):
@@ -155,7 +162,9 @@ def test_readme_gets_the_verdicts_and_nothing_else_changes(tmp_path):
     once = readme.read_text()
     claims_report.write_readme(tmp_path, readme)
     assert once == readme.read_text() and 'stale' not in once
-    assert once.startswith('before\n') and once.endswith('\nafter\n') and '| Dr. DPO |' in once and f'**{HOLDS}**' in once
+    assert (
+        once.startswith('before\n') and once.endswith('\nafter\n') and '| Dr. DPO |' in once and f'**{HOLDS}**' in once
+    )
 
 
 def test_the_readme_says_what_the_record_says(tmp_path):
@@ -199,12 +208,16 @@ def test_a_trial(tmp_path, monkeypatch):
     assert claims_grid.key(moved) == claims_grid.key(trial) and json.loads(json.dumps(moved)) == moved
     assert moved['kl'] > 0 and moved['kl_rejected'] > 0 and moved['commit'] and moved['seconds'] > 0
     again = claims_run.run_trial(trial, tmp_path, 12)
-    assert {k: v for k, v in again.items() if 'seconds' not in k} == {k: v for k, v in moved.items() if 'seconds' not in k}
+    assert {k: v for k, v in again.items() if 'seconds' not in k} == {
+        k: v for k, v in moved.items() if 'seconds' not in k
+    }
     refused = claims_run.run_trial(claims_grid.make(3, {'loss': 'nonsense'}), tmp_path, 12)
     assert 'loss must be one of' in refused['error'] and 'gold' not in refused
 
 
-@pytest.mark.parametrize('flag, sentence', [('--seeds=0 1', 'seed 0 has chosen'), ('--seeds=1 1', 'different'), ('--seed=1', 'seeds')])
+@pytest.mark.parametrize(
+    'flag, sentence', [('--seeds=0 1', 'seed 0 has chosen'), ('--seeds=1 1', 'different'), ('--seed=1', 'seeds')]
+)
 def test_mistakes(flag, sentence, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['runs/claims.py', flag, f'--out_dir={tmp_path}/out'])
     with pytest.raises(UserError, match=sentence):

@@ -1,7 +1,6 @@
 """The procedures for a cluster: every command they would run parses, with and without stand-ins; what is missing is said at once."""
 
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +32,9 @@ def test_commands_parse(name, settings, monkeypatch):
     for command in commands:
         script = next(word for word in command.split() if word.endswith('.py') and not word.startswith('config/'))
         used.append(script)
-        assert ('nproc_per_node=4' in command) == (settings.get('GPUS') == '4' and script in ('sft.py', 'dpo.py', 'sample.py'))
+        assert ('nproc_per_node=4' in command) == (
+            settings.get('GPUS') == '4' and script in ('sft.py', 'dpo.py', 'sample.py')
+        )
         if script in SCRIPTS:
             config = parse(command, monkeypatch)
             folders.append(config['out_dir'])
