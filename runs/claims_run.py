@@ -37,6 +37,10 @@ COMMON = {  # of every trial on pairs
     'n_epochs': 1, 'batch_size': 64, 'lr_schedule': 'linear', 'warmup_steps': 4, 'n_eval_examples': 0, 'do_first_eval': False,
     'max_length': 64, 'max_prompt_length': 16, 'log_every': 10**6,
 }  # fmt: skip
+COMMON_ONLINE = {  # of every trial with sampled answers, as in config/ppo_toy.py and config/grpo_toy.py
+    'data': 'toy', 'reward_model': 'gold', 'batch_size': 256, 'minibatch_size': 64, 'lr_schedule': 'linear', 'max_new_tokens': 48,
+    'n_eval_examples': 0, 'do_first_eval': False, 'log_every': 10**6,
+}  # fmt: skip
 LOW, HIGH = 0.5, 1.2  # a pair has a low gap below the first, a high gap above the second
 
 
@@ -108,7 +112,9 @@ def run_trial(trial, work, n_samples):
     try:
         if trial['options'] is not None:
             options = {'model': reference, 'seed': trial['seed']} | trial['options']
-            if trial['script'] == 'dpo.py':
+            if trial['script'] == 'ppo.py':
+                options = COMMON_ONLINE | options
+            else:
                 file = work / 'data' / f'{trial["data"]}-{trial["seed"]}.jsonl'
                 write_pairs(file, training_pairs(trial['data'], trial['seed']))
                 test = write_pairs(work / 'data' / 'test.jsonl', held_out_pairs())
