@@ -12,14 +12,17 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+import lora
 from fsdp import gather_objects, on_one_rank
 
 
 def _tensors(model, optimizer):
-    """name -> the live tensors of weights and optimizer, tied ones once: loading writes into them."""
+    """name -> the live tensors of trained weights and optimizer, tied ones once: loading writes into them."""
     tensors = {}
     model.reshard()  # after a forward without backward the root still shows its gathered parameters, not the optimizer's
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         tensors[f'model.{name}'] = p.detach()
         for key, value in optimizer.state[p].items():
             tensors[f'optimizer.{name}.{key}'] = value if value.dim() else value[None]
@@ -73,17 +76,28 @@ def load(folder, model, optimizer):
 
 
 def export(model, tokenizer, build, folder):
-    """Write a normal Hugging Face folder: safetensors, config, tokenizer. build as in shard."""
+    """Write a normal Hugging Face folder: safetensors, config, tokenizer. build as in shard.
+
+    A model with adapters: they alone to the folder `adapter` beside it, and then the model with them merged into its weights."""
     model.reshard()
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    few = lora.present(model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=few)
+    weights = get_model_state_dict(model, options=options)
     unique = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
 
     def write():
-        shell = build(empty=True)  # saving through the sharded model would write its changed class name
-        shell.all_tied_weights_keys = {}
         temporary = Path(f'{folder}.tmp')
         shutil.rmtree(temporary, ignore_errors=True)
-        shell.save_pretrained(temporary, state_dict={k: v for k, v in weights.items() if k in unique})
+        if few:
+            adapter = Path(folder).with_name('adapter')
+            merged = lora.merge(build(empty=False), weights, adapter.with_suffix('.tmp'))
+            shutil.rmtree(adapter, ignore_errors=True)
+            adapter.with_suffix('.tmp').rename(adapter)
+            merged.save_pretrained(temporary)
+        else:
+            shell = build(empty=True)  # saving through the sharded model would write its changed class name
+            shell.all_tied_weights_keys = {}
+            shell.save_pretrained(temporary, state_dict={k: v for k, v in weights.items() if k in unique})
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)

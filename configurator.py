@@ -20,15 +20,18 @@ import types
 RANGES = {
     (0, math.inf): 'lr warmup_steps weight_decay n_eval_examples seed temperature retries center_coef',
     (0, 1): 'noise_rate data_fraction frac_good frac_bad',
+    (0, 0.9): 'lora_dropout',
     (1e-9, 1): 'top_p',
-    (1e-9, math.inf): 'max_grad_norm beta_prime timeout',
+    (1e-9, math.inf): 'max_grad_norm beta_prime timeout lora_alpha',
     (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every save_every keep_last log_every max_length '
                    'max_prompt_length max_new_tokens num_turns n_eval_model_samples n_steps threads prompt_tokens '
-                   'answer_tokens vocabulary n concurrency',
+                   'answer_tokens vocabulary n concurrency lora_rank tp',
 }  # fmt: skip
 CHOICES = {'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
            'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released'),
-           'split': ('train', 'test'), 'gold': ('toy',)}  # fmt: skip
+           'attn': (None, 'sdpa', 'eager', 'flash_attention_2', 'flash_attention_3'),
+           'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
+           'split': (None, 'train', 'test'), 'gold': (None, 'toy')}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -170,6 +173,6 @@ def _check(name, value, options, where):
     for (low, high), names in RANGES.items():
         if name in names.split() and type(value) in (int, float) and not low <= value <= high:
             raise UserError(f'{where}: {name} must lie between {low} and {high}, not {value}')
-    if value is not None and value not in CHOICES.get(name, (value,)):
-        raise UserError(f'{where}: {name} must be one of {", ".join(CHOICES[name])}, not {value!r}')
+    if value not in CHOICES.get(name, (value,)):
+        raise UserError(f'{where}: {name} must be one of {", ".join(map(str, CHOICES[name]))}, not {value!r}')
     return value

@@ -19,8 +19,10 @@ import checkpoint
 import fsdp
 import generate
 import log
+import lora
 import losses
-from configurator import UserError, configure
+import parallel
+from configurator import UserError, configure, main_rank
 from data import microbatches, pack_probe, prefetch, steps
 from examples import Examples
 from load import can_pack, load_model, load_tokenizer
@@ -76,6 +78,11 @@ optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 weight_decay = 0.0  # of the optimizer
 max_grad_norm = 10.0  # gradients are clipped to this norm
 seed = 0  # of the data order, the flips, the statistics, the samples
+# LoRA
+lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
+lora_alpha = 16.0  # their output is multiplied by alpha / rank
+lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
+lora_targets: str | None = None  # linear layers that get one, such as 'q_proj v_proj'; None: all in the blocks
 # evaluation and output
 out_dir = 'out/dpo'  # everything the run leaves behind
 eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
@@ -99,6 +106,10 @@ share_prefix = True  # compute the prompt of a pair once
 cache_ref = False  # reference log-probs from a file, computed once: pays from the second epoch or run on
 compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
+cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
+tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSDP does the rest
+device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
+attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
 
@@ -107,7 +118,9 @@ beta_prime = spec.options['beta_prime']
 
 # ---- set-up ----
 
-rank, world, device = fsdp.setup()
+adapters = lora.options(config)
+parallel.check(config)
+rank, world, device = fsdp.setup(tp)
 if batch_size < max(world, 2 if loss == 'kto' else 1):
     raise UserError(f'batch_size {batch_size} is too small: one example for each of {world} ranks, two for kto')
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
@@ -117,17 +130,23 @@ load = partial(load_examples, tokenizer=tokenizer, task='pairs' if spec.paired e
                skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
 train = fsdp.first_of_host(lambda: load(data, 'train', data_fraction=data_fraction))
 held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test')).select(slice(n_eval_examples))
-build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed)
-policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
+build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed,
+                adapters=adapters)  # fmt: skip
+shard = partial(fsdp.shard, device=device, dtype=dtype, cpu_offload=cpu_offload, device_map=device_map)
+policy = shard(build, compile=compile, activation_checkpointing=activation_checkpointing)
+log.say(lora.describe(policy)) if adapters else None
+torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
-set_attention(policy, pack)
+pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)
+set_attention(policy, pack, attn)
 cut = partial(microbatches, rank=rank, world=world, share_prefix=share_prefix, pad=not pack, device=device)
 
 
 def load_reference():
-    m = fsdp.shard(build_ref, device, dtype=dtype, train=False)
-    set_attention(m, pack)
+    if adapters and ref_model is None:
+        return policy  # which is the reference where its adapters are off
+    m = shard(build_ref, train=False)
+    set_attention(m, pack, attn)
     return m
 
 
@@ -148,7 +167,7 @@ log.say_too_long(train.lengths, max_tokens)
 
 def answer_columns(batch):
     """pi, ref, div, n of every answer of a microbatch, (A,) each."""
-    with torch.no_grad():
+    with torch.no_grad(), lora.adapters_off(ref):
         reference = ref.hidden_and_head(batch) if spec.divergence else None
         ref_logps = batch.ref if ref is None else None if spec.divergence else ref.response_logps(batch)[0]
     out = policy.response_logps(batch, spec.divergence, reference)
@@ -242,7 +261,7 @@ def sample(examples_seen):
     models = {'policy': policy, 'reference': ref} if ref else {'policy': policy}
     answers = generate.sample(models, tokenizer, prompts, rank=rank, world=world, seed=seed, temperature=temperature,
                               max_new_tokens=max_new_tokens, top_p=top_p)  # fmt: skip
-    if rank == 0:
+    if main_rank():
         generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, answers, examples_seen)
     if not ref:
         return {}

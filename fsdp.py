@@ -5,6 +5,7 @@ sees one model: what the scripts compute does not depend on how many there are.
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -14,14 +15,27 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from configurator import UserError
-from model import core, hidden_and_head, response_logps, response_scores, set_attention
+from model import blocks, core, hidden_and_head, response_logps, response_scores, set_attention
+from parallel import tensor_parallel
+
+_tp = 1  # ranks that share the matrices of a block, and their data: neighbours
 
 
-def setup():
-    """Join torchrun's process group, or make a group of one. Returns (rank, world size, device)."""
+def setup(tp=1):
+    """Join torchrun's process group, or make a group of one. Returns (rank, number of ranks, device).
+
+    tp: ranks that hold one copy of the model's blocks together, and count as one: they get the same data. Raises UserError."""
+    global _tp
     cuda = torch.cuda.is_available()
     local_rank, local_world = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
@@ -35,7 +49,20 @@ def setup():
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return dist.get_rank(), dist.get_world_size(), device
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if world % tp:
+        raise UserError(
+            f'tp={tp} needs a multiple of {tp} ranks, and there are {world}: see --nproc_per_node of torchrun'
+        )
+    _tp = tp
+    return rank // tp, world // tp, device
+
+
+@functools.cache
+def _mesh(device_type, tp, group):
+    """The ranks of the default group as ('dp', 'tp'), or as ('dp',) without tensor parallelism."""
+    shape = (dist.get_world_size() // tp, tp) if tp > 1 else (dist.get_world_size(),)
+    return init_device_mesh(device_type, shape, mesh_dim_names=('dp', 'tp')[: len(shape)])
 
 
 def leave():
@@ -85,6 +112,8 @@ def gather_columns(columns, index, total):
     count; total: number of examples of the step. Returns name -> (total,) float64 on the CPU."""
     names = sorted(columns)
     place = torch.as_tensor(index, dtype=torch.long)
+    if dist.get_rank() % _tp:
+        place = torch.full_like(place, -1)  # the first rank of its tensor-parallel group has the same columns
     table = torch.zeros(len(names), total, dtype=torch.float64)
     table[:, place[place >= 0]] = torch.stack([columns[n].detach().double().cpu() for n in names])[:, place >= 0]
     dist.all_reduce(table)
@@ -101,31 +130,50 @@ def smallest(values):
 # ---- models ----
 
 
-def shard(build, device, *, dtype='float32', train=True, compile=False, activation_checkpointing=False):
+def shard(build, device, *, dtype='float32', train=True, compile=False, activation_checkpointing=False, cpu_offload=False,
+          device_map=None):  # fmt: skip
     """A sharded model on every rank, with the weights that build(empty=False) read on rank 0 alone.
 
     build(empty) -> transformers model on the CPU, without weights if empty. dtype: 'float32', or 'bfloat16' for compute
-    (and for the reference's weights) with float32 master weights, gradients and reductions."""
-    full = on_one_rank(lambda: build(empty=False))
-    model = build(empty=True)
-    model.requires_grad_(train)
+    (and for frozen weights) with float32 master weights, gradients and reductions. cpu_offload: weights and optimizer stay in
+    the memory of the CPU, if the device is another one. device_map: instead of all this, one process's build spreads the model."""
+    full = on_one_rank(lambda: build(empty=False)) if device_map is None else None
+    model = build(empty=True) if device_map is None else build(device_map=device_map)
+    if not train:
+        model.requires_grad_(False)
     if activation_checkpointing:
         enable = 'activation_checkpointing_enable'  # its name since transformers 5.20
-        getattr(model, enable, getattr(model, 'gradient_checkpointing_enable', None))()
-    half = dtype == 'bfloat16'
-    if half and not train:
-        for p in model.parameters():  # not model.to: rotary frequencies must stay float32
-            p.data = p.data.to(torch.bfloat16)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    for block in blocks(model):
-        if activation_checkpointing:
+        getattr(core(model), enable, getattr(core(model), 'gradient_checkpointing_enable', None))()
+        for block in blocks(model):
             block.training = True  # the block alone: its dropout layers stay in eval mode
+    if device_map is None:
+        _distribute(model, full, device, dtype == 'bfloat16', compile, cpu_offload)
+    else:
+        model.reshard = lambda: None
+    for method in (response_logps, hidden_and_head, response_scores):
+        add_method(model, method)
+    set_attention(model, packed=True)
+    return model
+
+
+def _distribute(model, full, device, half, compile, cpu_offload):
+    """Cut the empty model over the ranks, in place, and fill it from full, which rank 0 alone has."""
+    for p in model.parameters() if half else ():  # not model.to: rotary frequencies must stay float32
+        p.data = p.data if p.requires_grad else p.data.to(torch.bfloat16)
+    mesh = _mesh(device.type, _tp, dist.group.WORLD)
+    if _tp > 1:
+        tensor_parallel(model, mesh['tp'], mesh['dp'].size())
+    settings = {'mesh': mesh['dp'], 'mp_policy': MixedPrecisionPolicy()}
+    if half:
+        settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    home = torch.device('cpu') if cpu_offload else device
+    settings['offload_policy'] = CPUOffloadPolicy(device.type == 'cuda') if cpu_offload else OffloadPolicy()
+    for block in blocks(model):
         if compile:
             block.compile()
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    model.to_empty(device=device)
+        fully_shard(block, **settings)
+    fully_shard(model, **settings, reshard_after_forward=False)
+    model.to_empty(device=home)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, full.state_dict() if full else {}, options=options)
     sources = dict(full.named_buffers()) if full else {}
@@ -136,22 +184,15 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
         if full:
             buffer.copy_(sources[name])
         dist.broadcast(buffer, 0)
-    for method in (response_logps, hidden_and_head, response_scores):
-        add_method(model, method)
-    set_attention(model, packed=True)
-    return model
+    for module in model.modules() if home != device else ():  # FSDP brings parameters to the device, but not buffers
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 def add_method(model, function):
     """model.function(...) as a forward of the root: outside of one, parts of a sharded model see no gathered parameters."""
     setattr(model, function.__name__, types.MethodType(function, model))
     register_fsdp_forward_method(model, function.__name__)
-
-
-def blocks(model):
-    """The transformer blocks, by the class names that the model itself declares."""
-    names = set(core(model)._no_split_modules or [])
-    return [m for m in core(model).modules() if type(m).__name__ in names]
 
 
 @contextlib.contextmanager
@@ -180,12 +221,16 @@ def update(model, optimizer, lr, scale, max_norm):
 
     scale: number of ranks / sum of the weights, since FSDP has averaged over ranks sums of weighted gradients."""
     model.reshard()
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    norm = (norm.full_tensor() if hasattr(norm, 'full_tensor') else norm).item() * scale
+    groups = {}  # by mesh, with tensor parallelism there are two, or else by nothing
+    for p in model.parameters():
+        if p.grad is not None:
+            groups.setdefault(getattr(p.grad, 'device_mesh', None), []).append(p.grad)
+    norms = [torch.nn.utils.get_total_norm(grads) for grads in groups.values()]
+    norm = math.hypot(*((n.full_tensor() if hasattr(n, 'full_tensor') else n).item() for n in norms)) * scale
     if not math.isfinite(norm):
         raise UserError(f'the gradient norm is {norm}: lower the learning rate, or look for broken examples')
-    torch._foreach_mul_(grads, scale * min(1.0, max_norm / (norm + 1e-6)))
+    for grads in groups.values():
+        torch._foreach_mul_(grads, scale * min(1.0, max_norm / (norm + 1e-6)))
     for group in optimizer.param_groups:
         group['lr'] = lr
     optimizer.step()

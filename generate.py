@@ -10,20 +10,22 @@ import transformers
 import fsdp
 from configurator import UserError
 from examples import splitmix64
+from lora import adapters_off
 from model import core, padded_attention
 
 
 def sample(models, tokenizer, prompts, *, rank, world, seed, **settings):
     """One answer of every model (name -> sharded model) to every prompt, the work shared among the ranks.
 
-    settings: as in generate. Returns, on every rank, (name, number of the prompt, answer ids) in that order."""
+    The one called reference answers without adapters, if it has any. settings: as in generate. Returns, on every rank, (name, number of the prompt, answer ids) in that order."""
     mine, rows = range(rank, len(prompts), world), []
     for name, model in models.items():
         seeds = [seed * 1_000_003 + i for i in mine]
-        with fsdp.unsharded(model):
+        with fsdp.unsharded(model), adapters_off(model if name == 'reference' else None):
             answers = generate(model, tokenizer, [prompts[i] for i in mine], seeds, **settings) if mine else []
         rows += [(name, i, answer) for i, answer in zip(mine, answers, strict=True)]
-    return sorted(row for part in fsdp.gather_objects(rows) for row in part)
+    answers = {(name, i): answer for part in fsdp.gather_objects(rows) for name, i, answer in part}
+    return sorted((*key, answer) for key, answer in answers.items())  # ranks of a tensor-parallel group had the same
 
 
 def write(file, tokenizer, prompts, answers, examples_seen):

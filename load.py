@@ -7,6 +7,7 @@ import os
 import torch
 import transformers
 
+import lora
 from configurator import UserError
 from log import say
 from model import core, register_attention, set_attention
@@ -36,9 +37,14 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     return tokenizer
 
 
-def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_code: bool = False, seed: int = 0):
-    """A causal LM in float32 and eval mode (dropout off), on the CPU; empty: without weights. Raises UserError."""
+def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_code: bool = False, seed: int = 0,
+               adapters: dict | None = None, device_map: str | None = None):  # fmt: skip
+    """A causal LM in float32 and eval mode (dropout off), on the CPU; empty: without weights. Raises UserError.
+
+    adapters: None, or lora.options; device_map: None, or how from_pretrained spreads the model over this process's GPUs."""
     register_attention()
+    if device_map and name == 'toy':
+        raise UserError('device_map spreads what is read from a model folder or the hub: the toy model is made here')
     try:
         if name == 'toy':
             import toy
@@ -63,6 +69,7 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **({'device_map': device_map} if device_map else {}),
             )
             _check_complete(name, info['missing_keys'])
     except UserError:
@@ -71,7 +78,10 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
         raise UserError(f'cannot load the model {name!r}: {_first_line(error)}') from None
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, name)
-    return model.eval()
+    elsewhere = {str(p.device) for p in model.parameters()} - ({'cpu'} if not torch.cuda.is_available() else set())
+    if device_map and elsewhere & {'cpu', 'meta'}:
+        raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
+    return model.eval() if adapters is None else lora.add(model.eval(), **adapters, seed=seed)
 
 
 def _own_stop_tokens(model, name):

@@ -10,7 +10,8 @@ from pathlib import Path
 from configurator import UserError, main_rank
 
 # options that may differ when a run is continued: they change neither the result nor what is compared
-NEUTRAL = {'resume', 'keep_last', 'log_every', 'save_every', 'max_tokens', 'compile', 'wandb', 'tensorboard'}
+NEUTRAL = {'resume', 'keep_last', 'log_every', 'save_every', 'max_tokens', 'compile', 'wandb', 'tensorboard',
+           'tp', 'device_map', 'cpu_offload'}  # fmt: skip
 SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
          'rewards/rejected': 'rejected', 'kl/samples': 'kl'}  # fmt: skip
 

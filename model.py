@@ -11,10 +11,18 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from configurator import UserError
+
 
 def core(model):
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
+
+
+def blocks(model):
+    """The transformer blocks, by the class names that the model itself declares."""
+    names = set(core(model)._no_split_modules or [])
+    return [m for m in core(model).modules() if type(m).__name__ in names]
 
 
 # ---- attention over packed answers ----
@@ -86,7 +94,11 @@ def response_logps(model, batch, divergence=None, reference=None):
     divergence: a function of (log_pi, log_ref), both (n, V) -> (n,), such as risks.kl; reference: the reference model's
     hidden_and_head on the same batch."""
     hidden, head = hidden_and_head(model, batch)
-    tokens = _Head.apply(hidden, *head, batch.target, core(model).config, divergence, reference)
+    target = batch.target.to(hidden.device)  # only a device map puts it, or the reference, elsewhere
+    if reference is not None:
+        (states, head_ref), device = reference, hidden.device
+        reference = states.to(device), [x if x is None else x.to(device) for x in head_ref]
+    tokens = _Head.apply(hidden, *head, target, core(model).config, divergence, reference).to(batch.ids.device)
     return torch.stack([batch.sum(row) for row in tokens])
 
 
@@ -112,7 +124,7 @@ def body(model, batch):
 def hidden_states(model, batch):
     """Last hidden states of a batch (rows, T, d) and the head's (weight, bias)."""
     head = core(model).get_output_embeddings()
-    return body(model, batch), (head.weight, head.bias)
+    return body(model, batch).to(head.weight.device), (head.weight, head.bias)
 
 
 def hidden_and_head(model, batch):
@@ -120,7 +132,7 @@ def hidden_and_head(model, batch):
 
     Works inside the root module's forward only (fsdp.py registers response_logps and this as such)."""
     hidden, head = hidden_states(model, batch)
-    return hidden.flatten(0, 1)[batch.index], head
+    return hidden.flatten(0, 1)[batch.index.to(hidden.device)], head
 
 
 def wide(x):
@@ -223,9 +235,16 @@ class _Head(torch.autograd.Function):
         return d_hidden, d_weight, None if bias is None else d_bias, None, None, None, None
 
 
-def set_attention(model, packed):
-    """Packed attention, or the architecture's own for padded batches: sdpa, or eager where it has none (Gemma 2)."""
-    core(model).set_attn_implementation('packed' if packed else 'sdpa' if core(model)._supports_sdpa else 'eager')
+def set_attention(model, packed, own=None):
+    """Packed attention, or for padded batches own, from then on: by default sdpa, or eager where there is none (Gemma 2)."""
+    inner = core(model)
+    default = 'sdpa' if inner._supports_sdpa else 'eager'
+    inner.padded_attention = own or getattr(inner, 'padded_attention', default)
+    try:
+        inner.set_attn_implementation('packed' if packed else inner.padded_attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().partition('\n')[0]
+        raise UserError(f'{type(inner).__name__} cannot use attention by {inner.padded_attention}: {reason}') from None
 
 
 @contextlib.contextmanager

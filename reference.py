@@ -14,6 +14,7 @@ from tqdm import tqdm
 import fsdp
 from configurator import UserError, main_rank
 from log import say
+from lora import adapters_off
 
 
 def cached_logps(build, make, examples, cut, dtype):
@@ -52,7 +53,8 @@ def _compute(model, examples, cut):
     for first in range(0, len(examples), 512):
         index = np.arange(first, min(first + 512, len(examples)))
         batches, *_ = cut(examples, index)
-        parts = [model.response_logps(batch)[0].view(-1, answers) for batch in batches]
+        with adapters_off(model):
+            parts = [model.response_logps(batch)[0].view(-1, answers) for batch in batches]
         columns = {f'{i}': torch.cat([p[:, i] for p in parts]) for i in range(answers)}
         whole = fsdp.gather_columns(columns, [p for batch in batches for p in batch.place], len(index))
         out[index] = torch.stack([whole[f'{i}'] for i in range(answers)], 1).float().numpy()

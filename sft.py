@@ -16,8 +16,10 @@ import checkpoint
 import fsdp
 import generate
 import log
+import lora
 import losses
-from configurator import UserError, configure
+import parallel
+from configurator import UserError, configure, main_rank
 from data import microbatches, pack_probe, prefetch, steps
 from load import can_pack, load_model, load_tokenizer
 from model import set_attention
@@ -46,6 +48,11 @@ optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 weight_decay = 0.0  # of the optimizer
 max_grad_norm = 10.0  # gradients are clipped to this norm
 seed = 0  # of the data order and the samples
+# LoRA
+lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
+lora_alpha = 16.0  # their output is multiplied by alpha / rank
+lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
+lora_targets: str | None = None  # linear layers that get one, such as 'q_proj v_proj'; None: all in the blocks
 # evaluation and output
 out_dir = 'out/sft'  # everything the run leaves behind
 eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
@@ -67,12 +74,18 @@ dtype = 'float32'  # compute type: float32 or bfloat16 (weights, gradients and s
 pack = True  # no padding
 compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
+cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
+tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSDP does the rest
+device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
+attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
 
 # ---- set-up ----
 
-rank, world, device = fsdp.setup()
+adapters = lora.options(config)
+parallel.check(config)
+rank, world, device = fsdp.setup(tp)
 if batch_size < world:
     raise UserError(f'batch_size {batch_size} is smaller than the {world} ranks')
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
@@ -88,11 +101,15 @@ total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
 log.say_too_long(train.lengths, max_tokens)
 
-build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed)
-policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
+build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed,
+                adapters=adapters)  # fmt: skip
+policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing,
+                    cpu_offload=cpu_offload, device_map=device_map)  # fmt: skip
+log.say(lora.describe(policy)) if adapters else None
+torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
-set_attention(policy, pack)
+pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)
+set_attention(policy, pack, attn)
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, pad=not pack, device=device)
 
 # ---- one step ----
@@ -133,7 +150,7 @@ def evaluate(examples_seen):
     prompts = [held_out[i][0] for i in range(min(n_eval_model_samples, len(held_out)))]
     answers = generate.sample({'policy': policy}, tokenizer, prompts, rank=rank, world=world, seed=seed, top_p=top_p,
                               max_new_tokens=max_new_tokens, temperature=temperature)  # fmt: skip
-    if rank == 0:
+    if main_rank():
         generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, answers, examples_seen)
 
 

@@ -1,0 +1,69 @@
+"""Ways other than FSDP of putting a model on several devices: tensor parallelism, and one process with a device map.
+
+Tensor parallelism cuts the matrices of a block over the ranks of a group, by the plan that the architecture publishes in
+transformers. The ranks of a group see the same data; FSDP goes on over the groups. Embeddings and LM head stay whole."""
+
+import os
+
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+from configurator import UserError
+from model import core
+
+STYLES = {
+    'colwise': ColwiseParallel,
+    'rowwise': RowwiseParallel,
+    'colwise_gather_output': lambda: ColwiseParallel(output_layouts=Replicate()),
+    'rowwise_split_input': lambda: RowwiseParallel(input_layouts=Replicate()),
+    # a norm of each head of (B, T, heads, d)
+    'replicated_with_grad_allreduce': lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
+}
+
+
+def check(config):
+    """Raise UserError where options of a script about devices and attention exclude one another."""
+    if config['tp'] > 1 and config['lora_rank']:
+        raise UserError('tp and lora_rank do not go together: adapters are small enough for FSDP alone')
+    if config['attn']:
+        config.ignored(['pack'] if config['pack'] else [], f'attention by {config["attn"]} works on padded batches')
+    if config['device_map'] is None:
+        return
+    if 'RANK' in os.environ:
+        raise UserError('device_map is for one process: start without torchrun, or leave device_map out to use FSDP')
+    if config['dtype'] != 'float32':
+        raise UserError('device_map computes in float32: leave dtype out, or use torchrun for bfloat16')
+    config.ignored(['compile', 'cpu_offload'], 'device_map uses no FSDP')
+
+
+def tensor_parallel(model, mesh, groups):
+    """Cut the blocks of a model, in place, over the ranks of the 1-D mesh. groups: over how many FSDP will cut on.
+
+    Raises UserError for an architecture without a plan, or one that these ranks do not divide."""
+    inner = core(model).base_model
+    name, ranks = type(core(model)).__name__, mesh.size()
+    plan = {key: style for key, style in (inner.config.base_model_tp_plan or {}).items() if key.startswith('layers.')}
+    if not plan:
+        raise UserError(f'transformers has no tensor-parallel plan for {name}: leave out --tp, FSDP needs none')
+    unknown = set(plan.values()) - set(STYLES)
+    if unknown:
+        raise UserError(f'the tensor-parallel plan of {name} has {", ".join(unknown)}, which is not supported: no --tp')
+    text = inner.config
+    sizes = {'attention heads': text.num_attention_heads}
+    sizes['key-value heads'] = getattr(text, 'num_key_value_heads', None) or text.num_attention_heads
+    for path, module in inner.named_modules():
+        style = plan.get('.'.join('*' if part.isdigit() else part for part in path.split('.')), '')
+        rows, columns = module.weight.shape if style.startswith(('colwise', 'rowwise')) else (0, 0)
+        if style.startswith('colwise') and rows % (ranks * groups):
+            raise UserError(
+                f'the {rows} rows of {path} do not divide by {ranks} x {groups} ranks: choose other numbers'
+            )
+        sizes[f'columns of {path}'] = columns if style.startswith('rowwise') else 0
+        if style.startswith('replicated') and tuple(module.weight.shape) != (getattr(text, 'head_dim', None),):
+            raise UserError(
+                f'the tensor-parallel plan of {name} has norms across heads, which is not supported: no --tp'
+            )
+    for what, size in sizes.items():
+        if size % ranks:
+            raise UserError(f'tp={ranks} does not divide the {size} {what} of {name}: choose another --tp')
+    parallelize_module(inner, mesh, {key: STYLES[style]() for key, style in plan.items()})

@@ -1,0 +1,245 @@
+"""Adapters: off they are the reference, on they train by the same laws as whole models, and what is written loads elsewhere."""
+
+import json
+import runpy
+import sys
+from functools import partial
+
+import peft
+import pytest
+import torch
+import transformers
+from many import COMMON, ROOT, launch, rows, tiny_model
+from safetensors.torch import load_file
+
+import data
+import fsdp
+import lora
+import risks
+from configurator import UserError
+from load import load_model
+from model import core
+
+ADAM = ['--lr=1e-2', '--lora_rank=4']
+DPO, SFT = ['dpo.py', *COMMON, *ADAM], ['sft.py', *COMMON, *ADAM]
+MANY, SAMPLE = '--max_tokens=150', ['--sample_during_eval', '--n_eval_model_samples=3', '--max_new_tokens=6']
+CASES = {
+    'dpo': [*DPO, '--model=llama', '--save_every=12'],
+    'tdpo2': [*DPO, '--model=llama', '--loss=tdpo2'],
+    'cached': [*DPO, '--model=gpt_neox', '--cache_ref', '--lora_targets=query_key_value,dense'],
+    'sft': [*SFT, '--model=gpt2', '--optimizer=RMSprop', '--lora_alpha=2'],
+}
+ALONE = {  # one process
+    'samples': [*DPO, '--model=llama', *SAMPLE],
+    'samples_before': [*DPO[:-2], '--lr=0.0', '--lora_rank=4', '--model=llama', *SAMPLE],
+    'padded': [*DPO, '--model=llama', '--pack=false'],
+    'checkpointed': [*DPO, '--model=llama', '--activation_checkpointing'],
+    'two_models': [*DPO, '--model=llama', '--loss=tdpo2', '--ref_model=llama'],
+    'uncached': [*DPO, '--model=gpt_neox', '--lora_targets=query_key_value,dense'],
+    'half': [*DPO, '--model=llama', '--dtype=bfloat16'],
+    'mapped': [*DPO, '--model=llama', '--device_map=balanced'],
+}
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """Every case on one process and on two ranks, in one and several microbatches; and two that died and went on."""
+    folder = tmp_path_factory.mktemp('lora')
+    for name in ('llama', 'gpt_neox', 'gpt2'):
+        tiny_model(folder / name, name)
+
+    def command(run, words, *flags):
+        paths = ('--model=', '--ref_model=')
+        words = [w.replace('=', f'={folder}/') if w.startswith(paths) else w for w in words]
+        return [*words, *flags, f'--out_dir={folder}/{run}']
+
+    one = [command(f'one/{name}', words) for name, words in (CASES | ALONE).items()]
+    one += [command(f'one/{name}_many', words, MANY) for name, words in CASES.items()]
+    launch(0, one, folder / 'one.json')
+    two = [command(f'two/{name}', words) for name, words in CASES.items()]
+    two += [command(f'two/{name}_many', words, MANY) for name, words in CASES.items()]
+    two += [command('two/dropout', CASES['dpo'], '--lora_dropout=0.3')]
+    for name, flags in (('dpo', []), ('dropout', ['--lora_dropout=0.3'])):
+        two += [['cut', f'{folder}/two/{name}', f'{folder}/two/{name}_resumed', 24]]
+        two += [command(f'two/{name}_resumed', CASES['dpo'], *flags)]
+    launch(2, two, folder / 'two.json')
+    return folder
+
+
+def adapter(run):
+    return load_file(run / 'adapter/adapter_model.safetensors')
+
+
+def same(run, other, limit=1e-5):
+    for row, expected in zip(rows(run), rows(other), strict=True):
+        assert row.pop('split') == expected.pop('split')
+        assert row == pytest.approx(expected, rel=5e-4, abs=5e-5)
+    ours, theirs = adapter(run), adapter(other)
+    assert ours.keys() == theirs.keys()
+    for name, w in theirs.items():
+        assert (ours[name] - w).norm() <= limit * w.norm() > 0, name
+
+
+@pytest.mark.parametrize('where', ['one/{}_many', 'two/{}', 'two/{}_many'])
+@pytest.mark.parametrize('case', CASES)
+def test_sharding_law(runs, case, where):
+    """As tests/test_law.py, for adapters: norms, metrics, and the adapters after the last step."""
+    same(runs / where.format(case), runs / 'one' / case)
+
+
+@pytest.mark.parametrize('case', ['padded', 'checkpointed', 'mapped'])
+def test_same_by_another_way(runs, case):
+    same(runs / 'one' / case, runs / 'one/dpo')
+
+
+def test_reference_answers_without_adapters(runs):
+    """The reference's samples are those of the model before training; the policy's are others by now."""
+    answers = [[json.loads(line) for line in (runs / 'one' / case / 'samples.jsonl').read_text().splitlines()]
+               for case in ('samples', 'samples_before')]  # fmt: skip
+    after, before = (
+        [[r['response'] for r in rows if r['generator'] == g] for g in ('policy', 'reference')] for rows in answers
+    )
+    assert before[0] == before[1] == after[1] != after[0]
+    assert rows(runs / 'one/samples')[-1]['kl_eval/samples'] > 0.1
+
+
+def test_adapters_off_are_a_second_model(runs):
+    """The same numbers, to the last bit, with the reference loaded beside the policy; to rounding with a cached one."""
+    assert rows(runs / 'one/two_models') == rows(runs / 'one/tdpo2')
+    assert [row['rewards_train/margins'] for row in rows(runs / 'one/dpo')[:2]] == [0, 0]
+    same(runs / 'one/cached', runs / 'one/uncached')
+
+
+def test_half_precision(runs):
+    found = [row['rewards_train/chosen'] for row in rows(runs / 'one/half') if row['split'] == 'check']
+    assert found == [0.0] and all(w.dtype == torch.float32 for w in adapter(runs / 'one/half').values())
+
+
+@pytest.mark.parametrize('case', ['dpo', 'dropout'])
+def test_resumed_bit_exactly(runs, case):
+    whole, again = runs / 'two' / case, runs / 'two' / f'{case}_resumed'
+    assert rows(whole) == rows(again)
+    for part in ('adapter/adapter_model.safetensors', 'model/model.safetensors'):
+        a, b = load_file(whole / part), load_file(again / part)
+        assert all(a[k].equal(b[k]) for k in a)
+
+
+def test_dropout_is_in_training_only(runs):
+    plain, dropped = rows(runs / 'two/dpo'), rows(runs / 'two/dropout')
+    assert dropped[0] == plain[0]  # the check before the first step
+    assert dropped[1]['rewards_train/margins'] == 0  # B is 0: whatever A's input is
+    assert dropped[1]['grad_norm'] != plain[1]['grad_norm']
+
+
+def test_checkpoint_holds_adapters_alone(runs):
+    files = list((runs / 'two/dpo/checkpoints').glob('*/*.safetensors'))
+    names = {name for file in files for name in load_file(file)}
+    assert names and all('lora_' in name for name in names)
+    assert {name.partition('.')[0] for name in names} == {'model', 'optimizer'}
+
+
+@pytest.mark.parametrize(('case', 'base'), [('two/dpo', 'llama'), ('two/cached', 'gpt_neox'), ('two/sft', 'gpt2')])
+def test_what_is_written(runs, case, base):
+    """The adapter folder on the base model, by PEFT, gives the merged folder's logits, which are not the base's."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    torch.manual_seed(0)
+    ids = torch.randint(0, 500, (2, 24))
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(load(runs / base), runs / case / 'adapter').eval()(ids).logits
+        merged, plain = load(runs / case / 'model').eval()(ids).logits, load(runs / base).eval()(ids).logits
+    assert (merged - adapted).abs().max() <= 1e-5 * adapted.abs().max().clamp(min=1)
+    assert (merged - plain).abs().max() > 1e-3
+    layers = {name.split('.')[-3] for name in adapter(runs / case)}
+    if base == 'gpt_neox':
+        assert layers == {'query_key_value', 'dense'}
+    assert (runs / case / 'model/tokenizer.json').exists()
+
+
+@pytest.fixture(scope='module')
+def device():
+    return fsdp.setup()[2]
+
+
+OPTIONS = {'rank': 4, 'alpha': 16.0, 'dropout': 0.0, 'targets': None}
+
+
+def trained(policy):
+    """B is 0 before training: now it is not."""
+    for name, p in policy.named_parameters():
+        if 'lora_B' in name:
+            torch.nn.init.normal_(p.data, 0.0, 0.1)
+    return policy
+
+
+def test_adapters_off_equal_the_base_exactly(tmp_path, device):
+    build = partial(load_model, tiny_model(tmp_path, 'llama'))
+    policy = trained(fsdp.shard(partial(build, adapters=OPTIONS), device))
+    base = fsdp.shard(build, device, train=False)
+    prompt, answers = [5, 6, 7], [[8, 9, 10, 11], [12, 13]]
+    batch = data.pack([(torch.tensor(prompt).numpy(), [torch.tensor(a).numpy() for a in answers])], [0])
+    with torch.no_grad():
+        expected = base.response_logps(batch, risks.kl, base.hidden_and_head(batch))
+        assert not policy.response_logps(batch)[0].equal(expected[0])
+        with lora.adapters_off(policy):
+            assert policy.response_logps(batch)[0].equal(expected[0])
+            reference = policy.hidden_and_head(batch)
+    ours = policy.response_logps(batch, risks.kl, reference)
+    assert ours[2].equal(expected[0]) and (ours[1] > 0.01).all()
+    ours[0].sum().backward()
+    moved = {
+        name for name, p in policy.named_parameters() if p.grad is not None and p.grad.full_tensor().abs().sum() > 0
+    }
+    assert moved == {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert all('lora_' in name for name in moved)
+
+
+def test_frozen_weights_are_kept_in_the_compute_type(tmp_path, device):
+    build = partial(load_model, tiny_model(tmp_path, 'llama'), adapters=OPTIONS)
+    for name, p in fsdp.shard(build, device, dtype='bfloat16').named_parameters():
+        assert p.requires_grad == ('lora_' in name)
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
+
+
+def test_adapters_are_drawn_from_the_seed(tmp_path):
+    build = partial(load_model, tiny_model(tmp_path, 'llama'), adapters=OPTIONS)
+    a, b, c = (dict(build(seed=seed).named_parameters()) for seed in (1, 1, 2))
+    key = next(k for k in a if 'lora_A' in k)
+    assert a[key].equal(b[key]) and not a[key].equal(c[key])
+
+
+def test_head_beside_the_adapters(tmp_path, device):
+    """A reward model's head trains as it is, and is in the adapter folder and the merged model."""
+    config = transformers.AutoConfig.from_pretrained(
+        tiny_model(tmp_path / 'base', 'llama'), num_labels=1, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    net = transformers.AutoModelForSequenceClassification.from_config(config)
+    wrapped = trained(lora.add(net, **OPTIONS, seed=0, whole=['score']))
+    weights = {n: p.detach() + 0.5 for n, p in wrapped.named_parameters() if p.requires_grad}
+    head = [n for n in weights if 'lora_' not in n]
+    assert len(head) == 1 and 'score' in head[0]
+    assert core(wrapped).score.weight is dict(wrapped.named_parameters())[head[0]]  # what a script reads is what trains
+    merged = lora.merge(wrapped, weights, tmp_path / 'adapter')
+    assert merged.score.weight.equal(weights[head[0]])
+    assert any('score' in name for name in load_file(tmp_path / 'adapter/adapter_model.safetensors'))
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--lora_rank=2', '--lora_targets=q_proj,nothing'], 'the linear layers in the blocks of LlamaForCausalLM are down_proj gate'),
+    (['--lora_rank=2', '--lora_targets=lm_head'], "cannot put adapters on 'lm_head'"),
+    (['--lora_rank=2', '--lora_targets= '], "cannot put adapters on ' '"),
+    (['--lora_alpha=2'], '--lora_alpha has no effect: there is no --lora_rank'),
+    (['--lora_rank=0'], 'lora_rank must lie between 1'),
+    (['--lora_rank=2', '--lora_dropout=1'], 'lora_dropout must lie between 0 and 0.9'),
+])  # fmt: skip
+def test_sentences(monkeypatch, tmp_path, flags, words):
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(sys, 'argv', ['dpo.py', *COMMON, f'--out_dir={tmp_path}/run', *flags])
+    with pytest.raises(UserError, match=words):
+        runpy.run_path(str(ROOT / 'dpo.py'), run_name='script')
+
+
+def test_without_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'peft', None)
+    with pytest.raises(UserError, match='pip install peft'):
+        load_model('toy', adapters=OPTIONS)
