@@ -1,14 +1,16 @@
 """Which trials runs/claims.py makes: every claim's methods, over flips, beta, pairs and seeds. A trial is described in claims_run.py.
 
-Every method is run with its own parameters as published (below) and with the learning rate and beta (or what takes its place)
-that gave the highest gold reward among twelve settings on a seed that is not reported: the same budget for every method. Where
-beta itself is varied, every method has the same betas, at the learning rate of DPO.
+Every method is run with its own parameters as published (below), and with the learning rate and beta (or what takes its place)
+that gave the highest score among twelve settings on a seed that is not reported: the same budget for every method. The score is
+the gold reward minus PRICE times the KL to the SFT model: what all these methods maximise, at one price for all. Where beta
+itself is varied, every method has the same betas, at the learning rate of DPO.
 """
 
 import itertools
 import json
 
 SEARCH_SEED = 0
+PRICE = 0.25  # gold reward that a nat of KL costs
 # Dr. DPO with its published beta' = 1; cdpo and robust believe in 20% flips, the middle of the grid
 FLIPS = {
     'dpo': {'loss': 'dpo'},
@@ -58,6 +60,11 @@ def key(trial):
     return json.dumps({k: trial[k] for k in ('script', 'data', 'seed', 'options')}, sort_keys=True)
 
 
+def score(result):
+    """Gold reward minus the price of the KL."""
+    return result['gold'] - PRICE * result['kl']
+
+
 def make(seed, options, cut=1, data='all'):
     """A trial. cut: train on 1 / cut of the examples."""
     if options is None:
@@ -85,7 +92,7 @@ def found(name, results):
     """{strength, lr} of the best trial of a finished search. results: key -> result."""
     strength = STRENGTHS.get(name.split()[1], DEFAULT)[0]
     done = [results[key(trial)] for trial in search(name)]
-    best = max((r for r in done if 'error' not in r), key=lambda r: r['gold'])
+    best = max((r for r in done if 'error' not in r), key=score)
     return {k: best['options'][k] for k in (strength, 'lr')}
 
 

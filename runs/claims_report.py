@@ -1,9 +1,10 @@
 """The report of runs/claims.py: verdicts, tables and plots from the trials that are there, and their place in the README."""
 
+import itertools
 import re
 import statistics
 
-from claims_grid import FLIPS, ONLINE, key
+from claims_grid import FLIPS, ONLINE, PRICE, key, score
 from claims_rules import HOLDS, NOT, OPEN, bounds, claims, judge
 
 BEGIN, END = '<!-- claims: written by runs/claims.py --report -->', '<!-- end of claims -->'
@@ -27,7 +28,7 @@ def table(head, rows):
 def cells(trials, results, metric, digits=3):
     """'mean (standard error)' of a metric over trials that differ in the seed; what failed or is missing is said."""
     found = [results.get(key(trial)) for trial in trials]
-    values = [r[metric] for r in found if r and 'error' not in r]
+    values = [score(r) if metric == 'score' else r[metric] for r in found if r and 'error' not in r]
     lost = [
         f'{n} {what}'
         for what, n in (('failed', sum('error' in r for r in found if r)), ('missing', found.count(None)))
@@ -82,7 +83,7 @@ commits {', '.join(sorted({row['commit'] for row in used}))}, {sum(row['seconds'
 The toy world is small (one clause is right or wrong by a word, answers of 16 tokens, a model of 0.1 M parameters): what holds
 here is a sign that method and code do what is said of them, and what does not is a finding about this world at these settings.
 Numbers are means over seeds with their standard error. Gold reward: the best possible is 1.5. KL: of the policy from the
-SFT model, nats an answer. Accuracy: on held-out pairs labelled by the gold reward itself.
+SFT model, nats an answer. Score: gold reward minus {PRICE} times the KL. Accuracy: on held-out pairs labelled by the gold reward itself.
 
 ## Verdicts
 
@@ -95,15 +96,17 @@ SFT model, nats an answer. Accuracy: on held-out pairs labelled by the gold rewa
     if (out / 'notes.md').exists():
         text += (out / 'notes.md').read_text() + '\n'
     text += "## Flipped labels\n\nOne epoch, the settings of each method's search at 20% flips.\n\n![](flips.png)\n\n"
-    for metric, title in (('gold', 'Gold reward'), ('accuracy', 'Accuracy'), ('kl', 'KL')):
+    for metric, title in (('gold', 'Gold reward'), ('accuracy', 'Accuracy'), ('kl', 'KL'), ('score', 'Score')):
         text += f'{title}\n\n' + flips_table(grid, seeds, results, metric)
-    text += '## beta-DPO\n\nGold reward, at the learning rate of DPO. mixed: half low gaps (below 0.5), half high gaps (above 1.2).\n\n'
-    rows = []
-    for kind in grid.beta_kinds:
-        for method in ('dpo', 'beta_dpo'):
+    text += (
+        '## beta-DPO\n\nAt the learning rate of DPO. mixed: half low gaps (below 0.5), half high gaps (above 1.2).\n\n'
+    )
+    for metric, title in (('gold', 'Gold reward'), ('kl', 'KL'), ('score', 'Score')):
+        rows = []
+        for kind, method in itertools.product(grid.beta_kinds, ('dpo', 'beta_dpo')):
             trials = [[grid.beta(method, beta, kind, seed) for seed in seeds] for beta in grid.betas]
-            rows.append([kind, name_of(method), *(cells(t, results, 'gold') for t in trials)])
-    text += table(['pairs', 'loss', *(f'beta {b:g}' for b in grid.betas)], rows)
+            rows.append([kind, name_of(method), *(cells(t, results, metric) for t in trials)])
+        text += f'{title}\n\n' + table(['pairs', 'loss', *(f'beta {b:g}' for b in grid.betas)], rows)
     text += '## Reward against KL\n\nThe last two columns: KL(reference || policy) over the held-out answers.\n\n![](frontier.png)\n\n'
     rows = []
     for method in (*grid.frontier, *grid.online):
@@ -115,14 +118,14 @@ SFT model, nats an answer. Accuracy: on held-out pairs labelled by the gold rewa
         ['method', 'beta or kl_coef', 'gold reward', 'KL', 'forward KL, chosen', 'forward KL, rejected'], rows
     )
     text += '## Single answers, and no reference\n\nEach at the settings of its search.\n\n'
-    metrics = ('gold', 'kl', 'accuracy', 'well_formed', 'length')
+    metrics = ('score', 'gold', 'kl', 'accuracy', 'well_formed', 'length')
     rows = [
         ['the SFT model', *(cells([grid.reference(seed) for seed in seeds], results, metric) for metric in metrics)]
     ]
     for method in grid.others:
         trials = [grid.other(method, seed) for seed in seeds]
         rows.append([name_of(method), *(cells(trials, results, metric) for metric in metrics)])
-    text += table(['method', 'gold reward', 'KL', 'accuracy', 'well-formed', 'tokens'], rows)
+    text += table(['method', 'score', 'gold reward', 'KL', 'accuracy', 'well-formed', 'tokens'], rows)
     text += '## Settings\n\nFound by `runs/claims.py --search`, the best of twelve on seed 0 (`search.jsonl`).\n\n'
     rows = [[name, ', '.join(f'{k} {v:g}' for k, v in found.items())] for name, found in grid.settings.items()]
     text += table(['search', 'found'], rows)

@@ -1,9 +1,10 @@
 """What papers claim, as differences that can be measured on the toy world, and the rule that decides. Fixed before any reported run.
 
 The rule. A claim is a difference between two methods, in the direction in which the paper says it is positive, measured once
-for every seed; both methods see the same pairs, the same flips and the same sampling noise. From the seeds' differences come a
+for every seed; both methods see the same pairs, the same flips and the same sampling noise. The
+score is the gold reward minus 0.25 times the KL. From the seeds' differences come a
 mean and a one-sided 95% confidence bound on either side (Student's t). A claim has a threshold, 0 for "better than" and -d for
-"as good as", where d is the smallest difference worth a name: 0.05 of gold reward, 0.01 of accuracy, a tenth of a KL.
+"as good as", where d is the smallest difference worth a name: 0.05 of gold reward or score, 0.01 of accuracy, a tenth of a KL.
   holds             the lower bound is above the threshold
   does not hold     it does not hold, and the upper bound is below the threshold + d
   cannot tell here  anything else; also fewer than two seeds, or a run that failed or is missing
@@ -12,7 +13,7 @@ mean and a one-sided 95% confidence bound on either side (Student's t). A claim 
 import statistics
 from typing import NamedTuple
 
-from claims_grid import FLIPS, ONLINE, Grid, key
+from claims_grid import FLIPS, ONLINE, Grid, key, score
 
 HOLDS, NOT, OPEN = 'holds', 'does not hold', 'cannot tell here'
 T95 = {
@@ -26,7 +27,7 @@ T95 = {
     8: 1.860,
     9: 1.833,
 }  # by degrees of freedom
-SMALLEST = {'gold': 0.05, 'accuracy': 0.01, 'share': 0.1}
+SMALLEST = {'score': 0.05, 'gold': 0.05, 'accuracy': 0.01, 'share': 0.1}
 
 
 class Claim(NamedTuple):
@@ -36,7 +37,7 @@ class Claim(NamedTuple):
     words: str
     measured: str
     difference: object
-    unit: str = 'gold'
+    unit: str = 'score'
     better: bool = True
 
 
@@ -48,7 +49,7 @@ def bounds(differences):
     return mean, error, mean - reach, mean + reach
 
 
-def verdict(differences, unit='gold', better=True):
+def verdict(differences, unit='score', better=True):
     """The rule above. differences: one number a seed, None where a run is missing or failed."""
     if len(differences) < 2 or None in differences:
         return OPEN
@@ -98,7 +99,7 @@ def claims(grid: Grid, results):
         result = results[key(trial)]
         if 'error' in result:
             raise KeyError(result['error'])
-        return result[metric]
+        return score(result) if metric == 'score' else result[metric]
 
     def flipped(method, metric, seed):
         return statistics.mean(value(grid.flips(method, r, seed), metric) for r in grid.rates if r)
@@ -107,7 +108,7 @@ def claims(grid: Grid, results):
         return value(grid.flips(method, 0.0, seed), metric) - value(grid.flips(method, max(grid.rates), seed), metric)
 
     def over_betas(method, seed):
-        return [value(grid.beta(method, b, 'mixed', seed), 'gold') for b in grid.betas]
+        return [value(grid.beta(method, b, 'mixed', seed), 'score') for b in grid.betas]
 
     def frontier(method, seed):
         """(KL, gold) of the SFT model and of the method at every beta."""
@@ -124,7 +125,7 @@ def claims(grid: Grid, results):
         return statistics.mean(1 - a / b for a, b in pairs)
 
     def other(method, seed):
-        return value(grid.other(method, seed), 'gold')
+        return value(grid.other(method, seed), 'score')
 
     flips = f'{min(r for r in grid.rates if r):.0%} to {max(grid.rates):.0%} flipped labels'
     yield Claim('Dr. DPO is more accurate than DPO under flips (2407.07880)', f'accuracy, mean over {flips}',
@@ -132,13 +133,13 @@ def claims(grid: Grid, results):
     for name in FLIPS:
         if name != 'dpo':
             paper = {'cdpo': 'cDPO note', 'robust': '2403.00409', 'ipo': '2310.12036', 'drdpo': '2407.07880'}[name]
-            yield Claim(f'{name} gets more reward than dpo under flips ({paper})', f'gold reward, mean over {flips}',
-                        lambda s, name=name: flipped(name, 'gold', s) - flipped('dpo', 'gold', s))  # fmt: skip
-    yield Claim('Dr. DPO loses less than DPO by flips (2407.07880)', f'fall of gold reward from 0 to {max(grid.rates):.0%} flips',
-                lambda s: fall('dpo', 'gold', s) - fall('drdpo', 'gold', s))  # fmt: skip
-    yield Claim('beta-DPO depends less on beta than DPO (2407.08639)', 'largest minus smallest gold reward over beta, mixed pairs',
+            yield Claim(f'{name} is better than dpo under flips ({paper})', f'score, mean over {flips}',
+                        lambda s, name=name: flipped(name, 'score', s) - flipped('dpo', 'score', s))  # fmt: skip
+    yield Claim('Dr. DPO loses less than DPO by flips (2407.07880)', f'fall of the score from 0 to {max(grid.rates):.0%} flips',
+                lambda s: fall('dpo', 'score', s) - fall('drdpo', 'score', s))  # fmt: skip
+    yield Claim('beta-DPO depends less on beta than DPO (2407.08639)', 'largest minus smallest score over beta, mixed pairs',
                 lambda s: _range(over_betas('dpo', s)) - _range(over_betas('beta_dpo', s)))  # fmt: skip
-    yield Claim('beta-DPO beats DPO on pairs of mixed gap (2407.08639)', 'gold reward, mean over beta, mixed pairs',
+    yield Claim('beta-DPO beats DPO on pairs of mixed gap (2407.08639)', 'score, mean over beta, mixed pairs',
                 lambda s: statistics.mean(over_betas('beta_dpo', s)) - statistics.mean(over_betas('dpo', s)))  # fmt: skip
     for name in grid.frontier:
         base = {'radpo1': 'tdpo1', 'radpo2': 'tdpo2'}.get(name.split()[0], 'dpo' if name.startswith('tdpo') else None)
@@ -146,26 +147,26 @@ def claims(grid: Grid, results):
             continue
         paper = '2404.11999' if base == 'dpo' else '2505.20359'
         yield Claim(f'{name} gets more reward than {base} at the same KL ({paper})', 'gold reward between the frontiers',
-                    lambda s, a=name, b=base: above(frontier(a, s), frontier(b, s)))  # fmt: skip
+                    lambda s, a=name, b=base: above(frontier(a, s), frontier(b, s)), 'gold')  # fmt: skip
         yield Claim(f'{name} stays nearer to the reference than {base} ({paper})', 'forward KL on held-out pairs, same beta: share saved',
                     lambda s, a=name, b=base: lower_kl(a, b, s), 'share')  # fmt: skip
     if 'kto 1:1' in grid.others:
-        yield Claim('KTO is as good as DPO without pairs (2402.01306)', 'gold reward',
+        yield Claim('KTO is as good as DPO without pairs (2402.01306)', 'score',
                     lambda s: other('kto 1:1', s) - other('dpo', s), better=False)  # fmt: skip
     for name in grid.others:
         if name.startswith('kto') and name != 'kto 1:1':
-            yield Claim(f'KTO with {name[4:]} good to bad answers is as good as with 1:1 (2402.01306)', 'gold reward',
+            yield Claim(f'KTO with {name[4:]} good to bad answers is as good as with 1:1 (2402.01306)', 'score',
                         lambda s, name=name: other(name, s) - other('kto 1:1', s), better=False)  # fmt: skip
     yield Claim(
         'SimPO, without a reference, beats DPO (2405.14734)',
-        'gold reward',
+        'score',
         lambda s: other('simpo', s) - other('dpo', s),
     )
-    yield Claim('ORPO, without a reference, is as good as DPO (2403.07691)', 'gold reward',
+    yield Claim('ORPO, without a reference, is as good as DPO (2403.07691)', 'score',
                 lambda s: other('orpo', s) - other('dpo', s), better=False)  # fmt: skip
     for name in ONLINE:
         yield Claim(f'{name.upper()} on the gold reward is above DPO at the same KL', 'gold reward between the frontiers',
-                    lambda s, name=name: above(frontier(name, s), frontier('dpo', s)))  # fmt: skip
+                    lambda s, name=name: above(frontier(name, s), frontier('dpo', s)), 'gold')  # fmt: skip
 
 
 def _range(values):

@@ -138,8 +138,8 @@ def test_report_of_made_up_results(tmp_path, capsys):
         assert len(found) == 1, start
         return found[0]
 
-    assert said('Dr. DPO is more accurate') == said('drdpo gets more reward') == said('Dr. DPO loses less') == HOLDS
-    assert said('robust gets more') == said('cdpo gets more') == NOT
+    assert said('Dr. DPO is more accurate') == said('drdpo is better') == said('Dr. DPO loses less') == HOLDS
+    assert said('robust is better') == said('cdpo is better') == NOT
     assert said('tdpo2 gets more reward than dpo') == HOLDS and said('tdpo1 gets more reward than dpo') == NOT
     assert said('radpo2 cvar 0.98 gets more reward than tdpo2') == NOT
     assert said('radpo1 erm 1 stays nearer to the reference than tdpo1') == HOLDS  # a quarter of the sum saved
