@@ -35,10 +35,10 @@ ONLINE = {
 
 FULL = {'rates': (0.0, 0.1, 0.2, 0.3, 0.4), 'betas': (0.25, 0.5, 1.0, 2.0, 4.0), 'beta_kinds': ('low', 'high', 'mixed'),
         'frontier': tuple(FRONTIER), 'frontier_betas': (0.5, 1.0, 2.0, 4.0), 'others': tuple(OTHERS), 'online': tuple(ONLINE),
-        'kl_coefs': (0.05, 0.15, 0.45), 'cut': 1}  # fmt: skip
+        'kl_coefs': (0.15, 0.5, 1.5), 'cut': 1}  # fmt: skip
 QUICK = FULL | {
     'rates': (0.0, 0.4), 'betas': (0.5, 4.0), 'beta_kinds': ('mixed',), 'frontier': ('dpo', 'tdpo2', 'radpo2 cvar 0.98'),
-    'frontier_betas': (0.5, 4.0), 'others': ('dpo', 'kto 1:1', 'kto 1:10', 'simpo', 'orpo'), 'kl_coefs': (0.15,), 'cut': 2,
+    'frontier_betas': (0.5, 4.0), 'others': ('dpo', 'kto 1:1', 'kto 1:10', 'simpo', 'orpo'), 'kl_coefs': (0.5,), 'cut': 2,
 }  # fmt: skip
 
 # the twelve settings of each method's search: six strengths a factor of three apart, two learning rates
@@ -53,6 +53,17 @@ SEARCHES = {f'flips {name}': FLIPS[name] | {'noise_rate': 0.2} for name in FLIPS
     'clean dpo': OTHERS['dpo'], 'clean kto': KTO['kto 1:1'], 'clean simpo': OTHERS['simpo'], 'clean orpo': OTHERS['orpo'],
     'clean ppo': ONLINE['ppo'], 'clean grpo': ONLINE['grpo'],
 }  # fmt: skip
+
+
+NAMES = {'drdpo': 'Dr. DPO', 'beta_dpo': 'beta-DPO', 'dpo': 'DPO', 'cdpo': 'cDPO', 'robust': 'robust DPO', 'ipo': 'IPO',
+         'ppo': 'PPO', 'grpo': 'GRPO', 'simpo': 'SimPO', 'orpo': 'ORPO', 'tdpo1': 'TDPO1', 'tdpo2': 'TDPO2'}  # fmt: skip
+
+
+def name_of(method):
+    """A method's name as papers write it: 'radpo1 cvar 0.98' is Ra-DPO1 CVaR 0.98, 'kto 1:4' KTO 1:4."""
+    first, *rest = method.split()
+    first = NAMES.get(first) or first.replace('radpo', 'Ra-DPO').replace('kto', 'KTO')
+    return ' '.join([first, *rest]).replace('cvar', 'CVaR').replace('erm', 'ERM')
 
 
 def key(trial):

@@ -4,19 +4,10 @@ import itertools
 import re
 import statistics
 
-from claims_grid import FLIPS, ONLINE, PRICE, key, score
+from claims_grid import FLIPS, ONLINE, PRICE, key, name_of, score
 from claims_rules import HOLDS, NOT, OPEN, bounds, claims, judge
 
 BEGIN, END = '<!-- claims: written by runs/claims.py --report -->', '<!-- end of claims -->'
-NAMES = {'drdpo': 'Dr. DPO', 'beta_dpo': 'beta-DPO', 'dpo': 'DPO', 'cdpo': 'cDPO', 'robust': 'robust DPO', 'ipo': 'IPO',
-         'ppo': 'PPO', 'grpo': 'GRPO', 'simpo': 'SimPO', 'orpo': 'ORPO', 'tdpo1': 'TDPO1', 'tdpo2': 'TDPO2'}  # fmt: skip
-
-
-def name_of(method):
-    """A method's name as papers write it: 'radpo1 cvar 0.98' is Ra-DPO1 CVaR 0.98, 'kto 1:4' KTO 1:4."""
-    first, *rest = method.split()
-    first = NAMES.get(first) or first.replace('radpo', 'Ra-DPO').replace('kto', 'KTO')
-    return ' '.join([first, *rest]).replace('cvar', 'CVaR').replace('erm', 'ERM')
 
 
 def table(head, rows):
@@ -148,7 +139,10 @@ def write_readme(out, readme):
     text, report = readme.read_text(), (out / 'results.md').read_text()
     if BEGIN not in text or END not in text:
         raise SystemExit(f'{readme} has no markers {BEGIN} and {END}')
-    verdict = report[report.index('| claim |') : report.index('A verdict on one claim')]
+    verdict = report[report.index('| claim |') : report.index('A verdict on one claim')].splitlines(True)
+    verdict = ''.join(
+        row for row in verdict if not re.match(r'\| Ra-DPO. (?!CVaR 0.98)', row)
+    )  # the others: results.md
     flips = report[report.index('| flipped labels |') : report.index('Accuracy\n\n|')]
     first, size = text[: text.index(BEGIN)], re.search(r'\d+ of \d+ trials, seeds \d+(, \d+)*', report)
     plots = (
@@ -202,8 +196,9 @@ def plot(grid, seeds, results, out):
                           capsize=2, color=colours[i % 20], label=name_of(method))  # fmt: skip
     start = points([grid.reference(s) for s in seeds], 'gold')
     if start:
-        axis.plot([0], [start[0]], 'k*', markersize=10, label='SFT model')
+        axis.plot([0], [start[0]], 'k*', markersize=10, clip_on=False, label='SFT model')
     axis.set_xscale('function', functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
+    axis.set_xlim(left=0)
     axis.set(xlabel='KL(policy || SFT model), nats an answer (square-root axis)', ylabel='gold reward')
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

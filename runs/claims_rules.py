@@ -2,9 +2,9 @@
 
 The rule. A claim is a difference between two methods, in the direction in which the paper says it is positive, measured once
 for every seed; both methods see the same pairs, the same flips and the same sampling noise. The
-score is the gold reward minus 0.25 times the KL. From the seeds' differences come a
-mean and a one-sided 95% confidence bound on either side (Student's t). A claim has a threshold, 0 for "better than" and -d for
-"as good as", where d is the smallest difference worth a name: 0.05 of gold reward or score, 0.01 of accuracy, a tenth of a KL.
+score is the gold reward minus 0.25 times the KL. From the seeds' differences come a mean and a one-sided 95% confidence bound
+on either side (Student's t). A claim has a threshold, 0 for "better than" and -d for "as good as", where d is the smallest
+difference worth a name: 0.05 of gold reward or score, 0.01 of accuracy, a tenth of a KL.
   holds             the lower bound is above the threshold
   does not hold     it does not hold, and the upper bound is below the threshold + d
   cannot tell here  anything else; also fewer than two seeds, or a run that failed or is missing
@@ -13,7 +13,7 @@ mean and a one-sided 95% confidence bound on either side (Student's t). A claim 
 import statistics
 from typing import NamedTuple
 
-from claims_grid import FLIPS, ONLINE, Grid, key, score
+from claims_grid import FLIPS, ONLINE, Grid, key, name_of, score
 
 HOLDS, NOT, OPEN = 'holds', 'does not hold', 'cannot tell here'
 T95 = {
@@ -133,7 +133,7 @@ def claims(grid: Grid, results):
     for name in FLIPS:
         if name != 'dpo':
             paper = {'cdpo': 'cDPO note', 'robust': '2403.00409', 'ipo': '2310.12036', 'drdpo': '2407.07880'}[name]
-            yield Claim(f'{name} is better than dpo under flips ({paper})', f'score, mean over {flips}',
+            yield Claim(f'{name_of(name)} is better than DPO under flips ({paper})', f'score, mean over {flips}',
                         lambda s, name=name: flipped(name, 'score', s) - flipped('dpo', 'score', s))  # fmt: skip
     yield Claim('Dr. DPO loses less than DPO by flips (2407.07880)', f'fall of the score from 0 to {max(grid.rates):.0%} flips',
                 lambda s: fall('dpo', 'score', s) - fall('drdpo', 'score', s))  # fmt: skip
@@ -146,9 +146,9 @@ def claims(grid: Grid, results):
         if base not in grid.frontier:
             continue
         paper = '2404.11999' if base == 'dpo' else '2505.20359'
-        yield Claim(f'{name} gets more reward than {base} at the same KL ({paper})', 'gold reward between the frontiers',
+        yield Claim(f'{name_of(name)} gets more reward than {name_of(base)} at the same KL ({paper})', 'gold reward between the frontiers',
                     lambda s, a=name, b=base: above(frontier(a, s), frontier(b, s)), 'gold')  # fmt: skip
-        yield Claim(f'{name} stays nearer to the reference than {base} ({paper})', 'forward KL on held-out pairs, same beta: share saved',
+        yield Claim(f'{name_of(name)} stays nearer to the reference than {name_of(base)} ({paper})', 'forward KL on held-out pairs, same beta: share less',
                     lambda s, a=name, b=base: lower_kl(a, b, s), 'share')  # fmt: skip
     if 'kto 1:1' in grid.others:
         yield Claim('KTO is as good as DPO without pairs (2402.01306)', 'score',
@@ -165,7 +165,7 @@ def claims(grid: Grid, results):
     yield Claim('ORPO, without a reference, is as good as DPO (2403.07691)', 'score',
                 lambda s: other('orpo', s) - other('dpo', s), better=False)  # fmt: skip
     for name in ONLINE:
-        yield Claim(f'{name.upper()} on the gold reward is above DPO at the same KL', 'gold reward between the frontiers',
+        yield Claim(f'{name_of(name)} on the gold reward is above DPO at the same KL', 'gold reward between the frontiers',
                     lambda s, name=name: above(frontier(name, s), frontier('dpo', s)), 'gold')  # fmt: skip
 
 

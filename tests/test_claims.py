@@ -138,11 +138,11 @@ def test_report_of_made_up_results(tmp_path, capsys):
         assert len(found) == 1, start
         return found[0]
 
-    assert said('Dr. DPO is more accurate') == said('drdpo is better') == said('Dr. DPO loses less') == HOLDS
-    assert said('robust is better') == said('cdpo is better') == NOT
-    assert said('tdpo2 gets more reward than dpo') == HOLDS and said('tdpo1 gets more reward than dpo') == NOT
-    assert said('radpo2 cvar 0.98 gets more reward than tdpo2') == NOT
-    assert said('radpo1 erm 1 stays nearer to the reference than tdpo1') == HOLDS  # a quarter of the sum saved
+    assert said('Dr. DPO is more accurate') == said('Dr. DPO is better') == said('Dr. DPO loses less') == HOLDS
+    assert said('robust DPO is better') == said('cDPO is better') == NOT
+    assert said('TDPO2 gets more reward than DPO') == HOLDS and said('TDPO1 gets more reward than DPO') == NOT
+    assert said('Ra-DPO2 CVaR 0.98 gets more reward than TDPO2') == NOT
+    assert said('Ra-DPO1 ERM 1 stays nearer to the reference than TDPO1') == HOLDS  # a quarter of the sum saved
     assert said('KTO with 1:10') == said('KTO is as good') == HOLDS
     assert said('SimPO') == said('ORPO') == OPEN
     assert said('PPO') == HOLDS and said('GRPO') == NOT
@@ -163,7 +163,11 @@ def test_readme_gets_the_verdicts_and_nothing_else_changes(tmp_path):
     claims_report.write_readme(tmp_path, readme)
     assert once == readme.read_text() and 'stale' not in once
     assert (
-        once.startswith('before\n') and once.endswith('\nafter\n') and '| Dr. DPO |' in once and f'**{HOLDS}**' in once
+        once.startswith('before\n')
+        and once.endswith('\nafter\n')
+        and '| Dr. DPO |' in once
+        and 'ERM' not in once
+        and f'**{HOLDS}**' in once
     )
 
 
