@@ -18,14 +18,16 @@ import types
 
 # what values make sense, for whichever of these options a script has: [low, high], or the choices
 RANGES = {
-    (0, math.inf): 'lr warmup_steps weight_decay n_eval_examples seed temperature retries center_coef',
-    (0, 1): 'noise_rate data_fraction frac_good frac_bad',
+    (0, math.inf): 'lr warmup_steps weight_decay n_eval_examples seed temperature retries center_coef kl_coef vf_coef '
+                    'missing_eos_penalty',
+    (0, 1): 'noise_rate data_fraction frac_good frac_bad smooth',
     (0, 0.9): 'lora_dropout',
     (1e-9, 1): 'top_p',
-    (1e-9, math.inf): 'max_grad_norm beta_prime timeout lora_alpha',
+    (1e-9, math.inf): 'max_grad_norm beta_prime timeout lora_alpha clip value_clip',
     (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every save_every keep_last log_every max_length '
                    'max_prompt_length max_new_tokens num_turns n_eval_model_samples n_steps threads prompt_tokens '
-                   'answer_tokens vocabulary n concurrency lora_rank tp',
+                   'answer_tokens vocabulary n concurrency lora_rank tp minibatch_size ppo_epochs '
+                   'group_size sample_batch',
 }  # fmt: skip
 CHOICES = {'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
            'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released'),
@@ -73,9 +75,13 @@ def configure(scope, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     options = _declared(scope['__file__'])
     if '--help' in argv or '-h' in argv:
-        print(f'{(scope.get("__doc__") or "").strip()}\n\noptions, to be set in a config file or as --name=value:')
+        lines = [f'{(scope.get("__doc__") or "").strip()}\n\noptions, to be set in a config file or as --name=value:']
         for name, (allowed, comment) in options.items():
-            print(f'  --{name} = {scope[name]!r} ({" | ".join(allowed)})  {comment}')
+            lines.append(f'  --{name} = {scope[name]!r} ({" | ".join(allowed)})  {comment}')
+        try:
+            print('\n'.join(lines), flush=True)
+        except BrokenPipeError:  # --help | head: whoever reads has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     config = Config({name: scope[name] for name in options})
     config.origin = dict.fromkeys(options, 'default')

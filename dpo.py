@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
+import card
 import checkpoint
 import fsdp
 import generate
@@ -321,6 +322,7 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(tr
     clock = time.time() if any(due) else clock
 evaluate(total)
 checkpoint.export(policy, tokenizer, build, f'{out_dir}/model')
+fsdp.on_one_rank(lambda: card.write(out_dir))
 logger.close()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':

@@ -60,6 +60,14 @@ class Examples:
         """The chosen answers alone, for SFT."""
         return Examples(self.ids, self.spans[:, :2], self.good, self.uid, self.left_out)
 
+    def control(self, good, bad):
+        """Every prompt with a token at its end that says what follows: the id good, or the id bad (conditional SFT)."""
+        ends = np.where(self.good, good, bad)
+        items = (
+            Examples.of([(np.append(self[i][0], end), self[i][1]) for i, end in enumerate(ends)]) if len(self) else self
+        )
+        return Examples(items.ids, items.spans, self.good, self.uid, self.left_out)
+
     def keep(self, frac_good, frac_bad, seed):
         """Keep this fraction of the good and of the bad single answers, chosen by hash."""
         u = uniform_hash(self.uid + self.good.astype(np.uint64), seed + 1)

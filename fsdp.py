@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
 )
 
 from configurator import UserError
-from model import blocks, core, hidden_and_head, response_logps, response_scores, set_attention
+from model import blocks, core, hidden_and_head, response_logps, response_scores, set_attention, token_logps
 from parallel import tensor_parallel
 
 _tp = 1  # ranks that share the matrices of a block, and their data: neighbours
@@ -150,7 +150,7 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
         _distribute(model, full, device, dtype == 'bfloat16', compile, cpu_offload)
     else:
         model.reshard = lambda: None
-    for method in (response_logps, hidden_and_head, response_scores):
+    for method in (response_logps, hidden_and_head, response_scores, token_logps):
         add_method(model, method)
     set_attention(model, packed=True)
     return model

@@ -38,10 +38,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
 
 
 def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_code: bool = False, seed: int = 0,
-               adapters: dict | None = None, device_map: str | None = None):  # fmt: skip
+               adapters: dict | None = None, device_map: str | None = None, grow: bool = False):  # fmt: skip
     """A causal LM in float32 and eval mode (dropout off), on the CPU; empty: without weights. Raises UserError.
 
-    adapters: None, or lora.options; device_map: None, or how from_pretrained spreads the model over this process's GPUs."""
+    adapters: None, or lora.options; device_map: None, or how from_pretrained spreads the model over this process's GPUs;
+    grow: give tokens that the tokenizer has and the model has not an embedding, the mean of all others."""
     register_attention()
     if device_map and name == 'toy':
         raise UserError('device_map spreads what is read from a model folder or the hub: the toy model is made here')
@@ -61,7 +62,7 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
                     config, dtype=torch.float32, trust_remote_code=trust_remote_code
                 )
             if name != 'toy':
-                _own_stop_tokens(model, name)
+                model.generation_config = _generation_config(name, model.generation_config)
         else:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 name,
@@ -76,6 +77,8 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
         raise
     except Exception as error:
         raise UserError(f'cannot load the model {name!r}: {_first_line(error)}') from None
+    if grow:
+        _grow(model, len(tokenizer))
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, name)
     elsewhere = {str(p.device) for p in model.parameters()} - ({'cpu'} if not torch.cuda.is_available() else set())
@@ -84,18 +87,29 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
     return model.eval() if adapters is None else lora.add(model.eval(), **adapters, seed=seed)
 
 
-def _own_stop_tokens(model, name):
-    """What from_config does not read: the tokens that end an answer, where generation_config.json has its own."""
-    with contextlib.suppress(OSError):
-        own = transformers.GenerationConfig.from_pretrained(name).eos_token_id
-        if own is not None:
-            model.generation_config.eos_token_id = own
-
-
 def _check_complete(name, missing):
     """Raise UserError where a folder lacks weights: transformers would make them up at random."""
     if missing:
         raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
+
+
+def add_value_head(model, critic=None):
+    """Give a causal LM what estimates values for token_logps: a scalar head, zero at first, or a whole reward model."""
+    if critic is not None:
+        model.critic = critic
+    else:
+        head = model.get_output_embeddings()
+        model.value_head = torch.nn.Linear(head.weight.shape[1], 1, device=head.weight.device)
+        torch.nn.init.zeros_(model.value_head.weight)
+        torch.nn.init.zeros_(model.value_head.bias)
+    return model
+
+
+def drop_value_head(model):
+    """Take away again what add_value_head gave, so that the model can be exported as the causal LM that it is."""
+    for name in ('critic', 'value_head'):
+        if hasattr(model, name):
+            delattr(model, name)
 
 
 def separate_pad(tokenizer):
@@ -177,6 +191,36 @@ def _reward_config(name, tokenizer, new_head, trust_remote_code):
     return config
 
 
+@torch.no_grad()
+def _grow(model, size):
+    """At least this many rows of the embedding and of the head, new ones with the mean of the old."""
+    old = core(model).get_input_embeddings().num_embeddings
+    if size > old:
+        model.resize_token_embeddings(size, mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for rows in (layer.weight, getattr(layer, 'bias', None)):
+                if rows is not None:
+                    rows[old:] = rows[:old].mean(0)
+
+
+def _generation_config(name, default):
+    """How a model wants to be sampled from: above all, which tokens end the answers of an instruct model."""
+    try:
+        found = transformers.GenerationConfig.from_pretrained(name)
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+    ):  # none, or one that the library does not take: from_pretrained passes it over, too
+        return default
+    try:
+        found.validate(strict=True)
+    except ValueError:  # it could be read, but not written again
+        ids = {k: getattr(found, k) for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+        found = transformers.GenerationConfig(**ids)
+    return found
+
+
 def check_tokenizer(tokenizer, model, name: str):
     """Raise UserError when the tokenizer can produce ids that the model has no embedding for."""
     rows = core(model).get_input_embeddings().num_embeddings
@@ -196,8 +240,9 @@ def packing_error(model, batch, padded):
     """Largest relative difference between response_logps (for a reward model response_scores) of a batch and what the
     model's own forward gives for the same, padded.
 
-    Infinite where the architecture takes no attention from outside (GPT-J, BLOOM), does not hand it the batch, or runs on
-    from one answer into the next (convolutions, linear attention)."""
+    Infinite where the architecture takes no attention from outside (GPT-J, BLOOM), does not hand it the batch, fails without
+    a mask (MPT), or runs on from one answer into the next (convolutions, linear attention). Raises UserError where it cannot
+    run padded either."""
     config, before = core(model).config, core(model).config._attn_implementation
     scoring = is_reward(model)
     other_layers = set(getattr(config, 'layer_types', None) or ()) - {'full_attention', 'sliding_attention'}
@@ -212,8 +257,12 @@ def packing_error(model, batch, padded):
         )  # a score is read at the last id that is not pad
         ids = padded.ids.masked_fill(padded.mask == 0, filler)
         logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
-    except NotImplementedError:
-        return math.inf
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever an architecture raises that does not know what it was given
+        if batch.groups:
+            return math.inf
+        raise UserError(f'{_name(model)} cannot be trained here: its forward says {_first_line(error)}') from None
     finally:
         core(model).set_attn_implementation(before)
     if scoring:
@@ -234,14 +283,17 @@ def can_pack(model, packed, padded, say):
         return True
     error = packing_error(model, padded, padded)
     if error > limit:
-        name = type(core(model)).__name__
         if is_reward(model):
-            raise UserError(f'{name} gives other scores than its head on the end of text: off by {error:.1%}')
+            raise UserError(f'{_name(model)} gives other scores than its head on the end of text: off by {error:.1%}')
         raise UserError(
-            f'{name} does to its logits what _post in model.py does not know: log-probs would be off by {error:.1%}'
+            f'{_name(model)} does to its logits what _post in model.py does not know: log-probs would be off by {error:.1%}'
         )
     say('note: this architecture cannot be packed: batches are padded instead')
     return False
+
+
+def _name(model):
+    return type(core(model)).__name__.removeprefix('FSDP')  # the prefix that sharding gives it
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,9 @@
 """Where a run leaves its traces: out_dir/config.json, metrics.jsonl, the screen, and wandb or tensorboard if asked."""
 
+import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -13,16 +15,22 @@ from configurator import UserError, main_rank
 NEUTRAL = {'resume', 'keep_last', 'log_every', 'save_every', 'max_tokens', 'compile', 'wandb', 'tensorboard',
            'tp', 'device_map', 'cpu_offload'}  # fmt: skip
 SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
-         'rewards/rejected': 'rejected', 'kl/samples': 'kl'}  # fmt: skip
+         'rewards/rejected': 'rejected', 'score': 'reward',
+         'gold': 'gold', 'kl/samples': 'kl', 'clipped': 'clipped', 'explained_variance': 'ev', 'length': 'length', 'ended': 'ended'}  # fmt: skip
 
 
 def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
-    """Raise UserError where out_dir holds a different run, or cannot be written. neutral: options that may differ."""
+    """Raise UserError where out_dir holds a different run, or cannot be written, or what the run is logged to is missing.
+    neutral: options that may differ."""
+    check_trackers(config.get('wandb'), config.get('tensorboard'))
     file = Path(out_dir) / 'config.json'
+    made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         (file.parent / '.write').touch()
         (file.parent / '.write').unlink()
+        for folder in made:  # a run that fails before its first step leaves nothing behind
+            folder.rmdir()
         before = dict(json.loads(file.read_text())['config']) if file.exists() else None
     except OSError as error:
         raise UserError(f'cannot write to out_dir {out_dir}: {error.strerror}') from None
@@ -37,11 +45,29 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
         raise UserError(f'{out_dir} holds this run already ({done}): choose another --out_dir, or delete it')
 
 
+def check_trackers(wandb, tensorboard):
+    """Raise UserError now, not after minutes of loading, where wandb or tensorboard is asked for and does not work."""
+    for name, module, wanted in (('wandb', 'wandb', wandb), ('tensorboard', 'torch.utils.tensorboard', tensorboard)):
+        try:
+            _ = wanted and importlib.import_module(module)
+        except ImportError:
+            raise UserError(f'--{name} needs a package that is not installed: pip install {name}') from None
+    if wandb and os.environ.get('WANDB_MODE', 'online') == 'online':
+        import wandb as tool
+
+        try:
+            tool.login()
+        except tool.Error as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f'--wandb: {reason} Or set WANDB_API_KEY, or WANDB_MODE=offline.') from None
+
+
 def claim_out_dir(out_dir, config):
     """Write config.json, now that the run is about to begin: options, command, commit, versions."""
     import torch
     import transformers
 
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
     git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
     record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip()}
     record['versions'] = {'torch': torch.__version__, 'transformers': transformers.__version__}
@@ -54,7 +80,8 @@ class Log:
     def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False):
         from tqdm import tqdm
 
-        self.total, self.every, self.began, self.start, self.sinks = total, every, time.time(), start, []
+        self.total, self.every, self.began, self.start = total, every, time.time(), start
+        self.sinks, self.closers = [], []
         if not main_rank():
             return
         for name, key in (('samples.jsonl', 'examples'), ('metrics.jsonl', 'counters/examples')):
@@ -66,15 +93,22 @@ class Log:
         slow = 0.5 if sys.stderr.isatty() else 20
         self.bar = tqdm(total=total, initial=start, unit='ex', mininterval=slow, dynamic_ncols=True)
         if wandb:
-            import wandb as client
-
-            run = client.init(project=wandb, name=Path(out_dir).name, dir=out_dir)
+            run = _wandb_run(wandb, Path(out_dir))
             self.sinks.append(lambda row: run.log(row, step=row['counters/examples']))
+            self.closers.append(run.finish)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            add = SummaryWriter(out_dir).add_scalar
+            # purge_step: what is about to be done again after a resume is not shown twice
+            writer = SummaryWriter(out_dir, purge_step=start + 1 if start else None, flush_secs=10)
+            add = writer.add_scalar
             self.sinks.append(lambda row: [add(k, v, row['counters/examples']) for k, v in row.items() if k != 'split'])
+            self.closers.append(writer.close)
+        before = sys.excepthook
+        sys.excepthook = lambda *error: (
+            self.close(),
+            before(*error),
+        )  # else an error would cost what they have not written yet
 
     def row(self, split, examples, metrics):
         """Write metrics (name -> number) after so many examples; an evaluation and every log_every examples on screen."""
@@ -114,6 +148,21 @@ class Log:
     def close(self):
         if main_rank():
             self.bar.close()
+            while self.closers:  # the process ends without the clean-up that would flush them
+                self.closers.pop()()
+
+
+def _wandb_run(project, out_dir):
+    """The run of this out_dir: its id is kept there, so that a resumed run goes on in the same one."""
+    import wandb
+
+    file = out_dir / 'wandb_id.txt'
+    if not file.exists():
+        file.write_text(os.urandom(4).hex())
+    record = json.loads((out_dir / 'config.json').read_text())
+    options = record.pop('config')
+    return wandb.init(project=project, name=out_dir.name, dir=out_dir, id=file.read_text(), resume='allow',
+                      config={**options, **record})  # fmt: skip
 
 
 def schedule(step, steps, warmup, shape):

@@ -20,9 +20,14 @@ def core(model):
 
 
 def blocks(model):
-    """The transformer blocks, by the class names that the model itself declares."""
-    names = set(core(model)._no_split_modules or [])
-    return [m for m in core(model).modules() if type(m).__name__ in names]
+    """The transformer blocks, by the class names that the model itself (and a critic inside it) declares; none inside another
+    (Mamba names both)."""
+    names = {name for m in core(model).modules() for name in getattr(m, '_no_split_modules', None) or []}
+    found = {}
+    for name, m in core(model).named_modules():
+        if type(m).__name__ in names and not any(name.startswith(f'{outer}.') for outer in found):
+            found[name] = m
+    return list(found.values())
 
 
 # ---- attention over packed answers ----
@@ -102,9 +107,28 @@ def response_logps(model, batch, divergence=None, reference=None):
     return torch.stack([batch.sum(row) for row in tokens])
 
 
+def token_logps(model, batch):
+    """Log-probs of the N answer tokens of a batch; where the model has a value head (load.py), also the values of the states
+    in which they were chosen. (1, N) or (2, N), float32; the logits are recomputed in backward."""
+    inner = core(model)
+    hidden, head = hidden_and_head(model, batch)
+    logps = _Head.apply(hidden, *head, batch.target, inner.config, None, None)
+    if hasattr(inner, 'critic'):  # a reward model that is a part of the policy
+        values = _scalar(inner.critic.score, body(inner.critic, batch).flatten(0, 1)[batch.index])
+    elif hasattr(inner, 'value_head'):
+        values = _scalar(inner.value_head, hidden)
+    else:
+        return logps
+    return torch.cat((logps, values[None]))
+
+
 def response_scores(model, batch):
     """Scores of the A answers of a batch under a reward model: its head on the last token of each answer. (A,), float32."""
-    head, hidden = core(model).score, body(model, batch).flatten(0, 1)[batch.last]
+    return _scalar(core(model).score, body(model, batch).flatten(0, 1)[batch.last])
+
+
+def _scalar(head, hidden):
+    """What a linear head of one output makes of hidden states: (n, d) -> (n,), float32."""
     bias = None if head.bias is None else head.bias.to(wide(hidden))
     return F.linear(hidden.to(wide(hidden)), head.weight.to(wide(hidden)), bias).sum(
         1
@@ -114,10 +138,11 @@ def response_scores(model, batch):
 def body(model, batch):
     """Last hidden states of a batch, (rows, T, d)."""
     inner = core(model)
+    trunk = inner.model if inner.base_model is inner else inner.base_model  # Llama 4 misnames its own
     if batch.groups:
-        out = inner.base_model(input_ids=batch.ids, position_ids=batch.position, use_cache=False, packed=batch)
+        out = trunk(input_ids=batch.ids, position_ids=batch.position, use_cache=False, packed=batch)
     else:
-        out = inner.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        out = trunk(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     return out.last_hidden_state
 
 
@@ -145,10 +170,14 @@ def _scale(config):
     return (getattr(config, 'logit_scale', None) or 1.0) / (getattr(config, 'logits_scaling', None) or 1.0)
 
 
+def _cap(config):
+    """The soft cap of the logits, if the architecture has one (Gemma 2, RecurrentGemma)."""
+    return getattr(config, 'final_logit_softcapping', None) or getattr(config, 'logits_soft_cap', None)
+
+
 def _post(raw, config):
-    """float32 logits from the head's output: scaled, and soft-capped (Gemma 2)."""
-    logits = raw.to(wide(raw)) * _scale(config)
-    cap = getattr(config, 'final_logit_softcapping', None)
+    """float32 logits from the head's output: scaled, and soft-capped."""
+    logits, cap = raw.to(wide(raw)) * _scale(config), _cap(config)
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
@@ -189,7 +218,7 @@ class _Head(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, config, divergence, reference):
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
-        plain = not divergence and not getattr(config, 'final_logit_softcapping', None)
+        plain = not divergence and not _cap(config)
         tokens = hidden.new_empty(3 if divergence else 1, len(target), dtype=wide(hidden))
         chunks = _Head.chunks(len(target), len(weight), hidden.device)
         buffer = hidden.new_empty(chunks[0].stop if plain else 0, len(weight), dtype=wide(hidden))
@@ -207,7 +236,7 @@ class _Head(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
-        plain = not divergence and not getattr(config, 'final_logit_softcapping', None)
+        plain = not divergence and not _cap(config)
         d_hidden, d_bias = torch.empty_like(hidden), 0.0
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
         chunks = _Head.chunks(len(target), len(weight), hidden.device)

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+import card
 import checkpoint
 import fsdp
 import generate
@@ -30,6 +31,7 @@ model = 'toy'  # hub id, local folder, or 'toy'
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
 eval_data: str | None = None  # None: the test split of data, or a part of it held out
 noise_rate = 0.0  # train on the rejected answer of this fraction of pairs, as the original noise experiments do
+control_tokens = False  # both answers of a pair, behind prompts that end with <|good|> or <|bad|> (conditional SFT)
 data_fraction = 1.0  # use this fraction of the training examples
 num_turns = 1  # sharegpt: answers taken from a conversation
 max_length = 512  # tokens of prompt and answer
@@ -81,6 +83,8 @@ attn: str | None = None  # attention on padded batches, such as sdpa, eager, fla
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
 
+# special tokens, as in HALOs' csft: one id each, whatever stands before and after them
+
 # ---- set-up ----
 
 adapters = lora.options(config)
@@ -90,19 +94,24 @@ if batch_size < world:
     raise UserError(f'batch_size {batch_size} is smaller than the {world} ranks')
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
 tokenizer = load_tokenizer(model, trust_remote_code)
-load = partial(load_examples, tokenizer=tokenizer, seed=seed, max_length=max_length, max_prompt_length=max_prompt_length,
-               truncation=truncation, num_turns=num_turns, skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
-train = fsdp.first_of_host(
-    lambda: load(data, 'train', task='pairs' if noise_rate else 'sft', data_fraction=data_fraction)
-)
+if control_tokens:
+    tokenizer.add_tokens(CONTROL, special_tokens=True)
+load = partial(load_examples, tokenizer=tokenizer, seed=seed, max_length=max_length - control_tokens,
+               max_prompt_length=max_prompt_length - control_tokens, truncation=truncation, num_turns=num_turns,
+               skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
+task = 'singles' if control_tokens else 'pairs' if noise_rate else 'sft'
+train = fsdp.first_of_host(lambda: load(data, 'train', task=task, data_fraction=data_fraction))
 train = train.flip(noise_rate, seed).first_answers() if noise_rate else train
-held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test', task='sft')).select(slice(n_eval_examples))
+task = 'singles' if control_tokens else 'sft'
+held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test', task=task)).select(slice(n_eval_examples))
+if control_tokens:
+    train, held_out = (x.control(*tokenizer.convert_tokens_to_ids(CONTROL)) for x in (train, held_out))
 total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
 log.say_too_long(train.lengths, max_tokens)
 
 build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed,
-                adapters=adapters)  # fmt: skip
+                adapters=adapters, grow=control_tokens)  # fmt: skip
 policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing,
                     cpu_offload=cpu_offload, device_map=device_map)  # fmt: skip
 log.say(lora.describe(policy)) if adapters else None
@@ -147,7 +156,8 @@ def evaluate(examples_seen):
     logger.row('eval', examples_seen, summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, 'eval'))
     if not sample_during_eval:
         return
-    prompts = [held_out[i][0] for i in range(min(n_eval_model_samples, len(held_out)))]
+    asked = held_out.select(held_out.good)  # with control tokens, the good kind of answer
+    prompts = [asked[i][0] for i in range(min(n_eval_model_samples, len(asked)))]
     answers = generate.sample({'policy': policy}, tokenizer, prompts, rank=rank, world=world, seed=seed, top_p=top_p,
                               max_new_tokens=max_new_tokens, temperature=temperature)  # fmt: skip
     if main_rank():
@@ -186,7 +196,9 @@ for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train,
     clock = time.time() if any(due) else clock
 evaluate(total)
 checkpoint.export(policy, tokenizer, build, f'{out_dir}/model')
+fsdp.on_one_rank(lambda: card.write(out_dir))
 logger.close()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':
     fsdp.leave()
+CONTROL = ['<|good|>', '<|bad|>']

@@ -187,10 +187,14 @@ def _blank(answer):
 
 
 def _render(prompt, answers, tokenizer, left_out):
-    """The texts of prompt and answers: as they are, or through the tokenizer's chat template."""
+    """The texts of prompt and answers: as they are, or through the tokenizer's chat template.
+
+    Together they are what the template makes of the whole chat, with three differences: prompt and answer become tokens
+    apart, as in sampling; line breaks that a template writes after the end of a turn are not part of the answer; and
+    tokenise adds the end of text where the template ends a turn with something else, or with nothing."""
     if isinstance(prompt, str) and all(isinstance(a, str) for a in answers):
         return [prompt, *answers]
-    template = tokenizer.chat_template or PLAIN_CHAT
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_CHAT  # of several, the default
     if template == PLAIN_CHAT:
         left_out[NO_TEMPLATE] = 1
     as_chat = [[{'role': role, 'content': text}] if isinstance(text, str) else text

@@ -477,3 +477,13 @@ def test_a_value_printed_as_a_flag_is_read_back(script, values, random):
         random.shuffle(argv)
     scope = script(*argv)
     assert all(same(scope[name], value) for name, value in (DEFAULTS | values).items())
+
+
+def test_help_into_a_pipe_that_nobody_reads():
+    """dpo.py --help | head, when head has gone: no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(Path(configurator.__file__).parent / 'dpo.py'), '--help']
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert done.returncode == 0 and not done.stderr

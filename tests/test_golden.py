@@ -50,6 +50,8 @@ def read(case, arrays, leaves):
     """Input arrays of a case -> tensors, of which the leaves require gradients; token ids and labels stay integers."""
     x, real = {}, torch.float32 if case.get('dtype') == 'float32' else torch.float64
     for name, value in arrays.items():
+        if name == 'prompt_id':
+            continue
         dtype = torch.long if name in ('labels', 'input_ids', 'attention_mask') else real
         x[name] = torch.tensor(numbers(value), dtype=dtype).requires_grad_(name in leaves)
     return x
@@ -439,6 +441,46 @@ def tdpo(case, note):
     yield gold, x, ours
 
 
+def ppo(case, note):
+    """Whole PPO steps of HALOs and Ra-DPO: advantages from rewards and old values, policy and value loss."""
+    gold, x, h = open_case(case, note)
+    mask, out = x['mask'].bool(), gold['outputs']
+    raw = losses.gae(x['rewards'], x['old_values'], mask, gamma=h['gamma'], lam=h['lam'])
+    to_go = losses.gae(x['rewards'], x['old_values'], mask, gamma=h['gamma'], lam=1.0) + x['old_values'] * mask
+    ours = {'advantages': losses.whiten(raw, mask), 'returns': raw + x['old_values'] * mask}
+    pi, old, value, old_value = (x[k][mask] for k in ('new_logps', 'old_logps', 'new_values', 'old_values'))
+    advantage, target = ours['advantages'][mask], to_go[mask]
+    if case['group'] == 'radpo_ppo':
+        note('radpo_ppo: their clip to [c, 1/c] applied outside the formula; their value target lacks its own reward')
+        rho, c = (pi - old).exp(), h['cliprange']
+        policy = torch.max(-advantage * rho, -advantage * rho.clamp(c, 1 / c))
+        target, sign = torch.tensor(numbers(out['discounted_future_rewards']), dtype=pi.dtype)[mask], -1
+    else:
+        ours['discounted_future_rewards'], sign = to_go, 1
+        policy = losses.ppo(pi, old, advantage, clip=h['cliprange'])
+    note('ppo: their KL term, +-mean(new - old), is no penalty; added outside the formula with their sign')
+    ours['policy_loss'] = step(policy)
+    ours['critic_loss'] = step(losses.value_loss(value, old_value, target, value_clip=math.inf))
+    kl = sign * step(pi - old)
+    ours['scalar'] = ours['policy_loss'] + h['critic_coef'] * ours['critic_loss'] + h['KL_coef'] * kl
+    yield gold, x, ours
+
+
+def grpo(case, note):
+    gold, x, h = open_case(case, note)
+    if h.get('humanline'):
+        raise Skip('humanline clamping of token ratios is not among the losses here')
+    mask = x['mask'].bool()
+    advantage = torch.zeros_like(x['scores'])
+    for name in set(GOLDEN['inputs'][case['input']]['prompt_id']):
+        rows = torch.tensor([name == other for other in GOLDEN['inputs'][case['input']]['prompt_id']])
+        advantage[rows] = losses.group_advantage(x['scores'][None, rows], eps=0.01)[0]
+    note('halos_grpo: the ratio is against the reference there, so the reference is passed as the old policy, too')
+    pi, ref, a = x['policy_logps'][mask], x['reference_logps'][mask], advantage[:, None].expand_as(mask)[mask]
+    l = losses.grpo(pi, ref, ref, a, clip=h['epsilon'], kl_coef=h['beta'])
+    yield gold, x, {'scalar': step(l), 'advantages': advantage, 'KL': step(losses.kl_penalty(pi, ref))}
+
+
 CHECKS = {
     **dict.fromkeys(('dpo', 'dpo_reference_free', 'cdpo', 'ipo', 'dr_dpo', 'e2e_dpo'), dpo_family),
     **dict.fromkeys(('halos_dpo', 'halos_cdpo', 'radpo_dpo', 'radpo_cdpo'), dpo_family),
@@ -452,11 +494,12 @@ CHECKS = {
     **dict.fromkeys(('e2e_sft', 'e2e_sft_tokenmean'), sft_from_logits),
     **dict.fromkeys(('tdpo', 'radpo_tdpo', 'ra_dpo'), tdpo),
     'rlaif_dpo': rlaif_dpo,
+    **dict.fromkeys(('halos_ppo', 'radpo_ppo'), ppo),
+    'halos_grpo': grpo,
     'beta_dpo': beta_dpo,
     'seq_logps': seq_logps,
 }
 SKIPPED = {
-    **dict.fromkeys(('halos_grpo', 'halos_ppo', 'radpo_ppo'), "ppo.py's issue"),
     'trl_fdpo': 'f-divergences are not among the losses here',
     'trl_ld_dpo': 'weights of the tokens beyond the shorter answer are not among the losses here',
     'trl_wpo': "WPO's weights are not among the losses here",

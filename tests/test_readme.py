@@ -12,7 +12,7 @@ import pytest
 from configurator import configure
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {'dpo.py', 'sft.py', 'reward.py', 'bench.py', 'sample.py', 'label.py'}
+SCRIPTS = {'dpo.py', 'sft.py', 'reward.py', 'bench.py', 'sample.py', 'label.py', 'plot.py', 'ppo.py'}
 README = (ROOT / 'README.md').read_text()
 COMMANDS = [
     line.split('#')[0].strip() for block in re.findall(r'```sh\n(.*?)```', README, re.S) for line in block.splitlines()
@@ -25,6 +25,8 @@ def parse(command, monkeypatch):
     words = shlex.split(command)
     script = next(word for word in words if word in SCRIPTS)
     arguments = words[words.index(script) + 1 :]
+    if script == 'plot.py':  # folders, not config files
+        arguments = [word for word in arguments if word.startswith('-')]
     source = (ROOT / script).read_text()
     scope = {'__file__': str(ROOT / script), '__doc__': ''}
     for node in ast.parse(source).body:  # the constants alone

@@ -1,0 +1,19 @@
+# One-step PPO on labelled answers, as in HALOs, on the toy world (toy.py), from the model of sft_toy.py. Not a paper's experiment.
+#     torchrun --nproc_per_node=2 ppo.py config/ppo_offline_toy.py
+model = 'out/sft_toy/model'
+data = 'toy'
+reward_model = 'gold'  # for the evaluation only
+loss = 'ppo'
+offline = True
+kl_coef = 0.1
+clip = 0.5
+value_clip = None
+vf_coef = 0.1
+batch_size = 256
+minibatch_size = 64
+ppo_epochs = 1
+lr = 5e-4
+lr_schedule = 'linear'
+max_new_tokens = 48
+log_every = 1024
+out_dir = 'out/ppo_offline_toy'
