@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 seeds = '1 2 3 4 5'  # of the pairs, their order, the flips and the samples; 0 is the search's
-quick = False  # a small grid, to see that all is well
+quick = False  # a small grid, half the examples, and unless given: three seeds, 256 samples
 search = False  # the search for settings instead of the grid
 report = False  # only write the report from the trials that are there
 workers = 2  # processes side by side, one thread each
@@ -75,7 +75,11 @@ def run(trials, file, work):
 
 
 def main():
+    global seeds, n_samples
     config = configure(globals())
+    if quick:
+        seeds = '1 2 3' if config.origin['seeds'] == 'default' else seeds
+        n_samples = 256 if config.origin['n_samples'] == 'default' else n_samples
     try:
         chosen = [int(seed) for seed in seeds.split()]
     except ValueError:
