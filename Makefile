@@ -1,14 +1,18 @@
 # make demo: SFT, then Dr. DPO, on a toy world, in a minute and a half.   make test: all tests.   make lint: ruff.
+# make claims: the papers' claims on the toy world; CLAIMS="--quick", "--seeds='11 12 13'": options of runs/claims.py.
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: demo test lint setup
+.PHONY: demo test claims lint setup
 
 demo: setup
 	$(BIN)/python runs/demo.py
 
 test: setup
 	$(BIN)/python -m pytest -q tests
+
+claims: setup
+	PYTHON=$(BIN)/python runs/claims.sh $(CLAIMS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -240,4 +240,3 @@ guard.end()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':
     fsdp.leave()
-CONTROL = ['<|good|>', '<|bad|>']

@@ -1,0 +1,14 @@
+# DPO of Llama-2-7B on a judge's preferences between two of its own answers: the second step of dpo-rlaif, arXiv:2402.12366
+# (runs/rlaif_sharegpt.sh makes them). beta and lr are those of our other configs' authors. RMSprop: so it fits on one H200.
+#     torchrun --nproc_per_node=4 dpo.py config/rlaif_sharegpt.py
+model = 'out/sft_sharegpt/model'
+data = 'out/labels/annotations.json'
+loss = 'dpo'
+beta = 0.05
+n_epochs = 1
+batch_size = 64
+optimizer = 'RMSprop'
+lr = 5e-7
+dtype = 'bfloat16'
+activation_checkpointing = True
+out_dir = 'out/rlaif_sharegpt'

@@ -1,0 +1,35 @@
+"""The chosen answers of a dataset's held-out pairs as a file of answers, so that label.py can judge a model against them.
+
+python runs/chosen.py --data=hh --out=out/chosen.jsonl
+python label.py --answers=out/sample/samples.jsonl --against=out/chosen.jsonl --endpoint=http://127.0.0.1:8000 --judge_model=NAME
+"""
+
+import json
+import sys
+from pathlib import Path
+
+data = 'hh'  # what dpo.py reads
+split = 'test'  # train or test
+out = 'out/chosen.jsonl'  # the file: prompt and response, a line an answer
+
+ROOT = Path(__file__, '../..').resolve()  # a call: configure() takes what stands above it for options
+sys.path.insert(0, str(ROOT))
+import sources  # noqa: E402
+from configurator import UserError, configure  # noqa: E402
+
+configure(globals())
+rows = {}
+for source in data.split('+'):
+    for row in sources.load_rows(source, split)[0]:
+        if 'chosen' not in row:
+            raise UserError(f'{source} has no pairs, so no chosen answers')
+        rows.setdefault(sources.content_hash(row['prompt']), row)
+Path(out).parent.mkdir(parents=True, exist_ok=True)
+part = Path(f'{out}.part')
+with part.open('w') as stream:
+    for row in rows.values():
+        stream.write(
+            json.dumps({'prompt': row['prompt'], 'response': row['chosen'], 'generator': 'chosen', 'sample': 0}) + '\n'
+        )
+part.replace(out)
+print(f'{len(rows)} answers: {out}')

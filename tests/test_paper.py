@@ -1,0 +1,64 @@
+"""The procedures for a cluster: every command they would run parses, with and without stand-ins; what is missing is said at once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_readme import SCRIPTS, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ['drdpo_hh', 'betadpo_hh', 'radpo_hh', 'rlaif_sharegpt']
+
+
+def run(name, **settings):
+    unset = {'GPUS', 'JUDGE', 'JUDGE_MODEL', 'DRY', 'PRINT', 'FLIPS', 'BETAS', 'LOSSES'}
+    environment = {k: v for k, v in os.environ.items() if k not in unset} | {'PYTHON': sys.executable} | settings
+    return subprocess.run(['bash', f'runs/{name}.sh'], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('settings', [{'GPUS': '4'}, {'GPUS': '1', 'JUDGE': 'none'}, {'DRY': '1'}], ids=str)
+@pytest.mark.parametrize('name', NAMES)
+def test_commands_parse(name, settings, monkeypatch):
+    found = run(name, PRINT='1', **settings)
+    if name == 'rlaif_sharegpt' and settings.get('JUDGE') == 'none':
+        assert found.returncode == 2 and 'judge makes the training data' in found.stderr
+        return
+    assert found.returncode == 0, found.stderr
+    assert 'not measured' in found.stdout and '1 x H200' in found.stdout
+    commands = [line[2:] for line in found.stdout.splitlines() if line.startswith('$ ')]
+    used, folders = [], []
+    for command in commands:
+        script = next(word for word in command.split() if word.endswith('.py') and not word.startswith('config/'))
+        used.append(script)
+        assert ('nproc_per_node=4' in command) == (
+            settings.get('GPUS') == '4' and script in ('sft.py', 'dpo.py', 'sample.py')
+        )
+        if script in SCRIPTS:
+            config = parse(command, monkeypatch)
+            folders.append(config['out_dir'])
+            if script in ('sft.py', 'dpo.py') and 'DRY' in settings:
+                assert config['n_examples'] <= 64 and config['dtype'] == 'float32'
+    assert used[0] == 'sft.py' and used[-1] == 'runs/paper_row.py' and {'dpo.py', 'sample.py'} <= set(used)
+    assert ('label.py' in used) == (settings.get('JUDGE') != 'none')
+    assert len(set(folders)) == len(folders)
+
+
+def test_what_is_missing_is_said():
+    found = run('drdpo_hh', GPUS='0')
+    assert found.returncode == 2 and 'no GPU here' in found.stderr
+    found = run('drdpo_hh', GPUS='1')
+    assert found.returncode == 2 and 'JUDGE' in found.stderr and 'done' not in found.stdout
+    assert run('drdpo_hh', GPUS='1', JUDGE='http://x').returncode == 2  # and its name
+
+
+def test_expected_by_hand(monkeypatch):
+    """One layer of width 1 with 10 weights and a vocabulary of 3; a prompt of 2 tokens, answers of 1 and 2.
+
+    Forward: 2 x 10 x 5 + 4 x (3 ^ 2 / 2 + 2 x 2 + 2 ^ 2 / 2) + 2 x 3 x 3 = 100 + 42 + 18; three times that and the reference."""
+    monkeypatch.syspath_prepend(ROOT / 'runs')
+    import expected
+
+    assert expected.flops((1, 1, 10, 3), 'pairs', (2, 1, 2)) == 4 * 160
+    assert expected.flops((1, 1, 10, 3), 'sft', (2, 1, 0)) == 3 * (60 + 18 + 6)
