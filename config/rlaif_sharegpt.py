@@ -1,5 +1,5 @@
 # DPO of Llama-2-7B on a judge's preferences between two of its own answers: the second step of dpo-rlaif, arXiv:2402.12366
-# (runs/rlaif_sharegpt.sh makes them). beta and lr are those of our other configs' authors. RMSprop: so it fits on one H200.
+# (runs/rlaif_sharegpt.sh makes them). beta and lr are not checked against the paper. RMSprop: so it fits on one H200.
 #     torchrun --nproc_per_node=4 dpo.py config/rlaif_sharegpt.py
 model = 'out/sft_sharegpt/model'
 data = 'out/labels/annotations.json'
