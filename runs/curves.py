@@ -24,7 +24,7 @@ CURVES = {  # what changes -> the flags of each point
     'prompt share (of 320 tokens)': [
         [f'--prompt_tokens={320 - 2 * a}', f'--answer_tokens={a}'] for a in (8, 40, 80, 120)
     ],
-    'vocabulary': [[f'--vocabulary={n}'] for n in (4096, 16384, 50304, 131072)],
+    'vocabulary': [[f'--vocabulary={n}'] for n in (4096, 16384, 50304)],
     'length of prompt = of answer': [
         [f'--prompt_tokens={n}', f'--answer_tokens={n}', '--batch_size=4'] for n in (32, 128, 256, 512)
     ],
