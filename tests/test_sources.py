@@ -107,7 +107,7 @@ def test_se():
     ]
     assert examples[3]['prompt'] == '\n\nHuman: Steps\n\nWhat\nnext?\n\nAssistant:'
     assert examples[3]['chosen'] == ' - one thing\n- another, see this\n\nquoted'
-    assert len(examples) == 4 and drops == {'tie': 2}
+    assert len(examples) == 4 and drops == {'tie': 2, 'fewer than two answers': 1}
     assert bad == {"'text' is missing or of the wrong type": 1}
 
 
@@ -168,7 +168,7 @@ def test_oasst():
             'rejected': [assistant('They are weak.')],
         },
     ]
-    assert drops == {'no answer of the next better rank': 2}  # one is not there, one is German
+    assert drops == {'no answer of the next better rank': 2, 'not English': 1}  # one is not there, one is German
     assert bad == {'the conversation above the answer is not whole': 2}  # a gap; a circle
 
 
