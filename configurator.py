@@ -145,7 +145,9 @@ def _read_file(path):
     names = {}
     try:
         exec(compile(source, path, 'exec'), names)
-    except (Exception, SystemExit) as error:  # whatever a config file can raise is the user's to mend
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a config file can raise is the user's to mend
         line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else None
         for frame in traceback.extract_tb(error.__traceback__):
             line = frame.lineno if frame.filename == path else line

@@ -207,7 +207,8 @@ def parse_any(row):
             raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
         more = {} if row.get('margin') is None else {'margin': margin(row)}
         if 'prompt' in row:
-            return [{'prompt': text_or_chat(row, 'prompt'), 'chosen': chosen, 'rejected': rejected, **more}]
+            prompt = text_or_chat(row, 'prompt')
+            return [{'prompt': prompt, 'chosen': _begins(chosen), 'rejected': _begins(rejected), **more}]
         n = next(
             (i for i, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y),
             min(len(chosen), len(rejected)),
@@ -217,10 +218,10 @@ def parse_any(row):
             raise ValueError("'chosen' and 'rejected' do not begin with the same question")
         if isinstance(chosen, str) and not same.endswith((' ', '\n', ':')):  # do not cut a word in two
             n = max(same.rfind(' '), same.rfind('\n'), same.rfind(':') + 1, 0)
-        return [{'prompt': chosen[:n], 'chosen': chosen[n:], 'rejected': rejected[n:], **more}]
+        return [{'prompt': chosen[:n], 'chosen': _begins(chosen[n:]), 'rejected': _begins(rejected[n:]), **more}]
     for key in ('response', 'completion'):
         if key in row:
-            example = {'prompt': text_or_chat(row, 'prompt'), 'response': text_or_chat(row, key)}
+            example = {'prompt': text_or_chat(row, 'prompt'), 'response': _begins(text_or_chat(row, key))}
             label = {'response': 'good', 'completion': 'label'}[key]
             return [example | ({'good': field(row, label, bool)} if label in row else {})]
     if 'messages' in row:
@@ -247,6 +248,13 @@ def text_or_chat(row, key):
     if key != 'prompt' and turns and turns[-1]['role'] != 'assistant':
         raise ValueError(f'{key!r} does not end with an answer')
     return turns
+
+
+def _begins(answer):
+    """An answer, which as chat begins with the assistant: else it repeats the prompt, or answers another one."""
+    if isinstance(answer, list) and answer and answer[0]['role'] != 'assistant':
+        raise ValueError('an answer begins with a question, or answers another one')
+    return answer
 
 
 def margin(row):

@@ -221,9 +221,9 @@ def _read_cache(file):
         with safe_open(file, 'np') as f:
             arrays = {k: f.get_tensor(k) for k in ('ids', 'spans', 'good', 'uid')}
             margin = f.get_tensor('margin') if 'margin' in f.keys() else None  # noqa: SIM118, not a dict
-            left_out = f.metadata()['left_out']
-            if f.metadata()['sha256'] == _digest([*arrays.values(), margin], left_out):
-                return Examples(*arrays.values(), Counter(json.loads(left_out)), margin=margin)
+            left_out, digest = json.loads(f.metadata()['left_out'])
+            if digest == _digest([*arrays.values(), margin], left_out):
+                return Examples(*arrays.values(), Counter(left_out), margin=margin)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         pass
     say(f'note: {file} is damaged: tokenising anew')
@@ -232,7 +232,7 @@ def _read_cache(file):
 
 def _digest(arrays, left_out):
     """A hash of what a cache file holds: a changed bit would train on other tokens."""
-    digest = hashlib.sha256(left_out.encode())
+    digest = hashlib.sha256(json.dumps(left_out).encode())
     for array in arrays:
         digest.update(b'-' if array is None else np.ascontiguousarray(array))
     return digest.hexdigest()
@@ -247,9 +247,8 @@ def _write_cache(file, examples):
     temporary = file.with_suffix(f'.{os.getpid()}')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        left_out = json.dumps(examples.left_out)
-        digest = _digest([*arrays.values()] + [None] * (examples.margin is None), left_out)
-        save_file(arrays, temporary, {'left_out': left_out, 'sha256': digest})
+        digest = _digest([*arrays.values()] + [None] * (examples.margin is None), examples.left_out)
+        save_file(arrays, temporary, {'left_out': json.dumps([examples.left_out, digest])})
         temporary.rename(file)
     except (OSError, SafetensorError) as error:
         say(f'note: tokens are not cached: {error}')

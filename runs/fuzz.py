@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pairs  # noqa: E402
 import sources  # noqa: E402
 import toy  # noqa: E402
-from configurator import CHOICES, Config, UserError, configure  # noqa: E402
+from configurator import CHOICES, UserError, configure  # noqa: E402
 from spec import Spec  # noqa: E402
 from tokenise import tokenise  # noqa: E402
 
@@ -204,12 +204,12 @@ def check_text(text, written, name):
     text.encode()
     if any(text in w for w in written):
         return
-    if name == 'se':
-        written = [html.unescape(re.sub(r'<[^>]*>', '', w)) for w in written]
-        text = re.sub(r'</?code>|- ', '', text)  # the rest is HTML's: tests/test_sources.py
-        letters = Counter(''.join(re.findall(r'\w', text)))
-        if not letters - Counter(''.join(re.findall(r'\w', html.unescape(''.join(written))))):
-            return
+    if name == 'se':  # HTML: what is left of it stands in one text, in this order
+        letters = ''.join(re.findall(r'\w', squeezed(re.sub(r'</?code>', '', text))))
+        for raw in written:
+            rest = iter(re.sub(r'\W', '', html.unescape(raw)))
+            if all(letter in rest for letter in letters):
+                return
     rest = squeezed(text)
     for w in sorted(map(squeezed, written), key=len, reverse=True):  # a prompt may be made of several turns
         rest = rest.replace(w, '\n') if w and rest != w else '' if rest == w else rest
@@ -234,18 +234,13 @@ def check_example(example, written, name):
                 raise Failure(f'a message {turn!r}')
             check_text(turn['role'], [*written, 'user', 'assistant'], name)
             check_text(turn['content'], written, name)
-        if key in ('chosen', 'rejected', 'response') and value and value[-1]['role'] != 'assistant':
+        if key in ('chosen', 'rejected', 'response') and value and {value[0]['role'], value[-1]['role']} != {'assistant'}:
             raise Failure(f'an answer by {value[-1]["role"]!r}')
 
 
-def count_of(name, raw):
-    """How many examples and drops a good row of this format makes: none are lost without a word."""
-    if name == 'oasst':
-        return 0 if raw.get('lang') == 'en' and (raw.get('role') == 'prompter' or raw.get('rank') == 0) else 1
-    if name == 'se':
-        n = len(raw['answers'])
-        return max(1, n * (n - 1) // 2)
-    return 1
+def quiet(name, raw):
+    """Whether a row makes no example of its own: what is asked, and the best answers, are part of others in oasst."""
+    return name == 'oasst' and raw.get('lang') == 'en' and (raw.get('role') == 'prompter' or raw.get('rank') == 0)
 
 
 def attack_file(name, content, ending, folder, index):
@@ -284,14 +279,10 @@ def attack_file(name, content, ending, folder, index):
         raise Failure(f'{bad} bad rows, but the message is {refused!r}')
     for example in examples:
         check_example(example, written, name)
-    good = [row for row in parsed if isinstance(row, dict)]
-    if name == 'sharegpt':  # a conversation is several examples
-        enough = len(examples) + left_out.total() >= total
-    elif name in ('se', 'oasst'):  # a bad row stands for as many as it might have been
-        enough = len(examples) + left_out.total() >= sum(map(safe_count, [name] * len(good), good)) and bad <= total
-    else:
-        enough = len(examples) + left_out.total() == total
-    if not enough:
+    heard = sum(not (isinstance(row, dict) and quiet(name, row)) for row in parsed) + total - len(parsed)
+    found = len(examples) + left_out.total()
+    several = name in ('se', 'sharegpt')  # a row is several examples
+    if not (found >= total if several else heard <= found <= total):
         raise Failure(f'{total} rows, but {len(examples)} examples and {dict(left_out)}')
     counts['rows refused'] += bad
     counts['examples accepted'] += len(examples)
@@ -303,12 +294,6 @@ def attack_file(name, content, ending, folder, index):
     if index % 7 == 0:
         with contextlib.suppress(UserError):
             pairs.read_answers(path)
-
-
-def safe_count(name, raw):
-    with contextlib.suppress(KeyError, TypeError, AttributeError):
-        return count_of(name, raw)
-    return 1
 
 
 def attack_tokens(examples, task):
@@ -384,15 +369,23 @@ def attack_line(script, folder):
     argv, given = [], {}
     for _ in range(random.choice([0, 1, 1, 2, 5])):
         name = random.choice(names) if random.random() < 0.9 else random.choice(['lerning_rate', '', 'config', '__file__', '-x', 'é', 'x' * 999])
-        value = random.choice(VALUES) if random.random() < 0.8 else str(random.choice(CHOICES.get(name, ['7'])))
+        value = random.choice(VALUES) if random.random() < 0.4 else str(random.choice(CHOICES.get(name, [scope.get(name), '7'])))
         form = random.random()
         flag = f'--{name}={value}' if form < 0.9 else random.choice([f'--{name}', f'-{name}={value}', f'--{name} {value}', name, f'--{name}=={value}', '--', '-'])
         argv.append(flag)
-        given[name] = value if flag == f'--{name}={value}' else None
+        given[name] = flag.partition('=')[2] if flag.startswith(f'--{name}=') else None
+
+    def sound():
+        name = random.choice(names)
+        return f'{name} = {random.choice(CHOICES.get(name, [scope[name]]))!r}'
+
+    def odd():
+        return f'{random.choice(names)} = {random.choice(LITERALS)}'
+
     for _ in range(random.choice([0, 0, 1, 1, 2])):
         path = f'{folder}/config{random.randrange(3)}.py'
         text = '\n'.join(
-            f'{random.choice(names)} = {random.choice(LITERALS)}' if random.random() < 0.7 else random.choice(STATEMENTS)
+            random.choice([sound, sound, odd, lambda: random.choice(STATEMENTS)])()
             for _ in range(random.randrange(4))
         )
         content = text.encode(random.choice(['utf-8', 'utf-8', 'utf-8', 'utf-16']), 'surrogatepass')
@@ -432,7 +425,7 @@ def attack_line(script, folder):
     if script == 'dpo.py':
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                spec = Spec(Config_copy(resolved))
+                spec = Spec(resolved)
             unused = [k for k, o in resolved.origin.items() if o == 'command line' and k in ('gamma', 'rho') and k not in spec.uses]
             if unused:
                 raise Failure(f'{unused} have no effect, and nobody says so')
@@ -440,12 +433,6 @@ def attack_line(script, folder):
         except UserError:
             counts['losses refused'] += 1
     return argv
-
-
-def Config_copy(resolved):
-    again = Config(resolved)
-    again.origin = resolved.origin
-    return again
 
 
 def means(text, value):

@@ -389,15 +389,23 @@ def test_what_makes_another_cache_file(tmp_path, make_tokenizer, count, cache):
 
 
 @pytest.mark.parametrize(
-    'damage', [lambda b: b[: len(b) // 2], lambda b: b[:5], lambda b: b'', lambda b: b'x' * len(b)]
+    'damage',
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b[:5],
+        lambda b: b'',
+        lambda b: b'x' * len(b),
+        lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],  # one bit: other tokens
+    ],
 )
-def test_a_damaged_cache_file_is_rebuilt(tmp_path, tok, count, cache, damage):
+def test_a_damaged_cache_file_is_rebuilt(tmp_path, tok, count, cache, damage, capsys):
     source = write(tmp_path / 'd.jsonl', many_pairs(20))
     first = load(source, tok)
     (file,) = cache.iterdir()
     content = file.read_bytes()
     file.write_bytes(damage(content))
     assert same(load(source, tok), first) and len(count) == 2
+    assert 'is damaged: tokenising anew' in capsys.readouterr().out
     assert file.read_bytes() == content and len(list(cache.iterdir())) == 1
 
 
