@@ -207,7 +207,9 @@ def _check_text(name, value, where):
     for variable in SECRETS:
         secret = os.environ.get(variable, '').strip()
         if len(secret) >= 8 and secret in value:
-            raise UserError(f'{where}: {name} holds the key of {variable}; it stays in the environment, nothing else is needed')
+            raise UserError(
+                f'{where}: {name} holds the key of {variable}; it stays in the environment, nothing else is needed'
+            )
     if re.search(r'://[^/?#\s]*@', value):
         raise UserError(f'{where}: {name} has a name or a password in its address; a key belongs in the environment')
     if '\0' in value or re.search('[\ud800-\udfff]', value):

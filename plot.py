@@ -64,7 +64,9 @@ def check(rows, kinds, file):
             drawn = [
                 k for k in row if k.replace('_', '/').partition('/')[0] in ('loss', 'rewards', 'logps', 'kl', 'gold')
             ]
-            wrong += [k for k in drawn if not isinstance(row[k], int | float) or (row[k] == row[k] and abs(row[k]) > 1e300)]
+            wrong += [
+                k for k in drawn if not isinstance(row[k], int | float) or (row[k] == row[k] and abs(row[k]) > 1e300)
+            ]
         if wrong:
             raise UserError(f'{file} has a row without a proper {wrong[0]}: it is damaged, or of something else')
 

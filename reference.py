@@ -91,4 +91,6 @@ def _write(file, key, logps):
         save_file({'logps': logps}, temporary, {'key': key, 'sha256': hashlib.sha256(logps).hexdigest()})
         temporary.rename(file)
     except (OSError, SafetensorError) as error:  # the run goes on: it has them in memory
-        say(f'note: the reference log-probs are not kept: cannot write {file} ({getattr(error, "strerror", None) or error})')
+        say(
+            f'note: the reference log-probs are not kept: cannot write {file} ({getattr(error, "strerror", None) or error})'
+        )

@@ -20,7 +20,9 @@ def append(out_dir, rank, rows):
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise UserError(f'cannot write to {file} ({error.strerror}): make room and run the same command again') from None
+        raise UserError(
+            f'cannot write to {file} ({error.strerror}): make room and run the same command again'
+        ) from None
 
 
 def collect(out_dir, wanted):

@@ -11,6 +11,7 @@ import ast
 import base64
 import contextlib
 import copy
+import functools
 import gzip
 import html
 import io
@@ -28,6 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import configurator  # noqa: E402
 import pairs  # noqa: E402
 import sources  # noqa: E402
 import toy  # noqa: E402
@@ -46,6 +48,7 @@ SECONDS = 10  # after which a case hangs
 FILE_ROWS = 8  # rows of a file, about half of them mutated
 random.seed(seed)
 counts = Counter()
+configurator._declared = functools.cache(configurator._declared)  # else most of the time goes into parsing the scripts
 tokenizer = toy.tokenizer()
 
 
@@ -79,7 +82,9 @@ def seeds():
     found = {'': generic()}
     for file in sorted((ROOT / 'tests' / 'raw').iterdir()):
         text = file.read_text('utf-8')
-        found[file.name.partition('.')[0]] = json.loads(text) if text.startswith('[') else [json.loads(x) for x in text.splitlines()]
+        found[file.name.partition('.')[0]] = (
+            json.loads(text) if text.startswith('[') else [json.loads(x) for x in text.splitlines()]
+        )
     found['hh_helpful'], found['hh_harmless'] = found['hh'], found['hh']
     found['ultrafeedback_hybrid'] = found['ultrafeedback']
     return found
@@ -89,7 +94,7 @@ def odd_text():
     return random.choice([
         '', ' ', '\n\n', '\x00', 'a\x00b', '\ud800', 'x\udfffy', '\ud83d\ude42', '\ufeff', '\u202e', '<|endoftext|>', '</s>',
         '\n\nHuman:', '\n\nAssistant:', '\n\nHuman: q\n\nAssistant: a\n\nAssistant:', '{instruction}', '{{ m.content }}',
-        '$(touch x)', "'; import os", '<p>', '<![if x]>', '<![CDATA[', '<!--' * 50, '<!', '&#1114112;', '&#xd800;', '<a ' * 50,
+        '$(touch x)', "'; import os", '<p>', '<![if x]>', '<![CDATA[', '<![foo[x]]>', '<!--' * 50, '<!', '&#1114112;', '&#xd800;', '<a ' * 50,
         'x' * random.choice([10, 1000, 100_000]), 'é' * 500, '\u2028', '\r', 'NaN', 'null', 'true', '0',
     ])  # fmt: skip
 
@@ -133,7 +138,9 @@ def mutate(row, pool):
         if act == 0:
             del container[key]
         elif act == 1 and isinstance(container, dict):
-            container[random.choice([str(key) + 'x', 'prompt', 'chosen', 'preference', 'output_1', odd_text()[:20]])] = container.pop(key)
+            container[
+                random.choice([str(key) + 'x', 'prompt', 'chosen', 'preference', 'output_1', odd_text()[:20]])
+            ] = container.pop(key)
         elif act == 2:
             other = random.choice(places(random.choice(pool)))
             container[key] = copy.deepcopy(other[0][other[1]])
@@ -222,7 +229,13 @@ def check_example(example, written, name):
     if not {'prompt'} <= example.keys() <= fields:
         raise Failure(f'an example with the fields {sorted(example)}')
     for key, value in example.items():
-        if key == 'good' and isinstance(value, bool) or key == 'margin' and isinstance(value, float) and abs(value) < 1e30:
+        if (
+            key == 'good'
+            and isinstance(value, bool)
+            or key == 'margin'
+            and isinstance(value, float)
+            and abs(value) < 1e30
+        ):
             continue
         if isinstance(value, str):
             check_text(value, written, name)
@@ -234,7 +247,11 @@ def check_example(example, written, name):
                 raise Failure(f'a message {turn!r}')
             check_text(turn['role'], [*written, 'user', 'assistant'], name)
             check_text(turn['content'], written, name)
-        if key in ('chosen', 'rejected', 'response') and value and {value[0]['role'], value[-1]['role']} != {'assistant'}:
+        if (
+            key in ('chosen', 'rejected', 'response')
+            and value
+            and {value[0]['role'], value[-1]['role']} != {'assistant'}
+        ):
             raise Failure(f'an answer by {value[-1]["role"]!r}')
 
 
@@ -255,7 +272,11 @@ def attack_file(name, content, ending, folder, index):
         blank += not text.strip()
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text.decode('utf-8' if i else 'utf-8-sig'))
-            parsed += value if ending.startswith('.json') and not ending.startswith('.jsonl') and isinstance(value, list) else [value]
+            parsed += (
+                value
+                if ending.startswith('.json') and not ending.startswith('.jsonl') and isinstance(value, list)
+                else [value]
+            )
     texts(parsed, written)
     total = len(parsed) if not ending.startswith('.jsonl') else len(texts_of) - blank
     options = {'whole': True} | ({'num_turns': 3} if name == 'sharegpt' else {})
@@ -275,7 +296,9 @@ def attack_file(name, content, ending, folder, index):
         counts['rows refused'] += max(1, total)
         return
     bad = sum(n for reason, n in left_out.items() if reason.startswith('bad rows'))
-    if (refused is None) != (bad == 0) or (refused and ending.startswith('.jsonl') and not re.search(r', line \d+: ', refused)):
+    if (refused is None) != (bad == 0) or (
+        refused and ending.startswith('.jsonl') and not re.search(r', line \d+: ', refused)
+    ):
         raise Failure(f'{bad} bad rows, but the message is {refused!r}')
     for example in examples:
         check_example(example, written, name)
@@ -289,8 +312,7 @@ def attack_file(name, content, ending, folder, index):
     for reason, n in left_out.items():
         if not reason.startswith('bad rows'):
             counts[f'dropped: {reason}'] += n
-    for task in ('pairs', 'singles', 'sft'):
-        attack_tokens(examples, task)
+    attack_tokens(examples, ('pairs', 'singles', 'sft')[index % 3])
     if index % 7 == 0:
         with contextlib.suppress(UserError):
             pairs.read_answers(path)
@@ -299,7 +321,9 @@ def attack_file(name, content, ending, folder, index):
 def attack_tokens(examples, task):
     """Tokenise; every part is accounted for, ends with the end of text, and is no longer than it may be."""
     left_out, eos, longest = Counter(), tokenizer.eos_token_id, random.choice([12, 48])
-    found = tokenise(examples, tokenizer, task, longest, longest // 2, random.choice(['start', 'end']), left_out, margins=True)
+    found = tokenise(
+        examples, tokenizer, task, longest, longest // 2, random.choice(['start', 'end']), left_out, margins=True
+    )
     for i in range(len(found)):
         prompt, answers = found[i]
         if not len(prompt) or len(prompt) + max(map(len, answers)) > longest or any(a[-1] != eos for a in answers):
@@ -331,7 +355,10 @@ def attack_rows(total):
                 with alarm():
                     attack_file(name, content, ending, folder, index)
             except BaseException as error:
-                fail(error, f'format {name or "any"}, file {ending}, base64 of its gzip: {base64.b64encode(gzip.compress(content)).decode()}')
+                fail(
+                    error,
+                    f'format {name or "any"}, file {ending}, base64 of its gzip: {base64.b64encode(gzip.compress(content)).decode()}',
+                )
             index += 1
         counts['mutated rows'] = done
 
@@ -339,6 +366,7 @@ def attack_rows(total):
 # ---- command lines ----
 
 
+@functools.cache
 def scope_of(script):
     """The constants of a script, without running it."""
     scope = {'__file__': str(ROOT / script), '__doc__': ''}
@@ -364,14 +392,28 @@ STATEMENTS = ['import os', 'from math import *', 'raise SystemExit', 'raise KeyE
 
 def attack_line(script, folder):
     """One command line; its values come out as they were written, by their declared types, or it is refused."""
-    scope = scope_of(script)
+    scope = copy.deepcopy(scope_of(script))
     names = [k for k in scope if not k.startswith('_')]
     argv, given = [], {}
     for _ in range(random.choice([0, 1, 1, 2, 5])):
-        name = random.choice(names) if random.random() < 0.9 else random.choice(['lerning_rate', '', 'config', '__file__', '-x', 'é', 'x' * 999])
-        value = random.choice(VALUES) if random.random() < 0.4 else str(random.choice(CHOICES.get(name, [scope.get(name), '7'])))
+        name = (
+            random.choice(names)
+            if random.random() < 0.9
+            else random.choice(['lerning_rate', '', 'config', '__file__', '-x', 'é', 'x' * 999])
+        )
+        value = (
+            random.choice(VALUES)
+            if random.random() < 0.4
+            else str(random.choice(CHOICES.get(name, [scope.get(name), '7'])))
+        )
         form = random.random()
-        flag = f'--{name}={value}' if form < 0.9 else random.choice([f'--{name}', f'-{name}={value}', f'--{name} {value}', name, f'--{name}=={value}', '--', '-'])
+        flag = (
+            f'--{name}={value}'
+            if form < 0.9
+            else random.choice(
+                [f'--{name}', f'-{name}={value}', f'--{name} {value}', name, f'--{name}=={value}', '--', '-']
+            )
+        )
         argv.append(flag)
         given[name] = flag.partition('=')[2] if flag.startswith(f'--{name}=') else None
 
@@ -385,8 +427,7 @@ def attack_line(script, folder):
     for _ in range(random.choice([0, 0, 1, 1, 2])):
         path = f'{folder}/config{random.randrange(3)}.py'
         text = '\n'.join(
-            random.choice([sound, sound, odd, lambda: random.choice(STATEMENTS)])()
-            for _ in range(random.randrange(4))
+            random.choice([sound, sound, odd, lambda: random.choice(STATEMENTS)])() for _ in range(random.randrange(4))
         )
         content = text.encode(random.choice(['utf-8', 'utf-8', 'utf-8', 'utf-16']), 'surrogatepass')
         content = bytes(random.randrange(256) for _ in range(40)) if random.random() < 0.03 else content
@@ -426,7 +467,11 @@ def attack_line(script, folder):
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 spec = Spec(resolved)
-            unused = [k for k, o in resolved.origin.items() if o == 'command line' and k in ('gamma', 'rho') and k not in spec.uses]
+            unused = [
+                k
+                for k, o in resolved.origin.items()
+                if o == 'command line' and k in ('gamma', 'rho') and k not in spec.uses
+            ]
             if unused:
                 raise Failure(f'{unused} have no effect, and nobody says so')
             counts['losses made'] += 1

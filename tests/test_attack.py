@@ -23,7 +23,14 @@ from configurator import UserError
 
 ROOT = Path(configurator.__file__).parent
 KEY = 'sentinel-key-0123456789'
-SMALL = ['--batch_size=2', '--n_examples=4', '--n_eval_examples=2', '--warmup_steps=0', '--max_length=64', '--max_prompt_length=32']
+SMALL = [
+    '--batch_size=2',
+    '--n_examples=4',
+    '--n_eval_examples=2',
+    '--warmup_steps=0',
+    '--max_length=64',
+    '--max_prompt_length=32',
+]
 PAIRS = [{'prompt': f'place {i}:', 'chosen': f' good {i} .', 'rejected': f' bad {i} .'} for i in range(6)]
 
 
@@ -169,7 +176,10 @@ def test_damaged_models(folders, name):
     DAMAGES[name](Path('model'))
     for read in (
         lambda: (load.load_tokenizer('model'), load.load_model('model', tokenizer=toy.tokenizer())),
-        lambda: (load.load_tokenizer('model'), load.load_reward('model', load.separate_pad(toy.tokenizer()), new_head=True)),
+        lambda: (
+            load.load_tokenizer('model'),
+            load.load_reward('model', load.separate_pad(toy.tokenizer()), new_head=True),
+        ),
     ):
         with pytest.raises(UserError) as info:
             read()
@@ -233,10 +243,16 @@ def test_data_and_model_may_vanish_while_it_trains(folders, monkeypatch, script)
 # ---- where nothing can be written ----
 
 
-@pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py', 'sample.py', 'ppo.py', 'label.py', 'bench.py', 'plot.py'])
+@pytest.mark.parametrize(
+    'script', ['sft.py', 'dpo.py', 'reward.py', 'sample.py', 'ppo.py', 'label.py', 'bench.py', 'plot.py']
+)
 def test_out_dir_below_a_file(script):
     """As for a read-only file system, for which one must not be root."""
-    more = {'ppo.py': ['--reward_model=gold'], 'label.py': ['--answers=answers.jsonl', '--gold=toy'], 'sample.py': ['--n_examples=2']}
+    more = {
+        'ppo.py': ['--reward_model=gold'],
+        'label.py': ['--answers=answers.jsonl', '--gold=toy'],
+        'sample.py': ['--n_examples=2'],
+    }
     more |= {'bench.py': ['--out=good.jsonl/x.json', '--model=toy'], 'plot.py': ['run', '--out=good.jsonl/x.png']}
     if script == 'plot.py':
         pytest.importorskip('matplotlib')
@@ -345,7 +361,15 @@ def test_a_key_is_left_nowhere(monkeypatch, capfd):
         Path('two.jsonl').write_text(Path('answers.jsonl').read_text())
         run('label.py', '--answers=two.jsonl', *ends, '--judge_model=m', '--out_dir=b')
         assert {headers['Authorization'] for _, headers, _ in server.seen} == {f'Bearer {KEY}'}
-    run('sft.py', '--model=toy', *DATA, *SMALL, '--out_dir=c', '--save_every=2', '--tensorboard' if has_tensorboard() else '--resume')
+    run(
+        'sft.py',
+        '--model=toy',
+        *DATA,
+        *SMALL,
+        '--out_dir=c',
+        '--save_every=2',
+        '--tensorboard' if has_tensorboard() else '--resume',
+    )
     run('dpo.py', '--model=c/model', *DATA, *SMALL, '--out_dir=d', '--cache_ref')
     run('reward.py', '--model=c/model', *DATA, *SMALL, '--out_dir=e')
     screen = ''.join(capfd.readouterr())
@@ -378,7 +402,9 @@ def test_a_key_in_an_address(monkeypatch, capfd, script, set_):
     assert KEY not in ''.join(capfd.readouterr()) and not Path('out').exists()
 
 
-@pytest.mark.parametrize('address', ['http://[::1', 'http://host:99999', 'http://host:x', 'http://', 'http://a b', 'http://é', 'file:///etc'])
+@pytest.mark.parametrize(
+    'address', ['http://[::1', 'http://host:99999', 'http://host:x', 'http://', 'http://a b', 'http://é', 'file:///etc']
+)
 @pytest.mark.parametrize('script', ['sample.py', 'label.py'])
 def test_what_is_no_address(script, address):
     more = ['--endpoint_model=m'] if script == 'sample.py' else ['--judge_model=m', '--answers=answers.jsonl']
