@@ -19,8 +19,8 @@ import types
 
 # what values make sense, for whichever of these options a script has: [low, high], or the choices
 RANGES = {
-    (0, math.inf): 'lr warmup_steps weight_decay n_eval_examples temperature retries center_coef kl_coef vf_coef '
-                   'missing_eos_penalty w_good w_bad sft_coef alpha delta lam',
+    (0, math.inf): 'skip_bad_steps lr warmup_steps weight_decay n_eval_examples temperature retries center_coef kl_coef '
+                   'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam',
     (0, 2**32 - 1): 'seed',  # multiples of it seed generators that take 64 bits
     (0, 1): 'noise_rate data_fraction frac_good frac_bad smooth',
     (0, 0.99): 'rho',
@@ -54,7 +54,7 @@ def _excepthook(kind, error, trace):
     if not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
-    if main_rank():  # every rank raises the same error; one says it
+    if main_rank() or hasattr(error, 'of_this_rank'):  # mostly every rank raises the same error; one says it
         sys.__stderr__.write(f'error: {error}\n')  # torch.distributed holds back what goes to sys.stderr
         sys.__stderr__.flush()
     os._exit(2)  # not sys.exit: threads of the process group can abort an ordinary exit, with another code

@@ -19,6 +19,7 @@ import card
 import checkpoint
 import fsdp
 import generate
+import guard
 import log
 import lora
 import losses
@@ -78,6 +79,7 @@ warmup_steps = 150  # steps of linear warm-up
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 weight_decay = 0.0  # of the optimizer
 max_grad_norm = 10.0  # gradients are clipped to this norm
+skip_bad_steps = 0  # go on without the step where loss or gradient is not finite, so many times in a run
 seed = 0  # of the data order, the flips, the statistics, the samples
 # LoRA
 lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
@@ -124,7 +126,7 @@ parallel.check(config)
 rank, world, device = fsdp.setup(tp)
 if batch_size < max(world, 2 if loss == 'kto' else 1):
     raise UserError(f'batch_size {batch_size} is too small: one example for each of {world} ranks, two for kto')
-fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
+guard.begin(out_dir, config, resume)
 tokenizer = load_tokenizer(model, trust_remote_code)
 load = partial(load_examples, tokenizer=tokenizer, task='pairs' if spec.paired else 'singles', seed=seed,
                max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation, num_turns=num_turns,
@@ -246,14 +248,21 @@ def run_step(first, index, batches, mismatched, thumbs, state, train):
 
 def evaluate(examples_seen):
     """Metrics of the held-out examples, with the state of training as it is; optional samples into samples.jsonl."""
-    if not len(held_out):
+    if not len(held_out) or examples_seen <= state['evaluated']:
         return
     work = (prepare(held_out, *step) for step in steps(len(held_out), batch_size, len(held_out), 0, shuffle=False))
-    parts = [run_step(*step, state, train=False)[0] for step, *_ in prefetch(work)]
+    parts = []
+    for step, *_ in prefetch(work):
+        with guard.memory(step[2], max_tokens):
+            parts.append(run_step(*step, state, train=False)[0])
+        if guard.stop_asked():
+            return  # an evaluation that was cut short is done again after the resume
     metrics = spec.summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, 'eval')
     if sample_during_eval:
         metrics |= sample(examples_seen)
-    logger.row('eval', examples_seen, metrics)
+    if not guard.stop_asked():
+        logger.row('eval', examples_seen, metrics)
+        state['evaluated'] = examples_seen
 
 
 def sample(examples_seen):
@@ -277,11 +286,22 @@ def sample(examples_seen):
 
 # ---- training ----
 
+
+def crossed(every, first, seen):
+    """Whether the step from first to seen examples is one after which to do what is done every so many examples."""
+    return every and seen < total and seen // every > first // every
+
+
+def save(seen):
+    checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
+
+
 latest = checkpoint.latest(out_dir) if resume else None
-state = checkpoint.load(latest, policy, optim) if latest else {'statistic': {}, 'examples': 0}
+new = {'statistic': {}, 'examples': 0, 'evaluated': -1, 'bad_steps': 0}
+state = checkpoint.load(latest, policy, optim) if latest else new
 start = state.pop('examples')
 fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
-logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard)
+logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['evaluated'])
 logger.say(f'{"resuming" if start else "training"} {loss} on {world} ranks: {total} examples, {batch_size} a step')
 if not start:
     _, first_index = next(steps(len(train), batch_size, total, seed))
@@ -296,16 +316,23 @@ if not start:
         logger.say('warning: the rewards should be 0 before the first step, because policy and reference are one model')
     if do_first_eval:
         evaluate(0)
+elif crossed(eval_every, start - batch_size, start):
+    evaluate(start)  # unless it was complete
 
 n_steps = -(-total // batch_size)
 clock = time.time()
 for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(train), batch_size, total, seed, start)):
     waited = time.time() - clock
     first, index, *_ = step
-    whole, state = run_step(*step, state, train=True)
-    weight = whole['step_weight'].sum().item() or math.nan
     rate = lr * log.schedule(first // batch_size, n_steps, warmup_steps, lr_schedule)
-    norm = fsdp.update(policy, optim, rate, world / weight, max_grad_norm)
+    with guard.memory(step[2], max_tokens):
+        whole, new = run_step(*step, state, train=True)
+        weight = whole['step_weight'].sum().item() if guard.finite(whole) else math.nan
+        norm = fsdp.update(policy, optim, rate, world / (weight or math.nan), max_grad_norm, strict=False)
+    if math.isfinite(norm):
+        state = new
+    else:
+        guard.bad_step(out_dir, state, skip_bad_steps, first, index, train.uid[index], norm, whole)
     seen = first + len(index)
     elapsed, clock = time.time() - clock, time.time()
     metrics = spec.summary(whole, 'train')
@@ -313,17 +340,21 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(tr
                 'tokens_per_second': tokens / elapsed, 'data_wait_per_second': waited / elapsed,
                 'counters/step_examples': len(index)}  # fmt: skip
     metrics |= {f'state/{k}': v for k, v in state['statistic'].items()}
+    metrics |= {'counters/bad_steps': state['bad_steps']} if skip_bad_steps else {}
     logger.row('train', seen, metrics)
-    due = [every and seen < total and seen // every > first // every for every in (eval_every, save_every)]
+    due = [crossed(every, first, seen) for every in (eval_every, save_every)]
     if due[0]:
         evaluate(seen)
     if due[1]:
-        checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
+        save(seen)
+    guard.boundary(partial(save, seen), logger.close)
     clock = time.time() if any(due) else clock
 evaluate(total)
+guard.boundary(partial(save, total), logger.close)
 checkpoint.export(policy, tokenizer, build, f'{out_dir}/model')
 fsdp.on_one_rank(lambda: card.write(out_dir))
 logger.close()
+guard.end()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':
     fsdp.leave()

@@ -49,13 +49,22 @@ def setup(tp=1):
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if world % tp:
+    if (world := dist.get_world_size()) % tp:
         raise UserError(
             f'tp={tp} needs a multiple of {tp} ranks, and there are {world}: see --nproc_per_node of torchrun'
         )
     _tp = tp
-    return rank // tp, world // tp, device
+    return *data_rank(), device
+
+
+def data_rank():
+    """(rank, number of ranks), where those that share their data count as one: as setup has returned them."""
+    return dist.get_rank() // _tp, dist.get_world_size() // _tp
+
+
+def in_groups():
+    """Whether there are tensor-parallel groups, whose ranks have to generate in step."""
+    return _tp > 1
 
 
 @functools.cache
@@ -65,12 +74,12 @@ def _mesh(device_type, tp, group):
     return init_device_mesh(device_type, shape, mesh_dim_names=('dp', 'tp')[: len(shape)])
 
 
-def leave():
+def leave(code=0):
     """End the process at once. An ordinary exit can abort: gloo's threads want the interpreter while it goes away."""
     dist.barrier()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def on_ranks(mine, fn):
@@ -127,6 +136,13 @@ def smallest(values):
     return least
 
 
+def largest(numbers):
+    """The largest of each of a few integers over all ranks. On the CPU: no wait for the device."""
+    table = torch.tensor(numbers)
+    dist.all_reduce(table, dist.ReduceOp.MAX)
+    return table.tolist()
+
+
 # ---- models ----
 
 
@@ -136,9 +152,11 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
 
     build(empty) -> transformers model on the CPU, without weights if empty. dtype: 'float32', or 'bfloat16' for compute
     (and for frozen weights) with float32 master weights, gradients and reductions. cpu_offload: weights and optimizer stay in
-    the memory of the CPU, if the device is another one. device_map: instead of all this, one process's build spreads the model."""
+    the memory of the CPU, if the device is another one. device_map: instead of all this, one process's build spreads the model.
+    One process in float32 needs no FSDP, which would copy every weight in each pass: the model stays what build made."""
+    alone = dist.get_world_size() == 1 and dtype == 'float32' and not cpu_offload and device_map is None
     full = on_one_rank(lambda: build(empty=False)) if device_map is None else None
-    model = build(empty=True) if device_map is None else build(device_map=device_map)
+    model = full.to(device) if alone else build(empty=True) if device_map is None else build(device_map=device_map)
     if not train:
         model.requires_grad_(False)
     if activation_checkpointing:
@@ -146,17 +164,19 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
         getattr(core(model), enable, getattr(core(model), 'gradient_checkpointing_enable', None))()
         for block in blocks(model):
             block.training = True  # the block alone: its dropout layers stay in eval mode
-    if device_map is None:
-        _distribute(model, full, device, dtype == 'bfloat16', compile, cpu_offload)
-    else:
+    for block in blocks(model) if compile else ():
+        block.compile()
+    if alone or device_map is not None:
         model.reshard = lambda: None
-    for method in (response_logps, hidden_and_head, response_scores, token_logps):
+    else:
+        _distribute(model, full, device, dtype == 'bfloat16', cpu_offload)
+    for method in (response_logps, hidden_and_head, response_scores, token_logps, _begin):
         add_method(model, method)
     set_attention(model, packed=True)
     return model
 
 
-def _distribute(model, full, device, half, compile, cpu_offload):
+def _distribute(model, full, device, half, cpu_offload):
     """Cut the empty model over the ranks, in place, and fill it from full, which rank 0 alone has."""
     for p in model.parameters() if half else ():  # not model.to: rotary frequencies must stay float32
         p.data = p.data if p.requires_grad else p.data.to(torch.bfloat16)
@@ -169,8 +189,6 @@ def _distribute(model, full, device, half, compile, cpu_offload):
     home = torch.device('cpu') if cpu_offload else device
     settings['offload_policy'] = CPUOffloadPolicy(device.type == 'cuda') if cpu_offload else OffloadPolicy()
     for block in blocks(model):
-        if compile:
-            block.compile()
         fully_shard(block, **settings)
     fully_shard(model, **settings, reshard_after_forward=False)
     model.to_empty(device=home)
@@ -195,11 +213,17 @@ def add_method(model, function):
     register_fsdp_forward_method(model, function.__name__)
 
 
+def _begin(model):
+    """A forward of nothing. FSDP takes the module whose forward runs first for the root; generation calls one inside PEFT's."""
+
+
 @contextlib.contextmanager
 def unsharded(model):
     """Keep all parameters gathered: generation is several times faster, and ranks need not generate in step."""
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
     try:
+        if modules:
+            model._begin()
         for m in modules:
             m.set_reshard_after_forward(False, recurse=False)
             m.unshard()
@@ -216,10 +240,11 @@ def make_optimizer(name, model, lr, weight_decay):
     return getattr(torch.optim, name)(params, lr=lr, weight_decay=weight_decay, **fused)
 
 
-def update(model, optimizer, lr, scale, max_norm):
+def update(model, optimizer, lr, scale, max_norm, strict=True):
     """One optimizer step on scale times the gradients, clipped to max_norm. Returns the norm before clipping.
 
-    scale: number of ranks / sum of the weights, since FSDP has averaged over ranks sums of weighted gradients."""
+    scale: number of ranks / sum of the weights, since FSDP has averaged over ranks sums of weighted gradients. Where the norm is
+    not finite, the weights stay what they are, and it is a UserError; not strict: the caller sees to it."""
     model.reshard()
     groups = {}  # by mesh, with tensor parallelism there are two, or else by nothing
     for p in model.parameters():
@@ -228,6 +253,9 @@ def update(model, optimizer, lr, scale, max_norm):
     norms = [torch.nn.utils.get_total_norm(grads) for grads in groups.values()]
     norm = math.hypot(*((n.full_tensor() if hasattr(n, 'full_tensor') else n).item() for n in norms)) * scale
     if not math.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        if not strict:
+            return norm
         raise UserError(f'the gradient norm is {norm}: lower the learning rate, or look for broken examples')
     for grads in groups.values():
         torch._foreach_mul_(grads, scale * min(1.0, max_norm / (norm + 1e-6)))

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import fsdp
+import guard
 from configurator import UserError
 from examples import splitmix64
 from lora import adapters_off
@@ -73,6 +74,12 @@ class _Draw(transformers.LogitsProcessor):
         return torch.from_numpy(-np.log(-np.log(uniform)))
 
 
+def _told(ids, scores):
+    """Stop where a signal asks for it: the evaluation, cut short, is thrown away. Not among tensor-parallel ranks, which must
+    stop together."""
+    return torch.full((len(ids),), guard.asked_here() and not fsdp.in_groups(), device=ids.device)
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0):
     """Sample an answer for each prompt (lists of ids), the noise of row i drawn from seeds[i]; temperature 0 is greedy.
@@ -93,11 +100,18 @@ def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id
     )
     own, inner.generation_config = inner.generation_config, settings  # a repetition penalty there is not the model's
+    told = transformers.StoppingCriteriaList([_told])
+    recomputing = [m for m in model.modules() if m.training]  # activation checkpointing: no KV cache
+    for m in recomputing:
+        m.training = False
     try:
         with padded_attention(model):
-            out = inner.generate(ids, attention_mask=mask, logits_processor=processors, synced_gpus=False)
+            out = inner.generate(ids, attention_mask=mask, logits_processor=processors, stopping_criteria=told,
+                                 synced_gpus=False)  # fmt: skip
     finally:
         inner.generation_config = own
+        for m in recomputing:
+            m.training = True
     answers = out[:, width:].tolist()
     return [a[: next((i for i, token in enumerate(a) if token in stop), len(a))] for a in answers]
 

@@ -49,8 +49,7 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
     grow: give tokens that the tokenizer has and the model has not an embedding, the mean of all others."""
     register_attention()
     _check_safe(name, trust_remote_code)
-    if device_map and name == 'toy':
-        raise UserError('device_map spreads what is read from a model folder or the hub: the toy model is made here')
+    _check_map(name, device_map)
     try:
         if name == 'toy':
             import toy
@@ -86,9 +85,7 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
         _grow(model, len(tokenizer))
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, name)
-    elsewhere = {str(p.device) for p in model.parameters()} - ({'cpu'} if not torch.cuda.is_available() else set())
-    if device_map and elsewhere & {'cpu', 'meta'}:
-        raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
+    _check_map(name, device_map, model)
     return model.eval() if adapters is None else lora.add(model.eval(), **adapters, seed=seed)
 
 
@@ -131,6 +128,15 @@ def _read_config(name, trust_remote_code):
     return config
 
 
+def _check_map(name, device_map, model=None):
+    """Raise UserError where a device map cannot be had, or has left a part of the model out of the GPUs."""
+    if device_map and name == 'toy':
+        raise UserError('device_map spreads what is read from a model folder or the hub: the toy model is made here')
+    places = {str(p.device) for p in model.parameters()} if device_map and model is not None else set()
+    if places & ({'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}):
+        raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
+
+
 def _check_complete(name, missing):
     """Raise UserError where a folder lacks weights: transformers would make them up at random."""
     if missing:
@@ -138,22 +144,25 @@ def _check_complete(name, missing):
 
 
 def add_value_head(model, critic=None):
-    """Give a causal LM what estimates values for token_logps: a scalar head, zero at first, or a whole reward model."""
+    """Give a causal LM what estimates values for token_logps: a scalar head, zero at first, or a whole reward model.
+
+    Both train, whatever else of the model does."""
+    inner = core(model)
     if critic is not None:
-        model.critic = critic
+        inner.critic = critic
     else:
-        head = model.get_output_embeddings()
-        model.value_head = torch.nn.Linear(head.weight.shape[1], 1, device=head.weight.device)
-        torch.nn.init.zeros_(model.value_head.weight)
-        torch.nn.init.zeros_(model.value_head.bias)
+        head = inner.get_output_embeddings()
+        inner.value_head = torch.nn.Linear(head.weight.shape[1], 1, device=head.weight.device)
+        torch.nn.init.zeros_(inner.value_head.weight)
+        torch.nn.init.zeros_(inner.value_head.bias)
     return model
 
 
 def drop_value_head(model):
     """Take away again what add_value_head gave, so that the model can be exported as the causal LM that it is."""
     for name in ('critic', 'value_head'):
-        if hasattr(model, name):
-            delattr(model, name)
+        if hasattr(core(model), name):
+            delattr(core(model), name)
 
 
 def separate_pad(tokenizer):
@@ -166,13 +175,14 @@ def separate_pad(tokenizer):
 
 
 def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = False, trust_remote_code: bool = False,
-                seed: int = 0):  # fmt: skip
+                seed: int = 0, adapters: dict | None = None, device_map: str | None = None, quiet: bool = False):  # fmt: skip
     """A reward model, a transformers sequence classifier with one output, in float32 and eval mode, on the CPU.
 
-    name: as in load_model; new_head: it may be a causal LM, whose head gives way to a scalar one drawn from the seed.
+    name, adapters (the head trains beside them), device_map: as in load_model; quiet: say nothing; new_head: it may be a causal LM, whose head gives way to a scalar one drawn from the seed.
     tokenizer: with a separate pad token, whose row the embedding gets if it has none. Raises UserError."""
     register_attention()
     _check_safe(name, trust_remote_code)
+    _check_map(name, device_map)
     auto = transformers.AutoModelForSequenceClassification
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
     try:
@@ -189,6 +199,7 @@ def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = F
             else:
                 text.pad_token_id = None  # an embedding cannot be made with a pad token that it has no row for
                 options |= {'use_safetensors': True, 'output_loading_info': True}
+                options |= {'device_map': device_map} if device_map else {}
                 model, info = auto.from_pretrained(name, config=config, **options)
                 if rows > old:
                     model.resize_token_embeddings(rows, mean_resizing=False).weight.data[old:] = 0.0
@@ -201,14 +212,15 @@ def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = F
     if not is_reward(model):
         raise UserError(f'{type(model).__name__} has no head of the name score: it cannot be a reward model here')
     _check_complete(name, set(info.get('missing_keys', ())) - (set() if trained else {'score.weight', 'score.bias'}))
-    if not trained and not empty:
+    if not trained and not empty and not quiet:
         gone = ', '.join(sorted(info.get('unexpected_keys', ()))) or 'its own'
         say(
             f'a reward model from the language model {name!r}: a new scalar head, drawn from seed {seed}, replaces {gone}'
         )
-    if rows > old and not empty:
+    if rows > old and not empty and not quiet:
         say(f'the embedding has one row more, for the pad token {tokenizer.pad_token}')
-    return model.eval()
+    _check_map(name, device_map, model)
+    return model.eval() if adapters is None else lora.add(model.eval(), **adapters, seed=seed, whole=['score'])
 
 
 def _is_classifier(config):

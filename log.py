@@ -1,5 +1,6 @@
 """Where a run leaves its traces: out_dir/config.json, metrics.jsonl, the screen, and wandb or tensorboard if asked."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -13,10 +14,42 @@ from configurator import UserError, main_rank
 
 # options that may differ when a run is continued: they change neither the result nor what is compared
 NEUTRAL = {'resume', 'keep_last', 'log_every', 'save_every', 'max_tokens', 'compile', 'wandb', 'tensorboard',
-           'tp', 'device_map', 'cpu_offload'}  # fmt: skip
+           'tp', 'device_map', 'cpu_offload', 'skip_bad_steps'}  # fmt: skip
 SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
          'rewards/rejected': 'rejected', 'score': 'reward',
          'gold': 'gold', 'kl/samples': 'kl', 'clipped': 'clipped', 'explained_variance': 'ev', 'length': 'length', 'ended': 'ended'}  # fmt: skip
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Raise UserError where what is done inside cannot be written: a full disk, no permission."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {error.strerror or error}') from None
+    except Exception as error:  # safetensors wraps what the system says
+        if 'os error' not in str(error):
+            raise
+        raise UserError(f'cannot write {path}: {" ".join(str(error).split())[:200]}') from None
+
+
+def sync(path):
+    """Have a file, or the names in a folder, brought to the disk, so that it survives a machine that loses power."""
+    if Path(path).exists():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def replace_text(path, text):
+    """Write a text file so that it holds either what was in it or all of the new text, whatever happens meanwhile."""
+    temporary = Path(f'{path}.tmp')
+    with writing(path):
+        temporary.write_text(text)
+        sync(temporary)
+        temporary.replace(path)
 
 
 def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
@@ -34,7 +67,7 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
         before = dict(json.loads(file.read_text())['config']) if file.exists() else None
     except OSError as error:
         raise UserError(f'cannot write to out_dir {out_dir}: {error.strerror}') from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
     changed = [k for k, v in config.items() if before and k not in neutral and before.get(k) != v]
     if changed:
@@ -71,25 +104,27 @@ def claim_out_dir(out_dir, config):
     git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
     record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip()}
     record['versions'] = {'torch': torch.__version__, 'transformers': transformers.__version__}
-    (Path(out_dir) / 'config.json').write_text(json.dumps(record, indent=1))
+    replace_text(Path(out_dir) / 'config.json', json.dumps(record, indent=1))
 
 
 class Log:
     """On rank 0: metrics.jsonl (a row a step, a row an evaluation), a progress bar, and one line a row on the screen."""
 
-    def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False):
+    def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False, evaluated=None):
         from tqdm import tqdm
 
         self.total, self.every, self.began, self.start = total, every, time.time(), start
         self.sinks, self.closers = [], []
         if not main_rank():
             return
-        for name, key in (('samples.jsonl', 'examples'), ('metrics.jsonl', 'counters/examples')):
-            path = Path(out_dir) / name
-            if path.exists():  # after a resume: keep what the checkpoint has seen, the rest is about to be done again
-                lines = [x for x in path.read_text().splitlines() if start and json.loads(x)[key] <= start]
-                path.write_text(''.join(line + '\n' for line in lines))
-        self.file = path.open('a')
+        evaluated = start if evaluated is None else evaluated  # examples at the last evaluation that was complete
+        self.path = Path(out_dir) / 'metrics.jsonl'
+        _cut(Path(out_dir) / 'samples.jsonl', lambda row: start and row['examples'] <= evaluated)
+        _cut(Path(out_dir) / 'bad_step.jsonl', lambda row: row['examples'] <= start)
+        last = {'eval': evaluated}
+        _cut(self.path, lambda row: start and row['counters/examples'] <= last.get(row['split'], start))
+        with writing(self.path):
+            self.file = self.path.open('a')
         slow = 0.5 if sys.stderr.isatty() else 20
         self.bar = tqdm(total=total, initial=start, unit='ex', mininterval=slow, dynamic_ncols=True)
         if wandb:
@@ -114,9 +149,13 @@ class Log:
         """Write metrics (name -> number) after so many examples; an evaluation and every log_every examples on screen."""
         if not main_rank():
             return
+        metrics = {
+            k: v for k, v in metrics.items() if math.isfinite(v)
+        }  # json knows no others; a step's are in bad_step.jsonl
         row = {'split': split, 'counters/examples': examples, **metrics}
-        self.file.write(json.dumps(row) + '\n')
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps(row) + '\n')
+            self.file.flush()
         for sink in self.sinks:
             sink(row)
         self.bar.update(examples - self.bar.n)
@@ -135,7 +174,7 @@ class Log:
         if split == 'train':
             left = int((time.time() - self.began) / (examples - self.start) * (self.total - examples))
             parts += [
-                f'grad {row["grad_norm"]:.3g}  {row["examples_per_second"]:.1f} ex/s  {left // 60}:{left % 60:02d} left'
+                f'grad {row.get("grad_norm", math.nan):.3g}  {row["examples_per_second"]:.1f} ex/s  {left // 60}:{left % 60:02d} left'
             ]
         return '  '.join(parts)
 
@@ -163,6 +202,22 @@ def _wandb_run(project, out_dir):
     options = record.pop('config')
     return wandb.init(project=project, name=out_dir.name, dir=out_dir, id=file.read_text(), resume='allow',
                       config={**options, **record})  # fmt: skip
+
+
+def _cut(path, keep):
+    """After a resume: keep the rows of a .jsonl that the checkpoint has seen, the rest is about to be done again. A last line
+    that was half written when the run died goes as well."""
+    if not path.exists():
+        return
+    lines = path.read_text(errors='replace').splitlines()
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            kept += [line] if keep(json.loads(line)) else []
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise UserError(f'{path}, line {number} is damaged: mend it, or choose another --out_dir') from None
+    replace_text(path, ''.join(line + '\n' for line in kept))
 
 
 def schedule(step, steps, warmup, shape):

@@ -87,4 +87,7 @@ def describe(model):
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained, every = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
     layers = sorted({n.rpartition('.')[2] for n, m in core(model).named_modules() if hasattr(m, 'lora_A')})
-    return f'LoRA: {trained:,} of {every:,} weights train, on {" ".join(layers)}'
+    named = ((n.removeprefix('base_model.model.'), p) for n, p in model.named_parameters())
+    whole = sorted({n.partition('.')[0] for n, p in named if p.requires_grad and '.lora_' not in n})
+    also = f', and {" ".join(whole)} whole' if whole else ''
+    return f'LoRA: {trained:,} of {every:,} weights train, on {" ".join(layers)}{also}'

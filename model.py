@@ -107,24 +107,31 @@ def response_logps(model, batch, divergence=None, reference=None):
     return torch.stack([batch.sum(row) for row in tokens])
 
 
-def token_logps(model, batch):
-    """Log-probs of the N answer tokens of a batch; where the model has a value head (load.py), also the values of the states
-    in which they were chosen. (1, N) or (2, N), float32; the logits are recomputed in backward."""
+def token_logps(model, batch, values=True):
+    """Log-probs of the N answer tokens of a batch; where the model has a value head (load.py) and unless values is false, also
+    the values of the states in which they were chosen. (1, N) or (2, N), float32; the logits are recomputed in backward."""
     inner = core(model)
     hidden, head = hidden_and_head(model, batch)
-    logps = _Head.apply(hidden, *head, batch.target, inner.config, None, None)
-    if hasattr(inner, 'critic'):  # a reward model that is a part of the policy
-        values = _scalar(inner.critic.score, body(inner.critic, batch).flatten(0, 1)[batch.index])
-    elif hasattr(inner, 'value_head'):
-        values = _scalar(inner.value_head, hidden)
+    logps = _Head.apply(hidden, *head, batch.target.to(hidden.device), inner.config, None, None).to(batch.ids.device)
+    if values and hasattr(inner, 'critic'):  # a reward model that is a part of the policy
+        value = _scores_at(inner.critic, batch, batch.index)
+    elif values and hasattr(inner, 'value_head'):
+        value = _scalar(inner.value_head, hidden).to(batch.ids.device)
     else:
         return logps
-    return torch.cat((logps, values[None]))
+    return torch.cat((logps, value[None]))
 
 
 def response_scores(model, batch):
     """Scores of the A answers of a batch under a reward model: its head on the last token of each answer. (A,), float32."""
-    return _scalar(core(model).score, body(model, batch).flatten(0, 1)[batch.last])
+    return _scores_at(model, batch, batch.last)
+
+
+def _scores_at(model, batch, places):
+    """A reward model's head on the hidden states of a batch at some places of its flat rows: (places,), float32."""
+    head = core(model).score
+    hidden = body(model, batch).to(head.weight.device).flatten(0, 1)  # only a device map puts it elsewhere
+    return _scalar(head, hidden[places.to(hidden.device)]).to(batch.ids.device)
 
 
 def _scalar(head, hidden):

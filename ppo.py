@@ -23,18 +23,22 @@ from functools import partial
 import numpy as np
 import torch
 
+import card
 import checkpoint
 import fsdp
 import generate
+import guard
 import log
+import lora
 import losses
+import parallel
 import score
 import toy
-from configurator import UserError, configure
+from configurator import UserError, configure, main_rank
 from data import microbatches, pack_probe, steps
 from examples import Examples
 from load import add_value_head, can_pack, drop_value_head, load_model, load_reward, load_tokenizer
-from model import set_attention
+from model import core, set_attention
 from tokenise import load_examples
 
 # model and data
@@ -77,7 +81,13 @@ warmup_steps = 10  # optimizer steps of linear warm-up
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 weight_decay = 0.0  # of the optimizer
 max_grad_norm = 1.0  # gradients are clipped to this norm
+skip_bad_steps = 0  # go on without the step where loss or gradient is not finite, so many times in a run
 seed = 0  # of the order of prompts, the answers, the minibatches
+# LoRA
+lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
+lora_alpha = 16.0  # their output is multiplied by alpha / rank
+lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
+lora_targets: str | None = None  # linear layers that get one, such as 'q_proj v_proj'; None: all in the blocks
 # sampling
 max_new_tokens = 128  # length of an answer
 sample_batch = 128  # answers that one rank samples side by side
@@ -99,6 +109,10 @@ pack = True  # no padding
 share_prefix = True  # grpo: compute the prompt of a group once
 compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
+cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
+tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSDP does the rest
+device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
+attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
 
@@ -133,8 +147,10 @@ kl_in_loss = offline or loss == 'grpo'
 
 # ---- set-up ----
 
-rank, world, device = fsdp.setup()
-fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
+adapters = lora.options(config)
+parallel.check(config)
+rank, world, device = fsdp.setup(tp)
+guard.begin(out_dir, config, resume)
 tokenizer = load_tokenizer(model, trust_remote_code)
 load = partial(load_examples, tokenizer=tokenizer, seed=seed, max_prompt_length=max_prompt_length, truncation=truncation,
                num_turns=num_turns, skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
@@ -153,31 +169,35 @@ if not total:
     raise UserError(f'n_examples {n_examples} is less than one group of {group} answers')
 
 plain = dict(tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-build_policy = partial(load_model, model, seed=seed, **plain)
+build_policy = partial(load_model, model, seed=seed, adapters=adapters, **plain)
 
 
-def build(empty):
-    """The policy, for ppo with a value head, or with a critic that lives inside it: one optimizer, one checkpoint."""
-    m = build_policy(empty=empty)
+def build(**how):
+    """The policy, for ppo with a value head, or with a critic that lives inside it: one optimizer, one checkpoint.
+
+    Beside adapters, head or critic train as they are."""
+    m = build_policy(**how)
     if loss == 'grpo':
         return m
     name = model if critic == 'own' else critic
-    return add_value_head(
-        m, None if critic == 'head' else load_reward(name, new_head=True, empty=empty, seed=seed, **plain)
-    )
+    return add_value_head(m, None if critic == 'head' else load_reward(name, new_head=True, seed=seed, **plain, **how))
 
 
-policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
+shard = partial(fsdp.shard, device=device, dtype=dtype, cpu_offload=cpu_offload, device_map=device_map)
+policy = shard(build, compile=compile, activation_checkpointing=activation_checkpointing)
+log.say(lora.describe(policy)) if adapters else None
+torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
-set_attention(policy, pack)
-ref = fsdp.shard(partial(load_model, ref_model or model, seed=seed, **plain), device, dtype=dtype, train=False)
-set_attention(ref, pack)
-if hasattr(policy, 'critic'):
-    set_attention(policy.critic, pack)
+pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)
+ref = policy  # which, where its adapters are off, is the model as it was
+if not adapters or ref_model:
+    ref = shard(partial(load_model, ref_model or model, seed=seed, **plain), train=False)
+for m in filter(None, (policy, ref, getattr(core(policy), 'critic', None))):
+    set_attention(m, pack, attn)
 judge = None
 if reward_model not in (None, 'gold'):
-    judge, judge_tokenizer = score.load_scorer(reward_model, device, dtype=dtype, trust_remote_code=trust_remote_code)
+    judge, judge_tokenizer = score.load_scorer(reward_model, device, dtype=dtype, device_map=device_map,
+                                               trust_remote_code=trust_remote_code)  # fmt: skip
     if not tokenizer.get_vocab().items() <= judge_tokenizer.get_vocab().items():
         raise UserError(f'the reward model {reward_model} reads other tokens than the model {model} writes')
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix, pad=not pack,
@@ -214,12 +234,13 @@ def token_places(batch, index, start, n):
 def columns(m, examples, start, names):
     """Columns of every answer token of the examples under a model, flat, equal on all ranks, without gradient.
 
-    names: of the rows of token_logps; a model without a value head has only the first."""
+    names: of the rows of token_logps; a model without a value head has only the first, and only that is computed if only
+    that is named."""
     n, parts, places = examples.spans.shape[1] - 1, [], []
     index = np.arange(len(examples))
     for batch in cut(examples, index)[0]:
         with torch.no_grad():
-            parts.append(m.token_logps(batch))
+            parts.append(m.token_logps(batch, len(names) > 1))
         places += token_places(batch, index, start, n).tolist()
     joined = dict(zip(names, torch.cat(parts, 1), strict=False))
     return fsdp.gather_columns(joined, places, int(start[-1]))
@@ -239,7 +260,9 @@ def measure(examples):
     start = torch.cat(
         (torch.zeros(1, dtype=torch.long), n.cumsum(0))
     )  # of every answer, among all tokens; and their number
-    tokens = columns(policy, examples, start, ['pi', 'value']) | columns(ref, examples, start, ['ref'])
+    tokens = columns(policy, examples, start, ['pi', 'value'])
+    with lora.adapters_off(ref):
+        tokens |= columns(ref, examples, start, ['ref'])
     ends = torch.from_numpy(examples.ids[examples.spans[:, 1:, 1].reshape(-1) - 1]) == tokenizer.eos_token_id
     return tokens, {'n': n, 'start': start, 'ended': ends}
 
@@ -305,13 +328,13 @@ def critique(tokens, reward, answers):
 # ---- one optimizer step ----
 
 
-def run_minibatch(examples, tokens, answers, index):
-    """Forward and backward of the examples at index. Returns (weight, sums over the minibatch: name -> float).
+def run_minibatch(batches, examples, tokens, answers, index):
+    """Forward and backward of the examples at index, in batches. Returns (weight, sums over the minibatch: name -> float).
 
     After it the policy's gradients are the sum over its tokens of weight times gradient, divided by the number of ranks."""
     n = examples.spans.shape[1] - 1
     sums = torch.zeros(4, dtype=torch.float64)
-    for batch in cut(examples, index)[0]:
+    for batch in batches:
         at = token_places(batch, index, answers['start'], n)
         real = (at >= 0).to(device)
         c = {k: v[at].to(device, torch.float32) for k, v in tokens.items()}
@@ -338,19 +361,31 @@ def run_minibatch(examples, tokens, answers, index):
 
 def train_round(first, examples, tokens, answers):
     """All optimizer steps of a round. Returns metrics."""
-    done, size, n_tokens, totals = n_updates * (first // batch_size), minibatch_size // group, 0, {}
+    done, size, n_tokens, totals, norm = n_updates * (first // batch_size), minibatch_size // group, 0, {}, math.nan
     for epoch in range(ppo_epochs):
         order = np.random.default_rng((seed, first, epoch)).permutation(len(examples))
         for i in range(0, len(order), size):
             index = order[i : i + size]
-            weight, sums = run_minibatch(examples, tokens, answers, index)
             rate = lr * log.schedule(done, n_rounds * n_updates, warmup_steps, lr_schedule)
-            norm = fsdp.update(policy, optim, rate, world / weight, max_grad_norm)
-            n = int(answers['n'].view(len(examples), -1)[index].sum())
+            batches, *_ = cut(examples, index)
+            with guard.memory(batches, max_tokens):
+                weight, sums = run_minibatch(batches, examples, tokens, answers, index)
+                scale = world / weight if math.isfinite(sums['loss']) else math.nan
+                found = fsdp.update(policy, optim, rate, scale, max_grad_norm, strict=False)
+            if not math.isfinite(found):
+                columns_of = {
+                    k: v.double().view(len(examples), -1)[index].mean(1)
+                    for k, v in answers.items()
+                    if k in ('score', 'n')
+                }
+                guard.bad_step(out_dir, state, skip_bad_steps, first, index, examples.uid[index], found, columns_of)
+                done += 1
+                continue
+            norm, n = found, int(answers['n'].view(len(examples), -1)[index].sum())
             sums['loss'], sums['value_loss'] = sums['loss'] * n / weight, sums['value_loss'] * n / weight
             totals = {k: totals.get(k, 0.0) + v for k, v in sums.items()}
             n_tokens, done = n_tokens + n, done + 1
-    metrics = {f'{k}/train': v / n_tokens for k, v in totals.items() if k != 'value_loss' or loss == 'ppo'}
+    metrics = {f'{k}/train': v / max(1, n_tokens) for k, v in totals.items() if k != 'value_loss' or loss == 'ppo'}
     return metrics | {'grad_norm': norm, 'lr': rate}
 
 
@@ -359,7 +394,7 @@ def train_round(first, examples, tokens, answers):
 
 def evaluate(examples_seen):
     """Metrics of answers to held-out prompts, always from the same seeds; some of them into samples.jsonl."""
-    if not len(held_out):
+    if not len(held_out) or examples_seen <= state['evaluated']:
         return
     prompts = [held_out[i][0].tolist() for i in range(len(held_out))]
     ids = sample(prompts, [seed * 1_000_003 + i for i in range(len(prompts))])
@@ -367,45 +402,68 @@ def evaluate(examples_seen):
     tokens, answers = measure(examples)
     if reward_model:
         answers['score'] = scores(examples)
-    if rank == 0:
+    if guard.stop_asked():
+        return  # answers were cut short: it is done again after the resume
+    if main_rank():
         some = [('policy', i, ids[i][: len(ids[i]) - int(answers['ended'][i])]) for i in range(len(ids))]
         generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, some[:n_eval_model_samples], examples_seen)
     logger.row('eval', examples_seen, describe(examples, tokens, answers, 'eval'))
+    state['evaluated'] = examples_seen
 
 
 # ---- training ----
 
+
+def crossed(every, first, seen):
+    """Whether the round from first to seen answers is one after which to do what is done every so many answers."""
+    return every and seen < total and seen // every > first // every
+
+
+def save(seen):
+    checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
+
+
 latest = checkpoint.latest(out_dir) if resume else None
-start = checkpoint.load(latest, policy, optim)['examples'] if latest else 0
+state = checkpoint.load(latest, policy, optim) if latest else {'examples': 0, 'evaluated': -1, 'bad_steps': 0}
+start = state.pop('examples')
 fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
-logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard)
+logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['evaluated'])
 kind = f'{loss} {"offline " if offline else ""}on {world} ranks'
 logger.say(
     f'{"resuming" if start else "training"} {kind}: {total} answers, {batch_size} a round, {minibatch_size} a step'
 )
 if do_first_eval and not start:
     evaluate(0)
+elif start and crossed(eval_every, start - batch_size, start):
+    evaluate(start)  # unless it was complete
 n_rounds, n_updates = -(-total // batch_size), ppo_epochs * -(-batch_size // minibatch_size)
 clock = time.time()
 for first, index in steps(len(train), batch_size // group, total // group, seed, start // group):
     first, seen = first * group, (first + len(index)) * group
     examples, tokens, answers, metrics = make_round(first, index)
+    guard.boundary(partial(save, first) if first else bool, logger.close)  # a round that was cut short is thrown away
     sampled = time.time()
     metrics |= train_round(first, examples, tokens, answers)
     elapsed, sampling, clock = time.time() - clock, sampled - clock, time.time()
     metrics |= {'examples_per_second': (seen - first) / elapsed, 'sampling_share': sampling / elapsed,
                 'tokens_per_second': int(answers['n'].sum()) / elapsed, 'counters/step_examples': seen - first}  # fmt: skip
+    metrics |= {'counters/bad_steps': state['bad_steps']} if skip_bad_steps else {}
     logger.row('train', seen, metrics)
-    due = [every and seen < total and seen // every > first // every for every in (eval_every, save_every)]
+    due = [crossed(every, first, seen) for every in (eval_every, save_every)]
     if due[0]:
         evaluate(seen)
     if due[1]:
-        checkpoint.save(out_dir, seen, policy, optim, {}, keep_last)
+        save(seen)
+    guard.boundary(partial(save, seen), logger.close)
     clock = time.time() if any(due) else clock
 evaluate(total)
+guard.boundary(partial(save, total), logger.close)
+checkpoint.wait()
 drop_value_head(policy)
 checkpoint.export(policy, tokenizer, build_policy, f'{out_dir}/model')
+fsdp.on_one_rank(lambda: card.write(out_dir))
 logger.close()
+guard.end()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':
     fsdp.leave()

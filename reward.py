@@ -14,10 +14,14 @@ from functools import partial
 
 import torch
 
+import card
 import checkpoint
 import fsdp
+import guard
 import log
+import lora
 import losses
+import parallel
 from configurator import UserError, configure
 from data import microbatches, pack_probe, prefetch, steps
 from load import can_pack, load_reward, load_tokenizer, separate_pad
@@ -49,7 +53,13 @@ warmup_steps = 150  # steps of linear warm-up
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 weight_decay = 0.0  # of the optimizer
 max_grad_norm = 10.0  # gradients are clipped to this norm
+skip_bad_steps = 0  # go on without the step where loss or gradient is not finite, so many times in a run
 seed = 0  # of the new head, the data order, the flips
+# LoRA
+lora_rank: int | None = None  # train adapters of this rank instead of the model's weights; the head trains as it is
+lora_alpha = 16.0  # their output is multiplied by alpha / rank
+lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
+lora_targets: str | None = None  # linear layers that get one, such as 'q_proj v_proj'; None: all in the blocks
 # evaluation and output
 out_dir = 'out/reward'  # everything the run leaves behind
 eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
@@ -67,17 +77,23 @@ pack = True  # no padding
 share_prefix = True  # compute the prompt of a pair once
 compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
+cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
+tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSDP does the rest
+device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
+attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
 
 # ---- set-up ----
 
-rank, world, device = fsdp.setup()
+adapters = lora.options(config)
+parallel.check(config)
+rank, world, device = fsdp.setup(tp)
 if batch_size < world:
     raise UserError(f'batch_size {batch_size} is smaller than the {world} ranks')
 if not 0 <= label_smoothing < 0.5:
     raise UserError(f'label_smoothing must lie between 0 and 0.5, not {label_smoothing}')
-fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
+guard.begin(out_dir, config, resume)
 tokenizer = separate_pad(load_tokenizer(model, trust_remote_code))
 load = partial(load_examples, tokenizer=tokenizer, task='pairs', margins=True, seed=seed, max_length=max_length,
                max_prompt_length=max_prompt_length, truncation=truncation, num_turns=num_turns,
@@ -87,12 +103,17 @@ held_out = fsdp.first_of_host(lambda: load(eval_data or data, 'test')).select(sl
 train = train.flip(noise_rate, seed) if noise_rate else train
 total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
+log.say_too_long(train.lengths, max_tokens)
 
-build = partial(load_reward, model, tokenizer, new_head=True, trust_remote_code=trust_remote_code, seed=seed)
-policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing)
+build = partial(load_reward, model, tokenizer, new_head=True, trust_remote_code=trust_remote_code, seed=seed,
+                adapters=adapters)  # fmt: skip
+policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing,
+                    cpu_offload=cpu_offload, device_map=device_map)  # fmt: skip
+log.say(lora.describe(policy)) if adapters else None
+torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = pack and can_pack(policy, *pack_probe(train, device), log.say)
-set_attention(policy, pack)
+pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)
+set_attention(policy, pack, attn)
 cut = partial(
     microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix, pad=not pack, device=device
 )
@@ -104,7 +125,7 @@ def prepare(examples, first, index):
     """Everything about a step that can be known before it: microbatches, margins, counts. Runs ahead, in a thread."""
     batches, tokens, allocated = cut(examples, index)
     margin = torch.zeros(len(index)) if examples.margin is None else torch.from_numpy(examples.margin[index])
-    return first, len(index), batches, margin, tokens, allocated
+    return first, index, batches, margin, tokens, allocated
 
 
 def run_step(n, batches, margin, train):
@@ -137,44 +158,74 @@ def summary(whole, split):
 
 def evaluate(examples_seen):
     """Metrics of the held-out examples."""
-    if not len(held_out):
+    if not len(held_out) or examples_seen <= state['evaluated']:
         return
     work = prefetch(prepare(held_out, *s) for s in steps(len(held_out), batch_size, len(held_out), seed, shuffle=False))
-    parts = [run_step(n, batches, margin, train=False) for _, n, batches, margin, *_ in work]
+    parts = []
+    for _, index, batches, margin, *_ in work:
+        with guard.memory(batches, max_tokens):
+            parts.append(run_step(len(index), batches, margin, train=False))
+        if guard.stop_asked():
+            return  # an evaluation that was cut short is done again after the resume
     logger.row('eval', examples_seen, summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, 'eval'))
+    state['evaluated'] = examples_seen
 
 
 # ---- training ----
 
+
+def crossed(every, first, seen):
+    """Whether the step from first to seen examples is one after which to do what is done every so many examples."""
+    return every and seen < total and seen // every > first // every
+
+
+def save(seen):
+    checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
+
+
 latest = checkpoint.latest(out_dir) if resume else None
-start = checkpoint.load(latest, policy, optim)['examples'] if latest else 0
+state = checkpoint.load(latest, policy, optim) if latest else {'examples': 0, 'evaluated': -1, 'bad_steps': 0}
+start = state.pop('examples')
 fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
-logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard)
+logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['evaluated'])
 logger.say(f'{"resuming" if start else "training"} on {world} ranks: {total} examples, {batch_size} a step')
 if do_first_eval and not start:
     evaluate(0)
+elif start and crossed(eval_every, start - batch_size, start):
+    evaluate(start)  # unless it was complete
 n_steps = -(-total // batch_size)
 clock = time.time()
 schedule = steps(len(train), batch_size, total, seed, start)
-for first, n, batches, margin, tokens, allocated in prefetch(prepare(train, *s) for s in schedule):
-    whole = run_step(n, batches, margin, train=True)
+for first, index, batches, margin, tokens, allocated in prefetch(prepare(train, *s) for s in schedule):
+    waited, n = time.time() - clock, len(index)
     rate = lr * log.schedule(first // batch_size, n_steps, warmup_steps, lr_schedule)
-    norm = fsdp.update(policy, optim, rate, world / n, max_grad_norm)
+    with guard.memory(batches, max_tokens):
+        whole = run_step(n, batches, margin, train=True)
+        scale = world / n if guard.finite(whole) else math.nan
+        norm = fsdp.update(policy, optim, rate, scale, max_grad_norm, strict=False)
+    if not math.isfinite(norm):
+        guard.bad_step(out_dir, state, skip_bad_steps, first, index, train.uid[index], norm, whole)
     seen = first + n
     elapsed, clock = time.time() - clock, time.time()
     metrics = summary(whole, 'train')
     metrics |= {'grad_norm': norm, 'lr': rate, 'examples_per_second': n / elapsed, 'padding_share': 1 - tokens / allocated,
-                'tokens_per_second': tokens / elapsed, 'counters/step_examples': n}  # fmt: skip
+                'tokens_per_second': tokens / elapsed, 'data_wait_per_second': waited / elapsed,
+                'counters/step_examples': n}  # fmt: skip
+    metrics |= {'counters/bad_steps': state['bad_steps']} if skip_bad_steps else {}
     logger.row('train', seen, metrics)
-    due = [every and seen < total and seen // every > first // every for every in (eval_every, save_every)]
+    due = [crossed(every, first, seen) for every in (eval_every, save_every)]
     if due[0]:
         evaluate(seen)
     if due[1]:
-        checkpoint.save(out_dir, seen, policy, optim, {}, keep_last)
+        save(seen)
+    guard.boundary(partial(save, seen), logger.close)
     clock = time.time() if any(due) else clock
 evaluate(total)
-checkpoint.export(policy, tokenizer, build, f'{out_dir}/model')
+guard.boundary(partial(save, total), logger.close)
+checkpoint.export(policy, tokenizer, partial(build, quiet=True), f'{out_dir}/model')
+fsdp.on_one_rank(lambda: card.write(out_dir))
 logger.close()
+guard.end()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':
     fsdp.leave()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import fsdp
 from configurator import UserError
@@ -17,11 +16,11 @@ from log import say
 from model import core, set_attention
 
 
-def load_scorer(name, device, *, dtype='float32', trust_remote_code=False):
+def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_code=False):
     """(the sharded reward model of a folder or hub id, its tokenizer), after fsdp.setup. Raises UserError."""
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
-    model = fsdp.shard(build, device, dtype=dtype, train=False)
+    model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
     a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
     end = [tokenizer.eos_token_id]
     probe = Examples.of([(a, [[*b, *end], [*c[:5], *end]]), (b[:7], [[*c[:9], *end], [*a, *end]])])
@@ -62,8 +61,9 @@ def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
         group['place'].append(i)
         group['tokens'] += len(answer)
     groups = [group for same_prompt in groups.values() for group in same_prompt]
+    rank, world = fsdp.data_rank()
     found, place = [], []
-    for chosen in plan([group['tokens'] for group in groups], dist.get_world_size(), max_tokens)[dist.get_rank()]:
+    for chosen in plan([group['tokens'] for group in groups], world, max_tokens)[rank]:
         mine = [groups[g] for g in chosen]
         batch = pack(
             [(g['prompt'], g['answers']) for g in mine], chosen, pad=padded, filler=1, device=core(model).device

@@ -16,6 +16,7 @@ import card
 import checkpoint
 import fsdp
 import generate
+import guard
 import log
 import lora
 import losses
@@ -49,6 +50,7 @@ warmup_steps = 150  # steps of linear warm-up
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 weight_decay = 0.0  # of the optimizer
 max_grad_norm = 10.0  # gradients are clipped to this norm
+skip_bad_steps = 0  # go on without the step where loss or gradient is not finite, so many times in a run
 seed = 0  # of the data order and the samples
 # LoRA
 lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
@@ -85,6 +87,11 @@ config = configure(globals())
 
 # special tokens, as in HALOs' csft: one id each, whatever stands before and after them
 
+CONTROL = [
+    '<|good|>',
+    '<|bad|>',
+]  # special tokens, as in HALOs' csft: one id each, whatever stands before and after them
+
 # ---- set-up ----
 
 adapters = lora.options(config)
@@ -92,7 +99,7 @@ parallel.check(config)
 rank, world, device = fsdp.setup(tp)
 if batch_size < world:
     raise UserError(f'batch_size {batch_size} is smaller than the {world} ranks')
-fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, config, resume))
+guard.begin(out_dir, config, resume)
 tokenizer = load_tokenizer(model, trust_remote_code)
 if control_tokens:
     tokenizer.add_tokens(CONTROL, special_tokens=True)
@@ -148,14 +155,25 @@ def summary(whole, split):
 
 def evaluate(examples_seen):
     """Metrics of the held-out examples; optional samples, one row each in samples.jsonl."""
-    if not len(held_out):
+    if not len(held_out) or examples_seen <= state['evaluated']:
         return
     plan = steps(len(held_out), batch_size, len(held_out), seed, shuffle=False)
     work = prefetch((index, cut(held_out, index)[0]) for _, index in plan)
-    parts = [run_step(index, batches, train=False) for index, batches in work]
-    logger.row('eval', examples_seen, summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, 'eval'))
-    if not sample_during_eval:
-        return
+    parts = []
+    for index, batches in work:
+        with guard.memory(batches, max_tokens):
+            parts.append(run_step(index, batches, train=False))
+        if guard.stop_asked():
+            return  # an evaluation that was cut short is done again after the resume
+    if sample_during_eval:
+        sample(examples_seen)
+    if not guard.stop_asked():
+        logger.row('eval', examples_seen, summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, 'eval'))
+        state['evaluated'] = examples_seen
+
+
+def sample(examples_seen):
+    """Answers to held-out prompts, one row each in samples.jsonl."""
     asked = held_out.select(held_out.good)  # with control tokens, the good kind of answer
     prompts = [asked[i][0] for i in range(min(n_eval_model_samples, len(asked)))]
     answers = generate.sample({'policy': policy}, tokenizer, prompts, rank=rank, world=world, seed=seed, top_p=top_p,
@@ -166,38 +184,59 @@ def evaluate(examples_seen):
 
 # ---- training ----
 
+
+def crossed(every, first, seen):
+    """Whether the step from first to seen examples is one after which to do what is done every so many examples."""
+    return every and seen < total and seen // every > first // every
+
+
+def save(seen):
+    checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
+
+
 latest = checkpoint.latest(out_dir) if resume else None
-start = checkpoint.load(latest, policy, optim)['examples'] if latest else 0
+state = checkpoint.load(latest, policy, optim) if latest else {'examples': 0, 'evaluated': -1, 'bad_steps': 0}
+start = state.pop('examples')
 fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
-logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard)
+logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['evaluated'])
 logger.say(f'{"resuming" if start else "training"} on {world} ranks: {total} examples, {batch_size} a step')
 if do_first_eval and not start:
     evaluate(0)
+elif start and crossed(eval_every, start - batch_size, start):
+    evaluate(start)  # unless it was complete
 n_steps = -(-total // batch_size)
 clock = time.time()
 schedule = steps(len(train), batch_size, total, seed, start)
 for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train, i)) for first, i in schedule):
     waited = time.time() - clock
-    whole = run_step(index, batches, train=True)
     rate = lr * log.schedule(first // batch_size, n_steps, warmup_steps, lr_schedule)
-    norm = fsdp.update(policy, optim, rate, world / whole['n'].sum().item(), max_grad_norm)
+    with guard.memory(batches, max_tokens):
+        whole = run_step(index, batches, train=True)
+        scale = world / whole['n'].sum().item() if guard.finite(whole) else math.nan
+        norm = fsdp.update(policy, optim, rate, scale, max_grad_norm, strict=False)
+    if not math.isfinite(norm):
+        guard.bad_step(out_dir, state, skip_bad_steps, first, index, train.uid[index], norm, whole)
     seen = first + len(index)
     elapsed, clock = time.time() - clock, time.time()
     metrics = summary(whole, 'train')
     metrics |= {'grad_norm': norm, 'lr': rate, 'examples_per_second': len(index) / elapsed, 'padding_share': 1 - tokens / allocated,
                 'tokens_per_second': tokens / elapsed, 'data_wait_per_second': waited / elapsed,
                 'counters/step_examples': len(index)}  # fmt: skip
+    metrics |= {'counters/bad_steps': state['bad_steps']} if skip_bad_steps else {}
     logger.row('train', seen, metrics)
-    due = [every and seen < total and seen // every > first // every for every in (eval_every, save_every)]
+    due = [crossed(every, first, seen) for every in (eval_every, save_every)]
     if due[0]:
         evaluate(seen)
     if due[1]:
-        checkpoint.save(out_dir, seen, policy, optim, {}, keep_last)
+        save(seen)
+    guard.boundary(partial(save, seen), logger.close)
     clock = time.time() if any(due) else clock
 evaluate(total)
+guard.boundary(partial(save, total), logger.close)
 checkpoint.export(policy, tokenizer, build, f'{out_dir}/model')
 fsdp.on_one_rank(lambda: card.write(out_dir))
 logger.close()
+guard.end()
 log.say(f'done: {out_dir}/model')
 if __name__ == '__main__':
     fsdp.leave()

@@ -54,7 +54,10 @@ def tiny_model(folder, name, **options):
 def rows(folder):
     """The metrics of a run, without speeds."""
     found = map(json.loads, (Path(folder) / 'metrics.jsonl').read_text().splitlines())
-    return [{k: v for k, v in row.items() if not k.endswith(('_per_second', 'padding_share'))} for row in found]
+    return [
+        {k: v for k, v in row.items() if not k.endswith(('_per_second', 'padding_share', 'sampling_share'))}
+        for row in found
+    ]
 
 
 def cut(run, resumed, examples):

@@ -145,7 +145,8 @@ def test_scripts_and_models(folders, what, damage, words):
     shutil.copytree(folders / kind(what), 'model')
     damage(Path('model'))
     assert words in refused(*flags(what, 'model'))
-    assert not Path('evil').exists() and not Path('out').exists()
+    left = [f.name for f in Path('out').rglob('*') if f.is_file()]
+    assert not Path('evil').exists() and left in ([], ['.lock'])  # that goes when the process ends
 
 
 DAMAGES = {
@@ -217,7 +218,7 @@ def test_data_that_vanishes_between_start_and_use(monkeypatch):
 
     monkeypatch.setattr(sources, 'fingerprint', vanish)
     shutil.copy('good.jsonl', 'other.jsonl')
-    with pytest.raises(UserError, match='no file or folder other.jsonl'):
+    with pytest.raises(UserError, match='other.jsonl.* is no file'):
         run('sft.py', '--data=other.jsonl', *SMALL)
 
 

@@ -624,14 +624,14 @@ def test_kto_with_one_example_left_over(tmp_path):
 TEXT = st.text(st.characters(exclude_categories=['Cs']), max_size=30) | st.sampled_from(
     ['<|endoftext|>', 'a<|endoftext|>', '\0', ' ']
 )
-LIMITS = st.integers(2, 24).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, max(1, n - 2))))
+SIZES = st.integers(2, 24).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, max(1, n - 2))))
 
 
 @MANY
 @given(
     TEXT,
     st.lists(TEXT, min_size=2, max_size=2),
-    LIMITS,
+    SIZES,
     st.sampled_from(['start', 'end']),
     st.sampled_from(['pairs', 'singles']),
     st.booleans(),

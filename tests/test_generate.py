@@ -181,7 +181,7 @@ def group():
 def test_sharded(group, tmp_path):
     rank, world, device = group
     plain = build()
-    net = fsdp.shard(build, device)
+    net = fsdp.shard(build, device, cpu_offload=True)
     modules = [m for m in net.modules() if isinstance(m, fsdp.FSDPModule)]
 
     def state():
@@ -197,7 +197,7 @@ def test_sharded(group, tmp_path):
     assert inside == sample(plain, PROMPTS, range(4))
     assert net.config._attn_implementation == 'packed'
 
-    models = {'reference': fsdp.shard(build, device, train=False), 'policy': net}
+    models = {'reference': fsdp.shard(build, device, train=False, cpu_offload=True), 'policy': net}
     rows = generate.sample(models, TOKENIZER, PROMPTS, rank=rank, world=world, seed=5, max_new_tokens=12)
     expected = sample(plain, PROMPTS, [5 * 1_000_003 + i for i in range(4)])
     assert rows == [(name, i, answer) for name in sorted(models) for i, answer in enumerate(expected)]
@@ -219,7 +219,7 @@ def test_a_trained_step_after_sampling(group):
     batch = data.pack([(torch.tensor(PROMPTS[1]).numpy(), [torch.tensor(PROMPTS[3]).numpy()])], [0])
     norms = []
     for sampling in (False, True):
-        net = fsdp.shard(build, group[2])
+        net = fsdp.shard(build, group[2], cpu_offload=True)
         optimizer = fsdp.make_optimizer('AdamW', net, 0.01, 0.0)
         for _ in range(2):
             net.response_logps(batch).sum().backward()

@@ -21,13 +21,17 @@ from load import load_model
 from model import core
 
 ADAM = ['--lr=1e-2', '--lora_rank=4']
-DPO, SFT = ['dpo.py', *COMMON, *ADAM], ['sft.py', *COMMON, *ADAM]
+DPO, SFT, REWARD = ([script, *COMMON, *ADAM] for script in ('dpo.py', 'sft.py', 'reward.py'))
+PPO = ['ppo.py', *(flag for flag in COMMON if not flag.startswith('--max_length')), *ADAM, '--reward_model=gold',
+       '--minibatch_size=6', '--ppo_epochs=2', '--max_new_tokens=6', '--model=llama']  # fmt: skip
 MANY, SAMPLE = '--max_tokens=150', ['--sample_during_eval', '--n_eval_model_samples=3', '--max_new_tokens=6']
 CASES = {
     'dpo': [*DPO, '--model=llama', '--save_every=12'],
     'tdpo2': [*DPO, '--model=llama', '--loss=tdpo2'],
     'cached': [*DPO, '--model=gpt_neox', '--cache_ref', '--lora_targets=query_key_value,dense'],
     'sft': [*SFT, '--model=gpt2', '--optimizer=RMSprop', '--lora_alpha=2'],
+    'reward': [*REWARD, '--model=llama', '--center_coef=0.1', '--save_every=12'],
+    'ppo': [*PPO, '--save_every=12'],
 }
 ALONE = {  # one process
     'samples': [*DPO, '--model=llama', *SAMPLE],
@@ -38,6 +42,12 @@ ALONE = {  # one process
     'uncached': [*DPO, '--model=gpt_neox', '--lora_targets=query_key_value,dense'],
     'half': [*DPO, '--model=llama', '--dtype=bfloat16'],
     'mapped': [*DPO, '--model=llama', '--device_map=balanced'],
+    'reward_mapped': [*REWARD, '--model=llama', '--center_coef=0.1', '--device_map=balanced'],
+    'reward_eager': [*REWARD, '--model=llama', '--center_coef=0.1', '--attn=eager', '--activation_checkpointing'],
+    'ppo_mapped': [*PPO, '--device_map=balanced'],
+    'ppo_eager': [*PPO, '--attn=eager', '--activation_checkpointing'],
+    'ppo_two_models': [*PPO, '--ref_model=llama'],
+    'ppo_own': [*PPO, '--critic=own', '--save_every=12'],
 }
 
 
@@ -59,9 +69,9 @@ def runs(tmp_path_factory):
     two = [command(f'two/{name}', words) for name, words in CASES.items()]
     two += [command(f'two/{name}_many', words, MANY) for name, words in CASES.items()]
     two += [command('two/dropout', CASES['dpo'], '--lora_dropout=0.3')]
-    for name, flags in (('dpo', []), ('dropout', ['--lora_dropout=0.3'])):
+    for name, flags in (('dpo', []), ('dropout', ['--lora_dropout=0.3']), ('reward', []), ('ppo', [])):
         two += [['cut', f'{folder}/two/{name}', f'{folder}/two/{name}_resumed', 24]]
-        two += [command(f'two/{name}_resumed', CASES['dpo'], *flags)]
+        two += [command(f'two/{name}_resumed', CASES.get(name, CASES['dpo']), *flags)]
     launch(2, two, folder / 'two.json')
     return folder
 
@@ -87,9 +97,12 @@ def test_sharding_law(runs, case, where):
     same(runs / where.format(case), runs / 'one' / case)
 
 
-@pytest.mark.parametrize('case', ['padded', 'checkpointed', 'mapped'])
+@pytest.mark.parametrize(
+    'case', ['padded', 'checkpointed', 'mapped', 'reward_mapped', 'reward_eager', 'ppo_mapped', 'ppo_eager']
+)
 def test_same_by_another_way(runs, case):
-    same(runs / 'one' / case, runs / 'one/dpo')
+    base = case.partition('_')[0]
+    same(runs / 'one' / case, runs / 'one' / (base if base in CASES else 'dpo'))
 
 
 def test_reference_answers_without_adapters(runs):
@@ -105,7 +118,10 @@ def test_reference_answers_without_adapters(runs):
 
 def test_adapters_off_are_a_second_model(runs):
     """The same numbers, to the last bit, with the reference loaded beside the policy; to rounding with a cached one."""
-    assert rows(runs / 'one/two_models') == rows(runs / 'one/tdpo2')
+    for one, two in ('tdpo2', 'two_models'), ('ppo', 'ppo_two_models'):
+        assert rows(runs / 'one' / one) == rows(runs / 'one' / two)
+    gaps = [row['kl_train/samples'] for row in rows(runs / 'one/ppo') if row['split'] == 'train']
+    assert gaps[0] == 0 != gaps[1]
     assert [row['rewards_train/margins'] for row in rows(runs / 'one/dpo')[:2]] == [0, 0]
     same(runs / 'one/cached', runs / 'one/uncached')
 
@@ -115,7 +131,7 @@ def test_half_precision(runs):
     assert found == [0.0] and all(w.dtype == torch.float32 for w in adapter(runs / 'one/half').values())
 
 
-@pytest.mark.parametrize('case', ['dpo', 'dropout'])
+@pytest.mark.parametrize('case', ['dpo', 'dropout', 'reward', 'ppo'])
 def test_resumed_bit_exactly(runs, case):
     whole, again = runs / 'two' / case, runs / 'two' / f'{case}_resumed'
     assert rows(whole) == rows(again)
@@ -131,19 +147,27 @@ def test_dropout_is_in_training_only(runs):
     assert dropped[1]['grad_norm'] != plain[1]['grad_norm']
 
 
-def test_checkpoint_holds_adapters_alone(runs):
-    files = list((runs / 'two/dpo/checkpoints').glob('*/*.safetensors'))
+@pytest.mark.parametrize(
+    ('run', 'whole'), [('two/dpo', None), ('two/reward', 'score'), ('two/ppo', 'value_head'), ('one/ppo_own', 'critic')]
+)
+def test_checkpoint_holds_what_trains(runs, run, whole):
+    """The adapters, and the one part that trains without them."""
+    files = list((runs / run / 'checkpoints').glob('*/*.safetensors'))
     names = {name for file in files for name in load_file(file)}
-    assert names and all('lora_' in name for name in names)
+    others = {name for name in names if 'lora_' not in name}
+    assert names > others and bool(others) == bool(whole) and all(f'.{whole}.' in name for name in others)
     assert {name.partition('.')[0] for name in names} == {'model', 'optimizer'}
 
 
-@pytest.mark.parametrize(('case', 'base'), [('two/dpo', 'llama'), ('two/cached', 'gpt_neox'), ('two/sft', 'gpt2')])
+@pytest.mark.parametrize(('case', 'base'), [('two/dpo', 'llama'), ('two/cached', 'gpt_neox'), ('two/sft', 'gpt2'),
+                                            ('two/reward', 'llama'), ('two/ppo', 'llama'), ('one/ppo_own', 'llama')])  # fmt: skip
 def test_what_is_written(runs, case, base):
     """The adapter folder on the base model, by PEFT, gives the merged folder's logits, which are not the base's."""
-    load = transformers.AutoModelForCausalLM.from_pretrained
+    load, n = transformers.AutoModelForCausalLM.from_pretrained, 2
+    if case == 'two/reward':  # without a pad token, transformers scores one answer at a time
+        load, n = partial(transformers.AutoModelForSequenceClassification.from_pretrained, num_labels=1), 1
     torch.manual_seed(0)
-    ids = torch.randint(0, 500, (2, 24))
+    ids = torch.randint(0, 500, (n, 24))
     with torch.no_grad():
         adapted = peft.PeftModel.from_pretrained(load(runs / base), runs / case / 'adapter').eval()(ids).logits
         merged, plain = load(runs / case / 'model').eval()(ids).logits, load(runs / base).eval()(ids).logits
@@ -173,8 +197,8 @@ def trained(policy):
 
 def test_adapters_off_equal_the_base_exactly(tmp_path, device):
     build = partial(load_model, tiny_model(tmp_path, 'llama'))
-    policy = trained(fsdp.shard(partial(build, adapters=OPTIONS), device))
-    base = fsdp.shard(build, device, train=False)
+    policy = trained(fsdp.shard(partial(build, adapters=OPTIONS), device, cpu_offload=True))
+    base = fsdp.shard(build, device, train=False, cpu_offload=True)
     prompt, answers = [5, 6, 7], [[8, 9, 10, 11], [12, 13]]
     batch = data.pack([(torch.tensor(prompt).numpy(), [torch.tensor(a).numpy() for a in answers])], [0])
     with torch.no_grad():

@@ -439,6 +439,7 @@ def saved(tmp_path_factory):
     return save
 
 
+# one process in float32 uses FSDP only where cpu_offload asks for it
 def same_grads(net, batch):
     net.zero_grad()
     values = net.response_logps(batch)
@@ -452,7 +453,7 @@ def test_sharded_model_is_the_plain_one(name, saved, device):
     folder, build = saved(name)
     plain = build()
     plain.set_attn_implementation('packed')
-    values, grads = same_grads(fsdp.shard(build, device), pack(PAIRS))
+    values, grads = same_grads(fsdp.shard(build, device, cpu_offload=True), pack(PAIRS))
     expected = model.response_logps(plain, pack(PAIRS))
     (expected * torch.linspace(-1, 2, expected.shape[1])).sum().backward()
     assert values.equal(expected.detach())
@@ -463,7 +464,7 @@ def test_sharded_model_is_the_plain_one(name, saved, device):
 @pytest.mark.parametrize('name', ['stablelm', 'gpt_oss', 'lfm2'])
 def test_a_sharded_model_is_padded_after_a_failed_packing(name, saved, device):
     folder, build = saved(name)
-    net, plain = fsdp.shard(build, device), build()
+    net, plain = fsdp.shard(build, device, cpu_offload=True), build()
     assert not load.can_pack(net, *probe(), lambda line: None)
     model.set_attention(net, packed=False)
     values, grads = same_grads(net, pack(PAIRS, pad=True))
@@ -487,7 +488,7 @@ def test_bfloat16(name, saved, device):
     both = policy.response_logps(batch, risks.kl, reference)
     assert both[0].equal(both[2]) and not both[1].any()
     assert {g.dtype for g in grads.values()} == {torch.float32}
-    wide, wide_grads = same_grads(fsdp.shard(build, device), batch)
+    wide, wide_grads = same_grads(fsdp.shard(build, device, cpu_offload=True), batch)
     assert not values.equal(wide)
     assert_close(values, wide, 0.1)
     flat, wide_flat = (torch.cat([g.flatten() for g in x.values()]) for x in (grads, wide_grads))
@@ -507,7 +508,7 @@ def test_activation_checkpointing(name, dropout, saved, device):
 
     results = []
     for checkpointing in (False, True):
-        net = fsdp.shard(build, device, activation_checkpointing=checkpointing)
+        net = fsdp.shard(build, device, cpu_offload=True, activation_checkpointing=checkpointing)
         hf.AttentionInterface.register('packed', counted)
         calls.clear()
         results += [same_grads(net, pack(PAIRS)) for _ in range(2)]
@@ -524,7 +525,7 @@ def test_compile(saved, device, monkeypatch):
     compile, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda module: compile(module, backend='aot_eager'))
     folder, build = saved('llama', num_hidden_layers=1, layer_types=None)
-    plain, compiled = (fsdp.shard(build, device, compile=compile) for compile in (False, True))
+    plain, compiled = (fsdp.shard(build, device, cpu_offload=True, compile=compile) for compile in (False, True))
     graphs = []
     for shape in (PAIRS, PAIRS[:3], TRIPLES, SINGLES, [(2, (3, 4))]):
         before = counters['stats']['unique_graphs']
@@ -538,7 +539,7 @@ def test_compile(saved, device, monkeypatch):
 @pytest.mark.parametrize(('name', 'tied'), [('llama', True), ('llama', False), ('gpt_neox', False), ('gpt2', True)])
 def test_export(name, tied, saved, device, tmp_path):
     folder, build = saved(name, tie_word_embeddings=tied)
-    net = fsdp.shard(build, device)
+    net = fsdp.shard(build, device, cpu_offload=True)
     batch = pack(PAIRS)
     optimizer = fsdp.make_optimizer('SGD', net, 0.1, 0.0)
     net.response_logps(batch)[0].sum().backward()

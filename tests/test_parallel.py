@@ -9,11 +9,14 @@ import transformers
 from many import COMMON, ROOT, launch, rows, tiny_model
 from safetensors.torch import load_file
 
+import toy
 from configurator import UserError
 
 MODELS = ('llama', 'qwen2', 'gpt_neox', 'qwen3', 'phi3')
 ADAM = ['--lr=1e-3']
 SGD = ['--optimizer=SGD', '--lr=0.3']  # GPT-NeoX's key bias has no gradient but rounding, which AdamW makes steps of
+PPO = ['ppo.py', *(flag for flag in COMMON if not flag.startswith('--max_length')), *SGD, '--ppo_epochs=1', '--minibatch_size=12',
+       '--max_new_tokens=6']  # fmt: skip
 DPO, SFT, SAVE = ['dpo.py', *COMMON], ['sft.py', *COMMON], '--save_every=12'
 CASES = {
     'llama': [*DPO, *ADAM, '--model=llama'],
@@ -37,6 +40,9 @@ ALONE = {  # not with FSDP
     'phi3': [*DPO, *SGD, '--model=phi3'],
     'tdpo2': [*DPO, *ADAM, '--model=llama', '--loss=tdpo2', '--max_tokens=200'],
     'cached': [*DPO, *SGD, '--model=gpt_neox', '--cache_ref'],
+    'reward': ['reward.py', *COMMON, *ADAM, '--model=llama'],
+    'ppo': [*PPO, '--model=llama', '--reward_model=gold'],
+    'judged': [*PPO, '--model=llama', '--reward_model=judge', '--critic=own'],
 }
 VARIANTS = [('llama', '--cpu_offload'), ('llama', '--device_map=balanced'), ('sft_llama', '--device_map=balanced'),
             ('llama', '--attn=eager'), ('llama', '--attn=sdpa')]  # fmt: skip
@@ -50,11 +56,16 @@ def runs(tmp_path_factory):
     for name in (*MODELS, 'gpt2'):
         more = {'tie_word_embeddings': name == 'qwen2'} | ({'head_dim': 8} if name == 'qwen3' else {})
         tiny_model(folder / name, name, **more)
+    judge = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder / 'llama', num_labels=1, pad_token_id=0
+    )
+    judge.save_pretrained(folder / 'judge')
+    toy.tokenizer().save_pretrained(folder / 'judge')
     tiny_model(folder / 'three', 'llama', num_attention_heads=3, num_key_value_heads=3, hidden_size=24)
     tiny_model(folder / 'uneven', 'llama', intermediate_size=50)
 
     def command(where, name, words, *flags):
-        words = [w.replace('--model=', f'--model={folder}/') for w in words]
+        words = [w.replace('model=', f'model={folder}/') if w != '--reward_model=gold' else w for w in words]
         return [*words, *flags, f'--out_dir={folder}/{where}/{name}']
 
     for where in ('one', *WORLDS):

@@ -123,7 +123,7 @@ def test_exported_folder_is_plain_transformers(folders, name, tmp_path, capsys):
     """load_reward -> shard -> export -> AutoModelForSequenceClassification and score.py: the same scores, also padded."""
     tokenizer = load.separate_pad(load.load_tokenizer(str(folders / name)))
     build = partial(load.load_reward, str(folders / name), tokenizer, new_head=True, seed=7)
-    net = fsdp.shard(build, torch.device('cpu'))
+    net = fsdp.shard(build, torch.device('cpu'), cpu_offload=True)
     with torch.no_grad():
         ours = net.response_scores(data.pack(pairs(), range(4)))
     checkpoint.export(net, tokenizer, build, tmp_path / 'model')

@@ -324,7 +324,7 @@ def test_endpoint(run, tmp_path, server, monkeypatch):
 def test_unsharded_ends_well(folder):
     """An error inside leaves the model sharded, and generate leaves its settings."""
     *_, device = fsdp.setup()
-    net = fsdp.shard(lambda empty: load.load_model('toy', empty=empty), device)
+    net = fsdp.shard(lambda empty: load.load_model('toy', empty=empty), device, cpu_offload=True)
     groups = [m._get_fsdp_state()._fsdp_param_group for m in net.modules() if isinstance(m, fsdp.FSDPModule)]
     set_attention(net, packed=True)
     own = net.generation_config

@@ -1,0 +1,358 @@
+"""Checkpoints are whole or not there; what happens to them later, and a full disk, is seen and costs nothing that existed."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import fsdp
+import guard
+import log
+import losses
+from configurator import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ['--batch_size=12', '--n_examples=60', '--save_every=12', '--keep_last=3', '--eval_every=24', '--n_eval_examples=8',
+         '--lr=1e-3', '--warmup_steps=1', '--max_length=64', '--max_prompt_length=32', '--data_fraction=0.1']  # fmt: skip
+
+
+def run(out_dir, *flags, script='dpo.py'):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [script, *FLAGS, *flags, f'--out_dir={out_dir}'])
+        patch.setattr(torch, 'set_num_threads', lambda n: None)
+        try:
+            runpy.run_path(str(ROOT / script), run_name='script')
+        finally:
+            guard.end() if not checkpoint.failed() else None
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A run that was never interrupted, with its last three checkpoints."""
+    folder = tmp_path_factory.mktemp('checkpoint')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('NANOPREF_CACHE', str(folder / 'cache'))
+        patch.delenv('RANK', raising=False)
+        run(folder / 'run')
+        yield folder / 'run'
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def died(whole, tmp_path):
+    """The same run, dead in its last step."""
+    out = tmp_path / 'run'
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / 'model')
+    config = json.loads((out / 'config.json').read_text())
+    config['config']['out_dir'] = str(out)
+    (out / 'config.json').write_text(json.dumps(config))
+    return out
+
+
+def rows(folder):
+    found = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
+    return [{k: v for k, v in row.items() if not k.endswith('_per_second')} for row in found]
+
+
+def names(out):
+    return sorted(p.name for p in (out / 'checkpoints').iterdir())
+
+
+def shard(folder):
+    return next(folder.glob('*.safetensors'))
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    'truncated': (lambda f: os.truncate(shard(f), 1000), 'has 1000 bytes instead of'),
+    'a flipped bit': (lambda f: flip(shard(f)), 'the contents of shard.* have changed'),
+    'a missing shard': (lambda f: shard(f).unlink(), 'shard.*: No such file'),
+    'no manifest': (lambda f: (f / 'manifest.json').unlink(), 'manifest.json: No such file'),
+    'a broken manifest': (lambda f: (f / 'manifest.json').write_text('{"a'), 'manifest.json cannot be read'),
+    'a changed state': (lambda f: flip(f / 'state.json'), 'the contents of state.json have changed'),
+}
+
+
+def test_keep_last_and_latest(whole):
+    assert names(whole) == ['0000000024', '0000000036', '0000000048']
+    assert (whole / 'latest').read_text() == 'checkpoints/0000000048\n'
+    assert checkpoint.latest(whole) == whole / 'checkpoints/0000000048'
+
+
+@pytest.mark.parametrize('case', DAMAGES)
+def test_a_damaged_checkpoint_is_seen_and_the_one_before_used(died, case, capsys):
+    damage, words = DAMAGES[case]
+    damage(died / 'checkpoints/0000000048')
+    assert checkpoint.latest(died).name == '0000000036'
+    out = capsys.readouterr().out
+    assert re.search(words, out) and 'going back to 0000000036' in out and out.count('\n') == 1
+    assert names(died) == ['0000000024', '0000000036', '0000000048.damaged']
+
+
+def test_where_all_are_damaged_nothing_is_started_over(died):
+    for folder in (died / 'checkpoints').iterdir():
+        os.truncate(shard(folder), 10)
+    before = (died / 'metrics.jsonl').read_bytes()
+    with pytest.raises(UserError, match='no checkpoint of .* is complete .*10 bytes'):
+        run(died)
+    assert names(died) == ['0000000024', '0000000036', '0000000048'] and (died / 'metrics.jsonl').read_bytes() == before
+
+
+def test_resumes_behind_all_that_can_be_broken_at_once(whole, died, capsys):
+    """Newest shard truncated, pointer garbage, leftovers of a kill, a half-written line: the end is that of an unbroken run."""
+    os.truncate(shard(died / 'checkpoints/0000000048'), 1000)
+    (died / 'latest').write_text('nonsense')
+    (died / 'checkpoints/0000000060.tmp').mkdir()
+    (died / 'config.json.tmp').write_text('half')
+    text = (died / 'metrics.jsonl').read_text()
+    (died / 'metrics.jsonl').write_text(text[:-40])
+    run(died)
+    assert rows(died) == rows(whole)
+    assert not list(died.rglob('*.tmp')) and (died / 'latest').read_text() == 'checkpoints/0000000048\n'
+    assert (died / 'model/model.safetensors').read_bytes() == (whole / 'model/model.safetensors').read_bytes()
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(died):
+    lines = (died / 'metrics.jsonl').read_text().splitlines()
+    (died / 'metrics.jsonl').write_text('\n'.join([lines[0], lines[1][:50], *lines[2:]]))
+    with pytest.raises(UserError, match='metrics.jsonl, line 2 is damaged'):
+        run(died)
+
+
+def test_a_save_that_fails_surfaces_at_the_next_step(tmp_path, monkeypatch, whole):
+    """The disk is full while the second checkpoint is written in the background."""
+    write, count = checkpoint.HuggingFaceStorageWriter.write_data, []
+
+    def full(self, *arguments):
+        count.append(1)
+        if len(count) == 2:
+            raise OSError(28, 'No space left on device')
+        return write(self, *arguments)
+
+    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, 'write_data', full)
+    with pytest.raises(
+        UserError, match='cannot write the checkpoint .*24: No space left on device; older ones are kept'
+    ):
+        run(tmp_path / 'run')
+    assert names(tmp_path / 'run') == ['0000000012']
+    assert len(rows(tmp_path / 'run')) <= 7  # check, eval 0, three or four steps, eval 24
+    monkeypatch.undo()
+    monkeypatch.setenv('NANOPREF_CACHE', str(whole.parent / 'cache'))
+    run(tmp_path / 'run')
+    assert rows(tmp_path / 'run') == rows(whole)
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """A file system of 3 MB holds one checkpoint of 2 MB, and not two."""
+    if subprocess.run(['unshare', '-m', 'true'], capture_output=True).returncode:
+        pytest.skip('unshare -m is not permitted here')
+    small = tmp_path / 'small'
+    small.mkdir()
+    command = [sys.executable, 'dpo.py', *FLAGS, f'--out_dir={small}/run']
+    script = f'mount -t tmpfs -o size=3m none {small} || exit 99; {" ".join(command)}; code=$?; cp -r {small}/run {tmp_path}/kept; exit $code'
+    environment = os.environ | {'NANOPREF_CACHE': str(tmp_path / 'cache'), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        ['unshare', '-m', 'sh', '-c', script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    if done.returncode == 99:
+        pytest.skip('mounting a tmpfs is not permitted here')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    assert 'error: cannot write the checkpoint' in done.stderr and 'No space left on device' in done.stderr
+    assert (
+        names(tmp_path / 'kept') == ['0000000012']
+        and checkpoint._damage(tmp_path / 'kept/checkpoints/0000000012') is None
+    )
+
+
+def test_full_disk_under_metrics_and_export(tmp_path, whole):
+    logger = log.Log(tmp_path, 10, 0, 1)
+    logger.file = open('/dev/full', 'w')
+    with pytest.raises(UserError, match='cannot write .*metrics.jsonl: No space left on device'):
+        logger.row('train', 1, {'loss/train': 1.0, 'examples_per_second': 1.0})
+
+    def build(empty):
+        raise OSError(28, 'No space left on device')
+
+    model = torch.nn.Linear(2, 2)
+    model.reshard = lambda: None
+    with pytest.raises(UserError, match='cannot write .*model: No space left on device'):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint.lora, 'present', lambda model: False)
+            checkpoint.export(model, None, build, tmp_path / 'model')
+    assert not (tmp_path / 'model').exists()
+
+
+def test_replace_text_leaves_the_old_text_where_the_new_cannot_be_written(tmp_path, monkeypatch):
+    log.replace_text(tmp_path / 'a', 'old')
+
+    def full(self, text):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(Path, 'write_text', full)
+    with pytest.raises(UserError, match='No space left'):
+        log.replace_text(tmp_path / 'a', 'new')
+    assert (tmp_path / 'a').read_text() == 'old'
+
+
+# ---- numbers that are not finite, memory ----
+
+
+def poisoned(which, at, places):
+    """losses.sft or losses.dpo with a NaN, or an infinite gradient, in its at-th call with gradients, and again and again."""
+    fn, calls = getattr(losses, which), []
+
+    def dpo(pi_w, pi_l, ref_w, ref_l, *, beta):
+        return spoil(fn(pi_w, pi_l, ref_w, ref_l, beta=beta), pi_w)
+
+    def sft(pi, n):
+        return spoil(fn(pi, n), pi)
+
+    def spoil(l, pi):
+        calls.extend([1] * torch.is_grad_enabled())
+        if len(calls) not in at or not torch.is_grad_enabled():
+            return l
+        if places is None:
+            return l + (pi - pi.detach()).clamp(min=0).sqrt()  # adds 0, with an infinite slope
+        bad = torch.zeros_like(l)
+        bad[places] = torch.nan
+        return l + bad
+
+    return {'dpo': dpo, 'sft': sft}[which]
+
+
+def poison(monkeypatch, script, at, places):
+    which = script.removesuffix('.py')
+    fn = poisoned(which, at, places)
+    monkeypatch.setattr(losses, which, fn)
+    monkeypatch.setitem(losses.LOSSES, which, fn) if which in losses.LOSSES else None
+
+
+@pytest.mark.parametrize('script', ['dpo.py', 'sft.py'])
+def test_bad_step_stops_before_the_weights_are_touched(tmp_path, monkeypatch, whole, script):
+    poison(monkeypatch, script, [3], [1, 4])
+    with pytest.raises(
+        UserError,
+        match='the loss of the step from 24 to 36 examples is not finite; 2 of its examples are in .*bad_step',
+    ):
+        run(tmp_path / 'run', script=script)
+    bad = [json.loads(line) for line in (tmp_path / 'run/bad_step.jsonl').read_text().splitlines()]
+    assert len(bad) == 2 and {row['examples'] for row in bad} == {36} and all(row['loss'] == 'nan' for row in bad)
+    assert {'place', 'index', 'uid'} <= set(bad[0]) and {'pi_w', 'ref_w'} <= set(bad[0]) or script == 'sft.py'
+    assert [r['counters/examples'] for r in rows(tmp_path / 'run') if r['split'] == 'train'] == [12, 24]
+    if script == 'dpo.py':  # the right examples are named: those whose index the order of the data says
+        from data import steps
+
+        index = list(steps(len(tokens(whole)), 12, 60, 0))[2][1]
+        assert [int(index[row['place']]) for row in bad] == [row['index'] for row in bad]
+
+
+def tokens(whole):
+    from load import load_tokenizer
+    from tokenise import load_examples
+
+    return load_examples('toy', 'train', tokenizer=load_tokenizer('toy'), task='pairs', seed=0, max_length=64,
+                         max_prompt_length=32, truncation='start', num_turns=1, skip_bad_rows=False, whole=False,
+                         data_fraction=0.1)  # fmt: skip
+
+
+@pytest.mark.parametrize('script', ['dpo.py', 'sft.py'])
+def test_skipped_steps_are_counted_and_leave_the_weights(tmp_path, monkeypatch, whole, script, capsys):
+    """One infinite gradient is skipped; the second, after a resume, is beyond the number allowed."""
+    flags = ['--skip_bad_steps=1', '--lr_schedule=cosine']
+    poison(monkeypatch, script, [3, 5], None)
+    with pytest.raises(UserError, match=r'the gradient of the step from 48 to 60 .*1 such steps were skipped before'):
+        run(tmp_path / 'run', *flags, script=script)
+    assert (
+        'warning: the gradient of the step from 24 to 36 examples is not finite: skipped, 1 of 1'
+        in capsys.readouterr().out
+    )
+    train = [r for r in rows(tmp_path / 'run') if r['split'] == 'train']
+    assert [r['counters/bad_steps'] for r in train] == [0, 0, 1, 1] and 'grad_norm' not in train[2]
+    before, after = (load_file(shard(tmp_path / f'run/checkpoints/00000000{n}')) for n in (24, 36))
+    assert before.keys() == after.keys() and any('exp_avg' in k for k in before)
+    assert all(before[k].equal(after[k]) for k in before)  # weights and optimizer: nothing was touched
+    monkeypatch.undo()
+    monkeypatch.setenv('NANOPREF_CACHE', str(whole.parent / 'cache'))
+    poison(monkeypatch, script, [1], [0])
+    with pytest.raises(UserError, match=r'the loss of the step from 48 to 60 .*1 such steps were skipped before'):
+        run(tmp_path / 'run', *flags, script=script)
+    bad = [json.loads(line)['examples'] for line in (tmp_path / 'run/bad_step.jsonl').read_text().splitlines()]
+    assert bad == [36] * 12 + [60]  # the unfinished step's rows are there once
+
+
+@pytest.mark.parametrize('script', ['dpo.py', 'sft.py'])
+def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, whole, script):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+
+    monkeypatch.setattr(fsdp, 'update', full)
+    with pytest.raises(UserError, match=r'longest microbatch has \d+ tokens \(max_tokens=200\); lower max_tokens'):
+        run(tmp_path / 'run', '--max_tokens=200', script=script)
+    with pytest.raises(UserError, match=r'\(max_tokens=9\); lower max_length'):
+        run(tmp_path / 'other', '--max_tokens=9', script=script)
+
+
+def test_memory_of_another_rank_is_heard():
+    """Only that rank knows, so it speaks, whichever it is; what all ranks know is said once."""
+    code = """import configurator, guard, torch
+configurator.configure({'__file__': 'runs/save_pause.py'}, [])
+with guard.memory([type('Batch', (), {'ids': torch.zeros(7)})], 9):
+    raise torch.OutOfMemoryError"""
+    environment = os.environ | {'RANK': '1'}
+    for text, heard in ((code, True), (code.replace('torch.OutOfMemoryError', "configurator.UserError('all')"), False)):
+        text = text.replace(
+            "{'__file__': 'runs/save_pause.py'}",
+            "{'__file__': 'runs/save_pause.py', 'model': 0, 'n_steps': 0, 'folder': 0}",
+        )
+        done = subprocess.run(
+            [sys.executable, '-c', text], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2 and ('the longest microbatch has 7 tokens' in done.stderr) == heard, done.stderr
+        assert heard or not done.stderr
+
+
+def test_a_signal_ends_sampling(whole, monkeypatch):
+    """The rank that got it stops after one more token; what it has is thrown away."""
+    import generate
+    from load import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer('toy')
+    model = load_model('toy', tokenizer=tokenizer)
+    settings = {'max_new_tokens': 30, 'temperature': 0}
+    assert len(generate.generate(model, tokenizer, [[5, 6]], [0], **settings)[0]) > 1
+    monkeypatch.setattr(guard, '_code', guard.SAVED)
+    assert len(generate.generate(model, tokenizer, [[5, 6]], [0], **settings)[0]) == 1
+
+
+# ---- the folder ----
+
+
+def test_read_only_out_dir(tmp_path, whole):
+    if not os.access('/proc/1', os.R_OK) or subprocess.run(['unshare', '-m', 'true'], capture_output=True).returncode:
+        pytest.skip('unshare -m is not permitted here')
+    folder = tmp_path / 'fixed'
+    folder.mkdir()
+    (folder / 'kept').write_text('kept')
+    command = f'mount --bind {folder} {folder} && mount -o remount,ro,bind {folder} || exit 99; {sys.executable} dpo.py {" ".join(FLAGS)} --out_dir={folder}'
+    done = subprocess.run(['unshare', '-m', 'sh', '-c', command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    if done.returncode == 99:
+        pytest.skip('a read-only mount is not permitted here')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr and 'Read-only file system' in done.stderr, (
+        done.stderr
+    )
+    assert [p.name for p in folder.iterdir()] == ['kept']
