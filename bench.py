@@ -16,6 +16,7 @@ import resource
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -83,6 +84,8 @@ if 'div_w' in columns_of and set(names) & {'padded', 'packed', 'shared', 'cached
 if any(n.startswith('trl') for n in names) and loss != 'dpo':
     raise UserError('TRL is measured with --loss=dpo only')
 
+if out and (not Path(out).absolute().parent.is_dir() or Path(out).is_dir()):
+    raise UserError(f'cannot write {out}: there is no such folder, or it is one')  # now, not after the measurement
 rank, world, device = fsdp.setup()
 if threads:
     torch.set_num_threads(threads)
@@ -335,9 +338,10 @@ if main_rank():
         'x: median of the ratio to the first variant, step by step. Peak memory holds the weights of all variants of the run.'
     )
     if out:
-        with open(out, 'w') as file:
-            json.dump(
-                {'config': dict(config), 'rows': rows, 'limit_pairs_per_second': batch_size / alone}, file, indent=1
-            )
+        table = {'config': dict(config), 'rows': rows, 'limit_pairs_per_second': batch_size / alone}
+        try:
+            Path(out).write_text(json.dumps(table, indent=1))
+        except OSError as error:
+            raise UserError(f'cannot write {out}: {error.strerror}') from None
 if __name__ == '__main__':
     fsdp.leave()

@@ -12,28 +12,38 @@ import contextlib
 import difflib
 import math
 import os
+import re
 import sys
 import traceback
 import types
 
 # what values make sense, for whichever of these options a script has: [low, high], or the choices
 RANGES = {
-    (0, math.inf): 'skip_bad_steps lr warmup_steps weight_decay n_eval_examples seed temperature retries center_coef kl_coef vf_coef '
-                    'missing_eos_penalty',
+    (0, math.inf): 'skip_bad_steps lr warmup_steps weight_decay n_eval_examples temperature retries center_coef kl_coef '
+                   'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam',
+    (0, 2**32 - 1): 'seed',  # multiples of it seed generators that take 64 bits
     (0, 1): 'noise_rate data_fraction frac_good frac_bad smooth',
+    (0, 0.99): 'rho',
     (0, 0.9): 'lora_dropout',
     (1e-9, 1): 'top_p',
-    (1e-9, math.inf): 'max_grad_norm beta_prime timeout lora_alpha clip value_clip',
+    (1e-9, math.inf): 'max_grad_norm beta_prime lora_alpha clip value_clip beta tau mu importance_max peak_tflops',
+    (1e-3, 1e6): 'timeout',
+    (1, 1000): 'concurrency threads width',
     (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every save_every keep_last log_every max_length '
-                   'max_prompt_length max_new_tokens num_turns n_eval_model_samples n_steps threads prompt_tokens '
-                   'answer_tokens vocabulary n concurrency lora_rank tp minibatch_size ppo_epochs '
+                   'max_prompt_length max_new_tokens num_turns n_eval_model_samples n_steps prompt_tokens '
+                   'answer_tokens vocabulary n lora_rank tp minibatch_size ppo_epochs '
                    'group_size sample_batch',
 }  # fmt: skip
+RANGED = ' '.join(RANGES.values()).split()
 CHOICES = {'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
            'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released'),
            'attn': (None, 'sdpa', 'eager', 'flash_attention_2', 'flash_attention_3'),
            'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
            'split': (None, 'train', 'test'), 'gold': (None, 'toy')}  # fmt: skip
+
+
+# they stay in the environment: no option may hold one, for options are printed and written down
+SECRETS = ('NANOPREF_API_KEY', 'OPENAI_API_KEY', 'HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'WANDB_API_KEY')
 
 
 class UserError(ValueError):
@@ -128,14 +138,16 @@ def _read_file(path):
     try:
         with open(path, encoding='utf-8') as file:
             source = file.read()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f'cannot read the config file {path}: {getattr(error, "strerror", "not a text file")}'
         ) from None
     names = {}
     try:
         exec(compile(source, path, 'exec'), names)
-    except Exception as error:  # whatever a config file can raise is the user's to mend
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a config file can raise is the user's to mend
         line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else None
         for frame in traceback.extract_tb(error.__traceback__):
             line = frame.lineno if frame.filename == path else line
@@ -179,6 +191,26 @@ def _check(name, value, options, where):
     for (low, high), names in RANGES.items():
         if name in names.split() and type(value) in (int, float) and not low <= value <= high:
             raise UserError(f'{where}: {name} must lie between {low} and {high}, not {value}')
+    if isinstance(value, float) and math.isinf(value) and name in RANGED and name != 'max_grad_norm':
+        raise UserError(f'{where}: {name} must be a finite number, not {value}')
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f'{where}: {name} is an integer that no machine counts to')
+    if isinstance(value, str):
+        _check_text(name, value, where)
     if value not in CHOICES.get(name, (value,)):
         raise UserError(f'{where}: {name} must be one of {", ".join(map(str, CHOICES[name]))}, not {value!r}')
     return value
+
+
+def _check_text(name, value, where):
+    """Raise UserError for a text that no file name or tokenizer can hold, or that has a key in it; without showing that."""
+    for variable in SECRETS:
+        secret = os.environ.get(variable, '').strip()
+        if len(secret) >= 8 and secret in value:
+            raise UserError(
+                f'{where}: {name} holds the key of {variable}; it stays in the environment, nothing else is needed'
+            )
+    if re.search(r'://[^/?#\s]*@', value):
+        raise UserError(f'{where}: {name} has a name or a password in its address; a key belongs in the environment')
+    if '\0' in value or re.search('[\ud800-\udfff]', value):
+        raise UserError(f'{where}: {name} has characters that are no text')

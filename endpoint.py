@@ -42,10 +42,16 @@ class _Again(Exception):
 
 def completions_url(url: str) -> str:
     """The address of the chat completions, from a base address with or without /v1. Raises UserError."""
-    parts = urlsplit(url)
-    if parts.scheme not in ('http', 'https') or not parts.hostname:
-        raise UserError(f'the endpoint {url!r} is no address: write http://host:port or https://host')
-    if parts.username or parts.password or parts.query or parts.fragment:
+    shown = url if '@' not in url else '...@' + url.rpartition('@')[2]  # before it stands a name and a password
+    try:
+        parts = urlsplit(url)
+        wrong = parts.scheme not in ('http', 'https') or not parts.hostname or parts.port == 0
+        wrong = wrong or not url.isascii() or not url.isprintable() or ' ' in url
+    except ValueError:  # a port that is none, half an IPv6 address
+        wrong = True
+    if wrong:
+        raise UserError(f'the endpoint {shown!r} is no address: write http://host:port or https://host')
+    if '@' in parts.netloc or parts.query or parts.fragment:
         raise UserError('the endpoint must be a plain address; a key belongs in the environment (NANOPREF_API_KEY)')
     base = url.rstrip('/').removesuffix('/chat/completions')
     return (base if base.endswith('/v1') or base != url.rstrip('/') else base + '/v1') + '/chat/completions'

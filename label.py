@@ -98,7 +98,8 @@ def read_request():
     """The further fields of a request."""
     try:
         fields = json.loads(request)
-    except ValueError:
+        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()  # what json reads it cannot always write
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict) or fields.keys() & {'model', 'messages', 'stream', 'n'}:
         raise UserError(f'--request must be a json object without model, messages, stream and n, not {request!r}')

@@ -1,8 +1,11 @@
 """Models and tokenizers from the hub or a folder, and whether they suit each other and packing. Raises UserError."""
 
 import contextlib
+import copy
+import json
 import math
 import os
+from pathlib import Path
 
 import torch
 import transformers
@@ -24,11 +27,12 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         return toy.tokenizer()
     if not os.path.exists(name) and (name.count('/') != 1 or name.startswith(('.', '/'))):
         raise UserError(f'there is no model folder {name!r}, so no tokenizer: train it first, or give another --model')
+    _check_safe(name, trust_remote_code, weights=False)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises OSError, ValueError, KeyError and its own for a missing tokenizer
         raise UserError(
-            f'no tokenizer in {name!r} ({_first_line(error)}); put tokenizer.json beside the model'
+            f'no tokenizer in {name!r} ({_first_line(error)}): beside the model there must be a whole tokenizer.json'
         ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -44,6 +48,7 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
     adapters: None, or lora.options; device_map: None, or how from_pretrained spreads the model over this process's GPUs;
     grow: give tokens that the tokenizer has and the model has not an embedding, the mean of all others."""
     register_attention()
+    _check_safe(name, trust_remote_code)
     _check_map(name, device_map)
     try:
         if name == 'toy':
@@ -51,7 +56,7 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
 
             config = toy.model_config()
         else:
-            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            config = _read_config(name, trust_remote_code)
         if _is_classifier(config):
             raise UserError(f'{name!r} is a reward model: a language model is needed here')
         if empty or name == 'toy':
@@ -82,6 +87,45 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
         check_tokenizer(tokenizer, model, name)
     _check_map(name, device_map, model)
     return model.eval() if adapters is None else lora.add(model.eval(), **adapters, seed=seed)
+
+
+def _check_safe(name, trust_remote_code, weights=True):
+    """Raise UserError for a model folder that asks to run code of its own, or has its weights in pickles, which can run code."""
+    folder = Path(name)
+    if name == 'toy' or not folder.is_dir():
+        return  # a hub id: _read_config and transformers see to it
+    for file in () if trust_remote_code else sorted(folder.glob('*config.json')):
+        options = None
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # a broken file has an error of its own
+            options = json.loads(file.read_text('utf-8'))
+        if isinstance(options, dict) and _own_code(options):
+            raise UserError(_wants_code(name, file.name))
+    pickles = sorted(f.name for ending in ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl') for f in folder.glob(ending))
+    if weights and pickles and not any(folder.glob('*.safetensors')):
+        raise UserError(f'{name!r} has its weights in {pickles[0]}, a pickle, which can run any code when it is read: '
+                        'convert it to safetensors where you trust it')  # fmt: skip
+
+
+_generation = {}  # likewise
+_read = {}  # configs by name: the export at the end of a run needs one from a folder that may be gone by then
+
+
+def _own_code(options):
+    return any(options.get(key) for key in ('auto_map', 'custom_pipelines'))
+
+
+def _wants_code(name, where):
+    return f'{name!r} comes with code of its own ({where}): read it, and pass --trust_remote_code if you want it to run'
+
+
+def _read_config(name, trust_remote_code):
+    """The config of a folder or hub id. Raises UserError where it names code of its own, even if it could do without."""
+    if os.path.exists(name) or name not in _read:
+        _read[name] = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = copy.deepcopy(_read[name])
+    if not trust_remote_code and _own_code(vars(config)):
+        raise UserError(_wants_code(name, 'config.json'))
+    return config
 
 
 def _check_map(name, device_map, model=None):
@@ -137,6 +181,7 @@ def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = F
     name, adapters (the head trains beside them), device_map: as in load_model; quiet: say nothing; new_head: it may be a causal LM, whose head gives way to a scalar one drawn from the seed.
     tokenizer: with a separate pad token, whose row the embedding gets if it has none. Raises UserError."""
     register_attention()
+    _check_safe(name, trust_remote_code)
     _check_map(name, device_map)
     auto = transformers.AutoModelForSequenceClassification
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
@@ -189,7 +234,7 @@ def _reward_config(name, tokenizer, new_head, trust_remote_code):
 
         config = toy.model_config()
     else:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = _read_config(name, trust_remote_code)
     if not _is_classifier(config) and not new_head:
         raise UserError(f'{name!r} is no reward model but a language model: train one from it with reward.py')
     if _is_classifier(config) and config.num_labels != 1:
@@ -217,6 +262,13 @@ def _grow(model, size):
 
 def _generation_config(name, default):
     """How a model wants to be sampled from: above all, which tokens end the answers of an instruct model."""
+    if name in _generation and not os.path.exists(name):
+        return copy.deepcopy(_generation[name])
+    found = _generation[name] = _read_generation_config(name, default)
+    return copy.deepcopy(found)
+
+
+def _read_generation_config(name, default):
     try:
         found = transformers.GenerationConfig.from_pretrained(name)
     except (
@@ -309,4 +361,6 @@ def _name(model):
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """What went wrong, on one line."""
+    text = ' '.join(str(error).split())[:200]
+    return text if ' ' in text else f'{type(error).__name__} {text}'.strip()

@@ -59,6 +59,7 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
     file = Path(out_dir) / 'config.json'
     made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         (file.parent / '.write').touch()
         (file.parent / '.write').unlink()
         for folder in made:  # a run that fails before its first step leaves nothing behind
@@ -66,7 +67,7 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
         before = dict(json.loads(file.read_text())['config']) if file.exists() else None
     except OSError as error:
         raise UserError(f'cannot write to out_dir {out_dir}: {error.strerror}') from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
     changed = [k for k, v in config.items() if before and k not in neutral and before.get(k) != v]
     if changed:

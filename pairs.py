@@ -77,7 +77,11 @@ def open_verdicts(out_dir):
 
     Raises UserError where another process writes to it, or where a line is damaged."""
     path = Path(out_dir) / 'verdicts.jsonl'
-    file = open(path, 'a+b')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, 'a+b')
+    except OSError as error:
+        raise UserError(f'cannot write to {path}: {error.strerror}') from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -88,8 +92,10 @@ def open_verdicts(out_dir):
     for i, line in enumerate(lines):
         try:
             row = json.loads(line)
+            if row['preference'] not in (None, 1, 1.5, 2) or not isinstance(row.get('text', ''), str):
+                raise ValueError(row)
             done[row['pair'], row['order']] = row
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 f'{path}, line {i + 1}, is damaged: delete that line, and it will be judged again'
             ) from None
@@ -124,5 +130,8 @@ def annotation(pair, preference, annotator):
 def write_json(path, content):
     """Write it whole or not at all."""
     temporary = Path(path).with_suffix('.tmp')
-    temporary.write_text(json.dumps(content, indent=1), encoding='utf-8')
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(content, indent=1), encoding='utf-8')
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f'cannot write {path} ({error.strerror}): what was there before is as it was') from None

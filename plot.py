@@ -42,10 +42,10 @@ def read(folder):
     if not folder.is_dir():
         raise UserError(f'there is no folder {folder}')
     try:
-        options = json.loads((folder / 'config.json').read_text())['config'].copy()
+        options = dict(json.loads((folder / 'config.json').read_text())['config'])
     except FileNotFoundError:
         raise UserError(f"{folder} has no config.json, so it is no run's out_dir") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'{folder}/config.json is damaged') from None
     rows = lines(folder / 'metrics.jsonl')
     if not any(row.get('split') in ('train', 'eval') for row in rows):
@@ -64,7 +64,9 @@ def check(rows, kinds, file):
             drawn = [
                 k for k in row if k.replace('_', '/').partition('/')[0] in ('loss', 'rewards', 'logps', 'kl', 'gold')
             ]
-            wrong += [k for k in drawn if not isinstance(row[k], int | float)]
+            wrong += [
+                k for k in drawn if not isinstance(row[k], int | float) or (row[k] == row[k] and abs(row[k]) > 1e300)
+            ]
         if wrong:
             raise UserError(f'{file} has a row without a proper {wrong[0]}: it is damaged, or of something else')
 
@@ -79,7 +81,7 @@ def lines(file):
     for number, text in enumerate(texts, 1):
         try:
             rows.append(dict(json.loads(text)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             if number < len(texts):
                 raise UserError(f'{file}, line {number} is damaged') from None
             print(f'note: the last line of {file} is not complete')

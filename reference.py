@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import fsdp
-from configurator import UserError, main_rank
+from configurator import main_rank
 from log import say
 from lora import adapters_off
 
@@ -82,6 +82,7 @@ def _read(file, key, n):
 
 
 def _write(file, key, logps):
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     temporary = file.with_suffix(f'.{os.getpid()}')
@@ -89,5 +90,7 @@ def _write(file, key, logps):
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({'logps': logps}, temporary, {'key': key, 'sha256': hashlib.sha256(logps).hexdigest()})
         temporary.rename(file)
-    except OSError as error:
-        raise UserError(f'cannot write the reference cache {file}: {error.strerror}') from None
+    except (OSError, SafetensorError) as error:  # the run goes on: it has them in memory
+        say(
+            f'note: the reference log-probs are not kept: cannot write {file} ({getattr(error, "strerror", None) or error})'
+        )

@@ -28,7 +28,7 @@ import samples
 import sources
 import tokenise
 from configurator import UserError, configure, main_rank
-from endpoint import ask
+from endpoint import ask, completions_url
 from examples import uniform_hash
 from load import load_model, load_tokenizer
 from model import core
@@ -70,6 +70,7 @@ config = configure(globals())
 if endpoint:
     config.ignored(['model', 'max_prompt_length', 'truncation', 'batch_size', 'max_tokens', 'dtype', 'trust_remote_code'],
                    'an endpoint answers')  # fmt: skip
+    completions_url(endpoint)  # raises where it is none
     if not endpoint_model:
         raise UserError('--endpoint needs --endpoint_model, the name of a model there')
 else:

@@ -13,12 +13,16 @@ from configurator import UserError
 
 def append(out_dir, rank, rows):
     """Add rows (json-able dicts) to a rank's file, on disk when this returns."""
-    with open(
-        Path(out_dir) / ('samples.jsonl' if rank == 0 else f'samples-{rank}.jsonl'), 'a', encoding='utf-8'
-    ) as stream:
-        stream.write(''.join(json.dumps(row) + '\n' for row in rows))
-        stream.flush()
-        os.fsync(stream.fileno())
+    file = Path(out_dir) / ('samples.jsonl' if rank == 0 else f'samples-{rank}.jsonl')
+    try:
+        with open(file, 'a', encoding='utf-8') as stream:
+            stream.write(''.join(json.dumps(row) + '\n' for row in rows))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise UserError(
+            f'cannot write to {file} ({error.strerror}): make room and run the same command again'
+        ) from None
 
 
 def collect(out_dir, wanted):
@@ -29,13 +33,17 @@ def collect(out_dir, wanted):
     file, found = Path(out_dir) / 'samples.jsonl', {}
     files = [f for f in [file, *sorted(file.parent.glob('samples-*.jsonl'))] if f.exists()]
     for path in files:
-        *lines, rest = path.read_bytes().split(b'\n')  # rest: what has no end of line
+        try:
+            *lines, rest = path.read_bytes().split(b'\n')  # rest: what has no end of line
+        except OSError as error:
+            raise UserError(f'cannot read {path}: {error.strerror}') from None
         for i, line in enumerate(lines):
             try:
                 row = json.loads(line)
                 key = row['index'], row['sample']
                 expected = wanted(*key)
-            except (ValueError, KeyError, TypeError):
+                sources.field(row, 'response'), row['finish']
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f'{path}, line {i + 1}, is damaged: mend or delete it') from None
             if expected is None or row | expected != row:
                 raise UserError(
@@ -59,8 +67,12 @@ def write_model_outputs(out_dir, rows):
 
 def _replace(file, text):
     temporary = file.with_suffix('.tmp')
-    with open(temporary, 'w', encoding='utf-8') as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, 'w', encoding='utf-8') as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(file)
+    except OSError as error:
+        raise UserError(f'cannot write {file} ({error.strerror}): what was there before is as it was') from None

@@ -11,6 +11,7 @@ A row that is not what it should be makes parse raise ValueError(reason). Texts 
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import zlib
@@ -63,7 +64,7 @@ def load_rows(source, split, *, whole=False, num_turns=1, skip_bad_rows=False):
             if row.error:
                 raise ValueError(row.error)
             found = parse(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: nested a thousand deep
             if not skip_bad_rows:
                 raise UserError(f'{row.where}: {error}; mend it, or pass --skip_bad_rows') from None
             left_out[f'bad rows: {error}'] += 1
@@ -169,7 +170,7 @@ def _read_file(file):
             return
         with (gzip.open if file.endswith('.gz') else open)(file, 'rb') as stream:
             if file.endswith(('.json', '.json.gz')):
-                content = json.loads(stream.read())
+                content = json.loads(stream.read().decode('utf-8-sig'))  # not json's own guess of an encoding
                 if not isinstance(content, list):
                     raise UserError(f'{file}: not a list of rows (one row a line belongs in a .jsonl file)')
                 for i, raw in enumerate(content):
@@ -180,7 +181,7 @@ def _read_file(file):
                     continue
                 where = f'{file}, line {i + 1}'
                 try:
-                    raw = json.loads(line)
+                    raw = json.loads(line.decode('utf-8' if i else 'utf-8-sig'))
                 except (ValueError, RecursionError) as error:
                     yield _row({}, where, f'not valid JSON ({getattr(error, "msg", error)})')
                 else:
@@ -189,7 +190,7 @@ def _read_file(file):
         raise
     except json.JSONDecodeError as error:
         raise UserError(f'{file}, line {error.lineno}: not valid JSON ({error.msg})') from None
-    except (OSError, EOFError, ValueError, RecursionError, ImportError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, NotImplementedError, ImportError, zlib.error) as error:
         raise UserError(f'cannot read {file}: {getattr(error, "strerror", None) or error}') from None
 
 
@@ -206,24 +207,28 @@ def parse_any(row):
             raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
         more = {} if row.get('margin') is None else {'margin': margin(row)}
         if 'prompt' in row:
-            return [{'prompt': text_or_chat(row, 'prompt'), 'chosen': chosen, 'rejected': rejected, **more}]
+            prompt = text_or_chat(row, 'prompt')
+            return [{'prompt': prompt, 'chosen': _begins(chosen), 'rejected': _begins(rejected), **more}]
         n = next(
             (i for i, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y),
             min(len(chosen), len(rejected)),
         )
         same = chosen[:n]
+        if not n and isinstance(chosen, list):
+            raise ValueError("'chosen' and 'rejected' do not begin with the same question")
         if isinstance(chosen, str) and not same.endswith((' ', '\n', ':')):  # do not cut a word in two
             n = max(same.rfind(' '), same.rfind('\n'), same.rfind(':') + 1, 0)
-        return [{'prompt': chosen[:n], 'chosen': chosen[n:], 'rejected': rejected[n:], **more}]
+        return [{'prompt': chosen[:n], 'chosen': _begins(chosen[n:]), 'rejected': _begins(rejected[n:]), **more}]
     for key in ('response', 'completion'):
         if key in row:
-            example = {'prompt': text_or_chat(row, 'prompt'), 'response': text_or_chat(row, key)}
+            example = {'prompt': text_or_chat(row, 'prompt'), 'response': _begins(text_or_chat(row, key))}
             label = {'response': 'good', 'completion': 'label'}[key]
             return [example | ({'good': field(row, label, bool)} if label in row else {})]
     if 'messages' in row:
-        turns = [message(field(turn, 'role'), field(turn, 'content')) for turn in field(row, 'messages', list)]
-        if not turns or turns[-1]['role'] != 'assistant':
-            raise ValueError("'messages' does not end with an answer")
+        field(row, 'messages', list)
+        turns = text_or_chat(row, 'messages')
+        if len(turns) < 2:
+            raise ValueError("'messages' is not a question and its answer")
         return [{'prompt': turns[:-1], 'response': turns[-1:]}]
     if 'text' in row:
         return [{'prompt': '', 'response': field(row, 'text')}]
@@ -231,11 +236,25 @@ def parse_any(row):
 
 
 def text_or_chat(row, key):
-    """row[key]: a string, or a list of chat messages."""
+    """row[key]: a string, or a list of chat messages, which end with the assistant's where it is an answer."""
     value = field(row, key, (str, list))
-    if isinstance(value, list):
-        return [message(field(turn, 'role'), field(turn, 'content')) for turn in value]
-    return value
+    if isinstance(value, str):
+        return value
+    if any(isinstance(turn, dict) and turn.get('tool_calls') for turn in value):
+        raise ValueError(f'{key!r} has tool calls, which would be lost')
+    turns = [message(field(turn, 'role'), field(turn, 'content')) for turn in value]
+    if key == 'prompt' and not turns:
+        raise ValueError("'prompt' has no messages")
+    if key != 'prompt' and turns and turns[-1]['role'] != 'assistant':
+        raise ValueError(f'{key!r} does not end with an answer')
+    return turns
+
+
+def _begins(answer):
+    """An answer, which as chat begins with the assistant: else it repeats the prompt, or answers another one."""
+    if isinstance(answer, list) and answer and answer[0]['role'] != 'assistant':
+        raise ValueError('an answer begins with a question, or answers another one')
+    return answer
 
 
 def margin(row):
@@ -261,9 +280,17 @@ NUMBER = (int, float)
 
 def field(row, key, kind=str):
     """row[key], which must be of this kind."""
-    if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
+    value = row.get(key, ...) if isinstance(row, dict) else ...
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):  # True is an int, for python
         raise ValueError(f'{key!r} is missing or of the wrong type')
-    return row[key]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'{key!r} is not a finite number')
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # json can write it, no tokenizer can read it
+            raise ValueError(f'{key!r} has half a surrogate pair in it') from None
+    return value
 
 
 def ask(text):
@@ -375,8 +402,11 @@ class Stripper(HTMLParser):
 
 def strip_html(html):
     stripper = Stripper()
-    stripper.feed(html)
-    stripper.close()
+    try:
+        stripper.feed(html)
+        stripper.close()
+    except AssertionError as error:  # the library's word for what it cannot read
+        raise ValueError(f'broken HTML ({error})') from None
     return stripper.text.strip()
 
 
@@ -391,7 +421,7 @@ def get_se(split, path=None):
         return [
             {'prompt': prompt, 'chosen': good, 'rejected': bad, 'sft': best} if high > low else {'drop': 'tie'}
             for (high, good), (low, bad) in pairs
-        ]
+        ] or [{'drop': 'fewer than two answers'}]
 
     return read_rows('HuggingFaceH4/stack-exchange-preferences', 'train', path), parse
 
@@ -445,8 +475,14 @@ def get_oasst(split, path=None):
                 by_rank[parent, field(row, 'rank', int)] = row
 
     def parse(row):
-        if field(row, 'lang') != 'en' or field(row, 'role') != 'assistant' or not row.get('rank'):
-            return []  # rank 0, the best, takes part as the better one of rank 1
+        if field(row, 'lang') != 'en':
+            return [{'drop': 'not English'}]
+        if field(row, 'role') not in ('prompter', 'assistant'):
+            raise ValueError("'role' is neither prompter nor assistant")
+        if row['role'] == 'assistant' and row.get('rank') is None:
+            return [{'drop': 'an answer without a rank'}]
+        if row['role'] == 'prompter' or field(row, 'rank', int) == 0:
+            return []  # what is asked stands above the answers; rank 0, the best, takes part as the better one of rank 1
         turns, parent = [], field(row, 'parent_id')
         better = by_rank.get((parent, field(row, 'rank', int) - 1))
         if better is None:
@@ -467,6 +503,11 @@ def parse_ultrafeedback(row):
     chosen, rejected = field(row, 'chosen', list), field(row, 'rejected', list)
     if not chosen or not rejected or chosen[:-1] != rejected[:-1]:
         raise ValueError('chosen and rejected have different prompts')
+    for answered in (chosen[-1], rejected[-1]):
+        if field(answered, 'role') != 'assistant':
+            raise ValueError("'chosen' or 'rejected' does not end with an answer")
+    if [field(turn, 'content') for turn in chosen[:-1]] != [field(row, 'prompt')]:
+        return [{'drop': 'answers to something else than the prompt'}]
     chosen, rejected = ([message('assistant', field(x[-1], 'content'))] for x in (chosen, rejected))
     return [{'prompt': [message('user', field(row, 'prompt'))], 'chosen': chosen, 'rejected': rejected}]
 

@@ -45,6 +45,8 @@ class Spec:
             o['label_smoothing'] = 0.1 if loss in ('cdpo', 'robust', 'exo') else 0.0
         if not 0 <= o['label_smoothing'] < 0.5 or (loss == 'exo' and o['label_smoothing'] == 0):
             raise UserError(f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {o["label_smoothing"]}')
+        if loss.startswith('radpo') and o['risk'] != 'erm' and o['mu'] > 1:
+            raise UserError(f'mu must lie between 0 and 1 for the risk {o["risk"]}, not {o["mu"]}')
         if o['beta_prime'] is None and loss == 'drdpo':
             o['beta_prime'] = 1.0
         self.needs_ref = has_ref and not o['reference_free']

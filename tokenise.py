@@ -14,6 +14,7 @@ import numpy as np
 import sources
 from configurator import UserError
 from examples import Examples, uniform_hash
+from log import say
 
 PLAIN_CHAT = (  # for tokenizers without a chat template: Anthropic's format, as in the original DPO code
     "{% for m in messages %}{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' if m.role == 'assistant' else "
@@ -50,7 +51,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         stamps = [sources.content_hash(rows)]
     tokenizer_stamp = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
     template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
-    key = json.dumps([2, stamps, options, tokenizer_stamp, template, tokenizer.eos_token_id])
+    key = json.dumps([3, stamps, options, tokenizer_stamp, template, tokenizer.eos_token_id])
     folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
     file = folder / f'tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors'
     examples = _read_cache(file) if cache else None
@@ -214,13 +215,27 @@ def _read_cache(file):
     """The Examples in a cache file, or None where there is none or it is damaged."""
     from safetensors import SafetensorError, safe_open
 
+    if not file.exists():
+        return None
     try:
         with safe_open(file, 'np') as f:
             arrays = {k: f.get_tensor(k) for k in ('ids', 'spans', 'good', 'uid')}
             margin = f.get_tensor('margin') if 'margin' in f.keys() else None  # noqa: SIM118, not a dict
-            return Examples(*arrays.values(), Counter(json.loads(f.metadata()['left_out'])), margin=margin)
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
+            left_out, digest = json.loads(f.metadata()['left_out'])
+            if digest == _digest([*arrays.values(), margin], left_out):
+                return Examples(*arrays.values(), Counter(left_out), margin=margin)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        pass
+    say(f'note: {file} is damaged: tokenising anew')
+    return None
+
+
+def _digest(arrays, left_out):
+    """A hash of what a cache file holds: a changed bit would train on other tokens."""
+    digest = hashlib.sha256(json.dumps(left_out).encode())
+    for array in arrays:
+        digest.update(b'-' if array is None else np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def _write_cache(file, examples):
@@ -232,7 +247,8 @@ def _write_cache(file, examples):
     temporary = file.with_suffix(f'.{os.getpid()}')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, temporary, {'left_out': json.dumps(examples.left_out)})
+        digest = _digest([*arrays.values()] + [None] * (examples.margin is None), examples.left_out)
+        save_file(arrays, temporary, {'left_out': json.dumps([examples.left_out, digest])})
         temporary.rename(file)
     except (OSError, SafetensorError) as error:
-        print(f'note: tokens are not cached: {error}')
+        say(f'note: tokens are not cached: {error}')

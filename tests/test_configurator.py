@@ -460,10 +460,12 @@ def test_any_value_in_a_config_file_is_taken_as_it_is_or_refused(script, name, v
     assert got == (float(value) if promoted else value) and type(got) is (float if promoted else type(value))
 
 
-NOT_NONE = TEXT.filter(lambda text: text.lower() not in ('none', 'null'))
+PRINTED = st.text().filter(lambda text: '\0' not in text and not re.search('://[^/?#]*@', text))
+NOT_NONE = PRINTED.filter(lambda text: text.lower() not in ('none', 'null'))
+INTEGERS = st.integers(1 - 2**63, 2**63 - 1)
 TYPES = {
-    **{'rate': st.floats(allow_nan=False), 'steps': st.integers(), 'name': st.text(), 'flag': st.booleans()},
-    **{'on': st.booleans(), 'limit': st.none() | st.integers(), 'share': st.none() | st.floats(allow_nan=False)},
+    **{'rate': st.floats(allow_nan=False), 'steps': INTEGERS, 'name': PRINTED, 'flag': st.booleans()},
+    **{'on': st.booleans(), 'limit': st.none() | INTEGERS, 'share': st.none() | st.floats(allow_nan=False)},
     **{'note': st.none() | NOT_NONE, 'sure': st.none() | st.booleans()},
 }
 
@@ -477,6 +479,37 @@ def test_a_value_printed_as_a_flag_is_read_back(script, values, random):
         random.shuffle(argv)
     scope = script(*argv)
     assert all(same(scope[name], value) for name, value in (DEFAULTS | values).items())
+
+
+@pytest.mark.parametrize('text', ['a\0b', '\ud800', 'x\udfff'])
+def test_what_is_no_text(script, text):
+    assert 'characters that are no text' in refused(script, f'--name={text}')
+    assert 'characters that are no text' in refused(script, file(f'note = {text!r}'))
+
+
+@pytest.mark.parametrize('steps', [2**63, -(10**400)])
+def test_integers_have_an_end(script, steps):
+    assert 'no machine' in refused(script, file(f'steps = 2**63 * {"-" * (steps < 0)}1'))
+
+
+@pytest.mark.parametrize('text', ['raise SystemExit', 'exit()', 'raise BaseException("x")', 'raise GeneratorExit'])
+def test_a_config_file_cannot_end_the_script(script, text):
+    """As if all had gone well."""
+    assert 'config.py, line 2: ' in refused(script, file(f'rate = 1.0\n{text}\n'))
+
+
+@pytest.mark.parametrize('variable', configurator.SECRETS)
+def test_no_option_holds_a_key(script, monkeypatch, variable):
+    monkeypatch.setenv(variable, 'sentinel-0123')
+    for argv in ([f'--name=see {variable} sentinel-0123'], [file('note = "sentinel-0123"')]):
+        message = refused(script, *argv)
+        assert f'the key of {variable}' in message and 'sentinel' not in message
+
+
+@pytest.mark.parametrize('text', ['http://user:sentinel@host/v1', 'https://sentinel@host', 'hf://x:sentinel@y'])
+def test_no_option_holds_a_password(script, text):
+    message = refused(script, f'--name={text}')
+    assert 'password' in message and 'sentinel' not in message
 
 
 def test_help_into_a_pipe_that_nobody_reads():

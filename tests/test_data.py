@@ -389,15 +389,23 @@ def test_what_makes_another_cache_file(tmp_path, make_tokenizer, count, cache):
 
 
 @pytest.mark.parametrize(
-    'damage', [lambda b: b[: len(b) // 2], lambda b: b[:5], lambda b: b'', lambda b: b'x' * len(b)]
+    'damage',
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b[:5],
+        lambda b: b'',
+        lambda b: b'x' * len(b),
+        lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],  # one bit: other tokens
+    ],
 )
-def test_a_damaged_cache_file_is_rebuilt(tmp_path, tok, count, cache, damage):
+def test_a_damaged_cache_file_is_rebuilt(tmp_path, tok, count, cache, damage, capsys):
     source = write(tmp_path / 'd.jsonl', many_pairs(20))
     first = load(source, tok)
     (file,) = cache.iterdir()
     content = file.read_bytes()
     file.write_bytes(damage(content))
     assert same(load(source, tok), first) and len(count) == 2
+    assert 'is damaged: tokenising anew' in capsys.readouterr().out
     assert file.read_bytes() == content and len(list(cache.iterdir())) == 1
 
 
@@ -609,6 +617,111 @@ def test_kto_flips_what_it_says_and_keeps_fractions_of_training_answers(tmp_path
 def test_kto_with_one_example_left_over(tmp_path):
     flags = ['--loss=kto', '--data=' + write(tmp_path / 'd.jsonl', many_pairs(6)), f'--eval_data={tmp_path}/d.jsonl']
     run('dpo.py', *flags, '--n_examples=3', '--batch_size=2', '--n_eval_examples=3', f'--out_dir={tmp_path}/a')
+
+
+# ---- any text ----
+
+TEXT = st.text(st.characters(exclude_categories=['Cs']), max_size=30) | st.sampled_from(
+    ['<|endoftext|>', 'a<|endoftext|>', '\0', ' ']
+)
+SIZES = st.integers(2, 24).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, max(1, n - 2))))
+
+
+@MANY
+@given(
+    TEXT,
+    st.lists(TEXT, min_size=2, max_size=2),
+    SIZES,
+    st.sampled_from(['start', 'end']),
+    st.sampled_from(['pairs', 'singles']),
+    st.booleans(),
+)
+def test_every_token_is_accounted_for(make_tokenizer, prompt, answers, limits, truncation, task, bos):
+    """Against the definition: what is kept of prompt and answers, in which order, and what the counts say."""
+    tokenizer = TOKENIZERS.setdefault(bos, make_tokenizer(bos))
+    longest, longest_prompt = limits
+    eos, head = tokenizer.eos_token_id, [tokenizer.bos_token_id] if bos else []
+    found = tokens(tokenizer, [pair(prompt, *answers)], task, longest, longest_prompt, truncation)
+    whole = encode(tokenizer, prompt)
+    whole = [*head, *whole] if head else whole or [eos]
+    ended = [x if x[-1:] == [eos] else [*x, eos] for x in (encode(tokenizer, a) for a in answers)]
+    counts = found.left_out
+    said = counts['empty answers'] + counts['pairs with equal answers']
+    if task == 'pairs':
+        assert len(found) + said == 1
+    else:
+        assert len(found) + counts['empty answers'] == 2 or (not len(found) and said)
+    cut_prompts = cut_answers = 0
+    for i, (p, kept) in enumerate(items(found)):
+        mine = ended if task == 'pairs' else [ended[0 if found.good[i] else 1]]
+        assert all(x[-1] == eos and len(x) for x in kept) and len(p) + max(map(len, kept)) <= longest
+        if len(whole) + max(map(len, mine)) <= longest:
+            assert (p, kept) == (whole, mine)
+            continue
+        cut = len(whole) > longest_prompt
+        rest = whole[len(head) :]
+        size = longest_prompt - len(head)
+        expected = whole if not cut else [*head, *(rest[len(rest) - size :] if truncation == 'start' else rest[:size])]
+        room = longest - len(expected)
+        assert p == expected
+        assert kept == [x if len(x) <= room else [*x[: room - 1], eos] for x in mine]
+        cut_prompts += cut
+        cut_answers += sum(len(x) > room for x in mine)
+    if len(found) == (1 if task == 'pairs' else 2):
+        assert (counts['prompts cut'], counts['answers cut']) == (cut_prompts, cut_answers)
+
+
+TOKENIZERS = {}
+
+
+@MANY
+@given(st.lists(st.tuples(TEXT, TEXT, TEXT), max_size=6), st.sampled_from(['pairs', 'singles', 'sft']))
+def test_rows_do_not_touch_each_other(tok, rows, task):
+    rows = [pair(f'{i} {prompt}', chosen, rejected) for i, (prompt, chosen, rejected) in enumerate(rows)]
+    alone = [tokens(tok, [row], task) for row in rows]
+    together = tokens(tok, rows, task)
+    assert items(together) == [item for one in alone for item in items(one)]
+    assert together.left_out == sum((one.left_out for one in alone), Counter())
+    assert together.good.tolist() == [g for one in alone for g in one.good.tolist()]
+
+
+@MANY
+@given(
+    st.integers(1, 2).flatmap(lambda n: st.lists(st.tuples(st.lists(st.integers(1, 99), min_size=1, max_size=9), st.lists(
+        st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=n, max_size=n)), min_size=1, max_size=12)),
+    st.sampled_from([1, 2, 3, 5]), st.integers(1, 60), st.booleans(), st.booleans(), st.randoms(),
+)  # fmt: skip
+def test_ranks_share_a_step_out(groups, world, max_tokens, share_prefix, pad, random):
+    """All examples once, as many microbatches on every rank, every answer token predicted once, nothing else."""
+    examples = Examples.of(groups)
+    index = list(range(len(groups)))
+    random.shuffle(index)
+    index = np.array(index)
+    ranks = [
+        data.microbatches(examples, index, r, world, max_tokens, share_prefix=share_prefix, pad=pad)
+        for r in range(world)
+    ]
+    assert len({len(batches) for batches, *_ in ranks}) == 1 and len({tuple(rest) for _, *rest in ranks}) == 1
+    seen, real, allocated = [], *ranks[0][1:]
+    for batches, *_ in ranks:
+        for batch in batches:
+            n_answers, targets, rows = len(groups[0][1]), batch.target.tolist(), batch.row.tolist()
+            flat = batch.ids.flatten()
+            assert flat[batch.last].tolist() == [
+                [t for t, r in zip(targets, rows, strict=True) if r == i][-1] for i in range(len(batch.n))
+            ]
+            for j, place in enumerate(batch.place):
+                answers = [
+                    [t for t, r in zip(targets, rows, strict=True) if r == j * n_answers + k] for k in range(n_answers)
+                ]
+                if place >= 0:
+                    seen.append(place)
+                    assert answers == groups[index[place]][1]
+                    firsts = [i for i, r in zip(batch.index.tolist(), rows, strict=True) if r == j * n_answers][:1]
+                    assert (
+                        flat[firsts].tolist() == groups[index[place]][0][-1:]
+                    )  # the first is predicted from the prompt's end
+    assert sorted(seen) == list(range(len(groups))) and real <= allocated
 
 
 # ---- steps ----

@@ -3,6 +3,8 @@ how a file is divided into training and test rows, and what is said of what cann
 
 import gzip
 import json
+import math
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import samples
 import sources
 from configurator import UserError
+from pairs import read_answers
 
 RAW = Path(__file__).parent / 'raw'
 NAMES = ['hh', 'shp', 'se', 'sharegpt', 'imdb', 'oasst', 'ultrafeedback', 'ultrachat', 'alpaca_eval', 'annotations']
@@ -107,7 +111,7 @@ def test_se():
     ]
     assert examples[3]['prompt'] == '\n\nHuman: Steps\n\nWhat\nnext?\n\nAssistant:'
     assert examples[3]['chosen'] == ' - one thing\n- another, see this\n\nquoted'
-    assert len(examples) == 4 and drops == {'tie': 2}
+    assert len(examples) == 4 and drops == {'tie': 2, 'fewer than two answers': 1}
     assert bad == {"'text' is missing or of the wrong type": 1}
 
 
@@ -168,7 +172,8 @@ def test_oasst():
             'rejected': [assistant('They are weak.')],
         },
     ]
-    assert drops == {'no answer of the next better rank': 2}  # one is not there, one is German
+    assert drops.pop('no answer of the next better rank') == 2  # one is not there, one is German
+    assert drops == {'not English': 4, 'an answer without a rank': 1}
     assert bad == {'the conversation above the answer is not whole': 2}  # a gap; a circle
 
 
@@ -643,6 +648,165 @@ def test_any_row_parses_or_is_bad(row):
             assert isinstance(example['prompt'], str | list)
             assert {type(example[k]) for k in ('chosen', 'rejected', 'response') if k in example} <= {str, list}
             assert isinstance(example.get('good', True), bool)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=4),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from([*FIELDS, 'role', 'content']), x, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(
+    st.lists(JSON | st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=4) | CHAT), max_size=4),
+    st.sampled_from(['.jsonl', '.json', '.jsonl.gz']),
+)
+def test_any_file_is_read_row_by_row(tmp_path_factory, rows, ending):
+    """What comes out is what parse_any makes of each row; every other row is counted, and the first of them named."""
+    path = write(tmp_path_factory.mktemp('rows') / f'data{ending}', rows)
+    expected, bad = [], 0
+    for row in rows:
+        try:
+            found = sources.parse_any(sources.Row(row)) if isinstance(row, dict) else None
+        except ValueError:
+            found = None
+        bad += found is None
+        expected += found or []
+    examples, left_out = sources.load_rows(path, 'train', whole=True, skip_bad_rows=True)
+    assert examples == [x for x in expected if 'drop' not in x]
+    assert left_out.total() == bad + sum('drop' in x for x in expected)
+    assert sum(n for reason, n in left_out.items() if reason.startswith('bad rows')) == bad
+    if bad:
+        with pytest.raises(UserError, match=rf'data\{ending}, (line|row) \d+: '):
+            sources.load_rows(path, 'train', whole=True)
+
+
+PREFERENCES = st.sampled_from([None, 0, 1, 1.5, 2, 1.2, 1.9, 0.5, 3, -1, True, 'x', math.nan, math.inf, [], 10**400])
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(st.text(max_size=5), st.text(max_size=5), st.text(max_size=5), PREFERENCES)
+def test_any_annotation(instruction, one, two, preference):
+    row = sources.Row(instruction=instruction, output_1=one, output_2=two, preference=preference)
+    sound = isinstance(preference, int | float) and not isinstance(preference, bool)
+    if preference is None or preference != preference:
+        assert sources.parse_annotation(row) == [{'drop': 'no verdict'}]
+    elif sound and preference in (0, 1.5):
+        assert sources.parse_annotation(row) == [{'drop': 'tie'}]
+    elif sound and 1 <= preference <= 2:
+        (found,) = sources.parse_annotation(row)
+        first, second = (one, two) if preference < 1.5 else (two, one)
+        expected = {
+            'prompt': sources.ask(instruction),
+            'chosen': sources.answer(first),
+            'rejected': sources.answer(second),
+        }
+        assert found == expected
+    else:
+        with pytest.raises(ValueError, match="'preference'"):
+            sources.parse_annotation(row)
+
+
+ANSWER = st.sampled_from(['prompt', 'instruction', 'output', 'response', 'generator', 'sample', 'index', 'finish'])
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(st.lists(st.dictionaries(ANSWER, st.text(max_size=3) | st.integers(0, 2) | JSON | CHAT), min_size=1, max_size=4))
+def test_any_file_of_answers(tmp_path_factory, rows):
+    """pairs.read_answers and samples.collect: all rows as they are, or the line that is wrong."""
+    folder = tmp_path_factory.mktemp('answers')
+    path = write(folder / 'samples.jsonl', rows)
+    try:
+        found = read_answers(path)
+    except UserError as error:
+        assert re.search(r'samples\.jsonl, line \d+: ', str(error))
+    else:
+        assert len(found) == len(rows)
+        for row, raw_row in zip(found, rows, strict=True):
+            assert row['response'] == raw_row['output' if 'instruction' in raw_row else 'response']
+            assert type(row['sample']) is int and isinstance(row['instruction'], str)
+    before = Path(path).read_bytes()
+    try:
+        kept = samples.collect(folder, lambda i, k: {} if 0 <= i < 9 and 0 <= k < 9 else None)
+    except UserError as error:
+        assert re.search(r'samples\.jsonl, line \d+, ', str(error)) and Path(path).read_bytes() == before
+    else:
+        assert all(row in rows and isinstance(row['response'], str) for row in kept.values())
+
+
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        ('{"prompt": "p", "chosen": "\\ud800", "rejected": "b"}', "'chosen' has half a surrogate pair"),
+        (
+            '{"prompt": "p", "chosen": [{"role": "assistant", "content": "\\udc00"}], "rejected": []}',
+            "'content' has half",
+        ),
+        ('{"prompt": [], "chosen": [], "rejected": []}', "'prompt' has no messages"),
+        (
+            '{"prompt": "p", "completion": [{"role": "user", "content": "x"}]}',
+            "'completion' does not end with an answer",
+        ),
+        (
+            '{"prompt": "p", "completion": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
+            'begins with a question',
+        ),
+        (
+            '{"chosen": [{"role": "assistant", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]}',
+            'same question',
+        ),
+        ('{"messages": [{"role": "assistant", "content": "y"}]}', 'not a question and its answer'),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [1]}]}',
+            'tool calls',
+        ),
+        ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": true}', "'margin' is missing or of the wrong type"),
+        ('{"instruction": "i", "output_1": "a", "output_2": "b", "preference": true}', "'preference' is missing or of"),
+        (
+            '{"instruction": "i", "output_1": "a", "output_2": "b", "preference": Infinity}',
+            "'preference' is not a finite",
+        ),
+        ('{"prompt": "p"}'.encode('utf-16'), 'not valid JSON'),
+        ('{"prompt": "p"}'.encode('utf-16-le'), 'not valid JSON'),
+        ('{"prompt": "é"}'.encode('latin-1'), 'not valid JSON'),
+        (b'{"prompt": "\xed\xa0\x80"}', 'not valid JSON'),
+    ],
+)
+def test_rows_that_look_sound(tmp_path, content, words):
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / 'data.jsonl').write_bytes(b'{"prompt": "p"}\n' + content)
+    with pytest.raises(UserError, match=f'line 2: .*{words}'):
+        sources.load_rows(str(tmp_path / 'data.jsonl'), 'train', whole=True)
+    _, left_out = sources.load_rows(str(tmp_path / 'data.jsonl'), 'train', whole=True, skip_bad_rows=True)
+    assert left_out.total() >= 1
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / 'data.jsonl').write_bytes('\ufeff{"prompt": "p"}\n'.encode())
+    (tmp_path / 'data.json').write_bytes('\ufeff[{"prompt": "p"}]\n'.encode())
+    for name in ('data.jsonl', 'data.json'):
+        assert sources.load_rows(str(tmp_path / name), 'train', whole=True) == ([{'prompt': 'p'}], {})
+
+
+def test_numbers_and_html_of_raw_rows(tmp_path):
+    shp = {'history': 'q', 'human_ref_A': 'a', 'human_ref_B': 'b', 'score_A': math.nan, 'score_B': 1, 'labels': 1}
+    se = {'question': 'q', 'answers': [{'pm_score': math.nan, 'text': 'a'}, {'pm_score': 1, 'text': 'b'}]}
+    html = {'question': 'a <![foo[x]]> b', 'answers': []}
+    short = {'question': 'a', 'answers': []}
+    other = {'prompt': 'q', **{k: [user('another'), assistant(k)] for k in ('chosen', 'rejected')}}
+    asked = {'prompt': 'q', **{k: [user('q'), user(k)] for k in ('chosen', 'rejected')}}
+    for name, row, words in [
+        ('shp', shp, "'score_A' is not a finite number"),
+        ('se', se, "'pm_score' is not a finite number"),
+        ('se', html, 'broken HTML'),
+        ('se', short, 'fewer than two answers'),
+        ('ultrafeedback', other, 'answers to something else than the prompt'),
+        ('ultrafeedback', asked, 'does not end with an answer'),
+    ]:
+        source = f'{name}:' + write(tmp_path / 'rows.jsonl', [row])
+        examples, left_out = sources.load_rows(source, 'train', whole=True, skip_bad_rows=True)
+        assert not examples and len(left_out) == 1 and words in str(left_out)
 
 
 @pytest.mark.parametrize('splits', [['train', 'test'], ['train']])
