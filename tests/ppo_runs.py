@@ -51,13 +51,15 @@ def recorded(file, *flags):
     """Run ppo.py, and keep the gradients of every step as (step).(parameter)."""
     update, kept = fsdp.update, {}
 
-    def keep(model, optimizer, lr, scale, max_norm):
+    def keep(model, optimizer, lr, scale, max_norm, **more):
         model.reshard()
         step = len({name.partition('.')[0] for name in kept})
         for name, p in model.named_parameters():
             if p.grad is not None:
-                kept[f'{step}.{name}'] = p.grad.full_tensor().detach().clone() * scale
-        return update(model, optimizer, lr, scale, max_norm)
+                kept[f'{step}.{name}'] = (
+                    p.grad.full_tensor() if hasattr(p.grad, 'full_tensor') else p.grad
+                ).detach().clone() * scale
+        return update(model, optimizer, lr, scale, max_norm, **more)
 
     fsdp.update = keep
     try:
