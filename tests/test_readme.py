@@ -4,6 +4,7 @@ import ast
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,6 +43,10 @@ def parse(command, monkeypatch):
 def test_readme_commands(command, monkeypatch, capsys):
     if command.startswith('make '):
         assert re.search(rf'^{command.split()[1]}:', (ROOT / 'Makefile').read_text(), re.M)
+    elif command.startswith('sh '):
+        script = ROOT / command.split()[1]
+        assert subprocess.run(['sh', '-n', script]).returncode == 0
+        assert set(re.findall(r'\w+\.py', script.read_text())) <= {path.name for path in ROOT.rglob('*.py')}
     elif '--help' in command:
         with pytest.raises(SystemExit) as end:
             parse(command, monkeypatch)
