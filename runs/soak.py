@@ -134,12 +134,15 @@ def main():
                 break  # it has finished before the moment came
             kill(process)
             hits.append(f'{time.time() - began:.1f} s' + f' ({moment})' * bool(moment))
-        if process.poll() != 0:
+            if (work / 'out/model').exists():
+                break  # it had just finished: another start would rightly be refused
+        finished = (work / 'out/model').exists()
+        if not finished:
             process = start(loss, world, work / 'out', work / 'cache')
             process.wait()
         wrong = (
             difference(work / 'out', wholes[loss, world])
-            if process.returncode == 0
+            if finished or process.returncode == 0
             else f'exit code {process.returncode}'
         )
         done, survived, number = done + len(hits), survived + len(hits) * (wrong is None), number + 1
