@@ -23,6 +23,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.rendezvous import rendezvous
 
 from configurator import UserError
 from model import blocks, core, hidden_and_head, response_logps, response_scores, set_attention, token_logps
@@ -46,7 +47,15 @@ def setup(tp=1):
     if not dist.is_initialized():
         backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
         if 'RANK' in os.environ:
-            dist.init_process_group(backend)
+            # torch 2.13's agent keeps one store over restarts: without a name for each, ranks can find the addresses of dead ones
+            # and hang. Several agents count restarts each for itself: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the way
+            again = (
+                os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if os.environ.get('GROUP_WORLD_SIZE') == '1' else '0'
+            )
+            store, rank, world = next(rendezvous('env://'))
+            dist.init_process_group(
+                backend, store=dist.PrefixStore(f'start{again}', store), rank=rank, world_size=world
+            )
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if (world := dist.get_world_size()) % tp:

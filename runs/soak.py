@@ -3,8 +3,8 @@
     python runs/soak.py --kills=20 --seed=0
 
 Every case is trained once without interruption. Then the same command is run in another folder and killed, processes and all,
-after a random time since its last start or, half of the time, at a random point of a save, sampling, the export or the
-reference cache; and so again, until it has been killed `per_run` times; then it may finish. A kill is survived if the run it hit
+a random time after its first step (now and then after its start) or, half of the time, at a random point of a save, sampling, the
+export or the reference cache; and so again, until it has been killed `per_run` times; then it may finish. A kill is survived if the run it hit
 ends with the metrics.jsonl, samples.jsonl and model of the uninterrupted one, byte for byte but for speeds. Exit code 0 if all are."""
 
 import json
@@ -30,7 +30,7 @@ folder: str | None = None  # where to work; None: a temporary folder, removed if
 config = configure(globals())
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMON = ['--batch_size=16', '--n_examples=160', '--save_every=32', '--eval_every=48', '--n_eval_examples=16', '--lr=1e-3',
+COMMON = ['--batch_size=16', '--n_examples=640', '--save_every=48', '--eval_every=144', '--n_eval_examples=16', '--lr=1e-3',
           '--warmup_steps=2', '--sample_during_eval', '--n_eval_model_samples=4', '--max_new_tokens=8', '--data_fraction=0.1',
           '--max_length=64', '--max_prompt_length=32']  # fmt: skip
 MOMENTS = {
@@ -47,6 +47,10 @@ def age(path):
         return time.time() - path.stat().st_mtime
     except OSError:
         return 1e9
+
+
+def size(path):
+    return path.stat().st_size if path.exists() else 0
 
 
 def start(loss, world, out, cache):
@@ -76,6 +80,14 @@ def kill(process):
         except ProcessLookupError:
             pass
     process.wait()
+
+
+def seen(out):
+    """Examples that a killed run had trained on: of the last whole line."""
+    if not size(out / 'metrics.jsonl'):
+        return 0
+    lines = [line for line in (out / 'metrics.jsonl').read_text().splitlines() if line.endswith('}')]
+    return json.loads(lines[-1])['counters/examples'] if lines else 0
 
 
 def traces(out):
@@ -109,9 +121,11 @@ def main():
         world = int(processes.split()[number % len(processes.split())])
         if (loss, world) not in wholes:
             whole = base / f'{loss}-{world}'
-            began = time.time()
             # a cache of its own: the reference's log-probs equal those of another number of processes to rounding only
             process = start(loss, world, whole, base / f'cache-{loss}-{world}')
+            while process.poll() is None and not size(whole / 'metrics.jsonl'):
+                time.sleep(0.01)
+            began = time.time()
             assert process.wait() == 0, f'the uninterrupted run fails: {whole}.txt'
             wholes[loss, world], durations[loss, world] = whole, time.time() - began
         work = base / f'run{number}'
@@ -120,31 +134,37 @@ def main():
         while len(hits) < per_run:
             process = start(loss, world, work / 'out', work / 'cache')
             moment = rng.choice([None] * len(MOMENTS) + list(MOMENTS))
-            delay = rng.uniform(0.2, 1.0) * durations[loss, world]
-            hold = rng.uniform(0.0, 0.7) * durations[loss, world]
-            began = time.time()
+            early = (
+                moment == 'reference' or rng.random() < 0.15
+            )  # from the start on; else from the first step on, which comes late
+            delay = rng.uniform(0.0, 0.6) * durations[loss, world] + rng.uniform(0.0, 10.0) * early
+            written, since = size(work / 'out/metrics.jsonl'), time.time() if early else None
             while process.poll() is None:
-                if moment and time.time() - began > hold and MOMENTS[moment](work / 'out'):
+                if since is None and size(work / 'out/metrics.jsonl') > written:
+                    since = time.time()
+                ready = since is not None and (time.time() - since > delay or moment == 'reference')
+                if ready and (moment is None or MOMENTS[moment](work / 'out')):
                     time.sleep(rng.choice([0, 0.002, 0.01, 0.05]))
-                    break
-                if not moment and time.time() - began > delay:
                     break
                 time.sleep(0.001)
             if process.poll() is not None:
                 break  # it has finished before the moment came
             kill(process)
-            hits.append(f'{time.time() - began:.1f} s' + f' ({moment})' * bool(moment))
-        if process.poll() != 0:
+            hits.append(f'{seen(work / "out")} examples' + f' ({moment})' * bool(moment))
+            if (work / 'out/model').exists():
+                break  # it had just finished: another start would rightly be refused
+        finished = (work / 'out/model').exists()
+        if not finished:
             process = start(loss, world, work / 'out', work / 'cache')
             process.wait()
         wrong = (
             difference(work / 'out', wholes[loss, world])
-            if process.returncode == 0
+            if finished or process.returncode == 0
             else f'exit code {process.returncode}'
         )
         done, survived, number = done + len(hits), survived + len(hits) * (wrong is None), number + 1
         print(
-            f'{loss:9s} {world} processes, killed at {", ".join(hits) or "no time"}: {wrong or "as if nothing had happened"}',
+            f'{loss:9s} {world} processes, killed after {", ".join(hits) or "no examples"}: {wrong or "as if nothing had happened"}',
             flush=True,
         )
         again = (work / 'out.txt').read_text().count('resuming')  # the other kills came before the first checkpoint

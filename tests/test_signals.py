@@ -21,6 +21,18 @@ FLAGS = ['--batch_size=16', '--n_examples=320', '--save_every=64', '--eval_every
          '--max_length=64', '--max_prompt_length=32']  # fmt: skip
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def none_left():
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            kill(process.pid, *below(process.pid))
+    STARTED.clear()
+
+
 def start(out_dir, world=0, torchrun=(), prefix=(), **environment):
     command = (
         ['-m', 'torch.distributed.run', *(torchrun or ['--standalone']), f'--nproc_per_node={world}'] if world else []
@@ -30,6 +42,7 @@ def start(out_dir, world=0, torchrun=(), prefix=(), **environment):
     process = subprocess.Popen([*prefix, sys.executable, *command, 'dpo.py', *FLAGS, f'--out_dir={out_dir}'], cwd=ROOT,
                                env=environment, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
     process.log = log
+    STARTED.append(process)
     return process
 
 
