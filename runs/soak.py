@@ -4,7 +4,7 @@
 
 Every case is trained once without interruption. Then the same command is run in another folder and killed, processes and all,
 a random time after its first step (now and then after its start) or, half of the time, at a random point of a save, sampling, the
-export or the reference cache; and so again, until it has been killed `per_run` times; then it may finish. A kill is survived if the run it hit
+writing of a file or of the reference cache; and so again, until it has been killed `per_run` times; then it may finish. A kill is survived if the run it hit
 ends with the metrics.jsonl, samples.jsonl and model of the uninterrupted one, byte for byte but for speeds. Exit code 0 if all are."""
 
 import json
@@ -36,7 +36,7 @@ COMMON = ['--batch_size=16', '--n_examples=640', '--save_every=48', '--eval_ever
 MOMENTS = {
     'save': lambda out: list(out.glob('checkpoints/*.tmp')),
     'sampling': lambda out: out.joinpath('samples.jsonl').exists() and age(out / 'samples.jsonl') < 0.5,
-    'export': lambda out: list(out.glob('*.tmp')),
+    'temporary file': lambda out: list(out.glob('*.tmp')),
     'new checkpoint': lambda out: any(age(f) < 0.5 for f in out.glob('checkpoints/*')),
     'reference': lambda out: list((out.parent / 'cache').glob('reference-*')),
 }
