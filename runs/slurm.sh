@@ -28,6 +28,7 @@ if [ $# -eq 0 ]; then
 fi
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # torch 2.13: else a node that comes back does not find the others
 
 # torchrun itself must outlive the signal that is meant for its workers: a signal that bash ignores stays ignored in it, while
 # a training script puts its own handler in place
