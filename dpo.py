@@ -287,11 +287,6 @@ def sample(examples_seen):
 # ---- training ----
 
 
-def crossed(every, first, seen):
-    """Whether the step from first to seen examples is one after which to do what is done every so many examples."""
-    return every and seen < total and seen // every > first // every
-
-
 def save(seen):
     checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
 
@@ -316,7 +311,7 @@ if not start:
         logger.say('warning: the rewards should be 0 before the first step, because policy and reference are one model')
     if do_first_eval:
         evaluate(0)
-elif crossed(eval_every, start - batch_size, start):
+elif log.crossed(eval_every, start - batch_size, start, total):
     evaluate(start)  # unless it was complete
 
 n_steps = -(-total // batch_size)
@@ -342,7 +337,7 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(tr
     metrics |= {f'state/{k}': v for k, v in state['statistic'].items()}
     metrics |= {'counters/bad_steps': state['bad_steps']} if skip_bad_steps else {}
     logger.row('train', seen, metrics)
-    due = [crossed(every, first, seen) for every in (eval_every, save_every)]
+    due = [log.crossed(every, first, seen, total) for every in (eval_every, save_every)]
     if due[0]:
         evaluate(seen)
     if due[1]:

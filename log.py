@@ -220,6 +220,11 @@ def _cut(path, keep):
     replace_text(path, ''.join(line + '\n' for line in kept))
 
 
+def crossed(every, first, seen, total):
+    """Whether the step from first to seen examples is one after which to do what is done every so many, but not at the end."""
+    return every and seen < total and seen // every > first // every
+
+
 def schedule(step, steps, warmup, shape):
     """Factor of the learning rate at a step: linear warm-up, then constant, linear or cosine to zero."""
     left = max(0.0, (steps - step) / max(1, steps - warmup))

@@ -414,11 +414,6 @@ def evaluate(examples_seen):
 # ---- training ----
 
 
-def crossed(every, first, seen):
-    """Whether the round from first to seen answers is one after which to do what is done every so many answers."""
-    return every and seen < total and seen // every > first // every
-
-
 def save(seen):
     checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
 
@@ -434,7 +429,7 @@ logger.say(
 )
 if do_first_eval and not start:
     evaluate(0)
-elif start and crossed(eval_every, start - batch_size, start):
+elif start and log.crossed(eval_every, start - batch_size, start, total):
     evaluate(start)  # unless it was complete
 n_rounds, n_updates = -(-total // batch_size), ppo_epochs * -(-batch_size // minibatch_size)
 clock = time.time()
@@ -449,7 +444,7 @@ for first, index in steps(len(train), batch_size // group, total // group, seed,
                 'tokens_per_second': int(answers['n'].sum()) / elapsed, 'counters/step_examples': seen - first}  # fmt: skip
     metrics |= {'counters/bad_steps': state['bad_steps']} if skip_bad_steps else {}
     logger.row('train', seen, metrics)
-    due = [crossed(every, first, seen) for every in (eval_every, save_every)]
+    due = [log.crossed(every, first, seen, total) for every in (eval_every, save_every)]
     if due[0]:
         evaluate(seen)
     if due[1]:

@@ -185,11 +185,6 @@ def sample(examples_seen):
 # ---- training ----
 
 
-def crossed(every, first, seen):
-    """Whether the step from first to seen examples is one after which to do what is done every so many examples."""
-    return every and seen < total and seen // every > first // every
-
-
 def save(seen):
     checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
 
@@ -202,7 +197,7 @@ logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['ev
 logger.say(f'{"resuming" if start else "training"} on {world} ranks: {total} examples, {batch_size} a step')
 if do_first_eval and not start:
     evaluate(0)
-elif start and crossed(eval_every, start - batch_size, start):
+elif start and log.crossed(eval_every, start - batch_size, start, total):
     evaluate(start)  # unless it was complete
 n_steps = -(-total // batch_size)
 clock = time.time()
@@ -224,7 +219,7 @@ for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train,
                 'counters/step_examples': len(index)}  # fmt: skip
     metrics |= {'counters/bad_steps': state['bad_steps']} if skip_bad_steps else {}
     logger.row('train', seen, metrics)
-    due = [crossed(every, first, seen) for every in (eval_every, save_every)]
+    due = [log.crossed(every, first, seen, total) for every in (eval_every, save_every)]
     if due[0]:
         evaluate(seen)
     if due[1]:
