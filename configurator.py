@@ -198,7 +198,7 @@ def _check(name, value, options, where):
     if isinstance(value, str):
         _check_text(name, value, where)
     if value not in CHOICES.get(name, (value,)):
-        raise UserError(f'{where}: {name} must be one of {", ".join((c for c in CHOICES[name] if c))}, not {value!r}')
+        raise UserError(f'{where}: {name} must be one of {", ".join(c for c in CHOICES[name] if c)}, not {value!r}')
     return value
 
 
