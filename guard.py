@@ -74,6 +74,7 @@ def _take(out_dir, config, resume):
     global _lock
     if _lock:
         _lock.close()
+    check_out_dir(out_dir, config, resume)  # before anything is made there, and again when nobody else can change it
     with writing(f'to out_dir {out_dir}'):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         _lock = open(Path(out_dir) / '.lock', 'w')

@@ -152,9 +152,10 @@ def test_no_key_is_said_before_loading(monkeypatch, tmp_path):
     log.check_trackers('toy', False)
 
 
-def test_a_run_that_fails_early_leaves_nothing(monkeypatch, tmp_path):
+def test_a_run_that_fails_early_leaves_nothing(tmp_path):
     (tmp_path / 'there').mkdir()
-    for out in ('new/deep', 'there'):
-        with pytest.raises(UserError, match="no model folder './nowhere'"):
-            run(monkeypatch, '--model=./nowhere', f'--out_dir={tmp_path}/{out}')
-    assert [x.name for x in tmp_path.rglob('*')] == ['there']
+    for out, left in (('new/deep', ['there']), ('there', ['.lock', 'there'])):
+        command = [sys.executable, 'dpo.py', '--model=./nowhere', f'--out_dir={tmp_path}/{out}']
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "no model folder './nowhere'" in done.stderr
+        assert sorted(x.name for x in tmp_path.rglob('*')) == left

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -188,7 +189,9 @@ def test_killed_at_random_moments(tmp_path):
     done = subprocess.run(
         [*command, f'--folder={tmp_path}/soak'], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0 and '2 of 2 kills survived' in done.stdout, done.stdout + done.stderr[-2000:]
+    assert done.returncode == 0 and re.search(r'\b([2-9]) of \1 kills survived', done.stdout), (
+        done.stdout + done.stderr[-2000:]
+    )
 
 
 # ---- two hosts ----
