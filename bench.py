@@ -43,9 +43,7 @@ max_tokens = 16384  # tokens of a microbatch
 prompt_tokens: int | None = None  # synthetic: every prompt is so long; None: log-normal lengths like those of HH
 answer_tokens: int | None = None  # synthetic: every answer is so long
 n_steps = 5  # timed steps of each variant
-variants = (
-    'padded packed shared head cached'  # which, in order: each adds its idea to the one before; also: compile, trl...
-)
+variants = 'padded packed shared head cached'  # in order: each adds its idea to the one before; also: compile, trl...
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 dtype = 'float32'  # float32 or bfloat16
 threads: int | None = None  # CPU threads; None: all

@@ -1,7 +1,7 @@
-"""From tokenised examples (tokens.py) to microbatches: the order of steps, planning and packing. No text, no model.
+"""From tokenised examples (examples.py) to microbatches: the order of steps, planning and packing. No text, no model.
 
-An example is a prompt and its answers (two for a pair, one for SFT and KTO), as token ids. A step's examples are cut into microbatches of at most max_tokens tokens without padding, where both answers of
-a pair share one copy of the prompt:  [prompt | chosen | rejected] [prompt | chosen | rejected] ...
+An example is a prompt and its answers (two for a pair, one for SFT and KTO), as token ids. A step's examples are cut into
+microbatches of at most max_tokens tokens without padding, where both answers of a pair share one copy of the prompt:  [prompt | chosen | rejected] [prompt | chosen | rejected] ...
 """
 
 import heapq

@@ -18,7 +18,8 @@ from model import core, padded_attention
 def sample(models, tokenizer, prompts, *, rank, world, seed, **settings):
     """One answer of every model (name -> sharded model) to every prompt, the work shared among the ranks.
 
-    The one called reference answers without adapters, if it has any. settings: as in generate. Returns, on every rank, (name, number of the prompt, answer ids) in that order."""
+    The one called reference answers without adapters, if it has any. settings: as in generate. Returns, on every rank,
+    (name, number of the prompt, answer ids) in that order."""
     mine, rows = range(rank, len(prompts), world), []
     for name, model in models.items():
         seeds = [seed * 1_000_003 + i for i in mine]

@@ -182,6 +182,7 @@ if gold is not None:
 
 if reward_model is not None:
     import fsdp
+    import load
     import score
     from tokenise import encode
 
@@ -193,7 +194,7 @@ if reward_model is not None:
     if world > 1:
         raise UserError('label.py scores in one process: run it with python, not torchrun')
     model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
-    record['content of reward_model'] = score.content(reward_model)
+    record['content of reward_model'] = load.content(reward_model)
 
     def rewards(items):
         options = (tokenizer, max_length, max_prompt_length, truncation, cut)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import os
@@ -39,6 +40,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
             f'the tokenizer of {name!r} has no end-of-text token: set eos_token in its tokenizer_config.json'
         )
     return tokenizer
+
+
+def content(folder):
+    """A hash of a folder's weights and config, so that what two models gave never mixes; None for a hub id, or 'toy'."""
+    digest = hashlib.sha256()
+    for file in sorted([*Path(folder).glob('*.safetensors'), *Path(folder).glob('config.json')]):
+        with open(file, 'rb') as stream:
+            digest.update(hashlib.file_digest(stream, 'sha256').digest())
+    return digest.hexdigest()[:16] if Path(folder).is_dir() else None
 
 
 def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_code: bool = False, seed: int = 0,
@@ -106,8 +116,10 @@ def _check_safe(name, trust_remote_code, weights=True):
                         'convert it to safetensors where you trust it')  # fmt: skip
 
 
-_generation = {}  # likewise
-_read = {}  # configs by name: the export at the end of a run needs one from a folder that may be gone by then
+_read, _generation = (
+    {},
+    {},
+)  # configs by name: the export at the end of a run needs them, and the folder may be gone by then
 
 
 def _own_code(options):
@@ -178,8 +190,8 @@ def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = F
                 seed: int = 0, adapters: dict | None = None, device_map: str | None = None, quiet: bool = False):  # fmt: skip
     """A reward model, a transformers sequence classifier with one output, in float32 and eval mode, on the CPU.
 
-    name, adapters (the head trains beside them), device_map: as in load_model; quiet: say nothing; new_head: it may be a causal LM, whose head gives way to a scalar one drawn from the seed.
-    tokenizer: with a separate pad token, whose row the embedding gets if it has none. Raises UserError."""
+    name, adapters (the head trains beside them), device_map: as in load_model; new_head: it may be a causal LM, whose head
+    gives way to a scalar one drawn from the seed; quiet: do not say so. tokenizer: with a separate pad token, whose row the embedding gets if it has none. Raises UserError."""
     register_attention()
     _check_safe(name, trust_remote_code)
     _check_map(name, device_map)

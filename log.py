@@ -242,5 +242,6 @@ def say_too_long(lengths, max_tokens):
     """Say how many examples are longer than a microbatch should be."""
     if count := int((lengths > max_tokens).sum()):
         say(
-            f'note: {count} examples are longer than max_tokens={max_tokens} (the longest: {lengths.max()}): each gets a microbatch of its own'
+            f'note: {count} examples are longer than max_tokens={max_tokens} (the longest: {lengths.max()}): '
+            'each gets a microbatch of its own'
         )

@@ -2,7 +2,8 @@
 
 Training on preferences needs one function, response_logps(model, batch): log-prob sums of every answer in a packed microbatch
 (data.py), float32, with the LM head applied only where an answer token is predicted, in chunks that are recomputed in
-backward, so that no (tokens, vocabulary) tensor of the whole microbatch ever exists. A reward model needs response_scores. No collectives here: fsdp.py.
+backward, so that no (tokens, vocabulary) tensor of the whole microbatch ever exists. A reward model needs response_scores.
+No collectives here: fsdp.py.
 """
 
 import contextlib

@@ -436,7 +436,8 @@ clock = time.time()
 for first, index in steps(len(train), batch_size // group, total // group, seed, start // group):
     first, seen = first * group, (first + len(index)) * group
     examples, tokens, answers, metrics = make_round(first, index)
-    guard.boundary(partial(save, first) if first else bool, logger.close)  # a round that was cut short is thrown away
+    # a round that was cut short is thrown away; before the first there is nothing to save
+    guard.boundary(partial(save, first) if first else lambda: None, logger.close)
     sampled = time.time()
     metrics |= train_round(first, examples, tokens, answers)
     elapsed, sampling, clock = time.time() - clock, sampled - clock, time.time()

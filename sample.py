@@ -9,7 +9,6 @@ before they are dealt out. So the answers do not depend on the number of ranks, 
 command continues it. Another batch_size changes rounding alone.
 """
 
-import hashlib
 import math
 import sys
 import time
@@ -30,7 +29,7 @@ import tokenise
 from configurator import UserError, configure, main_rank
 from endpoint import ask, completions_url
 from examples import uniform_hash
-from load import load_model, load_tokenizer
+from load import content, load_model, load_tokenizer
 from model import core
 
 # who answers
@@ -121,15 +120,6 @@ def read_prompts():
     return prompts, left_out
 
 
-def weights_hash():
-    """A hash of a local model's weights, so that answers of two models never mix; None where its name says it all."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(model).glob('*.safetensors')):
-        with open(file, 'rb') as stream:
-            digest.update(hashlib.file_digest(stream, 'sha256').digest())
-    return digest.hexdigest()[:16] if Path(model).is_dir() else None
-
-
 def wanted(i, sample):
     """What the row of answer number `sample` to prompt i must contain, or None if there is none in this run."""
     if 0 <= i < len(prompts) and 0 <= sample < n * len(temperatures):
@@ -138,7 +128,9 @@ def wanted(i, sample):
                 'generator': generator or endpoint_model or model, 'seed': answer_seed}  # fmt: skip
 
 
-record = dict(config) | ({} if endpoint else {'weights': fsdp.gather_objects(fsdp.on_one_rank(weights_hash))[0]})
+record = dict(config) | (
+    {} if endpoint else {'weights': fsdp.gather_objects(fsdp.on_one_rank(lambda: content(model)))[0]}
+)
 neutral = {'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = fsdp.first_of_host(read_prompts)

@@ -1,8 +1,6 @@
 """Scores of answers under a reward model (reward.py): for label.py, ppo.py and your own code."""
 
-import hashlib
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,15 +24,6 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     probe = Examples.of([(a, [[*b, *end], [*c[:5], *end]]), (b[:7], [[*c[:9], *end], [*a, *end]])])
     set_attention(model, can_pack(model, *pack_probe(probe, device), say))
     return model, tokenizer
-
-
-def content(folder):
-    """A hash of a folder's weights and config, so that rewards of two models never mix; None for a hub id."""
-    digest = hashlib.sha256()
-    for file in sorted([*Path(folder).glob('*.safetensors'), *Path(folder).glob('config.json')]):
-        with open(file, 'rb') as stream:
-            digest.update(hashlib.file_digest(stream, 'sha256').digest())
-    return digest.hexdigest()[:16] if Path(folder).is_dir() else None
 
 
 @torch.no_grad()

@@ -87,10 +87,7 @@ config = configure(globals())
 
 # special tokens, as in HALOs' csft: one id each, whatever stands before and after them
 
-CONTROL = [
-    '<|good|>',
-    '<|bad|>',
-]  # special tokens, as in HALOs' csft: one id each, whatever stands before and after them
+CONTROL = ['<|good|>', '<|bad|>']  # special tokens: one id each, whatever stands before and after them
 
 # ---- set-up ----
 
