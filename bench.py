@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from tqdm import tqdm
 
 import fsdp
 import load
@@ -47,6 +48,7 @@ variants = 'padded packed shared head cached'  # in order: each adds its idea to
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 dtype = 'float32'  # float32 or bfloat16
 threads: int | None = None  # CPU threads; None: all
+wall = False  # time one CPU thread by the clock on the wall, not by the processor's; several processes always are
 peak_tflops = 790.0  # what the GPU gives in bfloat16, for the utilisation
 seed = 0  # of weights and data
 out: str | None = None  # write the table as json, too
@@ -202,8 +204,9 @@ class Variant:
 
 
 def clock():
-    """Seconds; of the processor on one CPU thread, so that other work on the machine does not count."""
-    return time.process_time() if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter()
+    """Seconds; of the processor on one CPU thread of one process, so that other work on the machine does not count."""
+    alone = device.type == 'cpu' and torch.get_num_threads() == 1 and world == 1 and not wall
+    return time.process_time() if alone else time.perf_counter()
 
 
 def sync():
@@ -288,10 +291,14 @@ for name in names:
         )
     else:
         runs.append(Variant(name))
+bar = tqdm(total=(n_steps + 1) * len(runs), unit=' steps', disable=not main_rank(), leave=False)
 for step in range(n_steps + 1):
     index = np.arange(step * batch_size, (step + 1) * batch_size)
     for run in runs[step % len(runs) :] + runs[: step % len(runs)]:
+        bar.set_description(run.name)
         run.step(examples, index)
+        bar.update()
+bar.close()
 lengths = (examples.spans[batch_size:, :, 1] - examples.spans[batch_size:, :, 0]).astype(float)
 rows = []
 for run in runs:

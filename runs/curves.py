@@ -2,7 +2,8 @@
 
     python runs/curves.py [--model=pythia-14m] [--n_steps=3]
 
-Synthetic pairs, one CPU thread a process, CPU seconds; every line is one interleaved run of bench.py. About ten minutes."""
+Synthetic pairs, one CPU thread a process; every line is one interleaved run of bench.py. CPU seconds, but for the lines on
+processes, where waiting for one another counts: these need a quiet machine. About ten minutes."""
 
 import json
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 model = 'pythia-14m'  # a shape of bench.py
 n_steps = 3  # timed steps of each variant
+only = ''  # the curve whose name begins so
 
 ROOT = Path(__file__, '../..').resolve()  # a call: configure() takes what stands above it for options
 sys.path.insert(0, str(ROOT))
@@ -28,12 +30,12 @@ CURVES = {  # what changes -> the flags of each point
     'length of prompt = of answer': [
         [f'--prompt_tokens={n}', f'--answer_tokens={n}', '--batch_size=4'] for n in (32, 128, 256, 512)
     ],
-    'processes': [['--processes=1'], ['--processes=2']],
+    'processes': [['--processes=1', '--wall'], ['--processes=2']],
 }
 print(f'{model}, synthetic pairs; pairs/s (ratio to padded)')
 print('| | ' + ' | '.join(VARIANTS) + ' | padding of padded |\n|---|---|---|---|---|')
 for title, points in CURVES.items():
-    for flags in points:
+    for flags in points if title.startswith(only) else []:
         ranks = [f.partition('=')[2] for f in flags if 'processes' in f]
         flags = [f for f in flags if 'processes' not in f]
         start = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks[0]}', '--master_port=29541'] if ranks else []
@@ -45,5 +47,5 @@ for title, points in CURVES.items():
                 raise UserError(f'bench.py failed: {done.stderr[-500:]}')
             rows = json.loads(Path(folder, 'rows').read_text())['rows']
         cells = [f'{r["pairs_per_second"]:.2f} (x {r["ratio"]:.1f})' for r in rows]
-        name = f'{title}: ' + (f'{ranks[0]}' if ranks else ', '.join(f.partition('=')[2] for f in flags))
+        name = f'{title}: ' + (f'{ranks[0]}' if ranks else ', '.join(f.partition('=')[2] for f in flags if '=' in f))
         print(f'| {name} | ' + ' | '.join(cells) + f' | {rows[0]["padding_share"]:.0%} |', flush=True)

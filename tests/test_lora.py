@@ -32,6 +32,7 @@ CASES = {
     'sft': [*SFT, '--model=gpt2', '--optimizer=RMSprop', '--lora_alpha=2'],
     'reward': [*REWARD, '--model=llama', '--center_coef=0.1', '--save_every=12'],
     'ppo': [*PPO, '--save_every=12'],
+    'grpo': [*PPO, '--loss=grpo', '--group_size=3', '--kl_coef=0.3'],
 }
 ALONE = {  # one process
     'samples': [*DPO, '--model=llama', *SAMPLE],
@@ -47,6 +48,7 @@ ALONE = {  # one process
     'ppo_mapped': [*PPO, '--device_map=balanced'],
     'ppo_eager': [*PPO, '--attn=eager', '--activation_checkpointing'],
     'ppo_two_models': [*PPO, '--ref_model=llama'],
+    'grpo_two_models': [*PPO, '--loss=grpo', '--group_size=3', '--kl_coef=0.3', '--ref_model=llama'],
     'ppo_own': [*PPO, '--critic=own', '--save_every=12'],
 }
 
@@ -118,7 +120,7 @@ def test_reference_answers_without_adapters(runs):
 
 def test_adapters_off_are_a_second_model(runs):
     """The same numbers, to the last bit, with the reference loaded beside the policy; to rounding with a cached one."""
-    for one, two in ('tdpo2', 'two_models'), ('ppo', 'ppo_two_models'):
+    for one, two in ('tdpo2', 'two_models'), ('ppo', 'ppo_two_models'), ('grpo', 'grpo_two_models'):
         assert rows(runs / 'one' / one) == rows(runs / 'one' / two)
     gaps = [row['kl_train/samples'] for row in rows(runs / 'one/ppo') if row['split'] == 'train']
     assert gaps[0] == 0 != gaps[1]

@@ -148,3 +148,18 @@ def test_a_new_loss_is_one_function_and_one_name(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['dpo.py', *flags])
     runpy.run_path(str(ROOT / 'dpo.py'), run_name='script')
     assert (tmp_path / 'run/model/model.safetensors').exists()
+
+
+def test_speed_table(tmp_path):
+    """The README's speeds are those of runs/speed.json; the same command writes them again."""
+    (tmp_path / 'README.md').write_text(README.replace(' GB |', ' |').replace(' times as fast', ''))
+    command = [
+        sys.executable,
+        ROOT / 'runs/speed.py',
+        '--report',
+        f'--readme={tmp_path / "README.md"}',
+        f'--out={ROOT / "runs/speed.json"}',
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and 'head / trl' in done.stdout, done.stderr
+    assert (tmp_path / 'README.md').read_text() == README
