@@ -137,7 +137,8 @@ build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_
                 adapters=adapters)  # fmt: skip
 shard = partial(fsdp.shard, device=device, dtype=dtype, cpu_offload=cpu_offload, device_map=device_map)
 policy = shard(build, compile=compile, activation_checkpointing=activation_checkpointing)
-log.say(lora.describe(policy)) if adapters else None
+if adapters:
+    log.say(lora.describe(policy))
 torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
 pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)

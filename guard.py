@@ -49,10 +49,8 @@ def _tidy(out_dir, made):
 def _heed(number, frame):
     """The signal handler: before the first step nothing can be lost, so leave at once; then, at the end of a step."""
     global _code
-    again = _code == INTERRUPTED and number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    )  # torchrun turns a second Ctrl-C into SIGTERM
+    # torchrun turns a second Ctrl-C into SIGTERM
+    again = _code == INTERRUPTED and number in (signal.SIGINT, signal.SIGTERM)
     asked = INTERRUPTED if number == signal.SIGINT else SAVED
     if again or not _training:
         why = 'stopped at once: steps since the last checkpoint are lost' if again else 'stopped before the first step'

@@ -116,10 +116,8 @@ def _check_safe(name, trust_remote_code, weights=True):
                         'convert it to safetensors where you trust it')  # fmt: skip
 
 
-_read, _generation = (
-    {},
-    {},
-)  # configs by name: the export at the end of a run needs them, and the folder may be gone by then
+# configs by name: the export at the end of a run needs them, and the folder may be gone by then
+_read, _generation = {}, {}
 
 
 def _own_code(options):
@@ -287,7 +285,7 @@ def _read_generation_config(name, default):
         OSError,
         TypeError,
         ValueError,
-    ):  # none, or one that the library does not take: from_pretrained passes it over, too
+    ):  # none, or one that the library does not take: from_pretrained passes it over
         return default
     try:
         found.validate(strict=True)
@@ -328,9 +326,8 @@ def packing_error(model, batch, padded):
             return math.inf
         ours = model.response_scores(batch) if scoring else model.response_logps(batch)[0]
         set_attention(model, packed=False)
-        filler = (
-            config.get_text_config().pad_token_id if scoring else 0
-        )  # a score is read at the last id that is not pad
+        # a score is read at the last id that is not pad
+        filler = config.get_text_config().pad_token_id if scoring else 0
         ids = padded.ids.masked_fill(padded.mask == 0, filler)
         logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
     except torch.OutOfMemoryError:

@@ -140,18 +140,14 @@ class Log:
             self.sinks.append(lambda row: [add(k, v, row['counters/examples']) for k, v in row.items() if k != 'split'])
             self.closers.append(writer.close)
         before = sys.excepthook
-        sys.excepthook = lambda *error: (
-            self.close(),
-            before(*error),
-        )  # else an error would cost what they have not written yet
+        # else an error would cost what they have not written yet
+        sys.excepthook = lambda *error: (self.close(), before(*error))
 
     def row(self, split, examples, metrics):
         """Write metrics (name -> number) after so many examples; an evaluation and every log_every examples on screen."""
         if not main_rank():
             return
-        metrics = {
-            k: v for k, v in metrics.items() if math.isfinite(v)
-        }  # json knows no others; a step's are in bad_step.jsonl
+        metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}  # json knows no others; see bad_step.jsonl
         row = {'split': split, 'counters/examples': examples, **metrics}
         with writing(self.path):
             self.file.write(json.dumps(row) + '\n')

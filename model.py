@@ -56,9 +56,7 @@ def packed_attention(
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         seq = packed.varlen
-        k, v = (
-            x[seq.gather].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)
-        )  # grouped heads, one by one
+        k, v = (x[seq.gather].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # grouped heads
         out = varlen_attn(q, k, v, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, scale=scaling, window_size=window)
         return out[None], None
     sizes = [size for prompt, answers in packed.groups for size in (prompt, *answers)]
@@ -138,9 +136,8 @@ def _scores_at(model, batch, places):
 def _scalar(head, hidden):
     """What a linear head of one output makes of hidden states: (n, d) -> (n,), float32."""
     bias = None if head.bias is None else head.bias.to(wide(hidden))
-    return F.linear(hidden.to(wide(hidden)), head.weight.to(wide(hidden)), bias).sum(
-        1
-    )  # not [:, 0]: FSDP2 warns of views
+    column = F.linear(hidden.to(wide(hidden)), head.weight.to(wide(hidden)), bias)
+    return column.sum(1)  # not [:, 0]: FSDP2 warns of views
 
 
 def body(model, batch):

@@ -154,9 +154,8 @@ guard.begin(out_dir, config, resume)
 tokenizer = load_tokenizer(model, trust_remote_code)
 load = partial(load_examples, tokenizer=tokenizer, seed=seed, max_prompt_length=max_prompt_length, truncation=truncation,
                num_turns=num_turns, skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
-load_prompts = partial(
-    load, task='sft', max_length=max_prompt_length + 2
-)  # so that prompts are cut, whatever the answers
+# so that prompts are cut, whatever the answers
+load_prompts = partial(load, task='sft', max_length=max_prompt_length + 2)
 load_train = partial(load, task='singles', max_length=max_length) if offline else load_prompts
 train = fsdp.first_of_host(lambda: load_train(data, 'train', data_fraction=data_fraction))
 train = train.flip(noise_rate, seed) if noise_rate and offline else train
@@ -185,7 +184,8 @@ def build(**how):
 
 shard = partial(fsdp.shard, device=device, dtype=dtype, cpu_offload=cpu_offload, device_map=device_map)
 policy = shard(build, compile=compile, activation_checkpointing=activation_checkpointing)
-log.say(lora.describe(policy)) if adapters else None
+if adapters:
+    log.say(lora.describe(policy))
 torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
 pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)
@@ -257,9 +257,8 @@ def scores(examples):
 def measure(examples):
     """Flat columns of the answer tokens of examples under policy and reference, and columns of the answers."""
     n = torch.tensor([len(answer) for _, answers in examples for answer in answers])
-    start = torch.cat(
-        (torch.zeros(1, dtype=torch.long), n.cumsum(0))
-    )  # of every answer, among all tokens; and their number
+    # where each answer begins among all tokens; and, last, how many there are
+    start = torch.cat((torch.zeros(1, dtype=torch.long), n.cumsum(0)))
     tokens = columns(policy, examples, start, ['pi', 'value'])
     with lora.adapters_off(ref):
         tokens |= columns(ref, examples, start, ['ref'])
@@ -312,9 +311,8 @@ def make_round(first, index):
 
 def critique(tokens, reward, answers):
     """Advantages of tokens and targets of their values, from the answers' rewards, the KL to the reference and the values."""
-    mask = (
-        torch.arange(int(answers['n'].max())) < answers['n'][:, None]
-    )  # (A, T), its true places in the order of tokens
+    # (A, T), its true places in the order of tokens
+    mask = torch.arange(int(answers['n'].max())) < answers['n'][:, None]
     rewards, value = (torch.zeros(mask.shape, dtype=torch.float64) for _ in range(2))
     value[mask] = tokens['value']
     rewards[mask] = 0.0 * tokens['pi'] if kl_in_loss else -kl_coef * (tokens['pi'] - tokens['ref'])

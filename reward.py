@@ -109,7 +109,8 @@ build = partial(load_reward, model, tokenizer, new_head=True, trust_remote_code=
                 adapters=adapters)  # fmt: skip
 policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing,
                     cpu_offload=cpu_offload, device_map=device_map)  # fmt: skip
-log.say(lora.describe(policy)) if adapters else None
+if adapters:
+    log.say(lora.describe(policy))
 torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
 pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)

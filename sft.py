@@ -118,7 +118,8 @@ build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_
                 adapters=adapters, grow=control_tokens)  # fmt: skip
 policy = fsdp.shard(build, device, dtype=dtype, compile=compile, activation_checkpointing=activation_checkpointing,
                     cpu_offload=cpu_offload, device_map=device_map)  # fmt: skip
-log.say(lora.describe(policy)) if adapters else None
+if adapters:
+    log.say(lora.describe(policy))
 torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
 pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)

@@ -140,9 +140,8 @@ def write_readme(out, readme):
     if BEGIN not in text or END not in text:
         raise SystemExit(f'{readme} has no markers {BEGIN} and {END}')
     verdict = report[report.index('| claim |') : report.index('A verdict on one claim')].splitlines(True)
-    verdict = ''.join(
-        row for row in verdict if not re.match(r'\| Ra-DPO. (?!CVaR 0.98)', row)
-    )  # the others: results.md
+    # of Ra-DPO one risk measure; the others: results.md
+    verdict = ''.join(row for row in verdict if not re.match(r'\| Ra-DPO. (?!CVaR 0.98)', row))
     flips = report[report.index('| flipped labels |') : report.index('Accuracy\n\n|')]
     first, size = text[: text.index(BEGIN)], re.search(r'\d+ of \d+ trials, seeds \d+(, \d+)*', report)
     plots = (

@@ -24,6 +24,8 @@ ADAM = ['--lr=1e-2', '--lora_rank=4']
 DPO, SFT, REWARD = ([script, *COMMON, *ADAM] for script in ('dpo.py', 'sft.py', 'reward.py'))
 PPO = ['ppo.py', *(flag for flag in COMMON if not flag.startswith('--max_length')), *ADAM, '--reward_model=gold',
        '--minibatch_size=6', '--ppo_epochs=2', '--max_new_tokens=6', '--model=llama']  # fmt: skip
+GRPO = [*PPO, '--loss=grpo', '--group_size=3', '--kl_coef=0.3']
+GRPO[GRPO.index('--reward_model=gold')] = '--reward_model=one/reward/model'  # gold gives every answer of a tiny model 0
 MANY, SAMPLE = '--max_tokens=150', ['--sample_during_eval', '--n_eval_model_samples=3', '--max_new_tokens=6']
 CASES = {
     'dpo': [*DPO, '--model=llama', '--save_every=12'],
@@ -32,7 +34,7 @@ CASES = {
     'sft': [*SFT, '--model=gpt2', '--optimizer=RMSprop', '--lora_alpha=2'],
     'reward': [*REWARD, '--model=llama', '--center_coef=0.1', '--save_every=12'],
     'ppo': [*PPO, '--save_every=12'],
-    'grpo': [*PPO, '--loss=grpo', '--group_size=3', '--kl_coef=0.3'],
+    'grpo': GRPO,  # after reward
 }
 ALONE = {  # one process
     'samples': [*DPO, '--model=llama', *SAMPLE],
@@ -48,7 +50,7 @@ ALONE = {  # one process
     'ppo_mapped': [*PPO, '--device_map=balanced'],
     'ppo_eager': [*PPO, '--attn=eager', '--activation_checkpointing'],
     'ppo_two_models': [*PPO, '--ref_model=llama'],
-    'grpo_two_models': [*PPO, '--loss=grpo', '--group_size=3', '--kl_coef=0.3', '--ref_model=llama'],
+    'grpo_two_models': [*GRPO, '--ref_model=llama'],
     'ppo_own': [*PPO, '--critic=own', '--save_every=12'],
 }
 
@@ -61,7 +63,7 @@ def runs(tmp_path_factory):
         tiny_model(folder / name, name)
 
     def command(run, words, *flags):
-        paths = ('--model=', '--ref_model=')
+        paths = ('--model=', '--ref_model=', '--reward_model=one')
         words = [w.replace('=', f'={folder}/') if w.startswith(paths) else w for w in words]
         return [*words, *flags, f'--out_dir={folder}/{run}']
 
