@@ -1,4 +1,4 @@
-# make demo: SFT, then Dr. DPO, on a toy world, in a minute and a half.   make test: all tests.   make lint: ruff.
+# make demo: SFT, then Dr. DPO, on a toy world, in about a minute.   make test: all tests.   make lint: ruff.
 # make claims: the papers' claims on the toy world; CLAIMS="--quick", "--seeds='11 12 13'": options of runs/claims.py.
 PYTHON ?= python3.11
 BIN = .venv/bin

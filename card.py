@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from log import writing
+
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 
 
@@ -32,7 +34,9 @@ def write(out_dir):
         parts.append('\n'.join(f'| {k} | {v:.4g} |' for k, v in last.items() if isinstance(v, float)) + '\n')
     parts.append('Options:\n\n```python')
     parts.append('\n'.join(f'{k} = {v!r}' for k, v in options.items()) + '\n```\n')
-    (Path(out_dir) / 'model' / 'README.md').write_text(_without_folders('\n'.join(parts)))
+    file = Path(out_dir) / 'model' / 'README.md'
+    with writing(file):
+        file.write_text(_without_folders('\n'.join(parts)))
 
 
 def _without_folders(text):

@@ -68,6 +68,10 @@ def main_rank():
 class Config(dict):
     """Option -> value. origin: option -> 'default', 'command line', or the config file that set it last."""
 
+    def given(self, options):
+        """Those of these options (a text of names) that stand on the command line."""
+        return [name for name in options.split() if self.origin[name] == 'command line']
+
     def ignored(self, options, why):
         """Options that have no effect in this run: an error on the command line, a printed note in a config file."""
         for name in options:

@@ -1,7 +1,8 @@
 """From tokenised examples (examples.py) to microbatches: the order of steps, planning and packing. No text, no model.
 
 An example is a prompt and its answers (two for a pair, one for SFT and KTO), as token ids. A step's examples are cut into
-microbatches of at most max_tokens tokens without padding, where both answers of a pair share one copy of the prompt:  [prompt | chosen | rejected] [prompt | chosen | rejected] ...
+microbatches of at most max_tokens tokens without padding, where both answers of a pair share one copy of the prompt:
+    [prompt | chosen | rejected] [prompt | chosen | rejected] ...
 """
 
 import heapq
@@ -52,19 +53,35 @@ def plan(lengths, world, max_tokens):
     return [[sorted(bins[m * world + rank][2]) for m in range(count)] for rank in range(world)]
 
 
+def plan_padded(widths, world, max_tokens):
+    """As plan, for padded batches, where every example is as wide as the widest beside it: similar widths side by side."""
+    bins, order = [], sorted(range(len(widths)), key=lambda i: -widths[i])
+    for i in order:
+        if bins and (len(bins[-1]) + 1) * widths[bins[-1][0]] <= max_tokens:
+            bins[-1].append(i)
+        else:
+            bins.append([i])
+    while len(bins) % world or not bins:  # every rank as many: the fullest is split in two
+        fullest = max(bins, key=len, default=[])
+        bins.append(fullest[len(fullest) // 2 :] if len(fullest) > 1 else [])
+        del fullest[len(fullest) - len(bins[-1]) :]
+    bins.sort(key=lambda places: -len(places) * widths[places[0]] if places else 0)
+    return [[sorted(places) for places in bins[rank::world]] for rank in range(world)]
+
+
 def microbatches(examples: Examples, index, rank, world, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
     """(this rank's Batches of the examples at index, real tokens of all ranks, tokens with padding of all ranks)."""
     answers = examples.spans.shape[1] - 1
     lengths = examples.lengths[index]
     if pad or not share_prefix:
         lengths = lengths + (answers - 1) * (examples.spans[index, 0, 1] - examples.spans[index, 0, 0])
-    plans = plan(lengths, world, max_tokens)
-    allocated = int(lengths.sum())
     if pad:
-        widths = [
-            max(len(p) + len(x) for i in m for p, a in [examples[index[i]]] for x in a) for r in plans for m in r if m
-        ]
-        allocated = sum(answers * len(m) * w for m, w in zip([m for r in plans for m in r if m], widths, strict=True))
+        each = examples.spans[index, :, 1] - examples.spans[index, :, 0]
+        widths = answers * (each[:, 0] + each[:, 1:].max(1))
+        plans = plan_padded(widths, world, max_tokens)
+        allocated = sum(len(places) * int(widths[places].max()) for plan in plans for places in plan if places)
+    else:
+        plans, allocated = plan(lengths, world, max_tokens), int(lengths.sum())
     packs = []
     for places in plans[rank]:
         items = [examples[index[i]] for i in places]

@@ -5,7 +5,7 @@
 
 Order of one step: the columns of every example (log-probs of its answers under policy and reference) -> the step's
 statistic, if the loss has one -> loss and weight of every example -> one gradient, the weighted mean over the whole step.
-It is the same on any number of ranks and microbatches. All counts are in examples.
+It is the same on any number of ranks and microbatches. Counts are in examples, but for warmup_steps.
 """
 
 import math
@@ -27,7 +27,7 @@ import parallel
 from configurator import UserError, configure, main_rank
 from data import microbatches, pack_probe, prefetch, steps
 from examples import Examples
-from load import can_pack, load_model, load_tokenizer
+from load import can_pack, check_heads, check_positions, load_model, load_tokenizer
 from model import set_attention
 from reference import cached_logps
 from spec import Spec
@@ -40,16 +40,16 @@ data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has
 eval_data: str | None = None  # None: the test split of data, or a part of it held out
 noise_rate = 0.0  # fraction of training pairs whose labels are flipped
 data_fraction = 1.0  # use this fraction of the training examples
-frac_good = 1.0  # kto: keep this fraction of the good answers
-frac_bad = 1.0  # kto: keep this fraction of the bad answers
+frac_good = 1.0  # kto, kto_zero: keep this fraction of the good answers
+frac_bad = 1.0  # kto, kto_zero: keep this fraction of the bad answers
 num_turns = 1  # sharegpt: answers taken from a conversation
 max_length = 512  # tokens of prompt and answer
 max_prompt_length = 256  # a prompt is cut to this if the whole is too long
 truncation = 'start'  # which end a too long prompt loses: start or end
 skip_bad_rows = False  # count unreadable rows instead of stopping
 # loss
-loss = 'dpo'  # a name in losses.LOSSES
-beta = 0.1  # strength of the pull towards the reference
+loss = 'dpo'  # dpo, drdpo, ipo, kto, ...: the README's table, or losses.LOSSES
+beta = 0.1  # strength of the pull towards the reference; simpo, cpo: scale of the margin
 label_smoothing: float | None = None  # e of cdpo, robust, exo (None: 0.1) and of drdpo, aot (None: 0)
 reference_free = False  # a reference that gives every answer log-prob 0
 average = True  # ipo: log-ratios per token
@@ -57,10 +57,10 @@ beta_prime: float | None = None  # Dr. DPO's weight exp(-loss / beta') on any lo
 rho = 0.2  # beta_dpo: fraction of pairs filtered out
 a = 0.6  # beta_dpo: how far beta follows the margins
 alpha = 0.5  # tdpo2, radpo2: weight of the divergence
-risk = 'cvar'  # radpo: cvar, erm or released
-mu = 0.98  # radpo: tail mass of cvar, risk aversion of erm, confidence level of released
-w_good = 1.0  # kto: weight of good answers
-w_bad = 1.0  # kto: weight of bad answers
+risk = 'cvar'  # radpo1, radpo2: cvar, erm or released
+mu = 0.98  # radpo1, radpo2: tail mass of cvar, risk aversion of erm, confidence level of released
+w_good = 1.0  # kto, kto_zero: weight of good answers
+w_bad = 1.0  # kto, kto_zero: weight of bad answers
 delta = 1.0  # slic: margin
 lam = 0.1  # slic, orpo: weight of the second term; dpop: of the penalty (its paper: 50)
 gamma = 1.0  # simpo: target margin
@@ -77,22 +77,24 @@ lr = 5e-7  # learning rate
 lr_schedule = 'constant'  # after warm-up: constant, linear or cosine to zero
 warmup_steps = 150  # steps of linear warm-up
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
-weight_decay = 0.0  # of the optimizer
+weight_decay = 0.0  # the optimizer's
 max_grad_norm = 10.0  # gradients are clipped to this norm
-skip_bad_steps = 0  # go on without the step where loss or gradient is not finite, so many times in a run
+skip_bad_steps = 0  # leave out a step whose loss or gradient is not finite, so many times in a run; then stop
 seed = 0  # of the data order, the flips, the statistics, the samples
 # LoRA
 lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
 lora_alpha = 16.0  # their output is multiplied by alpha / rank
 lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
-lora_targets: str | None = None  # linear layers that get one, such as 'q_proj v_proj'; None: all in the blocks
+lora_targets: str | None = (
+    None  # linear layers that get one, such as 'q_proj v_proj' or 'q_proj,v_proj'; None: all in the blocks
+)
 # evaluation and output
 out_dir = 'out/dpo'  # everything the run leaves behind
 eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
 n_eval_examples = 256  # how many held-out examples
 do_first_eval = True  # evaluate before training
 sample_during_eval = False  # sample answers of policy and reference into samples.jsonl
-n_eval_model_samples = 16  # how many
+n_eval_model_samples = 16  # how many answers of each model
 max_new_tokens = 128  # length of a sample
 temperature = 1.0  # of the samples; 0: greedy
 top_p = 1.0  # of the samples
@@ -115,9 +117,11 @@ device_map: str | None = None  # 'balanced': one process without torchrun spread
 attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
+if not sample_during_eval:
+    config.ignored(config.given('n_eval_model_samples max_new_tokens temperature top_p'), 'sample_during_eval is off')
 
 spec = Spec(config)  # what the loss asks for: its signature says
-beta_prime = spec.options['beta_prime']
+beta_prime, importance, sft_coef = (spec.options[name] for name in ('beta_prime', 'importance', 'sft_coef'))
 
 # ---- set-up ----
 
@@ -141,8 +145,13 @@ if adapters:
     log.say(lora.describe(policy))
 torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)
+pack = can_pack(policy, *pack_probe(train, device), log.say, wanted=pack and attn is None)
 set_attention(policy, pack, attn)
+longest = max(x.longest(mixed=loss == 'kto') for x in (train, held_out))
+check_positions(policy, min(longest, max_length), 'the examples')
+if sample_during_eval:
+    check_positions(policy, held_out.longest_prompt() + max_new_tokens, 'samples')
+# without max_tokens yet: the cache's pass keeps no activations and takes more of them
 cut = partial(microbatches, rank=rank, world=world, share_prefix=share_prefix, pad=not pack, device=device)
 
 
@@ -156,6 +165,8 @@ def load_reference():
 
 build_ref = partial(load_model, ref_model or model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed)
 ref = load_reference() if spec.needs_ref and not cache_ref else None
+if spec.divergence:
+    check_heads(policy, ref)
 if cache_ref:
     cached = partial(cached_logps, build_ref, load_reference, cut=partial(cut, max_tokens=4 * max_tokens), dtype=dtype)
     train, held_out = cached(train), cached(held_out) if len(held_out) else held_out
@@ -173,11 +184,14 @@ def answer_columns(batch):
     """pi, ref, div, n of every answer of a microbatch, (A,) each."""
     with torch.no_grad(), lora.adapters_off(ref):
         reference = ref.hidden_and_head(batch) if spec.divergence else None
-        ref_logps = batch.ref if ref is None else None if spec.divergence else ref.response_logps(batch)[0]
+        ref_logps = batch.ref  # cached, or None
+        if ref is not None and not spec.divergence:
+            ref_logps = ref.response_logps(batch)[0]
     out = policy.response_logps(batch, spec.divergence, reference)
     if spec.divergence:
         return {'pi': out[0], 'ref': out[2], 'div': out[1], 'n': batch.n.float()}
-    return {'pi': out[0], 'ref': torch.zeros_like(out[0]) if ref_logps is None else ref_logps, 'n': batch.n.float()}
+    ref_logps = torch.zeros_like(out[0]) if ref_logps is None else ref_logps  # no reference: the loss does not read it
+    return {'pi': out[0], 'ref': ref_logps, 'n': batch.n.float()}
 
 
 def forward(batch):
@@ -190,19 +204,24 @@ def forward(batch):
 
 def loss_and_weight(columns, place, extra):
     """l and w of losses.py for the examples of a microbatch; extra: columns of the whole step, in step order."""
-    columns = columns | {k: v[place].to(device, torch.bool if k == 'good' else torch.float32) for k, v in extra.items()}
+    # a filler has place -1, so it reads the last row; its loss counts nothing
+    own, more = (
+        columns,
+        {k: v[place].to(device, torch.bool if k == 'good' else torch.float32) for k, v in extra.items()},
+    )
+    columns = own | more  # a statistic may put other values in the place of some columns
     l = spec.call(spec.fn, columns)
     if importance:
-        l = l * spec.call(losses.importance, columns)
+        l = l * spec.call(losses.importance, own)
     if sft_coef:
-        l = l + sft_coef * losses.sft(columns['pi_w'], columns['n_w'])
+        l = l + sft_coef * losses.sft(own['pi_w'], own['n_w'])
     return l, columns.get('weight', torch.ones_like(l))
 
 
 def prepare(examples, first, index):
     """Everything about a step that can be known before it: microbatches, thumbs, counts. Runs ahead, in a thread."""
     batches, tokens, allocated = cut(examples, index)
-    mismatched = cut(examples.mismatched(index), np.arange(len(index)))[0] if loss == 'kto' else []
+    mismatched = cut(examples.mismatched(index, max_length), np.arange(len(index)))[0] if loss == 'kto' else []
     thumbs = {} if spec.paired else {'good': torch.from_numpy(examples.good[index])}
     return (first, index, batches, mismatched, thumbs), tokens, allocated
 
@@ -213,13 +232,14 @@ def gather(parts, batches, total):
     return fsdp.gather_columns(joined, [p for batch in batches for p in batch.place], total)
 
 
-def run_step(first, index, batches, mismatched, thumbs, state, train):
-    """Forward (and backward, if train) of one step. Returns (its columns in step order, the new state).
+def run_step(first, index, batches, mismatched, thumbs, state, training):
+    """Forward (and backward, if training) of one step. Returns (its columns in step order, the new state).
 
     After it the policy's gradients are the sum of w_i grad l_i, divided by the number of ranks."""
     extra, forwarded, new = dict(thumbs), {}, dict(state)
     if spec.statistic:
-        once = train and len(batches) == 1 and not mismatched  # then the pass that trains serves the statistic as well
+        # one microbatch: the pass that trains serves the statistic as well, and its graph is kept in `forwarded`
+        once = training and len(batches) == 1 and not mismatched
         with torch.set_grad_enabled(once):
             parts = [forward(batch) for batch in mismatched or batches]
         forwarded = parts[0] if once else {}
@@ -230,14 +250,14 @@ def run_step(first, index, batches, mismatched, thumbs, state, train):
         extra |= values
     parts, shift = [], None
     for batch in batches:
-        with torch.set_grad_enabled(train):
+        with torch.set_grad_enabled(training):
             columns = forwarded or forward(batch)
             l, w = loss_and_weight(columns, batch.place, extra)
         real = torch.tensor(batch.place, device=device) >= 0
         if beta_prime and shift is None:  # any constant of the step will do that keeps the weights inside float range
             shift = fsdp.smallest(torch.where(real, l.detach(), torch.inf))
         step_weight = w * losses.drdpo_weight(l.detach(), shift, beta_prime=beta_prime) if beta_prime else w
-        if train:
+        if training:
             (step_weight * l * real).sum().backward()
         parts.append(columns | {'loss': l, 'weight': w, 'step_weight': step_weight})
     more = {} if spec.paired else {'good': thumbs['good'], 'z': extra.get('z', torch.zeros(len(index)))}
@@ -255,7 +275,7 @@ def evaluate(examples_seen):
     parts = []
     for step, *_ in prefetch(work):
         with guard.memory(step[2], max_tokens):
-            parts.append(run_step(*step, state, train=False)[0])
+            parts.append(run_step(*step, state, training=False)[0])
         if guard.stop_asked():
             return  # an evaluation that was cut short is done again after the resume
     metrics = spec.summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, 'eval')
@@ -268,7 +288,8 @@ def evaluate(examples_seen):
 
 def sample(examples_seen):
     """Answers of policy and reference to held-out prompts, one row each in samples.jsonl; KL(policy || reference) on them."""
-    prompts = [held_out[i][0] for i in range(min(n_eval_model_samples, len(held_out)))]
+    asked = held_out.select(held_out.good)  # of the two answers that kto makes of a pair, one
+    prompts = [asked[i][0] for i in range(min(n_eval_model_samples, len(asked)))]
     models = {'policy': policy, 'reference': ref} if ref else {'policy': policy}
     answers = generate.sample(models, tokenizer, prompts, rank=rank, world=world, seed=seed, temperature=temperature,
                               max_new_tokens=max_new_tokens, top_p=top_p)  # fmt: skip
@@ -276,7 +297,9 @@ def sample(examples_seen):
         generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, answers, examples_seen)
     if not ref:
         return {}
-    own = Examples.of([(prompts[i], [[*a, tokenizer.eos_token_id]]) for name, i, a in answers if name == 'policy'])
+    end = [tokenizer.eos_token_id]  # which an answer that was cut has not said
+    own = [(prompts[i], [[*a, *end * (len(a) < max_new_tokens)]]) for name, i, a in answers if name == 'policy']
+    own = Examples.of(own)
     batches, *_ = cut(own, np.arange(len(own)))
     with torch.no_grad():
         parts = [answer_columns(batch) for batch in batches]
@@ -293,19 +316,19 @@ def save(seen):
 
 
 latest = checkpoint.latest(out_dir) if resume else None
-new = {'statistic': {}, 'examples': 0, 'evaluated': -1, 'bad_steps': 0}
-state = checkpoint.load(latest, policy, optim) if latest else new
+fresh = {'statistic': {}, 'examples': 0, 'evaluated': -1, 'bad_steps': 0}
+state = checkpoint.load(latest, policy, optim) if latest else fresh
 start = state.pop('examples')
 fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
 logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['evaluated'])
 logger.say(f'{"resuming" if start else "training"} {loss} on {world} ranks: {total} examples, {batch_size} a step')
 if not start:
     _, first_index = next(steps(len(train), batch_size, total, seed))
-    before, _ = run_step(*prepare(train, 0, first_index)[0], state, train=False)
+    before, _ = run_step(*prepare(train, 0, first_index)[0], state, training=False)
     check = spec.summary(before, 'train')
     rewards = [check.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected')]  # kto: a step may lack one
     logger.say(
-        f'step 0: rewards {rewards[0]:.6f}, {rewards[1]:.6f}; loss {before["loss"].mean():.6f}; log 2 = 0.693147'
+        f'step 0: rewards {rewards[0]:.6f}, {rewards[1]:.6f}; loss {before["loss"].mean():.6f} (dpo: log 2 = 0.693147)'
     )
     logger.row('check', 0, check)
     if spec.needs_ref and ref_model is None and max(map(abs, rewards)) > (1e-2 if dtype == 'bfloat16' else 1e-4):
@@ -322,11 +345,12 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(tr
     first, index, *_ = step
     rate = lr * log.schedule(first // batch_size, n_steps, warmup_steps, lr_schedule)
     with guard.memory(step[2], max_tokens):
-        whole, new = run_step(*step, state, train=True)
+        whole, new_state = run_step(*step, state, training=True)
+        # NaN: update leaves the weights alone and returns a norm that is not finite
         weight = whole['step_weight'].sum().item() if guard.finite(whole) else math.nan
         norm = fsdp.update(policy, optim, rate, world / (weight or math.nan), max_grad_norm, strict=False)
     if math.isfinite(norm):
-        state = new
+        state = new_state
     else:
         guard.bad_step(out_dir, state, skip_bad_steps, first, index, train.uid[index], norm, whole)
     seen = first + len(index)
@@ -343,7 +367,7 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(tr
         evaluate(seen)
     if due[1]:
         save(seen)
-    guard.boundary(partial(save, seen), logger.close)
+    guard.boundary(partial(save, seen), logger.close, saved=due[1])
     clock = time.time() if any(due) else clock
 evaluate(total)
 guard.boundary(partial(save, total), logger.close)

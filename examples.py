@@ -38,6 +38,15 @@ class Examples:
         """Tokens of every example, its prompt once."""
         return (self.spans[..., 1] - self.spans[..., 0]).sum(1)
 
+    def longest(self, mixed=False):
+        """Tokens of the longest prompt with one of its answers; mixed: with the longest answer of all."""
+        lengths = self.spans[..., 1] - self.spans[..., 0]
+        prompts, answers = lengths[:, 0], lengths[:, 1:].max(1, initial=0)
+        return int(self.longest_prompt() + answers.max(initial=0) if mixed else (prompts + answers).max(initial=0))
+
+    def longest_prompt(self):
+        return int((self.spans[:, 0, 1] - self.spans[:, 0, 0]).max(initial=0))
+
     def select(self, index):
         ref, margin = (None if x is None else x[index] for x in (self.ref, self.margin))
         return Examples(self.ids, self.spans[index], self.good[index], self.uid[index], self.left_out, ref, margin)
@@ -80,13 +89,15 @@ class Examples:
         """What was left out, cut or flipped, for the screen."""
         return dict(+self.left_out) or 'nothing'
 
-    def mismatched(self, index):
-        """Each of these examples' prompts with the answer of the next one that has another prompt (for KTO's z)."""
+    def mismatched(self, index, max_length):
+        """Each of these examples' prompts with the answer of the next one that has another prompt (for KTO's z), cut to
+        max_length tokens in all."""
         spans = self.spans[index].copy()
         prompts = [self.ids[s:e].tobytes() for s, e in spans[:, 0]]
         for i in range(len(index)):
             others = [(i + k) % len(index) for k in range(1, len(index))] or [i]
-            spans[i, 1] = self.spans[index[next((j for j in others if prompts[j] != prompts[i]), others[0])], 1]
+            start, end = self.spans[index[next((j for j in others if prompts[j] != prompts[i]), others[0])], 1]
+            spans[i, 1] = start, min(end, start + max(1, max_length - len(self.ids[slice(*spans[i, 0])])))
         return Examples(self.ids, spans, self.good[index], self.uid[index], self.left_out)
 
 

@@ -11,6 +11,7 @@ import fsdp
 import guard
 from configurator import UserError
 from examples import splitmix64
+from log import writing
 from lora import adapters_off
 from model import core, padded_attention
 
@@ -32,7 +33,7 @@ def sample(models, tokenizer, prompts, *, rank, world, seed, **settings):
 
 def write(file, tokenizer, prompts, answers, examples_seen):
     """Append the answers of sample to a samples.jsonl."""
-    with open(file, 'a') as stream:
+    with writing(file), open(file, 'a') as stream:
         for name, i, answer in answers:
             row = {'examples': examples_seen, 'generator': name, 'sample': i}
             row |= {'prompt': tokenizer.decode(prompts[i]), 'response': tokenizer.decode(answer)}

@@ -105,13 +105,14 @@ def stop_asked():
     return code
 
 
-def boundary(save, close):
-    """Call it after every step: does what signals have asked for, on all ranks together. save() begins a checkpoint, close()
-    has the trackers write what they hold."""
+def boundary(save, close, saved=False):
+    """Call it after every step: does what signals have asked for, on all ranks together. save() begins a checkpoint, unless
+    one of this step is saved already; close() has the trackers write what they hold."""
     global _training
     _training = True
     if code := stop_asked():
-        save()
+        if not saved:
+            save()
         checkpoint.wait()
         close()
         say('saved: the same command continues from here')
@@ -181,9 +182,8 @@ def memory(batches, max_tokens):
         yield
     except torch.OutOfMemoryError:
         longest = max(batch.ids.numel() for batch in batches)
-        lower = (
-            'max_length, since one example fills it' if longest > max_tokens else 'max_tokens, which changes no result'
-        )
+        alone = all(len(batch.place) == 1 for batch in batches)
+        lower = 'max_length, since one example fills it' if alone else 'max_tokens, which changes no result'
         error = UserError(f'the GPU is out of memory: the longest microbatch has {longest} tokens (max_tokens={max_tokens}); lower '
                           f'{lower}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs')  # fmt: skip
         error.of_this_rank = True

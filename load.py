@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -189,7 +190,8 @@ def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = F
     """A reward model, a transformers sequence classifier with one output, in float32 and eval mode, on the CPU.
 
     name, adapters (the head trains beside them), device_map: as in load_model; new_head: it may be a causal LM, whose head
-    gives way to a scalar one drawn from the seed; quiet: do not say so. tokenizer: with a separate pad token, whose row the embedding gets if it has none. Raises UserError."""
+    gives way to a scalar one drawn from the seed; quiet: do not say so. tokenizer: with a separate pad token, whose row the
+    embedding gets if it has none. Raises UserError."""
     register_attention()
     _check_safe(name, trust_remote_code)
     _check_map(name, device_map)
@@ -304,6 +306,15 @@ def check_tokenizer(tokenizer, model, name: str):
         )
 
 
+def check_heads(policy, reference):
+    """Raise UserError where a divergence has two vocabularies to compare."""
+    rows = [len(core(m).get_output_embeddings().weight) for m in (policy, reference)]
+    if rows[0] != rows[1]:
+        raise UserError(
+            f'policy and reference predict {rows[0]} and {rows[1]} tokens: this loss compares every one of them'
+        )
+
+
 def is_reward(model):
     """Whether a model scores answers, instead of predicting tokens."""
     return hasattr(core(model), 'score')
@@ -346,10 +357,10 @@ def packing_error(model, batch, padded):
     return ((ours - plain).abs() / plain.abs().clamp(min=1)).max().item()
 
 
-def can_pack(model, packed, padded, say):
-    """Whether packed batches give this architecture's own log-probs, up to rounding. If not, say so; if padded ones do not
-    either, its head does what _post does not know: raise UserError."""
-    error = packing_error(model, packed, padded)
+def can_pack(model, packed, padded, say, wanted=True):
+    """Whether packed batches are wanted and give this architecture's own log-probs, up to rounding. If they do not, say so;
+    if padded ones do not either, its head does what _post does not know: raise UserError."""
+    error = packing_error(model, packed, padded) if wanted else math.inf
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())  # as the forward has left them: gathered
     limit = 0.03 if half else 1e-4
     if error <= limit:
@@ -361,8 +372,22 @@ def can_pack(model, packed, padded, say):
         raise UserError(
             f'{_name(model)} does to its logits what _post in model.py does not know: log-probs would be off by {error:.1%}'
         )
-    say('note: this architecture cannot be packed: batches are padded instead')
+    if wanted:
+        say('note: this architecture cannot be packed: batches are padded instead')
     return False
+
+
+def check_positions(model, length, what):
+    """Raise UserError where length tokens are more than a model with learned position embeddings has positions for."""
+    learned = any(
+        isinstance(module, torch.nn.Embedding) and re.search('wpe|position', name)
+        for name, module in core(model).named_modules()
+    )
+    most = getattr(core(model).config.get_text_config(), 'max_position_embeddings', None)
+    if learned and most and length > most:
+        raise UserError(
+            f'{_name(model)} has {most} positions, and {what} take {length} tokens: lower max_length or max_new_tokens'
+        )
 
 
 def _name(model):

@@ -13,7 +13,7 @@ from pathlib import Path
 from configurator import UserError, main_rank
 
 # options that may differ when a run is continued: they change neither the result nor what is compared
-NEUTRAL = {'resume', 'keep_last', 'log_every', 'save_every', 'max_tokens', 'compile', 'wandb', 'tensorboard',
+NEUTRAL = {'resume', 'out_dir', 'activation_checkpointing', 'keep_last', 'log_every', 'save_every', 'max_tokens', 'compile', 'wandb', 'tensorboard',
            'tp', 'device_map', 'cpu_offload', 'skip_bad_steps'}  # fmt: skip
 SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
          'rewards/rejected': 'rejected', 'score': 'reward',
@@ -223,7 +223,7 @@ def crossed(every, first, seen, total):
 
 def schedule(step, steps, warmup, shape):
     """Factor of the learning rate at a step: linear warm-up, then constant, linear or cosine to zero."""
-    left = max(0.0, (steps - step) / max(1, steps - warmup))
+    left = min(1.0, max(0.0, (steps - step) / max(1, steps - warmup)))
     shapes = {'constant': 1.0, 'linear': left, 'cosine': (1 - math.cos(math.pi * left)) / 2}
     return min(1.0, (step + 1) / (warmup + 1), shapes[shape])
 

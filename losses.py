@@ -81,7 +81,7 @@ def apo_down(pi_w, pi_l, ref_w, ref_l, *, beta):
     return sigmoid(beta * (pi_w - ref_w)) + sigmoid(-beta * ((pi_w - ref_w) - (pi_l - ref_l)))
 
 def discopop(pi_w, pi_l, ref_w, ref_l, *, beta, tau):
-    """(1 - u) L(h) + u exp(-h), h = beta d, u = S(h / tau), in a form that cannot overflow. arXiv:2406.08414."""
+    """(1 - u) L(h) + u exp(-h), h = beta d, u = S(h / tau), in a form that cannot overflow for tau <= 1. arXiv:2406.08414."""
     h = beta * ((pi_w - ref_w) - (pi_l - ref_l))
     return -sigmoid(-h / tau) * logsigmoid(h) + (logsigmoid(h / tau) - h).exp()
 

@@ -242,7 +242,8 @@ class _Head(torch.autograd.Function):
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         plain = not divergence and not _cap(config)
-        d_hidden, d_bias = torch.empty_like(hidden), 0.0
+        d_hidden = torch.empty_like(hidden)
+        d_bias = 0.0 if bias is not None and ctx.needs_input_grad[2] else None
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
         chunks = _Head.chunks(len(target), len(weight), hidden.device)
         buffer = hidden.new_empty(chunks[0].stop if plain else 0, len(weight), dtype=wide(hidden))
@@ -263,10 +264,10 @@ class _Head(torch.autograd.Function):
                 d_weight.addmm_(d_raw.T, hidden[rows])
             elif d_weight is not None:  # chunks add up in float32 whatever the compute type
                 d_weight += d_raw.T @ hidden[rows]
-            if bias is not None and ctx.needs_input_grad[2]:
+            if d_bias is not None:
                 d_bias = d_bias + d_raw.sum(0)
         d_weight = d_weight if d_weight is None else d_weight.to(weight.dtype)
-        return d_hidden, d_weight, None if bias is None else d_bias, None, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 def set_attention(model, packed, own=None):

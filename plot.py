@@ -2,6 +2,7 @@
 
     python plot.py out/dpo_toy out/drdpo_toy --out=plot.png
 
+Options are given as --name=value; every other word is the folder of a run.
 Thin lines are training steps, smoothed; points are evaluations of held-out examples. A run is named by its folder and by the
 options in which the runs differ. The last panel needs evaluations with --sample_during_eval on the toy world, whose gold
 reward is known, or a metric whose name begins with gold_eval/.

@@ -6,7 +6,8 @@
 A round: answers sampled from the policy (offline: labelled answers of the data, +1 and -1) -> scores -> log-probs under
 policy and reference, values -> advantages -> ppo_epochs passes over the round, one gradient a minibatch. That gradient is
 the sum over the minibatch's answer tokens divided once by their number, the advantages are whitened over the whole round:
-both are the same on any number of ranks and microbatches. All counts are in examples; here an example is an answer.
+both are the same on any number of ranks and microbatches. Counts are in examples, which here are answers, but for
+warmup_steps.
 
 Where this departs from papers and other code:
 * Answers are sampled at temperature 1 without top-p: from the policy that is trained, so that ratios start at 1.
@@ -37,7 +38,7 @@ import toy
 from configurator import UserError, configure, main_rank
 from data import microbatches, pack_probe, steps
 from examples import Examples
-from load import add_value_head, can_pack, drop_value_head, load_model, load_reward, load_tokenizer
+from load import add_value_head, can_pack, check_positions, drop_value_head, load_model, load_reward, load_tokenizer
 from model import core, set_attention
 from tokenise import load_examples
 
@@ -79,15 +80,17 @@ lr = 1e-6  # learning rate
 lr_schedule = 'constant'  # after warm-up: constant, linear or cosine to zero
 warmup_steps = 10  # optimizer steps of linear warm-up
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
-weight_decay = 0.0  # of the optimizer
+weight_decay = 0.0  # the optimizer's
 max_grad_norm = 1.0  # gradients are clipped to this norm
-skip_bad_steps = 0  # go on without the step where loss or gradient is not finite, so many times in a run
+skip_bad_steps = 0  # leave out a step whose loss or gradient is not finite, so many times in a run; then stop
 seed = 0  # of the order of prompts, the answers, the minibatches
 # LoRA
 lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
 lora_alpha = 16.0  # their output is multiplied by alpha / rank
 lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
-lora_targets: str | None = None  # linear layers that get one, such as 'q_proj v_proj'; None: all in the blocks
+lora_targets: str | None = (
+    None  # linear layers that get one, such as 'q_proj v_proj' or 'q_proj,v_proj'; None: all in the blocks
+)
 # sampling
 max_new_tokens = 128  # length of an answer
 sample_batch = 128  # answers that one rank samples side by side
@@ -106,7 +109,7 @@ tensorboard = False  # log to tensorboard, too
 # machine
 dtype = 'float32'  # compute type: float32 or bfloat16 (weights, gradients and sums stay float32)
 pack = True  # no padding
-share_prefix = True  # grpo: compute the prompt of a group once
+share_prefix = True  # with group_size above 1: compute the prompt of a group once
 compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
 cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
@@ -155,7 +158,7 @@ tokenizer = load_tokenizer(model, trust_remote_code)
 load = partial(load_examples, tokenizer=tokenizer, seed=seed, max_prompt_length=max_prompt_length, truncation=truncation,
                num_turns=num_turns, skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
 # so that prompts are cut, whatever the answers
-load_prompts = partial(load, task='sft', max_length=max_prompt_length + 2)
+load_prompts = partial(load, task='prompts', max_length=max_prompt_length + 2)
 load_train = partial(load, task='singles', max_length=max_length) if offline else load_prompts
 train = fsdp.first_of_host(lambda: load_train(data, 'train', data_fraction=data_fraction))
 train = train.flip(noise_rate, seed) if noise_rate and offline else train
@@ -188,7 +191,9 @@ if adapters:
     log.say(lora.describe(policy))
 torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)
+pack = can_pack(policy, *pack_probe(train, device), log.say, wanted=pack and attn is None)
+longest = max(train.longest() if offline else 0, *(x.longest_prompt() + max_new_tokens for x in (train, held_out)))
+check_positions(policy, longest, 'prompts with their answers')
 ref = policy  # which, where its adapters are off, is the model as it was
 if not adapters or ref_model:
     ref = shard(partial(load_model, ref_model or model, seed=seed, **plain), train=False)
@@ -357,8 +362,8 @@ def run_minibatch(batches, examples, tokens, answers, index):
     return chosen.numel() if per_answer else int(chosen.sum()), {k: v.sum().item() for k, v in parts.items()}
 
 
-def train_round(first, examples, tokens, answers):
-    """All optimizer steps of a round. Returns metrics."""
+def train_round(first, examples, tokens, answers, places):
+    """All optimizer steps of a round; places: of its prompts in the training set. Returns metrics."""
     done, size, n_tokens, totals, norm = n_updates * (first // batch_size), minibatch_size // group, 0, {}, math.nan
     for epoch in range(ppo_epochs):
         order = np.random.default_rng((seed, first, epoch)).permutation(len(examples))
@@ -371,12 +376,10 @@ def train_round(first, examples, tokens, answers):
                 scale = world / weight if math.isfinite(sums['loss']) else math.nan
                 found = fsdp.update(policy, optim, rate, scale, max_grad_norm, strict=False)
             if not math.isfinite(found):
-                columns_of = {
-                    k: v.double().view(len(examples), -1)[index].mean(1)
-                    for k, v in answers.items()
-                    if k in ('score', 'n')
-                }
-                guard.bad_step(out_dir, state, skip_bad_steps, first, index, examples.uid[index], found, columns_of)
+                known = {k: answers[k].double().view(len(examples), -1)[index].flatten() for k in ('score', 'n')}
+                at = np.repeat(places[index], len(known['n']) // len(index))
+                known['loss'] = torch.full((len(at),), sums['loss'])  # of the whole step
+                guard.bad_step(out_dir, state, skip_bad_steps, first, at, train.uid[at], found, known)
                 done += 1
                 continue
             norm, n = found, int(answers['n'].view(len(examples), -1)[index].sum())
@@ -437,7 +440,7 @@ for first, index in steps(len(train), batch_size // group, total // group, seed,
     # a round that was cut short is thrown away; before the first there is nothing to save
     guard.boundary(partial(save, first) if first else lambda: None, logger.close)
     sampled = time.time()
-    metrics |= train_round(first, examples, tokens, answers)
+    metrics |= train_round(first, examples, tokens, answers, index)
     elapsed, sampling, clock = time.time() - clock, sampled - clock, time.time()
     metrics |= {'examples_per_second': (seen - first) / elapsed, 'sampling_share': sampling / elapsed,
                 'tokens_per_second': int(answers['n'].sum()) / elapsed, 'counters/step_examples': seen - first}  # fmt: skip
@@ -448,7 +451,7 @@ for first, index in steps(len(train), batch_size // group, total // group, seed,
         evaluate(seen)
     if due[1]:
         save(seen)
-    guard.boundary(partial(save, seen), logger.close)
+    guard.boundary(partial(save, seen), logger.close, saved=due[1])
     clock = time.time() if any(due) else clock
 evaluate(total)
 guard.boundary(partial(save, total), logger.close)

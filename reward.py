@@ -5,7 +5,7 @@
 
 The loss of a step is the mean over its pairs, on any number of ranks and microbatches. Where rows have
 a `margin`, the chosen score should be higher by that much. The result is a folder that transformers'
-AutoModelForSequenceClassification reads. All counts are in examples.
+AutoModelForSequenceClassification reads. Counts are in examples, but for warmup_steps.
 """
 
 import math
@@ -24,7 +24,7 @@ import losses
 import parallel
 from configurator import UserError, configure
 from data import microbatches, pack_probe, prefetch, steps
-from load import can_pack, load_reward, load_tokenizer, separate_pad
+from load import can_pack, check_positions, load_reward, load_tokenizer, separate_pad
 from model import set_attention
 from tokenise import load_examples
 
@@ -41,7 +41,7 @@ truncation = 'start'  # which end a too long prompt loses: start or end
 skip_bad_rows = False  # count unreadable rows instead of stopping
 # loss
 center_coef = 0.0  # weight of the squared sum of both scores, which keeps them near 0 (its paper: 0.01)
-label_smoothing = 0.0  # labels are wrong with this probability
+label_smoothing = 0.0  # probability that a label is wrong
 # steps
 n_epochs = 1  # passes over the data
 n_examples: int | None = None  # stop after so many examples; None: n_epochs decides
@@ -51,15 +51,17 @@ lr = 1e-5  # learning rate
 lr_schedule = 'constant'  # after warm-up: constant, linear or cosine to zero
 warmup_steps = 150  # steps of linear warm-up
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
-weight_decay = 0.0  # of the optimizer
+weight_decay = 0.0  # the optimizer's
 max_grad_norm = 10.0  # gradients are clipped to this norm
-skip_bad_steps = 0  # go on without the step where loss or gradient is not finite, so many times in a run
+skip_bad_steps = 0  # leave out a step whose loss or gradient is not finite, so many times in a run; then stop
 seed = 0  # of the new head, the data order, the flips
 # LoRA
 lora_rank: int | None = None  # train adapters of this rank instead of the model's weights; the head trains as it is
 lora_alpha = 16.0  # their output is multiplied by alpha / rank
 lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
-lora_targets: str | None = None  # linear layers that get one, such as 'q_proj v_proj'; None: all in the blocks
+lora_targets: str | None = (
+    None  # linear layers that get one, such as 'q_proj v_proj' or 'q_proj,v_proj'; None: all in the blocks
+)
 # evaluation and output
 out_dir = 'out/reward'  # everything the run leaves behind
 eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
@@ -113,8 +115,9 @@ if adapters:
     log.say(lora.describe(policy))
 torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)
+pack = can_pack(policy, *pack_probe(train, device), log.say, wanted=pack and attn is None)
 set_attention(policy, pack, attn)
+check_positions(policy, max(train.longest(), held_out.longest()), 'the examples')
 cut = partial(
     microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix, pad=not pack, device=device
 )
@@ -129,17 +132,17 @@ def prepare(examples, first, index):
     return first, index, batches, margin, tokens, allocated
 
 
-def run_step(n, batches, margin, train):
-    """The columns of a step, in step order. If train, the gradients are then the sum over its pairs / number of ranks."""
+def run_step(n, batches, margin, training):
+    """The columns of a step, in step order. If training, the gradients are then the sum over its pairs / number of ranks."""
     parts = []
     for batch in batches:
-        with torch.set_grad_enabled(train):
+        with torch.set_grad_enabled(training):
             scores = policy.response_scores(batch)
             s_w, s_l = scores[::2], scores[1::2]
             l = losses.bradley_terry(
                 s_w, s_l, margin[batch.place].to(device), center_coef=center_coef, label_smoothing=label_smoothing
             )
-        if train:
+        if training:
             real = torch.tensor(batch.place, device=device) >= 0
             (l * real).sum().backward()
         parts.append({'loss': l, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
@@ -165,7 +168,7 @@ def evaluate(examples_seen):
     parts = []
     for _, index, batches, margin, *_ in work:
         with guard.memory(batches, max_tokens):
-            parts.append(run_step(len(index), batches, margin, train=False))
+            parts.append(run_step(len(index), batches, margin, training=False))
         if guard.stop_asked():
             return  # an evaluation that was cut short is done again after the resume
     logger.row('eval', examples_seen, summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, 'eval'))
@@ -196,7 +199,7 @@ for first, index, batches, margin, tokens, allocated in prefetch(prepare(train, 
     waited, n = time.time() - clock, len(index)
     rate = lr * log.schedule(first // batch_size, n_steps, warmup_steps, lr_schedule)
     with guard.memory(batches, max_tokens):
-        whole = run_step(n, batches, margin, train=True)
+        whole = run_step(n, batches, margin, training=True)
         scale = world / n if guard.finite(whole) else math.nan
         norm = fsdp.update(policy, optim, rate, scale, max_grad_norm, strict=False)
     if not math.isfinite(norm):
@@ -214,7 +217,7 @@ for first, index, batches, margin, tokens, allocated in prefetch(prepare(train, 
         evaluate(seen)
     if due[1]:
         save(seen)
-    guard.boundary(partial(save, seen), logger.close)
+    guard.boundary(partial(save, seen), logger.close, saved=due[1])
     clock = time.time() if any(due) else clock
 evaluate(total)
 guard.boundary(partial(save, total), logger.close)

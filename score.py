@@ -7,7 +7,7 @@ import torch
 
 import fsdp
 from configurator import UserError
-from data import pack, pack_probe, plan
+from data import pack, pack_probe, plan, plan_padded
 from examples import Examples
 from load import can_pack, load_reward, load_tokenizer, separate_pad
 from log import say
@@ -52,7 +52,8 @@ def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
     groups = [group for same_prompt in groups.values() for group in same_prompt]
     rank, world = fsdp.data_rank()
     found, place = [], []
-    for chosen in plan([group['tokens'] for group in groups], world, max_tokens)[rank]:
+    lengths = np.array([group['tokens'] for group in groups])
+    for chosen in (plan_padded if padded else plan)(lengths, world, max_tokens)[rank]:
         mine = [groups[g] for g in chosen]
         batch = pack(
             [(g['prompt'], g['answers']) for g in mine], chosen, pad=padded, filler=1, device=core(model).device

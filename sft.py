@@ -3,7 +3,7 @@
     python sft.py config/sft_toy.py
     torchrun --nproc_per_node=4 sft.py config/sft_hh.py
 
-The loss of a step is the mean over its answer tokens. All counts are in examples, on any number of ranks.
+The loss of a step is the mean over its answer tokens, on any number of ranks. Counts are in examples, but for warmup_steps.
 """
 
 import math
@@ -23,7 +23,7 @@ import losses
 import parallel
 from configurator import UserError, configure, main_rank
 from data import microbatches, pack_probe, prefetch, steps
-from load import can_pack, load_model, load_tokenizer
+from load import can_pack, check_positions, load_model, load_tokenizer
 from model import set_attention
 from tokenise import load_examples
 
@@ -48,22 +48,24 @@ lr = 5e-7  # learning rate
 lr_schedule = 'constant'  # after warm-up: constant, linear or cosine to zero
 warmup_steps = 150  # steps of linear warm-up
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
-weight_decay = 0.0  # of the optimizer
+weight_decay = 0.0  # the optimizer's
 max_grad_norm = 10.0  # gradients are clipped to this norm
-skip_bad_steps = 0  # go on without the step where loss or gradient is not finite, so many times in a run
+skip_bad_steps = 0  # leave out a step whose loss or gradient is not finite, so many times in a run; then stop
 seed = 0  # of the data order and the samples
 # LoRA
 lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
 lora_alpha = 16.0  # their output is multiplied by alpha / rank
 lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
-lora_targets: str | None = None  # linear layers that get one, such as 'q_proj v_proj'; None: all in the blocks
+lora_targets: str | None = (
+    None  # linear layers that get one, such as 'q_proj v_proj' or 'q_proj,v_proj'; None: all in the blocks
+)
 # evaluation and output
 out_dir = 'out/sft'  # everything the run leaves behind
 eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
 n_eval_examples = 256  # how many held-out examples
 do_first_eval = True  # evaluate before training
 sample_during_eval = False  # sample answers into samples.jsonl
-n_eval_model_samples = 16  # how many
+n_eval_model_samples = 16  # how many answers of each model
 max_new_tokens = 128  # length of a sample
 temperature = 1.0  # of the samples; 0: greedy
 top_p = 1.0  # of the samples
@@ -84,14 +86,17 @@ device_map: str | None = None  # 'balanced': one process without torchrun spread
 attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
+if not sample_during_eval:
+    config.ignored(config.given('n_eval_model_samples max_new_tokens temperature top_p'), 'sample_during_eval is off')
 
 # special tokens, as in HALOs' csft: one id each, whatever stands before and after them
-
-CONTROL = ['<|good|>', '<|bad|>']  # special tokens: one id each, whatever stands before and after them
+CONTROL = ['<|good|>', '<|bad|>']
 
 # ---- set-up ----
 
 adapters = lora.options(config)
+if adapters and control_tokens:
+    raise UserError('control_tokens need embeddings that train, and lora_rank freezes them: leave out one of the two')
 parallel.check(config)
 rank, world, device = fsdp.setup(tp)
 if batch_size < world:
@@ -122,21 +127,24 @@ if adapters:
     log.say(lora.describe(policy))
 torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = pack and attn is None and can_pack(policy, *pack_probe(train, device), log.say)
+pack = can_pack(policy, *pack_probe(train, device), log.say, wanted=pack and attn is None)
 set_attention(policy, pack, attn)
+check_positions(policy, max(train.longest(), held_out.longest()), 'the examples')
+if sample_during_eval:
+    check_positions(policy, held_out.longest_prompt() + max_new_tokens, 'samples')
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, pad=not pack, device=device)
 
 # ---- one step ----
 
 
-def run_step(index, batches, train):
-    """The columns of a step, in step order. If train, the gradients are then the sum over its tokens / number of ranks."""
+def run_step(index, batches, training):
+    """The columns of a step, in step order. If training, the gradients are then the sum over its tokens / number of ranks."""
     parts = []
     for batch in batches:
-        with torch.set_grad_enabled(train):
+        with torch.set_grad_enabled(training):
             pi = policy.response_logps(batch)[0]
             l = losses.sft(pi, batch.n)
-        if train:
+        if training:
             real = torch.tensor(batch.place, device=device) >= 0
             (batch.n * l * real).sum().backward()
         parts.append({'loss': l, 'pi': pi, 'n': batch.n})
@@ -160,7 +168,7 @@ def evaluate(examples_seen):
     parts = []
     for index, batches in work:
         with guard.memory(batches, max_tokens):
-            parts.append(run_step(index, batches, train=False))
+            parts.append(run_step(index, batches, training=False))
         if guard.stop_asked():
             return  # an evaluation that was cut short is done again after the resume
     if sample_during_eval:
@@ -204,7 +212,7 @@ for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train,
     waited = time.time() - clock
     rate = lr * log.schedule(first // batch_size, n_steps, warmup_steps, lr_schedule)
     with guard.memory(batches, max_tokens):
-        whole = run_step(index, batches, train=True)
+        whole = run_step(index, batches, training=True)
         scale = world / whole['n'].sum().item() if guard.finite(whole) else math.nan
         norm = fsdp.update(policy, optim, rate, scale, max_grad_norm, strict=False)
     if not math.isfinite(norm):
@@ -222,7 +230,7 @@ for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train,
         evaluate(seen)
     if due[1]:
         save(seen)
-    guard.boundary(partial(save, seen), logger.close)
+    guard.boundary(partial(save, seen), logger.close, saved=due[1])
     clock = time.time() if any(due) else clock
 evaluate(total)
 guard.boundary(partial(save, total), logger.close)

@@ -535,7 +535,7 @@ def get_ultrachat(split, path=None):
 
 
 def get_alpaca_eval(split, path=None):
-    """tatsu-lab/alpaca_eval: instructions, for sampling only. (The repository is a script, so name its file.)"""
+    """tatsu-lab/alpaca_eval: instructions, for sampling only. (The hub has a loading script there, so its json file is read.)"""
     rows = read_rows('json', 'train', path, data_files='hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json')
     return rows, lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 

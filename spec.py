@@ -39,7 +39,10 @@ class Spec:
         self.uses |= {'sft_coef'} if self.paired else {'frac_good', 'frac_bad'}
         self.uses |= {'reference_free'} if has_ref and not self.divergence else set()
         self.uses |= {'importance', 'importance_max'} if self.paired and has_ref else set()
-        config.ignored([name for name in SPECIAL if name not in self.uses], f'the loss {loss} does not use it')
+        unused = [name for name in SPECIAL if name not in self.uses]
+        config.ignored(unused, f'the loss {loss} does not use it')
+        off = {'importance': False, 'sft_coef': 0.0, 'reference_free': False, 'label_smoothing': None}
+        o |= {name: value for name, value in off.items() if name in unused}
         config.ignored([] if o['importance'] else ['importance_max'], 'importance is off')
         if o['label_smoothing'] is None:
             o['label_smoothing'] = 0.1 if loss in ('cdpo', 'robust', 'exo') else 0.0
@@ -50,6 +53,7 @@ class Spec:
         if o['beta_prime'] is None and loss == 'drdpo':
             o['beta_prime'] = 1.0
         self.needs_ref = has_ref and not o['reference_free']
+        config.ignored([] if self.needs_ref else ['ref_model'], 'there is no reference')
         if o['cache_ref'] and (self.divergence or not self.needs_ref or loss == 'kto'):
             why = (
                 'needs the live reference, not one number an answer' if self.needs_ref else 'has no reference to cache'

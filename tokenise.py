@@ -51,7 +51,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         stamps = [sources.content_hash(rows)]
     tokenizer_stamp = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
     template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
-    key = json.dumps([3, stamps, options, tokenizer_stamp, template, tokenizer.eos_token_id])
+    key = json.dumps([4, stamps, options, tokenizer_stamp, template, tokenizer.eos_token_id])
     folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
     file = folder / f'tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors'
     examples = _read_cache(file) if cache else None
@@ -62,7 +62,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
             _write_cache(file, examples)
     if NO_TEMPLATE in examples.left_out:
         tokenizer.chat_template = PLAIN_CHAT  # so that the exported tokenizer writes chats as in training
-    examples = examples.select(uniform_hash(examples.uid, seed) < data_fraction) if data_fraction < 1 else examples
+    if data_fraction < 1:  # not by the hash of flip: the kept pairs would be the flipped ones
+        examples = examples.select(uniform_hash(examples.uid, seed + 2) < data_fraction)
     if not len(examples) and split == 'train':
         raise UserError(
             f'no {split} examples are left in data {data!r}; left out: {dict(examples.left_out) or "nothing"}'
@@ -75,7 +76,7 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
 
     margins: if any pair has a margin, all get one, 0 where there is none, which is counted."""
     parts = [part for row in rows for part in _as_texts(row, task, left_out)]
-    if task == 'sft':  # one demonstration a prompt and answer, however many pairs it is in
+    if task in ('sft', 'prompts'):  # one demonstration a prompt and answer, however many pairs it is in
         parts = list({part[3]: part for part in parts}.values())
     texts = [text for prompt, answers, *_ in parts for text in _render(prompt, answers, tokenizer, left_out)]
     ids = tokenizer(texts, add_special_tokens=False)['input_ids'] if texts else []
@@ -164,9 +165,14 @@ def _as_texts(row, task, left_out):
     """(prompt, answers, good, uid, margin) of a row, as the task needs them; none, counted, where it has no such thing."""
     prompt = row['prompt']
     if 'chosen' in row:
-        answers = [row.get('sft', row['chosen'])] if task == 'sft' else [row['chosen'], row['rejected']]
-    elif 'response' in row and (task == 'sft' or (task == 'singles' and 'good' in row)):
+        answers = [row.get('sft', row['chosen'])] if task in ('sft', 'prompts') else [row['chosen'], row['rejected']]
+    elif 'response' in row and task == 'sft' and not row.get('good', True):
+        left_out['bad answers, which are no demonstrations'] += 1
+        return []
+    elif 'response' in row and (task in ('sft', 'prompts') or (task == 'singles' and 'good' in row)):
         answers = [row['response']]
+    elif task == 'prompts':  # an answer that nobody reads
+        answers = ['.' if isinstance(prompt, str) else [{'role': 'assistant', 'content': '.'}]]
     else:
         left_out[f'rows without what {task} needs'] += 1
         return []

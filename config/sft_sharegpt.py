@@ -7,6 +7,7 @@ data_fraction = 0.1
 num_turns = 1
 n_epochs = 9
 batch_size = 8
+optimizer = 'RMSprop'
 lr = 1e-6
 dtype = 'bfloat16'
 activation_checkpointing = True

@@ -6,8 +6,9 @@
     python runs/claims.py --search            # find the methods' settings anew: out/claims/settings.json, else runs/claims/settings.json
     python runs/claims.py --report            # write the report again from what is there
 
-runs/claims has what --out_dir=runs/claims left there; with that the claims in the README are written, too. Resumable: every finished trial is a line of results.jsonl, and is not made again. results.md has the verdicts and the tables,
-flips.png and frontier.png the plots. claims_grid.py says which trials, claims_rules.py which claims and by which rule.
+runs/claims has what --out_dir=runs/claims left there; with that the claims in the README are written, too. Resumable: every
+finished trial is a line of results.jsonl, and is not made again. results.md has the verdicts and the tables, flips.png and
+frontier.png the plots. claims_grid.py says which trials, claims_rules.py which claims and by which rule.
 """
 
 import json

@@ -30,7 +30,7 @@ STEPS = {
     'rlaif_sharegpt': [
         (('sft', LLAMA, 'sft', 9 * SHAREGPT_PROMPTS // 10, SHAREGPT, 1, True), 1),
         (('sample', LLAMA, 'sample', 2 * 20_000, (40, 256, 0), 0, False), 1),
-        (('dpo', LLAMA, 'pairs', 20_000, SAMPLED, 1, True), 1),
+        (('dpo', LLAMA, 'pairs', 3 * 20_000, SAMPLED, 1, True), 1),
         (('sample', LLAMA, 'sample', 805, (40, 512, 0), 0, False), 2),
     ],
 }

@@ -3,7 +3,7 @@
 #   JUDGE, JUDGE_MODEL  address and model name of an OpenAI-compatible server; its key in NANOPREF_API_KEY
 #   JUDGE=none          leaves the judge out, and with it the win rates
 #   DRY=1               every step on this machine's CPU with stand-ins: a tiny model, 64 examples, a judge that counts letters.
-#                       HH=FILE names the HH pairs (../shared/data/hh_harmless.jsonl.gz)
+#                       HH=FILE names a file of HH pairs, such as its harmless-base/train.jsonl.gz; else the toy world's
 #   PRINT=1             only print the commands
 # A step whose result is there is skipped, so the same command continues. The table row comes last, from runs/paper_row.py.
 set -euo pipefail
@@ -108,7 +108,7 @@ chosen() {
 "$PYTHON" runs/expected.py "$NAME"
 if [ "$DRY" = 1 ] && [ "$PRINT" = 0 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} NANOPREF_CACHE=$OUT/cache
-    "$PYTHON" runs/stand_ins.py "--out=$OUT" "--hh=${HH:-../shared/data/hh_harmless.jsonl.gz}"
+    "$PYTHON" runs/stand_ins.py "--out=$OUT" ${HH:+"--hh=$HH"}
     "$PYTHON" runs/stand_ins.py --serve="${DRY_PORT:-8765}" &
     trap 'kill %1 2>/dev/null || true' EXIT
 fi

@@ -43,14 +43,17 @@ def main(folder, seeds='0 1 2'):
             before, after = (row for row in found if row['split'] == 'eval')
             rows.setdefault(mode, []).append((before, after, took))
             print(mode, seed, f'{before["gold/eval"]:.3f} -> {after["gold/eval"]:.3f}, {took:.0f} CPU s', flush=True)
-    print('| mode | gold reward before | after | well-formed before | after | KL | tokens before | after | CPU s |')
+    print(
+        '| mode | gold before | after | well-formed before | after | KL an answer | a token | tokens before | after | CPU s |'
+    )
+    print('|---|---|---|---|---|---|---|---|---|---|')
     for mode, found in rows.items():
         cells = []
-        for name in ('gold/eval', 'well_formed/eval', 'kl_eval/samples', 'length/eval'):
+        for name in ('gold/eval', 'well_formed/eval', 'kl_eval/samples', 'kl_eval/samples_per_token', 'length/eval'):
             for i in (0, 1):
                 values = [row[i][name] for row in found]
                 error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float('nan')
-                cells += [] if (name, i) == ('kl_eval/samples', 0) else [f'{statistics.mean(values):.3f} ({error:.3f})']
+                cells += [] if name.startswith('kl') and i == 0 else [f'{statistics.mean(values):.3f} ({error:.3f})']
         print('|', ' | '.join([mode, *cells, f'{max(row[2] for row in found):.0f}']), '|', flush=True)
 
 

@@ -9,7 +9,7 @@ if [ "$JUDGE" = none ]; then
     echo 'error: here the judge makes the training data: set JUDGE and JUDGE_MODEL' >&2
     exit 2
 fi
-train sft.py sft_sharegpt sft "--data=$SHAREGPT_DATA" --optimizer=RMSprop ${MODEL[@]+"${MODEL[@]}"}
+train sft.py sft_sharegpt sft "--data=$SHAREGPT_DATA" ${MODEL[@]+"${MODEL[@]}"}
 answers sft sampled "--data=$SHAREGPT_DATA" --split=train --n=2 "--n_examples=$N_SAMPLED"
 step "$OUT/labels/report.json" "$PYTHON" label.py "--answers=$OUT/sft/sampled/samples.jsonl" "--endpoint=$JUDGE" \
     "--judge_model=$JUDGE_MODEL" "--out_dir=$OUT/labels"

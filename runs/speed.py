@@ -104,7 +104,13 @@ def readme_lines():
     measured = [ratios(rows) for name, rows in numbers.items() if 'kept' not in name]
     low, high = ([f'{end(column):.1f}' for column in zip(*measured, strict=True)] for end in (min, max))
     span = [f'{a} to {b}' for a, b in zip(low, high, strict=True)]
-    yield f'Over {len(measured)} such runs (these shapes, batch 8 and 64, one and two threads; `runs/LOG.md`): {span[0]} times as fast as'
+    sizes, counts = (
+        {int(name.split(', ')[i].split()[j]) for name in numbers if 'kept' not in name} for i, j in ((1, 1), (2, 0))
+    )
+    what = ', '.join(
+        f'{words} {" and ".join(map(str, sorted(n)))}' for words, n in (('batch', sizes), ('threads', counts))
+    )
+    yield f'Over all {len(measured)} runs on these shapes ({what}; `runs/LOG.md`): {span[0]} times as fast as'
     yield f"TRL's defaults, {span[1]} times the original layout, {span[3]} times TRL with its CUDA scoring; with a cached"
     yield f"reference, {span[2]} times TRL's fastest setting with a precomputed one."
 

@@ -1,7 +1,7 @@
 """What a dry run (DRY=1) of a procedure in this folder uses instead of the real thing.
 
-python runs/stand_ins.py --out=FOLDER --hh=PAIRS    # tiny/ (a model), hh.jsonl, sharegpt.json, alpaca_eval.json: 64 examples
-python runs/stand_ins.py --serve=8765               # a judge: the answer with more different letters wins
+python runs/stand_ins.py --out=FOLDER [--hh=PAIRS]    # tiny/ (a model), hh.jsonl, sharegpt.json, alpaca_eval.json: 64 examples
+python runs/stand_ins.py --serve=8765                 # a judge: the answer with more different letters wins
 """
 
 import json
@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 out = 'out/dry'  # where the stand-ins go
-hh = '../shared/data/hh_harmless.jsonl.gz'  # a file of HH pairs
+hh: str | None = None  # a file of HH pairs; None: the toy world's, written as HH's
 serve: int | None = None  # answer as a judge on this port of 127.0.0.1 instead
 
 ROOT = Path(__file__, '../..').resolve()  # a call: configure() takes what stands above it for options
@@ -21,6 +21,18 @@ from configurator import UserError, configure  # noqa: E402
 N = 64
 
 
+def toy_as_hh(file):
+    """Pairs of the toy world as dialogues, a prompt each, enough of them for both parts of a divided file."""
+    import toy
+
+    talks = [
+        (f'\n\nHuman: {row["prompt"]} number {i}\n\nAssistant:', row) for i, row in enumerate(toy.pairs('train', 600))
+    ]
+    rows = [{side: talk + row[side] for side in ('chosen', 'rejected')} for talk, row in talks]
+    file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return file
+
+
 def make():
     import load
     import sources
@@ -28,13 +40,14 @@ def make():
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    if not Path(hh).exists():
-        raise UserError(f'there is no {hh}: give HH=FILE, pairs of Anthropic/hh-rlhf')
+    source = hh or toy_as_hh(folder / 'toy.jsonl')
+    if not Path(source).exists():
+        raise UserError(f'there is no {source}: give HH=FILE, pairs of Anthropic/hh-rlhf')
     # of both parts of a divided file; the test part is a twentieth
     rows = [
         row
         for split, n in (('train', N - 8), ('test', 8))
-        for row in islice(sources.load_rows(f'hh:{hh}', split)[0], n)
+        for row in islice(sources.load_rows(f'hh:{source}', split)[0], n)
     ]
     text = [{side: row['prompt'] + row[side] for side in ('chosen', 'rejected')} for row in rows]
     (folder / 'hh.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in text))
@@ -47,7 +60,7 @@ def make():
         tokenizer = toy.tokenizer()  # of bytes and a few words: any text
         load.load_model('toy').save_pretrained(folder / 'tiny')
         tokenizer.save_pretrained(folder / 'tiny')
-    print(f'stand-ins: {N} examples of {hh}, an untrained model of two layers: {folder}')
+    print(f'stand-ins: {N} examples of {source}, an untrained model of two layers: {folder}')
 
 
 def verdict(content):

@@ -3,6 +3,7 @@
 Most cases run a script in this process, where the UserError can be caught; one ends a process, one a group of two."""
 
 import json
+import math
 import os
 import re
 import runpy
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import configurator
+import generate
 from configurator import UserError
 
 ROOT = Path(configurator.__file__).parent
@@ -279,6 +281,64 @@ def test_a_config_file_may_set_what_the_loss_ignores(run, capsys):
     run('dpo.py', '{world}/note.py')
     out = capsys.readouterr().out
     assert re.search(r'^note: gamma of \S*note\.py has no effect: the loss dpo does not use it$', out, re.M)
+
+
+def numbers(folder):
+    """The rows of metrics.jsonl, without speeds."""
+    found = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith('_per_second')} for row in found]
+
+
+@pytest.mark.parametrize(('loss', 'line'), [
+    ('simpo', 'importance = True'), ('kto', 'importance = True'), ('kto', 'sft_coef = 0.1'), ('tdpo2', 'reference_free = True'),
+    ('simpo', "ref_model = 'nowhere'"),
+])  # fmt: skip
+def test_what_is_said_to_have_no_effect_has_none(run, tmp_path, capsys, loss, line):
+    (tmp_path / 'ignored.py').write_text(line + '\n')
+    run('dpo.py', f'--loss={loss}', str(tmp_path / 'ignored.py'), out_dir=tmp_path / 'with')
+    assert re.search(rf'^note: {line.split()[0]} of \S*ignored.py has no effect: ', capsys.readouterr().out, re.M)
+    run('dpo.py', f'--loss={loss}', out_dir=tmp_path / 'without')
+    assert numbers(tmp_path / 'with') == numbers(tmp_path / 'without')
+
+
+def test_importance_is_of_the_examples_own_reference(run, tmp_path):
+    """1 before the first step, also where the loss compares with other examples' references."""
+    run('dpo.py', '--loss=aot', '--importance', out_dir=tmp_path / 'run')
+    assert numbers(tmp_path / 'run')[0]['loss/train'] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_what_a_sample_has_not_said_is_not_in_its_kl(run, tmp_path, monkeypatch):
+    """An answer that was cut at max_new_tokens has no end of text; the shorter one has."""
+    drawn = [('policy', 0, [5, 6, 7, 8, 9]), ('policy', 1, [5, 6, 7]), ('reference', 0, [5]), ('reference', 1, [5])]
+    monkeypatch.setattr(generate, 'sample', lambda *args, **settings: drawn)
+    flags = ['--sample_during_eval', '--max_new_tokens=5', '--n_eval_model_samples=2', '--lr=1e-2']
+    run('dpo.py', *flags, out_dir=tmp_path / 'run')
+    last = next(row for row in reversed(numbers(tmp_path / 'run')) if row['split'] == 'eval')
+    assert last['kl_eval/samples'] / last['kl_eval/samples_per_token'] == pytest.approx(4.5)
+
+
+def test_flags_of_samples_that_are_not_drawn(run):
+    for script in ('dpo.py', 'sft.py'):
+        assert '--temperature has no effect: sample_during_eval is off' in refused(run, script, '--temperature=0.3')
+    assert '--ref_model has no effect: there is no reference' in refused(
+        run, 'dpo.py', '--loss=simpo', '--ref_model=toy'
+    )
+    assert 'lora_rank freezes them' in refused(run, 'sft.py', '--control_tokens', '--lora_rank=2')
+
+
+def test_prompts_alone_are_enough_for_grpo(run, tmp_path):
+    run('reward.py', out_dir=tmp_path / 'reward')
+    flags = [
+        '--loss=grpo',
+        '--group_size=2',
+        '--batch_size=4',
+        '--minibatch_size=4',
+        f'--reward_model={tmp_path}/reward/model',
+        '--max_new_tokens=4',
+    ]
+    flags += ['--data={world}/prompts.jsonl', '--eval_data={world}/prompts.jsonl', '--n_examples=8']
+    run('ppo.py', *flags, out_dir=tmp_path / 'run')
+    assert [row['counters/examples'] for row in numbers(tmp_path / 'run') if row['split'] == 'train'] == [4, 8]
 
 
 # ---- processes ----

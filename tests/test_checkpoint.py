@@ -26,8 +26,9 @@ FLAGS = ['--batch_size=12', '--n_examples=60', '--save_every=12', '--keep_last=3
 
 
 def run(out_dir, *flags, script='dpo.py'):
+    common = [flag for flag in FLAGS if script != 'ppo.py' or not flag.startswith('--max_length')]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', [script, *FLAGS, *flags, f'--out_dir={out_dir}'])
+        patch.setattr(sys, 'argv', [script, *common, *flags, f'--out_dir={out_dir}'])
         patch.setattr(torch, 'set_num_threads', lambda n: None)
         try:
             runpy.run_path(str(ROOT / script), run_name='script')
@@ -261,11 +262,36 @@ def test_bad_step_stops_before_the_weights_are_touched(tmp_path, monkeypatch, wh
         assert [int(index[row['place']]) for row in bad] == [row['index'] for row in bad]
 
 
-def tokens(whole):
+def test_bad_step_of_ppo_names_prompts_of_the_training_set(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(losses, 'grpo', lambda pi, *rest, **options: pi * torch.nan)
+    flags = [
+        '--loss=grpo',
+        '--group_size=3',
+        '--reward_model=gold',
+        '--max_new_tokens=4',
+        '--minibatch_size=6',
+    ]
+    with pytest.raises(UserError, match=r'the loss of the step from 0 to 6 examples is not finite; 6 of its examples'):
+        run(tmp_path / 'run', *flags, script='ppo.py')
+    from data import steps
+
+    bad = [json.loads(line) for line in (tmp_path / 'run/bad_step.jsonl').read_text().splitlines()]
+    train = tokens(whole, task='prompts')
+    places = [row['index'] for row in bad]
+    assert (
+        len(set(places)) == 2
+        and len(places) == 6
+        and set(places) < set(next(steps(len(train), 4, 20, 0))[1].tolist())
+        and max(places) > 3
+    )
+    assert [row['uid'] for row in bad] == train.uid[places].tolist() and all(row['loss'] == 'nan' for row in bad)
+
+
+def tokens(whole, task='pairs'):
     from load import load_tokenizer
     from tokenise import load_examples
 
-    return load_examples('toy', 'train', tokenizer=load_tokenizer('toy'), task='pairs', seed=0, max_length=64,
+    return load_examples('toy', 'train', tokenizer=load_tokenizer('toy'), task=task, seed=0, max_length=64,
                          max_prompt_length=32, truncation='start', num_turns=1, skip_bad_rows=False, whole=False,
                          data_fraction=0.1)  # fmt: skip
 
@@ -303,7 +329,7 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, whole, script):
     monkeypatch.setattr(fsdp, 'update', full)
     with pytest.raises(UserError, match=r'longest microbatch has \d+ tokens \(max_tokens=200\); lower max_tokens'):
         run(tmp_path / 'run', '--max_tokens=200', script=script)
-    with pytest.raises(UserError, match=r'\(max_tokens=9\); lower max_length'):
+    with pytest.raises(UserError, match=r'\(max_tokens=9\); lower max_length'):  # every microbatch is one example
         run(tmp_path / 'other', '--max_tokens=9', script=script)
 
 
@@ -311,7 +337,7 @@ def test_memory_of_another_rank_is_heard():
     """Only that rank knows, so it speaks, whichever it is; what all ranks know is said once."""
     code = """import configurator, guard, torch
 configurator.configure({'__file__': 'runs/save_pause.py'}, [])
-with guard.memory([type('Batch', (), {'ids': torch.zeros(7)})], 9):
+with guard.memory([type('Batch', (), {'ids': torch.zeros(7), 'place': [0, 1]})], 9):
     raise torch.OutOfMemoryError"""
     environment = os.environ | {'RANK': '1'}
     for text, heard in ((code, True), (code.replace('torch.OutOfMemoryError', "configurator.UserError('all')"), False)):
@@ -324,6 +350,25 @@ with guard.memory([type('Batch', (), {'ids': torch.zeros(7)})], 9):
         )
         assert done.returncode == 2 and ('the longest microbatch has 7 tokens' in done.stderr) == heard, done.stderr
         assert heard or not done.stderr
+
+
+def test_a_checkpoint_is_not_written_twice(monkeypatch):
+    """Where a signal comes in a step that saves anyway."""
+    said, code = [], []
+    monkeypatch.setattr(guard, 'stop_asked', lambda: guard.SAVED)
+    monkeypatch.setattr(guard.checkpoint, 'wait', lambda: said.append('wait'))
+    monkeypatch.setattr(guard.fsdp, 'leave', code.append)
+    guard.boundary(lambda: said.append('save'), lambda: said.append('close'), saved=True)
+    guard.boundary(lambda: said.append('save'), lambda: said.append('close'))
+    assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
+
+
+def test_a_full_disk_is_said_of_samples_too(tmp_path):
+    import generate
+    import toy
+
+    with pytest.raises(UserError, match='cannot write .*samples.jsonl'):
+        generate.write(tmp_path / 'none/samples.jsonl', toy.tokenizer(), [[5]], [('policy', 0, [6])], 0)
 
 
 def test_a_signal_ends_sampling(whole, monkeypatch):

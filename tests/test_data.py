@@ -247,7 +247,23 @@ def test_what_each_task_takes_from_a_row(tok):
     good = [True, False, True, False, True, False]
     assert texts('singles') == (singles, good, {'rows without what singles needs': 2})
     sft, good, out = texts('sft')
-    assert sft == [(' a',), (' best',), (' c',), (' d',), (' e',)] and out == {'rows without what sft needs': 1}
+    assert sft == [(' a',), (' best',), (' c',), (' e',)]
+    assert out == {'rows without what sft needs': 1, 'bad answers, which are no demonstrations': 1}
+    assert texts('prompts') == (
+        [(' a',), (' best',), (' c',), (' d',), (' e',), ('.',)],
+        [True] * 3 + [False] + [True] * 2,
+        {},
+    )
+
+
+def test_a_chat_may_be_a_prompt_alone(make_tokenizer):
+    turns = [{'role': 'user', 'content': 'one two'}]
+    chat, both = (
+        make_tokenizer(),
+        [{'prompt': turns}, {'prompt': turns, 'response': [{'role': 'assistant', 'content': 'x'}]}],
+    )
+    asked, answered = tokens(chat, both, 'prompts')
+    assert asked[0].tolist() == answered[0].tolist() and len(asked[0]) > 1
 
 
 def test_sft_takes_a_demonstration_once(tok):
@@ -442,6 +458,8 @@ def test_load_examples(tmp_path, tok):
     assert parts[0.2] < parts[0.5] < parts[1.0] == set(whole.uid.tolist())
     assert 300 < len(parts[0.2]) < 500 and 900 < len(parts[0.5]) < 1100
     assert set(load(str(tmp_path / 'c.jsonl'), tok, data_fraction=0.5, seed=1).uid.tolist()) != parts[0.5]
+    some = load(str(tmp_path / 'c.jsonl'), tok, data_fraction=0.5)
+    assert 150 < some.flip(0.2, 0).left_out['labels flipped'] < 250  # a fifth of what is kept, not of the low hashes
     mixed = write(tmp_path / 'e.jsonl', [{'prompt': 'p'}, pair('p', ' a', ' b'), {'chosen': 'a'}, pair('p', ' a', '')])
     left_out = {"bad rows: 'rejected' is missing or of the wrong type": 1, 'empty answers': 1}
     left_out['rows without what pairs needs'] = 1
@@ -545,7 +563,7 @@ def test_mismatched(tok):
     rows = [pair('p', ' a', ' b'), pair('q', ' c', ' d'), pair('p', ' e', ' f'), pair('r', ' g', ' h')]
     examples = tokens(tok, rows, 'singles')
     for index in (np.arange(8), np.array([5, 0, 1, 4, 2]), np.array([0, 2])):
-        mixed = examples.mismatched(index)
+        mixed = examples.mismatched(index, 512)
         own = {}
         for prompt, (a,) in items(examples):
             own.setdefault(tuple(prompt), []).append(a)
@@ -553,11 +571,20 @@ def test_mismatched(tok):
         some = [examples[i][1][0].tolist() for i in index]
         for i, (prompt, (answer,)) in zip(index, items(mixed), strict=True):
             assert prompt == examples[i][0].tolist() and answer in some and answer not in own[tuple(prompt)]
-    answers = [a for _, (a,) in items(examples.mismatched(np.array([2, 6])))]
+    answers = [a for _, (a,) in items(examples.mismatched(np.array([2, 6]), 512))]
     assert answers == [examples[6][1][0].tolist(), examples[2][1][0].tolist()]
-    one_prompt = items(examples.mismatched(np.array([0, 1, 4])))  # nothing better than another answer
+    one_prompt = items(examples.mismatched(np.array([0, 1, 4]), 512))  # nothing better than another answer
     assert [a for _, a in one_prompt] == [items(examples)[i][1] for i in (1, 4, 0)]
-    assert len(examples.mismatched(np.array([3]))) == 1  # the last step of an epoch may be of one example
+    assert len(examples.mismatched(np.array([3]), 512)) == 1  # the last step of an epoch may be of one example
+
+
+def test_a_mismatched_answer_is_cut_to_the_length_of_an_example():
+    examples = Examples.of([(list(range(10)), [[20, 21]]), ([1], [list(range(30, 41))]), (list(range(50, 62)), [[7]])])
+    assert examples.longest() == 13 and examples.longest(mixed=True) == 12 + 11 and examples.longest_prompt() == 12
+    mixed = items(examples.mismatched(np.arange(3), 12))
+    assert mixed == [(list(range(10)), [[30, 31]]), ([1], [[7]]), (list(range(50, 62)), [[20]])]  # one token at least
+    assert examples.spans[1, 1].tolist() == [13, 24]  # which the cut has left as it was
+    assert Examples.of([([1], [[2]])]).select(slice(0)).longest(mixed=True) == 0
 
 
 def test_examples_of():
@@ -778,6 +805,24 @@ def test_plan(lengths, world, max_tokens):
         assert len(batch) <= 1 or sum(lengths[i] for i in batch) <= max_tokens
         assert batch == sorted(batch)
     assert len(plans[0]) <= -(-len(lengths) // world)  # no more than one example each
+
+
+@MANY
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=40), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 200))
+def test_plan_padded(widths, world, max_tokens):
+    """No padded microbatch has more than max_tokens places, unless it is one example."""
+    plans = data.plan_padded(np.array(widths), world, max_tokens)
+    assert len(plans) == world and len({len(mine) for mine in plans}) == 1 and plans[0]
+    batches = [batch for mine in plans for batch in mine]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(widths)))
+    assert all(len(b) <= 1 or len(b) * max(widths[i] for i in b) <= max_tokens and b == sorted(b) for b in batches)
+    assert sum(not b for b in batches) < world
+
+
+def test_padded_plans_put_similar_widths_side_by_side():
+    assert data.plan_padded([9, 2, 10, 2, 2, 2], 1, 20) == [[[0, 2], [1, 3, 4, 5]]]
+    assert data.plan_padded([4] * 8, 4, 1000) == [[[0, 1]], [[4, 5]], [[2, 3]], [[6, 7]]]
+    assert data.plan_padded([4], 2, 1000) == [[[0]], [[]]]
 
 
 def test_plans_are_balanced_and_no_longer_than_need_be():

@@ -30,6 +30,20 @@ def dpo(folder, *flags, status=0):
     assert done.returncode == status, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize('shape', ['constant', 'linear', 'cosine'])
+@pytest.mark.parametrize(('steps', 'warmup'), [(100, 150), (200, 150), (100, 50), (1000, 150), (10, 0), (1, 0)])
+def test_schedule(shape, steps, warmup):
+    """Rises all through warm-up, at its line unless the decay is lower; then never rises."""
+    rates = [log.schedule(step, steps, warmup, shape) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[:warmup] == [(step + 1) / (warmup + 1) for step in range(min(steps, warmup))]
+    after = rates[warmup:]
+    assert after == sorted(after, reverse=True) and (not after or after[0] == pytest.approx(1, abs=1.01 / (warmup + 1)))
+    if shape != 'constant' and steps >= 1000:
+        half = warmup + (steps - warmup) // 2
+        assert rates[half] == pytest.approx(0.5, abs=1e-2) and rates[-1] < 2e-3
+
+
 @pytest.fixture(scope='module')
 def resumed(tmp_path_factory):
     """out_dir of a run that was cut short after 32 of 64 examples, when its later rows had been logged already."""

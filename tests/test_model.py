@@ -15,6 +15,7 @@ import torch
 import torch._dynamo.utils
 import torch.distributed as dist
 import torch.nn.attention.varlen
+import torch.nn.functional as F
 import transformers as hf
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -278,6 +279,41 @@ def test_an_unknown_head_is_an_error(name, monkeypatch):
     monkeypatch.setattr(model, '_scale', lambda config: 1.0)
     with pytest.raises(UserError, match=type(net).__name__):
         load.can_pack(net, *probe(), print)
+    with pytest.raises(UserError, match=type(net).__name__):
+        load.can_pack(net, *probe(), print, wanted=False)  # with --pack=false, too
+    monkeypatch.undo()
+    said = []
+    assert not load.can_pack(net, *probe(), said.append, wanted=False) and not said
+
+
+def test_positions():
+    net = tiny('gpt2')
+    most = net.config.max_position_embeddings
+    load.check_positions(net, most, 'the examples')
+    with pytest.raises(UserError, match=f'has {most} positions, and the examples take {most + 1} tokens'):
+        load.check_positions(net, most + 1, 'the examples')
+    load.check_positions(tiny('llama'), 10**6, 'the examples')  # rotary: it can be longer than it has been
+
+
+def test_a_divergence_needs_heads_of_one_size():
+    net, other = tiny('llama'), tiny('llama')
+    load.check_heads(net, other)
+    other.resize_token_embeddings(len(other.get_output_embeddings().weight) + 3)
+    with pytest.raises(UserError, match='policy and reference predict'):
+        load.check_heads(net, other)
+
+
+@pytest.mark.parametrize('weight_trains', [True, False])
+def test_a_head_whose_bias_is_frozen(weight_trains):
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(7, 5, requires_grad=True), torch.randn(11, 5), torch.randn(11)
+    weight.requires_grad_(weight_trains)
+    target, config = torch.arange(7), tiny('llama').config
+    model._Head.apply(hidden, weight, bias, target, config, None, None).sum().backward()
+    ours, hidden.grad = hidden.grad, None
+    F.linear(hidden, weight.detach(), bias).log_softmax(1).gather(1, target[:, None]).sum().backward()
+    torch.testing.assert_close(ours, hidden.grad)
+    assert bias.grad is None and (weight.grad is not None) == weight_trains
 
 
 # ---- divergences ----

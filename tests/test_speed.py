@@ -48,7 +48,7 @@ def test_no_wait_per_microbatch(loss, tmp_path, monkeypatch):
         script['prepare'].__globals__['cut'] = script['partial'](script['cut'], max_tokens=max_tokens)
         step, *_ = script['prepare'](script['train'], 0, script['np'].arange(8))
         with Waits() as waits:
-            script['run_step'](*step, {'statistic': {}}, train=True)
+            script['run_step'](*step, {'statistic': {}}, training=True)
         counts.append((len(step[2]), waits.seen))
     assert counts[0][0] == 1 and counts[1][0] > 3
     assert counts[0][1] == counts[1][1], counts
