@@ -81,12 +81,14 @@ if 'pi_w' not in columns_of or loss in losses.STATISTICS:
     )
 if 'div_w' in columns_of and set(names) & {'padded', 'packed', 'shared', 'cached', 'compile'}:
     raise UserError(f'{loss} needs the whole distribution of the live reference: only --variants=head measures it')
-if any(n.startswith('trl') for n in names) and loss != 'dpo':
-    raise UserError('TRL is measured with --loss=dpo only')
+if any(n.startswith('trl') for n in names) and (loss != 'dpo' or batch_size % min(PADDED, batch_size)):
+    raise UserError(f'TRL is measured with --loss=dpo, and a batch_size that is a multiple of {PADDED}')
 
 if out and (not Path(out).absolute().parent.is_dir() or Path(out).is_dir()):
     raise UserError(f'cannot write {out}: there is no such folder, or it is one')  # now, not after the measurement
 rank, world, device = fsdp.setup()
+if world > 1 and any(n.startswith('trl') for n in names):
+    raise UserError('TRL is measured in one process')
 if threads:
     torch.set_num_threads(threads)
 

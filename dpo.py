@@ -145,12 +145,12 @@ if adapters:
     log.say(lora.describe(policy))
 torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = can_pack(policy, *pack_probe(train, device), log.say, wanted=pack and attn is None)
-set_attention(policy, pack, attn)
-longest = max(x.longest(mixed=loss == 'kto') for x in (train, held_out))
-check_positions(policy, min(longest, max_length), 'the examples')
+longest = min(max_length, max(x.longest(mixed=loss == 'kto') for x in (train, held_out)))
+check_positions(policy, longest, 'the examples')
 if sample_during_eval:
     check_positions(policy, held_out.longest_prompt() + max_new_tokens, 'samples')
+pack = can_pack(policy, *pack_probe(train, device), log.say, wanted=pack and attn is None)
+set_attention(policy, pack, attn)
 # without max_tokens yet: the cache's pass keeps no activations and takes more of them
 cut = partial(microbatches, rank=rank, world=world, share_prefix=share_prefix, pad=not pack, device=device)
 
@@ -159,6 +159,7 @@ def load_reference():
     if adapters and ref_model is None:
         return policy  # which is the reference where its adapters are off
     m = shard(build_ref, train=False)
+    check_positions(m, longest, 'the examples')
     set_attention(m, pack, attn)
     return m
 
@@ -168,6 +169,8 @@ ref = load_reference() if spec.needs_ref and not cache_ref else None
 if spec.divergence:
     check_heads(policy, ref)
 if cache_ref:
+    if sample_during_eval:
+        log.say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
     cached = partial(cached_logps, build_ref, load_reference, cut=partial(cut, max_tokens=4 * max_tokens), dtype=dtype)
     train, held_out = cached(train), cached(held_out) if len(held_out) else held_out
 cut = partial(cut, max_tokens=max_tokens)
@@ -254,8 +257,13 @@ def run_step(first, index, batches, mismatched, thumbs, state, training):
             columns = forwarded or forward(batch)
             l, w = loss_and_weight(columns, batch.place, extra)
         real = torch.tensor(batch.place, device=device) >= 0
-        if beta_prime and shift is None:  # any constant of the step will do that keeps the weights inside float range
-            shift = fsdp.smallest(torch.where(real, l.detach(), torch.inf))
+        if beta_prime:  # the smallest loss so far is the shift, so that no weight is above 1
+            low = fsdp.smallest(torch.where(real, l.detach(), torch.inf))
+            if shift is not None and low < shift:  # what came before was weighted by a larger one
+                factor = losses.drdpo_weight(shift, low, beta_prime=beta_prime)
+                fsdp.scale_gradients(optim, factor)
+                parts = [part | {'step_weight': part['step_weight'] * factor} for part in parts]
+            shift = low if shift is None else torch.minimum(low, shift)
         step_weight = w * losses.drdpo_weight(l.detach(), shift, beta_prime=beta_prime) if beta_prime else w
         if training:
             (step_weight * l * real).sum().backward()
@@ -295,7 +303,7 @@ def sample(examples_seen):
                               max_new_tokens=max_new_tokens, top_p=top_p)  # fmt: skip
     if main_rank():
         generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, answers, examples_seen)
-    if not ref:
+    if not ref or not prompts:
         return {}
     end = [tokenizer.eos_token_id]  # which an answer that was cut has not said
     own = [(prompts[i], [[*a, *end * (len(a) < max_new_tokens)]]) for name, i, a in answers if name == 'policy']

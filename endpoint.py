@@ -73,8 +73,13 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
             raise UserError('the key in NANOPREF_API_KEY or OPENAI_API_KEY has characters that no key has')
         headers['Authorization'] = f'Bearer {key}'
     http = _http()
-    client = http.Client(headers=headers, timeout=http.Timeout(timeout, connect=min(timeout, 10.0)),
-                         limits=http.Limits(max_connections=concurrency))  # fmt: skip
+    try:
+        client = http.Client(headers=headers, timeout=http.Timeout(timeout, connect=min(timeout, 10.0)),
+                             limits=http.Limits(max_connections=concurrency))  # fmt: skip
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(
+            f'no connection as the environment asks for it (ALL_PROXY, SSL_CERT_FILE ...): {_short(error)}'
+        ) from None
     todo, done, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
     pause = [0.0]  # no request before this time: Retry-After is meant for all of them
 
@@ -113,7 +118,7 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
                     return Reply(job[0], None, None, f'{error}, after {k + 1} attempts')
                 if wait is not None:
                     pause[0] = max(pause[0], time.monotonic() + wait)
-                else:
+                if not wait or wait < backoff:  # none, 0, or a date of a clock that is behind
                     stop.wait(min(60.0, backoff * 2**k) * random.uniform(0.5, 1.0))
 
     def work():

@@ -204,7 +204,9 @@ if reward_model is not None:
 
 # ---- the verdicts ----
 
-log.check_out_dir(out_dir, record, True, neutral={'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'})
+log.check_out_dir(
+    out_dir, record, True, neutral={'out_dir', 'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'}
+)
 begun = Path(out_dir) / 'config.json'
 if begun.exists() and json.loads(begun.read_text())['config']['endpoint'] != endpoint:
     log.say(f'note: this run began at another endpoint; {judge_model} must be the same model here')
@@ -228,7 +230,8 @@ except KeyboardInterrupt:
     os._exit(130)  # the requests under way are given up
 finally:
     bar.close()
-    file.close()
+    with contextlib.suppress(OSError):  # a full disk has been said already
+        file.close()
 
 # ---- annotations and report ----
 

@@ -28,7 +28,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
 
         return toy.tokenizer()
     if not os.path.exists(name) and (name.count('/') != 1 or name.startswith(('.', '/'))):
-        raise UserError(f'there is no model folder {name!r}, so no tokenizer: train it first, or give another --model')
+        raise UserError(f'there is no model folder {name!r}, so no tokenizer: train it first, or name another one')
     _check_safe(name, trust_remote_code, weights=False)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)

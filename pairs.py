@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from configurator import UserError
-from sources import ask, field, instruction, read_rows, text_or_chat
+from sources import ASSISTANT, answer, ask, field, instruction, read_rows, text_or_chat
 
 
 def read_answers(path):
@@ -19,7 +19,11 @@ def read_answers(path):
             if row.error:
                 raise ValueError(row.error)
             if 'instruction' in row:
-                prompt, response = ask(field(row, 'instruction')), field(row, 'output')
+                text, response = field(row, 'instruction'), field(row, 'output')
+                whole = text.startswith('\n\nHuman:') and text.endswith(
+                    ASSISTANT
+                )  # a dialogue: see sources.instruction
+                prompt, response = (text, answer(response)) if whole else (ask(text), response)
             else:
                 prompt, response = text_or_chat(row, 'prompt'), field(row, 'response')
             shown, generator = instruction(prompt), field({'generator': 'unnamed', **row}, 'generator')

@@ -5,7 +5,7 @@
 Options are given as --name=value; every other word is the folder of a run.
 Thin lines are training steps, smoothed; points are evaluations of held-out examples. A run is named by its folder and by the
 options in which the runs differ. The last panel needs evaluations with --sample_during_eval on the toy world, whose gold
-reward is known, or a metric whose name begins with gold_eval/.
+reward is known, or ppo.py's metric gold/eval, which is drawn without an error.
 """
 
 import json
@@ -124,14 +124,14 @@ def frontier(rows, samples):
         if prompt in toy.PLACES:
             scores.setdefault((row['generator'], row['examples']), []).append(toy.gold(row['prompt'], row['response']))
     points = []
-    reference = [x for (name, _), values in scores.items() if name == 'reference' for x in values]
+    reference = next((values for (name, _), values in scores.items() if name == 'reference'), [])  # the same every time
     if reference:
         points.append((0.0, *mean_and_error(reference)))
     for row in rows:
-        kl, measured = row.get('kl_eval/samples'), [v for k, v in row.items() if k.startswith('gold_eval/')]
+        kl, measured = row.get('kl_eval/samples'), row.get('gold/eval')  # of all answers of ppo.py, not of some
         own = scores.get(('policy', row.get('counters/examples')))
-        if kl is not None and (measured or own):
-            points.append((kl, measured[0], 0.0) if measured else (kl, *mean_and_error(own)))
+        if kl is not None and (measured is not None or own):
+            points.append((kl, measured, 0.0) if measured is not None else (kl, *mean_and_error(own)))
     return points
 
 
@@ -161,9 +161,11 @@ def draw(runs):
     shown = [panel for panel in panels if anywhere(panel)]
     points = [frontier(rows, samples) for _, rows, samples in runs]
     count = len(shown) + any(points)
+    if not count:
+        raise UserError('these runs have no metric that is drawn')
     columns = min(3, count)
     down = -(-count // columns)
-    names = labels(runs)
+    names = [name.replace('$', r'\$') for name in labels(runs)]  # else matplotlib reads mathematics
     plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
                          'grid.alpha': 0.25, 'axes.titlesize': 11, 'axes.titleweight': 'bold'})  # fmt: skip
     figure, axes = plt.subplots(

@@ -191,13 +191,14 @@ if adapters:
     log.say(lora.describe(policy))
 torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
-pack = can_pack(policy, *pack_probe(train, device), log.say, wanted=pack and attn is None)
 longest = max(train.longest() if offline else 0, *(x.longest_prompt() + max_new_tokens for x in (train, held_out)))
-check_positions(policy, longest, 'prompts with their answers')
+check_positions(policy, longest, 'prompts with their answers')  # before it has to read them
+pack = can_pack(policy, *pack_probe(train, device), log.say, wanted=pack and attn is None)
 ref = policy  # which, where its adapters are off, is the model as it was
 if not adapters or ref_model:
     ref = shard(partial(load_model, ref_model or model, seed=seed, **plain), train=False)
 for m in filter(None, (policy, ref, getattr(core(policy), 'critic', None))):
+    check_positions(m, longest, 'prompts with their answers')
     set_attention(m, pack, attn)
 judge = None
 if reward_model not in (None, 'gold'):

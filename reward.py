@@ -115,9 +115,9 @@ if adapters:
     log.say(lora.describe(policy))
 torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
 optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
+check_positions(policy, max(train.longest(), held_out.longest()), 'the examples')
 pack = can_pack(policy, *pack_probe(train, device), log.say, wanted=pack and attn is None)
 set_attention(policy, pack, attn)
-check_positions(policy, max(train.longest(), held_out.longest()), 'the examples')
 cut = partial(
     microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix, pad=not pack, device=device
 )

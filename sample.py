@@ -131,7 +131,7 @@ def wanted(i, sample):
 record = dict(config) | (
     {} if endpoint else {'weights': fsdp.gather_objects(fsdp.on_one_rank(lambda: content(model)))[0]}
 )
-neutral = {'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
+neutral = {'out_dir', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = fsdp.first_of_host(read_prompts)
 keys = [(i, k) for i in range(len(prompts)) for k in range(n * len(temperatures))]
@@ -234,6 +234,7 @@ net, tokenizer, ids = (None, None, None) if endpoint else load()
 log.say(f'data: {len(prompts)} prompts, {len(keys)} answers; left out or changed: {dict(+left_out) or "nothing"}')
 text = repr(prompts[0] if endpoint else tokenizer.decode(ids[0]))
 log.say(f'first prompt: {text if len(text) < 300 else text[:150] + " ... " + text[-150:]}')
+fsdp.on_one_rank(lambda: samples.lock(out_dir))
 done = set(fsdp.gather_objects(fsdp.on_one_rank(lambda: list(samples.collect(out_dir, wanted))))[0])
 if done:
     log.say(f'{len(done)} answers are in {out_dir} already')
@@ -256,6 +257,8 @@ if rank == 0:
     speed = f'{total["tokens"] / seconds:.0f} tokens/s; ' if total else ''
     log.say(f'done: {out_dir}/samples.jsonl, {len(found)} answers, {lengths} of them cut at {max_new_tokens} tokens; {speed}'
             f'{out_dir}/model_outputs.json, the first answer to each prompt')  # fmt: skip
+if not failed and len(fsdp.gather_objects(found and list(found))[0]) < len(keys):
+    raise UserError(f'answers are missing in {out_dir}/samples.jsonl: run the same command again')
 if failed:
     reason, times = failed.most_common(1)[0]
     raise UserError(

@@ -3,12 +3,32 @@
 Rows are appended as answers arrive, by rank r > 0 to samples-r.jsonl, and put in order when a run begins and ends: what was
 there when a run was killed is kept, and how many ranks there were does not show."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
 
 import sources
 from configurator import UserError
+
+_lock = None  # file descriptor of the folder that this process holds
+
+
+def lock(out_dir):
+    """Keep other processes out of out_dir until this one ends. Raises UserError where another one is there."""
+    global _lock
+    if _lock is not None:
+        os.close(_lock)
+        _lock = None
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        _lock = os.open(out_dir, os.O_RDONLY)
+        fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f'another run is using {out_dir}: wait for its end, or choose another --out_dir') from None
+    except OSError as error:
+        if _lock is None:  # else it is a network file system without locks
+            raise UserError(f'cannot write to {out_dir} ({error.strerror})') from None
 
 
 def append(out_dir, rank, rows):

@@ -60,4 +60,9 @@ def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
         )
         found.append(model.response_scores(batch))
         place += [i for g in mine for i in g['place']] or [-1]
-    return fsdp.gather_columns({'score': torch.cat(found)}, place, len(items))['score'].float().numpy()
+    values = fsdp.gather_columns({'score': torch.cat(found)}, place, len(items))['score'].float().numpy()
+    if not np.isfinite(values).all():
+        raise UserError(
+            "the reward model's scores are not numbers (nan): its weights are broken, or too large for its type"
+        )
+    return values

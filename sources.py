@@ -10,6 +10,7 @@ A row that is not what it should be makes parse raise ValueError(reason). Texts 
 
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -115,8 +116,8 @@ def content_hash(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=8).digest(), 'big')
 
 
-def read_rows(hub_id, split, path, **kwargs):
-    """Rows of a local file, of a local folder's files for this split, or of a hub dataset."""
+def read_rows(hub_id, split, path, undivided=False, **kwargs):
+    """Rows of a local file, of a local folder's files for this split (undivided: of all its files), or of a hub dataset."""
     if path is None:
         import datasets
 
@@ -127,20 +128,22 @@ def read_rows(hub_id, split, path, **kwargs):
         for i, raw in enumerate(rows):
             yield _row(raw, f'{hub_id} [{split}], row {i + 1}')
         return
-    for file in local_files(path, split):
+    for file in local_files(path, None if undivided else split):
         yield from _read_file(file)
 
 
 def local_files(path, split):
-    """A file itself, or a folder's data files whose path names this split."""
+    """A file itself, or a folder's data files whose path names this split; None: all of them."""
     files = data_files(path)
     if len(files) == 1:  # of which a part is held out
         return files
-    name = split.partition('_')[0]
-    files = [f for f in files if re.search(rf'(?<![a-z]){name}', f[len(path) :].lower())]  # latest.json is no test file
-    if not files:
-        raise UserError(f'the folder {path} has no {split} file ({", ".join(ENDINGS)} with {split!r} in its name)')
-    return files
+    for name in (split, split.partition('_')[0]) if split else ['']:  # train_prefs, where there is one, else train
+        named = [
+            f for f in files if re.search(rf'(?<![a-z]){name}', f[len(path) :].lower())
+        ]  # latest.json is no test file
+        if named:
+            return named
+    raise UserError(f'the folder {path} has no {split or "data"} file ({", ".join(ENDINGS)}, the split in its name)')
 
 
 def data_files(path):
@@ -170,12 +173,16 @@ def _read_file(file):
             return
         with (gzip.open if file.endswith('.gz') else open)(file, 'rb') as stream:
             if file.endswith(('.json', '.json.gz')):
-                content = json.loads(stream.read().decode('utf-8-sig'))  # not json's own guess of an encoding
-                if not isinstance(content, list):
-                    raise UserError(f'{file}: not a list of rows (one row a line belongs in a .jsonl file)')
-                for i, raw in enumerate(content):
-                    yield _row(raw, f'{file}, row {i + 1}')
-                return
+                text = stream.read().decode('utf-8-sig')  # not json's own guess of an encoding
+                lines = text.lstrip().split('\n', 1)
+                if not (lines[0].startswith('{') and lines[0].rstrip().endswith('}') and len(lines) > 1):
+                    content = json.loads(text)
+                    if not isinstance(content, list):
+                        raise UserError(f'{file}: not a list of rows')
+                    for i, raw in enumerate(content):
+                        yield _row(raw, f'{file}, row {i + 1}')
+                    return
+                stream = io.BytesIO(text.encode())  # a row a line after all, as SHP's files have them
             for i, line in enumerate(stream):
                 if not line.strip():
                     continue
@@ -328,6 +335,8 @@ def instruction(prompt):
 
 def get_hh(split, path=None, data_dir=None):
     """Anthropic/hh-rlhf: two dialogues that differ in their last answer; what precedes it is the prompt."""
+    if path and data_dir and os.path.isdir(os.path.join(path, data_dir)):
+        path = os.path.join(path, data_dir)
 
     def parse(row):
         prompt, mark, chosen = field(row, 'chosen').rpartition(ASSISTANT)
@@ -423,7 +432,7 @@ def get_se(split, path=None):
             for (high, good), (low, bad) in pairs
         ] or [{'drop': 'fewer than two answers'}]
 
-    return read_rows('HuggingFaceH4/stack-exchange-preferences', 'train', path), parse
+    return read_rows('HuggingFaceH4/stack-exchange-preferences', 'train', path, undivided=True), parse
 
 
 def get_sharegpt(split, path=None, num_turns=1):
@@ -447,6 +456,7 @@ def get_sharegpt(split, path=None, num_turns=1):
         'anon8231489123/ShareGPT_Vicuna_unfiltered',
         'train',
         path,
+        undivided=True,
         data_files='ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json',
     ), parse
 
@@ -536,7 +546,9 @@ def get_ultrachat(split, path=None):
 
 def get_alpaca_eval(split, path=None):
     """tatsu-lab/alpaca_eval: instructions, for sampling only. (The hub has a loading script there, so its json file is read.)"""
-    rows = read_rows('json', 'train', path, data_files='hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json')
+    rows = read_rows(
+        'json', 'train', path, undivided=True, data_files='hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'
+    )
     return rows, lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 
 
@@ -561,4 +573,4 @@ def get_annotations(split, path=None):
     """AlpacaEval's annotations.json: preference below 1.5 means output_1, above it output_2; 0 and 1.5 are ties."""
     if path is None:
         raise UserError('annotations is a local file: --data=annotations:PATH')
-    return read_rows(None, 'train', path), parse_annotation
+    return read_rows(None, 'train', path, undivided=True), parse_annotation

@@ -54,6 +54,8 @@ class Spec:
             o['beta_prime'] = 1.0
         self.needs_ref = has_ref and not o['reference_free']
         config.ignored([] if self.needs_ref else ['ref_model'], 'there is no reference')
+        if o['importance'] and not self.needs_ref:
+            raise UserError('--importance is a ratio to the reference: leave out --reference_free')
         if o['cache_ref'] and (self.divergence or not self.needs_ref or loss == 'kto'):
             why = (
                 'needs the live reference, not one number an answer' if self.needs_ref else 'has no reference to cache'

@@ -77,7 +77,10 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
     margins: if any pair has a margin, all get one, 0 where there is none, which is counted."""
     parts = [part for row in rows for part in _as_texts(row, task, left_out)]
     if task in ('sft', 'prompts'):  # one demonstration a prompt and answer, however many pairs it is in
-        parts = list({part[3]: part for part in parts}.values())
+        once = list({part[3]: part for part in parts}.values())
+        if task == 'prompts' and len(once) < len(parts):
+            left_out['same prompt again'] += len(parts) - len(once)
+        parts = once
     texts = [text for prompt, answers, *_ in parts for text in _render(prompt, answers, tokenizer, left_out)]
     ids = tokenizer(texts, add_special_tokens=False)['input_ids'] if texts else []
     first, eos = _first(tokenizer), tokenizer.eos_token_id
@@ -171,6 +174,7 @@ def _as_texts(row, task, left_out):
         return []
     elif 'response' in row and (task in ('sft', 'prompts') or (task == 'singles' and 'good' in row)):
         answers = [row['response']]
+        answers = answers if task != 'prompts' or not _blank(answers[0]) else ['.']
     elif task == 'prompts':  # an answer that nobody reads
         answers = ['.' if isinstance(prompt, str) else [{'role': 'assistant', 'content': '.'}]]
     else:

@@ -71,4 +71,4 @@ def _meat(scores, clusters):
 
 
 def _root(variance):
-    return float(np.sqrt(variance)) if variance == variance else None
+    return float(np.sqrt(max(variance, 0.0))) if variance == variance else None  # rounding goes below 0

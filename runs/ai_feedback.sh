@@ -28,7 +28,7 @@ JUDGE=${JUDGE:-}                 # flags of label.py; none: a reward model train
 WIN=${WIN:-}                     # the judge of the win rate; none: gold on the toy world, else JUDGE
 
 step() {  # a folder, the file that says it is done, and the command that makes it
-    if [ -e "$OUT/$1/$2" ]; then echo "== $1: done before"; else echo "== $1"; dir=$1; shift 2; "$@" --out_dir="$OUT/$dir"; fi
+    if [ -e "$OUT/$1/$2" ] && ! grep -qs '"failed": [1-9]' "$OUT/$1/$2"; then echo "== $1: done before"; else echo "== $1"; dir=$1; shift 2; "$@" --out_dir="$OUT/$dir"; fi
 }
 step sft model $RUN sft.py "$SFT" --model="$MODEL" --data="$DATA" $FLAGS
 if [ -z "$JUDGE" ]; then

@@ -50,7 +50,7 @@ def read_results(file):
 def run(trials, file, work):
     """Make those trials that are not in the file yet, several side by side, and append each when it is done."""
     results = read_results(file)
-    left = [trial for trial in trials if claims_grid.key(trial) not in results]
+    left = [trial for trial in trials if results.get(claims_grid.key(trial), {}).get('n_samples') != n_samples]
     print(f'{len(trials)} trials, {len(trials) - len(left)} of them done already: {file}', flush=True)
     if not left:
         return

@@ -20,6 +20,10 @@ CASES = {name: [f'--loss={name}'] for name in losses.LOSSES} | {
     'reference_free': ['--loss=dpo', '--reference_free'],
     'rlaif': ['--loss=dpo', '--importance', '--sft_coef=0.1', '--noise_rate=0.3'],
     'dr_ipo': ['--loss=ipo', '--beta=0.04', '--beta_prime=0.5'],  # losses of 156: exp(-312) is 0 in float32
+    'dr_slic': [
+        '--loss=slic',
+        '--beta_prime=0.1',
+    ],  # the smallest loss may come in any microbatch, by hundreds of beta'
     'dr_beta_dpo': ['--loss=beta_dpo', '--beta_prime=0.5', '--a=0.01'],
     'erm': ['--loss=radpo1', '--risk=erm', '--mu=0.5'],
     'released': ['--loss=radpo2', '--risk=released'],

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import configurator
 import generate
+import toy
 from configurator import UserError
 
 ROOT = Path(configurator.__file__).parent
@@ -27,10 +29,6 @@ PAIRS = [{'prompt': f'place {i}:', 'chosen': f' good {i} .', 'rejected': f' bad 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
     """A folder of good and bad files that the cases name."""
-    import transformers
-
-    import toy
-
     folder = tmp_path_factory.mktemp('world')
 
     def write(name, *rows):
@@ -324,6 +322,59 @@ def test_flags_of_samples_that_are_not_drawn(run):
         run, 'dpo.py', '--loss=simpo', '--ref_model=toy'
     )
     assert 'lora_rank freezes them' in refused(run, 'sft.py', '--control_tokens', '--lora_rank=2')
+
+
+@pytest.fixture(scope='module')
+def short(tmp_path_factory):
+    """Folders of GPT-2s with 4 and with 256 positions."""
+    folder, tokenizer = tmp_path_factory.mktemp('short'), toy.tokenizer()
+    for n in (4, 256):
+        config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=n)
+        transformers.GPT2LMHeadModel(config).save_pretrained(folder / str(n))
+        tokenizer.save_pretrained(folder / str(n))
+    return folder
+
+
+@pytest.mark.parametrize('script', ['dpo.py', 'sft.py', 'reward.py', 'ppo.py'])
+def test_more_tokens_than_positions(run, short, script):
+    flags = ['--reward_model=gold', '--data=toy', '--eval_data=toy', '--n_examples=4'] if script == 'ppo.py' else []
+    more = ['--minibatch_size=2'] if flags else []
+    assert 'has 4 positions, and' in refused(run, script, f'--model={short}/4', *flags, *more)
+    if script in ('dpo.py', 'ppo.py'):  # nor may the reference, or the critic, be too short
+        assert 'has 4 positions, and' in refused(
+            run, script, f'--model={short}/256', f'--ref_model={short}/4', *flags, *more
+        )
+    if script == 'ppo.py':
+        assert 'has 4 positions, and' in refused(
+            run, script, f'--model={short}/256', f'--critic={short}/4', *flags, *more
+        )
+    if script == 'dpo.py':
+        sampling = ['--sample_during_eval', '--max_new_tokens=300']
+        assert 'and samples take' in refused(run, script, f'--model={short}/256', *sampling)
+        assert 'has 4 positions' in refused(
+            run, script, f'--model={short}/256', f'--ref_model={short}/4', '--cache_ref'
+        )
+
+
+def test_samples_where_no_answer_is_good(run, tmp_path):
+    row = {'prompt': 'p', 'completion': ' a b'}
+    for name, thumbs in (('mixed', [True, False]), ('bad', [False])):
+        lines = [json.dumps(row | {'prompt': f'p{i}', 'label': thumbs[i % len(thumbs)]}) for i in range(4)]
+        (tmp_path / f'{name}.jsonl').write_text('\n'.join(lines))
+    data = [f'--data={tmp_path}/mixed.jsonl', f'--eval_data={tmp_path}/bad.jsonl']
+    run('dpo.py', '--loss=kto', *data, '--sample_during_eval', '--max_new_tokens=3', out_dir=tmp_path / 'run')
+    assert (tmp_path / 'run/samples.jsonl').read_text() == ''
+
+
+def test_importance_needs_a_reference(run):
+    assert 'leave out --reference_free' in refused(run, 'dpo.py', '--importance', '--reference_free')
+
+
+def test_a_cached_reference_is_not_sampled(run, tmp_path, capsys):
+    run('dpo.py', '--cache_ref', '--sample_during_eval', '--max_new_tokens=3', out_dir=tmp_path / 'run')
+    assert 'note: with --cache_ref the reference is not there to be sampled' in capsys.readouterr().out
+    names = {json.loads(line)['generator'] for line in (tmp_path / 'run/samples.jsonl').read_text().splitlines()}
+    assert names == {'policy'} and not any('kl_eval/samples' in row for row in numbers(tmp_path / 'run'))
 
 
 def test_prompts_alone_are_enough_for_grpo(run, tmp_path):

@@ -1,6 +1,7 @@
 """From rows to token ids, and from those to steps, microbatches and packed batches: what is kept, cut, counted, flipped."""
 
 import json
+import math
 import os
 import runpy
 import sys
@@ -644,6 +645,9 @@ def test_kto_flips_what_it_says_and_keeps_fractions_of_training_answers(tmp_path
 def test_kto_with_one_example_left_over(tmp_path):
     flags = ['--loss=kto', '--data=' + write(tmp_path / 'd.jsonl', many_pairs(6)), f'--eval_data={tmp_path}/d.jsonl']
     run('dpo.py', *flags, '--n_examples=3', '--batch_size=2', '--n_eval_examples=3', f'--out_dir={tmp_path}/a')
+    rows = [json.loads(line) for line in (tmp_path / 'a/metrics.jsonl').read_text().splitlines()]
+    assert [row['counters/examples'] for row in rows if row['split'] == 'train'] == [2, 3]
+    assert all(math.isfinite(row['loss/train']) for row in rows if row['split'] == 'train')
 
 
 # ---- any text ----

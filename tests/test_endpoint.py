@@ -113,6 +113,26 @@ def test_retry_after_is_honoured_by_all(form):
     assert arrived[1] - arrived[0] >= 0.95
 
 
+@pytest.mark.parametrize('form', ['0', 'past'])
+def test_a_retry_after_that_asks_for_nothing_does_not_end_the_waiting(form):
+    began = time.monotonic()
+
+    def behave(n, body):
+        soon = '0' if form == '0' else email.utils.formatdate(time.time() - 5, usegmt=True)
+        return 'ok' if time.monotonic() - began > 0.5 else (429, '', {'Retry-After': soon})
+
+    with serve(behave) as server:
+        replies = list(endpoint.ask(server.url, jobs(2), backoff=0.1, timeout=5, concurrency=1))
+        assert [r.text for r in replies] == ['ok', 'ok'] and len(server.seen) < 8
+
+
+@pytest.mark.parametrize('name, value', [('ALL_PROXY', 'foo://127.0.0.1:1'), ('SSL_CERT_FILE', '/no/such/file')])
+def test_an_environment_that_cannot_be_used(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match='as the environment asks'):
+        list(endpoint.ask('http://127.0.0.1:9', jobs(1), **FAST))
+
+
 def test_a_long_retry_after_is_left_to_the_user():
     with serve(lambda n, body: (429, 'quota', {'Retry-After': '7200'})) as server:
         with pytest.raises(UserError, match='asks to wait 7200 s: run the same command again'):

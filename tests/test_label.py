@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from stub import completion, serve, wait_until
 
 import pairs
+import samples
 import sources
 import toy
 from configurator import UserError
@@ -455,6 +457,39 @@ def test_reward_model(reward_folder):
     with pytest.raises(UserError, match='content of reward_model'):
         label(*flags)
     state.write_text(text)
+
+
+def test_a_broken_reward_model_gives_no_verdicts(reward_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / 'broken'
+    shutil.copytree(reward_folder, broken)
+    weights = load_file(broken / 'model.safetensors')
+    weights['score.weight'] *= float('nan')
+    save_file(weights, broken / 'model.safetensors', {'format': 'pt'})
+    toy_samples('s.jsonl')
+    with pytest.raises(UserError, match='scores are not numbers'):
+        label('--answers=s.jsonl', f'--reward_model={broken}', '--out_dir=out')
+    assert not verdicts('out')
+
+
+def test_dialogues_of_two_files():
+    """samples.jsonl against the model_outputs.json that sample.py writes of the same prompts."""
+    talk = '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
+    prompts = [talk, sources.ask('one turn')]
+    rows = {(i, 0): {'prompt': p, 'response': f' r{i}', 'sample': 0, 'generator': 'm'} for i, p in enumerate(prompts)}
+    Path('s.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows.values()))
+    samples.write_model_outputs('.', rows)
+    found, left_out = pairs.make_pairs('s.jsonl', 'model_outputs.json')
+    assert [p['prompt'] for p in found] == prompts and not +left_out
+    assert [p['outputs'] for p in found][0] == [' r0', ' r0']
+
+
+def test_the_place_of_out_dir_is_no_other_run():
+    toy_samples('s.jsonl')
+    first = label('--answers=s.jsonl', '--gold=toy', '--out_dir=out')
+    Path('out').rename('moved')
+    assert label('--answers=s.jsonl', '--gold=toy', '--out_dir=moved/') == first
 
 
 def test_a_language_model_is_no_reward_model():

@@ -1,6 +1,8 @@
 """The procedures for a cluster: every command they would run parses, with and without stand-ins; what is missing is said at once."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +64,23 @@ def test_expected_by_hand(monkeypatch):
 
     assert expected.flops((1, 1, 10, 3), 'pairs', (2, 1, 2)) == 4 * 160
     assert expected.flops((1, 1, 10, 3), 'sft', (2, 1, 0)) == 3 * (60 + 18 + 6)
+
+
+@pytest.mark.parametrize('script', ['ai_feedback.sh', 'paper.sh'])
+def test_verdicts_that_are_missing_are_asked_for_again(tmp_path, script):
+    """label.py leaves a report also where requests have failed: a step with one is not done."""
+    text = (ROOT / 'runs' / script).read_text()
+    body = text[text.index('step() {') :]
+    body = body[: body.index('\n}') + 2]
+    call = (
+        'step labels report.json echo run'
+        if script == 'ai_feedback.sh'
+        else f'step {tmp_path}/labels/report.json echo run'
+    )
+    (tmp_path / 'labels').mkdir()
+    for failed, again in ((3, True), (0, False), (None, True)):
+        report = tmp_path / 'labels/report.json'
+        report.write_text(json.dumps({'failed': failed}, indent=1)) if failed is not None else report.unlink()
+        lines = f'OUT={tmp_path}\nPRINT=0\n{body}\n{call}\n'
+        done = subprocess.run(['bash', '-euc', lines], capture_output=True, text=True)
+        assert done.returncode == 0 and bool(re.search('^run', done.stdout, re.M)) == again, done

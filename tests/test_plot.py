@@ -104,12 +104,29 @@ def test_gold_reward_from_the_metrics(tmp_path):
     folder = run_folder(tmp_path / 'a')
     (folder / 'samples.jsonl').unlink()
     rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    text = ''.join(json.dumps(row | {'gold_eval/samples': 0.1 * i}) + '\n' for i, row in enumerate(rows))
+    text = ''.join(json.dumps(row | {'gold/eval': 0.1 * i}) + '\n' for i, row in enumerate(rows))
     (folder / 'metrics.jsonl').write_text(text + '{"split": "tr')  # and the run is being written, or was killed
     _, said, axes, _ = plot(folder, f'--out={tmp_path}/x.png')
     gold = list(zip(*axes['gold reward against KL'].lines[0].get_data(), strict=True))
     assert gold == [(0, 0), (pytest.approx(1.8), pytest.approx(0.6))]
     assert f'note: the last line of {folder}/metrics.jsonl is not complete' in said
+
+
+def test_the_error_of_the_reference_does_not_shrink_with_evaluations(tmp_path):
+    folder = run_folder(tmp_path / 'a')
+    scope = plot(folder, f'--out={tmp_path}/x.png')[0]
+    rows = [json.loads(line) for line in (folder / 'samples.jsonl').read_text().splitlines()]
+    once = scope['frontier']([], [row for row in rows if row['examples'] == 0])
+    assert scope['frontier']([], rows)[0] == once[0] and once[0][2] > 0
+
+
+def test_nothing_to_draw_and_odd_names(tmp_path):
+    folder = run_folder(tmp_path / r'$\frac$')
+    plot(folder, run_folder(tmp_path / 'b', loss=r'$\x'), f'--out={tmp_path}/x.png')
+    (folder / 'metrics.jsonl').write_text('{"split": "train", "counters/examples": 8, "x": 1}\n')
+    (folder / 'samples.jsonl').unlink()
+    with pytest.raises(UserError, match='no metric that is drawn'):
+        plot(folder, f'--out={tmp_path}/x.png')
 
 
 def damage(folder, file, text):

@@ -21,6 +21,7 @@ import configurator
 import fsdp
 import generate
 import load
+import samples
 import sources
 import tokenise
 import toy
@@ -124,6 +125,17 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(generate, 'generate', counting)
     return asked
+
+
+def test_two_at_once_and_another_place(run, tmp_path, asked):
+    whole, _ = run(*FLAGS, '--n_examples=2')
+    asked.clear()
+    (tmp_path / 'out').rename(tmp_path / 'moved')
+    assert run(*FLAGS, '--n_examples=2', out_dir=tmp_path / 'moved')[0] == whole and not asked
+    samples.lock(tmp_path / 'moved')
+    code = f'import samples, sys\nsamples.lock({str(tmp_path / "moved")!r})'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and 'another run is using' in done.stderr
 
 
 def test_resume(run, tmp_path, asked):

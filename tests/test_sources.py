@@ -439,7 +439,7 @@ def test_blank_lines_are_no_rows(tmp_path):
     [
         ('data.json', b'[\n{"prompt": "p"},\n{"prompt": }\n]', 'data.json, line 3: not valid JSON'),
         ('data.json', b'{"prompt": "p", "response": "a"}', 'data.json: not a list of rows'),
-        ('data.json', b'{"text": "a"}\n{"text": "b"}', 'data.json, line 2: not valid JSON'),
+        ('data.json', b'{"text": "a"} {"text": "b"}', 'data.json, line 1: not valid JSON'),
         ('data.json', b'', 'data.json, line 1: not valid JSON'),
         ('data.json', b'\xff\xfe\x00\x01\x80', 'cannot read'),
         ('data.json', b'[' * 100_000, 'cannot read'),
@@ -550,6 +550,49 @@ def test_a_folder_with_train_and_test_files(tmp_path):
         sources.load_rows(str(tmp_path), 'test')
     with pytest.raises(UserError, match='has no train file'):
         sources.load_rows('hh:' + str(RAW), 'train')
+
+
+def test_a_folder_has_the_split_that_is_meant(tmp_path):
+    """As the repositories of UltraFeedback and UltraChat are laid out."""
+    for split in ('train', 'test'):
+        for kind in ('prefs', 'sft', 'gen'):
+            write(tmp_path / f'{split}_{kind}-00000.parquet', [{'text': f'{split} {kind}'}])
+    for split in ('train_prefs', 'test_sft', 'train_gen'):
+        (file,) = sources.local_files(str(tmp_path), split)
+        assert Path(file).name.startswith(split)
+    assert len(sources.local_files(str(tmp_path), 'train')) == 3 and len(sources.local_files(str(tmp_path), None)) == 6
+
+
+def test_a_clone_of_hh_has_its_parts_apart(tmp_path):
+    for part in ('harmless', 'helpful'):
+        (tmp_path / f'{part}-base').mkdir()
+        for split in ('train', 'test'):
+            talk = f'\n\nHuman: {part} {split}\n\nAssistant:'
+            write(tmp_path / f'{part}-base/{split}.jsonl.gz', [{'chosen': talk + ' a', 'rejected': talk + ' b'}])
+
+    def prompts(name, split):
+        return sorted(row['prompt'].split()[1] for row in sources.load_rows(f'{name}:{tmp_path}', split)[0])
+
+    assert prompts('hh_harmless', 'train') == ['harmless'] and prompts('hh_helpful', 'test') == ['helpful']
+    assert prompts('hh', 'test') == ['harmless', 'helpful']
+
+
+def test_a_dataset_without_splits_may_be_a_folder(tmp_path):
+    for site in ('cooking', 'physics'):
+        (tmp_path / site).mkdir()
+        replies = [{'pm_score': 1, 'text': 'x'}, {'pm_score': 2, 'text': 'y'}]
+        rows = [{'question': f'{site} {i}', 'answers': replies} for i in range(100)]
+        write(tmp_path / site / 'part.parquet', rows)
+    train, test = ({x['prompt'] for x in sources.load_rows(f'se:{tmp_path}', split)[0]} for split in ('train', 'test'))
+    assert len(train) + len(test) == 200 and not train & test and len(test) > 2
+
+
+def test_json_with_a_row_a_line(tmp_path):
+    (tmp_path / 'a.json').write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert answers(str(tmp_path / 'a.json'), 'train', whole=True) == ['a', 'b']
+    (tmp_path / 'b.json').write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(UserError, match='b.json, line 2: not valid JSON'):
+        sources.load_rows(str(tmp_path / 'b.json'), 'train', whole=True)
 
 
 def test_folders_and_files_that_only_seem_to_name_a_split(tmp_path):

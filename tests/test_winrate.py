@@ -37,6 +37,10 @@ def test_ties_are_half_wins_and_equal_lengths_change_nothing():
     assert winrate.length_controlled(wins, [0] * 4) == pytest.approx((*winrate.mean(wins), 0.0))
 
 
+def test_a_variance_that_rounds_below_zero():
+    assert winrate.length_controlled([0, 0.5, 1], [-2, 0, -2])[1] == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     'wins, difference',
     [([], []), ([1, 1, 1], [1, -1, 2]), ([1, 1, 0, 0], [1, 2, -1, -2]), ([0, 1, 1], [3, 3, 3]), ([1, 1, 1], [0, 0, 0])],
