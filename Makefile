@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/python runs/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 claims: setup
 	PYTHON=$(BIN)/python runs/claims.sh $(CLAIMS)

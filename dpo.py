@@ -85,9 +85,7 @@ seed = 0  # of the data order, the flips, the statistics, the samples
 lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
 lora_alpha = 16.0  # their output is multiplied by alpha / rank
 lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
-lora_targets: str | None = (
-    None  # linear layers that get one, such as 'q_proj v_proj' or 'q_proj,v_proj'; None: all in the blocks
-)
+lora_targets: str | None = None  # linear layers that get one, such as 'q_proj,v_proj'; None: all in the blocks
 # evaluation and output
 out_dir = 'out/dpo'  # everything the run leaves behind
 eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
@@ -208,11 +206,8 @@ def forward(batch):
 def loss_and_weight(columns, place, extra):
     """l and w of losses.py for the examples of a microbatch; extra: columns of the whole step, in step order."""
     # a filler has place -1, so it reads the last row; its loss counts nothing
-    own, more = (
-        columns,
-        {k: v[place].to(device, torch.bool if k == 'good' else torch.float32) for k, v in extra.items()},
-    )
-    columns = own | more  # a statistic may put other values in the place of some columns
+    more = {k: v[place].to(device, torch.bool if k == 'good' else torch.float32) for k, v in extra.items()}
+    own, columns = columns, columns | more  # a statistic may put other values in the place of some columns
     l = spec.call(spec.fn, columns)
     if importance:
         l = l * spec.call(losses.importance, own)

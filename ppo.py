@@ -88,9 +88,7 @@ seed = 0  # of the order of prompts, the answers, the minibatches
 lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
 lora_alpha = 16.0  # their output is multiplied by alpha / rank
 lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
-lora_targets: str | None = (
-    None  # linear layers that get one, such as 'q_proj v_proj' or 'q_proj,v_proj'; None: all in the blocks
-)
+lora_targets: str | None = None  # linear layers that get one, such as 'q_proj,v_proj'; None: all in the blocks
 # sampling
 max_new_tokens = 128  # length of an answer
 sample_batch = 128  # answers that one rank samples side by side

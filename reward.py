@@ -59,9 +59,7 @@ seed = 0  # of the new head, the data order, the flips
 lora_rank: int | None = None  # train adapters of this rank instead of the model's weights; the head trains as it is
 lora_alpha = 16.0  # their output is multiplied by alpha / rank
 lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
-lora_targets: str | None = (
-    None  # linear layers that get one, such as 'q_proj v_proj' or 'q_proj,v_proj'; None: all in the blocks
-)
+lora_targets: str | None = None  # linear layers that get one, such as 'q_proj,v_proj'; None: all in the blocks
 # evaluation and output
 out_dir = 'out/reward'  # everything the run leaves behind
 eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end

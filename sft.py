@@ -56,9 +56,7 @@ seed = 0  # of the data order and the samples
 lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
 lora_alpha = 16.0  # their output is multiplied by alpha / rank
 lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
-lora_targets: str | None = (
-    None  # linear layers that get one, such as 'q_proj v_proj' or 'q_proj,v_proj'; None: all in the blocks
-)
+lora_targets: str | None = None  # linear layers that get one, such as 'q_proj,v_proj'; None: all in the blocks
 # evaluation and output
 out_dir = 'out/sft'  # everything the run leaves behind
 eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end

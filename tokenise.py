@@ -167,6 +167,7 @@ def _cut(prompt, length, first, truncation):
 def _as_texts(row, task, left_out):
     """(prompt, answers, good, uid, margin) of a row, as the task needs them; none, counted, where it has no such thing."""
     prompt = row['prompt']
+    anything = '.' if isinstance(prompt, str) else [{'role': 'assistant', 'content': '.'}]  # behind a prompt alone
     if 'chosen' in row:
         answers = [row.get('sft', row['chosen'])] if task in ('sft', 'prompts') else [row['chosen'], row['rejected']]
     elif 'response' in row and task == 'sft' and not row.get('good', True):
@@ -174,12 +175,13 @@ def _as_texts(row, task, left_out):
         return []
     elif 'response' in row and (task in ('sft', 'prompts') or (task == 'singles' and 'good' in row)):
         answers = [row['response']]
-        answers = answers if task != 'prompts' or not _blank(answers[0]) else ['.']
-    elif task == 'prompts':  # an answer that nobody reads
-        answers = ['.' if isinstance(prompt, str) else [{'role': 'assistant', 'content': '.'}]]
+    elif task == 'prompts':
+        answers = [anything]
     else:
         left_out[f'rows without what {task} needs'] += 1
         return []
+    if task == 'prompts' and _blank(answers[0]):
+        answers = [anything]
     uid = sources.content_hash(prompt, answers)
     if any(map(_blank, answers)):
         left_out['empty answers'] += 1

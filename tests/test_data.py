@@ -257,6 +257,11 @@ def test_what_each_task_takes_from_a_row(tok):
     )
 
 
+def test_a_prompt_is_kept_whatever_its_answer(tok):
+    examples = tokens(tok, [{'prompt': 'p', 'response': ' '}, {'prompt': 'p'}, {'prompt': 'q'}], 'prompts')
+    assert [tok.decode(p) for p, _ in items(examples)] == ['p', 'q'] and examples.left_out == {'same prompt again': 1}
+
+
 def test_a_chat_may_be_a_prompt_alone(make_tokenizer):
     turns = [{'role': 'user', 'content': 'one two'}]
     chat, both = (
