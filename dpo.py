@@ -230,10 +230,10 @@ def gather(parts, batches, total):
     return fsdp.gather_columns(joined, [p for batch in batches for p in batch.place], total)
 
 
-def run_step(first, index, batches, mismatched, thumbs, state, training):
+def run_step(first, index, batches, mismatched, thumbs, state, training, shift=None):
     """Forward (and backward, if training) of one step. Returns (its columns in step order, the new state).
 
-    After it the policy's gradients are the sum of w_i grad l_i, divided by the number of ranks."""
+    After it the policy's gradients are the sum of w_i grad l_i, divided by the number of ranks. shift: of Dr. DPO's weights."""
     extra, forwarded, new = dict(thumbs), {}, dict(state)
     if spec.statistic:
         # one microbatch: the pass that trains serves the statistic as well, and its graph is kept in `forwarded`
@@ -246,25 +246,27 @@ def run_step(first, index, batches, mismatched, thumbs, state, training):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
         values, new['statistic'] = spec.call(spec.statistic, whole, state=state['statistic'], generator=generator)
         extra |= values
-    parts, shift = [], None
+    parts = []
     for batch in batches:
         with torch.set_grad_enabled(training):
             columns = forwarded or forward(batch)
             l, w = loss_and_weight(columns, batch.place, extra)
         real = torch.tensor(batch.place, device=device) >= 0
-        if beta_prime:  # the smallest loss so far is the shift, so that no weight is above 1
-            low = fsdp.smallest(torch.where(real, l.detach(), torch.inf))
-            if shift is not None and low < shift:  # what came before was weighted by a larger one
-                factor = losses.drdpo_weight(shift, low, beta_prime=beta_prime)
-                fsdp.scale_gradients(optim, factor)
-                parts = [part | {'step_weight': part['step_weight'] * factor} for part in parts]
-            shift = low if shift is None else torch.minimum(low, shift)
+        if beta_prime and shift is None:  # any constant of the step cancels that keeps the weights inside float range
+            shift = fsdp.smallest(torch.where(real, l.detach(), torch.inf))
         step_weight = w * losses.drdpo_weight(l.detach(), shift, beta_prime=beta_prime) if beta_prime else w
         if training:
             (step_weight * l * real).sum().backward()
         parts.append(columns | {'loss': l, 'weight': w, 'step_weight': step_weight})
     more = {} if spec.paired else {'good': thumbs['good'], 'z': extra.get('z', torch.zeros(len(index)))}
-    return gather(parts, batches, len(index)) | more, new
+    whole = gather(parts, batches, len(index)) | more
+    # A much smaller loss than the shift gives weights of e^20 and more, whose squares in the norm overflow: rare, done again.
+    low = whole['loss'].min()
+    overflows = bool(beta_prime) and low < shift.cpu() - 20 * beta_prime
+    if training and overflows:
+        optim.zero_grad(set_to_none=True)
+        return run_step(first, index, batches, mismatched, thumbs, state, training, shift=low.to(shift))
+    return whole, new
 
 
 # ---- evaluation ----

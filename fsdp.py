@@ -249,13 +249,6 @@ def make_optimizer(name, model, lr, weight_decay):
     return getattr(torch.optim, name)(params, lr=lr, weight_decay=weight_decay, **fused)
 
 
-def scale_gradients(optimizer, factor):
-    """Multiply the gradients that backward has accumulated so far by factor, a tensor of one number."""
-    grads = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-    if grads:
-        torch._foreach_mul_(grads, factor.item())
-
-
 def update(model, optimizer, lr, scale, max_norm, strict=True):
     """One optimizer step on scale times the gradients, clipped to max_norm. Returns the norm before clipping.
 

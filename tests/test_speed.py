@@ -4,7 +4,6 @@ import json
 import runpy
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,12 +51,7 @@ def test_no_wait_per_microbatch(loss, tmp_path, monkeypatch):
             script['run_step'](*step, {'statistic': {}}, training=True)
         counts.append((len(step[2]), waits.seen))
     assert counts[0][0] == 1 and counts[1][0] > 3
-    more = Counter(counts[1][1]) - Counter(counts[0][1])
-    assert not Counter(counts[0][1]) - Counter(counts[1][1])
-    if loss == 'drdpo':  # its weights need to know whether a smaller loss has come; if so, the gradients are scaled
-        assert set(more) == {'_local_scalar_dense'} and counts[1][0] <= more.total() < 2 * counts[1][0], counts
-    else:
-        assert not more, counts
+    assert counts[0][1] == counts[1][1], counts
 
 
 MEMORY = """
