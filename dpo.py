@@ -297,14 +297,14 @@ def sample(examples_seen):
     prompts = [asked[i][0] for i in range(min(n_eval_model_samples, len(asked)))]
     models = {'policy': policy, 'reference': ref} if ref else {'policy': policy}
     answers = generate.sample(models, tokenizer, prompts, rank=rank, world=world, seed=seed, temperature=temperature,
-                              max_new_tokens=max_new_tokens, top_p=top_p)  # fmt: skip
+                              max_new_tokens=max_new_tokens, top_p=top_p, keep_end=True)  # fmt: skip
     if main_rank():
-        generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, answers, examples_seen)
+        stop = {name: generate.stop_tokens(m, tokenizer) for name, m in models.items()}
+        shown = [(name, i, generate.without_end(answer, stop[name])) for name, i, answer in answers]
+        generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, shown, examples_seen)
     if not ref or not prompts:
         return {}
-    end = [tokenizer.eos_token_id]  # which an answer that was cut has not said
-    own = [(prompts[i], [[*a, *end * (len(a) < max_new_tokens)]]) for name, i, a in answers if name == 'policy']
-    own = Examples.of(own)
+    own = Examples.of([(prompts[i], [answer]) for name, i, answer in answers if name == 'policy'])
     batches, *_ = cut(own, np.arange(len(own)))
     with torch.no_grad():
         parts = [answer_columns(batch) for batch in batches]

@@ -82,13 +82,23 @@ def _told(ids, scores):
     return torch.full((len(ids),), guard.asked_here() and not fsdp.in_groups(), device=ids.device)
 
 
+def stop_tokens(model, tokenizer):
+    """The ids that end an answer: the tokenizer's end of text, and those that the model's generation config names."""
+    return {tokenizer.eos_token_id} | set(_as_list(core(model).generation_config.eos_token_id))
+
+
+def without_end(answer, stop):
+    """An answer's ids without the one of `stop` that ends it, if one does."""
+    return answer[:-1] if answer and answer[-1] in stop else answer
+
+
 @torch.no_grad()
-def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0):
+def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0, keep_end=False):
     """Sample an answer for each prompt (lists of ids), the noise of row i drawn from seeds[i]; temperature 0 is greedy.
 
-    Returns lists of ids without the end of text. Under FSDP call it inside fsdp.unsharded, or equally often on all ranks."""
-    inner = core(model)
-    stop = {tokenizer.eos_token_id} | set(_as_list(inner.generation_config.eos_token_id))
+    Returns lists of ids: with keep_end all that was sampled, the token that ended the answer (one of stop_tokens) last; else
+    without that token. Under FSDP call it inside fsdp.unsharded, or equally often on all ranks."""
+    inner, stop = core(model), stop_tokens(model, tokenizer)
     width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.eos_token_id] * (width - len(p)) + list(p) for p in prompts], device=inner.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=inner.device)
@@ -114,8 +124,11 @@ def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.
         inner.generation_config = own
         for m in recomputing:
             m.training = True
-    answers = out[:, width:].tolist()
-    return [a[: next((i for i, token in enumerate(a) if token in stop), len(a))] for a in answers]
+    # rows that ended before the longest are filled up behind their end
+    rows = out[:, width:].tolist()
+    ends = [next((i + 1 for i, token in enumerate(row) if token in stop), len(row)) for row in rows]
+    answers = [row[:end] for row, end in zip(rows, ends, strict=True)]
+    return answers if keep_end else [without_end(answer, stop) for answer in answers]
 
 
 def _as_list(x):

@@ -185,6 +185,7 @@ def build(**how):
 
 shard = partial(fsdp.shard, device=device, dtype=dtype, cpu_offload=cpu_offload, device_map=device_map)
 policy = shard(build, compile=compile, activation_checkpointing=activation_checkpointing)
+stop = generate.stop_tokens(policy, tokenizer)  # whatever of these ends an answer is trained on as it was sampled
 if adapters:
     log.say(lora.describe(policy))
 torch.manual_seed(seed * 1_000_003 + rank)  # of the adapters' dropout: nothing else draws from it
@@ -211,16 +212,16 @@ cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share
 
 
 def sample(prompts, seeds):
-    """Answers of the policy, sampled from their own seeds, the work shared among the ranks: ids, with an end of text if it came."""
+    """Answers of the policy, sampled from their own seeds, the work shared among the ranks: all ids that came, an end among them."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[rank::world]  # of similar length, side by side
     rows = []
     with fsdp.unsharded(policy):
         for part in (order[i : i + sample_batch] for i in range(0, len(order), sample_batch)):
             asked, keys = [prompts[i] for i in part], [seeds[i] for i in part]
-            found = generate.generate(policy, tokenizer, asked, keys, max_new_tokens=max_new_tokens)
+            found = generate.generate(policy, tokenizer, asked, keys, max_new_tokens=max_new_tokens, keep_end=True)
             rows += zip(part, found, strict=True)
     answers = dict(row for part in fsdp.gather_objects(rows) for row in part)
-    return [[*answers[i], *[tokenizer.eos_token_id] * (len(answers[i]) < max_new_tokens)] for i in range(len(prompts))]
+    return [answers[i] for i in range(len(prompts))]
 
 
 def texts(examples):
@@ -255,7 +256,7 @@ def scores(examples):
     if reward_model == 'gold':
         return torch.tensor([toy.gold(*text) for text in texts(examples)], dtype=torch.float64)
     items = [(prompt, answer) for prompt, answers in examples for answer in answers]
-    return torch.from_numpy(score.scores(judge, judge_tokenizer, items, max_tokens)).double()
+    return torch.from_numpy(score.scores(judge, judge_tokenizer, items, max_tokens, ends=stop)).double()
 
 
 def measure(examples):
@@ -266,8 +267,9 @@ def measure(examples):
     tokens = columns(policy, examples, start, ['pi', 'value'])
     with lora.adapters_off(ref):
         tokens |= columns(ref, examples, start, ['ref'])
-    ends = torch.from_numpy(examples.ids[examples.spans[:, 1:, 1].reshape(-1) - 1]) == tokenizer.eos_token_id
-    return tokens, {'n': n, 'start': start, 'ended': ends}
+    last = examples.ids[examples.spans[:, 1:, 1].reshape(-1) - 1]
+    ended = torch.from_numpy(np.isin(last, list(stop)))
+    return tokens, {'n': n, 'start': start, 'ended': ended}
 
 
 def describe(examples, tokens, answers, split):
@@ -405,7 +407,7 @@ def evaluate(examples_seen):
     if guard.stop_asked():
         return  # answers were cut short: it is done again after the resume
     if main_rank():
-        some = [('policy', i, ids[i][: len(ids[i]) - int(answers['ended'][i])]) for i in range(len(ids))]
+        some = [('policy', i, generate.without_end(answer, stop)) for i, answer in enumerate(ids)]
         generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, some[:n_eval_model_samples], examples_seen)
     logger.row('eval', examples_seen, describe(examples, tokens, answers, 'eval'))
     state['evaluated'] = examples_seen

@@ -27,18 +27,20 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
 
 
 @torch.no_grad()
-def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
+def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
     """Scores (n,), float32, of n answers: equal on every rank, and every rank must call this.
 
-    items: n of (prompt ids, answer ids); where an answer lacks its end of text, that is appended, as in training. The
-    answers of one prompt share its computation. max_tokens: tokens of one microbatch of one rank. Raises UserError for an
+    items: n of (prompt ids, answer ids); where an answer lacks its end of text, that is appended, as in training. ends: other
+    ids that end an answer, at which its score is read, such as the end of a turn. The answers of one prompt share its
+    computation. max_tokens: tokens of one microbatch of one rank. Raises UserError for an
     item that is longer than the model reads."""
     eos, groups = tokenizer.eos_token_id, {}
+    ends = {eos, *ends}
     padded = core(model).config._attn_implementation != 'packed'
     limit = getattr(core(model).config.get_text_config(), 'max_position_embeddings', None) or float('inf')
     for i, (prompt, answer) in enumerate(items):
         prompt, answer = (np.asarray(x, np.int64) for x in (prompt, answer))
-        answer = answer if len(answer) and answer[-1] == eos else np.append(answer, eos)
+        answer = answer if len(answer) and answer[-1] in ends else np.append(answer, eos)
         if not len(prompt) or len(prompt) + len(answer) > limit:
             raise UserError(f'item {i}: prompt and answer have {len(prompt)} + {len(answer)} tokens, where the reward model '
                             f'takes a prompt and at most {limit} in all')  # fmt: skip

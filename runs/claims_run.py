@@ -170,12 +170,13 @@ def measure(folder, reference_folder, work, n_samples, noise):
     answers = []
     for i in range(0, n_samples, 256):
         seeds = [(noise + 1) * 10**9 + j for j in range(i, min(i + 256, n_samples))]
-        answers += generate.generate(policy, tokenizer, ids[i : i + 256], seeds, max_new_tokens=40)
-    texts = [tokenizer.decode(a) for a in answers]
+        answers += generate.generate(policy, tokenizer, ids[i : i + 256], seeds, max_new_tokens=40, keep_end=True)
+    stop = generate.stop_tokens(policy, tokenizer)
+    texts = [tokenizer.decode(generate.without_end(a, stop)) for a in answers]
     gold = [toy.gold(p, a) for p, a in zip(prompts, texts, strict=True)]
     for m in (policy, reference):
         models.set_attention(m, packed=True)
-    own = Examples.of([(p, [[*a, tokenizer.eos_token_id]]) for p, a in zip(ids, answers, strict=True)])
+    own = Examples.of([(p, [a]) for p, a in zip(ids, answers, strict=True)])
     spent = columns(policy, reference, own, lambda log_pi, log_ref: kl(log_ref, log_pi))[1]
     test = write_pairs(work / 'data' / 'test.jsonl', held_out_pairs())
     limits = {'max_length': 64, 'max_prompt_length': 16, 'whole': True}
@@ -188,5 +189,5 @@ def measure(folder, reference_folder, work, n_samples, noise):
         'kl': round(spent.mean().item(), 5), 'accuracy': round((gain[::2] > gain[1::2]).double().mean().item(), 5),
         'kl_chosen': round(forward[::2].mean().item(), 5), 'kl_rejected': round(forward[1::2].mean().item(), 5),
         'well_formed': round(statistics.mean(map(toy.well_formed, texts)), 5),
-        'length': round(statistics.mean(len(a) + 1 for a in answers), 3),
+        'length': round(statistics.mean(map(len, answers)), 3),
     }  # fmt: skip
