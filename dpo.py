@@ -174,6 +174,10 @@ if cache_ref:
 cut = partial(cut, max_tokens=max_tokens)
 train = train.flip(noise_rate, seed) if noise_rate else train
 train = train if spec.paired else train.keep(frac_good, frac_bad, seed)
+if loss == 'kto' and len(train) == 1:
+    raise UserError(f'kto compares an answer with that of another example, and the training data {data!r} has one only')
+if loss == 'kto' and len(set(train.prompts)) == 1:
+    log.say('note: all examples have one prompt, so the z of kto is estimated from other answers to it')
 total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
 log.say_too_long(train.lengths, max_tokens)
@@ -219,7 +223,7 @@ def loss_and_weight(columns, place, extra):
 def prepare(examples, first, index):
     """Everything about a step that can be known before it: microbatches, thumbs, counts. Runs ahead, in a thread."""
     batches, tokens, allocated = cut(examples, index)
-    mismatched = cut(examples.mismatched(index, max_length), np.arange(len(index)))[0] if loss == 'kto' else []
+    mismatched = cut(examples.mismatched(index, longest, train), np.arange(len(index)))[0] if loss == 'kto' else []
     thumbs = {} if spec.paired else {'good': torch.from_numpy(examples.good[index])}
     return (first, index, batches, mismatched, thumbs), tokens, allocated
 

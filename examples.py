@@ -89,16 +89,34 @@ class Examples:
         """What was left out, cut or flipped, for the screen."""
         return dict(+self.left_out) or 'nothing'
 
-    def mismatched(self, index, max_length):
-        """Each of these examples' prompts with the answer of the next one that has another prompt (for KTO's z), cut to
-        max_length tokens in all."""
-        spans = self.spans[index].copy()
-        prompts = [self.ids[s:e].tobytes() for s, e in spans[:, 0]]
-        for i in range(len(index)):
-            others = [(i + k) % len(index) for k in range(1, len(index))] or [i]
-            start, end = self.spans[index[next((j for j in others if prompts[j] != prompts[i]), others[0])], 1]
-            spans[i, 1] = start, min(end, start + max(1, max_length - len(self.ids[slice(*spans[i, 0])])))
-        return Examples(self.ids, spans, self.good[index], self.uid[index], self.left_out)
+    @cached_property
+    def prompts(self):
+        """A hash of every example's prompt, (n,): equal prompts have equal ones in this process."""
+        return np.array([hash(self.ids[start:end].tobytes()) for start, end in self.spans[:, 0]], np.int64)
+
+    def mismatched(self, index, max_length, more=None):
+        """Each of these examples' prompts with an answer to another prompt (for KTO's z), cut to max_length tokens in all.
+
+        It is that of the next example of the step which has another prompt; where all of the step share theirs, of the next
+        one of this set, then of the first one of the set `more`, if any. Where there is one prompt only: of another example."""
+        more = self if more is None else more
+        items = []
+        for place, i in enumerate(index):
+            # those behind it in the step, then from the step's beginning on
+            source, step = self, np.roll(index, -place)[1:]
+            others = step[self.prompts[step] != self.prompts[i]]
+            if not len(others):
+                rest = np.roll(np.arange(len(self)), -i)[1:]
+                others = rest[self.prompts[rest] != self.prompts[i]]
+            if not len(others):
+                source, others = more, np.flatnonzero(more.prompts != self.prompts[i])
+            # one prompt everywhere
+            if not len(others):
+                source, others = (self, rest) if len(rest) else (more, np.arange(len(more)))
+            # an answer keeps one token at least
+            prompt, (answer,) = self[i][0], source[others[0]][1]
+            items.append((prompt, [answer[: max(1, max_length - len(prompt))]]))
+        return Examples.of(items)
 
 
 def uniform_hash(uid, seed):

@@ -569,7 +569,7 @@ def test_mismatched(tok):
     rows = [pair('p', ' a', ' b'), pair('q', ' c', ' d'), pair('p', ' e', ' f'), pair('r', ' g', ' h')]
     examples = tokens(tok, rows, 'singles')
     for index in (np.arange(8), np.array([5, 0, 1, 4, 2]), np.array([0, 2])):
-        mixed = examples.mismatched(index, 512)
+        mixed = examples.mismatched(index, 512, examples)
         own = {}
         for prompt, (a,) in items(examples):
             own.setdefault(tuple(prompt), []).append(a)
@@ -577,17 +577,39 @@ def test_mismatched(tok):
         some = [examples[i][1][0].tolist() for i in index]
         for i, (prompt, (answer,)) in zip(index, items(mixed), strict=True):
             assert prompt == examples[i][0].tolist() and answer in some and answer not in own[tuple(prompt)]
-    answers = [a for _, (a,) in items(examples.mismatched(np.array([2, 6]), 512))]
+    answers = [a for _, (a,) in items(examples.mismatched(np.array([2, 6]), 512, examples))]
     assert answers == [examples[6][1][0].tolist(), examples[2][1][0].tolist()]
-    one_prompt = items(examples.mismatched(np.array([0, 1, 4]), 512))  # nothing better than another answer
-    assert [a for _, a in one_prompt] == [items(examples)[i][1] for i in (1, 4, 0)]
-    assert len(examples.mismatched(np.array([3]), 512)) == 1  # the last step of an epoch may be of one example
+
+
+def answers_for(examples, index, more):
+    return [answer for _, (answer,) in items(examples.mismatched(np.array(index), 512, more))]
+
+
+def test_mismatched_where_the_step_has_no_other_prompt(tok):
+    """The next example of the set that has one, then one of the other set; never an answer to the own prompt if there is any
+    other, never the own answer."""
+    rows = [pair('p', ' a', ' b'), pair('q', ' c', ' d'), pair('p', ' e', ' f'), pair('r', ' g', ' h')]
+    examples = tokens(tok, rows, 'singles')
+    own = [answer for _, (answer,) in items(examples)]
+    assert answers_for(examples, [3], examples) == [own[4]]  # the last step of an epoch may be of one example
+    assert answers_for(examples, [7], examples) == [own[0]]
+    assert answers_for(examples, [0, 1, 4], examples) == [own[2], own[2], own[6]]  # or of one prompt
+    assert answers_for(examples, [2, 2], examples) == [
+        own[4],
+        own[4],
+    ]  # or, where two epochs meet, of an example and itself
+    few = tokens(tok, [pair('q', ' x', ' y')], 'singles')
+    assert answers_for(few, [0, 1], examples) == [
+        own[0],
+        own[0],
+    ]  # held-out examples of one prompt, beside the training set
+    assert answers_for(few, [1], few) == [items(few)[0][1][0]]  # one prompt everywhere: another answer
 
 
 def test_a_mismatched_answer_is_cut_to_the_length_of_an_example():
     examples = Examples.of([(list(range(10)), [[20, 21]]), ([1], [list(range(30, 41))]), (list(range(50, 62)), [[7]])])
     assert examples.longest() == 13 and examples.longest(mixed=True) == 12 + 11 and examples.longest_prompt() == 12
-    mixed = items(examples.mismatched(np.arange(3), 12))
+    mixed = items(examples.mismatched(np.arange(3), 12, examples))
     assert mixed == [(list(range(10)), [[30, 31]]), ([1], [[7]]), (list(range(50, 62)), [[20]])]  # one token at least
     assert examples.spans[1, 1].tolist() == [13, 24]  # which the cut has left as it was
     assert Examples.of([([1], [[2]])]).select(slice(0)).longest(mixed=True) == 0
@@ -653,6 +675,34 @@ def test_kto_with_one_example_left_over(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / 'a/metrics.jsonl').read_text().splitlines()]
     assert [row['counters/examples'] for row in rows if row['split'] == 'train'] == [2, 3]
     assert all(math.isfinite(row['loss/train']) for row in rows if row['split'] == 'train')
+
+
+@pytest.mark.parametrize(('n_examples', 'n_eval'), [(3, 1), (4, 2), (5, 3)])
+def test_kto_is_never_compared_with_the_own_answer(tmp_path, n_examples, n_eval):
+    """Its own answer would make the loss of a single example 0.5 whatever the model has learned; here z is of another one."""
+    rows = [pair(f'prompt {i}', f' good {i}', f' bad {i}') for i in range(6)]
+    flags = ['--loss=kto', '--data=' + write(tmp_path / 'd.jsonl', rows), f'--eval_data={tmp_path}/d.jsonl', '--beta=1',
+             '--lr=1e-2', '--warmup_steps=0', '--do_first_eval=false', '--batch_size=2', f'--n_examples={n_examples}',
+             f'--n_eval_examples={n_eval}', f'--out_dir={tmp_path}/a']  # fmt: skip
+    scope = run('dpo.py', *flags)
+    train, held_out = scope['train'], scope['held_out']
+    last = list(data.steps(len(train), 2, n_examples, 0))[-1][1]
+    for examples, index in ((train, last), (held_out, np.arange(n_eval))):
+        mixed = items(examples.mismatched(index, 512, train))
+        assert [prompt for prompt, _ in mixed] == [items(examples)[i][0] for i in index]
+        assert not any(pair in items(train) for pair in mixed)  # an answer to another prompt
+    found = [json.loads(line) for line in (tmp_path / 'a/metrics.jsonl').read_text().splitlines()]
+    for row in found:
+        name = f'loss/{row["split"]}'
+        moved = row['counters/examples'] > 2  # before the first step policy and reference agree
+        assert not moved or abs(row[name] - 0.5) > 1e-4, row
+
+
+def test_kto_of_one_example_is_refused(tmp_path):
+    rows = [{'prompt': 'p', 'completion': ' a b', 'label': True}]
+    flags = ['--loss=kto', '--data=' + write(tmp_path / 'd.jsonl', rows), f'--eval_data={tmp_path}/d.jsonl']
+    with pytest.raises(UserError, match='kto .*another example.* has one'):
+        run('dpo.py', *flags, f'--out_dir={tmp_path}/a')
 
 
 # ---- any text ----
