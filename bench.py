@@ -31,6 +31,7 @@ import model as models
 from configurator import UserError, configure, main_rank
 from data import microbatches
 from examples import Examples
+from log import per_second
 from risks import kl
 from spec import COLUMN, OPTION, arguments
 
@@ -305,8 +306,9 @@ lengths = (examples.spans[batch_size:, :, 1] - examples.spans[batch_size:, :, 0]
 rows = []
 for run in runs:
     seconds = statistics.median(run.times[1:])  # the first step warms up
-    row = {'variant': run.name, 'pairs_per_second': batch_size / seconds, 'tokens_per_second': lengths.sum() / n_steps / seconds,
-           'ratio': statistics.median(a / b for a, b in zip(runs[0].times[1:], run.times[1:], strict=True)),
+    row = {'variant': run.name, 'pairs_per_second': per_second(batch_size, seconds),
+           'tokens_per_second': per_second(lengths.sum() / n_steps, seconds),
+           'ratio': statistics.median(per_second(a, b) for a, b in zip(runs[0].times[1:], run.times[1:], strict=True)),
            'peak_memory_gb': run.peak}  # fmt: skip
     if isinstance(run, Variant):
         cost = flops(shell.config, lengths, run.share, run.head, run.cached or 'ref_w' not in columns_of)
@@ -315,12 +317,13 @@ for run in runs:
         ]
         row |= {'padding_share': 1 - sum(t for t, _ in used) / sum(a for _, a in used), 'gflop_per_pair': cost / 1e9}
         if device.type == 'cuda':
-            row['mfu'] = cost * batch_size / seconds / world / peak_tflops / 1e12
+            row['mfu'] = per_second(cost * batch_size, seconds) / world / peak_tflops / 1e12
         if run.cached:
             both = statistics.median(a + b for a, b in zip(run.times[1:], run.passes[1:], strict=True))
-            row['pairs_per_second_with_cache_pass'] = batch_size / both
-    rows.append(row)
+            row['pairs_per_second_with_cache_pass'] = per_second(batch_size, both)
+    rows.append({k: v for k, v in row.items() if k == 'variant' or math.isfinite(v)})  # json knows no others
 alone = products_alone(int(lengths.sum() / n_steps / world), int(lengths[:, 1:].sum() / n_steps / world))
+limit = per_second(batch_size, alone)
 if main_rank():
     where = torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
     print(f'{model}, {data}, {loss}, batch {batch_size}, {world} ranks, {where}, {dtype}, torch {torch.__version__}')
@@ -330,22 +333,21 @@ if main_rank():
     for r in rows:
         cells = [
             f'{r[k]:{f}}' if k in r else '-'
-            for k, f in (('padding_share', '.1%'), ('gflop_per_pair', '.1f'), ('peak_memory_gb', '.2f'), ('mfu', '.1%'))
-        ]
-        print(f'{r["variant"]:11s} {r["pairs_per_second"]:9.2f} {r["ratio"]:6.2f} {r["tokens_per_second"]:9.0f} '
-              '{:>8s} {:>11s} {:>8s} {:>7s}'.format(*cells))  # fmt: skip
+            for k, f in (('pairs_per_second', '.2f'), ('ratio', '.2f'), ('tokens_per_second', '.0f'), ('padding_share', '.1%'),
+                         ('gflop_per_pair', '.1f'), ('peak_memory_gb', '.2f'), ('mfu', '.1%'))
+        ]  # fmt: skip
+        print('{:11s} {:>9s} {:>6s} {:>9s} {:>8s} {:>11s} {:>8s} {:>7s}'.format(r['variant'], *cells))
         if 'pairs_per_second_with_cache_pass' in r:
             print(
                 f'{"+ its pass":11s} {r["pairs_per_second_with_cache_pass"]:9.2f}  the pass that makes the cache counted, as in a first epoch'
             )
-    print(
-        f'{"limit":11s} {batch_size / alone:9.2f}  if the matrix products of policy and live reference were all there is'
-    )
+    print(f'{"limit":11s} {limit:9.2f}  if the matrix products of policy and live reference were all there is')
     print(
         'x: median of the ratio to the first variant, step by step. Peak memory holds the weights of all variants of the run.'
     )
     if out:
-        table = {'config': dict(config), 'rows': rows, 'limit_pairs_per_second': batch_size / alone}
+        table = {'config': dict(config), 'rows': rows}
+        table['limit_pairs_per_second'] = limit if math.isfinite(limit) else None
         try:
             Path(out).write_text(json.dumps(table, indent=1))
         except OSError as error:

@@ -365,8 +365,9 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(tr
     seen = first + len(index)
     elapsed, clock = time.time() - clock, time.time()
     metrics = spec.summary(whole, 'train')
-    metrics |= {'grad_norm': norm, 'lr': rate, 'examples_per_second': len(index) / elapsed, 'padding_share': 1 - tokens / allocated,
-                'tokens_per_second': tokens / elapsed, 'data_wait_per_second': waited / elapsed,
+    metrics |= {'grad_norm': norm, 'lr': rate, 'examples_per_second': log.per_second(len(index), elapsed), 'padding_share': 1 - tokens / allocated,
+                'tokens_per_second': log.per_second(tokens, elapsed),
+                'data_wait_per_second': log.per_second(waited, elapsed),
                 'counters/step_examples': len(index)}  # fmt: skip
     metrics |= {f'state/{k}': v for k, v in state['statistic'].items()}
     metrics |= {'counters/bad_steps': state['bad_steps']} if skip_bad_steps else {}

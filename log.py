@@ -85,14 +85,25 @@ def check_trackers(wandb, tensorboard):
             _ = wanted and importlib.import_module(module)
         except ImportError:
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}') from None
+        except Exception as error:  # packages that do not suit each other
+            raise UserError(
+                f'--{name}: its package fails ({_reason(error)}): install it anew, or leave it out'
+            ) from None
     if wandb and os.environ.get('WANDB_MODE', 'online') == 'online':
         import wandb as tool
 
         try:
             tool.login()
-        except tool.Error as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f'--wandb: {reason} Or set WANDB_API_KEY, or WANDB_MODE=offline.') from None
+        except (Exception, SystemExit) as error:
+            raise UserError(f'--wandb: {_reason(error)} Or set WANDB_API_KEY, or WANDB_MODE=offline.') from None
+
+
+def _reason(error):
+    """What an error of somebody else's code says, in one line, without the key of Weights & Biases."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    key = os.environ.get('WANDB_API_KEY')
+    reason = lines[0].replace(key, '...') if key else lines[0]
+    return reason[:200]
 
 
 def claim_out_dir(out_dir, config):
@@ -114,7 +125,7 @@ class Log:
         from tqdm import tqdm
 
         self.total, self.every, self.began, self.start = total, every, time.time(), start
-        self.sinks, self.closers = [], []
+        self.sinks, self.closers, self.failed = {}, {}, set()  # by the name of the tracker
         if not main_rank():
             return
         evaluated = start if evaluated is None else evaluated  # examples at the last evaluation that was complete
@@ -128,20 +139,40 @@ class Log:
         slow = 0.5 if sys.stderr.isatty() else 20
         self.bar = tqdm(total=total, initial=start, unit='ex', mininterval=slow, dynamic_ncols=True)
         if wandb:
-            run = _wandb_run(wandb, Path(out_dir))
-            self.sinks.append(lambda row: run.log(row, step=row['counters/examples']))
-            self.closers.append(run.finish)
+            self._attempt('wandb', self._open_wandb, wandb, Path(out_dir))
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step: what is about to be done again after a resume is not shown twice
-            writer = SummaryWriter(out_dir, purge_step=start + 1 if start else None, flush_secs=10)
-            add = writer.add_scalar
-            self.sinks.append(lambda row: [add(k, v, row['counters/examples']) for k, v in row.items() if k != 'split'])
-            self.closers.append(writer.close)
+            self._attempt('tensorboard', self._open_tensorboard, out_dir)
         before = sys.excepthook
         # else an error would cost what they have not written yet
         sys.excepthook = lambda *error: (self.close(), before(*error))
+
+    def _attempt(self, name, fn, *args):
+        """Call a tracker. Where it fails, whatever it raises, it gets no more rows, and the run goes on without it."""
+        try:
+            fn(*args)
+        except (Exception, SystemExit) as error:
+            self.sinks.pop(name, None)
+            if name not in self.failed:
+                self.say(
+                    f'note: {name} failed ({_reason(error)}): rows may be missing there; {self.path} has all of them'
+                )
+            self.failed.add(name)
+
+    def _open_wandb(self, project, out_dir):
+        run = _wandb_run(project, out_dir)
+        self.sinks['wandb'] = lambda row: run.log(row, step=row['counters/examples'])
+        self.closers['wandb'] = run.finish
+
+    def _open_tensorboard(self, out_dir):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step: what is about to be done again after a resume is not shown twice
+        writer = SummaryWriter(out_dir, purge_step=self.start + 1 if self.start else None, flush_secs=10)
+        add = writer.add_scalar
+        self.sinks['tensorboard'] = lambda row: [
+            add(k, v, row['counters/examples']) for k, v in row.items() if k != 'split'
+        ]
+        self.closers['tensorboard'] = writer.close
 
     def row(self, split, examples, metrics):
         """Write metrics (name -> number) after so many examples; an evaluation and every log_every examples on screen."""
@@ -152,8 +183,8 @@ class Log:
         with writing(self.path):
             self.file.write(json.dumps(row) + '\n')
             self.file.flush()
-        for sink in self.sinks:
-            sink(row)
+        for name, sink in list(self.sinks.items()):
+            self._attempt(name, sink, row)
         self.bar.update(examples - self.bar.n)
         before = examples - metrics.get('counters/step_examples', 0)
         if split == 'eval' or examples // self.every > before // self.every:
@@ -168,10 +199,10 @@ class Log:
             key = f'{group}_{split}/{rest}' if rest else f'{group}/{split}'
             parts += [f'{short} {row[key]:.4g}'] if key in row else []
         if split == 'train':
-            left = int((time.time() - self.began) / (examples - self.start) * (self.total - examples))
-            parts += [
-                f'grad {row.get("grad_norm", math.nan):.3g}  {row["examples_per_second"]:.1f} ex/s  {left // 60}:{left % 60:02d} left'
-            ]
+            passed = max(0.0, time.time() - self.began)  # a clock may be set back
+            left = int(passed / max(1, examples - self.start) * (self.total - examples))
+            speed = row.get('examples_per_second', math.nan)
+            parts += [f'grad {row.get("grad_norm", math.nan):.3g}  {speed:.1f} ex/s  {left // 60}:{left % 60:02d} left']
         return '  '.join(parts)
 
     def say(self, text):
@@ -184,7 +215,7 @@ class Log:
         if main_rank():
             self.bar.close()
             while self.closers:  # the process ends without the clean-up that would flush them
-                self.closers.pop()()
+                self._attempt(*self.closers.popitem())
 
 
 def _wandb_run(project, out_dir):
@@ -214,6 +245,11 @@ def _cut(path, keep):
             if number < len(lines):
                 raise UserError(f'{path}, line {number} is damaged: mend it, or choose another --out_dir') from None
     replace_text(path, ''.join(line + '\n' for line in kept))
+
+
+def per_second(amount, seconds):
+    """The rate; NaN, which Log.row leaves out, where the clock stood still or was set back."""
+    return amount / seconds if seconds > 0 else math.nan
 
 
 def crossed(every, first, seen, total):

@@ -443,8 +443,9 @@ for first, index in steps(len(train), batch_size // group, total // group, seed,
     sampled = time.time()
     metrics |= train_round(first, examples, tokens, answers, index)
     elapsed, sampling, clock = time.time() - clock, sampled - clock, time.time()
-    metrics |= {'examples_per_second': (seen - first) / elapsed, 'sampling_share': sampling / elapsed,
-                'tokens_per_second': int(answers['n'].sum()) / elapsed, 'counters/step_examples': seen - first}  # fmt: skip
+    metrics |= {'examples_per_second': log.per_second(seen - first, elapsed),
+                'tokens_per_second': log.per_second(int(answers['n'].sum()), elapsed),
+                'sampling_share': log.per_second(sampling, elapsed), 'counters/step_examples': seen - first}  # fmt: skip
     metrics |= {'counters/bad_steps': state['bad_steps']} if skip_bad_steps else {}
     logger.row('train', seen, metrics)
     due = [log.crossed(every, first, seen, total) for every in (eval_every, save_every)]

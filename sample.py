@@ -226,7 +226,7 @@ def keep(rows):
     samples.append(out_dir, rank, rows)
     counts['answers'] += len(rows)
     counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
-    bar.set_postfix_str(f'{counts["tokens"] / (time.time() - started):.0f} tokens/s', refresh=False)
+    bar.set_postfix_str(f'{log.per_second(counts["tokens"], time.time() - started):.0f} tokens/s', refresh=False)
     bar.update(len(rows))
 
 
@@ -253,8 +253,7 @@ found = fsdp.on_one_rank(lambda: samples.collect(out_dir, wanted))
 if rank == 0:
     samples.write_model_outputs(out_dir, found)
     lengths = sum(row['finish'] == 'length' for row in found.values())
-    seconds = time.time() - started
-    speed = f'{total["tokens"] / seconds:.0f} tokens/s; ' if total else ''
+    speed = f'{log.per_second(total["tokens"], time.time() - started):.0f} tokens/s; ' if total else ''
     log.say(f'done: {out_dir}/samples.jsonl, {len(found)} answers, {lengths} of them cut at {max_new_tokens} tokens; {speed}'
             f'{out_dir}/model_outputs.json, the first answer to each prompt')  # fmt: skip
 if not failed and len(fsdp.gather_objects(found and list(found))[0]) < len(keys):

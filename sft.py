@@ -218,8 +218,9 @@ for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train,
     seen = first + len(index)
     elapsed, clock = time.time() - clock, time.time()
     metrics = summary(whole, 'train')
-    metrics |= {'grad_norm': norm, 'lr': rate, 'examples_per_second': len(index) / elapsed, 'padding_share': 1 - tokens / allocated,
-                'tokens_per_second': tokens / elapsed, 'data_wait_per_second': waited / elapsed,
+    metrics |= {'grad_norm': norm, 'lr': rate, 'examples_per_second': log.per_second(len(index), elapsed), 'padding_share': 1 - tokens / allocated,
+                'tokens_per_second': log.per_second(tokens, elapsed),
+                'data_wait_per_second': log.per_second(waited, elapsed),
                 'counters/step_examples': len(index)}  # fmt: skip
     metrics |= {'counters/bad_steps': state['bad_steps']} if skip_bad_steps else {}
     logger.row('train', seen, metrics)

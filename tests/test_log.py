@@ -1,5 +1,6 @@
 """wandb and tensorboard, read back with what they offer for it; what is missing is said before anything is loaded."""
 
+import importlib.machinery
 import json
 import os
 import runpy
@@ -173,3 +174,184 @@ def test_a_run_that_fails_early_leaves_nothing(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and "no model folder './nowhere'" in done.stderr
         assert sorted(x.name for x in tmp_path.rglob('*')) == left
+
+
+# ---- trackers that fail ----
+
+
+class Broken:
+    """A stand-in for wandb, or for tensorboard's writer, that fails where it is told to, with what it is told to raise."""
+
+    Error = type('Error', (Exception,), {})
+    __spec__ = importlib.machinery.ModuleSpec('wandb', None)  # transformers looks for it
+
+    def __init__(self, where, error=None):
+        self.where, self.error, self.rows, self.calls = where, error or RuntimeError('no more\nroom'), [], []
+
+    def _call(self, name):
+        self.calls.append(name)
+        if name == self.where:
+            raise self.error
+
+    def login(self):
+        self._call('login')
+
+    def init(self, *args, **options):
+        self._call('init')
+        return self
+
+    def log(self, row, step):
+        self._call('log')
+        self.rows.append(row)
+
+    def add_scalar(self, name, value, step):
+        self._call('log')
+        self.rows.append((name, value, step))
+
+    def finish(self):
+        self._call('finish')
+
+    close = finish
+
+
+def with_broken(monkeypatch, name, tool):
+    """The option that logs to the stand-in in the place of what is called name."""
+    if name == 'wandb':
+        monkeypatch.setitem(sys.modules, 'wandb', tool)
+        return '--wandb=toy'
+    module = type(sys)('torch.utils.tensorboard')
+    module.SummaryWriter = tool.init
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', module)
+    return '--tensorboard'
+
+
+def in_process(monkeypatch, tmp_path, script, *flags):
+    """Run a script here, and leave no process group behind."""
+    import torch
+    import torch.distributed as dist
+
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    monkeypatch.setattr(sys, 'argv', [script, *flags])
+    try:
+        return runpy.run_path(str(ROOT / script), run_name='script')
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+SHORT = ['--n_examples=8', '--batch_size=4', '--n_eval_examples=4', '--eval_every=4']
+SCRIPTS = {
+    'dpo.py': SHORT,
+    'sft.py': SHORT,
+    'reward.py': SHORT,
+    'ppo.py': [*SHORT, '--minibatch_size=4', '--ppo_epochs=1', '--max_new_tokens=4', '--reward_model=gold'],
+}
+
+
+@pytest.mark.parametrize(
+    'error', [RuntimeError('no more\nroom'), OSError(28, 'No space left'), ValueError(), SystemExit(1)]
+)
+@pytest.mark.parametrize('where', ['init', 'log', 'finish'])
+@pytest.mark.parametrize('name', ['wandb', 'tensorboard'])
+def test_a_tracker_that_fails_costs_one_note(name, where, error, monkeypatch, tmp_path, capsys):
+    tool = Broken(where, error)
+    with_broken(monkeypatch, name, tool)
+    (tmp_path / 'config.json').write_text('{"config": {}}')
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    logger = log.Log(tmp_path, 8, 0, 1, 'toy' if name == 'wandb' else None, name == 'tensorboard')
+    for seen in (4, 8):
+        logger.row('train', seen, {'loss/train': 1.0, 'examples_per_second': 2.0})
+    logger.close()
+    logger.close()
+    out = capsys.readouterr().out
+    notes = [line for line in out.splitlines() if line.startswith('note: ')]
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    assert notes == [
+        f'note: {name} failed ({reason}): rows may be missing there; {tmp_path}/metrics.jsonl has all of them'
+    ]
+    assert [row['counters/examples'] for row in metrics(tmp_path)] == [4, 8]
+    assert tool.calls.count('log') == {'init': 0, 'log': 1, 'finish': len(tool.rows)}[where]
+    assert tool.calls.count('finish') == (where != 'init')  # what came before the failure is written out
+
+
+@pytest.mark.parametrize(('script', 'name'), [('dpo.py', 'wandb'), ('ppo.py', 'tensorboard')])
+def test_a_run_goes_on_without_its_tracker(script, name, monkeypatch, tmp_path, capsys):
+    flag = with_broken(monkeypatch, name, Broken('log'))
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    in_process(monkeypatch, tmp_path, script, *SCRIPTS[script], flag, f'--out_dir={tmp_path}/run')
+    out = capsys.readouterr().out
+    assert out.count('note: ') == out.count(f'note: {name} failed (no more)') == 1 and 'done: ' in out
+    seen = [row['counters/examples'] for row in metrics(tmp_path / 'run') if row['split'] == 'train']
+    assert seen == [4, 8] and (tmp_path / 'run/model').is_dir()
+
+
+def test_a_key_in_a_failure_is_not_shown(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv('WANDB_API_KEY', KEY)
+    with_broken(monkeypatch, 'wandb', Broken('init', RuntimeError(f'bad key {KEY}')))
+    (tmp_path / 'config.json').write_text('{"config": {}}')
+    log.Log(tmp_path, 8, 0, 1, 'toy').close()
+    assert 'bad key ...' in (out := capsys.readouterr().out) and KEY not in out
+
+
+@pytest.mark.parametrize('error', [Broken.Error(), ConnectionError('no way\nthere'), SystemExit('no terminal')])
+def test_a_login_that_fails_is_one_sentence(error, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', Broken('login', error))
+    monkeypatch.delenv('WANDB_MODE', raising=False)
+    reason = (str(error).splitlines() or ['Error'])[0]
+    with pytest.raises(UserError, match=f'^--wandb: {reason} Or set WANDB_API_KEY, or WANDB_MODE=offline.$'):
+        log.check_trackers('toy', False)
+
+
+def test_a_package_that_is_broken_is_said(monkeypatch):
+    def broken(name):
+        raise TypeError('Descriptors cannot be created directly.\nMore.')
+
+    monkeypatch.setattr(log.importlib, 'import_module', broken)
+    with pytest.raises(
+        UserError, match=r'^--tensorboard: its package fails \(Descriptors cannot be created directly.\)'
+    ):
+        log.check_trackers(None, True)
+
+
+# ---- clocks that stand still ----
+
+
+def test_per_second():
+    assert log.per_second(6, 3) == 2 and log.per_second(0, 3) == 0
+    assert all(value != value for value in (log.per_second(6, 0), log.per_second(0, 0.0), log.per_second(6, -1)))
+
+
+@pytest.mark.parametrize(
+    ('script', 'step'), [(name, 0) for name in [*SCRIPTS, 'sample.py', 'bench.py', 'label.py']] + [('dpo.py', -5)]
+)
+def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_path, capsys):
+    """Rates are then unknown: no row holds one, no run ends for it."""
+    import itertools
+    import time
+
+    out = tmp_path / 'run'
+    answers = [{'prompt': 'Review of the hotel:', 'sample': i, 'generator': 'x', 'response': f' the bed was {word} .'}
+               for i, word in enumerate(('nice', 'dull'))]  # fmt: skip
+    (tmp_path / 'samples.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in answers))
+    flags = {
+        'sample.py': ['--n_examples=4', '--max_new_tokens=4', f'--out_dir={out}'],
+        'bench.py': ['--model=toy', '--data=synthetic', '--vocabulary=500', '--prompt_tokens=5', '--answer_tokens=5', '--n_steps=1',
+                     '--batch_size=2', '--variants=padded cached', f'--out={tmp_path}/bench.json'],
+        'label.py': ['--gold=toy', f'--answers={tmp_path}/samples.jsonl', f'--out_dir={out}'],
+    }.get(script) or [*SCRIPTS[script], f'--out_dir={out}']  # fmt: skip
+    with monkeypatch.context() as patch:
+        for name in ('time', 'perf_counter', 'process_time'):
+            ticks = itertools.count(1e9, step)
+            patch.setattr(time, name, lambda ticks=ticks: next(ticks))
+        in_process(patch, tmp_path, script, *flags)
+    printed = capsys.readouterr().out
+    assert 'inf' not in printed.lower().replace('information', '')
+    if script in SCRIPTS:
+        assert 'done: ' in printed and 'nan ex/s  0:00 left' in printed
+        for row in metrics(out):
+            assert not any('per_second' in name or name == 'sampling_share' for name in row)
+    if script == 'bench.py':
+        rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
+        assert [row['variant'] for row in rows] == ['padded', 'cached'] and 'pairs_per_second' not in rows[0]
