@@ -15,7 +15,7 @@ import transformers
 import lora
 from configurator import UserError
 from log import say
-from model import core, register_attention, set_attention
+from model import core, describe_ties, register_attention, set_attention
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -88,6 +88,9 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
                 **({'device_map': device_map} if device_map else {}),
             )
             _check_complete(name, info['missing_keys'])
+            if describe_ties(model):
+                _note(f'note: the config of {name!r} says that its head is its embedding, but its file has a head of its own: '
+                      'that is used, and the exported config says so')  # fmt: skip
     except UserError:
         raise
     except Exception as error:
@@ -98,6 +101,15 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
         check_tokenizer(tokenizer, model, name)
     _check_map(name, device_map, model)
     return model.eval() if adapters is None else lora.add(model.eval(), **adapters, seed=seed)
+
+
+_noted = set()  # what was said of a model before: policy, reference and export load the same one
+
+
+def _note(text):
+    if text not in _noted:
+        _noted.add(text)
+        say(text)
 
 
 def _check_safe(name, trust_remote_code, weights=True):

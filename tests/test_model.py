@@ -17,12 +17,14 @@ import torch.distributed as dist
 import torch.nn.attention.varlen
 import torch.nn.functional as F
 import transformers as hf
+from many import own_head
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import data
 import fsdp
 import load
+import lora
 import model
 import risks
 import toy
@@ -612,6 +614,89 @@ def keys(folder):
 
     with safe_open(folder / 'model.safetensors', 'pt') as file:
         return set(file.keys())
+
+
+# ---- a head that is not the embedding, under a config that says it is ----
+
+SHARDED = {
+    'alone': {},
+    'sharded': {'cpu_offload': True},
+    'half': {'dtype': 'bfloat16'},
+    'mapped': {'device_map': 'balanced'},
+}
+ADAPTERS = {'rank': 2, 'alpha': 4.0, 'dropout': 0.0, 'targets': None}
+
+
+def with_own_head(saved, name):
+    """(build, log-probs of PAIRS by the plain model with the file's head)."""
+    folder, build = saved(name, tie_word_embeddings=True)
+    own_head(folder)
+    plain = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation='eager').eval()
+    assert plain.get_output_embeddings().weight is not plain.get_input_embeddings().weight
+    return build, answer_logps(dense_logits(plain, rows_of(PAIRS)), rows_of(PAIRS)).detach()
+
+
+@pytest.mark.parametrize('how', SHARDED)
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'gemma2'])
+def test_the_head_of_the_file_is_the_head(name, how, saved, device, tmp_path, capsys):
+    build, expected = with_own_head(saved, name)
+    net = fsdp.shard(build, device, **SHARDED[how])
+    with torch.no_grad():
+        assert_close(net.response_logps(pack(PAIRS))[0], expected, 0.1 if how == 'half' else 1e-5)
+    assert 'a head of its own' in capsys.readouterr().out
+    checkpoint.export(net, toy.tokenizer(), build, tmp_path / 'model')
+    assert json.loads((tmp_path / 'model/config.json').read_text())['tie_word_embeddings'] is False
+    again = load.load_model(str(tmp_path / 'model'))
+    assert_close(answer_logps(dense_logits(again, rows_of(PAIRS)), rows_of(PAIRS)), expected)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize('how', ['alone', 'sharded'])
+def test_the_head_of_the_file_under_adapters(how, saved, device, tmp_path):
+    build, expected = with_own_head(saved, 'llama')
+    build = partial(build, adapters=ADAPTERS)
+    net = fsdp.shard(build, device, **SHARDED[how])
+    with torch.no_grad(), lora.adapters_off(net):
+        assert_close(net.response_logps(pack(PAIRS))[0], expected)
+    checkpoint.export(net, toy.tokenizer(), build, tmp_path / 'model')  # merged: B is still 0
+    again = load.load_model(str(tmp_path / 'model'))
+    assert_close(answer_logps(dense_logits(again, rows_of(PAIRS)), rows_of(PAIRS)), expected)
+
+
+@pytest.mark.parametrize('how', ['alone', 'sharded'])
+def test_the_head_of_the_file_grows_beside_the_embedding(how, saved, device):
+    build, expected = with_own_head(saved, 'llama')
+    net = fsdp.shard(partial(build, tokenizer=range(VOCAB + 2), grow=True), device, **SHARDED[how])
+    hidden, (weight, _) = net.hidden_and_head(pack(PAIRS))
+    weight = weight.detach()
+    assert len(weight) == VOCAB + 2
+    logps = model.F.linear(hidden, weight[:VOCAB]).log_softmax(1).gather(1, pack(PAIRS).target[:, None])[:, 0]
+    assert_close(pack(PAIRS).sum(logps), expected)
+
+
+@pytest.mark.parametrize('half', [False, True])
+def test_a_sharded_model_that_is_another_is_found_out(half, saved, device, monkeypatch, capsys):
+    build, _ = with_own_head(saved, 'llama')
+    monkeypatch.setattr(fsdp, 'tie_as', lambda model, wanted: None)  # as if it followed the config, not the file
+    if half:
+        fsdp.shard(build, device, dtype='bfloat16')
+        assert 'warning: the sharded LlamaForCausalLM gives other log-probs' in capsys.readouterr().out.replace(
+            'FSDP', ''
+        )
+    else:
+        with pytest.raises(UserError, match='LlamaForCausalLM gives other log-probs than the loaded one: off by'):
+            fsdp.shard(build, device, cpu_offload=True)
+
+
+def test_ties_follow_what_was_loaded():
+    tied, apart = (
+        hf.AutoModelForCausalLM.from_config(hf.LlamaConfig(**GROUPED, tie_word_embeddings=t)) for t in (True, False)
+    )
+    assert model.ties(tied) == {'lm_head.weight': 'model.embed_tokens.weight'} and model.ties(apart) == {}
+    wanted = model.ties(tied)
+    model.tie_as(tied, model.ties(apart))
+    model.tie_as(apart, wanted)
+    assert model.ties(tied) == {} and model.ties(apart) == wanted and not tied.config.tie_word_embeddings
 
 
 # ---- the kernel on CUDA ----
