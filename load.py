@@ -318,6 +318,27 @@ def check_tokenizer(tokenizer, model, name: str):
         )
 
 
+def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
+    """Raise UserError where ids that a model's tokenizer writes mean other tokens to a reference, critic or reward model.
+
+    other: its tokenizer, or its name, of a folder that may lack one; what: how to call it."""
+    if isinstance(other, str):
+        if other == model:
+            return
+        if Path(other).is_dir() and not any(Path(other).glob('*token*')):
+            return _note(f'note: {what} comes without a tokenizer: it must read the tokens of {model}')
+        other = load_tokenizer(other, trust_remote_code)
+    known = other.get_vocab()
+    wrong = [(token, i) for token, i in tokenizer.get_vocab().items() if known.get(token) != i]
+    if wrong:
+        token, i = min(wrong, key=lambda item: item[1])
+        there = f'is {known[token]} there' if token in known else 'is unknown there'
+        raise UserError(
+            f'{what} reads other tokens than the model {model} writes: {len(wrong)} differ, such as {token!r}, which is {i} here '
+            f'and {there}: name one with the same tokenizer'
+        )
+
+
 def check_heads(policy, reference):
     """Raise UserError where a divergence has two vocabularies to compare."""
     rows = [len(core(m).get_output_embeddings().weight) for m in (policy, reference)]
@@ -390,7 +411,8 @@ def can_pack(model, packed, padded, say, wanted=True):
 
 
 def check_positions(model, length, what):
-    """Raise UserError where length tokens are more than a model with learned position embeddings has positions for."""
+    """Raise UserError where length tokens are more than a model with learned position embeddings has positions for, or than
+    its rotary scaling reads in a way that does not depend on the rest of the batch."""
     learned = any(
         isinstance(module, torch.nn.Embedding) and re.search('wpe|position', name)
         for name, module in core(model).named_modules()
@@ -400,6 +422,36 @@ def check_positions(model, length, what):
         raise UserError(
             f'{_name(model)} has {most} positions, and {what} take {length} tokens: lower max_length or max_new_tokens'
         )
+    if length > (most := _unscaled(model)):
+        raise UserError(
+            f'beyond {most} tokens {_name(model)} encodes every position by the longest sequence of a batch, so results would '
+            f'depend on max_tokens; {what} take {length} tokens: lower max_length or max_new_tokens'
+        )
+
+
+def room(model):
+    """The most tokens of a sequence that this model reads as it was made to, or infinity."""
+    most = getattr(core(model).config.get_text_config(), 'max_position_embeddings', None)
+    return min(most or math.inf, _unscaled(model))
+
+
+def _unscaled(model):
+    """The longest sequence that leaves the rotary scaling alone which looks at the longest sequence of a batch (dynamic,
+    longrope); infinity where there is none such."""
+    config = core(model).config.get_text_config()
+    found = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
+    limits = [math.inf]
+    # one set of parameters, or one for each type of layer
+    for rope in [found, *found.values()]:
+        kind = str((rope.get('rope_type') or rope.get('type')) if isinstance(rope, dict) else '')
+        if 'dynamic' in kind:
+            limits.append(config.max_position_embeddings)
+        elif kind in ('longrope', 'su') or (kind and 'long_mscale' in rope):
+            original = rope.get('original_max_position_embeddings')
+            limits.append(
+                original or getattr(config, 'original_max_position_embeddings', config.max_position_embeddings)
+            )
+    return min(limits)
 
 
 def _name(model):

@@ -35,7 +35,7 @@ CASES = {
     'reward': [*REWARD, '--model=llama', '--center_coef=0.1', '--save_every=12'],
     'ppo': [*PPO, '--save_every=12'],
     'grpo': GRPO,  # after reward
-    'own_head': [*DPO, '--model=own_head'],
+    'own_head': [*DPO, '--model=own_head', '--optimizer=SGD'],
 }
 ALONE = {  # one process
     'samples': [*DPO, '--model=llama', *SAMPLE],

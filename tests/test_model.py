@@ -297,6 +297,66 @@ def test_positions():
     load.check_positions(tiny('llama'), 10**6, 'the examples')  # rotary: it can be longer than it has been
 
 
+FACTORS = {'long_factor': [4.0, 9.0], 'short_factor': [1.0, 1.5]}  # one for each pair of a head's 4 dimensions
+SCALED = {
+    'longrope': ('phi3', {'rope_type': 'longrope', 'original_max_position_embeddings': 20, **FACTORS}, 20),
+    'dynamic': ('llama', {'rope_type': 'dynamic', 'factor': 2.0}, 64),
+    'old name': ('phi3', {'type': 'su', 'original_max_position_embeddings': 20, **FACTORS}, 20),
+    'linear': ('llama', {'rope_type': 'linear', 'factor': 2.0}, math.inf),
+    'yarn': ('llama', {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 16}, math.inf),
+    'llama3': ('llama', {'rope_type': 'llama3', 'factor': 4.0, 'original_max_position_embeddings': 16, 'low_freq_factor': 1.0,
+                         'high_freq_factor': 4.0}, math.inf),
+    'by layer': ('gemma3_text', {'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
+                                 'full_attention': {'rope_type': 'dynamic', 'factor': 2.0, 'rope_theta': 1e4}}, 64),
+}  # fmt: skip
+
+
+def scaled(which):
+    name, rope, limit = SCALED[which]
+    rope = dict(rope) if 'full_attention' in rope or 'type' in rope else {'rope_theta': 1e4, **rope}
+    own = (
+        {'original_max_position_embeddings': 20} if name == 'phi3' else {}
+    )  # which counts for more than the one in rope
+    return config(name).to_dict() | own | {'rope_parameters': rope}, limit
+
+
+@pytest.mark.parametrize('which', SCALED)
+def test_results_do_not_depend_on_the_longest_sequence(which):
+    """A short example's log-probs beside a long one: where rotary scaling would change them, the long one is refused."""
+    options, limit = scaled(which)
+    model.register_attention()
+    net = randomise(hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**options), dtype=torch.float32)).eval()
+    net.set_attn_implementation('packed')
+    short = (4, (5, 6))
+
+    def beside(tokens):
+        with torch.no_grad():
+            return model.response_logps(net, pack([short, (4, (tokens - 4, 3))]))[0][:2]
+
+    alone = model.response_logps(net, pack([short]))[0]
+    lengths = [30, 80] if limit == math.inf else [limit]
+    for tokens in lengths:
+        load.check_positions(net, tokens, 'the examples')
+        assert_close(beside(tokens), alone)
+    assert load.room(net) == min(limit, net.config.max_position_embeddings)
+    if limit < math.inf:
+        assert (beside(limit + 60) - alone).abs().max() > 1e-2
+        with pytest.raises(UserError, match=f'beyond {limit} tokens .* longest sequence .* take {limit + 1} tokens'):
+            load.check_positions(net, limit + 1, 'the examples')
+
+
+@pytest.mark.parametrize('half', [False, True])
+def test_scaled_rotary_positions_when_sharded(half, tmp_path, device):
+    options, limit = scaled('longrope')
+    randomise(hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**options))).save_pretrained(tmp_path)
+    build = partial(load.load_model, str(tmp_path))
+    shape = [(4, (5, 6)), (4, (limit - 4, 3))]
+    plain = build()
+    expected = answer_logps(dense_logits(plain, rows_of(shape)), rows_of(shape))
+    net = fsdp.shard(build, device, cpu_offload=True, dtype='bfloat16' if half else 'float32')
+    assert_close(net.response_logps(pack(shape))[0], expected, 0.1 if half else 1e-5)
+
+
 def test_a_divergence_needs_heads_of_one_size():
     net, other = tiny('llama'), tiny('llama')
     load.check_heads(net, other)
