@@ -230,6 +230,46 @@ def test_can_pack(name, dtype):
     assert (load.packing_error(net, *probe()) == math.inf) == certain
 
 
+def test_the_note_says_why():
+    reasons = {
+        'gptj': 'takes no attention',
+        'lfm2': 'layers of type conv',
+        'stablelm': 'not handed on',
+        'phimoe': 'off by',
+    }
+    for name, words in reasons.items():
+        said = []
+        load.can_pack(tiny(name), *probe(), said.append)
+        assert words in said[0], said
+
+
+@pytest.mark.parametrize(('error', 'ours'), [
+    (RuntimeError('CUDA error: device-side assert triggered'), True), (MemoryError(), True), (ImportError('no kernel'), True),
+    (ValueError('unknown mask'), False), (RuntimeError('shapes do not match'), False),
+])  # fmt: skip
+def test_what_is_not_the_fault_of_the_architecture_is_raised(error, ours):
+    def fails(*args, **rest):
+        raise error
+
+    net, said = tiny('llama'), []
+    hf.AttentionInterface.register('packed', fails)
+    try:
+        if ours:
+            with pytest.raises(type(error)):
+                load.can_pack(net, *probe(), said.append)
+        else:
+            assert not load.can_pack(net, *probe(), said.append)
+            assert str(error) in said[0]
+    finally:
+        model.register_attention()
+
+
+def test_a_bug_of_ours_is_raised(monkeypatch):
+    monkeypatch.setattr(model, '_attend', None)
+    with pytest.raises(TypeError):
+        load.can_pack(tiny('llama'), *probe(), print)
+
+
 def test_the_probe_reaches_a_window():
     short, long = (1, (1, 1)), (6, (9, 4))
     assert not load.can_pack(tiny('phimoe'), *probe([short, long, short]), lambda line: None)
