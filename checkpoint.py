@@ -21,6 +21,7 @@ import lora
 from configurator import UserError
 from fsdp import gather_objects, on_one_rank
 from log import replace_text, say, sync, writing
+from model import tie_as, ties
 
 _pending = None  # the checkpoint that is being written: (thread, {'error': why it could not be})
 
@@ -245,6 +246,7 @@ def export(model, tokenizer, build, folder):
     few = lora.present(model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=few)
     weights = get_model_state_dict(model, options=options)
+    tied = ties(model)
     unique = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
 
     def write():
@@ -256,6 +258,7 @@ def export(model, tokenizer, build, folder):
             merged.save_pretrained(temporary)
         else:
             shell = build(empty=True)  # saving through the sharded model would write its changed class name
+            tie_as(shell, tied)
             shell.all_tied_weights_keys = {}
             shell.save_pretrained(temporary, state_dict={k: v for k, v in weights.items() if k in unique})
         tokenizer.save_pretrained(temporary)

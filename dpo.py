@@ -27,7 +27,7 @@ import parallel
 from configurator import UserError, configure, main_rank
 from data import microbatches, pack_probe, prefetch, steps
 from examples import Examples
-from load import can_pack, check_heads, check_positions, load_model, load_tokenizer
+from load import can_pack, check_heads, check_positions, check_same_tokens, load_model, load_tokenizer
 from model import set_attention
 from reference import cached_logps
 from spec import Spec
@@ -130,6 +130,8 @@ if batch_size < max(world, 2 if loss == 'kto' else 1):
     raise UserError(f'batch_size {batch_size} is too small: one example for each of {world} ranks, two for kto')
 guard.begin(out_dir, config, resume)
 tokenizer = load_tokenizer(model, trust_remote_code)
+if ref_model and spec.needs_ref:
+    check_same_tokens(tokenizer, ref_model, f'the reference {ref_model}', model, trust_remote_code)
 load = partial(load_examples, tokenizer=tokenizer, task='pairs' if spec.paired else 'singles', seed=seed,
                max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation, num_turns=num_turns,
                skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip

@@ -11,6 +11,7 @@ import os
 import sys
 import types
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -26,7 +27,19 @@ from torch.distributed.fsdp import (
 from torch.distributed.rendezvous import rendezvous
 
 from configurator import UserError
-from model import blocks, core, hidden_and_head, response_logps, response_scores, set_attention, token_logps
+from data import pack
+from log import say
+from model import (
+    blocks,
+    core,
+    hidden_and_head,
+    response_logps,
+    response_scores,
+    set_attention,
+    tie_as,
+    ties,
+    token_logps,
+)
 from parallel import tensor_parallel
 
 _tp = 1  # ranks that share the matrices of a block, and their data: neighbours
@@ -181,12 +194,52 @@ def shard(build, device, *, dtype='float32', train=True, compile=False, activati
         _distribute(model, full, device, dtype == 'bfloat16', cpu_offload)
     for method in (response_logps, hidden_and_head, response_scores, token_logps, _begin):
         add_method(model, method)
+    if not alone and device_map is None:
+        _compare(model, full, device, dtype == 'bfloat16')
     set_attention(model, packed=True)
     return model
 
 
+def _compare(model, full, device, half):
+    """Whether the sharded model still gives one made-up example what the loaded one, which rank 0 has, gives it: in float32 a
+    difference is a UserError, in bfloat16, where one may be rounding, a warning."""
+
+    def measure(m, device):
+        """Log-probs (with values, where there are some) of every answer token, or scores: (rows, N), float32, on the CPU."""
+        ids = np.random.default_rng(0).integers(core(m).get_input_embeddings().num_embeddings, size=12)
+        batch = pack([(ids[:4], [ids[4:8], ids[8:]])], [0], pad=True, device=device)
+        function = response_scores if hasattr(core(m), 'score') else token_logps
+        forward = getattr(m, function.__name__, functools.partial(function, m))
+        set_attention(m, packed=False)
+        # compiled blocks would be compiled for this one batch
+        with torch.no_grad(), torch.compiler.set_stance('force_eager'):
+            return forward(batch).float().cpu()
+
+    def before():
+        try:
+            return measure(full, 'cpu')
+        except Exception as error:  # some have kernels for a GPU only; can_pack says what fails there as well
+            say(f'note: the loaded model was not compared with the sharded one: {type(error).__name__} on the CPU')
+
+    expected = gather_objects(on_one_rank(before))[0]
+    if expected is None:
+        return
+    found = measure(model, device)
+    model.reshard()
+    error = ((found - expected).abs() / expected.abs().clamp(min=1)).max().item()
+    if error <= (0.1 if half else 0.01):
+        return
+    name = type(core(model)).__name__.removeprefix('FSDP')  # the prefix that sharding gives it
+    text = f'the sharded {name} gives other log-probs than the loaded one: off by {error:.1%}'
+    if not half:
+        raise UserError(f'{text}; start it in one process without torchrun, in float32, and report this')
+    say(f'warning: {text}, more than bfloat16 should cost: compare with --dtype=float32')
+
+
 def _distribute(model, full, device, half, cpu_offload):
     """Cut the empty model over the ranks, in place, and fill it from full, which rank 0 alone has."""
+    # which parameters are one tensor depends on the file, which rank 0 alone has read
+    tie_as(model, gather_objects(ties(full) if full else None)[0])
     for p in model.parameters() if half else ():  # not model.to: rotary frequencies must stay float32
         p.data = p.data if p.requires_grad else p.data.to(torch.bfloat16)
     mesh = _mesh(device.type, _tp, dist.group.WORLD)

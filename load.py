@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import traceback
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import transformers
 import lora
 from configurator import UserError
 from log import say
-from model import core, register_attention, set_attention
+from model import core, describe_ties, register_attention, set_attention
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -30,6 +31,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     if not os.path.exists(name) and (name.count('/') != 1 or name.startswith(('.', '/'))):
         raise UserError(f'there is no model folder {name!r}, so no tokenizer: train it first, or name another one')
     _check_safe(name, trust_remote_code, weights=False)
+    _check_adapter(name, hub=True)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises OSError, ValueError, KeyError and its own for a missing tokenizer
@@ -79,6 +81,7 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
             if name != 'toy':
                 model.generation_config = _generation_config(name, model.generation_config)
         else:
+            _check_files(name, config)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=torch.float32,
@@ -88,6 +91,10 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
                 **({'device_map': device_map} if device_map else {}),
             )
             _check_complete(name, info['missing_keys'])
+            _say_unused(name, info['unexpected_keys'])
+            if describe_ties(model):
+                _note(f'note: the config of {name!r} says that its head is its embedding, but its file has a head of its own: '
+                      'that is used, and the exported config says so')  # fmt: skip
     except UserError:
         raise
     except Exception as error:
@@ -100,17 +107,27 @@ def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_c
     return model.eval() if adapters is None else lora.add(model.eval(), **adapters, seed=seed)
 
 
+_noted = set()  # what was said of a model before: policy, reference and export load the same one
+
+
+def _note(text):
+    if text not in _noted:
+        _noted.add(text)
+        say(text)
+
+
 def _check_safe(name, trust_remote_code, weights=True):
     """Raise UserError for a model folder that asks to run code of its own, or has its weights in pickles, which can run code."""
     folder = Path(name)
     if name == 'toy' or not folder.is_dir():
-        return  # a hub id: _read_config and transformers see to it
+        return  # a hub id: _read_config and _check_files see to it
+    _check_adapter(name)
     for file in () if trust_remote_code else sorted(folder.glob('*config.json')):
         options = None
         with contextlib.suppress(OSError, ValueError, RecursionError):  # a broken file has an error of its own
             options = json.loads(file.read_text('utf-8'))
-        if isinstance(options, dict) and _own_code(options):
-            raise UserError(_wants_code(name, file.name))
+        if isinstance(options, dict) and (what := _own_code(options)):
+            raise UserError(_wants_code(name, file.name, what))
     pickles = sorted(f.name for ending in ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl') for f in folder.glob(ending))
     if weights and pickles and not any(folder.glob('*.safetensors')):
         raise UserError(f'{name!r} has its weights in {pickles[0]}, a pickle, which can run any code when it is read: '
@@ -122,21 +139,105 @@ _read, _generation = {}, {}
 
 
 def _own_code(options):
-    return any(options.get(key) for key in ('auto_map', 'custom_pipelines'))
+    """How a config asks for code: 'code of its own', a kernel that is fetched from the hub, or None."""
+    if any(options.get(key) for key in ('auto_map', 'custom_pipelines')):
+        return 'code of its own'
+    for key, value in options.items():
+        # attn_implementation, experts_implementation: transformers takes what has a slash for the hub id of a kernel
+        if key.endswith('_implementation') and '/' in json.dumps(value, default=str):
+            return f'{key} {value!r}, a kernel from the hub'
+        if isinstance(value, dict) and (what := _own_code(value)):
+            return what
+    return None
 
 
-def _wants_code(name, where):
-    return f'{name!r} comes with code of its own ({where}): read it, and pass --trust_remote_code if you want it to run'
+def _wants_code(name, where, what):
+    return f'{name!r} comes with {what} ({where}): read it, and pass --trust_remote_code if you want it to run'
 
 
 def _read_config(name, trust_remote_code):
-    """The config of a folder or hub id. Raises UserError where it names code of its own, even if it could do without."""
+    """The config of a folder or hub id. Raises UserError where it names code of its own, even if it could do without, or is
+    that of quantised weights."""
     if os.path.exists(name) or name not in _read:
+        raw = transformers.PretrainedConfig.get_config_dict(name)[0]
+        if not trust_remote_code and (what := _own_code(raw)):
+            raise UserError(_wants_code(name, 'config.json', what))
         _read[name] = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     config = copy.deepcopy(_read[name])
-    if not trust_remote_code and _own_code(vars(config)):
-        raise UserError(_wants_code(name, 'config.json'))
+    if quantised := getattr(config, 'quantization_config', None):
+        options = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        bits = next(
+            (f'{n} bit' for n in (4, 8) if options.get(f'load_in_{n}bit') or options.get('bits') == n), 'few bits'
+        )
+        raise UserError(
+            f'{name!r} holds quantised weights ({options.get("quant_method", "bitsandbytes")}, {bits}), which are neither '
+            'trained nor exported here: name the model that they were made from, or a copy of model.dequantize()'
+        )
     return config
+
+
+def _check_adapter(name, hub=False):
+    """Raise UserError for a LoRA adapter, to which transformers would fetch the base model that it names. hub: ask there, too."""
+    file = Path(name) / 'adapter_config.json'
+    if hub and not Path(name).is_dir():
+        file = _hub_file(name, file.name)
+    if file is None or not Path(file).is_file():
+        return
+    base = None
+    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+        base = json.loads(Path(file).read_text('utf-8')).get('base_model_name_or_path')
+    merged = Path(name).with_name('model')
+    way = "merge it: peft's AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)"
+    if (merged / 'config.json').is_file():
+        way = f'{str(merged)!r} beside it is the whole model, with the adapter merged in: name that'
+    raise UserError(f'{name!r} is an adapter (of {base or "an unknown model"}), not a whole model: {way}')
+
+
+def _hub_file(name, file):
+    """The path of a small file of a hub id, or None where it has no such file."""
+    from transformers.utils import cached_file
+
+    options = ('gated_repo', 'missing_entries', 'connection_errors')
+    with contextlib.suppress(OSError):  # what is wrong with the hub id is said where its config is read
+        return cached_file(name, file, **{f'_raise_exceptions_for_{option}': False for option in options})
+    return None
+
+
+def _check_files(name, config):
+    """Raise UserError where the weights that a config or an index names are not safetensors files right beside it: others
+    are pickles, which can run code, or files of somebody else."""
+    folder = Path(name)
+    named = getattr(config, 'transformers_weights', None)  # another name for the file of the weights, or for the index
+    _check_shards(name, 'config.json', [named] if named else [], ('.safetensors', '.safetensors.index.json'))
+    if folder.is_dir():
+        indices = sorted(folder.glob('*.index.json'))
+    else:
+        indices = filter(
+            None, [_hub_file(name, named if named and named.endswith('.json') else 'model.safetensors.index.json')]
+        )
+    for index in map(Path, indices):
+        shards = None
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+            shards = json.loads(index.read_text('utf-8')).get('weight_map')
+        # a pickle's index is not read; a broken one has an error of its own
+        if isinstance(shards, dict) and index.name.endswith('.safetensors.index.json'):
+            _check_shards(name, index.name, shards.values(), '.safetensors')
+
+
+def _check_shards(name, where, shards, endings):
+    for shard in shards:
+        plain = isinstance(shard, str) and re.fullmatch(r'[^/\\\0]+', shard) and shard.endswith(endings)
+        if not plain:
+            raise UserError(
+                f'{where} of {name!r} names {str(shard)[:100]!r}: weights must be .safetensors files in the same folder'
+            )
+
+
+def _say_unused(name, unused):
+    """Say which weights of a file the model does not have: perhaps the config is another model's."""
+    if unused:
+        some = ', '.join(sorted(unused)[:3])
+        _note(f'note: {len(unused)} weights in {name!r} are not used, since its config has no place for them: {some}')
 
 
 def _check_map(name, device_map, model=None):
@@ -209,6 +310,7 @@ def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = F
                 text.vocab_size, text.pad_token_id = rows, tokenizer.pad_token_id
                 model, info = auto.from_config(config, **options), {}
             else:
+                _check_files(name, config)
                 text.pad_token_id = None  # an embedding cannot be made with a pad token that it has no row for
                 options |= {'use_safetensors': True, 'output_loading_info': True}
                 options |= {'device_map': device_map} if device_map else {}
@@ -224,8 +326,11 @@ def load_reward(name: str, tokenizer, *, new_head: bool = False, empty: bool = F
     if not is_reward(model):
         raise UserError(f'{type(model).__name__} has no head of the name score: it cannot be a reward model here')
     _check_complete(name, set(info.get('missing_keys', ())) - (set() if trained else {'score.weight', 'score.bias'}))
+    # of a language model, the head is what is not in a numbered block
+    others = {key for key in info.get('unexpected_keys', ()) if trained or re.search(r'\.\d+\.', f'.{key}')}
+    _say_unused(name, others)
     if not trained and not empty and not quiet:
-        gone = ', '.join(sorted(info.get('unexpected_keys', ()))) or 'its own'
+        gone = ', '.join(sorted(info.get('unexpected_keys', set()) - others)) or 'its own'
         say(
             f'a reward model from the language model {name!r}: a new scalar head, drawn from seed {seed}, replaces {gone}'
         )
@@ -300,9 +405,38 @@ def _read_generation_config(name, default):
 def check_tokenizer(tokenizer, model, name: str):
     """Raise UserError when the tokenizer can produce ids that the model has no embedding for."""
     rows = core(model).get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    if len(tokenizer) <= rows:
+        return
+    found = f'the tokenizer has {len(tokenizer)} ids but the model {name!r} embeds {rows}'
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if not {i for i, _ in beyond} <= tokenizer.added_tokens_decoder.keys():
+        raise UserError(f'{found}: they do not belong together')
+    some = ' '.join(token for _, token in beyond[:3])
+    raise UserError(
+        f'{found}: {len(beyond)} added later ({some}) have no row. If they belong to it, give it rows: model = AutoModelForCausalLM.'
+        f'from_pretrained({name!r}); model.resize_token_embeddings({len(tokenizer)}); model.save_pretrained(FOLDER), and copy '
+        'the tokenizer there; if not, take them out of the tokenizer'
+    )
+
+
+def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
+    """Raise UserError where ids that a model's tokenizer writes mean other tokens to a reference, critic or reward model.
+
+    other: its tokenizer, or its name, of a folder that may lack one; what: how to call it."""
+    if isinstance(other, str):
+        if other == model:
+            return
+        if Path(other).is_dir() and not any(Path(other).glob('*token*')):
+            return _note(f'note: {what} comes without a tokenizer: it must read the tokens of {model}')
+        other = load_tokenizer(other, trust_remote_code)
+    known = other.get_vocab()
+    wrong = [(token, i) for token, i in tokenizer.get_vocab().items() if known.get(token) != i]
+    if wrong:
+        token, i = min(wrong, key=lambda item: item[1])
+        there = f'is {known[token]} there' if token in known else 'is unknown there'
         raise UserError(
-            f'the tokenizer has {len(tokenizer)} ids but the model {name!r} embeds {rows}: they do not belong together'
+            f'{what} reads other tokens than the model {model} writes: {len(wrong)} differ, such as {token!r}, which is {i} here '
+            f'and {there}: name one with the same tokenizer'
         )
 
 
@@ -320,10 +454,15 @@ def is_reward(model):
     return hasattr(core(model), 'score')
 
 
-@torch.no_grad()
 def packing_error(model, batch, padded):
     """Largest relative difference between response_logps (for a reward model response_scores) of a batch and what the
-    model's own forward gives for the same, padded.
+    model's own forward gives for the same, padded."""
+    return _packing(model, batch, padded)[0]
+
+
+@torch.no_grad()
+def _packing(model, batch, padded):
+    """(packing_error, why packing is not possible if that is too large).
 
     Infinite where the architecture takes no attention from outside (GPT-J, BLOOM), does not hand it the batch, fails without
     a mask (MPT), or runs on from one answer into the next (convolutions, linear attention). Raises UserError where it cannot
@@ -333,8 +472,10 @@ def packing_error(model, batch, padded):
     other_layers = set(getattr(config, 'layer_types', None) or ()) - {'full_attention', 'sliding_attention'}
     try:
         set_attention(model, packed=bool(batch.groups))
-        if batch.groups and (config._attn_implementation != 'packed' or other_layers):
-            return math.inf
+        if batch.groups and config._attn_implementation != 'packed':
+            return math.inf, 'it takes no attention from outside'
+        if batch.groups and other_layers:
+            return math.inf, f'it has layers of type {" ".join(sorted(other_layers))}'
         ours = model.response_scores(batch) if scoring else model.response_logps(batch)[0]
         set_attention(model, packed=False)
         # a score is read at the last id that is not pad
@@ -344,8 +485,10 @@ def packing_error(model, batch, padded):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever an architecture raises that does not know what it was given
+        if batch.groups and _is_ours(error):
+            raise
         if batch.groups:
-            return math.inf
+            return math.inf, _first_line(error)
         raise UserError(f'{_name(model)} cannot be trained here: its forward says {_first_line(error)}') from None
     finally:
         core(model).set_attn_implementation(before)
@@ -354,13 +497,22 @@ def packing_error(model, batch, padded):
     else:
         logps = logits.log_softmax(-1).flatten(0, 1)[padded.index]
         plain = padded.sum(logps.gather(1, padded.target[:, None])[:, 0])
-    return ((ours - plain).abs() / plain.abs().clamp(min=1)).max().item()
+    error = ((ours - plain).abs() / plain.abs().clamp(min=1)).max().item()
+    return error, f'{"scores" if scoring else "log-probs"} would be off by {error:.1%}'
+
+
+def _is_ours(error):
+    """Whether what a packed forward raised says nothing of the architecture: the machine fails, or this code has a bug."""
+    machine = isinstance(error, MemoryError | ImportError | OSError) or 'CUDA error' in str(error)
+    bug = isinstance(error, TypeError | NameError | AttributeError | LookupError | AssertionError | ArithmeticError)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return machine or (bug and raised_in.parent == Path(__file__).parent)
 
 
 def can_pack(model, packed, padded, say, wanted=True):
     """Whether packed batches are wanted and give this architecture's own log-probs, up to rounding. If they do not, say so;
     if padded ones do not either, its head does what _post does not know: raise UserError."""
-    error = packing_error(model, packed, padded) if wanted else math.inf
+    error, reason = _packing(model, packed, padded) if wanted else (math.inf, '')
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())  # as the forward has left them: gathered
     limit = 0.03 if half else 1e-4
     if error <= limit:
@@ -373,12 +525,13 @@ def can_pack(model, packed, padded, say, wanted=True):
             f'{_name(model)} does to its logits what _post in model.py does not know: log-probs would be off by {error:.1%}'
         )
     if wanted:
-        say('note: this architecture cannot be packed: batches are padded instead')
+        say(f'note: this architecture cannot be packed ({reason}): batches are padded instead')
     return False
 
 
 def check_positions(model, length, what):
-    """Raise UserError where length tokens are more than a model with learned position embeddings has positions for."""
+    """Raise UserError where length tokens are more than a model with learned position embeddings has positions for, or than
+    its rotary scaling reads in a way that does not depend on the rest of the batch."""
     learned = any(
         isinstance(module, torch.nn.Embedding) and re.search('wpe|position', name)
         for name, module in core(model).named_modules()
@@ -388,6 +541,36 @@ def check_positions(model, length, what):
         raise UserError(
             f'{_name(model)} has {most} positions, and {what} take {length} tokens: lower max_length or max_new_tokens'
         )
+    if length > (most := _unscaled(model)):
+        raise UserError(
+            f'beyond {most} tokens {_name(model)} encodes every position by the longest sequence of a batch, so results would '
+            f'depend on max_tokens; {what} take {length} tokens: lower max_length or max_new_tokens'
+        )
+
+
+def room(model):
+    """The most tokens of a sequence that this model reads as it was made to, or infinity."""
+    most = getattr(core(model).config.get_text_config(), 'max_position_embeddings', None)
+    return min(most or math.inf, _unscaled(model))
+
+
+def _unscaled(model):
+    """The longest sequence that leaves the rotary scaling alone which looks at the longest sequence of a batch (dynamic,
+    longrope); infinity where there is none such."""
+    config = core(model).config.get_text_config()
+    found = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
+    limits = [math.inf]
+    # one set of parameters, or one for each type of layer
+    for rope in [found, *found.values()]:
+        kind = str((rope.get('rope_type') or rope.get('type')) if isinstance(rope, dict) else '')
+        if 'dynamic' in kind:
+            limits.append(config.max_position_embeddings)
+        elif kind in ('longrope', 'su') or (kind and 'long_mscale' in rope):
+            original = rope.get('original_max_position_embeddings')
+            limits.append(
+                original or getattr(config, 'original_max_position_embeddings', config.max_position_embeddings)
+            )
+    return min(limits)
 
 
 def _name(model):

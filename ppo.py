@@ -38,7 +38,16 @@ import toy
 from configurator import UserError, configure, main_rank
 from data import microbatches, pack_probe, steps
 from examples import Examples
-from load import add_value_head, can_pack, check_positions, drop_value_head, load_model, load_reward, load_tokenizer
+from load import (
+    add_value_head,
+    can_pack,
+    check_positions,
+    check_same_tokens,
+    drop_value_head,
+    load_model,
+    load_reward,
+    load_tokenizer,
+)
 from model import core, set_attention
 from tokenise import load_examples
 
@@ -168,6 +177,10 @@ log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; l
 if not total:
     raise UserError(f'n_examples {n_examples} is less than one group of {group} answers')
 
+others = {'reference': ref_model, 'critic': None if loss == 'grpo' or critic in ('head', 'own') else critic}
+for role, name in others.items():
+    if name:
+        check_same_tokens(tokenizer, name, f'the {role} {name}', model, trust_remote_code)
 plain = dict(tokenizer=tokenizer, trust_remote_code=trust_remote_code)
 build_policy = partial(load_model, model, seed=seed, adapters=adapters, **plain)
 
@@ -203,8 +216,7 @@ judge = None
 if reward_model not in (None, 'gold'):
     judge, judge_tokenizer = score.load_scorer(reward_model, device, dtype=dtype, device_map=device_map,
                                                trust_remote_code=trust_remote_code)  # fmt: skip
-    if not tokenizer.get_vocab().items() <= judge_tokenizer.get_vocab().items():
-        raise UserError(f'the reward model {reward_model} reads other tokens than the model {model} writes')
+    check_same_tokens(tokenizer, judge_tokenizer, f'the reward model {reward_model}', model)
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix, pad=not pack,
               device=device)  # fmt: skip
 

@@ -29,8 +29,7 @@ import tokenise
 from configurator import UserError, configure, main_rank
 from endpoint import ask, completions_url
 from examples import uniform_hash
-from load import content, load_model, load_tokenizer
-from model import core
+from load import content, load_model, load_tokenizer, room
 
 # who answers
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -144,7 +143,7 @@ def load():
     tokenizer = load_tokenizer(model, trust_remote_code)
     net = fsdp.shard(partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed),
                      device, dtype=dtype, train=False)  # fmt: skip
-    positions = getattr(core(net).config.get_text_config(), 'max_position_embeddings', None) or math.inf
+    positions = room(net)
     if positions <= max_new_tokens:
         raise UserError(
             f'the model has {positions} positions: --max_new_tokens={max_new_tokens} leaves none for the prompt'

@@ -9,7 +9,7 @@ import fsdp
 from configurator import UserError
 from data import pack, pack_probe, plan, plan_padded
 from examples import Examples
-from load import can_pack, load_reward, load_tokenizer, separate_pad
+from load import can_pack, load_reward, load_tokenizer, room, separate_pad
 from log import say
 from model import core, set_attention
 
@@ -37,7 +37,7 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
     eos, groups = tokenizer.eos_token_id, {}
     ends = {eos, *ends}
     padded = core(model).config._attn_implementation != 'packed'
-    limit = getattr(core(model).config.get_text_config(), 'max_position_embeddings', None) or float('inf')
+    limit = room(model)
     for i, (prompt, answer) in enumerate(items):
         prompt, answer = (np.asarray(x, np.int64) for x in (prompt, answer))
         answer = answer if len(answer) and answer[-1] in ends else np.append(answer, eos)

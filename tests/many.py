@@ -51,6 +51,18 @@ def tiny_model(folder, name, **options):
     return str(folder)
 
 
+def own_head(folder):
+    """Give a saved model, whose config says that the head is the embedding, a different lm_head.weight all the same."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = Path(folder) / 'model.safetensors'
+    weights = load_file(file)
+    (name,) = (name for name in weights if name.endswith(('embed_tokens.weight', 'wte.weight')))
+    noise = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(9))
+    save_file(weights | {'lm_head.weight': 0.3 * noise}, file, {'format': 'pt'})
+
+
 def rows(folder):
     """The metrics of a run, without speeds."""
     found = map(json.loads, (Path(folder) / 'metrics.jsonl').read_text().splitlines())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from stub import serve
 
 import configurator
@@ -51,8 +52,6 @@ def outside(tmp_path, monkeypatch):
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     """Model folders: a language model and a reward model, whole, and in several files."""
-    import transformers
-
     folder = tmp_path_factory.mktemp('models')
     tokenizer = toy.tokenizer()
     net = load.load_model('toy')
@@ -186,6 +185,134 @@ def test_damaged_models(folders, name):
             read()
         assert "'model'" in str(info.value) and '\n' not in str(info.value)
     assert not Path('evil').exists()
+
+
+def names_shard(shard):
+    def change(folder):
+        file = folder / 'model.safetensors.index.json'
+        index = json.loads(file.read_text())
+        first = min(index['weight_map'].values())
+        index['weight_map'] = {k: shard if v == first else v for k, v in index['weight_map'].items()}
+        file.write_text(json.dumps(index))
+        torch.save({}, folder / 'a.bin')
+        shutil.copy(folder / first, folder.parent / 'x.safetensors')
+        (folder / 'sub').mkdir()
+        shutil.copy(folder / first, folder / 'sub' / 'x.safetensors')
+
+    return change
+
+
+def sets(**options):
+    def change(folder):
+        file = folder / 'config.json'
+        file.write_text(json.dumps(json.loads(file.read_text()) | options))
+
+    return change
+
+
+def loads(name, **options):
+    """How a model folder is read: as language model, as base of a reward model."""
+    return (
+        lambda: load.load_model(name, tokenizer=toy.tokenizer(), **options),
+        lambda: load.load_reward(name, load.separate_pad(toy.tokenizer()), new_head=True, **options),
+    )
+
+
+NAMES = ['a.bin', '../x.safetensors', 'sub/x.safetensors', '/tmp/x.safetensors', '..', 'a.safetensors.bin', 7, '', None]
+
+
+@pytest.mark.parametrize('shard', NAMES)
+def test_shards_are_safetensors_of_the_same_folder(folders, shard):
+    shutil.copytree(folders / 'shards', 'model')
+    names_shard(shard)(Path('model'))
+    for read in loads('model'):
+        with pytest.raises(UserError, match="names '.*': weights must be .safetensors files in the same folder"):
+            read()
+
+
+@pytest.mark.parametrize('file', ['adapter_model.bin', '../x.safetensors', 'a.bin', '/x/y.safetensors.index.json'])
+def test_weights_that_a_config_names(folders, file):
+    shutil.copytree(folders / 'good', 'model')
+    sets(transformers_weights=file)(Path('model'))
+    for read in loads('model'):
+        with pytest.raises(UserError, match='config.json of .* names'):
+            read()
+
+
+def test_shards_of_a_hub_id(folders, monkeypatch):
+    shutil.copytree(folders / 'shards', 'model')
+    names_shard('../x.safetensors')(Path('model'))
+    config = json.loads(Path('model/config.json').read_text())
+    monkeypatch.setattr(load.transformers.PretrainedConfig, 'get_config_dict', lambda *a, **k: (dict(config), {}))
+    read = transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(load.transformers.AutoConfig, 'from_pretrained', lambda name, **k: read('model'))
+    monkeypatch.setattr(load, '_hub_file', lambda name, file: f'model/{file}')
+    with pytest.raises(UserError, match='weights must be .safetensors files'):
+        load.load_model('some/body')
+
+
+@pytest.mark.parametrize('options', [
+    {'attn_implementation': 'some/kernel'}, {'_attn_implementation': 'some/kernel@v1:fn'}, {'experts_implementation': 'some/kernel'},
+    {'attn_implementation': {'text_config': 'some/kernel'}}, {'text_config': {'attn_implementation': 'some/kernel'}},
+])  # fmt: skip
+def test_a_kernel_from_the_hub(folders, options):
+    shutil.copytree(folders / 'good', 'model')
+    sets(**options)(Path('model'))
+    for read in loads('model'):
+        with pytest.raises(UserError, match='a kernel from the hub .*--trust_remote_code'):
+            read()
+    shutil.copytree(folders / 'good', 'other')
+    sets(attn_implementation='eager')(Path('other'))
+    loads('other')[0]()
+
+
+@pytest.mark.parametrize('options', [
+    {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'},
+    {'quant_method': 'gptq', 'bits': 4, 'group_size': 128}, {'quant_method': 'fp8', 'activation_scheme': 'dynamic'},
+])  # fmt: skip
+def test_quantised_weights(folders, options):
+    shutil.copytree(folders / 'good', 'model')
+    sets(quantization_config=options)(Path('model'))
+    for read in loads('model'):
+        with pytest.raises(UserError, match=f'holds quantised weights .{options["quant_method"]}.*name the model'):
+            read()
+
+
+@pytest.mark.parametrize('which', [0, 1], ids=['language model', 'reward model'])
+def test_unused_weights_are_said_once(folders, capsys, which):
+    """A config with a layer less than the file; and the head that gives way to a reward model's is not counted."""
+    shutil.copytree(folders / 'good', 'model')
+    layers = json.loads(Path('model/config.json').read_text())['num_hidden_layers']
+    sets(num_hidden_layers=layers - 1)(Path('model'))
+    for _ in range(2):
+        loads(str(Path('model').resolve()))[which]()
+    notes = [line for line in capsys.readouterr().out.splitlines() if 'are not used' in line]
+    assert len(notes) == 1 and f'model.layers.{layers - 1}.' in notes[0] and 'lm_head' not in notes[0]
+    loads(str(folders / 'good'))[which]()
+    assert 'are not used' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('what', ['sft.py', 'dpo.py', 'dpo.py, reference', 'reward.py', 'sample.py'])
+def test_an_adapter_is_no_model(folders, what):
+    Path('run/adapter').mkdir(parents=True)
+    Path('run/adapter/adapter_config.json').write_text(
+        json.dumps({'base_model_name_or_path': 'some/base', 'peft_type': 'LORA'})
+    )
+    said = refused(*flags(what, 'run/adapter'))
+    assert "'run/adapter' is an adapter (of some/base), not a whole model: merge it" in said
+    shutil.copytree(folders / 'good', 'run/model')
+    assert "'run/model' beside it is the whole model" in refused(*flags(what, 'run/adapter'))
+
+
+def test_a_tokenizer_with_one_token_more():
+    tokenizer = toy.tokenizer()
+    config = toy.model_config()
+    config.vocab_size = len(tokenizer)
+    transformers.LlamaForCausalLM(config).save_pretrained('model')
+    load.load_model('model', tokenizer=tokenizer)
+    tokenizer.add_special_tokens({'pad_token': '[PAD]'})
+    with pytest.raises(UserError, match=r'1 added later \(\[PAD\]\) have no row.*resize_token_embeddings'):
+        load.load_model('model', tokenizer=tokenizer)
 
 
 def test_code_runs_where_it_is_wanted(folders):

@@ -18,6 +18,7 @@ import transformers
 
 import configurator
 import generate
+import load
 import toy
 from configurator import UserError
 
@@ -332,6 +333,13 @@ def short(tmp_path_factory):
         config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=n)
         transformers.GPT2LMHeadModel(config).save_pretrained(folder / str(n))
         tokenizer.save_pretrained(folder / str(n))
+    sizes = {'vocab_size': len(tokenizer), 'hidden_size': 16, 'intermediate_size': 16, 'num_hidden_layers': 1,
+             'num_attention_heads': 2, 'max_position_embeddings': 4}  # fmt: skip
+    rope = {'rope_type': 'dynamic', 'factor': 2.0, 'rope_theta': 1e4}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, rope_parameters=rope)).save_pretrained(
+        folder / 'dynamic'
+    )
+    tokenizer.save_pretrained(folder / 'dynamic')
     return folder
 
 
@@ -340,6 +348,7 @@ def test_more_tokens_than_positions(run, short, script):
     flags = ['--reward_model=gold', '--data=toy', '--eval_data=toy', '--n_examples=4'] if script == 'ppo.py' else []
     more = ['--minibatch_size=2'] if flags else []
     assert 'has 4 positions, and' in refused(run, script, f'--model={short}/4', *flags, *more)
+    assert 'beyond 4 tokens Llama' in refused(run, script, f'--model={short}/dynamic', *flags, *more)
     if script in ('dpo.py', 'ppo.py'):  # nor may the reference, or the critic, be too short
         assert 'has 4 positions, and' in refused(
             run, script, f'--model={short}/256', f'--ref_model={short}/4', *flags, *more
@@ -354,6 +363,61 @@ def test_more_tokens_than_positions(run, short, script):
         assert 'has 4 positions' in refused(
             run, script, f'--model={short}/256', f'--ref_model={short}/4', '--cache_ref'
         )
+
+
+def other_tokens(folder, kind):
+    """A model folder with as many tokens, two of which have changed places, or one of which has another name."""
+    config = transformers.GPT2Config(vocab_size=len(toy.tokenizer()), n_embd=16, n_layer=1, n_head=2, n_positions=256)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    toy.tokenizer().save_pretrained(folder)
+    file = folder / 'tokenizer.json'
+    table = json.loads(file.read_text())
+    special = {entry['content'] for entry in table['added_tokens']}
+    vocabulary = table['model']['vocab']
+    a, b = [token for token in vocabulary if token not in special][-2:]
+    if kind == 'swapped':
+        vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    else:
+        table['model']['merges'] = [
+            m for m in table['model']['merges'] if ''.join(m).replace(' ', '') != b.replace(' ', '')
+        ]
+        vocabulary['zzz'] = vocabulary.pop(b)
+    file.write_text(json.dumps(table))
+    return folder
+
+
+@pytest.mark.parametrize('kind', ['swapped', 'renamed'])
+def test_a_reference_or_critic_that_reads_other_tokens(run, short, tmp_path, kind):
+    other = other_tokens(tmp_path / 'other', kind)
+    words = 'reads other tokens than the model'
+    model = f'--model={short}/256'
+    assert words in refused(run, 'dpo.py', model, f'--ref_model={other}')
+    assert words in refused(run, 'dpo.py', model, f'--ref_model={other}', '--cache_ref')
+    ppo = ['--reward_model=gold', '--data=toy', '--eval_data=toy', '--n_examples=4', '--minibatch_size=2', model]
+    assert 'the reference' in refused(run, 'ppo.py', *ppo, f'--ref_model={other}')
+    assert 'the critic' in refused(run, 'ppo.py', *ppo, f'--critic={other}')
+    assert words in refused(run, 'ppo.py', *ppo[1:], f'--reward_model={reward_model(tmp_path, other)}')
+
+
+def reward_model(folder, other):
+    """A reward model with the tokenizer of another folder."""
+    config = toy.model_config()
+    config.num_labels, config.vocab_size = 1, config.vocab_size + 1
+    tokenizer = load.separate_pad(transformers.AutoTokenizer.from_pretrained(other))
+    config.pad_token_id = tokenizer.pad_token_id
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / 'reward')
+    tokenizer.save_pretrained(folder / 'reward')
+    return folder / 'reward'
+
+
+def test_a_reference_with_the_same_tokens_or_without_a_tokenizer(run, short, tmp_path, capsys):
+    shutil.copytree(short / '256', tmp_path / 'same')
+    run('dpo.py', f'--model={short}/256', f'--ref_model={tmp_path}/same', out_dir=tmp_path / 'a')
+    for file in (tmp_path / 'same').glob('*token*'):
+        file.unlink()
+    capsys.readouterr()
+    run('dpo.py', f'--model={short}/256', f'--ref_model={tmp_path}/same', out_dir=tmp_path / 'b')
+    assert 'comes without a tokenizer' in capsys.readouterr().out
 
 
 def test_samples_where_no_answer_is_good(run, tmp_path):

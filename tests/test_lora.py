@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from many import COMMON, ROOT, launch, rows, tiny_model
+from many import COMMON, ROOT, launch, own_head, rows, tiny_model
 from safetensors.torch import load_file
 
 import data
@@ -35,6 +35,7 @@ CASES = {
     'reward': [*REWARD, '--model=llama', '--center_coef=0.1', '--save_every=12'],
     'ppo': [*PPO, '--save_every=12'],
     'grpo': GRPO,  # after reward
+    'own_head': [*DPO, '--model=own_head', '--optimizer=SGD'],
 }
 ALONE = {  # one process
     'samples': [*DPO, '--model=llama', *SAMPLE],
@@ -61,6 +62,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp('lora')
     for name in ('llama', 'gpt_neox', 'gpt2'):
         tiny_model(folder / name, name)
+    own_head(tiny_model(folder / 'own_head', 'llama', tie_word_embeddings=True))
 
     def command(run, words, *flags):
         paths = ('--model=', '--ref_model=', '--reward_model=one')

@@ -17,12 +17,14 @@ import torch.distributed as dist
 import torch.nn.attention.varlen
 import torch.nn.functional as F
 import transformers as hf
+from many import own_head
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import data
 import fsdp
 import load
+import lora
 import model
 import risks
 import toy
@@ -228,6 +230,46 @@ def test_can_pack(name, dtype):
     assert (load.packing_error(net, *probe()) == math.inf) == certain
 
 
+def test_the_note_says_why():
+    reasons = {
+        'gptj': 'takes no attention',
+        'lfm2': 'layers of type conv',
+        'stablelm': 'not handed on',
+        'phimoe': 'off by',
+    }
+    for name, words in reasons.items():
+        said = []
+        load.can_pack(tiny(name), *probe(), said.append)
+        assert words in said[0], said
+
+
+@pytest.mark.parametrize(('error', 'ours'), [
+    (RuntimeError('CUDA error: device-side assert triggered'), True), (MemoryError(), True), (ImportError('no kernel'), True),
+    (ValueError('unknown mask'), False), (RuntimeError('shapes do not match'), False),
+])  # fmt: skip
+def test_what_is_not_the_fault_of_the_architecture_is_raised(error, ours):
+    def fails(*args, **rest):
+        raise error
+
+    net, said = tiny('llama'), []
+    hf.AttentionInterface.register('packed', fails)
+    try:
+        if ours:
+            with pytest.raises(type(error)):
+                load.can_pack(net, *probe(), said.append)
+        else:
+            assert not load.can_pack(net, *probe(), said.append)
+            assert str(error) in said[0]
+    finally:
+        model.register_attention()
+
+
+def test_a_bug_of_ours_is_raised(monkeypatch):
+    monkeypatch.setattr(model, '_attend', None)
+    with pytest.raises(TypeError):
+        load.can_pack(tiny('llama'), *probe(), print)
+
+
 def test_the_probe_reaches_a_window():
     short, long = (1, (1, 1)), (6, (9, 4))
     assert not load.can_pack(tiny('phimoe'), *probe([short, long, short]), lambda line: None)
@@ -293,6 +335,66 @@ def test_positions():
     with pytest.raises(UserError, match=f'has {most} positions, and the examples take {most + 1} tokens'):
         load.check_positions(net, most + 1, 'the examples')
     load.check_positions(tiny('llama'), 10**6, 'the examples')  # rotary: it can be longer than it has been
+
+
+FACTORS = {'long_factor': [4.0, 9.0], 'short_factor': [1.0, 1.5]}  # one for each pair of a head's 4 dimensions
+SCALED = {
+    'longrope': ('phi3', {'rope_type': 'longrope', 'original_max_position_embeddings': 20, **FACTORS}, 20),
+    'dynamic': ('llama', {'rope_type': 'dynamic', 'factor': 2.0}, 64),
+    'old name': ('phi3', {'type': 'su', 'original_max_position_embeddings': 20, **FACTORS}, 20),
+    'linear': ('llama', {'rope_type': 'linear', 'factor': 2.0}, math.inf),
+    'yarn': ('llama', {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 16}, math.inf),
+    'llama3': ('llama', {'rope_type': 'llama3', 'factor': 4.0, 'original_max_position_embeddings': 16, 'low_freq_factor': 1.0,
+                         'high_freq_factor': 4.0}, math.inf),
+    'by layer': ('gemma3_text', {'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
+                                 'full_attention': {'rope_type': 'dynamic', 'factor': 2.0, 'rope_theta': 1e4}}, 64),
+}  # fmt: skip
+
+
+def scaled(which):
+    name, rope, limit = SCALED[which]
+    rope = dict(rope) if 'full_attention' in rope or 'type' in rope else {'rope_theta': 1e4, **rope}
+    own = (
+        {'original_max_position_embeddings': 20} if name == 'phi3' else {}
+    )  # which counts for more than the one in rope
+    return config(name).to_dict() | own | {'rope_parameters': rope}, limit
+
+
+@pytest.mark.parametrize('which', SCALED)
+def test_results_do_not_depend_on_the_longest_sequence(which):
+    """A short example's log-probs beside a long one: where rotary scaling would change them, the long one is refused."""
+    options, limit = scaled(which)
+    model.register_attention()
+    net = randomise(hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**options), dtype=torch.float32)).eval()
+    net.set_attn_implementation('packed')
+    short = (4, (5, 6))
+
+    def beside(tokens):
+        with torch.no_grad():
+            return model.response_logps(net, pack([short, (4, (tokens - 4, 3))]))[0][:2]
+
+    alone = model.response_logps(net, pack([short]))[0]
+    lengths = [30, 80] if limit == math.inf else [limit]
+    for tokens in lengths:
+        load.check_positions(net, tokens, 'the examples')
+        assert_close(beside(tokens), alone)
+    assert load.room(net) == min(limit, net.config.max_position_embeddings)
+    if limit < math.inf:
+        assert (beside(limit + 60) - alone).abs().max() > 1e-2
+        with pytest.raises(UserError, match=f'beyond {limit} tokens .* longest sequence .* take {limit + 1} tokens'):
+            load.check_positions(net, limit + 1, 'the examples')
+
+
+@pytest.mark.parametrize('half', [False, True])
+def test_scaled_rotary_positions_when_sharded(half, tmp_path, device):
+    options, limit = scaled('longrope')
+    randomise(hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**options))).save_pretrained(tmp_path)
+    build = partial(load.load_model, str(tmp_path))
+    shape = [(4, (5, 6)), (4, (limit - 4, 3))]
+    plain = build()
+    expected = answer_logps(dense_logits(plain, rows_of(shape)), rows_of(shape))
+    net = fsdp.shard(build, device, cpu_offload=True, dtype='bfloat16' if half else 'float32')
+    assert_close(net.response_logps(pack(shape))[0], expected, 0.1 if half else 1e-5)
 
 
 def test_a_divergence_needs_heads_of_one_size():
@@ -612,6 +714,89 @@ def keys(folder):
 
     with safe_open(folder / 'model.safetensors', 'pt') as file:
         return set(file.keys())
+
+
+# ---- a head that is not the embedding, under a config that says it is ----
+
+SHARDED = {
+    'alone': {},
+    'sharded': {'cpu_offload': True},
+    'half': {'dtype': 'bfloat16'},
+    'mapped': {'device_map': 'balanced'},
+}
+ADAPTERS = {'rank': 2, 'alpha': 4.0, 'dropout': 0.0, 'targets': None}
+
+
+def with_own_head(saved, name):
+    """(build, log-probs of PAIRS by the plain model with the file's head)."""
+    folder, build = saved(name, tie_word_embeddings=True)
+    own_head(folder)
+    plain = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation='eager').eval()
+    assert plain.get_output_embeddings().weight is not plain.get_input_embeddings().weight
+    return build, answer_logps(dense_logits(plain, rows_of(PAIRS)), rows_of(PAIRS)).detach()
+
+
+@pytest.mark.parametrize('how', SHARDED)
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'gemma2'])
+def test_the_head_of_the_file_is_the_head(name, how, saved, device, tmp_path, capsys):
+    build, expected = with_own_head(saved, name)
+    net = fsdp.shard(build, device, **SHARDED[how])
+    with torch.no_grad():
+        assert_close(net.response_logps(pack(PAIRS))[0], expected, 0.1 if how == 'half' else 1e-5)
+    assert 'a head of its own' in capsys.readouterr().out
+    checkpoint.export(net, toy.tokenizer(), build, tmp_path / 'model')
+    assert json.loads((tmp_path / 'model/config.json').read_text())['tie_word_embeddings'] is False
+    again = load.load_model(str(tmp_path / 'model'))
+    assert_close(answer_logps(dense_logits(again, rows_of(PAIRS)), rows_of(PAIRS)), expected)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize('how', ['alone', 'sharded'])
+def test_the_head_of_the_file_under_adapters(how, saved, device, tmp_path):
+    build, expected = with_own_head(saved, 'llama')
+    build = partial(build, adapters=ADAPTERS)
+    net = fsdp.shard(build, device, **SHARDED[how])
+    with torch.no_grad(), lora.adapters_off(net):
+        assert_close(net.response_logps(pack(PAIRS))[0], expected)
+    checkpoint.export(net, toy.tokenizer(), build, tmp_path / 'model')  # merged: B is still 0
+    again = load.load_model(str(tmp_path / 'model'))
+    assert_close(answer_logps(dense_logits(again, rows_of(PAIRS)), rows_of(PAIRS)), expected)
+
+
+@pytest.mark.parametrize('how', ['alone', 'sharded'])
+def test_the_head_of_the_file_grows_beside_the_embedding(how, saved, device):
+    build, expected = with_own_head(saved, 'llama')
+    net = fsdp.shard(partial(build, tokenizer=range(VOCAB + 2), grow=True), device, **SHARDED[how])
+    hidden, (weight, _) = net.hidden_and_head(pack(PAIRS))
+    weight = weight.detach()
+    assert len(weight) == VOCAB + 2
+    logps = model.F.linear(hidden, weight[:VOCAB]).log_softmax(1).gather(1, pack(PAIRS).target[:, None])[:, 0]
+    assert_close(pack(PAIRS).sum(logps), expected)
+
+
+@pytest.mark.parametrize('half', [False, True])
+def test_a_sharded_model_that_is_another_is_found_out(half, saved, device, monkeypatch, capsys):
+    build, _ = with_own_head(saved, 'llama')
+    monkeypatch.setattr(fsdp, 'tie_as', lambda model, wanted: None)  # as if it followed the config, not the file
+    if half:
+        fsdp.shard(build, device, dtype='bfloat16')
+        assert 'warning: the sharded LlamaForCausalLM gives other log-probs' in capsys.readouterr().out.replace(
+            'FSDP', ''
+        )
+    else:
+        with pytest.raises(UserError, match='LlamaForCausalLM gives other log-probs than the loaded one: off by'):
+            fsdp.shard(build, device, cpu_offload=True)
+
+
+def test_ties_follow_what_was_loaded():
+    tied, apart = (
+        hf.AutoModelForCausalLM.from_config(hf.LlamaConfig(**GROUPED, tie_word_embeddings=t)) for t in (True, False)
+    )
+    assert model.ties(tied) == {'lm_head.weight': 'model.embed_tokens.weight'} and model.ties(apart) == {}
+    wanted = model.ties(tied)
+    model.tie_as(tied, model.ties(apart))
+    model.tie_as(apart, wanted)
+    assert model.ties(tied) == {} and model.ties(apart) == wanted and not tied.config.tie_word_embeddings
 
 
 # ---- the kernel on CUDA ----
