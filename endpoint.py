@@ -273,15 +273,16 @@ class _Others:
 
     def line(self, said, most=300):
         """A message on one line, without secrets, of so many characters at most, none of which moves a cursor."""
-        text = self.text(str(said))
+        # far more than is shown, so that no key which is cut here comes into sight
+        text = self.text(str(said).strip()[:100_000])
         for form in self.in_messages:
             text = re.sub(form, '[key]', text)
-        text = ''.join(c if c.isprintable() else ' ' for c in text.strip()[: 10 * most])
+        text = ''.join(c if c.isprintable() else ' ' for c in text[: 10 * most])
         return ' '.join(text.split())[:most] or (type(said).__name__ if isinstance(said, Exception) else 'nothing')
 
     def json(self, content):
         """The json of a reply that any reader of json reads again, or its text where it is none."""
-        text = content.decode('utf-8', 'replace')
+        text = content.decode('utf-8-sig', 'replace')
         try:
             raw = json.loads(text, parse_constant=str, parse_float=_number(float), parse_int=_number(int))
             return self._tree(raw, 0)
@@ -316,9 +317,12 @@ def _forms(secret):
     """Regular expressions for a secret: its first half with what follows of the rest, its last half, base64, and hex.
 
     None begins with a repetition, so the time of a search grows with the text, not with its square."""
-    letters = [_letter(c) for c in secret]
+    letters = [_letter(c, r'\\{1,4}') for c in secret]
     half = max(SHORT, (len(secret) + 1) // 2)
-    forms = [''.join(letters[:half]) + ''.join(f'{letter}?' for letter in letters[half:]), ''.join(letters[-half:])]
+    # backslashes before the first letter may stay, and the search is many times faster for it
+    head = _letter(secret[0], '') + ''.join(letters[1:half])
+    tail = _letter(secret[-half], '') + ''.join(letters[len(letters) - half + 1 :])
+    forms = [head + ''.join(f'{letter}?' for letter in letters[half:]), tail]
     # a secret stands behind other text, so its first byte may be any of the three that four letters of base64 hold
     for before in range(3):
         coded = base64.b64encode(b'\0' * before + secret.encode()).decode().rstrip('=')
@@ -328,14 +332,15 @@ def _forms(secret):
     return forms
 
 
-def _letter(c):
-    """A regular expression for the forms in which others write a character."""
+def _letter(c, backslashes):
+    """A regular expression for the forms in which others write a character; backslashes: for those before it."""
     code = ord(c)
     digits = ''.join(f'[{d}{d.upper()}]' if d.isalpha() else d for d in f'{code:02x}')
     names = [re.escape(name.rstrip(';')) for name, meant in html.entities.html5.items() if meant == c]
     entity = '|'.join([f'#0{{0,4}}{code}', f'#[xX]0{{0,4}}{digits}', *names])
     plain = [re.escape(case) for case in sorted({c, c.swapcase()})]
-    escaped = [r'\\\\{0,3}' + end for end in [*plain, f'[ux](?:00)?{digits}']]
+    escaped = [rf'{backslashes or chr(92) * 2}[ux](?:00)?{digits}']
+    escaped += [backslashes + case for case in plain if backslashes]
     # the long forms first: their first letter may itself be one of the secret
     return '(?:' + '|'.join([f'%(?:25){{0,3}}{digits}', f'&(?:amp;)?(?:{entity});?', *escaped, *plain]) + ')'
 
