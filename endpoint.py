@@ -1,24 +1,36 @@
 """A client for OpenAI-compatible chat endpoints (a hosted model, vLLM, `transformers serve`): many jobs at once, retried.
 
 The key comes from the environment alone, NANOPREF_API_KEY or else OPENAI_API_KEY; it is never printed, stored or returned.
+A server is not trusted: its replies have a size and a time, and each field of them may be of any type.
 """
 
+import base64
 import contextlib
 import email.utils
+import html.entities
 import itertools
 import json
+import math
 import os
 import queue
 import random
+import re
+import socket
 import threading
 import time
+import urllib.request
+import zlib
+from functools import lru_cache
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from configurator import UserError
 
 LONGEST_WAIT = 600.0  # seconds; an endpoint that asks for more is to be asked again by the user, not waited for
 FAILED_IN_A_ROW = 20  # so many jobs given up, none answered in between: the endpoint is at fault, not the jobs
+# what a reply may hold: bytes, unpacked; objects and lists, each of which takes far more memory than its two bytes; levels
+LARGEST, MOST_PARTS, DEEPEST = 64 * 2**20, 2_000_000, 100
+SHORT = 8  # characters; a shorter key may be a word of an answer, so it is taken out of error messages alone
 
 
 class Reply(NamedTuple):
@@ -31,7 +43,7 @@ class Reply(NamedTuple):
 
 
 class _Refused(Exception):
-    """The endpoint does not want this job (400, 413, 422)."""
+    """Another attempt would end likewise: the endpoint does not want this job (400, 413, 422), or its reply is too large."""
 
 
 class _Again(Exception):
@@ -66,50 +78,47 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
     425, 429, 5xx, time-outs, dropped connections, and replies cut short or not in the promised form; then its Reply has an
     error. So has a job refused (400, 413, 422) by an endpoint that has answered others (proven: it has before this call).
     Raises UserError where going on is useless: refused key or model, no such address, nothing but refusals or failures."""
-    address, headers = completions_url(url), {}
+    address, headers = completions_url(url), {'Accept-Encoding': 'identity'}
     key = (os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or '').strip()
     if key:
         if not (key.isascii() and key.isprintable() and ' ' not in key):
             raise UserError('the key in NANOPREF_API_KEY or OPENAI_API_KEY has characters that no key has')
         headers['Authorization'] = f'Bearer {key}'
-    http = _http()
+    http, others = _http(), _Others(key)
     try:
-        client = http.Client(headers=headers, timeout=http.Timeout(timeout, connect=min(timeout, 10.0)),
-                             limits=http.Limits(max_connections=concurrency))  # fmt: skip
-    except (ImportError, ValueError, OSError) as error:
-        raise UserError(
-            f'no connection as the environment asks for it (ALL_PROXY, SSL_CERT_FILE ...): {_short(error)}'
-        ) from None
+        options = {'headers': headers, 'timeout': http.Timeout(timeout, connect=min(timeout, 10.0))}
+        options |= {'verify': http.create_ssl_context(), 'limits': http.Limits(max_connections=1)}
+        clients = [_Client(http.Client(**options), timeout) for _ in range(concurrency)]
+    except (ImportError, ValueError, OSError, http.InvalidURL) as error:
+        why = others.line(error, 200)
+        raise UserError(f'no connection as the environment asks for it (ALL_PROXY, SSL_CERT_FILE ...): {why}') from None
     todo, done, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
     pause = [0.0]  # no request before this time: Retry-After is meant for all of them
 
-    def attempt(body):
+    def attempt(client, body):
         """(text, raw) of one request."""
         try:
-            with client.stream('POST', address, json=body) as response:
-                deadline, content = time.monotonic() + timeout, b''
-                for chunk in response.iter_bytes():
-                    content += chunk
-                    if time.monotonic() > deadline:  # the time-out of the library is between two chunks
-                        raise http.ReadTimeout('the reply does not end')
+            response, content = client.post(address, body)
+        except (_Again, _Refused):
+            raise
         except (http.ConnectError, http.ConnectTimeout) as error:
-            again = _Again(f'{address} cannot be reached ({_short(error)})')
+            again = _Again(f'{address} cannot be reached ({others.line(error, 200)})')
             again.unreachable = True
             raise again from None
-        except http.TimeoutException:
+        except (http.TimeoutException, TimeoutError):
             raise _Again(f'no reply within {timeout:g} s') from None
-        except (http.TransportError, http.DecodingError) as error:
-            raise _Again(f'connection lost ({_short(error)})') from None
-        return _read(response, _parse(content, key), address)
+        except Exception as error:  # the library has errors of many kinds for what a server may send
+            raise _Again(f'connection lost ({others.line(error, 200)})') from None
+        return _read(response, others.json(content), address, others)
 
-    def finish(job):
+    def finish(client, job):
         """The Reply of a job, after as many attempts as it takes."""
         for k in itertools.count():
             stop.wait(max(0.0, pause[0] - time.monotonic()))
             if stop.is_set():
                 return None
             try:
-                return Reply(job[0], *attempt(job[1]))
+                return Reply(job[0], *attempt(client, job[1]))
             except _Again as error:
                 unreachable, wait = getattr(error, 'unreachable', False), error.wait
                 if unreachable and k >= (retries if proven else min(retries, 2)):
@@ -121,15 +130,16 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
                 if not wait or wait < backoff:  # none, 0, or a date of a clock that is behind
                     stop.wait(min(60.0, backoff * 2**k) * random.uniform(0.5, 1.0))
 
-    def work():
+    def work(client):
         for job in iter(todo.get, None):
             try:
-                done.put((job, finish(job)))
+                done.put((job, finish(client, job)))
             except BaseException as error:  # raised again where the caller is
                 done.put((job, error))
+        client.close()
 
-    for _ in range(concurrency):
-        threading.Thread(target=work, daemon=True).start()  # daemon: Ctrl-C does not wait for replies
+    for client in clients:
+        threading.Thread(target=work, args=(client,), daemon=True).start()  # daemon: Ctrl-C does not wait for replies
     jobs, held, failures = iter(jobs), [], 0
     try:
         under_way = sum(todo.put(job) is None for job in itertools.islice(jobs, concurrency))
@@ -156,36 +166,193 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
                 held = []
             if not held:
                 under_way += sum(todo.put(job) is None for job in itertools.islice(jobs, concurrency - under_way))
-        client.close()
     finally:
         stop.set()
         for _ in range(concurrency):
             todo.put(None)
 
 
-def _parse(content, key):
-    """The json of a reply, or its text where it is none; without the key, in case an endpoint repeats it."""
-    text = content.decode('utf-8', 'replace')
-    with contextlib.suppress(ValueError, RecursionError):
-        text = json.dumps(json.loads(text))
-    if len(key) >= 8:
-        text = text.replace(json.dumps(key)[1:-1], '[key]').replace(key, '[key]')
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+class _Client:
+    """The connection of one thread. Its requests end when their time is over, whatever trickles in until then.
+
+    The time-outs of the HTTP library are between two pieces of a reply, and `100 Continue` is followed by another wait. So a
+    timer shuts the socket, which the library shows to whoever traces a request."""
+
+    def __init__(self, client, seconds):
+        self.client, self.seconds, self.stream, self.over = client, seconds, None, None
+        self.close = client.close
+
+    def post(self, address, body):
+        """(response, its content). Raises TimeoutError, _Again, _Refused, or what the HTTP library raises."""
+        request = self.client.build_request('POST', address, json=body, extensions={'trace': self._trace})
+        # an event of its own, so that a timer which comes too late ends no later request
+        over = self.over = threading.Event()
+        timer = threading.Timer(self.seconds, self._end, (over,))
+        timer.daemon = True
+        timer.start()
+        try:
+            # no redirect is followed: it could carry the key to another server
+            with contextlib.closing(self.client.send(request, stream=True, follow_redirects=False)) as response:
+                content = _content(response)
+        except Exception:
+            if not over.is_set():
+                raise
+        finally:
+            timer.cancel()
+        # a reply without a length seems to be whole where its socket was shut
+        if over.is_set():
+            raise TimeoutError
+        return response, content
+
+    def _trace(self, event, info):
+        """Keep the stream of a new connection; called by the HTTP library at each stage of a request."""
+        stream = info.get('return_value')
+        if hasattr(stream, 'get_extra_info'):
+            self.stream = stream
+            if self.over.is_set():
+                self._shut()
+
+    def _end(self, over):
+        over.set()
+        if over is self.over:
+            self._shut()
+
+    def _shut(self):
+        with contextlib.suppress(OSError, AttributeError):
+            # not the method of TLS sockets, which waits for the other side
+            socket.socket.shutdown(self.stream.get_extra_info('socket'), socket.SHUT_RDWR)
+
+
+def _content(response):
+    """The bytes of a reply, unpacked, and never more of them than LARGEST. Raises _Again, _Refused or zlib.error."""
+    packed = response.headers.get('content-encoding', '').strip().lower()
+    if packed not in ('', 'identity', 'gzip', 'x-gzip', 'deflate'):
+        raise _Again('the reply is packed in a way that was not asked for')
+    unpacker = zlib.decompressobj(wbits=47) if packed not in ('', 'identity') else None
+    content = bytearray()
+    for chunk in response.iter_raw():
+        # one byte more than is allowed tells that there is more
+        content += unpacker.decompress(chunk, LARGEST + 1 - len(content)) if unpacker else chunk
+        if len(content) > LARGEST:
+            raise _Refused(f'the reply is larger than {LARGEST / 2**20:g} MB')
+        if unpacker and unpacker.unused_data:
+            raise _Again('the packed reply goes on behind its end')
+    if unpacker and content and not unpacker.eof:
+        raise _Again('the packed reply is cut short')
+    if content.count(b'[') + content.count(b'{') > MOST_PARTS:
+        raise _Refused(f'the reply has more than {MOST_PARTS} brackets')
+    return content
+
+
+class _Others:
+    """What others say, made fit for screen and disk: servers, proxies, and the HTTP library that quotes them.
+
+    All of it goes through here. Taken out is the key, and the passwords of proxies from messages: plain, in the other case, with
+    the escapes of json, Python, URLs and HTML, in base64 and hex, and cut short to one half."""
+
+    def __init__(self, key):
+        self.in_texts = _forms(key) if len(key) >= SHORT else []
+        passwords = set()
+        for proxy in urllib.request.getproxies().values():
+            before = re.search('://(.*)@', proxy)
+            password = before[1].partition(':')[2] or before[1] if before else ''
+            passwords |= {password, unquote(password)}
+        self.in_messages = []
+        for secret in sorted({key, *passwords} - {''}, key=len, reverse=True):
+            # a short one only as a word of its own
+            word = [rf'(?<!\w){re.escape(secret)}(?!\w)']
+            self.in_messages += _forms(secret) if len(secret) >= SHORT else word
+
+    def text(self, text):
+        """A text without the key, nor halves of surrogate pairs, which would break a tokenizer."""
+        if not text.isascii():
+            text = text.encode('utf-8', 'replace').decode()
+        for form in self.in_texts:
+            text = re.sub(form, '[key]', text)
         return text
 
+    def line(self, said, most=300):
+        """A message on one line, without secrets, of so many characters at most, none of which moves a cursor."""
+        # far more than is shown, so that no key which is cut here comes into sight
+        text = self.text(str(said).strip()[:100_000])
+        for form in self.in_messages:
+            text = re.sub(form, '[key]', text)
+        text = ''.join(c if c.isprintable() else ' ' for c in text[: 10 * most])
+        return ' '.join(text.split())[:most] or (type(said).__name__ if isinstance(said, Exception) else 'nothing')
 
-def _read(response, raw, address):
+    def json(self, content):
+        """The json of a reply that any reader of json reads again, or its text where it is none."""
+        text = content.decode('utf-8-sig', 'replace')
+        try:
+            raw = json.loads(text, parse_constant=str, parse_float=_number(float), parse_int=_number(int))
+            return self._tree(raw, 0)
+        except (ValueError, RecursionError):
+            return self.text(text)
+
+    def _tree(self, value, depth):
+        if depth > DEEPEST:
+            raise RecursionError
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, list):
+            return [self._tree(item, depth + 1) for item in value]
+        if isinstance(value, dict):
+            return {self.text(name): self._tree(item, depth + 1) for name, item in value.items()}
+        return value
+
+
+def _number(kind):
+    """A reader of numbers of this kind; one that is too large for 64 bits stays a text."""
+
+    def read(text):
+        if kind is int:
+            return int(text) if len(text) < 19 else text
+        return float(text) if math.isfinite(float(text)) else text
+
+    return read
+
+
+@lru_cache
+def _forms(secret):
+    """Regular expressions for a secret: its first half with what follows of the rest, its last half, base64, and hex.
+
+    None begins with a repetition, so the time of a search grows with the text, not with its square."""
+    letters = [_letter(c, r'\\{1,4}') for c in secret]
+    half = max(SHORT, (len(secret) + 1) // 2)
+    # backslashes before the first letter may stay, and the search is many times faster for it
+    head = _letter(secret[0], '') + ''.join(letters[1:half])
+    tail = _letter(secret[-half], '') + ''.join(letters[len(letters) - half + 1 :])
+    forms = [head + ''.join(f'{letter}?' for letter in letters[half:]), tail]
+    # a secret stands behind other text, so its first byte may be any of the three that four letters of base64 hold
+    for before in range(3):
+        coded = base64.b64encode(b'\0' * before + secret.encode()).decode().rstrip('=')
+        own = coded[(0, 2, 3)[before] : len(coded) - ((before + len(secret)) % 3 > 0)]
+        forms.append(''.join({'+': '[+-]', '/': '[/_]'}.get(c, c) for c in own))
+    forms.append('(?i:' + '[ :]?'.join(f'{byte:02x}' for byte in secret.encode()) + ')')
+    return forms
+
+
+def _letter(c, backslashes):
+    """A regular expression for the forms in which others write a character; backslashes: for those before it."""
+    code = ord(c)
+    digits = ''.join(f'[{d}{d.upper()}]' if d.isalpha() else d for d in f'{code:02x}')
+    names = [re.escape(name.rstrip(';')) for name, meant in html.entities.html5.items() if meant == c]
+    entity = '|'.join([f'#0{{0,4}}{code}', f'#[xX]0{{0,4}}{digits}', *names])
+    plain = [re.escape(case) for case in sorted({c, c.swapcase()})]
+    escaped = [rf'{backslashes or chr(92) * 2}[ux](?:00)?{digits}']
+    escaped += [backslashes + case for case in plain if backslashes]
+    # the long forms first: their first letter may itself be one of the secret
+    return '(?:' + '|'.join([f'%(?:25){{0,3}}{digits}', f'&(?:amp;)?(?:{entity});?', *escaped, *plain]) + ')'
+
+
+def _read(response, raw, address, others):
     """(text, raw) of a finished response. Raises _Again, _Refused or UserError."""
-    status, said = response.status_code, _said(raw)
+    status, said = response.status_code, others.line(_said(raw))
     if 200 <= status < 300:
         with contextlib.suppress(KeyError, IndexError, TypeError):
             text = raw['choices'][0]['message']['content']
             if text is None or isinstance(text, str):  # null: it refused, or thought until its tokens were used up
-                return (text or '').encode(
-                    'utf-8', 'replace'
-                ).decode(), raw  # half a surrogate pair would break a tokenizer
+                return text or '', raw
         raise _Again(f'the reply is no chat completion ({said})')
     what = f'{address} answers HTTP {status} ({said})'
     if status in (401, 403):
@@ -213,16 +380,12 @@ def _retry_after(text):
 
 
 def _said(raw):
-    """A reply's own error message, or its beginning, on one line."""
+    """A reply's own error message, or all that it says."""
     found = raw.get('error') or raw.get('detail') or raw if isinstance(raw, dict) else raw
     if isinstance(found, dict):
         code, found = found.get('code'), found.get('message', found)
         found = f'{code}: {found}' if isinstance(code, str) else found
-    return ' '.join(str(found).split())[:300] or 'nothing'
-
-
-def _short(error):
-    return ' '.join(str(error).split())[:200] or type(error).__name__
+    return found
 
 
 def _http():

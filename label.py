@@ -15,6 +15,7 @@ tie, and null unless both are clear. Equal answers are a tie without a judge. Th
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -41,7 +42,7 @@ reward_model: str | None = None  # folder or hub id of a reward model with one s
 gold: str | None = None  # toy: the toy world's gold reward
 # with an endpoint
 judge_model: str | None = None  # the name that the endpoint has for the judge
-judge_prompt = 'config/judge_pair.txt'  # a text with {instruction}, {answer_1} and {answer_2}
+judge_prompt = 'config/judge_pair.txt'  # a text with {instruction}, {answer_1}, {answer_2} and {mark}
 request = '{"temperature": 0, "max_tokens": 512}'  # what else goes into a request, as json
 concurrency = 8  # requests at a time
 timeout = 120.0  # seconds that a reply may take
@@ -75,8 +76,16 @@ failed, cut = Counter(), Counter()
 
 # ---- a judge behind an endpoint ----
 
-VERDICT = re.compile(r'[*_#`\s]*verdict[*_\s]*:[*_`\s]*(a|b|tie)[*_`.\s]*', re.I)
-SLOT = re.compile(r'\{(instruction|answer_1|answer_2)\}')
+# what may stand around a verdict, and changes nothing of it: Markdown, quotes, brackets; before it, the sign of a list, too
+AROUND = r'[\s*_`"\'“”‘’«»()\[\]{}<>|#]*'
+BEFORE = rf'{AROUND}(?:[-–—•+]|\d{{1,3}}[.)])?{AROUND}(?:my |the )?(?:final |overall )?'
+# letters of ASCII alone: under re.I others, such as a dotless i, are the same as these
+VERDICT = re.compile(
+    rf'{BEFORE}verdict{AROUND}[:：]{AROUND}(?:answer |response )?(a|b|tie){AROUND}[.!]?{AROUND}', re.I | re.A
+)
+RULE = re.compile(rf'{AROUND}[-=]*{AROUND}')  # a line that says nothing: the end of a block of code, a rule
+SLOT = re.compile(r'\{(instruction|answer_1|answer_2|mark)\}')
+CUT = ('length', 'max_tokens', 'content_filter')  # the reasons of servers for a reply that has no end
 
 
 def read_prompt():
@@ -88,9 +97,14 @@ def read_prompt():
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or 'not a text file'
         raise UserError(f'cannot read --judge_prompt={judge_prompt}: {reason}') from None
-    if sorted(SLOT.findall(text)) != ['answer_1', 'answer_2', 'instruction'] or 'Verdict:' not in text:
+    slots = sorted(slot for slot in SLOT.findall(text) if slot != 'mark')
+    if slots != ['answer_1', 'answer_2', 'instruction'] or 'Verdict:' not in text:
         raise UserError(f'{judge_prompt} must have {{instruction}}, {{answer_1}} and {{answer_2}}, each once, and ask for a last '
                         'line that is Verdict: A, Verdict: B or Verdict: tie')  # fmt: skip
+    if '{mark}' not in text:
+        log.say(
+            f'note: {judge_prompt} has no {{mark}}, so an answer can write the signs that are to show where it ends'
+        )
     return text
 
 
@@ -110,17 +124,39 @@ def body(i, order):
     """The request for a verdict on pair i; order 1 shows its first answer as A, order 2 its second."""
     shown = [output.strip() for output in table[i]['outputs']][:: 1 if order == 1 else -1]
     texts = {'instruction': table[i]['instruction'], 'answer_1': shown[0], 'answer_2': shown[1]}
+    texts['mark'] = mark(*texts.values())
     content = SLOT.sub(lambda slot: texts[slot[1]], template)  # in one pass: an answer may have slots in it
     return fields | {'model': judge_model, 'messages': [{'role': 'user', 'content': content}], 'stream': False}
 
 
+def mark(*texts):
+    """A sign of 16 digits that stands in none of the texts: whoever wrote one of them knew neither the others nor the sign.
+
+    The same texts have the same sign, so that a run which goes on asks as before."""
+    for attempt in itertools.count():
+        sign = f'{content_hash("mark", attempt, *texts):016x}'
+        if not any(sign in text for text in texts):
+            return sign
+
+
+def verdict(line):
+    """The verdict that is all of a line: 'a', 'b' or 'tie', or None."""
+    # a long line is none; an unbreakable space is a space
+    found = VERDICT.fullmatch(line.strip().replace('\xa0', ' ')) if len(line) < 200 else None
+    return found and found[1].lower()
+
+
 def preference(text, raw, order):
-    """1, 2 or 1.5 (tie), by the last line, which holds nothing but the verdict; None where it is not so, or was cut short."""
-    found = VERDICT.fullmatch((text.strip().splitlines() or [''])[-1])
-    if not found or raw['choices'][0].get('finish_reason') == 'length':
+    """1, 2 or 1.5 (tie), by the last line, which holds nothing but the verdict; None where it is not so, or was cut short.
+
+    Where the line before is another verdict, both are forms to choose from, and the reply is none."""
+    lines = [line for line in text.splitlines() if not RULE.fullmatch(line[:200])]
+    last, before = (verdict(line) for line in (['', '', *lines])[:-3:-1])
+    if not last or (before and before != last) or raw['choices'][0].get('finish_reason') in CUT:
         return None
-    letter = found[1].lower()
-    return 1.5 if letter == 'tie' else 1 if (letter == 'a') == (order == 1) else 2
+    if last == 'tie':
+        return 1.5
+    return 1 if (last == 'a') == (order == 1) else 2
 
 
 def ask_judge(todo, before):

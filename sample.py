@@ -194,7 +194,7 @@ def generate_all():
 
 def ask_all():
     """Ask the endpoint for all answers that are not there. Returns a Counter of why some still are not."""
-    failed = Counter()
+    failed, strange = Counter(), Counter()
     common = {'model': endpoint_model, 'max_tokens': max_new_tokens, 'top_p': top_p}
 
     def body(row):
@@ -209,12 +209,25 @@ def ask_all():
         if text is None:
             failed[error] += 1
             continue
+        # beside the text, a server may write anything anywhere: what is no reason or no number is none here
         row, finish = wanted(*key), raw['choices'][0].get('finish_reason')
+        usage = raw.get('usage')
+        tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
+        strange['finish_reason'] += not isinstance(finish, str | None)
+        strange['usage'] += not isinstance(usage, dict | None) or not (tokens is None or counts_tokens(tokens))
+        finish = finish if isinstance(finish, str) else None
         row |= {'response': sources.answer(text) if isinstance(row['prompt'], str) else text,
                 'finish': 'eos' if finish == 'stop' else finish,
-                'tokens': (raw.get('usage') or {}).get('completion_tokens')}  # fmt: skip
+                'tokens': tokens if counts_tokens(tokens) else None}  # fmt: skip
         keep([row])
+    for name, times in (+strange).items():
+        log.say(f'note: {times} replies have no {name} as the protocol has it: null stands in its place')
     return failed
+
+
+def counts_tokens(value):
+    """Whether a value of a reply can be a number of tokens: a bool is an int, too."""
+    return type(value) is int and value >= 0
 
 
 # ---- sampling ----

@@ -1,7 +1,9 @@
 """An OpenAI-compatible endpoint in a thread that misbehaves as told. Used by the tests of endpoint.py and its users."""
 
 import contextlib
+import itertools
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -79,6 +81,43 @@ def serve(behave):
         server.over.set()
         server.shutdown()
         server.server_close()
+
+
+def receive(connection):
+    """Read one request: what is left unread makes the system reset the connection when it is closed."""
+    request = connection.recv(65536)
+    while request.startswith(b'POST') and not request.endswith(b'}'):
+        more = connection.recv(65536)
+        if not more:
+            return
+        request += more
+
+
+@contextlib.contextmanager
+def serve_raw(play):
+    """Yields the url of a server in a thread. play(connection, n) answers the n-th connection, once a request has come."""
+    port = socket.create_server(('127.0.0.1', 0))
+
+    def one(connection, n):
+        with contextlib.suppress(OSError), connection:
+            connection.settimeout(30)
+            receive(connection)
+            play(connection, n)
+
+    def listen():
+        for n in itertools.count():
+            try:
+                connection, _ = port.accept()
+            except OSError:
+                return
+            threading.Thread(target=one, args=(connection, n), daemon=True).start()
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield f'http://127.0.0.1:{port.getsockname()[1]}'
+    finally:
+        port.shutdown(socket.SHUT_RDWR)
+        port.close()
 
 
 def wait_until(condition, seconds=30):

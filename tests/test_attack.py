@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from stub import serve
+from stub import serve, serve_raw
 
 import configurator
+import endpoint
 import load
 import log
 import pairs
@@ -459,8 +460,8 @@ def test_replies_are_data():
     """What sample.py and label.py are answered is kept as it is, and goes on as it is."""
     Path('prompts.txt').write_text('first?\n' + ''.join(f'question {i}?\n' for i in range(len(EVIL) - 1)))
     with serve(lambda n, body: EVIL[n]) as server:
-        endpoint = [f'--endpoint={server.url}', '--concurrency=1']
-        run('sample.py', '--data=prompts.txt', *endpoint, '--endpoint_model=m', '--out_dir=a')
+        ends = [f'--endpoint={server.url}', '--concurrency=1']
+        run('sample.py', '--data=prompts.txt', *ends, '--endpoint_model=m', '--out_dir=a')
     with serve(lambda n, body: f'other {n}') as server:
         run('sample.py', '--data=prompts.txt', f'--endpoint={server.url}', '--endpoint_model=n', '--out_dir=b')
     rows = [json.loads(line) for line in Path('a/samples.jsonl').read_text().splitlines()]
@@ -504,6 +505,73 @@ def test_a_key_is_left_nowhere(monkeypatch, capfd):
     files = [f for f in Path().rglob('*') if f.is_file()]
     assert len(files) > 25 and any('cache' in f.parts for f in files) and 'done' in screen
     assert KEY not in screen and not [f for f in files if KEY.encode() in f.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    'reply', ['X Echo: KEY', ': KEY', 'Content-Length: KEY', 'Transfer-Encoding: KEY', 'Content-Encoding: KEY']
+)
+def test_a_key_in_a_broken_reply_is_left_nowhere(reply, monkeypatch, capfd):
+    """The HTTP library quotes the header that it cannot read, and reports count the reasons of failures."""
+    monkeypatch.setenv('NANOPREF_API_KEY', KEY)
+    Path('prompts.txt').write_text('first?\n')
+    answer = f'HTTP/1.1 200 OK\r\n{reply}\r\n\r\n'.replace('KEY', KEY).encode()
+    with serve_raw(lambda connection, n: connection.sendall(answer)) as url:
+        ends = [f'--endpoint={url}', '--concurrency=1', '--timeout=5']
+        monkeypatch.setattr(endpoint.random, 'uniform', lambda low, high: 0.001)  # no waiting
+        said = refused('sample.py', '--data=prompts.txt', *ends, '--endpoint_model=m', '--out_dir=a')
+        Path('two.jsonl').write_text(Path('answers.jsonl').read_text())
+        said += refused('label.py', '--answers=two.jsonl', *ends, '--judge_model=m', '--out_dir=b', '--retries=0')
+    files = [f for f in Path().rglob('*') if f.is_file()]
+    assert 'connection lost' in said or 'not asked for' in said
+    assert KEY[9:] not in said + ''.join(capfd.readouterr())
+    assert not [f for f in files if KEY[9:].encode() in f.read_bytes()]
+
+
+USAGES = ['[1]', '"12"', '7', 'true', '{"completion_tokens": "12"}', '{"completion_tokens": -3}', '{"completion_tokens": true}',
+          '{"completion_tokens": 1e999}', '{"completion_tokens": NaN}', '{"completion_tokens": 12.5}', '{"completion_tokens": {}}',
+          '{"completion_tokens": ' + '9' * 5000 + '}', '{"completion_tokens": [12]}']  # fmt: skip
+
+
+@pytest.mark.parametrize('usage', USAGES)
+def test_a_strange_count_of_tokens_loses_no_answer(usage, capfd):
+    """Answers that were paid for are kept, once, in a file that every reader of json reads; what was strange is counted."""
+    Path('prompts.txt').write_text('first?\nsecond?\n')
+    reply = '{"choices": [{"message": {"content": "fine"}, "finish_reason": V}], "usage": V}'.replace('V', usage)
+    with serve(lambda n, body: (200, reply)) as server:
+        flags = [
+            '--data=prompts.txt',
+            f'--endpoint={server.url}',
+            '--endpoint_model=m',
+            '--out_dir=a',
+            '--concurrency=1',
+        ]
+        for _ in range(2):
+            run('sample.py', *flags)
+        assert len(server.seen) == 2
+    lines = Path('a/samples.jsonl').read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [row['response'] for row in rows] == [' fine', ' fine'] and [row['tokens'] for row in rows] == [None, None]
+    assert {row['finish'] for row in rows} <= {None, '12'}
+    assert 'note: 2 replies have no usage as the protocol has it' in capfd.readouterr().out
+
+
+def test_tokens_that_are_not_counted_are_no_fault(capfd):
+    Path('prompts.txt').write_text('first?\nsecond?\nthird?\n')
+    usages = [None, {}, {'completion_tokens': 12}]
+    replies = [
+        {'choices': [{'message': {'content': 'fine'}, 'finish_reason': 'stop'}], 'usage': usage} for usage in usages
+    ]
+    with serve(lambda n, body: (200, replies[n])) as server:
+        run(
+            'sample.py',
+            '--data=prompts.txt',
+            f'--endpoint={server.url}',
+            '--endpoint_model=m',
+            '--out_dir=a',
+            '--concurrency=1',
+        )
+    rows = [json.loads(line) for line in Path('a/samples.jsonl').read_text().splitlines()]
+    assert [row['tokens'] for row in rows] == [None, None, 12] and 'note' not in capfd.readouterr().out
 
 
 def has_tensorboard():
