@@ -58,8 +58,8 @@ def replace_text(path, text):
 def check_names(out_dir, resume):
     """Raise UserError where out_dir has files under the names of a run's, which no run has put there.
 
-    Nor may they be links: what is written through one lands elsewhere. out_dir may be one. resume: checkpoints say themselves
-    which run they are of."""
+    Nor may they be links: what is written through one lands elsewhere. out_dir may be one. resume: where there are checkpoints,
+    they say themselves which run they are of (checkpoint.latest)."""
     folder, temporary = Path(out_dir), [f'{name}.tmp' for name in WRITTEN]
     for name in ('config.json', 'config.json.tmp', '.lock', 'checkpoints', *WRITTEN, *temporary):
         if (folder / name).is_symlink():
@@ -67,8 +67,11 @@ def check_names(out_dir, resume):
                             'another --out_dir (which may be a link)')  # fmt: skip
     if (folder / 'config.json').exists():
         return
+    numbered = list(folder.glob('checkpoints/[0-9]*/'))
     foreign = [name for name in (*WRITTEN, *temporary) if (folder / name).exists()]
-    if not resume and list(folder.glob('checkpoints/*')):
+    if resume and numbered:
+        foreign = [name for name in foreign if name == 'model']
+    elif numbered:
         foreign.append('checkpoints')
     if foreign:
         raise UserError(f'{out_dir} has {foreign[0]}, but no config.json that says which run has written it: choose another '
