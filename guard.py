@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import card
 import checkpoint
 import fsdp
 from configurator import UserError, main_rank
@@ -73,6 +74,9 @@ def _take(out_dir, config, resume):
     if _lock:
         _lock.close()
     check_names(out_dir, resume)
+    model = Path(out_dir) / 'model'
+    if model.exists() and not (model / 'README.md').exists():
+        card.write(out_dir)  # of a finished run: older versions could be killed before they wrote it
     check_out_dir(out_dir, config, resume)  # before anything is made there, and again when nobody else can change it
     with writing(f'to out_dir {out_dir}'):
         Path(out_dir).mkdir(parents=True, exist_ok=True)

@@ -117,24 +117,21 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
             folder.rmdir()
         record = json.loads(file.read_text()) if file.exists() else None
         before = dict(record['config']) if file.exists() else None
+        dict((record or {}).get('contents', {}))  # which checkpoint.latest compares
         script = Path((record or {}).get('command', sys.argv)[0]).name
     except OSError as error:
         raise UserError(f'cannot write to out_dir {out_dir}: {error.strerror}') from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
-    changed = option_changes(before, config, neutral) if before else []
+    changed = [] if before is None else option_changes(before, config, neutral)
     if script != Path(sys.argv[0]).name:
         changed.insert(0, f'of {script} there and of {Path(sys.argv[0]).name} here')
     if changed:
         what = ', '.join(changed[:3])
         raise UserError(f'{out_dir} holds a different run ({what}): choose another --out_dir, or delete it')
     finished = (file.parent / 'model').exists()
-    if before and (not resume or finished):
+    if before is not None and (not resume or finished):
         done = 'finished' if finished else 'begun, and --resume is off'
-        if finished and not (file.parent / 'model' / 'README.md').exists():
-            import card
-
-            card.write(out_dir)  # older versions could be killed before they wrote it
         raise UserError(f'{out_dir} holds this run already ({done}): choose another --out_dir, or delete it')
 
 
