@@ -6,23 +6,35 @@ from pathlib import Path
 
 import yaml
 
-from log import writing
+from log import say, writing
 
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 
 
-def write(out_dir):
-    """out_dir/model/README.md: base model, data, command, commit, options, the last evaluation. No path of this machine."""
-    record = json.loads((Path(out_dir) / 'config.json').read_text())
+def write(out_dir, folder=None):
+    """README.md of a model folder (None: out_dir/model). What it needs may be damaged: then a note, for the model matters more."""
+    try:
+        text = _text(Path(out_dir))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        say(f'note: no model card, for {out_dir} has not what it takes: {type(error).__name__}: {error}')
+        return
+    file = Path(folder or Path(out_dir) / 'model') / 'README.md'
+    with writing(file):
+        file.write_text(text)
+
+
+def _text(out_dir):
+    """Base model, data, command, commit, options, the last evaluation. No path of this machine."""
+    record = json.loads((out_dir / 'config.json').read_text())
     options = record['config']
     base, script = str(options.get('model')), Path(record['command'][0]).name
     loss = options.get('loss') or script.removesuffix('.py')
     meta = {'library_name': 'transformers', 'tags': ['nanopref', loss]}
     if HUB_ID.fullmatch(base) and not Path(base).exists():
         meta['base_model'] = base
-    rows = [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
     last = next((row for row in reversed(rows) if row['split'] == 'eval'), {})
-    parts = [f'---\n{yaml.safe_dump(meta, sort_keys=True)}---\n', f'# {Path(out_dir).name}\n']
+    parts = [f'---\n{yaml.safe_dump(meta, sort_keys=True)}---\n', f'# {out_dir.resolve().name}\n']
     parts.append(
         f'`{base}` after {rows[-1]["counters/examples"]:,} examples of `{options.get("data")}` with the loss `{loss}`, by nanopref.\n'
     )
@@ -34,9 +46,7 @@ def write(out_dir):
         parts.append('\n'.join(f'| {k} | {v:.4g} |' for k, v in last.items() if isinstance(v, float)) + '\n')
     parts.append('Options:\n\n```python')
     parts.append('\n'.join(f'{k} = {v!r}' for k, v in options.items()) + '\n```\n')
-    file = Path(out_dir) / 'model' / 'README.md'
-    with writing(file):
-        file.write_text(_without_folders('\n'.join(parts)))
+    return _without_folders('\n'.join(parts))
 
 
 def _without_folders(text):

@@ -1,13 +1,18 @@
 """What a sharded run writes: checkpoints, which a run on any number of ranks resumes from, and a Hugging Face folder.
 
 Safetensors and json only. Every folder is written beside its place, brought to the disk and renamed, so that none is ever half
-there; a checkpoint also lists the size and SHA-256 of its files, so that what happens to them later is seen on resume.
+there; a checkpoint also lists the size and SHA-256 of its files, so that what happens to them later is seen on resume. What the run is
+made of (options, hashes of models and data) stands in config.json and in every checkpoint, and must be the same on resume.
 Checkpoints are written in the background, from a copy in the CPU's memory, while training goes on."""
 
 import functools
 import hashlib
+import itertools
 import json
+import os
+import re
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -18,11 +23,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import lora
-from configurator import UserError
+from configurator import Config, UserError
 from fsdp import gather_objects, on_one_rank
-from log import replace_text, say, sync, writing
+from log import NEUTRAL, WRITTEN, content_changes, option_changes, replace_text, say, sync, writing
 from model import tie_as, ties
 
+NUMBER = re.compile('[0-9]{10,}')  # the name of a checkpoint: its examples
 _pending = None  # the checkpoint that is being written: (thread, {'error': why it could not be})
 
 
@@ -39,6 +45,65 @@ def _tensors(model, optimizer):
     return tensors
 
 
+def identify(config, models, train, held_out):
+    """What this run is made of, json-able and the same on all ranks: its script, the options that matter, and contents.
+
+    contents: hashes of the models, which models() returns (load.fingerprints), and of the tokens of both Examples. Raises
+    UserError where ranks have read different data."""
+    data = {'training examples': train.content(), 'evaluation examples': held_out.content()}
+    for rank, other in enumerate(gather_objects(data)):
+        differing = [name for name in data if other[name] != data[name]]
+        if differing:
+            raise UserError(
+                f'rank {rank} has read other {differing[0]} than rank {dist.get_rank()}: all hosts must see the same files'
+            )
+    options = Config({k: v for k, v in config.items() if k not in NEUTRAL})
+    options.origin = config.origin
+    contents = gather_objects(on_one_rank(models))[0] | data
+    return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': contents}
+
+
+def _check_same(what, before, run):
+    """Raise UserError where before (script, options, contents; missing: not known) is another run than run. Says what is not known.
+
+    what: begins the sentence."""
+    changes = option_changes(before['options'], run['options']) + content_changes(before.get('contents', {}), run)
+    if before.get('script', run['script']) != run['script']:
+        changes.insert(0, f'of {before["script"]} there and of {run["script"]} here')
+    if changes:
+        raise UserError(
+            f'{what} a different run ({", ".join(changes[:3])}): put back what it began with, or choose another --out_dir'
+        )
+    unknown = sorted(run['contents'].keys() - before.get('contents', {}).keys())
+    if unknown:
+        say(f'note: {what} a run of an older version, which kept no hash of {", ".join(unknown)}: not checked')
+    added = sorted(run['options'].keys() - before['options'].keys())
+    if added:
+        say(f'note: {what} a run of an older version, without the options {", ".join(added)}: taken at their defaults')
+
+
+def _check_folder(out_dir, run):
+    """Raise UserError where config.json of out_dir is of another run."""
+    file = Path(out_dir) / 'config.json'
+    if file.exists():
+        record = json.loads(file.read_text())
+        _check_same(f'{out_dir} holds', {'options': record['config'], 'contents': record.get('contents', {})}, run)
+
+
+def _check_checkpoint(out_dir, folder, run):
+    """Raise UserError where a checkpoint is of another run, or nothing says which run it is of."""
+    before = json.loads((folder / 'state.json').read_text()).get('run')
+    if before is not None:
+        _check_same(f'the checkpoint {folder} is of', before, run)
+    elif (Path(out_dir) / 'config.json').exists():
+        say(
+            f'note: the checkpoint {folder} is of an older version, which did not write down its run: that it is this one is not checked'
+        )
+    else:
+        raise UserError(f'nothing says which run the checkpoint {folder} is of: an older version has written it, and {out_dir} has '
+                        'no config.json: put that back, or choose another --out_dir')  # fmt: skip
+
+
 @functools.cache
 def _own_group(everybody):
     """A gloo group for the thread that writes: in the default group its collectives would mix with those of training."""
@@ -53,7 +118,12 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     global _pending
     wait()
     folder = Path(out_dir) / 'checkpoints' / f'{examples:010d}'
-    on_one_rank(lambda: shutil.rmtree(folder.with_suffix('.tmp'), ignore_errors=True))
+
+    def make_room():
+        with writing(folder):
+            _clear(folder.with_suffix('.tmp'))
+
+    on_one_rank(make_room)
     copies = {name: tensor.to('cpu', copy=True) for name, tensor in _tensors(model, optimizer).items()}
     cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
     rng = {'cpu': torch.get_rng_state().tolist(), 'cuda': cuda}
@@ -119,7 +189,7 @@ def _write(folder, copies, state, rng, keep_last, group):
         _move(temporary, folder)
         replace_text(folder.parent.parent / 'latest', f'checkpoints/{folder.name}\n')
         for old in [f for f in _folders(folder.parent) if f.name <= folder.name][keep_last:]:
-            shutil.rmtree(old)
+            _remove_old(old)
 
     if rank == 0 and not errors:
         try:
@@ -148,55 +218,107 @@ def _describe(file, to_disk=False):
         return [file.stat().st_size, hashlib.file_digest(stream, 'sha256').hexdigest()]
 
 
+@functools.cache
+def _say_once(text):
+    say(text)
+
+
+def _remove_old(folder):
+    """Remove a checkpoint that is not wanted any more. One that cannot be removed, or is a link, stays: the run goes on."""
+    if folder.is_symlink():
+        _say_once(f'note: the old checkpoint {folder} is a symbolic link: it is not removed')
+        return
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        _say_once(f'note: the old checkpoint {folder} cannot be removed: {error.strerror}')
+
+
+def _clear(path):
+    """Make room at a name of ours: a folder goes; a link or a file, which we do not put there, is moved aside. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        names = (path.with_name(f'{path.name}.aside{n}') for n in itertools.count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        path.rename(aside)
+        say(f'note: {path} was there, and is not of this run: it is {aside.name} now')
+
+
 def _move(temporary, folder):
     """Rename a folder, over another one if need be, after everything in it has reached the disk."""
     for path in (*temporary.rglob('*'), temporary):
         sync(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    _clear(folder)
     temporary.rename(folder)
     sync(folder.parent)
 
 
 def _folders(parent):
-    """The checkpoint folders, newest first."""
-    return sorted((f for f in Path(parent).glob('*') if f.name.isdigit()), reverse=True)
+    """The checkpoint folders, newest first; whatever else lies there does not count."""
+    return sorted((f for f in Path(parent).glob('*') if NUMBER.fullmatch(f.name) and f.is_dir()), reverse=True)
 
 
 def _damage(folder, rank=0, world=1):
-    """What is wrong with a checkpoint, or None; of the files in its manifest this looks at every world-th."""
+    """What is wrong with a checkpoint, or None; of the files in its manifest this looks at every world-th.
+
+    A file too many is damage as well: whatever ends in .safetensors would be read."""
     try:
         manifest = json.loads((folder / 'manifest.json').read_text())
+        extra = sorted({str(f.relative_to(folder)) for f in folder.rglob('*')} - {*manifest.keys(), 'manifest.json'})
+        if extra:
+            return f'{extra[0]} is not in its manifest'
+        if 'state.json' not in manifest or not any(name.endswith('.safetensors') for name in manifest):
+            return 'manifest.json does not list a whole checkpoint'
         for name in sorted(manifest)[rank::world]:
             size, digest = manifest[name]
             if (folder / name).stat().st_size != size:
                 return f'{name} has {(folder / name).stat().st_size} bytes instead of {size}'
             if _describe(folder / name) != [size, digest]:
                 return f'the contents of {name} have changed'
+        examples = json.loads((folder / 'state.json').read_text())['examples']
+        if examples != int(folder.name):
+            return f'it is the checkpoint after {examples} examples, under another name'
     except OSError as error:
         return f'{Path(error.filename or folder).name}: {error.strerror}'
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return 'manifest.json cannot be read'
 
 
 def _put_aside(folder):
     with writing(folder):
-        shutil.rmtree(folder.with_suffix('.damaged'), ignore_errors=True)
+        _clear(folder.with_suffix('.damaged'))
         folder.rename(folder.with_suffix('.damaged'))
 
 
-def latest(out_dir):
-    """The newest complete checkpoint folder, the same on all ranks, or None where there is none.
+def _clean(out_dir):
+    """Remove what a killed run has left half written in its out_dir: names of ours alone, no links, and nothing on a first run."""
+    folder = Path(out_dir)
+    if not (folder / 'config.json').exists():
+        return
+    names = [folder / f'{name}.tmp' for name in ('config.json', *WRITTEN)]
+    checkpoints = [f for f in folder.glob('checkpoints/*.tmp') if NUMBER.fullmatch(f.stem)]
+    for path in names + checkpoints:
+        if path.is_symlink() or not path.exists():
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def latest(out_dir, run=None):
+    """The newest complete checkpoint folder, the same on all ranks, or None where there is none. run: of identify, or None to take
+    any: raises UserError where config.json or that checkpoint is of another run.
 
     Removes what a killed run has left half written. Damaged checkpoints are reported and put aside as <examples>.damaged, and
     UserError is raised if there are no others: a run does not start over by itself. out_dir/latest is for people."""
 
-    def clean():
-        for path in (*Path(out_dir).glob('*.tmp'), *Path(out_dir).glob('checkpoints/*.tmp')):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def begin():
+        if run:
+            _check_folder(out_dir, run)
+        with writing(out_dir):
+            _clean(out_dir)
         return _folders(Path(out_dir) / 'checkpoints')
 
-    with writing(out_dir):
-        folders = gather_objects(on_one_rank(clean))[0]
+    folders = gather_objects(on_one_rank(begin))[0]
     damaged = []
     for folder in folders:
         found = gather_objects(_damage(folder, dist.get_rank(), dist.get_world_size()))
@@ -206,8 +328,12 @@ def latest(out_dir):
     else:
         if damaged:
             what = f'{damaged[0][0]}: {damaged[0][1]}'
-            raise UserError(f'no checkpoint of {out_dir} is complete ({what}): delete {out_dir} to start over')
+            raise UserError(
+                f'no checkpoint of {out_dir} is complete ({what}): mend one, or delete {out_dir} to start over'
+            )
         return None
+    if run:
+        on_one_rank(lambda: _check_checkpoint(out_dir, folder, run))
     for bad, why in damaged:
         say(f'warning: the checkpoint {bad} is damaged ({why}): going back to {folder.name}')
         on_one_rank(lambda bad=bad: _put_aside(bad))
@@ -224,11 +350,20 @@ def load(folder, model, optimizer):
     optimizer.step()  # makes the optimizer's tensors, to be loaded into
     optimizer.zero_grad()
     reader = HuggingFaceStorageReader(str(folder))
-    if not any(name.startswith('optimizer.') for name in reader.read_metadata().state_dict_metadata):
+    there = {name: tuple(tensor.size) for name, tensor in reader.read_metadata().state_dict_metadata.items()}
+    if not any(name.startswith('optimizer.') for name in there):
         optimizer.state.clear()  # saved before the first step that changed the weights
-    dcp.load(_tensors(model, optimizer), storage_reader=reader)
+    tensors = _tensors(model, optimizer)
+    here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    if wrong:
+        what = f'{wrong[0]} has the shape {there.get(wrong[0])} there and {here.get(wrong[0])} here'
+        raise UserError(
+            f'the checkpoint {folder} is of another model or optimizer ({what}): remove it, or choose another --out_dir'
+        )
+    dcp.load(tensors, storage_reader=reader)
     state = json.loads((Path(folder) / 'state.json').read_text())
-    rng = state.pop('rng')
+    rng, _ = state.pop('rng'), state.pop('run', None)
     if len(rng) == dist.get_world_size():
         mine = rng[dist.get_rank()]
         torch.set_rng_state(torch.tensor(mine['cpu'], dtype=torch.uint8))
@@ -237,8 +372,8 @@ def load(folder, model, optimizer):
     return state
 
 
-def export(model, tokenizer, build, folder):
-    """Write a normal Hugging Face folder: safetensors, config, tokenizer. build as in shard.
+def export(model, tokenizer, build, folder, card=None):
+    """Write a normal Hugging Face folder: safetensors, config, tokenizer, and what card(folder) adds. build as in shard.
 
     A model with adapters: they alone to the folder `adapter` beside it, and then the model with them merged into its weights."""
     wait()
@@ -251,7 +386,7 @@ def export(model, tokenizer, build, folder):
 
     def write():
         temporary, adapter = Path(f'{folder}.tmp'), Path(folder).with_name('adapter')
-        shutil.rmtree(temporary, ignore_errors=True)
+        _clear(temporary)
         if few:
             merged = lora.merge(build(empty=False), weights, adapter.with_suffix('.tmp'))
             _move(adapter.with_suffix('.tmp'), adapter)
@@ -262,6 +397,8 @@ def export(model, tokenizer, build, folder):
             shell.all_tied_weights_keys = {}
             shell.save_pretrained(temporary, state_dict={k: v for k, v in weights.items() if k in unique})
         tokenizer.save_pretrained(temporary)
+        if card:  # in the same rename: a run that is killed leaves both or neither
+            card(temporary)
         _move(temporary, Path(folder))
 
     def guarded():

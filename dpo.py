@@ -27,7 +27,7 @@ import parallel
 from configurator import UserError, configure, main_rank
 from data import microbatches, pack_probe, prefetch, steps
 from examples import Examples
-from load import can_pack, check_heads, check_positions, check_same_tokens, load_model, load_tokenizer
+from load import can_pack, check_heads, check_positions, check_same_tokens, fingerprints, load_model, load_tokenizer
 from model import set_attention
 from reference import cached_logps
 from spec import Spec
@@ -129,6 +129,7 @@ rank, world, device = fsdp.setup(tp)
 if batch_size < max(world, 2 if loss == 'kto' else 1):
     raise UserError(f'batch_size {batch_size} is too small: one example for each of {world} ranks, two for kto')
 guard.begin(out_dir, config, resume)
+models = fingerprints(config)  # in the background, for what the run and its checkpoints say of themselves
 tokenizer = load_tokenizer(model, trust_remote_code)
 if ref_model and spec.needs_ref:
     check_same_tokens(tokenizer, ref_model, f'the reference {ref_model}', model, trust_remote_code)
@@ -323,14 +324,15 @@ def sample(examples_seen):
 
 
 def save(seen):
-    checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
+    checkpoint.save(out_dir, seen, policy, optim, state | {'run': run}, keep_last)
 
 
-latest = checkpoint.latest(out_dir) if resume else None
+run = checkpoint.identify(config, models, train, held_out)
+latest = checkpoint.latest(out_dir, run) if resume else None
 fresh = {'statistic': {}, 'examples': 0, 'evaluated': -1, 'bad_steps': 0}
 state = checkpoint.load(latest, policy, optim) if latest else fresh
 start = state.pop('examples')
-fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
+fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, run['contents']))
 logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['evaluated'])
 logger.say(f'{"resuming" if start else "training"} {loss} on {world} ranks: {total} examples, {batch_size} a step')
 if not start:
@@ -383,8 +385,7 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(tr
     clock = time.time() if any(due) else clock
 evaluate(total)
 guard.boundary(partial(save, total), logger.close)
-checkpoint.export(policy, tokenizer, build, f'{out_dir}/model')
-fsdp.on_one_rank(lambda: card.write(out_dir))
+checkpoint.export(policy, tokenizer, build, f'{out_dir}/model', partial(card.write, out_dir))
 logger.close()
 guard.end()
 log.say(f'done: {out_dir}/model')

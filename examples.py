@@ -1,5 +1,6 @@
 """Tokenised examples as flat arrays: what tokenise.py makes and data.py packs. Flips and fractions are by hash."""
 
+import hashlib
 from collections import Counter
 from functools import cached_property
 
@@ -84,6 +85,15 @@ class Examples:
         if not len(kept):
             raise UserError('no train examples are left: raise frac_good or frac_bad')
         return kept
+
+    def content(self):
+        """A hash of the tokens that are trained on, their order, labels and margins; what select has left out does not count."""
+        digest = hashlib.sha256()
+        for array in (self.spans[..., 1] - self.spans[..., 0], self.good, self.margin):
+            digest.update(b'-' if array is None else np.ascontiguousarray(array))
+        for start, end in self.spans.reshape(-1, 2).tolist():
+            digest.update(self.ids[start:end])
+        return digest.hexdigest()
 
     def changes(self):
         """What was left out, cut or flipped, for the screen."""

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
+import card
 import checkpoint
 import fsdp
 from configurator import UserError, main_rank
-from log import check_out_dir, say, sync, writing
+from log import check_names, check_out_dir, say, sync, writing
 
 SAVED = 75  # exit code after SIGTERM or SIGUSR1: saved, start the same command again (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130  # exit code after Ctrl-C: saved, too
@@ -72,10 +73,14 @@ def _take(out_dir, config, resume):
     global _lock
     if _lock:
         _lock.close()
+    check_names(out_dir, resume)
+    model = Path(out_dir) / 'model'
+    if model.exists() and not (model / 'README.md').exists():
+        card.write(out_dir)  # of a finished run: older versions could be killed before they wrote it
     check_out_dir(out_dir, config, resume)  # before anything is made there, and again when nobody else can change it
     with writing(f'to out_dir {out_dir}'):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
-        _lock = open(Path(out_dir) / '.lock', 'w')
+        _lock = open(Path(out_dir) / '.lock', 'a')
     for _attempt in range(10):  # a process that was just killed may take a moment to go
         try:
             fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import threading
 import traceback
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 import transformers
 
 import lora
-from configurator import UserError
+from configurator import UserError, main_rank
 from log import say
 from model import core, describe_ties, register_attention, set_attention
 
@@ -52,6 +53,47 @@ def content(folder):
         with open(file, 'rb') as stream:
             digest.update(hashlib.file_digest(stream, 'sha256').digest())
     return digest.hexdigest()[:16] if Path(folder).is_dir() else None
+
+
+# options of the training scripts that name a model, the values that name none, and the files that decide what a folder holds
+MODELS = ('model', 'ref_model', 'reward_model', 'critic')
+NO_MODEL = (None, 'toy', 'gold', 'head', 'own')
+DECISIVE = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
+
+
+def fingerprints(config):
+    """Begin to hash the models that options name. Returns a function that waits for it and returns option -> {file: SHA-256},
+    or {'commit': hash} for a hub id that has been loaded by then.
+
+    Every byte is read, once, on rank 0, in a thread: the time is that of tokenising and loading, which want the same files. The
+    other ranks get nothing. Raises UserError, when it is called, where a file cannot be read."""
+    names = {option: config.get(option) for option in MODELS}
+    names = {option: name for option, name in names.items() if name not in NO_MODEL and main_rank()}
+    folders = {name: {} for name in names.values() if os.path.isdir(name)}
+    failed = []
+
+    def work():
+        try:
+            for name, found in folders.items():
+                for file in sorted(Path(name).iterdir()):
+                    if file.suffix in DECISIVE and file.is_file():
+                        with open(file, 'rb') as stream:
+                            found[file.name] = hashlib.file_digest(stream, 'sha256').hexdigest()
+        except OSError as error:
+            failed.append(f'cannot read the model {name!r}: {error.strerror or error}')
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+
+    def result():
+        thread.join()
+        if failed:
+            raise UserError(failed[0])
+        commits = {name: getattr(_read.get(name), '_commit_hash', None) for name in names.values()}
+        known = {name: {'commit': commit} for name, commit in commits.items() if commit} | folders
+        return {option: known[name] for option, name in names.items() if name in known}
+
+    return result
 
 
 def load_model(name: str, *, empty: bool = False, tokenizer=None, trust_remote_code: bool = False, seed: int = 0,

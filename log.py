@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from configurator import UserError, main_rank
 # options that may differ when a run is continued: they change neither the result nor what is compared
 NEUTRAL = {'resume', 'out_dir', 'activation_checkpointing', 'keep_last', 'log_every', 'save_every', 'max_tokens', 'compile', 'wandb', 'tensorboard',
            'tp', 'device_map', 'cpu_offload', 'skip_bad_steps'}  # fmt: skip
+# what a run puts into its out_dir, beside config.json, .lock and checkpoints
+WRITTEN = ('model', 'adapter', 'metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl', 'latest', 'wandb_id.txt')
 SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
          'rewards/rejected': 'rejected', 'score': 'reward',
          'gold': 'gold', 'kl/samples': 'kl', 'clipped': 'clipped', 'explained_variance': 'ev', 'length': 'length', 'ended': 'ended'}  # fmt: skip
@@ -52,6 +55,55 @@ def replace_text(path, text):
         temporary.replace(path)
 
 
+def check_names(out_dir, resume):
+    """Raise UserError where out_dir has files under the names of a run's, which no run has put there.
+
+    Nor may they be links: what is written through one lands elsewhere. out_dir may be one. resume: where there are checkpoints,
+    they say themselves which run they are of (checkpoint.latest)."""
+    folder, temporary = Path(out_dir), [f'{name}.tmp' for name in WRITTEN]
+    for name in ('config.json', 'config.json.tmp', '.lock', 'checkpoints', *WRITTEN, *temporary):
+        if (folder / name).is_symlink():
+            raise UserError(f'{folder / name} is a symbolic link, and a run would write through it: remove the link, or choose '
+                            'another --out_dir (which may be a link)')  # fmt: skip
+    if (folder / 'config.json').exists():
+        return
+    numbered = list(folder.glob('checkpoints/[0-9]*/'))
+    foreign = [name for name in (*WRITTEN, *temporary) if (folder / name).exists()]
+    if resume and numbered:
+        foreign = [name for name in foreign if name == 'model']
+    elif numbered:
+        foreign.append('checkpoints')
+    if foreign:
+        raise UserError(f'{out_dir} has {foreign[0]}, but no config.json that says which run has written it: choose another '
+                        '--out_dir, or move it away')  # fmt: skip
+
+
+def option_changes(before, config, neutral=NEUTRAL):
+    """Which options had another value before, as words. One that an older version did not have counts as its default."""
+    origin = getattr(config, 'origin', {})
+    words = []
+    for name, value in config.items():
+        added = name not in before and origin.get(name) == 'default'
+        if name not in neutral and not added and before.get(name) != value:
+            words.append(f'{name} {before.get(name)!r} there and {value!r} here')
+    return words
+
+
+def content_changes(before, run):
+    """Which models and data are not those of before, as words. before: contents, as checkpoint.identify has them."""
+    words = []
+    for name, content in run['contents'].items():
+        if name not in before or before[name] == content:
+            continue
+        if isinstance(content, dict):
+            there = before[name] if isinstance(before[name], dict) else {}
+            files = sorted(k for k in there.keys() | content.keys() if there.get(k) != content.get(k))
+            words.append(f'{name} {run["options"].get(name)!r} has changed since: {files[0]}')
+        else:
+            words.append(f'the {name} have changed since: their tokens, labels or order')
+    return words
+
+
 def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
     """Raise UserError where out_dir holds a different run, or cannot be written, or what the run is logged to is missing.
     neutral: options that may differ."""
@@ -60,21 +112,26 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
     made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        (file.parent / '.write').touch()
-        (file.parent / '.write').unlink()
+        tempfile.TemporaryFile(dir=file.parent).close()
         for folder in made:  # a run that fails before its first step leaves nothing behind
             folder.rmdir()
-        before = dict(json.loads(file.read_text())['config']) if file.exists() else None
+        record = json.loads(file.read_text()) if file.exists() else None
+        before = dict(record['config']) if file.exists() else None
+        dict((record or {}).get('contents', {}))  # which checkpoint.latest compares
+        script = Path((record or {}).get('command', sys.argv)[0]).name
     except OSError as error:
         raise UserError(f'cannot write to out_dir {out_dir}: {error.strerror}') from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
-    changed = [k for k, v in config.items() if before and k not in neutral and before.get(k) != v]
+    changed = [] if before is None else option_changes(before, config, neutral)
+    if script != Path(sys.argv[0]).name:
+        changed.insert(0, f'of {script} there and of {Path(sys.argv[0]).name} here')
     if changed:
-        what = ', '.join(f'{k} {before.get(k)!r} there and {config[k]!r} here' for k in changed[:3])
+        what = ', '.join(changed[:3])
         raise UserError(f'{out_dir} holds a different run ({what}): choose another --out_dir, or delete it')
-    if before and (not resume or (file.parent / 'model').exists()):
-        done = 'finished' if (file.parent / 'model').exists() else 'begun, and --resume is off'
+    finished = (file.parent / 'model').exists()
+    if before is not None and (not resume or finished):
+        done = 'finished' if finished else 'begun, and --resume is off'
         raise UserError(f'{out_dir} holds this run already ({done}): choose another --out_dir, or delete it')
 
 
@@ -106,8 +163,9 @@ def _reason(error):
     return reason[:200]
 
 
-def claim_out_dir(out_dir, config):
-    """Write config.json, now that the run is about to begin: options, command, commit, versions."""
+def claim_out_dir(out_dir, config, contents=None):
+    """Write config.json, now that the run is about to begin: options, command, commit, versions, and the hashes of models and
+    data (contents of checkpoint.identify)."""
     import torch
     import transformers
 
@@ -115,6 +173,7 @@ def claim_out_dir(out_dir, config):
     git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
     record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip()}
     record['versions'] = {'torch': torch.__version__, 'transformers': transformers.__version__}
+    record |= {'contents': contents} if contents is not None else {}
     replace_text(Path(out_dir) / 'config.json', json.dumps(record, indent=1))
 
 
@@ -227,7 +286,7 @@ def _wandb_run(project, out_dir):
         file.write_text(os.urandom(4).hex())
     record = json.loads((out_dir / 'config.json').read_text())
     options = record.pop('config')
-    return wandb.init(project=project, name=out_dir.name, dir=out_dir, id=file.read_text(), resume='allow',
+    return wandb.init(project=project, name=out_dir.resolve().name, dir=out_dir, id=file.read_text(), resume='allow',
                       config={**options, **record})  # fmt: skip
 
 

@@ -44,6 +44,7 @@ from load import (
     check_positions,
     check_same_tokens,
     drop_value_head,
+    fingerprints,
     load_model,
     load_reward,
     load_tokenizer,
@@ -161,6 +162,7 @@ adapters = lora.options(config)
 parallel.check(config)
 rank, world, device = fsdp.setup(tp)
 guard.begin(out_dir, config, resume)
+models = fingerprints(config)  # in the background, for what the run and its checkpoints say of themselves
 tokenizer = load_tokenizer(model, trust_remote_code)
 load = partial(load_examples, tokenizer=tokenizer, seed=seed, max_prompt_length=max_prompt_length, truncation=truncation,
                num_turns=num_turns, skip_bad_rows=skip_bad_rows, whole=eval_data is not None)  # fmt: skip
@@ -429,13 +431,14 @@ def evaluate(examples_seen):
 
 
 def save(seen):
-    checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
+    checkpoint.save(out_dir, seen, policy, optim, state | {'run': run}, keep_last)
 
 
-latest = checkpoint.latest(out_dir) if resume else None
+run = checkpoint.identify(config, models, train, held_out)
+latest = checkpoint.latest(out_dir, run) if resume else None
 state = checkpoint.load(latest, policy, optim) if latest else {'examples': 0, 'evaluated': -1, 'bad_steps': 0}
 start = state.pop('examples')
-fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
+fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, run['contents']))
 logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['evaluated'])
 kind = f'{loss} {"offline " if offline else ""}on {world} ranks'
 logger.say(
@@ -471,8 +474,7 @@ evaluate(total)
 guard.boundary(partial(save, total), logger.close)
 checkpoint.wait()
 drop_value_head(policy)
-checkpoint.export(policy, tokenizer, build_policy, f'{out_dir}/model')
-fsdp.on_one_rank(lambda: card.write(out_dir))
+checkpoint.export(policy, tokenizer, build_policy, f'{out_dir}/model', partial(card.write, out_dir))
 logger.close()
 guard.end()
 log.say(f'done: {out_dir}/model')

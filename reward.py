@@ -24,7 +24,7 @@ import losses
 import parallel
 from configurator import UserError, configure
 from data import microbatches, pack_probe, prefetch, steps
-from load import can_pack, check_positions, load_reward, load_tokenizer, separate_pad
+from load import can_pack, check_positions, fingerprints, load_reward, load_tokenizer, separate_pad
 from model import set_attention
 from tokenise import load_examples
 
@@ -94,6 +94,7 @@ if batch_size < world:
 if not 0 <= label_smoothing < 0.5:
     raise UserError(f'label_smoothing must lie between 0 and 0.5, not {label_smoothing}')
 guard.begin(out_dir, config, resume)
+models = fingerprints(config)  # in the background, for what the run and its checkpoints say of themselves
 tokenizer = separate_pad(load_tokenizer(model, trust_remote_code))
 load = partial(load_examples, tokenizer=tokenizer, task='pairs', margins=True, seed=seed, max_length=max_length,
                max_prompt_length=max_prompt_length, truncation=truncation, num_turns=num_turns,
@@ -177,13 +178,14 @@ def evaluate(examples_seen):
 
 
 def save(seen):
-    checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
+    checkpoint.save(out_dir, seen, policy, optim, state | {'run': run}, keep_last)
 
 
-latest = checkpoint.latest(out_dir) if resume else None
+run = checkpoint.identify(config, models, train, held_out)
+latest = checkpoint.latest(out_dir, run) if resume else None
 state = checkpoint.load(latest, policy, optim) if latest else {'examples': 0, 'evaluated': -1, 'bad_steps': 0}
 start = state.pop('examples')
-fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
+fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, run['contents']))
 logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['evaluated'])
 logger.say(f'{"resuming" if start else "training"} on {world} ranks: {total} examples, {batch_size} a step')
 if do_first_eval and not start:
@@ -220,8 +222,7 @@ for first, index, batches, margin, tokens, allocated in prefetch(prepare(train, 
     clock = time.time() if any(due) else clock
 evaluate(total)
 guard.boundary(partial(save, total), logger.close)
-checkpoint.export(policy, tokenizer, partial(build, quiet=True), f'{out_dir}/model')
-fsdp.on_one_rank(lambda: card.write(out_dir))
+checkpoint.export(policy, tokenizer, partial(build, quiet=True), f'{out_dir}/model', partial(card.write, out_dir))
 logger.close()
 guard.end()
 log.say(f'done: {out_dir}/model')

@@ -23,7 +23,7 @@ import losses
 import parallel
 from configurator import UserError, configure, main_rank
 from data import microbatches, pack_probe, prefetch, steps
-from load import can_pack, check_positions, load_model, load_tokenizer
+from load import can_pack, check_positions, fingerprints, load_model, load_tokenizer
 from model import set_attention
 from tokenise import load_examples
 
@@ -100,6 +100,7 @@ rank, world, device = fsdp.setup(tp)
 if batch_size < world:
     raise UserError(f'batch_size {batch_size} is smaller than the {world} ranks')
 guard.begin(out_dir, config, resume)
+models = fingerprints(config)  # in the background, for what the run and its checkpoints say of themselves
 tokenizer = load_tokenizer(model, trust_remote_code)
 if control_tokens:
     tokenizer.add_tokens(CONTROL, special_tokens=True)
@@ -190,13 +191,14 @@ def sample(examples_seen):
 
 
 def save(seen):
-    checkpoint.save(out_dir, seen, policy, optim, state, keep_last)
+    checkpoint.save(out_dir, seen, policy, optim, state | {'run': run}, keep_last)
 
 
-latest = checkpoint.latest(out_dir) if resume else None
+run = checkpoint.identify(config, models, train, held_out)
+latest = checkpoint.latest(out_dir, run) if resume else None
 state = checkpoint.load(latest, policy, optim) if latest else {'examples': 0, 'evaluated': -1, 'bad_steps': 0}
 start = state.pop('examples')
-fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config))
+fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, run['contents']))
 logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['evaluated'])
 logger.say(f'{"resuming" if start else "training"} on {world} ranks: {total} examples, {batch_size} a step')
 if do_first_eval and not start:
@@ -233,8 +235,7 @@ for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train,
     clock = time.time() if any(due) else clock
 evaluate(total)
 guard.boundary(partial(save, total), logger.close)
-checkpoint.export(policy, tokenizer, build, f'{out_dir}/model')
-fsdp.on_one_rank(lambda: card.write(out_dir))
+checkpoint.export(policy, tokenizer, build, f'{out_dir}/model', partial(card.write, out_dir))
 logger.close()
 guard.end()
 log.say(f'done: {out_dir}/model')

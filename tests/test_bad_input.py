@@ -223,6 +223,14 @@ def test_out_dir(run, script, world, tmp_path):
     message = refused(run, script, '--resume=false')
     assert 'holds this run already' in message
     assert {f: f.read_bytes() for f in (tmp_path / 'out').rglob('*') if f.is_file()} == kept  # and nothing is touched
+    for damaged in (
+        'null',
+        '{"config": {}, "command": []}',
+        '{"config": {}, "contents": 3}',
+        '{"config": {}, "command": 3}',
+    ):
+        (tmp_path / 'out' / 'config.json').write_text(damaged)
+        assert 'config.json is damaged' in refused(run, script)
     (tmp_path / 'out' / 'config.json').write_text('{"config": ')
     assert 'config.json is damaged' in refused(run, script)
 

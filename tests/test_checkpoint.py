@@ -26,7 +26,8 @@ FLAGS = ['--batch_size=12', '--n_examples=60', '--save_every=12', '--keep_last=3
 
 
 def run(out_dir, *flags, script='dpo.py'):
-    common = [flag for flag in FLAGS if script != 'ppo.py' or not flag.startswith('--max_length')]
+    given = {flag.partition('=')[0] for flag in flags} | ({'--max_length'} if script == 'ppo.py' else set())
+    common = [flag for flag in FLAGS if flag.partition('=')[0] not in given]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [script, *common, *flags, f'--out_dir={out_dir}'])
         patch.setattr(torch, 'set_num_threads', lambda n: None)
@@ -79,6 +80,17 @@ def flip(path):
     path.write_bytes(data)
 
 
+def only_manifest(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / 'manifest.json').write_text('{}')
+
+
+def rename(folder):
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name('0000000024'), folder)
+
+
 DAMAGES = {
     'truncated': (lambda f: os.truncate(shard(f), 1000), 'has 1000 bytes instead of'),
     'a flipped bit': (lambda f: flip(shard(f)), 'the contents of shard.* have changed'),
@@ -86,6 +98,20 @@ DAMAGES = {
     'no manifest': (lambda f: (f / 'manifest.json').unlink(), 'manifest.json: No such file'),
     'a broken manifest': (lambda f: (f / 'manifest.json').write_text('{"a'), 'manifest.json cannot be read'),
     'a changed state': (lambda f: flip(f / 'state.json'), 'the contents of state.json have changed'),
+    'weights of another run': (
+        lambda f: shutil.copy(shard(f), f / 'zzz.safetensors'),
+        'zzz.safetensors is not in its manifest',
+    ),
+    "a Mac's shadow of a shard": (
+        lambda f: (f / f'._{shard(f).name}').write_bytes(b'\0\5\x16\7' * 99),
+        '._shard.* is not in',
+    ),
+    'a folder': (lambda f: (f / 'more').mkdir(), 'more is not in its manifest'),
+    'a dangling link': (lambda f: (f / 'link').symlink_to('/nowhere/x'), 'link is not in its manifest'),
+    'an empty manifest': (lambda f: (f / 'manifest.json').write_text('{}'), 'is not in its manifest'),
+    'an empty manifest, alone': (lambda f: only_manifest(f), 'does not list a whole checkpoint'),
+    'a list for a manifest': (lambda f: (f / 'manifest.json').write_text('[]'), 'manifest.json cannot be read'),
+    'another checkpoint': (lambda f: rename(f), 'the checkpoint after 24 examples, under another name'),
 }
 
 
@@ -126,6 +152,137 @@ def test_resumes_behind_all_that_can_be_broken_at_once(whole, died, capsys):
     assert rows(died) == rows(whole)
     assert not list(died.rglob('*.tmp')) and (died / 'latest').read_text() == 'checkpoints/0000000048\n'
     assert (died / 'model/model.safetensors').read_bytes() == (whole / 'model/model.safetensors').read_bytes()
+
+
+OURS = ['config.json.tmp', 'metrics.jsonl.tmp', 'model.tmp/a', 'adapter.tmp/a', 'checkpoints/0000000060.tmp/a']
+THEIRS = [
+    'my_work.tmp/a',
+    'notes.tmp',
+    'checkpoints/mine.tmp/a',
+    'checkpoints/60.tmp',
+    'models.tmp/a',
+    '.lock.tmp',
+    '.write',
+]
+
+
+def fill(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('precious')
+
+
+def test_only_what_a_run_has_left_is_removed(died, tmp_path):
+    fill(died, OURS + THEIRS)
+    (tmp_path / 'far').mkdir()
+    fill(tmp_path / 'far', ['kept'])
+    for name in ('samples.jsonl.tmp', 'link.tmp', 'checkpoints/0000000072.tmp'):
+        (died / name).symlink_to(tmp_path / 'far')
+    checkpoint.latest(died)
+    assert not any((died / name).exists() for name in OURS) and all((died / name).exists() for name in THEIRS)
+    assert (tmp_path / 'far/kept').exists() and (died / 'samples.jsonl.tmp').is_symlink()
+    assert (died / 'link.tmp').is_symlink() and (died / 'checkpoints/0000000072.tmp').is_symlink()
+
+
+def test_a_first_run_removes_nothing(tmp_path, whole, monkeypatch):
+    """Not in a folder that is full of other things, such as the working directory."""
+    fill(tmp_path, THEIRS + ['.lock', 'config.py'])
+    monkeypatch.chdir(tmp_path)
+    run('.')
+    assert all((tmp_path / name).read_text() == 'precious' for name in THEIRS + ['.lock', 'config.py'])
+    assert (tmp_path / 'model/README.md').read_text().count(f'# {tmp_path.name}\n') == 1
+
+
+@pytest.mark.parametrize(
+    'name', ['model/a', 'adapter/a', 'metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl', 'model.tmp/a', 'latest']
+)
+def test_a_folder_with_files_of_somebody_else_is_refused(tmp_path, whole, name, monkeypatch):
+    """They have the names of a run's, and would be replaced or cut; --out_dir=. beside --model=model, for one."""
+    fill(tmp_path, [name])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f'. has {name.partition("/")[0]}, but no config.json'):
+        run('.')
+    assert (tmp_path / name).read_text() == 'precious' and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    'name', ['metrics.jsonl', 'model', '.lock', 'checkpoints', 'config.json.tmp', 'model.tmp', 'latest']
+)
+def test_links_in_out_dir_are_not_followed(tmp_path, whole, name):
+    fill(tmp_path, ['far/kept'])
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / name).symlink_to(tmp_path / 'far')
+    with pytest.raises(UserError, match=f'run/{name} is a symbolic link'):
+        run(tmp_path / 'run')
+    assert (tmp_path / 'far/kept').read_text() == 'precious' and (tmp_path / 'run' / name).is_symlink()
+
+
+def test_what_lies_among_the_checkpoints_does_not_end_a_run(tmp_path, whole, died, capsys):
+    """An old checkpoint moved to another disk and linked, a link where the next one goes, files of a Mac, other folders."""
+    checkpoints, far = died / 'checkpoints', tmp_path / 'far'
+    shutil.move(checkpoints / '0000000024', far)
+    (checkpoints / '0000000024').symlink_to(far)
+    shutil.rmtree(checkpoints / '0000000048')
+    (checkpoints / '0000000048.tmp').symlink_to(far)
+    fill(checkpoints, ['0000000048', '._0000000036', '.DS_Store', 'old/a', '²'])
+    before = {f.name: f.read_bytes() for f in far.iterdir()}
+    run(died, '--keep_last=1')
+    assert rows(died) == rows(whole)
+    assert names(died) == [
+        '.DS_Store',
+        '._0000000036',
+        '0000000024',
+        '0000000048',
+        '0000000048.aside1',
+        '0000000048.tmp.aside1',
+        'old',
+        '²',
+    ]
+    assert {f.name: f.read_bytes() for f in far.iterdir()} == before
+    assert (checkpoints / '0000000048.aside1').read_text() == 'precious'
+    out = capsys.readouterr().out
+    assert out.count('0000000024 is a symbolic link: it is not removed') == 1 and out.count('is not of this run') == 2
+
+
+def test_an_old_checkpoint_that_cannot_be_removed(died, whole, monkeypatch, capsys):
+    remove = shutil.rmtree
+
+    def fails(path, *arguments, **options):
+        if Path(path).name == '0000000024':
+            raise PermissionError(13, 'Permission denied')
+        remove(path, *arguments, **options)
+
+    shutil.rmtree(died / 'checkpoints/0000000048')
+    monkeypatch.setattr(shutil, 'rmtree', fails)
+    run(died, '--keep_last=2')
+    assert '0000000024 cannot be removed: Permission denied' in capsys.readouterr().out
+    assert rows(died) == rows(whole) and (died / 'model').exists()
+
+
+def test_the_card_comes_with_the_model(died, whole, monkeypatch):
+    """Killed while the card is written: there is no model yet, and the next start makes both."""
+    import card
+
+    with monkeypatch.context() as patch:
+        patch.setattr(card, '_text', lambda out_dir: exit(9))
+        with pytest.raises(SystemExit):
+            run(died)
+    assert not (died / 'model').exists()
+    run(died)
+    assert (died / 'model/README.md').read_text().startswith('---')
+    # older versions could leave a finished run without one
+    (died / 'model/README.md').unlink()
+    with pytest.raises(UserError, match='finished'):
+        run(died)
+    assert (died / 'model/README.md').read_text().startswith('---')
+
+
+def test_a_card_that_cannot_be_made_does_not_cost_the_model(tmp_path, whole, monkeypatch, capsys):
+    import card
+
+    monkeypatch.setattr(card, '_without_folders', lambda text: text[0.5])
+    run(tmp_path / 'run')
+    assert 'note: no model card' in capsys.readouterr().out and (tmp_path / 'run/model/model.safetensors').exists()
 
 
 def test_a_damaged_line_in_the_middle_is_an_error(died):

@@ -131,7 +131,13 @@ def test_an_error_does_not_cost_the_rows_before_it(tmp_path):
 def test_no_secrets(resumed):
     for file in resumed.rglob('*'):
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
-    assert set(json.loads((resumed / 'config.json').read_text())) == {'config', 'command', 'commit', 'versions'}
+    assert set(json.loads((resumed / 'config.json').read_text())) == {
+        'config',
+        'command',
+        'commit',
+        'versions',
+        'contents',
+    }
 
 
 def run(monkeypatch, *flags):
