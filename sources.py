@@ -18,6 +18,7 @@ import re
 import zlib
 from collections import Counter
 from contextlib import suppress
+from functools import wraps
 from html.parser import HTMLParser
 from itertools import combinations
 from operator import itemgetter
@@ -27,6 +28,13 @@ from configurator import UserError
 
 ENDINGS = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.parquet')
 NO_TEST_SPLIT = {'se', 'sharegpt', 'annotations'}
+LONGEST = 10_000_000  # characters of a text, or of all messages of a chat
+REASONING = ('reasoning_content', 'thinking', 'reasoning')  # the fields that a message's thoughts stand in
+ROLES = {
+    **dict.fromkeys(('user', 'human', 'prompter', 'question'), 'user'),
+    **dict.fromkeys(('assistant', 'gpt', 'chatgpt', 'model', 'bot', 'chatbot', 'ai'), 'assistant'),
+    **{role: role for role in ('system', 'developer', 'tool', 'function', 'ipython')},
+}
 HELD_OUT = 20  # without a test split, the prompts whose hash is 0 modulo this are held out
 
 
@@ -73,8 +81,8 @@ def load_rows(source, split, *, whole=False, num_turns=1, skip_bad_rows=False):
         for example in found:
             if 'drop' in example:
                 left_out[example['drop']] += 1
-            elif not divide or (content_hash(example['prompt']) % HELD_OUT == 0) == (split == 'test'):
-                examples.append(example)
+            elif not divide or (content_hash(_asked(example['prompt'])) % HELD_OUT == 0) == (split == 'test'):
+                examples.append(_row(example, row.where))  # tokenise names the row that a chat template refuses
     return examples, left_out
 
 
@@ -126,7 +134,7 @@ def read_rows(hub_id, split, path, undivided=False, **kwargs):
         except Exception as error:  # no network, no such dataset, no such split: the library's own words say which
             raise UserError(f'cannot load {hub_id!r}, split {split!r}, from the hub: {_reason(error)}') from None
         for i, raw in enumerate(rows):
-            yield _row(raw, f'{hub_id} [{split}], row {i + 1}')
+            yield _row(_unfilled(raw), f'{hub_id} [{split}], row {i + 1}')
         return
     for file in local_files(path, None if undivided else split):
         yield from _read_file(file)
@@ -161,6 +169,19 @@ def _row(raw, where, error=''):
     return row
 
 
+def _unfilled(raw):
+    """A row of a columnar file without the nulls inside its lists: there every message has the fields of all others."""
+    return {key: _without_nulls(value) if isinstance(value, list) else value for key, value in raw.items()}
+
+
+def _without_nulls(value):
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
 def _read_file(file):
     if not file.endswith(ENDINGS):
         raise UserError(f'{file}: data files end in {", ".join(ENDINGS)}')
@@ -169,7 +190,7 @@ def _read_file(file):
             import pyarrow.parquet
 
             for i, raw in enumerate(pyarrow.parquet.read_table(file).to_pylist()):
-                yield _row(raw, f'{file}, row {i + 1}')
+                yield _row(_unfilled(raw), f'{file}, row {i + 1}')
             return
         with (gzip.open if file.endswith('.gz') else open)(file, 'rb') as stream:
             if file.endswith(('.json', '.json.gz')):
@@ -204,6 +225,68 @@ def _read_file(file):
 # ---- any source in a documented format ----
 
 
+def _with_columns(parse):
+    """parse, with what stands in the columns system and tools, and without answers of weight 0."""
+
+    @wraps(parse)
+    def parse_whole(row):
+        return [example if 'drop' in example else _complete(example, row) for example in parse(row)]
+
+    return parse_whole
+
+
+def _complete(example, row):
+    """An example with its row's system message and tools; what to drop, where an answer has the weight 0."""
+    answers = [key for key in ('chosen', 'rejected', 'response') if key in example]
+    turns = [turn for key in answers if isinstance(example[key], list) for turn in example[key]]
+    if any(turn.get('weight') == 0 for turn in turns):
+        return {'drop': 'answers of weight 0, which are not to be trained on'}
+
+    # the weight is for the trainer, not for the template
+    for key in ('prompt', *answers):
+        if isinstance(example[key], list):
+            example[key] = [{k: v for k, v in turn.items() if k != 'weight'} for turn in example[key]]
+
+    system = next((field(row, key) for key in ('system', 'system_prompt') if row.get(key) not in (None, '')), '')
+    if system:
+        example |= _under_system(example, system, answers)
+    tools = _tools(row)
+    return example | {'tools': tools} if tools else example
+
+
+def _under_system(example, system, answers):
+    """An example's prompt and answers as chats that begin with this system message."""
+    if example['prompt'] in ('', []):
+        raise ValueError("there is a 'system' message and no question behind it")
+    prompt = as_chat(example['prompt'])
+    if prompt[0]['role'] == 'system' and prompt[0]['content'].strip() != system.strip():
+        raise ValueError("the column 'system' and the system message of the chat are not the same")
+    if prompt[0]['role'] != 'system':
+        prompt = [message('system', system), *prompt]
+    chats = {'prompt': prompt}
+    for key in answers:
+        text = example[key]
+        chats[key] = [message('assistant', text.strip())] if isinstance(text, str) else text
+    return chats
+
+
+def _tools(row):
+    """The column tools, a list of descriptions of functions or that as JSON; None where it has nothing."""
+    tools = row.get('tools')
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise ValueError("'tools' is neither a list of tools nor one in JSON") from None
+    if tools in (None, '', []):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("'tools' is neither a list of tools nor one in JSON")
+    _measure('tools', tools)
+    return tools
+
+
+@_with_columns
 def parse_any(row):
     """TRL's documented formats, AlpacaEval's annotations, and ours: told apart by their fields."""
     if 'preference' in row and 'output_1' in row:
@@ -245,16 +328,55 @@ def parse_any(row):
 def text_or_chat(row, key):
     """row[key]: a string, or a list of chat messages, which end with the assistant's where it is an answer."""
     value = field(row, key, (str, list))
+    _measure(key, value)
     if isinstance(value, str):
         return value
-    if any(isinstance(turn, dict) and turn.get('tool_calls') for turn in value):
-        raise ValueError(f'{key!r} has tool calls, which would be lost')
-    turns = [message(field(turn, 'role'), field(turn, 'content')) for turn in value]
+    turns = [_turn(turn) for turn in value]
     if key == 'prompt' and not turns:
         raise ValueError("'prompt' has no messages")
     if key != 'prompt' and turns and turns[-1]['role'] != 'assistant':
-        raise ValueError(f'{key!r} does not end with an answer')
+        raise ValueError(f'{key!r} does not end with an answer, but with a message of the role {turns[-1]["role"]!r}')
     return turns
+
+
+def _turn(turn):
+    """A chat message with all its fields, its role by the name that templates know."""
+    role = field(turn, 'role')
+    turn = {key: value for key, value in turn.items() if value is not None}
+    calls, weight = turn.get('tool_calls', []), turn.get('weight', 1)
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError("'tool_calls' is not a list of calls")
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise ValueError(
+            f"the 'weight' of a message is {weight!r}: 1 is trained on and 0 is not, and there is no other"
+        )
+
+    # a call, or a thought, may stand alone
+    alone = 'content' not in turn and any(turn.get(key) for key in ('tool_calls', *REASONING))
+    content = '' if alone else field(turn, 'content')
+    return turn | message(ROLES.get(role.strip().lower(), role), content)
+
+
+def _measure(key, value):
+    """Raise ValueError for text, messages or tools that are too long or cannot be written."""
+    plain = isinstance(value, str)
+    if not plain and not all(isinstance(item, dict) for item in value):
+        return  # what is wrong with them is said elsewhere
+    text = value if plain else json.dumps(value, ensure_ascii=False, default=str)
+    if len(text) > LONGEST:
+        raise ValueError(f'{key!r} has {len(text):,} characters; the limit is {LONGEST:,}')
+    if not plain and any(set(item) - {'role', 'content'} for item in value):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f'{key!r} has half a surrogate pair in it') from None
+
+
+def _asked(prompt):
+    """A prompt by which its row is held out or not: messages without what stands beside role and content."""
+    if isinstance(prompt, str):
+        return prompt
+    return [message(turn['role'], turn['content']) for turn in prompt]
 
 
 def _begins(answer):

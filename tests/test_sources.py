@@ -802,7 +802,7 @@ def test_any_file_of_answers(tmp_path_factory, rows):
         ('{"messages": [{"role": "assistant", "content": "y"}]}', 'not a question and its answer'),
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [1]}]}',
-            'tool calls',
+            'not a list of calls',
         ),
         ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": true}', "'margin' is missing or of the wrong type"),
         ('{"instruction": "i", "output_1": "a", "output_2": "b", "preference": true}', "'preference' is missing or of"),
