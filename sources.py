@@ -18,7 +18,7 @@ import re
 import zlib
 from collections import Counter
 from contextlib import suppress
-from functools import cache
+from functools import cache, wraps
 from html.parser import HTMLParser
 from itertools import combinations, islice
 from operator import itemgetter
@@ -29,6 +29,13 @@ from log import say
 
 ENDINGS = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.parquet')
 NO_TEST_SPLIT = {'se', 'sharegpt', 'annotations'}
+LONGEST = 10_000_000  # characters of a text, or of all messages of a chat
+REASONING = ('reasoning_content', 'thinking', 'reasoning')  # the fields that a message's thoughts stand in
+ROLES = {
+    **dict.fromkeys(('user', 'human', 'prompter', 'question'), 'user'),
+    **dict.fromkeys(('assistant', 'gpt', 'chatgpt', 'model', 'bot', 'chatbot', 'ai'), 'assistant'),
+    **{role: role for role in ('system', 'developer', 'tool', 'function', 'ipython')},
+}
 HELD_OUT = 20  # without a test split, the prompts whose hash is 0 modulo this are held out
 HUB = {  # named dataset -> where the hub has it
     'hh': 'Anthropic/hh-rlhf',
@@ -94,12 +101,12 @@ def load_rows(source, split, *, whole=False, num_turns=1, skip_bad_rows=False):
                 left_out[example['drop']] += 1
                 continue
             example = Row(example)
-            example.where = row.where
+            example.where = row.where  # tokenise names the row that a chat template refuses
             examples.append(example)
     examples = _agreeing(examples, left_out, skip_bad_rows)
     if divide:
         test = split == 'test'
-        examples = [x for x in examples if (content_hash(x['prompt']) % HELD_OUT == 0) == test]
+        examples = [x for x in examples if (content_hash(_asked(x['prompt'])) % HELD_OUT == 0) == test]
     return examples, left_out
 
 
@@ -266,7 +273,7 @@ def read_rows(hub_id, split, path, undivided=False, **kwargs):
         except Exception as error:  # no network, no such dataset, no such split: the library's own words say which
             raise UserError(f'cannot load {hub_id!r}, split {split!r}, from the hub: {_reason(error)}') from None
         for i, raw in enumerate(rows):
-            yield _row(raw, f'{hub_id} [{split}], row {i + 1}')
+            yield _row(_unfilled(raw), f'{hub_id} [{split}], row {i + 1}')
         return
     for file in local_files(path, None if undivided else split):
         yield from _read_file(file)
@@ -301,6 +308,19 @@ def _row(raw, where, error=''):
     return row
 
 
+def _unfilled(raw):
+    """A row of a columnar file without the nulls inside its lists: there every message has the fields of all others."""
+    return {key: _without_nulls(value) if isinstance(value, list) else value for key, value in raw.items()}
+
+
+def _without_nulls(value):
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
 def _read_file(file):
     if not file.endswith(ENDINGS):
         raise UserError(f'{file}: data files end in {", ".join(ENDINGS)}')
@@ -309,7 +329,7 @@ def _read_file(file):
             import pyarrow.parquet
 
             for i, raw in enumerate(pyarrow.parquet.read_table(file).to_pylist()):
-                yield _row(raw, f'{file}, row {i + 1}')
+                yield _row(_unfilled(raw), f'{file}, row {i + 1}')
             return
         with (gzip.open if file.endswith('.gz') else open)(file, 'rb') as stream:
             if file.endswith(('.json', '.json.gz')):
@@ -348,9 +368,7 @@ QUESTIONS = ('prompt', 'question', 'instruction', 'query', 'input')  # the colum
 ADDED = ('input', 'context')  # what an instruction or a question is about, written behind it
 ANSWERS = ('response', 'completion', 'output', 'answer')
 CHATS = ('messages', 'conversations', 'conversation')
-SYSTEMS = ('system', 'system_prompt')
 LABELS = ('good', 'label')
-SPEAKERS = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'system': 'system'}
 TURN_MARKERS = (  # behind the last of these, in a text, stands the answer; the first that a pair has is taken
     ASSISTANT,
     '<|im_start|>assistant\n',
@@ -372,6 +390,69 @@ class LeftOut(Exception):
     """A sound row that a rule leaves out: its message is the reason."""
 
 
+def _with_columns(parse):
+    """parse, with what stands in the columns system and tools, and without answers of weight 0."""
+
+    @wraps(parse)
+    def parse_whole(row):
+        return [example if 'drop' in example else _complete(example, row) for example in parse(row)]
+
+    return parse_whole
+
+
+def _complete(example, row):
+    """An example with its row's system message and tools; what to drop, where an answer has the weight 0."""
+    answers = [key for key in ('chosen', 'rejected', 'response') if key in example]
+    turns = [turn for key in answers if isinstance(example[key], list) for turn in example[key]]
+    if any(turn.get('weight') == 0 for turn in turns):
+        return {'drop': 'answers of weight 0, which are not to be trained on'}
+
+    # the weight is for the trainer, not for the template
+    for key in ('prompt', *answers):
+        if isinstance(example[key], list):
+            example[key] = [{k: v for k, v in turn.items() if k != 'weight'} for turn in example[key]]
+
+    system = next((field(row, key) for key in ('system', 'system_prompt') if row.get(key) not in (None, '')), '')
+    written = isinstance(example['prompt'], str) and example['prompt'].endswith(TURN_MARKERS)
+    if system and not (written and system.strip() in example['prompt']):
+        example |= _under_system(example, system, answers)
+    tools = _tools(row)
+    return example | {'tools': tools} if tools else example
+
+
+def _under_system(example, system, answers):
+    """An example's prompt and answers as chats that begin with this system message."""
+    if example['prompt'] in ('', []):
+        raise ValueError("there is a 'system' message and no question behind it")
+    prompt = as_chat(example['prompt'])
+    if prompt[0]['role'] == 'system' and prompt[0]['content'].strip() != system.strip():
+        raise ValueError("the column 'system' and the system message of the chat are not the same")
+    if prompt[0]['role'] != 'system':
+        prompt = [message('system', system), *prompt]
+    chats = {'prompt': prompt}
+    for key in answers:
+        text = example[key]
+        chats[key] = [message('assistant', text.strip())] if isinstance(text, str) else text
+    return chats
+
+
+def _tools(row):
+    """The column tools, a list of descriptions of functions or that as JSON; None where it has nothing."""
+    tools = row.get('tools')
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise ValueError("'tools' is neither a list of tools nor one in JSON") from None
+    if tools in (None, '', []):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("'tools' is neither a list of tools nor one in JSON")
+    _measure('tools', tools)
+    return tools
+
+
+@_with_columns
 def parse_any(row):
     """TRL's documented formats, AlpacaEval's annotations, and ours: told apart by their columns, see LAYOUTS."""
     if 'preference' in row and 'output_1' in row:
@@ -403,10 +484,10 @@ def _as_messages(value):
 def _as_message(turn):
     if not isinstance(turn.get('from'), str) or 'value' not in turn:
         return turn
-    if turn['from'] not in SPEAKERS:
-        raise ValueError(f'a message is from {turn["from"][:24]!r}; known are {", ".join(SPEAKERS)}')
+    if turn['from'].strip().lower() not in ROLES:
+        raise ValueError(f'a message is from {turn["from"][:24]!r}; known are {", ".join(ROLES)}')
     more = {k: v for k, v in turn.items() if k not in ('from', 'value')}
-    return {'role': SPEAKERS[turn['from']], 'content': turn['value'], **more}
+    return {'role': turn['from'], 'content': turn['value'], **more}
 
 
 def read_pair(row):
@@ -416,10 +497,11 @@ def read_pair(row):
         raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
     more = {} if row.get('margin') is None else {'margin': margin(row)}
     if isinstance(chosen, str) and prompt is None:
-        return with_system(row, split_texts(row) | more)
+        return split_texts(row) | more
     if isinstance(chosen, str):
         prompt, (chosen, rejected), repeats = without_prompt(prompt, chosen, rejected)
-        return with_system(row, {'prompt': prompt, 'chosen': chosen, 'rejected': rejected, **repeats, **more})
+        pair = {'chosen': reply(row, prompt, chosen), 'rejected': reply(row, prompt, rejected)}
+        return {'prompt': prompt, **pair, **repeats, **more}
 
     # chats: all turns before the last answer are the prompt, and must be the same for both
     if not chosen or not rejected:
@@ -431,7 +513,7 @@ def read_pair(row):
         raise ValueError("'chosen' and 'rejected' do not begin with the same question")
     if chosen[:-1] != rejected[:-1]:
         raise LeftOut(DIFFERENT)
-    return with_system(row, {'prompt': chosen[:-1], 'chosen': chosen[-1:], 'rejected': rejected[-1:], **more})
+    return {'prompt': chosen[:-1], 'chosen': chosen[-1:], 'rejected': rejected[-1:], **more}
 
 
 def read_answer(row):
@@ -442,11 +524,11 @@ def read_answer(row):
         raise ValueError("'prompt' is missing")
     if isinstance(response, str):
         prompt, (response,), repeats = without_prompt(prompt, response)
-        return with_system(row, {'prompt': prompt, 'response': response, **repeats, **thumb(row)})
+        return {'prompt': prompt, 'response': reply(row, prompt, response), **repeats, **thumb(row)}
     if not response:
         raise LeftOut('empty answers')
     turns = whole_chat(prompt, response, key)
-    return with_system(row, {'prompt': turns[:-1], 'response': turns[-1:], **thumb(row)})
+    return {'prompt': turns[:-1], 'response': turns[-1:], **thumb(row)}
 
 
 def read_chat(row):
@@ -456,7 +538,7 @@ def read_chat(row):
     turns = text_or_chat(row, key)
     if len(turns) < 2:
         raise ValueError(f'{key!r} is not a question and its answer')
-    return with_system(row, {'prompt': turns[:-1], 'response': turns[-1:], **thumb(row)})
+    return {'prompt': turns[:-1], 'response': turns[-1:], **thumb(row)}
 
 
 def read_text(row):
@@ -467,7 +549,7 @@ def read_text(row):
 
 
 def read_prompt(row):
-    return with_system(row, {'prompt': asked(row)})
+    return {'prompt': asked(row)}
 
 
 LAYOUTS = (  # columns -> how a row that has them all is read; the first that fits
@@ -509,28 +591,17 @@ def asked(row):
     return [message('user', prompt)]
 
 
+def reply(row, prompt, text):
+    """The text of an answer; behind a question that has become a message, a message, too."""
+    return [message('assistant', text.strip())] if isinstance(prompt, list) and 'prompt' not in row else text
+
+
 def nothing_lost(row, column, said):
     """Raise ValueError where another column asks, too, and what it says is not in the text `said` of this one."""
     for other in {*QUESTIONS, *ADDED, 'history'} - {column}:
         value = row.get(other)
         if value and not (isinstance(value, str) and value.strip() in said):
             raise ValueError(f'{other!r} asks something, too, which would be lost beside {column!r}')
-
-
-def with_system(row, example):
-    """The example behind what the row's system column says, if it has one: as chat."""
-    column = next((c for c in SYSTEMS if row.get(c)), None)
-    if column is None:
-        return example
-    system, prompt = field(row, column), example['prompt']
-    if isinstance(prompt, str) and system.strip() in prompt:
-        return example
-    turns = as_chat(prompt)
-    if turns[:1] == [message('system', system)]:
-        return example
-    if turns and turns[0]['role'] == 'system':
-        raise ValueError(f'{column!r} says something else than the system message of the chat')
-    return example | {'prompt': [message('system', system), *turns]}
 
 
 def thumb(row):
@@ -599,16 +670,55 @@ def whole_chat(prompt, answer, key):
 def text_or_chat(row, key):
     """row[key]: a string, or a list of chat messages, which end with the assistant's where it is an answer."""
     value = field(row, key, (str, list))
+    _measure(key, value)
     if isinstance(value, str):
         return value
-    if any(isinstance(turn, dict) and turn.get('tool_calls') for turn in value):
-        raise ValueError(f'{key!r} has tool calls, which would be lost')
-    turns = [message(field(turn, 'role'), field(turn, 'content')) for turn in value]
+    turns = [_turn(turn) for turn in value]
     if key == 'prompt' and not turns:
         raise ValueError("'prompt' has no messages")
     if key != 'prompt' and turns and turns[-1]['role'] != 'assistant':
-        raise ValueError(f'{key!r} does not end with an answer')
+        raise ValueError(f'{key!r} does not end with an answer, but with a message of the role {turns[-1]["role"]!r}')
     return turns
+
+
+def _turn(turn):
+    """A chat message with all its fields, its role by the name that templates know."""
+    role = field(turn, 'role')
+    turn = {key: value for key, value in turn.items() if value is not None}
+    calls, weight = turn.get('tool_calls', []), turn.get('weight', 1)
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError("'tool_calls' is not a list of calls")
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise ValueError(
+            f"the 'weight' of a message is {weight!r}: 1 is trained on and 0 is not, and there is no other"
+        )
+
+    # a call, or a thought, may stand alone
+    alone = 'content' not in turn and any(turn.get(key) for key in ('tool_calls', *REASONING))
+    content = '' if alone else field(turn, 'content')
+    return turn | message(ROLES.get(role.strip().lower(), role), content)
+
+
+def _measure(key, value):
+    """Raise ValueError for text, messages or tools that are too long or cannot be written."""
+    plain = isinstance(value, str)
+    if not plain and not all(isinstance(item, dict) for item in value):
+        return  # what is wrong with them is said elsewhere
+    text = value if plain else json.dumps(value, ensure_ascii=False, default=str)
+    if len(text) > LONGEST:
+        raise ValueError(f'{key!r} has {len(text):,} characters; the limit is {LONGEST:,}')
+    if not plain and any(set(item) - {'role', 'content'} for item in value):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f'{key!r} has half a surrogate pair in it') from None
+
+
+def _asked(prompt):
+    """A prompt by which its row is held out or not: messages without what stands beside role and content."""
+    if isinstance(prompt, str):
+        return prompt
+    return [message(turn['role'], turn['content']) for turn in prompt]
 
 
 def margin(row):

@@ -345,15 +345,15 @@ FORMATS = {
     ),
     'question': (
         {'question': 'q?', 'chosen': 'a', 'rejected': 'b'},
-        {'prompt': [user('q?')], 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
     ),
     'question and system': (
         {'system': 'Be brief.', 'question': 'q?', 'chosen': 'a', 'rejected': 'b'},
-        {'prompt': [system('Be brief.'), user('q?')], 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [system('Be brief.'), user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
     ),
     'prompt and system': (
         {'system_prompt': 'Be brief.', 'prompt': 'q?', 'chosen': 'a', 'rejected': 'b'},
-        {'prompt': [system('Be brief.'), user('q?')], 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [system('Be brief.'), user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
     ),
     'chat and system': (
         {'system': 'Be brief.', 'prompt': [user('q?')], **CHAT_PAIR},
@@ -361,15 +361,15 @@ FORMATS = {
     ),
     'instruction': (
         {'instruction': 'i', 'input': '', 'chosen': 'a', 'rejected': 'b', 'prompt': None},
-        {'prompt': [user('i')], 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [user('i')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
     ),
     'instruction and input': (
         {'instruction': 'i', 'input': 'about this', 'chosen': 'a', 'rejected': 'b'},
-        {'prompt': [user('i\n\nabout this')], 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [user('i\n\nabout this')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
     ),
     'query': (
         {'query': 'q?', 'chosen': 'a', 'rejected': 'b'},
-        {'prompt': [user('q?')], 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
     ),
     'question that ends in a turn marker': (
         {'question': 'Q: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
@@ -377,10 +377,17 @@ FORMATS = {
     ),
     'alpaca': (
         {'instruction': 'i', 'input': 'about this', 'output': 'o', 'text': 'all of it: i'},
-        {'prompt': [user('i\n\nabout this')], 'response': 'o'},
+        {'prompt': [user('i\n\nabout this')], 'response': [assistant('o')]},
     ),
-    'dolly': ({'instruction': 'i', 'context': 'c', 'response': 'o'}, {'prompt': [user('i\n\nc')], 'response': 'o'}),
-    'question and answer': ({'question': 'q', 'answer': 'a'}, {'prompt': [user('q')], 'response': 'a'}),
+    'dolly': (
+        {'instruction': 'i', 'context': 'c', 'response': 'o'},
+        {'prompt': [user('i\n\nc')], 'response': [assistant('o')]},
+    ),
+    'question and answer': ({'question': 'q', 'answer': 'a'}, {'prompt': [user('q')], 'response': [assistant('a')]}),
+    'markup that has the system message': (
+        {'system': 'Be brief.', 'prompt': 'Be brief.\nQ: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
+        {'prompt': 'Be brief.\nQ: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
+    ),
     'label of 0 or 1': (
         {'prompt': 'The sky is', 'completion': ' green.', 'label': 0},
         {'prompt': 'The sky is', 'response': ' green.', 'good': False},
@@ -516,7 +523,10 @@ def test_formats(tmp_path, name, ending):
         ({'prompt': 'ask', 'chosen': 'a', 'rejected': ' ask b'}, 'only one of'),
         ({'prompt': 'ask', **CHAT_PAIR, 'rejected': [user('ask'), assistant('b')]}, 'only one of'),
         ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}, 'all or none must'),
-        ({'prompt': [system('s'), user('a')], 'system': 't', **CHAT_PAIR}, "'system' says something else"),
+        (
+            {'prompt': [system('s'), user('a')], 'system': 't', **CHAT_PAIR},
+            "the column 'system' and the system message of the chat are not the same",
+        ),
         ({'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'it', 'value': 'b'}]}, "a message is from 'it'"),
         (
             {'prompt': [user('p')], 'completion': [user('x'), assistant('y')]},
@@ -1090,7 +1100,7 @@ def test_any_file_of_answers(tmp_path_factory, rows):
         ('{"messages": [{"role": "assistant", "content": "y"}]}', 'not a question and its answer'),
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [1]}]}',
-            'tool calls',
+            'not a list of calls',
         ),
         ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": true}', "'margin' is missing or of the wrong type"),
         ('{"instruction": "i", "output_1": "a", "output_2": "b", "preference": true}', "'preference' is missing or of"),
