@@ -101,6 +101,8 @@ def read_prompts():
             continue
         more, out = sources.load_rows(source, split or 'test', whole=split is None, num_turns=num_turns,
                                       skip_bad_rows=skip_bad_rows)  # fmt: skip
+        if not more and source != data:
+            raise sources.vanished(source, split or 'test', out)
         rows += more
         left_out.update(out)
     found = {}

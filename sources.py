@@ -196,10 +196,10 @@ def _agreeing(examples, left_out, skip_bad_rows):
     return [example for example, repeat in zip(examples, repeats, strict=True) if not repeat]
 
 
-def vanished(source, left_out):
+def vanished(source, split, left_out):
     """The error for a source of which no example is left."""
-    reasons = dict(+left_out) or 'nothing: it has no rows for this split'
-    return UserError(f'no example of {source!r} is left; left out: {reasons} ({HELP})')
+    reasons = dict(+left_out) or 'nothing'
+    return UserError(f'no {split} examples are left in data {source!r}; left out: {reasons} ({HELP})')
 
 
 def hub_splits(hub_id):

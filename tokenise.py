@@ -29,6 +29,11 @@ PLAIN_CHAT = (  # for tokenizers without a chat template: Anthropic's format, as
 # a chat template is a program that came with the model: what it may take for one chat
 TEMPLATE_LENGTH, TEMPLATE_SECONDS, TEMPLATE_BYTES = 1_000_000, 10, 2 * 2**30
 
+NEEDS = {  # task -> what its rows have beside a prompt
+    'pairs': 'chosen and rejected',
+    'singles': 'a response and whether it is good (label), or chosen and rejected',
+    'sft': 'an answer',
+}
 NO_TEMPLATE = 'note: no chat template in the tokenizer, so chats are written as Human: / Assistant:'
 
 
@@ -50,6 +55,10 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         found = []
         for source in data.split('+'):
             more, out = sources.load_rows(source, split, whole=whole, num_turns=num_turns, skip_bad_rows=skip_bad_rows)
+            # a held-out part may be empty, nothing else
+            reasons = Counter(out)
+            if (split == 'train' or whole) and not any(_as_texts(row, task, reasons) for row in more):
+                raise sources.vanished(source, split, reasons)
             found += more
             left_out.update(out)
         return found
@@ -75,9 +84,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     if data_fraction < 1:  # not by the hash of flip: the kept pairs would be the flipped ones
         examples = examples.select(uniform_hash(examples.uid, seed + 2) < data_fraction)
     if not len(examples) and split == 'train':
-        raise UserError(
-            f'no {split} examples are left in data {data!r}; left out: {dict(examples.left_out) or "nothing"}'
-        )
+        raise sources.vanished(data, split, examples.left_out)
     return examples
 
 
@@ -140,7 +147,7 @@ def _bad_row(error, row, skip_bad_rows, left_out):
     """Count a row that cannot be written as text. Raises UserError unless such rows are to be skipped."""
     if not skip_bad_rows:
         where = getattr(row, 'where', '')
-        advice = '; mend it, or pass --skip_bad_rows' if where else ''
+        advice = f'; mend it, or leave such rows out with --skip_bad_rows ({sources.HELP})' if where else ''
         raise UserError(f'{where}{": " * bool(where)}{error}{advice}') from None
     left_out[f'bad rows: {error}'] += 1
 
@@ -222,7 +229,8 @@ def _as_texts(row, task, left_out):
     elif task == 'prompts':
         answers = [anything]
     else:
-        left_out[f'rows without what {task} needs'] += 1
+        have = 'a prompt and a response' if 'response' in row else 'a prompt'
+        left_out[f'rows with {have} only, where {task} needs {NEEDS[task]}'] += 1
         return []
     if task == 'prompts' and _blank(answers[0]):
         answers = [anything]
@@ -230,11 +238,11 @@ def _as_texts(row, task, left_out):
     if any(map(_blank, answers)):
         left_out['empty answers'] += 1
         return []
-    if len(answers) == 1 or task == 'pairs':
-        return [(prompt, answers, row.get('good', True), uid, row.get('margin') if task == 'pairs' else None)]
-    if answers[0] == answers[1]:
+    if len(answers) == 2 and answers[0] == answers[1]:
         left_out['pairs with equal answers'] += 1
         return []
+    if len(answers) == 1 or task == 'pairs':
+        return [(prompt, answers, row.get('good', True), uid, row.get('margin') if task == 'pairs' else None)]
     return [(prompt, [answer], i == 0, uid, None) for i, answer in enumerate(answers)]
 
 
