@@ -124,7 +124,10 @@ def locate(source):
         return None, source, None
     if source.endswith(ENDINGS) or source.count('/') != 1:
         known = ', '.join(sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_')))
-        raise UserError(f'data {source!r} is no file, no hub id (owner/name) and none of the known datasets: {known}')
+        raise UserError(
+            f'data {source!r} is no file or folder here and no hub id (owner/name): correct it ({HELP}), or name one of '
+            f'the known datasets: {known}'
+        )
     return None, None, source
 
 
@@ -290,7 +293,11 @@ def local_files(path, split):
         ]  # latest.json is no test file
         if named:
             return named
-    raise UserError(f'the folder {path} has no {split or "data"} file ({", ".join(ENDINGS)}, the split in its name)')
+    found = ', '.join(os.path.relpath(f, path)[:40] for f in files[:5]) or 'none at all'
+    raise UserError(
+        f'the folder {path} has no {split or "data"} file; found of data files: {found}; they end in {", ".join(ENDINGS)} '
+        f'and have the split in their name: rename them, or name a single file ({HELP})'
+    )
 
 
 def data_files(path):
@@ -323,7 +330,7 @@ def _without_nulls(value):
 
 def _read_file(file):
     if not file.endswith(ENDINGS):
-        raise UserError(f'{file}: data files end in {", ".join(ENDINGS)}')
+        raise UserError(f'{file}: data files end in {", ".join(ENDINGS)}: convert it to one of them ({HELP})')
     try:
         if file.endswith('.parquet'):
             import pyarrow.parquet
@@ -552,7 +559,19 @@ def read_prompt(row):
     return {'prompt': asked(row)}
 
 
+def read_named(name):
+    """A layout that one of the named datasets has, and whose reader does more than a row can tell."""
+
+    def read(row):
+        raise ValueError(f'these are columns of the dataset {name!r}: say so with --data={name}:PATH')
+
+    return read
+
+
 LAYOUTS = (  # columns -> how a row that has them all is read; the first that fits
+    ({'history', 'human_ref_A'}, read_named('shp')),
+    ({'question', 'answers'}, read_named('se')),
+    ({'message_id', 'parent_id'}, read_named('oasst')),
     ({'chosen'}, read_pair),
     ({'rejected'}, read_pair),
     ({'response'}, read_answer),

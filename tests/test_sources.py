@@ -574,6 +574,13 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
         sources.load_rows(path, 'train')
 
 
+@pytest.mark.parametrize('name', ['shp', 'se', 'oasst'])
+def test_columns_of_a_named_dataset_name_its_reader(name):
+    """Read by their columns alone, they would be other examples: a text, or a prompt with its HTML."""
+    with pytest.raises(UserError, match=f'the dataset {name!r}: say so with --data={name}:PATH'):
+        sources.load_rows(raw(name), 'train')
+
+
 def test_answers_that_begin_with_the_prompt_by_chance(tmp_path):
     """Where other rows do not repeat it, nobody knows: such rows are refused, or left out and counted, in both parts."""
     rows = [{'prompt': f'p{i}:', 'chosen': ' a', 'rejected': ' b'} for i in range(99)]
@@ -705,7 +712,7 @@ def test_unknown_sources(source):
     with pytest.raises(UserError) as info:
         sources.load_rows(source, 'train')
     message = str(info.value)
-    assert repr(source) in message and 'none of the known datasets' in message
+    assert repr(source) in message and 'the known datasets' in message
     known = message.rpartition(': ')[2].split(', ')
     assert known == sorted(known) and {*NAMES, 'toy', 'hh_helpful'} <= set(known)
 
@@ -784,7 +791,9 @@ def test_a_folder_with_train_and_test_files(tmp_path):
     assert answers(str(tmp_path), 'train') == ['a', 'b', 'c'] and answers(str(tmp_path), 'test') == ['d']
     assert answers(str(tmp_path), 'train', whole=True) == ['a', 'b', 'c']
     (tmp_path / 'test.json').unlink()
-    with pytest.raises(UserError, match='has no test file'):
+    with pytest.raises(
+        UserError, match='has no test file; found of data files: train-00000.parquet, train-00001.jsonl;'
+    ):
         sources.load_rows(str(tmp_path), 'test')
     with pytest.raises(UserError, match='has no train file'):
         sources.load_rows('hh:' + str(RAW), 'train')
