@@ -27,7 +27,7 @@ PLAIN_CHAT = (  # for tokenizers without a chat template: Anthropic's format, as
 )
 
 # a chat template is a program that came with the model: what it may take for one chat
-TEMPLATE_LENGTH, TEMPLATE_SECONDS, TEMPLATE_BYTES = 1_000_000, 10, 2 * 2**30
+TEMPLATE_LENGTH, TEMPLATE_SECONDS, TEMPLATE_BYTES = 1_000_000, 2, 2**30
 
 NEEDS = {  # task -> what its rows have beside a prompt
     'pairs': 'chosen and rejected',
@@ -35,6 +35,12 @@ NEEDS = {  # task -> what its rows have beside a prompt
     'sft': 'an answer',
 }
 NO_TEMPLATE = 'note: no chat template in the tokenizer, so chats are written as Human: / Assistant:'
+KEPT = 'special tokens in a text, kept as text'
+THOUGHTLESS = 'answers without a thought, behind a prompt that opens one: an empty thought'
+
+
+class Refused(Exception):
+    """What is wrong with one row, so that the chat template cannot write it."""
 
 
 def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length, truncation='start', whole=False,
@@ -103,12 +109,14 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
                 left_out['same prompt again'] += task == 'prompts'
                 continue
             rendered = [(_render(part[0], part[1], row.get('tools'), tokenizer, left_out), part) for part in found]
-        except ValueError as error:
+        except Refused as error:
             _bad_row(error, row, skip_bad_rows, left_out)
             continue
         seen.update(part[3] for part in found)
         left_out['empty answers'] += sum(texts is None for texts, _ in rendered)
         parts += [(texts, *part[2:]) for texts, part in rendered if texts is not None]
+    if task == 'prompts':  # whose answers are not trained on
+        del left_out[THOUGHTLESS]
     ids = _encode([text for texts, *_ in parts for text in texts], tokenizer, left_out)
     first, eos = _first(tokenizer), tokenizer.eos_token_id
     flat, spans, good, uid, margin = [], [], [], [], []
@@ -156,7 +164,7 @@ def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation,
     """(prompt ids, answer ids) of one text or chat, as tokenise has them; an empty answer is the end of text alone."""
     try:
         texts = _render(prompt, [answer], None, tokenizer, left_out, blank=True)
-    except ValueError as error:
+    except Refused as error:
         raise UserError(str(error)) from None
     p, a = _encode(texts, tokenizer, left_out)
     first, eos = _first(tokenizer), tokenizer.eos_token_id
@@ -188,7 +196,7 @@ def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad
         row = row if isinstance(row, dict) else {'prompt': row}
         try:
             texts += _render(row['prompt'], [], row.get('tools'), tokenizer, left_out)
-        except ValueError as error:
+        except Refused as error:
             _bad_row(error, row, skip_bad_rows, left_out)
             texts.append(None)
     ids = iter(_encode([text for text in texts if text is not None], tokenizer, left_out))
@@ -262,34 +270,29 @@ def _blank(answer):
 
 def _render(prompt, answers, tools, tokenizer, left_out, blank=False):
     """Prompt and answers, each as a list of pieces; None where an answer says nothing that the template writes (unless
-    blank may be). Raises ValueError where the template refuses them.
+    blank may be). Raises Refused where the template refuses them.
 
     Texts are as they are. Of chats, prompt and answer are what the template makes of the whole, with four differences:
     prompt and answer become tokens apart, as in sampling; line breaks that a template writes after the end of a turn are
     not part of the answer; tokenise adds the end of text where the template ends a turn with something else, or with
     nothing; and where the template's prompt opens a thought, an answer without one closes it."""
-    template = _template(tokenizer, tools)
+    special = _special(tokenizer)
     if isinstance(prompt, str) and all(isinstance(a, str) for a in answers):
         if tools:
             left_out['tools beside texts, which only chats can have'] += 1
-        return _plain_pieces(prompt, answers, _special(tokenizer), left_out)
-    if template == PLAIN_CHAT:
+        return _plain_pieces(prompt, answers, special, left_out)
+    if _template(tokenizer, tools) == PLAIN_CHAT:
         left_out[NO_TEMPLATE] = 1
-    special = _special(tokenizer)
-    prompt, *answers = ([message | {'content': _without_end(message, special, left_out)} for message in chat]
-                        for chat in _as_chats(prompt, answers))  # fmt: skip
+    prompt, *answers = [_without_ends(chat, special, left_out) for chat in _as_chats(prompt, answers)]
     texts = _write_all(prompt, answers, tools, tokenizer, left_out)
     if _unwritten(prompt, answers, tools, texts, tokenizer, left_out) and not blank:
         return None
-    if not _holds(special, [prompt, answers, tools]):
+    said = '\n'.join(_strings([prompt, answers, tools]))
+    if not special.pattern.search(said):
         return [[text] for text in texts]
 
     # written once more with marks around those tokens, to tell them from the template's own
-    mark = next(
-        chr(c)
-        for c in range(0xF0000, 0xFFFFE)
-        if chr(c) not in json.dumps([prompt, answers, tools], ensure_ascii=False)
-    )
+    mark = next(chr(c) for c in range(0xF0000, 0xFFFFE) if chr(c) not in said)
     marked = _mark([prompt, answers, tools], special, mark)
     pieces = [text.split(mark) for text in _write_all(*marked, tokenizer, Counter())]
     sound = all(len(p) % 2 and all(special.pattern.fullmatch(token) for token in p[1::2]) for p in pieces)
@@ -307,40 +310,41 @@ def _as_chats(prompt, answers):
             for role, text in zip(roles, [prompt, *answers], strict=True)]  # fmt: skip
 
 
-KEPT = 'special tokens in a text, kept as text'
-
-
 class Special:
-    """What is a special token in text. pattern: any of them; begins, ends: at its end points; stop: what ends answers."""
+    """A tokenizer's special tokens as regular expressions.
+
+    pattern: any of them; last: one at a text's end; stop: one that ends a turn or a text; tail: those at a text's end."""
 
     def __init__(self, tokens, bos, stops):
         choice = '|'.join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or '(?!)'
         stop = '|'.join(re.escape(token) for token in sorted(stops, key=len, reverse=True)) or '(?!)'
-        self.pattern, self.ends = re.compile(choice), re.compile(rf'(?:{choice})\s*\Z')
+        self.pattern, self.last = re.compile(choice), re.compile(rf'(?:{choice})\s*\Z')
         self.stop, self.tail, self.bos = re.compile(stop), re.compile(rf'(?:(?:{stop})\s*)+\Z'), bos
 
 
 def _special(tokenizer):
     """The Special of a tokenizer and its chat template."""
-    return _special_of(tokenizer, len(tokenizer), tokenizer.eos_token, repr(tokenizer.chat_template))
+    state = len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, repr(tokenizer.chat_template)
+    return _special_of(tokenizer, state)
 
 
 @lru_cache(maxsize=8)
-def _special_of(tokenizer, *_):
+def _special_of(tokenizer, _):
     added = tokenizer.added_tokens_decoder
     tokens = {token.content for token in added.values() if token.special} | {tokenizer.eos_token}
     stops = {tokenizer.eos_token}
-    if tokenizer.chat_template:
-        chat = [
-            sources.message(role, text) for role, text in (('user', 'one'), ('assistant', 'zebra'), ('user', 'two'))
-        ]
-        with contextlib.suppress(ValueError):
-            # what the template writes around turns is special too, whatever the tokenizer says; a thought's marks are not
-            text = _write(chat, None, tokenizer)
-            written = set(tokenizer(text, add_special_tokens=False)['input_ids'])
-            tokens |= {t.content for i, t in added.items() if i in written and t.content.strip()}
-            behind = Special(tokens, '', ()).pattern.match(text.rpartition('zebra')[2].lstrip())
-            stops |= {behind[0]} if behind else set()
+    try:
+        _template(tokenizer)
+    except UserError:  # said where there is a chat that needs it
+        return Special(tokens, tokenizer.bos_token or '', stops)
+    with contextlib.suppress(Refused):
+        # what the template writes around turns is special too, whatever the tokenizer says; a thought's marks are not
+        roles = ('user', 'one'), ('assistant', 'zebra'), ('user', 'two')
+        text = _write([sources.message(role, said) for role, said in roles], None, tokenizer)
+        written = set(tokenizer(text, add_special_tokens=False)['input_ids'])
+        tokens |= {token.content for i, token in added.items() if i in written and token.content.strip()}
+        behind = Special(tokens, '', ()).pattern.match(text.rpartition('zebra')[2].lstrip())
+        stops |= {behind[0]} if behind else set()
     return Special(tokens, tokenizer.bos_token or '', stops)
 
 
@@ -351,7 +355,7 @@ def _plain_pieces(prompt, answers, special, left_out):
     without one, the answer) begins or ends with one: then a chat template, or its author, has written it."""
     bos = special.bos if special.bos and prompt.startswith(special.bos) else ''
     begin = prompt.removeprefix(bos) or ''.join(answers[:1])
-    ready = special.pattern.match(begin) or special.ends.search(prompt.removeprefix(bos))
+    ready = special.pattern.match(begin) or special.last.search(prompt.removeprefix(bos))
     pieces = [[prompt] if ready else _cut_out(prompt.removeprefix(bos), special, bos)]
     for text in answers:
         tail = special.tail.search(text)
@@ -378,25 +382,27 @@ def _cut_out(text, special, before='', behind=''):
     return pieces if len(pieces) > 1 else [pieces[0] + behind]
 
 
-def _without_end(message, special, left_out):
-    """The content of a message; of the assistant's without the end of turn that the template writes once more."""
-    content = message['content']
-    tail = special.tail.search(content) if message['role'] == 'assistant' else None
-    if tail is None:
-        return content
-    left_out['answers that brought an end of turn: it is there once'] += 1
-    return content[: tail.start()]
+def _without_ends(chat, special, left_out):
+    """The messages of a chat; the assistant's without the end of turn that the template writes once more."""
+    turns = []
+    for turn in chat:
+        if special.pattern.search(turn['role']):
+            raise Refused(f'there is a special token in the role {turn["role"][:60]!r}')
+        tail = special.tail.search(turn['content']) if turn['role'] == 'assistant' else None
+        if tail:
+            left_out['answers that brought an end of turn: it is there once'] += 1
+            turn = turn | {'content': turn['content'][: tail.start()]}
+        turns.append(turn)
+    return turns
 
 
-def _holds(special, value):
-    """Whether any string in a json-able value has a special token in it."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    return (
-        any(_holds(special, x) for x in value)
-        if isinstance(value, list)
-        else bool(special.pattern.search(value if isinstance(value, str) else ''))
-    )
+def _strings(value):
+    """All strings of a json-able value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value if isinstance(value, list) else value.values():
+            yield from _strings(item)
 
 
 def _mark(value, special, mark):
@@ -424,13 +430,24 @@ def _encode_pieces(pieces, tokenizer, left_out):
     def as_tokens(text):
         return tokenizer(text, add_special_tokens=False)['input_ids']
 
+    def as_text(text):
+        return _ids_of_text(text, tokenizer)
+
+    def behind_line(encoder, text):
+        more = encoder('\n' + text)
+        return more[len(line) :] if more[: len(line)] == line else encoder(text)
+
     ids, line = as_tokens(pieces[0]), as_tokens('\n')
     for i, piece in enumerate(pieces[1:], 1):
-        encoder = (lambda text: _ids_of_text(text, tokenizer)) if i % 2 else as_tokens
-        more = encoder('\n' + piece) if piece else line
-        more = more[len(line) :] if more[: len(line)] == line else encoder(piece)
-        if i % 2 and tokenizer.convert_tokens_to_ids(piece) in more:
-            left_out['special tokens in a text, for which this tokenizer has no other ids'] += 1
+        if not piece:
+            continue
+        if i % 2 == 0:
+            ids = ids + behind_line(as_tokens, piece)
+            continue
+        token, more = tokenizer.convert_tokens_to_ids(piece), behind_line(as_text, piece)
+        if token in more:  # a word of the model, too, as in Unigram: in two parts it is not
+            more = behind_line(as_text, piece[:1]) + behind_line(as_text, piece[1:])
+        left_out['special tokens in a text, for which this tokenizer has no other ids'] += token in more
         ids = ids + more
     return ids
 
@@ -501,7 +518,7 @@ def _limits():
 
 
 def _write(chat, tools, tokenizer, **how):
-    """What the chat template makes of a chat. Raises ValueError where it refuses it, UserError where it does so always."""
+    """What the chat template makes of a chat. Raises Refused where it refuses it, UserError where it does so always."""
     template = _template(tokenizer, tools)
     try:
         with _limits():
@@ -516,7 +533,7 @@ def _write(chat, tools, tokenizer, **how):
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         if type(error).__name__ == 'TemplateSyntaxError':
             raise UserError(f'the chat template refuses all examples: it is not valid Jinja: {reason}') from None
-        raise ValueError(f'the chat template refuses an example: {reason}') from None
+        raise Refused(f'the chat template refuses an example: {reason}') from None
     if len(text) > 2 * sources.LONGEST:
         raise UserError(
             f'the chat template makes {len(text):,} characters of one chat; {2 * sources.LONGEST:,} are the limit'
@@ -544,7 +561,7 @@ def _joined(prompt, answer):
 
 
 def _write_all(prompt, answers, tools, tokenizer, left_out):
-    """The texts of a prompt that asks for an answer, and of the answers behind it. Raises ValueError."""
+    """The texts of a prompt that asks for an answer, and of the answers behind it. Raises Refused."""
     start = _write_prompt(prompt, tools, tokenizer)
     texts = [start]
     for answer in answers:
@@ -566,14 +583,14 @@ def _write_prompt(prompt, tools, tokenizer):
 def _behind_a_thought(start, whole, answer, left_out):
     """The text of an answer behind a prompt that opens a thought, where the template does not write it so.
 
-    The answer's own thought, which may be empty, its end, and what the template writes of the rest. Raises ValueError where
+    The answer's own thought, which may be empty, its end, and what the template writes of the rest. Raises Refused where
     that is not the difference."""
     opens = re.search(r'<([\w:]*think\w*|thought|reasoning)>\s*\Z', start)
     head = start[: opens.start()] if opens else None
     if head is None or not whole.startswith(head):
-        common = len(os.path.commonprefix([start, whole]))
-        raise ValueError('the chat template writes an answered chat differently from the prompt it asks to continue: it asks '
-                         f'with {start[common:][:60]!r} where it answers with {whole[common:][:60]!r}')  # fmt: skip
+        asked = start[len(os.path.commonprefix([start, whole])) :][:60]
+        raise Refused('the chat template writes an answered chat differently from the prompt it asks to continue: '
+                         f'where that has {asked!r} it has something else')  # fmt: skip
     rest, end = whole[len(head) :], f'</{opens[1]}>'
     if rest.startswith(f'<{opens[1]}>'):  # it writes the thought, with other white space
         return rest.removeprefix(f'<{opens[1]}>').lstrip()
@@ -583,9 +600,7 @@ def _behind_a_thought(start, whole, answer, left_out):
     inline, mark, _ = turn['content'].rpartition(end)
     thought = next((turn[key] for key in sources.REASONING if turn.get(key)), inline if mark else '')
     thought = str(thought).strip().removeprefix(f'<{opens[1]}>').strip()
-    left_out[
-        f'answers without a thought, behind a prompt that opens one with <{opens[1]}>: an empty one'
-    ] += not thought
+    left_out[THOUGHTLESS] += not thought
     return f'{thought}\n{end}\n\n{rest.lstrip()}'
 
 
@@ -623,7 +638,7 @@ def _count_fields(turns, text, write, left_out):
         less = [{k: v for k, v in turn.items() if k != name or i not in indices} for i, turn in enumerate(turns)]
         try:
             return write(less) == text
-        except ValueError:  # the template cannot do without
+        except Refused:  # the template cannot do without
             return False
 
     for name in sorted({name for turn in turns for name in turn} - {'role', 'content'}):
