@@ -31,6 +31,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         return toy.tokenizer()
     if not os.path.exists(name) and (name.count('/') != 1 or name.startswith(('.', '/'))):
         raise UserError(f'there is no model folder {name!r}, so no tokenizer: train it first, or name another one')
+    _check_sizes(name)
     _check_safe(name, trust_remote_code, weights=False)
     _check_adapter(name, hub=True)
     try:
@@ -44,6 +45,16 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
             f'the tokenizer of {name!r} has no end-of-text token: set eos_token in its tokenizer_config.json'
         )
     return tokenizer
+
+
+def _check_sizes(name):
+    """Raise UserError where a folder's chat templates, or what else is read whole with its tokenizer, are far too large."""
+    limits = {'*.jinja': 4_000_000, 'additional_chat_templates/*.jinja': 4_000_000, 'tokenizer_config.json': 64_000_000}
+    for pattern, most in limits.items():
+        for file in Path(name).glob(pattern):
+            size = file.stat().st_size
+            if size > most:
+                raise UserError(f'{file} has {size:,} bytes, and {most:,} are the limit: is it what it should be?')
 
 
 def content(folder):

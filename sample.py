@@ -89,7 +89,7 @@ if endpoint and world > 1:
 
 
 def read_prompts():
-    """The prompts of data, each once, and a Counter of what was left out or changed."""
+    """The prompts of data, each once: rows with 'prompt' and perhaps 'tools', and a Counter of what was left out or changed."""
     rows, left_out = [], Counter()
     for source in data.split('+'):
         if source.endswith('.txt'):
@@ -100,30 +100,36 @@ def read_prompts():
             continue
         more, out = sources.load_rows(source, split or 'test', whole=split is None, num_turns=num_turns,
                                       skip_bad_rows=skip_bad_rows)  # fmt: skip
+        if not more and source != data:
+            raise sources.vanished(source, split or 'test', out)
         rows += more
         left_out.update(out)
     found = {}
     for row in rows:
-        found.setdefault(sources.content_hash(row['prompt']), row['prompt'])
+        with_tools = [row['tools']] if 'tools' in row else []
+        found.setdefault(sources.content_hash(row['prompt'], *with_tools), row)
     left_out['same prompt again'] += len(rows) - len(found)
     kept = uniform_hash(np.array(list(found), np.uint64), seed) < data_fraction
-    prompts = [prompt for prompt, keep in zip(found.values(), kept, strict=True) if keep][:n_examples]
-    if not prompts:
+    rows = [row for row, keep in zip(found.values(), kept, strict=True) if keep][:n_examples]
+    if not rows:
         raise UserError(f'there are no prompts in data {data!r}; left out: {dict(+left_out) or "nothing"}')
-    left_out['prompts beyond n_examples or data_fraction'] += len(found) - len(prompts)
-    if chat or system:
-        prompts = [sources.as_chat(prompt) for prompt in prompts]
-    if system:
-        first = [sources.message('system', system)]
-        prompts = [first + [turn for turn in prompt if turn['role'] != 'system'] for prompt in prompts]
-    return prompts, left_out
+    left_out['prompts beyond n_examples or data_fraction'] += len(found) - len(rows)
+    first = [sources.message('system', system)] if system else []
+    for row in rows if chat or system else []:
+        turns = sources.as_chat(row['prompt'])
+        row['prompt'] = first + [turn for turn in turns if not system or turn['role'] != 'system']
+    if endpoint:
+        left_out['tools, which are not sent to an endpoint'] += sum(row.pop('tools', None) is not None for row in rows)
+    return rows, left_out
 
 
 def wanted(i, sample):
     """What the row of answer number `sample` to prompt i must contain, or None if there is none in this run."""
     if 0 <= i < len(prompts) and 0 <= sample < n * len(temperatures):
-        answer_seed = sources.content_hash(seed, prompts[i], sample) % 2**31  # some servers take no longer ones
-        return {'index': i, 'prompt': prompts[i], 'sample': sample, 'temperature': temperatures[sample // n],
+        prompt, tools = prompts[i]['prompt'], prompts[i].get('tools')
+        answer_seed = sources.content_hash(seed, prompt, sample) % 2**31  # some servers take no longer ones
+        more = {'tools': tools} if tools else {}
+        return {'index': i, 'prompt': prompt, **more, 'sample': sample, 'temperature': temperatures[sample // n],
                 'generator': generator or endpoint_model or model, 'seed': answer_seed}  # fmt: skip
 
 
@@ -149,8 +155,8 @@ def load():
             f'the model has {positions} positions: --max_new_tokens={max_new_tokens} leaves none for the prompt'
         )
     longest = min(max_prompt_length or math.inf, positions - max_new_tokens)
-    ids = tokenise.tokenise_prompts(prompts, tokenizer, longest, truncation, left_out)
-    text = all(isinstance(prompt, str) for prompt in prompts)
+    ids = tokenise.tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows)
+    text = all(isinstance(row['prompt'], str) for row in prompts)
     if text and tokenizer.chat_template not in (None, tokenise.PLAIN_CHAT):
         log.say('note: the tokenizer has a chat template, but the prompts are text: --chat makes chats of them')
     return net, tokenizer, ids
@@ -243,8 +249,12 @@ def keep(rows):
 
 
 net, tokenizer, ids = (None, None, None) if endpoint else load()
+if ids is not None:  # a prompt that the chat template refuses has no ids
+    keys = [(i, k) for i, k in keys if ids[i] is not None]
+    if not keys:
+        raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {dict(+left_out)}')
 log.say(f'data: {len(prompts)} prompts, {len(keys)} answers; left out or changed: {dict(+left_out) or "nothing"}')
-text = repr(prompts[0] if endpoint else tokenizer.decode(ids[0]))
+text = repr(prompts[0]['prompt'] if endpoint else tokenizer.decode(ids[keys[0][0]]))
 log.say(f'first prompt: {text if len(text) < 300 else text[:150] + " ... " + text[-150:]}')
 fsdp.on_one_rank(lambda: samples.lock(out_dir))
 done = set(fsdp.gather_objects(fsdp.on_one_rank(lambda: list(samples.collect(out_dir, wanted))))[0])

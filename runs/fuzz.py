@@ -303,7 +303,7 @@ def attack_file(name, content, ending, folder, index):
     for example in examples:
         check_example(example, written, name)
     heard = sum(not (isinstance(row, dict) and quiet(name, row)) for row in parsed) + total - len(parsed)
-    found = len(examples) + left_out.total()
+    found = len(examples) + sum(n for reason, n in left_out.items() if not reason.startswith('note: '))
     several = name in ('se', 'sharegpt')  # a row is several examples
     if not (found >= total if several else heard <= found <= total):
         raise Failure(f'{total} rows, but {len(examples)} examples and {dict(left_out)}')
@@ -328,7 +328,11 @@ def attack_tokens(examples, task):
         prompt, answers = found[i]
         if not len(prompt) or len(prompt) + max(map(len, answers)) > longest or any(a[-1] != eos for a in answers):
             raise Failure(f'tokens {prompt} {answers}')
-    dropped = sum(left_out[k] for k in (f'rows without what {task} needs', 'empty answers', 'pairs with equal answers'))
+    dropped = sum(
+        n
+        for k, n in left_out.items()
+        if k.startswith('rows with ') or k in ('empty answers', 'pairs with equal answers')
+    )
     if task == 'pairs' and len(found) + dropped != len(examples):
         raise Failure(f'{len(examples)} examples, {len(found)} tokenised, {dict(left_out)}')
     if task == 'singles' and len(found) + dropped < len(examples):

@@ -243,13 +243,28 @@ def test_what_each_task_takes_from_a_row(tok):
         out = [tuple(tok.decode(x[:-1]) for x in a) for _, a in items(examples)]
         return out, examples.good.tolist(), dict(examples.left_out)
 
-    assert texts('pairs') == ([(' a', ' b')] * 2, [True, True], {'rows without what pairs needs': 4})
+    assert texts('pairs') == (
+        [(' a', ' b')] * 2,
+        [True, True],
+        {
+            'rows with a prompt and a response only, where pairs needs chosen and rejected': 3,
+            'rows with a prompt only, where pairs needs chosen and rejected': 1,
+        },
+    )
     singles = [(' a',), (' b',), (' a',), (' b',), (' c',), (' d',)]
     good = [True, False, True, False, True, False]
-    assert texts('singles') == (singles, good, {'rows without what singles needs': 2})
+    needs = f'rows with {{}} only, where singles needs {tokenise.NEEDS["singles"]}'
+    assert texts('singles') == (
+        singles,
+        good,
+        {needs.format('a prompt and a response'): 1, needs.format('a prompt'): 1},
+    )
     sft, good, out = texts('sft')
     assert sft == [(' a',), (' best',), (' c',), (' e',)]
-    assert out == {'rows without what sft needs': 1, 'bad answers, which are no demonstrations': 1}
+    assert out == {
+        'rows with a prompt only, where sft needs an answer': 1,
+        'bad answers, which are no demonstrations': 1,
+    }
     assert texts('prompts') == (
         [(' a',), (' best',), (' c',), (' d',), (' e',), ('.',)],
         [True] * 3 + [False] + [True] * 2,
@@ -468,14 +483,36 @@ def test_load_examples(tmp_path, tok):
     assert 150 < some.flip(0.2, 0).left_out['labels flipped'] < 250  # a fifth of what is kept, not of the low hashes
     mixed = write(tmp_path / 'e.jsonl', [{'prompt': 'p'}, pair('p', ' a', ' b'), {'chosen': 'a'}, pair('p', ' a', '')])
     left_out = {"bad rows: 'rejected' is missing or of the wrong type": 1, 'empty answers': 1}
-    left_out['rows without what pairs needs'] = 1
+    left_out['rows with a prompt only, where pairs needs chosen and rejected'] = 1
     assert load(mixed, tok, skip_bad_rows=True).left_out == left_out  # from reading, and from tokenising
     empty = write(tmp_path / 'd.jsonl', [pair('p', '', ' a')] * 3)
     with pytest.raises(UserError, match='no train examples are left.*empty answers.*3'):
         load(empty, tok)
-    assert len(load(empty, tok, split='test')) == len(load(empty, tok, split='test')) == 0  # the second from the cache
+    with pytest.raises(UserError, match='no test examples are left.*empty answers.*3.*README'):
+        load(empty, tok, split='test')
+    for _ in range(2):  # the second from the cache; nothing held out is no mistake
+        assert len(load(empty, tok, split='test', whole=False)) == 0
     with pytest.raises(UserError, match='no train examples are left'):
         load(str(tmp_path / 'b.jsonl'), tok, data_fraction=0.0)
+
+
+def test_every_source_of_several_must_give_something(tmp_path, tok):
+    """Else half of the data is gone and nobody has seen it."""
+    good = write(tmp_path / 'good.jsonl', many_pairs(5))
+    vanishing = {
+        'layout': ([{'ask': 'q', 'chosen': 'a', 'rejected': 'b'}] * 5, 'bad rows.*5'),
+        'equal': ([pair(f'p{i}', ' a', ' a') for i in range(5)], 'equal answers.*5'),
+        'prompts': ([{'prompt': 'p'}] * 5, 'rows with a prompt only, where pairs needs chosen and rejected.*5'),
+        'empty': ([pair(f'p{i}', ' a', '') for i in range(5)], 'empty answers.*5'),
+        'nothing': ([], 'left out: nothing'),
+    }
+    for name, (rows, words) in vanishing.items():
+        bad = write(tmp_path / f'{name}.jsonl', rows)
+        for both in (f'{good}+{bad}', f'{bad}+{good}'):
+            with pytest.raises(
+                UserError, match=rf'no train examples are left in data .*{name}\.jsonl.*{words}.*README'
+            ):
+                load(both, tok, skip_bad_rows=True)
 
 
 def test_a_small_file_may_have_nothing_held_out(tmp_path, tok):

@@ -11,13 +11,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import samples
 import sources
 from configurator import UserError
 from pairs import read_answers
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Nobody says at which commit a dataset of the hub is."""
+    monkeypatch.setattr(sources, 'hub_commit', lambda hub_id: None)
+
 
 RAW = Path(__file__).parent / 'raw'
 NAMES = ['hh', 'shp', 'se', 'sharegpt', 'imdb', 'oasst', 'ultrafeedback', 'ultrachat', 'alpaca_eval', 'annotations']
@@ -297,27 +304,133 @@ def test_hub_rows_and_errors(monkeypatch):
 
 # ---- the formats of any file ----
 
+
+def system(text):
+    return {'role': 'system', 'content': text}
+
+
 CHAT_PAIR = {'chosen': [assistant('blue')], 'rejected': [assistant('green')]}
 FORMATS = {
     'explicit': (
         {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'},
         {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'},
     ),
-    'implicit': (
-        {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'},
-        {'prompt': 'The sky is ', 'chosen': 'blue.', 'rejected': 'green.'},
-    ),
-    'implicit, words that begin alike': (
-        {'chosen': 'The sky is grey.', 'rejected': 'The sky is green.'},
-        {'prompt': 'The sky is', 'chosen': ' grey.', 'rejected': ' green.'},
-    ),
     'implicit, after a colon': (
         {'chosen': 'Human: hi\nAssistant:hello', 'rejected': 'Human: hi\nAssistant:hey'},
         {'prompt': 'Human: hi\nAssistant:', 'chosen': 'hello', 'rejected': 'hey'},
     ),
-    'implicit, nothing in common': (
-        {'chosen': 'grey', 'rejected': 'green'},
-        {'prompt': '', 'chosen': 'grey', 'rejected': 'green'},
+    'implicit, one answer begins the other': (
+        {'chosen': 'Q: one?\nA: yes', 'rejected': 'Q: one?\nA: yes, no'},
+        {'prompt': 'Q: one?\nA:', 'chosen': ' yes', 'rejected': ' yes, no'},
+    ),
+    'implicit, chat markup': (
+        {k: f'<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{k}<|im_end|>' for k in ('chosen', 'rejected')},
+        {
+            'prompt': '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n',
+            'chosen': 'chosen<|im_end|>',
+            'rejected': 'rejected<|im_end|>',
+        },
+    ),
+    'repeated prompt': (
+        {'prompt': 'Q: 0?\nA:', 'chosen': 'Q: 0?\nA: yes', 'rejected': 'Q: 0?\nA: no'},
+        {'prompt': 'Q: 0?\nA:', 'chosen': ' yes', 'rejected': ' no'},
+    ),
+    'repeated prompt, other blanks': (
+        {'prompt': 'Q: 0?\nA: ', 'chosen': '\nQ: 0?\nA:yes', 'rejected': 'Q: 0?\nA: no'},
+        {'prompt': 'Q: 0?\nA:', 'chosen': 'yes', 'rejected': ' no'},
+    ),
+    'repeated prompt, one answer': (
+        {'prompt': 'Q: 0?\nA:', 'completion': 'Q: 0?\nA: yes', 'label': True},
+        {'prompt': 'Q: 0?\nA:', 'response': ' yes', 'good': True},
+    ),
+    'question': (
+        {'question': 'q?', 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
+    ),
+    'question and system': (
+        {'system': 'Be brief.', 'question': 'q?', 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [system('Be brief.'), user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
+    ),
+    'prompt and system': (
+        {'system_prompt': 'Be brief.', 'prompt': 'q?', 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [system('Be brief.'), user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
+    ),
+    'chat and system': (
+        {'system': 'Be brief.', 'prompt': [user('q?')], **CHAT_PAIR},
+        {'prompt': [system('Be brief.'), user('q?')], **CHAT_PAIR},
+    ),
+    'instruction': (
+        {'instruction': 'i', 'input': '', 'chosen': 'a', 'rejected': 'b', 'prompt': None},
+        {'prompt': [user('i')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
+    ),
+    'instruction and input': (
+        {'instruction': 'i', 'input': 'about this', 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [user('i\n\nabout this')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
+    ),
+    'query': (
+        {'query': 'q?', 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
+    ),
+    'question that ends in a turn marker': (
+        {'question': 'Q: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
+        {'prompt': 'Q: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
+    ),
+    'alpaca': (
+        {'instruction': 'i', 'input': 'about this', 'output': 'o', 'text': 'all of it: i'},
+        {'prompt': [user('i\n\nabout this')], 'response': [assistant('o')]},
+    ),
+    'dolly': (
+        {'instruction': 'i', 'context': 'c', 'response': 'o'},
+        {'prompt': [user('i\n\nc')], 'response': [assistant('o')]},
+    ),
+    'question and answer': ({'question': 'q', 'answer': 'a'}, {'prompt': [user('q')], 'response': [assistant('a')]}),
+    'markup that has the system message': (
+        {'system': 'Be brief.', 'prompt': 'Be brief.\nQ: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
+        {'prompt': 'Be brief.\nQ: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
+    ),
+    'label of 0 or 1': (
+        {'prompt': 'The sky is', 'completion': ' green.', 'label': 0},
+        {'prompt': 'The sky is', 'response': ' green.', 'good': False},
+    ),
+    'label of a response': (
+        {'prompt': 'The sky is', 'response': ' blue.', 'label': 1.0},
+        {'prompt': 'The sky is', 'response': ' blue.', 'good': True},
+    ),
+    'label of a chat': (
+        {'messages': [user('a'), assistant('b')], 'label': False},
+        {'prompt': [user('a')], 'response': [assistant('b')], 'good': False},
+    ),
+    'from and value': (
+        {'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}], 'system': 's'},
+        {'prompt': [system('s'), user('a')], 'response': [assistant('b')]},
+    ),
+    'from and value, pairs': (
+        {
+            'conversations': [{'from': 'human', 'value': 'a'}],
+            'chosen': {'from': 'gpt', 'value': 'b'},
+            'rejected': {'from': 'gpt', 'value': 'c'},
+        },
+        {'prompt': [user('a')], 'chosen': [assistant('b')], 'rejected': [assistant('c')]},
+    ),
+    'messages and one message each': (
+        {'messages': [user('a')], 'chosen': assistant('b'), 'rejected': assistant('c')},
+        {'prompt': [user('a')], 'chosen': [assistant('b')], 'rejected': [assistant('c')]},
+    ),
+    'prompt beside whole chats': (
+        {'prompt': 'What colour?', **{k: [user('What colour?'), *v] for k, v in CHAT_PAIR.items()}},
+        {'prompt': [user('What colour?')], **CHAT_PAIR},
+    ),
+    'prompt beside longer whole chats': (
+        {'prompt': 'c', **{k: [system('s'), user('a'), assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}},
+        {'prompt': [system('s'), user('a'), assistant('b'), user('c')], **CHAT_PAIR},
+    ),
+    'chat prompt beside whole chats': (
+        {'prompt': [system('s'), user('a')], **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}},
+        {'prompt': [system('s'), user('a')], **CHAT_PAIR},
+    ),
+    'answers of several turns that differ in the last': (
+        {'prompt': [user('a')], **{k: [assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}},
+        {'prompt': [user('a'), assistant('b'), user('c')], **CHAT_PAIR},
     ),
     'explicit chat': (
         {'prompt': [user('What colour?')], **CHAT_PAIR},
@@ -371,7 +484,10 @@ def test_formats(tmp_path, name, ending):
     row, example = FORMATS[name]
     more = {'id': 7, 'score': 0.5}  # other fields do not matter
     path = write(tmp_path / f'data{ending}', [row, row | more])
-    assert sources.load_rows(path, 'train', whole=True) == ([example] * 2, {})
+    examples, left_out = sources.load_rows(path, 'train', whole=True)
+    assert examples == [example] * 2
+    assert left_out == ({sources.REPEATED: 2} if name.startswith('repeated') else {})
+    assert [x.where.rpartition(' ')[2] for x in examples] == ['1', '2']
 
 
 @pytest.mark.parametrize(
@@ -383,15 +499,39 @@ def test_formats(tmp_path, name, ending):
         ({'prompt': 'p', 'chosen': 'a', 'rejected': [assistant('b')]}, "'chosen' is text and 'rejected' is chat"),
         ({'prompt': 3, 'chosen': 'a', 'rejected': 'b'}, "'prompt' is missing or of the wrong type"),
         ({'prompt': 'p', 'chosen': [{'role': 'assistant'}], 'rejected': []}, "'content' is missing"),
-        ({'prompt': 'p', 'completion': 'a', 'label': 1}, "'label' is missing or of the wrong type"),
-        ({'prompt': 'p', 'response': 'a', 'good': 'yes'}, "'good' is missing or of the wrong type"),
+        ({'prompt': 'p', 'completion': 'a', 'label': 2}, "'label' is neither true"),
+        ({'prompt': 'p', 'completion': 'a', 'label': None}, "'label' is neither true"),
+        ({'prompt': 'p', 'response': 'a', 'label': 'fine'}, "'label' is neither true"),
+        ({'prompt': 'p', 'response': 'a', 'good': 'yes'}, "'good' is neither true"),
         ({'response': 'a'}, "'prompt' is missing"),
         ({'messages': 'hello'}, "'messages' is missing"),
         ({'messages': []}, "'messages'"),
         ({'messages': ['hello']}, "'role' is missing"),
         ({'messages': [assistant('a'), user('b')]}, "'messages'"),  # nothing to learn
-        ({'text': None}, "'text' is missing"),
-        ({'question': 'q'}, "'prompt' is missing"),
+        ({'text': None}, "'prompt' is missing"),
+        ({'ask': 'q'}, "'prompt' is missing"),
+        ({'prompt': None, 'chosen': 'a', 'rejected': 'b'}, 'no column has the prompt'),
+        ({'chosen': 'grey', 'rejected': 'green'}, 'no column has the prompt'),
+        ({'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, 'no column has the prompt'),
+        ({'problem': 'q', 'chosen': 'So: a', 'rejected': 'So: b'}, 'no column has the prompt'),
+        ({'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, 'no column has the prompt'),
+        ({'prompt': 'p', 'question': 'q', 'chosen': 'a', 'rejected': 'b'}, "'question' asks something, too"),
+        ({'prompt': 'p', 'context': 'c', 'chosen': 'a', 'rejected': 'b'}, "'context' asks something, too"),
+        ({'question': 'q', 'history': [['x', 'y']], 'chosen': 'a', 'rejected': 'b'}, "'history' asks something, too"),
+        ({'prompt': 'p', 'text': 'a'}, "'prompt' asks something, too"),
+        ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'b'}, 'only one of'),
+        ({'prompt': 'ask', 'chosen': 'a', 'rejected': ' ask b'}, 'only one of'),
+        ({'prompt': 'ask', **CHAT_PAIR, 'rejected': [user('ask'), assistant('b')]}, 'only one of'),
+        ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}, 'all or none must'),
+        (
+            {'prompt': [system('s'), user('a')], 'system': 't', **CHAT_PAIR},
+            "the column 'system' and the system message of the chat are not the same",
+        ),
+        ({'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'it', 'value': 'b'}]}, "a message is from 'it'"),
+        (
+            {'prompt': [user('p')], 'completion': [user('x'), assistant('y')]},
+            'begins with a question that is not the prompt',
+        ),
         ({}, "'prompt' is missing"),
         ([], 'not an object with named fields'),
         ('text', 'not an object with named fields'),
@@ -406,9 +546,114 @@ def test_bad_rows(tmp_path, row, reason):
             sources.load_rows(path, 'train', whole=True)
         message = str(info.value)
         assert message.startswith(f'{path}, {where}: ') and reason in message and '--skip_bad_rows' in message
+        assert 'README' in message and len(message) < 600
+        if 'all or none' not in message and isinstance(row, dict):
+            assert all(repr(key) in message.partition('; found: ')[2] for key in row)
         examples, left_out = sources.load_rows(path, 'train', whole=True, skip_bad_rows=True)
         assert examples == [good] * 2
         assert list(left_out.values()) == [2] and reason in next(iter(left_out))
+
+
+def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
+    """Leaving rows out would leave nothing: what was found is said, and what is known."""
+    rows = [{'ask': f'q{i}', 'chosen': 'a', 'rejected': 'b'} for i in range(200)]
+    path = write(tmp_path / 'data.jsonl', rows)
+    with pytest.raises(UserError) as info:
+        sources.load_rows(path, 'train')
+    message = str(info.value)
+    assert message.startswith(f'{path}, line 1: ') and 'none of the first 101 rows' in message and 'layout' in message
+    assert "'ask' (text), 'chosen' (text), 'rejected' (text)" in message and 'question, instruction' in message
+    assert '--skip_bad_rows' not in message and 'README' in message and len(message) < 600
+    with pytest.raises(UserError, match="the reader 'hh' is for another one; without 'hh:' the columns decide"):
+        sources.load_rows(f'hh:{path}', 'train')
+    write(tmp_path / 'data.jsonl', rows[:30] + [{'prompt': 'p', 'response': 'r'}])  # not all of them after all
+    with pytest.raises(UserError, match='--skip_bad_rows'):
+        sources.load_rows(path, 'train')
+    (tmp_path / 'data.jsonl').write_text('nonsense\n' * 3)
+    with pytest.raises(UserError, match='line 1: not valid JSON.* none of the first 3 rows .* a row is a JSON object'):
+        sources.load_rows(path, 'train')
+
+
+@pytest.mark.parametrize('name', ['shp', 'se', 'oasst'])
+def test_columns_of_a_named_dataset_name_its_reader(name):
+    """Read by their columns alone, they would be other examples: a text, or a prompt with its HTML."""
+    with pytest.raises(UserError, match=f'the dataset {name!r}: say so with --data={name}:PATH'):
+        sources.load_rows(raw(name), 'train')
+
+
+def test_answers_that_begin_with_the_prompt_by_chance(tmp_path):
+    """Where other rows do not repeat it, nobody knows: such rows are refused, or left out and counted, in both parts."""
+    rows = [{'prompt': f'p{i}:', 'chosen': ' a', 'rejected': ' b'} for i in range(99)]
+    rows += [{'prompt': 'Hi', 'chosen': 'Hi there', 'rejected': 'Hi!'}]
+    path = write(tmp_path / 'data.jsonl', rows)
+    for split in ('train', 'test'):
+        with pytest.raises(
+            UserError, match='line 100: the answers of 1 rows begin with their prompt, of 99 they do not'
+        ):
+            sources.load_rows(path, split)
+    parts = [sources.load_rows(path, split, skip_bad_rows=True) for split in ('train', 'test')]
+    assert sum(len(examples) for examples, _ in parts) == 99
+    assert all('Hi' not in {x['prompt'] for x in examples} for examples, _ in parts)
+    assert all(left_out.total() == 1 and 'bad rows' in next(iter(left_out)) for _, left_out in parts)
+
+
+def test_pairs_that_part_before_their_last_answer_are_left_out(tmp_path):
+    """What follows would be trained on with its questions and role markers."""
+    early = (
+        [user('a'), assistant('b'), user('c'), assistant('d')],
+        [user('a'), assistant('x'), user('y'), assistant('z')],
+    )
+    text = ['\n\nHuman: a\n\nAssistant:' + x for x in (' b\n\nHuman: c\n\nAssistant: d', ' x')]
+    plain = ['Q: a\nA:' + x for x in (' b\nQ: c\nA: d', ' x\nQ: y\nA: z')]
+    rows = [
+        {'chosen': early[0], 'rejected': early[1]},
+        {'chosen': early[0], 'rejected': early[1][:2]},
+        {'prompt': 'a', 'chosen': early[0], 'rejected': early[1]},
+        {'prompt': [user('a')], 'chosen': early[0][1:], 'rejected': early[1][1:]},
+        {'prompt': [user('a')], 'chosen': early[0], 'rejected': early[1]},
+        {'chosen': text[0], 'rejected': text[1]},
+        {'chosen': plain[0], 'rejected': plain[1]},
+    ]
+    good = {'prompt': [user('a')], **CHAT_PAIR}
+    path = write(tmp_path / 'data.jsonl', [good, *rows])
+    examples, left_out = sources.load_rows(path, 'train', whole=True)
+    assert examples == [good] and left_out == {'chosen and rejected have different prompts': len(rows)}
+    other = {'prompt': 'another', **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}
+    path = write(tmp_path / 'other.jsonl', [other])
+    assert sources.load_rows(path, 'train', whole=True) == ([], {'answers to something else than the prompt': 1})
+
+
+def hh_rows():
+    """Invented dialogues with what real ones have: blanks, answers that begin alike, turns after the answer."""
+    asked = '\n\nHuman: Name a bird.\n\nAssistant: A robin.\n\nHuman: Another?\n\nAssistant:'
+    endings = [
+        (' A wren.', ' A crow.'),
+        (' A wren.', ' An owl.'),
+        (' A wren', ' A wren, and a crow.'),
+        (' a', 'a'),
+        ('', ' b'),
+    ]
+    endings += [(' no\n\nHuman: oh', ' yes\n\nHuman: oh'), (' \n\nAssistant: x', ' y'), ('  two', '  ten')]
+    rows = [{'chosen': asked + a, 'rejected': asked + b} for a, b in endings]
+    return rows + [{'chosen': asked + ' A wren.', 'rejected': '\n\nHuman: Name a bird.\n\nAssistant: No.'}]
+
+
+def test_hh_is_hh_by_any_name(tmp_path, monkeypatch):
+    """As a bare path and as a hub id: the examples of hh:PATH, letter by letter."""
+    path = write(tmp_path / 'data.jsonl', hh_rows())
+    real = RAW.parent.parent.parent / 'shared' / 'data' / 'hh_harmless.jsonl.gz'
+    for file in [path, raw('hh'), *([str(real)] if real.exists() else [])]:
+        for options in ({'whole': True}, {}):
+            named, bare = (
+                [sources.load_rows(source, split, skip_bad_rows=True, **options) for split in ('train', 'test')]
+                for source in (f'hh:{file}', file)
+            )
+            assert [examples for examples, _ in named] == [examples for examples, _ in bare]
+            assert all(examples for examples, _ in named[:1])
+    fake = SimpleNamespace(load_dataset=lambda hub_id, split: hh_rows(), get_dataset_split_names=splits)
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
+    assert sources.load_rows('Anthropic/hh-rlhf', 'train') == sources.load_rows('hh', 'train')
+    assert sources.load_rows('hh', 'train') == sources.load_rows(f'hh:{path}', 'train', whole=True)
 
 
 def test_broken_lines(tmp_path):
@@ -467,7 +712,7 @@ def test_unknown_sources(source):
     with pytest.raises(UserError) as info:
         sources.load_rows(source, 'train')
     message = str(info.value)
-    assert repr(source) in message and 'none of the known datasets' in message
+    assert repr(source) in message and 'the known datasets' in message
     known = message.rpartition(': ')[2].split(', ')
     assert known == sorted(known) and {*NAMES, 'toy', 'hh_helpful'} <= set(known)
 
@@ -546,7 +791,9 @@ def test_a_folder_with_train_and_test_files(tmp_path):
     assert answers(str(tmp_path), 'train') == ['a', 'b', 'c'] and answers(str(tmp_path), 'test') == ['d']
     assert answers(str(tmp_path), 'train', whole=True) == ['a', 'b', 'c']
     (tmp_path / 'test.json').unlink()
-    with pytest.raises(UserError, match='has no test file'):
+    with pytest.raises(
+        UserError, match='has no test file; found of data files: train-00000.parquet, train-00001.jsonl;'
+    ):
         sources.load_rows(str(tmp_path), 'test')
     with pytest.raises(UserError, match='has no train file'):
         sources.load_rows('hh:' + str(RAW), 'train')
@@ -640,6 +887,69 @@ def test_fingerprints(tmp_path):
     assert [a == b for a, b in zip(before, stamps(), strict=True)][:3] == [False] * 3
 
 
+def test_a_folder_that_is_called_like_a_dataset_is_not_its_fingerprint(tmp_path, monkeypatch, capsys):
+    """What is read decides what it is known by, and the user is told."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'hh').mkdir()
+    write(tmp_path / 'hh' / 'train.jsonl', hh_rows()[:2])
+    calls = []
+
+    def load_dataset(hub_id, split, **kwargs):
+        calls.append((hub_id, kwargs))
+        return hh_rows()
+
+    monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=load_dataset))
+    sources._note.cache_clear()
+    assert sources.fingerprint('hh', 'train') is None and len(sources.load_rows('hh', 'train')[0]) == 7
+    assert capsys.readouterr().out.count("note: 'hh' is the dataset of that name") == 1
+    assert sources.fingerprint('./hh', 'train') and len(sources.load_rows('./hh', 'train', whole=True)[0]) == 2
+    assert len(calls) == 1
+
+
+def test_a_hub_dataset_is_known_by_its_commit_and_read_there(monkeypatch):
+    commits, calls = {}, []
+
+    def load_dataset(hub_id, split, **kwargs):
+        calls.append((hub_id, kwargs))
+        return []
+
+    def split_names(hub_id, **kwargs):
+        calls.append((hub_id, kwargs))
+        return ['train', 'test']
+
+    fake = SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=split_names)
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
+    monkeypatch.setattr(sources, 'hub_commit', commits.get)
+    names = ['hh', 'hh_helpful', 'Anthropic/hh-rlhf', 'owner/name', 'alpaca_eval']
+    assert [sources.fingerprint(name, 'train') for name in names] == [None] * 5
+    commits |= {'Anthropic/hh-rlhf': 'aaa', 'owner/name': 'bbb', 'tatsu-lab/alpaca_eval': 'ccc'}
+    before = [sources.fingerprint(name, 'train') for name in names]
+    assert len(set(before)) == 5 and None not in before
+    for name in names:
+        sources.load_rows(name, 'test')
+    file = 'hf://datasets/tatsu-lab/alpaca_eval@ccc/alpaca_eval.json'
+    assert calls == [
+        ('Anthropic/hh-rlhf', {'revision': 'aaa'}),
+        ('Anthropic/hh-rlhf', {'data_dir': 'helpful-base', 'revision': 'aaa'}),
+        *[('Anthropic/hh-rlhf', {'revision': 'aaa'})] * 2,
+        *[('owner/name', {'revision': 'bbb'})] * 2,
+        ('json', {'data_files': file}),
+    ]
+    commits |= {'Anthropic/hh-rlhf': 'xxx'}
+    after = [sources.fingerprint(name, 'train') for name in names]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False] * 3 + [True] * 2
+
+
+def test_a_renamed_file_is_another_split(tmp_path):
+    write(tmp_path / 'a_train.jsonl', [{'text': 'a'}])
+    write(tmp_path / 'b_train.jsonl', [{'text': 'b'}])
+    before = sources.fingerprint(str(tmp_path), 'train')
+    (tmp_path / 'b_train.jsonl').rename(tmp_path / 'b_test.jsonl')
+    assert sources.fingerprint(str(tmp_path), 'train') != before
+    with pytest.raises(UserError, match='toy world has no files'):
+        sources.load_rows(f'toy:{tmp_path}/a_train.jsonl', 'train')
+
+
 def test_content_hash():
     assert sources.content_hash('a', 'b') == sources.content_hash('a', 'b') < 2**64
     hashes = [('a', 'b'), ('ab',), ('b', 'a'), ('a', ['b']), ('a', 'b', ''), (['a', 'b'],), ('é',), ('\ud800',)]
@@ -716,6 +1026,7 @@ def test_any_file_is_read_row_by_row(tmp_path_factory, rows, ending):
             found = None
         bad += found is None
         expected += found or []
+    assume(not any(x.pop('repeats', False) for x in expected))  # which is judged by the file
     examples, left_out = sources.load_rows(path, 'train', whole=True, skip_bad_rows=True)
     assert examples == [x for x in expected if 'drop' not in x]
     assert left_out.total() == bad + sum('drop' in x for x in expected)
@@ -792,17 +1103,13 @@ def test_any_file_of_answers(tmp_path_factory, rows):
             "'completion' does not end with an answer",
         ),
         (
-            '{"prompt": "p", "completion": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
-            'begins with a question',
-        ),
-        (
             '{"chosen": [{"role": "assistant", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]}',
             'same question',
         ),
         ('{"messages": [{"role": "assistant", "content": "y"}]}', 'not a question and its answer'),
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [1]}]}',
-            'tool calls',
+            'not a list of calls',
         ),
         ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": true}', "'margin' is missing or of the wrong type"),
         ('{"instruction": "i", "output_1": "a", "output_2": "b", "preference": true}', "'preference' is missing or of"),
