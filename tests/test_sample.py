@@ -208,6 +208,28 @@ def test_chat(run, folder, capsys):
         assert tokenise.tokenise_prompts([prompt], tokenizer, 64, 'start', Counter()) == [trained]
 
 
+def test_tools_begun_answers_and_prompts_that_the_template_refuses(run, folder, tmp_path, capsys):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    tokenizer = load.load_tokenizer(f'{folder}/chat')
+    tokenizer.chat_template = refuses + '{% if tools %}{{ tools | tojson }}{% endif %}' + CHATML
+    load.load_model(f'{folder}/chat').save_pretrained(tmp_path / 'm')
+    tokenizer.save_pretrained(tmp_path / 'm')
+    user = {'role': 'user', 'content': 'Hi'}
+    rows = [{'prompt': [{'role': 'system', 'content': 'x'}, user]}, {'prompt': [user], 'tools': [{'name': 'look'}]}, {'prompt': [user]},
+            {'prompt': [user, {'role': 'assistant', 'content': 'Sure: '}]}]  # fmt: skip
+    (tmp_path / 'chats.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    flags = [f'--model={tmp_path}/m', f'--data={tmp_path}/chats.jsonl', '--max_new_tokens=4']
+    assert 'chats.jsonl, line 1: the chat template refuses an example: no system turn' in refused(run, *flags)
+    _, found = run(*flags, '--skip_bad_rows', out_dir=tmp_path / 'skipped')
+    assert [row['prompt'] for row in found] == [row['prompt'] for row in rows[1:]]
+    assert [row.get('tools') for row in found] == [[{'name': 'look'}], None, None]
+    said = capsys.readouterr().out
+    assert "'bad rows: the chat template refuses an example: no system turn': 1" in said
+    assert """first prompt: '[{"name": "look"}]<|user|>Hi""" in said
+    (tmp_path / 'chats.jsonl').write_text(json.dumps(rows[0]))
+    assert 'refuses every prompt' in refused(run, *flags, '--skip_bad_rows', out_dir=tmp_path / 'none')
+
+
 def test_prompts_as_chats():
     hh = '\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:'
     assert [(turn['role'], turn['content']) for turn in sources.as_chat(hh)] == [
