@@ -8,6 +8,7 @@ import torch
 import transformers
 from many import COMMON, ROOT, launch, rows, tiny_model
 from safetensors.torch import load_file
+from ties import same_metrics, same_weights
 
 import toy
 from configurator import UserError
@@ -86,17 +87,10 @@ def runs(tmp_path_factory):
 def same(folder, other, limit=1e-5):
     for row, expected in zip(rows(folder), rows(other), strict=True):
         assert row.pop('split') == expected.pop('split')
-        if (
-            abs(expected.get('rewards_train/margins', 1)) < 1e-5
-        ):  # then rounding decides which answer has the higher reward
-            row = {k: v for k, v in row.items() if not k.endswith('accuracies')}
-            expected = {k: v for k, v in expected.items() if not k.endswith('accuracies')}
-        assert row == pytest.approx(expected, rel=2e-4, abs=limit)
+        same_metrics(row, expected, rel=2e-4, abs=limit)
         assert row.get('loss/train', 0) == pytest.approx(expected.get('loss/train', 0), abs=limit)
     ours, theirs = (load_file(run / 'model/model.safetensors') for run in (folder, other))
-    assert ours.keys() == theirs.keys()
-    for name, w in theirs.items():
-        assert (ours[name] - w).abs().max() <= limit and (ours[name] - w).norm() <= limit * w.norm(), name
+    same_weights(ours, theirs, limit)
 
 
 @pytest.mark.parametrize(('case', 'where'), [(c, w) for w in WORLDS for c in CASES] + [(c, 'tp2') for c in ALONE])

@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import ties
 import torch
 import torch.distributed as dist
 import transformers
@@ -39,7 +41,7 @@ CHATML = (
 @pytest.fixture(autouse=True)
 def outside(tmp_path, monkeypatch):
     monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setenv('OMP_NUM_THREADS', str(torch.get_num_threads()))  # of processes that are launched
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     monkeypatch.delenv('RANK', raising=False)
     monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
@@ -94,15 +96,33 @@ def launch(*words):
     )
 
 
-def test_ranks_batches_and_order(run, tmp_path):
+def same_but_for_near_ties(rows, others, slack):
+    """The same answers, but for the few of which rounding decides: those may be other ones."""
+    said = ('response', 'finish', 'tokens')
+    differing = []
+    for row, other in zip(rows, others, strict=True):
+        assert {k: v for k, v in row.items() if k not in said} == {k: v for k, v in other.items() if k not in said}
+        if row != other:
+            differing.append(row['seed'])
+    assert all(slack[seed] < ties.ROUNDING for seed in differing) and len(differing) <= len(rows) / 9
+
+
+def test_ranks_batches_and_order(run, tmp_path, monkeypatch):
+    watched = ties.watch(monkeypatch)
     whole, rows = run(*FLAGS)
+    slack = dict(watched)
     assert [(row['index'], row['sample']) for row in rows] == [(i, k) for i in range(6) for k in range(6)]
     assert {row['temperature'] for row in rows if row['sample'] < 3} == {0.7}
     assert len({row['seed'] for row in rows}) == len(rows) == 36 and len({row['response'] for row in rows}) > 30
     assert all(row['finish'] == ('eos' if row['tokens'] < 10 else 'length') or row['tokens'] == 10 for row in rows)
+    assert slack.keys() == {row['seed'] for row in rows}
+    assert statistics.median(slack.values()) > ties.ROUNDING  # most answers rest on no near tie
+    # other batches, which round otherwise; nor do the other prompts matter
     others = [flag for flag in FLAGS if 'batch_size' not in flag]
     for i, flags in enumerate((['--batch_size=1'], ['--batch_size=64'], ['--max_tokens=40'])):
-        assert run(*others, *flags, out_dir=tmp_path / str(i))[0] == whole
+        same_but_for_near_ties(rows, run(*others, *flags, out_dir=tmp_path / str(i))[1], slack)
+    same_but_for_near_ties(rows[:12], run(*FLAGS, '--n_examples=2', out_dir=tmp_path / 'fewer')[1], slack)
+    # the same batches on two ranks: the same bytes
     two = launch('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--', 'sample.py', *FLAGS,
                  f'--out_dir={tmp_path}/two')  # fmt: skip
     assert two.wait(timeout=120) == 0, two.stderr.read().decode()
@@ -111,7 +131,6 @@ def test_ranks_batches_and_order(run, tmp_path):
     outputs = json.loads((tmp_path / 'two/model_outputs.json').read_text())
     first = [row for row in rows if row['sample'] == 0]
     assert outputs == [{'instruction': r['prompt'], 'output': r['response'].strip(), 'generator': 'toy'} for r in first]
-    assert run(*FLAGS, '--n_examples=2', out_dir=tmp_path / 'fewer')[1] == rows[:12]  # nor on the other prompts
 
 
 @pytest.fixture
