@@ -315,13 +315,13 @@ def test_importance_is_of_the_examples_own_reference(run, tmp_path):
 
 
 def test_what_a_sample_has_not_said_is_not_in_its_kl(run, tmp_path, monkeypatch):
-    """An answer that was cut at max_new_tokens has no end of text; the shorter one has."""
+    """The KL of samples is that of the sampled tokens: no end of text is put behind an answer that did not say it."""
     drawn = [('policy', 0, [5, 6, 7, 8, 9]), ('policy', 1, [5, 6, 7]), ('reference', 0, [5]), ('reference', 1, [5])]
     monkeypatch.setattr(generate, 'sample', lambda *args, **settings: drawn)
     flags = ['--sample_during_eval', '--max_new_tokens=5', '--n_eval_model_samples=2', '--lr=1e-2']
     run('dpo.py', *flags, out_dir=tmp_path / 'run')
     last = next(row for row in reversed(numbers(tmp_path / 'run')) if row['split'] == 'eval')
-    assert last['kl_eval/samples'] / last['kl_eval/samples_per_token'] == pytest.approx(4.5)
+    assert last['kl_eval/samples'] / last['kl_eval/samples_per_token'] == pytest.approx(4.0)
 
 
 def test_flags_of_samples_that_are_not_drawn(run):
