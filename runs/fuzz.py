@@ -225,7 +225,7 @@ def check_text(text, written, name):
 
 
 def check_example(example, written, name):
-    fields = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin'}
+    fields = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools'}
     if not {'prompt'} <= example.keys() <= fields:
         raise Failure(f'an example with the fields {sorted(example)}')
     for key, value in example.items():
@@ -240,10 +240,12 @@ def check_example(example, written, name):
         if isinstance(value, str):
             check_text(value, written, name)
             continue
+        if key == 'tools' and isinstance(value, list):
+            continue
         if key in ('good', 'margin') or not isinstance(value, list) or (key == 'prompt' and not value):
             raise Failure(f'{key} is {value!r}')
         for turn in value:
-            if not isinstance(turn, dict) or turn.keys() != {'role', 'content'}:
+            if not isinstance(turn, dict) or not turn.keys() >= {'role', 'content'}:
                 raise Failure(f'a message {turn!r}')
             check_text(turn['role'], [*written, 'user', 'assistant'], name)
             check_text(turn['content'], written, name)
@@ -321,18 +323,14 @@ def attack_file(name, content, ending, folder, index):
 def attack_tokens(examples, task):
     """Tokenise; every part is accounted for, ends with the end of text, and is no longer than it may be."""
     left_out, eos, longest = Counter(), tokenizer.eos_token_id, random.choice([12, 48])
-    found = tokenise(
-        examples, tokenizer, task, longest, longest // 2, random.choice(['start', 'end']), left_out, margins=True
-    )
+    side = random.choice(['start', 'end'])
+    found = tokenise(examples, tokenizer, task, longest, longest // 2, side, left_out, True, skip_bad_rows=True)
     for i in range(len(found)):
         prompt, answers = found[i]
         if not len(prompt) or len(prompt) + max(map(len, answers)) > longest or any(a[-1] != eos for a in answers):
             raise Failure(f'tokens {prompt} {answers}')
-    dropped = sum(
-        n
-        for k, n in left_out.items()
-        if k.startswith('rows with ') or k in ('empty answers', 'pairs with equal answers')
-    )
+    reasons = ('rows with ', 'bad rows', 'empty answers', 'pairs with equal answers')
+    dropped = sum(n for reason, n in left_out.items() if reason.startswith(reasons))
     if task == 'pairs' and len(found) + dropped != len(examples):
         raise Failure(f'{len(examples)} examples, {len(found)} tokenised, {dict(left_out)}')
     if task == 'singles' and len(found) + dropped < len(examples):

@@ -44,6 +44,9 @@ def world(tmp_path_factory):
     write('equal_answers.jsonl', *({**row, 'rejected': row['chosen']} for row in PAIRS))
     write('prompts.jsonl', *({'prompt': row['prompt']} for row in PAIRS))
     write('no_rows.jsonl')
+    write('layout.jsonl', *({'ask': f'q{i}', 'chosen': 'a', 'rejected': 'b'} for i in range(6)))
+    write('no_prompt.jsonl', *({**row, 'prompt': None} for row in PAIRS))
+    write('half_repeated.jsonl', *({**row, 'chosen': row['prompt'] + row['chosen']} for row in PAIRS))
     write('table.csv', 'prompt,chosen,rejected')
     (folder / 'binary.jsonl').write_bytes(bytes(range(256)))
     (folder / 'binary.parquet').write_bytes(bytes(range(256)))
@@ -136,6 +139,11 @@ BOTH = [
     (['--data={world}/empty_answers.jsonl'], 'no train examples are left.*empty answers.*6'),
     (['--data={world}/prompts.jsonl'], 'no train examples are left.*6'),
     (['--data={world}/no_rows.jsonl'], 'no train examples are left'),
+    (['--data={world}/layout.jsonl'], r"layout\.jsonl, line 1: no column has the prompt.*'ask' \(text\).*it is the layout.*README"),
+    (['--data={world}/no_prompt.jsonl'], r"no_prompt\.jsonl, line 1: no column has the prompt.*'prompt' \(null\)"),
+    (['--data={world}/half_repeated.jsonl'], r'half_repeated\.jsonl, line 1: only one of'),
+    (['--data={world}/good.jsonl+{world}/layout.jsonl', '--skip_bad_rows'], r'no train examples .*layout\.jsonl.*bad rows.*6'),
+    (['--eval_data={world}/layout.jsonl', '--skip_bad_rows'], r'no test examples .*layout\.jsonl.*bad rows.*6'),
     # models
     (['--model={world}/nothing'], 'nothing'),
     (['--model={world}/no_tokenizer'], 'tokenizer'),

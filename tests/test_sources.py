@@ -635,7 +635,8 @@ def hh_rows():
     ]
     endings += [(' no\n\nHuman: oh', ' yes\n\nHuman: oh'), (' \n\nAssistant: x', ' y'), ('  two', '  ten')]
     rows = [{'chosen': asked + a, 'rejected': asked + b} for a, b in endings]
-    return rows + [{'chosen': asked + ' A wren.', 'rejected': '\n\nHuman: Name a bird.\n\nAssistant: No.'}]
+    rows += [{'chosen': asked + ' A wren.', 'rejected': '\n\nHuman: Name a bird.\n\nAssistant: No.'}]
+    return rows + [{'chosen': asked + ' A wren.', 'rejected': '\n\nHuman: Who?\n\nAssistant: No.'}]
 
 
 def test_hh_is_hh_by_any_name(tmp_path, monkeypatch):
