@@ -8,6 +8,10 @@ statistic, if the loss has one -> loss and weight of every example -> one gradie
 It is the same on any number of ranks and microbatches. Counts are in examples, but for warmup_steps.
 """
 
+import guard
+
+guard.watch(__name__)  # before the heavy imports
+
 import math
 import time
 from functools import partial
@@ -19,7 +23,6 @@ import card
 import checkpoint
 import fsdp
 import generate
-import guard
 import log
 import lora
 import losses
@@ -306,7 +309,7 @@ def sample(examples_seen):
     own = [(prompts[i], [[*a, *end * (len(a) < max_new_tokens)]]) for name, i, a in answers if name == 'policy']
     own = Examples.of(own)
     batches, *_ = cut(own, np.arange(len(own)))
-    with torch.no_grad():
+    with torch.no_grad(), guard.memory(batches, max_tokens):
         parts = [answer_columns(batch) for batch in batches]
     whole = gather(parts, batches, len(own))
     gap = whole['pi'] - whole['ref']
@@ -329,7 +332,9 @@ logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['ev
 logger.say(f'{"resuming" if start else "training"} {loss} on {world} ranks: {total} examples, {batch_size} a step')
 if not start:
     _, first_index = next(steps(len(train), batch_size, total, seed))
-    before, _ = run_step(*prepare(train, 0, first_index)[0], state, training=False)
+    first_step = prepare(train, 0, first_index)[0]
+    with guard.memory(first_step[2], max_tokens):
+        before, _ = run_step(*first_step, state, training=False)
     check = spec.summary(before, 'train')
     rewards = [check.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected')]  # kto: a step may lack one
     logger.say(

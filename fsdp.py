@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.rendezvous import rendezvous
 
+import guard
 from configurator import UserError
 from model import blocks, core, hidden_and_head, response_logps, response_scores, set_attention, token_logps
 from parallel import tensor_parallel
@@ -155,6 +156,7 @@ def largest(numbers):
 # ---- models ----
 
 
+@guard.memory_for('a model does not fit; try --dtype=bfloat16, --cpu_offload or more GPUs, or a smaller one')
 def shard(build, device, *, dtype='float32', train=True, compile=False, activation_checkpointing=False, cpu_offload=False,
           device_map=None):  # fmt: skip
     """A sharded model on every rank, with the weights that build(empty=False) read on rank 0 alone.

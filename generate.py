@@ -16,6 +16,7 @@ from lora import adapters_off
 from model import core, padded_attention
 
 
+@guard.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
 def sample(models, tokenizer, prompts, *, rank, world, seed, **settings):
     """One answer of every model (name -> sharded model) to every prompt, the work shared among the ranks.
 

@@ -1,37 +1,158 @@
 """What can end a run early, and how it then ends without loss: signals, another run in its folder, numbers that are not finite,
-too little memory. All collectives are in fsdp.py and checkpoint.py; this decides, says and leaves."""
+too little memory or disk. All collectives are in fsdp.py and checkpoint.py; this decides, says and leaves.
+
+Scripts import this first and call watch(), so that signals are heeded while everything else is imported. So nothing heavy is
+imported up here: functions import torch and what needs it where they use it."""
 
 import contextlib
 import fcntl
 import json
 import math
 import os
+import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
-import torch
-
-import checkpoint
-import fsdp
 from configurator import UserError, main_rank
 from log import check_out_dir, say, sync, writing
 
 SAVED = 75  # exit code after SIGTERM or SIGUSR1: saved, start the same command again (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130  # exit code after Ctrl-C: saved, too
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 _code = 0  # the exit code that a signal to this process asks for
-_training = False  # whether there are steps that a checkpoint must save
+_stage = 'before'  # 'training': there are steps that a checkpoint must save; 'exporting'; 'over': all is written
+_progress = None  # () -> a sentence about what is kept, for whoever stops a script that trains nothing
+_before = {}  # signal -> what its handler was
+_ends = None  # of the pipe that tells the listening thread of signals
+_main = False  # whether the script is a process of its own
 _lock = None  # the open file that holds the lock on out_dir
+
+
+# ---- signals ----
+
+
+def watch(name):
+    """Heed signals from now on, where name is '__main__': as the first thing that a script does."""
+    global _main
+    if name == '__main__':
+        _main = True
+        _install()
+
+
+def _install():
+    """Have a thread of its own hear the signals: the main thread may be inside C code for minutes, such as a rendezvous."""
+    global _ends
+    if _ends:
+        return
+    _ends = os.pipe()
+    os.set_blocking(_ends[1], False)
+    signal.set_wakeup_fd(_ends[1], warn_on_full_buffer=False)
+    for number in SIGNALS:
+        # a handler must be there, or the system's own action would come first; it has nothing to do
+        _before[number] = signal.signal(number, lambda *_: None)
+    threading.Thread(target=_listen, args=(_ends[0],), daemon=True).start()
+
+
+def _listen(end):
+    """Read signals, a byte each, until the other end of the pipe is closed."""
+    while heard := os.read(end, 1):
+        if heard[0] in SIGNALS:
+            _heed(heard[0])
+    os.close(end)
+
+
+def _uninstall():
+    """Give the signals back to whoever had them."""
+    global _ends
+    if not _ends:
+        return
+    signal.set_wakeup_fd(-1)
+    for number, handler in _before.items():
+        signal.signal(number, handler)
+    os.close(_ends[1])
+    _ends = None
+
+
+def _hold():
+    """Before a fork: let signals wait until the child has taken its hands off the pipe, which is its parent's."""
+    if _ends:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _let_go():
+    if _ends:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _in_child():
+    """In the child the signals do what they do in any process: pools end their workers with them."""
+    global _ends
+    if _ends:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        _let_go()
+        _ends = None
+
+
+os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_in_child)
+
+
+def _heed(number):
+    """What a signal does: before the first step nothing can be lost, so leave at once; then, at the end of a step."""
+    global _code
+    if _stage == 'over':
+        return
+    # torchrun turns a second Ctrl-C into SIGTERM
+    again = _code == INTERRUPTED and number in (signal.SIGINT, signal.SIGTERM)
+    asked = INTERRUPTED if number == signal.SIGINT else SAVED
+    name = signal.Signals(number).name
+    if again or _stage == 'before':
+        _leave_at_once(name, again, _code or asked)
+    if not _code:
+        hint = ' (Ctrl-C again: at once, without saving)' if asked == INTERRUPTED else ''
+        what = 'stopping after this step' if _stage == 'training' else 'stopping as soon as the model is written'
+        _write(f'{name}: {what}{hint}')
+    _code = max(_code, asked)
+
+
+def _leave_at_once(name, again, code):
+    if again:
+        _write(f'{name}: stopped at once: steps since the last checkpoint are lost')
+    elif _lock:
+        _write(f'{name}: stopped before the first step')
+    else:
+        _write(f'{name}: stopped')
+    if _progress and main_rank():
+        os.write(1, f'{_progress()}\n'.encode())
+    os._exit(code)
+
+
+def on_stop(progress):
+    """For a script without steps, which a signal always ends at once. progress() -> a sentence about what is kept."""
+    global _progress
+    _progress = progress
+
+
+def _write(text):
+    if main_rank():
+        os.write(2, f'\n{text}\n'.encode())  # print may be what the signal has interrupted
+
+
+# ---- a run and its folder ----
 
 
 def begin(out_dir, config, resume):
     """Heed signals from now on, and take out_dir for this run alone. Raises UserError where it cannot be had."""
-    global _code, _training
-    _code, _training = 0, False
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, _heed)
+    import fsdp
+
+    global _code, _stage
+    _code, _stage = 0, 'before'
+    _install()
     before, made = sys.excepthook, [f for f in (Path(out_dir), *Path(out_dir).parents) if not f.exists()]
     sys.excepthook = lambda *error: (_tidy(out_dir, made), before(*error))
     fsdp.on_one_rank(lambda: _take(out_dir, config, resume))
@@ -44,27 +165,6 @@ def _tidy(out_dir, made):
             os.remove(Path(out_dir) / '.lock')
             for folder in made:
                 folder.rmdir()
-
-
-def _heed(number, frame):
-    """The signal handler: before the first step nothing can be lost, so leave at once; then, at the end of a step."""
-    global _code
-    # torchrun turns a second Ctrl-C into SIGTERM
-    again = _code == INTERRUPTED and number in (signal.SIGINT, signal.SIGTERM)
-    asked = INTERRUPTED if number == signal.SIGINT else SAVED
-    if again or not _training:
-        why = 'stopped at once: steps since the last checkpoint are lost' if again else 'stopped before the first step'
-        _write(f'{signal.Signals(number).name}: {why}')
-        os._exit(_code or asked)
-    if not _code:
-        hint = ' (Ctrl-C again: at once, without saving)' if asked == INTERRUPTED else ''
-        _write(f'{signal.Signals(number).name}: stopping after this step{hint}')
-    _code = max(_code, asked)
-
-
-def _write(text):
-    if main_rank():
-        os.write(2, f'\n{text}\n'.encode())  # print may be what the signal has interrupted
 
 
 def _take(out_dir, config, resume):
@@ -99,6 +199,9 @@ def stop_asked():
     """Whether any rank has been told to stop: the same answer on all, which call this together.
 
     Also raises UserError, on all, if the checkpoint that is being written has failed."""
+    import checkpoint
+    import fsdp
+
     code, failed = fsdp.largest([_code, int(checkpoint.failed())])
     if failed:
         checkpoint.wait()
@@ -108,8 +211,11 @@ def stop_asked():
 def boundary(save, close, saved=False):
     """Call it after every step: does what signals have asked for, on all ranks together. save() begins a checkpoint, unless
     one of this step is saved already; close() has the trackers write what they hold."""
-    global _training
-    _training = True
+    import checkpoint
+    import fsdp
+
+    global _stage
+    _stage = 'training'
     if code := stop_asked():
         if not saved:
             save()
@@ -121,11 +227,14 @@ def boundary(save, close, saved=False):
 
 def end():
     """Wait for the last checkpoint, and give signals and out_dir back."""
-    global _lock
+    import checkpoint
+
+    global _lock, _stage
     checkpoint.wait()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # everything is written: a process that ends in a moment needs no signal for it
+    _stage = 'over'
+    if not _main:
+        _uninstall()
     if _lock:
         _lock.close()
         _lock = None
@@ -145,6 +254,10 @@ def bad_step(out_dir, state, allowed, first, index, uid, norm, columns):
     Writes the offending examples with their columns to out_dir/bad_step.jsonl: their place in the step, index in the training
     set, and uid, the hash of their text. Where the columns are finite and the gradient is not, that is the whole step. Counts
     in state['bad_steps'], and raises UserError beyond the allowed number."""
+    import torch
+
+    import fsdp
+
     broken = torch.stack([~values.isfinite() for values in columns.values()]).any(0)
     places = broken.nonzero().flatten().tolist() or list(range(len(index)))
     what = 'loss' if broken.any() else 'gradient'
@@ -175,16 +288,44 @@ def bad_step(out_dir, state, allowed, first, index, uid, norm, columns):
     say(f'warning: {where}: skipped, {state["bad_steps"]} of {allowed} allowed; {those}')
 
 
+def out_of_memory(error):
+    """Where there was no memory left, 'the GPU' or 'this machine', or None for an error of another kind."""
+    text = str(error)
+    if type(error).__name__ == 'OutOfMemoryError' or re.search('CUDA.*out of memory|CUBLAS_STATUS_ALLOC_FAILED', text):
+        return 'the GPU'
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|Cannot allocate memory", text):
+        return 'this machine'
+    return None
+
+
+def explained(error, advice):
+    """The error itself, or where it says that memory is out, a UserError in its place. advice: what did not fit; what to do."""
+    where = out_of_memory(error)
+    if where is None or isinstance(error, UserError):
+        return error
+    better = UserError(f'{where} is out of memory: {advice}')
+    better.of_this_rank = True
+    return better
+
+
 @contextlib.contextmanager
-def memory(batches, max_tokens):
-    """Around the work on microbatches: say what to lower where it does not fit the GPU, on whichever rank it happens."""
+def memory_for(advice):
+    """Around work, or above a function that does it: where it does not fit into memory, a sentence with this advice."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        longest = max(batch.ids.numel() for batch in batches)
-        alone = all(len(batch.place) == 1 for batch in batches)
-        lower = 'max_length, since one example fills it' if alone else 'max_tokens, which changes no result'
-        error = UserError(f'the GPU is out of memory: the longest microbatch has {longest} tokens (max_tokens={max_tokens}); lower '
-                          f'{lower}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs')  # fmt: skip
-        error.of_this_rank = True
-        raise error from None
+    except Exception as error:
+        better = explained(error, advice)
+        if better is error:
+            raise
+        raise better from None
+
+
+@contextlib.contextmanager
+def memory(batches, max_tokens):
+    """Around the work on microbatches: say what to lower where it does not fit, on whichever rank it happens."""
+    longest = max((batch.ids.numel() for batch in batches), default=0)
+    alone = all(len(batch.place) == 1 for batch in batches)
+    lower = 'max_length, since one example fills it' if alone else 'max_tokens, which changes no result'
+    advice = f'the longest microbatch has {longest} tokens (max_tokens={max_tokens}); lower {lower}'
+    with memory_for(f'{advice}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs'):
+        yield

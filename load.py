@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
+import guard
 import lora
 from configurator import UserError
 from log import say
@@ -320,6 +321,7 @@ def is_reward(model):
     return hasattr(core(model), 'score')
 
 
+@guard.memory_for('the two examples that try the model out do not fit; lower max_length, or try --dtype=bfloat16')
 @torch.no_grad()
 def packing_error(model, batch, padded):
     """Largest relative difference between response_logps (for a reward model response_scores) of a batch and what the
@@ -341,9 +343,9 @@ def packing_error(model, batch, padded):
         filler = config.get_text_config().pad_token_id if scoring else 0
         ids = padded.ids.masked_fill(padded.mask == 0, filler)
         logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever an architecture raises that does not know what it was given
+        if guard.out_of_memory(error):
+            raise
         if batch.groups:
             return math.inf
         raise UserError(f'{_name(model)} cannot be trained here: its forward says {_first_line(error)}') from None

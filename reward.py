@@ -8,6 +8,10 @@ a `margin`, the chosen score should be higher by that much. The result is a fold
 AutoModelForSequenceClassification reads. Counts are in examples, but for warmup_steps.
 """
 
+import guard
+
+guard.watch(__name__)  # before the heavy imports
+
 import math
 import time
 from functools import partial
@@ -17,7 +21,6 @@ import torch
 import card
 import checkpoint
 import fsdp
-import guard
 import log
 import lora
 import losses

@@ -6,6 +6,10 @@
 The loss of a step is the mean over its answer tokens, on any number of ranks. Counts are in examples, but for warmup_steps.
 """
 
+import guard
+
+guard.watch(__name__)  # before the heavy imports
+
 import math
 import time
 from functools import partial
@@ -16,7 +20,6 @@ import card
 import checkpoint
 import fsdp
 import generate
-import guard
 import log
 import lora
 import losses

@@ -356,8 +356,8 @@ def test_a_checkpoint_is_not_written_twice(monkeypatch):
     """Where a signal comes in a step that saves anyway."""
     said, code = [], []
     monkeypatch.setattr(guard, 'stop_asked', lambda: guard.SAVED)
-    monkeypatch.setattr(guard.checkpoint, 'wait', lambda: said.append('wait'))
-    monkeypatch.setattr(guard.fsdp, 'leave', code.append)
+    monkeypatch.setattr(checkpoint, 'wait', lambda: said.append('wait'))
+    monkeypatch.setattr(fsdp, 'leave', code.append)
     guard.boundary(lambda: said.append('save'), lambda: said.append('close'), saved=True)
     guard.boundary(lambda: said.append('save'), lambda: said.append('close'))
     assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
