@@ -180,6 +180,7 @@ train = train if spec.paired else train.keep(frac_good, frac_bad, seed)
 total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
 log.say_too_long(train.lengths, max_tokens)
+guard.check_room(config, policy, policy.response_logps, train, total, pack, [ref])
 
 # ---- one step ----
 
@@ -381,7 +382,7 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(tr
     clock = time.time() if any(due) else clock
 evaluate(total)
 guard.boundary(partial(save, total), logger.close)
-checkpoint.export(policy, tokenizer, build, f'{out_dir}/model')
+guard.export(policy, tokenizer, build, f'{out_dir}/model')
 fsdp.on_one_rank(lambda: card.write(out_dir))
 logger.close()
 guard.end()

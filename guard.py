@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -17,10 +18,11 @@ import time
 from pathlib import Path
 
 from configurator import UserError, main_rank
-from log import check_out_dir, say, sync, writing
+from log import append, check_out_dir, say, sync, writing
 
 SAVED = 75  # exit code after SIGTERM or SIGUSR1: saved, start the same command again (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130  # exit code after Ctrl-C: saved, too
+PAUSE = 20  # seconds between two tries to write what cannot be lost
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 _code = 0  # the exit code that a signal to this process asks for
@@ -217,12 +219,49 @@ def boundary(save, close, saved=False):
     global _stage
     _stage = 'training'
     if code := stop_asked():
-        if not saved:
-            save()
-        checkpoint.wait()
+
+        def write():
+            nonlocal saved
+            if not saved:
+                save()
+            saved = False  # where it fails, the next try begins anew
+            checkpoint.wait()
+
+        until_written(write)
         close()
         say('saved: the same command continues from here')
         fsdp.leave(code)
+
+
+def until_written(write):
+    """write(), on all ranks together, again and again while it fails: what was trained is in this process alone.
+
+    A signal that comes while it waits asks for one last try; then the UserError is raised."""
+    told, given_up, code = False, False, stop_asked()
+    while True:
+        try:
+            return write()
+        except UserError as error:
+            if given_up:
+                raise UserError(f'{error}. Given up: what was trained since the last checkpoint is lost') from None
+            if not told:
+                say(f'warning: {error}. What was trained is kept in memory: make room, or mend what else is wrong; it is '
+                    f'tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up')  # fmt: skip
+            told = True
+        for _second in range(PAUSE):
+            time.sleep(1)
+            given_up = stop_asked() > code
+            if given_up:
+                break
+
+
+def export(model, tokenizer, build, folder):
+    """checkpoint.export, until it has succeeded. On all ranks together."""
+    import checkpoint
+
+    global _stage
+    _stage = 'exporting'
+    until_written(lambda: checkpoint.export(model, tokenizer, build, folder))
 
 
 def end():
@@ -264,19 +303,21 @@ def bad_step(out_dir, state, allowed, first, index, uid, norm, columns):
     file = Path(out_dir) / 'bad_step.jsonl'
 
     def write():
-        with writing(file), open(file, 'a') as stream:
-            for i in places:
-                row = {
-                    'examples': first + len(index),
-                    'what': what,
-                    'place': i,
-                    'index': int(index[i]),
-                    'uid': int(uid[i]),
-                }
-                row |= {name: values[i].item() for name, values in columns.items()} | {'grad_norm': norm}
-                row = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
-                stream.write(json.dumps(row) + '\n')
-        sync(file)
+        lines = []
+        for i in places:
+            row = {
+                'examples': first + len(index),
+                'what': what,
+                'place': i,
+                'index': int(index[i]),
+                'uid': int(uid[i]),
+            }
+            row |= {name: values[i].item() for name, values in columns.items()} | {'grad_norm': norm}
+            row = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
+            lines.append(json.dumps(row) + '\n')
+        append(file, ''.join(lines))
+        with contextlib.suppress(OSError):  # it has been said
+            sync(file)
 
     fsdp.on_one_rank(write)
     state['bad_steps'] += 1
@@ -286,6 +327,136 @@ def bad_step(out_dir, state, allowed, first, index, uid, norm, columns):
         count = f' ({allowed} such steps were skipped before)' if allowed else ''
         raise UserError(f'{where}{count}; {those}: look at them, lower the learning rate, or allow --skip_bad_steps')
     say(f'warning: {where}: skipped, {state["bad_steps"]} of {allowed} allowed; {those}')
+
+
+def check_room(config, policy, forward, train, total, packed, others=()):
+    """Before the first step: refuse a disk that cannot hold what the run will leave, and say on a CPU what memory it takes.
+
+    config: the script's options; forward(batch) -> a tensor, the pass of the policy that trains; train: the Examples; total:
+    how many of them; others: more models in memory, or None. On all ranks together. Raises UserError."""
+    import torch
+
+    import fsdp
+
+    sizes = _sizes(policy, config['optimizer'])
+    fsdp.on_one_rank(lambda: _check_disk(config, sizes, total))
+    if not torch.cuda.is_available():
+        others = [m for m in others if m is not None and m is not policy]
+        state = sizes['state'] + sum(p.numel() * p.element_size() for m in others for p in m.parameters())
+        _check_memory(config, policy, forward, train, packed, state)
+
+
+def _sizes(policy, optimizer):
+    """Bytes of the exported model, of a checkpoint, and of weights, gradients and optimizer in memory, all ranks together."""
+    moments = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}[optimizer]
+    named = list(policy.named_parameters())
+    # ppo's value head or critic is in checkpoints, but not in the model that it leaves
+    left = [p for name, p in named if not {'critic', 'value_head'} & set(name.split('.'))]
+    trained = sum(p.numel() for _, p in named if p.requires_grad)
+    frozen = sum(p.numel() * p.element_size() for _, p in named if not p.requires_grad)
+    return {
+        'model': 4 * sum(p.numel() for p in left),
+        'checkpoint': 4 * trained * (1 + moments),
+        'state': 4 * trained * (2 + moments) + frozen,
+    }
+
+
+def _check_disk(config, sizes, total):
+    """Raise UserError where the disk of out_dir has no room for the model, and for the checkpoints that will be kept."""
+    out_dir, every = config['out_dir'], config['save_every']
+    # one more than are kept, since an old one goes when the new one is complete
+    count = min(config['keep_last'] + 1, (total - 1) // every) if every else 0
+    there = len([f for f in Path(out_dir).glob('checkpoints/*') if f.name.isdigit()])
+    more = max(0, count - there)
+    need, free = sizes['model'] + more * sizes['checkpoint'], shutil.disk_usage(out_dir).free
+    if need > free:
+        what = f'the model takes {_size(sizes["model"])}'
+        if more:
+            what += f', and {more} checkpoints take {_size(sizes["checkpoint"])} each'
+        raise UserError(
+            f'{out_dir} lies on a disk with {_size(free)} free: {what}; make room, or choose another --out_dir'
+        )
+
+
+def _check_memory(config, policy, forward, train, packed, state):
+    """Say what the largest microbatch takes, and warn where the machine has less. state: bytes of what stays."""
+    import torch.distributed as dist
+
+    per_token = bytes_saved(policy, forward, train, packed)
+    tokens = max(config['max_tokens'], int(train.lengths.max()))
+    # where whole steps are smaller: no more than their longest examples
+    ranks, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if packed and 'minibatch_size' not in config:
+        longest = sorted(train.lengths)[-config['batch_size'] :]
+        most = int(sum(longest)) * (1 if config.get('share_prefix', True) else 2)
+        tokens = min(tokens, max(int(longest[-1]), most // ranks))
+    state, activations, has = state / ranks * here, per_token * tokens * here, machine_memory()
+    text = f'a microbatch of up to {tokens:,} tokens takes about {_size(activations)}, weights, gradients and optimizer {_size(state)}'
+    text += f', of the {_size(has)} of this machine' if has else ''
+    if not has or state + activations <= has:
+        return say(f'memory: {text}')
+    fits = int((has - state) / (per_token * here))
+    advice = f'lower --max_tokens to {fits:,}, which changes no result, or try --activation_checkpointing'
+    if fits < train.lengths.max():
+        advice = 'try --activation_checkpointing, shorter examples (--max_length), --lora_rank, or a smaller model'
+    say(f'warning: memory: {text}: the system may kill this process; {advice}')
+
+
+def bytes_saved(policy, forward, train, packed):
+    """Bytes that one token's forward keeps for backward, from a forward of one example of ordinary length."""
+    import torch
+
+    import fsdp
+    from data import pack
+
+    middle = sorted(range(len(train)), key=lambda i: train.lengths[i])[len(train) // 2]
+    batch = pack([train[middle]], [0], pad=not packed)
+    own, kept = set(), {}
+
+    def storage_of(tensor):
+        # tensor parallelism: this rank's part
+        return (tensor.to_local() if hasattr(tensor, 'to_local') else tensor).untyped_storage()
+
+    def note(tensor):
+        storage = storage_of(tensor)
+        if storage.data_ptr() not in own:
+            # the tensor goes along: while it lives, nothing else gets its address
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    # a draw of the adapters' dropout would change what training draws
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy):
+        own |= {storage_of(p).data_ptr() for p in policy.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            forward(batch)
+    return sum(size for size, _ in kept.values()) / batch.ids.numel()
+
+
+def machine_memory():
+    """Bytes of memory of this machine, or of the control group of this process where that has less; None: not known."""
+    try:
+        limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+    except (ValueError, OSError):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path('/proc/self/cgroup').read_text().splitlines():
+            _, controllers, path = line.split(':', 2)
+            # version 2 has one tree for everything, version 1 one for memory
+            root, name = Path('/sys/fs/cgroup'), 'memory.max'
+            if controllers and 'memory' not in controllers.split(','):
+                continue
+            if controllers:
+                root, name = root / 'memory', 'memory.limit_in_bytes'
+            # a group has no more than any that it lies in; a container may see its own as the root
+            for folder in (root / path.lstrip('/'), *(root / path.lstrip('/')).parents):
+                with contextlib.suppress(OSError, ValueError):
+                    limits.append(int((folder / name).read_text()))
+    return min(limits)
+
+
+def _size(number):
+    """Bytes for people: 1.2 GB."""
+    return f'{number / 1e9:.1f} GB' if number >= 1e9 else f'{number / 1e6:.1f} MB'
 
 
 def out_of_memory(error):

@@ -209,6 +209,7 @@ if reward_model not in (None, 'gold'):
         raise UserError(f'the reward model {reward_model} reads other tokens than the model {model} writes')
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix, pad=not pack,
               device=device)  # fmt: skip
+guard.check_room(config, policy, policy.token_logps, train, total, pack, [ref, judge])
 
 # ---- a round of answers ----
 
@@ -460,7 +461,7 @@ evaluate(total)
 guard.boundary(partial(save, total), logger.close)
 checkpoint.wait()
 drop_value_head(policy)
-checkpoint.export(policy, tokenizer, build_policy, f'{out_dir}/model')
+guard.export(policy, tokenizer, build_policy, f'{out_dir}/model')
 fsdp.on_one_rank(lambda: card.write(out_dir))
 logger.close()
 guard.end()

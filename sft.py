@@ -133,6 +133,7 @@ if sample_during_eval:
     check_positions(policy, held_out.longest_prompt() + max_new_tokens, 'samples')
 pack = can_pack(policy, *pack_probe(train, device), log.say, wanted=pack and attn is None)
 set_attention(policy, pack, attn)
+guard.check_room(config, policy, policy.response_logps, train, total, pack)
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, pad=not pack, device=device)
 
 # ---- one step ----
@@ -235,7 +236,7 @@ for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train,
     clock = time.time() if any(due) else clock
 evaluate(total)
 guard.boundary(partial(save, total), logger.close)
-checkpoint.export(policy, tokenizer, build, f'{out_dir}/model')
+guard.export(policy, tokenizer, build, f'{out_dir}/model')
 fsdp.on_one_rank(lambda: card.write(out_dir))
 logger.close()
 guard.end()
