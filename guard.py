@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from configurator import UserError, main_rank
-from log import append, check_out_dir, say, sync, writing
+from log import append, append_kept, check_out_dir, say, sync, writing
 
 SAVED = 75  # exit code after SIGTERM or SIGUSR1: saved, start the same command again (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130  # exit code after Ctrl-C: saved, too
@@ -256,12 +256,18 @@ def until_written(write):
 
 
 def export(model, tokenizer, build, folder):
-    """checkpoint.export, until it has succeeded. On all ranks together."""
+    """checkpoint.export, and rows that wait for room, until they have succeeded. On all ranks together."""
     import checkpoint
+    import fsdp
 
     global _stage
     _stage = 'exporting'
-    until_written(lambda: checkpoint.export(model, tokenizer, build, folder))
+
+    def write():
+        fsdp.on_one_rank(append_kept)
+        checkpoint.export(model, tokenizer, build, folder)
+
+    until_written(write)
 
 
 def end():
@@ -382,7 +388,17 @@ def _check_memory(config, policy, forward, train, packed, state):
     """Say what the largest microbatch takes, and warn where the machine has less. state: bytes of what stays."""
     import torch.distributed as dist
 
+    from model import blocks
+
     per_token = bytes_saved(policy, forward, train, packed)
+    if config['activation_checkpointing']:
+        # a block's activations are there while backward is in it
+        layers = blocks(policy)
+        for block in layers:
+            block.training = False
+        per_token += bytes_saved(policy, forward, train, packed) / len(layers)
+        for block in layers:
+            block.training = True
     tokens = max(config['max_tokens'], int(train.lengths.max()))
     # where whole steps are smaller: no more than their longest examples
     ranks, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -424,8 +440,10 @@ def bytes_saved(policy, forward, train, packed):
             kept[storage.data_ptr()] = storage.nbytes(), tensor
         return tensor
 
+    # compiling for this one forward would take minutes
+    eager = torch.compiler.set_stance('force_eager')
     # a draw of the adapters' dropout would change what training draws
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy), eager:
         own |= {storage_of(p).data_ptr() for p in policy.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             forward(batch)

@@ -61,11 +61,11 @@ def append(path, text):
 
 
 def append_kept():
-    """Append what could not be written until now, at the end of a run; say what is lost."""
+    """Append what could not be written until now. Raises UserError where it still cannot, and goes on keeping it."""
     for path in list(_kept):
         append(path, '')
-        if rest := _kept.pop(path, b''):
-            say(f'warning: cannot write {path}: {rest.count(bytes([10]))} rows at its end are lost')
+        if path in _kept:
+            raise UserError(f'cannot write {path}: {_kept[path].count(bytes([10]))} rows wait for room')
 
 
 def sync(path):
@@ -220,7 +220,11 @@ class Log:
     def close(self):
         if main_rank():
             self.bar.close()
-            append_kept()
+            try:
+                append_kept()
+            except UserError as error:
+                say(f'warning: {error}, and are lost')
+                _kept.clear()
             while self.closers:  # the process ends without the clean-up that would flush them
                 self.closers.pop()()
 
