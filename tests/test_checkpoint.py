@@ -373,16 +373,19 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, whole, script):
         run(tmp_path / 'other', '--max_tokens=9', script=script)
 
 
+# script, options, what fails there, and what is said
 PLACES = {
-    'the step-0 check': ('dpo.py', [], 'model.response_logps', 'no step', 'lower max_length'),
-    'sharding': ('sft.py', [], 'fsdp.set_attention', '', 'a model does not fit'),
-    'can_pack': ('reward.py', [], 'load.core', '', 'the two examples that try the model out'),
-    'the cache': ('dpo.py', ['--cache_ref'], 'reference.adapters_off', '', 'lower max_tokens'),
-    'sampling': ('sft.py', ['--sample_during_eval'], 'generate.generate', '', 'lower n_eval_model_samples'),
-    "ppo's sampling": ('ppo.py', ['--reward_model=gold', '--minibatch_size=12'], 'generate.generate', '', 'lower sample_batch'),
-    'bench': ('bench.py', [], 'fsdp.update', '', 'lower batch_size or max_tokens'),
-    'sample': ('sample.py', [], 'generate.generate', '', 'a smaller --batch_size'),
-    'prefetch': ('sft.py', [], 'data.pack', '', 'lower max_tokens'),
+    'the step-0 check': ('dpo.py', [], 'fsdp.gather_columns', 'lower max_tokens'),
+    'sharding': ('sft.py', [], 'fsdp.set_attention', 'a model does not fit'),
+    'can_pack': ('reward.py', [], 'load.set_attention', 'the two examples that try the model out'),
+    'the cache': ('dpo.py', ['--cache_ref'], 'reference.adapters_off', 'lower max_tokens'),
+    'sampling': ('sft.py', ['--sample_during_eval'], 'generate.generate', 'lower n_eval_model_samples'),
+    "ppo's sampling": ('ppo.py', ['--reward_model=gold', '--minibatch_size=12'], 'generate.generate', 'lower sample_batch'),
+    "ppo's log-probs": ('ppo.py', ['--reward_model=gold', '--minibatch_size=12'], 'model.hidden_states', 'lower max_tokens'),
+    'prefetch': ('sft.py', [], 'data.pack', 'lower max_tokens'),
+    'bench': ('bench.py', ['--model=toy', '--vocabulary=40', '--batch_size=2', '--n_steps=1', '--variants=head'], 'fsdp.update',
+              'lower batch_size or max_tokens'),
+    'sample': ('sample.py', ['--n_examples=2', '--max_new_tokens=8'], 'generate.generate', 'a smaller --batch_size'),
 }  # fmt: skip
 
 
@@ -390,7 +393,7 @@ PLACES = {
 @pytest.mark.parametrize('where', ['the GPU', 'this machine'])
 def test_out_of_memory_anywhere(tmp_path, monkeypatch, whole, place, where):
     """On the GPU, and where the CPU's allocator fails: a sentence with what to lower, whoever was at work."""
-    script, flags, target, _, words = PLACES[place]
+    script, flags, target, words = PLACES[place]
     errors = {
         'the GPU': torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'),
         'this machine': RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000 bytes."),
@@ -401,19 +404,15 @@ def test_out_of_memory_anywhere(tmp_path, monkeypatch, whole, place, where):
 
     module, _, name = target.partition('.')
     module = importlib.import_module(module)
-    if place == 'the step-0 check':
-        monkeypatch.setattr(losses, 'dpo', (module := losses).dpo)
-        name = 'dpo'
-    if place == 'prefetch':
-        # the probes of a start are packed before
+    if place in ('prefetch', "ppo's log-probs"):
+        # the set-up calls it as well
         monkeypatch.setattr(guard, 'check_room', lambda *_: monkeypatch.setattr(module, name, full))
     else:
         monkeypatch.setattr(module, name, full)
     with pytest.raises(UserError, match=f'{where} is out of memory: .*{words}') as info:
         if script in ('bench.py', 'sample.py'):
-            small = {'bench.py': ['--model=toy', '--batch_size=2', '--n_steps=1', '--variants=head'],
-                     'sample.py': ['--n_examples=2', f'--out_dir={tmp_path}/run']}  # fmt: skip
-            monkeypatch.setattr(sys, 'argv', [script, *small[script]])
+            out = [f'--out_dir={tmp_path}/run'] if script == 'sample.py' else []
+            monkeypatch.setattr(sys, 'argv', [script, *flags, *out])
             runpy.run_path(str(ROOT / script), run_name='script')
         else:
             run(tmp_path / 'run', *flags, script=script)
@@ -436,21 +435,18 @@ def test_out_of_memory_nobody_thought_of():
 
 @pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py', 'ppo.py'])
 def test_memory_is_said_and_warned_of(tmp_path, monkeypatch, whole, capsys, script):
-    flags = ['--n_examples=12', '--reward_model=gold', '--minibatch_size=12'][: 3 if script == 'ppo.py' else 1]
-    flags = [flag for flag in FLAGS if not flag.startswith('--n_examples')] and flags
+    flags = ['--max_tokens=600', *(['--reward_model=gold', '--minibatch_size=12'] if script == 'ppo.py' else [])]
     monkeypatch.setattr(guard, 'machine_memory', lambda: 50_000_000)
-    run(tmp_path / 'much', '--max_tokens=400', *flags, script=script)
-    assert re.search(
-        r'^memory: a microbatch of up to 400 tokens takes about \d\.\d MB, .* of the 50.0 MB',
-        capsys.readouterr().out,
-        re.M,
+    run(tmp_path / 'much', *flags, script=script)
+    said = (
+        r'a microbatch of up to (\d+) tokens takes about \d\.\d MB, weights, gradients and optimizer \d\.\d MB, of the'
     )
-    monkeypatch.setattr(guard, 'machine_memory', lambda: 6_000_000)
-    run(tmp_path / 'little', '--max_tokens=800', *flags, script=script)
-    said = re.search(
-        r'^warning: memory: .* 800 tokens .*: lower --max_tokens to (\d+), which', capsys.readouterr().out, re.M
-    )
-    assert said and 60 < int(said[1]) < 800
+    assert re.search(f'^memory: {said} 50.0 MB of this machine$', capsys.readouterr().out, re.M)
+    monkeypatch.setattr(guard, 'machine_memory', lambda: 4_500_000)
+    run(tmp_path / 'little', *flags, script=script)
+    text = capsys.readouterr().out
+    found = re.search(f'^warning: memory: {said} 4.5 MB .*; lower --max_tokens to (\\d+), which', text, re.M)
+    assert found and 60 < int(found[2]) < int(found[1]) <= 600, text
 
 
 def test_bytes_saved_are_what_autograd_holds(whole):
