@@ -10,6 +10,10 @@ original DPO code: both answers with their prompts, padded, logits at every posi
 trl, trl_fastest and trl_cuda are TRL's own trainer (runs/trl_steps.py). Padded batches go through in microbatches of 8 pairs.
 """
 
+import guard
+
+guard.watch(__name__)  # before the heavy imports
+
 import json
 import math
 import resource
@@ -184,6 +188,7 @@ class Variant:
             answers |= {'pi': self.logps(self.policy, batch)} | ({} if ref is None else {'ref': ref})
         return {f'{k}_{side}': v[i::2] for k, v in answers.items() for i, side in enumerate('wl')}
 
+    @guard.memory_for('all variants are in memory together; lower batch_size or max_tokens, or name fewer --variants')
     def step(self, examples, index):
         """One optimizer step. The time of a cached reference's pass is kept apart: later epochs and runs do not pay it."""
         batches, *_ = self.batches(examples, index)

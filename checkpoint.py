@@ -402,7 +402,13 @@ def export(model, tokenizer, build, folder, card=None):
         _move(temporary, Path(folder))
 
     def guarded():
-        with writing(folder):
-            write()
+        try:
+            with writing(folder):
+                write()
+        except UserError:
+            # what is half written would take the room that the next try needs
+            for name in (Path(folder).name, 'adapter'):
+                shutil.rmtree(Path(folder).with_name(f'{name}.tmp'), ignore_errors=True)
+            raise
 
     on_one_rank(guarded)

@@ -52,6 +52,10 @@ class UserError(ValueError):
 
 def _excepthook(kind, error, trace):
     if not issubclass(kind, UserError):
+        import guard
+
+        error = guard.explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
+    if not isinstance(error, UserError):
         return sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
     if main_rank() or hasattr(error, 'of_this_rank'):  # mostly every rank raises the same error; one says it

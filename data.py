@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+import guard
 from examples import Examples
 
 # ---- which examples, when ----
@@ -210,7 +211,7 @@ def prefetch(iterator, depth=2):
     while True:
         item, error = items.get()
         if error is not None:
-            raise error
+            raise guard.explained(error, 'the next batches do not fit beside this one; lower max_tokens')
         if item is None:
             return
         yield item

@@ -8,6 +8,10 @@ statistic, if the loss has one -> loss and weight of every example -> one gradie
 It is the same on any number of ranks and microbatches. Counts are in examples, but for warmup_steps.
 """
 
+import guard
+
+guard.watch(__name__)  # before the heavy imports
+
 import math
 import time
 from functools import partial
@@ -19,7 +23,6 @@ import card
 import checkpoint
 import fsdp
 import generate
-import guard
 import log
 import lora
 import losses
@@ -184,6 +187,7 @@ if loss == 'kto' and len(set(train.prompts)) == 1:
 total = min(n_epochs * len(train), n_examples or math.inf)
 log.say(f'data: {len(train)} training and {len(held_out)} evaluation examples; left out or changed: {train.changes()}')
 log.say_too_long(train.lengths, max_tokens)
+guard.check_room(config, policy, policy.response_logps, train, total, pack, [ref])
 
 # ---- one step ----
 
@@ -313,7 +317,7 @@ def sample(examples_seen):
         return {}
     own = Examples.of([(prompts[i], [answer]) for name, i, answer in answers if name == 'policy'])
     batches, *_ = cut(own, np.arange(len(own)))
-    with torch.no_grad():
+    with torch.no_grad(), guard.memory(batches, max_tokens):
         parts = [answer_columns(batch) for batch in batches]
     whole = gather(parts, batches, len(own))
     gap = whole['pi'] - whole['ref']
@@ -337,7 +341,9 @@ logger = log.Log(out_dir, total, start, log_every, wandb, tensorboard, state['ev
 logger.say(f'{"resuming" if start else "training"} {loss} on {world} ranks: {total} examples, {batch_size} a step')
 if not start:
     _, first_index = next(steps(len(train), batch_size, total, seed))
-    before, _ = run_step(*prepare(train, 0, first_index)[0], state, training=False)
+    first_step = prepare(train, 0, first_index)[0]
+    with guard.memory(first_step[2], max_tokens):
+        before, _ = run_step(*first_step, state, training=False)
     check = spec.summary(before, 'train')
     rewards = [check.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected')]  # kto: a step may lack one
     logger.say(
@@ -385,7 +391,7 @@ for step, tokens, allocated in prefetch(prepare(train, *s) for s in steps(len(tr
     clock = time.time() if any(due) else clock
 evaluate(total)
 guard.boundary(partial(save, total), logger.close)
-checkpoint.export(policy, tokenizer, build, f'{out_dir}/model', partial(card.write, out_dir))
+guard.export(policy, tokenizer, build, f'{out_dir}/model', partial(card.write, out_dir))
 logger.close()
 guard.end()
 log.say(f'done: {out_dir}/model')

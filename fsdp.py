@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.rendezvous import rendezvous
 
+import guard
 from configurator import UserError
 from data import pack
 from log import say
@@ -168,6 +169,7 @@ def largest(numbers):
 # ---- models ----
 
 
+@guard.memory_for('a model does not fit; try --dtype=bfloat16, --cpu_offload or more GPUs, or a smaller one')
 def shard(build, device, *, dtype='float32', train=True, compile=False, activation_checkpointing=False, cpu_offload=False,
           device_map=None):  # fmt: skip
     """A sharded model on every rank, with the weights that build(empty=False) read on rank 0 alone.

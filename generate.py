@@ -11,11 +11,12 @@ import fsdp
 import guard
 from configurator import UserError
 from examples import splitmix64
-from log import writing
+from log import append
 from lora import adapters_off
 from model import core, padded_attention
 
 
+@guard.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
 def sample(models, tokenizer, prompts, *, rank, world, seed, **settings):
     """One answer of every model (name -> sharded model) to every prompt, the work shared among the ranks.
 
@@ -33,11 +34,12 @@ def sample(models, tokenizer, prompts, *, rank, world, seed, **settings):
 
 def write(file, tokenizer, prompts, answers, examples_seen):
     """Append the answers of sample to a samples.jsonl."""
-    with writing(file), open(file, 'a') as stream:
-        for name, i, answer in answers:
-            row = {'examples': examples_seen, 'generator': name, 'sample': i}
-            row |= {'prompt': tokenizer.decode(prompts[i]), 'response': tokenizer.decode(answer)}
-            stream.write(json.dumps(row) + '\n')
+    lines = []
+    for name, i, answer in answers:
+        row = {'examples': examples_seen, 'generator': name, 'sample': i}
+        row |= {'prompt': tokenizer.decode(prompts[i]), 'response': tokenizer.decode(answer)}
+        lines.append(json.dumps(row) + '\n')
+    append(file, ''.join(lines))
 
 
 class _Draw(transformers.LogitsProcessor):

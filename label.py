@@ -14,10 +14,13 @@ An endpoint sees every pair in both orders; the preference is the mean of its tw
 tie, and null unless both are clear. Equal answers are a tie without a judge. The key is NANOPREF_API_KEY, or OPENAI_API_KEY.
 """
 
+import guard
+
+guard.watch(__name__)  # before the heavy imports
+
 import contextlib
 import itertools
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -250,6 +253,8 @@ file, verdicts = pairs.open_verdicts(out_dir)
 if verdicts:
     log.say(f'{len(verdicts)} verdicts are in {out_dir} already')
 todo = [key for key in wanted if key not in verdicts]
+# the requests under way are given up
+guard.on_stop(lambda: f'{len(verdicts)} of {len(wanted)} verdicts are in {out_dir}; the same command goes on there')
 slow = 0.5 if sys.stderr.isatty() else 20
 bar = tqdm(total=len(wanted), initial=len(verdicts), unit=' verdicts', mininterval=slow, dynamic_ncols=True)
 try:
@@ -261,9 +266,6 @@ try:
             pairs.append(file, row, sync=endpoint is not None or len(verdicts) % 64 == 63)
             verdicts[row['pair'], row['order']] = row
         bar.update(row is not None)
-except KeyboardInterrupt:
-    log.say(f'stopped: {len(verdicts)} of {len(wanted)} verdicts are in {out_dir}; the same command goes on there')
-    os._exit(130)  # the requests under way are given up
 finally:
     bar.close()
     with contextlib.suppress(OSError):  # a full disk has been said already

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
+import guard
 import lora
 from configurator import UserError, main_rank
 from log import say
@@ -513,6 +514,7 @@ def packing_error(model, batch, padded):
     return _packing(model, batch, padded)[0]
 
 
+@guard.memory_for('the two examples that try the model out do not fit; lower max_length, or try --dtype=bfloat16')
 @torch.no_grad()
 def _packing(model, batch, padded):
     """(packing_error, why packing is not possible if that is too large).
@@ -535,10 +537,8 @@ def _packing(model, batch, padded):
         filler = config.get_text_config().pad_token_id if scoring else 0
         ids = padded.ids.masked_fill(padded.mask == 0, filler)
         logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever an architecture raises that does not know what it was given
-        if batch.groups and _is_ours(error):
+        if guard.out_of_memory(error) or (batch.groups and _is_ours(error)):
             raise
         if batch.groups:
             return math.inf, _first_line(error)

@@ -1,6 +1,7 @@
 """Where a run leaves its traces: out_dir/config.json, metrics.jsonl, the screen, and wandb or tensorboard if asked."""
 
 import contextlib
+import errno
 import importlib
 import json
 import math
@@ -8,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -36,8 +38,45 @@ def writing(path):
         raise UserError(f'cannot write {path}: {" ".join(str(error).split())[:200]}') from None
 
 
+_kept = {}  # path -> bytes that could not be appended to it yet
+_one_at_a_time = threading.RLock()  # checkpoints are written in a thread
+
+
+def append(path, text):
+    """Append whole lines to a file. Where that fails, on a full disk, say so once, keep them, and append them with the next.
+
+    What a run has learnt is worth more than its rows: these alone must not end it."""
+    path = Path(path)
+    with _one_at_a_time:
+        before = _kept.pop(path, b'')
+        rest = before + text.encode()
+        try:
+            # without a buffer, so that what a write has taken is known
+            with open(path, 'ab', buffering=0) as file:
+                while rest:
+                    rest = rest[file.write(rest) :]
+        except OSError as error:
+            _kept[path] = rest
+            if not before:
+                say(
+                    f'warning: cannot write {path}: {error.strerror}: its rows are kept in memory until they can be written'
+                )
+
+
+def append_kept():
+    """Append what could not be written until now. Raises UserError where it still cannot, and goes on keeping it."""
+    for path in list(_kept):
+        append(path, '')
+        if path in _kept:
+            raise UserError(f'cannot write {path}: {_kept[path].count(bytes([10]))} rows wait for room')
+
+
 def sync(path):
     """Have a file, or the names in a folder, brought to the disk, so that it survives a machine that loses power."""
+    if Path(path) in _kept:
+        append(path, '')
+        if Path(path) in _kept:
+            raise OSError(errno.ENOSPC, f'{Path(path).name} cannot be written')
     if Path(path).exists():
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -194,7 +233,7 @@ class Log:
         last = {'eval': evaluated}
         _cut(self.path, lambda row: start and row['counters/examples'] <= last.get(row['split'], start))
         with writing(self.path):
-            self.file = self.path.open('a')
+            self.path.touch()
         slow = 0.5 if sys.stderr.isatty() else 20
         self.bar = tqdm(total=total, initial=start, unit='ex', mininterval=slow, dynamic_ncols=True)
         if wandb:
@@ -239,9 +278,7 @@ class Log:
             return
         metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}  # json knows no others; see bad_step.jsonl
         row = {'split': split, 'counters/examples': examples, **metrics}
-        with writing(self.path):
-            self.file.write(json.dumps(row) + '\n')
-            self.file.flush()
+        append(self.path, json.dumps(row) + '\n')
         for name, sink in list(self.sinks.items()):
             self._attempt(name, sink, row)
         self.bar.update(examples - self.bar.n)
@@ -273,6 +310,11 @@ class Log:
     def close(self):
         if main_rank():
             self.bar.close()
+            try:
+                append_kept()
+            except UserError as error:
+                say(f'warning: {error}, and are lost')
+                _kept.clear()
             while self.closers:  # the process ends without the clean-up that would flush them
                 self._attempt(*self.closers.popitem())
 

@@ -8,6 +8,10 @@ options in which the runs differ. The last panel needs evaluations with --sample
 reward is known, or ppo.py's metric gold/eval, which is drawn without an error.
 """
 
+import guard
+
+guard.watch(__name__)  # before the heavy imports
+
 import json
 import statistics
 import sys

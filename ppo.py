@@ -17,6 +17,10 @@ Where this departs from papers and other code:
 * GRPO is a mean over tokens, as in HALOs and DAPO; with --per_answer over answers of their token means, as in its paper.
 """
 
+import guard
+
+guard.watch(__name__)  # before the heavy imports
+
 import math
 import time
 from functools import partial
@@ -28,7 +32,6 @@ import card
 import checkpoint
 import fsdp
 import generate
-import guard
 import log
 import lora
 import losses
@@ -221,6 +224,7 @@ if reward_model not in (None, 'gold'):
     check_same_tokens(tokenizer, judge_tokenizer, f'the reward model {reward_model}', model)
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix, pad=not pack,
               device=device)  # fmt: skip
+guard.check_room(config, policy, policy.token_logps, train, total, pack, [ref, judge])
 
 # ---- a round of answers ----
 
@@ -229,7 +233,7 @@ def sample(prompts, seeds):
     """Answers of the policy, sampled from their own seeds, the work shared among the ranks: all ids that came, an end among them."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[rank::world]  # of similar length, side by side
     rows = []
-    with fsdp.unsharded(policy):
+    with fsdp.unsharded(policy), guard.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
         for part in (order[i : i + sample_batch] for i in range(0, len(order), sample_batch)):
             asked, keys = [prompts[i] for i in part], [seeds[i] for i in part]
             found = generate.generate(policy, tokenizer, asked, keys, max_new_tokens=max_new_tokens, keep_end=True)
@@ -257,8 +261,9 @@ def columns(m, examples, start, names):
     that is named."""
     n, parts, places = examples.spans.shape[1] - 1, [], []
     index = np.arange(len(examples))
-    for batch in cut(examples, index)[0]:
-        with torch.no_grad():
+    batches, *_ = cut(examples, index)
+    for batch in batches:
+        with torch.no_grad(), guard.memory(batches, max_tokens):
             parts.append(m.token_logps(batch, len(names) > 1))
         places += token_places(batch, index, start, n).tolist()
     joined = dict(zip(names, torch.cat(parts, 1), strict=False))
@@ -474,7 +479,7 @@ evaluate(total)
 guard.boundary(partial(save, total), logger.close)
 checkpoint.wait()
 drop_value_head(policy)
-checkpoint.export(policy, tokenizer, build_policy, f'{out_dir}/model', partial(card.write, out_dir))
+guard.export(policy, tokenizer, build_policy, f'{out_dir}/model', partial(card.write, out_dir))
 logger.close()
 guard.end()
 log.say(f'done: {out_dir}/model')

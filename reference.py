@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import fsdp
+import guard
 from configurator import main_rank
 from log import say
 from lora import adapters_off
@@ -45,6 +46,7 @@ def _key(model, examples, dtype):
     return digest.hexdigest()
 
 
+@guard.memory_for('the pass that caches the reference takes microbatches of 4 x max_tokens; lower max_tokens')
 @torch.no_grad()
 def _compute(model, examples, cut):
     answers = examples.spans.shape[1] - 1

@@ -8,6 +8,10 @@ a `margin`, the chosen score should be higher by that much. The result is a fold
 AutoModelForSequenceClassification reads. Counts are in examples, but for warmup_steps.
 """
 
+import guard
+
+guard.watch(__name__)  # before the heavy imports
+
 import math
 import time
 from functools import partial
@@ -17,7 +21,6 @@ import torch
 import card
 import checkpoint
 import fsdp
-import guard
 import log
 import lora
 import losses
@@ -117,6 +120,7 @@ optim = fsdp.make_optimizer(optimizer, policy, lr, weight_decay)
 check_positions(policy, max(train.longest(), held_out.longest()), 'the examples')
 pack = can_pack(policy, *pack_probe(train, device), log.say, wanted=pack and attn is None)
 set_attention(policy, pack, attn)
+guard.check_room(config, policy, policy.response_scores, train, total, pack)
 cut = partial(
     microbatches, rank=rank, world=world, max_tokens=max_tokens, share_prefix=share_prefix, pad=not pack, device=device
 )
@@ -222,7 +226,7 @@ for first, index, batches, margin, tokens, allocated in prefetch(prepare(train, 
     clock = time.time() if any(due) else clock
 evaluate(total)
 guard.boundary(partial(save, total), logger.close)
-checkpoint.export(policy, tokenizer, partial(build, quiet=True), f'{out_dir}/model', partial(card.write, out_dir))
+guard.export(policy, tokenizer, partial(build, quiet=True), f'{out_dir}/model', partial(card.write, out_dir))
 logger.close()
 guard.end()
 log.say(f'done: {out_dir}/model')

@@ -9,6 +9,10 @@ before they are dealt out. So the answers do not depend on the number of ranks, 
 command continues it. Another batch_size changes rounding alone.
 """
 
+import guard
+
+guard.watch(__name__)  # before the heavy imports
+
 import math
 import sys
 import time
@@ -17,7 +21,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import fsdp
@@ -180,13 +183,9 @@ def generate_all():
     for batch in [batch for batch in plan(ids) if not done.issuperset(batch)][rank::world]:
         common = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': temperatures[batch[0][1] // n]}
         rows = [wanted(*key) for key in batch]  # whole batches, even if a few of their answers are there already
-        try:
+        advice = f'{len(batch)} answers do not fit; run the same command with a smaller --batch_size'
+        with guard.memory_for(f'{advice}; what is answered is kept'):
             answers = generate.generate(net, tokenizer, [ids[i] for i, _ in batch], [r['seed'] for r in rows], **common)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f'{len(batch)} answers do not fit into memory: run the same command with a smaller --batch_size; '
-                'what is answered is kept'
-            ) from None
         for row, answer in zip(rows, answers, strict=True):
             text = tokenizer.decode(answer, skip_special_tokens=True)
             ended = len(answer) < max_new_tokens
@@ -261,6 +260,7 @@ done = set(fsdp.gather_objects(fsdp.on_one_rank(lambda: list(samples.collect(out
 if done:
     log.say(f'{len(done)} answers are in {out_dir} already')
 fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, record))
+guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes on there')
 started, counts, failed = time.time(), Counter(), Counter()
 bar = tqdm(total=(len(keys) - len(done)) // world, unit=' answers', mininterval=0.5 if sys.stderr.isatty() else 20,
            dynamic_ncols=True, disable=not main_rank() or len(done) == len(keys), desc=f'rank 0 of {world}' if world > 1 else None)  # fmt: skip

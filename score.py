@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 import fsdp
+import guard
 from configurator import UserError
 from data import pack, pack_probe, plan, plan_padded
 from examples import Examples
@@ -26,6 +27,7 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     return model, tokenizer
 
 
+@guard.memory_for('answers do not fit beside the reward model; lower max_tokens, which changes no score')
 @torch.no_grad()
 def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
     """Scores (n,), float32, of n answers: equal on every rank, and every rank must call this.

@@ -6,6 +6,10 @@
 The loss of a step is the mean over its answer tokens, on any number of ranks. Counts are in examples, but for warmup_steps.
 """
 
+import guard
+
+guard.watch(__name__)  # before the heavy imports
+
 import math
 import time
 from functools import partial
@@ -16,7 +20,6 @@ import card
 import checkpoint
 import fsdp
 import generate
-import guard
 import log
 import lora
 import losses
@@ -131,6 +134,7 @@ if sample_during_eval:
     check_positions(policy, held_out.longest_prompt() + max_new_tokens, 'samples')
 pack = can_pack(policy, *pack_probe(train, device), log.say, wanted=pack and attn is None)
 set_attention(policy, pack, attn)
+guard.check_room(config, policy, policy.response_logps, train, total, pack)
 cut = partial(microbatches, rank=rank, world=world, max_tokens=max_tokens, pad=not pack, device=device)
 
 # ---- one step ----
@@ -235,7 +239,7 @@ for first, index, (batches, tokens, allocated) in prefetch((first, i, cut(train,
     clock = time.time() if any(due) else clock
 evaluate(total)
 guard.boundary(partial(save, total), logger.close)
-checkpoint.export(policy, tokenizer, build, f'{out_dir}/model', partial(card.write, out_dir))
+guard.export(policy, tokenizer, build, f'{out_dir}/model', partial(card.write, out_dir))
 logger.close()
 guard.end()
 log.say(f'done: {out_dir}/model')

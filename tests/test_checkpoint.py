@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there; what happens to them later, and a full disk, is seen and costs nothing that existed."""
 
+import importlib
 import json
 import os
 import re
@@ -316,32 +317,71 @@ def test_a_save_that_fails_surfaces_at_the_next_step(tmp_path, monkeypatch, whol
 
 
 def test_a_disk_that_is_really_full(tmp_path):
-    """A file system of 3 MB holds one checkpoint of 2 MB, and not two."""
+    """A file system of 3 MB is refused at the start; one of 20 MB is filled after the first checkpoint."""
+    assert '4 checkpoints take 2.0 MB each; make room' in on_a_small_disk(tmp_path, 3, FLAGS, 'true')
+    done = on_a_small_disk(tmp_path, 20, FLAGS, 'until [ -e run/latest ]; do sleep 0.01; done; cat /dev/zero > fill')
+    assert 'error: cannot write the checkpoint' in done and 'No space left on device' in done
+    first = sorted((tmp_path / 'kept/checkpoints').glob('[0-9]*[0-9]'))[0]
+    assert first.name == '0000000012' and checkpoint._damage(first) is None
+
+
+def test_what_was_trained_outlives_a_full_disk(tmp_path):
+    """The disk is full from the first step on, until two tries to write the model have failed; no checkpoint is asked for."""
+    flags = [flag for flag in FLAGS if not flag.startswith('--save_every')]
+    full = 'until [ -s run/metrics.jsonl ]; do sleep 0.01; done; cat /dev/zero > fill; until grep -q kept.in.memory:.make said; '
+    full += 'do sleep 0.1; done; sleep 3; rm fill'
+    on_a_small_disk(tmp_path, 20, flags, full, code=0)
+    metrics = [json.loads(line) for line in (tmp_path / 'kept/metrics.jsonl').read_text().splitlines()]
+    assert metrics[-1]['counters/examples'] == 60 and (tmp_path / 'kept/model/model.safetensors').exists()
+    assert not (tmp_path / 'kept/model.tmp').exists()
+
+
+def on_a_small_disk(tmp_path, size, flags, meanwhile, code=2):
+    """What dpo.py says with its out_dir on a file system of so many MB, on which a shell does something meanwhile."""
     if subprocess.run(['unshare', '-m', 'true'], capture_output=True).returncode:
         pytest.skip('unshare -m is not permitted here')
     small = tmp_path / 'small'
-    small.mkdir()
-    command = [sys.executable, 'dpo.py', *FLAGS, f'--out_dir={small}/run']
-    script = f'mount -t tmpfs -o size=3m none {small} || exit 99; {" ".join(command)}; code=$?; cp -r {small}/run {tmp_path}/kept; exit $code'
-    environment = os.environ | {'NANOPREF_CACHE': str(tmp_path / 'cache'), 'OMP_NUM_THREADS': '1'}
+    small.mkdir(exist_ok=True)
+    start = "import sys, runpy, guard; guard.PAUSE = 1; sys.argv[0] = 'dpo.py'; runpy.run_path('dpo.py', run_name='__main__')"
+    (tmp_path / 'start.py').write_text(start)
+    command = f'{sys.executable} {tmp_path}/start.py {" ".join(flags)} --out_dir={small}/run > {tmp_path}/said 2>&1'
+    script = f'mount -t tmpfs -o size={size}m none {small} || exit 99; ln -s {tmp_path}/said {small}/said; '
+    script += f'(cd {small}; timeout 60 sh -c "{meanwhile}") 2> /dev/null & {command}; code=$?; '
+    script += f'cp -r {small}/run {tmp_path}/kept; exit $code'
+    environment = os.environ | {
+        'NANOPREF_CACHE': str(tmp_path / 'cache'),
+        'OMP_NUM_THREADS': '1',
+        'PYTHONPATH': str(ROOT),
+    }
     done = subprocess.run(
         ['unshare', '-m', 'sh', '-c', script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     if done.returncode == 99:
         pytest.skip('mounting a tmpfs is not permitted here')
-    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
-    assert 'error: cannot write the checkpoint' in done.stderr and 'No space left on device' in done.stderr
-    assert (
-        names(tmp_path / 'kept') == ['0000000012']
-        and checkpoint._damage(tmp_path / 'kept/checkpoints/0000000012') is None
-    )
+    said = (tmp_path / 'said').read_text()
+    assert done.returncode == code and 'Traceback' not in said, said
+    return said
 
 
-def test_full_disk_under_metrics_and_export(tmp_path, whole):
+def test_full_disk_under_metrics_and_export(tmp_path, whole, capsys):
+    """Rows wait in memory for room, and are then appended in order; nothing ends for them, and a checkpoint waits for them."""
     logger = log.Log(tmp_path, 10, 0, 1)
-    logger.file = open('/dev/full', 'w')
-    with pytest.raises(UserError, match='cannot write .*metrics.jsonl: No space left on device'):
-        logger.row('train', 1, {'loss/train': 1.0, 'examples_per_second': 1.0})
+    logger.path = tmp_path / 'full.jsonl'
+    logger.path.symlink_to('/dev/full')
+    for examples in (1, 2):
+        logger.row('train', examples, {'loss/train': 1.0, 'examples_per_second': 1.0})
+    with pytest.raises(OSError, match=r'full\.jsonl'):
+        log.sync(logger.path)
+    assert capsys.readouterr().out.count('full.jsonl: No space left on device: its rows are kept in memory') == 1
+    logger.path.unlink()
+    logger.row('train', 3, {'loss/train': 1.0, 'examples_per_second': 1.0})
+    found = [json.loads(line)['counters/examples'] for line in logger.path.read_text().splitlines()]
+    assert found == [1, 2, 3]
+    logger.path.unlink()
+    logger.path.symlink_to('/dev/full')
+    logger.row('train', 4, {'loss/train': 1.0, 'examples_per_second': 1.0})
+    logger.close()
+    assert 'full.jsonl: 1 rows wait for room, and are lost' in capsys.readouterr().out
 
     def build(empty):
         raise OSError(28, 'No space left on device')
@@ -490,6 +530,117 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, whole, script):
         run(tmp_path / 'other', '--max_tokens=9', script=script)
 
 
+# script, options, what fails there, and what is said
+PLACES = {
+    'the step-0 check': ('dpo.py', [], 'fsdp.gather_columns', 'lower max_tokens'),
+    'sharding': ('sft.py', [], 'fsdp.set_attention', 'a model does not fit'),
+    'can_pack': ('reward.py', [], 'load.set_attention', 'the two examples that try the model out'),
+    'the cache': ('dpo.py', ['--cache_ref'], 'reference.adapters_off', 'lower max_tokens'),
+    'sampling': ('sft.py', ['--sample_during_eval'], 'generate.generate', 'lower n_eval_model_samples'),
+    "ppo's sampling": ('ppo.py', ['--reward_model=gold', '--minibatch_size=12'], 'generate.generate', 'lower sample_batch'),
+    "ppo's log-probs": ('ppo.py', ['--reward_model=gold', '--minibatch_size=12'], 'model.hidden_states', 'lower max_tokens'),
+    'prefetch': ('sft.py', [], 'data.pack', 'lower max_tokens'),
+    'bench': ('bench.py', ['--model=toy', '--vocabulary=40', '--batch_size=2', '--n_steps=1', '--variants=head'], 'fsdp.update',
+              'lower batch_size or max_tokens'),
+    'sample': ('sample.py', ['--n_examples=2', '--max_new_tokens=8'], 'generate.generate', 'a smaller --batch_size'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('place', PLACES)
+@pytest.mark.parametrize('where', ['the GPU', 'this machine'])
+def test_out_of_memory_anywhere(tmp_path, monkeypatch, whole, place, where):
+    """On the GPU, and where the CPU's allocator fails: a sentence with what to lower, whoever was at work."""
+    script, flags, target, words = PLACES[place]
+    errors = {
+        'the GPU': torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'),
+        'this machine': RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000 bytes."),
+    }
+
+    def full(*arguments, **options):
+        raise errors[where]
+
+    module, _, name = target.partition('.')
+    module = importlib.import_module(module)
+    if place in ('prefetch', "ppo's log-probs"):
+        # the set-up calls it as well
+        monkeypatch.setattr(guard, 'check_room', lambda *_: monkeypatch.setattr(module, name, full))
+    else:
+        monkeypatch.setattr(module, name, full)
+    with pytest.raises(UserError, match=f'{where} is out of memory: .*{words}') as info:
+        if script in ('bench.py', 'sample.py'):
+            out = [f'--out_dir={tmp_path}/run'] if script == 'sample.py' else []
+            monkeypatch.setattr(sys, 'argv', [script, *flags, *out])
+            runpy.run_path(str(ROOT / script), run_name='script')
+        else:
+            run(tmp_path / 'run', *flags, script=script)
+    # of a rank that is alone with it, whichever it is; sample.py tells all ranks
+    assert hasattr(info.value, 'of_this_rank') or script == 'sample.py'
+
+
+def test_out_of_memory_nobody_thought_of():
+    """Whatever raises it ends with one sentence and code 2, and other errors with a traceback."""
+    for error, code, words in (('MemoryError()', 2, 'error: this machine is out of memory'),
+                               ('RuntimeError("CUDA error: out of memory")', 2, 'error: the GPU is out of memory'),
+                               ('RuntimeError("x")', 1, 'Traceback')):  # fmt: skip
+        text = f'import sys, configurator; sys.excepthook = configurator._excepthook; raise {error}'
+        done = subprocess.run([sys.executable, '-c', text], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code and done.stderr.startswith(words), done.stderr
+
+
+# ---- the check before the first step ----
+
+
+@pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py', 'ppo.py'])
+def test_memory_is_said_and_warned_of(tmp_path, monkeypatch, whole, capsys, script):
+    flags = ['--max_tokens=600', *(['--reward_model=gold', '--minibatch_size=12'] if script == 'ppo.py' else [])]
+    monkeypatch.setattr(guard, 'machine_memory', lambda: 50_000_000)
+    run(tmp_path / 'much', *flags, script=script)
+    said = (
+        r'a microbatch of up to (\d+) tokens takes about \d\.\d MB, weights, gradients and optimizer \d\.\d MB, of the'
+    )
+    assert re.search(f'^memory: {said} 50.0 MB of this machine$', capsys.readouterr().out, re.M)
+    monkeypatch.setattr(guard, 'machine_memory', lambda: 4_500_000)
+    run(tmp_path / 'little', *flags, script=script)
+    text = capsys.readouterr().out
+    found = re.search(f'^warning: memory: {said} 4.5 MB .*; lower --max_tokens to (\\d+), which', text, re.M)
+    assert found and 60 < int(found[2]) < int(found[1]) <= 600, text
+
+
+def test_bytes_saved_are_what_autograd_holds(whole):
+    """Counted by hand for two linear layers with a ReLU: x (not counted twice), its product, and no weights."""
+    import numpy as np
+
+    from examples import Examples
+
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    examples = Examples.of([(np.arange(3), [np.arange(2)])] * 3)
+    got = guard.bytes_saved(layers, lambda batch: layers(torch.zeros(batch.ids.numel(), 4)), examples, True)
+    assert got == 4 * (0 + 8) or got == 4 * (4 + 8)  # x needs no gradient of its own, but the weight's reads it
+
+
+def test_memory_of_a_control_group(tmp_path, monkeypatch):
+    """The smallest limit on the way up counts, in both versions; 'max' is none."""
+    files = {
+        '/proc/self/cgroup': '3:cpu:/x\n2:memory:/a/b\n0::/c\n',
+        '/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes': '9223372036854771712\n',
+        '/sys/fs/cgroup/memory/a/memory.limit_in_bytes': '70000\n',
+        '/sys/fs/cgroup/c/memory.max': 'max\n',
+        '/sys/fs/cgroup/memory.max': '60000\n',
+    }
+
+    def read(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, 'read_text', read)
+    assert guard.machine_memory() == 60000
+    files['/sys/fs/cgroup/memory.max'] = 'max'
+    assert guard.machine_memory() == 70000
+    files.clear()
+    assert guard.machine_memory() > 10**8
+
+
 def test_memory_of_another_rank_is_heard():
     """Only that rank knows, so it speaks, whichever it is; what all ranks know is said once."""
     code = """import configurator, guard, torch
@@ -513,19 +664,23 @@ def test_a_checkpoint_is_not_written_twice(monkeypatch):
     """Where a signal comes in a step that saves anyway."""
     said, code = [], []
     monkeypatch.setattr(guard, 'stop_asked', lambda: guard.SAVED)
-    monkeypatch.setattr(guard.checkpoint, 'wait', lambda: said.append('wait'))
-    monkeypatch.setattr(guard.fsdp, 'leave', code.append)
+    monkeypatch.setattr(checkpoint, 'wait', lambda: said.append('wait'))
+    monkeypatch.setattr(fsdp, 'leave', code.append)
     guard.boundary(lambda: said.append('save'), lambda: said.append('close'), saved=True)
     guard.boundary(lambda: said.append('save'), lambda: said.append('close'))
     assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
 
 
-def test_a_full_disk_is_said_of_samples_too(tmp_path):
+def test_a_full_disk_is_said_of_samples_too(tmp_path, capsys):
     import generate
     import toy
 
-    with pytest.raises(UserError, match='cannot write .*samples.jsonl'):
-        generate.write(tmp_path / 'none/samples.jsonl', toy.tokenizer(), [[5]], [('policy', 0, [6])], 0)
+    file = tmp_path / 'none/samples.jsonl'
+    generate.write(file, toy.tokenizer(), [[5]], [('policy', 0, [6])], 0)
+    assert f'cannot write {file}: No such file' in capsys.readouterr().out
+    file.parent.mkdir()
+    log.append_kept()
+    assert json.loads(file.read_text())['examples'] == 0
 
 
 def test_a_signal_ends_sampling(whole, monkeypatch):

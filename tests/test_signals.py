@@ -159,6 +159,74 @@ def test_at_once_where_nothing_can_be_lost(tmp_path):
     assert end(process) and process.returncode == guard.INTERRUPTED
 
 
+SCRIPTS = 'sft dpo reward ppo sample label bench plot'.split()
+CODES = {signal.SIGTERM: guard.SAVED, signal.SIGUSR1: guard.SAVED, signal.SIGINT: guard.INTERRUPTED}
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_while_a_script_is_imported(tmp_path, script):
+    """The first heavy import of a script never ends, and says when it has begun."""
+    for name in ('torch', 'numpy', 'transformers', 'tqdm', 'matplotlib'):
+        stalls = f'import time; open({str(tmp_path / "begun")!r} + str(time.time_ns()), "w"); time.sleep(99)'
+        (tmp_path / f'{name}.py').write_text(stalls)
+    words = [tmp_path] if script == 'plot' else []
+    (tmp_path / 'config.json').write_text('{"config": {}}')
+    (tmp_path / 'metrics.jsonl').write_text('{"split": "train", "counters/examples": 1, "loss/train": 1.0}\n')
+    environment = os.environ | {'PYTHONPATH': str(tmp_path)}
+    environment.pop('RANK', None)
+    processes = {}
+    for number in CODES:
+        processes[number] = subprocess.Popen([sys.executable, f'{script}.py', *words], cwd=ROOT, env=environment,
+                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    STARTED.extend(processes.values())
+    until(lambda: len(list(tmp_path.glob('begun*'))) == len(CODES), next(iter(processes.values())))
+    for number, process in processes.items():
+        process.send_signal(number)
+        _, err = process.communicate(timeout=20)
+        assert (process.returncode, err.strip()) == (CODES[number], f'{number.name}: stopped')
+
+
+def test_in_a_rendezvous(tmp_path):
+    """The main thread is in C++: as rank 0 it waits for the other rank, as rank 1 for a word of the store."""
+    with socket.create_server(('127.0.0.1', 0)) as store:
+        address = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1'}
+        rank_0 = start(tmp_path / '0', RANK='0', MASTER_PORT=f'{(port := free_port())}', **address)
+        rank_1 = start(tmp_path / '1', RANK='1', MASTER_PORT=f'{store.getsockname()[1]}', **address)
+        store.settimeout(60)
+        store.accept()
+        until(lambda: listens(port), rank_0)
+        for process, number in ((rank_0, signal.SIGINT), (rank_1, signal.SIGUSR1)):
+            process.send_signal(number)
+            assert 'Traceback' not in end(process, CODES[number], 30)
+    assert not (tmp_path / '0').exists() and not (tmp_path / '1').exists()
+
+
+def listens(port):
+    with socket.socket() as s:
+        return s.connect_ex(('127.0.0.1', port)) == 0
+
+
+def test_a_signal_to_a_forked_child_is_not_the_parents(monkeypatch):
+    """A pool ends its workers with SIGTERM; they have inherited the handlers, and the pipe that the parent listens to."""
+    heard = []
+    monkeypatch.setattr(guard, '_heed', heard.append)
+    guard._install()
+    try:
+        child = os.fork()
+        if not child:
+            time.sleep(20)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.time() + 20
+        while not heard and time.time() < deadline:
+            time.sleep(0.01)
+    finally:
+        guard._uninstall()
+    assert heard == [signal.SIGUSR1] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_torchrun(tmp_path, whole):
     """SIGTERM, then SIGUSR1 to torchrun, which hands both on if told to; then a rank dies, and --max-restarts is enough."""
     out = tmp_path / 'run'
