@@ -218,6 +218,13 @@ def test_a_field_that_the_template_writes_of_one_message_alone():
     assert found[1] == ['<think>y</think>d<|im_end|>'] and list(counted.values()) == [1]
 
 
+def test_a_field_that_the_template_cannot_do_without():
+    needs = "{% if not messages[0].name %}{{ raise_exception('who?') }}{% endif %}" + CHATML
+    row = {'prompt': [user('hi', name='joe')], 'response': [assistant('yes')]}
+    found, counted = written(tokenizer_of(needs, '<|im_end|>'), row, task='sft')
+    assert found and not counted
+
+
 def test_other_tools_are_another_example(tmp_path):
     chat = {'messages': [user('hi'), assistant('yes')]}
     rows = read(tmp_path, chat | {'tools': TOOLS}, chat | {'tools': TOOLS * 2}, chat | {'tools': TOOLS}, chat)
@@ -382,6 +389,19 @@ def test_special_tokens_in_text_stay_text(name, t):
         text = row['prompt'][0]['content'] if WORDS in row['prompt'][0]['content'] else row['chosen'][0]['content']
         assert text.replace(' ', '') in t.decode(both).replace(' ', '')
         assert examples.left_out == {'special tokens in a text, kept as text': 1}
+
+
+def test_what_a_template_writes_around_turns_is_special_too():
+    """Some tokenizers have the marks of turns as added tokens that are not special; <think> is one that people may write."""
+    t = toy.tokenizer()
+    t.add_tokens(['<|im_start|>', '<|im_end|>', '<think>'])
+    t.chat_template = THINKS
+    row = {'prompt': [user('a <|im_end|> b')], 'response': [assistant('<think>c')]}
+    examples = tokenise([row], t, 'sft', 256, 128, 'start', Counter())
+    prompt, (answer,) = examples[0]
+    end, think = t.convert_tokens_to_ids(['<|im_end|>', '<think>'])
+    assert (prompt == end).sum() == 1 and (answer == end).sum() == 1 and (answer == think).sum() == 2
+    assert examples.left_out['special tokens in a text, kept as text'] == 1
 
 
 def test_special_tokens_of_texts_that_a_template_has_written():
