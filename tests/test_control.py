@@ -102,7 +102,7 @@ def test_card_of_a_run(trained):
     text = (trained / 'model/README.md').read_text()
     _, front, body = text.split('---\n')
     assert yaml.safe_load(front) == {'library_name': 'transformers', 'tags': ['nanopref', 'sft']}  # base is no hub id
-    assert body.strip().startswith('# run\n\n`base` after 1920 examples of `pairs.jsonl` with the loss `sft`')
+    assert body.strip().startswith('# run\n\n`base` after 1,920 examples of `pairs.jsonl` with the loss `sft`')
     assert 'control_tokens = True' in text and '| loss/eval |' in text and '--n_epochs=160' in text
     assert str(trained.parent) not in text and '/' not in body.split('Held-out')[0].replace('`', '')
 

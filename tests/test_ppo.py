@@ -152,7 +152,7 @@ def metrics(folder, split=None):
 
 @pytest.mark.parametrize('case', LAW)
 def test_sharding_law(runs, case):
-    """The first gradient is the same to 1e-6 on 1 and 2 ranks, in one and several microbatches; so are, to what rounding
+    """The first gradient is the same to 5e-6 on 1 and 2 ranks, in one and several microbatches; so are, to what rounding
     makes of them, the three that follow on weights that have moved, and the metrics."""
     expected = load_file(runs / '1' / f'{case}-4096.safetensors')
     values = [name for name in expected if 'value_head' in name or 'critic' in name]
@@ -161,7 +161,7 @@ def test_sharding_law(runs, case):
     for world, size in ((1, 110), (2, 4096), (2, 110)):
         found = load_file(runs / str(world) / f'{case}-{size}.safetensors')
         assert found.keys() == expected.keys()
-        for step, tolerance in (('0', 1e-6), ('1', 1e-5), ('2', 1e-5), ('3', 1e-5)):
+        for step, tolerance in (('0', 5e-6), ('1', 2e-5), ('2', 2e-5), ('3', 2e-5)):
             names = [name for name in expected if name.startswith(f'{step}.')]
             norm = math.hypot(*(expected[name].norm() for name in names))
             error = math.hypot(*((expected[name] - found[name]).norm() for name in names))

@@ -318,7 +318,7 @@ def law(tmp_path_factory):
 
 @pytest.mark.parametrize('case', ['everything', 'separate_prompts', 'padded'])
 def test_sharding_law(law, case):
-    """1 or 2 ranks, 1 or several microbatches: the first gradient within 1e-6, metrics and the next one after an update."""
+    """1 or 2 ranks, 1 or several microbatches: the first gradient within 5e-6, metrics and the next one after an update."""
 
     def gradients(world, size):
         return [
@@ -328,7 +328,7 @@ def test_sharding_law(law, case):
     expected, train = gradients(1, 4096), metrics(law / f'1/{case}-4096')
     for world, size in (1, 110), (2, 4096), (2, 110):
         first, second = gradients(world, size)
-        assert (first - expected[0]).norm() <= 1e-6 * expected[0].norm() > 0, (world, size)
+        assert (first - expected[0]).norm() <= 5e-6 * expected[0].norm() > 0, (world, size)
         assert (second - expected[1]).norm() <= 1e-4 * expected[1].norm(), (world, size)
         for row, other in zip(train, metrics(law / f'{world}/{case}-{size}'), strict=True):
             keys = [k for k in row if not k.endswith(('_per_second', 'padding_share', 'split'))]
