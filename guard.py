@@ -394,17 +394,15 @@ def _check_memory(config, policy, forward, train, packed, state):
     """Say what the largest microbatch takes, and warn where the machine has less. state: bytes of what stays."""
     import torch.distributed as dist
 
-    from model import blocks
-
     per_token = bytes_saved(policy, forward, train, packed)
-    if config['activation_checkpointing']:
-        # a block's activations are there while backward is in it
-        layers = blocks(policy)
-        for block in layers:
-            block.training = False
-        per_token += bytes_saved(policy, forward, train, packed) / len(layers)
-        for block in layers:
-            block.training = True
+    # activation checkpointing: a block's activations are there while backward is in it
+    recomputing = [m for m in policy.modules() if m.training]
+    for block in recomputing:
+        block.training = False
+    if recomputing:
+        per_token += bytes_saved(policy, forward, train, packed) / len(recomputing)
+    for block in recomputing:
+        block.training = True
     tokens = max(config['max_tokens'], int(train.lengths.max()))
     # where whole steps are smaller: no more than their longest examples
     ranks, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
