@@ -48,7 +48,8 @@ class _Draw(transformers.LogitsProcessor):
     Adding Gumbel noise and taking the largest is sampling. First a block of about sqrt(V) tokens is drawn, by its total
     probability, then a token in it: 2 sqrt(V) noises a token instead of V, each a hash of the row's seed and its own place,
     so that a row knows nothing of its batch. Unlike inverting the cumulative distribution, where a rounding error in one
-    probability moves the borders of all later tokens, another batch's rounding can only change a near tie."""
+    probability moves the borders of all later tokens, another batch's rounding can only change a near tie, or a token on
+    the edge of top_p."""
 
     def __init__(self, seeds, start):
         self.keys, self.start = splitmix64(np.array([seed % 2**64 for seed in seeds], np.uint64)), start

@@ -6,7 +6,8 @@
 
 The noise of an answer comes from its own seed, a hash of --seed, the prompt and the answer's number; batches are planned
 before they are dealt out. So the answers do not depend on the number of ranks, nor on where a run was killed: the same
-command continues it. Another batch_size changes rounding alone.
+command continues it. Another batch_size, or another processor, rounds otherwise, which changes an answer where two tokens are
+nearly tied.
 """
 
 import guard
