@@ -1,18 +1,25 @@
 # make demo: SFT, then Dr. DPO, on a toy world, in about a minute.   make test: all tests.   make lint: ruff.
-# make claims: the papers' claims on the toy world; CLAIMS="--quick", "--seeds='11 12 13'": options of runs/claims.py.
-PYTHON ?= python3.11
+# make test-fast: the tests without torchrun launches.   make claims: the papers' claims on the toy world;
+# CLAIMS="--quick", "--seeds='11 12 13'": options of python -m experiments.claims.
+NEW = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c '$(NEW)' 2>/dev/null && { echo $$p; break; }; done)
 BIN = .venv/bin
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
-.PHONY: demo test claims lint setup
+.PHONY: demo test test-fast claims lint setup
 
 demo: setup
-	$(BIN)/python runs/demo.py
+	$(BIN)/python -m experiments.demo
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(PYTEST)
+
+test-fast: setup
+	$(PYTEST) -m "not launch"
 
 claims: setup
-	PYTHON=$(BIN)/python runs/claims.sh $(CLAIMS)
+	$(BIN)/python -m experiments.claims $(CLAIMS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -21,6 +28,7 @@ lint: setup
 setup: .venv/done
 
 .venv/done: requirements.txt
+	@test -n "$(PYTHON)" || { echo 'error: nanopref needs Python 3.11 or newer, with venv: install python3.11, or name one with make PYTHON=PATH' >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
 	touch .venv/done

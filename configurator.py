@@ -10,40 +10,13 @@ Only names that the script declares above that call may be set. A user's mistake
 import ast
 import contextlib
 import difflib
-import math
 import os
-import re
 import sys
 import traceback
 import types
+from typing import NamedTuple
 
-# what values make sense, for whichever of these options a script has: [low, high], or the choices
-RANGES = {
-    (0, math.inf): 'skip_bad_steps lr warmup_steps weight_decay n_eval_examples temperature retries center_coef kl_coef '
-                   'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam',
-    (0, 2**32 - 1): 'seed',  # multiples of it seed generators that take 64 bits
-    (0, 1): 'noise_rate data_fraction frac_good frac_bad smooth',
-    (0, 0.99): 'rho',
-    (0, 0.9): 'lora_dropout',
-    (1e-9, 1): 'top_p',
-    (1e-9, math.inf): 'max_grad_norm beta_prime lora_alpha clip value_clip beta tau mu importance_max peak_tflops',
-    (1e-3, 1e6): 'timeout',
-    (1, 1000): 'concurrency threads width',
-    (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every save_every keep_last log_every max_length '
-                   'max_prompt_length max_new_tokens num_turns n_eval_model_samples n_steps prompt_tokens '
-                   'answer_tokens vocabulary n lora_rank tp minibatch_size ppo_epochs '
-                   'group_size sample_batch',
-}  # fmt: skip
-RANGED = ' '.join(RANGES.values()).split()
-CHOICES = {'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
-           'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released'),
-           'attn': (None, 'sdpa', 'eager', 'flash_attention_2', 'flash_attention_3'),
-           'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
-           'split': (None, 'train', 'test'), 'gold': (None, 'toy')}  # fmt: skip
-
-
-# they stay in the environment: no option may hold one, for options are printed and written down
-SECRETS = ('NANOPREF_API_KEY', 'OPENAI_API_KEY', 'HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'WANDB_API_KEY')
+from runtime.values import problem
 
 
 class UserError(ValueError):
@@ -52,7 +25,7 @@ class UserError(ValueError):
 
 def _excepthook(kind, error, trace):
     if not issubclass(kind, UserError):
-        import guard
+        from runtime import guard
 
         error = guard.explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
     if not isinstance(error, UserError):
@@ -70,7 +43,12 @@ def main_rank():
 
 
 class Config(dict):
-    """Option -> value. origin: option -> 'default', 'command line', or the config file that set it last."""
+    """Option -> value, also as an attribute. origin: option -> 'default', 'command line', or the config file that set it last."""
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
     def given(self, options):
         """Those of these options (a text of names) that stand on the command line."""
@@ -85,60 +63,101 @@ class Config(dict):
                 print(f'note: {name} of {self.origin[name]} has no effect: {why}')
 
 
-def configure(scope, argv=None):
+class Option(NamedTuple):
+    """One declared constant. types: names of the types it may have; heading: the comment above its group."""
+
+    default: object
+    types: list
+    comment: str
+    heading: str
+    scope: dict  # the globals of the module that declares it
+
+
+def configure(scope, argv=None, shared=None):
     """Override the constants of a script from config files and flags. Returns the resolved Config.
 
-    scope: the script's globals(), updated in place. argv: sys.argv[1:] by default. Raises UserError."""
+    scope: the script's globals(), updated in place. argv: sys.argv[1:] by default. shared: a module with further options, which
+    is updated in place too; where both declare an option, the script's default holds. Raises UserError."""
     sys.excepthook = _excepthook
+    # what may be set at all
     argv = sys.argv[1:] if argv is None else argv
-    options = _declared(scope['__file__'])
+    options = _declared(scope)
+    if shared:
+        options |= {name: option for name, option in _declared(vars(shared)).items() if name not in options}
     if '--help' in argv or '-h' in argv:
-        lines = [f'{(scope.get("__doc__") or "").strip()}\n\noptions, to be set in a config file or as --name=value:']
-        for name, (allowed, comment) in options.items():
-            lines.append(f'  --{name} = {scope[name]!r} ({" | ".join(allowed)})  {comment}')
-        try:
-            print('\n'.join(lines), flush=True)
-        except BrokenPipeError:  # --help | head: whoever reads has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_help(scope.get('__doc__') or '', options)
         sys.exit(0)
-    config = Config({name: scope[name] for name in options})
+    config = Config({name: option.default for name, option in options.items()})
     config.origin = dict.fromkeys(options, 'default')
+
+    # config files first, in their order
     for path in [a for a in argv if not a.startswith('-')]:
         if not path.endswith('.py'):
             raise UserError(f'{path!r} is neither a config file (.py) nor an option (--name=value)')
         for name, value, where in _read_file(path):
             config[name] = _check(name, value, options, where)
             config.origin[name] = path
+
+    # then flags, wherever they stand
     for flag in [a for a in argv if a.startswith('-')]:
         name, equals, text = flag.removeprefix('--').partition('=')
         if not flag.startswith('--') or not name:
             raise UserError(f'cannot read {flag!r}: options are written --name=value')
         if config.origin.get(name) == 'command line':
             raise UserError(f'--{name} is given twice')
-        if not equals and 'bool' not in options.get(name, (['bool'],))[0]:
+        is_switch = name not in options or 'bool' in options[name].types
+        if not equals and not is_switch:
             raise UserError(f'--{name} needs a value: --{name}=value')
         config[name] = _check(name, _parse(name, text if equals else 'true', options), options, 'the command line')
         config.origin[name] = 'command line'
-    scope.update(config)
+
+    for name, option in options.items():
+        option.scope[name] = config[name]
     return config
 
 
-def _declared(path):
-    """The options of a script: name -> (allowed type names, comment), from its constants above configure, in order."""
-    with open(path, encoding='utf-8') as file:
+def _declared(scope):
+    """The options of a module with these globals: name -> Option, in the order of its constants, which stand above its first
+    call (config = configure(globals())), function or class."""
+    with open(scope['__file__'], encoding='utf-8') as file:
         source = file.read()
-    options = {}
+    lines = source.splitlines()
+    options, heading = {}, ''
     for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign):
-            name, allowed = node.target.id, ast.unparse(node.annotation).split(' | ')
-        elif isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call):
-            name, allowed = node.targets[0].id, [type(ast.literal_eval(node.value)).__name__]
-        elif isinstance(node, ast.Assign):
-            break  # config = configure(globals())
-        else:
+        # constants may stand between imports and calls without a value; anything else ends them
+        is_constant = isinstance(node, ast.AnnAssign | ast.Assign) and not isinstance(node.value, ast.Call)
+        if not is_constant and not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr):
+            break
+        if not is_constant:
             continue
-        options[name] = allowed, source.splitlines()[node.end_lineno - 1].partition('  # ')[2]
+        default = ast.literal_eval(node.value)
+        if isinstance(node, ast.AnnAssign):
+            name, types = node.target.id, ast.unparse(node.annotation).split(' | ')
+        else:
+            name, types = node.targets[0].id, [type(default).__name__]
+        # a comment line above a constant heads the group that it opens
+        above = lines[node.lineno - 2]
+        if above.startswith('# '):
+            heading = above.strip('# -')
+        comment = lines[node.end_lineno - 1].partition('  # ')[2]
+        options[name] = Option(default, types, comment, heading, scope)
     return options
+
+
+def _print_help(doc, options):
+    """Print every option with its default, types and comment, under the headings of the source."""
+    lines = [doc.strip(), '', 'options, to be set in a config file or as --name=value:']
+    heading = None
+    for name, option in options.items():
+        # a blank line and the heading before the first option of a group
+        if option.heading != heading:
+            heading = option.heading
+            lines += ['', heading]
+        lines.append(f'  --{name} = {option.default!r} ({" | ".join(option.types)})  {option.comment}')
+    try:
+        print('\n'.join(lines), flush=True)
+    except BrokenPipeError:  # --help | head: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _read_file(path):
@@ -147,22 +166,21 @@ def _read_file(path):
         with open(path, encoding='utf-8') as file:
             source = file.read()
     except (OSError, ValueError) as error:
-        raise UserError(
-            f'cannot read the config file {path}: {getattr(error, "strerror", "not a text file")}'
-        ) from None
+        reason = getattr(error, 'strerror', 'not a text file')
+        raise UserError(f'cannot read the config file {path}: {reason}') from None
+    # a config file is python: its public names are the options
     names = {}
     try:
         exec(compile(source, path, 'exec'), names)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever a config file can raise is the user's to mend
-        line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else None
-        for frame in traceback.extract_tb(error.__traceback__):
-            line = frame.lineno if frame.filename == path else line
         reason = ' '.join(str(getattr(error, 'msg', error)).split())
-        raise UserError(f'{path}, line {line or 1}: {type(error).__name__}: {reason}') from None
+        raise UserError(f'{path}, line {_failing_line(error, path)}: {type(error).__name__}: {reason}') from None
+
+    # the line of an assigned name, a function or class, an import
     lines = {}
-    for node in ast.walk(ast.parse(source)):  # an assigned name, a function or class, an import
+    for node in ast.walk(ast.parse(source)):
         if type(getattr(node, 'ctx', None)) is not ast.Load:
             name = getattr(node, 'asname', None) or getattr(node, 'id', None) or getattr(node, 'name', None)
             lines[name] = getattr(node, 'lineno', 1)
@@ -171,54 +189,47 @@ def _read_file(path):
             yield name, value, f'{path}, line {lines.get(name, 1)}'
 
 
+def _failing_line(error, path):
+    """The last line of this file that led to the error."""
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return error.lineno
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return lines[-1] if lines else 1
+
+
 def _parse(name, text, options):
     """The value that a flag's text means under the option's declared types."""
-    allowed = options[name][0] if name in options else ()
-    if 'None' in allowed and text.lower() in ('none', 'null'):
+    types = options[name].types if name in options else ()
+    # None and switches by name, numbers if they can be read as such, else text
+    if 'None' in types and text.lower() in ('none', 'null'):
         return None
-    if 'bool' in allowed and text.lower() in ('true', 'false'):
+    if 'bool' in types and text.lower() in ('true', 'false'):
         return text.lower() == 'true'
     for kind in (int, float):
-        if kind.__name__ in allowed:
+        if kind.__name__ in types:
             with contextlib.suppress(ValueError):
                 return kind(text)
     return text
 
 
 def _check(name, value, options, where):
-    """The value, an int promoted to float where a float is declared. Raises UserError for an unknown name or wrong type."""
+    """The value, an int promoted to float where a float is declared. Raises UserError for an unknown name, a wrong type, or a
+    value that makes no sense."""
     if name not in options:
         near = difflib.get_close_matches(name, options, 1)
         hint = f'did you mean {near[0]}?' if near else '--help lists the options'
         raise UserError(f'{where}: unknown option {name!r}; {hint}')
-    allowed = options[name][0]
-    if type(value) is int and 'int' not in allowed and 'float' in allowed and abs(value) < 10**300:
+
+    # the type; NaN, which is not equal to itself, is no number either
+    types = options[name].types
+    if type(value) is int and 'int' not in types and 'float' in types and abs(value) < 10**300:
         value = float(value)
-    if ('None' if value is None else type(value).__name__) not in allowed or value != value:
-        raise UserError(f'{where}: {name} must be {" or ".join(allowed)}, not {value!r}')
-    for (low, high), names in RANGES.items():
-        if name in names.split() and type(value) in (int, float) and not low <= value <= high:
-            raise UserError(f'{where}: {name} must lie between {low} and {high}, not {value}')
-    if isinstance(value, float) and math.isinf(value) and name in RANGED and name != 'max_grad_norm':
-        raise UserError(f'{where}: {name} must be a finite number, not {value}')
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f'{where}: {name} is an integer that no machine counts to')
-    if isinstance(value, str):
-        _check_text(name, value, where)
-    if value not in CHOICES.get(name, (value,)):
-        raise UserError(f'{where}: {name} must be one of {", ".join(c for c in CHOICES[name] if c)}, not {value!r}')
+    kind = 'None' if value is None else type(value).__name__
+    if kind not in types or value != value:
+        raise UserError(f'{where}: {name} must be {" or ".join(types)}, not {value!r}')
+
+    # the value: a range, a choice, no secret
+    wrong = problem(name, value)
+    if wrong:
+        raise UserError(f'{where}: {name} {wrong}')
     return value
-
-
-def _check_text(name, value, where):
-    """Raise UserError for a text that no file name or tokenizer can hold, or that has a key in it; without showing that."""
-    for variable in SECRETS:
-        secret = os.environ.get(variable, '').strip()
-        if len(secret) >= 8 and secret in value:
-            raise UserError(
-                f'{where}: {name} holds the key of {variable}; it stays in the environment, nothing else is needed'
-            )
-    if re.search(r'://[^/?#\s]*@', value):
-        raise UserError(f'{where}: {name} has a name or a password in its address; a key belongs in the environment')
-    if '\0' in value or re.search('[\ud800-\udfff]', value):
-        raise UserError(f'{where}: {name} has characters that are no text')

@@ -11,7 +11,6 @@ import os
 import sys
 import types
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -26,22 +25,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.rendezvous import rendezvous
 
-import guard
 from configurator import UserError
-from data import pack
-from log import say
-from model import (
-    blocks,
-    core,
-    hidden_and_head,
-    response_logps,
-    response_scores,
-    set_attention,
-    tie_as,
-    ties,
-    token_logps,
-)
-from parallel import tensor_parallel
+from hf import probe
+from hf.parallel import tensor_parallel
+from hf.ties import tie_as, ties
+from model import blocks, core, hidden_and_head, response_logps, set_attention
+from rl.heads import response_scores, token_logps
+from runtime import guard
 
 _tp = 1  # ranks that share the matrices of a block, and their data: neighbours
 
@@ -51,6 +41,7 @@ def setup(tp=1):
 
     tp: ranks that hold one copy of the model's blocks together, and count as one: they get the same data. Raises UserError."""
     global _tp
+    # a GPU for each process of a host; on a CPU they share its cores
     cuda = torch.cuda.is_available()
     local_rank, local_world = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
@@ -59,25 +50,28 @@ def setup(tp=1):
     elif 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if not dist.is_initialized():
-        backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
-        if 'RANK' in os.environ:
-            # torch 2.13's agent keeps one store over restarts: without a name for each, ranks can find the addresses of dead ones
-            # and hang. Several agents count restarts each for itself: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the way
-            again = (
-                os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if os.environ.get('GROUP_WORLD_SIZE') == '1' else '0'
-            )
-            store, rank, world = next(rendezvous('env://'))
-            dist.init_process_group(
-                backend, store=dist.PrefixStore(f'start{again}', store), rank=rank, world_size=world
-            )
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if (world := dist.get_world_size()) % tp:
+        _join('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+    world = dist.get_world_size()
+    if world % tp:
         raise UserError(
             f'tp={tp} needs a multiple of {tp} ranks, and there are {world}: see --nproc_per_node of torchrun'
         )
     _tp = tp
     return *data_rank(), device
+
+
+def _join(backend):
+    """Join the process group of torchrun, or make one of this process alone."""
+    if 'RANK' not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    # torch 2.13's agent keeps one store over restarts: without a name for each, ranks can find the addresses of dead ones
+    # and hang. Several agents count restarts each for itself: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the way
+    one_agent = os.environ.get('GROUP_WORLD_SIZE') == '1'
+    again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_agent else '0'
+    store, rank, world = next(rendezvous('env://'))
+    store = dist.PrefixStore(f'start{again}', store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def data_rank():
@@ -99,6 +93,7 @@ def _mesh(device_type, tp, group):
 
 def leave(code=0):
     """End the process at once. An ordinary exit can abort: gloo's threads want the interpreter while it goes away."""
+    # nobody leaves while another still sends
     dist.barrier()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -107,6 +102,7 @@ def leave(code=0):
 
 def on_ranks(mine, fn):
     """fn() on the ranks where mine is true; a UserError on any is raised on all. The others get None."""
+    # its error goes to all of them, so that none waits for one that has gone
     result = error = None
     if mine:
         try:
@@ -125,6 +121,7 @@ def on_one_rank(fn):
 
 def first_of_host(fn):
     """fn() on every rank, but first on one rank of every host: the others find what it has put into the cache."""
+    # two rounds: one rank of each host, then the rest
     first = int(os.environ.get('LOCAL_RANK', 0)) == 0
     before, after = on_ranks(first, fn), on_ranks(not first, fn)
     return before if first else after
@@ -137,17 +134,21 @@ def gather_objects(value):
     return values
 
 
-def gather_columns(columns, index, total):
+def gather_columns(columns, slots, total):
     """Columns of this rank's examples -> the whole step's, in step order, equal on every rank.
 
-    columns: name -> (k,) tensor, the same names on all ranks; index: the k places in the step, -1 for fillers that do not
+    columns: name -> (k,) tensor, the same names on all ranks; slots: of the k examples in the step, -1 for fillers that do not
     count; total: number of examples of the step. Returns name -> (total,) float64 on the CPU."""
     names = sorted(columns)
-    place = torch.as_tensor(index, dtype=torch.long)
+    mine = torch.stack([columns[name].detach().double().cpu() for name in names])
+    slots = torch.as_tensor(slots, dtype=torch.long)
+    counts = slots >= 0
     if dist.get_rank() % _tp:
-        place = torch.full_like(place, -1)  # the first rank of its tensor-parallel group has the same columns
+        counts[:] = False  # the first rank of its tensor-parallel group has the same columns
+
+    # every rank fills in its own slots; the sum over ranks is the whole step
     table = torch.zeros(len(names), total, dtype=torch.float64)
-    table[:, place[place >= 0]] = torch.stack([columns[n].detach().double().cpu() for n in names])[:, place >= 0]
+    table[:, slots[counts]] = mine[:, counts]
     dist.all_reduce(table)
     return dict(zip(names, table, strict=True))
 
@@ -170,83 +171,76 @@ def largest(numbers):
 
 
 @guard.memory_for('a model does not fit; try --dtype=bfloat16, --cpu_offload or more GPUs, or a smaller one')
-def shard(build, device, *, dtype='float32', train=True, compile=False, activation_checkpointing=False, cpu_offload=False,
-          device_map=None):  # fmt: skip
+def shard(
+    build,
+    device,
+    *,
+    dtype='float32',
+    train=True,
+    compile=False,
+    activation_checkpointing=False,
+    cpu_offload=False,
+    device_map=None,
+):
     """A sharded model on every rank, with the weights that build(empty=False) read on rank 0 alone.
 
     build(empty) -> transformers model on the CPU, without weights if empty. dtype: 'float32', or 'bfloat16' for compute
     (and for frozen weights) with float32 master weights, gradients and reductions. cpu_offload: weights and optimizer stay in
     the memory of the CPU, if the device is another one. device_map: instead of all this, one process's build spreads the model.
     One process in float32 needs no FSDP, which would copy every weight in each pass: the model stays what build made."""
-    alone = dist.get_world_size() == 1 and dtype == 'float32' and not cpu_offload and device_map is None
-    full = on_one_rank(lambda: build(empty=False)) if device_map is None else None
-    model = full.to(device) if alone else build(empty=True) if device_map is None else build(device_map=device_map)
+    full, half = None, dtype == 'bfloat16'
+    alone = dist.get_world_size() == 1 and not half and not cpu_offload
+    sharded = not alone and device_map is None
+
+    # rank 0 reads the weights; a model to be sharded begins without any
+    if device_map is not None:
+        model = build(device_map=device_map)
+    else:
+        full = on_one_rank(lambda: build(empty=False))
+        model = build(empty=True) if sharded else full.to(device)
     if not train:
         model.requires_grad_(False)
     if activation_checkpointing:
-        enable = 'activation_checkpointing_enable'  # its name since transformers 5.20
-        getattr(core(model), enable, getattr(core(model), 'gradient_checkpointing_enable', None))()
-        for block in blocks(model):
-            block.training = True  # the block alone: its dropout layers stay in eval mode
+        _checkpoint_activations(model)
     for block in blocks(model) if compile else ():
         block.compile()
-    if alone or device_map is not None:
-        model.reshard = lambda: None
+
+    # what the scripts call becomes a forward of the root
+    if sharded:
+        _distribute(model, full, device, half, cpu_offload)
     else:
-        _distribute(model, full, device, dtype == 'bfloat16', cpu_offload)
+        model.reshard = lambda: None
     for method in (response_logps, hidden_and_head, response_scores, token_logps, _begin):
         add_method(model, method)
-    if not alone and device_map is None:
-        _compare(model, full, device, dtype == 'bfloat16')
+    if sharded:
+        expected = gather_objects(on_one_rank(lambda: probe.measure_loaded(full)))[0]
+        if expected is not None:
+            probe.compare(model, expected, device, half)
     set_attention(model, packed=True)
     return model
 
 
-def _compare(model, full, device, half):
-    """Whether the sharded model still gives one made-up example what the loaded one, which rank 0 has, gives it: in float32 a
-    difference is a UserError, in bfloat16, where one may be rounding, a warning."""
-
-    def measure(m, device):
-        """Log-probs (with values, where there are some) of every answer token, or scores: (rows, N), float32, on the CPU."""
-        ids = np.random.default_rng(0).integers(core(m).get_input_embeddings().num_embeddings, size=12)
-        batch = pack([(ids[:4], [ids[4:8], ids[8:]])], [0], pad=True, device=device)
-        function = response_scores if hasattr(core(m), 'score') else token_logps
-        forward = getattr(m, function.__name__, functools.partial(function, m))
-        set_attention(m, packed=False)
-        # compiled blocks would be compiled for this one batch
-        with torch.no_grad(), torch.compiler.set_stance('force_eager'):
-            return forward(batch).float().cpu()
-
-    def before():
-        try:
-            return measure(full, 'cpu')
-        except Exception as error:  # some have kernels for a GPU only; can_pack says what fails there as well
-            say(f'note: the loaded model was not compared with the sharded one: {type(error).__name__} on the CPU')
-
-    expected = gather_objects(on_one_rank(before))[0]
-    if expected is None:
-        return
-    found = measure(model, device)
-    model.reshard()
-    error = ((found - expected).abs() / expected.abs().clamp(min=1)).max().item()
-    if error <= (0.1 if half else 0.01):
-        return
-    name = type(core(model)).__name__.removeprefix('FSDP')  # the prefix that sharding gives it
-    text = f'the sharded {name} gives other log-probs than the loaded one: off by {error:.1%}'
-    if not half:
-        raise UserError(f'{text}; start it in one process without torchrun, in float32, and report this')
-    say(f'warning: {text}, more than bfloat16 should cost: compare with --dtype=float32')
+def _checkpoint_activations(model):
+    """Have transformers recompute activations in backward."""
+    enable = 'activation_checkpointing_enable'  # its name since transformers 5.20
+    getattr(core(model), enable, getattr(core(model), 'gradient_checkpointing_enable', None))()
+    for block in blocks(model):
+        block.training = True  # the block alone: its dropout layers stay in eval mode
 
 
 def _distribute(model, full, device, half, cpu_offload):
     """Cut the empty model over the ranks, in place, and fill it from full, which rank 0 alone has."""
     # which parameters are one tensor depends on the file, which rank 0 alone has read
     tie_as(model, gather_objects(ties(full) if full else None)[0])
-    for p in model.parameters() if half else ():  # not model.to: rotary frequencies must stay float32
+    # frozen weights in bfloat16; not model.to, for rotary frequencies must stay float32
+    for p in model.parameters() if half else ():
         p.data = p.data if p.requires_grad else p.data.to(torch.bfloat16)
+
+    # blocks first, then what is left at the root
     mesh = _mesh(device.type, _tp, dist.group.WORLD)
     if _tp > 1:
         tensor_parallel(model, mesh['tp'], mesh['dp'].size())
+    # compute in bfloat16, sum gradients in float32
     settings = {'mesh': mesh['dp'], 'mp_policy': MixedPrecisionPolicy()}
     if half:
         settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -255,18 +249,18 @@ def _distribute(model, full, device, half, cpu_offload):
     for block in blocks(model):
         fully_shard(block, **settings)
     fully_shard(model, **settings, reshard_after_forward=False)
+
+    # weights and buffers of rank 0; the state dict lacks the non-persistent buffers, such as rotary frequencies
     model.to_empty(device=home)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, full.state_dict() if full else {}, options=options)
     sources = dict(full.named_buffers()) if full else {}
-    for (
-        name,
-        buffer,
-    ) in model.named_buffers():  # the state dict lacks the non-persistent ones, such as rotary frequencies
+    for name, buffer in model.named_buffers():
         if full:
             buffer.copy_(sources[name])
         dist.broadcast(buffer, 0)
-    for module in model.modules() if home != device else ():  # FSDP brings parameters to the device, but not buffers
+    # FSDP brings parameters to the device, but not buffers
+    for module in model.modules() if home != device else ():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
 
@@ -284,6 +278,7 @@ def _begin(model):
 @contextlib.contextmanager
 def unsharded(model):
     """Keep all parameters gathered: generation is several times faster, and ranks need not generate in step."""
+    # gathered once, for all tokens to come; each goes back to what it was
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
     try:
         if modules:
@@ -300,27 +295,32 @@ def unsharded(model):
 
 def make_optimizer(name, model, lr, weight_decay):
     """AdamW, SGD, or RMSprop (the original DPO code's choice: half of AdamW's memory), over the trainable parameters."""
-    params, fused = [p for p in model.parameters() if p.requires_grad], {'fused': True} if name == 'AdamW' else {}
+    params = [p for p in model.parameters() if p.requires_grad]
+    fused = {'fused': True} if name == 'AdamW' else {}
     return getattr(torch.optim, name)(params, lr=lr, weight_decay=weight_decay, **fused)
 
 
-def update(model, optimizer, lr, scale, max_norm, strict=True):
+def update(model, optimizer, lr, scale, max_norm):
     """One optimizer step on scale times the gradients, clipped to max_norm. Returns the norm before clipping.
 
     scale: number of ranks / sum of the weights, since FSDP has averaged over ranks sums of weighted gradients. Where the norm is
-    not finite, the weights stay what they are, and it is a UserError; not strict: the caller sees to it."""
+    not finite, the weights stay what they are: the caller sees to it."""
     model.reshard()
-    groups = {}  # by mesh, with tensor parallelism there are two, or else by nothing
+    # gradients by mesh: with tensor parallelism there are two, without any sharding it is None
+    groups = {}
     for p in model.parameters():
         if p.grad is not None:
             groups.setdefault(getattr(p.grad, 'device_mesh', None), []).append(p.grad)
+
+    # the norm over all ranks and meshes
     norms = [torch.nn.utils.get_total_norm(grads) for grads in groups.values()]
-    norm = math.hypot(*((n.full_tensor() if hasattr(n, 'full_tensor') else n).item() for n in norms)) * scale
+    norms = [norm.full_tensor() if hasattr(norm, 'full_tensor') else norm for norm in norms]
+    norm = math.hypot(*(norm.item() for norm in norms)) * scale
     if not math.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
-        if not strict:
-            return norm
-        raise UserError(f'the gradient norm is {norm}: lower the learning rate, or look for broken examples')
+        return norm
+
+    # divide by the weights and clip, in one product
     for grads in groups.values():
         torch._foreach_mul_(grads, scale * min(1.0, max_norm / (norm + 1e-6)))
     for group in optimizer.param_groups:

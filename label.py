@@ -14,7 +14,7 @@ An endpoint sees every pair in both orders; the preference is the mean of its tw
 tie, and null unless both are clear. Equal answers are a tie without a judge. The key is NANOPREF_API_KEY, or OPENAI_API_KEY.
 """
 
-import guard
+from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
@@ -29,13 +29,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import log
-import pairs
-import winrate
 from configurator import UserError, configure
-from endpoint import ask, completions_url
-from sources import answer, content_hash
-from sources import ask as as_question
+from feedback import pairs, winrate
+from feedback.endpoint import ask, completions_url
+from runtime import log
+from text.sources import answer, content_hash
+from text.sources import ask as as_question
 
 answers: str | None = None  # a file of answers: samples.jsonl or model_outputs.json
 against: str | None = None  # judge them against the answers in this file; None: against each other
@@ -195,7 +194,10 @@ def compare_rewards(todo, before):
         known.update(zip(new, rewards(list(new.values())), strict=True))
         for i in some:
             x, y = (known[keys[i, k]] for k in (0, 1))
-            yield {'pair': i, 'order': 1, 'preference': 1 if x > y else 2 if y > x else 1.5, 'rewards': [x, y]}
+            preference = 1.5  # a tie
+            if x != y:
+                preference = 1 if x > y else 2
+            yield {'pair': i, 'order': 1, 'preference': preference, 'rewards': [x, y]}
 
 
 def text_of(i, k):
@@ -205,7 +207,7 @@ def text_of(i, k):
 
 
 if gold is not None:
-    import toy
+    from text import toy
 
     foreign = [
         pair['prompt'] for pair in table if pair['prompt'] not in {f'Review of the {place}:' for place in toy.PLACES}
@@ -221,9 +223,9 @@ if gold is not None:
 
 if reward_model is not None:
     import fsdp
-    import load
-    import score
-    from tokenise import encode
+    from feedback import score
+    from hf import load
+    from text.tokenise import encode
 
     if max_length < max_prompt_length + 2:
         raise UserError(
@@ -273,11 +275,11 @@ finally:
 
 # ---- annotations and report ----
 
-judged = [
-    [verdicts.get((i, order), {}).get('preference') for order in ((1, 2) if endpoint else (1,))]
-    for i in range(len(table))
-]
-preferences = [1.5 if i in equal else None if None in both else sum(both) / len(both) for i, both in enumerate(judged)]
+orders_asked = (1, 2) if endpoint else (1,)
+judged = [[verdicts.get((i, order), {}).get('preference') for order in orders_asked] for i in range(len(table))]
+# the mean over both orders; none where one is missing
+preferences = [None if None in both else sum(both) / len(both) for both in judged]
+preferences = [1.5 if i in equal else preference for i, preference in enumerate(preferences)]
 annotator = judge_model or reward_model or f'gold {gold}'
 pairs.write_json(Path(out_dir) / 'annotations.json', [pairs.annotation(*row, annotator) for row in zip(table, preferences, strict=True)])  # fmt: skip
 
@@ -305,7 +307,9 @@ pairs.write_json(Path(out_dir) / 'report.json', report)
 def percent(name, why='too few verdicts'):
     """A rate of the report with its standard error, for the screen."""
     value, error = report[name], report[name + '_se']
-    return why if value is None else f'{value:.1%}' + ('' if error is None else f' (standard error {error:.1%})')
+    if value is None:
+        return why
+    return f'{value:.1%}' if error is None else f'{value:.1%} (standard error {error:.1%})'
 
 
 log.say(f"""

@@ -1,9 +1,8 @@
-"""Inside a transformers model: attention over packed answers, log-probs of answers, divergences. load.py makes one.
+"""Inside a transformers model: attention over packed answers, log-probs of answers, divergences. hf/load.py makes one.
 
 Training on preferences needs one function, response_logps(model, batch): log-prob sums of every answer in a packed microbatch
 (data.py), float32, with the LM head applied only where an answer token is predicted, in chunks that are recomputed in
-backward, so that no (tokens, vocabulary) tensor of the whole microbatch ever exists. A reward model needs response_scores.
-No collectives here: fsdp.py.
+backward, so that no (tokens, vocabulary) tensor of the whole microbatch ever exists. No collectives here: fsdp.py.
 """
 
 import contextlib
@@ -21,55 +20,16 @@ def core(model):
 
 
 def blocks(model):
-    """The transformer blocks, by the class names that the model itself (and a critic inside it) declares; none inside another
-    (Mamba names both)."""
+    """The transformer blocks, by the class names that the model itself (and a critic inside it) declares."""
+    # every class that any part of the model calls a block
     names = {name for m in core(model).modules() for name in getattr(m, '_no_split_modules', None) or []}
     found = {}
-    for name, m in core(model).named_modules():
-        if type(m).__name__ in names and not any(name.startswith(f'{outer}.') for outer in found):
-            found[name] = m
+    for path, module in core(model).named_modules():
+        # Mamba names a block and a part of it: none inside another
+        inside = any(path.startswith(f'{outer}.') for outer in found)
+        if type(module).__name__ in names and not inside:
+            found[path] = module
     return list(found.values())
-
-
-def ties(model):
-    """Parameters with two names: {name: the earlier name of the same tensor}, such as a head that is the embedding."""
-    first, found = {}, {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if id(p) in first:
-            found[name] = first[id(p)]
-        first.setdefault(id(p), name)
-    return found
-
-
-def tie_as(model, wanted):
-    """Make the names in wanted (as ties returns them), and no others, share a tensor, in place; the config then says so."""
-    for name in ties(model).keys() - wanted.keys():
-        shared = model.get_parameter(name)
-        _put(model, name, torch.nn.Parameter(torch.empty_like(shared), shared.requires_grad))
-    for name, source in wanted.items():
-        _put(model, name, model.get_parameter(source))
-    describe_ties(model)
-
-
-def _put(model, name, parameter):
-    owner, _, last = name.rpartition('.')
-    setattr(model.get_submodule(owner), last, parameter)
-
-
-def describe_ties(model):
-    """Have the config of a model whose head is not its embedding say so: what reads it later would tie the two. Returns
-    whether it said otherwise."""
-    inner = core(model)
-    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
-    configs = {id(c): c for c in (inner.config, inner.config.get_text_config())}.values()
-    wrong = [c for c in configs if getattr(c, 'tie_word_embeddings', False)]
-    if head is None or head.weight is embedding.weight or not wrong:
-        return False
-    for c in wrong:
-        c.tie_word_embeddings = False
-    # what transformers noted when it made the model, and reads when it saves it
-    inner.all_tied_weights_keys = ties(inner)
-    return True
 
 
 # ---- attention over packed answers ----
@@ -81,39 +41,48 @@ def register_attention():
 
 
 @torch.compiler.disable  # it would be compiled anew for every layout of a row
-def packed_attention(
-    module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, packed=None, s_aux=None, **_
-):
+def packed_attention(module, query, key, value, mask, scaling=None, sliding_window=None, packed=None, **more):
     """Attention of a row of groups [prompt | answer | answer ...]: an answer sees its group's prompt and itself.
 
     query (1, H, T, D), key and value (1, H_kv, T, D); packed: a data.Batch. Returns (1, T, H, D), None. On CUDA in half
     precision one varlen kernel does it; elsewhere one small sdpa an answer, so that no answer pays for the others."""
-    if packed is None or s_aux is not None:
+    softcap = more.get('softcap')
+    if packed is None or more.get('s_aux') is not None:
         raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
+    # CUDA in half precision: one kernel
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
-        from torch.nn.attention.varlen import varlen_attn
+        return _varlen_attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        seq = packed.varlen
-        k, v = (x[seq.gather].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # grouped heads
-        out = varlen_attn(q, k, v, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, scale=scaling, window_size=window)
-        return out[None], None
+    # one tensor for each prompt and each answer. split, not slices: its backward is one cat
     sizes = [size for prompt, answers in packed.groups for size in (prompt, *answers)]
-    q, k, v = (iter(x.split(sizes, dim=2)) for x in (query, key, value))  # split, not slices: its backward is one cat
+    q, k, v = (iter(x.split(sizes, dim=2)) for x in (query, key, value))
     out = []
     for _, answers in packed.groups:
         prompt_q, prompt_k, prompt_v = next(q), next(k), next(v)
         for i in range(len(answers)):
-            q_i = next(q) if i else torch.cat((prompt_q, next(q)), 2)
+            # the prompt's own queries go with the first answer; its keys and values come before each
+            q_i = torch.cat((prompt_q, next(q)), 2) if i == 0 else next(q)
             k_i, v_i = torch.cat((prompt_k, next(k)), 2), torch.cat((prompt_v, next(v)), 2)
             out.append(_attend(q_i, k_i, v_i, scaling, sliding_window, softcap))
     return torch.cat(out, 2).transpose(1, 2), None
 
 
+def _varlen_attention(query, key, value, scaling, sliding_window, layout):
+    """The same by one kernel, in half precision on CUDA: (T, H, D). layout: data.Varlen."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    # keys and values: each answer with its prompt before it, grouped heads repeated
+    repeat = q.shape[1] // k.shape[1]
+    k, v = (x[layout.gather].repeat_interleave(repeat, 1) for x in (k, v))
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # (-1, 0): causal
+    return varlen_attn(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, scale=scaling, window_size=window)
+
+
 def _attend(q, k, v, scaling, window, softcap):
     """Causal attention of the last q.shape[2] positions of a sequence over all of it."""
+    # a mask only where causal attention from the first position on does not say it all
     n, m = q.shape[2], k.shape[2]
     mask = None
     if n < m or softcap or (window and window < m):
@@ -123,66 +92,76 @@ def _attend(q, k, v, scaling, window, softcap):
     if not softcap:
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa)
+
+    # a soft cap lies between the scores and their softmax, which sdpa does not offer
     repeat = q.shape[1] // k.shape[1]
-    scores = q @ k.repeat_interleave(repeat, 1).mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = q @ k.repeat_interleave(repeat, 1).mT * scale
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float('-inf'))
     return scores.float().softmax(-1).to(v.dtype) @ v.repeat_interleave(repeat, 1)
 
 
-# ---- log-probs, divergences and scores of answers ----
+def set_attention(model, packed, own=None):
+    """Packed attention, or for padded batches own, from then on: by default sdpa, or eager where there is none (Gemma 2)."""
+    # what padded batches use is remembered on the model
+    inner = core(model)
+    default = 'sdpa' if inner._supports_sdpa else 'eager'
+    inner.padded_attention = own or getattr(inner, 'padded_attention', default)
+    try:
+        inner.set_attn_implementation('packed' if packed else inner.padded_attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().partition('\n')[0]
+        raise UserError(f'{type(inner).__name__} cannot use attention by {inner.padded_attention}: {reason}') from None
+
+
+@contextlib.contextmanager
+def padded_attention(model):
+    """The architecture's own attention for a while: to generate, or to compare with."""
+    before = core(model).config._attn_implementation
+    set_attention(model, packed=False)
+    try:
+        yield
+    finally:
+        core(model).set_attn_implementation(before)
+
+
+# ---- log-probs and divergences of answers ----
 
 
 def response_logps(model, batch, divergence=None, reference=None):
     """Log-prob sums of the A answers of a batch -> (1, A), or (3, A) with a divergence: log-probs, divergences, and the
     reference's log-probs. float32; under autograd the logits are recomputed in backward.
 
-    divergence: a function of (log_pi, log_ref), both (n, V) -> (n,), such as risks.kl; reference: the reference model's
+    divergence: a function of (log_pi, log_ref), both (n, V) -> (n,), such as kl below; reference: the reference model's
     hidden_and_head on the same batch."""
+    # where an answer token is predicted, and nowhere else
     hidden, head = hidden_and_head(model, batch)
     target = batch.target.to(hidden.device)  # only a device map puts it, or the reference, elsewhere
     if reference is not None:
-        (states, head_ref), device = reference, hidden.device
-        reference = states.to(device), [x if x is None else x.to(device) for x in head_ref]
-    tokens = _Head.apply(hidden, *head, target, core(model).config, divergence, reference).to(batch.ids.device)
+        ref_hidden, ref_head = reference  # (N, d), and (weight, bias)
+        ref_head = [x if x is None else x.to(hidden.device) for x in ref_head]
+        reference = ref_hidden.to(hidden.device), ref_head
+    tokens = Head.apply(hidden, *head, target, core(model).config, divergence, reference).to(batch.ids.device)
     return torch.stack([batch.sum(row) for row in tokens])
 
 
-def token_logps(model, batch, values=True):
-    """Log-probs of the N answer tokens of a batch; where the model has a value head (load.py) and unless values is false, also
-    the values of the states in which they were chosen. (1, N) or (2, N), float32; the logits are recomputed in backward."""
-    inner = core(model)
-    hidden, head = hidden_and_head(model, batch)
-    logps = _Head.apply(hidden, *head, batch.target.to(hidden.device), inner.config, None, None).to(batch.ids.device)
-    if values and hasattr(inner, 'critic'):  # a reward model that is a part of the policy
-        value = _scores_at(inner.critic, batch, batch.index)
-    elif values and hasattr(inner, 'value_head'):
-        value = _scalar(inner.value_head, hidden).to(batch.ids.device)
-    else:
-        return logps
-    return torch.cat((logps, value[None]))
+def hidden_and_head(model, batch):
+    """Hidden states (N, d) that predict the N answer tokens, and the head's (weight, bias).
+
+    Works inside the root module's forward only (fsdp.py registers response_logps and this as such)."""
+    hidden, head = hidden_states(model, batch)
+    return hidden.flatten(0, 1)[batch.predict_at.to(hidden.device)], head
 
 
-def response_scores(model, batch):
-    """Scores of the A answers of a batch under a reward model: its head on the last token of each answer. (A,), float32."""
-    return _scores_at(model, batch, batch.last)
-
-
-def _scores_at(model, batch, places):
-    """A reward model's head on the hidden states of a batch at some places of its flat rows: (places,), float32."""
-    head = core(model).score
-    hidden = body(model, batch).to(head.weight.device).flatten(0, 1)  # only a device map puts it elsewhere
-    return _scalar(head, hidden[places.to(hidden.device)]).to(batch.ids.device)
-
-
-def _scalar(head, hidden):
-    """What a linear head of one output makes of hidden states: (n, d) -> (n,), float32."""
-    bias = None if head.bias is None else head.bias.to(wide(hidden))
-    column = F.linear(hidden.to(wide(hidden)), head.weight.to(wide(hidden)), bias)
-    return column.sum(1)  # not [:, 0]: FSDP2 warns of views
+def hidden_states(model, batch):
+    """Last hidden states of a batch (rows, T, d) and the head's (weight, bias)."""
+    head = core(model).get_output_embeddings()
+    return body(model, batch).to(head.weight.device), (head.weight, head.bias)
 
 
 def body(model, batch):
     """Last hidden states of a batch, (rows, T, d)."""
+    # the part below the head; packed batches have positions and groups, padded ones a mask
     inner = core(model)
     trunk = inner.model if inner.base_model is inner else inner.base_model  # Llama 4 misnames its own
     if batch.groups:
@@ -192,18 +171,7 @@ def body(model, batch):
     return out.last_hidden_state
 
 
-def hidden_states(model, batch):
-    """Last hidden states of a batch (rows, T, d) and the head's (weight, bias)."""
-    head = core(model).get_output_embeddings()
-    return body(model, batch).to(head.weight.device), (head.weight, head.bias)
-
-
-def hidden_and_head(model, batch):
-    """Hidden states (N, d) that predict the N answer tokens, and the head's (weight, bias).
-
-    Works inside the root module's forward only (fsdp.py registers response_logps and this as such)."""
-    hidden, head = hidden_states(model, batch)
-    return hidden.flatten(0, 1)[batch.index.to(hidden.device)], head
+# ---- the LM head: hidden states -> log-probs, never all logits at once ----
 
 
 def wide(x):
@@ -230,15 +198,17 @@ def _post(raw, config):
 def _per_token(raw, target, config, divergence, reference):
     """Head output (n, V) -> log-probs of the targets (n,), and with a reference's (hidden, head): divergences, its own."""
     logits = _post(raw, config)
+    target = target[:, None]
     if divergence is None:
-        return (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1),)
+        return (logits.gather(1, target)[:, 0] - logits.logsumexp(1),)
+    # both distributions in full, for this chunk of positions
     hidden, head = reference
-    log_pi, log_ref = logits.log_softmax(1), _post(F.linear(hidden, *head), config).log_softmax(1)
-    at_target = (x.gather(1, target[:, None])[:, 0] for x in (log_pi, log_ref))
-    return next(at_target), divergence(log_pi, log_ref), next(at_target)
+    log_pi = logits.log_softmax(1)
+    log_ref = _post(F.linear(hidden, *head), config).log_softmax(1)
+    return log_pi.gather(1, target)[:, 0], divergence(log_pi, log_ref), log_ref.gather(1, target)[:, 0]
 
 
-class _Head(torch.autograd.Function):
+class Head(torch.autograd.Function):
     """LM head, log-softmax, gather and divergence by chunks of positions: one chunk of logits exists at a time.
 
     Without divergence and soft cap, all chunks share one buffer and everything happens in place: fresh memory costs a CPU
@@ -246,11 +216,15 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def chunks(n, vocabulary, device):
-        size = max(1, (2**27 if device.type == 'cuda' else 2**23) // vocabulary)
+        """Slices of n positions whose logits are small beside the model."""
+        most = 2**27 if device.type == 'cuda' else 2**23
+        size = max(1, most // vocabulary)
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
     @staticmethod
     def logits(buffer, hidden, weight, bias, config):
+        """Scaled logits of a chunk, in the buffer."""
+        # the product goes into memory that is there already
         out = buffer[: len(hidden)]
         if weight.dtype == out.dtype:
             torch.mm(hidden, weight.T, out=out)
@@ -264,18 +238,20 @@ class _Head(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, config, divergence, reference):
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
+        # plain: one buffer for the logits of all chunks
         plain = not divergence and not _cap(config)
         tokens = hidden.new_empty(3 if divergence else 1, len(target), dtype=wide(hidden))
-        chunks = _Head.chunks(len(target), len(weight), hidden.device)
+        chunks = Head.chunks(len(target), len(weight), hidden.device)
         buffer = hidden.new_empty(chunks[0].stop if plain else 0, len(weight), dtype=wide(hidden))
         for rows in chunks:
             if plain:
-                logits = _Head.logits(buffer, hidden[rows], weight, bias, config)
-                tokens[0, rows] = torch.log_softmax(logits, 1, out=logits).gather(1, target[rows, None])[:, 0]
+                logits = Head.logits(buffer, hidden[rows], weight, bias, config)
+                log_pi = torch.log_softmax(logits, 1, out=logits)
+                tokens[0, rows] = log_pi.gather(1, target[rows, None])[:, 0]
             else:
+                raw = F.linear(hidden[rows], weight, bias)
                 ref = (reference[0][rows], reference[1]) if divergence else None
-                values = _per_token(F.linear(hidden[rows], weight, bias), target[rows], config, divergence, ref)
-                tokens[:, rows] = torch.stack(values)
+                tokens[:, rows] = torch.stack(_per_token(raw, target[rows], config, divergence, ref))
         return tokens
 
     @staticmethod
@@ -284,13 +260,14 @@ class _Head(torch.autograd.Function):
         config, divergence, reference = ctx.rest
         plain = not divergence and not _cap(config)
         d_hidden = torch.empty_like(hidden)
-        d_bias = 0.0 if bias is not None and ctx.needs_input_grad[2] else None
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
-        chunks = _Head.chunks(len(target), len(weight), hidden.device)
+        d_bias = 0.0 if bias is not None and ctx.needs_input_grad[2] else None
+        chunks = Head.chunks(len(target), len(weight), hidden.device)
         buffer = hidden.new_empty(chunks[0].stop if plain else 0, len(weight), dtype=wide(hidden))
         for rows in chunks:
-            if plain:  # (one-hot - softmax) * grad
-                logits = _Head.logits(buffer, hidden[rows], weight, bias, config)
+            # gradient of the logits: (one-hot - softmax) * grad, or by autograd over this chunk alone
+            if plain:
+                logits = Head.logits(buffer, hidden[rows], weight, bias, config)
                 slope = grad[0, rows, None] * _scale(config)
                 d_raw = torch.softmax(logits, 1, out=logits).mul_(-slope).scatter_add_(1, target[rows, None], slope)
             else:
@@ -299,36 +276,58 @@ class _Head(torch.autograd.Function):
                     raw = F.linear(hidden[rows].detach(), weight.detach(), bias).detach().requires_grad_()
                     values = _per_token(raw, target[rows], config, divergence, ref)
                 (d_raw,) = torch.autograd.grad(values[:2], raw, tuple(grad[:2, rows]))
+
+            # from there to hidden states and head; chunks add up in float32 whatever the compute type
             d_raw = d_raw.to(weight.dtype)
             d_hidden[rows] = d_raw @ weight
             if d_weight is not None and d_weight.dtype == weight.dtype:
                 d_weight.addmm_(d_raw.T, hidden[rows])
-            elif d_weight is not None:  # chunks add up in float32 whatever the compute type
+            elif d_weight is not None:
                 d_weight += d_raw.T @ hidden[rows]
             if d_bias is not None:
                 d_bias = d_bias + d_raw.sum(0)
-        d_weight = d_weight if d_weight is None else d_weight.to(weight.dtype)
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
-def set_attention(model, packed, own=None):
-    """Packed attention, or for padded batches own, from then on: by default sdpa, or eager where there is none (Gemma 2)."""
-    inner = core(model)
-    default = 'sdpa' if inner._supports_sdpa else 'eager'
-    inner.padded_attention = own or getattr(inner, 'padded_attention', default)
-    try:
-        inner.set_attn_implementation('packed' if packed else inner.padded_attention)
-    except (ImportError, ValueError) as error:
-        reason = str(error).strip().partition('\n')[0]
-        raise UserError(f'{type(inner).__name__} cannot use attention by {inner.padded_attention}: {reason}') from None
+# ---- divergences of the policy from the reference at one position, for TDPO and Ra-DPO: (..., V) log-probs -> (...,) ----
+# Z = log ref - log pi, a random variable under the reference's distribution. Only kl, cvar and erm are risk measures of it.
 
 
-@contextlib.contextmanager
-def padded_attention(model):
-    """The architecture's own attention for a while: to generate, or to compare with."""
-    before = core(model).config._attn_implementation
-    set_attention(model, packed=False)
-    try:
-        yield
-    finally:
-        core(model).set_attn_implementation(before)
+def kl(log_pi, log_ref):
+    """KL(reference || policy) at a position: (..., V) log-probs -> (...,). Z = log ref - log pi, averaged under ref."""
+    return (log_ref.exp() * (log_ref - log_pi)).sum(-1)
+
+
+def cvar(log_pi, log_ref, *, mu):
+    """Mean of Z over the worst probability mass mu of the reference; mu = 1 is the KL. Ra-DPO, arXiv:2505.20359."""
+    z, order = (log_ref - log_pi).sort(-1, descending=True)
+    p = log_ref.exp().gather(-1, order)
+    before = p.cumsum(-1) - p
+    weight = (mu - before).clamp(min=0).minimum(p)  # the atom at the border is shared
+    return (weight * z).sum(-1) / mu
+
+
+def erm(log_pi, log_ref, *, mu):
+    """Entropic risk (1 / mu) log mean exp(mu Z) under the reference; mu -> 0 is the KL. Ra-DPO, arXiv:2505.20359."""
+    return torch.logsumexp(log_ref + mu * (log_ref - log_pi), -1) / mu
+
+
+def released(log_pi, log_ref, *, mu, parts=2):
+    """What Ra-DPO's published code computes; not a risk measure, kept to reproduce published curves.
+
+    In each half of the vocabulary, sum of p Z over Z above the unweighted (1 - mu) quantile; 0 where policy = reference."""
+    z, p = log_ref - log_pi, log_ref.exp()
+    size = z.shape[-1] // parts
+    total = 0.0
+    for i in range(parts):
+        # the last part has the rest
+        part = slice(i * size, (i + 1) * size if i < parts - 1 else None)
+        threshold = z[..., part].detach().quantile(1 - mu, dim=-1, keepdim=True)
+        above = z[..., part] > threshold
+        total = total + (p[..., part] * z[..., part] * above).sum(-1)
+    return total
+
+
+RISKS = {'cvar': cvar, 'erm': erm, 'released': released}

@@ -10,7 +10,7 @@ command continues it. Another batch_size, or another processor, rounds otherwise
 nearly tied.
 """
 
-import guard
+from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
@@ -25,15 +25,14 @@ import numpy as np
 from tqdm import tqdm
 
 import fsdp
-import generate
-import log
-import samples
-import sources
-import tokenise
 from configurator import UserError, configure, main_rank
-from endpoint import ask, completions_url
-from examples import uniform_hash
-from load import content, load_model, load_tokenizer, room
+from feedback import samples
+from feedback.endpoint import ask, completions_url
+from hf import generate
+from hf.load import content, load_model, load_tokenizer, room
+from runtime import log
+from text import sources, tokenise
+from text.examples import uniform_hash
 
 # who answers
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -102,7 +101,7 @@ def read_prompts():
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f'cannot read {source}: {getattr(error, "strerror", "not a text file")}') from None
             continue
-        more, out = sources.load_rows(source, split or 'test', whole=split is None, num_turns=num_turns,
+        more, out = sources.load_rows(source, split or 'test', undivided=split is None, num_turns=num_turns,
                                       skip_bad_rows=skip_bad_rows)  # fmt: skip
         if not more and source != data:
             raise sources.vanished(source, split or 'test', out)

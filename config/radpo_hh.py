@@ -1,14 +1,5 @@
-# Ra-DPO2, arXiv:2505.20359, CVaR, on Anthropic HH (--loss=radpo1, --risk=erm, or --risk=released for what the authors' code
-# computes). The original launches on 4 GPUs with FSDP; it gives no time.
+# The former name of radpo2_hh.py, Ra-DPO2; runs that were begun under it go on in their folder.
 #     torchrun --nproc_per_node=4 dpo.py config/radpo_hh.py
-model = 'out/sft_hh/model'
-data = 'hh'
-dtype = 'bfloat16'
-loss = 'radpo2'
-beta = 0.1
-alpha = 0.5
-risk = 'cvar'
-mu = 0.98
-optimizer = 'RMSprop'
-lr = 5e-6
+from config.radpo2_hh import *
+
 out_dir = 'out/radpo_hh'

@@ -1,12 +1,5 @@
-# TDPO2, arXiv:2404.11999, alpha 0.5, on Anthropic HH (--loss=tdpo1 for the first variant). The paper's runs used the DPO
-# code on A100 80GB GPUs; it gives no time.
+# The former name of tdpo2_hh.py, TDPO2; runs that were begun under it go on in their folder.
 #     torchrun --nproc_per_node=4 dpo.py config/tdpo_hh.py
-model = 'out/sft_hh/model'
-data = 'hh'
-dtype = 'bfloat16'
-loss = 'tdpo2'
-beta = 0.1
-alpha = 0.5
-optimizer = 'RMSprop'
-lr = 5e-6
+from config.tdpo2_hh import *
+
 out_dir = 'out/tdpo_hh'

@@ -1,0 +1,581 @@
+"""Attack the readers: mutated dataset rows through load_rows and tokenise, mutated command lines and configs through configure.
+
+    python -m experiments.attack.fuzz --rows=100000 --lines=10000 --seed=0
+
+A row must come out as texts that were in the file, be counted by reason, or be refused by a UserError that names file and
+line; so must a command line come out as what was written, or be refused. Anything else ends the run with the case that shows
+it, and exit code 1: another exception, ten seconds without an end, a text that nobody wrote, a row that nobody counted.
+"""
+
+import ast
+import base64
+import contextlib
+import copy
+import functools
+import gzip
+import html
+import inspect
+import io
+import json
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import configurator
+import losses
+import model
+from configurator import UserError, configure
+from experiments import ROOT
+from feedback import pairs
+from runtime.values import CHOICES
+from text import sources, toy
+from text.tokenise import tokenise
+
+rows = 100_000  # mutated rows, in files of a few
+lines = 10_000  # mutated command lines and config files
+seed = 0  # of the mutations
+config = configure(globals())
+
+SCRIPTS = ['dpo.py', 'sft.py', 'reward.py', 'ppo.py', 'sample.py', 'label.py', 'tools/plot.py', 'tools/bench.py']
+TRAINING = SCRIPTS[:4]  # these have the options of training.py, too
+SECONDS = 10  # after which a case hangs
+FILE_ROWS = 8  # rows of a file, about half of them mutated
+random.seed(seed)
+counts = Counter()
+parsed = {}  # file -> its Options
+read_options = configurator._declared
+
+
+def declared(scope):
+    """configurator._declared, each file parsed once: else most of the time goes into that."""
+    file = scope['__file__']
+    if file not in parsed:
+        parsed[file] = read_options(scope)
+    return {name: option._replace(scope=scope) for name, option in parsed[file].items()}
+
+
+configurator._declared = declared
+tokenizer = toy.tokenizer()
+
+
+class Failure(Exception):
+    """What must not happen."""
+
+
+# ---- rows ----
+
+
+def generic():
+    """Rows of the documented formats, beside those of tests/raw."""
+    u, a = {'role': 'user', 'content': 'What is {x}?'}, {'role': 'assistant', 'content': 'It is a letter.'}
+    b, s = {'role': 'assistant', 'content': 'Ünbekannt 🙂'}, {'role': 'system', 'content': 'Be brief.'}
+    return [
+        {'prompt': 'p one', 'chosen': ' good', 'rejected': ' bad', 'margin': 0.5},
+        {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'},
+        {'prompt': [s, u], 'chosen': [a], 'rejected': [b]},
+        {'chosen': [u, a], 'rejected': [u, b]},
+        {'prompt': 'p', 'completion': ' c', 'label': True},
+        {'prompt': [u], 'completion': [a], 'label': False},
+        {'prompt': 'p', 'response': ' r', 'good': True},
+        {'messages': [s, u, a, u, b]},
+        {'text': 'once upon a time'},
+        {'prompt': 'only a prompt'},
+    ]
+
+
+def seeds():
+    """format -> its rows."""
+    found = {'': generic()}
+    for file in sorted((ROOT / 'tests/parts/raw').iterdir()):
+        text = file.read_text('utf-8')
+        found[file.name.partition('.')[0]] = (
+            json.loads(text) if text.startswith('[') else [json.loads(x) for x in text.splitlines()]
+        )
+    found['hh_helpful'], found['hh_harmless'] = found['hh'], found['hh']
+    found['ultrafeedback_hybrid'] = found['ultrafeedback']
+    return found
+
+
+def odd_text():
+    return random.choice([
+        '', ' ', '\n\n', '\x00', 'a\x00b', '\ud800', 'x\udfffy', '\ud83d\ude42', '\ufeff', '\u202e', '<|endoftext|>', '</s>',
+        '\n\nHuman:', '\n\nAssistant:', '\n\nHuman: q\n\nAssistant: a\n\nAssistant:', '{instruction}', '{{ m.content }}',
+        '$(touch x)', "'; import os", '<p>', '<![if x]>', '<![CDATA[', '<![foo[x]]>', '<!--' * 50, '<!', '&#1114112;', '&#xd800;', '<a ' * 50,
+        'x' * random.choice([10, 1000, 100_000]), 'é' * 500, '\u2028', '\r', 'NaN', 'null', 'true', '0',
+    ])  # fmt: skip
+
+
+def odd_value(depth=0):
+    return random.choice([
+        odd_text, odd_text, lambda: None, lambda: True, lambda: False, lambda: 0, lambda: -1, lambda: 2, lambda: 1.5,
+        lambda: float('nan'), lambda: float('inf'), lambda: -float('inf'), lambda: 10**400, lambda: 2**64, list, dict,
+        lambda: nested(random.choice([3, 50, 400])), lambda: [odd_value(depth + 1)] if depth < 3 else [],
+        lambda: {random.choice(['role', 'content', 'from', 'value', 'x']): odd_value(depth + 1)} if depth < 3 else {},
+        lambda: {'role': 'user', 'content': odd_text()}, lambda: [{'role': 'assistant', 'content': odd_text()}],
+        lambda: [{'role': 'tool', 'content': 'x', 'tool_calls': [1]}],
+    ])()  # fmt: skip
+
+
+def nested(depth):
+    value = 'deep'
+    for _ in range(depth):
+        value = [value] if random.random() < 0.5 else {'x': value}
+    return value
+
+
+def places(value, found=None, depth=0):
+    """All (container, key) in a row."""
+    found = [] if found is None else found
+    keys = range(len(value)) if isinstance(value, list) else ()
+    for key in value if isinstance(value, dict) else keys:
+        found.append((value, key))
+        if depth < 5:
+            places(value[key], found, depth + 1)
+    return found
+
+
+def mutate(row, pool):
+    row = copy.deepcopy(row)
+    for _ in range(random.choice([1, 1, 1, 2, 4])):
+        spots = places(row)
+        if not spots:
+            return odd_value()
+        container, key = random.choice(spots)
+        act = random.randrange(8)
+        if act == 0:
+            del container[key]
+        elif act == 1 and isinstance(container, dict):
+            container[
+                random.choice([str(key) + 'x', 'prompt', 'chosen', 'preference', 'output_1', odd_text()[:20]])
+            ] = container.pop(key)
+        elif act == 2:
+            other = random.choice(places(random.choice(pool)))
+            container[key] = copy.deepcopy(other[0][other[1]])
+        elif act == 3 and isinstance(container[key], str):
+            text = container[key]
+            cut = random.randrange(len(text) + 1)
+            container[key] = text[:cut] + odd_text() + text[cut + random.randrange(3) :]
+        elif act == 4:
+            container[key] = [container[key]]
+        elif act == 5 and isinstance(container, list):
+            container.insert(key, copy.deepcopy(container[key]))
+        else:
+            container[key] = odd_value()
+    return row if random.random() < 0.98 else odd_value()
+
+
+def write_line(row):
+    """A row as json text, sometimes broken."""
+    ascii_only = random.random() < 0.5
+    text = json.dumps(row, ensure_ascii=ascii_only).encode('utf-8', 'surrogatepass')
+    if random.random() < 0.9:
+        return text
+    cut = random.randrange(len(text) + 1)
+    return random.choice([
+        lambda: text[:cut], lambda: text[cut:], lambda: text[:cut] + bytes([random.randrange(256)]) + text[cut + 1 :],
+        lambda: text[:cut] + b'\x00' + text[cut:], lambda: b'\xef\xbb\xbf' + text, lambda: text + text, lambda: text + b',',
+        lambda: text.decode('utf-8', 'replace').encode('utf-16'), lambda: text.decode('utf-8', 'replace').encode('utf-16-le'),
+        lambda: text.decode('utf-8', 'replace').encode('latin-1', 'replace'), lambda: b'[' * random.choice([5, 100_000]),
+        lambda: b'', lambda: b'  ', lambda: b'9' * 5000, lambda: text.replace(b'"', b"'"), lambda: b'{"prompt": NaN}',
+        lambda: text[:-1] + b', "prompt": "twice"}',
+    ])()  # fmt: skip
+
+
+@contextlib.contextmanager
+def alarm():
+    def ring(*_):
+        raise Failure(f'no end within {SECONDS} s')
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def texts(value, found):
+    """All texts in a json value."""
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, dict):
+            stack += value.values()
+        elif isinstance(value, list):
+            stack += value
+    return found
+
+
+def squeezed(text):
+    """What is left of a text after what readers may add or take: white space, and the names of the speakers."""
+    return re.sub(r'\s+|Human:|Assistant:', '', text)
+
+
+def check_text(text, written, name):
+    """Raise Failure unless the text stands in the file: exactly where the format keeps texts, else but for white space."""
+    text.encode()
+    if any(text in w for w in written):
+        return
+    if name == 'se':  # HTML: what is left of it stands in one text, in this order
+        letters = ''.join(re.findall(r'\w', squeezed(re.sub(r'</?code>', '', text))))
+        for raw in written:
+            rest = iter(re.sub(r'\W', '', html.unescape(raw)))
+            if all(letter in rest for letter in letters):
+                return
+    rest = squeezed(text)
+    for w in sorted(map(squeezed, written), key=len, reverse=True):  # a prompt may be made of several turns
+        if rest == w:
+            rest = ''
+        elif w:
+            rest = rest.replace(w, '\n')
+    if rest.strip():
+        raise Failure(f'a text that is not in the file: {text[:200]!r}')
+
+
+def check_example(example, written, name):
+    fields = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools'}
+    if not {'prompt'} <= example.keys() <= fields:
+        raise Failure(f'an example with the fields {sorted(example)}')
+    for key, value in example.items():
+        if (
+            key == 'good'
+            and isinstance(value, bool)
+            or key == 'margin'
+            and isinstance(value, float)
+            and abs(value) < 1e30
+        ):
+            continue
+        if isinstance(value, str):
+            check_text(value, written, name)
+            continue
+        if key == 'tools' and isinstance(value, list):
+            continue
+        if key in ('good', 'margin') or not isinstance(value, list) or (key == 'prompt' and not value):
+            raise Failure(f'{key} is {value!r}')
+        for turn in value:
+            if not isinstance(turn, dict) or not turn.keys() >= {'role', 'content'}:
+                raise Failure(f'a message {turn!r}')
+            check_text(turn['role'], [*written, 'user', 'assistant'], name)
+            check_text(turn['content'], written, name)
+        if (
+            key in ('chosen', 'rejected', 'response')
+            and value
+            and {value[0]['role'], value[-1]['role']} != {'assistant'}
+        ):
+            raise Failure(f'an answer by {value[-1]["role"]!r}')
+
+
+def quiet(name, raw):
+    """Whether a row makes no example of its own: what is asked, and the best answers, are part of others in oasst."""
+    return name == 'oasst' and raw.get('lang') == 'en' and (raw.get('role') == 'prompter' or raw.get('rank') == 0)
+
+
+def attack_file(name, content, ending, folder, index):
+    """One file through load_rows, with and without skip_bad_rows, and what is left through tokenise."""
+    path = f'{folder}/data{index % 4}{ending}'
+    with (gzip.open if ending.endswith('.gz') else open)(path, 'wb') as stream:
+        stream.write(content)
+    source = f'{name}:{path}' if name else path
+    written, parsed, blank = [], [], 0
+    texts_of = content.split(b'\n') if ending.startswith('.jsonl') else [content]
+    for i, text in enumerate(texts_of):
+        blank += not text.strip()
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(text.decode('utf-8' if i else 'utf-8-sig'))
+            parsed += (
+                value
+                if ending.startswith('.json') and not ending.startswith('.jsonl') and isinstance(value, list)
+                else [value]
+            )
+    texts(parsed, written)
+    total = len(parsed) if not ending.startswith('.jsonl') else len(texts_of) - blank
+    options = {'undivided': True} | ({'num_turns': 3} if name == 'sharegpt' else {})
+    try:
+        sources.load_rows(source, 'train', **options)
+        refused = None
+    except UserError as error:
+        refused = str(error)
+        if '\n' in refused or path not in refused or len(refused) > 700:
+            raise Failure(f'a message without its file, or not one sentence: {refused!r}') from None
+    try:
+        examples, left_out = sources.load_rows(source, 'train', skip_bad_rows=True, **options)
+    except UserError as error:
+        if ending.startswith('.jsonl'):
+            raise Failure(f'skip_bad_rows does not skip: {error}') from None
+        counts['files refused'] += 1
+        counts['rows refused'] += max(1, total)
+        return
+    bad = sum(n for reason, n in left_out.items() if reason.startswith('bad rows'))
+    if (refused is None) != (bad == 0) or (
+        refused and ending.startswith('.jsonl') and not re.search(r', line \d+: ', refused)
+    ):
+        raise Failure(f'{bad} bad rows, but the message is {refused!r}')
+    for example in examples:
+        check_example(example, written, name)
+    heard = sum(not (isinstance(row, dict) and quiet(name, row)) for row in parsed) + total - len(parsed)
+    found = len(examples) + sum(n for reason, n in left_out.items() if not reason.startswith('note: '))
+    several = name in ('se', 'sharegpt')  # a row is several examples
+    if not (found >= total if several else heard <= found <= total):
+        raise Failure(f'{total} rows, but {len(examples)} examples and {dict(left_out)}')
+    counts['rows refused'] += bad
+    counts['examples accepted'] += len(examples)
+    for reason, n in left_out.items():
+        if not reason.startswith('bad rows'):
+            counts[f'dropped: {reason}'] += n
+    attack_tokens(examples, ('pairs', 'singles', 'sft')[index % 3])
+    if index % 7 == 0:
+        with contextlib.suppress(UserError):
+            pairs.read_answers(path)
+
+
+def attack_tokens(examples, task):
+    """Tokenise; every part is accounted for, ends with the end of text, and is no longer than it may be."""
+    left_out, eos, longest = Counter(), tokenizer.eos_token_id, random.choice([12, 48])
+    side = random.choice(['start', 'end'])
+    found = tokenise(examples, tokenizer, task, longest, longest // 2, side, left_out, True, skip_bad_rows=True)
+    for i in range(len(found)):
+        prompt, answers = found[i]
+        if not len(prompt) or len(prompt) + max(map(len, answers)) > longest or any(a[-1] != eos for a in answers):
+            raise Failure(f'tokens {prompt} {answers}')
+    reasons = ('rows with ', 'bad rows', 'empty answers', 'pairs with equal answers')
+    dropped = sum(n for reason, n in left_out.items() if reason.startswith(reasons))
+    if task == 'pairs' and len(found) + dropped != len(examples):
+        raise Failure(f'{len(examples)} examples, {len(found)} tokenised, {dict(left_out)}')
+    if task == 'singles' and len(found) + dropped < len(examples):
+        raise Failure(f'{len(examples)} examples, {len(found)} tokenised, {dict(left_out)}')
+    counts[f'tokenised for {task}'] += len(found)
+
+
+def attack_rows(total):
+    pool = seeds()
+    with tempfile.TemporaryDirectory() as folder:
+        done = index = 0
+        while done < total:
+            name = random.choice([*pool, '', ''])
+            ending = random.choice(['.jsonl', '.jsonl', '.jsonl', '.json', '.jsonl.gz'])
+            chosen = [random.choice(pool[name]) for _ in range(FILE_ROWS)]
+            changed = [mutate(row, pool[name]) if random.random() < 0.8 else row for row in chosen]
+            done += sum(a is not b for a, b in zip(chosen, changed, strict=True))
+            if ending == '.json':
+                content = b'[' + b','.join(json.dumps(row).encode() for row in changed) + b']'
+                content = content if random.random() < 0.9 else content[: random.randrange(len(content))]
+            else:
+                content = b'\n'.join(map(write_line, changed))
+            try:
+                with alarm():
+                    attack_file(name, content, ending, folder, index)
+            except BaseException as error:
+                fail(
+                    error,
+                    f'format {name or "any"}, file {ending}, base64 of its gzip: {base64.b64encode(gzip.compress(content)).decode()}',
+                )
+            index += 1
+        counts['mutated rows'] = done
+
+
+# ---- command lines ----
+
+
+@functools.cache
+def scope_of(script):
+    """The constants of a script, without running it."""
+    scope = {'__file__': str(ROOT / script), '__doc__': ''}
+    for node in ast.parse((ROOT / script).read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            break
+        if isinstance(node, ast.FunctionDef):
+            break
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            scope[target.id] = ast.literal_eval(node.value)
+    return scope
+
+
+@functools.cache
+def dpo_checks():
+    """The part of dpo.py that checks what its options mean together, compiled."""
+    source = (ROOT / 'dpo.py').read_text()
+    start, end = source.index('# ---- what the loss asks for'), source.index('# ---- set-up ----')
+    return compile(source[start:end], 'dpo.py', 'exec')
+
+
+def check_dpo(resolved):
+    """The options that the loss uses, as dpo.py finds them. Raises its UserError."""
+    scope = {'config': resolved, 'losses': losses, 'inspect': inspect, 'partial': functools.partial, 'kl': model.kl,
+             'RISKS': model.RISKS, 'UserError': UserError, **resolved}  # fmt: skip
+    exec(dpo_checks(), scope)
+    return scope['used']
+
+
+VALUES = ['', '0', '1', '-1', '1e-3', '1e999', '-inf', 'nan', 'None', 'true', 'False', '0x10', '1_0', ' 3 ', '3.0', '９', '9' * 5000,
+          'toy', 'dpo', 'kto', 'radpo1', 'ipo', '[1]', '=', '--', '\x00', '\ud800', 'http://u:p@host', 'x' * 10_000, '../..', '0.5',
+          '99999999999999999999', '1e308', '-0.0', 'SGD', 'cvar', 'é', "');import os", '\n']  # fmt: skip
+LITERALS = ['0', '1', '-1', '1e-3', 'float("inf")', 'float("nan")', 'None', 'True', '"toy"', '""', '[]', '{}', '(1,)', 'lambda: 0', '1j',
+            'b"x"', '10**400', '"a\\0b"', '"\\ud800"', 'object()', 'int', '...', '1/0', 'undefined', '"kto"', '0.5', '2**31', 'range(3)']  # fmt: skip
+STATEMENTS = ['import os', 'from math import *', 'raise SystemExit', 'raise KeyError("x")', 'import no_such_module', 'def f(: pass',
+              'x' * 5000, '(' * 200, 'class A: pass', '_private = 1', '\x00', 'exit()', 'assert False', 'for i in range(3): lr = 0.1',
+              'beta = = 1', '\ufeff', 'return 1', 'yield 1', 'await x', 'del lr', 'lr: float = 0.1', 'raise Exception("a\\nb")', '1' * 5000,
+              '# -*- coding: latin-9 -*-', '"""', 'lr = lr * 2', '-' * 3000 + '1', 'raise BaseException("x")', 'f"{"']  # fmt: skip
+
+
+def attack_line(script, folder):
+    """One command line; its values come out as they were written, by their declared types, or it is refused."""
+    scope = copy.deepcopy(scope_of(script))
+    shared = SimpleNamespace(**copy.deepcopy(scope_of('training.py'))) if script in TRAINING else None
+    options = (vars(shared) if shared else {}) | scope
+    argv, given = odd_arguments(options)
+    argv += odd_configs(options, folder)
+    random.shuffle(argv)
+    before = copy.deepcopy(options)
+    Path(folder, 'case.txt').write_text(repr((script, argv)))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            resolved = configure(scope, list(argv), shared)
+    except UserError as error:
+        if (vars(shared) if shared else {}) | scope != before:
+            raise Failure('a refused command line changed the options') from None
+        if '\n' in str(error) or not str(error):
+            raise Failure(f'not one sentence: {str(error)!r}') from None
+        counts['command lines refused'] += 1
+        return argv
+    except SystemExit as end:
+        if end.code or not {'--help', '-h'} & set(argv):
+            raise Failure(f'exit {end.code}') from None
+        return argv
+    check_resolved(argv, given, resolved, before)
+    counts['command lines accepted'] += 1
+    if script == 'dpo.py':
+        attack_checks(resolved)
+    return argv
+
+
+def odd_arguments(options):
+    """(flags, name -> what was written for it, or None) of some of these options and of others."""
+    names = [k for k in options if not k.startswith('_')]
+    argv, given = [], {}
+    for _ in range(random.choice([0, 1, 1, 2, 5])):
+        name = (
+            random.choice(names)
+            if random.random() < 0.9
+            else random.choice(['lerning_rate', '', 'config', '__file__', '-x', 'é', 'x' * 999])
+        )
+        value = (
+            random.choice(VALUES)
+            if random.random() < 0.4
+            else str(random.choice(CHOICES.get(name, [options.get(name), '7'])))
+        )
+        form = random.random()
+        flag = (
+            f'--{name}={value}'
+            if form < 0.9
+            else random.choice(
+                [f'--{name}', f'-{name}={value}', f'--{name} {value}', name, f'--{name}=={value}', '--', '-']
+            )
+        )
+        argv.append(flag)
+        given[name] = flag.partition('=')[2] if flag.startswith(f'--{name}=') else None
+    return argv, given
+
+
+def odd_configs(options, folder):
+    """Paths of config files, written into the folder, or of what is none."""
+    names, argv = [k for k in options if not k.startswith('_')], []
+
+    def sound():
+        name = random.choice(names)
+        return f'{name} = {random.choice(CHOICES.get(name, [options[name]]))!r}'
+
+    def odd():
+        return f'{random.choice(names)} = {random.choice(LITERALS)}'
+
+    for _ in range(random.choice([0, 0, 1, 1, 2])):
+        path = f'{folder}/config{random.randrange(3)}.py'
+        text = '\n'.join(
+            random.choice([sound, sound, odd, lambda: random.choice(STATEMENTS)])() for _ in range(random.randrange(4))
+        )
+        content = text.encode(random.choice(['utf-8', 'utf-8', 'utf-8', 'utf-16']), 'surrogatepass')
+        content = bytes(random.randrange(256) for _ in range(40)) if random.random() < 0.03 else content
+        Path(path).write_bytes(content)
+        argv.append(random.choice([path, path, path, folder, f'{folder}/none.py', f'{folder}/a\x00b.py', path[:-3]]))
+        argv[-1] = path if random.random() < 0.7 else argv[-1]
+    return argv
+
+
+def check_resolved(argv, given, resolved, before):
+    """What was written is what comes out, and nothing else has changed; else Failure."""
+    for name, value in given.items():
+        if value is None and not any(a == f'--{name}' for a in argv):
+            raise Failure(f'{name} was not written as --name=value')
+        if value is not None and not means(value, resolved[name]):
+            raise Failure(f'--{name}={value} became {resolved[name]!r}')
+    for name, value in resolved.items():
+        json.dumps(value)
+        if isinstance(value, str):
+            value.encode()
+        if resolved.origin[name] == 'default' and value != before[name]:
+            raise Failure(f'{name} is {value!r} though nobody set it')
+
+
+def attack_checks(resolved):
+    """What dpo.py's options mean together: refused, or without an option on the command line that has no effect."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            used = check_dpo(resolved)
+    except UserError:
+        counts['losses refused'] += 1
+        return
+    unused = set(resolved.given('gamma rho')) - set(used)
+    if unused:
+        raise Failure(f'{unused} have no effect, and nobody says so')
+    counts['losses made'] += 1
+
+
+def means(text, value):
+    """Whether a value is what the text says."""
+    if value is None:
+        return text.lower() in ('none', 'null')
+    if isinstance(value, bool):
+        return text.lower() == str(value).lower()
+    return text == value if isinstance(value, str) else float(text) == value
+
+
+def attack_lines(total):
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(total):
+            script = SCRIPTS[i % len(SCRIPTS)]
+            try:
+                with alarm():
+                    attack_line(script, folder)
+            except BaseException as error:
+                configs = {p.name: p.read_bytes() for p in Path(folder).glob('*.py')}
+                fail(error, f'{Path(folder, "case.txt").read_text()} with the configs {configs}')
+            counts['mutated command lines'] += 1
+
+
+def fail(error, case):
+    """Print the case and leave."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    traceback.print_exception(error)
+    print(f'FAILED: {type(error).__name__}: {error}\nafter {dict(counts)}\ncase: {case}')
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+began = time.process_time()
+attack_rows(rows)
+attack_lines(lines)
+for what, n in sorted(counts.items()):
+    print(f'{n:>9d}  {what}')
+print(f'no failure; {time.process_time() - began:.0f} s of CPU')

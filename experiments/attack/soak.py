@@ -1,0 +1,183 @@
+"""Kill runs with kill -9 at random moments, start them again, and see that nothing is lost and nothing differs.
+
+    python -m experiments.attack.soak --kills=20 --seed=0
+
+Every case is trained once without interruption. Then the same command is run in another folder and killed, processes and all,
+a random time after its first step (now and then after its start) or, half of the time, at a random point of a save, sampling,
+the writing of a file or of the reference cache; and so again, until it has been killed `per_run` times; then it may finish.
+A kill is survived if the run it hit ends with the metrics.jsonl, samples.jsonl and model of the uninterrupted one, byte for
+byte but for speeds. Exit code 0 if all are."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from configurator import configure
+from experiments import ROOT
+
+kills = 20  # how many at least
+seed = 0  # of the moments
+per_run = 3  # kills before a run may finish
+losses = 'dpo beta_dpo kto'  # taken in turns
+processes = '1 2 1 2 4'  # likewise
+folder: str | None = None  # where to work; None: a temporary folder, removed if all survive
+config = configure(globals())
+
+COMMON = ['--batch_size=16', '--n_examples=640', '--save_every=48', '--eval_every=144', '--n_eval_examples=16', '--lr=1e-3',
+          '--warmup_steps=2', '--sample_during_eval', '--n_eval_model_samples=4', '--max_new_tokens=8', '--data_fraction=0.1',
+          '--max_length=64', '--max_prompt_length=32']  # fmt: skip
+MOMENTS = {
+    'save': lambda out: list(out.glob('checkpoints/*.tmp')),
+    'sampling': lambda out: out.joinpath('samples.jsonl').exists() and age(out / 'samples.jsonl') < 0.5,
+    'temporary file': lambda out: list(out.glob('*.tmp')),
+    'new checkpoint': lambda out: any(age(f) < 0.5 for f in out.glob('checkpoints/*')),
+    'reference': lambda out: list((out.parent / 'cache').glob('reference-*')),
+}
+
+
+def age(path):
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 1e9
+
+
+def size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def start(loss, world, out, cache):
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}'] if world > 1 else []
+    cached = ['--cache_ref'] if loss != 'kto' else []
+    environment = os.environ | {'NANOPREF_CACHE': str(cache), 'OMP_NUM_THREADS': '1'}
+    with open(out.parent / f'{out.name}.txt', 'a') as log:
+        return subprocess.Popen([sys.executable, *torchrun, 'dpo.py', *COMMON, *cached, f'--loss={loss}', f'--out_dir={out}'],
+                                cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+
+
+def children(pid):
+    """The processes below one: torchrun puts its workers into sessions of their own."""
+    try:
+        found = [
+            int(x) for task in Path(f'/proc/{pid}/task').iterdir() for x in (task / 'children').read_text().split()
+        ]
+    except OSError:
+        return []
+    return found + [grandchild for child in found for grandchild in children(child)]
+
+
+def kill(process):
+    for pid in (process.pid, *children(process.pid)):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.wait()
+
+
+def seen(out):
+    """Examples that a killed run had trained on: of the last whole line."""
+    if not size(out / 'metrics.jsonl'):
+        return 0
+    lines = [line for line in (out / 'metrics.jsonl').read_text().splitlines() if line.endswith('}')]
+    return json.loads(lines[-1])['counters/examples'] if lines else 0
+
+
+def traces(out):
+    """What a run leaves, but for speeds, which differ: rows, samples, weights."""
+    rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if not k.endswith('_per_second')} for row in rows]
+    return rows, (out / 'samples.jsonl').read_text(), (out / 'model/model.safetensors').read_bytes()
+
+
+def difference(out, whole):
+    """Where two runs differ, or None."""
+    try:
+        mine, right = traces(out), traces(whole)
+    except (OSError, ValueError) as error:
+        return f'{type(error).__name__}: {error}'
+    for a, b in zip(mine[0], right[0], strict=False):
+        if a != b:
+            return f'{b["split"]} row at {b["counters/examples"]}: {[(k, a.get(k), b[k]) for k in b if a.get(k) != b[k]][:2]}'
+    names = ('rows', 'samples', 'weights')
+    return next((f'the {name} differ' for name, a, b in zip(names, mine, right, strict=True) if a != b), None)
+
+
+def main():
+    rng = random.Random(seed)
+    base = Path(folder or tempfile.mkdtemp(prefix='soak-'))
+    base.mkdir(parents=True, exist_ok=True)
+    wholes, durations = {}, {}
+    done = survived = number = resumed = 0
+    while done < kills:
+        loss = losses.split()[number % len(losses.split())]
+        world = int(processes.split()[number % len(processes.split())])
+        if (loss, world) not in wholes:
+            whole = base / f'{loss}-{world}'
+            # a cache of its own: the reference's log-probs equal those of another number of processes to rounding only
+            process = start(loss, world, whole, base / f'cache-{loss}-{world}')
+            while process.poll() is None and not size(whole / 'metrics.jsonl'):
+                time.sleep(0.01)
+            began = time.time()
+            assert process.wait() == 0, f'the uninterrupted run fails: {whole}.txt'
+            wholes[loss, world], durations[loss, world] = whole, time.time() - began
+        work = base / f'run{number}'
+        work.mkdir()
+        hits = []
+        while len(hits) < per_run:
+            process = start(loss, world, work / 'out', work / 'cache')
+            moment = rng.choice([None] * len(MOMENTS) + list(MOMENTS))
+            early = (
+                moment == 'reference' or rng.random() < 0.15
+            )  # from the start on; else from the first step on, which comes late
+            delay = rng.uniform(0.0, 0.6) * durations[loss, world] + rng.uniform(0.0, 10.0) * early
+            written, since = size(work / 'out/metrics.jsonl'), time.time() if early else None
+            while process.poll() is None:
+                if since is None and size(work / 'out/metrics.jsonl') > written:
+                    since = time.time()
+                ready = since is not None and (time.time() - since > delay or moment == 'reference')
+                if ready and (moment is None or MOMENTS[moment](work / 'out')):
+                    time.sleep(rng.choice([0, 0.002, 0.01, 0.05]))
+                    break
+                time.sleep(0.001)
+            if process.poll() is not None:
+                break  # it has finished before the moment came
+            kill(process)
+            hits.append(f'{seen(work / "out")} examples' + f' ({moment})' * bool(moment))
+            if (work / 'out/model').exists():
+                break  # it had just finished: another start would rightly be refused
+        finished = (work / 'out/model').exists()
+        if not finished:
+            process = start(loss, world, work / 'out', work / 'cache')
+            process.wait()
+        wrong = (
+            difference(work / 'out', wholes[loss, world])
+            if finished or process.returncode == 0
+            else f'exit code {process.returncode}'
+        )
+        done, survived, number = done + len(hits), survived + len(hits) * (wrong is None), number + 1
+        print(
+            f'{loss:9s} {world} processes, killed after {", ".join(hits) or "no examples"}: {wrong or "as if nothing had happened"}',
+            flush=True,
+        )
+        again = (work / 'out.txt').read_text().count('resuming')  # the other kills came before the first checkpoint
+        resumed += again
+        if wrong is None:
+            shutil.rmtree(work)
+    print(f'{survived} of {done} kills survived, {number} runs, {resumed} starts from a checkpoint, seed {seed}')
+    if survived < done:
+        print(f'see {base}')
+    elif folder is None:
+        shutil.rmtree(base)
+    return int(survived < done)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The papers' claims, tried on the toy world with its gold reward: every method from one SFT model, several seeds.
+
+    python -m experiments.claims                            # or make claims: the whole grid into out/claims
+    python -m experiments.claims --quick             # fewer trials, half the examples, into out/claims_quick
+    python -m experiments.claims --seeds='11 12 13'  # other seeds, into the same files
+    python -m experiments.claims --search            # find the methods' settings anew: out/claims/settings.json, else experiments/claims/record/settings.json
+    python -m experiments.claims --report            # write the report again from what is there
+
+experiments/claims has what --out_dir=experiments/claims left there; with that the claims in the README are written, too. Resumable: every
+finished trial is a line of results.jsonl, and is not made again. results.md has the verdicts and the tables, flips.png and
+frontier.png the plots. grid.py says which trials, rules.py which claims and by which rule.
+"""
+
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from configurator import UserError, configure
+from experiments import ROOT
+from experiments.claims import grid as claims_grid
+from experiments.claims import report as claims_report
+from experiments.claims import trial as claims_run
+
+seeds = '1 2 3 4 5'  # of the pairs, their order, the flips and the samples; 0 is the search's
+quick = False  # a small grid, half the examples, and unless given: three seeds, 256 samples
+search = False  # the search for settings instead of the grid
+report = False  # only write the report from the trials that are there
+workers = 2  # processes side by side, one thread each
+n_samples = 512  # answers that a model is judged by
+out_dir: str | None = None  # where results go; None: out/claims, or out/claims_quick
+
+
+RECORD = ROOT.joinpath('experiments/claims/record')  # a call: options end here
+
+
+def read_results(file):
+    """Results by key of their trial. A line that a crash has cut short is taken off the file."""
+    lines = file.read_text().splitlines(True) if file.exists() else []
+    if lines and not lines[-1].endswith('\n'):
+        file.write_text(''.join(lines[:-1]))
+        lines.pop()
+    return {claims_grid.key(row): row for row in map(json.loads, lines)}
+
+
+def run(trials, file, work):
+    """Make those trials that are not in the file yet, several side by side, and append each when it is done."""
+    results = read_results(file)
+    left = [trial for trial in trials if results.get(claims_grid.key(trial), {}).get('n_samples') != n_samples]
+    print(f'{len(trials)} trials, {len(trials) - len(left)} of them done already: {file}', flush=True)
+    if not left:
+        return
+    began = time.time()
+    claims_run.train_reference(work)
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(workers, context) as pool, file.open('a') as stream:
+        waiting = [pool.submit(claims_run.run_trial, trial, work, n_samples) for trial in left]
+        for i, future in enumerate(as_completed(waiting), 1):
+            result = future.result()
+            stream.write(json.dumps(result) + '\n')
+            stream.flush()
+            options = result['options'] or {'loss': 'the SFT model'}
+            what = ' '.join(f'{k}={v}' if k != 'loss' else v for k, v in options.items())
+            numbers = (
+                result.get('error')
+                or f'gold {result["gold"]:+.3f}  acc {result["accuracy"]:.3f}  kl {result["kl"]:.3f}'
+            )
+            minutes = (time.time() - began) / i * (len(left) - i) / 60
+            print(
+                f'{i:4d}/{len(left)}  seed {result["seed"]}  {what:60s}  {numbers}  {minutes:.0f} min left', flush=True
+            )
+
+
+def main():
+    global seeds, n_samples
+    config = configure(globals())
+    if quick:
+        seeds = '1 2 3' if config.origin['seeds'] == 'default' else seeds
+        n_samples = 256 if config.origin['n_samples'] == 'default' else n_samples
+    try:
+        chosen = [int(seed) for seed in seeds.split()]
+    except ValueError:
+        chosen = []
+    if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
+        raise UserError(f"seeds must be different whole numbers, such as '1 2 3', not {seeds!r}")
+    if claims_grid.SEARCH_SEED in chosen and not search:
+        raise UserError(f'seed {claims_grid.SEARCH_SEED} has chosen the settings: report others')
+    if search:
+        config.ignored(['seeds', 'quick', 'report'], 'the search has one seed and one size')
+    out = Path(out_dir or f'out/claims{"_quick" if quick else ""}').resolve()
+    work = out / 'work'  # the SFT model, the pairs, the cache of tokens
+    work.mkdir(parents=True, exist_ok=True)
+    os.environ['OMP_NUM_THREADS'] = '1'  # the workers inherit it
+    os.environ.setdefault('NANOPREF_CACHE', str(work / 'cache'))
+    settings, results = out / 'settings.json', out / 'results.jsonl'
+    if search:
+        run([trial for name in claims_grid.SEARCHES for trial in claims_grid.search(name)], out / 'search.jsonl', work)
+        rows = read_results(out / 'search.jsonl')
+        settings.write_text(
+            json.dumps({name: claims_grid.found(name, rows) for name in claims_grid.SEARCHES}, indent=1) + '\n'
+        )
+        print(f'{settings}:\n{settings.read_text()}')
+        return
+    settings = settings if settings.exists() else RECORD / 'settings.json'
+    grid = claims_grid.Grid(claims_grid.QUICK if quick else claims_grid.FULL, json.loads(settings.read_text()))
+    if not report:
+        run(grid.trials(chosen), results, work)
+    claims_report.write(grid, chosen, read_results(results), out)
+    if out == RECORD and not quick:
+        claims_report.write_page(out, ROOT / 'docs/evidence.md')
+
+
+if __name__ == '__main__':
+    main()

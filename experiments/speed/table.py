@@ -1,0 +1,146 @@
+"""The speed table: bench.py over shapes, batch sizes and threads, beside TRL and the original code's layout.
+
+    pip install trl==1.16.0     # beside requirements.txt, in an environment of its own
+    python -m experiments.speed.table --hh=PATH/hh_harmless.jsonl.gz --tokenizer=FOLDER [--shapes='14m 70m 70m-4k'] [--out=experiments/speed/table.json]
+    python -m experiments.speed.table --report     # the tables of what --out holds, without measuring; writes the README's
+
+Ours and TRL's microbatches are 8 pairs or 1,024 tokens. The times of a line come from one interleaved process: CPU seconds on one
+thread, wall-clock seconds on more. Peak memory of each variant comes from a process of its own. keep=True tells glibc's allocator to
+keep freed memory: without it page faults cost the padded layouts more than the products do. Resumable: what stands in --out is not
+measured again. Prints the ratios to what is required; exit code 1 if one is missed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from configurator import UserError, configure
+from experiments import ROOT
+
+hh: str | None = None  # HH pairs: a .jsonl.gz file of Anthropic/hh-rlhf
+tokenizer: str | None = None  # a folder with the tokenizer of the Pythia models
+shapes = '14m 70m-4k 70m'  # which, in order
+batch_sizes = '8 64'  # pairs of a step
+cores = '1 2'  # CPU threads
+n_steps = 2  # timed steps of each variant
+keep = False  # let the allocator keep freed memory
+memory = True  # measure peak memory, too: one more process a variant
+limit_s = 3000  # seconds for one line
+out = 'experiments/speed/table.json'  # where the numbers are kept
+report = False  # measure nothing: print the tables of what is there, and write the README's
+readme = 'README.md'  # which; its lines between the markers are replaced
+
+
+config = configure(globals())
+SHAPES = {
+    '14m': ['--model=pythia-14m'],
+    '70m': ['--model=pythia-70m'],
+    '70m-4k': ['--model=pythia-70m', '--vocabulary=4096'],
+}
+VARIANTS = 'padded trl trl_fastest trl_cuda head cached'
+REQUIRED = [  # (ours, theirs, at least this ratio)
+    ('head', 'trl', 4.3), ('head', 'padded', 3.0), ('cached', 'trl_fastest', 4.0), ('head', 'trl_cuda', 2.4),
+]  # fmt: skip
+WORDS = {
+    'trl': 'TRL 1.16, its defaults', 'trl_fastest': 'TRL, no checkpointing, precomputed reference',
+    'trl_cuda': 'TRL, no checkpointing, the scoring it has on CUDA', 'padded': "the original code's layout",
+    'head': 'nanopref', 'cached': 'nanopref, cached reference',
+}  # fmt: skip
+numbers = json.loads(Path(out).read_text()) if Path(out).exists() else {}
+
+
+def bench(*flags):
+    """The rows of a bench.py run: variant -> row."""
+    env = {**os.environ, 'TQDM_DISABLE': '1', 'PYTHONWARNINGS': 'ignore'}
+    if keep:
+        env |= {'MALLOC_MMAP_THRESHOLD_': '8589934592', 'MALLOC_TRIM_THRESHOLD_': '17179869184'}
+    with tempfile.TemporaryDirectory() as folder:
+        file = f'{folder}/rows.json'
+        command = [
+            sys.executable,
+            '-m',
+            'tools.bench',
+            f'--out={file}',
+            f'--tokenizer={tokenizer}',
+            f'--data=hh:{hh}',
+            *flags,
+        ]
+        done = subprocess.run(command, env=env, cwd=ROOT, timeout=limit_s, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f'{" ".join(command)} failed: {done.stderr.strip()[-500:]}')
+        return {row['variant']: row for row in json.loads(Path(file).read_text())['rows']}
+
+
+def ratios(rows):
+    """What REQUIRED lists, in its order."""
+    return [rows[ours]['pairs_per_second'] / rows[theirs]['pairs_per_second'] for ours, theirs, _ in REQUIRED]
+
+
+def measure(name, flags):
+    """The rows of one line: all variants in one process, then memory, a process each."""
+    rows = bench(*flags, f'--n_steps={n_steps}', f'--variants={VARIANTS}')
+    for variant in ('padded', 'trl', 'head', 'cached') if memory else ():
+        alone = bench(*flags, '--n_steps=1', f'--variants={variant}')
+        rows[variant]['peak_memory_gb_alone'] = alone[variant]['peak_memory_gb']
+    numbers[name] = rows
+    Path(out).write_text(json.dumps(numbers, indent=1) + '\n')
+
+
+def cell(row):
+    gb = row.get('peak_memory_gb_alone')
+    return f'{row["pairs_per_second"]:.2f}' + (f', {gb:.1f} GB' if gb else '')
+
+
+def readme_lines():
+    """Batch 8 on one thread, whole; of all lines that were measured, the smallest and largest ratios."""
+    first = {name.partition(',')[0]: rows for name, rows in numbers.items() if name.endswith(', batch 8, 1 threads')}
+    yield '| | ' + ' | '.join(f'Pythia-{shape}'.replace('-4k', ', 4k words') for shape in first) + ' |'
+    yield '|---|' + '---|' * len(first)
+    for variant, words in WORDS.items():
+        yield f'| {words} | ' + ' | '.join(cell(rows[variant]) for rows in first.values()) + ' |'
+    yield ''
+    measured = [ratios(rows) for name, rows in numbers.items() if 'kept' not in name]
+    low, high = ([f'{end(column):.1f}' for column in zip(*measured, strict=True)] for end in (min, max))
+    span = [f'{a} to {b}' for a, b in zip(low, high, strict=True)]
+    sizes, counts = (
+        {int(name.split(', ')[i].split()[j]) for name in numbers if 'kept' not in name} for i, j in ((1, 1), (2, 0))
+    )
+    what = ', '.join(
+        f'{words} {" and ".join(map(str, sorted(n)))}' for words, n in (('batch', sizes), ('threads', counts))
+    )
+    yield f'Over all {len(measured)} runs on these shapes ({what}; `experiments/LOG.md`): {span[0]} times as fast as'
+    yield f"TRL's defaults, {span[1]} times the original layout, {span[3]} times TRL with its CUDA scoring; with a cached"
+    yield f"reference, {span[2]} times TRL's fastest setting with a precomputed one."
+
+
+if report:
+    print('| | ' + ' | '.join([*WORDS, *(f'{a} / {b}' for a, b, _ in REQUIRED)]) + ' |')
+    print('|---|' + '---|' * (len(WORDS) + len(REQUIRED)))
+    for name, rows in sorted(numbers.items()):
+        print(f'| {name} | ' + ' | '.join([cell(rows[v]) for v in WORDS] + [f'{r:.1f}' for r in ratios(rows)]) + ' |')
+    text = Path(readme).read_text()
+    start, end = text.index('\n', text.index('<!-- speed:')) + 1, text.index('<!-- end of speed')
+    Path(readme).write_text(text[:start] + '\n'.join(readme_lines()) + '\n' + text[end:])
+    sys.exit()
+if not hh or not tokenizer:
+    raise UserError('give --hh=FILE and --tokenizer=FOLDER')
+missed = 0
+for size in batch_sizes.split():
+    for count in cores.split():
+        for shape in shapes.split():
+            name = f'{shape}, batch {size}, {count} threads' + (', memory kept' if keep else '')
+            if name not in numbers:
+                measure(name, [*SHAPES[shape], f'--batch_size={size}', f'--threads={count}', '--max_tokens=1024'])
+            rows = numbers[name]
+            print(f'{name}: ' + '; '.join(f'{v} {cell(r)}' for v, r in rows.items()), flush=True)
+            checks = [(f'{a} against {b}', r, r < m, m) for (a, b, m), r in zip(REQUIRED, ratios(rows), strict=True)]
+            if 'peak_memory_gb_alone' in rows['trl']:
+                ratio = rows['head']['peak_memory_gb_alone'] / rows['trl']['peak_memory_gb_alone']
+                checks.append(('peak memory against trl', ratio, ratio > 2 / 3, 0.67))
+            for words, ratio, bad, limit in checks:
+                missed += bad
+                print(f'    {words}: x {ratio:.2f}, required {limit}{" - MISSED" if bad else ""}')
+sys.exit(missed > 0)

@@ -1,0 +1,92 @@
+"""The reference's log-probs, computed once and kept on disk: the same file serves every run, epoch, loss and rank.
+
+A file belongs to the content of the reference's weights and of the tokenised examples; the reference itself is loaded only
+where there is no such file. float32 log-probs equal the live ones up to rounding."""
+
+import hashlib
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import fsdp
+from configurator import main_rank
+from hf.lora import adapters_off
+from runtime import files, guard
+from runtime.files import say
+
+
+def cached_logps(build, make, examples, make_batches, dtype):
+    """Examples with .ref, float32 (n, answers): log-prob sums under the reference, from the cache or computed now.
+
+    build(empty) -> the reference on the CPU, make() -> the sharded one, make_batches(examples, rows) -> microbatches."""
+    key = fsdp.gather_objects(fsdp.on_one_rank(lambda: _key(build(empty=False), examples, dtype)))[0]
+    file = files.cache_file('reference', key)
+    logps = fsdp.gather_objects(fsdp.on_one_rank(lambda: _read(file, key, len(examples))))[0]
+    if logps is None:
+        logps = _compute(make(), examples, make_batches)
+        fsdp.on_one_rank(lambda: _write(file, key, logps))
+    else:
+        say(f'reference log-probs of {len(examples)} examples: read from {file}')
+    examples.ref = logps
+    return examples
+
+
+def _key(model, examples, dtype):
+    """A hash of the weights and of the examples' tokens; dtype, since log-probs depend on it."""
+    digest = hashlib.sha256(f'1 {dtype} {model.config.to_json_string()}'.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    for array in (examples.ids, examples.spans):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+@guard.memory_for('the pass that caches the reference takes microbatches of 4 x max_tokens; lower max_tokens')
+@torch.no_grad()
+def _compute(model, examples, make_batches):
+    """The log-probs from the model, 512 examples at a time: (n, answers), float32, the same on every rank."""
+    answers = examples.spans.shape[1] - 1
+    out = np.zeros((len(examples), answers), np.float32)
+    bar = tqdm(total=len(examples), desc='reference', unit='ex', disable=not main_rank())
+    for first in range(0, len(examples), 512):
+        rows = np.arange(first, min(first + 512, len(examples)))
+        batches, *_ = make_batches(examples, rows)
+        with adapters_off(model):
+            parts = [model.response_logps(batch)[0].view(-1, answers) for batch in batches]
+
+        # a column an answer, from all ranks
+        columns = {f'{i}': torch.cat([part[:, i] for part in parts]) for i in range(answers)}
+        slots = [slot for batch in batches for slot in batch.slot]
+        joined = fsdp.gather_columns(columns, slots, len(rows))
+        out[rows] = torch.stack([joined[f'{i}'] for i in range(answers)], 1).float().numpy()
+        bar.update(len(rows))
+    bar.close()
+    return out
+
+
+def _read(file, key, n):
+    """The (n, answers) log-probs in a cache file, or None where there is none, or a damaged or foreign one."""
+    if not file.exists():
+        return None
+
+    def valid(arrays, metadata):
+        logps = arrays['logps']
+        digest = hashlib.sha256(logps).hexdigest()
+        return metadata['key'] == key and metadata['sha256'] == digest and len(logps) == n
+
+    found = files.read_cache(file, valid)
+    if found is None:
+        say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')
+        return None
+    arrays, _ = found
+    return arrays['logps']
+
+
+def _write(file, key, logps):
+    """Keep the log-probs, if that can be: the run goes on either way, since it has them in memory."""
+    metadata = {'key': key, 'sha256': hashlib.sha256(logps).hexdigest()}
+    failure = files.write_cache(file, {'logps': logps}, metadata)
+    if failure:
+        say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')

@@ -1,0 +1,154 @@
+"""What several test files use: scripts run here, in a process of their own or under torchrun; their files; tiny models."""
+
+import contextlib
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SPEEDS = ('_per_second', 'sampling_share')  # ends of the names of metrics that depend on the machine
+
+# ---- scripts ----
+
+
+def run_script(script, *flags):
+    """Run a script in this process, as if imported. Returns its globals; of two flags with one name the last counts."""
+    from runtime import checkpoint, guard
+
+    given = {str(flag).partition('=')[0]: str(flag) for flag in flags}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [script, *given.values()])
+        patch.setattr(sys, 'excepthook', sys.excepthook)
+        try:
+            return runpy.run_path(str(ROOT / script), run_name='script')
+        finally:
+            # signals and the lock on out_dir are given back
+            if not checkpoint.failed():
+                guard.end()
+
+
+def python(*words, timeout=300, **environment):
+    """Run python in a process of its own, with the repository as its working directory. Returns it, with its text."""
+    environment = os.environ | {name: str(value) for name, value in environment.items()}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
+
+
+def launch(world, plan, folder):
+    """Do a plan on so many ranks under torchrun, or with 0 in one process without it: tests/laws/launch.py has the words."""
+    file = Path(folder) / f'plan-{world}.json'
+    file.write_text(json.dumps([[str(word) for word in command] for command in plan]))
+    torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={world}'] if world else []
+    done = python(*torchrun, '-m', 'tests.laws.launch', file, timeout=500, NANOPREF_CACHE=Path(folder) / 'cache')
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def end_process_group():
+    """Leave the process group of one that a script has made here."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def cut_short(run, resumed, examples):
+    """Copy a finished run as if it had died after so many examples."""
+    shutil.copytree(run, resumed)
+    for name in ('model', 'adapter'):
+        shutil.rmtree(f'{resumed}/{name}', ignore_errors=True)
+    config = Path(f'{resumed}/config.json')
+    config.write_text(config.read_text().replace(f'{run}"', f'{resumed}"'))
+    for checkpoint in Path(f'{resumed}/checkpoints').iterdir():
+        if int(checkpoint.name) > int(examples):
+            shutil.rmtree(checkpoint)
+
+
+# ---- files ----
+
+
+def read_jsonl(file):
+    """The rows of a .jsonl file."""
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def write_jsonl(file, rows):
+    """Write rows as a .jsonl file. Returns its path, as a string."""
+    Path(file).write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return str(file)
+
+
+def metrics(folder, split=None, without=SPEEDS):
+    """Rows of a run's metrics.jsonl, of one split or all, without what depends on the machine."""
+    rows = [row for row in read_jsonl(Path(folder) / 'metrics.jsonl') if split in (None, row['split'])]
+    return [{name: value for name, value in row.items() if not name.endswith(without)} for row in rows]
+
+
+def tensors(folder, pattern='*.safetensors'):
+    """All tensors of the .safetensors files of a folder, by name."""
+    from safetensors.torch import load_file
+
+    return {name: value for file in sorted(Path(folder).glob(pattern)) for name, value in load_file(file).items()}
+
+
+def same_bits(found, expected):
+    """Whether two folders hold the same tensors under the same names."""
+    a, b = tensors(found), tensors(expected)
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+# ---- models, columns ----
+
+
+def tiny_model(folder, name, **options):
+    """Save a model of two layers, large random weights and the toy tokenizer. Returns the folder, as a string."""
+    import torch
+    import transformers
+
+    from text import toy
+
+    sizes = {'vocab_size': 512, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+             'max_position_embeddings': 128, 'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None}  # fmt: skip
+    sizes |= {} if name in ('gpt_neox', 'gpt2') else {'num_key_value_heads': 2}
+    config = transformers.AutoConfig.for_model(name, **(sizes | {'initializer_range': 0.2} | options))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        # norms and biases, which are 1 and 0 so far
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, parameter.mean().item(), 0.3)
+    model.save_pretrained(folder)
+    toy.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def own_head(folder):
+    """Give a saved model, whose config says that the head is the embedding, a different lm_head.weight all the same."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = Path(folder) / 'model.safetensors'
+    weights = load_file(file)
+    (name,) = (name for name in weights if name.endswith(('embed_tokens.weight', 'wte.weight')))
+    noise = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(9))
+    save_file(weights | {'lm_head.weight': 0.3 * noise}, file, {'format': 'pt'})
+
+
+def with_ratios(columns):
+    """Columns of losses.py, and the log-ratios of their log-probs pi* and ref*."""
+    sides = [name.removeprefix('pi') for name in columns if name.startswith('pi')]
+    ratios = {f'ratio{s}': columns[f'pi{s}'] - columns[f'ref{s}'] for s in sides if f'ref{s}' in columns}
+    return {**columns, **ratios}
+
+
+@contextlib.contextmanager
+def silent():
+    """Print nothing for a while."""
+    with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        yield

@@ -1,0 +1,81 @@
+"""Runs scripts one after another in one launch, since a launch costs seconds:  torchrun -m tests.laws.launch PLAN.json
+
+The plan is a list of commands, and helpers.launch() writes it:
+    script, flag ...                    run it
+    'fails', file, script, flag ...     it must fail: its sentence goes into the file
+    'gradients', file, script, flag ... keep the gradients of every step, before clipping, as '<step>.<parameter>'
+    'cut', run, resumed, examples       copy a finished run as if it had died after so many examples
+    'shake', model, other               copy a model folder with noise on its weights"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+import fsdp
+from configurator import UserError
+from hf.load import load_model, load_tokenizer
+from tests.helpers import cut_short, run_script, silent
+
+
+def on_first_rank(fn, *arguments):
+    """Call it on rank 0, while the others wait."""
+    if int(os.environ.get('RANK', 0)) == 0:
+        fn(*arguments)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def fails(file, script, *flags):
+    try:
+        run_script(script, *flags)
+    except UserError as error:
+        Path(file).write_text(str(error))
+
+
+def gradients(file, script, *flags):
+    update, kept = fsdp.update, []
+
+    def record(model, optimizer, lr, scale, max_norm, **more):
+        model.reshard()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        # one process has no sharded tensors
+        whole = {name: g.full_tensor() if hasattr(g, 'full_tensor') else g for name, g in found.items()}
+        kept.append({name: scale * g.detach().clone() for name, g in whole.items()})
+        return update(model, optimizer, lr, scale, max_norm, **more)
+
+    fsdp.update = record
+    try:
+        run_script(script, *flags)
+    finally:
+        fsdp.update = update
+    named = {f'{step}.{name}': g for step, found in enumerate(kept) for name, g in found.items()}
+    on_first_rank(save_file, named, file)
+
+
+def shake(folder, other):
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, tokenizer=tokenizer)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * p.std() * torch.randn_like(p) if p.dim() > 1 else 0
+    model.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+
+
+def main(file):
+    own = {'fails': fails, 'gradients': gradients, 'cut': lambda *words: on_first_rank(cut_short, *words),
+           'shake': lambda *words: on_first_rank(shake, *words)}  # fmt: skip
+    for command, *words in json.loads(Path(file).read_text()):
+        with silent():
+            own[command](*words) if command in own else run_script(command, *words)
+    fsdp.leave()
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

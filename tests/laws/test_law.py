@@ -1,0 +1,153 @@
+"""The laws of a run: the same step on any number of ranks and microbatches, and the same run after a death.
+
+Sharding: 3 steps of 12 toy pairs with every loss, in float32; gradient norms, metrics, the loss's state and the parameters
+after the last step agree with those of one rank and one microbatch. Resuming is bit-exact on as many ranks, and exact to
+rounding on another number."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import launch, metrics, same_bits, tensors, write_jsonl
+from ties import same_runs, same_weights
+
+import data
+import losses
+from hf import load
+from model import set_attention
+from text import tokenise, toy
+
+ONE, MANY = 4096, 110  # tokens of a microbatch: the whole step, or two or three pairs
+SHARDINGS = [(1, MANY), (2, ONE), (2, MANY), (4, ONE), (4, MANY)]
+TEXT = ['--batch_size=12', '--max_length=64', '--max_prompt_length=32']
+STEPS = [
+    *TEXT,
+    '--n_eval_examples=16',
+    '--do_first_eval=false',
+    '--lr=1e-3',
+    '--warmup_steps=1',
+    '--max_grad_norm=0.5',
+    '--seed=3',
+]
+CASES = {name: ['dpo.py', f'--loss={name}'] for name in losses.LOSSES} | {
+    'reference_free': ['dpo.py', '--loss=dpo', '--reference_free'],
+    'rlaif': ['dpo.py', '--loss=dpo', '--importance', '--sft_coef=0.1', '--noise_rate=0.3'],
+    # losses of 156: exp(-312) is 0 in float32
+    'dr_ipo': ['dpo.py', '--loss=ipo', '--beta=0.04', '--beta_prime=0.5'],
+    # the smallest loss may come in any microbatch, by hundreds of beta'
+    'dr_slic': ['dpo.py', '--loss=slic', '--beta_prime=0.1'],
+    'dr_beta_dpo': ['dpo.py', '--loss=beta_dpo', '--beta_prime=0.5', '--a=0.01'],
+    'erm': ['dpo.py', '--loss=radpo1', '--risk=erm', '--mu=0.5'],
+    'released': ['dpo.py', '--loss=radpo2', '--risk=released'],
+    'separate_prompts': ['dpo.py', '--loss=dpo', '--share_prefix=false'],
+    'padded': ['dpo.py', '--loss=dpo', '--pack=false'],
+    'kto_uneven': ['dpo.py', '--loss=kto', '--frac_bad=0.3', '--w_good=2.0'],
+    'sft': ['sft.py'],
+}
+REWARD = {
+    'everything': ['--center_coef=0.3', '--label_smoothing=0.1', '--noise_rate=0.3'],
+    'separate_prompts': ['--center_coef=0.3', '--share_prefix=false'],
+    'padded': ['--center_coef=0.3', '--pack=false'],
+}
+DIE = [*TEXT, '--n_examples=48', '--save_every=12', '--keep_last=9', '--eval_every=24', '--lr=1e-3', '--n_eval_examples=8',
+       '--warmup_steps=3', '--lr_schedule=cosine']  # fmt: skip
+RESUMED = {
+    'dpo': ['dpo.py', '--loss=dpo', '--sample_during_eval', '--n_eval_model_samples=2', '--max_new_tokens=4'],
+    'beta_dpo': ['dpo.py', '--loss=beta_dpo', '--a=0.01', '--optimizer=RMSprop'],
+    'kto': ['dpo.py', '--loss=kto', '--max_tokens=200'],
+    'sft': ['sft.py', '--optimizer=SGD'],
+    'reward': ['reward.py', '--center_coef=0.1', '--max_tokens=200'],
+}
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """All runs, in one launch for each number of ranks. Those that die do so on two, after 24 of 48 examples."""
+    folder = tmp_path_factory.mktemp('law')
+    margins = [row | {'margin': 0.1 * (i % 7)} for i, row in enumerate(toy.pairs('train', 60))]
+    pairs = write_jsonl(folder / 'margins.jsonl', margins)
+    for world in (2, 4, 1):
+        out, plan = folder / str(world), []
+        for size in (ONE, MANY):
+            plan += [[*words, *STEPS, '--n_examples=36', f'--max_tokens={size}', f'--out_dir={out}/{name}-{size}']
+                     for name, words in CASES.items()]  # fmt: skip
+            for name, flags in REWARD.items() if world < 4 else ():
+                run = f'{out}/reward-{name}-{size}'
+                common = [*STEPS, f'--data={pairs}', '--n_examples=24', f'--max_tokens={size}', f'--out_dir={run}']
+                plan += [['gradients', f'{run}.safetensors', 'reward.py', *common, *flags]]
+        for name, words in RESUMED.items() if world < 4 else ():
+            whole, again = f'{folder}/2/{name}', f'{out}/{name}-resumed'
+            plan += [[*words, *DIE, f'--out_dir={whole}']] if world == 2 else []
+            plan += [['cut', whole, again, 24], [*words, *DIE, f'--out_dir={again}']]
+        launch(world, plan, folder)
+    return folder
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_sharding_law(runs, case):
+    reference = runs / '1' / f'{case}-{ONE}'
+    trained = [row.get('grad_norm', 0) > 0 for row in metrics(reference)]
+    assert trained == [False] * (case != 'sft') + [True, True, True, False]
+    for world, size in SHARDINGS:
+        run = runs / str(world) / f'{case}-{size}'
+        same_runs(run, reference, rel=5e-4, abs=5e-5)
+        same_weights(tensors(run / 'model'), tensors(reference / 'model'), 1e-5)
+
+
+# ---- reward models ----
+
+
+def gradients(runs, world, case, size):
+    """Two gradients, name -> tensor, and each as one vector."""
+    found = tensors(runs / str(world), f'reward-{case}-{size}.safetensors')
+    steps = [{k[2:]: g for k, g in found.items() if k.startswith(f'{step}.')} for step in range(2)]
+    return steps, [torch.cat([g.flatten() for g in step.values()]) for step in steps]
+
+
+@pytest.mark.parametrize('case', REWARD)
+def test_sharding_law_of_reward_models(runs, case):
+    """The first gradient within 5e-6; the next one, after an update, and metrics."""
+    _, expected = gradients(runs, 1, case, ONE)
+    for world, size in (1, MANY), (2, ONE), (2, MANY):
+        _, (first, second) = gradients(runs, world, case, size)
+        assert (first - expected[0]).norm() <= 5e-6 * expected[0].norm() > 0, (world, size)
+        assert (second - expected[1]).norm() <= 1e-4 * expected[1].norm(), (world, size)
+        same_runs(runs / f'{world}/reward-{case}-{size}', runs / f'1/reward-{case}-{ONE}', rel=1e-4, abs=1e-5)
+
+
+def test_the_gradient_is_that_of_the_mean(runs):
+    """Of 'everything', by plain autograd on the definition: margins, centring and smoothing, flips."""
+    tokenizer = load.separate_pad(toy.tokenizer())
+    train = tokenise.load_examples(str(runs / 'margins.jsonl'), 'train', tokenizer, 'pairs', max_length=64, max_prompt_length=32,
+                                   margins=True, cache=False).flip(0.3, 3)  # fmt: skip
+    _, rows = next(data.steps(len(train), 12, 24, 3))
+    net = load.load_reward('toy', tokenizer, new_head=True, seed=3)
+    set_attention(net, packed=False)
+    ids = [
+        np.concatenate((prompt, answer)).tolist() for prompt, answers in (train[i] for i in rows) for answer in answers
+    ]
+    s = net(**tokenizer.pad({'input_ids': ids}, return_tensors='pt'), use_cache=False).logits[:, 0]
+    h = s[::2] - s[1::2] - torch.from_numpy(train.margin[rows])
+    loss = 0.9 * torch.log1p(torch.exp(-h)) + 0.1 * torch.log1p(torch.exp(h)) + 0.3 * (s[::2] + s[1::2]) ** 2
+    loss.mean().backward()
+    (recorded, _), _ = gradients(runs, 2, 'everything', MANY)
+    assert train.margin[rows].std() > 0
+    for name, p in net.named_parameters():
+        assert (recorded[name] - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-8, name
+
+
+# ---- resuming ----
+
+
+@pytest.mark.parametrize('case', RESUMED)
+def test_resumed(runs, case):
+    """Bit-exactly on as many ranks, to rounding on another number; checkpoints hold no pickle."""
+    whole, resumed = runs / '2' / case, runs / '2' / f'{case}-resumed'
+    assert metrics(resumed) == metrics(whole)
+    assert [row['counters/examples'] for row in metrics(whole, 'train')] == [12, 24, 36, 48]
+    assert [row['counters/examples'] for row in metrics(whole, 'eval')] == [0, 24, 48]
+    if case == 'dpo':  # the samples of evaluations that are done again are there once
+        assert (resumed / 'samples.jsonl').read_text() == (whole / 'samples.jsonl').read_text()
+    assert same_bits(resumed / 'model', whole / 'model')
+    same_runs(runs / '1' / f'{case}-resumed', whole, rel=1e-3, abs=1e-4)
+    kinds = {file.suffix for file in whole.glob('checkpoints/*/*')}
+    assert kinds == {'.safetensors', '.json'}

@@ -1,0 +1,267 @@
+"""Adapters: off they are the reference, on they train by the same laws as whole models, and what is written loads elsewhere."""
+
+import sys
+from functools import partial
+
+import peft
+import pytest
+import torch
+import transformers
+from helpers import launch, metrics, own_head, read_jsonl, run_script, same_bits, tensors, tiny_model
+from ties import same_runs, same_weights
+
+import data
+import fsdp
+import model
+from configurator import UserError
+from hf import lora
+from hf.load import load_model
+
+COMMON = ['--batch_size=12', '--n_examples=36', '--n_eval_examples=8', '--do_first_eval=false', '--warmup_steps=1',
+          '--max_grad_norm=0.5', '--seed=3', '--max_length=64', '--max_prompt_length=32']  # fmt: skip
+ADAM = ['--lr=1e-2', '--lora_rank=4']
+DPO, SFT, REWARD = ([script, *COMMON, *ADAM] for script in ('dpo.py', 'sft.py', 'reward.py'))
+PPO = ['ppo.py', *(flag for flag in COMMON if not flag.startswith('--max_length')), *ADAM, '--reward_model=gold',
+       '--minibatch_size=6', '--ppo_epochs=2', '--max_new_tokens=6', '--model=llama']  # fmt: skip
+GRPO = [*PPO, '--loss=grpo', '--group_size=3', '--kl_coef=0.3']
+GRPO[GRPO.index('--reward_model=gold')] = '--reward_model=one/reward/model'  # gold gives every answer of a tiny model 0
+MANY, SAMPLE = '--max_tokens=150', ['--sample_during_eval', '--n_eval_model_samples=3', '--max_new_tokens=6']
+CASES = {
+    'dpo': [*DPO, '--model=llama', '--save_every=12'],
+    'tdpo2': [*DPO, '--model=llama', '--loss=tdpo2'],
+    'cached': [*DPO, '--model=gpt_neox', '--cache_ref', '--lora_targets=query_key_value,dense'],
+    'sft': [*SFT, '--model=gpt2', '--optimizer=RMSprop', '--lora_alpha=2'],
+    'reward': [*REWARD, '--model=llama', '--center_coef=0.1', '--save_every=12'],
+    'ppo': [*PPO, '--save_every=12'],
+    'grpo': GRPO,  # after reward
+    'own_head': [*DPO, '--model=own_head', '--optimizer=SGD'],
+}
+ALONE = {  # one process
+    'samples': [*DPO, '--model=llama', *SAMPLE],
+    'samples_before': [*DPO[:-2], '--lr=0.0', '--lora_rank=4', '--model=llama', *SAMPLE],
+    'padded': [*DPO, '--model=llama', '--pack=false'],
+    'checkpointed': [*DPO, '--model=llama', '--activation_checkpointing'],
+    'two_models': [*DPO, '--model=llama', '--loss=tdpo2', '--ref_model=llama'],
+    'uncached': [*DPO, '--model=gpt_neox', '--lora_targets=query_key_value,dense'],
+    'half': [*DPO, '--model=llama', '--dtype=bfloat16'],
+    'mapped': [*DPO, '--model=llama', '--device_map=balanced'],
+    'reward_mapped': [*REWARD, '--model=llama', '--center_coef=0.1', '--device_map=balanced'],
+    'reward_eager': [*REWARD, '--model=llama', '--center_coef=0.1', '--attn=eager', '--activation_checkpointing'],
+    'ppo_mapped': [*PPO, '--device_map=balanced'],
+    'ppo_eager': [*PPO, '--attn=eager', '--activation_checkpointing'],
+    'ppo_two_models': [*PPO, '--ref_model=llama'],
+    'grpo_two_models': [*GRPO, '--ref_model=llama'],
+    'ppo_own': [*PPO, '--critic=own', '--save_every=12'],
+}
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """Every case on one process and on two ranks, in one and several microbatches; and two that died and went on."""
+    folder = tmp_path_factory.mktemp('lora')
+    for name in ('llama', 'gpt_neox', 'gpt2'):
+        tiny_model(folder / name, name)
+    own_head(tiny_model(folder / 'own_head', 'llama', tie_word_embeddings=True))
+
+    def command(run, words, *flags):
+        paths = ('--model=', '--ref_model=', '--reward_model=one')
+        words = [w.replace('=', f'={folder}/') if w.startswith(paths) else w for w in words]
+        return [*words, *flags, f'--out_dir={folder}/{run}']
+
+    one = [command(f'one/{name}', words) for name, words in (CASES | ALONE).items()]
+    one += [command(f'one/{name}_many', words, MANY) for name, words in CASES.items()]
+    launch(0, one, folder)
+    two = [command(f'two/{name}', words) for name, words in CASES.items()]
+    two += [command(f'two/{name}_many', words, MANY) for name, words in CASES.items()]
+    two += [command('two/dropout', CASES['dpo'], '--lora_dropout=0.3')]
+    for name, flags in (('dpo', []), ('dropout', ['--lora_dropout=0.3']), ('reward', []), ('ppo', [])):
+        two += [['cut', f'{folder}/two/{name}', f'{folder}/two/{name}_resumed', 24]]
+        two += [command(f'two/{name}_resumed', CASES.get(name, CASES['dpo']), *flags)]
+    launch(2, two, folder)
+    return folder
+
+
+def adapter(run):
+    return tensors(run / 'adapter')
+
+
+def same(run, other, limit=1e-5):
+    same_runs(run, other, rel=5e-4, abs=5e-5)
+    theirs = adapter(other)
+    assert all(w.norm() > 0 for w in theirs.values())
+    same_weights(adapter(run), theirs, limit)
+
+
+@pytest.mark.parametrize('where', ['one/{}_many', 'two/{}', 'two/{}_many'])
+@pytest.mark.parametrize('case', CASES)
+def test_sharding_law(runs, case, where):
+    """As tests/test_law.py, for adapters: norms, metrics, and the adapters after the last step."""
+    same(runs / where.format(case), runs / 'one' / case)
+
+
+@pytest.mark.parametrize(
+    'case', ['padded', 'checkpointed', 'mapped', 'reward_mapped', 'reward_eager', 'ppo_mapped', 'ppo_eager']
+)
+def test_same_by_another_way(runs, case):
+    base = case.partition('_')[0]
+    same(runs / 'one' / case, runs / 'one' / (base if base in CASES else 'dpo'))
+
+
+def test_reference_answers_without_adapters(runs):
+    """The reference's samples are those of the model before training; the policy's are others by now."""
+    answers = [read_jsonl(runs / 'one' / case / 'samples.jsonl') for case in ('samples', 'samples_before')]
+    after, before = (
+        [[r['response'] for r in rows if r['generator'] == g] for g in ('policy', 'reference')] for rows in answers
+    )
+    assert before[0] == before[1] == after[1] != after[0]
+    assert metrics(runs / 'one/samples')[-1]['kl_eval/samples'] > 0.1
+
+
+def test_adapters_off_are_a_second_model(runs):
+    """The same numbers, to the last bit, with the reference loaded beside the policy; to rounding with a cached one."""
+    for one, two in ('tdpo2', 'two_models'), ('ppo', 'ppo_two_models'), ('grpo', 'grpo_two_models'):
+        assert metrics(runs / 'one' / one) == metrics(runs / 'one' / two)
+    gaps = [row['kl_train/samples'] for row in metrics(runs / 'one/ppo') if row['split'] == 'train']
+    assert gaps[0] == 0 != gaps[1]
+    assert [row['rewards_train/margins'] for row in metrics(runs / 'one/dpo')[:2]] == [0, 0]
+    same(runs / 'one/cached', runs / 'one/uncached')
+
+
+def test_half_precision(runs):
+    found = [row['rewards_train/chosen'] for row in metrics(runs / 'one/half') if row['split'] == 'check']
+    assert found == [0.0] and all(w.dtype == torch.float32 for w in adapter(runs / 'one/half').values())
+
+
+@pytest.mark.parametrize('case', ['dpo', 'dropout', 'reward', 'ppo'])
+def test_resumed_bit_exactly(runs, case):
+    whole, again = runs / 'two' / case, runs / 'two' / f'{case}_resumed'
+    assert metrics(whole) == metrics(again)
+    assert all(same_bits(whole / part, again / part) for part in ('adapter', 'model'))
+
+
+def test_dropout_is_in_training_only(runs):
+    plain, dropped = metrics(runs / 'two/dpo'), metrics(runs / 'two/dropout')
+    assert dropped[0] == plain[0]  # the check before the first step
+    assert dropped[1]['rewards_train/margins'] == 0  # B is 0: whatever A's input is
+    assert dropped[1]['grad_norm'] != plain[1]['grad_norm']
+
+
+@pytest.mark.parametrize(
+    ('run', 'whole'), [('two/dpo', None), ('two/reward', 'score'), ('two/ppo', 'value_head'), ('one/ppo_own', 'critic')]
+)
+def test_checkpoint_holds_what_trains(runs, run, whole):
+    """The adapters, and the one part that trains without them."""
+    names = set(tensors(runs / run / 'checkpoints', '*/*.safetensors'))
+    others = {name for name in names if 'lora_' not in name}
+    assert names > others and bool(others) == bool(whole) and all(f'.{whole}.' in name for name in others)
+    assert {name.partition('.')[0] for name in names} == {'model', 'optimizer'}
+
+
+@pytest.mark.parametrize(('case', 'base'), [('two/dpo', 'llama'), ('two/cached', 'gpt_neox'), ('two/sft', 'gpt2'),
+                                            ('two/reward', 'llama'), ('two/ppo', 'llama'), ('one/ppo_own', 'llama')])  # fmt: skip
+def test_what_is_written(runs, case, base):
+    """The adapter folder on the base model, by PEFT, gives the merged folder's logits, which are not the base's."""
+    load, n = transformers.AutoModelForCausalLM.from_pretrained, 2
+    if case == 'two/reward':  # without a pad token, transformers scores one answer at a time
+        load, n = partial(transformers.AutoModelForSequenceClassification.from_pretrained, num_labels=1), 1
+    torch.manual_seed(0)
+    ids = torch.randint(0, 500, (n, 24))
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(load(runs / base), runs / case / 'adapter').eval()(ids).logits
+        merged, plain = load(runs / case / 'model').eval()(ids).logits, load(runs / base).eval()(ids).logits
+    assert (merged - adapted).abs().max() <= 1e-5 * adapted.abs().max().clamp(min=1)
+    assert (merged - plain).abs().max() > 1e-3
+    layers = {name.split('.')[-3] for name in adapter(runs / case)}
+    if base == 'gpt_neox':
+        assert layers == {'query_key_value', 'dense'}
+    assert (runs / case / 'model/tokenizer.json').exists()
+
+
+@pytest.fixture(scope='module')
+def device():
+    return fsdp.setup()[2]
+
+
+OPTIONS = {'rank': 4, 'alpha': 16.0, 'dropout': 0.0, 'targets': None}
+
+
+def trained(policy):
+    """B is 0 before training: now it is not."""
+    for name, p in policy.named_parameters():
+        if 'lora_B' in name:
+            torch.nn.init.normal_(p.data, 0.0, 0.1)
+    return policy
+
+
+def test_adapters_off_equal_the_base_exactly(tmp_path, device):
+    build = partial(load_model, tiny_model(tmp_path, 'llama'))
+    policy = trained(fsdp.shard(partial(build, adapters=OPTIONS), device, cpu_offload=True))
+    base = fsdp.shard(build, device, train=False, cpu_offload=True)
+    prompt, answers = [5, 6, 7], [[8, 9, 10, 11], [12, 13]]
+    batch = data.pack([(torch.tensor(prompt).numpy(), [torch.tensor(a).numpy() for a in answers])], [0])
+    with torch.no_grad():
+        expected = base.response_logps(batch, model.kl, base.hidden_and_head(batch))
+        assert not policy.response_logps(batch)[0].equal(expected[0])
+        with lora.adapters_off(policy):
+            assert policy.response_logps(batch)[0].equal(expected[0])
+            reference = policy.hidden_and_head(batch)
+    ours = policy.response_logps(batch, model.kl, reference)
+    assert ours[2].equal(expected[0]) and (ours[1] > 0.01).all()
+    ours[0].sum().backward()
+    moved = {
+        name for name, p in policy.named_parameters() if p.grad is not None and p.grad.full_tensor().abs().sum() > 0
+    }
+    assert moved == {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert all('lora_' in name for name in moved)
+
+
+def test_frozen_weights_are_kept_in_the_compute_type(tmp_path, device):
+    build = partial(load_model, tiny_model(tmp_path, 'llama'), adapters=OPTIONS)
+    for name, p in fsdp.shard(build, device, dtype='bfloat16').named_parameters():
+        assert p.requires_grad == ('lora_' in name)
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
+
+
+def test_adapters_are_drawn_from_the_seed(tmp_path):
+    build = partial(load_model, tiny_model(tmp_path, 'llama'), adapters=OPTIONS)
+    a, b, c = (dict(build(seed=seed).named_parameters()) for seed in (1, 1, 2))
+    key = next(k for k in a if 'lora_A' in k)
+    assert a[key].equal(b[key]) and not a[key].equal(c[key])
+
+
+def test_head_beside_the_adapters(tmp_path, device):
+    """A reward model's head trains as it is, and is in the adapter folder and the merged model."""
+    config = transformers.AutoConfig.from_pretrained(
+        tiny_model(tmp_path / 'base', 'llama'), num_labels=1, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    net = transformers.AutoModelForSequenceClassification.from_config(config)
+    wrapped = trained(lora.add(net, **OPTIONS, seed=0, fully_trained=['score']))
+    weights = {n: p.detach() + 0.5 for n, p in wrapped.named_parameters() if p.requires_grad}
+    head = [n for n in weights if 'lora_' not in n]
+    assert len(head) == 1 and 'score' in head[0]
+    assert (
+        model.core(wrapped).score.weight is dict(wrapped.named_parameters())[head[0]]
+    )  # what a script reads is what trains
+    merged = lora.merge(wrapped, weights, tmp_path / 'adapter')
+    assert merged.score.weight.equal(weights[head[0]])
+    assert any('score' in name for name in adapter(tmp_path))
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--lora_rank=2', '--lora_targets=q_proj,nothing'], 'the linear layers in the blocks of LlamaForCausalLM are down_proj gate'),
+    (['--lora_rank=2', '--lora_targets=lm_head'], "cannot put adapters on 'lm_head'"),
+    (['--lora_rank=2', '--lora_targets= '], "cannot put adapters on ' '"),
+    (['--lora_alpha=2'], '--lora_alpha has no effect: there is no --lora_rank'),
+    (['--lora_rank=0'], 'lora_rank must lie between 1'),
+    (['--lora_rank=2', '--lora_dropout=1'], 'lora_dropout must lie between 0 and 0.9'),
+])  # fmt: skip
+def test_sentences(tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', *flags)
+
+
+def test_without_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'peft', None)
+    with pytest.raises(UserError, match='pip install peft'):
+        load_model('toy', adapters=OPTIONS)

@@ -1,0 +1,170 @@
+"""Tensor parallelism, alone and with FSDP, gives what one process gives; device_map, cpu_offload and attn change nothing else."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from helpers import launch, metrics, run_script, same_bits, tensors, tiny_model
+from ties import same_runs, same_weights
+
+from configurator import UserError
+from text import toy
+
+COMMON = ['--batch_size=12', '--n_examples=36', '--n_eval_examples=8', '--do_first_eval=false', '--warmup_steps=1',
+          '--max_grad_norm=0.5', '--seed=3', '--max_length=64', '--max_prompt_length=32']  # fmt: skip
+MODELS = ('llama', 'qwen2', 'gpt_neox', 'qwen3', 'phi3')
+ADAM = ['--lr=1e-3']
+SGD = ['--optimizer=SGD', '--lr=0.3']  # GPT-NeoX's key bias has no gradient but rounding, which AdamW makes steps of
+PPO = ['ppo.py', *(flag for flag in COMMON if not flag.startswith('--max_length')), *SGD, '--ppo_epochs=1', '--minibatch_size=12',
+       '--max_new_tokens=6']  # fmt: skip
+DPO, SFT, SAVE = ['dpo.py', *COMMON], ['sft.py', *COMMON], '--save_every=12'
+CASES = {
+    'llama': [*DPO, *ADAM, '--model=llama'],
+    'qwen2': [*DPO, *ADAM, '--model=qwen2'],
+    'gpt_neox': [*DPO, *SGD, '--model=gpt_neox'],
+    'sft_llama': [*SFT, *ADAM, '--model=llama', '--max_tokens=200'],
+    'sft_qwen2': [*SFT, *ADAM, '--model=qwen2', '--pack=false'],
+    'sft_gpt_neox': [*SFT, *SGD, '--model=gpt_neox', '--activation_checkpointing'],
+    'samples': [
+        *DPO,
+        *ADAM,
+        '--model=llama',
+        '--sample_during_eval',
+        '--n_eval_model_samples=3',
+        '--max_new_tokens=6',
+        SAVE,
+    ],
+}
+ALONE = {  # not with FSDP
+    'qwen3': [*DPO, *ADAM, '--model=qwen3'],
+    'phi3': [*DPO, *SGD, '--model=phi3'],
+    'tdpo2': [*DPO, *ADAM, '--model=llama', '--loss=tdpo2', '--max_tokens=200'],
+    'cached': [*DPO, *SGD, '--model=gpt_neox', '--cache_ref'],
+    'reward': ['reward.py', *COMMON, *ADAM, '--model=llama'],
+    'ppo': [*PPO, '--model=llama', '--reward_model=gold'],
+    'judged': [*PPO, '--model=llama', '--reward_model=judge', '--critic=own'],
+}
+VARIANTS = [('llama', '--cpu_offload'), ('llama', '--device_map=balanced'), ('sft_llama', '--device_map=balanced'),
+            ('llama', '--attn=eager'), ('llama', '--attn=sdpa')]  # fmt: skip
+WORLDS = {'tp2': (2, '--tp=2'), 'dp2tp2': (4, '--tp=2')}
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """Every case on one process, on two ranks and on four; and runs that are resumed elsewhere than they were begun."""
+    folder = tmp_path_factory.mktemp('parallel')
+    for name in (*MODELS, 'gpt2'):
+        more = {'tie_word_embeddings': name == 'qwen2'} | ({'head_dim': 8} if name == 'qwen3' else {})
+        tiny_model(folder / name, name, **more)
+    classifier = transformers.AutoModelForSequenceClassification
+    judge = classifier.from_pretrained(folder / 'llama', num_labels=1, pad_token_id=0)
+    judge.save_pretrained(folder / 'judge')
+    toy.tokenizer().save_pretrained(folder / 'judge')
+    tiny_model(folder / 'three', 'llama', num_attention_heads=3, num_key_value_heads=3, hidden_size=24)
+    tiny_model(folder / 'uneven', 'llama', intermediate_size=50)
+
+    def command(where, name, words, *flags):
+        words = [w.replace('model=', f'model={folder}/') if w != '--reward_model=gold' else w for w in words]
+        return [*words, *flags, f'--out_dir={folder}/{where}/{name}']
+
+    for where in ('one', *WORLDS):
+        world, *flags = WORLDS.get(where, (0,))
+        cases = CASES | (ALONE if world < 4 else {})
+        plan = [command(where, name, words, *flags) for name, words in cases.items()]
+        if where == 'one':
+            plan += [command(where, f'{name}{flag}', CASES[name], flag) for name, flag in VARIANTS]
+        for origin in ('one', where) if where != 'one' else ():
+            run, again = f'{folder}/{origin}/samples', f'{folder}/{where}/from_{origin}'
+            plan += [['cut', run, again, 24], command(where, f'from_{origin}', CASES['samples'], *flags)]
+        for name in {'tp2': ('gpt2', 'three'), 'dp2tp2': ('uneven',)}.get(where, ()):
+            plan += [['fails', folder / f'{name}.txt', *command(where, name, [*DPO, *ADAM, f'--model={name}'], *flags)]]
+        launch(world, plan, folder)
+    return folder
+
+
+def same(folder, other, limit=1e-5):
+    same_runs(folder, other, rel=2e-4, abs=limit)
+    losses = [[row.get('loss/train', 0) for row in metrics(run)] for run in (folder, other)]
+    assert losses[0] == pytest.approx(losses[1], abs=limit)
+    same_weights(tensors(folder / 'model'), tensors(other / 'model'), limit)
+
+
+@pytest.mark.parametrize(('case', 'where'), [(c, w) for w in WORLDS for c in CASES] + [(c, 'tp2') for c in ALONE])
+def test_as_one_process(runs, case, where):
+    """Losses, gradient norms (of clipped gradients) and metrics of every step, and the weights after the last."""
+    norms = [row['grad_norm'] for row in metrics(runs / 'one' / case) if 'grad_norm' in row]
+    assert len(norms) == 3 and min(norms) > 0.5
+    same(runs / where / case, runs / 'one' / case)
+
+
+@pytest.mark.parametrize('where', WORLDS)
+def test_samples_are_there_once(runs, where):
+    texts = [(runs / w / 'samples/samples.jsonl').read_text() for w in ('one', where)]
+    assert texts[0] == texts[1] and len(texts[0].splitlines()) == 6
+
+
+@pytest.mark.parametrize('where', WORLDS)
+def test_resumed(runs, where):
+    """Bit-exact where it was begun; to rounding where a run without tensor parallelism was begun."""
+    whole, again = runs / where / 'samples', runs / where / f'from_{where}'
+    assert metrics(whole) == metrics(again) and same_bits(whole / 'model', again / 'model')
+    same(runs / where / 'from_one', runs / 'one/samples')
+
+
+def test_export_loads(runs):
+    net = transformers.AutoModelForCausalLM.from_pretrained(runs / 'dp2tp2/gpt_neox/model')
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize(('case', 'flag'), VARIANTS)
+def test_variants(runs, case, flag):
+    same(runs / 'one' / f'{case}{flag}', runs / 'one' / case)
+
+
+@pytest.mark.parametrize(('name', 'words'), [('gpt2', 'no tensor-parallel plan for GPT2LMHeadModel'), ('three', '3 attention heads'),
+                                             ('uneven', 'do not divide by 2 x 2 ranks')])  # fmt: skip
+def test_models_that_cannot_be_cut(runs, name, words):
+    assert words in (runs / f'{name}.txt').read_text()
+    assert not (runs / 'tp2' / name / 'model').exists()
+
+
+def script(tmp_path, *flags):
+    return run_script('dpo.py', *COMMON, *ADAM, f'--out_dir={tmp_path}/run', *flags)
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--tp=2'], 'tp=2 needs a multiple of 2 ranks, and there are 1'),
+    (['--tp=2', '--lora_rank=2'], 'tp and lora_rank do not go together'),
+    (['--device_map=balanced'], 'the toy model is made here'),
+    (['--device_map=balanced', '--dtype=bfloat16'], 'device_map computes in float32'),
+    (['--device_map=balanced', '--compile'], '--compile has no effect'),
+    (['--device_map=moon'], 'device_map must be one of'),
+    (['--attn=moon'], 'attn must be one of'),
+    (['--attn=sdpa', '--pack'], '--pack has no effect'),
+    (['--attn=flash_attention_2'], 'LlamaForCausalLM cannot use attention by flash_attention_2'),
+    (['--tp=0'], 'tp must lie between 1'),
+])  # fmt: skip
+def test_sentences(tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        script(tmp_path, *flags)
+
+
+def test_device_map_is_for_one_process(monkeypatch, tmp_path):
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(UserError, match='start without torchrun'):
+        script(tmp_path, '--device_map=balanced')
+
+
+def test_device_map_reaches_transformers(monkeypatch, tmp_path):
+    """Policy and reference are loaded with it, FSDP is not used, and what hangs on devices moves to the right one."""
+    seen, load = [], transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, 'from_pretrained',
+                        lambda *a, **k: seen.append(k.get('device_map')) or load(*a, **k))  # fmt: skip
+    flags = [f'--model={tiny_model(tmp_path / "llama", "llama")}', '--device_map=balanced']
+    scope = script(tmp_path, *flags)
+    assert seen == ['balanced', 'balanced']
+    policy = scope['run'].policy
+    assert type(policy).__name__ == 'LlamaForCausalLM'
+    assert all(type(p) is torch.nn.Parameter for p in policy.parameters())
+    assert json.loads((tmp_path / 'run/config.json').read_text())['config']['device_map'] == 'balanced'

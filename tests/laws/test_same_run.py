@@ -1,0 +1,273 @@
+"""What a run is continued with must be what it began with: models, data and options, whatever their names; or one sentence says so."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import metrics, read_jsonl, run_script, tiny_model, write_jsonl
+
+import configurator
+from configurator import UserError
+from hf import load
+from runtime import checkpoint, log
+from text import toy
+from text.examples import Examples
+
+COMMON = ['--batch_size=12', '--n_examples=24', '--save_every=12', '--n_eval_examples=4', '--do_first_eval=false', '--lr=1e-2',
+          '--warmup_steps=0', '--max_prompt_length=32', '--data=data.jsonl', '--eval_data=held_out.jsonl']  # fmt: skip
+CASES = {
+    'sft': ['sft.py', '--model=model'],
+    'dpo': ['dpo.py', '--model=model', '--ref_model=other'],
+    'lora': ['dpo.py', '--model=model', '--lora_rank=2'],
+    'reward': ['reward.py', '--model=model'],
+    'ppo': ['ppo.py', '--model=model', '--ref_model=other', '--reward_model=judge', '--critic=critic', '--minibatch_size=6',
+            '--ppo_epochs=1', '--max_new_tokens=4'],
+    'offline': ['ppo.py', '--model=model', '--offline', '--minibatch_size=6', '--ppo_epochs=1'],
+}  # fmt: skip
+
+
+def run(case, out_dir, *flags):
+    run_script(*CASES[case][:1], *COMMON, *CASES[case][1:], *flags, f'--out_dir={out_dir}')
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    """A folder with models, data and a finished run of every case."""
+    folder = tmp_path_factory.mktemp('same')
+    for name in ('model', 'other', 'judge', 'critic'):
+        tiny_model(folder / name, 'llama')
+    pairs = [{key: row[key] for key in ('prompt', 'chosen', 'rejected')} for row in toy.pairs('train', 60)]
+    write_jsonl(folder / 'data.jsonl', pairs[:50])
+    write_jsonl(folder / 'held_out.jsonl', pairs[50:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('NANOPREF_CACHE', str(folder / 'cache'))
+        patch.chdir(folder)
+        run('reward', 'judged')
+        shutil.rmtree('judge')
+        shutil.copytree('judged/model', 'judge')
+        for case in CASES:
+            run(case, case)
+        yield folder
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch):
+    """A copy of all that, where every run has died after 12 of 24 examples; the working directory."""
+    folder = tmp_path / 'here'
+    shutil.copytree(world, folder)
+    for case in CASES:
+        shutil.rmtree(folder / case / 'model')
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def replace(folder):
+    """Other weights of the same names and shapes: the same file size."""
+    shard = next(Path(folder).glob('*.safetensors'))
+    data = bytearray(shard.read_bytes())
+    start = 8 + int.from_bytes(data[:8], 'little')
+    data[start:] = np.random.default_rng(1).standard_normal((len(data) - start) // 4).astype(np.float32).tobytes()
+    shard.write_bytes(data)
+
+
+def flip_a_bit(folder):
+    shard = next(Path(folder).glob('*.safetensors'))
+    data = bytearray(shard.read_bytes())
+    data[-4001] ^= 1
+    shard.write_bytes(data)
+
+
+def set_key(file, key, value):
+    Path(file).write_text(json.dumps(json.loads(Path(file).read_text()) | {key: value}))
+
+
+def flip_labels(file):
+    write_jsonl(Path(file), [row | {'chosen': row['rejected'], 'rejected': row['chosen']} for row in read_jsonl(file)])
+
+
+def state_of(case, change):
+    """Change the state of a run's checkpoint, and its manifest so that nothing seems damaged."""
+    (folder,) = Path(case, 'checkpoints').iterdir()
+    state = json.loads((folder / 'state.json').read_text())
+    change(state)
+    (folder / 'state.json').write_text(json.dumps(state))
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    manifest['state.json'] = checkpoint._describe(folder / 'state.json')
+    (folder / 'manifest.json').write_text(json.dumps(manifest))
+
+
+def copy_in(run, other):
+    shutil.rmtree(Path(run, 'checkpoints'))
+    shutil.copytree(Path(other, 'checkpoints'), Path(run, 'checkpoints'))
+
+
+MODEL = "model 'model' has changed since: model.safetensors"
+ATTACKS = [
+    *((case, lambda: replace('model'), MODEL) for case in CASES),
+    ('dpo', lambda: replace('other'), "ref_model 'other' has changed since: model.safetensors"),
+    ('ppo', lambda: replace('other'), "ref_model 'other' has changed"),
+    ('ppo', lambda: flip_a_bit('judge'), "reward_model 'judge' has changed"),
+    ('ppo', lambda: replace('critic'), "critic 'critic' has changed"),
+    ('sft', lambda: flip_a_bit('model'), MODEL),
+    ('dpo', lambda: set_key('model/config.json', 'rms_norm_eps', 1e-3), "model 'model' has changed since: config.json"),
+    ('dpo', lambda: set_key('model/tokenizer_config.json', 'chat_template', 'x'), 'has changed since: tokenizer_config.json'),
+    ('ppo', lambda: set_key('model/generation_config.json', 'eos_token_id', 7), 'has changed since: generation_config.json'),
+    ('dpo', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
+    ('reward', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
+    ('offline', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
+    ('sft', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[::-1]), 'the training examples have changed'),
+    ('ppo', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[1:]), 'the training examples have changed'),
+    ('dpo', lambda: flip_labels('held_out.jsonl'), 'the evaluation examples have changed'),
+    ('dpo', lambda: copy_in('dpo', 'sft'), r'the checkpoint .* is of a different run \(of sft.py there and of dpo.py here'),
+    ('dpo', lambda: copy_in('dpo', 'lora'), 'lora_rank 2 there and None here'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('case', 'attack', 'words'), ATTACKS, ids=[f'{a[0]}: {a[2]}' for a in ATTACKS])
+@pytest.mark.parametrize('config', ['config.json', 'none'])
+def test_what_has_changed_is_refused(here, case, attack, words, config):
+    """Also where config.json is gone: the checkpoint itself says what it is of."""
+    attack()
+    if config == 'none':
+        (here / case / 'config.json').unlink()
+    before = {f: f.read_bytes() for f in (here / case).rglob('*') if f.is_file() and f.name != '.lock'}
+    with pytest.raises(UserError, match=words) as info:
+        run(case, case)
+    assert '\n' not in str(info.value) and len(str(info.value)) < 600
+    assert before == {f: f.read_bytes() for f in (here / case).rglob('*') if f.is_file() and f.name != '.lock'}
+
+
+def test_what_a_run_holds_together_with_options_is_in_config_and_checkpoint(world):
+    record = json.loads((world / 'ppo/config.json').read_text())
+    names = {'model', 'ref_model', 'reward_model', 'critic', 'training examples', 'evaluation examples'}
+    assert record['contents'].keys() == names and 'config.json' in record['contents']['model']
+    (folder,) = (world / 'ppo/checkpoints').iterdir()
+    state = json.loads((folder / 'state.json').read_text())
+    assert state['run']['contents'] == record['contents'] and state['run']['script'] == 'ppo.py'
+    assert state['run']['options'] == {k: v for k, v in record['config'].items() if k not in log.NEUTRAL}
+
+
+def test_other_options_without_config(here):
+    (here / 'dpo/config.json').unlink()
+    with pytest.raises(UserError, match="the checkpoint .* is of a different run .loss 'dpo' there and 'ipo' here"):
+        run('dpo', 'dpo', '--loss=ipo')
+    with pytest.raises(UserError, match='has metrics.jsonl, but no config.json'):
+        run('dpo', 'dpo', '--resume=false')
+
+
+def test_a_checkpoint_of_the_same_command_with_another_seed(here):
+    run('sft', 'seed', '--seed=1')
+    shutil.rmtree(here / 'sft/checkpoints')
+    shutil.copytree(here / 'seed/checkpoints', here / 'sft/checkpoints')
+    with pytest.raises(
+        UserError, match='the checkpoint sft/checkpoints/0000000012 is of a different run .seed 1 there and 0 here'
+    ):
+        run('sft', 'sft')
+
+
+def test_the_same_continues_whatever_does_not_matter(here, world):
+    """A README beside the weights, rows that are not trained on, a copy of the model folder in its place."""
+    (here / 'model/README.md').write_text('other')
+    shutil.copytree('model', 'copy')
+    shutil.rmtree('model')
+    shutil.move('copy', 'model')
+    run('dpo', 'dpo')
+    assert metrics('dpo') == metrics(world / 'dpo')
+
+
+def test_older_versions_resume_with_a_note(here, world, capsys):
+    """They wrote no hashes, and had fewer options."""
+    record = json.loads(Path('dpo/config.json').read_text())
+    del record['contents'], record['config']['lora_targets']
+    Path('dpo/config.json').write_text(json.dumps(record))
+    state_of('dpo', lambda state: state.pop('run'))
+    with pytest.raises(UserError, match='lora_rank None there and 1 here'):
+        run('dpo', 'dpo', '--lora_rank=1', '--lora_targets=q_proj')
+    run('dpo', 'dpo')
+    out = capsys.readouterr().out
+    assert 'kept no hash of evaluation examples, model, ref_model, training examples: not checked' in out
+    assert 'without the options lora_targets: taken at their defaults' in out
+    assert 'is of an older version, which did not write down its run' in out
+    assert metrics('dpo') == metrics(world / 'dpo')
+    assert 'model' in json.loads(Path('dpo/config.json').read_text())['contents']
+
+
+def test_an_option_that_an_older_version_lacked_is_not_set_midway(here):
+    record = json.loads(Path('dpo/config.json').read_text())
+    del record['config']['sft_coef']
+    Path('dpo/config.json').write_text(json.dumps(record))
+    with pytest.raises(UserError, match='sft_coef None there and 0.5 here'):
+        run('dpo', 'dpo', '--sft_coef=0.5')
+
+
+def test_an_old_checkpoint_without_config_is_refused(here):
+    state_of('sft', lambda state: state.pop('run'))
+    Path('sft/config.json').unlink()
+    Path('sft/metrics.jsonl').unlink()
+    Path('sft/latest').unlink()
+    with pytest.raises(UserError, match='nothing says which run the checkpoint sft/checkpoints/0000000012 is of'):
+        run('sft', 'sft')
+
+
+def test_a_checkpoint_of_other_shapes_is_a_sentence(here):
+    """Where nobody wrote down what it is of."""
+    copy_in('dpo', 'lora')
+    state_of('dpo', lambda state: state.pop('run'))
+    with pytest.raises(UserError, match='is of another model or optimizer .* has the shape'):
+        run('dpo', 'dpo')
+
+
+def test_another_script_in_the_folder(here):
+    with pytest.raises(UserError, match='sft holds a different run .of sft.py there and of reward.py here'):
+        run('reward', 'sft')
+
+
+def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):
+    monkeypatch.setitem(load._read, 'a/b', type('Config', (), {'_commit_hash': 'abc'}))
+    monkeypatch.setitem(load._read, 'a/c', type('Config', (), {'_commit_hash': None}))
+    found = load.fingerprints({'model': 'a/b', 'ref_model': 'a/c', 'reward_model': 'gold', 'critic': 'head'})()
+    assert found == {'model': {'commit': 'abc'}}
+    run = {'options': {'model': 'a/b'}, 'contents': found}
+    assert log.content_changes({'model': {'commit': 'abc'}}, run) == []
+    assert log.content_changes({'model': {'commit': 'abd'}}, run) == ["model 'a/b' has changed since: commit"]
+    (tmp_path / 'x').mkdir()
+    (tmp_path / 'x' / 'model.safetensors').mkdir()
+    assert load.fingerprints({'model': str(tmp_path / 'x')})() == {'model': {}}
+
+
+def test_a_model_file_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / 'config.json').write_text('{}')
+
+    def fails(*arguments):
+        raise OSError(5, 'Input/output error')
+
+    monkeypatch.setattr(load.hashlib, 'file_digest', fails)
+    with pytest.raises(UserError, match='cannot read the model .*: Input/output error'):
+        load.fingerprints({'model': str(tmp_path)})()
+
+
+def test_the_hash_of_examples():
+    """Tokens, their borders and order, labels and margins count; what is not selected does not."""
+    some = Examples.of([([1, 2], [[3], [4, 5]]), ([6], [[7], [8]]), ([9], [[1], [2]])])
+    same = Examples.of([([1, 2], [[3], [4, 5]]), ([6], [[7], [8]])])
+    two = some.select(slice(2))
+    assert two.content() == same.content()
+    margin = Examples(two.ids, two.spans, two.good, two.uid, two.left_out, margin=np.ones(2, np.float32))
+    others = [some, some.select(np.array([1, 0])), two.flip(1.1, 0), margin, two.first_answers(),
+              Examples.of([([1], [[2, 3], [4, 5]]), ([6], [[7], [8]])]), Examples(two.ids, two.spans, ~two.good, two.uid, two.left_out)]  # fmt: skip
+    assert len({two.content(), *(x.content() for x in others)}) == len(others) + 1
+    assert some.select(slice(0)).content() == some.select(slice(0)).content()
+
+
+def test_ranks_that_read_other_data_are_refused(monkeypatch):
+    config = configurator.Config(seed=0)
+    config.origin = {'seed': 'default'}
+    one, two = (Examples.of([([1], [[i]])]) for i in (2, 3))
+    theirs = {'training examples': two.content(), 'evaluation examples': one.content()}
+    monkeypatch.setattr(checkpoint, 'gather_objects', lambda value: [value, theirs])
+    monkeypatch.setattr(checkpoint.dist, 'get_rank', lambda: 0)
+    with pytest.raises(UserError, match='rank 1 has read other training examples than rank 0'):
+        checkpoint.identify(config, dict, one, one)

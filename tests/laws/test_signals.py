@@ -1,0 +1,335 @@
+"""Signals save and leave with a documented code, supervisors start again, one run at a time has a folder."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, metrics, python, read_jsonl
+
+from runtime import guard
+
+FLAGS = ['--batch_size=16', '--n_examples=320', '--save_every=64', '--eval_every=96', '--n_eval_examples=16', '--lr=1e-3',
+         '--warmup_steps=2', '--sample_during_eval', '--n_eval_model_samples=4', '--max_new_tokens=8', '--data_fraction=0.2',
+         '--max_length=64', '--max_prompt_length=32']  # fmt: skip
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def none_left():
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            kill(process.pid, *below(process.pid))
+    STARTED.clear()
+
+
+def start(out_dir, world=0, torchrun=(), prefix=(), **environment):
+    command = []
+    if world:
+        command = ['-m', 'torch.distributed.run', *(torchrun or ['--standalone']), f'--nproc_per_node={world}']
+    environment = os.environ | {'NANOPREF_CACHE': str(out_dir.parent / 'cache')} | environment
+    log = open(f'{out_dir}-{random.randrange(10**9)}.txt', 'w+')
+    command = [*prefix, sys.executable, *command, 'dpo.py', *FLAGS, f'--out_dir={out_dir}']
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+    process.log = log
+    STARTED.append(process)
+    return process
+
+
+def text(process):
+    process.log.seek(0)
+    return process.log.read()
+
+
+def until(condition, process, seconds=120):
+    """Wait for a condition, while the process lives."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < deadline, text(process)[-3000:]
+        time.sleep(0.005)
+
+
+def end(process, code=None, seconds=180):
+    got = process.wait(seconds)
+    assert code is None or got == code, text(process)[-3000:]
+    return text(process)
+
+
+def seen(folder):
+    """Examples that a running run has trained on."""
+    try:
+        return max((row['counters/examples'] for row in read_jsonl(folder / 'metrics.jsonl')), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+def below(pid):
+    """The processes below one: torchrun's workers are in sessions of their own."""
+    try:
+        files = [task / 'children' for task in Path(f'/proc/{pid}/task').iterdir()]
+        found = [int(child) for file in files for child in file.read_text().split()]
+    except OSError:
+        return []
+    return found + [deeper for child in found for deeper in below(child)]
+
+
+def kill(*pids):
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def same(folder, whole):
+    assert metrics(folder) == metrics(whole)
+    assert (folder / 'samples.jsonl').read_text() == (whole / 'samples.jsonl').read_text()
+    assert (folder / 'model/model.safetensors').read_bytes() == (whole / 'model/model.safetensors').read_bytes()
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """Uninterrupted runs on one and two processes, made when first asked for."""
+    folder = tmp_path_factory.mktemp('signals')
+
+    def get(world):
+        if not (folder / f'{world}').exists():
+            end(start(folder / f'{world}', world), 0)
+        return folder / f'{world}'
+
+    return get
+
+
+def test_every_signal_in_one_run(tmp_path, whole):
+    """SIGTERM and then Ctrl-C, wherever they hit (SIGUSR1 and kill -9 are below); then the end of an unbroken run.
+    Beside it: a second run in the same folder is refused while the first goes on, and not after it was killed."""
+    out = tmp_path / 'run'
+    codes = [(signal.SIGTERM, guard.SAVED), (signal.SIGINT, guard.INTERRUPTED)]
+    for number, code in codes:
+        process, before = start(out), seen(out)
+        until(lambda before=before: seen(out) > before + 16, process)
+        if number == signal.SIGTERM:
+            process.send_signal(signal.SIGSTOP)  # so that it is not done before the second has begun
+            metrics = (out / 'metrics.jsonl').read_text()
+            second = start(out)
+            assert f'another run is using {out}' in end(second, 2)
+            assert (out / 'metrics.jsonl').read_text() == metrics and process.poll() is None
+            process.send_signal(signal.SIGCONT)
+        process.send_signal(number)
+        said = end(process, code)
+        assert f'{number.name}: stopping after this step' in said
+        assert 'saved: the same command continues from here' in said and 'Traceback' not in said
+        assert (out / 'latest').read_text() == f'checkpoints/{seen(out):010d}\n'  # nothing is done twice
+    assert 'done' in end(start(out), 0)
+    same(out, whole(0))
+
+
+def test_at_once_where_nothing_can_be_lost(tmp_path):
+    """While the data is read; and a second Ctrl-C, which does not wait for the step."""
+    process = start(tmp_path / 'run')
+    until(lambda: (tmp_path / 'run/.lock').exists(), process)
+    process.send_signal(signal.SIGTERM)
+    assert 'SIGTERM: stopped before the first step' in end(process, guard.SAVED)
+    assert not (tmp_path / 'run/checkpoints').exists()
+    process = start(tmp_path / 'run')
+    until(lambda: seen(tmp_path / 'run') > 16, process)
+    os.kill(process.pid, signal.SIGSTOP)  # so that both are there before it can react
+    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGCONT)
+    time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert end(process) and process.returncode == guard.INTERRUPTED
+
+
+SCRIPTS = 'sft dpo reward ppo sample label tools.bench tools.plot'.split()
+CODES = {signal.SIGTERM: guard.SAVED, signal.SIGUSR1: guard.SAVED, signal.SIGINT: guard.INTERRUPTED}
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_while_a_script_is_imported(tmp_path, script):
+    """The first heavy import of a script never ends, and says when it has begun."""
+    for name in ('torch', 'numpy', 'transformers', 'tqdm', 'matplotlib'):
+        stalls = f'import time; open({str(tmp_path / "begun")!r} + str(time.time_ns()), "w"); time.sleep(99)'
+        (tmp_path / f'{name}.py').write_text(stalls)
+    # scripts of a folder run with -m
+    command = ['-m', script] if '.' in script else [f'{script}.py']
+    command += [tmp_path] if script == 'tools.plot' else []
+    (tmp_path / 'config.json').write_text('{"config": {}}')
+    (tmp_path / 'metrics.jsonl').write_text('{"split": "train", "counters/examples": 1, "loss/train": 1.0}\n')
+    environment = os.environ | {'PYTHONPATH': str(tmp_path)}
+    environment.pop('RANK', None)
+    processes = {}
+    for number in CODES:
+        processes[number] = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment,
+                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    STARTED.extend(processes.values())
+    until(lambda: len(list(tmp_path.glob('begun*'))) == len(CODES), next(iter(processes.values())))
+    for number, process in processes.items():
+        process.send_signal(number)
+        _, err = process.communicate(timeout=20)
+        assert (process.returncode, err.strip()) == (CODES[number], f'{number.name}: stopped')
+
+
+def test_in_a_rendezvous(tmp_path):
+    """The main thread is in C++: as rank 0 it waits for the other rank, as rank 1 for a word of the store."""
+    with socket.create_server(('127.0.0.1', 0)) as store:
+        address = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1'}
+        rank_0 = start(tmp_path / '0', RANK='0', MASTER_PORT=f'{(port := free_port())}', **address)
+        rank_1 = start(tmp_path / '1', RANK='1', MASTER_PORT=f'{store.getsockname()[1]}', **address)
+        store.settimeout(60)
+        store.accept()
+        until(lambda: listens(port), rank_0)
+        for process, number in ((rank_0, signal.SIGINT), (rank_1, signal.SIGUSR1)):
+            process.send_signal(number)
+            assert 'Traceback' not in end(process, CODES[number], 30)
+    assert not (tmp_path / '0').exists() and not (tmp_path / '1').exists()
+
+
+def listens(port):
+    with socket.socket() as s:
+        return s.connect_ex(('127.0.0.1', port)) == 0
+
+
+def test_a_signal_to_a_forked_child_is_not_the_parents(monkeypatch):
+    """A pool ends its workers with SIGTERM; they have inherited the handlers, and the pipe that the parent listens to."""
+    heard = []
+    monkeypatch.setattr(guard, 'on_signal', heard.append)
+    guard._install()
+    try:
+        child = os.fork()
+        if not child:
+            time.sleep(20)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.time() + 20
+        while not heard and time.time() < deadline:
+            time.sleep(0.01)
+    finally:
+        guard._uninstall()
+    assert heard == [signal.SIGUSR1] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_torchrun(tmp_path, whole):
+    """SIGTERM, then SIGUSR1 to torchrun, which hands both on if told to; then a rank dies, and --max-restarts is enough."""
+    out = tmp_path / 'run'
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        process, before = start(out, 2, PET_SIGNALS_TO_HANDLE='SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1'), seen(out)
+        until(lambda before=before: seen(out) > before + 16, process)
+        process.send_signal(number)
+        assert 'saved: the same command continues from here' in end(process, 1)  # torchrun's own code
+        assert (out / 'latest').read_text() == f'checkpoints/{seen(out):010d}\n'
+    process, before = start(out, 2, ['--standalone', '--max-restarts=3']), seen(out)
+    until(lambda: seen(out) > before + 32, process)
+    kill(below(process.pid)[-1])
+    assert text(process).count('resuming') == 1
+    assert end(process, 0).count('resuming') == 2
+    same(out, whole(2))
+
+
+def test_killed_run_continues(tmp_path, whole):
+    """kill -9 as soon as a checkpoint exists; a run that is finished is refused, and nothing of it is overwritten."""
+    out = tmp_path / 'run'
+    process = start(out)
+    until(lambda: list(out.glob('checkpoints/*[0-9]')), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / 'model').exists()
+    end(start(out), 0)
+    same(out, whole(0))
+    assert 'holds this run already (finished)' in end(start(out), 2)
+    same(out, whole(0))
+
+
+def test_killed_at_random_moments(tmp_path):
+    """The script soak.py, short."""
+    flags = [
+        '--kills=2',
+        '--per_run=2',
+        f'--seed={random.randrange(10**6)}',
+        '--losses=beta_dpo',
+        f'--folder={tmp_path}/soak',
+    ]
+    done = python('-m', 'experiments.attack.soak', *flags)
+    survived = re.search(r'\b([2-9]) of \1 kills survived', done.stdout)
+    assert done.returncode == 0 and survived, done.stdout + done.stderr[-2000:]
+
+
+# ---- two hosts ----
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def namespaces():
+    """Two network namespaces joined by a pair of interfaces: {address: prefix of a command there}, or why there are none."""
+    names = [f'nanopref{os.getpid()}{x}' for x in 'ab']
+    addresses = ['10.213.7.1', '10.213.7.2']
+    commands = [f'ip netns add {name}' for name in names]
+    commands += [f'ip link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}']
+    for name, address in zip(names, addresses, strict=True):
+        commands += [
+            f'ip -n {name} addr add {address}/24 dev veth0',
+            f'ip -n {name} link set veth0 up',
+            f'ip -n {name} link set lo up',
+        ]
+    for command in commands:
+        if shutil.which('ip') is None:
+            return names, 'there is no ip command here'
+        done = subprocess.run(command.split(), capture_output=True, text=True)
+        if done.returncode:
+            return names, f'{command}: {done.stderr.strip()}'
+    return names, [(a, ['ip', 'netns', 'exec', name]) for a, name in zip(addresses, names, strict=True)]
+
+
+@pytest.fixture(params=['network namespaces', 'one host'])
+def hosts(request):
+    """[(address, prefix of a command)] of two hosts: two namespaces, or, where they are not permitted, 127.0.0.1 twice."""
+    names, found = namespaces()
+    try:
+        if request.param == 'one host':
+            if not isinstance(found, str):
+                pytest.skip('network namespaces are permitted here, and show more')
+            found = [('127.0.0.1', [])] * 2
+        if isinstance(found, str):
+            pytest.skip(f'no network namespaces: {found}')
+        yield found
+    finally:
+        for name in names:
+            subprocess.run(['ip', 'netns', 'del', name], capture_output=True)
+
+
+def test_two_hosts(tmp_path, whole, hosts):
+    """Two agents train together; the second host dies, agent and worker; the first waits for it, and both continue."""
+    out, port = tmp_path / 'run', free_port()
+
+    def host(i):
+        address, prefix = hosts[i]
+        interface = 'lo' if address == '127.0.0.1' else 'veth0'
+        agent = ['--nnodes=2', '--max-restarts=3', '--rdzv_backend=c10d', '--rdzv_id=7', f'--local-addr={address}',
+                 f'--rdzv_endpoint={hosts[0][0]}:{port}', f'--rdzv_conf=is_host={int(i == 0)}']  # fmt: skip
+        # without the variable an agent that stays does not tell a new one where to meet (torch 2.13)
+        return start(out, 1, agent, prefix, GLOO_SOCKET_IFNAME=interface, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+
+    agents = [host(0), host(1)]
+    until(lambda: (out / 'latest').exists(), agents[0])
+    kill(agents[1].pid, *below(agents[1].pid))
+    agents[1].wait()
+    agents.append(host(1))
+    said = end(agents[0], 0) + end(agents[2], 0)
+    assert said.count('training dpo on 2 ranks') == 1 and said.count('resuming dpo on 2 ranks') >= 1
+    same(out, whole(2))

@@ -1,0 +1,150 @@
+"""A model with several end tokens: the one that was sampled is trained on, counted, scored and measured, and no other."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import metrics, read_jsonl, run_script
+
+import fsdp
+from feedback import score
+from hf import generate, load
+from text import toy
+
+EOS = toy.tokenizer().eos_token_id
+STOPS = range(100, 180)  # ends of the generation config, so many that most answers meet one; the end of text is another
+LENGTH = 10  # tokens of the longest answer
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    """Toy models of random weights: a policy and its reference with many ends, a reward model that has one."""
+    folder = tmp_path_factory.mktemp('models')
+    for seed, name in enumerate(('policy', 'reference')):
+        net = load.load_model('toy', seed=seed)
+        net.generation_config.eos_token_id = [EOS, *STOPS]
+        net.save_pretrained(folder / name)
+        toy.tokenizer().save_pretrained(folder / name)
+    tokenizer = load.separate_pad(toy.tokenizer())
+    net = load.load_reward('toy', tokenizer, new_head=True)
+    net.score.weight.data.normal_(0, 1)  # so large that another place of reading shows
+    net.save_pretrained(folder / 'reward')
+    tokenizer.save_pretrained(folder / 'reward')
+    return folder
+
+
+@pytest.fixture
+def raw(monkeypatch):
+    """What transformers has generated: the rows of every call, with whatever stands behind their ends."""
+    rows, real = [], transformers.GenerationMixin.generate
+
+    def recorded(self, ids, **options):
+        out = real(self, ids, **options)
+        rows.extend(out[:, ids.shape[1] :].tolist())
+        return out
+
+    monkeypatch.setattr(transformers.GenerationMixin, 'generate', recorded)
+    return rows
+
+
+def sampled(row):
+    """A row of `raw` to its first end, which belongs to it."""
+    for place, token in enumerate(row):
+        if token == EOS or token in STOPS:
+            return row[: place + 1]
+    return row
+
+
+def logps(net, prompt, answer):
+    """The log-probs of an answer's tokens, by the model's own forward."""
+    net.set_attn_implementation('eager')
+    with torch.no_grad():
+        all_logps = net(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].float().log_softmax(-1)
+    return all_logps[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize('flags', [['--reward_model=gold'], ['--reward_model=gold', '--loss=grpo', '--group_size=4']])
+def test_ppo_trains_on_what_was_sampled(folders, raw, tmp_path, flags):
+    flags = [*flags, '--n_examples=16', '--batch_size=16', '--minibatch_size=16', '--ppo_epochs=1', '--n_eval_examples=8',
+             '--do_first_eval=false', f'--max_new_tokens={LENGTH}', '--missing_eos_penalty=3']  # fmt: skip
+    done = run_script('ppo.py', f'--model={folders}/policy', f'--out_dir={tmp_path}/run', *flags)
+    wanted = sorted(map(sampled, raw[:16]))
+    examples = done['answered'].examples
+    trained = [examples.ids[start:end].tolist() for start, end in examples.spans[:, 1:].reshape(-1, 2)]
+    assert sorted(trained) == wanted
+    own = [answer[-1] in STOPS for answer in trained]
+    cut = [answer[-1] != EOS and not other for answer, other in zip(trained, own, strict=True)]
+    assert any(own) and any(cut)  # both kinds are there
+    (row,) = metrics(tmp_path / 'run', 'train')
+    assert row['ended/train'] == pytest.approx(1 - np.mean(cut))
+    assert row['length/train'] == np.mean([len(answer) for answer in trained])
+    assert done['answered'].answers['ended'].tolist() == [not x for x in cut]
+    # the log-probs of the tokens that were sampled: a random model gives each about 1/512, and none of them e^-14
+    plain = load.load_model(f'{folders}/policy')
+    prompt = examples[0][0].tolist()
+    first = done['answered'].tokens['old'][: len(trained[0])]
+    assert first.tolist() == pytest.approx(logps(plain, prompt, trained[0]).tolist(), abs=1e-3)
+    (evaluated,) = metrics(tmp_path / 'run', 'eval')
+    rows = list(map(sampled, raw[16:]))
+    assert evaluated['ended/eval'] == np.mean([row[-1] == EOS or row[-1] in STOPS for row in rows])
+    # samples.jsonl shows the answers without their ends, as before
+    shown = [row['response'] for row in read_jsonl(tmp_path / 'run/samples.jsonl')]
+    bodies = [row[:-1] if row[-1] == EOS or row[-1] in STOPS else row for row in rows]
+    assert sorted(shown) == sorted(toy.tokenizer().decode(body) for body in bodies)
+
+
+def test_a_reward_model_reads_at_the_end_that_was_sampled(folders, raw, tmp_path):
+    flags = ['--n_examples=16', '--batch_size=16', '--minibatch_size=16', '--ppo_epochs=1', '--n_eval_examples=0',
+             f'--max_new_tokens={LENGTH}', f'--reward_model={folders}/reward']  # fmt: skip
+    done = run_script('ppo.py', f'--model={folders}/policy', f'--out_dir={tmp_path}/run', *flags)
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(folders / 'reward').eval()
+    assert any(done['answered'].answers['ended']) and not all(done['answered'].answers['ended'])
+    for i, ended in enumerate(done['answered'].answers['ended'].tolist()):
+        prompt, (answer,) = done['answered'].examples[i]
+        ids = [*prompt.tolist(), *answer.tolist()] + [EOS] * (not ended)  # a cut answer gets the end of training
+        with torch.no_grad():
+            assert done['answered'].answers['score'][i].item() == pytest.approx(
+                net(torch.tensor([ids])).logits.item(), abs=1e-4
+            )
+
+
+def test_scores_know_other_ends(folders):
+    """score.scores appends the end of text to an answer that does not end; what counts as an end is told."""
+    fsdp.setup()
+    scorer, tokenizer = score.load_scorer(str(folders / 'reward'), torch.device('cpu'))
+    found = score.scores(scorer, tokenizer, [([1, 2], [3, 100]), ([1, 2], [3, 100, EOS])], 4096)
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    other = score.scores(scorer, tokenizer, [([1, 2], [3, 100]), ([1, 2], [3])], 4096, ends={100})
+    alone = score.scores(scorer, tokenizer, [([1, 2], [3, EOS])], 4096)
+    assert abs(other[0] - found[0]) > 1e-3 and other[1] == pytest.approx(alone[0], abs=1e-5)
+
+
+def test_kl_of_samples_is_of_what_was_sampled(folders, raw, tmp_path):
+    flags = ['--n_examples=2', '--batch_size=2', '--n_eval_examples=8', '--sample_during_eval', '--n_eval_model_samples=8',
+             f'--max_new_tokens={LENGTH}', '--lr=0', f'--ref_model={folders}/reference']  # fmt: skip
+    run_script('dpo.py', f'--model={folders}/policy', f'--out_dir={tmp_path}/run', *flags)
+    policy, reference = (load.load_model(f'{folders}/{name}') for name in ('policy', 'reference'))
+    lines = read_jsonl(tmp_path / 'run/samples.jsonl')[:8]
+    assert [line['generator'] for line in lines] == ['policy'] * 8
+    gaps, lengths = [], []
+    for line, row in zip(lines, raw[:8], strict=True):
+        prompt, answer = toy.tokenizer().encode(line['prompt']), sampled(row)
+        gaps.append((logps(policy, prompt, answer) - logps(reference, prompt, answer)).sum().item())
+        lengths.append(len(answer))
+        body = answer[:-1] if answer[-1] == EOS or answer[-1] in STOPS else answer
+        assert line['response'] == toy.tokenizer().decode(body)
+    assert any(sampled(row)[-1] in STOPS for row in raw[:8])
+    row = metrics(tmp_path / 'run', 'eval')[0]
+    assert row['kl_eval/samples'] == pytest.approx(np.mean(gaps), abs=1e-3)
+    assert row['kl_eval/samples_per_token'] == pytest.approx(sum(gaps) / sum(lengths), abs=1e-3)
+
+
+def test_generate_keeps_the_end_if_asked(folders, raw):
+    net, tokenizer = load.load_model(f'{folders}/policy'), toy.tokenizer()
+    stop = generate.stop_tokens(net, tokenizer)
+    assert stop == {EOS, *STOPS}
+    settings = {'max_new_tokens': LENGTH}
+    whole = generate.generate(net, tokenizer, [[5, 6]] * 16, range(16), keep_end=True, **settings)
+    bare = generate.generate(net, tokenizer, [[5, 6]] * 16, range(16), **settings)
+    assert whole == list(map(sampled, raw[:16])) and any(len(answer) == 1 for answer in whole)
+    assert bare == [generate.without_end(answer, stop) for answer in whole]

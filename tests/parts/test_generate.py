@@ -1,0 +1,232 @@
+"""Sampling: an answer depends on its prompt and its seed alone, and follows the model's own distribution."""
+
+import types
+
+import pytest
+import torch
+import transformers
+from helpers import read_jsonl
+
+import data
+import fsdp
+import model
+from hf import generate, load
+from text import toy
+
+VOCAB, EOS = 13, 12
+BASE = {'vocab_size': VOCAB, 'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+        'max_position_embeddings': 64, 'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None}  # fmt: skip
+GPT2 = {'vocab_size': VOCAB, 'n_embd': 16, 'n_layer': 2, 'n_head': 4, 'n_positions': 64, 'bos_token_id': None,
+        'eos_token_id': None}  # fmt: skip
+CONFIGS = {
+    'llama': BASE | {'num_key_value_heads': 2},
+    'gpt_neox': BASE,
+    'gpt2': GPT2,
+    'mistral': BASE | {'num_key_value_heads': 2, 'sliding_window': 3},
+    'gemma2': BASE | {'num_key_value_heads': 2, 'head_dim': 8, 'sliding_window': 4, 'attn_logit_softcapping': 0.5,
+                      'final_logit_softcapping': 2.0},
+}  # fmt: skip
+TOKENIZER = types.SimpleNamespace(eos_token_id=EOS, decode=lambda ids: ' '.join(map(str, ids)))
+UNLIKELY = 1e-7  # so that no seed fails by chance
+PROMPTS = [[3], [5, 1, 7, 2, 9, 9, 4], [8, 8], [1, 2, 3, 4]]
+
+
+def build(name='llama', empty=False, **options):
+    model.register_attention()
+    with torch.device('meta' if empty else 'cpu'), torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(name, **CONFIGS[name], **options)
+        net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for p in net.parameters():
+            torch.nn.init.normal_(p, float('norm' in name and p.dim() == 1), 0.3)
+    net.set_attn_implementation('packed')
+    return net
+
+
+def sample(net, prompts, seeds, max_new_tokens=12, **options):
+    return generate.generate(net, TOKENIZER, prompts, seeds, max_new_tokens=max_new_tokens, **options)
+
+
+@torch.no_grad()
+def next_probs(net, ids):
+    """The model's distribution after these ids, without a cache, padding, or generate."""
+    before = net.config._attn_implementation
+    net.set_attn_implementation('eager')
+    logits = net(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+    net.set_attn_implementation(before)
+    return logits.float().softmax(-1)
+
+
+@pytest.mark.parametrize('options', [{}, {'temperature': 0.7, 'top_p': 0.8}, {'temperature': 0.0}])
+@pytest.mark.parametrize('name', CONFIGS)
+def test_an_answer_does_not_depend_on_its_batch(name, options):
+    net, seeds = build(name), [11, 12, 13, 14]
+    together = sample(net, PROMPTS, seeds, **options)
+    assert together == sample(net, PROMPTS, seeds, **options)
+    assert together == [sample(net, [p], [s], **options)[0] for p, s in zip(PROMPTS, seeds, strict=True)]
+    assert together[::-1] == sample(net, PROMPTS[::-1], seeds[::-1], **options)
+    others = sample(net, PROMPTS, [21, 22, 23, 24], **options)
+    assert (others == together) == (options.get('temperature') == 0)
+    assert len({*map(tuple, sample(net, [PROMPTS[1]] * 4, seeds, **options))}) == (4 if others != together else 1)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_greedy(name):
+    net = build(name)
+    answers = sample(net, PROMPTS, [0] * len(PROMPTS), temperature=0.0)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = list(prompt)
+        while len(ids) - len(prompt) < 12 and ids[-1] != EOS:
+            ids.append(int(next_probs(net, ids).argmax()))
+        assert answer == [token for token in ids[len(prompt) :] if token != EOS]
+        with model.padded_attention(net):
+            theirs = net.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(), do_sample=False,
+                                  max_new_tokens=12, eos_token_id=EOS, pad_token_id=EOS)  # fmt: skip
+        assert theirs[0, len(prompt) :].tolist()[: len(answer)] == answer
+
+
+def nucleus(p, temperature, top_p):
+    """Temperature first, then the fewest tokens that hold top_p of the mass."""
+    p = (p.log() / temperature).softmax(-1)
+    order = p.argsort(descending=True)
+    kept = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
+    out = torch.zeros_like(p)
+    out[kept] = p[kept]
+    return out / out.sum()
+
+
+@pytest.mark.parametrize(
+    'options', [{}, {'temperature': 0.5}, {'temperature': 2.0}, {'temperature': 1.5, 'top_p': 0.6}]
+)
+@pytest.mark.parametrize('name', ['llama', 'gemma2'])
+def test_samples_follow_the_model(name, options):
+    n, net, prompt = 4000, build(name), PROMPTS[3]
+    net.generation_config.update(
+        repetition_penalty=3.0, top_k=2, no_repeat_ngram_size=1, temperature=0.1
+    )  # not the model's
+    answers = sample(net, [prompt] * n, list(range(n)), max_new_tokens=2, **options)
+    first, second = torch.zeros(VOCAB), torch.zeros(VOCAB, VOCAB)
+    for answer in answers:
+        token, then, *_ = [*answer, EOS, EOS]
+        first[token] += 1
+        second[token, then] += 1
+    settings = {'temperature': 1.0, 'top_p': 1.0} | options
+    p = nucleus(next_probs(net, prompt), **settings)
+    assert p.max() < 0.9
+    assert chance(first, p) > UNLIKELY
+    token = int(first[:EOS].argmax())
+    assert chance(second[token], nucleus(next_probs(net, [*prompt, token]), **settings)) > UNLIKELY
+
+
+def chance(counts, p):
+    """The probability of a Pearson statistic this large or larger; tokens expected fewer than 5 times share one bin."""
+    assert not counts[p == 0].any()
+    rare = counts.sum() * p < 5
+    counts, p = (torch.cat((x[~rare], x[rare].sum()[None])).double() for x in (counts, p))
+    counts, p = counts[p > 0], p[p > 0]
+    if len(p) == 1:
+        return 1.0
+    freedom = torch.tensor(len(p) - 1.0).double()
+    statistic = ((counts - counts.sum() * p) ** 2 / (counts.sum() * p)).sum()
+    return torch.special.gammaincc(freedom / 2, statistic / 2)
+
+
+@pytest.mark.parametrize('vocabulary', [2, 3, 5, 26, 300])
+def test_draws_follow_the_scores(vocabulary):
+    """A block, then a token in it, is a draw from softmax(scores): every step anew, whatever the seeds look like."""
+    n, rng = 20_000, torch.Generator().manual_seed(1)
+    scores = torch.randn(vocabulary, generator=rng) * 2
+    scores[1 : vocabulary // 2 : 2] = -torch.inf  # as top_p leaves them
+    for seeds in (range(n), [2**40 * i + 7 for i in range(n)]):
+        draw, p = generate._Draw(seeds, start=3), scores.softmax(0)
+        rows = [draw(torch.zeros(n, 3 + step), scores.expand(n, -1).clone()) for step in range(2)]
+        first, second = (row.argmax(1) for row in rows)
+        assert chance(first.bincount(minlength=vocabulary), p) > UNLIKELY
+        pairs = (first * vocabulary + second).bincount(minlength=vocabulary**2)
+        assert chance(pairs, (p[:, None] * p).flatten()) > UNLIKELY  # steps are independent
+
+
+def test_stops_at_the_end_of_text():
+    net = build()
+    long = sample(net, PROMPTS * 8, range(32))
+    assert any(len(answer) < 12 for answer in long) and any(len(answer) == 12 for answer in long)
+    assert not any(EOS in answer for answer in long)
+    stop = long[0][0]
+    net.generation_config.eos_token_id = [stop, EOS]  # the model's own, such as the end of a turn
+    short = sample(net, PROMPTS * 8, range(32))
+    assert short == [answer[: answer.index(stop)] if stop in answer else answer for answer in long]
+    assert any(stop in answer for answer in long[1:])
+    assert net.generation_config.eos_token_id == [stop, EOS]
+    net.generation_config.eos_token_id = stop
+    assert short == sample(net, PROMPTS * 8, range(32))
+
+
+@pytest.mark.parametrize('before', ['packed', 'eager', 'sdpa'])
+def test_leaves_the_model_as_it_was(before):
+    net = build()
+    net.set_attn_implementation(before)
+    own = net.generation_config
+    sample(net, PROMPTS, range(4))
+    assert net.config._attn_implementation == before and net.generation_config is own and not net.training
+
+
+@pytest.fixture(scope='module')
+def group():
+    return fsdp.setup()
+
+
+def test_sharded(group, tmp_path):
+    rank, world, device = group
+    plain = build()
+    net = fsdp.shard(build, device, cpu_offload=True)
+    modules = [m for m in net.modules() if isinstance(m, fsdp.FSDPModule)]
+
+    def state():
+        return [m._get_fsdp_state()._fsdp_param_group for m in modules]
+
+    before = [(g.is_sharded, g._reshard_after_forward) for g in state()]
+    assert len(modules) == 3 and all(sharded for sharded, _ in before)
+    with fsdp.unsharded(net):
+        assert not any(g.is_sharded for g in state())
+        inside = sample(net, PROMPTS, range(4))
+        assert not any(g.is_sharded for g in state())
+    assert [(g.is_sharded, g._reshard_after_forward) for g in state()] == before
+    assert inside == sample(plain, PROMPTS, range(4))
+    assert net.config._attn_implementation == 'packed'
+
+    models = {'reference': fsdp.shard(build, device, train=False, cpu_offload=True), 'policy': net}
+    rows = generate.sample(models, TOKENIZER, PROMPTS, rank=rank, world=world, seed=5, max_new_tokens=12)
+    expected = sample(plain, PROMPTS, [5 * 1_000_003 + i for i in range(4)])
+    assert rows == [(name, i, answer) for name in sorted(models) for i, answer in enumerate(expected)]
+    shares = [generate.sample(models, TOKENIZER, PROMPTS, rank=r, world=3, seed=5, max_new_tokens=12) for r in range(3)]
+    assert sorted(row for share in shares for row in share) == rows
+
+    for seen in (0, 64):
+        generate.write(tmp_path / 'samples.jsonl', TOKENIZER, PROMPTS, rows, seen)
+    lines = read_jsonl(tmp_path / 'samples.jsonl')
+    assert len(lines) == 16 and [line['examples'] for line in lines] == [0] * 8 + [64] * 8
+    assert lines[5] == {'examples': 0, 'generator': 'reference', 'sample': 1, 'prompt': '5 1 7 2 9 9 4',
+                        'response': ' '.join(map(str, expected[1]))}  # fmt: skip
+
+
+def test_a_trained_step_after_sampling(group):
+    """Sampling between two steps changes neither their gradients nor what the optimizer sees."""
+    batch = data.pack([(torch.tensor(PROMPTS[1]).numpy(), [torch.tensor(PROMPTS[3]).numpy()])], [0])
+    norms = []
+    for sampling in (False, True):
+        net = fsdp.shard(build, group[2], cpu_offload=True)
+        optimizer = fsdp.make_optimizer('AdamW', net, 0.01, 0.0)
+        for _ in range(2):
+            net.response_logps(batch).sum().backward()
+            norms.append(fsdp.update(net, optimizer, 0.01, 1.0, 1.0))
+            if sampling:
+                with fsdp.unsharded(net):
+                    sample(net, PROMPTS, range(4))
+    assert norms[:2] == norms[2:] and norms[0] != norms[1]
+
+
+def test_toy_tokenizer():
+    net, tokenizer = load.load_model('toy'), toy.tokenizer()
+    prompt = tokenizer.encode('Review of the hotel:')
+    (answer,) = generate.generate(net, tokenizer, [prompt], [0], max_new_tokens=5)
+    assert 0 < len(answer) <= 5 and isinstance(tokenizer.decode(answer), str)

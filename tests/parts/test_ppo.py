@@ -1,0 +1,155 @@
+"""ppo.py and the formulas behind it: hand-worked numbers, limits, and mistakes of the user; tests/laws/test_law_ppo.py runs it."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rl import formulas
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rows(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ---- formulas ----
+
+
+def test_gae_by_hand():
+    """gamma 0.9, lam 0.5, so gamma lam = 0.45. Row 1: rewards 0 0 1, values 0.5 0.2 0.4.
+    delta_3 = 1 - 0.4 = 0.6; delta_2 = 0 + 0.9 * 0.4 - 0.2 = 0.16; delta_1 = 0 + 0.9 * 0.2 - 0.5 = -0.32.
+    A_3 = 0.6; A_2 = 0.16 + 0.45 * 0.6 = 0.43; A_1 = -0.32 + 0.45 * 0.43 = -0.1265.
+    Row 2 has one token, reward -1, value 0.5: A = -1.5; what stands behind it does not count."""
+    mask = torch.tensor([[True] * 3, [True, False, False]])
+    rewards, values = rows([0, 0, 1], [-1, 7, 7]), rows([0.5, 0.2, 0.4], [0.5, 7, 7])
+    found = formulas.gae(rewards, values, mask, gamma=0.9, lam=0.5)
+    assert torch.allclose(found, rows([-0.1265, 0.43, 0.6], [-1.5, 0, 0]), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize('gamma', [1.0, 0.9])
+def test_gae_limits(gamma):
+    """lam = 1: discounted rewards from here on minus the value; lam = 0: the TD error."""
+    torch.manual_seed(0)
+    rewards, values = torch.randn(2, 4, 6, dtype=torch.float64)
+    mask = torch.arange(6) < torch.tensor([6, 1, 3, 5])[:, None]
+    to_go = torch.zeros(4, 6, dtype=torch.float64)
+    for t in range(6):
+        powers = gamma ** torch.arange(6 - t, dtype=torch.float64)
+        to_go[:, t] = ((rewards * mask)[:, t:] * powers).sum(1)
+    found = formulas.gae(rewards, values, mask, gamma=gamma, lam=1.0)
+    assert torch.allclose(found, (to_go - values) * mask, atol=1e-12, rtol=0)
+    after = torch.cat(((values * mask)[:, 1:], torch.zeros(4, 1)), 1)
+    td = (rewards + gamma * after - values) * mask
+    assert torch.allclose(formulas.gae(rewards, values, mask, gamma=gamma, lam=0.0), td, atol=1e-12, rtol=0)
+
+
+def test_ppo_by_hand():
+    """clip 0.2. rho = 1.5, A = 1: max(-1.5, -1.2) = -1.2, clipped; A = -1: max(1.5, 1.2) = 1.5.
+    rho = 0.5, A = 1: max(-0.5, -0.8) = -0.5; A = -1: max(0.5, 0.8) = 0.8, clipped. Clipped tokens have no gradient."""
+    rho = rows(1.5, 1.5, 0.5, 0.5)
+    pi = rho.log().requires_grad_()
+    l = formulas.ppo(pi, torch.zeros(4), rows(1, -1, 1, -1), clip=0.2)
+    assert torch.allclose(l, rows(-1.2, 1.5, -0.5, 0.8), atol=1e-12, rtol=0)
+    (slope,) = torch.autograd.grad(l.sum(), pi)
+    assert torch.allclose(slope, rows(0, 1.5, -0.5, 0), atol=1e-12, rtol=0)
+
+
+def test_ratio_one_is_policy_gradient():
+    """At pi = old the loss is minus the advantage, and its gradient too."""
+    pi = -torch.rand(9, dtype=torch.float64).requires_grad_()
+    advantage = torch.randn(9, dtype=torch.float64)
+    l = formulas.ppo(pi, pi.detach(), advantage, clip=0.2)
+    assert l.mean().item() == pytest.approx(-advantage.mean().item(), abs=1e-15)
+    (slope,) = torch.autograd.grad(l.sum(), pi)
+    assert torch.allclose(slope, -advantage)
+
+
+def test_value_loss_by_hand():
+    """V_old = 0, R = 1, c = 0.2. V = 0.5: max(0.25, 0.64) / 2 = 0.32, clipped; V = -0.5: max(2.25, 1.44) / 2 = 1.125;
+    V = 0.1: 0.81 / 2 = 0.405. Not clipped: 0.125, 1.125, 0.405."""
+    value, zero = rows(0.5, -0.5, 0.1), torch.zeros(3, dtype=torch.float64)
+    assert torch.allclose(formulas.value_loss(value, zero, zero + 1, value_clip=0.2), rows(0.32, 1.125, 0.405))
+    assert torch.allclose(formulas.value_loss(value, zero, zero + 1, value_clip=math.inf), rows(0.125, 1.125, 0.405))
+
+
+def test_grpo_by_hand():
+    """Scores 1 and 3: mean 2, std 1, so A = -+1 / (1 + eps). pi - old = 0, ref - pi = log 2: penalty 2 - log 2 - 1."""
+    advantage = formulas.group_advantage(rows([1, 3], [5, 5]), eps=0.25)
+    assert torch.allclose(advantage, rows([-0.8, 0.8], [0, 0]))
+    l = formulas.grpo(rows(-2), rows(-2), rows(math.log(2) - 2), rows(0.8), clip=0.2, kl_coef=0.5)
+    assert l.item() == pytest.approx(-0.8 + 0.5 * (1 - math.log(2)), abs=1e-12)
+
+
+def test_grpo_of_equal_rewards_has_no_gradient():
+    """A group that agrees teaches nothing: only the pull to the reference is left, and at the reference not that either."""
+    pi = (-torch.rand(4, dtype=torch.float64)).requires_grad_()
+    advantage = formulas.group_advantage(torch.full((1, 4), 0.3, dtype=torch.float64))[0]
+    (slope,) = torch.autograd.grad(
+        formulas.grpo(pi, pi.detach(), pi.detach(), advantage, clip=0.2, kl_coef=0.1).sum(), pi
+    )
+    assert slope.abs().max() == 0
+
+
+def test_whiten():
+    """Mean 2 and population variance 2/3 of 1 2 3; what is masked is neither counted nor left."""
+    x, mask = rows([1, 2], [3, 9]), torch.tensor([[True, True], [True, False]])
+    scale = (2 / 3 + 1e-8) ** 0.5
+    assert torch.allclose(formulas.whiten(x, mask), rows([-1 / scale, 0], [1 / scale, 0]), atol=1e-12, rtol=0)
+
+
+NUMBERS = json.loads((ROOT / 'tests/parts/trl_grpo_numbers.json').read_text())
+
+
+@pytest.mark.parametrize('case', NUMBERS['cases'], ids=lambda c: f'{c["kl_coef"]}-{c["per_answer"]}')
+def test_grpo_is_what_trl_says(case):
+    """TRL's GRPOTrainer (experiments/trl/grpo.py): loss and gradient, as a mean over tokens and over answers."""
+    n = torch.tensor(NUMBERS['lengths'])
+    mask = torch.arange(n.max()) < n[:, None]
+    pi, old, ref = (rows(*NUMBERS[k]) for k in ('pi', 'old', 'ref'))
+    pi.requires_grad_()
+    advantage = rows(*NUMBERS['advantage']).repeat_interleave(n)
+    l = formulas.grpo(pi[mask], old[mask], ref[mask], advantage, clip=case['clip'], kl_coef=case['kl_coef'])
+    w = (1 / n).repeat_interleave(n).double() if case['per_answer'] else torch.ones_like(l)
+    value = (w * l).sum() / (len(n) if case['per_answer'] else n.sum())
+    assert value.item() == pytest.approx(case['loss'], rel=1e-6)
+    (slope,) = torch.autograd.grad(value, pi)
+    assert torch.allclose(slope, rows(*case['gradient']), atol=1e-7, rtol=1e-6)
+
+
+# ---- a user's mistakes ----
+
+
+@pytest.mark.parametrize(
+    'flags, sentence',
+    [
+        ([], 'nothing scores the answers'),
+        (['--reward_model=gold', '--loss=grpo'], 'set --group_size to 2 or more'),
+        (
+            ['--reward_model=gold', '--loss=grpo', '--group_size=8', '--lam=0.5'],
+            '--lam has no effect: grpo has no critic',
+        ),
+        (['--reward_model=gold', '--loss=dpo'], 'loss must be one of ppo, grpo'),
+        (['--reward_model=gold', '--data=hh'], 'known for --data=toy alone'),
+        (['--reward_model=nowhere'], "'nowhere'"),
+        (['--reward_model=gold', '--batch_size=10', '--group_size=4'], 'multiples of group_size'),
+        (['--reward_model=gold', '--noise_rate=0.2'], '--noise_rate has no effect'),
+        (['--reward_model=gold', '--per_answer'], '--per_answer has no effect'),
+        (['--reward_model=gold', '--gamma=1.5'], 'gamma and lam must lie between 0 and 1'),
+        (['--offline', '--group_size=2'], '--group_size has no effect'),
+        (['--offline', '--loss=grpo'], '--offline goes with --loss=ppo'),
+    ],
+)
+def test_mistakes(flags, sentence, tmp_path, monkeypatch, capsys):
+    import runpy
+
+    from configurator import UserError
+
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path))
+    monkeypatch.setattr(sys, 'argv', ['ppo.py', *flags, f'--out_dir={tmp_path}/run'])
+    with pytest.raises(UserError, match=sentence):
+        runpy.run_path(str(ROOT / 'ppo.py'), run_name='script')

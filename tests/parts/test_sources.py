@@ -1,0 +1,1190 @@
+"""Every dataset's rules on small files in its own raw format (raw/, invented text), every format that any file may have,
+how a file is divided into training and test rows, and what is said of what cannot be read."""
+
+import gzip
+import json
+import math
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from configurator import UserError
+from feedback import samples
+from feedback.pairs import read_answers
+from text import sources
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Nobody says at which commit a dataset of the hub is."""
+    monkeypatch.setattr('text.files.hub_commit', lambda hub_id: None)
+
+
+RAW = Path(__file__).parent / 'raw'
+NAMES = ['hh', 'shp', 'se', 'sharegpt', 'imdb', 'oasst', 'ultrafeedback', 'ultrachat', 'alpaca_eval', 'annotations']
+
+
+def raw(name):
+    return next(str(path) for path in RAW.iterdir() if path.name.partition('.')[0] == name)
+
+
+def load(name, file=None, **options):
+    """The examples of a sample file, {reason: count} of drops, {reason: count} of bad rows."""
+    options = {'undivided': True, 'skip_bad_rows': True} | options
+    examples, left_out = sources.load_rows(f'{name}:{raw(file or name)}', 'train', **options)
+    bad = {k.removeprefix('bad rows: '): v for k, v in left_out.items() if k.startswith('bad rows: ')}
+    return examples, {k: v for k, v in left_out.items() if not k.startswith('bad rows: ')}, bad
+
+
+def write(path, rows):
+    """A file of rows in the format that its ending names."""
+    if path.name.endswith('.parquet'):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return str(path)
+    text = json.dumps(rows) if '.jsonl' not in path.name else ''.join(json.dumps(row) + '\n' for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.name.endswith('.gz') else text.encode())
+    return str(path)
+
+
+def user(text):
+    return {'role': 'user', 'content': text}
+
+
+def assistant(text):
+    return {'role': 'assistant', 'content': text}
+
+
+# ---- the datasets ----
+
+
+@pytest.mark.parametrize('name', ['hh', 'hh_helpful', 'hh_harmless'])
+def test_hh(name):
+    examples, drops, bad = load(name, 'hh')
+    assert examples[0] == {
+        'prompt': '\n\nHuman: How do I boil an egg?\n\nAssistant:',
+        'chosen': ' Put it into boiling water for eight minutes.',
+        'rejected': ' No idea.',
+    }
+    assert examples[1] == {
+        'prompt': '\n\nHuman: Name a colour.\n\nAssistant: Blue.'
+        '\n\nHuman: My script prints "Assistant: Blue." Why?\n\nAssistant:',
+        'chosen': ' Because it puts the speaker first.',
+        'rejected': ' It just does.',
+    }
+    assert (examples[2]['chosen'], examples[2]['rejected']) == (' Hello there!', '')  # the caller drops empty answers
+    assert examples[3]['prompt'] == examples[0]['prompt'] and len(examples) == 4
+    assert drops == {'chosen and rejected have different prompts': 1}
+    assert bad == {"no '\\n\\nAssistant:' in the dialogue": 1, "'rejected' is missing or of the wrong type": 1}
+
+
+def test_shp():
+    examples, drops, bad = load('shp')
+    tomatoes = '\n\nHuman: Why are my tomatoes yellow?\n\nAssistant:'
+    garlic = '\n\nHuman: Best time to plant garlic?\n\nAssistant:'
+    soil = ' Check the soil first, then the light.'
+    assert examples == [
+        {'prompt': tomatoes, 'chosen': ' Too much water.', 'rejected': ' They like music.', 'sft': soil},
+        {'prompt': tomatoes, 'chosen': soil, 'rejected': ' They like music.', 'sft': soil},
+        {'prompt': garlic, 'chosen': ' In autumn.', 'rejected': ' At noon.', 'sft': ' In autumn.'},
+    ]
+    assert drops == {'score ratio below 2': 2}
+    assert bad == {"'score_B' is missing or of the wrong type": 1, "'labels' is missing or of the wrong type": 1}
+
+
+def test_se():
+    examples, drops, bad = load('se')
+    code = (
+        ' Use <code>print</code>:\n\n'
+        '<code>for x in range(3):\n    print(x < 2 && "a")\n\n\nprint()\n</code>\n\nGood luck!'
+    )
+    assert examples[0] == {
+        'prompt': '\n\nHuman: How do I print in Python?\n\nI tried <code>echo</code>.\n\nAssistant:',
+        'chosen': code,
+        'rejected': ' Read the docs.',
+        'sft': code,
+    }
+    assert [(x['chosen'], x['rejected'], x['sft']) for x in examples[1:3]] == [
+        (' Water.', ' Tea.', ' Water.'),
+        (' Water.', ' Coffee.', ' Water.'),
+    ]
+    assert examples[3]['prompt'] == '\n\nHuman: Steps\n\nWhat\nnext?\n\nAssistant:'
+    assert examples[3]['chosen'] == ' - one thing\n- another, see this\n\nquoted'
+    assert len(examples) == 4 and drops == {'tie': 2, 'fewer than two answers': 1}
+    assert bad == {"'text' is missing or of the wrong type": 1}
+
+
+@pytest.mark.parametrize(
+    'html, text',
+    [
+        ('no tags &amp; no &lt;p&gt;', 'no tags & no <p>'),
+        ('', ''),
+        ('<p>a</p><p>b</p>', 'a\n\nb'),
+        ('a<br/>b', 'a\nb'),
+        ('a  \n b <b> c</b>d', 'a b cd'),
+        ('<p>unclosed', 'unclosed'),
+        ('<p>x <a href="u>v">link</a>, y</p>', 'x link, y'),
+        ('<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>d', '- a\n- b\n- c\n\nd'),
+        ('<pre><code>  a\n\n\n  b</code></pre><p>c</p>', '<code>  a\n\n\n  b</code>\n\nc'),
+    ],
+)
+def test_strip_html(html, text):
+    assert sources.strip_html(html) == text
+
+
+def test_sharegpt():
+    examples, drops, bad = load('sharegpt')
+    assert examples == [
+        {'prompt': '\n\nHuman: Name a river.\n\nAssistant:', 'response': ' The Thames.'},
+        {'prompt': '\n\nHuman: What is 2 + 2?\n\nAssistant:', 'response': ' 4'},
+    ]
+    assert drops == {'does not begin with human, gpt': 3, 'special token in the text': 1}
+    assert bad == {"'value' is missing or of the wrong type": 1}
+    for num_turns in (2, 5):  # the third question of the first chat has no answer
+        first, second, other = load('sharegpt', num_turns=num_turns)[0]
+        assert first == examples[0] and other == examples[1]
+        prompt = first['prompt'] + ' The Thames.\n\nHuman: Another?\n\nAssistant:'
+        assert second == {'prompt': prompt, 'response': ' The Oder.'}
+
+
+def test_imdb():
+    examples, drops, bad = load('imdb')
+    expected = {
+        'prompt': 'I watched this film on a',
+        'chosen': ' rainy day and loved it.',
+        'rejected': ' plane and slept.',
+    }
+    assert examples[0] == expected
+    assert examples[2] == {'prompt': 'So so', 'chosen': ' soothing, so sound.', 'rejected': ' sour.'}
+    assert len(examples) == 3 and not drops and bad == {"the answers do not begin with 'text'": 1}
+
+
+def test_oasst():
+    examples, drops, bad = load('oasst')
+    ask, best, second = user('How do magnets work?'), 'The spins of electrons line up.', 'By their spins.'
+    assert examples == [
+        {'prompt': [ask], 'chosen': [assistant(best)], 'rejected': [assistant(second)]},
+        {'prompt': [ask], 'chosen': [assistant(second)], 'rejected': [assistant('Magic.')]},
+        {
+            'prompt': [ask, assistant(best), user('And fridge magnets?')],
+            'chosen': [assistant('Their poles lie in stripes.')],
+            'rejected': [assistant('They are weak.')],
+        },
+    ]
+    assert drops.pop('no answer of the next better rank') == 2  # one is not there, one is German
+    assert drops == {'not English': 4, 'an answer without a rank': 1}
+    assert bad == {'the conversation above the answer is not whole': 2}  # a gap; a circle
+
+
+@pytest.mark.parametrize('name', ['ultrafeedback', 'ultrafeedback_hybrid'])
+def test_ultrafeedback(name):
+    examples, drops, bad = load(name, 'ultrafeedback')
+    assert examples[1] == {
+        'prompt': [user('What is 7 x 6?')],
+        'chosen': [assistant('42')],
+        'rejected': [assistant('36')],
+    }
+    assert len(examples) == 2 and not drops and bad == {'chosen and rejected have different prompts': 2}
+
+
+def test_ultrachat():
+    examples, drops, bad = load('ultrachat')
+    assert examples[0] == {'prompt': [user('Plan a picnic.')], 'response': [assistant('Bring bread and cheese.')]}
+    assert len(examples) == 2 and drops == {'does not begin with user, assistant': 2}
+    assert bad == {"'messages' is missing or of the wrong type": 1}
+
+
+def test_alpaca_eval():
+    examples, drops, bad = load('alpaca_eval')
+    assert examples[:2] == [
+        {'prompt': '\n\nHuman: Name three fruits.\n\nAssistant:'},
+        {'prompt': '\n\nHuman: Explain tides\nin one line.\n\nAssistant:'},
+    ]
+    assert len(examples) == 3 and not drops and bad == {"'instruction' is missing or of the wrong type": 1}
+
+
+@pytest.mark.parametrize('source', ['annotations:' + raw('annotations'), raw('annotations')])
+def test_annotations(source):
+    """Named, or recognised by its fields."""
+    examples, left_out = sources.load_rows(source, 'train', undivided=True, skip_bad_rows=True)
+    assert examples[0] == {'prompt': '\n\nHuman: Question 0?\n\nAssistant:', 'chosen': ' One 0.', 'rejected': ' Two 0.'}
+    assert [x['chosen'] for x in examples] == [' One 0.', ' Two 1.', ' One 4.', ' Two 5.']
+    assert [x['rejected'] for x in examples] == [' Two 0.', ' One 1.', ' Two 4.', ' One 5.']
+    assert left_out == {
+        'tie': 2,
+        'no verdict': 1,
+        "bad rows: 'preference' is not 0, null, or from 1 to 2": 1,
+        "bad rows: 'preference' is missing or of the wrong type": 1,
+    }
+
+
+def test_annotations_without_a_verdict(tmp_path):
+    row = {'instruction': 'q', 'output_1': 'a', 'output_2': 'b', 'preference': float('nan')}
+    source = write(tmp_path / 'annotations.json', [row])
+    assert sources.load_rows(source, 'train', undivided=True) == ([], {'no verdict': 1})
+    with pytest.raises(UserError, match='annotations:PATH'):
+        sources.load_rows('annotations', 'train')
+
+
+def test_toy():
+    train, test = (sources.load_rows('toy', split) for split in ('train', 'test'))
+    assert (len(train[0]), len(test[0])) == (6000, 600) and not train[1] and train[0] != test[0]
+    assert set(train[0][0]) == {'prompt', 'chosen', 'rejected'} and sources.load_rows('toy', 'test')[0] == test[0]
+
+
+# ---- the hub ----
+
+
+def splits(hub_id):
+    return ['train', 'test']
+
+
+@pytest.mark.parametrize(
+    'source, asked',
+    [
+        ('hh', ('Anthropic/hh-rlhf', 'test', {})),
+        ('hh_helpful', ('Anthropic/hh-rlhf', 'test', {'data_dir': 'helpful-base'})),
+        ('hh_harmless', ('Anthropic/hh-rlhf', 'test', {'data_dir': 'harmless-base'})),
+        ('shp', ('stanfordnlp/SHP', 'test', {})),
+        ('se', ('HuggingFaceH4/stack-exchange-preferences', 'train', {})),
+        (
+            'sharegpt',
+            (
+                'anon8231489123/ShareGPT_Vicuna_unfiltered',
+                'train',
+                {'data_files': 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json'},
+            ),
+        ),
+        ('imdb', ('insub/imdb_prefix20_forDPO_gpt2-large-imdb-FT_siebert_sentiment-roberta-large-english', 'test', {})),
+        ('oasst', ('OpenAssistant/oasst1', 'validation', {})),
+        ('ultrafeedback', ('HuggingFaceH4/ultrafeedback_binarized', 'test_prefs', {})),
+        ('ultrafeedback_hybrid', ('wzhouad/gemma-2-ultrafeedback-hybrid', 'test', {})),
+        ('ultrachat', ('HuggingFaceH4/ultrachat_200k', 'test_sft', {})),
+        ('alpaca_eval', ('json', 'train', {'data_files': 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'})),
+        ('owner/name', ('owner/name', 'test', {})),
+    ],
+)
+def test_what_is_asked_of_the_hub(monkeypatch, source, asked):
+    calls = []
+
+    def load_dataset(hub_id, split, **kwargs):
+        calls.append((hub_id, split, kwargs))
+        return []
+
+    monkeypatch.setitem(
+        sys.modules, 'datasets', SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=splits)
+    )
+    assert sources.load_rows(source, 'test') == ([], {}) and calls and all(call == asked for call in calls)
+    assert sources.fingerprint(source, 'test') is None
+
+
+def test_hub_rows_and_errors(monkeypatch):
+    rows = [{'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}, {'prompt': 'p', 'chosen': 'a'}]
+    fake = SimpleNamespace(load_dataset=lambda hub_id, split: rows, get_dataset_split_names=splits)
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
+    assert sources.load_rows('owner/name', 'test', skip_bad_rows=True)[0] == rows[:1]
+    with pytest.raises(UserError, match=r"owner/name \[test\], row 2: 'rejected' is missing"):
+        sources.load_rows('owner/name', 'test')
+
+    def refuse(hub_id, split):
+        raise ConnectionError('no network\nat all')
+
+    fake.load_dataset = refuse
+    with pytest.raises(UserError, match=r"^cannot load 'owner/name', split 'train', from the hub: no network$"):
+        sources.load_rows('owner/name', 'train')
+
+
+# ---- the formats of any file ----
+
+
+def system(text):
+    return {'role': 'system', 'content': text}
+
+
+CHAT_PAIR = {'chosen': [assistant('blue')], 'rejected': [assistant('green')]}
+FORMATS = {
+    'explicit': (
+        {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'},
+        {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'},
+    ),
+    'implicit, after a colon': (
+        {'chosen': 'Human: hi\nAssistant:hello', 'rejected': 'Human: hi\nAssistant:hey'},
+        {'prompt': 'Human: hi\nAssistant:', 'chosen': 'hello', 'rejected': 'hey'},
+    ),
+    'implicit, one answer begins the other': (
+        {'chosen': 'Q: one?\nA: yes', 'rejected': 'Q: one?\nA: yes, no'},
+        {'prompt': 'Q: one?\nA:', 'chosen': ' yes', 'rejected': ' yes, no'},
+    ),
+    'implicit, chat markup': (
+        {k: f'<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{k}<|im_end|>' for k in ('chosen', 'rejected')},
+        {
+            'prompt': '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n',
+            'chosen': 'chosen<|im_end|>',
+            'rejected': 'rejected<|im_end|>',
+        },
+    ),
+    'repeated prompt': (
+        {'prompt': 'Q: 0?\nA:', 'chosen': 'Q: 0?\nA: yes', 'rejected': 'Q: 0?\nA: no'},
+        {'prompt': 'Q: 0?\nA:', 'chosen': ' yes', 'rejected': ' no'},
+    ),
+    'repeated prompt, other blanks': (
+        {'prompt': 'Q: 0?\nA: ', 'chosen': '\nQ: 0?\nA:yes', 'rejected': 'Q: 0?\nA: no'},
+        {'prompt': 'Q: 0?\nA:', 'chosen': 'yes', 'rejected': ' no'},
+    ),
+    'repeated prompt, one answer': (
+        {'prompt': 'Q: 0?\nA:', 'completion': 'Q: 0?\nA: yes', 'label': True},
+        {'prompt': 'Q: 0?\nA:', 'response': ' yes', 'good': True},
+    ),
+    'question': (
+        {'question': 'q?', 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
+    ),
+    'question and system': (
+        {'system': 'Be brief.', 'question': 'q?', 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [system('Be brief.'), user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
+    ),
+    'prompt and system': (
+        {'system_prompt': 'Be brief.', 'prompt': 'q?', 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [system('Be brief.'), user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
+    ),
+    'chat and system': (
+        {'system': 'Be brief.', 'prompt': [user('q?')], **CHAT_PAIR},
+        {'prompt': [system('Be brief.'), user('q?')], **CHAT_PAIR},
+    ),
+    'instruction': (
+        {'instruction': 'i', 'input': '', 'chosen': 'a', 'rejected': 'b', 'prompt': None},
+        {'prompt': [user('i')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
+    ),
+    'instruction and input': (
+        {'instruction': 'i', 'input': 'about this', 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [user('i\n\nabout this')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
+    ),
+    'query': (
+        {'query': 'q?', 'chosen': 'a', 'rejected': 'b'},
+        {'prompt': [user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
+    ),
+    'question that ends in a turn marker': (
+        {'question': 'Q: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
+        {'prompt': 'Q: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
+    ),
+    'alpaca': (
+        {'instruction': 'i', 'input': 'about this', 'output': 'o', 'text': 'all of it: i'},
+        {'prompt': [user('i\n\nabout this')], 'response': [assistant('o')]},
+    ),
+    'dolly': (
+        {'instruction': 'i', 'context': 'c', 'response': 'o'},
+        {'prompt': [user('i\n\nc')], 'response': [assistant('o')]},
+    ),
+    'question and answer': ({'question': 'q', 'answer': 'a'}, {'prompt': [user('q')], 'response': [assistant('a')]}),
+    'markup that has the system message': (
+        {'system': 'Be brief.', 'prompt': 'Be brief.\nQ: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
+        {'prompt': 'Be brief.\nQ: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
+    ),
+    'label of 0 or 1': (
+        {'prompt': 'The sky is', 'completion': ' green.', 'label': 0},
+        {'prompt': 'The sky is', 'response': ' green.', 'good': False},
+    ),
+    'label of a response': (
+        {'prompt': 'The sky is', 'response': ' blue.', 'label': 1.0},
+        {'prompt': 'The sky is', 'response': ' blue.', 'good': True},
+    ),
+    'label of a chat': (
+        {'messages': [user('a'), assistant('b')], 'label': False},
+        {'prompt': [user('a')], 'response': [assistant('b')], 'good': False},
+    ),
+    'from and value': (
+        {'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}], 'system': 's'},
+        {'prompt': [system('s'), user('a')], 'response': [assistant('b')]},
+    ),
+    'from and value, pairs': (
+        {
+            'conversations': [{'from': 'human', 'value': 'a'}],
+            'chosen': {'from': 'gpt', 'value': 'b'},
+            'rejected': {'from': 'gpt', 'value': 'c'},
+        },
+        {'prompt': [user('a')], 'chosen': [assistant('b')], 'rejected': [assistant('c')]},
+    ),
+    'messages and one message each': (
+        {'messages': [user('a')], 'chosen': assistant('b'), 'rejected': assistant('c')},
+        {'prompt': [user('a')], 'chosen': [assistant('b')], 'rejected': [assistant('c')]},
+    ),
+    'prompt beside whole chats': (
+        {'prompt': 'What colour?', **{k: [user('What colour?'), *v] for k, v in CHAT_PAIR.items()}},
+        {'prompt': [user('What colour?')], **CHAT_PAIR},
+    ),
+    'prompt beside longer whole chats': (
+        {'prompt': 'c', **{k: [system('s'), user('a'), assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}},
+        {'prompt': [system('s'), user('a'), assistant('b'), user('c')], **CHAT_PAIR},
+    ),
+    'chat prompt beside whole chats': (
+        {'prompt': [system('s'), user('a')], **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}},
+        {'prompt': [system('s'), user('a')], **CHAT_PAIR},
+    ),
+    'answers of several turns that differ in the last': (
+        {'prompt': [user('a')], **{k: [assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}},
+        {'prompt': [user('a'), assistant('b'), user('c')], **CHAT_PAIR},
+    ),
+    'explicit chat': (
+        {'prompt': [user('What colour?')], **CHAT_PAIR},
+        {'prompt': [user('What colour?')], **CHAT_PAIR},
+    ),
+    'implicit chat': (
+        {k: [user('What colour?'), *v] for k, v in CHAT_PAIR.items()},
+        {'prompt': [user('What colour?')], **CHAT_PAIR},
+    ),
+    'implicit chat, longer': (
+        {k: [user('a'), assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()},
+        {'prompt': [user('a'), assistant('b'), user('c')], **CHAT_PAIR},
+    ),
+    'prompt and completion': (
+        {'prompt': 'The sky is', 'completion': ' blue.'},
+        {'prompt': 'The sky is', 'response': ' blue.'},
+    ),
+    'prompt and completion chat': (
+        {'prompt': [user('What colour?')], 'completion': [assistant('blue')]},
+        {'prompt': [user('What colour?')], 'response': [assistant('blue')]},
+    ),
+    'thumb up': (
+        {'prompt': 'The sky is', 'completion': ' blue.', 'label': True},
+        {'prompt': 'The sky is', 'response': ' blue.', 'good': True},
+    ),
+    'thumb down': (
+        {'prompt': 'The sky is', 'completion': ' green.', 'label': False},
+        {'prompt': 'The sky is', 'response': ' green.', 'good': False},
+    ),
+    'ours': (
+        {'prompt': 'The sky is', 'response': ' blue.', 'good': False},
+        {'prompt': 'The sky is', 'response': ' blue.', 'good': False},
+    ),
+    'ours, for sft': (
+        {'prompt': 'The sky is', 'response': ' blue.'},
+        {'prompt': 'The sky is', 'response': ' blue.'},
+    ),
+    'messages': (
+        {'messages': [user('a'), assistant('b'), user('c'), assistant('d')]},
+        {'prompt': [user('a'), assistant('b'), user('c')], 'response': [assistant('d')]},
+    ),
+    'text': ({'text': 'The sky is blue.'}, {'prompt': '', 'response': 'The sky is blue.'}),
+    'prompt only': ({'prompt': 'The sky is'}, {'prompt': 'The sky is'}),
+    'prompt only chat': ({'prompt': [user('What colour?')]}, {'prompt': [user('What colour?')]}),
+}
+
+
+@pytest.mark.parametrize('ending', sources.ENDINGS)
+@pytest.mark.parametrize('name', FORMATS)
+def test_formats(tmp_path, name, ending):
+    row, example = FORMATS[name]
+    more = {'id': 7, 'score': 0.5}  # other fields do not matter
+    path = write(tmp_path / f'data{ending}', [row, row | more])
+    examples, left_out = sources.load_rows(path, 'train', undivided=True)
+    assert examples == [example] * 2
+    assert left_out == ({sources.REPEATED: 2} if name.startswith('repeated') else {})
+    assert [x.where.rpartition(' ')[2] for x in examples] == ['1', '2']
+
+
+@pytest.mark.parametrize(
+    'row, reason',
+    [
+        ({'prompt': 'p', 'chosen': 'a'}, "'rejected' is missing or of the wrong type"),
+        ({'prompt': 'p', 'rejected': 'a'}, "'chosen' is missing or of the wrong type"),
+        ({'prompt': 'p', 'chosen': 'a', 'rejected': None}, "'rejected' is missing or of the wrong type"),
+        ({'prompt': 'p', 'chosen': 'a', 'rejected': [assistant('b')]}, "'chosen' is text and 'rejected' is chat"),
+        ({'prompt': 3, 'chosen': 'a', 'rejected': 'b'}, "'prompt' is missing or of the wrong type"),
+        ({'prompt': 'p', 'chosen': [{'role': 'assistant'}], 'rejected': []}, "'content' is missing"),
+        ({'prompt': 'p', 'completion': 'a', 'label': 2}, "'label' is neither true"),
+        ({'prompt': 'p', 'completion': 'a', 'label': None}, "'label' is neither true"),
+        ({'prompt': 'p', 'response': 'a', 'label': 'fine'}, "'label' is neither true"),
+        ({'prompt': 'p', 'response': 'a', 'good': 'yes'}, "'good' is neither true"),
+        ({'response': 'a'}, "'prompt' is missing"),
+        ({'messages': 'hello'}, "'messages' is missing"),
+        ({'messages': []}, "'messages'"),
+        ({'messages': ['hello']}, "'role' is missing"),
+        ({'messages': [assistant('a'), user('b')]}, "'messages'"),  # nothing to learn
+        ({'text': None}, "'prompt' is missing"),
+        ({'ask': 'q'}, "'prompt' is missing"),
+        ({'prompt': None, 'chosen': 'a', 'rejected': 'b'}, 'no column has the prompt'),
+        ({'chosen': 'grey', 'rejected': 'green'}, 'no column has the prompt'),
+        ({'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, 'no column has the prompt'),
+        ({'problem': 'q', 'chosen': 'So: a', 'rejected': 'So: b'}, 'no column has the prompt'),
+        ({'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, 'no column has the prompt'),
+        ({'prompt': 'p', 'question': 'q', 'chosen': 'a', 'rejected': 'b'}, "'question' asks something, too"),
+        ({'prompt': 'p', 'context': 'c', 'chosen': 'a', 'rejected': 'b'}, "'context' asks something, too"),
+        ({'question': 'q', 'history': [['x', 'y']], 'chosen': 'a', 'rejected': 'b'}, "'history' asks something, too"),
+        ({'prompt': 'p', 'text': 'a'}, "'prompt' asks something, too"),
+        ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'b'}, 'only one of'),
+        ({'prompt': 'ask', 'chosen': 'a', 'rejected': ' ask b'}, 'only one of'),
+        ({'prompt': 'ask', **CHAT_PAIR, 'rejected': [user('ask'), assistant('b')]}, 'only one of'),
+        ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}, 'all or none must'),
+        (
+            {'prompt': [system('s'), user('a')], 'system': 't', **CHAT_PAIR},
+            "the column 'system' and the system message of the chat are not the same",
+        ),
+        ({'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'it', 'value': 'b'}]}, "a message is from 'it'"),
+        (
+            {'prompt': [user('p')], 'completion': [user('x'), assistant('y')]},
+            'begins with a question that is not the prompt',
+        ),
+        ({}, "'prompt' is missing"),
+        ([], 'not an object with named fields'),
+        ('text', 'not an object with named fields'),
+        (None, 'not an object with named fields'),
+    ],
+)
+def test_bad_rows(tmp_path, row, reason):
+    good = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
+    for name, where in (('data.jsonl', 'line 2'), ('data.json', 'row 2')):
+        path = write(tmp_path / name, [good, row, good, row])
+        with pytest.raises(UserError) as info:
+            sources.load_rows(path, 'train', undivided=True)
+        message = str(info.value)
+        assert message.startswith(f'{path}, {where}: ') and reason in message and '--skip_bad_rows' in message
+        assert 'README' in message and len(message) < 600
+        if 'all or none' not in message and isinstance(row, dict):
+            assert all(repr(key) in message.partition('; found: ')[2] for key in row)
+        examples, left_out = sources.load_rows(path, 'train', undivided=True, skip_bad_rows=True)
+        assert examples == [good] * 2
+        assert list(left_out.values()) == [2] and reason in next(iter(left_out))
+
+
+def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
+    """Leaving rows out would leave nothing: what was found is said, and what is known."""
+    rows = [{'ask': f'q{i}', 'chosen': 'a', 'rejected': 'b'} for i in range(200)]
+    path = write(tmp_path / 'data.jsonl', rows)
+    with pytest.raises(UserError) as info:
+        sources.load_rows(path, 'train')
+    message = str(info.value)
+    assert message.startswith(f'{path}, line 1: ') and 'none of the first 101 rows' in message and 'layout' in message
+    assert "'ask' (text), 'chosen' (text), 'rejected' (text)" in message and 'question, instruction' in message
+    assert '--skip_bad_rows' not in message and 'README' in message and len(message) < 600
+    with pytest.raises(UserError, match="the reader 'hh' is for another one; without 'hh:' the columns decide"):
+        sources.load_rows(f'hh:{path}', 'train')
+    write(tmp_path / 'data.jsonl', rows[:30] + [{'prompt': 'p', 'response': 'r'}])  # not all of them after all
+    with pytest.raises(UserError, match='--skip_bad_rows'):
+        sources.load_rows(path, 'train')
+    (tmp_path / 'data.jsonl').write_text('nonsense\n' * 3)
+    with pytest.raises(UserError, match='line 1: not valid JSON.* none of the first 3 rows .* a row is a JSON object'):
+        sources.load_rows(path, 'train')
+
+
+@pytest.mark.parametrize('name', ['shp', 'se', 'oasst'])
+def test_columns_of_a_named_dataset_name_its_reader(name):
+    """Read by their columns alone, they would be other examples: a text, or a prompt with its HTML."""
+    with pytest.raises(UserError, match=f'the dataset {name!r}: say so with --data={name}:PATH'):
+        sources.load_rows(raw(name), 'train')
+
+
+def test_answers_that_begin_with_the_prompt_by_chance(tmp_path):
+    """Where other rows do not repeat it, nobody knows: such rows are refused, or left out and counted, in both parts."""
+    rows = [{'prompt': f'p{i}:', 'chosen': ' a', 'rejected': ' b'} for i in range(99)]
+    rows += [{'prompt': 'Hi', 'chosen': 'Hi there', 'rejected': 'Hi!'}]
+    path = write(tmp_path / 'data.jsonl', rows)
+    for split in ('train', 'test'):
+        with pytest.raises(
+            UserError, match='line 100: the answers of 1 rows begin with their prompt, of 99 they do not'
+        ):
+            sources.load_rows(path, split)
+    parts = [sources.load_rows(path, split, skip_bad_rows=True) for split in ('train', 'test')]
+    assert sum(len(examples) for examples, _ in parts) == 99
+    assert all('Hi' not in {x['prompt'] for x in examples} for examples, _ in parts)
+    assert all(left_out.total() == 1 and 'bad rows' in next(iter(left_out)) for _, left_out in parts)
+
+
+def test_pairs_that_part_before_their_last_answer_are_left_out(tmp_path):
+    """What follows would be trained on with its questions and role markers."""
+    early = (
+        [user('a'), assistant('b'), user('c'), assistant('d')],
+        [user('a'), assistant('x'), user('y'), assistant('z')],
+    )
+    text = ['\n\nHuman: a\n\nAssistant:' + x for x in (' b\n\nHuman: c\n\nAssistant: d', ' x')]
+    plain = ['Q: a\nA:' + x for x in (' b\nQ: c\nA: d', ' x\nQ: y\nA: z')]
+    rows = [
+        {'chosen': early[0], 'rejected': early[1]},
+        {'chosen': early[0], 'rejected': early[1][:2]},
+        {'prompt': 'a', 'chosen': early[0], 'rejected': early[1]},
+        {'prompt': [user('a')], 'chosen': early[0][1:], 'rejected': early[1][1:]},
+        {'prompt': [user('a')], 'chosen': early[0], 'rejected': early[1]},
+        {'chosen': text[0], 'rejected': text[1]},
+        {'chosen': plain[0], 'rejected': plain[1]},
+    ]
+    good = {'prompt': [user('a')], **CHAT_PAIR}
+    path = write(tmp_path / 'data.jsonl', [good, *rows])
+    examples, left_out = sources.load_rows(path, 'train', undivided=True)
+    assert examples == [good] and left_out == {'chosen and rejected have different prompts': len(rows)}
+    other = {'prompt': 'another', **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}
+    path = write(tmp_path / 'other.jsonl', [other])
+    assert sources.load_rows(path, 'train', undivided=True) == ([], {'answers to something else than the prompt': 1})
+
+
+def hh_rows():
+    """Invented dialogues with what real ones have: blanks, answers that begin alike, turns after the answer."""
+    asked = '\n\nHuman: Name a bird.\n\nAssistant: A robin.\n\nHuman: Another?\n\nAssistant:'
+    endings = [
+        (' A wren.', ' A crow.'),
+        (' A wren.', ' An owl.'),
+        (' A wren', ' A wren, and a crow.'),
+        (' a', 'a'),
+        ('', ' b'),
+    ]
+    endings += [(' no\n\nHuman: oh', ' yes\n\nHuman: oh'), (' \n\nAssistant: x', ' y'), ('  two', '  ten')]
+    rows = [{'chosen': asked + a, 'rejected': asked + b} for a, b in endings]
+    rows += [{'chosen': asked + ' A wren.', 'rejected': '\n\nHuman: Name a bird.\n\nAssistant: No.'}]
+    return rows + [{'chosen': asked + ' A wren.', 'rejected': '\n\nHuman: Who?\n\nAssistant: No.'}]
+
+
+def test_hh_is_hh_by_any_name(tmp_path, monkeypatch):
+    """As a bare path and as a hub id: the examples of hh:PATH, letter by letter."""
+    path = write(tmp_path / 'data.jsonl', hh_rows())
+    real = RAW.parent.parent.parent / 'shared' / 'data' / 'hh_harmless.jsonl.gz'
+    for file in [path, raw('hh'), *([str(real)] if real.exists() else [])]:
+        for options in ({'undivided': True}, {}):
+            named, bare = (
+                [sources.load_rows(source, split, skip_bad_rows=True, **options) for split in ('train', 'test')]
+                for source in (f'hh:{file}', file)
+            )
+            assert [examples for examples, _ in named] == [examples for examples, _ in bare]
+            assert all(examples for examples, _ in named[:1])
+    fake = SimpleNamespace(load_dataset=lambda hub_id, split: hh_rows(), get_dataset_split_names=splits)
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
+    assert sources.load_rows('Anthropic/hh-rlhf', 'train') == sources.load_rows('hh', 'train')
+    assert sources.load_rows('hh', 'train') == sources.load_rows(f'hh:{path}', 'train', undivided=True)
+
+
+def test_broken_lines(tmp_path):
+    good = json.dumps({'prompt': 'p', 'response': 'a'}).encode()
+    lines = [good, b'{"prompt": "p", ', good, b'nonsense', b'{"prompt": "\xff\xfe", "response": "a"}', b'[' * 100_000]
+    for name, content in (('data.jsonl', b'\n'.join(lines)), ('data.jsonl.gz', gzip.compress(b'\n'.join(lines)))):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(UserError) as info:
+            sources.load_rows(str(path), 'train', undivided=True)
+        assert str(info.value).startswith(f'{path}, line 2: not valid JSON (')
+        assert 'line' not in str(info.value).partition('(')[2]  # lines of what is one line would confuse
+        examples, left_out = sources.load_rows(str(path), 'train', undivided=True, skip_bad_rows=True)
+        assert len(examples) == 2 and sum(left_out.values()) == 4
+
+
+def test_blank_lines_are_no_rows(tmp_path):
+    path = tmp_path / 'data.jsonl'
+    path.write_text('\n{"text": "a"}\n\n{"text": "b"}\r\n{"text": 5}\n  \n')
+    with pytest.raises(UserError, match='line 5'):
+        sources.load_rows(str(path), 'train', undivided=True)
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n\r\n')  # some editors begin with a mark
+    assert [x['response'] for x in sources.load_rows(str(path), 'train', undivided=True)[0]] == ['a', 'b']
+
+
+@pytest.mark.parametrize(
+    'name, content, words',
+    [
+        ('data.json', b'[\n{"prompt": "p"},\n{"prompt": }\n]', 'data.json, line 3: not valid JSON'),
+        ('data.json', b'{"prompt": "p", "response": "a"}', 'data.json: not a list of rows'),
+        ('data.json', b'{"text": "a"} {"text": "b"}', 'data.json, line 1: not valid JSON'),
+        ('data.json', b'', 'data.json, line 1: not valid JSON'),
+        ('data.json', b'\xff\xfe\x00\x01\x80', 'cannot read'),
+        ('data.json', b'[' * 100_000, 'cannot read'),
+        ('data.jsonl.gz', b'not gzip', 'cannot read'),
+        ('data.json.gz', gzip.compress(b'[{"text": "a"}]', mtime=0)[:-6], 'cannot read'),
+        ('data.jsonl.gz', gzip.compress(b'', mtime=0)[:10] + b'\xff' * 30, 'cannot read'),
+        ('data.parquet', b'PAR1 not really', 'cannot read'),
+        ('data.parquet', b'', 'cannot read'),
+        ('data.csv', b'prompt,response\np,a\n', 'data files end in .jsonl'),
+        ('data', b'{"text": "a"}', 'data files end in .jsonl'),
+    ],
+    ids=str,
+)
+def test_unreadable_files(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    for skip in (False, True):  # this is no matter of a row
+        with pytest.raises(UserError) as info:
+            sources.load_rows(str(path), 'train', skip_bad_rows=skip)
+        assert words in str(info.value) and str(path) in str(info.value) and '\n' not in str(info.value)
+
+
+@pytest.mark.parametrize('source', ['nothing', 'missing.jsonl', 'some/missing.jsonl', 'a/b/c', 'hhh', 'HH'])
+def test_unknown_sources(source):
+    with pytest.raises(UserError) as info:
+        sources.load_rows(source, 'train')
+    message = str(info.value)
+    assert repr(source) in message and 'the known datasets' in message
+    known = message.rpartition(': ')[2].split(', ')
+    assert known == sorted(known) and {*NAMES, 'toy', 'hh_helpful'} <= set(known)
+
+
+@pytest.mark.parametrize('source', ['hh:missing.jsonl', 'annotations:missing.json', 'nothing:missing'])
+def test_missing_paths(source):
+    for read in (sources.load_rows, sources.fingerprint):  # the second comes first where tokens are cached
+        with pytest.raises(UserError, match='no file or folder .*missing'):
+            read(source, 'train')
+
+
+# ---- training and test rows ----
+
+
+def pairs(n, prompts):
+    return [{'prompt': f'p{i % prompts}', 'chosen': f'a{i}', 'rejected': 'b'} for i in range(n)]
+
+
+def answers(source, split, **options):
+    return [x.get('chosen') or x['response'] for x in sources.load_rows(source, split, **options)[0]]
+
+
+def assert_divided(source, rows):
+    """Train and test rows: all of them, each once, in order, about 1 in 20 of the prompts for testing."""
+    train, test = (sources.load_rows(source, split)[0] for split in ('train', 'test'))
+    in_train, in_test = ({str(x['prompt']) for x in part} for part in (train, test))
+    assert len(train) + len(test) == len(rows) and not in_train & in_test
+    position = {str(x): i for i, x in enumerate(rows)}
+    for part in (train, test):
+        order = [position[str(x)] for x in part]
+        assert order == sorted(set(order))
+    assert 0.02 < len(in_test) / len(in_train | in_test) < 0.09
+
+
+def test_one_file_is_divided_by_its_prompts(tmp_path):
+    rows = pairs(2000, prompts=500)
+    path = write(tmp_path / 'data.jsonl', rows)
+    assert_divided(path, rows)
+    assert (
+        sources.load_rows(path, 'train', undivided=True)[0]
+        == sources.load_rows(path, 'test', undivided=True)[0]
+        == rows
+    )
+    chats = [{'prompt': [user(row['prompt'])], 'response': [assistant(row['chosen'])]} for row in rows]
+    assert_divided(write(tmp_path / 'chats.jsonl', chats), chats)
+    # which prompts are held out depends on the prompts alone
+    path, other = (write(tmp_path / name, x) for name, x in (('a.jsonl', rows), ('b.json', rows[::-1] + pairs(9, 9))))
+    held_out = [{x['prompt'] for x in sources.load_rows(source, 'test')[0]} for source in (path, other)]
+    assert held_out[0] == held_out[1]
+
+
+def test_one_file_of_a_dataset_is_divided(tmp_path):
+    rows = [{'text': f'film {i}', 'chosen': f'film {i} good', 'rejected': f'film {i} bad'} for i in range(500)]
+    source = 'imdb:' + write(tmp_path / 'imdb.jsonl', rows)
+    parsed = [{'prompt': row['text'], 'chosen': ' good', 'rejected': ' bad'} for row in rows]
+    assert_divided(source, parsed)
+
+
+@pytest.mark.parametrize('name', ['se', 'sharegpt'])
+def test_a_dataset_without_a_test_split_is_divided(monkeypatch, name):
+    def rows(hub_id, split, **kwargs):
+        assert split == 'train'
+        if name == 'se':
+            replies = [{'pm_score': 1, 'text': 'x'}, {'pm_score': 2, 'text': 'y'}]
+            return [{'question': f'q{i}', 'answers': replies} for i in range(500)]
+        turns = [('human', 'a'), ('gpt', 'b')]
+        return [{'conversations': [{'from': k, 'value': f'{v}{i}'} for k, v in turns]} for i in range(500)]
+
+    monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=rows))
+    train, test = ({x['prompt'] for x in sources.load_rows(name, split)[0]} for split in ('train', 'test'))
+    assert len(train) + len(test) == 500 and not train & test and 10 < len(test) < 45
+    assert len(sources.load_rows(name, 'test', undivided=True)[0]) == 500
+
+
+def test_a_folder_with_train_and_test_files(tmp_path):
+    write(tmp_path / 'train-00001.jsonl', [{'text': 'c'}])
+    write(tmp_path / 'train-00000.parquet', [{'text': 'a'}, {'text': 'b'}])
+    write(tmp_path / 'test.json', [{'text': 'd'}])
+    (tmp_path / 'README.md').write_text('about train and test')
+    assert answers(str(tmp_path), 'train') == ['a', 'b', 'c'] and answers(str(tmp_path), 'test') == ['d']
+    assert answers(str(tmp_path), 'train', undivided=True) == ['a', 'b', 'c']
+    (tmp_path / 'test.json').unlink()
+    with pytest.raises(
+        UserError, match='has no test file; found of data files: train-00000.parquet, train-00001.jsonl;'
+    ):
+        sources.load_rows(str(tmp_path), 'test')
+    with pytest.raises(UserError, match='has no train file'):
+        sources.load_rows('hh:' + str(RAW), 'train')
+
+
+def test_a_folder_has_the_split_that_is_meant(tmp_path):
+    """As the repositories of UltraFeedback and UltraChat are laid out."""
+    for split in ('train', 'test'):
+        for kind in ('prefs', 'sft', 'gen'):
+            write(tmp_path / f'{split}_{kind}-00000.parquet', [{'text': f'{split} {kind}'}])
+    for split in ('train_prefs', 'test_sft', 'train_gen'):
+        (file,) = sources.files.local_files(str(tmp_path), split)
+        assert Path(file).name.startswith(split)
+    assert (
+        len(sources.files.local_files(str(tmp_path), 'train')) == 3
+        and len(sources.files.local_files(str(tmp_path), None)) == 6
+    )
+
+
+def test_a_clone_of_hh_has_its_parts_apart(tmp_path):
+    for part in ('harmless', 'helpful'):
+        (tmp_path / f'{part}-base').mkdir()
+        for split in ('train', 'test'):
+            talk = f'\n\nHuman: {part} {split}\n\nAssistant:'
+            write(tmp_path / f'{part}-base/{split}.jsonl.gz', [{'chosen': talk + ' a', 'rejected': talk + ' b'}])
+
+    def prompts(name, split):
+        return sorted(row['prompt'].split()[1] for row in sources.load_rows(f'{name}:{tmp_path}', split)[0])
+
+    assert prompts('hh_harmless', 'train') == ['harmless'] and prompts('hh_helpful', 'test') == ['helpful']
+    assert prompts('hh', 'test') == ['harmless', 'helpful']
+
+
+def test_a_dataset_without_splits_may_be_a_folder(tmp_path):
+    for site in ('cooking', 'physics'):
+        (tmp_path / site).mkdir()
+        replies = [{'pm_score': 1, 'text': 'x'}, {'pm_score': 2, 'text': 'y'}]
+        rows = [{'question': f'{site} {i}', 'answers': replies} for i in range(100)]
+        write(tmp_path / site / 'part.parquet', rows)
+    train, test = ({x['prompt'] for x in sources.load_rows(f'se:{tmp_path}', split)[0]} for split in ('train', 'test'))
+    assert len(train) + len(test) == 200 and not train & test and len(test) > 2
+
+
+def test_json_with_a_row_a_line(tmp_path):
+    (tmp_path / 'a.json').write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert answers(str(tmp_path / 'a.json'), 'train', undivided=True) == ['a', 'b']
+    (tmp_path / 'b.json').write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(UserError, match='b.json, line 2: not valid JSON'):
+        sources.load_rows(str(tmp_path / 'b.json'), 'train', undivided=True)
+
+
+def test_folders_and_files_that_only_seem_to_name_a_split(tmp_path):
+    folder = tmp_path / 'latest test of training'  # the name of the folder itself says nothing
+    (folder / 'test').mkdir(parents=True)
+    write(folder / 'latest_train.jsonl', [{'text': 'a'}])
+    write(folder / 'test' / 'part.jsonl', [{'text': 'b'}])
+    assert answers(str(folder), 'train') == ['a'] and answers(str(folder), 'test') == ['b']
+
+
+@pytest.mark.parametrize('file', ['data.jsonl', 'train.jsonl'])
+def test_a_folder_of_one_file_is_divided_as_the_file_is(tmp_path, file):
+    rows = pairs(1000, prompts=500)
+    write(tmp_path / file, rows)
+    assert_divided(str(tmp_path), rows)
+
+
+def test_raw_files_in_a_folder(tmp_path):
+    rows = [json.loads(line) for line in Path(raw('oasst')).read_text().splitlines()]
+    write(tmp_path / 'train.jsonl', rows[:7])
+    write(tmp_path / 'validation.jsonl', rows)
+    source = f'oasst:{tmp_path}'
+    assert [len(sources.load_rows(source, s, skip_bad_rows=True)[0]) for s in ('train', 'test')] == [2, 3]
+    assert sources.fingerprint(source, 'train') and sources.fingerprint(source, 'test')
+
+
+# ---- hashes ----
+
+
+def test_fingerprints(tmp_path):
+    path = write(tmp_path / 'data.jsonl', [{'text': 'a'}])
+    write(tmp_path / 'train.jsonl', [{'text': 'a'}])
+    write(tmp_path / 'test.jsonl', [{'text': 'b'}])
+
+    def stamps():
+        names = [(path, 'train'), (f'hh:{path}', 'train'), (str(tmp_path), 'train'), (str(tmp_path), 'test')]
+        return [sources.fingerprint(*name) for name in names]
+
+    before = stamps()
+    assert None not in before and len(set(before[:3])) == 3 and before == stamps()
+    assert sources.fingerprint('toy', 'train') and sources.fingerprint('owner/name', 'train') is None
+    write(tmp_path / 'train.jsonl', [{'text': 'x'}])
+    assert [a == b for a, b in zip(before, stamps(), strict=True)][:3] == [True, True, False]
+    write(tmp_path / 'data.jsonl', [{'text': 'x'}])
+    assert [a == b for a, b in zip(before, stamps(), strict=True)][:3] == [False] * 3
+
+
+def test_a_folder_that_is_called_like_a_dataset_is_not_its_fingerprint(tmp_path, monkeypatch, capsys):
+    """What is read decides what it is known by, and the user is told."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'hh').mkdir()
+    write(tmp_path / 'hh' / 'train.jsonl', hh_rows()[:2])
+    calls = []
+
+    def load_dataset(hub_id, split, **kwargs):
+        calls.append((hub_id, kwargs))
+        return hh_rows()
+
+    monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=load_dataset))
+    sources._note.cache_clear()
+    assert sources.fingerprint('hh', 'train') is None and len(sources.load_rows('hh', 'train')[0]) == 7
+    assert capsys.readouterr().out.count("note: 'hh' is the dataset of that name") == 1
+    assert sources.fingerprint('./hh', 'train') and len(sources.load_rows('./hh', 'train', undivided=True)[0]) == 2
+    assert len(calls) == 1
+
+
+def test_a_hub_dataset_is_known_by_its_commit_and_read_there(monkeypatch):
+    commits, calls = {}, []
+
+    def load_dataset(hub_id, split, **kwargs):
+        calls.append((hub_id, kwargs))
+        return []
+
+    def split_names(hub_id, **kwargs):
+        calls.append((hub_id, kwargs))
+        return ['train', 'test']
+
+    fake = SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=split_names)
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
+    monkeypatch.setattr('text.files.hub_commit', commits.get)
+    names = ['hh', 'hh_helpful', 'Anthropic/hh-rlhf', 'owner/name', 'alpaca_eval']
+    assert [sources.fingerprint(name, 'train') for name in names] == [None] * 5
+    commits |= {'Anthropic/hh-rlhf': 'aaa', 'owner/name': 'bbb', 'tatsu-lab/alpaca_eval': 'ccc'}
+    before = [sources.fingerprint(name, 'train') for name in names]
+    assert len(set(before)) == 5 and None not in before
+    for name in names:
+        sources.load_rows(name, 'test')
+    file = 'hf://datasets/tatsu-lab/alpaca_eval@ccc/alpaca_eval.json'
+    assert calls == [
+        ('Anthropic/hh-rlhf', {'revision': 'aaa'}),
+        ('Anthropic/hh-rlhf', {'data_dir': 'helpful-base', 'revision': 'aaa'}),
+        *[('Anthropic/hh-rlhf', {'revision': 'aaa'})] * 2,
+        *[('owner/name', {'revision': 'bbb'})] * 2,
+        ('json', {'data_files': file}),
+    ]
+    commits |= {'Anthropic/hh-rlhf': 'xxx'}
+    after = [sources.fingerprint(name, 'train') for name in names]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False] * 3 + [True] * 2
+
+
+def test_a_renamed_file_is_another_split(tmp_path):
+    write(tmp_path / 'a_train.jsonl', [{'text': 'a'}])
+    write(tmp_path / 'b_train.jsonl', [{'text': 'b'}])
+    before = sources.fingerprint(str(tmp_path), 'train')
+    (tmp_path / 'b_train.jsonl').rename(tmp_path / 'b_test.jsonl')
+    assert sources.fingerprint(str(tmp_path), 'train') != before
+    with pytest.raises(UserError, match='toy world has no files'):
+        sources.load_rows(f'toy:{tmp_path}/a_train.jsonl', 'train')
+
+
+def test_content_hash():
+    assert sources.content_hash('a', 'b') == sources.content_hash('a', 'b') < 2**64
+    hashes = [('a', 'b'), ('ab',), ('b', 'a'), ('a', ['b']), ('a', 'b', ''), (['a', 'b'],), ('é',), ('\ud800',)]
+    assert len({sources.content_hash(*x) for x in hashes}) == len(hashes)
+    assert sources.content_hash({'a': 1, 'b': 2}) == sources.content_hash({'b': 2, 'a': 1})
+    assert sources.content_hash('p') == 0x9715B4127127EFDE  # so the held-out part is the same on every machine, always
+
+
+# ---- any row ----
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_whatever_a_row_lacks_it_is_bad_or_good_and_nothing_else(tmp_path, monkeypatch, name):
+    text = Path(raw(name)).read_text()
+    rows = json.loads(text) if text.startswith('[') else [json.loads(line) for line in text.splitlines()]
+    fake = SimpleNamespace(load_dataset=lambda *args, **kwargs: changed)
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
+    for i, row in enumerate(rows):
+        lacking = [{k: v for k, v in row.items() if k != key} for key in row]
+        for wrong in lacking + [{**row, key: v} for key in row for v in (None, 7, 'x', [], [7], [[]], [{}])]:
+            changed = rows[:i] + [wrong] + rows[i + 1 :]
+            source = f'{name}:' + write(tmp_path / 'rows.json', changed) if name == 'annotations' else name
+            examples, left_out = sources.load_rows(source, 'train', undivided=True, skip_bad_rows=True)
+            assert all({'prompt'} <= set(x) <= {'prompt', 'chosen', 'rejected', 'sft', 'response'} for x in examples)
+            assert isinstance(left_out, Counter)
+
+
+CONTENT = st.none() | st.booleans() | st.integers() | st.text(max_size=4)
+ANY = st.recursive(CONTENT, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x), max_leaves=4)
+ROLE = st.sampled_from(['user', 'assistant'])
+CHAT = st.lists(st.fixed_dictionaries({'role': ROLE, 'content': st.text(max_size=2)}), max_size=3)
+FIELDS = ['prompt', 'chosen', 'rejected', 'response', 'good', 'completion', 'label', 'messages', 'text', 'preference']
+FIELDS += ['output_1', 'output_2', 'instruction']
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=4) | CHAT | ANY)
+    | st.fixed_dictionaries({'chosen': CHAT | ANY, 'rejected': CHAT | ANY})
+)
+def test_any_row_parses_or_is_bad(row):
+    try:
+        examples = sources.parse_any(sources.Row(row))
+    except ValueError as error:
+        assert str(error)
+        return
+    for example in examples:
+        if 'drop' not in example:
+            assert isinstance(example['prompt'], str | list)
+            assert {type(example[k]) for k in ('chosen', 'rejected', 'response') if k in example} <= {str, list}
+            assert isinstance(example.get('good', True), bool)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=4),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from([*FIELDS, 'role', 'content']), x, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(
+    st.lists(JSON | st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=4) | CHAT), max_size=4),
+    st.sampled_from(['.jsonl', '.json', '.jsonl.gz']),
+)
+def test_any_file_is_read_row_by_row(tmp_path_factory, rows, ending):
+    """What comes out is what parse_any makes of each row; every other row is counted, and the first of them named."""
+    path = write(tmp_path_factory.mktemp('rows') / f'data{ending}', rows)
+    expected, bad = [], 0
+    for row in rows:
+        try:
+            found = sources.parse_any(sources.Row(row)) if isinstance(row, dict) else None
+        except ValueError:
+            found = None
+        bad += found is None
+        expected += found or []
+    assume(not any(x.pop('repeats', False) for x in expected))  # which is judged by the file
+    examples, left_out = sources.load_rows(path, 'train', undivided=True, skip_bad_rows=True)
+    assert examples == [x for x in expected if 'drop' not in x]
+    assert left_out.total() == bad + sum('drop' in x for x in expected)
+    assert sum(n for reason, n in left_out.items() if reason.startswith('bad rows')) == bad
+    if bad:
+        with pytest.raises(UserError, match=rf'data\{ending}, (line|row) \d+: '):
+            sources.load_rows(path, 'train', undivided=True)
+
+
+PREFERENCES = st.sampled_from([None, 0, 1, 1.5, 2, 1.2, 1.9, 0.5, 3, -1, True, 'x', math.nan, math.inf, [], 10**400])
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(st.text(max_size=5), st.text(max_size=5), st.text(max_size=5), PREFERENCES)
+def test_any_annotation(instruction, one, two, preference):
+    row = sources.Row(instruction=instruction, output_1=one, output_2=two, preference=preference)
+    sound = isinstance(preference, int | float) and not isinstance(preference, bool)
+    if preference is None or preference != preference:
+        assert sources.parse_annotation(row) == [{'drop': 'no verdict'}]
+    elif sound and preference in (0, 1.5):
+        assert sources.parse_annotation(row) == [{'drop': 'tie'}]
+    elif sound and 1 <= preference <= 2:
+        (found,) = sources.parse_annotation(row)
+        first, second = (one, two) if preference < 1.5 else (two, one)
+        expected = {
+            'prompt': sources.ask(instruction),
+            'chosen': sources.answer(first),
+            'rejected': sources.answer(second),
+        }
+        assert found == expected
+    else:
+        with pytest.raises(ValueError, match="'preference'"):
+            sources.parse_annotation(row)
+
+
+ANSWER = st.sampled_from(['prompt', 'instruction', 'output', 'response', 'generator', 'sample', 'index', 'finish'])
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(st.lists(st.dictionaries(ANSWER, st.text(max_size=3) | st.integers(0, 2) | JSON | CHAT), min_size=1, max_size=4))
+def test_any_file_of_answers(tmp_path_factory, rows):
+    """pairs.read_answers and samples.collect: all rows as they are, or the line that is wrong."""
+    folder = tmp_path_factory.mktemp('answers')
+    path = write(folder / 'samples.jsonl', rows)
+    try:
+        found = read_answers(path)
+    except UserError as error:
+        assert re.search(r'samples\.jsonl, line \d+: ', str(error))
+    else:
+        assert len(found) == len(rows)
+        for row, raw_row in zip(found, rows, strict=True):
+            assert row['response'] == raw_row['output' if 'instruction' in raw_row else 'response']
+            assert type(row['sample']) is int and isinstance(row['instruction'], str)
+    before = Path(path).read_bytes()
+    try:
+        kept = samples.collect(folder, lambda i, k: {} if 0 <= i < 9 and 0 <= k < 9 else None)
+    except UserError as error:
+        assert re.search(r'samples\.jsonl, line \d+, ', str(error)) and Path(path).read_bytes() == before
+    else:
+        assert all(row in rows and isinstance(row['response'], str) for row in kept.values())
+
+
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        ('{"prompt": "p", "chosen": "\\ud800", "rejected": "b"}', "'chosen' has half a surrogate pair"),
+        (
+            '{"prompt": "p", "chosen": [{"role": "assistant", "content": "\\udc00"}], "rejected": []}',
+            "'content' has half",
+        ),
+        ('{"prompt": [], "chosen": [], "rejected": []}', "'prompt' has no messages"),
+        (
+            '{"prompt": "p", "completion": [{"role": "user", "content": "x"}]}',
+            "'completion' does not end with an answer",
+        ),
+        (
+            '{"chosen": [{"role": "assistant", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]}',
+            'same question',
+        ),
+        ('{"messages": [{"role": "assistant", "content": "y"}]}', 'not a question and its answer'),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [1]}]}',
+            'not a list of calls',
+        ),
+        ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": true}', "'margin' is missing or of the wrong type"),
+        ('{"instruction": "i", "output_1": "a", "output_2": "b", "preference": true}', "'preference' is missing or of"),
+        (
+            '{"instruction": "i", "output_1": "a", "output_2": "b", "preference": Infinity}',
+            "'preference' is not a finite",
+        ),
+        ('{"prompt": "p"}'.encode('utf-16'), 'not valid JSON'),
+        ('{"prompt": "p"}'.encode('utf-16-le'), 'not valid JSON'),
+        ('{"prompt": "é"}'.encode('latin-1'), 'not valid JSON'),
+        (b'{"prompt": "\xed\xa0\x80"}', 'not valid JSON'),
+    ],
+)
+def test_rows_that_look_sound(tmp_path, content, words):
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / 'data.jsonl').write_bytes(b'{"prompt": "p"}\n' + content)
+    with pytest.raises(UserError, match=f'line 2: .*{words}'):
+        sources.load_rows(str(tmp_path / 'data.jsonl'), 'train', undivided=True)
+    _, left_out = sources.load_rows(str(tmp_path / 'data.jsonl'), 'train', undivided=True, skip_bad_rows=True)
+    assert left_out.total() >= 1
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / 'data.jsonl').write_bytes('\ufeff{"prompt": "p"}\n'.encode())
+    (tmp_path / 'data.json').write_bytes('\ufeff[{"prompt": "p"}]\n'.encode())
+    for name in ('data.jsonl', 'data.json'):
+        assert sources.load_rows(str(tmp_path / name), 'train', undivided=True) == ([{'prompt': 'p'}], {})
+
+
+def test_numbers_and_html_of_raw_rows(tmp_path):
+    shp = {'history': 'q', 'human_ref_A': 'a', 'human_ref_B': 'b', 'score_A': math.nan, 'score_B': 1, 'labels': 1}
+    se = {'question': 'q', 'answers': [{'pm_score': math.nan, 'text': 'a'}, {'pm_score': 1, 'text': 'b'}]}
+    html = {'question': 'a <![foo[x]]> b', 'answers': []}
+    short = {'question': 'a', 'answers': []}
+    other = {'prompt': 'q', **{k: [user('another'), assistant(k)] for k in ('chosen', 'rejected')}}
+    asked = {'prompt': 'q', **{k: [user('q'), user(k)] for k in ('chosen', 'rejected')}}
+    for name, row, words in [
+        ('shp', shp, "'score_A' is not a finite number"),
+        ('se', se, "'pm_score' is not a finite number"),
+        ('se', html, 'broken HTML'),
+        ('se', short, 'fewer than two answers'),
+        ('ultrafeedback', other, 'answers to something else than the prompt'),
+        ('ultrafeedback', asked, 'does not end with an answer'),
+    ]:
+        source = f'{name}:' + write(tmp_path / 'rows.jsonl', [row])
+        examples, left_out = sources.load_rows(source, 'train', undivided=True, skip_bad_rows=True)
+        assert not examples and len(left_out) == 1 and words in str(left_out)
+
+
+@pytest.mark.parametrize('splits', [['train', 'test'], ['train']])
+def test_a_hub_dataset_and_the_cache_of_its_tokens(splits, tmp_path, monkeypatch):
+    """Its own test split, or a part of the training one held out; tokenised once, then read from the cache."""
+    import datasets
+
+    from text import tokenise, toy
+
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path))
+    rows = [{'prompt': f'p{i}', 'chosen': ' a', 'rejected': ' b'} for i in range(200)]
+    monkeypatch.setattr(datasets, 'get_dataset_split_names', lambda name: splits)
+    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: rows if split == 'train' else rows[:3])
+    tokenizer = toy.tokenizer()
+
+    def sizes():
+        limits = {'max_length': 32, 'max_prompt_length': 16}
+        return [len(tokenise.load_examples('me/mine', s, tokenizer, 'pairs', **limits)) for s in ('train', 'test')]
+
+    train, test = sizes()
+    assert (train, test) == (200, 3) if 'test' in splits else train + test == 200 and 0 < test < 40
+    monkeypatch.setattr(tokenise, 'tokenise', None)
+    assert sizes() == [train, test]

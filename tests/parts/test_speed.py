@@ -1,0 +1,136 @@
+"""What makes a step cheap: no wait for the device per microbatch, memory that does not follow the vocabulary, and bench.py."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host has to wait on a GPU: a number read out, or a size that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        name = fn.overloadpacket.__name__
+        masks = [x for x in (args[1] if 'index' in name and isinstance(args[1], list | tuple) else ()) if x is not None]
+        if name in ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal') or any(
+            x.dtype == torch.bool for x in masks
+        ):
+            self.seen.append(name)
+        return fn(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('loss', ['dpo', 'drdpo', 'tdpo2', 'kto'])
+def test_no_wait_per_microbatch(loss, tmp_path, monkeypatch):
+    """Eight microbatches wait as often as one: forward, loss and backward only queue work."""
+    argv = [
+        'dpo.py',
+        f'--loss={loss}',
+        '--n_examples=8',
+        '--batch_size=8',
+        '--n_eval_examples=0',
+        f'--out_dir={tmp_path / "run"}',
+    ]
+    monkeypatch.setattr(sys, 'argv', argv)
+    script = runpy.run_path(str(ROOT / 'dpo.py'), run_name='script')
+    counts = []
+    for max_tokens in (100_000, 40):
+        run = script['run']
+        run.make_batches = script['partial'](run.make_batches, max_tokens=max_tokens)
+        step = script['prepare'](run.train, 0, script['np'].arange(8))
+        with Waits() as waits:
+            script['run_step'](step, backward=True)
+        counts.append((len(step.batches), waits.seen))
+    assert counts[0][0] == 1 and counts[1][0] > 3
+    assert counts[0][1] == counts[1][1], counts
+
+
+MEMORY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np, torch, transformers
+from data import pack
+from model import register_attention, response_logps, set_attention
+torch.set_num_threads(1)
+register_attention()
+words = int(sys.argv[2])
+config = transformers.LlamaConfig(vocab_size=words, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+                                  num_attention_heads=2, tie_word_embeddings=True)
+model = transformers.AutoModelForCausalLM.from_config(config).eval()
+set_attention(model, packed=True)
+rng = np.random.default_rng(0)
+batch = pack([(rng.integers(0, 4096, 896), [rng.integers(0, 4096, 64) for _ in 'wl']) for _ in range(16)], range(16))
+def memory(field):
+    return int(next(x for x in open('/proc/self/status') if x.startswith(field)).split()[1]) / 1e6
+model(torch.zeros(1, 8, dtype=torch.long), packed=pack([(np.zeros(4, int), [np.zeros(4, int)])], [0]))  # what loads late
+before = memory('VmRSS')
+open('/proc/self/clear_refs', 'w').write('5')
+response_logps(model, batch).sum().backward()
+print(batch.ids.numel(), memory('VmHWM') - before, config.vocab_size * config.hidden_size * 4 / 1e9)
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='peak memory of a process is read from /proc')
+def test_memory_hardly_follows_the_vocabulary():
+    """A step of 16k packed tokens: 131,072 words take less than 1.5 times the memory of 4,096, plus the head's gradients."""
+    peak = {}
+    for words in (4096, 131072):
+        done = subprocess.run(
+            [sys.executable, '-c', MEMORY, str(ROOT), str(words)], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        tokens, peak[words], head = map(float, done.stdout.split())
+        assert tokens > 16000
+    # the head's gradient, once in the making and once accumulated with the embedding's
+    assert peak[131072] < 1.5 * peak[4096] + 3 * head, (peak, head)
+
+
+def bench(tmp_path, *flags):
+    command = [sys.executable, '-m', 'tools.bench', '--model=pythia-14m', '--vocabulary=512', '--threads=1', '--batch_size=4',
+               f'--out={tmp_path / "bench.json"}', *flags]  # fmt: skip
+    environment = os.environ | {'HF_HUB_OFFLINE': '1'}  # a name that nobody has is refused without waiting for the hub
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_bench(tmp_path):
+    done = bench(tmp_path, '--n_steps=2', '--seed=5')
+    assert done.returncode == 0, done.stderr
+    rows = {row['variant']: row for row in json.loads((tmp_path / 'bench.json').read_text())['rows']}
+    assert list(rows) == ['padded', 'packed', 'shared', 'head', 'cached'] and all(name in done.stdout for name in rows)
+    assert rows['padded']['padding_share'] > 0.1 and all(rows[v]['padding_share'] == 0 for v in rows if v != 'padded')
+    cost = [row['gflop_per_pair'] for row in rows.values()]
+    assert cost[0] == cost[1] and cost[1] > cost[2] > cost[3] > cost[4]
+    assert rows['cached']['pairs_per_second_with_cache_pass'] < rows['cached']['pairs_per_second']
+    assert rows['padded']['ratio'] == 1 and 'mfu' not in rows['head']
+
+
+def test_bench_of_a_divergence(tmp_path):
+    done = bench(tmp_path, '--n_steps=1', '--loss=tdpo2', '--variants=head')
+    assert done.returncode == 0 and 'head' in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    'flags, words',
+    [
+        (['--loss=tdpo2'], 'only --variants=head'),
+        (['--loss=kto'], 'losses on pairs'),
+        (['--loss=typo'], 'losses on pairs'),
+        (['--variants=padded fast'], 'variants must be some of padded'),
+        (['--data=hh:missing.jsonl'], 'give the folder of one with --tokenizer'),
+        (['--data=hh:missing.jsonl', '--tokenizer=nowhere/here'], 'nowhere/here'),
+    ],
+)
+def test_bench_refuses(tmp_path, flags, words):
+    done = bench(tmp_path, *flags)
+    assert done.returncode == 2 and words in done.stderr and 'Traceback' not in done.stderr, done.stderr

@@ -1,0 +1,103 @@
+"""Win rates: by hand, and from simulated judges whose coefficients are known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from feedback import winrate
+
+
+def test_mean_by_hand():
+    """Wins 1 1 0 1/2: mean 5/8, squares of deviations 9/64 + 9/64 + 25/64 + 1/64 = 44/64, variance 44/64/3, error sqrt(44/192/4).
+
+    Clusters {1, 1}, {0, 1/2}: sums of deviations 3/4 and -3/4; error sqrt(2/1 (9/16 + 9/16)) / 4 = 3/8."""
+    assert winrate.mean([1, 1, 0, 0.5]) == pytest.approx((0.625, math.sqrt(44 / 192 / 4)))
+    assert winrate.mean([1, 1, 0, 0.5], [7, 7, 3, 3]) == pytest.approx((0.625, 0.375))
+    assert winrate.mean([]) == (None, None) and winrate.mean([1]) == (1.0, None)
+    assert winrate.mean([1, 0], [4, 4]) == (0.5, None)
+
+
+def test_length_controlled_by_hand():
+    """Differences +-d are tanh(+-1) = +-t. Wins 3 of 4 at +d, 1 of 2 at -d: log odds log 3 = a + b t and 0 = a - b t, so
+    a = log(3)/2 and the rate sigmoid(a) = sqrt(3) / (1 + sqrt(3))."""
+    rate, error, b = winrate.length_controlled([1, 1, 1, 0, 1, 0], [5, 5, 5, 5, -5, -5])
+    assert rate == pytest.approx(math.sqrt(3) / (1 + math.sqrt(3)))
+    assert b == pytest.approx(math.log(3) / 2 / math.tanh(1))
+    # the error: log odds of each group have the sandwich variance (1 / sum p (1-p))^2 sum of squared residuals
+    by_group = [(3 * (1 / 4) ** 2 + (3 / 4) ** 2) / (4 * 3 / 16) ** 2, (2 * (1 / 2) ** 2) / (2 * 1 / 4) ** 2]
+    assert error == pytest.approx(rate * (1 - rate) * math.sqrt(sum(by_group) / 4 * 6 / 5))
+
+
+def test_ties_are_half_wins_and_equal_lengths_change_nothing():
+    twice = winrate.length_controlled([1, 0, 1, 0, 1, 1, 1, 1], [3, 3, -2, -2, -2, -2, 4, 4])
+    halves = winrate.length_controlled([0.5, 0.5, 1, 1], [3, -2, -2, 4])
+    assert halves[0] == pytest.approx(twice[0]) and halves[2] == pytest.approx(twice[2])
+    wins = [1, 1, 0, 0.5]
+    assert winrate.length_controlled(wins, [0] * 4) == pytest.approx((*winrate.mean(wins), 0.0))
+
+
+def test_a_variance_that_rounds_below_zero():
+    assert winrate.length_controlled([0, 0.5, 1], [-2, 0, -2])[1] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    'wins, difference',
+    [([], []), ([1, 1, 1], [1, -1, 2]), ([1, 1, 0, 0], [1, 2, -1, -2]), ([0, 1, 1], [3, 3, 3]), ([1, 1, 1], [0, 0, 0])],
+    ids=['none', 'all won', 'separated', 'one difference', 'all won, equal lengths'],
+)
+def test_no_finite_fit(wins, difference):
+    assert winrate.length_controlled(wins, difference) == (None, None, None)
+
+
+def test_an_extreme_but_finite_fit():
+    """Where nearly all was won."""
+    rng = np.random.default_rng(3)
+    difference = rng.normal(0, 100, 400)
+    wins = rng.random(400) < 1 / (1 + np.exp(-(3 + 5 * np.tanh(difference / 100))))
+    rate, error, b = winrate.length_controlled(wins, difference)
+    assert abs(rate - 1 / (1 + math.exp(-3))) < 4 * error and 3 < b < 8
+
+
+@pytest.mark.parametrize('size', [1, 3], ids=['pairs apart', 'three pairs a prompt'])
+def test_known_coefficients_are_recovered(size):
+    """200 worlds of 450 pairs: a = 0.4, b = 1.2. The mean of the estimates is right within its error, the errors are as large
+    as the estimates scatter, and 95% intervals hold the truth 95% of the time. Three pairs of a prompt share a verdict's coin."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(200):
+        prompts = np.repeat(np.arange(450 // size), size)
+        difference = rng.normal(30, 100, 450)
+        scaled = np.tanh(difference / np.sqrt((difference**2).mean()))
+        coin = rng.random(450 // size)[prompts]
+        wins = coin < 1 / (1 + np.exp(-(0.4 + 1.2 * scaled)))
+        found.append((*winrate.length_controlled(wins, difference, prompts), *winrate.mean(wins, prompts)))
+    rate, error, b, plain, plain_error = np.array(found).T
+    truth = 1 / (1 + math.exp(-0.4))
+    assert abs(rate.mean() - truth) < 3 * rate.std() / math.sqrt(200)
+    assert abs(b.mean() - 1.2) < 3 * b.std() / math.sqrt(200) + 0.03  # maximum likelihood is a little biased outwards
+    assert error.mean() == pytest.approx(rate.std(), rel=0.15) and plain_error.mean() == pytest.approx(
+        plain.std(), rel=0.15
+    )
+    assert 0.90 < (abs(rate - truth) < 1.96 * error).mean() < 0.99
+    assert plain.mean() > truth + 0.02  # the longer answers win more, which the plain rate takes for quality
+
+
+def test_orders_by_hand():
+    """Pairs: both orders for the first answer (unbiased); first shown twice; tie and second. Verdicts for what is shown first:
+    (1 + 0)/2, (1 + 1)/2, (1/2 + 1)/2: mean 3/4. Agreement: 1 of 3."""
+    result = winrate.orders([(1, 1), (1, 2), (1.5, 2)])
+    assert result['first_shown'] == pytest.approx((0.75, math.sqrt((1 / 16 + 1 / 16 + 0) / 2 / 3)))
+    assert result['agreement'] == pytest.approx((1 / 3, math.sqrt((4 / 9 + 1 / 9 + 1 / 9) / 2 / 3)))
+    assert winrate.orders([]) == {'first_shown': (None, None), 'agreement': (None, None)}
+
+
+def test_a_known_position_bias_is_recovered():
+    """A judge that takes the first shown with probability 0.3, else says what it thinks."""
+    rng, verdicts = np.random.default_rng(1), []
+    for _ in range(4000):
+        opinion = 1 if rng.random() < 0.7 else 2
+        verdicts.append([shown if rng.random() < 0.3 else opinion for shown in (1, 2)])
+    result = winrate.orders(verdicts)
+    assert abs(result['first_shown'][0] - 0.65) < 3 * result['first_shown'][1]  # 0.3 + 0.7 / 2
+    # alike: both say what they think (0.49), or one does and that is what the other shows first (0.42 / 2)
+    assert abs(result['agreement'][0] - 0.70) < 3 * result['agreement'][1]

@@ -1,0 +1,523 @@
+"""The configurator, sentence by sentence of its design: order, names, types, config files, help, notes, errors."""
+
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import configurator
+from configurator import UserError
+from runtime import values
+
+SCRIPT = '''"""What the script is for."""
+from configurator import configure
+
+rate = 1e-6  # how fast
+steps = 10  # how many
+name = 'toy'  # which one
+flag = False  # a switch
+on = True  # another
+limit: int | None = None  # how far
+share: float | None = 0.5  # which part
+note: str | None = None  # anything
+sure: bool | None = None  # yes, no or unknown
+config = configure(globals())
+double = 2 * steps
+'''
+DEFAULTS = {
+    **{'rate': 1e-6, 'steps': 10, 'name': 'toy', 'flag': False, 'on': True},
+    **{'limit': None, 'share': 0.5, 'note': None, 'sure': None},
+}
+PARSE = settings(max_examples=200, deadline=None, database=None)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in; the hook that configure installs goes when the test ends."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    monkeypatch.delenv('RANK', raising=False)
+
+
+@pytest.fixture(scope='module')
+def script(tmp_path_factory):
+    """run(*argv) -> the globals of the script after it has run with these arguments."""
+    path = tmp_path_factory.mktemp('script') / 'script.py'
+    path.write_text(SCRIPT)
+
+    def run(*argv):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, 'argv', [str(path), *argv])
+            patch.setattr(sys, 'excepthook', sys.excepthook)
+            return runpy.run_path(str(path), run_name='script')
+
+    return run
+
+
+def refused(script, *argv):
+    """The message of the UserError, one line."""
+    with pytest.raises(UserError) as info:
+        script(*argv)
+    message = str(info.value)
+    assert message and '\n' not in message
+    return message
+
+
+def file(text, path='config.py'):
+    Path(path).write_text(text)
+    return path
+
+
+def same(a, b):
+    return type(a) is type(b) and a == b
+
+
+# ---- order ----
+
+
+def test_defaults_are_kept(script):
+    scope = script()
+    assert scope['config'] == DEFAULTS and all(same(scope[k], v) for k, v in DEFAULTS.items())
+    assert set(scope['config'].origin) == set(DEFAULTS) and set(scope['config'].origin.values()) == {'default'}
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [
+        ('a.py', 'b.py', '--rate=3'),
+        ('a.py', '--rate=3', 'b.py'),
+        ('--rate=3', 'a.py', 'b.py'),
+    ],
+)
+def test_files_in_their_order_then_flags_wherever_they_stand(script, argv):
+    file('rate = 1.0\nsteps = 1\nname = "a"\n', 'a.py')
+    file('rate = 2.0\nsteps = 2\n', 'b.py')
+    scope = script(*argv)
+    assert (scope['rate'], scope['steps'], scope['name'], scope['flag']) == (3.0, 2, 'a', False)
+    assert scope['config'] == DEFAULTS | {'rate': 3.0, 'steps': 2, 'name': 'a'}
+    origin = scope['config'].origin
+    assert [origin[k] for k in ('rate', 'steps', 'name', 'flag')] == ['command line', 'b.py', 'a.py', 'default']
+
+
+def test_what_is_derived_follows_the_overrides(script):
+    assert script('--steps=7')['double'] == 14
+
+
+def test_argv_may_be_handed_over(tmp_path):
+    scope = {'__file__': file(SCRIPT, str(tmp_path / 'script.py')), **DEFAULTS}
+    assert configurator.configure(scope, ['--steps=3']) == DEFAULTS | {'steps': 3} and scope['steps'] == 3
+
+
+# ---- names ----
+
+
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        (['--stpes=3'], ["'stpes'", 'did you mean steps?', 'command line']),
+        (['--limti=none'], ["'limti'", 'did you mean limit?']),
+        (['--Rate=3'], ["'Rate'", 'did you mean rate?']),
+        (['--zzzz=3'], ["'zzzz'", '--help']),
+        (['--double=3'], ["'double'"]),  # derived, below the call
+        (['--config=3'], ["'config'"]),
+        (['--configure=3'], ["'configure'"]),
+        (['--__file__=x'], ["'__file__'"]),
+        (['config.py'], ["'stpes'", 'did you mean steps?', 'config.py, line 3']),
+        (['other.py'], ["'double'", 'other.py, line 2']),
+    ],
+)
+def test_unknown_names(script, argv, words):
+    file('rate = 1.0\n\nstpes = 3\n')
+    file('steps = 3\ndouble = 6\n', 'other.py')
+    message = refused(script, *argv)
+    assert all(word in message for word in words), message
+
+
+# ---- types ----
+
+
+@pytest.mark.parametrize(
+    'flag, value',
+    [
+        ('--rate=1', 1.0),
+        ('--rate=-1e-3', -1e-3),
+        ('--rate=inf', math.inf),
+        ('--steps=-4', -4),
+        ('--name=a=b==c', 'a=b==c'),
+        ('--name=', ''),
+        ('--name=1', '1'),
+        ('--name=true', 'true'),
+        ('--name=None', 'None'),  # a name that may not be None is text
+        ('--name=--rate=3', '--rate=3'),
+        ('--name=é ü', 'é ü'),
+        ('--flag', True),
+        ('--flag=true', True),
+        ('--flag=True', True),
+        ('--on=false', False),
+        ('--on=False', False),
+        ('--limit=5', 5),
+        ('--limit=none', None),
+        ('--share=None', None),
+        ('--share=null', None),
+        ('--share=1', 1.0),
+        ('--note=none', None),
+        ('--note=1', '1'),
+        ('--sure', True),
+        ('--sure=false', False),
+        ('--sure=none', None),
+    ],
+)
+def test_flags_are_read_by_type(script, flag, value):
+    name = flag[2:].partition('=')[0]
+    scope = script(flag)
+    assert same(scope[name], value) and same(scope['config'][name], value)
+    assert {k: v for k, v in scope['config'].items() if k != name} == {k: v for k, v in DEFAULTS.items() if k != name}
+
+
+@pytest.mark.parametrize(
+    'flag, kind',
+    [
+        ('--rate=fast', 'float'),
+        ('--rate=', 'float'),
+        ('--rate=true', 'float'),
+        ('--rate=none', 'float'),
+        ('--rate=nan', 'float'),
+        ('--rate=1,5', 'float'),
+        ('--share=nan', 'float or None'),
+        ('--steps=1.0', 'int'),
+        ('--steps=1e3', 'int'),
+        ('--steps=true', 'int'),
+        ('--steps=none', 'int'),
+        ('--limit=2.5', 'int or None'),
+        ('--limit=', 'int or None'),
+        ('--flag=2', 'bool'),
+        ('--flag=', 'bool'),
+        ('--flag=none', 'bool'),
+        ('--flag=maybe', 'bool'),
+        ('--sure=maybe', 'bool or None'),
+    ],
+)
+def test_flags_of_the_wrong_type(script, flag, kind):
+    name, _, text = flag[2:].partition('=')
+    message = refused(script, flag)
+    assert f'{name} must be {kind}, not' in message and text in message and 'command line' in message
+
+
+@pytest.mark.parametrize('flag', ['--name', '--note', '--rate', '--steps', '--limit'])
+def test_only_a_switch_goes_without_a_value(script, flag):
+    assert flag[2:] in refused(script, flag)
+
+
+@pytest.mark.parametrize(
+    'text, value',
+    [
+        ('rate = 1', 1.0),
+        ('rate = float("inf")', math.inf),
+        ('share = 0', 0.0),
+        ('share = None', None),
+        ('limit = None', None),
+        ('limit = 3', 3),
+        ('flag = True', True),
+        ('sure = False', False),
+        ('note = None', None),
+        ('note = "none"', 'none'),
+        ('name = "x"; name = "y"', 'y'),
+    ],
+)
+def test_files_are_read_by_type(script, text, value):
+    scope = script(file(text))
+    assert same(scope[text.partition(' ')[0]], value)
+
+
+@pytest.mark.parametrize(
+    'text, kind',
+    [
+        ("rate = '1e-3'", 'float'),
+        ('rate = True', 'float'),
+        ('rate = None', 'float'),
+        ('rate = float("nan")', 'float'),
+        ('rate = 1j', 'float'),
+        ('rate = 10 ** 400', 'float'),
+        ('share = -10 ** 400', 'float or None'),
+        ('share = float("nan")', 'float or None'),
+        ('share = "0.5"', 'float or None'),
+        ('steps = True', 'int'),
+        ('steps = 1.0', 'int'),
+        ('steps = "1"', 'int'),
+        ('steps = None', 'int'),
+        ('limit = False', 'int or None'),
+        ('flag = 1', 'bool'),
+        ('flag = "false"', 'bool'),
+        ('flag = None', 'bool'),
+        ('sure = 0', 'bool or None'),
+        ('name = 1', 'str'),
+        ('name = None', 'str'),
+        ('name = b"x"', 'str'),
+        ('name = ["x"]', 'str'),
+        ('def name(): pass', 'str'),
+        ('class rate: pass', 'float'),
+        ('from math import pi as name', 'str'),
+    ],
+)
+def test_files_with_the_wrong_type(script, text, kind):
+    name = re.search('rate|share|steps|limit|flag|sure|name', text)[0]
+    message = refused(script, file(f'on = True\n\n{text}\n'))
+    assert f'{name} must be {kind}, not' in message and 'config.py, line 3:' in message
+
+
+# ---- config files ----
+
+
+def test_a_config_file_may_compute(script):
+    text = '''"""What this reproduces."""
+import math
+import os as system
+
+_tokens = 4096
+
+def _half(x):
+    return x // 2
+
+steps = _half(_tokens)
+rate = math.sqrt(steps) / 2 ** 5
+for _i in range(3):
+    steps += _i
+name = system.path.join('a', 'b')
+flag = steps > 2000
+if flag:
+    limit = [x for x in (3, 4)][-1]
+'''
+    scope = script(file(text))
+    got = [scope[k] for k in ('steps', 'rate', 'name', 'flag', 'limit')]
+    assert got == [2051, math.sqrt(2048) / 32, os.path.join('a', 'b'), True, 4]
+    assert '_tokens' not in scope and 'math' not in scope and '_tokens' not in scope['config']
+
+
+@pytest.mark.parametrize(
+    'text, line, words',
+    [
+        ('rate = 1\nsteps = = 2\n', 2, ['SyntaxError']),
+        ('rate = 1\n  steps = 2\n', 2, ['IndentationError']),
+        ('rate = (1\n', 1, ['SyntaxError', 'never closed']),
+        ('rate = 1\nsteps = 1 // 0\n', 2, ['ZeroDivisionError']),
+        ('rate = 1\nsteps = undefined\n', 2, ['NameError', 'undefined']),
+        ('import no_such_module_anywhere\n', 1, ['no_such_module_anywhere']),
+        ('def _f():\n    raise ValueError("so there")\n\nrate = _f()\n', 2, ['ValueError', 'so there']),
+        ('import json\n\n\nname = json.loads("{")\n', 4, ['JSONDecodeError']),
+        ('rate = 1\nraise ValueError("two\\nlines")\n', 2, ['two']),
+        ('rate = 1\nassert False\n', 2, ['AssertionError']),
+        ('rate = 1\nname = open("no_such_file").read()\n', 2, ['no_such_file']),
+    ],
+)
+def test_what_a_config_file_raises_has_file_and_line(script, text, line, words):
+    message = refused(script, file(text))
+    assert f'config.py, line {line}:' in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize('path', ['missing.py', 'folder', 'binary.py', '', 'toy', 'data.json', '1e-3'])
+def test_what_is_no_config_file(script, path):
+    Path('folder').mkdir()
+    Path('binary.py').write_bytes(b'\xff\xfe\x00rate')
+    file('{"prompt": "x"}', 'data.json')
+    assert path in refused(script, path)
+
+
+# ---- flags ----
+
+
+@pytest.mark.parametrize('again', ['--rate=1', '--rate=2', '--rate'])
+def test_a_flag_given_twice(script, again):
+    message = refused(script, '--rate=1', '--steps=2', again)
+    assert '--rate' in message and 'twice' in message
+
+
+@pytest.mark.parametrize('flag', ['-rate=3', '-r', '-', '--', '--=3', '-5'])
+def test_what_is_no_flag(script, flag):
+    message = refused(script, flag)
+    assert flag in message and '--name=value' in message
+
+
+@pytest.mark.parametrize('argv', [['--help'], ['-h'], ['--steps=3', '--help'], ['--help', 'missing.py', '--zzzz=1']])
+def test_help_lists_every_option(script, capsys, argv):
+    with pytest.raises(SystemExit) as info:
+        script(*argv)
+    assert not info.value.code
+    out = capsys.readouterr().out
+    assert out.startswith('What the script is for.')
+    lines = [line for line in out.splitlines() if line.startswith('  --')]
+    declared = [line for line in SCRIPT.splitlines() if '  # ' in line]
+    assert len(lines) == len(declared) == len(DEFAULTS)
+    for line, option, (name, default) in zip(lines, declared, DEFAULTS.items(), strict=True):
+        assert f'--{name} = {default!r} ' in line and line.endswith(option.partition('  # ')[2])
+    assert 'int | None' in out
+
+
+# ---- options without effect ----
+
+
+def test_ignored(script, capsys, monkeypatch):
+    config = script(file('steps = 3\nname = "x"\n'), '--rate=2', '--name=y')['config']
+    capsys.readouterr()
+    with pytest.raises(UserError, match='^--rate has no effect: the reason$'):
+        config.ignored(['flag', 'rate'], 'the reason')
+    with pytest.raises(UserError, match='--name'):  # set in both: the line on the screen counts
+        config.ignored(['name'], 'the reason')
+    assert capsys.readouterr().out == ''
+    config.ignored(['flag', 'steps', 'limit'], 'the reason')
+    out = capsys.readouterr().out
+    assert out.count('\n') == 1 and all(word in out for word in ('note', 'steps', 'config.py', 'the reason'))
+    monkeypatch.setenv('RANK', '1')  # one rank says it
+    config.ignored(['steps'], 'the reason')
+    assert capsys.readouterr().out == ''
+    with pytest.raises(UserError):
+        config.ignored(['rate'], 'the reason')
+
+
+# ---- how a script ends ----
+
+
+@pytest.mark.parametrize(
+    'code, rank, status, err',
+    [
+        ('raise UserError("this is wrong")', None, 2, 'error: this is wrong\n'),
+        ('raise UserError("this is wrong")', '0', 2, 'error: this is wrong\n'),
+        ('raise UserError("this is wrong")', '1', 2, ''),
+        ('raise ValueError("a bug")', None, 1, None),
+        ('pass', None, 0, ''),
+    ],
+)
+def test_exit_code_and_stderr(tmp_path, code, rank, status, err):
+    path = file(
+        SCRIPT.replace('import configure', 'import UserError, configure') + f'print("before")\n{code}\n', 'x.py'
+    )
+    env = {**os.environ, 'PYTHONPATH': str(Path(configurator.__file__).parent), 'PYTHONUNBUFFERED': ''}
+    env |= {'RANK': rank} if rank else {}
+    done = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status and done.stdout == 'before\n'  # what was printed is not lost
+    assert done.stderr == err if err is not None else 'Traceback' in done.stderr and 'a bug' in done.stderr
+
+
+def test_a_mistake_on_the_command_line_ends_the_script():
+    env = {**os.environ, 'PYTHONPATH': str(Path(configurator.__file__).parent)}
+    command = [sys.executable, file(SCRIPT, 'x.py'), '--stpes=3']
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ''
+    assert done.stderr.count('\n') == 1 and done.stderr.startswith('error: ') and 'steps' in done.stderr
+
+
+# ---- any input ----
+
+TEXT = st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs']), max_size=8)
+NAMES = st.sampled_from([*DEFAULTS, 'stpes', 'help', '_x', 'double'])
+VALUES = st.one_of(TEXT, st.sampled_from(['', '1', '-1.5', 'nan', 'none', 'true', '1' * 5000, '1e999', '=', '--']))
+FLAGS = st.builds(lambda dashes, name, equals, value: dashes + name + equals + value,
+                  st.sampled_from(['--', '-', '---', '']), NAMES | TEXT, st.sampled_from(['=', '', '==']), VALUES)  # fmt: skip
+
+
+@PARSE
+@given(st.lists(st.one_of(FLAGS, TEXT, st.sampled_from(['good.py', 'bad.py', 'missing.py', '.'])), max_size=4))
+@example(['--rate=' + '9' * 400])
+@example(['x' * 5000])
+def test_any_command_line_is_read_or_refused(script, argv):
+    file('steps = 3\n', 'good.py')
+    file('steps = "3"\n', 'bad.py')
+    try:
+        scope = script(*argv)
+    except (UserError, SystemExit) as error:
+        assert error.args or '--help' in argv or '-h' in argv
+        return
+    for name, default in DEFAULTS.items():
+        kinds = {type(default)} | {'limit': {int}, 'share': {type(None)}, 'note': {str}, 'sure': {bool}}.get(
+            name, set()
+        )
+        assert type(scope[name]) in kinds and same(scope[name], scope['config'][name]) and scope[name] == scope[name]
+
+
+LITERALS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.binary(max_size=4) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
+    max_leaves=3,
+)
+
+
+@PARSE
+@given(st.sampled_from(list(DEFAULTS)), LITERALS)
+@example('rate', -(10**400))
+def test_any_value_in_a_config_file_is_taken_as_it_is_or_refused(script, name, value):
+    path = file(f'{name} = {value!r}\n'.replace('nan', 'float("nan")').replace('inf', 'float("inf")'))
+    try:
+        got = script(path)[name]
+    except UserError as error:
+        assert 'config.py, line 1' in str(error)
+        return
+    promoted = name in ('rate', 'share') and value is not None
+    assert got == (float(value) if promoted else value) and type(got) is (float if promoted else type(value))
+
+
+PRINTED = st.text().filter(lambda text: '\0' not in text and not re.search('://[^/?#]*@', text))
+NOT_NONE = PRINTED.filter(lambda text: text.lower() not in ('none', 'null'))
+INTEGERS = st.integers(1 - 2**63, 2**63 - 1)
+TYPES = {
+    **{'rate': st.floats(allow_nan=False), 'steps': INTEGERS, 'name': PRINTED, 'flag': st.booleans()},
+    **{'on': st.booleans(), 'limit': st.none() | INTEGERS, 'share': st.none() | st.floats(allow_nan=False)},
+    **{'note': st.none() | NOT_NONE, 'sure': st.none() | st.booleans()},
+}
+
+
+@PARSE
+@given(st.fixed_dictionaries({}, optional=TYPES), st.randoms())
+@example({'limit': 0, 'steps': -1, 'rate': -math.inf, 'note': '', 'name': 'None'}, None)
+def test_a_value_printed_as_a_flag_is_read_back(script, values, random):
+    argv = [f'--{name}={value}' for name, value in values.items()]
+    if random:
+        random.shuffle(argv)
+    scope = script(*argv)
+    assert all(same(scope[name], value) for name, value in (DEFAULTS | values).items())
+
+
+@pytest.mark.parametrize('text', ['a\0b', '\ud800', 'x\udfff'])
+def test_what_is_no_text(script, text):
+    assert 'characters that are no text' in refused(script, f'--name={text}')
+    assert 'characters that are no text' in refused(script, file(f'note = {text!r}'))
+
+
+@pytest.mark.parametrize('steps', [2**63, -(10**400)])
+def test_integers_have_an_end(script, steps):
+    assert 'no machine' in refused(script, file(f'steps = 2**63 * {"-" * (steps < 0)}1'))
+
+
+@pytest.mark.parametrize('text', ['raise SystemExit', 'exit()', 'raise BaseException("x")', 'raise GeneratorExit'])
+def test_a_config_file_cannot_end_the_script(script, text):
+    """As if all had gone well."""
+    assert 'config.py, line 2: ' in refused(script, file(f'rate = 1.0\n{text}\n'))
+
+
+@pytest.mark.parametrize('variable', values.SECRETS)
+def test_no_option_holds_a_key(script, monkeypatch, variable):
+    monkeypatch.setenv(variable, 'sentinel-0123')
+    for argv in ([f'--name=see {variable} sentinel-0123'], [file('note = "sentinel-0123"')]):
+        message = refused(script, *argv)
+        assert f'the key of {variable}' in message and 'sentinel' not in message
+
+
+@pytest.mark.parametrize('text', ['http://user:sentinel@host/v1', 'https://sentinel@host', 'hf://x:sentinel@y'])
+def test_no_option_holds_a_password(script, text):
+    message = refused(script, f'--name={text}')
+    assert 'password' in message and 'sentinel' not in message
+
+
+def test_help_into_a_pipe_that_nobody_reads():
+    """dpo.py --help | head, when head has gone: no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(Path(configurator.__file__).parent / 'dpo.py'), '--help']
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert done.returncode == 0 and not done.stderr

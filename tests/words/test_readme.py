@@ -1,0 +1,244 @@
+"""What the project says of itself: every command of the README and of the configs parses, imports keep to the layers."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from configurator import configure
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {'dpo.py', 'sft.py', 'reward.py', 'sample.py', 'label.py', 'ppo.py', 'tools.bench', 'tools.plot'}
+README = (ROOT / 'README.md').read_text()
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / 'README.md', *ROOT.glob('docs/*.md')]}
+OURS = {name: text for name, text in PAGES.items() if name not in ('docs/moved.md', 'docs/coming-from.md')}
+BLOCKS = [block for text in OURS.values() for block in re.findall(r'```sh\n(.*?)```', text, re.S)]
+COMMANDS = sorted({line.split('#')[0].strip() for block in BLOCKS for line in block.splitlines()} - {''})
+CONFIGS = sorted((ROOT / 'config').glob('*.py'))
+
+
+def constants(script):
+    """The options that a script declares above its first call, as globals() has them there."""
+    path = ROOT / (script if script.endswith('.py') else script.replace('.', '/') + '.py')
+    scope = {'__file__': str(path), '__doc__': ''}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            if isinstance(node.value, ast.Call):
+                break
+            exec(compile(ast.Module([node], []), script, 'exec'), scope)
+    return scope
+
+
+def parse(command, monkeypatch):
+    """Resolve a command's options as its script would, without running it."""
+    words = shlex.split(command)
+    script = next(word for word in words if word in SCRIPTS)
+    arguments = words[words.index(script) + 1 :]
+    if script == 'tools.plot':  # folders, not config files
+        arguments = [word for word in arguments if word.startswith('-')]
+    monkeypatch.chdir(ROOT)
+    trains = script in ('dpo.py', 'sft.py', 'reward.py', 'ppo.py')
+    return configure(constants(script), arguments, shared=shared_options() if trains else None)
+
+
+def shared_options():
+    """A copy of training's options, so that parsing leaves the module alone."""
+    shared = types.ModuleType('shared')
+    vars(shared).update(constants('training.py'))
+    return shared
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_commands(command, monkeypatch, capsys):
+    """Every command of README and docs parses; scripts of experiments/ are there."""
+    words = command.split()
+    if command.startswith('make '):
+        assert re.search(rf'^{words[1]}:', (ROOT / 'Makefile').read_text(), re.M)
+    elif command.startswith(('sh ', 'sbatch ')):
+        script = ROOT / next(word for word in words if word.endswith('.sh'))
+        assert subprocess.run(['bash', '-n', script]).returncode == 0
+    elif '--help' in command:
+        with pytest.raises(SystemExit) as end:
+            parse(command, monkeypatch)
+        assert end.value.code == 0 and '--beta_prime = None (float | None)' in capsys.readouterr().out
+    else:
+        assert parse(command, monkeypatch).get('batch_size', 1) > 0  # label.py has none
+
+
+def test_the_front_page_is_short():
+    assert len(README.splitlines()) <= 250 and len(README) <= 15_500
+
+
+def test_links():
+    """Links between README, docs and files of the project lead somewhere, headings included; so do the names of modules."""
+    for name, text in PAGES.items():
+        for link in re.findall(r'\]\(([^)\s]+)\)', text):
+            if link.startswith('http'):
+                continue
+            path, _, heading = link.partition('#')
+            target = (ROOT / name).parent / path if path else ROOT / name
+            assert target.exists(), f'{name}: {link}'
+            headings = re.findall(r'^#+ (.*)$', target.read_text(), re.M) if heading else []
+            slugs = [re.sub(r'[^\w -]', '', h).lower().replace(' ', '-') for h in headings]
+            assert not heading or heading in slugs, f'{name}: {link}'
+    for name, text in OURS.items():
+        for path in re.findall(r'`((?:text|hf|runtime|feedback|rl|tools|experiments|tests|config)/[\w/.]+)`', text):
+            assert (ROOT / path).exists(), f'{name}: {path}'
+        for module in re.findall(r'python -m ((?:tools|experiments)[\w.]*)', text):
+            path = ROOT / module.replace('.', '/')
+            assert path.with_suffix('.py').exists() or (path / '__main__.py').exists(), f'{name}: {module}'
+
+
+def test_options_exist():
+    """Every --option that README and docs name is one of a script, or of another program."""
+    known = {name for script in SCRIPTS for name in constants(script)} | set(constants('training.py'))
+    others = {
+        'help',
+        'nproc_per_node',
+        'nnodes',
+        'rdzv_backend',
+        'rdzv_endpoint',
+        'max-restarts',
+        'nodes',
+        'gpus-per-node',
+    }
+    others |= {'report', 'quick', 'rows', 'lines', 'kills', 'seed'}  # of experiments
+    coming_from = '\n'.join(line.rsplit(' | ', 1)[-1] for line in PAGES['docs/coming-from.md'].splitlines())
+    for name, text in (OURS | {'coming from': coming_from}).items():
+        text = re.sub(r'`(lm_eval|alpaca_eval|hf) [^`]*`', '', text)
+        found = set(re.findall(r'(?<![\w-])--([a-z][\w-]*)', text))
+        assert found <= known | others, f'{name}: {sorted(found - known - others)}'
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_configs(path, monkeypatch):
+    """Starts with what it reproduces and its command; that command parses; its out_dir is its own name."""
+    text = path.read_text()
+    comment = ''.join(line for line in text.splitlines(True) if line.startswith('#'))
+    command = re.search(r'^#     (torchrun .*)$', comment, re.M).group(1)
+    assert text.startswith('# ') and f'config/{path.name}' in command
+    config = parse(command, monkeypatch)
+    assert config['out_dir'] == f'out/{path.stem}'
+    assert len(text.splitlines()) <= 20
+
+
+def test_config_of_every_loss_that_papers_compare():
+    names = {path.stem for path in CONFIGS}
+    assert names >= {
+        f'{x}_hh' for x in ('sft', 'dpo', 'drdpo', 'betadpo', 'tdpo', 'radpo', 'kto', 'ipo', 'cdpo', 'simpo')
+    }
+    assert names >= {'sft_toy', 'drdpo_toy', 'drdpo_hh_noise20', 'radpo_imdb', 'sft_imdb', 'sft_sharegpt'}
+
+
+def test_papers_settings(monkeypatch):
+    config = parse('dpo.py config/drdpo_hh_noise20.py', monkeypatch)
+    paper = dict(batch_size=64, lr=5e-7, optimizer='RMSprop', warmup_steps=150, max_length=512, max_prompt_length=256)
+    paper |= dict(beta=0.1, n_epochs=1, dtype='bfloat16', noise_rate=0.2, max_grad_norm=10.0)
+    assert {k: config[k] for k in paper} == paper
+
+
+@pytest.mark.parametrize('name', ['drdpo_hh', 'drdpo_hh_noise20', 'drdpo_toy'])
+def test_dpo_with_the_config_of_drdpo_is_the_plain_baseline(name, monkeypatch):
+    """beta' weights any loss when it is set, so these configs leave it to the loss."""
+    assert parse(f'dpo.py config/{name}.py --loss=dpo', monkeypatch)['beta_prime'] is None
+    rule = "if beta_prime is None and loss == 'drdpo':\n    beta_prime = 1.0\n"
+    assert rule in (ROOT / 'dpo.py').read_text()
+
+
+def test_every_loss_and_every_dataset_is_documented():
+    import losses
+    from text import sources
+
+    for text in (README, PAGES['docs/losses.md']):
+        table = text[text.index('| `--loss=` |') :]
+        assert set(losses.LOSSES) <= set(re.findall(r'`(\w+)`', table[: table.index('\n\n')]))
+    datasets = {name.removeprefix('get_') for name in dir(sources) if name.startswith('get_')}
+    for text in (README, PAGES['docs/data.md']):
+        known = re.search(r'Known[^`]*`([^`]*)`', text).group(1)
+        assert datasets == set(known.split())
+
+
+ROOMS = ('', 'text/', 'hf/', 'runtime/', 'feedback/', 'rl/', 'tools/')
+
+
+def imports(nodes, known):
+    """The modules among known that these nodes import, and the first names of all others."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = {f'{node.module}.{alias.name}' for alias in node.names} & known
+            names |= inside or {node.module}
+    return {name if name in known else name.partition('.')[0] for name in names}
+
+
+def test_layers():
+    """Libraries never import a script, scripts never one another, no cycle at import, and losses.py imports torch alone."""
+    paths = [path for room in ROOMS for path in ROOT.glob(f'{room}*.py') if path.stem != '__init__']
+    modules = {path.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.'): path for path in paths}
+    trees = {name: ast.parse(path.read_text()) for name, path in modules.items()}
+    assert not [name for name, path in modules.items() if 'sys.path' in path.read_text()]
+    scripts = {script.removesuffix('.py') for script in SCRIPTS}
+    for name, tree in trees.items():
+        assert not imports(ast.walk(tree), set(modules)) & scripts, name
+    assert imports(ast.walk(trees['losses']), set(modules)) == {'torch'}
+    ours = {name: imports(tree.body, set(modules)) & set(modules) for name, tree in trees.items()}
+    while ours:
+        leaves = [name for name, found in ours.items() if not found]
+        assert leaves, f'a cycle among {sorted(ours)}'
+        ours = {name: found - set(leaves) for name, found in ours.items() if name not in leaves}
+
+
+def test_adding_a_loss_and_a_data_set(tmp_path):
+    """The README's recipes, done to a copy: the new row is tested, and the new loss trains on the new data set."""
+    ignored = shutil.ignore_patterns('.*', 'out', '__pycache__', 'experiments', 'runs', 'docs')
+    here = shutil.copytree(ROOT, tmp_path / 'copy', ignore=ignored)
+    function, row, dataset = re.findall(r'```python\n(.*?)```', README, re.S)
+
+    def insert(path, before, text):
+        head, mark, tail = (here / path).read_text().partition(before)
+        assert mark, f'{path} has no {before!r}'
+        (here / path).write_text(head + text + mark + tail)
+
+    insert('losses.py', 'LOSSES = {', function + '\n')
+    insert('losses.py', 'dpo, cdpo,', 'my_loss, ')
+    insert('tests/parts/test_losses.py', "    'dpo': (", row)
+    insert('text/sources.py', 'def get_toy(', dataset + '\n\n')
+    rows = [{'question': f'{i}?', 'good': 'a b', 'bad': 'c d'} for i in range(200)]
+    (here / 'mine.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+
+    environment = os.environ | {'NANOPREF_CACHE': str(tmp_path / 'cache')}
+    tested = '-m pytest -q -p no:cacheprovider tests/parts/test_losses.py -k my_loss'
+    counts = '--n_examples=16 --batch_size=8 --n_eval_examples=8 --out_dir=run'
+    trained = f'dpo.py --loss=my_loss --beta=0.2 --data=mine:mine.jsonl {counts}'
+    for command in (tested, trained):
+        done = subprocess.run(
+            [sys.executable, *command.split()], cwd=here, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (here / 'run/model/model.safetensors').exists()
+
+
+def test_speed_table(tmp_path):
+    """The README's speeds are those of experiments/speed/table.json; the same command writes them again."""
+    (tmp_path / 'README.md').write_text(README.replace(' GB |', ' |').replace(' times as fast', ''))
+    command = [
+        sys.executable,
+        '-m',
+        'experiments.speed.table',
+        '--report',
+        f'--readme={tmp_path / "README.md"}',
+        f'--out={ROOT / "experiments/speed/table.json"}',
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and 'head / trl' in done.stdout, done.stderr
+    assert (tmp_path / 'README.md').read_text() == README

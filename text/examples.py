@@ -1,0 +1,159 @@
+"""Tokenised examples as flat arrays: what tokenise.py makes and data.py packs. Flips and fractions are by hash."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from configurator import UserError
+
+
+@dataclass(eq=False)
+class Examples:
+    """Tokenised examples, as flat arrays. Flips and fractions are chosen by hash, so they depend on nothing but the text."""
+
+    ids: np.ndarray  # all tokens
+    spans: np.ndarray  # (n, 1 + answers, 2) start and end, in ids, of the prompt and of each answer
+    good: np.ndarray  # (n,) thumbs up, for KTO
+    uid: np.ndarray  # (n,) a hash of the text
+    left_out: Counter  # what was dropped or cut, and how often
+    ref: np.ndarray | None = None  # (n, answers) the reference's log-probs, where they are cached
+    margin: np.ndarray | None = None  # (n,) of pairs, for reward.py, if they have any
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __getitem__(self, i):
+        """(prompt ids, list of the answers' ids) of example i."""
+        prompt, *answers = (self.ids[start:end] for start, end in self.spans[i])
+        return prompt, answers
+
+    @classmethod
+    def of(cls, items):
+        """From (prompt, answers) lists of ids, such as samples."""
+        parts = [part for prompt, answers in items for part in (prompt, *answers)]
+        edges = np.cumsum([0] + [len(part) for part in parts])
+        spans = np.stack((edges[:-1], edges[1:]), 1).reshape(len(items), -1, 2)
+        uid = np.arange(len(items), dtype=np.uint64)
+        return cls(np.concatenate(parts), spans, np.ones(len(items), bool), uid, Counter())
+
+    def with_(self, **changes):
+        """The same examples with some of their arrays replaced."""
+        return replace(self, **changes)
+
+    @cached_property
+    def widths(self):
+        """(n, 1 + answers) tokens of every prompt and answer."""
+        return self.spans[..., 1] - self.spans[..., 0]
+
+    @cached_property
+    def lengths(self):
+        """(n,) tokens of every example, its prompt once."""
+        return self.widths.sum(1)
+
+    def longest(self, mixed=False):
+        """Tokens of the longest prompt with one of its answers; mixed: with the longest answer of all."""
+        prompts, answers = self.widths[:, 0], self.widths[:, 1:].max(1, initial=0)
+        if mixed:
+            return self.longest_prompt() + int(answers.max(initial=0))
+        return int((prompts + answers).max(initial=0))
+
+    def longest_prompt(self):
+        """Tokens of the longest prompt."""
+        return int(self.widths[:, 0].max(initial=0))
+
+    def select(self, rows):
+        """The examples at these rows: a slice, a mask or numbers."""
+        ref, margin = (None if x is None else x[rows] for x in (self.ref, self.margin))
+        return self.with_(spans=self.spans[rows], good=self.good[rows], uid=self.uid[rows], ref=ref, margin=margin)
+
+    def flip(self, rate, seed):
+        """Swap the labels of this fraction of pairs, chosen by a hash of the pair: the sets are nested in the rate.
+
+        A flipped pair keeps its margin: whoever takes the worse answer for the better one is as sure of it."""
+        flipped = uniform_hash(self.uid, seed) < rate
+        spans, good, ref = self.spans.copy(), self.good.copy(), self.ref
+        # a pair swaps its answers; the two single answers of a pair have its uid, and flip together
+        if spans.shape[1] == 3:
+            spans[flipped, 1:] = spans[flipped, :0:-1]
+            if ref is not None:
+                ref = np.where(flipped[:, None], ref[:, ::-1], ref)
+        else:
+            good[flipped] ^= True
+        left_out = self.left_out + Counter({'labels flipped': int(flipped.sum())})
+        return self.with_(spans=spans, good=good, ref=ref, left_out=left_out)
+
+    def first_answers(self):
+        """The chosen answers alone, for SFT."""
+        return self.with_(spans=self.spans[:, :2], ref=None, margin=None)
+
+    def control(self, good, bad):
+        """Every prompt with a token at its end that says what follows: the id good, or the id bad (conditional SFT)."""
+        if not len(self):
+            return self
+        ends = np.where(self.good, good, bad)
+        longer = Examples.of([(np.append(self[i][0], end), self[i][1]) for i, end in enumerate(ends)])
+        return self.with_(ids=longer.ids, spans=longer.spans, ref=None, margin=None)
+
+    def keep(self, frac_good, frac_bad, seed):
+        """Keep this fraction of the good and of the bad single answers, chosen by hash."""
+        u = uniform_hash(self.uid + self.good.astype(np.uint64), seed + 1)
+        kept = self.select(u < np.where(self.good, frac_good, frac_bad))
+        if not len(kept):
+            raise UserError('no train examples are left: raise frac_good or frac_bad')
+        return kept
+
+    def changes(self):
+        """What was left out, cut or flipped, for the screen."""
+        return dict(+self.left_out) or 'nothing'
+
+    @cached_property
+    def prompts(self):
+        """(n,) hash of every example's prompt: equal prompts have equal ones in this process."""
+        return np.array([hash(self.ids[start:end].tobytes()) for start, end in self.spans[:, 0]], np.int64)
+
+    def mismatched(self, rows, max_length, more):
+        """Each of these examples' prompts with an answer to another prompt (for KTO's z), cut to max_length tokens in all.
+
+        It is that of the next example of the step which has another prompt; where all of the step share theirs, of the next
+        one of this set, then of the first one of the set `more`. Where there is one prompt only: of another example."""
+        items = []
+        for slot, row in enumerate(rows):
+            # those behind it in the step, then from the step's beginning on
+            source, step = self, np.roll(rows, -slot)[1:]
+            others = step[self.prompts[step] != self.prompts[row]]
+            if not len(others):
+                rest = np.roll(np.arange(len(self)), -row)[1:]
+                others = rest[self.prompts[rest] != self.prompts[row]]
+            if not len(others):
+                source, others = more, np.flatnonzero(more.prompts != self.prompts[row])
+            # where there is one prompt everywhere, another example
+            if not len(others):
+                source, others = (self, rest) if len(rest) else (more, np.arange(len(more)))
+            # an answer keeps one token at least
+            prompt, (answer,) = self[row][0], source[others[0]][1]
+            items.append((prompt, [answer[: max(1, max_length - len(prompt))]]))
+        return Examples.of(items)
+
+    def content(self):
+        """A hash of the tokens that are trained on, their order, labels and margins; what select has left out does not count."""
+        digest = hashlib.sha256()
+        for array in (self.widths, self.good, self.margin):
+            digest.update(b'-' if array is None else np.ascontiguousarray(array))
+        for start, end in self.spans.reshape(-1, 2).tolist():
+            digest.update(self.ids[start:end])
+        return digest.hexdigest()
+
+
+def uniform_hash(uid, seed):
+    """uint64 ids -> numbers in [0, 1) that look random and depend on nothing else but the seed (splitmix64)."""
+    return splitmix64(uid + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)).astype(np.float64) / 2**64
+
+
+def splitmix64(x):
+    """uint64 -> uint64 that looks random: a bijection that counters can go into."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

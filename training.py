@@ -1,0 +1,319 @@
+"""What every training script does before, around and after its own step: set-up, resume, logging, evaluation's cadence, saving.
+
+    config = configure(globals(), shared=training)
+    run = training.begin(config)               # ranks, signals, out_dir, tokenizer
+    run.load_data(task='pairs')                # run.train, run.held_out
+    run.load_policy(build)                     # run.policy, run.optimizer, how to pack
+    run.start('training dpo')                  # from the newest checkpoint, or afresh
+    for step in run.steps():                   # microbatches, made ahead in a thread
+        with run.memory(step.batches):
+            columns = run_step(step)           # the script's own: forward and backward
+            run.update(step, columns, weight)  # one optimizer step
+        run.log_step(step, metrics)
+        if run.eval_due(step):
+            evaluate(step.seen)
+        run.finish_step(step)                  # saves, and heeds signals, where that is due
+    run.finish()                               # the exported model
+
+The constants below are options of every script that imports this file. A script that declares one again has its own default.
+Counts are in examples, whatever the number of ranks.
+"""
+
+import math
+import time
+from functools import partial
+
+import torch
+
+import fsdp
+from configurator import UserError
+from data import Step, make_batches, pack_probe, steps
+from hf import export, lora, parallel
+from hf.load import can_pack, check_positions, fingerprints, load_tokenizer
+from model import set_attention
+from runtime import checkpoint, guard, log, room
+from runtime.prefetch import prefetch
+from text.tokenise import load_examples
+
+# data
+eval_data: str | None = None  # None: the test split of data, or a part of it held out
+data_fraction = 1.0  # use this fraction of the training examples
+num_turns = 1  # sharegpt: answers taken from a conversation
+truncation = 'start'  # which end a too long prompt loses: start or end
+skip_bad_rows = False  # count unreadable rows instead of stopping
+# optimizer
+optimizer = 'AdamW'  # AdamW, RMSprop or SGD
+weight_decay = 0.0  # the optimizer's
+lr_schedule = 'constant'  # after warm-up: constant, linear or cosine to zero
+max_grad_norm = 10.0  # gradients are clipped to this norm
+skip_bad_steps = 0  # leave out a step whose loss or gradient is not finite, so many times in a run; then stop
+# LoRA
+lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
+lora_alpha = 16.0  # their output is multiplied by alpha / rank
+lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
+lora_targets: str | None = None  # linear layers that get one, such as 'q_proj,v_proj'; None: all in the blocks
+# evaluation and saving
+eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
+n_eval_examples = 256  # how many held-out examples
+do_first_eval = True  # evaluate before training
+log_every = 1  # print a line after so many examples
+save_every: int | None = None  # write a checkpoint after so many examples
+keep_last = 2  # checkpoints that are kept
+resume = True  # continue from the newest checkpoint of out_dir
+wandb: str | None = None  # a Weights & Biases project to log to
+tensorboard = False  # log to tensorboard, too
+# machine
+max_tokens = 16384  # tokens of one microbatch of one rank: what the memory holds
+dtype = 'float32'  # compute type: float32 or bfloat16 (weights, gradients and sums stay float32)
+pack = True  # no padding
+compile = False  # torch.compile the transformer blocks
+activation_checkpointing = False  # recompute activations: less memory, a third slower
+cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
+tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSDP does the rest
+device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
+attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
+trust_remote_code = False  # run code that comes with a model
+
+
+def begin(config):
+    """A Run of these options: the ranks have met, signals are heeded, out_dir is this run's alone. Raises UserError."""
+    # options that exclude one another, before anything is made
+    adapters = lora.options(config)
+    parallel.check(config)
+
+    # the ranks meet; then nobody else may write into out_dir
+    rank, world, device = fsdp.setup(tp)
+    if config.batch_size < world:
+        raise UserError(f'batch_size {config.batch_size} is too small: one example for each of {world} ranks')
+    guard.begin(config.out_dir, config, resume)
+    return Run(config, adapters, rank, world, device)
+
+
+class Run:
+    """What one rank knows of a training run. Methods that reach other ranks are called on all of them together."""
+
+    def __init__(self, config, adapters, rank, world, device):
+        self.config, self.adapters = config, adapters
+        self.rank, self.world, self.device = rank, world, device
+        # model files are hashed in the background, for what checkpoints say of the run
+        self.models = fingerprints(config)
+        self.tokenizer = load_tokenizer(config.model, trust_remote_code)
+
+    # ---- set-up, in this order ----
+
+    def load_data(self, *, train=None, held_out=None, **options):
+        """Tokenised examples into run.train and run.held_out. options: of load_examples, for both of them; train, held_out:
+        further ones for one of them."""
+        config = self.config
+        names = ('seed', 'max_length', 'max_prompt_length', 'truncation', 'num_turns', 'skip_bad_rows')
+        common = {name: config[name] for name in names}
+        common |= {'tokenizer': self.tokenizer, 'undivided': eval_data is not None}
+        for_train = {**common, 'data_fraction': data_fraction, **options, **(train or {})}
+        for_eval = {**common, **options, **(held_out or {})}
+        # one process of a host reads the text, the others find it in the cache
+        self.train = fsdp.first_of_host(lambda: load_examples(config.data, 'train', **for_train))
+        found = fsdp.first_of_host(lambda: load_examples(eval_data or config.data, 'test', **for_eval))
+        self.held_out = found.select(slice(n_eval_examples))
+
+    def say_data(self, group=1):
+        """Count the examples to come, in whole groups, and say what they are. group: answers to a prompt, where they count."""
+        config, train = self.config, self.train
+        self.total = min(config.n_epochs * len(train) * group, config.n_examples or math.inf) // group * group
+        counts = f'{len(train)} training and {len(self.held_out)} evaluation examples'
+        log.say(f'data: {counts}; left out or changed: {train.changes()}')
+        log.say_too_long(train.lengths, max_tokens)
+
+    def model_options(self):
+        """Options that every model of the run is loaded with."""
+        return {'tokenizer': self.tokenizer, 'trust_remote_code': trust_remote_code, 'seed': self.config.seed}
+
+    def load_policy(self, build):
+        """The sharded model that trains, and its optimizer. build(empty) makes it on the CPU, as in fsdp.shard."""
+        self.build = build  # the export needs it again
+        self.policy = self.shard(build, compile=compile, activation_checkpointing=activation_checkpointing)
+        if self.adapters:
+            log.say(lora.describe(self.policy))
+        # of the adapters' dropout: nothing else draws from it
+        torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
+        self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
+
+    def shard(self, build, **options):
+        """A sharded model, see fsdp.shard."""
+        return fsdp.shard(build, self.device, dtype=dtype, cpu_offload=cpu_offload, device_map=device_map, **options)
+
+    def load_frozen(self, build, longest, what='the examples'):
+        """A sharded model that does not train, reading sequences of up to longest tokens as the policy does."""
+        model = self.shard(build, train=False)
+        check_positions(model, longest, what)
+        set_attention(model, self.packed, attn)
+        return model
+
+    def choose_attention(self, longest, what='the examples', share_prefix=True):
+        """Decide how batches are packed. longest: tokens of the longest sequence. Raises UserError where it does not fit."""
+        check_positions(self.policy, longest, what)
+        wanted = pack and attn is None
+        self.packed = can_pack(self.policy, *pack_probe(self.train, self.device), log.say, wanted=wanted)
+        set_attention(self.policy, self.packed, attn)
+        how = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
+        self.make_batches = partial(make_batches, rank=self.rank, world=self.world, max_tokens=max_tokens, **how)
+
+    def check_room(self, forward, *others):
+        """Refuse a disk that is too small, warn of a memory that is. forward: the policy's pass that trains; others: models."""
+        room.check_room(self.config, self.policy, forward, self.train, self.total, self.packed, others)
+
+    def start(self, what, counts=None):
+        """Resume from the newest checkpoint, or begin afresh; open the log. what, counts: the run's name and size, for the
+        screen."""
+        config, out_dir = self.config, self.config.out_dir
+        # a checkpoint of other weights, data or options is refused
+        self.identity = checkpoint.identify(config, self.models, self.train, self.held_out)
+        latest = checkpoint.latest(out_dir, self.identity) if resume else None
+        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}}
+        if latest:
+            self.state |= checkpoint.load(latest, self.policy, self.optimizer)
+        self.seen = self.state.pop('examples')
+
+        # from here on the folder is this run's
+        fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
+        evaluated = self.state['evaluated']
+        self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard, evaluated)
+        counts = counts or f'examples, {config.batch_size} a step'
+        # one line on what is about to happen
+        verb = 'resuming' if self.seen else 'training'
+        self.logger.say(f'{verb} {what}on {self.world} ranks: {self.total} {counts}')
+
+    # ---- steps ----
+
+    def prepare(self, examples, first, rows):
+        """Everything about a step that can be known before it: microbatches, labels, counts."""
+        batches, tokens, allocated = self.make_batches(examples, rows)
+        labels = {'good': torch.from_numpy(examples.good[rows])}
+        if examples.margin is not None:
+            labels['margin'] = torch.from_numpy(examples.margin[rows])
+        return Step(first, rows, batches, tokens, allocated, labels)
+
+    def steps(self, prepare=None):
+        """The steps from here to the end of the run, prepared ahead in a thread."""
+        prepare = prepare or self.prepare
+        todo = steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
+        self.clock = time.time()
+        for step in prefetch(prepare(self.train, *which) for which in todo):
+            self.waited = time.time() - self.clock
+            yield step
+
+    def memory(self, batches):
+        """Around the work on microbatches: one sentence where they do not fit."""
+        return guard.memory(batches, max_tokens)
+
+    def update(self, step, columns, weight):
+        """One optimizer step on the gradients of step, whose examples weigh weight together. Returns whether it was done: a
+        loss or gradient that is not finite leaves the weights alone, and is counted."""
+        config = self.config
+        # the learning rate of this step
+        n_steps = -(-self.total // config.batch_size)
+        number = step.first // config.batch_size
+        self.rate = config.lr * log.schedule(number, n_steps, config.warmup_steps, lr_schedule)
+
+        # FSDP has averaged over ranks the sums of weighted gradients; NaN leaves the weights alone
+        scale = self.world / (float(weight) or math.nan) if guard.finite(columns) else math.nan
+        self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, max_grad_norm)
+        if math.isfinite(self.norm):
+            return True
+
+        # raises UserError where too many steps were bad
+        uid = self.train.uid[step.rows]
+        guard.bad_step(config.out_dir, self.state, skip_bad_steps, step.first, step.rows, uid, self.norm, columns)
+        return False
+
+    def log_step(self, step, metrics):
+        """A row of metrics.jsonl for a step."""
+        # speeds count everything since the last step but evaluations and checkpoints
+        now = time.time()
+        elapsed, self.clock = now - self.clock, now
+        n = len(step.rows)
+        metrics |= {'grad_norm': self.norm, 'lr': self.rate, 'counters/step_examples': n}
+        metrics |= {'padding_share': 1 - step.tokens / step.allocated}
+        for name, amount in (('examples', n), ('tokens', step.tokens), ('data_wait', self.waited)):
+            metrics[f'{name}_per_second'] = log.per_second(amount, elapsed)
+        metrics |= {f'state/{name}': value for name, value in self.state['statistic'].items()}
+        if skip_bad_steps:
+            metrics['counters/bad_steps'] = self.state['bad_steps']
+        self.logger.row('train', step.seen, metrics)
+
+    def finish_step(self, step):
+        """Save where it is due, and do what signals have asked for."""
+        due = log.crossed(save_every, step.first, step.seen, self.total)
+        if due:
+            self.save(step.seen)
+            self.clock = time.time()
+        self.heed(step.seen, saved=due)
+
+    def save(self, seen):
+        """Begin to write a checkpoint."""
+        state = self.state | {'run': self.identity}
+        checkpoint.save(self.config.out_dir, seen, self.policy, self.optimizer, state, keep_last)
+
+    def heed(self, seen, saved=False):
+        """End here, saved, if a signal has asked for it. saved: there is a checkpoint already."""
+        guard.boundary(partial(self.save, seen), self.logger.close, saved=saved)
+
+    # ---- evaluation ----
+
+    def eval_due_at_start(self):
+        """Whether to evaluate before the first step: of a run, or of a resumed one whose evaluation was cut short."""
+        if self.seen:
+            return log.crossed(eval_every, self.seen - self.config.batch_size, self.seen, self.total)
+        return do_first_eval
+
+    def eval_due(self, step):
+        """Whether to evaluate after this step."""
+        return log.crossed(eval_every, step.first, step.seen, self.total)
+
+    def evaluate(self, seen, run_step, summary, sample=None, prepare=None):
+        """A row of metrics.jsonl from all held-out examples, unless there is one already.
+
+        run_step(step) -> columns; summary(columns, split) -> metrics; sample(seen) -> more of them, where samples are wanted."""
+        n, prepare = len(self.held_out), prepare or self.prepare
+        if not n or seen <= self.state['evaluated']:
+            return
+        parts = []
+        todo = steps(n, self.config.batch_size, n, seed=0, shuffle=False)
+        for step in prefetch(prepare(self.held_out, *which) for which in todo):
+            with self.memory(step.batches):
+                parts.append(run_step(step))
+            if guard.stop_asked():
+                return  # an evaluation that was cut short is done again after the resume
+
+        # one mean over all of them, not a mean of means
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        metrics = summary(columns, 'eval')
+        if sample:
+            metrics |= sample(seen)
+        self.log_evaluation(seen, metrics)
+
+    def log_evaluation(self, seen, metrics):
+        """A row of metrics.jsonl, unless a signal has cut the evaluation short."""
+        if not guard.stop_asked():
+            self.logger.row('eval', seen, metrics)
+            self.state['evaluated'] = seen
+        self.clock = time.time()
+
+    # ---- the end ----
+
+    def finish(self, build=None):
+        """Write the model folder and its card. build: of what is exported, if it differs from what was trained."""
+        out_dir = self.config.out_dir
+        self.heed(self.total)
+        build = build or self.build
+        guard.export(self.policy, self.tokenizer, build, f'{out_dir}/model', partial(export.write_card, out_dir))
+        self.logger.close()
+        guard.end()
+        log.say(f'done: {out_dir}/model')
+
+
+def gather(parts, slots, total):
+    """Columns of this rank's microbatches -> columns of the whole step, in step order, equal on every rank.
+
+    parts: name -> column, of each microbatch; slots: of their examples in the step; total: examples of the step."""
+    joined = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
+    return fsdp.gather_columns(joined, slots, total)
