@@ -30,9 +30,10 @@ def _excepthook(kind, error, trace):
         error = guard.explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
     if not isinstance(error, UserError):
         return sys.__excepthook__(kind, error, trace)
+
     sys.stdout.flush()
     if main_rank() or hasattr(error, 'of_this_rank'):  # mostly every rank raises the same error; one says it
-        sys.__stderr__.write(f'error: {error}\n')  # torch.distributed holds back what goes to sys.stderr
+        sys.__stderr__.write(f'error: {error}\n')
         sys.__stderr__.flush()
     os._exit(2)  # not sys.exit: threads of the process group can abort an ordinary exit, with another code
 
@@ -87,6 +88,7 @@ def configure(scope, argv=None, shared=None):
     if '--help' in argv or '-h' in argv:
         _print_help(scope.get('__doc__') or '', options)
         sys.exit(0)
+    # the defaults, to be overridden
     config = Config({name: option.default for name, option in options.items()})
     config.origin = dict.fromkeys(options, 'default')
 
@@ -100,6 +102,7 @@ def configure(scope, argv=None, shared=None):
 
     # then flags, wherever they stand
     for flag in [a for a in argv if a.startswith('-')]:
+        # a value may contain =
         name, equals, text = flag.removeprefix('--').partition('=')
         if not flag.startswith('--') or not name:
             raise UserError(f'cannot read {flag!r}: options are written --name=value')
@@ -111,6 +114,7 @@ def configure(scope, argv=None, shared=None):
         config[name] = _check(name, _parse(name, text if equals else 'true', options), options, 'the command line')
         config.origin[name] = 'command line'
 
+    # bare names in the script, and in the shared module
     for name, option in options.items():
         option.scope[name] = config[name]
     return config
@@ -130,6 +134,7 @@ def _declared(scope):
             break
         if not is_constant:
             continue
+        # its type is that of its default, or what the annotation allows
         default = ast.literal_eval(node.value)
         if isinstance(node, ast.AnnAssign):
             name, types = node.target.id, ast.unparse(node.annotation).split(' | ')
@@ -191,6 +196,7 @@ def _read_file(path):
 
 def _failing_line(error, path):
     """The last line of this file that led to the error."""
+    # a syntax error knows its line; others have the frames that led to them
     if isinstance(error, SyntaxError) and error.filename == path:
         return error.lineno
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -215,6 +221,7 @@ def _parse(name, text, options):
 def _check(name, value, options, where):
     """The value, an int promoted to float where a float is declared. Raises UserError for an unknown name, a wrong type, or a
     value that makes no sense."""
+    # a name that is not declared, with the nearest that is
     if name not in options:
         near = difflib.get_close_matches(name, options, 1)
         hint = f'did you mean {near[0]}?' if near else '--help lists the options'

@@ -173,6 +173,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     groups = examples
     if pad or not share_prefix:
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
+    # padded rows are as wide as the widest of them
     width = max(len(prompt) + len(answers[0]) for prompt, answers in groups) if pad else 0
 
     # lay out one group after the other; start and end are places in the flattened ids
@@ -184,6 +185,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
         parts['position'].append(np.arange(p))
         end = start + p
         for answer in answers:
+            # its tokens, where they lie, and what predicts them
             k = len(answer)
             parts['ids'].append(answer)
             parts['position'].append(np.arange(p, p + k))  # every answer follows the prompt
@@ -220,6 +222,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
 
 def pack_probe(examples, device):
     """The first and the longest example, packed and padded: to see whether a model gives both the same log-probs."""
+    # an ordinary example, and the one that needs the most room
     two = [examples[0], examples[int(examples.lengths.argmax())]]
     return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]
 

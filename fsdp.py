@@ -51,6 +51,7 @@ def setup(tp=1):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if not dist.is_initialized():
         _join('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+    # neighbours share the matrices of a block
     world = dist.get_world_size()
     if world % tp:
         raise UserError(
@@ -129,6 +130,7 @@ def first_of_host(fn):
 
 def gather_objects(value):
     """The values of all ranks, in rank order, on every rank."""
+    # any picklable value: for what is small, and needed seldom
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -246,6 +248,7 @@ def _distribute(model, full, device, half, cpu_offload):
         settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     home = torch.device('cpu') if cpu_offload else device
     settings['offload_policy'] = CPUOffloadPolicy(device.type == 'cuda') if cpu_offload else OffloadPolicy()
+    # block by block, so that one at a time is gathered
     for block in blocks(model):
         fully_shard(block, **settings)
     fully_shard(model, **settings, reshard_after_forward=False)
@@ -267,6 +270,7 @@ def _distribute(model, full, device, half, cpu_offload):
 
 def add_method(model, function):
     """model.function(...) as a forward of the root: outside of one, parts of a sharded model see no gathered parameters."""
+    # FSDP gathers the parameters around what it knows as a forward
     setattr(model, function.__name__, types.MethodType(function, model))
     register_fsdp_forward_method(model, function.__name__)
 
@@ -323,6 +327,7 @@ def update(model, optimizer, lr, scale, max_norm):
     # divide by the weights and clip, in one product
     for grads in groups.values():
         torch._foreach_mul_(grads, scale * min(1.0, max_norm / (norm + 1e-6)))
+    # the schedule is the caller's
     for group in optimizer.param_groups:
         group['lr'] = lr
     optimizer.step()

@@ -60,6 +60,7 @@ config = configure(globals())
 
 # ---- what is judged ----
 
+# which options belong to which judge
 FOR_ENDPOINT = ['judge_model', 'judge_prompt', 'request', 'concurrency', 'timeout', 'retries']
 FOR_MODEL = ['max_length', 'max_prompt_length', 'truncation', 'max_tokens', 'trust_remote_code']
 if answers is None:
@@ -68,6 +69,7 @@ if sum(judge is not None for judge in (endpoint, reward_model, gold)) != 1:
     raise UserError('name one judge: --endpoint=http://... with --judge_model, --reward_model=FOLDER, or --gold=toy')
 config.ignored(FOR_ENDPOINT if endpoint is None else [], 'there is no --endpoint')
 config.ignored(FOR_MODEL if reward_model is None else [], 'there is no --reward_model')
+# the pairs, those of equal answers, and the verdicts to take: with an endpoint in both orders
 table, left_out = pairs.make_pairs(answers, against)
 equal = {i for i, pair in enumerate(table) if len({output.strip() for output in pair['outputs']}) == 1}
 wanted = [(i, order) for i in range(len(table)) if i not in equal for order in ((1, 2) if endpoint else (1,))]
@@ -99,6 +101,7 @@ def read_prompt():
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or 'not a text file'
         raise UserError(f'cannot read --judge_prompt={judge_prompt}: {reason}') from None
+    # each slot once; what shows where an answer ends is added where the prompt leaves room for it
     slots = sorted(slot for slot in SLOT.findall(text) if slot != 'mark')
     if slots != ['answer_1', 'answer_2', 'instruction'] or 'Verdict:' not in text:
         raise UserError(f'{judge_prompt} must have {{instruction}}, {{answer_1}} and {{answer_2}}, each once, and ask for a last '
@@ -117,6 +120,7 @@ def read_request():
         json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()  # what json reads it cannot always write
     except (ValueError, RecursionError):
         fields = None
+    # an object, without the fields that are ours
     if not isinstance(fields, dict) or fields.keys() & {'model', 'messages', 'stream', 'n'}:
         raise UserError(f'--request must be a json object without model, messages, stream and n, not {request!r}')
     return fields
@@ -124,6 +128,7 @@ def read_request():
 
 def body(i, order):
     """The request for a verdict on pair i; order 1 shows its first answer as A, order 2 its second."""
+    # the answer that the order shows first is A
     shown = [output.strip() for output in table[i]['outputs']][:: 1 if order == 1 else -1]
     texts = {'instruction': table[i]['instruction'], 'answer_1': shown[0], 'answer_2': shown[1]}
     texts['mark'] = mark(*texts.values())
@@ -152,6 +157,7 @@ def preference(text, raw, order):
     """1, 2 or 1.5 (tie), by the last line, which holds nothing but the verdict; None where it is not so, or was cut short.
 
     Where the line before is another verdict, both are forms to choose from, and the reply is none."""
+    # of the lines that say something, the last and the one before it
     lines = [line for line in text.splitlines() if not RULE.fullmatch(line[:200])]
     last, before = (verdict(line) for line in (['', '', *lines])[:-3:-1])
     if not last or (before and before != last) or raw['choices'][0].get('finish_reason') in CUT:
@@ -163,6 +169,7 @@ def preference(text, raw, order):
 
 def ask_judge(todo, before):
     """Yield a verdict for each (pair, order), as they arrive; None for one that failed."""
+    # requests are made as they are sent, replies come in any order
     jobs = ((key, body(*key)) for key in todo)
     settings = {'concurrency': concurrency, 'timeout': timeout, 'retries': retries, 'proven': bool(before)}
     with contextlib.closing(ask(endpoint, jobs, **settings)) as replies:
@@ -187,8 +194,10 @@ if endpoint is not None:
 def compare_rewards(todo, before):
     """Yield a verdict for each pair: its higher reward. Equal rewards are a tie."""
     known = {}  # with n answers to a prompt, each is in n - 1 pairs
+    # 64 pairs at a time, so that what is scored is soon on the disk
     for start in range(0, len(todo), 64):
         some = [i for i, _ in todo[start : start + 64]]
+        # each answer once
         keys = {(i, k): (content_hash(table[i]['prompt']), table[i]['outputs'][k]) for i in some for k in (0, 1)}
         new = {key: (table[i]['prompt'], text_of(i, k)) for (i, k), key in keys.items() if key not in known}
         known.update(zip(new, rewards(list(new.values())), strict=True))
@@ -206,6 +215,7 @@ def text_of(i, k):
     return answer(table[i]['outputs'][k]) if plain else table[i]['outputs'][k]
 
 
+# the gold reward of the toy world
 if gold is not None:
     from text import toy
 
@@ -221,6 +231,7 @@ if gold is not None:
         return [toy.gold(prompt, text) for prompt, text in items]
 
 
+# a reward model, which reads prompt and answer as dpo.py would
 if reward_model is not None:
     import fsdp
     from feedback import score
@@ -245,12 +256,14 @@ if reward_model is not None:
 
 # ---- the verdicts ----
 
+# the same options and the same answers as before, or another out_dir
 log.check_out_dir(
     out_dir, record, True, neutral={'out_dir', 'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'}
 )
 begun = Path(out_dir) / 'config.json'
 if begun.exists() and json.loads(begun.read_text())['config']['endpoint'] != endpoint:
     log.say(f'note: this run began at another endpoint; {judge_model} must be the same model here')
+# what is there already is not asked again
 file, verdicts = pairs.open_verdicts(out_dir)
 if verdicts:
     log.say(f'{len(verdicts)} verdicts are in {out_dir} already')
@@ -280,23 +293,29 @@ judged = [[verdicts.get((i, order), {}).get('preference') for order in orders_as
 # the mean over both orders; none where one is missing
 preferences = [None if None in both else sum(both) / len(both) for both in judged]
 preferences = [1.5 if i in equal else preference for i, preference in enumerate(preferences)]
+# the same verdicts as AlpacaEval and dpo.py read them
 annotator = judge_model or reward_model or f'gold {gold}'
 pairs.write_json(Path(out_dir) / 'annotations.json', [pairs.annotation(*row, annotator) for row in zip(table, preferences, strict=True)])  # fmt: skip
 
+# the pairs with a verdict: wins from 0 to 1, and lengths in characters
 clear = [i for i, p in enumerate(preferences) if p is not None]
 wins, question = 2 - np.array([preferences[i] for i in clear]), [table[i]['question'] for i in clear]
 lengths = np.array([[len(output.strip()) for output in table[i]['outputs']] for i in clear]).reshape(-1, 2)
+# names for the screen
 names = [' + '.join(sorted({pair['generators'][k] for pair in table})) for k in (0, 1)]
 names = names if names[0] != names[1] else ['the first answer', 'the second']
+# counts first
 unclear = [row['text'] for row in verdicts.values() if row['preference'] is None]
 report = {'first': names[0], 'second': names[1], 'judge': annotator, 'pairs': len(table), 'with_a_verdict': len(clear),
           'won': int((wins > 0.5).sum()), 'lost': int((wins < 0.5).sum()), 'ties': int((wins == 0.5).sum())}  # fmt: skip
 report |= {'ties_equal_answers': len(equal), 'ties_contradicting_orders': sum(set(both) == {1, 2} for both in judged)}
 report |= {'unclear_replies': len(unclear), 'failed': failed.total(), 'failures': dict(failed), 'cut': dict(+cut)}
+# then rates, with their standard errors over prompts
 report['win_rate'], report['win_rate_se'] = winrate.mean(wins, question)
 fit = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], question)
 report['length_controlled'], report['length_controlled_se'], report['length_effect'] = fit
 report['mean_lengths'] = lengths.mean(0).tolist() if clear else None
+# whether the order mattered
 if endpoint is not None:
     orders = winrate.orders([both for both in judged if None not in both])
     report |= {'shown_first': orders['first_shown'][0], 'shown_first_se': orders['first_shown'][1]}
@@ -312,6 +331,7 @@ def percent(name, why='too few verdicts'):
     return f'{value:.1%}' if error is None else f'{value:.1%} (standard error {error:.1%})'
 
 
+# the same on the screen
 log.say(f"""
 {names[0]} against {names[1]}, judged by {annotator}
   win rate           {percent('win_rate')}; a tie is half a win
@@ -327,6 +347,7 @@ log.say(f"""  without a verdict  {len(table) - len(clear)} pairs; unclear replie
 {out_dir}/annotations.json, report.json and verdicts.jsonl; answers cut for the judge: {dict(+cut) or 'none'}""")
 if unclear:
     log.say(f'note: an unclear reply (cut short, or its last line is no verdict) ends: {unclear[0].strip()[-150:]!r}')
+# what is missing ends the run with a sentence, after all that there is was written
 if failed:
     reason, times = failed.most_common(1)[0]
     raise UserError(

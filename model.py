@@ -230,6 +230,7 @@ class Head(torch.autograd.Function):
             torch.mm(hidden, weight.T, out=out)
         else:
             out.copy_(hidden @ weight.T)
+        # then bias and scale, in place
         if bias is not None:
             out += bias
         return out if _scale(config) == 1 else out.mul_(_scale(config))

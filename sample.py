@@ -68,6 +68,7 @@ config = configure(globals())
 
 # ---- set-up ----
 
+# what the options mean together
 if endpoint:
     config.ignored(['model', 'max_prompt_length', 'truncation', 'batch_size', 'max_tokens', 'dtype', 'trust_remote_code'],
                    'an endpoint answers')  # fmt: skip
@@ -76,6 +77,7 @@ if endpoint:
         raise UserError('--endpoint needs --endpoint_model, the name of a model there')
 else:
     config.ignored(['endpoint_model', 'concurrency', 'timeout'], 'there is no --endpoint')
+# one temperature, or several
 try:
     temperatures = [float(x) for x in str(temperature).split()]
 except ValueError:
@@ -86,6 +88,7 @@ if 0 in temperatures and n > 1:
     raise UserError(f'at temperature 0 all {n} answers to a prompt are the same: use --n=1, or another temperature')
 if temperatures == [0]:
     config.ignored(['top_p'], 'temperature 0 takes the most probable token')
+# who answers: the ranks of a model, or one process that asks
 rank, world, device = fsdp.setup()
 if endpoint and world > 1:
     raise UserError('one process is enough to ask an endpoint: run python sample.py, and raise --concurrency')
@@ -95,6 +98,7 @@ def read_prompts():
     """The prompts of data, each once: rows with 'prompt' and perhaps 'tools', and a Counter of what was left out or changed."""
     rows, left_out = [], Counter()
     for source in data.split('+'):
+        # a text file has a prompt a line, everything else the rows of a data set
         if source.endswith('.txt'):
             try:
                 rows += [{'prompt': line} for line in Path(source).read_text('utf-8').splitlines() if line.strip()]
@@ -107,6 +111,7 @@ def read_prompts():
             raise sources.vanished(source, split or 'test', out)
         rows += more
         left_out.update(out)
+    # each prompt once, then the part that is wanted
     found = {}
     for row in rows:
         with_tools = [row['tools']] if 'tools' in row else []
@@ -117,6 +122,7 @@ def read_prompts():
     if not rows:
         raise UserError(f'there are no prompts in data {data!r}; left out: {dict(+left_out) or "nothing"}')
     left_out['prompts beyond n_examples or data_fraction'] += len(found) - len(rows)
+    # as chats, behind a system message, if asked
     first = [sources.message('system', system)] if system else []
     for row in rows if chat or system else []:
         turns = sources.as_chat(row['prompt'])
@@ -130,12 +136,14 @@ def wanted(i, sample):
     """What the row of answer number `sample` to prompt i must contain, or None if there is none in this run."""
     if 0 <= i < len(prompts) and 0 <= sample < n * len(temperatures):
         prompt, tools = prompts[i]['prompt'], prompts[i].get('tools')
+        # the seed is of the prompt and the number, not of its place in the data
         answer_seed = sources.content_hash(seed, prompt, sample) % 2**31  # some servers take no longer ones
         more = {'tools': tools} if tools else {}
         return {'index': i, 'prompt': prompt, **more, 'sample': sample, 'temperature': temperatures[sample // n],
                 'generator': generator or endpoint_model or model, 'seed': answer_seed}  # fmt: skip
 
 
+# the weights by content: another model under the same name is another run
 record = dict(config) | (
     {} if endpoint else {'weights': fsdp.gather_objects(fsdp.on_one_rank(lambda: content(model)))[0]}
 )
@@ -149,6 +157,7 @@ keys = [(i, k) for i in range(len(prompts)) for k in range(n * len(temperatures)
 
 def load():
     """The sharded model, its tokenizer, and the ids of the prompts."""
+    # the model, and the room that its positions leave for prompts
     tokenizer = load_tokenizer(model, trust_remote_code)
     net = fsdp.shard(partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed),
                      device, dtype=dtype, train=False)  # fmt: skip
@@ -168,6 +177,7 @@ def load():
 def plan(ids):
     """All answers in batches, longest prompts first, of one temperature each. It depends on no rank and no earlier run."""
     batches = []
+    # one temperature after the other; a batch is full by answers or by tokens
     for i, k in sorted(keys, key=lambda key: (key[1] // n, -len(ids[key[0]]), key)):
         batch = batches[-1] if batches else []
         width = len(ids[batch[0][0]]) + max_new_tokens if batch else 0  # of its longest prompt
@@ -180,12 +190,14 @@ def plan(ids):
 
 def generate_all():
     """Generate this rank's batches."""
+    # a batch of the plan is done again as a whole, so that its noise and rounding are the same
     for batch in [batch for batch in plan(ids) if not done.issuperset(batch)][rank::world]:
         common = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': temperatures[batch[0][1] // n]}
         rows = [wanted(*key) for key in batch]  # whole batches, even if a few of their answers are there already
         advice = f'{len(batch)} answers do not fit; run the same command with a smaller --batch_size'
         with guard.memory_for(f'{advice}; what is answered is kept'):
             answers = generate.generate(net, tokenizer, [ids[i] for i, _ in batch], [r['seed'] for r in rows], **common)
+        # what goes into samples.jsonl
         for row, answer in zip(rows, answers, strict=True):
             text = tokenizer.decode(answer, skip_special_tokens=True)
             ended = len(answer) < max_new_tokens
@@ -210,6 +222,7 @@ def ask_all():
         }
 
     jobs = ((key, body(wanted(*key))) for key in keys if key not in done)
+    # as they arrive, in any order
     for key, text, raw, error in ask(endpoint, jobs, concurrency=concurrency, timeout=timeout, proven=bool(done)):
         if text is None:
             failed[error] += 1
@@ -247,6 +260,7 @@ def keep(rows):
     bar.update(len(rows))
 
 
+# the model, and what is about to be done
 net, tokenizer, ids = (None, None, None) if endpoint else load()
 if ids is not None:  # a prompt that the chat template refuses has no ids
     keys = [(i, k) for i, k in keys if ids[i] is not None]
@@ -255,6 +269,7 @@ if ids is not None:  # a prompt that the chat template refuses has no ids
 log.say(f'data: {len(prompts)} prompts, {len(keys)} answers; left out or changed: {dict(+left_out) or "nothing"}')
 text = repr(prompts[0]['prompt'] if endpoint else tokenizer.decode(ids[keys[0][0]]))
 log.say(f'first prompt: {text if len(text) < 300 else text[:150] + " ... " + text[-150:]}')
+# the folder is this run's; what is in it already is not done again
 fsdp.on_one_rank(lambda: samples.lock(out_dir))
 done = set(fsdp.gather_objects(fsdp.on_one_rank(lambda: list(samples.collect(out_dir, wanted))))[0])
 if done:
@@ -264,12 +279,14 @@ guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes 
 started, counts, failed = time.time(), Counter(), Counter()
 bar = tqdm(total=(len(keys) - len(done)) // world, unit=' answers', mininterval=0.5 if sys.stderr.isatty() else 20,
            dynamic_ncols=True, disable=not main_rank() or len(done) == len(keys), desc=f'rank 0 of {world}' if world > 1 else None)  # fmt: skip
+# the work
 if endpoint:
     failed = ask_all()
 elif len(done) < len(keys):
     with fsdp.unsharded(net):
         fsdp.on_ranks(True, generate_all)
 bar.close()
+# all ranks' answers into one file, and what AlpacaEval reads
 total = sum(fsdp.gather_objects(counts), Counter())
 found = fsdp.on_one_rank(lambda: samples.collect(out_dir, wanted))
 if rank == 0:
@@ -278,6 +295,7 @@ if rank == 0:
     speed = f'{log.per_second(total["tokens"], time.time() - started):.0f} tokens/s; ' if total else ''
     log.say(f'done: {out_dir}/samples.jsonl, {len(found)} answers, {lengths} of them cut at {max_new_tokens} tokens; {speed}'
             f'{out_dir}/model_outputs.json, the first answer to each prompt')  # fmt: skip
+# what is missing ends the run with a sentence
 if not failed and len(fsdp.gather_objects(found and list(found))[0]) < len(keys):
     raise UserError(f'answers are missing in {out_dir}/samples.jsonl: run the same command again')
 if failed:

@@ -108,16 +108,19 @@ class Run:
         names = ('seed', 'max_length', 'max_prompt_length', 'truncation', 'num_turns', 'skip_bad_rows')
         common = {name: config[name] for name in names}
         common |= {'tokenizer': self.tokenizer, 'undivided': eval_data is not None}
+        # flips and fractions are of the training examples alone
         for_train = {**common, 'data_fraction': data_fraction, **options, **(train or {})}
         for_eval = {**common, **options, **(held_out or {})}
         # one process of a host reads the text, the others find it in the cache
         self.train = fsdp.first_of_host(lambda: load_examples(config.data, 'train', **for_train))
+        # held out: its own data, or a part of the training data
         found = fsdp.first_of_host(lambda: load_examples(eval_data or config.data, 'test', **for_eval))
         self.held_out = found.select(slice(n_eval_examples))
 
     def say_data(self, group=1):
         """Count the examples to come, in whole groups, and say what they are. group: answers to a prompt, where they count."""
         config, train = self.config, self.train
+        # epochs, or fewer examples than they have
         self.total = min(config.n_epochs * len(train) * group, config.n_examples or math.inf) // group * group
         counts = f'{len(train)} training and {len(self.held_out)} evaluation examples'
         log.say(f'data: {counts}; left out or changed: {train.changes()}')
@@ -150,6 +153,7 @@ class Run:
 
     def choose_attention(self, longest, what='the examples', share_prefix=True):
         """Decide how batches are packed. longest: tokens of the longest sequence. Raises UserError where it does not fit."""
+        # packed if the architecture gives the same log-probs so
         check_positions(self.policy, longest, what)
         wanted = pack and attn is None
         self.packed = can_pack(self.policy, *pack_probe(self.train, self.device), log.say, wanted=wanted)
@@ -168,6 +172,7 @@ class Run:
         # a checkpoint of other weights, data or options is refused
         self.identity = checkpoint.identify(config, self.models, self.train, self.held_out)
         latest = checkpoint.latest(out_dir, self.identity) if resume else None
+        # what a checkpoint keeps beside weights and optimizer
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}}
         if latest:
             self.state |= checkpoint.load(latest, self.policy, self.optimizer)
@@ -235,6 +240,7 @@ class Run:
         metrics |= {'padding_share': 1 - step.tokens / step.allocated}
         for name, amount in (('examples', n), ('tokens', step.tokens), ('data_wait', self.waited)):
             metrics[f'{name}_per_second'] = log.per_second(amount, elapsed)
+        # what carries over from step to step
         metrics |= {f'state/{name}': value for name, value in self.state['statistic'].items()}
         if skip_bad_steps:
             metrics['counters/bad_steps'] = self.state['bad_steps']
@@ -303,6 +309,7 @@ class Run:
     def finish(self, build=None):
         """Write the model folder and its card. build: of what is exported, if it differs from what was trained."""
         out_dir = self.config.out_dir
+        # a signal that comes now finds everything saved
         self.heed(self.total)
         build = build or self.build
         guard.export(self.policy, self.tokenizer, build, f'{out_dir}/model', partial(export.write_card, out_dir))
