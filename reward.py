@@ -89,7 +89,7 @@ def summary(columns, split):
 
 # ---- training ----
 
-run.start('')
+run.start()
 if run.eval_due_at_start():
     run.evaluate(run.seen, run_step, summary)
 for step in run.steps():

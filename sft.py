@@ -124,7 +124,7 @@ def evaluate(seen):
 
 # ---- training ----
 
-run.start('')
+run.start()
 if run.eval_due_at_start():
     evaluate(run.seen)
 for step in run.steps():

@@ -3,8 +3,11 @@
     config = configure(globals(), shared=training)
     run = training.begin(config)               # ranks, signals, out_dir, tokenizer
     run.load_data(task='pairs')                # run.train, run.held_out
-    run.load_policy(build)                     # run.policy, run.optimizer, how to pack
-    run.start('training dpo')                  # from the newest checkpoint, or afresh
+    run.say_data()                             # how many examples there will be
+    run.load_policy(build)                     # run.policy, run.optimizer
+    run.choose_attention(longest)              # packed, where the architecture allows it
+    run.check_room(run.policy.response_logps)  # disk and memory, before the first step
+    run.start('dpo ')                          # from the newest checkpoint, or afresh
     for step in run.steps():                   # microbatches, made ahead in a thread
         with run.memory(step.batches):
             columns = run_step(step)           # the script's own: forward and backward
@@ -165,7 +168,7 @@ class Run:
         """Refuse a disk that is too small, warn of a memory that is. forward: the policy's pass that trains; others: models."""
         room.check_room(self.config, self.policy, forward, self.train, self.total, self.packed, others)
 
-    def start(self, what, counts=None):
+    def start(self, what='', counts=None):
         """Resume from the newest checkpoint, or begin afresh; open the log. what, counts: the run's name and size, for the
         screen."""
         config, out_dir = self.config, self.config.out_dir
