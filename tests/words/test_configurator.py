@@ -1,5 +1,6 @@
 """The configurator, sentence by sentence of its design: order, names, types, config files, help, notes, errors."""
 
+import importlib
 import math
 import os
 import re
@@ -521,3 +522,78 @@ def test_help_into_a_pipe_that_nobody_reads():
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(write)
     assert done.returncode == 0 and not done.stderr
+
+
+# ---- options that several scripts share ----
+
+SHARED = '''"""What scripts share."""
+import math
+
+# machine
+threads = 1  # how many
+dtype = 'float32'  # the type
+out_dir = 'out/shared'  # where
+
+def work():
+    return threads
+'''
+OWN = '''"""A script."""
+# model
+size: int | None = None  # of the model
+# output
+out_dir = 'out/own'  # everything
+config = configure(globals(), shared=shared)
+'''
+
+
+@pytest.fixture
+def sharing(tmp_path, monkeypatch):
+    """(run(*argv) -> globals of a script that shares options, the module it shares them with)."""
+    (tmp_path / 'shared_options.py').write_text(SHARED)
+    (tmp_path / 'script.py').write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'shared_options', raising=False)
+    shared = importlib.import_module('shared_options')
+
+    def run(*argv):
+        monkeypatch.setattr(sys, 'argv', ['script.py', *argv])
+        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+        given = {'configure': configurator.configure, 'shared': shared}
+        return runpy.run_path(str(tmp_path / 'script.py'), init_globals=given)
+
+    return run, shared
+
+
+def test_shared_options_are_set_where_they_are_declared(sharing):
+    run, shared = sharing
+    scope = run('--threads=3', '--size=7')
+    assert shared.work() == 3 and 'threads' not in scope and scope['size'] == 7
+    assert scope['config'] == {'size': 7, 'out_dir': 'out/own', 'threads': 3, 'dtype': 'float32'}
+    assert scope['config'].threads == 3 and not hasattr(scope['config'], 'lr')
+    run()  # in the same process: from the defaults of the source, not from what the last run has left
+    assert shared.work() == 1
+
+
+def test_a_script_has_its_own_default_of_a_shared_option(sharing):
+    run, shared = sharing
+    assert run()['out_dir'] == 'out/own' and shared.out_dir == 'out/shared'
+    assert run('--out_dir=x')['out_dir'] == 'x'
+
+
+def test_shared_options_are_checked_as_others_are(sharing):
+    run, _ = sharing
+    for flag, words in (
+        ('--dtype=float16', 'dtype must be one of float32, bfloat16'),
+        ('--thread=1', 'did you mean threads'),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(flag)
+
+
+def test_help_has_the_headings_of_the_source(sharing, capsys):
+    run, _ = sharing
+    with pytest.raises(SystemExit):
+        run('--help')
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.split(' = ')[0].strip() for line in lines[lines.index('model') :] if line]
+    assert found == ['model', '--size', 'output', '--out_dir', 'machine', '--threads', '--dtype']
