@@ -244,3 +244,9 @@ class Varlen:
         self.gather = torch.from_numpy(np.concatenate(gather)).to(device)
         self.cu_q, self.cu_k = (torch.tensor([0, *np.cumsum(x)], dtype=torch.int32, device=device) for x in (q, k))
         self.max_q, self.max_k = max(q), max(k)
+
+
+if __name__ == '__main__':
+    from text import show
+
+    show.main()

@@ -25,7 +25,7 @@ CHOICES = {
     'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
     'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released'), 'gold': (None, 'toy'),
     'attn': (None, 'sdpa', 'eager', 'flash_attention_2', 'flash_attention_3'), 'split': (None, 'train', 'test'),
-    'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
+    'task': (None, 'pairs', 'singles', 'sft', 'prompts'), 'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
 }  # fmt: skip
 
 # they stay in the environment: no option may hold one, for options are printed and written down
