@@ -42,6 +42,7 @@ from text.tokenise import load_examples
 eval_data: str | None = None  # None: the test split of data, or a part of it held out
 data_fraction = 1.0  # use this fraction of the training examples
 num_turns = 1  # sharegpt: answers taken from a conversation
+columns: str | None = None  # which column is what: 'prompt=question, system=system, chosen=good, rejected=bad'
 truncation = 'start'  # which end a too long prompt loses: start or end
 skip_bad_rows = False  # count unreadable rows instead of stopping
 # optimizer
@@ -108,7 +109,7 @@ class Run:
         """Tokenised examples into run.train and run.held_out. options: of load_examples, for both of them; train, held_out:
         further ones for one of them."""
         config = self.config
-        names = ('seed', 'max_length', 'max_prompt_length', 'truncation', 'num_turns', 'skip_bad_rows')
+        names = ('seed', 'max_length', 'max_prompt_length', 'truncation', 'num_turns', 'columns', 'skip_bad_rows')
         common = {name: config[name] for name in names}
         common |= {'tokenizer': self.tokenizer, 'undivided': eval_data is not None}
         # flips and fractions are of the training examples alone

@@ -102,6 +102,8 @@ def parse_any(row, task=None, columns=None):
 
 def examples_of(row, layout, task):
     """The examples of a normalised row of this layout."""
+    if layout.of_all_rows:
+        raise ValueError(f'a row of the layout {layout.name} among others')
     try:
         found = layout.read(row, task)
         return [example if 'drop' in example else _complete(example, row) for example in found]
@@ -170,6 +172,8 @@ def _as_messages(value, key=''):
         value = _from_json(value)
     if isinstance(value, dict) and ('role' in value or 'from' in value):
         value = [value]
+    if isinstance(value, dict) and value.keys() == {'messages'}:
+        value = value['messages']
     if not isinstance(value, list):
         return value
     if key in CHATS and value and all(isinstance(text, str) for text in value):
@@ -654,6 +658,11 @@ def read_answer(row, task=None):
     return [{'prompt': turns[:-1], 'response': turns[-1:], **worth}]
 
 
+def read_label(row, task=None):
+    """CarperAI's summaries, whose label is a text, which is the answer; any other label says nothing without one."""
+    return read_answer(row, task) if isinstance(row['label'], str) else read_prompt(row, task)
+
+
 def read_chat(row, task=None):
     """A conversation: all its answers are trained on, and the last one is the response."""
     key = next(column for column in CHATS if column in row)
@@ -728,8 +737,7 @@ LAYOUTS = [Layout(*row) for row in (  # the first whose columns a row has
     ('SHP', 'history human_ref_A human_ref_B labels', read_shp),
     ('Stack Exchange', 'question answers', read_stack_exchange),
     ('Nectar', 'prompt answers', read_nectar),
-    ('OpenAssistant', 'message_id parent_id text role', read_trees),
-    ('OpenAssistant', 'message_id message_tree_id text role', read_trees),
+    ('OpenAssistant', 'message_id text role', read_trees),
     ('UltraFeedback', 'instruction completions', read_completions),
     ('summaries', 'info summaries choice', read_summaries),
     ('arena', 'prompt response_a response_b winner_model_a winner_model_b', read_votes),
@@ -747,6 +755,7 @@ LAYOUTS = [Layout(*row) for row in (  # the first whose columns a row has
     ('answer', 'instruction output', read_answer),
     ('answer', 'input output', read_answer),
     ('answer', 'prompt output', read_answer),
+    ('answer', 'prompt label', read_label),
     ('DeepMath', 'question r1_solution_1', read_solutions),
     ('OpenR1-Math', 'problem generations', read_generations),
     ('answer', 'question answer', read_answer),
@@ -870,8 +879,9 @@ def whole_chat(prompt, answer, key):
     begins = [turn for turn in answer if turn['role'] != 'system'][: len(bare)] == bare
     if not begins and not isinstance(prompt, str):
         raise ValueError(f'{key!r} begins with a question that is not the prompt')
-    # a prompt of text may be any of the questions of a longer chat
-    if not begins and not any(prompt.strip() in turn['content'] for turn in answer[:-1] if turn['role'] == 'user'):
+    # a prompt of text may be any of the questions of a longer chat, or all of them
+    asked = [] if begins else [turn['content'].strip() for turn in answer[:-1] if turn['role'] == 'user']
+    if not begins and not any(prompt.strip() in text for text in asked) and not all(text in prompt for text in asked):
         raise LeftOut('answers to something else than the prompt')
     return system + answer
 

@@ -38,7 +38,8 @@ class Part(NamedTuple):
 
 
 def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length, truncation='start', undivided=False,
-                  num_turns=1, skip_bad_rows=False, data_fraction=1.0, seed=0, cache=True, margins=False):  # fmt: skip
+                  num_turns=1, skip_bad_rows=False, columns=None, data_fraction=1.0, seed=0, cache=True,
+                  margins=False):  # fmt: skip
     """Tokenised examples of 'hh', 'hh+shp', 'hh:PATH', 'toy', a hub id, a file or folder; cached on disk by content.
 
     task: 'pairs', 'singles' (KTO, made from pairs if need be) or 'sft'. max_length, max_prompt_length: tokens; where the
@@ -55,7 +56,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         rows = []
         for source in names:
             found, reasons = sources.load_rows(
-                source, split, undivided=undivided, num_turns=num_turns, skip_bad_rows=skip_bad_rows
+                source, split, undivided=undivided, num_turns=num_turns, skip_bad_rows=skip_bad_rows, task=task,
+                columns=columns,
             )
             left_out.update(reasons)
             # a held-out part may be empty, nothing else
@@ -71,8 +73,9 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         stamps = [content_hash(rows)]
 
     # the cache belongs to all that the tokens depend on
-    options = [split, task, max_length, max_prompt_length, truncation, undivided, num_turns, skip_bad_rows, margins]
-    file = _cache_file([5, stamps, options, *_tokenizer_stamp(tokenizer)])
+    options = [split, task, max_length, max_prompt_length, truncation, undivided, num_turns, skip_bad_rows, margins,
+               columns]
+    file = _cache_file([6, stamps, options, *_tokenizer_stamp(tokenizer)])
     examples = _read_cache(file) if cache else None
     if examples is None:
         rows = read() if rows is None else rows
@@ -276,7 +279,7 @@ def _answers(row, task, left_out):
         return None
     answer = None
     if 'chosen' in row:
-        answer = row.get('sft', row['chosen'])
+        answer = row['chosen']
     elif 'response' in row and (alone or (task == 'singles' and 'good' in row)):
         answer = row['response']
 
