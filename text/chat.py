@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from configurator import UserError
-from text.formats import LONGEST, REASONING, message
+from text.messages import LONGEST, REASONING, message
 
 PLAIN_CHAT = (  # for tokenizers without a chat template: Anthropic's format, as in the original DPO code
     "{% for m in messages %}{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' if m.role == 'assistant' else "

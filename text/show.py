@@ -1,4 +1,4 @@
-"""See what a model will be trained on: python data.py --data=SOURCE [--task=...] [--model=FOLDER] [--n=3] [--json]
+"""See what a model will be trained on.
 
     python data.py --data=answers.jsonl --columns='prompt=question, response=reply'
     python data.py --data=trl-lib/tldr --task=sft --model=HuggingFaceTB/SmolLM2-135M-Instruct
@@ -6,22 +6,22 @@
 What is trained on is coloured, or in a file between [[ and ]]. --n=none --json prints every example, one a line.
 """
 
-import contextlib
 import sys
 from collections import Counter
+from contextlib import redirect_stdout
 from itertools import chain, islice
 from json import dumps
 
 import numpy as np
 
 from configurator import configure
-from text import sources
+from text.sources import describe, read_examples
 from text.tokenise import _as_texts, tokenise
 
 # what to read
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
-task: str | None = None  # pairs, singles, sft or prompts; None: what the first example has
-columns: str | None = None  # which column is what, such as 'prompt=question, chosen=good_answer, rejected=bad_answer'
+task: str | None = None  # pairs, singles, sft or prompts; None: what the first example is for
+columns: str | None = None  # which column is what: 'prompt=question, system=system, chosen=good, rejected=bad'
 num_turns = 1  # sharegpt: answers taken from a conversation
 skip_bad_rows = False  # count unreadable rows instead of stopping
 # as a model sees it
@@ -40,29 +40,32 @@ MEASURED = 2000
 def main():
     """Show the examples that the options ask for. Raises UserError."""
     configure(globals())
-    left_out = Counter()
-    # notes of the readers stay out of what a program may read
-    with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
-        reading = _read(left_out)
-    try:
-        with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
-            _show_json(reading, left_out) if json else _show(reading, left_out)
-    except BrokenPipeError:  # | head has seen enough
-        sys.stderr.close()
+    left_out, out = Counter(), sys.stdout
+    # notes of the readers stay out of what a program reads
+    with redirect_stdout(sys.stderr if json else out):
+        try:
+            if json:
+                _show_json(left_out, out)
+            else:
+                _show(left_out)
+            out.flush()
+        except BrokenPipeError:  # whoever reads has seen enough
+            sys.stderr.close()
 
 
 def _read(left_out):
-    """(source, task, example) of all sources, before any part is held out."""
+    """(task, example) of all of data, before any part is held out."""
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
-        first = next(sources.read_examples(source, 'train', Counter(), task=task, **options), {})
-        needed = task or task_of(first)
-        for example in sources.read_examples(source, 'train', left_out, task=needed, **options):
-            yield needed, example
+        # without a task, the first example decides
+        first = {} if task else next(read_examples(source, 'train', Counter(), **options), {})
+        chosen = task or task_of(first)
+        for example in read_examples(source, 'train', left_out, task=chosen, **options):
+            yield chosen, example
 
 
 def task_of(example):
-    """The task that an example is of."""
+    """The task that an example is for."""
     if 'chosen' in example:
         return 'pairs'
     if 'good' in example:
@@ -71,105 +74,85 @@ def task_of(example):
 
 
 def for_task(example, task, left_out):
-    """What a task makes of an example, as dicts to be written as JSON; none, counted in left_out, where it is of no use."""
+    """What a task makes of an example, as json-able dicts; none, counted in left_out, where it is of no use."""
     found = []
     for part in _as_texts(example, task, left_out):
-        shown = {'prompt': part.prompt}
-        if task == 'pairs':
-            shown |= dict(zip(('chosen', 'rejected'), part.answers, strict=True))
-        elif task != 'prompts':
-            shown['response'] = part.answers[0]
+        names = {'pairs': ('chosen', 'rejected'), 'prompts': ()}.get(task, ('response',))
+        shown = {'prompt': part.prompt} | dict(zip(names, part.answers, strict=False))
         if task == 'singles':
             shown['good'] = part.good
         if task == 'sft':
-            shown['trained'] = trained(example, part.answers[0])
+            turns = example.get('turns', part.answers[0])
+            shown['trained'] = [turns] if isinstance(turns, str) else [turn['content'] for turn in turns if trained(turn)]
         found.append(shown | {key: example[key] for key in ('margin', 'tools') if key in example})
     return found
 
 
-def trained(example, answer):
-    """The texts that are trained on: of every answer of a conversation, or of this one."""
-    if isinstance(answer, str):
-        return [answer]
-    turns = example.get('turns', answer)
-    return [turn['content'] for turn in turns if turn['role'] == 'assistant' and turn.get('weight') != 0]
+def trained(turn):
+    """Whether a message of a conversation is trained on."""
+    return turn['role'] == 'assistant' and turn.get('weight') != 0
 
 
 # ---- printing ----
 
 
-def _show_json(reading, left_out):
-    """Every example as a line of JSON on the real standard output."""
-    shown = (found for needed, example in reading for found in for_task(example, needed, left_out))
-    for found in islice(shown, n):
-        sys.__stdout__.write(dumps(found, ensure_ascii=False) + '\n')
-    sys.__stdout__.flush()
+def _show_json(left_out, out):
+    """Every example as a line of JSON; what was left out, on standard error."""
+    for found in islice(chain.from_iterable(for_task(x, of, left_out) for of, x in _read(left_out)), n):
+        out.write(dumps(found, ensure_ascii=False) + '\n')
+    _say_left_out(left_out)
+
+
+def _say_left_out(left_out):
     for reason, count in (+left_out).items():
-        print(f'left out: {reason}: {count}', file=sys.stderr)
+        print(f'{"" if reason.startswith("note") else "left out: "}{reason}: {count}')
 
 
-def _show(reading, left_out):
+def _show(left_out):
     """The first examples, then what was left out, and lengths."""
-    tokenizer, marks = None, marks_of(sys.stdout)
+    tokenizer = None
     if model:
         from hf.load import load_tokenizer
 
         tokenizer = load_tokenizer(model)
-    count, lengths, kinds = 0, [], Counter()
-    for needed, example in reading:
-        for found in for_task(example, needed, left_out):
-            count += 1
-            kinds[needed] += 1
-            if n is None or count <= n:
-                print(f'--- {needed}, example {count}: {example.where or data} ---')
-                print(as_seen(example, found, needed, tokenizer, marks), end='\n\n')
-        if len(lengths) < MEASURED:
-            lengths += _lengths(example, needed, tokenizer)
+    kinds, lengths = Counter(), []
+    for of, example in _read(left_out):
+        for found in for_task(example, of, left_out):
+            kinds[of] += 1
+            if n is None or kinds.total() <= n:
+                print(f'--- {of}, example {kinds.total()}: {example.where or data} ---')
+                print(_plain(example, found) if tokenizer is None else _seen(example, of, tokenizer), end='\n\n')
+            if len(lengths) < MEASURED:
+                lengths.append(len(_plain(example, found)) if tokenizer is None else _length(example, of, tokenizer))
 
     # the whole, in a few lines
-    print(f'{data}: {", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "no examples"}')
-    print(f'read as: {_read_as()}')
-    for reason, number in (+left_out).items():
-        print(f'left out or changed: {reason}: {number}')
-    if lengths:
-        unit = 'tokens' if tokenizer else 'characters'
-        middle, most = np.percentile(lengths, (50, 95))
-        cut = f'; {np.mean(np.array(lengths) > max_length):.0%} are cut at max_length {max_length}' if tokenizer else ''
-        print(f'lengths in {unit}: median {middle:.0f}, 95% up to {most:.0f}, longest {max(lengths)}{cut}')
-    if not tokenizer:
-        print('the text as it is: --model=FOLDER shows it as a model sees it')
+    print(f'{data}: {", ".join(f"{count} {of}" for of, count in kinds.items()) or "no examples"}')
+    print('read as:', columns or '; '.join(map(describe, data.split('+'))))
+    _say_left_out(left_out)
+    middle, most, longest = np.percentile(lengths or [0], (50, 95, 100))
+    unit = 'tokens' if tokenizer else 'characters'
+    print(f'lengths in {unit}: median {middle:.0f}, 95% up to {most:.0f}, longest {longest:.0f}')
+    if tokenizer:
+        print(f'cut at max_length {max_length}: {np.mean(np.array(lengths or [0]) > max_length):.0%}')
+    else:
+        print('this is the text as it stands: --model=FOLDER shows it as a model sees it')
 
 
-def _read_as():
-    """How the rows of data are told apart, for the screen."""
-    return columns and f'--columns={columns!r}' or '; '.join(sources.describe(source) for source in data.split('+'))
+def mark(text):
+    """A text that is trained on: coloured on a terminal, in brackets in a file."""
+    return f'\033[32m{text}\033[0m' if sys.stdout.isatty() else f'[[{text}]]'
 
 
-def marks_of(stream):
-    """What stands before and behind the text that is trained on: colour on a terminal, brackets in a file."""
-    return ('\033[32m', '\033[0m') if stream.isatty() else ('[[', ']]')
-
-
-def as_seen(example, found, task, tokenizer, marks):
-    """The text of an example: with a tokenizer its tokens decoded, else as it stands in the data."""
-    if tokenizer is None:
-        return _plain(example, found, marks)
-    examples = _tokens(example, task, tokenizer, Counter())
-    return '\n\n'.join(decoded(examples, i, tokenizer, task, marks) for i in range(len(examples)))
-
-
-def _plain(example, found, marks):
-    """Prompt and answers as text or turn by turn."""
-    begin, end = marks
-    bare = {'role': '', 'content': ''}
+def _plain(example, found):
+    """The text of an example as it stands in the data."""
 
     def lines(part, marked):
-        turns = [bare | {'content': part}] if isinstance(part, str) else part
-        texts = [(f'{turn["role"]}: ' if turn['role'] else '', turn) for turn in turns]
-        return [f'{who}{begin}{turn["content"]}{end}' if marked(turn) else f'{who}{turn["content"]}' for who, turn in texts]
+        turns = [{'content': part}] if isinstance(part, str) else part
+        texts = [mark(turn['content']) if marked(turn) else turn['content'] for turn in turns]
+        return [f'{turn["role"]}: {text}' if 'role' in turn else text for turn, text in zip(turns, texts, strict=True)]
 
     if 'turns' in example and 'trained' in found:
-        return '\n'.join(lines(example['turns'], lambda turn: turn['role'] == 'assistant' and turn.get('weight') != 0))
+        return '\n'.join(lines(example['turns'], trained))
     shown = lines(found['prompt'], lambda turn: False)
     for key in ('chosen', 'rejected', 'response'):
         if key in found:
@@ -177,33 +160,32 @@ def _plain(example, found, marks):
     return '\n'.join(shown)
 
 
-def _tokens(example, task, tokenizer, left_out):
+def _tokens(example, task, tokenizer, longest, longest_prompt):
     """The tokenised Examples of one example."""
-    return tokenise([example], tokenizer, task, max_length, max_prompt_length, truncation, left_out, skip_bad_rows=True)
+    return tokenise([example], tokenizer, task, longest, longest_prompt, truncation, Counter(), skip_bad_rows=True)
 
 
-def _lengths(example, task, tokenizer):
-    """The lengths of prompt and longest answer: tokens before they are cut, or characters."""
-    if tokenizer is None:
-        return [len(str(found['prompt'])) for found in for_task(example, task, Counter())]
-    whole = tokenise([example], tokenizer, task, 10**9, 10**8, truncation, Counter(), skip_bad_rows=True)
-    return [int(width[0] + width[1:].max()) for width in whole.widths]
+def _length(example, task, tokenizer):
+    """Tokens of an example before it is cut."""
+    return int(_tokens(example, task, tokenizer, 2**30, 2**29).longest())
 
 
-def decoded(examples, i, tokenizer, task, marks):
-    """Tokenised example i as text, special tokens included, with marks around what is trained on."""
+def _seen(example, task, tokenizer):
+    """The text of an example as a model sees it."""
+    examples = _tokens(example, task, tokenizer, max_length, max_prompt_length)
+    return '\n\n'.join(decoded(examples, i, tokenizer, task) for i in range(len(examples)))
+
+
+def decoded(examples, i, tokenizer, task):
+    """Tokenised example i as text, special tokens included; what is trained on is marked."""
     prompt, answers = examples[i]
-    texts = [tokenizer.decode(prompt)]
+    text = tokenizer.decode(prompt)
     if task == 'prompts':
-        return texts[0]
-    begin, end = marks
-    names = ('chosen: ', 'rejected: ') if len(answers) == 2 else ('',)
-    return texts[0] + '\n'.join(f'{name}{begin}{tokenizer.decode(a)}{end}' for name, a in zip(names, answers, strict=True))
+        return text
+    marked = [mark(tokenizer.decode(answer)) for answer in answers]
+    return text + marked[0] if len(marked) == 1 else f'{text}\nchosen: {marked[0]}\nrejected: {marked[1]}'
 
 
-def first(examples, tokenizer):
+def first(examples, tokenizer, task='sft'):
     """The first of tokenised examples as a model sees it, for the screen of a training script."""
-    marks = marks_of(sys.stdout)
-    return f'data: the first example, trained on {"in colour" if marks[0] != "[[" else "in [[ ]]"}:\n' + decoded(
-        examples, 0, tokenizer, 'pairs', marks
-    )
+    return f'data: the first example, where {mark("this")} is trained on:\n{decoded(examples, 0, tokenizer, task)}'

@@ -1,7 +1,8 @@
 """The datasets: where examples come from. Adding one is adding a get_foo(split, path) -> (rows, parse).
 
 rows are the raw rows as the hub, or the local file or folder `path`, has them; parse(row) -> list of examples, each one of
-  {'prompt', 'chosen', 'rejected'}, with 'margin', a number, where it is known by how much the chosen one is better;
+  {'prompt', 'chosen', 'rejected'}, with 'sft' where the SFT target is not simply the chosen answer, and 'margin', a number,
+  where it is known by how much the chosen one is better;
   {'prompt', 'response'}, with 'good': bool for KTO, or with 'turns', all messages of a conversation, where every answer in it
   is trained on but those of weight 0;
   {'prompt'};  {'drop': reason} for what the dataset's rules leave out.
@@ -14,6 +15,7 @@ import difflib
 import hashlib
 import os
 from collections import Counter
+from contextlib import suppress
 from functools import cache, partial
 from itertools import chain, islice
 
@@ -21,23 +23,11 @@ from configurator import UserError
 from runtime.log import say
 from text import files
 from text.files import ENDINGS, HELP, Row, content_hash, data_files, hub_splits, read_rows
-
-# for callers that have not moved to text.formats yet
-from text.formats import (  # noqa: F401
-    ASSISTANT,
+from text.formats import (
     COLUMNS,
-    LONGEST,
-    NUMBER,
-    REASONING,
     Layout,
-    answer,
-    as_chat,
-    ask,
     each,
-    field,
-    instruction,
     layout_of,
-    message,
     of_all_rows,
     parse_annotation,
     parse_any,
@@ -45,10 +35,11 @@ from text.formats import (  # noqa: F401
     read_shp,
     read_stack_exchange,
     read_trees,
-    strip_html,
-    text_or_chat,
     unified,
 )
+
+# for callers that have not moved to text.messages yet
+from text.messages import ASSISTANT, answer, as_chat, ask, field, instruction, message, strip_html, text_or_chat  # noqa: F401
 
 # without a test split, the prompts whose hash is 0 modulo this are held out
 HELD_OUT = 20
@@ -113,20 +104,6 @@ def _opened(source, split, num_turns):
         return read_rows(None, split, path), None, single_file
     no_test_split = 'test' not in hub_splits(hub_id)
     return read_rows(hub_id, 'train' if no_test_split else split, None), None, no_test_split
-
-
-def describe(source):
-    """By which reader or columns a source is read, for the screen."""
-    rows, parse, _ = _opened(source, 'train', 1)
-    if parse is not None:
-        return f'the reader {source.partition(":")[0]!r}'
-    for row in islice(rows, LOOK_AHEAD):
-        try:
-            layout = layout_of(unified(row))
-        except (ValueError, RecursionError):
-            continue
-        return f'{layout.name} (columns {", ".join(sorted(layout.columns))})'
-    return 'nothing that is known'
 
 
 def columns_of(text):
@@ -201,34 +178,42 @@ def _parsed(rows, parse, task, columns):
     if parse is None or columns:
         first = list(islice(rows, LOOK_AHEAD))
         rows = chain(first, rows)
-        parse = _layout_of_all(first) if not columns else _mapped(first, columns)
-    if parse is None:
-        return each(rows, partial(parse_any, task=task, columns=columns))
+        _check_columns(first, columns or {})
+        parse = None if columns else _first_layout(first)
+        # a row that alone tells its examples may have another layout than the first one
+        if parse is None or not parse.of_all_rows:
+            return each(rows, partial(parse_any, task=task, columns=columns))
     if not isinstance(parse, Layout):
         return each(rows, parse)
     return parse.read(rows, task) if parse.of_all_rows else each(rows, partial(parse.read, task=task))
 
 
-def _layout_of_all(rows):
-    """The layout of the first sound row, if it needs the whole source; else None: every row is read by its own."""
+def _first_layout(rows):
+    """The layout of the first row that has one; None where none has."""
     for row in rows:
-        try:
-            layout = layout_of(unified(row))
-        except (ValueError, RecursionError):
-            continue
-        return layout if layout.of_all_rows else None
+        with suppress(ValueError, RecursionError):
+            return layout_of(unified(row))
     return None
 
 
-def _mapped(rows, columns):
-    """None, if these rows have all columns. Raises UserError."""
+def _check_columns(rows, columns):
+    """Raise UserError where none of these rows has a column that --columns names."""
     there = list(dict.fromkeys(name for row in rows for name in row))
     for name, column in columns.items():
         if there and column not in there:
             near = difflib.get_close_matches(column, there, 1)
             hint = f'did you mean {near[0]}? ' if near else ''
-            raise UserError(f'--columns: {name}={column}, and there is no column {column!r}; {hint}there are {", ".join(there)}')
-    return None
+            known = ', '.join(there)
+            raise UserError(f'--columns: {name}={column}, and there is no column {column!r}; {hint}there are {known}')
+
+
+def describe(source):
+    """By which reader or columns a source is read, for the screen."""
+    rows, parse, _ = _opened(source, 'train', 1)
+    layout = parse or _first_layout(islice(rows, LOOK_AHEAD))
+    if parse or not layout:
+        return f'the reader {source.partition(":")[0]!r}'
+    return f'{layout.name} (columns {", ".join(sorted(layout.columns))})'
 
 
 def _sound(found, source, left_out, skip_bad_rows):
@@ -286,29 +271,30 @@ def _columns(row):
     """The columns of a row and what is in them, for a message."""
     kinds = {str: 'text', list: 'list', dict: 'object', bool: 'true or false', int: 'number', float: 'number'}
     named = [f'{str(key)[:24]!r} ({kinds.get(type(value), "null")})' for key, value in row.items()]
-    return ', '.join(named[:6]) + (f' and {len(named) - 6} more' if len(named) > 6 else '')
+    return ', '.join(named[:9]) + (f' and {len(named) - 9} more' if len(named) > 9 else '')
 
 
 def _agreeing(examples, left_out, skip_bad_rows):
     """The examples, if all answers of text repeat their prompt (which is off by now and counted) or none does.
 
     In a source where some do and others do not, those that do are bad rows: 'Hi' may begin an answer to 'Hi'. Examples wait
-    here while only such have come that do."""
-    waiting, many, few = [], 0, 0
+    while only such have come that do."""
+    waiting, where, many, few = [], '', 0, 0
     for example in examples:
         # True: its answers began with the prompt; False: they did not; None: that cannot be told
         repeats = example.pop('repeats', None)
+        where = where or (example.where if repeats else '')
         many, few = many + (repeats is True), few + (repeats is False)
-        where = example.where if repeats and many == 1 else where if many else ''
         if many and few and not skip_bad_rows:
-            rest = [other.pop('repeats', None) for other in examples]
+            rest = [other.get('repeats') for other in examples]
             many, few = many + rest.count(True), few + rest.count(False)
-            raise UserError(f'{where}: {MIXED.format(many, few)}; mend it, or leave the {many} out with --skip_bad_rows ({HELP})')
+            error = f'{where}: {MIXED.format(many, few)}'
+            raise UserError(f'{error}; mend it, or leave the {many} out with --skip_bad_rows ({HELP})')
         waiting.append((example, repeats))
         if few or not many:
             yield from (kept for kept, repeated in waiting if not repeated)
             waiting = []
-    if many and few:
+    if few and many:
         left_out[f'bad rows: {MIXED.format(many, few)}'] += many
     elif many:
         left_out[REPEATED] = many
@@ -407,27 +393,14 @@ def get_oasst(split, path=None):
     return read_rows(HUB['oasst'], {'train': 'train', 'test': 'validation'}[split], path), Layout('oasst', '', english)
 
 
-def parse_ultrafeedback(row):
-    chosen, rejected = field(row, 'chosen', list), field(row, 'rejected', list)
-    if not chosen or not rejected or chosen[:-1] != rejected[:-1]:
-        raise ValueError('chosen and rejected have different prompts')
-    for answered in (chosen[-1], rejected[-1]):
-        if field(answered, 'role') != 'assistant':
-            raise ValueError("'chosen' or 'rejected' does not end with an answer")
-    if [field(turn, 'content') for turn in chosen[:-1]] != [field(row, 'prompt')]:
-        return [{'drop': 'answers to something else than the prompt'}]
-    chosen, rejected = ([message('assistant', field(x[-1], 'content'))] for x in (chosen, rejected))
-    return [{'prompt': [message('user', field(row, 'prompt'))], 'chosen': chosen, 'rejected': rejected}]
-
-
 def get_ultrafeedback(split, path=None):
     """HuggingFaceH4/ultrafeedback_binarized: the best of four answers, by GPT-4, against one of the other three."""
-    return read_rows(HUB['ultrafeedback'], split + '_prefs', path), parse_ultrafeedback
+    return read_rows(HUB['ultrafeedback'], split + '_prefs', path), None
 
 
 def get_ultrafeedback_hybrid(split, path=None):
     """wzhouad/gemma-2-ultrafeedback-hybrid: the same fields."""
-    return read_rows(HUB['ultrafeedback_hybrid'], split, path), parse_ultrafeedback
+    return read_rows(HUB['ultrafeedback_hybrid'], split, path), None
 
 
 def get_ultrachat(split, path=None):

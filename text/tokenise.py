@@ -18,7 +18,7 @@ from text import sources
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
 from text.examples import Examples, uniform_hash
 from text.files import HELP, content_hash
-from text.formats import REASONING, message
+from text.messages import REASONING, message
 
 NEEDS = {  # task -> what its rows have beside a prompt
     'pairs': 'chosen and rejected',
@@ -279,7 +279,7 @@ def _answers(row, task, left_out):
         return None
     answer = None
     if 'chosen' in row:
-        answer = row['chosen']
+        answer = row.get('sft', row['chosen'])
     elif 'response' in row and (alone or (task == 'singles' and 'good' in row)):
         answer = row['response']
 
