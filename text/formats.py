@@ -45,6 +45,8 @@ QUESTIONS = ('prompt', 'question', 'instruction', 'problem', 'query', 'input')
 # what an instruction or a question is about, written behind it
 ADDED = ('input', 'context')
 ANSWERS = ('response', 'completion', 'output', 'answer', 'solution', 'label')
+# in the name of a column that nobody knows
+LIKE_ANSWERS = ('chosen', 'rejected', 'response', 'completion', 'output', 'answer', 'reply')
 CHATS = ('messages', 'conversations', 'conversation', 'context_messages', 'trajectory')
 LABELS = ('good', 'label', 'kto_tag')
 # where a null is not the same as no such column
@@ -109,7 +111,7 @@ def layout_of(row):
     """The Layout of a normalised row. Raises ValueError where its columns fit none."""
     layout = _layout_of(frozenset(row))
     if layout is None:
-        raise ValueError(f"'prompt' is missing, and no other column is known; {_nearest(row)}")
+        raise ValueError(f"'prompt' is missing, and no other column is known{_nearest(row)}")
     return layout
 
 
@@ -119,17 +121,13 @@ def _layout_of(columns):
 
 
 def _nearest(row):
-    """A hint for columns that fit no layout: the one that lacks least, and what to write."""
+    """The layout that lacks least of these columns, for a message; nothing where none is near."""
 
     def fit(layout):
-        return sum(bool(difflib.get_close_matches(name, row, 1, 0.7)) for name in layout.columns) / len(layout.columns)
+        return sum(bool(difflib.get_close_matches(name, row, 1, 0.75)) for name in layout.columns) / len(layout.columns)
 
     layout = max(LAYOUTS, key=fit)
-    texts = [name[:24] for name, value in row.items() if isinstance(value, str)] + ['NAME', 'NAME']
-    return (
-        f'the nearest layout, {layout.name}, has {" ".join(sorted(layout.columns))}; or write which is which, say '
-        f"--columns='prompt={texts[0]}, response={texts[1]}'"
-    )
+    return f'; the nearest layout, {layout.name}, has {", ".join(sorted(layout.columns))}' if fit(layout) >= 0.5 else ''
 
 
 def unified(row, columns=None):
@@ -616,7 +614,10 @@ def read_text(row, task=None):
 
 
 def read_prompt(row, task=None):
-    """A prompt alone."""
+    """A prompt alone. Raises ValueError where an answer is wanted, and a column that nobody knows is called like one."""
+    for name, value in row.items() if task != 'prompts' else ():
+        if isinstance(value, str) and any(word in name.lower() for word in LIKE_ANSWERS):
+            raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
     return [{'prompt': asked(row)}]
 
 
@@ -643,6 +644,7 @@ LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, columns, rea
     ('answer', 'instruction output', read_answer),
     ('answer', 'input output', read_answer),
     ('answer', 'prompt output', read_answer),
+    ('answer', 'prompt answer', read_answer),
     ('answer', 'prompt label', read_label),
     ('DeepMath', 'question r1_solution_1', read_solution),
     ('OpenR1-Math', 'problem generations', read_generations),

@@ -65,7 +65,7 @@ KNOWN = (
     'known are prompt (or question, instruction, query) with chosen and rejected, or with response (completion, output) '
     'and perhaps good (label); messages; text'
 )
-RENAME = "rename the columns, or name them: --columns='prompt=NAME, chosen=NAME, rejected=NAME' (or response, messages)"
+RENAME = "rename the columns, or say which is which: --columns='prompt={}, response={}' (or chosen, rejected, messages)"
 MIXED = 'the answers of {} rows begin with their prompt, of {} they do not: all or none must'
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
 
@@ -208,12 +208,14 @@ def _check_columns(rows, columns):
 
 
 def describe(source):
-    """By which reader or columns a source is read, for the screen."""
+    """By which reader or columns a source is read, and which columns stay unread, for the screen."""
     rows, parse, _ = _opened(source, 'train', 1)
-    layout = parse or _first_layout(islice(rows, LOOK_AHEAD))
+    head = list(islice(rows, LOOK_AHEAD))
+    layout = parse or _first_layout(head)
     if parse or not layout:
         return f'the reader {source.partition(":")[0]!r}'
-    return f'{layout.name} (columns {", ".join(sorted(layout.columns))})'
+    names = ', '.join(dict.fromkeys(name for row in head for name in row))
+    return f'{layout.name}, told by {", ".join(sorted(layout.columns))} (columns: {names})'
 
 
 def _sound(found, source, left_out, skip_bad_rows):
@@ -250,7 +252,8 @@ def _refusal(row, error, behind, source):
     elif f'get_{name}' in globals():
         fits = f'the reader {name!r} is for another one; without {name + ":"!r} the columns decide'
     else:
-        fits = f'{KNOWN}: {RENAME}'
+        texts = [name for name, value in row.items() if isinstance(value, str)] + ['NAME', 'NAME']
+        fits = f'{KNOWN}: {RENAME.format(*texts)}'
     return f'{bad}; none of the first {looked_at} rows can be read, so it is the layout: {fits} ({HELP})'
 
 
