@@ -76,19 +76,23 @@ def load_rows(source, split, **options):
     return list(read_examples(source, split, left_out, **options)), left_out
 
 
-def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip_bad_rows=False, task=None, columns=None):
+def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip_bad_rows=False, task=None, columns=None,
+                  both=False):  # fmt: skip
     """The examples of one source ('hh', 'hh:PATH', 'toy', a hub id, a file or folder), one by one.
 
     split: 'train' or 'test'. A single file, or a dataset without a test split, is divided by a hash of the prompt unless
     undivided. left_out: a Counter that says what was left out, when all are read; reasons that begin with 'note: ' are of
     examples that stay. An example's .where is the file and line it comes from. task: 'pairs', 'singles', 'sft' or 'prompts';
     of a dataset with many answers to a prompt, sft takes the best. columns: 'prompt=question, ...' reads these columns alone.
-    Raises UserError for an unreadable source and, unless skip_bad_rows, for a bad row."""
+    both: of a source that is divided, give both parts; example.held_out says which it is. Raises UserError for an unreadable
+    source and, unless skip_bad_rows, for a bad row."""
     rows, parse, no_test_part = _opened(source, split, num_turns)
     found = _parsed(rows, parse, task, columns_of(columns))
     examples = _agreeing(_sound(found, source, left_out, skip_bad_rows), left_out, skip_bad_rows)
+    divided = no_test_part and not undivided
     for example in examples:
-        if undivided or not no_test_part or _held_out(example) == (split == 'test'):
+        example.held_out = _held_out(example) if divided else split == 'test'
+        if both or example.held_out == (split == 'test'):
             yield example
 
 
