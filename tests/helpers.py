@@ -152,3 +152,14 @@ def silent():
     """Print nothing for a while."""
     with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         yield
+
+
+def refused(script, *flags):
+    """The one sentence with which a script, run in this process, refuses its command line."""
+    from configurator import UserError
+
+    with pytest.raises(UserError) as info:
+        run_script(script, *flags)
+    message = str(info.value)
+    assert '\n' not in message and len(message) < 600
+    return message
