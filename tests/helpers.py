@@ -33,11 +33,11 @@ def run_script(script, *flags):
                 guard.end()
 
 
-def python(*words, timeout=300, **environment):
+def python(*words, timeout=300, cwd=ROOT, **environment):
     """Run python in a process of its own, with the repository as its working directory. Returns it, with its text."""
     environment = os.environ | {name: str(value) for name, value in environment.items()}
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True)
 
 
 def launch(world, plan, folder):
