@@ -33,7 +33,7 @@ CONTENTS = {
     'misspelt.py': b'beta = 0.1\nlerning_rate = 1e-3\n',
     'wrong_type.py': b"lr = '1e-3'\n",
     'broken.py': b'beta = = 1\n',
-    'note.py': b'gamma = 2.0\n',
+    'huge.py': b'max_tokens = 10**400\n',
 }
 
 
@@ -93,6 +93,7 @@ BOTH = [
     (['{world}/wrong_type.py'], r"wrong_type\.py, line 1: lr must be float, not '1e-3'"),
     (['{world}/broken.py'], r'broken\.py, line 1: SyntaxError'),
     (['{world}/missing.py'], r'missing\.py'),
+    (['{world}/huge.py'], r'huge\.py.*: max_tokens is an integer that no machine counts to'),
     (['--lr=fast'], 'lr must be float'),
     # data
     (['--data={world}/missing.jsonl'], r'missing\.jsonl'),
