@@ -144,7 +144,7 @@ class Batch:
     target: torch.Tensor  # (N,) the answer tokens
     answer: torch.Tensor  # (N,) which answer each belongs to
     offset: torch.Tensor  # (N,) which token of it
-    n: torch.Tensor  # (A,) answer lengths
+    n: torch.Tensor  # (A,) tokens of the answers that are trained on
     last: torch.Tensor  # (A,) place, in the flattened ids, of the last token of each answer
     slot: list  # of each example in the step; -1: a filler that does not count
     longest: int  # tokens of the longest answer
@@ -201,13 +201,22 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
 
     # every predicted token: which answer it belongs to, which token of it, where it lies
     ids, n, first, before = np.concatenate(pieces), np.array(n), np.array(first), np.array(before)
+    longest, last = int(n.max()), first + n - 1
     answer = np.repeat(np.arange(len(n)), n)
     offset = np.concatenate([np.arange(k) for k in n])
     place = first[answer] + offset
+
+    # a token of an answer that is only seen (the user's later turn) is stored as ~id, and not predicted
+    trained = ids[place] >= 0
+    if not trained.all():
+        answer, offset, place = answer[trained], offset[trained], place[trained]
+        n = np.bincount(answer, minlength=len(n))
+        ids = np.where(ids < 0, ~ids, ids)
+
     # the first one is predicted at the prompt's end, the others at the token before them
     predict_at = np.where(offset == 0, before[answer], place - 1)
     arrays = {'predict_at': predict_at, 'target': ids[place], 'answer': answer, 'offset': offset}
-    arrays |= {'ids': ids[None], 'n': n, 'last': first + n - 1}
+    arrays |= {'ids': ids[None], 'n': n, 'last': last}
 
     # padded: one row an answer, and a mask; packed: one row of all, and where its groups lie
     if pad:
@@ -217,7 +226,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
         arrays['position'] = np.concatenate(position)[None]
     for name, array in arrays.items():
         arrays[name] = torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
-    batch = Batch(**arrays, slot=list(slots), longest=int(n.max()))
+    batch = Batch(**arrays, slot=list(slots), longest=longest)
     if not pad:
         batch.groups = shapes
         batch.varlen = Varlen(shapes, device) if torch.device(device).type == 'cuda' else None

@@ -14,7 +14,7 @@ from configurator import UserError
 class Examples:
     """Tokenised examples, as flat arrays. Flips and fractions are chosen by a hash of the text alone."""
 
-    ids: np.ndarray  # all tokens
+    ids: np.ndarray  # all tokens; ~id: of an answer, only seen and not trained on, as the user's later turns
     spans: np.ndarray  # (n, 1 + answers, 2) start and end, in ids, of the prompt and of each answer
     good: np.ndarray  # (n,) thumbs up, for KTO
     uid: np.ndarray  # (n,) a hash of the text

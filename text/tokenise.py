@@ -9,6 +9,7 @@ import heapq
 import json
 import os
 from collections import Counter
+from functools import cache
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from text import sources, turns
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
 from text.examples import Examples, uniform_hash
 from text.files import HELP, Row, content_hash
+from text.formats import TURN_MARKERS
 from text.messages import REASONING, as_chat, message
 
 NEEDS = {  # task -> what its rows have beside a prompt
@@ -29,6 +31,7 @@ NEEDS = {  # task -> what its rows have beside a prompt
     'singles': 'a response and whether it is good (label), or chosen and rejected',
     'sft': 'an answer',
 }
+NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
 CHUNK = 2048  # rows that are tokenised together
 FEW = 10_000  # so many rows are all tokenised, however few of them a run needs
 
@@ -93,19 +96,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     if examples is None and cache:
         examples = _read_cache(file_of(split))
     if examples is None:
-        left_out = Counter()
-        parts = {}
-        for row in _read(names, split, left_out, reading, both=len(names) == 1):
-            part = 'test' if row.held_out else 'train'
-            if part not in parts:
-                file = file_of(part) if cache else None
-                parts[part] = Collector(
-                    tokenizer, task, file=file, needed=needed if part == 'train' else None, seed=seed, **how
-                )
-            parts[part].add(row)
-        if split not in parts:
-            parts[split] = Collector(tokenizer, task, **how)
-        _spare.update({file_of(part): collector.finish(left_out) for part, collector in parts.items()})
+        options = how | {'seed': seed, 'needed': needed, 'cache': cache}
+        _spare.update(_tokenised(names, split, reading, tokenizer, task, options, file_of))
         examples = _spare.pop(file_of(split))
 
     # so that the exported tokenizer writes chats as in training
@@ -117,6 +109,28 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     if not len(examples) and split == 'train':
         raise sources.vanished(data, split, examples.left_out)
     return examples
+
+
+def _tokenised(names, split, reading, tokenizer, task, options, file_of):
+    """{cache file: Examples} of a split, and of the other one, where a source has to be divided and was read for both."""
+    needed, cache = options.pop('needed'), options.pop('cache')
+    collectors, left_out = {}, Counter()
+
+    def collector(part):
+        if part not in collectors:
+            file, enough = file_of(part) if cache else None, needed if part == 'train' else None
+            collectors[part] = Collector(tokenizer, task, file=file, needed=enough, **options)
+        return collectors[part]
+
+    try:
+        for row in _read(names, split, left_out, reading, both=len(names) == 1):
+            collector('test' if row.held_out else 'train').add(row)
+        collector(split)  # which may be empty
+        return {file_of(part): found.finish(left_out) for part, found in collectors.items()}
+    except BaseException:
+        for found in collectors.values():
+            found.ids.discard()
+        raise
 
 
 def _read(names, split, left_out, reading, both=False):
@@ -167,6 +181,7 @@ class Collector:
         """file: of the cache. needed: of many more rows, about so many are used. The others: see load_examples."""
         self.tokenizer, self.task, self.limits, self.margins = tokenizer, task, limits, margins
         self.skip_bad_rows, self.chat, self.system, self.last_turn_only = skip_bad_rows, chat, system, last_turn_only
+        self.has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
         self.needed, self.seed, self.left_out = needed, seed, Counter()
         self.file, self.ids = file, Ids(file)
         self.drawn, self.rows = [], 0  # a heap of the rows to use, where only some are needed
@@ -260,6 +275,8 @@ class Collector:
             chats = [(part.turns[:i], [part.turns[i : i + 1]]) for i in answers]
         else:
             chats = [(part.prompt, part.answers)]
+            plain = isinstance(part.prompt, str) and not part.prompt.endswith(TURN_MARKERS)
+            self.left_out[NO_CHAT] += plain and bool(part.prompt) and self.has_template
         texts = [render(prompt, answers, tools, self.tokenizer, self.left_out) for prompt, answers in chats]
         self.left_out['empty answers'] += texts.count(None)
         return [(text, None, part) for text in texts if text is not None]
@@ -532,6 +549,11 @@ def _ids_of_text(text, tokenizer):
 # ---- the cache on disk ----
 
 
+@cache
+def _not_cached(reason):
+    say(f'note: tokens are not cached: {reason}')  # once
+
+
 class Ids:
     """Token ids as they grow: in a file beside the cache's, or in memory where there is none or the disk does not take them."""
 
@@ -543,7 +565,7 @@ class Ids:
                 self.path = file.with_suffix(f'.{os.getpid()}.ids')
                 self.stream = open(self.path, 'wb')
             except OSError as error:
-                say(f'note: tokens are not cached: {error}')
+                _not_cached(error)
 
     def append(self, pieces):
         """More ids, a list of lists."""
@@ -552,7 +574,7 @@ class Ids:
             if self.stream:
                 self.stream.write(array)
         except OSError as error:  # a full disk: what is written so far goes on in memory
-            say(f'note: tokens are not cached: {error}')
+            _not_cached(error)
             self.parts = [self._from_file()]
         if not self.stream:
             self.parts.append(array)
@@ -574,14 +596,18 @@ class Ids:
                 self.stream.close()
                 return np.memmap(self.path, np.int32, 'r') if self.count else np.zeros(0, np.int32)
             except OSError as error:
-                say(f'note: tokens are not cached: {error}')
+                _not_cached(error)
                 self.parts = [self._from_file()]
         return np.concatenate(self.parts) if self.parts else np.zeros(0, np.int32)
 
     def keep(self, file):
         """Give the file of ids its name in the cache."""
+        self.path.replace(file.with_suffix('.ids'))
+
+    def discard(self):
+        """Remove the file; what is mapped stays readable."""
         if self.stream:
-            self.path.replace(file.with_suffix('.ids'))
+            self.path.unlink(missing_ok=True)
 
 
 def _write_cache(file, examples, ids):
@@ -593,7 +619,8 @@ def _write_cache(file, examples, ids):
     digest = _digest([examples.ids, *arrays.values()], examples.left_out)
     reason = files.write_cache(file, arrays, {'left_out': json.dumps([examples.left_out, digest])})
     if reason:
-        say(f'note: tokens are not cached: {reason}')
+        _not_cached(reason)
+        ids.discard()
     else:
         ids.keep(file)
 

@@ -1,5 +1,6 @@
 """From rows to token ids, and from those to steps, microbatches and packed batches: what is kept, cut, counted, flipped."""
 
+import copy
 import math
 import os
 from collections import Counter
@@ -330,9 +331,15 @@ def same(a, b):
 @pytest.fixture
 def count(monkeypatch):
     """A list that grows whenever rows are tokenised."""
-    calls, original = [], tokenise.tokenise
-    monkeypatch.setattr(tokenise, 'tokenise', lambda *args: calls.append(1) or original(*args))
+    calls, original = [], tokenise.Collector.finish
+    monkeypatch.setattr(tokenise.Collector, 'finish', lambda *args: calls.append(1) or original(*args))
     return calls
+
+
+def cached(cache):
+    """The files of the cache, without those of the ids."""
+    assert {file.stem for file in cache.glob('*.ids')} == {file.stem for file in cache.glob('*.safetensors')}
+    return list(cache.glob('*.safetensors'))
 
 
 @pytest.mark.parametrize('task', ['pairs', 'singles', 'sft'])
@@ -341,14 +348,14 @@ def test_a_second_load_reads_the_cache(tmp_path, make_tokenizer, count, cache, t
     source = write_jsonl(tmp_path / 'd.jsonl', [CHAT] if chat else [*many_pairs(20), pair('p', '', '')])
     tokenizer, other = make_tokenizer(), make_tokenizer()
     first = load(source, tokenizer, task=task)
-    assert len(count) == 1 and len(list(cache.iterdir())) == 1 and len(first)
+    assert len(count) == 1 and len(cached(cache)) == 1 and len(first)
     second = load(source, other, task=task)
     assert len(count) == 1 and same(first, second) and isinstance(second.left_out, Counter) and first.left_out
     assert tokenizer.chat_template == other.chat_template  # what is exported must not depend on the cache
     load(source, tokenizer, task=task)
     assert len(count) == 1
     assert same(load(source, tokenizer, task=task, cache=False), first) and len(count) == 2
-    assert len(list(cache.iterdir())) == 1
+    assert len(cached(cache)) == 1
 
 
 def test_what_makes_another_cache_file(tmp_path, make_tokenizer, count, cache):
@@ -356,14 +363,18 @@ def test_what_makes_another_cache_file(tmp_path, make_tokenizer, count, cache):
     source, tokenizer = write_jsonl(tmp_path / 'd.jsonl', rows), make_tokenizer()
     load(source, tokenizer)
     changes = [{'max_length': 63}, {'max_prompt_length': 31}, {'truncation': 'end'}, {'task': 'sft'}, {'task': 'singles'},
-               {'split': 'test'}, {'undivided': False}, {'skip_bad_rows': True}, {'num_turns': 2},
+               {'split': 'test'}, {'skip_bad_rows': True}, {'num_turns': 2},
                {'tokenizer': make_tokenizer(bos=True)}, {'tokenizer': make_tokenizer(template=CHATML)},
                {'source': f'{source}+{source}'}, {'source': write_jsonl(tmp_path / 'e.jsonl', rows[:10])}]  # fmt: skip
     for number, changed in enumerate(changes, 2):
         load(**({'source': source, 'tokenizer': tokenizer} | changed))
-        assert len(count) == number == len(list(cache.iterdir())), changed
+        assert len(count) == number == len(cached(cache)), changed
     load(source, tokenizer, data_fraction=0.5, seed=3)  # is taken from the whole
     assert len(count) == len(changes) + 1
+    load(source, tokenizer, undivided=False)  # for training and for evaluation
+    assert len(count) == len(changes) + 3 == len(cached(cache))
+    load(source, tokenizer, 'test', undivided=False)
+    assert len(count) == len(changes) + 3
     write_jsonl(tmp_path / 'd.jsonl', rows[:10])
     assert len(load(source, tokenizer)) == 10
 
@@ -378,21 +389,22 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
-def test_a_damaged_cache_file_is_rebuilt(tmp_path, tok, count, cache, damage, capsys):
+@pytest.mark.parametrize('kind', ['ids', 'safetensors'])
+def test_a_damaged_cache_file_is_rebuilt(tmp_path, tok, count, cache, damage, kind, capsys):
     source = write_jsonl(tmp_path / 'd.jsonl', many_pairs(20))
-    first = load(source, tok)
-    (file,) = cache.iterdir()
+    first = copy.deepcopy(load(source, tok))
+    (file,) = cache.glob(f'*.{kind}')
     content = file.read_bytes()
     file.write_bytes(DAMAGES[damage](content))
     assert same(load(source, tok), first) and len(count) == 2
     assert 'is damaged: tokenising anew' in capsys.readouterr().out
-    assert file.read_bytes() == content and len(list(cache.iterdir())) == 1
+    assert file.read_bytes() == content and len(cached(cache)) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_a_note(tmp_path, tok, cache, monkeypatch, capsys):
     source = write_jsonl(tmp_path / 'd.jsonl', many_pairs(20))
     first = load(source, tok)
-    (file,) = cache.iterdir()
+    (file,) = cached(cache)
     file.unlink()
     file.with_suffix(f'.{os.getpid()}').mkdir()  # where it would be written first
     assert same(load(source, tok), first) and 'not cached' in capsys.readouterr().out
