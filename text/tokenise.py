@@ -32,7 +32,7 @@ NEEDS = {  # task -> what its rows have beside a prompt
     'sft': 'an answer',
 }
 NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
-CHUNK = 2048  # rows that are tokenised together
+CHUNK = 512  # rows that are tokenised together
 FEW = 10_000  # so many rows are all tokenised, however few of them a run needs
 
 
