@@ -45,6 +45,7 @@ split: str | None = None  # train or test; None: test where the data has one, el
 n_examples: int | None = None  # only the first so many prompts
 data_fraction = 1.0  # only this fraction of the prompts
 num_turns = 1  # sharegpt: prompts taken from a conversation
+columns: str | None = None  # which column is what: 'prompt=question, system=system'
 skip_bad_rows = False  # count unreadable rows instead of stopping
 chat = False  # text prompts become chats (Human: is the user), so that the tokenizer's chat template applies
 system: str | None = None  # a system message before every prompt; text prompts become chats
@@ -106,7 +107,7 @@ def read_prompts():
                 raise UserError(f'cannot read {source}: {getattr(error, "strerror", "not a text file")}') from None
             continue
         more, out = sources.load_rows(source, split or 'test', undivided=split is None, num_turns=num_turns,
-                                      skip_bad_rows=skip_bad_rows)  # fmt: skip
+                                      skip_bad_rows=skip_bad_rows, task='prompts', columns=columns)  # fmt: skip
         if not more and source != data:
             raise sources.vanished(source, split or 'test', out)
         rows += more

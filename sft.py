@@ -26,6 +26,7 @@ model = 'toy'  # hub id, local folder, or 'toy'
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
 noise_rate = 0.0  # train on the rejected answer of this fraction of pairs, as the original noise experiments do
 control_tokens = False  # both answers of a pair, behind prompts that end with <|good|> or <|bad|> (conditional SFT)
+last_turn_only = False  # train on the last answer of a conversation alone, not on all of them
 max_length = 512  # tokens of prompt and answer
 max_prompt_length = 256  # a prompt is cut to this if the whole is too long
 # steps
@@ -63,9 +64,9 @@ if control_tokens:
     # room for the control token; both answers of a pair are examples
     run.load_data(task='singles', max_length=max_length - 1, max_prompt_length=max_prompt_length - 1)
 elif noise_rate:
-    run.load_data(train={'task': 'pairs'}, held_out={'task': 'sft'})
+    run.load_data(train={'task': 'pairs'}, held_out={'task': 'sft'}, last_turn_only=last_turn_only)
 else:
-    run.load_data(task='sft')
+    run.load_data(task='sft', last_turn_only=last_turn_only)
 if noise_rate:
     run.train = run.train.flip(noise_rate, seed)
 if control_tokens:

@@ -42,6 +42,9 @@ from text.tokenise import load_examples
 eval_data: str | None = None  # None: the test split of data, or a part of it held out
 data_fraction = 1.0  # use this fraction of the training examples
 num_turns = 1  # sharegpt: answers taken from a conversation
+columns: str | None = None  # which column is what: 'prompt=question, system=system, chosen=good, rejected=bad'
+chat = False  # texts become chats, so that the model's chat template applies
+system: str | None = None  # a message of the system before every prompt; texts become chats
 truncation = 'start'  # which end a too long prompt loses: start or end
 skip_bad_rows = False  # count unreadable rows instead of stopping
 # optimizer
@@ -108,11 +111,11 @@ class Run:
         """Tokenised examples into run.train and run.held_out. options: of load_examples, for both of them; train, held_out:
         further ones for one of them."""
         config = self.config
-        names = ('seed', 'max_length', 'max_prompt_length', 'truncation', 'num_turns', 'skip_bad_rows')
-        common = {name: config[name] for name in names}
+        names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
+        common = {name: config[name] for name in names.split()}
         common |= {'tokenizer': self.tokenizer, 'undivided': eval_data is not None}
         # flips and fractions are of the training examples alone
-        for_train = {**common, 'data_fraction': data_fraction, **options, **(train or {})}
+        for_train = {**common, 'data_fraction': data_fraction, 'needed': config.n_examples, **options, **(train or {})}
         for_eval = {**common, **options, **(held_out or {})}
         # one process of a host reads the text, the others find it in the cache
         self.train = fsdp.first_of_host(lambda: load_examples(config.data, 'train', **for_train))

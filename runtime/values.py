@@ -25,7 +25,7 @@ CHOICES = {
     'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
     'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released'), 'gold': (None, 'toy'),
     'attn': (None, 'sdpa', 'eager', 'flash_attention_2', 'flash_attention_3'), 'split': (None, 'train', 'test'),
-    'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
+    'task': (None, 'pairs', 'singles', 'sft', 'prompts'), 'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
 }  # fmt: skip
 
 # they stay in the environment: no option may hold one, for options are printed and written down
@@ -38,7 +38,7 @@ def problem(name, value):
     if bounds and type(value) in (int, float):
         if not bounds[0] <= value <= bounds[1]:
             return f'must lie between {bounds[0]} and {bounds[1]}, not {value}'
-        if math.isinf(value) and name != 'max_grad_norm':
+        if isinstance(value, float) and math.isinf(value) and name != 'max_grad_norm':
             return f'must be a finite number, not {value}'
     if isinstance(value, int) and abs(value) >= 2**63:
         return 'is an integer that no machine counts to'

@@ -1,4 +1,4 @@
-"""Tokenised examples as flat arrays: what tokenise.py makes and data.py packs. Flips and fractions are by hash."""
+"""Tokenised examples as flat arrays: what tokenise.py makes and data.py packs."""
 
 import hashlib
 from collections import Counter
@@ -12,9 +12,9 @@ from configurator import UserError
 
 @dataclass(eq=False)
 class Examples:
-    """Tokenised examples, as flat arrays. Flips and fractions are chosen by hash, so they depend on nothing but the text."""
+    """Tokenised examples, as flat arrays. Flips and fractions are chosen by a hash of the text alone."""
 
-    ids: np.ndarray  # all tokens
+    ids: np.ndarray  # all tokens; ~id: of an answer, only seen and not trained on, as the user's later turns
     spans: np.ndarray  # (n, 1 + answers, 2) start and end, in ids, of the prompt and of each answer
     good: np.ndarray  # (n,) thumbs up, for KTO
     uid: np.ndarray  # (n,) a hash of the text
@@ -38,10 +38,6 @@ class Examples:
         spans = np.stack((edges[:-1], edges[1:]), 1).reshape(len(items), -1, 2)
         uid = np.arange(len(items), dtype=np.uint64)
         return cls(np.concatenate(parts), spans, np.ones(len(items), bool), uid, Counter())
-
-    def with_(self, **changes):
-        """The same examples with some of their arrays replaced."""
-        return replace(self, **changes)
 
     @cached_property
     def widths(self):
@@ -67,7 +63,7 @@ class Examples:
     def select(self, rows):
         """The examples at these rows: a slice, a mask or numbers."""
         ref, margin = (None if x is None else x[rows] for x in (self.ref, self.margin))
-        return self.with_(spans=self.spans[rows], good=self.good[rows], uid=self.uid[rows], ref=ref, margin=margin)
+        return replace(self, spans=self.spans[rows], good=self.good[rows], uid=self.uid[rows], ref=ref, margin=margin)
 
     def flip(self, rate, seed):
         """Swap the labels of this fraction of pairs, chosen by a hash of the pair: the sets are nested in the rate.
@@ -83,11 +79,11 @@ class Examples:
         else:
             good[flipped] ^= True
         left_out = self.left_out + Counter({'labels flipped': int(flipped.sum())})
-        return self.with_(spans=spans, good=good, ref=ref, left_out=left_out)
+        return replace(self, spans=spans, good=good, ref=ref, left_out=left_out)
 
     def first_answers(self):
         """The chosen answers alone, for SFT."""
-        return self.with_(spans=self.spans[:, :2], ref=None, margin=None)
+        return replace(self, spans=self.spans[:, :2], ref=None, margin=None)
 
     def control(self, good, bad):
         """Every prompt with a token at its end that says what follows: the id good, or the id bad (conditional SFT)."""
@@ -95,7 +91,7 @@ class Examples:
             return self
         ends = np.where(self.good, good, bad)
         longer = Examples.of([(np.append(self[i][0], end), self[i][1]) for i, end in enumerate(ends)])
-        return self.with_(ids=longer.ids, spans=longer.spans, ref=None, margin=None)
+        return replace(self, ids=longer.ids, spans=longer.spans, ref=None, margin=None)
 
     def keep(self, frac_good, frac_bad, seed):
         """Keep this fraction of the good and of the bad single answers, chosen by hash."""

@@ -1,114 +1,170 @@
-"""Columns and messages as people have them -> prompt and answers. A new layout is one row of LAYOUTS and one function.
+"""Columns as people have them -> prompt and answers. A new layout is one row of LAYOUTS and one function.
 
-A function reads a normalised row (see unified) and returns a list of examples, as sources.py describes them. It raises
-ValueError for a row that is not what it should be, and LeftOut(reason) for a sound one that a rule leaves out. Texts are
-strings in Anthropic's format ('\\n\\nHuman: ...\\n\\nAssistant:', then ' answer') or lists of chat messages."""
+A row is normalised (unified), its columns name a layout, and the layout's function makes examples of it, as sources.py
+describes them: read(row, task) -> list. One that is marked with @of_all_rows needs the whole source:
+read(rows, task) -> (row, its examples or the ValueError) of all rows. ValueError: a row is not what it should be;
+LeftOut(reason): it is sound, and a rule leaves it out. task: 'pairs', 'singles', 'sft', 'prompts', or None."""
 
+import difflib
 import json
-import math
 import os
-import re
+from functools import cache
+from itertools import combinations
+from operator import itemgetter
+from typing import NamedTuple
+
+from text.messages import (
+    ASSISTANT,
+    DIALOGUES,
+    ROLES,
+    alternating,
+    answer,
+    are_texts,
+    as_chat,
+    as_messages,
+    ask,
+    check_size,
+    checked,
+    dialogue,
+    field,
+    message,
+    said,
+    strip_html,
+    text_or_chat,
+)
 
 NUMBER = (int, float)
-# characters of a text, or of all messages of a chat
-LONGEST = 10_000_000
 DIFFERENT = 'chosen and rejected have different prompts'
+UNTRAINED = 'answers of weight 0, which are not to be trained on'
 
 # ---- the names that people use ----
 
-ASSISTANT = '\n\nAssistant:'
+# fmt: off
 # the columns that may ask: the first one there is
-QUESTIONS = ('prompt', 'question', 'instruction', 'query', 'input')
+QUESTIONS = ('prompt', 'question', 'instruction', 'problem', 'query', 'input')
 # what an instruction or a question is about, written behind it
 ADDED = ('input', 'context')
-ANSWERS = ('response', 'completion', 'output', 'answer')
-CHATS = ('messages', 'conversations', 'conversation')
-LABELS = ('good', 'label')
+ANSWERS = ('response', 'completion', 'output', 'answer', 'solution', 'label')
+# in the name of a column that nobody knows
+LIKE_ANSWERS = ('chosen', 'rejected', 'response', 'completion', 'output', 'answer', 'reply')
+CHATS = ('messages', 'conversations', 'conversation', 'context_messages', 'trajectory')
+LABELS = ('good', 'label', 'kto_tag')
 # where a null is not the same as no such column
 NULL_SAYS = (*LABELS, 'preference', 'output_1')
-# the fields that a message's thoughts stand in
-REASONING = ('reasoning_content', 'thinking', 'reasoning')
-ROLES = {
-    **dict.fromkeys(('user', 'human', 'prompter', 'question'), 'user'),
-    **dict.fromkeys(('assistant', 'gpt', 'chatgpt', 'model', 'bot', 'chatbot', 'ai'), 'assistant'),
-    **{role: role for role in ('system', 'developer', 'tool', 'function', 'ipython')},
-}
+# what --columns may name
+COLUMNS = ('prompt', 'question', 'system', 'chosen', 'rejected', 'response', 'label', 'messages', 'margin', 'tools')
+# other names, which stand together -> ours
+RENAMED = (
+    {'chosen_response': 'chosen', 'rejected_response': 'rejected'},
+    {'preferred_output': 'chosen', 'non_preferred_output': 'rejected'},
+    {'response_j': 'chosen', 'response_k': 'rejected'},
+    {'system_prompt': 'system'},
+)
+# two answers that somebody has compared, and the columns that say which is better: by name or number, or by sign
+COMPARED = (
+    ('response_a', 'response_b'), ('response_0', 'response_1'), ('response_1', 'response_2'),
+    ('response1', 'response2'), ('answer_a', 'answer_b'), ('conversation_a', 'conversation_b'),
+)
+BY_NAME = ('winner', 'preferred', 'better_response_id', 'safer_response_id')
+BY_SIGN = ('preference_strength', 'overall_preference')
 # behind the last of these, in a text, stands the answer; the first that a pair has is taken
 TURN_MARKERS = (
-    ASSISTANT,
-    '<|im_start|>assistant\n',
-    '<|start_header_id|>assistant<|end_header_id|>\n\n',
-    '<start_of_turn>model\n',
-    '<|assistant|>\n',
-    '[/INST]',
-    '### Assistant:',
-    '### Response:',
-    '\nAssistant:',
-    ' ASSISTANT:',
-    '\nAnswer:',
-    '\nA:',
-    '\nTL;DR:',
+    ASSISTANT, '<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n',
+    '<start_of_turn>model\n', '<|assistant|>\n', '[/INST]', '### Assistant:', '### Response:', '\nAssistant:',
+    ' ASSISTANT:', '\nAnswer:', '\nA:', '\nTL;DR:',
 )
+# fmt: on
 
 
 class LeftOut(Exception):
     """A sound row that a rule leaves out: its message is the reason."""
 
 
+class Layout(NamedTuple):
+    """A row of LAYOUTS: a name, the columns that a row must have, and how it is read."""
+
+    name: str
+    columns: frozenset
+    read: object
+
+    @property
+    def of_all_rows(self):
+        return hasattr(self.read, 'of_all_rows')
+
+
 # ---- any row ----
 
 
-def parse_any(row):
-    """The examples of a row in any layout that LAYOUTS knows, told apart by its columns: the first that fits."""
-    row = unified(row)
-    read = next((read for columns, read in LAYOUTS if columns <= row.keys()), None)
-    if read is None:
-        raise ValueError("'prompt' is missing, and no other column is known")
+def parse_any(row, task=None, columns=None):
+    """The examples of a row in any layout that LAYOUTS knows; columns: as in unified."""
+    row = unified(row, columns)
+    layout = layout_of(row)
+    if layout.of_all_rows:
+        raise ValueError(f'a row of the layout {layout.name} among others')
     try:
-        return [example if 'drop' in example else _complete(example, row) for example in read(row)]
+        return [example if 'drop' in example else _complete(example, row) for example in layout.read(row, task)]
     except LeftOut as reason:
         return [{'drop': str(reason)}]
 
 
-def unified(row):
-    """A row without nulls, where a chat is a list of {'role', 'content'}, whatever it was written as.
-
-    A null stays in columns where it says something, such as that nobody has labelled an answer, or preferred one."""
-    return {key: _as_messages(value) for key, value in row.items() if value is not None or key in NULL_SAYS}
-
-
-def _as_messages(value):
-    """A list of {'from', 'value'}, or a single message, as a list of {'role', 'content'}; anything else as it is."""
-    if isinstance(value, dict) and ('role' in value or 'from' in value):
-        value = [value]
-    if not isinstance(value, list):
-        return value
-    return [_as_message(turn) if isinstance(turn, dict) and 'role' not in turn else turn for turn in value]
+def layout_of(row):
+    """The Layout of a normalised row. Raises ValueError where its columns fit none."""
+    layout = _layout_of(frozenset(row))
+    if layout is None:
+        raise ValueError(f"'prompt' is missing, and no other column is known{_nearest(row)}")
+    return layout
 
 
-def _as_message(turn):
-    if not isinstance(turn.get('from'), str) or 'value' not in turn:
-        return turn
-    if turn['from'].strip().lower() not in ROLES:
-        raise ValueError(f'a message is from {turn["from"][:24]!r}; known are {", ".join(ROLES)}')
-    more = {k: v for k, v in turn.items() if k not in ('from', 'value')}
-    return {'role': turn['from'], 'content': turn['value'], **more}
+@cache
+def _layout_of(columns):
+    return next((layout for layout in LAYOUTS if layout.columns <= columns), None)
+
+
+def _nearest(row):
+    """The layout that lacks least of these columns, for a message; nothing where none is near."""
+
+    def fit(layout):
+        return sum(bool(difflib.get_close_matches(name, row, 1, 0.75)) for name in layout.columns) / len(layout.columns)
+
+    layout = max(LAYOUTS, key=fit)
+    return f'; the nearest layout, {layout.name}, has {", ".join(sorted(layout.columns))}' if fit(layout) >= 0.5 else ''
+
+
+def unified(row, columns=None):
+    """A row without nulls, with our names, where a chat is a list of {'role', 'content'}, whatever it was written as.
+
+    columns: our name -> its column, where the user says so; no other column counts then. A null stays in columns where it
+    says something, such as that nobody has labelled an answer, or preferred one."""
+    if columns:
+        row = {name: row.get(column) for name, column in columns.items()}
+    row = {k: as_messages(v, in_turn=k in CHATS) for k, v in row.items() if v is not None or k in NULL_SAYS}
+    for names in RENAMED:
+        if names.keys() <= row.keys() and row.keys().isdisjoint(names.values()):
+            row = {names.get(key, key): value for key, value in row.items()}
+
+    # OpenAI's preferences, HelpSteer 3's context, and what SmolTalk 2 tells its template
+    told = row.get('chat_template_kwargs')
+    if isinstance(row.get('input'), dict):
+        row |= unified(row.pop('input'))
+    if isinstance(row.get('context'), list) and 'prompt' not in row:
+        row['prompt'] = row.pop('context')
+    if isinstance(told, dict) and told.get('custom_instructions'):
+        row.setdefault('system', told['custom_instructions'])
+    return row
 
 
 def _complete(example, row):
     """An example with its row's system message and tools; what to drop, where an answer has the weight 0."""
     answers = [key for key in ('chosen', 'rejected', 'response') if key in example]
-    turns = [turn for key in answers if isinstance(example[key], list) for turn in example[key]]
-    if any(turn.get('weight') == 0 for turn in turns):
-        return {'drop': 'answers of weight 0, which are not to be trained on'}
+    if any('weight' in turn for key in answers if isinstance(example[key], list) for turn in example[key]):
+        return {'drop': UNTRAINED}
 
     # the weight is for the trainer, not for the template
-    for key in ('prompt', *answers):
-        if isinstance(example[key], list):
-            example[key] = [{k: v for k, v in turn.items() if k != 'weight'} for turn in example[key]]
+    if isinstance(example['prompt'], list):
+        example['prompt'] = [{k: v for k, v in turn.items() if k != 'weight'} for turn in example['prompt']]
 
     # a system message goes before, unless a text that is formatted already has it
-    system = next((field(row, key) for key in ('system', 'system_prompt') if row.get(key) not in (None, '')), '')
+    system = field(row, 'system') if row.get('system') not in (None, '') else ''
     written = isinstance(example['prompt'], str) and example['prompt'].endswith(TURN_MARKERS)
     if system and not (written and system.strip() in example['prompt']):
         example |= _under_system(example, system, answers)
@@ -120,50 +176,49 @@ def _under_system(example, system, answers):
     """An example's prompt and answers as chats that begin with this system message."""
     if example['prompt'] in ('', []):
         raise ValueError("there is a 'system' message and no question behind it")
-    prompt = as_chat(example['prompt'])
+    prompt, first = as_chat(example['prompt']), [message('system', system)]
     if prompt[0]['role'] == 'system' and prompt[0]['content'].strip() != system.strip():
         raise ValueError("the column 'system' and the system message of the chat are not the same")
-    if prompt[0]['role'] != 'system':
-        prompt = [message('system', system), *prompt]
-    chats = {'prompt': prompt}
-    for key in answers:
-        text = example[key]
-        chats[key] = [message('assistant', text.strip())] if isinstance(text, str) else text
-    return chats
+    if prompt[0]['role'] == 'system':
+        first = []
+    chats = {key: said(example[key]) if isinstance(example[key], str) else example[key] for key in answers}
+    turns = {'turns': first + example['turns']} if 'turns' in example else {}
+    return {'prompt': first + prompt, **chats, **turns}
 
 
 def _tools(row):
     """The column tools, a list of descriptions of functions or that as JSON; None where it has nothing."""
-    tools = row.get('tools')
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise ValueError("'tools' is neither a list of tools nor one in JSON") from None
-    if tools in (None, '', []):
+    tools = row.get('tools') or None
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    except (ValueError, RecursionError):
+        tools = 'not JSON'
+    if tools in (None, [], '') or (isinstance(tools, str) and not tools.strip()):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("'tools' is neither a list of tools nor one in JSON")
-    _measure('tools', tools)
+    check_size('tools', tools)
     return tools
 
 
-# ---- layouts ----
+# ---- pairs ----
 
 
-def read_pair(row):
+def read_pair(row, task=None):
     """Two answers to one prompt, which has a column, or stands before both."""
-    prompt, chosen, rejected = asked(row), text_or_chat(row, 'chosen'), text_or_chat(row, 'rejected')
+    if row.get('status') == 'tie':
+        raise LeftOut('tie')
+    # RewardBench 2 has lists of good and of bad answers; two good ones are no pair, and nothing is lost by that
+    if are_texts(row.get('chosen')) and are_texts(row.get('rejected')):
+        scored = [(1, said(text)) for text in row['chosen']] + [(0, said(text)) for text in row['rejected']]
+        return [example for example in ranked(asked_chat(row), scored, task) if 'drop' not in example]
+    chosen, rejected = text_or_chat(row, 'chosen'), text_or_chat(row, 'rejected')
     if type(chosen) is not type(rejected):
         raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
     more = {} if row.get('margin') is None else {'margin': margin(row)}
-    # texts: what precedes a turn marker is the prompt, or else it may be repeated at the start of both
-    if isinstance(chosen, str) and prompt is None:
-        return [example | more for example in split_texts(row)]
+    prompt = asked(row, chosen)
     if isinstance(chosen, str):
-        prompt, (chosen, rejected), repeats = without_prompt(prompt, chosen, rejected)
-        pair = {'chosen': reply(row, prompt, chosen), 'rejected': reply(row, prompt, rejected)}
-        return [{'prompt': prompt, **pair, **repeats, **more}]
+        return [example | more for example in _pair_of_texts(row, prompt, chosen, rejected)]
 
     # chats: all turns before the last answer are the prompt, and must be the same for both
     if not chosen or not rejected:
@@ -171,22 +226,34 @@ def read_pair(row):
     if (chosen[0]['role'] == 'assistant') != (rejected[0]['role'] == 'assistant'):
         raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
     chosen, rejected = whole_chat(prompt, chosen, 'chosen'), whole_chat(prompt, rejected, 'rejected')
-    if len(chosen) == 1 or chosen[0] != rejected[0]:
+    return [_pair_of_chats(chosen, rejected) | more]
+
+
+def _pair_of_texts(row, prompt, chosen, rejected):
+    """The pair in two texts: what precedes a turn marker is the prompt, or else it may be repeated at the start of both."""
+    if prompt is None:
+        common = os.path.commonprefix([chosen, rejected])
+        marker = ASSISTANT if ASSISTANT in chosen else next((m for m in TURN_MARKERS if m in common), None)
+        if marker is None:
+            marker = "no turn marker (as '\\n\\nAssistant:')"
+            raise ValueError(f'no column has the prompt, and {marker} shows where answers begin')
+        return parse_dialogues(row, marker)
+    prompt, (chosen, rejected), repeats = without_prompt(prompt, chosen, rejected)
+    # Math-Step-DPO has steps that begin both answers; CarperAI's summaries have their mark in the answers
+    begun = row.get('initial_reason_steps', '')
+    if isinstance(prompt, str) and chosen.startswith('TL;DR:') and rejected.startswith('TL;DR:'):
+        prompt = prompt.rstrip() + '\n\n'
+    pair = {'chosen': reply(row, prompt, begun + chosen), 'rejected': reply(row, prompt, begun + rejected)}
+    return [{'prompt': prompt, **pair, **repeats}]
+
+
+def _pair_of_chats(chosen, rejected):
+    """The pair in two whole conversations that differ in their last answer."""
+    if len(chosen) < 2 or not rejected or chosen[0] != rejected[0]:
         raise ValueError("'chosen' and 'rejected' do not begin with the same question")
     if chosen[:-1] != rejected[:-1]:
         raise LeftOut(DIFFERENT)
-    return [{'prompt': chosen[:-1], 'chosen': chosen[-1:], 'rejected': rejected[-1:], **more}]
-
-
-def split_texts(row):
-    """The pair in two whole texts without a prompt of their own, if a turn marker says where the answers begin."""
-    chosen, rejected = row['chosen'], row['rejected']
-    common = os.path.commonprefix([chosen, rejected])
-    marker = ASSISTANT if ASSISTANT in chosen else next((m for m in TURN_MARKERS if m in common), None)
-    if marker is None:
-        marker = "no turn marker (as '\\n\\nAssistant:')"
-        raise ValueError(f'no column has the prompt, and {marker} shows where answers begin')
-    return parse_dialogues(row, marker)
+    return {'prompt': chosen[:-1], 'chosen': chosen[-1:], 'rejected': rejected[-1:]}
 
 
 def parse_dialogues(row, marker=ASSISTANT):
@@ -201,48 +268,86 @@ def parse_dialogues(row, marker=ASSISTANT):
     return [{'prompt': prompt + mark, 'chosen': chosen, 'rejected': rejected}]
 
 
-def read_answer(row):
-    """A prompt and an answer, which a label may call good or bad."""
-    key = next(column for column in ANSWERS if column in row)
-    prompt, response = asked(row), text_or_chat(row, key)
-    if prompt is None:
-        raise ValueError("'prompt' is missing")
-    if isinstance(response, str):
-        prompt, (response,), repeats = without_prompt(prompt, response)
-        return [{'prompt': prompt, 'response': reply(row, prompt, response), **repeats, **thumb(row)}]
-    if not response:
-        raise LeftOut('empty answers')
-    return _answered(row, whole_chat(prompt, response, key))
+def compared(one, two, verdict):
+    """A reader of two answers, or whole conversations, and the column that says which is better."""
+
+    def read(row, task=None):
+        better = _by_sign(row, one, two, verdict) if verdict in BY_SIGN else _by_name(row[verdict], (one, two))
+        if better is None and task != 'prompts':
+            raise LeftOut('tie')
+        prompt, chats = asked(row), []
+        for key in (two, one) if better == two else (one, two):
+            found = text_or_chat(row, key)
+            whole = [*asked_chat(row), *said(found)] if isinstance(found, str) else whole_chat(prompt, found, key)
+            chats.append(whole)
+        return [_pair_of_chats(*chats)]
+
+    return read
 
 
-def _answered(row, turns):
-    """The example of a conversation that ends with the answer."""
-    return [{'prompt': turns[:-1], 'response': turns[-1:], **thumb(row)}]
+def _by_sign(row, one, two, verdict):
+    """The better one by how much the second is better than the first; None for a tie."""
+    strength = field(row, verdict, NUMBER)
+    if not strength:
+        return None
+    return one if strength < 0 else two
 
 
-def read_chat(row):
-    """A conversation, of which the last turn is the answer."""
-    key = next(column for column in CHATS if column in row)
-    field(row, key, list)
-    turns = text_or_chat(row, key)
-    if len(turns) < 2:
-        raise ValueError(f'{key!r} is not a question and its answer')
-    return _answered(row, turns)
+def _by_name(value, columns):
+    """The column that a verdict names by its last character ('model_a', 'B', 1); None for a tie."""
+    name = str(value).strip().lower()
+    if name in ('', 'none', '-1', 'equal') or 'tie' in name or 'both' in name:
+        return None
+    found = [column for column in columns if column[-1] == name[-1]]
+    if not found:
+        raise ValueError(f'{name[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
+    return found[0]
 
 
-def read_text(row):
-    """A text to learn as it stands."""
-    text = field(row, 'text')
-    nothing_lost(row, 'text', text)
-    return [{'prompt': '', 'response': text}]
+def read_votes(row, task=None):
+    """LMSYS's votes as a table: questions and both sides' answers in JSON lists, and who has won in zeros and ones."""
+
+    def texts(key):
+        value = row[key]
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            raise ValueError(f'{key!r} is not a list of texts in JSON') from None
+        if not are_texts(value):
+            raise LeftOut('empty answers')
+        return value
+
+    chats = {}
+    for side in 'ab':
+        turns = zip(texts('prompt'), texts(f'response_{side}'), strict=False)
+        chats[f'conversation_{side}'] = alternating([text for turn in turns for text in turn])
+    won = [side for side in 'ab' if str(row[f'winner_model_{side}']) in ('1', '1.0', 'True')]
+    return compared('conversation_a', 'conversation_b', 'winner')(chats | {'winner': ''.join(won)}, task)
 
 
-def read_prompt(row):
-    """A prompt alone."""
-    return [{'prompt': asked(row)}]
+def read_sides(row, task=None):
+    """Arena's newer votes: turns that have the user's message and that of each side."""
+    chats = {'conversation_a': [], 'conversation_b': []}
+    for turn in field(row, 'full_conversation', list):
+        for side in 'ab':
+            for key in ('user', f'model_side_{side}'):
+                chats[f'conversation_{side}'] += as_messages(field(turn, key, dict))
+    return compared('conversation_a', 'conversation_b', 'winner')(chats | {'winner': row['winner']}, task)
 
 
-def parse_annotation(row):
+def read_summaries(row, task=None):
+    """openai/summarize_from_feedback's comparisons, with prompts as TRL writes them."""
+    info, texts = field(row, 'info', dict), [answer(field(x, 'text')) for x in field(row, 'summaries', list)]
+    if field(row, 'choice', int) not in (0, 1) or len(texts) != 2:
+        raise ValueError("'choice' is neither 0 nor 1, or there are not two summaries")
+    # a post of reddit, or an article of CNN or Daily Mail
+    post, title = info.get('post'), f'TITLE: {info.get("title") or ""}\n\n'
+    text = field(info, 'post' if post else 'article').replace('\n\n', '\n')
+    prompt = f'SUBREDDIT: r/{info.get("subreddit") or ""}\n\n{title}POST: {text}' if post else title + text
+    return [{'prompt': f'{prompt}\n\nTL;DR:', 'chosen': texts[row['choice']], 'rejected': texts[1 - row['choice']]}]
+
+
+def parse_annotation(row, task=None):
     """AlpacaEval's annotations: preference below 1.5 means output_1, above it output_2; 0 and 1.5 are ties."""
     outputs = [field(row, 'output_' + x) for x in '12']
     # label.py keeps a prompt that is not '\n\nHuman: instruction\n\nAssistant:' as it is
@@ -261,73 +366,348 @@ def parse_annotation(row):
     return [{'prompt': prompt, 'chosen': chosen, 'rejected': rejected}]
 
 
-def read_named(name):
-    """A layout that one of the named datasets has, and whose reader does more than a row can tell."""
+# ---- answers with scores ----
 
-    def read(row):
-        raise ValueError(f'these are columns of the dataset {name!r}: say so with --data={name}:PATH')
 
+def ranked(prompt, scored, task):
+    """The examples of a prompt and its (score, answer)s: for sft the best answer, else all pairs that are no ties."""
+    if task == 'prompts':
+        return [{'prompt': prompt}]
+    if task == 'sft' and scored:
+        return [{'prompt': prompt, 'response': max(scored, key=itemgetter(0))[1]}]
+    examples = []
+    for pair in combinations(scored, 2):
+        (high, good), (low, bad) = sorted(pair, key=itemgetter(0), reverse=True)
+        examples.append({'prompt': prompt, 'chosen': good, 'rejected': bad} if high > low else {'drop': 'tie'})
+    return examples or [{'drop': 'fewer than two answers'}]
+
+
+def read_stack_exchange(row, task=None):
+    """HuggingFaceH4/stack-exchange-preferences: a question's answers by pm_score."""
+    prompt, answers = ask(strip_html(field(row, 'question'))), field(row, 'answers', list)
+    return ranked(prompt, [(field(x, 'pm_score', NUMBER), answer(strip_html(field(x, 'text')))) for x in answers], task)
+
+
+def read_nectar(row, task=None):
+    """berkeley-nest/Nectar: a prompt in Anthropic's format, and answers by rank, 1 the best."""
+    prompt, answers = field(row, 'prompt').rstrip(), field(row, 'answers', list)
+    return ranked(prompt, [(-field(x, 'rank', NUMBER), answer(field(x, 'answer'))) for x in answers], task)
+
+
+def read_completions(row, task=None):
+    """openbmb/UltraFeedback: four answers by their score, the mean of four aspects where there is one."""
+    scored = []
+    for found in field(row, 'completions', list):
+        key = next((k for k in ('fine-grained_score', 'overall_score') if found.get(k) is not None), 'overall_score')
+        scored.append((field(found, key, NUMBER), said(field(found, 'response'))))
+    return ranked(asked_chat(row), scored, task)
+
+
+def read_generations(row, task=None):
+    """OpenR1-Math's answers: those that were found to be correct against the others; without a check all are equal."""
+    texts = field(row, 'generations', list)
+    checks = row.get('correctness_math_verify') or row.get('correctness_llama') or [True] * len(texts)
+    scored = [(bool(right), said(text)) for right, text in zip(checks, texts, strict=True)]
+    if task == 'sft' and not any(right for right, _ in scored):
+        raise LeftOut('no correct answer')
+    return ranked(asked_chat(row), scored, task)
+
+
+def of_all_rows(read):
+    """Mark a reader that needs all rows of a source: read(rows, task) yields (row, examples or ValueError)."""
+    read.of_all_rows = True
     return read
 
 
-LAYOUTS = (  # columns -> how a row that has them all is read; the first that fits
-    ({'preference', 'output_1'}, parse_annotation),
-    ({'history', 'human_ref_A'}, read_named('shp')),
-    ({'question', 'answers'}, read_named('se')),
-    ({'message_id', 'parent_id'}, read_named('oasst')),
-    ({'chosen'}, read_pair),
-    ({'rejected'}, read_pair),
-    ({'response'}, read_answer),
-    ({'completion'}, read_answer),
-    ({'messages'}, read_chat),
-    ({'conversations'}, read_chat),
-    ({'conversation'}, read_chat),
-    ({'instruction', 'output'}, read_answer),
-    ({'input', 'output'}, read_answer),
-    ({'question', 'answer'}, read_answer),
-    ({'text'}, read_text),
-    ({'prompt'}, read_prompt),
-    ({'question'}, read_prompt),
-    ({'instruction'}, read_prompt),
-    ({'query'}, read_prompt),
-)
+def each(rows, read):
+    """(row, its examples or the ValueError) of every row."""
+    for row in rows:
+        try:
+            if row.error:
+                raise ValueError(row.error)
+            yield row, read(row)
+        except LeftOut as reason:
+            yield row, [{'drop': str(reason)}]
+        # RecursionError: a row that is nested a thousand deep
+        except (ValueError, RecursionError) as error:
+            yield row, error
+
+
+def grouped(rows, task, read):
+    """The examples of answers that belong together by their prompt, wherever they stand; they come with its first row.
+
+    read(row) -> (prompt, [(score, answer)])."""
+    groups = {}  # prompt as JSON -> (first row, prompt, scored)
+    for row, found in each(rows, read):
+        if not isinstance(found, tuple):
+            yield row, found
+            continue
+        prompt, scored = found
+        known = groups.setdefault(json.dumps(prompt), (row, prompt, []))[2]
+        known += [pair for pair in scored if pair not in known]
+    for row, prompt, scored in groups.values():
+        yield row, ranked(prompt, scored, task)
+
+
+@of_all_rows
+def read_shp(rows, task=None):
+    """stanfordnlp/SHP: pairs with a score ratio of 2 or more; SFT on the best answer in a prompt's kept pairs."""
+
+    def read(row):
+        a, b = ((field(row, 'score_' + x, NUMBER), answer(field(row, 'human_ref_' + x))) for x in 'AB')
+        if field(row, 'labels', int) not in (0, 1):
+            raise ValueError("'labels' is neither 0 nor 1")
+        prompt = ask(field(row, 'history'))
+        if max(a[0], b[0]) < 2 * min(a[0], b[0]):
+            raise LeftOut('score ratio below 2')
+        good, bad = (a, b) if row['labels'] else (b, a)  # 1: A is preferred
+        return (prompt, [good, bad]) if task == 'sft' else [{'prompt': prompt, 'chosen': good[1], 'rejected': bad[1]}]
+
+    return grouped(rows, task, read) if task == 'sft' else each(rows, read)
+
+
+@of_all_rows
+def read_rated(rows, task=None):
+    """HelpSteer and HelpSteer 2: an answer a row, with its ratings; the answers to a prompt are compared by helpfulness."""
+
+    def read(row):
+        row = unified(row)
+        return asked_chat(row), [(field(row, 'helpfulness', NUMBER), said(field(row, 'response')))]
+
+    return grouped(rows, task, read)
+
+
+@of_all_rows
+def read_trees(rows, task=None, language=None):
+    """OpenAssistant: each ranked answer against the next better one, after the conversation so far; for sft the best one.
+
+    language: only messages in this one."""
+    rows = list(rows)
+    # what stands above a message, and which answer is the next better one; broken rows are reported by read
+    named = [row for row in rows if all(isinstance(row.get(key, ''), str | None) for key in ('message_id', 'parent_id'))]
+    by_id = {row.get('message_id'): row for row in named}
+    answers = [row for row in named if row.get('parent_id') and language in (None, row.get('lang'))]
+    by_rank = {(row['parent_id'], row['rank']): row for row in answers if isinstance(row.get('rank'), int)}
+
+    def above(parent):
+        """The conversation that ends with this message."""
+        turns = []
+        while parent is not None:
+            if parent not in by_id or len(turns) == 100:
+                raise ValueError('the conversation above the answer is not whole')
+            role = 'assistant' if by_id[parent].get('role') == 'assistant' else 'user'
+            turns.insert(0, message(role, field(by_id[parent], 'text')))
+            parent = by_id[parent].get('parent_id')
+        return turns
+
+    def read(row):
+        if language and field(row, 'lang') != language:
+            raise LeftOut('not English')
+        identity, role = field(row, 'message_id'), field(row, 'role')
+        if role not in ('prompter', 'assistant'):
+            raise ValueError("'role' is neither prompter nor assistant")
+        if task == 'prompts' or role == 'prompter':
+            return [{'prompt': above(identity)}] if role == 'prompter' and task == 'prompts' else []
+        if row.get('rank') is None:
+            raise LeftOut('an answer without a rank')
+        rank, parent = field(row, 'rank', int), field(row, 'parent_id')
+        mine = [message('assistant', field(row, 'text'))]
+        # rank 0, the best, takes part as the better one of rank 1
+        if rank == 0:
+            return [{'prompt': above(parent), 'response': mine}] if task == 'sft' else []
+        if task == 'sft':
+            raise LeftOut('answers that are not the best')
+        # the better one of the pair has the same parent
+        better = by_rank.get((parent, rank - 1))
+        if better is None:
+            raise LeftOut('no answer of the next better rank')
+        return [{'prompt': above(parent), 'chosen': [message('assistant', field(better, 'text'))], 'rejected': mine}]
+
+    return each(rows, read)
+
+
+# ---- single answers, conversations, texts, prompts ----
+
+
+def read_answer(row, task=None):
+    """A prompt and an answer, which a label may call good or bad."""
+    key = next(column for column in ANSWERS if column in row)
+    # LLaMA-Factory's older pairs: the good and the bad output
+    if are_texts(row[key], 2):
+        chosen, rejected = row.pop(key)
+        return read_pair(row | {'chosen': chosen, 'rejected': rejected}, task)
+    response = text_or_chat(row, key)
+    prompt = asked(row, response)
+    # a label that is a text is the answer itself
+    more = {} if key == 'label' else thumb(row)
+    if isinstance(response, str):
+        if prompt is None:
+            raise ValueError("'prompt' is missing")
+        prompt, (response,), repeats = without_prompt(prompt, response)
+        example = {'prompt': prompt, 'response': reply(row, prompt, response), **repeats, **more}
+        # the answers of a history are trained on, too, as LLaMA-Factory does
+        return [_every_answer(example)] if 'history' in row else [example]
+    if not response:
+        raise LeftOut('empty answers')
+    turns = whole_chat(prompt, response, key)
+    if len(turns) < 2:
+        raise ValueError("'prompt' is missing")
+    return [{'prompt': turns[:-1], 'response': turns[-1:], **more}]
+
+
+def read_label(row, task=None):
+    """CarperAI's summaries, where the label is a text, the answer; any other label says nothing without an answer."""
+    return read_answer(row, task) if isinstance(row['label'], str) else read_prompt(row, task)
+
+
+def read_solution(row, task=None):
+    """DeepMath: a question and three correct solutions, of which the first is taken."""
+    return read_answer({'question': row['question'], 'answer': row['r1_solution_1']}, task)
+
+
+def read_chat(row, task=None):
+    """A conversation: all its answers are trained on, and the last one is the response."""
+    key = next(column for column in CHATS if column in row)
+    turns = [checked(turn) for turn in field(row, key, list)]
+    check_size(key, turns)
+    if turns and turns[-1]['role'] != 'assistant':
+        # the answer may have a column of its own
+        if any(isinstance(row.get(column), (str, list)) for column in ANSWERS):
+            return read_answer(row, task)
+        if turns[-1]['role'] not in ROLES.values():
+            text_or_chat(row, key)  # says that this is no answer
+        if task == 'prompts' or (task is None and len(turns) == 1):
+            return [{'prompt': turns}]
+
+    # as FastChat does: what precedes the first question, and what follows the last answer, is left out
+    first = next((i for i, turn in enumerate(turns) if turn['role'] != 'assistant'), len(turns))
+    last = max((i for i, turn in enumerate(turns) if _trained(turn)), default=-1)
+    if first >= last:
+        untrained = any('weight' in turn for turn in turns)
+        raise LeftOut(UNTRAINED if untrained else 'conversations without a question and its answer')
+    notes = [{'drop': 'note: conversations that begin with an answer, which is left out'}] if first else []
+    if last < len(turns) - 1:
+        notes.append({'drop': 'note: conversations that go on behind the last answer to train on: left out'})
+    example = {'prompt': turns[first:last], 'response': [turns[last]], **thumb(row)}
+    return [example if 'good' in example else _every_answer(example), *notes]
+
+
+def _trained(turn):
+    return turn['role'] == 'assistant' and turn.get('weight') != 0
+
+
+def _every_answer(example):
+    """An example with 'turns', all its messages, where it has more answers to train on than the last one."""
+    turns = [*example['prompt'], *example['response']]
+    return example | {'turns': turns} if sum(map(_trained, turns)) > 1 else example
+
+
+def read_text(row, task=None):
+    """A text to learn as it stands; where it is a dialogue with marks, a conversation."""
+    text = field(row, 'text')
+    nothing_lost(row, 'text', text)
+    marks = next((marks for start, marks in DIALOGUES.items() if text.startswith(start)), None)
+    turns = dialogue(text, marks) if marks else []
+    if {turn['role'] for turn in turns} != {'user', 'assistant'}:
+        return [{'prompt': '', 'response': text}]
+    return read_chat({'messages': turns}, task)
+
+
+def read_prompt(row, task=None):
+    """A prompt alone. Raises ValueError where an answer is wanted, and a column that nobody knows is called like one."""
+    for name, value in row.items() if task != 'prompts' else ():
+        if isinstance(value, str) and any(word in name.lower() for word in LIKE_ANSWERS):
+            raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
+    return [{'prompt': asked(row)}]
+
+
+# fmt: off
+LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, columns, read in (
+    # the first whose columns a row has
+    ('AlpacaEval annotations', 'preference output_1', parse_annotation),
+    ('SHP', 'history human_ref_A human_ref_B labels', read_shp),
+    ('Stack Exchange', 'question answers', read_stack_exchange),
+    ('Nectar', 'prompt answers', read_nectar),
+    ('OpenAssistant', 'message_id text role', read_trees),
+    ('UltraFeedback', 'instruction completions', read_completions),
+    ('summaries', 'info summaries choice', read_summaries),
+    ('arena', 'prompt response_a response_b winner_model_a winner_model_b', read_votes),
+    *[('comparison', f'{one} {two} {verdict}', compared(one, two, verdict))
+      for verdict in (*BY_NAME, *BY_SIGN) for one, two in COMPARED],
+    ('arena', 'full_conversation winner', read_sides),
+    ('HelpSteer', 'prompt response helpfulness', read_rated),
+    ('pair', 'chosen', read_pair),
+    ('pair', 'rejected', read_pair),
+    *[('conversation', column, read_chat) for column in CHATS],
+    ('answer', 'response', read_answer),
+    ('answer', 'completion', read_answer),
+    ('answer', 'instruction output', read_answer),
+    ('answer', 'input output', read_answer),
+    ('answer', 'prompt output', read_answer),
+    ('answer', 'prompt answer', read_answer),
+    ('answer', 'prompt label', read_label),
+    ('DeepMath', 'question r1_solution_1', read_solution),
+    ('OpenR1-Math', 'problem generations', read_generations),
+    ('answer', 'question answer', read_answer),
+    ('answer', 'problem solution', read_answer),
+    ('text', 'text', read_text),
+    *[('prompt', column, read_prompt) for column in QUESTIONS],
+)]
+# fmt: on
 
 
 # ---- the parts of a row ----
 
 
-def asked(row):
+def asked(row, found=()):
     """What the columns of a row ask: text that the answer goes on from, or chat; None where no column asks.
 
-    The text of 'prompt', and whatever ends in a turn marker, stays text; a question or an instruction becomes a message."""
+    The text of 'prompt', and whatever ends in a turn marker, stays text; a question or an instruction becomes a message.
+    found: the answer, which, as a chat, may have the question in it."""
     column = next((c for c in QUESTIONS if c in row), None)
+    chat = next((c for c in CHATS if c in row), None)
     # a conversation that ends with a question asks it
-    if column is None:
-        chat = next((c for c in CHATS if c in row), None)
-        if chat is None:
-            return None
+    if chat and column != 'prompt':
         turns = text_or_chat({'prompt': field(row, chat, list)}, 'prompt')
         return None if turns[-1]['role'] == 'assistant' else turns
+    if column is None:
+        return None
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
     for more in ADDED if column in ('question', 'instruction') else ():
         prompt += '\n\n' + field(row, more) if row.get(more) else ''
-    nothing_lost(row, column, prompt if isinstance(prompt, str) else '\n'.join(turn['content'] for turn in prompt))
+    turns = [turn for part in (prompt, found) if isinstance(part, list) for turn in part]
+    nothing_lost(row, column, '\n'.join([str(prompt), *(turn['content'] for turn in turns)]))
+    if isinstance(prompt, str) and _is_history(row.get('history')):
+        return [*alternating([text for turn in row['history'] for text in turn]), message('user', prompt)]
     if column == 'prompt' or prompt.endswith(TURN_MARKERS):
         return prompt
     return [message('user', prompt)]
 
 
-def nothing_lost(row, column, said):
-    """Raise ValueError where another column asks, too, and what it says is not in the text `said` of this one."""
+def asked_chat(row):
+    """What a row asks, as chat messages. Raises ValueError where it asks nothing."""
+    prompt = asked(row)
+    if prompt is None:
+        raise ValueError("'prompt' is missing")
+    return as_chat(prompt)
+
+
+def nothing_lost(row, column, text):
+    """Raise ValueError where another column asks, too, and what it says is not in this text."""
     for other in {*QUESTIONS, *ADDED, 'history'} - {column}:
         value = row.get(other)
-        if value and not (isinstance(value, str) and value.strip() in said):
+        if value and not (isinstance(value, str) and value.strip() in text) and not _is_history(value):
             raise ValueError(f'{other!r} asks something, too, which would be lost beside {column!r}')
+
+
+def _is_history(value):
+    """Whether these are LLaMA-Factory's earlier turns, each a question and its answer."""
+    return isinstance(value, list) and bool(value) and all(are_texts(turn, 2) for turn in value)
 
 
 def reply(row, prompt, text):
     """The text of an answer; behind a question that has become a message, a message, too."""
-    return [message('assistant', text.strip())] if isinstance(prompt, list) and 'prompt' not in row else text
+    return said(text) if isinstance(prompt, list) and not isinstance(row.get('prompt'), list) else text
 
 
 def thumb(row):
@@ -336,6 +716,8 @@ def thumb(row):
     if column is None:
         return {}
     value = row[column]
+    # a table has them as text
+    value = {'true': 1, 'false': 0, '1': 1, '0': 0}.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(value, NUMBER) or value not in (0, 1):  # True and False are numbers, too
         raise ValueError(f'{column!r} is neither true (1) nor false (0)')
     return {'good': bool(value)}
@@ -344,7 +726,7 @@ def thumb(row):
 def margin(row):
     """row['margin'], a finite number."""
     value = field(row, 'margin', NUMBER)
-    if isinstance(value, bool) or not abs(value) < 1e30:  # NaN is not less than anything
+    if not abs(value) < 1e30:
         raise ValueError("'margin' is not a finite number")
     return float(value)
 
@@ -371,117 +753,19 @@ def without_prompt(prompt, *answers):
 def whole_chat(prompt, answer, key):
     """All turns of a prompt (text, chat or None) and an answer, which may be what follows it, or the whole chat."""
     turns = [] if prompt is None else as_chat(prompt)
-    if answer[0]['role'] == 'assistant':
+    if not answer or answer[0]['role'] == 'assistant':
         return turns + answer
 
     # the whole chat: it begins with the prompt, but for a system message that only one of them has
     system = [] if answer[0]['role'] == 'system' else [turn for turn in turns[:1] if turn['role'] == 'system']
     bare = [turn for turn in turns if turn['role'] != 'system']
-    begins = [turn for turn in answer if turn['role'] != 'system'][: len(bare)] == bare
-    if not begins and not isinstance(prompt, str):
+    if [turn for turn in answer if turn['role'] != 'system'][: len(bare)] == bare:
+        return system + answer
+    if not isinstance(prompt, str):
         raise ValueError(f'{key!r} begins with a question that is not the prompt')
-    # a prompt of text may be any of the questions of a longer chat
-    if not begins and not any(prompt.strip() in turn['content'] for turn in answer[:-1] if turn['role'] == 'user'):
+    # a prompt of text may be any of the questions of a longer chat, or all of them
+    questions = [turn['content'].strip() for turn in answer[:-1] if turn['role'] == 'user']
+    joined = len(questions) > 1 and all(text in prompt for text in questions)
+    if not joined and not any(prompt.strip() in text for text in questions):
         raise LeftOut('answers to something else than the prompt')
     return system + answer
-
-
-def text_or_chat(row, key):
-    """row[key]: a string, or a list of chat messages, which end with the assistant's where it is an answer."""
-    value = field(row, key, (str, list))
-    _measure(key, value)
-    if isinstance(value, str):
-        return value
-    turns = [_turn(turn) for turn in value]
-    if key == 'prompt' and not turns:
-        raise ValueError("'prompt' has no messages")
-    if key != 'prompt' and turns and turns[-1]['role'] != 'assistant':
-        raise ValueError(f'{key!r} does not end with an answer, but with a message of the role {turns[-1]["role"]!r}')
-    return turns
-
-
-def _turn(turn):
-    """A chat message with all its fields, its role by the name that templates know."""
-    role = field(turn, 'role')
-    turn = {key: value for key, value in turn.items() if value is not None}
-
-    # what only some messages have must be what it should be
-    calls, weight = turn.get('tool_calls', []), turn.get('weight', 1)
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise ValueError("'tool_calls' is not a list of calls")
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise ValueError(
-            f"the 'weight' of a message is {weight!r}: 1 is trained on and 0 is not, and there is no other"
-        )
-
-    # a call, or a thought, may stand alone
-    alone = 'content' not in turn and any(turn.get(key) for key in ('tool_calls', *REASONING))
-    content = '' if alone else field(turn, 'content')
-    return turn | message(ROLES.get(role.strip().lower(), role), content)
-
-
-def _measure(key, value):
-    """Raise ValueError for text, messages or tools that are too long or cannot be written."""
-    plain = isinstance(value, str)
-    if not plain and not all(isinstance(item, dict) for item in value):
-        return  # what is wrong with them is said elsewhere
-    text = value if plain else json.dumps(value, ensure_ascii=False, default=str)
-    if len(text) > LONGEST:
-        raise ValueError(f'{key!r} has {len(text):,} characters; the limit is {LONGEST:,}')
-    if not plain and any(set(item) - {'role', 'content'} for item in value):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f'{key!r} has half a surrogate pair in it') from None
-
-
-def field(row, key, kind=str):
-    """row[key], which must be of this kind."""
-    value = row.get(key, ...) if isinstance(row, dict) else ...
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):  # True is an int, for python
-        raise ValueError(f'{key!r} is missing or of the wrong type')
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f'{key!r} is not a finite number')
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # json can write it, no tokenizer can read it
-            raise ValueError(f'{key!r} has half a surrogate pair in it') from None
-    return value
-
-
-# ---- texts and messages ----
-
-
-def ask(text):
-    return '\n\nHuman: ' + text + ASSISTANT
-
-
-def answer(text):
-    return ' ' + text.strip()
-
-
-def message(role, text):
-    return {'role': role, 'content': text}
-
-
-def as_chat(prompt):
-    """A prompt, text or chat, as chat messages: the reverse of Human: / Assistant:, or else one user's message."""
-    if not isinstance(prompt, str):
-        return prompt
-    # parts: who, what, who, what, ...
-    before, *parts = re.split(r'\n\n(Human|Assistant):', prompt)
-    if before.strip() or not parts:
-        return [message('user', prompt)]
-    roles = {'Human': 'user', 'Assistant': 'assistant'}
-    turns = [message(roles[who], text.strip()) for who, text in zip(parts[::2], parts[1::2], strict=True)]
-    return turns[:-1] if turns[-1] == message('assistant', '') else turns
-
-
-def instruction(prompt):
-    """What a prompt asks, as AlpacaEval has it: of a single question its text alone, else the whole dialogue."""
-    if not isinstance(prompt, str):
-        turns = [turn for turn in prompt if turn['role'] != 'system']
-        return turns[0]['content'] if len(turns) == 1 else '\n\n'.join(f'{t["role"]}: {t["content"]}' for t in turns)
-    text = prompt.removeprefix('\n\nHuman: ').removesuffix(ASSISTANT)
-    return prompt if ASSISTANT in text or ask(text) != prompt else text

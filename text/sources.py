@@ -3,44 +3,43 @@
 rows are the raw rows as the hub, or the local file or folder `path`, has them; parse(row) -> list of examples, each one of
   {'prompt', 'chosen', 'rejected'}, with 'sft' where the SFT target is not simply the chosen answer, and 'margin', a number,
   where it is known by how much the chosen one is better;
-  {'prompt', 'response'}, with 'good': bool for KTO;  {'prompt'};  {'drop': reason} for what the dataset's rules leave out.
+  {'prompt', 'response'}, with 'good': bool for KTO, or with 'turns', all messages of a conversation, where every answer in it
+  is trained on but those of weight 0;
+  {'prompt'};  {'drop': reason} for what the dataset's rules leave out.
 A row that is not what it should be makes parse raise ValueError(reason). Texts are strings in Anthropic's format
-('\\n\\nHuman: ...\\n\\nAssistant:', then ' answer') or lists of chat messages.
+('\\n\\nHuman: ...\\n\\nAssistant:', then ' answer') or lists of chat messages. Where the task decides what becomes of a row, or one
+row is not enough, parse is a Layout of formats.py.
 """
 
+import difflib
 import hashlib
 import os
-import re
 from collections import Counter
 from contextlib import suppress
-from functools import cache
-from html.parser import HTMLParser
-from itertools import combinations, islice
-from operator import itemgetter
+from functools import cache, partial
+from itertools import chain, islice
 
 from configurator import UserError
 from runtime.log import say
 from text import files
 from text.files import ENDINGS, HELP, Row, content_hash, data_files, hub_splits, read_rows
-
-# for callers that have not moved to text.formats yet
-from text.formats import (  # noqa: F401
-    ASSISTANT,
-    LONGEST,
-    NUMBER,
-    REASONING,
-    LeftOut,
-    answer,
-    as_chat,
-    ask,
-    field,
-    instruction,
-    message,
+from text.formats import (
+    COLUMNS,
+    Layout,
+    each,
+    layout_of,
+    of_all_rows,
     parse_annotation,
     parse_any,
     parse_dialogues,
-    text_or_chat,
+    read_shp,
+    read_stack_exchange,
+    read_trees,
+    unified,
 )
+
+# for callers that have not moved to text.messages yet
+from text.messages import ASSISTANT, answer, as_chat, ask, field, instruction, message, strip_html, text_or_chat  # noqa: F401
 
 # without a test split, the prompts whose hash is 0 modulo this are held out
 HELD_OUT = 20
@@ -66,46 +65,39 @@ KNOWN = (
     'known are prompt (or question, instruction, query) with chosen and rejected, or with response (completion, output) '
     'and perhaps good (label); messages; text'
 )
+RENAME = "rename the columns, or say which is which: --columns='prompt={}, response={}' (or chosen, rejected, messages)"
+MIXED = 'the answers of {} rows begin with their prompt, of {} they do not: all or none must'
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
 
 
-def load_rows(source, split, *, undivided=False, num_turns=1, skip_bad_rows=False):
-    """The examples of one source ('hh', 'hh:PATH', 'toy', a hub id, a file or folder) -> (list, Counter of reasons).
+def load_rows(source, split, **options):
+    """(list of all examples, Counter of reasons) of one source: see read_examples."""
+    left_out = Counter()
+    return list(read_examples(source, split, left_out, **options)), left_out
+
+
+def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip_bad_rows=False, task=None, columns=None,
+                  both=False):  # fmt: skip
+    """The examples of one source ('hh', 'hh:PATH', 'toy', a hub id, a file or folder), one by one.
 
     split: 'train' or 'test'. A single file, or a dataset without a test split, is divided by a hash of the prompt unless
-    undivided. The Counter says what was left out; reasons that begin with 'note: ' are of examples that stay. An example's
-    .where is the file and line it comes from. Raises UserError for an unreadable source and, unless skip_bad_rows, for a bad
-    row."""
+    undivided. left_out: a Counter that says what was left out, when all are read; reasons that begin with 'note: ' are of
+    examples that stay. An example's .where is the file and line it comes from. task: 'pairs', 'singles', 'sft' or 'prompts';
+    of a dataset with many answers to a prompt, sft takes the best. columns: 'prompt=question, ...' reads these columns alone.
+    both: of a source that is divided, give both parts; example.held_out says which it is. Raises UserError for an unreadable
+    source and, unless skip_bad_rows, for a bad row."""
     rows, parse, no_test_part = _opened(source, split, num_turns)
-    examples, left_out = [], Counter()
-    rows = iter(rows)
-    for row in rows:
-        # RecursionError: a row that is nested a thousand deep
-        try:
-            found = _parse(row, parse)
-        except (ValueError, RecursionError) as error:
-            if not skip_bad_rows:
-                behind = None if examples or left_out else islice(rows, LOOK_AHEAD)
-                raise UserError(_refusal(row, error, behind, parse, source)) from None
-            left_out[f'bad rows: {error}'] += 1
-            continue
-
-        # every example knows its row, which tokenise names where a chat template refuses it
-        for example in found:
-            if 'drop' in example:
-                left_out[example['drop']] += 1
-                continue
-            example = Row(example)
-            example.where = row.where
-            examples.append(example)
-    examples = _agreeing(examples, left_out, skip_bad_rows)
-    if no_test_part and not undivided:
-        examples = [example for example in examples if _held_out(example) == (split == 'test')]
-    return examples, left_out
+    found = _parsed(rows, parse, task, columns_of(columns))
+    examples = _agreeing(_sound(found, source, left_out, skip_bad_rows), left_out, skip_bad_rows)
+    divided = no_test_part and not undivided
+    for example in examples:
+        example.held_out = _held_out(example) if divided else split == 'test'
+        if both or example.held_out == (split == 'test'):
+            yield example
 
 
 def _opened(source, split, num_turns):
-    """(rows, parse, whether a part of them has to be held out, for want of a test split) of a source."""
+    """(rows, parse, whether a part of them has to be held out, for want of a test split) of a source; parse None: any."""
     getter, path, hub_id = locate(source)
     single_file = bool(path) and len(data_files(path)) == 1
     if getter:
@@ -113,9 +105,24 @@ def _opened(source, split, num_turns):
         more = {'num_turns': num_turns} if name == 'sharegpt' else {}
         return *getter(split, path, **more), name in NO_TEST_SPLIT or single_file
     if path:
-        return read_rows(None, split, path), parse_any, single_file
+        return read_rows(None, split, path), None, single_file
     no_test_split = 'test' not in hub_splits(hub_id)
-    return read_rows(hub_id, 'train' if no_test_split else split, None), parse_any, no_test_split
+    return read_rows(hub_id, 'train' if no_test_split else split, None), None, no_test_split
+
+
+def columns_of(text):
+    """{our name: column} of 'prompt=question, chosen=good'; None of None. Raises UserError."""
+    if not text:
+        return None
+    columns = {}
+    for part in text.split(','):
+        name, equals, column = (x.strip() for x in part.partition('='))
+        if name not in COLUMNS or not equals or not column or name in columns:
+            near = difflib.get_close_matches(name, COLUMNS, 1)
+            hint = f'did you mean {near[0]}?' if near and near[0] != name else f'names are {", ".join(COLUMNS)}, each once'
+            raise UserError(f"--columns: cannot read {part.strip()!r}: write 'prompt=question, chosen=good'; {hint}")
+        columns[name] = column
+    return columns
 
 
 def locate(source):
@@ -169,21 +176,78 @@ def _note(text):
 # ---- from rows to examples ----
 
 
-def _parse(row, parse):
-    """The examples of a row; raises ValueError where it could not be read, or makes none."""
-    if row.error:
-        raise ValueError(row.error)
-    try:
-        return parse(row)
-    except LeftOut as reason:
-        return [{'drop': str(reason)}]
+def _parsed(rows, parse, task, columns):
+    """(row, its examples or the ValueError) of all rows. parse: of one row, or a Layout; None: what the columns say."""
+    rows = iter(rows)
+    if parse is None or columns:
+        first = list(islice(rows, LOOK_AHEAD))
+        rows = chain(first, rows)
+        _check_columns(first, columns or {})
+        parse = None if columns else _first_layout(first)
+        # a row that alone tells its examples may have another layout than the first one
+        if parse is None or not parse.of_all_rows:
+            return each(rows, partial(parse_any, task=task, columns=columns))
+    if not isinstance(parse, Layout):
+        return each(rows, parse)
+    return parse.read(rows, task) if parse.of_all_rows else each(rows, partial(parse.read, task=task))
 
 
-def _refusal(row, error, behind, parse, source):
+def _first_layout(rows):
+    """The layout of the first row that has one; None where none has."""
+    for row in rows:
+        with suppress(ValueError, RecursionError):
+            return layout_of(unified(row))
+    return None
+
+
+def _check_columns(rows, columns):
+    """Raise UserError where none of these rows has a column that --columns names."""
+    there = list(dict.fromkeys(name for row in rows for name in row))
+    for name, column in columns.items():
+        if there and column not in there:
+            near = difflib.get_close_matches(column, there, 1)
+            hint = f'did you mean {near[0]}? ' if near else ''
+            known = ', '.join(there)
+            raise UserError(f'--columns: {name}={column}, and there is no column {column!r}; {hint}there are {known}')
+
+
+def describe(source):
+    """By which reader or columns a source is read, and which columns stay unread, for the screen."""
+    rows, parse, _ = _opened(source, 'train', 1)
+    head = list(islice(rows, LOOK_AHEAD))
+    layout = parse or _first_layout(head)
+    if parse or not layout:
+        return f'the reader {source.partition(":")[0]!r}'
+    names = ', '.join(dict.fromkeys(name for row in head for name in row))
+    return f'{layout.name}, told by {", ".join(sorted(layout.columns))} (columns: {names})'
+
+
+def _sound(found, source, left_out, skip_bad_rows):
+    """The examples of sound rows, which know where they stand; what is left out is counted."""
+    any_sound = False
+    for row, examples in found:
+        if isinstance(examples, Exception):
+            if not skip_bad_rows:
+                behind = None if any_sound else islice(found, LOOK_AHEAD)
+                raise UserError(_refusal(row, examples, behind, source)) from None
+            left_out[f'bad rows: {examples}'] += 1
+            continue
+        any_sound = any_sound or bool(examples)
+        for example in examples:
+            if 'drop' in example:
+                left_out[example['drop']] += 1
+                continue
+            # tokenise names the row where a chat template refuses it
+            example = Row(example)
+            example.where = row.where
+            yield example
+
+
+def _refusal(row, error, behind, source):
     """The sentence on a bad row. behind: the next rows, to see whether all are so; None where a good one came before."""
     bad = f'{row.where}: {error}' + (f'; found: {_columns(row)}' if row else '')
     # one bad row among good ones is to be mended; if all are bad, it is the layout
-    looked_at = 0 if behind is None else _all_bad(behind, parse)
+    looked_at = 0 if behind is None else _all_bad(behind)
     if not looked_at:
         return f'{bad}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
     name = source.partition(':')[0]
@@ -192,20 +256,19 @@ def _refusal(row, error, behind, parse, source):
     elif f'get_{name}' in globals():
         fits = f'the reader {name!r} is for another one; without {name + ":"!r} the columns decide'
     else:
-        fits = f'{KNOWN}: rename the columns'
+        texts = [name for name, value in row.items() if isinstance(value, str)] + ['NAME', 'NAME']
+        fits = f'{KNOWN}: {RENAME.format(*texts)}'
     return f'{bad}; none of the first {looked_at} rows can be read, so it is the layout: {fits} ({HELP})'
 
 
-def _all_bad(rows, parse):
+def _all_bad(found):
     """How many rows there are with the bad one before them, if none of them can be read; else 0."""
     count = 1
     try:
-        for row in rows:
-            try:
-                _parse(row, parse)
+        for _, examples in found:
+            if not isinstance(examples, Exception):
                 return 0
-            except (ValueError, RecursionError):
-                count += 1
+            count += 1
     except UserError:  # the file ends in something broken
         pass
     return count
@@ -215,27 +278,34 @@ def _columns(row):
     """The columns of a row and what is in them, for a message."""
     kinds = {str: 'text', list: 'list', dict: 'object', bool: 'true or false', int: 'number', float: 'number'}
     named = [f'{str(key)[:24]!r} ({kinds.get(type(value), "null")})' for key, value in row.items()]
-    return ', '.join(named[:6]) + (f' and {len(named) - 6} more' if len(named) > 6 else '')
+    return ', '.join(named[:9]) + (f' and {len(named) - 9} more' if len(named) > 9 else '')
 
 
 def _agreeing(examples, left_out, skip_bad_rows):
     """The examples, if all answers of text repeat their prompt (which is off by now and counted) or none does.
 
-    In a source where some do and others do not, those that do are bad rows: 'Hi' may begin an answer to 'Hi'."""
-    # True: its answers began with the prompt; False: they did not; None: that cannot be told
-    repeats = [example.pop('repeats', None) for example in examples]
-    many, few = repeats.count(True), repeats.count(False)
-    if not many:
-        return examples
-    if not few:
+    In a source where some do and others do not, those that do are bad rows: 'Hi' may begin an answer to 'Hi'. Examples wait
+    while only such have come that do."""
+    waiting, where, many, few = [], '', 0, 0
+    for example in examples:
+        # True: its answers began with the prompt; False: they did not; None: that cannot be told
+        repeats = example.pop('repeats', None)
+        where = where or (example.where if repeats else '')
+        many, few = many + (repeats is True), few + (repeats is False)
+        if many and few and not skip_bad_rows:
+            rest = [other.get('repeats') for other in examples]
+            many, few = many + rest.count(True), few + rest.count(False)
+            error = f'{where}: {MIXED.format(many, few)}'
+            raise UserError(f'{error}; mend it, or leave the {many} out with --skip_bad_rows ({HELP})')
+        waiting.append((example, repeats))
+        if few or not many:
+            yield from (kept for kept, repeated in waiting if not repeated)
+            waiting = []
+    if few and many:
+        left_out[f'bad rows: {MIXED.format(many, few)}'] += many
+    elif many:
         left_out[REPEATED] = many
-        return examples
-    error = f'the answers of {many} rows begin with their prompt, of {few} they do not: all or none must'
-    if not skip_bad_rows:
-        where = examples[repeats.index(True)].where
-        raise UserError(f'{where}: {error}; mend it, or leave the {many} out with --skip_bad_rows ({HELP})')
-    left_out[f'bad rows: {error}'] += many
-    return [example for example, repeat in zip(examples, repeats, strict=True) if not repeat]
+        yield from (kept for kept, _ in waiting)
 
 
 def _held_out(example):
@@ -274,82 +344,14 @@ def get_hh_harmless(split, path=None):
     return get_hh(split, path, data_dir='harmless-base')
 
 
-def shp_pair(row):
-    """[(prompt, (score, chosen), (score, rejected))], or [] where neither score is at least twice the other."""
-    a, b = ((field(row, 'score_' + x, NUMBER), answer(field(row, 'human_ref_' + x))) for x in 'AB')
-    if field(row, 'labels', int) not in (0, 1):
-        raise ValueError("'labels' is neither 0 nor 1")
-    good, bad = (a, b) if row['labels'] else (b, a)  # 1: A is preferred
-    return [(ask(field(row, 'history')), good, bad)] if max(a[0], b[0]) >= 2 * min(a[0], b[0]) else []
-
-
 def get_shp(split, path=None):
     """stanfordnlp/SHP: pairs with a score ratio of 2 or more; SFT on the best answer in a prompt's kept pairs."""
-    # the best answer of each prompt is known after a first reading; broken rows are reported on the second
-    best = {}  # prompt -> (score, answer), the first of the highest
-    for row in read_rows(HUB['shp'], split, path):
-        with suppress(ValueError):
-            for prompt, good, bad in shp_pair(row):
-                best[prompt] = max(best.get(prompt, good), good, bad, key=itemgetter(0))
-
-    def parse(row):
-        return [
-            {'prompt': prompt, 'chosen': good[1], 'rejected': bad[1], 'sft': best[prompt][1]}
-            for prompt, good, bad in shp_pair(row)
-        ] or [{'drop': 'score ratio below 2'}]
-
-    return read_rows(HUB['shp'], split, path), parse
-
-
-class Stripper(HTMLParser):
-    """Strips HTML: .text keeps paragraphs, list items, <code> tags and the text of links; all other tags go."""
-
-    blocks = {'p', 'pre', 'ul', 'ol', 'blockquote', 'div', 'hr', 'table', 'tr', 'h1', 'h2', 'h3', 'h4', 'h5', 'h6'}
-    text, pre = '', False
-
-    def handle_starttag(self, tag, attrs):
-        self.pre = self.pre or tag == 'pre'
-        if tag in self.blocks and not self.text.endswith('\n- '):  # '\n- ': a paragraph may open a list item
-            self.text = self.text.rstrip() + '\n\n'
-        elif tag == 'li':
-            self.text = self.text.rstrip() + '\n- '
-        self.text += {'code': '<code>', 'br': '\n'}.get(tag, '')
-
-    def handle_endtag(self, tag):
-        self.pre = self.pre and tag != 'pre'
-        self.text = self.text.rstrip() + '\n\n' if tag in self.blocks else self.text + '</code>' * (tag == 'code')
-
-    def handle_data(self, data):
-        if not self.pre:  # outside code blocks, white space means nothing
-            data = re.sub(r'\s+', ' ', data)
-            data = data.lstrip() if self.text[-1:] in ('', ' ', '\n') else data
-        self.text += data
-
-
-def strip_html(html):
-    stripper = Stripper()
-    try:
-        stripper.feed(html)
-        stripper.close()
-    except AssertionError as error:  # the library's word for what it cannot read
-        raise ValueError(f'broken HTML ({error})') from None
-    return stripper.text.strip()
+    return read_rows(HUB['shp'], split, path), Layout('SHP', '', read_shp)
 
 
 def get_se(split, path=None):
     """HuggingFaceH4/stack-exchange-preferences: all pairs of a question's answers by pm_score; SFT on the best one."""
-
-    def parse(row):
-        prompt, answers = ask(strip_html(field(row, 'question'))), field(row, 'answers', list)
-        answers = [(field(x, 'pm_score', NUMBER), answer(strip_html(field(x, 'text')))) for x in answers]
-        best = max(answers, key=itemgetter(0), default=(0, ''))[1]
-        pairs = [sorted(pair, key=itemgetter(0), reverse=True) for pair in combinations(answers, 2)]
-        return [
-            {'prompt': prompt, 'chosen': good, 'rejected': bad, 'sft': best} if high > low else {'drop': 'tie'}
-            for (high, good), (low, bad) in pairs
-        ] or [{'drop': 'fewer than two answers'}]
-
-    return read_rows(HUB['se'], 'train', path, undivided=True), parse
+    return read_rows(HUB['se'], 'train', path, undivided=True), Layout('Stack Exchange', '', read_stack_exchange)
 
 
 def get_sharegpt(split, path=None, num_turns=1):
@@ -394,66 +396,18 @@ def get_imdb(split, path=None):
 
 def get_oasst(split, path=None):
     """OpenAssistant/oasst1, English: each ranked answer against the next better one, after the conversation so far."""
-    rows = list(read_rows(HUB['oasst'], {'train': 'train', 'test': 'validation'}[split], path))
-
-    # what stands above a message, and which answer is the next better one; broken rows are reported by parse
-    by_id, by_rank = {}, {}
-    for row in rows:
-        with suppress(ValueError):
-            parent, by_id[field(row, 'message_id')] = field(row, 'parent_id', (str, type(None))), row
-            if field(row, 'lang') == 'en' and parent:
-                by_rank[parent, field(row, 'rank', int)] = row
-
-    def parse(row):
-        if field(row, 'lang') != 'en':
-            return [{'drop': 'not English'}]
-        if field(row, 'role') not in ('prompter', 'assistant'):
-            raise ValueError("'role' is neither prompter nor assistant")
-        if row['role'] == 'assistant' and row.get('rank') is None:
-            return [{'drop': 'an answer without a rank'}]
-        # what is asked stands above the answers; rank 0, the best, takes part as the better one of rank 1
-        if row['role'] == 'prompter' or field(row, 'rank', int) == 0:
-            return []
-        # the better one of the pair has the same parent
-        turns, parent = [], field(row, 'parent_id')
-        better = by_rank.get((parent, field(row, 'rank', int) - 1))
-        if better is None:
-            return [{'drop': 'no answer of the next better rank'}]
-
-        # the conversation so far, from its end up
-        while parent is not None:
-            if parent not in by_id or len(turns) == 100:
-                raise ValueError('the conversation above the answer is not whole')
-            role = 'assistant' if by_id[parent].get('role') == 'assistant' else 'user'
-            turns.insert(0, message(role, field(by_id[parent], 'text')))
-            parent = by_id[parent].get('parent_id')
-        chosen, rejected = ([message('assistant', field(x, 'text'))] for x in (better, row))
-        return [{'prompt': turns, 'chosen': chosen, 'rejected': rejected}]
-
-    return rows, parse
-
-
-def parse_ultrafeedback(row):
-    chosen, rejected = field(row, 'chosen', list), field(row, 'rejected', list)
-    if not chosen or not rejected or chosen[:-1] != rejected[:-1]:
-        raise ValueError('chosen and rejected have different prompts')
-    for answered in (chosen[-1], rejected[-1]):
-        if field(answered, 'role') != 'assistant':
-            raise ValueError("'chosen' or 'rejected' does not end with an answer")
-    if [field(turn, 'content') for turn in chosen[:-1]] != [field(row, 'prompt')]:
-        return [{'drop': 'answers to something else than the prompt'}]
-    chosen, rejected = ([message('assistant', field(x[-1], 'content'))] for x in (chosen, rejected))
-    return [{'prompt': [message('user', field(row, 'prompt'))], 'chosen': chosen, 'rejected': rejected}]
+    english = of_all_rows(partial(read_trees, language='en'))
+    return read_rows(HUB['oasst'], {'train': 'train', 'test': 'validation'}[split], path), Layout('oasst', '', english)
 
 
 def get_ultrafeedback(split, path=None):
     """HuggingFaceH4/ultrafeedback_binarized: the best of four answers, by GPT-4, against one of the other three."""
-    return read_rows(HUB['ultrafeedback'], split + '_prefs', path), parse_ultrafeedback
+    return read_rows(HUB['ultrafeedback'], split + '_prefs', path), None
 
 
 def get_ultrafeedback_hybrid(split, path=None):
     """wzhouad/gemma-2-ultrafeedback-hybrid: the same fields."""
-    return read_rows(HUB['ultrafeedback_hybrid'], split, path), parse_ultrafeedback
+    return read_rows(HUB['ultrafeedback_hybrid'], split, path), None
 
 
 def get_ultrachat(split, path=None):

@@ -505,7 +505,7 @@ def test_a_template_file_that_is_too_long(tmp_path):
 
 
 def test_messages_have_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr('text.formats.LONGEST', 1000)
+    monkeypatch.setattr('text.messages.LONGEST', 1000)
     for row in (
         {'messages': [user('a' * 999), assistant('b')]},
         {'prompt': [user('a')], 'response': [assistant('b', thinking='c' * 1000)]},

@@ -55,12 +55,26 @@ def write(path, rows):
     return str(path)
 
 
+def json_rows(path):
+    text = Path(path).read_text()
+    return json.loads(text) if text.startswith('[') else [json.loads(line) for line in text.splitlines()]
+
+
 def user(text):
     return {'role': 'user', 'content': text}
 
 
 def assistant(text):
     return {'role': 'assistant', 'content': text}
+
+
+def system(text):
+    return {'role': 'system', 'content': text}
+
+
+def read(path, rows, **options):
+    """(the examples, the Counter) of a file that has these rows, undivided."""
+    return sources.load_rows(write(path, rows), 'train', undivided=True, **options)
 
 
 # ---- the datasets ----
@@ -92,10 +106,12 @@ def test_shp():
     garlic = '\n\nHuman: Best time to plant garlic?\n\nAssistant:'
     soil = ' Check the soil first, then the light.'
     assert examples == [
-        {'prompt': tomatoes, 'chosen': ' Too much water.', 'rejected': ' They like music.', 'sft': soil},
-        {'prompt': tomatoes, 'chosen': soil, 'rejected': ' They like music.', 'sft': soil},
-        {'prompt': garlic, 'chosen': ' In autumn.', 'rejected': ' At noon.', 'sft': ' In autumn.'},
+        {'prompt': tomatoes, 'chosen': ' Too much water.', 'rejected': ' They like music.'},
+        {'prompt': tomatoes, 'chosen': soil, 'rejected': ' They like music.'},
+        {'prompt': garlic, 'chosen': ' In autumn.', 'rejected': ' At noon.'},
     ]
+    best = [{'prompt': tomatoes, 'response': soil}, {'prompt': garlic, 'response': ' In autumn.'}]
+    assert load('shp', task='sft')[0] == best
     assert drops == {'score ratio below 2': 2}
     assert bad == {"'score_B' is missing or of the wrong type": 1, "'labels' is missing or of the wrong type": 1}
 
@@ -110,12 +126,9 @@ def test_se():
         'prompt': '\n\nHuman: How do I print in Python?\n\nI tried <code>echo</code>.\n\nAssistant:',
         'chosen': code,
         'rejected': ' Read the docs.',
-        'sft': code,
     }
-    assert [(x['chosen'], x['rejected'], x['sft']) for x in examples[1:3]] == [
-        (' Water.', ' Tea.', ' Water.'),
-        (' Water.', ' Coffee.', ' Water.'),
-    ]
+    assert [(x['chosen'], x['rejected']) for x in examples[1:3]] == [(' Water.', ' Tea.'), (' Water.', ' Coffee.')]
+    assert [x['response'] for x in load('se', task='sft')[0][:2]] == [code, ' Water.']
     assert examples[3]['prompt'] == '\n\nHuman: Steps\n\nWhat\nnext?\n\nAssistant:'
     assert examples[3]['chosen'] == ' - one thing\n- another, see this\n\nquoted'
     assert len(examples) == 4 and drops == {'tie': 2, 'fewer than two answers': 1}
@@ -192,7 +205,8 @@ def test_ultrafeedback(name):
         'chosen': [assistant('42')],
         'rejected': [assistant('36')],
     }
-    assert len(examples) == 2 and not drops and bad == {'chosen and rejected have different prompts': 2}
+    assert len(examples) == 2 and not bad
+    assert drops == {'empty answers': 1, 'answers to something else than the prompt': 1}
 
 
 def test_ultrachat():
@@ -304,178 +318,181 @@ def test_hub_rows_and_errors(monkeypatch):
 
 # ---- the formats of any file ----
 
-
-def system(text):
-    return {'role': 'system', 'content': text}
-
-
 CHAT_PAIR = {'chosen': [assistant('blue')], 'rejected': [assistant('green')]}
-FORMATS = {
-    'explicit': (
-        {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'},
-        {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'},
-    ),
-    'implicit, after a colon': (
-        {'chosen': 'Human: hi\nAssistant:hello', 'rejected': 'Human: hi\nAssistant:hey'},
-        {'prompt': 'Human: hi\nAssistant:', 'chosen': 'hello', 'rejected': 'hey'},
-    ),
-    'implicit, one answer begins the other': (
-        {'chosen': 'Q: one?\nA: yes', 'rejected': 'Q: one?\nA: yes, no'},
-        {'prompt': 'Q: one?\nA:', 'chosen': ' yes', 'rejected': ' yes, no'},
-    ),
-    'implicit, chat markup': (
-        {k: f'<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{k}<|im_end|>' for k in ('chosen', 'rejected')},
-        {
-            'prompt': '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n',
-            'chosen': 'chosen<|im_end|>',
-            'rejected': 'rejected<|im_end|>',
-        },
-    ),
-    'repeated prompt': (
-        {'prompt': 'Q: 0?\nA:', 'chosen': 'Q: 0?\nA: yes', 'rejected': 'Q: 0?\nA: no'},
-        {'prompt': 'Q: 0?\nA:', 'chosen': ' yes', 'rejected': ' no'},
-    ),
-    'repeated prompt, other blanks': (
-        {'prompt': 'Q: 0?\nA: ', 'chosen': '\nQ: 0?\nA:yes', 'rejected': 'Q: 0?\nA: no'},
-        {'prompt': 'Q: 0?\nA:', 'chosen': 'yes', 'rejected': ' no'},
-    ),
-    'repeated prompt, one answer': (
-        {'prompt': 'Q: 0?\nA:', 'completion': 'Q: 0?\nA: yes', 'label': True},
-        {'prompt': 'Q: 0?\nA:', 'response': ' yes', 'good': True},
-    ),
-    'question': (
-        {'question': 'q?', 'chosen': 'a', 'rejected': 'b'},
-        {'prompt': [user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
-    ),
-    'question and system': (
-        {'system': 'Be brief.', 'question': 'q?', 'chosen': 'a', 'rejected': 'b'},
-        {'prompt': [system('Be brief.'), user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
-    ),
-    'prompt and system': (
-        {'system_prompt': 'Be brief.', 'prompt': 'q?', 'chosen': 'a', 'rejected': 'b'},
-        {'prompt': [system('Be brief.'), user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
-    ),
-    'chat and system': (
-        {'system': 'Be brief.', 'prompt': [user('q?')], **CHAT_PAIR},
-        {'prompt': [system('Be brief.'), user('q?')], **CHAT_PAIR},
-    ),
-    'instruction': (
-        {'instruction': 'i', 'input': '', 'chosen': 'a', 'rejected': 'b', 'prompt': None},
-        {'prompt': [user('i')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
-    ),
-    'instruction and input': (
-        {'instruction': 'i', 'input': 'about this', 'chosen': 'a', 'rejected': 'b'},
-        {'prompt': [user('i\n\nabout this')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
-    ),
-    'query': (
-        {'query': 'q?', 'chosen': 'a', 'rejected': 'b'},
-        {'prompt': [user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]},
-    ),
-    'question that ends in a turn marker': (
-        {'question': 'Q: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
-        {'prompt': 'Q: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
-    ),
-    'alpaca': (
-        {'instruction': 'i', 'input': 'about this', 'output': 'o', 'text': 'all of it: i'},
-        {'prompt': [user('i\n\nabout this')], 'response': [assistant('o')]},
-    ),
-    'dolly': (
-        {'instruction': 'i', 'context': 'c', 'response': 'o'},
-        {'prompt': [user('i\n\nc')], 'response': [assistant('o')]},
-    ),
-    'question and answer': ({'question': 'q', 'answer': 'a'}, {'prompt': [user('q')], 'response': [assistant('a')]}),
-    'markup that has the system message': (
-        {'system': 'Be brief.', 'prompt': 'Be brief.\nQ: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
-        {'prompt': 'Be brief.\nQ: 0?\nA:', 'chosen': ' a', 'rejected': ' b'},
-    ),
-    'label of 0 or 1': (
-        {'prompt': 'The sky is', 'completion': ' green.', 'label': 0},
-        {'prompt': 'The sky is', 'response': ' green.', 'good': False},
-    ),
-    'label of a response': (
-        {'prompt': 'The sky is', 'response': ' blue.', 'label': 1.0},
-        {'prompt': 'The sky is', 'response': ' blue.', 'good': True},
-    ),
-    'label of a chat': (
-        {'messages': [user('a'), assistant('b')], 'label': False},
-        {'prompt': [user('a')], 'response': [assistant('b')], 'good': False},
-    ),
-    'from and value': (
-        {'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}], 'system': 's'},
-        {'prompt': [system('s'), user('a')], 'response': [assistant('b')]},
-    ),
-    'from and value, pairs': (
-        {
-            'conversations': [{'from': 'human', 'value': 'a'}],
-            'chosen': {'from': 'gpt', 'value': 'b'},
-            'rejected': {'from': 'gpt', 'value': 'c'},
-        },
-        {'prompt': [user('a')], 'chosen': [assistant('b')], 'rejected': [assistant('c')]},
-    ),
-    'messages and one message each': (
-        {'messages': [user('a')], 'chosen': assistant('b'), 'rejected': assistant('c')},
-        {'prompt': [user('a')], 'chosen': [assistant('b')], 'rejected': [assistant('c')]},
-    ),
-    'prompt beside whole chats': (
-        {'prompt': 'What colour?', **{k: [user('What colour?'), *v] for k, v in CHAT_PAIR.items()}},
-        {'prompt': [user('What colour?')], **CHAT_PAIR},
-    ),
-    'prompt beside longer whole chats': (
-        {'prompt': 'c', **{k: [system('s'), user('a'), assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}},
-        {'prompt': [system('s'), user('a'), assistant('b'), user('c')], **CHAT_PAIR},
-    ),
-    'chat prompt beside whole chats': (
-        {'prompt': [system('s'), user('a')], **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}},
-        {'prompt': [system('s'), user('a')], **CHAT_PAIR},
-    ),
-    'answers of several turns that differ in the last': (
-        {'prompt': [user('a')], **{k: [assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}},
-        {'prompt': [user('a'), assistant('b'), user('c')], **CHAT_PAIR},
-    ),
-    'explicit chat': (
-        {'prompt': [user('What colour?')], **CHAT_PAIR},
-        {'prompt': [user('What colour?')], **CHAT_PAIR},
-    ),
-    'implicit chat': (
-        {k: [user('What colour?'), *v] for k, v in CHAT_PAIR.items()},
-        {'prompt': [user('What colour?')], **CHAT_PAIR},
-    ),
-    'implicit chat, longer': (
-        {k: [user('a'), assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()},
-        {'prompt': [user('a'), assistant('b'), user('c')], **CHAT_PAIR},
-    ),
-    'prompt and completion': (
-        {'prompt': 'The sky is', 'completion': ' blue.'},
-        {'prompt': 'The sky is', 'response': ' blue.'},
-    ),
-    'prompt and completion chat': (
-        {'prompt': [user('What colour?')], 'completion': [assistant('blue')]},
-        {'prompt': [user('What colour?')], 'response': [assistant('blue')]},
-    ),
-    'thumb up': (
-        {'prompt': 'The sky is', 'completion': ' blue.', 'label': True},
-        {'prompt': 'The sky is', 'response': ' blue.', 'good': True},
-    ),
-    'thumb down': (
-        {'prompt': 'The sky is', 'completion': ' green.', 'label': False},
-        {'prompt': 'The sky is', 'response': ' green.', 'good': False},
-    ),
-    'ours': (
-        {'prompt': 'The sky is', 'response': ' blue.', 'good': False},
-        {'prompt': 'The sky is', 'response': ' blue.', 'good': False},
-    ),
-    'ours, for sft': (
-        {'prompt': 'The sky is', 'response': ' blue.'},
-        {'prompt': 'The sky is', 'response': ' blue.'},
-    ),
-    'messages': (
-        {'messages': [user('a'), assistant('b'), user('c'), assistant('d')]},
-        {'prompt': [user('a'), assistant('b'), user('c')], 'response': [assistant('d')]},
-    ),
+PAIR = {'prompt': [user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]}
+SFT = {'prompt': [user('q?')], 'response': [assistant('a')]}
+BRIEF = {'prompt': [system('Be brief.'), user('q?')]}
+TWO_TURNS = [user('a'), assistant('b'), user('q?'), assistant('a')]
+MULTI = {'prompt': TWO_TURNS[:3], 'response': TWO_TURNS[3:], 'turns': TWO_TURNS}
+ANSWERS = {'chosen': 'a', 'rejected': 'b'}
+MARKUP = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
+
+
+def said(human, gpt, **more):
+    return [{'from': 'human', 'value': human, **more}, {'from': 'gpt', 'value': gpt, **more}]
+
+
+# fmt: off
+FORMATS = {  # in any kind of file: what a row is, and the example that comes of it
+    'explicit': ({'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'}),
+    'implicit, after a colon': ({'chosen': 'Human: hi\nAssistant:hello', 'rejected': 'Human: hi\nAssistant:hey'}, {'prompt': 'Human: hi\nAssistant:', 'chosen': 'hello', 'rejected': 'hey'}),
+    'implicit, one answer begins the other': ({'chosen': 'Q: one?\nA: yes', 'rejected': 'Q: one?\nA: yes, no'}, {'prompt': 'Q: one?\nA:', 'chosen': ' yes', 'rejected': ' yes, no'}),
+    'implicit, chat markup': ({k: f'{MARKUP}{k}<|im_end|>' for k in ANSWERS}, {'prompt': MARKUP, **{k: f'{k}<|im_end|>' for k in ANSWERS}}),
+    'repeated prompt': ({'prompt': 'Q: 0?\nA:', 'chosen': 'Q: 0?\nA: yes', 'rejected': 'Q: 0?\nA: no'}, {'prompt': 'Q: 0?\nA:', 'chosen': ' yes', 'rejected': ' no'}),
+    'repeated prompt, other blanks': ({'prompt': 'Q: 0?\nA: ', 'chosen': '\nQ: 0?\nA:yes', 'rejected': 'Q: 0?\nA: no'}, {'prompt': 'Q: 0?\nA:', 'chosen': 'yes', 'rejected': ' no'}),
+    'repeated prompt, one answer': ({'prompt': 'Q: 0?\nA:', 'completion': 'Q: 0?\nA: yes', 'label': True}, {'prompt': 'Q: 0?\nA:', 'response': ' yes', 'good': True}),
+    'question': ({'question': 'q?', **ANSWERS}, PAIR),
+    'question and system': ({'system': 'Be brief.', 'question': 'q?', **ANSWERS}, PAIR | BRIEF),
+    'prompt and system': ({'system_prompt': 'Be brief.', 'prompt': 'q?', **ANSWERS}, PAIR | BRIEF),
+    'chat and system': ({'system': 'Be brief.', 'prompt': [user('q?')], **CHAT_PAIR}, BRIEF | CHAT_PAIR),
+    'instruction': ({'instruction': 'q?', 'input': '', **ANSWERS, 'prompt': None}, PAIR),
+    'instruction and input': ({'instruction': 'i', 'input': 'about this', **ANSWERS}, PAIR | {'prompt': [user('i\n\nabout this')]}),
+    'query': ({'query': 'q?', **ANSWERS}, PAIR),
+    'question that ends in a turn marker': ({'question': 'Q: 0?\nA:', **ANSWERS}, {'prompt': 'Q: 0?\nA:', **ANSWERS}),
+    'alpaca': ({'instruction': 'i', 'input': 'about this', 'output': 'a', 'text': 'all of it: i'}, SFT | {'prompt': [user('i\n\nabout this')]}),
+    'dolly': ({'instruction': 'i', 'context': 'c', 'response': 'a'}, SFT | {'prompt': [user('i\n\nc')]}),
+    'question and answer': ({'question': 'q?', 'answer': 'a'}, SFT),
+    'markup that has the system message': ({'system': 'Be brief.', 'prompt': 'Be brief.\nQ: 0?\nA:', **ANSWERS}, {'prompt': 'Be brief.\nQ: 0?\nA:', **ANSWERS}),
+    'label of 0 or 1': ({'prompt': 'The sky is', 'completion': ' green.', 'label': 0}, {'prompt': 'The sky is', 'response': ' green.', 'good': False}),
+    'label of a response': ({'prompt': 'The sky is', 'response': ' blue.', 'label': 1.0}, {'prompt': 'The sky is', 'response': ' blue.', 'good': True}),
+    'label as text': ({'prompt': 'The sky is', 'response': ' blue.', 'label': 'True'}, {'prompt': 'The sky is', 'response': ' blue.', 'good': True}),
+    'label of a chat': ({'messages': [user('q?'), assistant('a')], 'label': False}, SFT | {'good': False}),
+    'from and value': ({'conversations': said('q?', 'a'), 'system': 'Be brief.'}, SFT | BRIEF),
+    'from and value, pairs': ({'conversations': said('q?', '')[:1], 'chosen': said('', 'a')[1], 'rejected': said('', 'b')[1]}, PAIR),
+    'messages and one message each': ({'messages': [user('q?')], 'chosen': assistant('a'), 'rejected': assistant('b')}, PAIR),
+    'prompt beside whole chats': ({'prompt': 'What colour?', **{k: [user('What colour?'), *v] for k, v in CHAT_PAIR.items()}}, {'prompt': [user('What colour?')], **CHAT_PAIR}),
+    'prompt beside longer whole chats': ({'prompt': 'c', **{k: [system('s'), user('a'), assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}}, {'prompt': [system('s'), user('a'), assistant('b'), user('c')], **CHAT_PAIR}),
+    'chat prompt beside whole chats': ({'prompt': [system('s'), user('a')], **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}, {'prompt': [system('s'), user('a')], **CHAT_PAIR}),
+    'answers of several turns that differ in the last': ({'prompt': [user('a')], **{k: [assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}}, {'prompt': [user('a'), assistant('b'), user('c')], **CHAT_PAIR}),
+    'explicit chat': ({'prompt': [user('What colour?')], **CHAT_PAIR}, {'prompt': [user('What colour?')], **CHAT_PAIR}),
+    'implicit chat': ({k: [user('What colour?'), *v] for k, v in CHAT_PAIR.items()}, {'prompt': [user('What colour?')], **CHAT_PAIR}),
+    'implicit chat, longer': ({k: [*TWO_TURNS[:3], *v] for k, v in CHAT_PAIR.items()}, {'prompt': TWO_TURNS[:3], **CHAT_PAIR}),
+    'prompt and completion': ({'prompt': 'The sky is', 'completion': ' blue.'}, {'prompt': 'The sky is', 'response': ' blue.'}),
+    'prompt and completion chat': ({'prompt': [user('q?')], 'completion': [assistant('a')]}, SFT),
+    'thumb up': ({'prompt': 'The sky is', 'completion': ' blue.', 'label': True}, {'prompt': 'The sky is', 'response': ' blue.', 'good': True}),
+    'thumb down': ({'prompt': 'The sky is', 'completion': ' green.', 'label': False}, {'prompt': 'The sky is', 'response': ' green.', 'good': False}),
+    'ours': ({'prompt': 'The sky is', 'response': ' blue.', 'good': False}, {'prompt': 'The sky is', 'response': ' blue.', 'good': False}),
+    'ours, for sft': ({'prompt': 'The sky is', 'response': ' blue.'}, {'prompt': 'The sky is', 'response': ' blue.'}),
+    'messages': ({'messages': TWO_TURNS}, MULTI),
     'text': ({'text': 'The sky is blue.'}, {'prompt': '', 'response': 'The sky is blue.'}),
     'prompt only': ({'prompt': 'The sky is'}, {'prompt': 'The sky is'}),
-    'prompt only chat': ({'prompt': [user('What colour?')]}, {'prompt': [user('What colour?')]}),
+    'prompt only chat': ({'prompt': [user('q?')]}, {'prompt': [user('q?')]}),
 }
+
+DATA_SETS = [  # columns as these data sets have them: name, task, rows, the examples, what is left out
+    ('HelpSteer', 'pairs', [{'prompt': 'q?', 'response': x, 'helpfulness': n, 'verbosity': 9 - n} for x, n in (('b', 1), ('a', 4))], [PAIR], {}),
+    ('HelpSteer, best answer', 'sft', [{'prompt': 'q?', 'response': x, 'helpfulness': n} for x, n in (('b', 1), ('a', 4), ('c', 2))], [SFT], {}),
+    ('HelpSteer, ties', 'pairs', [{'prompt': 'q?', 'response': x, 'helpfulness': 3} for x in 'ab'], [], {'tie': 1}),
+    ('HelpSteer, one answer', 'pairs', [{'prompt': 'q?', 'response': 'a', 'helpfulness': 3}], [], {'fewer than two answers': 1}),
+    ('HelpSteer, several turns', 'sft', [{'prompt': 'a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nq?', 'response': 'a', 'helpfulness': 3}], [SFT | {'prompt': TWO_TURNS[:3]}], {}),
+    ('HelpSteer 2, preferences', 'pairs', [{'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', 'preference_strength': n} for n in (2, 0)], [PAIR], {'tie': 1}),
+    ('HelpSteer 3', 'pairs', [{'domain': 'd', 'context': TWO_TURNS[:3], 'response1': 'a', 'response2': 'b', 'overall_preference': -1}], [PAIR | {'prompt': TWO_TURNS[:3]}], {}),
+    ('PKU-SafeRLHF', 'pairs', [{'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'better_response_id': 1, 'safer_response_id': 0}], [PAIR], {}),
+    ('PKU-SafeRLHF, safety', 'pairs', [{'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'safer_response_id': 1}], [PAIR], {}),
+    ('RewardBench', 'pairs', [{'prompt': 'q?', **ANSWERS, 'chosen_model': 'x', 'subset': 's'}], [{'prompt': 'q?', **ANSWERS}], {}),
+    ('RewardBench 2', 'pairs', [{'prompt': 'q?', 'chosen': ['a'], 'rejected': ['b', 'c'], 'models': ['x'] * 3}], [PAIR, PAIR | {'rejected': [assistant('c')]}], {}),
+    ('Arena, table', 'pairs', [{'prompt': '["q?"]', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': x, 'winner_model_b': 0, 'winner_tie': y} for x, y in ((1, 0), (0, 1))], [PAIR], {'tie': 1}),
+    ('Arena, texts as in csv', 'pairs', [{'prompt': '["q?"]', 'response_a': '["b"]', 'response_b': '["a"]', 'winner_model_a': '0', 'winner_model_b': '1'}], [PAIR], {}),
+    ('Arena, conversations', 'pairs', [{'winner': x, 'conversation_a': [user('q?'), assistant('b')], 'conversation_b': [user('q?'), assistant('a')]} for x in ('model_b', 'tie', 'tie (bothbad)', 'both_bad')], [PAIR], {'tie': 3}),
+    ('Arena, content in parts', 'pairs', [{'winner': 'model_a', **{f'conversation_{x}': [{'role': r, 'content': [{'type': 'text', 'text': t, 'image': None}]} for r, t in (('user', 'q?'), ('assistant', y))] for x, y in ('aa', 'bb')}}], [PAIR], {}),
+    ('Arena, sides', 'pairs', [{'winner': 'model_a', 'full_conversation': [{'user': user('q?'), 'model_side_a': assistant('a'), 'model_side_b': assistant('b')}]}], [PAIR], {}),
+    ('Arena, several turns', 'pairs', [{'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}], [], {'chosen and rejected have different prompts': 1}),
+    ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': sources.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
+    ('Stack Exchange, paired', 'pairs', [{'qid': 1, 'question': 'q?', 'response_j': 'a', 'response_k': 'b'}], [PAIR], {}),
+    ('Nectar', 'pairs', [{'prompt': sources.ask('q?') + ' ', 'answers': [{'answer': 'b', 'rank': 7.0}, {'answer': 'a', 'rank': 1.0}]}], [{'prompt': sources.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {}),
+    ('UltraFeedback', 'sft', [{'instruction': 'q?', 'completions': [{'response': 'b', 'overall_score': 9, 'fine-grained_score': 1.5}, {'response': 'a', 'overall_score': 2, 'fine-grained_score': 4}]}], [SFT], {}),
+    ('argilla', 'pairs', [{'instruction': 'q?', 'chosen_response': 'a', 'rejected_response': 'b', 'chosen_avg_rating': 5.0}], [PAIR], {}),
+    ('Snorkel', 'pairs', [{'prompt': 'q?', 'chosen': [user('q?'), assistant('a')], 'rejected': [user('q?'), assistant('b')], 'all_rm_scores': [1.0, 0.0]}], [PAIR], {}),
+    ('distilabel Orca', 'pairs', [{'system': 'Be brief.', 'input': 'q?', **ANSWERS, 'generations': ['a', 'b'], 'status': x} for x in ('swapped', 'tie')], [PAIR | BRIEF], {'tie': 1}),
+    ('Capybara, pairs', 'pairs', [{'conversation': [{'input': 'x', 'output': 'y'}], 'prompt': 'a q?', 'chosen': TWO_TURNS, 'rejected': [*TWO_TURNS[:3], assistant('b')]}], [PAIR | {'prompt': TWO_TURNS[:3]}], {}),
+    ('Capybara', 'sft', [{'conversation': [{'input': 'a', 'output': 'b'}, {'input': 'q?', 'output': 'a'}]}], [MULTI], {}),
+    ('Math-Step-DPO', 'pairs', [{'prompt': 'q?', 'initial_reason_steps': 'So ', **ANSWERS, 'full_chosen': 'x'}], [{'prompt': 'q?', 'chosen': 'So a', 'rejected': 'So b'}], {}),
+    ('TL;DR, comparisons', 'pairs', [{'info': {'post': 'p', 'subreddit': 's', 'title': 't'}, 'summaries': [{'text': 'b'}, {'text': 'a'}], 'choice': 1}], [{'prompt': 'SUBREDDIT: r/s\n\nTITLE: t\n\nPOST: p\n\nTL;DR:', 'chosen': ' a', 'rejected': ' b'}], {}),
+    ('TL;DR, news', 'pairs', [{'info': {'post': None, 'article': 'x\n\ny', 'title': 't'}, 'summaries': [{'text': 'a'}, {'text': 'b'}], 'choice': 0}], [{'prompt': 'TITLE: t\n\nx\ny\n\nTL;DR:', 'chosen': ' a', 'rejected': ' b'}], {}),
+    ('CarperAI, comparisons', 'pairs', [{'prompt': 'POST: p', 'chosen': 'TL;DR: a', 'rejected': 'TL;DR: b'}], [{'prompt': 'POST: p\n\n', 'chosen': 'TL;DR: a', 'rejected': 'TL;DR: b'}], {}),
+    ('CarperAI, summaries', 'sft', [{'prompt': 'POST: p\nTL;DR:', 'label': ' a'}], [{'prompt': 'POST: p\nTL;DR:', 'response': ' a'}], {}),
+    ('KTO mix', 'singles', [{'completion': [user('q?'), assistant('a')], 'label': False, 'rating': 1}], [SFT | {'good': False}], {}),
+    ('LLaMA-Factory, KTO', 'singles', [{'instruction': 'q?', 'input': '', 'output': 'a', 'kto_tag': True}], [SFT | {'good': True}], {}),
+    ('LLaMA-Factory, ranking', 'pairs', [{'instruction': 'q?', 'input': '', 'output': ['a', 'b']}], [PAIR], {}),
+    ('LLaMA-Factory, history', 'sft', [{'instruction': 'q?', 'input': '', 'output': 'a', 'history': [['a', 'b']]}], [MULTI], {}),
+    ('LLaMA-Factory, pairs with history', 'pairs', [{'instruction': 'q?', **ANSWERS, 'history': [['a', 'b']]}], [PAIR | {'prompt': TWO_TURNS[:3]}], {}),
+    ('OpenAI, preferences', 'pairs', [{'input': {'messages': [system('Be brief.'), user('q?')], 'tools': [{'name': 'f'}], 'parallel_tool_calls': True}, 'preferred_output': [assistant('a')], 'non_preferred_output': [assistant('b')]}], [PAIR | BRIEF | {'tools': [{'name': 'f'}]}], {}),
+    ('OpenAI, answers not trained on', 'sft', [{'messages': [*TWO_TURNS[:1], assistant('b') | {'weight': 0}, *TWO_TURNS[2:]]}], [SFT | {'prompt': TWO_TURNS[:3]}], {}),
+    ('OpenAI, one of three not trained on', 'sft', [{'messages': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}], [{'prompt': [user('x'), assistant('y'), *TWO_TURNS[:3]], 'response': TWO_TURNS[3:], 'turns': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}], {}),
+    ('OpenAI, last answer not trained on', 'sft', [{'messages': [user('q?'), assistant('a'), user('x'), assistant('y') | {'weight': 0}]}], [SFT], {'note: conversations that go on behind the last answer to train on: left out': 1}),
+    ('Guanaco', 'sft', [{'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'}], [MULTI], {}),
+    ('Guanaco, cut short', 'sft', [{'text': '### Human: q?### Assistant: a### Human: x'}], [SFT], {'note: conversations that go on behind the last answer to train on: left out': 1}),
+    ('alpaca as text', 'sft', [{'text': 'Below is an instruction.\n\n### Instruction:\nq?\n\n### Response:\na'}], [SFT], {}),
+    ('HH as text', 'sft', [{'text': '\n\nHuman: q?\n\nAssistant: a'}], [SFT], {}),
+    ('LIMA', 'sft', [{'conversations': ['a', 'b', 'q?', 'a']}, {'conversations': ['x']}], [MULTI], {'conversations without a question and its answer': 1}),
+    ('SmolTalk 2', 'sft', [{'messages': [user('q?'), assistant('a')], 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}}], [SFT | BRIEF], {}),
+    ('OpenHermes 2.5', 'sft', [{'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'}], [SFT | BRIEF], {}),
+    ('SlimOrca', 'sft', [{'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, said('q?', 'a', weight=0.0)[0], said('q?', 'a', weight=1.0)[1]]}], [SFT | BRIEF], {}),
+    ('OpenOrca', 'sft', [{'system_prompt': 'Be brief.', 'question': 'q?', 'response': 'a'}, {'system_prompt': '', 'question': 'q?', 'response': 'a'}], [SFT | BRIEF, SFT], {}),
+    ('Magpie', 'sft', [{'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')}], [SFT], {}),
+    ('OpenThoughts', 'sft', [{'system': 'Be brief.', 'conversations': [{'from': 'user', 'value': 'q?'}, {'from': 'assistant', 'value': 'a'}]}], [SFT | BRIEF], {}),
+    ('OpenR1-Math', 'sft', [{'problem': 'q?', 'solution': 'x', 'answer': '4', 'generations': ['b', 'a'], 'messages': [user('q?'), assistant('a')]}], [SFT], {}),
+    ('OpenR1-Math, generations', 'sft', [{'problem': 'q?', 'answer': '4', 'generations': ['b', 'a'], 'correctness_math_verify': x} for x in ([False, True], [False, False])], [SFT], {'no correct answer': 1}),
+    ('OpenR1-Math, right and wrong', 'pairs', [{'problem': 'q?', 'answer': '4', 'generations': ['b', 'a'], 'correctness_math_verify': [False, True]}], [PAIR], {}),
+    ('LMSYS chats', 'sft', [{'conversation': TWO_TURNS, 'turn': 2, 'redacted': False}], [MULTI], {}),
+    ('MetaMath', 'sft', [{'query': 'q?', 'original_question': 'x', 'response': 'a'}], [SFT], {}),
+    ('NuminaMath', 'sft', [{'problem': 'q?', 'solution': 'a'}], [SFT], {}),
+    ('DeepMath', 'sft', [{'question': 'q?', 'final_answer': '4', 'r1_solution_1': 'a', 'r1_solution_2': 'x'}], [SFT], {}),
+    ('RLHFlow, prompts', 'prompts', [{'context': 'q?', 'context_messages': TWO_TURNS[:3]}], [{'prompt': TWO_TURNS[:3]}], {}),
+    ('prompts of questions', 'prompts', [{'prompt': [user('q?')], 'solution': '4'}], [{'prompt': [user('q?')]}], {}),
+    ('UltraInteract', 'pairs', [{'trajectory': said('q?', '')[:1], **ANSWERS}], [PAIR], {}),
+    ('chats as JSON', 'pairs', [{k: json.dumps(v) for k, v in (PAIR | BRIEF).items()}], [PAIR | BRIEF], {}),
+    ('chats in objects', 'pairs', [{'chosen': {'messages': [user('q?'), assistant('a')]}, 'rejected': {'messages': [user('q?'), assistant('b')]}}], [PAIR], {}),
+    ('ShareGPT, pieces', 'sft', [{'conversations': [said('', 'x')[1], *said('q?', 'a')]}, {'conversations': []}], [SFT], {'note: conversations that begin with an answer, which is left out': 1, 'conversations without a question and its answer': 1}),
+    ('OpenAssistant, best answers', 'sft', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1), ('3', '1', 'a', 'assistant', 0))], [SFT], {'answers that are not the best': 1}),
+    ('OpenAssistant, prompts', 'prompts', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': None} for i, p, t, r in (('1', None, 'a', 'prompter'), ('2', '1', 'b', 'assistant'), ('3', '2', 'q?', 'prompter'))], [{'prompt': [user('a')]}, {'prompt': TWO_TURNS[:3]}], {}),
+]
+
+BAD_ROWS = [  # a row, and what is said of it
+    ({'prompt': 'p', 'chosen': 'a'}, "'rejected' is missing or of the wrong type"),
+    ({'prompt': 'p', 'rejected': 'a'}, "'chosen' is missing or of the wrong type"),
+    ({'prompt': 'p', 'chosen': 'a', 'rejected': None}, "'rejected' is missing or of the wrong type"),
+    ({'prompt': 'p', 'chosen': 'a', 'rejected': [assistant('b')]}, "'chosen' is text and 'rejected' is chat"),
+    ({'prompt': 3, **ANSWERS}, "'prompt' is missing or of the wrong type"),
+    ({'prompt': 'p', 'chosen': [{'role': 'assistant'}], 'rejected': []}, "'content' is missing"),
+    ({'prompt': 'p', 'completion': 'a', 'label': 2}, "'label' is neither true"),
+    ({'prompt': 'p', 'completion': 'a', 'label': None}, "'label' is neither true"),
+    ({'prompt': 'p', 'response': 'a', 'label': 'fine'}, "'label' is neither true"),
+    ({'prompt': 'p', 'response': 'a', 'good': 'yes'}, "'good' is neither true"),
+    ({'response': 'a'}, "'prompt' is missing"),
+    ({'messages': 'hello'}, "'messages' is missing"),
+    ({'messages': [3]}, "'role' is missing"),
+    ({'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}, "a message has a part of the type 'image'"),
+    ({'text': None}, "'prompt' is missing"),
+    ({'ask': 'q'}, "'prompt' is missing"),
+    ({'prompt': None, **ANSWERS}, 'no column has the prompt'),
+    ({'chosen': 'grey', 'rejected': 'green'}, 'no column has the prompt'),
+    ({'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, 'no column has the prompt'),
+    ({'riddle': 'q', 'chosen': 'So: a', 'rejected': 'So: b'}, 'no column has the prompt'),
+    ({'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, 'no column has the prompt'),
+    ({'prompt': 'p', 'question': 'q', **ANSWERS}, "'question' asks something, too"),
+    ({'prompt': 'p', 'context': 'c', **ANSWERS}, "'context' asks something, too"),
+    ({'question': 'q', 'history': [['x']], **ANSWERS}, "'history' asks something, too"),
+    ({'prompt': 'p', 'text': 'a'}, "'prompt' asks something, too"),
+    ({'prompt': 'p', 'better_reply': 'a'}, "'better_reply' may be an answer"),
+    ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'b'}, 'only one of'),
+    ({'prompt': 'ask', 'chosen': 'a', 'rejected': ' ask b'}, 'only one of'),
+    ({'prompt': 'ask', **CHAT_PAIR, 'rejected': [user('ask'), assistant('b')]}, 'only one of'),
+    ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}, 'all or none must'),
+    ({'prompt': [system('s'), user('a')], 'system': 't', **CHAT_PAIR}, "the column 'system' and the system message of the chat are not the same"),
+    ({'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'it', 'value': 'b'}]}, "a message is from 'it'"),
+    ({'prompt': [user('p')], 'completion': [user('x'), assistant('y')]}, 'begins with a question that is not the prompt'),
+    ({'prompt': 'q', 'response_0': 'a', 'response_1': 'b', 'better_response_id': 7}, "'7' is neither of response_0 and response_1, nor a tie"),
+    ({'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference_strength': 'x'}, "'preference_strength' is missing"),
+    ({'prompt': 'q', 'response': 'a', 'helpfulness': 1}, 'a row of the layout HelpSteer among others'),
+    ({'prompt': '["q"', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': 1, 'winner_model_b': 0}, "'prompt' is not a list of texts in JSON"),
+    ({'info': {}, 'summaries': [], 'choice': 1}, "'choice' is neither 0 nor 1"),
+    ({}, "'prompt' is missing"),
+    ([], 'not an object with named fields'),
+    ('text', 'not an object with named fields'),
+    (None, 'not an object with named fields'),
+]
+# fmt: on
 
 
 @pytest.mark.parametrize('ending', sources.ENDINGS)
@@ -483,75 +500,66 @@ FORMATS = {
 def test_formats(tmp_path, name, ending):
     row, example = FORMATS[name]
     more = {'id': 7, 'score': 0.5}  # other fields do not matter
-    path = write(tmp_path / f'data{ending}', [row, row | more])
-    examples, left_out = sources.load_rows(path, 'train', undivided=True)
+    examples, left_out = read(tmp_path / f'data{ending}', [row, row | more])
     assert examples == [example] * 2
     assert left_out == ({sources.REPEATED: 2} if name.startswith('repeated') else {})
     assert [x.where.rpartition(' ')[2] for x in examples] == ['1', '2']
 
 
-@pytest.mark.parametrize(
-    'row, reason',
-    [
-        ({'prompt': 'p', 'chosen': 'a'}, "'rejected' is missing or of the wrong type"),
-        ({'prompt': 'p', 'rejected': 'a'}, "'chosen' is missing or of the wrong type"),
-        ({'prompt': 'p', 'chosen': 'a', 'rejected': None}, "'rejected' is missing or of the wrong type"),
-        ({'prompt': 'p', 'chosen': 'a', 'rejected': [assistant('b')]}, "'chosen' is text and 'rejected' is chat"),
-        ({'prompt': 3, 'chosen': 'a', 'rejected': 'b'}, "'prompt' is missing or of the wrong type"),
-        ({'prompt': 'p', 'chosen': [{'role': 'assistant'}], 'rejected': []}, "'content' is missing"),
-        ({'prompt': 'p', 'completion': 'a', 'label': 2}, "'label' is neither true"),
-        ({'prompt': 'p', 'completion': 'a', 'label': None}, "'label' is neither true"),
-        ({'prompt': 'p', 'response': 'a', 'label': 'fine'}, "'label' is neither true"),
-        ({'prompt': 'p', 'response': 'a', 'good': 'yes'}, "'good' is neither true"),
-        ({'response': 'a'}, "'prompt' is missing"),
-        ({'messages': 'hello'}, "'messages' is missing"),
-        ({'messages': []}, "'messages'"),
-        ({'messages': ['hello']}, "'role' is missing"),
-        ({'messages': [assistant('a'), user('b')]}, "'messages'"),  # nothing to learn
-        ({'text': None}, "'prompt' is missing"),
-        ({'ask': 'q'}, "'prompt' is missing"),
-        ({'prompt': None, 'chosen': 'a', 'rejected': 'b'}, 'no column has the prompt'),
-        ({'chosen': 'grey', 'rejected': 'green'}, 'no column has the prompt'),
-        ({'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, 'no column has the prompt'),
-        ({'problem': 'q', 'chosen': 'So: a', 'rejected': 'So: b'}, 'no column has the prompt'),
-        ({'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, 'no column has the prompt'),
-        ({'prompt': 'p', 'question': 'q', 'chosen': 'a', 'rejected': 'b'}, "'question' asks something, too"),
-        ({'prompt': 'p', 'context': 'c', 'chosen': 'a', 'rejected': 'b'}, "'context' asks something, too"),
-        ({'question': 'q', 'history': [['x', 'y']], 'chosen': 'a', 'rejected': 'b'}, "'history' asks something, too"),
-        ({'prompt': 'p', 'text': 'a'}, "'prompt' asks something, too"),
-        ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'b'}, 'only one of'),
-        ({'prompt': 'ask', 'chosen': 'a', 'rejected': ' ask b'}, 'only one of'),
-        ({'prompt': 'ask', **CHAT_PAIR, 'rejected': [user('ask'), assistant('b')]}, 'only one of'),
-        ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}, 'all or none must'),
-        (
-            {'prompt': [system('s'), user('a')], 'system': 't', **CHAT_PAIR},
-            "the column 'system' and the system message of the chat are not the same",
-        ),
-        ({'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'it', 'value': 'b'}]}, "a message is from 'it'"),
-        (
-            {'prompt': [user('p')], 'completion': [user('x'), assistant('y')]},
-            'begins with a question that is not the prompt',
-        ),
-        ({}, "'prompt' is missing"),
-        ([], 'not an object with named fields'),
-        ('text', 'not an object with named fields'),
-        (None, 'not an object with named fields'),
-    ],
-)
+@pytest.mark.parametrize('ending', ['.jsonl', '.parquet'])
+@pytest.mark.parametrize('name, task, rows, expected, out', DATA_SETS, ids=lambda x: x if isinstance(x, str) else '')
+def test_data_sets_by_their_columns(tmp_path, name, task, rows, expected, out, ending):
+    """Whole, and with the nulls and the filled-up fields that a parquet file has; every example knows where it stands."""
+    examples, left_out = read(tmp_path / f'data{ending}', rows, task=task)
+    assert examples == expected and +left_out == out and all(x.where for x in examples)
+
+
+@pytest.mark.parametrize('row, reason', BAD_ROWS)
 def test_bad_rows(tmp_path, row, reason):
     good = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
     for name, where in (('data.jsonl', 'line 2'), ('data.json', 'row 2')):
-        path = write(tmp_path / name, [good, row, good, row])
         with pytest.raises(UserError) as info:
-            sources.load_rows(path, 'train', undivided=True)
+            read(tmp_path / name, [good, row, good, row])
         message = str(info.value)
-        assert message.startswith(f'{path}, {where}: ') and reason in message and '--skip_bad_rows' in message
-        assert 'README' in message and len(message) < 600
+        assert message.startswith(f'{tmp_path / name}, {where}: ') and reason in message
+        assert '--skip_bad_rows' in message and 'README' in message and len(message) < 600
         if 'all or none' not in message and isinstance(row, dict):
             assert all(repr(key) in message.partition('; found: ')[2] for key in row)
-        examples, left_out = sources.load_rows(path, 'train', undivided=True, skip_bad_rows=True)
+        examples, left_out = read(tmp_path / name, [good, row, good, row], skip_bad_rows=True)
         assert examples == [good] * 2
         assert list(left_out.values()) == [2] and reason in next(iter(left_out))
+
+
+def test_columns_that_the_user_names(tmp_path):
+    path, options = tmp_path / 'data.jsonl', {'undivided': True}
+    row = {'ask': 'q?', 'tone': 'Be brief.', 'good_answer': 'a', 'bad_answer': 'b', 'prompt': 'not this', 'sure': 2}
+    mapped = 'question=ask, system=tone,chosen=good_answer, rejected=bad_answer, margin=sure'
+    assert read(path, [row, row | {'tone': None}], columns=mapped)[0] == [PAIR | BRIEF | {'margin': 2.0}, PAIR | {'margin': 2.0}]
+    assert read(path, [row], columns='prompt=ask, response=good_answer')[0] == [{'prompt': 'q?', 'response': 'a'}]
+    assert read(path, [row | {'talk': TWO_TURNS}], columns='messages=talk')[0] == [MULTI]
+    assert read(path, [row | {'ok': 0}], columns='prompt=ask, response=bad_answer, label=ok')[0][0]['good'] is False
+    for columns, words in (
+        ('prompt=ask, chosen=good_answr', "no column 'good_answr'; did you mean good_answer. there are ask, tone,"),
+        ('promt=ask', "cannot read 'promt=ask': .*did you mean prompt"),
+        ('prompt', "cannot read 'prompt'"),
+        ('prompt=ask, prompt=tone', 'each once'),
+    ):
+        with pytest.raises(UserError, match=words):
+            sources.load_rows(write(path, [row]), 'train', columns=columns, **options)
+
+
+def test_rows_are_read_one_by_one(tmp_path, monkeypatch):
+    """Where a row alone tells its examples, none waits for the end of the file."""
+    taken = []
+
+    def rows(*_, **__):
+        for i in range(10_000):
+            taken.append(i)
+            yield sources.Row({'prompt': f'p{i}', 'response': 'a'})
+
+    monkeypatch.setattr(sources, 'read_rows', rows)
+    examples = sources.read_examples(write(tmp_path / 'data.jsonl', []), 'train', Counter(), undivided=True)
+    assert next(examples)['prompt'] == 'p0' and len(taken) <= 101
 
 
 def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
@@ -574,11 +582,15 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
         sources.load_rows(path, 'train')
 
 
-@pytest.mark.parametrize('name', ['shp', 'se', 'oasst'])
-def test_columns_of_a_named_dataset_name_its_reader(name):
-    """Read by their columns alone, they would be other examples: a text, or a prompt with its HTML."""
-    with pytest.raises(UserError, match=f'the dataset {name!r}: say so with --data={name}:PATH'):
-        sources.load_rows(raw(name), 'train')
+@pytest.mark.parametrize('task', ['pairs', 'sft', None])
+@pytest.mark.parametrize('name', ['shp', 'se', 'oasst', 'ultrafeedback'])
+def test_a_named_dataset_is_read_by_its_columns(tmp_path, name, task):
+    """As a bare path the same examples come out, but for other languages than English."""
+    rows = [row for row in json_rows(raw(name)) if row.get('lang', 'en') == 'en']
+    path = write(tmp_path / 'data.jsonl', rows)
+    options = {'undivided': True, 'skip_bad_rows': True, 'task': task}
+    named, bare = (sources.load_rows(source, 'train', **options)[0] for source in (f'{name}:{path}', path))
+    assert named == bare and named
 
 
 def test_answers_that_begin_with_the_prompt_by_chance(tmp_path):
@@ -971,8 +983,7 @@ def test_content_hash():
 
 @pytest.mark.parametrize('name', NAMES)
 def test_whatever_a_row_lacks_it_is_bad_or_good_and_nothing_else(tmp_path, monkeypatch, name):
-    text = Path(raw(name)).read_text()
-    rows = json.loads(text) if text.startswith('[') else [json.loads(line) for line in text.splitlines()]
+    rows = json_rows(raw(name))
     fake = SimpleNamespace(load_dataset=lambda *args, **kwargs: changed)
     monkeypatch.setitem(sys.modules, 'datasets', fake)
     for i, row in enumerate(rows):
@@ -981,7 +992,7 @@ def test_whatever_a_row_lacks_it_is_bad_or_good_and_nothing_else(tmp_path, monke
             changed = rows[:i] + [wrong] + rows[i + 1 :]
             source = f'{name}:' + write(tmp_path / 'rows.json', changed) if name == 'annotations' else name
             examples, left_out = sources.load_rows(source, 'train', undivided=True, skip_bad_rows=True)
-            assert all({'prompt'} <= set(x) <= {'prompt', 'chosen', 'rejected', 'sft', 'response'} for x in examples)
+            assert all({'prompt'} <= set(x) <= {'prompt', 'chosen', 'rejected', 'response'} for x in examples)
             assert isinstance(left_out, Counter)
 
 
@@ -1114,7 +1125,6 @@ def test_any_file_of_answers(tmp_path_factory, rows):
             '{"chosen": [{"role": "assistant", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]}',
             'same question',
         ),
-        ('{"messages": [{"role": "assistant", "content": "y"}]}', 'not a question and its answer'),
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [1]}]}',
             'not a list of calls',

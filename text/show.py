@@ -1,0 +1,191 @@
+"""See what a model will be trained on.
+
+    python data.py --data=answers.jsonl --columns='prompt=question, response=reply'
+    python data.py --data=trl-lib/tldr --task=sft --model=HuggingFaceTB/SmolLM2-135M-Instruct
+
+What is trained on is coloured, or in a file between [[ and ]]. --n=none --json prints every example, one a line.
+"""
+
+import sys
+from collections import Counter
+from contextlib import redirect_stdout
+from itertools import chain, islice
+from json import dumps
+
+import numpy as np
+
+from configurator import configure
+from text.sources import describe, read_examples
+from text.tokenise import as_parts, tokenise
+
+# what to read
+data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
+task: str | None = None  # pairs, singles, sft or prompts; None: what the first example is for
+columns: str | None = None  # which column is what: 'prompt=question, system=system, chosen=good, rejected=bad'
+num_turns = 1  # sharegpt: answers taken from a conversation
+skip_bad_rows = False  # count unreadable rows instead of stopping
+# as a model sees it
+model: str | None = None  # hub id or local folder whose tokenizer to use; None: the text as it is
+max_length = 512  # tokens of prompt and answer
+max_prompt_length = 256  # a prompt is cut to this if the whole is too long
+truncation = 'start'  # which end a too long prompt loses: start or end
+# what to print
+n: int | None = 3  # how many examples; None: all
+json = False  # one JSON object a line, and nothing else
+
+# lengths are those of so many examples at most
+MEASURED = 2000
+
+
+def main():
+    """Show the examples that the options ask for. Raises UserError."""
+    configure(globals())
+    left_out, out = Counter(), sys.stdout
+    # notes of the readers stay out of what a program reads
+    with redirect_stdout(sys.stderr if json else out):
+        try:
+            if json:
+                _show_json(left_out, out)
+            else:
+                _show(left_out)
+            out.flush()
+        except BrokenPipeError:  # whoever reads has seen enough
+            sys.stderr.close()
+
+
+def _read(left_out):
+    """(task, example) of all of data, before any part is held out."""
+    options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
+    for source in data.split('+'):
+        # without a task, the first example decides
+        first = {} if task else next(read_examples(source, 'train', Counter(), **options), {})
+        chosen = task or task_of(first)
+        for example in read_examples(source, 'train', left_out, task=chosen, **options):
+            yield chosen, example
+
+
+def task_of(example):
+    """The task that an example is for."""
+    if 'chosen' in example:
+        return 'pairs'
+    if 'good' in example:
+        return 'singles'
+    return 'sft' if 'response' in example else 'prompts'
+
+
+def for_task(example, task, left_out):
+    """What a task makes of an example, as json-able dicts; none, counted in left_out, where it is of no use."""
+    found = []
+    for part in as_parts(example, task, left_out):
+        names = {'pairs': ('chosen', 'rejected'), 'prompts': ()}.get(task, ('response',))
+        shown = {'prompt': part.prompt} | dict(zip(names, part.answers, strict=False))
+        if task == 'singles':
+            shown['good'] = part.good
+        if task == 'sft':
+            turns = example.get('turns', part.answers[0])
+            shown['trained'] = [turns] if isinstance(turns, str) else [turn['content'] for turn in turns if trained(turn)]
+        found.append(shown | {key: example[key] for key in ('margin', 'tools') if key in example})
+    return found
+
+
+def trained(turn):
+    """Whether a message of a conversation is trained on."""
+    return turn['role'] == 'assistant' and turn.get('weight') != 0
+
+
+# ---- printing ----
+
+
+def _show_json(left_out, out):
+    """Every example as a line of JSON; what was left out, on standard error."""
+    for found in islice(chain.from_iterable(for_task(x, of, left_out) for of, x in _read(left_out)), n):
+        out.write(dumps(found, ensure_ascii=False) + '\n')
+    _say_left_out(left_out)
+
+
+def _say_left_out(left_out):
+    for reason, count in (+left_out).items():
+        print(f'{"" if reason.startswith("note") else "left out: "}{reason}: {count}')
+
+
+def _show(left_out):
+    """The first examples, then what was left out, and lengths."""
+    tokenizer = None
+    if model:
+        from hf.load import load_tokenizer
+
+        tokenizer = load_tokenizer(model)
+    kinds, lengths = Counter(), []
+    for of, example in _read(left_out):
+        for found in for_task(example, of, left_out):
+            kinds[of] += 1
+            if n is None or kinds.total() <= n:
+                print(f'--- {of}, example {kinds.total()}: {example.where or data} ---')
+                print(_plain(example, found) if tokenizer is None else _seen(example, of, tokenizer), end='\n\n')
+            if len(lengths) < MEASURED:
+                lengths.append(len(_plain(example, found)) if tokenizer is None else _length(example, of, tokenizer))
+
+    # the whole, in a few lines
+    print(f'{data}: {", ".join(f"{count} {of}" for of, count in kinds.items()) or "no examples"}')
+    print('read as:', columns or '; '.join(map(describe, data.split('+'))))
+    _say_left_out(left_out)
+    middle, most, longest = np.percentile(lengths or [0], (50, 95, 100))
+    unit = 'tokens' if tokenizer else 'characters'
+    print(f'lengths in {unit}: median {middle:.0f}, 95% up to {most:.0f}, longest {longest:.0f}')
+    if tokenizer:
+        print(f'cut at max_length {max_length}: {np.mean(np.array(lengths or [0]) > max_length):.0%}')
+    else:
+        print('this is the text as it stands: --model=FOLDER shows it as a model sees it')
+
+
+def mark(text):
+    """A text that is trained on: coloured on a terminal, in brackets in a file."""
+    return f'\033[32m{text}\033[0m' if sys.stdout.isatty() else f'[[{text}]]'
+
+
+def _plain(example, found):
+    """The text of an example as it stands in the data."""
+
+    def lines(part, marked):
+        turns = [{'content': part}] if isinstance(part, str) else part
+        texts = [mark(turn['content']) if marked(turn) else turn['content'] for turn in turns]
+        return [f'{turn["role"]}: {text}' if 'role' in turn else text for turn, text in zip(turns, texts, strict=True)]
+
+    if 'turns' in example and 'trained' in found:
+        return '\n'.join(lines(example['turns'], trained))
+    shown = lines(found['prompt'], lambda turn: False)
+    for key in ('chosen', 'rejected', 'response'):
+        if key in found:
+            shown += [f'{key}:', *lines(found[key], lambda turn: True)]
+    return '\n'.join(shown)
+
+
+def _tokens(example, task, tokenizer, longest, longest_prompt):
+    """The tokenised Examples of one example."""
+    return tokenise([example], tokenizer, task, longest, longest_prompt, truncation, Counter(), skip_bad_rows=True)
+
+
+def _length(example, task, tokenizer):
+    """Tokens of an example before it is cut."""
+    return int(_tokens(example, task, tokenizer, 2**30, 2**29).longest())
+
+
+def _seen(example, task, tokenizer):
+    """The text of an example as a model sees it."""
+    examples = _tokens(example, task, tokenizer, max_length, max_prompt_length)
+    return '\n\n'.join(decoded(examples, i, tokenizer, task) for i in range(len(examples)))
+
+
+def decoded(examples, i, tokenizer, task):
+    """Tokenised example i as text, special tokens included; what is trained on is marked."""
+    prompt, answers = examples[i]
+    text = tokenizer.decode(prompt)
+    if task == 'prompts':
+        return text
+    marked = [mark(tokenizer.decode(answer)) for answer in answers]
+    return text + marked[0] if len(marked) == 1 else f'{text}\nchosen: {marked[0]}\nrejected: {marked[1]}'
+
+
+def first(examples, tokenizer, task='sft'):
+    """The first of tokenised examples as a model sees it, for the screen of a training script."""
+    return f'data: the first example, where {mark("this")} is trained on:\n{decoded(examples, 0, tokenizer, task)}'
