@@ -33,7 +33,7 @@ from text.messages import (
     text_or_chat,
 )
 
-NUMBER = (int, float)
+NUMBER = int | float
 DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 
@@ -67,6 +67,9 @@ COMPARED = (
 )
 BY_NAME = ('winner', 'preferred', 'better_response_id', 'safer_response_id')
 BY_SIGN = ('preference_strength', 'overall_preference')
+# lists of answers, and of their scores
+MANY = ('generations', 'responses', 'completions', 'outputs', 'all_generated_responses')
+SCORES = ('correctness_math_verify', 'correctness_llama', 'scores', 'ratings', 'rating', 'rewards', 'all_rm_scores')
 # behind the last of these, in a text, stands the answer; the first that a pair has is taken
 TURN_MARKERS = (
     ASSISTANT, '<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n',
@@ -278,8 +281,12 @@ def compared(one, two, verdict):
         prompt, chats = asked(row), []
         for key in (two, one) if better == two else (one, two):
             found = text_or_chat(row, key)
-            whole = [*asked_chat(row), *said(found)] if isinstance(found, str) else whole_chat(prompt, found, key)
-            chats.append(whole)
+            # a count of tokens, say, is no part of a message
+            found = said(found) if isinstance(found, str) else [message(turn['role'], turn['content']) for turn in found]
+            chats.append(whole_chat(prompt and as_chat(prompt), found, key))
+        # the better conversation needs no other with the same questions
+        if task == 'sft' and len(chats[0]) > 1:
+            return [{'prompt': chats[0][:-1], 'response': chats[0][-1:]}]
         return [_pair_of_chats(*chats)]
 
     return read
@@ -398,7 +405,342 @@ def read_completions(row, task=None):
     """openbmb/UltraFeedback: four answers by their score, the mean of four aspects where there is one."""
     scored = []
     for found in field(row, 'completions', list):
-        key = next((k for k in ('fine-grained_score', 'overall_score') if found.get(k) is not None), 'overall_score')
+        mean = isinstance(found, dict) and found.get('fine-grained_score') is not None
+        key = 'fine-grained_score' if mean else 'overall_score'
+        scored.append((field(found, key, NUMBER), said(field(found, 'response'))))
+    return ranked(asked_chat(row), scored, task)
+
+
+def scored(answers, scores):
+    """A reader of a list of answers and one of their scores, which may be whether they are right."""
+
+    def read(row, task=None):
+        texts, known = field(row, answers, list), field(row, scores, list)
+        if not are_texts(texts, len(known)) or not all(isinstance(score, NUMBER | None) for score in known):
+            raise ValueError(f'{answers!r} and {scores!r} are not as many texts and numbers')
+        if task == 'sft' and not any(score is not False for score in known):
+            raise LeftOut('no right answer')
+        return ranked(asked_chat(row), [(x, said(text)) for x, text in zip(known, texts, strict=True) if x is not None], task)
+
+    return read
+
+
+def of_all_rows(self):
+        return hasattr(self.read, 'of_all_rows')
+
+
+# ---- any row ----
+
+
+def parse_any(row, task=None, columns=None):
+    """The examples of a row in any layout that LAYOUTS knows; columns: as in unified."""
+    row = unified(row, columns)
+    layout = layout_of(row)
+    if layout.of_all_rows:
+        raise ValueError(f'a row of the layout {layout.name} among others')
+    try:
+        return [example if 'drop' in example else _complete(example, row) for example in layout.read(row, task)]
+    except LeftOut as reason:
+        return [{'drop': str(reason)}]
+
+
+def layout_of(row):
+    """The Layout of a normalised row. Raises ValueError where its columns fit none."""
+    layout = _layout_of(frozenset(row))
+    if layout is None:
+        raise ValueError(f"'prompt' is missing, and no other column is known{_nearest(row)}")
+    return layout
+
+
+@cache
+def _layout_of(columns):
+    return next((layout for layout in LAYOUTS if layout.columns <= columns), None)
+
+
+def _nearest(row):
+    """The layout that lacks least of these columns, for a message; nothing where none is near."""
+
+    def fit(layout):
+        return sum(bool(difflib.get_close_matches(name, row, 1, 0.75)) for name in layout.columns) / len(layout.columns)
+
+    layout = max(LAYOUTS, key=fit)
+    return f'; the nearest layout, {layout.name}, has {", ".join(sorted(layout.columns))}' if fit(layout) >= 0.5 else ''
+
+
+def unified(row, columns=None):
+    """A row without nulls, with our names, where a chat is a list of {'role', 'content'}, whatever it was written as.
+
+    columns: our name -> its column, where the user says so; no other column counts then. A null stays in columns where it
+    says something, such as that nobody has labelled an answer, or preferred one."""
+    if columns:
+        row = {name: row.get(column) for name, column in columns.items()}
+    row = {k: as_messages(v, in_turn=k in CHATS) for k, v in row.items() if v is not None or k in NULL_SAYS}
+    for names in RENAMED:
+        if names.keys() <= row.keys() and row.keys().isdisjoint(names.values()):
+            row = {names.get(key, key): value for key, value in row.items()}
+
+    # OpenAI's preferences, HelpSteer 3's context, and what SmolTalk 2 tells its template
+    told = row.get('chat_template_kwargs')
+    if isinstance(row.get('input'), dict):
+        row |= unified(row.pop('input'))
+    if isinstance(row.get('context'), list) and 'prompt' not in row:
+        row['prompt'] = row.pop('context')
+    if isinstance(told, dict) and told.get('custom_instructions'):
+        row.setdefault('system', told['custom_instructions'])
+    return row
+
+
+def _complete(example, row):
+    """An example with its row's system message and tools; what to drop, where an answer has the weight 0."""
+    answers = [key for key in ('chosen', 'rejected', 'response') if key in example]
+    if any('weight' in turn for key in answers if isinstance(example[key], list) for turn in example[key]):
+        return {'drop': UNTRAINED}
+
+    # the weight is for the trainer, not for the template
+    if isinstance(example['prompt'], list):
+        example['prompt'] = [{k: v for k, v in turn.items() if k != 'weight'} for turn in example['prompt']]
+
+    # a system message goes before, unless a text that is formatted already has it
+    system = field(row, 'system') if row.get('system') not in (None, '') else ''
+    written = isinstance(example['prompt'], str) and example['prompt'].endswith(TURN_MARKERS)
+    if system and not (written and system.strip() in example['prompt']):
+        example |= _under_system(example, system, answers)
+    tools = _tools(row)
+    return example | {'tools': tools} if tools else example
+
+
+def _under_system(example, system, answers):
+    """An example's prompt and answers as chats that begin with this system message."""
+    if example['prompt'] in ('', []):
+        raise ValueError("there is a 'system' message and no question behind it")
+    prompt, first = as_chat(example['prompt']), [message('system', system)]
+    if prompt[0]['role'] == 'system' and prompt[0]['content'].strip() != system.strip():
+        raise ValueError("the column 'system' and the system message of the chat are not the same")
+    if prompt[0]['role'] == 'system':
+        first = []
+    chats = {key: said(example[key]) if isinstance(example[key], str) else example[key] for key in answers}
+    turns = {'turns': first + example['turns']} if 'turns' in example else {}
+    return {'prompt': first + prompt, **chats, **turns}
+
+
+def _tools(row):
+    """The column tools, a list of descriptions of functions or that as JSON; None where it has nothing."""
+    tools = row.get('tools') or None
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    except (ValueError, RecursionError):
+        tools = 'not JSON'
+    if tools in (None, [], '') or (isinstance(tools, str) and not tools.strip()):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("'tools' is neither a list of tools nor one in JSON")
+    check_size('tools', tools)
+    return tools
+
+
+# ---- pairs ----
+
+
+def read_pair(row, task=None):
+    """Two answers to one prompt, which has a column, or stands before both."""
+    if row.get('status') == 'tie':
+        raise LeftOut('tie')
+    # RewardBench 2 has lists of good and of bad answers; two good ones are no pair, and nothing is lost by that
+    if are_texts(row.get('chosen')) and are_texts(row.get('rejected')):
+        scored = [(1, said(text)) for text in row['chosen']] + [(0, said(text)) for text in row['rejected']]
+        return [example for example in ranked(asked_chat(row), scored, task) if 'drop' not in example]
+    chosen, rejected = text_or_chat(row, 'chosen'), text_or_chat(row, 'rejected')
+    if type(chosen) is not type(rejected):
+        raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
+    more = {} if row.get('margin') is None else {'margin': margin(row)}
+    prompt = asked(row, chosen)
+    if isinstance(chosen, str):
+        return [example | more for example in _pair_of_texts(row, prompt, chosen, rejected)]
+
+    # chats: all turns before the last answer are the prompt, and must be the same for both
+    if not chosen or not rejected:
+        raise LeftOut('empty answers')
+    if (chosen[0]['role'] == 'assistant') != (rejected[0]['role'] == 'assistant'):
+        raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
+    chosen, rejected = whole_chat(prompt, chosen, 'chosen'), whole_chat(prompt, rejected, 'rejected')
+    return [_pair_of_chats(chosen, rejected) | more]
+
+
+def _pair_of_texts(row, prompt, chosen, rejected):
+    """The pair in two texts: what precedes a turn marker is the prompt, or else it may be repeated at the start of both."""
+    if prompt is None:
+        common = os.path.commonprefix([chosen, rejected])
+        marker = ASSISTANT if ASSISTANT in chosen else next((m for m in TURN_MARKERS if m in common), None)
+        if marker is None:
+            marker = "no turn marker (as '\\n\\nAssistant:')"
+            raise ValueError(f'no column has the prompt, and {marker} shows where answers begin')
+        return parse_dialogues(row, marker)
+    prompt, (chosen, rejected), repeats = without_prompt(prompt, chosen, rejected)
+    # Math-Step-DPO has steps that begin both answers; CarperAI's summaries have their mark in the answers
+    begun = row.get('initial_reason_steps', '')
+    if isinstance(prompt, str) and chosen.startswith('TL;DR:') and rejected.startswith('TL;DR:'):
+        prompt = prompt.rstrip() + '\n\n'
+    pair = {'chosen': reply(row, prompt, begun + chosen), 'rejected': reply(row, prompt, begun + rejected)}
+    return [{'prompt': prompt, **pair, **repeats}]
+
+
+def _pair_of_chats(chosen, rejected):
+    """The pair in two whole conversations that differ in their last answer."""
+    if len(chosen) < 2 or not rejected or chosen[0] != rejected[0]:
+        raise ValueError("'chosen' and 'rejected' do not begin with the same question")
+    if chosen[:-1] != rejected[:-1]:
+        raise LeftOut(DIFFERENT)
+    return {'prompt': chosen[:-1], 'chosen': chosen[-1:], 'rejected': rejected[-1:]}
+
+
+def parse_dialogues(row, marker=ASSISTANT):
+    """Two dialogues that differ in their last answer; what precedes it is the prompt."""
+    prompt, mark, chosen = field(row, 'chosen').rpartition(marker)
+    other, _, rejected = field(row, 'rejected').rpartition(marker)
+    if not mark:
+        raise ValueError(f'no {marker!r} in the dialogue')
+    # about 1 in 900 of HH
+    if prompt != other:
+        raise LeftOut(DIFFERENT)
+    return [{'prompt': prompt + mark, 'chosen': chosen, 'rejected': rejected}]
+
+
+def compared(one, two, verdict):
+    """A reader of two answers, or whole conversations, and the column that says which is better."""
+
+    def read(row, task=None):
+        better = _by_sign(row, one, two, verdict) if verdict in BY_SIGN else _by_name(row[verdict], (one, two))
+        if better is None and task != 'prompts':
+            raise LeftOut('tie')
+        prompt, chats = asked(row), []
+        for key in (two, one) if better == two else (one, two):
+            found = text_or_chat(row, key)
+            # a count of tokens, say, is no part of a message
+            found = said(found) if isinstance(found, str) else [message(turn['role'], turn['content']) for turn in found]
+            chats.append(whole_chat(prompt and as_chat(prompt), found, key))
+        # the better conversation needs no other with the same questions
+        if task == 'sft' and len(chats[0]) > 1:
+            return [{'prompt': chats[0][:-1], 'response': chats[0][-1:]}]
+        return [_pair_of_chats(*chats)]
+
+    return read
+
+
+def _by_sign(row, one, two, verdict):
+    """The better one by how much the second is better than the first; None for a tie."""
+    strength = field(row, verdict, NUMBER)
+    if not strength:
+        return None
+    return one if strength < 0 else two
+
+
+def _by_name(value, columns):
+    """The column that a verdict names by its last character ('model_a', 'B', 1); None for a tie."""
+    name = str(value).strip().lower()
+    if name in ('', 'none', '-1', 'equal') or 'tie' in name or 'both' in name:
+        return None
+    found = [column for column in columns if column[-1] == name[-1]]
+    if not found:
+        raise ValueError(f'{name[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
+    return found[0]
+
+
+def read_votes(row, task=None):
+    """LMSYS's votes as a table: questions and both sides' answers in JSON lists, and who has won in zeros and ones."""
+
+    def texts(key):
+        value = row[key]
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            raise ValueError(f'{key!r} is not a list of texts in JSON') from None
+        if not are_texts(value):
+            raise LeftOut('empty answers')
+        return value
+
+    chats = {}
+    for side in 'ab':
+        turns = zip(texts('prompt'), texts(f'response_{side}'), strict=False)
+        chats[f'conversation_{side}'] = alternating([text for turn in turns for text in turn])
+    won = [side for side in 'ab' if str(row[f'winner_model_{side}']) in ('1', '1.0', 'True')]
+    return compared('conversation_a', 'conversation_b', 'winner')(chats | {'winner': ''.join(won)}, task)
+
+
+def read_sides(row, task=None):
+    """Arena's newer votes: turns that have the user's message and that of each side."""
+    chats = {'conversation_a': [], 'conversation_b': []}
+    for turn in field(row, 'full_conversation', list):
+        for side in 'ab':
+            for key in ('user', f'model_side_{side}'):
+                chats[f'conversation_{side}'] += as_messages(field(turn, key, dict))
+    return compared('conversation_a', 'conversation_b', 'winner')(chats | {'winner': row['winner']}, task)
+
+
+def read_summaries(row, task=None):
+    """openai/summarize_from_feedback's comparisons, with prompts as TRL writes them."""
+    info, texts = field(row, 'info', dict), [answer(field(x, 'text')) for x in field(row, 'summaries', list)]
+    if field(row, 'choice', int) not in (0, 1) or len(texts) != 2:
+        raise ValueError("'choice' is neither 0 nor 1, or there are not two summaries")
+    # a post of reddit, or an article of CNN or Daily Mail
+    post, title = info.get('post'), f'TITLE: {info.get("title") or ""}\n\n'
+    text = field(info, 'post' if post else 'article').replace('\n\n', '\n')
+    prompt = f'SUBREDDIT: r/{info.get("subreddit") or ""}\n\n{title}POST: {text}' if post else title + text
+    return [{'prompt': f'{prompt}\n\nTL;DR:', 'chosen': texts[row['choice']], 'rejected': texts[1 - row['choice']]}]
+
+
+def parse_annotation(row, task=None):
+    """AlpacaEval's annotations: preference below 1.5 means output_1, above it output_2; 0 and 1.5 are ties."""
+    outputs = [field(row, 'output_' + x) for x in '12']
+    # label.py keeps a prompt that is not '\n\nHuman: instruction\n\nAssistant:' as it is
+    if 'prompt' in row:
+        prompt = text_or_chat(row, 'prompt')
+    else:
+        prompt, outputs = ask(field(row, 'instruction')), [answer(x) for x in outputs]
+    if row.get('preference') is None or row['preference'] != row['preference']:  # null or NaN
+        return [{'drop': 'no verdict'}]
+    preference = field(row, 'preference', NUMBER)
+    if preference in (0, 1.5):
+        return [{'drop': 'tie'}]
+    if not 1 <= preference <= 2:
+        raise ValueError("'preference' is not 0, null, or from 1 to 2")
+    chosen, rejected = outputs if preference < 1.5 else outputs[::-1]
+    return [{'prompt': prompt, 'chosen': chosen, 'rejected': rejected}]
+
+
+# ---- answers with scores ----
+
+
+def ranked(prompt, scored, task):
+    """The examples of a prompt and its (score, answer)s: for sft the best answer, else all pairs that are no ties."""
+    if task == 'prompts':
+        return [{'prompt': prompt}]
+    if task == 'sft' and scored:
+        return [{'prompt': prompt, 'response': max(scored, key=itemgetter(0))[1]}]
+    examples = []
+    for pair in combinations(scored, 2):
+        (high, good), (low, bad) = sorted(pair, key=itemgetter(0), reverse=True)
+        examples.append({'prompt': prompt, 'chosen': good, 'rejected': bad} if high > low else {'drop': 'tie'})
+    return examples or [{'drop': 'fewer than two answers'}]
+
+
+def read_stack_exchange(row, task=None):
+    """HuggingFaceH4/stack-exchange-preferences: a question's answers by pm_score."""
+    prompt, answers = ask(strip_html(field(row, 'question'))), field(row, 'answers', list)
+    return ranked(prompt, [(field(x, 'pm_score', NUMBER), answer(strip_html(field(x, 'text')))) for x in answers], task)
+
+
+def read_nectar(row, task=None):
+    """berkeley-nest/Nectar: a prompt in Anthropic's format, and answers by rank, 1 the best."""
+    prompt, answers = field(row, 'prompt').rstrip(), field(row, 'answers', list)
+    return ranked(prompt, [(-field(x, 'rank', NUMBER), answer(field(x, 'answer'))) for x in answers], task)
+
+
+def read_completions(row, task=None):
+    """openbmb/UltraFeedback: four answers by their score, the mean of four aspects where there is one."""
+    scored = []
+    for found in field(row, 'completions', list):
+        mean = isinstance(found, dict) and found.get('fine-grained_score') is not None
+        key = 'fine-grained_score' if mean else 'overall_score'
         scored.append((field(found, key, NUMBER), said(field(found, 'response'))))
     return ranked(asked_chat(row), scored, task)
 
@@ -629,7 +971,6 @@ LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, columns, rea
     ('Stack Exchange', 'question answers', read_stack_exchange),
     ('Nectar', 'prompt answers', read_nectar),
     ('OpenAssistant', 'message_id text role', read_trees),
-    ('UltraFeedback', 'instruction completions', read_completions),
     ('summaries', 'info summaries choice', read_summaries),
     ('arena', 'prompt response_a response_b winner_model_a winner_model_b', read_votes),
     *[('comparison', f'{one} {two} {verdict}', compared(one, two, verdict))
@@ -647,7 +988,8 @@ LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, columns, rea
     ('answer', 'prompt answer', read_answer),
     ('answer', 'prompt label', read_label),
     ('DeepMath', 'question r1_solution_1', read_solution),
-    ('OpenR1-Math', 'problem generations', read_generations),
+    *[('scored answers', f'{answers} {scores}', scored(answers, scores)) for answers in MANY for scores in SCORES],
+    ('UltraFeedback', 'instruction completions', read_completions),
     ('answer', 'question answer', read_answer),
     ('answer', 'problem solution', read_answer),
     ('text', 'text', read_text),
