@@ -33,7 +33,7 @@ from text.messages import (
     text_or_chat,
 )
 
-NUMBER = (int, float)
+NUMBER = int | float
 DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 
@@ -67,6 +67,9 @@ COMPARED = (
 )
 BY_NAME = ('winner', 'preferred', 'better_response_id', 'safer_response_id')
 BY_SIGN = ('preference_strength', 'overall_preference')
+# lists of answers, and of their scores
+MANY = ('generations', 'responses', 'completions', 'outputs', 'all_generated_responses')
+SCORES = ('correctness_math_verify', 'correctness_llama', 'scores', 'ratings', 'rating', 'rewards', 'all_rm_scores')
 # behind the last of these, in a text, stands the answer; the first that a pair has is taken
 TURN_MARKERS = (
     ASSISTANT, '<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n',
@@ -278,8 +281,12 @@ def compared(one, two, verdict):
         prompt, chats = asked(row), []
         for key in (two, one) if better == two else (one, two):
             found = text_or_chat(row, key)
-            whole = [*asked_chat(row), *said(found)] if isinstance(found, str) else whole_chat(prompt, found, key)
-            chats.append(whole)
+            # a count of tokens, say, is no part of a message
+            found = said(found) if isinstance(found, str) else [message(turn['role'], turn['content']) for turn in found]
+            chats.append(whole_chat(prompt and as_chat(prompt), found, key))
+        # the better conversation needs no other with the same questions
+        if task == 'sft' and len(chats[0]) > 1:
+            return [{'prompt': chats[0][:-1], 'response': chats[0][-1:]}]
         return [_pair_of_chats(*chats)]
 
     return read
@@ -398,19 +405,25 @@ def read_completions(row, task=None):
     """openbmb/UltraFeedback: four answers by their score, the mean of four aspects where there is one."""
     scored = []
     for found in field(row, 'completions', list):
-        key = next((k for k in ('fine-grained_score', 'overall_score') if found.get(k) is not None), 'overall_score')
+        mean = isinstance(found, dict) and found.get('fine-grained_score') is not None
+        key = 'fine-grained_score' if mean else 'overall_score'
         scored.append((field(found, key, NUMBER), said(field(found, 'response'))))
     return ranked(asked_chat(row), scored, task)
 
 
-def read_generations(row, task=None):
-    """OpenR1-Math's answers: those that were found to be correct against the others; without a check all are equal."""
-    texts = field(row, 'generations', list)
-    checks = row.get('correctness_math_verify') or row.get('correctness_llama') or [True] * len(texts)
-    scored = [(bool(right), said(text)) for right, text in zip(checks, texts, strict=True)]
-    if task == 'sft' and not any(right for right, _ in scored):
-        raise LeftOut('no correct answer')
-    return ranked(asked_chat(row), scored, task)
+def scored(answers, scores):
+    """A reader of a list of answers and one of their scores, which may be whether they are right."""
+
+    def read(row, task=None):
+        texts, known = field(row, answers, list), field(row, scores, list)
+        if not are_texts(texts, len(known)) or not all(isinstance(score, NUMBER | None) for score in known):
+            raise ValueError(f'{answers!r} and {scores!r} are not as many texts and numbers')
+        if task == 'sft' and not any(score is not False for score in known):
+            raise LeftOut('no right answer')
+        pairs = [(score, said(text)) for score, text in zip(known, texts, strict=True) if score is not None]
+        return ranked(asked_chat(row), pairs, task)
+
+    return read
 
 
 def of_all_rows(read):
@@ -629,7 +642,6 @@ LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, columns, rea
     ('Stack Exchange', 'question answers', read_stack_exchange),
     ('Nectar', 'prompt answers', read_nectar),
     ('OpenAssistant', 'message_id text role', read_trees),
-    ('UltraFeedback', 'instruction completions', read_completions),
     ('summaries', 'info summaries choice', read_summaries),
     ('arena', 'prompt response_a response_b winner_model_a winner_model_b', read_votes),
     *[('comparison', f'{one} {two} {verdict}', compared(one, two, verdict))
@@ -647,7 +659,8 @@ LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, columns, rea
     ('answer', 'prompt answer', read_answer),
     ('answer', 'prompt label', read_label),
     ('DeepMath', 'question r1_solution_1', read_solution),
-    ('OpenR1-Math', 'problem generations', read_generations),
+    *[('scored answers', f'{answers} {scores}', scored(answers, scores)) for answers in MANY for scores in SCORES],
+    ('UltraFeedback', 'instruction completions', read_completions),
     ('answer', 'question answer', read_answer),
     ('answer', 'problem solution', read_answer),
     ('text', 'text', read_text),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from configurator import UserError
 from feedback import samples
 from feedback.pairs import read_answers
-from text import sources
+from text import formats, sources
 
 
 @pytest.fixture(autouse=True)
@@ -396,6 +396,8 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Arena, conversations', 'pairs', [{'winner': x, 'conversation_a': [user('q?'), assistant('b')], 'conversation_b': [user('q?'), assistant('a')]} for x in ('model_b', 'tie', 'tie (bothbad)', 'both_bad')], [PAIR], {'tie': 3}),
     ('Arena, content in parts', 'pairs', [{'winner': 'model_a', **{f'conversation_{x}': [{'role': r, 'content': [{'type': 'text', 'text': t, 'image': None}]} for r, t in (('user', 'q?'), ('assistant', y))] for x, y in ('aa', 'bb')}}], [PAIR], {}),
     ('Arena, sides', 'pairs', [{'winner': 'model_a', 'full_conversation': [{'user': user('q?'), 'model_side_a': assistant('a'), 'model_side_b': assistant('b')}]}], [PAIR], {}),
+    ('Arena, other fields', 'pairs', [{'winner': 'model_a', **{f'conversation_{x}': [user('q?') | {'num_tokens': x}, assistant(x)] for x in 'ab'}}], [PAIR], {}),
+    ('Arena, the better conversation', 'sft', [{'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}], [{'prompt': TWO_TURNS[:3], 'response': TWO_TURNS[3:]}], {}),
     ('Arena, several turns', 'pairs', [{'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}], [], {'chosen and rejected have different prompts': 1}),
     ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': sources.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
     ('Stack Exchange, paired', 'pairs', [{'qid': 1, 'question': 'q?', 'response_j': 'a', 'response_k': 'b'}], [PAIR], {}),
@@ -432,8 +434,10 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Magpie', 'sft', [{'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')}], [SFT], {}),
     ('OpenThoughts', 'sft', [{'system': 'Be brief.', 'conversations': [{'from': 'user', 'value': 'q?'}, {'from': 'assistant', 'value': 'a'}]}], [SFT | BRIEF], {}),
     ('OpenR1-Math', 'sft', [{'problem': 'q?', 'solution': 'x', 'answer': '4', 'generations': ['b', 'a'], 'messages': [user('q?'), assistant('a')]}], [SFT], {}),
-    ('OpenR1-Math, generations', 'sft', [{'problem': 'q?', 'answer': '4', 'generations': ['b', 'a'], 'correctness_math_verify': x} for x in ([False, True], [False, False])], [SFT], {'no correct answer': 1}),
+    ('OpenR1-Math, generations', 'sft', [{'problem': 'q?', 'answer': '4', 'generations': ['b', 'a'], 'correctness_math_verify': x} for x in ([False, True], [False, False])], [SFT], {'no right answer': 1}),
     ('OpenR1-Math, right and wrong', 'pairs', [{'problem': 'q?', 'answer': '4', 'generations': ['b', 'a'], 'correctness_math_verify': [False, True]}], [PAIR], {}),
+    ('answers and ratings', 'pairs', [{'instruction': 'q?', 'generations': ['b', 'a', 'x'], 'ratings': [1, 4, None]}], [PAIR], {}),
+    ('answers and scores', 'sft', [{'prompt': 'q?', 'responses': ['b', 'a'], 'scores': [0.1, 0.4]}], [SFT], {}),
     ('LMSYS chats', 'sft', [{'conversation': TWO_TURNS, 'turn': 2, 'redacted': False}], [MULTI], {}),
     ('MetaMath', 'sft', [{'query': 'q?', 'original_question': 'x', 'response': 'a'}], [SFT], {}),
     ('NuminaMath', 'sft', [{'problem': 'q?', 'solution': 'a'}], [SFT], {}),
@@ -486,6 +490,7 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference_strength': 'x'}, "'preference_strength' is missing"),
     ({'prompt': 'q', 'response': 'a', 'helpfulness': 1}, 'a row of the layout HelpSteer among others'),
     ({'prompt': '["q"', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': 1, 'winner_model_b': 0}, "'prompt' is not a list of texts in JSON"),
+    ({'prompt': 'q', 'responses': ['a', 'b'], 'scores': [1]}, "'responses' and 'scores' are not as many texts and numbers"),
     ({'info': {}, 'summaries': [], 'choice': 1}, "'choice' is neither 0 nor 1"),
     ({}, "'prompt' is missing"),
     ([], 'not an object with named fields'),
@@ -1004,14 +1009,28 @@ FIELDS = ['prompt', 'chosen', 'rejected', 'response', 'good', 'completion', 'lab
 FIELDS += ['output_1', 'output_2', 'instruction']
 
 
-@settings(max_examples=200, deadline=None, database=None)
+NUMBERS = st.sampled_from([0, 1, 2, -1, 0.5, True, None])
+VALUE = st.text(max_size=4) | CHAT | ANY | NUMBERS | st.lists(NUMBERS, max_size=2) | st.lists(st.text(max_size=2), max_size=2)
+
+
+@settings(max_examples=600, deadline=None, database=None)
 @given(
     st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=4) | CHAT | ANY)
     | st.fixed_dictionaries({'chosen': CHAT | ANY, 'rejected': CHAT | ANY})
+    | st.integers(0, len(formats.LAYOUTS) - 1).flatmap(
+        lambda i: st.fixed_dictionaries({'prompt': VALUE} | dict.fromkeys(sorted(formats.LAYOUTS[i].columns), VALUE))
+    ),
+    st.sampled_from([None, 'pairs', 'sft', 'prompts']),
 )
-def test_any_row_parses_or_is_bad(row):
+def test_any_row_parses_or_is_bad(row, task):
+    """Of every layout, with anything in its columns."""
     try:
-        examples = sources.parse_any(sources.Row(row))
+        layout = formats.layout_of(formats.unified(row))
+        if layout.of_all_rows:
+            found = [found for _, found in layout.read([sources.Row(row)], task)]
+            assert all(isinstance(x, (list, ValueError)) for x in found)
+            return
+        examples = sources.parse_any(sources.Row(row), task)
     except ValueError as error:
         assert str(error)
         return

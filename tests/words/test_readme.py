@@ -14,6 +14,7 @@ from configurator import configure
 from tools import figures
 
 SCRIPTS = {'dpo.py', 'sft.py', 'reward.py', 'sample.py', 'label.py', 'ppo.py', 'tools.bench', 'tools.plot'}
+RUN = SCRIPTS | {'data.py'}  # a library, too
 README = (ROOT / 'README.md').read_text()
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / 'README.md', *ROOT.glob('docs/*.md')]}
 OURS = {name: text for name, text in PAGES.items() if name not in ('docs/moved.md', 'docs/coming-from.md')}
@@ -24,6 +25,7 @@ CONFIGS = sorted((ROOT / 'config').glob('*.py'))
 
 def constants(script):
     """The options that a script declares above its first call, as globals() has them there."""
+    script = 'text.show' if script == 'data.py' else script
     path = ROOT / (script if script.endswith('.py') else script.replace('.', '/') + '.py')
     scope = {'__file__': str(path), '__doc__': ''}
     for node in ast.parse(path.read_text()).body:
@@ -37,7 +39,7 @@ def constants(script):
 def parse(command, monkeypatch):
     """Resolve a command's options as its script would, without running it."""
     words = shlex.split(command)
-    script = next(word for word in words if word in SCRIPTS)
+    script = next(word for word in words if word in RUN)
     arguments = words[words.index(script) + 1 :]
     if script == 'tools.plot':  # folders, not config files
         arguments = [word for word in arguments if word.startswith('-')]
@@ -96,7 +98,7 @@ def test_links():
 
 def test_options_exist():
     """Every --option that README and docs name is one of a script, or of another program."""
-    known = {name for script in SCRIPTS for name in constants(script)} | set(constants('training.py'))
+    known = {name for script in RUN for name in constants(script)} | set(constants('training.py'))
     others = set('help nproc_per_node nnodes rdzv_backend rdzv_endpoint max-restarts nodes gpus-per-node'.split())
     others |= set('report quick rows lines kills seed'.split())  # of experiments
     coming_from = '\n'.join(line.rsplit(' | ', 1)[-1] for line in PAGES['docs/coming-from.md'].splitlines())

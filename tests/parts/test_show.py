@@ -1,0 +1,92 @@
+"""python data.py: what a model will be trained on, on the screen and as JSON."""
+
+import json
+import sys
+
+import pytest
+
+import text.show
+from configurator import UserError
+from tests.helpers import python, write_jsonl
+
+TALK = [{'role': r, 'content': c} for r, c in (('user', 'a?'), ('assistant', 'b'), ('user', 'c?'), ('assistant', 'd'))]
+PAIRS = [{'prompt': f'Q: {i}?\nA:', 'chosen': ' yes', 'rejected': ' no', 'margin': 2} for i in range(5)]
+PAIRS.append(PAIRS[0] | {'chosen': ' '})
+
+
+@pytest.fixture
+def show(tmp_path, monkeypatch, capsys):
+    """What data.py prints of these rows, on both streams."""
+
+    def run(rows, *flags):
+        data = write_jsonl(tmp_path / 'data.jsonl', rows)
+        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+        monkeypatch.setattr(sys, 'argv', ['data.py', f'--data={data}', *flags])
+        text.show.main()
+        return capsys.readouterr()
+
+    return run
+
+
+def test_examples_and_counts(show):
+    out, _ = show(PAIRS)
+    assert out.count('--- pairs, example') == 3 and 'data.jsonl, line 3 ---' in out
+    assert 'Q: 2?\nA:\nchosen:\n[[ yes]]\nrejected:\n[[ no]]\n' in out and 'Q: 3?' not in out
+    assert 'data.jsonl: 5 pairs' in out and 'left out: empty answers: 1' in out
+    assert 'read as: pair, told by chosen (columns: prompt, chosen, rejected, margin)' in out
+    assert 'lengths in characters: median' in out
+
+
+def test_as_a_model_sees_it(show):
+    out, _ = show(PAIRS, '--model=toy', '--n=1', '--max_length=12', '--max_prompt_length=6')
+    assert out.count('--- pairs') == 1 and 'rejected: [[' in out and '<|endoftext|>]]' in out
+    assert 'lengths in tokens: median' in out and 'cut at max_length 12: 100%' in out
+
+
+def test_every_answer_of_a_conversation_is_marked(show):
+    out, _ = show([{'messages': TALK}, {'messages': TALK[:1]}])
+    assert 'user: a?\nassistant: [[b]]\nuser: c?\nassistant: [[d]]\n' in out
+    assert 'left out: conversations without a question and its answer: 1' in out and '1 sft' in out
+
+
+@pytest.mark.parametrize(
+    'rows, task, expected',
+    [
+        (PAIRS, 'pairs', [PAIRS[i] | {'margin': 2.0} for i in range(5)]),
+        (PAIRS[:1], 'singles', [{'prompt': 'Q: 0?\nA:', 'response': x, 'good': x == ' yes'} for x in (' yes', ' no')]),
+        (PAIRS[:1], 'sft', [{'prompt': 'Q: 0?\nA:', 'response': ' yes', 'trained': [' yes']}]),
+        (PAIRS[:1], 'prompts', [{'prompt': 'Q: 0?\nA:'}]),
+        ([{'messages': TALK}], None, [{'prompt': TALK[:3], 'response': TALK[3:], 'trained': ['b', 'd']}]),
+        ([{'prompt': 'p', 'response': 'r', 'good': True}], None, [{'prompt': 'p', 'response': 'r', 'good': True}]),
+        ([{'messages': [TALK[0], TALK[1] | {'weight': 0}, *TALK[2:]]}], 'sft',
+         [{'prompt': TALK[:3], 'response': TALK[3:], 'trained': ['d']}]),
+    ],
+)  # fmt: skip
+def test_json(show, rows, task, expected):
+    """Nothing but examples on the standard output; counts go elsewhere."""
+    out, err = show(rows, '--n=none', '--json', *([f'--task={task}'] if task else []))
+    found = [json.loads(line) for line in out.splitlines()]
+    shown = [{k: v for k, v in x.items() if k != 'margin'} if task != 'pairs' else x for x in found]
+    assert shown == expected
+    assert len(rows) < 6 or 'left out: empty answers: 1' in err
+
+
+def test_as_a_command(tmp_path):
+    data = write_jsonl(tmp_path / 'data.jsonl', PAIRS[:1])
+    done = python('data.py', f'--data={data}', '--n=none', '--json')
+    assert json.loads(done.stdout) == PAIRS[0] and done.returncode == 0, done.stderr
+    done = python('data.py', f'--data={data}', '--task=pair')
+    assert done.returncode == 2 and 'task must be one of pairs, singles, sft, prompts' in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize(
+    'rows, flags, words',
+    [
+        (PAIRS, '--colums=x', "unknown option 'colums'; did you mean columns"),
+        (PAIRS, '--columns=prompt=ask', "there is no column 'ask'; there are prompt, chosen, rejected, margin"),
+        ([{'riddle': 'q', 'ending': 'a'}], '', r"'riddle' \(text\), 'ending' .*--columns='prompt=riddle, response=ending'"),
+    ],
+)
+def test_mistakes(show, rows, flags, words):
+    with pytest.raises(UserError, match=words):
+        show(rows, *flags.split())
