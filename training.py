@@ -124,10 +124,17 @@ class Run:
         """Count the examples to come, in whole groups, and say what they are. group: answers to a prompt, where they count."""
         config, train = self.config, self.train
         # epochs, or fewer examples than they have
-        self.total = min(config.n_epochs * len(train) * group, config.n_examples or math.inf) // group * group
+        total = config.n_epochs * len(train) * group
+        if config.n_examples:
+            total = min(total, config.n_examples)
+        self.total = total // group * group
+        # what there is, and what does not suit max_tokens
         counts = f'{len(train)} training and {len(self.held_out)} evaluation examples'
         log.say(f'data: {counts}; left out or changed: {train.changes()}')
-        log.say_too_long(train.lengths, max_tokens)
+        long = train.lengths[train.lengths > max_tokens]
+        if len(long):
+            what = f'{len(long)} examples are longer than max_tokens={max_tokens} (the longest: {long.max()})'
+            log.say(f'note: {what}: each gets a microbatch of its own')
 
     def model_options(self):
         """Options that every model of the run is loaded with."""
@@ -145,7 +152,8 @@ class Run:
 
     def shard(self, build, **options):
         """A sharded model, see fsdp.shard."""
-        return fsdp.shard(build, self.device, dtype=dtype, cpu_offload=cpu_offload, device_map=device_map, **options)
+        options |= {'dtype': dtype, 'cpu_offload': cpu_offload, 'device_map': device_map}
+        return fsdp.shard(build, self.device, **options)
 
     def load_frozen(self, build, longest, what='the examples'):
         """A sharded model that does not train, reading sequences of up to longest tokens as the policy does."""
@@ -159,18 +167,21 @@ class Run:
         # packed if the architecture gives the same log-probs so
         check_positions(self.policy, longest, what)
         wanted = pack and attn is None
-        self.packed = can_pack(self.policy, *pack_probe(self.train, self.device), log.say, wanted=wanted)
+        probe = pack_probe(self.train, self.device)
+        self.packed = can_pack(self.policy, *probe, log.say, wanted=wanted)
         set_attention(self.policy, self.packed, attn)
-        how = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
-        self.make_batches = partial(make_batches, rank=self.rank, world=self.world, max_tokens=max_tokens, **how)
+        # what deals every step out to the ranks
+        ranks = {'rank': self.rank, 'world': self.world, 'device': self.device}
+        how = {'share_prefix': share_prefix, 'pad': not self.packed, 'max_tokens': max_tokens}
+        self.make_batches = partial(make_batches, **ranks, **how)
 
     def check_room(self, forward, *others):
         """Refuse a disk that is too small, warn of a memory that is. forward: the policy's pass that trains; others: models."""
-        room.check_room(self.config, self.policy, forward, self.train, self.total, self.packed, others)
+        data = self.train, self.total, self.packed
+        room.check_room(self.config, self.policy, forward, *data, others)
 
     def start(self, what='', counts=None):
-        """Resume from the newest checkpoint, or begin afresh; open the log. what, counts: the run's name and size, for the
-        screen."""
+        """Resume from the newest checkpoint, or begin afresh; open the log. what, counts: name and size on the screen."""
         config, out_dir = self.config, self.config.out_dir
         # a checkpoint of other weights, data or options is refused
         self.identity = checkpoint.identify(config, self.models, self.train, self.held_out)
@@ -182,13 +193,15 @@ class Run:
         self.seen = self.state.pop('examples')
 
         # from here on the folder is this run's
-        fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
+        contents = self.identity['contents']
+        fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, contents))
         evaluated = self.state['evaluated']
         self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard, evaluated)
-        counts = counts or f'examples, {config.batch_size} a step'
         # one line on what is about to happen
         verb = 'resuming' if self.seen else 'training'
-        self.logger.say(f'{verb} {what}on {self.world} ranks: {self.total} {counts}')
+        counts = counts or f'examples, {config.batch_size} a step'
+        where = f'on {self.world} ranks'
+        self.logger.say(f'{verb} {what}{where}: {self.total} {counts}')
 
     # ---- steps ----
 
@@ -203,7 +216,8 @@ class Run:
     def steps(self, prepare=None):
         """The steps from here to the end of the run, prepared ahead in a thread."""
         prepare = prepare or self.prepare
-        todo = steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
+        size, seed = self.config.batch_size, self.config.seed
+        todo = steps(len(self.train), size, self.total, seed, self.seen)
         self.clock = time.time()
         for step in prefetch(prepare(self.train, *which) for which in todo):
             self.waited = time.time() - self.clock
@@ -223,14 +237,17 @@ class Run:
         self.rate = config.lr * log.schedule(number, n_steps, config.warmup_steps, lr_schedule)
 
         # FSDP has averaged over ranks the sums of weighted gradients; NaN leaves the weights alone
-        scale = self.world / (float(weight) or math.nan) if guard.finite(columns) else math.nan
+        scale = math.nan
+        if weight and guard.finite(columns):
+            scale = self.world / float(weight)
         self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, max_grad_norm)
         if math.isfinite(self.norm):
             return True
 
         # raises UserError where too many steps were bad
         uid = self.train.uid[step.rows]
-        guard.bad_step(config.out_dir, self.state, skip_bad_steps, step.first, step.rows, uid, self.norm, columns)
+        rows = step.first, step.rows, uid
+        guard.bad_step(config.out_dir, self.state, skip_bad_steps, *rows, self.norm, columns)
         return False
 
     def log_step(self, step, metrics):
@@ -240,11 +257,13 @@ class Run:
         elapsed, self.clock = now - self.clock, now
         n = len(step.rows)
         metrics |= {'grad_norm': self.norm, 'lr': self.rate, 'counters/step_examples': n}
-        metrics |= {'padding_share': 1 - step.tokens / step.allocated}
-        for name, amount in (('examples', n), ('tokens', step.tokens), ('data_wait', self.waited)):
+        metrics['padding_share'] = 1 - step.tokens / step.allocated
+        amounts = {'examples': n, 'tokens': step.tokens, 'data_wait': self.waited}
+        for name, amount in amounts.items():
             metrics[f'{name}_per_second'] = log.per_second(amount, elapsed)
         # what carries over from step to step
-        metrics |= {f'state/{name}': value for name, value in self.state['statistic'].items()}
+        for name, value in self.state['statistic'].items():
+            metrics[f'state/{name}'] = value
         if skip_bad_steps:
             metrics['counters/bad_steps'] = self.state['bad_steps']
         self.logger.row('train', step.seen, metrics)
@@ -314,8 +333,8 @@ class Run:
         out_dir = self.config.out_dir
         # a signal that comes now finds everything saved
         self.heed(self.total)
-        build = build or self.build
-        guard.export(self.policy, self.tokenizer, build, f'{out_dir}/model', partial(export.write_card, out_dir))
+        card = partial(export.write_card, out_dir)
+        guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card)
         self.logger.close()
         guard.end()
         log.say(f'done: {out_dir}/model')

@@ -208,7 +208,9 @@ def test_an_old_checkpoint_without_config_is_refused(here):
     Path('sft/config.json').unlink()
     Path('sft/metrics.jsonl').unlink()
     Path('sft/latest').unlink()
-    with pytest.raises(UserError, match='nothing says which run the checkpoint sft/checkpoints/0000000012 is of'):
+    with pytest.raises(
+        UserError, match='the checkpoint sft/checkpoints/0000000012 is of an older version, .*nor does sft/config.json'
+    ):
         run('sft', 'sft')
 
 
@@ -230,9 +232,10 @@ def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):
     monkeypatch.setitem(load._read, 'a/c', type('Config', (), {'_commit_hash': None}))
     found = load.fingerprints({'model': 'a/b', 'ref_model': 'a/c', 'reward_model': 'gold', 'critic': 'head'})()
     assert found == {'model': {'commit': 'abc'}}
-    run = {'options': {'model': 'a/b'}, 'contents': found}
-    assert log.content_changes({'model': {'commit': 'abc'}}, run) == []
-    assert log.content_changes({'model': {'commit': 'abd'}}, run) == ["model 'a/b' has changed since: commit"]
+    run = {'script': 'sft.py', 'options': {'model': 'a/b'}, 'contents': found}
+    other = run | {'contents': {'model': {'commit': 'abd'}}}
+    assert log.differences(run, run) == []
+    assert log.differences(other, run) == ["model 'a/b' has changed since: commit"]
     (tmp_path / 'x').mkdir()
     (tmp_path / 'x' / 'model.safetensors').mkdir()
     assert load.fingerprints({'model': str(tmp_path / 'x')})() == {'model': {}}
