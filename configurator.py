@@ -184,10 +184,13 @@ def _read_file(path):
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        # in one line
-        message = str(getattr(error, 'msg', error))
-        reason = ' '.join(message.split())
-        raise UserError(f'{path}, line {_failing_line(error, path)}: {type(error).__name__}: {reason}') from None
+        # the last line of this file that led to it; a syntax error has no frame there, but knows its line
+        frames = traceback.extract_tb(error.__traceback__)
+        led_to_it = [1] + [frame.lineno for frame in frames if frame.filename == path]
+        knows_it = isinstance(error, SyntaxError) and error.filename == path
+        line = error.lineno if knows_it else led_to_it[-1]
+        message = ' '.join(str(getattr(error, 'msg', error)).split())
+        raise UserError(f'{path}, line {line}: {type(error).__name__}: {message}') from None
 
     # the line where a name is assigned, defined or imported
     lines = {}
@@ -199,15 +202,6 @@ def _read_file(path):
     for name, value in names.items():
         if not name.startswith('_') and not isinstance(value, types.ModuleType):
             yield name, value, f'{path}, line {lines.get(name, 1)}'
-
-
-def _failing_line(error, path):
-    """The last line of this file that led to the error."""
-    # a syntax error knows its line; others have the frames that led to them
-    if isinstance(error, SyntaxError) and error.filename == path:
-        return error.lineno
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return lines[-1] if lines else 1
 
 
 def _parse(text, types):

@@ -41,28 +41,23 @@ def setup(tp=1):
         torch.cuda.set_device(device)
     elif 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    if not dist.is_initialized():
-        _join('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+    backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
+    if not dist.is_initialized() and 'RANK' not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    elif not dist.is_initialized():
+        # torch 2.13's agent keeps one store over restarts: without a name for each, ranks can find the addresses of dead ones
+        # and hang. Several agents count restarts each for itself: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the way
+        one_agent = os.environ.get('GROUP_WORLD_SIZE') == '1'
+        again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_agent else '0'
+        store, rank, world = next(rendezvous('env://'))
+        store = dist.PrefixStore(f'start{again}', store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     # neighbours share the matrices of a block
     world = dist.get_world_size()
     if world % tp:
         raise UserError(f'tp={tp} needs a multiple of {tp} ranks, and there are {world}: see --nproc_per_node')
     _tp = tp
     return *data_rank(), device
-
-
-def _join(backend):
-    """Join the process group of torchrun, or make one of this process alone."""
-    if 'RANK' not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return
-    # torch 2.13's agent keeps one store over restarts: without a name for each, ranks can find the addresses of dead ones
-    # and hang. Several agents count restarts each for itself: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the way
-    one_agent = os.environ.get('GROUP_WORLD_SIZE') == '1'
-    again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_agent else '0'
-    store, rank, world = next(rendezvous('env://'))
-    store = dist.PrefixStore(f'start{again}', store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def data_rank():
@@ -199,9 +194,14 @@ def shard(
     if not train:
         model.requires_grad_(False)
     if activation_checkpointing:
-        _checkpoint_activations(model)
-    for block in blocks(model) if compile else ():
-        block.compile()
+        # the method has another name since transformers 5.20
+        older = getattr(core(model), 'gradient_checkpointing_enable', None)
+        getattr(core(model), 'activation_checkpointing_enable', older)()
+    for block in blocks(model):
+        if activation_checkpointing:
+            block.training = True  # the block alone: its dropout layers stay in eval mode
+        if compile:
+            block.compile()
 
     # what the scripts call becomes a forward of the root
     if sharded:
@@ -216,15 +216,6 @@ def shard(
         probe.compare(model, expected, device, half)
     set_attention(model, packed=True)
     return model
-
-
-def _checkpoint_activations(model):
-    """Have transformers recompute activations in backward."""
-    # the method has another name since transformers 5.20
-    older = getattr(core(model), 'gradient_checkpointing_enable', None)
-    getattr(core(model), 'activation_checkpointing_enable', older)()
-    for block in blocks(model):
-        block.training = True  # the block alone: its dropout layers stay in eval mode
 
 
 def _distribute(model, full, device, half, cpu_offload):

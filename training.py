@@ -105,15 +105,15 @@ class Run:
     # ---- set-up, in this order ----
 
     def load_data(self, *, train=None, held_out=None, **options):
-        """Tokenised examples into run.train and run.held_out. options: of load_examples, for both of them; train, held_out:
-        further ones for one of them."""
+        """Tokenised examples into run.train and run.held_out. options: of load_examples, for both; train, held_out: for one."""
         config = self.config
         names = ('seed', 'max_length', 'max_prompt_length', 'truncation', 'num_turns', 'skip_bad_rows')
         common = {name: config[name] for name in names}
         common |= {'tokenizer': self.tokenizer, 'undivided': eval_data is not None}
+        common |= options
         # flips and fractions are of the training examples alone
-        for_train = {**common, 'data_fraction': data_fraction, **options, **(train or {})}
-        for_eval = {**common, **options, **(held_out or {})}
+        for_train = common | {'data_fraction': data_fraction} | (train or {})
+        for_eval = common | (held_out or {})
         # one process of a host reads the text, the others find it in the cache
         self.train = fsdp.first_of_host(lambda: load_examples(config.data, 'train', **for_train))
         # held out: its own data, or a part of the training data
@@ -124,10 +124,8 @@ class Run:
         """Count the examples to come, in whole groups, and say what they are. group: answers to a prompt, where they count."""
         config, train = self.config, self.train
         # epochs, or fewer examples than they have
-        total = config.n_epochs * len(train) * group
-        if config.n_examples:
-            total = min(total, config.n_examples)
-        self.total = total // group * group
+        most = config.n_epochs * len(train) * group
+        self.total = min(most, config.n_examples or most) // group * group
         # what there is, and what does not suit max_tokens
         counts = f'{len(train)} training and {len(self.held_out)} evaluation examples'
         log.say(f'data: {counts}; left out or changed: {train.changes()}')
@@ -170,15 +168,12 @@ class Run:
         probe = pack_probe(self.train, self.device)
         self.packed = can_pack(self.policy, *probe, log.say, wanted=wanted)
         set_attention(self.policy, self.packed, attn)
-        # what deals every step out to the ranks
-        ranks = {'rank': self.rank, 'world': self.world, 'device': self.device}
-        how = {'share_prefix': share_prefix, 'pad': not self.packed, 'max_tokens': max_tokens}
-        self.make_batches = partial(make_batches, **ranks, **how)
+        how = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
+        self.make_batches = partial(make_batches, rank=self.rank, world=self.world, max_tokens=max_tokens, **how)
 
     def check_room(self, forward, *others):
         """Refuse a disk that is too small, warn of a memory that is. forward: the policy's pass that trains; others: models."""
-        data = self.train, self.total, self.packed
-        room.check_room(self.config, self.policy, forward, *data, others)
+        room.check_room(self.config, self.policy, forward, self.train, self.total, self.packed, others)
 
     def start(self, what='', counts=None):
         """Resume from the newest checkpoint, or begin afresh; open the log. what, counts: name and size on the screen."""
@@ -193,15 +188,13 @@ class Run:
         self.seen = self.state.pop('examples')
 
         # from here on the folder is this run's
-        contents = self.identity['contents']
-        fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, contents))
+        fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
         evaluated = self.state['evaluated']
         self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard, evaluated)
         # one line on what is about to happen
         verb = 'resuming' if self.seen else 'training'
         counts = counts or f'examples, {config.batch_size} a step'
-        where = f'on {self.world} ranks'
-        self.logger.say(f'{verb} {what}{where}: {self.total} {counts}')
+        self.logger.say(f'{verb} {what}on {self.world} ranks: {self.total} {counts}')
 
     # ---- steps ----
 
@@ -216,8 +209,7 @@ class Run:
     def steps(self, prepare=None):
         """The steps from here to the end of the run, prepared ahead in a thread."""
         prepare = prepare or self.prepare
-        size, seed = self.config.batch_size, self.config.seed
-        todo = steps(len(self.train), size, self.total, seed, self.seen)
+        todo = steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
         self.clock = time.time()
         for step in prefetch(prepare(self.train, *which) for which in todo):
             self.waited = time.time() - self.clock
@@ -246,8 +238,7 @@ class Run:
 
         # raises UserError where too many steps were bad
         uid = self.train.uid[step.rows]
-        rows = step.first, step.rows, uid
-        guard.bad_step(config.out_dir, self.state, skip_bad_steps, *rows, self.norm, columns)
+        guard.bad_step(config.out_dir, self.state, skip_bad_steps, step.first, step.rows, uid, self.norm, columns)
         return False
 
     def log_step(self, step, metrics):
@@ -270,11 +261,15 @@ class Run:
 
     def finish_step(self, step):
         """Save where it is due, and do what signals have asked for."""
-        due = log.crossed(save_every, step.first, step.seen, self.total)
+        due = self.crossed(save_every, step.first, step.seen)
         if due:
             self.save(step.seen)
             self.clock = time.time()
         self.heed(step.seen, saved=due)
+
+    def crossed(self, every, first, seen):
+        """Whether to do after the step from first to seen examples what is done every so many, but not at the end."""
+        return every and seen < self.total and seen // every > first // every
 
     def save(self, seen):
         """Begin to write a checkpoint."""
@@ -290,12 +285,12 @@ class Run:
     def eval_due_at_start(self):
         """Whether to evaluate before the first step: of a run, or of a resumed one whose evaluation was cut short."""
         if self.seen:
-            return log.crossed(eval_every, self.seen - self.config.batch_size, self.seen, self.total)
+            return self.crossed(eval_every, self.seen - self.config.batch_size, self.seen)
         return do_first_eval
 
     def eval_due(self, step):
         """Whether to evaluate after this step."""
-        return log.crossed(eval_every, step.first, step.seen, self.total)
+        return self.crossed(eval_every, step.first, step.seen)
 
     def evaluate(self, seen, run_step, summary, sample=None, prepare=None):
         """A row of metrics.jsonl from all held-out examples, unless there is one already.

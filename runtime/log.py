@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from configurator import UserError, main_rank
-from runtime.files import append, cut_rows, give_up_kept, replace_text, say, writing
+from runtime.files import append, cut_rows, give_up_kept, replace_text, say, writing  # noqa: F401, say is for others
 
 # options that may differ when a run is continued: they change neither the result nor what is compared
 NEUTRAL = set('resume out_dir activation_checkpointing keep_last log_every save_every max_tokens compile wandb tensorboard tp '
@@ -276,11 +276,6 @@ class Log:
 def per_second(amount, seconds):
     """The rate; NaN, which Log.row leaves out, where the clock stood still or was set back."""
     return amount / seconds if seconds > 0 else math.nan
-
-
-def crossed(every, first, seen, total):
-    """Whether the step from first to seen examples is one after which to do what is done every so many, but not at the end."""
-    return every and seen < total and seen // every > first // every
 
 
 def schedule(step, steps, warmup, shape):
