@@ -30,12 +30,11 @@ limit: int | None = None  # how far
 share: float | None = 0.5  # which part
 note: str | None = None  # anything
 sure: bool | None = None  # yes, no or unknown
-max_grad_norm = 10.0  # one whose range is known
 config = configure(globals())
 double = 2 * steps
 '''
 DEFAULTS = {'rate': 1e-6, 'steps': 10, 'name': 'toy', 'flag': False, 'on': True, 'limit': None, 'share': 0.5, 'note': None,
-            'sure': None, 'max_grad_norm': 10.0}  # fmt: skip
+            'sure': None}  # fmt: skip
 PARSE = settings(max_examples=200, deadline=None, database=None)
 
 
@@ -118,9 +117,6 @@ REFUSED_FLAGS = [
     *((f'--{name}', f'--{name} needs a value') for name in ('name', 'note', 'rate', 'steps', 'limit')),
     # what is no flag
     *((flag, flag, '--name=value') for flag in ('-rate=3', '-r', '-', '--', '--=3', '-5')),
-    # values out of range
-    ('--max_grad_norm=0', 'must lie between 1e-09 and inf, not 0.0'),
-    ('--max_grad_norm=-1', 'must lie between'),
     # what is no text
     *((f'--name={text}', 'characters that are no text') for text in ('a\0b', '\ud800', 'x\udfff')),
     # passwords
@@ -149,7 +145,6 @@ FLAG_VALUES = [
     ('--flag', True), ('--flag=true', True), ('--flag=True', True), ('--on=false', False), ('--on=False', False),
     ('--limit=5', 5), ('--limit=none', None), ('--share=None', None), ('--share=null', None), ('--share=1', 1.0),
     ('--sure', True), ('--sure=false', False), ('--sure=none', None),
-    ('--max_grad_norm=inf', math.inf),  # no clipping; other known options must be finite (tests/words/test_bad_input.py)
 ]
 WRONG_FLAGS = {
     'float': '--rate=fast --rate= --rate=true --rate=none --rate=nan --rate=1,5',
@@ -201,6 +196,24 @@ def test_files_with_the_wrong_type(script, text, kind):
     name = re.search('rate|share|steps|limit|flag|sure|name', text)[0]
     message = refused(script, file(f'on = True\n\n{text}\n'))
     assert f'{name} must be {kind}, not' in message and 'config.py, line 3:' in message
+
+
+# fmt: off
+KNOWN = [  # what values an option of this name can have
+    ('lr', 0.0, None), ('lr', -1e-9, 'must lie between 0 and inf, not -1e-09'), ('lr', math.inf, 'must be a finite number, not inf'),
+    ('max_grad_norm', math.inf, None),  # no clipping
+    ('max_grad_norm', 0.0, 'must lie between 1e-09 and inf, not 0.0'), ('temperature', -math.inf, 'must lie between'),
+    ('batch_size', 1, None), ('batch_size', 0, 'must lie between 1 and inf, not 0'), ('seed', 2**32, 'must lie between'),
+    ('attn', None, None), ('dtype', 'float16', "must be one of float32, bfloat16, not 'float16'"),
+    ('attn', 'x', "must be one of sdpa, eager, flash_attention_2, flash_attention_3, not 'x'"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize('name, value, words', KNOWN)
+def test_values_of_known_options(name, value, words):
+    found = values.problem(name, value)
+    assert found is None if words is None else found.startswith(words)
 
 
 # ---- config files ----
@@ -403,7 +416,7 @@ def test_any_value_in_a_config_file_is_taken_as_it_is_or_refused(script, name, v
     except UserError as error:
         assert 'config.py, line 1' in str(error)
         return
-    promoted = name in ('rate', 'share', 'max_grad_norm') and value is not None
+    promoted = name in ('rate', 'share') and value is not None
     assert same(got, float(value) if promoted else value)
 
 
