@@ -24,6 +24,7 @@ from runtime.files import file_hash, make_room, move_folder, replace_text, say, 
 from runtime.log import NEUTRAL, WRITTEN, differences, recorded
 
 NUMBER = re.compile('[0-9]{10,}')  # the name of a checkpoint: its examples
+_say_once = functools.cache(say)
 _pending = None  # the checkpoint that is being written: (thread, {'error': why it could not be})
 
 
@@ -210,11 +211,6 @@ def _reason(error):
     return getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'.strip().splitlines()[0][:200]
 
 
-@functools.cache
-def _say_once(text):
-    say(text)
-
-
 # ---- resuming ----
 
 
@@ -246,12 +242,6 @@ def _damage(folder, rank=0, world=1):
         return f'{Path(error.filename or folder).name}: {error.strerror}'
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return 'manifest.json cannot be read'
-
-
-def _put_aside(folder):
-    with writing(folder):
-        make_room(folder.with_suffix('.damaged'))
-        folder.rename(folder.with_suffix('.damaged'))
 
 
 def _clean(out_dir):
@@ -297,7 +287,14 @@ def latest(out_dir, run=None):
         on_one_rank(lambda: _check_checkpoint(out_dir, folder, run))
     for bad, why in damaged.items():
         say(f'warning: the checkpoint {bad} is damaged ({why}): going back to {folder.name}')
-        on_one_rank(lambda bad=bad: _put_aside(bad))
+
+    def put_aside():
+        for bad in damaged:
+            with writing(bad):
+                make_room(bad.with_suffix('.damaged'))
+                bad.rename(bad.with_suffix('.damaged'))
+
+    on_one_rank(put_aside)
     return folder
 
 

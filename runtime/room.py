@@ -82,12 +82,12 @@ def _bytes_per_token(policy, forward, train, packed):
     saved = bytes_saved(policy, forward, train, packed)
     # blocks that recompute their activations are in training mode; sharding has renamed their class
     recomputing = [module for module in policy.modules() if module.training]
-    for block in recomputing:
-        block.training = False
     if recomputing:
+        for block in recomputing:
+            block.training = False
         saved += bytes_saved(policy, forward, train, packed) / len(recomputing)
-    for block in recomputing:
-        block.training = True
+        for block in recomputing:
+            block.training = True
     return saved
 
 
@@ -100,7 +100,7 @@ def bytes_saved(policy, forward, train, packed):
 
     middle = sorted(range(len(train)), key=lambda i: train.lengths[i])[len(train) // 2]
     batch = pack([train[middle]], [0], pad=not packed)
-    weights, kept = set(), {}
+    kept = {}  # address -> storage: while it is held, nothing else gets its address
 
     def storage_of(tensor):
         # tensor parallelism: this rank's part
@@ -108,18 +108,18 @@ def bytes_saved(policy, forward, train, packed):
 
     def note(tensor):
         storage = storage_of(tensor)
-        if storage.data_ptr() not in weights:
-            # the tensor goes along: while it lives, nothing else gets its address
-            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        kept[storage.data_ptr()] = storage
         return tensor
 
     # compiling for this one forward would take minutes; a draw of the adapters' dropout would change what training draws
     eager = torch.compiler.set_stance('force_eager')
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy), eager:
-        weights |= {storage_of(p).data_ptr() for p in policy.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             forward(batch)
-    return sum(size for size, _ in kept.values()) / batch.ids.numel()
+        # the weights are there anyway
+        for p in policy.parameters():
+            kept.pop(storage_of(p).data_ptr(), None)
+        return sum(storage.nbytes() for storage in kept.values()) / batch.ids.numel()
 
 
 def machine_memory():
