@@ -40,9 +40,6 @@ def writing(path):
         raise UserError(f'cannot write {path}: {" ".join(str(error).split())[:200]}') from None
 
 
-# ---- one process in a folder ----
-
-
 def lock(file, busy):
     """Hold an exclusive lock on an open file until it is closed or the process ends, however it does.
 
@@ -57,9 +54,6 @@ def lock(file, busy):
             folder = Path(file.name).parent
             return say(f'note: {folder} cannot be locked ({error.strerror}): see to it that no second run uses it')
     raise UserError(busy)
-
-
-# ---- rows ----
 
 
 def append(path, text):
@@ -78,8 +72,7 @@ def append(path, text):
         except OSError as error:
             _kept[path] = rest
             if not before:
-                reason = f'cannot write {path}: {error.strerror}'
-                say(f'warning: {reason}: its rows are kept in memory until they can be written')
+                say(f'warning: cannot write {path}: {error.strerror}: its rows are kept in memory until there is room')
 
 
 def append_kept():
@@ -116,22 +109,18 @@ def cut_rows(path, keep):
     replace_text(path, ''.join(line + '\n' for line in kept))
 
 
-# ---- whole files and folders ----
-
-
 def sync(path):
     """Have a file, or the names in a folder, brought to the disk, so that it survives a machine that loses power."""
     path = Path(path)
+    # rows that wait in memory belong to the file
     if path in _kept:
         append(path, '')
     if path in _kept:
         raise OSError(errno.ENOSPC, f'{path.name} cannot be written')
     if path.exists():
         handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def replace_text(path, text):
@@ -157,6 +146,7 @@ def make_room(path):
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif os.path.lexists(path):
+        # the first free of .aside1, .aside2 ...
         names = (path.with_name(f'{path.name}.aside{n}') for n in itertools.count(1))
         aside = next(name for name in names if not os.path.lexists(name))
         path.rename(aside)
@@ -167,9 +157,6 @@ def file_hash(path):
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, 'rb') as stream:
         return hashlib.file_digest(stream, 'sha256').hexdigest()
-
-
-# ---- the cache ----
 
 
 def cache_file(kind, key):
@@ -184,12 +171,9 @@ def read_cache(file, valid):
     valid(arrays, metadata) -> whether it is what it should be; whatever that raises for broken contents means no."""
     from safetensors import SafetensorError, safe_open
 
-    with (
-        contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError),
-        safe_open(file, 'np') as opened,
-    ):
-        arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
-        metadata = opened.metadata()
+    with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError):
+        with safe_open(file, 'np') as opened:
+            arrays, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()
         if valid(arrays, metadata):
             return arrays, metadata
     return None
