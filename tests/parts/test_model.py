@@ -25,6 +25,7 @@ import fsdp
 import model
 from configurator import UserError
 from hf import export, load, lora, ties
+from hf import probe as probes
 from text import toy
 
 VOCAB = 61
@@ -220,11 +221,11 @@ def probe(shape=((6, (9, 4)), (3, (5, 8)))):
 def test_can_pack(name, dtype):
     net, said = tiny(name, dtype=dtype), []
     before = net.config._attn_implementation
-    assert load.can_pack(net, *probe(), said.append) == (name in PACKED)
+    assert probes.can_pack(net, *probe(), said.append) == (name in PACKED)
     assert len(said) == (name in NOT_PACKED) and all('cannot be packed' in line for line in said)
     assert net.config._attn_implementation == before
     certain = name in NOT_PACKED and name != 'phimoe'  # which shows in the numbers alone
-    assert (load.packing_error(net, *probe()) == math.inf) == certain
+    assert (probes.packing(net, *probe())[0] == math.inf) == certain
 
 
 def test_the_note_says_why():
@@ -236,7 +237,7 @@ def test_the_note_says_why():
     }
     for name, words in reasons.items():
         said = []
-        load.can_pack(tiny(name), *probe(), said.append)
+        probes.can_pack(tiny(name), *probe(), said.append)
         assert words in said[0], said
 
 
@@ -255,9 +256,9 @@ def test_what_is_not_the_fault_of_the_architecture_is_raised(error, ours):
             # out of memory is a sentence wherever it happens
             raised = UserError if isinstance(error, MemoryError) else type(error)
             with pytest.raises(raised, match='out of memory' if raised is UserError else None):
-                load.can_pack(net, *probe(), said.append)
+                probes.can_pack(net, *probe(), said.append)
         else:
-            assert not load.can_pack(net, *probe(), said.append)
+            assert not probes.can_pack(net, *probe(), said.append)
             assert str(error) in said[0]
     finally:
         model.register_attention()
@@ -266,12 +267,12 @@ def test_what_is_not_the_fault_of_the_architecture_is_raised(error, ours):
 def test_a_bug_of_ours_is_raised(monkeypatch):
     monkeypatch.setattr(model, '_attend', None)
     with pytest.raises(TypeError):
-        load.can_pack(tiny('llama'), *probe(), print)
+        probes.can_pack(tiny('llama'), *probe(), print)
 
 
 def test_the_probe_reaches_a_window():
     short, long = (1, (1, 1)), (6, (9, 4))
-    assert not load.can_pack(tiny('phimoe'), *probe([short, long, short]), lambda line: None)
+    assert not probes.can_pack(tiny('phimoe'), *probe([short, long, short]), lambda line: None)
 
 
 @pytest.mark.parametrize('name', NOT_PACKED)
@@ -305,11 +306,11 @@ def hardly_wrong(*args, scaling, **rest):
 )
 def test_a_wrong_attention_is_noticed(name, wrong):
     net = tiny(name)
-    assert load.packing_error(net, *probe()) < 1e-6
+    assert probes.packing(net, *probe())[0] < 1e-6
     hf.AttentionInterface.register('packed', wrong)
     try:
-        assert 2e-4 < load.packing_error(net, *probe()) < (0.01 if wrong is hardly_wrong else math.inf)
-        assert not load.can_pack(net, *probe(), lambda line: None)
+        assert 2e-4 < probes.packing(net, *probe())[0] < (0.01 if wrong is hardly_wrong else math.inf)
+        assert not probes.can_pack(net, *probe(), lambda line: None)
     finally:
         model.register_attention()
 
@@ -319,21 +320,21 @@ def test_an_unknown_head_is_an_error(name, monkeypatch):
     net = tiny(name)
     monkeypatch.setattr(model, '_scale', lambda config: 1.0)
     with pytest.raises(UserError, match=type(net).__name__):
-        load.can_pack(net, *probe(), print)
+        probes.can_pack(net, *probe(), print)
     with pytest.raises(UserError, match=type(net).__name__):
-        load.can_pack(net, *probe(), print, wanted=False)  # with --pack=false, too
+        probes.can_pack(net, *probe(), print, wanted=False)  # with --pack=false, too
     monkeypatch.undo()
     said = []
-    assert not load.can_pack(net, *probe(), said.append, wanted=False) and not said
+    assert not probes.can_pack(net, *probe(), said.append, wanted=False) and not said
 
 
 def test_positions():
     net = tiny('gpt2')
     most = net.config.max_position_embeddings
-    load.check_positions(net, most, 'the examples')
+    probes.check_positions(net, most, 'the examples')
     with pytest.raises(UserError, match=f'has {most} positions, and the examples take {most + 1} tokens'):
-        load.check_positions(net, most + 1, 'the examples')
-    load.check_positions(tiny('llama'), 10**6, 'the examples')  # rotary: it can be longer than it has been
+        probes.check_positions(net, most + 1, 'the examples')
+    probes.check_positions(tiny('llama'), 10**6, 'the examples')  # rotary: it can be longer than it has been
 
 
 FACTORS = {'long_factor': [4.0, 9.0], 'short_factor': [1.0, 1.5]}  # one for each pair of a head's 4 dimensions
@@ -375,13 +376,13 @@ def test_results_do_not_depend_on_the_longest_sequence(which):
     alone = model.response_logps(net, pack([short]))[0]
     lengths = [30, 80] if limit == math.inf else [limit]
     for tokens in lengths:
-        load.check_positions(net, tokens, 'the examples')
+        probes.check_positions(net, tokens, 'the examples')
         assert_close(beside(tokens), alone)
-    assert load.room(net) == min(limit, net.config.max_position_embeddings)
+    assert probes.room(net) == min(limit, net.config.max_position_embeddings)
     if limit < math.inf:
         assert (beside(limit + 60) - alone).abs().max() > 1e-2
         with pytest.raises(UserError, match=f'beyond {limit} tokens .* longest sequence .* take {limit + 1} tokens'):
-            load.check_positions(net, limit + 1, 'the examples')
+            probes.check_positions(net, limit + 1, 'the examples')
 
 
 @pytest.mark.parametrize('half', [False, True])
@@ -398,10 +399,10 @@ def test_scaled_rotary_positions_when_sharded(half, tmp_path, device):
 
 def test_a_divergence_needs_heads_of_one_size():
     net, other = tiny('llama'), tiny('llama')
-    load.check_heads(net, other)
+    probes.check_heads(net, other)
     other.resize_token_embeddings(len(other.get_output_embeddings().weight) + 3)
     with pytest.raises(UserError, match='policy and reference predict'):
-        load.check_heads(net, other)
+        probes.check_heads(net, other)
 
 
 @pytest.mark.parametrize('weight_trains', [True, False])
@@ -602,7 +603,7 @@ def test_sharded_model_is_the_plain_one(name, saved, device):
 def test_a_sharded_model_is_padded_after_a_failed_packing(name, saved, device):
     folder, build = saved(name)
     net, plain = fsdp.shard(build, device, cpu_offload=True), build()
-    assert not load.can_pack(net, *probe(), lambda line: None)
+    assert not probes.can_pack(net, *probe(), lambda line: None)
     model.set_attention(net, packed=False)
     values, grads = same_grads(net, pack(PAIRS, pad=True))
     assert_close(values[0], answer_logps(dense_logits(plain, rows_of(PAIRS)), rows_of(PAIRS)))
@@ -616,7 +617,7 @@ def test_bfloat16(name, saved, device):
     policy, ref = (fsdp.shard(build, device, dtype='bfloat16', train=train) for train in (True, False))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert {(p.dtype, p.requires_grad) for p in ref.parameters()} == {(torch.bfloat16, False)}
-    assert load.can_pack(policy, *probe(), print)
+    assert probes.can_pack(policy, *probe(), print)
     with torch.no_grad():
         expected = ref.response_logps(batch)
         reference = ref.hidden_and_head(batch)

@@ -22,7 +22,7 @@ import fsdp
 import model
 from configurator import UserError
 from feedback import score
-from hf import export, load
+from hf import export, load, probe
 from rl import formulas, heads
 from text import tokenise, toy
 
@@ -117,6 +117,7 @@ def test_scores_and_gradients_are_those_of_transformers(folders, name):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_exported_folder_is_plain_transformers(folders, name, tmp_path, capsys):
     """load_reward -> shard -> export -> AutoModelForSequenceClassification and score.py: the same scores, also padded."""
+    load._noted.clear()
     tokenizer = load.separate_pad(load.load_tokenizer(str(folders / name)))
     build = partial(load.load_reward, str(folders / name), tokenizer, new_head=True, seed=7)
     net = fsdp.shard(build, torch.device('cpu'), cpu_offload=True)
@@ -159,11 +160,11 @@ def test_a_model_that_reads_elsewhere_is_refused(folders, monkeypatch):
     net, _ = make(folders / 'llama', new_head=True)
     net.response_scores = types.MethodType(heads.response_scores, net)
     batches = [data.pack(pairs(), range(4), pad=pad) for pad in (False, True)]
-    assert load.can_pack(net, *batches, print)
+    assert probe.can_pack(net, *batches, print)
     for batch in batches:
         batch.last -= 1
     with pytest.raises(UserError, match='other scores'):
-        load.can_pack(net, *batches, print)
+        probe.can_pack(net, *batches, print)
 
 
 # ---- heads ----
