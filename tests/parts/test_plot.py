@@ -144,7 +144,7 @@ def damage(folder, file, text):
         ('config.json', '[]', r'config\.json is damaged'),
         ('metrics.jsonl', None, r'has no steps in its metrics\.jsonl yet'),
         ('metrics.jsonl', '', r'has no steps in its metrics\.jsonl yet'),
-        ('metrics.jsonl', '{"split": "check"}\n{broken\n{}\n', r'metrics\.jsonl, line 2 is damaged'),
+        ('metrics.jsonl', '{"split": "check", "counters/examples": 0}\n{broken\n{}\n', r'metrics\.jsonl, line 2 is damaged'),
         ('metrics.jsonl', '{"split": "train"}\n', r'metrics\.jsonl has a row without'),
         ('metrics.jsonl', '{"split": "eval", "counters/examples": 8, "loss/eval": "low"}\n', r'metrics\.jsonl has a row without'),
         ('samples.jsonl', '{"prompt": 3}\n', r'samples\.jsonl has a row without'),
