@@ -23,7 +23,8 @@ import losses
 import training
 from configurator import UserError, configure
 from hf import generate, lora
-from hf.load import check_heads, check_positions, check_same_tokens, load_model
+from hf.load import check_same_tokens, load_model
+from hf.probe import check_heads, check_positions
 from hf.reference import cached_logps
 from model import RISKS, kl
 from runtime import log, metrics

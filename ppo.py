@@ -35,7 +35,8 @@ from configurator import UserError, configure
 from data import steps
 from feedback import score
 from hf import generate, lora
-from hf.load import add_value_head, check_positions, check_same_tokens, drop_value_head, load_model, load_reward
+from hf.load import add_value_head, check_same_tokens, drop_value_head, load_model, load_reward
+from hf.probe import check_positions
 from model import core, set_attention
 from rl import formulas, rollout
 from runtime import checkpoint, log

@@ -101,6 +101,6 @@ for step in run.steps():
         run.evaluate(step.seen, run_step, summary)
     run.finish_step(step)
 run.evaluate(run.total, run_step, summary)
-run.finish(partial(run.build, quiet=True))
+run.finish()
 if __name__ == '__main__':
     fsdp.leave()

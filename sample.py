@@ -29,7 +29,8 @@ from configurator import UserError, configure, main_rank
 from feedback import samples
 from feedback.endpoint import ask, completions_url
 from hf import generate
-from hf.load import content, load_model, load_tokenizer, room
+from hf.load import content, load_model, load_tokenizer
+from hf.probe import room
 from runtime import log
 from text import sources, tokenise
 from text.examples import uniform_hash

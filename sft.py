@@ -19,7 +19,8 @@ import losses
 import training
 from configurator import UserError, configure
 from hf import generate
-from hf.load import check_positions, load_model
+from hf.load import load_model
+from hf.probe import check_positions
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'

@@ -32,7 +32,8 @@ import fsdp
 from configurator import UserError
 from data import Step, make_batches, pack_probe, steps
 from hf import export, lora, parallel
-from hf.load import can_pack, check_positions, fingerprints, load_tokenizer
+from hf.load import fingerprints, load_tokenizer
+from hf.probe import can_pack, check_positions
 from model import set_attention
 from runtime import checkpoint, guard, log, room
 from runtime.prefetch import prefetch

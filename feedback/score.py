@@ -8,7 +8,8 @@ import torch
 import fsdp
 from configurator import UserError
 from data import pack, pack_probe, plan, plan_padded
-from hf.load import can_pack, load_reward, load_tokenizer, room, separate_pad
+from hf.load import load_reward, load_tokenizer, separate_pad
+from hf.probe import can_pack, room
 from model import core, set_attention
 from runtime import guard
 from runtime.log import say

@@ -469,7 +469,7 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, whole, script):
 PLACES = {
     'the step-0 check': ('dpo.py', [], 'fsdp.gather_columns', 'lower max_tokens'),
     'sharding': ('sft.py', [], 'fsdp.set_attention', 'a model does not fit'),
-    'can_pack': ('reward.py', [], 'hf.load.set_attention', 'the two examples that try the model out'),
+    'can_pack': ('reward.py', [], 'hf.probe.set_attention', 'the two examples that try the model out'),
     'the cache': ('dpo.py', ['--cache_ref'], 'hf.reference.adapters_off', 'lower max_tokens'),
     'sampling': ('sft.py', ['--sample_during_eval'], 'hf.generate.generate', 'lower n_eval_model_samples'),
     "ppo's sampling": ('ppo.py', ['--reward_model=gold', '--minibatch_size=12'], 'hf.generate.generate', 'lower sample_batch'),
