@@ -15,7 +15,7 @@ from stub import serve, serve_raw
 
 import configurator
 from configurator import UserError
-from feedback import endpoint, pairs, samples
+from feedback import answers, endpoint
 from hf import check, load
 from runtime import log, values
 from text import sources, toy
@@ -421,7 +421,7 @@ def test_damaged_samples(line):
     Path('out/samples.jsonl').write_text(json.dumps(SAMPLE) + '\n' + line + '\n', encoding='latin-1')
     before = contents()
     with pytest.raises(UserError, match=r'samples\.jsonl, line 2, is damaged'):
-        samples.collect('out', lambda i, k: {'prompt': 'p'})
+        answers.collect('out', lambda i, k: {'prompt': 'p'})
     assert contents() == before
 
 
@@ -434,7 +434,7 @@ def test_damaged_verdicts(line):
     Path('out/verdicts.jsonl').write_text('{"pair": 0, "order": 1, "preference": 1}\n' + line + '\n')
     before = contents()
     with pytest.raises(UserError, match=r'verdicts\.jsonl, line 2, is damaged'):
-        pairs.open_verdicts('out')
+        answers.read_verdicts(Path('out/verdicts.jsonl'))
     assert contents() == before
 
 
