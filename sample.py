@@ -102,9 +102,9 @@ if endpoint and world > 1:
     raise UserError('one process is enough to ask an endpoint: run python sample.py, and raise --concurrency')
 
 
-def read_rows(left_out):
-    """The rows of all sources of data, in their order: each has 'prompt' and perhaps 'tools'."""
-    rows = []
+def read_prompts():
+    """The rows to answer, each with a 'prompt' of its own and perhaps 'tools', and a Counter of what was left out or changed."""
+    rows, left_out = [], Counter()
     for source in data.split('+'):
         # a text file has a prompt a line, everything else the rows of a data set
         if source.endswith('.txt'):
@@ -116,13 +116,6 @@ def read_rows(left_out):
             raise sources.vanished(source, split or 'test', out)
         rows += more
         left_out.update(out)
-    return rows
-
-
-def read_prompts():
-    """The rows to answer, of every prompt one, and a Counter of what was left out or changed."""
-    left_out = Counter()
-    rows = read_rows(left_out)
     # each prompt once, then the part that is wanted
     found = {}
     for row in rows:
@@ -167,7 +160,6 @@ prompts, left_out = fsdp.first_of_host(read_prompts)
 keys = [(i, k) for i in range(len(prompts)) for k in range(n * len(temperatures))]
 
 # ---- a model here ----
-
 
 if not endpoint:
     tokenizer = load_tokenizer(model, trust_remote_code)

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import email.utils
 import html.entities
+import importlib
 import itertools
 import json
 import math
@@ -47,10 +48,13 @@ class _Refused(Exception):
 
 
 class _Again(Exception):
-    """Worth another attempt. wait: the seconds that the endpoint asks for; unreachable: there was no connection."""
+    """Worth another attempt. wait: the seconds that the endpoint asks for."""
 
     wait = 0.0
-    unreachable = False
+
+
+class _Unreachable(_Again):
+    """There was no connection."""
 
 
 def completions_url(url: str) -> str:
@@ -73,15 +77,17 @@ def completions_url(url: str) -> str:
 def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, proven=False):
     """Yield a Reply for every job, in order of completion. jobs: (key, body), body the json of a chat completion.
 
-    At most `concurrency` jobs are under way, counting those whose Reply the caller has not finished with, so that what is
-    written before the next Reply is taken is all that was ever asked but for that many. timeout: seconds for a whole
-    reply. A job is tried again `retries` times, after backoff * 2^k seconds with jitter or as Retry-After says, on 408, 409,
-    425, 429, 5xx, time-outs, dropped connections, and replies cut short or not in the promised form; then its Reply has an
+    At most `concurrency` jobs are under way, counting those whose Reply the caller has not finished with. timeout: seconds for a
+    whole reply. A job is tried again `retries` times, after backoff * 2^k seconds with jitter or as Retry-After says, on 408,
+    409, 425, 429, 5xx, time-outs, dropped connections, and replies cut short or not in the promised form; then its Reply has an
     error. So has a job refused (400, 413, 422) by an endpoint that has answered others (proven: it has before this call).
     Raises UserError where going on is useless: refused key or model, no such address, nothing but refusals or failures."""
-    address, key, others = completions_url(url), *_key_and_others()
-    shared = _Shared(address, others, timeout, retries, backoff, proven)
-    for client in _connect(concurrency, timeout, key, others):
+    address = completions_url(url)
+    key = (os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or '').strip()
+    if not key.isascii() or not key.isprintable() or ' ' in key:
+        raise UserError('the key in NANOPREF_API_KEY or OPENAI_API_KEY has characters that no key has')
+    shared = _Shared(address, _Others(key), timeout, retries, backoff, proven)
+    for client in _connect(concurrency, timeout, key, shared.others):
         # daemon: Ctrl-C does not wait for replies
         threading.Thread(target=shared.work, args=(client,), daemon=True).start()
     try:
@@ -92,22 +98,11 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
             shared.todo.put(None)
 
 
-def _key_and_others():
-    """The key of the environment, '' without one, and the _Others that hide it. Raises UserError for what is no key."""
-    key = (os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or '').strip()
-    if not key.isascii() or not key.isprintable() or ' ' in key:
-        raise UserError('the key in NANOPREF_API_KEY or OPENAI_API_KEY has characters that no key has')
-    return key, _Others(key)
-
-
 def _connect(n, timeout, key, others):
     """n _Clients, connecting as the environment asks for it. Raises UserError."""
     http = _http()
-    headers = {'Accept-Encoding': 'identity'}
-    if key:
-        headers['Authorization'] = f'Bearer {key}'
-    options = {'headers': headers, 'timeout': http.Timeout(timeout, connect=min(timeout, 10.0))}
-    options |= {'limits': http.Limits(max_connections=1)}
+    options = {'headers': {'Accept-Encoding': 'identity'} | ({'Authorization': f'Bearer {key}'} if key else {})}
+    options |= {'timeout': http.Timeout(timeout, connect=min(timeout, 10.0)), 'limits': http.Limits(max_connections=1)}
     try:
         options['verify'] = http.create_ssl_context()
         return [_Client(http.Client(**options), timeout) for _ in range(n)]
@@ -139,7 +134,14 @@ class _Shared:
             else:
                 failures = failures + 1 if result.text is None else 0
                 self.proven = self.proven or result.text is not None
-                self.check(failures, result.error, most)
+                # sooner if all do from the start
+                if failures >= (FAILED_IN_A_ROW if self.proven else max(most, 2)):
+                    advice = (
+                        'run the same command later'
+                        if self.proven
+                        else "see the model's name, and the server's own log"
+                    )
+                    raise UserError(f'{failures} requests in a row failed; the last one: {result.error}: {advice}')
                 yield result
 
             # a refusal is the job's own fault where others are answered: before any is, nothing more is asked
@@ -157,16 +159,6 @@ class _Shared:
         for job in some:
             self.todo.put(job)
         return len(some)
-
-    def check(self, failures, error, most):
-        """Raise UserError where so many jobs in a row have failed that the endpoint is at fault: sooner if all have."""
-        if self.proven and failures >= FAILED_IN_A_ROW:
-            advice = 'run the same command later'
-        elif not self.proven and failures >= max(most, 2):
-            advice = "see the model's name, and the server's own log"
-        else:
-            return
-        raise UserError(f'{failures} requests in a row failed; the last one: {error}: {advice}')
 
     def work(self, client):
         """Finish jobs until there is a None among them."""
@@ -190,7 +182,7 @@ class _Shared:
 
             # the last attempt: an address where nobody answers is most often a wrong one
             patience = self.retries if self.proven else min(self.retries, 2)
-            if again.unreachable and attempt >= patience:
+            if isinstance(again, _Unreachable) and attempt >= patience:
                 raise UserError(f'{again}: is the server running, and the address right?')
             if attempt >= self.retries:
                 return Reply(key, None, None, f'{again}, after {attempt + 1} attempts')
@@ -208,9 +200,7 @@ class _Shared:
         except (_Again, _Refused):
             raise
         except (http.ConnectError, http.ConnectTimeout) as error:
-            again = _Again(f'{self.address} cannot be reached ({self.others.line(error, 200)})')
-            again.unreachable = True
-            raise again from None
+            raise _Unreachable(f'{self.address} cannot be reached ({self.others.line(error, 200)})') from None
         except (http.TimeoutException, TimeoutError):
             raise _Again(f'no reply within {self.timeout:g} s') from None
         except Exception as error:  # the library has errors of many kinds for what a server may send
@@ -330,7 +320,7 @@ class _Others:
         """The json of a reply that any reader of json reads again, or its text where it is none."""
         text = content.decode('utf-8-sig', 'replace')
         try:
-            raw = json.loads(text, parse_constant=str, parse_float=_real, parse_int=_integer)
+            raw = json.loads(text, parse_constant=str, parse_float=_number, parse_int=_number)
             return self._tree(raw, 0)
         except (ValueError, RecursionError):
             return self.text(text)
@@ -347,15 +337,11 @@ class _Others:
         return value
 
 
-def _integer(text):
+def _number(text):
     """The number that a json text writes, or the text itself where 64 bits do not hold it."""
-    return int(text) if len(text) < 19 else text
-
-
-def _real(text):
-    """Likewise of a number with a point or an exponent."""
-    number = float(text)
-    return number if math.isfinite(number) else text
+    if text.lstrip('-').isdigit():
+        return int(text) if len(text) < 19 else text
+    return float(text) if math.isfinite(float(text)) else text
 
 
 @lru_cache
@@ -436,11 +422,7 @@ def _said(raw):
 
 def _http():
     """The HTTP library that comes with huggingface_hub: httpx2, or httpx with older versions."""
-    try:
-        import httpx2 as http
-    except ImportError:
-        try:
-            import httpx as http
-        except ImportError:
-            raise UserError('asking an endpoint needs httpx2: pip install httpx2') from None
-    return http
+    for name in ('httpx2', 'httpx'):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    raise UserError('asking an endpoint needs httpx2: pip install httpx2')
