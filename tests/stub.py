@@ -10,11 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def completion(text):
-    return {
-        'id': 'x',
-        'object': 'chat.completion',
-        'choices': [{'index': 0, 'message': {'role': 'assistant', 'content': text}}],
-    }
+    message = {'role': 'assistant', 'content': text}
+    return {'id': 'x', 'object': 'chat.completion', 'choices': [{'index': 0, 'message': message}]}
 
 
 @contextlib.contextmanager
@@ -37,9 +34,8 @@ def serve(behave):
             if do == 'hang':
                 server.over.wait(60)
                 return
-            status, content, headers = (
-                (*what, {})[:3] if isinstance(what, tuple) else (200, completion('half' if do else what), {})
-            )
+            reply = what if isinstance(what, tuple) else (200, completion('half' if do else what))
+            status, content, headers = (*reply, {})[:3]
             content = (content if isinstance(content, str) else json.dumps(content)).encode()
             if do == 'drop':
                 self.close_connection = True
