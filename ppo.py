@@ -117,7 +117,6 @@ kl_in_loss = offline or loss == 'grpo'  # else it is in the rewards
 # the ranks meet, out_dir is taken
 run = training.begin(config)
 rank, world, device, tokenizer = run.rank, run.world, run.device, run.tokenizer
-
 # where answers are sampled, those of the data are not used: then prompts are cut as if there were none
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
 run.load_data(train={'task': 'singles'} if offline else prompts_only, held_out=prompts_only)
@@ -243,8 +242,7 @@ def token_losses(pi, value, c):
         of_policy = formulas.ppo(pi, c['old'], c['advantage'], clip=clip)
     if not value:
         return of_policy, torch.zeros_like(of_policy)
-    near = math.inf if value_clip is None else value_clip
-    return of_policy, formulas.value_loss(value[0], c['value'], c['target'], value_clip=near)
+    return of_policy, formulas.value_loss(value[0], c['value'], c['target'], value_clip=value_clip or math.inf)
 
 
 def run_minibatch(batches, answered, rows):
@@ -332,8 +330,7 @@ def evaluate(seen):
 
     # the first of them for people, all of them for the numbers
     some = [('policy', i, generate.without_end(answer, stop)) for i, answer in enumerate(ids[:n_eval_model_samples])]
-    file = f'{out_dir}/samples.jsonl'
-    fsdp.on_one_rank(lambda: generate.write(file, tokenizer, prompts, some, seen))
+    fsdp.on_one_rank(lambda: generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, some, seen))
     run.log_evaluation(seen, describe(examples, tokens, answers, 'eval'))
 
 

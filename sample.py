@@ -23,16 +23,7 @@ import numpy as np
 
 import fsdp
 from configurator import UserError, configure, main_rank
-from feedback.answers import (
-    append,
-    collect,
-    lock,
-    progress,
-    raise_if_missing,
-    read_text,
-    samples_file,
-    write_model_outputs,
-)
+from feedback.answers import append, collect, lock, progress, raise_if_missing, read_text, write_model_outputs
 from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import content, load_model, load_tokenizer, room
@@ -168,9 +159,7 @@ if not endpoint:
     # the room that its positions leave for prompts
     positions = room(net)
     if positions <= max_new_tokens:
-        raise UserError(
-            f'the model has {positions} positions: --max_new_tokens={max_new_tokens} leaves none for the prompt'
-        )
+        raise UserError(f'the model has {positions} positions: --max_new_tokens={max_new_tokens} fills them all')
     longest = min(max_prompt_length or math.inf, positions - max_new_tokens)
     ids = tokenise.tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows)
     text = all(isinstance(row['prompt'], str) for row in prompts)
@@ -255,7 +244,7 @@ def body(row):
 
 def keep(rows):
     """Write new answers down, and show the progress."""
-    append(samples_file(out_dir, rank), rows)
+    append(f'{out_dir}/samples.jsonl' if rank == 0 else f'{out_dir}/samples-{rank}.jsonl', rows)
     counts['answers'] += len(rows)
     counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
     bar.set_postfix_str(f'{log.per_second(counts["tokens"], time.time() - started):.0f} tokens/s', refresh=False)

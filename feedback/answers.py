@@ -89,11 +89,6 @@ def raise_if_missing(failed, what):
 # ---- answers of sample.py ----
 
 
-def samples_file(out_dir, rank=0):
-    """Where a rank puts its answers."""
-    return Path(out_dir) / ('samples.jsonl' if rank == 0 else f'samples-{rank}.jsonl')
-
-
 def collect(out_dir, wanted):
     """Put all ranks' rows into one samples.jsonl, in order of (index, sample). Returns them, (index, sample) -> row.
 
@@ -105,7 +100,7 @@ def collect(out_dir, wanted):
         return field(row, 'index', int), field(row, 'sample', int)
 
     # the rows of all ranks, in whatever order they came
-    file, found = samples_file(out_dir), {}
+    file, found = Path(out_dir) / 'samples.jsonl', {}
     parts = sorted(file.parent.glob('samples-*.jsonl'))
     for path in (file, *parts):
         for where, key, row in read_back(path, key_of):

@@ -134,13 +134,10 @@ class _Shared:
             else:
                 failures = failures + 1 if result.text is None else 0
                 self.proven = self.proven or result.text is not None
-                # sooner if all do from the start
-                if failures >= (FAILED_IN_A_ROW if self.proven else max(most, 2)):
-                    advice = (
-                        'run the same command later'
-                        if self.proven
-                        else "see the model's name, and the server's own log"
-                    )
+                limit, advice = FAILED_IN_A_ROW, 'run the same command later'
+                if not self.proven:  # sooner if all do from the start
+                    limit, advice = max(most, 2), "see the model's name, and the server's own log"
+                if failures >= limit:
                     raise UserError(f'{failures} requests in a row failed; the last one: {result.error}: {advice}')
                 yield result
 

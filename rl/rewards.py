@@ -30,8 +30,7 @@ def score_answers(examples, tokenizer, judge, *, max_tokens, ends=()):
 
 
 def toy_metrics(examples, tokenizer, split):
-    """What the toy world says of answers, whatever they are trained on: name -> tensor of one
-    number."""
+    """What the toy world says of answers, whatever they are trained on: name -> tensor of one number."""
     both = texts(examples, tokenizer)
     gold = torch.tensor([toy.gold(*pair) for pair in both]).double().mean()
     well_formed = torch.tensor([toy.well_formed(answer) for _, answer in both]).double().mean()
