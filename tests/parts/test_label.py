@@ -169,12 +169,7 @@ def test_both_orders_ties_and_unclear_replies(capsys):
         3 tie tie                    -> 1.5     7 equal answers: not asked       -> 1.5
     Wins 1 0 1/2 1/2 1/4 1/2: win rate 2.75 / 6. Shown first, of 0 to 4: (1/2 + 1/2 + 1 + 1/2 + 3/4) / 5; agreement 3 of 5."""
     replies = {0: 'AB', 1: 'BA', 2: 'AA', 3: 'TT', 4: 'TA', 5: 'A?', 6: 'AB'}
-    words = {
-        'A': 'Because.\n\nVerdict: A',
-        'B': '**Verdict: B**\n',
-        'T': 'verdict: Tie.',
-        '?': 'Verdict: A, or maybe B',
-    }
+    words = {'A': 'So.\n\nVerdict: A', 'B': '**Verdict: B**\n', 'T': 'verdict: Tie.', '?': 'Verdict: A, or maybe B'}
 
     def reply_to(i, order):
         reply = completion(words[replies[i][order - 1]])
@@ -253,9 +248,8 @@ def test_answers_cannot_write_the_marks():
 def test_a_mark_stands_in_no_text(monkeypatch):
     """Even where a text has the mark that its neighbours would give it."""
     first = judge.mark('why', 'a', 'b')
-    monkeypatch.setattr(
-        judge, 'content_hash', lambda _, attempt, *texts: int(first, 16) + attempt
-    )  # one has guessed it
+    guessed = lambda _, attempt, *texts: int(first, 16) + attempt  # noqa: E731
+    monkeypatch.setattr(judge, 'content_hash', guessed)
     assert judge.mark('why', f'a {first}', 'b') == f'{int(first, 16) + 1:016x}'
 
 
