@@ -33,7 +33,7 @@ import losses
 import model
 from configurator import UserError, configure
 from experiments import ROOT
-from feedback import pairs
+from feedback import answers
 from runtime.values import CHOICES
 from text import sources, toy
 from text.tokenise import tokenise
@@ -352,7 +352,7 @@ def attack_file(name, content, ending, folder, index):
     attack_tokens(examples, ('pairs', 'singles', 'sft')[index % 3])
     if index % 7 == 0:
         with contextlib.suppress(UserError):
-            pairs.read_answers(path)
+            answers.read_answers(path)
 
 
 def attack_tokens(examples, task):

@@ -46,10 +46,8 @@ def script(tmp_path_factory):
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / 'base')
     t.save_pretrained(folder / 'base')
-    rows = [
-        {'prompt': f'Review of the {p}:', 'chosen': f' superb {p} .', 'rejected': f' awful {p} .'} for p in toy.PLACES
-    ]
-    write_jsonl(folder / 'pairs.jsonl', rows)
+    rows = [(f'Review of the {place}:', f' superb {place} .', f' awful {place} .') for place in toy.PLACES]
+    write_jsonl(folder / 'pairs.jsonl', [dict(zip(('prompt', 'chosen', 'rejected'), row, strict=True)) for row in rows])
     flags = [f'--model={folder}/base', f'--data={folder}/pairs.jsonl', f'--eval_data={folder}/pairs.jsonl', '--control_tokens',
              '--batch_size=12', '--n_epochs=160', '--lr=5e-3', '--lr_schedule=linear', '--warmup_steps=0', '--do_first_eval=false',
              '--temperature=0', '--sample_during_eval', '--max_new_tokens=12', f'--out_dir={folder}/run']  # fmt: skip

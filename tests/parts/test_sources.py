@@ -15,8 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from configurator import UserError
-from feedback import samples
-from feedback.pairs import read_answers
+from feedback.answers import collect, read_answers
 from text import formats, sources
 
 
@@ -1106,7 +1105,7 @@ ANSWER = st.sampled_from(['prompt', 'instruction', 'output', 'response', 'genera
 @settings(max_examples=150, deadline=None, database=None)
 @given(st.lists(st.dictionaries(ANSWER, st.text(max_size=3) | st.integers(0, 2) | JSON | CHAT), min_size=1, max_size=4))
 def test_any_file_of_answers(tmp_path_factory, rows):
-    """pairs.read_answers and samples.collect: all rows as they are, or the line that is wrong."""
+    """read_answers and collect: all rows as they are, or the line that is wrong."""
     folder = tmp_path_factory.mktemp('answers')
     path = write(folder / 'samples.jsonl', rows)
     try:
@@ -1120,7 +1119,7 @@ def test_any_file_of_answers(tmp_path_factory, rows):
             assert type(row['sample']) is int and isinstance(row['instruction'], str)
     before = Path(path).read_bytes()
     try:
-        kept = samples.collect(folder, lambda i, k: {} if 0 <= i < 9 and 0 <= k < 9 else None)
+        kept = collect(folder, lambda i, k: {} if 0 <= i < 9 and 0 <= k < 9 else None)
     except UserError as error:
         assert re.search(r'samples\.jsonl, line \d+, ', str(error)) and Path(path).read_bytes() == before
     else:

@@ -14,7 +14,7 @@ from helpers import read_jsonl, run_script, write_jsonl
 from stub import serve, serve_raw
 
 from configurator import UserError
-from feedback import endpoint, pairs, samples
+from feedback import answers, endpoint
 from hf import check, load
 from runtime import log, values
 from text import sources, toy
@@ -382,10 +382,10 @@ SAMPLE = {'index': 0, 'sample': 0, 'response': ' x', 'finish': 'eos', 'prompt': 
 VERDICT, DEEP = {'pair': 0, 'order': 1, 'preference': 1}, '[' * 100_000
 # fmt: off
 DAMAGED = {  # file -> its first row, what reads it, second rows that are damaged
-    'samples.jsonl': (SAMPLE, lambda: samples.collect('out', lambda i, k: {'prompt': 'p'}), [
+    'samples.jsonl': (SAMPLE, lambda: answers.collect('out', lambda i, k: {'prompt': 'p'}), [
         DEEP, '{}', 'null', '{"index": 0, "sample": 0}', json.dumps(SAMPLE | {'response': 7}), '{"index": [], "sample": {}}',
         json.dumps(SAMPLE | {'response': '\ud800'}), '\xff', json.dumps({k: v for k, v in SAMPLE.items() if k != 'finish'})]),
-    'verdicts.jsonl': (VERDICT, lambda: pairs.open_verdicts('out'), [
+    'verdicts.jsonl': (VERDICT, lambda: answers.read_verdicts(Path('out/verdicts.jsonl')), [
         DEEP, '{}', '3', '{"pair": 0, "order": 1}', '{"pair": 0, "order": 1, "preference": "A"}',
         '{"pair": [], "order": 1, "preference": 1}', '{"pair": 0, "order": 1, "preference": null, "text": 3}']),
 }
