@@ -32,7 +32,7 @@ from runtime import log
 from text import sources, tokenise
 from text.examples import uniform_hash
 from text.files import content_hash
-from text.formats import answer, as_chat, message
+from text.messages import answer, as_chat, message
 
 # who answers
 model = 'toy'  # hub id, local folder, or 'toy'

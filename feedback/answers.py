@@ -16,7 +16,7 @@ from tqdm import tqdm
 from configurator import UserError
 from runtime import files
 from text.files import read_rows
-from text.formats import ASSISTANT, answer, ask, field, instruction, text_or_chat
+from text.messages import ASSISTANT, answer, ask, field, instruction, text_or_chat
 
 _lock = None  # the open file that holds the lock on out_dir
 
