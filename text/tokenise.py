@@ -275,7 +275,8 @@ class Collector:
             chats = [(part.turns[:i], [part.turns[i : i + 1]]) for i in answers]
         else:
             chats = [(part.prompt, part.answers)]
-            plain = isinstance(part.prompt, str) and not part.prompt.endswith(TURN_MARKERS)
+            plain = all(isinstance(text, str) for text in (part.prompt, *part.answers))
+            plain = plain and not part.prompt.endswith(TURN_MARKERS)
             self.left_out[NO_CHAT] += plain and bool(part.prompt) and self.has_template
         texts = [render(prompt, answers, tools, self.tokenizer, self.left_out) for prompt, answers in chats]
         self.left_out['empty answers'] += texts.count(None)
