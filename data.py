@@ -128,11 +128,6 @@ class Step:
         """Examples after it."""
         return self.first + len(self.rows)
 
-    @property
-    def slots(self):
-        """Slots of this rank's examples, in the order of its microbatches."""
-        return [slot for batch in self.batches for slot in batch.slot]
-
 
 @dataclass
 class Batch:
