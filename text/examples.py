@@ -33,6 +33,7 @@ class Examples:
     @classmethod
     def of(cls, items):
         """From (prompt, answers) lists of ids, such as samples."""
+        # all parts end to end, and where each begins and ends
         parts = [part for prompt, answers in items for part in (prompt, *answers)]
         edges = np.cumsum([0] + [len(part) for part in parts])
         spans = np.stack((edges[:-1], edges[1:]), 1).reshape(len(items), -1, 2)
@@ -95,6 +96,7 @@ class Examples:
 
     def keep(self, frac_good, frac_bad, seed):
         """Keep this fraction of the good and of the bad single answers, chosen by hash."""
+        # the two answers of a pair, which have one uid, are drawn apart
         u = uniform_hash(self.uid + self.good.astype(np.uint64), seed + 1)
         kept = self.select(u < np.where(self.good, frac_good, frac_bad))
         if not len(kept):
@@ -135,6 +137,7 @@ class Examples:
 
     def content(self):
         """A hash of the tokens that are trained on, their order, labels and margins; what select has left out does not count."""
+        # the shape of the examples, then their tokens one after the other
         digest = hashlib.sha256()
         for array in (self.widths, self.good, self.margin):
             digest.update(b'-' if array is None else np.ascontiguousarray(array))
