@@ -769,6 +769,7 @@ def test_pack(groups, layout):
     flat = [(p, a) for p, answers in groups for a in answers]
     assert read_back(batch) == last_and_answers(groups) and batch.slot == list(range(len(groups)))
     assert batch.n.tolist() == [len(a) for _, a in flat] and len(batch.target) == batch.n.sum()
+    assert batch.real().tolist() == [True] * len(groups)
     if 'pad' in layout:
         width = max(len(p) + len(a) for p, a in flat)
         assert batch.ids.tolist() == [p + a + [0] * (width - len(p) - len(a)) for p, a in flat]
