@@ -24,8 +24,9 @@ def steps(n, batch_size, total, seed, start=0, shuffle=True):
         rows = []
         for count in range(first, min(first + batch_size, total)):
             if count // n != epoch:
-                epoch = count // n
-                order = np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
+                epoch, order = count // n, np.arange(n)
+                if shuffle:
+                    order = np.random.default_rng((seed, epoch)).permutation(n)
             rows.append(order[count % n])
         yield first, np.array(rows)
 
@@ -61,12 +62,12 @@ def plan(lengths, world, max_tokens):
 def plan_padded(widths, world, max_tokens):
     """As plan, for padded batches, where every example is as wide as the widest beside it: similar widths side by side."""
     # the widest first: each bin is as wide as its first example
-    bins, order = [], sorted(range(len(widths)), key=lambda slot: -widths[slot])
-    for slot in order:
-        if bins and (len(bins[-1]) + 1) * widths[bins[-1][0]] <= max_tokens:
-            bins[-1].append(slot)
-        else:
-            bins.append([slot])
+    bins, widest = [], 0
+    for slot in sorted(range(len(widths)), key=lambda slot: -widths[slot]):
+        if not bins or (len(bins[-1]) + 1) * widest > max_tokens:
+            bins.append([])
+            widest = widths[slot]
+        bins[-1].append(slot)
 
     # every rank as many: the fullest is split in two
     while len(bins) % world or not bins:
@@ -102,7 +103,9 @@ def make_batches(examples: Examples, rows, rank, world, max_tokens, *, share_pre
         items = [examples[rows[slot]] for slot in slots]
         batch = pack(items, slots, share_prefix=share_prefix, pad=pad, filler=answers, device=device)
         if examples.ref is not None:
-            ref = examples.ref[rows[slots]].reshape(-1) if slots else np.zeros(answers, np.float32)
+            ref = np.zeros(answers, np.float32)  # of a filler
+            if slots:
+                ref = examples.ref[rows[slots]].reshape(-1)
             batch.ref = torch.from_numpy(np.ascontiguousarray(ref)).to(device, non_blocking=True)
         batches.append(batch)
     return batches, int(lengths.sum()), allocated
@@ -127,11 +130,6 @@ class Step:
     def seen(self):
         """Examples after it."""
         return self.first + len(self.rows)
-
-    @property
-    def slots(self):
-        """Slots of this rank's examples, in the order of its microbatches."""
-        return [slot for batch in self.batches for slot in batch.slot]
 
 
 @dataclass
@@ -174,8 +172,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     groups = examples
     if pad or not share_prefix:
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
-    # padded rows are as wide as the widest of them
-    width = max(len(prompt) + len(answers[0]) for prompt, answers in groups) if pad else 0
+    width = max(len(prompt) + len(answers[0]) for prompt, answers in groups)  # of padded rows
 
     # lay out one group after the other, in one flat row of ids
     pieces, position, shapes, start = [], [], [], 0
@@ -200,7 +197,8 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
         start = end
 
     # which of these tokens are predicted
-    ids, n, first, before = np.concatenate(pieces), np.array(n), np.array(first), np.array(before)
+    ids = np.concatenate(pieces)
+    n, first, before = map(np.array, (n, first, before))
     arrays = predicted(ids, n, first, before)
     arrays |= {'ids': np.where(ids < 0, ~ids, ids)[None], 'last': first + n - 1}
 
@@ -259,7 +257,8 @@ class Varlen:
                 end += n
             start = end
         self.gather = torch.from_numpy(np.concatenate(gather)).to(device)
-        self.cu_q, self.cu_k = (torch.tensor([0, *np.cumsum(x)], dtype=torch.int32, device=device) for x in (q, k))
+        ends = [np.cumsum([0, *lengths]) for lengths in (q, k)]
+        self.cu_q, self.cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in ends)
         self.max_q, self.max_k = max(q), max(k)
 
 

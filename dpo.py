@@ -82,37 +82,41 @@ config = configure(globals(), shared=training)
 
 
 def parameters(*functions):
-    """The names of the columns and options that these functions take; of None there are none."""
-    return {name for fn in functions if fn for name in inspect.signature(fn).parameters}
+    """The names of the columns and options that these functions take."""
+    return {name for fn in functions for name in inspect.signature(fn).parameters}
 
 
 if loss not in losses.LOSSES:
     raise UserError(f'loss must be one of {", ".join(losses.LOSSES)}, not {loss!r}')
 loss_fn, statistic_fn = losses.LOSSES[loss], losses.STATISTICS.get(loss)
-used = parameters(loss_fn, statistic_fn)
-paired = bool({'pi_w', 'ratio_w'} & used)  # else on single answers, with a thumb up or down
-has_ratio = bool({'ratio', 'ratio_w'} & used)
-has_divergence = 'div_w' in used
+inputs = parameters(loss_fn, statistic_fn) if statistic_fn else parameters(loss_fn)
+paired = bool({'pi_w', 'ratio_w'} & inputs)  # else on single answers, with a thumb up or down
+has_ratio = bool({'ratio', 'ratio_w'} & inputs)
 has_risk = loss.startswith('radpo')
+# the divergence of the policy from the reference at one position: (n, V) log-probs of both -> (n,)
+divergence = None
+if 'div_w' in inputs:
+    divergence = partial(RISKS[risk], mu=mu) if has_risk else kl
 
 # ---- what the options mean together ----
 
-# options that no formula names, and who uses them all the same
-uses = {
-    'reference_free': has_ratio and not has_divergence,
-    'importance importance_max': has_ratio and paired,
+# option -> whether this loss uses it, of the options that some losses only use: formulas name them, or this table
+uses = {name: name in inputs for name in parameters(*losses.LOSSES.values(), *losses.STATISTICS.values())} | {
+    'reference_free': has_ratio and not divergence,
+    'importance': has_ratio and paired,
+    'importance_max': has_ratio and paired,
     'sft_coef': paired,
-    'frac_good frac_bad': not paired,
-    'risk mu': has_risk,
+    'frac_good': not paired,
+    'frac_bad': not paired,
+    'risk': has_risk,
+    'mu': has_risk,
 }
-special = parameters(*losses.LOSSES.values(), *losses.STATISTICS.values()) | set(' '.join(uses).split())
-used |= set(' '.join(names for names, holds in uses.items() if holds).split())
 
-# an option that this loss does not use is not silently ignored; if a config file sets it, it is off
-config.ignored([name for name in config if name in special - used], f'the loss {loss} does not use it')
-importance = importance and 'importance' in used
-sft_coef = sft_coef if 'sft_coef' in used else 0.0
-needs_ref = has_ratio and not (reference_free and 'reference_free' in used)
+# one that it does not use is not silently ignored; if a config file sets it, it is off
+config.ignored([name for name in config if not uses.get(name, True)], f'the loss {loss} does not use it')
+importance = importance and uses['importance']
+sft_coef = sft_coef if uses['sft_coef'] else 0.0
+needs_ref = has_ratio and not (reference_free and uses['reference_free'])
 if not sample_during_eval:
     config.ignored(config.given('n_eval_model_samples max_new_tokens temperature top_p'), 'sample_during_eval is off')
 if not importance:
@@ -121,7 +125,7 @@ if not needs_ref:
     config.ignored(['ref_model'], 'there is no reference')
 
 # defaults that depend on the loss
-if label_smoothing is None or 'label_smoothing' not in used:
+if label_smoothing is None or not uses['label_smoothing']:
     label_smoothing = 0.1 if loss in ('cdpo', 'robust', 'exo') else 0.0
 if beta_prime is None and loss == 'drdpo':
     beta_prime = 1.0
@@ -133,17 +137,12 @@ mistakes = {
     f'mu must lie between 0 and 1 for the risk {risk}, not {mu}': has_risk and risk != 'erm' and mu > 1,
     '--importance is a ratio to the reference: leave out --reference_free': importance and not needs_ref,
     f'--cache_ref: the loss {loss} has no reference to cache': cache_ref and not needs_ref,
-    f'--cache_ref: the loss {loss} needs the live reference': cache_ref and (has_divergence or loss == 'kto'),
+    f'--cache_ref: the loss {loss} needs the live reference': cache_ref and (divergence or loss == 'kto'),
     'kto compares examples of a step with one another: batch_size must be 2 or more': loss == 'kto' and batch_size < 2,
 }
 for sentence, is_so in mistakes.items():
     if is_so:
         raise UserError(sentence)
-
-# the divergence of the policy from the reference at one position: (n, V) log-probs of both -> (n,)
-divergence = kl if has_divergence else None
-if has_risk:
-    divergence = partial(RISKS[risk], mu=mu)
 
 # ---- set-up ----
 
@@ -153,8 +152,8 @@ if ref_model and needs_ref:
     check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 run.load_data(task='pairs' if paired else 'singles')
 run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_options()))
-lengths = [examples.longest(mixed=loss == 'kto') for examples in (run.train, run.held_out)]
-longest = min(max_length, max(lengths))
+mixed = loss == 'kto'  # whose prompts meet the answers of others
+longest = min(max_length, max(run.train.longest(mixed), run.held_out.longest(mixed)))
 run.choose_attention(longest, share_prefix=share_prefix)
 if sample_during_eval:
     check_positions(run.policy, run.held_out.longest_prompt() + max_new_tokens, 'samples')
@@ -163,9 +162,8 @@ build_ref = partial(load_model, ref_model or model, **run.model_options())
 
 def load_reference():
     """The sharded reference: the policy itself, with its adapters off, where it has some."""
-    if run.adapters and ref_model is None:
-        return run.policy
-    return run.load_frozen(build_ref, longest)
+    is_policy = run.adapters and ref_model is None
+    return run.policy if is_policy else run.load_frozen(build_ref, longest)
 
 
 # live, or its log-probs from a file: that pass keeps no activations, so its microbatches may be larger
@@ -191,11 +189,11 @@ if loss == 'kto' and len(set(run.train.prompts)) == 1:
 run.say_data()
 run.check_room(run.policy.response_logps, ref)
 
-# ---- one step: columns of every example, the step's statistic, loss and weight, gradient ----
+# ---- one step ----
 
 
 def measure(batch, paired=paired):
-    """The columns of a microbatch: pi, ref, n and div of every answer, (A,) each; paired: pi_w and pi_l of every pair, (A / 2,)."""
+    """The columns of a microbatch: pi, n, ref and div of every answer, (A,) each; of pairs (A / 2,): pi_w, pi_l and so on."""
     # the reference's log-probs: cached, or computed, or as a divergence needs them: hidden states and a head
     reference, ref_logps = None, batch.ref
     with torch.no_grad(), lora.adapters_off(ref):
@@ -208,9 +206,9 @@ def measure(batch, paired=paired):
     out = run.policy.response_logps(batch, divergence, reference)
     columns = {'pi': out[0], 'n': batch.n.float()}
     if divergence:
-        columns |= {'div': out[1], 'ref': out[2]}
-    else:  # without a reference every log-ratio is the policy's log-prob
-        columns['ref'] = torch.zeros_like(out[0]) if ref_logps is None else ref_logps
+        columns['div'], ref_logps = out[1], out[2]
+    if ref_logps is not None:
+        columns['ref'] = ref_logps
 
     # answers come as chosen, rejected, chosen, ...
     if not paired:
@@ -221,8 +219,10 @@ def measure(batch, paired=paired):
 def call(fn, columns):
     """fn of losses.py, with the options, columns and log-ratios that its signature names; columns take the place of options."""
     known = {**config, 'label_smoothing': label_smoothing, **columns}
-    sides = [name.removeprefix('pi') for name in columns if name.startswith('pi')]
-    known |= {f'ratio{side}': columns[f'pi{side}'] - columns[f'ref{side}'] for side in sides}
+    # without a reference a log-ratio is the policy's log-prob
+    for side in ('', '_w', '_l', '_kl'):
+        if f'pi{side}' in columns:
+            known[f'ratio{side}'] = columns[f'pi{side}'] - columns.get(f'ref{side}', 0.0)
     return fn(**{name: known[name] for name in parameters(fn) if name in known})
 
 
@@ -236,21 +236,22 @@ def step_statistic(step, backward):
         parts = [measure(batch) for batch in batches]
 
     # the columns of the whole step, the same on every rank: so is what the statistic makes of them
-    slots = [slot for batch in batches for slot in batch.slot]
-    columns = training.gather(parts, slots, len(step.rows))
+    columns = training.gather(parts, batches, len(step.rows))
     if step.mismatched:
         columns |= {f'{name}_kl': values for name, values in columns.items()}
-    columns |= {'generator': torch.Generator().manual_seed(seed * 1_000_003 + step.first)}
-    values, state = call(statistic_fn, columns | {'state': run.state['statistic']})
+    columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)
+    columns['state'] = run.state['statistic']
+    values, state = call(statistic_fn, columns)
     return values, state, parts[0] if serves_both else None
 
 
 def loss_and_weight(measured, step_columns, slots):
     """Loss and weight of the examples of a microbatch. step_columns: labels and what the statistic gave, in step order."""
     # a filler has slot -1, so it reads the last row; its loss counts nothing
-    given = {name: values[slots].to(run.device) for name, values in step_columns.items()}
-    given = {name: values if values.dtype == torch.bool else values.float() for name, values in given.items()}
-    columns = measured | given
+    columns = dict(measured)
+    for name, values in step_columns.items():
+        mine = values[slots].to(run.device)
+        columns[name] = mine if name == 'good' else mine.float()
 
     # the formula, and what goes on top of it
     loss = call(loss_fn, columns)
@@ -290,9 +291,9 @@ def run_step(step, backward=False, shift=None):
         parts.append(columns | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
 
     # 3. the columns of the whole step, for the log and for what the gradient is divided by
-    columns = training.gather(parts, step.slots, len(step.rows))
+    columns = training.gather(parts, step.batches, len(step.rows))
     if not paired:
-        columns |= {'good': step.labels['good'], 'z': step_columns.get('z', torch.zeros(len(step.rows)))}
+        columns |= step_columns
 
     # rare: a much smaller loss than the shift gives weights of e^20 and more, whose squares in the norm overflow. Once more
     smallest = columns['loss'].min()
@@ -316,14 +317,13 @@ def prepare(examples, first, rows):
 
 def with_reward(answers):
     """Columns of single answers, and the loss's own implicit reward of each, from what the loss itself uses."""
-    ratio = answers['pi'] - answers['ref'] if has_ratio else answers['pi']
-    own = {name: config[name] for name in ('beta', 'alpha') if name in used}
+    own = {name: config[name] for name in ('beta', 'alpha') if uses[name]}
     if divergence:
         own['div'] = answers['div']
-    if 'n_l' in used and (loss != 'ipo' or average):
+    if 'n_l' in inputs and (loss != 'ipo' or average):
         own['n'] = answers['n']
-    shown = {name: values for name, values in answers.items() if needs_ref or name != 'ref'}
-    return shown | {'reward': losses.reward(ratio, **own)}
+    ratio = answers['pi'] - answers.get('ref', 0.0)
+    return answers | {'reward': losses.reward(ratio, **own)}
 
 
 def summary(columns, split):
@@ -336,14 +336,16 @@ def summary(columns, split):
     # single answers are right on their side of z, where KTO has one
     if not paired:
         good, rewarded = columns['good'], with_reward(columns)
-        chosen, rejected = ({name: values[good == side] for name, values in rewarded.items()} for side in (True, False))
-        right = (rewarded['reward'] > beta * columns['z']) == good
+        chosen = {name: values[good] for name, values in rewarded.items()}
+        rejected = {name: values[~good] for name, values in rewarded.items()}
+        right = (rewarded['reward'] > beta * columns.get('z', 0.0)) == good
         return metrics.of_preferences(split, objective, chosen, rejected, right)
 
     # of pairs the chosen answer should have the higher reward
-    sides = [{name[:-2]: values for name, values in columns.items() if name.endswith(side)} for side in ('_w', '_l')]
-    chosen, rejected = map(with_reward, sides)
-    found = metrics.of_preferences(split, objective, chosen, rejected, chosen['reward'] > rejected['reward'])
+    chosen = with_reward({name[:-2]: values for name, values in columns.items() if name.endswith('_w')})
+    rejected = with_reward({name[:-2]: values for name, values in columns.items() if name.endswith('_l')})
+    right = chosen['reward'] > rejected['reward']
+    found = metrics.of_preferences(split, objective, chosen, rejected, right)
     if needs_ref:  # comparable across losses
         plain = chosen['pi'] - chosen['ref'] > rejected['pi'] - rejected['ref']
         found |= metrics.numbers({f'logratio_{split}/accuracies': plain.double().mean()})
@@ -367,9 +369,10 @@ def sample(seen):
     batches, *_ = run.make_batches(Examples.of(own), np.arange(len(own)))
     with torch.no_grad(), run.memory(batches):
         parts = [measure(batch, paired=False) for batch in batches]
-    columns = training.gather(parts, [slot for batch in batches for slot in batch.slot], len(own))
+    columns = training.gather(parts, batches, len(own))
     gap = columns['pi'] - columns['ref']
-    return {'kl_eval/samples': gap.mean().item(), 'kl_eval/samples_per_token': (gap.sum() / columns['n'].sum()).item()}
+    per_token = gap.sum() / columns['n'].sum()
+    return {'kl_eval/samples': gap.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
 
 
 def evaluate(seen):

@@ -76,7 +76,7 @@ def run_step(step, backward=False):
         if backward:
             (loss * batch.real()).sum().backward()
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
-    return training.gather(parts, step.slots, len(step.rows))
+    return training.gather(parts, step.batches, len(step.rows))
 
 
 def summary(columns, split):

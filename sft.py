@@ -97,7 +97,7 @@ def run_step(step, backward=False):
         if backward:
             (batch.n * loss * batch.real()).sum().backward()
         parts.append({'loss': loss, 'pi': pi, 'n': batch.n})
-    return training.gather(parts, step.slots, len(step.rows))
+    return training.gather(parts, step.batches, len(step.rows))
 
 
 def summary(columns, split):

@@ -339,9 +339,10 @@ class Run:
         log.say(f'done: {out_dir}/model')
 
 
-def gather(parts, slots, total):
+def gather(parts, batches, total):
     """Columns of this rank's microbatches -> columns of the whole step, in step order, equal on every rank.
 
-    parts: name -> column, of each microbatch; slots: of their examples in the step; total: examples of the step."""
+    parts: name -> column, of each microbatch; total: examples of the step."""
+    slots = [slot for batch in batches for slot in batch.slot]
     joined = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
     return fsdp.gather_columns(joined, slots, total)

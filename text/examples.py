@@ -33,11 +33,16 @@ class Examples:
     @classmethod
     def of(cls, items):
         """From (prompt, answers) lists of ids, such as samples."""
+        # all parts end to end, and where each begins and ends
         parts = [part for prompt, answers in items for part in (prompt, *answers)]
         edges = np.cumsum([0] + [len(part) for part in parts])
         spans = np.stack((edges[:-1], edges[1:]), 1).reshape(len(items), -1, 2)
         uid = np.arange(len(items), dtype=np.uint64)
         return cls(np.concatenate(parts), spans, np.ones(len(items), bool), uid, Counter())
+
+    def with_(self, **changes):
+        """The same examples with some of their arrays replaced."""
+        return replace(self, **changes)
 
     @cached_property
     def widths(self):
@@ -63,7 +68,7 @@ class Examples:
     def select(self, rows):
         """The examples at these rows: a slice, a mask or numbers."""
         ref, margin = (None if x is None else x[rows] for x in (self.ref, self.margin))
-        return replace(self, spans=self.spans[rows], good=self.good[rows], uid=self.uid[rows], ref=ref, margin=margin)
+        return self.with_(spans=self.spans[rows], good=self.good[rows], uid=self.uid[rows], ref=ref, margin=margin)
 
     def flip(self, rate, seed):
         """Swap the labels of this fraction of pairs, chosen by a hash of the pair: the sets are nested in the rate.
@@ -79,11 +84,11 @@ class Examples:
         else:
             good[flipped] ^= True
         left_out = self.left_out + Counter({'labels flipped': int(flipped.sum())})
-        return replace(self, spans=spans, good=good, ref=ref, left_out=left_out)
+        return self.with_(spans=spans, good=good, ref=ref, left_out=left_out)
 
     def first_answers(self):
         """The chosen answers alone, for SFT."""
-        return replace(self, spans=self.spans[:, :2], ref=None, margin=None)
+        return self.with_(spans=self.spans[:, :2], ref=None, margin=None)
 
     def control(self, good, bad):
         """Every prompt with a token at its end that says what follows: the id good, or the id bad (conditional SFT)."""
@@ -91,10 +96,11 @@ class Examples:
             return self
         ends = np.where(self.good, good, bad)
         longer = Examples.of([(np.append(self[i][0], end), self[i][1]) for i, end in enumerate(ends)])
-        return replace(self, ids=longer.ids, spans=longer.spans, ref=None, margin=None)
+        return self.with_(ids=longer.ids, spans=longer.spans, ref=None, margin=None)
 
     def keep(self, frac_good, frac_bad, seed):
         """Keep this fraction of the good and of the bad single answers, chosen by hash."""
+        # the two answers of a pair, which have one uid, are drawn apart
         u = uniform_hash(self.uid + self.good.astype(np.uint64), seed + 1)
         kept = self.select(u < np.where(self.good, frac_good, frac_bad))
         if not len(kept):
@@ -135,6 +141,7 @@ class Examples:
 
     def content(self):
         """A hash of the tokens that are trained on, their order, labels and margins; what select has left out does not count."""
+        # the shape of the examples, then their tokens one after the other
         digest = hashlib.sha256()
         for array in (self.widths, self.good, self.margin):
             digest.update(b'-' if array is None else np.ascontiguousarray(array))

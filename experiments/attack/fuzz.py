@@ -417,7 +417,7 @@ def check_dpo(resolved):
     scope = {'config': resolved, 'losses': losses, 'inspect': inspect, 'partial': functools.partial, 'kl': model.kl,
              'RISKS': model.RISKS, 'UserError': UserError, **resolved}  # fmt: skip
     exec(dpo_checks(), scope)
-    return scope['used']
+    return {name for name, used in scope['uses'].items() if used}
 
 
 VALUES = ['', '0', '1', '-1', '1e-3', '1e999', '-inf', 'nan', 'None', 'true', 'False', '0x10', '1_0', ' 3 ', '3.0', '９', '9' * 5000,

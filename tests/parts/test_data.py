@@ -354,7 +354,8 @@ def test_a_second_load_reads_the_cache(tmp_path, make_tokenizer, count, cache, t
     assert len(count) == 1 and len(cached(cache)) == 1 and len(first)
     second = load(source, other, task=task)
     assert len(count) == 1 and same(first, second) and isinstance(second.left_out, Counter) and first.left_out
-    assert tokenizer.chat_template == other.chat_template  # what is exported must not depend on the cache
+    # what is exported must not depend on the cache
+    assert tokenizer.chat_template == other.chat_template and bool(other.chat_template) == chat
     load(source, tokenizer, task=task)
     assert len(count) == 1
     assert same(load(source, tokenizer, task=task, cache=False), first) and len(count) == 2
@@ -569,7 +570,7 @@ MISMATCHED = [  # set, rows of the step, the other set, answers that are taken
     (SET, [0, 1, 4], SET, 'ccg'),  # or of one prompt
     (SET, [2, 2], SET, 'ee'),  # or, where two epochs meet, of an example and itself
     (FEW, [0, 1], SET, 'aa'),  # held-out examples of one prompt, beside the training set
-    (FEW, [1], FEW, 'x'),  # one prompt everywhere: another answer
+    (FEW, [1], FEW.select(slice(1, 2)), 'x'),  # one prompt everywhere: another answer of this set
     (FEW.select(slice(1)), [0], FEW, 'x'),  # one example, beside a set of the same prompt
 ]
 # fmt: on
@@ -783,6 +784,7 @@ def test_pack(groups, layout):
     flat = [(p, a) for p, answers in groups for a in answers]
     assert read_back(batch) == last_and_answers(groups) and batch.slot == list(range(len(groups)))
     assert batch.n.tolist() == [len(a) for _, a in flat] and len(batch.target) == batch.n.sum()
+    assert batch.real().tolist() == [True] * len(groups)
     if 'pad' in layout:
         width = max(len(p) + len(a) for p, a in flat)
         assert batch.ids.tolist() == [p + a + [0] * (width - len(p) - len(a)) for p, a in flat]
