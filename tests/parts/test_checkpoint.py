@@ -83,7 +83,7 @@ def full_disk(*arguments, **options):
 
 # fmt: off
 DAMAGES = {  # what is done to a checkpoint, and what is said
-    'truncated': (lambda f: os.truncate(shard(f), 1000), 'has 1000 bytes instead of'),
+    'truncated': (lambda f: os.truncate(shard(f), 1000), 'the contents of shard.* have changed'),
     'a flipped bit': (lambda f: flip(shard(f)), 'the contents of shard.* have changed'),
     'a missing shard': (lambda f: shard(f).unlink(), 'shard.*: No such file'),
     'no manifest': (lambda f: (f / 'manifest.json').unlink(), 'manifest.json: No such file'),
@@ -121,7 +121,7 @@ def test_where_all_are_damaged_nothing_is_started_over(died):
     for folder in (died / 'checkpoints').iterdir():
         os.truncate(shard(folder), 10)
     before = (died / 'metrics.jsonl').read_bytes()
-    with pytest.raises(UserError, match='no checkpoint of .* is complete .*10 bytes'):
+    with pytest.raises(UserError, match='no checkpoint of .* is complete .*48: the contents of shard'):
         run(died)
     assert names(died) == ['0000000024', '0000000036', '0000000048'] and (died / 'metrics.jsonl').read_bytes() == before
 
@@ -164,10 +164,11 @@ def test_only_what_a_run_has_left_is_removed(died, tmp_path):
 
 def test_a_first_run_removes_nothing(tmp_path, whole, monkeypatch):
     """Not in a folder that is full of other things, such as the working directory."""
-    fill(tmp_path, THEIRS + ['.lock', 'config.py'])
+    there = [*THEIRS, '.lock', 'config.py', 'checkpoints/0000000072.tmp/a']
+    fill(tmp_path, there)
     monkeypatch.chdir(tmp_path)
     run('.')
-    assert all((tmp_path / name).read_text() == 'precious' for name in THEIRS + ['.lock', 'config.py'])
+    assert all((tmp_path / name).read_text() == 'precious' for name in there)
     assert (tmp_path / 'model/README.md').read_text().count(f'# {tmp_path.name}\n') == 1
 
 
