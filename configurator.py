@@ -161,7 +161,8 @@ def _print_help(doc, options):
         if option.heading != heading:
             heading = option.heading
             lines += ['', heading]
-        lines.append(f'  --{name} = {option.default!r} ({" | ".join(option.types)})  {option.comment}')
+        types = ' | '.join(option.types)
+        lines.append(f'  --{name} = {option.default!r} ({types})  {option.comment}')
     try:
         print('\n'.join(lines), flush=True)
     except BrokenPipeError:  # --help | head: whoever reads has seen enough
@@ -189,15 +190,17 @@ def _read_file(path):
         led_to_it = [1] + [frame.lineno for frame in frames if frame.filename == path]
         knows_it = isinstance(error, SyntaxError) and error.filename == path
         line = error.lineno if knows_it else led_to_it[-1]
-        message = ' '.join(str(getattr(error, 'msg', error)).split())
+        words = str(getattr(error, 'msg', error)).split()
+        message = ' '.join(words)
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {message}') from None
 
     # the line where a name is assigned, defined or imported
     lines = {}
     for node in ast.walk(ast.parse(source)):
-        is_read = isinstance(getattr(node, 'ctx', None), ast.Load)
-        name = getattr(node, 'asname', None) or getattr(node, 'id', None) or getattr(node, 'name', None)
-        if name and not is_read:
+        fields = vars(node)
+        name = fields.get('asname') or fields.get('id') or fields.get('name')
+        # a name that is only read is not set here
+        if name and not isinstance(fields.get('ctx'), ast.Load):
             lines[name] = node.lineno
     for name, value in names.items():
         if not name.startswith('_') and not isinstance(value, types.ModuleType):

@@ -130,7 +130,6 @@ class Run:
         # epochs, or fewer examples than they have
         most = config.n_epochs * len(train) * group
         self.total = min(most, config.n_examples or most) // group * group
-        # what there is, and what does not suit max_tokens
         counts = f'{len(train)} training and {len(self.held_out)} evaluation examples'
         log.say(f'data: {counts}; left out or changed: {train.changes()}')
         long = train.lengths[train.lengths > max_tokens]
@@ -195,7 +194,6 @@ class Run:
         fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
         evaluated = self.state['evaluated']
         self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard, evaluated)
-        # one line on what is about to happen
         verb = 'resuming' if self.seen else 'training'
         counts = counts or f'examples, {config.batch_size} a step'
         self.logger.say(f'{verb} {what}on {self.world} ranks: {self.total} {counts}')
@@ -227,7 +225,6 @@ class Run:
         """One optimizer step on the gradients of step, whose examples weigh weight together. Returns whether it was done: a
         loss or gradient that is not finite leaves the weights alone, and is counted."""
         config = self.config
-        # the learning rate of this step
         n_steps = -(-self.total // config.batch_size)
         number = step.first // config.batch_size
         self.rate = config.lr * log.schedule(number, n_steps, config.warmup_steps, lr_schedule)

@@ -30,14 +30,9 @@ PAUSE = 20  # seconds between two tries to write what cannot be lost
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 # the stages of a process, and what it answers to the first signal; in the first two it then leaves at once
-ANSWERS = {
-    'loading': 'stopped',
-    'begun': 'stopped before the first step',
-    'training': 'stopping after this step',
-    'exporting': 'stopping as soon as the model is written',
-    'over': '',  # everything is written: signals are ignored
-}
-_stage = 'loading'
+ANSWERS = {'loading': 'stopped', 'begun': 'stopped before the first step', 'training': 'stopping after this step',
+           'exporting': 'stopping as soon as the model is written'}  # fmt: skip
+_stage = 'loading'  # or 'over': everything is written, and signals are ignored
 _code = 0  # the exit code that a signal to this process asks for
 _progress = None  # () -> a sentence about what is kept, for whoever stops a script that trains nothing
 _pipe = None  # (end to read, end to write): brings signals to the thread that listens
@@ -336,12 +331,10 @@ def memory_for(advice):
         raise better from None
 
 
-@contextlib.contextmanager
 def memory(batches, max_tokens):
     """Around the work on microbatches: say what to lower where it does not fit, on whichever rank it happens."""
     longest = max((batch.ids.numel() for batch in batches), default=0)
     alone = all(len(batch.slot) == 1 for batch in batches)
     lower = 'max_length, since one example fills it' if alone else 'max_tokens, which changes no result'
     advice = f'the longest microbatch has {longest} tokens (max_tokens={max_tokens}); lower {lower}'
-    with memory_for(f'{advice}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs'):
-        yield
+    return memory_for(f'{advice}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs')

@@ -248,6 +248,7 @@ if flag:
 REFUSED_FILES = [  # text, line, words
     ('rate = 1.0\n\nstpes = 3\n', 3, "'stpes'", 'did you mean steps?'),
     ('steps = 3\ndouble = 6\n', 2, "'double'"),
+    ('rate = "x"\nsteps = len(rate)\n', 1, 'rate must be float'),  # where it is assigned, not where it is read
     ('rate = 1\nsteps = = 2\n', 2, 'SyntaxError'),
     ('rate = 1\n  steps = 2\n', 2, 'IndentationError'),
     ('rate = (1\n', 1, 'SyntaxError', 'never closed'),
@@ -345,31 +346,29 @@ def test_ignored(script, capsys, monkeypatch, options, rank, printed, raised):
 
 # ---- how a script ends ----
 
-ENDS = [  # code, rank, exit code, what stderr begins with
-    ('raise UserError("this is wrong")', None, 2, 'error: this is wrong\n'),
-    ('raise UserError("this is wrong")', '0', 2, 'error: this is wrong\n'),
-    ('raise UserError("this is wrong")', '1', 2, ''),
-    ('raise ValueError("a bug")', None, 1, 'Traceback'),
-    ('raise MemoryError()', None, 2, 'error: this machine is out of memory'),
-    ('raise MemoryError()', '1', 2, 'error: this machine is out of memory'),
-    ('raise RuntimeError("CUDA error: out of memory")', None, 2, 'error: the GPU is out of memory'),
-    ('pass', None, 0, ''),
-]  # fmt: skip
+# fmt: off
+ENDS = [  # code, a flag, rank, exit code, what stderr begins with
+    ('raise UserError("this is wrong")', '', None, 2, 'error: this is wrong\n'),
+    ('raise UserError("this is wrong")', '', '0', 2, 'error: this is wrong\n'),
+    ('raise UserError("this is wrong")', '', '1', 2, ''),
+    ('raise ValueError("a bug")', '', None, 1, 'Traceback'),
+    ('raise MemoryError()', '', None, 2, 'error: this machine is out of memory'),
+    ('raise MemoryError()', '', '1', 2, 'error: this machine is out of memory'),
+    ('raise RuntimeError("CUDA error: out of memory")', '', None, 2, 'error: the GPU is out of memory'),
+    ('pass', '', None, 0, ''),
+    ('pass', '--stpes=3', None, 2, "error: the command line: unknown option 'stpes'; did you mean steps?\n"),
+]
+# fmt: on
 
 
-@pytest.mark.parametrize('code, rank, status, err', ENDS)
-def test_exit_code_and_stderr(code, rank, status, err):
+@pytest.mark.parametrize('code, flag, rank, status, err', ENDS)
+def test_exit_code_and_stderr(code, flag, rank, status, err):
     environment = {'PYTHONPATH': ROOT, 'PYTHONUNBUFFERED': ''} | ({'RANK': rank} if rank else {})
-    done = python(Path(file(f'{SCRIPT}print("before")\n{code}\n', 'x.py')).resolve(), **environment)
-    assert done.returncode == status and done.stdout == 'before\n'  # what was printed is not lost
+    path = Path(file(f'{SCRIPT}print("before")\n{code}\n', 'x.py')).resolve()
+    done = python(path, *flag.split(), **environment)
+    assert done.returncode == status and done.stdout == 'before\n' * (not flag)  # what was printed is not lost
     assert done.stderr.startswith(err) and ('a bug' in done.stderr or done.stderr.count('\n') <= 1)
     assert err or not done.stderr
-
-
-def test_a_mistake_on_the_command_line_ends_the_script():
-    done = python(Path(file(SCRIPT, 'x.py')).resolve(), '--stpes=3', PYTHONPATH=ROOT)
-    assert done.returncode == 2 and done.stdout == ''
-    assert done.stderr.count('\n') == 1 and done.stderr.startswith('error: ') and 'steps' in done.stderr
 
 
 # ---- any input ----
