@@ -22,9 +22,8 @@ def core(model):
 def blocks(model):
     """The transformer blocks, by the class names that the model itself (and a critic inside it) declares."""
     # every class that any part of the model calls a block
-    names, found = set(), {}
-    for module in core(model).modules():
-        names |= set(getattr(module, '_no_split_modules', None) or ())
+    names = {name for m in core(model).modules() for name in getattr(m, '_no_split_modules', None) or []}
+    found = {}
     # Mamba names a block and a part of it: none inside another
     for path, module in core(model).named_modules():
         inside = any(path.startswith(f'{outer}.') for outer in found)
@@ -53,8 +52,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     # one kernel, unless it lacks what this architecture needs
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
-        out = _varlen_attention(query, key, value, scaling, sliding_window, packed.varlen)
-        return out[None], None
+        return _varlen_attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
     # (q, k, v) of each prompt and each answer. split, not slices: its backward is one cat
     sizes = [size for prompt, answers in packed.groups for size in (prompt, *answers)]
@@ -99,7 +97,7 @@ def _attend(q, k, v, scaling, window, softcap):
         options = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
-    # a soft cap lies between the scores and their softmax, which sdpa does not offer
+    # a soft cap lies between the scores and their softmax, which sdpa does not offer: (n, m) scores of every head
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     scores = q @ k.repeat_interleave(repeat, 1).mT * scale
     capped = softcap * torch.tanh(scores / softcap)
@@ -142,13 +140,12 @@ def response_logps(model, batch, divergence=None, reference=None):
     hidden_and_head on the same batch."""
     # where an answer token is predicted, and nowhere else: hidden (N, d)
     hidden, (weight, bias) = hidden_and_head(model, batch)
-    # only a device map puts the targets, or the reference, elsewhere
-    device = hidden.device
+    device = hidden.device  # only a device map puts the targets, or the reference, elsewhere
     if reference is not None:
         ref_hidden, ref_head = reference
         reference = ref_hidden.to(device), [x if x is None else x.to(device) for x in ref_head]
     target = batch.target.to(device)
-    # a row of tokens each for log-probs, divergences and the reference's log-probs: (1 or 3, N)
+    # (1 or 3, N)
     tokens = Head.apply(hidden, weight, bias, target, core(model).config, divergence, reference)
     return torch.stack([batch.sum(row) for row in tokens.to(batch.ids.device)])
 
@@ -215,10 +212,7 @@ def _per_token(raw, rows, target, config, divergence, reference):
 
 
 class Head(torch.autograd.Function):
-    """LM head, log-softmax, gather and divergence by chunks of positions: one chunk of logits exists at a time.
-
-    Without divergence and soft cap, all chunks share one buffer and everything happens in place: fresh memory costs a CPU
-    as much as the matrix product."""
+    """LM head, log-softmax, gather and divergence by chunks of positions: one chunk of logits exists at a time."""
 
     @staticmethod
     def chunks(n, vocabulary, device):
@@ -229,7 +223,8 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def begin(hidden, weight, config, divergence):
-        """(chunks, the buffer for their logits, or None where everything is made anew by _per_token)."""
+        """(chunks, a buffer that they share), or with a divergence or soft cap (chunks, None): _per_token makes all anew."""
+        # in place, since fresh memory costs a CPU as much as the matrix product
         chunks = Head.chunks(len(hidden), len(weight), hidden.device)
         if divergence or _cap(config):
             return chunks, None
@@ -238,13 +233,12 @@ class Head(torch.autograd.Function):
     @staticmethod
     def logits(buffer, hidden, weight, bias, config):
         """Scaled logits of a chunk, in the buffer."""
-        # the product goes into memory that is there already
         out = buffer[: len(hidden)]
         if weight.dtype == out.dtype:
             torch.mm(hidden, weight.T, out=out)
         else:
             out.copy_(hidden @ weight.T)
-        # then bias and scale, in place
+        # in place, too
         if bias is not None:
             out += bias
         return out if _scale(config) == 1 else out.mul_(_scale(config))
@@ -270,6 +264,7 @@ class Head(torch.autograd.Function):
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         _, weight_trains, bias_trains, *_ = ctx.needs_input_grad
+        # filled chunk by chunk
         d_hidden = torch.empty_like(hidden)
         # chunks add up in float32 whatever the compute type
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
@@ -330,10 +325,8 @@ def released(log_pi, log_ref, *, mu, parts=2):
 
     In each half of the vocabulary, sum of p Z over Z above the unweighted (1 - mu) quantile; 0 where policy = reference."""
     z, p = log_ref - log_pi, log_ref.exp()
-    # the last part has the rest
-    size = z.shape[-1] // parts
-    sizes = [size] * (parts - 1)
-    sizes.append(z.shape[-1] - sum(sizes))
+    size, rest = divmod(z.shape[-1], parts)
+    sizes = [size] * (parts - 1) + [size + rest]
     total = 0.0
     for z_part, p_part in zip(z.split(sizes, -1), p.split(sizes, -1), strict=True):
         threshold = z_part.detach().quantile(1 - mu, dim=-1, keepdim=True)

@@ -135,20 +135,18 @@ def check_quantised(name, config):
     if not quantised:
         return
     options = quantised if isinstance(quantised, dict) else quantised.to_dict()
-    known = [n for n in (4, 8) if options.get(f'load_in_{n}bit') or options.get('bits') == n]
-    bits = f'{known[0]} bit' if known else 'few bits'
     method = options.get('quant_method', 'bitsandbytes')
     raise UserError(
-        f'{name!r} holds quantised weights ({method}, {bits}), which are neither trained nor exported here: name the model '
-        'that they were made from, or a copy of model.dequantize()'
+        f'{name!r} holds quantised weights ({method}), which are neither trained nor exported here: name the model that they '
+        'were made from, or a copy of model.dequantize()'
     )
 
 
 def check_reward(name, config, tokenizer, new_head):
     """Refuse what is no reward model that can be read here. new_head: a language model will do."""
+    if not is_classifier(config) and not new_head:
+        raise UserError(f'{name!r} is no reward model but a language model: train one from it with reward.py')
     if not is_classifier(config):
-        if not new_head:
-            raise UserError(f'{name!r} is no reward model but a language model: train one from it with reward.py')
         return
     if config.num_labels != 1:
         raise UserError(f'the classifier {name!r} has {config.num_labels} outputs; a reward model has one')

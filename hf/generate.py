@@ -84,8 +84,7 @@ def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.
             processors.append(transformers.TopPLogitsWarper(top_p))
         processors.append(_Draw(seeds, width))
 
-    # for a while the model has settings of ours, for a repetition penalty in its own would be no part of its distribution; and
-    # no block trains, since transformers keeps no KV cache where activations are recomputed
+    # our settings: a repetition penalty is not the model's; and no block trains, for recomputed activations get no KV cache
     own, training = inner.generation_config, [m for m in model.modules() if m.training]
     inner.generation_config = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=end
@@ -103,18 +102,16 @@ def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.
             module.training = True
 
     # rows that ended before the longest are filled up behind their end
-    answers = []
-    for row in out[:, width:].tolist():
-        ends = [i for i, token in enumerate(row) if token in stop]
-        answers.append(row[: ends[0] + 1] if ends else row)
+    rows = out[:, width:].tolist()
+    ends = [next((i + 1 for i, token in enumerate(row) if token in stop), None) for row in rows]
+    answers = [row[:end] for row, end in zip(rows, ends, strict=True)]
     return answers if keep_end else [without_end(answer, stop) for answer in answers]
 
 
 def stop_tokens(model, tokenizer):
     """The ids that end an answer: the tokenizer's end of text, and those that the model's generation config names."""
     own = core(model).generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    return {tokenizer.eos_token_id, *own} - {None}
+    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
 
 def without_end(answer, stop):
@@ -123,9 +120,7 @@ def without_end(answer, stop):
 
 
 def stop_generating(ids, scores):
-    """Stop where a signal asks for it: the evaluation, cut short, is thrown away.
-
-    Tensor-parallel ranks go on, for they must stop together."""
+    """Stop where a signal asks for it, for the evaluation is thrown away. Not among tensor-parallel ranks: they stop together."""
     return torch.full((len(ids),), guard.asked_here() and not fsdp.in_groups(), device=ids.device)
 
 
@@ -153,8 +148,7 @@ class _Draw(transformers.LogitsProcessor):
         # a block, then a token in it
         mass = grid.logsumexp(2)
         if mass.isnan().any():
-            broken = 'its weights are broken, or too large for its type'
-            raise UserError(f"the model's scores are not numbers (nan): {broken}")
+            raise UserError("the model's scores are not numbers: its weights are broken, or too large for its type")
         block = (mass + noise[:, :side]).argmax(1)
         inside = (grid[torch.arange(rows), block] + noise[:, side:]).argmax(1)
         return scores.fill_(-math.inf).scatter_(1, (block * side + inside)[:, None], 0.0)

@@ -199,9 +199,8 @@ def add_value_head(model, critic=None):
 
 def drop_value_head(model):
     """Take away again what add_value_head gave, so that the model can be exported as the causal LM that it is."""
-    for name in ('critic', 'value_head'):
-        if hasattr(core(model), name):
-            delattr(core(model), name)
+    for name in {'critic', 'value_head'} & core(model)._modules.keys():
+        delattr(core(model), name)
 
 
 @torch.no_grad()
@@ -232,12 +231,10 @@ def load_tokenizer(name, trust_remote_code=False):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises OSError, ValueError, KeyError and its own for a missing tokenizer
-        reason = check.first_line(error)
         whole = 'beside the model there must be a whole tokenizer.json'
-        raise UserError(f'no tokenizer in {name!r} ({reason}): {whole}') from None
+        raise UserError(f'no tokenizer in {name!r} ({check.first_line(error)}): {whole}') from None
     if tokenizer.eos_token_id is None:
-        mend = 'set eos_token in its tokenizer_config.json'
-        raise UserError(f'the tokenizer of {name!r} has no end-of-text token: {mend}')
+        raise UserError(f'the tokenizer of {name!r} has no end of text: set eos_token in its tokenizer_config.json')
     return tokenizer
 
 
@@ -262,9 +259,8 @@ def check_tokenizer(tokenizer, model, name):
         raise UserError(f'{found}: they do not belong together')
     some = ' '.join(beyond[i] for i in sorted(beyond)[:3])
     raise UserError(
-        f'{found}: {len(beyond)} added later ({some}) have no row. If they belong to it, give it rows: model = AutoModelForCausalLM.'
-        f'from_pretrained({name!r}); model.resize_token_embeddings({len(tokenizer)}); model.save_pretrained(FOLDER), and copy '
-        'the tokenizer there; if not, take them out of the tokenizer'
+        f'{found}: {len(beyond)} added later ({some}) have no row: take them out of the tokenizer, or give them rows with '
+        f'model.resize_token_embeddings({len(tokenizer)}), model.save_pretrained(FOLDER), and copy the tokenizer there'
     )
 
 
@@ -283,11 +279,11 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
     if not wrong:
         return
     first = min(wrong)
-    token = wrong[first]
-    there = f'is {known[token]} there' if token in known else 'is unknown there'
+    there = known.get(wrong[first], 'unknown')
+    example = f'{wrong[first]!r}, which is {first} here and is {there} there'
     raise UserError(
-        f'{what} reads other tokens than the model {model} writes: {len(wrong)} differ, such as {token!r}, which is {first} here '
-        f'and {there}: name one with the same tokenizer'
+        f'{what} reads other tokens than the model {model} writes: {len(wrong)} differ, such as {example}: name one with the '
+        'same tokenizer'
     )
 
 
@@ -310,24 +306,19 @@ def fingerprints(config):
     """Begin to hash the models that options name. Returns a function that waits for it and returns option -> {file: SHA-256},
     or {'commit': hash} for a hub id that has been loaded by then.
 
-    Rank 0 alone reads every byte once, in a thread, while tokenising and loading want the same files. The function raises
-    UserError where a file cannot be read."""
+    Rank 0 alone reads every byte once, in a thread, while tokenising and loading want the same files. UserError: unreadable."""
     named = {option: config.get(option) for option in MODELS if main_rank()}
     names = {option: name for option, name in named.items() if name not in NO_MODEL}
     folders = {name: {} for name in names.values() if os.path.isdir(name)}
     failed = []
 
-    def read(folder, hashes):
-        for file in sorted(Path(folder).iterdir()):
-            if file.suffix in DECISIVE and file.is_file():
-                hashes[file.name] = file_hash(file)
-
     def work():
-        for folder, hashes in folders.items():
-            try:
-                read(folder, hashes)
-            except OSError as error:
-                failed.append(f'cannot read the model {folder!r}: {error.strerror or error}')
+        try:
+            for name, hashes in folders.items():
+                files = [f for f in sorted(Path(name).iterdir()) if f.suffix in DECISIVE and f.is_file()]
+                hashes.update({file.name: file_hash(file) for file in files})
+        except OSError as error:
+            failed.append(f'cannot read the model {name!r}: {error.strerror or error}')
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

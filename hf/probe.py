@@ -44,12 +44,11 @@ def can_pack(model, packed, padded, say, wanted=True):
     limit = 0.03 if half else 1e-4
     if error <= limit:
         return True
-    error, _ = packing(model, padded, padded)
-    if error > limit and _is_reward(model):
-        raise UserError(f'{_name(model)} gives other scores than its head on the end of text: off by {error:.1%}')
+    error, off = packing(model, padded, padded)
     if error > limit:
-        unknown = f'{_name(model)} does to its logits what _post in model.py does not know'
-        raise UserError(f'{unknown}: log-probs would be off by {error:.1%}')
+        what = 'gives other scores than its head on the end of text'
+        what = what if _is_reward(model) else 'does to its logits what _post in model.py does not know'
+        raise UserError(f'{_name(model)} {what}: {off}')
     if wanted:
         say(f'note: this architecture cannot be packed ({reason}): batches are padded instead')
     return False
@@ -103,10 +102,10 @@ def _is_ours(error):
     """Whether what a packed forward raised says nothing of the architecture: the machine fails, or this code has a bug."""
     if isinstance(error, MemoryError | ImportError | OSError) or 'CUDA error' in str(error):
         return True
-    bug = isinstance(error, TypeError | NameError | AttributeError | LookupError | AssertionError | ArithmeticError)
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     here = raised_in.is_relative_to(Path(__file__).parents[1]) and 'site-packages' not in raised_in.parts
-    return bug and here
+    bugs = TypeError | NameError | AttributeError | LookupError | AssertionError | ArithmeticError
+    return here and isinstance(error, bugs)
 
 
 # ---- sharded ----
@@ -152,21 +151,16 @@ def compare(model, expected, device, half):
 def check_positions(model, length, what):
     """Raise UserError where sequences (what) of length tokens are longer than the model reads.
 
-    That is more than it has learned position embeddings for, or than its rotary scaling reads in a way that does not depend on
-    the rest of the batch."""
-    learned = any(
-        isinstance(module, torch.nn.Embedding) and re.search('wpe|position', name)
-        for name, module in core(model).named_modules()
-    )
-    most, way = _positions(model), 'lower max_length or max_new_tokens'
-    if learned and length > most:
-        raise UserError(f'{_name(model)} has {most} positions, and {what} take {length} tokens: {way}')
-    most = _unscaled(model)
-    if length > most:
-        raise UserError(
-            f'beyond {most} tokens {_name(model)} encodes every position by the longest sequence of a batch, so results would '
-            f'depend on max_tokens; {what} take {length} tokens: {way}'
-        )
+    It has learned no more position embeddings, or its rotary scaling would depend on the rest of the batch."""
+    embeddings = [name for name, m in core(model).named_modules() if isinstance(m, torch.nn.Embedding)]
+    learned = any(re.search('wpe|position', name) for name in embeddings)
+    positions, unscaled = _positions(model), _unscaled(model)
+    too_long = f'{what} take {length} tokens: lower max_length or max_new_tokens'
+    if learned and length > positions:
+        raise UserError(f'{_name(model)} has {positions} positions, and {too_long}')
+    if length > unscaled:
+        why = 'encodes every position by the longest sequence of a batch, so results would depend on max_tokens'
+        raise UserError(f'beyond {unscaled} tokens {_name(model)} {why}; {too_long}')
 
 
 def room(model):
@@ -179,15 +173,12 @@ def _positions(model):
 
 
 def _unscaled(model):
-    """The longest sequence that leaves the rotary scaling alone which looks at the longest sequence of a batch (dynamic,
-    longrope); infinity where there is none such."""
+    """The longest sequence up to which rotary scaling does not look at the longest one of a batch (dynamic, longrope does)."""
     config = core(model).config.get_text_config()
     found = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
     limits = [math.inf]
     # one set of parameters, or one for each type of layer
-    for rope in [found, *found.values()]:
-        if not isinstance(rope, dict):
-            continue
+    for rope in (rope for rope in [found, *found.values()] if isinstance(rope, dict)):
         kind = str(rope.get('rope_type') or rope.get('type'))
         original = rope.get('original_max_position_embeddings')
         original = original or getattr(config, 'original_max_position_embeddings', None)

@@ -80,11 +80,10 @@ def _read(file, key, n):
         digest = hashlib.sha256(logps).hexdigest()
         return metadata['key'] == key and metadata['sha256'] == digest and len(logps) == n
 
-    found = files.read_cache(file, valid)
-    if found is None:
+    arrays, _ = files.read_cache(file, valid) or ({}, None)
+    if not arrays:
         say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')
-        return None
-    return found[0]['logps']
+    return arrays.get('logps')
 
 
 def _write(file, key, logps):

@@ -36,8 +36,11 @@ PANELS = [
     ('KL', 'KL(policy || reference) on its own samples, nats an answer', ['kl/samples']),
 ]  # fmt: skip
 # in place of the last, where no run has sampled
-as_if = 'KL, as if chosen answers came from the reference'
-NOT_SAMPLED = (as_if, 'mean of log reference - log policy, nats an answer', ['kl/chosen'])
+NOT_SAMPLED = (
+    'KL, as if chosen answers came from the reference',
+    'mean of log reference - log policy, nats an answer',
+    ['kl/chosen'],
+)
 DRAWN = ('loss', 'rewards', 'logps', 'kl', 'gold')  # groups of metrics
 
 # ---- what a run left ----
@@ -78,18 +81,15 @@ def lines(file, kinds):
             print(f'note: the last line of {file} is not complete')
             continue
         wrong = [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
-        if 'split' in kinds:
-            metrics = [name for name in row if name.replace('_', '/').partition('/')[0] in DRAWN]
-            wrong += [name for name in metrics if not drawable(row[name])]
+        for name in row if 'split' in kinds else ():
+            drawn = name.replace('_', '/').partition('/')[0] in DRAWN
+            # nan, of a run that went wrong, is no point; matplotlib fails on numbers that are larger
+            if drawn and not (isinstance(row[name], int | float) and not abs(row[name]) > 1e300):
+                wrong.append(name)
         if wrong:
             raise UserError(f'{file} has a row without a proper {wrong[0]}: it is damaged, or of something else')
         rows.append(row)
     return rows
-
-
-def drawable(x):
-    """Whether this is a number, perhaps not a finite one of a run that went wrong, that matplotlib can draw."""
-    return isinstance(x, int | float) and (x != x or abs(x) <= 1e300)
 
 
 def labels(runs):
@@ -231,6 +231,5 @@ def entitle(axis, title, meaning, xlabel):
 
 
 if not folders:
-    way = "python -m tools.plot out/a out/b; what they are called is a run's --out_dir"
-    raise UserError(f'name the folders to draw: {way}')
+    raise UserError("name the folders to draw, a run's --out_dir each: python -m tools.plot out/a out/b")
 draw([read(folder) for folder in folders])

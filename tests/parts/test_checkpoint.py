@@ -233,7 +233,7 @@ def test_the_card_comes_with_the_model(died, whole, monkeypatch):
 
 
 def test_a_card_that_cannot_be_made_does_not_cost_the_model(tmp_path, whole, monkeypatch, capsys):
-    monkeypatch.setattr(export, '_without_folders', lambda text: text[0.5])
+    monkeypatch.setattr(export, '_text', lambda out_dir: ''[0.5])
     run(tmp_path / 'run')
     assert 'note: no model card' in capsys.readouterr().out and (tmp_path / 'run/model/model.safetensors').exists()
 

@@ -722,6 +722,7 @@ def test_the_head_of_the_file_grows_beside_the_embedding(how, with_own_head, dev
     hidden, (weight, _) = net.hidden_and_head(pack(PAIRS))
     weight = weight.detach()
     assert len(weight) == VOCAB + 2
+    assert_close(weight[VOCAB:], weight[:VOCAB].mean(0).expand(2, -1))
     logps = F.linear(hidden, weight[:VOCAB]).log_softmax(1).gather(1, pack(PAIRS).target[:, None])[:, 0]
     assert_close(pack(PAIRS).sum(logps), expected)
 
