@@ -110,14 +110,17 @@ def test_pairs_of_two_files_by_prompt():
 
 
 def test_dialogues_of_two_files():
-    """samples.jsonl against the model_outputs.json that sample.py writes of the same prompts."""
+    """samples.jsonl against the model_outputs.json that sample.py writes of the same prompts, or the other way round: a chat of
+    one question stays one."""
     talk = '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
-    prompts = [talk, sources.ask('one turn')]
+    prompts = [talk, sources.ask('one turn'), [{'role': 'user', 'content': 'a chat'}]]
     rows = {(i, 0): {'prompt': p, 'response': f' r{i}', 'sample': 0, 'generator': 'm'} for i, p in enumerate(prompts)}
     write_model_outputs('.', rows)
-    found, left_out = make_pairs(write_jsonl('s.jsonl', rows.values()), 'model_outputs.json')
-    assert [p['prompt'] for p in found] == prompts and not +left_out
-    assert found[0]['outputs'] == [' r0', ' r0']
+    files = [write_jsonl('s.jsonl', rows.values()), 'model_outputs.json']
+    for both in (files, files[::-1]):
+        found, left_out = make_pairs(*both)
+        assert [p['prompt'] for p in found] == prompts and not +left_out
+        assert found[0]['outputs'] == [' r0', ' r0']
 
 
 ENDPOINT = ['--endpoint=http://127.0.0.1:9', '--judge_model=m']
