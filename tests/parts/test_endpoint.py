@@ -217,10 +217,9 @@ def test_addresses():
         assert 'secret-1' not in str(error.value)
 
 
-@pytest.mark.parametrize('name, value', [('ALL_PROXY', 'foo://127.0.0.1:1'), ('SSL_CERT_FILE', '/no/such/file'),
-                                         ('ALL_PROXY', 'foo://me:p%40ss-word-77@127.0.0.1:1')])  # fmt: skip
-def test_an_environment_that_cannot_be_used(monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
+@pytest.mark.parametrize('proxy', ['foo://127.0.0.1:1', 'foo://me:p%40ss-word-77@127.0.0.1:1', None])
+def test_an_environment_that_cannot_be_used(monkeypatch, proxy):
+    monkeypatch.setenv('ALL_PROXY' if proxy else 'SSL_CERT_FILE', proxy or '/no/such/file')
     assert 'ss-word' not in refused(NOWHERE, 1, 'as the environment asks')
 
 
@@ -533,8 +532,15 @@ VALUES = ['null', 'true', '0', '-1', '1.5', '1e999', '-1e999', 'NaN', 'Infinity'
 def test_every_field_may_be_of_any_type(value):
     """A reply is read, or a reason is given; what is read can be written and read again by any reader of json."""
     reply = '{"choices": [{"message": {"content": "fine", "role": V}, "finish_reason": V, "index": V, "logprobs": V}], "usage": V}'
-    fields = ['{"choices": V}', '{"choices": [V]}', '{"choices": [{"message": V}]}', '{"error": V}', '{"detail": V}', 'V',
-              '{"error": {"message": V, "code": V}}', '{"choices": [{"message": {"content": V}}]}']  # fmt: skip
+    fields = [
+        '{"choices": V}',
+        '{"choices": [V]}',
+        '{"choices": [{"message": V}]}',
+        '{"error": V}',
+        '{"detail": V}',
+        'V',
+    ]
+    fields += ['{"error": {"message": V, "code": V}}', '{"choices": [{"message": {"content": V}}]}']
     others = endpoint._Others(KEY)
     for status in (200, 400, 429, 500, 404):
         response = SimpleNamespace(status_code=status, headers={})

@@ -158,8 +158,8 @@ def test_kill(tmp_path):
     """kill -9 between two batches, of a run that is slow enough to be hit."""
     flags = ['--n=10', '--max_new_tokens=60', '--batch_size=6', '--seed=1']
     file = Path('killed/samples.jsonl')
-    process = subprocess.Popen([sys.executable, 'sample.py', *flags, f'--out_dir={tmp_path}/killed'], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    command, quiet = [sys.executable, 'sample.py', *flags, f'--out_dir={tmp_path}/killed'], subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=ROOT, stdout=quiet, stderr=quiet)
     while process.poll() is None and not (file.exists() and file.stat().st_size):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -212,8 +212,8 @@ def test_tools_begun_answers_and_prompts_that_the_template_refuses(folder, capsy
     tokenizer.chat_template = refuses + '{% if tools %}{{ tools | tojson }}{% endif %}' + CHATML
     load.load_model(f'{folder}/chat').save_pretrained('m')
     tokenizer.save_pretrained('m')
-    rows = [{'prompt': [{'role': 'system', 'content': 'x'}, USER]}, {'prompt': [USER], 'tools': [{'name': 'look'}]}, {'prompt': [USER]},
-            {'prompt': [USER, {'role': 'assistant', 'content': 'Sure: '}]}]  # fmt: skip
+    rows = [{'prompt': [{'role': 'system', 'content': 'x'}, USER]}, {'prompt': [USER], 'tools': [{'name': 'look'}]}]
+    rows += [{'prompt': [USER]}, {'prompt': [USER, {'role': 'assistant', 'content': 'Sure: '}]}]
     flags = ['--model=m', f'--data={write_jsonl("chats.jsonl", rows)}', '--max_new_tokens=4']
     assert 'chats.jsonl, line 1: the chat template refuses an example: no system turn' in refused(*flags)
     _, found = run(*flags, '--skip_bad_rows', out_dir='skipped')
