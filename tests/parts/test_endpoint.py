@@ -141,8 +141,8 @@ def test_retry_after_is_honoured_by_all(soon):
     assert arrived[1] - arrived[0] >= 0.95
 
 
-@pytest.mark.parametrize('soon', [lambda: '0', lambda: date_in(-5)], ids=['0', 'past'])
-def test_a_retry_after_that_asks_for_nothing_does_not_end_the_waiting(soon):
+@pytest.mark.parametrize('soon', [lambda: '0', lambda: '0.01', lambda: date_in(-5)], ids=['0', 'little', 'past'])
+def test_a_retry_after_that_asks_for_next_to_nothing_does_not_end_the_waiting(soon):
     began = time.monotonic()
     slow_down = lambda: (429, '', {'Retry-After': soon()})  # noqa: E731
     with serve(lambda n, body: 'ok' if time.monotonic() - began > 0.5 else slow_down()) as server:
@@ -183,6 +183,11 @@ def test_an_endpoint_that_fails_every_job_is_not_asked_for_ever(answered, limit)
     with serve(lambda n, body: 'ok' if n < answered else (502, 'bad gateway')) as server:
         refused(server, 100, f'^{limit} requests in a row failed; the last one: .*502', retries=0)
         assert len(server.seen) < answered + limit + 5
+
+
+def test_failures_among_answers_are_no_reason_to_stop():
+    with serve(lambda n, body: 'ok' if number(body) % 2 else (502, 'bad gateway')) as server:
+        assert sum(reply.text is None for reply in ask(server, 60, retries=0)) == 30
 
 
 def test_no_server():

@@ -139,6 +139,7 @@ MISTAKES = [
     (None, ['--gold=toy', '--judge_model=x'], 'judge_model has no effect'),
     (None, ['--gold=toy', '--max_length=9'], 'max_length has no effect'),
     (None, ['--gold=toy'], "knows the toy world's prompts"),
+    ('{"prompt": [{"role": "user", "content": "x"}], "response": "y"}\n' * 2, ['--gold=toy'], "knows the toy world's prompts"),
     (None, ['--gold=toy', '--against=none.jsonl'], 'no file or folder none.jsonl'),
     (None, ENDPOINT[:1], 'needs --judge_model'),
     (None, ['--endpoint=127.0.0.1:9', '--judge_model=m'], 'is no address'),

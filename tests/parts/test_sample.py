@@ -192,7 +192,8 @@ def test_chat(folder, capsys):
     flags = [f'--model={folder}/chat', '--data=hi.jsonl', '--max_new_tokens=4']
     assert run(*flags)[1][0]['prompt'] == question['prompt']
     assert 'note: the tokenizer has a chat template' in capsys.readouterr().out
-    assert run(*flags, '--chat', out_dir='a')[1][0]['prompt'] == [USER]
+    _, rows = run(*flags, '--chat', '--n=8', out_dir='a')
+    assert rows[0]['prompt'] == [USER] and all(row['response'] == row['response'].strip() for row in rows)
     assert "'<|user|>Hi\\n<|assistant|>'" in capsys.readouterr().out
     kind = [{'role': 'system', 'content': 'Be kind.'}, USER]
     assert run(*flags, '--system=Be kind.', out_dir='b')[1][0]['prompt'] == kind
