@@ -62,11 +62,10 @@ if answers is None:
 if sum(option is not None for option in (endpoint, reward_model, gold)) != 1:
     raise UserError('name one judge: --endpoint=http://... with --judge_model, --reward_model=FOLDER, or --gold=toy')
 if endpoint is None:
-    of_endpoint = ['judge_model', 'judge_prompt', 'request', 'concurrency', 'timeout', 'retries']
-    config.ignored(of_endpoint, 'there is no --endpoint')
+    config.ignored('judge_model judge_prompt request concurrency timeout retries'.split(), 'there is no --endpoint')
 if reward_model is None:
-    of_model = ['max_length', 'max_prompt_length', 'truncation', 'max_tokens', 'trust_remote_code']
-    config.ignored(of_model, 'there is no --reward_model')
+    of_model = 'max_length max_prompt_length truncation max_tokens trust_remote_code'
+    config.ignored(of_model.split(), 'there is no --reward_model')
 
 # the pairs, those of equal answers, and the verdicts to take
 table, left_out = make_pairs(answers, against)
@@ -76,8 +75,7 @@ wanted = [(i, order) for i in range(len(table)) if i not in equal for order in o
 asked = f'{len({pair["question"] for pair in table})} prompts'
 counts = f'{len(table)} pairs of answers to {asked}, {len(equal)} of them equal, {len(wanted)} verdicts to take'
 log.say(f'data: {counts}; left out: {dict(+left_out) or "nothing"}')
-# what else the verdicts depend on
-record = config | {'content of answers': f'{content_hash(table):016x}'}
+record = config | {'content of answers': f'{content_hash(table):016x}'}  # and what else the verdicts depend on
 failed, cut = Counter(), Counter()
 
 # ---- a judge behind an endpoint ----
@@ -131,7 +129,7 @@ def compare_rewards(todo):
 if gold is not None:
     from text import toy
 
-    known_prompts = {f'Review of the {place}:' for place in toy.PLACES}
+    known_prompts = [f'Review of the {place}:' for place in toy.PLACES]
     for pair in table:
         if pair['prompt'] not in known_prompts:
             such = "the toy world's prompts, such as 'Review of the hotel:'"

@@ -123,7 +123,6 @@ prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
 run.load_data(train={'task': 'singles'} if offline else prompts_only, held_out=prompts_only)
 for examples in [run.held_out] + [run.train] * (not offline):
     examples.left_out.pop('answers cut', None)
-
 if noise_rate and offline:
     run.train = run.train.flip(noise_rate, seed)
 run.say_data(group)
@@ -197,7 +196,9 @@ def make_round(first, rows):
         found |= describe(examples, tokens, answers, 'train')
 
     # what an answer is worth, and from there what each of its tokens is worth
-    reward = answers['score'] - missing_eos_penalty * ~answers['ended'] * (not offline)
+    reward = answers['score']
+    if not offline:
+        reward = reward - missing_eos_penalty * ~answers['ended']
     if loss == 'grpo':
         groups = reward.view(-1, group)
         tokens['advantage'] = formulas.group_advantage(groups).view(-1).repeat_interleave(answers['n'])
@@ -211,8 +212,7 @@ def make_round(first, rows):
 
 
 def advantages_and_targets(tokens, reward, answers):
-    """Two columns of the answer tokens, from the answers' rewards, the KL penalty and the values: what ppo and the critic
-    learn from."""
+    """What ppo and the critic learn from, two columns of the answer tokens: from rewards of answers, KL penalty and values."""
     # tables (answers, longest); the true places of mask are in the order of the tokens
     mask = torch.arange(int(answers['n'].max())) < answers['n'][:, None]
     value, rewards = (torch.zeros(mask.shape, dtype=torch.float64) for _ in range(2))
@@ -295,7 +295,7 @@ def train_round(answered):
         # a loss or gradient that is not finite: count it, and write down its answers, with the loss of the whole step
         if not math.isfinite(found):
             known = {name: answered.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
-            known['loss'] = torch.full_like(known['n'], sums['loss'])
+            known['loss'] = torch.full((len(known['n']),), sums['loss'])
             at = np.repeat(answered.rows[rows], len(known['n']) // len(rows))
             allowed = training.skip_bad_steps
             guard.bad_step(out_dir, run.state, allowed, answered.first, at, train.uid[at], found, known)

@@ -176,13 +176,13 @@ if not endpoint:
 
 def plan():
     """All answers in batches, longest prompts first, of one temperature each. It depends on no rank and no earlier run."""
-    batches = []
+    batches = [[]]
     # one temperature after the other; a batch is full by answers or by tokens
     for i, k in sorted(keys, key=lambda key: (key[1] // n, -len(ids[key[0]]), key)):
-        batch = batches[-1] if batches else []
+        batch = batches[-1]
         width = len(ids[batch[0][0]]) + max_new_tokens if batch else 0  # of its longest prompt
         full = len(batch) == batch_size or (max_tokens and (len(batch) + 1) * width > max_tokens)
-        if not batch or full or batch[0][1] // n != k // n:
+        if batch and (full or batch[0][1] // n != k // n):
             batches.append([])
         batches[-1].append((i, k))
     return batches

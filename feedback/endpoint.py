@@ -293,8 +293,7 @@ class _Others:
         self.in_messages = []
         for secret in sorted({key, *passwords} - {''}, key=len, reverse=True):
             # a short one only as a word of its own
-            word = [rf'(?<!\w){re.escape(secret)}(?!\w)']
-            self.in_messages += _forms(secret) if len(secret) >= SHORT else word
+            self.in_messages += _forms(secret) if len(secret) >= SHORT else [rf'(?<!\w){re.escape(secret)}(?!\w)']
 
     def text(self, text):
         """A text without the key, nor halves of surrogate pairs, which would break a tokenizer."""

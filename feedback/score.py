@@ -63,9 +63,7 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
         slots += [slot for group in mine for slot in group.slots] or [-1]  # a rank without work has a filler
     values = fsdp.gather_columns({'score': torch.cat(found)}, slots, len(items))['score'].float().numpy()
     if not np.isfinite(values).all():
-        raise UserError(
-            "the reward model's scores are not numbers (nan): its weights are broken, or too large for its type"
-        )
+        raise UserError("the reward model's scores are not numbers: its weights are broken, or too large for its type")
     return values
 
 

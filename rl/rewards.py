@@ -13,9 +13,9 @@ def load_judge(config, tokenizer, device):
     if name in (None, 'gold'):
         return None
     how = {option: config[option] for option in ('dtype', 'device_map', 'trust_remote_code')}
-    model, own_tokenizer = score.load_scorer(name, device, **how)
-    check_same_tokens(tokenizer, own_tokenizer, f'the reward model {name}', config.model)
-    return model, own_tokenizer
+    judge = score.load_scorer(name, device, **how)
+    check_same_tokens(tokenizer, judge[1], f'the reward model {name}', config.model)
+    return judge
 
 
 def score_answers(examples, tokenizer, judge, *, max_tokens, ends=()):

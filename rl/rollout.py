@@ -67,21 +67,18 @@ def sample(run, prompts, seeds, max_new_tokens, sample_batch):
 def token_slots(batch, rows, starts, per_prompt):
     """Slots, among all answer tokens of the round, of the N answer tokens of a microbatch, on the CPU; -1: a filler's.
 
-    rows: of the step's examples in the round; starts (answers,): slot of each answer's first token; per_prompt: answers of an
-    example."""
-    numbers = []
-    for slot in batch.slot:
-        for i in range(per_prompt):
-            numbers.append(rows[slot] * per_prompt + i if slot >= 0 else -1)
-    answer = torch.tensor(numbers)[batch.answer.cpu()]
+    rows: of the step's examples in the round; starts (answers,): slot of each answer's first token; per_prompt: answers."""
+    # numbers of the batch's answers among those of the round
+    slot = np.array(batch.slot)[:, None]
+    numbers = np.where(slot >= 0, rows[slot] * per_prompt + np.arange(per_prompt), -1)
+    answer = torch.from_numpy(numbers.reshape(-1))[batch.answer.cpu()]
     return torch.where(answer >= 0, starts[answer] + batch.offset.cpu(), -1)
 
 
 def token_columns(run, model, examples, starts, names):
     """name -> (tokens,) column of every answer token of the examples under a model, without gradient.
 
-    names: of the rows of token_logps; a model without a value head has only the first, and only that is computed if only
-    that is named."""
+    names: of the rows of token_logps; values are computed if they are named and the model has a head for them."""
     per_prompt, rows = examples.spans.shape[1] - 1, np.arange(len(examples))
     batches, *_ = run.make_batches(examples, rows)
     parts, slots = [], []

@@ -42,10 +42,8 @@ def problem(name, value):
             return f'must be a finite number, not {value}'
     if isinstance(value, int) and abs(value) >= 2**63:
         return 'is an integer that no machine counts to'
-    if isinstance(value, str):
-        wrong = text_problem(value)
-        if wrong:
-            return wrong
+    if isinstance(value, str) and (wrong := text_problem(value)):
+        return wrong
     if value not in CHOICES.get(name, (value,)):
         known = ', '.join(choice for choice in CHOICES[name] if choice)
         return f'must be one of {known}, not {value!r}'

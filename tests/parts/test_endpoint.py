@@ -141,8 +141,8 @@ def test_retry_after_is_honoured_by_all(soon):
     assert arrived[1] - arrived[0] >= 0.95
 
 
-@pytest.mark.parametrize('soon', [lambda: '0', lambda: date_in(-5)], ids=['0', 'past'])
-def test_a_retry_after_that_asks_for_nothing_does_not_end_the_waiting(soon):
+@pytest.mark.parametrize('soon', [lambda: '0', lambda: '0.01', lambda: date_in(-5)], ids=['0', 'little', 'past'])
+def test_a_retry_after_that_asks_for_next_to_nothing_does_not_end_the_waiting(soon):
     began = time.monotonic()
     slow_down = lambda: (429, '', {'Retry-After': soon()})  # noqa: E731
     with serve(lambda n, body: 'ok' if time.monotonic() - began > 0.5 else slow_down()) as server:
@@ -185,6 +185,11 @@ def test_an_endpoint_that_fails_every_job_is_not_asked_for_ever(answered, limit)
         assert len(server.seen) < answered + limit + 5
 
 
+def test_failures_among_answers_are_no_reason_to_stop():
+    with serve(lambda n, body: 'ok' if number(body) % 2 else (502, 'bad gateway')) as server:
+        assert sum(reply.text is None for reply in ask(server, 60, retries=0)) == 30
+
+
 def test_no_server():
     with socket.socket() as unused:
         unused.bind(('127.0.0.1', 0))
@@ -217,10 +222,9 @@ def test_addresses():
         assert 'secret-1' not in str(error.value)
 
 
-@pytest.mark.parametrize('name, value', [('ALL_PROXY', 'foo://127.0.0.1:1'), ('SSL_CERT_FILE', '/no/such/file'),
-                                         ('ALL_PROXY', 'foo://me:p%40ss-word-77@127.0.0.1:1')])  # fmt: skip
-def test_an_environment_that_cannot_be_used(monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
+@pytest.mark.parametrize('proxy', ['foo://127.0.0.1:1', 'foo://me:p%40ss-word-77@127.0.0.1:1', None])
+def test_an_environment_that_cannot_be_used(monkeypatch, proxy):
+    monkeypatch.setenv('ALL_PROXY' if proxy else 'SSL_CERT_FILE', proxy or '/no/such/file')
     assert 'ss-word' not in refused(NOWHERE, 1, 'as the environment asks')
 
 
@@ -533,8 +537,15 @@ VALUES = ['null', 'true', '0', '-1', '1.5', '1e999', '-1e999', 'NaN', 'Infinity'
 def test_every_field_may_be_of_any_type(value):
     """A reply is read, or a reason is given; what is read can be written and read again by any reader of json."""
     reply = '{"choices": [{"message": {"content": "fine", "role": V}, "finish_reason": V, "index": V, "logprobs": V}], "usage": V}'
-    fields = ['{"choices": V}', '{"choices": [V]}', '{"choices": [{"message": V}]}', '{"error": V}', '{"detail": V}', 'V',
-              '{"error": {"message": V, "code": V}}', '{"choices": [{"message": {"content": V}}]}']  # fmt: skip
+    fields = [
+        '{"choices": V}',
+        '{"choices": [V]}',
+        '{"choices": [{"message": V}]}',
+        '{"error": V}',
+        '{"detail": V}',
+        'V',
+    ]
+    fields += ['{"error": {"message": V, "code": V}}', '{"choices": [{"message": {"content": V}}]}']
     others = endpoint._Others(KEY)
     for status in (200, 400, 429, 500, 404):
         response = SimpleNamespace(status_code=status, headers={})

@@ -158,8 +158,8 @@ def test_kill(tmp_path):
     """kill -9 between two batches, of a run that is slow enough to be hit."""
     flags = ['--n=10', '--max_new_tokens=60', '--batch_size=6', '--seed=1']
     file = Path('killed/samples.jsonl')
-    process = subprocess.Popen([sys.executable, 'sample.py', *flags, f'--out_dir={tmp_path}/killed'], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    command, quiet = [sys.executable, 'sample.py', *flags, f'--out_dir={tmp_path}/killed'], subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=ROOT, stdout=quiet, stderr=quiet)
     while process.poll() is None and not (file.exists() and file.stat().st_size):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -192,7 +192,8 @@ def test_chat(folder, capsys):
     flags = [f'--model={folder}/chat', '--data=hi.jsonl', '--max_new_tokens=4']
     assert run(*flags)[1][0]['prompt'] == question['prompt']
     assert 'note: the tokenizer has a chat template' in capsys.readouterr().out
-    assert run(*flags, '--chat', out_dir='a')[1][0]['prompt'] == [USER]
+    _, rows = run(*flags, '--chat', '--n=8', out_dir='a')
+    assert rows[0]['prompt'] == [USER] and all(row['response'] == row['response'].strip() for row in rows)
     assert "'<|user|>Hi\\n<|assistant|>'" in capsys.readouterr().out
     kind = [{'role': 'system', 'content': 'Be kind.'}, USER]
     assert run(*flags, '--system=Be kind.', out_dir='b')[1][0]['prompt'] == kind
@@ -212,8 +213,8 @@ def test_tools_begun_answers_and_prompts_that_the_template_refuses(folder, capsy
     tokenizer.chat_template = refuses + '{% if tools %}{{ tools | tojson }}{% endif %}' + CHATML
     load.load_model(f'{folder}/chat').save_pretrained('m')
     tokenizer.save_pretrained('m')
-    rows = [{'prompt': [{'role': 'system', 'content': 'x'}, USER]}, {'prompt': [USER], 'tools': [{'name': 'look'}]}, {'prompt': [USER]},
-            {'prompt': [USER, {'role': 'assistant', 'content': 'Sure: '}]}]  # fmt: skip
+    rows = [{'prompt': [{'role': 'system', 'content': 'x'}, USER]}, {'prompt': [USER], 'tools': [{'name': 'look'}]}]
+    rows += [{'prompt': [USER]}, {'prompt': [USER, {'role': 'assistant', 'content': 'Sure: '}]}]
     flags = ['--model=m', f'--data={write_jsonl("chats.jsonl", rows)}', '--max_new_tokens=4']
     assert 'chats.jsonl, line 1: the chat template refuses an example: no system turn' in refused(*flags)
     _, found = run(*flags, '--skip_bad_rows', out_dir='skipped')
