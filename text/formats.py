@@ -559,7 +559,7 @@ def read_answer(row, task=None):
         prompt, (response,), repeats = without_prompt(prompt, response)
         example = {'prompt': prompt, 'response': reply(row, prompt, response), **repeats, **more}
         # the answers of a history are trained on, too, as LLaMA-Factory does
-        return [_every_answer(example)] if 'history' in row else [example]
+        return [_every_answer(example)] if _is_history(row.get('history')) else [example]
     if not response:
         raise LeftOut('empty answers')
     turns = whole_chat(prompt, response, key)
