@@ -46,7 +46,7 @@ def world(tmp_path_factory):
     write('layout.jsonl', *({'ask': f'q{i}', 'chosen': 'a', 'rejected': 'b'} for i in range(6)))
     write('no_prompt.jsonl', *({**row, 'prompt': None} for row in PAIRS))
     write('half_repeated.jsonl', *({**row, 'chosen': row['prompt'] + row['chosen']} for row in PAIRS))
-    write('table.csv', 'prompt,chosen,rejected')
+    write('table.xlsx', 'prompt,chosen,rejected')
     (folder / 'binary.jsonl').write_bytes(bytes(range(256)))
     (folder / 'binary.parquet').write_bytes(bytes(range(256)))
     (folder / 'binary.json').write_bytes(bytes(range(256)))
@@ -126,11 +126,11 @@ BOTH = [
     (['--data=unknown'], 'known datasets'),
     (['--eval_data={world}/missing.jsonl'], r'missing\.jsonl'),
     (['--data={world}/good.jsonl+{world}/missing.jsonl'], r'missing\.jsonl'),
-    (['--data={world}/table.csv'], r'table\.csv: data files end in'),
+    (['--data={world}/table.xlsx'], r'table\.xlsx: data files end in'),
     (['--data={world}/binary.jsonl'], r'binary\.jsonl, line 1'),
     (['--data={world}/binary.json'], r'binary\.json'),
     (['--data={world}/binary.parquet'], r'binary\.parquet'),
-    (['--data={world}/no_data'], r'no_data has no train file'),
+    (['--data={world}/no_data'], r'no_data has no data file'),
     (['--data={world}/broken.jsonl'], r'broken\.jsonl, line 3: not valid JSON'),
     (['--eval_data={world}/broken.jsonl'], r'broken\.jsonl, line 3: not valid JSON'),
     (['--data={world}/fields.jsonl'], r"fields\.jsonl, line 4: 'rejected' is missing"),
