@@ -243,7 +243,7 @@ def check_text(text, written, name):
 
 
 def check_example(example, written, name):
-    fields = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools'}
+    fields = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools', 'turns'}
     if not {'prompt'} <= example.keys() <= fields:
         raise Failure(f'an example with the fields {sorted(example)}')
     for key, value in example.items():
