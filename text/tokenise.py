@@ -26,7 +26,7 @@ from text.files import HELP, content_hash
 from text.messages import REASONING, message
 
 # rows that are tokenised together, and bytes of ids from which on they wait on the disk
-CHUNK, SPILL = 2048, 2**28
+CHUNK, SPILL = 512, 2**28
 NEEDS = {  # task -> what its rows have beside a prompt
     'pairs': 'chosen and rejected',
     'singles': 'a response and whether it is good (label), or chosen and rejected',

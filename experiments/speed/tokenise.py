@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -76,8 +77,14 @@ def memory():
     return sum(m.rss - m.shared for m in found), sum(m.rss for m in found)
 
 
+def cpu_seconds():
+    """Seconds of processors that this process and its children that ended have used."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(r.ru_utime + r.ru_stime for r in used)
+
+
 def measure(how, path):
-    """Print [seconds, tokens, private bytes, all bytes] of one way, beyond what imports take."""
+    """Print [seconds, those of all processors, tokens, private bytes, all bytes] of one way, beyond what imports take."""
     import datasets  # noqa: F401, both start with all imports done
 
     import text.tokenise  # noqa: F401
@@ -93,12 +100,12 @@ def measure(how, path):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.time()
+    start, used = time.time(), cpu_seconds()
     tokens = {'ours': ours, 'again': ours, 'theirs': theirs}[how](path)
-    seconds = time.time() - start
+    seconds, used = time.time() - start, cpu_seconds() - used
     done.set()
     watcher.join()
-    print(json.dumps([seconds, tokens, *(max(0, m - b) for m, b in zip(most, before, strict=True))]))
+    print(json.dumps([seconds, used, tokens, *(max(0, m - b) for m, b in zip(most, before, strict=True))]))
 
 
 def main():
@@ -120,8 +127,8 @@ def main():
                     out = subprocess.run(
                         command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True, check=True
                     )
-                    seconds, tokens, private, everything = json.loads(out.stdout.splitlines()[-1])
-                    print(f'{count:>9,} rows  {how:<6} {seconds:7.1f} s  {tokens / seconds / 1e6:6.2f} M tokens/s  '
+                    seconds, used, tokens, private, everything = json.loads(out.stdout.splitlines()[-1])
+                    print(f'{count:>9,} rows  {how:<6} {seconds:7.1f} s ({used:.1f} of processors)  {tokens / seconds / 1e6:6.2f} M tokens/s  '
                           f'{private / tokens:5.1f} bytes/token private, {everything / tokens:5.1f} with maps', flush=True)  # fmt: skip
 
 
