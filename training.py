@@ -78,6 +78,9 @@ device_map: str | None = None  # 'balanced': one process without torchrun spread
 attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
 
+# examples that --n_examples draws from, where it asks for a tenth of them or fewer
+ENOUGH = 200_000
+
 
 def begin(config):
     """A Run of these options: the ranks have met, signals are heeded, out_dir is this run's alone. Raises UserError."""
@@ -112,6 +115,9 @@ class Run:
         names = ('seed', 'max_length', 'max_prompt_length', 'truncation', 'num_turns', 'columns', 'skip_bad_rows')
         common = {name: config[name] for name in names}
         common |= {'tokenizer': self.tokenizer, 'undivided': eval_data is not None}
+        # a few steps need not tokenise millions of rows; they are drawn from the first of them
+        if config.n_examples and config.n_examples <= ENOUGH // 10:
+            common['enough'] = {'train': ENOUGH, 'test': n_eval_examples}
         # flips and fractions are of the training examples alone
         for_train = {**common, 'data_fraction': data_fraction, **options, **(train or {})}
         for_eval = {**common, **options, **(held_out or {})}

@@ -374,8 +374,8 @@ def same(a, b):
 @pytest.fixture
 def count(monkeypatch):
     """A list that grows whenever rows are tokenised."""
-    calls, original = [], tokenise.tokenise
-    monkeypatch.setattr(tokenise, 'tokenise', lambda *args: calls.append(1) or original(*args))
+    calls, original = [], tokenise.tokenise_parts
+    monkeypatch.setattr(tokenise, 'tokenise_parts', lambda *args: calls.append(1) or original(*args))
     return calls
 
 
@@ -407,7 +407,7 @@ def test_what_makes_another_cache_file(tmp_path, make_tokenizer, count, cache):
         {'task': 'sft'},
         {'task': 'singles'},
         {'split': 'test'},
-        {'undivided': False},
+        {'undivided': False, 'split': 'test'},
         {'skip_bad_rows': True},
         {'num_turns': 2},
         {'tokenizer': make_tokenizer(bos=True)},
