@@ -81,6 +81,9 @@ device_map: str | None = None  # 'balanced': one process without torchrun spread
 attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
 
+# examples that --n_examples draws from, where it asks for a tenth of them or fewer
+ENOUGH = 20_000
+
 
 def begin(config):
     """A Run of these options: the ranks have met, signals are heeded, out_dir is this run's alone. Raises UserError."""
@@ -114,9 +117,12 @@ class Run:
         names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
         common = {name: config[name] for name in names.split()}
         common |= {'tokenizer': self.tokenizer, 'undivided': eval_data is not None}
+        # a few steps need not tokenise millions of rows; they are drawn from the first of them
+        if config.n_examples and config.n_examples <= ENOUGH // 10:
+            common['enough'] = {'train': ENOUGH, 'test': n_eval_examples}
         common |= options
         # flips and fractions are of the training examples alone
-        for_train = common | {'data_fraction': data_fraction, 'needed': config.n_examples} | (train or {})
+        for_train = common | {'data_fraction': data_fraction} | (train or {})
         for_eval = common | (held_out or {})
         # one process of a host reads the text, the others find it in the cache
         self.train = fsdp.first_of_host(lambda: load_examples(config.data, 'train', **for_train))

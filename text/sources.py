@@ -14,9 +14,11 @@ row is not enough, parse is a Layout of formats.py.
 import difflib
 import hashlib
 import os
+import re
 from collections import Counter
 from contextlib import suppress
 from functools import cache, partial
+from glob import glob
 from itertools import chain, islice
 
 from configurator import UserError
@@ -83,31 +85,42 @@ def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip
     split: 'train' or 'test'. A single file, or a dataset without a test split, is divided by a hash of the prompt unless
     undivided. left_out: a Counter that says what was left out, when all are read; reasons that begin with 'note: ' are of
     examples that stay. An example's .where is the file and line it comes from. task: 'pairs', 'singles', 'sft' or 'prompts';
-    of a dataset with many answers to a prompt, sft takes the best. columns: 'prompt=question, ...' reads these columns alone.
-    both: of a source that is divided, give both parts; example.held_out says which it is. Raises UserError for an unreadable
-    source and, unless skip_bad_rows, for a bad row."""
-    rows, parse, no_test_part = _opened(source, split, num_turns)
+    of a dataset with many answers to a prompt, sft takes the best. both: of a divided source, all examples; .held_out of each
+    says which part it is of, and is None where the source has a test split. columns: 'prompt=question, ...' reads these columns alone.
+    Raises UserError for an unreadable source and, unless skip_bad_rows, for a bad row."""
+    rows, parse, no_test_part = _opened(source, split, num_turns, undivided)
     found = _parsed(rows, parse, task, columns_of(columns))
     examples = _agreeing(_sound(found, source, left_out, skip_bad_rows), left_out, skip_bad_rows)
     divided = no_test_part and not undivided
     for example in examples:
-        example.held_out = _held_out(example) if divided else split == 'test'
-        if both or example.held_out == (split == 'test'):
+        example.held_out = _held_out(example) if divided else None
+        if both or not divided or example.held_out == (split == 'test'):
             yield example
 
 
-def _opened(source, split, num_turns):
+def _opened(source, split, num_turns, undivided=False):
     """(rows, parse, whether a part of them has to be held out, for want of a test split) of a source; parse None: any."""
     getter, path, hub_id = locate(source)
-    single_file = bool(path) and len(data_files(path)) == 1
+    _, config, wanted = files.named_part(source)
     if getter:
-        name = source.partition(':')[0]
+        name = re.split(r'[:\[]', source)[0]
         more = {'num_turns': num_turns} if name == 'sharegpt' else {}
-        return *getter(split, path, **more), name in NO_TEST_SPLIT or single_file
-    if path:
-        return read_rows(None, split, path), None, single_file
-    no_test_split = 'test' not in hub_splits(hub_id)
-    return read_rows(hub_id, 'train' if no_test_split else split, None), None, no_test_split
+        if wanted:
+            raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{wanted}] out')
+        return *getter(split, path, **more), name in NO_TEST_SPLIT or (bool(path) and not files.has_test_part(path))
+
+    # the split that is meant, and the one to test on, if there is any
+    splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, *filter(None, [config])))
+    named = split if undivided and not wanted and split in splits else wanted
+    train, held_out = files.choose_splits(splits, named, source)
+    chosen = train if split == 'train' or held_out is None or (undivided and named) else held_out
+    more = {'name': config} if config else {}
+    return read_rows(hub_id, chosen, splits[chosen], **more), None, held_out is None
+
+
+def divides(source):
+    """Whether a source has no test split, so that a part of its rows is held out."""
+    return _opened(source, 'train', 1)[2]
 
 
 def columns_of(text):
@@ -127,16 +140,18 @@ def columns_of(text):
 
 def locate(source):
     """(getter, local path, hub id) of one source, each None where there is no such: what is read, and what it is known by."""
+    source = files.named_part(source)[0]
     name, _, path = source.partition(':')
     getter = globals().get(f'get_{name}')
+    path, local = os.path.expanduser(path), os.path.expanduser(source)
     if path:
         data_files(path)  # raises if there is none
     if getter and not path and os.path.exists(name):
         _note(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
     if getter:
         return getter, path or None, None if path else HUB.get(name)
-    if os.path.exists(source):
-        return None, source, None
+    if os.path.exists(local) or glob(local, recursive=True):
+        return None, local, None
     if source.endswith(ENDINGS) or source.count('/') != 1:
         known = ', '.join(sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_')))
         raise UserError(

@@ -1,39 +1,37 @@
 """From text (sources.py) to token ids: prompt and answers apart, joined as ids, truncated, counted, cached on disk.
 
-Every answer ends with the end of text, cut or not; BOS stands only where the tokenizer itself would put one. Rows stream through in
-chunks, and the ids go into a file of the cache, so that a million rows take no more memory than a thousand."""
+Every answer ends with the end of text, cut or not; BOS stands only where the tokenizer itself would put one."""
 
-import contextlib
 import hashlib
-import heapq
 import json
-import os
+import math
+import mmap
+import tempfile
+from array import array
 from collections import Counter
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, main_rank
 from runtime import files
 from runtime.log import say
-from text import sources, turns
+from text import sources
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
 from text.examples import Examples, uniform_hash
-from text.files import HELP, Row, content_hash
-from text.formats import TURN_MARKERS
-from text.messages import REASONING, as_chat, message
+from text.files import HELP, content_hash
+from text.messages import REASONING, message
 
+# rows that are tokenised together, and bytes of ids from which on they wait on the disk
+CHUNK, SPILL = 512, 2**28
 NEEDS = {  # task -> what its rows have beside a prompt
     'pairs': 'chosen and rejected',
     'singles': 'a response and whether it is good (label), or chosen and rejected',
     'sft': 'an answer',
 }
-NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
-CHUNK = 512  # rows that are tokenised together
-FEW = 10_000  # so many rows are all tokenised, however few of them a run needs
 
 
 class Part(NamedTuple):
@@ -44,61 +42,54 @@ class Part(NamedTuple):
     good: bool
     uid: int  # a hash of the text
     margin: float | None = None
-    turns: list | None = None  # a conversation, of which every answer is trained on
-
-
-class Limits(NamedTuple):
-    """Tokens of an example. truncation: which end a prompt loses, start or end."""
-
-    max_length: int
-    max_prompt_length: int
-    truncation: str = 'start'
-
-
-# ---- data as a run asks for it ----
-
-_spare = {}  # cache file -> Examples of the other split, which came with the same reading
 
 
 def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length, truncation='start', undivided=False,
-                  num_turns=1, skip_bad_rows=False, columns=None, chat=False, system=None, last_turn_only=False,
-                  data_fraction=1.0, seed=0, needed=None, cache=True, margins=False):  # fmt: skip
+                  num_turns=1, skip_bad_rows=False, columns=None, data_fraction=1.0, seed=0, cache=True, margins=False,
+                  enough=None):  # fmt: skip
     """Tokenised examples of 'hh', 'hh+shp', 'hh:PATH', 'toy', a hub id, a file or folder; cached on disk by content.
 
     task: 'pairs', 'singles' (KTO, made from pairs if need be) or 'sft'. max_length, max_prompt_length: tokens; where the
     whole is too long, the prompt loses its start (or end: truncation), then answers are cut before their end of text.
-    undivided: a single file is all for this split. chat: texts become chats, behind the message system. last_turn_only: of a
-    conversation only the last answer is trained on. needed: so many examples will do; of many more, some are drawn by hash.
-    margins: keep the margins of pairs. Raises UserError."""
+    undivided: a single file is all for this split. margins: keep the margins of pairs. enough: {'train': count, 'test':
+    count}, None for all: the first so many are taken, and the rest is not tokenised. Raises UserError."""
     if max_length < max_prompt_length + 2:
-        room = f'max_length {max_length} leaves no room for an answer'
-        raise UserError(f'{room} behind max_prompt_length {max_prompt_length}')
-    names = data.split('+')
-    reading = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows}
-    reading |= {'columns': columns, 'task': task}
-    how = {'limits': Limits(max_length, max_prompt_length, truncation), 'skip_bad_rows': skip_bad_rows}
-    how |= {'margins': margins, 'chat': chat, 'system': system, 'last_turn_only': last_turn_only}
-    if needed is not None:
-        needed = int(max(needed, FEW) / data_fraction)
+        raise UserError(
+            f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
+        )
+    reading = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
+    limits = max_length, max_prompt_length, truncation
+    names, enough = data.split('+'), enough or {}
 
-    # the cache belongs to all that the tokens depend on; of a hub dataset whose commit nobody knows, its rows tell what is in it
+    # the cache belongs to all that the tokens depend on
     stamps = [sources.fingerprint(source, split) for source in names]
-    if None in stamps:
-        stamps = [content_hash(list(_read(names, split, Counter(), reading)))]
-    common = [8, stamps, reading, how, *_tokenizer_stamp(tokenizer)]
+    # of a hub dataset whose commit nobody knows, only its rows tell what is in it
+    known = None not in stamps
+    if not known:
+        stamps = [content_hash(row) for row in _rows(names, split, task, reading, Counter())]
 
-    def file_of(part):
-        key = json.dumps([*common, part, needed if part == 'train' else None])
-        return files.cache_file('tokens', hashlib.sha256(key.encode()).hexdigest())
+    def file_of(part, *more):
+        key = [7, stamps, part, task, limits, reading, margins, *_tokenizer_stamp(tokenizer), *more]
+        return files.cache_file('tokens', hashlib.sha256(json.dumps(key).encode()).hexdigest())
 
-    # in the cache, or at hand since the other split was read
-    examples = _spare.pop(file_of(split), None)
-    if examples is None and cache:
-        examples = _read_cache(file_of(split))
+    examples = _read_cache(file_of(split)) if cache else None
+    if examples is None and cache and enough:
+        examples = _read_cache(file_of(split, enough))
     if examples is None:
-        options = how | {'seed': seed, 'needed': needed, 'cache': cache}
-        _spare.update(_tokenised(names, split, reading, tokenizer, task, options, file_of))
-        examples = _spare.pop(file_of(split))
+        # what is held out of the same rows is tokenised with them
+        both = cache and known and split == 'train' and not undivided and all(map(sources.divides, names))
+        left_out, parts = Counter(), ('train', 'test') if both else (split,)
+        rows = _rows(names, split, task, reading, left_out, both)
+        found, whole = tokenise_parts(rows, parts, tokenizer, task, limits, margins, skip_bad_rows, enough)
+        for part, made in found.items():
+            made.left_out.update(left_out)
+            if cache:
+                _write_cache(file_of(part, *([] if whole else [enough])), made)
+        examples = found[split]
+        if not whole:
+            say(f'note: the first {len(examples)} examples of {data} are enough: the others are not read')
+    if enough:
+        examples = examples.select(slice(enough.get(split)))
 
     # so that the exported tokenizer writes chats as in training
     if NO_TEMPLATE in examples.left_out:
@@ -111,42 +102,20 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     return examples
 
 
-def _tokenised(names, split, reading, tokenizer, task, options, file_of):
-    """{cache file: Examples} of a split, and of the other one, where a source has to be divided and was read for both."""
-    needed, cache = options.pop('needed'), options.pop('cache')
-    collectors, left_out = {}, Counter()
-
-    def collector(part):
-        if part not in collectors:
-            file, enough = file_of(part) if cache else None, needed if part == 'train' else None
-            collectors[part] = Collector(tokenizer, task, file=file, needed=enough, **options)
-        return collectors[part]
-
-    try:
-        for row in _read(names, split, left_out, reading, both=len(names) == 1):
-            collector('test' if row.held_out else 'train').add(row)
-        collector(split)  # which may be empty
-        return {file_of(part): found.finish(left_out) for part, found in collectors.items()}
-    except BaseException:
-        for found in collectors.values():
-            found.ids.discard()
-        raise
-
-
-def _read(names, split, left_out, reading, both=False):
-    """The examples of all sources, one by one, as text or chat. Raises UserError for a source that has none.
-
-    both: a source that has to be divided gives its training and its held-out examples; row.held_out says which it is."""
+def _rows(names, split, task, reading, left_out, both=False):
+    """The examples of all sources, in order. Raises UserError where one of them gives nothing to train on."""
+    bar = tqdm(desc='reading', unit=' examples', disable=None if main_rank() else True, leave=False)
     for source in names:
-        useful, reasons, unused = False, Counter(), Counter()
-        for row in sources.read_examples(source, split, reasons, both=both, **reading):
-            if not useful and row.held_out == (split == 'test'):
-                useful = bool(as_parts(row, reading['task'], unused))
+        reasons, unused, used = Counter(), Counter(), False
+        for row in sources.read_examples(source, split, reasons, task=task, both=both, **reading):
+            used = used or (not row.held_out and bool(_as_texts(row, task, unused)))
+            bar.update()
             yield row
         # a held-out part may be empty, nothing else
-        if not useful and (split == 'train' or reading['undivided']):
+        if not used and (split == 'train' or reading['undivided']):
             raise sources.vanished(source, split, reasons + unused)
         left_out.update(reasons)
+    bar.close()
 
 
 def _tokenizer_stamp(tokenizer):
@@ -156,173 +125,126 @@ def _tokenizer_stamp(tokenizer):
     return model, template, tokenizer.eos_token_id
 
 
-# ---- from rows to ids ----
-
-
 def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False,
-             skip_bad_rows=False, **how):  # fmt: skip
+             skip_bad_rows=False):  # fmt: skip
     """Examples from rows of text or chat; what cannot be used is counted in left_out.
 
     margins: if any pair has a margin, all get one, 0 where there is none, which is counted. skip_bad_rows: count the rows
-    that the chat template refuses, instead of raising UserError. how: further options of Collector."""
-    limits = Limits(max_length, max_prompt_length, truncation)
-    collector = Collector(tokenizer, task, limits=limits, margins=margins, skip_bad_rows=skip_bad_rows, **how)
-    collector.left_out = left_out
-    for row in rows:
-        collector.add(row)
-    return collector.finish(Counter())
+    that the chat template refuses, instead of raising UserError."""
+    limits = max_length, max_prompt_length, truncation
+    found, _ = tokenise_parts(rows, ['train'], tokenizer, task, limits, margins, skip_bad_rows)
+    left_out.update(found['train'].left_out)
+    return found['train'].with_(left_out=+left_out)
 
 
-class Collector:
-    """Tokenised examples as they grow: rows are added one by one, and tokenised in chunks."""
+def tokenise_parts(rows, parts, tokenizer, task, limits, margins=False, skip_bad_rows=False, enough=None):
+    """({part: Examples}, whether all rows were read): rows are of the last of the parts where they are .held_out.
 
-    def __init__(self, tokenizer, task, *, limits, margins=False, skip_bad_rows=False, chat=False, system=None,
-                 last_turn_only=True, file=None, needed=None, seed=0):  # fmt: skip
-        """file: of the cache. needed: of many more rows, about so many are used. The others: see load_examples."""
-        self.tokenizer, self.task, self.limits, self.margins = tokenizer, task, limits, margins
-        self.skip_bad_rows, self.chat, self.system, self.last_turn_only = skip_bad_rows, chat, system, last_turn_only
-        self.has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
-        self.needed, self.seed, self.left_out = needed, seed, Counter()
-        self.file, self.ids = file, Ids(file)
-        self.drawn, self.rows = [], 0  # a heap of the rows to use, where only some are needed
-        self.waiting, self.seen, self.kept, self.widths = [], set(), [], []
-        self.bar = tqdm(desc='tokenising', unit=' rows', disable=None, leave=False, delay=1)
+    limits: as tokenise has them. enough: {part: count}: where all parts have so many, the rest is not read."""
+    made = {part: _Making(task) for part in parts}
+    wanted = [(made[part], (enough or {}).get(part)) for part in parts]
+    first, eos = _first(tokenizer), tokenizer.eos_token_id
+    todo = _render_rows(rows, made, tokenizer, task, skip_bad_rows)
+    for chunk, ids in _encoded(iter(lambda: list(islice(todo, CHUNK)), []), tokenizer):
+        for making, texts, part in chunk:
+            p, *a = islice(ids, len(texts))
+            if any(x in ([], [eos]) for x in a):
+                making.left_out['empty answers'] += 1
+                continue
+            p, a = _fit(p, a, first, eos, *limits, making.left_out)
+            # texts that differ may be cut to the same tokens
+            if len(a) == 2 and a[0] == a[1]:
+                making.left_out['pairs with equal answers'] += 1
+                continue
+            making.add(part, [p, *a])
+        if all(count is not None and len(making.uid) >= count for making, count in wanted):
+            return {part: making.examples(margins) for part, making in made.items()}, False
+    return {part: making.examples(margins) for part, making in made.items()}, True
 
-    def add(self, row):
-        """One more row, as sources.read_examples gives it."""
-        self.rows += 1
-        self.bar.update()
-        if self.needed is None:
-            self._tokenise_later(row)
-            return
-        # those with the smallest hashes are used; the heap's first has the largest hash of them
-        uid = np.array([content_hash(row['prompt'])], np.uint64)
-        item = (-float(uniform_hash(uid, self.seed + 3)[0]), self.rows, row)
-        if len(self.drawn) < self.needed:
-            heapq.heappush(self.drawn, item)
-        else:
-            heapq.heappushpop(self.drawn, item)
 
-    def finish(self, reasons):
-        """The Examples of all rows, which are then in the cache. reasons: Counter of what reading has left out."""
-        for _, _, row in sorted(self.drawn, key=lambda item: item[1]):
-            self._tokenise_later(row)
-        if self.drawn:
-            self.left_out['rows beyond what n_examples needs'] += self.rows - len(self.drawn)
-        self._tokenise()
-        self.bar.close()
+class _Making:
+    """Examples in the making: arrays that grow; the ids, where they are many, in a file."""
 
-        # where each prompt and answer begins and ends in the flat array
-        edges = np.concatenate(([0], np.cumsum(np.array(self.widths, np.int64).reshape(-1))))
+    def __init__(self, task):
+        self.left_out, self.task = Counter(), task
+        self.ids = tempfile.SpooledTemporaryFile(SPILL)  # noqa: SIM115, lives as long as the examples
+        self.widths, self.good, self.uid = array('i'), array('b'), array('Q')
+        self.margins = array('f')  # NaN: none
+
+    def add(self, part, pieces):
+        """Keep an example: its Part, and the ids of its prompt and answers."""
+        with files.writing(tempfile.gettempdir()):
+            self.ids.write(array('i', chain.from_iterable(pieces)))
+        self.widths.extend(map(len, pieces))
+        self.good.append(part.good)
+        self.uid.append(part.uid)
+        self.margins.append(math.nan if part.margin is None else part.margin)
+
+    def examples(self, margins):
+        """All of them as Examples. margins: whether to keep these."""
+        on_disk = self.ids.tell() > SPILL
+        self.ids.seek(0)
+        ids = mmap.mmap(self.ids.fileno(), 0, access=mmap.ACCESS_READ) if on_disk else self.ids.read()
+        # one flat array, and where each prompt and answer begins and ends in it
+        edges = np.concatenate(([0], np.cumsum(np.array(self.widths, np.int64))))
         spans = np.stack((edges[:-1], edges[1:]), 1).reshape(-1, 3 if self.task == 'pairs' else 2, 2)
-        good = np.array([part.good for part in self.kept], bool)
-        uid = np.array([part.uid for part in self.kept], np.uint64)
-        margin = _margins(self.kept, self.margins, self.left_out)
+        good, uid = np.array(self.good, bool), np.array(self.uid, np.uint64)
+        margin = _margins(np.array(self.margins, np.float32), margins, self.left_out)
         # the answers behind prompts are not trained on
         if self.task == 'prompts':
             del self.left_out[THOUGHTLESS]
-        left_out = self.left_out
-        left_out.update(reasons)
-        examples = Examples(self.ids.array(), spans, good, uid, +left_out, margin=margin)
-        if self.file:
-            _write_cache(self.file, examples, self.ids)
-        return examples
+        return Examples(np.frombuffer(ids, np.int32), spans, good, uid, +self.left_out, margin=margin)
 
-    def _tokenise_later(self, row):
-        self.waiting.append(as_chats(row, self.system) if self.chat or self.system else row)
-        if len(self.waiting) == CHUNK:
-            self._tokenise()
 
-    def _tokenise(self):
-        """The ids of the rows that wait."""
-        items = [item for row in self.waiting for item in self._written(row)]
-        self.waiting = []
-        encoded = iter(_encode([text for texts, _, _ in items for text in texts], self.tokenizer, self.left_out))
-        for texts, trained, part in items:
-            pieces = self._fitted(list(islice(encoded, len(texts))), trained)
-            if pieces:
-                self.ids.append(pieces)
-                self.widths.append([len(piece) for piece in pieces])
-                self.kept.append(part._replace(prompt=None, answers=None, turns=None))
-
-    def _written(self, row):
-        """[(texts, trained, Part)] of a row; none, counted, where it cannot be used.
-
-        texts: of the prompt and the answers, each a list of pieces. trained: of a conversation, whose texts are its segments,
-        whether each is trained on; else None."""
-        left_out = self.left_out
+def _render_rows(rows, made, tokenizer, task, skip_bad_rows):
+    """(its part's _Making, texts of the prompt and the answers, each a list of pieces, its Part) of all that can be used."""
+    seen, (training, *testing) = set(), made.values()
+    for row in rows:
+        making = testing[0] if testing and row.held_out else training
+        left_out = making.left_out
         try:
-            parts = as_parts(row, self.task, left_out, self.last_turn_only)
+            found = _as_texts(row, task, left_out)
             # one demonstration a prompt and answer, however many pairs it is in
-            if self.task in ('sft', 'prompts') and parts and parts[0].uid in self.seen:
-                left_out['same prompt again' if self.task == 'prompts' else 'same demonstration again'] += 1
-                return []
-            written = [item for part in parts for item in self._texts(part, row.get('tools'))]
+            if task in ('sft', 'prompts') and found and found[0].uid in seen:
+                left_out['same prompt again' if task == 'prompts' else 'same demonstration again'] += 1
+                continue
+            texts = [render(part.prompt, part.answers, row.get('tools'), tokenizer, left_out) for part in found]
         except Refused as error:
-            _bad_row(error, row, self.skip_bad_rows, left_out)
-            return []
-        self.seen.update(part.uid for part in parts)
-        return written
-
-    def _texts(self, part, tools):
-        """The items of _written of one Part: of a conversation that cannot be one sequence, one for each answer."""
-        if part.turns:
-            segments = turns.segments(part.turns, tools, self.tokenizer, self.left_out)
-            if segments is not None:
-                return [([segment.pieces for segment in segments], [segment.trained for segment in segments], part)]
-            self.left_out[turns.APART] += 1
-            answers = [i for i, turn in enumerate(part.turns) if turns.is_trained(turn)]
-            chats = [(part.turns[:i], [part.turns[i : i + 1]]) for i in answers]
-        else:
-            chats = [(part.prompt, part.answers)]
-            plain = all(isinstance(text, str) for text in (part.prompt, *part.answers))
-            plain = plain and not part.prompt.endswith(TURN_MARKERS)
-            self.left_out[NO_CHAT] += plain and bool(part.prompt) and self.has_template
-        texts = [render(prompt, answers, tools, self.tokenizer, self.left_out) for prompt, answers in chats]
-        self.left_out['empty answers'] += texts.count(None)
-        return [(text, None, part) for text in texts if text is not None]
-
-    def _fitted(self, ids, trained):
-        """[prompt, answers] as ids that fit; None, counted, where nothing is left to train on."""
-        first, eos = _first(self.tokenizer), self.tokenizer.eos_token_id
-        if trained:
-            return _fit_conversation(ids, trained, first, eos, self.limits, self.left_out)
-        p, *a = ids
-        if any(x in ([], [eos]) for x in a):
-            self.left_out['empty answers'] += 1
-            return None
-        p, a = _fit(p, a, first, eos, self.limits, self.left_out)
-        # texts that differ may be cut to the same tokens
-        if len(a) == 2 and a[0] == a[1]:
-            self.left_out['pairs with equal answers'] += 1
-            return None
-        return [p, *a]
+            _bad_row(error, row, skip_bad_rows, left_out)
+            continue
+        if task in ('sft', 'prompts'):
+            seen.update(part.uid for part in found)
+        left_out['empty answers'] += texts.count(None)
+        yield from ((making, text, part) for text, part in zip(texts, found, strict=True) if text is not None)
 
 
-def as_chats(row, system):
-    """A row whose texts are chats, behind a system message unless it is None."""
-    answers = [key for key in ('chosen', 'rejected', 'response', 'sft') if isinstance(row.get(key), str)]
-    changed = {key: [message('assistant', row[key].strip())] for key in answers}
-    for key in ('prompt', 'turns'):
-        if key in row:
-            chat = as_chat(row[key])
-            has_system = bool(chat) and chat[0]['role'] == 'system'
-            changed[key] = chat if has_system or not system else [message('system', system), *chat]
-    new = Row(row | changed)
-    new.where = getattr(row, 'where', '')
-    return new
+def _encoded(chunks, tokenizer):
+    """(chunk, an iterator over the ids of its texts) of all chunks; the next one is read while one is encoded in a thread."""
+
+    def encode(chunk):
+        return iter(_encode([text for _, texts, _ in chunk for text in texts], tokenizer, chunk[0][0].left_out))
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for chunk in chunks:
+            ids = pool.submit(encode, chunk)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = chunk, ids
+        if waiting:
+            yield waiting[0], waiting[1].result()
 
 
-def _margins(parts, wanted, left_out):
-    """The margins of pairs as an array, 0 where one has none; None where no pair has one, or none are wanted."""
-    known = sum(part.margin is not None for part in parts)
-    if not known:
+def _margins(margins, wanted, left_out):
+    """The margins of pairs, 0 where one has none (NaN); None where no pair has one, or none are wanted."""
+    missing = np.isnan(margins)
+    if missing.all():
         return None
     if not wanted:
-        left_out['margins, which only reward.py uses'] += known
+        left_out['margins, which only reward.py uses'] += int((~missing).sum())
         return None
-    left_out['pairs without a margin, taken as 0'] += len(parts) - known
-    return np.array([part.margin or 0.0 for part in parts], np.float32)
+    left_out['pairs without a margin, taken as 0'] += int(missing.sum())
+    return np.where(missing, np.float32(0), margins)
 
 
 def _bad_row(error, row, skip_bad_rows, left_out):
@@ -342,58 +264,23 @@ def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation,
         raise UserError(str(error)) from None
     p, a = _encode(texts, tokenizer, left_out)
     first, eos = _first(tokenizer), tokenizer.eos_token_id
-    p, a = _fit(p, [a], first, eos, Limits(max_length, max_prompt_length, truncation), left_out)
+    p, a = _fit(p, [a], first, eos, max_length, max_prompt_length, truncation, left_out)
     return p, a[0]
 
 
-def _fit(p, a, first, eos, limits, left_out):
+def _fit(p, a, first, eos, max_length, max_prompt_length, truncation, left_out):
     """The ids of a prompt, and of its answers, with BOS and the end of text, cut to the lengths."""
     p = _begin(p, first, eos)
     a = [x if x[-1:] == [eos] else [*x, eos] for x in a]
     # too long: first the prompt is cut, then each answer to the room that is left
-    if len(p) + max(map(len, a)) > limits.max_length:
-        p = _cut_prompt(p, first, limits, left_out)
-        room = limits.max_length - len(p)
+    if len(p) + max(map(len, a)) > max_length:
+        if len(p) > max_prompt_length:
+            left_out['prompts cut'] += 1
+            p = _cut(p, max_prompt_length, first, truncation)
+        room = max_length - len(p)
         left_out['answers cut'] += sum(len(x) > room for x in a)
         a = [x if len(x) <= room else [*x[: room - 1], eos] for x in a]
     return p, a
-
-
-def _cut_prompt(p, first, limits, left_out):
-    """A prompt's ids, cut and counted if there are too many."""
-    if len(p) <= limits.max_prompt_length:
-        return p
-    left_out['prompts cut'] += 1
-    return _cut(p, limits.max_prompt_length, first, limits.truncation)
-
-
-def _fit_conversation(ids, trained, first, eos, limits, left_out):
-    """[prompt, answer] of a conversation's segments as ids, where a token that is only seen is ~id; None if nothing is left.
-
-    The prompt is what comes before the first answer. A conversation that is too long loses its end."""
-    prompt = _begin(ids[0], first, eos)
-    # the rest is one answer: it ends with the end of text, and the user's words in it are only seen
-    answer = []
-    for segment, is_used in zip(ids[1:], trained[1:], strict=True):
-        answer += segment if is_used else [~i for i in segment]
-    answer += [] if answer[-1:] == [eos] else [eos]
-
-    if len(prompt) + len(answer) > limits.max_length:
-        prompt = _cut_prompt(prompt, first, limits, left_out)
-        room = limits.max_length - len(prompt)
-        if len(answer) > room:
-            left_out['conversations cut'] += 1
-            inside = answer[room - 1] >= 0 and answer[room] >= 0
-            answer = answer[:room]
-            # the cut is in an answer, which ends as one; or behind it, where the user's words train nothing
-            if inside:
-                answer[-1] = eos
-            while answer and answer[-1] < 0:
-                answer.pop()
-    if not answer:
-        left_out['conversations without an answer within max_length'] += 1
-        return None
-    return [prompt, answer]
 
 
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows=False):
@@ -436,7 +323,7 @@ def _cut(prompt, length, first, truncation):
     return [*head, *prompt[len(prompt) - length + len(head) :]] if truncation == 'start' else prompt[:length]
 
 
-def as_parts(row, task, left_out, last_turn_only=False):
+def _as_texts(row, task, left_out):
     """The Parts of a row, as the task needs them; none, counted, where it has no such thing."""
     prompt, answers = row['prompt'], _answers(row, task, left_out)
     if answers is None:
@@ -453,11 +340,7 @@ def as_parts(row, task, left_out, last_turn_only=False):
     if len(answers) == 2 and task != 'pairs':
         return [Part(prompt, [answer], good, uid) for answer, good in zip(answers, (True, False), strict=True)]
     margin = row.get('margin') if task == 'pairs' else None
-    # a conversation with several answers trains on all of them
-    conversation = None
-    if task == 'sft' and 'turns' in row and not last_turn_only:
-        conversation = row['turns'] if sum(map(turns.is_trained, row['turns'])) > 1 else None
-    return [Part(prompt, answers, row.get('good', True), uid, margin, conversation)]
+    return [Part(prompt, answers, row.get('good', True), uid, margin)]
 
 
 def _answers(row, task, left_out):
@@ -550,106 +433,34 @@ def _ids_of_text(text, tokenizer):
 # ---- the cache on disk ----
 
 
-@cache
-def _not_cached(reason):
-    say(f'note: tokens are not cached: {reason}')  # once
-
-
-class Ids:
-    """Token ids as they grow: in a file beside the cache's, or in memory where there is none or the disk does not take them."""
-
-    def __init__(self, file):
-        self.parts, self.stream, self.count = [], None, 0
-        if file:
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                self.path = file.with_suffix(f'.{os.getpid()}.ids')
-                self.stream = open(self.path, 'wb')
-            except OSError as error:
-                _not_cached(error)
-
-    def append(self, pieces):
-        """More ids, a list of lists."""
-        array = np.fromiter(chain.from_iterable(pieces), np.int32)
-        try:
-            if self.stream:
-                self.stream.write(array)
-        except OSError as error:  # a full disk: what is written so far goes on in memory
-            _not_cached(error)
-            self.parts = [self._from_file()]
-        if not self.stream:
-            self.parts.append(array)
-        self.count += len(array)
-
-    def _from_file(self):
-        """What the file holds, in memory; there is no file any more."""
-        with contextlib.suppress(OSError):
-            self.stream.close()
-        self.stream = None
-        array = np.fromfile(self.path, np.int32)[: self.count]
-        self.path.unlink(missing_ok=True)
-        return array
-
-    def array(self):
-        """All ids, (tokens,) int32: a memory map of the file where there is one."""
-        if self.stream:
-            try:
-                self.stream.close()
-                return np.memmap(self.path, np.int32, 'r') if self.count else np.zeros(0, np.int32)
-            except OSError as error:
-                _not_cached(error)
-                self.parts = [self._from_file()]
-        return np.concatenate(self.parts) if self.parts else np.zeros(0, np.int32)
-
-    def keep(self, file):
-        """Give the file of ids its name in the cache."""
-        self.path.replace(file.with_suffix('.ids'))
-
-    def discard(self):
-        """Remove the file; what is mapped stays readable."""
-        if self.stream:
-            self.path.unlink(missing_ok=True)
-
-
-def _write_cache(file, examples, ids):
-    """Write a cache: the ids in a file of their own, which is memory-mapped, the rest beside it."""
-    if not ids.stream:
-        return
-    names = ['spans', 'good', 'uid'] + ['margin'] * (examples.margin is not None)
-    arrays = {name: np.ascontiguousarray(getattr(examples, name)) for name in names}
-    digest = _digest([examples.ids, *arrays.values()], examples.left_out)
-    reason = files.write_cache(file, arrays, {'left_out': json.dumps([examples.left_out, digest])})
-    if reason:
-        _not_cached(reason)
-        ids.discard()
-    else:
-        ids.keep(file)
-
-
 def _read_cache(file):
-    """The Examples in a cache, or None where there is none or it is damaged."""
-    if not file.exists():
-        return None
-    ids = np.zeros(0, np.int32)
-    with contextlib.suppress(OSError, ValueError):  # an empty file cannot be mapped
-        ids = np.memmap(file.with_suffix('.ids'), np.int32, 'r')
+    """The Examples in a cache file, or None where there is none or it is damaged."""
 
     def valid(arrays, metadata):
         left_out, digest = json.loads(metadata['left_out'])
-        return digest == _digest(
-            [ids, *(arrays[name] for name in ('spans', 'good', 'uid', 'margin') if name in arrays)], left_out
-        )
+        return digest == _digest(arrays, left_out)
 
     found = files.read_cache(file, valid)
     if found is None:
-        return say(f'note: {file} is damaged: tokenising anew')
+        if file.exists():
+            say(f'note: {file} is damaged: tokenising anew')
+        return None
     arrays, metadata = found
-    return Examples(ids, **arrays, left_out=Counter(json.loads(metadata['left_out'])[0]))
+    return Examples(**arrays, left_out=Counter(json.loads(metadata['left_out'])[0]))
+
+
+def _write_cache(file, examples):
+    names = ['ids', 'spans', 'good', 'uid'] + ['margin'] * (examples.margin is not None)
+    arrays = {name: np.ascontiguousarray(getattr(examples, name)) for name in names}
+    left_out = [examples.left_out, _digest(arrays, examples.left_out)]
+    failure = files.write_cache(file, arrays, {'left_out': json.dumps(left_out)})
+    if failure:
+        say(f'note: tokens are not cached: {failure}')
 
 
 def _digest(arrays, left_out):
-    """A hash of what a cache holds: a changed bit would train on other tokens."""
-    digest = hashlib.blake2b(json.dumps(left_out).encode(), digest_size=16)
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+    """A hash of what a cache file holds: a changed bit would train on other tokens."""
+    digest = hashlib.sha256(json.dumps(left_out).encode())
+    for name in ('ids', 'spans', 'good', 'uid', 'margin'):
+        digest.update(np.ascontiguousarray(arrays[name]) if name in arrays else b'-')
     return digest.hexdigest()

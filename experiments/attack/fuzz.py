@@ -278,7 +278,7 @@ def check_chat(key, value, written, name):
 
 def check_example(example, written, name):
     """Raise Failure unless an example has the fields that load_rows promises."""
-    fields = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools'}
+    fields = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools', 'turns'}
     if not {'prompt'} <= example.keys() <= fields:
         raise Failure(f'an example with the fields {sorted(example)}')
     kinds = {'good': bool, 'margin': float, 'tools': list}

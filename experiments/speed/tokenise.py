@@ -1,90 +1,135 @@
-"""Reading and tokenising a file beside datasets.map with the same tokenizer: seconds, and peak memory above an idle process.
+"""Time and memory of reading and tokenising rows, ours and that of datasets.map with the same tokenizer, in turns.
 
-    python -m experiments.speed.tokenise --tokenizer=FOLDER --rows='10000 100000'
+    python -m experiments.speed.tokenise --rows=10000 100000 --rounds=2
 
-Rows are a prompt and an answer of random words. Each way runs in a process of its own, in turns; `again` is a second start from the cache.
-"""
+A row is a pair of about 500 tokens. Each measurement is a process of its own, with empty caches; then ours starts again
+from its cache. Memory is the most that the process and its children hold together beyond what imports take: private, and with
+what is mapped from files, in bytes a token."""
 
+import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
-from configurator import configure
-from experiments import ROOT
+import psutil
 
-tokenizer = 'toy'  # a folder with a tokenizer, or 'toy'
-rows = '10000 100000'  # how many rows
-words = 330  # of a row: about 500 tokens of Pythia's tokenizer
-way: str | None = None  # what a process of its own does: idle, ours, again or datasets
-file: str | None = None  # and with which file
-
-WAYS = 'idle datasets ours again'.split()
+ROOT = Path(__file__).resolve().parents[2]
+LIMITS = {'max_length': 4096, 'max_prompt_length': 2048}
 
 
 def write_rows(path, count):
-    """A file of so many rows; one vocabulary of 20,000 made-up words."""
+    """Pairs of words of the toy world, as many tokens as real ones have."""
+    from text import toy
+
     rng = random.Random(0)
-    vocabulary = [''.join(rng.choices('etaoinshrdlucmfw', k=rng.randint(2, 7))) for _ in range(20_000)]
     with open(path, 'w') as stream:
         for i in range(count):
-            text = ' '.join(rng.choices(vocabulary, k=words))
-            cut = len(text) // 3
-            stream.write(json.dumps({'prompt': f'{i} {text[:cut]}', 'response': text[cut:]}) + '\n')
+            prompt, chosen, rejected = (' '.join(rng.choices(toy.WORDS, k=k)) for k in (80, 190, 190))
+            row = {
+                'prompt': f'\n\nHuman: {i} {prompt}\n\nAssistant:',
+                'chosen': f' {chosen}',
+                'rejected': f' {rejected}',
+            }
+            stream.write(json.dumps(row) + '\n')
 
 
-def do():
-    """One way, in this process. Prints its tokens."""
+def tokenizer():
+    """A real tokenizer, without the network."""
     import transformers
 
-    from hf.load import load_tokenizer
+    file = str(ROOT.parent / 'shared/data/pythia_tokenizer.json')
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=file, eos_token='<|endoftext|>')
+
+
+def ours(path):
+    """The number of tokens, after load_examples."""
     from text.tokenise import load_examples
 
-    loaded = load_tokenizer(tokenizer)
-    if way == 'datasets':
-        import datasets
+    found = [load_examples(path, split, tokenizer(), 'pairs', **LIMITS) for split in ('train', 'test')]
+    return sum(int(examples.lengths.sum()) for examples in found)
 
-        def encode(batch):
-            texts = [prompt + response for prompt, response in zip(batch['prompt'], batch['response'], strict=True)]
-            return {'input_ids': loaded(texts)['input_ids']}
 
-        source = datasets.load_dataset('json', data_files=file, split='train', cache_dir=f'{file}.cache')
-        found = source.map(encode, batched=True, remove_columns=source.column_names)
-        print(sum(len(ids) for ids in found['input_ids'][:100]))
-    elif way != 'idle':
-        limits = {'max_length': 4096, 'max_prompt_length': 2048, 'undivided': True}
-        found = load_examples(file, 'train', loaded, 'sft', **limits)
-        print(int(found.lengths.sum()), transformers.__version__)
+def theirs(path):
+    """The number of tokens, after datasets.map in as many processes as there are cores."""
+    import datasets
+
+    tok = tokenizer()
+
+    def encode(rows):
+        return {name: tok(rows[name])['input_ids'] for name in ('prompt', 'chosen', 'rejected')}
+
+    rows = datasets.load_dataset('json', data_files=path, split='train')
+    rows = rows.map(encode, batched=True, num_proc=os.cpu_count(), remove_columns=rows.column_names)
+    return sum(len(ids) for batch in rows.iter(1000) for column in batch.values() for ids in column) + 2 * len(rows)
+
+
+def memory():
+    """(private, all) bytes of this process and its children."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    found = [process.memory_info() for process in processes if process.is_running()]
+    return sum(m.rss - m.shared for m in found), sum(m.rss for m in found)
+
+
+def cpu_seconds():
+    """Seconds of processors that this process and its children that ended have used."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(r.ru_utime + r.ru_stime for r in used)
+
+
+def measure(how, path):
+    """Print [seconds, those of all processors, tokens, private bytes, all bytes] of one way, beyond what imports take."""
+    import datasets  # noqa: F401, both start with all imports done
+
+    import text.tokenise  # noqa: F401
+
+    before, most, done = memory(), [0, 0], threading.Event()
+
+    def watch():
+        while not done.wait(0.1):
+            try:
+                most[:] = map(max, most, memory())
+            except psutil.Error:  # a child has just ended
+                continue
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start, used = time.time(), cpu_seconds()
+    tokens = {'ours': ours, 'again': ours, 'theirs': theirs}[how](path)
+    seconds, used = time.time() - start, cpu_seconds() - used
+    done.set()
+    watcher.join()
+    print(json.dumps([seconds, used, tokens, *(max(0, m - b) for m, b in zip(most, before, strict=True))]))
 
 
 def main():
-    config = configure(globals())
-    if way:
-        do()
-        return
-    print(f'{"rows":>9s}  {"way":9s} {"seconds":>8s} {"CPU s":>8s} {"peak, MB":>9s} {"above idle, MB":>14s}')
-    for count in map(int, rows.split()):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--rows', type=int, nargs='+', default=[10_000])
+    parser.add_argument('--rounds', type=int, default=2)
+    parser.add_argument('--ways', nargs='+', default=['ours', 'again', 'theirs'])
+    parser.add_argument('--measure', nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        return measure(*options.measure)
+    for count in options.rows:
         with tempfile.TemporaryDirectory() as folder:
-            path, idle = Path(folder, 'rows.jsonl'), 0
-            write_rows(path, count)
-            for name in WAYS:
-                options = [f'--way={name}', f'--file={path}', f'--tokenizer={config.tokenizer}']
-                environment = os.environ | {'NANOPREF_CACHE': f'{folder}/cache'}
-                began = time.time()
-                command = ['/usr/bin/env', sys.executable, '-m', 'experiments.speed.tokenise', *options]
-                done = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                _, status, usage = os.wait4(done.pid, 0)
-                seconds = time.time() - began
-                if status:
-                    sys.exit(f'{name} failed: python {" ".join(command[2:])}')
-                peak = usage.ru_maxrss / 1024
-                idle = peak if name == 'idle' else idle
-                cpu = usage.ru_utime + usage.ru_stime
-                print(f'{count:9,d}  {name:9s} {seconds:8.1f} {cpu:8.1f} {peak:9.0f} {peak - idle:14.0f}', flush=True)
+            write_rows(f'{folder}/rows.jsonl', count)
+            for number in range(options.rounds):
+                cache = {'NANOPREF_CACHE': f'{folder}/ours{number}', 'HF_DATASETS_CACHE': f'{folder}/theirs{number}'}
+                for how in options.ways:
+                    command = [sys.executable, '-m', __spec__.name, '--measure', how, f'{folder}/rows.jsonl']
+                    out = subprocess.run(
+                        command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True, check=True
+                    )
+                    seconds, used, tokens, private, everything = json.loads(out.stdout.splitlines()[-1])
+                    print(f'{count:>9,} rows  {how:<6} {seconds:7.1f} s ({used:.1f} of processors)  {tokens / seconds / 1e6:6.2f} M tokens/s  '
+                          f'{private / tokens:5.1f} bytes/token private, {everything / tokens:5.1f} with maps', flush=True)  # fmt: skip
 
 
 if __name__ == '__main__':

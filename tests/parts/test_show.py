@@ -60,6 +60,8 @@ def test_every_answer_of_a_conversation_is_marked(show):
         ([{'prompt': 'p', 'response': 'r', 'good': True}], None, [{'prompt': 'p', 'response': 'r', 'good': True}]),
         ([{'messages': [TALK[0], TALK[1] | {'weight': 0}, *TALK[2:]]}], 'sft',
          [{'prompt': TALK[:3], 'response': TALK[3:], 'trained': ['d']}]),
+        ([{'messages': [TALK[0], TALK[1] | {'weight': 0}, *TALK[2:], *TALK[:2]]}], 'sft',
+         [{'prompt': [*TALK, TALK[0]], 'response': TALK[1:2], 'trained': ['d', 'b']}]),
     ],
 )  # fmt: skip
 def test_json(show, rows, task, expected):

@@ -1,0 +1,314 @@
+"""Files and folders as people have them: formats and compressions, splits and configs, what a broken download says."""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+
+from configurator import UserError
+from tests.helpers import write_jsonl
+from text import files, sources, tokenise, toy
+from text.readers import PACKED
+
+ROWS = [{'prompt': f'q "{i}",\n', 'response': f'ä{i}', 'good': bool(i % 2)} for i in range(200)]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr('text.files.hub_commit', lambda hub_id: None)
+
+
+def write(path, rows=ROWS):
+    """Write rows in the format, and compressed, as the name of the file says. Returns the path as a string."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    suffix = next((s for s in reversed(path.suffixes) if s not in PACKED), '')
+    table = pyarrow.Table.from_pylist(rows)
+    if suffix == '.parquet':
+        pyarrow.parquet.write_table(table, path)
+    elif suffix == '.arrow':
+        pyarrow.feather.write_feather(table, str(path))
+    else:
+        path.write_bytes(packed(path, as_text(suffix, rows).encode()))
+    return str(path)
+
+
+def as_text(suffix, rows):
+    if suffix == '.json':
+        return json.dumps(rows)
+    if suffix in ('.csv', '.tsv'):
+        out = SimpleNamespace(text='')
+        out.write = lambda line: setattr(out, 'text', out.text + line)
+        table = csv.DictWriter(out, rows[0], delimiter='\t' if suffix == '.tsv' else ',')
+        table.writeheader()
+        table.writerows(rows)
+        return out.text
+    return ''.join(json.dumps(row) + '\n' for row in rows)
+
+
+def packed(path, content):
+    if path.suffix == '.zst':
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, 'zstd') as stream:
+            stream.write(content)
+        return sink.getvalue().to_pybytes()
+    return {'.gz': gzip, '.bz2': bz2, '.xz': lzma}[path.suffix].compress(content) if path.suffix in PACKED else content
+
+
+def answers(source, split='train', **options):
+    return [row['response'] for row in sources.load_rows(source, split, **options)[0]]
+
+
+ALL = [row['response'] for row in ROWS]
+
+
+# ---- formats ----
+
+
+@pytest.mark.parametrize('ending', [e for e in files.ENDINGS if '.txt' not in e])
+def test_every_format_and_compression(tmp_path, ending):
+    found = sources.load_rows(write(tmp_path / f'data{ending}'), 'train', undivided=True)[0]
+    assert found == ROWS
+    number = int(found[1].where.rpartition(' ')[2])
+    # a quoted line break makes two lines of one row
+    assert number == (4 if ending.startswith(('.csv', '.tsv')) else 2)
+
+
+def test_text_files(tmp_path):
+    (tmp_path / 'data.txt').write_text('one\n\ntwo\r\n')
+    assert answers(str(tmp_path / 'data.txt'), undivided=True) == ['one', 'two']
+    # beside other data it is a licence
+    write(tmp_path / 'train.jsonl')
+    assert answers(str(tmp_path), undivided=True) == ALL
+
+
+def test_kinds_of_the_columns_of_a_table(tmp_path):
+    path = tmp_path / 'data.csv'
+    path.write_text('\ufeffprompt,label,score,note,zip\n1,True,0.5,,007\n2,false,-3,x,1\n')
+    rows = list(files.read_rows(None, 'train', str(path)))
+    assert rows == [{'prompt': '1', 'label': True, 'score': 0.5, 'note': None, 'zip': '007'},
+                    {'prompt': '2', 'label': False, 'score': -3, 'note': 'x', 'zip': '1'}]  # fmt: skip
+    path.write_text('text,b\nx,y,z\n')
+    with pytest.raises(UserError, match='line 2: more cells than the table has columns'):
+        sources.load_rows(str(path), 'train')
+
+
+POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'
+CUT = 'cut short'
+
+
+@pytest.mark.parametrize(
+    'ending', ['.jsonl', '.json', '.jsonl.gz', '.jsonl.bz2', '.jsonl.xz', '.jsonl.zst', '.parquet', '.arrow']
+)
+def test_pointers_and_truncated_downloads_are_named(tmp_path, ending):
+    path = Path(write(tmp_path / f'data{ending}'))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(UserError, match=CUT) as info:
+        sources.load_rows(str(path), 'train')
+    assert str(path) in str(info.value) and '\n' not in str(info.value)
+    path.write_bytes(POINTER)
+    with pytest.raises(UserError, match='is a git-lfs pointer, not the data: fetch it with: git lfs pull'):
+        sources.load_rows(str(path), 'train')
+
+
+# ---- folders ----
+
+
+def divided(source):
+    """Whether a source gives all rows, once, a part of them for testing."""
+    train, test = answers(source), answers(source, 'test')
+    return test and len(test) < 25 and sorted(train + test) == sorted(ALL)
+
+
+def test_home_and_patterns(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for i, part in enumerate((ROWS[:20], ROWS[20:])):
+        write(tmp_path / f'mine/part-{i}.jsonl', part)
+    for source in ('~/mine', '~/mine/part-*.jsonl', '~/mine/part-[01].jsonl', f'{tmp_path}/**/*.jsonl'):
+        assert divided(source), source
+        assert sources.fingerprint(source, 'train')
+    with pytest.raises(UserError, match='no file or folder'):
+        sources.load_rows('~/mine/none-*.jsonl', 'train')
+
+
+SHARDS = [f'data/{{}}-0000{i}-of-00002.parquet' for i in range(2)]
+
+
+@pytest.mark.parametrize('held_out', ['test', 'validation', 'valid', 'dev', 'val'])
+def test_a_folder_as_the_hub_has_it(tmp_path, held_out):
+    for i, name in enumerate(SHARDS):
+        write(tmp_path / name.format('train'), ROWS[i::2])
+    assert divided(str(tmp_path))
+    write(tmp_path / f'data/{held_out}-00000-of-00001.parquet', ROWS[:3])
+    assert answers(str(tmp_path)) == ALL[::2] + ALL[1::2] and answers(str(tmp_path), 'test') == ALL[:3]
+    assert divided(f'{tmp_path}[train]') is False and divided(str(tmp_path / 'data/train*'))
+    assert answers(f'{tmp_path}[{held_out}]', undivided=True) == ALL[:3]
+    with pytest.raises(UserError, match=rf"no split 'tests'; there are train, {held_out}|{held_out}, train: say which"):
+        sources.load_rows(f'{tmp_path}[tests]', 'train')
+
+
+def test_save_to_disk(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / 'one', num_shards=2)
+    parts = {'train_sft': whole, 'test_sft': whole.select(range(3)), 'train_gen': whole.select([5])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / 'dict')
+    assert divided(str(tmp_path / 'one'))
+    assert answers(f'{tmp_path}/dict[train_sft]') == ALL and answers(f'{tmp_path}/dict[train_sft]', 'test') == ALL[:3]
+    with pytest.raises(UserError, match=r"several splits; there are .*train_gen.*: say which: --data='.*dict\[train_"):
+        sources.load_rows(f'{tmp_path}/dict', 'train')
+
+
+README = """---
+license: mit
+configs:
+- config_name: easy
+  data_files:
+  - split: train
+    path: [easy/a.jsonl, "easy/b*.jsonl"]
+  - split: test
+    path: easy/held.jsonl
+- config_name: hard
+  data_files: hard/*
+---
+# Mine
+"""
+
+
+def test_the_configs_of_a_readme(tmp_path):
+    for name, rows in {'easy/a': ROWS[:20], 'easy/b1': ROWS[20:], 'easy/held': ROWS[:2], 'hard/x': ROWS}.items():
+        write(tmp_path / f'{name}.jsonl', rows)
+    (tmp_path / 'README.md').write_text(README)
+    with pytest.raises(UserError, match=r'has several configs: easy, hard: say which: --data=.*:easy'):
+        sources.load_rows(str(tmp_path), 'train')
+    assert answers(f'{tmp_path}:easy') == ALL and answers(f'{tmp_path}:easy', 'test') == ALL[:2]
+    assert divided(f'{tmp_path}:hard') and answers(f'{tmp_path}:easy[test]', undivided=True) == ALL[:2]
+    with pytest.raises(UserError, match="no config 'soft'; there are easy, hard"):
+        sources.load_rows(f'{tmp_path}:soft', 'train')
+    # what the README says is of the fingerprint
+    before = sources.fingerprint(f'{tmp_path}:easy', 'train')
+    (tmp_path / 'README.md').write_text(README.replace('easy/held', 'easy/a'))
+    assert sources.fingerprint(f'{tmp_path}:easy', 'train') != before
+
+
+# ---- the hub ----
+
+
+HUB = ['train_prefs', 'train_sft', 'test_prefs', 'test_sft']
+
+
+@pytest.mark.parametrize(
+    'source, there, train, test',
+    [
+        ('o/n', ['train', 'validation'], ('train', None), ('validation', None)),
+        ('o/n[train_prefs]', HUB, ('train_prefs', None), ('test_prefs', None)),
+        ('o/n:c', ['train', 'test'], ('train', 'c'), ('test', 'c')),
+        ('o/n:c.1[train_sft]', HUB, ('train_sft', 'c.1'), ('test_sft', 'c.1')),
+        ('o/n', ['prefs'], ('prefs', None), ('prefs', None)),
+    ],
+)
+def test_splits_and_configs_of_the_hub(monkeypatch, source, there, train, test):
+    asked = []
+
+    def load_dataset(hub_id, split, name=None):
+        asked.append((hub_id, split, name))
+        return ROWS
+
+    names = SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=lambda hub_id, config_name=None: there)
+    monkeypatch.setitem(sys.modules, 'datasets', names)
+    for split in ('train', 'test'):
+        sources.load_rows(source, split)
+    assert asked == [('o/n', *train), ('o/n', *test)]
+    with pytest.raises(UserError, match="no split 'nothing'; there are"):
+        sources.load_rows('o/n[nothing]', 'train')
+
+
+def test_what_the_hub_asks_to_choose(monkeypatch):
+    def refuse(hub_id, config_name=None):
+        raise ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['easy', 'hard']\nExample"
+        )
+
+    fake = SimpleNamespace(get_dataset_split_names=lambda hub_id: HUB)
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
+    with pytest.raises(
+        UserError, match=r"o/n has several splits; there are train_prefs, .*say which: --data='o/n\[train_prefs\]'"
+    ):
+        sources.load_rows('o/n', 'train')
+    fake.get_dataset_split_names = refuse
+    with pytest.raises(UserError, match="it has several configs: easy, hard: say which: --data='o/n:easy'"):
+        sources.load_rows('o/n', 'train')
+    with pytest.raises(UserError, match=r"the reader 'hh' chooses the split itself: leave \[x\] out"):
+        sources.load_rows('hh[x]', 'train')
+
+
+# ---- size ----
+
+LIMITS = {'max_length': 32, 'max_prompt_length': 16}
+PAIRS = [{'prompt': f'the room {i}', 'chosen': f' was clean {i}', 'rejected': ' was dull'} for i in range(400)]
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """load(split, **options) -> (ids of all parts, left_out, the Examples) of 400 pairs; load.read: rows that were read so far."""
+    source, tokenizer, original = write_jsonl(tmp_path / 'pairs.jsonl', PAIRS), toy.tokenizer(), sources.read_rows
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(tokenise, 'CHUNK', 30)
+
+    def read_rows(*args, **options):
+        for row in original(*args, **options):
+            load.read += 1
+            yield row
+
+    def load(split, **options):
+        found = tokenise.load_examples(source, split, tokenizer, 'pairs', **LIMITS | options)
+        return (
+            [[part.tolist() for part in (p, *a)] for p, a in map(found.__getitem__, range(len(found)))],
+            found.left_out,
+            found,
+        )
+
+    load.read = 0
+    monkeypatch.setattr(sources, 'read_rows', read_rows)
+    return load
+
+
+def test_both_parts_are_of_one_reading(load):
+    alone = [load(split, cache=False)[:2] for split in ('train', 'test')]
+    assert load.read == 800
+    for _ in range(2):  # the second time from the cache
+        assert [load(split)[:2] for split in ('train', 'test')] == alone and load.read == 1200
+    found = load('train')[2]
+    assert 0 < len(alone[1][0]) < 40 and not found.ids.flags.owndata and not found.ids.flags.writeable
+
+
+def test_many_ids_are_kept_in_a_file(load, monkeypatch):
+    before = load('train', cache=False)[0]
+    monkeypatch.setattr(tokenise, 'SPILL', 100)
+    assert load('train', cache=False)[0] == before
+
+
+@pytest.mark.parametrize('all_first', [False, True])
+def test_a_few_examples_are_the_first_and_need_few_rows(load, all_first):
+    enough = {'train': 50, 'test': 2}
+    wanted = [load(split, cache=all_first)[0][: enough[split]] for split in ('train', 'test')]
+    before = load.read
+    for _ in range(2):
+        assert [load(split, enough=enough)[0] for split in ('train', 'test')] == wanted
+    assert load.read == before if all_first else load.read - before <= 180
+
+
+def test_repeated_demonstrations_are_counted(tmp_path):
+    rows = [sources.Row(row) for row in PAIRS[:3] + PAIRS[:2]]
+    assert tokenise.tokenise(rows, toy.tokenizer(), 'sft', 32, 16, 'start', counts := Counter()).left_out == counts
+    assert counts == {'same demonstration again': 2}

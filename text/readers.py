@@ -1,0 +1,197 @@
+"""The rows of one file, whatever its format and however it is compressed: each knows its file, and its row or line there."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from pathlib import Path
+
+from configurator import UserError
+
+# a format, and perhaps how it is compressed
+FORMATS = ('.jsonl', '.ndjson', '.json', '.parquet', '.csv', '.tsv', '.arrow', '.txt')
+PACKED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': None}
+ENDINGS = FORMATS + tuple(f + packed for f in FORMATS if f not in ('.parquet', '.arrow') for packed in PACKED)
+HELP = 'see README, "Data of your own"'
+READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, NotImplementedError, ImportError, csv.Error, zlib.error,
+               lzma.LZMAError)  # fmt: skip
+# as gzip, lzma, zstd, parquet and arrow say that something is missing at the end
+CUT = re.compile(
+    r'end-of-stream|truncated|magic bytes not found|too small|Not an Arrow file|Expected to (be able to )?read|file size is',
+    re.I,
+)
+NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE')
+# columns of a table that are text, whatever stands in them
+TEXTS = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion', 'output',
+         'answer', 'chosen', 'rejected', 'text'}  # fmt: skip
+
+
+class Row(dict):
+    """A row, or an example, that knows where it stands ('file, line n'), and why it could not be read, if so."""
+
+    where = error = ''
+    # of an example: whether it is of the part for testing; None where its source is not divided
+    held_out = None
+
+    @classmethod
+    def of(cls, raw, where, error=''):
+        """A row as it was read, which need not be an object; error: why it could not be."""
+        row = cls(raw if isinstance(raw, dict) else {})
+        row.where, row.error = where, error
+        if not error and not isinstance(raw, dict):
+            row.error = 'not an object with named fields'
+        return row
+
+
+def read_file(file):
+    """The rows of one file. Raises UserError where it cannot be read."""
+    packed = Path(file).suffix if file.endswith(tuple(PACKED)) else ''
+    kind = Path(file.removesuffix(packed)).suffix
+    if not file.endswith(ENDINGS):
+        raise UserError(f'{file}: data files end in {", ".join(FORMATS)}: convert it to one of them ({HELP})')
+    try:
+        with open(file, 'rb') as stream:
+            if stream.read(40).startswith(b'version https://git-lfs'):
+                raise UserError(f'{file} is a git-lfs pointer, not the data: fetch it with: git lfs pull')
+        yield from READERS[kind](file)
+    except json.JSONDecodeError as error:
+        raise UserError(f'{file}, line {error.lineno}: not valid JSON ({error.msg}){_cut(error)}') from None
+    except READ_ERRORS as error:
+        reason = getattr(error, 'strerror', None) or str(error).strip() or type(error).__name__
+        more = ': it is damaged, or a download that was cut short' if CUT.search(reason) else ''
+        raise UserError(f'cannot read {file}: {reason.splitlines()[0][:300]}{more}') from None
+
+
+def _opened(file):
+    """A file's bytes, without their compression."""
+    opener = PACKED.get(Path(file).suffix, open)
+    if opener:
+        return opener(file, 'rb')
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(file, compression='zstd'))
+
+
+def _read_parquet(file):
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as table:
+        yield from _rows_of_batches(file, table.iter_batches(1000))
+
+
+def _read_arrow(file):
+    """The rows of an arrow file, a stream as save_to_disk writes it, or a file with a table of contents."""
+    import pyarrow
+
+    with pyarrow.memory_map(file) as source:
+        if source.read(6) == b'ARROW1':
+            table = pyarrow.ipc.open_file(source)
+            batches = (table.get_batch(i) for i in range(table.num_record_batches))
+        else:
+            source.seek(0)
+            batches = pyarrow.ipc.open_stream(source)
+        yield from _rows_of_batches(file, batches)
+
+
+def _rows_of_batches(file, batches):
+    rows = (raw for batch in batches for raw in batch.to_pylist())
+    for number, raw in enumerate(rows, 1):
+        yield Row.of(unfilled(raw), f'{file}, row {number}')
+
+
+def _read_json(file):
+    """The rows of a .json file: a list of them, or a row a line after all, as SHP's files have them."""
+    with _opened(file) as stream:
+        # not json's own guess of an encoding
+        text = stream.read().decode('utf-8-sig')
+    first, *more = text.lstrip().split('\n', 1)
+    if more and first.startswith('{') and first.rstrip().endswith('}'):
+        yield from _read_lines(file)
+        return
+    content = json.loads(text)
+    if not isinstance(content, list):
+        raise UserError(f'{file}: not a list of rows')
+    for number, raw in enumerate(content, 1):
+        yield Row.of(raw, f'{file}, row {number}')
+
+
+def _read_lines(file):
+    """The rows of a file with one object a line; a line that is none becomes a row with an error."""
+    with _opened(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where = f'{file}, line {number}'
+            try:
+                raw = json.loads(line.decode('utf-8-sig' if number == 1 else 'utf-8'))
+            except (ValueError, RecursionError) as error:
+                yield Row.of({}, where, f'not valid JSON ({getattr(error, "msg", error)}){_cut(error)}')
+            else:
+                yield Row.of(raw, where)
+
+
+def _read_text(file):
+    """A row a line of text."""
+    with _opened(file) as stream:
+        for number, line in enumerate(io.TextIOWrapper(stream, 'utf-8-sig'), 1):
+            if line.strip():
+                yield Row.of({'text': line.rstrip('\r\n')}, f'{file}, line {number}')
+
+
+def _read_table(file):
+    """The rows of a table; a column is of numbers if all of its cells are, and an empty cell is null."""
+    # a first reading for the kinds of the columns
+    texts = set(TEXTS)
+    for _, cells in _cells(file):
+        texts |= {name for name, cell in cells.items() if isinstance(cell, str) and not NUMBER.fullmatch(cell)}
+    for line, cells in _cells(file):
+        error = 'more cells than the table has columns' if None in cells else ''
+        raw = {
+            name: cell if name in texts or not cell else json.loads(cell.lower())
+            for name, cell in cells.items()
+            if name
+        }
+        yield Row.of(raw, f'{file}, line {line}', error)
+
+
+def _cells(file):
+    """(line, {column: text, or None where it is empty}) of the rows of a table."""
+    csv.field_size_limit(2**30)
+    delimiter = '\t' if '.tsv' in Path(file).suffixes else ','
+    with _opened(file) as stream:
+        text = io.TextIOWrapper(stream, 'utf-8-sig', newline='')
+        table = csv.DictReader(text, delimiter=delimiter, strict=True)
+        table.fieldnames  # noqa: B018, reads the first line
+        line = table.line_num + 1
+        for row in table:
+            yield line, {name: cell or None for name, cell in row.items()}
+            line = table.line_num + 1
+
+
+def _cut(error):
+    """What to say of JSON that ends too early."""
+    early = (
+        isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip()) or 'Unterminated' in str(error)
+    )
+    return ', which ends too early, as a download that was cut short' if early else ''
+
+
+READERS = {'.jsonl': _read_lines, '.ndjson': _read_lines, '.json': _read_json, '.parquet': _read_parquet,
+           '.csv': _read_table, '.tsv': _read_table, '.arrow': _read_arrow, '.txt': _read_text}  # fmt: skip
+
+
+def unfilled(raw):
+    """A row of a columnar file without the nulls inside its lists: there every message has the fields of all others."""
+    return {key: _without_nulls(value) if isinstance(value, list) else value for key, value in raw.items()}
+
+
+def _without_nulls(value):
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
