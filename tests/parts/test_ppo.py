@@ -9,6 +9,9 @@ from helpers import ROOT, run_script
 
 from configurator import UserError
 from rl import formulas
+from rl.rewards import score_answers, texts
+from text import toy
+from text.examples import Examples
 
 
 def rows(*values):
@@ -115,6 +118,17 @@ def test_grpo_is_what_trl_says(case):
     assert value.item() == pytest.approx(case['loss'], rel=1e-6)
     (slope,) = torch.autograd.grad(value, pi)
     assert torch.allclose(slope, rows(*case['gradient']), atol=1e-7, rtol=1e-6)
+
+
+def test_scores_of_the_toy_world_are_of_texts():
+    """Every answer in its order, without the token that ends it."""
+    tokenizer, prompt = toy.tokenizer(), 'Review of the hotel:'
+    answers = (' the bed was superb .', ' the bed was awful .')
+    ids = [tokenizer(text)['input_ids'] + [tokenizer.eos_token_id] for text in answers]
+    examples = Examples.of([(tokenizer(prompt)['input_ids'], ids)])
+    assert texts(examples, tokenizer) == [(prompt, answer) for answer in answers]
+    scores = score_answers(examples, tokenizer, None, max_tokens=1)
+    assert scores.tolist() == [toy.gold(prompt, answer) for answer in answers] and scores[0] != scores[1]
 
 
 # ---- a user's mistakes ----
