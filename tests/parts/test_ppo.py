@@ -2,13 +2,18 @@
 
 import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, run_script
 
 from configurator import UserError
-from rl import formulas
+from rl import formulas, rollout
+from rl.rewards import score_answers, texts
+from text import toy
+from text.examples import Examples
 
 
 def rows(*values):
@@ -115,6 +120,26 @@ def test_grpo_is_what_trl_says(case):
     assert value.item() == pytest.approx(case['loss'], rel=1e-6)
     (slope,) = torch.autograd.grad(value, pi)
     assert torch.allclose(slope, rows(*case['gradient']), atol=1e-7, rtol=1e-6)
+
+
+def test_scores_of_the_toy_world_are_of_texts():
+    """Every answer in its order, without the token that ends it."""
+    tokenizer, prompt = toy.tokenizer(), 'Review of the hotel:'
+    answers = (' the bed was superb .', ' the bed was awful .')
+    ids = [tokenizer(text)['input_ids'] + [tokenizer.eos_token_id] for text in answers]
+    examples = Examples.of([(tokenizer(prompt)['input_ids'], ids)])
+    assert texts(examples, tokenizer) == [(prompt, answer) for answer in answers]
+    scores = score_answers(examples, tokenizer, None, max_tokens=1)
+    assert scores.tolist() == [toy.gold(prompt, answer) for answer in answers] and scores[0] != scores[1]
+
+
+def test_slots_of_a_microbatch_among_the_tokens_of_a_round():
+    """Two answers to each of three prompts; the microbatch has the third prompt, first of its step, and a filler."""
+    answer, offset = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 0, 1, 2, 0]])
+    batch = SimpleNamespace(slot=[0, -1], answer=answer, offset=offset)
+    starts = torch.tensor([0, 3, 5, 9, 11, 20])
+    found = rollout.token_slots(batch, np.array([2, 0]), starts, per_prompt=2)
+    assert found.tolist() == [11, 12, 20, 21, 22, -1]
 
 
 # ---- a user's mistakes ----
