@@ -52,13 +52,11 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
     texts = _write_all(prompt, answers, tools, tokenizer, left_out)
     if _unwritten(prompt, answers, tools, texts, tokenizer, left_out) and not blank:
         return None
-    return as_pieces(
-        texts, [prompt, answers, tools], lambda value: _write_all(*value, tokenizer, Counter()), special, left_out
-    )
+    return as_pieces(texts, [prompt, answers, tools], lambda value: _write_all(*value, tokenizer, Counter()), special, left_out)
 
 
 def as_pieces(texts, value, write_again, special, left_out):
-    """The pieces of texts that the template has written of value: every second one is a special token that value brought.
+    """Texts that the template has written of value as lists of pieces: every second piece is a special token of value's own.
 
     write_again(value) -> the same texts of another value."""
     said = '\n'.join(_strings(value))
@@ -78,9 +76,8 @@ def as_pieces(texts, value, write_again, special, left_out):
 
 def _as_chats(prompt, answers):
     """Prompt and answers as lists of messages: a text beside chats is a user's, or the assistant's, message."""
-    roles = ['user'] + ['assistant'] * len(answers)
-    return [[message(role, text)] if isinstance(text, str) else text
-            for role, text in zip(roles, [prompt, *answers], strict=True)]  # fmt: skip
+    chats = [[message('user', prompt)] if isinstance(prompt, str) else prompt]
+    return chats + [[message('assistant', text)] if isinstance(text, str) else text for text in answers]
 
 
 class Special:
@@ -89,8 +86,10 @@ class Special:
     pattern: any of them; last: one at a text's end; stop: one that ends a turn or a text; tail: those at a text's end."""
 
     def __init__(self, tokens, bos, stops):
-        choice = '|'.join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or '(?!)'
-        stop = '|'.join(re.escape(token) for token in sorted(stops, key=len, reverse=True)) or '(?!)'
+        # the longest first; of no tokens, nothing
+        choice, stop = (
+            '|'.join(map(re.escape, sorted(words, key=len, reverse=True))) or '(?!)' for words in (tokens, stops)
+        )
         self.pattern, self.last = re.compile(choice), re.compile(rf'(?:{choice})\s*\Z')
         self.stop, self.tail, self.bos = re.compile(stop), re.compile(rf'(?:(?:{stop})\s*)+\Z'), bos
 
@@ -98,11 +97,11 @@ class Special:
 def special_of(tokenizer):
     """The Special of a tokenizer and its chat template."""
     state = len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, repr(tokenizer.chat_template)
-    return _special_of_state(tokenizer, state)
+    return _special_in(tokenizer, state)
 
 
 @lru_cache(maxsize=8)
-def _special_of_state(tokenizer, _):
+def _special_in(tokenizer, _):
     added = tokenizer.added_tokens_decoder
     tokens = {token.content for token in added.values() if token.special} | {tokenizer.eos_token}
     stops = {tokenizer.eos_token}
@@ -199,19 +198,17 @@ def template_of(tokenizer, tools=None):
         return PLAIN_CHAT
     if isinstance(found, dict):
         name = 'tool_use' if tools and 'tool_use' in found else 'default'
+        names = ', '.join(map(str, found))[:200]
         if name not in found:
-            names = ', '.join(map(str, found))[:200]
-            raise UserError(f'the tokenizer has several chat templates ({names}) and none of the name default: give one of '
-                            'them that name in the model folder')  # fmt: skip
+            wrong = f'the tokenizer has several chat templates ({names}) and none of the name default'
+            raise UserError(f'{wrong}: give one of them that name in the model folder')
         found = found[name]
     if not isinstance(found, str):
-        raise UserError(
-            f"the tokenizer's chat template is not a text but a {type(found).__name__}: mend it in the model folder"
-        )
+        kind = type(found).__name__
+        raise UserError(f"the tokenizer's chat template is not a text but a {kind}: mend it in the model folder")
     if len(found) > TEMPLATE_LENGTH:
-        raise UserError(
-            f"the tokenizer's chat template has {len(found):,} characters, and {TEMPLATE_LENGTH:,} are the limit"
-        )
+        limit = f'{TEMPLATE_LENGTH:,} are the limit'
+        raise UserError(f"the tokenizer's chat template has {len(found):,} characters, and {limit}")
     return found
 
 
@@ -270,37 +267,26 @@ def _with_thoughts(turn):
     return turn if thoughts is None else {'thinking': thoughts, **turn, 'reasoning_content': thoughts}
 
 
-def _begun(prompt):
-    """Whether a prompt ends with the beginning of an answer."""
-    return prompt[-1]['role'] == 'assistant'
-
-
 def _joined(prompt, answer):
     """A prompt and an answer as one chat; the answer goes on with what the prompt has begun of it."""
-    if not _begun(prompt) or not answer or answer[0]['role'] != 'assistant':
+    begun = prompt[-1]
+    if not answer or {begun['role'], answer[0]['role']} != {'assistant'}:
         return prompt + answer
-    content = prompt[-1]['content'] + answer[0]['content']
-    return [*prompt[:-1], {**prompt[-1], **answer[0], 'content': content}, *answer[1:]]
+    return [*prompt[:-1], {**begun, **answer[0], 'content': begun['content'] + answer[0]['content']}, *answer[1:]]
 
 
 def _write_all(prompt, answers, tools, tokenizer, left_out):
     """The texts of a prompt that asks for an answer, and of the answers behind it. Raises Refused."""
-    start = _write_prompt(prompt, tools, tokenizer)
-    texts = [start]
+    # with the header of an answer, or in the midst of the one that it has begun
+    how = 'continue_final_message' if prompt[-1]['role'] == 'assistant' else 'add_generation_prompt'
+    texts = [write(prompt, tools, tokenizer, **{how: True})]
     for answer in answers:
         whole = write(_joined(prompt, answer), tools, tokenizer)
-        if whole.startswith(start):
-            texts.append(whole[len(start) :].rstrip('\n'))
-        else:
-            texts.append(_behind_a_thought(start, whole, answer, left_out).rstrip('\n'))
+        text = whole.removeprefix(texts[0])
+        if not whole.startswith(texts[0]):
+            text = _behind_a_thought(texts[0], whole, answer, left_out)
+        texts.append(text.rstrip('\n'))
     return texts
-
-
-def _write_prompt(prompt, tools, tokenizer):
-    """The text of a prompt: with the header of an answer, or in the midst of the one that it has begun."""
-    if _begun(prompt):
-        return write(prompt, tools, tokenizer, continue_final_message=True)
-    return write(prompt, tools, tokenizer, add_generation_prompt=True)
 
 
 def _behind_a_thought(start, whole, answer, left_out):
@@ -312,8 +298,8 @@ def _behind_a_thought(start, whole, answer, left_out):
     head = start[: opens.start()] if opens else None
     if head is None or not whole.startswith(head):
         asked = start[len(os.path.commonprefix([start, whole])) :][:60]
-        raise Refused('the chat template writes an answered chat differently from the prompt it asks to continue: '
-                         f'where that has {asked!r} it has something else')  # fmt: skip
+        wrong = 'the chat template writes an answered chat differently from the prompt it asks to continue'
+        raise Refused(f'{wrong}: where that has {asked!r} it has something else')
     rest, end = whole[len(head) :], f'</{opens[1]}>'
     if rest.startswith(f'<{opens[1]}>'):  # it writes the thought, with other white space
         return rest.removeprefix(f'<{opens[1]}>').lstrip()

@@ -10,6 +10,7 @@ import tempfile
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -19,12 +20,15 @@ from tqdm import tqdm
 from configurator import UserError, main_rank
 from runtime import files
 from runtime.log import say
-from text import sources
+from text import sources, turns
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
 from text.examples import Examples, uniform_hash
-from text.files import HELP, content_hash
-from text.messages import REASONING, message
+from text.files import HELP, Row, content_hash
+from text.formats import TURN_MARKERS
+from text.ids import begin, cut, encode_texts, first_of, fit, fit_conversation
+from text.messages import REASONING, as_chat, message
 
+NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
 # rows that are tokenised together, and bytes of ids from which on they wait on the disk
 CHUNK, SPILL = 512, 2**28
 NEEDS = {  # task -> what its rows have beside a prompt
@@ -42,54 +46,46 @@ class Part(NamedTuple):
     good: bool
     uid: int  # a hash of the text
     margin: float | None = None
+    conversation: list | None = None  # of several answers that are all trained on
+    trained: list | None = None  # of its segments, whether each is trained on
 
 
 def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length, truncation='start', undivided=False,
-                  num_turns=1, skip_bad_rows=False, columns=None, data_fraction=1.0, seed=0, cache=True, margins=False,
-                  enough=None):  # fmt: skip
+                  num_turns=1, skip_bad_rows=False, columns=None, chat=False, system=None, last_turn_only=False,
+                  data_fraction=1.0, seed=0, cache=True, margins=False, enough=None):  # fmt: skip
     """Tokenised examples of 'hh', 'hh+shp', 'hh:PATH', 'toy', a hub id, a file or folder; cached on disk by content.
 
     task: 'pairs', 'singles' (KTO, made from pairs if need be) or 'sft'. max_length, max_prompt_length: tokens; where the
     whole is too long, the prompt loses its start (or end: truncation), then answers are cut before their end of text.
-    undivided: a single file is all for this split. margins: keep the margins of pairs. enough: {'train': count, 'test':
+    undivided: a single file is all for this split. chat: texts become chats, behind the message system. last_turn_only: of a
+    conversation, sft trains on the last answer alone. margins: keep the margins of pairs. enough: {'train': count, 'test':
     count}, None for all: the first so many are taken, and the rest is not tokenised. Raises UserError."""
     if max_length < max_prompt_length + 2:
-        raise UserError(
-            f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
-        )
+        room = f'max_length {max_length} leaves no room for an answer'
+        raise UserError(f'{room} behind max_prompt_length {max_prompt_length}')
     reading = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    limits = max_length, max_prompt_length, truncation
     names, enough = data.split('+'), enough or {}
+    writing = {'chat': chat, 'system': system, 'last_turn_only': last_turn_only, 'margins': margins}
+    job = names, task, reading, (max_length, max_prompt_length, truncation), writing
 
     # the cache belongs to all that the tokens depend on
     stamps = [sources.fingerprint(source, split) for source in names]
-    # of a hub dataset whose commit nobody knows, only its rows tell what is in it
     known = None not in stamps
+    # of a hub dataset whose commit nobody knows, only its rows tell what is in it
     if not known:
         stamps = [content_hash(row) for row in _rows(names, split, task, reading, Counter())]
-
-    def file_of(part, *more):
-        key = [7, stamps, part, task, limits, reading, margins, *_tokenizer_stamp(tokenizer), *more]
-        return files.cache_file('tokens', hashlib.sha256(json.dumps(key).encode()).hexdigest())
-
-    examples = _read_cache(file_of(split)) if cache else None
-    if examples is None and cache and enough:
-        examples = _read_cache(file_of(split, enough))
+    key = [7, stamps, *job, *_tokenizer_stamp(tokenizer)]
+    examples = _read_cache(_cache_file(key, split, {})) if cache else None
+    if cache and enough and examples is None:
+        examples = _read_cache(_cache_file(key, split, enough))
     if examples is None:
         # what is held out of the same rows is tokenised with them
         both = cache and known and split == 'train' and not undivided and all(map(sources.divides, names))
-        left_out, parts = Counter(), ('train', 'test') if both else (split,)
-        rows = _rows(names, split, task, reading, left_out, both)
-        found, whole = tokenise_parts(rows, parts, tokenizer, task, limits, margins, skip_bad_rows, enough)
-        for part, made in found.items():
-            made.left_out.update(left_out)
-            if cache:
-                _write_cache(file_of(part, *([] if whole else [enough])), made)
+        found, whole = _tokenise_sources(*job, ('train', 'test') if both else (split,), tokenizer, enough)
+        for part, made in found.items() if cache else ():
+            _write_cache(_cache_file(key, part, {} if whole else enough), made)
         examples = found[split]
-        if not whole:
-            say(f'note: the first {len(examples)} examples of {data} are enough: the others are not read')
-    if enough:
-        examples = examples.select(slice(enough.get(split)))
+    examples = examples.select(slice(enough.get(split)))
 
     # so that the exported tokenizer writes chats as in training
     if NO_TEMPLATE in examples.left_out:
@@ -102,20 +98,36 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     return examples
 
 
+def _tokenise_sources(names, task, reading, limits, writing, parts, tokenizer, enough):
+    """({part: Examples} of all sources, whether all of them was read)."""
+    left_out = Counter()
+    rows = _rows(names, parts[0], task, reading, left_out, both=len(parts) > 1)
+    writing = writing | {'skip_bad_rows': reading['skip_bad_rows'], 'enough': enough}
+    found, whole = tokenise_parts(rows, parts, tokenizer, task, limits, **writing)
+    if not whole:
+        say(f'note: the first {max(enough[part] or 0 for part in parts):,} examples are enough: the others are not read')
+    # what was left out in reading counts for both
+    rows.close()
+    for made in found.values():
+        made.left_out.update(left_out)
+    return found, whole
+
+
 def _rows(names, split, task, reading, left_out, both=False):
     """The examples of all sources, in order. Raises UserError where one of them gives nothing to train on."""
-    bar = tqdm(desc='reading', unit=' examples', disable=None if main_rank() else True, leave=False)
-    for source in names:
-        reasons, unused, used = Counter(), Counter(), False
-        for row in sources.read_examples(source, split, reasons, task=task, both=both, **reading):
-            used = used or (not row.held_out and bool(_as_texts(row, task, unused)))
-            bar.update()
-            yield row
-        # a held-out part may be empty, nothing else
-        if not used and (split == 'train' or reading['undivided']):
-            raise sources.vanished(source, split, reasons + unused)
-        left_out.update(reasons)
-    bar.close()
+    with tqdm(desc='reading', unit=' examples', disable=None if main_rank() else True, leave=False) as bar:
+        for source in names:
+            reasons, unused, used = Counter(), Counter(), False
+            try:
+                for row in sources.read_examples(source, split, reasons, task=task, both=both, **reading):
+                    used = used or (not row.held_out and bool(as_parts(row, task, unused)))
+                    bar.update()
+                    yield row
+            finally:
+                left_out.update(reasons)
+            # a held-out part may be empty, nothing else
+            if not used and (split == 'train' or reading['undivided']):
+                raise sources.vanished(source, split, reasons + unused)
 
 
 def _tokenizer_stamp(tokenizer):
@@ -126,40 +138,50 @@ def _tokenizer_stamp(tokenizer):
 
 
 def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False,
-             skip_bad_rows=False):  # fmt: skip
+             skip_bad_rows=False, **writing):  # fmt: skip
     """Examples from rows of text or chat; what cannot be used is counted in left_out.
 
     margins: if any pair has a margin, all get one, 0 where there is none, which is counted. skip_bad_rows: count the rows
-    that the chat template refuses, instead of raising UserError."""
-    limits = max_length, max_prompt_length, truncation
-    found, _ = tokenise_parts(rows, ['train'], tokenizer, task, limits, margins, skip_bad_rows)
+    that the chat template refuses, instead of raising UserError. writing: chat, system, last_turn_only of load_examples."""
+    limits, writing = (max_length, max_prompt_length, truncation), {'skip_bad_rows': skip_bad_rows, **writing}
+    found, _ = tokenise_parts(rows, ['train'], tokenizer, task, limits, margins=margins, **writing)
     left_out.update(found['train'].left_out)
-    return found['train'].with_(left_out=+left_out)
+    return replace(found['train'], left_out=+left_out)
 
 
-def tokenise_parts(rows, parts, tokenizer, task, limits, margins=False, skip_bad_rows=False, enough=None):
+def tokenise_parts(rows, parts, tokenizer, task, limits, *, margins=False, enough=None, **writing):
     """({part: Examples}, whether all rows were read): rows are of the last of the parts where they are .held_out.
 
-    limits: as tokenise has them. enough: {part: count}: where all parts have so many, the rest is not read."""
+    limits, margins, writing: as tokenise has them. enough: {part: count}: where all parts have so many, the rest is not
+    read."""
     made = {part: _Making(task) for part in parts}
     wanted = [(made[part], (enough or {}).get(part)) for part in parts]
-    first, eos = _first(tokenizer), tokenizer.eos_token_id
-    todo = _render_rows(rows, made, tokenizer, task, skip_bad_rows)
+    first, eos = first_of(tokenizer), tokenizer.eos_token_id
+    todo = _render_rows(rows, made, tokenizer, task, **writing)
     for chunk, ids in _encoded(iter(lambda: list(islice(todo, CHUNK)), []), tokenizer):
         for making, texts, part in chunk:
-            p, *a = islice(ids, len(texts))
-            if any(x in ([], [eos]) for x in a):
-                making.left_out['empty answers'] += 1
-                continue
-            p, a = _fit(p, a, first, eos, *limits, making.left_out)
-            # texts that differ may be cut to the same tokens
-            if len(a) == 2 and a[0] == a[1]:
-                making.left_out['pairs with equal answers'] += 1
-                continue
-            making.add(part, [p, *a])
+            pieces = _fitted(list(islice(ids, len(texts))), part.trained, first, eos, limits, making.left_out)
+            if pieces:
+                making.add(part, pieces)
         if all(count is not None and len(making.uid) >= count for making, count in wanted):
             return {part: making.examples(margins) for part, making in made.items()}, False
     return {part: making.examples(margins) for part, making in made.items()}, True
+
+
+def _fitted(ids, trained, first, eos, limits, left_out):
+    """[prompt, answers] as ids that fit into the limits; None, counted, where nothing is left to train on."""
+    if trained:
+        return fit_conversation(ids, trained, first, eos, *limits, left_out)
+    p, *a = ids
+    if any(x in ([], [eos]) for x in a):
+        left_out['empty answers'] += 1
+        return None
+    p, a = fit(p, a, first, eos, *limits, left_out)
+    # texts that differ may be cut to the same tokens
+    if len(a) == 2 and a[0] == a[1]:
+        left_out['pairs with equal answers'] += 1
+        return None
+    return [p, *a]
 
 
 class _Making:
@@ -196,33 +218,71 @@ class _Making:
         return Examples(np.frombuffer(ids, np.int32), spans, good, uid, +self.left_out, margin=margin)
 
 
-def _render_rows(rows, made, tokenizer, task, skip_bad_rows):
-    """(its part's _Making, texts of the prompt and the answers, each a list of pieces, its Part) of all that can be used."""
+def _render_rows(rows, made, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
+    """(its part's _Making, texts of the prompt and the answers, each a list of pieces, its Part) of all that can be used.
+
+    Of a conversation that trains as a whole, texts are its segments (turns.py)."""
     seen, (training, *testing) = set(), made.values()
+    has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
     for row in rows:
         making = testing[0] if testing and row.held_out else training
         left_out = making.left_out
+        row = as_chats(row, system) if chat or system else row
         try:
-            found = _as_texts(row, task, left_out)
+            found = as_parts(row, task, left_out, last_turn_only)
             # one demonstration a prompt and answer, however many pairs it is in
             if task in ('sft', 'prompts') and found and found[0].uid in seen:
                 left_out['same prompt again' if task == 'prompts' else 'same demonstration again'] += 1
                 continue
-            texts = [render(part.prompt, part.answers, row.get('tools'), tokenizer, left_out) for part in found]
+            texts = [item for part in found for item in _texts_of(part, row.get('tools'), tokenizer, left_out)]
         except Refused as error:
             _bad_row(error, row, skip_bad_rows, left_out)
             continue
         if task in ('sft', 'prompts'):
             seen.update(part.uid for part in found)
-        left_out['empty answers'] += texts.count(None)
-        yield from ((making, text, part) for text, part in zip(texts, found, strict=True) if text is not None)
+        if has_template and found and _is_plain(found[0]):
+            left_out[NO_CHAT] += 1
+        left_out['empty answers'] += sum(text is None for text, _ in texts)
+        yield from ((making, text, part) for text, part in texts if text is not None)
+
+
+def _texts_of(part, tools, tokenizer, left_out):
+    """[(texts, part)] of a Part: one, or of a conversation that cannot be one sequence, one for each answer."""
+    if not part.conversation:
+        return [(render(part.prompt, part.answers, tools, tokenizer, left_out), part)]
+    segments = turns.segments(part.conversation, tools, tokenizer, left_out)
+    if segments is not None:
+        return [([s.pieces for s in segments], part._replace(trained=[s.trained for s in segments]))]
+    left_out[turns.APART] += 1
+    answers = [i for i, turn in enumerate(part.conversation) if turns.is_trained(turn)]
+    chats = [(part.conversation[:i], part.conversation[i : i + 1]) for i in answers]
+    return [(render(prompt, [answer], tools, tokenizer, left_out), part) for prompt, answer in chats]
+
+
+def _is_plain(part):
+    """Whether a Part is text that shows no turns."""
+    texts = all(isinstance(text, str) for text in (part.prompt, *part.answers))
+    return texts and bool(part.prompt) and not part.prompt.endswith(TURN_MARKERS)
+
+
+def as_chats(row, system):
+    """A row whose texts are chats, behind a system message unless that is None."""
+    answers = [key for key in ('chosen', 'rejected', 'response', 'sft') if isinstance(row.get(key), str)]
+    changed = Row(row | {key: [message('assistant', row[key].strip())] for key in answers})
+    for key in ('prompt', 'turns'):
+        if key in row:
+            chat = as_chat(row[key])
+            begins = bool(chat) and chat[0]['role'] == 'system'
+            changed[key] = chat if begins or not system else [message('system', system), *chat]
+    changed.where = getattr(row, 'where', '')
+    return changed
 
 
 def _encoded(chunks, tokenizer):
     """(chunk, an iterator over the ids of its texts) of all chunks; the next one is read while one is encoded in a thread."""
 
     def encode(chunk):
-        return iter(_encode([text for _, texts, _ in chunk for text in texts], tokenizer, chunk[0][0].left_out))
+        return iter(encode_texts([text for _, texts, _ in chunk for text in texts], tokenizer, chunk[0][0].left_out))
 
     with ThreadPoolExecutor(1) as pool:
         waiting = None
@@ -262,25 +322,10 @@ def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation,
         texts = render(prompt, [answer], None, tokenizer, left_out, blank=True)
     except Refused as error:
         raise UserError(str(error)) from None
-    p, a = _encode(texts, tokenizer, left_out)
-    first, eos = _first(tokenizer), tokenizer.eos_token_id
-    p, a = _fit(p, [a], first, eos, max_length, max_prompt_length, truncation, left_out)
+    p, a = encode_texts(texts, tokenizer, left_out)
+    first, eos = first_of(tokenizer), tokenizer.eos_token_id
+    p, a = fit(p, [a], first, eos, max_length, max_prompt_length, truncation, left_out)
     return p, a[0]
-
-
-def _fit(p, a, first, eos, max_length, max_prompt_length, truncation, left_out):
-    """The ids of a prompt, and of its answers, with BOS and the end of text, cut to the lengths."""
-    p = _begin(p, first, eos)
-    a = [x if x[-1:] == [eos] else [*x, eos] for x in a]
-    # too long: first the prompt is cut, then each answer to the room that is left
-    if len(p) + max(map(len, a)) > max_length:
-        if len(p) > max_prompt_length:
-            left_out['prompts cut'] += 1
-            p = _cut(p, max_prompt_length, first, truncation)
-        room = max_length - len(p)
-        left_out['answers cut'] += sum(len(x) > room for x in a)
-        a = [x if len(x) <= room else [*x[: room - 1], eos] for x in a]
-    return p, a
 
 
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows=False):
@@ -297,33 +342,14 @@ def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad
         except Refused as error:
             _bad_row(error, row, skip_bad_rows, left_out)
             texts.append(None)
-    ids = iter(_encode([text for text in texts if text is not None], tokenizer, left_out))
-    first, eos = _first(tokenizer), tokenizer.eos_token_id
-    found = [None if text is None else _begin(next(ids), first, eos) for text in texts]
+    ids = iter(encode_texts([text for text in texts if text is not None], tokenizer, left_out))
+    first, eos = first_of(tokenizer), tokenizer.eos_token_id
+    found = [None if text is None else begin(next(ids), first, eos) for text in texts]
     left_out['prompts cut'] += sum(len(p) > longest for p in found if p is not None)
-    return [p if p is None or len(p) <= longest else _cut(p, longest, first, truncation) for p in found]
+    return [p if p is None or len(p) <= longest else cut(p, longest, first, truncation) for p in found]
 
 
-def _first(tokenizer):
-    """BOS where the tokenizer itself would put one, else None."""
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and tokenizer('a')['input_ids'][:1] == [bos] else None
-
-
-def _begin(prompt, first, eos):
-    """A prompt's ids behind BOS, if it has one; an empty prompt is the end of text before."""
-    if prompt and first in (None, prompt[0]):
-        return prompt
-    return [eos if first is None else first, *prompt]
-
-
-def _cut(prompt, length, first, truncation):
-    """The last (or, truncation 'end', the first) tokens of a prompt, BOS kept."""
-    head = [] if first is None else prompt[:1]
-    return [*head, *prompt[len(prompt) - length + len(head) :]] if truncation == 'start' else prompt[:length]
-
-
-def _as_texts(row, task, left_out):
+def as_parts(row, task, left_out, last_turn_only=False):
     """The Parts of a row, as the task needs them; none, counted, where it has no such thing."""
     prompt, answers = row['prompt'], _answers(row, task, left_out)
     if answers is None:
@@ -340,7 +366,9 @@ def _as_texts(row, task, left_out):
     if len(answers) == 2 and task != 'pairs':
         return [Part(prompt, [answer], good, uid) for answer, good in zip(answers, (True, False), strict=True)]
     margin = row.get('margin') if task == 'pairs' else None
-    return [Part(prompt, answers, row.get('good', True), uid, margin)]
+    # a conversation with several answers trains on all of them
+    several = task == 'sft' and not last_turn_only and sum(map(turns.is_trained, row.get('turns', []))) > 1
+    return [Part(prompt, answers, row.get('good', True), uid, margin, row['turns'] if several else None)]
 
 
 def _answers(row, task, left_out):
@@ -376,61 +404,13 @@ def _blank(answer):
     return not any(turn['content'].strip() or any(turn.get(key) for key in calls_or_thoughts) for turn in answer)
 
 
-# ---- from pieces of text to ids ----
-
-
-def _encode(texts, tokenizer, left_out):
-    """The token ids of texts, each a list of pieces."""
-    # all that are of one piece at once
-    single = [pieces[0] for pieces in texts if len(pieces) == 1]
-    ids = iter(tokenizer(single, add_special_tokens=False)['input_ids'] if single else [])
-    return [next(ids) if len(pieces) == 1 else _encode_pieces(pieces, tokenizer, left_out) for pieces in texts]
-
-
-def _encode_pieces(pieces, tokenizer, left_out):
-    """The token ids of pieces in a row, each encoded behind a line break that is taken away again: some tokenizers put a
-    space before what begins a text. (The same as sanitize_control_tokens of transformers 5.23.)"""
-
-    def as_tokens(text):
-        return tokenizer(text, add_special_tokens=False)['input_ids']
-
-    def as_text(text):
-        return _ids_of_text(text, tokenizer)
-
-    def behind_line(encoder, text):
-        more = encoder('\n' + text)
-        return more[len(line) :] if more[: len(line)] == line else encoder(text)
-
-    # every second piece is a special token that is written as text
-    ids, line = as_tokens(pieces[0]), as_tokens('\n')
-    for i, piece in enumerate(pieces[1:], 1):
-        if not piece:
-            continue
-        if i % 2 == 0:
-            ids = ids + behind_line(as_tokens, piece)
-            continue
-        token, more = tokenizer.convert_tokens_to_ids(piece), behind_line(as_text, piece)
-        # a word of the model, too, as in Unigram: in two parts it is not
-        if token in more:
-            more = behind_line(as_text, piece[:1]) + behind_line(as_text, piece[1:])
-        left_out['special tokens in a text, for which this tokenizer has no other ids'] += token in more
-        ids = ids + more
-    return ids
-
-
-def _ids_of_text(text, tokenizer):
-    """The ids of a text none of which is an added token, special or not."""
-    if not tokenizer.is_fast:
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    inner, words = tokenizer.backend_tokenizer, [text]
-    if inner.normalizer is not None:
-        words = [inner.normalizer.normalize_str(text)]
-    if inner.pre_tokenizer is not None:
-        words = [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(words[0])]
-    return [token.id for word in words for token in inner.model.tokenize(word)]
-
-
 # ---- the cache on disk ----
+
+
+def _cache_file(key, part, enough):
+    """The cache file of a part. key: json-able; enough: {} if it is of all rows."""
+    text = json.dumps([key, part, enough])
+    return files.cache_file('tokens', hashlib.sha256(text.encode()).hexdigest())
 
 
 def _read_cache(file):
