@@ -28,6 +28,11 @@ NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRU
 # columns of a table that are text, whatever stands in them
 TEXTS = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion', 'output',
          'answer', 'chosen', 'rejected', 'text'}  # fmt: skip
+BLANK = re.compile(r'[ \t\n\r]*')
+SURROGATE = re.compile('[\udc80-\udcff]')
+BROKEN = 'not valid UTF-8'
+# of a list in JSON, so many characters are read at a time
+PIECE = 2**20
 
 
 class Row(dict):
@@ -53,11 +58,16 @@ def read_file(file):
         raise UserError(f'{file}: data files end in {", ".join(FORMATS)}: convert it to one of them ({HELP})')
     try:
         with open(file, 'rb') as stream:
-            if stream.read(40).startswith(b'version https://git-lfs'):
-                raise UserError(f'{file} is a git-lfs pointer, not the data: fetch it with: git lfs pull')
+            head = stream.read(40).lstrip().lower()
+        if head.startswith(b'version https://git-lfs'):
+            raise UserError(f'{file} is a git-lfs pointer, not the data: fetch it with: git lfs pull')
+        if head.startswith((b'<!doctype', b'<html')):
+            raise UserError(f'{file} is a web page, not the data: fetch it again, perhaps after a login')
         yield from READERS[kind](file)
     except json.JSONDecodeError as error:
         raise UserError(f'{file}, line {error.lineno}: not valid JSON ({error.msg}){_cut(error)}') from None
+    except UnicodeDecodeError as error:
+        raise UserError(f'cannot read {file}: it is not UTF-8 ({error.reason}): convert it') from None
     except READ_ERRORS as error:
         reason = getattr(error, 'strerror', None) or str(error).strip() or type(error).__name__
         more = ': it is damaged, or a download that was cut short' if CUT.search(reason) else ''
@@ -104,17 +114,52 @@ def _rows_of_batches(file, batches):
 def _read_json(file):
     """The rows of a .json file: a list of them, or a row a line after all, as SHP's files have them."""
     with _opened(file) as stream:
-        # not json's own guess of an encoding
-        text = stream.read().decode('utf-8-sig')
-    first, *more = text.lstrip().split('\n', 1)
-    if more and first.startswith('{') and first.rstrip().endswith('}'):
-        yield from _read_lines(file)
-        return
-    content = json.loads(text)
-    if not isinstance(content, list):
-        raise UserError(f'{file}: not a list of rows')
-    for number, raw in enumerate(content, 1):
-        yield Row.of(raw, f'{file}, row {number}')
+        start = stream.read(1000).removeprefix(b'\xef\xbb\xbf').lstrip()[:1]
+    with _opened(file) as stream:
+        text = io.TextIOWrapper(stream, 'utf-8-sig')
+        if start == b'[':
+            for number, raw in enumerate(_items(text), 1):
+                yield Row.of(raw, f'{file}, row {number}')
+            return
+        first, second = next(filter(str.strip, text), ''), next(filter(str.strip, text), '')
+        if second and first.rstrip().endswith('}'):
+            yield from _read_lines(file)
+            return
+        content = json.loads(first + second + text.read())
+    kind = f'an object of {", ".join(list(content)[:9])}' if isinstance(content, dict) else 'a single value'
+    raise UserError(f'{file}: not a list of rows but {kind}: write the list of rows alone, or a row a line ({HELP})')
+
+
+def _items(text):
+    """The items of a text file with a JSON list, which is read a piece at a time. Raises JSONDecodeError."""
+    decode, piece, lines = json.JSONDecoder().raw_decode, text.read(PIECE), 0
+    # behind the opening bracket, or behind a list that is empty
+    at = BLANK.match(piece).end() + 1
+    first = BLANK.match(piece, at).end()
+    closed = piece[first : first + 1] == ']'
+    at = first + 1 if closed else at
+    while not closed:
+        try:
+            item, end = decode(piece, BLANK.match(piece, at).end())
+            end = BLANK.match(piece, end).end()
+            if piece[end : end + 1] not in (',', ']'):
+                raise json.JSONDecodeError("Expecting ',' delimiter", piece, end)
+        except json.JSONDecodeError as error:
+            # it may go on in the next piece
+            more = text.read(max(PIECE, len(piece) - at))
+            if not more:
+                error.lineno += lines
+                raise
+            lines += piece.count('\n', 0, at)
+            piece, at = piece[at:] + more, 0
+        else:
+            yield item
+            at, closed = end + 1, piece[end] == ']'
+    piece += text.read(PIECE)
+    if piece[at:].strip():
+        error = json.JSONDecodeError('Extra data', piece, at)
+        error.lineno += lines
+        raise error
 
 
 def _read_lines(file):
@@ -135,9 +180,9 @@ def _read_lines(file):
 def _read_text(file):
     """A row a line of text."""
     with _opened(file) as stream:
-        for number, line in enumerate(io.TextIOWrapper(stream, 'utf-8-sig'), 1):
+        for number, line in enumerate(io.TextIOWrapper(stream, 'utf-8-sig', 'surrogateescape'), 1):
             if line.strip():
-                yield Row.of({'text': line.rstrip('\r\n')}, f'{file}, line {number}')
+                yield Row.of({'text': line.rstrip('\r\n')}, f'{file}, line {number}', BROKEN * _broken(line))
 
 
 def _read_table(file):
@@ -148,6 +193,7 @@ def _read_table(file):
         texts |= {name for name, cell in cells.items() if isinstance(cell, str) and not NUMBER.fullmatch(cell)}
     for line, cells in _cells(file):
         error = 'more cells than the table has columns' if None in cells else ''
+        error = BROKEN if any(map(_broken, filter(None, cells.values()))) else error
         raw = {
             name: cell if name in texts or not cell else json.loads(cell.lower())
             for name, cell in cells.items()
@@ -157,25 +203,36 @@ def _read_table(file):
 
 
 def _cells(file):
-    """(line, {column: text, or None where it is empty}) of the rows of a table."""
+    """(line, {column: text, or None where it is empty}) of the rows of a table. Raises UserError where it is none."""
     csv.field_size_limit(2**30)
     delimiter = '\t' if '.tsv' in Path(file).suffixes else ','
     with _opened(file) as stream:
-        text = io.TextIOWrapper(stream, 'utf-8-sig', newline='')
+        text = io.TextIOWrapper(stream, 'utf-8-sig', 'surrogateescape', newline='')
         table = csv.DictReader(text, delimiter=delimiter, strict=True)
-        table.fieldnames  # noqa: B018, reads the first line
-        line = table.line_num + 1
-        for row in table:
-            yield line, {name: cell or None for name, cell in row.items()}
+        try:
+            names = [name for name in table.fieldnames or [] if name]
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise UserError(f'{file}, line 1: {names.count(twice[0])} columns are called {twice[0]!r}: rename them')
             line = table.line_num + 1
+            for row in table:
+                yield line, {name: cell or None for name, cell in row.items()}
+                line = table.line_num + 1
+        except csv.Error as error:
+            raise UserError(f'{file}, line {table.line_num}: not a valid table ({error}){_cut(error)}') from None
+
+
+def _broken(text):
+    """Whether bytes of a text are not UTF-8: then they were read as surrogates."""
+    return isinstance(text, str) and bool(SURROGATE.search(text))
 
 
 def _cut(error):
-    """What to say of JSON that ends too early."""
-    early = (
-        isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip()) or 'Unterminated' in str(error)
-    )
-    return ', which ends too early, as a download that was cut short' if early else ''
+    """What to say of JSON, or of a table, that ends too early."""
+    early = isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip())
+    if early or 'Unterminated' in str(error) or 'unexpected end of data' in str(error):
+        return ', which ends too early, as a download that was cut short'
+    return ''
 
 
 READERS = {'.jsonl': _read_lines, '.ndjson': _read_lines, '.json': _read_json, '.parquet': _read_parquet,
