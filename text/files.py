@@ -21,8 +21,11 @@ HELD_OUT_NAMES = ('test', 'validation', 'valid', 'dev', 'val')
 # the name that datasets gives a file of a split
 SHARD = re.compile(r'([^/]+?)-\d{5}(?:-of-\d{5})?\.[^/]*$')
 # as datasets has them: latest.json is no test file, and values.json none for validation
-WORD = re.compile(r'(?<![a-z])(train|training|test|testing|eval|evaluation|validation|dev|valid|val)(?![a-z])')
+WORD = re.compile(
+    r'(?<![a-z])(train|training|test|testing|eval|evaluation|validation|dev|valid|val)(_sft|_prefs|_gen|_dpo|_rm)?(?![a-z])'
+)
 WORDS = {'training': 'train', 'testing': 'test', 'eval': 'test', 'evaluation': 'test'}
+WORDS |= {'dev': 'validation', 'valid': 'validation', 'val': 'validation'}
 
 
 def read_rows(hub_id, split, path, undivided=False, **options):
@@ -83,7 +86,9 @@ def choose_splits(names, wanted, source):
                 f'{name} has {which}; there are {", ".join(names)}: say which: --data={f"{name}[{likely[0]}]"!r} ({HELP})'
             )
         (train,) = likely
-    held_out = (train.replace('train', name, 1) for name in HELD_OUT_NAMES)
+    held_out = [train.replace('train', name, 1) for name in HELD_OUT_NAMES]
+    if sum(name.startswith('train') for name in names) == 1:
+        held_out += HELD_OUT_NAMES
     return train, next((name for name in held_out if name in names and name != train), None)
 
 
@@ -177,14 +182,14 @@ def folder_splits(path, config=None):
         return splits
     if len(configs) > 1 and 'data_files' in entry:
         raise UserError(f'{path} has none of the files that its README names for the config {config!r}: fetch them')
-    path = os.path.join(path, entry['data_dir']) if 'data_dir' in entry else path
+    path = os.path.join(path, str(entry['data_dir'])) if 'data_dir' in entry else path
 
     # a DatasetDict that was saved has a folder a split
     saved = os.path.exists(os.path.join(path, 'dataset_dict.json'))
     root = path if os.path.isdir(path) else os.path.dirname(re.split(r'[*?\[]', path)[0])
     for file in data_files(path):
-        name = file[len(root) :]
-        splits.setdefault(name.strip('/').partition('/')[0] if saved else _split_of(name), []).append(file)
+        name = os.path.relpath(file, root or '.')
+        splits.setdefault(name.partition('/')[0] if saved else _split_of(name), []).append(file)
     # files without a split are for training, but beside some that are named so they are something else
     unnamed = splits.pop('', None)
     if unnamed and not any(split.startswith('train') for split in splits):
@@ -237,11 +242,11 @@ def _is_data(file):
 
 
 def _split_of(name):
-    """The split that the path of a file names, '' for none: train_prefs-00000-of-00001, or a word such as train."""
+    """The split that the path of a file names, '' for none: data/x-00000-of-00001 names x, and else a word such as train does."""
     found, shard = WORD.search(name.lower()), SHARD.search(name)
-    if shard and (WORD.search(shard[1].lower()) or not found):
+    if shard and (WORD.search(shard[1].lower()) or (not found and '/data/' in f'/{name}')):
         return '' if shard[1] in ('data', 'part') else shard[1]
-    return WORDS.get(found[1], found[1]) if found else ''
+    return WORDS.get(found[1], found[1]) + (found[2] or '') if found else ''
 
 
 def has_test_part(path):

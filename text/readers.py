@@ -8,6 +8,7 @@ import json
 import lzma
 import re
 import zlib
+from itertools import chain
 from pathlib import Path
 
 from configurator import UserError
@@ -21,7 +22,7 @@ READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, NotImplementedErro
                lzma.LZMAError)  # fmt: skip
 # as gzip, lzma, zstd, parquet and arrow say that something is missing at the end
 CUT = re.compile(
-    r'end-of-stream|truncated|magic bytes not found|too small|Not an Arrow file|Expected to (be able to )?read|file size is',
+    r'end-of-stream|truncated|magic bytes not found|too small|Not an Arrow file|null or length 0|Expected to (be able to )?read|file size is',
     re.I,
 )
 NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE')
@@ -64,6 +65,8 @@ def read_file(file):
         if head.startswith((b'<!doctype', b'<html')):
             raise UserError(f'{file} is a web page, not the data: fetch it again, perhaps after a login')
         yield from READERS[kind](file)
+    except UserError:
+        raise
     except json.JSONDecodeError as error:
         raise UserError(f'{file}, line {error.lineno}: not valid JSON ({error.msg}){_cut(error)}') from None
     except UnicodeDecodeError as error:
@@ -106,8 +109,8 @@ def _read_arrow(file):
 
 
 def _rows_of_batches(file, batches):
-    rows = (raw for batch in batches for raw in batch.to_pylist())
-    for number, raw in enumerate(rows, 1):
+    pieces = (batch.slice(at, 1000) for batch in batches for at in range(0, len(batch), 1000))
+    for number, raw in enumerate(chain.from_iterable(piece.to_pylist() for piece in pieces), 1):
         yield Row.of(unfilled(raw), f'{file}, row {number}')
 
 
@@ -182,49 +185,45 @@ def _read_text(file):
     with _opened(file) as stream:
         for number, line in enumerate(io.TextIOWrapper(stream, 'utf-8-sig', 'surrogateescape'), 1):
             if line.strip():
-                yield Row.of({'text': line.rstrip('\r\n')}, f'{file}, line {number}', BROKEN * _broken(line))
+                yield Row.of(
+                    {'text': line.rstrip('\r\n')}, f'{file}, line {number}', BROKEN if SURROGATE.search(line) else ''
+                )
 
 
 def _read_table(file):
     """The rows of a table; a column is of numbers if all of its cells are, and an empty cell is null."""
     # a first reading for the kinds of the columns
     texts = set(TEXTS)
-    for _, cells in _cells(file):
-        texts |= {name for name, cell in cells.items() if isinstance(cell, str) and not NUMBER.fullmatch(cell)}
-    for line, cells in _cells(file):
-        error = 'more cells than the table has columns' if None in cells else ''
-        error = BROKEN if any(map(_broken, filter(None, cells.values()))) else error
-        raw = {
-            name: cell if name in texts or not cell else json.loads(cell.lower())
-            for name, cell in cells.items()
-            if name
-        }
+    for _, cells, _ in _cells(file):
+        texts |= {name for name, cell in cells.items() if cell and not NUMBER.fullmatch(cell)}
+    for line, cells, error in _cells(file):
+        raw = {name: cell if name in texts or not cell else json.loads(cell.lower()) for name, cell in cells.items()}
         yield Row.of(raw, f'{file}, line {line}', error)
 
 
 def _cells(file):
-    """(line, {column: text, or None where it is empty}) of the rows of a table. Raises UserError where it is none."""
+    """(line, {column: text, or None where it is empty}, what is wrong) of the rows of a table. Raises UserError if it is none."""
     csv.field_size_limit(2**30)
-    delimiter = '\t' if '.tsv' in Path(file).suffixes else ','
+    delimiter, line = '\t' if '.tsv' in Path(file).suffixes else ',', 1
     with _opened(file) as stream:
         text = io.TextIOWrapper(stream, 'utf-8-sig', 'surrogateescape', newline='')
-        table = csv.DictReader(text, delimiter=delimiter, strict=True)
+        table = csv.reader(text, delimiter=delimiter, strict=True)
         try:
-            names = [name for name in table.fieldnames or [] if name]
-            twice = [name for name in names if names.count(name) > 1]
-            if twice:
-                raise UserError(f'{file}, line 1: {names.count(twice[0])} columns are called {twice[0]!r}: rename them')
+            names = next(table, [])
+            twice = [name for name in names if name and names.count(name) > 1]
+            if twice or any(map(SURROGATE.search, names)):
+                problem = f'{names.count(twice[0])} columns are called {twice[0]!r}: rename them' if twice else BROKEN
+                raise UserError(f'{file}, line 1: {problem}')
             line = table.line_num + 1
-            for row in table:
-                yield line, {name: cell or None for name, cell in row.items()}
+            for row in filter(None, table):
+                error = BROKEN if any(map(SURROGATE.search, row)) else ''
+                if len(row) != len(names):
+                    error = f'{len(row)} cells, and the table has {len(names)} columns'
+                # a column without a name is a numbering
+                yield line, {name: cell or None for name, cell in zip(names, row, strict=False) if name}, error
                 line = table.line_num + 1
         except csv.Error as error:
-            raise UserError(f'{file}, line {table.line_num}: not a valid table ({error}){_cut(error)}') from None
-
-
-def _broken(text):
-    """Whether bytes of a text are not UTF-8: then they were read as surrogates."""
-    return isinstance(text, str) and bool(SURROGATE.search(text))
+            raise UserError(f'{file}, line {line}: not a valid table ({error}){_cut(error)}') from None
 
 
 def _cut(error):

@@ -147,7 +147,7 @@ def locate(source):
         return getter, path or None, None if path else HUB.get(name)
     if os.path.exists(local) or glob(local, recursive=True):
         return None, local, None
-    if source.endswith(ENDINGS) or source.count('/') != 1:
+    if source.endswith(ENDINGS) or source.count('/') != 1 or source.startswith(('~', '.', '/')) or '*' in source:
         known = ', '.join(sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_')))
         raise UserError(
             f'data {source!r} is no file or folder here and no hub id (owner/name): correct it ({HELP}), or name one of '
