@@ -138,6 +138,13 @@ def test_files_that_are_no_data(tmp_path, name, content, says):
     assert '\n' not in str(info.value) and str(info.value).count(str(tmp_path)) == 1
 
 
+def test_other_columns_in_a_half_of_the_rows_are_counted(tmp_path):
+    path = write(tmp_path / 'data.jsonl', [ROWS[0], {'frage': 'a'}, ROWS[1], {'frage': 1}] * 60)
+    says = r"line 2: .*of the 101 rows from there on, 51 are bad: 26 with 'frage' .text.; 25 with 'frage' .number.; mend it"
+    with pytest.raises(UserError, match=says):
+        sources.load_rows(path, 'train')
+
+
 POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'
 CUT = 'cut short'
 
