@@ -1,5 +1,6 @@
 # make demo: SFT, then Dr. DPO, on a toy world, in about a minute.   make test: all tests.   make lint: ruff.
 # make test-fast: the tests without torchrun launches.   make claims: the papers' claims on the toy world;
+# make real: a pretrained model on real pairs, a quarter of an hour; DATA=hh:PATH where there is no hub, REAL="--n_pairs=32".
 # CLAIMS="--quick", "--seeds='11 12 13'": options of python -m experiments.claims.
 NEW = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -7,10 +8,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN = .venv/bin
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
-.PHONY: demo test test-fast claims lint setup
+.PHONY: demo real test test-fast claims lint setup
 
 demo: setup
 	$(BIN)/python -m experiments.demo
+
+real: setup
+	$(BIN)/python -m experiments.real $(if $(DATA),--data=$(DATA)) $(REAL)
 
 test: setup
 	$(PYTEST)

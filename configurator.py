@@ -24,18 +24,19 @@ class UserError(ValueError):
 
 
 def _excepthook(kind, error, trace):
-    if not issubclass(kind, UserError):
-        from runtime import guard
+    """End with a sentence and code 2 after a user's mistake, or where memory is out; with a traceback after anything else."""
+    from runtime import guard
 
-        error = guard.explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
+    error = guard.explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
     if not isinstance(error, UserError):
         return sys.__excepthook__(kind, error, trace)
-
     sys.stdout.flush()
-    if main_rank() or hasattr(error, 'of_this_rank'):  # mostly every rank raises the same error; one says it
+    # mostly every rank raises the same error, and one says it
+    if main_rank() or hasattr(error, 'of_this_rank'):
         sys.__stderr__.write(f'error: {error}\n')
         sys.__stderr__.flush()
-    os._exit(2)  # not sys.exit: threads of the process group can abort an ordinary exit, with another code
+    # not sys.exit: threads of the process group can abort an ordinary exit, with another code
+    os._exit(2)
 
 
 def main_rank():
@@ -58,10 +59,11 @@ class Config(dict):
     def ignored(self, options, why):
         """Options that have no effect in this run: an error on the command line, a printed note in a config file."""
         for name in options:
-            if self.origin[name] == 'command line':
+            origin = self.origin[name]
+            if origin == 'command line':
                 raise UserError(f'--{name} has no effect: {why}')
-            if self.origin[name] != 'default' and main_rank():
-                print(f'note: {name} of {self.origin[name]} has no effect: {why}')
+            if origin != 'default' and main_rank():
+                print(f'note: {name} of {origin} has no effect: {why}')
 
 
 class Option(NamedTuple):
@@ -80,38 +82,38 @@ def configure(scope, argv=None, shared=None):
     scope: the script's globals(), updated in place. argv: sys.argv[1:] by default. shared: a module with further options, which
     is updated in place too; where both declare an option, the script's default holds. Raises UserError."""
     sys.excepthook = _excepthook
-    # what may be set at all
     argv = sys.argv[1:] if argv is None else argv
+    # what may be set at all: the script's own come first, and win
     options = _declared(scope)
     if shared:
-        options |= {name: option for name, option in _declared(vars(shared)).items() if name not in options}
+        options = options | _declared(vars(shared)) | options
     if '--help' in argv or '-h' in argv:
         _print_help(scope.get('__doc__') or '', options)
         sys.exit(0)
+
     # the defaults, to be overridden
     config = Config({name: option.default for name, option in options.items()})
     config.origin = dict.fromkeys(options, 'default')
-
     # config files first, in their order
-    for path in [a for a in argv if not a.startswith('-')]:
+    for path in [word for word in argv if not word.startswith('-')]:
         if not path.endswith('.py'):
             raise UserError(f'{path!r} is neither a config file (.py) nor an option (--name=value)')
         for name, value, where in _read_file(path):
             config[name] = _check(name, value, options, where)
             config.origin[name] = path
 
-    # then flags, wherever they stand
-    for flag in [a for a in argv if a.startswith('-')]:
-        # a value may contain =
+    # then flags, wherever they stand; a value may contain =
+    for flag in [word for word in argv if word.startswith('-')]:
         name, equals, text = flag.removeprefix('--').partition('=')
         if not flag.startswith('--') or not name:
             raise UserError(f'cannot read {flag!r}: options are written --name=value')
         if config.origin.get(name) == 'command line':
             raise UserError(f'--{name} is given twice')
-        is_switch = name not in options or 'bool' in options[name].types
-        if not equals and not is_switch:
+        types = options[name].types if name in options else ['bool']
+        if not equals and 'bool' not in types:
             raise UserError(f'--{name} needs a value: --{name}=value')
-        config[name] = _check(name, _parse(name, text if equals else 'true', options), options, 'the command line')
+        value = _parse(text if equals else 'true', types)
+        config[name] = _check(name, value, options, 'the command line')
         config.origin[name] = 'command line'
 
     # bare names in the script, and in the shared module
@@ -134,6 +136,7 @@ def _declared(scope):
             break
         if not is_constant:
             continue
+
         # its type is that of its default, or what the annotation allows
         default = ast.literal_eval(node.value)
         if isinstance(node, ast.AnnAssign):
@@ -158,7 +161,8 @@ def _print_help(doc, options):
         if option.heading != heading:
             heading = option.heading
             lines += ['', heading]
-        lines.append(f'  --{name} = {option.default!r} ({" | ".join(option.types)})  {option.comment}')
+        types = ' | '.join(option.types)
+        lines.append(f'  --{name} = {option.default!r} ({types})  {option.comment}')
     try:
         print('\n'.join(lines), flush=True)
     except BrokenPipeError:  # --help | head: whoever reads has seen enough
@@ -173,44 +177,44 @@ def _read_file(path):
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', 'not a text file')
         raise UserError(f'cannot read the config file {path}: {reason}') from None
-    # a config file is python: its public names are the options
+
+    # a config file is python: its public names are the options; whatever it can raise is the user's to mend
     names = {}
     try:
         exec(compile(source, path, 'exec'), names)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # whatever a config file can raise is the user's to mend
-        reason = ' '.join(str(getattr(error, 'msg', error)).split())
-        raise UserError(f'{path}, line {_failing_line(error, path)}: {type(error).__name__}: {reason}') from None
+    except BaseException as error:
+        # the last line of this file that led to it; a syntax error has no frame there, but knows its line
+        frames = traceback.extract_tb(error.__traceback__)
+        led_to_it = [1] + [frame.lineno for frame in frames if frame.filename == path]
+        knows_it = isinstance(error, SyntaxError) and error.filename == path
+        line = error.lineno if knows_it else led_to_it[-1]
+        words = str(getattr(error, 'msg', error)).split()
+        message = ' '.join(words)
+        raise UserError(f'{path}, line {line}: {type(error).__name__}: {message}') from None
 
-    # the line of an assigned name, a function or class, an import
+    # the line where a name is assigned, defined or imported
     lines = {}
     for node in ast.walk(ast.parse(source)):
-        if type(getattr(node, 'ctx', None)) is not ast.Load:
-            name = getattr(node, 'asname', None) or getattr(node, 'id', None) or getattr(node, 'name', None)
-            lines[name] = getattr(node, 'lineno', 1)
+        fields = vars(node)
+        name = fields.get('asname') or fields.get('id') or fields.get('name')
+        # a name that is only read is not set here
+        if name and not isinstance(fields.get('ctx'), ast.Load):
+            lines[name] = node.lineno
     for name, value in names.items():
         if not name.startswith('_') and not isinstance(value, types.ModuleType):
             yield name, value, f'{path}, line {lines.get(name, 1)}'
 
 
-def _failing_line(error, path):
-    """The last line of this file that led to the error."""
-    # a syntax error knows its line; others have the frames that led to them
-    if isinstance(error, SyntaxError) and error.filename == path:
-        return error.lineno
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return lines[-1] if lines else 1
-
-
-def _parse(name, text, options):
-    """The value that a flag's text means under the option's declared types."""
-    types = options[name].types if name in options else ()
-    # None and switches by name, numbers if they can be read as such, else text
+def _parse(text, types):
+    """The value that a flag's text means where these types are declared."""
+    # None and switches by name
     if 'None' in types and text.lower() in ('none', 'null'):
         return None
     if 'bool' in types and text.lower() in ('true', 'false'):
         return text.lower() == 'true'
+    # numbers if they can be read as such, else text
     for kind in (int, float):
         if kind.__name__ in types:
             with contextlib.suppress(ValueError):

@@ -24,8 +24,9 @@ def steps(n, batch_size, total, seed, start=0, shuffle=True):
         rows = []
         for count in range(first, min(first + batch_size, total)):
             if count // n != epoch:
-                epoch = count // n
-                order = np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
+                epoch, order = count // n, np.arange(n)
+                if shuffle:
+                    order = np.random.default_rng((seed, epoch)).permutation(n)
             rows.append(order[count % n])
         yield first, np.array(rows)
 
@@ -35,8 +36,9 @@ def plan(lengths, world, max_tokens):
 
     A microbatch holds at most max_tokens tokens, or one example that is longer. Slots appear once; a microbatch may be
     empty where there are fewer examples than microbatches. Longest first into the emptiest: nearly equal loads."""
+    # at least so many microbatches a rank
     tokens = sum(min(int(n), max_tokens) for n in lengths)
-    count = max(1, -(-tokens // (world * max_tokens)))  # of microbatches a rank, at least
+    count = max(1, -(-tokens // (world * max_tokens)))
     order = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])
 
     # as few microbatches a rank as possible: try, and take one more where one overflows
@@ -60,19 +62,19 @@ def plan(lengths, world, max_tokens):
 def plan_padded(widths, world, max_tokens):
     """As plan, for padded batches, where every example is as wide as the widest beside it: similar widths side by side."""
     # the widest first: each bin is as wide as its first example
-    bins, order = [], sorted(range(len(widths)), key=lambda slot: -widths[slot])
-    for slot in order:
-        if bins and (len(bins[-1]) + 1) * widths[bins[-1][0]] <= max_tokens:
-            bins[-1].append(slot)
-        else:
-            bins.append([slot])
+    bins, widest = [], 0
+    for slot in sorted(range(len(widths)), key=lambda slot: -widths[slot]):
+        if not bins or (len(bins[-1]) + 1) * widest > max_tokens:
+            bins.append([])
+            widest = widths[slot]
+        bins[-1].append(slot)
 
     # every rank as many: the fullest is split in two
     while len(bins) % world or not bins:
         fullest = max(bins, key=len, default=[])
-        half = fullest[len(fullest) // 2 :] if len(fullest) > 1 else []
-        bins.append(half)
-        del fullest[len(fullest) - len(half) :]
+        middle = max(1, len(fullest) // 2)
+        bins.append(fullest[middle:])
+        del fullest[middle:]
     # the heaviest at the same time on all ranks
     bins.sort(key=lambda slots: -len(slots) * widths[slots[0]] if slots else 0)
     return [[sorted(slots) for slots in bins[rank::world]] for rank in range(world)]
@@ -101,7 +103,9 @@ def make_batches(examples: Examples, rows, rank, world, max_tokens, *, share_pre
         items = [examples[rows[slot]] for slot in slots]
         batch = pack(items, slots, share_prefix=share_prefix, pad=pad, filler=answers, device=device)
         if examples.ref is not None:
-            ref = examples.ref[rows[slots]].reshape(-1) if slots else np.zeros(answers, np.float32)
+            ref = np.zeros(answers, np.float32)  # of a filler
+            if slots:
+                ref = examples.ref[rows[slots]].reshape(-1)
             batch.ref = torch.from_numpy(np.ascontiguousarray(ref)).to(device, non_blocking=True)
         batches.append(batch)
     return batches, int(lengths.sum()), allocated
@@ -127,11 +131,6 @@ class Step:
         """Examples after it."""
         return self.first + len(self.rows)
 
-    @property
-    def slots(self):
-        """Slots of this rank's examples, in the order of its microbatches."""
-        return [slot for batch in self.batches for slot in batch.slot]
-
 
 @dataclass
 class Batch:
@@ -143,7 +142,7 @@ class Batch:
     target: torch.Tensor  # (N,) the answer tokens
     answer: torch.Tensor  # (N,) which answer each belongs to
     offset: torch.Tensor  # (N,) which token of it
-    n: torch.Tensor  # (A,) answer lengths
+    n: torch.Tensor  # (A,) tokens of the answers that are trained on
     last: torch.Tensor  # (A,) place, in the flattened ids, of the last token of each answer
     slot: list  # of each example in the step; -1: a filler that does not count
     longest: int  # tokens of the longest answer
@@ -173,51 +172,67 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     groups = examples
     if pad or not share_prefix:
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
-    # padded rows are as wide as the widest of them
-    width = max(len(prompt) + len(answers[0]) for prompt, answers in groups) if pad else 0
+    width = max(len(prompt) + len(answers[0]) for prompt, answers in groups)  # of padded rows
 
-    # lay out one group after the other; start and end are places in the flattened ids
-    parts = {name: [] for name in ('ids', 'position', 'predict_at', 'target', 'answer', 'offset')}
-    n, last, shapes, start = [], [], [], 0
+    # lay out one group after the other, in one flat row of ids
+    pieces, position, shapes, start = [], [], [], 0
+    n, first, before = [], [], []  # of each answer: its length, the place of its first token, and of its prompt's last
     for prompt, answers in groups:
         p = len(prompt)
-        parts['ids'].append(prompt)
-        parts['position'].append(np.arange(p))
         end = start + p
+        pieces.append(prompt)
+        position.append(np.arange(p))
         for answer in answers:
-            # its tokens, where they lie, and what predicts them
             k = len(answer)
-            parts['ids'].append(answer)
-            parts['position'].append(np.arange(p, p + k))  # every answer follows the prompt
-            # the first token is predicted at the prompt's end, the others at the token before them
-            parts['predict_at'].append(np.concatenate(([start + p - 1], np.arange(end, end + k - 1))))
-            parts['target'].append(answer)
-            parts['answer'].append(np.full(k, len(n)))
-            parts['offset'].append(np.arange(k))
+            pieces.append(answer)
+            position.append(np.arange(p, p + k))  # every answer follows the prompt
             n.append(k)
+            first.append(end)
+            before.append(start + p - 1)
             end += k
-            last.append(end - 1)
         if pad:
-            parts['ids'].append(np.zeros(start + width - end))
+            pieces.append(np.zeros(start + width - end, int))
             end = start + width
         shapes.append((p, tuple(map(len, answers))))
         start = end
 
-    def tensor(name):
-        return torch.from_numpy(np.concatenate(parts[name]).astype(np.int64)).to(device, non_blocking=True)
+    # which of these tokens are predicted
+    ids = np.concatenate(pieces)
+    n, first, before = map(np.array, (n, first, before))
+    arrays = predicted(ids, n, first, before)
+    arrays |= {'ids': np.where(ids < 0, ~ids, ids)[None], 'last': first + n - 1}
 
     # padded: one row an answer, and a mask; packed: one row of all, and where its groups lie
-    columns = {name: tensor(name) for name in ('predict_at', 'target', 'answer', 'offset')}
-    ends = {'n': torch.tensor(n, device=device), 'last': torch.tensor(last, device=device)}
-    batch = Batch(ids=tensor('ids')[None], slot=list(slots), longest=max(n), **columns, **ends)
     if pad:
-        batch.ids = batch.ids.view(-1, width)
-        ends = torch.tensor([p + answers[0] for p, answers in shapes], device=device)
-        batch.mask = (torch.arange(width, device=device) < ends[:, None]).long()
+        arrays['ids'] = arrays['ids'].reshape(-1, width)
+        arrays['mask'] = np.arange(width) < [[p + sizes[0]] for p, sizes in shapes]
     else:
-        batch.position, batch.groups = tensor('position')[None], shapes
+        arrays['position'] = np.concatenate(position)[None]
+    for name, array in arrays.items():
+        arrays[name] = torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+    batch = Batch(**arrays, slot=list(slots), longest=int(n.max()))
+    if not pad:
+        batch.groups = shapes
         batch.varlen = Varlen(shapes, device) if torch.device(device).type == 'cuda' else None
     return batch
+
+
+def predicted(ids, n, first, before):
+    """Columns of a Batch that say which tokens are predicted, and where: of every answer all tokens that are trained on.
+
+    n, first, before: of each answer its length, the place of its first token in ids, and that of its prompt's last."""
+    # which answer a token belongs to, which token of it, where it lies
+    answer = np.repeat(np.arange(len(n)), n)
+    offset = np.concatenate([np.arange(k) for k in n])
+    place = first[answer] + offset
+
+    # a token that is only seen, as the user's later turns, is stored as ~id
+    trained = ids[place] >= 0
+    answer, offset, place = answer[trained], offset[trained], place[trained]
+    # the first one is predicted at the prompt's end, the others at the token before them
+    predict_at = np.where(offset == 0, before[answer], place - 1)
+    counts = np.bincount(answer, minlength=len(n))
+    return {'predict_at': predict_at, 'target': ids[place], 'answer': answer, 'offset': offset, 'n': counts}
 
 
 def pack_probe(examples, device):
@@ -242,7 +257,8 @@ class Varlen:
                 end += n
             start = end
         self.gather = torch.from_numpy(np.concatenate(gather)).to(device)
-        self.cu_q, self.cu_k = (torch.tensor([0, *np.cumsum(x)], dtype=torch.int32, device=device) for x in (q, k))
+        ends = [np.cumsum([0, *lengths]) for lengths in (q, k)]
+        self.cu_q, self.cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in ends)
         self.max_q, self.max_k = max(q), max(k)
 
 

@@ -23,7 +23,8 @@ import losses
 import training
 from configurator import UserError, configure
 from hf import generate, lora
-from hf.load import check_heads, check_positions, check_same_tokens, load_model
+from hf.load import check_same_tokens, load_model
+from hf.probe import check_heads, check_positions
 from hf.reference import cached_logps
 from model import RISKS, kl
 from runtime import log, metrics
@@ -79,59 +80,69 @@ config = configure(globals(), shared=training)
 
 # ---- what the loss asks for: its signature says ----
 
+
+def parameters(*functions):
+    """The names of the columns and options that these functions take."""
+    return {name for fn in functions for name in inspect.signature(fn).parameters}
+
+
 if loss not in losses.LOSSES:
     raise UserError(f'loss must be one of {", ".join(losses.LOSSES)}, not {loss!r}')
 loss_fn, statistic_fn = losses.LOSSES[loss], losses.STATISTICS.get(loss)
-inputs = inspect.signature(loss_fn).parameters
-paired = any(name.endswith('_w') for name in inputs)  # else on single answers, with a thumb up or down
-has_ratio = 'ratio_w' in inputs or 'ratio' in inputs
-has_divergence = 'div_w' in inputs
+inputs = parameters(loss_fn, statistic_fn) if statistic_fn else parameters(loss_fn)
+paired = bool({'pi_w', 'ratio_w'} & inputs)  # else on single answers, with a thumb up or down
+has_ratio = bool({'ratio', 'ratio_w'} & inputs)
+has_risk = loss.startswith('radpo')
+# the divergence of the policy from the reference at one position: (n, V) log-probs of both -> (n,)
+divergence = None
+if 'div_w' in inputs:
+    divergence = partial(RISKS[risk], mu=mu) if has_risk else kl
 
 # ---- what the options mean together ----
 
-# options that belong to some losses only: one that this loss does not use is not silently ignored
-used = set(inputs) | set(inspect.signature(statistic_fn).parameters if statistic_fn else ())
-used |= {'risk', 'mu'} if loss.startswith('radpo') else set()
-used |= {'sft_coef'} if paired else {'frac_good', 'frac_bad'}
-used |= {'reference_free'} if has_ratio and not has_divergence else set()
-used |= {'importance', 'importance_max'} if has_ratio and paired else set()
-special = 'beta label_smoothing reference_free average rho a alpha risk mu w_good w_bad delta lam gamma tau'.split()
-special += 'sft_coef importance importance_max frac_good frac_bad'.split()
-config.ignored([name for name in special if name not in used], f'the loss {loss} does not use it')
+# option -> whether this loss uses it, of the options that some losses only use: formulas name them, or this table
+uses = {name: name in inputs for name in parameters(*losses.LOSSES.values(), *losses.STATISTICS.values())} | {
+    'reference_free': has_ratio and not divergence,
+    'importance': has_ratio and paired,
+    'importance_max': has_ratio and paired,
+    'sft_coef': paired,
+    'frac_good': not paired,
+    'frac_bad': not paired,
+    'risk': has_risk,
+    'mu': has_risk,
+}
+
+# one that it does not use is not silently ignored; if a config file sets it, it is off
+config.ignored([name for name in config if not uses.get(name, True)], f'the loss {loss} does not use it')
+importance = importance and uses['importance']
+sft_coef = sft_coef if uses['sft_coef'] else 0.0
+needs_ref = has_ratio and not (reference_free and uses['reference_free'])
 if not sample_during_eval:
     config.ignored(config.given('n_eval_model_samples max_new_tokens temperature top_p'), 'sample_during_eval is off')
+if not importance:
+    config.ignored(['importance_max'], 'importance is off')
+if not needs_ref:
+    config.ignored(['ref_model'], 'there is no reference')
 
-# what a config file sets and the loss ignores is off
-importance = importance and 'importance' in used
-sft_coef = sft_coef if 'sft_coef' in used else 0.0
-needs_ref = has_ratio and not (reference_free and 'reference_free' in used)
-if label_smoothing is None or 'label_smoothing' not in used:
+# defaults that depend on the loss
+if label_smoothing is None or not uses['label_smoothing']:
     label_smoothing = 0.1 if loss in ('cdpo', 'robust', 'exo') else 0.0
 if beta_prime is None and loss == 'drdpo':
     beta_prime = 1.0
 
 # what cannot be
-if not 0 <= label_smoothing < 0.5 or (loss == 'exo' and label_smoothing == 0):
-    raise UserError(f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {label_smoothing}')
-if loss.startswith('radpo') and risk != 'erm' and mu > 1:
-    raise UserError(f'mu must lie between 0 and 1 for the risk {risk}, not {mu}')
-if importance and not needs_ref:
-    raise UserError('--importance is a ratio to the reference: leave out --reference_free')
-if not importance:
-    config.ignored(['importance_max'], 'importance is off')
-if not needs_ref:
-    config.ignored(['ref_model'], 'there is no reference')
-if cache_ref and not needs_ref:
-    raise UserError(f'--cache_ref: the loss {loss} has no reference to cache')
-if cache_ref and (has_divergence or loss == 'kto'):
-    raise UserError(f'--cache_ref: the loss {loss} needs the live reference, not one number an answer')
-if loss == 'kto' and batch_size < 2:
-    raise UserError('kto compares examples of a step with one another: batch_size must be 2 or more')
-
-# the divergence of the policy from the reference at one position: (n, V) log-probs of both -> (n,)
-divergence = kl if has_divergence else None
-if loss.startswith('radpo'):
-    divergence = partial(RISKS[risk], mu=mu)
+too_smooth = not 0 <= label_smoothing < 0.5 or (loss == 'exo' and label_smoothing == 0)
+mistakes = {
+    f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {label_smoothing}': too_smooth,
+    f'mu must lie between 0 and 1 for the risk {risk}, not {mu}': has_risk and risk != 'erm' and mu > 1,
+    '--importance is a ratio to the reference: leave out --reference_free': importance and not needs_ref,
+    f'--cache_ref: the loss {loss} has no reference to cache': cache_ref and not needs_ref,
+    f'--cache_ref: the loss {loss} needs the live reference': cache_ref and (divergence or loss == 'kto'),
+    'kto compares examples of a step with one another: batch_size must be 2 or more': loss == 'kto' and batch_size < 2,
+}
+for sentence, is_so in mistakes.items():
+    if is_so:
+        raise UserError(sentence)
 
 # ---- set-up ----
 
@@ -141,33 +152,31 @@ if ref_model and needs_ref:
     check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 run.load_data(task='pairs' if paired else 'singles')
 run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_options()))
-longest = max(examples.longest(mixed=loss == 'kto') for examples in (run.train, run.held_out))
-longest = min(max_length, longest)
+mixed = loss == 'kto'  # whose prompts meet the answers of others
+longest = min(max_length, max(run.train.longest(mixed), run.held_out.longest(mixed)))
 run.choose_attention(longest, share_prefix=share_prefix)
 if sample_during_eval:
     check_positions(run.policy, run.held_out.longest_prompt() + max_new_tokens, 'samples')
-
 build_ref = partial(load_model, ref_model or model, **run.model_options())
 
 
 def load_reference():
     """The sharded reference: the policy itself, with its adapters off, where it has some."""
-    if run.adapters and ref_model is None:
-        return run.policy
-    return run.load_frozen(build_ref, longest)
+    is_policy = run.adapters and ref_model is None
+    return run.policy if is_policy else run.load_frozen(build_ref, longest)
 
 
-# live, or its log-probs from a file
+# live, or its log-probs from a file: that pass keeps no activations, so its microbatches may be larger
 ref = load_reference() if needs_ref and not cache_ref else None
 if divergence:
     check_heads(run.policy, ref)
+if cache_ref and sample_during_eval:
+    log.say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
 if cache_ref:
-    if sample_during_eval:
-        log.say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
-    # this pass keeps no activations, so its microbatches may be larger
     larger = partial(run.make_batches, max_tokens=4 * training.max_tokens)
     for examples in filter(len, (run.train, run.held_out)):
         cached_logps(build_ref, load_reference, examples, larger, training.dtype)
+
 # what is trained on: flips and fractions are by hash, so they are the same in every run
 if noise_rate:
     run.train = run.train.flip(noise_rate, seed)
@@ -183,20 +192,8 @@ run.check_room(run.policy.response_logps, ref)
 # ---- one step ----
 
 
-def call(fn, columns, **more):
-    """fn of losses.py, with the columns and options that its signature names; columns take the place of options."""
-    known = {**config, 'label_smoothing': label_smoothing, **columns, **more}
-    return fn(**{name: known[name] for name in inspect.signature(fn).parameters if name in known})
-
-
-def with_ratios(columns):
-    """The columns, and the log-ratios of their log-probs."""
-    sides = [name.removeprefix('pi') for name in columns if name.startswith('pi')]
-    return columns | {f'ratio{side}': columns[f'pi{side}'] - columns[f'ref{side}'] for side in sides}
-
-
-def measure_answers(batch):
-    """pi, ref, n and div of every answer of a microbatch, (A,) each."""
+def measure(batch, paired=paired):
+    """The columns of a microbatch: pi, n, ref and div of every answer, (A,) each; of pairs (A / 2,): pi_w, pi_l and so on."""
     # the reference's log-probs: cached, or computed, or as a divergence needs them: hidden states and a head
     reference, ref_logps = None, batch.ref
     with torch.no_grad(), lora.adapters_off(ref):
@@ -205,37 +202,28 @@ def measure_answers(batch):
         elif ref is not None:
             ref_logps = ref.response_logps(batch)[0]
 
-    # the policy's, with the graph that backward needs
-    out = run.policy.response_logps(batch, divergence, reference)  # (1, A), or with a divergence (3, A)
+    # the policy's, with the graph that backward needs: (1, A), or (3, A) with divergence and reference
+    out = run.policy.response_logps(batch, divergence, reference)
+    columns = {'pi': out[0], 'n': batch.n.float()}
     if divergence:
-        return {'pi': out[0], 'ref': out[2], 'div': out[1], 'n': batch.n.float()}
-    if ref_logps is None:
-        ref_logps = torch.zeros_like(out[0])  # without a reference every log-ratio is the policy's log-prob
-    return {'pi': out[0], 'ref': ref_logps, 'n': batch.n.float()}
+        columns['div'], ref_logps = out[1], out[2]
+    if ref_logps is not None:
+        columns['ref'] = ref_logps
 
-
-def measure(batch):
-    """The columns of a microbatch, (examples,) each: for pairs, x of the answers becomes x_w and x_l."""
-    columns = measure_answers(batch)
+    # answers come as chosen, rejected, chosen, ...
     if not paired:
         return columns
     return {f'{name}_{side}': values[i::2] for name, values in columns.items() for i, side in enumerate('wl')}
 
 
-def loss_and_weight(measured, step_columns, slots):
-    """Loss and weight of the examples of a microbatch. step_columns: labels and what the statistic gave, in step order."""
-    # a filler has slot -1, so it reads the last row; its loss counts nothing
-    given = {name: values[slots].to(run.device) for name, values in step_columns.items()}
-    given = {name: values if values.dtype == torch.bool else values.float() for name, values in given.items()}
-    columns = with_ratios(measured) | given
-
-    # the formula, and what goes on top of it
-    loss = call(loss_fn, columns)
-    if importance:
-        loss = loss * call(losses.importance, columns)
-    if sft_coef:
-        loss = loss + sft_coef * losses.sft(measured['pi_w'], measured['n_w'])
-    return loss, columns.get('weight', torch.ones_like(loss))
+def call(fn, columns):
+    """fn of losses.py, with the options, columns and log-ratios that its signature names; columns take the place of options."""
+    known = {**config, 'label_smoothing': label_smoothing, **columns}
+    # without a reference a log-ratio is the policy's log-prob
+    for side in ('', '_w', '_l', '_kl'):
+        if f'pi{side}' in columns:
+            known[f'ratio{side}'] = columns[f'pi{side}'] - columns.get(f'ref{side}', 0.0)
+    return fn(**{name: known[name] for name in parameters(fn) if name in known})
 
 
 def step_statistic(step, backward):
@@ -248,13 +236,30 @@ def step_statistic(step, backward):
         parts = [measure(batch) for batch in batches]
 
     # the columns of the whole step, the same on every rank: so is what the statistic makes of them
-    slots = [slot for batch in batches for slot in batch.slot]
-    columns = with_ratios(training.gather(parts, slots, len(step.rows)))
+    columns = training.gather(parts, batches, len(step.rows))
     if step.mismatched:
         columns |= {f'{name}_kl': values for name, values in columns.items()}
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step.first)
-    values, state = call(statistic_fn, columns, state=run.state['statistic'], generator=generator)
+    columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)
+    columns['state'] = run.state['statistic']
+    values, state = call(statistic_fn, columns)
     return values, state, parts[0] if serves_both else None
+
+
+def loss_and_weight(measured, step_columns, slots):
+    """Loss and weight of the examples of a microbatch. step_columns: labels and what the statistic gave, in step order."""
+    # a filler has slot -1, so it reads the last row; its loss counts nothing
+    columns = dict(measured)
+    for name, values in step_columns.items():
+        mine = values[slots].to(run.device)
+        columns[name] = mine if name == 'good' else mine.float()
+
+    # the formula, and what goes on top of it
+    loss = call(loss_fn, columns)
+    if importance:
+        loss = loss * call(losses.importance, columns)
+    if sft_coef:
+        loss = loss + sft_coef * losses.sft(measured['pi_w'], measured['n_w'])
+    return loss, columns.get('weight', torch.ones_like(loss))
 
 
 def run_step(step, backward=False, shift=None):
@@ -266,7 +271,7 @@ def run_step(step, backward=False, shift=None):
     if statistic_fn:
         step_columns, new_state, measured = step_statistic(step, backward)
     if not paired:
-        step_columns = {'good': step.labels['good']} | step_columns
+        step_columns['good'] = step.labels['good']
 
     # 2. microbatch by microbatch: columns, loss and weight, gradient
     parts = []
@@ -286,9 +291,9 @@ def run_step(step, backward=False, shift=None):
         parts.append(columns | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
 
     # 3. the columns of the whole step, for the log and for what the gradient is divided by
-    columns = training.gather(parts, step.slots, len(step.rows))
+    columns = training.gather(parts, step.batches, len(step.rows))
     if not paired:
-        columns |= {'good': step.labels['good'], 'z': step_columns.get('z', torch.zeros(len(step.rows)))}
+        columns |= step_columns
 
     # rare: a much smaller loss than the shift gives weights of e^20 and more, whose squares in the norm overflow. Once more
     smallest = columns['loss'].min()
@@ -310,16 +315,15 @@ def prepare(examples, first, rows):
 # ---- metrics ----
 
 
-def with_reward(c):
-    """Columns of single answers, and the loss's own implicit reward of each."""
-    # what the loss itself uses: a divergence, the number of tokens, its scale
-    own = {'div': c['div']} if divergence else {}
+def with_reward(answers):
+    """Columns of single answers, and the loss's own implicit reward of each, from what the loss itself uses."""
+    own = {name: config[name] for name in ('beta', 'alpha') if uses[name]}
+    if divergence:
+        own['div'] = answers['div']
     if 'n_l' in inputs and (loss != 'ipo' or average):
-        own['n'] = c['n']
-    scale = {name: config[name] for name in ('beta', 'alpha') if name in used}
-    ratio = c['pi'] - c['ref'] if has_ratio else c['pi']
-    known = {name: values for name, values in c.items() if needs_ref or name != 'ref'}
-    return known | {'reward': losses.reward(ratio, **own, **scale)}
+        own['n'] = answers['n']
+    ratio = answers['pi'] - answers.get('ref', 0.0)
+    return answers | {'reward': losses.reward(ratio, **own)}
 
 
 def summary(columns, split):
@@ -328,15 +332,18 @@ def summary(columns, split):
     objective = (weight * loss).sum() / weight.sum()
     if beta_prime:  # what Dr. DPO's weights are the gradient of
         objective = -beta_prime * ((weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log())
+
+    # single answers are right on their side of z, where KTO has one
     if not paired:
         good, rewarded = columns['good'], with_reward(columns)
-        chosen, rejected = ({name: values[good == side] for name, values in rewarded.items()} for side in (True, False))
-        right = (rewarded['reward'] > beta * columns['z']) == good
+        chosen = {name: values[good] for name, values in rewarded.items()}
+        rejected = {name: values[~good] for name, values in rewarded.items()}
+        right = (rewarded['reward'] > beta * columns.get('z', 0.0)) == good
         return metrics.of_preferences(split, objective, chosen, rejected, right)
-    chosen, rejected = (
-        with_reward({name[:-2]: values for name, values in columns.items() if name.endswith(side)})
-        for side in ('_w', '_l')
-    )
+
+    # of pairs the chosen answer should have the higher reward
+    chosen = with_reward({name[:-2]: values for name, values in columns.items() if name.endswith('_w')})
+    rejected = with_reward({name[:-2]: values for name, values in columns.items() if name.endswith('_l')})
     right = chosen['reward'] > rejected['reward']
     found = metrics.of_preferences(split, objective, chosen, rejected, right)
     if needs_ref:  # comparable across losses
@@ -361,10 +368,11 @@ def sample(seen):
     own = [(prompts[i], [answer]) for name, i, answer in answers if name == 'policy']
     batches, *_ = run.make_batches(Examples.of(own), np.arange(len(own)))
     with torch.no_grad(), run.memory(batches):
-        parts = [measure_answers(batch) for batch in batches]
-    columns = training.gather(parts, [slot for batch in batches for slot in batch.slot], len(own))
+        parts = [measure(batch, paired=False) for batch in batches]
+    columns = training.gather(parts, batches, len(own))
     gap = columns['pi'] - columns['ref']
-    return {'kl_eval/samples': gap.mean().item(), 'kl_eval/samples_per_token': (gap.sum() / columns['n'].sum()).item()}
+    per_token = gap.sum() / columns['n'].sum()
+    return {'kl_eval/samples': gap.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
 
 
 def evaluate(seen):
@@ -382,14 +390,12 @@ def check_first_step():
         columns, _ = run_step(step)
     found = summary(columns, 'train')
     chosen, rejected = (found.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
-    value = f'rewards {chosen:.6f}, {rejected:.6f}; loss {columns["loss"].mean():.6f}'
-    run.logger.say(f'step 0: {value} (dpo: log 2 = 0.693147)')
+    value = columns['loss'].mean()
+    run.logger.say(f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {value:.6f} (dpo: log 2 = 0.693147)')
     run.logger.row('check', 0, found)
     allowed = 1e-2 if training.dtype == 'bfloat16' else 1e-4
     if needs_ref and ref_model is None and max(abs(chosen), abs(rejected)) > allowed:
-        run.logger.say(
-            'warning: the rewards should be 0 before the first step, because policy and reference are one model'
-        )
+        run.logger.say('warning: policy and reference are one model, so the rewards should be 0 before the first step')
 
 
 run.start(f'{loss} ')

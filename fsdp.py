@@ -1,8 +1,7 @@
 """Everything distributed: set-up, sharding (FSDP2), reductions. What a run writes with it is in checkpoint.py.
 
 The same code runs under torchrun on NCCL or gloo, and in one process without torchrun (a group of one). A group of ranks
-sees one model: what the scripts compute does not depend on how many there are.
-"""
+sees one model: what the scripts compute does not depend on how many there are."""
 
 import contextlib
 import functools
@@ -15,14 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 
 from configurator import UserError
@@ -49,30 +41,23 @@ def setup(tp=1):
         torch.cuda.set_device(device)
     elif 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    if not dist.is_initialized():
-        _join('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+    backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
+    if not dist.is_initialized() and 'RANK' not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    elif not dist.is_initialized():
+        # torch 2.13's agent keeps one store over restarts: without a name for each, ranks can find the addresses of dead ones
+        # and hang. Several agents count restarts each for itself: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the way
+        one_agent = os.environ.get('GROUP_WORLD_SIZE') == '1'
+        again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_agent else '0'
+        store, rank, world = next(rendezvous('env://'))
+        store = dist.PrefixStore(f'start{again}', store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     # neighbours share the matrices of a block
     world = dist.get_world_size()
     if world % tp:
-        raise UserError(
-            f'tp={tp} needs a multiple of {tp} ranks, and there are {world}: see --nproc_per_node of torchrun'
-        )
+        raise UserError(f'tp={tp} needs a multiple of {tp} ranks, and there are {world}: see --nproc_per_node')
     _tp = tp
     return *data_rank(), device
-
-
-def _join(backend):
-    """Join the process group of torchrun, or make one of this process alone."""
-    if 'RANK' not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return
-    # torch 2.13's agent keeps one store over restarts: without a name for each, ranks can find the addresses of dead ones
-    # and hang. Several agents count restarts each for itself: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the way
-    one_agent = os.environ.get('GROUP_WORLD_SIZE') == '1'
-    again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_agent else '0'
-    store, rank, world = next(rendezvous('env://'))
-    store = dist.PrefixStore(f'start{again}', store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def data_rank():
@@ -88,16 +73,18 @@ def in_groups():
 @functools.cache
 def _mesh(device_type, tp, group):
     """The ranks of the default group as ('dp', 'tp'), or as ('dp',) without tensor parallelism."""
-    shape = (dist.get_world_size() // tp, tp) if tp > 1 else (dist.get_world_size(),)
-    return init_device_mesh(device_type, shape, mesh_dim_names=('dp', 'tp')[: len(shape)])
+    world = dist.get_world_size()
+    if tp == 1:
+        return init_device_mesh(device_type, (world,), mesh_dim_names=('dp',))
+    return init_device_mesh(device_type, (world // tp, tp), mesh_dim_names=('dp', 'tp'))
 
 
 def leave(code=0):
     """End the process at once. An ordinary exit can abort: gloo's threads want the interpreter while it goes away."""
     # nobody leaves while another still sends
     dist.barrier()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
@@ -120,6 +107,11 @@ def on_one_rank(fn):
     return on_ranks(dist.get_rank() == 0, fn)
 
 
+def shared(fn):
+    """fn() on rank 0; its value, picklable, or its UserError on all ranks."""
+    return gather_objects(on_one_rank(fn))[0]
+
+
 def first_of_host(fn):
     """fn() on every rank, but first on one rank of every host: the others find what it has put into the cache."""
     # two rounds: one rank of each host, then the rest
@@ -129,8 +121,7 @@ def first_of_host(fn):
 
 
 def gather_objects(value):
-    """The values of all ranks, in rank order, on every rank."""
-    # any picklable value: for what is small, and needed seldom
+    """The values of all ranks, in rank order, on every rank: picklable, small, and needed seldom."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -203,9 +194,14 @@ def shard(
     if not train:
         model.requires_grad_(False)
     if activation_checkpointing:
-        _checkpoint_activations(model)
-    for block in blocks(model) if compile else ():
-        block.compile()
+        # the method has another name since transformers 5.20
+        older = getattr(core(model), 'gradient_checkpointing_enable', None)
+        getattr(core(model), 'activation_checkpointing_enable', older)()
+    for block in blocks(model):
+        if activation_checkpointing:
+            block.training = True  # the block alone: its dropout layers stay in eval mode
+        if compile:
+            block.compile()
 
     # what the scripts call becomes a forward of the root
     if sharded:
@@ -214,26 +210,18 @@ def shard(
         model.reshard = lambda: None
     for method in (response_logps, hidden_and_head, response_scores, token_logps, _begin):
         add_method(model, method)
-    if sharded:
-        expected = gather_objects(on_one_rank(lambda: probe.measure_loaded(full)))[0]
-        if expected is not None:
-            probe.compare(model, expected, device, half)
+    # sharded it must compute what rank 0 has measured on the whole
+    expected = shared(lambda: probe.measure_loaded(full)) if sharded else None
+    if expected is not None:
+        probe.compare(model, expected, device, half)
     set_attention(model, packed=True)
     return model
-
-
-def _checkpoint_activations(model):
-    """Have transformers recompute activations in backward."""
-    enable = 'activation_checkpointing_enable'  # its name since transformers 5.20
-    getattr(core(model), enable, getattr(core(model), 'gradient_checkpointing_enable', None))()
-    for block in blocks(model):
-        block.training = True  # the block alone: its dropout layers stay in eval mode
 
 
 def _distribute(model, full, device, half, cpu_offload):
     """Cut the empty model over the ranks, in place, and fill it from full, which rank 0 alone has."""
     # which parameters are one tensor depends on the file, which rank 0 alone has read
-    tie_as(model, gather_objects(ties(full) if full else None)[0])
+    tie_as(model, shared(lambda: ties(full)))
     # frozen weights in bfloat16; not model.to, for rotary frequencies must stay float32
     for p in model.parameters() if half else ():
         p.data = p.data if p.requires_grad else p.data.to(torch.bfloat16)
@@ -242,12 +230,13 @@ def _distribute(model, full, device, half, cpu_offload):
     mesh = _mesh(device.type, _tp, dist.group.WORLD)
     if _tp > 1:
         tensor_parallel(model, mesh['tp'], mesh['dp'].size())
-    # compute in bfloat16, sum gradients in float32
-    settings = {'mesh': mesh['dp'], 'mp_policy': MixedPrecisionPolicy()}
+    settings, home = {'mesh': mesh['dp']}, device
     if half:
+        # compute in bfloat16, sum gradients in float32
         settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    home = torch.device('cpu') if cpu_offload else device
-    settings['offload_policy'] = CPUOffloadPolicy(device.type == 'cuda') if cpu_offload else OffloadPolicy()
+    if cpu_offload:
+        settings['offload_policy'] = CPUOffloadPolicy(pin_memory=device.type == 'cuda')
+        home = torch.device('cpu')
     # block by block, so that one at a time is gathered
     for block in blocks(model):
         fully_shard(block, **settings)
@@ -272,7 +261,7 @@ def add_method(model, function):
     """model.function(...) as a forward of the root: outside of one, parts of a sharded model see no gathered parameters."""
     # FSDP gathers the parameters around what it knows as a forward
     setattr(model, function.__name__, types.MethodType(function, model))
-    register_fsdp_forward_method(model, function.__name__)
+    dist.fsdp.register_fsdp_forward_method(model, function.__name__)
 
 
 def _begin(model):

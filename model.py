@@ -24,8 +24,8 @@ def blocks(model):
     # every class that any part of the model calls a block
     names = {name for m in core(model).modules() for name in getattr(m, '_no_split_modules', None) or []}
     found = {}
+    # Mamba names a block and a part of it: none inside another
     for path, module in core(model).named_modules():
-        # Mamba names a block and a part of it: none inside another
         inside = any(path.startswith(f'{outer}.') for outer in found)
         if type(module).__name__ in names and not inside:
             found[path] = module
@@ -49,22 +49,25 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     softcap = more.get('softcap')
     if packed is None or more.get('s_aux') is not None:
         raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
-    # CUDA in half precision: one kernel
+    # one kernel, unless it lacks what this architecture needs
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
         return _varlen_attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
-    # one tensor for each prompt and each answer. split, not slices: its backward is one cat
+    # (q, k, v) of each prompt and each answer. split, not slices: its backward is one cat
     sizes = [size for prompt, answers in packed.groups for size in (prompt, *answers)]
-    q, k, v = (iter(x.split(sizes, dim=2)) for x in (query, key, value))
+    pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     out = []
     for _, answers in packed.groups:
-        prompt_q, prompt_k, prompt_v = next(q), next(k), next(v)
+        prompt_q, prompt_k, prompt_v = next(pieces)
         for i in range(len(answers)):
-            # the prompt's own queries go with the first answer; its keys and values come before each
-            q_i = torch.cat((prompt_q, next(q)), 2) if i == 0 else next(q)
-            k_i, v_i = torch.cat((prompt_k, next(k)), 2), torch.cat((prompt_v, next(v)), 2)
-            out.append(_attend(q_i, k_i, v_i, scaling, sliding_window, softcap))
+            q, k, v = next(pieces)
+            # the prompt's keys and values come before each answer's, its own queries go with the first answer
+            k = torch.cat((prompt_k, k), 2)
+            v = torch.cat((prompt_v, v), 2)
+            if i == 0:
+                q = torch.cat((prompt_q, q), 2)
+            out.append(_attend(q, k, v, scaling, sliding_window, softcap))
     return torch.cat(out, 2).transpose(1, 2), None
 
 
@@ -82,23 +85,24 @@ def _varlen_attention(query, key, value, scaling, sliding_window, layout):
 
 def _attend(q, k, v, scaling, window, softcap):
     """Causal attention of the last q.shape[2] positions of a sequence over all of it."""
-    # a mask only where causal attention from the first position on does not say it all
+    # (n, m), and only where causal attention from the first position on does not say it all
     n, m = q.shape[2], k.shape[2]
     mask = None
     if n < m or softcap or (window and window < m):
         mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         if window:
             mask = mask.triu(m - n - window + 1)
-    if not softcap:
-        gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa)
-
-    # a soft cap lies between the scores and their softmax, which sdpa does not offer
     repeat = q.shape[1] // k.shape[1]
+    if not softcap:
+        options = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+    # a soft cap lies between the scores and their softmax, which sdpa does not offer: (n, m) scores of every head
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     scores = q @ k.repeat_interleave(repeat, 1).mT * scale
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float('-inf'))
-    return scores.float().softmax(-1).to(v.dtype) @ v.repeat_interleave(repeat, 1)
+    capped = softcap * torch.tanh(scores / softcap)
+    weights = capped.masked_fill(~mask, float('-inf')).float().softmax(-1)
+    return weights.to(v.dtype) @ v.repeat_interleave(repeat, 1)
 
 
 def set_attention(model, packed, own=None):
@@ -134,15 +138,16 @@ def response_logps(model, batch, divergence=None, reference=None):
 
     divergence: a function of (log_pi, log_ref), both (n, V) -> (n,), such as kl below; reference: the reference model's
     hidden_and_head on the same batch."""
-    # where an answer token is predicted, and nowhere else
-    hidden, head = hidden_and_head(model, batch)
-    target = batch.target.to(hidden.device)  # only a device map puts it, or the reference, elsewhere
+    # where an answer token is predicted, and nowhere else: hidden (N, d)
+    hidden, (weight, bias) = hidden_and_head(model, batch)
+    device = hidden.device  # only a device map puts the targets, or the reference, elsewhere
     if reference is not None:
-        ref_hidden, ref_head = reference  # (N, d), and (weight, bias)
-        ref_head = [x if x is None else x.to(hidden.device) for x in ref_head]
-        reference = ref_hidden.to(hidden.device), ref_head
-    tokens = Head.apply(hidden, *head, target, core(model).config, divergence, reference).to(batch.ids.device)
-    return torch.stack([batch.sum(row) for row in tokens])
+        ref_hidden, ref_head = reference
+        reference = ref_hidden.to(device), [x if x is None else x.to(device) for x in ref_head]
+    target = batch.target.to(device)
+    # (1 or 3, N)
+    tokens = Head.apply(hidden, weight, bias, target, core(model).config, divergence, reference)
+    return torch.stack([batch.sum(row) for row in tokens.to(batch.ids.device)])
 
 
 def hidden_and_head(model, batch):
@@ -161,14 +166,11 @@ def hidden_states(model, batch):
 
 def body(model, batch):
     """Last hidden states of a batch, (rows, T, d)."""
-    # the part below the head; packed batches have positions and groups, padded ones a mask
     inner = core(model)
     trunk = inner.model if inner.base_model is inner else inner.base_model  # Llama 4 misnames its own
-    if batch.groups:
-        out = trunk(input_ids=batch.ids, position_ids=batch.position, use_cache=False, packed=batch)
-    else:
-        out = trunk(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    return out.last_hidden_state
+    # packed batches have positions and groups, padded ones a mask
+    layout = {'position_ids': batch.position, 'packed': batch} if batch.groups else {'attention_mask': batch.mask}
+    return trunk(input_ids=batch.ids, use_cache=False, **layout).last_hidden_state
 
 
 # ---- the LM head: hidden states -> log-probs, never all logits at once ----
@@ -191,28 +193,26 @@ def _cap(config):
 
 def _post(raw, config):
     """float32 logits from the head's output: scaled, and soft-capped."""
-    logits, cap = raw.to(wide(raw)) * _scale(config), _cap(config)
+    logits = raw.to(wide(raw)) * _scale(config)
+    cap = _cap(config)
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def _per_token(raw, target, config, divergence, reference):
-    """Head output (n, V) -> log-probs of the targets (n,), and with a reference's (hidden, head): divergences, its own."""
+def _per_token(raw, rows, target, config, divergence, reference):
+    """Head output (n, V) at some rows -> log-probs of their targets (n,); with a divergence also that, and the reference's."""
     logits = _post(raw, config)
-    target = target[:, None]
+    chosen = target[rows, None]
     if divergence is None:
-        return (logits.gather(1, target)[:, 0] - logits.logsumexp(1),)
-    # both distributions in full, for this chunk of positions
+        return (logits.gather(1, chosen)[:, 0] - logits.logsumexp(1),)
+    # both distributions in full, for these positions
     hidden, head = reference
     log_pi = logits.log_softmax(1)
-    log_ref = _post(F.linear(hidden, *head), config).log_softmax(1)
-    return log_pi.gather(1, target)[:, 0], divergence(log_pi, log_ref), log_ref.gather(1, target)[:, 0]
+    log_ref = _post(F.linear(hidden[rows], *head), config).log_softmax(1)
+    return log_pi.gather(1, chosen)[:, 0], divergence(log_pi, log_ref), log_ref.gather(1, chosen)[:, 0]
 
 
 class Head(torch.autograd.Function):
-    """LM head, log-softmax, gather and divergence by chunks of positions: one chunk of logits exists at a time.
-
-    Without divergence and soft cap, all chunks share one buffer and everything happens in place: fresh memory costs a CPU
-    as much as the matrix product."""
+    """LM head, log-softmax, gather and divergence by chunks of positions: one chunk of logits exists at a time."""
 
     @staticmethod
     def chunks(n, vocabulary, device):
@@ -222,15 +222,23 @@ class Head(torch.autograd.Function):
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
     @staticmethod
+    def begin(hidden, weight, config, divergence):
+        """(chunks, a buffer that they share), or with a divergence or soft cap (chunks, None): _per_token makes all anew."""
+        # in place, since fresh memory costs a CPU as much as the matrix product
+        chunks = Head.chunks(len(hidden), len(weight), hidden.device)
+        if divergence or _cap(config):
+            return chunks, None
+        return chunks, hidden.new_empty(chunks[0].stop, len(weight), dtype=wide(hidden))
+
+    @staticmethod
     def logits(buffer, hidden, weight, bias, config):
         """Scaled logits of a chunk, in the buffer."""
-        # the product goes into memory that is there already
         out = buffer[: len(hidden)]
         if weight.dtype == out.dtype:
             torch.mm(hidden, weight.T, out=out)
         else:
             out.copy_(hidden @ weight.T)
-        # then bias and scale, in place
+        # in place, too
         if bias is not None:
             out += bias
         return out if _scale(config) == 1 else out.mul_(_scale(config))
@@ -239,56 +247,52 @@ class Head(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, config, divergence, reference):
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
-        # plain: one buffer for the logits of all chunks
-        plain = not divergence and not _cap(config)
         tokens = hidden.new_empty(3 if divergence else 1, len(target), dtype=wide(hidden))
-        chunks = Head.chunks(len(target), len(weight), hidden.device)
-        buffer = hidden.new_empty(chunks[0].stop if plain else 0, len(weight), dtype=wide(hidden))
+        chunks, buffer = Head.begin(hidden, weight, config, divergence)
         for rows in chunks:
-            if plain:
+            if buffer is None:
+                raw = F.linear(hidden[rows], weight, bias)
+                tokens[:, rows] = torch.stack(_per_token(raw, rows, target, config, divergence, reference))
+            else:
                 logits = Head.logits(buffer, hidden[rows], weight, bias, config)
                 log_pi = torch.log_softmax(logits, 1, out=logits)
                 tokens[0, rows] = log_pi.gather(1, target[rows, None])[:, 0]
-            else:
-                raw = F.linear(hidden[rows], weight, bias)
-                ref = (reference[0][rows], reference[1]) if divergence else None
-                tokens[:, rows] = torch.stack(_per_token(raw, target[rows], config, divergence, ref))
         return tokens
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
-        plain = not divergence and not _cap(config)
+        _, weight_trains, bias_trains, *_ = ctx.needs_input_grad
+        # filled chunk by chunk
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
-        d_bias = 0.0 if bias is not None and ctx.needs_input_grad[2] else None
-        chunks = Head.chunks(len(target), len(weight), hidden.device)
-        buffer = hidden.new_empty(chunks[0].stop if plain else 0, len(weight), dtype=wide(hidden))
+        # chunks add up in float32 whatever the compute type
+        d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
+        d_bias = torch.zeros_like(bias) if bias_trains else None
+        chunks, buffer = Head.begin(hidden, weight, config, divergence)
         for rows in chunks:
-            # gradient of the logits: (one-hot - softmax) * grad, or by autograd over this chunk alone
-            if plain:
+            # gradient of the logits: by autograd over this chunk alone, or (one-hot - softmax) * grad
+            if buffer is None:
+                raw = F.linear(hidden[rows], weight, bias).requires_grad_()
+                with torch.enable_grad():
+                    values = _per_token(raw, rows, target, config, divergence, reference)
+                (d_raw,) = torch.autograd.grad(values[:2], raw, tuple(grad[:2, rows]))
+            else:
                 logits = Head.logits(buffer, hidden[rows], weight, bias, config)
                 slope = grad[0, rows, None] * _scale(config)
-                d_raw = torch.softmax(logits, 1, out=logits).mul_(-slope).scatter_add_(1, target[rows, None], slope)
-            else:
-                ref = (reference[0][rows], reference[1]) if divergence else None
-                with torch.enable_grad():
-                    raw = F.linear(hidden[rows].detach(), weight.detach(), bias).detach().requires_grad_()
-                    values = _per_token(raw, target[rows], config, divergence, ref)
-                (d_raw,) = torch.autograd.grad(values[:2], raw, tuple(grad[:2, rows]))
+                d_raw = torch.softmax(logits, 1, out=logits).mul_(-slope)
+                d_raw.scatter_add_(1, target[rows, None], slope)
 
-            # from there to hidden states and head; chunks add up in float32 whatever the compute type
+            # from there to hidden states and head
             d_raw = d_raw.to(weight.dtype)
             d_hidden[rows] = d_raw @ weight
-            if d_weight is not None and d_weight.dtype == weight.dtype:
+            if weight_trains and d_weight.dtype == weight.dtype:
                 d_weight.addmm_(d_raw.T, hidden[rows])
-            elif d_weight is not None:
+            elif weight_trains:
                 d_weight += d_raw.T @ hidden[rows]
-            if d_bias is not None:
-                d_bias = d_bias + d_raw.sum(0)
-        if d_weight is not None:
-            d_weight = d_weight.to(weight.dtype)
+            if bias_trains:
+                d_bias += d_raw.sum(0)
+        d_weight = d_weight.to(weight.dtype) if weight_trains else None
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
@@ -306,7 +310,8 @@ def cvar(log_pi, log_ref, *, mu):
     z, order = (log_ref - log_pi).sort(-1, descending=True)
     p = log_ref.exp().gather(-1, order)
     before = p.cumsum(-1) - p
-    weight = (mu - before).clamp(min=0).minimum(p)  # the atom at the border is shared
+    # the atom at the border is shared
+    weight = (mu - before).clamp(min=0).minimum(p)
     return (weight * z).sum(-1) / mu
 
 
@@ -320,14 +325,13 @@ def released(log_pi, log_ref, *, mu, parts=2):
 
     In each half of the vocabulary, sum of p Z over Z above the unweighted (1 - mu) quantile; 0 where policy = reference."""
     z, p = log_ref - log_pi, log_ref.exp()
-    size = z.shape[-1] // parts
+    size, rest = divmod(z.shape[-1], parts)
+    sizes = [size] * (parts - 1) + [size + rest]
     total = 0.0
-    for i in range(parts):
-        # the last part has the rest
-        part = slice(i * size, (i + 1) * size if i < parts - 1 else None)
-        threshold = z[..., part].detach().quantile(1 - mu, dim=-1, keepdim=True)
-        above = z[..., part] > threshold
-        total = total + (p[..., part] * z[..., part] * above).sum(-1)
+    for z_part, p_part in zip(z.split(sizes, -1), p.split(sizes, -1), strict=True):
+        threshold = z_part.detach().quantile(1 - mu, dim=-1, keepdim=True)
+        above = z_part > threshold
+        total = total + (p_part * z_part * above).sum(-1)
     return total
 
 

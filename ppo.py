@@ -3,11 +3,10 @@
     python ppo.py config/ppo_toy.py
     torchrun --nproc_per_node=4 ppo.py config/ppo_hh.py
 
-A round: answers sampled from the policy (offline: labelled answers of the data, +1 and -1) -> scores -> log-probs under
-policy and reference, values -> advantages -> ppo_epochs passes over the round, one gradient a minibatch. That gradient is
-the sum over the minibatch's answer tokens divided once by their number, the advantages are whitened over the whole round:
-both are the same on any number of ranks and microbatches. Counts are in examples, which here are answers, but for
-warmup_steps.
+A round: answers sampled from the policy (offline: labelled answers of the data, +1 and -1) -> log-probs under policy and
+reference, values -> scores -> KL penalty -> advantages -> ppo_epochs passes over the round, one gradient a minibatch: the sum
+over its answer tokens, divided once by their number. That, and whitening over the whole round, is the same on any number of
+ranks and microbatches. Counts are in examples, which here are answers, but for warmup_steps.
 
 Where this departs from papers and other code:
 * Answers are sampled at temperature 1 without top-p: from the policy that is trained, so that ratios start at 1.
@@ -23,7 +22,6 @@ guard.watch(__name__)  # before the heavy imports
 
 import math
 import time
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -33,13 +31,13 @@ import fsdp
 import training
 from configurator import UserError, configure
 from data import steps
-from feedback import score
-from hf import generate, lora
-from hf.load import add_value_head, check_positions, check_same_tokens, drop_value_head, load_model, load_reward
+from hf import generate
+from hf.load import add_value_head, check_same_tokens, drop_value_head, load_model, load_reward
+from hf.probe import check_positions
 from model import core, set_attention
 from rl import formulas, rollout
+from rl.rewards import load_judge, score_answers
 from runtime import checkpoint, log
-from text import toy
 from text.examples import Examples
 
 # model and data
@@ -84,16 +82,19 @@ config = configure(globals(), shared=training)
 
 # ---- what the options mean together ----
 
-# options without effect, which is said
+# options without effect: an error on the command line, a note in a config file
 if loss not in ('ppo', 'grpo'):
     raise UserError(f'loss must be one of ppo, grpo, not {loss!r}: dpo.py has the losses on preferences')
-config.ignored([] if offline else ['noise_rate', 'max_length'], 'answers are sampled, not taken from the data')
-config.ignored(['missing_eos_penalty', 'group_size'] if offline else [], 'offline, answers come from the data')
+if offline:
+    config.ignored(['missing_eos_penalty', 'group_size'], 'offline, answers come from the data')
+else:
+    config.ignored(['noise_rate', 'max_length'], 'answers are sampled, not taken from the data')
 if loss == 'grpo':
     config.ignored(['critic', 'vf_coef', 'value_clip', 'gamma', 'lam', 'whiten'], 'grpo has no critic')
 else:
     config.ignored(['per_answer'], 'it belongs to grpo')
-config.ignored([] if group_size > 1 else ['share_prefix'], 'there is one answer to a prompt')
+if group_size == 1:
+    config.ignored(['share_prefix'], 'there is one answer to a prompt')
 
 # what cannot be
 if offline and loss == 'grpo':
@@ -101,9 +102,7 @@ if offline and loss == 'grpo':
 if loss == 'grpo' and group_size < 2:
     raise UserError('grpo compares the answers to one prompt: set --group_size to 2 or more')
 if reward_model is None and not offline:
-    raise UserError(
-        'nothing scores the answers: give --reward_model=FOLDER (from reward.py), or gold for the toy world'
-    )
+    raise UserError('nothing scores the answers: give --reward_model=FOLDER (of reward.py), or gold for the toy world')
 if reward_model == 'gold' and {data, training.eval_data or data} != {'toy'}:
     raise UserError('--reward_model=gold is known for --data=toy alone: give a folder of reward.py')
 if not (0 <= gamma <= 1 and 0 <= lam <= 1):
@@ -112,21 +111,18 @@ group = 1 if offline else group_size
 if batch_size % group or minibatch_size % group or minibatch_size > batch_size:
     sizes = f'batch_size {batch_size} and minibatch_size {minibatch_size}'
     raise UserError(f'{sizes} must be multiples of group_size {group}, and a minibatch no larger than the batch')
-kl_in_loss = offline or loss == 'grpo'
+kl_in_loss = offline or loss == 'grpo'  # else it is in the rewards
 
 # ---- set-up ----
 
 # the ranks meet, out_dir is taken
 run = training.begin(config)
 rank, world, device, tokenizer = run.rank, run.world, run.device, run.tokenizer
-
 # where answers are sampled, those of the data are not used: then prompts are cut as if there were none
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
 run.load_data(train={'task': 'singles'} if offline else prompts_only, held_out=prompts_only)
 for examples in [run.held_out] + [run.train] * (not offline):
     examples.left_out.pop('answers cut', None)
-
-# a pair's answers flip together
 if noise_rate and offline:
     run.train = run.train.flip(noise_rate, seed)
 run.say_data(group)
@@ -143,9 +139,7 @@ build_policy = partial(load_model, model, adapters=run.adapters, **run.model_opt
 
 
 def build(**how):
-    """The policy, for ppo with a value head, or with a critic that lives inside it: one optimizer, one checkpoint.
-
-    Beside adapters, head or critic train as they are."""
+    """The policy, for ppo with a value head or a critic inside, trained as they are: one optimizer, one checkpoint."""
     lm = build_policy(**how)
     if loss == 'grpo':
         return lm
@@ -171,86 +165,18 @@ if inside is not None:
     check_positions(inside, longest, what)
     set_attention(inside, run.packed, training.attn)
 
-# what scores the answers, besides the toy world itself
-judge = None
-if reward_model not in (None, 'gold'):
-    how = {name: config[name] for name in ('dtype', 'device_map', 'trust_remote_code')}
-    judge, judge_tokenizer = score.load_scorer(reward_model, device, **how)
-    check_same_tokens(tokenizer, judge_tokenizer, f'the reward model {reward_model}', model)
-run.check_room(policy.token_logps, ref, judge)
+# what scores the answers: a reward model, or None for the toy world itself
+judge = load_judge(config, tokenizer, device)
+score = partial(score_answers, tokenizer=tokenizer, judge=judge, max_tokens=training.max_tokens, ends=stop)
+describe = partial(rollout.describe, tokenizer=tokenizer, toy=data == 'toy')
+run.check_room(policy.token_logps, ref, judge[0] if judge else None)
 
-# ---- a round of answers ----
-
-
-@dataclass
-class Round:
-    """Sampled (or, offline, labelled) answers with all that training needs to know of them, equal on all ranks.
-
-    tokens: name -> (tokens,) column of all answer tokens, one answer after the other; answers: name -> (answers,) column."""
-
-    first: int  # answers before it
-    rows: np.ndarray  # of its prompts in the training set
-    examples: Examples
-    tokens: dict
-    answers: dict
-    metrics: dict
-
-    @property
-    def seen(self):
-        """Answers after it."""
-        return self.first + len(self.answers['n'])
-
-
-def texts(examples):
-    """(prompt, answer) of every answer, as text."""
-    both = [(prompt, answer) for prompt, answers in examples for answer in answers]
-    return [(tokenizer.decode(prompt), tokenizer.decode(answer, skip_special_tokens=True)) for prompt, answer in both]
-
-
-def scores(examples):
-    """Scores of every answer, as the reward model or the toy world gives them: (answers,), equal on all ranks."""
-    if reward_model == 'gold':
-        return torch.tensor([toy.gold(*text) for text in texts(examples)], dtype=torch.float64)
-    items = [(prompt, answer) for prompt, answers in examples for answer in answers]
-    return torch.from_numpy(score.scores(judge, judge_tokenizer, items, training.max_tokens, ends=stop)).double()
-
-
-def measure(examples):
-    """(columns of the answer tokens under policy and reference, columns of the answers)."""
-    # every rank measures its part of the answers, and gets the columns of all
-    n = torch.tensor([len(answer) for _, answers in examples for answer in answers])
-    starts = n.cumsum(0) - n  # slot of each answer's first token among all tokens
-    tokens = rollout.token_columns(run, policy, examples, starts, ['pi', 'value'])
-    with lora.adapters_off(ref):
-        tokens |= rollout.token_columns(run, ref, examples, starts, ['ref'])
-    # an answer has ended if its last token is one that ends answers
-    last = examples.ids[examples.spans[:, 1:, 1].reshape(-1) - 1]
-    ended = torch.from_numpy(np.isin(last, list(stop)))
-    return tokens, {'n': n, 'start': starts, 'ended': ended}
-
-
-def describe(examples, tokens, answers, split):
-    """Metrics of sampled answers: name -> float."""
-    gap = tokens['pi'] - tokens['ref']
-    found = {
-        f'kl_{split}/samples': gap.sum() / len(answers['n']),
-        f'kl_{split}/samples_per_token': gap.mean(),
-        f'entropy/{split}': -tokens['pi'].mean(),
-        f'length/{split}': answers['n'].double().mean(),
-        f'ended/{split}': answers['ended'].double().mean(),
-    }
-    if 'score' in answers:
-        found[f'score/{split}'] = answers['score'].mean()
-    if data == 'toy':
-        both = texts(examples)
-        found[f'gold/{split}'] = torch.tensor([toy.gold(*text) for text in both]).double().mean()
-        found[f'well_formed/{split}'] = torch.tensor([toy.well_formed(answer) for _, answer in both]).double().mean()
-    return {name: round(value.item(), 10) for name, value in found.items()}
+# ---- a round: rollout, scores, KL penalty, advantages ----
 
 
 def make_round(first, rows):
-    """The Round that begins after first answers, on the prompts at rows of the training set."""
-    # the answers: labelled ones, or sampled from the policy as it is now
+    """The Round that begins after `first` answers, on the prompts at these rows of the training set."""
+    # the rollout: answers of the policy as it is now, each from its own seed, or those of the data
     if offline:
         examples = train.select(rows)
     else:
@@ -259,37 +185,43 @@ def make_round(first, rows):
         ids = rollout.sample(run, prompts, seeds, max_new_tokens, sample_batch)
         examples = Examples.of([(prompts[i], ids[i : i + group]) for i in range(0, len(ids), group)])
 
-    # what is known of them, and what they score
-    tokens, answers = measure(examples)
-    answers['score'] = torch.from_numpy(examples.good * 2.0 - 1) if offline else scores(examples)
+    # log-probs of their tokens under policy and reference, and values; the policy that ratios are to
+    tokens, answers = rollout.measure(run, policy, ref, examples, stop)
+    tokens['old'] = tokens['ref'] if offline else tokens['pi']
+
+    # the scores
+    answers['score'] = torch.from_numpy(examples.good * 2.0 - 1) if offline else score(examples)
     found = {'length/train': answers['n'].double().mean().item(), 'score/train': answers['score'].mean().item()}
     if not offline:
         found |= describe(examples, tokens, answers, 'train')
 
     # what an answer is worth, and from there what each of its tokens is worth
-    reward = answers['score'] - missing_eos_penalty * ~answers['ended'] * (not offline)
-    tokens['old'] = tokens['ref'] if offline else tokens['pi']
+    reward = answers['score']
+    if not offline:
+        reward = reward - missing_eos_penalty * ~answers['ended']
     if loss == 'grpo':
         groups = reward.view(-1, group)
         tokens['advantage'] = formulas.group_advantage(groups).view(-1).repeat_interleave(answers['n'])
         found['equal_groups/train'] = (groups.std(1) == 0).double().mean().item()
     else:
-        tokens |= critique(tokens, reward, answers)
+        tokens['advantage'], tokens['target'] = advantages_and_targets(tokens, reward, answers)
         spread = tokens['target'].var(correction=0).item()
         left = (tokens['target'] - tokens['value']).var(correction=0).item()
         found['explained_variance/train'] = 1 - left / spread if spread else 0.0
-    return Round(first, rows, examples, tokens, answers, found)
+    return rollout.Round(first, rows, examples, tokens, answers, found)
 
 
-def critique(tokens, reward, answers):
-    """Advantages of tokens and targets of their values, from the answers' rewards, the KL to the reference and the values."""
-    # a table (answers, longest); the true places of mask are in the order of the tokens
+def advantages_and_targets(tokens, reward, answers):
+    """What ppo and the critic learn from, two columns of the answer tokens: from rewards of answers, KL penalty and values."""
+    # tables (answers, longest); the true places of mask are in the order of the tokens
     mask = torch.arange(int(answers['n'].max())) < answers['n'][:, None]
     value, rewards = (torch.zeros(mask.shape, dtype=torch.float64) for _ in range(2))
     value[mask] = tokens['value']
+
+    # the KL penalty at every token, the answer's reward at its last
     if not kl_in_loss:
         rewards[mask] = -kl_coef * (tokens['pi'] - tokens['ref'])
-    rewards[torch.arange(len(mask)), answers['n'] - 1] += reward  # at the last token
+    rewards[torch.arange(len(mask)), answers['n'] - 1] += reward
 
     # values aim at what came: advantage + value, offline at the discounted rewards themselves
     advantage = formulas.gae(rewards, value, mask, gamma=gamma, lam=lam)
@@ -297,23 +229,21 @@ def critique(tokens, reward, answers):
     target = value + gain
     if whiten:
         advantage = formulas.whiten(advantage, mask)
-    return {'advantage': advantage[mask], 'target': target[mask]}
+    return advantage[mask], target[mask]
 
 
-# ---- one optimizer step ----
+# ---- minibatches: one optimizer step each ----
 
 
 def token_losses(pi, value, c):
     """(policy loss, value loss) of the answer tokens of a microbatch, (N,) each. value: [] without a critic; c: columns."""
-    # with the KL as a penalty in the loss, or (in the rewards already) without
     if kl_in_loss:
         of_policy = formulas.grpo(pi, c['old'], c['ref'], c['advantage'], clip=clip, kl_coef=kl_coef)
     else:
         of_policy = formulas.ppo(pi, c['old'], c['advantage'], clip=clip)
     if not value:
         return of_policy, torch.zeros_like(of_policy)
-    near = math.inf if value_clip is None else value_clip
-    return of_policy, formulas.value_loss(value[0], c['value'], c['target'], value_clip=near)
+    return of_policy, formulas.value_loss(value[0], c['value'], c['target'], value_clip=value_clip or math.inf)
 
 
 def run_minibatch(batches, answered, rows):
@@ -344,53 +274,38 @@ def run_minibatch(batches, answered, rows):
     # sums over all ranks, and the weight that the gradient is divided by
     names = ('loss', 'value_loss', 'clipped', 'approx_kl')
     of_ranks = fsdp.gather_columns({name: x[None] for name, x in zip(names, sums, strict=True)}, [rank], world)
-    lengths = answered.answers['n'].view(-1, per_prompt)[rows]
+    lengths = answered.by_example('n')[rows]
     total_weight = lengths.numel() if per_answer else int(lengths.sum())
     return total_weight, {name: values.sum().item() for name, values in of_ranks.items()}
 
 
-def report_bad_step(answered, rows, norm, loss_sum):
-    """A minibatch whose loss or gradient is not finite: count it, and write down its answers."""
-    known = {
-        name: answered.answers[name].double().view(len(answered.examples), -1)[rows].flatten()
-        for name in ('score', 'n')
-    }
-    at = np.repeat(answered.rows[rows], len(known['n']) // len(rows))
-    known['loss'] = torch.full((len(at),), loss_sum)  # of the whole step
-    allowed = training.skip_bad_steps
-    guard.bad_step(out_dir, run.state, allowed, answered.first, at, train.uid[at], norm, known)
-
-
 def train_round(answered):
     """All optimizer steps of a Round. Returns metrics."""
-    # a minibatch is so many examples: prompts with all their answers
-    n_examples, size = len(answered.examples), minibatch_size // group
     done = n_updates * (answered.first // batch_size)
-    lengths = answered.answers['n'].view(n_examples, -1)
     norm, n_tokens, totals = math.nan, 0, {}
-    for epoch in range(ppo_epochs):
-        order = np.random.default_rng((seed, answered.first, epoch)).permutation(n_examples)
-        # another order in each pass, the same on every rank
-        for start in range(0, n_examples, size):
-            rows = order[start : start + size]
-            rate = lr * log.schedule(done, n_rounds * n_updates, warmup_steps, training.lr_schedule)
-            done += 1
+    # in each pass over the round, minibatches in another order; a group of answers stays together
+    for number, rows in enumerate(answered.minibatches(minibatch_size // group, ppo_epochs, seed), done):
+        rate = lr * log.schedule(number, n_rounds * n_updates, warmup_steps, training.lr_schedule)
+        batches, *_ = run.make_batches(answered.examples, rows)
+        with run.memory(batches):
+            weight, sums = run_minibatch(batches, answered, rows)
+            scale = world / weight if math.isfinite(sums['loss']) else math.nan
+            found = fsdp.update(policy, run.optimizer, rate, scale, max_grad_norm)
 
-            # forward, backward, and one optimizer step
-            batches, *_ = run.make_batches(answered.examples, rows)
-            with run.memory(batches):
-                weight, sums = run_minibatch(batches, answered, rows)
-                scale = world / weight if math.isfinite(sums['loss']) else math.nan
-                found = fsdp.update(policy, run.optimizer, rate, scale, max_grad_norm)
-            if not math.isfinite(found):
-                report_bad_step(answered, rows, found, sums['loss'])
-                continue
+        # a loss or gradient that is not finite: count it, and write down its answers, with the loss of the whole step
+        if not math.isfinite(found):
+            known = {name: answered.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
+            known['loss'] = torch.full((len(known['n']),), sums['loss'])
+            at = np.repeat(answered.rows[rows], len(known['n']) // len(rows))
+            allowed = training.skip_bad_steps
+            guard.bad_step(out_dir, run.state, allowed, answered.first, at, train.uid[at], found, known)
+            continue
 
-            # means over tokens, in the end
-            norm, n = found, int(lengths[rows].sum())
-            sums['loss'], sums['value_loss'] = sums['loss'] * n / weight, sums['value_loss'] * n / weight
-            totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
-            n_tokens += n
+        # means over tokens, in the end
+        norm, n = found, int(answered.by_example('n')[rows].sum())
+        sums['loss'], sums['value_loss'] = sums['loss'] * n / weight, sums['value_loss'] * n / weight
+        totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+        n_tokens += n
     shown = [name for name in totals if name != 'value_loss' or loss == 'ppo']
     return {f'{name}/train': totals[name] / max(1, n_tokens) for name in shown} | {'grad_norm': norm, 'lr': rate}
 
@@ -408,16 +323,15 @@ def evaluate(seen):
     seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
     ids = rollout.sample(run, prompts, seeds, max_new_tokens, sample_batch)
     examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, ids, strict=True)])
-    tokens, answers = measure(examples)
+    tokens, answers = rollout.measure(run, policy, ref, examples, stop)
     if reward_model:
-        answers['score'] = scores(examples)
+        answers['score'] = score(examples)
     if guard.stop_asked():
         return  # answers were cut short: it is done again after the resume
 
     # the first of them for people, all of them for the numbers
-    some = [('policy', i, generate.without_end(answer, stop)) for i, answer in enumerate(ids)]
-    file = f'{out_dir}/samples.jsonl'
-    fsdp.on_one_rank(lambda: generate.write(file, tokenizer, prompts, some[:n_eval_model_samples], seen))
+    some = [('policy', i, generate.without_end(answer, stop)) for i, answer in enumerate(ids[:n_eval_model_samples])]
+    fsdp.on_one_rank(lambda: generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, some, seen))
     run.log_evaluation(seen, describe(examples, tokens, answers, 'eval'))
 
 
@@ -439,12 +353,9 @@ for first_prompt, rows in steps(len(train), batch_size // group, total // group,
     now = time.time()
     elapsed, sampling, run.clock = now - run.clock, sampled - run.clock, now
     n_answers, n_tokens = len(answered.answers['n']), int(answered.answers['n'].sum())
-    found |= {
-        'examples_per_second': log.per_second(n_answers, elapsed),
-        'tokens_per_second': log.per_second(n_tokens, elapsed),
-        'sampling_share': log.per_second(sampling, elapsed),
-        'counters/step_examples': n_answers,
-    }
+    found['counters/step_examples'] = n_answers
+    amounts = {'examples_per_second': n_answers, 'tokens_per_second': n_tokens, 'sampling_share': sampling}
+    found |= {name: log.per_second(amount, elapsed) for name, amount in amounts.items()}
     if training.skip_bad_steps:
         found['counters/bad_steps'] = run.state['bad_steps']
     run.logger.row('train', answered.seen, found)

@@ -76,7 +76,7 @@ def run_step(step, backward=False):
         if backward:
             (loss * batch.real()).sum().backward()
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
-    return training.gather(parts, step.slots, len(step.rows))
+    return training.gather(parts, step.batches, len(step.rows))
 
 
 def summary(columns, split):
@@ -101,6 +101,6 @@ for step in run.steps():
         run.evaluate(step.seen, run_step, summary)
     run.finish_step(step)
 run.evaluate(run.total, run_step, summary)
-run.finish(partial(run.build, quiet=True))
+run.finish()
 if __name__ == '__main__':
     fsdp.leave()

@@ -19,13 +19,15 @@ import losses
 import training
 from configurator import UserError, configure
 from hf import generate
-from hf.load import check_positions, load_model
+from hf.load import load_model
+from hf.probe import check_positions
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
 noise_rate = 0.0  # train on the rejected answer of this fraction of pairs, as the original noise experiments do
 control_tokens = False  # both answers of a pair, behind prompts that end with <|good|> or <|bad|> (conditional SFT)
+last_turn_only = False  # train on the last answer of a conversation alone, not on all of them
 max_length = 512  # tokens of prompt and answer
 max_prompt_length = 256  # a prompt is cut to this if the whole is too long
 # steps
@@ -63,9 +65,9 @@ if control_tokens:
     # room for the control token; both answers of a pair are examples
     run.load_data(task='singles', max_length=max_length - 1, max_prompt_length=max_prompt_length - 1)
 elif noise_rate:
-    run.load_data(train={'task': 'pairs'}, held_out={'task': 'sft'})
+    run.load_data(train={'task': 'pairs'}, held_out={'task': 'sft'}, last_turn_only=last_turn_only)
 else:
-    run.load_data(task='sft')
+    run.load_data(task='sft', last_turn_only=last_turn_only)
 if noise_rate:
     run.train = run.train.flip(noise_rate, seed)
 if control_tokens:
@@ -95,7 +97,7 @@ def run_step(step, backward=False):
         if backward:
             (batch.n * loss * batch.real()).sum().backward()
         parts.append({'loss': loss, 'pi': pi, 'n': batch.n})
-    return training.gather(parts, step.slots, len(step.rows))
+    return training.gather(parts, step.batches, len(step.rows))
 
 
 def summary(columns, split):

@@ -32,7 +32,8 @@ import fsdp
 from configurator import UserError
 from data import Step, make_batches, pack_probe, steps
 from hf import export, lora, parallel
-from hf.load import can_pack, check_positions, fingerprints, load_tokenizer
+from hf.load import fingerprints, load_tokenizer
+from hf.probe import can_pack, check_positions
 from model import set_attention
 from runtime import checkpoint, guard, log, room
 from runtime.prefetch import prefetch
@@ -43,6 +44,8 @@ eval_data: str | None = None  # None: the test split of data, or a part of it he
 data_fraction = 1.0  # use this fraction of the training examples
 num_turns = 1  # sharegpt: answers taken from a conversation
 columns: str | None = None  # which column is what: 'prompt=question, system=system, chosen=good, rejected=bad'
+chat = False  # texts become chats, so that the model's chat template applies
+system: str | None = None  # a message of the system before every prompt; texts become chats
 truncation = 'start'  # which end a too long prompt loses: start or end
 skip_bad_rows = False  # count unreadable rows instead of stopping
 # optimizer
@@ -78,6 +81,9 @@ device_map: str | None = None  # 'balanced': one process without torchrun spread
 attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
 
+# examples that --n_examples draws from, where it asks for a tenth of them or fewer
+ENOUGH = 20_000
+
 
 def begin(config):
     """A Run of these options: the ranks have met, signals are heeded, out_dir is this run's alone. Raises UserError."""
@@ -106,15 +112,18 @@ class Run:
     # ---- set-up, in this order ----
 
     def load_data(self, *, train=None, held_out=None, **options):
-        """Tokenised examples into run.train and run.held_out. options: of load_examples, for both of them; train, held_out:
-        further ones for one of them."""
+        """Tokenised examples into run.train and run.held_out. options: of load_examples, for both; train, held_out: for one."""
         config = self.config
-        names = ('seed', 'max_length', 'max_prompt_length', 'truncation', 'num_turns', 'columns', 'skip_bad_rows')
-        common = {name: config[name] for name in names}
+        names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
+        common = {name: config[name] for name in names.split()}
         common |= {'tokenizer': self.tokenizer, 'undivided': eval_data is not None}
+        # a few steps need not tokenise millions of rows; they are drawn from the first of them
+        if config.n_examples and config.n_examples <= ENOUGH // 10:
+            common['enough'] = {'train': ENOUGH, 'test': n_eval_examples}
+        common |= options
         # flips and fractions are of the training examples alone
-        for_train = {**common, 'data_fraction': data_fraction, **options, **(train or {})}
-        for_eval = {**common, **options, **(held_out or {})}
+        for_train = common | {'data_fraction': data_fraction} | (train or {})
+        for_eval = common | (held_out or {})
         # one process of a host reads the text, the others find it in the cache
         self.train = fsdp.first_of_host(lambda: load_examples(config.data, 'train', **for_train))
         # held out: its own data, or a part of the training data
@@ -125,10 +134,14 @@ class Run:
         """Count the examples to come, in whole groups, and say what they are. group: answers to a prompt, where they count."""
         config, train = self.config, self.train
         # epochs, or fewer examples than they have
-        self.total = min(config.n_epochs * len(train) * group, config.n_examples or math.inf) // group * group
+        most = config.n_epochs * len(train) * group
+        self.total = min(most, config.n_examples or most) // group * group
         counts = f'{len(train)} training and {len(self.held_out)} evaluation examples'
         log.say(f'data: {counts}; left out or changed: {train.changes()}')
-        log.say_too_long(train.lengths, max_tokens)
+        long = train.lengths[train.lengths > max_tokens]
+        if len(long):
+            what = f'{len(long)} examples are longer than max_tokens={max_tokens} (the longest: {long.max()})'
+            log.say(f'note: {what}: each gets a microbatch of its own')
 
     def model_options(self):
         """Options that every model of the run is loaded with."""
@@ -146,7 +159,8 @@ class Run:
 
     def shard(self, build, **options):
         """A sharded model, see fsdp.shard."""
-        return fsdp.shard(build, self.device, dtype=dtype, cpu_offload=cpu_offload, device_map=device_map, **options)
+        options |= {'dtype': dtype, 'cpu_offload': cpu_offload, 'device_map': device_map}
+        return fsdp.shard(build, self.device, **options)
 
     def load_frozen(self, build, longest, what='the examples'):
         """A sharded model that does not train, reading sequences of up to longest tokens as the policy does."""
@@ -160,7 +174,8 @@ class Run:
         # packed if the architecture gives the same log-probs so
         check_positions(self.policy, longest, what)
         wanted = pack and attn is None
-        self.packed = can_pack(self.policy, *pack_probe(self.train, self.device), log.say, wanted=wanted)
+        probe = pack_probe(self.train, self.device)
+        self.packed = can_pack(self.policy, *probe, log.say, wanted=wanted)
         set_attention(self.policy, self.packed, attn)
         how = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
         self.make_batches = partial(make_batches, rank=self.rank, world=self.world, max_tokens=max_tokens, **how)
@@ -170,8 +185,7 @@ class Run:
         room.check_room(self.config, self.policy, forward, self.train, self.total, self.packed, others)
 
     def start(self, what='', counts=None):
-        """Resume from the newest checkpoint, or begin afresh; open the log. what, counts: the run's name and size, for the
-        screen."""
+        """Resume from the newest checkpoint, or begin afresh; open the log. what, counts: name and size on the screen."""
         config, out_dir = self.config, self.config.out_dir
         # a checkpoint of other weights, data or options is refused
         self.identity = checkpoint.identify(config, self.models, self.train, self.held_out)
@@ -186,9 +200,8 @@ class Run:
         fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
         evaluated = self.state['evaluated']
         self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard, evaluated)
-        counts = counts or f'examples, {config.batch_size} a step'
-        # one line on what is about to happen
         verb = 'resuming' if self.seen else 'training'
+        counts = counts or f'examples, {config.batch_size} a step'
         self.logger.say(f'{verb} {what}on {self.world} ranks: {self.total} {counts}')
 
     # ---- steps ----
@@ -218,13 +231,14 @@ class Run:
         """One optimizer step on the gradients of step, whose examples weigh weight together. Returns whether it was done: a
         loss or gradient that is not finite leaves the weights alone, and is counted."""
         config = self.config
-        # the learning rate of this step
         n_steps = -(-self.total // config.batch_size)
         number = step.first // config.batch_size
         self.rate = config.lr * log.schedule(number, n_steps, config.warmup_steps, lr_schedule)
 
         # FSDP has averaged over ranks the sums of weighted gradients; NaN leaves the weights alone
-        scale = self.world / (float(weight) or math.nan) if guard.finite(columns) else math.nan
+        scale = math.nan
+        if weight and guard.finite(columns):
+            scale = self.world / float(weight)
         self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, max_grad_norm)
         if math.isfinite(self.norm):
             return True
@@ -241,22 +255,28 @@ class Run:
         elapsed, self.clock = now - self.clock, now
         n = len(step.rows)
         metrics |= {'grad_norm': self.norm, 'lr': self.rate, 'counters/step_examples': n}
-        metrics |= {'padding_share': 1 - step.tokens / step.allocated}
-        for name, amount in (('examples', n), ('tokens', step.tokens), ('data_wait', self.waited)):
+        metrics['padding_share'] = 1 - step.tokens / step.allocated
+        amounts = {'examples': n, 'tokens': step.tokens, 'data_wait': self.waited}
+        for name, amount in amounts.items():
             metrics[f'{name}_per_second'] = log.per_second(amount, elapsed)
         # what carries over from step to step
-        metrics |= {f'state/{name}': value for name, value in self.state['statistic'].items()}
+        for name, value in self.state['statistic'].items():
+            metrics[f'state/{name}'] = value
         if skip_bad_steps:
             metrics['counters/bad_steps'] = self.state['bad_steps']
         self.logger.row('train', step.seen, metrics)
 
     def finish_step(self, step):
         """Save where it is due, and do what signals have asked for."""
-        due = log.crossed(save_every, step.first, step.seen, self.total)
+        due = self.crossed(save_every, step.first, step.seen)
         if due:
             self.save(step.seen)
             self.clock = time.time()
         self.heed(step.seen, saved=due)
+
+    def crossed(self, every, first, seen):
+        """Whether to do after the step from first to seen examples what is done every so many, but not at the end."""
+        return every and seen < self.total and seen // every > first // every
 
     def save(self, seen):
         """Begin to write a checkpoint."""
@@ -272,12 +292,12 @@ class Run:
     def eval_due_at_start(self):
         """Whether to evaluate before the first step: of a run, or of a resumed one whose evaluation was cut short."""
         if self.seen:
-            return log.crossed(eval_every, self.seen - self.config.batch_size, self.seen, self.total)
+            return self.crossed(eval_every, self.seen - self.config.batch_size, self.seen)
         return do_first_eval
 
     def eval_due(self, step):
         """Whether to evaluate after this step."""
-        return log.crossed(eval_every, step.first, step.seen, self.total)
+        return self.crossed(eval_every, step.first, step.seen)
 
     def evaluate(self, seen, run_step, summary, sample=None, prepare=None):
         """A row of metrics.jsonl from all held-out examples, unless there is one already.
@@ -315,16 +335,17 @@ class Run:
         out_dir = self.config.out_dir
         # a signal that comes now finds everything saved
         self.heed(self.total)
-        build = build or self.build
-        guard.export(self.policy, self.tokenizer, build, f'{out_dir}/model', partial(export.write_card, out_dir))
+        card = partial(export.write_card, out_dir)
+        guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card)
         self.logger.close()
         guard.end()
         log.say(f'done: {out_dir}/model')
 
 
-def gather(parts, slots, total):
+def gather(parts, batches, total):
     """Columns of this rank's microbatches -> columns of the whole step, in step order, equal on every rank.
 
-    parts: name -> column, of each microbatch; slots: of their examples in the step; total: examples of the step."""
+    parts: name -> column, of each microbatch; total: examples of the step."""
+    slots = [slot for batch in batches for slot in batch.slot]
     joined = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
     return fsdp.gather_columns(joined, slots, total)

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import email.utils
 import html.entities
+import importlib
 import itertools
 import json
 import math
@@ -47,9 +48,13 @@ class _Refused(Exception):
 
 
 class _Again(Exception):
-    """Worth another attempt. wait: the seconds that the endpoint asks for, if it does."""
+    """Worth another attempt. wait: the seconds that the endpoint asks for."""
 
-    wait = None
+    wait = 0.0
+
+
+class _Unreachable(_Again):
+    """There was no connection."""
 
 
 def completions_url(url: str) -> str:
@@ -72,104 +77,132 @@ def completions_url(url: str) -> str:
 def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, proven=False):
     """Yield a Reply for every job, in order of completion. jobs: (key, body), body the json of a chat completion.
 
-    At most `concurrency` jobs are under way, counting those whose Reply the caller has not finished with, so that what is
-    written before the next Reply is taken is all that was ever asked but for that many. timeout: seconds for a whole
-    reply. A job is tried again `retries` times, after backoff * 2^k seconds with jitter or as Retry-After says, on 408, 409,
-    425, 429, 5xx, time-outs, dropped connections, and replies cut short or not in the promised form; then its Reply has an
+    At most `concurrency` jobs are under way, counting those whose Reply the caller has not finished with. timeout: seconds for a
+    whole reply. A job is tried again `retries` times, after backoff * 2^k seconds with jitter or as Retry-After says, on 408,
+    409, 425, 429, 5xx, time-outs, dropped connections, and replies cut short or not in the promised form; then its Reply has an
     error. So has a job refused (400, 413, 422) by an endpoint that has answered others (proven: it has before this call).
     Raises UserError where going on is useless: refused key or model, no such address, nothing but refusals or failures."""
-    address, headers = completions_url(url), {'Accept-Encoding': 'identity'}
+    address = completions_url(url)
     key = (os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or '').strip()
-    if key:
-        if not (key.isascii() and key.isprintable() and ' ' not in key):
-            raise UserError('the key in NANOPREF_API_KEY or OPENAI_API_KEY has characters that no key has')
-        headers['Authorization'] = f'Bearer {key}'
-    http, others = _http(), _Others(key)
+    if not key.isascii() or not key.isprintable() or ' ' in key:
+        raise UserError('the key in NANOPREF_API_KEY or OPENAI_API_KEY has characters that no key has')
+    shared = _Shared(address, _Others(key), timeout, retries, backoff, proven)
+    for client in _connect(concurrency, timeout, key, shared.others):
+        # daemon: Ctrl-C does not wait for replies
+        threading.Thread(target=shared.work, args=(client,), daemon=True).start()
     try:
-        options = {'headers': headers, 'timeout': http.Timeout(timeout, connect=min(timeout, 10.0))}
-        options |= {'verify': http.create_ssl_context(), 'limits': http.Limits(max_connections=1)}
-        clients = [_Client(http.Client(**options), timeout) for _ in range(concurrency)]
+        yield from shared.replies(iter(jobs), concurrency)
+    finally:
+        shared.stop.set()
+        for _ in range(concurrency):
+            shared.todo.put(None)
+
+
+def _connect(n, timeout, key, others):
+    """n _Clients, connecting as the environment asks for it. Raises UserError."""
+    http = _http()
+    options = {'headers': {'Accept-Encoding': 'identity'} | ({'Authorization': f'Bearer {key}'} if key else {})}
+    options |= {'timeout': http.Timeout(timeout, connect=min(timeout, 10.0)), 'limits': http.Limits(max_connections=1)}
+    try:
+        options['verify'] = http.create_ssl_context()
+        return [_Client(http.Client(**options), timeout) for _ in range(n)]
     except (ImportError, ValueError, OSError, http.InvalidURL) as error:
         why = others.line(error, 200)
         raise UserError(f'no connection as the environment asks for it (ALL_PROXY, SSL_CERT_FILE ...): {why}') from None
-    todo, done, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-    pause = [0.0]  # no request before this time: Retry-After is meant for all of them
 
-    def attempt(client, body):
-        """(text, raw) of one request."""
-        try:
-            response, content = client.post(address, body)
-        except (_Again, _Refused):
-            raise
-        except (http.ConnectError, http.ConnectTimeout) as error:
-            again = _Again(f'{address} cannot be reached ({others.line(error, 200)})')
-            again.unreachable = True
-            raise again from None
-        except (http.TimeoutException, TimeoutError):
-            raise _Again(f'no reply within {timeout:g} s') from None
-        except Exception as error:  # the library has errors of many kinds for what a server may send
-            raise _Again(f'connection lost ({others.line(error, 200)})') from None
-        return _read(response, others.json(content), address, others)
 
-    def finish(client, job):
-        """The Reply of a job, after as many attempts as it takes."""
-        for k in itertools.count():
-            stop.wait(max(0.0, pause[0] - time.monotonic()))
-            if stop.is_set():
-                return None
-            try:
-                return Reply(job[0], *attempt(client, job[1]))
-            except _Again as error:
-                unreachable, wait = getattr(error, 'unreachable', False), error.wait
-                if unreachable and k >= (retries if proven else min(retries, 2)):
-                    raise UserError(f'{error}: is the server running, and the address right?') from None
-                if k >= retries:
-                    return Reply(job[0], None, None, f'{error}, after {k + 1} attempts')
-                if wait is not None:
-                    pause[0] = max(pause[0], time.monotonic() + wait)
-                if not wait or wait < backoff:  # none, 0, or a date of a clock that is behind
-                    stop.wait(min(60.0, backoff * 2**k) * random.uniform(0.5, 1.0))
+class _Shared:
+    """What the threads of one ask share: each does work on jobs of todo, and puts (job, its Reply or an error) into done."""
 
-    def work(client):
-        for job in iter(todo.get, None):
-            try:
-                done.put((job, finish(client, job)))
-            except BaseException as error:  # raised again where the caller is
-                done.put((job, error))
-        client.close()
+    def __init__(self, address, others, timeout, retries, backoff, proven):
+        self.address, self.others = address, others
+        self.timeout, self.retries, self.backoff = timeout, retries, backoff
+        self.proven = proven  # whether the endpoint has answered any job
+        self.todo, self.done, self.stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+        self.not_before = 0.0  # time of the next request: Retry-After is meant for all threads
 
-    for client in clients:
-        threading.Thread(target=work, args=(client,), daemon=True).start()  # daemon: Ctrl-C does not wait for replies
-    jobs, held, failures = iter(jobs), [], 0
-    try:
-        under_way = sum(todo.put(job) is None for job in itertools.islice(jobs, concurrency))
+    def replies(self, jobs, most):
+        """Yield the Replies of ask, at most so many jobs under way."""
+        refused, failures, under_way = [], 0, self.hand_out(jobs, most)
         while under_way:
-            job, result = done.get()
+            job, result = self.done.get()
             under_way -= 1
             if isinstance(result, _Refused):
-                held.append(Reply(job[0], None, None, str(result)))
+                refused.append(Reply(job[0], None, None, str(result)))
             elif isinstance(result, BaseException):
                 raise result
             else:
                 failures = failures + 1 if result.text is None else 0
-                proven = proven or result.text is not None
-                if failures >= (FAILED_IN_A_ROW if proven else max(concurrency, 2)):  # sooner if all do from the start
-                    advice = (
-                        'run the same command later' if proven else "see the model's name, and the server's own log"
-                    )
+                self.proven = self.proven or result.text is not None
+                limit, advice = FAILED_IN_A_ROW, 'run the same command later'
+                if not self.proven:  # sooner if all do from the start
+                    limit, advice = max(most, 2), "see the model's name, and the server's own log"
+                if failures >= limit:
                     raise UserError(f'{failures} requests in a row failed; the last one: {result.error}: {advice}')
                 yield result
-            if held and not under_way and not proven:
-                raise UserError(f'{held[0].error}; see that the name of the model and the other options suit it')
-            if proven:
-                yield from held
-                held = []
-            if not held:
-                under_way += sum(todo.put(job) is None for job in itertools.islice(jobs, concurrency - under_way))
-    finally:
-        stop.set()
-        for _ in range(concurrency):
-            todo.put(None)
+
+            # a refusal is the job's own fault where others are answered: before any is, nothing more is asked
+            if self.proven:
+                yield from refused
+                refused = []
+            if not refused:
+                under_way += self.hand_out(jobs, most - under_way)
+            elif not under_way:
+                raise UserError(f'{refused[0].error}; see that the name of the model and the other options suit it')
+
+    def hand_out(self, jobs, most):
+        """Put up to so many jobs into todo. Returns how many there were."""
+        some = list(itertools.islice(jobs, most))
+        for job in some:
+            self.todo.put(job)
+        return len(some)
+
+    def work(self, client):
+        """Finish jobs until there is a None among them."""
+        for job in iter(self.todo.get, None):
+            try:
+                self.done.put((job, self.finish(client, *job)))
+            except BaseException as error:  # raised again where the caller is
+                self.done.put((job, error))
+        client.close()
+
+    def finish(self, client, key, body):
+        """The Reply of a job, after as many attempts as it takes; None where the caller has stopped."""
+        for attempt in itertools.count():
+            self.stop.wait(max(0.0, self.not_before - time.monotonic()))
+            if self.stop.is_set():
+                return None
+            try:
+                return Reply(key, *self.attempt(client, body))
+            except _Again as error:
+                again = error
+
+            # the last attempt: an address where nobody answers is most often a wrong one
+            patience = self.retries if self.proven else min(self.retries, 2)
+            if isinstance(again, _Unreachable) and attempt >= patience:
+                raise UserError(f'{again}: is the server running, and the address right?')
+            if attempt >= self.retries:
+                return Reply(key, None, None, f'{again}, after {attempt + 1} attempts')
+
+            # all wait as long as the endpoint asks for; where that is nothing, this thread waits longer each time
+            self.not_before = max(self.not_before, time.monotonic() + again.wait)
+            if again.wait < self.backoff:
+                self.stop.wait(min(60.0, self.backoff * 2**attempt) * random.uniform(0.5, 1.0))
+
+    def attempt(self, client, body):
+        """(text, raw) of one request. Raises _Again, _Refused or UserError."""
+        http = _http()
+        try:
+            response, content = client.post(self.address, body)
+        except (_Again, _Refused):
+            raise
+        except (http.ConnectError, http.ConnectTimeout) as error:
+            raise _Unreachable(f'{self.address} cannot be reached ({self.others.line(error, 200)})') from None
+        except (http.TimeoutException, TimeoutError):
+            raise _Again(f'no reply within {self.timeout:g} s') from None
+        except Exception as error:  # the library has errors of many kinds for what a server may send
+            raise _Again(f'connection lost ({self.others.line(error, 200)})') from None
+        return _read(response, self.others.json(content), self.address, self.others)
 
 
 class _Client:
@@ -260,8 +293,7 @@ class _Others:
         self.in_messages = []
         for secret in sorted({key, *passwords} - {''}, key=len, reverse=True):
             # a short one only as a word of its own
-            word = [rf'(?<!\w){re.escape(secret)}(?!\w)']
-            self.in_messages += _forms(secret) if len(secret) >= SHORT else word
+            self.in_messages += _forms(secret) if len(secret) >= SHORT else [rf'(?<!\w){re.escape(secret)}(?!\w)']
 
     def text(self, text):
         """A text without the key, nor halves of surrogate pairs, which would break a tokenizer."""
@@ -284,7 +316,7 @@ class _Others:
         """The json of a reply that any reader of json reads again, or its text where it is none."""
         text = content.decode('utf-8-sig', 'replace')
         try:
-            raw = json.loads(text, parse_constant=str, parse_float=_number(float), parse_int=_number(int))
+            raw = json.loads(text, parse_constant=str, parse_float=_number, parse_int=_number)
             return self._tree(raw, 0)
         except (ValueError, RecursionError):
             return self.text(text)
@@ -301,15 +333,11 @@ class _Others:
         return value
 
 
-def _number(kind):
-    """A reader of numbers of this kind; one that is too large for 64 bits stays a text."""
-
-    def read(text):
-        if kind is int:
-            return int(text) if len(text) < 19 else text
-        return float(text) if math.isfinite(float(text)) else text
-
-    return read
+def _number(text):
+    """The number that a json text writes, or the text itself where 64 bits do not hold it."""
+    if text.lstrip('-').isdigit():
+        return int(text) if len(text) < 19 else text
+    return float(text) if math.isfinite(float(text)) else text
 
 
 @lru_cache
@@ -364,19 +392,19 @@ def _read(response, raw, address, others):
             raise UserError(f'{what}: the account has no credit left; run the same command again when it has')
         again = _Again(what)
         again.wait = _retry_after(response.headers.get('retry-after'))
-        if again.wait is not None and again.wait > LONGEST_WAIT:
+        if again.wait > LONGEST_WAIT:
             raise UserError(f'{what} and asks to wait {again.wait:.0f} s: run the same command again then')
         raise again
     raise UserError(f'{what}: see that the address and the model are right')
 
 
 def _retry_after(text):
-    """Seconds that a Retry-After header asks for (a number or a date), or None."""
+    """The seconds that a Retry-After header asks for (a number or a date), 0 without one."""
     with contextlib.suppress(ValueError, TypeError, OverflowError, AttributeError):
         if text.strip()[:1].isdigit():
             return float(text)
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    return None
+    return 0.0
 
 
 def _said(raw):
@@ -390,11 +418,7 @@ def _said(raw):
 
 def _http():
     """The HTTP library that comes with huggingface_hub: httpx2, or httpx with older versions."""
-    try:
-        import httpx2 as http
-    except ImportError:
-        try:
-            import httpx as http
-        except ImportError:
-            raise UserError('asking an endpoint needs httpx2: pip install httpx2') from None
-    return http
+    for name in ('httpx2', 'httpx'):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    raise UserError('asking an endpoint needs httpx2: pip install httpx2')

@@ -1,6 +1,7 @@
 """Scores of answers under a reward model (reward.py): for label.py, ppo.py and your own code."""
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,11 +9,24 @@ import torch
 import fsdp
 from configurator import UserError
 from data import pack, pack_probe, plan, plan_padded
-from hf.load import can_pack, load_reward, load_tokenizer, room, separate_pad
+from hf.load import load_reward, load_tokenizer, separate_pad
+from hf.probe import can_pack, room
 from model import core, set_attention
 from runtime import guard
 from runtime.log import say
 from text.examples import Examples
+
+
+class Group(NamedTuple):
+    """Answers to one prompt, which share its computation. slots: their numbers among all items."""
+
+    prompt: np.ndarray
+    answers: list
+    slots: list
+
+    @property
+    def tokens(self):
+        return len(self.prompt) + sum(map(len, self.answers))
 
 
 def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_code=False):
@@ -20,6 +34,7 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
     model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
+    # packed, where that changes no score of two made-up pairs
     a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
     end = [tokenizer.eos_token_id]
     probe = Examples.of([(a, [[*b, *end], [*c[:5], *end]]), (b[:7], [[*c[:9], *end], [*a, *end]])])
@@ -33,40 +48,39 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
     """Scores (n,), float32, of n answers: equal on every rank, and every rank must call this.
 
     items: n of (prompt ids, answer ids); where an answer lacks its end of text, that is appended, as in training. ends: other
-    ids that end an answer, at which its score is read, such as the end of a turn. The answers of one prompt share its
-    computation. max_tokens: tokens of one microbatch of one rank. Raises UserError for an
-    item that is longer than the model reads."""
-    eos, groups = tokenizer.eos_token_id, {}
-    ends = {eos, *ends}
+    ids that end an answer, at which its score is read, such as the end of a turn. max_tokens: tokens of one microbatch of one
+    rank. Raises UserError for an item that is longer than the model reads."""
     padded = core(model).config._attn_implementation != 'packed'
-    limit = room(model)
-    for i, (prompt, answer) in enumerate(items):
-        prompt, answer = (np.asarray(x, np.int64) for x in (prompt, answer))
-        answer = answer if len(answer) and answer[-1] in ends else np.append(answer, eos)
-        if not len(prompt) or len(prompt) + len(answer) > limit:
-            raise UserError(f'item {i}: prompt and answer have {len(prompt)} + {len(answer)} tokens, where the reward model '
-                            f'takes a prompt and at most {limit} in all')  # fmt: skip
-        prompt_groups = groups.setdefault(prompt.tobytes(), [])
-        if not prompt_groups or padded or prompt_groups[-1]['tokens'] + len(answer) > max_tokens:
-            prompt_groups.append({'prompt': prompt, 'answers': [], 'place': [], 'tokens': len(prompt)})
-        group = prompt_groups[-1]
-        group['answers'].append(answer)
-        group['place'].append(i)
-        group['tokens'] += len(answer)
-    groups = [group for same_prompt in groups.values() for group in same_prompt]
+    # padded batches have a row for every answer
+    groups = _groups(items, tokenizer.eos_token_id, ends, room(model), 0 if padded else max_tokens)
+    lengths = np.array([group.tokens for group in groups])
     rank, world = fsdp.data_rank()
-    found, place = [], []
-    lengths = np.array([group['tokens'] for group in groups])
+    found, slots = [], []
     for chosen in (plan_padded if padded else plan)(lengths, world, max_tokens)[rank]:
         mine = [groups[g] for g in chosen]
-        batch = pack(
-            [(g['prompt'], g['answers']) for g in mine], chosen, pad=padded, filler=1, device=core(model).device
-        )
-        found.append(model.response_scores(batch))
-        place += [i for g in mine for i in g['place']] or [-1]
-    values = fsdp.gather_columns({'score': torch.cat(found)}, place, len(items))['score'].float().numpy()
+        both = [(group.prompt, group.answers) for group in mine]
+        found.append(model.response_scores(pack(both, chosen, pad=padded, filler=1, device=core(model).device)))
+        slots += [slot for group in mine for slot in group.slots] or [-1]  # a rank without work has a filler
+    values = fsdp.gather_columns({'score': torch.cat(found)}, slots, len(items))['score'].float().numpy()
     if not np.isfinite(values).all():
-        raise UserError(
-            "the reward model's scores are not numbers (nan): its weights are broken, or too large for its type"
-        )
+        raise UserError("the reward model's scores are not numbers: its weights are broken, or too large for its type")
     return values
+
+
+def _groups(items, eos, ends, limit, max_tokens):
+    """The items as Groups of at most so many tokens, those of one prompt side by side. limit: tokens that the model reads."""
+    by_prompt = {}
+    for slot, (prompt, answer) in enumerate(items):
+        prompt, answer = np.asarray(prompt, np.int64), np.asarray(answer, np.int64)
+        if not len(answer) or answer[-1] not in {eos, *ends}:
+            answer = np.append(answer, eos)
+        if not len(prompt) or len(prompt) + len(answer) > limit:
+            sizes = f'{len(prompt)} + {len(answer)} tokens'
+            takes = f'the reward model takes a prompt and at most {limit} in all'
+            raise UserError(f'item {slot}: prompt and answer have {sizes}, where {takes}')
+        groups = by_prompt.setdefault(prompt.tobytes(), [])
+        if not groups or groups[-1].tokens + len(answer) > max_tokens:
+            groups.append(Group(prompt, [], []))
+        groups[-1].answers.append(answer)
+        groups[-1].slots.append(slot)
+    return [group for groups in by_prompt.values() for group in groups]

@@ -1,73 +1,31 @@
-"""What is refused before a model is loaded: code of its own, pickles, adapters, weights that lie elsewhere. Raises UserError."""
+"""Which models are refused before they are loaded: code of their own, pickles, weights that lie elsewhere, adapters, quantised
+weights, classifiers that are no reward model. All raise UserError."""
 
 import contextlib
 import json
 import re
 from pathlib import Path
 
+import torch
+
 from configurator import UserError
 
-
-def check_sizes(name):
-    """Raise UserError where a folder's chat templates, or what else is read whole with its tokenizer, are far too large."""
-    limits = {'*.jinja': 4_000_000, 'additional_chat_templates/*.jinja': 4_000_000, 'tokenizer_config.json': 64_000_000}
-    for pattern, most in limits.items():
-        for file in Path(name).glob(pattern):
-            size = file.stat().st_size
-            if size > most:
-                raise UserError(f'{file} has {size:,} bytes, and {most:,} are the limit: is it what it should be?')
+PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
 
-def check_safe(name, trust_remote_code, weights=True):
-    """Raise UserError for a model folder that asks to run code of its own, or has its weights in pickles, which can run code."""
-    folder = Path(name)
-    if name == 'toy' or not folder.is_dir():
-        return  # a hub id: _read_config in load.py and check_files see to it
-    check_adapter(name)
-    for file in () if trust_remote_code else sorted(folder.glob('*config.json')):
-        options = None
-        with contextlib.suppress(OSError, ValueError, RecursionError):  # a broken file has an error of its own
-            options = json.loads(file.read_text('utf-8'))
-        if isinstance(options, dict) and (what := own_code(options)):
-            raise UserError(wants_code(name, file.name, what))
-    pickles = sorted(f.name for ending in ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl') for f in folder.glob(ending))
-    if weights and pickles and not any(folder.glob('*.safetensors')):
-        raise UserError(f'{name!r} has its weights in {pickles[0]}, a pickle, which can run any code when it is read: '
-                        'convert it to safetensors where you trust it')  # fmt: skip
+def first_line(error):
+    """What an exception says, on one line."""
+    text = ' '.join(str(error).split())[:200]
+    return text if ' ' in text else f'{type(error).__name__} {text}'.strip()
 
 
-def own_code(options):
-    """How a config asks for code: 'code of its own', a kernel that is fetched from the hub, or None."""
-    if any(options.get(key) for key in ('auto_map', 'custom_pipelines')):
-        return 'code of its own'
-    for key, value in options.items():
-        # attn_implementation, experts_implementation: transformers takes what has a slash for the hub id of a kernel
-        if key.endswith('_implementation') and '/' in json.dumps(value, default=str):
-            return f'{key} {value!r}, a kernel from the hub'
-        if isinstance(value, dict) and (what := own_code(value)):
-            return what
-    return None
-
-
-def wants_code(name, where, what):
-    return f'{name!r} comes with {what} ({where}): read it, and pass --trust_remote_code if you want it to run'
-
-
-def check_adapter(name, hub=False):
-    """Raise UserError for a LoRA adapter, to which transformers would fetch the base model that it names. hub: ask there, too."""
-    file = Path(name) / 'adapter_config.json'
-    if hub and not Path(name).is_dir():
-        file = _hub_file(name, file.name)
-    if file is None or not Path(file).is_file():
-        return
-    base = None
-    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
-        base = json.loads(Path(file).read_text('utf-8')).get('base_model_name_or_path')
-    merged = Path(name).with_name('model')
-    way = "merge it: peft's AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)"
-    if (merged / 'config.json').is_file():
-        way = f'{str(merged)!r} beside it is the whole model, with the adapter merged in: name that'
-    raise UserError(f'{name!r} is an adapter (of {base or "an unknown model"}), not a whole model: {way}')
+def _read_dict(file):
+    """The dict of a JSON file, or an empty one: a broken file has an error of its own where it is loaded."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(Path(file).read_text('utf-8'))
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def _hub_file(name, file):
@@ -80,31 +38,127 @@ def _hub_file(name, file):
     return None
 
 
-def check_files(name, config):
-    """Raise UserError where the weights that a config or an index names are not safetensors files right beside it: others
-    are pickles, which can run code, or files of somebody else."""
+# ---- what would run code, or read what it should not ----
+
+
+def check_sizes(name):
+    """Refuse a folder whose chat templates, or what else is read whole with its tokenizer, are far too large."""
+    for pattern, most in {'*.jinja': 4_000_000, 'tokenizer_config.json': 64_000_000}.items():
+        for file in Path(name).rglob(pattern):
+            size = file.stat().st_size
+            if size > most:
+                raise UserError(f'{file} has {size:,} bytes, and {most:,} are the limit: is it what it should be?')
+
+
+def check_safe(name, trust_remote_code, weights=True):
+    """Refuse a folder that asks to run code of its own, is an adapter, or has its weights in pickles, which can run code.
+
+    A hub id passes: check_code, check_adapter and check_files see to it. weights: False where a tokenizer alone is read."""
     folder = Path(name)
-    named = getattr(config, 'transformers_weights', None)  # another name for the file of the weights, or for the index
-    _check_shards(name, 'config.json', [named] if named else [], ('.safetensors', '.safetensors.index.json'))
-    if folder.is_dir():
-        indices = sorted(folder.glob('*.index.json'))
+    if not folder.is_dir():
+        return
+    check_adapter(name)
+    for file in () if trust_remote_code else sorted(folder.glob('*config.json')):
+        check_code(name, file.name, _read_dict(file))
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if weights and pickles and not any(folder.glob('*.safetensors')):
+        danger = 'which can run any code when it is read: convert it to safetensors where you trust it'
+        raise UserError(f'{name!r} has its weights in {pickles[0]}, a pickle, {danger}')
+
+
+def check_code(name, where, options):
+    """Refuse the options of a config file that ask for code: of the model's own, or a kernel that is fetched from the hub."""
+    what = 'code of its own' if options.get('auto_map') or options.get('custom_pipelines') else None
+    for key, value in options.items():
+        if isinstance(value, dict):
+            check_code(name, where, value)
+        # attn_implementation, experts_implementation: transformers takes what has a slash for the hub id of a kernel
+        if key.endswith('_implementation') and '/' in json.dumps(value, default=str):
+            what = f'{key} {value!r}, a kernel from the hub'
+    if what:
+        way = 'read it, and pass --trust_remote_code if you want it to run'
+        raise UserError(f'{name!r} comes with {what} ({where}): {way}')
+
+
+def check_adapter(name):
+    """Refuse a LoRA adapter, to which transformers would fetch the base model that it names."""
+    file = 'adapter_config.json'
+    file = Path(name) / file if Path(name).is_dir() else _hub_file(name, file)
+    if file is None or not Path(file).is_file():
+        return
+    base = _read_dict(file).get('base_model_name_or_path') or 'an unknown model'
+    merged = Path(name).with_name('model')
+    way = "merge it: peft's AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)"
+    if (merged / 'config.json').is_file():
+        way = f'{str(merged)!r} beside it is the whole model, with the adapter merged in: name that'
+    raise UserError(f'{name!r} is an adapter (of {base}), not a whole model: {way}')
+
+
+def check_files(name, config):
+    """Refuse weights that a config or an index names and that are not safetensors files right beside it.
+
+    Others are pickles, which can run code, or files of somebody else."""
+    # another name for the file of the weights, or for the index
+    named = getattr(config, 'transformers_weights', None)
+    if named:
+        _check_shard(name, 'config.json', named, ('.safetensors', '.safetensors.index.json'))
+    if Path(name).is_dir():
+        indices = sorted(Path(name).glob('*.safetensors.index.json'))
     else:
         usual = 'model.safetensors.index.json'
         found = _hub_file(name, named if named and named.endswith('.json') else usual)
-        indices = [found] if found else []
-    for index in map(Path, indices):
-        shards = None
-        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
-            shards = json.loads(index.read_text('utf-8')).get('weight_map')
-        # a pickle's index is not read; a broken one has an error of its own
-        if isinstance(shards, dict) and index.name.endswith('.safetensors.index.json'):
-            _check_shards(name, index.name, shards.values(), '.safetensors')
+        indices = [Path(found)] if found else []
+    for index in indices:
+        shards = _read_dict(index).get('weight_map')
+        for shard in shards.values() if isinstance(shards, dict) else ():
+            _check_shard(name, index.name, shard, '.safetensors')
 
 
-def _check_shards(name, where, shards, endings):
-    for shard in shards:
-        plain = isinstance(shard, str) and re.fullmatch(r'[^/\\\0]+', shard) and shard.endswith(endings)
-        if not plain:
-            raise UserError(
-                f'{where} of {name!r} names {str(shard)[:100]!r}: weights must be .safetensors files in the same folder'
-            )
+def _check_shard(name, where, shard, endings):
+    plain = isinstance(shard, str) and re.fullmatch(r'[^/\\\0]+', shard)
+    if not plain or not shard.endswith(endings):
+        wanted = 'weights must be .safetensors files in the same folder'
+        raise UserError(f'{where} of {name!r} names {str(shard)[:100]!r}: {wanted}')
+
+
+# ---- what cannot be trained here ----
+
+
+def is_classifier(config):
+    """Whether a config is that of a sequence classifier, such as a reward model."""
+    return (config.architectures or [''])[0].endswith('ForSequenceClassification')
+
+
+def check_quantised(name, config):
+    """Refuse quantised weights."""
+    quantised = getattr(config, 'quantization_config', None)
+    if not quantised:
+        return
+    options = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    method = options.get('quant_method', 'bitsandbytes')
+    raise UserError(
+        f'{name!r} holds quantised weights ({method}), which are neither trained nor exported here: name the model that they '
+        'were made from, or a copy of model.dequantize()'
+    )
+
+
+def check_reward(name, config, tokenizer, new_head):
+    """Refuse what is no reward model that can be read here. new_head: a language model will do."""
+    if not is_classifier(config) and not new_head:
+        raise UserError(f'{name!r} is no reward model but a language model: train one from it with reward.py')
+    if not is_classifier(config):
+        return
+    if config.num_labels != 1:
+        raise UserError(f'the classifier {name!r} has {config.num_labels} outputs; a reward model has one')
+    if config.get_text_config().pad_token_id == tokenizer.eos_token_id:
+        raise UserError(
+            f'{name!r} pads with its end of text, so its score was read one token before that; here it is read at the end of '
+            'text: train it further with another pad_token_id in its config.json'
+        )
+
+
+def check_placed(name, device_map, model):
+    """Refuse a device map that has left a part of the model out of the GPUs."""
+    outside = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
+    if device_map and outside & {str(p.device) for p in model.parameters()}:
+        raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')

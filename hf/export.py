@@ -31,12 +31,13 @@ def write_model(model, tokenizer, build, folder, card=None):
     unique = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     folder = Path(folder)
     temporary, adapter = Path(f'{folder}.tmp'), folder.with_name('adapter')
+    half_adapter = adapter.with_suffix('.tmp')
 
     def write():
         make_room(temporary)
         if adapted:
-            merged = lora.merge(build(empty=False), weights, adapter.with_suffix('.tmp'))
-            move_folder(adapter.with_suffix('.tmp'), adapter)
+            merged = lora.merge(build(empty=False), weights, half_adapter)
+            move_folder(half_adapter, adapter)
             merged.save_pretrained(temporary)
         else:
             # saving through the sharded model would write its changed class name
@@ -57,7 +58,7 @@ def write_model(model, tokenizer, build, folder, card=None):
                 write()
         except UserError:
             # what is half written would take the room that the next try needs
-            for half in (temporary, adapter.with_suffix('.tmp')):
+            for half in (temporary, half_adapter):
                 shutil.rmtree(half, ignore_errors=True)
             raise
 
@@ -65,7 +66,7 @@ def write_model(model, tokenizer, build, folder, card=None):
 
 
 def write_card(out_dir, folder=None):
-    """README.md of a model folder (None: out_dir/model). What it needs may be damaged: then a note, for the model matters more."""
+    """Write README.md of a model folder (None: out_dir/model). Where what it needs is damaged, a note: the model matters more."""
     try:
         text = _text(Path(out_dir))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -88,25 +89,25 @@ def _text(out_dir):
     meta = {'library_name': 'transformers', 'tags': ['nanopref', loss]}
     if HUB_ID.fullmatch(base) and not Path(base).exists():
         meta['base_model'] = base
-    parts = [f'---\n{yaml.safe_dump(meta, sort_keys=True)}---\n', f'# {out_dir.resolve().name}\n']
+    header = yaml.safe_dump(meta, sort_keys=True)
 
     # how it was made
     examples, data = f'{rows[-1]["counters/examples"]:,}', options.get('data')
-    parts.append(f'`{base}` after {examples} examples of `{data}` with the loss `{loss}`, by nanopref.\n')
-    parts.append('```sh\npython ' + ' '.join(record['command']) + '\n```\n')
     versions = ', '.join(f'{name} {version}' for name, version in record['versions'].items())
-    parts.append(f'Commit {record["commit"] or "unknown"}; {versions}.\n')
+    parts = [
+        f'---\n{header}---\n',
+        f'# {out_dir.resolve().name}\n',
+        f'`{base}` after {examples} examples of `{data}` with the loss `{loss}`, by nanopref.\n',
+        f'```sh\npython {" ".join(record["command"])}\n```\n',
+        f'Commit {record["commit"] or "unknown"}; {versions}.\n',
+    ]
 
     # what came of it
-    last = next((row for row in reversed(rows) if row['split'] == 'eval'), {})
-    if last:
-        parts.append('Held-out examples, after training:\n\n| metric | value |\n|---|---|')
-        parts.append('\n'.join(f'| {k} | {v:.4g} |' for k, v in last.items() if isinstance(v, float)) + '\n')
-    parts.append('Options:\n\n```python')
-    parts.append('\n'.join(f'{k} = {v!r}' for k, v in options.items()) + '\n```\n')
-    return _without_folders('\n'.join(parts))
-
-
-def _without_folders(text):
-    """The text with absolute paths, and those that leave the folder, cut to their last name."""
-    return re.sub(r'(?<![\w./])(?:~|/|\.\./)[^\s\'"=:+|`]*/(?=[^\s/])', '', text)
+    evaluations = [row for row in rows if row['split'] == 'eval']
+    if evaluations:
+        table = [f'| {k} | {v:.4g} |' for k, v in evaluations[-1].items() if isinstance(v, float)]
+        parts += ['Held-out examples, after training:\n\n| metric | value |\n|---|---|', '\n'.join(table) + '\n']
+    listed = '\n'.join(f'{k} = {v!r}' for k, v in options.items())
+    parts.append(f'Options:\n\n```python\n{listed}\n```\n')
+    # absolute paths, and those that leave the folder, are cut to their last name
+    return re.sub(r'(?<![\w./])(?:~|/|\.\./)[^\s\'"=:+|`]*/(?=[^\s/])', '', '\n'.join(parts))

@@ -16,7 +16,7 @@ from model import blocks, core
 
 
 def options(config):
-    """What load_model's lora= takes, from a script's lora_ options; None where lora_rank is None."""
+    """What load_model's adapters= takes, from a script's lora_ options; None where lora_rank is None."""
     if config['lora_rank'] is None:
         config.ignored(['lora_alpha', 'lora_dropout', 'lora_targets'], 'there is no --lora_rank')
         return None
@@ -24,7 +24,7 @@ def options(config):
 
 
 def add(model, *, rank, alpha, dropout, targets, seed, fully_trained=()):
-    """The model with adapters in its blocks, as a PeftModel whose other weights are frozen. Raises UserError.
+    """Put adapters into the blocks of a model: a PeftModel whose other weights are frozen. Raises UserError.
 
     rank, alpha: x -> layer(x) + alpha / rank * B A x, where B begins as 0 and A is drawn from seed; targets: names of linear
     layers, such as 'q_proj v_proj', or None for all; fully_trained: names of modules outside the blocks that train without adapters."""
@@ -32,21 +32,23 @@ def add(model, *, rank, alpha, dropout, targets, seed, fully_trained=()):
         import peft
     except ImportError:
         raise UserError('--lora_rank needs peft: pip install peft, or leave it out to train all weights') from None
+    # linear layers in the blocks, and what wears one of their names elsewhere
     inside = {m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
-    last = {name: (name.rpartition('.')[2], m) for name, m in model.named_modules() if name}
-    known = sorted({kind for kind, m in last.values() if m in inside})
+    last_names = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}
+    known = sorted({last_names[path] for path, m in model.named_modules() if m in inside})
     wanted = known if targets is None else targets.replace(',', ' ').split()
     if not wanted or not set(wanted) <= set(known):
         there = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {there}')
-    outside = [name for name, (kind, m) in last.items() if kind in wanted and m not in inside]
-    settings = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, exclude_modules=outside or None,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in inside), modules_to_save=list(fully_trained) or None,
-        task_type='CAUSAL_LM' if hasattr(model, 'prepare_inputs_for_generation') else 'SEQ_CLS',
-    )  # fmt: skip
+    outside = [path for path, m in model.named_modules() if last_names[path] in wanted and m not in inside]
+
+    # PEFT calls what transformers has renamed, and warns of it
+    more = {'exclude_modules': outside or None, 'modules_to_save': list(fully_trained) or None}
+    more['fan_in_fan_out'] = any(isinstance(m, Conv1D) for m in inside)
+    more['task_type'] = 'CAUSAL_LM' if hasattr(model, 'prepare_inputs_for_generation') else 'SEQ_CLS'
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, **more)
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # PEFT calls what transformers has renamed
+        warnings.simplefilter('ignore')
         torch.manual_seed(seed)
         model = peft.get_peft_model(model, settings).eval()
     for name, module in model.named_modules():
@@ -63,8 +65,9 @@ def present(model):
 @contextlib.contextmanager
 def adapters_off(model):
     """The model as it was before training, bit by bit, for a while. A model without adapters, or None, stays what it is."""
-    layers = [m for m in model.modules() if hasattr(m, 'lora_A')] if model is not None and present(model) else []
-    for m in layers:  # PEFT's own context also turns requires_grad off and on, in whichever copy FSDP shows just then
+    layers = [m for m in model.modules() if hasattr(m, 'lora_A')] if model is not None else []
+    # PEFT's own context also turns requires_grad off and on, in whichever copy FSDP shows just then
+    for m in layers:
         m._disable_adapters = True
     try:
         yield
@@ -74,8 +77,9 @@ def adapters_off(model):
 
 
 def merge(model, weights, folder):
-    """Put trained weights (name -> tensor) into a freshly made PeftModel, write it as an adapter folder, which
-    PeftModel.from_pretrained takes, and return the transformers model that has the adapters added to its weights."""
+    """Put trained weights (name -> tensor) into a freshly made PeftModel and write it as an adapter folder.
+
+    PeftModel.from_pretrained takes the folder. Returns the transformers model that has the adapters added to its weights."""
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -84,10 +88,10 @@ def merge(model, weights, folder):
 
 def describe(model):
     """One line for the screen."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trained, every = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    every = sum(p.numel() for p in model.parameters())
     layers = sorted({n.rpartition('.')[2] for n, m in core(model).named_modules() if hasattr(m, 'lora_A')})
-    named = ((n.removeprefix('base_model.model.'), p) for n, p in model.named_parameters())
-    fully_trained = sorted({n.partition('.')[0] for n, p in named if p.requires_grad and '.lora_' not in n})
+    others = [name.removeprefix('base_model.model.') for name in trained if '.lora_' not in name]
+    fully_trained = sorted({name.partition('.')[0] for name in others})
     also = f', and {" ".join(fully_trained)} whole' if fully_trained else ''
-    return f'LoRA: {trained:,} of {every:,} weights train, on {" ".join(layers)}{also}'
+    return f'LoRA: {sum(trained.values()):,} of {every:,} weights train, on {" ".join(layers)}{also}'

@@ -40,29 +40,27 @@ def tensor_parallel(model, mesh, groups):
     """Cut the blocks of a model, in place, over the ranks of the 1-D mesh. groups: over how many FSDP will cut on.
 
     Raises UserError for an architecture without a plan, or one that these ranks do not divide."""
-    inner = core(model).base_model
-    name, ranks = type(core(model)).__name__, mesh.size()
-    plan = {key: style for key, style in (inner.config.base_model_tp_plan or {}).items() if key.startswith('layers.')}
+    inner, name, ranks = core(model).base_model, type(core(model)).__name__, mesh.size()
+    config = inner.config
+    plan = {key: style for key, style in (config.base_model_tp_plan or {}).items() if key.startswith('layers.')}
     if not plan:
         raise UserError(f'transformers has no tensor-parallel plan for {name}: leave out --tp, FSDP needs none')
-    unknown = set(plan.values()) - set(STYLES)
-    if unknown:
-        raise UserError(f'the tensor-parallel plan of {name} has {", ".join(unknown)}, which is not supported: no --tp')
-    text = inner.config
-    sizes = {'attention heads': text.num_attention_heads}
-    sizes['key-value heads'] = getattr(text, 'num_key_value_heads', None) or text.num_attention_heads
+    unknown = ', '.join(set(plan.values()) - set(STYLES))
+
+    # what the ranks must divide, and what FSDP must divide once more
+    heads = config.num_attention_heads
+    sizes = {'attention heads': heads, 'key-value heads': getattr(config, 'num_key_value_heads', None) or heads}
     for path, module in inner.named_modules():
         style = plan.get('.'.join('*' if part.isdigit() else part for part in path.split('.')), '')
-        rows, columns = module.weight.shape if style.startswith(('colwise', 'rowwise')) else (0, 0)
-        if style.startswith('colwise') and rows % (ranks * groups):
-            raise UserError(
-                f'the {rows} rows of {path} do not divide by {ranks} x {groups} ranks: choose other numbers'
-            )
-        sizes[f'columns of {path}'] = columns if style.startswith('rowwise') else 0
-        if style.startswith('replicated') and tuple(module.weight.shape) != (getattr(text, 'head_dim', None),):
-            raise UserError(
-                f'the tensor-parallel plan of {name} has norms across heads, which is not supported: no --tp'
-            )
+        if style.startswith('replicated') and tuple(module.weight.shape) != (getattr(config, 'head_dim', None),):
+            unknown = unknown or 'norms across heads'
+        if style.startswith('rowwise'):
+            sizes[f'columns of {path}'] = module.weight.shape[1]
+        if style.startswith('colwise') and len(module.weight) % (ranks * groups):
+            rows = f'the {len(module.weight)} rows of {path}'
+            raise UserError(f'{rows} do not divide by {ranks} x {groups} ranks: choose other numbers')
+    if unknown:
+        raise UserError(f'the tensor-parallel plan of {name} has {unknown}, which is not supported: no --tp')
     for what, size in sizes.items():
         if size % ranks:
             raise UserError(f'tp={ranks} does not divide the {size} {what} of {name}: choose another --tp')

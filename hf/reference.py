@@ -20,9 +20,13 @@ def cached_logps(build, make, examples, make_batches, dtype):
     """Examples with .ref, float32 (n, answers): log-prob sums under the reference, from the cache or computed now.
 
     build(empty) -> the reference on the CPU, make() -> the sharded one, make_batches(examples, rows) -> microbatches."""
-    key = fsdp.gather_objects(fsdp.on_one_rank(lambda: _key(build(empty=False), examples, dtype)))[0]
-    file = files.cache_file('reference', key)
-    logps = fsdp.gather_objects(fsdp.on_one_rank(lambda: _read(file, key, len(examples))))[0]
+
+    def look():
+        key = _key(build(empty=False), examples, dtype)
+        file = files.cache_file('reference', key)
+        return key, file, _read(file, key, len(examples))
+
+    key, file, logps = fsdp.gather_objects(fsdp.on_one_rank(look))[0]
     if logps is None:
         logps = _compute(make(), examples, make_batches)
         fsdp.on_one_rank(lambda: _write(file, key, logps))
@@ -76,12 +80,10 @@ def _read(file, key, n):
         digest = hashlib.sha256(logps).hexdigest()
         return metadata['key'] == key and metadata['sha256'] == digest and len(logps) == n
 
-    found = files.read_cache(file, valid)
-    if found is None:
+    arrays, _ = files.read_cache(file, valid) or ({}, None)
+    if not arrays:
         say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')
-        return None
-    arrays, _ = found
-    return arrays['logps']
+    return arrays.get('logps')
 
 
 def _write(file, key, logps):

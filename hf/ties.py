@@ -33,8 +33,9 @@ def _put(model, name, parameter):
 
 
 def describe_ties(model):
-    """Have the config of a model whose head is not its embedding say so: what reads it later would tie the two. Returns
-    whether it said otherwise."""
+    """Have the config of a model whose head is not its embedding say so: what reads it later would tie the two.
+
+    Returns whether it said otherwise."""
     inner = core(model)
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     configs = {id(c): c for c in (inner.config, inner.config.get_text_config())}.values()

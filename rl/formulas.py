@@ -47,11 +47,8 @@ def gae(rewards, values, mask, *, gamma, lam):
     """A_t = delta_t + gamma lam A_(t+1), delta_t = r_t + gamma V_(t+1) - V_t, V = 0 after the end. arXiv:1506.02438 eq. 16.
     All (A, T): a row for an answer, mask True at its tokens; 0 elsewhere."""
     rewards, values = rewards * mask, values * mask
-    advantages, later, next_value = (
-        torch.zeros_like(values),
-        torch.zeros_like(values[:, 0]),
-        torch.zeros_like(values[:, 0]),
-    )
+    advantages = torch.zeros_like(values)
+    later = next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = later = delta + gamma * lam * later

@@ -2,12 +2,47 @@
 
 run is a training.Run; every rank calls these together, and all get the same."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 import fsdp
 from hf import generate
-from runtime import guard
+from hf.lora import adapters_off
+from rl.rewards import toy_metrics
+from runtime import guard, metrics
+from text.examples import Examples
+
+
+@dataclass
+class Round:
+    """Sampled (or, offline, labelled) answers with all that training needs to know of them, equal on all ranks.
+
+    tokens: name -> (tokens,) column of all answer tokens, one answer after the other; answers: name -> (answers,) column."""
+
+    first: int  # answers before it
+    rows: np.ndarray  # of its prompts in the training set
+    examples: Examples
+    tokens: dict
+    answers: dict
+    metrics: dict
+
+    @property
+    def seen(self):
+        """Answers after it."""
+        return self.first + len(self.answers['n'])
+
+    def by_example(self, name):
+        """A column of answers as a table: (examples, answers of each)."""
+        return self.answers[name].view(len(self.examples), -1)
+
+    def minibatches(self, size, passes, seed):
+        """Yield rows of `size` examples: in each pass all of them, in an order of its own."""
+        for i in range(passes):
+            order = np.random.default_rng((seed, self.first, i)).permutation(len(self.examples))
+            for start in range(0, len(order), size):
+                yield order[start : start + size]
 
 
 def sample(run, prompts, seeds, max_new_tokens, sample_batch):
@@ -32,21 +67,18 @@ def sample(run, prompts, seeds, max_new_tokens, sample_batch):
 def token_slots(batch, rows, starts, per_prompt):
     """Slots, among all answer tokens of the round, of the N answer tokens of a microbatch, on the CPU; -1: a filler's.
 
-    rows: of the step's examples in the round; starts (answers,): slot of each answer's first token; per_prompt: answers of an
-    example."""
-    numbers = []
-    for slot in batch.slot:
-        for i in range(per_prompt):
-            numbers.append(rows[slot] * per_prompt + i if slot >= 0 else -1)
-    answer = torch.tensor(numbers)[batch.answer.cpu()]
+    rows: of the step's examples in the round; starts (answers,): slot of each answer's first token; per_prompt: answers."""
+    # numbers of the batch's answers among those of the round
+    slot = np.array(batch.slot)[:, None]
+    numbers = np.where(slot >= 0, rows[slot] * per_prompt + np.arange(per_prompt), -1)
+    answer = torch.from_numpy(numbers.reshape(-1))[batch.answer.cpu()]
     return torch.where(answer >= 0, starts[answer] + batch.offset.cpu(), -1)
 
 
 def token_columns(run, model, examples, starts, names):
     """name -> (tokens,) column of every answer token of the examples under a model, without gradient.
 
-    names: of the rows of token_logps; a model without a value head has only the first, and only that is computed if only
-    that is named."""
+    names: of the rows of token_logps; values are computed if they are named and the model has a head for them."""
     per_prompt, rows = examples.spans.shape[1] - 1, np.arange(len(examples))
     batches, *_ = run.make_batches(examples, rows)
     parts, slots = [], []
@@ -56,3 +88,35 @@ def token_columns(run, model, examples, starts, names):
         slots += token_slots(batch, rows, starts, per_prompt).tolist()
     joined = dict(zip(names, torch.cat(parts, 1), strict=False))
     return fsdp.gather_columns(joined, slots, int(examples.widths[:, 1:].sum()))
+
+
+def measure(run, policy, ref, examples, stop):
+    """(columns of the answer tokens: pi, ref and, with a critic, value; columns of the answers: n tokens, the start of these
+    among all tokens, whether they ended). stop: the ids that end an answer."""
+    n = torch.tensor([len(answer) for _, answers in examples for answer in answers])
+    starts = n.cumsum(0) - n
+    # every rank measures its part of the answers, and gets the columns of all
+    tokens = token_columns(run, policy, examples, starts, ['pi', 'value'])
+    with adapters_off(ref):
+        tokens |= token_columns(run, ref, examples, starts, ['ref'])
+    last = examples.ids[examples.spans[:, 1:, 1].reshape(-1) - 1]
+    ended = torch.from_numpy(np.isin(last, list(stop)))
+    return tokens, {'n': n, 'start': starts, 'ended': ended}
+
+
+def describe(examples, tokens, answers, split, *, tokenizer, toy):
+    """Metrics of sampled answers: name -> float. tokens, answers: columns, as measure gives them, and perhaps the scores. toy:
+    whether they are of the toy world, which then says something of them, too."""
+    gap = tokens['pi'] - tokens['ref']
+    found = {
+        f'kl_{split}/samples': gap.sum() / len(answers['n']),
+        f'kl_{split}/samples_per_token': gap.mean(),
+        f'entropy/{split}': -tokens['pi'].mean(),
+        f'length/{split}': answers['n'].double().mean(),
+        f'ended/{split}': answers['ended'].double().mean(),
+    }
+    if 'score' in answers:
+        found[f'score/{split}'] = answers['score'].mean()
+    if toy:
+        found |= toy_metrics(examples, tokenizer, split)
+    return metrics.numbers(found)

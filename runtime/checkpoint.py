@@ -19,25 +19,16 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from configurator import Config, UserError
-from fsdp import gather_objects, on_one_rank
+from fsdp import gather_objects, on_one_rank, shared
 from runtime.files import file_hash, make_room, move_folder, replace_text, say, sync, writing
-from runtime.log import NEUTRAL, WRITTEN, content_changes, option_changes
+from runtime.log import NEUTRAL, WRITTEN, differences, recorded
 
 NUMBER = re.compile('[0-9]{10,}')  # the name of a checkpoint: its examples
+_say_once = functools.cache(say)
 _pending = None  # the checkpoint that is being written: (thread, {'error': why it could not be})
 
 
-def _tensors(model, optimizer):
-    """name -> the live tensors of trained weights and optimizer, tied ones once: loading writes into them."""
-    tensors = {}
-    model.reshard()  # after a forward without backward the root still shows its gathered parameters, not the optimizer's
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        tensors[f'model.{name}'] = p.detach()
-        for key, value in optimizer.state[p].items():
-            tensors[f'optimizer.{name}.{key}'] = value if value.dim() else value[None]
-    return tensors
+# ---- which run it is of ----
 
 
 def identify(config, models, train, held_out):
@@ -49,53 +40,55 @@ def identify(config, models, train, held_out):
     for rank, other in enumerate(gather_objects(data)):
         differing = [name for name in data if other[name] != data[name]]
         if differing:
-            raise UserError(
-                f'rank {rank} has read other {differing[0]} than rank {dist.get_rank()}: all hosts must see the same files'
-            )
+            what = f'rank {rank} has read other {differing[0]} than rank {dist.get_rank()}'
+            raise UserError(f'{what}: all hosts must see the same files')
     options = Config({k: v for k, v in config.items() if k not in NEUTRAL})
     options.origin = config.origin
-    contents = gather_objects(on_one_rank(models))[0] | data
+    contents = shared(models) | data
     return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': contents}
 
 
 def _check_same(what, before, run):
-    """Raise UserError where before (script, options, contents; missing: not known) is another run than run. Says what is not known.
+    """Raise UserError where before is another run than run; say what an older version did not write down of it.
 
     what: begins the sentence."""
-    changes = option_changes(before['options'], run['options']) + content_changes(before.get('contents', {}), run)
-    if before.get('script', run['script']) != run['script']:
-        changes.insert(0, f'of {before["script"]} there and of {run["script"]} here')
+    changes = differences(before, run)
     if changes:
-        raise UserError(
-            f'{what} a different run ({", ".join(changes[:3])}): put back what it began with, or choose another --out_dir'
-        )
-    unknown = sorted(run['contents'].keys() - before.get('contents', {}).keys())
+        what = f'{what} a different run ({", ".join(changes[:3])})'
+        raise UserError(f'{what}: put back what it began with, or choose another --out_dir')
+    older = f'note: {what} a run of an older version'
+    unknown = ', '.join(sorted(run['contents'].keys() - before['contents'].keys()))
     if unknown:
-        say(f'note: {what} a run of an older version, which kept no hash of {", ".join(unknown)}: not checked')
-    added = sorted(run['options'].keys() - before['options'].keys())
+        say(f'{older}, which kept no hash of {unknown}: not checked')
+    added = ', '.join(sorted(run['options'].keys() - before['options'].keys()))
     if added:
-        say(f'note: {what} a run of an older version, without the options {", ".join(added)}: taken at their defaults')
-
-
-def _check_folder(out_dir, run):
-    """Raise UserError where config.json of out_dir is of another run."""
-    file = Path(out_dir) / 'config.json'
-    if file.exists():
-        record = json.loads(file.read_text())
-        _check_same(f'{out_dir} holds', {'options': record['config'], 'contents': record.get('contents', {})}, run)
+        say(f'{older}, without the options {added}: taken at their defaults')
 
 
 def _check_checkpoint(out_dir, folder, run):
     """Raise UserError where a checkpoint is of another run, or nothing says which run it is of."""
     before = json.loads((folder / 'state.json').read_text()).get('run')
     if before is not None:
-        _check_same(f'the checkpoint {folder} is of', before, run)
-    elif (Path(out_dir) / 'config.json').exists():
-        older = 'is of an older version, which did not write down its run'
-        say(f'note: the checkpoint {folder} {older}: that it is this one is not checked')
-    else:
-        raise UserError(f'nothing says which run the checkpoint {folder} is of: an older version has written it, and {out_dir} has '
-                        'no config.json: put that back, or choose another --out_dir')  # fmt: skip
+        return _check_same(f'the checkpoint {folder} is of', before, run)
+    older = f'the checkpoint {folder} is of an older version, which did not write down its run'
+    if not (Path(out_dir) / 'config.json').exists():
+        raise UserError(f'{older}, nor does {out_dir}/config.json: put that back, or choose another --out_dir')
+    say(f'note: {older}: that it is this one is not checked')
+
+
+# ---- writing ----
+
+
+def _tensors(model, optimizer):
+    """name -> the live tensors of trained weights and optimizer, tied ones once: loading writes into them."""
+    tensors = {}
+    model.reshard()  # after a forward without backward the root still shows its gathered parameters, not the optimizer's
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            tensors[f'model.{name}'] = p.detach()
+            for key, value in optimizer.state[p].items():
+                tensors[f'optimizer.{name}.{key}'] = value if value.dim() else value[None]
+    return tensors
 
 
 @functools.cache
@@ -118,20 +111,21 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
             make_room(folder.with_suffix('.tmp'))
 
     on_one_rank(free_name)
+    # copies of everything, for training goes on to change it
     copies = {name: tensor.to('cpu', copy=True) for name, tensor in _tensors(model, optimizer).items()}
     cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
     rng = {'cpu': torch.get_rng_state().tolist(), 'cuda': cuda}
+    text = json.dumps({**state, 'examples': examples})
     group, outcome = _own_group(dist.group.WORLD), {'error': None}
-    text = json.dumps({**state, 'examples': examples})  # now: the script goes on to change it
 
     def work():
         try:
-            outcome['error'] = _write(folder, copies, json.loads(text), rng, keep_last, group)
-        except BaseException as error:  # a rank is gone, or a bug: neither may pass unseen
-            outcome['error'] = f'{type(error).__name__}: {error}'
-        if outcome['error']:
+            error = _write(folder, copies, json.loads(text), rng, keep_last, group)
+        except BaseException as e:  # a rank is gone, or a bug: neither may pass unseen
+            error = f'{type(e).__name__}: {e}'
+        if error:
             after = 'older ones are kept, and the same command continues from the newest of them'
-            outcome['error'] = f'cannot write the checkpoint {folder}: {outcome["error"]}; {after}'
+            outcome['error'] = f'cannot write the checkpoint {folder}: {error}; {after}'
 
     _pending = threading.Thread(target=work, daemon=True), outcome
     _pending[0].start()
@@ -155,6 +149,7 @@ def wait():
 
 def _write(folder, copies, state, rng, keep_last, group):
     """Runs on all ranks, in their threads. Returns None, or why the checkpoint could not be written: the same on all."""
+    # every rank writes and describes its own shard
     temporary, rank, files, error = folder.with_suffix('.tmp'), dist.get_rank(), {}, None
     try:
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
@@ -167,33 +162,41 @@ def _write(folder, copies, state, rng, keep_last, group):
         error = _reason(e)
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (files, rng, error), group=group)
-    errors = [message for *_, message in parts if message]
 
-    def finish():
-        state_file = temporary / 'state.json'
-        state_file.write_text(json.dumps({**state, 'rng': [r for _, r, _ in parts]}))
-        files = {name: f for found, *_ in parts for name, f in found.items()}
-        sync(state_file)
-        files['state.json'] = _describe(state_file)
-        (temporary / 'manifest.json').write_text(json.dumps(files, indent=1))
-        # a checkpoint must not outlive the rows that led to it
-        for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):
-            sync(folder.parent.parent / name)
-        move_folder(temporary, folder)
-        replace_text(folder.parent.parent / 'latest', f'checkpoints/{folder.name}\n')
-        for old in [f for f in _folders(folder.parent) if f.name <= folder.name][keep_last:]:
-            _remove_old(old)
-
-    if rank == 0 and not errors:
+    # rank 0 does the rest, and all hear how it went
+    verdict = [next((error for *_, error in parts if error), None)]
+    if rank == 0 and not verdict[0]:
+        state['rng'] = [rng for _, rng, _ in parts]
+        manifest = {name: described for files, *_ in parts for name, described in files.items()}
         try:
-            finish()
+            _complete(folder, state, manifest, keep_last)
         except OSError as e:
-            errors = [_reason(e)]
-    verdict = [errors[0] if errors else None]
+            verdict = [_reason(e)]
     dist.broadcast_object_list(verdict, 0, group=group)
     if rank == 0 and verdict[0]:
         shutil.rmtree(temporary, ignore_errors=True)
     return verdict[0]
+
+
+def _complete(folder, state, manifest, keep_last):
+    """Add state and manifest to the shards, give the folder its name, and remove the oldest. Raises OSError."""
+    temporary, out_dir = folder.with_suffix('.tmp'), folder.parent.parent
+    state_file = temporary / 'state.json'
+    state_file.write_text(json.dumps(state))
+    sync(state_file)
+    manifest['state.json'] = _describe(state_file)
+    (temporary / 'manifest.json').write_text(json.dumps(manifest, indent=1))
+    # a checkpoint must not outlive the rows that led to it
+    for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):
+        sync(out_dir / name)
+    move_folder(temporary, folder)
+    replace_text(out_dir / 'latest', f'checkpoints/{folder.name}\n')
+    # an old one that cannot be removed, such as a link, stays: the run goes on
+    for old in [f for f in _folders(folder.parent) if f.name <= folder.name][keep_last:]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            _say_once(f'note: the old checkpoint {old} cannot be removed: {error.strerror or error}')
 
 
 def _describe(file):
@@ -208,20 +211,7 @@ def _reason(error):
     return getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'.strip().splitlines()[0][:200]
 
 
-@functools.cache
-def _say_once(text):
-    say(text)
-
-
-def _remove_old(folder):
-    """Remove a checkpoint that is not wanted any more. One that cannot be removed, or is a link, stays: the run goes on."""
-    if folder.is_symlink():
-        _say_once(f'note: the old checkpoint {folder} is a symbolic link: it is not removed')
-        return
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        _say_once(f'note: the old checkpoint {folder} cannot be removed: {error.strerror}')
+# ---- resuming ----
 
 
 def _folders(parent):
@@ -230,21 +220,17 @@ def _folders(parent):
 
 
 def _damage(folder, rank=0, world=1):
-    """What is wrong with a checkpoint, or None; of the files in its manifest this looks at every world-th.
-
-    A file too many is damage as well: whatever ends in .safetensors would be read."""
+    """What is wrong with a checkpoint, or None; of the files in its manifest this looks at every world-th."""
     try:
         manifest = json.loads((folder / 'manifest.json').read_text())
+        # whatever ends in .safetensors would be read, so a file too many is damage as well
         extra = sorted({str(f.relative_to(folder)) for f in folder.rglob('*')} - {*manifest.keys(), 'manifest.json'})
         if extra:
             return f'{extra[0]} is not in its manifest'
         if 'state.json' not in manifest or not any(name.endswith('.safetensors') for name in manifest):
             return 'manifest.json does not list a whole checkpoint'
         for name in sorted(manifest)[rank::world]:
-            size, digest = manifest[name]
-            if (folder / name).stat().st_size != size:
-                return f'{name} has {(folder / name).stat().st_size} bytes instead of {size}'
-            if _describe(folder / name) != [size, digest]:
+            if _describe(folder / name) != manifest[name]:
                 return f'the contents of {name} have changed'
         examples = json.loads((folder / 'state.json').read_text())['examples']
         if examples != int(folder.name):
@@ -255,23 +241,15 @@ def _damage(folder, rank=0, world=1):
         return 'manifest.json cannot be read'
 
 
-def _put_aside(folder):
-    with writing(folder):
-        make_room(folder.with_suffix('.damaged'))
-        folder.rename(folder.with_suffix('.damaged'))
-
-
 def _clean(out_dir):
     """Remove what a killed run has left half written in its out_dir: names of ours alone, no links, and nothing on a first run."""
     folder = Path(out_dir)
     if not (folder / 'config.json').exists():
         return
-    names = [folder / f'{name}.tmp' for name in ('config.json', *WRITTEN)]
-    checkpoints = [f for f in folder.glob('checkpoints/*.tmp') if NUMBER.fullmatch(f.stem)]
-    for path in names + checkpoints:
-        if path.is_symlink() or not path.exists():
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    files = [folder / f'{name}.tmp' for name in ('config.json', *WRITTEN)]
+    for path in files + [f for f in folder.glob('checkpoints/*.tmp') if NUMBER.fullmatch(f.stem)]:
+        if path.exists() and not path.is_symlink():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def latest(out_dir, run=None):
@@ -282,43 +260,53 @@ def latest(out_dir, run=None):
     UserError is raised if there are no others: a run does not start over by itself. out_dir/latest is for people."""
 
     def begin():
-        if run:
-            _check_folder(out_dir, run)
+        before = recorded(out_dir) if run else None
+        if before:
+            _check_same(f'{out_dir} holds', before, run)
         with writing(out_dir):
             _clean(out_dir)
         return _folders(Path(out_dir) / 'checkpoints')
 
-    folders = gather_objects(on_one_rank(begin))[0]
-    damaged = []
+    folders = shared(begin)
+    # all ranks look at a part of each, from the newest to the first that is whole
+    damaged = {}
     for folder in folders:
         found = gather_objects(_damage(folder, dist.get_rank(), dist.get_world_size()))
         if not any(found):
             break
-        damaged.append((folder, next(filter(None, found))))
-    else:
-        if damaged:
-            what = f'{damaged[0][0]}: {damaged[0][1]}'
-            raise UserError(
-                f'no checkpoint of {out_dir} is complete ({what}): mend one, or delete {out_dir} to start over'
-            )
+        damaged[folder] = next(filter(None, found))
+    if not folders:
         return None
+    if len(damaged) == len(folders):
+        what = f'no checkpoint of {out_dir} is complete ({folders[0]}: {damaged[folders[0]]})'
+        raise UserError(f'{what}: mend one, or delete {out_dir} to start over')
     if run:
         on_one_rank(lambda: _check_checkpoint(out_dir, folder, run))
-    for bad, why in damaged:
+    for bad, why in damaged.items():
         say(f'warning: the checkpoint {bad} is damaged ({why}): going back to {folder.name}')
-        on_one_rank(lambda bad=bad: _put_aside(bad))
+
+    def put_aside():
+        for bad in damaged:
+            with writing(bad):
+                make_room(bad.with_suffix('.damaged'))
+                bad.rename(bad.with_suffix('.damaged'))
+
+    on_one_rank(put_aside)
     return folder
 
 
 def load(folder, model, optimizer):
     """Load a checkpoint, written on any number of ranks, into model and optimizer. Returns its state."""
+    # a step of rate 0 makes the optimizer's tensors, to be loaded into; the scripts set the rate of every step anew
     model.reshard()
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     for group in optimizer.param_groups:
-        group['lr'] = 0.0  # the scripts set the rate of every step anew
-    optimizer.step()  # makes the optimizer's tensors, to be loaded into
+        group['lr'] = 0.0
+    optimizer.step()
     optimizer.zero_grad()
+
+    # names and shapes there and here
     reader = HuggingFaceStorageReader(str(folder))
     there = {name: tuple(tensor.size) for name, tensor in reader.read_metadata().state_dict_metadata.items()}
     if not any(name.startswith('optimizer.') for name in there):
@@ -328,10 +316,10 @@ def load(folder, model, optimizer):
     wrong = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
     if wrong:
         what = f'{wrong[0]} has the shape {there.get(wrong[0])} there and {here.get(wrong[0])} here'
-        raise UserError(
-            f'the checkpoint {folder} is of another model or optimizer ({what}): remove it, or choose another --out_dir'
-        )
+        raise UserError(f'the checkpoint {folder} is of another model or optimizer ({what}): choose another --out_dir')
     dcp.load(tensors, storage_reader=reader)
+
+    # random draws go on where they were, if there are as many ranks
     state = json.loads((Path(folder) / 'state.json').read_text())
     rng, _ = state.pop('rng'), state.pop('run', None)
     if len(rng) == dist.get_world_size():

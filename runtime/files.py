@@ -9,14 +9,19 @@ import fcntl
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import shutil
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
+
 from configurator import UserError, main_rank
 
+# types of the arrays in a cache file, as safetensors names them
+DTYPES = {'BOOL': np.bool_, 'I32': np.int32, 'I64': np.int64, 'U64': np.uint64, 'F32': np.float32, 'F64': np.float64}
 _kept = {}  # path -> bytes that could not be appended to it yet
 _one_at_a_time = threading.RLock()  # checkpoints are written in a thread
 
@@ -40,9 +45,6 @@ def writing(path):
         raise UserError(f'cannot write {path}: {" ".join(str(error).split())[:200]}') from None
 
 
-# ---- one process in a folder ----
-
-
 def lock(file, busy):
     """Hold an exclusive lock on an open file until it is closed or the process ends, however it does.
 
@@ -57,9 +59,6 @@ def lock(file, busy):
             folder = Path(file.name).parent
             return say(f'note: {folder} cannot be locked ({error.strerror}): see to it that no second run uses it')
     raise UserError(busy)
-
-
-# ---- rows ----
 
 
 def append(path, text):
@@ -78,8 +77,7 @@ def append(path, text):
         except OSError as error:
             _kept[path] = rest
             if not before:
-                reason = f'cannot write {path}: {error.strerror}'
-                say(f'warning: {reason}: its rows are kept in memory until they can be written')
+                say(f'warning: cannot write {path}: {error.strerror}: its rows are kept in memory until there is room')
 
 
 def append_kept():
@@ -116,22 +114,18 @@ def cut_rows(path, keep):
     replace_text(path, ''.join(line + '\n' for line in kept))
 
 
-# ---- whole files and folders ----
-
-
 def sync(path):
     """Have a file, or the names in a folder, brought to the disk, so that it survives a machine that loses power."""
     path = Path(path)
+    # rows that wait in memory belong to the file
     if path in _kept:
         append(path, '')
     if path in _kept:
         raise OSError(errno.ENOSPC, f'{path.name} cannot be written')
     if path.exists():
         handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def replace_text(path, text):
@@ -157,6 +151,7 @@ def make_room(path):
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif os.path.lexists(path):
+        # the first free of .aside1, .aside2 ...
         names = (path.with_name(f'{path.name}.aside{n}') for n in itertools.count(1))
         aside = next(name for name in names if not os.path.lexists(name))
         path.rename(aside)
@@ -169,9 +164,6 @@ def file_hash(path):
         return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 
-# ---- the cache ----
-
-
 def cache_file(kind, key):
     """The path of a cache file in the user's cache folder. kind: begins its name; key: a string that decides its contents."""
     folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
@@ -179,32 +171,48 @@ def cache_file(kind, key):
 
 
 def read_cache(file, valid):
-    """(arrays, metadata) of a cache file, or None where there is none or it is damaged.
+    """(arrays, metadata) of a cache file, or None where there is none or it is damaged. The arrays are mapped, not read.
 
     valid(arrays, metadata) -> whether it is what it should be; whatever that raises for broken contents means no."""
-    from safetensors import SafetensorError, safe_open
-
-    with (
-        contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError),
-        safe_open(file, 'np') as opened,
-    ):
-        arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
-        metadata = opened.metadata()
+    with contextlib.suppress(OSError, OverflowError, KeyError, ValueError, TypeError, AttributeError):
+        with open(file, 'rb') as stream:
+            content = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+        start = 8 + int.from_bytes(content[:8], 'little')
+        header, arrays = json.loads(bytes(content[8:start])), {}
+        metadata = header.pop('__metadata__')
+        for name, entry in header.items():
+            begin, end = entry['data_offsets']
+            flat = np.frombuffer(content[start + begin : start + end], DTYPES[entry['dtype']])
+            arrays[name] = flat.reshape(entry['shape'])
         if valid(arrays, metadata):
             return arrays, metadata
     return None
 
 
+def _save(path, arrays, metadata):
+    """Write arrays as a .safetensors file, without a copy of them in memory."""
+    header, offset = {'__metadata__': metadata}, 0
+    # the widest first, so that each begins at a multiple of its width
+    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
+    for name, array in arrays.items():
+        dtype = next(key for key, value in DTYPES.items() if array.dtype == value)
+        header[name] = {'dtype': dtype, 'shape': array.shape, 'data_offsets': (offset, offset + array.nbytes)}
+        offset += array.nbytes
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    with open(path, 'wb') as stream:
+        stream.write(len(text).to_bytes(8, 'little') + text)
+        for array in arrays.values():
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
 def write_cache(file, arrays, metadata):
     """Write a cache file, whole or not at all. Returns None, or why it could not be written: no run ends for that."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     temporary = file.with_suffix(f'.{os.getpid()}')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, temporary, metadata)
+        _save(temporary, arrays, metadata)
         temporary.rename(file)
-    except (OSError, SafetensorError) as error:
-        return getattr(error, 'strerror', None) or str(error)
+    except OSError as error:
+        return error.strerror or str(error)
     return None

@@ -1,8 +1,12 @@
-"""What can end a run early, and how it then ends without loss: signals, another run in its folder, numbers that are not finite,
-too little memory. All collectives are in fsdp.py and checkpoint.py; this decides, says and leaves. room.py looks ahead at the disk.
+"""What can end a run early, and how it then ends without loss. Collectives are in fsdp.py; this decides, says and leaves.
 
-Scripts import this first and call watch(), so that signals are heeded while everything else is imported. So nothing heavy is
-imported up here: functions import torch and what needs it where they use it."""
+* A signal (SIGTERM, SIGUSR1, Ctrl-C) ends a process at once as long as nothing can be lost. Once there are steps, the run finishes
+  its step, saves, and leaves with code 75 (130 after Ctrl-C): the same command continues. A second Ctrl-C does not wait.
+* A step whose loss or gradient is not finite leaves the weights alone. Its examples go to bad_step.jsonl; the run ends, unless
+  skip_bad_steps allows one more such step.
+* Where the disk is full, what was trained is kept in memory until it can be written. Where memory is out, a sentence says what to lower.
+
+Scripts import this first and call watch(), so nothing heavy is imported up here: functions import torch where they use it."""
 
 import contextlib
 import json
@@ -25,12 +29,13 @@ INTERRUPTED = 130  # exit code after Ctrl-C: saved, too
 PAUSE = 20  # seconds between two tries to write what cannot be lost
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
+# the stages of a process, and what it answers to the first signal; in the first two it then leaves at once
+ANSWERS = {'loading': 'stopped', 'begun': 'stopped before the first step', 'training': 'stopping after this step',
+           'exporting': 'stopping as soon as the model is written'}  # fmt: skip
+_stage = 'loading'  # or 'over': everything is written, and signals are ignored
 _code = 0  # the exit code that a signal to this process asks for
-_stage = 'before'  # 'training': there are steps that a checkpoint must save; 'exporting'; 'over': all is written
 _progress = None  # () -> a sentence about what is kept, for whoever stops a script that trains nothing
-_before = {}  # signal -> what its handler was
-_ends = None  # of the pipe that tells the listening thread of signals
-_main = False  # whether the script is a process of its own
+_pipe = None  # (end to read, end to write): brings signals to the thread that listens
 _lock = None  # the open file that holds the lock on out_dir
 
 
@@ -39,102 +44,63 @@ _lock = None  # the open file that holds the lock on out_dir
 
 def watch(name):
     """Heed signals from now on, where name is '__main__': as the first thing that a script does."""
-    global _main
-    if name == '__main__':
-        _main = True
-        _install()
-
-
-def _install():
-    """Have a thread of its own hear the signals: the main thread may be inside C code for minutes, such as a rendezvous."""
-    global _ends
-    if _ends:
+    global _pipe
+    if name != '__main__' or _pipe:
         return
-    _ends = os.pipe()
-    os.set_blocking(_ends[1], False)
-    signal.set_wakeup_fd(_ends[1], warn_on_full_buffer=False)
+    # a thread of its own hears them: the main thread may be inside C code for minutes, such as a rendezvous
+    _pipe = os.pipe()
+    os.set_blocking(_pipe[1], False)
+    signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
     for number in SIGNALS:
         # a handler must be there, or the system's own action would come first; it has nothing to do
-        _before[number] = signal.signal(number, lambda *_: None)
-    threading.Thread(target=_listen, args=(_ends[0],), daemon=True).start()
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=_listen, args=(_pipe[0],), daemon=True).start()
+    # after a fork, signals wait until the child has taken its hands off the pipe
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
+        after_in_child=_leave_signals_to_the_system,
+    )
 
 
 def _listen(end):
-    """Read signals, a byte each, until the other end of the pipe is closed."""
-    while heard := os.read(end, 1):
-        if heard[0] in SIGNALS:
-            on_signal(heard[0])
-    os.close(end)
+    """Read signals, a byte each."""
+    while True:
+        number = os.read(end, 1)[0]
+        if number in SIGNALS:
+            on_signal(number)
 
 
-def _uninstall():
-    """Give the signals back to whoever had them."""
-    global _ends
-    if not _ends:
-        return
+def _leave_signals_to_the_system():
+    """In a forked child a signal does what it does in any process, since pools end their workers so."""
     signal.set_wakeup_fd(-1)
-    for number, handler in _before.items():
-        signal.signal(number, handler)
-    os.close(_ends[1])
-    _ends = None
-
-
-def _hold():
-    """Before a fork: let signals wait until the child has taken its hands off the pipe, which is its parent's."""
-    if _ends:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-
-def _let_go():
-    if _ends:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-def _in_child():
-    """In the child the signals do what they do in any process: pools end their workers with them."""
-    global _ends
-    if _ends:
-        signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        _let_go()
-        _ends = None
-
-
-os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_in_child)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def on_signal(number):
-    """Do what a signal asks: before the first step nothing can be lost, so leave at once; then, at the end of a step."""
+    """Do what a signal asks: leave at once where nothing can be lost, else at the end of a step."""
     global _code
     if _stage == 'over':
         return
-    name = signal.Signals(number).name
     asked = INTERRUPTED if number == signal.SIGINT else SAVED
-
+    answer = ANSWERS[_stage]
+    leave = _stage in ('loading', 'begun')
     # torchrun turns a second Ctrl-C into SIGTERM
-    again = _code == INTERRUPTED and number in (signal.SIGINT, signal.SIGTERM)
-    if again or _stage == 'before':
-        _leave_at_once(name, again, _code or asked)
+    if _code == INTERRUPTED and number in (signal.SIGINT, signal.SIGTERM):
+        answer, leave = 'stopped at once: steps since the last checkpoint are lost', True
+    elif asked == INTERRUPTED and not leave:
+        answer += ' (Ctrl-C again: at once, without saving)'
 
-    # only the first signal is answered on the screen
-    if not _code:
-        hint = ' (Ctrl-C again: at once, without saving)' if asked == INTERRUPTED else ''
-        what = 'stopping after this step' if _stage == 'training' else 'stopping as soon as the model is written'
-        _write(f'{name}: {what}{hint}')
+    # only the first signal is answered; print may be what it has interrupted
+    if main_rank() and (leave or not _code):
+        os.write(2, f'\n{signal.Signals(number).name}: {answer}\n'.encode())
+    if leave:
+        if _progress and main_rank():
+            os.write(1, f'{_progress()}\n'.encode())
+        os._exit(_code or asked)
     _code = max(_code, asked)
-
-
-def _leave_at_once(name, again, code):
-    if again:
-        _write(f'{name}: stopped at once: steps since the last checkpoint are lost')
-    elif _lock:
-        _write(f'{name}: stopped before the first step')
-    else:
-        _write(f'{name}: stopped')
-    if _progress and main_rank():
-        os.write(1, f'{_progress()}\n'.encode())
-    os._exit(code)
 
 
 def on_stop(progress):
@@ -143,34 +109,46 @@ def on_stop(progress):
     _progress = progress
 
 
-def _write(text):
-    if main_rank():
-        os.write(2, f'\n{text}\n'.encode())  # print may be what the signal has interrupted
+def asked_here():
+    """Whether this process has been told to stop. Ranks may differ: for work whose result is thrown away if any has."""
+    return _code != 0
+
+
+def stop_asked():
+    """The exit code that a signal to any rank asks for, or 0: the same answer on all, which call this together.
+
+    Also raises UserError, on all, if the checkpoint that is being written has failed."""
+    import fsdp
+    from runtime import checkpoint
+
+    code, failed = fsdp.largest([_code, int(checkpoint.failed())])
+    if failed:
+        checkpoint.wait()
+    return code
 
 
 # ---- a run and its folder ----
 
 
 def begin(out_dir, config, resume):
-    """Heed signals from now on, and take out_dir for this run alone. Raises UserError where it cannot be had."""
+    """Take out_dir for this run alone, on all ranks together. Raises UserError where it cannot be had."""
     import fsdp
 
     global _code, _stage
-    _code, _stage = 0, 'before'
-    _install()
-    before = sys.excepthook
+    _code, _stage = 0, 'begun'
+    # a run that fails before it writes anything leaves no folder behind
     made = [folder for folder in (Path(out_dir), *Path(out_dir).parents) if not folder.exists()]
-    sys.excepthook = lambda *error: (_tidy(out_dir, made), before(*error))
+
+    def tidy():
+        with contextlib.suppress(OSError):
+            if made and main_rank() and os.listdir(out_dir) == ['.lock']:
+                os.remove(Path(out_dir) / '.lock')
+                for folder in made:
+                    folder.rmdir()
+
+    before = sys.excepthook
+    sys.excepthook = lambda *error: (tidy(), before(*error))
     fsdp.on_one_rank(lambda: lock_out_dir(out_dir, config, resume))
-
-
-def _tidy(out_dir, made):
-    """A run that fails before it writes anything leaves no folder behind. made: the folders that were not there."""
-    with contextlib.suppress(OSError):
-        if made and main_rank() and os.listdir(out_dir) == ['.lock']:
-            os.remove(Path(out_dir) / '.lock')
-            for folder in made:
-                folder.rmdir()
 
 
 def lock_out_dir(out_dir, config, resume):
@@ -192,24 +170,6 @@ def lock_out_dir(out_dir, config, resume):
         _lock = open(Path(out_dir) / '.lock', 'a')
     files.lock(_lock, f'another run is using {out_dir}: wait for its end, or choose another --out_dir')
     check_out_dir(out_dir, config, resume)
-
-
-def asked_here():
-    """Whether this process has been told to stop. Ranks may differ: for work whose result is thrown away if any has."""
-    return _code != 0
-
-
-def stop_asked():
-    """Whether any rank has been told to stop: the same answer on all, which call this together.
-
-    Also raises UserError, on all, if the checkpoint that is being written has failed."""
-    import fsdp
-    from runtime import checkpoint
-
-    code, failed = fsdp.largest([_code, int(checkpoint.failed())])
-    if failed:
-        checkpoint.wait()
-    return code
 
 
 def boundary(save, close, saved=False):
@@ -249,9 +209,8 @@ def until_written(write):
             if given_up:
                 raise UserError(f'{error}. Given up: what was trained since the last checkpoint is lost') from None
             if not warned:
-                hint = 'make room, or mend what else is wrong'
-                until = f'it is tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up'
-                say(f'warning: {error}. What was trained is kept in memory: {hint}; {until}')
+                hint = f'make room; it is tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up'
+                say(f'warning: {error}. What was trained is kept in memory: {hint}')
             warned = True
         # all ranks ask together, every second, whether a new signal has come
         for _second in range(PAUSE):
@@ -277,21 +236,18 @@ def export(model, tokenizer, build, folder, card=None):
 
 
 def end():
-    """Wait for the last checkpoint, and give signals and out_dir back."""
+    """Wait for the last checkpoint, and give out_dir back. A process that ends in a moment needs no signal for it."""
     from runtime import checkpoint
 
     global _lock, _stage
     checkpoint.wait()
-    # everything is written: a process that ends in a moment needs no signal for it
     _stage = 'over'
-    if not _main:
-        _uninstall()
     if _lock:
         _lock.close()
         _lock = None
 
 
-# ---- what a step may meet: numbers that are not finite, too little memory ----
+# ---- numbers that are not finite ----
 
 
 def finite(columns):
@@ -310,21 +266,20 @@ def bad_step(out_dir, state, allowed, first, rows, uid, norm, columns):
     import fsdp
 
     broken = torch.stack([~values.isfinite() for values in columns.values()]).any(0)
-    slots = broken.nonzero().flatten().tolist() or list(range(len(rows)))
     what = 'loss' if broken.any() else 'gradient'
+    slots = broken.nonzero().flatten().tolist() or list(range(len(rows)))
     last = first + len(rows)
     file = Path(out_dir) / 'bad_step.jsonl'
 
     def write():
-        lines = []
+        text = ''
         for slot in slots:
             row = {'examples': last, 'what': what, 'place': slot, 'index': int(rows[slot]), 'uid': int(uid[slot])}
-            row |= {name: values[slot].item() for name, values in columns.items()}
-            row['grad_norm'] = norm
+            values = {name: column[slot].item() for name, column in columns.items()} | {'grad_norm': norm}
             # json has no word for what is not finite
-            row = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            lines.append(json.dumps(row) + '\n')
-        files.append(file, ''.join(lines))
+            row |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+            text += json.dumps(row) + '\n'
+        files.append(file, text)
         # where that has failed, append has said so
         with contextlib.suppress(OSError):
             files.sync(file)
@@ -339,6 +294,9 @@ def bad_step(out_dir, state, allowed, first, rows, uid, norm, columns):
         count = f' ({allowed} such steps were skipped before)' if allowed else ''
         raise UserError(f'{where}{count}; {those}: look at them, lower the learning rate, or allow --skip_bad_steps')
     say(f'warning: {where}: skipped, {state["bad_steps"]} of {allowed} allowed; {those}')
+
+
+# ---- too little memory ----
 
 
 def out_of_memory(error):
@@ -373,12 +331,10 @@ def memory_for(advice):
         raise better from None
 
 
-@contextlib.contextmanager
 def memory(batches, max_tokens):
     """Around the work on microbatches: say what to lower where it does not fit, on whichever rank it happens."""
     longest = max((batch.ids.numel() for batch in batches), default=0)
     alone = all(len(batch.slot) == 1 for batch in batches)
     lower = 'max_length, since one example fills it' if alone else 'max_tokens, which changes no result'
     advice = f'the longest microbatch has {longest} tokens (max_tokens={max_tokens}); lower {lower}'
-    with memory_for(f'{advice}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs'):
-        yield
+    return memory_for(f'{advice}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs')

@@ -20,76 +20,75 @@ def check_room(config, policy, forward, train, total, packed, others=()):
 
     import fsdp
 
-    sizes = _sizes(policy, config['optimizer'])
-    fsdp.on_one_rank(lambda: _check_disk(config, sizes, total))
+    # bytes, of all ranks together; weights, moments and gradients are float32
+    moments = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}[config['optimizer']]
+    trained = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    # ppo's value head or critic is in checkpoints, but not in the model that it leaves
+    left = [p for name, p in policy.named_parameters() if not {'critic', 'value_head'} & set(name.split('.'))]
+    model = 4 * sum(p.numel() for p in left)
+    fsdp.on_one_rank(lambda: _check_disk(config, model, trained * (1 + moments), total))
+
     if not torch.cuda.is_available():
-        others = [m for m in others if m is not None and m is not policy]
-        state = sizes['state'] + sum(p.numel() * p.element_size() for m in others for p in m.parameters())
+        frozen = [p for p in policy.parameters() if not p.requires_grad]
+        for other in others:
+            frozen += other.parameters() if other is not None and other is not policy else []
+        state = trained * (2 + moments) + sum(p.numel() * p.element_size() for p in frozen)
         _check_memory(config, policy, forward, train, packed, state)
 
 
-def _sizes(policy, optimizer):
-    """Bytes of the exported model, of a checkpoint, and of weights, gradients and optimizer in memory, all ranks together."""
-    moments = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}[optimizer]
-    named = list(policy.named_parameters())
-    # ppo's value head or critic is in checkpoints, but not in the model that it leaves
-    left = [p for name, p in named if not {'critic', 'value_head'} & set(name.split('.'))]
-    trained = sum(p.numel() for _, p in named if p.requires_grad)
-    frozen = sum(p.numel() * p.element_size() for _, p in named if not p.requires_grad)
-    return {
-        'model': 4 * sum(p.numel() for p in left),
-        'checkpoint': 4 * trained * (1 + moments),
-        'state': 4 * trained * (2 + moments) + frozen,
-    }
-
-
-def _check_disk(config, sizes, total):
-    """Raise UserError where the disk of out_dir has no room for the model, and for the checkpoints that will be kept."""
+def _check_disk(config, model, checkpoint, total):
+    """Raise UserError where the disk of out_dir has no room for the model, and for the checkpoints that will be kept. In bytes."""
     out_dir, every = config['out_dir'], config['save_every']
     # one more than are kept, since an old one goes when the new one is complete
     count = min(config['keep_last'] + 1, (total - 1) // every) if every else 0
     there = len([f for f in Path(out_dir).glob('checkpoints/*') if f.name.isdigit()])
     more = max(0, count - there)
-    need, free = sizes['model'] + more * sizes['checkpoint'], shutil.disk_usage(out_dir).free
-    if need > free:
-        what = f'the model takes {_size(sizes["model"])}'
-        if more:
-            what += f', and {more} checkpoints take {_size(sizes["checkpoint"])} each'
-        raise UserError(
-            f'{out_dir} lies on a disk with {_size(free)} free: {what}; make room, or choose another --out_dir'
-        )
+    free = shutil.disk_usage(out_dir).free
+    if model + more * checkpoint > free:
+        what = f'the model takes {_size(model)}'
+        what += f', and {more} checkpoints take {_size(checkpoint)} each' if more else ''
+        where = f'{out_dir} lies on a disk with {_size(free)} free'
+        raise UserError(f'{where}: {what}; make room, or choose another --out_dir')
 
 
 def _check_memory(config, policy, forward, train, packed, state):
     """Say what the largest microbatch takes, and warn where the machine has less. state: bytes of what stays."""
     import torch.distributed as dist
 
-    per_token = bytes_saved(policy, forward, train, packed)
-    # activation checkpointing: a block's activations are there while backward is in it. Sharding renames the block's class
-    recomputing = [module for module in policy.modules() if module.training]
-    for block in recomputing:
-        block.training = False
-    if recomputing:
-        per_token += bytes_saved(policy, forward, train, packed) / len(recomputing)
-    for block in recomputing:
-        block.training = True
-    tokens = max(config['max_tokens'], int(train.lengths.max()))
-    # where whole steps are smaller: no more than their longest examples
+    per_token = _bytes_per_token(policy, forward, train, packed)
+    # tokens of the largest microbatch; where whole steps are smaller, no more than their longest examples
     ranks, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    tokens = max(config['max_tokens'], int(train.lengths.max()))
     if packed and 'minibatch_size' not in config:
         longest = sorted(train.lengths)[-config['batch_size'] :]
         most = int(sum(longest)) * (1 if config.get('share_prefix', True) else 2)
         tokens = min(tokens, max(int(longest[-1]), most // ranks))
+
     state, activations, has = state / ranks * here, per_token * tokens * here, machine_memory()
-    text = f'a microbatch of up to {tokens:,} tokens takes about {_size(activations)}, weights, gradients and optimizer {_size(state)}'
+    takes = f'takes about {_size(activations)}, weights, gradients and optimizer {_size(state)}'
+    text = f'memory: a microbatch of up to {tokens:,} tokens {takes}'
     text += f', of the {_size(has)} of this machine' if has else ''
     if not has or state + activations <= has:
-        return say(f'memory: {text}')
+        return say(text)
     fits = int((has - state) / (per_token * here))
     advice = f'lower --max_tokens to {fits:,}, which changes no result, or try --activation_checkpointing'
     if fits < train.lengths.max():
         advice = 'try --activation_checkpointing, shorter examples (--max_length), --lora_rank, or a smaller model'
-    say(f'warning: memory: {text}: the system may kill this process; {advice}')
+    say(f'warning: {text}: the system may kill this process; {advice}')
+
+
+def _bytes_per_token(policy, forward, train, packed):
+    """Bytes that are kept for backward, by a token: of a forward, and of the one block that is recomputed, if blocks are."""
+    saved = bytes_saved(policy, forward, train, packed)
+    # blocks that recompute their activations are in training mode; sharding has renamed their class
+    recomputing = [module for module in policy.modules() if module.training]
+    if recomputing:
+        for block in recomputing:
+            block.training = False
+        saved += bytes_saved(policy, forward, train, packed) / len(recomputing)
+        for block in recomputing:
+            block.training = True
+    return saved
 
 
 def bytes_saved(policy, forward, train, packed):
@@ -101,7 +100,7 @@ def bytes_saved(policy, forward, train, packed):
 
     middle = sorted(range(len(train)), key=lambda i: train.lengths[i])[len(train) // 2]
     batch = pack([train[middle]], [0], pad=not packed)
-    own, kept = set(), {}
+    kept = {}  # address -> storage: while it is held, nothing else gets its address
 
     def storage_of(tensor):
         # tensor parallelism: this rank's part
@@ -109,19 +108,18 @@ def bytes_saved(policy, forward, train, packed):
 
     def note(tensor):
         storage = storage_of(tensor)
-        if storage.data_ptr() not in own:
-            # the tensor goes along: while it lives, nothing else gets its address
-            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        kept[storage.data_ptr()] = storage
         return tensor
 
-    # compiling for this one forward would take minutes
+    # compiling for this one forward would take minutes; a draw of the adapters' dropout would change what training draws
     eager = torch.compiler.set_stance('force_eager')
-    # a draw of the adapters' dropout would change what training draws
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy), eager:
-        own |= {storage_of(p).data_ptr() for p in policy.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             forward(batch)
-    return sum(size for size, _ in kept.values()) / batch.ids.numel()
+        # the weights are there anyway
+        for p in policy.parameters():
+            kept.pop(storage_of(p).data_ptr(), None)
+        return sum(storage.nbytes() for storage in kept.values()) / batch.ids.numel()
 
 
 def machine_memory():
@@ -130,19 +128,22 @@ def machine_memory():
         limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
     except (ValueError, OSError):
         return None
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path('/proc/self/cgroup').read_text().splitlines():
-            _, controllers, path = line.split(':', 2)
-            # version 2 has one tree for everything, version 1 one for memory
-            root, name = Path('/sys/fs/cgroup'), 'memory.max'
-            if controllers and 'memory' not in controllers.split(','):
-                continue
-            if controllers:
-                root, name = root / 'memory', 'memory.limit_in_bytes'
-            # a group has no more than any that it lies in; a container may see its own as the root
-            for folder in (root / path.lstrip('/'), *(root / path.lstrip('/')).parents):
-                with contextlib.suppress(OSError, ValueError):
-                    limits.append(int((folder / name).read_text()))
+    groups = ''
+    with contextlib.suppress(OSError):
+        groups = Path('/proc/self/cgroup').read_text()
+    for line in groups.splitlines():
+        # version 2 has one tree for everything, version 1 one for memory
+        _, controllers, path = line.split(':', 2)
+        root, name = Path('/sys/fs/cgroup'), 'memory.max'
+        if controllers:
+            root, name = root / 'memory', 'memory.limit_in_bytes'
+        if controllers and 'memory' not in controllers.split(','):
+            continue
+        # a group has no more than any that it lies in; a container may see its own as the root
+        group = root / path.lstrip('/')
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):
+                limits.append(int((folder / name).read_text()))
     return min(limits)
 
 

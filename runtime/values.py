@@ -38,14 +38,12 @@ def problem(name, value):
     if bounds and type(value) in (int, float):
         if not bounds[0] <= value <= bounds[1]:
             return f'must lie between {bounds[0]} and {bounds[1]}, not {value}'
-        if math.isinf(value) and name != 'max_grad_norm':
+        if isinstance(value, float) and math.isinf(value) and name != 'max_grad_norm':
             return f'must be a finite number, not {value}'
     if isinstance(value, int) and abs(value) >= 2**63:
         return 'is an integer that no machine counts to'
-    if isinstance(value, str):
-        wrong = text_problem(value)
-        if wrong:
-            return wrong
+    if isinstance(value, str) and (wrong := text_problem(value)):
+        return wrong
     if value not in CHOICES.get(name, (value,)):
         known = ', '.join(choice for choice in CHOICES[name] if choice)
         return f'must be one of {known}, not {value!r}'

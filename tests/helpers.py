@@ -33,11 +33,11 @@ def run_script(script, *flags):
                 guard.end()
 
 
-def python(*words, timeout=300, **environment):
+def python(*words, timeout=300, cwd=ROOT, **environment):
     """Run python in a process of its own, with the repository as its working directory. Returns it, with its text."""
     environment = os.environ | {name: str(value) for name, value in environment.items()}
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True)
 
 
 def launch(world, plan, folder):
@@ -152,3 +152,14 @@ def silent():
     """Print nothing for a while."""
     with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         yield
+
+
+def refused(script, *flags):
+    """The one sentence with which a script, run in this process, refuses its command line."""
+    from configurator import UserError
+
+    with pytest.raises(UserError) as info:
+        run_script(script, *flags)
+    message = str(info.value)
+    assert '\n' not in message and len(message) < 600
+    return message

@@ -10,71 +10,64 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def completion(text):
-    return {
-        'id': 'x',
-        'object': 'chat.completion',
-        'choices': [{'index': 0, 'message': {'role': 'assistant', 'content': text}}],
-    }
+    message = {'role': 'assistant', 'content': text}
+    return {'id': 'x', 'object': 'chat.completion', 'choices': [{'index': 0, 'message': message}]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+
+    def do_POST(self):
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        with server.lock:
+            n = len(server.seen)
+            server.seen.append((self.path, dict(self.headers), body))
+        # what to do, and what to reply with
+        what = server.behave(n, body)
+        do = what['do'] if isinstance(what, dict) else None
+        reply = what if isinstance(what, tuple) else (200, completion('half' if do else what))
+        status, content, headers = (*reply, {})[:3]
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+        if do in ('hang', 'drop'):
+            self.close_connection = do == 'drop'
+            server.over.wait(60 if do == 'hang' else 0)
+            return
+
+        self.send_response(status)
+        for name, value in (headers | {'Content-Length': str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if do == 'drip':
+            for byte in content:
+                if server.over.wait(0.1):
+                    return
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+            return
+        self.wfile.write(content[: len(content) // 2] if do == 'half' else content)
+        self.close_connection = do == 'half'
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads, block_on_close, request_queue_size = True, False, 64
+
+    def handle_error(self, request, address):
+        pass  # the client went away
 
 
 @contextlib.contextmanager
 def serve(behave):
-    """Yields the server: .url, .seen (headers, body) of each request, .cut() drops it.
+    """Yields the server: .url, .seen (path, headers, body) of each request.
 
     behave(n, body) says what the n-th request (from 0) gets: a text for a good reply; (status, content) or
-    (status, content, headers), content text or json; 'half', 'drop', 'hang' or 'drip' are wrapped as {'do': 'half'}."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = 'HTTP/1.1'
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-            with server.lock:
-                n = len(server.seen)
-                server.seen.append((self.path, dict(self.headers), body))
-            what = behave(n, body)
-            do = what.get('do') if isinstance(what, dict) else None
-            if do == 'hang':
-                server.over.wait(60)
-                return
-            status, content, headers = (
-                (*what, {})[:3] if isinstance(what, tuple) else (200, completion('half' if do else what), {})
-            )
-            content = (content if isinstance(content, str) else json.dumps(content)).encode()
-            if do == 'drop':
-                self.close_connection = True
-                return
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header('Content-Length', str(len(content)))
-            self.end_headers()
-            if do == 'drip':
-                for byte in content:
-                    if server.over.wait(0.1):
-                        return
-                    self.wfile.write(bytes([byte]))
-                    self.wfile.flush()
-            elif do == 'half':
-                self.wfile.write(content[: len(content) // 2])
-                self.close_connection = True
-            else:
-                self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads, block_on_close, request_queue_size = True, False, 64
-
-        def handle_error(self, request, address):
-            pass  # the client went away
-
+    (status, content, headers), content text or json; {'do': 'half'}, or drop, hang, drip."""
     server = Server(('127.0.0.1', 0), Handler)
-    server.seen, server.lock, server.over = [], threading.Lock(), threading.Event()
+    server.behave, server.seen, server.lock, server.over = behave, [], threading.Lock(), threading.Event()
     server.url = f'http://127.0.0.1:{server.server_port}'
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server
     finally:

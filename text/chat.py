@@ -41,25 +41,33 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
     prompt and answer become tokens apart, as in sampling; line breaks that a template writes after the end of a turn are
     not part of the answer; tokenise adds the end of text where the template ends a turn with something else, or with
     nothing; and where the template's prompt opens a thought, an answer without one closes it."""
-    special = _special(tokenizer)
+    special = special_of(tokenizer)
     if isinstance(prompt, str) and all(isinstance(a, str) for a in answers):
         if tools:
             left_out['tools beside texts, which only chats can have'] += 1
         return _plain_pieces(prompt, answers, special, left_out)
-    if _template(tokenizer, tools) == PLAIN_CHAT:
+    if template_of(tokenizer, tools) == PLAIN_CHAT:
         left_out[NO_TEMPLATE] = 1
-    prompt, *answers = [_without_ends(chat, special, left_out) for chat in _as_chats(prompt, answers)]
+    prompt, *answers = [without_ends(chat, special, left_out) for chat in _as_chats(prompt, answers)]
     texts = _write_all(prompt, answers, tools, tokenizer, left_out)
     if _unwritten(prompt, answers, tools, texts, tokenizer, left_out) and not blank:
         return None
-    said = '\n'.join(_strings([prompt, answers, tools]))
+    return as_pieces(
+        texts, [prompt, answers, tools], lambda value: _write_all(*value, tokenizer, Counter()), special, left_out
+    )
+
+
+def as_pieces(texts, value, write_again, special, left_out):
+    """The pieces of texts that the template has written of value: every second one is a special token that value brought.
+
+    write_again(value) -> the same texts of another value."""
+    said = '\n'.join(_strings(value))
     if not special.pattern.search(said):
         return [[text] for text in texts]
 
     # written once more with marks around those tokens, to tell them from the template's own
     mark = next(chr(c) for c in range(0xF0000, 0xFFFFE) if chr(c) not in said)
-    marked = _mark([prompt, answers, tools], special, mark)
-    pieces = [text.split(mark) for text in _write_all(*marked, tokenizer, Counter())]
+    pieces = [text.split(mark) for text in write_again(_mark(value, special, mark))]
     sound = all(len(p) % 2 and all(special.pattern.fullmatch(token) for token in p[1::2]) for p in pieces)
     if not sound or [''.join(p) for p in pieces] != texts:
         left_out['special tokens in a text, read as tokens: the chat template changes them'] += 1
@@ -87,25 +95,25 @@ class Special:
         self.stop, self.tail, self.bos = re.compile(stop), re.compile(rf'(?:(?:{stop})\s*)+\Z'), bos
 
 
-def _special(tokenizer):
+def special_of(tokenizer):
     """The Special of a tokenizer and its chat template."""
     state = len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, repr(tokenizer.chat_template)
-    return _special_of(tokenizer, state)
+    return _special_of_state(tokenizer, state)
 
 
 @lru_cache(maxsize=8)
-def _special_of(tokenizer, _):
+def _special_of_state(tokenizer, _):
     added = tokenizer.added_tokens_decoder
     tokens = {token.content for token in added.values() if token.special} | {tokenizer.eos_token}
     stops = {tokenizer.eos_token}
     try:
-        _template(tokenizer)
+        template_of(tokenizer)
     except UserError:  # said where there is a chat that needs it
         return Special(tokens, tokenizer.bos_token or '', stops)
     with contextlib.suppress(Refused):
         # what the template writes around turns is special too, whatever the tokenizer says; a thought's marks are not
         roles = ('user', 'one'), ('assistant', 'zebra'), ('user', 'two')
-        text = _write([message(role, said) for role, said in roles], None, tokenizer)
+        text = write([message(role, said) for role, said in roles], None, tokenizer)
         written = set(tokenizer(text, add_special_tokens=False)['input_ids'])
         tokens |= {token.content for i, token in added.items() if i in written and token.content.strip()}
         behind = Special(tokens, '', ()).pattern.match(text.rpartition('zebra')[2].lstrip())
@@ -147,7 +155,7 @@ def _cut_out(text, special, before='', behind=''):
     return pieces if len(pieces) > 1 else [pieces[0] + behind]
 
 
-def _without_ends(chat, special, left_out):
+def without_ends(chat, special, left_out):
     """The messages of a chat; the assistant's without the end of turn that the template writes once more."""
     turns = []
     for turn in chat:
@@ -184,7 +192,7 @@ def _mark(value, special, mark):
 # ---- the chat template ----
 
 
-def _template(tokenizer, tools=None):
+def template_of(tokenizer, tools=None):
     """The text of the chat template that applies to a chat with or without tools. Raises UserError where it is none."""
     found = tokenizer.chat_template
     if not found:
@@ -234,9 +242,9 @@ def _limits():
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _write(chat, tools, tokenizer, **how):
+def write(chat, tools, tokenizer, **how):
     """What the chat template makes of a chat. Raises Refused where it refuses it, UserError where it does so always."""
-    template = _template(tokenizer, tools)
+    template = template_of(tokenizer, tools)
     try:
         with _limits():
             text = tokenizer.apply_chat_template(
@@ -280,7 +288,7 @@ def _write_all(prompt, answers, tools, tokenizer, left_out):
     start = _write_prompt(prompt, tools, tokenizer)
     texts = [start]
     for answer in answers:
-        whole = _write(_joined(prompt, answer), tools, tokenizer)
+        whole = write(_joined(prompt, answer), tools, tokenizer)
         if whole.startswith(start):
             texts.append(whole[len(start) :].rstrip('\n'))
         else:
@@ -291,8 +299,8 @@ def _write_all(prompt, answers, tools, tokenizer, left_out):
 def _write_prompt(prompt, tools, tokenizer):
     """The text of a prompt: with the header of an answer, or in the midst of the one that it has begun."""
     if _begun(prompt):
-        return _write(prompt, tools, tokenizer, continue_final_message=True)
-    return _write(prompt, tools, tokenizer, add_generation_prompt=True)
+        return write(prompt, tools, tokenizer, continue_final_message=True)
+    return write(prompt, tools, tokenizer, add_generation_prompt=True)
 
 
 def _behind_a_thought(start, whole, answer, left_out):
@@ -336,7 +344,7 @@ def _unwritten(prompt, answers, tools, texts, tokenizer, left_out):
         left_out['messages whose content the chat template changes or leaves out'] += sum(
             turn['content'].strip() not in text for turn in turns
         )
-        _count_fields(turns, text, write, left_out)
+        count_fields(turns, text, write, left_out)
         bare = [message(turn['role'], turn['content']) for turn in turns]
         silent = turns is not prompt and not any(turn['content'].strip() for turn in turns)
         blank = blank or (silent and write(bare) == text)
@@ -346,7 +354,7 @@ def _unwritten(prompt, answers, tools, texts, tokenizer, left_out):
     return blank
 
 
-def _count_fields(turns, text, write, left_out):
+def count_fields(turns, text, write, left_out):
     """Count the fields of messages that make no difference to the text."""
 
     def same(indices, name):

@@ -1,4 +1,4 @@
-"""Tokenised examples as flat arrays: what tokenise.py makes and data.py packs. Flips and fractions are by hash."""
+"""Tokenised examples as flat arrays: what tokenise.py makes and data.py packs."""
 
 import hashlib
 from collections import Counter
@@ -12,9 +12,9 @@ from configurator import UserError
 
 @dataclass(eq=False)
 class Examples:
-    """Tokenised examples, as flat arrays. Flips and fractions are chosen by hash, so they depend on nothing but the text."""
+    """Tokenised examples, as flat arrays. Flips and fractions are chosen by a hash of the text alone."""
 
-    ids: np.ndarray  # all tokens
+    ids: np.ndarray  # all tokens; ~id: of an answer, only seen and not trained on, as the user's later turns
     spans: np.ndarray  # (n, 1 + answers, 2) start and end, in ids, of the prompt and of each answer
     good: np.ndarray  # (n,) thumbs up, for KTO
     uid: np.ndarray  # (n,) a hash of the text
@@ -33,6 +33,7 @@ class Examples:
     @classmethod
     def of(cls, items):
         """From (prompt, answers) lists of ids, such as samples."""
+        # all parts end to end, and where each begins and ends
         parts = [part for prompt, answers in items for part in (prompt, *answers)]
         edges = np.cumsum([0] + [len(part) for part in parts])
         spans = np.stack((edges[:-1], edges[1:]), 1).reshape(len(items), -1, 2)
@@ -99,6 +100,7 @@ class Examples:
 
     def keep(self, frac_good, frac_bad, seed):
         """Keep this fraction of the good and of the bad single answers, chosen by hash."""
+        # the two answers of a pair, which have one uid, are drawn apart
         u = uniform_hash(self.uid + self.good.astype(np.uint64), seed + 1)
         kept = self.select(u < np.where(self.good, frac_good, frac_bad))
         if not len(kept):
@@ -139,6 +141,7 @@ class Examples:
 
     def content(self):
         """A hash of the tokens that are trained on, their order, labels and margins; what select has left out does not count."""
+        # the shape of the examples, then their tokens one after the other
         digest = hashlib.sha256()
         for array in (self.widths, self.good, self.margin):
             digest.update(b'-' if array is None else np.ascontiguousarray(array))

@@ -130,7 +130,9 @@ def _nearest(row):
         return sum(bool(difflib.get_close_matches(name, row, 1, 0.75)) for name in layout.columns) / len(layout.columns)
 
     layout = max(LAYOUTS, key=fit)
-    return f'; the nearest layout, {layout.name}, has {", ".join(sorted(layout.columns))}' if fit(layout) >= 0.5 else ''
+    if fit(layout) < 0.5:
+        return ''
+    return f'; the nearest layout, {layout.name}, has {", ".join(sorted(layout.columns))}'
 
 
 def unified(row, columns=None):
@@ -184,9 +186,13 @@ def _under_system(example, system, answers):
         raise ValueError("the column 'system' and the system message of the chat are not the same")
     if prompt[0]['role'] == 'system':
         first = []
-    chats = {key: said(example[key]) if isinstance(example[key], str) else example[key] for key in answers}
-    turns = {'turns': first + example['turns']} if 'turns' in example else {}
-    return {'prompt': first + prompt, **chats, **turns}
+    chats = {'prompt': first + prompt}
+    for key in answers:
+        text = example[key]
+        chats[key] = said(text) if isinstance(text, str) else text
+    if 'turns' in example:
+        chats['turns'] = first + example['turns']
+    return chats
 
 
 def _tools(row):
@@ -213,8 +219,9 @@ def read_pair(row, task=None):
         raise LeftOut('tie')
     # RewardBench 2 has lists of good and of bad answers; two good ones are no pair, and nothing is lost by that
     if are_texts(row.get('chosen')) and are_texts(row.get('rejected')):
-        scored = [(1, said(text)) for text in row['chosen']] + [(0, said(text)) for text in row['rejected']]
-        return [example for example in ranked(asked_chat(row), scored, task) if 'drop' not in example]
+        good = [(1, said(text)) for text in row['chosen']]
+        bad = [(0, said(text)) for text in row['rejected']]
+        return [example for example in ranked(asked_chat(row), good + bad, task) if 'drop' not in example]
     chosen, rejected = text_or_chat(row, 'chosen'), text_or_chat(row, 'rejected')
     if type(chosen) is not type(rejected):
         raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
@@ -275,7 +282,10 @@ def compared(one, two, verdict):
     """A reader of two answers, or whole conversations, and the column that says which is better."""
 
     def read(row, task=None):
-        better = _by_sign(row, one, two, verdict) if verdict in BY_SIGN else _by_name(row[verdict], (one, two))
+        if verdict in BY_SIGN:
+            better = _by_sign(row, one, two, verdict)
+        else:
+            better = _by_name(row[verdict], (one, two))
         if better is None and task != 'prompts':
             raise LeftOut('tie')
         prompt, chats = asked(row), []
@@ -344,14 +354,18 @@ def read_sides(row, task=None):
 
 def read_summaries(row, task=None):
     """openai/summarize_from_feedback's comparisons, with prompts as TRL writes them."""
-    info, texts = field(row, 'info', dict), [answer(field(x, 'text')) for x in field(row, 'summaries', list)]
+    info = field(row, 'info', dict)
+    texts = [answer(field(summary, 'text')) for summary in field(row, 'summaries', list)]
     if field(row, 'choice', int) not in (0, 1) or len(texts) != 2:
         raise ValueError("'choice' is neither 0 nor 1, or there are not two summaries")
     # a post of reddit, or an article of CNN or Daily Mail
-    post, title = info.get('post'), f'TITLE: {info.get("title") or ""}\n\n'
-    text = field(info, 'post' if post else 'article').replace('\n\n', '\n')
-    prompt = f'SUBREDDIT: r/{info.get("subreddit") or ""}\n\n{title}POST: {text}' if post else title + text
-    return [{'prompt': f'{prompt}\n\nTL;DR:', 'chosen': texts[row['choice']], 'rejected': texts[1 - row['choice']]}]
+    kind = 'post' if info.get('post') else 'article'
+    text = field(info, kind).replace('\n\n', '\n')
+    prompt = f'TITLE: {info.get("title") or ""}\n\n'
+    if kind == 'post':
+        prompt = f'SUBREDDIT: r/{info.get("subreddit") or ""}\n\n{prompt}POST: '
+    rejected, chosen = texts if row['choice'] else texts[::-1]
+    return [{'prompt': f'{prompt}{text}\n\nTL;DR:', 'chosen': chosen, 'rejected': rejected}]
 
 
 def parse_annotation(row, task=None):
@@ -392,13 +406,15 @@ def ranked(prompt, scored, task):
 def read_stack_exchange(row, task=None):
     """HuggingFaceH4/stack-exchange-preferences: a question's answers by pm_score."""
     prompt, answers = ask(strip_html(field(row, 'question'))), field(row, 'answers', list)
-    return ranked(prompt, [(field(x, 'pm_score', NUMBER), answer(strip_html(field(x, 'text')))) for x in answers], task)
+    scored = [(field(x, 'pm_score', NUMBER), answer(strip_html(field(x, 'text')))) for x in answers]
+    return ranked(prompt, scored, task)
 
 
 def read_nectar(row, task=None):
     """berkeley-nest/Nectar: a prompt in Anthropic's format, and answers by rank, 1 the best."""
     prompt, answers = field(row, 'prompt').rstrip(), field(row, 'answers', list)
-    return ranked(prompt, [(-field(x, 'rank', NUMBER), answer(field(x, 'answer'))) for x in answers], task)
+    scored = [(-field(x, 'rank', NUMBER), answer(field(x, 'answer'))) for x in answers]
+    return ranked(prompt, scored, task)
 
 
 def read_completions(row, task=None):
@@ -467,14 +483,19 @@ def read_shp(rows, task=None):
     """stanfordnlp/SHP: pairs with a score ratio of 2 or more; SFT on the best answer in a prompt's kept pairs."""
 
     def read(row):
-        a, b = ((field(row, 'score_' + x, NUMBER), answer(field(row, 'human_ref_' + x))) for x in 'AB')
+        a = field(row, 'score_A', NUMBER), answer(field(row, 'human_ref_A'))
+        b = field(row, 'score_B', NUMBER), answer(field(row, 'human_ref_B'))
         if field(row, 'labels', int) not in (0, 1):
             raise ValueError("'labels' is neither 0 nor 1")
         prompt = ask(field(row, 'history'))
-        if max(a[0], b[0]) < 2 * min(a[0], b[0]):
+        low, high = sorted((a[0], b[0]))
+        if high < 2 * low:
             raise LeftOut('score ratio below 2')
-        good, bad = (a, b) if row['labels'] else (b, a)  # 1: A is preferred
-        return (prompt, [good, bad]) if task == 'sft' else [{'prompt': prompt, 'chosen': good[1], 'rejected': bad[1]}]
+        if task == 'sft':
+            return prompt, [a, b]
+        # 1: A is preferred
+        good, bad = (a, b) if row['labels'] else (b, a)
+        return [{'prompt': prompt, 'chosen': good[1], 'rejected': bad[1]}]
 
     return grouped(rows, task, read) if task == 'sft' else each(rows, read)
 
@@ -497,10 +518,14 @@ def read_trees(rows, task=None, language=None):
     language: only messages in this one."""
     rows = list(rows)
     # what stands above a message, and which answer is the next better one; broken rows are reported by read
-    named = [row for row in rows if all(isinstance(row.get(key, ''), str | None) for key in ('message_id', 'parent_id'))]
-    by_id = {row.get('message_id'): row for row in named}
-    answers = [row for row in named if row.get('parent_id') and language in (None, row.get('lang'))]
-    by_rank = {(row['parent_id'], row['rank']): row for row in answers if isinstance(row.get('rank'), int)}
+    by_id, by_rank = {}, {}
+    for row in rows:
+        identity, parent, rank = (row.get(key) for key in ('message_id', 'parent_id', 'rank'))
+        if not isinstance(identity, str) or not isinstance(parent, str | None):
+            continue
+        by_id[identity] = row
+        if parent and isinstance(rank, int) and language in (None, row.get('lang')):
+            by_rank[parent, rank] = row
 
     def above(parent):
         """The conversation that ends with this message."""
@@ -730,7 +755,8 @@ def thumb(row):
         return {}
     value = row[column]
     # a table has them as text
-    value = {'true': 1, 'false': 0, '1': 1, '0': 0}.get(value.lower()) if isinstance(value, str) else value
+    if isinstance(value, str):
+        value = {'true': 1, 'false': 0, '1': 1, '0': 0}.get(value.lower())
     if not isinstance(value, NUMBER) or value not in (0, 1):  # True and False are numbers, too
         raise ValueError(f'{column!r} is neither true (1) nor false (0)')
     return {'good': bool(value)}

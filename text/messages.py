@@ -14,6 +14,8 @@ ROLES = {
     **dict.fromkeys(('user', 'human', 'prompter', 'question'), 'user'),
     **dict.fromkeys(('assistant', 'gpt', 'chatgpt', 'model', 'bot', 'chatbot', 'ai', 'bing', 'bard'), 'assistant'),
     **{role: role for role in ('system', 'developer', 'tool', 'function', 'ipython')},
+    'observation': 'tool',
+    'function_call': 'assistant',
 }
 # how a dialogue that is one text begins -> what begins its turns, and who speaks then
 DIALOGUES = {

@@ -40,6 +40,8 @@ class Row(dict):
     """A row, or an example, that knows where it stands ('file, line n'), and why it could not be read, if so."""
 
     where = error = ''
+    # of an example: whether it is of the part for testing; None where its source is not divided
+    held_out = None
 
     @classmethod
     def of(cls, raw, where, error=''):

@@ -16,7 +16,7 @@ import numpy as np
 
 from configurator import configure
 from text.sources import describe, read_examples
-from text.tokenise import _as_texts, tokenise
+from text.tokenise import as_parts, tokenise
 
 # what to read
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
@@ -76,7 +76,7 @@ def task_of(example):
 def for_task(example, task, left_out):
     """What a task makes of an example, as json-able dicts; none, counted in left_out, where it is of no use."""
     found = []
-    for part in _as_texts(example, task, left_out):
+    for part in as_parts(example, task, left_out):
         names = {'pairs': ('chosen', 'rejected'), 'prompts': ()}.get(task, ('response',))
         shown = {'prompt': part.prompt} | dict(zip(names, part.answers, strict=False))
         if task == 'singles':

@@ -78,21 +78,23 @@ def load_rows(source, split, **options):
     return list(read_examples(source, split, left_out, **options)), left_out
 
 
-def read_examples(
-    source, split, left_out, *, undivided=False, num_turns=1, skip_bad_rows=False, task=None, columns=None
-):
+def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip_bad_rows=False, task=None, columns=None,
+                  both=False):  # fmt: skip
     """The examples of one source ('hh', 'hh:PATH', 'toy', a hub id, a file or folder), one by one.
 
     split: 'train' or 'test'. A single file, or a dataset without a test split, is divided by a hash of the prompt unless
     undivided. left_out: a Counter that says what was left out, when all are read; reasons that begin with 'note: ' are of
     examples that stay. An example's .where is the file and line it comes from. task: 'pairs', 'singles', 'sft' or 'prompts';
-    of a dataset with many answers to a prompt, sft takes the best. columns: 'prompt=question, ...' reads these columns alone.
+    of a dataset with many answers to a prompt, sft takes the best. both: of a divided source, all examples; .held_out of each
+    says which part it is of, and is None where the source has a test split. columns: 'prompt=question, ...' reads these columns alone.
     Raises UserError for an unreadable source and, unless skip_bad_rows, for a bad row."""
     rows, parse, no_test_part = _opened(source, split, num_turns, undivided)
     found = _parsed(rows, parse, task, columns_of(columns))
     examples = _agreeing(_sound(found, source, left_out, skip_bad_rows), left_out, skip_bad_rows)
+    divided = no_test_part and not undivided
     for example in examples:
-        if undivided or not no_test_part or _held_out(example) == (split == 'test'):
+        example.held_out = _held_out(example) if divided else None
+        if both or not divided or example.held_out == (split == 'test'):
             yield example
 
 
@@ -116,6 +118,11 @@ def _opened(source, split, num_turns, undivided=False):
     return read_rows(hub_id, chosen, splits[chosen], **more), None, held_out is None
 
 
+def divides(source):
+    """Whether a source has no test split, so that a part of its rows is held out."""
+    return _opened(source, 'train', 1)[2]
+
+
 def columns_of(text):
     """{our name: column} of 'prompt=question, chosen=good'; None of None. Raises UserError."""
     if not text:
@@ -125,9 +132,7 @@ def columns_of(text):
         name, equals, column = (x.strip() for x in part.partition('='))
         if name not in COLUMNS or not equals or not column or name in columns:
             near = difflib.get_close_matches(name, COLUMNS, 1)
-            hint = (
-                f'did you mean {near[0]}?' if near and near[0] != name else f'names are {", ".join(COLUMNS)}, each once'
-            )
+            hint = f'did you mean {near[0]}?' if near and near[0] != name else f'names are {", ".join(COLUMNS)}, each once'
             raise UserError(f"--columns: cannot read {part.strip()!r}: write 'prompt=question, chosen=good'; {hint}")
         columns[name] = column
     return columns

@@ -4,15 +4,20 @@ Every answer ends with the end of text, cut or not; BOS stands only where the to
 
 import hashlib
 import json
-import os
+import math
+import mmap
+import tempfile
+from array import array
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, main_rank
+from runtime import files
 from runtime.log import say
 from text import sources
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
@@ -20,6 +25,8 @@ from text.examples import Examples, uniform_hash
 from text.files import HELP, content_hash
 from text.messages import REASONING, message
 
+# rows that are tokenised together, and bytes of ids from which on they wait on the disk
+CHUNK, SPILL = 512, 2**28
 NEEDS = {  # task -> what its rows have beside a prompt
     'pairs': 'chosen and rejected',
     'singles': 'a response and whether it is good (label), or chosen and rejected',
@@ -38,52 +45,51 @@ class Part(NamedTuple):
 
 
 def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length, truncation='start', undivided=False,
-                  num_turns=1, skip_bad_rows=False, columns=None, data_fraction=1.0, seed=0, cache=True,
-                  margins=False):  # fmt: skip
+                  num_turns=1, skip_bad_rows=False, columns=None, data_fraction=1.0, seed=0, cache=True, margins=False,
+                  enough=None):  # fmt: skip
     """Tokenised examples of 'hh', 'hh+shp', 'hh:PATH', 'toy', a hub id, a file or folder; cached on disk by content.
 
     task: 'pairs', 'singles' (KTO, made from pairs if need be) or 'sft'. max_length, max_prompt_length: tokens; where the
     whole is too long, the prompt loses its start (or end: truncation), then answers are cut before their end of text.
-    undivided: a single file is all for this split. margins: keep the margins of pairs. Raises UserError."""
+    undivided: a single file is all for this split. margins: keep the margins of pairs. enough: {'train': count, 'test':
+    count}, None for all: the first so many are taken, and the rest is not tokenised. Raises UserError."""
     if max_length < max_prompt_length + 2:
         raise UserError(
             f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
         )
-    names = data.split('+')
-    left_out = Counter()
-
-    def read():
-        rows = []
-        for source in names:
-            found, reasons = sources.load_rows(
-                source, split, undivided=undivided, num_turns=num_turns, skip_bad_rows=skip_bad_rows, task=task,
-                columns=columns,
-            )
-            left_out.update(reasons)
-            # a held-out part may be empty, nothing else
-            if (split == 'train' or undivided) and not any(_as_texts(row, task, reasons) for row in found):
-                raise sources.vanished(source, split, reasons)
-            rows += found
-        return rows
-
-    # of a hub dataset whose commit nobody knows, only its rows tell what is in it
-    rows, stamps = None, [sources.fingerprint(source, split) for source in names]
-    if None in stamps:
-        rows = read()
-        stamps = [content_hash(rows)]
+    reading = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
+    limits = max_length, max_prompt_length, truncation
+    names, enough = data.split('+'), enough or {}
 
     # the cache belongs to all that the tokens depend on
-    options = [split, task, max_length, max_prompt_length, truncation, undivided, num_turns, skip_bad_rows, margins,
-               columns]
-    file = _cache_file([6, stamps, options, *_tokenizer_stamp(tokenizer)])
-    examples = _read_cache(file) if cache else None
+    stamps = [sources.fingerprint(source, split) for source in names]
+    # of a hub dataset whose commit nobody knows, only its rows tell what is in it
+    known = None not in stamps
+    if not known:
+        stamps = [content_hash(row) for row in _rows(names, split, task, reading, Counter())]
+
+    def file_of(part, *more):
+        key = [7, stamps, part, task, limits, reading, margins, *_tokenizer_stamp(tokenizer), *more]
+        return files.cache_file('tokens', hashlib.sha256(json.dumps(key).encode()).hexdigest())
+
+    examples = _read_cache(file_of(split)) if cache else None
+    if examples is None and cache and enough:
+        examples = _read_cache(file_of(split, enough))
     if examples is None:
-        rows = read() if rows is None else rows
-        examples = tokenise(
-            rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins, skip_bad_rows
-        )
-        if cache:
-            _write_cache(file, examples)
+        # what is held out of the same rows is tokenised with them
+        both = cache and known and split == 'train' and not undivided and all(map(sources.divides, names))
+        left_out, parts = Counter(), ('train', 'test') if both else (split,)
+        rows = _rows(names, split, task, reading, left_out, both)
+        found, whole = tokenise_parts(rows, parts, tokenizer, task, limits, margins, skip_bad_rows, enough)
+        for part, made in found.items():
+            made.left_out.update(left_out)
+            if cache:
+                _write_cache(file_of(part, *([] if whole else [enough])), made)
+        examples = found[split]
+        if not whole:
+            say(f'note: the first {len(examples)} examples of {data} are enough: the others are not read')
+    if enough:
+        examples = examples.select(slice(enough.get(split)))
 
     # so that the exported tokenizer writes chats as in training
     if NO_TEMPLATE in examples.left_out:
@@ -94,6 +100,22 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     if not len(examples) and split == 'train':
         raise sources.vanished(data, split, examples.left_out)
     return examples
+
+
+def _rows(names, split, task, reading, left_out, both=False):
+    """The examples of all sources, in order. Raises UserError where one of them gives nothing to train on."""
+    bar = tqdm(desc='reading', unit=' examples', disable=None if main_rank() else True, leave=False)
+    for source in names:
+        reasons, unused, used = Counter(), Counter(), False
+        for row in sources.read_examples(source, split, reasons, task=task, both=both, **reading):
+            used = used or (not row.held_out and bool(_as_texts(row, task, unused)))
+            bar.update()
+            yield row
+        # a held-out part may be empty, nothing else
+        if not used and (split == 'train' or reading['undivided']):
+            raise sources.vanished(source, split, reasons + unused)
+        left_out.update(reasons)
+    bar.close()
 
 
 def _tokenizer_stamp(tokenizer):
@@ -109,67 +131,120 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
 
     margins: if any pair has a margin, all get one, 0 where there is none, which is counted. skip_bad_rows: count the rows
     that the chat template refuses, instead of raising UserError."""
-    parts = _render_rows(rows, tokenizer, task, left_out, skip_bad_rows)
-    ids = iter(_encode([text for texts, _ in parts for text in texts], tokenizer, left_out))
+    limits = max_length, max_prompt_length, truncation
+    found, _ = tokenise_parts(rows, ['train'], tokenizer, task, limits, margins, skip_bad_rows)
+    left_out.update(found['train'].left_out)
+    return found['train'].with_(left_out=+left_out)
+
+
+def tokenise_parts(rows, parts, tokenizer, task, limits, margins=False, skip_bad_rows=False, enough=None):
+    """({part: Examples}, whether all rows were read): rows are of the last of the parts where they are .held_out.
+
+    limits: as tokenise has them. enough: {part: count}: where all parts have so many, the rest is not read."""
+    made = {part: _Making(task) for part in parts}
+    wanted = [(made[part], (enough or {}).get(part)) for part in parts]
     first, eos = _first(tokenizer), tokenizer.eos_token_id
-    pieces, kept = [], []
-    for texts, part in parts:
-        p, *a = islice(ids, len(texts))
-        if any(x in ([], [eos]) for x in a):
-            left_out['empty answers'] += 1
-            continue
-        p, a = _fit(p, a, first, eos, max_length, max_prompt_length, truncation, left_out)
-        # texts that differ may be cut to the same tokens
-        if len(a) == 2 and a[0] == a[1]:
-            left_out['pairs with equal answers'] += 1
-            continue
-        pieces += [p, *a]
-        kept.append(part)
-
-    # one flat array, and where each prompt and answer begins and ends in it
-    flat = np.fromiter(chain.from_iterable(pieces), np.int32)
-    edges = np.cumsum([0, *map(len, pieces)])
-    spans = np.stack((edges[:-1], edges[1:]), 1).reshape(-1, 3 if task == 'pairs' else 2, 2)
-    good = np.array([part.good for part in kept], bool)
-    uid = np.array([part.uid for part in kept], np.uint64)
-    margin = _margins(kept, margins, left_out)
-    return Examples(flat, spans, good, uid, +left_out, margin=margin)
+    todo = _render_rows(rows, made, tokenizer, task, skip_bad_rows)
+    for chunk, ids in _encoded(iter(lambda: list(islice(todo, CHUNK)), []), tokenizer):
+        for making, texts, part in chunk:
+            p, *a = islice(ids, len(texts))
+            if any(x in ([], [eos]) for x in a):
+                making.left_out['empty answers'] += 1
+                continue
+            p, a = _fit(p, a, first, eos, *limits, making.left_out)
+            # texts that differ may be cut to the same tokens
+            if len(a) == 2 and a[0] == a[1]:
+                making.left_out['pairs with equal answers'] += 1
+                continue
+            making.add(part, [p, *a])
+        if all(count is not None and len(making.uid) >= count for making, count in wanted):
+            return {part: making.examples(margins) for part, making in made.items()}, False
+    return {part: making.examples(margins) for part, making in made.items()}, True
 
 
-def _render_rows(rows, tokenizer, task, left_out, skip_bad_rows):
-    """[(texts of the prompt and the answers, each a list of pieces; their Part)] of all rows that can be used."""
-    rendered, seen = [], set()
+class _Making:
+    """Examples in the making: arrays that grow; the ids, where they are many, in a file."""
+
+    def __init__(self, task):
+        self.left_out, self.task = Counter(), task
+        self.ids = tempfile.SpooledTemporaryFile(SPILL)  # noqa: SIM115, lives as long as the examples
+        self.widths, self.good, self.uid = array('i'), array('b'), array('Q')
+        self.margins = array('f')  # NaN: none
+
+    def add(self, part, pieces):
+        """Keep an example: its Part, and the ids of its prompt and answers."""
+        with files.writing(tempfile.gettempdir()):
+            self.ids.write(array('i', chain.from_iterable(pieces)))
+        self.widths.extend(map(len, pieces))
+        self.good.append(part.good)
+        self.uid.append(part.uid)
+        self.margins.append(math.nan if part.margin is None else part.margin)
+
+    def examples(self, margins):
+        """All of them as Examples. margins: whether to keep these."""
+        on_disk = self.ids.tell() > SPILL
+        self.ids.seek(0)
+        ids = mmap.mmap(self.ids.fileno(), 0, access=mmap.ACCESS_READ) if on_disk else self.ids.read()
+        # one flat array, and where each prompt and answer begins and ends in it
+        edges = np.concatenate(([0], np.cumsum(np.array(self.widths, np.int64))))
+        spans = np.stack((edges[:-1], edges[1:]), 1).reshape(-1, 3 if self.task == 'pairs' else 2, 2)
+        good, uid = np.array(self.good, bool), np.array(self.uid, np.uint64)
+        margin = _margins(np.array(self.margins, np.float32), margins, self.left_out)
+        # the answers behind prompts are not trained on
+        if self.task == 'prompts':
+            del self.left_out[THOUGHTLESS]
+        return Examples(np.frombuffer(ids, np.int32), spans, good, uid, +self.left_out, margin=margin)
+
+
+def _render_rows(rows, made, tokenizer, task, skip_bad_rows):
+    """(its part's _Making, texts of the prompt and the answers, each a list of pieces, its Part) of all that can be used."""
+    seen, (training, *testing) = set(), made.values()
     for row in rows:
+        making = testing[0] if testing and row.held_out else training
+        left_out = making.left_out
         try:
             found = _as_texts(row, task, left_out)
             # one demonstration a prompt and answer, however many pairs it is in
             if task in ('sft', 'prompts') and found and found[0].uid in seen:
-                left_out['same prompt again'] += task == 'prompts'
+                left_out['same prompt again' if task == 'prompts' else 'same demonstration again'] += 1
                 continue
-            tools = row.get('tools')
-            texts = [render(part.prompt, part.answers, tools, tokenizer, left_out) for part in found]
+            texts = [render(part.prompt, part.answers, row.get('tools'), tokenizer, left_out) for part in found]
         except Refused as error:
             _bad_row(error, row, skip_bad_rows, left_out)
             continue
-        seen.update(part.uid for part in found)
+        if task in ('sft', 'prompts'):
+            seen.update(part.uid for part in found)
         left_out['empty answers'] += texts.count(None)
-        rendered += [(text, part) for text, part in zip(texts, found, strict=True) if text is not None]
-    # the answers behind prompts are not trained on
-    if task == 'prompts':
-        del left_out[THOUGHTLESS]
-    return rendered
+        yield from ((making, text, part) for text, part in zip(texts, found, strict=True) if text is not None)
 
 
-def _margins(parts, wanted, left_out):
-    """The margins of pairs as an array, 0 where one has none; None where no pair has one, or none are wanted."""
-    known = sum(part.margin is not None for part in parts)
-    if not known:
+def _encoded(chunks, tokenizer):
+    """(chunk, an iterator over the ids of its texts) of all chunks; the next one is read while one is encoded in a thread."""
+
+    def encode(chunk):
+        return iter(_encode([text for _, texts, _ in chunk for text in texts], tokenizer, chunk[0][0].left_out))
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for chunk in chunks:
+            ids = pool.submit(encode, chunk)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = chunk, ids
+        if waiting:
+            yield waiting[0], waiting[1].result()
+
+
+def _margins(margins, wanted, left_out):
+    """The margins of pairs, 0 where one has none (NaN); None where no pair has one, or none are wanted."""
+    missing = np.isnan(margins)
+    if missing.all():
         return None
     if not wanted:
-        left_out['margins, which only reward.py uses'] += known
+        left_out['margins, which only reward.py uses'] += int((~missing).sum())
         return None
-    left_out['pairs without a margin, taken as 0'] += len(parts) - known
-    return np.array([part.margin or 0.0 for part in parts], np.float32)
+    left_out['pairs without a margin, taken as 0'] += int(missing.sum())
+    return np.where(missing, np.float32(0), margins)
 
 
 def _bad_row(error, row, skip_bad_rows, left_out):
@@ -358,50 +433,34 @@ def _ids_of_text(text, tokenizer):
 # ---- the cache on disk ----
 
 
-def _cache_file(key):
-    """The cache file of a json-able key."""
-    folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
-    return folder / f'tokens-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors'
-
-
 def _read_cache(file):
     """The Examples in a cache file, or None where there is none or it is damaged."""
-    from safetensors import SafetensorError, safe_open
 
-    if not file.exists():
+    def valid(arrays, metadata):
+        left_out, digest = json.loads(metadata['left_out'])
+        return digest == _digest(arrays, left_out)
+
+    found = files.read_cache(file, valid)
+    if found is None:
+        if file.exists():
+            say(f'note: {file} is damaged: tokenising anew')
         return None
-    try:
-        with safe_open(file, 'np') as f:
-            arrays = {k: f.get_tensor(k) for k in ('ids', 'spans', 'good', 'uid')}
-            margin = f.get_tensor('margin') if 'margin' in f.keys() else None  # noqa: SIM118, not a dict
-            left_out, digest = json.loads(f.metadata()['left_out'])
-            if digest == _digest([*arrays.values(), margin], left_out):
-                return Examples(*arrays.values(), Counter(left_out), margin=margin)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        pass
-    say(f'note: {file} is damaged: tokenising anew')
-    return None
+    arrays, metadata = found
+    return Examples(**arrays, left_out=Counter(json.loads(metadata['left_out'])[0]))
+
+
+def _write_cache(file, examples):
+    names = ['ids', 'spans', 'good', 'uid'] + ['margin'] * (examples.margin is not None)
+    arrays = {name: np.ascontiguousarray(getattr(examples, name)) for name in names}
+    left_out = [examples.left_out, _digest(arrays, examples.left_out)]
+    failure = files.write_cache(file, arrays, {'left_out': json.dumps(left_out)})
+    if failure:
+        say(f'note: tokens are not cached: {failure}')
 
 
 def _digest(arrays, left_out):
     """A hash of what a cache file holds: a changed bit would train on other tokens."""
     digest = hashlib.sha256(json.dumps(left_out).encode())
-    for array in arrays:
-        digest.update(b'-' if array is None else np.ascontiguousarray(array))
+    for name in ('ids', 'spans', 'good', 'uid', 'margin'):
+        digest.update(np.ascontiguousarray(arrays[name]) if name in arrays else b'-')
     return digest.hexdigest()
-
-
-def _write_cache(file, examples):
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    names = ['ids', 'spans', 'good', 'uid'] + ['margin'] * (examples.margin is not None)
-    arrays = {k: np.ascontiguousarray(getattr(examples, k)) for k in names}
-    temporary = file.with_suffix(f'.{os.getpid()}')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        digest = _digest([*arrays.values()] + [None] * (examples.margin is None), examples.left_out)
-        save_file(arrays, temporary, {'left_out': json.dumps([examples.left_out, digest])})
-        temporary.rename(file)
-    except (OSError, SafetensorError) as error:
-        say(f'note: tokens are not cached: {error}')

@@ -26,32 +26,27 @@ class Figures(NamedTuple):
     longest: tuple
 
 
-def docstring_lines(tree):
-    """The numbers of the lines of all docstrings."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | Definition) and ast.get_docstring(node) is not None:
-            found |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return found
-
-
 def measure(path):
     """The Figures of a python file."""
     source = path.read_text()
-    tree = ast.parse(source)
-    docstrings = docstring_lines(tree)
-    rest = [line.strip() for i, line in enumerate(source.splitlines(), 1) if i not in docstrings and line.strip()]
+    nodes = list(ast.walk(ast.parse(source)))
+    docstrings = set()
+    for node in nodes:
+        if isinstance(node, ast.Module | ast.ClassDef | Definition) and ast.get_docstring(node) is not None:
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+
+    # neither blank nor of a docstring
+    lines = source.splitlines()
+    rest = [line.strip() for number, line in enumerate(lines, 1) if number not in docstrings and line.strip()]
     comments = sum(line.startswith('#') for line in rest)
-    sizes = [(n.end_lineno - n.lineno + 1, n.name) for n in ast.walk(tree) if isinstance(n, Definition)]
-    nodes = sum(1 for _ in ast.walk(tree))
-    return Figures(len(source.splitlines()), len(rest) - comments, comments, nodes, max(sizes, default=(0, '')))
+    sizes = [(node.end_lineno - node.lineno + 1, node.name) for node in nodes if isinstance(node, Definition)]
+    return Figures(len(lines), len(rest) - comments, comments, len(nodes), max(sizes, default=(0, '')))
 
 
 def total(paths):
     """The Figures of several files together."""
-    parts = [measure(path) for path in paths]
-    sums = [sum(column) for column in list(zip(*parts, strict=True))[:4]]
-    return Figures(*sums, max(part.longest for part in parts))
+    *columns, longest = zip(*map(measure, paths), strict=True)
+    return Figures(*map(sum, columns), max(longest))
 
 
 def module_of(path):
@@ -62,11 +57,11 @@ def module_of(path):
 
 def imported(path, modules, late=False):
     """Those of our modules that a file imports while it is itself imported; late: also inside of functions."""
-    tree, found = ast.parse(path.read_text()), set()
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, Definition) for n in ast.walk(f)}
-    for node in ast.walk(tree):
-        if id(node) in inside and not late:
-            continue
+    nodes, found = list(ast.walk(ast.parse(path.read_text()))), set()
+    if not late:
+        inside = {id(n) for f in nodes if isinstance(f, Definition) for n in ast.walk(f)}
+        nodes = [node for node in nodes if id(node) not in inside]
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):

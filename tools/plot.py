@@ -35,11 +35,15 @@ PANELS = [
     ('log-probs', 'chosen (solid, filled) and rejected (dashed, open), nats an answer', ['logps/chosen', 'logps/rejected']),
     ('KL', 'KL(policy || reference) on its own samples, nats an answer', ['kl/samples']),
 ]  # fmt: skip
+# in place of the last, where no run has sampled
 NOT_SAMPLED = (
     'KL, as if chosen answers came from the reference',
     'mean of log reference - log policy, nats an answer',
     ['kl/chosen'],
 )
+DRAWN = ('loss', 'rewards', 'logps', 'kl', 'gold')  # groups of metrics
+
+# ---- what a run left ----
 
 
 def read(folder):
@@ -52,65 +56,64 @@ def read(folder):
         raise UserError(f"{folder} has no config.json, so it is no run's out_dir") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'{folder}/config.json is damaged') from None
-    rows = lines(folder / 'metrics.jsonl')
-    if not any(row.get('split') in ('train', 'eval') for row in rows):
+    rows = lines(folder / 'metrics.jsonl', {'split': str, 'counters/examples': int})
+    if not any(row['split'] in ('train', 'eval') for row in rows):
         raise UserError(f'{folder} has no steps in its metrics.jsonl yet')
-    samples = lines(folder / 'samples.jsonl')
-    check(rows, {'split': str, 'counters/examples': int}, folder / 'metrics.jsonl')
-    check(samples, {'examples': int, 'generator': str, 'prompt': str, 'response': str}, folder / 'samples.jsonl')
-    return options, rows, samples
+    texts = dict.fromkeys(('generator', 'prompt', 'response'), str)
+    return options, rows, lines(folder / 'samples.jsonl', {'examples': int, **texts})
 
 
-def check(rows, kinds, file):
-    """Raise UserError where a row lacks one of these, or has a metric that is no number."""
-    for row in rows:
-        wrong = [k for k, kind in kinds.items() if not isinstance(row.get(k), kind)]
-        if 'split' in kinds:
-            drawn = [
-                k for k in row if k.replace('_', '/').partition('/')[0] in ('loss', 'rewards', 'logps', 'kl', 'gold')
-            ]
-            wrong += [
-                k for k in drawn if not isinstance(row[k], int | float) or (row[k] == row[k] and abs(row[k]) > 1e300)
-            ]
-        if wrong:
-            raise UserError(f'{file} has a row without a proper {wrong[0]}: it is damaged, or of something else')
+def lines(file, kinds):
+    """The rows of a .jsonl, none where it does not exist; the last one may be half written.
 
-
-def lines(file):
-    """The rows of a .jsonl, none where it does not exist; the last one may be half written. Raises UserError."""
-    rows = []
+    kinds: what each row has, and of which type. Raises UserError for other rows, and for a metric that is no number."""
     try:
         texts = file.read_text().splitlines() if file.exists() else []
     except (OSError, UnicodeDecodeError):
         raise UserError(f'{file} is damaged') from None
+    rows = []
     for number, text in enumerate(texts, 1):
         try:
-            rows.append(dict(json.loads(text)))
+            row = dict(json.loads(text))
         except (ValueError, TypeError, RecursionError):
             if number < len(texts):
                 raise UserError(f'{file}, line {number} is damaged') from None
             print(f'note: the last line of {file} is not complete')
+            continue
+        wrong = [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
+        for name in row if 'split' in kinds else ():
+            drawn = name.replace('_', '/').partition('/')[0] in DRAWN
+            # nan, of a run that went wrong, is no point; matplotlib fails on numbers that are larger
+            if drawn and not (isinstance(row[name], int | float) and not abs(row[name]) > 1e300):
+                wrong.append(name)
+        if wrong:
+            raise UserError(f'{file} has a row without a proper {wrong[0]}: it is damaged, or of something else')
+        rows.append(row)
     return rows
 
 
 def labels(runs):
     """A name for each run: its folder, and the options in which the runs differ."""
-    keys = [k for k in dict.fromkeys(k for options, *_ in runs for k in options) if k not in NEUTRAL | {'out_dir'}]
+    keys = dict.fromkeys(k for options, *_ in runs for k in options if k not in NEUTRAL | {'out_dir'})
     differ = [k for k in keys if len({json.dumps(options.get(k)) for options, *_ in runs}) > 1]
     names = []
     for folder, (options, *_) in zip(folders, runs, strict=True):
         told = [f'{k}={options[k]}' for k in differ if options.get(k) is not None]
         more = ', ...' if len(told) > 5 else ''
-        names.append(f'{folder.name}: ' + ', '.join(told[:5]) + more if told else folder.name)
+        name = f'{folder.name}: {", ".join(told[:5])}{more}' if told else folder.name
+        names.append(name.replace('$', r'\$'))  # else matplotlib reads mathematics
     return names
+
+
+# ---- curves ----
 
 
 def curve(rows, split, metric):
     """(examples, values) of a metric, written as group/name, in the rows of a split."""
-    group, _, name = metric.partition('/')
-    key = f'{group}_{split}/{name}' if name else f'{group}/{split}'
-    found = [(row['counters/examples'], row[key]) for row in rows if row.get('split') == split and key in row]
-    return [x for x, _ in found], [y for _, y in found]
+    group, slash, name = metric.partition('/')
+    key = f'{group}_{split}/{name}' if slash else f'{group}/{split}'
+    found = [row for row in rows if row['split'] == split and key in row]
+    return [row['counters/examples'] for row in found], [row[key] for row in found]
 
 
 def smoothed(values):
@@ -126,15 +129,17 @@ def frontier(rows, samples):
         prompt = row['prompt'].removeprefix('Review of the ').removesuffix(':')
         if prompt in toy.PLACES:
             scores.setdefault((row['generator'], row['examples']), []).append(toy.gold(row['prompt'], row['response']))
-    points = []
-    reference = next((values for (name, _), values in scores.items() if name == 'reference'), [])  # the same every time
-    if reference:
-        points.append((0.0, *mean_and_error(reference)))
+    # the reference's answers are the same every time
+    references = [values for (name, _), values in scores.items() if name == 'reference']
+    points = [(0.0, *mean_and_error(values)) for values in references[:1]]
     for row in rows:
-        kl, measured = row.get('kl_eval/samples'), row.get('gold/eval')  # of all answers of ppo.py, not of some
-        own = scores.get(('policy', row.get('counters/examples')))
-        if kl is not None and (measured is not None or own):
-            points.append((kl, measured, 0.0) if measured is not None else (kl, *mean_and_error(own)))
+        # the metric is of all answers of ppo.py, not of some
+        kl, measured = row.get('kl_eval/samples'), row.get('gold/eval')
+        sampled = scores.get(('policy', row['counters/examples']))
+        if kl is not None and measured is not None:
+            points.append((kl, measured, 0.0))
+        elif kl is not None and sampled:
+            points.append((kl, *mean_and_error(sampled)))
     return points
 
 
@@ -143,9 +148,7 @@ def mean_and_error(values):
     return statistics.fmean(values), error
 
 
-def entitle(axis, title, meaning):
-    axis.set_title(title, loc='left', pad=17)
-    axis.text(0, 1.025, meaning, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
+# ---- the picture ----
 
 
 def draw(runs):
@@ -157,57 +160,36 @@ def draw(runs):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
+    # the panels that have anything to show
     def anywhere(panel):
         return any(curve(rows, split, m)[0] for _, rows, _ in runs for split in ('train', 'eval') for m in panel[2])
 
     panels = PANELS if anywhere(PANELS[-1]) else [*PANELS[:-1], NOT_SAMPLED]
     shown = [panel for panel in panels if anywhere(panel)]
-    points = [frontier(rows, samples) for _, rows, samples in runs]
-    count = len(shown) + any(points)
+    frontiers = [frontier(rows, samples) for _, rows, samples in runs]
+    count = len(shown) + any(frontiers)
     if not count:
         raise UserError('these runs have no metric that is drawn')
-    columns = min(3, count)
-    down = -(-count // columns)
-    names = [name.replace('$', r'\$') for name in labels(runs)]  # else matplotlib reads mathematics
-    plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
-                         'grid.alpha': 0.25, 'axes.titlesize': 11, 'axes.titleweight': 'bold'})  # fmt: skip
-    figure, axes = plt.subplots(
-        down, columns, figsize=(width, 3.3 * down + 0.25 * len(runs)), squeeze=False, layout='constrained'
-    )
-    axes, colours = list(axes.flat), plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
-    for axis, (title, meaning, metrics) in zip(axes, shown, strict=False):
-        for i, (_, rows, _) in enumerate(runs):
-            for j, metric in enumerate(metrics):
-                look = {'color': colours[i % len(colours)], 'linestyle': ['-', '--'][j]}
-                x, y = curve(rows, 'train', metric)
-                axis.plot(x, smoothed(y), linewidth=1, alpha=0.6, **look)
-                x, y = curve(rows, 'eval', metric)
-                axis.plot(
-                    x,
-                    y,
-                    marker='o',
-                    markersize=5,
-                    linewidth=1.5 * (len(x) > 2),
-                    markerfacecolor=['auto', 'white'][j],
-                    **look,
-                )
-        axis.set(xlabel='training examples')
-        entitle(axis, title, meaning)
-    if any(points):
-        axis = axes[len(shown)]
-        for i, found in enumerate(points):
-            kl, gold, error = zip(*found, strict=True) if found else ((), (), ())
-            look = {'color': colours[i % len(colours)]}
-            axis.plot(kl, gold, linewidth=1, alpha=0.6, **look)
-            axis.errorbar(kl, gold, error, fmt='none', alpha=0.35, **look)
-            axis.scatter(kl, gold, [18 if j < len(kl) - 1 else 80 for j in range(len(kl))], **look)
-        axis.set(xlabel='KL(policy || reference), nats an answer')
-        entitle(axis, 'gold reward against KL', 'mean of sampled answers, standard error; large: the last ones')
+
+    # a grid of them, three in a row
+    plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True})
+    plt.rcParams.update({'grid.alpha': 0.25, 'axes.titlesize': 11, 'axes.titleweight': 'bold'})
+    across, down = min(3, count), -(-count // 3)
+    size = width, 3.3 * down + 0.25 * len(runs)
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout='constrained')
+    palette = plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
+    colours = [palette[i % len(palette)] for i in range(len(runs))]
+    axes = list(axes.flat)
+    for axis, panel in zip(axes, shown, strict=False):
+        draw_panel(axis, panel, [rows for _, rows, _ in runs], colours)
+    if any(frontiers):
+        draw_frontiers(axes[len(shown)], frontiers, colours)
     for axis in axes[count:]:
         axis.remove()
-    handles = [
-        plt.Line2D([], [], color=colours[i % len(colours)], marker='o', label=name) for i, name in enumerate(names)
-    ]
+
+    # which colour is which run
+    named = zip(labels(runs), colours, strict=True)
+    handles = [plt.Line2D([], [], color=colour, marker='o', label=name) for name, colour in named]
     figure.legend(handles=handles, loc='outside lower center', frameon=False)
     try:
         figure.savefig(out, dpi=110)
@@ -216,8 +198,38 @@ def draw(runs):
     print(f'{out}: {len(runs)} runs, {count} panels')
 
 
+def draw_panel(axis, panel, runs, colours):
+    """The training curves and evaluations of a panel's metrics. runs: the rows of each."""
+    title, meaning, metrics = panel
+    looks = [{'linestyle': '-', 'markerfacecolor': 'auto'}, {'linestyle': '--', 'markerfacecolor': 'white'}]
+    for rows, colour in zip(runs, colours, strict=True):
+        for metric, look in zip(metrics, looks, strict=False):
+            x, y = curve(rows, 'train', metric)
+            axis.plot(x, smoothed(y), color=colour, linewidth=1, alpha=0.6, **look)
+            x, y = curve(rows, 'eval', metric)
+            line = 1.5 if len(x) > 2 else 0
+            axis.plot(x, y, color=colour, marker='o', markersize=5, linewidth=line, **look)
+    entitle(axis, title, meaning, 'training examples')
+
+
+def draw_frontiers(axis, frontiers, colours):
+    """Gold reward against KL, a line a run."""
+    for found, colour in zip(frontiers, colours, strict=True):
+        kl, gold, error = zip(*found, strict=True) if found else ((), (), ())
+        sizes = [18] * (len(kl) - 1) + [80] * bool(kl)
+        axis.plot(kl, gold, color=colour, linewidth=1, alpha=0.6)
+        axis.errorbar(kl, gold, error, color=colour, fmt='none', alpha=0.35)
+        axis.scatter(kl, gold, sizes, color=colour)
+    meaning = 'mean of sampled answers, standard error; large: the last ones'
+    entitle(axis, 'gold reward against KL', meaning, 'KL(policy || reference), nats an answer')
+
+
+def entitle(axis, title, meaning, xlabel):
+    axis.set(xlabel=xlabel)
+    axis.set_title(title, loc='left', pad=17)
+    axis.text(0, 1.025, meaning, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
+
+
 if not folders:
-    raise UserError(
-        "name the folders to draw: python -m tools.plot out/a out/b; what they are called is a run's --out_dir"
-    )
+    raise UserError("name the folders to draw, a run's --out_dir each: python -m tools.plot out/a out/b")
 draw([read(folder) for folder in folders])

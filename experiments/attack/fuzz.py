@@ -7,7 +7,6 @@ line; so must a command line come out as what was written, or be refused. Anythi
 it, and exit code 1: another exception, ten seconds without an end, a text that nobody wrote, a row that nobody counted.
 """
 
-import ast
 import base64
 import contextlib
 import copy
@@ -34,7 +33,7 @@ import losses
 import model
 from configurator import UserError, configure
 from experiments import ROOT
-from feedback import pairs
+from feedback import answers
 from runtime.values import CHOICES
 from text import sources, toy
 from text.tokenise import tokenise
@@ -96,9 +95,8 @@ def seeds():
     found = {'': generic()}
     for file in sorted((ROOT / 'tests/parts/raw').iterdir()):
         text = file.read_text('utf-8')
-        found[file.name.partition('.')[0]] = (
-            json.loads(text) if text.startswith('[') else [json.loads(x) for x in text.splitlines()]
-        )
+        rows = f'[{",".join(text.splitlines())}]' if text.startswith('{') else text
+        found[file.name.partition('.')[0]] = json.loads(rows)
     found['hh_helpful'], found['hh_harmless'] = found['hh'], found['hh']
     found['ultrafeedback_hybrid'] = found['ultrafeedback']
     return found
@@ -142,7 +140,21 @@ def places(value, found=None, depth=0):
     return found
 
 
+def rename(container, key):
+    """Give a value of a dict another key."""
+    others = [f'{key}x', 'prompt', 'chosen', 'preference', 'output_1', odd_text()[:20]]
+    container[random.choice(others)] = container.pop(key)
+
+
+def splice(container, key):
+    """Put an odd text into a text, over a few letters of it."""
+    text = container[key]
+    cut = random.randrange(len(text) + 1)
+    container[key] = text[:cut] + odd_text() + text[cut + random.randrange(3) :]
+
+
 def mutate(row, pool):
+    """A copy of a row in which a few values are gone, renamed, copied from another row, repeated or odd."""
     row = copy.deepcopy(row)
     for _ in range(random.choice([1, 1, 1, 2, 4])):
         spots = places(row)
@@ -153,16 +165,12 @@ def mutate(row, pool):
         if act == 0:
             del container[key]
         elif act == 1 and isinstance(container, dict):
-            container[
-                random.choice([str(key) + 'x', 'prompt', 'chosen', 'preference', 'output_1', odd_text()[:20]])
-            ] = container.pop(key)
+            rename(container, key)
         elif act == 2:
-            other = random.choice(places(random.choice(pool)))
-            container[key] = copy.deepcopy(other[0][other[1]])
+            other, place = random.choice(places(random.choice(pool)))
+            container[key] = copy.deepcopy(other[place])
         elif act == 3 and isinstance(container[key], str):
-            text = container[key]
-            cut = random.randrange(len(text) + 1)
-            container[key] = text[:cut] + odd_text() + text[cut + random.randrange(3) :]
+            splice(container, key)
         elif act == 4:
             container[key] = [container[key]]
         elif act == 5 and isinstance(container, list):
@@ -190,7 +198,9 @@ def write_line(row):
 
 
 @contextlib.contextmanager
-def alarm():
+def caught(case):
+    """Around a case: it must end in time, without any error. Else case() is printed, and the process ends."""
+
     def ring(*_):
         raise Failure(f'no end within {SECONDS} s')
 
@@ -198,6 +208,14 @@ def alarm():
     signal.alarm(SECONDS)
     try:
         yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        traceback.print_exception(error)
+        print(f'FAILED: {type(error).__name__}: {error}\nafter {dict(counts)}\ncase: {case()}')
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     finally:
         signal.alarm(0)
 
@@ -221,58 +239,56 @@ def squeezed(text):
     return re.sub(r'\s+|Human:|Assistant:', '', text)
 
 
+def in_order(letters, text):
+    """Whether these letters stand in a text, in this order."""
+    rest = iter(text)
+    return all(letter in rest for letter in letters)
+
+
 def check_text(text, written, name):
     """Raise Failure unless the text stands in the file: exactly where the format keeps texts, else but for white space."""
     text.encode()
     if any(text in w for w in written):
         return
-    if name == 'se':  # HTML: what is left of it stands in one text, in this order
-        letters = ''.join(re.findall(r'\w', squeezed(re.sub(r'</?code>', '', text))))
-        for raw in written:
-            rest = iter(re.sub(r'\W', '', html.unescape(raw)))
-            if all(letter in rest for letter in letters):
-                return
+    # of HTML, what is left stands in one text
+    letters = re.findall(r'\w', squeezed(re.sub(r'</?code>', '', text)))
+    if name == 'se' and any(in_order(letters, re.sub(r'\W', '', html.unescape(raw))) for raw in written):
+        return
+    # a prompt may be made of several turns
     rest = squeezed(text)
-    for w in sorted(map(squeezed, written), key=len, reverse=True):  # a prompt may be made of several turns
-        if rest == w:
-            rest = ''
-        elif w:
-            rest = rest.replace(w, '\n')
+    for w in sorted(filter(None, map(squeezed, written)), key=len, reverse=True):
+        rest = '' if rest == w else rest.replace(w, '\n')
     if rest.strip():
         raise Failure(f'a text that is not in the file: {text[:200]!r}')
 
 
+def check_chat(key, value, written, name):
+    """Raise Failure unless a value is a list of messages whose texts were in the file; an answer is by the assistant."""
+    if not isinstance(value, list) or (key == 'prompt' and not value):
+        raise Failure(f'{key} is {value!r}')
+    for turn in value:
+        if not isinstance(turn, dict) or not turn.keys() >= {'role', 'content'}:
+            raise Failure(f'a message {turn!r}')
+        check_text(turn['role'], [*written, 'user', 'assistant'], name)
+        check_text(turn['content'], written, name)
+    ends = {value[0]['role'], value[-1]['role']} if value else set()
+    if key in ('chosen', 'rejected', 'response') and not ends <= {'assistant'}:
+        raise Failure(f'an answer by {value[-1]["role"]!r}')
+
+
 def check_example(example, written, name):
-    fields = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools'}
+    """Raise Failure unless an example has the fields that load_rows promises."""
+    fields = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools', 'turns'}
     if not {'prompt'} <= example.keys() <= fields:
         raise Failure(f'an example with the fields {sorted(example)}')
+    kinds = {'good': bool, 'margin': float, 'tools': list}
     for key, value in example.items():
-        if (
-            key == 'good'
-            and isinstance(value, bool)
-            or key == 'margin'
-            and isinstance(value, float)
-            and abs(value) < 1e30
-        ):
-            continue
-        if isinstance(value, str):
+        if isinstance(value, str) and key not in ('good', 'margin'):
             check_text(value, written, name)
-            continue
-        if key == 'tools' and isinstance(value, list):
-            continue
-        if key in ('good', 'margin') or not isinstance(value, list) or (key == 'prompt' and not value):
+        elif key not in kinds:
+            check_chat(key, value, written, name)
+        elif not isinstance(value, kinds[key]) or (key == 'margin' and not abs(value) < 1e30):
             raise Failure(f'{key} is {value!r}')
-        for turn in value:
-            if not isinstance(turn, dict) or not turn.keys() >= {'role', 'content'}:
-                raise Failure(f'a message {turn!r}')
-            check_text(turn['role'], [*written, 'user', 'assistant'], name)
-            check_text(turn['content'], written, name)
-        if (
-            key in ('chosen', 'rejected', 'response')
-            and value
-            and {value[0]['role'], value[-1]['role']} != {'assistant'}
-        ):
-            raise Failure(f'an answer by {value[-1]["role"]!r}')
 
 
 def quiet(name, raw):
@@ -280,29 +296,32 @@ def quiet(name, raw):
     return name == 'oasst' and raw.get('lang') == 'en' and (raw.get('role') == 'prompter' or raw.get('rank') == 0)
 
 
+def read_json(content, ending):
+    """(rows that are json, number of rows, all texts in them) of a file's bytes."""
+    lines = content.split(b'\n') if ending.startswith('.jsonl') else [content]
+    parsed = []
+    for i, text in enumerate(lines):
+        with contextlib.suppress(ValueError, RecursionError):
+            parsed.append(json.loads(text.decode('utf-8' if i else 'utf-8-sig')))
+    if ending == '.json' and parsed and isinstance(parsed[0], list):
+        parsed = parsed[0]
+    total = sum(bool(text.strip()) for text in lines) if ending.startswith('.jsonl') else len(parsed)
+    return parsed, total, texts(parsed, [])
+
+
 def attack_file(name, content, ending, folder, index):
     """One file through load_rows, with and without skip_bad_rows, and what is left through tokenise."""
     path = f'{folder}/data{index % 4}{ending}'
     with (gzip.open if ending.endswith('.gz') else open)(path, 'wb') as stream:
         stream.write(content)
-    source = f'{name}:{path}' if name else path
-    written, parsed, blank = [], [], 0
-    texts_of = content.split(b'\n') if ending.startswith('.jsonl') else [content]
-    for i, text in enumerate(texts_of):
-        blank += not text.strip()
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(text.decode('utf-8' if i else 'utf-8-sig'))
-            parsed += (
-                value
-                if ending.startswith('.json') and not ending.startswith('.jsonl') and isinstance(value, list)
-                else [value]
-            )
-    texts(parsed, written)
-    total = len(parsed) if not ending.startswith('.jsonl') else len(texts_of) - blank
+    source, in_lines = f'{name}:{path}' if name else path, ending.startswith('.jsonl')
+    parsed, total, written = read_json(content, ending)
+
+    # read, or refused with one sentence
     options = {'undivided': True} | ({'num_turns': 3} if name == 'sharegpt' else {})
+    refused = None
     try:
         sources.load_rows(source, 'train', **options)
-        refused = None
     except UserError as error:
         refused = str(error)
         if '\n' in refused or path not in refused or len(refused) > 700:
@@ -310,32 +329,30 @@ def attack_file(name, content, ending, folder, index):
     try:
         examples, left_out = sources.load_rows(source, 'train', skip_bad_rows=True, **options)
     except UserError as error:
-        if ending.startswith('.jsonl'):
+        if in_lines:
             raise Failure(f'skip_bad_rows does not skip: {error}') from None
-        counts['files refused'] += 1
-        counts['rows refused'] += max(1, total)
+        counts.update({'files refused': 1, 'rows refused': max(1, total)})
         return
+
+    # as many bad rows as were refused; every row is an example, or counted
     bad = sum(n for reason, n in left_out.items() if reason.startswith('bad rows'))
-    if (refused is None) != (bad == 0) or (
-        refused and ending.startswith('.jsonl') and not re.search(r', line \d+: ', refused)
-    ):
+    nameless = refused and in_lines and not re.search(r', line \d+: ', refused)
+    if (refused is None) != (bad == 0) or nameless:
         raise Failure(f'{bad} bad rows, but the message is {refused!r}')
     for example in examples:
         check_example(example, written, name)
-    heard = sum(not (isinstance(row, dict) and quiet(name, row)) for row in parsed) + total - len(parsed)
+    silent = sum(isinstance(row, dict) and quiet(name, row) for row in parsed)
     found = len(examples) + sum(n for reason, n in left_out.items() if not reason.startswith('note: '))
     several = name in ('se', 'sharegpt')  # a row is several examples
-    if not (found >= total if several else heard <= found <= total):
+    if found < total - silent * (not several) or (found > total and not several):
         raise Failure(f'{total} rows, but {len(examples)} examples and {dict(left_out)}')
-    counts['rows refused'] += bad
-    counts['examples accepted'] += len(examples)
-    for reason, n in left_out.items():
-        if not reason.startswith('bad rows'):
-            counts[f'dropped: {reason}'] += n
+
+    counts.update({'rows refused': bad, 'examples accepted': len(examples)})
+    counts.update({f'dropped: {reason}': n for reason, n in left_out.items() if not reason.startswith('bad rows')})
     attack_tokens(examples, ('pairs', 'singles', 'sft')[index % 3])
     if index % 7 == 0:
         with contextlib.suppress(UserError):
-            pairs.read_answers(path)
+            answers.read_answers(path)
 
 
 def attack_tokens(examples, task):
@@ -357,30 +374,24 @@ def attack_tokens(examples, task):
 
 
 def attack_rows(total):
-    pool = seeds()
+    """Files of mutated rows, until there are so many."""
+    pool, done, index = seeds(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        done = index = 0
         while done < total:
             name = random.choice([*pool, '', ''])
             ending = random.choice(['.jsonl', '.jsonl', '.jsonl', '.json', '.jsonl.gz'])
             chosen = [random.choice(pool[name]) for _ in range(FILE_ROWS)]
             changed = [mutate(row, pool[name]) if random.random() < 0.8 else row for row in chosen]
             done += sum(a is not b for a, b in zip(chosen, changed, strict=True))
+            content = b'\n'.join(map(write_line, changed))
             if ending == '.json':
                 content = b'[' + b','.join(json.dumps(row).encode() for row in changed) + b']'
                 content = content if random.random() < 0.9 else content[: random.randrange(len(content))]
-            else:
-                content = b'\n'.join(map(write_line, changed))
-            try:
-                with alarm():
-                    attack_file(name, content, ending, folder, index)
-            except BaseException as error:
-                fail(
-                    error,
-                    f'format {name or "any"}, file {ending}, base64 of its gzip: {base64.b64encode(gzip.compress(content)).decode()}',
-                )
+            shown = base64.b64encode(gzip.compress(content)).decode()
+            with caught(lambda: f'format {name or "any"}, file {ending}, base64 of its gzip: {shown}'):  # noqa: B023
+                attack_file(name, content, ending, folder, index)
             index += 1
-        counts['mutated rows'] = done
+    counts['mutated rows'] = done
 
 
 # ---- command lines ----
@@ -390,15 +401,7 @@ def attack_rows(total):
 def scope_of(script):
     """The constants of a script, without running it."""
     scope = {'__file__': str(ROOT / script), '__doc__': ''}
-    for node in ast.parse((ROOT / script).read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-            break
-        if isinstance(node, ast.FunctionDef):
-            break
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            scope[target.id] = ast.literal_eval(node.value)
-    return scope
+    return scope | {name: option.default for name, option in read_options(scope).items()}
 
 
 @functools.cache
@@ -414,7 +417,7 @@ def check_dpo(resolved):
     scope = {'config': resolved, 'losses': losses, 'inspect': inspect, 'partial': functools.partial, 'kl': model.kl,
              'RISKS': model.RISKS, 'UserError': UserError, **resolved}  # fmt: skip
     exec(dpo_checks(), scope)
-    return scope['used']
+    return {name for name, used in scope['uses'].items() if used}
 
 
 VALUES = ['', '0', '1', '-1', '1e-3', '1e999', '-inf', 'nan', 'None', 'true', 'False', '0x10', '1_0', ' 3 ', '3.0', '９', '9' * 5000,
@@ -459,29 +462,24 @@ def attack_line(script, folder):
     return argv
 
 
+def odd_value_of(name, options):
+    """A value that an option may have, or its default."""
+    return random.choice(CHOICES.get(name, [options.get(name), '7']))
+
+
 def odd_arguments(options):
     """(flags, name -> what was written for it, or None) of some of these options and of others."""
     names = [k for k in options if not k.startswith('_')]
     argv, given = [], {}
     for _ in range(random.choice([0, 1, 1, 2, 5])):
-        name = (
-            random.choice(names)
-            if random.random() < 0.9
-            else random.choice(['lerning_rate', '', 'config', '__file__', '-x', 'é', 'x' * 999])
-        )
-        value = (
-            random.choice(VALUES)
-            if random.random() < 0.4
-            else str(random.choice(CHOICES.get(name, [options.get(name), '7'])))
-        )
-        form = random.random()
-        flag = (
-            f'--{name}={value}'
-            if form < 0.9
-            else random.choice(
+        unknown = random.choice(['lerning_rate', '', 'config', '__file__', '-x', 'é', 'x' * 999])
+        name = random.choice(names) if random.random() < 0.9 else unknown
+        value = random.choice(VALUES) if random.random() < 0.4 else str(odd_value_of(name, options))
+        flag = f'--{name}={value}'
+        if random.random() > 0.9:
+            flag = random.choice(
                 [f'--{name}', f'-{name}={value}', f'--{name} {value}', name, f'--{name}=={value}', '--', '-']
             )
-        )
         argv.append(flag)
         given[name] = flag.partition('=')[2] if flag.startswith(f'--{name}=') else None
     return argv, given
@@ -491,23 +489,18 @@ def odd_configs(options, folder):
     """Paths of config files, written into the folder, or of what is none."""
     names, argv = [k for k in options if not k.startswith('_')], []
 
-    def sound():
+    def line():
         name = random.choice(names)
-        return f'{name} = {random.choice(CHOICES.get(name, [options[name]]))!r}'
-
-    def odd():
-        return f'{random.choice(names)} = {random.choice(LITERALS)}'
+        sound = f'{name} = {odd_value_of(name, options)!r}'
+        return random.choice([sound, sound, f'{name} = {random.choice(LITERALS)}', random.choice(STATEMENTS)])
 
     for _ in range(random.choice([0, 0, 1, 1, 2])):
         path = f'{folder}/config{random.randrange(3)}.py'
-        text = '\n'.join(
-            random.choice([sound, sound, odd, lambda: random.choice(STATEMENTS)])() for _ in range(random.randrange(4))
-        )
+        text = '\n'.join(line() for _ in range(random.randrange(4)))
         content = text.encode(random.choice(['utf-8', 'utf-8', 'utf-8', 'utf-16']), 'surrogatepass')
-        content = bytes(random.randrange(256) for _ in range(40)) if random.random() < 0.03 else content
-        Path(path).write_bytes(content)
-        argv.append(random.choice([path, path, path, folder, f'{folder}/none.py', f'{folder}/a\x00b.py', path[:-3]]))
-        argv[-1] = path if random.random() < 0.7 else argv[-1]
+        Path(path).write_bytes(random.randbytes(40) if random.random() < 0.03 else content)
+        other = random.choice([path, path, path, folder, f'{folder}/none.py', f'{folder}/a\x00b.py', path[:-3]])
+        argv.append(path if random.random() < 0.7 else other)
     return argv
 
 
@@ -550,27 +543,12 @@ def means(text, value):
 
 
 def attack_lines(total):
+    """So many command lines, of all scripts in turn."""
     with tempfile.TemporaryDirectory() as folder:
         for i in range(total):
-            script = SCRIPTS[i % len(SCRIPTS)]
-            try:
-                with alarm():
-                    attack_line(script, folder)
-            except BaseException as error:
-                configs = {p.name: p.read_bytes() for p in Path(folder).glob('*.py')}
-                fail(error, f'{Path(folder, "case.txt").read_text()} with the configs {configs}')
+            with caught(lambda: {p.name: p.read_bytes() for p in Path(folder).iterdir()}):  # case.txt and configs
+                attack_line(SCRIPTS[i % len(SCRIPTS)], folder)
             counts['mutated command lines'] += 1
-
-
-def fail(error, case):
-    """Print the case and leave."""
-    if isinstance(error, KeyboardInterrupt):
-        raise error
-    traceback.print_exception(error)
-    print(f'FAILED: {type(error).__name__}: {error}\nafter {dict(counts)}\ncase: {case}')
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
 
 
 began = time.process_time()

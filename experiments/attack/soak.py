@@ -43,6 +43,7 @@ MOMENTS = {
 
 
 def age(path):
+    """Seconds since a file was changed; very many if it is gone."""
     try:
         return time.time() - path.stat().st_mtime
     except OSError:
@@ -54,22 +55,22 @@ def size(path):
 
 
 def start(loss, world, out, cache):
+    """Start a run on so many processes, in a session of its own. Its text goes beside its folder."""
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}'] if world > 1 else []
     cached = ['--cache_ref'] if loss != 'kto' else []
+    command = [sys.executable, *torchrun, 'dpo.py', *COMMON, *cached, f'--loss={loss}', f'--out_dir={out}']
     environment = os.environ | {'NANOPREF_CACHE': str(cache), 'OMP_NUM_THREADS': '1'}
     with open(out.parent / f'{out.name}.txt', 'a') as log:
-        return subprocess.Popen([sys.executable, *torchrun, 'dpo.py', *COMMON, *cached, f'--loss={loss}', f'--out_dir={out}'],
-                                cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def children(pid):
     """The processes below one: torchrun puts its workers into sessions of their own."""
     try:
-        found = [
-            int(x) for task in Path(f'/proc/{pid}/task').iterdir() for x in (task / 'children').read_text().split()
-        ]
+        tasks = [(task / 'children').read_text().split() for task in Path(f'/proc/{pid}/task').iterdir()]
     except OSError:
         return []
+    found = [int(child) for below in tasks for child in below]
     return found + [grandchild for child in found for grandchild in children(child)]
 
 
@@ -110,65 +111,75 @@ def difference(out, whole):
     return next((f'the {name} differ' for name, a, b in zip(names, mine, right, strict=True) if a != b), None)
 
 
+def train_whole(loss, world, base):
+    """(folder of the uninterrupted run, seconds from its first step to its end)."""
+    whole = base / f'{loss}-{world}'
+    # a cache of its own: the reference's log-probs equal those of another number of processes to rounding only
+    process = start(loss, world, whole, base / f'cache-{loss}-{world}')
+    while process.poll() is None and not size(whole / 'metrics.jsonl'):
+        time.sleep(0.01)
+    began = time.time()
+    assert process.wait() == 0, f'the uninterrupted run fails: {whole}.txt'
+    return whole, time.time() - began
+
+
+def wait_for_moment(process, out, rng, duration):
+    """Wait until a run is to be killed, or has finished. Returns the name of the moment, or None for any."""
+    moment = rng.choice([None] * len(MOMENTS) + list(MOMENTS))
+    # counted from the start, or from the first step, which comes late
+    early = moment == 'reference' or rng.random() < 0.15
+    delay = rng.uniform(0.0, 0.6) * duration + rng.uniform(0.0, 10.0) * early
+    written, since = size(out / 'metrics.jsonl'), time.time() if early else None
+    while process.poll() is None:
+        if since is None and size(out / 'metrics.jsonl') > written:
+            since = time.time()
+        ready = since is not None and (time.time() - since > delay or moment == 'reference')
+        if ready and (moment is None or MOMENTS[moment](out)):
+            time.sleep(rng.choice([0, 0.002, 0.01, 0.05]))
+            break
+        time.sleep(0.001)
+    return moment
+
+
+def train_killed(loss, world, work, rng, duration):
+    """Start a run and kill it, per_run times, then let it finish. Returns (what was hit, exit code of the end)."""
+    out, hits = work / 'out', []
+    work.mkdir()
+    while len(hits) < per_run:
+        process = start(loss, world, out, work / 'cache')
+        moment = wait_for_moment(process, out, rng, duration)
+        if process.poll() is not None:
+            break  # it has finished before the moment came
+        kill(process)
+        hits.append(f'{seen(out)} examples' + f' ({moment})' * bool(moment))
+        if (out / 'model').exists():
+            break  # it had just finished: another start would rightly be refused
+    if (out / 'model').exists():
+        return hits, 0
+    return hits, start(loss, world, out, work / 'cache').wait()
+
+
 def main():
     rng = random.Random(seed)
     base = Path(folder or tempfile.mkdtemp(prefix='soak-'))
     base.mkdir(parents=True, exist_ok=True)
-    wholes, durations = {}, {}
+    wholes, kinds, worlds = {}, losses.split(), [int(n) for n in processes.split()]
     done = survived = number = resumed = 0
     while done < kills:
-        loss = losses.split()[number % len(losses.split())]
-        world = int(processes.split()[number % len(processes.split())])
-        if (loss, world) not in wholes:
-            whole = base / f'{loss}-{world}'
-            # a cache of its own: the reference's log-probs equal those of another number of processes to rounding only
-            process = start(loss, world, whole, base / f'cache-{loss}-{world}')
-            while process.poll() is None and not size(whole / 'metrics.jsonl'):
-                time.sleep(0.01)
-            began = time.time()
-            assert process.wait() == 0, f'the uninterrupted run fails: {whole}.txt'
-            wholes[loss, world], durations[loss, world] = whole, time.time() - began
+        # the run without interruption, once a kind
+        case = loss, world = kinds[number % len(kinds)], worlds[number % len(worlds)]
+        if case not in wholes:
+            wholes[case] = train_whole(loss, world, base)
+        whole, duration = wholes[case]
+
+        # the run that is killed, and what it has left
         work = base / f'run{number}'
-        work.mkdir()
-        hits = []
-        while len(hits) < per_run:
-            process = start(loss, world, work / 'out', work / 'cache')
-            moment = rng.choice([None] * len(MOMENTS) + list(MOMENTS))
-            early = (
-                moment == 'reference' or rng.random() < 0.15
-            )  # from the start on; else from the first step on, which comes late
-            delay = rng.uniform(0.0, 0.6) * durations[loss, world] + rng.uniform(0.0, 10.0) * early
-            written, since = size(work / 'out/metrics.jsonl'), time.time() if early else None
-            while process.poll() is None:
-                if since is None and size(work / 'out/metrics.jsonl') > written:
-                    since = time.time()
-                ready = since is not None and (time.time() - since > delay or moment == 'reference')
-                if ready and (moment is None or MOMENTS[moment](work / 'out')):
-                    time.sleep(rng.choice([0, 0.002, 0.01, 0.05]))
-                    break
-                time.sleep(0.001)
-            if process.poll() is not None:
-                break  # it has finished before the moment came
-            kill(process)
-            hits.append(f'{seen(work / "out")} examples' + f' ({moment})' * bool(moment))
-            if (work / 'out/model').exists():
-                break  # it had just finished: another start would rightly be refused
-        finished = (work / 'out/model').exists()
-        if not finished:
-            process = start(loss, world, work / 'out', work / 'cache')
-            process.wait()
-        wrong = (
-            difference(work / 'out', wholes[loss, world])
-            if finished or process.returncode == 0
-            else f'exit code {process.returncode}'
-        )
-        done, survived, number = done + len(hits), survived + len(hits) * (wrong is None), number + 1
-        print(
-            f'{loss:9s} {world} processes, killed after {", ".join(hits) or "no examples"}: {wrong or "as if nothing had happened"}',
-            flush=True,
-        )
-        again = (work / 'out.txt').read_text().count('resuming')  # the other kills came before the first checkpoint
-        resumed += again
+        hits, code = train_killed(loss, world, work, rng, duration)
+        wrong = f'exit code {code}' if code else difference(work / 'out', whole)
+        number, done, survived = number + 1, done + len(hits), survived + len(hits) * (wrong is None)
+        what = f'{loss:9s} {world} processes, killed after {", ".join(hits) or "no examples"}'
+        print(f'{what}: {wrong or "as if nothing had happened"}', flush=True)
+        resumed += (work / 'out.txt').read_text().count('resuming')  # the others came before the first checkpoint
         if wrong is None:
             shutil.rmtree(work)
     print(f'{survived} of {done} kills survived, {number} runs, {resumed} starts from a checkpoint, seed {seed}')

@@ -11,22 +11,16 @@ difference worth a name: 0.05 of gold reward or score, 0.01 of accuracy, a tenth
 """
 
 import statistics
+from functools import partial
 from typing import NamedTuple
 
 from experiments.claims.grid import FLIPS, ONLINE, Grid, key, name_of, score
 
 HOLDS, NOT, OPEN = 'holds', 'does not hold', 'cannot tell here'
-T95 = {
-    1: 6.314,
-    2: 2.920,
-    3: 2.353,
-    4: 2.132,
-    5: 2.015,
-    6: 1.943,
-    7: 1.895,
-    8: 1.860,
-    9: 1.833,
-}  # by degrees of freedom
+# Student's t by degrees of freedom, from 1; more: 1.8
+T95 = dict(enumerate((6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833), 1))
+PAPERS = {'cdpo': 'cDPO note', 'robust': '2403.00409', 'ipo': '2310.12036', 'drdpo': '2407.07880'}
+BETWEEN = 'gold reward between the frontiers'
 SMALLEST = {'score': 0.05, 'gold': 0.05, 'accuracy': 0.01, 'share': 0.1}
 
 
@@ -92,82 +86,136 @@ def above(ours, theirs, steps=20):
     return statistics.mean(curve(ours, x) - curve(theirs, x) for x in grid)
 
 
-def claims(grid: Grid, results):
-    """The claims, in the order of the report. results: key of a trial -> result; a KeyError is a missing or failed run."""
+class Measured:
+    """What the claims compare, for one seed at a time. results: key of a trial -> result.
 
-    def value(trial, metric):
-        result = results[key(trial)]
+    A method raises KeyError where a run that it needs is missing or has failed."""
+
+    def __init__(self, grid: Grid, results):
+        self.grid, self.results = grid, results
+
+    def value(self, trial, metric):
+        """One metric of one trial."""
+        result = self.results[key(trial)]
         if 'error' in result:
             raise KeyError(result['error'])
         return score(result) if metric == 'score' else result[metric]
 
-    def flipped(method, metric, seed):
-        return statistics.mean(value(grid.flips(method, r, seed), metric) for r in grid.rates if r)
+    def flipped(self, method, metric, seed):
+        """The mean over the rates of flipped labels, without 0."""
+        rates = [rate for rate in self.grid.rates if rate]
+        return statistics.mean(self.value(self.grid.flips(method, rate, seed), metric) for rate in rates)
 
-    def fall(method, metric, seed):
-        return value(grid.flips(method, 0.0, seed), metric) - value(grid.flips(method, max(grid.rates), seed), metric)
+    def fall(self, method, seed):
+        """By how much the score falls from no flips to the most."""
+        clean, worst = (self.grid.flips(method, rate, seed) for rate in (0.0, max(self.grid.rates)))
+        return self.value(clean, 'score') - self.value(worst, 'score')
 
-    def over_betas(method, seed):
-        return [value(grid.beta(method, b, 'mixed', seed), 'score') for b in grid.betas]
+    def over_betas(self, method, seed):
+        """The score at every beta, on pairs of mixed gap."""
+        return [self.value(self.grid.beta(method, beta, 'mixed', seed), 'score') for beta in self.grid.betas]
 
-    def frontier(method, seed):
+    def beta_range(self, method, seed):
+        """The largest minus the smallest of these scores."""
+        scores = self.over_betas(method, seed)
+        return max(scores) - min(scores)
+
+    def frontier(self, method, seed):
         """(KL, gold) of the SFT model and of the method at every beta."""
-        trials = [grid.reference(seed), *(grid.pull(method, x, seed) for x in grid.pulls(method))]
-        return [(value(t, 'kl'), value(t, 'gold')) for t in trials]
+        strengths = self.grid.pulls(method)
+        trials = [self.grid.reference(seed), *(self.grid.pull(method, strength, seed) for strength in strengths)]
+        return [(self.value(trial, 'kl'), self.value(trial, 'gold')) for trial in trials]
 
-    def forward(method, seed):
+    def above(self, ours, theirs, seed):
+        """The gold reward between two methods' frontiers."""
+        return above(self.frontier(ours, seed), self.frontier(theirs, seed))
+
+    def forward_kl(self, method, seed):
         """Forward KL on chosen and rejected answers, one number a beta."""
-        trials = [grid.pull(method, x, seed) for x in grid.frontier_betas]
-        return [value(t, 'kl_chosen') + value(t, 'kl_rejected') for t in trials]
+        trials = [self.grid.pull(method, beta, seed) for beta in self.grid.frontier_betas]
+        return [self.value(trial, 'kl_chosen') + self.value(trial, 'kl_rejected') for trial in trials]
 
-    def lower_kl(ours, theirs, seed):
-        pairs = zip(forward(ours, seed), forward(theirs, seed), strict=True)
+    def lower_kl(self, ours, theirs, seed):
+        """The share by which our forward KL is lower, mean over beta."""
+        pairs = zip(self.forward_kl(ours, seed), self.forward_kl(theirs, seed), strict=True)
         return statistics.mean(1 - a / b for a, b in pairs)
 
-    def other(method, seed):
-        return value(grid.other(method, seed), 'score')
+    def gain(self, ours, theirs, seed):
+        """The score of one of the other methods above that of another."""
+        ours, theirs = (self.value(self.grid.other(method, seed), 'score') for method in (ours, theirs))
+        return ours - theirs
 
-    flips = f'{min(r for r in grid.rates if r):.0%} to {max(grid.rates):.0%} flipped labels'
-    yield Claim('Dr. DPO is more accurate than DPO under flips (2407.07880)', f'accuracy, mean over {flips}',
-                lambda s: flipped('drdpo', 'accuracy', s) - flipped('dpo', 'accuracy', s), 'accuracy')  # fmt: skip
+
+def claims(grid: Grid, results):
+    """The claims, in the order of the report. results: key of a trial -> result; a KeyError is a missing or failed run."""
+    measured = Measured(grid, results)
+    yield from _flip_claims(measured, grid)
+    yield from _beta_claims(measured)
+    yield from _frontier_claims(measured, grid)
+    yield from _other_claims(measured, grid)
+    for name in ONLINE:
+        words = f'{name_of(name)} on the gold reward is above DPO at the same KL'
+        yield Claim(words, BETWEEN, partial(measured.above, name, 'dpo'), 'gold')
+
+
+def _flip_claims(measured, grid):
+    """Labels that are flipped."""
+
+    def more(metric, method):
+        return lambda seed: measured.flipped(method, metric, seed) - measured.flipped('dpo', metric, seed)
+
+    flips = f'{min(rate for rate in grid.rates if rate):.0%} to {max(grid.rates):.0%} flipped labels'
+    words = 'Dr. DPO is more accurate than DPO under flips (2407.07880)'
+    yield Claim(words, f'accuracy, mean over {flips}', more('accuracy', 'drdpo'), 'accuracy')
     for name in FLIPS:
         if name != 'dpo':
-            paper = {'cdpo': 'cDPO note', 'robust': '2403.00409', 'ipo': '2310.12036', 'drdpo': '2407.07880'}[name]
-            yield Claim(f'{name_of(name)} is better than DPO under flips ({paper})', f'score, mean over {flips}',
-                        lambda s, name=name: flipped(name, 'score', s) - flipped('dpo', 'score', s))  # fmt: skip
-    yield Claim('Dr. DPO loses less than DPO by flips (2407.07880)', f'fall of the score from 0 to {max(grid.rates):.0%} flips',
-                lambda s: fall('dpo', 'score', s) - fall('drdpo', 'score', s))  # fmt: skip
-    yield Claim('beta-DPO depends less on beta than DPO (2407.08639)', 'largest minus smallest score over beta, mixed pairs',
-                lambda s: _range(over_betas('dpo', s)) - _range(over_betas('beta_dpo', s)))  # fmt: skip
-    yield Claim('beta-DPO beats DPO on pairs of mixed gap (2407.08639)', 'score, mean over beta, mixed pairs',
-                lambda s: statistics.mean(over_betas('beta_dpo', s)) - statistics.mean(over_betas('dpo', s)))  # fmt: skip
+            words = f'{name_of(name)} is better than DPO under flips ({PAPERS[name]})'
+            yield Claim(words, f'score, mean over {flips}', more('score', name))
+    words = 'Dr. DPO loses less than DPO by flips (2407.07880)'
+    fall = f'fall of the score from 0 to {max(grid.rates):.0%} flips'
+    yield Claim(words, fall, lambda seed: measured.fall('dpo', seed) - measured.fall('drdpo', seed))
+
+
+def _beta_claims(measured):
+    """beta-DPO on pairs of mixed gap."""
+
+    def narrower(seed):
+        return measured.beta_range('dpo', seed) - measured.beta_range('beta_dpo', seed)
+
+    def better(seed):
+        ours, theirs = (statistics.mean(measured.over_betas(method, seed)) for method in ('beta_dpo', 'dpo'))
+        return ours - theirs
+
+    words = 'beta-DPO depends less on beta than DPO (2407.08639)'
+    yield Claim(words, 'largest minus smallest score over beta, mixed pairs', narrower)
+    words = 'beta-DPO beats DPO on pairs of mixed gap (2407.08639)'
+    yield Claim(words, 'score, mean over beta, mixed pairs', better)
+
+
+def _frontier_claims(measured, grid):
+    """Reward against KL: each method with what its paper starts from, where both are in the grid."""
     for name in grid.frontier:
         base = {'radpo1': 'tdpo1', 'radpo2': 'tdpo2'}.get(name.split()[0], 'dpo' if name.startswith('tdpo') else None)
         if base not in grid.frontier:
             continue
         paper = '2404.11999' if base == 'dpo' else '2505.20359'
-        yield Claim(f'{name_of(name)} gets more reward than {name_of(base)} at the same KL ({paper})', 'gold reward between the frontiers',
-                    lambda s, a=name, b=base: above(frontier(a, s), frontier(b, s)), 'gold')  # fmt: skip
-        yield Claim(f'{name_of(name)} stays nearer to the reference than {name_of(base)} ({paper})', 'forward KL on held-out pairs, same beta: share less',
-                    lambda s, a=name, b=base: lower_kl(a, b, s), 'share')  # fmt: skip
+        words = f'{name_of(name)} gets more reward than {name_of(base)} at the same KL ({paper})'
+        yield Claim(words, BETWEEN, partial(measured.above, name, base), 'gold')
+        words = f'{name_of(name)} stays nearer to the reference than {name_of(base)} ({paper})'
+        less = 'forward KL on held-out pairs, same beta: share less'
+        yield Claim(words, less, partial(measured.lower_kl, name, base), 'share')
+
+
+def _other_claims(measured, grid):
+    """Single answers, and losses without a reference."""
     if 'kto 1:1' in grid.others:
-        yield Claim('KTO is as good as DPO without pairs (2402.01306)', 'score',
-                    lambda s: other('kto 1:1', s) - other('dpo', s), better=False)  # fmt: skip
+        words = 'KTO is as good as DPO without pairs (2402.01306)'
+        yield Claim(words, 'score', partial(measured.gain, 'kto 1:1', 'dpo'), better=False)
     for name in grid.others:
         if name.startswith('kto') and name != 'kto 1:1':
-            yield Claim(f'KTO with {name[4:]} good to bad answers is as good as with 1:1 (2402.01306)', 'score',
-                        lambda s, name=name: other(name, s) - other('kto 1:1', s), better=False)  # fmt: skip
-    yield Claim(
-        'SimPO, without a reference, beats DPO (2405.14734)',
-        'score',
-        lambda s: other('simpo', s) - other('dpo', s),
-    )
-    yield Claim('ORPO, without a reference, is as good as DPO (2403.07691)', 'score',
-                lambda s: other('orpo', s) - other('dpo', s), better=False)  # fmt: skip
-    for name in ONLINE:
-        yield Claim(f'{name_of(name)} on the gold reward is above DPO at the same KL', 'gold reward between the frontiers',
-                    lambda s, name=name: above(frontier(name, s), frontier('dpo', s)), 'gold')  # fmt: skip
-
-
-def _range(values):
-    return max(values) - min(values)
+            words = f'KTO with {name[4:]} good to bad answers is as good as with 1:1 (2402.01306)'
+            yield Claim(words, 'score', partial(measured.gain, name, 'kto 1:1'), better=False)
+    words = 'SimPO, without a reference, beats DPO (2405.14734)'
+    yield Claim(words, 'score', partial(measured.gain, 'simpo', 'dpo'))
+    words = 'ORPO, without a reference, is as good as DPO (2403.07691)'
+    yield Claim(words, 'score', partial(measured.gain, 'orpo', 'dpo'), better=False)

@@ -35,7 +35,7 @@ def toy_as_hh(file):
 
 def make():
     from hf import load
-    from text import sources, toy
+    from text import messages, sources, toy
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def make():
     ]
     text = [{side: row['prompt'] + row[side] for side in ('chosen', 'rejected')} for row in rows]
     (folder / 'hh.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in text))
-    asked = [sources.instruction(row['prompt']).strip() for row in rows]
+    asked = [messages.instruction(row['prompt']).strip() for row in rows]
     talks = [{'conversations': [{'from': 'human', 'value': q}, {'from': 'gpt', 'value': row['chosen'].strip()}]}
              for q, row in zip(asked, rows, strict=True)]  # fmt: skip
     (folder / 'sharegpt.json').write_text(json.dumps(talks))

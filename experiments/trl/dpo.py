@@ -122,19 +122,19 @@ def write_pairs(pairs, file):
 # ---- the two sides ----
 
 
-def with_nanopref(folder, file, out_dir, options):
-    """Run dpo.py by its command line, on the CPU. Returns COLUMNS of every step."""
+def with_nanopref(folder, file, out_dir, options, script='dpo.py', columns=COLUMNS):
+    """Run a script by its command line, on the CPU. Returns these columns of every step."""
     flags = [f'--{name}={value}' for name, value in options.items()]
     flags += [f'--model={folder}', f'--data={file}', f'--eval_data={file}', f'--out_dir={out_dir}']
     environment = os.environ | {'NANOPREF_CACHE': str(Path(out_dir).parent / 'cache'), 'CUDA_VISIBLE_DEVICES': ''}
-    done = subprocess.run([sys.executable, 'dpo.py', *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f'dpo.py stopped with exit code {done.returncode}: {done.stderr.strip()[-2000:]}')
+        raise UserError(f'{script} stopped with exit code {done.returncode}: {done.stderr.strip()[-2000:]}')
     rows = [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
     rows = [row for row in rows if row['split'] == 'train']
     if any(row['padding_share'] for row in rows):
-        raise UserError('dpo.py found packing to be wrong and padded instead: packed is what should be compared')
-    return [{name: row[key] for name, key in COLUMNS.items()} for row in rows]
+        raise UserError(f'{script} found packing to be wrong and padded instead: packed is what should be compared')
+    return [{name: row[key] for name, key in columns.items()} for row in rows]
 
 
 def with_trl(folder, pairs, work, options):
@@ -185,13 +185,38 @@ def our_ids(tok, file, options):
 
     examples = load_examples(str(file), 'train', tok, 'pairs', max_length=options['max_length'], max_prompt_length=256,
                              undivided=True, cache=False)  # fmt: skip
-    lists = [
-        [x.tolist() for x in (prompt, *answers)] for prompt, answers in map(examples.__getitem__, range(len(examples)))
-    ]
-    return [lists[i] for i in order(len(examples), options)]
+    rows = [examples[i] for i in order(len(examples), options)]
+    return [[x.tolist() for x in (prompt, *answers)] for prompt, answers in rows]
 
 
 # ---- the comparison ----
+
+
+def agree(name, options, columns, ours, theirs, same_ids):
+    """Print the numbers of both sides, step by step. Returns whether they agree."""
+    print(f'\n{name}: {json.dumps(options)}\n')
+    print(f'{"step":4s} {"":9s}' + ''.join(f'{column:>18s}' for column in columns))
+    both = list(zip(ours, theirs, strict=False))
+    for step, pair in enumerate(both, 1):
+        for label, side, row in zip((step, ''), ('nanopref', 'TRL'), pair, strict=True):
+            print(f'{label:<4} {side:9s}' + ''.join(f'{row[column]:18.8f}' for column in columns))
+    worst = {column: max((abs(a[column] - b[column]) for a, b in both), default=math.inf) for column in columns}
+    print(f'{"largest":14s}' + ''.join(f'{worst[column]:18.1e}' for column in columns))
+    found = same_ids and len(ours) == len(theirs) and max(worst.values()) <= TOLERANCE
+    ids, verdict = 'equal' if same_ids else 'differ', 'agrees' if found else 'DISAGREES'
+    print(f'{len(ours)} and {len(theirs)} steps, token ids {ids}: {verdict}, limit {TOLERANCE}')
+    return found
+
+
+def first_difference(tok, ids, their_ids):
+    """Where the ids of two lists of pairs differ first, as a sentence; None where they do not."""
+    for our, their in zip(ids, their_ids, strict=False):
+        for part, a, b in zip(('prompt', 'chosen', 'rejected'), our, their, strict=True):
+            if a != b:
+                k = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+                here, there = (tok.convert_ids_to_tokens(x[max(0, k - 3) : k + 4]) for x in (a, b))
+                return f'token ids differ in {part} at {k}: {here} here, {there} in TRL'
+    return None if len(ids) == len(their_ids) else f'{len(ids)} and {len(their_ids)} pairs'
 
 
 def compare(name, tok, folder, pairs, options, work):
@@ -200,28 +225,25 @@ def compare(name, tok, folder, pairs, options, work):
     write_pairs(pairs, file)
     theirs, their_ids = with_trl(folder, pairs, f'{work}/trl_{name}', options)
     ours, ids = with_nanopref(folder, file, f'{work}/nanopref_{name}', options), our_ids(tok, file, options)
-    print(f'\n{name}: {json.dumps(options)}\n')
-    print(f'{"step":4s} {"":9s}' + ''.join(f'{column:>18s}' for column in COLUMNS))
-    for step, (our, their) in enumerate(zip(ours, theirs, strict=False)):
-        for label, side, row in ((step + 1, 'nanopref', our), ('', 'TRL', their)):
-            print(f'{label:<4} {side:9s}' + ''.join(f'{row[column]:18.8f}' for column in COLUMNS))
-    both = list(zip(ours, theirs, strict=False))
-    worst = {column: max((abs(a[column] - b[column]) for a, b in both), default=math.inf) for column in COLUMNS}
-    print(f'{"largest":14s}' + ''.join(f'{worst[column]:18.1e}' for column in COLUMNS))
     lengths = [len(p) + len(a) for p, *answers in ids for a in answers]
-    print(f'prompt and answer: {min(lengths)} to {max(lengths)} tokens')
-    same_ids = len(ids) == len(their_ids)
-    for our, their in zip(ids, their_ids, strict=False):
-        for part, a, b in zip(('prompt', 'chosen', 'rejected'), our, their, strict=True):
-            if a != b and same_ids:  # the first one says why
-                k = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-                texts = (tok.convert_ids_to_tokens(x[max(0, k - 3) : k + 4]) for x in (a, b))
-                print('token ids differ in {} at {}: {} here, {} in TRL'.format(part, k, *texts))
-                same_ids = False
-    agree = same_ids and len(ours) == len(theirs) and max(worst.values()) <= TOLERANCE
-    print(f'{len(ours)} and {len(theirs)} steps, token ids {"equal" if same_ids else "differ"}: '
-          f'{"agrees" if agree else "DISAGREES"}, limit {TOLERANCE}')  # fmt: skip
-    return agree, theirs
+    print(f'\nprompt and answer: {min(lengths)} to {max(lengths)} tokens')
+    wrong = first_difference(tok, ids, their_ids)
+    if wrong:
+        print(wrong)
+    return agree(name, options, COLUMNS, ours, theirs, not wrong), theirs
+
+
+def write_numbers(file, trainer, runs, pairs):
+    """Write what TRL says into a file that test_trl.py reads."""
+    import torch
+    import transformers
+    import trl
+
+    versions = {m.__name__: m.__version__ for m in (trl, torch, transformers)}
+    about = f"What TRL's {trainer} says: made by experiments/trl, --write, compared by test_trl.py."
+    content = {'about': about, 'versions': versions, 'runs': runs, 'pairs': pairs}
+    file.write_text(json.dumps(content, indent=1) + '\n')
+    print(f'\nwritten: {file.relative_to(ROOT)}')
 
 
 def main():
@@ -243,18 +265,10 @@ def main():
             for name, more in TOY_RUNS.items():
                 options = OPTIONS | more
                 folder = f'{work}/{options.pop("model")}'
-                agree, steps = compare(name, toy_model(more['model'], folder), folder, pairs, options, work)
-                results.append(agree)
+                found, steps = compare(name, toy_model(more['model'], folder), folder, pairs, options, work)
+                results.append(found)
                 runs[name] = {'model': more['model'], 'options': options, 'steps': steps}
-            import torch
-            import transformers
-            import trl
-
-            versions = {m.__name__: m.__version__ for m in (trl, torch, transformers)}
-            about = "What TRL's DPOTrainer says: made by experiments/trl/dpo.py --write, compared by test_trl.py."
-            content = {'about': about, 'versions': versions, 'runs': runs, 'pairs': pairs}
-            NUMBERS.write_text(json.dumps(content, indent=1) + '\n')
-            print(f'\nwritten: {NUMBERS.relative_to(ROOT)}')
+            write_numbers(NUMBERS, 'DPOTrainer', runs, pairs)
     sys.exit(0 if all(results) else 1)
 
 

@@ -10,10 +10,6 @@ truncation are switched off, as in compare_trl.py. TRL pads with the end of text
 then reads the score one token before the end of text; here the tokenizer has one, so that both read it at the end.
 """
 
-import json
-import math
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -29,7 +25,6 @@ NUMBERS = ROOT.joinpath('tests/parts/trl_reward_numbers.json')  # a call: option
 
 
 N_PAIRS = 32
-TOLERANCE = 1e-4
 OPTIONS = {  # of both: five steps of 8 pairs and one of 4, of which the last two are the second epoch's
     'batch_size': 8, 'n_epochs': 2, 'n_examples': 44, 'max_length': 512, 'lr_schedule': 'constant', 'warmup_steps': 0,
     'weight_decay': 0.0, 'max_grad_norm': 1.0, 'seed': 0, 'do_first_eval': False, 'n_eval_examples': 0,
@@ -70,18 +65,7 @@ def toy_pairs():
 
 def with_nanopref(folder, file, out_dir, options):
     """Run reward.py by its command line, on the CPU. Returns COLUMNS of every step."""
-    flags = [f'--{name}={value}' for name, value in options.items()]
-    flags += [f'--model={folder}', f'--data={file}', f'--eval_data={file}', f'--out_dir={out_dir}']
-    environment = os.environ | {'NANOPREF_CACHE': str(Path(out_dir).parent / 'cache'), 'CUDA_VISIBLE_DEVICES': ''}
-    command = [sys.executable, 'reward.py', *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f'reward.py stopped with exit code {done.returncode}: {done.stderr.strip()[-2000:]}')
-    rows = [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
-    rows = [row for row in rows if row['split'] == 'train']
-    if any(row['padding_share'] for row in rows):
-        raise UserError('reward.py found packing to be wrong and padded instead: packed is what should be compared')
-    return [{name: row[key] for name, key in COLUMNS.items()} for row in rows]
+    return compare_trl.with_nanopref(folder, file, out_dir, options, 'reward.py', COLUMNS)
 
 
 def with_trl(folder, pairs, work, options):
@@ -123,18 +107,7 @@ def compare(name, pairs, options, work):
     theirs, their_ids = with_trl(folder, pairs, f'{work}/trl_{name}', options)
     ours = with_nanopref(folder, file, f'{work}/nanopref_{name}', options)
     ids = [[p + a for a in answers] for p, *answers in compare_trl.our_ids(tok, file, options)]
-    print(f'\n{name}: {json.dumps(options)}\n')
-    print(f'{"step":4s} {"":9s}' + ''.join(f'{column:>16s}' for column in COLUMNS))
-    for step, (our, their) in enumerate(zip(ours, theirs, strict=False)):
-        for label, side, row in ((step + 1, 'nanopref', our), ('', 'TRL', their)):
-            print(f'{label:<4} {side:9s}' + ''.join(f'{row[column]:16.8f}' for column in COLUMNS))
-    both = list(zip(ours, theirs, strict=False))
-    worst = {column: max((abs(a[column] - b[column]) for a, b in both), default=math.inf) for column in COLUMNS}
-    print(f'{"largest":14s}' + ''.join(f'{worst[column]:16.1e}' for column in COLUMNS))
-    agree = ids == their_ids and len(ours) == len(theirs) and max(worst.values()) <= TOLERANCE
-    print(f'{len(ours)} and {len(theirs)} steps, token ids {"equal" if ids == their_ids else "differ"}: '
-          f'{"agrees" if agree else "DISAGREES"}, limit {TOLERANCE}')  # fmt: skip
-    return agree, theirs
+    return compare_trl.agree(name, options, COLUMNS, ours, theirs, ids == their_ids), theirs
 
 
 def main():
@@ -143,19 +116,11 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         for name, more in RUNS.items():
             options = OPTIONS | more
-            agree, steps = compare(name, pairs, options, work)
-            results.append(agree)
+            found, steps = compare(name, pairs, options, work)
+            results.append(found)
             runs[name] = {'model': options.pop('model'), 'options': options, 'steps': steps}
     if write:
-        import torch
-        import transformers
-        import trl
-
-        versions = {m.__name__: m.__version__ for m in (trl, torch, transformers)}
-        about = "What TRL's RewardTrainer says: made by experiments/trl/reward.py --write, compared by test_trl.py."
-        content = {'about': about, 'versions': versions, 'runs': runs, 'pairs': pairs}
-        NUMBERS.write_text(json.dumps(content, indent=1) + '\n')
-        print(f'\nwritten: {NUMBERS.relative_to(ROOT)}')
+        compare_trl.write_numbers(NUMBERS, 'RewardTrainer', runs, pairs)
     sys.exit(0 if all(results) else 1)
 
 

@@ -19,15 +19,8 @@ from text import tokenise, toy
 ONE, MANY = 4096, 110  # tokens of a microbatch: the whole step, or two or three pairs
 SHARDINGS = [(1, MANY), (2, ONE), (2, MANY), (4, ONE), (4, MANY)]
 TEXT = ['--batch_size=12', '--max_length=64', '--max_prompt_length=32']
-STEPS = [
-    *TEXT,
-    '--n_eval_examples=16',
-    '--do_first_eval=false',
-    '--lr=1e-3',
-    '--warmup_steps=1',
-    '--max_grad_norm=0.5',
-    '--seed=3',
-]
+STEPS = [*TEXT, '--n_eval_examples=16', '--do_first_eval=false', '--lr=1e-3', '--warmup_steps=1', '--max_grad_norm=0.5',
+         '--seed=3']  # fmt: skip
 CASES = {name: ['dpo.py', f'--loss={name}'] for name in losses.LOSSES} | {
     'reference_free': ['dpo.py', '--loss=dpo', '--reference_free'],
     'rlaif': ['dpo.py', '--loss=dpo', '--importance', '--sft_coef=0.1', '--noise_rate=0.3'],
@@ -122,9 +115,8 @@ def test_the_gradient_is_that_of_the_mean(runs):
     _, rows = next(data.steps(len(train), 12, 24, 3))
     net = load.load_reward('toy', tokenizer, new_head=True, seed=3)
     set_attention(net, packed=False)
-    ids = [
-        np.concatenate((prompt, answer)).tolist() for prompt, answers in (train[i] for i in rows) for answer in answers
-    ]
+    pairs = [train[i] for i in rows]
+    ids = [np.concatenate((prompt, answer)).tolist() for prompt, answers in pairs for answer in answers]
     s = net(**tokenizer.pad({'input_ids': ids}, return_tensors='pt'), use_cache=False).logits[:, 0]
     h = s[::2] - s[1::2] - torch.from_numpy(train.margin[rows])
     loss = 0.9 * torch.log1p(torch.exp(-h)) + 0.1 * torch.log1p(torch.exp(h)) + 0.3 * (s[::2] + s[1::2]) ** 2

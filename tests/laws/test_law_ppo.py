@@ -8,8 +8,8 @@ from helpers import launch, metrics, same_bits, tensors
 
 ONE, MANY = 4096, 110  # tokens of a microbatch: a whole minibatch, or a few answers
 COMMON = ['--max_new_tokens=40', '--lr=5e-4', '--warmup_steps=0', '--max_prompt_length=32']
-ROUND = ['--n_examples=24', '--batch_size=24', '--minibatch_size=12', '--ppo_epochs=2', '--n_eval_examples=4', '--seed=3',
-         '--max_grad_norm=0.5', '--do_first_eval=false']  # fmt: skip
+ROUND = '--n_examples=24 --batch_size=24 --minibatch_size=12 --ppo_epochs=2 --n_eval_examples=4 --seed=3'.split()
+ROUND += ['--max_grad_norm=0.5', '--do_first_eval=false']
 GOLD = '--reward_model=gold'
 LAW = {
     'ppo': [GOLD, '--missing_eos_penalty=0.5', '--max_new_tokens=12'],
@@ -24,10 +24,10 @@ TOY = {
     'grpo': [GOLD, '--n_examples=768', '--ppo_epochs=2', '--loss=grpo', '--group_size=8'],
     'offline': ['--offline', '--n_examples=2560', '--ppo_epochs=1', '--clip=0.5'],
 }
-DIE = [GOLD, '--n_examples=72', '--batch_size=24', '--minibatch_size=12', '--save_every=24', '--keep_last=9',
-       '--eval_every=48', '--n_eval_examples=6', '--lr_schedule=cosine', '--optimizer=AdamW']  # fmt: skip
-SFT = ['sft.py', '--n_examples=3072', '--batch_size=32', '--lr=1e-2', '--lr_schedule=cosine', '--warmup_steps=10',
-       '--do_first_eval=false', '--n_eval_examples=8']  # fmt: skip
+DIE = '--n_examples=72 --batch_size=24 --minibatch_size=12 --save_every=24 --keep_last=9 --eval_every=48'.split()
+DIE += [GOLD, '--n_eval_examples=6', '--lr_schedule=cosine', '--optimizer=AdamW']
+SFT = 'sft.py --n_examples=3072 --batch_size=32 --lr=1e-2 --lr_schedule=cosine --warmup_steps=10'.split()
+SFT += ['--do_first_eval=false', '--n_eval_examples=8']
 
 
 @pytest.fixture(scope='module')

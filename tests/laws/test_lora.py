@@ -99,9 +99,10 @@ def test_sharding_law(runs, case, where):
     same(runs / where.format(case), runs / 'one' / case)
 
 
-@pytest.mark.parametrize(
-    'case', ['padded', 'checkpointed', 'mapped', 'reward_mapped', 'reward_eager', 'ppo_mapped', 'ppo_eager']
-)
+WAYS = ['padded', 'checkpointed', 'mapped', 'reward_mapped', 'reward_eager', 'ppo_mapped', 'ppo_eager']
+
+
+@pytest.mark.parametrize('case', WAYS)
 def test_same_by_another_way(runs, case):
     base = case.partition('_')[0]
     same(runs / 'one' / case, runs / 'one' / (base if base in CASES else 'dpo'))
@@ -109,11 +110,14 @@ def test_same_by_another_way(runs, case):
 
 def test_reference_answers_without_adapters(runs):
     """The reference's samples are those of the model before training; the policy's are others by now."""
-    answers = [read_jsonl(runs / 'one' / case / 'samples.jsonl') for case in ('samples', 'samples_before')]
-    after, before = (
-        [[r['response'] for r in rows if r['generator'] == g] for g in ('policy', 'reference')] for rows in answers
-    )
-    assert before[0] == before[1] == after[1] != after[0]
+
+    def answers(case, name):
+        rows = read_jsonl(runs / 'one' / case / 'samples.jsonl')
+        return [row['response'] for row in rows if row['generator'] == name]
+
+    before = answers('samples_before', 'policy')
+    assert before == answers('samples_before', 'reference') == answers('samples', 'reference')
+    assert before != answers('samples', 'policy')
     assert metrics(runs / 'one/samples')[-1]['kl_eval/samples'] > 0.1
 
 
@@ -121,15 +125,10 @@ def test_adapters_off_are_a_second_model(runs):
     """The same numbers, to the last bit, with the reference loaded beside the policy; to rounding with a cached one."""
     for one, two in ('tdpo2', 'two_models'), ('ppo', 'ppo_two_models'), ('grpo', 'grpo_two_models'):
         assert metrics(runs / 'one' / one) == metrics(runs / 'one' / two)
-    gaps = [row['kl_train/samples'] for row in metrics(runs / 'one/ppo') if row['split'] == 'train']
+    gaps = [row['kl_train/samples'] for row in metrics(runs / 'one/ppo', 'train')]
     assert gaps[0] == 0 != gaps[1]
     assert [row['rewards_train/margins'] for row in metrics(runs / 'one/dpo')[:2]] == [0, 0]
     same(runs / 'one/cached', runs / 'one/uncached')
-
-
-def test_half_precision(runs):
-    found = [row['rewards_train/chosen'] for row in metrics(runs / 'one/half') if row['split'] == 'check']
-    assert found == [0.0] and all(w.dtype == torch.float32 for w in adapter(runs / 'one/half').values())
 
 
 @pytest.mark.parametrize('case', ['dpo', 'dropout', 'reward', 'ppo'])
@@ -139,16 +138,20 @@ def test_resumed_bit_exactly(runs, case):
     assert all(same_bits(whole / part, again / part) for part in ('adapter', 'model'))
 
 
-def test_dropout_is_in_training_only(runs):
+def test_half_precision_and_dropout(runs):
+    found = [row['rewards_train/chosen'] for row in metrics(runs / 'one/half', 'check')]
+    assert found == [0.0] and all(w.dtype == torch.float32 for w in adapter(runs / 'one/half').values())
+    # dropout is in training only
     plain, dropped = metrics(runs / 'two/dpo'), metrics(runs / 'two/dropout')
     assert dropped[0] == plain[0]  # the check before the first step
     assert dropped[1]['rewards_train/margins'] == 0  # B is 0: whatever A's input is
     assert dropped[1]['grad_norm'] != plain[1]['grad_norm']
 
 
-@pytest.mark.parametrize(
-    ('run', 'whole'), [('two/dpo', None), ('two/reward', 'score'), ('two/ppo', 'value_head'), ('one/ppo_own', 'critic')]
-)
+PARTS = [('two/dpo', None), ('two/reward', 'score'), ('two/ppo', 'value_head'), ('one/ppo_own', 'critic')]
+
+
+@pytest.mark.parametrize(('run', 'whole'), PARTS)
 def test_checkpoint_holds_what_trains(runs, run, whole):
     """The adapters, and the one part that trains without them."""
     names = set(tensors(runs / run / 'checkpoints', '*/*.safetensors'))
@@ -208,22 +211,17 @@ def test_adapters_off_equal_the_base_exactly(tmp_path, device):
     ours = policy.response_logps(batch, model.kl, reference)
     assert ours[2].equal(expected[0]) and (ours[1] > 0.01).all()
     ours[0].sum().backward()
-    moved = {
-        name for name, p in policy.named_parameters() if p.grad is not None and p.grad.full_tensor().abs().sum() > 0
-    }
-    assert moved == {name for name, p in policy.named_parameters() if p.requires_grad}
-    assert all('lora_' in name for name in moved)
+    for name, p in policy.named_parameters():
+        moves = p.grad is not None and p.grad.full_tensor().abs().sum() > 0
+        assert moves == p.requires_grad == ('lora_' in name), name
 
 
-def test_frozen_weights_are_kept_in_the_compute_type(tmp_path, device):
+def test_weights_with_adapters(tmp_path, device):
+    """Frozen weights are kept in the compute type; adapters are drawn from the seed."""
     build = partial(load_model, tiny_model(tmp_path, 'llama'), adapters=OPTIONS)
     for name, p in fsdp.shard(build, device, dtype='bfloat16').named_parameters():
         assert p.requires_grad == ('lora_' in name)
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
-
-
-def test_adapters_are_drawn_from_the_seed(tmp_path):
-    build = partial(load_model, tiny_model(tmp_path, 'llama'), adapters=OPTIONS)
     a, b, c = (dict(build(seed=seed).named_parameters()) for seed in (1, 1, 2))
     key = next(k for k in a if 'lora_A' in k)
     assert a[key].equal(b[key]) and not a[key].equal(c[key])
@@ -231,18 +229,14 @@ def test_adapters_are_drawn_from_the_seed(tmp_path):
 
 def test_head_beside_the_adapters(tmp_path, device):
     """A reward model's head trains as it is, and is in the adapter folder and the merged model."""
-    config = transformers.AutoConfig.from_pretrained(
-        tiny_model(tmp_path / 'base', 'llama'), num_labels=1, pad_token_id=0
-    )
-    torch.manual_seed(0)
-    net = transformers.AutoModelForSequenceClassification.from_config(config)
+    base = tiny_model(tmp_path / 'base', 'llama')
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
     wrapped = trained(lora.add(net, **OPTIONS, seed=0, fully_trained=['score']))
     weights = {n: p.detach() + 0.5 for n, p in wrapped.named_parameters() if p.requires_grad}
     head = [n for n in weights if 'lora_' not in n]
     assert len(head) == 1 and 'score' in head[0]
-    assert (
-        model.core(wrapped).score.weight is dict(wrapped.named_parameters())[head[0]]
-    )  # what a script reads is what trains
+    # what a script reads is what trains
+    assert model.core(wrapped).score.weight is wrapped.get_parameter(head[0])
     merged = lora.merge(wrapped, weights, tmp_path / 'adapter')
     assert merged.score.weight.equal(weights[head[0]])
     assert any('score' in name for name in adapter(tmp_path))

@@ -11,7 +11,7 @@ from helpers import metrics, read_jsonl, run_script, tiny_model, write_jsonl
 import configurator
 from configurator import UserError
 from hf import load
-from runtime import checkpoint, log
+from runtime import checkpoint, files, log
 from text import toy
 from text.examples import Examples
 
@@ -64,39 +64,39 @@ def here(world, tmp_path, monkeypatch):
     return folder
 
 
-def replace(folder):
-    """Other weights of the same names and shapes: the same file size."""
+def replace(folder, bits=False):
+    """Other weights of the same names and shapes: the same file size. bits: only one bit is other."""
     shard = next(Path(folder).glob('*.safetensors'))
     data = bytearray(shard.read_bytes())
     start = 8 + int.from_bytes(data[:8], 'little')
-    data[start:] = np.random.default_rng(1).standard_normal((len(data) - start) // 4).astype(np.float32).tobytes()
+    if bits:
+        data[-4001] ^= 1
+    else:
+        data[start:] = np.random.default_rng(1).bytes(len(data) - start)
     shard.write_bytes(data)
 
 
-def flip_a_bit(folder):
-    shard = next(Path(folder).glob('*.safetensors'))
-    data = bytearray(shard.read_bytes())
-    data[-4001] ^= 1
-    shard.write_bytes(data)
+def change(file, fn):
+    """Change what a json file holds."""
+    content = json.loads(Path(file).read_text())
+    fn(content)
+    Path(file).write_text(json.dumps(content))
 
 
 def set_key(file, key, value):
-    Path(file).write_text(json.dumps(json.loads(Path(file).read_text()) | {key: value}))
+    change(file, lambda content: content.update({key: value}))
 
 
 def flip_labels(file):
     write_jsonl(Path(file), [row | {'chosen': row['rejected'], 'rejected': row['chosen']} for row in read_jsonl(file)])
 
 
-def state_of(case, change):
-    """Change the state of a run's checkpoint, and its manifest so that nothing seems damaged."""
+def forget_run(case):
+    """Make a run's checkpoint one of an older version, which did not write down its run; nothing seems damaged."""
     (folder,) = Path(case, 'checkpoints').iterdir()
-    state = json.loads((folder / 'state.json').read_text())
-    change(state)
-    (folder / 'state.json').write_text(json.dumps(state))
-    manifest = json.loads((folder / 'manifest.json').read_text())
-    manifest['state.json'] = checkpoint._describe(folder / 'state.json')
-    (folder / 'manifest.json').write_text(json.dumps(manifest))
+    state = folder / 'state.json'
+    change(state, lambda content: content.pop('run'))
+    set_key(folder / 'manifest.json', 'state.json', [state.stat().st_size, files.file_hash(state)])
 
 
 def copy_in(run, other):
@@ -109,9 +109,9 @@ ATTACKS = [
     *((case, lambda: replace('model'), MODEL) for case in CASES),
     ('dpo', lambda: replace('other'), "ref_model 'other' has changed since: model.safetensors"),
     ('ppo', lambda: replace('other'), "ref_model 'other' has changed"),
-    ('ppo', lambda: flip_a_bit('judge'), "reward_model 'judge' has changed"),
+    ('ppo', lambda: replace('judge', bits=True), "reward_model 'judge' has changed"),
     ('ppo', lambda: replace('critic'), "critic 'critic' has changed"),
-    ('sft', lambda: flip_a_bit('model'), MODEL),
+    ('sft', lambda: replace('model', bits=True), MODEL),
     ('dpo', lambda: set_key('model/config.json', 'rms_norm_eps', 1e-3), "model 'model' has changed since: config.json"),
     ('dpo', lambda: set_key('model/tokenizer_config.json', 'chat_template', 'x'), 'has changed since: tokenizer_config.json'),
     ('ppo', lambda: set_key('model/generation_config.json', 'eos_token_id', 7), 'has changed since: generation_config.json'),
@@ -133,11 +133,14 @@ def test_what_has_changed_is_refused(here, case, attack, words, config):
     attack()
     if config == 'none':
         (here / case / 'config.json').unlink()
-    before = {f: f.read_bytes() for f in (here / case).rglob('*') if f.is_file() and f.name != '.lock'}
+
+    def contents():
+        return {f: f.read_bytes() for f in (here / case).rglob('*') if f.is_file() and f.name != '.lock'}
+
+    before = contents()
     with pytest.raises(UserError, match=words) as info:
         run(case, case)
-    assert '\n' not in str(info.value) and len(str(info.value)) < 600
-    assert before == {f: f.read_bytes() for f in (here / case).rglob('*') if f.is_file() and f.name != '.lock'}
+    assert '\n' not in str(info.value) and len(str(info.value)) < 600 and contents() == before
 
 
 def test_what_a_run_holds_together_with_options_is_in_config_and_checkpoint(world):
@@ -160,11 +163,9 @@ def test_other_options_without_config(here):
 
 def test_a_checkpoint_of_the_same_command_with_another_seed(here):
     run('sft', 'seed', '--seed=1')
-    shutil.rmtree(here / 'sft/checkpoints')
-    shutil.copytree(here / 'seed/checkpoints', here / 'sft/checkpoints')
-    with pytest.raises(
-        UserError, match='the checkpoint sft/checkpoints/0000000012 is of a different run .seed 1 there and 0 here'
-    ):
+    copy_in('sft', 'seed')
+    words = 'the checkpoint sft/checkpoints/0000000012 is of a different run .seed 1 there and 0 here'
+    with pytest.raises(UserError, match=words):
         run('sft', 'sft')
 
 
@@ -180,10 +181,8 @@ def test_the_same_continues_whatever_does_not_matter(here, world):
 
 def test_older_versions_resume_with_a_note(here, world, capsys):
     """They wrote no hashes, and had fewer options."""
-    record = json.loads(Path('dpo/config.json').read_text())
-    del record['contents'], record['config']['lora_targets']
-    Path('dpo/config.json').write_text(json.dumps(record))
-    state_of('dpo', lambda state: state.pop('run'))
+    change('dpo/config.json', lambda record: [record.pop('contents'), record['config'].pop('lora_targets')])
+    forget_run('dpo')
     with pytest.raises(UserError, match='lora_rank None there and 1 here'):
         run('dpo', 'dpo', '--lora_rank=1', '--lora_targets=q_proj')
     run('dpo', 'dpo')
@@ -196,26 +195,25 @@ def test_older_versions_resume_with_a_note(here, world, capsys):
 
 
 def test_an_option_that_an_older_version_lacked_is_not_set_midway(here):
-    record = json.loads(Path('dpo/config.json').read_text())
-    del record['config']['sft_coef']
-    Path('dpo/config.json').write_text(json.dumps(record))
+    change('dpo/config.json', lambda record: record['config'].pop('sft_coef'))
     with pytest.raises(UserError, match='sft_coef None there and 0.5 here'):
         run('dpo', 'dpo', '--sft_coef=0.5')
 
 
 def test_an_old_checkpoint_without_config_is_refused(here):
-    state_of('sft', lambda state: state.pop('run'))
-    Path('sft/config.json').unlink()
-    Path('sft/metrics.jsonl').unlink()
-    Path('sft/latest').unlink()
-    with pytest.raises(UserError, match='nothing says which run the checkpoint sft/checkpoints/0000000012 is of'):
+    forget_run('sft')
+    for name in ('config.json', 'metrics.jsonl', 'latest'):
+        Path('sft', name).unlink()
+    with pytest.raises(
+        UserError, match='the checkpoint sft/checkpoints/0000000012 is of an older version, .*nor does sft/config.json'
+    ):
         run('sft', 'sft')
 
 
 def test_a_checkpoint_of_other_shapes_is_a_sentence(here):
     """Where nobody wrote down what it is of."""
     copy_in('dpo', 'lora')
-    state_of('dpo', lambda state: state.pop('run'))
+    forget_run('dpo')
     with pytest.raises(UserError, match='is of another model or optimizer .* has the shape'):
         run('dpo', 'dpo')
 
@@ -230,9 +228,10 @@ def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):
     monkeypatch.setitem(load._read, 'a/c', type('Config', (), {'_commit_hash': None}))
     found = load.fingerprints({'model': 'a/b', 'ref_model': 'a/c', 'reward_model': 'gold', 'critic': 'head'})()
     assert found == {'model': {'commit': 'abc'}}
-    run = {'options': {'model': 'a/b'}, 'contents': found}
-    assert log.content_changes({'model': {'commit': 'abc'}}, run) == []
-    assert log.content_changes({'model': {'commit': 'abd'}}, run) == ["model 'a/b' has changed since: commit"]
+    run = {'script': 'sft.py', 'options': {'model': 'a/b'}, 'contents': found}
+    other = run | {'contents': {'model': {'commit': 'abd'}}}
+    assert log.differences(run, run) == []
+    assert log.differences(other, run) == ["model 'a/b' has changed since: commit"]
     (tmp_path / 'x').mkdir()
     (tmp_path / 'x' / 'model.safetensors').mkdir()
     assert load.fingerprints({'model': str(tmp_path / 'x')})() == {'model': {}}
@@ -256,8 +255,9 @@ def test_the_hash_of_examples():
     two = some.select(slice(2))
     assert two.content() == same.content()
     margin = Examples(two.ids, two.spans, two.good, two.uid, two.left_out, margin=np.ones(2, np.float32))
-    others = [some, some.select(np.array([1, 0])), two.flip(1.1, 0), margin, two.first_answers(),
-              Examples.of([([1], [[2, 3], [4, 5]]), ([6], [[7], [8]])]), Examples(two.ids, two.spans, ~two.good, two.uid, two.left_out)]  # fmt: skip
+    changed = Examples(two.ids, two.spans, ~two.good, two.uid, two.left_out)
+    moved = Examples.of([([1], [[2, 3], [4, 5]]), ([6], [[7], [8]])])
+    others = [some, some.select(np.array([1, 0])), two.flip(1.1, 0), margin, two.first_answers(), moved, changed]
     assert len({two.content(), *(x.content() for x in others)}) == len(others) + 1
     assert some.select(slice(0)).content() == some.select(slice(0)).content()
 

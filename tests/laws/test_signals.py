@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, metrics, python, read_jsonl
+from helpers import ROOT, metrics, python, read_jsonl, same_bits
 
 from runtime import guard
 
@@ -22,6 +22,8 @@ FLAGS = ['--batch_size=16', '--n_examples=320', '--save_every=64', '--eval_every
 
 
 STARTED = []
+CODES = {signal.SIGTERM: guard.SAVED, signal.SIGUSR1: guard.SAVED, signal.SIGINT: guard.INTERRUPTED}
+SAVED = 'saved: the same command continues from here'
 
 
 @pytest.fixture(autouse=True)
@@ -33,16 +35,22 @@ def none_left():
     STARTED.clear()
 
 
-def start(out_dir, world=0, torchrun=(), prefix=(), **environment):
-    command = []
-    if world:
-        command = ['-m', 'torch.distributed.run', *(torchrun or ['--standalone']), f'--nproc_per_node={world}']
+def start(out_dir, world=0, torchrun=('--standalone',), prefix=(), **environment):
+    """dpo.py in the background; world: ranks under torchrun, with these options; prefix: of the command."""
+    launcher = ['-m', 'torch.distributed.run', *torchrun, f'--nproc_per_node={world}'] if world else []
     environment = os.environ | {'NANOPREF_CACHE': str(out_dir.parent / 'cache')} | environment
     log = open(f'{out_dir}-{random.randrange(10**9)}.txt', 'w+')
-    command = [*prefix, sys.executable, *command, 'dpo.py', *FLAGS, f'--out_dir={out_dir}']
+    command = [*prefix, sys.executable, *launcher, 'dpo.py', *FLAGS, f'--out_dir={out_dir}']
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
     process.log = log
     STARTED.append(process)
+    return process
+
+
+def after(out_dir, examples, *how, **environment):
+    """dpo.py in the background, now that it has trained on more than so many further examples."""
+    before, process = seen(out_dir), start(out_dir, *how, **environment)
+    until(lambda: seen(out_dir) > before + examples, process)
     return process
 
 
@@ -94,7 +102,7 @@ def kill(*pids):
 def same(folder, whole):
     assert metrics(folder) == metrics(whole)
     assert (folder / 'samples.jsonl').read_text() == (whole / 'samples.jsonl').read_text()
-    assert (folder / 'model/model.safetensors').read_bytes() == (whole / 'model/model.safetensors').read_bytes()
+    assert same_bits(folder / 'model', whole / 'model')
 
 
 @pytest.fixture(scope='module')
@@ -114,21 +122,17 @@ def test_every_signal_in_one_run(tmp_path, whole):
     """SIGTERM and then Ctrl-C, wherever they hit (SIGUSR1 and kill -9 are below); then the end of an unbroken run.
     Beside it: a second run in the same folder is refused while the first goes on, and not after it was killed."""
     out = tmp_path / 'run'
-    codes = [(signal.SIGTERM, guard.SAVED), (signal.SIGINT, guard.INTERRUPTED)]
-    for number, code in codes:
-        process, before = start(out), seen(out)
-        until(lambda before=before: seen(out) > before + 16, process)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = after(out, 16)
         if number == signal.SIGTERM:
             process.send_signal(signal.SIGSTOP)  # so that it is not done before the second has begun
-            metrics = (out / 'metrics.jsonl').read_text()
-            second = start(out)
-            assert f'another run is using {out}' in end(second, 2)
-            assert (out / 'metrics.jsonl').read_text() == metrics and process.poll() is None
+            before = (out / 'metrics.jsonl').read_text()
+            assert f'another run is using {out}' in end(start(out), 2)
+            assert (out / 'metrics.jsonl').read_text() == before and process.poll() is None
             process.send_signal(signal.SIGCONT)
         process.send_signal(number)
-        said = end(process, code)
-        assert f'{number.name}: stopping after this step' in said
-        assert 'saved: the same command continues from here' in said and 'Traceback' not in said
+        said = end(process, CODES[number])
+        assert f'{number.name}: stopping after this step' in said and SAVED in said and 'Traceback' not in said
         assert (out / 'latest').read_text() == f'checkpoints/{seen(out):010d}\n'  # nothing is done twice
     assert 'done' in end(start(out), 0)
     same(out, whole(0))
@@ -141,8 +145,7 @@ def test_at_once_where_nothing_can_be_lost(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert 'SIGTERM: stopped before the first step' in end(process, guard.SAVED)
     assert not (tmp_path / 'run/checkpoints').exists()
-    process = start(tmp_path / 'run')
-    until(lambda: seen(tmp_path / 'run') > 16, process)
+    process = after(tmp_path / 'run', 16)
     os.kill(process.pid, signal.SIGSTOP)  # so that both are there before it can react
     process.send_signal(signal.SIGINT)
     os.kill(process.pid, signal.SIGCONT)
@@ -152,7 +155,6 @@ def test_at_once_where_nothing_can_be_lost(tmp_path):
 
 
 SCRIPTS = 'sft dpo reward ppo sample label tools.bench tools.plot'.split()
-CODES = {signal.SIGTERM: guard.SAVED, signal.SIGUSR1: guard.SAVED, signal.SIGINT: guard.INTERRUPTED}
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -168,10 +170,9 @@ def test_while_a_script_is_imported(tmp_path, script):
     (tmp_path / 'metrics.jsonl').write_text('{"split": "train", "counters/examples": 1, "loss/train": 1.0}\n')
     environment = os.environ | {'PYTHONPATH': str(tmp_path)}
     environment.pop('RANK', None)
-    processes = {}
-    for number in CODES:
-        processes[number] = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment,
-                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    command = [sys.executable, *command]
+    how = {'cwd': ROOT, 'env': environment, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    processes = {number: subprocess.Popen(command, **how) for number in CODES}
     STARTED.extend(processes.values())
     until(lambda: len(list(tmp_path.glob('begun*'))) == len(CODES), next(iter(processes.values())))
     for number, process in processes.items():
@@ -200,38 +201,32 @@ def listens(port):
         return s.connect_ex(('127.0.0.1', port)) == 0
 
 
-def test_a_signal_to_a_forked_child_is_not_the_parents(monkeypatch):
+def test_a_signal_to_a_forked_child_is_not_the_parents():
     """A pool ends its workers with SIGTERM; they have inherited the handlers, and the pipe that the parent listens to."""
-    heard = []
-    monkeypatch.setattr(guard, 'on_signal', heard.append)
-    guard._install()
-    try:
-        child = os.fork()
-        if not child:
-            time.sleep(20)
-            os._exit(0)
-        os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-        os.kill(os.getpid(), signal.SIGUSR1)
-        deadline = time.time() + 20
-        while not heard and time.time() < deadline:
-            time.sleep(0.01)
-    finally:
-        guard._uninstall()
-    assert heard == [signal.SIGUSR1] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    code = """import os, signal, time
+from runtime import guard
+guard.on_signal = lambda number: print('heard', number, flush=True)
+guard.watch('__main__')
+child = os.fork()
+if not child:
+    time.sleep(20)
+    os._exit(0)
+os.kill(child, signal.SIGTERM)
+print('ended', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os.kill(os.getpid(), signal.SIGUSR1)
+time.sleep(1)"""
+    assert python('-c', code).stdout == f'ended {-signal.SIGTERM}\nheard {signal.SIGUSR1:d}\n'
 
 
 def test_torchrun(tmp_path, whole):
     """SIGTERM, then SIGUSR1 to torchrun, which hands both on if told to; then a rank dies, and --max-restarts is enough."""
     out = tmp_path / 'run'
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        process, before = start(out, 2, PET_SIGNALS_TO_HANDLE='SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1'), seen(out)
-        until(lambda before=before: seen(out) > before + 16, process)
+        process = after(out, 16, 2, PET_SIGNALS_TO_HANDLE='SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1')
         process.send_signal(number)
-        assert 'saved: the same command continues from here' in end(process, 1)  # torchrun's own code
+        assert SAVED in end(process, 1)  # torchrun's own code
         assert (out / 'latest').read_text() == f'checkpoints/{seen(out):010d}\n'
-    process, before = start(out, 2, ['--standalone', '--max-restarts=3']), seen(out)
-    until(lambda: seen(out) > before + 32, process)
+    process = after(out, 32, 2, ['--standalone', '--max-restarts=3'])
     kill(below(process.pid)[-1])
     assert text(process).count('resuming') == 1
     assert end(process, 0).count('resuming') == 2
@@ -276,24 +271,21 @@ def free_port():
 
 
 def namespaces():
-    """Two network namespaces joined by a pair of interfaces: {address: prefix of a command there}, or why there are none."""
+    """Two network namespaces joined by a pair of interfaces: their names, and [(address, prefix of a command there)], or why not."""
     names = [f'nanopref{os.getpid()}{x}' for x in 'ab']
-    addresses = ['10.213.7.1', '10.213.7.2']
+    places = list(zip(names, ['10.213.7.1', '10.213.7.2'], strict=True))
     commands = [f'ip netns add {name}' for name in names]
     commands += [f'ip link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}']
-    for name, address in zip(names, addresses, strict=True):
-        commands += [
-            f'ip -n {name} addr add {address}/24 dev veth0',
-            f'ip -n {name} link set veth0 up',
-            f'ip -n {name} link set lo up',
-        ]
+    for name, address in places:
+        inside = (f'addr add {address}/24 dev veth0', 'link set veth0 up', 'link set lo up')
+        commands += [f'ip -n {name} {command}' for command in inside]
+    if shutil.which('ip') is None:
+        return names, 'there is no ip command here'
     for command in commands:
-        if shutil.which('ip') is None:
-            return names, 'there is no ip command here'
         done = subprocess.run(command.split(), capture_output=True, text=True)
         if done.returncode:
             return names, f'{command}: {done.stderr.strip()}'
-    return names, [(a, ['ip', 'netns', 'exec', name]) for a, name in zip(addresses, names, strict=True)]
+    return names, [(address, ['ip', 'netns', 'exec', name]) for name, address in places]
 
 
 @pytest.fixture(params=['network namespaces', 'one host'])

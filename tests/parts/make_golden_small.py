@@ -1,4 +1,6 @@
-"""Cut tests/golden_small.json out of the full set of golden vectors: python tests/make_golden_small.py FULL.json
+"""Cut golden_small.json out of the full set of golden vectors.
+
+    PYTHONPATH=.:tests python tests/parts/make_golden_small.py FULL.json
 
 Of every group that test_golden.py checks it keeps the smallest case of each kind, a kind being what the hyper-parameters
 and flags say apart from the size of numbers, and of those at most LIMIT, the most different first.
@@ -7,6 +9,8 @@ and flags say apart from the size of numbers, and of those at most LIMIT, the mo
 import json
 import sys
 from pathlib import Path
+
+import test_golden
 
 LIMIT = 4
 HERE = Path(__file__).resolve().parent
@@ -37,14 +41,11 @@ def choose(cases, inputs):
 
 
 def main(path):
-    sys.path.insert(0, str(HERE.parent))
-    import test_golden
-
     full = test_golden.GOLDEN = json.loads(Path(path).read_text())
     small = {'format': full['format'], 'version': full['version'], 'inputs': {}, 'groups': {}}
     for name, group in full['groups'].items():
         if name in test_golden.CHECKS:
-            kept = choose(list(test_golden.compared(name)), full['inputs'])
+            kept = choose([case for case, _ in test_golden.compared(name)], full['inputs'])
             unused = ('check', 'float32', 'note', 'group')
             small['groups'][name] = {
                 'peer': group['peer'],

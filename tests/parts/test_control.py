@@ -30,8 +30,8 @@ def test_new_rows_are_the_mean_of_the_others(name, tied, spare, tmp_path):
     grown = max(rows, len(t))
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in shell.state_dict().items()}
     assert model.config.vocab_size == shell.config.vocab_size == grown
-    for layer, before in ((model.get_input_embeddings(), plain.get_input_embeddings()),
-                          (model.get_output_embeddings(), plain.get_output_embeddings())):  # fmt: skip
+    for get in ('get_input_embeddings', 'get_output_embeddings'):
+        layer, before = (getattr(net, get)() for net in (model, plain))
         assert layer.weight.shape[0] == grown and layer.weight[:rows].equal(before.weight)
         for row in layer.weight[rows:]:
             assert row.equal(before.weight.mean(0))
@@ -46,14 +46,12 @@ def script(tmp_path_factory):
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / 'base')
     t.save_pretrained(folder / 'base')
-    rows = [
-        {'prompt': f'Review of the {p}:', 'chosen': f' superb {p} .', 'rejected': f' awful {p} .'} for p in toy.PLACES
-    ]
-    write_jsonl(folder / 'pairs.jsonl', rows)
-    flags = [f'--model={folder}/base', f'--data={folder}/pairs.jsonl', f'--eval_data={folder}/pairs.jsonl', '--control_tokens',
-             '--batch_size=12', '--n_epochs=160', '--lr=5e-3', '--lr_schedule=linear', '--warmup_steps=0', '--do_first_eval=false',
-             '--temperature=0', '--sample_during_eval', '--max_new_tokens=12', f'--out_dir={folder}/run']  # fmt: skip
-    return run_script('sft.py', *flags)
+    rows = [(f'Review of the {place}:', f' superb {place} .', f' awful {place} .') for place in toy.PLACES]
+    write_jsonl(folder / 'pairs.jsonl', [dict(zip(('prompt', 'chosen', 'rejected'), row, strict=True)) for row in rows])
+    where = f'--model={folder}/base --data={folder}/pairs.jsonl --eval_data={folder}/pairs.jsonl --out_dir={folder}/run'
+    how = '--control_tokens --batch_size=12 --n_epochs=160 --lr=5e-3 --lr_schedule=linear --warmup_steps=0'
+    samples = '--do_first_eval=false --temperature=0 --sample_during_eval --max_new_tokens=12'
+    return run_script('sft.py', *f'{where} {how} {samples}'.split())
 
 
 @pytest.fixture(scope='module')
@@ -66,8 +64,8 @@ def test_every_prompt_says_what_follows():
     examples = Examples.of([([1, 2], [[3, 9]]), ([4], [[5, 6, 9]])])
     examples.good = np.array([True, False])
     marked = examples.control(good, bad)
-    assert [(p.tolist(), [x.tolist() for x in a]) for p, a in (marked[0], marked[1])] == [
-        ([1, 2, good], [[3, 9]]), ([4, bad], [[5, 6, 9]])]  # fmt: skip
+    found = [(prompt.tolist(), answer.tolist()) for prompt, (answer,) in (marked[0], marked[1])]
+    assert found == [([1, 2, good], [3, 9]), ([4, bad], [5, 6, 9])]
     assert (marked.uid == examples.uid).all() and (marked.good == examples.good).all()
     assert len(examples.select(slice(0)).control(good, bad)) == 0
 
@@ -98,8 +96,8 @@ def test_card_of_a_run(trained):
 
 
 def test_card_names_the_hub_and_no_folders(tmp_path):
-    config = {'model': 'EleutherAI/pythia-70m', 'loss': 'drdpo', 'data': 'hh:/home/me/hh.jsonl.gz+shp', 'eval_data': '../x/y.jsonl',
-              'ref_model': '~/models/base', 'out_dir': 'out/a', 'lr': 1e-6}  # fmt: skip
+    config = {'model': 'EleutherAI/pythia-70m', 'loss': 'drdpo', 'out_dir': 'out/a', 'lr': 1e-6}
+    config |= {'data': 'hh:/home/me/hh.jsonl.gz+shp', 'eval_data': '../x/y.jsonl', 'ref_model': '~/models/base'}
     command = ['/opt/nanopref/dpo.py', 'config/a.py', '--data=hh:/home/me/hh.jsonl.gz+shp', '--ref_model=~/models/base']
     record = {'config': config, 'command': command, 'commit': '', 'versions': {'torch': '2'}}
     (tmp_path / 'model').mkdir()

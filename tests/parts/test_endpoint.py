@@ -6,6 +6,7 @@ import email.utils
 import gzip
 import html
 import json
+import re
 import socket
 import ssl
 import time
@@ -21,7 +22,9 @@ from stub import completion, receive, serve, serve_raw
 from configurator import UserError
 from feedback import endpoint
 
-FAST = dict(backoff=0.02, timeout=0.5, concurrency=4)
+FAST = {'backoff': 0.02, 'timeout': 0.5, 'concurrency': 4}
+NOWHERE = 'http://127.0.0.1:9'
+KEY = r'sk-a.b*c+(d|e)$[f]"\'/&<_09Zz'  # characters of regular expressions, json, HTML and URLs
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +33,54 @@ def no_key(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv('NANOPREF_API_KEY', KEY)
+
+
 def jobs(n):
     return [(i, {'model': 'm', 'messages': [{'role': 'user', 'content': str(i)}]}) for i in range(n)]
 
 
 def number(body):
     return int(body['messages'][0]['content'])
+
+
+def ask(where, some, **options):
+    """All replies of a server, or an address, to jobs or to so many."""
+    some = jobs(some) if isinstance(some, int) else some
+    return list(endpoint.ask(getattr(where, 'url', where), some, **(FAST | options)))
+
+
+def refused(where, some, match, **options):
+    with pytest.raises(UserError, match=match) as error:
+        ask(where, some, **options)
+    return str(error.value)
+
+
+def shown_by(behave_or_play, raw=False, **options):
+    """All that a user of the endpoint ever sees of its replies: text, json and reasons."""
+    with (serve_raw if raw else serve)(behave_or_play) as server:
+        try:
+            replies = ask(server, 1, **{'retries': 0, 'concurrency': 1, **options})
+        except UserError as error:
+            return str(error)
+    return json.dumps(replies, ensure_ascii=False) + (replies[0].error or '')
+
+
+def sends(content):
+    """A raw server that sends these bytes."""
+    return lambda connection, n: connection.sendall(content)
+
+
+@contextlib.contextmanager
+def within(seconds):
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+# ---- jobs and attempts ----
 
 
 def test_every_job_is_answered_once_and_no_more_are_under_way_than_asked_for():
@@ -47,157 +92,157 @@ def test_every_job_is_answered_once_and_no_more_are_under_way_than_asked_for():
             assert len(server.seen) <= len(replies) - 1 + 4  # what is not written yet is bounded
         assert sorted(replies) == [(i, f'answer {i}', completion(f'answer {i}'), None) for i in range(30)]
         assert len(server.seen) == 30 and server.seen[0][0] == '/v1/chat/completions'
-        for url in (server.url + '/', server.url + '/v1', server.url + '/v1/', server.url + '/v1/chat/completions'):
-            assert endpoint.completions_url(url) == server.url + '/v1/chat/completions'
 
 
-FAULTS = {
-    '429': (429, {'error': {'message': 'slow down'}}),
-    '500': (500, 'oops'),
-    '503': (503, ''),
-    'garbage': (200, '<html>not json</html>'),
-    'other json': (200, {'choices': []}),
-    'wrong type': (200, {'choices': [{'message': {'content': 7}}]}),
-    'an error with 200': (200, {'error': 'overloaded'}),
-    'half': {'do': 'half'},
-    'drop': {'do': 'drop'},
-    'hang': {'do': 'hang'},
-    'drip': {'do': 'drip'},
-}
+# fmt: off
+FAULTS = [
+    (429, {'error': {'message': 'slow down'}}), (500, 'oops'), (503, ''), (200, '<html>not json</html>'), (200, {'choices': []}),
+    (200, {'choices': [{'message': {'content': 7}}]}), (200, {'error': 'overloaded'}),
+    *({'do': do} for do in ('half', 'drop', 'hang', 'drip')),
+]
+# fmt: on
 
 
-@pytest.mark.parametrize('fault', FAULTS)
-def test_a_fault_is_asked_again(fault):
-    """Each job's first request gets the fault, its second one an answer."""
-    first = set()
-
-    def behave(n, body):
-        i = number(body)
-        if i in first:
-            return str(i)
-        first.add(i)
-        return FAULTS[fault]
-
-    with serve(behave) as server:
-        began = time.monotonic()
-        replies = list(endpoint.ask(server.url, jobs(6), **FAST))
-        assert sorted(r.text for r in replies) == [str(i) for i in range(6)] and len(server.seen) == 12
-        assert time.monotonic() - began < 5  # even those that hang, or drip a byte at a time
-
-
-def test_a_mixture_of_faults():
+def test_every_fault_is_asked_again():
     """Every job gets two different faults, and every fault meets every other one in flight."""
-    kinds, turn = list(FAULTS.values()), Counter()
+    turn = Counter()
 
     def behave(n, body):
         i = number(body)
         turn[i] += 1
-        return kinds[(i + 4 * turn[i]) % len(kinds)] if turn[i] < 3 else str(i)
+        return FAULTS[(i + 4 * turn[i]) % len(FAULTS)] if turn[i] < 3 else str(i)
 
-    with serve(behave) as server:
-        replies = list(endpoint.ask(server.url, jobs(22), backoff=0.02, timeout=0.5, concurrency=8))
+    with serve(behave) as server, within(8):  # even those that hang, or drip a byte at a time
+        replies = ask(server, 22, concurrency=8)
         assert sorted(int(r.text) for r in replies) == list(range(22)) and len(server.seen) == 66
 
 
 def test_after_retries_a_job_is_given_back_with_its_reason():
     with serve(lambda n, body: (500, 'ill') if number(body) == 3 else 'ok') as server:
-        replies = sorted(endpoint.ask(server.url, jobs(6), retries=2, **FAST))
+        replies = sorted(ask(server, 6, retries=2))
         assert [r.text for r in replies] == ['ok', 'ok', 'ok', None, 'ok', 'ok'] and len(server.seen) == 5 + 3
         assert replies[3].error.endswith('answers HTTP 500 (ill), after 3 attempts') and replies[3].raw is None
 
 
-@pytest.mark.parametrize('form', ['seconds', 'date'])
-def test_retry_after_is_honoured_by_all(form):
+def date_in(seconds):
+    return email.utils.formatdate(time.time() + seconds, usegmt=True)
+
+
+@pytest.mark.parametrize('soon', [lambda: '1', lambda: date_in(2)], ids=['seconds', 'date'])
+def test_retry_after_is_honoured_by_all(soon):
     arrived = []
 
     def behave(n, body):
         arrived.append(time.monotonic())
-        if n:
-            return 'ok'
-        soon = {'seconds': '1', 'date': email.utils.formatdate(time.time() + 2, usegmt=True)}[form]
-        return 429, '', {'Retry-After': soon}
+        return 'ok' if n else (429, '', {'Retry-After': soon()})
 
     with serve(behave) as server:
-        assert len(list(endpoint.ask(server.url, jobs(3), backoff=0.01, timeout=5, concurrency=1))) == 3
+        assert len(ask(server, 3, backoff=0.01, timeout=5, concurrency=1)) == 3
     assert arrived[1] - arrived[0] >= 0.95
 
 
-@pytest.mark.parametrize('form', ['0', 'past'])
-def test_a_retry_after_that_asks_for_nothing_does_not_end_the_waiting(form):
+@pytest.mark.parametrize('soon', [lambda: '0', lambda: '0.01', lambda: date_in(-5)], ids=['0', 'little', 'past'])
+def test_a_retry_after_that_asks_for_next_to_nothing_does_not_end_the_waiting(soon):
     began = time.monotonic()
-
-    def behave(n, body):
-        soon = '0' if form == '0' else email.utils.formatdate(time.time() - 5, usegmt=True)
-        return 'ok' if time.monotonic() - began > 0.5 else (429, '', {'Retry-After': soon})
-
-    with serve(behave) as server:
-        replies = list(endpoint.ask(server.url, jobs(2), backoff=0.1, timeout=5, concurrency=1))
+    slow_down = lambda: (429, '', {'Retry-After': soon()})  # noqa: E731
+    with serve(lambda n, body: 'ok' if time.monotonic() - began > 0.5 else slow_down()) as server:
+        replies = ask(server, 2, backoff=0.1, timeout=5, concurrency=1)
         assert [r.text for r in replies] == ['ok', 'ok'] and len(server.seen) < 8
 
 
-@pytest.mark.parametrize('name, value', [('ALL_PROXY', 'foo://127.0.0.1:1'), ('SSL_CERT_FILE', '/no/such/file')])
-def test_an_environment_that_cannot_be_used(monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match='as the environment asks'):
-        list(endpoint.ask('http://127.0.0.1:9', jobs(1), **FAST))
+# fmt: off
+USELESS = [
+    ((429, 'quota', {'Retry-After': '7200'}), r'asks to wait 7200 s: run the same command again'),
+    ((429, {'error': {'message': 'You have none', 'code': 'insufficient_quota'}}), r'no credit left'),
+    *(((status, {'error': {'message': 'no\nsuch model'}}), f'HTTP {status} .no such model.*{advice}') for status, advice in [
+        (400, 'suit it'), (401, 'NANOPREF_API_KEY'), (403, 'NANOPREF_API_KEY'),
+        (404, 'address and the model'), (308, 'address and the model')]),
+]
+# fmt: on
 
 
-def test_a_long_retry_after_is_left_to_the_user():
-    with serve(lambda n, body: (429, 'quota', {'Retry-After': '7200'})) as server:
-        with pytest.raises(UserError, match='asks to wait 7200 s: run the same command again'):
-            list(endpoint.ask(server.url, jobs(3), **FAST))
+@pytest.mark.parametrize('reply, sentence', USELESS)
+def test_where_going_on_is_useless_all_stops_at_once(reply, sentence):
+    with serve(lambda n, body: reply) as server:
+        assert '\n' not in refused(server, 50, sentence)
+        assert len(server.seen) <= 4
 
 
-@pytest.mark.parametrize('status, advice', [(400, 'suit it'), (401, 'NANOPREF_API_KEY'), (403, 'NANOPREF_API_KEY'),
-                                            (404, 'address and the model'), (308, 'address and the model')])  # fmt: skip
-def test_refusals_stop_at_once(status, advice):
-    with serve(lambda n, body: (status, {'error': {'message': 'no\nsuch model'}})) as server:
-        with pytest.raises(UserError, match=f'HTTP {status} .no such model.*{advice}') as error:
-            list(endpoint.ask(server.url, jobs(50), **FAST))
-        assert len(server.seen) <= 4 and '\n' not in str(error.value)
-
-
-def test_no_credit_stops_at_once():
-    reply = (429, {'error': {'message': 'You have none', 'code': 'insufficient_quota'}})
-    with serve(lambda n, body: reply) as server, pytest.raises(UserError, match='no credit left'):
-        list(endpoint.ask(server.url, jobs(50), **FAST))
-
-
-@pytest.mark.parametrize('bad', [{0}, {7}])
+@pytest.mark.parametrize('bad', [0, 7])
 def test_one_refused_job_fails_alone(bad):
     """Too long a prompt is that job's fault: the endpoint answers the others."""
-    with serve(lambda n, body: (400, 'too long') if number(body) in bad else 'ok') as server:
-        replies = sorted(endpoint.ask(server.url, jobs(12), **FAST))
-        assert [r.key for r in replies if r.text is None] == list(bad) and len(replies) == len(server.seen) == 12
-        assert 'too long' in replies[min(bad)].error
-        assert [r.text for r in endpoint.ask(server.url, [(0, jobs(8)[min(bad)][1])], proven=True, **FAST)] == [None]
+    with serve(lambda n, body: (400, 'too long') if number(body) == bad else 'ok') as server:
+        replies = sorted(ask(server, 12))
+        assert [r.key for r in replies if r.text is None] == [bad] and len(replies) == len(server.seen) == 12
+        assert 'too long' in replies[bad].error
+        assert [r.text for r in ask(server, [jobs(8)[bad]], proven=True)] == [None]
 
 
 @pytest.mark.parametrize('answered, limit', [(0, 4), (30, 20)])
 def test_an_endpoint_that_fails_every_job_is_not_asked_for_ever(answered, limit):
     with serve(lambda n, body: 'ok' if n < answered else (502, 'bad gateway')) as server:
-        with pytest.raises(UserError, match=f'^{limit} requests in a row failed; the last one: .*502'):
-            list(endpoint.ask(server.url, jobs(100), retries=0, **FAST))
+        refused(server, 100, f'^{limit} requests in a row failed; the last one: .*502', retries=0)
         assert len(server.seen) < answered + limit + 5
+
+
+def test_failures_among_answers_are_no_reason_to_stop():
+    with serve(lambda n, body: 'ok' if number(body) % 2 else (502, 'bad gateway')) as server:
+        assert sum(reply.text is None for reply in ask(server, 60, retries=0)) == 30
 
 
 def test_no_server():
     with socket.socket() as unused:
         unused.bind(('127.0.0.1', 0))
         port = unused.getsockname()[1]
-    began = time.monotonic()
-    with pytest.raises(UserError, match=f'{port}/v1/chat/completions cannot be reached .*is the server running'):
-        list(endpoint.ask(f'http://127.0.0.1:{port}', jobs(50)))
-    assert time.monotonic() - began < 8
+    sentence = f'{port}/v1/chat/completions cannot be reached .*is the server running'
+    with within(8):
+        refused(f'http://127.0.0.1:{port}', 50, sentence, backoff=1.0, timeout=120.0, concurrency=8)
 
 
-@pytest.mark.parametrize(
-    'url', ['127.0.0.1:8000', 'ftp://host', 'http://', 'https://me:secret-1@host', 'https://host/?key=secret-1']
-)
-def test_addresses_that_are_none(url):
-    with pytest.raises(UserError) as error:
-        endpoint.completions_url(url)
-    assert 'secret-1' not in str(error.value)
+def test_stopping_early_asks_no_more():
+    with serve(lambda n, body: {'do': 'hang'} if number(body) else 'ok') as server:
+        replies = endpoint.ask(server.url, jobs(50), timeout=30, concurrency=4)
+        with within(3):
+            assert next(replies).text == 'ok'
+            replies.close()  # as Ctrl-C does
+        time.sleep(0.2)
+        assert len(server.seen) == 4
+
+
+# ---- addresses and surroundings ----
+
+
+def test_addresses():
+    base = 'http://host:1/a'
+    for url in (base, base + '/', base + '/v1', base + '/v1/', base + '/v1/chat/completions'):
+        assert endpoint.completions_url(url) == base + '/v1/chat/completions'
+    for url in ('127.0.0.1:8000', 'ftp://host', 'http://', 'https://me:secret-1@host', 'https://host/?key=secret-1'):
+        with pytest.raises(UserError) as error:
+            endpoint.completions_url(url)
+        assert 'secret-1' not in str(error.value)
+
+
+@pytest.mark.parametrize('proxy', ['foo://127.0.0.1:1', 'foo://me:p%40ss-word-77@127.0.0.1:1', None])
+def test_an_environment_that_cannot_be_used(monkeypatch, proxy):
+    monkeypatch.setenv('ALL_PROXY' if proxy else 'SSL_CERT_FILE', proxy or '/no/such/file')
+    assert 'ss-word' not in refused(NOWHERE, 1, 'as the environment asks')
+
+
+def test_a_key_that_no_header_takes(monkeypatch):
+    monkeypatch.setenv('NANOPREF_API_KEY', 'sk-\u2028secret')
+    assert 'secret' not in refused(NOWHERE, 1, 'characters that no key has')
+
+
+@pytest.mark.parametrize('status', [301, 302, 303, 307, 308])
+def test_no_redirect_carries_the_key_away(status, key):
+    with serve(lambda n, body: 'stolen') as thief:
+        moved = (status, '', {'Location': thief.url + '/v1/chat/completions'})
+        with serve(lambda n, body: moved) as server:
+            refused(server, 3, f'HTTP {status} .*see that the address')
+        assert not thief.seen
+
+
+# ---- the key is shown nowhere ----
 
 
 @pytest.mark.parametrize('name', ['NANOPREF_API_KEY', 'OPENAI_API_KEY'])
@@ -206,33 +251,12 @@ def test_the_key_is_sent_and_never_given_back(name, monkeypatch):
     monkeypatch.setenv(name, key + '\n')
     unicode = ''.join(f'\\u{ord(c):04x}' for c in key)
     escaped = '{"choices": [{"message": {"content": "KEY"}}], "you": {"KEY": 1}}'.replace('KEY', unicode)
-
-    def behave(n, body):
-        return {0: f'you are {key}', 1: (200, escaped), 2: (500, 'x' * 290 + key), 3: (401, {'error': f'wrong {key}'})}[
-            number(body)
-        ]
-
-    with serve(behave) as server:
-        replies = list(endpoint.ask(server.url, jobs(3), retries=0, **FAST))
+    said = [f'you are {key}', (200, escaped), (500, 'x' * 290 + key), (401, {'error': f'wrong {key}'})]
+    with serve(lambda n, body: said[number(body)]) as server:
+        replies = ask(server, 3, retries=0)
         assert server.seen[0][1]['Authorization'] == f'Bearer {key}'
-        with pytest.raises(UserError) as error:
-            list(endpoint.ask(server.url, jobs(4)[3:], **FAST))
-    shown = repr(replies) + json.dumps(replies) + str(error.value)
+        shown = repr(replies) + json.dumps(replies) + refused(server, jobs(4)[3:], '401')
     assert 'sk-made' not in shown and '12345678' not in shown and shown.count('[key]') >= 4
-
-
-KEY = r'sk-a.b*c+(d|e)$[f]"\'/&<_09Zz'  # characters of regular expressions, json, HTML and URLs
-
-
-def shown_by(behave_or_play, raw=False, **options):
-    """All that a user of the endpoint ever sees of its replies: text, json and reasons."""
-    options = FAST | {'retries': 0, 'concurrency': 1} | options
-    with (serve_raw if raw else serve)(behave_or_play) as server:
-        try:
-            replies = list(endpoint.ask(server if raw else server.url, jobs(1), **options))
-        except UserError as error:
-            return str(error)
-        return json.dumps(replies, ensure_ascii=False) + replies[0].error if replies[0].error else json.dumps(replies)
 
 
 BROKEN = {
@@ -253,14 +277,18 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize('library', ['httpx', 'httpx2'])
+@pytest.fixture
+def http(request, monkeypatch):
+    """The HTTP library of a parameter."""
+    library = pytest.importorskip(request.param)
+    monkeypatch.setattr(endpoint, '_http', lambda: library)
+
+
+@pytest.mark.parametrize('http', ['httpx', 'httpx2'], indirect=True)
 @pytest.mark.parametrize('where', BROKEN)
-def test_no_part_of_a_reply_shows_the_key(where, library, monkeypatch):
+def test_no_part_of_a_reply_shows_the_key(where, http, key):
     """The HTTP library quotes what it cannot read."""
-    http = pytest.importorskip(library)
-    monkeypatch.setattr(endpoint, '_http', lambda: http)
-    monkeypatch.setenv('NANOPREF_API_KEY', KEY)
-    shown = shown_by(lambda connection, n: connection.sendall(BROKEN[where].replace(b'KEY', KEY.encode())), raw=True)
+    shown = shown_by(sends(BROKEN[where].replace(b'KEY', KEY.encode())), raw=True)
     assert shown and not leaks(shown, KEY)
 
 
@@ -327,37 +355,20 @@ def test_a_short_key_leaves_answers_alone(monkeypatch):
     assert 'wrong key [key].' in shown_by(lambda n, body: (401, 'wrong key EMPTY.'))
 
 
-def test_the_passwords_of_a_proxy(monkeypatch):
+def test_the_passwords_of_a_proxy(monkeypatch, key):
     """They stand in the environment, and in the pages of proxies."""
-    monkeypatch.setenv('NANOPREF_API_KEY', KEY)
-    page = 'HTTP/1.1 407 No\r\n\r\nGET x\r\nProxy-Authorization: Basic {}\r\nAuthorization: Bearer {}'
-    login = base64.b64encode(b'me:p@ss-word-77').decode()
-    seen = []
+    login, seen = base64.b64encode(b'me:p@ss-word-77').decode(), []
+    page = f'HTTP/1.1 407 No\r\n\r\nGET x\r\nProxy-Authorization: Basic {login}\r\nAuthorization: Bearer {KEY}'
 
     def play(connection, n):
         seen.append(n)
-        connection.sendall(page.format(login, KEY).encode())
+        sends(page.encode())(connection, n)
 
     with serve_raw(play) as url:
         for name in ('HTTP_PROXY', 'http_proxy'):
             monkeypatch.setenv(name, url.replace('//', '//me:p%40ss-word-77@'))
-        with pytest.raises(UserError) as error:
-            list(endpoint.ask('http://host.invalid', jobs(1), **FAST))
-    assert seen and login[8:-4] not in str(error.value) and not leaks(str(error.value), KEY)
-    monkeypatch.setenv('ALL_PROXY', 'foo://me:p%40ss-word-77@127.0.0.1:1')
-    with pytest.raises(UserError, match='as the environment asks') as error:
-        list(endpoint.ask('http://127.0.0.1:9', jobs(1), **FAST))
-    assert 'ss-word' not in str(error.value)
-
-
-@pytest.mark.parametrize('status', [301, 302, 303, 307, 308])
-def test_no_redirect_carries_the_key_away(status, monkeypatch):
-    monkeypatch.setenv('NANOPREF_API_KEY', KEY)
-    with serve(lambda n, body: 'stolen') as thief:
-        with serve(lambda n, body: (status, '', {'Location': thief.url + '/v1/chat/completions'})) as server:
-            with pytest.raises(UserError, match=f'HTTP {status} .*see that the address'):
-                list(endpoint.ask(server.url, jobs(3), **FAST))
-        assert not thief.seen
+        shown = refused('http://host.invalid', 1, None)
+    assert seen and login[8:-4] not in shown and not leaks(shown, KEY)
 
 
 def test_messages_move_no_cursor():
@@ -399,15 +410,13 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize(
-    'what, library',
-    [(what, 'httpx2') for what in ENDLESS] + [('a header', 'httpx'), ('continue', 'httpx'), ('chunks', 'httpx')],
+    'what, http',
+    [(what, 'httpx2') for what in ENDLESS] + [(what, 'httpx') for what in ('a header', 'continue', 'chunks')],
+    indirect=['http'],
 )
-def test_a_time_out_holds_for_the_whole_reply(what, library, monkeypatch):
-    http = pytest.importorskip(library)
-    monkeypatch.setattr(endpoint, '_http', lambda: http)
-    began = time.monotonic()
-    assert 'no reply within 0.3 s' in shown_by(ENDLESS[what], raw=True, timeout=0.3)
-    assert time.monotonic() - began < 2.5
+def test_a_time_out_holds_for_the_whole_reply(what, http):
+    with within(2.5):
+        assert 'no reply within 0.3 s' in shown_by(ENDLESS[what], raw=True, timeout=0.3)
 
 
 def test_a_time_out_holds_for_the_second_request_of_a_connection():
@@ -418,64 +427,59 @@ def test_a_time_out_holds_for_the_second_request_of_a_connection():
         receive(connection)
         ENDLESS['continue'](connection, n)
 
-    with serve_raw(play) as url:
-        began = time.monotonic()
-        replies = list(endpoint.ask(url, jobs(2), retries=0, concurrency=1, timeout=0.5))
-    assert replies[0].text == 'ok' and 'no reply within' in replies[1].error and time.monotonic() - began < 3
+    with serve_raw(play) as url, within(3):
+        replies = ask(url, 2, retries=0, concurrency=1)
+    assert replies[0].text == 'ok' and 'no reply within' in replies[1].error
 
 
-def test_a_time_out_holds_for_tls():
-    """A server that shakes no hands, and says nothing more."""
-    with serve_raw(drip(b'\x16\x03\x03\x40\x00', b'\x02')) as url:
-        began = time.monotonic()
+def test_a_time_out_holds_for_tls_for_what_is_sent_and_for_a_proxy(monkeypatch):
+    """A server that shakes no hands and says nothing more, one that reads nothing, a proxy that goes on with itself."""
+    once = {'retries': 0, 'concurrency': 1}
+    with serve_raw(drip(b'\x16\x03\x03\x40\x00', b'\x02')) as url, within(3):
         with contextlib.suppress(UserError, ssl.SSLError):
-            list(endpoint.ask(url.replace('http:', 'https:'), jobs(1), retries=0, concurrency=1, timeout=0.5))
-    assert time.monotonic() - began < 3
+            ask(url.replace('http:', 'https:'), 1, **once)
+    with socket.create_server(('127.0.0.1', 0)) as deaf, within(3):
+        large = [(0, {'messages': 'x' * 20_000_000})]
+        (reply,) = ask(f'http://127.0.0.1:{deaf.getsockname()[1]}', large, **once)
+    assert 'no reply within' in reply.error
+    for name in ('a header', 'continue'):
+        with serve_raw(ENDLESS[name]) as url, within(3):
+            monkeypatch.setenv('https_proxy', url)
+            (reply,) = ask('https://host.invalid', 1, **once)
+        assert 'no reply within' in reply.error
 
 
-def packed(content, headers=b'', code=gzip.compress):
+def packed(content, code=gzip.compress, name=b'gzip'):
     content = code(content)
-    return OK + headers + b'Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n' % len(content) + content
+    return OK + b'Content-Encoding: %s\r\nContent-Length: %d\r\n\r\n' % (name, len(content)) + content
+
+
+LONG = json.dumps(completion('a ' * 5000)).encode()
+UNASKED = 'was not asked for'
+# fmt: off
+PACKED = {
+    'gzip': (packed(LONG), 'a a a'),
+    'deflate': (packed(LONG, zlib.compress, b'deflate'), 'a a a'),
+    'half': (packed(LONG, lambda text: gzip.compress(text)[:-20]), 'the packed reply is cut short'),
+    'more': (packed(LONG, lambda text: gzip.compress(text) + b'more'), 'goes on behind its end'),
+    **{name[:10].decode(): (packed(b'x', bytes, name), UNASKED) for name in (b'br', b'zstd', b'gzip, gzip', b'x' * 5000)},
+}
+# fmt: on
+
+
+@pytest.mark.parametrize('reply, words', PACKED.values(), ids=PACKED)
+def test_a_packed_reply_is_read_though_none_was_asked_for(reply, words):
+    assert words in shown_by(sends(reply), raw=True)
 
 
 def test_a_reply_that_begins_with_a_byte_order_mark_is_read():
     assert '"fine"' in shown_by(lambda n, body: (200, '\ufeff' + json.dumps(completion('fine'))))
 
 
-def test_a_time_out_holds_for_what_is_sent_and_for_a_proxy(monkeypatch):
-    """A server that reads nothing, and a proxy that goes on with what it says of itself."""
-    began = time.monotonic()
-    with socket.create_server(('127.0.0.1', 0)) as deaf:
-        url = f'http://127.0.0.1:{deaf.getsockname()[1]}'
-        large = [(0, {'messages': 'x' * 20_000_000})]
-        (reply,) = endpoint.ask(url, large, timeout=0.5, retries=0, concurrency=1)
-    assert 'no reply within' in reply.error
-    for name in ('a header', 'continue'):
-        with serve_raw(ENDLESS[name]) as url:
-            monkeypatch.setenv('https_proxy', url)
-            (reply,) = endpoint.ask('https://host.invalid', jobs(1), timeout=0.5, retries=0, concurrency=1)
-        assert 'no reply within' in reply.error
-    assert time.monotonic() - began < 6
-
-
-def test_a_packed_reply_is_read_though_none_was_asked_for():
-    reply = json.dumps(completion('a ' * 5000)).encode()
-    assert 'a a a' in shown_by(lambda connection, n: connection.sendall(packed(reply)), raw=True)
-    deflated = packed(reply, code=zlib.compress).replace(b'gzip', b'deflate')
-    assert 'a a a' in shown_by(lambda connection, n: connection.sendall(deflated), raw=True)
-    half = packed(reply, code=lambda text: gzip.compress(text)[:-20])
-    assert 'the packed reply is cut short' in shown_by(lambda connection, n: connection.sendall(half), raw=True)
-    more = packed(reply, code=lambda text: gzip.compress(text) + b'more')
-    assert 'goes on behind its end' in shown_by(lambda connection, n: connection.sendall(more), raw=True)
-    for other in (b'br', b'zstd', b'gzip, gzip', b'x' * 5000):
-        reply = OK + b'Content-Encoding: ' + other + b'\r\nContent-Length: 1\r\n\r\nx'
-        assert 'was not asked for' in shown_by(lambda connection, n: connection.sendall(reply), raw=True)  # noqa: B023
-
-
 @pytest.mark.parametrize('content', [b'0' * 250_000_000, b'[],' * 20_000_000, b'{"a":1},' * 8_000_000])
 def test_a_bomb_is_not_unpacked(content):
     """A megabyte on the wire, 250 in memory; or 60 in memory, of which the reader of json makes 1,600."""
-    bomb, asked = packed(content, code=lambda text: gzip.compress(text, 1)), []
+    bomb, asked = packed(content, lambda text: gzip.compress(text, 1)), []
     del content
 
     def play(connection, n):
@@ -486,7 +490,7 @@ def test_a_bomb_is_not_unpacked(content):
     shown = shown_by(play, raw=True, timeout=30, retries=3)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert 'the reply is larger than 64 MB' in shown or 'the reply has more than 2000000 brackets' in shown
+    assert re.search('the reply (is larger than 64 MB|has more than 2000000 brackets)', shown)
     assert peak < 200e6 and len(asked) == 1  # another attempt would cost as much again
 
 
@@ -503,13 +507,9 @@ def test_a_long_honest_reply_takes_time_in_proportion():
     """50 MB in pieces of every size."""
     text = 'the service says "so".\n' * 2_000_000
     content = json.dumps(completion(text)).encode()
-
-    def play(connection, n):
-        connection.sendall(OK + b'Content-Length: %d\r\n\r\n' % len(content) + content)
-
     began = time.process_time()
-    with serve_raw(play) as url:
-        (reply,) = endpoint.ask(url, jobs(1), retries=0, concurrency=1, timeout=60)
+    with serve_raw(sends(OK + b'Content-Length: %d\r\n\r\n' % len(content) + content)) as url:
+        (reply,) = ask(url, 1, retries=0, concurrency=1, timeout=60)
     assert reply.text == text and time.process_time() - began < 10
 
 
@@ -527,16 +527,25 @@ def test_taking_out_a_key_takes_time_in_proportion(flood):
 
 # ---- replies of any type ----
 
+# fmt: off
 VALUES = ['null', 'true', '0', '-1', '1.5', '1e999', '-1e999', 'NaN', 'Infinity', '9' * 30, '9' * 5000, '"12"', '""', '[]', '[1]',
-          '{}', '{"a": [null]}', r'"\ud800"', '[' * 99999]  # fmt: skip
+          '{}', '{"a": [null]}', r'"\ud800"', '[' * 99999]
+# fmt: on
 
 
 @pytest.mark.parametrize('value', VALUES)
 def test_every_field_may_be_of_any_type(value):
     """A reply is read, or a reason is given; what is read can be written and read again by any reader of json."""
     reply = '{"choices": [{"message": {"content": "fine", "role": V}, "finish_reason": V, "index": V, "logprobs": V}], "usage": V}'
-    fields = ['{"choices": V}', '{"choices": [V]}', '{"choices": [{"message": V}]}', '{"error": V}', '{"detail": V}', 'V',
-              '{"error": {"message": V, "code": V}}', '{"choices": [{"message": {"content": V}}]}']  # fmt: skip
+    fields = [
+        '{"choices": V}',
+        '{"choices": [V]}',
+        '{"choices": [{"message": V}]}',
+        '{"error": V}',
+        '{"detail": V}',
+        'V',
+    ]
+    fields += ['{"error": {"message": V, "code": V}}', '{"choices": [{"message": {"content": V}}]}']
     others = endpoint._Others(KEY)
     for status in (200, 400, 429, 500, 404):
         response = SimpleNamespace(status_code=status, headers={})
@@ -550,21 +559,3 @@ def test_every_field_may_be_of_any_type(value):
             assert status == 200 and isinstance(text, str) and text.encode() is not None
             assert json.loads(json.dumps(raw, allow_nan=False)) == raw
             assert form != reply or text == 'fine'
-
-
-def test_a_key_that_no_header_takes(monkeypatch):
-    monkeypatch.setenv('NANOPREF_API_KEY', 'sk-\u2028secret')
-    with pytest.raises(UserError, match='characters that no key has') as error:
-        list(endpoint.ask('http://127.0.0.1:9', jobs(1)))
-    assert 'secret' not in str(error.value)
-
-
-def test_stopping_early_asks_no_more():
-    with serve(lambda n, body: {'do': 'hang'} if number(body) else 'ok') as server:
-        began = time.monotonic()
-        replies = endpoint.ask(server.url, jobs(50), timeout=30, concurrency=4)
-        assert next(replies).text == 'ok'
-        replies.close()  # as Ctrl-C does
-        assert time.monotonic() - began < 3
-        time.sleep(0.2)
-        assert len(server.seen) == 4

@@ -12,8 +12,10 @@ from hf import generate, load
 from text import toy
 
 EOS = toy.tokenizer().eos_token_id
-STOPS = range(100, 180)  # ends of the generation config, so many that most answers meet one; the end of text is another
+STOPS = range(100, 180)  # ends of the generation config, so many that most answers meet one
+ENDS = {EOS, *STOPS}
 LENGTH = 10  # tokens of the longest answer
+PPO = ['--n_examples=16', '--batch_size=16', '--minibatch_size=16', '--ppo_epochs=1', f'--max_new_tokens={LENGTH}']
 
 
 @pytest.fixture(scope='module')
@@ -49,10 +51,8 @@ def raw(monkeypatch):
 
 def sampled(row):
     """A row of `raw` to its first end, which belongs to it."""
-    for place, token in enumerate(row):
-        if token == EOS or token in STOPS:
-            return row[: place + 1]
-    return row
+    ends = [place for place, token in enumerate(row) if token in ENDS]
+    return row[: ends[0] + 1] if ends else row
 
 
 def logps(net, prompt, answer):
@@ -63,49 +63,46 @@ def logps(net, prompt, answer):
     return all_logps[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize('flags', [['--reward_model=gold'], ['--reward_model=gold', '--loss=grpo', '--group_size=4']])
+def shown(row):
+    """The text of an answer as samples.jsonl has it, without its end."""
+    return toy.tokenizer().decode(row[:-1] if row[-1] in ENDS else row)
+
+
+@pytest.mark.parametrize('flags', [[], ['--loss=grpo', '--group_size=4']])
 def test_ppo_trains_on_what_was_sampled(folders, raw, tmp_path, flags):
-    flags = [*flags, '--n_examples=16', '--batch_size=16', '--minibatch_size=16', '--ppo_epochs=1', '--n_eval_examples=8',
-             '--do_first_eval=false', f'--max_new_tokens={LENGTH}', '--missing_eos_penalty=3']  # fmt: skip
-    done = run_script('ppo.py', f'--model={folders}/policy', f'--out_dir={tmp_path}/run', *flags)
-    wanted = sorted(map(sampled, raw[:16]))
-    examples = done['answered'].examples
-    trained = [examples.ids[start:end].tolist() for start, end in examples.spans[:, 1:].reshape(-1, 2)]
-    assert sorted(trained) == wanted
-    own = [answer[-1] in STOPS for answer in trained]
-    cut = [answer[-1] != EOS and not other for answer, other in zip(trained, own, strict=True)]
-    assert any(own) and any(cut)  # both kinds are there
+    flags = [*flags, '--reward_model=gold', '--n_eval_examples=8', '--do_first_eval=false', '--missing_eos_penalty=3']
+    done = run_script('ppo.py', *PPO, f'--model={folders}/policy', f'--out_dir={tmp_path}/run', *flags)
+    answered = done['answered']
+    trained = [answer.tolist() for _, answers in answered.examples for answer in answers]
+    assert sorted(trained) == sorted(map(sampled, raw[:16]))
+    ended = [answer[-1] in ENDS for answer in trained]
+    assert any(answer[-1] in STOPS for answer in trained) and not all(ended)
+    assert answered.answers['ended'].tolist() == ended
     (row,) = metrics(tmp_path / 'run', 'train')
-    assert row['ended/train'] == pytest.approx(1 - np.mean(cut))
+    assert row['ended/train'] == pytest.approx(np.mean(ended))
     assert row['length/train'] == np.mean([len(answer) for answer in trained])
-    assert done['answered'].answers['ended'].tolist() == [not x for x in cut]
     # the log-probs of the tokens that were sampled: a random model gives each about 1/512, and none of them e^-14
-    plain = load.load_model(f'{folders}/policy')
-    prompt = examples[0][0].tolist()
-    first = done['answered'].tokens['old'][: len(trained[0])]
-    assert first.tolist() == pytest.approx(logps(plain, prompt, trained[0]).tolist(), abs=1e-3)
-    (evaluated,) = metrics(tmp_path / 'run', 'eval')
+    expected = logps(load.load_model(f'{folders}/policy'), answered.examples[0][0].tolist(), trained[0])
+    assert answered.tokens['old'][: len(trained[0])].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+    # the evaluation
     rows = list(map(sampled, raw[16:]))
-    assert evaluated['ended/eval'] == np.mean([row[-1] == EOS or row[-1] in STOPS for row in rows])
-    # samples.jsonl shows the answers without their ends, as before
-    shown = [row['response'] for row in read_jsonl(tmp_path / 'run/samples.jsonl')]
-    bodies = [row[:-1] if row[-1] == EOS or row[-1] in STOPS else row for row in rows]
-    assert sorted(shown) == sorted(toy.tokenizer().decode(body) for body in bodies)
+    (evaluated,) = metrics(tmp_path / 'run', 'eval')
+    assert evaluated['ended/eval'] == np.mean([row[-1] in ENDS for row in rows])
+    texts = [row['response'] for row in read_jsonl(tmp_path / 'run/samples.jsonl')]
+    assert sorted(texts) == sorted(map(shown, rows))
 
 
 def test_a_reward_model_reads_at_the_end_that_was_sampled(folders, raw, tmp_path):
-    flags = ['--n_examples=16', '--batch_size=16', '--minibatch_size=16', '--ppo_epochs=1', '--n_eval_examples=0',
-             f'--max_new_tokens={LENGTH}', f'--reward_model={folders}/reward']  # fmt: skip
-    done = run_script('ppo.py', f'--model={folders}/policy', f'--out_dir={tmp_path}/run', *flags)
+    flags = ['--n_eval_examples=0', f'--model={folders}/policy', f'--reward_model={folders}/reward']
+    answered = run_script('ppo.py', *PPO, f'--out_dir={tmp_path}/run', *flags)['answered']
     net = transformers.AutoModelForSequenceClassification.from_pretrained(folders / 'reward').eval()
-    assert any(done['answered'].answers['ended']) and not all(done['answered'].answers['ended'])
-    for i, ended in enumerate(done['answered'].answers['ended'].tolist()):
-        prompt, (answer,) = done['answered'].examples[i]
+    assert any(answered.answers['ended']) and not all(answered.answers['ended'])
+    for i, ended in enumerate(answered.answers['ended'].tolist()):
+        prompt, (answer,) = answered.examples[i]
         ids = [*prompt.tolist(), *answer.tolist()] + [EOS] * (not ended)  # a cut answer gets the end of training
         with torch.no_grad():
-            assert done['answered'].answers['score'][i].item() == pytest.approx(
-                net(torch.tensor([ids])).logits.item(), abs=1e-4
-            )
+            expected = net(torch.tensor([ids])).logits.item()
+        assert answered.answers['score'][i].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_scores_know_other_ends(folders):
@@ -131,8 +128,7 @@ def test_kl_of_samples_is_of_what_was_sampled(folders, raw, tmp_path):
         prompt, answer = toy.tokenizer().encode(line['prompt']), sampled(row)
         gaps.append((logps(policy, prompt, answer) - logps(reference, prompt, answer)).sum().item())
         lengths.append(len(answer))
-        body = answer[:-1] if answer[-1] == EOS or answer[-1] in STOPS else answer
-        assert line['response'] == toy.tokenizer().decode(body)
+        assert line['response'] == shown(answer)
     assert any(sampled(row)[-1] in STOPS for row in raw[:8])
     row = metrics(tmp_path / 'run', 'eval')[0]
     assert row['kl_eval/samples'] == pytest.approx(np.mean(gaps), abs=1e-3)
@@ -142,9 +138,10 @@ def test_kl_of_samples_is_of_what_was_sampled(folders, raw, tmp_path):
 def test_generate_keeps_the_end_if_asked(folders, raw):
     net, tokenizer = load.load_model(f'{folders}/policy'), toy.tokenizer()
     stop = generate.stop_tokens(net, tokenizer)
-    assert stop == {EOS, *STOPS}
-    settings = {'max_new_tokens': LENGTH}
-    whole = generate.generate(net, tokenizer, [[5, 6]] * 16, range(16), keep_end=True, **settings)
-    bare = generate.generate(net, tokenizer, [[5, 6]] * 16, range(16), **settings)
+    assert stop == ENDS
+    whole, bare = (
+        generate.generate(net, tokenizer, [[5, 6]] * 16, range(16), keep_end=keep_end, max_new_tokens=LENGTH)
+        for keep_end in (True, False)
+    )
     assert whole == list(map(sampled, raw[:16])) and any(len(answer) == 1 for answer in whole)
     assert bare == [generate.without_end(answer, stop) for answer in whole]

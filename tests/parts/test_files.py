@@ -6,7 +6,9 @@ import gzip
 import json
 import lzma
 import os
+import sys
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,8 @@ import pyarrow.parquet
 import pytest
 
 from configurator import UserError
-from text import files, sources
+from tests.helpers import write_jsonl
+from text import files, sources, tokenise, toy
 from text.readers import PACKED
 
 ROWS = [{'prompt': f'q "{i}",\n', 'response': f'ä{i}', 'good': bool(i % 2)} for i in range(200)]
@@ -313,7 +316,7 @@ def test_splits_and_configs_of_the_hub(monkeypatch, source, there, train, test):
         return ROWS
 
     names = SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=lambda hub_id, config_name=None: there)
-    monkeypatch.setitem(__import__('sys').modules, 'datasets', names)
+    monkeypatch.setitem(sys.modules, 'datasets', names)
     for split in ('train', 'test'):
         sources.load_rows(source, split)
     assert asked == [('o/n', *train), ('o/n', *test)]
@@ -328,7 +331,7 @@ def test_what_the_hub_asks_to_choose(monkeypatch):
         )
 
     fake = SimpleNamespace(get_dataset_split_names=lambda hub_id: HUB)
-    monkeypatch.setitem(__import__('sys').modules, 'datasets', fake)
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
     with pytest.raises(
         UserError, match=r"o/n has several splits; there are train_prefs, .*say which: --data='o/n\[train_prefs\]'"
     ):
@@ -338,3 +341,65 @@ def test_what_the_hub_asks_to_choose(monkeypatch):
         sources.load_rows('o/n', 'train')
     with pytest.raises(UserError, match=r"the reader 'hh' chooses the split itself: leave \[x\] out"):
         sources.load_rows('hh[x]', 'train')
+
+
+# ---- size ----
+
+LIMITS = {'max_length': 32, 'max_prompt_length': 16}
+PAIRS = [{'prompt': f'the room {i}', 'chosen': f' was clean {i}', 'rejected': ' was dull'} for i in range(400)]
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """load(split, **options) -> (ids of all parts, left_out, the Examples) of 400 pairs; load.read: rows that were read so far."""
+    source, tokenizer, original = write_jsonl(tmp_path / 'pairs.jsonl', PAIRS), toy.tokenizer(), sources.read_rows
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(tokenise, 'CHUNK', 30)
+
+    def read_rows(*args, **options):
+        for row in original(*args, **options):
+            load.read += 1
+            yield row
+
+    def load(split, **options):
+        found = tokenise.load_examples(source, split, tokenizer, 'pairs', **LIMITS | options)
+        return (
+            [[part.tolist() for part in (p, *a)] for p, a in map(found.__getitem__, range(len(found)))],
+            found.left_out,
+            found,
+        )
+
+    load.read = 0
+    monkeypatch.setattr(sources, 'read_rows', read_rows)
+    return load
+
+
+def test_both_parts_are_of_one_reading(load):
+    alone = [load(split, cache=False)[:2] for split in ('train', 'test')]
+    assert load.read == 800
+    for _ in range(2):  # the second time from the cache
+        assert [load(split)[:2] for split in ('train', 'test')] == alone and load.read == 1200
+    found = load('train')[2]
+    assert 0 < len(alone[1][0]) < 40 and not found.ids.flags.owndata and not found.ids.flags.writeable
+
+
+def test_many_ids_are_kept_in_a_file(load, monkeypatch):
+    before = load('train', cache=False)[0]
+    monkeypatch.setattr(tokenise, 'SPILL', 100)
+    assert load('train', cache=False)[0] == before
+
+
+@pytest.mark.parametrize('all_first', [False, True])
+def test_a_few_examples_are_the_first_and_need_few_rows(load, all_first):
+    enough = {'train': 50, 'test': 2}
+    wanted = [load(split, cache=all_first)[0][: enough[split]] for split in ('train', 'test')]
+    before = load.read
+    for _ in range(2):
+        assert [load(split, enough=enough)[0] for split in ('train', 'test')] == wanted
+    assert load.read == before if all_first else load.read - before <= 180
+
+
+def test_repeated_demonstrations_are_counted(tmp_path):
+    rows = [sources.Row(row) for row in PAIRS[:3] + PAIRS[:2]]
+    assert tokenise.tokenise(rows, toy.tokenizer(), 'sft', 32, 16, 'start', counts := Counter()).left_out == counts
+    assert counts == {'same demonstration again': 2}

@@ -1,33 +1,29 @@
 """wandb and tensorboard, read back with what they offer for it; what is missing is said before anything is loaded."""
 
 import importlib.machinery
+import itertools
 import json
-import os
-import runpy
 import shutil
 import struct
-import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
+from helpers import end_process_group, metrics, python, read_jsonl, run_script, write_jsonl
 
 import training
 from configurator import UserError
 from runtime import log
 
-ROOT = Path(__file__).resolve().parents[2]
 KEY = 'f00dfeed' * 5  # what a key looks like: must not appear in anything that is written
 
 
 def dpo(folder, *flags, status=0):
     """dpo.py in a process of its own, so that it ends as it ends for the user."""
-    command = [sys.executable, 'dpo.py', '--n_examples=64', '--batch_size=16', '--save_every=16', '--keep_last=9', '--lr=1e-3',
-               '--eval_every=32', '--n_eval_examples=8', '--warmup_steps=0', f'--out_dir={folder}/run']  # fmt: skip
-    given = {flag.partition('=')[0] for flag in flags}
-    command = [x for x in command if x.partition('=')[0] not in given] + list(flags)
-    environment = os.environ | {'WANDB_MODE': 'offline', 'WANDB_API_KEY': KEY, 'NANOPREF_CACHE': str(folder / 'cache')}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    given = ['--n_examples=64', '--batch_size=16', '--save_every=16', '--keep_last=9', '--lr=1e-3', '--eval_every=32',
+             '--n_eval_examples=8', '--warmup_steps=0', f'--out_dir={folder}/run', *flags]  # fmt: skip
+    last = {flag.partition('=')[0]: flag for flag in given}
+    done = python('dpo.py', *last.values(), WANDB_MODE='offline', WANDB_API_KEY=KEY, NANOPREF_CACHE=folder / 'cache')
     assert done.returncode == status, done.stderr[-2000:]
 
 
@@ -67,17 +63,13 @@ def installed(name):
         return False
 
 
-def metrics(out):
-    return [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
-
-
 def test_tensorboard_shows_the_metrics_once(resumed):
     pytest.importorskip('tensorboard', reason='tensorboard is not installed')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(resumed))
     events.Reload()
-    names = {k for row in metrics(resumed) for k in row} - {'split'}
+    names = {k for row in read_jsonl(resumed / 'metrics.jsonl') for k in row} - {'split'}
     assert set(events.Tags()['scalars']) == names and 'rewards_eval/accuracies' in names
     for name in ('loss/train', 'loss/eval', 'lr', 'grad_norm'):
         shown = [(event.step, event.value) for event in events.Scalars(name)]
@@ -115,9 +107,7 @@ def test_wandb_goes_on_in_the_same_run(resumed):
     by_step = {}
     for row in metrics(resumed):
         by_step.setdefault(row['counters/examples'], {}).update(row)
-    for row in second:
-        expected = {k: v for k, v in by_step[row['_step']].items() if not k.endswith('_per_second')}
-        assert {k: row[k] for k in expected} == expected
+    assert all(row.items() >= by_step[row['_step']].items() for row in second)
 
 
 def test_an_error_does_not_cost_the_rows_before_it(tmp_path):
@@ -131,19 +121,8 @@ def test_an_error_does_not_cost_the_rows_before_it(tmp_path):
 def test_no_secrets(resumed):
     for file in resumed.rglob('*'):
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
-    assert set(json.loads((resumed / 'config.json').read_text())) == {
-        'config',
-        'command',
-        'commit',
-        'versions',
-        'contents',
-    }
-
-
-def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, 'argv', ['dpo.py', *flags])
-    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
-    runpy.run_path(str(ROOT / 'dpo.py'), run_name='script')
+    names = {'config', 'command', 'commit', 'versions', 'contents'}
+    assert json.loads((resumed / 'config.json').read_text()).keys() == names
 
 
 @pytest.mark.parametrize(('flag', 'name'), [('--wandb=toy', 'wandb'), ('--tensorboard', 'tensorboard')])
@@ -153,31 +132,14 @@ def test_a_missing_package_is_said_before_loading(flag, name, monkeypatch, tmp_p
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(training, 'load_tokenizer', lambda *a: pytest.fail('loaded something first'))
     with pytest.raises(UserError, match=f'^--{name} needs a package that is not installed: pip install {name}$'):
-        run(monkeypatch, flag, f'--out_dir={tmp_path}/a/b')
+        run_script('dpo.py', flag, f'--out_dir={tmp_path}/a/b')
     assert not (tmp_path / 'a').exists()
-
-
-def test_no_key_is_said_before_loading(monkeypatch, tmp_path):
-    wandb = pytest.importorskip('wandb', reason='wandb is not installed')
-
-    def login():
-        raise wandb.errors.UsageError('No API key configured.\nMore.')
-
-    monkeypatch.setattr(wandb, 'login', login)
-    monkeypatch.delenv('WANDB_MODE', raising=False)
-    with pytest.raises(
-        UserError, match='^--wandb: No API key configured. Or set WANDB_API_KEY, or WANDB_MODE=offline.$'
-    ):
-        log.check_trackers('toy', False)
-    monkeypatch.setenv('WANDB_MODE', 'offline')
-    log.check_trackers('toy', False)
 
 
 def test_a_run_that_fails_early_leaves_nothing(tmp_path):
     (tmp_path / 'there').mkdir()
     for out, left in (('new/deep', ['there']), ('there', ['.lock', 'there'])):
-        command = [sys.executable, 'dpo.py', '--model=./nowhere', f'--out_dir={tmp_path}/{out}']
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = python('dpo.py', '--model=./nowhere', f'--out_dir={tmp_path}/{out}')
         assert done.returncode == 2 and "no model folder './nowhere'" in done.stderr
         assert sorted(x.name for x in tmp_path.rglob('*')) == left
 
@@ -186,7 +148,7 @@ def test_a_run_that_fails_early_leaves_nothing(tmp_path):
 
 
 class Broken:
-    """A stand-in for wandb, or for tensorboard's writer, that fails where it is told to, with what it is told to raise."""
+    """A stand-in for wandb, or for tensorboard's writer, that fails in the calls it is told to, with what it is told to raise."""
 
     Error = type('Error', (Exception,), {})
     __spec__ = importlib.machinery.ModuleSpec('wandb', None)  # transformers looks for it
@@ -196,7 +158,7 @@ class Broken:
 
     def _call(self, name):
         self.calls.append(name)
-        if name == self.where:
+        if name in self.where.split():
             raise self.error
 
     def login(self):
@@ -231,35 +193,14 @@ def with_broken(monkeypatch, name, tool):
     return '--tensorboard'
 
 
-def in_process(monkeypatch, tmp_path, script, *flags):
-    """Run a script here, and leave no process group behind."""
-    import torch
-    import torch.distributed as dist
-
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
-    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
-    monkeypatch.setattr(sys, 'argv', [script, *flags])
-    try:
-        return runpy.run_path(str(ROOT / script), run_name='script')
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 SHORT = ['--n_examples=8', '--batch_size=4', '--n_eval_examples=4', '--eval_every=4']
-SCRIPTS = {
-    'dpo.py': SHORT,
-    'sft.py': SHORT,
-    'reward.py': SHORT,
-    'ppo.py': [*SHORT, '--minibatch_size=4', '--ppo_epochs=1', '--max_new_tokens=4', '--reward_model=gold'],
-}
+PPO = ['--minibatch_size=4', '--ppo_epochs=1', '--max_new_tokens=4', '--reward_model=gold']
+SCRIPTS = {'dpo.py': SHORT, 'sft.py': SHORT, 'reward.py': SHORT, 'ppo.py': [*SHORT, *PPO]}
+ERRORS = [RuntimeError('no more\nroom'), OSError(28, 'No space left'), ValueError(), SystemExit(1)]
 
 
-@pytest.mark.parametrize(
-    'error', [RuntimeError('no more\nroom'), OSError(28, 'No space left'), ValueError(), SystemExit(1)]
-)
-@pytest.mark.parametrize('where', ['init', 'log', 'finish'])
+@pytest.mark.parametrize('error', ERRORS)
+@pytest.mark.parametrize('where', ['init', 'log', 'finish', 'log finish'])
 @pytest.mark.parametrize('name', ['wandb', 'tensorboard'])
 def test_a_tracker_that_fails_costs_one_note(name, where, error, monkeypatch, tmp_path, capsys):
     tool = Broken(where, error)
@@ -274,11 +215,10 @@ def test_a_tracker_that_fails_costs_one_note(name, where, error, monkeypatch, tm
     out = capsys.readouterr().out
     notes = [line for line in out.splitlines() if line.startswith('note: ')]
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    assert notes == [
-        f'note: {name} failed ({reason}): rows may be missing there; {tmp_path}/metrics.jsonl has all of them'
-    ]
+    where_all_are = f'rows may be missing there; {tmp_path}/metrics.jsonl has all of them'
+    assert notes == [f'note: {name} failed ({reason}): {where_all_are}']
     assert [row['counters/examples'] for row in metrics(tmp_path)] == [4, 8]
-    assert tool.calls.count('log') == {'init': 0, 'log': 1, 'finish': len(tool.rows)}[where]
+    assert tool.calls.count('log') == {'init': 0, 'log': 1, 'finish': len(tool.rows), 'log finish': 1}[where]
     assert tool.calls.count('finish') == (where != 'init')  # what came before the failure is written out
 
 
@@ -286,11 +226,12 @@ def test_a_tracker_that_fails_costs_one_note(name, where, error, monkeypatch, tm
 def test_a_run_goes_on_without_its_tracker(script, name, monkeypatch, tmp_path, capsys):
     flag = with_broken(monkeypatch, name, Broken('log'))
     monkeypatch.setenv('WANDB_MODE', 'offline')
-    in_process(monkeypatch, tmp_path, script, *SCRIPTS[script], flag, f'--out_dir={tmp_path}/run')
+    run_script(script, *SCRIPTS[script], flag, f'--out_dir={tmp_path}/run')
     out = capsys.readouterr().out
     assert out.count('note: ') == out.count(f'note: {name} failed (no more)') == 1 and 'done: ' in out
-    seen = [row['counters/examples'] for row in metrics(tmp_path / 'run') if row['split'] == 'train']
-    assert seen == [4, 8] and (tmp_path / 'run/model').is_dir()
+    assert [row['counters/examples'] for row in metrics(tmp_path / 'run', 'train')] == [4, 8] and (
+        tmp_path / 'run/model'
+    ).is_dir()
 
 
 def test_a_key_in_a_failure_is_not_shown(monkeypatch, tmp_path, capsys):
@@ -301,13 +242,24 @@ def test_a_key_in_a_failure_is_not_shown(monkeypatch, tmp_path, capsys):
     assert 'bad key ...' in (out := capsys.readouterr().out) and KEY not in out
 
 
-@pytest.mark.parametrize('error', [Broken.Error(), ConnectionError('no way\nthere'), SystemExit('no terminal')])
-def test_a_login_that_fails_is_one_sentence(error, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'wandb', Broken('login', error))
+LOGINS = {
+    'no more': Broken.Error('no more\nroom'),  # as where no key is configured
+    'no way': ConnectionError('no way\nthere'),
+    'no terminal': SystemExit('no terminal'),
+    'Error': Broken.Error(),
+}
+
+
+@pytest.mark.parametrize('reason', LOGINS)
+def test_a_login_that_fails_is_one_sentence(reason, monkeypatch):
+    tool = Broken('login', LOGINS[reason])
+    tool.error = LOGINS[reason]
+    monkeypatch.setitem(sys.modules, 'wandb', tool)
     monkeypatch.delenv('WANDB_MODE', raising=False)
-    reason = (str(error).splitlines() or ['Error'])[0]
-    with pytest.raises(UserError, match=f'^--wandb: {reason} Or set WANDB_API_KEY, or WANDB_MODE=offline.$'):
+    with pytest.raises(UserError, match=rf'^--wandb fails \({reason}\): set WANDB_API_KEY, or WANDB_MODE=offline$'):
         log.check_trackers('toy', False)
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    log.check_trackers('toy', False)
 
 
 def test_a_package_that_is_broken_is_said(monkeypatch):
@@ -315,9 +267,8 @@ def test_a_package_that_is_broken_is_said(monkeypatch):
         raise TypeError('Descriptors cannot be created directly.\nMore.')
 
     monkeypatch.setattr(log.importlib, 'import_module', broken)
-    with pytest.raises(
-        UserError, match=r'^--tensorboard: its package fails \(Descriptors cannot be created directly.\)'
-    ):
+    words = r'^--tensorboard fails \(Descriptors cannot be created directly.\): install it anew'
+    with pytest.raises(UserError, match=words):
         log.check_trackers(None, True)
 
 
@@ -329,34 +280,35 @@ def test_per_second():
     assert all(value != value for value in (log.per_second(6, 0), log.per_second(0, 0.0), log.per_second(6, -1)))
 
 
-@pytest.mark.parametrize(
-    ('script', 'step'), [(name, 0) for name in [*SCRIPTS, 'sample.py', 'tools/bench.py', 'label.py']] + [('dpo.py', -5)]
-)
+OTHERS = {
+    'sample.py': '--n_examples=4 --max_new_tokens=4 --out_dir={0}/run',
+    'tools/bench.py': '--model=toy --data=synthetic --vocabulary=500 --prompt_tokens=5 --answer_tokens=5 --n_steps=1 --batch_size=2 '
+                      '--out={0}/bench.json',
+    'label.py': '--gold=toy --answers={0}/samples.jsonl --out_dir={0}/run',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('script, step', [*((name, 0) for name in (*SCRIPTS, *OTHERS)), ('dpo.py', -5)])
 def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_path, capsys):
     """Rates are then unknown: no row holds one, no run ends for it."""
-    import itertools
-    import time
-
-    out = tmp_path / 'run'
     answers = [{'prompt': 'Review of the hotel:', 'sample': i, 'generator': 'x', 'response': f' the bed was {word} .'}
                for i, word in enumerate(('nice', 'dull'))]  # fmt: skip
-    (tmp_path / 'samples.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in answers))
-    flags = {
-        'sample.py': ['--n_examples=4', '--max_new_tokens=4', f'--out_dir={out}'],
-        'tools/bench.py': ['--model=toy', '--data=synthetic', '--vocabulary=500', '--prompt_tokens=5', '--answer_tokens=5', '--n_steps=1',
-                     '--batch_size=2', '--variants=padded cached', f'--out={tmp_path}/bench.json'],
-        'label.py': ['--gold=toy', f'--answers={tmp_path}/samples.jsonl', f'--out_dir={out}'],
-    }.get(script) or [*SCRIPTS[script], f'--out_dir={out}']  # fmt: skip
+    write_jsonl(tmp_path / 'samples.jsonl', answers)
+    flags = OTHERS.get(script, '--out_dir={0}/run').format(tmp_path).split() + SCRIPTS.get(script, [])
+    flags += ['--variants=padded cached'] if script == 'tools/bench.py' else []
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    end_process_group()
     with monkeypatch.context() as patch:
         for name in ('time', 'perf_counter', 'process_time'):
             ticks = itertools.count(1e9, step)
             patch.setattr(time, name, lambda ticks=ticks: next(ticks))
-        in_process(patch, tmp_path, script, *flags)
+        run_script(script, *flags)
+    end_process_group()
     printed = capsys.readouterr().out
     assert 'inf' not in printed.lower().replace('information', '')
     if script in SCRIPTS:
         assert 'done: ' in printed and 'nan ex/s  0:00 left' in printed
-        for row in metrics(out):
+        for row in read_jsonl(tmp_path / 'run/metrics.jsonl'):
             assert not any('per_second' in name or name == 'sampling_share' for name in row)
     if script == 'tools/bench.py':
         rows = json.loads((tmp_path / 'bench.json').read_text())['rows']

@@ -5,14 +5,12 @@ The hand-worked pair, used wherever nothing else is said:
   beta = 0.5: beta a = 0.5, beta r = -1, h = beta d = 1.5
 """
 
-import ast
 import inspect
 import itertools
 import math
 import re
 from functools import partial
 from math import exp, expm1, log, log1p
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +70,36 @@ HAND = {
     'kto_zero': ({'beta': 0.5, 'w_good': 1.5, 'w_bad': 2.0}, 1.5 * (1 - S(0.5))),
 }
 KTO = ('kto', 'kto_zero')
+NO_DIV, NO_REF = {'div_w': 0.0, 'div_l': 0.0}, {'ref_w': 0.0, 'ref_l': 0.0}
+# fmt: off
+OTHERWISE = [  # name, changed columns, changed hyper-parameters, the loss: other branches, and limits
+    ('ipo', {}, {'average': False}, 4.0),  # of sums: (3 - 1)^2
+    ('hinge', {}, {'beta': 0.5}, 0.0),  # beyond the margin: 1 - 0.5 * 3 < 0
+    ('slic', {}, {'delta': 1.0}, 1.0),  # beyond it: 0.1 * 10 only
+    ('dpop', {'pi_w': -13.0}, {}, L(-5.0)),  # a = -2, r = -2, d = 0; lam = 5: 0.5 * (0 - 5 * 2)
+    ('kto', {'good': False}, {}, 2 * S(0.3)),  # of a bad answer with a = 1, z = 0.4: 2 (1 - S(0.5 (0.4 - 1)))
+    ('kto_zero', {'good': False}, {}, 2 * S(0.5)),
+    ('kto', {'z': 0.0}, {}, HAND['kto_zero'][1]),
+    *((name, {}, {'label_smoothing': 0.0, 'beta': 0.5}, L(1.5)) for name in ('cdpo', 'robust', 'drdpo', 'aot')),
+    ('tdpo2', {}, {'alpha': 0.0}, L(1.5)),  # is DPO, as without divergences
+    ('tdpo1', NO_DIV, {}, L(1.5)),
+    ('tdpo2', NO_DIV, {}, L(1.5)),
+    ('dpo', NO_REF, {}, L(2.0)),  # reference_free: pi_w - pi_l = 4
+    # tau = 2, h = -20: (1 - S(-10)) L(-20) + S(-10) exp(20), about 20 + exp(10)
+    ('discopop', NO_REF | {'pi_w': -20.0, 'pi_l': 0.0}, {'beta': 1.0, 'tau': 2.0}, (1 - S(-10.0)) * L(-20.0) + S(-10.0) * exp(20.0)),
+]
+SLOPES = [  # name, changed columns, changed hyper-parameters, the derivative in some columns
+    ('dpop', {'pi_w': -13.0}, {}, {'pi_w': -3 * S(5.0)}),  # -S(5) * 0.5 * (1 + 5)
+    # tdpo2 has no gradient through the chosen divergence
+    ('tdpo1', {}, {}, {'div_w': -0.5 * S(-1.2), 'div_l': 0.5 * S(-1.2)}),
+    ('tdpo2', {}, {}, {'div_w': 0.0, 'div_l': 0.25 * S(-1.35)}),
+    # p = -1e-18, q = -1: L is about the inverse odds ratio, e^(q - p) (1 - e^p) / (1 - e^q) = -p e^-1 / (1 - e^-1);
+    # hence the derivative of lam L in p is far from 0; the NLL adds -1
+    ('orpo', {'pi_w': -1e-18, 'pi_l': -1.0, 'n_w': 1.0, 'n_l': 1.0}, {'lam': 0.5}, {'pi_w': -1 - 0.5 * exp(-1) / (1 - exp(-1))}),
+    # L(-2000) = 2000: the form must not be log(sigmoid)
+    ('dpo', NO_REF | {'pi_w': -2000.0, 'pi_l': 0.0}, {'beta': 1.0}, {'pi_w': -1.0}),
+]
+# fmt: on
 
 
 def names(fn):
@@ -93,13 +121,17 @@ def evaluate(name, given=None, dtype=torch.float64, leaves=(), **changes):
     """(loss, {name: input}) of a row of HAND; given replaces inputs, changes replaces hyper-parameters."""
     values = (GOOD if name in KTO else PAIR) | (given or {})
     inputs = [
-        k
-        for x in wanted(name)
-        for k in ((x.replace('ratio', 'pi'), x.replace('ratio', 'ref')) if 'ratio' in x else (x,))
+        made for x in wanted(name) for made in dict.fromkeys((x.replace('ratio', 'pi'), x.replace('ratio', 'ref')))
     ]
     x = {k: torch.as_tensor(values[k], dtype=torch.bool if k == 'good' else dtype).reshape(-1) for k in inputs}
     x = {k: v.clone().requires_grad_() if k in leaves else v for k, v in x.items()}
     return call(name, x, **HAND[name][0] | changes), x
+
+
+def gradients(loss, x):
+    """name -> gradient of the sum of a loss in those inputs that require one."""
+    leaves = {k: v for k, v in x.items() if v.requires_grad}
+    return dict(zip(leaves, torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True))
 
 
 def margins(*d, dtype=torch.float64):
@@ -107,14 +139,7 @@ def margins(*d, dtype=torch.float64):
     return torch.tensor(d, dtype=dtype), torch.zeros(len(d), dtype=dtype)
 
 
-def slopes(fn, *values):
-    """Gradient of a scalar function of scalars."""
-    x = [torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in values]
-    grads = torch.autograd.grad(fn(*x).sum(), x, allow_unused=True, materialize_grads=True)
-    return [g.item() for g in grads]
-
-
-# ---- hand-worked numbers ----
+# ---- hand-worked numbers, limits ----
 
 
 def test_every_loss_has_a_row():
@@ -126,22 +151,16 @@ def test_hand_worked(name):
     assert evaluate(name)[0].item() == pytest.approx(HAND[name][1], rel=1e-12)
 
 
-def test_hand_worked_other_branches():
-    """ipo with sums: (3 - 1)^2 = 4. hinge beyond the margin: 1 - 0.5 * 3 < 0. slic beyond it: 0.1 * 10 only.
-    kto of a bad answer with a = 1, z = 0.4: 2 (1 - S(0.5 (0.4 - 1))) = 2 S(0.3)."""
-    assert evaluate('ipo', average=False)[0].item() == 4
-    assert evaluate('hinge', beta=0.5)[0].item() == 0
-    assert evaluate('slic', delta=1.0)[0].item() == 1
-    assert evaluate('kto', {'good': False})[0].item() == pytest.approx(2 * S(0.3))
-    assert evaluate('kto_zero', {'good': False})[0].item() == pytest.approx(2 * S(0.5))
+@pytest.mark.parametrize('name, columns, changes, expected', OTHERWISE)
+def test_hand_worked_otherwise(name, columns, changes, expected):
+    assert evaluate(name, columns, **changes)[0].item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_dpop():
-    """pi_w = -13: a = -2, r = -2, d = 0; lam = 5: 0.5 * (0 - 5 * 2) = -5. d loss / d a = -S(5) * 0.5 * (1 + 5)."""
-    l, x = evaluate('dpop', {'pi_w': -13.0}, leaves=['pi_w'])
-    l.sum().backward()
-    assert l.item() == pytest.approx(L(-5.0))
-    assert x['pi_w'].grad.item() == pytest.approx(-3 * S(5.0))
+@pytest.mark.parametrize('name, columns, changes, expected', SLOPES)
+def test_hand_worked_slopes(name, columns, changes, expected):
+    loss, x = evaluate(name, columns, leaves=list(expected), **changes)
+    found = torch.autograd.grad(loss.sum(), [x[k] for k in expected], allow_unused=True, materialize_grads=True)
+    assert [slope.item() for slope in found] == pytest.approx(list(expected.values()))
 
 
 def test_sft_is_a_token_mean():
@@ -153,8 +172,8 @@ def test_sft_is_a_token_mean():
 
 def test_bradley_terry():
     """Scores 2 and 0.5 with margin 1: L(0.5) + 0.01 * 2.5^2."""
-    l = formulas.bradley_terry(*torch.tensor([[2.0], [0.5], [1.0]], dtype=torch.float64), center_coef=0.01)
-    assert l.item() == pytest.approx(L(0.5) + 0.0625)
+    scores = torch.tensor([[2.0], [0.5], [1.0]], dtype=torch.float64)
+    assert formulas.bradley_terry(*scores, center_coef=0.01).item() == pytest.approx(L(0.5) + 0.0625)
 
 
 def test_importance():
@@ -170,68 +189,30 @@ def test_reward():
     assert losses.reward(-10.0) == -10.0
 
 
-# ---- limits ----
-
-
-@pytest.mark.parametrize('other', ['cdpo', 'robust', 'drdpo', 'aot'])
-def test_without_label_noise_it_is_dpo(other):
-    assert evaluate(other, label_smoothing=0.0, beta=0.5)[0].item() == pytest.approx(L(1.5), rel=1e-12)
-
-
-def test_tdpo_limits():
-    """TDPO2 with alpha = 0, and both with zero divergences, are DPO."""
-    assert evaluate('tdpo2', alpha=0.0)[0].item() == pytest.approx(L(1.5))
-    for name in ('tdpo1', 'tdpo2'):
-        assert evaluate(name, {'div_w': 0.0, 'div_l': 0.0})[0].item() == pytest.approx(L(1.5))
-
-
-def test_reference_free_is_a_reference_of_zeros():
-    """pi_w - pi_l = 4."""
-    assert evaluate('dpo', {'ref_w': 0.0, 'ref_l': 0.0})[0].item() == pytest.approx(L(2.0))
-
-
-def test_kto_with_baseline_zero_is_kto_zero():
-    zero, _ = evaluate('kto_zero')
-    assert torch.equal(evaluate('kto', {'z': 0.0})[0], zero) and not torch.equal(evaluate('kto')[0], zero)
-
-
-def test_tdpo2_has_no_gradient_through_the_chosen_divergence():
-    """TDPO1: d loss / d D_w = -beta S(-1.2), d D_l the opposite. TDPO2: 0 and alpha beta S(-1.35)."""
-    fixed = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)  # a, r
-    first = slopes(partial(losses.tdpo1, *fixed, beta=0.5), 0.4, 1.0)
-    second = slopes(partial(losses.tdpo2, *fixed, beta=0.5, alpha=0.5), 0.4, 1.0)
-    assert first == pytest.approx([-0.5 * S(-1.2), 0.5 * S(-1.2)])
-    assert second == pytest.approx([0.0, 0.25 * S(-1.35)])
-
-
 # ---- Dr. DPO's weight ----
 
 
-def normalized(l, shift, beta_prime):
-    w = losses.drdpo_weight(l, torch.as_tensor(shift), beta_prime=beta_prime)
+def normalized(loss, shift, beta_prime):
+    w = losses.drdpo_weight(torch.as_tensor(loss), torch.as_tensor(shift), beta_prime=beta_prime)
     return w / w.sum()
 
 
 def test_drdpo_weight_by_hand():
-    """l = (1, 3), beta' = 2: e^(-1/2) and e^(-3/2), so the weights are S(1) and S(-1): high losses count less."""
+    """l = (1, 3), beta' = 2: e^(-1/2) and e^(-3/2), so the weights are S(1) and S(-1): high losses count less. A shift
+    cancels, and with an infinite beta' it is the mean."""
     l = torch.tensor([1.0, 3.0], dtype=torch.float64)
     assert losses.drdpo_weight(l, 0.0, beta_prime=2.0).tolist() == pytest.approx([exp(-0.5), exp(-1.5)])
-    assert normalized(l, 0.0, 2.0).tolist() == pytest.approx([S(1.0), S(-1.0)])
+    assert normalized(l, 1e-9, 1e9).tolist() == pytest.approx([0.5, 0.5], abs=1e-8)
+    for shift in (-5.0, 0.0, 0.2, 30.0):
+        assert normalized(l, shift, 2.0).tolist() == pytest.approx([S(1.0), S(-1.0)])
 
 
 def test_drdpo_gradient_is_that_of_the_log_mean_exp():
     d = torch.tensor([-3.0, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
-    zero = torch.zeros_like(d)
-    l = losses.dpo(d, zero, beta=0.5)
+    l = losses.dpo(d, torch.zeros_like(d), beta=0.5)
     (expected,) = torch.autograd.grad(-0.7 * (torch.logsumexp(-l / 0.7, 0) - log(3)), d, retain_graph=True)
     (ours,) = torch.autograd.grad((normalized(l.detach(), 1.0, 0.7) * l).sum(), d)
     torch.testing.assert_close(ours, expected)
-
-
-def test_drdpo_shift_cancels():
-    l = torch.tensor([0.2, 1.0, 7.0], dtype=torch.float64)
-    for shift in (-5.0, 0.0, 0.2, 30.0):
-        torch.testing.assert_close(normalized(l, shift, 0.5), torch.softmax(-l / 0.5, 0))
 
 
 def test_drdpo_does_not_overflow():
@@ -242,11 +223,6 @@ def test_drdpo_does_not_overflow():
     assert normalized(l + 4000, 4000.0, 0.5).tolist() == pytest.approx([S(2.0), S(-2.0), 0.0])
 
 
-def test_drdpo_with_infinite_beta_prime_is_the_mean():
-    weights = normalized(torch.tensor([0.1, 1.0, 9.0], dtype=torch.float64), 0.0, 1e9)
-    assert weights.tolist() == pytest.approx([1 / 3] * 3, abs=1e-8)
-
-
 # ---- beta-DPO's statistic ----
 
 
@@ -255,9 +231,10 @@ def beta_statistic(d, state=None, seed=0, **keywords):
     return losses.beta_dpo_statistic(*margins(*d), state or {}, torch.Generator().manual_seed(seed), **keywords)
 
 
-def test_beta_dpo_statistic_by_hand():
+def test_beta_dpo_statistic_by_hand(monkeypatch):
     """d = (1, 2, 3): mean 2, std 1, which start the state; beta_t = beta. Then d = (3, 5): mean 4, std sqrt 2;
-    m = 0.9 * 2 + 0.1 * 4 = 2.2, s = 0.9 + 0.1 sqrt 2; beta_t = 0.1 (1 + 0.6 (4 - 2.2)) = 0.208."""
+    m = 0.9 * 2 + 0.1 * 4 = 2.2, s = 0.9 + 0.1 sqrt 2; beta_t = 0.1 (1 + 0.6 (4 - 2.2)) = 0.208.
+    Only the pairs kept set beta: d = (1, 2, 3, 10), m = 4, kept (1, 10): 0.1 (1 + 2 (5.5 - 4)) = 0.4."""
     values, state = beta_statistic([1, 2, 3])
     assert state == pytest.approx({'mean': 2.0, 'std': 1.0}) and values['beta'].tolist() == pytest.approx([0.1] * 3)
     before = dict(state)
@@ -265,34 +242,28 @@ def test_beta_dpo_statistic_by_hand():
     assert state == before, 'the state that was passed in must not change: evaluation passes it too'
     assert after == pytest.approx({'mean': 2.2, 'std': 0.9 + 0.1 * math.sqrt(2)})
     assert values['beta'].tolist() == pytest.approx([0.208] * 2) and values['weight'].tolist() == [1, 1]
-
-
-def test_beta_dpo_of_kept_pairs(monkeypatch):
-    """Only the pairs kept set beta: d = (1, 2, 3, 10), m = 4, kept (1, 10): 0.1 (1 + 2 (5.5 - 4)) = 0.4."""
     keep = torch.tensor([True, False, False, True])
     monkeypatch.setattr(losses, 'keep_near', lambda *args, **keywords: keep)
     values, _ = beta_statistic([1, 2, 3, 10], a=2.0, rho=0.5)
     assert values['beta'].tolist() == pytest.approx([0.4] * 4) and values['weight'].tolist() == [1, 0, 0, 1]
 
 
-def test_beta_dpo_floor_and_gradient():
-    """0.1 (1 + 40 (1 - 4)) < 0: the floor is 1e-3. beta_t and the weights carry no gradient."""
-    values, _ = beta_statistic([1, 1], {'mean': 13 / 3, 'std': 1.0}, a=40.0)  # m = 0.9 * 13/3 + 0.1 = 4
-    assert values['beta'].tolist() == pytest.approx([1e-3] * 2)
-
-
-def test_beta_dpo_without_a_and_rho_is_dpo():
-    values, _ = beta_statistic([-4, 1, 2, 9], {'mean': 1.0, 'std': 3.0}, a=0.0)
-    assert values['beta'].tolist() == pytest.approx([0.1] * 4) and values['weight'].tolist() == [1] * 4
-
-
-@pytest.mark.parametrize('d', [[2.0], [2.0, 2.0, 2.0]])
-def test_beta_dpo_without_spread_keeps_all(d):
-    """One pair, or equal pairs, as at step 0 where policy = reference: std 0, nothing is filtered, nothing is NaN."""
-    for state in ({}, {'mean': 1.0, 'std': 1.0}):
-        values, after = beta_statistic(d, state, rho=0.5)
-        assert values['weight'].tolist() == [1] * len(d) and math.isfinite(after['mean'] + after['std'])
-    assert after == pytest.approx({'mean': 1.1, 'std': 0.9})
+# fmt: off
+@pytest.mark.parametrize('d, state, options, beta', [
+    # m = 0.9 * 13/3 + 0.1 = 4: 0.1 (1 + 40 (1 - 4)) < 0, and the floor is 1e-3
+    ([1.0, 1.0], {'mean': 13 / 3, 'std': 1.0}, {'a': 40.0}, 1e-3),
+    # without a and rho it is dpo
+    ([-4.0, 1.0, 2.0, 9.0], {'mean': 1.0, 'std': 3.0}, {'a': 0.0}, 0.1),
+    # one pair, or equal pairs, as at step 0 where policy = reference: std 0, nothing is filtered, nothing is NaN
+    *((d, state, {'a': 0.0, 'rho': 0.5}, 0.1) for d in ([2.0], [2.0] * 3) for state in ({}, {'mean': 1.0, 'std': 1.0})),
+])
+# fmt: on
+def test_beta_dpo_keeps_all(d, state, options, beta):
+    values, after = beta_statistic(d, state, **options)
+    assert values['beta'].tolist() == pytest.approx([beta] * len(d)) and values['weight'].tolist() == [1] * len(d)
+    assert math.isfinite(after['mean'] + after['std']) and not values['beta'].requires_grad
+    if d[0] == 2 and state:
+        assert after == pytest.approx({'mean': 1.1, 'std': 0.9})
 
 
 def test_beta_dpo_mask_follows_the_generator():
@@ -310,32 +281,26 @@ def test_keep_near_count(size, rho, kept):
     assert losses.keep_near(d, 0.0, 2.0, torch.Generator().manual_seed(0), rho=rho).sum() == kept
 
 
-def test_keep_near_keeps_near_pairs_more_often():
-    """One of two pairs at 0 and 1 with mean 0, std 1: weights 1 and e^(-1/2), so the first with probability S(1/2).
-
-    4000 draws: standard deviation sqrt(0.62 * 0.38 / 4000) = 0.0077, tolerance four of these."""
-    generator, d = torch.Generator().manual_seed(0), torch.tensor([0.0, 1.0])
-    first = sum(losses.keep_near(d, 0.0, 1.0, generator, rho=0.5)[0].item() for _ in range(4000)) / 4000
-    assert first == pytest.approx(S(0.5), abs=0.031)
-
-
-def test_keep_near_is_relative_to_the_mean():
-    """The same draw around mean 1: the pair at 1 is the likelier one; std 0.5 doubles the distance: S(2)."""
-    generator, d = torch.Generator().manual_seed(0), torch.tensor([0.0, 1.0])
-    second = sum(losses.keep_near(d, 1.0, 0.5, generator, rho=0.5)[1].item() for _ in range(4000)) / 4000
-    assert second == pytest.approx(S(2.0), abs=0.021)
+# of three pairs, of weights 1, U and V, the third stays out if the others come in either order
+U, V = exp(-0.5), exp(-2.0)
+T = 1 + U + V
+# fmt: off
+DRAWN = [  # pairs, mean, std, rho, which pair is watched, how often it is kept, draws
+    # 4000 draws: standard deviation sqrt(0.62 * 0.38 / 4000) = 0.0077; 0.005 where it is S(2)
+    ([0.0, 1.0], 0.0, 1.0, 1 / 2, 0, S(0.5), 4000),  # weights 1 and e^(-1/2)
+    ([0.0, 1.0], 1.0, 0.5, 1 / 2, 1, S(2.0), 4000),  # around mean 1 the pair at 1 is likelier; std 0.5 doubles the distance
+    # 0.7761; with noise of the wrong sign it is 0.738. 8000 draws: standard deviation 0.0047
+    ([0.0, 1.0, 2.0], 0.0, 1.0, 1 / 3, 2, 1 - (1 / T) * (U / (U + V)) - (U / T) * (1 / (1 + V)), 8000),
+]
+# fmt: on
 
 
-def test_keep_near_draws_one_after_the_other():
-    """Two of three pairs, of weights 1, u = e^(-1/2) and v = e^(-2) with sum t. The third stays out if the others come
-
-    in either order: (1 / t) (u / (u + v)) + (u / t) (1 / (1 + v)) = 0.7761; with noise of the wrong sign it is 0.738.
-    8000 draws: standard deviation 0.0047, tolerance four of these."""
-    generator, d = torch.Generator().manual_seed(0), torch.tensor([0.0, 1.0, 2.0])
-    u, v = exp(-0.5), exp(-2.0)
-    t = 1 + u + v
-    out = sum(not losses.keep_near(d, 0.0, 1.0, generator, rho=1 / 3)[2] for _ in range(8000)) / 8000
-    assert out == pytest.approx((1 / t) * (u / (u + v)) + (u / t) * (1 / (1 + v)), abs=0.019)
+@pytest.mark.parametrize('d, mean, std, rho, which, expected, draws', DRAWN)
+def test_keep_near_draws_near_pairs_more_often(d, mean, std, rho, which, expected, draws):
+    """Without replacement, one after the other; to four standard deviations."""
+    generator, d = torch.Generator().manual_seed(0), torch.tensor(d)
+    kept = sum(losses.keep_near(d, mean, std, generator, rho=rho)[which].item() for _ in range(draws)) / draws
+    assert kept == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / draws))
 
 
 def test_keep_near_when_every_weight_underflows():
@@ -391,18 +356,9 @@ def extreme_inputs(name):
         good = torch.arange(len(d) * 2) < len(d)
         pi = (d.clamp(max=0) - 1).repeat(2)
         return {'pi': pi, 'ref': pi - d.repeat(2), 'good': good, 'z': torch.full_like(pi, 3.0)}
-    pi_w, pi_l = d.clamp(max=0) - 1, (-d).clamp(max=0) - 1
-    ones = torch.ones_like(d)
-    ref = {'ref_w': -5 * ones, 'ref_l': -5 * ones}
-    return {
-        'pi_w': pi_w,
-        'pi_l': pi_l,
-        'n_w': 5 * ones,
-        'n_l': 10 * ones,
-        'div_w': ones,
-        'div_l': 3 * ones,
-        'shift': 0 * ones,
-    } | ref
+    same = {'ref_w': -5, 'ref_l': -5, 'n_w': 5, 'n_l': 10, 'div_w': 1, 'div_l': 3, 'shift': 0}
+    given = {k: torch.full_like(d, value) for k, value in same.items()}
+    return given | {'pi_w': d.clamp(max=0) - 1, 'pi_l': (-d).clamp(max=0) - 1}
 
 
 @pytest.mark.parametrize('name', HAND)
@@ -413,30 +369,13 @@ def test_float32_at_extreme_margins(name, beta):
     Every loss here is mathematically finite at these margins. discopop is so for tau <= 1, where exp(-h) is weighted by
     S(h / tau) <= exp(h / tau); a larger tau lets exp(-h) through, which is exp(1000) at tau = 2, h = -2000."""
     changes = {'beta': beta} if 'beta' in HAND[name][0] else {}
-    results = []
+    given, results = extreme_inputs(name), []
     for dtype in (torch.float32, torch.float64):
-        given = extreme_inputs(name)
-        l, x = evaluate(name, given, dtype, leaves=[k for k in given if k.startswith('pi')], **changes)
-        leaves = [v for v in x.values() if v.requires_grad]
-        results.append([l.detach(), *torch.autograd.grad(l.sum(), leaves)])
+        loss, x = evaluate(name, given, dtype, leaves=[k for k in given if k.startswith('pi')], **changes)
+        results.append([loss.detach(), *gradients(loss, x).values()])
     for single, double in zip(*results, strict=True):
         assert single.isfinite().all()
         torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-5)
-
-
-def test_dpo_asymptote():
-    """L(-2000) = 2000 with slope -1: the form must not be log(sigmoid)."""
-    x = torch.tensor([-2000.0], requires_grad=True)
-    zero = torch.zeros(1)
-    l = losses.dpo(x, zero, beta=1.0)
-    l.sum().backward()
-    assert l.item() == 2000 and x.grad.item() == -1
-
-
-def test_discopop_with_large_tau_is_as_large_as_the_formula():
-    """h = -20, tau = 2: (1 - S(-10)) L(-20) + S(-10) exp(20), about 20 + exp(10)."""
-    l = losses.discopop(*margins(-20.0), beta=1.0, tau=2.0)
-    assert l.item() == pytest.approx((1 - S(-10.0)) * L(-20.0) + S(-10.0) * exp(20.0))
 
 
 @pytest.mark.parametrize('p', [0.0, -1e-30, -1e-8, -0.5, -0.6931472, -0.7, -3.0, -200.0])
@@ -444,36 +383,28 @@ def test_discopop_with_large_tau_is_as_large_as_the_formula():
 def test_orpo_of_certain_and_hopeless_answers(p, dtype):
     """Mean log-probs from 0 to -200 on either side: finite value and gradient."""
     for p_w, p_l in ((p, -1.0), (-1.0, p), (p, p)):
-        x = [torch.tensor([v], dtype=dtype, requires_grad=True) for v in (p_w, p_l)]
-        l = losses.orpo(*x, torch.ones(1), torch.ones(1), lam=0.5)
-        grads = torch.autograd.grad(l.sum(), x)
-        assert all(v.isfinite().all() for v in (l, *grads))
+        given = {'pi_w': p_w, 'pi_l': p_l, 'n_w': 1.0, 'n_l': 1.0}
+        loss, x = evaluate('orpo', given, dtype, leaves=['pi_w', 'pi_l'], lam=0.5)
+        assert all(v.isfinite().all() for v in (loss, *gradients(loss, x).values()))
 
 
-def test_orpo_gradient_of_a_certain_answer():
-    """p = -1e-18, q = -1: L is about the inverse odds ratio, e^(q - p) (1 - e^p) / (1 - e^q) = -p e^-1 / (1 - e^-1).
-
-    Hence the derivative of lam L in p is -lam e^-1 / (1 - e^-1), far from 0; the NLL adds -1."""
-    grad = slopes(lambda p: losses.orpo(p, torch.full_like(p, -1.0), 1.0, 1.0, lam=0.5), -1e-18)
-    assert grad[0] == pytest.approx(-1 - 0.5 * exp(-1) / (1 - exp(-1)))
-
-
-def test_log1mexp():
-    for x in (-1e-12, -1e-3, -0.5, -0.6931, -0.6932, -1.0, -30.0):
-        (slope,) = slopes(losses.log1mexp, x)
-        assert losses.log1mexp(torch.tensor(x, dtype=torch.float64)).item() == pytest.approx(log(-expm1(x)), rel=1e-12)
-        assert slope == pytest.approx(-exp(x) / -expm1(x), rel=1e-12)
+@pytest.mark.parametrize('x', [-1e-12, -1e-3, -0.5, -0.6931, -0.6932, -1.0, -30.0])
+def test_log1mexp(x):
+    leaf = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    value = losses.log1mexp(leaf)
+    value.backward()
+    assert [value.item(), leaf.grad.item()] == pytest.approx([log(-expm1(x)), -exp(x) / -expm1(x)], rel=1e-12)
 
 
 @pytest.mark.parametrize('name', HAND)
 def test_policy_equals_reference(name):
     """At the start of training value and gradient are finite for every loss."""
     same = {'ref_w': -10.0, 'ref_l': -14.0, 'div_w': 0.0, 'div_l': 0.0, 'ref': -10.0, 'z': 0.0}
-    l, x = evaluate(name, same, torch.float32, leaves=['pi_w', 'pi_l', 'pi'])
-    grads = torch.autograd.grad(l.sum(), [v for v in x.values() if v.requires_grad])
-    assert all(v.isfinite().all() for v in (l, *grads)) and any(g.any() for g in grads)
+    loss, x = evaluate(name, same, torch.float32, leaves=['pi_w', 'pi_l', 'pi'])
+    grads = gradients(loss, x).values()
+    assert all(v.isfinite().all() for v in (loss, *grads)) and any(g.any() for g in grads)
     if name in ('dpo', 'cdpo', 'tdpo1', 'tdpo2', 'radpo1', 'radpo2', 'drdpo', 'beta_dpo', 'sigmoid_norm', 'dpop'):
-        assert l.item() == pytest.approx(log(2))
+        assert loss.item() == pytest.approx(log(2))
 
 
 @pytest.mark.parametrize('name', HAND)
@@ -506,38 +437,34 @@ DIVERGENCES = {
 }
 
 
-def test_kl_by_hand():
-    """Z = log ref - log pi = (log 2, 0, -log 2, -log 2): KL(ref || pi) = (0.5 - 0.125 - 0.125) log 2 = log(2) / 4."""
-    assert model.kl(PI, REF).item() == pytest.approx(log(2) / 4)
+LOG_PI = torch.tensor([0.125, 0.125, 0.25, 0.5], dtype=torch.float64).log()
+# fmt: off
+BY_HAND = [  # divergence, its mu, log-probs of the policy, how many of them, the value in units of log 2
+    # Z = log ref - log pi = (1, 0, -1, -1): KL(ref || pi) = 0.5 - 0.125 - 0.125
+    (model.kl, {}, PI, 4, 0.25),
+    # the worst mass mu: 0.5 of Z = 1, then 0.25 of Z = 0, then 0.25 of Z = -1; mean over mu
+    *((model.cvar, {'mu': mu}, PI, 4, value) for mu, value in (
+        (0.25, 1.0), (0.5, 1.0), (0.6, 0.5 / 0.6), (0.75, 0.5 / 0.75), (0.8, (0.5 - 0.05) / 0.8), (1.0, 0.25))),
+    # log(0.5 * 2 + 0.25 * 1 + 0.25 / 2); log(0.5 * 4 + 0.25 + 0.25 / 4) / 2
+    (model.erm, {'mu': 1.0}, PI, 4, log(1.375) / log(2)),
+    (model.erm, {'mu': 2.0}, PI, 4, log(2.3125) / 2 / log(2)),
+    # pi = (1, 1, 2, 4) / 8, so Z = (2, 1, -1, -2), with p = (4, 2, 1, 1) / 8. Unsplit, mu = 0.7: the quantile at 0.3 has
+    # rank 0.9, between -2 and -1: -1.1. Above it 1 + 1/4 - 1/8
+    (model.released, {'mu': 0.7, 'parts': 1}, LOG_PI, 4, 9 / 8),
+    # halves: (2, 1) has 1.3, above it 2, giving 1; (-1, -2) has -1.7, above it -1, giving -1/8
+    (model.released, {'mu': 0.7}, LOG_PI, 4, 7 / 8),
+    # three entries: halves of 1 and 2; nothing is above itself in (2); (1, -1) has -0.4 and gives 1/4
+    (model.released, {'mu': 0.7}, LOG_PI, 3, 1 / 4),
+    # even mu = 1 drops the smallest: it is not the KL, 7/8
+    (model.released, {'mu': 1.0, 'parts': 1}, LOG_PI, 4, 9 / 8),
+]
+# fmt: on
 
 
-@pytest.mark.parametrize(
-    ('mu', 'expected'),
-    [(0.25, 1.0), (0.5, 1.0), (0.6, 0.5 / 0.6), (0.75, 0.5 / 0.75), (0.8, (0.5 - 0.05) / 0.8), (1.0, 0.25)],
-)
-def test_cvar_by_hand(mu, expected):
-    """In units of log 2, the worst mass mu: 0.5 of Z = 1, then 0.25 of Z = 0, then 0.25 of Z = -1; mean over mu."""
-    assert model.cvar(PI, REF, mu=mu).item() == pytest.approx(expected * log(2))
-
-
-def test_erm_by_hand():
-    """mu = 1: log(0.5 * 2 + 0.25 * 1 + 0.25 / 2) = log 1.375; mu = 2: log(0.5 * 4 + 0.25 + 0.25 / 4) / 2."""
-    assert model.erm(PI, REF, mu=1.0).item() == pytest.approx(log(1.375))
-    assert model.erm(PI, REF, mu=2.0).item() == pytest.approx(log(2.3125) / 2)
-
-
-def test_released_by_hand():
-    """pi = (1, 1, 2, 4) / 8, so Z = (2, 1, -1, -2) in units of log 2, with p = (4, 2, 1, 1) / 8.
-
-    Unsplit, mu = 0.7: the quantile at 0.3 has rank 0.9, between -2 and -1: -1.1. Above it 1 + 1/4 - 1/8 = 9/8.
-    Halves: (2, 1) has 1.3, above it 2, giving 1; (-1, -2) has -1.7, above it -1, giving -1/8. Together 7/8.
-    The first three entries only: halves of 1 and 2; nothing is above itself in (2); (1, -1) has -0.4 and gives 1/4.
-    Even mu = 1 drops the smallest: 9/8, not the KL, 7/8."""
-    log_pi = torch.tensor([0.125, 0.125, 0.25, 0.5], dtype=torch.float64).log()
-    assert model.released(log_pi, REF, mu=0.7, parts=1).item() == pytest.approx(9 / 8 * log(2))
-    assert model.released(log_pi, REF, mu=0.7).item() == pytest.approx(7 / 8 * log(2))
-    assert model.released(log_pi[:3], REF[:3], mu=0.7).item() == pytest.approx(1 / 4 * log(2))
-    assert model.released(log_pi, REF, mu=1.0, parts=1).item() == pytest.approx(9 / 8 * log(2))
+@pytest.mark.parametrize('divergence, options, log_pi, entries, expected', BY_HAND)
+def test_divergence_by_hand(divergence, options, log_pi, entries, expected):
+    found = divergence(log_pi[:entries], REF[:entries], **options)
+    assert found.item() == pytest.approx(expected * log(2))
 
 
 def random_log_probs(seed, rows=6, vocabulary=9):
@@ -545,45 +472,30 @@ def random_log_probs(seed, rows=6, vocabulary=9):
     return 2 * torch.randn(2, rows, vocabulary, generator=generator, dtype=torch.float64)
 
 
-def test_risk_limits():
-    """CVaR with mu = 1 and ERM with mu -> 0 are the KL, as is `released` but for what lies at or under its quantile."""
-    log_pi, log_ref = random_log_probs(0).log_softmax(-1)
-    kl = model.kl(log_pi, log_ref)
-    torch.testing.assert_close(
-        kl, torch.nn.functional.kl_div(log_pi, log_ref, log_target=True, reduction='none').sum(-1)
-    )
-    torch.testing.assert_close(model.cvar(log_pi, log_ref, mu=1.0), kl)
-    torch.testing.assert_close(model.erm(log_pi, log_ref, mu=1e-7), kl, rtol=1e-5, atol=1e-6)
-
-
-def test_risk_grows_with_aversion():
-    """CVaR falls with mu from the largest Z down to the KL; ERM rises with mu from the KL to the largest Z."""
+def test_risks_between_the_kl_and_the_largest_z():
+    """CVaR falls with mu from the largest Z down to the KL, which ERM is for mu -> 0, and rises from there."""
     log_pi, log_ref = random_log_probs(1).log_softmax(-1)
-    worst = (log_ref - log_pi).max(-1).values
+    kl, worst = model.kl(log_pi, log_ref), (log_ref - log_pi).max(-1).values
+    plain = torch.nn.functional.kl_div(log_pi, log_ref, log_target=True, reduction='none').sum(-1)
     cvar = torch.stack([model.cvar(log_pi, log_ref, mu=mu) for mu in (1e-9, 0.01, 0.1, 0.3, 0.6, 0.9, 1.0)])
-    erm = torch.stack([model.erm(log_pi, log_ref, mu=mu) for mu in (0.01, 0.1, 1.0, 10.0, 1000.0)])
+    erm = torch.stack([model.erm(log_pi, log_ref, mu=mu) for mu in (1e-7, 0.01, 0.1, 1.0, 10.0, 1000.0)])
+    torch.testing.assert_close(torch.stack((kl, cvar[-1], cvar[0])), torch.stack((plain, kl, worst)))
+    torch.testing.assert_close(erm[0], kl, rtol=1e-5, atol=1e-6)
     assert (cvar.diff(dim=0) <= 1e-12).all() and (cvar[0] - cvar[-1] > 0.1).all()
-    assert (erm.diff(dim=0) >= -1e-12).all() and (erm <= worst + 1e-12).all()
-    torch.testing.assert_close(cvar[0], worst)
+    assert (erm[1:].diff(dim=0) >= -1e-12).all() and (erm[1:] <= worst + 1e-12).all()
 
 
 @pytest.mark.parametrize('name', DIVERGENCES)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_divergence_of_policy_and_itself(name, dtype):
-    """Z = 0 everywhere: value 0, gradient finite; the same where a probability underflows to 0."""
-    logits = torch.tensor([[0.3, -1.2, 2.0, 0.0], [0.0, -2000.0, 5.0, 1.0]], dtype=dtype, requires_grad=True)
-    value = DIVERGENCES[name](logits.log_softmax(-1), logits.detach().log_softmax(-1))
+def test_divergence_at_extremes(name, dtype):
+    """Of policy and itself Z = 0 everywhere: value 0, gradient finite, also where a probability underflows to 0. Where the
+    policy gives the reference's favourite a log-prob of -2000, Z and the divergence are large, not infinite."""
+    own = [[0.3, -1.2, 2.0, 0.0], [0.0, -2000.0, 5.0, 1.0]]
+    logits = torch.tensor([*own, [-2000.0, 0.0, 1.0, 2.0]], dtype=dtype, requires_grad=True)
+    reference = torch.tensor([*own, [0.0, -2000.0, -3.0, -4.0]], dtype=dtype)
+    value = DIVERGENCES[name](logits.log_softmax(-1), reference.log_softmax(-1))
     (grad,) = torch.autograd.grad(value.sum(), logits)
-    assert value.abs().max() < 1e-6 and grad.isfinite().all()
-
-
-@pytest.mark.parametrize('name', DIVERGENCES)
-def test_divergence_of_distant_distributions(name):
-    """Where the policy gives the reference's favourite a log-prob of -2000, Z and the divergence are large, not inf."""
-    logits = torch.tensor([[-2000.0, 0.0, 1.0, 2.0]], requires_grad=True)
-    value = DIVERGENCES[name](logits.log_softmax(-1), torch.tensor([[0.0, -2000.0, -3.0, -4.0]]).log_softmax(-1))
-    (grad,) = torch.autograd.grad(value.sum(), logits)
-    assert value.isfinite().all() and grad.isfinite().all()
+    assert value[:2].abs().max() < 1e-6 and value.isfinite().all() and grad.isfinite().all()
 
 
 # ---- the LM head that turns hidden states into log-probs and divergences ----
@@ -596,28 +508,6 @@ CONFIGS = {
 }
 
 
-def head_inputs(bias):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(5, 3), (7, 3), (5, 3), (7, 3)] + [(7,), (7,)] * bias
-    hidden, weight, ref_hidden, ref_weight, *b = (
-        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
-    )
-    leaves = [x.requires_grad_() for x in (hidden, weight, *b[:1])]
-    return leaves, torch.tensor([0, 6, 3, 3, 1]), (ref_hidden, (ref_weight, b[1] if bias else None))
-
-
-def cut_into(size, monkeypatch):
-    pieces = [slice(i, min(i + size, 5)) for i in range(0, 5, size)]
-    monkeypatch.setattr(model.Head, 'chunks', staticmethod(lambda n, vocabulary, device: pieces))
-
-
-def head(leaves, target, config, divergence, reference):
-    hidden, weight, bias = leaves if len(leaves) == 3 else (*leaves, None)
-    return model.Head.apply(
-        hidden, weight, bias, target, SimpleNamespace(**config), divergence, reference if divergence else None
-    )
-
-
 def plainly(hidden, weight, bias, config):
     """Log-probs of the whole vocabulary in one piece, from the formulas."""
     logits = hidden @ weight.T + (0 if bias is None else bias)
@@ -626,39 +516,38 @@ def plainly(hidden, weight, bias, config):
     return (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(-1)
 
 
-@pytest.mark.parametrize('bias', [False, True], ids=['no bias', 'bias'])
+@pytest.mark.parametrize('with_bias', [False, True], ids=['no bias', 'bias'])
 @pytest.mark.parametrize('config', CONFIGS)
 @pytest.mark.parametrize('name', [None, *DIVERGENCES])
-def test_head(name, config, bias, monkeypatch):
-    """Values as in one piece, and gradients that finite differences confirm, in chunks of 1, 2 and all 5 positions."""
-    leaves, target, reference = head_inputs(bias)
-    divergence, config = DIVERGENCES.get(name), CONFIGS[config]
-    log_pi = plainly(*leaves, *([] if bias else [None]), config)
-    log_ref = plainly(reference[0], *reference[1], config)
-    rows = torch.arange(5)
+def test_head(name, config, with_bias, monkeypatch):
+    """Values and gradients as plain autograd has them in one piece, in chunks of 1, 2 and all 5 positions."""
+    generator, (divergence, config) = torch.Generator().manual_seed(0), (DIVERGENCES.get(name), CONFIGS[config])
+    shapes = [(5, 3), (7, 3), (7,), (5, 3), (7, 3), (7,)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    if not with_bias:
+        tensors[2] = tensors[5] = None
+    policy, (hidden, *head) = tensors[:3], tensors[3:]
+    leaves = [x.requires_grad_() for x in policy if x is not None]
+
+    # in one piece
+    rows, target = torch.arange(5), torch.tensor([0, 6, 3, 3, 1])
+    log_pi, log_ref = plainly(*policy, config), plainly(hidden, *head, config)
     expected = [log_pi[rows, target]]
-    expected += [divergence(log_pi, log_ref), log_ref[rows, target]] if divergence else []
+    if divergence:
+        expected += [divergence(log_pi, log_ref), log_ref[rows, target]]
     upstream = torch.linspace(0.5, 2.0, 10, dtype=torch.float64).view(2, 5)[: len(expected)]
     wanted = torch.autograd.grad(sum((u * e).sum() for u, e in zip(upstream, expected, strict=False)), leaves)
+
+    # in chunks
     for size in (1, 2, 5):
-        cut_into(size, monkeypatch)
-        out = head(leaves, target, config, divergence, reference)
+        pieces = [slice(i, min(i + size, 5)) for i in range(0, 5, size)]
+        monkeypatch.setattr(model.Head, 'chunks', staticmethod(lambda n, vocabulary, device, pieces=pieces: pieces))
+        out = model.Head.apply(
+            *policy, target, SimpleNamespace(**config), divergence, (hidden, head) if divergence else None
+        )
         torch.testing.assert_close(out, torch.stack(expected))
         found = torch.autograd.grad((upstream * out[: len(upstream)]).sum(), leaves)
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize('size', [1, 2, 5])
-@pytest.mark.parametrize('name', [None, *DIVERGENCES])
-def test_head_by_finite_differences(name, size, monkeypatch):
-    cut_into(size, monkeypatch)
-    leaves, target, reference = head_inputs(bias=True)
-    for config in CONFIGS.values():
-
-        def fn(*values, config=config):
-            return head(values, target, config, DIVERGENCES.get(name), reference)[:2]
-
-        assert torch.autograd.gradcheck(fn, leaves, fast_mode=True)
 
 
 def test_chunks_cover_everything():
@@ -668,13 +557,6 @@ def test_chunks_cover_everything():
 
 
 # ---- the specification as a text ----
-
-
-def test_losses_knows_nothing_but_torch():
-    tree = ast.parse(Path(losses.__file__).read_text())
-    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert found and all(name.split('.')[0] == 'torch' for name in found)
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,14 @@
 
 import contextlib
 import io
-import json
-import runpy
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import read_jsonl, run_script, write_jsonl
 
 from configurator import UserError
 from text import toy
 
-ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip('matplotlib', reason='matplotlib is not installed')
 
 
@@ -26,22 +23,22 @@ def run_folder(folder, n=6, sampled=True, **options):
         'max_tokens': len(folder.name),
         'label_smoothing': None,
     }
-    (folder / 'config.json').write_text(json.dumps({'config': config | options}))
+    write_jsonl(folder / 'config.json', [{'config': config | options}])
     rows, samples = [], []
     for i in range(n + 1):
         for split in ['eval'] * (i in (0, n)) + ['train'] * (i > 0):
-            row = {'split': split, 'counters/examples': 8 * i, f'loss/{split}': 0.7 - 0.01 * i, f'kl_{split}/chosen': 0.1 * i,
-                   f'rewards_{split}/accuracies': 0.5 + 0.05 * i, f'rewards_{split}/margins': 0.2 * i,
-                   f'logps_{split}/chosen': -20.0 - i, f'logps_{split}/rejected': -20.0 - 2 * i}  # fmt: skip
-            if split == 'eval' and sampled:
-                row['kl_eval/samples'] = 0.3 * i
-                for name in ('policy', 'reference'):
-                    for place, word in (('hotel', 'nice'), ('cafe', 'superb' if name == 'policy' and i else 'dull')):
-                        response = f' the {toy.PLACES[place][0]} was {word} .'
-                        samples.append({'examples': 8 * i, 'generator': name, 'prompt': f'Review of the {place}:', 'response': response})  # fmt: skip
-            rows.append(row)
-    for name, content in (('metrics', rows), ('samples', samples)):
-        (folder / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in content))
+            rows.append({'split': split, 'counters/examples': 8 * i, f'loss/{split}': 0.7 - 0.01 * i, f'kl_{split}/chosen': 0.1 * i,
+                         f'rewards_{split}/accuracies': 0.5 + 0.05 * i, f'rewards_{split}/margins': 0.2 * i,
+                         f'logps_{split}/chosen': -20.0 - i, f'logps_{split}/rejected': -20.0 - 2 * i})  # fmt: skip
+            if split == 'train' or not sampled:
+                continue
+            rows[-1]['kl_eval/samples'] = 0.3 * i
+            for name in ('policy', 'reference'):
+                for place, word in (('hotel', 'nice'), ('cafe', 'superb' if name == 'policy' and i else 'dull')):
+                    samples.append({'examples': 8 * i, 'generator': name, 'prompt': f'Review of the {place}:',
+                                    'response': f' the {toy.PLACES[place][0]} was {word} .'})  # fmt: skip
+    write_jsonl(folder / 'metrics.jsonl', rows)
+    write_jsonl(folder / 'samples.jsonl', samples)
     return folder
 
 
@@ -52,21 +49,18 @@ def plot(*arguments):
     said, figures = io.StringIO(), []
     save = matplotlib.figure.Figure.savefig
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(sys, 'argv', ['plot.py', *map(str, arguments)])
-        patch.setattr(sys, 'excepthook', sys.excepthook)
         patch.setattr(matplotlib.figure.Figure, 'savefig', lambda f, *a, **k: (figures.append(f), save(f, *a, **k)))
-        scope = runpy.run_path(str(ROOT / 'tools/plot.py'), run_name='script')
-    (figure,) = figures
-    titles = {axis.get_title(loc='left'): axis for axis in figure.axes}
-    return scope, said.getvalue(), titles, [text.get_text() for text in figure.legends[0].get_texts()]
+        scope = run_script('tools/plot.py', *arguments)
+    titles = {axis.get_title(loc='left'): axis for axis in figures[0].axes}
+    return scope, said.getvalue(), titles, [text.get_text() for text in figures[0].legends[0].get_texts()]
+
+
+def drawn(line):
+    return list(zip(*line.get_data(), strict=True))
 
 
 def points(axis):
-    return [
-        list(zip(*line.get_data(), strict=True))
-        for line in axis.lines
-        if line.get_marker() == 'o' and len(line.get_xdata())
-    ]
+    return [drawn(line) for line in axis.lines if line.get_marker() == 'o' and len(line.get_xdata())]
 
 
 def test_picture(tmp_path):
@@ -74,102 +68,88 @@ def test_picture(tmp_path):
     out = tmp_path / 'x.png'
     scope, said, axes, names = plot(a, b, f'--out={out}', '--smooth=0.5')
     assert out.read_bytes()[:4] == b'\x89PNG' and said == f'{out}: 2 runs, 6 panels\n'
-    assert names == [
-        'a: beta=0.1',
-        'bb: beta=0.5, label_smoothing=0.1',
-    ]  # not out_dir, nor max_tokens, nor what is None
+    assert names == ['a: beta=0.1', 'bb: beta=0.5, label_smoothing=0.1']  # no out_dir, max_tokens, or what is None
     assert list(axes) == ['loss', 'reward accuracy', 'reward margin', 'log-probs', 'KL', 'gold reward against KL']
     assert points(axes['reward accuracy']) == [[(0, 0.5), (48, pytest.approx(0.8))]] * 2
     assert points(axes['log-probs'])[:2] == [[(0, -20), (48, -26)], [(0, -20), (48, -32)]]
     assert points(axes['KL'])[0] == [(0, 0), (48, pytest.approx(1.8))]
-    steps = axes['reward margin'].lines[0].get_data()
-    assert list(steps[0]) == [8, 16, 24, 32, 40, 48]
-    assert list(steps[1]) == pytest.approx([0.2, 0.3, 0.4, 0.6, 0.8, 1.0])  # means of three, of fewer at the start
-    gold = list(zip(*axes['gold reward against KL'].lines[0].get_data(), strict=True))
+    steps, means = axes['reward margin'].lines[0].get_data()
+    assert list(steps) == [8, 16, 24, 32, 40, 48]
+    assert list(means) == pytest.approx([0.2, 0.3, 0.4, 0.6, 0.8, 1.0])  # means of three, of fewer at the start
+    gold = drawn(axes['gold reward against KL'].lines[0])
     assert gold == [(0, 0), (0, 0), (pytest.approx(1.8), 0.75)]  # nice 0.5 and dull -0.5, then superb 1
     assert scope['frontier'](*scope['read'](a)[1:])[-1][2] == pytest.approx(0.25)  # stdev(0.5, 1) / sqrt 2
+    # the error of the reference does not shrink with evaluations
+    samples = read_jsonl(a / 'samples.jsonl')
+    once = scope['frontier']([], [row for row in samples if row['examples'] == 0])
+    assert scope['frontier']([], samples)[0] == once[0] and once[0][2] > 0
 
 
 def test_what_a_run_does_not_have_is_not_drawn(tmp_path):
     folder = run_folder(tmp_path / 'a', sampled=False)
     _, _, axes, names = plot(folder, f'--out={tmp_path}/x.png')
     assert names == ['a'] and list(axes)[4:] == ['KL, as if chosen answers came from the reference']
-    rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    rows = [{k: v for k, v in row.items() if not k.startswith(('rewards', 'kl'))} for row in rows]  # sft.py
-    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    rows = read_jsonl(folder / 'metrics.jsonl')
+    of_sft = [{k: v for k, v in row.items() if not k.startswith(('rewards', 'kl'))} for row in rows]
+    write_jsonl(folder / 'metrics.jsonl', of_sft)
     assert list(plot(folder, f'--out={tmp_path}/x.png')[2]) == ['loss', 'log-probs']
 
 
 def test_gold_reward_from_the_metrics(tmp_path):
     folder = run_folder(tmp_path / 'a')
     (folder / 'samples.jsonl').unlink()
-    rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    text = ''.join(json.dumps(row | {'gold/eval': 0.1 * i}) + '\n' for i, row in enumerate(rows))
-    (folder / 'metrics.jsonl').write_text(text + '{"split": "tr')  # and the run is being written, or was killed
+    rows = read_jsonl(folder / 'metrics.jsonl')
+    write_jsonl(folder / 'metrics.jsonl', [row | {'gold/eval': 0.1 * i} for i, row in enumerate(rows)])
+    with open(folder / 'metrics.jsonl', 'a') as file:
+        file.write('{"split": "tr')  # the run is being written, or was killed
     _, said, axes, _ = plot(folder, f'--out={tmp_path}/x.png')
-    gold = list(zip(*axes['gold reward against KL'].lines[0].get_data(), strict=True))
+    gold = drawn(axes['gold reward against KL'].lines[0])
     assert gold == [(0, 0), (pytest.approx(1.8), pytest.approx(0.6))]
     assert f'note: the last line of {folder}/metrics.jsonl is not complete' in said
-
-
-def test_the_error_of_the_reference_does_not_shrink_with_evaluations(tmp_path):
-    folder = run_folder(tmp_path / 'a')
-    scope = plot(folder, f'--out={tmp_path}/x.png')[0]
-    rows = [json.loads(line) for line in (folder / 'samples.jsonl').read_text().splitlines()]
-    once = scope['frontier']([], [row for row in rows if row['examples'] == 0])
-    assert scope['frontier']([], rows)[0] == once[0] and once[0][2] > 0
 
 
 def test_nothing_to_draw_and_odd_names(tmp_path):
     folder = run_folder(tmp_path / r'$\frac$')
     plot(folder, run_folder(tmp_path / 'b', loss=r'$\x'), f'--out={tmp_path}/x.png')
-    (folder / 'metrics.jsonl').write_text('{"split": "train", "counters/examples": 8, "x": 1}\n')
+    write_jsonl(folder / 'metrics.jsonl', [{'split': 'train', 'counters/examples': 8, 'x': 1}])
     (folder / 'samples.jsonl').unlink()
     with pytest.raises(UserError, match='no metric that is drawn'):
         plot(folder, f'--out={tmp_path}/x.png')
 
 
-def damage(folder, file, text):
-    if text is None:
-        (folder / file).unlink()
-    else:
-        (folder / file).write_text(text)
-
-
-@pytest.mark.parametrize(
-    ('file', 'text', 'message'),
-    [
-        ('config.json', None, "has no config.json, so it is no run's out_dir"),
-        ('config.json', '{"config": ', r'config\.json is damaged'),
-        ('config.json', '[]', r'config\.json is damaged'),
-        ('metrics.jsonl', None, r'has no steps in its metrics\.jsonl yet'),
-        ('metrics.jsonl', '', r'has no steps in its metrics\.jsonl yet'),
-        ('metrics.jsonl', '{"split": "check"}\n{broken\n{}\n', r'metrics\.jsonl, line 2 is damaged'),
-        ('metrics.jsonl', '{"split": "train"}\n', r'metrics\.jsonl has a row without'),
-        ('metrics.jsonl', '{"split": "eval", "counters/examples": 8, "loss/eval": "low"}\n', r'metrics\.jsonl has a row without'),
-        ('samples.jsonl', '{"prompt": 3}\n', r'samples\.jsonl has a row without'),
-    ],
-)  # fmt: skip
+# fmt: off
+@pytest.mark.parametrize(('file', 'text', 'message'), [
+    ('config.json', None, "has no config.json, so it is no run's out_dir"),
+    ('config.json', '{"config": ', r'config\.json is damaged'),
+    ('config.json', '[]', r'config\.json is damaged'),
+    ('metrics.jsonl', None, r'has no steps in its metrics\.jsonl yet'),
+    ('metrics.jsonl', '', r'has no steps in its metrics\.jsonl yet'),
+    ('metrics.jsonl', '{"split": "check", "counters/examples": 0}\n{broken\n{}\n', r'metrics\.jsonl, line 2 is damaged'),
+    ('metrics.jsonl', '{"split": "train"}\n', r'metrics\.jsonl has a row without'),
+    ('metrics.jsonl', '{"split": "eval", "counters/examples": 8, "loss/eval": "low"}\n', r'metrics\.jsonl has a row without'),
+    ('samples.jsonl', '{"prompt": 3}\n', r'samples\.jsonl has a row without'),
+])
+# fmt: on
 def test_damaged_folders(tmp_path, file, text, message):
-    damage(run_folder(tmp_path / 'a'), file, text)
+    damaged = run_folder(tmp_path / 'a') / file
+    damaged.unlink()
+    if text is not None:
+        damaged.write_text(text)
     with pytest.raises(UserError, match=message):
         plot(tmp_path / 'a', f'--out={tmp_path}/x.png')
 
 
-def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match='name the folders to draw'):
-        plot()
-    with pytest.raises(UserError, match='there is no folder'):
-        plot(tmp_path / 'nowhere')
+def test_mistakes(tmp_path, monkeypatch):
     folder = run_folder(tmp_path / 'a')
-    for out in (f'{tmp_path}/no/where.png', f'{tmp_path}/x.odd'):
-        with pytest.raises(UserError, match='cannot write'):
-            plot(folder, f'--out={out}')
-    with pytest.raises(UserError, match='smooth must lie between 0 and 1'):
-        plot(folder, '--smooth=3')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, 'matplotlib', None)
-        patch.setattr(sys, 'argv', ['plot.py', str(folder)])
-        patch.setattr(sys, 'excepthook', sys.excepthook)
-        with pytest.raises(UserError, match='pip install matplotlib'):
-            runpy.run_path(str(ROOT / 'tools/plot.py'), run_name='script')
+    for words, message in (
+        ([], 'name the folders to draw'),
+        ([tmp_path / 'nowhere'], 'there is no folder'),
+        ([folder, f'--out={tmp_path}/no/where.png'], 'cannot write'),
+        ([folder, f'--out={tmp_path}/x.odd'], 'cannot write'),
+        ([folder, '--smooth=3'], 'smooth must lie between 0 and 1'),
+    ):
+        with pytest.raises(UserError, match=message):
+            plot(*words)
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    with pytest.raises(UserError, match='pip install matplotlib'):
+        run_script('tools/plot.py', folder)

@@ -2,19 +2,26 @@
 
 import json
 import math
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from helpers import ROOT, run_script
 
-from rl import formulas
-
-ROOT = Path(__file__).resolve().parents[2]
+from configurator import UserError
+from rl import formulas, rollout
+from rl.rewards import score_answers, texts
+from text import toy
+from text.examples import Examples
 
 
 def rows(*values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+def close(found, expected):
+    return torch.allclose(found, expected, atol=1e-12, rtol=0)
 
 
 # ---- formulas ----
@@ -28,7 +35,7 @@ def test_gae_by_hand():
     mask = torch.tensor([[True] * 3, [True, False, False]])
     rewards, values = rows([0, 0, 1], [-1, 7, 7]), rows([0.5, 0.2, 0.4], [0.5, 7, 7])
     found = formulas.gae(rewards, values, mask, gamma=0.9, lam=0.5)
-    assert torch.allclose(found, rows([-0.1265, 0.43, 0.6], [-1.5, 0, 0]), atol=1e-12, rtol=0)
+    assert close(found, rows([-0.1265, 0.43, 0.6], [-1.5, 0, 0]))
 
 
 @pytest.mark.parametrize('gamma', [1.0, 0.9])
@@ -42,10 +49,10 @@ def test_gae_limits(gamma):
         powers = gamma ** torch.arange(6 - t, dtype=torch.float64)
         to_go[:, t] = ((rewards * mask)[:, t:] * powers).sum(1)
     found = formulas.gae(rewards, values, mask, gamma=gamma, lam=1.0)
-    assert torch.allclose(found, (to_go - values) * mask, atol=1e-12, rtol=0)
+    assert close(found, (to_go - values) * mask)
     after = torch.cat(((values * mask)[:, 1:], torch.zeros(4, 1)), 1)
     td = (rewards + gamma * after - values) * mask
-    assert torch.allclose(formulas.gae(rewards, values, mask, gamma=gamma, lam=0.0), td, atol=1e-12, rtol=0)
+    assert close(formulas.gae(rewards, values, mask, gamma=gamma, lam=0.0), td)
 
 
 def test_ppo_by_hand():
@@ -54,19 +61,23 @@ def test_ppo_by_hand():
     rho = rows(1.5, 1.5, 0.5, 0.5)
     pi = rho.log().requires_grad_()
     l = formulas.ppo(pi, torch.zeros(4), rows(1, -1, 1, -1), clip=0.2)
-    assert torch.allclose(l, rows(-1.2, 1.5, -0.5, 0.8), atol=1e-12, rtol=0)
+    assert close(l, rows(-1.2, 1.5, -0.5, 0.8))
     (slope,) = torch.autograd.grad(l.sum(), pi)
-    assert torch.allclose(slope, rows(0, 1.5, -0.5, 0), atol=1e-12, rtol=0)
+    assert close(slope, rows(0, 1.5, -0.5, 0))
 
 
-def test_ratio_one_is_policy_gradient():
-    """At pi = old the loss is minus the advantage, and its gradient too."""
-    pi = -torch.rand(9, dtype=torch.float64).requires_grad_()
-    advantage = torch.randn(9, dtype=torch.float64)
-    l = formulas.ppo(pi, pi.detach(), advantage, clip=0.2)
+def test_where_there_is_little_to_learn():
+    """At pi = old the loss is minus the advantage, and its gradient too. A group whose rewards are equal teaches nothing: only the
+    pull to the reference is left, and at the reference not that either."""
+    pi = -torch.rand(4, dtype=torch.float64).requires_grad_()
+    old, advantage = pi.detach(), torch.randn(4, dtype=torch.float64)
+    l = formulas.ppo(pi, old, advantage, clip=0.2)
     assert l.mean().item() == pytest.approx(-advantage.mean().item(), abs=1e-15)
     (slope,) = torch.autograd.grad(l.sum(), pi)
     assert torch.allclose(slope, -advantage)
+    none = formulas.group_advantage(torch.full((1, 4), 0.3, dtype=torch.float64))[0]
+    (slope,) = torch.autograd.grad(formulas.grpo(pi, old, old, none, clip=0.2, kl_coef=0.1).sum(), pi)
+    assert slope.abs().max() == 0
 
 
 def test_value_loss_by_hand():
@@ -85,21 +96,11 @@ def test_grpo_by_hand():
     assert l.item() == pytest.approx(-0.8 + 0.5 * (1 - math.log(2)), abs=1e-12)
 
 
-def test_grpo_of_equal_rewards_has_no_gradient():
-    """A group that agrees teaches nothing: only the pull to the reference is left, and at the reference not that either."""
-    pi = (-torch.rand(4, dtype=torch.float64)).requires_grad_()
-    advantage = formulas.group_advantage(torch.full((1, 4), 0.3, dtype=torch.float64))[0]
-    (slope,) = torch.autograd.grad(
-        formulas.grpo(pi, pi.detach(), pi.detach(), advantage, clip=0.2, kl_coef=0.1).sum(), pi
-    )
-    assert slope.abs().max() == 0
-
-
 def test_whiten():
     """Mean 2 and population variance 2/3 of 1 2 3; what is masked is neither counted nor left."""
     x, mask = rows([1, 2], [3, 9]), torch.tensor([[True, True], [True, False]])
     scale = (2 / 3 + 1e-8) ** 0.5
-    assert torch.allclose(formulas.whiten(x, mask), rows([-1 / scale, 0], [1 / scale, 0]), atol=1e-12, rtol=0)
+    assert close(formulas.whiten(x, mask), rows([-1 / scale, 0], [1 / scale, 0]))
 
 
 NUMBERS = json.loads((ROOT / 'tests/parts/trl_grpo_numbers.json').read_text())
@@ -121,35 +122,46 @@ def test_grpo_is_what_trl_says(case):
     assert torch.allclose(slope, rows(*case['gradient']), atol=1e-7, rtol=1e-6)
 
 
+def test_scores_of_the_toy_world_are_of_texts():
+    """Every answer in its order, without the token that ends it."""
+    tokenizer, prompt = toy.tokenizer(), 'Review of the hotel:'
+    answers = (' the bed was superb .', ' the bed was awful .')
+    ids = [tokenizer(text)['input_ids'] + [tokenizer.eos_token_id] for text in answers]
+    examples = Examples.of([(tokenizer(prompt)['input_ids'], ids)])
+    assert texts(examples, tokenizer) == [(prompt, answer) for answer in answers]
+    scores = score_answers(examples, tokenizer, None, max_tokens=1)
+    assert scores.tolist() == [toy.gold(prompt, answer) for answer in answers] and scores[0] != scores[1]
+
+
+def test_slots_of_a_microbatch_among_the_tokens_of_a_round():
+    """Two answers to each of three prompts; the microbatch has the third prompt, first of its step, and a filler."""
+    answer, offset = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 0, 1, 2, 0]])
+    batch = SimpleNamespace(slot=[0, -1], answer=answer, offset=offset)
+    starts = torch.tensor([0, 3, 5, 9, 11, 20])
+    found = rollout.token_slots(batch, np.array([2, 0]), starts, per_prompt=2)
+    assert found.tolist() == [11, 12, 20, 21, 22, -1]
+
+
 # ---- a user's mistakes ----
 
+GOLD = '--reward_model=gold'
 
-@pytest.mark.parametrize(
-    'flags, sentence',
-    [
-        ([], 'nothing scores the answers'),
-        (['--reward_model=gold', '--loss=grpo'], 'set --group_size to 2 or more'),
-        (
-            ['--reward_model=gold', '--loss=grpo', '--group_size=8', '--lam=0.5'],
-            '--lam has no effect: grpo has no critic',
-        ),
-        (['--reward_model=gold', '--loss=dpo'], 'loss must be one of ppo, grpo'),
-        (['--reward_model=gold', '--data=hh'], 'known for --data=toy alone'),
-        (['--reward_model=nowhere'], "'nowhere'"),
-        (['--reward_model=gold', '--batch_size=10', '--group_size=4'], 'multiples of group_size'),
-        (['--reward_model=gold', '--noise_rate=0.2'], '--noise_rate has no effect'),
-        (['--reward_model=gold', '--per_answer'], '--per_answer has no effect'),
-        (['--reward_model=gold', '--gamma=1.5'], 'gamma and lam must lie between 0 and 1'),
-        (['--offline', '--group_size=2'], '--group_size has no effect'),
-        (['--offline', '--loss=grpo'], '--offline goes with --loss=ppo'),
-    ],
-)
-def test_mistakes(flags, sentence, tmp_path, monkeypatch, capsys):
-    import runpy
 
-    from configurator import UserError
-
+@pytest.mark.parametrize('flags, sentence', [
+    ([], 'nothing scores the answers'),
+    ([GOLD, '--loss=grpo'], 'set --group_size to 2 or more'),
+    ([GOLD, '--loss=grpo', '--group_size=8', '--lam=0.5'], '--lam has no effect: grpo has no critic'),
+    ([GOLD, '--loss=dpo'], 'loss must be one of ppo, grpo'),
+    ([GOLD, '--data=hh'], 'known for --data=toy alone'),
+    (['--reward_model=nowhere'], "'nowhere'"),
+    ([GOLD, '--batch_size=10', '--group_size=4'], 'multiples of group_size'),
+    ([GOLD, '--noise_rate=0.2'], '--noise_rate has no effect'),
+    ([GOLD, '--per_answer'], '--per_answer has no effect'),
+    ([GOLD, '--gamma=1.5'], 'gamma and lam must lie between 0 and 1'),
+    (['--offline', '--group_size=2'], '--group_size has no effect'),
+    (['--offline', '--loss=grpo'], '--offline goes with --loss=ppo'),
+])  # fmt: skip
+def test_mistakes(flags, sentence, tmp_path, monkeypatch):
     monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path))
-    monkeypatch.setattr(sys, 'argv', ['ppo.py', *flags, f'--out_dir={tmp_path}/run'])
     with pytest.raises(UserError, match=sentence):
-        runpy.run_path(str(ROOT / 'ppo.py'), run_name='script')
+        run_script('ppo.py', *flags, f'--out_dir={tmp_path}/run')

@@ -43,34 +43,30 @@ def test_same_numbers_as_the_live_reference(run, tmp_path, loss):
 
 def test_shared_between_runs_and_losses_and_keyed_by_content(run, tmp_path, capsys):
     run('first', '--cache_ref')
-    files = caches(tmp_path)
-    times = [file.stat().st_mtime_ns for file in files]
+    before = {file: file.stat().st_mtime_ns for file in caches(tmp_path)}
     again = run('second', '--loss=ipo', '--beta=0.3', '--cache_ref')
-    assert caches(tmp_path) == files and [file.stat().st_mtime_ns for file in files] == times
+    assert {file: file.stat().st_mtime_ns for file in caches(tmp_path)} == before
     assert 'read from' in capsys.readouterr().out and len(again) == 6
     run('other', '--cache_ref', '--seed=1')  # other weights
     assert len(caches(tmp_path)) == 4
 
 
-@pytest.mark.parametrize('damage', ['truncated', 'changed', 'foreign'])
+# fmt: off
+@pytest.mark.parametrize('damage', [
+    lambda content, other: content[:-9],  # truncated
+    lambda content, other: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],  # a bit has changed
+    lambda content, other: other,  # of something else
+])
+# fmt: on
 def test_a_damaged_file_is_found_out(run, tmp_path, capsys, damage):
     expected = run('first', '--cache_ref')
     one, two = caches(tmp_path)
-    content = bytearray(one.read_bytes())
-    if damage == 'truncated':
-        one.write_bytes(content[:-9])
-    elif damage == 'changed':
-        content[-3] ^= 1
-        one.write_bytes(content)
-    else:
-        one.write_bytes(two.read_bytes())
+    one.write_bytes(damage(one.read_bytes(), two.read_bytes()))
     assert run('second', '--cache_ref') == expected
     assert 'damaged or belongs to something else' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ('loss', 'reason'), [('tdpo1', 'live reference'), ('kto', 'live reference'), ('simpo', 'no reference')]
-)
+@pytest.mark.parametrize(('loss', 'reason'), [('tdpo1', 'live reference'), ('kto', 'live reference'), ('simpo', 'no reference')])
 def test_refused(run, loss, reason):
     with pytest.raises(UserError, match=f'--cache_ref: the loss {loss} .*{reason}'):
         run('refused', f'--loss={loss}', '--cache_ref')

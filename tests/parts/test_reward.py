@@ -2,40 +2,32 @@
 
 test_resume.py and test_trl.py have reward.py's resumed runs and its agreement with TRL."""
 
-import contextlib
-import io
 import json
-import runpy
-import sys
 import types
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import transformers as hf
+from helpers import metrics, run_script, tiny_model, write_jsonl
 
 import data
 import fsdp
 import model
 from configurator import UserError
 from feedback import score
-from hf import export, load
+from hf import export, load, probe
 from rl import formulas, heads
 from text import tokenise, toy
 
-ROOT = Path(__file__).resolve().parents[2]
-BASE = {'vocab_size': 512, 'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 4,
-        'max_position_embeddings': 64, 'bos_token_id': None, 'eos_token_id': None}  # fmt: skip
-FULL = len(toy.tokenizer())  # rows of an embedding without a spare one
+EOS, FULL = toy.tokenizer().eos_token_id, len(toy.tokenizer())  # FULL: rows of an embedding without a spare one
 CONFIGS = {
-    'llama': BASE | {'num_key_value_heads': 2, 'tie_word_embeddings': True},
-    'gpt_neox': BASE,
-    'qwen2': BASE | {'num_key_value_heads': 2},
-    'gpt2': {'vocab_size': FULL, 'n_embd': 16, 'n_layer': 2, 'n_head': 4, 'n_positions': 64},
-    'mistral': BASE | {'num_key_value_heads': 2, 'sliding_window': 4},
+    'llama': {'tie_word_embeddings': True},
+    'gpt_neox': {},
+    'qwen2': {},
+    'gpt2': {'vocab_size': FULL},
+    'mistral': {'sliding_window': 4},
 }
 SHAPES = [
     (5, (7, 3)),
@@ -43,28 +35,20 @@ SHAPES = [
     (12, (1, 1)),
     (2, (20, 4)),
 ]  # lengths of the prompt and its answers, without their ends
-EOS = toy.tokenizer().eos_token_id
+LAYOUTS = ({}, {'share_prefix': False}, {'pad': True})
 
 
 @pytest.fixture(scope='module', autouse=True)
 def process_group():
     fsdp.setup()
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    """A folder of a language model for every architecture, with weights so large that a wrong position shows."""
+    """A folder of a language model for every architecture."""
     folder = tmp_path_factory.mktemp('models')
     for name, options in CONFIGS.items():
-        torch.manual_seed(0)
-        net = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**{'model_type': name} | options))
-        with torch.no_grad():
-            for key, p in net.named_parameters():
-                p.copy_(0.3 * torch.randn(p.shape) + ('norm' in key or 'ln' in key) * key.endswith('weight'))
-        net.save_pretrained(folder / name)
-        toy.tokenizer().save_pretrained(folder / name)
+        tiny_model(folder / name, name, max_position_embeddings=64, **options)
     return folder
 
 
@@ -73,8 +57,8 @@ def make(folder, **options):
     return load.load_reward(str(folder), tokenizer, **options), tokenizer
 
 
-def pairs(seed=0):
-    rng = np.random.default_rng(seed)
+def pairs():
+    rng = np.random.default_rng(0)
     return [(rng.integers(0, 300, p), [np.append(rng.integers(0, 300, n), EOS) for n in a]) for p, a in SHAPES]
 
 
@@ -106,9 +90,11 @@ def test_scores_and_gradients_are_those_of_transformers(folders, name):
     slope = gradient(expected)
     single = [net(input_ids=torch.tensor([[*p, *a]])).logits[0, 0].item() for p, a in items_of(examples)]
     assert expected.tolist() == pytest.approx(single, abs=1e-5) and expected.std() > 0.01
-    for options in ({}, {'share_prefix': False}, {'pad': True}):
+    for options in LAYOUTS:
+        batch = data.pack(examples, range(4), **options)
+        assert (batch.ids.flatten()[batch.last] == EOS).all()
         model.set_attention(net, packed='pad' not in options)
-        scores = heads.response_scores(net, data.pack(examples, range(4), **options))
+        scores = heads.response_scores(net, batch)
         assert scores.dtype == torch.float32 and scores._base is None  # FSDP2 cannot hook a view
         assert (scores - expected).abs().max() < 1e-5, options
         assert (gradient(scores) - slope).norm() < 1e-5 * slope.norm(), options
@@ -117,6 +103,7 @@ def test_scores_and_gradients_are_those_of_transformers(folders, name):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_exported_folder_is_plain_transformers(folders, name, tmp_path, capsys):
     """load_reward -> shard -> export -> AutoModelForSequenceClassification and score.py: the same scores, also padded."""
+    load._noted.clear()
     tokenizer = load.separate_pad(load.load_tokenizer(str(folders / name)))
     build = partial(load.load_reward, str(folders / name), tokenizer, new_head=True, seed=7)
     net = fsdp.shard(build, torch.device('cpu'), cpu_offload=True)
@@ -125,45 +112,45 @@ def test_exported_folder_is_plain_transformers(folders, name, tmp_path, capsys):
     export.write_model(net, tokenizer, build, tmp_path / 'model')
     said = capsys.readouterr().out
     assert 'a new scalar head, drawn from seed 7' in said and ('one row more' in said) == (name == 'gpt2')
+
+    # by transformers
     plain = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'model').eval()
     config = json.loads((tmp_path / 'model/config.json').read_text())
     assert config['architectures'] == [type(plain).__name__] and '"packed"' not in json.dumps(config)
     assert plain.config.num_labels == 1 and plain.config.pad_token_id == FULL != EOS
+    items = items_of(pairs())
     with torch.no_grad():
-        own = plain_scores(plain, hf.AutoTokenizer.from_pretrained(tmp_path / 'model'), items_of(pairs()))
+        own = plain_scores(plain, hf.AutoTokenizer.from_pretrained(tmp_path / 'model'), items)
     assert (own - ours).abs().max() < 1e-5
+
+    # by score.py, in one batch, in microbatches of a pair or less, for answers without their ends, and padded
     scorer, tokenizer = score.load_scorer(str(tmp_path / 'model'), torch.device('cpu'))
     assert 'padded' not in capsys.readouterr().out
-    items = items_of(pairs())
-    assert score.scores(scorer, tokenizer, items, 4096).tolist() == pytest.approx(own.tolist(), abs=1e-5)
-    shuffled = [(p, a[:-1]) for p, a in items[::-1]]  # without their ends, in microbatches of a pair or less
-    again = score.scores(scorer, tokenizer, shuffled, 20)
-    assert again.dtype == np.float32 and again[::-1].tolist() == pytest.approx(own.tolist(), abs=1e-5)
+    same = partial(pytest.approx, own.tolist(), abs=1e-5)
+    assert score.scores(scorer, tokenizer, items, 4096).tolist() == same()
+    again = score.scores(scorer, tokenizer, [(p, a[:-1]) for p, a in items[::-1]], 20)
+    assert again.dtype == np.float32 and again[::-1].tolist() == same()
     with pytest.raises(UserError, match='item 1: .*60 . 6 tokens.*64'):
         score.scores(scorer, tokenizer, [items[0], (range(60), range(5))], 4096)
-    if name == 'llama':  # an architecture that cannot be packed
-        model.set_attention(scorer, packed=False)
-        assert score.scores(scorer, tokenizer, items, 40).tolist() == pytest.approx(own.tolist(), abs=1e-5)
+    model.set_attention(scorer, packed=False)
+    assert score.scores(scorer, tokenizer, items, 40).tolist() == same()
 
 
 def test_the_place_of_the_last_token():
-    for options in ({}, {'share_prefix': False}, {'pad': True}):
-        batch = data.pack(pairs(), range(4), **options)
-        assert (batch.ids.flatten()[batch.last] == EOS).all()
     one = data.pack([([5, 6], [[7], [8], [9, 10]])], [0])  # an answer of one token is predicted by the prompt
     assert one.last.tolist() == [2, 3, 5]
 
 
-def test_a_model_that_reads_elsewhere_is_refused(folders, monkeypatch):
+def test_a_model_that_reads_elsewhere_is_refused(folders):
     """The check at the start compares with transformers' own forward."""
     net, _ = make(folders / 'llama', new_head=True)
     net.response_scores = types.MethodType(heads.response_scores, net)
     batches = [data.pack(pairs(), range(4), pad=pad) for pad in (False, True)]
-    assert load.can_pack(net, *batches, print)
+    assert probe.can_pack(net, *batches, print)
     for batch in batches:
         batch.last -= 1
     with pytest.raises(UserError, match='other scores'):
-        load.can_pack(net, *batches, print)
+        probe.can_pack(net, *batches, print)
 
 
 # ---- heads ----
@@ -187,46 +174,47 @@ def test_a_trained_head_is_kept(folders, tmp_path, capsys):
     assert net.get_input_embeddings().weight[FULL].eq(0).all() and 'new' not in capsys.readouterr().out
 
 
-def test_what_is_no_reward_model(folders, tmp_path):
+def without(net, name):
+    return {key: value for key, value in net.state_dict().items() if key != name}
+
+
+# fmt: off
+@pytest.mark.parametrize(('changes', 'lost', 'words'), [
+    ({'num_labels': 2}, None, '2 outputs'),
+    ({'pad_token_id': EOS}, None, 'one token before that'),
+    ({}, 'score.weight', 'lacks weights: score.weight'),
+])
+# fmt: on
+def test_what_is_no_reward_model(folders, tmp_path, changes, lost, words):
     with pytest.raises(UserError, match='no reward model but a language model'):
         make(folders / 'llama')
     net, tokenizer = make(folders / 'llama', new_head=True)
     tokenizer.save_pretrained(tmp_path)
-    for changes, words in ({'num_labels': 2}, '2 outputs'), ({'pad_token_id': EOS}, 'one token before that'):
-        for key, value in changes.items():
-            setattr(net.config, key, value)
-        net.save_pretrained(tmp_path)
-        with pytest.raises(UserError, match=words):
-            make(tmp_path, new_head=True)
-        net.config.num_labels = 1
-    net.config.pad_token_id = FULL
-    net.save_pretrained(tmp_path, state_dict={k: v for k, v in net.state_dict().items() if k != 'score.weight'})
-    with pytest.raises(UserError, match='lacks weights: score.weight'):
+    for key, value in changes.items():
+        setattr(net.config, key, value)
+    net.save_pretrained(tmp_path, state_dict=without(net, lost))
+    with pytest.raises(UserError, match=words):
         make(tmp_path, new_head=True)
 
 
 def test_a_reward_model_is_no_language_model(folders, tmp_path):
     """dpo.py and sft.py would train from a head that transformers makes up."""
     for name in 'qwen2', 'gpt2':
-        net, _ = make(folders / name, new_head=True)
-        net.save_pretrained(tmp_path)
+        make(folders / name, new_head=True)[0].save_pretrained(tmp_path)
         with pytest.raises(UserError, match='is a reward model: a language model is needed'):
             load.load_model(str(tmp_path))
     net = hf.AutoModelForCausalLM.from_pretrained(folders / 'qwen2')
-    net.save_pretrained(tmp_path, state_dict={k: v for k, v in net.state_dict().items() if k != 'lm_head.weight'})
+    net.save_pretrained(tmp_path, state_dict=without(net, 'lm_head.weight'))
     with pytest.raises(UserError, match='lacks weights: lm_head.weight'):
         load.load_model(str(tmp_path))
 
 
 def test_pad_tokens():
     """The tokenizer's own if it is not the end of text, else a new one; always on the right."""
-    own = toy.tokenizer()
-    own.pad_token, own.padding_side = '!', 'left'
-    assert load.separate_pad(own).pad_token == '!' and own.padding_side == 'right'
-    for pad in (None, '<|endoftext|>'):
+    for pad, expected in ('!', toy.tokenizer().convert_tokens_to_ids('!')), (None, FULL), ('<|endoftext|>', FULL):
         tokenizer = toy.tokenizer()
-        tokenizer.pad_token = pad
-        assert load.separate_pad(tokenizer).pad_token_id == FULL
+        tokenizer.pad_token, tokenizer.padding_side = pad, 'left'
+        assert load.separate_pad(tokenizer).pad_token_id == expected and tokenizer.padding_side == 'right'
         assert tokenizer('Review of!').input_ids == toy.tokenizer()('Review of!').input_ids
 
 
@@ -234,24 +222,19 @@ def test_pad_tokens():
 
 
 def rows(margins):
-    texts = list(toy.pairs('train', len(margins)))
+    texts = toy.pairs('train', len(margins))
     return [row if m is None else row | {'margin': m} for row, m in zip(texts, margins, strict=True)]
 
 
-def write(path, content):
-    path.write_text(''.join(json.dumps(row) + '\n' for row in content))
-    return str(path)
-
-
-def examples(path, **options):
+def examples(path, task='pairs', **options):
     options = {'max_length': 64, 'max_prompt_length': 32, 'undivided': True, 'margins': True} | options
-    return tokenise.load_examples(path, 'train', toy.tokenizer(), options.pop('task', 'pairs'), **options)
+    return tokenise.load_examples(path, 'train', toy.tokenizer(), task, **options)
 
 
 def test_margins_of_rows(tmp_path, monkeypatch):
     """Kept, through cache, selection and flips; 0 and counted where a row has none; counted where nothing uses them."""
     monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
-    file = write(tmp_path / 'pairs.jsonl', rows([1, 0.5, None, -2.0, 3]))
+    file = write_jsonl(tmp_path / 'pairs.jsonl', rows([1, 0.5, None, -2.0, 3]))
     for _ in range(2):  # computed, then from the cache
         found = examples(file)
         assert found.margin.tolist() == [1, 0.5, 0, -2, 3] and found.margin.dtype == np.float32
@@ -263,13 +246,14 @@ def test_margins_of_rows(tmp_path, monkeypatch):
         other = examples(file, margins=False, task=task)
         assert other.margin is None
         assert other.changes() == ({'margins, which only reward.py uses': 4} if task == 'pairs' else 'nothing')
-    assert examples(write(tmp_path / 'none.jsonl', rows([None, None]))).margin is None
+    assert examples(write_jsonl(tmp_path / 'none.jsonl', rows([None, None]))).margin is None
 
 
 @pytest.mark.parametrize('bad', ['"1"', 'true', 'NaN', 'Infinity', '1' + '0' * 400, '[1]'])
 def test_bad_margins(tmp_path, bad):
     file = tmp_path / 'pairs.jsonl'
-    file.write_text(''.join(json.dumps(row) + '\n' for row in rows([1, 12345])).replace('12345', bad))
+    write_jsonl(file, rows([1, 12345]))
+    file.write_text(file.read_text().replace('12345', bad))
     with pytest.raises(UserError, match="line 2: 'margin' is "):
         examples(str(file), cache=False)
     assert len(examples(str(file), cache=False, skip_bad_rows=True)) == 1
@@ -285,45 +269,26 @@ def test_the_loss():
 # ---- whole runs ----
 
 
-def run(*flags):
-    """reward.py in this process: what it prints."""
-    out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(sys, 'argv', ['reward.py', *flags])
-        runpy.run_path(str(ROOT / 'reward.py'), run_name='script')
-    return out.getvalue()
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-
-
-def test_it_learns_the_toy_world(tmp_path, monkeypatch):
+def test_it_learns_the_toy_world(tmp_path, capsys):
     """Half of 6,000 held-out-free pairs twice: well above chance (0.5; the best possible is 0.86), and the scores centred."""
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
-    flags = [
-        '--lr=5e-3',
-        '--lr_schedule=linear',
-        '--warmup_steps=5',
-        '--n_eval_examples=400',
-        '--center_coef=0.01',
-        '--seed=1',
-    ]
-    out = run(*flags, f'--out_dir={tmp_path}/run')
-    before, after = (row for row in metrics(tmp_path / 'run') if row['split'] == 'eval')
-    print(before, after)
+    run_script('reward.py', '--lr=5e-3', '--lr_schedule=linear', '--warmup_steps=5', '--n_eval_examples=400',
+               '--center_coef=0.01', '--seed=1', f'--out_dir={tmp_path}/run')  # fmt: skip
+    before, after = metrics(tmp_path / 'run', 'eval')
     assert 0.4 < before['rewards_eval/accuracies'] < 0.6 and after['rewards_eval/accuracies'] > 0.7
     assert after['rewards_eval/margins'] > 0.5 > abs(after['rewards_eval/mean'])
     assert after['rewards_eval/margins'] == pytest.approx(after['rewards_eval/chosen'] - after['rewards_eval/rejected'])
+    out = capsys.readouterr().out
     assert 'left out or changed: nothing' in out and 'acc 0.' in out
 
 
+# fmt: off
 @pytest.mark.parametrize('flag, words', [
     ('--label_smoothing=0.5', 'label_smoothing must lie between 0 and 0.5'),
     ('--center_coef=-1', 'center_coef must lie between 0'),
     ('--beta=0.1', "unknown option 'beta'"),
     ('--model=nowhere', "no model folder 'nowhere'"),
-])  # fmt: skip
+])
+# fmt: on
 def test_mistakes(tmp_path, flag, words):
     with pytest.raises(UserError, match=words):
-        run(flag, f'--out_dir={tmp_path}/run')
+        run_script('reward.py', flag, f'--out_dir={tmp_path}/run')

@@ -15,8 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from configurator import UserError
-from feedback import samples
-from feedback.pairs import read_answers
+from feedback.answers import collect, read_answers
 from text import formats, sources
 
 
@@ -261,31 +260,26 @@ def splits(hub_id):
     return ['train', 'test']
 
 
-@pytest.mark.parametrize(
-    'source, asked',
-    [
-        ('hh', ('Anthropic/hh-rlhf', 'test', {})),
-        ('hh_helpful', ('Anthropic/hh-rlhf', 'test', {'data_dir': 'helpful-base'})),
-        ('hh_harmless', ('Anthropic/hh-rlhf', 'test', {'data_dir': 'harmless-base'})),
-        ('shp', ('stanfordnlp/SHP', 'test', {})),
-        ('se', ('HuggingFaceH4/stack-exchange-preferences', 'train', {})),
-        (
-            'sharegpt',
-            (
-                'anon8231489123/ShareGPT_Vicuna_unfiltered',
-                'train',
-                {'data_files': 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json'},
-            ),
-        ),
-        ('imdb', ('insub/imdb_prefix20_forDPO_gpt2-large-imdb-FT_siebert_sentiment-roberta-large-english', 'test', {})),
-        ('oasst', ('OpenAssistant/oasst1', 'validation', {})),
-        ('ultrafeedback', ('HuggingFaceH4/ultrafeedback_binarized', 'test_prefs', {})),
-        ('ultrafeedback_hybrid', ('wzhouad/gemma-2-ultrafeedback-hybrid', 'test', {})),
-        ('ultrachat', ('HuggingFaceH4/ultrachat_200k', 'test_sft', {})),
-        ('alpaca_eval', ('json', 'train', {'data_files': 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'})),
-        ('owner/name', ('owner/name', 'test', {})),
-    ],
-)
+# fmt: off
+ASKED = {  # name -> what load_dataset is asked for
+    'hh': ('Anthropic/hh-rlhf', 'test', {}),
+    'hh_helpful': ('Anthropic/hh-rlhf', 'test', {'data_dir': 'helpful-base'}),
+    'hh_harmless': ('Anthropic/hh-rlhf', 'test', {'data_dir': 'harmless-base'}),
+    'shp': ('stanfordnlp/SHP', 'test', {}),
+    'se': ('HuggingFaceH4/stack-exchange-preferences', 'train', {}),
+    'sharegpt': ('anon8231489123/ShareGPT_Vicuna_unfiltered', 'train', {'data_files': 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json'}),
+    'imdb': ('insub/imdb_prefix20_forDPO_gpt2-large-imdb-FT_siebert_sentiment-roberta-large-english', 'test', {}),
+    'oasst': ('OpenAssistant/oasst1', 'validation', {}),
+    'ultrafeedback': ('HuggingFaceH4/ultrafeedback_binarized', 'test_prefs', {}),
+    'ultrafeedback_hybrid': ('wzhouad/gemma-2-ultrafeedback-hybrid', 'test', {}),
+    'ultrachat': ('HuggingFaceH4/ultrachat_200k', 'test_sft', {}),
+    'alpaca_eval': ('json', 'train', {'data_files': 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'}),
+    'owner/name': ('owner/name', 'test', {}),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize('source, asked', ASKED.items())
 def test_what_is_asked_of_the_hub(monkeypatch, source, asked):
     calls = []
 
@@ -431,7 +425,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('SmolTalk 2', 'sft', [{'messages': [user('q?'), assistant('a')], 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}}], [SFT | BRIEF], {}),
     ('OpenHermes 2.5', 'sft', [{'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'}], [SFT | BRIEF], {}),
     ('SlimOrca', 'sft', [{'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, said('q?', 'a', weight=0.0)[0], said('q?', 'a', weight=1.0)[1]]}], [SFT | BRIEF], {}),
-    ('weights of questions', 'sft', [{'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0))]}], [MULTI], {}),
+    ('weights of questions', 'sft', [{'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0), strict=True)]}], [MULTI], {}),
     ('several turns and system', 'sft', [{'system': 'Be brief.', 'messages': TWO_TURNS}], [{'prompt': [system('Be brief.'), *TWO_TURNS[:3]], 'response': TWO_TURNS[3:], 'turns': [system('Be brief.'), *TWO_TURNS]}], {}),
     ('OpenOrca', 'sft', [{'system_prompt': 'Be brief.', 'question': 'q?', 'response': 'a'}, {'system_prompt': '', 'question': 'q?', 'response': 'a'}], [SFT | BRIEF, SFT], {}),
     ('Magpie', 'sft', [{'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')}], [SFT], {}),
@@ -495,6 +489,15 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'prompt': '["q"', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': 1, 'winner_model_b': 0}, "'prompt' is not a list of texts in JSON"),
     ({'prompt': 'q', 'responses': ['a', 'b'], 'scores': [1]}, "'responses' and 'scores' are not as many texts and numbers"),
     ({'info': {}, 'summaries': [], 'choice': 1}, "'choice' is neither 0 nor 1"),
+    ({'prompt': 'p', 'chosen': '\ud800', 'rejected': 'b'}, "'chosen' has half a surrogate pair"),
+    ({'prompt': 'p', 'chosen': [assistant('\udc00')], 'rejected': []}, "'content' has half"),
+    ({'prompt': [], 'chosen': [], 'rejected': []}, "'prompt' has no messages"),
+    ({'prompt': 'p', 'completion': [user('x')]}, "'completion' does not end with an answer"),
+    ({'chosen': [assistant('x')], 'rejected': [assistant('y')]}, 'same question'),
+    ({'messages': [user('x'), assistant('y') | {'tool_calls': [1]}]}, 'not a list of calls'),
+    ({'prompt': 'p', **ANSWERS, 'margin': True}, "'margin' is missing or of the wrong type"),
+    ({'instruction': 'i', 'output_1': 'a', 'output_2': 'b', 'preference': True}, "'preference' is missing or of"),
+    ({'instruction': 'i', 'output_1': 'a', 'output_2': 'b', 'preference': math.inf}, "'preference' is not a finite"),
     ({}, "'prompt' is missing"),
     ([], 'not an object with named fields'),
     ('text', 'not an object with named fields'),
@@ -1104,7 +1107,7 @@ ANSWER = st.sampled_from(['prompt', 'instruction', 'output', 'response', 'genera
 @settings(max_examples=150, deadline=None, database=None)
 @given(st.lists(st.dictionaries(ANSWER, st.text(max_size=3) | st.integers(0, 2) | JSON | CHAT), min_size=1, max_size=4))
 def test_any_file_of_answers(tmp_path_factory, rows):
-    """pairs.read_answers and samples.collect: all rows as they are, or the line that is wrong."""
+    """read_answers and collect: all rows as they are, or the line that is wrong."""
     folder = tmp_path_factory.mktemp('answers')
     path = write(folder / 'samples.jsonl', rows)
     try:
@@ -1118,7 +1121,7 @@ def test_any_file_of_answers(tmp_path_factory, rows):
             assert type(row['sample']) is int and isinstance(row['instruction'], str)
     before = Path(path).read_bytes()
     try:
-        kept = samples.collect(folder, lambda i, k: {} if 0 <= i < 9 and 0 <= k < 9 else None)
+        kept = collect(folder, lambda i, k: {} if 0 <= i < 9 and 0 <= k < 9 else None)
     except UserError as error:
         assert re.search(r'samples\.jsonl, line \d+, ', str(error)) and Path(path).read_bytes() == before
     else:
@@ -1128,30 +1131,6 @@ def test_any_file_of_answers(tmp_path_factory, rows):
 @pytest.mark.parametrize(
     'content, words',
     [
-        ('{"prompt": "p", "chosen": "\\ud800", "rejected": "b"}', "'chosen' has half a surrogate pair"),
-        (
-            '{"prompt": "p", "chosen": [{"role": "assistant", "content": "\\udc00"}], "rejected": []}',
-            "'content' has half",
-        ),
-        ('{"prompt": [], "chosen": [], "rejected": []}', "'prompt' has no messages"),
-        (
-            '{"prompt": "p", "completion": [{"role": "user", "content": "x"}]}',
-            "'completion' does not end with an answer",
-        ),
-        (
-            '{"chosen": [{"role": "assistant", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]}',
-            'same question',
-        ),
-        (
-            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [1]}]}',
-            'not a list of calls',
-        ),
-        ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": true}', "'margin' is missing or of the wrong type"),
-        ('{"instruction": "i", "output_1": "a", "output_2": "b", "preference": true}', "'preference' is missing or of"),
-        (
-            '{"instruction": "i", "output_1": "a", "output_2": "b", "preference": Infinity}',
-            "'preference' is not a finite",
-        ),
         ('{"prompt": "p"}'.encode('utf-16'), 'not valid JSON'),
         ('{"prompt": "p"}'.encode('utf-16-le'), 'not valid JSON'),
         ('{"prompt": "é"}'.encode('latin-1'), 'not valid JSON'),
@@ -1213,5 +1192,5 @@ def test_a_hub_dataset_and_the_cache_of_its_tokens(splits, tmp_path, monkeypatch
 
     train, test = sizes()
     assert (train, test) == (200, 3) if 'test' in splits else train + test == 200 and 0 < test < 40
-    monkeypatch.setattr(tokenise, 'tokenise', None)
+    monkeypatch.setattr(tokenise, 'tokenise_parts', None)
     assert sizes() == [train, test]

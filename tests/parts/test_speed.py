@@ -1,17 +1,12 @@
 """What makes a step cheap: no wait for the device per microbatch, memory that does not follow the vocabulary, and bench.py."""
 
 import json
-import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import python, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Waits(TorchDispatchMode):
@@ -23,30 +18,20 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
         name = fn.overloadpacket.__name__
-        masks = [x for x in (args[1] if 'index' in name and isinstance(args[1], list | tuple) else ()) if x is not None]
-        if name in ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal') or any(
-            x.dtype == torch.bool for x in masks
-        ):
+        indices = args[1] if 'index' in name and isinstance(args[1], list | tuple) else ()
+        masked = any(x is not None and x.dtype == torch.bool for x in indices)
+        if masked or name in ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal'):
             self.seen.append(name)
         return fn(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize('loss', ['dpo', 'drdpo', 'tdpo2', 'kto'])
-def test_no_wait_per_microbatch(loss, tmp_path, monkeypatch):
+def test_no_wait_per_microbatch(loss, tmp_path):
     """Eight microbatches wait as often as one: forward, loss and backward only queue work."""
-    argv = [
-        'dpo.py',
-        f'--loss={loss}',
-        '--n_examples=8',
-        '--batch_size=8',
-        '--n_eval_examples=0',
-        f'--out_dir={tmp_path / "run"}',
-    ]
-    monkeypatch.setattr(sys, 'argv', argv)
-    script = runpy.run_path(str(ROOT / 'dpo.py'), run_name='script')
-    counts = []
+    flags = ['--n_examples=8', '--batch_size=8', '--n_eval_examples=0', f'--out_dir={tmp_path / "run"}']
+    script = run_script('dpo.py', f'--loss={loss}', *flags)
+    run, counts = script['run'], []
     for max_tokens in (100_000, 40):
-        run = script['run']
         run.make_batches = script['partial'](run.make_batches, max_tokens=max_tokens)
         step = script['prepare'](run.train, 0, script['np'].arange(8))
         with Waits() as waits:
@@ -58,13 +43,12 @@ def test_no_wait_per_microbatch(loss, tmp_path, monkeypatch):
 
 MEMORY = """
 import sys
-sys.path.insert(0, sys.argv[1])
 import numpy as np, torch, transformers
 from data import pack
 from model import register_attention, response_logps, set_attention
 torch.set_num_threads(1)
 register_attention()
-words = int(sys.argv[2])
+words = int(sys.argv[1])
 config = transformers.LlamaConfig(vocab_size=words, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
                                   num_attention_heads=2, tie_word_embeddings=True)
 model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -86,9 +70,7 @@ def test_memory_hardly_follows_the_vocabulary():
     """A step of 16k packed tokens: 131,072 words take less than 1.5 times the memory of 4,096, plus the head's gradients."""
     peak = {}
     for words in (4096, 131072):
-        done = subprocess.run(
-            [sys.executable, '-c', MEMORY, str(ROOT), str(words)], capture_output=True, text=True, timeout=300
-        )
+        done = python('-c', MEMORY, words)
         assert done.returncode == 0, done.stderr
         tokens, peak[words], head = map(float, done.stdout.split())
         assert tokens > 16000
@@ -97,10 +79,15 @@ def test_memory_hardly_follows_the_vocabulary():
 
 
 def bench(tmp_path, *flags):
-    command = [sys.executable, '-m', 'tools.bench', '--model=pythia-14m', '--vocabulary=512', '--threads=1', '--batch_size=4',
-               f'--out={tmp_path / "bench.json"}', *flags]  # fmt: skip
-    environment = os.environ | {'HF_HUB_OFFLINE': '1'}  # a name that nobody has is refused without waiting for the hub
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    small = [
+        '--model=pythia-14m',
+        '--vocabulary=512',
+        '--threads=1',
+        '--batch_size=4',
+        f'--out={tmp_path / "bench.json"}',
+    ]
+    # a name that nobody has is refused without waiting for the hub
+    return python('-m', 'tools.bench', *small, *flags, HF_HUB_OFFLINE='1')
 
 
 def test_bench(tmp_path):
@@ -120,17 +107,16 @@ def test_bench_of_a_divergence(tmp_path):
     assert done.returncode == 0 and 'head' in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(
-    'flags, words',
-    [
-        (['--loss=tdpo2'], 'only --variants=head'),
-        (['--loss=kto'], 'losses on pairs'),
-        (['--loss=typo'], 'losses on pairs'),
-        (['--variants=padded fast'], 'variants must be some of padded'),
-        (['--data=hh:missing.jsonl'], 'give the folder of one with --tokenizer'),
-        (['--data=hh:missing.jsonl', '--tokenizer=nowhere/here'], 'nowhere/here'),
-    ],
-)
+# fmt: off
+@pytest.mark.parametrize('flags, words', [
+    (['--loss=tdpo2'], 'only --variants=head'),
+    (['--loss=kto'], 'losses on pairs'),
+    (['--loss=typo'], 'losses on pairs'),
+    (['--variants=padded fast'], 'variants must be some of padded'),
+    (['--data=hh:missing.jsonl'], 'give the folder of one with --tokenizer'),
+    (['--data=hh:missing.jsonl', '--tokenizer=nowhere/here'], 'nowhere/here'),
+])
+# fmt: on
 def test_bench_refuses(tmp_path, flags, words):
     done = bench(tmp_path, *flags)
     assert done.returncode == 2 and words in done.stderr and 'Traceback' not in done.stderr, done.stderr

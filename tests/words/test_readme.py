@@ -1,21 +1,18 @@
 """What the project says of itself: every command of the README and of the configs parses, imports keep to the layers."""
 
 import ast
-import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 import types
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, python, write_jsonl
 
 from configurator import configure
+from tools import figures
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {'dpo.py', 'sft.py', 'reward.py', 'sample.py', 'label.py', 'ppo.py', 'tools.bench', 'tools.plot'}
 RUN = SCRIPTS | {'data.py'}  # a library, too
 README = (ROOT / 'README.md').read_text()
@@ -102,17 +99,8 @@ def test_links():
 def test_options_exist():
     """Every --option that README and docs name is one of a script, or of another program."""
     known = {name for script in RUN for name in constants(script)} | set(constants('training.py'))
-    others = {
-        'help',
-        'nproc_per_node',
-        'nnodes',
-        'rdzv_backend',
-        'rdzv_endpoint',
-        'max-restarts',
-        'nodes',
-        'gpus-per-node',
-    }
-    others |= {'report', 'quick', 'rows', 'lines', 'kills', 'seed'}  # of experiments
+    others = set('help nproc_per_node nnodes rdzv_backend rdzv_endpoint max-restarts nodes gpus-per-node'.split())
+    others |= set('report quick rows lines kills seed'.split())  # of experiments
     coming_from = '\n'.join(line.rsplit(' | ', 1)[-1] for line in PAGES['docs/coming-from.md'].splitlines())
     for name, text in (OURS | {'coming from': coming_from}).items():
         text = re.sub(r'`(lm_eval|alpaca_eval|hf) [^`]*`', '', text)
@@ -134,10 +122,8 @@ def test_configs(path, monkeypatch):
 
 def test_config_of_every_loss_that_papers_compare():
     names = {path.stem for path in CONFIGS}
-    assert names >= {
-        f'{x}_hh' for x in ('sft', 'dpo', 'drdpo', 'betadpo', 'tdpo', 'radpo', 'kto', 'ipo', 'cdpo', 'simpo')
-    }
-    assert names >= {'sft_toy', 'drdpo_toy', 'drdpo_hh_noise20', 'radpo_imdb', 'sft_imdb', 'sft_sharegpt'}
+    assert names >= {f'{x}_hh' for x in 'sft dpo drdpo betadpo tdpo radpo kto ipo cdpo simpo'.split()}
+    assert names >= set('sft_toy drdpo_toy drdpo_hh_noise20 radpo_imdb sft_imdb sft_sharegpt'.split())
 
 
 def test_papers_settings(monkeypatch):
@@ -168,36 +154,19 @@ def test_every_loss_and_every_dataset_is_documented():
         assert datasets == set(known.split())
 
 
-ROOMS = ('', 'text/', 'hf/', 'runtime/', 'feedback/', 'rl/', 'tools/')
-
-
-def imports(nodes, known):
-    """The modules among known that these nodes import, and the first names of all others."""
-    names = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            inside = {f'{node.module}.{alias.name}' for alias in node.names} & known
-            names |= inside or {node.module}
-    return {name if name in known else name.partition('.')[0] for name in names}
-
-
 def test_layers():
-    """Libraries never import a script, scripts never one another, no cycle at import, and losses.py imports torch alone."""
-    paths = [path for room in ROOMS for path in ROOT.glob(f'{room}*.py') if path.stem != '__init__']
-    modules = {path.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.'): path for path in paths}
-    trees = {name: ast.parse(path.read_text()) for name, path in modules.items()}
-    assert not [name for name, path in modules.items() if 'sys.path' in path.read_text()]
+    """Scripts never import one another, and losses.py imports torch alone. tests/words/test_house.py has the other laws."""
+    modules = {figures.module_of(path) for path in figures.product()}
     scripts = {script.removesuffix('.py') for script in SCRIPTS}
-    for name, tree in trees.items():
-        assert not imports(ast.walk(tree), set(modules)) & scripts, name
-    assert imports(ast.walk(trees['losses']), set(modules)) == {'torch'}
-    ours = {name: imports(tree.body, set(modules)) & set(modules) for name, tree in trees.items()}
-    while ours:
-        leaves = [name for name, found in ours.items() if not found]
-        assert leaves, f'a cycle among {sorted(ours)}'
-        ours = {name: found - set(leaves) for name, found in ours.items() if name not in leaves}
+    for path in figures.product():
+        assert not figures.imported(path, modules, late=True) & (scripts - {figures.module_of(path)}), path
+    nodes = [
+        node
+        for node in ast.walk(ast.parse((ROOT / 'losses.py').read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names = [node.module if isinstance(node, ast.ImportFrom) else alias.name for node in nodes for alias in node.names]
+    assert {name.partition('.')[0] for name in names} == {'torch'}
 
 
 def test_adding_a_loss_and_a_data_set(tmp_path):
@@ -215,17 +184,12 @@ def test_adding_a_loss_and_a_data_set(tmp_path):
     insert('losses.py', 'dpo, cdpo,', 'my_loss, ')
     insert('tests/parts/test_losses.py', "    'dpo': (", row)
     insert('text/sources.py', 'def get_toy(', dataset + '\n\n')
-    rows = [{'question': f'{i}?', 'good': 'a b', 'bad': 'c d'} for i in range(200)]
-    (here / 'mine.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-
-    environment = os.environ | {'NANOPREF_CACHE': str(tmp_path / 'cache')}
+    write_jsonl(here / 'mine.jsonl', [{'question': f'{i}?', 'good': 'a b', 'bad': 'c d'} for i in range(200)])
     tested = '-m pytest -q -p no:cacheprovider tests/parts/test_losses.py -k my_loss'
     counts = '--n_examples=16 --batch_size=8 --n_eval_examples=8 --out_dir=run'
     trained = f'dpo.py --loss=my_loss --beta=0.2 --data=mine:mine.jsonl {counts}'
     for command in (tested, trained):
-        done = subprocess.run(
-            [sys.executable, *command.split()], cwd=here, env=environment, capture_output=True, text=True
-        )
+        done = python(*command.split(), cwd=here, NANOPREF_CACHE=tmp_path / 'cache')
         assert done.returncode == 0, done.stdout + done.stderr
     assert (here / 'run/model/model.safetensors').exists()
 
@@ -233,14 +197,7 @@ def test_adding_a_loss_and_a_data_set(tmp_path):
 def test_speed_table(tmp_path):
     """The README's speeds are those of experiments/speed/table.json; the same command writes them again."""
     (tmp_path / 'README.md').write_text(README.replace(' GB |', ' |').replace(' times as fast', ''))
-    command = [
-        sys.executable,
-        '-m',
-        'experiments.speed.table',
-        '--report',
-        f'--readme={tmp_path / "README.md"}',
-        f'--out={ROOT / "experiments/speed/table.json"}',
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    files = [f'--readme={tmp_path / "README.md"}', f'--out={ROOT / "experiments/speed/table.json"}']
+    done = python('-m', 'experiments.speed.table', '--report', *files)
     assert done.returncode == 0 and 'head / trl' in done.stdout, done.stderr
     assert (tmp_path / 'README.md').read_text() == README

@@ -1,0 +1,91 @@
+"""How a judge behind an endpoint is asked which of two answers is better, and what its reply means."""
+
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+
+from configurator import UserError
+from feedback.answers import read_text
+from runtime.files import say
+from text.files import content_hash
+
+# what may stand around a verdict, and changes nothing of it: Markdown, quotes, brackets; before it, the sign of a list, too
+AROUND = r'[\s*_`"\'“”‘’«»()\[\]{}<>|#]*'
+BEFORE = rf'{AROUND}(?:[-–—•+]|\d{{1,3}}[.)])?{AROUND}(?:my |the )?(?:final |overall )?'
+SAYS = rf'verdict{AROUND}[:：]{AROUND}(?:answer |response )?(a|b|tie)'
+# letters of ASCII alone: under re.I others, such as a dotless i, are the same as these
+VERDICT = re.compile(rf'{BEFORE}{SAYS}{AROUND}[.!]?{AROUND}', re.I | re.A)
+RULE = re.compile(rf'{AROUND}[-=]*{AROUND}')  # a line that says nothing: the end of a block of code, a rule
+SLOT = re.compile(r'\{(instruction|answer_1|answer_2|mark)\}')
+CUT = ('length', 'max_tokens', 'content_filter')  # the reasons of servers for a reply that has no end
+
+
+def read_prompt(name):
+    """The text of a judge prompt, from the current folder or else from beside the scripts. Raises UserError."""
+    folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
+    text = read_text(folder / name, f'--judge_prompt={name}')
+    # each slot once; what shows where an answer ends is added where the prompt leaves room for it
+    slots = sorted(slot for slot in SLOT.findall(text) if slot != 'mark')
+    if slots != ['answer_1', 'answer_2', 'instruction'] or 'Verdict:' not in text:
+        has = f'{name} must have {{instruction}}, {{answer_1}} and {{answer_2}}, each once'
+        raise UserError(f'{has}, and ask for a last line that is Verdict: A, Verdict: B or Verdict: tie')
+    if '{mark}' not in text:
+        say(f'note: {name} has no {{mark}}, so an answer can write the signs that are to show where it ends')
+    return text
+
+
+def read_request(text):
+    """The further fields of a request, which an option gives as json. Raises UserError."""
+    try:
+        fields = json.loads(text)
+        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()  # what json reads it cannot always write
+    except (ValueError, RecursionError):
+        fields = None
+    # an object, without the fields that are ours
+    if not isinstance(fields, dict) or fields.keys() & {'model', 'messages', 'stream', 'n'}:
+        raise UserError(f'--request must be a json object without model, messages, stream and n, not {text!r}')
+    return fields
+
+
+def question(template, pair, order):
+    """The messages of a request for a verdict on a pair; order 1 shows its first answer as A, order 2 its second."""
+    shown = [output.strip() for output in pair['outputs']]
+    if order == 2:
+        shown.reverse()
+    texts = {'instruction': pair['instruction'], 'answer_1': shown[0], 'answer_2': shown[1]}
+    texts['mark'] = mark(*texts.values())
+    content = SLOT.sub(lambda slot: texts[slot[1]], template)  # in one pass: an answer may have slots in it
+    return {'messages': [{'role': 'user', 'content': content}]}
+
+
+def mark(*texts):
+    """A sign of 16 digits that stands in none of the texts: whoever wrote one of them knew neither the others nor the sign.
+
+    The same texts have the same sign, so that a run which goes on asks as before."""
+    for attempt in itertools.count():
+        sign = f'{content_hash("mark", attempt, *texts):016x}'
+        if not any(sign in text for text in texts):
+            return sign
+
+
+def verdict(line):
+    """The verdict that is all of a line: 'a', 'b' or 'tie', or None."""
+    # a long line is none; an unbreakable space is a space
+    found = VERDICT.fullmatch(line.strip().replace('\xa0', ' ')) if len(line) < 200 else None
+    return found and found[1].lower()
+
+
+def preference(text, raw, order):
+    """1, 2 or 1.5 (tie), by the last line, which holds nothing but the verdict; None where it is not so, or was cut short.
+
+    Where the line before is another verdict, both are forms to choose from, and the reply is none."""
+    # of the lines that say something, the last and the one before it
+    lines = [line for line in text.splitlines() if not RULE.fullmatch(line[:200])]
+    before, last = map(verdict, ['', '', *lines][-2:])
+    if not last or (before and before != last) or raw['choices'][0].get('finish_reason') in CUT:
+        return None
+    if last == 'tie':
+        return 1.5
+    return 1 if (last == 'a') == (order == 1) else 2

@@ -1,0 +1,218 @@
+"""Conversations: sft.py trains on every answer, in one sequence, and sees what the user says between."""
+
+import copy
+import json
+from collections import Counter
+
+import pytest
+import torch
+import transformers
+from helpers import metrics, run_script, tiny_model, write_jsonl
+from test_chat import BARE, CASES, CHATML, EOS, HEADERS, OPENS, THINKS, tokenizer_of
+
+import data
+import model as models
+from text import turns
+from text.tokenise import load_examples, tokenise
+
+TALK = [('user', 'the room ?'), ('assistant', 'clean .'), ('user', 'the bed ?'), ('assistant', 'very fine .'), ('user', 'and the bar ?'),
+        ('assistant', 'dusty and dull')]  # fmt: skip
+CHAT = [{'role': role, 'content': content} for role, content in TALK]
+GENERATES = CHATML.replace(
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
+    "{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}",
+)  # fmt: skip
+
+
+def row_of(chat):
+    return {'prompt': chat[:-1], 'response': chat[-1:], 'turns': chat}
+
+
+def tokens(tokenizer, *chats, max_length=256, max_prompt_length=128, truncation='start', **how):
+    how = {'last_turn_only': False} | how
+    return tokenise(map(row_of, chats), tokenizer, 'sft', max_length, max_prompt_length, truncation, Counter(), **how)
+
+
+def shown(tokenizer, examples, i=0):
+    """(all of an example as text, the texts of its parts that are trained on)."""
+    prompt, (answer,) = examples[i]
+    ids = [*prompt.tolist(), *(int(x) if x >= 0 else ~int(x) for x in answer)]
+    parts, before = [], False
+    for x in answer.tolist():
+        if x >= 0:
+            parts = [*parts, []] if not before else parts
+            parts[-1].append(x)
+        before = x >= 0
+    return tokenizer.decode(ids), [tokenizer.decode(part) for part in parts]
+
+
+@pytest.mark.parametrize('case', [name for name in CASES if name not in ('several', 'no system')])
+def test_every_answer_is_trained_on(case):
+    """The text is the template's own, and each answer is what it writes behind the prompt that asks for it."""
+    template, eos, begins, _ = CASES[case]
+    tokenizer = tokenizer_of(template, eos, begins)
+    examples = tokens(tokenizer, CHAT)
+    text, trained = shown(tokenizer, examples)
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=False).rstrip('\n')
+    assert text == whole + eos * (not whole.endswith(eos))
+
+    # turn by turn; a template that thinks in the last answer alone has no thought in the others
+    expected = []
+    for i in (1, 3, 5):
+        start = tokenizer.apply_chat_template(CHAT[:i], tokenize=False, add_generation_prompt=True)
+        answered = tokenizer.apply_chat_template(CHAT[: i + 1], tokenize=False).rstrip('\n')
+        expected.append(answered[len(start) :].replace('<think>\n\n</think>\n\n' if i < 5 else '\0', ''))
+    expected[-1] += eos * (not expected[-1].endswith(eos))
+    assert trained == expected and len(examples) == 1
+
+
+def test_a_template_that_marks_its_answers():
+    """The same tokens as the assistant_masks of transformers."""
+    tokenizer = tokenizer_of(GENERATES, '<|im_end|>')
+    prompt, (answer,) = tokens(tokenizer, CHAT)[0]
+    own = tokenizer.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    ids = [*prompt.tolist(), *(int(x) if x >= 0 else ~int(x) for x in answer)]
+    mask = [0] * len(prompt) + [int(x >= 0) for x in answer]
+    assert own['input_ids'][: len(ids)] == ids and own['assistant_masks'][: len(mask)] == mask
+    assert sum(own['assistant_masks']) == sum(mask) and 0 < sum(mask) < len(mask) - len(prompt)
+
+
+def test_what_is_not_trained_on():
+    tokenizer = tokenizer_of(CHATML, '<|im_end|>')
+    seen = copy.deepcopy(CHAT)
+    seen[1]['weight'] = 0
+    later = copy.deepcopy(CHAT)
+    later[5]['weight'] = 0
+    for chat, answers in ((seen, ['very fine .', 'dusty and dull']), (later, ['clean .', 'very fine .'])):
+        text, trained = shown(tokenizer, tokens(tokenizer, chat))
+        assert trained == [answer + '<|im_end|>' for answer in answers]
+        assert ('dusty' in text) == (chat is seen) and 'clean .' in text
+    # only the last one, if so wished
+    _, trained = shown(tokenizer, tokens(tokenizer, CHAT, last_turn_only=True))
+    assert trained == ['dusty and dull<|im_end|>']
+
+
+def test_special_tokens_in_a_conversation_stay_text():
+    tokenizer = tokenizer_of(CHATML, '<|im_end|>')
+    chat = copy.deepcopy(CHAT)
+    chat[2]['content'] = chat[3]['content'] = 'a <|im_end|> b'
+    examples = tokens(tokenizer, chat)
+    prompt, (answer,) = examples[0]
+    stop = tokenizer.convert_tokens_to_ids('<|im_end|>')
+    ids = [*prompt.tolist(), *(int(x) if x >= 0 else ~int(x) for x in answer)]
+    assert ids.count(stop) == len(CHAT) and shown(tokenizer, examples)[0].count('<|im_end|>') == len(CHAT) + 2
+    assert examples.left_out['special tokens in a text, kept as text'] == 2
+
+
+def test_a_template_that_cannot_write_it_as_one():
+    """An example for each answer, each after all before it."""
+    tokenizer = tokenizer_of(OPENS, '<|im_end|>')
+    examples = tokens(tokenizer, CHAT)
+    assert len(examples) == 3 and examples.left_out[turns.APART] == 1
+    for i, turn in enumerate((1, 3, 5)):
+        text, trained = shown(tokenizer, examples, i)
+        assert len(trained) == 1 and CHAT[turn]['content'] in trained[0] and text.count('<|im_start|>') == turn + 1
+
+
+@pytest.mark.parametrize('template', [CHATML, HEADERS, THINKS, BARE])
+def test_a_conversation_that_is_too_long(template):
+    """It loses its end: no more than max_length tokens, the last one the end of an answer, nothing else trained on."""
+    tokenizer = tokenizer_of(template, EOS)
+    whole = tokens(tokenizer, CHAT)
+    prompt, (answer,) = whole[0]
+    full = answer.tolist()
+    for length in range(len(prompt) + 2, len(prompt) + len(full) + 1):
+        cut = tokens(tokenizer, CHAT, max_length=length, max_prompt_length=len(prompt))
+        again, (short,) = cut[0]
+        short, room = short.tolist(), length - len(prompt)
+        assert again.tolist() == prompt.tolist() and 0 < len(short) <= room and short[-1] >= 0
+        assert short[:-1] == full[: len(short) - 1] and short[-1] in (full[len(short) - 1], tokenizer.eos_token_id)
+        assert cut.left_out['conversations cut'] == (length < len(prompt) + len(full))
+        # only the user's words, or one more token, were cut away without need
+        assert len(short) == room or all(x < 0 for x in full[len(short) : room])
+
+
+@pytest.mark.parametrize('pad', [False, True])
+def test_the_gradient_is_that_of_a_masked_loss(tmp_path, pad):
+    """Log-probs and their gradient, beside transformers with the labels of all other tokens at -100."""
+    tokenizer = tokenizer_of(CHATML, EOS)
+    folder = tiny_model(tmp_path / 'model', 'llama', vocab_size=len(tokenizer) + 8)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    examples = tokens(tokenizer, CHAT, CHAT[:4], CHAT[:2])
+    models.register_attention()
+    models.set_attention(model, packed=not pad)
+    batch = data.pack([examples[i] for i in range(3)], [0, 1, 2], pad=pad)
+    logps = models.response_logps(model, batch)[0]
+    logps.sum().backward()
+    ours = [parameter.grad.clone() for parameter in model.parameters()]
+
+    # the same by transformers, one conversation at a time
+    model.zero_grad()
+    models.set_attention(model, packed=False)
+    for i in range(3):
+        prompt, (answer,) = examples[i]
+        answer = torch.from_numpy(answer).long()
+        ids = torch.cat((torch.from_numpy(prompt).long(), torch.where(answer < 0, ~answer, answer)))
+        labels = ids.clone()
+        labels[: len(prompt)] = -100
+        labels[len(prompt) :][answer < 0] = -100
+        count = int((labels >= 0).sum())
+        total = -model(input_ids=ids[None], labels=labels[None]).loss * count
+        total.backward()
+        assert batch.n[i] == count and logps[i].item() == pytest.approx(total.item(), rel=1e-5)
+    for mine, parameter in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_sft_trains_on_conversations(tmp_path):
+    """The loss counts every answer's tokens, cut anyhow into microbatches; --last_turn_only switches back."""
+    rows = [
+        {'messages': [turn | {'content': f'{turn["content"]} {i}'} for turn in CHAT[: 2 + 2 * (i % 3)]]}
+        for i in range(24)
+    ]
+    file, folder = write_jsonl(tmp_path / 'd.jsonl', rows), tiny_model(tmp_path / 'model', 'llama')
+    flags = [
+        f'--model={folder}',
+        f'--data={file}',
+        f'--eval_data={file}',
+        '--batch_size=8',
+        '--n_examples=16',
+        '--lr=1e-3',
+        '--warmup_steps=0',
+    ]
+    runs = {'one': [], 'many': ['--max_tokens=300'], 'last': ['--last_turn_only']}
+    rows = {name: [] for name in runs}
+    for name, more in runs.items():
+        run_script('sft.py', *flags, *more, f'--out_dir={tmp_path / name}')
+        rows[name] = metrics(tmp_path / name, 'train')
+    assert [row['loss/train'] for row in rows['one']] == pytest.approx(
+        [row['loss/train'] for row in rows['many']], rel=1e-5
+    )
+    assert rows['one'][0]['loss/train'] != pytest.approx(rows['last'][0]['loss/train'], rel=1e-3)
+
+
+def test_texts_become_chats_on_request(tmp_path):
+    tokenizer = tokenizer_of(CHATML, '<|im_end|>')
+    row = {'prompt': '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:', 'chosen': ' good', 'rejected': ' bad'}
+    file = tmp_path / 'd.jsonl'
+    file.write_text(json.dumps(row) + '\n' + json.dumps({'prompt': 'q', 'chosen': 'x', 'rejected': 'y'}) + '\n')
+    limits = {'max_length': 64, 'max_prompt_length': 32, 'undivided': True}
+    found = load_examples(str(file), 'train', tokenizer, 'pairs', chat=True, system='s', **limits)
+    prompt, answers = found[0]
+    turn = '<|im_start|>{}\n{}<|im_end|>\n'.format
+    start = (
+        turn('system', 's') + turn('user', 'a') + turn('assistant', 'b') + turn('user', 'c') + '<|im_start|>assistant\n'
+    )
+    assert tokenizer.decode(prompt) == start and [tokenizer.decode(a) for a in answers] == [
+        'good<|im_end|>',
+        'bad<|im_end|>',
+    ]
+    assert tokenizer.decode(found[1][0]) == turn('system', 's') + turn('user', 'q') + '<|im_start|>assistant\n'
+
+    # without, a text that shows no turn gets a note
+    plain = load_examples(str(file), 'train', tokenizer, 'pairs', **limits)
+    assert (
+        tokenizer.decode(plain[1][0]) == 'q'
+        and plain.left_out['note: texts beside a chat template, which --chat would apply'] == 1
+    )
