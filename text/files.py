@@ -20,6 +20,12 @@ NOT_DATA = {'dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'sta
 HELD_OUT_NAMES = ('test', 'validation', 'valid', 'dev', 'val')
 # the name that datasets gives a file of a split
 SHARD = re.compile(r'([^/]+?)-\d{5}(?:-of-\d{5})?\.[^/]*$')
+# as datasets has them: latest.json is no test file, and values.json none for validation
+WORD = re.compile(
+    r'(?<![a-z])(train|training|test|testing|eval|evaluation|validation|dev|valid|val)(_sft|_prefs|_gen|_dpo|_rm)?(?![a-z])'
+)
+WORDS = {'training': 'train', 'testing': 'test', 'eval': 'test', 'evaluation': 'test'}
+WORDS |= {'dev': 'validation', 'valid': 'validation', 'val': 'validation'}
 
 
 def read_rows(hub_id, split, path, undivided=False, **options):
@@ -80,7 +86,9 @@ def choose_splits(names, wanted, source):
                 f'{name} has {which}; there are {", ".join(names)}: say which: --data={f"{name}[{likely[0]}]"!r} ({HELP})'
             )
         (train,) = likely
-    held_out = (train.replace('train', name, 1) for name in HELD_OUT_NAMES)
+    held_out = [train.replace('train', name, 1) for name in HELD_OUT_NAMES]
+    if sum(name.startswith('train') for name in names) == 1:
+        held_out += HELD_OUT_NAMES
     return train, next((name for name in held_out if name in names and name != train), None)
 
 
@@ -144,8 +152,7 @@ def data_files(path):
     """A file itself, the files that a pattern fits, or all data files in a folder."""
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        there = sorted(file for file in Path(path).rglob('*') if file.name.endswith(ENDINGS) and file.is_file())
-        inside = [(str(file), file.relative_to(path)) for file in there if file.name not in NOT_DATA]
+        inside = [(str(file), file.relative_to(path)) for file in sorted(Path(path).rglob('*')) if _is_data(file)]
         found = [file for file, parts in inside if not any(part.startswith('.') for part in parts.parts)]
         if not found:
             raise UserError(f'the folder {path} has no data file; they end in {", ".join(FORMATS)} ({HELP})')
@@ -158,63 +165,88 @@ def data_files(path):
 
 
 def folder_splits(path, config=None):
-    """{split: files} of a folder or pattern, as its README's `configs:` or the files' names say; '' for unnamed ones.
+    """{split: files} of a folder or pattern, as its README's `configs:` or the files' names say; 'train' if nothing does.
 
     Raises UserError where the README has several configs and none is named."""
     path = os.path.expanduser(path)
     configs = _configs(path) if os.path.isdir(path) else {}
+    config = config or _default_config(configs, path)
     if config and config not in configs:
         raise UserError(f'{path} has no config {config!r}; there are {", ".join(configs) or "none"}')
-    if len(configs) > 1 and not config:
-        first = next(iter(configs))
-        raise UserError(f'{path} has several configs: {", ".join(configs)}: say which: --data={path}:{first} ({HELP})')
-    for patterns in [configs[config]] if config else configs.values():
-        found = {split: [file for p in ps for file in sorted(glob.glob(os.path.join(path, p), recursive=True))]
-                 for split, ps in patterns.items()}  # fmt: skip
-        if any(found.values()):
-            return found
+
+    # what the README names; of a single config that names nothing that is here, the names of the files decide
+    entry = configs.get(config, {})
+    splits = {split: _matching(path, patterns) for split, patterns in _patterns(entry).items()}
+    splits = {split: found for split, found in splits.items() if found}
+    if splits:
+        return splits
+    if len(configs) > 1 and 'data_files' in entry:
+        raise UserError(f'{path} has none of the files that its README names for the config {config!r}: fetch them')
+    path = os.path.join(path, str(entry['data_dir'])) if 'data_dir' in entry else path
+
     # a DatasetDict that was saved has a folder a split
-    saved, splits = os.path.exists(os.path.join(path, 'dataset_dict.json')), {}
+    saved = os.path.exists(os.path.join(path, 'dataset_dict.json'))
     root = path if os.path.isdir(path) else os.path.dirname(re.split(r'[*?\[]', path)[0])
     for file in data_files(path):
-        name = file[len(root) :]
-        splits.setdefault(name.strip('/').partition('/')[0] if saved else _split_of(name), []).append(file)
-    # where some are named, the others are something else
-    if len(splits) > 1:
-        splits.pop('', None)
+        name = os.path.relpath(file, root or '.')
+        splits.setdefault(name.partition('/')[0] if saved else _split_of(name), []).append(file)
+    # files without a split are for training, but beside some that are named so they are something else
+    unnamed = splits.pop('', None)
+    if unnamed and not any(split.startswith('train') for split in splits):
+        splits = {'train': unnamed, **splits}
     return splits
 
 
 def _configs(folder):
-    """{config: {split: patterns}} of the `configs:` in the head of a folder's README."""
+    """{name: entry} of the `configs:` in the head of a folder's README."""
     import yaml
 
     try:
         head = re.match(r'---\n(.*?)\n---', Path(folder, 'README.md').read_text(errors='replace'), re.S)
         listed = yaml.safe_load(head[1]).get('configs') if head else None
-        configs = {}
-        for entry in listed or []:
-            # one pattern, several, or several with a split each
-            files = entry.get('data_files') or f'{entry.get("data_dir", ".")}/**'
-            files = files if isinstance(files, list) else [files]
-            splits = configs.setdefault(entry.get('config_name', 'default'), {})
-            for file in files:
-                named = file if isinstance(file, dict) else {'split': 'train', 'path': file}
-                paths = named['path']
-                splits.setdefault(named['split'], []).extend(paths if isinstance(paths, list) else [paths])
-        return configs
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return {str(entry.get('config_name', 'default')): entry for entry in listed or []}
+    except (OSError, yaml.YAMLError, AttributeError, TypeError):
         return {}
 
 
+def _default_config(configs, path):
+    """The config that is meant where none is named; None of none. Raises UserError where that is open."""
+    chosen = [name for name, entry in configs.items() if name == 'default' or entry.get('default')] or list(configs)
+    if len(chosen) > 1:
+        raise UserError(
+            f'{path} has several configs: {", ".join(configs)}: say which: --data={path}:{chosen[0]} ({HELP})'
+        )
+    return chosen[0] if chosen else None
+
+
+def _patterns(entry):
+    """{split: patterns} of a config's data_files: one pattern, several, or several with a split each."""
+    patterns, listed = {}, entry.get('data_files') or []
+    for item in listed if isinstance(listed, list) else [listed]:
+        named = item if isinstance(item, dict) else {'path': item}
+        paths = named.get('path', [])
+        patterns.setdefault(str(named.get('split', 'train')), []).extend(paths if isinstance(paths, list) else [paths])
+    return patterns
+
+
+def _matching(folder, patterns):
+    """The data files in a folder that fit these patterns."""
+    names = [name for pattern in patterns for name in sorted(glob.glob(str(pattern), root_dir=folder, recursive=True))]
+    return [os.path.join(folder, name) for name in dict.fromkeys(names) if _is_data(Path(folder, name))]
+
+
+def _is_data(file):
+    """Whether a file is one of data, neither one that describes it nor one that `map` left in a saved dataset."""
+    described = file.name in NOT_DATA or (file.name.startswith('cache-') and file.suffix == '.arrow')
+    return file.name.endswith(ENDINGS) and not described and file.is_file()
+
+
 def _split_of(name):
-    """The split that the path of a file names, '' for none: train_prefs-00000-of-00001, or a word such as train."""
-    # latest.json is no test file, and values.json none for validation
-    word = re.compile(r'(?<![a-z])(train|test|validation|(?:dev|valid|val)(?![a-z]))')
-    found, shard = word.search(name.lower()), SHARD.search(name)
-    if shard and (word.search(shard[1].lower()) or not found):
+    """The split that the path of a file names, '' for none: data/x-00000-of-00001 names x, and else a word such as train does."""
+    found, shard = WORD.search(name.lower()), SHARD.search(name)
+    if shard and (WORD.search(shard[1].lower()) or (not found and '/data/' in f'/{name}')):
         return '' if shard[1] in ('data', 'part') else shard[1]
-    return found[1] if found else ''
+    return WORDS.get(found[1], found[1]) + (found[2] or '') if found else ''
 
 
 def has_test_part(path):

@@ -8,6 +8,7 @@ import json
 import lzma
 import re
 import zlib
+from itertools import chain
 from pathlib import Path
 
 from configurator import UserError
@@ -21,13 +22,18 @@ READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, NotImplementedErro
                lzma.LZMAError)  # fmt: skip
 # as gzip, lzma, zstd, parquet and arrow say that something is missing at the end
 CUT = re.compile(
-    r'end-of-stream|truncated|magic bytes not found|too small|Not an Arrow file|Expected to (be able to )?read|file size is',
+    r'end-of-stream|truncated|magic bytes not found|too small|Not an Arrow file|null or length 0|Expected to (be able to )?read|file size is',
     re.I,
 )
 NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE')
 # columns of a table that are text, whatever stands in them
 TEXTS = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion', 'output',
          'answer', 'chosen', 'rejected', 'text'}  # fmt: skip
+BLANK = re.compile(r'[ \t\n\r]*')
+SURROGATE = re.compile('[\udc80-\udcff]')
+BROKEN = 'not valid UTF-8'
+# of a list in JSON, so many characters are read at a time
+PIECE = 2**20
 
 
 class Row(dict):
@@ -55,11 +61,18 @@ def read_file(file):
         raise UserError(f'{file}: data files end in {", ".join(FORMATS)}: convert it to one of them ({HELP})')
     try:
         with open(file, 'rb') as stream:
-            if stream.read(40).startswith(b'version https://git-lfs'):
-                raise UserError(f'{file} is a git-lfs pointer, not the data: fetch it with: git lfs pull')
+            head = stream.read(40).lstrip().lower()
+        if head.startswith(b'version https://git-lfs'):
+            raise UserError(f'{file} is a git-lfs pointer, not the data: fetch it with: git lfs pull')
+        if head.startswith((b'<!doctype', b'<html')):
+            raise UserError(f'{file} is a web page, not the data: fetch it again, perhaps after a login')
         yield from READERS[kind](file)
+    except UserError:
+        raise
     except json.JSONDecodeError as error:
         raise UserError(f'{file}, line {error.lineno}: not valid JSON ({error.msg}){_cut(error)}') from None
+    except UnicodeDecodeError as error:
+        raise UserError(f'cannot read {file}: it is not UTF-8 ({error.reason}): convert it') from None
     except READ_ERRORS as error:
         reason = getattr(error, 'strerror', None) or str(error).strip() or type(error).__name__
         more = ': it is damaged, or a download that was cut short' if CUT.search(reason) else ''
@@ -98,25 +111,60 @@ def _read_arrow(file):
 
 
 def _rows_of_batches(file, batches):
-    rows = (raw for batch in batches for raw in batch.to_pylist())
-    for number, raw in enumerate(rows, 1):
+    pieces = (batch.slice(at, 1000) for batch in batches for at in range(0, len(batch), 1000))
+    for number, raw in enumerate(chain.from_iterable(piece.to_pylist() for piece in pieces), 1):
         yield Row.of(unfilled(raw), f'{file}, row {number}')
 
 
 def _read_json(file):
     """The rows of a .json file: a list of them, or a row a line after all, as SHP's files have them."""
     with _opened(file) as stream:
-        # not json's own guess of an encoding
-        text = stream.read().decode('utf-8-sig')
-    first, *more = text.lstrip().split('\n', 1)
-    if more and first.startswith('{') and first.rstrip().endswith('}'):
-        yield from _read_lines(file)
-        return
-    content = json.loads(text)
-    if not isinstance(content, list):
-        raise UserError(f'{file}: not a list of rows')
-    for number, raw in enumerate(content, 1):
-        yield Row.of(raw, f'{file}, row {number}')
+        start = stream.read(1000).removeprefix(b'\xef\xbb\xbf').lstrip()[:1]
+    with _opened(file) as stream:
+        text = io.TextIOWrapper(stream, 'utf-8-sig')
+        if start == b'[':
+            for number, raw in enumerate(_items(text), 1):
+                yield Row.of(raw, f'{file}, row {number}')
+            return
+        first, second = next(filter(str.strip, text), ''), next(filter(str.strip, text), '')
+        if second and first.rstrip().endswith('}'):
+            yield from _read_lines(file)
+            return
+        content = json.loads(first + second + text.read())
+    kind = f'an object of {", ".join(list(content)[:9])}' if isinstance(content, dict) else 'a single value'
+    raise UserError(f'{file}: not a list of rows but {kind}: write the list of rows alone, or a row a line ({HELP})')
+
+
+def _items(text):
+    """The items of a text file with a JSON list, which is read a piece at a time. Raises JSONDecodeError."""
+    decode, piece, lines = json.JSONDecoder().raw_decode, text.read(PIECE), 0
+    # behind the opening bracket, or behind a list that is empty
+    at = BLANK.match(piece).end() + 1
+    first = BLANK.match(piece, at).end()
+    closed = piece[first : first + 1] == ']'
+    at = first + 1 if closed else at
+    while not closed:
+        try:
+            item, end = decode(piece, BLANK.match(piece, at).end())
+            end = BLANK.match(piece, end).end()
+            if piece[end : end + 1] not in (',', ']'):
+                raise json.JSONDecodeError("Expecting ',' delimiter", piece, end)
+        except json.JSONDecodeError as error:
+            # it may go on in the next piece
+            more = text.read(max(PIECE, len(piece) - at))
+            if not more:
+                error.lineno += lines
+                raise
+            lines += piece.count('\n', 0, at)
+            piece, at = piece[at:] + more, 0
+        else:
+            yield item
+            at, closed = end + 1, piece[end] == ']'
+    piece += text.read(PIECE)
+    if piece[at:].strip():
+        error = json.JSONDecodeError('Extra data', piece, at)
+        error.lineno += lines
+        raise error
 
 
 def _read_lines(file):
@@ -137,47 +185,55 @@ def _read_lines(file):
 def _read_text(file):
     """A row a line of text."""
     with _opened(file) as stream:
-        for number, line in enumerate(io.TextIOWrapper(stream, 'utf-8-sig'), 1):
+        for number, line in enumerate(io.TextIOWrapper(stream, 'utf-8-sig', 'surrogateescape'), 1):
             if line.strip():
-                yield Row.of({'text': line.rstrip('\r\n')}, f'{file}, line {number}')
+                yield Row.of(
+                    {'text': line.rstrip('\r\n')}, f'{file}, line {number}', BROKEN if SURROGATE.search(line) else ''
+                )
 
 
 def _read_table(file):
     """The rows of a table; a column is of numbers if all of its cells are, and an empty cell is null."""
     # a first reading for the kinds of the columns
     texts = set(TEXTS)
-    for _, cells in _cells(file):
-        texts |= {name for name, cell in cells.items() if isinstance(cell, str) and not NUMBER.fullmatch(cell)}
-    for line, cells in _cells(file):
-        error = 'more cells than the table has columns' if None in cells else ''
-        raw = {
-            name: cell if name in texts or not cell else json.loads(cell.lower())
-            for name, cell in cells.items()
-            if name
-        }
+    for _, cells, _ in _cells(file):
+        texts |= {name for name, cell in cells.items() if cell and not NUMBER.fullmatch(cell)}
+    for line, cells, error in _cells(file):
+        raw = {name: cell if name in texts or not cell else json.loads(cell.lower()) for name, cell in cells.items()}
         yield Row.of(raw, f'{file}, line {line}', error)
 
 
 def _cells(file):
-    """(line, {column: text, or None where it is empty}) of the rows of a table."""
+    """(line, {column: text, or None where it is empty}, what is wrong) of the rows of a table. Raises UserError if it is none."""
     csv.field_size_limit(2**30)
-    delimiter = '\t' if '.tsv' in Path(file).suffixes else ','
+    delimiter, line = '\t' if '.tsv' in Path(file).suffixes else ',', 1
     with _opened(file) as stream:
-        text = io.TextIOWrapper(stream, 'utf-8-sig', newline='')
-        table = csv.DictReader(text, delimiter=delimiter, strict=True)
-        table.fieldnames  # noqa: B018, reads the first line
-        line = table.line_num + 1
-        for row in table:
-            yield line, {name: cell or None for name, cell in row.items()}
+        text = io.TextIOWrapper(stream, 'utf-8-sig', 'surrogateescape', newline='')
+        table = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            names = next(table, [])
+            twice = [name for name in names if name and names.count(name) > 1]
+            if twice or any(map(SURROGATE.search, names)):
+                problem = f'{names.count(twice[0])} columns are called {twice[0]!r}: rename them' if twice else BROKEN
+                raise UserError(f'{file}, line 1: {problem}')
             line = table.line_num + 1
+            for row in filter(None, table):
+                error = BROKEN if any(map(SURROGATE.search, row)) else ''
+                if len(row) != len(names):
+                    error = f'{len(row)} cells, and the table has {len(names)} columns'
+                # a column without a name is a numbering
+                yield line, {name: cell or None for name, cell in zip(names, row, strict=False) if name}, error
+                line = table.line_num + 1
+        except csv.Error as error:
+            raise UserError(f'{file}, line {line}: not a valid table ({error}){_cut(error)}') from None
 
 
 def _cut(error):
-    """What to say of JSON that ends too early."""
-    early = (
-        isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip()) or 'Unterminated' in str(error)
-    )
-    return ', which ends too early, as a download that was cut short' if early else ''
+    """What to say of JSON, or of a table, that ends too early."""
+    early = isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip())
+    if early or 'Unterminated' in str(error) or 'unexpected end of data' in str(error):
+        return ', which ends too early, as a download that was cut short'
+    return ''
 
 
 READERS = {'.jsonl': _read_lines, '.ndjson': _read_lines, '.json': _read_json, '.parquet': _read_parquet,

@@ -152,7 +152,7 @@ def locate(source):
         return getter, path or None, None if path else HUB.get(name)
     if os.path.exists(local) or glob(local, recursive=True):
         return None, local, None
-    if source.endswith(ENDINGS) or source.count('/') != 1:
+    if source.endswith(ENDINGS) or source.count('/') != 1 or source.startswith(('~', '.', '/')) or '*' in source:
         known = ', '.join(sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_')))
         raise UserError(
             f'data {source!r} is no file or folder here and no hub id (owner/name): correct it ({HELP}), or name one of '
@@ -243,8 +243,7 @@ def _sound(found, source, left_out, skip_bad_rows):
     for row, examples in found:
         if isinstance(examples, Exception):
             if not skip_bad_rows:
-                behind = None if any_sound else islice(found, LOOK_AHEAD)
-                raise UserError(_refusal(row, examples, behind, source)) from None
+                raise UserError(_refusal(row, examples, any_sound, islice(found, LOOK_AHEAD), source)) from None
             left_out[f'bad rows: {examples}'] += 1
             continue
         any_sound = any_sound or bool(examples)
@@ -258,13 +257,16 @@ def _sound(found, source, left_out, skip_bad_rows):
             yield example
 
 
-def _refusal(row, error, behind, source):
-    """The sentence on a bad row. behind: the next rows, to see whether all are so; None where a good one came before."""
+def _refusal(row, error, any_sound, behind, source):
+    """The sentence on a bad row. any_sound: whether a good one came before; behind: the next rows, to see which are so too."""
     bad = f'{row.where}: {error}' + (f'; found: {_columns(row)}' if row else '')
     # one bad row among good ones is to be mended; if all are bad, it is the layout
-    looked_at = 0 if behind is None else _all_bad(behind)
-    if not looked_at:
-        return f'{bad}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
+    layouts, looked_at = _bad_layouts(row, behind)
+    count = layouts.total()
+    if any_sound or count < looked_at:
+        counted = '; '.join(f'{n} with {names}' for names, n in layouts.most_common(3))
+        many = f'; of the {looked_at} rows from there on, {count} are bad: {counted}' if count > 1 else ''
+        return f'{bad}{many}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
     name = source.partition(':')[0]
     if row.error:
         fits = 'a row is a JSON object with named fields'
@@ -276,17 +278,16 @@ def _refusal(row, error, behind, source):
     return f'{bad}; none of the first {looked_at} rows can be read, so it is the layout: {fits} ({HELP})'
 
 
-def _all_bad(found):
-    """How many rows there are with the bad one before them, if none of them can be read; else 0."""
-    count = 1
-    try:
-        for _, examples in found:
-            if not isinstance(examples, Exception):
-                return 0
-            count += 1
-    except UserError:  # the file ends in something broken
-        pass
-    return count
+def _bad_layouts(row, behind):
+    """(Counter of the columns of bad rows, how many rows were looked at): a bad one and those behind it."""
+    layouts, looked_at = Counter([_columns(row) or 'no columns']), 1
+    # the file may end in something broken
+    with suppress(UserError):
+        for other, examples in behind:
+            looked_at += 1
+            if isinstance(examples, Exception):
+                layouts[_columns(other) or 'no columns'] += 1
+    return layouts, looked_at
 
 
 def _columns(row):

@@ -5,7 +5,9 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,9 +99,53 @@ def test_kinds_of_the_columns_of_a_table(tmp_path):
     rows = list(files.read_rows(None, 'train', str(path)))
     assert rows == [{'prompt': '1', 'label': True, 'score': 0.5, 'note': None, 'zip': '007'},
                     {'prompt': '2', 'label': False, 'score': -3, 'note': 'x', 'zip': '1'}]  # fmt: skip
-    path.write_text('text,b\nx,y,z\n')
-    with pytest.raises(UserError, match='line 2: more cells than the table has columns'):
-        sources.load_rows(str(path), 'train')
+
+
+def test_a_list_in_json_is_read_by_pieces(tmp_path, monkeypatch):
+    path = tmp_path / 'data.json'
+    for size, text in [
+        (s, t) for s in (40, 41, 64) for t in (json.dumps(ROWS), '\ufeff ' + json.dumps(ROWS, indent=1))
+    ]:
+        monkeypatch.setattr('text.readers.PIECE', size)
+        path.write_text(text)
+        assert list(files.read_rows(None, 'train', str(path))) == ROWS
+    path.write_text(json.dumps([{'text': 'x' * 10_000}] * 500))
+    monkeypatch.setattr('text.readers.PIECE', 50_000)
+    tracemalloc.start()
+    assert sum(1 for _ in files.read_rows(None, 'train', str(path))) == 500
+    assert tracemalloc.get_traced_memory()[1] < 500_000
+    tracemalloc.stop()
+
+
+# fmt: off
+@pytest.mark.parametrize('name, content, says', [
+    ('a.json', '[{"a": 1},\n {"a": }]', 'a.json, line 2: not valid JSON'),
+    ('a.json', '[{"a": 1}] 2', 'line 1: not valid JSON .Extra data'),
+    ('a.json', '{"data": []}', 'a.json: not a list of rows but an object of data: write the list of rows alone'),
+    ('a.json', b'[{"text": "\xe4"}]', 'cannot read .*a.json: it is not UTF-8'),
+    ('a.csv', 'text,b\nx,y,z\n', 'line 2: 3 cells, and the table has 2 columns'),
+    ('a.csv', 'text,b\nx,y\nz\n', 'line 3: 1 cells, and the table has 2 columns'),
+    ('a.csv', 'text,b\nx,y\n"x\ny,z', '/a.csv, line 3: not a valid table .unexpected end of data.*cut short'),
+    ('a.csv', 'text,b,b\nx,y,z\n', "line 1: 2 columns are called 'b': rename them"),
+    ('a.csv', b'text\nx\n\xe4\n', 'line 3: not valid UTF-8'),
+    ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: not valid UTF-8'),
+    ('a.txt', b'x\n\xe4\n', 'line 2: not valid UTF-8'),
+    ('a.parquet', '<!DOCTYPE html>', '^[^ ]*a.parquet is a web page, not the data: fetch it again'),
+    ('a.arrow', '', 'cannot read .*a.arrow: .*cut short'),
+    ('a.zip', 'PK', 'a.zip: data files end in .jsonl, .*: convert it to one of them'),
+])  # fmt: on
+def test_files_that_are_no_data(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=says) as info:
+        sources.load_rows(str(tmp_path / name), 'train')
+    assert '\n' not in str(info.value) and str(info.value).count(str(tmp_path)) == 1
+
+
+def test_other_columns_in_a_half_of_the_rows_are_counted(tmp_path):
+    path = write(tmp_path / 'data.jsonl', [ROWS[0], {'frage': 'a'}, ROWS[1], {'frage': 1}] * 60)
+    says = r"line 2: .*of the 101 rows from there on, 51 are bad: 26 with 'frage' .text.; 25 with 'frage' .number.; mend it"
+    with pytest.raises(UserError, match=says):
+        sources.load_rows(path, 'train')
 
 
 POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'
@@ -157,10 +203,41 @@ def test_a_folder_as_the_hub_has_it(tmp_path, held_out):
         sources.load_rows(f'{tmp_path}[tests]', 'train')
 
 
+# fmt: off
+@pytest.mark.parametrize('names', [
+    'data/train-00000-of-00002 data/train-00001-of-00002 data/validation-00000-of-00001',
+    'data/train_sft-00000-of-00001 data/test_sft-00000-of-00001', 'math-00000-of-00001 code-00000-of-00001',
+    'train test', 'train eval extra', 'a b', 'train/a train/b test/a', 'my_train my_dev', 'training-set testing',
+    'helpful/train helpful/test harmless/train', 'latest values trainer', 'train2 test2', 'train/data validation/data',
+    'x-train-1 x-valid-1', 'test', 'dev/train', 'train/test', 'default/train/0000 default/test/0000', 'part-00000 part-00001',
+])  # fmt: on
+def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
+    data_files = pytest.importorskip('datasets.data_files')
+    # datasets looks at the names of the folders above, too
+    folder = tmp_path_factory.mktemp('folder')
+    for name in names.split():
+        write(folder / f'{name}.jsonl', ROWS[:1])
+    monkeypatch.chdir(folder)
+    theirs = data_files.DataFilesDict.from_patterns(data_files.get_data_patterns('.'), base_path='.')
+    ours = {split: sorted(map(os.path.abspath, found)) for split, found in files.folder_splits('.').items()}
+    assert ours == {str(split): sorted(map(os.path.abspath, found)) for split, found in theirs.items()}
+
+
+def test_splits_of_one_folder_are_not_mixed(tmp_path):
+    for name, rows in {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3]}.items():
+        write(tmp_path / f'{name}.jsonl', rows)
+    with pytest.raises(UserError, match='several splits; there are test_prefs, train_prefs, train_sft: say which'):
+        sources.load_rows(str(tmp_path), 'train')
+    assert answers(f'{tmp_path}[train_prefs]') == ALL and answers(f'{tmp_path}[train_prefs]', 'test') == ALL[:3]
+
+
 def test_save_to_disk(tmp_path):
     datasets = pytest.importorskip('datasets')
     whole = datasets.Dataset.from_list(ROWS)
     whole.save_to_disk(tmp_path / 'one', num_shards=2)
+    # what map leaves there is no data
+    datasets.load_from_disk(tmp_path / 'one').map(lambda row: row, load_from_cache_file=False)
+    assert list((tmp_path / 'one').glob('cache-*.arrow'))
     parts = {'train_sft': whole, 'test_sft': whole.select(range(3)), 'train_gen': whole.select([5])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / 'dict')
     assert divided(str(tmp_path / 'one'))
@@ -180,6 +257,10 @@ configs:
     path: easy/held.jsonl
 - config_name: hard
   data_files: hard/*
+- config_name: both
+  data_dir: easy
+- config_name: gone
+  data_files: [gone/*.jsonl]
 ---
 # Mine
 """
@@ -189,16 +270,26 @@ def test_the_configs_of_a_readme(tmp_path):
     for name, rows in {'easy/a': ROWS[:20], 'easy/b1': ROWS[20:], 'easy/held': ROWS[:2], 'hard/x': ROWS}.items():
         write(tmp_path / f'{name}.jsonl', rows)
     (tmp_path / 'README.md').write_text(README)
-    with pytest.raises(UserError, match=r'has several configs: easy, hard: say which: --data=.*:easy'):
+    with pytest.raises(UserError, match=r'has several configs: easy, hard, both, gone: say which: --data=.*:easy'):
         sources.load_rows(str(tmp_path), 'train')
     assert answers(f'{tmp_path}:easy') == ALL and answers(f'{tmp_path}:easy', 'test') == ALL[:2]
     assert divided(f'{tmp_path}:hard') and answers(f'{tmp_path}:easy[test]', undivided=True) == ALL[:2]
-    with pytest.raises(UserError, match="no config 'soft'; there are easy, hard"):
+    with pytest.raises(UserError, match="no config 'soft'; there are easy, hard, both"):
         sources.load_rows(f'{tmp_path}:soft', 'train')
+    assert sorted(answers(f'{tmp_path}:both', undivided=True)) == sorted(ALL + ALL[:2])
+    with pytest.raises(UserError, match="none of the files that its README names for the config 'gone': fetch them"):
+        sources.load_rows(f'{tmp_path}:gone', 'train')
     # what the README says is of the fingerprint
     before = sources.fingerprint(f'{tmp_path}:easy', 'train')
     (tmp_path / 'README.md').write_text(README.replace('easy/held', 'easy/a'))
     assert sources.fingerprint(f'{tmp_path}:easy', 'train') != before
+    # the one that the hub would take, and patterns that fit more than data
+    (tmp_path / 'README.md').write_text(README.replace('hard/*', '"hard/**"\n  default: true'))
+    (tmp_path / 'hard/LICENSE').write_text('free')
+    assert divided(str(tmp_path))
+    for broken in ('configs: [1, 2]', 'configs: {a: b}', 'configs: [{data_files: 3}]', ': : ['):
+        (tmp_path / 'README.md').write_text(f'---\n{broken}\n---\n')
+        assert ALL[5] in answers(str(tmp_path), undivided=True)
 
 
 # ---- the hub ----
