@@ -52,7 +52,9 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
     texts = _write_all(prompt, answers, tools, tokenizer, left_out)
     if _unwritten(prompt, answers, tools, texts, tokenizer, left_out) and not blank:
         return None
-    return as_pieces(texts, [prompt, answers, tools], lambda value: _write_all(*value, tokenizer, Counter()), special, left_out)
+    return as_pieces(
+        texts, [prompt, answers, tools], lambda value: _write_all(*value, tokenizer, Counter()), special, left_out
+    )
 
 
 def as_pieces(texts, value, write_again, special, left_out):

@@ -292,7 +292,9 @@ def compared(one, two, verdict):
         for key in (two, one) if better == two else (one, two):
             found = text_or_chat(row, key)
             # a count of tokens, say, is no part of a message
-            found = said(found) if isinstance(found, str) else [message(turn['role'], turn['content']) for turn in found]
+            found = (
+                said(found) if isinstance(found, str) else [message(turn['role'], turn['content']) for turn in found]
+            )
             chats.append(whole_chat(prompt and as_chat(prompt), found, key))
         # the better conversation needs no other with the same questions
         if task == 'sft' and len(chats[0]) > 1:

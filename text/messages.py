@@ -66,7 +66,9 @@ def checked(turn):
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError("'tool_calls' is not a list of calls")
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise ValueError(f"the 'weight' of a message is {weight!r}: 1 is trained on and 0 is not, and there is no other")
+        raise ValueError(
+            f"the 'weight' of a message is {weight!r}: 1 is trained on and 0 is not, and there is no other"
+        )
     role = ROLES.get(role.strip().lower(), role)
     if role == 'assistant' and not weight:
         turn['weight'] = 0

@@ -83,7 +83,9 @@ def for_task(example, task, left_out):
             shown['good'] = part.good
         if task == 'sft':
             turns = example.get('turns', part.answers[0])
-            shown['trained'] = [turns] if isinstance(turns, str) else [turn['content'] for turn in turns if trained(turn)]
+            shown['trained'] = (
+                [turns] if isinstance(turns, str) else [turn['content'] for turn in turns if trained(turn)]
+            )
         found.append(shown | {key: example[key] for key in ('margin', 'tools') if key in example})
     return found
 

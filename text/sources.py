@@ -132,7 +132,9 @@ def columns_of(text):
         name, equals, column = (x.strip() for x in part.partition('='))
         if name not in COLUMNS or not equals or not column or name in columns:
             near = difflib.get_close_matches(name, COLUMNS, 1)
-            hint = f'did you mean {near[0]}?' if near and near[0] != name else f'names are {", ".join(COLUMNS)}, each once'
+            hint = (
+                f'did you mean {near[0]}?' if near and near[0] != name else f'names are {", ".join(COLUMNS)}, each once'
+            )
             raise UserError(f"--columns: cannot read {part.strip()!r}: write 'prompt=question, chosen=good'; {hint}")
         columns[name] = column
     return columns

@@ -29,6 +29,8 @@ def segments(turns, tools, tokenizer, left_out):
 
     turns: messages; an assistant's message of weight 0 is only seen. Raises Refused where the template refuses it."""
     special = chat.special_of(tokenizer)
+    if chat.template_of(tokenizer, tools) == chat.PLAIN_CHAT:
+        left_out[chat.NO_TEMPLATE] = 1
     trained = [is_trained(turn) for turn in turns if turn['role'] == 'assistant']
     turns = [{key: value for key, value in turn.items() if key != 'weight'} for turn in turns]
     turns = chat.without_ends(turns, special, left_out)
@@ -50,20 +52,16 @@ def segments(turns, tools, tokenizer, left_out):
     if texts is None:
         return None
     # what the template does not write is counted
-    whole = ''.join(texts)
-    unwritten = sum(turn['content'].strip() not in whole for turn in turns[: _last(turns) + 1])
+    whole = chat.write(turns, tools, tokenizer)
+    unwritten = sum(turn['content'].strip() not in whole for turn in turns)
     left_out['messages whose content the chat template changes or leaves out'] += unwritten
-    chat.count_fields(
-        turns, chat.write(turns, tools, tokenizer), lambda less: chat.write(less, tools, tokenizer), left_out
-    )
+    chat.count_fields(turns, whole, lambda less: chat.write(less, tools, tokenizer), left_out)
+    if tools:
+        same = chat.write(turns, None, tokenizer) == whole
+        left_out['tools, which the chat template does not write'] += same
 
     pieces = chat.as_pieces(texts, [turns, tools], lambda value: cut(*value) or [], special, left_out)
     return [Segment(piece, i % 2 == 1) for i, piece in enumerate(pieces)]
-
-
-def _last(turns):
-    """The index of the last answer."""
-    return max(i for i, turn in enumerate(turns) if turn['role'] == 'assistant')
 
 
 def _spans(turns, tools, tokenizer, whole, special):

@@ -18,7 +18,7 @@ import transformers
 from configurator import UserError
 from hf import load
 from text import sources, toy
-from text.tokenise import PLAIN_CHAT, tokenise, tokenise_prompts
+from text.tokenise import NO_CHAT, PLAIN_CHAT, tokenise, tokenise_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 CHATML = (
@@ -195,13 +195,17 @@ def test_calls_tools_and_their_results(tmp_path):
     ]
     for tools in (TOOLS, json.dumps(TOOLS)):
         rows = read(tmp_path, {'messages': turns, 'tools': tools})
-        ((prompt, answers),), counted = written(tokenizer_of(FIELDS, '<|im_end|>'), *rows, task='sft')
+        ((prompt, answers),), counted = written(
+            tokenizer_of(FIELDS, '<|im_end|>'), *rows, task='sft', last_turn_only=True
+        )
         assert prompt.startswith(json.dumps(TOOLS)) and json.dumps([CALL]) in prompt and 'bluec1' in prompt
         assert answers == ['it is blue<|im_end|>']
         assert counted == {"messages with 'name', which the chat template does not write": 1}
-    counted = written(tokenizer_of(CHATML, '<|im_end|>'), *rows, task='sft')[1]
-    assert {reason.partition(',')[0]: n for reason, n in counted.items()} == {
-        "messages with 'name'": 1, "messages with 'tool_calls'": 1, "messages with 'tool_call_id'": 1, 'tools': 1}  # fmt: skip
+    for last_only in (True, False):
+        t = tokenizer_of(CHATML, '<|im_end|>')
+        counted = tokenise(rows, t, 'sft', 256, 128, 'start', Counter(), last_turn_only=last_only).left_out
+        assert {reason.partition(',')[0]: n for reason, n in counted.items()} == {
+            "messages with 'name'": 1, "messages with 'tool_calls'": 1, "messages with 'tool_call_id'": 1, 'tools': 1}  # fmt: skip
     call = read(tmp_path, {'messages': turns[:2]})  # a call alone is an answer where the template writes it
     assert written(tokenizer_of(FIELDS, '<|im_end|>'), *call, task='sft')[0][0][1] == [
         json.dumps([CALL]) + '<|im_end|>'
@@ -375,7 +379,7 @@ def test_special_tokens_in_text_stay_text(name, t):
             not ids & set(part[:-1]) | (ids - end) & set(part[-1:])
             for part in (examples[0][0].tolist(), *(a.tolist() for a in examples[0][1]))
         )
-        assert examples.left_out == {'special tokens in a text, kept as text': 1}
+        assert examples.left_out == {'special tokens in a text, kept as text': 1, NO_CHAT: 1}
     clean = [user('hi'), assistant('yes')]
     for row in (
         {'prompt': [user(f'hi {WORDS}')], 'chosen': [assistant('yes')], 'rejected': [assistant('no')]},

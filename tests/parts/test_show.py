@@ -78,7 +78,9 @@ def test_as_a_command(tmp_path):
     done = python('data.py', f'--data={data}', '--n=none', '--json')
     assert json.loads(done.stdout) == PAIRS[0] and done.returncode == 0, done.stderr
     done = python('data.py', f'--data={data}', '--task=pair')
-    assert done.returncode == 2 and 'task must be one of pairs, singles, sft, prompts' in done.stderr and not done.stdout
+    assert (
+        done.returncode == 2 and 'task must be one of pairs, singles, sft, prompts' in done.stderr and not done.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,11 @@ def test_as_a_command(tmp_path):
     [
         (PAIRS, '--colums=x', "unknown option 'colums'; did you mean columns"),
         (PAIRS, '--columns=prompt=ask', "there is no column 'ask'; there are prompt, chosen, rejected, margin"),
-        ([{'riddle': 'q', 'ending': 'a'}], '', r"'riddle' \(text\), 'ending' .*--columns='prompt=riddle, response=ending'"),
+        (
+            [{'riddle': 'q', 'ending': 'a'}],
+            '',
+            r"'riddle' \(text\), 'ending' .*--columns='prompt=riddle, response=ending'",
+        ),
     ],
 )
 def test_mistakes(show, rows, flags, words):

@@ -545,7 +545,10 @@ def test_columns_that_the_user_names(tmp_path):
     path, options = tmp_path / 'data.jsonl', {'undivided': True}
     row = {'ask': 'q?', 'tone': 'Be brief.', 'good_answer': 'a', 'bad_answer': 'b', 'prompt': 'not this', 'sure': 2}
     mapped = 'question=ask, system=tone,chosen=good_answer, rejected=bad_answer, margin=sure'
-    assert read(path, [row, row | {'tone': None}], columns=mapped)[0] == [PAIR | BRIEF | {'margin': 2.0}, PAIR | {'margin': 2.0}]
+    assert read(path, [row, row | {'tone': None}], columns=mapped)[0] == [
+        PAIR | BRIEF | {'margin': 2.0},
+        PAIR | {'margin': 2.0},
+    ]
     assert read(path, [row], columns='prompt=ask, response=good_answer')[0] == [{'prompt': 'q?', 'response': 'a'}]
     assert read(path, [row | {'talk': TWO_TURNS}], columns='messages=talk')[0] == [MULTI]
     assert read(path, [row | {'ok': 0}], columns='prompt=ask, response=bad_answer, label=ok')[0][0]['good'] is False
@@ -833,7 +836,9 @@ def test_a_folder_has_the_split_that_is_meant(tmp_path):
     assert len(sources.files.local_files(str(tmp_path), None)) == 6
     with pytest.raises(UserError, match=r"several splits; there are .*: say which: --data='.*\[train_gen\]'"):
         sources.load_rows(str(tmp_path), 'train')
-    assert answers(f'{tmp_path}[train_sft]', 'train') == ['train sft'] and answers(f'{tmp_path}[train_sft]', 'test') == ['test sft']
+    assert answers(f'{tmp_path}[train_sft]', 'train') == ['train sft'] and answers(
+        f'{tmp_path}[train_sft]', 'test'
+    ) == ['test sft']
 
 
 def test_a_clone_of_hh_has_its_parts_apart(tmp_path):
@@ -1011,7 +1016,14 @@ FIELDS += ['output_1', 'output_2', 'instruction']
 
 
 NUMBERS = st.sampled_from([0, 1, 2, -1, 0.5, True, None])
-VALUE = st.text(max_size=4) | CHAT | ANY | NUMBERS | st.lists(NUMBERS, max_size=2) | st.lists(st.text(max_size=2), max_size=2)
+VALUE = (
+    st.text(max_size=4)
+    | CHAT
+    | ANY
+    | NUMBERS
+    | st.lists(NUMBERS, max_size=2)
+    | st.lists(st.text(max_size=2), max_size=2)
+)
 
 
 @settings(max_examples=600, deadline=None, database=None)

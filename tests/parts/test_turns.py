@@ -152,8 +152,8 @@ def test_the_gradient_is_that_of_a_masked_loss(tmp_path, pad):
     models.set_attention(model, packed=False)
     for i in range(3):
         prompt, (answer,) = examples[i]
-        answer = torch.from_numpy(answer).long()
-        ids = torch.cat((torch.from_numpy(prompt).long(), torch.where(answer < 0, ~answer, answer)))
+        answer = torch.tensor(answer).long()
+        ids = torch.cat((torch.tensor(prompt).long(), torch.where(answer < 0, ~answer, answer)))
         labels = ids.clone()
         labels[: len(prompt)] = -100
         labels[len(prompt) :][answer < 0] = -100
