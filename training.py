@@ -37,7 +37,7 @@ from hf.probe import can_pack, check_positions
 from model import set_attention
 from runtime import checkpoint, guard, log, room
 from runtime.prefetch import prefetch
-from text.tokenise import load_examples
+from text.tokenise import ENOUGH, load_examples
 
 # data
 eval_data: str | None = None  # None: the test split of data, or a part of it held out
@@ -80,10 +80,6 @@ tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSD
 device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
 attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
-
-# examples that --n_examples draws from, where it asks for a tenth of them or fewer
-ENOUGH = 20_000
-
 
 def begin(config):
     """A Run of these options: the ranks have met, signals are heeded, out_dir is this run's alone. Raises UserError."""

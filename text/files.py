@@ -81,10 +81,9 @@ def choose_splits(names, wanted, source):
         # one that is called otherwise is the one that is meant
         if wanted or len(likely) != 1:
             which = f'no split {wanted!r}' if wanted else 'several splits'
-            name = named_part(source)[0]
-            raise UserError(
-                f'{name} has {which}; there are {", ".join(names)}: say which: --data={f"{name}[{likely[0]}]"!r} ({HELP})'
-            )
+            name, there = named_part(source)[0], ', '.join(filter(None, names)) or 'none with a name'
+            example = f"--data='{name}[{likely[0]}]'" if any(likely) else f'--data={name}'
+            raise UserError(f'{name} has {which}; there are {there}: say which: {example} ({HELP})')
         (train,) = likely
     held_out = [train.replace('train', name, 1) for name in HELD_OUT_NAMES]
     if sum(name.startswith('train') for name in names) == 1:
