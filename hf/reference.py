@@ -16,23 +16,26 @@ from runtime import files, guard
 from runtime.files import say
 
 
-def cached_logps(build, make, examples, make_batches, dtype):
+def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
     """Examples with .ref, float32 (n, answers): log-prob sums under the reference, from the cache or computed now.
 
-    build(empty) -> the reference on the CPU, make() -> the sharded one, make_batches(examples, rows) -> microbatches."""
+    rows: of the examples that a run uses; the others get NaN. build(empty) -> the reference on the CPU, make() -> the sharded one, make_batches(examples, rows) -> microbatches."""
+
+    used = examples.select(rows)
 
     def look():
-        key = _key(build(empty=False), examples, dtype)
+        key = _key(build(empty=False), used, dtype)
         file = files.cache_file('reference', key)
-        return key, file, _read(file, key, len(examples))
+        return key, file, _read(file, key, len(used))
 
     key, file, logps = fsdp.gather_objects(fsdp.on_one_rank(look))[0]
     if logps is None:
-        logps = _compute(make(), examples, make_batches)
+        logps = _compute(make(), used, make_batches)
         fsdp.on_one_rank(lambda: _write(file, key, logps))
     else:
-        say(f'reference log-probs of {len(examples)} examples: read from {file}')
-    examples.ref = logps
+        say(f'reference log-probs of {len(used)} examples: read from {file}')
+    examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)
+    examples.ref[rows] = logps
     return examples
 
 
