@@ -12,7 +12,7 @@ from tqdm import tqdm
 import fsdp
 from configurator import main_rank
 from hf.lora import adapters_off
-from runtime import files, guard
+from runtime import cache, guard
 from runtime.files import say
 
 
@@ -25,7 +25,7 @@ def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
 
     def look():
         key = _key(build(empty=False), used, dtype)
-        file = files.cache_file('reference', key)
+        file = cache.path_of('reference', key)
         return key, file, _read(file, key, len(used))
 
     key, file, logps = fsdp.gather_objects(fsdp.on_one_rank(look))[0]
@@ -83,7 +83,7 @@ def _read(file, key, n):
         digest = hashlib.sha256(logps).hexdigest()
         return metadata['key'] == key and metadata['sha256'] == digest and len(logps) == n
 
-    arrays, _ = files.read_cache(file, valid) or ({}, None)
+    arrays, _ = cache.read(file, valid) or ({}, None)
     if not arrays:
         say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')
     return arrays.get('logps')
@@ -92,6 +92,6 @@ def _read(file, key, n):
 def _write(file, key, logps):
     """Keep the log-probs, if that can be: the run goes on either way, since it has them in memory."""
     metadata = {'key': key, 'sha256': hashlib.sha256(logps).hexdigest()}
-    failure = files.write_cache(file, {'logps': logps}, metadata)
+    failure = cache.write(file, {'logps': logps}, metadata)
     if failure:
         say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, main_rank
-from runtime import files
+from runtime import cache, files
 from runtime.log import say
 from text import sources, turns
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
@@ -431,7 +431,7 @@ def _blank(answer):
 def _cache_file(key, part, enough):
     """The cache file of a part. key: json-able; enough: {} if it is of all rows."""
     text = json.dumps([key, part, enough])
-    return files.cache_file('tokens', hashlib.sha256(text.encode()).hexdigest())
+    return cache.path_of('tokens', hashlib.sha256(text.encode()).hexdigest())
 
 
 def _read_cache(file):
@@ -441,7 +441,7 @@ def _read_cache(file):
         left_out, digest = json.loads(metadata['left_out'])
         return digest == _digest(arrays, left_out)
 
-    found = files.read_cache(file, valid)
+    found = cache.read(file, valid)
     if found is None:
         if file.exists():
             say(f'note: {file} is damaged: tokenising anew')
@@ -454,7 +454,7 @@ def _write_cache(file, examples):
     names = ['ids', 'spans', 'good', 'uid'] + ['margin'] * (examples.margin is not None)
     arrays = {name: np.ascontiguousarray(getattr(examples, name)) for name in names}
     left_out = [examples.left_out, _digest(arrays, examples.left_out)]
-    failure = files.write_cache(file, arrays, {'left_out': json.dumps(left_out)})
+    failure = cache.write(file, arrays, {'left_out': json.dumps(left_out)})
     if failure:
         say(f'note: tokens are not cached: {failure}')
 
