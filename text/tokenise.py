@@ -28,7 +28,7 @@ from text.ids import begin, cut, encode_texts, first_of, fit
 from text.messages import REASONING, message
 
 # examples, and characters, that are tokenised together; bytes of ids from which on they wait on the disk
-CHUNK, CHARACTERS, SPILL = 512, 2**22, 2**28
+CHUNK, CHARACTERS, SPILL = 512, 2**22, 2**26
 NEEDS = {  # task -> what its rows have beside a prompt
     'pairs': 'chosen and rejected',
     'singles': 'a response and whether it is good (label), or chosen and rejected',
