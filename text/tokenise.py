@@ -32,7 +32,7 @@ NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
 # examples that --n_examples draws from, where it asks for a tenth of them or fewer
 ENOUGH = 20_000
 # examples, and characters, that are tokenised together; bytes of ids from which on they wait on the disk
-CHUNK, CHARACTERS, SPILL = 512, 2**22, 2**28
+CHUNK, CHARACTERS, SPILL = 512, 2**22, 2**26
 NEEDS = {  # task -> what its rows have beside a prompt
     'pairs': 'chosen and rejected',
     'singles': 'a response and whether it is good (label), or chosen and rejected',

@@ -194,6 +194,7 @@ SHARDS = [f'data/{{}}-0000{i}-of-00002.parquet' for i in range(2)]
 def test_a_folder_as_the_hub_has_it(tmp_path, held_out):
     for i, name in enumerate(SHARDS):
         write(tmp_path / name.format('train'), ROWS[i::2])
+    write(tmp_path / 'notes.jsonl', [{'response': 'no data'}])
     assert divided(str(tmp_path))
     write(tmp_path / f'data/{held_out}-00000-of-00001.parquet', ROWS[:3])
     assert answers(str(tmp_path)) == ALL[::2] + ALL[1::2] and answers(str(tmp_path), 'test') == ALL[:3]
@@ -397,6 +398,8 @@ def test_a_few_examples_are_the_first_and_need_few_rows(load, all_first):
     for _ in range(2):
         assert [load(split, enough=enough)[0] for split in ('train', 'test')] == wanted
     assert load.read == before if all_first else load.read - before <= 180
+    # what was cached of the first is not taken for all
+    assert len(load('train')[0]) > 300
 
 
 def test_repeated_demonstrations_are_counted(tmp_path):
