@@ -160,7 +160,12 @@ def data_files(path):
     found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     if not found:
         raise UserError(f'there is no file or folder {path}')
-    return [path] if found == [path] else [file for one in found for file in data_files(one)]
+    if found != [path]:
+        return [file for one in found for file in data_files(one)]
+    # a pipe would wait for ever, and data are read more than once
+    if not os.path.isfile(path):
+        raise UserError(f'{path} is no file, but a pipe or a device: write its rows into a file first')
+    return [path]
 
 
 def folder_splits(path, config=None):
