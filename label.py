@@ -91,10 +91,14 @@ cut = Counter()  # what a reward model could not read whole
 
 def ask_judge(todo):
     """Yield a row of verdicts.jsonl for each (pair, order), as they arrive; None for one that failed."""
-    # a request is made when it is sent
-    jobs = (((i, order), fields | judge.question(template, table[i], order)) for i, order in todo)
+
+    def jobs():
+        # a generator: a request is made when it is sent
+        for i, order in todo:
+            yield (i, order), fields | judge.question(template, table[i], order)
+
     settings = {'concurrency': concurrency, 'timeout': timeout, 'retries': retries, 'proven': bool(verdicts)}
-    with contextlib.closing(ask(endpoint, jobs, **settings)) as replies:
+    with contextlib.closing(ask(endpoint, jobs(), **settings)) as replies:
         for (i, order), text, raw, error in replies:
             if text is None:
                 failed[error] += 1
@@ -232,7 +236,8 @@ lengths = [[len(output.strip()) for output in table[i]['outputs']] for i in clea
 lengths = np.array(lengths).reshape(-1, 2)
 
 # names for the screen
-names = [' + '.join(sorted({pair['generators'][k] for pair in table})) for k in (0, 1)]
+generators = zip(*(pair['generators'] for pair in table), strict=True)  # of the first answers, of the second
+names = [' + '.join(sorted(set(found))) for found in generators]
 if names[0] == names[1]:
     names = ['the first answer', 'the second']
 
@@ -277,7 +282,9 @@ def percent(name, why='too few verdicts'):
 
 
 # the same on the screen
-mean_lengths = ' and '.join(f'{x:.0f}' for x in report['mean_lengths'] or []) or 'unknown'
+mean_lengths = 'unknown'
+if clear:
+    mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'])
 ties = f'of the ties {len(equal)} have equal answers, {contradicting} contradicting orders'
 missing = f'{len(table) - len(clear)} pairs; unclear replies: {len(unclear)}, failed requests: {failed.total()}'
 log.say(f"""

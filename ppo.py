@@ -216,18 +216,19 @@ def make_round(first, rows):
 
 
 def sample_answers(source, rows, each, first_seed):
-    """Examples of the prompts at these rows of source, with so many answers of the policy to each.
+    """Examples of the prompts at these rows of source, with `each` sampled answers of the policy to every prompt.
 
     Answer i has the seed first_seed + i, so it depends neither on the number of ranks nor on where a run was resumed."""
     prompts = [source[i][0].tolist() for i in rows for _ in range(each)]  # one for every answer
     seeds = [first_seed + i for i in range(len(prompts))]
     ids = rollout.sample(run, prompts, seeds, max_new_tokens, sample_batch)
-    return Examples.of([(prompts[i], ids[i : i + each]) for i in range(0, len(ids), each)])
+    groups = [ids[i : i + each] for i in range(0, len(ids), each)]
+    return Examples.of(list(zip(prompts[::each], groups, strict=True)))
 
 
 def advantages_and_targets(tokens, reward, answers):
-    """(advantages, targets of the values) of all answer tokens, (tokens,) each. reward: (answers,); tokens, answers: columns."""
-    # tables (answers, longest), whose true places in mask are the tokens in their order
+    """The advantages, and the targets of the values, of all answer tokens: (tokens,) each. reward is (answers,)."""
+    # tables (answers, longest); the places where mask is true are the tokens in their order
     n = answers['n']
     mask = torch.arange(int(n.max())) < n[:, None]
     value = torch.zeros(mask.shape, dtype=torch.float64)
@@ -254,7 +255,7 @@ def advantages_and_targets(tokens, reward, answers):
 
 
 def token_losses(pi, value, columns):
-    """(policy loss, value loss) of N answer tokens, (N,) each, as all that comes in; value: None without a critic."""
+    """The policy loss and the value loss of N answer tokens. All columns are (N,); value is None without a critic."""
     old, advantage = columns['old'], columns['advantage']
     if kl_in_loss:
         policy_loss = formulas.grpo(pi, old, columns['ref'], advantage, clip=clip, kl_coef=kl_coef)
@@ -267,10 +268,10 @@ def token_losses(pi, value, columns):
 
 
 def run_minibatch(batches, answered, rows):
-    """Forward and backward of the examples at these rows of a Round, given in microbatches.
+    """Forward and backward of the examples at these rows of a Round; batches are this rank's microbatches of them.
 
-    Returns (total weight, name -> sum over the minibatch). Then the policy's gradients are the sum over its tokens of weight
-    times gradient, divided by the number of ranks."""
+    Returns the weight of all their tokens, and a dictionary of sums over them. Afterwards the policy's gradients are the sum
+    over the tokens of weight times gradient, divided by the number of ranks."""
     per_prompt = answered.examples.spans.shape[1] - 1  # spans: of the prompt and its answers
     sums = torch.zeros(4, dtype=torch.float64)
     for batch in batches:
@@ -306,7 +307,7 @@ def run_minibatch(batches, answered, rows):
 
 
 def train_round(answered):
-    """All optimizer steps of a Round. Returns metrics."""
+    """Do all optimizer steps of a Round. Returns metrics of them: means over its answer tokens."""
     steps_before = steps_a_round * (answered.first // batch_size)
     norm, n_tokens, totals = math.nan, 0, {}
     # in each pass over the round, minibatches in another order; a group of answers stays together
@@ -350,7 +351,7 @@ def count_bad_step(answered, rows, loss_sum, norm):
 
 
 def evaluate(seen):
-    """Metrics of answers to held-out prompts, always from the same seeds; some of them into samples.jsonl."""
+    """Answer all held-out prompts, always from the same seeds, and log metrics; some answers go into samples.jsonl."""
     if not len(held_out) or seen <= run.state['evaluated']:
         return
 

@@ -231,13 +231,15 @@ class _Client:
     timer shuts the socket, which the library shows to whoever traces a request."""
 
     def __init__(self, client, seconds):
-        self.client, self.seconds, self.stream, self.over = client, seconds, None, None
+        self.client, self.seconds = client, seconds
         self.close = client.close
+        self.stream = None  # of the open connection
+        self.over = None  # an event: the time of the present request is over
 
     def post(self, address, body):
         """(response, its content). Raises TimeoutError, _Again, _Refused, or what the HTTP library raises."""
         request = self.client.build_request('POST', address, json=body, extensions={'trace': self._trace})
-        # an event of its own, so that a timer which comes too late ends no later request
+        # each request has its own event, so that a timer which comes too late ends no later one
         over = self.over = threading.Event()
         timer = threading.Timer(self.seconds, self._end, (over,))
         timer.daemon = True
@@ -265,11 +267,13 @@ class _Client:
                 self._shut()
 
     def _end(self, over):
+        """End the request whose event this is; called by its timer."""
         over.set()
         if over is self.over:
             self._shut()
 
     def _shut(self):
+        """Shut the socket, which wakes up whoever reads from it."""
         with contextlib.suppress(OSError, AttributeError):
             # not the method of TLS sockets, which waits for the other side
             socket.socket.shutdown(self.stream.get_extra_info('socket'), socket.SHUT_RDWR)
@@ -277,10 +281,12 @@ class _Client:
 
 def _content(response):
     """The bytes of a reply, unpacked, and never more of them than LARGEST. Raises _Again, _Refused or zlib.error."""
-    packed = response.headers.get('content-encoding', '').strip().lower()
-    if packed not in ('', 'identity', 'gzip', 'x-gzip', 'deflate'):
+    packing = response.headers.get('content-encoding', '').strip().lower()
+    if packing not in ('', 'identity', 'gzip', 'x-gzip', 'deflate'):
         raise _Again('the reply is packed in a way that was not asked for')
-    unpacker = zlib.decompressobj(wbits=47) if packed not in ('', 'identity') else None
+    unpacker = None
+    if packing not in ('', 'identity'):
+        unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, by its first bytes
     content = bytearray()
     for chunk in response.iter_raw():
         # one byte more than is allowed tells that there is more
@@ -410,12 +416,16 @@ def _letter(c, backslashes):
 def _read(response, raw, address, others):
     """(text, raw) of a finished response. Raises _Again, _Refused or UserError."""
     status, said = response.status_code, others.line(_said(raw))
+
+    # an answer; null where the model refused, or thought until its tokens were used up
     if 200 <= status < 300:
         with contextlib.suppress(KeyError, IndexError, TypeError):
             text = raw['choices'][0]['message']['content']
-            if text is None or isinstance(text, str):  # null: it refused, or thought until its tokens were used up
+            if text is None or isinstance(text, str):
                 return text or '', raw
         raise _Again(f'the reply is no chat completion ({said})')
+
+    # the user must do something, this job is refused, or it is worth another attempt
     what = f'{address} answers HTTP {status} ({said})'
     if status in (401, 403):
         raise UserError(f'{what}: set the key of this endpoint in NANOPREF_API_KEY')
