@@ -333,9 +333,10 @@ def summary(columns, split):
     loss, weight = columns['loss'], columns['weight']
     objective = (weight * loss).sum() / weight.sum()
     if beta_prime:  # what Dr. DPO's weights are the gradient of
-        objective = -beta_prime * ((weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log())
+        log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
+        objective = -beta_prime * log_mean
 
-    # single answers are right on their side of z, where KTO has one
+    # single answers are right on their side of z, which kto has
     if not paired:
         good, rewarded = columns['good'], with_reward(columns)
         chosen = {name: values[good] for name, values in rewarded.items()}
@@ -365,7 +366,6 @@ def sample(seen):
     prompts, answers = generate.sample_held_out(run, models, n_eval_model_samples, seen, **settings)
     if not ref or not prompts:
         return {}
-
     # the log-ratio of the policy's own samples, on average, is the KL
     of_policy = [(prompts[i], [answer]) for name, i, answer in answers if name == 'policy']
     batches, *_ = run.make_batches(Examples.of(of_policy), np.arange(len(of_policy)))

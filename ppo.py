@@ -132,12 +132,10 @@ if not total:
     raise UserError(f'n_examples {n_examples} is less than one group of {group} answers')
 
 # reference and critic must read the policy's tokens
-others = {'reference': ref_model}
+if ref_model:
+    check_same_tokens(tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 if loss == 'ppo' and critic not in ('head', 'own'):
-    others['critic'] = critic
-for role, name in others.items():
-    if name:
-        check_same_tokens(tokenizer, name, f'the {role} {name}', model, training.trust_remote_code)
+    check_same_tokens(tokenizer, critic, f'the critic {critic}', model, training.trust_remote_code)
 build_policy = partial(load_model, model, adapters=run.adapters, **run.model_options())
 
 
@@ -196,7 +194,8 @@ def make_round(first, rows):
     # 3. the score of each answer: offline +1 or -1, as it is labelled
     answers['score'] = torch.from_numpy(examples.good * 2.0 - 1) if offline else score(examples)
     reward = answers['score']
-    found = {'length/train': answers['n'].double().mean().item(), 'score/train': reward.mean().item()}
+    found = {'length/train': answers['n'].double().mean().item()}
+    found['score/train'] = reward.mean().item()
     if not offline:
         found |= describe(examples, tokens, answers, 'train')
         reward = reward - missing_eos_penalty * ~answers['ended']
@@ -373,7 +372,8 @@ def evaluate(seen):
 
 # ---- training ----
 
-run.start(f'{loss} {"offline " if offline else ""}', f'answers, {batch_size} a round, {minibatch_size} a step')
+what = f'{loss} offline ' if offline else f'{loss} '
+run.start(what, f'answers, {batch_size} a round, {minibatch_size} a step')
 if run.eval_due_at_start():
     evaluate(run.seen)
 n_rounds = -(-total // batch_size)  # both rounded up

@@ -125,7 +125,8 @@ def read_prompts():
 
     # the part that is wanted: a fraction is chosen by hash, so it is the same wherever a prompt stands
     kept = uniform_hash(np.array(list(found), np.uint64), seed) < data_fraction
-    rows = [row for row, keep in zip(found.values(), kept, strict=True) if keep][:n_examples]
+    rows = [row for row, is_kept in zip(found.values(), kept, strict=True) if is_kept]
+    rows = rows[:n_examples]
     if not rows:
         raise UserError(f'there are no prompts in data {data!r}; left out: {dict(+left_out) or "nothing"}')
     left_out['prompts beyond n_examples or data_fraction'] += len(found) - len(rows)
@@ -203,8 +204,9 @@ def plan():
     batches, width, heat = [], 0, None
     for i, sample in sorted(keys, key=place):
         batch = batches[-1] if batches else []
-        full = len(batch) == batch_size or (max_tokens and (len(batch) + 1) * width > max_tokens)
-        if full or sample // n != heat:
+        full = len(batch) == batch_size
+        too_wide = max_tokens and (len(batch) + 1) * width > max_tokens
+        if full or too_wide or sample // n != heat:
             batch = []
             batches.append(batch)
             width = len(ids[i]) + max_new_tokens  # of its first prompt, the longest
@@ -214,7 +216,7 @@ def plan():
 
 
 def generate_all():
-    """Generate this rank's batches."""
+    """Generate the answers of this rank's batches, and keep those that are not there yet."""
     # a batch of the plan is done again as a whole, so that its noise and rounding are the same
     unfinished = [batch for batch in plan() if not done.issuperset(batch)]
     for batch in unfinished[rank::world]:
@@ -243,8 +245,9 @@ def ask_all():
     """Ask the endpoint for all answers that are not there. Returns a Counter of why some still are not."""
     failed, strange = Counter(), Counter()
     jobs = ((key, body(wanted(*key))) for key in keys if key not in done)
+    settings = {'concurrency': concurrency, 'timeout': timeout, 'proven': bool(done)}
     # as they arrive, in any order
-    for key, text, raw, error in ask(endpoint, jobs, concurrency=concurrency, timeout=timeout, proven=bool(done)):
+    for key, text, raw, error in ask(endpoint, jobs, **settings):
         if text is None:
             failed[error] += 1
             continue
@@ -274,8 +277,9 @@ def ask_all():
 
 def body(row):
     """The request for the answer of a row."""
-    common = {'model': endpoint_model, 'max_tokens': max_new_tokens, 'top_p': top_p}
-    return common | {'messages': as_chat(row['prompt']), 'temperature': row['temperature'], 'seed': row['seed']}
+    fields = {'model': endpoint_model, 'max_tokens': max_new_tokens, 'top_p': top_p}
+    fields |= {'temperature': row['temperature'], 'seed': row['seed']}
+    return fields | {'messages': as_chat(row['prompt'])}
 
 
 # ---- sampling ----
@@ -287,7 +291,8 @@ def keep(rows):
     append(f'{out_dir}/{name}', rows)
     counts['answers'] += len(rows)
     counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
-    bar.set_postfix_str(f'{log.per_second(counts["tokens"], time.time() - started):.0f} tokens/s', refresh=False)
+    speed = log.per_second(counts['tokens'], time.time() - started)
+    bar.set_postfix_str(f'{speed:.0f} tokens/s', refresh=False)
     bar.update(len(rows))
 
 
@@ -298,7 +303,9 @@ if endpoint:
 else:
     i, _ = keys[0]
     text = repr(tokenizer.decode(ids[i]))
-log.say(f'first prompt: {text if len(text) < 300 else text[:150] + " ... " + text[-150:]}')
+if len(text) >= 300:
+    text = f'{text[:150]} ... {text[-150:]}'
+log.say(f'first prompt: {text}')
 
 # the folder is this run's; what is in it already is not done again
 fsdp.on_one_rank(lambda: lock(out_dir))
@@ -327,8 +334,10 @@ if rank == 0:
     write_model_outputs(out_dir, found)
     long = sum(row['finish'] == 'length' for row in found.values())
     summary = f'{len(found)} answers, {long} of them cut at {max_new_tokens} tokens'
-    speed = f'; {log.per_second(total["tokens"], time.time() - started):.0f} tokens/s' if total else ''
-    log.say(f'done: {out_dir}/samples.jsonl, {summary}{speed}')
+    if total:
+        speed = log.per_second(total['tokens'], time.time() - started)
+        summary += f'; {speed:.0f} tokens/s'
+    log.say(f'done: {out_dir}/samples.jsonl, {summary}')
     log.say(f'{out_dir}/model_outputs.json: the first answer to each prompt')
 
 # what is missing ends the run with a sentence, on every rank

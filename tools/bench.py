@@ -91,8 +91,10 @@ if beside_trl and (loss != 'dpo' or batch_size % min(PADDED, batch_size)):
     raise UserError(f'TRL is measured with --loss=dpo, and a batch_size that is a multiple of {PADDED}')
 
 # now, not after the measurement
-if out and (not Path(out).absolute().parent.is_dir() or Path(out).is_dir()):
-    raise UserError(f'cannot write {out}: there is no such folder, or it is one')
+if out:
+    file = Path(out).absolute()
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f'cannot write {out}: there is no such folder, or it is one')
 rank, world, device = fsdp.setup()
 on_gpu = device.type == 'cuda'
 if world > 1 and beside_trl:
@@ -141,8 +143,10 @@ def synthetic_pairs(count):
     wanted = [prompt_tokens, answer_tokens, answer_tokens]
     for _ in range(count):
         # all are drawn, so that one fixed length does not change the others
-        drawn = [int(np.clip(rng.lognormal(math.log(median), sigma), 2, most)) for median, sigma, most in LENGTHS]
-        lengths = [fixed or n for fixed, n in zip(wanted, drawn, strict=True)]
+        lengths = []
+        for fixed, (median, sigma, most) in zip(wanted, LENGTHS, strict=True):
+            drawn = rng.lognormal(math.log(median), sigma)
+            lengths.append(fixed or int(np.clip(drawn, 2, most)))
         prompt, *answers = (rng.integers(0, words, n) for n in lengths)
         items.append((prompt, answers))
     return Examples.of(items)
@@ -187,10 +191,11 @@ class Variant:
         options = {'share_prefix': self.share, 'pad': self.pad, 'device': device}
         found, tokens, allocated = [], 0, 0
         for i in range(0, len(rows), size):
-            batches, real, all_of_them = make_batches(examples, rows[i : i + size], rank, world, most, **options)
+            some = rows[i : i + size]
+            batches, real, with_padding = make_batches(examples, some, rank, world, most, **options)
             found += batches
             tokens += real
-            allocated += all_of_them
+            allocated += with_padding
         return found, tokens, allocated
 
     def columns(self, batch, ref):
@@ -270,8 +275,10 @@ def peak_memory():
 def flops(run, lengths):
     """Model FLOPs of a pair: 2 per weight and token forward, twice that backward, once for a live reference."""
     # the weights of matrix products, without embeddings; the head is counted by itself
-    matrices = [(name, p) for name, p in shell.named_parameters() if p.dim() == 2]
-    weights = sum(p.numel() for name, p in matrices if not re.search(r'embed|lm_head|(wte|wpe)\.weight$', name))
+    weights = 0
+    for name, p in shell.named_parameters():
+        if p.dim() == 2 and not re.search(r'embed|lm_head|(wte|wpe)\.weight$', name):
+            weights += p.numel()
 
     # tokens, and pairs of tokens that attend; the second answer's prompt is computed once more where it is not shared
     prompt, chosen, rejected = lengths.T  # (pairs,) each
@@ -296,7 +303,9 @@ def products_alone(tokens, predicted):
     linears = collections.Counter(m.weight.shape for m in shell.modules() if isinstance(m, torch.nn.Linear))
     for (outputs, inner), count in linears.items():
         n = predicted if outputs == shell.config.vocab_size else tokens  # the head is not applied to all
-        x, w, y = (torch.randn(shape, **how) for shape in ((n, inner), (outputs, inner), (n, outputs)))
+        x = torch.randn(n, inner, **how)
+        w = torch.randn(outputs, inner, **how)
+        y = torch.randn(n, outputs, **how)
         spent = []
         for _ in range(3):
             start = clock()
@@ -330,9 +339,10 @@ def row_of(run, lengths):
         if on_gpu:
             row['mfu'] = per_second(cost * batch_size, seconds) / world / peak_tflops / 1e12
         if run.cached:
-            both = statistics.median(step + extra for step, extra in zip(times, run.passes[1:], strict=True))
-            row['pairs_per_second_with_cache_pass'] = per_second(batch_size, both)
-    return {'variant': run.name} | {k: float(v) for k, v in row.items() if math.isfinite(v)}  # json knows no others
+            both = [step + extra for step, extra in zip(times, run.passes[1:], strict=True)]
+            row['pairs_per_second_with_cache_pass'] = per_second(batch_size, statistics.median(both))
+    finite = {name: float(value) for name, value in row.items() if math.isfinite(value)}  # json knows no others
+    return {'variant': run.name} | finite
 
 
 def show(rows, lengths, limit):

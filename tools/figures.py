@@ -122,8 +122,9 @@ def main():
         found = total(paths)
         code = found.code or 1  # an empty file
         size, function = found.longest
+        sizes = f'{len(paths):5d} {found.lines:6d}'
         shares = f'{found.comments / code:9.1%} {found.nodes / code:18.1f}'
-        print(f'{name:26s} {len(paths):5d} {found.lines:6d} {shares}  {function} {size}')
+        print(f'{name:26s} {sizes} {shares}  {function} {size}')
     print(f'python files at the top: {len(top)}; import cycle: {", ".join(cycle(ours)) or "none"}')
 
 
