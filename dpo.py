@@ -310,7 +310,7 @@ def prepare(examples, first, rows):
     step = run.prepare(examples, first, rows)
     if loss == 'kto':
         others = examples.mismatched(rows, longest, more=run.train)
-        step.mismatched = run.make_batches(others, np.arange(len(rows)))[0]
+        step.mismatched, *_ = run.make_batches(others, np.arange(len(rows)))
     return step
 
 

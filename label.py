@@ -237,16 +237,16 @@ lengths = np.array(lengths).reshape(-1, 2)
 
 # names for the screen
 generators = zip(*(pair['generators'] for pair in table), strict=True)  # of the first answers, of the second
-names = [' + '.join(sorted(set(found))) for found in generators]
-if names[0] == names[1]:
-    names = ['the first answer', 'the second']
+first_name, second_name = (' + '.join(sorted(set(found))) for found in generators)
+if first_name == second_name:
+    first_name, second_name = 'the first answer', 'the second'
 
 # counts first
 unclear = [row['text'] for row in verdicts.values() if row['preference'] is None]
 contradicting = sum(set(of_orders) == {1, 2} for of_orders in judged)
 report = {
-    'first': names[0],
-    'second': names[1],
+    'first': first_name,
+    'second': second_name,
     'judge': annotator,
     'pairs': len(table),
     'with_a_verdict': len(clear),
@@ -288,7 +288,7 @@ if clear:
 ties = f'of the ties {len(equal)} have equal answers, {contradicting} contradicting orders'
 missing = f'{len(table) - len(clear)} pairs; unclear replies: {len(unclear)}, failed requests: {failed.total()}'
 log.say(f"""
-{names[0]} against {names[1]}, judged by {annotator}
+{first_name} against {second_name}, judged by {annotator}
   win rate           {percent('win_rate')}; a tie is half a win
   at equal length    {percent('length_controlled', 'no finite fit')}
                      (logistic regression on d, the difference of lengths in characters: sigmoid(a + b tanh(d / rms(d))) at d = 0)

@@ -174,7 +174,8 @@ if inner_critic is not None:
 judge = load_judge(config, tokenizer, device)
 score = partial(score_answers, tokenizer=tokenizer, judge=judge, max_tokens=training.max_tokens, ends=stop)
 describe = partial(rollout.describe, tokenizer=tokenizer, toy=data == 'toy')
-run.check_room(policy.token_logps, ref, judge[0] if judge else None)
+reward_net, _ = judge or (None, None)
+run.check_room(policy.token_logps, ref, reward_net)
 
 # ---- a round: rollout, scores, KL penalty, advantages ----
 
@@ -192,7 +193,7 @@ def make_round(first, rows):
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
 
     # 3. the score of each answer: offline +1 or -1, as it is labelled
-    answers['score'] = torch.from_numpy(examples.good * 2.0 - 1) if offline else score(examples)
+    answers['score'] = torch.from_numpy(np.where(examples.good, 1.0, -1.0)) if offline else score(examples)
     reward = answers['score']
     found = {'length/train': answers['n'].double().mean().item()}
     found['score/train'] = reward.mean().item()
@@ -271,15 +272,15 @@ def run_minibatch(batches, answered, rows):
 
     Returns the weight of all their tokens, and a dictionary of sums over them. Afterwards the policy's gradients are the sum
     over the tokens of weight times gradient, divided by the number of ranks."""
-    per_prompt = answered.examples.spans.shape[1] - 1  # spans: of the prompt and its answers
+    _, per_prompt = answered.by_example('n').shape  # (prompts, answers to each)
     sums = torch.zeros(4, dtype=torch.float64)
     for batch in batches:
         # the columns of this microbatch's tokens; a filler reads the last token's, and counts nothing
         slots = rollout.token_slots(batch, rows, answered.answers['start'], per_prompt)
         real = (slots >= 0).to(device)
         columns = {name: values[slots].to(device, torch.float32) for name, values in answered.tokens.items()}
-        out = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
-        pi, value = out if len(out) == 2 else (out[0], None)
+        pi, *values = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
+        value = values[0] if values else None
         policy_loss, value_loss = token_losses(pi, value, columns)
 
         # every token counts the same, or every answer

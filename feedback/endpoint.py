@@ -239,6 +239,7 @@ class _Client:
     def post(self, address, body):
         """(response, its content). Raises TimeoutError, _Again, _Refused, or what the HTTP library raises."""
         request = self.client.build_request('POST', address, json=body, extensions={'trace': self._trace})
+
         # each request has its own event, so that a timer which comes too late ends no later one
         over = self.over = threading.Event()
         timer = threading.Timer(self.seconds, self._end, (over,))
@@ -253,6 +254,7 @@ class _Client:
                 raise
         finally:
             timer.cancel()
+
         # a reply without a length seems to be whole where its socket was shut
         if over.is_set():
             raise TimeoutError

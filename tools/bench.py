@@ -183,7 +183,10 @@ class Variant:
 
     def logps(self, m, batch):
         """(A,) log-probs of the answers under a model."""
-        return m.response_logps(batch)[0] if self.head else m.full_head(batch)
+        if not self.head:
+            return m.full_head(batch)
+        (logps,) = m.response_logps(batch)  # (1, A): no divergence
+        return logps
 
     def batches(self, examples, rows):
         """(microbatches, real tokens, allocated tokens); padded: PADDED pairs at a time, as gradient accumulation does."""
@@ -331,8 +334,11 @@ def row_of(run, lengths):
 
     # what is known of our own variants only
     if isinstance(run, Variant):
-        counts = [run.batches(examples, rows)[1:] for rows in steps[1:]]
-        tokens, allocated = np.sum(counts, axis=0)
+        tokens = allocated = 0
+        for rows in steps[1:]:
+            _, real, with_padding = run.batches(examples, rows)
+            tokens += real
+            allocated += with_padding
         row['padding_share'] = 1 - tokens / allocated
         cost = flops(run, lengths)
         row['gflop_per_pair'] = cost / 1e9
