@@ -240,7 +240,7 @@ def step_statistic(step, backward):
     # the columns of the whole step, the same on every rank: so is what the statistic makes of them
     columns = training.gather(parts, batches, len(step.rows))
     if step.mismatched:
-        columns |= {f'{name}_kl': values for name, values in columns.items()}  # of kto, whose statistic is a KL
+        columns |= {f'{name}_kl': values for name, values in columns.items()}  # of kto, for its KL
     columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)
     columns['state'] = run.state['statistic']
     values, state = call(statistic_fn, columns)
@@ -248,7 +248,7 @@ def step_statistic(step, backward):
 
 
 def loss_and_weight(measured, step_columns, slots):
-    """(loss, weight) of the examples at these slots of a step. step_columns: labels and what the statistic gave, of all of it."""
+    """Loss and weight of a microbatch, (examples,) each: measured are its columns, step_columns those of the whole step."""
     # a filler has slot -1, so it reads the last row; its loss counts nothing
     columns = dict(measured)
     for name, values in step_columns.items():
@@ -284,7 +284,7 @@ def run_step(step, backward=False, shift=None):
         real = batch.real()
         step_weight = weight
         if beta_prime:
-            # Dr. DPO: weights exp((shift - loss) / beta'); any shift of the step cancels, and a small loss keeps them in range
+            # Dr. DPO: weights exp((shift - loss) / beta'); any shift cancels, and this one keeps them inside float range
             if shift is None:
                 shift = fsdp.smallest(torch.where(real, loss.detach(), torch.inf))
             step_weight = weight * losses.drdpo_weight(loss.detach(), shift, beta_prime=beta_prime)
@@ -318,7 +318,7 @@ def prepare(examples, first, rows):
 
 
 def with_reward(answers):
-    """Columns of single answers with one more: each one's implicit reward, from what this loss itself uses."""
+    """Columns of single answers, with one more: the implicit reward of each, from what this loss itself uses."""
     used = {name: config[name] for name in ('beta', 'alpha') if uses[name]}
     if divergence:
         used['div'] = answers['div']
@@ -329,7 +329,7 @@ def with_reward(answers):
 
 
 def summary(columns, split):
-    """Metrics of the columns of a step, or of an evaluation: name -> float."""
+    """The metrics, name -> float, of the columns of a step or of an evaluation."""
     loss, weight = columns['loss'], columns['weight']
     objective = (weight * loss).sum() / weight.sum()
     if beta_prime:  # what Dr. DPO's weights are the gradient of
@@ -378,7 +378,7 @@ def sample(seen):
 
 
 def evaluate(seen):
-    """Metrics of the held-out examples, with the state of training as it is, and samples if wanted."""
+    """Log metrics of the held-out examples, with the statistic's state as it is, and sample answers if wanted."""
     run.evaluate(seen, lambda step: run_step(step)[0], summary, sample if sample_during_eval else None, prepare)
 
 

@@ -149,7 +149,7 @@ def smoothed(values):
 
 
 def frontier(rows, samples):
-    """(KL, gold reward, its standard error) of the reference, if it was sampled, and of every evaluation with both."""
+    """Points (KL, gold reward, its standard error): of the reference, if it was sampled, and of every evaluation with both."""
     # (who answered, examples seen before) -> gold rewards of the answers
     scores = {}
     for row in samples:
