@@ -90,7 +90,7 @@ if loss not in losses.LOSSES:
     raise UserError(f'loss must be one of {", ".join(losses.LOSSES)}, not {loss!r}')
 loss_fn, statistic_fn = losses.LOSSES[loss], losses.STATISTICS.get(loss)
 inputs = parameters(loss_fn, statistic_fn) if statistic_fn else parameters(loss_fn)
-paired = bool({'pi_w', 'ratio_w'} & inputs)  # else on single answers, with a thumb up or down
+paired = bool({'pi_w', 'ratio_w'} & inputs)  # else on single answers, each labelled good or bad
 has_ratio = bool({'ratio', 'ratio_w'} & inputs)
 has_risk = loss.startswith('radpo')
 # the divergence of the policy from the reference at one position: (n, V) log-probs of both -> (n,)
@@ -100,19 +100,15 @@ if 'div_w' in inputs:
 
 # ---- what the options mean together ----
 
-# option -> whether this loss uses it, of the options that some losses only use: formulas name them, or this table
-uses = {name: name in inputs for name in parameters(*losses.LOSSES.values(), *losses.STATISTICS.values())} | {
-    'reference_free': has_ratio and not divergence,
-    'importance': has_ratio and paired,
-    'importance_max': has_ratio and paired,
-    'sft_coef': paired,
-    'frac_good': not paired,
-    'frac_bad': not paired,
-    'risk': has_risk,
-    'mu': has_risk,
-}
+# of the options that only some losses use: option -> whether this loss does; formulas name them, or this table
+every_input = parameters(*losses.LOSSES.values(), *losses.STATISTICS.values())
+uses = {name: name in inputs for name in every_input}
+uses |= {'reference_free': has_ratio and not divergence, 'sft_coef': paired}
+uses |= dict.fromkeys(('importance', 'importance_max'), has_ratio and paired)
+uses |= dict.fromkeys(('frac_good', 'frac_bad'), not paired)
+uses |= dict.fromkeys(('risk', 'mu'), has_risk)
 
-# one that it does not use is not silently ignored; if a config file sets it, it is off
+# an option without effect is an error on the command line; in a config file it is off, with a note
 config.ignored([name for name in config if not uses.get(name, True)], f'the loss {loss} does not use it')
 importance = importance and uses['importance']
 sft_coef = sft_coef if uses['sft_coef'] else 0.0
@@ -152,7 +148,7 @@ if ref_model and needs_ref:
     check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 run.load_data(task='pairs' if paired else 'singles')
 run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_options()))
-mixed = loss == 'kto'  # whose prompts meet the answers of others
+mixed = loss == 'kto'  # its prompts meet the answers of others
 longest = min(max_length, max(run.train.longest(mixed), run.held_out.longest(mixed)))
 run.choose_attention(longest, share_prefix=share_prefix)
 if sample_during_eval:
@@ -161,20 +157,21 @@ build_ref = partial(load_model, ref_model or model, **run.model_options())
 
 
 def load_reference():
-    """The sharded reference: the policy itself, with its adapters off, where it has some."""
+    """The sharded reference: a model of its own, or a policy with adapters itself, which are off when it is asked."""
     is_policy = run.adapters and ref_model is None
     return run.policy if is_policy else run.load_frozen(build_ref, longest)
 
 
-# live, or its log-probs from a file: that pass keeps no activations, so its microbatches may be larger
+# the reference is live, or its log-probs come from a file
 ref = load_reference() if needs_ref and not cache_ref else None
 if divergence:
     check_heads(run.policy, ref)
 if cache_ref and sample_during_eval:
     log.say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
 if cache_ref:
+    # that pass keeps no activations, so its microbatches may be larger
     larger = partial(run.make_batches, max_tokens=4 * training.max_tokens)
-    # of single answers, which of them are used is not known before the fractions below
+    # which single answers are used is not known before the fractions below are chosen
     used = run.used_rows() if paired else slice(None)
     for examples, rows in ((run.train, used), (run.held_out, slice(None))):
         if len(examples):
@@ -197,30 +194,32 @@ run.check_room(run.policy.response_logps, ref)
 
 def measure(batch, paired=paired):
     """The columns of a microbatch: pi, n, ref and div of every answer, (A,) each; of pairs (A / 2,): pi_w, pi_l and so on."""
-    # the reference's log-probs: cached, or computed, or as a divergence needs them: hidden states and a head
+    # the reference's log-probs: cached, or computed here, or with a divergence computed beside the policy's
     reference, ref_logps = None, batch.ref
     with torch.no_grad(), lora.adapters_off(ref):
         if divergence:
             reference = ref.hidden_and_head(batch)
         elif ref is not None:
-            ref_logps = ref.response_logps(batch)[0]
+            (ref_logps,) = ref.response_logps(batch)
 
     # the policy's, with the graph that backward needs: (1, A), or (3, A) with divergence and reference
-    out = run.policy.response_logps(batch, divergence, reference)
-    columns = {'pi': out[0], 'n': batch.n.float()}
+    pi, *with_divergence = run.policy.response_logps(batch, divergence, reference)
+    columns = {'pi': pi, 'n': batch.n.float()}
     if divergence:
-        columns['div'], ref_logps = out[1], out[2]
+        columns['div'], ref_logps = with_divergence
     if ref_logps is not None:
         columns['ref'] = ref_logps
 
     # answers come as chosen, rejected, chosen, ...
     if not paired:
         return columns
-    return {f'{name}_{side}': values[i::2] for name, values in columns.items() for i, side in enumerate('wl')}
+    chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
+    rejected = {f'{name}_l': values[1::2] for name, values in columns.items()}
+    return chosen | rejected
 
 
 def call(fn, columns):
-    """fn of losses.py, with the options, columns and log-ratios that its signature names; columns take the place of options."""
+    """fn(...) of losses.py, with what its signature names: options, columns, log-ratios. A column hides an option of its name."""
     known = {**config, 'label_smoothing': label_smoothing, **columns}
     # without a reference a log-ratio is the policy's log-prob
     for side in ('', '_w', '_l', '_kl'):
@@ -230,9 +229,9 @@ def call(fn, columns):
 
 
 def step_statistic(step, backward):
-    """(columns of the step's statistic, its new state, the measured columns of the microbatch that they came from).
+    """(columns that the statistic gives, its new state, measured columns or None) of a step.
 
-    The statistic needs a pass of its own over the step. Where that is one microbatch, the pass that trains serves both."""
+    The statistic needs a pass of its own over the step. Where that is one microbatch, the measured columns train, too."""
     batches = step.mismatched or step.batches
     serves_both = backward and len(batches) == 1 and not step.mismatched
     with torch.set_grad_enabled(serves_both):
@@ -241,7 +240,7 @@ def step_statistic(step, backward):
     # the columns of the whole step, the same on every rank: so is what the statistic makes of them
     columns = training.gather(parts, batches, len(step.rows))
     if step.mismatched:
-        columns |= {f'{name}_kl': values for name, values in columns.items()}
+        columns |= {f'{name}_kl': values for name, values in columns.items()}  # of kto, for its KL
     columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)
     columns['state'] = run.state['statistic']
     values, state = call(statistic_fn, columns)
@@ -249,7 +248,7 @@ def step_statistic(step, backward):
 
 
 def loss_and_weight(measured, step_columns, slots):
-    """Loss and weight of the examples of a microbatch. step_columns: labels and what the statistic gave, in step order."""
+    """Loss and weight of a microbatch, (examples,) each: measured are its columns, step_columns those of the whole step."""
     # a filler has slot -1, so it reads the last row; its loss counts nothing
     columns = dict(measured)
     for name, values in step_columns.items():
@@ -266,9 +265,9 @@ def loss_and_weight(measured, step_columns, slots):
 
 
 def run_step(step, backward=False, shift=None):
-    """Forward, and backward, of one step. Returns its columns, in step order, and the statistic's new state.
+    """Forward, and backward if asked, of one step. Returns (its columns, in step order; the statistic's new state).
 
-    After backward the gradients are the sum of w_i grad loss_i, divided by the number of ranks. shift: of Dr. DPO's weights."""
+    After backward the gradients are the sum of w_i grad loss_i, divided by the number of ranks. shift: see Dr. DPO below."""
     # 1. what depends on the whole step: the statistic, and the labels of single answers
     step_columns, new_state, measured = {}, run.state['statistic'], None
     if statistic_fn:
@@ -285,7 +284,7 @@ def run_step(step, backward=False, shift=None):
         real = batch.real()
         step_weight = weight
         if beta_prime:
-            # Dr. DPO: any constant of the step cancels, if it keeps the weights inside float range
+            # Dr. DPO: weights exp((shift - loss) / beta'); any shift cancels, and this one keeps them inside float range
             if shift is None:
                 shift = fsdp.smallest(torch.where(real, loss.detach(), torch.inf))
             step_weight = weight * losses.drdpo_weight(loss.detach(), shift, beta_prime=beta_prime)
@@ -298,7 +297,7 @@ def run_step(step, backward=False, shift=None):
     if not paired:
         columns |= step_columns
 
-    # rare: a much smaller loss than the shift gives weights of e^20 and more, whose squares in the norm overflow. Once more
+    # rare: a loss far below the shift gives weights of e^20 and more, whose squares in the norm overflow: do it once more
     smallest = columns['loss'].min()
     if backward and beta_prime and smallest < shift.cpu() - 20 * beta_prime:
         run.optimizer.zero_grad(set_to_none=True)
@@ -307,11 +306,11 @@ def run_step(step, backward=False, shift=None):
 
 
 def prepare(examples, first, rows):
-    """As Run.prepare; for KTO also the mismatched answers."""
+    """A Step as Run.prepare makes it; for KTO with microbatches of prompts with the answers of others."""
     step = run.prepare(examples, first, rows)
     if loss == 'kto':
         others = examples.mismatched(rows, longest, more=run.train)
-        step.mismatched = run.make_batches(others, np.arange(len(rows)))[0]
+        step.mismatched, *_ = run.make_batches(others, np.arange(len(rows)))
     return step
 
 
@@ -319,24 +318,25 @@ def prepare(examples, first, rows):
 
 
 def with_reward(answers):
-    """Columns of single answers, and the loss's own implicit reward of each, from what the loss itself uses."""
-    own = {name: config[name] for name in ('beta', 'alpha') if uses[name]}
+    """Columns of single answers, with one more: the implicit reward of each, from what this loss itself uses."""
+    used = {name: config[name] for name in ('beta', 'alpha') if uses[name]}
     if divergence:
-        own['div'] = answers['div']
-    if 'n_l' in inputs and (loss != 'ipo' or average):
-        own['n'] = answers['n']
+        used['div'] = answers['div']
+    if 'n_l' in inputs and (loss != 'ipo' or average):  # per token
+        used['n'] = answers['n']
     ratio = answers['pi'] - answers.get('ref', 0.0)
-    return answers | {'reward': losses.reward(ratio, **own)}
+    return answers | {'reward': losses.reward(ratio, **used)}
 
 
 def summary(columns, split):
-    """Metrics of the columns of a step, or of an evaluation: name -> float."""
+    """The metrics, name -> float, of the columns of a step or of an evaluation."""
     loss, weight = columns['loss'], columns['weight']
     objective = (weight * loss).sum() / weight.sum()
     if beta_prime:  # what Dr. DPO's weights are the gradient of
-        objective = -beta_prime * ((weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log())
+        log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
+        objective = -beta_prime * log_mean
 
-    # single answers are right on their side of z, where KTO has one
+    # single answers are right on their side of z, which kto has
     if not paired:
         good, rewarded = columns['good'], with_reward(columns)
         chosen = {name: values[good] for name, values in rewarded.items()}
@@ -345,13 +345,13 @@ def summary(columns, split):
         return metrics.of_preferences(split, objective, chosen, rejected, right)
 
     # of pairs the chosen answer should have the higher reward
-    chosen = with_reward({name[:-2]: values for name, values in columns.items() if name.endswith('_w')})
-    rejected = with_reward({name[:-2]: values for name, values in columns.items() if name.endswith('_l')})
+    chosen = with_reward({name.removesuffix('_w'): x for name, x in columns.items() if name.endswith('_w')})
+    rejected = with_reward({name.removesuffix('_l'): x for name, x in columns.items() if name.endswith('_l')})
     right = chosen['reward'] > rejected['reward']
     found = metrics.of_preferences(split, objective, chosen, rejected, right)
-    if needs_ref:  # comparable across losses
-        plain = chosen['pi'] - chosen['ref'] > rejected['pi'] - rejected['ref']
-        found |= metrics.numbers({f'logratio_{split}/accuracies': plain.double().mean()})
+    if needs_ref:  # of plain log-ratios it is comparable across losses
+        right = chosen['pi'] - chosen['ref'] > rejected['pi'] - rejected['ref']
+        found |= metrics.numbers({f'logratio_{split}/accuracies': right.double().mean()})
     return found
 
 
@@ -366,20 +366,19 @@ def sample(seen):
     prompts, answers = generate.sample_held_out(run, models, n_eval_model_samples, seen, **settings)
     if not ref or not prompts:
         return {}
-
-    # the log-ratio of an own sample, on average, is the KL
-    own = [(prompts[i], [answer]) for name, i, answer in answers if name == 'policy']
-    batches, *_ = run.make_batches(Examples.of(own), np.arange(len(own)))
+    # the log-ratio of the policy's own samples, on average, is the KL
+    of_policy = [(prompts[i], [answer]) for name, i, answer in answers if name == 'policy']
+    batches, *_ = run.make_batches(Examples.of(of_policy), np.arange(len(of_policy)))
     with torch.no_grad(), run.memory(batches):
         parts = [measure(batch, paired=False) for batch in batches]
-    columns = training.gather(parts, batches, len(own))
-    gap = columns['pi'] - columns['ref']
-    per_token = gap.sum() / columns['n'].sum()
-    return {'kl_eval/samples': gap.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
+    columns = training.gather(parts, batches, len(of_policy))
+    ratio = columns['pi'] - columns['ref']
+    per_token = ratio.sum() / columns['n'].sum()
+    return {'kl_eval/samples': ratio.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
 
 
 def evaluate(seen):
-    """Metrics of the held-out examples, with the state of training as it is, and samples if wanted."""
+    """Log metrics of the held-out examples, with the statistic's state as it is, and sample answers if wanted."""
     run.evaluate(seen, lambda step: run_step(step)[0], summary, sample if sample_during_eval else None, prepare)
 
 

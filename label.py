@@ -67,33 +67,45 @@ if reward_model is None:
     of_model = 'max_length max_prompt_length truncation max_tokens trust_remote_code'
     config.ignored(of_model.split(), 'there is no --reward_model')
 
-# the pairs, those of equal answers, and the verdicts to take
+# the pairs, and the numbers of those with equal answers, which need no judge
 table, left_out = make_pairs(answers, against)
-equal = {i for i, pair in enumerate(table) if pair['outputs'][0].strip() == pair['outputs'][1].strip()}
+equal = set()
+for i, pair in enumerate(table):
+    first, second = pair['outputs']
+    if first.strip() == second.strip():
+        equal.add(i)
+
+# a verdict is known by (number of the pair, order); order 2 shows the second answer first
 orders = (1, 2) if endpoint else (1,)
 wanted = [(i, order) for i in range(len(table)) if i not in equal for order in orders]
-asked = f'{len({pair["question"] for pair in table})} prompts'
-counts = f'{len(table)} pairs of answers to {asked}, {len(equal)} of them equal, {len(wanted)} verdicts to take'
-log.say(f'data: {counts}; left out: {dict(+left_out) or "nothing"}')
-record = config | {'content of answers': f'{content_hash(table):016x}'}  # and what else the verdicts depend on
-failed, cut = Counter(), Counter()
+n_prompts = len({pair['question'] for pair in table})
+counts = f'{len(table)} pairs of answers to {n_prompts} prompts, {len(equal)} of them equal'
+log.say(f'data: {counts}, {len(wanted)} verdicts to take; left out: {dict(+left_out) or "nothing"}')
+
+record = config | {'content of answers': f'{content_hash(table):016x}'}  # all that the verdicts depend on
+failed = Counter()  # why requests have no reply
+cut = Counter()  # what a reward model could not read whole
 
 # ---- a judge behind an endpoint ----
 
 
 def ask_judge(todo):
-    """Yield a verdict for each (pair, order), as they arrive; None for one that failed."""
-    # a request is made when it is sent
-    jobs = (((i, order), more | judge.question(template, table[i], order)) for i, order in todo)
+    """Yield a row of verdicts.jsonl for each (pair, order), as they arrive; None for one that failed."""
+
+    def jobs():
+        # a generator: a request is made when it is sent
+        for i, order in todo:
+            yield (i, order), fields | judge.question(template, table[i], order)
+
     settings = {'concurrency': concurrency, 'timeout': timeout, 'retries': retries, 'proven': bool(verdicts)}
-    with contextlib.closing(ask(endpoint, jobs, **settings)) as replies:
+    with contextlib.closing(ask(endpoint, jobs(), **settings)) as replies:
         for (i, order), text, raw, error in replies:
             if text is None:
                 failed[error] += 1
                 yield None
-            else:
-                row = {'pair': i, 'order': order, 'preference': judge.preference(text, raw, order)}
-                yield row | {'text': text, 'raw': raw}
+                continue
+            preference = judge.preference(text, raw, order)
+            yield {'pair': i, 'order': order, 'preference': preference, 'text': text, 'raw': raw}
 
 
 if endpoint is not None:
@@ -101,28 +113,35 @@ if endpoint is not None:
     if not judge_model:
         raise UserError('--endpoint needs --judge_model, the name of a model there')
     template = judge.read_prompt(judge_prompt)
-    more = judge.read_request(request) | {'model': judge_model, 'stream': False}
+    fields = judge.read_request(request) | {'model': judge_model, 'stream': False}
     record['content of judge_prompt'] = f'{content_hash(template):016x}'
 
 # ---- a reward, of a model or of gold ----
 
 
 def compare_rewards(todo):
-    """Yield a verdict for each pair: its higher reward. Equal rewards are a tie."""
-    known = {}  # with n answers to a prompt, each is in n - 1 pairs
+    """Yield a row of verdicts.jsonl for each pair: the answer with the higher reward. Equal rewards are a tie."""
+    known = {}  # hash of prompt and answer -> reward: with n answers to a prompt, each is in n - 1 pairs
     # 64 pairs at a time, so that what is scored is soon on the disk
     for start in range(0, len(todo), 64):
-        some = [i for i, _ in todo[start : start + 64]]
-        keys = {(i, k): content_hash(table[i]['prompt'], table[i]['outputs'][k]) for i in some for k in (0, 1)}
-        # each answer once
-        new = {key: (table[i]['prompt'], as_trained(table[i], k)) for (i, k), key in keys.items() if key not in known}
-        known.update(zip(new, rewards(list(new.values())), strict=True))
-        for i in some:
-            x, y = known[keys[i, 0]], known[keys[i, 1]]
+        pairs = [i for i, _ in todo[start : start + 64]]
+
+        # score every answer that has no reward yet, once
+        keys, new = {}, {}
+        for i in pairs:
+            prompt, outputs = table[i]['prompt'], table[i]['outputs']
+            keys[i] = [content_hash(prompt, output) for output in outputs]
+            for k, key in enumerate(keys[i]):
+                if key not in known:
+                    new[key] = prompt, as_trained(table[i], k)
+        known |= zip(new, rewards(list(new.values())), strict=True)
+
+        for i in pairs:
+            first, second = (known[key] for key in keys[i])
             preference = 1.5  # a tie
-            if x != y:
-                preference = 1 if x > y else 2
-            yield {'pair': i, 'order': 1, 'preference': preference, 'rewards': [x, y]}
+            if first != second:
+                preference = 1 if first > second else 2
+            yield {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
 
 
 # the gold reward of the toy world
@@ -136,6 +155,7 @@ if gold is not None:
             raise UserError(f'--gold=toy knows {such}, not {str(pair["prompt"])[:80]!r}')
 
     def rewards(items):
+        """The gold reward of each (prompt, answer)."""
         return [toy.gold(prompt, text) for prompt, text in items]
 
 
@@ -156,6 +176,7 @@ if reward_model is not None:
     record['content of reward_model'] = load.content(reward_model)
 
     def rewards(items):
+        """The reward of each (prompt, answer) under the reward model."""
         options = (tokenizer, max_length, max_prompt_length, truncation, cut)
         encoded = [encode(prompt, text, *options) for prompt, text in items]
         return score.scores(model, tokenizer, encoded, max_tokens).tolist()
@@ -169,6 +190,7 @@ log.check_out_dir(out_dir, record, True, neutral=neutral)
 begun, file = Path(out_dir) / 'config.json', Path(out_dir) / 'verdicts.jsonl'
 if begun.exists() and json.loads(begun.read_text())['config']['endpoint'] != endpoint:
     log.say(f'note: this run began at another endpoint; {judge_model} must be the same model here')
+
 # what is there already is not asked again
 lock(out_dir)
 append(file, [])  # it is there, even if nothing is to be judged
@@ -176,47 +198,68 @@ verdicts = read_verdicts(file)
 if verdicts:
     log.say(f'{len(verdicts)} verdicts are in {out_dir} already')
 todo = [key for key in wanted if key not in verdicts]
-# the requests under way are given up
+
+# where the run is stopped, the requests under way are given up
 guard.on_stop(lambda: f'{len(verdicts)} of {len(wanted)} verdicts are in {out_dir}; the same command goes on there')
 with progress(len(wanted), ' verdicts', initial=len(verdicts)) as bar:
     for row in ask_judge(todo) if endpoint is not None else compare_rewards(todo):
-        if row:
-            if not begun.exists():  # not before there is something to protect: a wrong name is easily mended
-                log.claim_out_dir(out_dir, record)
-            # what was paid for goes to the disk one by one; rewards, a thousand a second, 64 at a time
-            append(file, [row], sync=endpoint is not None or len(verdicts) % 64 == 63)
-            verdicts[row['pair'], row['order']] = row
-        bar.update(row is not None)
+        if row is None:
+            continue
+        # out_dir is not claimed before there is something to protect: a wrong name is easily mended
+        if not begun.exists():
+            log.claim_out_dir(out_dir, record)
+        # what was paid for goes to the disk one by one; rewards, a thousand a second, 64 at a time
+        append(file, [row], sync=endpoint is not None or len(verdicts) % 64 == 63)
+        verdicts[row['pair'], row['order']] = row
+        bar.update()
 
 # ---- annotations and report ----
 
-judged = [[verdicts.get((i, order), {}).get('preference') for order in orders] for i in range(len(table))]
-# the mean over both orders; none where one is missing
-preferences = [None if None in both else sum(both) / len(both) for both in judged]
-preferences = [1.5 if i in equal else preference for i, preference in enumerate(preferences)]
-# the same verdicts as AlpacaEval and dpo.py read them
+# a preference is the mean over both orders: none where one is missing, a tie where the answers are equal
+judged, preferences = [], []
+for i in range(len(table)):
+    of_orders = [verdicts.get((i, order), {}).get('preference') for order in orders]
+    preference = None if None in of_orders else sum(of_orders) / len(orders)
+    judged.append(of_orders)
+    preferences.append(1.5 if i in equal else preference)
+
+# the verdicts as AlpacaEval and dpo.py read them
 annotator = judge_model or reward_model or f'gold {gold}'
-rows = [annotation(*both, annotator) for both in zip(table, preferences, strict=True)]
+rows = [annotation(pair, preference, annotator) for pair, preference in zip(table, preferences, strict=True)]
 replace_text(Path(out_dir) / 'annotations.json', json.dumps(rows, indent=1))
 
-# the pairs with a verdict: wins from 0 to 1, and lengths in characters
-clear = [i for i, p in enumerate(preferences) if p is not None]
-wins, question = 2 - np.array([preferences[i] for i in clear]), [table[i]['question'] for i in clear]
-lengths = np.array([[len(output.strip()) for output in table[i]['outputs']] for i in clear]).reshape(-1, 2)
+# the pairs with a verdict: their prompts, wins of the first answer from 0 to 1, lengths in characters
+clear = [i for i, preference in enumerate(preferences) if preference is not None]
+question = [table[i]['question'] for i in clear]
+wins = 2 - np.array([preferences[i] for i in clear])
+lengths = [[len(output.strip()) for output in table[i]['outputs']] for i in clear]
+lengths = np.array(lengths).reshape(-1, 2)
+
 # names for the screen
-names = [' + '.join(sorted({pair['generators'][k] for pair in table})) for k in (0, 1)]
-names = names if names[0] != names[1] else ['the first answer', 'the second']
+generators = zip(*(pair['generators'] for pair in table), strict=True)  # of the first answers, of the second
+first_name, second_name = (' + '.join(sorted(set(found))) for found in generators)
+if first_name == second_name:
+    first_name, second_name = 'the first answer', 'the second'
+
 # counts first
 unclear = [row['text'] for row in verdicts.values() if row['preference'] is None]
-contradicting = sum(set(both) == {1, 2} for both in judged)
-report = {'first': names[0], 'second': names[1], 'judge': annotator, 'pairs': len(table), 'with_a_verdict': len(clear)}
-report |= {'won': int((wins > 0.5).sum()), 'lost': int((wins < 0.5).sum()), 'ties': int((wins == 0.5).sum())}
-report |= {
+contradicting = sum(set(of_orders) == {1, 2} for of_orders in judged)
+report = {
+    'first': first_name,
+    'second': second_name,
+    'judge': annotator,
+    'pairs': len(table),
+    'with_a_verdict': len(clear),
+    'won': int((wins > 0.5).sum()),
+    'lost': int((wins < 0.5).sum()),
+    'ties': int((wins == 0.5).sum()),
     'ties_equal_answers': len(equal),
     'ties_contradicting_orders': contradicting,
     'unclear_replies': len(unclear),
+    'failed': failed.total(),
+    'failures': dict(failed),
+    'cut': dict(+cut),
 }
-report |= {'failed': failed.total(), 'failures': dict(failed), 'cut': dict(+cut)}
 # then rates, with their standard errors over prompts
 report['win_rate'], report['win_rate_se'] = winrate.mean(wins, question)
 fit = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], question)
@@ -224,26 +267,28 @@ report['length_controlled'], report['length_controlled_se'], report['length_effe
 report['mean_lengths'] = lengths.mean(0).tolist() if clear else None
 # whether the order mattered
 if endpoint is not None:
-    found = winrate.orders([both for both in judged if None not in both])
+    found = winrate.orders([of_orders for of_orders in judged if None not in of_orders])
     report['shown_first'], report['shown_first_se'] = found['first_shown']
     report['agreement'], report['agreement_se'] = found['agreement']
 replace_text(Path(out_dir) / 'report.json', json.dumps(report, indent=1))
 
 
 def percent(name, why='too few verdicts'):
-    """A rate of the report with its standard error, for the screen."""
-    value, error = report[name], report[name + '_se']
-    if value is None:
+    """A rate of the report with its standard error, for the screen; without a rate, why there is none."""
+    rate, error = report[name], report[name + '_se']
+    if rate is None:
         return why
-    return f'{value:.1%}' if error is None else f'{value:.1%} (standard error {error:.1%})'
+    return f'{rate:.1%}' if error is None else f'{rate:.1%} (standard error {error:.1%})'
 
 
 # the same on the screen
-mean_lengths = ' and '.join(f'{x:.0f}' for x in report['mean_lengths'] or []) or 'unknown'
+mean_lengths = 'unknown'
+if clear:
+    mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'])
 ties = f'of the ties {len(equal)} have equal answers, {contradicting} contradicting orders'
 missing = f'{len(table) - len(clear)} pairs; unclear replies: {len(unclear)}, failed requests: {failed.total()}'
 log.say(f"""
-{names[0]} against {names[1]}, judged by {annotator}
+{first_name} against {second_name}, judged by {annotator}
   win rate           {percent('win_rate')}; a tie is half a win
   at equal length    {percent('length_controlled', 'no finite fit')}
                      (logistic regression on d, the difference of lengths in characters: sigmoid(a + b tanh(d / rms(d))) at d = 0)
@@ -253,11 +298,12 @@ if endpoint is not None:
     log.say(f'  shown first, wins  {percent("shown_first")}; 50% without position bias')
     log.say(f'  orders agree       {percent("agreement")}')
 log.say(f'  without a verdict  {missing}')
-log.say(
-    f'{out_dir}/annotations.json, report.json and verdicts.jsonl; answers cut for the judge: {dict(+cut) or "none"}'
-)
+files = f'{out_dir}/annotations.json, report.json and verdicts.jsonl'
+log.say(f'{files}; answers cut for the judge: {report["cut"] or "none"}')
 if unclear:
-    log.say(f'note: an unclear reply (cut short, or its last line is no verdict) ends: {unclear[0].strip()[-150:]!r}')
+    ending = unclear[0].strip()[-150:]
+    log.say(f'note: an unclear reply (cut short, or its last line is no verdict) ends: {ending!r}')
+
 # what is missing ends the run with a sentence, after all that there is was written
 raise_if_missing(failed, 'verdicts')
 if reward_model is not None and __name__ == '__main__':

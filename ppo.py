@@ -107,7 +107,7 @@ if reward_model == 'gold' and {data, training.eval_data or data} != {'toy'}:
     raise UserError('--reward_model=gold is known for --data=toy alone: give a folder of reward.py')
 if not (0 <= gamma <= 1 and 0 <= lam <= 1):
     raise UserError(f'gamma and lam must lie between 0 and 1, not {gamma} and {lam}')
-group = 1 if offline else group_size
+group = 1 if offline else group_size  # answers to a prompt
 if batch_size % group or minibatch_size % group or minibatch_size > batch_size:
     sizes = f'batch_size {batch_size} and minibatch_size {minibatch_size}'
     raise UserError(f'{sizes} must be multiples of group_size {group}, and a minibatch no larger than the batch')
@@ -118,10 +118,11 @@ kl_in_loss = offline or loss == 'grpo'  # else it is in the rewards
 # the ranks meet, out_dir is taken
 run = training.begin(config)
 rank, world, device, tokenizer = run.rank, run.world, run.device, run.tokenizer
-# where answers are sampled, those of the data are not used: then prompts are cut as if there were none
+
+# sampling takes no answers from the data: prompts are cut as if the data had none, and no cut answer is reported
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
 run.load_data(train={'task': 'singles'} if offline else prompts_only, held_out=prompts_only)
-for examples in [run.held_out] + [run.train] * (not offline):
+for examples in [run.held_out] if offline else [run.held_out, run.train]:
     examples.left_out.pop('answers cut', None)
 if noise_rate and offline:
     run.train = run.train.flip(noise_rate, seed)
@@ -130,16 +131,16 @@ train, held_out, total = run.train, run.held_out, run.total
 if not total:
     raise UserError(f'n_examples {n_examples} is less than one group of {group} answers')
 
-# whoever reads the answers must read the policy's tokens
-others = {'reference': ref_model, 'critic': None if loss == 'grpo' or critic in ('head', 'own') else critic}
-for role, name in others.items():
-    if name:
-        check_same_tokens(tokenizer, name, f'the {role} {name}', model, training.trust_remote_code)
+# reference and critic must read the policy's tokens
+if ref_model:
+    check_same_tokens(tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
+if loss == 'ppo' and critic not in ('head', 'own'):
+    check_same_tokens(tokenizer, critic, f'the critic {critic}', model, training.trust_remote_code)
 build_policy = partial(load_model, model, adapters=run.adapters, **run.model_options())
 
 
 def build(**how):
-    """The policy, for ppo with a value head or a critic inside, trained as they are: one optimizer, one checkpoint."""
+    """The policy. For ppo it holds its value head or critic, so that one optimizer and one checkpoint serve both."""
     lm = build_policy(**how)
     if loss == 'grpo':
         return lm
@@ -151,82 +152,100 @@ def build(**how):
 
 run.load_policy(build)
 policy = run.policy
-stop = generate.stop_tokens(policy, tokenizer)  # whatever of these ends an answer is trained on as it was sampled
-longest = max(train.longest() if offline else 0, *(x.longest_prompt() + max_new_tokens for x in (train, held_out)))
+stop = generate.stop_tokens(policy, tokenizer)  # ids that end an answer; the one that was sampled is trained on
 
-# policy and reference read sequences of the same length; a critic inside the policy, too
+# the longest sequence: a prompt with the answer that may be sampled to it, or with that of the data
+longest = max(examples.longest_prompt() + max_new_tokens for examples in (train, held_out))
+if offline:
+    longest = max(longest, train.longest())
 what = 'prompts with their answers'
 run.choose_attention(longest, what, share_prefix=share_prefix)
-ref = policy  # which, where its adapters are off, is the model as it was
-if not run.adapters or ref_model:
-    ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
-inside = getattr(core(policy), 'critic', None)
-if inside is not None:
-    check_positions(inside, longest, what)
-    set_attention(inside, run.packed, training.attn)
 
-# what scores the answers: a reward model, or None for the toy world itself
+# the reference: a model of its own, or the policy itself, which without its adapters is the model as it was
+ref = policy
+if ref_model or not run.adapters:
+    ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
+inner_critic = getattr(core(policy), 'critic', None)
+if inner_critic is not None:
+    check_positions(inner_critic, longest, what)
+    set_attention(inner_critic, run.packed, training.attn)
+
+# what scores the answers: a (reward model, tokenizer), or None for the toy world itself
 judge = load_judge(config, tokenizer, device)
 score = partial(score_answers, tokenizer=tokenizer, judge=judge, max_tokens=training.max_tokens, ends=stop)
 describe = partial(rollout.describe, tokenizer=tokenizer, toy=data == 'toy')
-run.check_room(policy.token_logps, ref, judge[0] if judge else None)
+reward_net, _ = judge or (None, None)
+run.check_room(policy.token_logps, ref, reward_net)
 
 # ---- a round: rollout, scores, KL penalty, advantages ----
 
 
 def make_round(first, rows):
     """The Round that begins after `first` answers, on the prompts at these rows of the training set."""
-    # the rollout: answers of the policy as it is now, each from its own seed, or those of the data
+    # 1. the rollout: labelled answers of the data, or sampled ones
     if offline:
         examples = train.select(rows)
     else:
-        prompts = [train[i][0].tolist() for i in rows for _ in range(group)]
-        seeds = [(seed + 1) * 2**32 + first + i for i in range(len(prompts))]
-        ids = rollout.sample(run, prompts, seeds, max_new_tokens, sample_batch)
-        examples = Examples.of([(prompts[i], ids[i : i + group]) for i in range(0, len(ids), group)])
+        examples = sample_answers(train, rows, group, (seed + 1) * 2**32 + first)
 
-    # log-probs of their tokens under policy and reference, and values; the policy that ratios are to
+    # 2. log-probs of their tokens under policy and reference, and values; `old` is the policy that has answered
     tokens, answers = rollout.measure(run, policy, ref, examples, stop)
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
 
-    # the scores
-    answers['score'] = torch.from_numpy(examples.good * 2.0 - 1) if offline else score(examples)
-    found = {'length/train': answers['n'].double().mean().item(), 'score/train': answers['score'].mean().item()}
+    # 3. the score of each answer: offline +1 or -1, as it is labelled
+    answers['score'] = torch.from_numpy(np.where(examples.good, 1.0, -1.0)) if offline else score(examples)
+    reward = answers['score']
+    found = {'length/train': answers['n'].double().mean().item()}
+    found['score/train'] = reward.mean().item()
     if not offline:
         found |= describe(examples, tokens, answers, 'train')
-
-    # what an answer is worth, and from there what each of its tokens is worth
-    reward = answers['score']
-    if not offline:
         reward = reward - missing_eos_penalty * ~answers['ended']
+
+    # 4. the advantage of each token: grpo gives all tokens of an answer that of the answer in its group
     if loss == 'grpo':
-        groups = reward.view(-1, group)
-        tokens['advantage'] = formulas.group_advantage(groups).view(-1).repeat_interleave(answers['n'])
+        groups = reward.view(-1, group)  # (prompts, answers to each)
+        of_answers = formulas.group_advantage(groups).view(-1)
+        tokens['advantage'] = of_answers.repeat_interleave(answers['n'])
         found['equal_groups/train'] = (groups.std(1) == 0).double().mean().item()
     else:
         tokens['advantage'], tokens['target'] = advantages_and_targets(tokens, reward, answers)
         spread = tokens['target'].var(correction=0).item()
-        left = (tokens['target'] - tokens['value']).var(correction=0).item()
-        found['explained_variance/train'] = 1 - left / spread if spread else 0.0
+        unexplained = (tokens['target'] - tokens['value']).var(correction=0).item()
+        found['explained_variance/train'] = 1 - unexplained / spread if spread else 0.0
     return rollout.Round(first, rows, examples, tokens, answers, found)
 
 
+def sample_answers(source, rows, each, first_seed):
+    """Examples of the prompts at these rows of source, with `each` sampled answers of the policy to every prompt.
+
+    Answer i has the seed first_seed + i, so it depends neither on the number of ranks nor on where a run was resumed."""
+    prompts = [source[i][0].tolist() for i in rows for _ in range(each)]  # one for every answer
+    seeds = [first_seed + i for i in range(len(prompts))]
+    ids = rollout.sample(run, prompts, seeds, max_new_tokens, sample_batch)
+    groups = [ids[i : i + each] for i in range(0, len(ids), each)]
+    return Examples.of(list(zip(prompts[::each], groups, strict=True)))
+
+
 def advantages_and_targets(tokens, reward, answers):
-    """What ppo and the critic learn from, two columns of the answer tokens: from rewards of answers, KL penalty and values."""
-    # tables (answers, longest); the true places of mask are in the order of the tokens
-    mask = torch.arange(int(answers['n'].max())) < answers['n'][:, None]
-    value, rewards = (torch.zeros(mask.shape, dtype=torch.float64) for _ in range(2))
+    """The advantages, and the targets of the values, of all answer tokens: (tokens,) each. reward is (answers,)."""
+    # tables (answers, longest); the places where mask is true are the tokens in their order
+    n = answers['n']
+    mask = torch.arange(int(n.max())) < n[:, None]
+    value = torch.zeros(mask.shape, dtype=torch.float64)
     value[mask] = tokens['value']
 
     # the KL penalty at every token, the answer's reward at its last
+    rewards = torch.zeros_like(value)
     if not kl_in_loss:
         rewards[mask] = -kl_coef * (tokens['pi'] - tokens['ref'])
-    rewards[torch.arange(len(mask)), answers['n'] - 1] += reward
+    last = n - 1
+    rewards[torch.arange(len(n)), last] += reward
 
-    # values aim at what came: advantage + value, offline at the discounted rewards themselves
+    # values aim at advantage + value; offline at the discounted rewards themselves, which is lam = 1
     advantage = formulas.gae(rewards, value, mask, gamma=gamma, lam=lam)
-    gain = formulas.gae(rewards, value, mask, gamma=gamma, lam=1.0) if offline else advantage
-    target = value + gain
+    target = value + advantage
+    if offline:
+        target = value + formulas.gae(rewards, value, mask, gamma=gamma, lam=1.0)
     if whiten:
         advantage = formulas.whiten(advantage, mask)
     return advantage[mask], target[mask]
@@ -235,94 +254,109 @@ def advantages_and_targets(tokens, reward, answers):
 # ---- minibatches: one optimizer step each ----
 
 
-def token_losses(pi, value, c):
-    """(policy loss, value loss) of the answer tokens of a microbatch, (N,) each. value: [] without a critic; c: columns."""
+def token_losses(pi, value, columns):
+    """The policy loss and the value loss of N answer tokens. All columns are (N,); value is None without a critic."""
+    old, advantage = columns['old'], columns['advantage']
     if kl_in_loss:
-        of_policy = formulas.grpo(pi, c['old'], c['ref'], c['advantage'], clip=clip, kl_coef=kl_coef)
+        policy_loss = formulas.grpo(pi, old, columns['ref'], advantage, clip=clip, kl_coef=kl_coef)
     else:
-        of_policy = formulas.ppo(pi, c['old'], c['advantage'], clip=clip)
-    if not value:
-        return of_policy, torch.zeros_like(of_policy)
-    return of_policy, formulas.value_loss(value[0], c['value'], c['target'], value_clip=value_clip or math.inf)
+        policy_loss = formulas.ppo(pi, old, advantage, clip=clip)
+    if value is None:
+        return policy_loss, torch.zeros_like(policy_loss)
+    most = value_clip or math.inf  # infinite: not clipped
+    return policy_loss, formulas.value_loss(value, columns['value'], columns['target'], value_clip=most)
 
 
 def run_minibatch(batches, answered, rows):
-    """Forward and backward of the examples at rows of a Round, in batches. Returns (weight, name -> sum over the minibatch).
+    """Forward and backward of the examples at these rows of a Round; batches are this rank's microbatches of them.
 
-    After it the policy's gradients are the sum over its tokens of weight times gradient, divided by the number of ranks."""
-    per_prompt = answered.examples.spans.shape[1] - 1
+    Returns the weight of all their tokens, and a dictionary of sums over them. Afterwards the policy's gradients are the sum
+    over the tokens of weight times gradient, divided by the number of ranks."""
+    _, per_prompt = answered.by_example('n').shape  # (prompts, answers to each)
     sums = torch.zeros(4, dtype=torch.float64)
     for batch in batches:
-        # the columns of this microbatch's tokens; a filler's count nothing
+        # the columns of this microbatch's tokens; a filler reads the last token's, and counts nothing
         slots = rollout.token_slots(batch, rows, answered.answers['start'], per_prompt)
         real = (slots >= 0).to(device)
-        c = {name: values[slots].to(device, torch.float32) for name, values in answered.tokens.items()}
-        pi, *value = policy.token_logps(batch)
-        of_policy, of_value = token_losses(pi, value, c)
+        columns = {name: values[slots].to(device, torch.float32) for name, values in answered.tokens.items()}
+        pi, *values = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
+        value = values[0] if values else None
+        policy_loss, value_loss = token_losses(pi, value, columns)
 
         # every token counts the same, or every answer
         weight = 1 / batch.n[batch.answer] if per_answer else torch.ones_like(pi)
         weight = weight * real
-        (weight * (of_policy + vf_coef * of_value)).sum().backward()
+        (weight * (policy_loss + vf_coef * value_loss)).sum().backward()
 
         # for the log: how far the policy has moved since the answers were sampled
-        ratio = (pi - c['old']).detach().exp()
-        moved = [real * ((ratio - 1).abs() > clip), real * (ratio - 1 - ratio.log())]
-        parts = [weight * of_policy, weight * of_value, *moved]
-        sums += torch.stack([x.detach().double().sum().cpu() for x in parts])
+        ratio = (pi - columns['old']).detach().exp()
+        clipped = (ratio - 1).abs() > clip
+        approx_kl = ratio - 1 - ratio.log()
+        parts = [weight * policy_loss, weight * value_loss, real * clipped, real * approx_kl]
+        sums += torch.stack([part.detach().double().sum().cpu() for part in parts])
 
-    # sums over all ranks, and the weight that the gradient is divided by
+    # sums over all ranks: each gives columns of one row
     names = ('loss', 'value_loss', 'clipped', 'approx_kl')
-    of_ranks = fsdp.gather_columns({name: x[None] for name, x in zip(names, sums, strict=True)}, [rank], world)
+    mine = {name: value[None] for name, value in zip(names, sums, strict=True)}
+    of_ranks = fsdp.gather_columns(mine, [rank], world)
+
+    # what the gradient is divided by
     lengths = answered.by_example('n')[rows]
     total_weight = lengths.numel() if per_answer else int(lengths.sum())
     return total_weight, {name: values.sum().item() for name, values in of_ranks.items()}
 
 
 def train_round(answered):
-    """All optimizer steps of a Round. Returns metrics."""
-    done = n_updates * (answered.first // batch_size)
+    """Do all optimizer steps of a Round. Returns metrics of them: means over its answer tokens."""
+    steps_before = steps_a_round * (answered.first // batch_size)
     norm, n_tokens, totals = math.nan, 0, {}
     # in each pass over the round, minibatches in another order; a group of answers stays together
-    for number, rows in enumerate(answered.minibatches(minibatch_size // group, ppo_epochs, seed), done):
-        rate = lr * log.schedule(number, n_rounds * n_updates, warmup_steps, training.lr_schedule)
+    minibatches = answered.minibatches(minibatch_size // group, ppo_epochs, seed)
+    for number, rows in enumerate(minibatches, steps_before):
+        rate = lr * log.schedule(number, n_rounds * steps_a_round, warmup_steps, training.lr_schedule)
         batches, *_ = run.make_batches(answered.examples, rows)
         with run.memory(batches):
             weight, sums = run_minibatch(batches, answered, rows)
             scale = world / weight if math.isfinite(sums['loss']) else math.nan
-            found = fsdp.update(policy, run.optimizer, rate, scale, max_grad_norm)
-
-        # a loss or gradient that is not finite: count it, and write down its answers, with the loss of the whole step
-        if not math.isfinite(found):
-            known = {name: answered.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
-            known['loss'] = torch.full((len(known['n']),), sums['loss'])
-            at = np.repeat(answered.rows[rows], len(known['n']) // len(rows))
-            allowed = training.skip_bad_steps
-            guard.bad_step(out_dir, run.state, allowed, answered.first, at, train.uid[at], found, known)
+            step_norm = fsdp.update(policy, run.optimizer, rate, scale, max_grad_norm)
+        if not math.isfinite(step_norm):
+            count_bad_step(answered, rows, sums['loss'], step_norm)
             continue
 
-        # means over tokens, in the end
-        norm, n = found, int(answered.by_example('n')[rows].sum())
-        sums['loss'], sums['value_loss'] = sums['loss'] * n / weight, sums['value_loss'] * n / weight
-        totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+        # the losses become sums over tokens, as the others are: in the end all are means over tokens
+        norm = step_norm
+        n = int(answered.by_example('n')[rows].sum())
         n_tokens += n
-    shown = [name for name in totals if name != 'value_loss' or loss == 'ppo']
-    return {f'{name}/train': totals[name] / max(1, n_tokens) for name in shown} | {'grad_norm': norm, 'lr': rate}
+        for name, value in sums.items():
+            if name in ('loss', 'value_loss'):
+                value = value * n / weight
+            totals[name] = totals.get(name, 0.0) + value
+
+    if loss == 'grpo':
+        totals.pop('value_loss', None)
+    means = {f'{name}/train': value / max(1, n_tokens) for name, value in totals.items()}
+    return means | {'grad_norm': norm, 'lr': rate}
+
+
+def count_bad_step(answered, rows, loss_sum, norm):
+    """Count a step whose loss or gradient was not finite, and write down its answers. Raises UserError after too many."""
+    # a number for each answer; the loss is that of the whole step
+    known = {name: answered.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
+    known['loss'] = torch.full((len(known['n']),), loss_sum)
+    at = np.repeat(answered.rows[rows], len(known['n']) // len(rows))  # the row, in the training set, of each answer
+    guard.bad_step(out_dir, run.state, training.skip_bad_steps, answered.first, at, train.uid[at], norm, known)
 
 
 # ---- evaluation ----
 
 
 def evaluate(seen):
-    """Metrics of answers to held-out prompts, always from the same seeds; some of them into samples.jsonl."""
+    """Answer all held-out prompts, always from the same seeds, and log metrics; some answers go into samples.jsonl."""
     if not len(held_out) or seen <= run.state['evaluated']:
         return
 
     # one answer to each held-out prompt
-    prompts = [held_out[i][0].tolist() for i in range(len(held_out))]
-    seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
-    ids = rollout.sample(run, prompts, seeds, max_new_tokens, sample_batch)
-    examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, ids, strict=True)])
+    examples = sample_answers(held_out, range(len(held_out)), 1, seed * 1_000_003)
     tokens, answers = rollout.measure(run, policy, ref, examples, stop)
     if reward_model:
         answers['score'] = score(examples)
@@ -330,17 +364,21 @@ def evaluate(seen):
         return  # answers were cut short: it is done again after the resume
 
     # the first of them for people, all of them for the numbers
-    some = [('policy', i, generate.without_end(answer, stop)) for i, answer in enumerate(ids[:n_eval_model_samples])]
-    fsdp.on_one_rank(lambda: generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, some, seen))
+    prompts = [prompt.tolist() for prompt, _ in examples]
+    shown = [generate.without_end(answer.tolist(), stop) for _, (answer,) in examples]
+    named = [('policy', i, answer) for i, answer in enumerate(shown[:n_eval_model_samples])]
+    fsdp.on_one_rank(lambda: generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, named, seen))
     run.log_evaluation(seen, describe(examples, tokens, answers, 'eval'))
 
 
 # ---- training ----
 
-run.start(f'{loss} {"offline " if offline else ""}', f'answers, {batch_size} a round, {minibatch_size} a step')
+what = f'{loss} offline ' if offline else f'{loss} '
+run.start(what, f'answers, {batch_size} a round, {minibatch_size} a step')
 if run.eval_due_at_start():
     evaluate(run.seen)
-n_rounds, n_updates = -(-total // batch_size), ppo_epochs * -(-batch_size // minibatch_size)
+n_rounds = -(-total // batch_size)  # both rounded up
+steps_a_round = ppo_epochs * -(-batch_size // minibatch_size)
 run.clock = time.time()
 for first_prompt, rows in steps(len(train), batch_size // group, total // group, seed, run.seen // group):
     answered = make_round(first_prompt * group, rows)
@@ -349,13 +387,15 @@ for first_prompt, rows in steps(len(train), batch_size // group, total // group,
     sampled = time.time()
     found = answered.metrics | train_round(answered)
 
-    # the row of this round
+    # the row of this round: speeds count everything since the last one
     now = time.time()
-    elapsed, sampling, run.clock = now - run.clock, sampled - run.clock, now
-    n_answers, n_tokens = len(answered.answers['n']), int(answered.answers['n'].sum())
-    found['counters/step_examples'] = n_answers
-    amounts = {'examples_per_second': n_answers, 'tokens_per_second': n_tokens, 'sampling_share': sampling}
-    found |= {name: log.per_second(amount, elapsed) for name, amount in amounts.items()}
+    elapsed, sampling = now - run.clock, sampled - run.clock
+    run.clock = now
+    n = answered.answers['n']  # tokens of each answer
+    found['counters/step_examples'] = len(n)
+    found['examples_per_second'] = log.per_second(len(n), elapsed)
+    found['tokens_per_second'] = log.per_second(int(n.sum()), elapsed)
+    found['sampling_share'] = log.per_second(sampling, elapsed)
     if training.skip_bad_steps:
         found['counters/bad_steps'] = run.state['bad_steps']
     run.logger.row('train', answered.seen, found)
@@ -363,6 +403,8 @@ for first_prompt, rows in steps(len(train), batch_size // group, total // group,
         evaluate(answered.seen)
     run.finish_step(answered)
 evaluate(total)
+
+# what is exported is the language model, without its critic
 run.heed(total)
 checkpoint.wait()
 drop_value_head(policy)

@@ -69,7 +69,7 @@ config = configure(globals())
 
 # ---- set-up ----
 
-# what the options mean together
+# options without effect: an error on the command line, a note in a config file
 if endpoint:
     of_model = 'model max_prompt_length truncation batch_size max_tokens dtype trust_remote_code'
     config.ignored(of_model.split(), 'an endpoint answers')
@@ -78,17 +78,22 @@ if endpoint:
         raise UserError('--endpoint needs --endpoint_model, the name of a model there')
 else:
     config.ignored(['endpoint_model', 'concurrency', 'timeout'], 'there is no --endpoint')
+
 # one temperature, or several
 try:
     temperatures = [float(x) for x in str(temperature).split()]
 except ValueError:
     temperatures = []
-if not temperatures or not all(0 <= t < math.inf for t in temperatures) or len(set(temperatures)) < len(temperatures):
+possible = all(0 <= t < math.inf for t in temperatures)
+different = len(set(temperatures)) == len(temperatures)
+if not temperatures or not possible or not different:
     raise UserError(f"temperature {temperature!r} must be a number from 0, or different ones: '0.7 1.0'")
 if 0 in temperatures and n > 1:
     raise UserError(f'at temperature 0 all {n} answers to a prompt are the same: use --n=1, or another temperature')
 if temperatures == [0]:
     config.ignored(['top_p'], 'temperature 0 takes the most probable token')
+n_samples = n * len(temperatures)  # answers to a prompt: numbers 0 to n - 1 at the first temperature, and so on
+
 # who answers: the ranks of a model, or one process that asks
 rank, world, device = fsdp.setup()
 if endpoint and world > 1:
@@ -96,10 +101,10 @@ if endpoint and world > 1:
 
 
 def read_prompts():
-    """The rows to answer, each with a 'prompt' of its own and perhaps 'tools', and a Counter of what was left out or changed."""
+    """The rows to answer, each with its 'prompt' and perhaps 'tools', and a Counter of what was left out or changed."""
+    # a text file has a prompt a line, everything else the rows of a data set
     rows, left_out = [], Counter()
     for source in data.split('+'):
-        # a text file has a prompt a line, everything else the rows of a data set
         if source.endswith('.txt'):
             rows += [{'prompt': line} for line in read_text(source).splitlines() if line.strip()]
             continue
@@ -110,48 +115,60 @@ def read_prompts():
             raise sources.vanished(source, split or 'test', out)
         rows += more
         left_out.update(out)
-    # each prompt once, then the part that is wanted
-    found = {}
+
+    # each prompt once
+    found = {}  # hash -> row
     for row in rows:
-        with_tools = [row['tools']] if 'tools' in row else []
-        found.setdefault(content_hash(row['prompt'], *with_tools), row)
+        tools = [row['tools']] if 'tools' in row else []
+        found.setdefault(content_hash(row['prompt'], *tools), row)
     left_out['same prompt again'] += len(rows) - len(found)
+
+    # the part that is wanted: a fraction is chosen by hash, so it is the same wherever a prompt stands
     kept = uniform_hash(np.array(list(found), np.uint64), seed) < data_fraction
-    rows = [row for row, keep in zip(found.values(), kept, strict=True) if keep][:n_examples]
+    rows = [row for row, is_kept in zip(found.values(), kept, strict=True) if is_kept]
+    rows = rows[:n_examples]
     if not rows:
         raise UserError(f'there are no prompts in data {data!r}; left out: {dict(+left_out) or "nothing"}')
     left_out['prompts beyond n_examples or data_fraction'] += len(found) - len(rows)
-    # as chats, behind a system message, if asked
-    first = [message('system', system)] if system else []
-    for row in rows if chat or system else []:
-        turns = as_chat(row['prompt'])
-        row['prompt'] = first + [turn for turn in turns if not system or turn['role'] != 'system']
+
+    # as chats, if asked; a system message of ours takes the place of one in the data
+    if chat or system:
+        for row in rows:
+            row['prompt'] = as_chat(row['prompt'])
+    if system:
+        for row in rows:
+            others = [turn for turn in row['prompt'] if turn['role'] != 'system']
+            row['prompt'] = [message('system', system), *others]
+
+    # an endpoint is sent the messages alone
     if endpoint:
-        left_out['tools, which are not sent to an endpoint'] += sum(row.pop('tools', None) is not None for row in rows)
+        had_tools = [row.pop('tools', None) is not None for row in rows]
+        left_out['tools, which are not sent to an endpoint'] += sum(had_tools)
     return rows, left_out
 
 
 def wanted(i, sample):
     """What the row of answer number `sample` to prompt i must contain, or None if there is none in this run."""
-    if not (0 <= i < len(prompts) and 0 <= sample < n * len(temperatures)):
+    if not (0 <= i < len(prompts) and 0 <= sample < n_samples):
         return None
-    row = {'index': i, 'prompt': prompts[i]['prompt']}
+    prompt = prompts[i]['prompt']
+    row = {'index': i, 'prompt': prompt}
     if prompts[i].get('tools'):
         row['tools'] = prompts[i]['tools']
     row |= {'sample': sample, 'temperature': temperatures[sample // n]}
-    # the seed is of the prompt and the number, not of its place in the data; some servers take no longer ones
-    answer_seed = content_hash(seed, row['prompt'], sample) % 2**31
+    # the seed is of the prompt and the number, not of its place in the data; 31 bits, as some servers take no more
+    answer_seed = content_hash(seed, prompt, sample) % 2**31
     return row | {'generator': generator or endpoint_model or model, 'seed': answer_seed}
 
 
 # the weights by content: another model under the same name is another run
 record = dict(config)
 if not endpoint:
-    record['weights'] = fsdp.gather_objects(fsdp.on_one_rank(lambda: content(model)))[0]
+    record['weights'] = fsdp.shared(lambda: content(model))
 neutral = {'out_dir', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = fsdp.first_of_host(read_prompts)
-keys = [(i, k) for i in range(len(prompts)) for k in range(n * len(temperatures))]
+keys = [(i, sample) for i in range(len(prompts)) for sample in range(n_samples)]  # of all answers
 
 # ---- a model here ----
 
@@ -159,51 +176,65 @@ if not endpoint:
     tokenizer = load_tokenizer(model, trust_remote_code)
     build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed)
     net = fsdp.shard(build, device, dtype=dtype, train=False)
+
     # the room that its positions leave for prompts
     positions = room(net)
     if positions <= max_new_tokens:
         raise UserError(f'the model has {positions} positions: --max_new_tokens={max_new_tokens} fills them all')
     longest = min(max_prompt_length or math.inf, positions - max_new_tokens)
     ids = tokenise.tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows)
-    text = all(isinstance(row['prompt'], str) for row in prompts)
-    if text and tokenizer.chat_template not in (None, tokenise.PLAIN_CHAT):
+    all_texts = all(isinstance(row['prompt'], str) for row in prompts)
+    if all_texts and tokenizer.chat_template not in (None, tokenise.PLAIN_CHAT):
         log.say('note: the tokenizer has a chat template, but the prompts are text: --chat makes chats of them')
+
     # a prompt that the chat template refuses has no ids
-    keys = [(i, k) for i, k in keys if ids[i] is not None]
+    keys = [(i, sample) for i, sample in keys if ids[i] is not None]
     if not keys:
         raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {dict(+left_out)}')
 
 
 def plan():
-    """All answers in batches, longest prompts first, of one temperature each. It depends on no rank and no earlier run."""
-    batches = [[]]
-    # one temperature after the other; a batch is full by answers or by tokens
-    for i, k in sorted(keys, key=lambda key: (key[1] // n, -len(ids[key[0]]), key)):
-        batch = batches[-1]
-        width = len(ids[batch[0][0]]) + max_new_tokens if batch else 0  # of its longest prompt
-        full = len(batch) == batch_size or (max_tokens and (len(batch) + 1) * width > max_tokens)
-        if batch and (full or batch[0][1] // n != k // n):
-            batches.append([])
-        batches[-1].append((i, k))
+    """All answers in batches of one temperature each, longest prompts first: it depends on no rank and no earlier run."""
+
+    def place(key):
+        i, sample = key
+        return sample // n, -len(ids[i]), key
+
+    # a batch is full by answers, or by the tokens that its prompts and answers may come to
+    batches, width, heat = [], 0, None
+    for i, sample in sorted(keys, key=place):
+        batch = batches[-1] if batches else []
+        full = len(batch) == batch_size
+        too_wide = max_tokens and (len(batch) + 1) * width > max_tokens
+        if full or too_wide or sample // n != heat:
+            batch = []
+            batches.append(batch)
+            width = len(ids[i]) + max_new_tokens  # of its first prompt, the longest
+            heat = sample // n  # the number of its temperature
+        batch.append((i, sample))
     return batches
 
 
 def generate_all():
-    """Generate this rank's batches."""
+    """Generate the answers of this rank's batches, and keep those that are not there yet."""
     # a batch of the plan is done again as a whole, so that its noise and rounding are the same
-    for batch in [batch for batch in plan() if not done.issuperset(batch)][rank::world]:
-        common = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': temperatures[batch[0][1] // n]}
+    unfinished = [batch for batch in plan() if not done.issuperset(batch)]
+    for batch in unfinished[rank::world]:
         rows = [wanted(*key) for key in batch]
-        asked, seeds = [ids[i] for i, _ in batch], [row['seed'] for row in rows]
+        asked = [ids[i] for i, _ in batch]
+        seeds = [row['seed'] for row in rows]
+        settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
         advice = f'{len(batch)} answers do not fit; run the same command with a smaller --batch_size'
         with guard.memory_for(f'{advice}; what is answered is kept'):
-            answers = generate.generate(net, tokenizer, asked, seeds, **common)
+            answers = generate.generate(net, tokenizer, asked, seeds, **settings)
+
         # what goes into samples.jsonl
-        for row, ids_of_answer in zip(rows, answers, strict=True):
-            text = tokenizer.decode(ids_of_answer, skip_special_tokens=True)
-            ended = len(ids_of_answer) < max_new_tokens
+        for row, answer_ids in zip(rows, answers, strict=True):
+            text = tokenizer.decode(answer_ids, skip_special_tokens=True)
             row['response'] = text if isinstance(row['prompt'], str) else text.strip()
-            row |= {'finish': 'eos' if ended else 'length', 'tokens': len(ids_of_answer) + ended}
+            ended = len(answer_ids) < max_new_tokens
+            row['finish'] = 'eos' if ended else 'length'
+            row['tokens'] = len(answer_ids) + ended  # the end token counts
         keep([row for key, row in zip(batch, rows, strict=True) if key not in done])
 
 
@@ -214,23 +245,31 @@ def ask_all():
     """Ask the endpoint for all answers that are not there. Returns a Counter of why some still are not."""
     failed, strange = Counter(), Counter()
     jobs = ((key, body(wanted(*key))) for key in keys if key not in done)
+    settings = {'concurrency': concurrency, 'timeout': timeout, 'proven': bool(done)}
     # as they arrive, in any order
-    for key, text, raw, error in ask(endpoint, jobs, concurrency=concurrency, timeout=timeout, proven=bool(done)):
+    for key, text, raw, error in ask(endpoint, jobs, **settings):
         if text is None:
             failed[error] += 1
             continue
-        # beside the text, a server may write anything anywhere: what is no reason or no number is none here
-        row, finish, usage = wanted(*key), raw['choices'][0].get('finish_reason'), raw.get('usage')
-        tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
+
+        # beside the text, a server may write anything anywhere: a reason that is no text is none here
+        finish = raw['choices'][0].get('finish_reason')
         if not isinstance(finish, str | None):
             strange['finish_reason'] += 1
             finish = None
-        counts_tokens = type(tokens) is int and tokens >= 0  # a bool is an int, too
+        # and so is a count that is no whole number (True is one to Python)
+        usage = raw.get('usage')
+        tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
+        counts_tokens = type(tokens) is int and tokens >= 0
         if not isinstance(usage, dict | None) or not (tokens is None or counts_tokens):
             strange['usage'] += 1
             tokens = None
+
+        row = wanted(*key)
         row['response'] = answer(text) if isinstance(row['prompt'], str) else text
-        keep([row | {'finish': 'eos' if finish == 'stop' else finish, 'tokens': tokens}])
+        row['finish'] = 'eos' if finish == 'stop' else finish
+        row['tokens'] = tokens
+        keep([row])
     for name, times in strange.items():
         log.say(f'note: {times} replies have no {name} as the protocol has it: null stands in its place')
     return failed
@@ -238,8 +277,9 @@ def ask_all():
 
 def body(row):
     """The request for the answer of a row."""
-    common = {'model': endpoint_model, 'max_tokens': max_new_tokens, 'top_p': top_p}
-    return common | {'messages': as_chat(row['prompt']), 'temperature': row['temperature'], 'seed': row['seed']}
+    fields = {'model': endpoint_model, 'max_tokens': max_new_tokens, 'top_p': top_p}
+    fields |= {'temperature': row['temperature'], 'seed': row['seed']}
+    return fields | {'messages': as_chat(row['prompt'])}
 
 
 # ---- sampling ----
@@ -247,48 +287,63 @@ def body(row):
 
 def keep(rows):
     """Write new answers down, and show the progress."""
-    append(f'{out_dir}/samples.jsonl' if rank == 0 else f'{out_dir}/samples-{rank}.jsonl', rows)
+    name = 'samples.jsonl' if rank == 0 else f'samples-{rank}.jsonl'
+    append(f'{out_dir}/{name}', rows)
     counts['answers'] += len(rows)
     counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
-    bar.set_postfix_str(f'{log.per_second(counts["tokens"], time.time() - started):.0f} tokens/s', refresh=False)
+    speed = log.per_second(counts['tokens'], time.time() - started)
+    bar.set_postfix_str(f'{speed:.0f} tokens/s', refresh=False)
     bar.update(len(rows))
 
 
 # what is about to be done
 log.say(f'data: {len(prompts)} prompts, {len(keys)} answers; left out or changed: {dict(+left_out) or "nothing"}')
-text = repr(prompts[0]['prompt'] if endpoint else tokenizer.decode(ids[keys[0][0]]))
-log.say(f'first prompt: {text if len(text) < 300 else text[:150] + " ... " + text[-150:]}')
+if endpoint:
+    text = repr(prompts[0]['prompt'])
+else:
+    i, _ = keys[0]
+    text = repr(tokenizer.decode(ids[i]))
+if len(text) >= 300:
+    text = f'{text[:150]} ... {text[-150:]}'
+log.say(f'first prompt: {text}')
+
 # the folder is this run's; what is in it already is not done again
 fsdp.on_one_rank(lambda: lock(out_dir))
-done = set(fsdp.gather_objects(fsdp.on_one_rank(lambda: list(collect(out_dir, wanted))))[0])
+done = set(fsdp.shared(lambda: list(collect(out_dir, wanted))))
 if done:
     log.say(f'{len(done)} answers are in {out_dir} already')
 fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, record))
 guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes on there')
+
 # the work
 started, counts, failed = time.time(), Counter(), Counter()
+missing = len(keys) - len(done)
 who = f'rank 0 of {world}' if world > 1 else None
-silent = not main_rank() or len(done) == len(keys)
-with progress((len(keys) - len(done)) // world, ' answers', disable=silent, desc=who) as bar:
+silent = not main_rank() or not missing
+with progress(missing // world, ' answers', disable=silent, desc=who) as bar:
     if endpoint:
         failed = ask_all()
-    elif len(done) < len(keys):
+    elif missing:
         with fsdp.unsharded(net):
             fsdp.on_ranks(True, generate_all)
+
 # all ranks' answers into one file, and what AlpacaEval reads
 total = sum(fsdp.gather_objects(counts), Counter())
 found = fsdp.on_one_rank(lambda: collect(out_dir, wanted))
 if rank == 0:
     write_model_outputs(out_dir, found)
     long = sum(row['finish'] == 'length' for row in found.values())
-    speed = f'; {log.per_second(total["tokens"], time.time() - started):.0f} tokens/s' if total else ''
-    log.say(
-        f'done: {out_dir}/samples.jsonl, {len(found)} answers, {long} of them cut at {max_new_tokens} tokens{speed}'
-    )
+    summary = f'{len(found)} answers, {long} of them cut at {max_new_tokens} tokens'
+    if total:
+        speed = log.per_second(total['tokens'], time.time() - started)
+        summary += f'; {speed:.0f} tokens/s'
+    log.say(f'done: {out_dir}/samples.jsonl, {summary}')
     log.say(f'{out_dir}/model_outputs.json: the first answer to each prompt')
-# what is missing ends the run with a sentence
+
+# what is missing ends the run with a sentence, on every rank
 raise_if_missing(failed, 'answers')
-if len(fsdp.gather_objects(found and list(found))[0]) < len(keys):
+n_found, *_ = fsdp.gather_objects(len(found or {}))  # rank 0 alone has them
+if n_found < len(keys):
     raise UserError(f'answers are missing in {out_dir}/samples.jsonl: run the same command again')
 if __name__ == '__main__':
     fsdp.leave()

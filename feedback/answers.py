@@ -44,13 +44,13 @@ def append(path, rows, sync=True):
 
 
 def read_back(path, key_of):
-    """The rows that append has left in a file: yields (words that say where, key_of(row), row). A last line that a kill cut
-    off is removed in the end.
+    """Yield (words that say where, key_of(row), row) for the rows that append has left in a file.
 
-    key_of raises ValueError, KeyError or TypeError for a row that is none. Raises UserError for such a row."""
+    A last line that a kill has cut off is removed in the end. key_of raises ValueError, KeyError or TypeError for a damaged
+    row; then UserError is raised."""
     if not path.exists():
         return
-    *lines, rest = path.read_bytes().split(b'\n')  # rest: what has no end of line
+    *lines, unfinished = path.read_bytes().split(b'\n')
     for number, line in enumerate(lines, 1):
         where = f'{path}, line {number},'
         try:
@@ -59,9 +59,9 @@ def read_back(path, key_of):
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{where} is damaged: delete that line, and the same command makes it anew') from None
         yield where, key, row
-    if rest:
+    if unfinished:
         files.say(f'note: the last line of {path} was not written to its end: what it was to hold is done again')
-        os.truncate(path, sum(len(line) + 1 for line in lines))
+        os.truncate(path, path.stat().st_size - len(unfinished))
 
 
 def read_text(path, name=None):
@@ -80,7 +80,7 @@ def progress(total, unit, **options):
 
 
 def raise_if_missing(failed, what):
-    """Raise UserError where requests have failed. failed: Counter of their reasons; what: they were for, as a plural."""
+    """Raise UserError where requests have failed. failed: Counter of their reasons; what: a plural, as 'answers'."""
     for reason, times in failed.most_common(1):
         count = f'{failed.total()} {what} are missing ({times} times: {reason})'
         raise UserError(f'{count}: run the same command to ask again')
@@ -92,20 +92,23 @@ def raise_if_missing(failed, what):
 def collect(out_dir, wanted):
     """Put all ranks' rows into one samples.jsonl, in order of (index, sample). Returns them, (index, sample) -> row.
 
-    wanted(index, sample) -> what such a row must contain, or None if there is no such answer in this run. Raises UserError for
-    rows of something else."""
+    wanted(index, sample) gives what such a row must contain, or None if there is no such answer in this run. Raises UserError
+    for rows of something else."""
 
     def key_of(row):
-        field(row, 'response'), row['finish']
+        field(row, 'response')
+        row['finish']  # must be there
         return field(row, 'index', int), field(row, 'sample', int)
 
     # the rows of all ranks, in whatever order they came
-    file, found = Path(out_dir) / 'samples.jsonl', {}
+    found = {}
+    file = Path(out_dir) / 'samples.jsonl'
     parts = sorted(file.parent.glob('samples-*.jsonl'))
     for path in (file, *parts):
         for where, key, row in read_back(path, key_of):
             expected = wanted(*key)
-            if expected is None or row | expected != row:
+            has_all = expected is not None and row | expected == row
+            if not has_all:
                 raise UserError(f'{where} answers a prompt that is not in the data any more: choose another --out_dir')
             found.setdefault(key, row)
 
@@ -131,12 +134,14 @@ def write_model_outputs(out_dir, rows):
 
 
 def read_answers(path):
-    """The answers of a samples.jsonl or a model_outputs.json: rows {'prompt', 'instruction', 'response', 'generator', 'sample'},
-    and 'tools' where a prompt has some. Raises UserError."""
+    """The answers of a samples.jsonl or a model_outputs.json. Raises UserError.
+
+    Rows {'prompt', 'instruction', 'response', 'generator', 'sample'}, and 'tools' where a prompt has some."""
     rows, numbers = [], Counter()
     for row in read_rows(None, 'train', path):
         try:
             found = _read_answer(row)
+            # without a sample number, answers are numbered as they come
             who = found['instruction'], found['generator']
             found['sample'] = field({'sample': numbers[who], **row}, 'sample', int)
         except ValueError as error:
@@ -155,10 +160,11 @@ def _read_answer(row):
     if row.error:
         raise ValueError(row.error)
     if 'instruction' not in row:
+        # samples.jsonl
         prompt, response = text_or_chat(row, 'prompt'), field(row, 'response')
     else:
+        # model_outputs.json: a dialogue stands there as it was asked, a single question without what goes around it
         prompt, response = field(row, 'instruction'), field(row, 'output')
-        # a dialogue stands there as it was asked (see instruction), a single question without what goes around it
         if prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT):
             response = answer(response)
         else:
@@ -173,23 +179,27 @@ def make_pairs(answers, against=None):
     A pair: {'prompt': text or chat, 'instruction': what it asks, 'outputs': [first, second], 'generators': likewise,
     'question': number of the prompt}. One file: any two answers to a prompt, the lower sample number first. Two: the k-th
     answers to a prompt in both. Raises UserError where there is no pair."""
-    rows = [read_answers(answers), read_answers(against) if against else []]
-    first, second = map(_by_question, rows)
-    pairs, left_out = [], Counter()
-    left_out['tools, which no judge is shown'] += sum('tools' in row for part in rows for row in part)
-    for number, (key, group) in enumerate(first.items()):
-        others = second.pop(key, [])
-        found = list(zip(group, others, strict=False) if against else combinations(group, 2))
-        paired = len(found) if against else len(group) * bool(found)
-        left_out['answers without a counterpart'] += len(group) - paired
-        left_out['answers of --against without a counterpart'] += max(0, len(others) - len(group))
-        for a, b in found:
-            # model_outputs.json has lost what the prompt really was
-            prompt = b['prompt'] if is_plain(a) else a['prompt']
-            pair = {'prompt': prompt, 'instruction': a['instruction'], 'question': number}
-            pair |= {'outputs': [a['response'], b['response']], 'generators': [a['generator'], b['generator']]}
-            pairs.append(pair)
-    left_out['answers of --against without a counterpart'] += sum(map(len, second.values()))
+    ours = read_answers(answers)
+    theirs = read_answers(against) if against else []
+    left_out = Counter()
+    left_out['tools, which no judge is shown'] += sum('tools' in row for row in ours + theirs)
+
+    # question by question
+    pairs = []
+    others_of = _by_question(theirs)
+    for number, (key, group) in enumerate(_by_question(ours).items()):
+        if against:
+            others = others_of.pop(key, [])
+            found = list(zip(group, others, strict=False))
+            left_out['answers without a counterpart'] += len(group) - len(found)
+            left_out['answers of --against without a counterpart'] += len(others) - len(found)
+        else:
+            found = list(combinations(group, 2))
+            left_out['answers without a counterpart'] += 0 if found else len(group)
+        pairs += [_pair(first, second, number) for first, second in found]
+
+    # questions that ours do not answer
+    left_out['answers of --against without a counterpart'] += sum(map(len, others_of.values()))
     if not pairs and against:
         raise UserError(f'no prompt of {answers} has an answer in {against}')
     if not pairs:
@@ -197,14 +207,29 @@ def make_pairs(answers, against=None):
     return pairs, left_out
 
 
+def _pair(first, second, number):
+    """A pair, as make_pairs has it, of two answers to question `number`."""
+    # model_outputs.json has lost what the prompt really was
+    prompt = second['prompt'] if is_plain(first) else first['prompt']
+    return {
+        'prompt': prompt,
+        'instruction': first['instruction'],
+        'question': number,
+        'outputs': [first['response'], second['response']],
+        'generators': [first['generator'], second['generator']],
+    }
+
+
 def _by_question(rows):
-    """(instruction, how often it was there before) -> its answers by sample number: a file may ask the same twice."""
+    """Question -> its answers by sample number. A question is (instruction, how often it was asked before in this file)."""
     groups, seen = {}, Counter()
     for row in rows:
+        # the same sample of the same generator once more: a file asks the same twice
         who = row['instruction'], row['generator'], row['sample']
-        groups.setdefault((row['instruction'], seen[who]), []).append(row)
+        question = row['instruction'], seen[who]
+        groups.setdefault(question, []).append(row)
         seen[who] += 1
-    return {key: sorted(group, key=lambda row: row['sample']) for key, group in groups.items()}
+    return {question: sorted(group, key=lambda row: row['sample']) for question, group in groups.items()}
 
 
 def as_trained(pair, k):
@@ -225,7 +250,8 @@ def read_verdicts(path):
     """The verdicts in a file: (pair, order) -> row. Raises UserError for a damaged one."""
 
     def key_of(row):
-        if row['preference'] not in (None, 1, 1.5, 2) or not isinstance(row.get('text', ''), str):
+        is_known = row['preference'] in (None, 1, 1.5, 2)
+        if not is_known or not isinstance(row.get('text', ''), str):
             raise ValueError(row)
         return field(row, 'pair', int), field(row, 'order', int)
 
@@ -235,7 +261,7 @@ def read_verdicts(path):
 def annotation(pair, preference, annotator):
     """A row of AlpacaEval's annotations.json. 'prompt' is added where the instruction does not say what it was exactly."""
     row = {'instruction': pair['instruction']}
-    for n in (1, 2):
-        row |= {f'output_{n}': pair['outputs'][n - 1], f'generator_{n}': pair['generators'][n - 1]}
+    for n, (output, generator) in enumerate(zip(pair['outputs'], pair['generators'], strict=True), 1):
+        row |= {f'output_{n}': output, f'generator_{n}': generator}
     row |= {'annotator': annotator, 'preference': preference}
     return row if is_plain(pair) else row | {'prompt': pair['prompt']}

@@ -29,13 +29,15 @@ from configurator import UserError
 
 LONGEST_WAIT = 600.0  # seconds; an endpoint that asks for more is to be asked again by the user, not waited for
 FAILED_IN_A_ROW = 20  # so many jobs given up, none answered in between: the endpoint is at fault, not the jobs
-# what a reply may hold: bytes, unpacked; objects and lists, each of which takes far more memory than its two bytes; levels
-LARGEST, MOST_PARTS, DEEPEST = 64 * 2**20, 2_000_000, 100
+LARGEST = 64 * 2**20  # bytes of a reply, unpacked
+MOST_PARTS = 2_000_000  # objects and lists of a reply, each of which takes far more memory than its two bytes
+DEEPEST = 100  # levels of them
 SHORT = 8  # characters; a shorter key may be a word of an answer, so it is taken out of error messages alone
+BACKSLASH = r'\\'  # one, in a regular expression
 
 
 class Reply(NamedTuple):
-    """What became of a job: text and raw (the parsed json) of the reply; or text None, and error, a reason in words."""
+    """What became of a job: text and raw (the parsed json) of the reply; or error, a reason in words, and no text."""
 
     key: object
     text: str | None
@@ -70,20 +72,24 @@ def completions_url(url: str) -> str:
         raise UserError(f'the endpoint {shown!r} is no address: write http://host:port or https://host')
     if '@' in parts.netloc or parts.query or parts.fragment:
         raise UserError('the endpoint must be a plain address; a key belongs in the environment (NANOPREF_API_KEY)')
-    base = url.rstrip('/').removesuffix('/chat/completions')
-    return (base if base.endswith('/v1') or base != url.rstrip('/') else base + '/v1') + '/chat/completions'
+    address = url.rstrip('/')
+    if address.endswith('/chat/completions'):
+        return address
+    return address.removesuffix('/v1') + '/v1/chat/completions'
 
 
 def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, proven=False):
     """Yield a Reply for every job, in order of completion. jobs: (key, body), body the json of a chat completion.
 
-    At most `concurrency` jobs are under way, counting those whose Reply the caller has not finished with. timeout: seconds for a
-    whole reply. A job is tried again `retries` times, after backoff * 2^k seconds with jitter or as Retry-After says, on 408,
-    409, 425, 429, 5xx, time-outs, dropped connections, and replies cut short or not in the promised form; then its Reply has an
-    error. So has a job refused (400, 413, 422) by an endpoint that has answered others (proven: it has before this call).
-    Raises UserError where going on is useless: refused key or model, no such address, nothing but refusals or failures."""
+    At most `concurrency` jobs are under way, counting those whose Reply the caller has not finished with. timeout: seconds for
+    a whole reply. A job is tried again on 408, 409, 425, 429, 5xx, time-outs, dropped connections, and replies cut short or not
+    in the promised form: up to `retries` times, after backoff * 2^k seconds with jitter or as Retry-After says. Then its Reply
+    has an error, as has that of a job refused (400, 413, 422) by an endpoint that has answered others. proven: it had answered
+    some before this call. Raises UserError where going on is useless: refused key or model, no such address, nothing but
+    refusals or failures."""
     address = completions_url(url)
-    key = (os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or '').strip()
+    key = os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or ''
+    key = key.strip()
     if not key.isascii() or not key.isprintable() or ' ' in key:
         raise UserError('the key in NANOPREF_API_KEY or OPENAI_API_KEY has characters that no key has')
     shared = _Shared(address, _Others(key), timeout, retries, backoff, proven)
@@ -101,8 +107,11 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
 def _connect(n, timeout, key, others):
     """n _Clients, connecting as the environment asks for it. Raises UserError."""
     http = _http()
-    options = {'headers': {'Accept-Encoding': 'identity'} | ({'Authorization': f'Bearer {key}'} if key else {})}
-    options |= {'timeout': http.Timeout(timeout, connect=min(timeout, 10.0)), 'limits': http.Limits(max_connections=1)}
+    headers = {'Accept-Encoding': 'identity'}
+    if key:
+        headers['Authorization'] = f'Bearer {key}'
+    options = {'headers': headers, 'limits': http.Limits(max_connections=1)}
+    options['timeout'] = http.Timeout(timeout, connect=min(timeout, 10.0))
     try:
         options['verify'] = http.create_ssl_context()
         return [_Client(http.Client(**options), timeout) for _ in range(n)]
@@ -112,33 +121,33 @@ def _connect(n, timeout, key, others):
 
 
 class _Shared:
-    """What the threads of one ask share: each does work on jobs of todo, and puts (job, its Reply or an error) into done."""
+    """What the threads of one ask share. Each takes jobs (key, body) from todo, and puts (key, Reply or an error) into done."""
 
     def __init__(self, address, others, timeout, retries, backoff, proven):
         self.address, self.others = address, others
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self.proven = proven  # whether the endpoint has answered any job
-        self.todo, self.done, self.stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+        self.todo, self.done = queue.SimpleQueue(), queue.SimpleQueue()
+        self.stop = threading.Event()  # the caller wants no more
         self.not_before = 0.0  # time of the next request: Retry-After is meant for all threads
 
     def replies(self, jobs, most):
         """Yield the Replies of ask, at most so many jobs under way."""
-        refused, failures, under_way = [], 0, self.hand_out(jobs, most)
+        refused = []  # Replies that are kept back until another job is answered
+        failures = 0  # in a row
+        under_way = self.hand_out(jobs, most)
         while under_way:
-            job, result = self.done.get()
+            key, result = self.done.get()
             under_way -= 1
             if isinstance(result, _Refused):
-                refused.append(Reply(job[0], None, None, str(result)))
+                refused.append(Reply(key, None, None, str(result)))
             elif isinstance(result, BaseException):
                 raise result
             else:
-                failures = failures + 1 if result.text is None else 0
-                self.proven = self.proven or result.text is not None
-                limit, advice = FAILED_IN_A_ROW, 'run the same command later'
-                if not self.proven:  # sooner if all do from the start
-                    limit, advice = max(most, 2), "see the model's name, and the server's own log"
-                if failures >= limit:
-                    raise UserError(f'{failures} requests in a row failed; the last one: {result.error}: {advice}')
+                answered = result.text is not None
+                failures = 0 if answered else failures + 1
+                self.proven = self.proven or answered
+                self.check_failures(failures, most, result.error)
                 yield result
 
             # a refusal is the job's own fault where others are answered: before any is, nothing more is asked
@@ -150,6 +159,14 @@ class _Shared:
             elif not under_way:
                 raise UserError(f'{refused[0].error}; see that the name of the model and the other options suit it')
 
+    def check_failures(self, failures, most, error):
+        """Raise UserError where too many jobs in a row have failed: sooner if none was ever answered."""
+        limit, advice = FAILED_IN_A_ROW, 'run the same command later'
+        if not self.proven:
+            limit, advice = max(most, 2), "see the model's name, and the server's own log"
+        if failures >= limit:
+            raise UserError(f'{failures} requests in a row failed; the last one: {error}: {advice}')
+
     def hand_out(self, jobs, most):
         """Put up to so many jobs into todo. Returns how many there were."""
         some = list(itertools.islice(jobs, most))
@@ -159,11 +176,12 @@ class _Shared:
 
     def work(self, client):
         """Finish jobs until there is a None among them."""
-        for job in iter(self.todo.get, None):
+        for key, body in iter(self.todo.get, None):
             try:
-                self.done.put((job, self.finish(client, *job)))
-            except BaseException as error:  # raised again where the caller is
-                self.done.put((job, error))
+                result = self.finish(client, key, body)
+            except BaseException as error:
+                result = error  # raised again where the caller is
+            self.done.put((key, result))
         client.close()
 
     def finish(self, client, key, body):
@@ -187,7 +205,8 @@ class _Shared:
             # all wait as long as the endpoint asks for; where that is nothing, this thread waits longer each time
             self.not_before = max(self.not_before, time.monotonic() + again.wait)
             if again.wait < self.backoff:
-                self.stop.wait(min(60.0, self.backoff * 2**attempt) * random.uniform(0.5, 1.0))
+                longest = min(60.0, self.backoff * 2**attempt)
+                self.stop.wait(longest * random.uniform(0.5, 1.0))
 
     def attempt(self, client, body):
         """(text, raw) of one request. Raises _Again, _Refused or UserError."""
@@ -212,13 +231,16 @@ class _Client:
     timer shuts the socket, which the library shows to whoever traces a request."""
 
     def __init__(self, client, seconds):
-        self.client, self.seconds, self.stream, self.over = client, seconds, None, None
+        self.client, self.seconds = client, seconds
         self.close = client.close
+        self.stream = None  # of the open connection
+        self.over = None  # an event: the time of the present request is over
 
     def post(self, address, body):
         """(response, its content). Raises TimeoutError, _Again, _Refused, or what the HTTP library raises."""
         request = self.client.build_request('POST', address, json=body, extensions={'trace': self._trace})
-        # an event of its own, so that a timer which comes too late ends no later request
+
+        # each request has its own event, so that a timer which comes too late ends no later one
         over = self.over = threading.Event()
         timer = threading.Timer(self.seconds, self._end, (over,))
         timer.daemon = True
@@ -232,6 +254,7 @@ class _Client:
                 raise
         finally:
             timer.cancel()
+
         # a reply without a length seems to be whole where its socket was shut
         if over.is_set():
             raise TimeoutError
@@ -246,11 +269,13 @@ class _Client:
                 self._shut()
 
     def _end(self, over):
+        """End the request whose event this is; called by its timer."""
         over.set()
         if over is self.over:
             self._shut()
 
     def _shut(self):
+        """Shut the socket, which wakes up whoever reads from it."""
         with contextlib.suppress(OSError, AttributeError):
             # not the method of TLS sockets, which waits for the other side
             socket.socket.shutdown(self.stream.get_extra_info('socket'), socket.SHUT_RDWR)
@@ -258,10 +283,12 @@ class _Client:
 
 def _content(response):
     """The bytes of a reply, unpacked, and never more of them than LARGEST. Raises _Again, _Refused or zlib.error."""
-    packed = response.headers.get('content-encoding', '').strip().lower()
-    if packed not in ('', 'identity', 'gzip', 'x-gzip', 'deflate'):
+    packing = response.headers.get('content-encoding', '').strip().lower()
+    if packing not in ('', 'identity', 'gzip', 'x-gzip', 'deflate'):
         raise _Again('the reply is packed in a way that was not asked for')
-    unpacker = zlib.decompressobj(wbits=47) if packed not in ('', 'identity') else None
+    unpacker = None
+    if packing not in ('', 'identity'):
+        unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, by its first bytes
     content = bytearray()
     for chunk in response.iter_raw():
         # one byte more than is allowed tells that there is more
@@ -287,13 +314,16 @@ class _Others:
         self.in_texts = _forms(key) if len(key) >= SHORT else []
         passwords = set()
         for proxy in urllib.request.getproxies().values():
-            before = re.search('://(.*)@', proxy)
-            password = before[1].partition(':')[2] or before[1] if before else ''
-            passwords |= {password, unquote(password)}
+            # name:password, or a password alone
+            found = re.search('://(.*)@', proxy)
+            if found:
+                _, _, password = found[1].partition(':')
+                password = password or found[1]
+                passwords |= {password, unquote(password)}
         self.in_messages = []
         for secret in sorted({key, *passwords} - {''}, key=len, reverse=True):
-            # a short one only as a word of its own
-            self.in_messages += _forms(secret) if len(secret) >= SHORT else [rf'(?<!\w){re.escape(secret)}(?!\w)']
+            word = rf'(?<!\w){re.escape(secret)}(?!\w)'
+            self.in_messages += _forms(secret) if len(secret) >= SHORT else [word]
 
     def text(self, text):
         """A text without the key, nor halves of surrogate pairs, which would break a tokenizer."""
@@ -310,7 +340,9 @@ class _Others:
         for form in self.in_messages:
             text = re.sub(form, '[key]', text)
         text = ''.join(c if c.isprintable() else ' ' for c in text[: 10 * most])
-        return ' '.join(text.split())[:most] or (type(said).__name__ if isinstance(said, Exception) else 'nothing')
+        line = ' '.join(text.split())[:most]
+        nothing = type(said).__name__ if isinstance(said, Exception) else 'nothing'
+        return line or nothing
 
     def json(self, content):
         """The json of a reply that any reader of json reads again, or its text where it is none."""
@@ -322,6 +354,7 @@ class _Others:
             return self.text(text)
 
     def _tree(self, value, depth):
+        """A parsed json at this depth, each of its texts as text gives it. Raises RecursionError where it is too deep."""
         if depth > DEEPEST:
             raise RecursionError
         if isinstance(value, str):
@@ -347,41 +380,54 @@ def _forms(secret):
     None begins with a repetition, so the time of a search grows with the text, not with its square."""
     letters = [_letter(c, r'\\{1,4}') for c in secret]
     half = max(SHORT, (len(secret) + 1) // 2)
+    head, rest, tail = letters[:half], letters[half:], letters[-half:]
     # backslashes before the first letter may stay, and the search is many times faster for it
-    head = _letter(secret[0], '') + ''.join(letters[1:half])
-    tail = _letter(secret[-half], '') + ''.join(letters[len(letters) - half + 1 :])
-    forms = [head + ''.join(f'{letter}?' for letter in letters[half:]), tail]
+    head[0] = _letter(secret[0], '')
+    tail[0] = _letter(secret[-half], '')
+    forms = [''.join(head) + ''.join(f'{letter}?' for letter in rest), ''.join(tail)]
+
     # a secret stands behind other text, so its first byte may be any of the three that four letters of base64 hold
     for before in range(3):
         coded = base64.b64encode(b'\0' * before + secret.encode()).decode().rstrip('=')
-        own = coded[(0, 2, 3)[before] : len(coded) - ((before + len(secret)) % 3 > 0)]
-        forms.append(''.join({'+': '[+-]', '/': '[/_]'}.get(c, c) for c in own))
-    forms.append('(?i:' + '[ :]?'.join(f'{byte:02x}' for byte in secret.encode()) + ')')
-    return forms
+        # letters that hold bits of other text, too, are left out: the first (none, 2 or 3), and perhaps the last
+        first = (0, 2, 3)[before]
+        last_is_shared = (before + len(secret)) % 3 > 0
+        own = coded[first : len(coded) - last_is_shared]
+        forms.append(own.replace('/', '[/_]').replace('+', '[+-]'))
+
+    hexadecimal = '[ :]?'.join(f'{byte:02x}' for byte in secret.encode())
+    return [*forms, f'(?i:{hexadecimal})']
 
 
 def _letter(c, backslashes):
     """A regular expression for the forms in which others write a character; backslashes: for those before it."""
+    # its number in hex, and its names in HTML
     code = ord(c)
     digits = ''.join(f'[{d}{d.upper()}]' if d.isalpha() else d for d in f'{code:02x}')
     names = [re.escape(name.rstrip(';')) for name, meant in html.entities.html5.items() if meant == c]
     entity = '|'.join([f'#0{{0,4}}{code}', f'#[xX]0{{0,4}}{digits}', *names])
-    plain = [re.escape(case) for case in sorted({c, c.swapcase()})]
-    escaped = [rf'{backslashes or chr(92) * 2}[ux](?:00)?{digits}']
-    escaped += [backslashes + case for case in plain if backslashes]
+
     # the long forms first: their first letter may itself be one of the secret
-    return '(?:' + '|'.join([f'%(?:25){{0,3}}{digits}', f'&(?:amp;)?(?:{entity});?', *escaped, *plain]) + ')'
+    forms = [f'%(?:25){{0,3}}{digits}', f'&(?:amp;)?(?:{entity});?', rf'{backslashes or BACKSLASH}[ux](?:00)?{digits}']
+    plain = [re.escape(case) for case in sorted({c, c.swapcase()})]
+    if backslashes:
+        forms += [backslashes + case for case in plain]
+    return '(?:' + '|'.join(forms + plain) + ')'
 
 
 def _read(response, raw, address, others):
     """(text, raw) of a finished response. Raises _Again, _Refused or UserError."""
     status, said = response.status_code, others.line(_said(raw))
+
+    # an answer; null where the model refused, or thought until its tokens were used up
     if 200 <= status < 300:
         with contextlib.suppress(KeyError, IndexError, TypeError):
             text = raw['choices'][0]['message']['content']
-            if text is None or isinstance(text, str):  # null: it refused, or thought until its tokens were used up
+            if text is None or isinstance(text, str):
                 return text or '', raw
         raise _Again(f'the reply is no chat completion ({said})')
+
+    # the user must do something, this job is refused, or it is worth another attempt
     what = f'{address} answers HTTP {status} ({said})'
     if status in (401, 403):
         raise UserError(f'{what}: set the key of this endpoint in NANOPREF_API_KEY')
@@ -409,11 +455,12 @@ def _retry_after(text):
 
 def _said(raw):
     """A reply's own error message, or all that it says."""
-    found = raw.get('error') or raw.get('detail') or raw if isinstance(raw, dict) else raw
-    if isinstance(found, dict):
-        code, found = found.get('code'), found.get('message', found)
-        found = f'{code}: {found}' if isinstance(code, str) else found
-    return found
+    if isinstance(raw, dict):
+        raw = raw.get('error') or raw.get('detail') or raw
+    if not isinstance(raw, dict):
+        return raw
+    code, message = raw.get('code'), raw.get('message', raw)
+    return f'{code}: {message}' if isinstance(code, str) else message
 
 
 def _http():

@@ -11,13 +11,13 @@ from feedback.answers import read_text
 from runtime.files import say
 from text.files import content_hash
 
-# what may stand around a verdict, and changes nothing of it: Markdown, quotes, brackets; before it, the sign of a list, too
+# Markdown, quotes and brackets around a verdict change nothing of it; before it there may be the sign of a list, too
 AROUND = r'[\s*_`"\'“”‘’«»()\[\]{}<>|#]*'
 BEFORE = rf'{AROUND}(?:[-–—•+]|\d{{1,3}}[.)])?{AROUND}(?:my |the )?(?:final |overall )?'
 SAYS = rf'verdict{AROUND}[:：]{AROUND}(?:answer |response )?(a|b|tie)'
 # letters of ASCII alone: under re.I others, such as a dotless i, are the same as these
 VERDICT = re.compile(rf'{BEFORE}{SAYS}{AROUND}[.!]?{AROUND}', re.I | re.A)
-RULE = re.compile(rf'{AROUND}[-=]*{AROUND}')  # a line that says nothing: the end of a block of code, a rule
+NOTHING = re.compile(rf'{AROUND}[-=]*{AROUND}')  # a line that says nothing: the end of a block of code, a rule
 SLOT = re.compile(r'\{(instruction|answer_1|answer_2|mark)\}')
 CUT = ('length', 'max_tokens', 'content_filter')  # the reasons of servers for a reply that has no end
 
@@ -56,7 +56,12 @@ def question(template, pair, order):
         shown.reverse()
     texts = {'instruction': pair['instruction'], 'answer_1': shown[0], 'answer_2': shown[1]}
     texts['mark'] = mark(*texts.values())
-    content = SLOT.sub(lambda slot: texts[slot[1]], template)  # in one pass: an answer may have slots in it
+
+    # all slots in one pass: an answer may have slots in it
+    def text_of(slot):
+        return texts[slot[1]]
+
+    content = SLOT.sub(text_of, template)
     return {'messages': [{'role': 'user', 'content': content}]}
 
 
@@ -71,21 +76,29 @@ def mark(*texts):
 
 
 def verdict(line):
-    """The verdict that is all of a line: 'a', 'b' or 'tie', or None."""
-    # a long line is none; an unbreakable space is a space
-    found = VERDICT.fullmatch(line.strip().replace('\xa0', ' ')) if len(line) < 200 else None
-    return found and found[1].lower()
+    """The verdict that is all of a line: 'a', 'b' or 'tie'; None where there is none, as in a long line."""
+    if len(line) >= 200:
+        return None
+    found = VERDICT.fullmatch(line.strip().replace('\xa0', ' '))  # an unbreakable space is a space
+    return found[1].lower() if found else None
 
 
 def preference(text, raw, order):
-    """1, 2 or 1.5 (tie), by the last line, which holds nothing but the verdict; None where it is not so, or was cut short.
+    """1, 2 or 1.5 (tie): which answer of a pair a reply prefers, by its last line; None for an unclear reply.
 
-    Where the line before is another verdict, both are forms to choose from, and the reply is none."""
-    # of the lines that say something, the last and the one before it
-    lines = [line for line in text.splitlines() if not RULE.fullmatch(line[:200])]
-    before, last = map(verdict, ['', '', *lines][-2:])
-    if not last or (before and before != last) or raw['choices'][0].get('finish_reason') in CUT:
+    A reply is unclear if its last line is more than a verdict, if it was cut short, or if the line before is another verdict:
+    then both are forms to choose from. text: of the reply; raw: all of it; order: in which the answers were shown."""
+    if raw['choices'][0].get('finish_reason') in CUT:
         return None
+    # the verdicts of the last line that says something, and of the one before it
+    lines = [line for line in text.splitlines() if not NOTHING.fullmatch(line[:200])]
+    last = verdict(lines[-1]) if lines else None
+    before = verdict(lines[-2]) if len(lines) > 1 else None
+    if not last or before not in (None, last):
+        return None
+
+    # A is the first answer of the pair in order 1
     if last == 'tie':
         return 1.5
-    return 1 if (last == 'a') == (order == 1) else 2
+    is_first = (last == 'a') == (order == 1)
+    return 1 if is_first else 2

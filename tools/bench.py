@@ -67,32 +67,34 @@ SHAPES = {  # width, layers, heads: the published Pythia suite
 }  # fmt: skip
 KNOWN = ['padded', 'packed', 'shared', 'head', 'cached', 'compile', 'trl', 'trl_fastest', 'trl_cuda']
 PADDED = 8  # pairs of a padded microbatch, of all ranks
-# of the losses; which value it is costs nothing
+# options of the losses; their values cost nothing
 OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0.5, 'gamma': 1.0, 'lam': 0.1, 'tau': 0.05}
 OPTIONS['delta'] = 1.0
-LENGTHS = (
-    (math.log(85), 0.8, 256),
-    (math.log(27), 0.9, 200),
-    (math.log(33), 0.9, 200),
-)  # log-normal, as HH's, and the most
+# tokens of prompt and answers are log-normal, as HH's: median, sigma, and the most
+LENGTHS = [(85, 0.8, 256), (27, 0.9, 200), (33, 0.9, 200)]
+
+# ---- what the options mean together ----
 
 names = variants.split()
 beside_trl = any(name.startswith('trl') for name in names)
 loss_fn = losses.LOSSES.get(loss)
-columns_of = inspect.signature(loss_fn).parameters if loss_fn else {}
+inputs = inspect.signature(loss_fn).parameters if loss_fn else {}
+has_ratio, has_divergence = 'ratio_w' in inputs, 'div_w' in inputs
 if not names or set(names) - set(KNOWN):
     raise UserError(f'variants must be some of {", ".join(KNOWN)}, not {variants!r}')
-if not {'pi_w', 'ratio_w'} & set(columns_of) or loss in losses.STATISTICS:
-    raise UserError(
-        f'losses on pairs without a statistic of the step are measured, not {loss!r}: its step costs the same'
-    )
-if 'div_w' in columns_of and set(names) & {'padded', 'packed', 'shared', 'cached', 'compile'}:
+if not (has_ratio or 'pi_w' in inputs) or loss in losses.STATISTICS:
+    kind = 'losses on pairs without a statistic of the step'
+    raise UserError(f'{kind} are measured, not {loss!r}: its step costs the same')
+if has_divergence and set(names) & {'padded', 'packed', 'shared', 'cached', 'compile'}:
     raise UserError(f'{loss} needs the whole distribution of the live reference: only --variants=head measures it')
 if beside_trl and (loss != 'dpo' or batch_size % min(PADDED, batch_size)):
     raise UserError(f'TRL is measured with --loss=dpo, and a batch_size that is a multiple of {PADDED}')
+
 # now, not after the measurement
-if out and (not Path(out).absolute().parent.is_dir() or Path(out).is_dir()):
-    raise UserError(f'cannot write {out}: there is no such folder, or it is one')
+if out:
+    file = Path(out).absolute()
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f'cannot write {out}: there is no such folder, or it is one')
 rank, world, device = fsdp.setup()
 on_gpu = device.type == 'cuda'
 if world > 1 and beside_trl:
@@ -104,7 +106,7 @@ if threads:
 
 
 def build(empty=False):
-    """The model: random weights in a published shape, or a folder's."""
+    """The model: random weights in a published shape, or a folder's. empty: no weights, only shapes."""
     if model not in SHAPES:
         return load.load_model(model, empty=empty)
     models.register_attention()
@@ -121,7 +123,7 @@ def build(empty=False):
 
 
 def real_pairs(count):
-    """As many pairs of the data, in random order; with vocabulary real lengths, the ids folded into fewer words."""
+    """So many pairs of the data, in random order; with --vocabulary real lengths, the ids folded into fewer words."""
     from text.tokenise import load_examples
 
     if not tokenizer and model in SHAPES:
@@ -131,16 +133,20 @@ def real_pairs(count):
     if vocabulary:
         found.ids = found.ids % vocabulary
     order = np.random.default_rng(seed).permutation(len(found))
-    return found.select(np.resize(order, count))
+    return found.select(np.resize(order, count))  # small data is repeated
 
 
 def synthetic_pairs(count):
-    """As many pairs of random tokens."""
+    """So many pairs of random tokens."""
     rng, items = np.random.default_rng(seed), []
     words = min(vocabulary or 4096, 4096)
+    wanted = [prompt_tokens, answer_tokens, answer_tokens]
     for _ in range(count):
-        lengths = [int(np.clip(rng.lognormal(mean, sigma), 2, most)) for mean, sigma, most in LENGTHS]
-        lengths = [prompt_tokens or lengths[0], *(answer_tokens or n for n in lengths[1:])]
+        # all are drawn, so that one fixed length does not change the others
+        lengths = []
+        for fixed, (median, sigma, most) in zip(wanted, LENGTHS, strict=True):
+            drawn = rng.lognormal(math.log(median), sigma)
+            lengths.append(fixed or int(np.clip(drawn, 2, most)))
         prompt, *answers = (rng.integers(0, words, n) for n in lengths)
         items.append((prompt, answers))
     return Examples.of(items)
@@ -150,55 +156,69 @@ def synthetic_pairs(count):
 
 
 def full_head(m, batch):
-    """Log-probs as the original code computes them: logits at every position, then the answers' tokens."""
+    """Log-probs (A,) as the original code computes them: logits at every position, then the answers' tokens."""
     hidden, head = models.hidden_states(m, batch)
-    logits = F.linear(hidden.flatten(0, 1), *head).float().log_softmax(-1)
-    return batch.sum(logits[batch.predict_at].gather(1, batch.target[:, None])[:, 0])
+    logps = F.linear(hidden.flatten(0, 1), *head).float().log_softmax(-1)  # (positions, vocabulary)
+    of_tokens = logps[batch.predict_at].gather(1, batch.target[:, None])
+    return batch.sum(of_tokens.squeeze(1))
 
 
 class Variant:
     """A policy, its reference and optimizer, and one way of computing a step."""
 
     def __init__(self, name):
-        self.name, level = name, KNOWN.index(name)
-        self.pad, self.share, self.head, self.cached = level < 1, level >= 2, level >= 3, level >= 4
-        self.policy = fsdp.shard(build, device, dtype=dtype, compile=level >= 5)
+        # every variant has its own idea and those of the variants before it
+        ideas = KNOWN[: KNOWN.index(name) + 1]
+        self.name = name
+        self.pad, self.share = 'packed' not in ideas, 'shared' in ideas
+        self.head, self.cached = 'head' in ideas, 'cached' in ideas
+        self.policy = fsdp.shard(build, device, dtype=dtype, compile='compile' in ideas)
         self.ref = fsdp.shard(build, device, dtype=dtype, train=False)
         for m in (self.policy, self.ref):
             fsdp.add_method(m, full_head)
             models.set_attention(m, not self.pad)
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, 1e-6, 0.0)
+        # of every step: seconds, seconds of the pass that caches the reference; and GB at the peak
         self.times, self.passes, self.peak = [], [], 0.0
 
     def logps(self, m, batch):
-        return m.response_logps(batch)[0] if self.head else m.full_head(batch)
+        """(A,) log-probs of the answers under a model."""
+        if not self.head:
+            return m.full_head(batch)
+        (logps,) = m.response_logps(batch)  # (1, A): no divergence
+        return logps
 
     def batches(self, examples, rows):
         """(microbatches, real tokens, allocated tokens); padded: PADDED pairs at a time, as gradient accumulation does."""
         size, most = (PADDED, 10**9) if self.pad else (len(rows), max_tokens)
-        found, tokens = [], np.zeros(2)
+        options = {'share_prefix': self.share, 'pad': self.pad, 'device': device}
+        found, tokens, allocated = [], 0, 0
         for i in range(0, len(rows), size):
-            options = {'share_prefix': self.share, 'pad': self.pad, 'device': device}
-            batches, *counts = make_batches(examples, rows[i : i + size], rank, world, most, **options)
+            some = rows[i : i + size]
+            batches, real, with_padding = make_batches(examples, some, rank, world, most, **options)
             found += batches
-            tokens += counts
-        return found, *tokens
+            tokens += real
+            allocated += with_padding
+        return found, tokens, allocated
 
     def columns(self, batch, ref):
         """The columns of losses.py, (pairs,) each. ref: cached log-probs of the answers, or None."""
-        answers = {'n': batch.n.float()}
-        if 'div_w' in columns_of:
+        answers = {'n': batch.n.float()}  # (A,) each: chosen, rejected, chosen, ...
+        if has_divergence:
             with torch.no_grad():
                 reference = self.ref.hidden_and_head(batch)
             answers['pi'], answers['div'], ref = self.policy.response_logps(batch, models.kl, reference)
         else:
-            if ref is None and 'ratio_w' in columns_of:
+            if ref is None and has_ratio:
                 with torch.no_grad():
                     ref = self.logps(self.ref, batch)
             answers['pi'] = self.logps(self.policy, batch)
         if ref is not None:
-            answers |= {'ref': ref, 'ratio': answers['pi'] - ref}
-        return {f'{name}_{side}': x[i::2] for name, x in answers.items() for i, side in enumerate('wl')}
+            answers['ref'] = ref
+            answers['ratio'] = answers['pi'] - ref
+        chosen = {f'{name}_w': values[0::2] for name, values in answers.items()}
+        rejected = {f'{name}_l': values[1::2] for name, values in answers.items()}
+        return chosen | rejected
 
     @guard.memory_for('all variants are in memory together; lower batch_size or max_tokens, or name fewer --variants')
     def step(self, examples, rows):
@@ -209,11 +229,13 @@ class Variant:
         with torch.no_grad():
             cached = [self.logps(self.ref, batch) if self.cached else None for batch in batches]
         self.passes.append(clock() - start)
+
+        # forward, backward, update
         start = clock()
         for batch, ref in zip(batches, cached, strict=True):
             values = {**OPTIONS, **self.columns(batch, ref)}
-            loss_of = loss_fn(**{name: values[name] for name in columns_of})
-            (loss_of * batch.real()).sum().backward()
+            loss_of_pairs = loss_fn(**{name: values[name] for name in inputs})
+            (loss_of_pairs * batch.real()).sum().backward()
         fsdp.update(self.policy, self.optimizer, 1e-6, world / len(rows), 10.0)
         self.times.append(clock() - start)
         self.peak = max(self.peak, peak_memory())
@@ -223,8 +245,9 @@ class Variant:
 
 
 def clock():
-    """Seconds, once the GPU has done its work; of the processor on one CPU thread of one process, so that other work on the
-    machine does not count."""
+    """Seconds, once the GPU has done its work.
+
+    One process with one CPU thread has its processor's time, so that other work on the machine does not count."""
     if on_gpu:
         torch.cuda.synchronize()
     alone = not on_gpu and torch.get_num_threads() == 1 and world == 1 and not wall
@@ -244,23 +267,35 @@ def peak_memory():
     """GB: of the GPU, or of the process since reset_peak (it holds all variants' weights)."""
     if on_gpu:
         return torch.cuda.max_memory_allocated() / 1e9
-    with contextlib.suppress(OSError, StopIteration):
-        status = Path('/proc/self/status').read_text().splitlines()
-        return int(next(line for line in status if line.startswith('VmHWM')).split()[1]) / 1e6
+    # a line of Linux: `VmHWM:  123456 kB`
+    with contextlib.suppress(OSError):
+        found = re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())
+        if found:
+            return int(found[1]) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def flops(run, lengths):
     """Model FLOPs of a pair: 2 per weight and token forward, twice that backward, once for a live reference."""
-    named = [(n, p) for n, p in shell.named_parameters() if p.dim() == 2]
-    weights = sum(p.numel() for n, p in named if not re.search(r'embed|lm_head|(wte|wpe)\.weight$', n))
-    shape, (p, w, r) = shell.config, lengths.T
-    # the second answer's prompt is computed once more where it is not shared
-    tokens = p + w + r + (0 if run.share else p)
-    context = (p + w) ** 2 / 2 + r * p + r**2 / 2 + (0 if run.share else p**2 / 2)
-    forward = 2 * weights * tokens + 4 * shape.num_hidden_layers * shape.hidden_size * context
-    forward = forward + 2 * shape.hidden_size * shape.vocab_size * (w + r if run.head else tokens)
-    live = not run.cached and 'ratio_w' in columns_of
+    # the weights of matrix products, without embeddings; the head is counted by itself
+    weights = 0
+    for name, p in shell.named_parameters():
+        if p.dim() == 2 and not re.search(r'embed|lm_head|(wte|wpe)\.weight$', name):
+            weights += p.numel()
+
+    # tokens, and pairs of tokens that attend; the second answer's prompt is computed once more where it is not shared
+    prompt, chosen, rejected = lengths.T  # (pairs,) each
+    tokens = prompt + chosen + rejected
+    attended = (prompt + chosen) ** 2 / 2 + rejected * prompt + rejected**2 / 2
+    if not run.share:
+        tokens = tokens + prompt
+        attended = attended + prompt**2 / 2
+    in_head = chosen + rejected if run.head else tokens
+
+    shape = shell.config
+    forward = 2 * weights * tokens + 4 * shape.num_hidden_layers * shape.hidden_size * attended
+    forward = forward + 2 * shape.hidden_size * shape.vocab_size * in_head
+    live = not run.cached and has_ratio
     return float((forward * (3 + live)).mean())
 
 
@@ -269,9 +304,11 @@ def products_alone(tokens, predicted):
     total = 0.0
     how = {'dtype': getattr(torch, dtype), 'device': device}
     linears = collections.Counter(m.weight.shape for m in shell.modules() if isinstance(m, torch.nn.Linear))
-    for (rows, columns), count in linears.items():
-        n = predicted if rows == shell.config.vocab_size else tokens
-        x, w, y = (torch.randn(shape, **how) for shape in ((n, columns), (rows, columns), (n, rows)))
+    for (outputs, inner), count in linears.items():
+        n = predicted if outputs == shell.config.vocab_size else tokens  # the head is not applied to all
+        x = torch.randn(n, inner, **how)
+        w = torch.randn(outputs, inner, **how)
+        y = torch.randn(n, outputs, **how)
         spent = []
         for _ in range(3):
             start = clock()
@@ -279,27 +316,39 @@ def products_alone(tokens, predicted):
             middle = clock()
             y @ w
             y.T @ x
-            spent.append(clock() - start + middle - start)  # the forward twice: policy and reference
+            forward, backward = middle - start, clock() - middle
+            spent.append(2 * forward + backward)  # policy and reference
         total += count * min(spent)
     return total
 
 
 def row_of(run, lengths):
-    """What a variant's steps give, without the first, which warms up."""
-    seconds = statistics.median(run.times[1:])
-    ratios = [per_second(a, b) for a, b in zip(runs[0].times[1:], run.times[1:], strict=True)]
+    """A row of the table: medians over a variant's steps. lengths: (pairs, 3) tokens of prompt and answers."""
+    # without the first step, which warms up
+    times, first_times = run.times[1:], runs[0].times[1:]
+    seconds = statistics.median(times)
+    ratios = [per_second(first, own) for first, own in zip(first_times, times, strict=True)]
     row = {'pairs_per_second': per_second(batch_size, seconds), 'ratio': statistics.median(ratios)}
-    row |= {'tokens_per_second': per_second(lengths.sum() / n_steps, seconds), 'peak_memory_gb': run.peak}
+    row['tokens_per_second'] = per_second(lengths.sum() / n_steps, seconds)
+    row['peak_memory_gb'] = run.peak
+
+    # what is known of our own variants only
     if isinstance(run, Variant):
+        tokens = allocated = 0
+        for rows in steps[1:]:
+            _, real, with_padding = run.batches(examples, rows)
+            tokens += real
+            allocated += with_padding
+        row['padding_share'] = 1 - tokens / allocated
         cost = flops(run, lengths)
-        used = np.array([run.batches(examples, rows)[1:] for rows in steps[1:]]).sum(0)  # real tokens, with padding
-        row |= {'padding_share': 1 - used[0] / used[1], 'gflop_per_pair': cost / 1e9}
+        row['gflop_per_pair'] = cost / 1e9
         if on_gpu:
             row['mfu'] = per_second(cost * batch_size, seconds) / world / peak_tflops / 1e12
         if run.cached:
-            both = statistics.median(a + b for a, b in zip(run.times[1:], run.passes[1:], strict=True))
-            row['pairs_per_second_with_cache_pass'] = per_second(batch_size, both)
-    return {'variant': run.name} | {k: float(v) for k, v in row.items() if math.isfinite(v)}  # json knows no others
+            both = [step + extra for step, extra in zip(times, run.passes[1:], strict=True)]
+            row['pairs_per_second_with_cache_pass'] = per_second(batch_size, statistics.median(both))
+    finite = {name: float(value) for name, value in row.items() if math.isfinite(value)}  # json knows no others
+    return {'variant': run.name} | finite
 
 
 def show(rows, lengths, limit):
@@ -308,25 +357,24 @@ def show(rows, lengths, limit):
     print(f'{model}, {data}, {loss}, batch {batch_size}, {world} ranks, {where}, {dtype}, torch {torch.__version__}')
     print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
     print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB     MFU')
-    columns = {'pairs_per_second': '.2f', 'ratio': '.2f', 'tokens_per_second': '.0f', 'padding_share': '.1%'}
-    columns |= {'gflop_per_pair': '.1f', 'peak_memory_gb': '.2f', 'mfu': '.1%'}
+    formats = {'pairs_per_second': '.2f', 'ratio': '.2f', 'tokens_per_second': '.0f', 'padding_share': '.1%'}
+    formats |= {'gflop_per_pair': '.1f', 'peak_memory_gb': '.2f', 'mfu': '.1%'}
     for row in rows:
-        cells = [f'{row[k]:{form}}' if k in row else '-' for k, form in columns.items()]
+        cells = [f'{row[name]:{form}}' if name in row else '-' for name, form in formats.items()]
         print('{:11s} {:>9s} {:>6s} {:>9s} {:>8s} {:>11s} {:>8s} {:>7s}'.format(row['variant'], *cells))
         both = row.get('pairs_per_second_with_cache_pass')
         if both:
             print(f'{"+ its pass":11s} {both:9.2f}  the pass that makes the cache counted, as in a first epoch')
     print(f'{"limit":11s} {limit:9.2f}  if the matrix products of policy and live reference were all there is')
-    print(
-        'x: median of the ratio to the first variant, step by step. Peak memory holds the weights of all variants of the run.'
-    )
+    memory = 'Peak memory holds the weights of all variants of the run.'
+    print(f'x: median of the ratio to the first variant, step by step. {memory}')
 
 
 # ---- the measurement ----
 
-steps = np.arange((n_steps + 1) * batch_size).reshape(-1, batch_size)
+steps = np.arange((n_steps + 1) * batch_size).reshape(-1, batch_size)  # rows of each step's pairs
 examples = synthetic_pairs(steps.size) if data == 'synthetic' else real_pairs(steps.size)
-shell = build(empty=True)
+shell = build(empty=True)  # the shapes of the model's weights
 runs = []
 for name in names:
     if name.startswith('trl'):
@@ -338,26 +386,27 @@ for name in names:
         runs.append(Variant(name))
 
 # another variant begins each step
-bar = tqdm(total=steps.shape[0] * len(runs), unit=' steps', disable=not main_rank(), leave=False)
-for step, index in enumerate(steps):
-    first = step % len(runs)
+bar = tqdm(total=len(steps) * len(runs), unit=' steps', disable=not main_rank(), leave=False)
+for number, rows in enumerate(steps):
+    first = number % len(runs)
     for run in runs[first:] + runs[:first]:
         bar.set_description(run.name)
-        run.step(examples, index)
+        run.step(examples, rows)
         bar.update()
 bar.close()
 
-spans = examples.spans[batch_size:]
-lengths = (spans[:, :, 1] - spans[:, :, 0]).astype(float)  # (pairs, prompt and answers)
-rows = [row_of(run, lengths) for run in runs]
-a_step = lengths.sum(0) / n_steps / world
-limit = per_second(batch_size, products_alone(int(a_step.sum()), int(a_step[1:].sum())))
+# the table, without the pairs of the first step
+lengths = examples.widths[batch_size:].astype(float)  # (pairs, 3): prompt and answers
+table = [row_of(run, lengths) for run in runs]
+of_step = lengths.sum(0) / n_steps / world  # tokens of prompts, chosen and rejected answers on a rank
+tokens, predicted = int(of_step.sum()), int(of_step[1:].sum())
+limit = per_second(batch_size, products_alone(tokens, predicted))
 if main_rank():
-    show(rows, lengths, limit)
+    show(table, lengths, limit)
     if out:
-        table = {'config': dict(config), 'rows': rows}
-        table['limit_pairs_per_second'] = limit if math.isfinite(limit) else None
+        found = {'config': dict(config), 'rows': table}
+        found['limit_pairs_per_second'] = limit if math.isfinite(limit) else None
         with writing(out):
-            Path(out).write_text(json.dumps(table, indent=1))
+            Path(out).write_text(json.dumps(found, indent=1))
 if __name__ == '__main__':
     fsdp.leave()

@@ -2,7 +2,8 @@
 
     python -m tools.figures
 
-A code line is not blank, not a comment and not of a docstring; a comment line has nothing but a comment. Syntax nodes are those of ast.walk.
+A code line is not blank, not a comment and not part of a docstring; a comment line has nothing but a comment. Syntax nodes
+are those of ast.walk.
 """
 
 import ast
@@ -17,7 +18,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Figures(NamedTuple):
-    """Of one file or of several. longest: (lines, name) of the longest function."""
+    """Figures of one file or of several. longest: (lines, name) of the longest function."""
 
     lines: int
     code: int
@@ -30,23 +31,39 @@ def measure(path):
     """The Figures of a python file."""
     source = path.read_text()
     nodes = list(ast.walk(ast.parse(source)))
+
+    # the numbers of the lines that belong to docstrings
     docstrings = set()
     for node in nodes:
-        if isinstance(node, ast.Module | ast.ClassDef | Definition) and ast.get_docstring(node) is not None:
-            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        may_have_one = isinstance(node, ast.Module | ast.ClassDef | Definition)
+        if may_have_one and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            docstrings.update(range(docstring.lineno, docstring.end_lineno + 1))
 
-    # neither blank nor of a docstring
+    # what is left is code or comment
     lines = source.splitlines()
-    rest = [line.strip() for number, line in enumerate(lines, 1) if number not in docstrings and line.strip()]
-    comments = sum(line.startswith('#') for line in rest)
-    sizes = [(node.end_lineno - node.lineno + 1, node.name) for node in nodes if isinstance(node, Definition)]
-    return Figures(len(lines), len(rest) - comments, comments, len(nodes), max(sizes, default=(0, '')))
+    code = comments = 0
+    for number, line in enumerate(lines, 1):
+        if number in docstrings or not line.strip():
+            continue
+        if line.strip().startswith('#'):
+            comments += 1
+        else:
+            code += 1
+
+    functions = [node for node in nodes if isinstance(node, Definition)]
+    sizes = [(node.end_lineno - node.lineno + 1, node.name) for node in functions]
+    return Figures(len(lines), code, comments, len(nodes), max(sizes, default=(0, '')))
 
 
 def total(paths):
     """The Figures of several files together."""
-    *columns, longest = zip(*map(measure, paths), strict=True)
-    return Figures(*map(sum, columns), max(longest))
+    found = [measure(path) for path in paths]
+    lines = sum(figures.lines for figures in found)
+    code = sum(figures.code for figures in found)
+    comments = sum(figures.comments for figures in found)
+    nodes = sum(figures.nodes for figures in found)
+    return Figures(lines, code, comments, nodes, max(figures.longest for figures in found))
 
 
 def module_of(path):
@@ -57,43 +74,57 @@ def module_of(path):
 
 def imported(path, modules, late=False):
     """Those of our modules that a file imports while it is itself imported; late: also inside of functions."""
-    nodes, found = list(ast.walk(ast.parse(path.read_text()))), set()
+    nodes = list(ast.walk(ast.parse(path.read_text())))
     if not late:
-        inside = {id(n) for f in nodes if isinstance(f, Definition) for n in ast.walk(f)}
-        nodes = [node for node in nodes if id(node) not in inside]
+        functions = [node for node in nodes if isinstance(node, Definition)]
+        inside = {inner for function in functions for inner in ast.walk(function)}
+        nodes = [node for node in nodes if node not in inside]
+
+    # `from a import b`: a module a, and perhaps a module a.b
+    found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f'{node.module}.{alias.name}' for alias in node.names}
+            found.add(node.module)
+            found |= {f'{node.module}.{alias.name}' for alias in node.names}
     return found & modules
 
 
 def product():
     """The files of the project itself: without experiments, configs and tests."""
-    folders = [ROOT, *(ROOT / name for name in (*LIBRARIES, 'tools'))]
+    folders = [ROOT]
+    folders += [ROOT / name for name in (*LIBRARIES, 'tools')]
     return [path for folder in folders for path in sorted(folder.glob('*.py'))]
 
 
 def cycle(paths, late=False):
-    """The modules that are left where no more leaf can be taken away: empty without a cycle."""
-    names = {module_of(path): path for path in paths}
-    arrows = {name: imported(path, set(names), late) - {name} for name, path in names.items()}
-    while leaves := [name for name, to in arrows.items() if not to]:
-        arrows = {name: to - set(leaves) for name, to in arrows.items() if name not in leaves}
-    return sorted(arrows)
+    """The names of the modules that import one another in a circle, and of those that import these: empty without one."""
+    files = {module_of(path): path for path in paths}
+    imports = {name: imported(path, set(files), late) - {name} for name, path in files.items()}
+    # again and again, take away the modules that import no other
+    while leaves := {name for name, others in imports.items() if not others}:
+        imports = {name: others - leaves for name, others in imports.items() if name not in leaves}
+    return sorted(imports)
 
 
 def main():
+    """Print a line for each group of files and for each file of the product."""
     ours, top = product(), sorted(ROOT.glob('*.py'))
     groups = {'product': ours, 'top level': top, 'a DPO step': [ROOT / name for name in STEP]}
-    groups |= {name: sorted((ROOT / name).rglob('*.py')) for name in ('experiments', 'tests')}
+    for name in ('experiments', 'tests'):
+        groups[name] = sorted((ROOT / name).rglob('*.py'))
+    for path in ours:
+        groups[module_of(path)] = [path]
+
     print(f'{"":26s} files  lines  comments  nodes a code line  longest function')
-    for name, paths in (groups | {module_of(path): [path] for path in ours}).items():
+    for name, paths in groups.items():
         found = total(paths)
-        code = found.code or 1
-        lines = f'{len(paths):5d} {found.lines:6d} {found.comments / code:9.1%} {found.nodes / code:18.1f}'
-        print(f'{name:26s} {lines}  {found.longest[1]} {found.longest[0]}')
+        code = found.code or 1  # an empty file
+        size, function = found.longest
+        sizes = f'{len(paths):5d} {found.lines:6d}'
+        shares = f'{found.comments / code:9.1%} {found.nodes / code:18.1f}'
+        print(f'{name:26s} {sizes} {shares}  {function} {size}')
     print(f'python files at the top: {len(top)}; import cycle: {", ".join(cycle(ours)) or "none"}')
 
 

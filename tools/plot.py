@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from configurator import UserError, configure
 from runtime.log import NEUTRAL
@@ -27,27 +28,36 @@ width = 13.0  # inches
 config = configure(globals(), [x for x in sys.argv[1:] if x.startswith('-')])
 folders = [Path(x) for x in sys.argv[1:] if not x.startswith('-')]
 
-# title, what it says, metrics as group/name (log-probs: chosen solid, rejected dashed)
+# title, meaning, metrics as group/name; of two metrics the second is drawn dashed
+SAMPLED_KL = ('KL', 'KL(policy || reference) on its own samples, nats an answer', ['kl/samples'])
+# in its place, where no run has sampled
+CHOSEN_KL = (
+    'KL, as if chosen answers came from the reference',
+    'mean of log reference - log policy, nats an answer',
+    ['kl/chosen'],
+)
 PANELS = [
     ('loss', 'thin: training steps, smoothed; points: held-out examples', ['loss']),
     ('reward accuracy', 'share of pairs with the higher reward on the chosen answer', ['rewards/accuracies']),
     ('reward margin', 'chosen minus rejected implicit reward', ['rewards/margins']),
     ('log-probs', 'chosen (solid, filled) and rejected (dashed, open), nats an answer', ['logps/chosen', 'logps/rejected']),
-    ('KL', 'KL(policy || reference) on its own samples, nats an answer', ['kl/samples']),
+    SAMPLED_KL,
 ]  # fmt: skip
-# in place of the last, where no run has sampled
-NOT_SAMPLED = (
-    'KL, as if chosen answers came from the reference',
-    'mean of log reference - log policy, nats an answer',
-    ['kl/chosen'],
-)
 DRAWN = ('loss', 'rewards', 'logps', 'kl', 'gold')  # groups of metrics
 
 # ---- what a run left ----
 
 
+class Run(NamedTuple):
+    """What a run's folder holds: options by name, rows of metrics.jsonl, rows of samples.jsonl."""
+
+    options: dict
+    rows: list
+    samples: list
+
+
 def read(folder):
-    """(options, rows of metrics.jsonl, rows of samples.jsonl) of a run's folder. Raises UserError."""
+    """The Run of a folder. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f'there is no folder {folder}')
     try:
@@ -59,8 +69,8 @@ def read(folder):
     rows = lines(folder / 'metrics.jsonl', {'split': str, 'counters/examples': int})
     if not any(row['split'] in ('train', 'eval') for row in rows):
         raise UserError(f'{folder} has no steps in its metrics.jsonl yet')
-    texts = dict.fromkeys(('generator', 'prompt', 'response'), str)
-    return options, rows, lines(folder / 'samples.jsonl', {'examples': int, **texts})
+    kinds = {'examples': int, 'generator': str, 'prompt': str, 'response': str}
+    return Run(options, rows, lines(folder / 'samples.jsonl', kinds))
 
 
 def lines(file, kinds):
@@ -81,26 +91,40 @@ def lines(file, kinds):
             print(f'note: the last line of {file} is not complete')
             continue
         wrong = [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
-        for name in row if 'split' in kinds else ():
-            drawn = name.replace('_', '/').partition('/')[0] in DRAWN
-            # nan, of a run that went wrong, is no point; matplotlib fails on numbers that are larger
-            if drawn and not (isinstance(row[name], int | float) and not abs(row[name]) > 1e300):
-                wrong.append(name)
+        if 'split' in kinds:
+            wrong += [name for name, value in row.items() if is_drawn(name) and not is_number(value)]
         if wrong:
             raise UserError(f'{file} has a row without a proper {wrong[0]}: it is damaged, or of something else')
         rows.append(row)
     return rows
 
 
+def is_drawn(metric):
+    """Whether a metric, such as loss/train or rewards_train/margins, may be in a panel."""
+    group = metric.replace('_', '/').partition('/')[0]
+    return group in DRAWN
+
+
+def is_number(value):
+    """Whether a value can be drawn; nan, of a run that went wrong, is no point. matplotlib fails on larger numbers."""
+    return isinstance(value, int | float) and not abs(value) > 1e300
+
+
 def labels(runs):
-    """A name for each run: its folder, and the options in which the runs differ."""
-    keys = dict.fromkeys(k for options, *_ in runs for k in options if k not in NEUTRAL | {'out_dir'})
-    differ = [k for k in keys if len({json.dumps(options.get(k)) for options, *_ in runs}) > 1]
+    """A name for each run: its folder, and up to five of the options in which the runs differ."""
+    keys = dict.fromkeys(key for run in runs for key in run.options if key not in NEUTRAL | {'out_dir'})
+    differ = []
+    for key in keys:
+        values = {json.dumps(run.options.get(key)) for run in runs}
+        if len(values) > 1:
+            differ.append(key)
+
     names = []
-    for folder, (options, *_) in zip(folders, runs, strict=True):
-        told = [f'{k}={options[k]}' for k in differ if options.get(k) is not None]
-        more = ', ...' if len(told) > 5 else ''
-        name = f'{folder.name}: {", ".join(told[:5])}{more}' if told else folder.name
+    for folder, run in zip(folders, runs, strict=True):
+        told = [f'{key}={run.options[key]}' for key in differ if run.options.get(key) is not None]
+        if len(told) > 5:
+            told = [*told[:5], '...']
+        name = f'{folder.name}: {", ".join(told)}' if told else folder.name
         names.append(name.replace('$', r'\$'))  # else matplotlib reads mathematics
     return names
 
@@ -110,6 +134,7 @@ def labels(runs):
 
 def curve(rows, split, metric):
     """(examples, values) of a metric, written as group/name, in the rows of a split."""
+    # its name in a row: loss/train, rewards_train/margins
     group, slash, name = metric.partition('/')
     key = f'{group}_{split}/{name}' if slash else f'{group}/{split}'
     found = [row for row in rows if row['split'] == split and key in row]
@@ -119,21 +144,26 @@ def curve(rows, split, metric):
 def smoothed(values):
     """Means over a window that ends at each value, so that no step knows the future."""
     size = max(1, round(smooth * len(values)))
-    return [statistics.fmean(values[max(0, i + 1 - size) : i + 1]) for i in range(len(values))]
+    ends = range(1, len(values) + 1)
+    return [statistics.fmean(values[max(0, end - size) : end]) for end in ends]
 
 
 def frontier(rows, samples):
-    """(KL, gold reward, its standard error) of the reference, if it was sampled, and of every evaluation with both."""
+    """Points (KL, gold reward, its standard error): of the reference, if it was sampled, and of every evaluation with both."""
+    # (who answered, examples seen before) -> gold rewards of the answers
     scores = {}
     for row in samples:
-        prompt = row['prompt'].removeprefix('Review of the ').removesuffix(':')
-        if prompt in toy.PLACES:
-            scores.setdefault((row['generator'], row['examples']), []).append(toy.gold(row['prompt'], row['response']))
+        place = row['prompt'].removeprefix('Review of the ').removesuffix(':')
+        if place in toy.PLACES:
+            gold = toy.gold(row['prompt'], row['response'])
+            scores.setdefault((row['generator'], row['examples']), []).append(gold)
+
     # the reference's answers are the same every time
     references = [values for (name, _), values in scores.items() if name == 'reference']
     points = [(0.0, *mean_and_error(values)) for values in references[:1]]
+
+    # of ppo.py a metric has the mean of all answers, of other scripts the samples are there
     for row in rows:
-        # the metric is of all answers of ppo.py, not of some
         kl, measured = row.get('kl_eval/samples'), row.get('gold/eval')
         sampled = scores.get(('policy', row['counters/examples']))
         if kl is not None and measured is not None:
@@ -144,6 +174,7 @@ def frontier(rows, samples):
 
 
 def mean_and_error(values):
+    """(mean, its standard error) of numbers."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return statistics.fmean(values), error
 
@@ -161,13 +192,12 @@ def draw(runs):
     import matplotlib.pyplot as plt
 
     # the panels that have anything to show
-    def anywhere(panel):
-        return any(curve(rows, split, m)[0] for _, rows, _ in runs for split in ('train', 'eval') for m in panel[2])
-
-    panels = PANELS if anywhere(PANELS[-1]) else [*PANELS[:-1], NOT_SAMPLED]
-    shown = [panel for panel in panels if anywhere(panel)]
-    frontiers = [frontier(rows, samples) for _, rows, samples in runs]
-    count = len(shown) + any(frontiers)
+    panels = PANELS
+    if not has_curve(SAMPLED_KL, runs):
+        panels = [CHOSEN_KL if panel is SAMPLED_KL else panel for panel in PANELS]
+    panels = [panel for panel in panels if has_curve(panel, runs)]
+    frontiers = [frontier(run.rows, run.samples) for run in runs]
+    count = len(panels) + any(frontiers)
     if not count:
         raise UserError('these runs have no metric that is drawn')
 
@@ -177,15 +207,17 @@ def draw(runs):
     across, down = min(3, count), -(-count // 3)
     size = width, 3.3 * down + 0.25 * len(runs)
     figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout='constrained')
+    axes = list(axes.flat)
+
+    # every run its colour; the frontiers come last
     palette = plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
     colours = [palette[i % len(palette)] for i in range(len(runs))]
-    axes = list(axes.flat)
-    for axis, panel in zip(axes, shown, strict=False):
-        draw_panel(axis, panel, [rows for _, rows, _ in runs], colours)
+    for axis, panel in zip(axes, panels, strict=False):
+        draw_panel(axis, panel, runs, colours)
     if any(frontiers):
-        draw_frontiers(axes[len(shown)], frontiers, colours)
-    for axis in axes[count:]:
-        axis.remove()
+        draw_frontiers(axes[len(panels)], frontiers, colours)
+    for unused in axes[count:]:
+        unused.remove()
 
     # which colour is which run
     named = zip(labels(runs), colours, strict=True)
@@ -198,25 +230,39 @@ def draw(runs):
     print(f'{out}: {len(runs)} runs, {count} panels')
 
 
+def has_curve(panel, runs):
+    """Whether any run has a point of a panel."""
+    _, _, metrics = panel
+    for run in runs:
+        for metric in metrics:
+            for split in ('train', 'eval'):
+                examples, _ = curve(run.rows, split, metric)
+                if examples:
+                    return True
+    return False
+
+
 def draw_panel(axis, panel, runs, colours):
-    """The training curves and evaluations of a panel's metrics. runs: the rows of each."""
+    """The training curves and evaluations of a panel's metrics."""
     title, meaning, metrics = panel
     looks = [{'linestyle': '-', 'markerfacecolor': 'auto'}, {'linestyle': '--', 'markerfacecolor': 'white'}]
-    for rows, colour in zip(runs, colours, strict=True):
+    for run, colour in zip(runs, colours, strict=True):
         for metric, look in zip(metrics, looks, strict=False):
-            x, y = curve(rows, 'train', metric)
-            axis.plot(x, smoothed(y), color=colour, linewidth=1, alpha=0.6, **look)
-            x, y = curve(rows, 'eval', metric)
-            line = 1.5 if len(x) > 2 else 0
-            axis.plot(x, y, color=colour, marker='o', markersize=5, linewidth=line, **look)
+            examples, values = curve(run.rows, 'train', metric)
+            axis.plot(examples, smoothed(values), color=colour, linewidth=1, alpha=0.6, **look)
+            examples, values = curve(run.rows, 'eval', metric)
+            line = 1.5 if len(examples) > 2 else 0
+            axis.plot(examples, values, color=colour, marker='o', markersize=5, linewidth=line, **look)
     entitle(axis, title, meaning, 'training examples')
 
 
 def draw_frontiers(axis, frontiers, colours):
-    """Gold reward against KL, a line a run."""
-    for found, colour in zip(frontiers, colours, strict=True):
-        kl, gold, error = zip(*found, strict=True) if found else ((), (), ())
-        sizes = [18] * (len(kl) - 1) + [80] * bool(kl)
+    """Gold reward against KL, a line a run: its points as frontier gives them."""
+    for points, colour in zip(frontiers, colours, strict=True):
+        kl, gold, error = zip(*points, strict=True) if points else ((), (), ())
+        sizes = [18] * len(points)
+        if points:
+            sizes[-1] = 80
         axis.plot(kl, gold, color=colour, linewidth=1, alpha=0.6)
         axis.errorbar(kl, gold, error, color=colour, fmt='none', alpha=0.35)
         axis.scatter(kl, gold, sizes, color=colour)
@@ -225,6 +271,7 @@ def draw_frontiers(axis, frontiers, colours):
 
 
 def entitle(axis, title, meaning, xlabel):
+    """Write a panel's title, what it means, and what is on its x axis."""
     axis.set(xlabel=xlabel)
     axis.set_title(title, loc='left', pad=17)
     axis.text(0, 1.025, meaning, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
