@@ -256,6 +256,7 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, config, divergence, reference):
+        """hidden (N, d), weight (V, d), bias (V,) or None, target (N,) -> the rows of _per_token, (1 or 3, N)."""
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
         tokens = hidden.new_empty(3 if divergence else 1, len(target), dtype=wide(hidden))
@@ -272,6 +273,7 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """grad (1 or 3, N) of what forward returned -> gradients of hidden, weight and bias; logits are made again."""
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         _, weight_trains, bias_trains, *_ = ctx.needs_input_grad
@@ -293,7 +295,6 @@ class Head(torch.autograd.Function):
                 slope = grad[0, rows, None] * _scale(config)
                 d_raw = torch.softmax(logits, 1, out=logits).mul_(-slope)
                 d_raw.scatter_add_(1, target[rows, None], slope)
-
             # from there to hidden states and head
             d_raw = d_raw.to(weight.dtype)
             d_hidden[rows] = d_raw @ weight
@@ -308,16 +309,15 @@ class Head(torch.autograd.Function):
 
 
 # ---- divergences of the policy from the reference at one position, for TDPO and Ra-DPO: (..., V) log-probs -> (...,) ----
-# Z = log ref - log pi, a random variable under the reference's distribution. Only kl, cvar and erm are risk measures of it.
 
 
 def kl(log_pi, log_ref):
-    """KL(reference || policy) at a position: (..., V) log-probs -> (...,). Z = log ref - log pi, averaged under ref."""
+    """KL(reference || policy) at a position: the mean of Z = log ref - log pi under the reference."""
     return (log_ref.exp() * (log_ref - log_pi)).sum(-1)
 
 
 def cvar(log_pi, log_ref, *, mu):
-    """Mean of Z over the worst probability mass mu of the reference; mu = 1 is the KL. Ra-DPO, arXiv:2505.20359."""
+    """Mean of Z = log ref - log pi over its worst mass mu under the reference; mu = 1 is the KL. Ra-DPO, arXiv:2505.20359."""
     z, order = (log_ref - log_pi).sort(-1, descending=True)
     p = log_ref.exp().gather(-1, order)
     before = p.cumsum(-1) - p  # the mass of what is worse
@@ -327,14 +327,14 @@ def cvar(log_pi, log_ref, *, mu):
 
 
 def erm(log_pi, log_ref, *, mu):
-    """Entropic risk (1 / mu) log mean exp(mu Z) under the reference; mu -> 0 is the KL. Ra-DPO, arXiv:2505.20359."""
+    """(1 / mu) log mean exp(mu Z), Z = log ref - log pi, under the reference; mu -> 0 is the KL. Ra-DPO, arXiv:2505.20359."""
     return torch.logsumexp(log_ref + mu * (log_ref - log_pi), -1) / mu
 
 
 def released(log_pi, log_ref, *, mu, parts=2):
     """What Ra-DPO's published code computes; not a risk measure, kept to reproduce published curves.
 
-    In each half of the vocabulary, sum of p Z over Z above the unweighted (1 - mu) quantile; 0 where policy = reference."""
+    In each half of the vocabulary, sum of p Z over Z = log ref - log pi above its unweighted (1 - mu) quantile."""
     z, p = log_ref - log_pi, log_ref.exp()
     size, rest = divmod(z.shape[-1], parts)
     sizes = [size] * (parts - 1) + [size + rest]  # the last part gets the rest of the vocabulary

@@ -15,7 +15,7 @@ def mean(wins, clusters=None):
     if not n:
         return None, None
     average = wins.mean()
-    squares = _meat(wins[:, None] - average, clusters)[0, 0]  # of a 1 by 1 matrix
+    squares = _outer_products(wins[:, None] - average, clusters)[0, 0]  # of a 1 by 1 matrix
     return float(average), _root(squares / n**2)
 
 
@@ -54,7 +54,7 @@ def length_controlled(wins, difference, clusters=None):
         return None, None, None
     # the rate is sigmoid(a), whose slope is rate (1 - rate): so much of a's error is the rate's
     inverse = np.linalg.inv(information)
-    covariance = inverse @ _meat(x * (wins - p)[:, None], clusters) @ inverse  # of beta
+    covariance = inverse @ _outer_products(x * (wins - p)[:, None], clusters) @ inverse  # of beta
     rate = float(1 / (1 + np.exp(-beta[0])))
     error = _root(covariance[0, 0])
     if error is not None:
@@ -74,7 +74,7 @@ def orders(verdicts):
     return {'first_shown': mean(shown), 'agreement': mean(straight == swapped)}
 
 
-def _meat(scores, clusters):
+def _outer_products(scores, clusters):
     """Sum over clusters of the outer products of their summed scores (n, k), times c / (c - 1): (k, k). nan for one cluster."""
     if clusters is None:
         clusters = np.arange(len(scores))
