@@ -17,85 +17,95 @@ from text.examples import Examples
 
 
 def steps(n, batch_size, total, seed, start=0, shuffle=True):
-    """Yield (first, rows) of every step from example count start to total: epochs without replacement, end to end."""
-    epoch, order = -1, None
-    # the count of an example decides its epoch and its place in it, wherever a run began
+    """Yield (first, rows) of every step: how many examples were taken before it, and which of the n examples it takes.
+
+    The steps go from example number start to total. Epochs follow each other without a gap, each in an order of its own."""
+    order_of = -1  # the epoch that order belongs to
     for first in range(start, total, batch_size):
         rows = []
-        for count in range(first, min(first + batch_size, total)):
-            if count // n != epoch:
-                epoch, order = count // n, np.arange(n)
-                if shuffle:
-                    order = np.random.default_rng((seed, epoch)).permutation(n)
-            rows.append(order[count % n])
+        for number in range(first, min(first + batch_size, total)):
+            # an example's number decides its epoch and its place in it, wherever a run began
+            epoch, place = divmod(number, n)
+            if epoch != order_of:
+                order_of = epoch
+                order = np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
+            rows.append(order[place])
         yield first, np.array(rows)
 
 
 def plan(lengths, world, max_tokens):
-    """Cut a step into microbatches: [rank][microbatch] -> slots in the step, every rank as many microbatches.
+    """Cut a step into microbatches: [rank][microbatch] -> list of slots (places of examples in the step).
 
-    A microbatch holds at most max_tokens tokens, or one example that is longer. Slots appear once; a microbatch may be
-    empty where there are fewer examples than microbatches. Longest first into the emptiest: nearly equal loads."""
-    # at least so many microbatches a rank
+    lengths: tokens of each example. Every rank gets equally many microbatches, each of at most max_tokens tokens, or of a
+    single longer example; where examples are few, some are empty. Each slot appears once."""
+    # each rank has at least this many microbatches (-(-a // b) rounds up)
     tokens = sum(min(int(n), max_tokens) for n in lengths)
     count = max(1, -(-tokens // (world * max_tokens)))
-    order = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])
+    longest_first = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])
 
-    # as few microbatches a rank as possible: try, and take one more where one overflows
+    # as few as possible: put the longest into the emptiest, and take one microbatch more where one overflows
     while True:
-        bins = [(0, number, []) for number in range(world * count)]
+        bins = [(0, number, []) for number in range(world * count)]  # (tokens, number, slots), the emptiest on top
         fits = True
-        for slot in order:
+        for slot in longest_first:
             load, number, slots = heapq.heappop(bins)
-            fits = fits and (not slots or load + lengths[slot] <= max_tokens)
+            load += int(lengths[slot])
+            if slots and load > max_tokens:
+                fits = False
             slots.append(slot)
-            heapq.heappush(bins, (load + int(lengths[slot]), number, slots))
+            heapq.heappush(bins, (load, number, slots))
         if fits:
             break
         count += 1
 
-    # the heaviest ones are computed at the same time on all ranks
+    # dealt out to the ranks by size, so that the heaviest are computed at the same time
     bins.sort(key=lambda item: (-item[0], item[1]))
-    return [[sorted(bins[m * world + rank][2]) for m in range(count)] for rank in range(world)]
+    dealt = [sorted(slots) for _, _, slots in bins]
+    return [dealt[rank::world] for rank in range(world)]
 
 
 def plan_padded(widths, world, max_tokens):
-    """As plan, for padded batches, where every example is as wide as the widest beside it: similar widths side by side."""
-    # the widest first: each bin is as wide as its first example
-    bins, widest = [], 0
+    """As plan, for padded batches: there an example takes as many tokens as the widest one of its microbatch.
+
+    widths: tokens of each example with its own padding. Examples of similar width go together."""
+    # the widest first: a microbatch is as wide as its first example
+    bins, width = [], 0
     for slot in sorted(range(len(widths)), key=lambda slot: -widths[slot]):
-        if not bins or (len(bins[-1]) + 1) * widest > max_tokens:
+        if not bins or (len(bins[-1]) + 1) * width > max_tokens:
             bins.append([])
-            widest = widths[slot]
+            width = widths[slot]
         bins[-1].append(slot)
 
-    # every rank as many: the fullest is split in two
+    # every rank gets equally many: the fullest is halved until that holds
     while len(bins) % world or not bins:
         fullest = max(bins, key=len, default=[])
         middle = max(1, len(fullest) // 2)
         bins.append(fullest[middle:])
         del fullest[middle:]
-    # the heaviest at the same time on all ranks
+    # the heaviest at the same time on all ranks; an empty one weighs nothing
     bins.sort(key=lambda slots: -len(slots) * widths[slots[0]] if slots else 0)
     return [[sorted(slots) for slots in bins[rank::world]] for rank in range(world)]
 
 
 def make_batches(examples: Examples, rows, rank, world, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
-    """(this rank's Batches of the examples at rows, real tokens of all ranks, tokens with padding of all ranks)."""
-    # tokens of each example, with a prompt for each answer where it is not shared
-    widths = examples.widths[rows]
+    """(this rank's Batches of a step, the step's tokens on all ranks, the same with padding). rows: of its examples."""
+    # tokens of each example (step,): with as many copies of its prompt as answers, where they do not share one
+    widths = examples.widths[rows]  # (step, 1 + answers)
+    prompts = widths[:, 0]
     answers = widths.shape[1] - 1
     lengths = examples.lengths[rows]
     if pad or not share_prefix:
-        lengths = lengths + (answers - 1) * widths[:, 0]
+        lengths = lengths + (answers - 1) * prompts
 
     # which examples go together; every rank makes the same plan
     if pad:
-        padded = answers * (widths[:, 0] + widths[:, 1:].max(1))
+        padded = answers * (prompts + widths[:, 1:].max(1))
         plans = plan_padded(padded, world, max_tokens)
-        allocated = sum(len(slots) * int(padded[slots].max()) for plan in plans for slots in plan if slots)
+        filled = [slots for microbatches in plans for slots in microbatches if slots]
+        allocated = sum(len(slots) * int(padded[slots].max()) for slots in filled)
     else:
-        plans, allocated = plan(lengths, world, max_tokens), int(lengths.sum())
+        plans = plan(lengths, world, max_tokens)
+        allocated = int(lengths.sum())
 
     # this rank's microbatches
     batches = []
@@ -165,47 +175,49 @@ class Batch:
 def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu'):
     """A Batch of (prompt, answers) examples. pad: one padded row an answer; share_prefix=False: a prompt for each answer.
 
-    An empty list makes a filler example with this many answers, so that its rank can take part in the collectives."""
+    slots: the examples' places in the step. No examples: a filler with this many answers, for the rank joins collectives."""
     if not examples:
-        examples, slots = [(np.array([0]), [np.array([0])] * filler)], [-1]
-    # a group is a prompt and the answers that share its copy
+        one = np.array([0])
+        examples, slots = [(one, [one] * filler)], [-1]
+    # a group is a prompt and the answers that share its copy; here every answer has its own copy, or none has
     groups = examples
     if pad or not share_prefix:
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
     width = max(len(prompt) + len(answers[0]) for prompt, answers in groups)  # of padded rows
 
-    # lay out one group after the other, in one flat row of ids
-    pieces, position, shapes, start = [], [], [], 0
+    # one group after the other in one flat row of ids; place: where in it the next piece begins
+    pieces, position, shapes, place = [], [], [], 0
     n, first, before = [], [], []  # of each answer: its length, the place of its first token, and of its prompt's last
     for prompt, answers in groups:
-        p = len(prompt)
-        end = start + p
+        row_end = place + width
         pieces.append(prompt)
-        position.append(np.arange(p))
+        position.append(np.arange(len(prompt)))
+        place += len(prompt)
+        prompt_last = place - 1
         for answer in answers:
-            k = len(answer)
             pieces.append(answer)
-            position.append(np.arange(p, p + k))  # every answer follows the prompt
-            n.append(k)
-            first.append(end)
-            before.append(start + p - 1)
-            end += k
+            position.append(len(prompt) + np.arange(len(answer)))  # every answer follows the prompt
+            n.append(len(answer))
+            first.append(place)
+            before.append(prompt_last)
+            place += len(answer)
         if pad:
-            pieces.append(np.zeros(start + width - end, int))
-            end = start + width
-        shapes.append((p, tuple(map(len, answers))))
-        start = end
+            pieces.append(np.zeros(row_end - place, int))
+            place = row_end
+        shapes.append((len(prompt), tuple(map(len, answers))))
 
-    # which of these tokens are predicted
+    # which of these tokens are predicted; ~id stands for a token that is only seen
     ids = np.concatenate(pieces)
     n, first, before = map(np.array, (n, first, before))
     arrays = predicted(ids, n, first, before)
-    arrays |= {'ids': np.where(ids < 0, ~ids, ids)[None], 'last': first + n - 1}
+    arrays['ids'] = np.where(ids < 0, ~ids, ids)[None]  # (1, T)
+    arrays['last'] = first + n - 1
 
-    # padded: one row an answer, and a mask; packed: one row of all, and where its groups lie
+    # padded: a row for each answer, and a mask; packed: one row of all, and where its groups lie
     if pad:
         arrays['ids'] = arrays['ids'].reshape(-1, width)
-        arrays['mask'] = np.arange(width) < [[p + sizes[0]] for p, sizes in shapes]
+        lengths = np.array([[prompt + answer] for prompt, (answer,) in shapes])  # (A, 1)
+        arrays['mask'] = np.arange(width) < lengths
     else:
         arrays['position'] = np.concatenate(position)[None]
     for name, array in arrays.items():
@@ -213,20 +225,21 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     batch = Batch(**arrays, slot=list(slots), longest=int(n.max()))
     if not pad:
         batch.groups = shapes
-        batch.varlen = Varlen(shapes, device) if torch.device(device).type == 'cuda' else None
+        if torch.device(device).type == 'cuda':
+            batch.varlen = Varlen(shapes, device)
     return batch
 
 
 def predicted(ids, n, first, before):
-    """Columns of a Batch that say which tokens are predicted, and where: of every answer all tokens that are trained on.
+    """Columns of a Batch that say which tokens are predicted, and where: those tokens of the answers that are trained on.
 
-    n, first, before: of each answer its length, the place of its first token in ids, and that of its prompt's last."""
-    # which answer a token belongs to, which token of it, where it lies
+    n, first, before (A,): of each answer its length, the place of its first token in ids, and that of its prompt's last."""
+    # of each answer token: which answer it belongs to, which token of it, where it lies
     answer = np.repeat(np.arange(len(n)), n)
     offset = np.concatenate([np.arange(k) for k in n])
     place = first[answer] + offset
 
-    # a token that is only seen, as the user's later turns, is stored as ~id
+    # without those that are only seen, as the user's later turns: they are stored as ~id, which is negative
     trained = ids[place] >= 0
     answer, offset, place = answer[trained], offset[trained], place[trained]
     # the first one is predicted at the prompt's end, the others at the token before them
@@ -236,30 +249,33 @@ def predicted(ids, n, first, before):
 
 
 def pack_probe(examples, device):
-    """The first and the longest example, packed and padded: to see whether a model gives both the same log-probs."""
+    """[packed, padded] Batches of the same two examples, to see whether a model gives both the same log-probs."""
     # an ordinary example, and the one that needs the most room
-    two = [examples[0], examples[int(examples.lengths.argmax())]]
+    longest = int(examples.lengths.argmax())
+    two = [examples[0], examples[longest]]
     return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]
 
 
 class Varlen:
-    """What the CUDA kernel needs: queries in row order; keys gathered so that each answer has its prompt before it."""
+    """What the CUDA kernel needs: queries in row order; keys gathered so that each answer has its prompt before it.
+
+    cu_q, cu_k (A + 1,): where each answer's queries and keys begin and end; max_q, max_k: the longest of them."""
 
     def __init__(self, groups, device):
-        # q and k: lengths of what each answer asks, and of what it may look at
-        gather, q, k, start = [], [], [], 0
-        for p, answers in groups:
-            end = start + p
-            for i, n in enumerate(answers):
-                gather += [np.arange(start, start + p), np.arange(end, end + n)]
-                q.append(n if i else p + n)  # the prompt's queries go with the first answer
-                k.append(p + n)
-                end += n
-            start = end
+        gather, start = [], 0
+        n_queries, n_keys = [], []  # of each answer
+        for prompt, answers in groups:
+            prompt_places = np.arange(start, start + prompt)
+            start += prompt
+            for i, answer in enumerate(answers):
+                gather += [prompt_places, np.arange(start, start + answer)]
+                n_keys.append(prompt + answer)
+                n_queries.append(answer if i else prompt + answer)  # the prompt's queries go with the first answer
+                start += answer
         self.gather = torch.from_numpy(np.concatenate(gather)).to(device)
-        ends = [np.cumsum([0, *lengths]) for lengths in (q, k)]
-        self.cu_q, self.cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in ends)
-        self.max_q, self.max_k = max(q), max(k)
+        edges = [np.cumsum([0, *lengths]) for lengths in (n_queries, n_keys)]
+        self.cu_q, self.cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in edges)
+        self.max_q, self.max_k = max(n_queries), max(n_keys)
 
 
 if __name__ == '__main__':

@@ -22,9 +22,11 @@ def core(model):
 def blocks(model):
     """The transformer blocks, by the class names that the model itself (and a critic inside it) declares."""
     # every class that any part of the model calls a block
-    names = {name for m in core(model).modules() for name in getattr(m, '_no_split_modules', None) or []}
+    names = set()
+    for module in core(model).modules():
+        names.update(getattr(module, '_no_split_modules', None) or [])
+    # no block inside another: Mamba names a block and a part of it
     found = {}
-    # Mamba names a block and a part of it: none inside another
     for path, module in core(model).named_modules():
         inside = any(path.startswith(f'{outer}.') for outer in found)
         if type(module).__name__ in names and not inside:
@@ -54,10 +56,10 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
         return _varlen_attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
-    # (q, k, v) of each prompt and each answer. split, not slices: its backward is one cat
+    # (q, k, v) of each prompt and each answer in row order. split, not slices: its backward is one cat
     sizes = [size for prompt, answers in packed.groups for size in (prompt, *answers)]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    out = []
+    out = []  # (1, H, n, D) each
     for _, answers in packed.groups:
         prompt_q, prompt_k, prompt_v = next(pieces)
         for i in range(len(answers)):
@@ -72,41 +74,46 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
 
 
 def _varlen_attention(query, key, value, scaling, sliding_window, layout):
-    """The same by one kernel, in half precision on CUDA: (T, H, D). layout: data.Varlen."""
+    """What packed_attention returns, from one kernel for half precision on CUDA: (T, H, D). layout: data.Varlen."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     # keys and values: each answer with its prompt before it, grouped heads repeated
     repeat = q.shape[1] // k.shape[1]
     k, v = (x[layout.gather].repeat_interleave(repeat, 1) for x in (k, v))
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # (-1, 0): causal
+    # how many tokens a query sees before its own (-1: all), and behind it
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
     return varlen_attn(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, scale=scaling, window_size=window)
 
 
 def _attend(q, k, v, scaling, window, softcap):
-    """Causal attention of the last q.shape[2] positions of a sequence over all of it."""
-    # (n, m), and only where causal attention from the first position on does not say it all
+    """Causal attention of the last n positions of a sequence over all m of it: q (1, H, n, D), k and v (1, H_kv, m, D)."""
     n, m = q.shape[2], k.shape[2]
+    before = m - n  # positions without a query
+    # a mask (n, m), only where sdpa's is_causal, which counts from the first position on, does not do
     mask = None
-    if n < m or softcap or (window and window < m):
-        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    if before or softcap or (window and window < m):
+        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(before)
         if window:
-            mask = mask.triu(m - n - window + 1)
-    repeat = q.shape[1] // k.shape[1]
+            mask = mask.triu(before - window + 1)
+    repeat = q.shape[1] // k.shape[1]  # queries' heads that share one of the keys'
     if not softcap:
         options = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
     # a soft cap lies between the scores and their softmax, which sdpa does not offer: (n, m) scores of every head
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = q @ k.repeat_interleave(repeat, 1).mT * scale
+    k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
+    scores = q @ k.mT * scale
     capped = softcap * torch.tanh(scores / softcap)
     weights = capped.masked_fill(~mask, float('-inf')).float().softmax(-1)
-    return weights.to(v.dtype) @ v.repeat_interleave(repeat, 1)
+    return weights.to(v.dtype) @ v
 
 
 def set_attention(model, packed, own=None):
-    """Packed attention, or for padded batches own, from then on: by default sdpa, or eager where there is none (Gemma 2)."""
+    """Choose a model's attention from now on: packed_attention, or for padded batches the one of transformers called own.
+
+    own None: the one chosen before, or sdpa, or eager where there is no sdpa (Gemma 2). Raises UserError."""
     # what padded batches use is remembered on the model
     inner = core(model)
     default = 'sdpa' if inner._supports_sdpa else 'eager'
@@ -133,11 +140,10 @@ def padded_attention(model):
 
 
 def response_logps(model, batch, divergence=None, reference=None):
-    """Log-prob sums of the A answers of a batch -> (1, A), or (3, A) with a divergence: log-probs, divergences, and the
-    reference's log-probs. float32; under autograd the logits are recomputed in backward.
+    """Sum the log-probs of the tokens of each of a batch's A answers: (1, A), float32. Backward computes the logits again.
 
-    divergence: a function of (log_pi, log_ref), both (n, V) -> (n,), such as kl below; reference: the reference model's
-    hidden_and_head on the same batch."""
+    With a divergence (3, A): sums of log-probs, of divergences from the reference, and of the reference's log-probs. It is a
+    function of (log_pi, log_ref), both (n, V) -> (n,), such as kl. reference: that model's hidden_and_head on the batch."""
     # where an answer token is predicted, and nowhere else: hidden (N, d)
     hidden, (weight, bias) = hidden_and_head(model, batch)
     device = hidden.device  # only a device map puts the targets, or the reference, elsewhere
@@ -145,7 +151,7 @@ def response_logps(model, batch, divergence=None, reference=None):
         ref_hidden, ref_head = reference
         reference = ref_hidden.to(device), [x if x is None else x.to(device) for x in ref_head]
     target = batch.target.to(device)
-    # (1 or 3, N)
+    # (1 or 3, N) numbers of tokens, and their sums over each answer
     tokens = Head.apply(hidden, weight, bias, target, core(model).config, divergence, reference)
     return torch.stack([batch.sum(row) for row in tokens.to(batch.ids.device)])
 
@@ -167,9 +173,13 @@ def hidden_states(model, batch):
 def body(model, batch):
     """Last hidden states of a batch, (rows, T, d)."""
     inner = core(model)
-    trunk = inner.model if inner.base_model is inner else inner.base_model  # Llama 4 misnames its own
+    trunk = inner.base_model
+    if trunk is inner:  # Llama 4 misnames its trunk
+        trunk = inner.model
     # packed batches have positions and groups, padded ones a mask
-    layout = {'position_ids': batch.position, 'packed': batch} if batch.groups else {'attention_mask': batch.mask}
+    layout = {'attention_mask': batch.mask}
+    if batch.groups:
+        layout = {'position_ids': batch.position, 'packed': batch}
     return trunk(input_ids=batch.ids, use_cache=False, **layout).last_hidden_state
 
 
@@ -182,8 +192,10 @@ def wide(x):
 
 
 def _scale(config):
-    """What some architectures multiply the head's output with (Cohere, Granite)."""
-    return (getattr(config, 'logit_scale', None) or 1.0) / (getattr(config, 'logits_scaling', None) or 1.0)
+    """What some architectures multiply the head's output with: 1 for most."""
+    factor = getattr(config, 'logit_scale', None) or 1.0  # Cohere
+    divisor = getattr(config, 'logits_scaling', None) or 1.0  # Granite
+    return factor / divisor
 
 
 def _cap(config):
@@ -201,14 +213,14 @@ def _post(raw, config):
 def _per_token(raw, rows, target, config, divergence, reference):
     """Head output (n, V) at some rows -> log-probs of their targets (n,); with a divergence also that, and the reference's."""
     logits = _post(raw, config)
-    chosen = target[rows, None]
+    target = target[rows, None]  # (n, 1)
     if divergence is None:
-        return (logits.gather(1, chosen)[:, 0] - logits.logsumexp(1),)
+        return (logits.gather(1, target).squeeze(1) - logits.logsumexp(1),)
     # both distributions in full, for these positions
     hidden, head = reference
     log_pi = logits.log_softmax(1)
     log_ref = _post(F.linear(hidden[rows], *head), config).log_softmax(1)
-    return log_pi.gather(1, chosen)[:, 0], divergence(log_pi, log_ref), log_ref.gather(1, chosen)[:, 0]
+    return log_pi.gather(1, target).squeeze(1), divergence(log_pi, log_ref), log_ref.gather(1, target).squeeze(1)
 
 
 class Head(torch.autograd.Function):
@@ -217,34 +229,34 @@ class Head(torch.autograd.Function):
     @staticmethod
     def chunks(n, vocabulary, device):
         """Slices of n positions whose logits are small beside the model."""
-        most = 2**27 if device.type == 'cuda' else 2**23
+        most = 2**27 if device.type == 'cuda' else 2**23  # logits in a chunk
         size = max(1, most // vocabulary)
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
     @staticmethod
     def begin(hidden, weight, config, divergence):
         """(chunks, a buffer that they share), or with a divergence or soft cap (chunks, None): _per_token makes all anew."""
-        # in place, since fresh memory costs a CPU as much as the matrix product
         chunks = Head.chunks(len(hidden), len(weight), hidden.device)
         if divergence or _cap(config):
             return chunks, None
+        # as long as the first chunk; shared, since fresh memory costs a CPU as much as the matrix product
         return chunks, hidden.new_empty(chunks[0].stop, len(weight), dtype=wide(hidden))
 
     @staticmethod
     def logits(buffer, hidden, weight, bias, config):
-        """Scaled logits of a chunk, in the buffer."""
+        """Scaled logits of a chunk, made in the buffer itself."""
         out = buffer[: len(hidden)]
         if weight.dtype == out.dtype:
             torch.mm(hidden, weight.T, out=out)
         else:
             out.copy_(hidden @ weight.T)
-        # in place, too
         if bias is not None:
             out += bias
         return out if _scale(config) == 1 else out.mul_(_scale(config))
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, config, divergence, reference):
+        """hidden (N, d), weight (V, d), bias (V,) or None, target (N,) -> the rows of _per_token, (1 or 3, N)."""
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
         tokens = hidden.new_empty(3 if divergence else 1, len(target), dtype=wide(hidden))
@@ -256,17 +268,17 @@ class Head(torch.autograd.Function):
             else:
                 logits = Head.logits(buffer, hidden[rows], weight, bias, config)
                 log_pi = torch.log_softmax(logits, 1, out=logits)
-                tokens[0, rows] = log_pi.gather(1, target[rows, None])[:, 0]
+                tokens[0, rows] = log_pi.gather(1, target[rows, None]).squeeze(1)
         return tokens
 
     @staticmethod
     def backward(ctx, grad):
+        """grad (1 or 3, N) of what forward returned -> gradients of hidden, weight and bias; logits are made again."""
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         _, weight_trains, bias_trains, *_ = ctx.needs_input_grad
-        # filled chunk by chunk
+        # filled chunk by chunk; what chunks add up is float32 whatever the compute type
         d_hidden = torch.empty_like(hidden)
-        # chunks add up in float32 whatever the compute type
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
         d_bias = torch.zeros_like(bias) if bias_trains else None
         chunks, buffer = Head.begin(hidden, weight, config, divergence)
@@ -276,13 +288,13 @@ class Head(torch.autograd.Function):
                 raw = F.linear(hidden[rows], weight, bias).requires_grad_()
                 with torch.enable_grad():
                     values = _per_token(raw, rows, target, config, divergence, reference)
+                # log-probs and divergences: the third, the reference's log-probs, has no gradient
                 (d_raw,) = torch.autograd.grad(values[:2], raw, tuple(grad[:2, rows]))
             else:
                 logits = Head.logits(buffer, hidden[rows], weight, bias, config)
                 slope = grad[0, rows, None] * _scale(config)
                 d_raw = torch.softmax(logits, 1, out=logits).mul_(-slope)
                 d_raw.scatter_add_(1, target[rows, None], slope)
-
             # from there to hidden states and head
             d_raw = d_raw.to(weight.dtype)
             d_hidden[rows] = d_raw @ weight
@@ -297,36 +309,35 @@ class Head(torch.autograd.Function):
 
 
 # ---- divergences of the policy from the reference at one position, for TDPO and Ra-DPO: (..., V) log-probs -> (...,) ----
-# Z = log ref - log pi, a random variable under the reference's distribution. Only kl, cvar and erm are risk measures of it.
 
 
 def kl(log_pi, log_ref):
-    """KL(reference || policy) at a position: (..., V) log-probs -> (...,). Z = log ref - log pi, averaged under ref."""
+    """KL(reference || policy) at a position: the mean of Z = log ref - log pi under the reference."""
     return (log_ref.exp() * (log_ref - log_pi)).sum(-1)
 
 
 def cvar(log_pi, log_ref, *, mu):
-    """Mean of Z over the worst probability mass mu of the reference; mu = 1 is the KL. Ra-DPO, arXiv:2505.20359."""
+    """Mean of Z = log ref - log pi over its worst mass mu under the reference; mu = 1 is the KL. Ra-DPO, arXiv:2505.20359."""
     z, order = (log_ref - log_pi).sort(-1, descending=True)
     p = log_ref.exp().gather(-1, order)
-    before = p.cumsum(-1) - p
-    # the atom at the border is shared
+    before = p.cumsum(-1) - p  # the mass of what is worse
+    # how much of each token's mass counts: all, a part at the border of mu, or nothing
     weight = (mu - before).clamp(min=0).minimum(p)
     return (weight * z).sum(-1) / mu
 
 
 def erm(log_pi, log_ref, *, mu):
-    """Entropic risk (1 / mu) log mean exp(mu Z) under the reference; mu -> 0 is the KL. Ra-DPO, arXiv:2505.20359."""
+    """(1 / mu) log mean exp(mu Z), Z = log ref - log pi, under the reference; mu -> 0 is the KL. Ra-DPO, arXiv:2505.20359."""
     return torch.logsumexp(log_ref + mu * (log_ref - log_pi), -1) / mu
 
 
 def released(log_pi, log_ref, *, mu, parts=2):
     """What Ra-DPO's published code computes; not a risk measure, kept to reproduce published curves.
 
-    In each half of the vocabulary, sum of p Z over Z above the unweighted (1 - mu) quantile; 0 where policy = reference."""
+    In each half of the vocabulary, sum of p Z over Z = log ref - log pi above its unweighted (1 - mu) quantile."""
     z, p = log_ref - log_pi, log_ref.exp()
     size, rest = divmod(z.shape[-1], parts)
-    sizes = [size] * (parts - 1) + [size + rest]
+    sizes = [size] * (parts - 1) + [size + rest]  # the last part gets the rest of the vocabulary
     total = 0.0
     for z_part, p_part in zip(z.split(sizes, -1), p.split(sizes, -1), strict=True):
         threshold = z_part.detach().quantile(1 - mu, dim=-1, keepdim=True)

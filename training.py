@@ -111,12 +111,12 @@ class Run:
     # ---- set-up, in this order ----
 
     def load_data(self, *, train=None, held_out=None, **options):
-        """Tokenised examples into run.train and run.held_out. options: of load_examples, for both; train, held_out: for one."""
+        """Load run.train and run.held_out. options: of load_examples, for both; train, held_out: more, for one of the two."""
         config = self.config
         names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
         common = {name: config[name] for name in names.split()}
         common |= {'tokenizer': self.tokenizer, 'undivided': eval_data is not None}
-        # a few steps need not tokenise millions of rows; they are drawn from the first of them
+        # a run of a few steps need not tokenise millions of rows: its examples are drawn from the first of them
         if config.n_examples and config.n_examples <= ENOUGH // 10:
             common['enough'] = {'train': ENOUGH, 'test': n_eval_examples}
         common |= options
@@ -141,8 +141,10 @@ class Run:
         """Count the examples to come, in whole groups, and say what they are. group: answers to a prompt, where they count."""
         config, train = self.config, self.train
         # epochs, or fewer examples than they have
-        most = config.n_epochs * len(train) * group
-        self.total = min(most, config.n_examples or most) // group * group
+        total = config.n_epochs * len(train) * group
+        if config.n_examples:
+            total = min(total, config.n_examples)
+        self.total = total // group * group
         counts = f'{len(train)} training and {len(self.held_out)} evaluation examples'
         log.say(f'data: {counts}; left out or changed: {train.changes()}')
         log.say(show.first(train, self.tokenizer))
@@ -161,7 +163,7 @@ class Run:
         self.policy = self.shard(build, compile=compile, activation_checkpointing=activation_checkpointing)
         if self.adapters:
             log.say(lora.describe(self.policy))
-        # of the adapters' dropout: nothing else draws from it
+        # the adapters' dropout draws from this generator, and nothing else does
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
@@ -182,8 +184,8 @@ class Run:
         # packed if the architecture gives the same log-probs so
         check_positions(self.policy, longest, what)
         wanted = pack and attn is None
-        probe = pack_probe(self.train, self.device)
-        self.packed = can_pack(self.policy, *probe, log.say, wanted=wanted)
+        packed, padded = pack_probe(self.train, self.device)
+        self.packed = can_pack(self.policy, packed, padded, log.say, wanted=wanted)
         set_attention(self.policy, self.packed, attn)
         how = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
         self.make_batches = partial(make_batches, rank=self.rank, world=self.world, max_tokens=max_tokens, **how)
@@ -223,7 +225,7 @@ class Run:
         return Step(first, rows, batches, tokens, allocated, labels)
 
     def steps(self, prepare=None):
-        """The steps from here to the end of the run, prepared ahead in a thread."""
+        """Yield the steps from here to the end of the run, prepared ahead in a thread."""
         prepare = prepare or self.prepare
         todo = steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
         self.clock = time.time()
@@ -239,11 +241,11 @@ class Run:
         """One optimizer step on the gradients of step, whose examples weigh weight together. Returns whether it was done: a
         loss or gradient that is not finite leaves the weights alone, and is counted."""
         config = self.config
-        n_steps = -(-self.total // config.batch_size)
+        n_steps = math.ceil(self.total / config.batch_size)
         number = step.first // config.batch_size
         self.rate = config.lr * log.schedule(number, n_steps, config.warmup_steps, lr_schedule)
 
-        # FSDP has averaged over ranks the sums of weighted gradients; NaN leaves the weights alone
+        # FSDP averages the ranks' weighted sums: times world, by weight, is the step's mean; NaN leaves the weights alone
         scale = math.nan
         if weight and guard.finite(columns):
             scale = self.world / float(weight)
@@ -284,7 +286,9 @@ class Run:
 
     def crossed(self, every, first, seen):
         """Whether to do after the step from first to seen examples what is done every so many, but not at the end."""
-        return every and seen < self.total and seen // every > first // every
+        if not every or seen >= self.total:
+            return False
+        return seen // every > first // every
 
     def save(self, seen):
         """Begin to write a checkpoint."""
@@ -311,17 +315,18 @@ class Run:
         """A row of metrics.jsonl from all held-out examples, unless there is one already.
 
         run_step(step) -> columns; summary(columns, split) -> metrics; sample(seen) -> more of them, where samples are wanted."""
-        n, prepare = len(self.held_out), prepare or self.prepare
+        n = len(self.held_out)
         if not n or seen <= self.state['evaluated']:
             return
-        parts = []
+        # all held-out examples, once, in their order
+        prepare = prepare or self.prepare
         todo = steps(n, self.config.batch_size, n, seed=0, shuffle=False)
+        parts = []
         for step in prefetch(prepare(self.held_out, *which) for which in todo):
             with self.memory(step.batches):
                 parts.append(run_step(step))
             if guard.stop_asked():
                 return  # an evaluation that was cut short is done again after the resume
-
         # one mean over all of them, not a mean of means
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         metrics = summary(columns, 'eval')

@@ -11,9 +11,12 @@ def mean(wins, clusters=None):
 
     The error is sqrt(c / (c - 1) sum_c (sum_{i in c} (w_i - mean))^2) / n: the usual one where clusters have one member."""
     wins = np.asarray(wins, float)
-    if not len(wins):
+    n = len(wins)
+    if not n:
         return None, None
-    return float(wins.mean()), _root(_meat(wins[:, None] - wins.mean(), clusters)[0, 0] / len(wins) ** 2)
+    average = wins.mean()
+    squares = _outer_products(wins[:, None] - average, clusters)[0, 0]  # of a 1 by 1 matrix
+    return float(average), _root(squares / n**2)
 
 
 def length_controlled(wins, difference, clusters=None):
@@ -27,14 +30,20 @@ def length_controlled(wins, difference, clusters=None):
     wins, difference = np.asarray(wins, float), np.asarray(difference, float)
     if not len(wins):
         return None, None, None
+    # a column for a, and one for b if any lengths differ: x (n, k), k 1 or 2
     s = np.sqrt((difference**2).mean())
-    x = np.stack([np.ones_like(wins), np.tanh(difference / s)], 1) if s else np.ones((len(wins), 1))  # (n, 2)
-    if np.linalg.matrix_rank(x) < x.shape[1]:
+    x = np.ones((len(wins), 1))
+    if s:
+        x = np.stack([np.ones_like(wins), np.tanh(difference / s)], 1)
+    k = x.shape[1]
+    if np.linalg.matrix_rank(x) < k:
         return None, None, None  # always the same difference: nothing tells what equal length would give
-    beta = np.zeros(x.shape[1])
+
+    # Newton's method, until a step changes nothing
+    beta = np.zeros(k)  # a, b
     for _ in range(50):
         p = 1 / (1 + np.exp(-x @ beta))
-        information = (x * (p * (1 - p))[:, None]).T @ x
+        information = (x * (p * (1 - p))[:, None]).T @ x  # (k, k)
         if np.abs(beta).max() > 15 or np.linalg.cond(information) > 1e12:
             return None, None, None
         step = np.linalg.solve(information, x.T @ (wins - p))
@@ -43,11 +52,14 @@ def length_controlled(wins, difference, clusters=None):
             break
     else:
         return None, None, None
+    # the rate is sigmoid(a), whose slope is rate (1 - rate): so much of a's error is the rate's
     inverse = np.linalg.inv(information)
-    variance = (inverse @ _meat(x * (wins - p)[:, None], clusters) @ inverse)[0, 0]
+    covariance = inverse @ _outer_products(x * (wins - p)[:, None], clusters) @ inverse  # of beta
     rate = float(1 / (1 + np.exp(-beta[0])))
-    error = _root(variance)
-    return rate, None if error is None else rate * (1 - rate) * error, float(beta[1]) if len(beta) == 2 else 0.0
+    error = _root(covariance[0, 0])
+    if error is not None:
+        error = rate * (1 - rate) * error
+    return rate, error, float(beta[1]) if k == 2 else 0.0
 
 
 def orders(verdicts):
@@ -56,19 +68,24 @@ def orders(verdicts):
 
     Returns {'first_shown': (share of verdicts for what was shown first, ties half; its standard error), 'agreement': (share
     of pairs judged alike in both orders, its standard error)}. Without position bias first_shown is 1/2."""
-    verdicts = np.asarray(verdicts, float).reshape(-1, 2)
-    shown = np.stack([2 - verdicts[:, 0], verdicts[:, 1] - 1], 1).mean(1)
-    return {'first_shown': mean(shown), 'agreement': mean(verdicts[:, 0] == verdicts[:, 1])}
+    straight, swapped = np.asarray(verdicts, float).reshape(-1, 2).T
+    # 1 for what was shown first, in either order
+    shown = np.stack([2 - straight, swapped - 1], 1).mean(1)
+    return {'first_shown': mean(shown), 'agreement': mean(straight == swapped)}
 
 
-def _meat(scores, clusters):
-    """Sum over clusters of the outer products of their summed scores (n, k), with the small-sample factor; nan for one."""
-    _, clusters = np.unique(np.arange(len(scores)) if clusters is None else clusters, return_inverse=True)
-    sums = np.zeros((clusters.max() + 1, scores.shape[1]))
-    np.add.at(sums, clusters, scores)
+def _outer_products(scores, clusters):
+    """Sum over clusters of the outer products of their summed scores (n, k), times c / (c - 1): (k, k). nan for one cluster."""
+    if clusters is None:
+        clusters = np.arange(len(scores))
+    _, number = np.unique(clusters, return_inverse=True)  # (n,) from 0
+    sums = np.zeros((number.max() + 1, scores.shape[1]))
+    np.add.at(sums, number, scores)
     c = len(sums)
-    return sums.T @ sums * (c / (c - 1) if c > 1 else np.nan)
+    factor = c / (c - 1) if c > 1 else np.nan
+    return sums.T @ sums * factor
 
 
 def _root(variance):
-    return float(np.sqrt(max(variance, 0.0))) if variance == variance else None  # rounding goes below 0
+    """Its square root, or None of nan. Rounding may make 0 a little less."""
+    return None if np.isnan(variance) else float(np.sqrt(max(variance, 0.0)))

@@ -23,21 +23,25 @@ def sample(models, tokenizer, prompts, *, rank, world, seed, **settings):
     """Sample one answer of every model (name -> sharded model) to every prompt, the work shared among the ranks.
 
     The one called reference answers without adapters, if it has any. settings: as in generate. Returns, on every rank,
-    (name, number of the prompt, answer ids) in that order."""
-    mine = range(rank, len(prompts), world)
-    asked, seeds = [prompts[i] for i in mine], [seed * 1_000_003 + i for i in mine]
-    answers = {}
+    (name, number of the prompt, answer ids), sorted."""
+    mine = range(rank, len(prompts), world)  # this rank's prompts
+    asked = [prompts[i] for i in mine]
+    seeds = [seed * 1_000_003 + i for i in mine]
+    answers = {}  # (name, number of the prompt) -> ids
     for name, model in models.items():
-        with fsdp.unsharded(model), adapters_off(model if name == 'reference' else None):
+        without_adapters = model if name == 'reference' else None
+        with fsdp.unsharded(model), adapters_off(without_adapters):
             found = generate(model, tokenizer, asked, seeds, **settings) if mine else []
         answers |= {(name, i): answer for i, answer in zip(mine, found, strict=True)}
-    # ranks of a tensor-parallel group had the same
-    everywhere = {key: answer for part in fsdp.gather_objects(answers) for key, answer in part.items()}
+    # those of all ranks; ranks of a tensor-parallel group have the same
+    everywhere = {}
+    for part in fsdp.gather_objects(answers):
+        everywhere |= part
     return sorted((name, i, answer) for (name, i), answer in everywhere.items())
 
 
 def write(file, tokenizer, prompts, answers, examples_seen):
-    """Append the answers of sample to a samples.jsonl."""
+    """Append answers, (model's name, number of the prompt, ids) each, to a samples.jsonl."""
     lines = []
     for name, i, answer in answers:
         row = {'examples': examples_seen, 'generator': name, 'sample': i}
@@ -50,8 +54,9 @@ def sample_held_out(run, models, n, seen, **settings):
     """Sample answers of models (name -> sharded model) to the first n held-out prompts, also into out_dir/samples.jsonl.
 
     settings: as in generate. Returns (prompts, answers as sample gives them, their end tokens kept)."""
-    asked = run.held_out.select(run.held_out.good)  # of the two answers that kto makes of a pair, one
-    prompts = [asked[i][0] for i in range(min(n, len(asked)))]
+    # kto makes two examples of a pair, with one prompt: the good one stands for both
+    asked = run.held_out.select(run.held_out.good).select(slice(n))
+    prompts = [prompt for prompt, _ in asked]
     settings |= {'rank': run.rank, 'world': run.world, 'seed': run.config.seed}
     answers = sample(models, run.tokenizer, prompts, keep_end=True, **settings)
     stop = {name: stop_tokens(model, run.tokenizer) for name, model in models.items()}
@@ -66,17 +71,19 @@ def sample_held_out(run, models, n, seen, **settings):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0, keep_end=False):
-    """Sample an answer for each prompt (lists of ids), the noise of row i drawn from seeds[i]; temperature 0 is greedy.
+    """Sample an answer for each prompt (lists of ids). The noise of answer i comes from seeds[i]; temperature 0 is greedy.
 
-    Returns lists of ids: with keep_end all that was sampled, the token that ended the answer (one of stop_tokens) last; else
-    without that token. Under FSDP call it inside fsdp.unsharded, or equally often on all ranks."""
-    # prompts padded on the left
-    inner, stop, end = core(model), stop_tokens(model, tokenizer), tokenizer.eos_token_id
-    width = max(map(len, prompts))
-    ids = torch.tensor([[end] * (width - len(p)) + list(p) for p in prompts], device=inner.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=inner.device)
+    Returns lists of ids. An answer ends with one of stop_tokens, if it has not max_new_tokens before; that token is in it if
+    keep_end. Under FSDP call it inside fsdp.unsharded, or equally often on all ranks."""
+    inner, filler = core(model), tokenizer.eos_token_id
+    stop = stop_tokens(model, tokenizer)
+    width = max(map(len, prompts))  # prompts are padded on the left
+    padding = [width - len(prompt) for prompt in prompts]
+    ids = [[filler] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * n + [1] * (width - n) for n in padding]
+    ids, mask = (torch.tensor(rows, device=inner.device) for rows in (ids, mask))
 
-    # from scores to a token
+    # what scores go through before the largest is taken: with temperature 0, nothing
     processors = transformers.LogitsProcessorList()
     if temperature > 0:
         processors.append(transformers.TemperatureLogitsWarper(temperature))
@@ -84,10 +91,11 @@ def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.
             processors.append(transformers.TopPLogitsWarper(top_p))
         processors.append(_Draw(seeds, width))
 
-    # our settings: a repetition penalty is not the model's; and no block trains, for recomputed activations get no KV cache
-    own, training = inner.generation_config, [m for m in model.modules() if m.training]
+    # not the model's settings, such as a repetition penalty; no block trains, for recomputed activations get no KV cache
+    own = inner.generation_config
+    training = [module for module in model.modules() if module.training]
     inner.generation_config = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=end
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=filler
     )
     heeding = transformers.StoppingCriteriaList([stop_generating])
     options = {'logits_processor': processors, 'stopping_criteria': heeding, 'synced_gpus': False}
@@ -102,16 +110,18 @@ def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.
             module.training = True
 
     # rows that ended before the longest are filled up behind their end
-    rows = out[:, width:].tolist()
-    ends = [next((i + 1 for i, token in enumerate(row) if token in stop), None) for row in rows]
-    answers = [row[:end] for row, end in zip(rows, ends, strict=True)]
-    return answers if keep_end else [without_end(answer, stop) for answer in answers]
+    answers = []
+    for row in out[:, width:].tolist():
+        end = next((i for i, token in enumerate(row) if token in stop), len(row))
+        answers.append(row[: end + 1] if keep_end else row[:end])
+    return answers
 
 
 def stop_tokens(model, tokenizer):
     """The ids that end an answer: the tokenizer's end of text, and those that the model's generation config names."""
-    own = core(model).generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    own = core(model).generation_config.eos_token_id  # an id, several, or None
+    ids = own if isinstance(own, list) else [own]
+    return {tokenizer.eos_token_id, *ids} - {None}
 
 
 def without_end(answer, stop):
@@ -120,8 +130,9 @@ def without_end(answer, stop):
 
 
 def stop_generating(ids, scores):
-    """Stop where a signal asks for it, for the evaluation is thrown away. Not among tensor-parallel ranks: they stop together."""
-    return torch.full((len(ids),), guard.asked_here() and not fsdp.in_groups(), device=ids.device)
+    """(rows,) whether to stop: if a signal asks for it, except in a tensor-parallel group, whose ranks must stop together."""
+    stop = guard.asked_here() and not fsdp.in_groups()
+    return torch.full((len(ids),), stop, device=ids.device)
 
 
 class _Draw(transformers.LogitsProcessor):
@@ -133,28 +144,33 @@ class _Draw(transformers.LogitsProcessor):
     tokens, another batch's rounding can only change a near tie, or a token on the edge of top_p."""
 
     def __init__(self, seeds, start):
-        self.keys, self.start = splitmix64(np.array([seed % 2**64 for seed in seeds], np.uint64)), start
-        self.grid = None
+        self.keys = splitmix64(np.array([seed % 2**64 for seed in seeds], np.uint64))  # (rows,)
+        self.start = start  # columns of the prompts
+        self.grid = None  # one buffer for all steps: fresh memory costs a CPU as much as the arithmetic
 
     def __call__(self, ids, scores):
         rows, vocabulary = scores.shape
-        side = math.isqrt(vocabulary - 1) + 1
-        if self.grid is None:  # one buffer for all steps: fresh memory costs a CPU as much as the arithmetic
+        # the vocabulary as `side` blocks of `side` tokens, the last ones filled up with impossible tokens
+        side = math.isqrt(vocabulary - 1) + 1  # the root, rounded up
+        if self.grid is None:
             self.grid = scores.new_full((rows, side * side), -math.inf)
         self.grid[:, :vocabulary] = scores
         grid = self.grid.view(rows, side, side)
-        noise = self.noise(ids.shape[1] - self.start, 2 * side).to(scores)
+        step = ids.shape[1] - self.start  # tokens sampled so far
+        block_noise, token_noise = self.noise(step, 2 * side).to(scores).split(side, 1)
 
         # a block, then a token in it
         mass = grid.logsumexp(2)
         if mass.isnan().any():
             raise UserError("the model's scores are not numbers: its weights are broken, or too large for its type")
-        block = (mass + noise[:, :side]).argmax(1)
-        inside = (grid[torch.arange(rows), block] + noise[:, side:]).argmax(1)
-        return scores.fill_(-math.inf).scatter_(1, (block * side + inside)[:, None], 0.0)
+        block = (mass + block_noise).argmax(1)
+        inside = (grid[torch.arange(rows), block] + token_noise).argmax(1)
+        drawn = block * side + inside
+        return scores.fill_(-math.inf).scatter_(1, drawn[:, None], 0.0)
 
     def noise(self, step, n):
-        """(rows, n) Gumbel noises of a step."""
-        places = np.arange(step * n, (step + 1) * n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        uniform = ((splitmix64(self.keys[:, None] + places) >> np.uint64(11)) + 0.5) / 2**53
+        """(rows, n) Gumbel noises of a step. A row's are numbered through all steps; the constant is splitmix64's."""
+        numbers = np.arange(step * n, (step + 1) * n, dtype=np.uint64)
+        bits = splitmix64(self.keys[:, None] + numbers * np.uint64(0x9E3779B97F4A7C15))
+        uniform = ((bits >> np.uint64(11)) + 0.5) / 2**53  # 53 of the bits; never 0
         return torch.from_numpy(-np.log(-np.log(uniform)))

@@ -32,25 +32,30 @@ def add(model, *, rank, alpha, dropout, targets, seed, fully_trained=()):
         import peft
     except ImportError:
         raise UserError('--lora_rank needs peft: pip install peft, or leave it out to train all weights') from None
-    # linear layers in the blocks, and what wears one of their names elsewhere
+    # linear layers in the blocks, by the last part of their paths
     inside = {m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
     last_names = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}
     known = sorted({last_names[path] for path, m in model.named_modules() if m in inside})
-    wanted = known if targets is None else targets.replace(',', ' ').split()
+    wanted = known
+    if targets is not None:
+        wanted = targets.replace(',', ' ').split()
     if not wanted or not set(wanted) <= set(known):
         there = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {there}')
+    # what has such a name outside the blocks gets no adapter
     outside = [path for path, m in model.named_modules() if last_names[path] in wanted and m not in inside]
 
-    # PEFT calls what transformers has renamed, and warns of it
     more = {'exclude_modules': outside or None, 'modules_to_save': list(fully_trained) or None}
-    more['fan_in_fan_out'] = any(isinstance(m, Conv1D) for m in inside)
-    more['task_type'] = 'CAUSAL_LM' if hasattr(model, 'prepare_inputs_for_generation') else 'SEQ_CLS'
+    more['fan_in_fan_out'] = any(isinstance(m, Conv1D) for m in inside)  # GPT-2's layers have their weights transposed
+    generates = hasattr(model, 'prepare_inputs_for_generation')
+    more['task_type'] = 'CAUSAL_LM' if generates else 'SEQ_CLS'
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, **more)
+    # PEFT calls what transformers has renamed, and warns of it
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         torch.manual_seed(seed)
         model = peft.get_peft_model(model, settings).eval()
+    # the model stays in eval mode: dropout is on where a graph is recorded
     for name, module in model.named_modules():
         if name.endswith('lora_dropout.default') and dropout:
             module.forward = lambda x: F.dropout(x, dropout, training=torch.is_grad_enabled())
@@ -65,7 +70,8 @@ def present(model):
 @contextlib.contextmanager
 def adapters_off(model):
     """The model as it was before training, bit by bit, for a while. A model without adapters, or None, stays what it is."""
-    layers = [m for m in model.modules() if hasattr(m, 'lora_A')] if model is not None else []
+    modules = [] if model is None else model.modules()
+    layers = [m for m in modules if hasattr(m, 'lora_A')]
     # PEFT's own context also turns requires_grad off and on, in whichever copy FSDP shows just then
     for m in layers:
         m._disable_adapters = True
@@ -87,10 +93,11 @@ def merge(model, weights, folder):
 
 
 def describe(model):
-    """One line for the screen."""
+    """One line for the screen: how many weights train, in which layers."""
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     every = sum(p.numel() for p in model.parameters())
     layers = sorted({n.rpartition('.')[2] for n, m in core(model).named_modules() if hasattr(m, 'lora_A')})
+    # what trains without adapters, such as a reward model's head
     others = [name.removeprefix('base_model.model.') for name in trained if '.lora_' not in name]
     fully_trained = sorted({name.partition('.')[0] for name in others})
     also = f', and {" ".join(fully_trained)} whole' if fully_trained else ''

@@ -48,10 +48,12 @@ def gae(rewards, values, mask, *, gamma, lam):
     All (A, T): a row for an answer, mask True at its tokens; 0 elsewhere."""
     rewards, values = rewards * mask, values * mask
     advantages = torch.zeros_like(values)
+    # (A,): A_(t+1) and V_(t+1)
     later = next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantages[:, t] = later = delta + gamma * lam * later
+        later = delta + gamma * lam * later
+        advantages[:, t] = later
         next_value = values[:, t]
     return advantages * mask
 

@@ -24,17 +24,20 @@ def score_answers(examples, tokenizer, judge, *, max_tokens, ends=()):
     tokenizer: the policy's. judge: a reward model, which reads ids, with its tokenizer; None: the gold reward of the toy world,
     which reads texts. max_tokens, ends: as in score.scores."""
     if judge is None:
-        return torch.tensor([toy.gold(*pair) for pair in texts(examples, tokenizer)], dtype=torch.float64)
+        gold = [toy.gold(prompt, answer) for prompt, answer in texts(examples, tokenizer)]
+        return torch.tensor(gold, dtype=torch.float64)
+    model, its_tokenizer = judge
     items = [(prompt, answer) for prompt, answers in examples for answer in answers]
-    return torch.from_numpy(score.scores(*judge, items, max_tokens, ends=ends)).double()
+    found = score.scores(model, its_tokenizer, items, max_tokens, ends=ends)
+    return torch.from_numpy(found).double()
 
 
 def toy_metrics(examples, tokenizer, split):
-    """What the toy world says of answers, whatever they are trained on: name -> tensor of one number."""
-    both = texts(examples, tokenizer)
-    gold = torch.tensor([toy.gold(*pair) for pair in both]).double().mean()
-    well_formed = torch.tensor([toy.well_formed(answer) for _, answer in both]).double().mean()
-    return {f'gold/{split}': gold, f'well_formed/{split}': well_formed}
+    """What the toy world says of answers, whatever they are trained on: name -> tensor of one number, a mean."""
+    pairs = texts(examples, tokenizer)
+    gold = torch.tensor([toy.gold(prompt, answer) for prompt, answer in pairs])
+    well_formed = torch.tensor([toy.well_formed(answer) for _, answer in pairs])
+    return {f'gold/{split}': gold.double().mean(), f'well_formed/{split}': well_formed.double().mean()}
 
 
 def texts(examples, tokenizer):
@@ -42,5 +45,6 @@ def texts(examples, tokenizer):
     found = []
     for prompt, answers in examples:
         asked = tokenizer.decode(prompt)
-        found += [(asked, tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+        for answer in answers:
+            found.append((asked, tokenizer.decode(answer, skip_special_tokens=True)))
     return found

@@ -46,67 +46,80 @@ class Round:
 
 
 def sample(run, prompts, seeds, max_new_tokens, sample_batch):
-    """An answer of the policy to each prompt, sampled from its own seed, the work shared among the ranks: all ids that came,
-    an end token among them."""
-    # prompts of similar length side by side
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[run.rank :: run.world]
-    found = []
-    with (
-        fsdp.unsharded(run.policy),
-        guard.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'),
-    ):
-        for start in range(0, len(order), sample_batch):
-            part = order[start : start + sample_batch]
-            asked, keys = [prompts[i] for i in part], [seeds[i] for i in part]
-            settings = {'max_new_tokens': max_new_tokens, 'keep_end': True}
-            found += zip(part, generate.generate(run.policy, run.tokenizer, asked, keys, **settings), strict=True)
-    by_prompt = dict(item for part in fsdp.gather_objects(found) for item in part)
-    return [by_prompt[i] for i in range(len(prompts))]
+    """Sample an answer of the policy to each prompt, from its own seed, the work shared among the ranks.
+
+    Returns lists of ids, with the token that ended the answer."""
+    # this rank's prompts, those of similar length side by side
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    mine = longest_first[run.rank :: run.world]
+    settings = {'max_new_tokens': max_new_tokens, 'keep_end': True}
+    answers = {}  # number of the prompt -> ids
+    too_large = 'sampled answers do not fit; lower sample_batch or max_new_tokens'
+    with fsdp.unsharded(run.policy), guard.memory_for(too_large):
+        for start in range(0, len(mine), sample_batch):
+            part = mine[start : start + sample_batch]
+            asked = [prompts[i] for i in part]
+            keys = [seeds[i] for i in part]
+            found = generate.generate(run.policy, run.tokenizer, asked, keys, **settings)
+            answers |= zip(part, found, strict=True)
+    for others in fsdp.gather_objects(answers):
+        answers |= others
+    return [answers[i] for i in range(len(prompts))]
 
 
 def token_slots(batch, rows, starts, per_prompt):
-    """Slots, among all answer tokens of the round, of the N answer tokens of a microbatch, on the CPU; -1: a filler's.
+    """Slots, among all answer tokens of the round, of the N answer tokens of a microbatch: (N,), on the CPU; -1: a filler's.
 
     rows: of the step's examples in the round; starts (answers,): slot of each answer's first token; per_prompt: answers."""
-    # numbers of the batch's answers among those of the round
+    # (examples, per_prompt) numbers of the batch's answers among those of the round
     slot = np.array(batch.slot)[:, None]
-    numbers = np.where(slot >= 0, rows[slot] * per_prompt + np.arange(per_prompt), -1)
+    numbers = rows[slot] * per_prompt + np.arange(per_prompt)
+    numbers = np.where(slot >= 0, numbers, -1)
+    # (N,) the number of each token's answer, then the token's place
     answer = torch.from_numpy(numbers.reshape(-1))[batch.answer.cpu()]
-    return torch.where(answer >= 0, starts[answer] + batch.offset.cpu(), -1)
+    place = starts[answer] + batch.offset.cpu()
+    return torch.where(answer >= 0, place, -1)
 
 
 def token_columns(run, model, examples, starts, names):
     """name -> (tokens,) column of every answer token of the examples under a model, without gradient.
 
     names: of the rows of token_logps; values are computed if they are named and the model has a head for them."""
-    per_prompt, rows = examples.spans.shape[1] - 1, np.arange(len(examples))
+    lengths = examples.widths[:, 1:]  # (examples, answers)
+    per_prompt, rows = lengths.shape[1], np.arange(len(examples))
+    with_values = len(names) > 1
+    # this rank's part of the tokens
     batches, *_ = run.make_batches(examples, rows)
     parts, slots = [], []
     for batch in batches:
         with torch.no_grad(), run.memory(batches):
-            parts.append(model.token_logps(batch, len(names) > 1))
+            parts.append(model.token_logps(batch, with_values))
         slots += token_slots(batch, rows, starts, per_prompt).tolist()
+    # a model without a head for values gives one row only
     joined = dict(zip(names, torch.cat(parts, 1), strict=False))
-    return fsdp.gather_columns(joined, slots, int(examples.widths[:, 1:].sum()))
+    return fsdp.gather_columns(joined, slots, int(lengths.sum()))
 
 
 def measure(run, policy, ref, examples, stop):
-    """(columns of the answer tokens: pi, ref and, with a critic, value; columns of the answers: n tokens, the start of these
-    among all tokens, whether they ended). stop: the ids that end an answer."""
+    """(columns of the answer tokens: pi, ref and, with a critic, value; columns of the answers: n, start and ended).
+
+    n: an answer's tokens; start: the place of the first of them among all; ended: whether its last is one of stop."""
     n = torch.tensor([len(answer) for _, answers in examples for answer in answers])
     starts = n.cumsum(0) - n
     # every rank measures its part of the answers, and gets the columns of all
     tokens = token_columns(run, policy, examples, starts, ['pi', 'value'])
     with adapters_off(ref):
         tokens |= token_columns(run, ref, examples, starts, ['ref'])
-    last = examples.ids[examples.spans[:, 1:, 1].reshape(-1) - 1]
+    ends = examples.spans[:, 1:, 1].reshape(-1)  # of the answers, behind their last tokens
+    last = examples.ids[ends - 1]
     ended = torch.from_numpy(np.isin(last, list(stop)))
     return tokens, {'n': n, 'start': starts, 'ended': ended}
 
 
 def describe(examples, tokens, answers, split, *, tokenizer, toy):
-    """Metrics of sampled answers: name -> float. tokens, answers: columns, as measure gives them, and perhaps the scores. toy:
-    whether they are of the toy world, which then says something of them, too."""
+    """Metrics of sampled answers: name -> float.
+
+    tokens, answers: columns, as measure gives them; answers may have a score, too. toy: add what the toy world says of them."""
     gap = tokens['pi'] - tokens['ref']
     found = {
         f'kl_{split}/samples': gap.sum() / len(answers['n']),

@@ -1,30 +1,35 @@
 """The metrics that training on preferences reports: the same names whatever the loss, for dpo.py and reward.py."""
 
+import math
+
 
 def of_preferences(split, loss, chosen, rejected, right):
     """Metrics of the columns of a step, or of an evaluation: name -> float.
 
-    loss: what the step minimises, one number. chosen, rejected: columns of the two sides, (examples,) each: reward, n, and
-    where there are such pi, ref and div. right: mask of the examples whose rewards are in the right order."""
+    loss: what the step minimises, one number. chosen, rejected: columns of the two sides, (examples,) each: reward, n (answer
+    tokens), and where there are such pi, ref and div. right: mask of the examples whose rewards are in the right order."""
     metrics = {f'loss/{split}': loss}
-    for side, c in (('chosen', chosen), ('rejected', rejected)):
-        tokens = c['n'].sum()
-        metrics[f'rewards_{split}/{side}'] = c['reward'].mean()
-        metrics[f'length_{split}/{side}'] = c['n'].mean()
-        if 'pi' in c:
-            metrics[f'logps_{split}/{side}'] = c['pi'].mean()
-        if 'ref' in c:  # estimates of KL(reference || policy), as if the answers came from the reference
-            gap = c['ref'] - c['pi']
+    for side, columns in {'chosen': chosen, 'rejected': rejected}.items():
+        n = columns['n']
+        metrics[f'rewards_{split}/{side}'] = columns['reward'].mean()
+        metrics[f'length_{split}/{side}'] = n.mean()
+        if 'pi' in columns:
+            metrics[f'logps_{split}/{side}'] = columns['pi'].mean()
+        # estimates of KL(reference || policy), as if the answers came from the reference
+        if 'ref' in columns:
+            gap = columns['ref'] - columns['pi']
             metrics[f'kl_{split}/{side}'] = gap.mean()
-            metrics[f'kl_{split}/{side}_per_token'] = gap.sum() / tokens
-        if 'div' in c:
-            metrics[f'divergence_{split}/{side}_per_token'] = c['div'].sum() / tokens
+            metrics[f'kl_{split}/{side}_per_token'] = gap.sum() / n.sum()
+        if 'div' in columns:
+            metrics[f'divergence_{split}/{side}_per_token'] = columns['div'].sum() / n.sum()
     metrics[f'rewards_{split}/margins'] = chosen['reward'].mean() - rejected['reward'].mean()
     metrics[f'rewards_{split}/accuracies'] = right.double().mean()
     return numbers(metrics)
 
 
 def numbers(metrics):
-    """name -> tensor of one number, as floats of ten decimals. The mean of nothing, which is no number, is left out: a step
-    may have no good answer, or no bad one."""
-    return {name: round(value.item(), 10) for name, value in metrics.items() if value == value}
+    """name -> tensor of one number, as floats of ten decimals.
+
+    The mean of nothing, which is nan, is left out: a step may have no good answer, or no bad one."""
+    floats = {name: value.item() for name, value in metrics.items()}
+    return {name: round(number, 10) for name, number in floats.items() if not math.isnan(number)}

@@ -20,67 +20,79 @@ def check_room(config, policy, forward, train, total, packed, others=()):
 
     import fsdp
 
-    # bytes, of all ranks together; weights, moments and gradients are float32
+    # bytes, of all ranks together; weights, moments and gradients are float32, of 4 bytes
     moments = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}[config['optimizer']]
     trained = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
     # ppo's value head or critic is in checkpoints, but not in the model that it leaves
     left = [p for name, p in policy.named_parameters() if not {'critic', 'value_head'} & set(name.split('.'))]
     model = 4 * sum(p.numel() for p in left)
-    fsdp.on_one_rank(lambda: _check_disk(config, model, trained * (1 + moments), total))
+    checkpoint = trained * (1 + moments)
+    fsdp.on_one_rank(lambda: _check_disk(config, model, checkpoint, total))
 
+    # what stays in a CPU's memory: a checkpoint's arrays, gradients, and weights that do not train
     if not torch.cuda.is_available():
         frozen = [p for p in policy.parameters() if not p.requires_grad]
         for other in others:
-            frozen += other.parameters() if other is not None and other is not policy else []
-        state = trained * (2 + moments) + sum(p.numel() * p.element_size() for p in frozen)
+            if other is not None and other is not policy:
+                frozen += other.parameters()
+        state = checkpoint + trained + sum(p.numel() * p.element_size() for p in frozen)
         _check_memory(config, policy, forward, train, packed, state)
 
 
 def _check_disk(config, model, checkpoint, total):
     """Raise UserError where the disk of out_dir has no room for the model, and for the checkpoints that will be kept. In bytes."""
     out_dir, every = config['out_dir'], config['save_every']
-    # one more than are kept, since an old one goes when the new one is complete
-    count = min(config['keep_last'] + 1, (total - 1) // every) if every else 0
+    # one more than are kept, since an old one goes when the new one is complete; none at the very end
+    count = 0
+    if every:
+        count = min(config['keep_last'] + 1, (total - 1) // every)
     there = len([f for f in Path(out_dir).glob('checkpoints/*') if f.name.isdigit()])
     more = max(0, count - there)
     free = shutil.disk_usage(out_dir).free
     if model + more * checkpoint > free:
         what = f'the model takes {_size(model)}'
-        what += f', and {more} checkpoints take {_size(checkpoint)} each' if more else ''
+        if more:
+            what += f', and {more} checkpoints take {_size(checkpoint)} each'
         where = f'{out_dir} lies on a disk with {_size(free)} free'
         raise UserError(f'{where}: {what}; make room, or choose another --out_dir')
 
 
 def _check_memory(config, policy, forward, train, packed, state):
-    """Say what the largest microbatch takes, and warn where the machine has less. state: bytes of what stays."""
+    """Say what the largest microbatch takes, and warn where the machine has less. state: bytes of what stays, on all ranks."""
     import torch.distributed as dist
 
     per_token = _bytes_per_token(policy, forward, train, packed)
+    ranks = dist.get_world_size()
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # ranks on this machine
     # tokens of the largest microbatch; where whole steps are smaller, no more than their longest examples
-    ranks, here = dist.get_world_size(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    tokens = max(config['max_tokens'], int(train.lengths.max()))
+    longest = int(train.lengths.max())
+    tokens = max(config['max_tokens'], longest)
     if packed and 'minibatch_size' not in config:
-        longest = sorted(train.lengths)[-config['batch_size'] :]
-        most = int(sum(longest)) * (1 if config.get('share_prefix', True) else 2)
-        tokens = min(tokens, max(int(longest[-1]), most // ranks))
+        copies = 1 if config.get('share_prefix', True) else 2  # of a prompt
+        largest_step = int(sum(sorted(train.lengths)[-config['batch_size'] :])) * copies
+        tokens = min(tokens, max(longest, largest_step // ranks))
 
-    state, activations, has = state / ranks * here, per_token * tokens * here, machine_memory()
+    # bytes on this machine
+    state = state / ranks * here
+    activations = per_token * tokens * here
+    has = machine_memory()
     takes = f'takes about {_size(activations)}, weights, gradients and optimizer {_size(state)}'
     text = f'memory: a microbatch of up to {tokens:,} tokens {takes}'
-    text += f', of the {_size(has)} of this machine' if has else ''
+    if has:
+        text += f', of the {_size(has)} of this machine'
     if not has or state + activations <= has:
         return say(text)
     fits = int((has - state) / (per_token * here))
     advice = f'lower --max_tokens to {fits:,}, which changes no result, or try --activation_checkpointing'
-    if fits < train.lengths.max():
+    if fits < longest:
         advice = 'try --activation_checkpointing, shorter examples (--max_length), --lora_rank, or a smaller model'
     say(f'warning: {text}: the system may kill this process; {advice}')
 
 
 def _bytes_per_token(policy, forward, train, packed):
-    """Bytes that are kept for backward, by a token: of a forward, and of the one block that is recomputed, if blocks are."""
+    """Bytes that one token keeps for backward: those of a forward, and of the one block that is recomputed just then, if any is."""
     saved = bytes_saved(policy, forward, train, packed)
-    # blocks that recompute their activations are in training mode; sharding has renamed their class
+    # blocks that recompute are known by their training mode, for sharding has renamed their class
     recomputing = [module for module in policy.modules() if module.training]
     if recomputing:
         for block in recomputing:
@@ -98,13 +110,15 @@ def bytes_saved(policy, forward, train, packed):
     import fsdp
     from data import pack
 
-    middle = sorted(range(len(train)), key=lambda i: train.lengths[i])[len(train) // 2]
+    by_length = sorted(range(len(train)), key=lambda i: train.lengths[i])
+    middle = by_length[len(train) // 2]
     batch = pack([train[middle]], [0], pad=not packed)
     kept = {}  # address -> storage: while it is held, nothing else gets its address
 
     def storage_of(tensor):
-        # tensor parallelism: this rank's part
-        return (tensor.to_local() if hasattr(tensor, 'to_local') else tensor).untyped_storage()
+        if hasattr(tensor, 'to_local'):  # tensor parallelism: this rank's part
+            tensor = tensor.to_local()
+        return tensor.untyped_storage()
 
     def note(tensor):
         storage = storage_of(tensor)
@@ -132,7 +146,7 @@ def machine_memory():
     with contextlib.suppress(OSError):
         groups = Path('/proc/self/cgroup').read_text()
     for line in groups.splitlines():
-        # version 2 has one tree for everything, version 1 one for memory
+        # version 2 has one tree for everything, and names no controllers; version 1 has a tree for memory
         _, controllers, path = line.split(':', 2)
         root, name = Path('/sys/fs/cgroup'), 'memory.max'
         if controllers:

@@ -32,13 +32,15 @@ class Examples:
 
     @classmethod
     def of(cls, items):
-        """From (prompt, answers) lists of ids, such as samples."""
+        """From n (prompt, answers) of ids, such as samples; every item has as many answers."""
         # all parts end to end, and where each begins and ends
         parts = [part for prompt, answers in items for part in (prompt, *answers)]
         edges = np.cumsum([0] + [len(part) for part in parts])
-        spans = np.stack((edges[:-1], edges[1:]), 1).reshape(len(items), -1, 2)
-        uid = np.arange(len(items), dtype=np.uint64)
-        return cls(np.concatenate(parts), spans, np.ones(len(items), bool), uid, Counter())
+        n = len(items)
+        spans = np.stack((edges[:-1], edges[1:]), 1).reshape(n, -1, 2)
+        good = np.ones(n, bool)
+        uid = np.arange(n, dtype=np.uint64)
+        return cls(np.concatenate(parts), spans, good, uid, Counter())
 
     def with_(self, **changes):
         """The same examples with some of their arrays replaced."""
@@ -55,8 +57,9 @@ class Examples:
         return self.widths.sum(1)
 
     def longest(self, mixed=False):
-        """Tokens of the longest prompt with one of its answers; mixed: with the longest answer of all."""
-        prompts, answers = self.widths[:, 0], self.widths[:, 1:].max(1, initial=0)
+        """Tokens of the longest prompt with one of its answers; mixed: of the longest prompt and the longest answer of all."""
+        prompts = self.widths[:, 0]
+        answers = self.widths[:, 1:].max(1, initial=0)  # (n,) the longest of each example
         if mixed:
             return self.longest_prompt() + int(answers.max(initial=0))
         return int((prompts + answers).max(initial=0))
@@ -67,8 +70,9 @@ class Examples:
 
     def select(self, rows):
         """The examples at these rows: a slice, a mask or numbers."""
-        ref, margin = (None if x is None else x[rows] for x in (self.ref, self.margin))
-        return self.with_(spans=self.spans[rows], good=self.good[rows], uid=self.uid[rows], ref=ref, margin=margin)
+        columns = {name: getattr(self, name) for name in ('spans', 'good', 'uid', 'ref', 'margin')}
+        chosen = {name: column[rows] for name, column in columns.items() if column is not None}
+        return self.with_(**chosen)
 
     def flip(self, rate, seed):
         """Swap the labels of this fraction of pairs, chosen by a hash of the pair: the sets are nested in the rate.
@@ -76,9 +80,11 @@ class Examples:
         A flipped pair keeps its margin: whoever takes the worse answer for the better one is as sure of it."""
         flipped = uniform_hash(self.uid, seed) < rate
         spans, good, ref = self.spans.copy(), self.good.copy(), self.ref
-        # a pair swaps its answers; the two single answers of a pair have its uid, and flip together
-        if spans.shape[1] == 3:
-            spans[flipped, 1:] = spans[flipped, :0:-1]
+        is_pair = spans.shape[1] == 3  # a prompt and two answers
+        # a pair swaps its answers; the two single answers made of a pair have its uid, and flip together
+        if is_pair:
+            prompt, chosen, rejected = 0, 1, 2
+            spans[flipped] = spans[flipped][:, [prompt, rejected, chosen]]
             if ref is not None:
                 ref = np.where(flipped[:, None], ref[:, ::-1], ref)
         else:
@@ -91,18 +97,20 @@ class Examples:
         return self.with_(spans=self.spans[:, :2], ref=None, margin=None)
 
     def control(self, good, bad):
-        """Every prompt with a token at its end that says what follows: the id good, or the id bad (conditional SFT)."""
+        """Put a token at the end of every prompt that says which answer follows: the id good, or the id bad (conditional SFT)."""
         if not len(self):
             return self
         ends = np.where(self.good, good, bad)
-        longer = Examples.of([(np.append(self[i][0], end), self[i][1]) for i, end in enumerate(ends)])
+        items = [(np.append(prompt, end), answers) for (prompt, answers), end in zip(self, ends, strict=True)]
+        longer = Examples.of(items)
         return self.with_(ids=longer.ids, spans=longer.spans, ref=None, margin=None)
 
     def keep(self, frac_good, frac_bad, seed):
-        """Keep this fraction of the good and of the bad single answers, chosen by hash."""
+        """Keep these fractions of the good and of the bad single answers, chosen by hash."""
         # the two answers of a pair, which have one uid, are drawn apart
-        u = uniform_hash(self.uid + self.good.astype(np.uint64), seed + 1)
-        kept = self.select(u < np.where(self.good, frac_good, frac_bad))
+        own_uid = self.uid + self.good.astype(np.uint64)
+        fractions = np.where(self.good, frac_good, frac_bad)
+        kept = self.select(uniform_hash(own_uid, seed + 1) < fractions)
         if not len(kept):
             raise UserError('no train examples are left: raise frac_good or frac_bad')
         return kept
@@ -123,20 +131,24 @@ class Examples:
         one of this set, then of the first one of the set `more`. Where there is one prompt only: of another example."""
         items = []
         for slot, row in enumerate(rows):
-            # those behind it in the step, then from the step's beginning on
+            own = self.prompts[row]
+            # the others of the step: those behind it, then those before it
             source, step = self, np.roll(rows, -slot)[1:]
-            others = step[self.prompts[step] != self.prompts[row]]
+            others = step[self.prompts[step] != own]
             if not len(others):
                 rest = np.roll(np.arange(len(self)), -row)[1:]
-                others = rest[self.prompts[rest] != self.prompts[row]]
+                others = rest[self.prompts[rest] != own]
             if not len(others):
-                source, others = more, np.flatnonzero(more.prompts != self.prompts[row])
+                source, others = more, np.flatnonzero(more.prompts != own)
             # where there is one prompt everywhere, another example
             if not len(others):
                 source, others = (self, rest) if len(rest) else (more, np.arange(len(more)))
-            # an answer keeps one token at least
-            prompt, (answer,) = self[row][0], source[others[0]][1]
-            items.append((prompt, [answer[: max(1, max_length - len(prompt))]]))
+
+            # the answer gets the room that the prompt leaves, and one token at least
+            prompt, _ = self[row]
+            _, (answer,) = source[others[0]]
+            room = max(1, max_length - len(prompt))
+            items.append((prompt, [answer[:room]]))
         return Examples.of(items)
 
     def content(self):
@@ -152,7 +164,8 @@ class Examples:
 
 def uniform_hash(uid, seed):
     """uint64 ids -> numbers in [0, 1) that look random and depend on nothing else but the seed (splitmix64)."""
-    return splitmix64(uid + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)).astype(np.float64) / 2**64
+    step = np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    return splitmix64(uid + step).astype(np.float64) / 2**64
 
 
 def splitmix64(x):
