@@ -174,8 +174,11 @@ if cache_ref and sample_during_eval:
     log.say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
 if cache_ref:
     larger = partial(run.make_batches, max_tokens=4 * training.max_tokens)
-    for examples in filter(len, (run.train, run.held_out)):
-        cached_logps(build_ref, load_reference, examples, larger, training.dtype)
+    # of single answers, which of them are used is not known before the fractions below
+    used = run.used_rows() if paired else slice(None)
+    for examples, rows in ((run.train, used), (run.held_out, slice(None))):
+        if len(examples):
+            cached_logps(build_ref, load_reference, examples, larger, training.dtype, rows)
 
 # what is trained on: flips and fractions are by hash, so they are the same in every run
 if noise_rate:

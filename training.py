@@ -26,6 +26,7 @@ import math
 import time
 from functools import partial
 
+import numpy as np
 import torch
 
 import fsdp
@@ -37,7 +38,8 @@ from hf.probe import can_pack, check_positions
 from model import set_attention
 from runtime import checkpoint, guard, log, room
 from runtime.prefetch import prefetch
-from text.tokenise import load_examples
+from text import show
+from text.tokenise import ENOUGH, load_examples
 
 # data
 eval_data: str | None = None  # None: the test split of data, or a part of it held out
@@ -80,9 +82,6 @@ tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSD
 device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
 attn: str | None = None  # attention on padded batches, such as sdpa, eager, flash_attention_2; None: packed
 trust_remote_code = False  # run code that comes with a model
-
-# examples that --n_examples draws from, where it asks for a tenth of them or fewer
-ENOUGH = 20_000
 
 
 def begin(config):
@@ -130,6 +129,14 @@ class Run:
         found = fsdp.first_of_host(lambda: load_examples(eval_data or config.data, 'test', **for_eval))
         self.held_out = found.select(slice(n_eval_examples))
 
+    def used_rows(self):
+        """The rows of the training examples that the steps take: all of them, or those that n_examples draws."""
+        n, most = len(self.train), self.config.n_examples
+        if most is None or most >= n:
+            return slice(None)
+        drawn = steps(n, self.config.batch_size, most, self.config.seed)
+        return np.unique(np.concatenate([rows for _, rows in drawn]))
+
     def say_data(self, group=1):
         """Count the examples to come, in whole groups, and say what they are. group: answers to a prompt, where they count."""
         config, train = self.config, self.train
@@ -138,6 +145,7 @@ class Run:
         self.total = min(most, config.n_examples or most) // group * group
         counts = f'{len(train)} training and {len(self.held_out)} evaluation examples'
         log.say(f'data: {counts}; left out or changed: {train.changes()}')
+        log.say(show.first(train, self.tokenizer))
         long = train.lengths[train.lengths > max_tokens]
         if len(long):
             what = f'{len(long)} examples are longer than max_tokens={max_tokens} (the longest: {long.max()})'

@@ -12,27 +12,30 @@ from tqdm import tqdm
 import fsdp
 from configurator import main_rank
 from hf.lora import adapters_off
-from runtime import files, guard
+from runtime import cache, guard
 from runtime.files import say
 
 
-def cached_logps(build, make, examples, make_batches, dtype):
+def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
     """Examples with .ref, float32 (n, answers): log-prob sums under the reference, from the cache or computed now.
 
-    build(empty) -> the reference on the CPU, make() -> the sharded one, make_batches(examples, rows) -> microbatches."""
+    rows: of the examples that a run uses; the others get NaN. build(empty) -> the reference on the CPU, make() -> the sharded one, make_batches(examples, rows) -> microbatches."""
+
+    used = examples.select(rows)
 
     def look():
-        key = _key(build(empty=False), examples, dtype)
-        file = files.cache_file('reference', key)
-        return key, file, _read(file, key, len(examples))
+        key = _key(build(empty=False), used, dtype)
+        file = cache.path_of('reference', key)
+        return key, file, _read(file, key, len(used))
 
     key, file, logps = fsdp.gather_objects(fsdp.on_one_rank(look))[0]
     if logps is None:
-        logps = _compute(make(), examples, make_batches)
+        logps = _compute(make(), used, make_batches)
         fsdp.on_one_rank(lambda: _write(file, key, logps))
     else:
-        say(f'reference log-probs of {len(examples)} examples: read from {file}')
-    examples.ref = logps
+        say(f'reference log-probs of {len(used)} examples: read from {file}')
+    examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)
+    examples.ref[rows] = logps
     return examples
 
 
@@ -80,7 +83,7 @@ def _read(file, key, n):
         digest = hashlib.sha256(logps).hexdigest()
         return metadata['key'] == key and metadata['sha256'] == digest and len(logps) == n
 
-    arrays, _ = files.read_cache(file, valid) or ({}, None)
+    arrays, _ = cache.read(file, valid) or ({}, None)
     if not arrays:
         say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')
     return arrays.get('logps')
@@ -89,6 +92,6 @@ def _read(file, key, n):
 def _write(file, key, logps):
     """Keep the log-probs, if that can be: the run goes on either way, since it has them in memory."""
     metadata = {'key': key, 'sha256': hashlib.sha256(logps).hexdigest()}
-    failure = files.write_cache(file, {'logps': logps}, metadata)
+    failure = cache.write(file, {'logps': logps}, metadata)
     if failure:
         say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')

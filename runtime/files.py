@@ -1,7 +1,6 @@
 """Files that survive what can happen to a run: a kill, a full disk, a loss of power, a second process in the same folder.
 
-Everything that is written whole is written beside its place and renamed. Rows are appended, and wait in memory for room. The
-cache folder holds arrays with a digest, so that a changed bit is seen."""
+Everything that is written whole is written beside its place and renamed. Rows are appended, and wait in memory for room."""
 
 import contextlib
 import errno
@@ -9,19 +8,15 @@ import fcntl
 import hashlib
 import itertools
 import json
-import mmap
 import os
 import shutil
 import threading
 import time
 from pathlib import Path
 
-import numpy as np
-
 from configurator import UserError, main_rank
 
 # types of the arrays in a cache file, as safetensors names them
-DTYPES = {'BOOL': np.bool_, 'I32': np.int32, 'I64': np.int64, 'U64': np.uint64, 'F32': np.float32, 'F64': np.float64}
 _kept = {}  # path -> bytes that could not be appended to it yet
 _one_at_a_time = threading.RLock()  # checkpoints are written in a thread
 
@@ -162,57 +157,3 @@ def file_hash(path):
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, 'rb') as stream:
         return hashlib.file_digest(stream, 'sha256').hexdigest()
-
-
-def cache_file(kind, key):
-    """The path of a cache file in the user's cache folder. kind: begins its name; key: a string that decides its contents."""
-    folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
-    return folder / f'{kind}-{key[:32]}.safetensors'
-
-
-def read_cache(file, valid):
-    """(arrays, metadata) of a cache file, or None where there is none or it is damaged. The arrays are mapped, not read.
-
-    valid(arrays, metadata) -> whether it is what it should be; whatever that raises for broken contents means no."""
-    with contextlib.suppress(OSError, OverflowError, KeyError, ValueError, TypeError, AttributeError):
-        with open(file, 'rb') as stream:
-            content = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-        start = 8 + int.from_bytes(content[:8], 'little')
-        header, arrays = json.loads(bytes(content[8:start])), {}
-        metadata = header.pop('__metadata__')
-        for name, entry in header.items():
-            begin, end = entry['data_offsets']
-            flat = np.frombuffer(content[start + begin : start + end], DTYPES[entry['dtype']])
-            arrays[name] = flat.reshape(entry['shape'])
-        if valid(arrays, metadata):
-            return arrays, metadata
-    return None
-
-
-def _save(path, arrays, metadata):
-    """Write arrays as a .safetensors file, without a copy of them in memory."""
-    header, offset = {'__metadata__': metadata}, 0
-    # the widest first, so that each begins at a multiple of its width
-    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
-    for name, array in arrays.items():
-        dtype = next(key for key, value in DTYPES.items() if array.dtype == value)
-        header[name] = {'dtype': dtype, 'shape': array.shape, 'data_offsets': (offset, offset + array.nbytes)}
-        offset += array.nbytes
-    text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)
-    with open(path, 'wb') as stream:
-        stream.write(len(text).to_bytes(8, 'little') + text)
-        for array in arrays.values():
-            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-
-def write_cache(file, arrays, metadata):
-    """Write a cache file, whole or not at all. Returns None, or why it could not be written: no run ends for that."""
-    temporary = file.with_suffix(f'.{os.getpid()}')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _save(temporary, arrays, metadata)
-        temporary.rename(file)
-    except OSError as error:
-        return error.strerror or str(error)
-    return None

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import threading
+import time
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -218,7 +219,7 @@ def template_of(tokenizer, tools=None):
 def _limits():
     """Raise TimeoutError or MemoryError in what takes longer, or more memory, than a chat template may.
 
-    The time is that of the processor; threads other than the main one have no limit, nor has memory outside Linux."""
+    The time is the processor's for this thread; threads other than the main one have no limit, nor has memory outside Linux."""
     main, soft, hard = threading.current_thread() is threading.main_thread(), *resource.getrlimit(resource.RLIMIT_AS)
     table = Path('/proc/self/statm')
     used = int(table.read_text().split()[0]) * resource.getpagesize() if main and table.exists() else None
@@ -226,13 +227,17 @@ def _limits():
         yield
         return
 
+    begun = time.thread_time()
+
+    # the timer counts what all threads do
     def stop(*_):
-        raise TimeoutError
+        if time.thread_time() - begun >= TEMPLATE_SECONDS:
+            raise TimeoutError
 
     limits = [used + TEMPLATE_BYTES] + [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     before = signal.signal(signal.SIGVTALRM, stop)
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS, TEMPLATE_SECONDS / 10)
     try:
         yield
     finally:

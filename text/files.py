@@ -81,10 +81,9 @@ def choose_splits(names, wanted, source):
         # one that is called otherwise is the one that is meant
         if wanted or len(likely) != 1:
             which = f'no split {wanted!r}' if wanted else 'several splits'
-            name = named_part(source)[0]
-            raise UserError(
-                f'{name} has {which}; there are {", ".join(names)}: say which: --data={f"{name}[{likely[0]}]"!r} ({HELP})'
-            )
+            name, there = named_part(source)[0], ', '.join(filter(None, names)) or 'none with a name'
+            example = f"--data='{name}[{likely[0]}]'" if any(likely) else f'--data={name}'
+            raise UserError(f'{name} has {which}; there are {there}: say which: {example} ({HELP})')
         (train,) = likely
     held_out = [train.replace('train', name, 1) for name in HELD_OUT_NAMES]
     if sum(name.startswith('train') for name in names) == 1:
@@ -161,7 +160,12 @@ def data_files(path):
     found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     if not found:
         raise UserError(f'there is no file or folder {path}')
-    return [path] if found == [path] else [file for one in found for file in data_files(one)]
+    if found != [path]:
+        return [file for one in found for file in data_files(one)]
+    # a pipe would wait for ever, and data are read more than once
+    if not os.path.isfile(path):
+        raise UserError(f'{path} is no file, but a pipe or a device: write its rows into a file first')
+    return [path]
 
 
 def folder_splits(path, config=None):

@@ -51,13 +51,12 @@ def fit_conversation(ids, trained, first, eos, max_length, max_prompt_length, tr
             prompt = cut(prompt, max_prompt_length, first, truncation)
         room = max_length - len(prompt)
         left_out['conversations cut'] += len(answer) > room
-        # a cut inside an answer ends it; of a cut behind one, the user's words train nothing
-        inside = len(answer) > room and answer[room - 1] >= 0 and answer[room] >= 0
-        answer = answer[:room]
-        if inside:
-            answer[-1] = eos
+        # what the user says at the end trains nothing; the last answer ends as any does
+        is_cut, answer = len(answer) > room, answer[:room]
         while answer and answer[-1] < 0:
             answer.pop()
+        if is_cut and answer and answer[-1] != eos:
+            answer = [*answer[: room - 1], eos]
     if not answer:
         left_out['conversations without an answer within max_length'] += 1
         return None

@@ -62,7 +62,8 @@ def text_or_chat(row, key):
     if key == 'prompt' and not turns:
         raise ValueError("'prompt' has no messages")
     if key != 'prompt' and turns and turns[-1]['role'] != 'assistant':
-        raise ValueError(f'{key!r} does not end with an answer, but with a message of the role {turns[-1]["role"]!r}')
+        role = turns[-1]['role'][:24]
+        raise ValueError(f'{key!r} does not end with an answer, but with a message of the role {role!r}')
     return turns
 
 

@@ -184,10 +184,20 @@ def decoded(examples, i, tokenizer, task):
     text = tokenizer.decode(prompt)
     if task == 'prompts':
         return text
-    marked = [mark(tokenizer.decode(answer)) for answer in answers]
+    marked = [_marked(answer, tokenizer) for answer in answers]
     return text + marked[0] if len(marked) == 1 else f'{text}\nchosen: {marked[0]}\nrejected: {marked[1]}'
 
 
-def first(examples, tokenizer, task='sft'):
-    """The first of tokenised examples as a model sees it, for the screen of a training script."""
-    return f'data: the first example, where {mark("this")} is trained on:\n{decoded(examples, 0, tokenizer, task)}'
+def _marked(answer, tokenizer):
+    """An answer as text, what is trained on marked; of a conversation, a token that is only seen is ~id."""
+    parts = np.split(answer, np.flatnonzero(np.diff(answer < 0)) + 1)
+    return ''.join(mark(tokenizer.decode(part)) if part[0] >= 0 else tokenizer.decode(~part) for part in parts)
+
+
+def first(examples, tokenizer, longest=1200):
+    """The first of tokenised examples as a model sees it, for the screen of a training script: so many characters of it."""
+    task = 'pairs' if examples.spans.shape[1] == 3 else 'sft'
+    text = decoded(examples, 0, tokenizer, task)
+    if len(text) > longest:
+        text = f'{text[: longest // 2]} ... {text[-longest // 2 :]}'
+    return f'the first example, where {mark("this")} is trained on:\n{text}'

@@ -20,6 +20,7 @@ from contextlib import suppress
 from functools import cache, partial
 from glob import glob
 from itertools import chain, islice
+from textwrap import shorten
 
 from configurator import UserError
 from runtime.log import say
@@ -268,7 +269,7 @@ def _refusal(row, error, any_sound, behind, source):
     layouts, looked_at = _bad_layouts(row, behind)
     count = layouts.total()
     if any_sound or count < looked_at:
-        counted = '; '.join(f'{n} with {names}' for names, n in layouts.most_common(3))
+        counted = '; '.join(f'{n} with {shorten(names, 90)}' for names, n in layouts.most_common(2))
         many = f'; of the {looked_at} rows from there on, {count} are bad: {counted}' if count > 1 else ''
         return f'{bad}{many}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
     name = source.partition(':')[0]

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, main_rank
-from runtime import files
+from runtime import cache, files
 from runtime.log import say
 from text import sources, turns
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
@@ -29,8 +29,10 @@ from text.ids import begin, cut, encode_texts, first_of, fit, fit_conversation
 from text.messages import REASONING, as_chat, message
 
 NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
-# rows that are tokenised together, and bytes of ids from which on they wait on the disk
-CHUNK, SPILL = 512, 2**28
+# examples that --n_examples draws from, where it asks for a tenth of them or fewer
+ENOUGH = 20_000
+# examples, and characters, that are tokenised together; bytes of ids from which on they wait on the disk
+CHUNK, CHARACTERS, SPILL = 512, 2**22, 2**26
 NEEDS = {  # task -> what its rows have beside a prompt
     'pairs': 'chosen and rejected',
     'singles': 'a response and whether it is good (label), or chosen and rejected',
@@ -160,7 +162,7 @@ def tokenise_parts(rows, parts, tokenizer, task, limits, *, margins=False, enoug
     wanted = [(made[part], (enough or {}).get(part)) for part in parts]
     first, eos = first_of(tokenizer), tokenizer.eos_token_id
     todo = _render_rows(rows, made, tokenizer, task, **writing)
-    for chunk, ids in _encoded(iter(lambda: list(islice(todo, CHUNK)), []), tokenizer):
+    for chunk, ids in _encoded(_chunks(todo), tokenizer):
         for making, texts, part in chunk:
             pieces = _fitted(list(islice(ids, len(texts))), part.trained, first, eos, limits, making.left_out)
             if pieces:
@@ -280,8 +282,23 @@ def as_chats(row, system):
     return changed
 
 
+def _chunks(items):
+    """Lists of what _render_rows gives, each of a bounded size."""
+    chunk, size = [], 0
+    for item in items:
+        chunk.append(item)
+        size += sum(len(piece) for pieces in item[1] for piece in pieces)
+        if len(chunk) == CHUNK or size > CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
 def _encoded(chunks, tokenizer):
-    """(chunk, an iterator over the ids of its texts) of all chunks; the next one is read while one is encoded in a thread."""
+    """(chunk, an iterator over the ids of its texts) of all chunks; the next one is read while one is encoded in a thread.
+
+    Behind a chunk of chats nothing is read meanwhile: a chat template's limits of time and memory are the whole process's."""
 
     def encode(chunk):
         return iter(encode_texts([text for _, texts, _ in chunk for text in texts], tokenizer, chunk[0][0].left_out))
@@ -293,6 +310,8 @@ def _encoded(chunks, tokenizer):
             if waiting:
                 yield waiting[0], waiting[1].result()
             waiting = chunk, ids
+            if not all(isinstance(part.prompt, str) for _, _, part in chunk):
+                ids.exception()
         if waiting:
             yield waiting[0], waiting[1].result()
 
@@ -412,7 +431,7 @@ def _blank(answer):
 def _cache_file(key, part, enough):
     """The cache file of a part. key: json-able; enough: {} if it is of all rows."""
     text = json.dumps([key, part, enough])
-    return files.cache_file('tokens', hashlib.sha256(text.encode()).hexdigest())
+    return cache.path_of('tokens', hashlib.sha256(text.encode()).hexdigest())
 
 
 def _read_cache(file):
@@ -422,7 +441,7 @@ def _read_cache(file):
         left_out, digest = json.loads(metadata['left_out'])
         return digest == _digest(arrays, left_out)
 
-    found = files.read_cache(file, valid)
+    found = cache.read(file, valid)
     if found is None:
         if file.exists():
             say(f'note: {file} is damaged: tokenising anew')
@@ -435,7 +454,7 @@ def _write_cache(file, examples):
     names = ['ids', 'spans', 'good', 'uid'] + ['margin'] * (examples.margin is not None)
     arrays = {name: np.ascontiguousarray(getattr(examples, name)) for name in names}
     left_out = [examples.left_out, _digest(arrays, examples.left_out)]
-    failure = files.write_cache(file, arrays, {'left_out': json.dumps(left_out)})
+    failure = cache.write(file, arrays, {'left_out': json.dumps(left_out)})
     if failure:
         say(f'note: tokens are not cached: {failure}')
 

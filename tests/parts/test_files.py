@@ -109,6 +109,9 @@ def test_a_list_in_json_is_read_by_pieces(tmp_path, monkeypatch):
         monkeypatch.setattr('text.readers.PIECE', size)
         path.write_text(text)
         assert list(files.read_rows(None, 'train', str(path))) == ROWS
+    path.write_text(json.dumps(ROWS, indent=1)[:-4] + '"x"')
+    with pytest.raises(UserError, match='line 1001: not valid JSON'):
+        sources.load_rows(str(path), 'train')
     path.write_text(json.dumps([{'text': 'x' * 10_000}] * 500))
     monkeypatch.setattr('text.readers.PIECE', 50_000)
     tracemalloc.start()
@@ -142,10 +145,11 @@ def test_files_that_are_no_data(tmp_path, name, content, says):
 
 
 def test_other_columns_in_a_half_of_the_rows_are_counted(tmp_path):
-    path = write(tmp_path / 'data.jsonl', [ROWS[0], {'frage': 'a'}, ROWS[1], {'frage': 1}] * 60)
-    says = r"line 2: .*of the 101 rows from there on, 51 are bad: 26 with 'frage' .text.; 25 with 'frage' .number.; mend it"
-    with pytest.raises(UserError, match=says):
-        sources.load_rows(path, 'train')
+    rows = [ROWS[0], {'frage': 'a'}, ROWS[1], {'frage': 1}] * 60
+    says = r"line {}: .*of the 101 rows from there on, 51 are bad: 26 with 'frage' .text.; 25 with 'frage' .number.; mend it"
+    for line in (2, 1):
+        with pytest.raises(UserError, match=says.format(line)):
+            sources.load_rows(write_jsonl(tmp_path / 'data.jsonl', rows[2 - line :]), 'train')
 
 
 POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'
@@ -194,6 +198,7 @@ SHARDS = [f'data/{{}}-0000{i}-of-00002.parquet' for i in range(2)]
 def test_a_folder_as_the_hub_has_it(tmp_path, held_out):
     for i, name in enumerate(SHARDS):
         write(tmp_path / name.format('train'), ROWS[i::2])
+    write(tmp_path / 'notes.jsonl', [{'response': 'no data'}])
     assert divided(str(tmp_path))
     write(tmp_path / f'data/{held_out}-00000-of-00001.parquet', ROWS[:3])
     assert answers(str(tmp_path)) == ALL[::2] + ALL[1::2] and answers(str(tmp_path), 'test') == ALL[:3]
@@ -224,11 +229,15 @@ def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
 
 
 def test_splits_of_one_folder_are_not_mixed(tmp_path):
-    for name, rows in {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3]}.items():
+    for name, rows in {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3], 'other': ROWS[:1]}.items():
         write(tmp_path / f'{name}.jsonl', rows)
     with pytest.raises(UserError, match='several splits; there are test_prefs, train_prefs, train_sft: say which'):
         sources.load_rows(str(tmp_path), 'train')
     assert answers(f'{tmp_path}[train_prefs]') == ALL and answers(f'{tmp_path}[train_prefs]', 'test') == ALL[:3]
+    # where one is for training, any name will do
+    write(tmp_path / 'one/train_dpo.jsonl')
+    write(tmp_path / 'one/test.jsonl', ROWS[:4])
+    assert answers(f'{tmp_path}/one') == ALL and answers(f'{tmp_path}/one', 'test') == ALL[:4]
 
 
 def test_save_to_disk(tmp_path):
@@ -397,6 +406,8 @@ def test_a_few_examples_are_the_first_and_need_few_rows(load, all_first):
     for _ in range(2):
         assert [load(split, enough=enough)[0] for split in ('train', 'test')] == wanted
     assert load.read == before if all_first else load.read - before <= 180
+    # what was cached of the first is not taken for all
+    assert len(load('train')[0]) > 300
 
 
 def test_repeated_demonstrations_are_counted(tmp_path):

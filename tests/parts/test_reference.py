@@ -1,7 +1,9 @@
 """The reference cache: exact, shared, found out when damaged, refused where a loss needs more than log-probs."""
 
+import numpy as np
 import pytest
 from helpers import metrics, run_script
+from safetensors.numpy import load_file
 
 from configurator import UserError
 
@@ -39,6 +41,15 @@ def test_same_numbers_as_the_live_reference(run, tmp_path, loss):
         assert row.keys() == cached.keys()
         assert [cached[k] for k in keys] == pytest.approx([row[k] for k in keys], rel=1e-5, abs=1e-5)
     assert len(caches(tmp_path)) == 2  # training and evaluation
+
+
+def test_only_what_a_run_uses_is_computed(tmp_path, monkeypatch):
+    """24 of 6,000 pairs; the steps see no other."""
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    scope = run_script('dpo.py', *FLAGS, '--cache_ref', f'--out_dir={tmp_path / "few"}')
+    ref = scope['run'].train.ref
+    assert len(ref) == 6000 and (~np.isnan(ref)).all(1).sum() == 24 and np.isnan(ref).all(1).sum() == 5976
+    assert sorted(len(load_file(file)['logps']) for file in caches(tmp_path)) == [8, 24]
 
 
 def test_shared_between_runs_and_losses_and_keyed_by_content(run, tmp_path, capsys):

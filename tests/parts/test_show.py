@@ -3,11 +3,14 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 import text.show
 from configurator import UserError
 from tests.helpers import python, write_jsonl
+from text import toy
+from text.examples import Examples
 
 TALK = [{'role': r, 'content': c} for r, c in (('user', 'a?'), ('assistant', 'b'), ('user', 'c?'), ('assistant', 'd'))]
 PAIRS = [{'prompt': f'Q: {i}?\nA:', 'chosen': ' yes', 'rejected': ' no', 'margin': 2} for i in range(5)]
@@ -35,6 +38,20 @@ def test_examples_and_counts(show):
     assert 'data.jsonl: 5 pairs' in out and 'left out: empty answers: 1' in out
     assert 'read as: pair, told by chosen (columns: prompt, chosen, rejected, margin)' in out
     assert 'lengths in characters: median' in out
+
+
+def test_the_first_example_of_a_run():
+    """Of a conversation every answer is marked; a long text loses its middle."""
+    tokenizer = toy.tokenizer()
+    ids = {text: np.array(tokenizer(text)['input_ids']) for text in ('a ', 'clean .', 'the bed ?', 'fine .')}
+    answer = np.concatenate((ids['clean .'], ~ids['the bed ?'], ids['fine .']))
+    examples = Examples.of([(ids['a '], [answer])])
+    shown = text.show.first(examples, tokenizer)
+    assert shown.endswith('\na [[clean .]]the bed ?[[fine .]]') and 'the first example' in shown
+    short = text.show.first(examples, tokenizer, longest=16).partition('\n')[2]
+    assert short == 'a [[clea ... fine .]]'
+    pair = Examples.of([(ids['a '], [ids['clean .'], ids['fine .']])])
+    assert text.show.first(pair, tokenizer).endswith('a \nchosen: [[clean .]]\nrejected: [[fine .]]')
 
 
 def test_as_a_model_sees_it(show):
