@@ -8,6 +8,7 @@ LeftOut(reason): it is sound, and a rule leaves it out. task: 'pairs', 'singles'
 import difflib
 import json
 import os
+import re
 from functools import cache
 from itertools import combinations
 from operator import itemgetter
@@ -46,11 +47,9 @@ QUESTIONS = ('prompt', 'question', 'instruction', 'problem', 'query', 'input')
 ADDED = ('input', 'context')
 ANSWERS = ('response', 'completion', 'output', 'answer', 'solution', 'label')
 # in the name of a column that nobody knows
-LIKE_ANSWERS = ('chosen', 'rejected', 'response', 'completion', 'output', 'answer', 'reply')
+LIKE_ANSWERS = ('chosen', 'rejected', 'response', 'completion', 'output', 'answer', 'reply', 'target', 'solution')
 CHATS = ('messages', 'conversations', 'conversation', 'context_messages', 'trajectory')
-LABELS = ('good', 'label', 'kto_tag')
-# where a null is not the same as no such column
-NULL_SAYS = (*LABELS, 'preference', 'output_1')
+LABELS = ('good', 'label', 'kto_tag', 'desirable', 'is_safe')
 # what --columns may name
 COLUMNS = ('prompt', 'question', 'system', 'chosen', 'rejected', 'response', 'label', 'messages', 'margin', 'tools')
 # other names, which stand together -> ours
@@ -58,15 +57,22 @@ RENAMED = (
     {'chosen_response': 'chosen', 'rejected_response': 'rejected'},
     {'preferred_output': 'chosen', 'non_preferred_output': 'rejected'},
     {'response_j': 'chosen', 'response_k': 'rejected'},
+    {'response': 'chosen', 'rejected_response': 'rejected'},
+    {'messages': 'chosen', 'rejected_messages': 'rejected'},
     {'system_prompt': 'system'},
 )
 # two answers that somebody has compared, and the columns that say which is better: by name or number, or by sign
 COMPARED = (
     ('response_a', 'response_b'), ('response_0', 'response_1'), ('response_1', 'response_2'),
-    ('response1', 'response2'), ('answer_a', 'answer_b'), ('conversation_a', 'conversation_b'),
+    ('response1', 'response2'), ('answer_a', 'answer_b'), ('completion_a', 'completion_b'),
+    ('conversation_a', 'conversation_b'),
 )
-BY_NAME = ('winner', 'preferred', 'better_response_id', 'safer_response_id')
+BY_NAME = ('winner', 'preferred', 'preference', 'better_response_id', 'safer_response_id')
 BY_SIGN = ('preference_strength', 'overall_preference')
+# what such a name may have before the letter or the number
+SIDE = re.compile(r'(model|response|answer|completion|conversation|assistant|output|option)?[ _-]?([ab012])')
+# where a null is not the same as no such column
+NULL_SAYS = (*LABELS, *BY_NAME, *BY_SIGN, 'output_1')
 # lists of answers, and of their scores
 MANY = ('generations', 'responses', 'completions', 'outputs', 'all_generated_responses')
 SCORES = ('correctness_math_verify', 'correctness_llama', 'scores', 'ratings', 'rating', 'rewards', 'all_rm_scores')
@@ -151,6 +157,8 @@ def unified(row, columns=None):
     told = row.get('chat_template_kwargs')
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
+    if isinstance(row.get('input'), list) and 'messages' not in row:
+        row['messages'] = row.pop('input')
     if isinstance(row.get('context'), list) and 'prompt' not in row:
         row['prompt'] = row.pop('context')
     if isinstance(told, dict) and told.get('custom_instructions'):
@@ -306,18 +314,22 @@ def compared(one, two, verdict):
 
 def _by_sign(row, one, two, verdict):
     """The better one by how much the second is better than the first; None for a tie."""
-    strength = field(row, verdict, NUMBER)
+    strength = None if row[verdict] is None else field(row, verdict, NUMBER)
     if not strength:
         return None
     return one if strength < 0 else two
 
 
 def _by_name(value, columns):
-    """The column that a verdict names by its last character ('model_a', 'B', 1); None for a tie."""
+    """The column that a verdict names by its letter or number ('model_a', 'B', 1); None for a tie."""
+    # a column with nulls in it has its numbers as fractions
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+        value = int(value)
     name = str(value).strip().lower()
-    if name in ('', 'none', '-1', 'equal') or 'tie' in name or 'both' in name:
+    if name in ('', 'none', 'nan', '-1', 'equal', 'draw') or 'tie' in name or 'both' in name:
         return None
-    found = [column for column in columns if column[-1] == name[-1]]
+    side = SIDE.fullmatch(name)
+    found = [column for column in columns if side and column[-1] == side[2]]
     if not found:
         raise ValueError(f'{name[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
     return found[0]
@@ -597,7 +609,10 @@ def read_answer(row, task=None):
 
 def read_label(row, task=None):
     """CarperAI's summaries, where the label is a text, the answer; any other label says nothing without an answer."""
-    return read_answer(row, task) if isinstance(row['label'], str) else read_prompt(row, task)
+    if not isinstance(row['label'], str):
+        return read_prompt(row, task)
+    _no_other_answer(row, task)
+    return read_answer(row, task)
 
 
 def read_solution(row, task=None):
@@ -654,11 +669,18 @@ def read_text(row, task=None):
 
 
 def read_prompt(row, task=None):
-    """A prompt alone. Raises ValueError where an answer is wanted, and a column that nobody knows is called like one."""
-    for name, value in row.items() if task != 'prompts' else ():
-        if isinstance(value, str) and any(word in name.lower() for word in LIKE_ANSWERS):
-            raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
+    """A prompt alone."""
+    _no_other_answer(row, task)
     return [{'prompt': asked(row)}]
+
+
+def _no_other_answer(row, task):
+    """Raise ValueError where an answer is wanted, and a column that nobody knows is called like one."""
+    # a solution, the last word, may be there for a reward alone
+    words = LIKE_ANSWERS if task else LIKE_ANSWERS[:-1]
+    for name, value in row.items() if task != 'prompts' else ():
+        if value and isinstance(value, str | list) and any(word in name.lower() for word in words):
+            raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
 
 
 # fmt: off
@@ -684,6 +706,8 @@ LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, columns, rea
     ('answer', 'input output', read_answer),
     ('answer', 'prompt output', read_answer),
     ('answer', 'prompt answer', read_answer),
+    ('answer', 'instruction answer', read_answer),
+    ('answer', 'query answer', read_answer),
     ('answer', 'prompt label', read_label),
     ('DeepMath', 'question r1_solution_1', read_solution),
     *[('scored answers', f'{answers} {scores}', scored(answers, scores)) for answers in MANY for scores in SCORES],

@@ -1,13 +1,20 @@
 """Texts and chat messages: what is in a row's field, whatever it was written as, and how the one becomes the other."""
 
+import ast
 import json
 import math
 import re
+from contextlib import suppress
 from html.parser import HTMLParser
 
 # characters of a text, or of all messages of a chat
 LONGEST = 10_000_000
 ASSISTANT = '\n\nAssistant:'
+# how a chat in JSON begins, or in python's form, and what is in it
+CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|messages)["']:""")
+CUT = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|assistant|gpt)["']""")
+# numpy writes none between the items of an array
+NO_COMMA = re.compile(r"\}\s+\{(?='(role|content|from|value)':)")
 # the fields that a message's thoughts stand in
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
 ROLES = {
@@ -47,6 +54,9 @@ def text_or_chat(row, key):
     value = field(row, key, (str, list))
     check_size(key, value)
     if isinstance(value, str):
+        # whole ones are messages by now
+        if CHAT.match(value) and CUT.search(value):
+            raise ValueError(f'{key!r} begins as a chat in JSON does, and cannot be read as one')
         return value
     turns = [checked(turn) for turn in value]
     if key == 'prompt' and not turns:
@@ -113,7 +123,7 @@ def as_messages(value, in_turn=False):
 
     Forms: a list of {'from', 'value'}; a single message; these as JSON, or in {'messages'}; and, where this must be a chat
     (in_turn), texts, or {'input', 'output'}, of the user and the assistant in turn. Raises ValueError."""
-    if isinstance(value, str) and value.startswith(('[{"', '{"')):
+    if isinstance(value, str) and (CHAT.match(value) or (in_turn and value.startswith('['))):
         value = _from_json(value)
     if isinstance(value, dict) and value.keys() == {'messages'}:
         value = value['messages']
@@ -129,15 +139,17 @@ def as_messages(value, in_turn=False):
 
 
 def _from_json(text):
-    """The messages in a text, if it is JSON of such; else the text."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    """The messages in a text, if it is JSON of such, or python's form, which pandas writes in a csv; else the text."""
+    python = text.lstrip('[{ \n').startswith("'")
+    value = None
+    for form in (text.strip(), NO_COMMA.sub('}, {', text.strip())) if python else (text,):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = ast.literal_eval(form) if python else json.loads(form)
+            break
     turns = value if isinstance(value, list) else [value]
-    forms = ({'role', 'content'}, {'from', 'value'})
+    forms = ({'role', 'content'}, {'from', 'value'}, {'messages'})
     sound = all(isinstance(turn, dict) and any(form <= turn.keys() for form in forms) for turn in turns)
-    return value if turns and sound else text
+    return value if turns and (sound or are_texts(turns)) else text
 
 
 def _as_message(turn):

@@ -28,6 +28,8 @@ from text import files
 from text.files import ENDINGS, HELP, Row, content_hash, data_files, hub_splits, read_rows
 from text.formats import (
     COLUMNS,
+    LIKE_ANSWERS,
+    QUESTIONS,
     Layout,
     each,
     layout_of,
@@ -68,7 +70,7 @@ KNOWN = (
     'known are prompt (or question, instruction, query) with chosen and rejected, or with response (completion, output) '
     'and perhaps good (label); messages; text'
 )
-RENAME = "rename the columns, or say which is which: --columns='prompt={}, response={}' (or chosen, rejected, messages)"
+RENAME = "rename the columns, or say which is which: --columns='{}'"
 MIXED = 'the answers of {} rows begin with their prompt, of {} they do not: all or none must'
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
 
@@ -276,9 +278,30 @@ def _refusal(row, error, any_sound, behind, source):
     elif f'get_{name}' in globals():
         fits = f'the reader {name!r} is for another one; without {name + ":"!r} the columns decide'
     else:
-        texts = [name for name, value in row.items() if isinstance(value, str)] + ['NAME', 'NAME']
-        fits = f'{KNOWN}: {RENAME.format(*texts)}'
+        fits = f'{KNOWN}: {RENAME.format(_mapping(row))}'
     return f'{bad}; none of the first {looked_at} rows can be read, so it is the layout: {fits} ({HELP})'
+
+
+def _mapping(row):
+    """What --columns may say of a row in no known layout: the columns whose names are like ours; NAME where none is."""
+    texts = [name for name, value in row.items() if isinstance(value, str) and not name.lower().endswith('id')]
+    lists = [name for name, value in row.items() if isinstance(value, list)]
+
+    def like(*words):
+        """The first column of such a name, whose letters may be a little wrong."""
+        near = (n for n in texts if difflib.get_close_matches(n.lower(), words, 1, 0.8))
+        inside = (n for n in texts if any(word in n.lower() for word in words))
+        return next(chain(near, inside), None)
+
+    if not texts and lists:
+        return f'messages={lists[0]}'
+    chosen, rejected, response = like('chosen', 'accepted'), like('rejected'), like(*LIKE_ANSWERS)
+    asked = like(*QUESTIONS)
+    others = iter([name for name in texts if name not in (asked, chosen, rejected, response)])
+    prompt = asked or next(others, 'NAME')
+    if rejected:
+        return f'prompt={prompt}, chosen={chosen or next(others, "NAME")}, rejected={rejected}'
+    return f'prompt={prompt}, response={response or next(others, "NAME")}'
 
 
 def _bad_layouts(row, behind):

@@ -384,6 +384,9 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('HelpSteer 3', 'pairs', [{'domain': 'd', 'context': TWO_TURNS[:3], 'response1': 'a', 'response2': 'b', 'overall_preference': -1}], [PAIR | {'prompt': TWO_TURNS[:3]}], {}),
     ('PKU-SafeRLHF', 'pairs', [{'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'better_response_id': 1, 'safer_response_id': 0}], [PAIR], {}),
     ('PKU-SafeRLHF, safety', 'pairs', [{'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'safer_response_id': 1}], [PAIR], {}),
+    ('PKU-SafeRLHF, whole numbers as fractions, and none', 'pairs', [{'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'better_response_id': x, 'safer_response_id': 0} for x in (1.0, None)], [PAIR], {'tie': 1}),
+    ('BeaverTails', 'singles', [{'prompt': 'q?', 'response': 'a', 'category': {'x': True}, 'is_safe': x} for x in (True, False)], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False)], {}),
+    ('HelpSteer 2, no strength', 'pairs', [{'prompt': 'q?', 'response_1': 'a', 'response_2': 'b', 'preference_strength': x} for x in (-1, None)], [PAIR], {'tie': 1}),
     ('RewardBench', 'pairs', [{'prompt': 'q?', **ANSWERS, 'chosen_model': 'x', 'subset': 's'}], [{'prompt': 'q?', **ANSWERS}], {}),
     ('RewardBench 2', 'pairs', [{'prompt': 'q?', 'chosen': ['a'], 'rejected': ['b', 'c'], 'models': ['x'] * 3}], [PAIR, PAIR | {'rejected': [assistant('c')]}], {}),
     ('Arena, table', 'pairs', [{'prompt': '["q?"]', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': x, 'winner_model_b': 0, 'winner_tie': y} for x, y in ((1, 0), (0, 1))], [PAIR], {'tie': 1}),
@@ -391,6 +394,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Arena, conversations', 'pairs', [{'winner': x, 'conversation_a': [user('q?'), assistant('b')], 'conversation_b': [user('q?'), assistant('a')]} for x in ('model_b', 'tie', 'tie (bothbad)', 'both_bad')], [PAIR], {'tie': 3}),
     ('Arena, content in parts', 'pairs', [{'winner': 'model_a', **{f'conversation_{x}': [{'role': r, 'content': [{'type': 'text', 'text': t, 'image': None}]} for r, t in (('user', 'q?'), ('assistant', y))] for x, y in ('aa', 'bb')}}], [PAIR], {}),
     ('Arena, sides', 'pairs', [{'winner': 'model_a', 'full_conversation': [{'user': user('q?'), 'model_side_a': assistant('a'), 'model_side_b': assistant('b')}]}], [PAIR], {}),
+    ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', 'draw')], [PAIR] * 3, {'tie': 1}),
     ('Arena, other fields', 'pairs', [{'winner': 'model_a', **{f'conversation_{x}': [user('q?') | {'num_tokens': x}, assistant(x)] for x in 'ab'}}], [PAIR], {}),
     ('Arena, the better conversation', 'sft', [{'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}], [{'prompt': TWO_TURNS[:3], 'response': TWO_TURNS[3:]}], {}),
     ('Arena, several turns', 'pairs', [{'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}], [], {'chosen and rejected have different prompts': 1}),
@@ -414,6 +418,10 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('LLaMA-Factory, history', 'sft', [{'instruction': 'q?', 'input': '', 'output': 'a', 'history': [['a', 'b']]}], [MULTI], {}),
     ('LLaMA-Factory, pairs with history', 'pairs', [{'instruction': 'q?', **ANSWERS, 'history': [['a', 'b']]}], [PAIR | {'prompt': TWO_TURNS[:3]}], {}),
     ('OpenAI, preferences', 'pairs', [{'input': {'messages': [system('Be brief.'), user('q?')], 'tools': [{'name': 'f'}], 'parallel_tool_calls': True}, 'preferred_output': [assistant('a')], 'non_preferred_output': [assistant('b')]}], [PAIR | BRIEF | {'tools': [{'name': 'f'}]}], {}),
+    ('OpenAI, preferences without tools', 'pairs', [{'input': {'messages': [user('q?')]}, 'preferred_output': [assistant('a')], 'non_preferred_output': [assistant('b')]}], [PAIR], {}),
+    ('OpenAI, preferences in a table', 'pairs', [{'input': json.dumps({'messages': [user('q?')], 'tools': []}), 'preferred_output': json.dumps([assistant('a')]), 'non_preferred_output': json.dumps([assistant('b')])}], [PAIR], {}),
+    ('ms-swift', 'pairs', [{'query': 'q?', 'response': 'a', 'rejected_response': 'b'}], [PAIR], {}),
+    ('ms-swift, chats', 'pairs', [{'messages': [user('q?'), assistant('a')], 'rejected_messages': [user('q?'), assistant('b')]}], [PAIR], {}),
     ('OpenAI, answers not trained on', 'sft', [{'messages': [*TWO_TURNS[:1], assistant('b') | {'weight': 0}, *TWO_TURNS[2:]]}], [SFT | {'prompt': TWO_TURNS[:3]}], {}),
     ('OpenAI, one of three not trained on', 'sft', [{'messages': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}], [{'prompt': [user('x'), assistant('y'), *TWO_TURNS[:3]], 'response': TWO_TURNS[3:], 'turns': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}], {}),
     ('OpenAI, last answer not trained on', 'sft', [{'messages': [user('q?'), assistant('a'), user('x'), assistant('y') | {'weight': 0}]}], [SFT], {'note: conversations that go on behind the last answer to train on: left out': 1}),
@@ -443,6 +451,10 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('prompts of questions', 'prompts', [{'prompt': [user('q?')], 'solution': '4'}], [{'prompt': [user('q?')]}], {}),
     ('UltraInteract', 'pairs', [{'trajectory': said('q?', '')[:1], **ANSWERS}], [PAIR], {}),
     ('chats as JSON', 'pairs', [{k: json.dumps(v) for k, v in (PAIR | BRIEF).items()}], [PAIR | BRIEF], {}),
+    ('answers in JSON', 'sft', [{'prompt': 'q?', 'response': x} for x in ('{"content": "a"}', '[{"value": 3}]', '{"role": ')], [{'prompt': 'q?', 'response': x} for x in ('{"content": "a"}', '[{"value": 3}]', '{"role": ')], {}),
+    ('chats as JSON with blanks', 'sft', [{'messages': '\n' + json.dumps(TWO_TURNS, indent=1)}], [MULTI], {}),
+    ('texts in turn as JSON', 'sft', [{'conversations': json.dumps(['a', 'b', 'q?', 'a'])}], [MULTI], {}),
+    ('chats as pandas and numpy write them', 'sft', [{'messages': x} for x in (repr(TWO_TURNS), repr(TWO_TURNS).replace('}, {', '}\n {'))], [MULTI] * 2, {}),
     ('chats in objects', 'pairs', [{'chosen': {'messages': [user('q?'), assistant('a')]}, 'rejected': {'messages': [user('q?'), assistant('b')]}}], [PAIR], {}),
     ('ShareGPT, pieces', 'sft', [{'conversations': [said('', 'x')[1], *said('q?', 'a')]}, {'conversations': []}], [SFT], {'note: conversations that begin with an answer, which is left out': 1, 'conversations without a question and its answer': 1}),
     ('OpenAssistant, best answers', 'sft', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1), ('3', '1', 'a', 'assistant', 0))], [SFT], {'answers that are not the best': 1}),
@@ -466,6 +478,12 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}, "a message has a part of the type 'image'"),
     ({'text': None}, "'prompt' is missing"),
     ({'ask': 'q'}, "'prompt' is missing"),
+    ({'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}, "'chosen' begins as a chat in JSON does"),
+    ({'prompt': 'q', 'completion_a': 'a', 'label': 'a'}, "'completion_a' may be an answer"),
+    ({'prompt': 'q', 'completions': ['a', 'b'], 'labels': [1, 0]}, "'completions' may be an answer"),
+    ({'input': 'q', 'target': 'a'}, "'target' may be an answer"),
+    ({'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}, "'llama-7b' is neither of response_a and response_b"),
+    ({'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': math.inf}, "'inf' is neither of"),
     ({'prompt': None, **ANSWERS}, 'no column has the prompt'),
     ({'chosen': 'grey', 'rejected': 'green'}, 'no column has the prompt'),
     ({'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, 'no column has the prompt'),
@@ -586,6 +604,14 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
     assert message.startswith(f'{path}, line 1: ') and 'none of the first 101 rows' in message and 'layout' in message
     assert "'ask' (text), 'chosen' (text), 'rejected' (text)" in message and 'question, instruction' in message
     assert '--skip_bad_rows' not in message and 'README' in message and len(message) < 600
+    assert "--columns='prompt=ask, chosen=chosen, rejected=rejected'" in message
+    for row, columns in (
+        ({'id': 'x', 'riddle': 'q', 'Answer': 'a'}, 'prompt=riddle, response=Answer'),
+        ({'id': 'x', 'talk': ['q', 'a']}, 'messages=talk'),
+        ({'x': 3}, 'prompt=NAME, response=NAME'),
+    ):
+        with pytest.raises(UserError, match=f"--columns='{columns}'"):
+            sources.load_rows(write(tmp_path / 'other.jsonl', [row]), 'train')
     with pytest.raises(UserError, match="the reader 'hh' is for another one; without 'hh:' the columns decide"):
         sources.load_rows(f'hh:{path}', 'train')
     write(tmp_path / 'data.jsonl', rows[:30] + [{'prompt': 'p', 'response': 'r'}])  # not all of them after all
