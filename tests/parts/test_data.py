@@ -468,6 +468,22 @@ def test_every_source_must_give_something(tmp_path, tok, name):
         load(good, tok, data_fraction=0.0)
 
 
+def test_which_prompts_are_held_out(tmp_path, tok):
+    """Those whose hash is a multiple of 20, today and in older versions; of messages only role and content count."""
+    rows = [pair(f'prompt {i}', ' a', ' b') for i in range(200)]
+    rows += [pair([user(f'chat {i}') | {'name': 'x'}], [assistant('a')], [assistant('b')]) for i in range(200)]
+    file = write_jsonl(tmp_path / 'd.jsonl', rows)
+    expected = {f'prompt {i}' for i in range(200) if sources.content_hash(f'prompt {i}') % 20 == 0}
+    expected |= {f'chat {i}' for i in range(200) if sources.content_hash([user(f'chat {i}')]) % 20 == 0}
+    for split, wanted in (
+        ('test', expected),
+        ('train', {f'{kind} {i}' for kind in ('prompt', 'chat') for i in range(200)} - expected),
+    ):
+        found, _ = sources.load_rows(file, split)
+        prompts = [row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][0]['content'] for row in found]
+        assert set(prompts) == wanted and len(prompts) == len(wanted) > 5
+
+
 def test_a_small_file_may_have_nothing_held_out(tmp_path, tok):
     source = write_jsonl(tmp_path / 'd.jsonl', many_pairs(1))
     there = [split for split in ('train', 'test') if sources.load_rows(source, split)[0]]
