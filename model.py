@@ -277,7 +277,7 @@ class Head(torch.autograd.Function):
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         _, weight_trains, bias_trains, *_ = ctx.needs_input_grad
-        # filled chunk by chunk; what chunks add up is float32 whatever the compute type
+        # filled chunk by chunk; d_weight adds up in float32 whatever the compute type
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
         d_bias = torch.zeros_like(bias) if bias_trains else None
