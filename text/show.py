@@ -158,7 +158,8 @@ def _plain(example, found):
     shown = lines(found['prompt'], lambda turn: False)
     for key in ('chosen', 'rejected', 'response'):
         if key in found:
-            shown += [f'{key}:', *lines(found[key], lambda turn: True)]
+            good = {True: ', good', False: ', bad'}.get(found.get('good'), '')
+            shown += [f'{key}{good}:', *lines(found[key], lambda turn: True)]
     return '\n'.join(shown)
 
 
