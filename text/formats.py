@@ -17,6 +17,7 @@ from typing import NamedTuple
 from text.messages import (
     ASSISTANT,
     DIALOGUES,
+    REASONING,
     ROLES,
     alternating,
     answer,
@@ -299,6 +300,8 @@ def compared(one, two, verdict):
         prompt, chats = asked(row), []
         for key in (two, one) if better == two else (one, two):
             found = text_or_chat(row, key)
+            if not found:
+                raise LeftOut('empty answers')
             # a count of tokens, say, is no part of a message
             found = (
                 said(found) if isinstance(found, str) else [message(turn['role'], turn['content']) for turn in found]
@@ -634,6 +637,11 @@ def read_chat(row, task=None):
         if task == 'prompts' or (task is None and len(turns) == 1):
             return [{'prompt': turns}]
 
+    # an empty answer is no demonstration; one that has a label stays, for the label is its own
+    good = thumb(row)
+    if task != 'prompts' and not good and any(map(_filled, turns)):
+        turns = [turn | {'weight': 0} if turn['role'] == 'assistant' and not _filled(turn) else turn for turn in turns]
+
     # as FastChat does: what precedes the first question, and what follows the last answer, is left out
     first = next((i for i, turn in enumerate(turns) if turn['role'] != 'assistant'), len(turns))
     last = max((i for i, turn in enumerate(turns) if _trained(turn)), default=-1)
@@ -643,12 +651,18 @@ def read_chat(row, task=None):
     notes = [{'drop': 'note: conversations that begin with an answer, which is left out'}] if first else []
     if last < len(turns) - 1:
         notes.append({'drop': 'note: conversations that go on behind the last answer to train on: left out'})
-    example = {'prompt': turns[first:last], 'response': [turns[last]], **thumb(row)}
+    example = {'prompt': turns[first:last], 'response': [turns[last]], **good}
     return [example if 'good' in example else _every_answer(example), *notes]
 
 
 def _trained(turn):
     return turn['role'] == 'assistant' and turn.get('weight') != 0
+
+
+def _filled(turn):
+    """Whether a message is an answer that says something, or calls a tool."""
+    said_or_called = turn['content'].strip() or any(turn.get(key) for key in ('tool_calls', *REASONING))
+    return turn['role'] == 'assistant' and bool(said_or_called)
 
 
 def _every_answer(example):

@@ -119,13 +119,16 @@ def _show(left_out):
         tokenizer = load_tokenizer(model)
     kinds, lengths = Counter(), []
     for of, example in _read(left_out):
-        for found in for_task(example, of, left_out):
+        shown = for_task(example, of, left_out)
+        for found in shown:
             kinds[of] += 1
             if n is None or kinds.total() <= n:
                 print(f'--- {of}, example {kinds.total()}: {example.where or data} ---')
                 print(_plain(example, found) if tokenizer is None else _seen(example, of, tokenizer), end='\n\n')
-            if len(lengths) < MEASURED:
-                lengths.append(len(_plain(example, found)) if tokenizer is None else _length(example, of, tokenizer))
+        if shown and len(lengths) < MEASURED and tokenizer is None:
+            lengths += [len(_plain(example, found)) for found in shown]
+        elif shown and len(lengths) < MEASURED:
+            lengths += _lengths(example, of, tokenizer, left_out)
 
     # the whole, in a few lines
     print(f'{data}: {", ".join(f"{count} {of}" for of, count in kinds.items()) or "no examples"}')
@@ -158,24 +161,28 @@ def _plain(example, found):
     shown = lines(found['prompt'], lambda turn: False)
     for key in ('chosen', 'rejected', 'response'):
         if key in found:
-            shown += [f'{key}:', *lines(found[key], lambda turn: True)]
+            good = {True: ', good', False: ', bad'}.get(found.get('good'), '')
+            shown += [f'{key}{good}:', *lines(found[key], lambda turn: True)]
     return '\n'.join(shown)
 
 
-def _tokens(example, task, tokenizer, longest, longest_prompt):
-    """The tokenised Examples of one example."""
-    return tokenise([example], tokenizer, task, longest, longest_prompt, truncation, Counter(), skip_bad_rows=True)
+def _tokens(example, task, tokenizer, longest, longest_prompt, left_out):
+    """The tokenised Examples of one example; none, counted, where its chat template refuses it."""
+    return tokenise([example], tokenizer, task, longest, longest_prompt, truncation, left_out, skip_bad_rows=True)
 
 
-def _length(example, task, tokenizer):
-    """Tokens of an example before it is cut."""
-    return int(_tokens(example, task, tokenizer, 2**30, 2**29).longest())
+def _lengths(example, task, tokenizer, left_out):
+    """Tokens of an example before it is cut, in a list, which is empty where it cannot be tokenised."""
+    examples = _tokens(example, task, tokenizer, 2**30, 2**29, left_out)
+    return [int(examples.longest())] if len(examples) else []
 
 
 def _seen(example, task, tokenizer):
     """The text of an example as a model sees it."""
-    examples = _tokens(example, task, tokenizer, max_length, max_prompt_length)
-    return '\n\n'.join(decoded(examples, i, tokenizer, task) for i in range(len(examples)))
+    reasons = Counter()
+    examples = _tokens(example, task, tokenizer, max_length, max_prompt_length, reasons)
+    seen = [decoded(examples, i, tokenizer, task) for i in range(len(examples))]
+    return '\n\n'.join(seen or ['left out: ' + ', '.join(+reasons)])
 
 
 def decoded(examples, i, tokenizer, task):

@@ -1,6 +1,7 @@
 """python data.py: what a model will be trained on, on the screen and as JSON."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -58,6 +59,27 @@ def test_as_a_model_sees_it(show):
     out, _ = show(PAIRS, '--model=toy', '--n=1', '--max_length=12', '--max_prompt_length=6')
     assert out.count('--- pairs') == 1 and 'rejected: [[' in out and '<|endoftext|>]]' in out
     assert 'lengths in tokens: median' in out and 'cut at max_length 12: 100%' in out
+
+
+def test_what_a_chat_template_refuses_is_said_and_counted(show, tmp_path):
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / 'model')
+    rows = [{'messages': TALK, 'system': x} for x in ('', 'Be brief.')]
+    out, _ = show([*rows, {'messages': TALK, 'system': ''}], f'--model={tmp_path / "model"}')
+    assert 'the chat template refuses an example: no system here\n' in out and '3 sft' in out
+    assert re.search('left out: bad rows: the chat template refuses an example: no system here: 1\n', out)
+    # of a conversation, both answers are marked
+    assert out.count('[[') == 4
+
+
+def test_an_answer_is_shown_with_its_label(show):
+    out, _ = show([{'prompt': 'p', 'response': 'r', 'good': x} for x in (True, False)])
+    assert 'response, good:\n[[r]]' in out and 'response, bad:\n[[r]]' in out
 
 
 def test_every_answer_of_a_conversation_is_marked(show):
