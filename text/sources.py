@@ -42,9 +42,7 @@ from text.formats import (
     read_trees,
     unified,
 )
-
-# for callers that have not moved to text.messages yet
-from text.messages import ASSISTANT, answer, as_chat, ask, field, instruction, message, strip_html, text_or_chat  # noqa: F401
+from text.messages import answer, ask, field, message
 
 # without a test split, the prompts whose hash is 0 modulo this are held out
 HELD_OUT = 20

@@ -27,7 +27,7 @@ from configurator import UserError
 from feedback import judge
 from feedback.answers import make_pairs, write_model_outputs
 from hf.load import load_model, load_tokenizer
-from text import sources, tokenise, toy
+from text import messages, sources, tokenise, toy
 
 TEMPLATE = (ROOT / 'config/judge_pair.txt').read_text()
 KEY = 'sk-made-up-0123456789'
@@ -65,7 +65,7 @@ def write_samples(questions, n=2, answer='answer {k} to {i}', path='samples.json
     """n answers to each question."""
     rows = []
     for i in questions:
-        common = {'prompt': sources.ask(f'question {i}'), 'generator': 'ours', 'seed': 7, **more}
+        common = {'prompt': messages.ask(f'question {i}'), 'generator': 'ours', 'seed': 7, **more}
         rows += [common | {'response': ' ' + answer.format(i=i, k=k), 'sample': k} for k in range(n)]
     return write_jsonl(path, rows)
 
@@ -94,7 +94,7 @@ def test_pairs_of_one_file():
     found, left_out = make_pairs(str(file))
     assert [[o.split()[1] for o in p['outputs']] for p in found] == [['0', '1'], ['0', '2'], ['1', '2']] * 2
     assert [p['question'] for p in found] == [0, 0, 0, 1, 1, 1] and not +left_out
-    assert found[0]['instruction'] == 'question 1' and found[0]['prompt'] == sources.ask('question 1')
+    assert found[0]['instruction'] == 'question 1' and found[0]['prompt'] == messages.ask('question 1')
     found, _ = make_pairs(write_samples([5, 5, 6]))
     assert [p['question'] for p in found] == [0, 1, 2]
 
@@ -114,7 +114,7 @@ def test_dialogues_of_two_files():
     """samples.jsonl against the model_outputs.json that sample.py writes of the same prompts, or the other way round: a chat of
     one question stays one."""
     talk = '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
-    prompts = [talk, sources.ask('one turn'), [{'role': 'user', 'content': 'a chat'}]]
+    prompts = [talk, messages.ask('one turn'), [{'role': 'user', 'content': 'a chat'}]]
     rows = {(i, 0): {'prompt': p, 'response': f' r{i}', 'sample': 0, 'generator': 'm'} for i, p in enumerate(prompts)}
     write_model_outputs('.', rows)
     files = [write_jsonl('s.jsonl', rows.values()), 'model_outputs.json']

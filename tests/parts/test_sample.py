@@ -21,7 +21,7 @@ from configurator import UserError
 from feedback.answers import lock
 from hf import generate, load
 from model import set_attention
-from text import sources, tokenise, toy
+from text import messages, tokenise, toy
 
 FLAGS = ['--n=3', '--temperature=0.7 1.3', '--top_p=0.9', '--max_new_tokens=10', '--batch_size=5', '--seed=4']
 CHATML = (
@@ -230,14 +230,14 @@ def test_tools_begun_answers_and_prompts_that_the_template_refuses(folder, capsy
 def test_prompts_as_chats():
     hh = '\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:'
     turns = [('user', 'a\n\nb'), ('assistant', 'c'), ('user', 'd')]
-    assert [(turn['role'], turn['content']) for turn in sources.as_chat(hh)] == turns
-    assert sources.as_chat('Review of the hotel:') == [{'role': 'user', 'content': 'Review of the hotel:'}]
-    assert sources.instruction(hh) == hh
+    assert [(turn['role'], turn['content']) for turn in messages.as_chat(hh)] == turns
+    assert messages.as_chat('Review of the hotel:') == [{'role': 'user', 'content': 'Review of the hotel:'}]
+    assert messages.instruction(hh) == hh
     for text in (' odd \n', 'two\n\nlines', ''):
-        assert sources.instruction(sources.ask(text)) == text
-    assert sources.instruction([{'role': 'user', 'content': ' x '}]) == ' x '
+        assert messages.instruction(messages.ask(text)) == text
+    assert messages.instruction([{'role': 'user', 'content': ' x '}]) == ' x '
     chat = [{'role': role, 'content': role[0]} for role in ('system', 'user', 'assistant', 'user')]
-    assert sources.instruction(chat) == 'user: u\n\nassistant: a\n\nuser: u'
+    assert messages.instruction(chat) == 'user: u\n\nassistant: a\n\nuser: u'
 
 
 def test_sources(folder, capsys):

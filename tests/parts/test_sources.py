@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from configurator import UserError
 from feedback.answers import collect, read_answers
-from text import formats, sources
+from text import formats, messages, sources
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ def test_se():
     ],
 )
 def test_strip_html(html, text):
-    assert sources.strip_html(html) == text
+    assert messages.strip_html(html) == text
 
 
 def test_sharegpt():
@@ -398,9 +398,9 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Arena, other fields', 'pairs', [{'winner': 'model_a', **{f'conversation_{x}': [user('q?') | {'num_tokens': x}, assistant(x)] for x in 'ab'}}], [PAIR], {}),
     ('Arena, the better conversation', 'sft', [{'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}], [{'prompt': TWO_TURNS[:3], 'response': TWO_TURNS[3:]}], {}),
     ('Arena, several turns', 'pairs', [{'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}], [], {'chosen and rejected have different prompts': 1}),
-    ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': sources.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
+    ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
     ('Stack Exchange, paired', 'pairs', [{'qid': 1, 'question': 'q?', 'response_j': 'a', 'response_k': 'b'}], [PAIR], {}),
-    ('Nectar', 'pairs', [{'prompt': sources.ask('q?') + ' ', 'answers': [{'answer': 'b', 'rank': 7.0}, {'answer': 'a', 'rank': 1.0}]}], [{'prompt': sources.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {}),
+    ('Nectar', 'pairs', [{'prompt': messages.ask('q?') + ' ', 'answers': [{'answer': 'b', 'rank': 7.0}, {'answer': 'a', 'rank': 1.0}]}], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {}),
     ('UltraFeedback', 'sft', [{'instruction': 'q?', 'completions': [{'response': 'b', 'overall_score': 9, 'fine-grained_score': 1.5}, {'response': 'a', 'overall_score': 2, 'fine-grained_score': 4}]}], [SFT], {}),
     ('argilla', 'pairs', [{'instruction': 'q?', 'chosen_response': 'a', 'rejected_response': 'b', 'chosen_avg_rating': 5.0}], [PAIR], {}),
     ('Snorkel', 'pairs', [{'prompt': 'q?', 'chosen': [user('q?'), assistant('a')], 'rejected': [user('q?'), assistant('b')], 'all_rm_scores': [1.0, 0.0]}], [PAIR], {}),
@@ -1132,9 +1132,9 @@ def test_any_annotation(instruction, one, two, preference):
         (found,) = sources.parse_annotation(row)
         first, second = (one, two) if preference < 1.5 else (two, one)
         expected = {
-            'prompt': sources.ask(instruction),
-            'chosen': sources.answer(first),
-            'rejected': sources.answer(second),
+            'prompt': messages.ask(instruction),
+            'chosen': messages.answer(first),
+            'rejected': messages.answer(second),
         }
         assert found == expected
     else:
