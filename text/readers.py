@@ -8,6 +8,7 @@ import json
 import lzma
 import re
 import zlib
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -27,8 +28,9 @@ CUT = re.compile(
 )
 NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE')
 # columns of a table that are text, whatever stands in them
-TEXTS = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion', 'output',
-         'answer', 'chosen', 'rejected', 'text'}  # fmt: skip
+TEXTS = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion', 'output', 'answer', 'chosen',
+         'rejected', 'text', 'history', 'human_ref', 'chosen_response', 'rejected_response', 'problem', 'solution'}  # fmt: skip
+SIDE = re.compile(r'_?(\d|[a-z]|[A-Z])$')  # of response_a, answer1, human_ref_B
 BLANK = re.compile(r'[ \t\n\r]*')
 SURROGATE = re.compile('[\udc80-\udcff]')
 BROKEN = 'not valid UTF-8'
@@ -192,12 +194,19 @@ def _read_text(file):
                 )
 
 
+@cache
+def _is_text(column):
+    """Whether a column of a table is text, whatever stands in it: one of TEXTS, or a side of it."""
+    return column in TEXTS or SIDE.sub('', column) in TEXTS
+
+
 def _read_table(file):
     """The rows of a table; a column is of numbers if all of its cells are, and an empty cell is null."""
     # a first reading for the kinds of the columns
-    texts = set(TEXTS)
+    texts = set()
     for _, cells, _ in _cells(file):
         texts |= {name for name, cell in cells.items() if cell and not NUMBER.fullmatch(cell)}
+        texts |= {name for name in cells if _is_text(name)}
     for line, cells, error in _cells(file):
         raw = {name: cell if name in texts or not cell else json.loads(cell.lower()) for name, cell in cells.items()}
         yield Row.of(raw, f'{file}, line {line}', error)

@@ -95,10 +95,11 @@ def test_text_files(tmp_path):
 
 def test_kinds_of_the_columns_of_a_table(tmp_path):
     path = tmp_path / 'data.csv'
-    path.write_text('\ufeffprompt,label,score,note,zip\n1,True,0.5,,007\n2,false,-3,x,1\n')
+    path.write_text('\ufeffprompt,response_a,answer2,label,score_A,note,zip\n1,7,8,True,0.5,,007\n2,9,9,false,-3,x,1\n')
     rows = list(files.read_rows(None, 'train', str(path)))
-    assert rows == [{'prompt': '1', 'label': True, 'score': 0.5, 'note': None, 'zip': '007'},
-                    {'prompt': '2', 'label': False, 'score': -3, 'note': 'x', 'zip': '1'}]  # fmt: skip
+    sides = [{'response_a': '7', 'answer2': '8'}, {'response_a': '9', 'answer2': '9'}]
+    assert rows == [{'prompt': '1', **sides[0], 'label': True, 'score_A': 0.5, 'note': None, 'zip': '007'},
+                    {'prompt': '2', **sides[1], 'label': False, 'score_A': -3, 'note': 'x', 'zip': '1'}]  # fmt: skip
 
 
 def test_a_list_in_json_is_read_by_pieces(tmp_path, monkeypatch):
