@@ -16,13 +16,15 @@ import numpy as np
 
 from configurator import configure
 from text.sources import describe, read_examples
-from text.tokenise import as_parts, tokenise
+from text.tokenise import as_chats, as_parts, tokenise
 
 # what to read
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
 task: str | None = None  # pairs, singles, sft or prompts; None: what the first example is for
 columns: str | None = None  # which column is what: 'prompt=question, system=system, chosen=good, rejected=bad'
 num_turns = 1  # sharegpt: answers taken from a conversation
+chat = False  # texts become chats, so that the model's chat template applies
+system: str | None = None  # a message of the system before every prompt; texts become chats
 skip_bad_rows = False  # count unreadable rows instead of stopping
 # as a model sees it
 model: str | None = None  # hub id or local folder whose tokenizer to use; None: the text as it is
@@ -61,7 +63,7 @@ def _read(left_out):
         first = {} if task else next(read_examples(source, 'train', Counter(), **options), {})
         chosen = task or task_of(first)
         for example in read_examples(source, 'train', left_out, task=chosen, **options):
-            yield chosen, example
+            yield chosen, as_chats(example, system) if chat or system else example
 
 
 def task_of(example):

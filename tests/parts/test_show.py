@@ -55,6 +55,13 @@ def test_the_first_example_of_a_run():
     assert text.show.first(pair, tokenizer).endswith('a \nchosen: [[clean .]]\nrejected: [[fine .]]')
 
 
+def test_texts_as_chats(show):
+    out, _ = show([{'prompt': 'q', 'chosen': ' yes', 'rejected': ' no'}], '--n=none', '--json', '--system=s')
+    turn = {'role': 'assistant', 'content': 'yes'}
+    assert json.loads(out) == {'prompt': [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'q'}],
+                               'chosen': [turn], 'rejected': [turn | {'content': 'no'}]}  # fmt: skip
+
+
 def test_as_a_model_sees_it(show):
     out, _ = show(PAIRS, '--model=toy', '--n=1', '--max_length=12', '--max_prompt_length=6')
     assert out.count('--- pairs') == 1 and 'rejected: [[' in out and '<|endoftext|>]]' in out
