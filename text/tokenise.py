@@ -107,9 +107,9 @@ def _tokenise_sources(names, task, reading, limits, writing, parts, tokenizer, e
     writing = writing | {'skip_bad_rows': reading['skip_bad_rows'], 'enough': enough}
     found, whole = tokenise_parts(rows, parts, tokenizer, task, limits, **writing)
     if not whole:
-        say(
-            f'note: the first {max(enough[part] or 0 for part in parts):,} examples are enough: the others are not read'
-        )
+        kinds = {'train': 'training', 'test': 'held-out'}
+        counts = ' and '.join(f'{enough[part] or 0:,} {kinds[part]}' for part in parts)
+        say(f'note: the first {counts} examples are enough: the others are not read')
     # what was left out in reading counts for both
     rows.close()
     for made in found.values():
