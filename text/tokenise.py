@@ -106,10 +106,9 @@ def _tokenise_sources(names, task, reading, limits, writing, parts, tokenizer, e
     rows = _rows(names, parts[0], task, reading, left_out, both=len(parts) > 1)
     writing = writing | {'skip_bad_rows': reading['skip_bad_rows'], 'enough': enough}
     found, whole = tokenise_parts(rows, parts, tokenizer, task, limits, **writing)
-    if not whole:
-        kinds = {'train': 'training', 'test': 'held-out'}
-        counts = ' and '.join(f'{enough[part] or 0:,} {kinds[part]}' for part in parts)
-        say(f'note: the first {counts} examples are enough: the others are not read')
+    # how many are held out is an option; that training draws from fewer is not
+    if not whole and 'train' in parts:
+        say(f'note: the first {enough["train"]:,} training examples are enough: the others are not read')
     # what was left out in reading counts for both
     rows.close()
     for made in found.values():
