@@ -67,8 +67,17 @@ def encode_texts(texts, tokenizer, left_out):
     """The token ids of texts, each a list of pieces."""
     # all that are of one piece at once
     single = [pieces[0] for pieces in texts if len(pieces) == 1]
-    ids = iter(tokenizer(single, add_special_tokens=False)['input_ids'] if single else [])
+    ids = iter(_encode_plain(single, tokenizer) if single else [])
     return [next(ids) if len(pieces) == 1 else _encode_pieces(pieces, tokenizer, left_out) for pieces in texts]
+
+
+def _encode_plain(texts, tokenizer):
+    """The token ids of texts, without special tokens around them."""
+    if not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False)['input_ids']
+    # this way where each token begins in its text is not kept; the call before takes truncation and padding off
+    tokenizer(texts[0], add_special_tokens=False)
+    return [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _encode_pieces(pieces, tokenizer, left_out):
