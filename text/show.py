@@ -17,6 +17,7 @@ import numpy as np
 from configurator import configure
 from text.sources import describe, read_examples
 from text.tokenise import as_chats, as_parts, tokenise
+from text.turns import is_trained
 
 # what to read
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
@@ -86,15 +87,10 @@ def for_task(example, task, left_out):
         if task == 'sft':
             turns = example.get('turns', part.answers[0])
             shown['trained'] = (
-                [turns] if isinstance(turns, str) else [turn['content'] for turn in turns if trained(turn)]
+                [turns] if isinstance(turns, str) else [turn['content'] for turn in turns if is_trained(turn)]
             )
         found.append(shown | {key: example[key] for key in ('margin', 'tools') if key in example})
     return found
-
-
-def trained(turn):
-    """Whether a message of a conversation is trained on."""
-    return turn['role'] == 'assistant' and turn.get('weight') != 0
 
 
 # ---- printing ----
@@ -159,7 +155,7 @@ def _plain(example, found):
         return [f'{turn["role"]}: {text}' if 'role' in turn else text for turn, text in zip(turns, texts, strict=True)]
 
     if 'turns' in example and 'trained' in found:
-        return '\n'.join(lines(example['turns'], trained))
+        return '\n'.join(lines(example['turns'], is_trained))
     shown = lines(found['prompt'], lambda turn: False)
     for key in ('chosen', 'rejected', 'response'):
         if key in found:
