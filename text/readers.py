@@ -78,7 +78,7 @@ def read_file(file):
     except READ_ERRORS as error:
         reason = getattr(error, 'strerror', None) or str(error).strip() or type(error).__name__
         more = ': it is damaged, or a download that was cut short' if CUT.search(reason) else ''
-        raise UserError(f'cannot read {file}: {reason.splitlines()[0][:300]}{more}') from None
+        raise UserError(f'cannot read {file}: {reason.splitlines()[0][:300].rstrip(".")}{more}') from None
 
 
 def _opened(file):

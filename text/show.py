@@ -134,6 +134,8 @@ def _show(left_out):
     _say_left_out(left_out)
     middle, most, longest = np.percentile(lengths or [0], (50, 95, 100))
     unit = 'tokens' if tokenizer else 'characters'
+    if len(lengths) >= MEASURED:
+        unit += f', of the first {MEASURED:,} examples'
     print(f'lengths in {unit}: median {middle:.0f}, 95% up to {most:.0f}, longest {longest:.0f}')
     if tokenizer:
         print(f'cut at max_length {max_length}: {np.mean(np.array(lengths or [0]) > max_length):.0%}')
@@ -184,13 +186,16 @@ def _seen(example, task, tokenizer):
 
 
 def decoded(examples, i, tokenizer, task):
-    """Tokenised example i as text, special tokens included; what is trained on is marked."""
+    """Tokenised example i as text, special tokens included; what is trained on is marked, a single answer's label added."""
     prompt, answers = examples[i]
     text = tokenizer.decode(prompt)
     if task == 'prompts':
         return text
     marked = [_marked(answer, tokenizer) for answer in answers]
-    return text + marked[0] if len(marked) == 1 else f'{text}\nchosen: {marked[0]}\nrejected: {marked[1]}'
+    if len(marked) == 2:
+        return f'{text}\nchosen: {marked[0]}\nrejected: {marked[1]}'
+    label = f'\nlabel: {"good" if examples.good[i] else "bad"}' if task == 'singles' else ''
+    return text + marked[0] + label
 
 
 def _marked(answer, tokenizer):
@@ -199,10 +204,11 @@ def _marked(answer, tokenizer):
     return ''.join(mark(tokenizer.decode(part)) if part[0] >= 0 else tokenizer.decode(~part) for part in parts)
 
 
-def first(examples, tokenizer, longest=1200):
+def first(examples, tokenizer, task, longest=1200):
     """The first of tokenised examples as a model sees it, for the screen of a training script: so many characters of it."""
-    task = 'pairs' if examples.spans.shape[1] == 3 else 'sft'
     text = decoded(examples, 0, tokenizer, task)
     if len(text) > longest:
         text = f'{text[: longest // 2]} ... {text[-longest // 2 :]}'
-    return f'the first example, where {mark("this")} is trained on:\n{text}'
+    # an answer that stands behind a prompt in the data is not what ppo.py trains on
+    what = 'prompt' if task == 'prompts' else f'example, where {mark("this")} is trained on'
+    return f'the first {what}:\n{text}'

@@ -36,23 +36,22 @@ def segments(turns, tools, tokenizer, left_out):
     turns = chat.without_ends(turns, special, left_out)
 
     def cut(turns, tools):
-        """The text at its answers: (texts, which are trained on), or None."""
+        """(the whole text, its parts: seen, trained on, seen ...), None for the parts where it cannot be cut."""
         whole = chat.write(turns, tools, tokenizer)
         spans = _spans(turns, tools, tokenizer, whole, special)
         if spans is None or len(spans) != len(trained):
-            return None
+            return whole, None
         texts, position = [], 0
         for (start, end), is_used in zip(spans, trained, strict=True):
             if is_used:
                 texts += [whole[position:start], whole[start:end]]
                 position = end
-        return texts
+        return whole, texts
 
-    texts = cut(turns, tools)
+    whole, texts = cut(turns, tools)
     if texts is None:
         return None
     # what the template does not write is counted
-    whole = chat.write(turns, tools, tokenizer)
     unwritten = sum(turn['content'].strip() not in whole for turn in turns)
     left_out['messages whose content the chat template changes or leaves out'] += unwritten
     chat.count_fields(turns, whole, lambda less: chat.write(less, tools, tokenizer), left_out)
@@ -60,7 +59,7 @@ def segments(turns, tools, tokenizer, left_out):
         same = chat.write(turns, None, tokenizer) == whole
         left_out['tools, which the chat template does not write'] += same
 
-    pieces = chat.as_pieces(texts, [turns, tools], lambda value: cut(*value) or [], special, left_out)
+    pieces = chat.as_pieces(texts, [turns, tools], lambda value: cut(*value)[1] or [], special, left_out)
     return [Segment(piece, i % 2 == 1) for i, piece in enumerate(pieces)]
 
 

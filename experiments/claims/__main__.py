@@ -33,7 +33,7 @@ n_samples = 512  # answers that a model is judged by
 out_dir: str | None = None  # where results go; None: out/claims, or out/claims_quick
 
 
-RECORD = ROOT.joinpath('experiments/claims/record')  # a call: options end here
+RECORD = ROOT.joinpath('experiments/claims/record')
 
 
 def read_results(file):

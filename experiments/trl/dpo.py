@@ -28,7 +28,7 @@ hh: str | None = None  # HH pairs: a .jsonl.gz file of Anthropic/hh-rlhf
 tokenizer: str | None = None  # the tokenizer.json of the Pythia models
 write = False  # make tests/parts/trl_numbers.json anew
 
-NUMBERS = ROOT.joinpath('tests/parts/trl_numbers.json')  # a call: options end here
+NUMBERS = ROOT.joinpath('tests/parts/trl_numbers.json')
 
 
 N_PAIRS = 32

@@ -21,7 +21,7 @@ from text import toy
 
 write = False  # make tests/parts/trl_reward_numbers.json anew
 
-NUMBERS = ROOT.joinpath('tests/parts/trl_reward_numbers.json')  # a call: options end here
+NUMBERS = ROOT.joinpath('tests/parts/trl_reward_numbers.json')
 
 
 N_PAIRS = 32

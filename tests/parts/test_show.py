@@ -9,7 +9,7 @@ import pytest
 
 import text.show
 from configurator import UserError
-from tests.helpers import python, write_jsonl
+from tests.helpers import ROOT, python, run_script, write_jsonl
 from text import toy
 from text.examples import Examples
 
@@ -41,18 +41,38 @@ def test_examples_and_counts(show):
     assert 'lengths in characters: median' in out
 
 
+def test_lengths_are_of_the_first(show, monkeypatch):
+    monkeypatch.setattr(text.show, 'MEASURED', 3)
+    assert 'lengths in characters, of the first 3 examples: median' in show(PAIRS)[0]
+    assert 'unknown option' in python('data.py', '--MEASURED=3').stderr  # names in capitals are no options
+
+
 def test_the_first_example_of_a_run():
     """Of a conversation every answer is marked; a long text loses its middle."""
     tokenizer = toy.tokenizer()
     ids = {text: np.array(tokenizer(text)['input_ids']) for text in ('a ', 'clean .', 'the bed ?', 'fine .')}
     answer = np.concatenate((ids['clean .'], ~ids['the bed ?'], ids['fine .']))
     examples = Examples.of([(ids['a '], [answer])])
-    shown = text.show.first(examples, tokenizer)
+    shown = text.show.first(examples, tokenizer, 'sft')
     assert shown.endswith('\na [[clean .]]the bed ?[[fine .]]') and 'the first example' in shown
-    short = text.show.first(examples, tokenizer, longest=16).partition('\n')[2]
+    short = text.show.first(examples, tokenizer, 'sft', longest=16).partition('\n')[2]
     assert short == 'a [[clea ... fine .]]'
     pair = Examples.of([(ids['a '], [ids['clean .'], ids['fine .']])])
-    assert text.show.first(pair, tokenizer).endswith('a \nchosen: [[clean .]]\nrejected: [[fine .]]')
+    assert text.show.first(pair, tokenizer, 'pairs').endswith('a \nchosen: [[clean .]]\nrejected: [[fine .]]')
+    # what a single answer is; and an answer that is in the data and not trained on
+    assert text.show.first(examples, tokenizer, 'singles').endswith('[[fine .]]\nlabel: good')
+    assert text.show.first(examples, tokenizer, 'prompts') == 'the first prompt:\na '
+
+
+@pytest.mark.parametrize('config, flags, said', [
+    ('dpo_toy', [], 'chosen: [['), ('kto_toy', [], 'label: good'), ('grpo_toy', ['--minibatch_size=8'], 'the first prompt:'),
+    ('ppo_offline_toy', ['--minibatch_size=8'], 'label: '), ('reward_toy', [], 'chosen: [['), ('sft_toy', [], '[[')])  # fmt: skip
+def test_training_scripts_show_their_first_example(tmp_path, capsys, config, flags, said):
+    script = {'sft': 'sft.py', 'rew': 'reward.py', 'grp': 'ppo.py', 'ppo': 'ppo.py'}.get(config[:3], 'dpo.py')
+    sizes = ['--n_examples=8', '--batch_size=8', '--n_eval_examples=0', *flags]
+    run_script(script, f'{ROOT}/config/{config}.py', '--model=toy', *sizes, f'--out_dir={tmp_path}/run')
+    shown = capsys.readouterr().out.partition('the first ')[2].partition('memory:')[0]
+    assert said in f'the first {shown}' and ('[[' in shown.partition('\n')[2]) == (config != 'grpo_toy')
 
 
 def test_texts_as_chats(show):
