@@ -76,9 +76,10 @@ def read_file(file):
     except UnicodeDecodeError as error:
         raise UserError(f'cannot read {file}: it is not UTF-8 ({error.reason}): convert it') from None
     except READ_ERRORS as error:
-        reason = getattr(error, 'strerror', None) or str(error).strip() or type(error).__name__
-        more = ': it is damaged, or a download that was cut short' if CUT.search(reason) else ''
-        raise UserError(f'cannot read {file}: {reason.splitlines()[0][:300].rstrip(".")}{more}') from None
+        said = getattr(error, 'strerror', None) or str(error).strip() or type(error).__name__
+        reason = said.splitlines()[0][:300].rstrip('.')
+        more = ': it is damaged, or a download that was cut short' if CUT.search(said) else ''
+        raise UserError(f'cannot read {file}: {reason}{more}') from None
 
 
 def _opened(file):

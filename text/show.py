@@ -194,8 +194,8 @@ def decoded(examples, i, tokenizer, task):
     marked = [_marked(answer, tokenizer) for answer in answers]
     if len(marked) == 2:
         return f'{text}\nchosen: {marked[0]}\nrejected: {marked[1]}'
-    label = f'\nlabel: {"good" if examples.good[i] else "bad"}' if task == 'singles' else ''
-    return text + marked[0] + label
+    label = 'good' if examples.good[i] else 'bad'
+    return text + marked[0] + (f'\nlabel: {label}' if task == 'singles' else '')
 
 
 def _marked(answer, tokenizer):
