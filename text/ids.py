@@ -43,7 +43,8 @@ def fit_conversation(ids, trained, first, eos, max_length, max_prompt_length, tr
     prompt, answer = begin(ids[0], first, eos), []
     for segment, is_used in zip(ids[1:], trained[1:], strict=True):
         answer += segment if is_used else [~i for i in segment]
-    answer += [] if answer[-1:] == [eos] else [eos]
+    # a template may mark the line break behind its end of turn, too
+    answer += [] if eos in answer[-2:] else [eos]
 
     if len(prompt) + len(answer) > max_length:
         if len(prompt) > max_prompt_length:
@@ -55,7 +56,7 @@ def fit_conversation(ids, trained, first, eos, max_length, max_prompt_length, tr
         is_cut, answer = len(answer) > room, answer[:room]
         while answer and answer[-1] < 0:
             answer.pop()
-        if is_cut and answer and answer[-1] != eos:
+        if is_cut and answer and eos not in answer[-2:]:
             answer = [*answer[: room - 1], eos]
     if not answer:
         left_out['conversations without an answer within max_length'] += 1

@@ -48,7 +48,7 @@ class Part(NamedTuple):
     good: bool
     uid: int  # a hash of the text
     margin: float | None = None
-    conversation: list | None = None  # of several answers that are all trained on
+    conversation: list | None = None  # whose answers are all trained on
     trained: list | None = None  # of its segments, whether each is trained on
 
 
@@ -76,7 +76,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     # of a hub dataset whose commit nobody knows, only its rows tell what is in it
     if not known:
         stamps = [content_hash(row) for row in _rows(names, split, task, reading, Counter())]
-    key = [7, stamps, *job, *_tokenizer_stamp(tokenizer)]
+    key = [8, stamps, *job, *_tokenizer_stamp(tokenizer)]
     examples = _read_cache(_cache_file(key, split, {})) if cache else None
     if cache and enough and examples is None:
         examples = _read_cache(_cache_file(key, split, enough))
@@ -251,13 +251,14 @@ def _render_rows(rows, made, tokenizer, task, skip_bad_rows=False, chat=False, s
 
 def _texts_of(part, tools, tokenizer, left_out):
     """[(texts, part)] of a Part: one, or of a conversation that cannot be one sequence, one for each answer."""
-    if not part.conversation:
+    answers = [i for i, turn in enumerate(part.conversation or []) if turns.is_trained(turn)]
+    # one answer is written as in sampling, unless the template marks it
+    if len(answers) < 2 and not (answers and turns.marks_answers(tokenizer, tools)):
         return [(render(part.prompt, part.answers, tools, tokenizer, left_out), part)]
     segments = turns.segments(part.conversation, tools, tokenizer, left_out)
     if segments is not None:
         return [([s.pieces for s in segments], part._replace(trained=[s.trained for s in segments]))]
     left_out[turns.APART] += 1
-    answers = [i for i, turn in enumerate(part.conversation) if turns.is_trained(turn)]
     chats = [(part.conversation[:i], part.conversation[i : i + 1]) for i in answers]
     return [(render(prompt, [answer], tools, tokenizer, left_out), part) for prompt, answer in chats]
 
@@ -386,9 +387,9 @@ def as_parts(row, task, left_out, last_turn_only=False):
     if len(answers) == 2 and task != 'pairs':
         return [Part(prompt, [answer], good, uid) for answer, good in zip(answers, (True, False), strict=True)]
     margin = row.get('margin') if task == 'pairs' else None
-    # a conversation with several answers trains on all of them
-    several = task == 'sft' and not last_turn_only and sum(map(turns.is_trained, row.get('turns', []))) > 1
-    return [Part(prompt, answers, row.get('good', True), uid, margin, row['turns'] if several else None)]
+    # of a conversation, all answers are trained on
+    conversation = row.get('turns') if task == 'sft' and not last_turn_only else None
+    return [Part(prompt, answers, row.get('good', True), uid, margin, conversation)]
 
 
 def _answers(row, task, left_out):

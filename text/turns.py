@@ -24,6 +24,11 @@ def is_trained(turn):
     return turn['role'] == 'assistant' and turn.get('weight') != 0
 
 
+def marks_answers(tokenizer, tools):
+    """Whether the chat template itself says what is an answer."""
+    return bool(GENERATION.search(chat.template_of(tokenizer, tools)))
+
+
 def segments(turns, tools, tokenizer, left_out):
     """The Segments of a conversation up to its last trained answer; None where the template does not write it as one text.
 
@@ -48,6 +53,16 @@ def segments(turns, tools, tokenizer, left_out):
                 position = end
         return whole, texts
 
+    # an answer of which the template writes nothing would train its end alone
+    for i, turn in enumerate(turns):
+        bare = {key: turn[key] for key in ('role', 'content')}
+        if turn['role'] == 'assistant' and not turn['content'].strip() and turn != bare:
+            silent = chat.write([*turns[:i], bare, *turns[i + 1 :]], tools, tokenizer) == chat.write(
+                turns, tools, tokenizer
+            )
+            trained[sum(t['role'] == 'assistant' for t in turns[:i])] &= not silent
+            left_out['empty answers'] += silent
+
     whole, texts = cut(turns, tools)
     if texts is None:
         return None
@@ -66,7 +81,7 @@ def segments(turns, tools, tokenizer, left_out):
 def _spans(turns, tools, tokenizer, whole, special):
     """(start, end) in the text of every answer, its end of turn included; None where they cannot be told."""
     template = chat.template_of(tokenizer, tools)
-    if GENERATION.search(template):
+    if marks_answers(tokenizer, tools):
         from transformers.utils.chat_template_utils import render_jinja_template
 
         _, spans = render_jinja_template(

@@ -78,6 +78,42 @@ def test_a_template_that_marks_its_answers():
     assert sum(own['assistant_masks']) == sum(mask) and 0 < sum(mask) < len(mask) - len(prompt)
 
 
+# as TRL's for Qwen 3: the header of an answer, and the line break behind its end, are of the answer, too
+MARKS_ALL = CHATML.replace(
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endgeneration %}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}",
+)
+
+
+@pytest.mark.parametrize('template', [GENERATES, MARKS_ALL])
+@pytest.mark.parametrize('length', [2, 4, 6])
+def test_marks_of_a_template_to_the_end(template, length):
+    """Of one answer and of several; nothing is added to what the template marks, but for the last line break of GENERATES."""
+    tokenizer = tokenizer_of(template, '<|im_end|>')
+    prompt, (answer,) = tokens(tokenizer, CHAT[:length])[0]
+    own = tokenizer.apply_chat_template(CHAT[:length], return_dict=True, return_assistant_tokens_mask=True)
+    ids = [*prompt.tolist(), *(int(x) if x >= 0 else ~int(x) for x in answer)]
+    mask = [0] * len(prompt) + [int(x >= 0) for x in answer]
+    end = len(own['input_ids']) - (template == GENERATES)
+    assert ids == own['input_ids'][:end] and mask == own['assistant_masks'][:end]
+
+
+def test_an_answer_that_the_template_does_not_write():
+    """A call alone, where the template knows of none: its end of turn by itself is not trained on."""
+    tokenizer = tokenizer_of(CHATML, '<|im_end|>')
+    call = {
+        'role': 'assistant',
+        'content': '',
+        'tool_calls': [{'type': 'function', 'function': {'name': 'f', 'arguments': {}}}],
+    }
+    chat = [*CHAT[:2], CHAT[2], call, {'role': 'tool', 'content': '5'}, CHAT[3]]
+    examples = tokens(tokenizer, chat)
+    text, trained = shown(tokenizer, examples)
+    assert trained == ['clean .<|im_end|>', 'very fine .<|im_end|>'] and text.count('<|im_start|>') == 6
+    assert examples.left_out['empty answers'] == 1
+
+
 def test_what_is_not_trained_on():
     tokenizer = tokenizer_of(CHATML, '<|im_end|>')
     seen = copy.deepcopy(CHAT)
