@@ -257,7 +257,8 @@ def _texts_of(part, tools, tokenizer, left_out):
         return [(render(part.prompt, part.answers, tools, tokenizer, left_out), part)]
     segments = turns.segments(part.conversation, tools, tokenizer, left_out)
     if segments is not None:
-        return [([s.pieces for s in segments], part._replace(trained=[s.trained for s in segments]))]
+        part = part._replace(trained=[s.trained for s in segments])
+        return [([s.pieces for s in segments], part)] if segments else []
     left_out[turns.APART] += 1
     chats = [(part.conversation[:i], part.conversation[i : i + 1]) for i in answers]
     return [(render(prompt, [answer], tools, tokenizer, left_out), part) for prompt, answer in chats]

@@ -30,7 +30,8 @@ def marks_answers(tokenizer, tools):
 
 
 def segments(turns, tools, tokenizer, left_out):
-    """The Segments of a conversation up to its last trained answer; None where the template does not write it as one text.
+    """The Segments of a conversation up to its last trained answer, none if there is no such; None where the template does
+    not write it as one text.
 
     turns: messages; an assistant's message of weight 0 is only seen. Raises Refused where the template refuses it."""
     special = chat.special_of(tokenizer)
@@ -57,11 +58,12 @@ def segments(turns, tools, tokenizer, left_out):
     for i, turn in enumerate(turns):
         bare = {key: turn[key] for key in ('role', 'content')}
         if turn['role'] == 'assistant' and not turn['content'].strip() and turn != bare:
-            silent = chat.write([*turns[:i], bare, *turns[i + 1 :]], tools, tokenizer) == chat.write(
-                turns, tools, tokenizer
-            )
+            without = [*turns[:i], bare, *turns[i + 1 :]]
+            silent = chat.write(without, tools, tokenizer) == chat.write(turns, tools, tokenizer)
             trained[sum(t['role'] == 'assistant' for t in turns[:i])] &= not silent
             left_out['empty answers'] += silent
+    if not any(trained):
+        return []
 
     whole, texts = cut(turns, tools)
     if texts is None:

@@ -112,6 +112,10 @@ def test_an_answer_that_the_template_does_not_write():
     text, trained = shown(tokenizer, examples)
     assert trained == ['clean .<|im_end|>', 'very fine .<|im_end|>'] and text.count('<|im_start|>') == 6
     assert examples.left_out['empty answers'] == 1
+    nothing = tokens(
+        tokenizer, [CHAT[0], call, {'role': 'tool', 'content': '5'}, call, {'role': 'tool', 'content': '6'}, call], CHAT
+    )
+    assert len(nothing) == 1 and nothing.left_out['empty answers'] == 3
 
 
 def test_what_is_not_trained_on():
