@@ -150,15 +150,16 @@ run.load_data(task='pairs' if paired else 'singles')
 run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_options()))
 mixed = loss == 'kto'  # its prompts meet the answers of others
 longest = min(max_length, max(run.train.longest(mixed), run.held_out.longest(mixed)))
-run.choose_attention(longest, share_prefix=share_prefix)
+is_policy = run.adapters and ref_model is None  # a policy with adapters is its own reference, while they are off
+is_loaded = needs_ref and not cache_ref and not is_policy
+run.choose_attention(longest, share_prefix=share_prefix, frozen=int(is_loaded))
 if sample_during_eval:
     check_positions(run.policy, run.held_out.longest_prompt() + max_new_tokens, 'samples')
 build_ref = partial(load_model, ref_model or model, **run.model_options())
 
 
 def load_reference():
-    """The sharded reference: a model of its own, or a policy with adapters itself, which are off when it is asked."""
-    is_policy = run.adapters and ref_model is None
+    """The sharded reference: a model of its own, or the policy."""
     return run.policy if is_policy else run.load_frozen(build_ref, longest)
 
 
@@ -170,7 +171,7 @@ if cache_ref and sample_during_eval:
     log.say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
 if cache_ref:
     # that pass keeps no activations, so its microbatches may be larger
-    larger = partial(run.make_batches, max_tokens=4 * training.max_tokens)
+    larger = partial(run.make_batches, max_tokens=4 * run.max_tokens)
     # which single answers are used is not known before the fractions below are chosen
     used = run.used_rows() if paired else slice(None)
     for examples, rows in ((run.train, used), (run.held_out, slice(None))):
@@ -187,7 +188,7 @@ if loss == 'kto' and len(run.train) == 1:
 if loss == 'kto' and len(set(run.train.prompts)) == 1:
     log.say('note: all examples have one prompt, so the z of kto is estimated from other answers to it')
 run.say_data()
-run.check_room(run.policy.response_logps, ref)
+run.check_room(ref)
 
 # ---- one step ----
 
@@ -388,8 +389,7 @@ def evaluate(seen):
 def check_first_step():
     """Say the rewards and the loss before training: where policy and reference are one model, the rewards must be 0."""
     step = next(run.steps(prepare))
-    with run.memory(step.batches):
-        columns, _ = run_step(step)
+    columns, _ = run.compute(step, run_step)
     found = summary(columns, 'train')
     chosen, rejected = (found.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
     value = columns['loss'].mean()
@@ -406,8 +406,8 @@ if not run.seen:
 if run.eval_due_at_start():
     evaluate(run.seen)
 for step in run.steps(prepare):
+    columns, new_state = run.compute(step, run_step, backward=True)
     with run.memory(step.batches):
-        columns, new_state = run_step(step, backward=True)
         if run.update(step, columns, weight=columns['step_weight'].sum()):
             run.state['statistic'] = new_state
     run.log_step(step, summary(columns, 'train'))

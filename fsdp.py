@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.rendezvous import rendezvous
 
 from configurator import UserError
-from hf import probe
+from hf import lean, probe
 from hf.parallel import tensor_parallel
 from hf.ties import tie_as, ties
 from model import blocks, core, hidden_and_head, response_logps, set_attention
@@ -193,12 +193,15 @@ def shard(
         model = build(empty=True) if sharded else full.to(device)
     if not train:
         model.requires_grad_(False)
-    if activation_checkpointing:
+    recompute = activation_checkpointing is True
+    if activation_checkpointing == 'selective':
+        lean.enable(model)
+    if recompute:
         # the method has another name since transformers 5.20
         older = getattr(core(model), 'gradient_checkpointing_enable', None)
         getattr(core(model), 'activation_checkpointing_enable', older)()
     for block in blocks(model):
-        if activation_checkpointing:
+        if recompute:
             block.training = True  # the block alone: its dropout layers stay in eval mode
         if compile:
             block.compile()

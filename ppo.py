@@ -159,11 +159,12 @@ longest = max(examples.longest_prompt() + max_new_tokens for examples in (train,
 if offline:
     longest = max(longest, train.longest())
 what = 'prompts with their answers'
-run.choose_attention(longest, what, share_prefix=share_prefix)
+is_loaded = ref_model or not run.adapters
+run.choose_attention(longest, what, share_prefix=share_prefix, forward=policy.token_logps, frozen=int(bool(is_loaded)))
 
 # the reference: a model of its own, or the policy itself, which without its adapters is the model as it was
 ref = policy
-if ref_model or not run.adapters:
+if is_loaded:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
 inner_critic = getattr(core(policy), 'critic', None)
 if inner_critic is not None:
@@ -172,10 +173,10 @@ if inner_critic is not None:
 
 # what scores the answers: a (reward model, tokenizer), or None for the toy world itself
 judge = load_judge(config, tokenizer, device)
-score = partial(score_answers, tokenizer=tokenizer, judge=judge, max_tokens=training.max_tokens, ends=stop)
+score = partial(score_answers, tokenizer=tokenizer, judge=judge, max_tokens=run.max_tokens, ends=stop)
 describe = partial(rollout.describe, tokenizer=tokenizer, toy=data == 'toy')
 reward_net, _ = judge or (None, None)
-run.check_room(policy.token_logps, ref, reward_net)
+run.check_room(ref, reward_net)
 
 # ---- a round: rollout, scores, KL penalty, advantages ----
 

@@ -56,8 +56,9 @@ if noise_rate:
     run.train = run.train.flip(noise_rate, seed)
 run.say_data()
 run.load_policy(partial(load_reward, model, new_head=True, adapters=run.adapters, **run.model_options()))
-run.choose_attention(max(run.train.longest(), run.held_out.longest()), share_prefix=share_prefix)
-run.check_room(run.policy.response_scores)
+longest = max(run.train.longest(), run.held_out.longest())
+run.choose_attention(longest, share_prefix=share_prefix, forward=run.policy.response_scores)
+run.check_room()
 
 # ---- one step ----
 
@@ -93,8 +94,8 @@ run.start()
 if run.eval_due_at_start():
     run.evaluate(run.seen, run_step, summary)
 for step in run.steps():
+    columns = run.compute(step, run_step, backward=True)
     with run.memory(step.batches):
-        columns = run_step(step, backward=True)
         run.update(step, columns, weight=len(step.rows))
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):

@@ -80,7 +80,7 @@ run.load_policy(partial(load_model, model, adapters=run.adapters, grow=control_t
 if sample_during_eval:
     check_positions(run.policy, run.held_out.longest_prompt() + max_new_tokens, 'samples')
 run.choose_attention(longest=max(run.train.longest(), run.held_out.longest()))
-run.check_room(run.policy.response_logps)
+run.check_room()
 
 # ---- one step ----
 
@@ -130,8 +130,8 @@ run.start()
 if run.eval_due_at_start():
     evaluate(run.seen)
 for step in run.steps():
+    columns = run.compute(step, run_step, backward=True)
     with run.memory(step.batches):
-        columns = run_step(step, backward=True)
         run.update(step, columns, weight=columns['n'].sum())
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):

@@ -6,11 +6,11 @@
     run.say_data()                             # how many examples there will be
     run.load_policy(build)                     # run.policy, run.optimizer
     run.choose_attention(longest)              # packed, where the architecture allows it
-    run.check_room(run.policy.response_logps)  # disk and memory, before the first step
+    run.check_room()                           # disk and memory, before the first step
     run.start('dpo ')                          # from the newest checkpoint, or afresh
     for step in run.steps():                   # microbatches, made ahead in a thread
+        columns = run.compute(step, run_step)  # the script's own: forward and backward
         with run.memory(step.batches):
-            columns = run_step(step)           # the script's own: forward and backward
             run.update(step, columns, weight)  # one optimizer step
         run.log_step(step, metrics)
         if run.eval_due(step):
@@ -72,11 +72,11 @@ resume = True  # continue from the newest checkpoint of out_dir
 wandb: str | None = None  # a Weights & Biases project to log to
 tensorboard = False  # log to tensorboard, too
 # machine
-max_tokens = 16384  # tokens of one microbatch of one rank: what the memory holds
+max_tokens: int | str = 'auto'  # tokens of one microbatch of one rank; auto: what the memory holds
 dtype = 'float32'  # compute type: float32 or bfloat16 (weights, gradients and sums stay float32)
 pack = True  # no padding
 compile = False  # torch.compile the transformer blocks
-activation_checkpointing = False  # recompute activations: less memory, a third slower
+activation_checkpointing: bool | str = False  # recompute activations: a third slower; selective: the cheap half of them
 cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
 tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSDP does the rest
 device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
@@ -89,6 +89,8 @@ def begin(config):
     # options that exclude one another, before anything is made
     adapters = lora.options(config)
     parallel.check(config)
+    if activation_checkpointing == 'selective' and (compile or tp > 1):
+        raise UserError('--activation_checkpointing=selective goes with neither --compile nor --tp')
 
     # the ranks meet; then nobody else may write into out_dir
     rank, world, device = fsdp.setup(tp)
@@ -107,6 +109,7 @@ class Run:
         # model files are hashed in the background, for what checkpoints say of the run
         self.models = fingerprints(config)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code)
+        self.max_tokens = max_tokens  # with auto a number from choose_attention on
 
     # ---- set-up, in this order ----
 
@@ -149,10 +152,6 @@ class Run:
         counts = f'{len(train)} training and {len(self.held_out)} evaluation examples'
         log.say(f'data: {counts}; left out or changed: {train.changes()}')
         log.say(show.first(train, self.tokenizer, self.task))
-        long = train.lengths[train.lengths > max_tokens]
-        if len(long):
-            what = f'{len(long)} examples are longer than max_tokens={max_tokens} (the longest: {long.max()})'
-            log.say(f'note: {what}: each gets a microbatch of its own')
 
     def model_options(self):
         """Options that every model of the run is loaded with."""
@@ -180,20 +179,36 @@ class Run:
         set_attention(model, self.packed, attn)
         return model
 
-    def choose_attention(self, longest, what='the examples', share_prefix=True):
-        """Decide how batches are packed. longest: tokens of the longest sequence. Raises UserError where it does not fit."""
+    def choose_attention(self, longest, what='the examples', share_prefix=True, *, forward=None, frozen=0):
+        """Decide how batches are packed, and how large they are. Raises UserError where the longest sequence does not fit.
+
+        longest: its tokens; forward: the policy's pass that trains; frozen: how many models of its size are still to come."""
         # packed if the architecture gives the same log-probs so
         check_positions(self.policy, longest, what)
         wanted = pack and attn is None
         packed, padded = pack_probe(self.train, self.device)
         self.packed = can_pack(self.policy, packed, padded, log.say, wanted=wanted)
         set_attention(self.policy, self.packed, attn)
-        how = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
-        self.make_batches = partial(make_batches, rank=self.rank, world=self.world, max_tokens=max_tokens, **how)
+        self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
+        self.forward = forward or self.policy.response_logps
+        if max_tokens == 'auto':
+            coming = frozen * sum(p.numel() for p in self.policy.parameters())
+            what_trains = self.config, self.policy, self.forward, self.train
+            self.max_tokens = room.choose_max_tokens(*what_trains, self.packed, coming)
 
-    def check_room(self, forward, *others):
-        """Refuse a disk that is too small, warn of a memory that is. forward: the policy's pass that trains; others: models."""
-        room.check_room(self.config, self.policy, forward, self.train, self.total, self.packed, others)
+    def make_batches(self, examples, rows, **options):
+        """(this rank's microbatches of a step, its tokens on all ranks, the same with padding), see data.make_batches."""
+        options = {'max_tokens': self.max_tokens} | self.layout | options
+        return make_batches(examples, rows, self.rank, self.world, **options)
+
+    def check_room(self, *others):
+        """Refuse a disk that is too small, warn of a memory that is, and of long examples. others: models in memory."""
+        what_trains = self.config, self.policy, self.forward, self.train
+        room.check_room(*what_trains, self.total, self.packed, self.max_tokens, others)
+        long = self.train.lengths[self.train.lengths > self.max_tokens]
+        if len(long):
+            what = f'{len(long)} examples are longer than max_tokens={self.max_tokens} (the longest: {long.max()})'
+            log.say(f'note: {what}: each gets a microbatch of its own')
 
     def start(self, what='', counts=None):
         """Resume from the newest checkpoint, or begin afresh; open the log. what, counts: name and size on the screen."""
@@ -230,13 +245,56 @@ class Run:
         prepare = prepare or self.prepare
         todo = steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
         self.clock = time.time()
-        for step in prefetch(prepare(self.train, *which) for which in todo):
+        for step in self._ahead(prepare, self.train, todo):
             self.waited = time.time() - self.clock
             yield step
 
+    def _ahead(self, prepare, examples, todo):
+        """The steps of todo, prepared ahead in a thread, and anew where max_tokens has been halved since."""
+
+        def make(first, rows):
+            size = self.max_tokens
+            step = prepare(examples, first, rows)
+            step.max_tokens, step.anew = size, partial(make, first, rows)
+            return step
+
+        for step in prefetch(make(*which) for which in todo):
+            yield step if step.max_tokens == self.max_tokens else step.anew()
+
     def memory(self, batches):
         """Around the work on microbatches: one sentence where they do not fit."""
-        return guard.memory(batches, max_tokens)
+        return guard.memory(batches, self.max_tokens)
+
+    def compute(self, step, work, *arguments, **options):
+        """work(step, ...), forward and backward. Where memory is out and max_tokens is auto: again, with half of them.
+
+        One process only, for other ranks would wait in a collective for the one that begins anew. Raises UserError."""
+        while True:
+            # what the adapters' dropout draws
+            generators = [torch.default_generator, *torch.cuda.default_generators]
+            before = [generator.get_state() for generator in generators]
+            try:
+                with self.memory(step.batches):
+                    return work(step, *arguments, **options)
+            except UserError as error:
+                if not hasattr(error, 'of_this_rank') or not self._halve(step.batches):
+                    raise
+            # out here nothing holds the activations of that try any more
+            self.optimizer.zero_grad(set_to_none=True)
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
+            vars(step).update(vars(step.anew()))
+
+    def _halve(self, batches):
+        """Whether max_tokens could be halved, for microbatches that did not fit."""
+        alone = all(len(batch.slot) == 1 for batch in batches)
+        if max_tokens != 'auto' or torch.distributed.get_world_size() > 1 or alone:
+            return False
+        # steps can be smaller than what fits
+        largest = max(batch.ids.numel() for batch in batches)
+        self.max_tokens = min(self.max_tokens, largest) // 2
+        log.say(f'memory: a microbatch of {largest} tokens does not fit: going on with max_tokens={self.max_tokens}')
+        return True
 
     def update(self, step, columns, weight):
         """One optimizer step on the gradients of step, whose examples weigh weight together. Returns whether it was done: a
@@ -323,9 +381,8 @@ class Run:
         prepare = prepare or self.prepare
         todo = steps(n, self.config.batch_size, n, seed=0, shuffle=False)
         parts = []
-        for step in prefetch(prepare(self.held_out, *which) for which in todo):
-            with self.memory(step.batches):
-                parts.append(run_step(step))
+        for step in self._ahead(prepare, self.held_out, todo):
+            parts.append(self.compute(step, run_step))
             if guard.stop_asked():
                 return  # an evaluation that was cut short is done again after the resume
         # one mean over all of them, not a mean of means

@@ -4,39 +4,39 @@ Nothing heavy is imported up here: guard.py, which scripts import first, is used
 
 import contextlib
 import os
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 from configurator import UserError
 from runtime.files import say
 
+MOMENTS = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}  # numbers of the optimizer for each weight that trains
+# what max_tokens='auto' chooses from: larger microbatches make nothing faster
+BUDGETS = [1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384]
+SAFE = 0.9  # the part of the free memory that it fills
 
-def check_room(config, policy, forward, train, total, packed, others=()):
+
+def check_room(config, policy, forward, train, total, packed, max_tokens, others=()):
     """Before the first step: refuse a disk that cannot hold what the run will leave, and say on a CPU what memory it takes.
 
     config: the script's options; forward(batch) -> a tensor, the pass of the policy that trains; train: the Examples; total:
-    how many of them; others: more models in memory, or None. On all ranks together. Raises UserError."""
+    how many of them; max_tokens: of a microbatch; others: more models in memory, or None. On all ranks together. Raises UserError."""
     import torch
 
     import fsdp
 
-    # bytes, of all ranks together; weights, moments and gradients are float32, of 4 bytes
-    moments = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}[config['optimizer']]
+    # bytes, of all ranks together; weights and moments are float32, of 4 bytes
     trained = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
     # ppo's value head or critic is in checkpoints, but not in the model that it leaves
     left = [p for name, p in policy.named_parameters() if not {'critic', 'value_head'} & set(name.split('.'))]
     model = 4 * sum(p.numel() for p in left)
-    checkpoint = trained * (1 + moments)
+    checkpoint = trained * (1 + MOMENTS[config['optimizer']])
     fsdp.on_one_rank(lambda: _check_disk(config, model, checkpoint, total))
-
-    # what stays in a CPU's memory: a checkpoint's arrays, gradients, and weights that do not train
+    # a GPU says by itself when it is full; a CPU's system kills
     if not torch.cuda.is_available():
-        frozen = [p for p in policy.parameters() if not p.requires_grad]
-        for other in others:
-            if other is not None and other is not policy:
-                frozen += other.parameters()
-        state = checkpoint + trained + sum(p.numel() * p.element_size() for p in frozen)
-        _check_memory(config, policy, forward, train, packed, state)
+        _check_memory(config, policy, forward, train, packed, others, max_tokens)
 
 
 def _check_disk(config, model, checkpoint, total):
@@ -57,34 +57,115 @@ def _check_disk(config, model, checkpoint, total):
         raise UserError(f'{where}: {what}; make room, or choose another --out_dir')
 
 
-def _check_memory(config, policy, forward, train, packed, state):
-    """Say what the largest microbatch takes, and warn where the machine has less. state: bytes of what stays, on all ranks."""
+def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='none', frozen=0):
+    """Bytes that one rank needs: {'activations', 'weights', 'gradients', 'optimizer', 'reference', 'buffers'}.
+
+    policy: the model that trains, which may be without weights, on the meta device; per_token: its bytes_saved; tokens: of a
+    microbatch. shard: none, grads or full, as in training.py. frozen: parameters of other models. buffers: a chunk of logits,
+    weights that FSDP has gathered."""
+    from torch.distributed.fsdp import FSDPModule
+
+    import model as models
+
+    compute = 2 if dtype == 'bfloat16' else 4
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    fixed = sum(p.numel() for p in policy.parameters()) - trained
+    # gradients and moments are cut over the ranks wherever anything is, weights that are gathered until backward are whole
+    parts = 1 if shard == 'none' else ranks
+    needs = {
+        'activations': per_token * tokens,
+        'weights': (4 * trained + compute * fixed) / parts,
+        'gradients': 4 * trained / parts,
+        'optimizer': 4 * MOMENTS[optimizer] * trained / parts,
+        'reference': compute * frozen / parts,
+    }
+
+    # a chunk of logits, its copy in the compute type, and the head's gradient beside the one that it is added to
+    buffers, head = 0, models.core(policy).get_output_embeddings()
+    if head is not None:
+        words, width = head.weight.shape
+        rows = models.Head.chunks(int(tokens), words, head.weight.device)[0].stop
+        buffers += 4 * words * (rows + width)
+        if compute == 2:
+            buffers += 2 * words * (rows + width)
+    # FSDP, which also casts: the root stays gathered, and two blocks at a time, one of them with its gradients
+    if parts > 1 or compute == 2:
+        inner = [m for m in policy.modules() if isinstance(m, FSDPModule) and m is not policy]
+        blocks = [sum(p.numel() for p in block.parameters()) for block in inner or models.blocks(policy)]
+        root = trained + fixed - sum(blocks)
+        gathered = root + 3 * max(blocks)
+        if shard == 'grads':
+            gathered += sum(blocks)
+        buffers += compute * gathered
+    return needs | {'buffers': buffers}
+
+
+def choose_max_tokens(config, policy, forward, train, packed, frozen):
+    """The largest of BUDGETS whose microbatches fit beside what is still to come, the same on all ranks; the least if none does.
+
+    forward: as in check_room; frozen: parameters of models that are not loaded yet."""
+    import fsdp
+
+    needs = _needs(config, policy, forward, train, packed, frozen)
+    free = free_memory()
+
+    def to_come(size):
+        """Bytes, beside the policy itself, which is there already."""
+        found = needs(_most_tokens(config, train, packed, size))
+        return sum(found.values()) - found['weights']
+
+    fitting = [size for size in BUDGETS if free is None or to_come(size) <= SAFE * free]
+    (least,) = fsdp.largest([-max(fitting, default=BUDGETS[0])])
+    of_what = f' of {_size(free)} that are free' if free else ''
+    say(f'memory: max_tokens={-least} (auto): {_size(to_come(-least))}{of_what}')
+    return -least
+
+
+def _needs(config, policy, forward, train, packed, frozen):
+    """tokens of a microbatch -> the estimate of one rank."""
     import torch.distributed as dist
 
     per_token = _bytes_per_token(policy, forward, train, packed)
-    ranks = dist.get_world_size()
-    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # ranks on this machine
-    # tokens of the largest microbatch; where whole steps are smaller, no more than their longest examples
+    how = {'ranks': dist.get_world_size(), 'shard': getattr(policy, 'shard_mode', 'full'), 'frozen': frozen}
+    return partial(estimate, policy, per_token, optimizer=config['optimizer'], dtype=config['dtype'], **how)
+
+
+def _most_tokens(config, train, packed, max_tokens):
+    """Tokens of the largest microbatch of one rank: where whole steps are smaller, no more than their longest examples."""
+    import torch.distributed as dist
+
     longest = int(train.lengths.max())
-    tokens = max(config['max_tokens'], longest)
+    tokens = max(max_tokens, longest)
     if packed and 'minibatch_size' not in config:
         copies = 1 if config.get('share_prefix', True) else 2  # of a prompt
         largest_step = int(sum(sorted(train.lengths)[-config['batch_size'] :])) * copies
-        tokens = min(tokens, max(longest, largest_step // ranks))
+        tokens = min(tokens, max(longest, largest_step // dist.get_world_size()))
+    return tokens
+
+
+def _check_memory(config, policy, forward, train, packed, others, max_tokens):
+    """Say what a run takes of this machine's memory, part by part, and warn where the machine has less."""
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # ranks on this machine
+    frozen = 0
+    for other in others:
+        if other is not None and other is not policy:
+            frozen += sum(p.numel() for p in other.parameters())
+    tokens = _most_tokens(config, train, packed, max_tokens)
+    needs = _needs(config, policy, forward, train, packed, frozen)(tokens)
 
     # bytes on this machine
-    state = state / ranks * here
-    activations = per_token * tokens * here
+    takes = {name: number * here for name, number in needs.items() if number}
+    activations, total = takes['activations'], sum(takes.values())
     has = machine_memory()
-    takes = f'takes about {_size(activations)}, weights, gradients and optimizer {_size(state)}'
-    text = f'memory: a microbatch of up to {tokens:,} tokens {takes}'
+    parts = ', '.join(f'{name} {_size(number)}' for name, number in takes.items())
+    text = f'memory: a microbatch of up to {tokens:,} tokens takes about {_size(total)} ({parts})'
     if has:
         text += f', of the {_size(has)} of this machine'
-    if not has or state + activations <= has:
+    if not has or total <= has:
         return say(text)
-    fits = int((has - state) / (per_token * here))
+    fits = int(tokens * (1 - (total - has) / activations))
     advice = f'lower --max_tokens to {fits:,}, which changes no result, or try --activation_checkpointing'
-    if fits < longest:
+    if fits < int(train.lengths.max()):
         advice = 'try --activation_checkpointing, shorter examples (--max_length), --lora_rank, or a smaller model'
     say(f'warning: {text}: the system may kill this process; {advice}')
 
@@ -112,34 +193,68 @@ def bytes_saved(policy, forward, train, packed):
 
     by_length = sorted(range(len(train)), key=lambda i: train.lengths[i])
     middle = by_length[len(train) // 2]
-    batch = pack([train[middle]], [0], pad=not packed)
-    kept = {}  # address -> storage: while it is held, nothing else gets its address
-
-    def storage_of(tensor):
-        if hasattr(tensor, 'to_local'):  # tensor parallelism: this rank's part
-            tensor = tensor.to_local()
-        return tensor.untyped_storage()
-
-    def note(tensor):
-        storage = storage_of(tensor)
-        kept[storage.data_ptr()] = storage
-        return tensor
-
+    device = next(policy.parameters()).device
+    batch = pack([train[middle]], [0], pad=not packed, device=device)
     # compiling for this one forward would take minutes; a draw of the adapters' dropout would change what training draws
     eager = torch.compiler.set_stance('force_eager')
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy), eager:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            forward(batch)
-        # the weights are there anyway
-        for p in policy.parameters():
-            kept.pop(storage_of(p).data_ptr(), None)
-        return sum(storage.nbytes() for storage in kept.values()) / batch.ids.numel()
+        made = _made_and_kept(lambda: forward(batch))
+    return made / batch.ids.numel()
 
 
-def machine_memory():
-    """Bytes of memory of this machine, or of the control group of this process where that has less; None: not known."""
+def _made_and_kept(function):
+    """Bytes of all tensors that function() makes and that are still there when it has returned, its value among them."""
+    from torch import Tensor
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    def storages(values):
+        tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+        # tensor parallelism: this rank's part
+        tensors = [x.to_local() if hasattr(x, 'to_local') else x for x in tensors]
+        return {s._cdata: s for s in (x.untyped_storage() for x in tensors)}
+
+    class Watch(TorchDispatchMode):
+        made = {}  # of a storage: (weak reference, bytes)
+
+        def __torch_dispatch__(self, operation, types, args=(), options=None):
+            out = operation(*args, **(options or {}))
+            # a view, or what is written in place, is not new
+            known = storages((args, options))
+            for key, storage in storages(out).items():
+                if key not in known:
+                    self.made[key] = StorageWeakRef(storage), storage.nbytes()
+            return out
+
+    with Watch() as watch:
+        value = function()
+    total = sum(size for storage, size in watch.made.values() if not storage.expired())
+    del value
+    return total
+
+
+def free_memory():
+    """Bytes that this rank can still take: of its GPU, or its share of what is free on this machine; None: not known."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = machine_memory(free=True)
+    return free and free // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+
+def machine_memory(free=False):
+    """Bytes of memory of this machine, or of the control group of this process where that has less; None: not known.
+
+    free: without what is in use; files that are only cached in memory count as free."""
+    pages = 'SC_AVPHYS_PAGES' if free else 'SC_PHYS_PAGES'
     try:
-        limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+        limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf(pages)]
+        if free:
+            found = re.search(r'MemAvailable:\s*(\d+)', Path('/proc/meminfo').read_text())
+            limits = [1024 * int(found[1])] if found else limits
     except (ValueError, OSError):
         return None
     groups = ''
@@ -148,16 +263,20 @@ def machine_memory():
     for line in groups.splitlines():
         # version 2 has one tree for everything, and names no controllers; version 1 has a tree for memory
         _, controllers, path = line.split(':', 2)
-        root, name = Path('/sys/fs/cgroup'), 'memory.max'
+        root, name, usage = Path('/sys/fs/cgroup'), 'memory.max', 'memory.current'
         if controllers:
-            root, name = root / 'memory', 'memory.limit_in_bytes'
+            root, name, usage = root / 'memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes'
         if controllers and 'memory' not in controllers.split(','):
             continue
         # a group has no more than any that it lies in; a container may see its own as the root
         group = root / path.lstrip('/')
         for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):
-                limits.append(int((folder / name).read_text()))
+                limit = int((folder / name).read_text())
+                if free:
+                    cached = re.search(r'^(?:total_)?inactive_file (\d+)', (folder / 'memory.stat').read_text(), re.M)
+                    limit += int(cached[1]) - int((folder / usage).read_text())
+                limits.append(limit)
     return min(limits)
 
 

@@ -25,6 +25,7 @@ CHOICES = {
     'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
     'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released'), 'gold': (None, 'toy'),
     'attn': (None, 'sdpa', 'eager', 'flash_attention_2', 'flash_attention_3'), 'split': (None, 'train', 'test'),
+    'activation_checkpointing': (False, True, 'selective'),
     'task': (None, 'pairs', 'singles', 'sft', 'prompts'), 'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
 }  # fmt: skip
 
@@ -42,10 +43,12 @@ def problem(name, value):
             return f'must be a finite number, not {value}'
     if isinstance(value, int) and abs(value) >= 2**63:
         return 'is an integer that no machine counts to'
+    if name == 'max_tokens' and isinstance(value, str) and value != 'auto':
+        return f'must be a number or auto, not {value!r}'
     if isinstance(value, str) and (wrong := text_problem(value)):
         return wrong
     if value not in CHOICES.get(name, (value,)):
-        known = ', '.join(choice for choice in CHOICES[name] if choice)
+        known = ', '.join(str(choice) for choice in CHOICES[name] if choice)
         return f'must be one of {known}, not {value!r}'
     return None
 

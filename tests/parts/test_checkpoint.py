@@ -16,6 +16,7 @@ from helpers import ROOT, cut_short, metrics, read_jsonl, run_script, tensors
 
 import fsdp
 import losses
+import model
 from configurator import UserError
 from data import steps
 from hf import export, generate
@@ -514,7 +515,7 @@ def test_memory_is_said_and_warned_of(tmp_path, monkeypatch, whole, capsys, scri
     flags = ['--max_tokens=600', *(PPO if script == 'ppo.py' else [])]
     monkeypatch.setattr(room, 'machine_memory', lambda: 50_000_000)
     run(tmp_path / 'much', *flags, script=script)
-    said = r'a microbatch of up to (\d+) tokens takes about \d+\.\d MB, weights, gradients and optimizer \d+\.\d MB, of the'
+    said = r'a microbatch of up to (\d+) tokens takes about \d+\.\d MB \(activations .*, gradients .*, optimizer .*\), of the'
     assert re.search(f'^memory: {said} 50.0 MB of this machine$', capsys.readouterr().out, re.M)
     little = 6_500_000 if script == 'ppo.py' else 4_500_000  # its prompts are short, so a token of them takes more
     monkeypatch.setattr(room, 'machine_memory', lambda: little)
@@ -525,12 +526,61 @@ def test_memory_is_said_and_warned_of(tmp_path, monkeypatch, whole, capsys, scri
     assert found and 60 < int(found[2]) < int(found[1]) <= 600, text
 
 
+# script, flags, and whether memory runs out in the passes that train, or in those before them
+AUTO = {
+    'dropout': ('dpo.py', ['--loss=drdpo', '--lora_rank=4', '--lora_dropout=0.2'], False),
+    'the statistic': ('dpo.py', ['--loss=kto'], True),
+    'sft': ('sft.py', [], True),
+}
+
+
+@pytest.mark.parametrize('case', AUTO)
+def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, case):
+    """The first and the third microbatch do not fit: the step begins anew, and the run is the one of a smaller number."""
+    script, flags, training = AUTO[case]
+    sizes, real = [], model.hidden_states
+
+    def small(net, batch):
+        if torch.is_grad_enabled() == training and len(batch.slot) > 2:
+            sizes.append(batch.ids.numel())
+            if len(sizes) in (1, 3):
+                raise torch.OutOfMemoryError('CUDA out of memory')
+        return real(net, batch)
+
+    monkeypatch.setattr(model, 'hidden_states', small)
+    run(tmp_path / 'auto', *flags, script=script)
+    said = capsys.readouterr().out
+    found = re.findall(r'memory: a microbatch of (\d+) tokens does not fit: going on with max_tokens=(\d+)', said)
+    assert 'max_tokens=16384 (auto)' in said and len(found) == 2
+    # those that were prepared ahead are made anew, too
+    number = int(found[1][1])
+    assert number < sizes[0] / 3 and max(sizes[3:]) <= number
+    monkeypatch.undo()
+    run(tmp_path / 'number', *flags, f'--max_tokens={number}', script=script)
+    for row, expected in zip(*(metrics(tmp_path / name, 'train') for name in ('auto', 'number')), strict=True):
+        for key in ('loss/train', 'grad_norm'):
+            assert row[key] == pytest.approx(expected[key], rel=1e-4)
+
+
+@pytest.mark.parametrize(('free', 'size'), [(None, 16384), (10**12, 16384), (60_000_000, 12288), (1000, 1024)])
+def test_auto_is_the_largest_that_fits(monkeypatch, whole, free, size):
+    layers = torch.nn.Linear(4, 8)
+    layers.get_output_embeddings = lambda: None
+    examples = Examples.of([(np.arange(9000), [np.arange(9000)])])
+    config = {'optimizer': 'AdamW', 'dtype': 'float32', 'minibatch_size': 1}
+    # one forward keeps 4,096 bytes a token
+    monkeypatch.setattr(room, '_bytes_per_token', lambda *_: 4096)
+    monkeypatch.setattr(room, '_most_tokens', lambda config, train, packed, size: size)
+    monkeypatch.setattr(room, 'free_memory', lambda: free)
+    assert room.choose_max_tokens(config, layers, None, examples, True, 0) == size
+
+
 def test_bytes_saved_are_what_autograd_holds(whole):
-    """Counted by hand for two linear layers with a ReLU: x (not counted twice), its product, and no weights."""
+    """Counted by hand for two linear layers with a ReLU: x, what ReLU gives and the result, but no weights."""
     layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     examples = Examples.of([(np.arange(3), [np.arange(2)])] * 3)
     got = room.bytes_saved(layers, lambda batch: layers(torch.zeros(batch.ids.numel(), 4)), examples, True)
-    assert got == 4 * (0 + 8) or got == 4 * (4 + 8)  # x needs no gradient of its own, but the weight's reads it
+    assert got == 4 * (4 + 8 + 2)
 
 
 def test_memory_of_a_control_group(tmp_path, monkeypatch):
