@@ -462,7 +462,7 @@ BENCH = ['--model=toy', '--vocabulary=40', '--batch_size=2', '--n_steps=1', '--v
 PLACES = {
     'the update': ('dpo.py', ['--max_tokens=200'], 'fsdp.update', r'longest microbatch has \d+ tokens \(max_tokens=200\); lower max_tokens'),
     'one example': ('sft.py', ['--max_tokens=9'], 'fsdp.update', r'\(max_tokens=9\); lower max_length'),  # fills every microbatch
-    'the step-0 check': ('dpo.py', [], 'fsdp.gather_columns', 'lower max_tokens'),
+    'the step-0 check': ('dpo.py', ['--max_tokens=600'], 'fsdp.gather_columns', 'lower max_tokens'),
     'sharding': ('sft.py', [], 'fsdp.set_attention', 'a model does not fit'),
     'can_pack': ('reward.py', [], 'hf.probe.set_attention', 'the two examples that try the model out'),
     'the cache': ('dpo.py', ['--cache_ref'], 'hf.reference.adapters_off', 'lower max_tokens'),
