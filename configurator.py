@@ -11,12 +11,13 @@ import ast
 import contextlib
 import difflib
 import os
+import re
 import sys
 import traceback
 import types
 from typing import NamedTuple
 
-from runtime.values import problem
+from runtime.values import ELSEWHERE, conflict, misplaced, problem, settle
 
 
 class UserError(ValueError):
@@ -28,6 +29,7 @@ def _excepthook(kind, error, trace):
     from runtime import guard
 
     error = guard.explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
+    guard.tell_torchrun(error)
     if not isinstance(error, UserError):
         return sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
@@ -76,11 +78,12 @@ class Option(NamedTuple):
     scope: dict  # the globals of the module that declares it
 
 
-def configure(scope, argv=None, shared=None):
+def configure(scope, argv=None, shared=None, early=False):
     """Override the constants of a script from config files and flags. Returns the resolved Config.
 
     scope: the script's globals(), updated in place. argv: sys.argv[1:] by default. shared: a module with further options, which
-    is updated in place too; where both declare an option, the script's default holds. Raises UserError."""
+    is updated in place too; where both declare an option, the script's default holds. early: print no notes, for it is done
+    again. Raises UserError."""
     sys.excepthook = _excepthook
     argv = sys.argv[1:] if argv is None else argv
     # what may be set at all: the script's own come first, and win
@@ -95,9 +98,11 @@ def configure(scope, argv=None, shared=None):
     config = Config({name: option.default for name, option in options.items()})
     config.origin = dict.fromkeys(options, 'default')
     # config files first, in their order
-    for path in [word for word in argv if not word.startswith('-')]:
+    for before, path in zip(['', *argv], argv, strict=False):
+        if path.startswith('-'):
+            continue
         if not path.endswith('.py'):
-            raise UserError(f'{path!r} is neither a config file (.py) nor an option (--name=value)')
+            raise UserError(misplaced(path, before))
         for name, value, where in _read_file(path):
             config[name] = _check(name, value, options, where)
             config.origin[name] = path
@@ -116,7 +121,12 @@ def configure(scope, argv=None, shared=None):
         config[name] = _check(name, value, options, 'the command line')
         config.origin[name] = 'command line'
 
-    # bare names in the script, and in the shared module
+    # options that follow from others; then bare names in the script, and in the shared module
+    notes = settle(config)
+    for note in notes if main_rank() and not early else ():
+        print(f'note: {note}', flush=True)
+    if conflict(config):
+        raise UserError(conflict(config))
     for name, option in options.items():
         option.scope[name] = config[name]
     return config
@@ -233,6 +243,11 @@ def _check(name, value, options, where):
     if name not in options:
         near = difflib.get_close_matches(name, options, 1)
         hint = f'did you mean {near[0]}?' if near else '--help lists the options'
+        # a name that other code has for it, such as learning_rate or loss.beta
+        plain = name.rpartition('.')[2]
+        ours = ELSEWHERE.get(plain.replace('-', '_'), plain)
+        if ours != name and re.match(r'\w+', ours)[0] in options:
+            hint = f'here it is {ours}'
         raise UserError(f'{where}: unknown option {name!r}; {hint}')
 
     # the type; NaN, which is not equal to itself, is no number either

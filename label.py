@@ -27,7 +27,7 @@ import numpy as np
 
 from configurator import UserError, configure
 from feedback import judge, winrate
-from feedback.answers import annotation, append, as_trained, lock, make_pairs, progress, raise_if_missing, read_verdicts
+from feedback.answers import annotation, append, as_trained, lock, make_pairs, raise_if_missing, read_verdicts
 from feedback.endpoint import ask, completions_url
 from runtime import log
 from runtime.files import replace_text
@@ -48,7 +48,7 @@ timeout = 120.0  # seconds that a reply may take
 retries = 6  # how often a request that fails is tried again
 # with a reward model
 max_length = 1024  # tokens of prompt and answer
-max_prompt_length = 512  # a prompt is cut to this if the whole is too long
+max_prompt_length: int | None = None  # a prompt is cut to this if the whole is too long; None: half of max_length
 truncation = 'start'  # which end a too long prompt loses: start or end
 max_tokens = 16384  # tokens of one microbatch
 trust_remote_code = False  # run code that comes with a model
@@ -166,9 +166,6 @@ if reward_model is not None:
     from hf import load
     from text.tokenise import encode
 
-    if max_length < max_prompt_length + 2:
-        room = f'no room for an answer behind max_prompt_length {max_prompt_length}'
-        raise UserError(f'max_length {max_length} leaves {room}')
     _, world, device = fsdp.setup()
     if world > 1:
         raise UserError('label.py scores in one process: run it with python, not torchrun')
@@ -201,7 +198,7 @@ todo = [key for key in wanted if key not in verdicts]
 
 # where the run is stopped, the requests under way are given up
 guard.on_stop(lambda: f'{len(verdicts)} of {len(wanted)} verdicts are in {out_dir}; the same command goes on there')
-with progress(len(wanted), ' verdicts', initial=len(verdicts)) as bar:
+with log.progress(len(wanted), ' verdicts', 'judged', initial=len(verdicts)) as bar:
     for row in ask_judge(todo) if endpoint is not None else compare_rewards(todo):
         if row is None:
             continue

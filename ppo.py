@@ -48,7 +48,7 @@ critic = 'head'  # what estimates values: head (on the policy's trunk), own (a c
 data = 'toy'  # where the prompts come from: hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
 noise_rate = 0.0  # offline: fraction of training pairs whose labels are flipped
 max_length = 512  # offline: tokens of prompt and answer
-max_prompt_length = 256  # a longer prompt is cut to this
+max_prompt_length: int | None = None  # a longer prompt is cut to this; None: half of max_length
 # loss
 loss = 'ppo'  # ppo or grpo
 offline = False  # one-step PPO on labelled answers of the data instead of sampled ones

@@ -28,7 +28,7 @@ model = 'toy'  # hub id or folder of a language model or a reward model, or 'toy
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
 noise_rate = 0.0  # fraction of training pairs whose labels are flipped
 max_length = 512  # tokens of prompt and answer
-max_prompt_length = 256  # a prompt is cut to this if the whole is too long
+max_prompt_length: int | None = None  # a prompt is cut to this if the whole is too long; None: half of max_length
 # loss
 center_coef = 0.0  # weight of the squared sum of both scores, which keeps them near 0 (its paper: 0.01)
 label_smoothing = 0.0  # probability that a label is wrong

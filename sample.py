@@ -23,7 +23,7 @@ import numpy as np
 
 import fsdp
 from configurator import UserError, configure, main_rank
-from feedback.answers import append, collect, lock, progress, raise_if_missing, read_text, write_model_outputs
+from feedback.answers import append, collect, lock, raise_if_missing, read_text, write_model_outputs
 from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import content, load_model, load_tokenizer
@@ -318,9 +318,9 @@ guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes 
 # the work
 started, counts, failed = time.time(), Counter(), Counter()
 missing = len(keys) - len(done)
-who = f'rank 0 of {world}' if world > 1 else None
+who = f'sampled by rank 0 of {world}' if world > 1 else 'sampled'
 silent = not main_rank() or not missing
-with progress(missing // world, ' answers', disable=silent, desc=who) as bar:
+with log.progress(missing // world, ' answers', who, disable=silent) as bar:
     if endpoint:
         failed = ask_all()
     elif missing:

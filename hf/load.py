@@ -156,6 +156,7 @@ def _read_config(name, trust_remote_code, device_map):
         return toy.model_config()
     check.check_safe(name, trust_remote_code)
     if os.path.exists(name) or name not in _read:
+        check.check_there(name)
         raw = transformers.PretrainedConfig.get_config_dict(name)[0]
         check.check_code(name, 'config.json', {} if trust_remote_code else raw)
         _read[name] = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -223,8 +224,7 @@ def load_tokenizer(name, trust_remote_code=False):
     """Load the tokenizer of a hub id, a folder, or 'toy'. Raises UserError."""
     if name == 'toy':
         return toy.tokenizer()
-    if not os.path.exists(name) and (name.count('/') != 1 or name.startswith(('.', '/'))):
-        raise UserError(f'there is no model folder {name!r}, so no tokenizer: train it first, or name another one')
+    check.check_there(name)
     check.check_sizes(name)
     check.check_safe(name, trust_remote_code, weights=False)
     check.check_adapter(name)

@@ -8,6 +8,7 @@
 
 Scripts import this first and call watch(), so nothing heavy is imported up here: functions import torch where they use it."""
 
+import ast
 import contextlib
 import json
 import math
@@ -17,9 +18,10 @@ import signal
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
-from configurator import UserError, main_rank
+from configurator import UserError, configure, main_rank
 from runtime import files
 from runtime.files import say
 from runtime.log import check_names, check_out_dir
@@ -43,7 +45,7 @@ _lock = None  # the open file that holds the lock on out_dir
 
 
 def watch(name):
-    """Heed signals from now on, where name is '__main__': as the first thing that a script does."""
+    """Heed signals from now on, and check the command line, where name is '__main__': as the first thing that a script does."""
     global _pipe
     if name != '__main__' or _pipe:
         return
@@ -61,6 +63,7 @@ def watch(name):
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
         after_in_child=_leave_signals_to_the_system,
     )
+    check_early(sys.modules['__main__'].__file__)
 
 
 def _listen(end):
@@ -125,6 +128,33 @@ def stop_asked():
     if failed:
         checkpoint.wait()
     return code
+
+
+# ---- the first second, and the last ----
+
+
+def check_early(script):
+    """Check the command line against the source of a script before its imports, which take seconds; or print its help."""
+    tree = ast.parse(Path(script).read_text('utf-8'))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    for call in calls:
+        # plot.py gives the call words of its own choice
+        if getattr(call.func, 'id', '') != 'configure' or len(call.args) != 1:
+            continue
+        shared = None
+        for keyword in call.keywords:
+            shared = types.SimpleNamespace(__file__=Path(script).with_name(f'{keyword.value.id}.py'))
+        configure({'__file__': script, '__doc__': ast.get_docstring(tree)}, shared=shared, early=True)
+
+
+def tell_torchrun(error):
+    """Leave the sentence where torchrun looks for the cause: it prints it at the end of its own report."""
+    file = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if file:
+        kind = 'error' if isinstance(error, UserError) else type(error).__name__
+        what = {'message': f'{kind}: {error}', 'extraInfo': {'timestamp': str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(file, 'w', encoding='utf-8') as record:
+            json.dump({'message': what}, record)
 
 
 # ---- a run and its folder ----

@@ -15,11 +15,10 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from configurator import UserError, main_rank
+from configurator import UserError
 from runtime import cache, files
-from runtime.log import say
+from runtime.log import progress, say
 from text import sources, turns
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
 from text.examples import Examples, uniform_hash
@@ -118,7 +117,7 @@ def _tokenise_sources(names, task, reading, limits, writing, parts, tokenizer, e
 
 def _rows(names, split, task, reading, left_out, both=False):
     """The examples of all sources, in order. Raises UserError where one of them gives nothing to train on."""
-    with tqdm(desc='reading', unit=' examples', disable=None if main_rank() else True, leave=False) as bar:
+    with progress(None, ' examples', 'reading') as bar:
         for source in names:
             reasons, unused, used = Counter(), Counter(), False
             try:

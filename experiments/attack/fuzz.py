@@ -515,7 +515,8 @@ def check_resolved(argv, given, resolved, before):
         json.dumps(value)
         if isinstance(value, str):
             value.encode()
-        if resolved.origin[name] == 'default' and value != before[name]:
+        follows = name == 'max_prompt_length' and before[name] is None  # half of max_length
+        if resolved.origin[name] == 'default' and value != before[name] and not follows:
             raise Failure(f'{name} is {value!r} though nobody set it')
 
 

@@ -313,3 +313,13 @@ def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_p
     if script == 'tools/bench.py':
         rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
         assert [row['variant'] for row in rows] == ['padded', 'cached'] and 'pairs_per_second' not in rows[0]
+
+
+def test_in_a_file_a_bar_is_lines(capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 20))
+    monkeypatch.setattr('tqdm.std.time', lambda: next(clock))
+    with log.progress(100, ' rows', 'reading') as bar:
+        for _ in range(100):
+            bar.update()
+    text = capsys.readouterr().err
+    assert '\r' not in text and 'reading: 100 of 100 rows' in text
