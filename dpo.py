@@ -27,7 +27,7 @@ from hf.load import check_same_tokens, load_model
 from hf.probe import check_heads, check_positions
 from hf.reference import cached_logps
 from model import RISKS, kl
-from runtime import log, metrics
+from runtime import check_loss, log, metrics
 from text.examples import Examples
 
 # model and data
@@ -89,6 +89,8 @@ def parameters(*functions):
 if loss not in losses.LOSSES:
     raise UserError(f'loss must be one of {", ".join(losses.LOSSES)}, not {loss!r}')
 loss_fn, statistic_fn = losses.LOSSES[loss], losses.STATISTICS.get(loss)
+if wrong := check_loss.mistake(loss, loss_fn, statistic_fn, config):
+    raise UserError(wrong)
 inputs = parameters(loss_fn, statistic_fn) if statistic_fn else parameters(loss_fn)
 paired = bool({'pi_w', 'ratio_w'} & inputs)  # else on single answers, each labelled good or bad
 has_ratio = bool({'ratio', 'ratio_w'} & inputs)

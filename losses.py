@@ -167,9 +167,11 @@ def aot_statistic(pi_w, pi_l, ratio_w, ratio_l, state, generator):
     rank = (pi_w - pi_l).argsort().argsort()
     return {'shift': ref_margin - ref_margin.sort().values[rank]}, state
 
-LOSSES = {f.__name__: f for f in (
-    dpo, cdpo, robust, ipo, tdpo1, tdpo2, aot, hinge, dpop, exo, nca, bco, sppo, apo_zero, apo_down, discopop,
-    sigmoid_norm, slic, simpo, orpo, cpo, kto)}
+LOSSES = {f.__name__: f for f in (dpo, cdpo, robust, ipo, tdpo1, tdpo2, aot, hinge, dpop, exo, nca, bco, sppo, apo_zero,
+    apo_down, discopop, sigmoid_norm, slic, simpo, orpo, cpo, kto)}
 # drdpo is weighted, beta_dpo's statistic replaces beta, radpo has a risk measure as D, kto_zero has z = 0
 LOSSES |= {'drdpo': cdpo, 'beta_dpo': dpo, 'radpo1': tdpo1, 'radpo2': tdpo2, 'kto_zero': kto}
 STATISTICS = {'beta_dpo': beta_dpo_statistic, 'kto': kto_statistic, 'aot': aot_statistic}
+if __name__ == '__main__':  # python losses.py my_loss: is it ready?
+    from runtime import check_loss
+    check_loss.main(LOSSES, STATISTICS)

@@ -163,3 +163,8 @@ def refused(script, *flags):
     message = str(info.value)
     assert '\n' not in message and len(message) < 600
     return message
+
+
+# the losses that are documented here, and have numbers of their authors'; a fork may have more
+LOSSES = """dpo cdpo robust ipo tdpo1 tdpo2 aot hinge dpop exo nca bco sppo apo_zero apo_down discopop sigmoid_norm slic simpo orpo
+cpo kto drdpo beta_dpo radpo1 radpo2 kto_zero""".split()
