@@ -395,7 +395,13 @@ def check_first_step():
     found = summary(columns, 'train')
     chosen, rejected = (found.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
     value = columns['loss'].mean()
-    run.logger.say(f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {value:.6f} (dpo: log 2 = 0.693147)')
+    # what this loss is where the policy is its reference, and nothing shifts the margins (aot)
+    same = {name.replace('pi', 'ref', 1): x for name, x in columns.items() if name.startswith('pi')}
+    same = {'shift': torch.zeros_like(columns['loss'])} | columns | same
+    expected = f' ({loss} of a policy that is its reference: {call(loss_fn, same).mean():.6f})'
+    run.logger.say(f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {value:.6f}{expected if needs_ref else ""}')
+    if words := metrics.meaning(loss, paired, needs_ref):
+        run.logger.say(words)
     run.logger.row('check', 0, found)
     allowed = 1e-2 if training.dtype == 'bfloat16' else 1e-4
     if needs_ref and ref_model is None and max(abs(chosen), abs(rejected)) > allowed:

@@ -30,7 +30,7 @@ from hf.load import content, load_model, load_tokenizer
 from hf.probe import room
 from runtime import log
 from text import sources, tokenise
-from text.examples import uniform_hash
+from text.examples import in_words, uniform_hash
 from text.files import content_hash
 from text.messages import answer, as_chat, message
 
@@ -297,7 +297,10 @@ def keep(rows):
 
 
 # what is about to be done
-log.say(f'data: {len(prompts)} prompts, {len(keys)} answers; left out or changed: {dict(+left_out) or "nothing"}')
+changed, notes = in_words(left_out)
+log.say(f'data: {len(prompts):,} prompts, {len(keys):,} answers; left out or changed: {changed}')
+for note in notes:
+    log.say(note)
 if endpoint:
     text = repr(prompts[0]['prompt'])
 else:

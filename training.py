@@ -146,8 +146,13 @@ class Run:
         if config.n_examples:
             total = min(total, config.n_examples)
         self.total = total // group * group
-        counts = f'{len(train)} training and {len(self.held_out)} evaluation examples'
-        log.say(f'data: {counts}; left out or changed: {train.changes()}')
+        changed, notes = train.changes()
+        sizes = f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {len(self.held_out):,} to evaluate on'
+        log.say(f'data: {sizes}; left out or changed: {changed}')
+        if n_eval_examples and not len(self.held_out):
+            notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
+        for note in notes:
+            log.say(note)
         log.say(show.first(train, self.tokenizer, self.task))
         long = train.lengths[train.lengths > max_tokens]
         if len(long):
@@ -201,10 +206,10 @@ class Run:
         # a checkpoint of other weights, data or options is refused
         self.identity = checkpoint.identify(config, self.models, self.train, self.held_out)
         latest = checkpoint.latest(out_dir, self.identity) if resume else None
-        # what a checkpoint keeps beside weights and optimizer
-        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}}
+        # what a checkpoint keeps beside weights and optimizer; older ones had the warm-up that was asked for
+        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'warmup': self.warmup()}
         if latest:
-            self.state |= checkpoint.load(latest, self.policy, self.optimizer)
+            self.state |= {'warmup': config.warmup_steps} | checkpoint.load(latest, self.policy, self.optimizer)
         self.seen = self.state.pop('examples')
 
         # from here on the folder is this run's
@@ -214,6 +219,14 @@ class Run:
         verb = 'resuming' if self.seen else 'training'
         counts = counts or f'examples, {config.batch_size} a step'
         self.logger.say(f'{verb} {what}on {self.world} ranks: {self.total} {counts}')
+
+    def warmup(self):
+        """Steps of warm-up: those asked for, but by default no more than a tenth of the run."""
+        asked, most = self.config.warmup_steps, math.ceil(self.total / self.config.batch_size) // 10
+        if self.config.origin['warmup_steps'] != 'default' or asked <= most:
+            return asked
+        log.say(f'note: {most} steps of warm-up, a tenth of this short run: --warmup_steps={asked} for more')
+        return most
 
     # ---- steps ----
 
@@ -244,7 +257,7 @@ class Run:
         config = self.config
         n_steps = math.ceil(self.total / config.batch_size)
         number = step.first // config.batch_size
-        self.rate = config.lr * log.schedule(number, n_steps, config.warmup_steps, lr_schedule)
+        self.rate = config.lr * log.schedule(number, n_steps, self.state['warmup'], lr_schedule)
 
         # FSDP averages the ranks' weighted sums: times world, by weight, is the step's mean; NaN leaves the weights alone
         scale = math.nan
