@@ -133,7 +133,7 @@ def gather_columns(columns, slots, total):
     columns: name -> (k,) tensor, the same names on all ranks; slots: of the k examples in the step, -1 for fillers that do not
     count; total: number of examples of the step. Returns name -> (total,) float64 on the CPU."""
     names = sorted(columns)
-    mine = torch.stack([columns[name].detach().double().cpu() for name in names])
+    mine = torch.stack([columns[name].detach().double() for name in names]).cpu()  # one wait for the device
     slots = torch.as_tensor(slots, dtype=torch.long)
     counts = slots >= 0
     if dist.get_rank() % _tp:

@@ -235,7 +235,7 @@ class Variant:
         for batch, ref in zip(batches, cached, strict=True):
             values = {**OPTIONS, **self.columns(batch, ref)}
             loss_of_pairs = loss_fn(**{name: values[name] for name in inputs})
-            (loss_of_pairs * batch.real()).sum().backward()
+            (loss_of_pairs * batch.real).sum().backward()
         fsdp.update(self.policy, self.optimizer, 1e-6, world / len(rows), 10.0)
         self.times.append(clock() - start)
         self.peak = max(self.peak, peak_memory())

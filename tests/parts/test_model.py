@@ -795,7 +795,7 @@ def test_the_kernel_gets_what_the_loop_computes(heads, window, shape, monkeypatc
     options = {'scaling': 0.3, 'sliding_window': window, 'packed': batch}
     loop, _ = model.packed_attention(None, q, k, v, None, **options)
     assert loop.shape == (1, batch.ids.numel(), 4, 8) and not calls
-    batch.varlen = data.Varlen(batch.groups, 'cpu')
+    batch.varlen = data.Varlen(batch.groups)
     out, weights = model.packed_attention(None, *(x.as_subclass(OnCuda) for x in (q, k, v)), None, **options)
     assert calls and weights is None
     assert_close(out, loop, 1e-6)
