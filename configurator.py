@@ -32,7 +32,7 @@ def _excepthook(kind, error, trace):
         return sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
     # mostly every rank raises the same error, and one says it
-    if main_rank() or hasattr(error, 'of_this_rank'):
+    if main_rank() or getattr(error, 'of_this_rank', False):
         sys.__stderr__.write(f'error: {error}\n')
         sys.__stderr__.flush()
     # not sys.exit: threads of the process group can abort an ordinary exit, with another code

@@ -37,6 +37,12 @@ def setup(tp=1):
     cuda = torch.cuda.is_available()
     local_rank, local_world = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
+    if cuda and local_world > torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        more = f'{local_world} processes are started on a machine with {gpus} GPUs, and each needs its own'
+        error = UserError(f'{more}: start with --nproc_per_node={gpus}')
+        error.of_this_rank = local_rank == 0  # one of this machine says it
+        raise error
     if cuda:
         torch.cuda.set_device(device)
     elif 'OMP_NUM_THREADS' not in os.environ:
