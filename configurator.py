@@ -18,6 +18,9 @@ from typing import NamedTuple
 
 from runtime.values import problem
 
+# options of older versions: the value that changes nothing, since when there is no other, and why
+GONE = {'compile': (False, '2026-11', 'compiled blocks gained nothing here (docs/moved.md)')}
+
 
 class UserError(ValueError):
     """A mistake of the user: what is wrong, where, what to do. Printed without a traceback, exit code 2."""
@@ -99,6 +102,8 @@ def configure(scope, argv=None, shared=None):
         if not path.endswith('.py'):
             raise UserError(f'{path!r} is neither a config file (.py) nor an option (--name=value)')
         for name, value, where in _read_file(path):
+            if _is_gone(name, value, options, where):
+                continue
             config[name] = _check(name, value, options, where)
             config.origin[name] = path
 
@@ -113,6 +118,8 @@ def configure(scope, argv=None, shared=None):
         if not equals and 'bool' not in types:
             raise UserError(f'--{name} needs a value: --{name}=value')
         value = _parse(text if equals else 'true', types)
+        if _is_gone(name, value, options, 'the command line'):
+            continue
         config[name] = _check(name, value, options, 'the command line')
         config.origin[name] = 'command line'
 
@@ -224,6 +231,16 @@ def _parse(text, types):
             with contextlib.suppress(ValueError):
                 return kind(text)
     return text
+
+
+def _is_gone(name, value, options, where):
+    """Whether this is an option of older versions, with the value that changes nothing. Raises UserError for another value."""
+    if name in options or name not in GONE:
+        return False
+    harmless, since, why = GONE[name]
+    if value != harmless:
+        raise UserError(f'{where}: {name} is gone since {since}: {why}; leave it out')
+    return True
 
 
 def _check(name, value, options, where):

@@ -176,7 +176,6 @@ def shard(
     *,
     dtype='float32',
     train=True,
-    compile=False,
     activation_checkpointing=False,
     cpu_offload=False,
     device_map=None,
@@ -203,11 +202,8 @@ def shard(
         # the method has another name since transformers 5.20
         older = getattr(core(model), 'gradient_checkpointing_enable', None)
         getattr(core(model), 'activation_checkpointing_enable', older)()
-    for block in blocks(model):
-        if activation_checkpointing:
-            block.training = True  # the block alone: its dropout layers stay in eval mode
-        if compile:
-            block.compile()
+    for block in blocks(model) if activation_checkpointing else ():
+        block.training = True  # the block alone: its dropout layers stay in eval mode
 
     # what the scripts call becomes a forward of the root
     if sharded:

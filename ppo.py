@@ -274,7 +274,8 @@ def run_minibatch(batches, answered, rows):
     over the tokens of weight times gradient, divided by the number of ranks."""
     _, per_prompt = answered.by_example('n').shape  # (prompts, answers to each)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    known = move({name: values.float() for name, values in answered.tokens.items()}, device)  # (tokens of the round,) each
+    # the round's columns, where the model is: (its answer tokens,) each
+    known = move({name: values.float() for name, values in answered.tokens.items()}, device)
     for batch in batches:
         # the columns of this microbatch's tokens; a filler reads the last token's, and counts nothing
         slots = rollout.token_slots(batch, rows, answered.answers['start'], per_prompt)

@@ -78,7 +78,6 @@ dtype = 'float32'  # compute type: float32 or bfloat16 (weights, gradients and s
 tf32 = False  # float32 on a GPU: matrix products of 10 bits, faster
 deterministic = False  # on a GPU: the same bits each time, slower (a CPU always gives them)
 pack = True  # no padding
-compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
 cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
 tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSDP does the rest
@@ -110,7 +109,8 @@ def choose_arithmetic(config, device):
         return
     # float32 is a choice here: packed attention's kernel takes half precision only
     if full and device_map is None:
-        log.say('note: float32 on a GPU: packed attention computes each answer by itself; --dtype=bfloat16 is several times faster')
+        slow = 'packed attention in float32 computes each answer by itself'
+        log.say(f'note: on a GPU {slow}: --dtype=bfloat16 is several times faster')
     if tf32 and full:
         torch.set_float32_matmul_precision('high')
     elif tf32:
@@ -186,7 +186,7 @@ class Run:
     def load_policy(self, build):
         """The sharded model that trains, and its optimizer. build(empty) makes it on the CPU, as in fsdp.shard."""
         self.build = build  # the export needs it again
-        self.policy = self.shard(build, compile=compile, activation_checkpointing=activation_checkpointing)
+        self.policy = self.shard(build, activation_checkpointing=activation_checkpointing)
         if self.adapters:
             log.say(lora.describe(self.policy))
         # the adapters' dropout draws from this generator, and nothing else does

@@ -320,7 +320,8 @@ def explained(error, advice):
     operation, differs, _ = str(error).partition(' does not have a deterministic implementation')
     if differs:
         what = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
-        return UserError(f'{what}; leave --deterministic out (the risk cvar, and samples with top_p below 1, cannot have it)')
+        cannot = 'the risk cvar, and samples with top_p below 1, cannot have it'
+        return UserError(f'{what}; leave --deterministic out ({cannot})')
     where = out_of_memory(error)
     if where is None or isinstance(error, UserError):
         return error

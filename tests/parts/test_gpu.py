@@ -22,8 +22,8 @@ PAIRS = [(np.arange(3), [np.arange(2), np.arange(4)]), (np.arange(5), [np.arange
 
 def test_random_states_of_gpus_are_left_alone():
     """torch.random.fork_rng() copies the state of every GPU of a machine, and warns on every rank."""
-    text = ''.join(file.read_text() for folder in ('.', 'hf', 'runtime', 'rl', 'tools') for file in (ROOT / folder).glob('*.py'))
-    calls = re.findall(r'fork_rng\(.*?\)', text)
+    files = [file for folder in ('.', 'hf', 'runtime', 'rl', 'tools') for file in (ROOT / folder).glob('*.py')]
+    calls = [call for file in files for call in re.findall(r'fork_rng\(.*?\)', file.read_text())]
     assert len(calls) >= 3 and set(calls) == {'fork_rng(devices=[])'}
 
 

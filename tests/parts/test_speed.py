@@ -64,7 +64,12 @@ def steps_of(loss, folder):
 
 
 # the columns of the step (with a statistic twice), the norm, and the shift of Dr. DPO
-WAITS = {'dpo': ['cpu', 'item'], 'drdpo': ['cpu', 'cpu', 'item'], 'tdpo2': ['cpu', 'item'], 'kto': ['cpu', 'cpu', 'item']}
+WAITS = {
+    'dpo': ['cpu', 'item'],
+    'drdpo': ['cpu', 'cpu', 'item'],
+    'tdpo2': ['cpu', 'item'],
+    'kto': ['cpu', 'cpu', 'item'],
+}
 
 
 @pytest.mark.parametrize('loss', WAITS)
