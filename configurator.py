@@ -17,7 +17,7 @@ import traceback
 import types
 from typing import NamedTuple
 
-from runtime.values import ELSEWHERE, conflict, misplaced, problem, settle
+from runtime.values import ELSEWHERE, GONE, conflict, misplaced, problem, settle
 
 
 class UserError(ValueError):
@@ -34,7 +34,7 @@ def _excepthook(kind, error, trace):
         return sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
     # mostly every rank raises the same error, and one says it
-    if main_rank() or hasattr(error, 'of_this_rank'):
+    if main_rank() or getattr(error, 'of_this_rank', False):
         sys.__stderr__.write(f'error: {error}\n')
         sys.__stderr__.flush()
     # not sys.exit: threads of the process group can abort an ordinary exit, with another code
@@ -104,6 +104,8 @@ def configure(scope, argv=None, shared=None, early=False):
         if not path.endswith('.py'):
             raise UserError(misplaced(path, before))
         for name, value, where in _read_file(path):
+            if _is_gone(name, value, options, where):
+                continue
             config[name] = _check(name, value, options, where)
             config.origin[name] = path
 
@@ -118,6 +120,8 @@ def configure(scope, argv=None, shared=None, early=False):
         if not equals and 'bool' not in types:
             raise UserError(f'--{name} needs a value: --{name}=value')
         value = _parse(text if equals else 'true', types)
+        if _is_gone(name, value, options, 'the command line'):
+            continue
         config[name] = _check(name, value, options, 'the command line')
         config.origin[name] = 'command line'
 
@@ -234,6 +238,16 @@ def _parse(text, types):
             with contextlib.suppress(ValueError):
                 return kind(text)
     return text
+
+
+def _is_gone(name, value, options, where):
+    """Whether this is an option of older versions, with the value that changes nothing. Raises UserError for another value."""
+    if name in options or name not in GONE:
+        return False
+    harmless, since, why = GONE[name]
+    if value != harmless:
+        raise UserError(f'{where}: {name} is gone since {since}: {why}; leave it out')
+    return True
 
 
 def _check(name, value, options, where):

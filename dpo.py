@@ -22,6 +22,7 @@ import fsdp
 import losses
 import training
 from configurator import UserError, configure
+from data import move
 from hf import generate, lora
 from hf.load import check_same_tokens, load_model
 from hf.probe import check_heads, check_positions
@@ -254,8 +255,8 @@ def loss_and_weight(measured, step_columns, slots):
     # a filler has slot -1, so it reads the last row; its loss counts nothing
     columns = dict(measured)
     for name, values in step_columns.items():
-        mine = values[slots].to(run.device)
-        columns[name] = mine if name == 'good' else mine.float()
+        mine = values[slots] if name == 'good' else values[slots].float()
+        columns[name] = move(mine, run.device)
 
     # the formula, and what goes on top of it
     loss = call(loss_fn, columns)
@@ -283,7 +284,7 @@ def run_step(step, backward=False, shift=None):
         with torch.set_grad_enabled(backward):
             columns = measured or measure(batch)
             loss, weight = loss_and_weight(columns, step_columns, batch.slot)
-        real = batch.real()
+        real = batch.real
         step_weight = weight
         if beta_prime:
             # Dr. DPO: weights exp((shift - loss) / beta'); any shift cancels, and this one keeps them inside float range
@@ -403,7 +404,8 @@ def check_first_step():
     if words := metrics.meaning(loss, paired, needs_ref):
         run.logger.say(words)
     run.logger.row('check', 0, found)
-    allowed = 1e-2 if training.dtype == 'bfloat16' else 1e-4
+    rough = training.dtype == 'bfloat16' or training.tf32
+    allowed = 1e-2 if rough else 1e-4
     if needs_ref and ref_model is None and max(abs(chosen), abs(rejected)) > allowed:
         run.logger.say('warning: policy and reference are one model, so the rewards should be 0 before the first step')
 

@@ -37,6 +37,12 @@ def setup(tp=1):
     cuda = torch.cuda.is_available()
     local_rank, local_world = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
+    if cuda and local_world > torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        more = f'{local_world} processes are started on a machine with {gpus} GPUs, and each needs its own'
+        error = UserError(f'{more}: start with --nproc_per_node={gpus}')
+        error.of_this_rank = local_rank == 0  # one of this machine says it
+        raise error
     if cuda:
         torch.cuda.set_device(device)
     elif 'OMP_NUM_THREADS' not in os.environ:
@@ -133,7 +139,7 @@ def gather_columns(columns, slots, total):
     columns: name -> (k,) tensor, the same names on all ranks; slots: of the k examples in the step, -1 for fillers that do not
     count; total: number of examples of the step. Returns name -> (total,) float64 on the CPU."""
     names = sorted(columns)
-    mine = torch.stack([columns[name].detach().double().cpu() for name in names])
+    mine = torch.stack([columns[name].detach().double() for name in names]).cpu()  # one wait for the device
     slots = torch.as_tensor(slots, dtype=torch.long)
     counts = slots >= 0
     if dist.get_rank() % _tp:
@@ -170,7 +176,6 @@ def shard(
     *,
     dtype='float32',
     train=True,
-    compile=False,
     activation_checkpointing=False,
     cpu_offload=False,
     device_map=None,
@@ -197,11 +202,8 @@ def shard(
         # the method has another name since transformers 5.20
         older = getattr(core(model), 'gradient_checkpointing_enable', None)
         getattr(core(model), 'activation_checkpointing_enable', older)()
-    for block in blocks(model):
-        if activation_checkpointing:
-            block.training = True  # the block alone: its dropout layers stay in eval mode
-        if compile:
-            block.compile()
+    for block in blocks(model) if activation_checkpointing else ():
+        block.training = True  # the block alone: its dropout layers stay in eval mode
 
     # what the scripts call becomes a forward of the root
     if sharded:

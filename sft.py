@@ -95,7 +95,7 @@ def run_step(step, backward=False):
             loss = losses.sft(pi, batch.n)
         # an answer weighs as much as it has tokens
         if backward:
-            (batch.n * loss * batch.real()).sum().backward()
+            (batch.n * loss * batch.real).sum().backward()
         parts.append({'loss': loss, 'pi': pi, 'n': batch.n})
     return training.gather(parts, step.batches, len(step.rows))
 

@@ -23,6 +23,7 @@ Counts are in examples, whatever the number of ranks.
 """
 
 import math
+import os
 import time
 from functools import partial
 
@@ -74,8 +75,9 @@ tensorboard = False  # log to tensorboard, too
 # machine
 max_tokens = 16384  # tokens of one microbatch of one rank: what the memory holds
 dtype = 'float32'  # compute type: float32 or bfloat16 (weights, gradients and sums stay float32)
+tf32 = False  # float32 on a GPU: matrix products of 10 bits, faster
+deterministic = False  # on a GPU: the same bits each time, slower (a CPU always gives them)
 pack = True  # no padding
-compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
 cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
 tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSDP does the rest
@@ -94,8 +96,31 @@ def begin(config):
     rank, world, device = fsdp.setup(tp)
     if config.batch_size < world:
         raise UserError(f'batch_size {config.batch_size} is too small: one example for each of {world} ranks')
+    choose_arithmetic(config, device)
     guard.begin(config.out_dir, config, resume)
     return Run(config, adapters, rank, world, device)
+
+
+def choose_arithmetic(config, device):
+    """Set what matrix products of float32 are computed in, and whether a GPU gives the same bits each time."""
+    on_gpu, full = device.type == 'cuda', dtype == 'float32'
+    if not on_gpu:
+        config.ignored([name for name in ('tf32', 'deterministic') if config[name]], 'it is for a GPU')
+        return
+    # float32 is a choice here: packed attention's kernel takes half precision only
+    if full and device_map is None:
+        slow = 'packed attention in float32 computes each answer by itself'
+        log.say(f'note: on a GPU {slow}: --dtype=bfloat16 is several times faster')
+    if tf32 and full:
+        torch.set_float32_matmul_precision('high')
+    elif tf32:
+        config.ignored(['tf32'], f'it is for float32, not {dtype}')
+
+    # cuBLAS reads its variable at the first product; unfilled memory is never read here
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 class Run:
@@ -166,7 +191,7 @@ class Run:
     def load_policy(self, build):
         """The sharded model that trains, and its optimizer. build(empty) makes it on the CPU, as in fsdp.shard."""
         self.build = build  # the export needs it again
-        self.policy = self.shard(build, compile=compile, activation_checkpointing=activation_checkpointing)
+        self.policy = self.shard(build, activation_checkpointing=activation_checkpointing)
         if self.adapters:
             log.say(lora.describe(self.policy))
         # the adapters' dropout draws from this generator, and nothing else does

@@ -33,7 +33,7 @@ def check(config):
         raise UserError('device_map is for one process: start without torchrun, or leave device_map out to use FSDP')
     if config['dtype'] != 'float32':
         raise UserError('device_map computes in float32: leave dtype out, or use torchrun for bfloat16')
-    config.ignored(['compile', 'cpu_offload'], 'device_map uses no FSDP')
+    config.ignored(['cpu_offload'], 'device_map uses no FSDP')
 
 
 def tensor_parallel(model, mesh, groups):

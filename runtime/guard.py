@@ -45,10 +45,13 @@ _lock = None  # the open file that holds the lock on out_dir
 
 
 def watch(name):
-    """Heed signals from now on, and check the command line, where name is '__main__': as the first thing that a script does."""
+    """Heed signals from now on, and check the command line, where name is '__main__': before a script imports anything heavy."""
     global _pipe
     if name != '__main__' or _pipe:
         return
+    # torch reads it once: memory of a GPU that grows in place has no holes between batches of different sizes
+    if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:  # the older name
+        os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
     # a thread of its own hears them: the main thread may be inside C code for minutes, such as a rendezvous
     _pipe = os.pipe()
     os.set_blocking(_pipe[1], False)
@@ -340,7 +343,15 @@ def out_of_memory(error):
 
 
 def explained(error, advice):
-    """The error itself, or where it says that memory is out, a UserError in its place. advice: what did not fit; what to do."""
+    """The error itself, or where it says that memory is out or a result not reproducible, a UserError in its place.
+
+    advice: what did not fit into memory; what to do."""
+    # torch's own sentence begins with the name of the operation
+    operation, differs, _ = str(error).partition(' does not have a deterministic implementation')
+    if differs:
+        what = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
+        cannot = 'the risk cvar, and samples with top_p below 1, cannot have it'
+        return UserError(f'{what}; leave --deterministic out ({cannot})')
     where = out_of_memory(error)
     if where is None or isinstance(error, UserError):
         return error

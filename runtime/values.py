@@ -80,7 +80,7 @@ ELSEWHERE = {
     'gradient_accumulation_steps': 'max_tokens (tokens of a microbatch; batch_size is the whole step)',
     'bf16': 'dtype=bfloat16', 'fp16': 'dtype=bfloat16', 'torch_dtype': 'dtype', 'precision': 'dtype', 'fp32': 'dtype=float32',
     'gradient_checkpointing': 'activation_checkpointing', 'attn_implementation': 'attn', 'flash_attn': 'attn',
-    'torch_compile': 'compile', 'optim': 'optimizer', 'lr_scheduler_type': 'lr_schedule', 'lr_scheduler': 'lr_schedule',
+    'optim': 'optimizer', 'lr_scheduler_type': 'lr_schedule', 'lr_scheduler': 'lr_schedule',
     'warmup_ratio': 'warmup_steps (a number of steps)', 'max_seq_length': 'max_length', 'max_seq_len': 'max_length',
     'cutoff_len': 'max_length', 'sequence_len': 'max_length', 'max_completion_length': 'max_new_tokens',
     'response_length': 'max_new_tokens', 'num_generations': 'group_size', 'num_samples': 'n', 'logging_steps': 'log_every (examples)',
@@ -94,6 +94,14 @@ ELSEWHERE = {
     'clip_grad': 'max_grad_norm', 'gradient_clipping': 'max_grad_norm', 'num_samples_per_prefix': 'n', 'init_kl_coef': 'kl_coef',
     'chat_template': 'chat (the template stands in the model folder)', 'system_prompt': 'system',
 }  # fmt: skip
+# options of older versions: the value that changes nothing, since when there is no other, and why
+GONE = {
+    'compile': (
+        False,
+        '2026-11',
+        'compiled blocks were not faster on a CPU, and never measured on a GPU (docs/moved.md)',
+    )
+}
 # options that name a model folder
 MODELS = ('model', 'ref_model', 'reward_model', 'critic')
 

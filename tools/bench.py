@@ -51,7 +51,7 @@ max_tokens = 16384  # tokens of a microbatch
 prompt_tokens: int | None = None  # synthetic: tokens of every prompt; None: log-normal lengths like those of HH
 answer_tokens: int | None = None  # synthetic: tokens of every answer; None: as for prompts
 n_steps = 5  # timed steps of each variant
-variants = 'padded packed shared head cached'  # in order: each adds its idea to the one before; also: compile, trl, trl_fastest, trl_cuda
+variants = 'padded packed shared head cached'  # in order: each adds its idea to the one before; also: trl, trl_fastest, trl_cuda
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 dtype = 'float32'  # float32 or bfloat16
 threads: int | None = None  # CPU threads; None: torch decides
@@ -65,7 +65,7 @@ SHAPES = {  # width, layers, heads: the published Pythia suite
     'pythia-14m': (128, 6, 4), 'pythia-70m': (512, 6, 8), 'pythia-160m': (768, 12, 12), 'pythia-410m': (1024, 24, 16),
     'pythia-1b': (2048, 16, 8), 'pythia-1.4b': (2048, 24, 16), 'pythia-2.8b': (2560, 32, 32), 'llama-8b': (4096, 32, 32),
 }  # fmt: skip
-KNOWN = ['padded', 'packed', 'shared', 'head', 'cached', 'compile', 'trl', 'trl_fastest', 'trl_cuda']
+KNOWN = ['padded', 'packed', 'shared', 'head', 'cached', 'trl', 'trl_fastest', 'trl_cuda']
 PADDED = 8  # pairs of a padded microbatch, of all ranks
 # options of the losses; their values cost nothing
 OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0.5, 'gamma': 1.0, 'lam': 0.1, 'tau': 0.05}
@@ -85,7 +85,7 @@ if not names or set(names) - set(KNOWN):
 if not (has_ratio or 'pi_w' in inputs) or loss in losses.STATISTICS:
     kind = 'losses on pairs without a statistic of the step'
     raise UserError(f'{kind} are measured, not {loss!r}: its step costs the same')
-if has_divergence and set(names) & {'padded', 'packed', 'shared', 'cached', 'compile'}:
+if has_divergence and set(names) & {'padded', 'packed', 'shared', 'cached'}:
     raise UserError(f'{loss} needs the whole distribution of the live reference: only --variants=head measures it')
 if beside_trl and (loss != 'dpo' or batch_size % min(PADDED, batch_size)):
     raise UserError(f'TRL is measured with --loss=dpo, and a batch_size that is a multiple of {PADDED}')
@@ -172,7 +172,7 @@ class Variant:
         self.name = name
         self.pad, self.share = 'packed' not in ideas, 'shared' in ideas
         self.head, self.cached = 'head' in ideas, 'cached' in ideas
-        self.policy = fsdp.shard(build, device, dtype=dtype, compile='compile' in ideas)
+        self.policy = fsdp.shard(build, device, dtype=dtype)
         self.ref = fsdp.shard(build, device, dtype=dtype, train=False)
         for m in (self.policy, self.ref):
             fsdp.add_method(m, full_head)
@@ -235,7 +235,7 @@ class Variant:
         for batch, ref in zip(batches, cached, strict=True):
             values = {**OPTIONS, **self.columns(batch, ref)}
             loss_of_pairs = loss_fn(**{name: values[name] for name in inputs})
-            (loss_of_pairs * batch.real()).sum().backward()
+            (loss_of_pairs * batch.real).sum().backward()
         fsdp.update(self.policy, self.optimizer, 1e-6, world / len(rows), 10.0)
         self.times.append(clock() - start)
         self.peak = max(self.peak, peak_memory())

@@ -122,7 +122,7 @@ def test_models_that_cannot_be_cut(runs, name, words):
     (['--tp=2', '--lora_rank=2'], 'tp and lora_rank do not go together'),
     (['--device_map=balanced'], 'the toy model is made here'),
     (['--device_map=balanced', '--dtype=bfloat16'], 'device_map computes in float32'),
-    (['--device_map=balanced', '--compile'], '--compile has no effect'),
+    (['--device_map=balanced', '--cpu_offload'], '--cpu_offload has no effect'),
     (['--device_map=moon'], 'device_map must be one of'),
     (['--attn=moon'], 'attn must be one of'),
     (['--attn=sdpa', '--pack'], '--pack has no effect'),

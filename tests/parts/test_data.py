@@ -789,7 +789,7 @@ def test_pack(groups, layout):
     flat = [(p, a) for p, answers in groups for a in answers]
     assert read_back(batch) == last_and_answers(groups) and batch.slot == list(range(len(groups)))
     assert batch.n.tolist() == [len(a) for _, a in flat] and len(batch.target) == batch.n.sum()
-    assert batch.real().tolist() == [True] * len(groups)
+    assert batch.real.tolist() == [True] * len(groups)
     if 'pad' in layout:
         width = max(len(p) + len(a) for p, a in flat)
         assert batch.ids.tolist() == [p + a + [0] * (width - len(p) - len(a)) for p, a in flat]
@@ -826,7 +826,7 @@ def test_batch_sum(groups, random):
 def test_a_filler_does_not_count(pad, answers):
     batch = data.pack([], [], filler=answers, pad=pad)
     assert batch.slot == [-1] and batch.n.tolist() == [1] * answers and len(batch.target) == answers
-    assert batch.real().tolist() == [False]
+    assert batch.real.tolist() == [False]
 
 
 @MANY

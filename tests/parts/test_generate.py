@@ -32,7 +32,7 @@ PROMPTS = [[3], [5, 1, 7, 2, 9, 9, 4], [8, 8], [1, 2, 3, 4]]
 
 def build(name='llama', empty=False):
     model.register_attention()
-    with torch.device('meta' if empty else 'cpu'), torch.random.fork_rng():
+    with torch.device('meta' if empty else 'cpu'), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(name, **CONFIGS[name])
         net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

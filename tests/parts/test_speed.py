@@ -1,11 +1,14 @@
 """What makes a step cheap: no wait for the device per microbatch, memory that does not follow the vocabulary, and bench.py."""
 
 import json
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import python, run_script
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -25,20 +28,75 @@ class Waits(TorchDispatchMode):
         return fn(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize('loss', ['dpo', 'drdpo', 'tdpo2', 'kto'])
-def test_no_wait_per_microbatch(loss, tmp_path):
-    """Eight microbatches wait as often as one: forward, loss and backward only queue work."""
-    flags = ['--n_examples=8', '--batch_size=8', '--n_eval_examples=0', f'--out_dir={tmp_path / "run"}']
+class Copies(TorchFunctionMode):
+    """Notes the calls that copy to or from the device and wait. Models are left out: there .to is for device maps alone."""
+
+    FILES = {'data.py', 'dpo.py', 'fsdp.py', 'ppo.py', 'reward.py', 'rollout.py', 'training.py'}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, fn, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name, file = fn.__name__, Path(sys._getframe(1).f_code.co_filename).name
+        brings = any(isinstance(x, torch.device | torch.Tensor) for x in (*args[1:], kwargs.get('device')))
+        waits = name in ('cpu', 'item', 'numpy') or (name in ('to', 'tensor', 'as_tensor') and brings)
+        if file in self.FILES and waits and not kwargs.get('non_blocking'):
+            self.seen.append(name)
+        return fn(*args, **kwargs)
+
+
+def steps_of(loss, folder):
+    """(number of microbatches, fn) of a step in one microbatch, and of the same in eight: fn() does it, with its update."""
+    flags = ['--n_examples=8', '--batch_size=8', '--n_eval_examples=0', f'--out_dir={folder / "run"}']
     script = run_script('dpo.py', f'--loss={loss}', *flags)
-    run, counts = script['run'], []
+    run = script['run']
     for max_tokens in (100_000, 40):
         run.make_batches = script['partial'](run.make_batches, max_tokens=max_tokens)
         step = script['prepare'](run.train, 0, script['np'].arange(8))
-        with Waits() as waits:
+
+        def do(step=step):
             script['run_step'](step, backward=True)
-        counts.append((len(step.batches), waits.seen))
+            script['fsdp'].update(run.policy, run.optimizer, 0.0, 1.0, 1.0)
+
+        yield len(step.batches), do
+
+
+# the columns of the step (with a statistic twice), the norm, and the shift of Dr. DPO
+WAITS = {
+    'dpo': ['cpu', 'item'],
+    'drdpo': ['cpu', 'cpu', 'item'],
+    'tdpo2': ['cpu', 'item'],
+    'kto': ['cpu', 'cpu', 'item'],
+}
+
+
+@pytest.mark.parametrize('loss', WAITS)
+def test_no_wait_per_microbatch(loss, tmp_path):
+    """Eight microbatches wait as often as one, twice or three times: forward, loss and backward only queue work."""
+    counts = []
+    for batches, do in steps_of(loss, tmp_path):
+        with Waits() as waits, Copies() as copies:
+            do()
+        counts.append((batches, waits.seen))
+        assert copies.seen == WAITS[loss]
     assert counts[0][0] == 1 and counts[1][0] > 3
     assert counts[0][1] == counts[1][1], counts
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='counts what a GPU waits for')
+@pytest.mark.parametrize('loss', WAITS)
+def test_waits_of_a_gpu(loss, tmp_path):
+    for _, do in steps_of(loss, tmp_path):
+        do()  # what is made at the first use
+        torch.cuda.set_sync_debug_mode('warn')
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter('always')
+            do()
+        torch.cuda.set_sync_debug_mode('default')
+        waits = [str(w.message) for w in seen if 'synchronizing' in str(w.message)]
+        assert len(waits) == len(WAITS[loss]), [(w.filename, w.lineno) for w in seen]
 
 
 MEMORY = """

@@ -285,6 +285,16 @@ def test_what_is_no_config_file(script, path):
     assert path in refused(script, path)
 
 
+def test_an_option_that_is_gone(script):
+    """Old config files, which write down every option, still work; what would have an effect is refused."""
+    Path('old.py').write_text('compile = False')
+    assert script('old.py', '--compile=false')['config'] == DEFAULTS
+    Path('old.py').write_text('compile = True')
+    for argv in (['old.py'], ['--compile']):
+        with pytest.raises(UserError, match='compile is gone since 2026-11: .*moved.md'):
+            script(*argv)
+
+
 @pytest.mark.parametrize('variable', values.SECRETS)
 def test_no_option_holds_a_key(script, monkeypatch, variable):
     monkeypatch.setenv(variable, 'sentinel-0123')
