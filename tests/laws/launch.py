@@ -41,9 +41,9 @@ def gradients(file, script, *flags):
     update, kept = fsdp.update, []
 
     def record(model, optimizer, lr, scale, max_norm, **more):
-        model.reshard()
+        fsdp.average_gradients(model)
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        # one process has no sharded tensors
+        # replicas have no sharded tensors
         whole = {name: g.full_tensor() if hasattr(g, 'full_tensor') else g for name, g in found.items()}
         kept.append({name: scale * g.detach().clone() for name, g in whole.items()})
         return update(model, optimizer, lr, scale, max_norm, **more)
