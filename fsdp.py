@@ -186,8 +186,7 @@ def shard(
     another one. device_map: instead of all this, one process's build spreads the model."""
     half, measured = dtype == 'bfloat16', None
     if device_map is not None:
-        mode, model, full = 'none', build(device_map=device_map), None
-        by_fsdp = False
+        mode, by_fsdp, model = 'none', False, build(device_map=device_map)
     else:
         # rank 0 reads the weights, and decides
         full = on_one_rank(lambda: build(empty=False))
@@ -200,6 +199,8 @@ def shard(
         model = build(empty=True) if by_fsdp or full is None else full
         # which parameters are one tensor depends on the file, which rank 0 alone has read
         tie_as(model, shared(lambda: ties(full)))
+        if not by_fsdp:
+            _replicate(model, device)
 
     if not train:
         model.requires_grad_(False)
@@ -217,8 +218,6 @@ def shard(
     model.shard_mode = mode
     if by_fsdp:
         _distribute(model, full, device, half, cpu_offload)
-    elif device_map is None:
-        _replicate(model, device)
     model.reshard = types.MethodType(_reshard, model)
     for method in (response_logps, hidden_and_head, response_scores, token_logps, _begin):
         add_method(model, method)
@@ -231,12 +230,13 @@ def shard(
 
 def _choose_mode(model, mode, train, half, device, cpu_offload):
     """For 'auto': 'none' if weights, gradients and AdamW's moments fit into a quarter of a rank's memory, else 'full'."""
-    if mode != 'auto' or _tp > 1 or cpu_offload:
-        return 'full' if mode == 'auto' else mode
-    # nobody to share with
+    if mode != 'auto':
+        return mode
+    if _tp > 1 or cpu_offload:
+        return 'full'
+    # one process has nobody to share with
     if dist.get_world_size() == 1:
         return 'none'
-
     # bytes: a weight that trains has a gradient and two moments beside it, all in float32
     trained = sum(p.numel() for p in model.parameters() if train and p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
@@ -250,11 +250,12 @@ def _choose_mode(model, mode, train, half, device, cpu_offload):
 
 def _replicate(model, device):
     """Bring a model to the device, in place, with the weights and buffers of rank 0, from whose file it was made."""
-    others = dist.get_rank() > 0
-    model.to_empty(device=device) if others else model.to(device)
-    if dist.get_world_size() > 1:
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.data, 0)
+    if dist.get_rank() == 0:
+        model.to(device)
+    else:
+        model.to_empty(device=device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.data, 0)
 
 
 def _distribute(model, full, device, half, cpu_offload):
@@ -351,22 +352,20 @@ def local(tensor):
 
 
 def average_gradients(model):
-    """The gradients of a step, (tensor or DTensor) by parameter, averaged over ranks. FSDP has done so; replicas do it here.
+    """Average the gradients of a step over all ranks, in place, after its last backward. Returns them: tensors or DTensors.
 
-    Call it once all microbatches have had their backward. Every replica has the same gradients afterwards."""
+    FSDP has averaged already, in every backward. Replicas have only added up their own, and do it here."""
     model.reshard()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if model.shard_mode != 'none':
         return grads
-    # a replica is whole: what FSDP has on a mesh of one rank is a plain tensor, too
-    grads = [local(g) for g in grads]
-    world = dist.get_world_size()
+    # a replica in bfloat16 is FSDP's on a mesh of one rank
+    grads, world = [local(g) for g in grads], dist.get_world_size()
     if world > 1:
         # one bucket, one collective
-        bucket = torch.cat([g.flatten() for g in grads])
+        bucket = torch.cat([g.flatten() for g in grads]).div_(world)
         dist.all_reduce(bucket)
-        means = (bucket / world).split([g.numel() for g in grads])
-        for g, mean in zip(grads, means, strict=True):
+        for g, mean in zip(grads, bucket.split([g.numel() for g in grads]), strict=True):
             g.copy_(mean.view_as(g))
     return grads
 

@@ -13,9 +13,10 @@ def check(config):
     """Raise UserError where options of a script about devices and attention exclude one another."""
     if config['tp'] > 1 and config['lora_rank']:
         raise UserError('tp and lora_rank do not go together: adapters are small enough for FSDP alone')
-    whole = next((name for name in ('tp', 'cpu_offload') if config[name] not in (1, False)), None)
-    if whole and config['shard'] in ('none', 'grads'):
-        raise UserError(f'{whole} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')
+    given = {'tp': config['tp'] > 1, 'cpu_offload': config['cpu_offload']}
+    cuts_all = ' and '.join(name for name in given if given[name])
+    if cuts_all and config['shard'] in ('none', 'grads'):
+        raise UserError(f'{cuts_all} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')
     if config['attn']:
         config.ignored(['pack'] if config['pack'] else [], f'attention by {config["attn"]} works on padded batches')
     if config['device_map'] is None:

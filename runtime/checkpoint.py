@@ -115,7 +115,8 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     if model.shard_mode == 'none':
         # all ranks have all of it: each writes some of the tensors, of all sizes
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
-        tensors = {name: tensors[name] for name in by_size[dist.get_rank() :: dist.get_world_size()]}
+        mine = set(by_size[dist.get_rank() :: dist.get_world_size()])
+        tensors = {name: tensor for name, tensor in tensors.items() if name in mine}
     copies = {name: tensor.to('cpu', copy=True) for name, tensor in tensors.items()}
     cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
     rng = {'cpu': torch.get_rng_state().tolist(), 'cuda': cuda}
