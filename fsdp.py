@@ -336,7 +336,7 @@ def unsharded(model):
     finally:
         for m in modules:
             m.set_reshard_after_forward(m is not model and model.shard_mode != 'grads', recurse=False)
-        model.reshard()
+        _reshard(model)
 
 
 def make_optimizer(name, model, lr, weight_decay):
