@@ -79,6 +79,7 @@ tf32 = False  # float32 on a GPU: matrix products of 10 bits, faster
 deterministic = False  # on a GPU: the same bits each time, slower (a CPU always gives them)
 pack = True  # no padding
 activation_checkpointing = False  # recompute activations: less memory, a third slower
+shard = 'auto'  # full cuts weights, gradients, optimizer; grads gathers weights until backward; none: copies; auto: none or full
 cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
 tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSDP does the rest
 device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
@@ -199,8 +200,8 @@ class Run:
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def shard(self, build, **options):
-        """A sharded model, see fsdp.shard."""
-        options |= {'dtype': dtype, 'cpu_offload': cpu_offload, 'device_map': device_map}
+        """A model on all ranks, see fsdp.shard."""
+        options |= {'dtype': dtype, 'mode': shard, 'cpu_offload': cpu_offload, 'device_map': device_map}
         return fsdp.shard(build, self.device, **options)
 
     def load_frozen(self, build, longest, what='the examples'):
@@ -284,7 +285,7 @@ class Run:
         number = step.first // config.batch_size
         self.rate = config.lr * log.schedule(number, n_steps, self.state['warmup'], lr_schedule)
 
-        # FSDP averages the ranks' weighted sums: times world, by weight, is the step's mean; NaN leaves the weights alone
+        # gradients are averages of the ranks' weighted sums: times world, by weight, is the step's mean; NaN leaves the weights alone
         scale = math.nan
         if weight and guard.finite(columns):
             scale = self.world / float(weight)

@@ -72,8 +72,9 @@ def _check_memory(config, policy, forward, train, packed, state):
         largest_step = int(sum(sorted(train.lengths)[-config['batch_size'] :])) * copies
         tokens = min(tokens, max(longest, largest_step // ranks))
 
-    # bytes on this machine
-    state = state / ranks * here
+    # bytes on this machine, where ranks have copies of the model or share one
+    parts = 1 if policy.shard_mode == 'none' else ranks
+    state = state / parts * here
     activations = per_token * tokens * here
     has = machine_memory()
     takes = f'takes about {_size(activations)}, weights, gradients and optimizer {_size(state)}'

@@ -54,6 +54,7 @@ n_steps = 5  # timed steps of each variant
 variants = 'padded packed shared head cached'  # in order: each adds its idea to the one before; also: trl, trl_fastest, trl_cuda
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 dtype = 'float32'  # float32 or bfloat16
+shard = 'auto'  # what several processes hold, as in training.py: auto, none, grads or full
 threads: int | None = None  # CPU threads; None: torch decides
 wall = False  # wall-clock time on one CPU thread, too, not CPU time; several processes have it always
 peak_tflops = 790.0  # what the GPU gives in bfloat16, for the utilisation
@@ -172,8 +173,8 @@ class Variant:
         self.name = name
         self.pad, self.share = 'packed' not in ideas, 'shared' in ideas
         self.head, self.cached = 'head' in ideas, 'cached' in ideas
-        self.policy = fsdp.shard(build, device, dtype=dtype)
-        self.ref = fsdp.shard(build, device, dtype=dtype, train=False)
+        self.policy = fsdp.shard(build, device, dtype=dtype, mode=shard)
+        self.ref = fsdp.shard(build, device, dtype=dtype, mode=shard, train=False)
         for m in (self.policy, self.ref):
             fsdp.add_method(m, full_head)
             models.set_attention(m, not self.pad)
