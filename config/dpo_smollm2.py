@@ -1,5 +1,5 @@
 # DPO of SmolLM2-135M-Instruct on UltraFeedback, on one consumer GPU of 8 to 24 GB, or a patient CPU (with --dtype=float32
-# --max_tokens=1024). Not a paper's experiment; no result is claimed. make real is a short version of it, with two losses side by side.
+# --max_tokens=1024). Not a paper's experiment; no result is claimed. make real is a short version of it.
 #     python dpo.py config/dpo_smollm2.py
 model = 'HuggingFaceTB/SmolLM2-135M-Instruct'  # or the folder that make real leaves: out/real/SmolLM2-135M-Instruct
 data = 'ultrafeedback'

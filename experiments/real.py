@@ -215,12 +215,17 @@ def write_pairs(out):
             rows, _ = load_rows(data, split, skip_bad_rows=True)
         except UserError as error:
             raise UserError(f'there are no pairs: {error}; name a file of pairs, make real DATA=hh:PATH') from None
-        short = (row for row in rows if 'chosen' in row and len(json.dumps(row)) <= max_characters)
-        pairs = list(islice(short, wanted))
+        pairs = list(islice((row for row in rows if is_usable(row)), wanted))
         if not pairs:
             raise UserError(f'{data!r} has no pairs of at most {max_characters} characters: raise --max_characters')
         replace_text(file, ''.join(json.dumps(pair) + '\n' for pair in pairs))
     return files
+
+
+def is_usable(row):
+    """Whether a row is a short pair of two different answers, none of them empty."""
+    answers = [str(row.get(side) or '').strip() for side in ('chosen', 'rejected')]
+    return all(answers) and answers[0] != answers[1] and len(json.dumps(row)) <= max_characters
 
 
 # ---- what came of it ----
@@ -363,7 +368,7 @@ def stages(results, out, clock, used):
         '--max_prompt_length=128',
         '--warmup_steps=2',
     ]
-    shared += ['--cache_ref', '--eval_every=none', '--do_first_eval=false', '--dtype=float32', '--max_tokens=1024']
+    shared += ['--cache_ref', '--eval_every=none', '--do_first_eval=false', '--dtype=float32', '--max_tokens=768']
     for method in METHODS:
         clock.begin(method)
         if method not in results:
