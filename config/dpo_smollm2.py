@@ -7,13 +7,11 @@ chat = True
 dtype = 'bfloat16'
 loss = 'dpo'
 beta = 0.1
-# a step of 32 pairs in microbatches that leave room on 8 GB; the live reference takes 0.3 GB
 batch_size = 32
 max_length = 1024
 max_prompt_length = 512
-max_tokens = 2048
-# ten times the rate for billions of weights: below 1e-6 so small a model hardly moves in one epoch
-lr = 5e-6
+max_tokens = 2048  # leaves room on 8 GB
+lr = 5e-6  # ten times the rate for billions of weights
 lr_schedule = 'linear'
 warmup_steps = 50
 eval_every = 9984

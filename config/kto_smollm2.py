@@ -7,13 +7,11 @@ chat = True
 dtype = 'bfloat16'
 loss = 'kto'
 beta = 0.1
-# answers, not pairs: z is estimated over the answers of a step, so a step has more of them
-batch_size = 64
+batch_size = 64  # answers, not pairs: z is estimated over those of a step
 max_length = 1024
 max_prompt_length = 512
-max_tokens = 2048
-# its first gradient is a quarter of DPO's
-lr = 1e-5
+max_tokens = 2048  # leaves room on 8 GB
+lr = 1e-5  # its first gradient is a quarter of DPO's
 lr_schedule = 'linear'
 warmup_steps = 50
 eval_every = 19968

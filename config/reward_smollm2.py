@@ -5,13 +5,11 @@ model = 'HuggingFaceTB/SmolLM2-135M-Instruct'  # or the folder that make real le
 data = 'ultrafeedback'
 chat = True
 dtype = 'bfloat16'
-# keeps scores near 0, so that those of several prompts can be compared
-center_coef = 0.01
+center_coef = 0.01  # keeps scores near 0, so that those of several prompts can be compared
 batch_size = 32
 max_length = 1024
 max_prompt_length = 512
-max_tokens = 2048
-# the scalar head is new, and learns with the rest
+max_tokens = 2048  # leaves room on 8 GB
 lr = 2e-5
 lr_schedule = 'cosine'
 warmup_steps = 50

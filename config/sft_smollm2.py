@@ -5,13 +5,11 @@ model = 'HuggingFaceTB/SmolLM2-135M-Instruct'  # or the folder that make real le
 data = 'ultrachat'
 chat = True
 dtype = 'bfloat16'
-# a step of 32 conversations of at most 1,024 tokens, in microbatches that leave room on 8 GB
 batch_size = 32
 max_length = 1024
 max_prompt_length = 512
-max_tokens = 2048
-# all 135 million weights train; a small model needs a larger learning rate than one of billions
-lr = 2e-5
+max_tokens = 2048  # leaves room on 8 GB
+lr = 2e-5  # a small model needs a larger one than a model of billions
 lr_schedule = 'cosine'
 warmup_steps = 50
 out_dir = 'out/sft_smollm2'
