@@ -401,6 +401,8 @@ def main():
     os.environ.setdefault('NANOPREF_CACHE', str(out / 'cache'))
     settings = {name: value for name, value in config.items() if name not in ('out_dir', 'bench')}
     results = load_results(out, settings)
+    # from the start: a call with other options must not go on with the pairs of this one
+    replace_text(out / 'results.json', json.dumps(results, indent=1))
 
     # time left is by what these stages took on another machine, for as many pairs
     expected = {name: seconds * (n_pairs / 128 if name in METHODS else 1) for name, seconds in SECONDS.items()}
