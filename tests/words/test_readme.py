@@ -113,7 +113,7 @@ def test_configs(path, monkeypatch):
     """Starts with what it reproduces and its command; that command parses; its out_dir is its own name."""
     text = path.read_text()
     comment = ''.join(line for line in text.splitlines(True) if line.startswith('#'))
-    command = re.search(r'^#     (torchrun .*)$', comment, re.M).group(1)
+    command = re.search(r'^#     ((?:torchrun|python) .*)$', comment, re.M).group(1)
     assert text.startswith('# ') and f'config/{path.name}' in command
     config = parse(command, monkeypatch)
     assert config['out_dir'] == f'out/{path.stem}'
