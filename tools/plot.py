@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from configurator import UserError, configure
-from tools.runs import curve, gold, labels, read, smoothed
+from tools.runs import curves_of, gold, labels, panels_of, read, smoothed
 
 out = 'plot.png'  # the picture; its ending decides the format (png, pdf, svg)
 smooth = 0.04  # training curves: mean over this fraction of a run's steps; 0: every step as it is
@@ -25,44 +25,7 @@ width = 13.0  # inches
 config = configure(globals(), [x for x in sys.argv[1:] if x.startswith('-')])
 folders = [Path(x) for x in sys.argv[1:] if not x.startswith('-')]
 
-# title, meaning, metrics as group/name; of two metrics the second is drawn dashed
-SAMPLED_KL = ('KL', 'KL(policy || reference) on its own samples, nats an answer', ['kl/samples'])
-# in its place, where no run has sampled
-CHOSEN_KL = (
-    'KL, as if chosen answers came from the reference',
-    'mean of log reference - log policy, nats an answer',
-    ['kl/chosen'],
-)
-# log-probs of chosen and rejected answers lie far apart, so each has an axis of its own
-PANELS = [
-    ('loss', 'thin: training steps, smoothed; points: held-out examples', ['loss']),
-    ('reward accuracy', 'share of pairs with the higher reward on the chosen answer', ['rewards/accuracies']),
-    ('reward margin', 'chosen minus rejected implicit reward', ['rewards/margins']),
-    ('rewards', 'chosen (solid, filled) and rejected (dashed, open)', ['rewards/chosen', 'rewards/rejected']),
-    ('log-probs of chosen answers', 'nats an answer, of held-out ones if there are two evaluations', ['logps/chosen']),
-    ('log-probs of rejected answers', 'likewise', ['logps/rejected']),
-    SAMPLED_KL,
-]
-
 # ---- curves ----
-
-
-def twins(curves):
-    """(number, size) of each curve in its group: curves that cannot be told apart in one picture are a group."""
-    values = [value for curve in curves for value in curve.values]
-    near = 0.004 * (max(values) - min(values)) if values else 0.0
-    groups = []
-    for curve in curves:
-        for group in groups:
-            same = group[0].examples == curve.examples
-            if same and all(abs(a - b) <= near for a, b in zip(group[0].values, curve.values, strict=True)):
-                group.append(curve)
-                break
-        else:
-            groups.append([curve])
-    # the objects themselves: two equal curves are two
-    places = {id(curve): (i, len(group)) for group in groups for i, curve in enumerate(group)}
-    return [places[id(curve)] for curve in curves]
 
 
 def frontier(rows, samples):
@@ -107,10 +70,7 @@ def draw(runs):
     import matplotlib.pyplot as plt
 
     # the panels that have anything to show
-    panels = PANELS
-    if not has_curve(SAMPLED_KL, runs):
-        panels = [CHOSEN_KL if panel is SAMPLED_KL else panel for panel in PANELS]
-    panels = [panel for panel in panels if has_curve(panel, runs)]
+    panels = panels_of(runs)
     frontiers = [frontier(run.rows, run.samples) for run in runs]
     count = len(panels) + any(frontiers)
     if not count:
@@ -146,36 +106,19 @@ def draw(runs):
     print(f'{out}: {len(runs)} runs, {count} panels')
 
 
-def has_curve(panel, runs):
-    """Whether any run has a point of a panel."""
-    _, _, metrics = panel
-    for run in runs:
-        for metric in metrics:
-            for split in ('train', 'eval'):
-                if curve(run.rows, split, metric).examples:
-                    return True
-    return False
-
-
 def draw_panel(axis, panel, runs, colours):
     """The training curves and evaluations of a panel's metrics; values far off the others are marks on the edge."""
-    title, meaning, metrics = panel
+    title, meaning, _ = panel
     looks = [{'linestyle': '-', 'markerfacecolor': 'auto'}, {'linestyle': '--', 'markerfacecolor': 'white'}]
     far, gaps = [], 0
-    for metric, look in zip(metrics, looks, strict=False):
-        evaluated = any(len(curve(run.rows, 'eval', metric).examples) > 1 for run in runs)
-        for split in ('train', 'eval'):
-            # log-probs of a step tell of its answers' lengths, and hide how little those of the same answers change
-            if split == 'train' and evaluated and metric.startswith('logps'):
-                continue
-            curves = [curve(run.rows, split, metric) for run in runs]
-            for found, (number, size), colour in zip(curves, twins(curves), colours, strict=True):
-                draw_curve(axis, found, split, {**look, 'color': colour}, number, size)
-                edges = [float(value > 0) for _, value in found.far]
-                at = [seen for seen, _ in found.far]
-                axis.scatter(at, edges, 25, [colour], marker='^', transform=axis.get_xaxis_transform(), clip_on=False)
-                far += [value for _, value in found.far]
-                gaps += found.gaps
+    for metric, split, run, curve, (number, size) in curves_of(panel, runs):
+        draw_curve(axis, curve, split, {**looks[metric], 'color': colours[run]}, number, size)
+        # on the upper edge or on the lower one
+        edges = [float(value > max(curve.values)) for _, value in curve.far]
+        at = [seen for seen, _ in curve.far]
+        axis.scatter(at, edges, 25, [colours[run]], marker='^', transform=axis.get_xaxis_transform(), clip_on=False)
+        far += [value for _, value in curve.far]
+        gaps += curve.gaps
     # what the axes leave out
     if far:
         meaning += f'; outside: {len(far)}, such as {max(far, key=abs):.3g}'

@@ -10,9 +10,29 @@ from configurator import UserError
 from runtime.log import NEUTRAL
 from text import toy
 
-DRAWN = ('loss', 'rewards', 'logps', 'kl', 'gold')  # groups of metrics
+DRAWN = ('loss', 'rewards', 'logps', 'kl', 'gold', 'score')  # groups of metrics
 # options that say most of a run; a name begins with those of them that differ
 FIRST = 'loss beta beta_prime label_smoothing lr batch_size n_epochs n_examples noise_rate seed model data'.split()
+
+# title, meaning, metrics as group/name; of two metrics the second is drawn dashed
+SAMPLED_KL = ('KL', 'KL(policy || reference) on its own samples, nats an answer', ['kl/samples'])
+# in its place, where no run has sampled
+CHOSEN_KL = (
+    'KL, as if chosen answers came from the reference',
+    'mean of log reference - log policy, nats an answer',
+    ['kl/chosen'],
+)
+# log-probs of chosen and rejected answers lie far apart, so each has an axis of its own
+PANELS = [
+    ('loss', 'thin: training steps, smoothed; points: held-out examples', ['loss']),
+    ('reward accuracy', 'share of pairs with the higher reward on the chosen answer', ['rewards/accuracies']),
+    ('reward margin', 'chosen minus rejected implicit reward', ['rewards/margins']),
+    ('rewards', 'chosen (solid, filled) and rejected (dashed, open)', ['rewards/chosen', 'rewards/rejected']),
+    ('log-probs of chosen answers', 'nats an answer, of held-out ones if there are two evaluations', ['logps/chosen']),
+    ('log-probs of rejected answers', 'likewise', ['logps/rejected']),
+    ('reward of samples', 'mean of sampled answers, of the reward model or gold', ['score']),
+    SAMPLED_KL,
+]
 
 
 class Run(NamedTuple):
@@ -99,9 +119,13 @@ def is_number(value):
 
 
 def differing(runs):
-    """The names of the options in which runs differ, those that say most of them first."""
-    keys = dict.fromkeys(key for run in runs for key in run.options if key not in NEUTRAL | {'out_dir'})
-    differ = [key for key in keys if len({json.dumps(run.options.get(key)) for run in runs}) > 1]
+    """The names of the options in which runs differ, those that say most of them first. A script may lack an option."""
+    values = {}  # name -> all values
+    for run in runs:
+        for key in run.options.keys() - NEUTRAL - {'out_dir'}:
+            values.setdefault(key, set()).add(json.dumps(run.options[key]))
+    order = dict.fromkeys(key for run in runs for key in run.options)
+    differ = [key for key in order if len(values.get(key, ())) > 1]
     return sorted(differ, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
 
 
@@ -151,6 +175,46 @@ def smoothed(values, fraction):
     size = max(1, round(fraction * len(values)))
     ends = range(1, len(values) + 1)
     return [statistics.fmean(values[max(0, end - size) : end]) for end in ends]
+
+
+def panels_of(runs):
+    """The PANELS that have a curve of any run; for the KL of samples, where there is none, that of chosen answers."""
+    found = [panel for panel in PANELS if any(curves_of(panel, runs))]
+    if SAMPLED_KL not in found and any(curves_of(CHOSEN_KL, runs)):
+        found.append(CHOSEN_KL)
+    return found
+
+
+def curves_of(panel, runs):
+    """Yield (number of the metric, split, number of the run, its Curve, place among twins) of a panel's curves with points."""
+    for metric, name in enumerate(panel[2]):
+        evaluated = any(len(curve(run.rows, 'eval', name).examples) > 1 for run in runs)
+        for split in ('train', 'eval'):
+            # log-probs of a step tell of its answers' lengths, and hide how little those of the same answers change
+            if split == 'train' and evaluated and name.startswith('logps'):
+                continue
+            curves = [curve(run.rows, split, name) for run in runs]
+            for run, (found, place) in enumerate(zip(curves, twins(curves), strict=True)):
+                if found.examples or found.gaps:
+                    yield metric, split, run, found, place
+
+
+def twins(curves):
+    """(number, size) of each curve in its group: curves that cannot be told apart in one picture are a group."""
+    values = [value for curve in curves for value in curve.values]
+    near = 0.004 * (max(values) - min(values)) if values else 0.0
+    groups = []
+    for curve in curves:
+        for group in groups:
+            same = group[0].examples == curve.examples
+            if same and all(abs(a - b) <= near for a, b in zip(group[0].values, curve.values, strict=True)):
+                group.append(curve)
+                break
+        else:
+            groups.append([curve])
+    # the objects themselves: two equal curves are two
+    places = {id(curve): (i, len(group)) for group in groups for i, curve in enumerate(group)}
+    return [places[id(curve)] for curve in curves]
 
 
 def gold(row):

@@ -75,7 +75,8 @@ def test_picture(tmp_path):
     assert names == ['a: beta=0.1', 'bb: beta=0.5, label_smoothing=0.1']  # no out_dir, max_tokens, or what is None
     assert list(axes) == ['loss', 'reward accuracy', 'reward margin', 'rewards', *LOGPS, 'KL', 'gold reward against KL']
     assert points(axes['reward accuracy']) == [[(0, 0.5), (48, pytest.approx(0.8))]] * 2
-    assert points(axes['rewards'])[2] == [(0, 0), (48, pytest.approx(-0.6))]  # of the rejected ones, after both runs' chosen
+    rejected = points(axes['rewards'])[2]  # after the chosen ones of both runs
+    assert rejected == [(0, 0), (48, pytest.approx(-0.6))]
     assert [points(axes[name])[0] for name in LOGPS] == [[(0, -20), (48, -26)], [(0, -20), (48, -32)]]
     assert [len(axes[name].lines) for name in LOGPS] == [2, 2]  # evaluations alone
     assert points(axes['KL'])[0] == [(0, 0), (48, pytest.approx(1.8))]
