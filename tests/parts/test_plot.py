@@ -9,6 +9,7 @@ from helpers import read_jsonl, run_script, write_jsonl
 
 from configurator import UserError
 from text import toy
+from tools.runs import bounds
 
 pytest.importorskip('matplotlib', reason='matplotlib is not installed')
 
@@ -118,7 +119,6 @@ def test_one_value_does_not_flatten_the_rest(tmp_path):
     assert any('outside: 1, such as -1e+09; no numbers: 1' in text for text in texts), texts
     assert len(axes['loss'].lines[0].get_xdata()) == 18
     # few values, and a curve that falls steeply, are drawn whole
-    bounds = run_script('tools/plot.py', folder, f'--out={tmp_path}/x.png')['curve'].__globals__['bounds']
     for whole in ([1, 1, 1, 50], [10 * 0.8**i for i in range(30)], [0.5] * 9 + [0.9]):
         low, high = bounds(whole)
         assert low <= min(whole) and max(whole) <= high
