@@ -1,5 +1,6 @@
 """What the folders of runs hold, read for plot.py and report.py: options, metrics, samples; curves and where they differ."""
 
+import itertools
 import json
 import math
 import statistics
@@ -173,8 +174,9 @@ def bounds(values):
 def smoothed(values, fraction):
     """Means over a window, of a fraction of all values, that ends at each value, so that no step knows the future."""
     size = max(1, round(fraction * len(values)))
+    sums = [0.0, *itertools.accumulate(values)]
     ends = range(1, len(values) + 1)
-    return [statistics.fmean(values[max(0, end - size) : end]) for end in ends]
+    return [(sums[end] - sums[max(0, end - size)]) / min(end, size) for end in ends]
 
 
 def panels_of(runs):
