@@ -361,23 +361,27 @@ def summary(columns, split):
 # ---- evaluation ----
 
 
+def log_ratios(prompts, answers):
+    """Log policy - log reference of sampled answers, in nats, and their tokens: columns (n,)."""
+    examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
+    batches, *_ = run.make_batches(examples, np.arange(len(answers)))
+    with torch.no_grad(), run.memory(batches):
+        parts = [measure(batch, paired=False) for batch in batches]
+    columns = training.gather(parts, batches, len(answers))
+    return {'logratio': columns['pi'] - columns['ref'], 'tokens': columns['n'].long()}
+
+
 def sample(seen):
     """Answers of policy and reference to held-out prompts, into samples.jsonl. Returns KL(policy || reference) on them."""
     # both answer the same prompts, from the same seeds
     models = {'policy': run.policy, 'reference': ref} if ref else {'policy': run.policy}
     settings = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_p': top_p}
-    prompts, answers = generate.sample_held_out(run, models, n_eval_model_samples, seen, **settings)
-    if not ref or not prompts:
+    measured = generate.sample_held_out(run, models, n_eval_model_samples, seen, ref and log_ratios, **settings)
+    if 'policy' not in measured:
         return {}
     # the log-ratio of the policy's own samples, on average, is the KL
-    of_policy = [(prompts[i], [answer]) for name, i, answer in answers if name == 'policy']
-    batches, *_ = run.make_batches(Examples.of(of_policy), np.arange(len(of_policy)))
-    with torch.no_grad(), run.memory(batches):
-        parts = [measure(batch, paired=False) for batch in batches]
-    columns = training.gather(parts, batches, len(of_policy))
-    ratio = columns['pi'] - columns['ref']
-    per_token = ratio.sum() / columns['n'].sum()
-    return {'kl_eval/samples': ratio.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
+    ratio, tokens = measured['policy'].values()
+    return {'kl_eval/samples': ratio.mean().item(), 'kl_eval/samples_per_token': (ratio.sum() / tokens.sum()).item()}
 
 
 def evaluate(seen):

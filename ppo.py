@@ -369,7 +369,8 @@ def evaluate(seen):
     prompts = [prompt.tolist() for prompt, _ in examples]
     shown = [generate.without_end(answer.tolist(), stop) for _, (answer,) in examples]
     named = [('policy', i, answer) for i, answer in enumerate(shown[:n_eval_model_samples])]
-    fsdp.on_one_rank(lambda: generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, named, seen))
+    columns = {('policy', i): row for i, row in enumerate(rollout.of_answers(tokens, answers))}
+    fsdp.on_one_rank(lambda: generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, named, seen, columns))
     run.log_evaluation(seen, describe(examples, tokens, answers, 'eval'))
 
 

@@ -116,6 +116,15 @@ def measure(run, policy, ref, examples, stop):
     return tokens, {'n': n, 'start': starts, 'ended': ended}
 
 
+def of_answers(tokens, answers):
+    """{'tokens', 'logratio' (policy to reference, nats), 'score' if there is one} of each answer: a list. Columns as measure's."""
+    gaps = (tokens['pi'] - tokens['ref']).split(answers['n'].tolist())
+    columns = {'tokens': answers['n'], 'logratio': torch.stack([gap.sum() for gap in gaps])}
+    columns |= {'score': answers['score']} if 'score' in answers else {}
+    lists = {name: [round(value, 6) for value in values.tolist()] for name, values in columns.items()}
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+
+
 def describe(examples, tokens, answers, split, *, tokenizer, toy):
     """Metrics of sampled answers: name -> float.
 

@@ -290,6 +290,11 @@ def test_what_a_sample_has_not_said_is_not_in_its_kl(run, tmp_path, monkeypatch)
     run('dpo.py', '--sample_during_eval', '--max_new_tokens=5', '--n_eval_model_samples=2', '--lr=1e-2')
     last = metrics(tmp_path / 'out', 'eval')[-1]
     assert last['kl_eval/samples'] / last['kl_eval/samples_per_token'] == pytest.approx(4.0)
+    # so do the rows of the samples
+    rows = read_jsonl(tmp_path / 'out/samples.jsonl')[-4:]
+    assert [row['tokens'] for row in rows] == [5, 3, 1, 1]
+    mean = (rows[0]['logratio'] + rows[1]['logratio']) / 2
+    assert mean == pytest.approx(last['kl_eval/samples'], abs=2e-6) and rows[2]['logratio'] != 0
 
 
 PPO = ['--reward_model=gold', '--data=toy', '--eval_data=toy', '--n_examples=4', '--minibatch_size=2']

@@ -13,7 +13,7 @@ from helpers import LOSSES, ROOT, python, write_jsonl
 from configurator import configure
 from tools import figures
 
-SCRIPTS = {'dpo.py', 'sft.py', 'reward.py', 'sample.py', 'label.py', 'ppo.py', 'tools.bench', 'tools.plot'}
+SCRIPTS = {'dpo.py', 'sft.py', 'reward.py', 'sample.py', 'label.py', 'ppo.py', 'tools.bench', 'tools.plot', 'tools.report'}
 RUN = SCRIPTS | {'data.py'}  # a library, too
 README = (ROOT / 'README.md').read_text()
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / 'README.md', *ROOT.glob('docs/*.md')]}
@@ -41,7 +41,7 @@ def parse(command, monkeypatch):
     words = shlex.split(command)
     script = next(word for word in words if word in RUN)
     arguments = words[words.index(script) + 1 :]
-    if script == 'tools.plot':  # folders, not config files
+    if script in ('tools.plot', 'tools.report'):  # folders, not config files
         arguments = [word for word in arguments if word.startswith('-')]
     monkeypatch.chdir(ROOT)
     trains = script in ('dpo.py', 'sft.py', 'reward.py', 'ppo.py')
