@@ -1,68 +1,44 @@
-"""What papers claim, as differences that can be measured on the toy world, and the rule that decides. Fixed before any reported run.
-
-The rule. A claim is a difference between two methods, in the direction in which the paper says it is positive, measured once
-for every seed; both methods see the same pairs, the same flips and the same sampling noise. The
-score is the gold reward minus 0.25 times the KL. From the seeds' differences come a mean and a one-sided 95% confidence bound
-on either side (Student's t). A claim has a threshold, 0 for "better than" and -d for "as good as", where d is the smallest
-difference worth a name: 0.05 of gold reward or score, 0.01 of accuracy, a tenth of a KL.
-  holds             the lower bound is above the threshold
-  does not hold     it does not hold, and the upper bound is below the threshold + d
-  cannot tell here  anything else; also fewer than two seeds, or a run that failed or is missing
-"""
+"""What papers claim, as differences that can be measured on the toy world. verdict.py has the rule that decides. Fixed before any reported run."""
 
 import statistics
 from functools import partial
 from typing import NamedTuple
 
-from experiments.claims.grid import FLIPS, ONLINE, Grid, key, name_of, score
+from experiments.claims import verdict
+from experiments.claims.grid import FLIPS, ONLINE, SEARCHES, Grid, key, name_of, value
 
-HOLDS, NOT, OPEN = 'holds', 'does not hold', 'cannot tell here'
-# Student's t by degrees of freedom, from 1; more: 1.8
-T95 = dict(enumerate((6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833), 1))
 PAPERS = {'cdpo': 'cDPO note', 'robust': '2403.00409', 'ipo': '2310.12036', 'drdpo': '2407.07880'}
 BETWEEN = 'gold reward between the frontiers'
-SMALLEST = {'score': 0.05, 'gold': 0.05, 'accuracy': 0.01, 'share': 0.1}
 
 
 class Claim(NamedTuple):
-    """One claim: the paper's words in ours, what is measured, difference(seed) -> float, its unit (a key of SMALLEST), and
-    whether it says better than (threshold 0) or as good as (threshold -d)."""
+    """One claim: the paper's words in ours, what is measured, the settings of both sides, difference(seed) -> float, and its unit (a key
+    of verdict.SMALLEST)."""
 
     words: str
     measured: str
+    settings: str
     difference: object
     unit: str = 'score'
-    better: bool = True
 
 
-def bounds(differences):
-    """(mean, standard error, lower, upper) of the seeds' differences; needs two or more."""
-    n, mean = len(differences), statistics.mean(differences)
-    error = statistics.stdev(differences) / n**0.5
-    reach = T95.get(n - 1, 1.8) * error
-    return mean, error, mean - reach, mean + reach
-
-
-def verdict(differences, unit='score', better=True):
-    """The rule above. differences: one number a seed, None where a run is missing or failed."""
-    if len(differences) < 2 or None in differences:
-        return OPEN
-    _, _, lower, upper = bounds(differences)
-    threshold = 0.0 if better else -SMALLEST[unit]
-    if lower > threshold:
-        return HOLDS
-    return NOT if upper < threshold + SMALLEST[unit] else OPEN
-
-
-def judge(claim, seeds):
-    """(verdict, differences) of a claim; a missing or failed run makes its seed's difference None."""
-    differences = []
+def differences(claim, seeds):
+    """A claim's difference on every seed; None where a run is missing or has failed."""
+    found = []
     for seed in seeds:
         try:
-            differences.append(claim.difference(seed))
+            found.append(claim.difference(seed))
         except KeyError:
-            differences.append(None)
-    return verdict(differences, claim.unit, claim.better), differences
+            found.append(None)
+    return found
+
+
+def judged(grid, seeds, results):
+    """[(claim, differences, verdict)] of all claims, decided together."""
+    every = list(claims(grid, results))
+    found = [differences(claim, seeds) for claim in every]
+    verdicts = verdict.judge([(numbers, claim.unit) for numbers, claim in zip(found, every, strict=True)])
+    return list(zip(every, found, verdicts, strict=True))
 
 
 # ---- what is measured ----
@@ -99,26 +75,24 @@ class Measured:
         result = self.results[key(trial)]
         if 'error' in result:
             raise KeyError(result['error'])
-        return score(result) if metric == 'score' else result[metric]
+        return value(result, metric)
 
-    def flipped(self, method, metric, seed):
-        """The mean over the rates of flipped labels, without 0."""
-        rates = [rate for rate in self.grid.rates if rate]
-        return statistics.mean(self.value(self.grid.flips(method, rate, seed), metric) for rate in rates)
-
-    def fall(self, method, seed):
-        """By how much the score falls from no flips to the most."""
-        clean, worst = (self.grid.flips(method, rate, seed) for rate in (0.0, max(self.grid.rates)))
-        return self.value(clean, 'score') - self.value(worst, 'score')
+    def equal(self, ours, theirs, flips, cells, seed, metric='accuracy'):
+        """Ours minus theirs at equal beta and lr: the mean over cells (beta, lr)."""
+        gains = []
+        for beta, lr in cells:
+            trials = [self.grid.equal(method, beta, lr, flips, seed) for method in (ours, theirs)]
+            gains.append(self.value(trials[0], metric) - self.value(trials[1], metric))
+        return statistics.mean(gains)
 
     def over_betas(self, method, seed):
         """The score at every beta, on pairs of mixed gap."""
-        return [self.value(self.grid.beta(method, beta, 'mixed', seed), 'score') for beta in self.grid.betas]
+        return [self.value(self.grid.mixed(method, beta, seed), 'score') for beta in self.grid.mixed_betas]
 
-    def beta_range(self, method, seed):
-        """The largest minus the smallest of these scores."""
-        scores = self.over_betas(method, seed)
-        return max(scores) - min(scores)
+    def narrower(self, seed):
+        """By how much beta-DPO's range of scores over beta is smaller than DPO's."""
+        ours, theirs = (self.over_betas(method, seed) for method in ('beta_dpo', 'dpo'))
+        return max(theirs) - min(theirs) - (max(ours) - min(ours))
 
     def frontier(self, method, seed):
         """(KL, gold) of the SFT model and of the method at every beta."""
@@ -140,82 +114,109 @@ class Measured:
         pairs = zip(self.forward_kl(ours, seed), self.forward_kl(theirs, seed), strict=True)
         return statistics.mean(1 - a / b for a, b in pairs)
 
-    def gain(self, ours, theirs, seed):
-        """The score of one of the other methods above that of another."""
-        ours, theirs = (self.value(self.grid.other(method, seed), 'score') for method in (ours, theirs))
+    def gain(self, ours, theirs, metric, seed):
+        """A metric of one tuned method above that of another."""
+        ours, theirs = (self.value(self.grid.tuned(name, metric, seed), metric) for name in (ours, theirs))
         return ours - theirs
 
 
 def claims(grid: Grid, results):
     """The claims, in the order of the report. results: key of a trial -> result; a KeyError is a missing or failed run."""
     measured = Measured(grid, results)
-    yield from _flip_claims(measured, grid)
-    yield from _beta_claims(measured)
+    yield from _equal_claims(measured, grid)
+    yield from _beta_claims(measured, grid)
     yield from _frontier_claims(measured, grid)
-    yield from _other_claims(measured, grid)
-    for name in ONLINE:
-        words = f'{name_of(name)} on the gold reward is above DPO at the same KL'
-        yield Claim(words, BETWEEN, partial(measured.above, name, 'dpo'), 'gold')
+    yield from _tuned_claims(measured, grid)
 
 
-def _flip_claims(measured, grid):
-    """Labels that are flipped."""
-
-    def more(metric, method):
-        return lambda seed: measured.flipped(method, metric, seed) - measured.flipped('dpo', metric, seed)
-
-    flips = f'{min(rate for rate in grid.rates if rate):.0%} to {max(grid.rates):.0%} flipped labels'
-    words = 'Dr. DPO is more accurate than DPO under flips (2407.07880)'
-    yield Claim(words, f'accuracy, mean over {flips}', more('accuracy', 'drdpo'), 'accuracy')
-    for name in FLIPS:
-        if name != 'dpo':
-            words = f'{name_of(name)} is better than DPO under flips ({PAPERS[name]})'
-            yield Claim(words, f'score, mean over {flips}', more('score', name))
-    words = 'Dr. DPO loses less than DPO by flips (2407.07880)'
-    fall = f'fall of the score from 0 to {max(grid.rates):.0%} flips'
-    yield Claim(words, fall, lambda seed: measured.fall('dpo', seed) - measured.fall('drdpo', seed))
+def listed(numbers):
+    return ', '.join(f'{x:g}' for x in numbers)
 
 
-def _beta_claims(measured):
-    """beta-DPO on pairs of mixed gap."""
+def _equal_claims(measured, grid):
+    """Flipped labels, one thing changed."""
+    cells = grid.cells()
+    settings = f'equal: beta {listed(grid.like_betas)} x lr {listed(grid.like_lrs)}'
 
-    def narrower(seed):
-        return measured.beta_range('dpo', seed) - measured.beta_range('beta_dpo', seed)
+    def claim(ours, theirs, flips, paper):
+        words = f'{name_of(ours)} is more accurate than {name_of(theirs)}, {flips:.0%} flips ({paper})'
+        difference = partial(measured.equal, ours, theirs, flips, cells)
+        return Claim(words, 'accuracy, mean over settings', settings, difference, 'accuracy')
+
+    most = FLIPS[-1]
+    for name in grid.like:
+        paper = PAPERS[name.split()[0]] if name.split()[0] in PAPERS else 'the control'
+        for flips in reversed(grid.flips_of(name)):
+            if name != 'dpo' and (flips or name.startswith('drdpo')):
+                yield claim(name, 'dpo', flips, paper)
+    if 'dpo quarter' in grid.like:
+        yield claim('drdpo 1', 'dpo quarter', most, 'more than a smaller beta')
+
+    def loses_less(seed):
+        return measured.equal('drdpo 1', 'dpo', most, cells, seed) - measured.equal('drdpo 1', 'dpo', 0.0, cells, seed)
+
+    words = f'{name_of("drdpo 1")} loses less than DPO from 0 to {most:.0%} flips ({PAPERS["drdpo"]})'
+    yield Claim(words, 'accuracy, mean over settings', settings, loses_less, 'accuracy')
+
+
+def _beta_claims(measured, grid):
+    """beta-DPO in its own units, and over beta on pairs of mixed gap."""
+    own = grid.own_units()
+    settings = f'equal: beta {own[0][0]:g} x lr {listed(grid.like_lrs)}; a 0.6, rho 0.2'
+    difference = partial(measured.equal, 'beta_dpo', 'dpo', 0.0, own)
+    words = 'beta-DPO is more accurate than DPO, no flips (2407.08639)'
+    yield Claim(words, 'accuracy, mean over settings', settings, difference, 'accuracy')
+    settings = f'equal: beta {listed(grid.mixed_betas)}, lr {grid.mixed_lr:g}; a 0.6, rho 0.2'
 
     def better(seed):
         ours, theirs = (statistics.mean(measured.over_betas(method, seed)) for method in ('beta_dpo', 'dpo'))
         return ours - theirs
 
     words = 'beta-DPO depends less on beta than DPO (2407.08639)'
-    yield Claim(words, 'largest minus smallest score over beta, mixed pairs', narrower)
+    yield Claim(words, 'largest minus smallest score over beta, mixed pairs', settings, measured.narrower)
     words = 'beta-DPO beats DPO on pairs of mixed gap (2407.08639)'
-    yield Claim(words, 'score, mean over beta, mixed pairs', better)
+    yield Claim(words, 'score, mean over beta, mixed pairs', settings, better)
 
 
 def _frontier_claims(measured, grid):
     """Reward against KL: each method with what its paper starts from, where both are in the grid."""
+    betas = f'beta {listed(grid.frontier_betas)}, lr {grid.frontier_lr:g}'
     for name in grid.frontier:
-        base = {'radpo1': 'tdpo1', 'radpo2': 'tdpo2'}.get(name.split()[0], 'dpo' if name.startswith('tdpo') else None)
+        base = {'radpo1': 'tdpo1', 'radpo2': 'tdpo2', 'tdpo1': 'dpo', 'tdpo2': 'dpo'}.get(name)
         if base not in grid.frontier:
             continue
         paper = '2404.11999' if base == 'dpo' else '2505.20359'
         words = f'{name_of(name)} gets more reward than {name_of(base)} at the same KL ({paper})'
-        yield Claim(words, BETWEEN, partial(measured.above, name, base), 'gold')
+        yield Claim(words, BETWEEN, f'equal: {betas}', partial(measured.above, name, base), 'gold')
         words = f'{name_of(name)} stays nearer to the reference than {name_of(base)} ({paper})'
         less = 'forward KL on held-out pairs, same beta: share less'
-        yield Claim(words, less, partial(measured.lower_kl, name, base), 'share')
+        yield Claim(words, less, f'equal: {betas}', partial(measured.lower_kl, name, base), 'share')
+    for name in grid.online:
+        words = f'{name_of(name)} on the gold reward is above DPO at the same KL'
+        settings = f'kl_coef {listed(grid.kl_coefs)}, lr {ONLINE[name]["lr"]:g}; DPO: {betas}; neither tuned'
+        yield Claim(words, BETWEEN, settings, partial(measured.above, name, 'dpo'), 'gold')
 
 
-def _other_claims(measured, grid):
-    """Single answers, and losses without a reference."""
-    if 'kto 1:1' in grid.others:
-        words = 'KTO is as good as DPO without pairs (2402.01306)'
-        yield Claim(words, 'score', partial(measured.gain, 'kto 1:1', 'dpo'), better=False)
+def _tuned_claims(measured, grid):
+    """Both sides tuned for the metric of the claim."""
+
+    def claim(ours, theirs, metric, paper, where):
+        sides = [', '.join(f'{k} {v:g}' for k, v in grid.setting(name, metric).items()) for name in (ours, theirs)]
+        settings = f'tuned for {metric}: {sides[0]}; against {sides[1]}'
+        words = [name_of(name.split(maxsplit=1)[1]) for name in (ours, theirs)]
+        difference = partial(measured.gain, ours, theirs, metric)
+        words = f'{words[0]} is better than {words[1]}, {where} ({paper})'
+        return Claim(words, metric, settings, difference, metric)
+
+    where = f'{FLIPS[-1]:.0%} flips'
+    for name, (metrics, *_) in SEARCHES.items():
+        if name.startswith('flips') and name != 'flips dpo':
+            for metric in metrics:
+                yield claim(name, 'flips dpo', metric, PAPERS[name.split()[1]], where)
+    yield claim('mixed beta_dpo', 'mixed dpo', 'score', '2407.08639', 'mixed pairs')
+    papers = {'kto': '2402.01306', 'simpo': '2405.14734', 'orpo': '2403.07691'}
     for name in grid.others:
-        if name.startswith('kto') and name != 'kto 1:1':
-            words = f'KTO with {name[4:]} good to bad answers is as good as with 1:1 (2402.01306)'
-            yield Claim(words, 'score', partial(measured.gain, name, 'kto 1:1'), better=False)
-    words = 'SimPO, without a reference, beats DPO (2405.14734)'
-    yield Claim(words, 'score', partial(measured.gain, 'simpo', 'dpo'))
-    words = 'ORPO, without a reference, is as good as DPO (2403.07691)'
-    yield Claim(words, 'score', partial(measured.gain, 'orpo', 'dpo'), better=False)
+        if name != 'dpo':
+            few = name.startswith('kto') and name != 'kto 1:1'
+            base = 'clean kto 1:1' if few else 'clean dpo'
+            yield claim(f'clean {name}', base, 'score', papers[name.split()[0]], 'no flips')
