@@ -70,8 +70,8 @@ def name_of(method):
 
 
 def key(trial):
-    """What makes two trials the same: everything but the results."""
-    return json.dumps({k: trial[k] for k in ('script', 'data', 'seed', 'options')}, sort_keys=True)
+    """What makes two trials the same: everything but the results. Rows of before 2026-11-26 have no sft, and belong to other models."""
+    return json.dumps({k: trial.get(k) for k in ('script', 'data', 'sft', 'seed', 'options')}, sort_keys=True)
 
 
 def score(result):
@@ -85,13 +85,12 @@ def value(result, metric):
 
 def make(seed, options, cut=1, data='all'):
     """A trial; options None: the SFT model itself. cut: train on 1 / cut of the examples."""
+    script, cuts = 'dpo.py', {'n_examples': 2560 // cut} if cut > 1 else {}
     if options is None:
-        return {'script': None, 'data': None, 'seed': seed, 'options': None}
-    if options['loss'] in ONLINE:
-        options = options | {'n_examples': options['n_examples'] // cut}
-        return {'script': 'ppo.py', 'data': 'toy', 'seed': seed, 'options': options}
-    options = options | ({'n_examples': 2560 // cut} if cut > 1 else {})
-    return {'script': 'dpo.py', 'data': data, 'seed': seed, 'options': options}
+        script, data, cuts = None, None, None
+    elif options['loss'] in ONLINE:
+        script, data, cuts = 'ppo.py', 'toy', {'n_examples': options['n_examples'] // cut}
+    return {'script': script, 'data': data, 'sft': seed, 'seed': seed, 'options': options and options | cuts}
 
 
 def search(name):

@@ -205,7 +205,8 @@ def _tuned_claims(measured, grid):
         settings = f'tuned for {metric}: {sides[0]}; against {sides[1]}'
         words = [name_of(name.split(maxsplit=1)[1]) for name in (ours, theirs)]
         difference = partial(measured.gain, ours, theirs, metric)
-        words = f'{words[0]} is better than {words[1]}, {where} ({paper})'
+        better = 'more accurate' if metric == 'accuracy' else 'better'
+        words = f'{words[0]} is {better} than {words[1]}, both tuned, {where} ({paper})'
         return Claim(words, metric, settings, difference, metric)
 
     where = f'{FLIPS[-1]:.0%} flips'

@@ -230,7 +230,7 @@ def test_report_of_made_up_results(tmp_path, capsys):
     results = made_up(FULL, seeds)
     del results[claims_grid.key(FULL.tuned('clean orpo', 'score', 2))]
     failed = claims_grid.key(FULL.tuned('clean simpo', 'score', 3))
-    kept = ('script', 'data', 'seed', 'options', 'cpu_seconds', 'commit', 'n_samples')
+    kept = ('script', 'data', 'sft', 'seed', 'options', 'cpu_seconds', 'commit', 'n_samples')
     results[failed] = {k: results[failed][k] for k in kept} | {'error': 'nan'}
     words = {claim.words: decided.word for claim, _, decided in claims_rules.judged(FULL, seeds, results)}
 
