@@ -1,4 +1,4 @@
-"""The claims about flipped labels without a network: a log-linear policy on the toy world's pairs, with exact gold reward and KL.
+"""Flipped labels without a network: a log-linear policy on the toy world's pairs, with exact gold reward and KL.
 
     python -m experiments.claims.loglinear     # twenty seeds in a minute: record/loglinear.md, loglinear.png
 
@@ -12,30 +12,34 @@ finite optimum, and nothing stops the margin. At b' = 1 c is even, so a flipped 
 
 import functools
 import itertools
+import random
 from pathlib import Path
 
 import numpy as np
 
 from configurator import configure
+from experiments.claims.report import interval, table
 from text import toy
 
 n_seeds = 20  # each with its own pairs, flips and order
 out_dir = 'experiments/claims/record'  # where loglinear.md and loglinear.png go
 
-N_TRAIN, N_TEST, N_ANSWERS, BATCH = 2560, 2000, 300, 64
+N_TRAIN, N_TEST, N_ANSWERS, BATCH, BETA = 2560, 2000, 300, 64, 0.1
 FLIPS = (0.0, 0.2, 0.4)
 STEPS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # learning rates of Adam, one epoch: 40 steps
-BETA = 0.1
-# at equal settings, name: (beta', factor of beta); beta' infinity is DPO
+# at equal settings, (beta', factor of beta); beta' infinity is DPO
 METHODS = {
-    'DPO': (np.inf, 1.0), "Dr. DPO, beta' 1": (1.0, 1.0), "Dr. DPO, beta' 4": (4.0, 1.0), 'DPO, beta / 4': (np.inf, 0.25),
-}  # fmt: skip
-# both tuned, 24 settings each: (beta', beta), times the six step sizes
+    'DPO': (np.inf, 1.0),
+    "Dr. DPO, beta' 1": (1.0, 1.0),
+    "Dr. DPO, beta' 4": (4.0, 1.0),
+    'DPO, beta / 4': (np.inf, 0.25),
+}
+# both tuned, 24 settings each: (beta', beta), times the six step sizes; on seeds that are not reported
 TUNED = {
     'DPO': [(np.inf, beta) for beta in (0.03, 0.1, 0.3, 1.0)],
     'Dr. DPO': [(beta_prime, beta) for beta_prime in (1.0, 4.0) for beta in (0.1, 1.0)],
 }
-TUNING_SEEDS = range(1000, 1005)  # not reported
+TUNING_SEEDS = range(1000, 1005)
 
 
 def sigmoid(x):
@@ -50,9 +54,6 @@ def size(h, beta_prime):
 def optimum(p, beta_prime):
     """h* of a pair that is labelled rightly with probability p > 1/2; infinite for beta' <= 1."""
     return np.inf if beta_prime <= 1 else np.log(p / (1 - p)) / (1 - 1 / beta_prime)
-
-
-# ---- the world, as features ----
 
 
 def features(prompt, answers):
@@ -70,11 +71,11 @@ def features(prompt, answers):
 @functools.lru_cache(1)
 def answer_sets():
     """Of every place: f (answers, features) and gold reward (answers,) of the answers that the policy chooses among."""
-    prompts = [f'Review of the {place}:' for place in toy.PLACES]
-    rng = toy.random.Random('log-linear answers')
-    sets = [[toy.demonstration(prompt, rng) for _ in range(N_ANSWERS)] for prompt in prompts]
-    gold = [np.array([toy.gold(prompt, y) for y in answers]) for prompt, answers in zip(prompts, sets, strict=True)]
-    return [features(prompt, answers) for prompt, answers in zip(prompts, sets, strict=True)], gold
+    rng, sets = random.Random('log-linear answers'), []
+    for prompt in (f'Review of the {place}:' for place in toy.PLACES):
+        answers = [toy.demonstration(prompt, rng) for _ in range(N_ANSWERS)]
+        sets.append((features(prompt, answers), np.array([toy.gold(prompt, y) for y in answers])))
+    return sets
 
 
 @functools.lru_cache(64)
@@ -90,24 +91,29 @@ def world(seed):
     return parts
 
 
-# ---- one run ----
-
-
 def train(x, beta, beta_prime, lr, order):
-    """theta after one epoch of Adam. x: f_w - f_l of the training pairs, flips included; order: rows, a step in a row."""
+    """theta after one epoch of Adam. x: f_w - f_l of the training pairs, flips included; order: the rows of each step."""
     theta, first, second = np.zeros((3, x.shape[1]))
     for t, rows in enumerate(order, 1):
         h = beta * x[rows] @ theta
         # the weights of Dr. DPO are over the whole step
         share = sigmoid(h) ** (1 / beta_prime)
-        share /= share.sum()
-        gradient = -beta * (share * sigmoid(-h)) @ x[rows]
-
-        # Adam, with its usual momenta
+        gradient = -beta * (share / share.sum() * sigmoid(-h)) @ x[rows]
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient**2
         theta = theta - lr * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)) ** 0.5 + 1e-8)
     return theta
+
+
+def exact(theta):
+    """Gold reward and KL(policy || reference), summed over all answers; the mean over prompts."""
+    numbers = []
+    for f, gold in answer_sets():
+        score = f @ theta - (f @ theta).max()
+        log_ratio = score - np.log(np.exp(score).mean())
+        p = np.exp(log_ratio) / len(score)
+        numbers.append((p @ gold, p @ log_ratio))
+    return np.mean(numbers, axis=0)
 
 
 def run(seed, flips, beta, beta_prime, lr):
@@ -120,115 +126,65 @@ def run(seed, flips, beta, beta_prime, lr):
     margin, h = test @ theta, beta * x @ theta
     sizes = size(h, beta_prime)
     gold, kl = exact(theta)
-    return {
-        # a margin of exactly 0 is half right
-        'accuracy': (margin > 0).mean() + (margin == 0).mean() / 2,
-        'gold': gold,
-        'kl': kl,
-        'h_std': h.std(),
-        'margin': margin.mean() / margin.std(),
-        'flipped_share': sizes[flipped].sum() / sizes.sum(),
-    }
-
-
-def exact(theta):
-    """Gold reward and KL(policy || reference), summed over all answers; the mean over prompts."""
-    golds, kls = [], []
-    for f, gold in zip(*answer_sets(), strict=True):
-        score = f @ theta
-        log_ratio = score - score.max() - np.log(np.exp(score - score.max()).mean())
-        p = np.exp(log_ratio) / len(score)
-        golds.append(p @ gold)
-        kls.append(p @ log_ratio)
-    return np.mean(golds), np.mean(kls)
-
-
-# ---- all runs, the table and the plot ----
-
-
-def mean_se(values):
-    """'+0.123 (0.004)': mean and standard error."""
-    return f'{np.mean(values):+.3f} ({np.std(values, ddof=1) / len(values) ** 0.5:.3f})'
+    # a margin of exactly 0 is half right
+    accuracy = (margin > 0).mean() + (margin == 0).mean() / 2
+    share = sizes[flipped].sum() / sizes.sum()
+    return {'accuracy': accuracy, 'gold': gold, 'kl': kl, 'h_std': h.std(), 'flipped_share': share}
 
 
 def equal_settings(seeds):
-    """{(method, flips, step): [result of each seed]} at equal beta and step size."""
+    """{(method, flips, step): {metric: array by seed}} at equal beta and step size."""
     found = {}
-    for seed in seeds:
-        for (name, (beta_prime, factor)), flips, lr in itertools.product(METHODS.items(), FLIPS, STEPS):
-            found.setdefault((name, flips, lr), []).append(run(seed, flips, BETA * factor, beta_prime, lr))
+    for (name, (beta_prime, factor)), flips, lr in itertools.product(METHODS.items(), FLIPS, STEPS):
+        runs = [run(seed, flips, BETA * factor, beta_prime, lr) for seed in seeds]
+        found[name, flips, lr] = {metric: np.array([r[metric] for r in runs]) for metric in runs[0]}
     return found
 
 
 def tuned(seeds):
-    """Rows (method, flips, setting, accuracy, settings within 0.02 of the best): each method at its best of 24 on other seeds."""
+    """A row a share of flips: the accuracy of each method at its best of 24 on other seeds, their difference, and how many come near."""
     rows = []
-    for flips, (name, settings) in itertools.product(FLIPS, TUNED.items()):
-        grid = list(itertools.product(settings, STEPS))
-        score = np.zeros(len(grid))
-        for seed in TUNING_SEEDS:
-            score += [run(seed, flips, beta, b, lr)['accuracy'] for (b, beta), lr in grid]
-        score /= len(TUNING_SEEDS)
-        (beta_prime, beta), lr = grid[score.argmax()]
-        best = [run(seed, flips, beta, beta_prime, lr)['accuracy'] for seed in seeds]
-        setting = f'beta {beta:g}, step {lr:g}' + (f", beta' {beta_prime:g}" if name != 'DPO' else '')
-        rows.append(
-            (name, f'{flips:.0%}', setting, mean_se(best), f'{(score > score.max() - 0.02).sum()} of {len(grid)}')
-        )
+    for flips in FLIPS:
+        row, best = [f'{flips:.0%}'], []
+        for name, settings in TUNED.items():
+            grid = list(itertools.product(settings, STEPS))
+            tried = [[run(seed, flips, beta, b, lr)['accuracy'] for (b, beta), lr in grid] for seed in TUNING_SEEDS]
+            score = np.mean(tried, axis=0)
+            (beta_prime, beta), lr = grid[score.argmax()]
+            best.append(np.array([run(seed, flips, beta, beta_prime, lr)['accuracy'] for seed in seeds]))
+            setting = f'beta {beta:g}, step {lr:g}' + (f", beta' {beta_prime:g}" if name != 'DPO' else '')
+            row += [setting, f'{best[-1].mean():.3f}', f'{(score > score.max() - 0.02).sum()} of {len(grid)}']
+        rows.append([*row, interval(list(best[1] - best[0]))])
     return rows
-
-
-def table(head, rows):
-    """A markdown table."""
-    lines = [head, ['---'] * len(head), *rows]
-    return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines) + '\n'
-
-
-def difference(found, name, flips, lr, metric='accuracy'):
-    """A method's metric minus DPO's, a number a seed."""
-    return np.array(
-        [a[metric] - b[metric] for a, b in zip(found[name, flips, lr], found['DPO', flips, lr], strict=True)]
-    )
 
 
 def report(found, tuned_rows, n):
     """The text of loglinear.md."""
-    text = f'# A log-linear policy under flipped labels\n\nWritten by `experiments/claims/loglinear.py`. {n} seeds, standard errors over them.\n\n'
-    text += f'## Equal settings\n\nbeta {BETA:g}, 40 steps of Adam. Accuracy minus that of DPO at the same beta and step size.\n\n'
-    others = list(METHODS)[1:]
-    columns = [
-        'flips',
-        'step',
-        'DPO: std of beta d',
-        'DPO: accuracy',
-        *others,
-        *(f'{m}: gold' for m in others[:1]),
-        *(f'{m}: KL' for m in others[:1]),
-    ]
-    rows = []
+    others, rows, shares = list(METHODS)[1:], [], []
     for flips, lr in itertools.product(FLIPS, STEPS):
         dpo = found['DPO', flips, lr]
-        row = [
-            f'{flips:.0%}',
-            f'{lr:g}',
-            f'{np.mean([r["h_std"] for r in dpo]):.2f}',
-            f'{np.mean([r["accuracy"] for r in dpo]):.3f}',
-        ]
-        row += [mean_se(difference(found, name, flips, lr)) for name in others]
-        row += [mean_se(difference(found, others[0], flips, lr, metric)) for metric in ('gold', 'kl')]
+        row = [f'{flips:.0%}', f'{lr:g}', f'{dpo["h_std"].mean():.2f}', f'{dpo["accuracy"].mean():.3f}']
+        row += [interval(list(found[name, flips, lr]['accuracy'] - dpo['accuracy'])) for name in others]
+        row += [interval(list(found[others[0], flips, lr][metric] - dpo[metric])) for metric in ('gold', 'kl')]
         rows.append(row)
-    text += table(columns, rows)
+        shares.append([flips, f'{lr:g}', *(f'{found[m, flips, lr]["flipped_share"].mean():.3f}' for m in METHODS)])
+    columns = ['flips', 'step', 'DPO: std of beta d', 'DPO: accuracy', *others, f'{others[0]}: gold', 'KL']
+    sides = [f'{name}: {what}' for name in TUNED for what in ('found', 'accuracy', 'within .02 of its best')]
+    return f"""# A log-linear policy under flipped labels
 
-    # where the mechanism shows
-    flips = FLIPS[-1]
-    text += f'Share of the gradient on flipped pairs after training, {flips:.0%} flips.\n\n'
-    rows = [
-        [f'{lr:g}', *(f'{np.mean([r["flipped_share"] for r in found[m, flips, lr]]):.3f}' for m in METHODS)]
-        for lr in STEPS
-    ]
-    text += table(['step', *METHODS], rows)
-    text += '## Both tuned\n\nThe best of 24 settings by accuracy on five other seeds.\n\n'
-    return text + table(['loss', 'flips', 'found', 'accuracy', 'settings within .02 of the best'], tuned_rows)
+Written by `experiments/claims/loglinear.py`: {n} seeds, paired differences from DPO with their 95% interval.
+
+## Equal settings
+
+beta {BETA:g}, 40 steps of Adam. Differences from DPO at the same beta and step size: in accuracy, and in gold reward and KL.
+
+{table(columns, rows)}Share of the gradient on flipped pairs after training:
+
+{table(['step', *METHODS], [row[1:] for row in shares if row[0] == FLIPS[-1]])}## Both tuned
+
+The best of 24 settings by accuracy on five other seeds; last, Dr. DPO minus DPO.
+
+{table(['flips', *sides, 'difference'], tuned_rows)}"""
 
 
 def plot(found, path):
@@ -238,16 +194,14 @@ def plot(found, path):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    others = list(METHODS)[1:]
-    figure, axes = plt.subplots(1, len(others), figsize=(9, 2.8), sharey=True)
-    for axis, name in zip(axes, others, strict=True):
+    figure, axes = plt.subplots(1, len(METHODS) - 1, figsize=(9, 2.8), sharey=True)
+    for axis, name in zip(axes, list(METHODS)[1:], strict=True):
         for flips in FLIPS:
-            values = [difference(found, name, flips, lr) for lr in STEPS]
+            values = [found[name, flips, lr]['accuracy'] - found['DPO', flips, lr]['accuracy'] for lr in STEPS]
             errors = [1.96 * v.std(ddof=1) / len(v) ** 0.5 for v in values]
             axis.errorbar(STEPS, [v.mean() for v in values], errors, marker='.', capsize=2, label=f'{flips:.0%} flips')
         axis.axhline(0, color='k', linewidth=0.6)
         axis.set(xscale='log', title=f'{name}, minus DPO', xlabel='step size')
-        axis.grid(alpha=0.3)
     axes[0].set_ylabel('accuracy')
     axes[0].legend(fontsize=8)
     figure.tight_layout()

@@ -17,8 +17,8 @@ From the answers follows one of six words:
 Reports show the plain 95% interval of each claim: a word is never stronger than this interval allows.
 """
 
+import functools
 import math
-import statistics
 from typing import NamedTuple
 
 HOLDS, SIZE_OPEN, NEGLIGIBLE, SAME, CONTRARY, OPEN = WORDS = (
@@ -54,6 +54,7 @@ def t_tail(t, df):
     return tail if t >= 0 else 1 - tail
 
 
+@functools.cache
 def t_quantile(tail, df):
     """The t with P(T > t) = tail, for a tail below a half, by bisection."""
     low, high = 0.0, 1e6
@@ -76,9 +77,11 @@ def holm(p_values, level=LEVEL):
 
 def p_values(differences, d):
     """p-values of the three questions of the rule, and Verdict's mean and interval: ((zero, above, within), (mean, lower, upper))."""
-    n, mean = len(differences), statistics.mean(differences)
+    n = len(differences)
+    mean = sum(differences) / n
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in differences) / (n - 1))
     # rounding in the numbers must not make five equal differences infinitely sure
-    error = max(statistics.stdev(differences) / n**0.5, 1e-9)
+    error = max(deviation / n**0.5, 1e-9)
     zero = 2 * t_tail(abs(mean) / error, n - 1)
     above = min(1.0, 2 * t_tail((mean - d) / error, n - 1))
     within = t_tail((d - abs(mean)) / error, n - 1)
