@@ -64,16 +64,10 @@ def run(trials, file, work):
             result = future.result()
             stream.write(json.dumps(result) + '\n')
             stream.flush()
-            options = result['options'] or {'loss': 'the SFT model'}
-            what = ' '.join(f'{k}={v}' if k != 'loss' else v for k, v in options.items())
-            numbers = (
-                result.get('error')
-                or f'gold {result["gold"]:+.3f}  acc {result["accuracy"]:.3f}  kl {result["kl"]:.3f}'
-            )
+            what = ' '.join(f'{k}={v}' for k, v in (result['options'] or {}).items())
+            said = result.get('error') or 'gold {gold:+.3f}  acc {accuracy:.3f}  kl {kl:.3f}'.format(**result)
             minutes = (time.time() - began) / i * (len(left) - i) / 60
-            print(
-                f'{i:4d}/{len(left)}  seed {result["seed"]}  {what:60s}  {numbers}  {minutes:.0f} min left', flush=True
-            )
+            print(f'{i:4d}/{len(left)}  seed {result["seed"]}  {what:60s}  {said}  {minutes:.0f} min left', flush=True)
 
 
 def find_settings(settings, out, work):
@@ -107,6 +101,8 @@ def main():
     os.environ.setdefault('NANOPREF_CACHE', str(work / 'cache'))
     settings, results = out / 'settings.json', out / 'results.jsonl'
     known = [file for file in (settings, RECORD / 'settings.json') if file.exists()]
+    if report and not known:
+        raise UserError(f'there is nothing to report in {out}')
     if search or not known:
         find_settings(settings, out, work)
         known = [settings]

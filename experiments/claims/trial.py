@@ -49,7 +49,7 @@ COMMON_ONLINE = {  # of every trial with sampled answers, as in config/ppo_toy.p
 }  # fmt: skip
 LOW, HIGH = 0.5, 1.2  # a pair has a low gap below the first, a high gap above the second
 N_TEST = 1800  # held-out pairs; about 1,690 are left without ties
-LIMITS = {'max_length': 64, 'max_prompt_length': 16}
+LIMITS = {'max_length': 64, 'max_prompt_length': 16, 'undivided': True}
 
 
 def gap(pair):
@@ -186,17 +186,11 @@ def columns(policy, reference, examples, divergence):
 
 
 def ratios(policy, reference, examples):
-    """(answers,) log-ratios, and the policy's log-probs."""
-    pi = columns(policy, None, examples, None)[0]
-    return pi - reference_logps(reference, examples), pi
-
-
-def reference_logps(reference, examples):
-    """(answers,) log-probs under a reference (its folder is its name), computed once a process."""
-    key = (reference.name_or_path, hash(examples.spans.tobytes()), hash(examples.ids.tobytes()))
+    """(answers,) log-ratios. The reference's log-probs (its folder is its name) are computed once a process."""
+    key = (reference.name_or_path, hash(examples.ids.tobytes()))
     if key not in KNOWN:
         KNOWN[key] = columns(reference, None, examples, None)[0]
-    return KNOWN[key]
+    return columns(policy, None, examples, None)[0] - KNOWN[key]
 
 
 def measure(trial, folder, work, n_samples):
@@ -204,24 +198,25 @@ def measure(trial, folder, work, n_samples):
 
     kl: KL(policy || reference) of whole answers, summed exactly over the words at every position of the policy's own samples.
     accuracy: share of held-out pairs whose better answer has gained more probability (for the reference itself: has more
-    probability a token). margin: mean of the held-out log-ratio d over its standard deviation. Further numbers: see below."""
-    reference_folder = reference_of(work, trial['seed'])
+    probability a token). margin: mean of the held-out log-ratio d over its standard deviation. kl_chosen, kl_rejected: KL(reference
+    || policy), summed over the positions of the first 500 pairs' answers."""
+    reference_folder, options = reference_of(work, trial['seed']), trial['options'] or {'loss': None}
     tokenizer = load_tokenizer(str(reference_folder))
     policy, reference = (load_model(str(f), tokenizer=tokenizer) for f in (folder, reference_folder))
     result = sampled(policy, reference, tokenizer, trial['seed'], n_samples)
-    pairs = tokenise.load_examples(str(test_file(work)), 'test', tokenizer, 'pairs', undivided=True, **LIMITS)
-    options = trial['options'] or {'loss': None}
-    gain, pi = ratios(policy, reference, pairs)
+
+    # the held-out pairs; a model that is the reference itself has no ratios
+    pairs = tokenise.load_examples(str(test_file(work)), 'test', tokenizer, 'pairs', **LIMITS)
+    gain = ratios(policy, reference, pairs)
     if options['loss'] is None:
-        n = torch.from_numpy(np.diff(pairs.spans[:, 1:], axis=2)[..., 0].reshape(-1)).double()
-        gain = pi / n
+        gain = columns(policy, None, pairs, None)[0] / np.diff(pairs.spans[:, 1:], axis=2).reshape(-1)
     margin = gain[::2] - gain[1::2]
     result |= {'accuracy': (margin > 0).double().mean(), 'margin': margin.mean() / margin.std()}
-    if options['loss'] in (None, 'dpo', *DIVERGE):
-        result |= forward_kl(policy, reference, pairs.select(slice(500)))
+    if options['loss'] in ('dpo', *DIVERGE):
+        forward = columns(policy, reference, pairs.select(slice(500)), models.kl)[1]
+        result |= {'kl_chosen': forward[::2].mean(), 'kl_rejected': forward[1::2].mean()}
     if options['loss'] in ('dpo', 'drdpo'):
-        file = str(data_file(trial, work))
-        train_pairs = tokenise.load_examples(file, 'train', tokenizer, 'pairs', undivided=True, **LIMITS)
+        train_pairs = tokenise.load_examples(str(data_file(trial, work)), 'train', tokenizer, 'pairs', **LIMITS)
         result |= gradient_shares(policy, reference, train_pairs, trial['seed'], options)
     return {name: round(float(x), 5) for name, x in result.items()}
 
@@ -250,19 +245,13 @@ def sampled(policy, reference, tokenizer, seed, n_samples):
     }  # fmt: skip
 
 
-def forward_kl(policy, reference, pairs):
-    """kl_chosen, kl_rejected: KL(reference || policy), summed over the positions of the first held-out answers."""
-    forward = columns(policy, reference, pairs, models.kl)[1]
-    return {'kl_chosen': forward[::2].mean(), 'kl_rejected': forward[1::2].mean()}
-
-
 def gradient_shares(policy, reference, pairs, seed, options):
     """Of the training pairs after training: h_std, the standard deviation of h = beta d, and the flipped pairs' share of the gradient.
 
     flipped_share is of the sizes of dloss/dh, times Dr. DPO's weights; before training it is flipped_pairs, their share of pairs."""
     seen = pairs.flip(options.get('noise_rate', 0.0), seed)
     flipped = torch.from_numpy((seen.spans != pairs.spans).any((1, 2)))
-    gain, _ = ratios(policy, reference, pairs)
+    gain = ratios(policy, reference, pairs)
     d = (gain[::2] - gain[1::2]) * torch.where(flipped, -1.0, 1.0)
     h = options['beta'] * d
     size = torch.sigmoid(-h)
