@@ -196,12 +196,12 @@ def test_gold_and_kl_are_exact():
 
 
 def test_log_linear_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(loglinear, 'N_TRAIN', 256)
+    monkeypatch.setattr(loglinear, 'N_TRAIN', 1024)
     monkeypatch.setattr(loglinear, 'TUNING_SEEDS', [1000])
     loglinear.world.cache_clear()
     found = loglinear.equal_settings([1, 2])
     clean, dirty = (found['DPO', flips, 0.1] for flips in (0.0, 0.4))
-    assert clean['accuracy'][0] > dirty['accuracy'][0] > 0.5 and dirty['flipped_share'][0] > 0.3
+    assert clean['accuracy'].mean() > dirty['accuracy'].mean() > 0.5 and dirty['flipped_share'].min() > 0.3
     assert 'Both tuned' in loglinear.report(found, loglinear.tuned([1, 2]), 2)
     loglinear.world.cache_clear()
 
