@@ -1,3 +1,4 @@
+# fmt: off
 """Every loss of nanopref: this file is the specification. It knows no model, no mask and no rank.
 A loss maps columns, one number per example (B,), to (B,) losses; keyword arguments are hyper-parameters. Columns:
   ratio_w, ratio_l        log-ratio of the chosen (w) and the rejected (l) answer: its log-prob, summed over its tokens,
@@ -8,11 +9,8 @@ A loss maps columns, one number per example (B,), to (B,) losses; keyword argume
 Below, a = ratio_w, r = ratio_l, d = a - r, S = sigmoid, L(x) = -log S(x), e = label_smoothing; sg: no gradient. A step
 minimises sum_i w_i loss_i / sum_i w_i over all its examples; w has no gradient, and is 1 unless said. Add yours to LOSSES.
 """
-
-# fmt: off
 import torch
 from torch.nn.functional import logsigmoid
-
 
 # ---- losses that compare the two answers of a pair with a reference ----
 def dpo(ratio_w, ratio_l, *, beta):
