@@ -12,6 +12,7 @@ minimises sum_i w_i loss_i / sum_i w_i over all its examples; w has no gradient,
 import torch
 from torch.nn.functional import logsigmoid
 
+
 # ---- losses that compare the two answers of a pair with a reference ----
 def dpo(ratio_w, ratio_l, *, beta):
     """L(beta d). DPO, arXiv:2305.18290 eq. 7; with the weight drdpo_weight it is Dr. DPO."""
@@ -86,7 +87,6 @@ def discopop(ratio_w, ratio_l, *, beta, tau):
 def sigmoid_norm(ratio_w, ratio_l, n_w, n_l, *, beta):
     """L(beta (a / n_w - r / n_l)): DPO per token. Tulu 3, arXiv:2411.15124."""
     return -logsigmoid(beta * (ratio_w / n_w - ratio_l / n_l))
-
 # ---- losses without a reference ----
 def slic(pi_w, pi_l, *, delta, lam):
     """max(0, delta - pi_w + pi_l) - lam pi_w. SLiC-HF, arXiv:2305.10425."""

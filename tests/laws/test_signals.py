@@ -154,7 +154,7 @@ def test_at_once_where_nothing_can_be_lost(tmp_path):
     assert end(process) and process.returncode == guard.INTERRUPTED
 
 
-SCRIPTS = 'sft dpo reward ppo sample label tools.bench tools.plot tools.report'.split()
+SCRIPTS = 'sft dpo reward ppo sample label tools.bench tools.plot'.split()
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -165,7 +165,7 @@ def test_while_a_script_is_imported(tmp_path, script):
         (tmp_path / f'{name}.py').write_text(stalls)
     # scripts of a folder run with -m
     command = ['-m', script] if '.' in script else [f'{script}.py']
-    command += [tmp_path] if script in ('tools.plot', 'tools.report') else []
+    command += [tmp_path] if script == 'tools.plot' else []
     (tmp_path / 'config.json').write_text('{"config": {}}')
     (tmp_path / 'metrics.jsonl').write_text('{"split": "train", "counters/examples": 1, "loss/train": 1.0}\n')
     environment = os.environ | {'PYTHONPATH': str(tmp_path)}
