@@ -66,7 +66,10 @@ def watch(name):
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
         after_in_child=_leave_signals_to_the_system,
     )
-    check_early(sys.modules['__main__'].__file__)
+    # python -c has no file to read
+    script = getattr(sys.modules['__main__'], '__file__', None)
+    if script:
+        check_early(script)
 
 
 def _listen(end):
