@@ -203,9 +203,10 @@ def shard(
         # the others begin without any, and so does what FSDP cuts
         model = build(empty=True) if by_fsdp or full is None else full
         # which parameters are one tensor depends on the file, which rank 0 alone has read
-        tie_as(model, shared(lambda: ties(full)))
+        tied = shared(lambda: ties(full))
+        tie_as(model, tied)
         if not by_fsdp:
-            _replicate(model, device)
+            _replicate(model, device, tied)
 
     if not train:
         model.requires_grad_(False)
@@ -250,12 +251,13 @@ def _choose_mode(model, mode, train, half, device, cpu_offload):
     return 'none' if takes <= has / 4 else 'full'
 
 
-def _replicate(model, device):
-    """Bring a model to the device, in place, with the weights and buffers of rank 0, from whose file it was made."""
+def _replicate(model, device, tied):
+    """Bring a model to the device, in place, with the weights and buffers of rank 0, from whose file it was made. tied: see ties."""
     if dist.get_rank() == 0:
         model.to(device)
     else:
         model.to_empty(device=device)
+        tie_as(model, tied)  # leaving the meta device makes two tensors of one
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.data, 0)
 
