@@ -13,7 +13,17 @@ from helpers import LOSSES, ROOT, python, write_jsonl
 from configurator import configure
 from tools import figures
 
-SCRIPTS = {'dpo.py', 'sft.py', 'reward.py', 'sample.py', 'label.py', 'ppo.py', 'tools.bench', 'tools.plot', 'tools.report'}
+SCRIPTS = {
+    'dpo.py',
+    'sft.py',
+    'reward.py',
+    'sample.py',
+    'label.py',
+    'ppo.py',
+    'tools.bench',
+    'tools.plot',
+    'tools.report',
+}
 RUN = SCRIPTS | {'data.py'}  # a library, too
 README = (ROOT / 'README.md').read_text()
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / 'README.md', *ROOT.glob('docs/*.md')]}
