@@ -34,6 +34,7 @@ import model
 from configurator import UserError, configure
 from experiments import ROOT
 from feedback import answers
+from runtime import check_loss
 from runtime.values import CHOICES
 from text import sources, toy
 from text.tokenise import tokenise
@@ -415,7 +416,7 @@ def dpo_checks():
 def check_dpo(resolved):
     """The options that the loss uses, as dpo.py finds them. Raises its UserError."""
     scope = {'config': resolved, 'losses': losses, 'inspect': inspect, 'partial': functools.partial, 'kl': model.kl,
-             'RISKS': model.RISKS, 'UserError': UserError, **resolved}  # fmt: skip
+             'RISKS': model.RISKS, 'UserError': UserError, 'check_loss': check_loss, **resolved}  # fmt: skip
     exec(dpo_checks(), scope)
     return {name for name, used in scope['uses'].items() if used}
 
