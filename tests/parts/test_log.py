@@ -233,7 +233,7 @@ def test_a_run_goes_on_without_its_tracker(script, name, monkeypatch, tmp_path, 
     monkeypatch.setenv('WANDB_MODE', 'offline')
     run_script(script, *SCRIPTS[script], flag, f'--out_dir={tmp_path}/run')
     out = capsys.readouterr().out
-    assert out.count('note: ') == out.count(f'note: {name} failed (no more)') == 1 and 'done: ' in out
+    assert out.count(' failed (') == out.count(f'note: {name} failed (no more)') == 1 and 'done: ' in out
     assert [row['counters/examples'] for row in metrics(tmp_path / 'run', 'train')] == [4, 8] and (
         tmp_path / 'run/model'
     ).is_dir()

@@ -244,7 +244,7 @@ def test_sources(folder, capsys):
     """A text file, cut to what the model's 256 positions leave; AlpacaEval's questions as they are in its file."""
     _, rows = run(f'--data={folder}/prompts.txt', '--max_new_tokens=6')
     assert [row['prompt'][:6] for row in rows] == ['Review', 'Why?', 'long l']
-    assert "{'same prompt again': 1, 'prompts cut': 1}" in capsys.readouterr().out
+    assert 'changed: 1 same prompt again, 1 prompts cut' in capsys.readouterr().out
     run(f'--data=alpaca_eval:{folder}/alpaca_eval.json', '--max_new_tokens=6', '--generator=me', out_dir='a')
     found = [(output['instruction'], output['generator']) for output in model_outputs('a')]
     assert found == [(f' What is {i}?\n', 'me') for i in range(4)]
