@@ -221,7 +221,7 @@ def test_tools_begun_answers_and_prompts_that_the_template_refuses(folder, capsy
     assert [row['prompt'] for row in found] == [row['prompt'] for row in rows[1:]]
     assert [row.get('tools') for row in found] == [[{'name': 'look'}], None, None]
     said = capsys.readouterr().out
-    assert "'bad rows: the chat template refuses an example: no system turn': 1" in said
+    assert '1 bad rows: the chat template refuses an example: no system turn' in said
     assert """first prompt: '[{"name": "look"}]<|user|>Hi""" in said
     write_jsonl('chats.jsonl', rows[:1])
     assert 'refuses every prompt' in refused(*flags, '--skip_bad_rows', out_dir='none')
