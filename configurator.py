@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 from runtime.values import ELSEWHERE, GONE, conflict, misplaced, problem, settle
 
+_run_early = {}  # config file -> what it assigns, from the check before the imports
+
 
 class UserError(ValueError):
     """A mistake of the user: what is wrong, where, what to do. Printed without a traceback, exit code 2."""
@@ -103,7 +105,11 @@ def configure(scope, argv=None, shared=None, early=False):
             continue
         if not path.endswith('.py'):
             raise UserError(misplaced(path, before))
-        for name, value, where in _read_file(path):
+        # a config file is run once, though the command line is checked twice
+        found = _run_early.pop(path, None) or list(_read_file(path))
+        if early:
+            _run_early[path] = found
+        for name, value, where in found:
             if _is_gone(name, value, options, where):
                 continue
             config[name] = _check(name, value, options, where)
@@ -129,8 +135,8 @@ def configure(scope, argv=None, shared=None, early=False):
     notes = settle(config)
     for note in notes if main_rank() and not early else ():
         print(f'note: {note}', flush=True)
-    if conflict(config):
-        raise UserError(conflict(config))
+    if wrong := conflict(config):
+        raise UserError(wrong)
     for name, option in options.items():
         option.scope[name] = config[name]
     return config

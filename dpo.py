@@ -228,7 +228,7 @@ def call(fn, columns):
     for side in ('', '_w', '_l', '_kl'):
         if f'pi{side}' in columns:
             known[f'ratio{side}'] = columns[f'pi{side}'] - columns.get(f'ref{side}', 0.0)
-    return fn(**{name: known[name] for name in inspect.signature(fn).parameters if name in known})
+    return check_loss.call(fn, known)
 
 
 def step_statistic(step, backward):

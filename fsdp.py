@@ -258,7 +258,9 @@ def _replicate(model, device, tied):
     else:
         model.to_empty(device=device)
         tie_as(model, tied)  # leaving the meta device makes two tensors of one
-    for tensor in (*model.parameters(), *model.buffers()):
+    tensors = [*model.parameters(), *model.buffers()]
+    assert len(set(gather_objects(len(tensors)))) == 1, 'the ranks would wait for one another for ever'
+    for tensor in tensors:
         dist.broadcast(tensor.data, 0)
 
 

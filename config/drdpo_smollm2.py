@@ -1,5 +1,7 @@
 # Dr. DPO, arXiv:2407.07880, of SmolLM2-135M-Instruct on UltraFeedback, on one consumer GPU of 8 to 24 GB, or a patient CPU (with
 # --dtype=float32 --max_tokens=1024). Not a paper's experiment; no result is claimed. make real is a short version of it.
+# When beta' helps: many flipped labels and a run that is too long for DPO; a smaller beta does nearly the same. At beta' = 1 nothing stops the
+# margins, so stop early or add --beta_prime=4 or more (docs/evidence.md).
 #     python dpo.py config/drdpo_smollm2.py
 model = 'HuggingFaceTB/SmolLM2-135M-Instruct'  # or the folder that make real leaves: out/real/SmolLM2-135M-Instruct
 data = 'ultrafeedback'
@@ -7,7 +9,7 @@ chat = True
 dtype = 'bfloat16'
 loss = 'drdpo'
 beta = 0.1
-beta_prime = 1.0  # the paper's; smaller: pairs that look mislabelled weigh less
+beta_prime = 1.0  # the paper's
 batch_size = 32
 max_length = 1024
 max_prompt_length = 512

@@ -56,7 +56,8 @@ def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
 def sample_held_out(run, models, n, seen, measure=None, **settings):
     """Sample answers of models (name -> sharded model) to the first n held-out prompts, into out_dir/samples.jsonl.
 
-    A row has the answer's tokens, its end among them. measure(prompts, their answers) -> {column: (n,) numbers} adds others. settings: as in generate. Returns what measure gave: name -> columns."""
+    A row has the answer's tokens, its end among them. measure(prompts, their answers) -> {column: (n,) numbers} adds others.
+    settings: as in generate. Returns what measure gave: name -> columns."""
     # kto makes two examples of a pair, with one prompt: the good one stands for both
     asked = run.held_out.select(run.held_out.good).select(slice(n))
     prompts = [prompt for prompt, _ in asked]

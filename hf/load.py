@@ -18,6 +18,7 @@ from hf import check, lora
 from hf.ties import describe_ties
 from model import core, register_attention
 from runtime.files import file_hash, say
+from runtime.values import MODELS, NO_MODEL
 from text import toy
 
 transformers.utils.logging.set_verbosity_error()
@@ -289,9 +290,7 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
 
 # ---- what a model folder holds ----
 
-# options of the training scripts that name a model, the values that name none, and the files that decide what a folder holds
-MODELS = ('model', 'ref_model', 'reward_model', 'critic')
-NO_MODEL = (None, 'toy', 'gold', 'head', 'own')
+# the files that decide what a folder holds
 DECISIVE = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
 
 

@@ -13,17 +13,13 @@ from configurator import UserError, configure
 
 PAIRS = set('ratio_w ratio_l pi_w pi_l n_w n_l div_w div_l'.split())
 SINGLES = set('ratio pi n div good'.split())
-MARGINS = [
-    -1000.0,
-    -20.0,
-    -5.0,
-    -1.0,
-    0.0,
-    1.0,
-    5.0,
-    20.0,
-    1000.0,
-]  # nats between the answers, or against the reference
+# nats between the answers, or against the reference
+MARGINS = [-1000.0, -20.0, -5.0, -1.0, 0.0, 1.0, 5.0, 20.0, 1000.0]
+
+
+def call(fn, known):
+    """fn(...) with what its signature names, of the columns and options in known."""
+    return fn(**{name: known[name] for name in inspect.signature(fn).parameters if name in known})
 
 
 def mistake(name, fn, statistic, options):
@@ -56,24 +52,18 @@ def table(name, fn, statistic, options):
     margin = torch.tensor(MARGINS)
     paired = bool(PAIRS & set(inspect.signature(fn).parameters))
     # both answers move away from the reference, or one does
-    leaves = (
-        [(margin / 2).requires_grad_(), (-margin / 2).requires_grad_()] if paired else [margin.clone().requires_grad_()]
-    )
+    leaves = [x.clone().requires_grad_() for x in ((margin / 2, -margin / 2) if paired else (margin,))]
     columns = {'good': torch.ones(len(margin), dtype=torch.bool)}
     for ratio, side in zip(leaves, ('_w', '_l') if paired else ('',), strict=True):
         columns |= {f'ratio{side}': ratio, f'pi{side}': ratio.clamp(max=20.0) - 20.01}
         columns |= {f'n{side}': torch.full_like(margin, 10.0), f'div{side}': torch.full_like(margin, 0.3)}
 
-    def call(function, **more):
-        known = {**options, **columns, **more}
-        return function(**{k: known[k] for k in inspect.signature(function).parameters if k in known})
-
     # of a whole step, as in dpo.py
     if statistic:
         more = {'state': {}, 'generator': torch.Generator().manual_seed(0), 'ratio_kl': columns.get('ratio')}
-        given, _ = call(statistic, **more)
+        given, _ = call(statistic, options | columns | more)
         columns |= {key: values.detach().float() for key, values in given.items()}
-    values = call(fn)
+    values = call(fn, options | columns)
     if not isinstance(values, torch.Tensor) or values.shape != margin.shape:
         raise UserError(f'the loss {name} must return a number for each example, ({len(margin)},), not {values!r:.100}')
     slopes = torch.autograd.grad(values.sum(), leaves, allow_unused=True)

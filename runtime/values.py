@@ -96,15 +96,10 @@ ELSEWHERE = {
     'chat_template': 'chat (the template stands in the model folder)', 'system_prompt': 'system',
 }  # fmt: skip
 # options of older versions: the value that changes nothing, since when there is no other, and why
-GONE = {
-    'compile': (
-        False,
-        '2026-11',
-        'compiled blocks were not faster on a CPU, and never measured on a GPU (docs/moved.md)',
-    )
-}
-# options that name a model folder
+GONE = {'compile': (False, '2026-11', 'compiled blocks were not faster on a CPU, nor tried on a GPU (docs/moved.md)')}
+# options that name a model, and the values that name none
 MODELS = ('model', 'ref_model', 'reward_model', 'critic')
+NO_MODEL = (None, 'toy', 'gold', 'head', 'own')
 
 
 def misplaced(word, before):
@@ -123,7 +118,9 @@ def settle(config):
     # a run's folder stands for the model in it
     for name in MODELS:
         folder = config.get(name)
-        inside = os.path.join(folder, 'model') if isinstance(folder, str) else ''
+        if folder in NO_MODEL:
+            continue
+        inside = os.path.join(folder, 'model')
         if os.path.exists(os.path.join(inside, 'config.json')) and not _is_model(folder):
             config[name] = inside
             notes.append(f'{name} is {inside}, the model that the run in {folder} has left')
@@ -142,9 +139,13 @@ def conflict(config):
     # ppo.py takes no answers from the data, unless it is offline
     if 'max_length' not in config or 'max_prompt_length' not in config or not config.get('offline', True):
         return None
-    longest, prompt = config['max_length'], config['max_prompt_length']
-    if longest < prompt + 2:
-        return f'max_length {longest} leaves no room for an answer behind max_prompt_length {prompt}'
+    return no_room(config['max_length'], config['max_prompt_length'])
+
+
+def no_room(max_length, max_prompt_length):
+    """A sentence where lengths in tokens leave no room for an answer of one token and its end; else None."""
+    if max_length < max_prompt_length + 2:
+        return f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
     return None
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from configurator import UserError
 from runtime import cache, files
 from runtime.log import progress, say
+from runtime.values import no_room
 from text import sources, turns
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
 from text.examples import Examples, uniform_hash
@@ -61,9 +62,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     undivided: a single file is all for this split. chat: texts become chats, behind the message system. last_turn_only: of a
     conversation, sft trains on the last answer alone. margins: keep the margins of pairs. enough: {'train': count, 'test':
     count}, None for all: the first so many are taken, and the rest is not tokenised. Raises UserError."""
-    if max_length < max_prompt_length + 2:
-        room = f'max_length {max_length} leaves no room for an answer'
-        raise UserError(f'{room} behind max_prompt_length {max_prompt_length}')
+    if wrong := no_room(max_length, max_prompt_length):
+        raise UserError(wrong)
     reading = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     names, enough = data.split('+'), enough or {}
     writing = {'chat': chat, 'system': system, 'last_turn_only': last_turn_only, 'margins': margins}

@@ -569,6 +569,21 @@ def test_a_runs_folder_stands_for_its_model():
     assert config == {'model': 'run/model', 'ref_model': 'other', 'critic': 'hub/id', 'reward_model': None}
 
 
+def test_a_config_file_is_run_once():
+    """Though the command line is checked before the imports, and again."""
+    runs = Path('runs.txt').resolve()
+    done = python('label.py', Path(file(f'open({str(runs)!r}, "a").write("x")\ntimeout = 3.0')).resolve())
+    assert done.returncode == 2 and '--answers=FILE is missing' in done.stderr
+    assert runs.read_text() == 'x'
+
+
+def test_toy_is_no_folder():
+    Path('toy/model').mkdir(parents=True)
+    Path('toy/model/config.json').touch()
+    config = configurator.Config({'model': 'toy'})
+    assert values.settle(config) == [] and config == {'model': 'toy'}
+
+
 def test_torchrun_finds_the_sentence(tmp_path, monkeypatch):
     """In the file that it copies the cause from to the end of its own report."""
     file = tmp_path / 'error.json'
