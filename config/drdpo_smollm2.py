@@ -1,5 +1,4 @@
-# Dr. DPO, arXiv:2407.07880, of SmolLM2-135M-Instruct on UltraFeedback, on one consumer GPU of 8 to 24 GB, or a patient CPU (with
-# --dtype=float32 --max_tokens=1024). Not a paper's experiment; no result is claimed. make real is a short version of it.
+# Dr. DPO, arXiv:2407.07880, of SmolLM2-135M-Instruct on UltraFeedback; machines and limits as in dpo_smollm2.py. No result is claimed.
 # When beta' helps: many flipped labels and a run that is too long for DPO; a smaller beta does nearly the same. At beta' = 1 nothing stops the
 # margins, so stop early or add --beta_prime=4 or more (docs/evidence.md).
 #     python dpo.py config/drdpo_smollm2.py
