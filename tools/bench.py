@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from tqdm import tqdm
 
 import fsdp
 import losses
@@ -40,7 +39,7 @@ from configurator import UserError, configure, main_rank
 from data import make_batches
 from hf import load
 from runtime.files import writing
-from runtime.log import per_second
+from runtime.log import per_second, progress
 from text.examples import Examples
 from tools import limits
 
@@ -355,7 +354,7 @@ runs = [TrlVariant(name, build, **trl_options) if name.startswith('trl') else Va
 
 # a round: every variant by itself, on the same steps
 rounds = min(rounds, n_steps) if len(runs) > 1 else 1
-bar = tqdm(total=(n_steps + rounds) * len(runs), unit=' steps', disable=not main_rank(), leave=False)
+bar = progress((n_steps + rounds) * len(runs), ' steps', 'bench')
 for number, timed in enumerate(np.array_split(steps[1:], rounds)):
     of_round = np.concatenate([steps[:1], timed])
     for run in reversed(runs) if number % 2 else runs:
