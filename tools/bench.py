@@ -358,7 +358,7 @@ bar = progress((n_steps + rounds) * len(runs), ' steps', 'bench')
 for number, timed in enumerate(np.array_split(steps[1:], rounds)):
     of_round = np.concatenate([steps[:1], timed])
     for run in reversed(runs) if number % 2 else runs:
-        bar.set_description(run.name)
+        bar.set_description_str(run.name, refresh=False)
         run.load(examples, of_round)
         for rows in of_round:
             run.step(examples, rows)
