@@ -63,8 +63,6 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
     policy: the model that trains, which may be without weights, on the meta device; per_token: its bytes_saved; tokens: of a
     microbatch. shard: none, grads or full, as in training.py. frozen: parameters of other models. buffers: a chunk of logits,
     weights that FSDP has gathered."""
-    from torch.distributed.fsdp import FSDPModule
-
     import model as models
 
     compute = 2 if dtype == 'bfloat16' else 4
@@ -90,7 +88,7 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
             buffers += 2 * words * (rows + width)
     # FSDP, which also casts: the root stays gathered, and two blocks at a time, one of them with its gradients
     if parts > 1 or compute == 2:
-        inner = [m for m in policy.modules() if isinstance(m, FSDPModule) and m is not policy]
+        inner = [m for m in policy.modules() if hasattr(m, 'unshard') and m is not policy]
         blocks = [sum(p.numel() for p in block.parameters()) for block in inner or models.blocks(policy)]
         root = trained + fixed - sum(blocks)
         gathered = root + 3 * max(blocks)
@@ -195,9 +193,8 @@ def bytes_saved(policy, forward, train, packed):
     middle = by_length[len(train) // 2]
     device = next(policy.parameters()).device
     batch = pack([train[middle]], [0], pad=not packed, device=device)
-    # compiling for this one forward would take minutes; a draw of the adapters' dropout would change what training draws
-    eager = torch.compiler.set_stance('force_eager')
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy), eager:
+    # a draw of the adapters' dropout would change what training draws
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy):
         made = _made_and_kept(lambda: forward(batch))
     return made / batch.ids.numel()
 
@@ -209,10 +206,11 @@ def _made_and_kept(function):
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
+    import fsdp
+
     def storages(values):
-        tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
-        # tensor parallelism: this rank's part
-        tensors = [x.to_local() if hasattr(x, 'to_local') else x for x in tensors]
+        # with tensor parallelism: this rank's part
+        tensors = [fsdp.local(x) for x in tree_leaves(values) if isinstance(x, Tensor)]
         return {s._cdata: s for s in (x.untyped_storage() for x in tensors)}
 
     class Watch(TorchDispatchMode):
