@@ -249,9 +249,13 @@ class Run:
         latest = checkpoint.latest(out_dir, self.identity) if resume else None
         # what a checkpoint keeps beside weights and optimizer; older ones had the warm-up that was asked for
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'warmup': self.warmup()}
+        self.state['max_tokens'] = self.max_tokens
         if latest:
             self.state |= {'warmup': config.warmup_steps} | checkpoint.load(latest, self.policy, self.optimizer)
         self.seen = self.state.pop('examples')
+        # the sums of a resumed run are added up in the same order
+        if max_tokens == 'auto':
+            self.max_tokens = self.state['max_tokens']
 
         # from here on the folder is this run's
         fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
@@ -332,6 +336,7 @@ class Run:
         # steps can be smaller than what fits
         largest = max(batch.ids.numel() for batch in batches)
         self.max_tokens = min(self.max_tokens, largest) // 2
+        self.state['max_tokens'] = self.max_tokens
         log.say(f'memory: a microbatch of {largest} tokens does not fit: going on with max_tokens={self.max_tokens}')
         return True
 

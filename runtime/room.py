@@ -15,7 +15,8 @@ from runtime.files import say
 MOMENTS = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}  # numbers of the optimizer for each weight that trains
 # what max_tokens='auto' chooses from: larger microbatches make nothing faster
 BUDGETS = [1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384]
-SAFE = 0.9  # the part of the free memory that it fills
+# the part of the free memory that it fills: a CPU's allocator keeps up to a third more than the tensors take
+SAFE = {'cuda': 0.9, 'cpu': 0.7}
 
 
 def check_room(config, policy, forward, train, total, packed, max_tokens, others=()):
@@ -57,12 +58,12 @@ def _check_disk(config, model, checkpoint, total):
         raise UserError(f'{where}: {what}; make room, or choose another --out_dir')
 
 
-def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='none', frozen=0):
+def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='none', frozen=0, device=None):
     """Bytes that one rank needs: {'activations', 'weights', 'gradients', 'optimizer', 'reference', 'buffers'}.
 
     policy: the model that trains, which may be without weights, on the meta device; per_token: its bytes_saved; tokens: of a
-    microbatch. shard: none, grads or full, as in training.py. frozen: parameters of other models. buffers: a chunk of logits,
-    weights that FSDP has gathered."""
+    microbatch. shard: none, grads or full, as in training.py. frozen: parameters of other models. device: where it will run, if not
+    where policy is. buffers: a chunk of logits, weights that FSDP has gathered."""
     import model as models
 
     compute = 2 if dtype == 'bfloat16' else 4
@@ -82,7 +83,7 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
     buffers, head = 0, models.core(policy).get_output_embeddings()
     if head is not None:
         words, width = head.weight.shape
-        rows = models.Head.chunks(int(tokens), words, head.weight.device)[0].stop
+        rows = models.Head.chunks(int(tokens), words, device or head.weight.device)[0].stop
         buffers += 4 * words * (rows + width)
         if compute == 2:
             buffers += 2 * words * (rows + width)
@@ -105,14 +106,14 @@ def choose_max_tokens(config, policy, forward, train, packed, frozen):
     import fsdp
 
     needs = _needs(config, policy, forward, train, packed, frozen)
-    free = free_memory()
+    free, safe = free_memory(), SAFE[next(policy.parameters()).device.type]
 
     def to_come(size):
         """Bytes, beside the policy itself, which is there already."""
         found = needs(_most_tokens(config, train, packed, size))
         return sum(found.values()) - found['weights']
 
-    fitting = [size for size in BUDGETS if free is None or to_come(size) <= SAFE * free]
+    fitting = [size for size in BUDGETS if free is None or to_come(size) <= safe * free]
     (least,) = fsdp.largest([-max(fitting, default=BUDGETS[0])])
     of_what = f' of {_size(free)} that are free' if free else ''
     say(f'memory: max_tokens={-least} (auto): {_size(to_come(-least))}{of_what}')
@@ -123,7 +124,7 @@ def _needs(config, policy, forward, train, packed, frozen):
     """tokens of a microbatch -> the estimate of one rank."""
     import torch.distributed as dist
 
-    per_token = _bytes_per_token(policy, forward, train, packed)
+    per_token = bytes_per_token(policy, forward, train, packed)
     how = {'ranks': dist.get_world_size(), 'shard': getattr(policy, 'shard_mode', 'full'), 'frozen': frozen}
     return partial(estimate, policy, per_token, optimizer=config['optimizer'], dtype=config['dtype'], **how)
 
@@ -168,7 +169,7 @@ def _check_memory(config, policy, forward, train, packed, others, max_tokens):
     say(f'warning: {text}: the system may kill this process; {advice}')
 
 
-def _bytes_per_token(policy, forward, train, packed):
+def bytes_per_token(policy, forward, train, packed):
     """Bytes that one token keeps for backward: those of a forward, and of the one block that is recomputed just then, if any is."""
     saved = bytes_saved(policy, forward, train, packed)
     # blocks that recompute are known by their training mode, for sharding has renamed their class

@@ -25,6 +25,7 @@ import re
 import resource
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ import model as models
 from configurator import UserError, configure, main_rank
 from data import make_batches
 from hf import load
+from runtime import room
 from runtime.files import writing
 from runtime.log import per_second, progress
 from text.examples import Examples
@@ -60,6 +62,7 @@ dtype = 'float32'  # float32 or bfloat16
 shard = 'auto'  # what several processes hold, as in training.py: auto, none, grads or full
 threads: int | None = None  # CPU threads; None: torch decides
 wall = False  # wall-clock time on one CPU thread, too, not CPU time; several processes have it always
+estimate_for: float | None = None  # GB of a card: only print what a step needs beside it, from shapes alone
 peak_tflops: float | None = None  # what the GPU gives in bfloat16, for the utilisation; None: its data sheet
 seed = 0  # of weights and data
 out: str | None = None  # write the table as json, too
@@ -110,13 +113,13 @@ if threads:
 # ---- a model, and pairs ----
 
 
-def build(empty=False):
-    """The model: random weights in a published shape, or a folder's. empty: no weights, only shapes."""
+def build(empty=False, layers=None):
+    """The model: random weights in a published shape, or a folder's. empty: no weights, only shapes; layers: fewer of them."""
     if model not in SHAPES:
         return load.load_model(model, empty=empty)
     models.register_attention()
-    width, layers, heads = SHAPES[model]
-    sizes = {'hidden_size': width, 'num_hidden_layers': layers, 'num_attention_heads': heads}
+    width, depth, heads = SHAPES[model]
+    sizes = {'hidden_size': width, 'num_hidden_layers': layers or depth, 'num_attention_heads': heads}
     if model == 'llama-8b':
         sizes |= {'intermediate_size': 14336, 'num_key_value_heads': 8, 'rope_theta': 500000.0}
         shape = transformers.LlamaConfig(vocab_size=vocabulary or 128256, **sizes)
@@ -179,6 +182,7 @@ class Variant:
         self.head, self.cached = 'head' in ideas, 'cached' in ideas
         # of every step: seconds, seconds of the pass that caches the reference; GB at the peak; tokens, and those with padding
         self.times, self.passes, self.peak, self.tokens, self.allocated = [], [], 0.0, 0, 0
+        self.estimate = 0.0  # GB, as room.estimate knows them beforehand
 
     @guard.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):
@@ -189,6 +193,7 @@ class Variant:
             fsdp.add_method(m, full_head)
             models.set_attention(m, not self.pad)
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, 1e-6, 0.0)
+        self.per_token = room.bytes_per_token(self.policy, partial(self.logps, self.policy), examples, not self.pad)
         # the pass that caches the reference: later epochs and runs do not pay it, and have no reference in memory
         self.cache = {}
         for rows in steps if self.cached else ():
@@ -255,6 +260,12 @@ class Variant:
         fsdp.update(self.policy, self.optimizer, 1e-6, world / len(rows), 10.0)
         self.times.append(clock() - start)
         self.peak = max(self.peak, peak_memory())
+        # what was known beforehand of the largest microbatch
+        frozen = sum(p.numel() for p in self.ref.parameters()) if self.ref else 0
+        tokens = max(batch.ids.numel() for batch in batches)
+        how = {'ranks': world, 'shard': self.policy.shard_mode, 'frozen': frozen}
+        needs = room.estimate(self.policy, self.per_token, tokens, optimizer=optimizer, dtype=dtype, **how)
+        self.estimate = max(self.estimate, before + sum(needs.values()) / 1e9)
 
 
 # ---- what is measured ----
@@ -298,6 +309,26 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+def show_estimates():
+    """Print the memory of one step with a live reference on a card of estimate_for GB, by the tokens of a microbatch."""
+    # what a token keeps: of the first layer and what is around the layers, and of each layer more
+    found = []
+    for layers in (1, 2):
+        small = build(layers=layers).to(getattr(torch, dtype))
+        models.set_attention(small, packed=True)
+        found.append(room.bytes_saved(small, partial(models.response_logps, small), examples, True))
+    per_token = found[0] + (shell.config.num_hidden_layers - 1) * (found[1] - found[0])
+    frozen = sum(p.numel() for p in shell.parameters())
+    how = {'ranks': world, 'shard': shard.replace('auto', 'none'), 'frozen': frozen, 'device': torch.device('cuda')}
+    print(f'{model}, {optimizer}, {dtype}, live reference: GB of {estimate_for:g}')
+    for tokens in room.BUDGETS:
+        needs = room.estimate(shell, per_token, tokens, optimizer=optimizer, dtype=dtype, **how)
+        total = sum(needs.values()) / 1e9
+        fits = 'fits' if total <= room.SAFE['cuda'] * estimate_for else 'too much'
+        parts = ', '.join(f'{name} {number / 1e9:.1f}' for name, number in needs.items())
+        print(f'max_tokens {tokens:6d}: {total:6.1f}  {fits:8s}  ({parts})')
+
+
 def row_of(run, lengths):
     """A row of the table: medians over a variant's steps. lengths: (pairs, 3) tokens of prompt and answers."""
     times, first_times = run.times, runs[0].times
@@ -309,6 +340,9 @@ def row_of(run, lengths):
 
     # what is known of our own variants only
     if isinstance(run, Variant):
+        # logits at every position have gradients as large, which no forward shows
+        if run.head:
+            row['estimated_memory_gb'] = run.estimate
         row['padding_share'] = 1 - run.tokens / run.allocated
         live = not run.cached and has_ratio
         cost = limits.flops(shell, lengths, share=run.share, head=run.head, passes=3 + live)
@@ -327,12 +361,12 @@ def show(rows, lengths, limit):
     where = card if on_gpu else f'CPU, {torch.get_num_threads()} threads'
     print(f'{model}, {data}, {loss}, batch {batch_size}, {world} ranks, {where}, {dtype}, torch {torch.__version__}')
     print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
-    print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB     MFU')
+    print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')
     formats = {'pairs_per_second': '.2f', 'ratio': '.2f', 'tokens_per_second': '.0f', 'padding_share': '.1%',
-               'gflop_per_pair': '.1f', 'peak_memory_gb': '.2f', 'mfu': '.1%'}  # fmt: skip
+               'gflop_per_pair': '.1f', 'peak_memory_gb': '.2f', 'estimated_memory_gb': '.2f', 'mfu': '.1%'}  # fmt: skip
     for row in rows:
         cells = [f'{row[name]:{form}}' if name in row else '-' for name, form in formats.items()]
-        print('{:11s} {:>9s} {:>6s} {:>9s} {:>8s} {:>11s} {:>8s} {:>7s}'.format(row['variant'], *cells))
+        print('{:11s} {:>9s} {:>6s} {:>9s} {:>8s} {:>11s} {:>8s} {:>8s} {:>7s}'.format(row['variant'], *cells))
         both = row.get('pairs_per_second_with_cache_pass')
         if both:
             print(f'{"+ its pass":11s} {both:9.2f}  the pass that makes the cache counted, as in a first epoch')
@@ -347,6 +381,12 @@ def show(rows, lengths, limit):
 steps = np.arange((n_steps + 1) * batch_size).reshape(-1, batch_size)  # rows of each step's pairs; the first warms up
 examples = synthetic_pairs(steps.size) if data == 'synthetic' else real_pairs(steps.size)
 shell = build(empty=True)  # the shapes of the model's weights
+if estimate_for:
+    if model not in SHAPES:
+        raise UserError('--estimate_for is for a published shape')
+    show_estimates()
+    fsdp.leave()
+before = 0.0 if on_gpu else peak_memory()  # GB of the process without a model
 card = torch.cuda.get_device_name() if on_gpu else 'this CPU'
 peak, source = (peak_tflops, '--peak_tflops') if peak_tflops else limits.peak_of(card)
 trl_options = {'step_pairs': min(PADDED, batch_size), 'tools': (clock, reset_peak, peak_memory), 'threads': threads}
