@@ -272,6 +272,10 @@ def _distribute(model, full, device, half, cpu_offload):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
+    # passes read weights rounded to bfloat16. One that lies between two such numbers, as fp16 files have many, would jump to the
+    # other with the first update, however small: float32 copies begin rounded, too
+    for p in full.parameters() if full and half else ():
+        p.data = p.data.bfloat16().to(p.dtype)
     # frozen weights in bfloat16; not model.to, for rotary frequencies must stay float32
     for p in model.parameters() if half else ():
         p.data = p.data if p.requires_grad else p.data.to(torch.bfloat16)

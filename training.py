@@ -109,6 +109,9 @@ def choose_arithmetic(config, device):
     on_gpu, full = device.type == 'cuda', dtype == 'float32'
     if not on_gpu:
         config.ignored([name for name in ('tf32', 'deterministic') if config[name]], 'it is for a GPU')
+        costs = 0 if full else room.bfloat16_costs()
+        if costs > 2:
+            log.say(f'note: this CPU takes {costs:.0f} times as long for bfloat16 as for float32: --dtype=float32')
         return
     # float32 is a choice here: packed attention's kernel takes half precision only
     if full and device_map is None:

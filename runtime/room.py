@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -231,6 +232,21 @@ def _made_and_kept(function):
     total = sum(size for storage, size in watch.made.values() if not storage.expired())
     del value
     return total
+
+
+def bfloat16_costs():
+    """How many times longer than in float32 the CPU takes for a matrix product in bfloat16: below 1 where it can do that by itself."""
+    import torch
+
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, tries = torch.ones(256, 256, dtype=dtype), []
+        for _ in range(5):
+            start = time.perf_counter()
+            x @ x
+            tries.append(time.perf_counter() - start)
+        times[dtype] = min(tries)
+    return times[torch.bfloat16] / times[torch.float32]
 
 
 def free_memory():

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 import fsdp
 import losses
 import model
-from configurator import UserError
+import training
+from configurator import Config, UserError
 from data import steps
 from hf import export, generate
 from hf.load import load_model, load_tokenizer
@@ -575,6 +576,15 @@ def test_auto_is_the_largest_that_fits(monkeypatch, whole, free, size):
     monkeypatch.setattr(room, '_most_tokens', lambda config, train, packed, size: size)
     monkeypatch.setattr(room, 'free_memory', lambda: free)
     assert room.choose_max_tokens(config, layers, None, examples, True, 0) == size
+
+
+@pytest.mark.parametrize(('costs', 'noted'), [(0.3, False), (40, True)])
+def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted):
+    monkeypatch.setattr(training, 'dtype', 'bfloat16')
+    monkeypatch.setattr(room, 'bfloat16_costs', lambda: costs)
+    config = Config({'tf32': False, 'deterministic': False})
+    training.choose_arithmetic(config, torch.device('cpu'))
+    assert ('40 times as long for bfloat16 as for float32: --dtype=float32' in capsys.readouterr().out) == noted
 
 
 def test_bytes_saved_are_what_autograd_holds(whole):

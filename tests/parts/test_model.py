@@ -593,6 +593,25 @@ def test_bfloat16(name, saved, device):
     assert torch.cosine_similarity(flat, wide_flat, 0) > 0.99
 
 
+def test_bfloat16_begins_off_the_ties(saved, device):
+    """Weights halfway between two numbers of bfloat16 stay put in a step of almost no learning rate."""
+    build, batch = saved('llama'), pack(PAIRS)
+
+    def on_ties(empty):
+        net = build(empty=empty)
+        for p in () if empty else net.parameters():
+            p.data = ((p.data.view(torch.int32) & ~0xFFFF) | 0x8000).view(torch.float32)
+        return net
+
+    policy, ref = (fsdp.shard(on_ties, device, dtype='bfloat16', train=train) for train in (True, False))
+    optimizer = fsdp.make_optimizer('AdamW', policy, 3e-9, 0.0)
+    before, _ = same_grads(policy, batch)
+    fsdp.update(policy, optimizer, 3e-9, 1.0, 1e9)
+    with torch.no_grad():
+        assert before.equal(ref.response_logps(batch))
+        assert_close(policy.response_logps(batch), before, 1e-3)
+
+
 @pytest.mark.parametrize('dropout', [0.0, 0.1])
 @pytest.mark.parametrize('name', ['gpt2', 'llama', 'gpt_neox'])
 def test_activation_checkpointing(name, dropout, saved, device, attention):
