@@ -67,7 +67,7 @@ eval_every: int | None = 19968  # evaluate after so many examples; None: only at
 n_eval_examples = 256  # how many held-out examples
 do_first_eval = True  # evaluate before training
 log_every = 1  # print a line after so many examples
-save_every: int | None = None  # write a checkpoint after so many examples
+save_every: int | str | None = 'auto'  # write a checkpoint after so many examples; 0: none; auto: every 15 minutes of a longer run
 keep_last = 2  # checkpoints that are kept
 resume = True  # continue from the newest checkpoint of out_dir
 wandb: str | None = None  # a Weights & Biases project to log to
@@ -139,6 +139,7 @@ class Run:
         self.models = fingerprints(config)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code)
         self.max_tokens = max_tokens  # with auto a number from choose_attention on
+        self.save_every, self.stamps = save_every, []  # with auto a number after the first steps, whose ends the stamps are
 
     # ---- set-up, in this order ----
 
@@ -238,7 +239,9 @@ class Run:
     def check_room(self, *others):
         """Refuse a disk that is too small, warn of a memory that is, and of long examples. others: models in memory."""
         what_trains = self.config, self.policy, self.forward, self.train
-        room.check_room(*what_trains, self.total, self.packed, self.max_tokens, others)
+        fits = room.check_room(*what_trains, self.total, self.packed, self.max_tokens, others)
+        if save_every == 'auto' and not fits:
+            self.save_every = 0
         long = self.train.lengths[self.train.lengths > self.max_tokens]
         if len(long):
             what = f'{len(long)} examples are longer than max_tokens={self.max_tokens} (the longest: {long.max()})'
@@ -384,15 +387,29 @@ class Run:
 
     def finish_step(self, step):
         """Save where it is due, and do what signals have asked for."""
-        due = self.crossed(save_every, step.first, step.seen)
+        if self.save_every == 'auto':
+            self._choose_save_every(step)
+        due = self.crossed(self.save_every, step.first, step.seen)
         if due:
             self.save(step.seen)
             self.clock = time.time()
         self.heed(step.seen, saved=due)
 
+    def _choose_save_every(self, step):
+        """After four steps: how many examples take 15 minutes, if there are so many to come. The same on all ranks."""
+        self.stamps.append(time.time())
+        if len(self.stamps) < 4:
+            return
+        # of three times the middle one, for there may have been an evaluation
+        seconds = fsdp.shared(lambda: float(np.median(np.diff(self.stamps))))
+        every = max(1, round(room.SAVE_AFTER / seconds)) * (step.seen - step.first)
+        self.save_every = every if self.total - step.seen > every else 0
+        if self.save_every:
+            log.say(f'note: a checkpoint every {every:,} examples, about 15 minutes; --save_every=0: none')
+
     def crossed(self, every, first, seen):
         """Whether to do after the step from first to seen examples what is done every so many, but not at the end."""
-        if not every or seen >= self.total:
+        if not every or every == 'auto' or seen >= self.total:
             return False
         return seen // every > first // every
 
@@ -454,7 +471,8 @@ class Run:
         # a signal that comes now finds everything saved
         self.heed(self.total)
         card = partial(export.write_card, out_dir)
-        guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card)
+        keep = partial(self.save, self.total)
+        guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card, keep)
         self.logger.close()
         guard.end()
         log.say(f'done: {out_dir}/model')

@@ -256,17 +256,32 @@ def until_written(write):
                 break
 
 
-def export(model, tokenizer, build, folder, card=None):
-    """export.write_model, and rows that wait for room, until they have succeeded. On all ranks together."""
+def export(model, tokenizer, build, folder, card, save):
+    """export.write_model, and rows that wait for room, until they have succeeded. save() begins a checkpoint, which the same
+    command goes on from where the model cannot be written. On all ranks together."""
     import fsdp
     from hf.export import write_model
+    from runtime import checkpoint
 
     global _stage
-    _stage = 'exporting'
+    _stage, kept = 'exporting', False
+
+    def keep():
+        nonlocal kept
+        if not kept:
+            save()
+            checkpoint.wait()
+            kept = True
+            say('what was trained is in a checkpoint: the same command writes the model')
 
     def write():
         fsdp.on_one_rank(files.append_kept)
-        write_model(model, tokenizer, build, folder, card)
+        try:
+            write_model(model, tokenizer, build, folder, card)
+        except UserError:
+            with contextlib.suppress(UserError):
+                keep()
+            raise
 
     until_written(write)
 

@@ -16,6 +16,7 @@ from runtime.files import say
 MOMENTS = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}  # numbers of the optimizer for each weight that trains
 # what max_tokens='auto' chooses from: larger microbatches make nothing faster
 BUDGETS = [1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384]
+SAVE_AFTER = 15 * 60  # seconds between two checkpoints with save_every='auto'
 # the part of the free memory that it fills: a CPU's allocator keeps up to a third more than the tensors take
 SAFE = {'cuda': 0.9, 'cpu': 0.7}
 
@@ -24,7 +25,8 @@ def check_room(config, policy, forward, train, total, packed, max_tokens, others
     """Before the first step: refuse a disk that cannot hold what the run will leave, and say on a CPU what memory it takes.
 
     config: the script's options; forward(batch) -> a tensor, the pass of the policy that trains; train: the Examples; total:
-    how many of them; max_tokens: of a microbatch; others: more models in memory, or None. On all ranks together. Raises UserError."""
+    how many of them; max_tokens: of a microbatch; others: more models in memory, or None. On all ranks together. Returns whether
+    the checkpoints of a long run would fit, too. Raises UserError."""
     import torch
 
     import fsdp
@@ -35,28 +37,36 @@ def check_room(config, policy, forward, train, total, packed, max_tokens, others
     left = [p for name, p in policy.named_parameters() if not {'critic', 'value_head'} & set(name.split('.'))]
     model = 4 * sum(p.numel() for p in left)
     checkpoint = trained * (1 + MOMENTS[config['optimizer']])
-    fsdp.on_one_rank(lambda: _check_disk(config, model, checkpoint, total))
+    fits = fsdp.shared(lambda: _check_disk(config, model, checkpoint, total))
     # a GPU says by itself when it is full; a CPU's system kills
     if not torch.cuda.is_available():
         _check_memory(config, policy, forward, train, packed, others, max_tokens)
+    return fits
 
 
 def _check_disk(config, model, checkpoint, total):
-    """Raise UserError where the disk of out_dir has no room for the model, and for the checkpoints that will be kept. In bytes."""
+    """Whether the disk of out_dir has room for the model and for the checkpoints that may be kept, in bytes.
+
+    Raises UserError where they will surely not fit: with save_every='auto' a short run has no checkpoints."""
     out_dir, every = config['out_dir'], config['save_every']
     # one more than are kept, since an old one goes when the new one is complete; none at the very end
     count = 0
     if every:
-        count = min(config['keep_last'] + 1, (total - 1) // every)
+        count = min(config['keep_last'] + 1, total if every == 'auto' else (total - 1) // every)
     there = len([f for f in Path(out_dir).glob('checkpoints/*') if f.name.isdigit()])
     more = max(0, count - there)
     free = shutil.disk_usage(out_dir).free
-    if model + more * checkpoint > free:
-        what = f'the model takes {_size(model)}'
-        if more:
-            what += f', and {more} checkpoints take {_size(checkpoint)} each'
-        where = f'{out_dir} lies on a disk with {_size(free)} free'
-        raise UserError(f'{where}: {what}; make room, or choose another --out_dir')
+    if model + more * checkpoint <= free:
+        return True
+
+    what = f'the model takes {_size(model)}'
+    if more:
+        what += f', and {more} checkpoints take {_size(checkpoint)} each'
+    text = f'{out_dir} lies on a disk with {_size(free)} free: {what}'
+    if every != 'auto' or model > free:
+        raise UserError(f'{text}; make room, or choose another --out_dir')
+    say(f'warning: {text}: however long this run is, it writes no checkpoint')
+    return False
 
 
 def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='none', frozen=0, device=None):

@@ -6,7 +6,7 @@ import re
 
 # for whichever of these options a script has: [low, high]
 RANGES = {
-    (0, math.inf): 'skip_bad_steps lr warmup_steps weight_decay n_eval_examples temperature retries center_coef kl_coef '
+    (0, math.inf): 'skip_bad_steps lr warmup_steps weight_decay n_eval_examples save_every temperature retries center_coef kl_coef '
                    'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam',
     (0, 2**32 - 1): 'seed',  # multiples of it seed generators that take 64 bits
     (0, 1): 'noise_rate data_fraction frac_good frac_bad smooth',
@@ -16,7 +16,7 @@ RANGES = {
     (1e-9, math.inf): 'max_grad_norm beta_prime lora_alpha clip value_clip beta tau mu importance_max peak_tflops',
     (1e-3, 1e6): 'timeout',
     (1, 1000): 'concurrency threads width',
-    (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every save_every keep_last log_every max_length '
+    (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every keep_last log_every max_length '
                    'max_prompt_length max_new_tokens num_turns n_eval_model_samples n_steps prompt_tokens '
                    'answer_tokens vocabulary n lora_rank tp minibatch_size ppo_epochs group_size sample_batch',
 }  # fmt: skip
@@ -44,7 +44,7 @@ def problem(name, value):
             return f'must be a finite number, not {value}'
     if isinstance(value, int) and abs(value) >= 2**63:
         return 'is an integer that no machine counts to'
-    if name == 'max_tokens' and isinstance(value, str) and value != 'auto':
+    if name in ('max_tokens', 'save_every') and isinstance(value, str) and value != 'auto':
         return f'must be a number or auto, not {value!r}'
     if isinstance(value, str) and (wrong := text_problem(value)):
         return wrong

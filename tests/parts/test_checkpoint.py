@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there; what happens to them later, and a full disk, is seen and costs nothing that existed."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +287,48 @@ def test_what_was_trained_outlives_a_full_disk(tmp_path):
     metrics = read_jsonl(tmp_path / 'kept/metrics.jsonl')
     assert metrics[-1]['counters/examples'] == 60 and (tmp_path / 'kept/model/model.safetensors').exists()
     assert not (tmp_path / 'kept/model.tmp').exists()
+
+
+@pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py', 'ppo.py'])
+def test_auto_saves_by_the_speed_of_the_first_steps(tmp_path, monkeypatch, whole, script):
+    """Every 0 seconds are every step, from the fourth on; a run of less than 15 minutes saves nothing."""
+    more = PPO if script == 'ppo.py' else []
+    without = ('--n_examples', '--save_every') + (('--max_length',) if more else ())
+    flags = [flag for flag in [*FLAGS, *more] if not flag.startswith(without)]
+    monkeypatch.setattr(room, 'SAVE_AFTER', 0)
+    run_script(script, *flags, '--n_examples=96', f'--out_dir={tmp_path / "auto"}')
+    assert names(tmp_path / 'auto') == ['0000000060', '0000000072', '0000000084']
+    monkeypatch.undo()
+    if script == 'dpo.py':
+        run_script(script, *flags, '--n_examples=96', f'--out_dir={tmp_path / "none"}')
+        assert not (tmp_path / 'none/checkpoints').exists() and metrics(tmp_path / 'none') == metrics(tmp_path / 'auto')
+
+
+@pytest.mark.parametrize(('every', 'free', 'fits'), [('auto', 80, True), ('auto', 40, False), ('auto', 9, None), (12, 40, None), (0, 10, True)])
+def test_room_on_the_disk(tmp_path, monkeypatch, capsys, every, free, fits):
+    """A model of 10 bytes, and up to three checkpoints of 20."""
+    monkeypatch.setattr(room.shutil, 'disk_usage', lambda folder: types.SimpleNamespace(free=free))
+    config = {'out_dir': str(tmp_path), 'save_every': every, 'keep_last': 2}
+    with contextlib.nullcontext() if fits is not None else pytest.raises(UserError, match='free: the model takes.*make room'):
+        assert room._check_disk(config, 10, 20, 60) == fits
+    assert ('it writes no checkpoint' in capsys.readouterr().out) == (fits is False)
+
+
+def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path, monkeypatch, whole, capsys):
+    def fails(*arguments):
+        guard._code = guard.INTERRUPTED  # somebody gives it up
+        raise UserError('cannot write it')
+
+    monkeypatch.setattr(guard, 'PAUSE', 1)
+    monkeypatch.setattr(export, 'write_model', fails)
+    flags = ['--save_every=0' if flag.startswith('--save_every') else flag for flag in FLAGS]
+    with pytest.raises(UserError, match='cannot write it'):
+        run_script('dpo.py', *flags, f'--out_dir={tmp_path / "run"}')
+    assert names(tmp_path / 'run') == ['0000000060'] and 'the same command writes the model' in capsys.readouterr().out
+    monkeypatch.undo()
+    run_script('dpo.py', *flags, f'--out_dir={tmp_path / "run"}')
+    written = [(folder / 'model/model.safetensors').read_bytes() for folder in (tmp_path / 'run', whole)]
+    assert written[0] == written[1] and metrics(tmp_path / 'run') == metrics(whole)
 
 
 def apart(command, **options):
