@@ -34,7 +34,7 @@ from data import move, steps
 from hf import generate
 from hf.load import add_value_head, check_same_tokens, drop_value_head, load_model, load_reward
 from hf.probe import check_positions
-from model import core, set_attention
+from model import core
 from rl import formulas, rollout
 from rl.rewards import load_judge, score_answers
 from runtime import checkpoint, log
@@ -160,16 +160,13 @@ if offline:
     longest = max(longest, train.longest())
 what = 'prompts with their answers'
 is_loaded = ref_model or not run.adapters
-run.choose_attention(longest, what, share_prefix=share_prefix, forward=policy.token_logps, frozen=int(bool(is_loaded)))
+inner_critic = getattr(core(policy), 'critic', None)
+run.choose_attention(longest, what, share_prefix=share_prefix, forward=policy.token_logps, frozen=int(bool(is_loaded)), critic=inner_critic)
 
 # the reference: a model of its own, or the policy itself, which without its adapters is the model as it was
 ref = policy
 if is_loaded:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
-inner_critic = getattr(core(policy), 'critic', None)
-if inner_critic is not None:
-    check_positions(inner_critic, longest, what)
-    set_attention(inner_critic, run.packed, training.attn)
 
 # what scores the answers: a (reward model, tokenizer), or None for the toy world itself
 judge = load_judge(config, tokenizer, device)

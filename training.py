@@ -214,16 +214,20 @@ class Run:
         set_attention(model, self.packed, attn)
         return model
 
-    def choose_attention(self, longest, what='the examples', share_prefix=True, *, forward=None, frozen=0):
+    def choose_attention(self, longest, what='the examples', share_prefix=True, *, forward=None, frozen=0, critic=None):
         """Decide how batches are packed, and how large they are. Raises UserError where the longest sequence does not fit.
 
-        longest: its tokens; forward: the policy's pass that trains; frozen: how many models of its size are still to come."""
+        longest: its tokens; forward: the policy's pass that trains; frozen: how many models of its size are still to come;
+        critic: a model inside the policy."""
+        inside = [self.policy] if critic is None else [self.policy, critic]
+        for model in inside:
+            check_positions(model, longest, what)
         # packed if the architecture gives the same log-probs so
-        check_positions(self.policy, longest, what)
         wanted = pack and attn is None
         packed, padded = pack_probe(self.train, self.device)
         self.packed = can_pack(self.policy, packed, padded, log.say, wanted=wanted)
-        set_attention(self.policy, self.packed, attn)
+        for model in inside:
+            set_attention(model, self.packed, attn)
         self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
         self.forward = forward or self.policy.response_logps
         if max_tokens == 'auto':
