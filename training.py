@@ -34,7 +34,7 @@ import fsdp
 from configurator import UserError
 from data import Step, make_batches, pack_probe, steps
 from hf import export, lora, parallel
-from hf.load import fingerprints, load_tokenizer
+from hf.load import fingerprints, kept_in, load_tokenizer
 from hf.probe import can_pack, check_positions
 from model import set_attention
 from runtime import checkpoint, guard, log, room
@@ -69,6 +69,9 @@ do_first_eval = True  # evaluate before training
 log_every = 1  # print a line after so many examples
 save_every: int | None = None  # write a checkpoint after so many examples
 keep_last = 2  # checkpoints that are kept
+save_dtype: str | None = (
+    None  # of the model that is left: float32, bfloat16, float16; None: that of the model that came in
+)
 resume = True  # continue from the newest checkpoint of out_dir
 wandb: str | None = None  # a Weights & Biases project to log to
 tensorboard = False  # log to tensorboard, too
@@ -197,6 +200,9 @@ class Run:
             log.say(lora.describe(self.policy))
         # the adapters' dropout draws from this generator, and nothing else does
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
+        # what is left has the type of what came in: it is not twice as large
+        if save_dtype is None:
+            self.config['save_dtype'] = fsdp.shared(lambda: kept_in(self.config.model))
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def shard(self, build, **options):
@@ -389,10 +395,13 @@ class Run:
         # a signal that comes now finds everything saved
         self.heed(self.total)
         card = partial(export.write_card, out_dir)
-        guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card)
+        kept = self.config['save_dtype']
+        guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card, kept)
         self.logger.close()
         guard.end()
-        log.say(f'done: {out_dir}/model')
+        lost = 'what it rounds away of the training, --save_dtype=float32 keeps'
+        rounded = '' if kept == 'float32' else f', in {kept}: {lost}'
+        log.say(f'done: {out_dir}/model{rounded}')
 
 
 def gather(parts, batches, total):

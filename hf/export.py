@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 import yaml
 
 from configurator import UserError
@@ -14,13 +15,15 @@ from hf.ties import tie_as, ties
 from runtime import checkpoint
 from runtime.files import make_room, move_folder, say, writing
 
+SHARD = '5GB'  # the size of a file of weights, of which a larger model has several
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 
 
-def write_model(model, tokenizer, build, folder, card=None):
-    """Write a normal Hugging Face folder: safetensors, config, tokenizer, and what card(folder) adds. build as in shard.
+def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
+    """Write a normal Hugging Face folder: safetensors of this dtype, config, tokenizer, and what card(folder) adds.
 
-    A model with adapters: they alone to the folder `adapter` beside it, and then the model with them merged into its weights."""
+    build as in shard. A model with adapters: they alone, in float32, to the folder `adapter` beside it, and then the model with
+    them merged into its weights."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     checkpoint.wait()
@@ -32,20 +35,21 @@ def write_model(model, tokenizer, build, folder, card=None):
     unique = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     folder = Path(folder)
     temporary, adapter = Path(f'{folder}.tmp'), folder.with_name('adapter')
-    half_adapter = adapter.with_suffix('.tmp')
+    half_adapter, kept_in = adapter.with_suffix('.tmp'), getattr(torch, dtype)
 
     def write():
         make_room(temporary)
         if adapted:
             merged = lora.merge(build(empty=False), weights, half_adapter)
             move_folder(half_adapter, adapter)
-            merged.save_pretrained(temporary)
+            merged.to(kept_in).save_pretrained(temporary, max_shard_size=SHARD)
         else:
             # saving through the sharded model would write its changed class name
-            shell = build(empty=True)
+            shell = build(empty=True).to(kept_in)
             tie_as(shell, tied)
             shell.all_tied_weights_keys = {}
-            shell.save_pretrained(temporary, state_dict={k: v for k, v in weights.items() if k in unique})
+            rounded = {k: v.to(kept_in) if v.is_floating_point() else v for k, v in weights.items() if k in unique}
+            shell.save_pretrained(temporary, state_dict=rounded, max_shard_size=SHARD)
         tokenizer.save_pretrained(temporary)
 
         # the card comes in the same rename: a run that is killed leaves both or neither
@@ -102,6 +106,8 @@ def _text(out_dir):
         f'```sh\npython {" ".join(record["command"])}\n```\n',
         f'Commit {record["commit"] or "unknown"}; {versions}.\n',
     ]
+    if options.get('save_dtype'):
+        parts.append(f'The weights were trained in float32 and are kept in {options["save_dtype"]}.\n')
 
     # what came of it
     evaluations = [row for row in rows if row['split'] == 'eval']

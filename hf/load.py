@@ -5,13 +5,16 @@ Which folders are refused, and why, is in check.py; whether a loaded model suits
 import contextlib
 import copy
 import hashlib
+import json
 import os
 import re
 import threading
+from collections import Counter
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from configurator import UserError, main_rank
 from hf import adapter, check, lora
@@ -333,6 +336,21 @@ def content(folder):
         hashes.append(content(base) or '')
     digest = hashlib.sha256(bytes.fromhex(''.join(hashes)))
     return digest.hexdigest()[:16] if Path(folder).is_dir() else None
+
+
+def kept_in(name):
+    """What most weights of a model's file are, or else what its config says: 'float32', 'bfloat16' or 'float16'."""
+    _, base = _base(name)
+    file, index = (check.file_of(base, f'model.safetensors{end}') for end in ('', '.index.json'))
+    if index and not file:
+        shard = min(json.loads(Path(index).read_text())['weight_map'].values())
+        file = Path(index).with_name(shard)
+    found = str(getattr(_read.get(base), 'dtype', None)).removeprefix('torch.')
+    if file:
+        with safe_open(file, 'pt') as weights:
+            types = Counter(weights.get_slice(key).get_dtype() for key in weights.keys())
+        found = {'BF16': 'bfloat16', 'F16': 'float16'}.get(types.most_common(1)[0][0])
+    return found if found in ('bfloat16', 'float16') else 'float32'
 
 
 def fingerprints(config):

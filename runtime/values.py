@@ -22,7 +22,7 @@ RANGES = {
 }  # fmt: skip
 # or the choices
 CHOICES = {
-    'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
+    'dtype': ('float32', 'bfloat16'), 'save_dtype': (None, 'float32', 'bfloat16', 'float16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
     'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released'), 'gold': (None, 'toy'),
     'shard': ('auto', 'none', 'grads', 'full'),
     'attn': (None, 'sdpa', 'eager', 'flash_attention_2', 'flash_attention_3'), 'split': (None, 'train', 'test'),
