@@ -62,6 +62,7 @@ lora_rank: int | None = None  # train adapters of this rank instead of the model
 lora_alpha = 16.0  # their output is multiplied by alpha / rank
 lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
 lora_targets: str | None = None  # linear layers that get one, such as 'q_proj,v_proj'; None: all in the blocks
+quantize: str | None = None  # 4bit: the weights beside the adapters in 4 bits, by bitsandbytes (QLoRA)
 # evaluation and saving
 eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
 n_eval_examples = 256  # how many held-out examples
@@ -202,7 +203,8 @@ class Run:
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
         # what is left has the type of what came in: it is not twice as large
         if save_dtype is None:
-            self.config['save_dtype'] = fsdp.shared(lambda: kept_in(self.config.model))
+            kept = fsdp.shared(lambda: kept_in(self.config.model))
+            self.config['save_dtype'] = 'bfloat16' if quantize else kept
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def shard(self, build, **options):
@@ -399,8 +401,7 @@ class Run:
         guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card, kept)
         self.logger.close()
         guard.end()
-        lost = 'what it rounds away of the training, --save_dtype=float32 keeps'
-        rounded = '' if kept == 'float32' else f', in {kept}: {lost}'
+        rounded = '' if kept == 'float32' else f', rounded to {kept}; --save_dtype=float32 is as it was trained'
         log.say(f'done: {out_dir}/model{rounded}')
 
 

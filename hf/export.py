@@ -39,17 +39,20 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
 
     def write():
         make_room(temporary)
+        random = torch.Generator().manual_seed(0)
         if adapted:
             merged = lora.merge(build(empty=False), weights, half_adapter)
             move_folder(half_adapter, adapter)
+            for p in merged.parameters():
+                p.data = rounded(p.data, kept_in, random)
             merged.to(kept_in).save_pretrained(temporary, max_shard_size=SHARD)
         else:
             # saving through the sharded model would write its changed class name
             shell = build(empty=True).to(kept_in)
             tie_as(shell, tied)
             shell.all_tied_weights_keys = {}
-            rounded = {k: v.to(kept_in) if v.is_floating_point() else v for k, v in weights.items() if k in unique}
-            shell.save_pretrained(temporary, state_dict=rounded, max_shard_size=SHARD)
+            found = {k: rounded(v, kept_in, random) for k, v in weights.items() if k in unique}
+            shell.save_pretrained(temporary, state_dict=found, max_shard_size=SHARD)
         tokenizer.save_pretrained(temporary)
 
         # the card comes in the same rename: a run that is killed leaves both or neither
@@ -68,6 +71,19 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
             raise
 
     on_one_rank(guarded)
+
+
+def rounded(weights, dtype, random):
+    """Weights in this dtype. float32 is rounded up or down at random, each the likelier the nearer it is.
+
+    On average that keeps what training has moved. The nearest number is mostly the one that a weight began from: then a run with
+    a small learning rate would leave the model that came in. random: a torch.Generator."""
+    dropped = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)  # bits of the mantissa
+    if weights.dtype != torch.float32 or not dropped:
+        return weights.to(dtype) if weights.is_floating_point() else weights
+    bits = weights.contiguous().view(torch.int32)
+    noise = torch.randint(0, 2**dropped, bits.shape, generator=random, dtype=torch.int32)
+    return ((bits + noise) & -(2**dropped)).view(torch.float32).to(dtype)
 
 
 def write_card(out_dir, folder=None):
@@ -107,7 +123,7 @@ def _text(out_dir):
         f'Commit {record["commit"] or "unknown"}; {versions}.\n',
     ]
     if options.get('save_dtype'):
-        parts.append(f'The weights were trained in float32 and are kept in {options["save_dtype"]}.\n')
+        parts.append(f'The weights were trained in float32, and are kept in {options["save_dtype"]}.\n')
 
     # what came of it
     evaluations = [row for row in rows if row['split'] == 'eval']

@@ -17,7 +17,7 @@ import transformers
 from safetensors import safe_open
 
 from configurator import UserError, main_rank
-from hf import adapter, check, lora
+from hf import adapter, check, lora, quantize
 from hf.ties import describe_ties
 from model import core, register_attention
 from runtime.files import file_hash, say
@@ -116,13 +116,16 @@ def _base(name):
 
 def _adapt(model, saved, adapters, empty, seed, **more):
     """The model in eval mode, with its saved adapter merged or going on, or with new ones. adapters: of lora.options, or None."""
-    model = model.eval()
+    model, how = model.eval(), dict(adapters or {})
+    in_4bit = how.pop('quantize', None)
     with _one_sentence(saved and saved.name):
-        if saved and adapters:
-            return lora.go_on(model, saved, dropout=adapters['dropout'], seed=seed, empty=empty)
-        if saved:
-            return adapter.merge(model, saved, empty)
-    return lora.add(model, **adapters, seed=seed, **more) if adapters else model
+        if saved and not adapters:
+            model = adapter.merge(model, saved, empty)
+        elif saved:
+            model = lora.go_on(model, saved, dropout=how['dropout'], seed=seed, empty=empty)
+    if adapters and not saved:
+        model = lora.add(model, **how, seed=seed, **more)
+    return quantize.quantize(model) if in_4bit else model
 
 
 def _make(auto, name, config, empty, seed, trust_remote_code, device_map):

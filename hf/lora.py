@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from configurator import UserError
-from hf import adapter
+from hf import adapter, quantize
 from model import blocks, core
 
 COPY = 'reference'  # PEFT's name for the frozen copy; the adapter that trains is 'default'
@@ -20,6 +20,7 @@ COPY = 'reference'  # PEFT's name for the frozen copy; the adapter that trains i
 
 def options(config):
     """What load_model's adapters= takes, from a script's lora_ options; None where lora_rank is None. Raises UserError."""
+    quantize.check(config)
     if config['lora_rank'] is None:
         config.ignored(['lora_alpha', 'lora_dropout', 'lora_targets'], 'there is no --lora_rank')
         return None
@@ -34,13 +35,14 @@ def options(config):
             raise UserError(f'{has}: {ways}; for a new adapter {saved.way_out}')
         config.ignored(['lora_alpha', 'lora_targets'], f'the adapter {saved.name!r} goes on with its own')
         config['lora_alpha'] = float(saved.options['lora_alpha'])
-    return {name: config[f'lora_{name}'] for name in ('rank', 'alpha', 'dropout', 'targets')}
+    names = ('rank', 'alpha', 'dropout', 'targets')
+    return {name: config[f'lora_{name}'] for name in names} | {'quantize': config['quantize']}
 
 
 def of_reference(config, adapters):
-    """What load_model's adapters= takes for the reference: what the policy has, where that goes on from a saved adapter."""
-    goes_on = config['ref_model'] is None and adapter.find(config['model'])
-    return adapters if goes_on else None
+    """What load_model's adapters= takes for the reference: what the policy has, where that is not the model as it is."""
+    differs = config['quantize'] or adapter.find(config['model'])
+    return adapters if differs and config['ref_model'] is None else None
 
 
 def add(model, *, rank, alpha, dropout, targets, seed, fully_trained=()):
@@ -138,16 +140,18 @@ def merge(model, weights, folder):
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
     model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=['default'])
-    return model.merge_and_unload()
+    return quantize.dequantize(model).merge_and_unload()
 
 
 def describe(model):
     """One line for the screen: how many weights train, in which layers."""
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     every = sum(p.numel() for name, p in model.named_parameters() if f'.{COPY}.' not in name)
+    packed = quantize.packed_weights(model)
     layers = sorted({n.rpartition('.')[2] for n, m in core(model).named_modules() if hasattr(m, 'lora_A')})
     # what trains without adapters, such as a reward model's head
     others = [name.removeprefix('base_model.model.') for name in trained if '.lora_' not in name]
     fully_trained = sorted({name.partition('.')[0] for name in others})
     also = f', and {" ".join(fully_trained)} whole' if fully_trained else ''
-    return f'LoRA: {sum(trained.values()):,} of {every:,} weights train, on {" ".join(layers)}{also}'
+    in_4bit = f'; {packed:,} that do not are in 4 bits' if packed else ''
+    return f'LoRA: {sum(trained.values()):,} of {every + packed:,} weights train, on {" ".join(layers)}{also}{in_4bit}'

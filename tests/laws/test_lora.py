@@ -289,11 +289,19 @@ def test_head_beside_the_adapters(tmp_path, device):
     (['--lora_rank=2', '--lora_targets= '], "cannot put adapters on ' '"),
     (['--lora_alpha=2'], '--lora_alpha has no effect: there is no --lora_rank'),
     (['--lora_rank=0'], 'lora_rank must lie between 1'),
+    (['--quantize=4bit'], 'weights of 4 bits do not train; add --lora_rank'),
+    (['--quantize=4bit', '--lora_rank=2', '--device_map=balanced'], 'quantize and device_map do not go together'),
     (['--lora_rank=2', '--lora_dropout=1'], 'lora_dropout must lie between 0 and 0.9'),
 ])  # fmt: skip
 def test_sentences(tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', *flags)
+
+
+def test_without_bitsandbytes(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'bitsandbytes', None)
+    with pytest.raises(UserError, match='needs bitsandbytes .*: pip install bitsandbytes, or leave it out'):
+        run_script('dpo.py', *COMMON, '--lora_rank=2', '--quantize=4bit', f'--out_dir={tmp_path}/run')
 
 
 def test_without_peft(monkeypatch):
