@@ -56,20 +56,24 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
         return _varlen_attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
-    # (q, k, v) of each prompt and each answer in row order. split, not slices: its backward is one cat
-    sizes = [size for prompt, answers in packed.groups for size in (prompt, *answers)]
+    # (q, k, v) of each small block, and of each prompt and each answer of the others. split, not slices: its backward is one cat
+    sizes = [size for block in packed.blocks for size in block.sizes]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     out = []  # (1, H, n, D) each
-    for _, answers in packed.groups:
+    for block in packed.blocks:
         prompt_q, prompt_k, prompt_v = next(pieces)
-        for i in range(len(answers)):
+        if block.is_one_piece:
+            mask = block.mask(sliding_window, query.device)
+            out.append(_attend(prompt_q, prompt_k, prompt_v, mask, scaling, softcap))
+        for number in range(1, len(block.sizes)):
             q, k, v = next(pieces)
             # the prompt's keys and values come before each answer's, its own queries go with the first answer
             k = torch.cat((prompt_k, k), 2)
             v = torch.cat((prompt_v, v), 2)
-            if i == 0:
+            if number == 1:
                 q = torch.cat((prompt_q, q), 2)
-            out.append(_attend(q, k, v, scaling, sliding_window, softcap))
+            mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
+            out.append(_attend(q, k, v, mask, scaling, softcap))
     return torch.cat(out, 2).transpose(1, 2), None
 
 
@@ -91,16 +95,17 @@ def _varlen_attention(query, key, value, scaling, sliding_window, layout):
     return varlen_attn(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, **options)
 
 
-def _attend(q, k, v, scaling, window, softcap):
-    """Causal attention of the last n positions of a sequence over all m of it: q (1, H, n, D), k and v (1, H_kv, m, D)."""
-    n, m = q.shape[2], k.shape[2]
+def _causal(n, m, window, device):
+    """Which of m keys the last n positions see: (n, m); None for what sdpa's is_causal does, which counts from the first on."""
     before = m - n  # positions without a query
-    # a mask (n, m), only where sdpa's is_causal, which counts from the first position on, does not do
-    mask = None
-    if before or softcap or (window and window < m):
-        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(before)
-        if window:
-            mask = mask.triu(before - window + 1)
+    if not before and not (window and window < m):
+        return None
+    mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(before)
+    return mask.triu(before - window + 1) if window else mask
+
+
+def _attend(q, k, v, mask, scaling, softcap):
+    """Attention of q (1, H, n, D) over k and v (1, H_kv, m, D), where mask (n, m) says; None: causal."""
     repeat = q.shape[1] // k.shape[1]  # queries' heads that share one of the keys'
     if not softcap:
         options = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
@@ -111,6 +116,8 @@ def _attend(q, k, v, scaling, window, softcap):
     k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
     scores = q @ k.mT * scale
     capped = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
     weights = capped.masked_fill(~mask, float('-inf')).float().softmax(-1)
     return weights.to(v.dtype) @ v
 

@@ -293,7 +293,7 @@ def test_what_cannot_be_packed_can_be_padded(name):
 
 
 def sees_everything(module, query, *args, packed, **rest):
-    whole = types.SimpleNamespace(groups=[(1, (query.shape[2] - 1,))])
+    whole = types.SimpleNamespace(blocks=data.make_blocks([(1, (query.shape[2] - 1,))]))
     return model.packed_attention(module, query, *args, packed=whole, **rest)
 
 
@@ -765,7 +765,7 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
 @pytest.mark.parametrize('window', [None, 1, 4, 100])
 @pytest.mark.parametrize(('heads', 'old'), [(2, False), (2, True), (4, False)])
 def test_the_kernel_gets_what_the_loop_computes(heads, old, window, shape, monkeypatch):
-    """Of 4 heads of queries two share a key's, or none. An old kernel does not know of sharing."""
+    """And what it computes with every group in a block of its own. Of 4 heads of queries two share a key's, or none."""
     calls = []
 
     def called(*args, enable_gqa=False, **kwargs):
@@ -785,6 +785,10 @@ def test_the_kernel_gets_what_the_loop_computes(heads, old, window, shape, monke
     options = {'scaling': 0.3, 'sliding_window': window, 'packed': batch}
     loop, _ = model.packed_attention(None, q, k, v, None, **options)
     assert loop.shape == (1, batch.ids.numel(), 4, 8) and not calls
+    # each answer by itself, as in large groups
+    monkeypatch.setattr(data, 'SMALL', 0)
+    alone, _ = model.packed_attention(None, q, k, v, None, **options | {'packed': pack(shape)})
+    assert_close(alone, loop, 1e-6)
     batch.varlen = data.Varlen(batch.groups)
     out, weights = model.packed_attention(None, *(x.as_subclass(OnCuda) for x in (q, k, v)), None, **options)
     assert calls == [heads == 2 and not old] and weights is None
