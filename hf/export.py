@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
 
 from configurator import UserError
@@ -14,9 +15,32 @@ from hf import lora
 from hf.ties import tie_as, ties
 from runtime import checkpoint
 from runtime.files import make_room, move_folder, say, writing
+from text.ids import first_of
 
 SHARD = '5GB'  # the size of a file of weights, of which a larger model has several
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
+# for the card of a reward model: what training saw (text/chat.py, text/ids.py), whose prompts begin with BOS or not
+SCORE = """The score of an answer, by transformers alone, exactly as in training. A chat template may write a line break behind the end of an
+answer; with it the score would be another one. `python -m feedback.score` of nanopref scores whole files so.
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained('.')  # this folder
+model = AutoModelForSequenceClassification.from_pretrained('.', dtype=torch.float32)
+first, end = {first}, [tokenizer.eos_token_id]
+
+def score(prompt, answer):  # the prompt as in training, a text or a list of messages; the answer, a text
+    if not isinstance(prompt, str):
+        whole = tokenizer.apply_chat_template([*prompt, {'role': 'assistant', 'content': answer}], tokenize=False)
+        prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        answer = whole.removeprefix(prompt).rstrip('\\n')
+    prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, answer))
+    ids = first * (prompt[:1] != first) + (prompt or end * (not first)) + answer + end * (answer[-1:] != end)
+    return model(torch.tensor([ids])).logits[0, 0].item()
+```
+"""
 
 
 def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
@@ -88,17 +112,18 @@ def rounded(weights, dtype, random):
 
 def write_card(out_dir, folder=None):
     """Write README.md of a model folder (None: out_dir/model). Where what it needs is damaged, a note: the model matters more."""
+    folder = Path(folder or Path(out_dir) / 'model')
     try:
-        text = _text(Path(out_dir))
+        text = _text(Path(out_dir), folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         say(f'note: no model card, for {out_dir} has not what it takes: {type(error).__name__}: {error}')
         return
-    file = Path(folder or Path(out_dir) / 'model') / 'README.md'
+    file = folder / 'README.md'
     with writing(file):
         file.write_text(text)
 
 
-def _text(out_dir):
+def _text(out_dir, folder):
     """Base model, data, command, commit, options, the last evaluation. No path of this machine."""
     record = json.loads((out_dir / 'config.json').read_text())
     rows = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
@@ -124,6 +149,12 @@ def _text(out_dir):
     ]
     if options.get('save_dtype'):
         parts.append(f'The weights were trained in float32, and are kept in {options["save_dtype"]}.\n')
+
+    # how a reward model is used
+    kind, *_ = json.loads((folder / 'config.json').read_text()).get('architectures', [''])
+    if kind.endswith('SequenceClassification'):
+        first = first_of(transformers.AutoTokenizer.from_pretrained(folder))
+        parts.append(SCORE.replace('{first}', '[]' if first is None else f'[{first}]'))
 
     # what came of it
     evaluations = [row for row in rows if row['split'] == 'eval']
