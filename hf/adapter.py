@@ -2,7 +2,6 @@
 
 lora.py trains adapters, and goes on with a saved one. All raise UserError."""
 
-import functools
 import os
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from configurator import UserError
 from hf import check
 from hf.ties import describe_ties, separate
-from runtime.files import say
+from runtime.files import say_once
 
 WEIGHTS = 'adapter_model.safetensors'
 # options of adapter_config.json that PEFT heeds when it loads one, or that change nothing; any other must be off
@@ -21,7 +20,6 @@ TAKEN = set('alpha_pattern auto_mapping base_model_name_or_path exclude_modules 
             'layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save peft_type peft_version qalora_group_size r '
             'rank_pattern target_modules task_type use_rslora'.split())  # fmt: skip
 OFF = (None, False, 'none', [], {})
-say_once = functools.cache(say)
 
 
 class Saved(NamedTuple):

@@ -20,7 +20,7 @@ from configurator import UserError, main_rank
 from hf import adapter, check, lora, quantize
 from hf.ties import describe_ties
 from model import core, register_attention
-from runtime.files import file_hash, say
+from runtime.files import file_hash, say_once
 from runtime.values import MODELS, NO_MODEL
 from text import toy
 
@@ -51,7 +51,7 @@ def load_model(
         if empty and base != 'toy':
             model.generation_config = _generation_config(base, model.generation_config)
         if not empty and describe_ties(model):
-            _note(f'note: the config of {base!r} says that its head is its embedding, but its file has a head of its own: '
+            say_once(f'note: the config of {base!r} says that its head is its embedding, but its file has a head of its own: '
                   'that is used, and the exported config says so')  # fmt: skip
     model = _adapt(model, saved, adapters, empty, seed)
     if grow:
@@ -101,9 +101,9 @@ def load_reward(
     if not has_head and not empty:
         gone = ', '.join(sorted(head)) or 'its own'
         scalar = f'a new scalar head, drawn from seed {seed}, replaces {gone}'
-        _note(f'a reward model from the language model {name!r}: {scalar}')
+        say_once(f'a reward model from the language model {name!r}: {scalar}')
     if rows > old and not empty:
-        _note(f'the embedding of {name!r} has one row more, for the pad token {tokenizer.pad_token}')
+        say_once(f'the embedding of {name!r} has one row more, for the pad token {tokenizer.pad_token}')
     check.check_placed(name, device_map, model)
     return _adapt(model, saved, adapters, empty, seed, fully_trained=['score'])
 
@@ -149,7 +149,8 @@ def _check_weights(name, missing, unused):
         raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
     if unused:
         some = ', '.join(sorted(unused)[:3])
-        _note(f'note: {len(unused)} weights in {name!r} are not used, since its config has no place for them: {some}')
+        lost = f'{len(unused)} weights in {name!r} are not used'
+        say_once(f'note: {lost}, since its config has no place for them: {some}')
 
 
 @contextlib.contextmanager
@@ -161,15 +162,6 @@ def _one_sentence(name):
         raise
     except Exception as error:
         raise UserError(f'cannot load the model {name!r}: {check.first_line(error)}') from None
-
-
-_noted = set()  # what was said before: policy, reference and export load the same model
-
-
-def _note(text):
-    if text not in _noted:
-        _noted.add(text)
-        say(text)
 
 
 # configs by name: the export at the end of a run needs them, and the folder may be gone by then
@@ -306,7 +298,7 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
         if other == model:
             return
         if Path(other).is_dir() and not _has_tokenizer(other) and not adapter.find(other):
-            return _note(f'note: {what} comes without a tokenizer: it must read the tokens of {model}')
+            return say_once(f'note: {what} comes without a tokenizer: it must read the tokens of {model}')
         other = load_tokenizer(other, trust_remote_code)
     known = other.get_vocab()
     wrong = {i: token for token, i in tokenizer.get_vocab().items() if known.get(token) != i}
@@ -331,14 +323,13 @@ def content(folder):
     """Hash a folder's weights and config, so that what two models gave never mixes. None for a hub id, or 'toy'.
 
     An adapter is that and its model."""
+    if not os.path.isdir(folder):
+        return None
     saved, base = _base(folder)
-    configs = [*Path(folder).glob('config.json'), *Path(folder).glob('adapter_config.json')]
-    files = sorted([*Path(folder).glob('*.safetensors'), *configs])
-    hashes = [file_hash(file) for file in files]
-    if saved:
-        hashes.append(content(base) or '')
-    digest = hashlib.sha256(bytes.fromhex(''.join(hashes)))
-    return digest.hexdigest()[:16] if Path(folder).is_dir() else None
+    patterns = ('*.safetensors', 'config.json', 'adapter_config.json')
+    files = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
+    hashes = ''.join(file_hash(file) for file in files) + (saved and content(base) or '')
+    return hashlib.sha256(bytes.fromhex(hashes)).hexdigest()[:16]
 
 
 def kept_in(name):

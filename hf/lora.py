@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from configurator import UserError
 from hf import adapter, quantize
 from model import blocks, core
+from runtime.files import say_once
 
 COPY = 'reference'  # PEFT's name for the frozen copy; the adapter that trains is 'default'
 
@@ -94,7 +95,7 @@ def go_on(model, saved, *, dropout, seed, empty=False):
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and f'.{COPY}.' not in name)
     reference = '' if scores else ', and the reference is what it is now'
-    adapter.say_once(f'adapter: {saved.name}, rank {saved.rank}, goes on in its model {saved.base}{reference}')
+    say_once(f'adapter: {saved.name}, rank {saved.rank}, goes on in its model {saved.base}{reference}')
     return model
 
 
