@@ -17,7 +17,7 @@ import traceback
 import types
 from typing import NamedTuple
 
-from runtime.values import ELSEWHERE, GONE, conflict, misplaced, problem, settle
+from runtime.values import ELSEWHERE, GONE, conflict, looked_in, misplaced, problem, settle
 
 _run_early = {}  # config file -> what it assigns, from the check before the imports
 
@@ -200,7 +200,10 @@ def _read_file(path):
             source = file.read()
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', 'not a text file')
-        raise UserError(f'cannot read the config file {path}: {reason}') from None
+        # one of the project's own, from another folder
+        ours = os.path.join(os.path.dirname(os.path.realpath(__file__)), path)
+        hint = f'; there is {ours}' if os.path.exists(ours) and not os.path.exists(path) else ''
+        raise UserError(f'cannot read the config file {path}{looked_in(path)}: {reason}{hint}') from None
 
     # a config file is python: its public names are the options; whatever it can raise is the user's to mend
     names = {}

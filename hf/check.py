@@ -11,6 +11,7 @@ import torch
 
 from configurator import UserError
 from runtime import hub
+from runtime.values import looked_in
 
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
@@ -44,7 +45,7 @@ def check_there(name):
     """Refuse a name that is no folder here and cannot be a hub id, and a hub id that is neither at hand nor to be had."""
     if os.path.exists(name):
         return
-    here = f'in {os.getcwd()}' if not name.startswith('/') else 'on this machine'
+    here = looked_in(name).strip() or 'on this machine'
     if name.count('/') != 1 or name.startswith(('.', '/', '~')):
         raise UserError(f'there is no model folder {name!r} {here}: train it first, or name another one')
     if not hub.reachable() and _hub_file(name, 'config.json') is None:

@@ -52,7 +52,7 @@ def add(model, *, rank, alpha, dropout, targets, seed, fully_trained=()):
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, **more)
     # PEFT calls what transformers has renamed, and warns of it
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.filterwarnings('ignore', '.*gradient_checkpointing. is deprecated')
         torch.manual_seed(seed)
         model = peft.get_peft_model(model, settings).eval()
     # the model stays in eval mode: dropout is on where a graph is recorded

@@ -24,6 +24,7 @@ from textwrap import shorten
 
 from configurator import UserError
 from runtime.log import say
+from runtime.values import looked_in
 from text import files
 from text.files import ENDINGS, HELP, Row, content_hash, data_files, hub_splits, read_rows
 from text.formats import (
@@ -158,8 +159,8 @@ def locate(source):
     if source.endswith(ENDINGS) or source.count('/') != 1 or source.startswith(('~', '.', '/')) or '*' in source:
         known = ', '.join(sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_')))
         raise UserError(
-            f'data {source!r} is no file or folder here and no hub id (owner/name): correct it ({HELP}), or name one of '
-            f'the known datasets: {known}'
+            f'data {source!r} is no file or folder{looked_in(source) or " here"} and no hub id (owner/name): correct it ({HELP}), or '
+            f'name one of the known datasets: {known}'
         )
     return None, None, source
 

@@ -12,6 +12,7 @@ import pytest
 import transformers
 from helpers import ROOT, metrics, read_jsonl, write_jsonl
 
+from configurator import UserError
 from hf import generate, load
 from text import toy
 
@@ -477,3 +478,22 @@ def test_two_processes_agree_and_do_not_hang(world, tmp_path):
     assert done.returncode != 0 and len(re.findall('^error: .*', done.stderr, re.M)) == 1
     assert re.search(f'^error: {cases[-1][1]}', done.stderr, re.M) and re.search(r'exitcode\s*: 2\b', done.stderr)
     assert 'driver.py", line' not in done.stderr  # no traceback of ours
+
+
+# fmt: off
+@pytest.mark.parametrize('words, says', [
+    ('dpo.py config/dpo_toy.py', r'the config file config/dpo_toy.py in {here}: No such file or directory; there is {root}/config/dpo_toy.py'),
+    ('dpo.py {root}/config/dpo_toy.py', "no model folder 'out/sft_toy/model' in {here}: train it first"),
+    ('sample.py --data=prompts.txt', 'cannot read prompts.txt in {here}: No such'),
+    ('label.py --gold=toy --answers=out/a.jsonl', 'no file or folder out/a.jsonl in {here}'),
+    ('dpo.py --data=pairs.jsonl', "'pairs.jsonl' is no file or folder in {here} and no hub id"),
+    ('tools/plot.py out/a', 'no folder out/a in {here}'),
+])
+# fmt: on
+def test_another_working_directory(words, says, tmp_path, monkeypatch):
+    """A relative path, such as those in config files, is looked for where the user is; the sentence that misses it says where."""
+    monkeypatch.chdir(tmp_path)
+    places = {'here': tmp_path, 'root': helpers.ROOT}
+    script, *flags = words.format(**places).split()
+    with pytest.raises(UserError, match=re.escape(says.format(**places))):
+        helpers.run_script(script, *flags)
