@@ -26,6 +26,7 @@ from configurator import UserError
 from runtime.log import say
 from runtime.values import looked_in
 from text import files
+from text.examples import in_words
 from text.files import ENDINGS, HELP, Row, content_hash, data_files, hub_splits, read_rows
 from text.formats import (
     COLUMNS,
@@ -183,8 +184,7 @@ def fingerprint(source, split):
 
 def vanished(source, split, left_out):
     """The error for a source of which no example is left."""
-    reasons = dict(+left_out) or 'nothing'
-    return UserError(f'no {split} examples are left in data {source!r}; left out: {reasons} ({HELP})')
+    return UserError(f'no {split} examples are left in data {source!r}; left out: {in_words(left_out)[0]} ({HELP})')
 
 
 @cache
