@@ -90,6 +90,8 @@ BOTH = [
     # the command line and config files
     (['--lerning_rate=1e-3'], 'lerning_rate'),
     (['--bach_size=4'], 'did you mean batch_size'),
+    (['--lerning_rate=4'], 'here it is lr$'),
+    (['{world}/misspel.py'], r'misspel\.py: No such file or directory; there is .*/misspelt\.py'),
     (['{world}/misspelt.py'], r'misspelt\.py, line [12]: unknown option'),
     (['{world}/wrong_type.py'], r"wrong_type\.py, line 1: lr must be float, not '1e-3'"),
     (['{world}/broken.py'], r'broken\.py, line 1: SyntaxError'),
