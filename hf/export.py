@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 import transformers
 import yaml
 
@@ -16,6 +17,7 @@ from runtime import checkpoint
 from runtime.files import make_room, move_folder, say, writing
 from text.ids import first_of
 
+SHARD = '5GB'  # the size of a file of weights, of which a larger model has several
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 # for the card of a reward model: what training saw (text/chat.py, text/ids.py), whose prompts begin with BOS or not
 SCORE = """The score of an answer, by transformers alone, exactly as in training. A chat template may write a line break behind the end of an
@@ -41,10 +43,11 @@ def score(prompt, answer):  # the prompt as in training, a text or a list of mes
 """
 
 
-def write_model(model, tokenizer, build, folder, card=None):
-    """Write a normal Hugging Face folder: safetensors, config, tokenizer, and what card(folder) adds. build as in shard.
+def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
+    """Write a normal Hugging Face folder: safetensors of this dtype, config, tokenizer, and what card(folder) adds.
 
-    A model with adapters: they alone to the folder `adapter` beside it, and then the model with them merged into its weights."""
+    build as in shard. A model with adapters: they alone, in float32, to the folder `adapter` beside it, and then the model with
+    them merged into its weights."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     checkpoint.wait()
@@ -56,20 +59,24 @@ def write_model(model, tokenizer, build, folder, card=None):
     unique = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     folder = Path(folder)
     temporary, adapter = Path(f'{folder}.tmp'), folder.with_name('adapter')
-    half_adapter = adapter.with_suffix('.tmp')
+    half_adapter, kept_in = adapter.with_suffix('.tmp'), getattr(torch, dtype)
 
     def write():
         make_room(temporary)
+        random = torch.Generator().manual_seed(0)
         if adapted:
             merged = lora.merge(build(empty=False), weights, half_adapter)
             move_folder(half_adapter, adapter)
-            merged.save_pretrained(temporary)
+            for p in merged.parameters():
+                p.data = rounded(p.data, kept_in, random)
+            merged.to(kept_in).save_pretrained(temporary, max_shard_size=SHARD)
         else:
             # saving through the sharded model would write its changed class name
-            shell = build(empty=True)
+            shell = build(empty=True).to(kept_in)
             tie_as(shell, tied)
             shell.all_tied_weights_keys = {}
-            shell.save_pretrained(temporary, state_dict={k: v for k, v in weights.items() if k in unique})
+            found = {k: rounded(v, kept_in, random) for k, v in weights.items() if k in unique}
+            shell.save_pretrained(temporary, state_dict=found, max_shard_size=SHARD)
         tokenizer.save_pretrained(temporary)
 
         # the card comes in the same rename: a run that is killed leaves both or neither
@@ -88,6 +95,19 @@ def write_model(model, tokenizer, build, folder, card=None):
             raise
 
     on_one_rank(guarded)
+
+
+def rounded(weights, dtype, random):
+    """Weights in this dtype. float32 is rounded up or down at random, each the likelier the nearer it is.
+
+    On average that keeps what training has moved. The nearest number is mostly the one that a weight began from: then a run with
+    a small learning rate would leave the model that came in. random: a torch.Generator."""
+    dropped = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)  # bits of the mantissa
+    if weights.dtype != torch.float32 or not dropped:
+        return weights.to(dtype) if weights.is_floating_point() else weights
+    bits = weights.contiguous().view(torch.int32)
+    noise = torch.randint(0, 2**dropped, bits.shape, generator=random, dtype=torch.int32)
+    return ((bits + noise) & -(2**dropped)).view(torch.float32).to(dtype)
 
 
 def write_card(out_dir, folder=None):
@@ -127,6 +147,8 @@ def _text(out_dir, folder):
         f'```sh\npython {" ".join(record["command"])}\n```\n',
         f'Commit {record["commit"] or "unknown"}; {versions}.\n',
     ]
+    if options.get('save_dtype'):
+        parts.append(f'The weights were trained in float32, and are kept in {options["save_dtype"]}.\n')
 
     # how a reward model is used
     kind, *_ = json.loads((folder / 'config.json').read_text()).get('architectures', [''])
