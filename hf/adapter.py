@@ -109,7 +109,7 @@ def wrap(model, options, seed, copy=None):
     """A PeftModel in eval mode, its adapter drawn from seed. options: PEFT's; copy: the name of a second adapter of the kind."""
     # PEFT calls what transformers has renamed, and warns of it
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.filterwarnings('ignore', '.*gradient_checkpointing. is deprecated')
         torch.manual_seed(seed)
         model = peft().get_peft_model(model, options)
         if copy:

@@ -11,6 +11,7 @@ import torch
 
 from configurator import UserError
 from runtime import hub
+from runtime.values import looked_in
 
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
@@ -59,7 +60,7 @@ def check_there(name):
     """Refuse a name that is no folder here and cannot be a hub id, and a hub id that is neither at hand nor to be had."""
     if os.path.exists(name):
         return
-    here = f'in {os.getcwd()}' if not name.startswith('/') else 'on this machine'
+    here = looked_in(name).strip() or 'on this machine'
     if not _may_be_hub_id(name):
         raise UserError(f'there is no model folder {name!r} {here}: train it first, or name another one')
     if not hub.reachable() and _hub_file(name, 'config.json') is None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import logging
 import os
 import re
 import threading
@@ -24,7 +25,25 @@ from runtime.files import file_hash, say_once
 from runtime.values import MODELS, NO_MODEL
 from text import toy
 
-transformers.utils.logging.set_verbosity_error()
+# parts of what transformers warns of and no user need know, and why; all else that it warns of is shown, by the main rank
+HARMLESS = {
+    'LOAD REPORT': 'which weights are missing or not used is refused, or said, by _check_weights',
+    'The tied weights mapping and config for this model': 'a head of its own beside the embedding is said by load_model',
+    'does not support setting its attention implementation dynamically': 'batches that cannot be packed are said by can_pack',
+    'without finding the associated sub-model': 'the same: can_pack compares what comes out',
+    'generation flags are not valid and may be ignored': 'answers are sampled as the options of the scripts say',
+    'sequence length is longer than the specified maximum': 'texts are cut to max_length, and check_positions refuses longer ones',
+}
+
+
+def concerns_user(record):
+    """Whether a message of transformers, a LogRecord, is to be shown."""
+    return main_rank() and not any(part in record.getMessage() for part in HARMLESS)
+
+
+transformers.utils.logging.get_logger()  # now its root has the handler that writes
+for handler in logging.getLogger('transformers').handlers:
+    handler.addFilter(concerns_user)
 transformers.utils.logging.disable_progress_bar()
 
 # ---- from a name to a model ----

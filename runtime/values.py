@@ -65,6 +65,12 @@ def text_problem(value):
     return None
 
 
+def looked_in(path):
+    """The folder in which a relative path was looked for, as the end of a sentence that misses it; nothing of an absolute one."""
+    path = os.path.expanduser(str(path))
+    return '' if os.path.isabs(path) else f' in {os.getcwd()}'
+
+
 # ---- options that follow from others ----
 
 # names that other code has -> the name here, and what is different about it

@@ -442,10 +442,10 @@ def test_load_examples(tmp_path, tok):
 
 # fmt: off
 VANISHING = {  # rows of which nothing is left, and what is said
-    'layout': ([{'ask': 'q', 'chosen': 'a', 'rejected': 'b'}] * 5, 'bad rows.*5'),
-    'equal': ([pair(f'p{i}', ' a', ' a') for i in range(5)], 'equal answers.*5'),
-    'prompts': ([{'prompt': 'p'}] * 5, 'rows with a prompt only, where pairs needs chosen and rejected.*5'),
-    'empty': ([pair(f'p{i}', ' a', '') for i in range(5)], 'empty answers.*5'),
+    'layout': ([{'ask': 'q', 'chosen': 'a', 'rejected': 'b'}] * 5, '5 bad rows'),
+    'equal': ([pair(f'p{i}', ' a', ' a') for i in range(5)], '5 pairs with equal answers'),
+    'prompts': ([{'prompt': 'p'}] * 5, '5 rows with a prompt only, where pairs needs chosen and rejected'),
+    'empty': ([pair(f'p{i}', ' a', '') for i in range(5)], '5 empty answers'),
     'nothing': ([], 'left out: nothing'),
 }
 # fmt: on
