@@ -33,7 +33,6 @@ from configurator import UserError, configure
 from data import move, steps
 from hf import generate
 from hf.load import add_value_head, check_same_tokens, drop_value_head, load_model, load_reward
-from hf.probe import check_positions
 from model import core
 from rl import formulas, rollout
 from rl.rewards import load_judge, score_answers

@@ -128,7 +128,7 @@ def read_prompts():
     rows = [row for row, is_kept in zip(found.values(), kept, strict=True) if is_kept]
     rows = rows[:n_examples]
     if not rows:
-        raise UserError(f'there are no prompts in data {data!r}; left out: {dict(+left_out) or "nothing"}')
+        raise UserError(f'there are no prompts in data {data!r}; left out: {in_words(left_out)[0]}')
     left_out['prompts beyond n_examples or data_fraction'] += len(found) - len(rows)
 
     # as chats, if asked; a system message of ours takes the place of one in the data
@@ -190,7 +190,7 @@ if not endpoint:
     # a prompt that the chat template refuses has no ids
     keys = [(i, sample) for i, sample in keys if ids[i] is not None]
     if not keys:
-        raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {dict(+left_out)}')
+        raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {in_words(left_out)[0]}')
 
 
 def plan():

@@ -256,7 +256,7 @@ def until_written(write):
                 break
 
 
-def export(model, tokenizer, build, folder, card, save):
+def export(model, tokenizer, build, folder, card, dtype, save):
     """export.write_model, and rows that wait for room, until they have succeeded. save() begins a checkpoint, which the same
     command goes on from where the model cannot be written. On all ranks together."""
     import fsdp
@@ -277,7 +277,7 @@ def export(model, tokenizer, build, folder, card, save):
     def write():
         fsdp.on_one_rank(files.append_kept)
         try:
-            write_model(model, tokenizer, build, folder, card)
+            write_model(model, tokenizer, build, folder, card, dtype)
         except UserError:
             with contextlib.suppress(UserError):
                 keep()

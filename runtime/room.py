@@ -30,12 +30,14 @@ def check_room(config, policy, forward, train, total, packed, max_tokens, others
     import torch
 
     import fsdp
+    from hf.quantize import packed_weights
 
     # bytes, of all ranks together; weights and moments are float32, of 4 bytes
     trained = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
     # ppo's value head or critic is in checkpoints, but not in the model that it leaves
     left = [p for name, p in policy.named_parameters() if not {'critic', 'value_head'} & set(name.split('.'))]
-    model = 4 * sum(p.numel() for p in left)
+    size = 4 if config['save_dtype'] == 'float32' else 2
+    model = size * (sum(p.numel() for p in left) + packed_weights(policy))
     checkpoint = trained * (1 + MOMENTS[config['optimizer']])
     fits = fsdp.shared(lambda: _check_disk(config, model, checkpoint, total))
     # a GPU says by itself when it is full; a CPU's system kills
@@ -80,11 +82,14 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
     compute = 2 if dtype == 'bfloat16' else 4
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     fixed = sum(p.numel() for p in policy.parameters()) - trained
+    # buffers hold what 4-bit layers have for weights
+    frozen_here = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
+    held = sum(x.numel() * x.element_size() for x in frozen_here)
     # gradients and moments are cut over the ranks wherever anything is, weights that are gathered until backward are whole
     parts = 1 if shard == 'none' else ranks
     needs = {
         'activations': per_token * tokens,
-        'weights': (4 * trained + compute * fixed) / parts,
+        'weights': (4 * trained + held) / parts,
         'gradients': 4 * trained / parts,
         'optimizer': 4 * MOMENTS[optimizer] * trained / parts,
         'reference': compute * frozen / parts,
@@ -94,7 +99,8 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
     buffers, head = 0, models.core(policy).get_output_embeddings()
     if head is not None:
         words, width = head.weight.shape
-        rows = models.Head.chunks(int(tokens), words, device or head.weight.device)[0].stop
+        most = 2**27 if (device or head.weight.device).type == 'cuda' else 2**23  # as in Head.logits
+        rows = models.Head.chunks(int(tokens), words, most)[0].stop
         buffers += 4 * words * (rows + width)
         if compute == 2:
             buffers += 2 * words * (rows + width)
