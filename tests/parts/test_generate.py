@@ -135,8 +135,8 @@ def test_draws_follow_the_scores(vocabulary):
     scores = torch.randn(vocabulary, generator=rng) * 2
     scores[1 : vocabulary // 2 : 2] = -torch.inf  # as top_p leaves them
     for seeds in (range(n), [2**40 * i + 7 for i in range(n)]):
-        draw, p = generate._Draw(seeds, start=3), scores.softmax(0)
-        rows = [draw(torch.zeros(n, 3 + step), scores.expand(n, -1).clone()) for step in range(2)]
+        draw, p = generate._Draw(seeds, [0] * n), scores.softmax(0)
+        rows = [draw(None, scores.expand(n, -1).clone()) for _ in range(2)]
         first, second = (row.argmax(1) for row in rows)
         assert chance(first.bincount(minlength=vocabulary), p) > UNLIKELY
         pairs = (first * vocabulary + second).bincount(minlength=vocabulary**2)
