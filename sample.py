@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 -- sample.py --model=out/dpo/model --data=hh --n=4 --temperature=0.7
     NANOPREF_API_KEY=... python sample.py --endpoint=https://HOST --endpoint_model=NAME --data=alpaca_eval
 
-The noise of an answer comes from its own seed, a hash of --seed, the prompt and the answer's number; batches are planned
+The noise of an answer comes from its own seed, a hash of --seed, the prompt and the answer's number; parts of the work are planned
 before they are dealt out. So the answers do not depend on the number of ranks, nor on where a run was killed: the same
 command continues it. Another batch_size, or another processor, rounds otherwise, which changes an answer where two tokens are
 nearly tied.
@@ -60,7 +60,7 @@ seed = 0  # of the answers
 out_dir = 'out/sample'  # samples.jsonl, model_outputs.json, config.json
 # machine
 batch_size = 64  # answers at a time on a rank
-max_tokens: int | None = None  # a batch is smaller if its prompts and answers may hold more tokens than this
+max_tokens: int | None = None  # fewer at a time if their prompts and answers may hold more tokens than this
 dtype = 'float32'  # float32 or bfloat16
 concurrency = 8  # endpoint: requests at a time
 timeout = 120.0  # endpoint: seconds that a reply may take
@@ -194,37 +194,39 @@ if not endpoint:
 
 
 def plan():
-    """All answers in batches of one temperature each, longest prompts first: it depends on no rank and no earlier run."""
+    """All answers in parts of one temperature each, longest prompts first: it depends on no rank and no earlier run.
+
+    Returns (rows, answers) each: so many of the part's answers are generated at a time, and others as soon as some have ended."""
 
     def place(key):
         i, sample = key
         return sample // n, -len(ids[i]), key
 
-    # a batch is full by answers, or by the tokens that its prompts and answers may come to
-    batches, width, heat = [], 0, None
+    parts = []
     for i, sample in sorted(keys, key=place):
-        batch = batches[-1] if batches else []
-        full = len(batch) == batch_size
-        too_wide = max_tokens and (len(batch) + 1) * width > max_tokens
-        if full or too_wide or sample // n != heat:
-            batch = []
-            batches.append(batch)
-            width = len(ids[i]) + max_new_tokens  # of its first prompt, the longest
-            heat = sample // n  # the number of its temperature
-        batch.append((i, sample))
-    return batches
+        rows, part = parts[-1] if parts else (0, [])
+        heat = sample // n  # the number of its temperature
+        if len(part) == 4 * rows or heat != part[0][1] // n:
+            # rows are limited by answers, and by the tokens that prompts and answers may come to: the first is the longest
+            longest_text = len(ids[i]) + max_new_tokens
+            rows = min(batch_size, max(1, max_tokens // longest_text)) if max_tokens else batch_size
+            part = []
+            parts.append((rows, part))
+        part.append((i, sample))
+    return parts
 
 
 def generate_all():
-    """Generate the answers of this rank's batches, and keep those that are not there yet."""
-    # a batch of the plan is done again as a whole, so that its noise and rounding are the same
-    unfinished = [batch for batch in plan() if not done.issuperset(batch)]
-    for batch in unfinished[rank::world]:
-        rows = [wanted(*key) for key in batch]
-        asked = [ids[i] for i, _ in batch]
+    """Generate the answers of this rank's parts, and keep those that are not there yet."""
+    # a part of the plan is done again as a whole, so that its noise and rounding are the same
+    unfinished = [(at_a_time, part) for at_a_time, part in plan() if not done.issuperset(part)]
+    for at_a_time, part in unfinished[rank::world]:
+        rows = [wanted(*key) for key in part]
+        asked = [ids[i] for i, _ in part]
         seeds = [row['seed'] for row in rows]
         settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
-        advice = f'{len(batch)} answers do not fit; run the same command with a smaller --batch_size'
+        settings['rows'] = at_a_time
+        advice = f'{min(at_a_time, len(part))} answers do not fit; run the same command with a smaller --batch_size'
         with guard.memory_for(f'{advice}; what is answered is kept'):
             answers = generate.generate(net, tokenizer, asked, seeds, **settings)
 
@@ -235,7 +237,7 @@ def generate_all():
             ended = len(answer_ids) < max_new_tokens
             row['finish'] = 'eos' if ended else 'length'
             row['tokens'] = len(answer_ids) + ended  # the end token counts
-        keep([row for key, row in zip(batch, rows, strict=True) if key not in done])
+        keep([row for key, row in zip(part, rows, strict=True) if key not in done])
 
 
 # ---- an endpoint ----

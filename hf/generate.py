@@ -19,6 +19,8 @@ from runtime import guard
 from runtime.files import append
 from text.examples import splitmix64
 
+LEAST = 8  # tokens between two changes of the rows: a change costs about as much as one token
+
 # ---- for the scripts ----
 
 
@@ -216,7 +218,7 @@ def stop_generating(ids, scores):
 
 
 class _Ends(transformers.StoppingCriteria):
-    """Ends rows at a stop token or at their length, and all of them as soon as so many rows have ended."""
+    """Ends rows at a stop token or at their length; all of them when `enough` have ended, but not before LEAST tokens."""
 
     def __init__(self, stop, taken, max_new_tokens, enough):
         self.stop = torch.tensor(sorted(stop))
@@ -231,6 +233,8 @@ class _Ends(transformers.StoppingCriteria):
             self.stop, self.left = self.stop.to(ids.device), self.left.to(ids.device)
             self.ended = torch.zeros_like(self.left, dtype=torch.bool)
         self.ended |= torch.isin(ids[:, -1], self.stop) | (self.steps >= self.left)
+        if self.steps < LEAST:
+            return self.ended
         return self.ended | (self.ended.sum() >= self.enough)
 
 

@@ -52,16 +52,13 @@ def sample(run, prompts, seeds, max_new_tokens, sample_batch):
     # this rank's prompts, those of similar length side by side
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mine = longest_first[run.rank :: run.world]
-    settings = {'max_new_tokens': max_new_tokens, 'keep_end': True}
-    answers = {}  # number of the prompt -> ids
+    asked = [prompts[i] for i in mine]
+    keys = [seeds[i] for i in mine]
+    settings = {'max_new_tokens': max_new_tokens, 'keep_end': True, 'rows': sample_batch}
     too_large = 'sampled answers do not fit; lower sample_batch or max_new_tokens'
     with fsdp.unsharded(run.policy), guard.memory_for(too_large):
-        for start in range(0, len(mine), sample_batch):
-            part = mine[start : start + sample_batch]
-            asked = [prompts[i] for i in part]
-            keys = [seeds[i] for i in part]
-            found = generate.generate(run.policy, run.tokenizer, asked, keys, **settings)
-            answers |= zip(part, found, strict=True)
+        found = generate.generate(run.policy, run.tokenizer, asked, keys, **settings)
+    answers = dict(zip(mine, found, strict=True))  # number of the prompt -> ids
     for others in fsdp.gather_objects(answers):
         answers |= others
     return [answers[i] for i in range(len(prompts))]
