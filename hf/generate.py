@@ -76,7 +76,9 @@ def sample_held_out(run, models, n, seen, **settings):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0, keep_end=False, rows=None):
+def generate(
+    model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0, keep_end=False, rows=None
+):
     """Sample an answer for each prompt (lists of ids). The noise of answer i comes from seeds[i]; temperature 0 is greedy.
 
     At most `rows` answers are in the making at a time (None: all); those that have ended make room for others. Returns lists of

@@ -93,7 +93,13 @@ def run_plain(step):
         ids = torch.tensor([[eos] * (width - len(p)) + p for p in batch], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
         processors = transformers.LogitsProcessorList([MadeToEnd(ends, [0] * len(batch))])
-        how = {'do_sample': True, 'temperature': temperature, 'top_p': top_p, 'top_k': 0, 'logits_processor': processors}
+        how = {
+            'do_sample': True,
+            'temperature': temperature,
+            'top_p': top_p,
+            'top_k': 0,
+            'logits_processor': processors,
+        }
         how |= {'max_new_tokens': max_new_tokens, 'eos_token_id': eos, 'pad_token_id': eos}
         out = plain.generate(ids, attention_mask=mask, **how)[:, width:]
         tokens += int((out != eos).sum()) + len(batch)
