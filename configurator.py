@@ -11,12 +11,15 @@ import ast
 import contextlib
 import difflib
 import os
+import re
 import sys
 import traceback
 import types
 from typing import NamedTuple
 
-from runtime.values import problem
+from runtime.values import ELSEWHERE, GONE, conflict, misplaced, problem, settle
+
+_run_early = {}  # config file -> what it assigns, from the check before the imports
 
 
 class UserError(ValueError):
@@ -28,11 +31,12 @@ def _excepthook(kind, error, trace):
     from runtime import guard
 
     error = guard.explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
+    guard.tell_torchrun(error)
     if not isinstance(error, UserError):
         return sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
     # mostly every rank raises the same error, and one says it
-    if main_rank() or hasattr(error, 'of_this_rank'):
+    if main_rank() or getattr(error, 'of_this_rank', False):
         sys.__stderr__.write(f'error: {error}\n')
         sys.__stderr__.flush()
     # not sys.exit: threads of the process group can abort an ordinary exit, with another code
@@ -76,11 +80,12 @@ class Option(NamedTuple):
     scope: dict  # the globals of the module that declares it
 
 
-def configure(scope, argv=None, shared=None):
+def configure(scope, argv=None, shared=None, early=False):
     """Override the constants of a script from config files and flags. Returns the resolved Config.
 
     scope: the script's globals(), updated in place. argv: sys.argv[1:] by default. shared: a module with further options, which
-    is updated in place too; where both declare an option, the script's default holds. Raises UserError."""
+    is updated in place too; where both declare an option, the script's default holds. early: print no notes, for it is done
+    again. Raises UserError."""
     sys.excepthook = _excepthook
     argv = sys.argv[1:] if argv is None else argv
     # what may be set at all: the script's own come first, and win
@@ -95,10 +100,18 @@ def configure(scope, argv=None, shared=None):
     config = Config({name: option.default for name, option in options.items()})
     config.origin = dict.fromkeys(options, 'default')
     # config files first, in their order
-    for path in [word for word in argv if not word.startswith('-')]:
+    for before, path in zip(['', *argv], argv, strict=False):
+        if path.startswith('-'):
+            continue
         if not path.endswith('.py'):
-            raise UserError(f'{path!r} is neither a config file (.py) nor an option (--name=value)')
-        for name, value, where in _read_file(path):
+            raise UserError(misplaced(path, before))
+        # a config file is run once, though the command line is checked twice
+        found = _run_early.pop(path, None) or list(_read_file(path))
+        if early:
+            _run_early[path] = found
+        for name, value, where in found:
+            if _is_gone(name, value, options, where):
+                continue
             config[name] = _check(name, value, options, where)
             config.origin[name] = path
 
@@ -113,10 +126,17 @@ def configure(scope, argv=None, shared=None):
         if not equals and 'bool' not in types:
             raise UserError(f'--{name} needs a value: --{name}=value')
         value = _parse(text if equals else 'true', types)
+        if _is_gone(name, value, options, 'the command line'):
+            continue
         config[name] = _check(name, value, options, 'the command line')
         config.origin[name] = 'command line'
 
-    # bare names in the script, and in the shared module
+    # options that follow from others; then bare names in the script, and in the shared module
+    notes = settle(config)
+    for note in notes if main_rank() and not early else ():
+        print(f'note: {note}', flush=True)
+    if wrong := conflict(config):
+        raise UserError(wrong)
     for name, option in options.items():
         option.scope[name] = config[name]
     return config
@@ -226,6 +246,16 @@ def _parse(text, types):
     return text
 
 
+def _is_gone(name, value, options, where):
+    """Whether this is an option of older versions, with the value that changes nothing. Raises UserError for another value."""
+    if name in options or name not in GONE:
+        return False
+    harmless, since, why = GONE[name]
+    if value != harmless:
+        raise UserError(f'{where}: {name} is gone since {since}: {why}; leave it out')
+    return True
+
+
 def _check(name, value, options, where):
     """The value, an int promoted to float where a float is declared. Raises UserError for an unknown name, a wrong type, or a
     value that makes no sense."""
@@ -233,6 +263,11 @@ def _check(name, value, options, where):
     if name not in options:
         near = difflib.get_close_matches(name, options, 1)
         hint = f'did you mean {near[0]}?' if near else '--help lists the options'
+        # a name that other code has for it, such as learning_rate or loss.beta
+        plain = name.rpartition('.')[2]
+        ours = ELSEWHERE.get(plain.replace('-', '_'), plain)
+        if ours != name and re.match(r'\w+', ours)[0] in options:
+            hint = f'here it is {ours}'
         raise UserError(f'{where}: unknown option {name!r}; {hint}')
 
     # the type; NaN, which is not equal to itself, is no number either

@@ -116,7 +116,7 @@ def make_batches(examples: Examples, rows, rank, world, max_tokens, *, share_pre
             ref = np.zeros(answers, np.float32)  # of a filler
             if slots:
                 ref = examples.ref[rows[slots]].reshape(-1)
-            batch.ref = torch.from_numpy(np.ascontiguousarray(ref)).to(device, non_blocking=True)
+            batch.ref = move(torch.from_numpy(np.ascontiguousarray(ref)), device)
         batches.append(batch)
     return batches, int(lengths.sum()), allocated
 
@@ -155,6 +155,7 @@ class Batch:
     n: torch.Tensor  # (A,) tokens of the answers that are trained on
     last: torch.Tensor  # (A,) place, in the flattened ids, of the last token of each answer
     slot: list  # of each example in the step; -1: a filler that does not count
+    real: torch.Tensor  # (examples,) whether each counts
     longest: int  # tokens of the longest answer
     position: torch.Tensor | None = None
     mask: torch.Tensor | None = None
@@ -166,10 +167,6 @@ class Batch:
         """(N,) per-token values -> (A,) sums, in an order that does not depend on what else is in the batch."""
         table = values.new_zeros(len(self.n), self.longest)
         return table.index_put((self.answer, self.offset), values).sum(1)
-
-    def real(self):
-        """(examples,) mask of the examples that count, which a filler does not."""
-        return torch.tensor(self.slot, device=self.ids.device) >= 0
 
 
 def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu'):
@@ -221,13 +218,31 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     else:
         arrays['position'] = np.concatenate(position)[None]
     for name, array in arrays.items():
-        arrays[name] = torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
-    batch = Batch(**arrays, slot=list(slots), longest=int(n.max()))
+        arrays[name] = torch.from_numpy(array.astype(np.int64))
+    batch = Batch(**arrays, slot=list(slots), real=torch.tensor(slots) >= 0, longest=int(n.max()))
     if not pad:
         batch.groups = shapes
         if torch.device(device).type == 'cuda':
-            batch.varlen = Varlen(shapes, device)
-    return batch
+            batch.varlen = Varlen(shapes)
+    return move(batch, device)
+
+
+def move(value, device):
+    """Bring a tensor, or all tensors in a list, tuple, dictionary, Batch or Varlen, to a device. Returns what then holds them.
+
+    To a GPU they go from pinned memory, so that the thread which calls this does not wait for the copy."""
+    if isinstance(value, torch.Tensor):
+        if torch.device(device).type == 'cuda' and not value.is_cuda:
+            value = value.pin_memory()
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list | tuple):
+        make = getattr(value, '_make', type(value))  # the former of a NamedTuple
+        return make([move(part, device) for part in value])
+    # objects keep their identity; numbers and the like have nothing to move
+    parts = value if isinstance(value, dict) else getattr(value, '__dict__', {})
+    for name, part in parts.items():
+        parts[name] = move(part, device)
+    return value
 
 
 def predicted(ids, n, first, before):
@@ -261,7 +276,7 @@ class Varlen:
 
     cu_q, cu_k (A + 1,): where each answer's queries and keys begin and end; max_q, max_k: the longest of them."""
 
-    def __init__(self, groups, device):
+    def __init__(self, groups):
         gather, start = [], 0
         n_queries, n_keys = [], []  # of each answer
         for prompt, answers in groups:
@@ -272,9 +287,9 @@ class Varlen:
                 n_keys.append(prompt + answer)
                 n_queries.append(answer if i else prompt + answer)  # the prompt's queries go with the first answer
                 start += answer
-        self.gather = torch.from_numpy(np.concatenate(gather)).to(device)
+        self.gather = torch.from_numpy(np.concatenate(gather))
         edges = [np.cumsum([0, *lengths]) for lengths in (n_queries, n_keys)]
-        self.cu_q, self.cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in edges)
+        self.cu_q, self.cu_k = (torch.tensor(x, dtype=torch.int32) for x in edges)
         self.max_q, self.max_k = max(n_queries), max(n_keys)
 
 

@@ -22,12 +22,13 @@ import fsdp
 import losses
 import training
 from configurator import UserError, configure
+from data import move
 from hf import generate, lora
 from hf.load import check_same_tokens, load_model
 from hf.probe import check_heads, check_positions
 from hf.reference import cached_logps
 from model import RISKS, kl
-from runtime import log, metrics
+from runtime import check_loss, log, metrics
 from text.examples import Examples
 
 # model and data
@@ -38,7 +39,7 @@ noise_rate = 0.0  # fraction of training pairs whose labels are flipped
 frac_good = 1.0  # kto, kto_zero: keep this fraction of the good answers
 frac_bad = 1.0  # kto, kto_zero: keep this fraction of the bad answers
 max_length = 512  # tokens of prompt and answer
-max_prompt_length = 256  # a prompt is cut to this if the whole is too long
+max_prompt_length: int | None = None  # a prompt is cut to this if the whole is too long; None: half of max_length
 # loss
 loss = 'dpo'  # dpo, drdpo, ipo, kto, ...: the README's table, or losses.LOSSES
 beta = 0.1  # strength of the pull towards the reference; simpo, cpo: scale of the margin
@@ -89,6 +90,8 @@ def parameters(*functions):
 if loss not in losses.LOSSES:
     raise UserError(f'loss must be one of {", ".join(losses.LOSSES)}, not {loss!r}')
 loss_fn, statistic_fn = losses.LOSSES[loss], losses.STATISTICS.get(loss)
+if wrong := check_loss.mistake(loss, loss_fn, statistic_fn, config):
+    raise UserError(wrong)
 inputs = parameters(loss_fn, statistic_fn) if statistic_fn else parameters(loss_fn)
 paired = bool({'pi_w', 'ratio_w'} & inputs)  # else on single answers, each labelled good or bad
 has_ratio = bool({'ratio', 'ratio_w'} & inputs)
@@ -225,7 +228,7 @@ def call(fn, columns):
     for side in ('', '_w', '_l', '_kl'):
         if f'pi{side}' in columns:
             known[f'ratio{side}'] = columns[f'pi{side}'] - columns.get(f'ref{side}', 0.0)
-    return fn(**{name: known[name] for name in inspect.signature(fn).parameters if name in known})
+    return check_loss.call(fn, known)
 
 
 def step_statistic(step, backward):
@@ -252,8 +255,8 @@ def loss_and_weight(measured, step_columns, slots):
     # a filler has slot -1, so it reads the last row; its loss counts nothing
     columns = dict(measured)
     for name, values in step_columns.items():
-        mine = values[slots].to(run.device)
-        columns[name] = mine if name == 'good' else mine.float()
+        mine = values[slots] if name == 'good' else values[slots].float()
+        columns[name] = move(mine, run.device)
 
     # the formula, and what goes on top of it
     loss = call(loss_fn, columns)
@@ -281,7 +284,7 @@ def run_step(step, backward=False, shift=None):
         with torch.set_grad_enabled(backward):
             columns = measured or measure(batch)
             loss, weight = loss_and_weight(columns, step_columns, batch.slot)
-        real = batch.real()
+        real = batch.real
         step_weight = weight
         if beta_prime:
             # Dr. DPO: weights exp((shift - loss) / beta'); any shift cancels, and this one keeps them inside float range
@@ -358,23 +361,27 @@ def summary(columns, split):
 # ---- evaluation ----
 
 
+def log_ratios(prompts, answers):
+    """Log policy - log reference of sampled answers, in nats, and their tokens: columns (n,)."""
+    examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
+    batches, *_ = run.make_batches(examples, np.arange(len(answers)))
+    with torch.no_grad(), run.memory(batches):
+        parts = [measure(batch, paired=False) for batch in batches]
+    columns = training.gather(parts, batches, len(answers))
+    return {'logratio': columns['pi'] - columns['ref'], 'tokens': columns['n'].long()}
+
+
 def sample(seen):
     """Answers of policy and reference to held-out prompts, into samples.jsonl. Returns KL(policy || reference) on them."""
     # both answer the same prompts, from the same seeds
     models = {'policy': run.policy, 'reference': ref} if ref else {'policy': run.policy}
     settings = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_p': top_p}
-    prompts, answers = generate.sample_held_out(run, models, n_eval_model_samples, seen, **settings)
-    if not ref or not prompts:
+    measured = generate.sample_held_out(run, models, n_eval_model_samples, seen, ref and log_ratios, **settings)
+    if 'policy' not in measured:
         return {}
     # the log-ratio of the policy's own samples, on average, is the KL
-    of_policy = [(prompts[i], [answer]) for name, i, answer in answers if name == 'policy']
-    batches, *_ = run.make_batches(Examples.of(of_policy), np.arange(len(of_policy)))
-    with torch.no_grad(), run.memory(batches):
-        parts = [measure(batch, paired=False) for batch in batches]
-    columns = training.gather(parts, batches, len(of_policy))
-    ratio = columns['pi'] - columns['ref']
-    per_token = ratio.sum() / columns['n'].sum()
-    return {'kl_eval/samples': ratio.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
+    ratio, tokens = measured['policy'].values()
+    return {'kl_eval/samples': ratio.mean().item(), 'kl_eval/samples_per_token': (ratio.sum() / tokens.sum()).item()}
 
 
 def evaluate(seen):
@@ -393,9 +400,17 @@ def check_first_step():
     found = summary(columns, 'train')
     chosen, rejected = (found.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
     value = columns['loss'].mean()
-    run.logger.say(f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {value:.6f} (dpo: log 2 = 0.693147)')
+    # what this loss is where the policy is its reference, and nothing shifts the margins (aot)
+    same = {name.replace('pi', 'ref', 1): x for name, x in columns.items() if name.startswith('pi')}
+    same = {'shift': torch.zeros_like(columns['loss'])} | columns | same
+    with torch.no_grad():
+        expected = f' ({loss} of a policy that is its reference: {call(loss_fn, same).mean():.6f})'
+    run.logger.say(f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {value:.6f}{expected if needs_ref else ""}')
+    if words := metrics.meaning(loss, paired, needs_ref):
+        run.logger.say(words)
     run.logger.row('check', 0, found)
-    allowed = 1e-2 if training.dtype == 'bfloat16' else 1e-4
+    rough = training.dtype == 'bfloat16' or training.tf32
+    allowed = 1e-2 if rough else 1e-4
     if needs_ref and ref_model is None and max(abs(chosen), abs(rejected)) > allowed:
         run.logger.say('warning: policy and reference are one model, so the rewards should be 0 before the first step')
 

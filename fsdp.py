@@ -1,4 +1,4 @@
-"""Everything distributed: set-up, sharding (FSDP2), reductions. What a run writes with it is in checkpoint.py.
+"""Everything distributed: set-up, models on many ranks (replicated, or sharded by FSDP2), reductions. checkpoint.py writes them.
 
 The same code runs under torchrun on NCCL or gloo, and in one process without torchrun (a group of one). A group of ranks
 sees one model: what the scripts compute does not depend on how many there are."""
@@ -12,9 +12,7 @@ import types
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 
 from configurator import UserError
@@ -23,7 +21,7 @@ from hf.parallel import tensor_parallel
 from hf.ties import tie_as, ties
 from model import blocks, core, hidden_and_head, response_logps, set_attention
 from rl.heads import response_scores, token_logps
-from runtime import guard
+from runtime import guard, room
 
 _tp = 1  # ranks that share the matrices of a block, and their data: neighbours
 
@@ -37,6 +35,12 @@ def setup(tp=1):
     cuda = torch.cuda.is_available()
     local_rank, local_world = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
+    if cuda and local_world > torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        more = f'{local_world} processes are started on a machine with {gpus} GPUs, and each needs its own'
+        error = UserError(f'{more}: start with --nproc_per_node={gpus}')
+        error.of_this_rank = local_rank == 0  # one of this machine says it
+        raise error
     if cuda:
         torch.cuda.set_device(device)
     elif 'OMP_NUM_THREADS' not in os.environ:
@@ -71,12 +75,16 @@ def in_groups():
 
 
 @functools.cache
-def _mesh(device_type, tp, group):
-    """The ranks of the default group as ('dp', 'tp'), or as ('dp',) without tensor parallelism."""
-    world = dist.get_world_size()
-    if tp == 1:
-        return init_device_mesh(device_type, (world,), mesh_dim_names=('dp',))
-    return init_device_mesh(device_type, (world // tp, tp), mesh_dim_names=('dp', 'tp'))
+def _mesh(device_type, tp, replicated, group):
+    """The ranks of the default group as ('dp', 'tp'), or as ('dp',) without tensor parallelism. FSDP cuts a model over 'dp'.
+
+    replicated: as ('copies', 'dp'), where every rank is a 'dp' of its own."""
+    sizes = {'dp': dist.get_world_size() // tp}
+    if replicated:
+        sizes = {'copies': sizes['dp'], 'dp': 1}
+    if tp > 1:
+        sizes['tp'] = tp
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def leave(code=0):
@@ -133,7 +141,7 @@ def gather_columns(columns, slots, total):
     columns: name -> (k,) tensor, the same names on all ranks; slots: of the k examples in the step, -1 for fillers that do not
     count; total: number of examples of the step. Returns name -> (total,) float64 on the CPU."""
     names = sorted(columns)
-    mine = torch.stack([columns[name].detach().double().cpu() for name in names])
+    mine = torch.stack([columns[name].detach().double() for name in names]).cpu()  # one wait for the device
     slots = torch.as_tensor(slots, dtype=torch.long)
     counts = slots >= 0
     if dist.get_rank() % _tp:
@@ -170,64 +178,103 @@ def shard(
     *,
     dtype='float32',
     train=True,
-    compile=False,
+    mode='auto',
     activation_checkpointing=False,
     cpu_offload=False,
     device_map=None,
 ):
-    """A sharded model on every rank, with the weights that build(empty=False) read on rank 0 alone.
+    """A model on all ranks, with the weights that build(empty=False) read on rank 0 alone.
 
     build(empty) -> transformers model on the CPU, without weights if empty. dtype: 'float32', or 'bfloat16' for compute
-    (and for frozen weights) with float32 master weights, gradients and reductions. cpu_offload: weights and optimizer stay in
-    the memory of the CPU, if the device is another one. device_map: instead of all this, one process's build spreads the model.
-    One process in float32 needs no FSDP, which would copy every weight in each pass: the model stays what build made."""
-    full, half = None, dtype == 'bfloat16'
-    alone = dist.get_world_size() == 1 and not half and not cpu_offload
-    sharded = not alone and device_map is None
-
-    # rank 0 reads the weights; a model to be sharded begins without any
+    (and for frozen weights) with float32 master weights, gradients and reductions. mode: the option shard of training.py; one
+    process is a replica without others. cpu_offload: weights and optimizer stay in the memory of the CPU, if the device is
+    another one. device_map: instead of all this, one process's build spreads the model."""
+    half, measured = dtype == 'bfloat16', None
     if device_map is not None:
-        model = build(device_map=device_map)
+        mode, by_fsdp, model = 'none', False, build(device_map=device_map)
     else:
+        # rank 0 reads the weights, and decides
         full = on_one_rank(lambda: build(empty=False))
-        model = build(empty=True) if sharded else full.to(device)
+        choices = (mode, train, half, device, cpu_offload)
+        mode = shared(lambda: _choose_mode(full, *choices))
+        by_fsdp = half or mode != 'none'
+        if by_fsdp or dist.get_world_size() > 1:
+            measured = shared(lambda: probe.measure_loaded(full))
+        # the others begin without any, and so does what FSDP cuts
+        model = build(empty=True) if by_fsdp or full is None else full
+        # which parameters are one tensor depends on the file, which rank 0 alone has read
+        tied = shared(lambda: ties(full))
+        tie_as(model, tied)
+        if not by_fsdp:
+            _replicate(model, device, tied)
+
     if not train:
         model.requires_grad_(False)
     if activation_checkpointing:
         # the method has another name since transformers 5.20
         older = getattr(core(model), 'gradient_checkpointing_enable', None)
         getattr(core(model), 'activation_checkpointing_enable', older)()
-    for block in blocks(model):
-        if activation_checkpointing:
-            block.training = True  # the block alone: its dropout layers stay in eval mode
-        if compile:
-            block.compile()
+    for block in blocks(model) if activation_checkpointing else ():
+        block.training = True  # the block alone: its dropout layers stay in eval mode
 
     # what the scripts call becomes a forward of the root
-    if sharded:
+    model.shard_mode = mode
+    if by_fsdp:
         _distribute(model, full, device, half, cpu_offload)
-    else:
-        model.reshard = lambda: None
+    model.reshard = types.MethodType(_reshard, model)
     for method in (response_logps, hidden_and_head, response_scores, token_logps, _begin):
         add_method(model, method)
-    # sharded it must compute what rank 0 has measured on the whole
-    expected = shared(lambda: probe.measure_loaded(full)) if sharded else None
-    if expected is not None:
-        probe.compare(model, expected, device, half)
+    # every rank must compute what rank 0 has measured on the whole
+    if measured is not None:
+        probe.compare(model, measured, device, half)
     set_attention(model, packed=True)
     return model
 
 
+def _choose_mode(model, mode, train, half, device, cpu_offload):
+    """For 'auto': 'none' if weights, gradients and AdamW's moments fit into a quarter of a rank's memory, else 'full'."""
+    if mode != 'auto':
+        return mode
+    if _tp > 1 or cpu_offload:
+        return 'full'
+    # one process has nobody to share with
+    if dist.get_world_size() == 1:
+        return 'none'
+    # bytes: a weight that trains has a gradient and two moments beside it, all in float32
+    trained = sum(p.numel() for p in model.parameters() if train and p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    takes = 16 * trained + (2 if half else 4) * frozen
+    if device.type == 'cuda':
+        has = torch.cuda.get_device_properties(device).total_memory
+    else:
+        has = (room.machine_memory() or 0) / int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return 'none' if takes <= has / 4 else 'full'
+
+
+def _replicate(model, device, tied):
+    """Bring a model to the device, in place, with the weights and buffers of rank 0, from whose file it was made. tied: see ties."""
+    if dist.get_rank() == 0:
+        model.to(device)
+    else:
+        model.to_empty(device=device)
+        tie_as(model, tied)  # leaving the meta device makes two tensors of one
+    tensors = [*model.parameters(), *model.buffers()]
+    assert len(set(gather_objects(len(tensors)))) == 1, 'the ranks would wait for one another for ever'
+    for tensor in tensors:
+        dist.broadcast(tensor.data, 0)
+
+
 def _distribute(model, full, device, half, cpu_offload):
-    """Cut the empty model over the ranks, in place, and fill it from full, which rank 0 alone has."""
-    # which parameters are one tensor depends on the file, which rank 0 alone has read
-    tie_as(model, shared(lambda: ties(full)))
+    """Give the empty model to FSDP, in place, and fill it from full, which rank 0 alone has."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
     # frozen weights in bfloat16; not model.to, for rotary frequencies must stay float32
     for p in model.parameters() if half else ():
         p.data = p.data if p.requires_grad else p.data.to(torch.bfloat16)
 
     # blocks first, then what is left at the root
-    mesh = _mesh(device.type, _tp, dist.group.WORLD)
+    mesh = _mesh(device.type, _tp, model.shard_mode == 'none', dist.group.WORLD)
     if _tp > 1:
         tensor_parallel(model, mesh['tp'], mesh['dp'].size())
     settings, home = {'mesh': mesh['dp']}, device
@@ -239,7 +286,7 @@ def _distribute(model, full, device, half, cpu_offload):
         home = torch.device('cpu')
     # block by block, so that one at a time is gathered
     for block in blocks(model):
-        fully_shard(block, **settings)
+        fully_shard(block, **settings, reshard_after_forward=model.shard_mode != 'grads')
     fully_shard(model, **settings, reshard_after_forward=False)
 
     # weights and buffers of rank 0; the state dict lacks the non-persistent buffers, such as rotary frequencies
@@ -259,9 +306,21 @@ def _distribute(model, full, device, half, cpu_offload):
 
 def add_method(model, function):
     """model.function(...) as a forward of the root: outside of one, parts of a sharded model see no gathered parameters."""
-    # FSDP gathers the parameters around what it knows as a forward
     setattr(model, function.__name__, types.MethodType(function, model))
-    dist.fsdp.register_fsdp_forward_method(model, function.__name__)
+    # FSDP gathers the parameters around what it knows as a forward
+    if model in _cut(model):
+        dist.fsdp.register_fsdp_forward_method(model, function.__name__)
+
+
+def _reshard(model):
+    """Free what is gathered. After a forward without backward a module still shows that, and not the optimizer's parameters."""
+    for module in _cut(model):
+        type(module).reshard(module)
+
+
+def _cut(model):
+    """The modules of a model that FSDP cuts: in a replica in float32 none."""
+    return [m for m in model.modules() if hasattr(m, 'unshard')]
 
 
 def _begin(model):
@@ -272,7 +331,7 @@ def _begin(model):
 def unsharded(model):
     """Keep all parameters gathered: generation is several times faster, and ranks need not generate in step."""
     # gathered once, for all tokens to come; each goes back to what it was
-    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    modules = _cut(model)
     try:
         if modules:
             model._begin()
@@ -282,8 +341,8 @@ def unsharded(model):
         yield
     finally:
         for m in modules:
-            m.set_reshard_after_forward(m is not model, recurse=False)
-            m.reshard()
+            m.set_reshard_after_forward(m is not model and model.shard_mode != 'grads', recurse=False)
+        _reshard(model)
 
 
 def make_optimizer(name, model, lr, weight_decay):
@@ -293,17 +352,39 @@ def make_optimizer(name, model, lr, weight_decay):
     return getattr(torch.optim, name)(params, lr=lr, weight_decay=weight_decay, **fused)
 
 
+def local(tensor):
+    """This rank's part of a tensor: in a replica all of it."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
+def average_gradients(model):
+    """Average the gradients of a step over all ranks, in place, after its last backward. Returns them: tensors or DTensors.
+
+    FSDP has averaged already, in every backward. Replicas have only added up their own, and do it here."""
+    model.reshard()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if model.shard_mode != 'none':
+        return grads
+    # a replica in bfloat16 is FSDP's on a mesh of one rank
+    grads, world = [local(g) for g in grads], dist.get_world_size()
+    if world > 1:
+        # one bucket, one collective
+        bucket = torch.cat([g.flatten() for g in grads]).div_(world)
+        dist.all_reduce(bucket)
+        for g, mean in zip(grads, bucket.split([g.numel() for g in grads]), strict=True):
+            g.copy_(mean.view_as(g))
+    return grads
+
+
 def update(model, optimizer, lr, scale, max_norm):
     """One optimizer step on scale times the gradients, clipped to max_norm. Returns the norm before clipping.
 
-    scale: number of ranks / sum of the weights, since FSDP has averaged over ranks sums of weighted gradients. Where the norm is
-    not finite, the weights stay what they are: the caller sees to it."""
-    model.reshard()
+    scale: number of ranks / sum of the weights, since gradients are averages over ranks of sums of weighted gradients. Where the
+    norm is not finite, the weights stay what they are: the caller sees to it."""
     # gradients by mesh: with tensor parallelism there are two, without any sharding it is None
     groups = {}
-    for p in model.parameters():
-        if p.grad is not None:
-            groups.setdefault(getattr(p.grad, 'device_mesh', None), []).append(p.grad)
+    for grad in average_gradients(model):
+        groups.setdefault(getattr(grad, 'device_mesh', None), []).append(grad)
 
     # the norm over all ranks and meshes
     norms = [torch.nn.utils.get_total_norm(grads) for grads in groups.values()]

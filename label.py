@@ -27,7 +27,7 @@ import numpy as np
 
 from configurator import UserError, configure
 from feedback import judge, winrate
-from feedback.answers import annotation, append, as_trained, lock, make_pairs, progress, raise_if_missing, read_verdicts
+from feedback.answers import annotation, append, as_trained, lock, make_pairs, raise_if_missing, read_verdicts
 from feedback.endpoint import ask, completions_url
 from runtime import log
 from runtime.files import replace_text
@@ -48,7 +48,7 @@ timeout = 120.0  # seconds that a reply may take
 retries = 6  # how often a request that fails is tried again
 # with a reward model
 max_length = 1024  # tokens of prompt and answer
-max_prompt_length = 512  # a prompt is cut to this if the whole is too long
+max_prompt_length: int | None = None  # a prompt is cut to this if the whole is too long; None: half of max_length
 truncation = 'start'  # which end a too long prompt loses: start or end
 max_tokens = 16384  # tokens of one microbatch
 trust_remote_code = False  # run code that comes with a model
@@ -166,9 +166,6 @@ if reward_model is not None:
     from hf import load
     from text.tokenise import encode
 
-    if max_length < max_prompt_length + 2:
-        room = f'no room for an answer behind max_prompt_length {max_prompt_length}'
-        raise UserError(f'max_length {max_length} leaves {room}')
     _, world, device = fsdp.setup()
     if world > 1:
         raise UserError('label.py scores in one process: run it with python, not torchrun')
@@ -201,7 +198,7 @@ todo = [key for key in wanted if key not in verdicts]
 
 # where the run is stopped, the requests under way are given up
 guard.on_stop(lambda: f'{len(verdicts)} of {len(wanted)} verdicts are in {out_dir}; the same command goes on there')
-with progress(len(wanted), ' verdicts', initial=len(verdicts)) as bar:
+with log.progress(len(wanted), ' verdicts', 'judged', initial=len(verdicts)) as bar:
     for row in ask_judge(todo) if endpoint is not None else compare_rewards(todo):
         if row is None:
             continue
@@ -260,28 +257,40 @@ report = {
     'failures': dict(failed),
     'cut': dict(+cut),
 }
-# then rates, with their standard errors over prompts
-report['win_rate'], report['win_rate_se'] = winrate.mean(wins, question)
-fit = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], question)
-report['length_controlled'], report['length_controlled_se'], report['length_effect'] = fit
-report['mean_lengths'] = lengths.mean(0).tolist() if clear else None
-# whether the order mattered
+# then rates, with standard errors and 95% intervals over prompts
+rates = {'win_rate': (wins, question)}
 if endpoint is not None:
-    found = winrate.orders([of_orders for of_orders in judged if None not in of_orders])
-    report['shown_first'], report['shown_first_se'] = found['first_shown']
-    report['agreement'], report['agreement_se'] = found['agreement']
+    # whether the order mattered, of pairs with both verdicts
+    both = [i for i, of_orders in enumerate(judged) if None not in of_orders]
+    found = winrate.orders([judged[i] for i in both])
+    rates |= {name: (values, [table[i]['question'] for i in both]) for name, values in found.items()}
+for name, values in rates.items():
+    report[name], report[f'{name}_se'] = winrate.mean(*values)
+    report[f'{name}_interval'] = winrate.interval(*values)
+# at equal length, where that can be told
+n_judged, fit = len(set(question)), (None, None, None)
+enough = n_judged >= winrate.ENOUGH
+if enough:
+    fit = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], question)
+report['length_controlled'], report['length_controlled_se'], report['length_effect'] = fit
+report['length_controlled_interval'] = winrate.interval_of_fit(*fit[:2])
+report['mean_lengths'] = lengths.mean(0).tolist() if clear else None
 replace_text(Path(out_dir) / 'report.json', json.dumps(report, indent=1))
 
 
 def percent(name, why='too few verdicts'):
-    """A rate of the report with its standard error, for the screen; without a rate, why there is none."""
-    rate, error = report[name], report[name + '_se']
-    if rate is None:
+    """A rate of the report with its 95% interval, for the screen; without a rate, why there is none."""
+    rate, interval = report[name], report[f'{name}_interval']
+    if interval is None:
         return why
-    return f'{rate:.1%}' if error is None else f'{rate:.1%} (standard error {error:.1%})'
+    low, high = interval
+    return f'{rate:.1%} (95% interval {low:.1%} to {high:.1%})'
 
 
 # the same on the screen
+equal_length = f'not told: {n_judged} prompts, and from {winrate.ENOUGH} on length can be told from quality'
+if enough:
+    equal_length = percent('length_controlled', 'no finite fit') + '; by a logistic regression (docs/feedback.md)'
 mean_lengths = 'unknown'
 if clear:
     mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'])
@@ -290,8 +299,7 @@ missing = f'{len(table) - len(clear)} pairs; unclear replies: {len(unclear)}, fa
 log.say(f"""
 {first_name} against {second_name}, judged by {annotator}
   win rate           {percent('win_rate')}; a tie is half a win
-  at equal length    {percent('length_controlled', 'no finite fit')}
-                     (logistic regression on d, the difference of lengths in characters: sigmoid(a + b tanh(d / rms(d))) at d = 0)
+  at equal length    {equal_length}
   won, lost, tied    {report['won']}, {report['lost']}, {report['ties']}; {ties}
   mean length        {mean_lengths} characters""")
 if endpoint is not None:

@@ -1,3 +1,4 @@
+# fmt: off
 """Every loss of nanopref: this file is the specification. It knows no model, no mask and no rank.
 A loss maps columns, one number per example (B,), to (B,) losses; keyword arguments are hyper-parameters. Columns:
   ratio_w, ratio_l        log-ratio of the chosen (w) and the rejected (l) answer: its log-prob, summed over its tokens,
@@ -8,8 +9,6 @@ A loss maps columns, one number per example (B,), to (B,) losses; keyword argume
 Below, a = ratio_w, r = ratio_l, d = a - r, S = sigmoid, L(x) = -log S(x), e = label_smoothing; sg: no gradient. A step
 minimises sum_i w_i loss_i / sum_i w_i over all its examples; w has no gradient, and is 1 unless said. Add yours to LOSSES.
 """
-
-# fmt: off
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -88,7 +87,6 @@ def discopop(ratio_w, ratio_l, *, beta, tau):
 def sigmoid_norm(ratio_w, ratio_l, n_w, n_l, *, beta):
     """L(beta (a / n_w - r / n_l)): DPO per token. Tulu 3, arXiv:2411.15124."""
     return -logsigmoid(beta * (ratio_w / n_w - ratio_l / n_l))
-
 # ---- losses without a reference ----
 def slic(pi_w, pi_l, *, delta, lam):
     """max(0, delta - pi_w + pi_l) - lam pi_w. SLiC-HF, arXiv:2305.10425."""
@@ -167,9 +165,11 @@ def aot_statistic(pi_w, pi_l, ratio_w, ratio_l, state, generator):
     rank = (pi_w - pi_l).argsort().argsort()
     return {'shift': ref_margin - ref_margin.sort().values[rank]}, state
 
-LOSSES = {f.__name__: f for f in (
-    dpo, cdpo, robust, ipo, tdpo1, tdpo2, aot, hinge, dpop, exo, nca, bco, sppo, apo_zero, apo_down, discopop,
-    sigmoid_norm, slic, simpo, orpo, cpo, kto)}
+LOSSES = {f.__name__: f for f in (dpo, cdpo, robust, ipo, tdpo1, tdpo2, aot, hinge, dpop, exo, nca, bco, sppo, apo_zero,
+    apo_down, discopop, sigmoid_norm, slic, simpo, orpo, cpo, kto)}
 # drdpo is weighted, beta_dpo's statistic replaces beta, radpo has a risk measure as D, kto_zero has z = 0
 LOSSES |= {'drdpo': cdpo, 'beta_dpo': dpo, 'radpo1': tdpo1, 'radpo2': tdpo2, 'kto_zero': kto}
 STATISTICS = {'beta_dpo': beta_dpo_statistic, 'kto': kto_statistic, 'aot': aot_statistic}
+if __name__ == '__main__':  # python losses.py my_loss: is it ready?
+    from runtime import check_loss
+    check_loss.main(LOSSES, STATISTICS)

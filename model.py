@@ -42,7 +42,6 @@ def register_attention():
     transformers.AttentionInterface.register('packed', packed_attention)
 
 
-@torch.compiler.disable  # it would be compiled anew for every layout of a row
 def packed_attention(module, query, key, value, mask, scaling=None, sliding_window=None, packed=None, **more):
     """Attention of a row of groups [prompt | answer | answer ...]: an answer sees its group's prompt and itself.
 

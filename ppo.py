@@ -30,7 +30,7 @@ import torch
 import fsdp
 import training
 from configurator import UserError, configure
-from data import steps
+from data import move, steps
 from hf import generate
 from hf.load import add_value_head, check_same_tokens, drop_value_head, load_model, load_reward
 from hf.probe import check_positions
@@ -48,7 +48,7 @@ critic = 'head'  # what estimates values: head (on the policy's trunk), own (a c
 data = 'toy'  # where the prompts come from: hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
 noise_rate = 0.0  # offline: fraction of training pairs whose labels are flipped
 max_length = 512  # offline: tokens of prompt and answer
-max_prompt_length = 256  # a longer prompt is cut to this
+max_prompt_length: int | None = None  # a longer prompt is cut to this; None: half of max_length
 # loss
 loss = 'ppo'  # ppo or grpo
 offline = False  # one-step PPO on labelled answers of the data instead of sampled ones
@@ -273,12 +273,14 @@ def run_minibatch(batches, answered, rows):
     Returns the weight of all their tokens, and a dictionary of sums over them. Afterwards the policy's gradients are the sum
     over the tokens of weight times gradient, divided by the number of ranks."""
     _, per_prompt = answered.by_example('n').shape  # (prompts, answers to each)
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    # the round's columns, where the model is: (its answer tokens,) each
+    known = move({name: values.float() for name, values in answered.tokens.items()}, device)
     for batch in batches:
         # the columns of this microbatch's tokens; a filler reads the last token's, and counts nothing
         slots = rollout.token_slots(batch, rows, answered.answers['start'], per_prompt)
-        real = (slots >= 0).to(device)
-        columns = {name: values[slots].to(device, torch.float32) for name, values in answered.tokens.items()}
+        real = slots >= 0
+        columns = {name: values[slots] for name, values in known.items()}
         pi, *values = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
         value = values[0] if values else None
         policy_loss, value_loss = token_losses(pi, value, columns)
@@ -293,7 +295,7 @@ def run_minibatch(batches, answered, rows):
         clipped = (ratio - 1).abs() > clip
         approx_kl = ratio - 1 - ratio.log()
         parts = [weight * policy_loss, weight * value_loss, real * clipped, real * approx_kl]
-        sums += torch.stack([part.detach().double().sum().cpu() for part in parts])
+        sums += torch.stack([part.detach().double().sum() for part in parts])
 
     # sums over all ranks: each gives columns of one row
     names = ('loss', 'value_loss', 'clipped', 'approx_kl')
@@ -367,7 +369,8 @@ def evaluate(seen):
     prompts = [prompt.tolist() for prompt, _ in examples]
     shown = [generate.without_end(answer.tolist(), stop) for _, (answer,) in examples]
     named = [('policy', i, answer) for i, answer in enumerate(shown[:n_eval_model_samples])]
-    fsdp.on_one_rank(lambda: generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, named, seen))
+    columns = {('policy', i): row for i, row in enumerate(rollout.of_answers(tokens, answers))}
+    fsdp.on_one_rank(lambda: generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, named, seen, columns))
     run.log_evaluation(seen, describe(examples, tokens, answers, 'eval'))
 
 

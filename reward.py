@@ -19,6 +19,7 @@ import torch
 import fsdp
 import training
 from configurator import UserError, configure
+from data import move
 from hf.load import load_reward, separate_pad
 from rl import formulas
 from runtime import metrics
@@ -28,7 +29,7 @@ model = 'toy'  # hub id or folder of a language model or a reward model, or 'toy
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
 noise_rate = 0.0  # fraction of training pairs whose labels are flipped
 max_length = 512  # tokens of prompt and answer
-max_prompt_length = 256  # a prompt is cut to this if the whole is too long
+max_prompt_length: int | None = None  # a prompt is cut to this if the whole is too long; None: half of max_length
 # loss
 center_coef = 0.0  # weight of the squared sum of both scores, which keeps them near 0 (its paper: 0.01)
 label_smoothing = 0.0  # probability that a label is wrong
@@ -71,10 +72,10 @@ def run_step(step, backward=False):
         with torch.set_grad_enabled(backward):
             scores = run.policy.response_scores(batch)  # (A,): chosen, rejected, chosen, ...
             s_w, s_l = scores[::2], scores[1::2]
-            by = margin[batch.slot].to(run.device)
+            by = move(margin[batch.slot], run.device)
             loss = formulas.bradley_terry(s_w, s_l, by, center_coef=center_coef, label_smoothing=label_smoothing)
         if backward:
-            (loss * batch.real()).sum().backward()
+            (loss * batch.real).sum().backward()
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
     return training.gather(parts, step.batches, len(step.rows))
 

@@ -23,14 +23,14 @@ import numpy as np
 
 import fsdp
 from configurator import UserError, configure, main_rank
-from feedback.answers import append, collect, lock, progress, raise_if_missing, read_text, write_model_outputs
+from feedback.answers import append, collect, lock, raise_if_missing, read_text, write_model_outputs
 from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import content, load_model, load_tokenizer
 from hf.probe import room
 from runtime import log
 from text import sources, tokenise
-from text.examples import uniform_hash
+from text.examples import in_words, uniform_hash
 from text.files import content_hash
 from text.messages import answer, as_chat, message
 
@@ -299,7 +299,10 @@ def keep(rows):
 
 
 # what is about to be done
-log.say(f'data: {len(prompts)} prompts, {len(keys)} answers; left out or changed: {dict(+left_out) or "nothing"}')
+changed, notes = in_words(left_out)
+log.say(f'data: {len(prompts):,} prompts, {len(keys):,} answers; left out or changed: {changed}')
+for note in notes:
+    log.say(note)
 if endpoint:
     text = repr(prompts[0]['prompt'])
 else:
@@ -320,9 +323,9 @@ guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes 
 # the work
 started, counts, failed = time.time(), Counter(), Counter()
 missing = len(keys) - len(done)
-who = f'rank 0 of {world}' if world > 1 else None
+who = f'sampled by rank 0 of {world}' if world > 1 else 'sampled'
 silent = not main_rank() or not missing
-with progress(missing // world, ' answers', disable=silent, desc=who) as bar:
+with log.progress(missing // world, ' answers', who, disable=silent) as bar:
     if endpoint:
         failed = ask_all()
     elif missing:

@@ -29,7 +29,7 @@ noise_rate = 0.0  # train on the rejected answer of this fraction of pairs, as t
 control_tokens = False  # both answers of a pair, behind prompts that end with <|good|> or <|bad|> (conditional SFT)
 last_turn_only = False  # train on the last answer of a conversation alone, not on all of them
 max_length = 512  # tokens of prompt and answer
-max_prompt_length = 256  # a prompt is cut to this if the whole is too long
+max_prompt_length: int | None = None  # a prompt is cut to this if the whole is too long; None: half of max_length
 # steps
 n_epochs = 1  # passes over the data
 n_examples: int | None = None  # stop after so many examples; None: n_epochs decides
@@ -95,7 +95,7 @@ def run_step(step, backward=False):
             loss = losses.sft(pi, batch.n)
         # an answer weighs as much as it has tokens
         if backward:
-            (batch.n * loss * batch.real()).sum().backward()
+            (batch.n * loss * batch.real).sum().backward()
         parts.append({'loss': loss, 'pi': pi, 'n': batch.n})
     return training.gather(parts, step.batches, len(step.rows))
 

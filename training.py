@@ -23,6 +23,7 @@ Counts are in examples, whatever the number of ranks.
 """
 
 import math
+import os
 import time
 from functools import partial
 
@@ -74,9 +75,11 @@ tensorboard = False  # log to tensorboard, too
 # machine
 max_tokens = 16384  # tokens of one microbatch of one rank: what the memory holds
 dtype = 'float32'  # compute type: float32 or bfloat16 (weights, gradients and sums stay float32)
+tf32 = False  # float32 on a GPU: matrix products of 10 bits, faster
+deterministic = False  # on a GPU: the same bits each time, slower (a CPU always gives them)
 pack = True  # no padding
-compile = False  # torch.compile the transformer blocks
 activation_checkpointing = False  # recompute activations: less memory, a third slower
+shard = 'auto'  # full cuts weights, gradients, optimizer; grads gathers weights until backward; none: copies; auto: none or full
 cpu_offload = False  # weights and optimizer in the CPU's memory; changes nothing where there is no GPU
 tp = 1  # tensor parallel: so many neighbouring ranks hold a block together, FSDP does the rest
 device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
@@ -94,8 +97,31 @@ def begin(config):
     rank, world, device = fsdp.setup(tp)
     if config.batch_size < world:
         raise UserError(f'batch_size {config.batch_size} is too small: one example for each of {world} ranks')
+    choose_arithmetic(config, device)
     guard.begin(config.out_dir, config, resume)
     return Run(config, adapters, rank, world, device)
+
+
+def choose_arithmetic(config, device):
+    """Set what matrix products of float32 are computed in, and whether a GPU gives the same bits each time."""
+    on_gpu, full = device.type == 'cuda', dtype == 'float32'
+    if not on_gpu:
+        config.ignored([name for name in ('tf32', 'deterministic') if config[name]], 'it is for a GPU')
+        return
+    # float32 is a choice here: packed attention's kernel takes half precision only
+    if full and device_map is None:
+        slow = 'packed attention in float32 computes each answer by itself'
+        log.say(f'note: on a GPU {slow}: --dtype=bfloat16 is several times faster')
+    if tf32 and full:
+        torch.set_float32_matmul_precision('high')
+    elif tf32:
+        config.ignored(['tf32'], f'it is for float32, not {dtype}')
+
+    # cuBLAS reads its variable at the first product; unfilled memory is never read here
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 class Run:
@@ -146,8 +172,13 @@ class Run:
         if config.n_examples:
             total = min(total, config.n_examples)
         self.total = total // group * group
-        counts = f'{len(train)} training and {len(self.held_out)} evaluation examples'
-        log.say(f'data: {counts}; left out or changed: {train.changes()}')
+        changed, notes = train.changes()
+        sizes = f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {len(self.held_out):,} to evaluate on'
+        log.say(f'data: {sizes}; left out or changed: {changed}')
+        if n_eval_examples and not len(self.held_out):
+            notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
+        for note in notes:
+            log.say(note)
         log.say(show.first(train, self.tokenizer, self.task))
         long = train.lengths[train.lengths > max_tokens]
         if len(long):
@@ -161,7 +192,7 @@ class Run:
     def load_policy(self, build):
         """The sharded model that trains, and its optimizer. build(empty) makes it on the CPU, as in fsdp.shard."""
         self.build = build  # the export needs it again
-        self.policy = self.shard(build, compile=compile, activation_checkpointing=activation_checkpointing)
+        self.policy = self.shard(build, activation_checkpointing=activation_checkpointing)
         if self.adapters:
             log.say(lora.describe(self.policy))
         # the adapters' dropout draws from this generator, and nothing else does
@@ -169,8 +200,8 @@ class Run:
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def shard(self, build, **options):
-        """A sharded model, see fsdp.shard."""
-        options |= {'dtype': dtype, 'cpu_offload': cpu_offload, 'device_map': device_map}
+        """A model on all ranks, see fsdp.shard."""
+        options |= {'dtype': dtype, 'mode': shard, 'cpu_offload': cpu_offload, 'device_map': device_map}
         return fsdp.shard(build, self.device, **options)
 
     def load_frozen(self, build, longest, what='the examples'):
@@ -201,10 +232,10 @@ class Run:
         # a checkpoint of other weights, data or options is refused
         self.identity = checkpoint.identify(config, self.models, self.train, self.held_out)
         latest = checkpoint.latest(out_dir, self.identity) if resume else None
-        # what a checkpoint keeps beside weights and optimizer
-        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}}
+        # what a checkpoint keeps beside weights and optimizer; older ones had the warm-up that was asked for
+        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'warmup': self.warmup()}
         if latest:
-            self.state |= checkpoint.load(latest, self.policy, self.optimizer)
+            self.state |= {'warmup': config.warmup_steps} | checkpoint.load(latest, self.policy, self.optimizer)
         self.seen = self.state.pop('examples')
 
         # from here on the folder is this run's
@@ -214,6 +245,14 @@ class Run:
         verb = 'resuming' if self.seen else 'training'
         counts = counts or f'examples, {config.batch_size} a step'
         self.logger.say(f'{verb} {what}on {self.world} ranks: {self.total} {counts}')
+
+    def warmup(self):
+        """Steps of warm-up: those asked for, but by default no more than a tenth of the run."""
+        asked, most = self.config.warmup_steps, math.ceil(self.total / self.config.batch_size) // 10
+        if self.config.origin['warmup_steps'] != 'default' or asked <= most:
+            return asked
+        log.say(f'note: {most} steps of warm-up, a tenth of this short run: --warmup_steps={asked} for more')
+        return most
 
     # ---- steps ----
 
@@ -244,9 +283,9 @@ class Run:
         config = self.config
         n_steps = math.ceil(self.total / config.batch_size)
         number = step.first // config.batch_size
-        self.rate = config.lr * log.schedule(number, n_steps, config.warmup_steps, lr_schedule)
+        self.rate = config.lr * log.schedule(number, n_steps, self.state['warmup'], lr_schedule)
 
-        # FSDP averages the ranks' weighted sums: times world, by weight, is the step's mean; NaN leaves the weights alone
+        # gradients are averages of the ranks' weighted sums: times world, by weight, is the step's mean; NaN leaves the weights alone
         scale = math.nan
         if weight and guard.finite(columns):
             scale = self.world / float(weight)

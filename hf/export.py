@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import yaml
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from configurator import UserError
 from fsdp import on_one_rank
@@ -22,6 +21,8 @@ def write_model(model, tokenizer, build, folder, card=None):
     """Write a normal Hugging Face folder: safetensors, config, tokenizer, and what card(folder) adds. build as in shard.
 
     A model with adapters: they alone to the folder `adapter` beside it, and then the model with them merged into its weights."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     checkpoint.wait()
     model.reshard()
     adapted = lora.present(model)

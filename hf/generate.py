@@ -46,30 +46,46 @@ def sample(models, tokenizer, prompts, *, rank, world, seed, **settings):
     return sorted((name, i, answer) for (name, i), answer in everywhere.items())
 
 
-def write(file, tokenizer, prompts, answers, examples_seen):
-    """Append answers, (model's name, number of the prompt, ids) each, to a samples.jsonl."""
+def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
+    """Append answers, (model's name, number of the prompt, ids) each, to a samples.jsonl.
+
+    columns: (name, number) -> what else its row says."""
     lines = []
     for name, i, answer in answers:
         row = {'examples': examples_seen, 'generator': name, 'sample': i}
         row |= {'prompt': tokenizer.decode(prompts[i]), 'response': tokenizer.decode(answer)}
+        row |= (columns or {}).get((name, i), {})
         lines.append(json.dumps(row) + '\n')
     append(file, ''.join(lines))
 
 
-def sample_held_out(run, models, n, seen, **settings):
-    """Sample answers of models (name -> sharded model) to the first n held-out prompts, also into out_dir/samples.jsonl.
+def sample_held_out(run, models, n, seen, measure=None, **settings):
+    """Sample answers of models (name -> sharded model) to the first n held-out prompts, into out_dir/samples.jsonl.
 
-    settings: as in generate. Returns (prompts, answers as sample gives them, their end tokens kept)."""
+    A row has the answer's tokens, its end among them. measure(prompts, their answers) -> {column: (n,) numbers} adds others.
+    settings: as in generate. Returns what measure gave: name -> columns."""
     # kto makes two examples of a pair, with one prompt: the good one stands for both
     asked = run.held_out.select(run.held_out.good).select(slice(n))
     prompts = [prompt for prompt, _ in asked]
     settings |= {'rank': run.rank, 'world': run.world, 'seed': run.config.seed}
     answers = sample(models, run.tokenizer, prompts, keep_end=True, **settings)
+
+    # what is known of every answer
+    measured, columns = {}, {}
+    for name in models:
+        ids = {i: answer for who, i, answer in answers if who == name}
+        columns |= {(name, i): {'tokens': len(answer)} for i, answer in ids.items()}
+        if measure and ids:
+            measured[name] = measure([prompts[i] for i in ids], list(ids.values()))
+        for column, values in measured.get(name, {}).items():
+            for i, value in zip(ids, values.tolist(), strict=True):
+                columns[name, i][column] = round(value, 6)
+
     stop = {name: stop_tokens(model, run.tokenizer) for name, model in models.items()}
     shown = [(name, i, without_end(answer, stop[name])) for name, i, answer in answers]
     file = f'{run.config.out_dir}/samples.jsonl'
-    fsdp.on_one_rank(lambda: write(file, run.tokenizer, prompts, shown, seen))
-    return prompts, answers
+    fsdp.on_one_rank(lambda: write(file, run.tokenizer, prompts, shown, seen, columns))
+    return measured
 
 
 # ---- one process ----

@@ -18,6 +18,7 @@ from hf import check, lora
 from hf.ties import describe_ties
 from model import core, register_attention
 from runtime.files import file_hash, say
+from runtime.values import MODELS, NO_MODEL
 from text import toy
 
 transformers.utils.logging.set_verbosity_error()
@@ -156,6 +157,7 @@ def _read_config(name, trust_remote_code, device_map):
         return toy.model_config()
     check.check_safe(name, trust_remote_code)
     if os.path.exists(name) or name not in _read:
+        check.check_there(name)
         raw = transformers.PretrainedConfig.get_config_dict(name)[0]
         check.check_code(name, 'config.json', {} if trust_remote_code else raw)
         _read[name] = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -223,8 +225,7 @@ def load_tokenizer(name, trust_remote_code=False):
     """Load the tokenizer of a hub id, a folder, or 'toy'. Raises UserError."""
     if name == 'toy':
         return toy.tokenizer()
-    if not os.path.exists(name) and (name.count('/') != 1 or name.startswith(('.', '/'))):
-        raise UserError(f'there is no model folder {name!r}, so no tokenizer: train it first, or name another one')
+    check.check_there(name)
     check.check_sizes(name)
     check.check_safe(name, trust_remote_code, weights=False)
     check.check_adapter(name)
@@ -289,9 +290,7 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
 
 # ---- what a model folder holds ----
 
-# options of the training scripts that name a model, the values that name none, and the files that decide what a folder holds
-MODELS = ('model', 'ref_model', 'reward_model', 'critic')
-NO_MODEL = (None, 'toy', 'gold', 'head', 'own')
+# the files that decide what a folder holds
 DECISIVE = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
 
 

@@ -51,7 +51,7 @@ def add(model, *, rank, alpha, dropout, targets, seed, fully_trained=()):
     more['task_type'] = 'CAUSAL_LM' if generates else 'SEQ_CLS'
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, **more)
     # PEFT calls what transformers has renamed, and warns of it
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         torch.manual_seed(seed)
         model = peft.get_peft_model(model, settings).eval()

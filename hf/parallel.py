@@ -5,26 +5,18 @@ transformers. The ranks of a group see the same data; FSDP goes on over the grou
 
 import os
 
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
-
 from configurator import UserError
 from model import core
-
-STYLES = {
-    'colwise': ColwiseParallel,
-    'rowwise': RowwiseParallel,
-    'colwise_gather_output': lambda: ColwiseParallel(output_layouts=Replicate()),
-    'rowwise_split_input': lambda: RowwiseParallel(input_layouts=Replicate()),
-    # a norm of each head of (B, T, heads, d)
-    'replicated_with_grad_allreduce': lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
-}
 
 
 def check(config):
     """Raise UserError where options of a script about devices and attention exclude one another."""
     if config['tp'] > 1 and config['lora_rank']:
         raise UserError('tp and lora_rank do not go together: adapters are small enough for FSDP alone')
+    given = {'tp': config['tp'] > 1, 'cpu_offload': config['cpu_offload']}
+    cuts_all = ' and '.join(name for name in given if given[name])
+    if cuts_all and config['shard'] in ('none', 'grads'):
+        raise UserError(f'{cuts_all} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')
     if config['attn']:
         config.ignored(['pack'] if config['pack'] else [], f'attention by {config["attn"]} works on padded batches')
     if config['device_map'] is None:
@@ -33,19 +25,31 @@ def check(config):
         raise UserError('device_map is for one process: start without torchrun, or leave device_map out to use FSDP')
     if config['dtype'] != 'float32':
         raise UserError('device_map computes in float32: leave dtype out, or use torchrun for bfloat16')
-    config.ignored(['compile', 'cpu_offload'], 'device_map uses no FSDP')
+    cut = ['shard'] if config['shard'] != 'auto' else []
+    config.ignored(['cpu_offload', *cut], 'device_map uses no FSDP')
 
 
 def tensor_parallel(model, mesh, groups):
     """Cut the blocks of a model, in place, over the ranks of the 1-D mesh. groups: over how many FSDP will cut on.
 
     Raises UserError for an architecture without a plan, or one that these ranks do not divide."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+    styles = {
+        'colwise': ColwiseParallel,
+        'rowwise': RowwiseParallel,
+        'colwise_gather_output': lambda: ColwiseParallel(output_layouts=Replicate()),
+        'rowwise_split_input': lambda: RowwiseParallel(input_layouts=Replicate()),
+        # a norm of each head of (B, T, heads, d)
+        'replicated_with_grad_allreduce': lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
+    }
     inner, name, ranks = core(model).base_model, type(core(model)).__name__, mesh.size()
     config = inner.config
     plan = {key: style for key, style in (config.base_model_tp_plan or {}).items() if key.startswith('layers.')}
     if not plan:
         raise UserError(f'transformers has no tensor-parallel plan for {name}: leave out --tp, FSDP needs none')
-    unknown = ', '.join(set(plan.values()) - set(STYLES))
+    unknown = ', '.join(set(plan.values()) - set(styles))
 
     # what the ranks must divide, and what FSDP must divide once more
     heads = config.num_attention_heads
@@ -64,4 +68,4 @@ def tensor_parallel(model, mesh, groups):
     for what, size in sizes.items():
         if size % ranks:
             raise UserError(f'tp={ranks} does not divide the {size} {what} of {name}: choose another --tp')
-    parallelize_module(inner, mesh, {key: STYLES[style]() for key, style in plan.items()})
+    parallelize_module(inner, mesh, {key: styles[style]() for key, style in plan.items()})

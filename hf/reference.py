@@ -7,12 +7,10 @@ import hashlib
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import fsdp
-from configurator import main_rank
 from hf.lora import adapters_off
-from runtime import cache, guard
+from runtime import cache, guard, log
 from runtime.files import say
 
 
@@ -56,7 +54,7 @@ def _compute(model, examples, make_batches):
     """The log-probs from the model, 512 examples at a time: (n, answers), float32, the same on every rank."""
     answers = examples.spans.shape[1] - 1
     out = np.zeros((len(examples), answers), np.float32)
-    bar = tqdm(total=len(examples), desc='reference', unit='ex', disable=not main_rank())
+    bar = log.progress(len(examples), ' examples', 'reference')
     for first in range(0, len(examples), 512):
         rows = np.arange(first, min(first + 512, len(examples)))
         batches, *_ = make_batches(examples, rows)

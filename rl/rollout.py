@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import fsdp
+from data import move
 from hf import generate
 from hf.lora import adapters_off
 from rl.rewards import toy_metrics
@@ -65,17 +66,16 @@ def sample(run, prompts, seeds, max_new_tokens, sample_batch):
 
 
 def token_slots(batch, rows, starts, per_prompt):
-    """Slots, among all answer tokens of the round, of the N answer tokens of a microbatch: (N,), on the CPU; -1: a filler's.
+    """Slots, among all answer tokens of the round, of the N answer tokens of a microbatch: (N,), on its device; -1: a filler's.
 
     rows: of the step's examples in the round; starts (answers,): slot of each answer's first token; per_prompt: answers."""
     # (examples, per_prompt) numbers of the batch's answers among those of the round
     slot = np.array(batch.slot)[:, None]
     numbers = rows[slot] * per_prompt + np.arange(per_prompt)
-    numbers = np.where(slot >= 0, numbers, -1)
-    # (N,) the number of each token's answer, then the token's place
-    answer = torch.from_numpy(numbers.reshape(-1))[batch.answer.cpu()]
-    place = starts[answer] + batch.offset.cpu()
-    return torch.where(answer >= 0, place, -1)
+    # (answers of the batch,) the slot of each one's first token; then (N,) of every token
+    first = np.where(slot >= 0, starts.numpy()[numbers], -1)
+    first = move(torch.from_numpy(first.reshape(-1)), batch.answer.device)[batch.answer]
+    return torch.where(first >= 0, first + batch.offset, -1)
 
 
 def token_columns(run, model, examples, starts, names):
@@ -91,10 +91,10 @@ def token_columns(run, model, examples, starts, names):
     for batch in batches:
         with torch.no_grad(), run.memory(batches):
             parts.append(model.token_logps(batch, with_values))
-        slots += token_slots(batch, rows, starts, per_prompt).tolist()
+        slots.append(token_slots(batch, rows, starts, per_prompt))
     # a model without a head for values gives one row only
     joined = dict(zip(names, torch.cat(parts, 1), strict=False))
-    return fsdp.gather_columns(joined, slots, int(lengths.sum()))
+    return fsdp.gather_columns(joined, torch.cat(slots).cpu(), int(lengths.sum()))
 
 
 def measure(run, policy, ref, examples, stop):
@@ -111,6 +111,15 @@ def measure(run, policy, ref, examples, stop):
     last = examples.ids[ends - 1]
     ended = torch.from_numpy(np.isin(last, list(stop)))
     return tokens, {'n': n, 'start': starts, 'ended': ended}
+
+
+def of_answers(tokens, answers):
+    """{'tokens', 'logratio' (policy to reference, nats), 'score' if there is one} of each answer: a list. Columns as measure's."""
+    gaps = (tokens['pi'] - tokens['ref']).split(answers['n'].tolist())
+    columns = {'tokens': answers['n'], 'logratio': torch.stack([gap.sum() for gap in gaps])}
+    columns |= {'score': answers['score']} if 'score' in answers else {}
+    lists = {name: [round(value, 6) for value in values.tolist()] for name, values in columns.items()}
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
 def describe(examples, tokens, answers, split, *, tokenizer, toy):

@@ -15,11 +15,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from configurator import Config, UserError
-from fsdp import gather_objects, on_one_rank, shared
+from fsdp import gather_objects, local, on_one_rank, shared
 from runtime.files import file_hash, make_room, move_folder, replace_text, say, sync, writing
 from runtime.log import NEUTRAL, WRITTEN, differences, recorded
 
@@ -82,12 +80,13 @@ def _check_checkpoint(out_dir, folder, run):
 def _tensors(model, optimizer):
     """name -> the live tensors of trained weights and optimizer, tied ones once: loading writes into them."""
     tensors = {}
+    mine = local if model.shard_mode == 'none' else (lambda tensor: tensor)
     model.reshard()  # after a forward without backward the root still shows its gathered parameters, not the optimizer's
     for name, p in model.named_parameters():
         if p.requires_grad:
-            tensors[f'model.{name}'] = p.detach()
+            tensors[f'model.{name}'] = mine(p.detach())
             for key, value in optimizer.state[p].items():
-                tensors[f'optimizer.{name}.{key}'] = value if value.dim() else value[None]
+                tensors[f'optimizer.{name}.{key}'] = mine(value) if value.dim() else value[None]
     return tensors
 
 
@@ -112,7 +111,13 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
 
     on_one_rank(free_name)
     # copies of everything, for training goes on to change it
-    copies = {name: tensor.to('cpu', copy=True) for name, tensor in _tensors(model, optimizer).items()}
+    tensors = _tensors(model, optimizer)
+    if model.shard_mode == 'none':
+        # all ranks have all of it: each writes some of the tensors, of all sizes
+        by_size = sorted(tensors, key=lambda name: tensors[name].numel())
+        mine = set(by_size[dist.get_rank() :: dist.get_world_size()])
+        tensors = {name: tensor for name, tensor in tensors.items() if name in mine}
+    copies = {name: tensor.to('cpu', copy=True) for name, tensor in tensors.items()}
     cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
     rng = {'cpu': torch.get_rng_state().tolist(), 'cuda': cuda}
     text = json.dumps({**state, 'examples': examples})
@@ -149,6 +154,9 @@ def wait():
 
 def _write(folder, copies, state, rng, keep_last, group):
     """Runs on all ranks, in their threads. Returns None, or why the checkpoint could not be written: the same on all."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
     # every rank writes and describes its own shard
     temporary, rank, files, error = folder.with_suffix('.tmp'), dist.get_rank(), {}, None
     try:
@@ -297,6 +305,9 @@ def latest(out_dir, run=None):
 
 def load(folder, model, optimizer):
     """Load a checkpoint, written on any number of ranks, into model and optimizer. Returns its state."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     # a step of rate 0 makes the optimizer's tensors, to be loaded into; the scripts set the rate of every step anew
     model.reshard()
     for p in model.parameters():

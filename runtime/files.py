@@ -127,7 +127,7 @@ def replace_text(path, text):
     """Write a text file so that it holds either what was in it or all of the new text, whatever happens meanwhile."""
     temporary = Path(f'{path}.tmp')
     with writing(path):
-        temporary.write_text(text)
+        temporary.write_text(text, 'utf-8')
         sync(temporary)
         temporary.replace(path)
 

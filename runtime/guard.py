@@ -8,6 +8,7 @@
 
 Scripts import this first and call watch(), so nothing heavy is imported up here: functions import torch where they use it."""
 
+import ast
 import contextlib
 import json
 import math
@@ -17,9 +18,10 @@ import signal
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
-from configurator import UserError, main_rank
+from configurator import UserError, configure, main_rank
 from runtime import files
 from runtime.files import say
 from runtime.log import check_names, check_out_dir
@@ -43,10 +45,13 @@ _lock = None  # the open file that holds the lock on out_dir
 
 
 def watch(name):
-    """Heed signals from now on, where name is '__main__': as the first thing that a script does."""
+    """Heed signals from now on, and check the command line, where name is '__main__': before a script imports anything heavy."""
     global _pipe
     if name != '__main__' or _pipe:
         return
+    # torch reads it once: memory of a GPU that grows in place has no holes between batches of different sizes
+    if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:  # the older name
+        os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
     # a thread of its own hears them: the main thread may be inside C code for minutes, such as a rendezvous
     _pipe = os.pipe()
     os.set_blocking(_pipe[1], False)
@@ -61,6 +66,10 @@ def watch(name):
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
         after_in_child=_leave_signals_to_the_system,
     )
+    # python -c has no file to read
+    script = getattr(sys.modules['__main__'], '__file__', None)
+    if script:
+        check_early(script)
 
 
 def _listen(end):
@@ -125,6 +134,33 @@ def stop_asked():
     if failed:
         checkpoint.wait()
     return code
+
+
+# ---- the first second, and the last ----
+
+
+def check_early(script):
+    """Check the command line against the source of a script before its imports, which take seconds; or print its help."""
+    tree = ast.parse(Path(script).read_text('utf-8'))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    for call in calls:
+        # plot.py gives the call words of its own choice
+        if getattr(call.func, 'id', '') != 'configure' or len(call.args) != 1:
+            continue
+        shared = None
+        for keyword in call.keywords:
+            shared = types.SimpleNamespace(__file__=Path(script).with_name(f'{keyword.value.id}.py'))
+        configure({'__file__': script, '__doc__': ast.get_docstring(tree)}, shared=shared, early=True)
+
+
+def tell_torchrun(error):
+    """Leave the sentence where torchrun looks for the cause: it prints it at the end of its own report."""
+    file = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if file:
+        kind = 'error' if isinstance(error, UserError) else type(error).__name__
+        what = {'message': f'{kind}: {error}', 'extraInfo': {'timestamp': str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(file, 'w', encoding='utf-8') as record:
+            json.dump({'message': what}, record)
 
 
 # ---- a run and its folder ----
@@ -310,7 +346,15 @@ def out_of_memory(error):
 
 
 def explained(error, advice):
-    """The error itself, or where it says that memory is out, a UserError in its place. advice: what did not fit; what to do."""
+    """The error itself, or where it says that memory is out or a result not reproducible, a UserError in its place.
+
+    advice: what did not fit into memory; what to do."""
+    # torch's own sentence begins with the name of the operation
+    operation, differs, _ = str(error).partition(' does not have a deterministic implementation')
+    if differs:
+        what = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
+        cannot = 'the risk cvar, and samples with top_p below 1, cannot have it'
+        return UserError(f'{what}; leave --deterministic out ({cannot})')
     where = out_of_memory(error)
     if where is None or isinstance(error, UserError):
         return error

@@ -15,7 +15,7 @@ from runtime.files import append, cut_rows, give_up_kept, replace_text, say, wri
 
 # options that may differ when a run is continued: they change neither the result nor what is compared
 NEUTRAL = set('resume out_dir activation_checkpointing keep_last log_every save_every max_tokens compile wandb tensorboard tp '
-              'device_map cpu_offload skip_bad_steps'.split())  # fmt: skip
+              'device_map cpu_offload shard skip_bad_steps deterministic'.split())  # fmt: skip
 # what a run puts into its out_dir, beside config.json, .lock and checkpoints
 WRITTEN = ('model', 'adapter', 'metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl', 'latest', 'wandb_id.txt')
 # metrics on the screen, and their names there
@@ -202,8 +202,8 @@ class Log:
         with writing(self.path):
             self.path.touch()
 
-        slow = 0.5 if sys.stderr.isatty() else 20
-        self.bar = tqdm(total=total, initial=start, unit='ex', mininterval=slow, dynamic_ncols=True)
+        # a file gets the lines alone
+        self.bar = tqdm(total=total, initial=start, unit='ex', disable=None, dynamic_ncols=True)
         # name of a tracker -> what writes a row; what closes it
         self.writers, self.closers, self.failed = {}, {}, set()
         if wandb:
@@ -271,6 +271,32 @@ class Log:
             give_up_kept()
             while self.closers:
                 self._attempt(*self.closers.popitem())
+
+
+class _Lines:
+    """A stream for tqdm that makes a line of each bar."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + '\n')
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(total, unit, what, **options):
+    """A tqdm of the main rank: a bar on a terminal, a line every half minute in a file. options: further ones of tqdm."""
+    from tqdm import tqdm
+
+    options = {'total': total, 'unit': unit, 'desc': what, 'disable': not main_rank()} | options
+    if sys.stderr.isatty():
+        return tqdm(dynamic_ncols=True, leave=False, **options)
+    shown = (
+        '{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}'
+        if total
+        else '{desc}: {n_fmt}{unit}, {rate_fmt}'
+    )
+    return tqdm(file=_Lines(), mininterval=30, delay=30, bar_format=shown, **options)
 
 
 def per_second(amount, seconds):

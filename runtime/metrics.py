@@ -33,3 +33,17 @@ def numbers(metrics):
     The mean of nothing, which is nan, is left out: a step may have no good answer, or no bad one."""
     floats = {name: value.item() for name, value in metrics.items()}
     return {name: round(number, 10) for name, number in floats.items() if not math.isnan(number)}
+
+
+def meaning(loss, paired, has_reference):
+    """What the screen's acc and margin are, where they are not those of a pair's rewards; None where they are."""
+    words = []
+    if not paired:
+        words.append(
+            'acc is the share of answers on the right side, margin the mean reward of good answers less that of bad ones'
+        )
+    if not has_reference:
+        words.append(
+            f'{loss} has no reference, so rewards are the log-probs of the policy alone, and do not begin at 0'
+        )
+    return f'note: {"; ".join(words)}' if words else None

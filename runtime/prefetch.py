@@ -3,6 +3,8 @@
 import queue
 import threading
 
+import torch
+
 from runtime import guard
 
 
@@ -11,7 +13,12 @@ def prefetch(iterator, depth=2):
     # (item, error): one of them; (None, None): the end
     items = queue.Queue(depth)
 
+    # a thread begins on the first GPU of the machine, whichever its process has chosen
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
     def work():
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
         try:
             for item in iterator:
                 items.put((item, None))

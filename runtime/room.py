@@ -72,8 +72,9 @@ def _check_memory(config, policy, forward, train, packed, state):
         largest_step = int(sum(sorted(train.lengths)[-config['batch_size'] :])) * copies
         tokens = min(tokens, max(longest, largest_step // ranks))
 
-    # bytes on this machine
-    state = state / ranks * here
+    # bytes on this machine, where ranks have copies of the model or share one
+    parts = 1 if policy.shard_mode == 'none' else ranks
+    state = state / parts * here
     activations = per_token * tokens * here
     has = machine_memory()
     takes = f'takes about {_size(activations)}, weights, gradients and optimizer {_size(state)}'
@@ -116,18 +117,15 @@ def bytes_saved(policy, forward, train, packed):
     kept = {}  # address -> storage: while it is held, nothing else gets its address
 
     def storage_of(tensor):
-        if hasattr(tensor, 'to_local'):  # tensor parallelism: this rank's part
-            tensor = tensor.to_local()
-        return tensor.untyped_storage()
+        return fsdp.local(tensor).untyped_storage()  # with tensor parallelism: of this rank's part
 
     def note(tensor):
         storage = storage_of(tensor)
         kept[storage.data_ptr()] = storage
         return tensor
 
-    # compiling for this one forward would take minutes; a draw of the adapters' dropout would change what training draws
-    eager = torch.compiler.set_stance('force_eager')
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy), eager:
+    # a draw of the adapters' dropout would change what training draws
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy):
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             forward(batch)
         # the weights are there anyway

@@ -116,7 +116,7 @@ def tiny_model(folder, name, **options):
              'max_position_embeddings': 128, 'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None}  # fmt: skip
     sizes |= {} if name in ('gpt_neox', 'gpt2') else {'num_key_value_heads': 2}
     config = transformers.AutoConfig.for_model(name, **(sizes | {'initializer_range': 0.2} | options))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)
         # norms and biases, which are 1 and 0 so far
@@ -163,3 +163,8 @@ def refused(script, *flags):
     message = str(info.value)
     assert '\n' not in message and len(message) < 600
     return message
+
+
+# the losses that are documented here, and have numbers of their authors'; a fork may have more
+LOSSES = """dpo cdpo robust ipo tdpo1 tdpo2 aot hinge dpop exo nca bco sppo apo_zero apo_down discopop sigmoid_norm slic simpo orpo
+cpo kto drdpo beta_dpo radpo1 radpo2 kto_zero""".split()

@@ -10,6 +10,13 @@ import numpy as np
 from configurator import UserError
 
 
+def in_words(left_out):
+    """A Counter of what was left out or changed, as words for the screen: (its counts, or 'nothing'; the notes in it)."""
+    counts = [f'{n:,} {what}' for what, n in (+left_out).items() if not what.startswith('note: ')]
+    notes = [f'{what} ({n:,} times)' for what, n in (+left_out).items() if what.startswith('note: ')]
+    return ', '.join(counts) or 'nothing', notes
+
+
 @dataclass(eq=False)
 class Examples:
     """Tokenised examples, as flat arrays. Flips and fractions are chosen by a hash of the text alone."""
@@ -116,8 +123,8 @@ class Examples:
         return kept
 
     def changes(self):
-        """What was left out, cut or flipped, for the screen."""
-        return dict(+self.left_out) or 'nothing'
+        """What was left out, cut or flipped, for the screen: (a list of counts, or 'nothing'; sentences that are notes)."""
+        return in_words(self.left_out)
 
     @cached_property
     def prompts(self):

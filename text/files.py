@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from configurator import UserError
+from runtime import hub
 from runtime.files import file_hash
 from text.readers import ENDINGS, FORMATS, HELP, Row, read_file, unfilled
 
@@ -130,6 +131,8 @@ def hub_commit(hub_id):
     try:
         import huggingface_hub
 
+        if not hub.reachable():
+            return None
         return huggingface_hub.HfApi().dataset_info(hub_id, timeout=10).sha
     except Exception:  # the reader, which comes later, says what is wrong
         return None

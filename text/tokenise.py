@@ -15,11 +15,11 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from configurator import UserError, main_rank
+from configurator import UserError
 from runtime import cache, files
-from runtime.log import say
+from runtime.log import progress, say
+from runtime.values import no_room
 from text import sources, turns
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
 from text.examples import Examples, uniform_hash
@@ -62,9 +62,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     undivided: a single file is all for this split. chat: texts become chats, behind the message system. last_turn_only: of a
     conversation, sft trains on the last answer alone. margins: keep the margins of pairs. enough: {'train': count, 'test':
     count}, None for all: the first so many are taken, and the rest is not tokenised. Raises UserError."""
-    if max_length < max_prompt_length + 2:
-        room = f'max_length {max_length} leaves no room for an answer'
-        raise UserError(f'{room} behind max_prompt_length {max_prompt_length}')
+    if wrong := no_room(max_length, max_prompt_length):
+        raise UserError(wrong)
     reading = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     names, enough = data.split('+'), enough or {}
     writing = {'chat': chat, 'system': system, 'last_turn_only': last_turn_only, 'margins': margins}
@@ -118,7 +117,7 @@ def _tokenise_sources(names, task, reading, limits, writing, parts, tokenizer, e
 
 def _rows(names, split, task, reading, left_out, both=False):
     """The examples of all sources, in order. Raises UserError where one of them gives nothing to train on."""
-    with tqdm(desc='reading', unit=' examples', disable=None if main_rank() else True, leave=False) as bar:
+    with progress(None, ' examples', 'reading') as bar:
         for source in names:
             reasons, unused, used = Counter(), Counter(), False
             try:

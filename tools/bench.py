@@ -5,17 +5,19 @@
     python -m tools.bench --model=pythia-14m --variants='padded trl trl_fastest trl_cuda head cached'   # beside TRL 1.16, if installed
     torchrun --nproc_per_node=2 -m tools.bench --model=pythia-14m
 
-All variants take turns in one process, step by step, on the same pairs; the figures are medians. `padded` is the layout of the
-original DPO code: both answers with their prompts, padded, logits at every position. Loss and gradient are the same in all.
-trl, trl_fastest and trl_cuda are TRL's own trainer (experiments/trl/variant.py). Padded batches go through in microbatches of 8 pairs.
+One variant is in memory at a time. In each round all of them take their turn on the same pairs: built, warmed up by one step, timed,
+freed again; the next round goes backwards, so that a machine that slows down slows all alike. The figures are medians. `padded` is the
+layout of the original DPO code: both answers with their prompts, padded, logits at every position. Loss and gradient are the same in
+all. trl, trl_fastest and trl_cuda are TRL's own trainer (experiments/trl/variant.py). Padded batches go through 8 pairs at a time.
 """
 
 from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
-import collections
 import contextlib
+import ctypes
+import gc
 import inspect
 import json
 import math
@@ -29,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from tqdm import tqdm
 
 import fsdp
 import losses
@@ -38,8 +39,9 @@ from configurator import UserError, configure, main_rank
 from data import make_batches
 from hf import load
 from runtime.files import writing
-from runtime.log import per_second
+from runtime.log import per_second, progress
 from text.examples import Examples
+from tools import limits
 
 model = 'pythia-70m'  # a published shape with random weights (pythia-14m to pythia-2.8b, llama-8b), or a model folder
 tokenizer: str | None = None  # a tokenizer folder, for real data with a published shape
@@ -50,13 +52,15 @@ batch_size = 8  # pairs of a step, all ranks together
 max_tokens = 16384  # tokens of a microbatch
 prompt_tokens: int | None = None  # synthetic: tokens of every prompt; None: log-normal lengths like those of HH
 answer_tokens: int | None = None  # synthetic: tokens of every answer; None: as for prompts
-n_steps = 5  # timed steps of each variant
-variants = 'padded packed shared head cached'  # in order: each adds its idea to the one before; also: compile, trl, trl_fastest, trl_cuda
+n_steps = 5  # timed steps of each variant, in all
+rounds = 2  # times that each variant is built and freed: more where the machine is noisy
+variants = 'padded packed shared head cached'  # in order: each adds its idea to the one before; also: trl, trl_fastest, trl_cuda
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 dtype = 'float32'  # float32 or bfloat16
+shard = 'auto'  # what several processes hold, as in training.py: auto, none, grads or full
 threads: int | None = None  # CPU threads; None: torch decides
 wall = False  # wall-clock time on one CPU thread, too, not CPU time; several processes have it always
-peak_tflops = 790.0  # what the GPU gives in bfloat16, for the utilisation
+peak_tflops: float | None = None  # what the GPU gives in bfloat16, for the utilisation; None: its data sheet
 seed = 0  # of weights and data
 out: str | None = None  # write the table as json, too
 config = configure(globals())
@@ -65,11 +69,10 @@ SHAPES = {  # width, layers, heads: the published Pythia suite
     'pythia-14m': (128, 6, 4), 'pythia-70m': (512, 6, 8), 'pythia-160m': (768, 12, 12), 'pythia-410m': (1024, 24, 16),
     'pythia-1b': (2048, 16, 8), 'pythia-1.4b': (2048, 24, 16), 'pythia-2.8b': (2560, 32, 32), 'llama-8b': (4096, 32, 32),
 }  # fmt: skip
-KNOWN = ['padded', 'packed', 'shared', 'head', 'cached', 'compile', 'trl', 'trl_fastest', 'trl_cuda']
+KNOWN = ['padded', 'packed', 'shared', 'head', 'cached', 'trl', 'trl_fastest', 'trl_cuda']
 PADDED = 8  # pairs of a padded microbatch, of all ranks
 # options of the losses; their values cost nothing
-OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0.5, 'gamma': 1.0, 'lam': 0.1, 'tau': 0.05}
-OPTIONS['delta'] = 1.0
+OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0.5, 'gamma': 1.0, 'lam': 0.1, 'tau': 0.05, 'delta': 1}  # fmt: skip
 # tokens of prompt and answers are log-normal, as HH's: median, sigma, and the most
 LENGTHS = [(85, 0.8, 256), (27, 0.9, 200), (33, 0.9, 200)]
 
@@ -85,7 +88,7 @@ if not names or set(names) - set(KNOWN):
 if not (has_ratio or 'pi_w' in inputs) or loss in losses.STATISTICS:
     kind = 'losses on pairs without a statistic of the step'
     raise UserError(f'{kind} are measured, not {loss!r}: its step costs the same')
-if has_divergence and set(names) & {'padded', 'packed', 'shared', 'cached', 'compile'}:
+if has_divergence and set(names) & {'padded', 'packed', 'shared', 'cached'}:
     raise UserError(f'{loss} needs the whole distribution of the live reference: only --variants=head measures it')
 if beside_trl and (loss != 'dpo' or batch_size % min(PADDED, batch_size)):
     raise UserError(f'TRL is measured with --loss=dpo, and a batch_size that is a multiple of {PADDED}')
@@ -99,6 +102,8 @@ rank, world, device = fsdp.setup()
 on_gpu = device.type == 'cuda'
 if world > 1 and beside_trl:
     raise UserError('TRL is measured in one process')
+if beside_trl:
+    from experiments.trl.variant import TrlVariant
 if threads:
     torch.set_num_threads(threads)
 
@@ -164,7 +169,7 @@ def full_head(m, batch):
 
 
 class Variant:
-    """A policy, its reference and optimizer, and one way of computing a step."""
+    """One way of computing a step; between load() and free() with a policy, its reference and optimizer."""
 
     def __init__(self, name):
         # every variant has its own idea and those of the variants before it
@@ -172,14 +177,32 @@ class Variant:
         self.name = name
         self.pad, self.share = 'packed' not in ideas, 'shared' in ideas
         self.head, self.cached = 'head' in ideas, 'cached' in ideas
-        self.policy = fsdp.shard(build, device, dtype=dtype, compile='compile' in ideas)
-        self.ref = fsdp.shard(build, device, dtype=dtype, train=False)
+        # of every step: seconds, seconds of the pass that caches the reference; GB at the peak; tokens, and those with padding
+        self.times, self.passes, self.peak, self.tokens, self.allocated = [], [], 0.0, 0, 0
+
+    @guard.memory_for('lower batch_size or max_tokens')
+    def load(self, examples, steps):
+        """Build the models, the same in each round, for these steps (k, batch_size): rows of the examples."""
+        self.policy = fsdp.shard(build, device, dtype=dtype, mode=shard)
+        self.ref = fsdp.shard(build, device, dtype=dtype, mode=shard, train=False)
         for m in (self.policy, self.ref):
             fsdp.add_method(m, full_head)
             models.set_attention(m, not self.pad)
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, 1e-6, 0.0)
-        # of every step: seconds, seconds of the pass that caches the reference; and GB at the peak
-        self.times, self.passes, self.peak = [], [], 0.0
+        # the pass that caches the reference: later epochs and runs do not pay it, and have no reference in memory
+        self.cache = {}
+        for rows in steps if self.cached else ():
+            batches, start = self.batches(examples, rows), clock()
+            with torch.no_grad():
+                self.cache[rows[0]] = [self.logps(self.ref, batch) for batch in batches]
+            self.passes.append(clock() - start)
+        if self.cached:
+            self.ref = None
+            release()
+
+    def free(self):
+        """Drop what load has built."""
+        del self.policy, self.ref, self.optimizer
 
     def logps(self, m, batch):
         """(A,) log-probs of the answers under a model."""
@@ -189,17 +212,16 @@ class Variant:
         return logps
 
     def batches(self, examples, rows):
-        """(microbatches, real tokens, allocated tokens); padded: PADDED pairs at a time, as gradient accumulation does."""
+        """The microbatches of a step; padded: PADDED pairs at a time, as gradient accumulation does."""
         size, most = (PADDED, 10**9) if self.pad else (len(rows), max_tokens)
         options = {'share_prefix': self.share, 'pad': self.pad, 'device': device}
-        found, tokens, allocated = [], 0, 0
+        found = []
         for i in range(0, len(rows), size):
-            some = rows[i : i + size]
-            batches, real, with_padding = make_batches(examples, some, rank, world, most, **options)
+            batches, tokens, allocated = make_batches(examples, rows[i : i + size], rank, world, most, **options)
             found += batches
-            tokens += real
-            allocated += with_padding
-        return found, tokens, allocated
+            self.tokens += tokens
+            self.allocated += allocated
+        return found
 
     def columns(self, batch, ref):
         """The columns of losses.py, (pairs,) each. ref: cached log-probs of the answers, or None."""
@@ -216,26 +238,20 @@ class Variant:
         if ref is not None:
             answers['ref'] = ref
             answers['ratio'] = answers['pi'] - ref
-        chosen = {f'{name}_w': values[0::2] for name, values in answers.items()}
-        rejected = {f'{name}_l': values[1::2] for name, values in answers.items()}
-        return chosen | rejected
+        sides = {'_w': 0, '_l': 1}
+        return {name + side: values[first::2] for name, values in answers.items() for side, first in sides.items()}
 
-    @guard.memory_for('all variants are in memory together; lower batch_size or max_tokens, or name fewer --variants')
+    @guard.memory_for('lower batch_size or max_tokens')
     def step(self, examples, rows):
-        """One optimizer step. The time of a cached reference's pass is kept apart: later epochs and runs do not pay it."""
-        batches, *_ = self.batches(examples, rows)
+        """One optimizer step on these rows of the examples: forward, backward, update."""
+        batches = self.batches(examples, rows)
+        cached = self.cache[rows[0]] if self.cached else [None] * len(batches)
         reset_peak()
-        start = clock()
-        with torch.no_grad():
-            cached = [self.logps(self.ref, batch) if self.cached else None for batch in batches]
-        self.passes.append(clock() - start)
-
-        # forward, backward, update
         start = clock()
         for batch, ref in zip(batches, cached, strict=True):
             values = {**OPTIONS, **self.columns(batch, ref)}
             loss_of_pairs = loss_fn(**{name: values[name] for name in inputs})
-            (loss_of_pairs * batch.real()).sum().backward()
+            (loss_of_pairs * batch.real).sum().backward()
         fsdp.update(self.policy, self.optimizer, 1e-6, world / len(rows), 10.0)
         self.times.append(clock() - start)
         self.peak = max(self.peak, peak_memory())
@@ -263,102 +279,57 @@ def reset_peak():
             Path('/proc/self/clear_refs').write_text('5')
 
 
+def release():
+    """Give freed memory back, so that the next variant's peak does not hold it."""
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps some, and other C libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_memory():
-    """GB: of the GPU, or of the process since reset_peak (it holds all variants' weights)."""
+    """GB: of the GPU, or of the process since reset_peak."""
     if on_gpu:
         return torch.cuda.max_memory_allocated() / 1e9
     # a line of Linux: `VmHWM:  123456 kB`
-    with contextlib.suppress(OSError):
-        found = re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())
-        if found:
-            return int(found[1]) / 1e6
+    with contextlib.suppress(OSError, TypeError):
+        return int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1]) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def flops(run, lengths):
-    """Model FLOPs of a pair: 2 per weight and token forward, twice that backward, once for a live reference."""
-    # the weights of matrix products, without embeddings; the head is counted by itself
-    weights = 0
-    for name, p in shell.named_parameters():
-        if p.dim() == 2 and not re.search(r'embed|lm_head|(wte|wpe)\.weight$', name):
-            weights += p.numel()
-
-    # tokens, and pairs of tokens that attend; the second answer's prompt is computed once more where it is not shared
-    prompt, chosen, rejected = lengths.T  # (pairs,) each
-    tokens = prompt + chosen + rejected
-    attended = (prompt + chosen) ** 2 / 2 + rejected * prompt + rejected**2 / 2
-    if not run.share:
-        tokens = tokens + prompt
-        attended = attended + prompt**2 / 2
-    in_head = chosen + rejected if run.head else tokens
-
-    shape = shell.config
-    forward = 2 * weights * tokens + 4 * shape.num_hidden_layers * shape.hidden_size * attended
-    forward = forward + 2 * shape.hidden_size * shape.vocab_size * in_head
-    live = not run.cached and has_ratio
-    return float((forward * (3 + live)).mean())
-
-
-def products_alone(tokens, predicted):
-    """Seconds for the step's matrix products and nothing else: every linear layer, forward, and both backward products."""
-    total = 0.0
-    how = {'dtype': getattr(torch, dtype), 'device': device}
-    linears = collections.Counter(m.weight.shape for m in shell.modules() if isinstance(m, torch.nn.Linear))
-    for (outputs, inner), count in linears.items():
-        n = predicted if outputs == shell.config.vocab_size else tokens  # the head is not applied to all
-        x = torch.randn(n, inner, **how)
-        w = torch.randn(outputs, inner, **how)
-        y = torch.randn(n, outputs, **how)
-        spent = []
-        for _ in range(3):
-            start = clock()
-            x @ w.T
-            middle = clock()
-            y @ w
-            y.T @ x
-            forward, backward = middle - start, clock() - middle
-            spent.append(2 * forward + backward)  # policy and reference
-        total += count * min(spent)
-    return total
 
 
 def row_of(run, lengths):
     """A row of the table: medians over a variant's steps. lengths: (pairs, 3) tokens of prompt and answers."""
-    # without the first step, which warms up
-    times, first_times = run.times[1:], runs[0].times[1:]
+    times, first_times = run.times, runs[0].times
     seconds = statistics.median(times)
-    ratios = [per_second(first, own) for first, own in zip(first_times, times, strict=True)]
+    ratios = list(map(per_second, first_times, times))
     row = {'pairs_per_second': per_second(batch_size, seconds), 'ratio': statistics.median(ratios)}
     row['tokens_per_second'] = per_second(lengths.sum() / n_steps, seconds)
     row['peak_memory_gb'] = run.peak
 
     # what is known of our own variants only
     if isinstance(run, Variant):
-        tokens = allocated = 0
-        for rows in steps[1:]:
-            _, real, with_padding = run.batches(examples, rows)
-            tokens += real
-            allocated += with_padding
-        row['padding_share'] = 1 - tokens / allocated
-        cost = flops(run, lengths)
+        row['padding_share'] = 1 - run.tokens / run.allocated
+        live = not run.cached and has_ratio
+        cost = limits.flops(shell, lengths, share=run.share, head=run.head, passes=3 + live)
         row['gflop_per_pair'] = cost / 1e9
-        if on_gpu:
-            row['mfu'] = per_second(cost * batch_size, seconds) / world / peak_tflops / 1e12
+        if peak:
+            row['mfu'] = per_second(cost * batch_size, seconds) / world / peak / 1e12
         if run.cached:
-            both = [step + extra for step, extra in zip(times, run.passes[1:], strict=True)]
-            row['pairs_per_second_with_cache_pass'] = per_second(batch_size, statistics.median(both))
+            both = statistics.median(map(sum, zip(times, run.passes, strict=True)))
+            row['pairs_per_second_with_cache_pass'] = per_second(batch_size, both)
     finite = {name: float(value) for name, value in row.items() if math.isfinite(value)}  # json knows no others
     return {'variant': run.name} | finite
 
 
 def show(rows, lengths, limit):
     """Print the table."""
-    where = torch.cuda.get_device_name() if on_gpu else f'CPU, {torch.get_num_threads()} threads'
+    where = card if on_gpu else f'CPU, {torch.get_num_threads()} threads'
     print(f'{model}, {data}, {loss}, batch {batch_size}, {world} ranks, {where}, {dtype}, torch {torch.__version__}')
     print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
     print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB     MFU')
-    formats = {'pairs_per_second': '.2f', 'ratio': '.2f', 'tokens_per_second': '.0f', 'padding_share': '.1%'}
-    formats |= {'gflop_per_pair': '.1f', 'peak_memory_gb': '.2f', 'mfu': '.1%'}
+    formats = {'pairs_per_second': '.2f', 'ratio': '.2f', 'tokens_per_second': '.0f', 'padding_share': '.1%',
+               'gflop_per_pair': '.1f', 'peak_memory_gb': '.2f', 'mfu': '.1%'}  # fmt: skip
     for row in rows:
         cells = [f'{row[name]:{form}}' if name in row else '-' for name, form in formats.items()]
         print('{:11s} {:>9s} {:>6s} {:>9s} {:>8s} {:>11s} {:>8s} {:>7s}'.format(row['variant'], *cells))
@@ -366,33 +337,37 @@ def show(rows, lengths, limit):
         if both:
             print(f'{"+ its pass":11s} {both:9.2f}  the pass that makes the cache counted, as in a first epoch')
     print(f'{"limit":11s} {limit:9.2f}  if the matrix products of policy and live reference were all there is')
-    memory = 'Peak memory holds the weights of all variants of the run.'
-    print(f'x: median of the ratio to the first variant, step by step. {memory}')
+    print('x: median of the ratio to the first variant, step by step. Peak memory: while this variant alone is loaded.')
+    if peak or on_gpu:
+        print(f'MFU: of {peak} TFLOP/s, {source}' if peak else f'MFU: {source}')
 
 
 # ---- the measurement ----
 
-steps = np.arange((n_steps + 1) * batch_size).reshape(-1, batch_size)  # rows of each step's pairs
+steps = np.arange((n_steps + 1) * batch_size).reshape(-1, batch_size)  # rows of each step's pairs; the first warms up
 examples = synthetic_pairs(steps.size) if data == 'synthetic' else real_pairs(steps.size)
 shell = build(empty=True)  # the shapes of the model's weights
-runs = []
-for name in names:
-    if name.startswith('trl'):
-        from experiments.trl.variant import TrlVariant
+card = torch.cuda.get_device_name() if on_gpu else 'this CPU'
+peak, source = (peak_tflops, '--peak_tflops') if peak_tflops else limits.peak_of(card)
+trl_options = {'step_pairs': min(PADDED, batch_size), 'tools': (clock, reset_peak, peak_memory), 'threads': threads}
+runs = [TrlVariant(name, build, **trl_options) if name.startswith('trl') else Variant(name) for name in names]
 
-        how = batch_size, min(PADDED, batch_size), clock, reset_peak, peak_memory, threads
-        runs.append(TrlVariant(name, build(), examples, steps.flatten(), *how))
-    else:
-        runs.append(Variant(name))
-
-# another variant begins each step
-bar = tqdm(total=len(steps) * len(runs), unit=' steps', disable=not main_rank(), leave=False)
-for number, rows in enumerate(steps):
-    first = number % len(runs)
-    for run in runs[first:] + runs[:first]:
-        bar.set_description(run.name)
-        run.step(examples, rows)
-        bar.update()
+# a round: every variant by itself, on the same steps
+rounds = min(rounds, n_steps) if len(runs) > 1 else 1
+bar = progress((n_steps + rounds) * len(runs), ' steps', 'bench')
+for number, timed in enumerate(np.array_split(steps[1:], rounds)):
+    of_round = np.concatenate([steps[:1], timed])
+    for run in reversed(runs) if number % 2 else runs:
+        bar.set_description_str(run.name, refresh=False)
+        run.load(examples, of_round)
+        for rows in of_round:
+            run.step(examples, rows)
+            bar.update()
+        # the step that warms up does not count
+        for seconds in (run.times, run.passes):
+            del seconds[-len(of_round) : 1 - len(of_round)]
+        run.free()
+        release()
 bar.close()
 
 # the table, without the pairs of the first step
@@ -400,7 +375,8 @@ lengths = examples.widths[batch_size:].astype(float)  # (pairs, 3): prompt and a
 table = [row_of(run, lengths) for run in runs]
 of_step = lengths.sum(0) / n_steps / world  # tokens of prompts, chosen and rejected answers on a rank
 tokens, predicted = int(of_step.sum()), int(of_step[1:].sum())
-limit = per_second(batch_size, products_alone(tokens, predicted))
+alone = limits.products_alone(shell, tokens, predicted, getattr(torch, dtype), device, clock)
+limit = per_second(batch_size, alone)
 if main_rank():
     show(table, lengths, limit)
     if out:

@@ -12,15 +12,12 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
-import json
 import statistics
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from configurator import UserError, configure
-from runtime.log import NEUTRAL
-from text import toy
+from tools.runs import curves_of, gold, labels, panels_of, read, smoothed
 
 out = 'plot.png'  # the picture; its ending decides the format (png, pdf, svg)
 smooth = 0.04  # training curves: mean over this fraction of a run's steps; 0: every step as it is
@@ -28,124 +25,7 @@ width = 13.0  # inches
 config = configure(globals(), [x for x in sys.argv[1:] if x.startswith('-')])
 folders = [Path(x) for x in sys.argv[1:] if not x.startswith('-')]
 
-# title, meaning, metrics as group/name; of two metrics the second is drawn dashed
-SAMPLED_KL = ('KL', 'KL(policy || reference) on its own samples, nats an answer', ['kl/samples'])
-# in its place, where no run has sampled
-CHOSEN_KL = (
-    'KL, as if chosen answers came from the reference',
-    'mean of log reference - log policy, nats an answer',
-    ['kl/chosen'],
-)
-PANELS = [
-    ('loss', 'thin: training steps, smoothed; points: held-out examples', ['loss']),
-    ('reward accuracy', 'share of pairs with the higher reward on the chosen answer', ['rewards/accuracies']),
-    ('reward margin', 'chosen minus rejected implicit reward', ['rewards/margins']),
-    ('log-probs', 'chosen (solid, filled) and rejected (dashed, open), nats an answer', ['logps/chosen', 'logps/rejected']),
-    SAMPLED_KL,
-]  # fmt: skip
-DRAWN = ('loss', 'rewards', 'logps', 'kl', 'gold')  # groups of metrics
-
-# ---- what a run left ----
-
-
-class Run(NamedTuple):
-    """What a run's folder holds: options by name, rows of metrics.jsonl, rows of samples.jsonl."""
-
-    options: dict
-    rows: list
-    samples: list
-
-
-def read(folder):
-    """The Run of a folder. Raises UserError."""
-    if not folder.is_dir():
-        raise UserError(f'there is no folder {folder}')
-    try:
-        options = dict(json.loads((folder / 'config.json').read_text())['config'])
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json, so it is no run's out_dir") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f'{folder}/config.json is damaged') from None
-    rows = lines(folder / 'metrics.jsonl', {'split': str, 'counters/examples': int})
-    if not any(row['split'] in ('train', 'eval') for row in rows):
-        raise UserError(f'{folder} has no steps in its metrics.jsonl yet')
-    kinds = {'examples': int, 'generator': str, 'prompt': str, 'response': str}
-    return Run(options, rows, lines(folder / 'samples.jsonl', kinds))
-
-
-def lines(file, kinds):
-    """The rows of a .jsonl, none where it does not exist; the last one may be half written.
-
-    kinds: what each row has, and of which type. Raises UserError for other rows, and for a metric that is no number."""
-    try:
-        texts = file.read_text().splitlines() if file.exists() else []
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f'{file} is damaged') from None
-    rows = []
-    for number, text in enumerate(texts, 1):
-        try:
-            row = dict(json.loads(text))
-        except (ValueError, TypeError, RecursionError):
-            if number < len(texts):
-                raise UserError(f'{file}, line {number} is damaged') from None
-            print(f'note: the last line of {file} is not complete')
-            continue
-        wrong = [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
-        if 'split' in kinds:
-            wrong += [name for name, value in row.items() if is_drawn(name) and not is_number(value)]
-        if wrong:
-            raise UserError(f'{file} has a row without a proper {wrong[0]}: it is damaged, or of something else')
-        rows.append(row)
-    return rows
-
-
-def is_drawn(metric):
-    """Whether a metric, such as loss/train or rewards_train/margins, may be in a panel."""
-    group = metric.replace('_', '/').partition('/')[0]
-    return group in DRAWN
-
-
-def is_number(value):
-    """Whether a value can be drawn; nan, of a run that went wrong, is no point. matplotlib fails on larger numbers."""
-    return isinstance(value, int | float) and not abs(value) > 1e300
-
-
-def labels(runs):
-    """A name for each run: its folder, and up to five of the options in which the runs differ."""
-    keys = dict.fromkeys(key for run in runs for key in run.options if key not in NEUTRAL | {'out_dir'})
-    differ = []
-    for key in keys:
-        values = {json.dumps(run.options.get(key)) for run in runs}
-        if len(values) > 1:
-            differ.append(key)
-
-    names = []
-    for folder, run in zip(folders, runs, strict=True):
-        told = [f'{key}={run.options[key]}' for key in differ if run.options.get(key) is not None]
-        if len(told) > 5:
-            told = [*told[:5], '...']
-        name = f'{folder.name}: {", ".join(told)}' if told else folder.name
-        names.append(name.replace('$', r'\$'))  # else matplotlib reads mathematics
-    return names
-
-
 # ---- curves ----
-
-
-def curve(rows, split, metric):
-    """(examples, values) of a metric, written as group/name, in the rows of a split."""
-    # its name in a row: loss/train, rewards_train/margins
-    group, slash, name = metric.partition('/')
-    key = f'{group}_{split}/{name}' if slash else f'{group}/{split}'
-    found = [row for row in rows if row['split'] == split and key in row]
-    return [row['counters/examples'] for row in found], [row[key] for row in found]
-
-
-def smoothed(values):
-    """Means over a window that ends at each value, so that no step knows the future."""
-    size = max(1, round(smooth * len(values)))
-    ends = range(1, len(values) + 1)
-    return [statistics.fmean(values[max(0, end - size) : end]) for end in ends]
 
 
 def frontier(rows, samples):
@@ -153,10 +33,8 @@ def frontier(rows, samples):
     # (who answered, examples seen before) -> gold rewards of the answers
     scores = {}
     for row in samples:
-        place = row['prompt'].removeprefix('Review of the ').removesuffix(':')
-        if place in toy.PLACES:
-            gold = toy.gold(row['prompt'], row['response'])
-            scores.setdefault((row['generator'], row['examples']), []).append(gold)
+        if gold(row) is not None:
+            scores.setdefault((row['generator'], row['examples']), []).append(gold(row))
 
     # the reference's answers are the same every time
     references = [values for (name, _), values in scores.items() if name == 'reference']
@@ -192,10 +70,7 @@ def draw(runs):
     import matplotlib.pyplot as plt
 
     # the panels that have anything to show
-    panels = PANELS
-    if not has_curve(SAMPLED_KL, runs):
-        panels = [CHOSEN_KL if panel is SAMPLED_KL else panel for panel in PANELS]
-    panels = [panel for panel in panels if has_curve(panel, runs)]
+    panels = panels_of(runs)
     frontiers = [frontier(run.rows, run.samples) for run in runs]
     count = len(panels) + any(frontiers)
     if not count:
@@ -220,7 +95,8 @@ def draw(runs):
         unused.remove()
 
     # which colour is which run
-    named = zip(labels(runs), colours, strict=True)
+    names = [name.replace('$', r'\$') for name in labels(runs)]  # else matplotlib reads mathematics
+    named = zip(names, colours, strict=True)
     handles = [plt.Line2D([], [], color=colour, marker='o', label=name) for name, colour in named]
     figure.legend(handles=handles, loc='outside lower center', frameon=False)
     try:
@@ -230,39 +106,48 @@ def draw(runs):
     print(f'{out}: {len(runs)} runs, {count} panels')
 
 
-def has_curve(panel, runs):
-    """Whether any run has a point of a panel."""
-    _, _, metrics = panel
-    for run in runs:
-        for metric in metrics:
-            for split in ('train', 'eval'):
-                examples, _ = curve(run.rows, split, metric)
-                if examples:
-                    return True
-    return False
-
-
 def draw_panel(axis, panel, runs, colours):
-    """The training curves and evaluations of a panel's metrics."""
-    title, meaning, metrics = panel
+    """The training curves and evaluations of a panel's metrics; values far off the others are marks on the edge."""
+    title, meaning, _ = panel
     looks = [{'linestyle': '-', 'markerfacecolor': 'auto'}, {'linestyle': '--', 'markerfacecolor': 'white'}]
-    for run, colour in zip(runs, colours, strict=True):
-        for metric, look in zip(metrics, looks, strict=False):
-            examples, values = curve(run.rows, 'train', metric)
-            axis.plot(examples, smoothed(values), color=colour, linewidth=1, alpha=0.6, **look)
-            examples, values = curve(run.rows, 'eval', metric)
-            line = 1.5 if len(examples) > 2 else 0
-            axis.plot(examples, values, color=colour, marker='o', markersize=5, linewidth=line, **look)
+    far, gaps = [], 0
+    for metric, split, run, curve, (number, size) in curves_of(panel, runs):
+        draw_curve(axis, curve, split, {**looks[metric], 'color': colours[run]}, number, size)
+        # on the upper edge or on the lower one
+        edges = [float(value > max(curve.values)) for _, value in curve.far]
+        at = [seen for seen, _ in curve.far]
+        axis.scatter(at, edges, 25, [colours[run]], marker='^', transform=axis.get_xaxis_transform(), clip_on=False)
+        far += [value for _, value in curve.far]
+        gaps += curve.gaps
+    # what the axes leave out
+    if far:
+        meaning += f'; outside: {len(far)}, such as {max(far, key=abs):.3g}'
+    if gaps:
+        meaning += f'; no numbers: {gaps}'
     entitle(axis, title, meaning, 'training examples')
+
+
+def draw_curve(axis, curve, split, look, number, size):
+    """One curve. Of `size` curves in one place each draws its `number`-th dash and a smaller point on the one before."""
+    if size > 1:
+        look['linestyle'] = (6 * number, (6, 6 * (size - 1)))
+    if split == 'train':
+        axis.plot(curve.examples, smoothed(curve.values, smooth), linewidth=1, alpha=0.6, **look)
+        return
+    line = 1.5 if len(curve.examples) > 2 else 0
+    point = 5 + 3 * (size - 1 - number)
+    axis.plot(curve.examples, curve.values, marker='o', markersize=point, linewidth=line, **look)
 
 
 def draw_frontiers(axis, frontiers, colours):
     """Gold reward against KL, a line a run: its points as frontier gives them."""
-    for points, colour in zip(frontiers, colours, strict=True):
+    for i, (points, colour) in enumerate(zip(frontiers, colours, strict=True)):
         kl, gold, error = zip(*points, strict=True) if points else ((), (), ())
-        sizes = [18] * len(points)
+        # larger where the same points are drawn on them again
+        again = 1 + frontiers[i + 1 :].count(points)
+        sizes = [18 * again**2] * len(points)
         if points:
-            sizes[-1] = 80
+            sizes[-1] = 80 * again**2
         axis.plot(kl, gold, color=colour, linewidth=1, alpha=0.6)
         axis.errorbar(kl, gold, error, color=colour, fmt='none', alpha=0.35)
         axis.scatter(kl, gold, sizes, color=colour)
@@ -274,7 +159,8 @@ def entitle(axis, title, meaning, xlabel):
     """Write a panel's title, what it means, and what is on its x axis."""
     axis.set(xlabel=xlabel)
     axis.set_title(title, loc='left', pad=17)
-    axis.text(0, 1.025, meaning, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
+    text = axis.text(0, 1.025, meaning, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
+    text.set_in_layout(False)  # a long one makes no column wider
 
 
 if not folders:

@@ -34,6 +34,7 @@ import model
 from configurator import UserError, configure
 from experiments import ROOT
 from feedback import answers
+from runtime import check_loss
 from runtime.values import CHOICES
 from text import sources, toy
 from text.tokenise import tokenise
@@ -415,7 +416,7 @@ def dpo_checks():
 def check_dpo(resolved):
     """The options that the loss uses, as dpo.py finds them. Raises its UserError."""
     scope = {'config': resolved, 'losses': losses, 'inspect': inspect, 'partial': functools.partial, 'kl': model.kl,
-             'RISKS': model.RISKS, 'UserError': UserError, **resolved}  # fmt: skip
+             'RISKS': model.RISKS, 'UserError': UserError, 'check_loss': check_loss, **resolved}  # fmt: skip
     exec(dpo_checks(), scope)
     return {name for name, used in scope['uses'].items() if used}
 
@@ -515,7 +516,8 @@ def check_resolved(argv, given, resolved, before):
         json.dumps(value)
         if isinstance(value, str):
             value.encode()
-        if resolved.origin[name] == 'default' and value != before[name]:
+        follows = name == 'max_prompt_length' and before[name] is None  # half of max_length
+        if resolved.origin[name] == 'default' and value != before[name] and not follows:
             raise Failure(f'{name} is {value!r} though nobody set it')
 
 

@@ -1,14 +1,15 @@
-"""The papers' claims, tried on the toy world with its gold reward: every method from one SFT model, several seeds.
+"""The papers' claims, tried on the toy world with its gold reward, on several seeds with an SFT model each.
 
-    python -m experiments.claims                            # or make claims: the whole grid into out/claims
+    python -m experiments.claims                     # or make claims: the whole grid into out/claims
     python -m experiments.claims --quick             # fewer trials, half the examples, into out/claims_quick
     python -m experiments.claims --seeds='11 12 13'  # other seeds, into the same files
-    python -m experiments.claims --search            # find the methods' settings anew: out/claims/settings.json, else experiments/claims/record/settings.json
+    python -m experiments.claims --search            # find the settings of both-tuned claims anew, on a seed that is not reported
     python -m experiments.claims --report            # write the report again from what is there
 
-experiments/claims has what --out_dir=experiments/claims left there; with that the claims in the README are written, too. Resumable: every
-finished trial is a line of results.jsonl, and is not made again. results.md has the verdicts and the tables, flips.png and
-frontier.png the plots. grid.py says which trials, rules.py which claims and by which rule.
+experiments/claims/record has what --out_dir=experiments/claims/record left there; with that docs/evidence.md is written, too. Resumable:
+every finished trial is a line of results.jsonl, and is not made again. Settings are those of settings.json, here or in the record; where
+there is none, the search comes first. results.md has the verdicts and tables. grid.py says which trials, rules.py which claims, verdict.py
+by which rule; loglinear.py is a command of its own.
 """
 
 import json
@@ -24,7 +25,7 @@ from experiments.claims import grid as claims_grid
 from experiments.claims import report as claims_report
 from experiments.claims import trial as claims_run
 
-seeds = '1 2 3 4 5'  # of the pairs, their order, the flips and the samples; 0 is the search's
+seeds = '1 2 3 4 5'  # of the SFT model, the pairs, their order, the flips and the samples; 0 is the search's
 quick = False  # a small grid, half the examples, and unless given: three seeds, 256 samples
 search = False  # the search for settings instead of the grid
 report = False  # only write the report from the trials that are there
@@ -53,24 +54,28 @@ def run(trials, file, work):
     if not left:
         return
     began = time.time()
-    claims_run.train_reference(work)
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(workers, context) as pool, file.open('a') as stream:
+        references = [pool.submit(claims_run.train_reference, work, seed) for seed in sorted({t['seed'] for t in left})]
+        for reference in references:
+            reference.result()
         waiting = [pool.submit(claims_run.run_trial, trial, work, n_samples) for trial in left]
         for i, future in enumerate(as_completed(waiting), 1):
             result = future.result()
             stream.write(json.dumps(result) + '\n')
             stream.flush()
-            options = result['options'] or {'loss': 'the SFT model'}
-            what = ' '.join(f'{k}={v}' if k != 'loss' else v for k, v in options.items())
-            numbers = (
-                result.get('error')
-                or f'gold {result["gold"]:+.3f}  acc {result["accuracy"]:.3f}  kl {result["kl"]:.3f}'
-            )
+            what = ' '.join(f'{k}={v}' for k, v in (result['options'] or {}).items())
+            said = result.get('error') or 'gold {gold:+.3f}  acc {accuracy:.3f}  kl {kl:.3f}'.format(**result)
             minutes = (time.time() - began) / i * (len(left) - i) / 60
-            print(
-                f'{i:4d}/{len(left)}  seed {result["seed"]}  {what:60s}  {numbers}  {minutes:.0f} min left', flush=True
-            )
+            print(f'{i:4d}/{len(left)}  seed {result["seed"]}  {what:60s}  {said}  {minutes:.0f} min left', flush=True)
+
+
+def find_settings(settings, out, work):
+    """Make the searches, and write what they found."""
+    run([trial for name in claims_grid.SEARCHES for trial in claims_grid.search(name)], out / 'search.jsonl', work)
+    rows = read_results(out / 'search.jsonl')
+    found = {name: claims_grid.found(name, rows) for name in claims_grid.SEARCHES}
+    settings.write_text(json.dumps(found, indent=1) + '\n')
 
 
 def main():
@@ -95,16 +100,16 @@ def main():
     os.environ['OMP_NUM_THREADS'] = '1'  # the workers inherit it
     os.environ.setdefault('NANOPREF_CACHE', str(work / 'cache'))
     settings, results = out / 'settings.json', out / 'results.jsonl'
-    if search:
-        run([trial for name in claims_grid.SEARCHES for trial in claims_grid.search(name)], out / 'search.jsonl', work)
-        rows = read_results(out / 'search.jsonl')
-        settings.write_text(
-            json.dumps({name: claims_grid.found(name, rows) for name in claims_grid.SEARCHES}, indent=1) + '\n'
-        )
-        print(f'{settings}:\n{settings.read_text()}')
-        return
-    settings = settings if settings.exists() else RECORD / 'settings.json'
-    grid = claims_grid.Grid(claims_grid.QUICK if quick else claims_grid.FULL, json.loads(settings.read_text()))
+    known = [file for file in (settings, RECORD / 'settings.json') if file.exists()]
+    if report and not known:
+        raise UserError(f'there is nothing to report in {out}')
+    if search or not known:
+        find_settings(settings, out, work)
+        known = [settings]
+        if search:
+            print(f'{settings}:\n{settings.read_text()}')
+            return
+    grid = claims_grid.Grid(claims_grid.QUICK if quick else claims_grid.FULL, json.loads(known[0].read_text()))
     if not report:
         run(grid.trials(chosen), results, work)
     claims_report.write(grid, chosen, read_results(results), out)

@@ -1,9 +1,8 @@
-"""Which trials experiments/claims makes: every claim's methods, over flips, beta, pairs and seeds. A trial is described in trial.py.
+"""Which trials experiments/claims makes. A trial is described in trial.py.
 
-Every method is run with its own parameters as published (below), and with the learning rate and beta (or what takes its place)
-that gave the highest score among twelve settings on a seed that is not reported: the same budget for every method. The score is
-the gold reward minus PRICE times the KL to the SFT model: what all these methods maximise, at one price for all. Where beta
-itself is varied, every method has the same betas, at the learning rate of DPO.
+Two kinds of comparison. Like for like: both sides have the same beta, learning rate, pairs and flips, and differ in the one thing that the
+paper changes. Both tuned: each side has the best of twelve settings for the very metric of the claim, on a seed that is not reported; what
+is the method's own (beta', a) is in its search. The score is the gold reward minus PRICE times the KL to the SFT model.
 """
 
 import itertools
@@ -11,19 +10,17 @@ import json
 
 SEARCH_SEED = 0
 PRICE = 0.25  # gold reward that a nat of KL costs
-# Dr. DPO with its published beta' = 1; cdpo and robust believe in 20% flips, the middle of the grid
-FLIPS = {
-    'dpo': {'loss': 'dpo'},
-    'cdpo': {'loss': 'cdpo', 'label_smoothing': 0.2},
-    'robust': {'loss': 'robust', 'label_smoothing': 0.2},
-    'ipo': {'loss': 'ipo', 'average': False},
-    'drdpo': {'loss': 'drdpo'},
-}
+FLIPS = (0.0, 0.4)  # cDPO and robust DPO are told the true share
+# like for like, under flips; 'dpo quarter' is DPO at a quarter of the beta
+LIKE = {
+    'dpo': {'loss': 'dpo'}, 'drdpo 1': {'loss': 'drdpo', 'beta_prime': 1.0}, 'drdpo 4': {'loss': 'drdpo', 'beta_prime': 4.0},
+    'dpo quarter': {'loss': 'dpo'}, 'cdpo': {'loss': 'cdpo', 'label_smoothing': 0.4},
+    'robust': {'loss': 'robust', 'label_smoothing': 0.4},
+}  # fmt: skip
 BETA = {'dpo': {'loss': 'dpo'}, 'beta_dpo': {'loss': 'beta_dpo', 'rho': 0.2, 'a': 0.6}}
-RISKS = [('cvar', 0.95), ('cvar', 0.98), ('erm', 0.95), ('erm', 1.0)]  # cvar with mu = 1 is the KL: TDPO
-FRONTIER = {'dpo': {'loss': 'dpo'}, 'tdpo1': {'loss': 'tdpo1'}, 'tdpo2': {'loss': 'tdpo2', 'alpha': 0.5}} | {
-    f'{loss} {risk} {mu:g}': {'loss': loss, 'risk': risk, 'mu': mu} | ({'alpha': 0.5} if loss == 'radpo2' else {})
-    for loss in ('radpo1', 'radpo2') for risk, mu in RISKS
+FRONTIER = {
+    'dpo': {'loss': 'dpo'}, 'tdpo1': {'loss': 'tdpo1'}, 'tdpo2': {'loss': 'tdpo2', 'alpha': 0.5},
+    'radpo1': {'loss': 'radpo1', 'risk': 'cvar', 'mu': 0.98}, 'radpo2': {'loss': 'radpo2', 'risk': 'cvar', 'mu': 0.98, 'alpha': 0.5},
 }  # fmt: skip
 # good to bad answers; the weights keep both sides' sums equal, as the KTO paper advises; a batch of 128 answers is one of 64 pairs
 KTO = {
@@ -32,46 +29,49 @@ KTO = {
 }
 OTHERS = {'dpo': {'loss': 'dpo'}, **KTO, 'simpo': {'loss': 'simpo', 'gamma': 0.5}, 'orpo': {'loss': 'orpo'}}
 ONLINE = {
-    'ppo': {'loss': 'ppo', 'n_examples': 4096, 'ppo_epochs': 2},
-    'grpo': {'loss': 'grpo', 'n_examples': 4096, 'ppo_epochs': 2, 'group_size': 8},
+    'ppo': {'loss': 'ppo', 'n_examples': 4096, 'ppo_epochs': 2, 'lr': 1e-3},
+    'grpo': {'loss': 'grpo', 'n_examples': 4096, 'ppo_epochs': 2, 'lr': 1e-3, 'group_size': 8},
 }
 
-FULL = {'rates': (0.0, 0.1, 0.2, 0.3, 0.4), 'betas': (0.25, 0.5, 1.0, 2.0, 4.0), 'beta_kinds': ('low', 'high', 'mixed'),
-        'frontier': tuple(FRONTIER), 'frontier_betas': (0.5, 1.0, 2.0, 4.0), 'others': tuple(OTHERS), 'online': tuple(ONLINE),
-        'kl_coefs': (0.15, 0.5, 1.5), 'cut': 1}  # fmt: skip
+FULL = {'like': tuple(LIKE), 'like_betas': (0.1, 1.0), 'like_lrs': (1e-4, 3e-4, 1e-3), 'mixed_betas': (0.03, 0.1, 0.3, 1.0), 'mixed_lr': 3e-4,
+        'frontier': tuple(FRONTIER), 'frontier_betas': (0.5, 1.0, 4.0), 'frontier_lr': 1e-3, 'others': tuple(OTHERS),
+        'online': tuple(ONLINE), 'kl_coefs': (0.15, 0.5, 1.5), 'cut': 1}  # fmt: skip
 QUICK = FULL | {
-    'rates': (0.0, 0.4), 'betas': (0.5, 4.0), 'beta_kinds': ('mixed',), 'frontier': ('dpo', 'tdpo2', 'radpo2 cvar 0.98'),
-    'frontier_betas': (0.5, 4.0), 'others': ('dpo', 'kto 1:1', 'kto 1:10', 'simpo', 'orpo'), 'kl_coefs': (0.5,), 'cut': 2,
+    'like': ('dpo', 'drdpo 1'), 'like_betas': (0.1,), 'like_lrs': (1e-3,), 'mixed_betas': (0.1, 1.0),
+    'frontier': ('dpo', 'tdpo2'), 'frontier_betas': (0.5, 4.0), 'others': ('dpo', 'kto 1:1', 'simpo'), 'online': (), 'cut': 2,
 }  # fmt: skip
 
-# the twelve settings of each method's search: six strengths a factor of three apart, two learning rates
-STRENGTHS = {
-    'ipo': ('beta', (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)), 'simpo': ('beta', (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)),
-    'orpo': ('lam', (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)), 'ppo': ('kl_coef', (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
-    'grpo': ('kl_coef', (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
-}  # fmt: skip
-DEFAULT = ('beta', (0.1, 0.3, 1.0, 3.0, 10.0, 30.0))
-RATES = (3e-4, 1e-3)
-SEARCHES = {f'flips {name}': FLIPS[name] | {'noise_rate': 0.2} for name in FLIPS} | {
-    'clean dpo': OTHERS['dpo'], 'clean kto': KTO['kto 1:1'], 'clean simpo': OTHERS['simpo'], 'clean orpo': OTHERS['orpo'],
-    'clean ppo': ONLINE['ppo'], 'clean grpo': ONLINE['grpo'],
+# the searches: metrics to choose by, pairs, options that stay, and axes whose product is twelve settings
+LRS = (1e-4, 3e-4, 1e-3)
+NOISE = {'noise_rate': FLIPS[-1]}
+WIDE, BOTH = ('accuracy', 'score'), {'beta': (0.1, 0.3, 1.0, 3.0), 'lr': LRS}
+SEARCHES = {
+    'flips dpo': (WIDE, 'all', LIKE['dpo'] | NOISE, BOTH),
+    'flips drdpo': (WIDE, 'all', {'loss': 'drdpo'} | NOISE, {'beta': (0.3, 3.0), 'beta_prime': (1.0, 4.0), 'lr': LRS}),
+    'flips cdpo': (('score',), 'all', LIKE['cdpo'] | NOISE, BOTH),
+    'flips robust': (('score',), 'all', LIKE['robust'] | NOISE, BOTH),
+    'flips ipo': (('score',), 'all', {'loss': 'ipo', 'average': False} | NOISE, {'beta': (0.03, 0.1, 0.3, 1.0), 'lr': LRS}),
+    'mixed dpo': (('score',), 'mixed', BETA['dpo'], BOTH),
+    'mixed beta_dpo': (('score',), 'mixed', {'loss': 'beta_dpo', 'rho': 0.2}, {'beta': (0.1, 1.0), 'a': (0.1, 0.6), 'lr': LRS}),
+    'clean dpo': (('score',), 'all', OTHERS['dpo'], BOTH),
+    'clean kto': (('score',), 'all', KTO['kto 1:1'], BOTH),
+    'clean simpo': (('score',), 'all', OTHERS['simpo'], {'beta': (3.0, 10.0, 30.0, 100.0), 'lr': LRS}),
+    'clean orpo': (('score',), 'all', OTHERS['orpo'], {'lam': (0.3, 1.0, 3.0, 10.0), 'lr': LRS}),
 }  # fmt: skip
 
-
-NAMES = {'drdpo': 'Dr. DPO', 'beta_dpo': 'beta-DPO', 'dpo': 'DPO', 'cdpo': 'cDPO', 'robust': 'robust DPO', 'ipo': 'IPO',
-         'ppo': 'PPO', 'grpo': 'GRPO', 'simpo': 'SimPO', 'orpo': 'ORPO', 'tdpo1': 'TDPO1', 'tdpo2': 'TDPO2'}  # fmt: skip
+NAMES = {'drdpo 1': "Dr. DPO (beta' 1)", 'drdpo 4': "Dr. DPO (beta' 4)", 'dpo quarter': 'DPO at beta / 4', 'drdpo': 'Dr. DPO', 'beta_dpo': 'beta-DPO',
+         'dpo': 'DPO', 'cdpo': 'cDPO', 'robust': 'robust DPO', 'ipo': 'IPO', 'ppo': 'PPO', 'grpo': 'GRPO', 'simpo': 'SimPO', 'orpo': 'ORPO',
+         'tdpo1': 'TDPO1', 'tdpo2': 'TDPO2', 'radpo1': 'Ra-DPO1 (CVaR 0.98)', 'radpo2': 'Ra-DPO2 (CVaR 0.98)'}  # fmt: skip
 
 
 def name_of(method):
-    """A method's name as papers write it: 'radpo1 cvar 0.98' is Ra-DPO1 CVaR 0.98, 'kto 1:4' KTO 1:4."""
-    first, *rest = method.split()
-    first = NAMES.get(first) or first.replace('radpo', 'Ra-DPO').replace('kto', 'KTO')
-    return ' '.join([first, *rest]).replace('cvar', 'CVaR').replace('erm', 'ERM')
+    """A method's name as papers write it."""
+    return NAMES.get(method) or method.replace('kto', 'KTO')
 
 
 def key(trial):
-    """What makes two trials the same: everything but the results."""
-    return json.dumps({k: trial[k] for k in ('script', 'data', 'seed', 'options')}, sort_keys=True)
+    """What makes two trials the same: everything but the results. Rows of before 2026-11-26 have no sft, and belong to other models."""
+    return json.dumps({k: trial.get(k) for k in ('script', 'data', 'sft', 'seed', 'options')}, sort_keys=True)
 
 
 def score(result):
@@ -79,75 +79,103 @@ def score(result):
     return result['gold'] - PRICE * result['kl']
 
 
+def value(result, metric):
+    return score(result) if metric == 'score' else result[metric]
+
+
 def make(seed, options, cut=1, data='all'):
-    """A trial. cut: train on 1 / cut of the examples."""
+    """A trial; options None: the SFT model itself. cut: train on 1 / cut of the examples."""
+    script, cuts = 'dpo.py', {'n_examples': 2560 // cut} if cut > 1 else {}
     if options is None:
-        return {'script': None, 'data': None, 'seed': seed, 'options': None}
-    if options['loss'] in ONLINE:
-        options = options | {'n_examples': options['n_examples'] // cut}
-        return {'script': 'ppo.py', 'data': 'toy', 'seed': seed, 'options': options}
-    return {
-        'script': 'dpo.py',
-        'data': data,
-        'seed': seed,
-        'options': options | ({'n_examples': 2560 // cut} if cut > 1 else {}),
-    }
+        script, data, cuts = None, None, None
+    elif options['loss'] in ONLINE:
+        script, data, cuts = 'ppo.py', 'toy', {'n_examples': options['n_examples'] // cut}
+    return {'script': script, 'data': data, 'sft': seed, 'seed': seed, 'options': options and options | cuts}
 
 
 def search(name):
-    """The twelve trials of a method's search, on the seed that is not reported."""
-    method = name.split()[1]
-    strength, values = STRENGTHS.get(method, DEFAULT)
-    axes = itertools.product(values, RATES)
-    return [make(SEARCH_SEED, SEARCHES[name] | {strength: value, 'lr': lr}) for value, lr in axes]
+    """The twelve trials of a search, on the seed that is not reported."""
+    _, data, fixed, axes = SEARCHES[name]
+    settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return [make(SEARCH_SEED, fixed | setting, data=data) for setting in settings]
 
 
 def found(name, results):
-    """{strength, lr} of the best trial of a finished search. results: key -> result."""
-    strength = STRENGTHS.get(name.split()[1], DEFAULT)[0]
-    done = [results[key(trial)] for trial in search(name)]
-    best = max((r for r in done if 'error' not in r), key=score)
-    return {k: best['options'][k] for k in (strength, 'lr')}
+    """{metric: {option: value}} of the best trials of a finished search. results: key -> result."""
+    metrics, _, _, axes = SEARCHES[name]
+    done = [row for row in (results[key(trial)] for trial in search(name)) if 'error' not in row]
+    best = {metric: max(done, key=lambda row: value(row, metric)) for metric in metrics}
+    return {metric: {option: row['options'][option] for option in axes} for metric, row in best.items()}
 
 
 class Grid:
-    """The trials of a grid (FULL or QUICK), by what they are for. settings: name of a search -> {strength, lr}."""
+    """The trials of a grid (FULL or QUICK), by what they are for. settings: search -> metric -> {option: value}."""
 
     def __init__(self, grid, settings):
         self.__dict__.update(grid)
-        self.settings, self.lr = settings, settings['clean dpo']['lr']
+        self.settings = settings
 
     def reference(self, seed):
         """The SFT model itself."""
         return make(seed, None)
 
-    def flips(self, method, rate, seed):
-        noise = {'noise_rate': rate} if rate else {}
-        return make(seed, FLIPS[method] | self.settings[f'flips {method}'] | noise, self.cut)
+    def cells(self):
+        """(beta, lr) of the comparisons at equal settings."""
+        return list(itertools.product(self.like_betas, self.like_lrs))
 
-    def beta(self, method, beta, kind, seed):
-        return make(seed, BETA[method] | {'beta': beta, 'lr': self.lr}, self.cut, kind)
+    def equal(self, method, beta, lr, flips, seed):
+        """At this beta and lr; DPO at a quarter of the beta is named by the beta it is compared at."""
+        options = LIKE[method] if method in LIKE else BETA[method]
+        noise = {'noise_rate': flips} if flips else {}
+        return make(seed, options | {'beta': beta / 4 if method == 'dpo quarter' else beta, 'lr': lr} | noise, self.cut)
+
+    def mixed(self, method, beta, seed):
+        """beta-DPO and DPO on pairs of mixed gap."""
+        return make(seed, BETA[method] | {'beta': beta, 'lr': self.mixed_lr}, self.cut, 'mixed')
 
     def pull(self, method, strength, seed):
         """A point of the frontier: beta for losses on pairs, kl_coef online."""
         if method in ONLINE:
-            return make(seed, ONLINE[method] | self.settings[f'clean {method}'] | {'kl_coef': strength}, self.cut)
-        return make(seed, FRONTIER[method] | {'beta': strength, 'lr': self.lr}, self.cut)
+            return make(seed, ONLINE[method] | {'kl_coef': strength}, self.cut)
+        return make(seed, FRONTIER[method] | {'beta': strength, 'lr': self.frontier_lr}, self.cut)
 
     def pulls(self, method):
         return self.kl_coefs if method in ONLINE else self.frontier_betas
 
-    def other(self, method, seed):
-        return make(seed, OTHERS[method] | self.settings[f'clean {method.split()[0]}'], self.cut)
+    def setting(self, name, metric):
+        """What a search has found for a metric; KTO's is for all shares of good answers."""
+        kind, method = name.split(maxsplit=1)
+        return self.settings[f'{kind} {method.split()[0]}'][metric]
+
+    def tuned(self, name, metric, seed):
+        """A method ('flips drdpo', 'clean kto 1:4') at what its search has found for the metric."""
+        kind, method = name.split(maxsplit=1)
+        fixed = OTHERS[method] if kind == 'clean' else SEARCHES[name][2]
+        return make(seed, fixed | self.setting(name, metric), self.cut, 'mixed' if kind == 'mixed' else 'all')
+
+    def tuned_names(self):
+        """(name, metric) of all that was tuned."""
+        clean = [f'clean {method}' for method in self.others]
+        names = [name for name in SEARCHES if not name.startswith('clean')]
+        return [(name, metric) for name in names for metric in SEARCHES[name][0]] + [(name, 'score') for name in clean]
+
+    def flips_of(self, method):
+        """cDPO and robust DPO believe in flips, so they are tried with flips only."""
+        return FLIPS[-1:] if method in ('cdpo', 'robust') else FLIPS
 
     def trials(self, seeds):
         """All of them, each once, seed by seed: what is there after an hour is whole seeds."""
         every = {}
         for seed in seeds:
             some = [self.reference(seed)]
-            some += [self.flips(m, r, seed) for m in FLIPS for r in self.rates]
-            some += [self.beta(m, b, k, seed) for m in BETA for k in self.beta_kinds for b in self.betas]
+            some += [self.equal(m, *c, f, seed) for m in self.like for f in self.flips_of(m) for c in self.cells()]
+            some += [self.equal('beta_dpo', *c, 0.0, seed) for c in self.own_units()]
+            some += [self.mixed(m, b, seed) for m in BETA for b in self.mixed_betas]
             some += [self.pull(m, x, seed) for m in (*self.frontier, *self.online) for x in self.pulls(m)]
-            some += [self.other(m, seed) for m in self.others]
+            some += [self.tuned(name, metric, seed) for name, metric in self.tuned_names()]
             every |= {key(trial): trial for trial in some}
         return list(every.values())
+
+    def own_units(self):
+        """(beta, lr) of beta-DPO in its own units: the smallest beta, without flips."""
+        return [(min(self.like_betas), lr) for lr in self.like_lrs]

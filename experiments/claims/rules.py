@@ -1,93 +1,85 @@
-"""What papers claim, as differences that can be measured on the toy world, and the rule that decides. Fixed before any reported run.
-
-The rule. A claim is a difference between two methods, in the direction in which the paper says it is positive, measured once
-for every seed; both methods see the same pairs, the same flips and the same sampling noise. The
-score is the gold reward minus 0.25 times the KL. From the seeds' differences come a mean and a one-sided 95% confidence bound
-on either side (Student's t). A claim has a threshold, 0 for "better than" and -d for "as good as", where d is the smallest
-difference worth a name: 0.05 of gold reward or score, 0.01 of accuracy, a tenth of a KL.
-  holds             the lower bound is above the threshold
-  does not hold     it does not hold, and the upper bound is below the threshold + d
-  cannot tell here  anything else; also fewer than two seeds, or a run that failed or is missing
-"""
+"""What papers claim, as differences that can be measured on the toy world. verdict.py has the rule that decides. Fixed before any reported run."""
 
 import statistics
 from functools import partial
 from typing import NamedTuple
 
-from experiments.claims.grid import FLIPS, ONLINE, Grid, key, name_of, score
+import numpy as np
 
-HOLDS, NOT, OPEN = 'holds', 'does not hold', 'cannot tell here'
-# Student's t by degrees of freedom, from 1; more: 1.8
-T95 = dict(enumerate((6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833), 1))
-PAPERS = {'cdpo': 'cDPO note', 'robust': '2403.00409', 'ipo': '2310.12036', 'drdpo': '2407.07880'}
-BETWEEN = 'gold reward between the frontiers'
-SMALLEST = {'score': 0.05, 'gold': 0.05, 'accuracy': 0.01, 'share': 0.1}
+from experiments.claims import verdict
+from experiments.claims.grid import FLIPS, ONLINE, Grid, key, name_of, value
+
+MOST = FLIPS[-1]
+# at equal beta and learning rate, by accuracy: ours, theirs, flips, paper
+EQUAL = [
+    ('drdpo 1', 'dpo', MOST, '2407.07880'), ('drdpo 1', 'dpo', 0.0, '2407.07880'), ('drdpo 4', 'dpo', MOST, '2407.07880'),
+    ('drdpo 4', 'dpo', 0.0, '2407.07880'), ('dpo quarter', 'dpo', MOST, 'the control'), ('drdpo 1', 'dpo quarter', MOST, 'against the control'),
+    ('cdpo', 'dpo', MOST, 'cDPO note'), ('robust', 'dpo', MOST, '2403.00409'),
+]  # fmt: skip
+# reward against KL: ours, theirs, paper
+FRONTIERS = [
+    ('tdpo1', 'dpo', '2404.11999'),
+    ('tdpo2', 'dpo', '2404.11999'),
+    ('radpo1', 'tdpo1', '2505.20359'),
+    ('radpo2', 'tdpo2', '2505.20359'),
+]
+# both tuned for the metric: ours, theirs, metric, paper
+TUNED = [
+    ('flips drdpo', 'flips dpo', 'accuracy', '2407.07880'), ('flips drdpo', 'flips dpo', 'score', '2407.07880'),
+    ('flips cdpo', 'flips dpo', 'score', 'cDPO note'), ('flips robust', 'flips dpo', 'score', '2403.00409'),
+    ('flips ipo', 'flips dpo', 'score', '2310.12036'), ('mixed beta_dpo', 'mixed dpo', 'score', '2407.08639'),
+    ('clean kto 1:1', 'clean dpo', 'score', '2402.01306'), ('clean kto 1:4', 'clean kto 1:1', 'score', '2402.01306'),
+    ('clean kto 1:10', 'clean kto 1:1', 'score', '2402.01306'), ('clean simpo', 'clean dpo', 'score', '2405.14734'),
+    ('clean orpo', 'clean dpo', 'score', '2403.07691'),
+]  # fmt: skip
+WHERE = {'flips': f'{MOST:.0%} flips', 'mixed': 'pairs of mixed gap', 'clean': 'no flips'}
 
 
 class Claim(NamedTuple):
-    """One claim: the paper's words in ours, what is measured, difference(seed) -> float, its unit (a key of SMALLEST), and
-    whether it says better than (threshold 0) or as good as (threshold -d)."""
+    """One claim: the paper's words in ours, what is measured, the settings of both sides, difference(seed) -> float or KeyError where a run
+    is missing or has failed, and its unit (a key of verdict.SMALLEST)."""
 
     words: str
     measured: str
+    settings: str
     difference: object
-    unit: str = 'score'
-    better: bool = True
+    unit: str
 
 
-def bounds(differences):
-    """(mean, standard error, lower, upper) of the seeds' differences; needs two or more."""
-    n, mean = len(differences), statistics.mean(differences)
-    error = statistics.stdev(differences) / n**0.5
-    reach = T95.get(n - 1, 1.8) * error
-    return mean, error, mean - reach, mean + reach
-
-
-def verdict(differences, unit='score', better=True):
-    """The rule above. differences: one number a seed, None where a run is missing or failed."""
-    if len(differences) < 2 or None in differences:
-        return OPEN
-    _, _, lower, upper = bounds(differences)
-    threshold = 0.0 if better else -SMALLEST[unit]
-    if lower > threshold:
-        return HOLDS
-    return NOT if upper < threshold + SMALLEST[unit] else OPEN
-
-
-def judge(claim, seeds):
-    """(verdict, differences) of a claim; a missing or failed run makes its seed's difference None."""
-    differences = []
-    for seed in seeds:
-        try:
-            differences.append(claim.difference(seed))
-        except KeyError:
-            differences.append(None)
-    return verdict(differences, claim.unit, claim.better), differences
+def judged(grid, seeds, results):
+    """[(claim, differences by seed, verdict)] of all claims, decided together; a small grid's, of those that it can say something about."""
+    rows = []
+    for claim in claims(grid, results):
+        differences = []
+        for seed in seeds:
+            try:
+                differences.append(claim.difference(seed))
+            except KeyError:
+                differences.append(None)
+        if grid.cut == 1 or any(x is not None for x in differences):
+            rows.append((claim, differences))
+    verdicts = verdict.judge([(differences, claim.unit) for claim, differences in rows])
+    return [(*row, decided) for row, decided in zip(rows, verdicts, strict=True)]
 
 
 # ---- what is measured ----
 
 
-def curve(points, at):
-    """The gold reward at sqrt(KL) = at, on straight lines between (sqrt(KL), gold) points in order of KL."""
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
-        if x0 <= at <= x1:
-            return y0 + (y1 - y0) * (at - x0) / (x1 - x0) if x1 > x0 else max(y0, y1)
-    raise KeyError(at)
-
-
-def above(ours, theirs, steps=20):
+def above(ours, theirs):
     """Mean difference of two frontiers, lists of (KL, gold), over the sqrt(KL) that both reach. KeyError if there is none."""
-    ours, theirs = (sorted((kl**0.5, gold) for kl, gold in points) for points in (ours, theirs))
-    low, high = max(ours[0][0], theirs[0][0]), min(ours[-1][0], theirs[-1][0])
+    (x, ours), (u, theirs) = (
+        zip(*sorted((kl**0.5, gold) for kl, gold in points), strict=True) for points in (ours, theirs)
+    )
+    low, high = max(x[0], u[0]), min(x[-1], u[-1])
     if low >= high:
         raise KeyError('the frontiers share no range of KL')
-    grid = [low + (high - low) * (i + 0.5) / steps for i in range(steps)]
-    return statistics.mean(curve(ours, x) - curve(theirs, x) for x in grid)
+    # on straight lines, at the middles of twenty parts
+    at = low + (high - low) * (np.arange(20) + 0.5) / 20
+    return float(np.mean(np.interp(at, x, ours) - np.interp(at, u, theirs)))
 
 
 class Measured:
-    """What the claims compare, for one seed at a time. results: key of a trial -> result.
+    """What the claims compare, ours minus theirs, for one seed at a time. results: key of a trial -> result.
 
     A method raises KeyError where a run that it needs is missing or has failed."""
 
@@ -99,123 +91,107 @@ class Measured:
         result = self.results[key(trial)]
         if 'error' in result:
             raise KeyError(result['error'])
-        return score(result) if metric == 'score' else result[metric]
+        return value(result, metric)
 
-    def flipped(self, method, metric, seed):
-        """The mean over the rates of flipped labels, without 0."""
-        rates = [rate for rate in self.grid.rates if rate]
-        return statistics.mean(self.value(self.grid.flips(method, rate, seed), metric) for rate in rates)
+    def equal(self, ours, theirs, flips, cells, seed):
+        """Accuracy at equal beta and lr: the mean over cells (beta, lr)."""
+        gains = []
+        for cell in cells:
+            trials = [self.grid.equal(method, *cell, flips, seed) for method in (ours, theirs)]
+            gains.append(self.value(trials[0], 'accuracy') - self.value(trials[1], 'accuracy'))
+        return statistics.mean(gains)
 
-    def fall(self, method, seed):
-        """By how much the score falls from no flips to the most."""
-        clean, worst = (self.grid.flips(method, rate, seed) for rate in (0.0, max(self.grid.rates)))
-        return self.value(clean, 'score') - self.value(worst, 'score')
+    def loses_less(self, seed):
+        """By how much more of its accuracy DPO loses than Dr. DPO, from no flips to the most."""
+        flipped, clean = (self.equal('drdpo 1', 'dpo', flips, self.grid.cells(), seed) for flips in (MOST, 0.0))
+        return flipped - clean
 
     def over_betas(self, method, seed):
         """The score at every beta, on pairs of mixed gap."""
-        return [self.value(self.grid.beta(method, beta, 'mixed', seed), 'score') for beta in self.grid.betas]
+        return [self.value(self.grid.mixed(method, beta, seed), 'score') for beta in self.grid.mixed_betas]
 
-    def beta_range(self, method, seed):
-        """The largest minus the smallest of these scores."""
-        scores = self.over_betas(method, seed)
-        return max(scores) - min(scores)
+    def narrower(self, seed):
+        """By how much beta-DPO's range of scores over beta is smaller than DPO's."""
+        ours, theirs = (self.over_betas(method, seed) for method in ('beta_dpo', 'dpo'))
+        return max(theirs) - min(theirs) - (max(ours) - min(ours))
 
-    def frontier(self, method, seed):
-        """(KL, gold) of the SFT model and of the method at every beta."""
-        strengths = self.grid.pulls(method)
-        trials = [self.grid.reference(seed), *(self.grid.pull(method, strength, seed) for strength in strengths)]
-        return [(self.value(trial, 'kl'), self.value(trial, 'gold')) for trial in trials]
+    def higher(self, seed):
+        """By how much beta-DPO's mean score over beta is larger."""
+        ours, theirs = (statistics.mean(self.over_betas(method, seed)) for method in ('beta_dpo', 'dpo'))
+        return ours - theirs
 
     def above(self, ours, theirs, seed):
-        """The gold reward between two methods' frontiers."""
-        return above(self.frontier(ours, seed), self.frontier(theirs, seed))
+        """The gold reward between two methods' frontiers: the SFT model, and the method at every beta."""
+        frontiers = []
+        for method in (ours, theirs):
+            pulls = [self.grid.pull(method, strength, seed) for strength in self.grid.pulls(method)]
+            trials = [self.grid.reference(seed), *pulls]
+            frontiers.append([(self.value(trial, 'kl'), self.value(trial, 'gold')) for trial in trials])
+        return above(*frontiers)
 
-    def forward_kl(self, method, seed):
-        """Forward KL on chosen and rejected answers, one number a beta."""
-        trials = [self.grid.pull(method, beta, seed) for beta in self.grid.frontier_betas]
-        return [self.value(trial, 'kl_chosen') + self.value(trial, 'kl_rejected') for trial in trials]
+    def nearer(self, ours, theirs, seed):
+        """The share by which our forward KL on held-out answers is lower, mean over beta."""
+        shares = []
+        for beta in self.grid.frontier_betas:
+            trials = [self.grid.pull(method, beta, seed) for method in (ours, theirs)]
+            a, b = (self.value(trial, 'kl_chosen') + self.value(trial, 'kl_rejected') for trial in trials)
+            shares.append(1 - a / b)
+        return statistics.mean(shares)
 
-    def lower_kl(self, ours, theirs, seed):
-        """The share by which our forward KL is lower, mean over beta."""
-        pairs = zip(self.forward_kl(ours, seed), self.forward_kl(theirs, seed), strict=True)
-        return statistics.mean(1 - a / b for a, b in pairs)
-
-    def gain(self, ours, theirs, seed):
-        """The score of one of the other methods above that of another."""
-        ours, theirs = (self.value(self.grid.other(method, seed), 'score') for method in (ours, theirs))
+    def gain(self, ours, theirs, metric, seed):
+        """A metric of one tuned method above that of another."""
+        ours, theirs = (self.value(self.grid.tuned(name, metric, seed), metric) for name in (ours, theirs))
         return ours - theirs
 
 
 def claims(grid: Grid, results):
-    """The claims, in the order of the report. results: key of a trial -> result; a KeyError is a missing or failed run."""
+    """The claims, in the order of the report. results: key of a trial -> result."""
     measured = Measured(grid, results)
-    yield from _flip_claims(measured, grid)
-    yield from _beta_claims(measured)
-    yield from _frontier_claims(measured, grid)
-    yield from _other_claims(measured, grid)
-    for name in ONLINE:
-        words = f'{name_of(name)} on the gold reward is above DPO at the same KL'
-        yield Claim(words, BETWEEN, partial(measured.above, name, 'dpo'), 'gold')
 
+    def listed(numbers):
+        return ', '.join(f'{x:g}' for x in numbers)
 
-def _flip_claims(measured, grid):
-    """Labels that are flipped."""
+    # one thing changed, under flips
+    what, settings = (
+        'accuracy, mean over settings',
+        f'equal: beta {listed(grid.like_betas)} x lr {listed(grid.like_lrs)}',
+    )
+    for ours, theirs, flips, paper in EQUAL:
+        words = f'{name_of(ours)} is more accurate than {name_of(theirs)}, {flips:.0%} flips ({paper})'
+        yield Claim(words, what, settings, partial(measured.equal, ours, theirs, flips, grid.cells()), 'accuracy')
+    words = f'{name_of("drdpo 1")} loses less than DPO from 0 to {MOST:.0%} flips (2407.07880)'
+    yield Claim(words, what, settings, measured.loses_less, 'accuracy')
 
-    def more(metric, method):
-        return lambda seed: measured.flipped(method, metric, seed) - measured.flipped('dpo', metric, seed)
-
-    flips = f'{min(rate for rate in grid.rates if rate):.0%} to {max(grid.rates):.0%} flipped labels'
-    words = 'Dr. DPO is more accurate than DPO under flips (2407.07880)'
-    yield Claim(words, f'accuracy, mean over {flips}', more('accuracy', 'drdpo'), 'accuracy')
-    for name in FLIPS:
-        if name != 'dpo':
-            words = f'{name_of(name)} is better than DPO under flips ({PAPERS[name]})'
-            yield Claim(words, f'score, mean over {flips}', more('score', name))
-    words = 'Dr. DPO loses less than DPO by flips (2407.07880)'
-    fall = f'fall of the score from 0 to {max(grid.rates):.0%} flips'
-    yield Claim(words, fall, lambda seed: measured.fall('dpo', seed) - measured.fall('drdpo', seed))
-
-
-def _beta_claims(measured):
-    """beta-DPO on pairs of mixed gap."""
-
-    def narrower(seed):
-        return measured.beta_range('dpo', seed) - measured.beta_range('beta_dpo', seed)
-
-    def better(seed):
-        ours, theirs = (statistics.mean(measured.over_betas(method, seed)) for method in ('beta_dpo', 'dpo'))
-        return ours - theirs
-
+    # beta-DPO in its own units, and over beta
+    own = grid.own_units()
+    settings = f'equal: beta {own[0][0]:g} x lr {listed(grid.like_lrs)}; a 0.6, rho 0.2'
+    words = 'beta-DPO is more accurate than DPO, no flips (2407.08639)'
+    yield Claim(words, what, settings, partial(measured.equal, 'beta_dpo', 'dpo', 0.0, own), 'accuracy')
+    settings = f'equal: beta {listed(grid.mixed_betas)}, lr {grid.mixed_lr:g}; a 0.6, rho 0.2'
     words = 'beta-DPO depends less on beta than DPO (2407.08639)'
-    yield Claim(words, 'largest minus smallest score over beta, mixed pairs', narrower)
+    yield Claim(words, 'largest minus smallest score over beta, mixed gap', settings, measured.narrower, 'score')
     words = 'beta-DPO beats DPO on pairs of mixed gap (2407.08639)'
-    yield Claim(words, 'score, mean over beta, mixed pairs', better)
+    yield Claim(words, 'score, mean over beta', settings, measured.higher, 'score')
 
-
-def _frontier_claims(measured, grid):
-    """Reward against KL: each method with what its paper starts from, where both are in the grid."""
-    for name in grid.frontier:
-        base = {'radpo1': 'tdpo1', 'radpo2': 'tdpo2'}.get(name.split()[0], 'dpo' if name.startswith('tdpo') else None)
-        if base not in grid.frontier:
-            continue
-        paper = '2404.11999' if base == 'dpo' else '2505.20359'
-        words = f'{name_of(name)} gets more reward than {name_of(base)} at the same KL ({paper})'
-        yield Claim(words, BETWEEN, partial(measured.above, name, base), 'gold')
-        words = f'{name_of(name)} stays nearer to the reference than {name_of(base)} ({paper})'
+    # reward against KL
+    betas, between = f'beta {listed(grid.frontier_betas)}, lr {grid.frontier_lr:g}', 'gold reward between the frontiers'
+    for ours, theirs, paper in FRONTIERS:
+        words = f'{name_of(ours)} gets more reward than {name_of(theirs)} at the same KL ({paper})'
+        yield Claim(words, between, f'equal: {betas}', partial(measured.above, ours, theirs), 'gold')
+        words = f'{name_of(ours)} stays nearer to the reference than {name_of(theirs)} ({paper})'
         less = 'forward KL on held-out pairs, same beta: share less'
-        yield Claim(words, less, partial(measured.lower_kl, name, base), 'share')
+        yield Claim(words, less, f'equal: {betas}', partial(measured.nearer, ours, theirs), 'share')
+    for name, options in ONLINE.items():
+        words = f'{name_of(name)} on the gold reward is above DPO at the same KL'
+        settings = f'kl_coef {listed(grid.kl_coefs)}, lr {options["lr"]:g}; DPO: {betas}; neither tuned'
+        yield Claim(words, between, settings, partial(measured.above, name, 'dpo'), 'gold')
 
-
-def _other_claims(measured, grid):
-    """Single answers, and losses without a reference."""
-    if 'kto 1:1' in grid.others:
-        words = 'KTO is as good as DPO without pairs (2402.01306)'
-        yield Claim(words, 'score', partial(measured.gain, 'kto 1:1', 'dpo'), better=False)
-    for name in grid.others:
-        if name.startswith('kto') and name != 'kto 1:1':
-            words = f'KTO with {name[4:]} good to bad answers is as good as with 1:1 (2402.01306)'
-            yield Claim(words, 'score', partial(measured.gain, name, 'kto 1:1'), better=False)
-    words = 'SimPO, without a reference, beats DPO (2405.14734)'
-    yield Claim(words, 'score', partial(measured.gain, 'simpo', 'dpo'))
-    words = 'ORPO, without a reference, is as good as DPO (2403.07691)'
-    yield Claim(words, 'score', partial(measured.gain, 'orpo', 'dpo'), better=False)
+    # both sides tuned for the metric of the claim
+    for ours, theirs, metric, paper in TUNED:
+        sides = [', '.join(f'{k} {v:g}' for k, v in grid.setting(name, metric).items()) for name in (ours, theirs)]
+        kind = ours.split()[0]
+        names = [name_of(name.removeprefix(f'{kind} ')) for name in (ours, theirs)]
+        better = 'more accurate' if metric == 'accuracy' else 'better'
+        words = f'{names[0]} is {better} than {names[1]}, both tuned, {WHERE[kind]} ({paper})'
+        settings = f'tuned for {metric}: {sides[0]}; against {sides[1]}'
+        yield Claim(words, metric, settings, partial(measured.gain, ours, theirs, metric), metric)

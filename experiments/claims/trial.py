@@ -4,10 +4,10 @@ A trial is {'script', 'data', 'seed', 'options'}; options None is the SFT model 
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
-import random
 import runpy
 import shutil
 import statistics
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import losses
 import model as models
 from configurator import UserError
 from data import make_batches
@@ -30,14 +31,25 @@ from text.examples import Examples
 
 N_PAIRS = 2560  # training pairs of a trial: 40 steps of 64
 COMMON = {  # of every trial on pairs
-    'n_epochs': 1, 'batch_size': 64, 'lr_schedule': 'linear', 'warmup_steps': 4, 'n_eval_examples': 0, 'do_first_eval': False,
-    'max_length': 64, 'max_prompt_length': 16, 'log_every': 10**6,
-}  # fmt: skip
+    'n_epochs': 1,
+    'batch_size': 64,
+    'lr_schedule': 'linear',
+    'warmup_steps': 4,
+    'n_eval_examples': 0,
+    'do_first_eval': False,
+    'max_length': 64,
+    'max_prompt_length': 16,
+    'log_every': 10**6,
+}
+DIVERGE = ('tdpo1', 'tdpo2', 'radpo1', 'radpo2')  # these need the live reference, and are measured by forward KL
+NO_REFERENCE = ('simpo', 'orpo')  # fmt: skip
 COMMON_ONLINE = {  # of every trial with sampled answers, as in config/ppo_toy.py and config/grpo_toy.py
     'data': 'toy', 'reward_model': 'gold', 'batch_size': 256, 'minibatch_size': 64, 'lr_schedule': 'linear', 'max_new_tokens': 48,
     'n_eval_examples': 0, 'do_first_eval': False, 'log_every': 10**6,
 }  # fmt: skip
 LOW, HIGH = 0.5, 1.2  # a pair has a low gap below the first, a high gap above the second
+N_TEST = 1800  # held-out pairs; about 1,690 are left without ties
+LIMITS = {'max_length': 64, 'max_prompt_length': 16, 'undivided': True}
 
 
 def gap(pair):
@@ -46,31 +58,29 @@ def gap(pair):
 
 
 def training_pairs(kind, seed, n=N_PAIRS):
-    """n pairs of the toy world that belong to this seed. kind: all, low (gap), high (gap), or mixed (half of each)."""
-    wanted = {'all': lambda g: True, 'low': lambda g: g < LOW, 'high': lambda g: g > HIGH}
-    source = [(abs(gap(pair)), pair) for pair in toy.pairs(f'claims {seed}', n if kind == 'all' else 4 * n)]
-    if kind != 'mixed':
-        found = [pair for g, pair in source if wanted[kind](g)][:n]
-    else:
-        found = [pair for k in ('low', 'high') for pair in [pair for g, pair in source if wanted[k](g)][: n // 2]]
-        random.Random(seed).shuffle(found)
+    """n pairs of the toy world that belong to this seed. kind: all, or mixed (of gap): every second low, every second high."""
+    if kind == 'all':
+        return list(toy.pairs(f'claims {seed}', n))
+    source = [(abs(gap(pair)), pair) for pair in toy.pairs(f'claims {seed}', 4 * n)]
+    low, high = [pair for g, pair in source if g < LOW], [pair for g, pair in source if g > HIGH]
+    found = [pair for both in zip(low, high, strict=False) for pair in both][:n]
     assert len(found) == n, f'{len(found)} of {n} pairs of kind {kind}'
     return found
 
 
 def held_out_pairs():
     """Pairs whose labels the gold reward itself decides, without noise; ties are left out."""
-    for pair in toy.pairs('test', 600):
+    for pair in toy.pairs('test', N_TEST):
         if g := gap(pair):
             yield pair if g > 0 else pair | {'chosen': pair['rejected'], 'rejected': pair['chosen']}
 
 
-def write_pairs(file, pairs):
-    """A jsonl file, whole or not at all, written once."""
+def write_pairs(file, make, *args):
+    """A jsonl file of make(*args), whole or not at all, written once."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f'.{os.getpid()}')
-        part.write_text(''.join(json.dumps(pair) + '\n' for pair in pairs))
+        part.write_text(''.join(json.dumps(pair) + '\n' for pair in make(*args)))
         part.replace(file)
     return file
 
@@ -85,15 +95,22 @@ def train(script, out, options):
         sys.argv = argv
 
 
-def train_reference(work):
-    """The SFT model that every trial starts from, trained once."""
-    if not (work / 'sft' / 'model').exists():
-        shutil.rmtree(work / 'sft', ignore_errors=True)
-        train('sft.py', work / 'sft', {
-            'model': 'toy', 'data': 'toy', 'n_epochs': 3, 'batch_size': 32, 'lr': 1e-2, 'lr_schedule': 'cosine',
-            'warmup_steps': 20, 'n_eval_examples': 0, 'do_first_eval': False, 'log_every': 10**6,
+def reference_of(work, seed):
+    """The folder of the SFT model that every trial of a seed starts from."""
+    return Path(work) / f'sft-{seed}' / 'model'
+
+
+def train_reference(work, seed):
+    """Train a seed's SFT model, on demonstrations of its own, once."""
+    torch.set_num_threads(1)
+    model = reference_of(work, seed)
+    if not (model / 'config.json').exists():
+        shutil.rmtree(model.parent, ignore_errors=True)
+        file = write_pairs(work / 'data' / f'sft-{seed}.jsonl', toy.pairs, f'claims sft {seed}')
+        train('sft.py', model.parent, {
+            'model': 'toy', 'data': file, 'seed': seed, 'n_epochs': 3, 'batch_size': 32, 'lr': 1e-2, 'lr_schedule': 'cosine',
+            'warmup_steps': 20, 'eval_data': 'toy', 'n_eval_examples': 0, 'do_first_eval': False, 'log_every': 10**6,
         })  # fmt: skip
-    return work / 'sft' / 'model'
 
 
 def run_trial(trial, work, n_samples):
@@ -101,25 +118,16 @@ def run_trial(trial, work, n_samples):
     torch.set_num_threads(1)
     work, began = Path(work), time.time()
     os.environ.setdefault('NANOPREF_CACHE', str(work / 'cache'))
-    reference, out = work / 'sft' / 'model', work / f'run-{os.getpid()}'
+    reference, out = reference_of(work, trial['seed']), work / f'run-{os.getpid()}'
     shutil.rmtree(out, ignore_errors=True)
     result = dict(trial, commit=commit(), n_samples=n_samples)
     cpu = time.process_time()
     try:
         if trial['options'] is not None:
-            options = {'model': reference, 'seed': trial['seed']} | trial['options']
-            if trial['script'] == 'ppo.py':
-                options = COMMON_ONLINE | options
-            else:
-                file = work / 'data' / f'{trial["data"]}-{trial["seed"]}.jsonl'
-                write_pairs(file, training_pairs(trial['data'], trial['seed']))
-                test = write_pairs(work / 'data' / 'test.jsonl', held_out_pairs())
-                options = COMMON | {'data': file, 'eval_data': test} | options
-            train(trial['script'], out, options)
+            train(trial['script'], out, all_options(trial, work))
         trained = time.time()
-        result |= measure(
-            reference if trial['options'] is None else out / 'model', reference, work, n_samples, trial['seed']
-        )
+        folder = reference if trial['options'] is None else out / 'model'
+        result |= measure(trial, folder, work, n_samples)
         result |= {'seconds_training': round(trained - began, 1)}
     except UserError as error:
         result['error'] = str(error)
@@ -127,6 +135,27 @@ def run_trial(trial, work, n_samples):
     return result | {'seconds': round(time.time() - began, 1), 'cpu_seconds': round(time.process_time() - cpu, 1)}
 
 
+def data_file(trial, work):
+    """The file of a trial's training pairs."""
+    file = work / 'data' / f'{trial["data"]}-{trial["seed"]}.jsonl'
+    return write_pairs(file, training_pairs, trial['data'], trial['seed'])
+
+
+def test_file(work):
+    return write_pairs(work / 'data' / 'test.jsonl', held_out_pairs)
+
+
+def all_options(trial, work):
+    """Every option that a trial's script gets."""
+    options = {'model': reference_of(work, trial['seed']), 'seed': trial['seed']} | trial['options']
+    if trial['script'] == 'ppo.py':
+        return COMMON_ONLINE | options
+    cached = options['loss'] not in (*DIVERGE, *NO_REFERENCE) and not options['loss'].startswith('kto')
+    options |= {'cache_ref': True} if cached else {}
+    return COMMON | {'data': data_file(trial, work), 'eval_data': test_file(work)} | options
+
+
+@functools.lru_cache(1)
 def commit():
     """The commit that is checked out, with a + where files differ from it."""
     git = ['git', '-C', str(ROOT)]
@@ -139,51 +168,95 @@ def commit():
 
 # ---- measuring ----
 
+KNOWN = {}  # log-probs under references, of this process
+
 
 @torch.no_grad()
 def columns(policy, reference, examples, divergence):
-    """(3, answers): log-probs, divergences summed over positions, the reference's log-probs; examples in order."""
+    """(3, answers): log-probs, divergences summed over positions, the reference's log-probs; examples in order.
+
+    Without a divergence (1, answers): the log-probs alone."""
     parts = []
     for first in range(0, len(examples), 64):
         rows = np.arange(first, min(first + 64, len(examples)))
         for batch in make_batches(examples, rows, 0, 1, 10**9)[0]:
-            hidden = models.hidden_and_head(reference, batch)
+            hidden = models.hidden_and_head(reference, batch) if divergence else None
             parts.append(models.response_logps(policy, batch, divergence, hidden))
     return torch.cat(parts, 1).double()
 
 
-def measure(folder, reference_folder, work, n_samples, noise):
-    """Gold reward, KL to the reference, accuracy on clean pairs: the same prompts for every model, the same noise for every model of a seed.
+def ratios(policy, reference, examples):
+    """(answers,) log-ratios. The reference's log-probs (its folder is its name) are computed once a process."""
+    key = (reference.name_or_path, hash(examples.ids.tobytes()))
+    if key not in KNOWN:
+        KNOWN[key] = columns(reference, None, examples, None)[0]
+    return columns(policy, None, examples, None)[0] - KNOWN[key]
+
+
+def measure(trial, folder, work, n_samples):
+    """Gold reward, KL to the reference and accuracy: the same prompts and test pairs for every model, the same noise for a seed.
 
     kl: KL(policy || reference) of whole answers, summed exactly over the words at every position of the policy's own samples.
-    kl_chosen, kl_rejected: KL(reference || policy), so summed over the positions of the held-out answers. accuracy: share of
-    held-out pairs whose better answer has gained more probability (for the reference itself: has more probability a token)."""
+    accuracy: share of held-out pairs whose better answer has gained more probability (for the reference itself: has more
+    probability a token). margin: mean of the held-out log-ratio d over its standard deviation. kl_chosen, kl_rejected: KL(reference
+    || policy), summed over the positions of the first 500 pairs' answers."""
+    reference_folder, options = reference_of(work, trial['seed']), trial['options'] or {'loss': None}
     tokenizer = load_tokenizer(str(reference_folder))
     policy, reference = (load_model(str(f), tokenizer=tokenizer) for f in (folder, reference_folder))
+    result = sampled(policy, reference, tokenizer, trial['seed'], n_samples)
+
+    # the held-out pairs; a model that is the reference itself has no ratios
+    pairs = tokenise.load_examples(str(test_file(work)), 'test', tokenizer, 'pairs', **LIMITS)
+    gain = ratios(policy, reference, pairs)
+    if options['loss'] is None:
+        gain = columns(policy, None, pairs, None)[0] / np.diff(pairs.spans[:, 1:], axis=2).reshape(-1)
+    margin = gain[::2] - gain[1::2]
+    result |= {'accuracy': (margin > 0).double().mean(), 'margin': margin.mean() / margin.std()}
+    if options['loss'] in ('dpo', *DIVERGE):
+        forward = columns(policy, reference, pairs.select(slice(500)), models.kl)[1]
+        result |= {'kl_chosen': forward[::2].mean(), 'kl_rejected': forward[1::2].mean()}
+    if options['loss'] in ('dpo', 'drdpo'):
+        train_pairs = tokenise.load_examples(str(data_file(trial, work)), 'train', tokenizer, 'pairs', **LIMITS)
+        result |= gradient_shares(policy, reference, train_pairs, trial['seed'], options)
+    return {name: round(float(x), 5) for name, x in result.items()}
+
+
+def sampled(policy, reference, tokenizer, seed, n_samples):
+    """gold, gold_se, kl, well_formed and length, of n_samples answers that the policy samples."""
     prompts = [f'Review of the {place}:' for place in sorted(toy.PLACES)]
     prompts = [prompts[i % len(prompts)] for i in range(n_samples)]
     ids = tokenizer(prompts, add_special_tokens=False)['input_ids']
     answers = []
     for i in range(0, n_samples, 256):
-        seeds = [(noise + 1) * 10**9 + j for j in range(i, min(i + 256, n_samples))]
+        seeds = [(seed + 1) * 10**9 + j for j in range(i, min(i + 256, n_samples))]
         answers += generate.generate(policy, tokenizer, ids[i : i + 256], seeds, max_new_tokens=40, keep_end=True)
     stop = generate.stop_tokens(policy, tokenizer)
     texts = [tokenizer.decode(generate.without_end(a, stop)) for a in answers]
     gold = [toy.gold(p, a) for p, a in zip(prompts, texts, strict=True)]
+
+    # the packed forward pass, of what was sampled
     for m in (policy, reference):
         models.set_attention(m, packed=True)
     own = Examples.of([(p, [a]) for p, a in zip(ids, answers, strict=True)])
     spent = columns(policy, reference, own, lambda log_pi, log_ref: models.kl(log_ref, log_pi))[1]
-    test = write_pairs(work / 'data' / 'test.jsonl', held_out_pairs())
-    limits = {'max_length': 64, 'max_prompt_length': 16, 'undivided': True}
-    pairs = tokenise.load_examples(str(test), 'test', tokenizer, 'pairs', **limits)
-    pi, forward, ref = columns(policy, reference, pairs, models.kl)
-    n = torch.from_numpy(np.diff(pairs.spans[:, 1:], axis=2)[..., 0].reshape(-1)).double()
-    gain = pi / n if folder == reference_folder else pi - ref
     return {
-        'gold': round(statistics.mean(gold), 5), 'gold_se': round(statistics.stdev(gold) / n_samples**0.5, 5),
-        'kl': round(spent.mean().item(), 5), 'accuracy': round((gain[::2] > gain[1::2]).double().mean().item(), 5),
-        'kl_chosen': round(forward[::2].mean().item(), 5), 'kl_rejected': round(forward[1::2].mean().item(), 5),
-        'well_formed': round(statistics.mean(map(toy.well_formed, texts)), 5),
-        'length': round(statistics.mean(map(len, answers)), 3),
+        'gold': statistics.mean(gold), 'gold_se': statistics.stdev(gold) / n_samples**0.5, 'kl': spent.mean(),
+        'well_formed': statistics.mean(map(toy.well_formed, texts)), 'length': statistics.mean(map(len, answers)),
+    }  # fmt: skip
+
+
+def gradient_shares(policy, reference, pairs, seed, options):
+    """Of the training pairs after training: h_std, the standard deviation of h = beta d, and the flipped pairs' share of the gradient.
+
+    flipped_share is of the sizes of dloss/dh, times Dr. DPO's weights; before training it is flipped_pairs, their share of pairs."""
+    seen = pairs.flip(options.get('noise_rate', 0.0), seed)
+    flipped = torch.from_numpy((seen.spans != pairs.spans).any((1, 2)))
+    gain = ratios(policy, reference, pairs)
+    d = (gain[::2] - gain[1::2]) * torch.where(flipped, -1.0, 1.0)
+    h = options['beta'] * d
+    size = torch.sigmoid(-h)
+    if options['loss'] == 'drdpo':
+        size *= losses.drdpo_weight(-torch.nn.functional.logsigmoid(h), 0.0, beta_prime=options.get('beta_prime', 1.0))
+    return {
+        'h_std': h.std(), 'flipped_share': size[flipped].sum() / size.sum(), 'flipped_pairs': flipped.double().mean(),
     }  # fmt: skip

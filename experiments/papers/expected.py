@@ -18,6 +18,7 @@ LLAMA = (4096, 32, 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32000)
 # tokens of prompt, chosen and rejected answer. HH: 1,800 pairs of harmless-base by Pythia's tokenizer. The others: assumptions
 HH, SHAREGPT, SAMPLED = (111, 41, 51), (40, 250, 0), (40, 200, 200)
 HH_PAIRS, SHAREGPT_PROMPTS = 160_800, 90_000
+SMOLLM2, HARMLESS_PAIRS = (576, 30, 30 * (576**2 * 8 // 3 + 3 * 576 * 1536), 49152), 42_500
 
 # steps of a procedure: (name, model, kind, examples, lengths, optimizer states, checkpointing, answers sampled of how many tokens)
 SFT_HH = ('sft', PYTHIA, 'sft', HH_PAIRS, HH, 1, False)
@@ -27,6 +28,10 @@ STEPS = {
     'drdpo_hh': [(SFT_HH, 1), (DPO_HH, 10), (JUDGED, 10)],
     'beta_dpo_hh': [(SFT_HH, 1), (DPO_HH, 4), (JUDGED, 4)],
     'radpo_hh': [(SFT_HH, 1), (DPO_HH, 5), (JUDGED, 5)],
+    'smollm2_flips': [
+        (('sft', SMOLLM2, 'sft', HARMLESS_PAIRS, HH, 2, False), 5),
+        (('dpo', SMOLLM2, 'pairs', HARMLESS_PAIRS, HH, 2, False), 45),
+    ],
     'rlaif_sharegpt': [
         (('sft', LLAMA, 'sft', 9 * SHAREGPT_PROMPTS // 10, SHAREGPT, 1, True), 1),
         (('sample', LLAMA, 'sample', 2 * 20_000, (40, 256, 0), 0, False), 1),

@@ -5,14 +5,8 @@
 Synthetic pairs, one CPU thread a process; every line is one interleaved run of tools.bench. CPU seconds, but for the lines on
 processes, where waiting for one another counts: these need a quiet machine. About ten minutes."""
 
-import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
-from configurator import UserError, configure
-from experiments import ROOT
+from configurator import configure
+from experiments import bench_rows
 
 model = 'pythia-14m'  # a shape of tools.bench
 n_steps = 3  # timed steps of each variant
@@ -38,14 +32,8 @@ for title, points in CURVES.items():
     for flags in points if title.startswith(only) else []:
         ranks = [f.partition('=')[2] for f in flags if 'processes' in f]
         flags = [f for f in flags if 'processes' not in f]
-        start = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks[0]}', '--master_port=29541'] if ranks else []
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, *start, '-m', 'tools.bench', f'--model={model}', '--threads=1', f'--n_steps={n_steps}',
-                       f'--variants={" ".join(VARIANTS)}', f'--out={folder}/rows', *flags]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-            if done.returncode:
-                raise UserError(f'tools.bench failed: {done.stderr[-500:]}')
-            rows = json.loads(Path(folder, 'rows').read_text())['rows']
-        cells = [f'{r["pairs_per_second"]:.2f} (x {r["ratio"]:.1f})' for r in rows]
         name = f'{title}: ' + (f'{ranks[0]}' if ranks else ', '.join(f.partition('=')[2] for f in flags if '=' in f))
+        flags += [f'--model={model}', '--threads=1', f'--n_steps={n_steps}', f'--variants={" ".join(VARIANTS)}']
+        rows = list(bench_rows(*flags, ranks=ranks[0] if ranks else None).values())
+        cells = [f'{r["pairs_per_second"]:.2f} (x {r["ratio"]:.1f})' for r in rows]
         print(f'| {name} | ' + ' | '.join(cells) + f' | {rows[0]["padding_share"]:.0%} |', flush=True)

@@ -21,7 +21,7 @@ import torch
 lap('import torch')
 import torch.distributed.tensor  # noqa: F401
 
-lap('import DTensor (FSDP needs it)')
+lap('import DTensor (transformers does)')
 import transformers  # noqa: F401
 
 lap('import transformers')

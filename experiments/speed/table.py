@@ -11,14 +11,11 @@ measured again. Prints the ratios to what is required; exit code 1 if one is mis
 """
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from configurator import UserError, configure
-from experiments import ROOT
+from experiments import bench_rows
 
 hh: str | None = None  # HH pairs: a .jsonl.gz file of Anthropic/hh-rlhf
 tokenizer: str | None = None  # a folder with the tokenizer of the Pythia models
@@ -54,24 +51,8 @@ numbers = json.loads(Path(out).read_text()) if Path(out).exists() else {}
 
 def bench(*flags):
     """The rows of a bench.py run: variant -> row."""
-    env = {**os.environ, 'TQDM_DISABLE': '1', 'PYTHONWARNINGS': 'ignore'}
-    if keep:
-        env |= {'MALLOC_MMAP_THRESHOLD_': '8589934592', 'MALLOC_TRIM_THRESHOLD_': '17179869184'}
-    with tempfile.TemporaryDirectory() as folder:
-        file = f'{folder}/rows.json'
-        command = [
-            sys.executable,
-            '-m',
-            'tools.bench',
-            f'--out={file}',
-            f'--tokenizer={tokenizer}',
-            f'--data=hh:{hh}',
-            *flags,
-        ]
-        done = subprocess.run(command, env=env, cwd=ROOT, timeout=limit_s, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f'{" ".join(command)} failed: {done.stderr.strip()[-500:]}')
-        return {row['variant']: row for row in json.loads(Path(file).read_text())['rows']}
+    kept = {'MALLOC_MMAP_THRESHOLD_': '8589934592', 'MALLOC_TRIM_THRESHOLD_': '17179869184'} if keep else {}
+    return bench_rows(f'--tokenizer={tokenizer}', f'--data=hh:{hh}', *flags, limit=limit_s, **kept)
 
 
 def ratios(rows):

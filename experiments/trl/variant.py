@@ -17,20 +17,27 @@ from configurator import UserError
 
 
 class TrlVariant:
-    """Runs trainer.train() in a thread that waits before every step until bench.py says go."""
+    """Between load() and free(), runs trainer.train() in a thread that waits before every step until bench.py says go."""
 
-    def __init__(self, name, model, examples, order, batch_size, step_pairs, clock, reset_peak, peak_memory, threads):
+    def __init__(self, name, build, step_pairs, tools, threads):
+        """build() -> a model; step_pairs: pairs of a microbatch; tools: clock, reset_peak and peak_memory of bench.py."""
+        self.name, self.build, self.step_pairs, self.threads = name, build, step_pairs, threads
+        self.clock, self.reset_peak, self.peak_memory = tools
+        self.times, self.passes, self.peak, self.running = [], [], 0.0, False
+
+    def load(self, examples, steps):
+        """Make the trainer, for these steps (k, batch_size): rows of the examples."""
         try:
             import datasets
             import transformers
             import trl.trainer.utils as utils
             from trl import DPOConfig, DPOTrainer
         except ImportError as error:
-            raise UserError(f'the variant {name} needs trl==1.16.0 ({error}); leave it out of --variants') from None
-        self.name, self.times, self.peak, self.threads, self.running = name, [], 0.0, threads, False
-        self.reset_peak, self.peak_memory = reset_peak, peak_memory
+            raise UserError(
+                f'the variant {self.name} needs trl==1.16.0 ({error}); leave it out of --variants'
+            ) from None
+        name, clock, variant, model = self.name, self.clock, self, self.build()
         self.go, self.done, self.error = threading.Event(), threading.Event(), None
-        variant = self
 
         class Steps(transformers.TrainerCallback):
             def on_step_begin(self, *args, **kwargs):
@@ -50,15 +57,15 @@ class TrlVariant:
                 return torch.utils.data.SequentialSampler(self.train_dataset)
 
         rows = []
-        for i in order:
+        for i in steps.flatten():
             prompt, (chosen, rejected) = examples[i]
             rows.append(
                 {'prompt_ids': prompt.tolist(), 'chosen_ids': chosen.tolist(), 'rejected_ids': rejected.tolist()}
             )
         fast = {} if name == 'trl' else {'gradient_checkpointing': False}
         args = DPOConfig(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=step_pairs,
-            gradient_accumulation_steps=batch_size // step_pairs, max_steps=len(order) // batch_size, learning_rate=1e-6,
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=self.step_pairs,
+            gradient_accumulation_steps=steps.shape[1] // self.step_pairs, max_steps=len(steps), learning_rate=1e-6,
             max_grad_norm=10.0, max_length=None, report_to=[], save_strategy='no', disable_tqdm=True, bf16=False, fp16=False,
             use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, logging_strategy='no',
             precompute_ref_log_probs=name == 'trl_fastest', **fast,
@@ -69,10 +76,18 @@ class TrlVariant:
         ref = {} if name == 'trl_fastest' else {'ref_model': copy.deepcopy(model)}
         self.trainer = Trainer(model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=token,
                                callbacks=[Steps()], **ref)  # fmt: skip
-        if name == 'trl_cuda':  # the scoring function asks this whether it may leave out the other positions
-            before = utils._use_triton
-            utils._use_triton = lambda device: self.running or before(device)
-        threading.Thread(target=self.work, daemon=True).start()
+        # the scoring function asks this whether it may leave out the other positions
+        self.utils, self.before = utils, utils._use_triton
+        if name == 'trl_cuda':
+            utils._use_triton = lambda device: variant.running or variant.before(device)
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def free(self):
+        """Give the memory back: the trainer has done all its steps, and ends by itself."""
+        self.thread.join()
+        self.utils._use_triton = self.before
+        del self.trainer, self.thread
 
     def work(self):
         if self.threads:

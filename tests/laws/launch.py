@@ -4,9 +4,11 @@ The plan is a list of commands, and helpers.launch() writes it:
     script, flag ...                    run it
     'fails', file, script, flag ...     it must fail: its sentence goes into the file
     'gradients', file, script, flag ... keep the gradients of every step, before clipping, as '<step>.<parameter>'
+    'steps', file, script, flag ...     count the collectives of every step, and how many different copies of what trains there are
     'cut', run, resumed, examples       copy a finished run as if it had died after so many examples
     'shake', model, other               copy a model folder with noise on its weights"""
 
+import hashlib
 import json
 import os
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdp
 from configurator import UserError
@@ -41,9 +44,9 @@ def gradients(file, script, *flags):
     update, kept = fsdp.update, []
 
     def record(model, optimizer, lr, scale, max_norm, **more):
-        model.reshard()
+        fsdp.average_gradients(model)
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        # one process has no sharded tensors
+        # replicas have no sharded tensors
         whole = {name: g.full_tensor() if hasattr(g, 'full_tensor') else g for name, g in found.items()}
         kept.append({name: scale * g.detach().clone() for name, g in whole.items()})
         return update(model, optimizer, lr, scale, max_norm, **more)
@@ -55,6 +58,43 @@ def gradients(file, script, *flags):
         fsdp.update = update
     named = {f'{step}.{name}': g for step, found in enumerate(kept) for name, g in found.items()}
     on_first_rank(save_file, named, file)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what goes between ranks."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # of a DTensor the operation that it makes of it
+        if any(not issubclass(kind, torch.nn.Parameter) and kind is not torch.Tensor for kind in types):
+            return NotImplemented
+        self.seen += function.namespace in ('c10d', '_c10d_functional') and 'wait' not in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def steps(file, script, *flags):
+    update, seen, copies, counter = fsdp.update, [], [], Collectives()
+
+    def record(model, optimizer, *arguments):
+        seen.append(counter.seen)
+        norm = update(model, optimizer, *arguments)
+        digest = hashlib.sha256()
+        for p in model.parameters():
+            for tensor in (p, *optimizer.state[p].values()):
+                digest.update(fsdp.local(tensor).detach().numpy().tobytes())
+        copies[:] = [digest.hexdigest()]
+        return norm
+
+    fsdp.update = record
+    try:
+        with counter:
+            run_script(script, *flags)
+    finally:
+        fsdp.update = update
+    collectives = [after - before for before, after in zip(seen, seen[1:], strict=False)]
+    found = {'collectives': collectives, 'copies': len(set(fsdp.gather_objects(copies[0])))}
+    on_first_rank(Path(file).write_text, json.dumps(found))
 
 
 def shake(folder, other):
@@ -69,7 +109,7 @@ def shake(folder, other):
 
 
 def main(file):
-    own = {'fails': fails, 'gradients': gradients, 'cut': lambda *words: on_first_rank(cut_short, *words),
+    own = {'fails': fails, 'gradients': gradients, 'steps': steps, 'cut': lambda *words: on_first_rank(cut_short, *words),
            'shake': lambda *words: on_first_rank(shake, *words)}  # fmt: skip
     for command, *words in json.loads(Path(file).read_text()):
         with silent():

@@ -1,8 +1,10 @@
 """The laws of a run: the same step on any number of ranks and microbatches, and the same run after a death.
 
 Sharding: 3 steps of 12 toy pairs with every loss, in float32; gradient norms, metrics, the loss's state and the parameters
-after the last step agree with those of one rank and one microbatch. Resuming is bit-exact on as many ranks, and exact to
+after the last step agree with those of one rank and one microbatch. Ranks hold copies of the model, or FSDP cuts it. Resuming is bit-exact on as many ranks, and exact to
 rounding on another number."""
+
+import json
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from model import set_attention
 from text import tokenise, toy
 
 ONE, MANY = 4096, 110  # tokens of a microbatch: the whole step, or two or three pairs
-SHARDINGS = [(1, MANY), (2, ONE), (2, MANY), (4, ONE), (4, MANY)]
+# --shard of so many ranks and tokens
+SHARDINGS = {(1, MANY): 'none', (2, ONE): 'none', (2, MANY): 'full', (4, ONE): 'full', (4, MANY): 'none'}
+MODES = [(world, size, mode) for world, size in ((2, MANY), (4, ONE)) for mode in ('none', 'grads', 'full')]
 TEXT = ['--batch_size=12', '--max_length=64', '--max_prompt_length=32']
 STEPS = [*TEXT, '--n_eval_examples=16', '--do_first_eval=false', '--lr=1e-3', '--warmup_steps=1', '--max_grad_norm=0.5',
          '--seed=3']  # fmt: skip
@@ -45,12 +49,13 @@ REWARD = {
 }
 DIE = [*TEXT, '--n_examples=48', '--save_every=12', '--keep_last=9', '--eval_every=24', '--lr=1e-3', '--n_eval_examples=8',
        '--warmup_steps=3', '--lr_schedule=cosine']  # fmt: skip
+# on two ranks; on one they go on as a whole model
 RESUMED = {
-    'dpo': ['dpo.py', '--loss=dpo', '--sample_during_eval', '--n_eval_model_samples=2', '--max_new_tokens=4'],
-    'beta_dpo': ['dpo.py', '--loss=beta_dpo', '--a=0.01', '--optimizer=RMSprop'],
-    'kto': ['dpo.py', '--loss=kto', '--max_tokens=200'],
-    'sft': ['sft.py', '--optimizer=SGD'],
-    'reward': ['reward.py', '--center_coef=0.1', '--max_tokens=200'],
+    'dpo': ['dpo.py', '--shard=full', '--sample_during_eval', '--n_eval_model_samples=2', '--max_new_tokens=4'],
+    'beta_dpo': ['dpo.py', '--shard=none', '--loss=beta_dpo', '--a=0.01', '--optimizer=RMSprop'],
+    'kto': ['dpo.py', '--shard=grads', '--loss=kto', '--max_tokens=200'],
+    'sft': ['sft.py', '--shard=none', '--optimizer=SGD'],
+    'reward': ['reward.py', '--shard=full', '--center_coef=0.1', '--max_tokens=200'],
 }
 
 
@@ -68,12 +73,17 @@ def runs(tmp_path_factory):
     for world in (2, 4, 1):
         out, plan = folder / str(world), []
         for size in (ONE, MANY):
-            plan += [[*(word.format(folder=folder) for word in words), *STEPS, '--n_examples=36', f'--max_tokens={size}', f'--out_dir={out}/{name}-{size}']
+            how = [f'--shard={SHARDINGS.get((world, size), "auto")}', f'--max_tokens={size}']
+            plan += [[*(word.format(folder=folder) for word in words), *STEPS, '--n_examples=36', *how, f'--out_dir={out}/{name}-{size}']
                      for name, words in CASES.items()]  # fmt: skip
             for name, flags in REWARD.items() if world < 4 else ():
                 run = f'{out}/reward-{name}-{size}'
-                common = [*STEPS, f'--data={pairs}', '--n_examples=24', f'--max_tokens={size}', f'--out_dir={run}']
+                common = [*STEPS, f'--data={pairs}', '--n_examples=24', *how, f'--out_dir={run}']
                 plan += [['gradients', f'{run}.safetensors', 'reward.py', *common, *flags]]
+        # the last step has one example: all ranks but one have nothing but fillers
+        for size, mode in [(size, mode) for at, size, mode in MODES if at == world] or [(ONE, 'auto')]:
+            run = [f'--shard={mode}', f'--max_tokens={size}', f'--out_dir={out}/modes-{mode}-{size}']
+            plan += [['steps', f'{out}/modes-{mode}-{size}.json', 'dpo.py', *STEPS, '--n_examples=25', *run]]
         for name, words in RESUMED.items() if world < 4 else ():
             whole, again = f'{folder}/2/{name}', f'{out}/{name}-resumed'
             plan += [[*words, *DIE, f'--out_dir={whole}']] if world == 2 else []
@@ -91,6 +101,21 @@ def test_sharding_law(runs, case):
         run = runs / str(world) / f'{case}-{size}'
         same_runs(run, reference, rel=5e-4, abs=5e-5)
         same_weights(tensors(run / 'model'), tensors(reference / 'model'), 1e-5)
+
+
+@pytest.mark.parametrize(('world', 'size', 'mode'), MODES)
+def test_every_way_to_hold_a_model(runs, world, size, mode):
+    """Metrics and weights, also of a step of one example; weights and optimizer are the same on all ranks; collectives of a step."""
+    reference, run = runs / '1' / f'modes-auto-{ONE}', runs / str(world) / f'modes-{mode}-{size}'
+    same_runs(run, reference, rel=5e-4, abs=5e-5)
+    same_weights(tensors(run / 'model'), tensors(reference / 'model'), 1e-5)
+    seen = json.loads(run.with_suffix('.json').read_text())
+    if mode == 'none':
+        # gradients; columns of the step; whether a signal asks to stop
+        assert seen['copies'] == 1 and seen['collectives'] == [3, 3]
+    else:
+        # of FSDP each block and the root gathers its weights once or twice in a microbatch, and sums its gradients
+        assert seen['copies'] == world and min(seen['collectives']) > 9
 
 
 # ---- reward models ----

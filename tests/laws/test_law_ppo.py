@@ -42,7 +42,9 @@ def runs(tmp_path_factory):
         for name, flags in LAW.items():
             for size in (ONE, MANY):
                 out = f'{folder}/{world}/{name}-{size}'
-                words = [*start, f'--ref_model={reference}', *ROUND, *flags, f'--max_tokens={size}', f'--out_dir={out}']
+                # on two ranks copies of the model, or FSDP
+                how = [f'--shard={"full" if world == 2 and size == MANY else "none"}', f'--max_tokens={size}']
+                words = [*start, f'--ref_model={reference}', *ROUND, *flags, *how, f'--out_dir={out}']
                 plan += [['gradients', f'{out}.safetensors', *words]]
         if world == 1:
             plan += [[*start, *LEARN, *flags, f'--out_dir={folder}/toy-{name}'] for name, flags in TOY.items()]

@@ -71,11 +71,12 @@ def runs(tmp_path_factory):
     one = [command(f'one/{name}', words) for name, words in (CASES | ALONE).items()]
     one += [command(f'one/{name}_many', words, MANY) for name, words in CASES.items()]
     launch(0, one, folder)
-    two = [command(f'two/{name}', words) for name, words in CASES.items()]
+    two = [command(f'two/{name}', words, '--shard=full') for name, words in CASES.items()]
     two += [command(f'two/{name}_many', words, MANY) for name, words in CASES.items()]
     two += [command('two/dropout', CASES['dpo'], '--lora_dropout=0.3')]
     for name, flags in (('dpo', []), ('dropout', ['--lora_dropout=0.3']), ('reward', []), ('ppo', [])):
         two += [['cut', f'{folder}/two/{name}', f'{folder}/two/{name}_resumed', 24]]
+        flags = [*flags, f'--shard={"none" if name == "dropout" else "full"}']
         two += [command(f'two/{name}_resumed', CASES.get(name, CASES['dpo']), *flags)]
     launch(2, two, folder)
     return folder

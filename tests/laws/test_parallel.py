@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 import transformers
-from helpers import launch, metrics, run_script, same_bits, tensors, tiny_model
+from helpers import launch, metrics, read_jsonl, run_script, same_bits, tensors, tiny_model
 from ties import same_runs, same_weights
 
+import fsdp
 from configurator import UserError
+from runtime import room
 from text import toy
 
 COMMON = ['--batch_size=12', '--n_examples=36', '--n_eval_examples=8', '--do_first_eval=false', '--warmup_steps=1',
@@ -93,8 +95,11 @@ def test_as_one_process(runs, case, where):
 
 @pytest.mark.parametrize('where', WORLDS)
 def test_samples_are_there_once(runs, where):
-    texts = [(runs / w / 'samples/samples.jsonl').read_text() for w in ('one', where)]
-    assert texts[0] == texts[1] and len(texts[0].splitlines()) == 6
+    rows = [read_jsonl(runs / w / 'samples/samples.jsonl') for w in ('one', where)]
+    # the same texts; log-ratios differ by rounding
+    ratios = [[row.pop('logratio') for row in part] for part in rows]
+    assert rows[0] == rows[1] and len(rows[0]) == 6
+    assert ratios[0] == pytest.approx(ratios[1], abs=1e-4)
 
 
 @pytest.mark.parametrize('where', WORLDS)
@@ -122,16 +127,35 @@ def test_models_that_cannot_be_cut(runs, name, words):
     (['--tp=2', '--lora_rank=2'], 'tp and lora_rank do not go together'),
     (['--device_map=balanced'], 'the toy model is made here'),
     (['--device_map=balanced', '--dtype=bfloat16'], 'device_map computes in float32'),
-    (['--device_map=balanced', '--compile'], '--compile has no effect'),
+    (['--device_map=balanced', '--cpu_offload'], '--cpu_offload has no effect'),
     (['--device_map=moon'], 'device_map must be one of'),
     (['--attn=moon'], 'attn must be one of'),
     (['--attn=sdpa', '--pack'], '--pack has no effect'),
     (['--attn=flash_attention_2'], 'LlamaForCausalLM cannot use attention by flash_attention_2'),
     (['--tp=0'], 'tp must lie between 1'),
+    (['--tp=2', '--shard=none'], 'tp needs shard=full'),
+    (['--cpu_offload', '--shard=grads'], 'cpu_offload needs shard=full'),
+    (['--device_map=balanced', '--shard=none'], '--shard has no effect'),
+    (['--shard=some'], 'shard must be one of auto, none, grads, full'),
 ])  # fmt: skip
 def test_sentences(tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         run_script(*DPO, *ADAM, f'--out_dir={tmp_path}/run', *flags)
+
+
+@pytest.mark.parametrize(('ranks', 'gigabytes', 'half', 'train', 'mode'), [
+    (1, 0.1, False, True, 'none'), (2, 1.29, False, True, 'none'), (2, 1.27, False, True, 'full'), (4, 1.29, False, True, 'full'),
+    (2, 0.33, False, False, 'none'), (2, 0.31, False, False, 'full'), (2, 0.17, True, False, 'none'), (2, None, False, False, 'full'),
+])  # fmt: skip
+def test_which_models_are_replicated(monkeypatch, ranks, gigabytes, half, train, mode):
+    """Ten million weights take 160 MB to train, and 40 or 20 MB if frozen: a quarter of a rank's memory must hold that."""
+    model, device = torch.nn.Linear(10**4, 10**3, bias=False), torch.device('cpu')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', f'{ranks}')
+    monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: ranks)
+    monkeypatch.setattr(room, 'machine_memory', lambda: gigabytes and gigabytes * 1e9)
+    assert fsdp._choose_mode(model, 'auto', train, half, device, False) == mode
+    assert fsdp._choose_mode(model, 'grads', train, half, device, False) == 'grads'
+    assert fsdp._choose_mode(model, 'auto', train, half, device, True) == 'full'
 
 
 def test_device_map_is_for_one_process(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, cut_short, metrics, read_jsonl, run_script, tensors
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import fsdp
 import losses
@@ -247,13 +248,13 @@ def test_a_damaged_line_in_the_middle_is_an_error(died):
 
 def test_a_save_that_fails_surfaces_at_the_next_step(tmp_path, monkeypatch, whole):
     """The disk is full while the second checkpoint is written in the background."""
-    write, count = checkpoint.HuggingFaceStorageWriter.write_data, []
+    write, count = HuggingFaceStorageWriter.write_data, []
 
     def second_fails(self, *arguments):
         count.append(1)
         return full_disk() if len(count) == 2 else write(self, *arguments)
 
-    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, 'write_data', second_fails)
+    monkeypatch.setattr(HuggingFaceStorageWriter, 'write_data', second_fails)
     words = 'cannot write the checkpoint .*24: No space left on device; older ones are kept'
     with pytest.raises(UserError, match=words):
         run(tmp_path / 'run')
@@ -349,7 +350,7 @@ def test_full_disk_under_metrics_and_export(tmp_path, whole, monkeypatch, capsys
     assert 'full.jsonl: 1 rows wait for room, and are lost' in capsys.readouterr().out
 
     model = torch.nn.Linear(2, 2)
-    model.reshard = lambda: None
+    model.reshard, model.shard_mode = lambda: None, 'none'
     monkeypatch.setattr(export.lora, 'present', lambda model: False)
     with pytest.raises(UserError, match='cannot write .*model: No space left on device'):
         export.write_model(model, None, full_disk, tmp_path / 'model')

@@ -7,6 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,14 +15,19 @@ ROOT = Path(__file__).resolve().parents[2]
 from configurator import UserError
 from experiments.claims import __main__ as claims
 from experiments.claims import grid as claims_grid
+from experiments.claims import loglinear, verdict
 from experiments.claims import report as claims_report
 from experiments.claims import rules as claims_rules
 from experiments.claims import trial as claims_run
-from experiments.claims.rules import HOLDS, NOT, OPEN
+from experiments.claims.verdict import CONTRARY, HOLDS, NEGLIGIBLE, OPEN, SAME, SIZE_OPEN
 from hf import load
 from text import toy
 
-SETTINGS = {name: {'beta': 1.0, 'lr': 1e-3} for name in claims_grid.SEARCHES}
+# the first setting of every search, as if it had won
+SETTINGS = {
+    name: {metric: {option: values[0] for option, values in axes.items()} for metric in metrics}
+    for name, (metrics, _, _, axes) in claims_grid.SEARCHES.items()
+}
 FULL = claims_grid.Grid(claims_grid.FULL, SETTINGS)
 
 # ---- the toy world ----
@@ -59,44 +65,85 @@ def test_toy_prompts_matter_and_its_writers_are_imperfect():
 
 
 def test_training_pairs_of_a_kind():
-    low, high = claims_run.training_pairs('low', 7, 200), claims_run.training_pairs('high', 7, 200)
-    assert max(abs(claims_run.gap(p)) for p in low) < 0.5 and min(abs(claims_run.gap(p)) for p in high) > 1.2
     mixed = claims_run.training_pairs('mixed', 7, 200)
-    assert sum(abs(claims_run.gap(p)) < 0.5 for p in mixed) == 100 and mixed != claims_run.training_pairs(
-        'mixed', 8, 200
-    )
-    assert {abs(claims_run.gap(p)) > 1.2 for p in mixed[:20]} == {True, False}  # shuffled
-    assert all(claims_run.gap(p) > 0 for p in claims_run.held_out_pairs())
+    gaps = [abs(claims_run.gap(p)) for p in mixed]
+    assert max(gaps[::2]) < 0.5 and min(gaps[1::2]) > 1.2
+    assert mixed != claims_run.training_pairs('mixed', 8, 200)
+    test = list(claims_run.held_out_pairs())
+    assert len(test) > 1500 and all(claims_run.gap(p) > 0 for p in test)
 
 
 # ---- the rule ----
 
+SURE = [0.0, 0.001, -0.001, 0.002, -0.002]  # a standard error of 0.0007
+
+
+def around(mean, scale=1.0):
+    return [mean + scale * x for x in SURE]
+
 
 @pytest.mark.parametrize(
-    'differences, better, word',
+    'differences, word',
     [
-        ([0.10, 0.12, 0.11], True, HOLDS),  # 0.11 -+ 2.92 x 0.0058
-        ([0.10, -0.10, 0.15], True, OPEN),
-        ([0.01, 0.02, 0.0], True, NOT),  # 0.01 + 2.92 x 0.0058 is below 0.05
-        ([-0.3, -0.2, -0.25], True, NOT),
-        ([0.01, 0.012, 0.011], True, HOLDS),  # small, but surely there
-        ([-0.01, 0.0, -0.02], False, HOLDS),  # as good as: surely not worse by 0.05
-        ([-0.3, -0.2, -0.25], False, NOT),
-        ([-0.06, 0.05, -0.1], False, OPEN),
-        ([0.1, None, 0.1], True, OPEN),
-        ([0.1], True, OPEN),
+        (around(0.10), HOLDS),  # d is 0.05
+        (around(0.055, 5), SIZE_OPEN),  # 0.055 -+ 0.0098: surely positive, perhaps below d
+        (around(0.02), NEGLIGIBLE),
+        (around(0.0), SAME),
+        (around(-0.02), CONTRARY),
+        ([0.1, -0.1, 0.15, 0.0, 0.2], OPEN),
+        ([0.1, None, 0.1, 0.1, 0.1], OPEN),
+        ([0.1], OPEN),
+        ([0.1] * 5, HOLDS),  # equal numbers are no error
     ],
 )
-def test_verdict(differences, better, word):
-    assert claims_rules.verdict(differences, 'gold', better) == word
+def test_word(differences, word):
+    assert verdict.judge([(differences, 'gold')])[0].word == word
 
 
-def test_bounds_by_hand():
-    """0, 1, 2: mean 1, standard deviation 1, error 1 / sqrt 3, times 2.92."""
-    mean, error, lower, upper = claims_rules.bounds([0.0, 1.0, 2.0])
-    assert (mean, error) == (1.0, pytest.approx(3**-0.5)) and [1 - lower, upper - 1] == pytest.approx(
-        [2.92 / 3**0.5] * 2
-    )
+def test_t_and_interval_by_tables():
+    """Student's t: 97.5% quantiles of 1, 4 and 10 degrees of freedom. 0, 1, 2: mean 1, error 1 / sqrt 3."""
+    quantiles = [verdict.t_quantile(0.025, df) for df in (1, 4, 10)]
+    assert quantiles == pytest.approx([12.7062, 2.7764, 2.2281], abs=1e-4)
+    assert verdict.t_tail(-1.5, 3) == pytest.approx(1 - verdict.t_tail(1.5, 3))
+    _, (mean, lower, upper) = verdict.p_values([0.0, 1.0, 2.0], 0.05)
+    assert (mean, upper - 1, 1 - lower) == pytest.approx((1.0, 4.3027 / 3**0.5, 4.3027 / 3**0.5), abs=1e-4)
+
+
+def test_holm_by_hand():
+    """At 5%: 0.01 against 1/60, 0.02 against 1/40, 0.04 against 1/20; the same behind 0.03 does not count."""
+    assert verdict.holm([0.04, 0.01, 0.02]) == [True, True, True]
+    assert verdict.holm([0.04, 0.01, 0.03]) == [False, True, False]
+    # one claim alone holds, and among many it does not
+    one = ([0.05, 0.07, 0.09, 0.11, 0.13], 'accuracy')
+    assert verdict.judge([one])[0].word == HOLDS
+    assert verdict.judge([one] + [(around(0, 50), 'accuracy')] * 30)[0].word == OPEN
+
+
+def words_of_grids(mean, n_grids, spread=None):
+    """Words of simulated grids of 33 claims and five seeds: normal differences, their mean and standard deviation in units of d."""
+    rng = np.random.default_rng(0)
+    spread = rng.uniform(0.2, 2.0, (n_grids, 33, 1)) if spread is None else spread
+    numbers = verdict.SMALLEST['gold'] * (mean + spread * rng.standard_normal((n_grids, 33, 5)))
+    return [[v.word for v in verdict.judge([(row, 'gold') for row in grid])] for grid in numbers.tolist()]
+
+
+@pytest.mark.parametrize(
+    'mean, wrong', [(0.0, (HOLDS, SIZE_OPEN, NEGLIGIBLE, CONTRARY)), (1.0, (HOLDS, NEGLIGIBLE, SAME))]
+)
+def test_a_false_word_in_at_most_one_grid_of_twenty(mean, wrong):
+    """All differences 0, or all just d: binomial noise of 2,000 grids at 5% is 0.5%."""
+    grids = words_of_grids(mean, 2000)
+    assert np.mean([any(word in wrong for word in grid) for grid in grids]) < 0.06
+    assert np.mean([HOLDS in grid for grid in grids]) <= 0.05
+
+
+def test_power_at_two_d():
+    """Printed, and not nothing: where seeds agree within a fifth of d, nearly every true claim holds."""
+    for spread in (0.2, 0.5, 1.0):
+        words = sum(words_of_grids(2.0, 200, spread=spread), [])
+        power = {word: round(words.count(word) / len(words), 3) for word in (HOLDS, SIZE_OPEN, OPEN)}
+        print(f'2 d, 33 claims, 5 seeds, standard deviation {spread} d: {power}')
+        assert spread > 0.2 or power[HOLDS] > 0.8
 
 
 def test_above_compares_frontiers_where_both_are():
@@ -107,71 +154,114 @@ def test_above_compares_frontiers_where_both_are():
         claims_rules.above([(9.0, 0.6), (16.0, 0.7)], theirs)
 
 
+# ---- the log-linear policy ----
+
+
+@pytest.mark.parametrize('p, beta_prime', [(0.6, 4.0), (0.8, 2.0), (0.9, np.inf), (0.55, 1.5)])
+def test_optimum_of_a_pair(p, beta_prime):
+    """Gradient descent on one pair, flipped with probability 1 - p, ends at logit(p) / (1 - 1/beta')."""
+    h = 0.0
+    for _ in range(20000):
+        h += 0.05 * (p * loglinear.size(h, beta_prime) - (1 - p) * loglinear.size(-h, beta_prime))
+    assert h == pytest.approx(loglinear.optimum(p, beta_prime), abs=1e-3)
+
+
+def test_a_gradient_is_that_of_the_loss():
+    """size is w dloss/dh of the project's own Dr. DPO; at beta' 1 it is even, and the margin grows without end."""
+    import torch
+
+    import losses
+
+    h = torch.linspace(-4, 4, 9, dtype=torch.float64, requires_grad=True)
+    loss = losses.dpo(h, torch.zeros_like(h), beta=1.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), h)
+    for beta_prime in (1.0, 4.0):
+        expected = -gradient * losses.drdpo_weight(loss.detach(), 0.0, beta_prime=beta_prime)
+        assert loglinear.size(h.detach().numpy(), beta_prime) == pytest.approx(expected.numpy())
+    x = np.linspace(0, 5, 11)
+    assert loglinear.size(x, 1.0) == pytest.approx(loglinear.size(-x, 1.0)) and loglinear.optimum(0.6, 1.0) == np.inf
+
+
+def test_gold_and_kl_are_exact():
+    """At theta 0 the KL is 0; its derivative by theta is the covariance of the features with the log-ratio."""
+    theta = np.random.default_rng(0).standard_normal(loglinear.answer_sets()[0][0].shape[1]) * 0.1
+    assert loglinear.exact(0 * theta)[1] == pytest.approx(0, abs=1e-12)
+    slope = (loglinear.exact(theta * 1.001)[1] - loglinear.exact(theta * 0.999)[1]) / 0.002
+    variances = []
+    for f, _ in loglinear.answer_sets():
+        p = np.exp(f @ theta)
+        p /= p.sum()
+        variances.append(p @ (f @ theta) ** 2 - (p @ (f @ theta)) ** 2)
+    assert slope == pytest.approx(np.mean(variances), rel=1e-5)
+
+
+def test_log_linear_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(loglinear, 'N_TRAIN', 1024)
+    monkeypatch.setattr(loglinear, 'TUNING_SEEDS', [1000])
+    loglinear.world.cache_clear()
+    found = loglinear.equal_settings([1, 2])
+    clean, dirty = (found['DPO', flips, 0.1] for flips in (0.0, 0.4))
+    assert clean['accuracy'].mean() > dirty['accuracy'].mean() > 0.5 and dirty['flipped_share'].min() > 0.3
+    assert 'Both tuned' in loglinear.report(found, loglinear.tuned([1, 2]), 2)
+    loglinear.world.cache_clear()
+
+
+# ---- the report ----
+
+
 def made_up(grid, seeds):
-    """Results by formula: Dr. DPO keeps its reward under flips, robust does as DPO does, frontiers of TDPO2 and PPO are higher by 0.2."""
+    """Results by formula: Dr. DPO at beta' 1 keeps its accuracy under flips, cDPO does as DPO does, TDPO2 and PPO get 0.2 more."""
     results = {}
     for i, trial in enumerate(grid.trials(seeds)):
-        o, noise = trial['options'] or {'loss': 'sft'}, 0.002 * math.sin(i)
-        rate = o.get('noise_rate', 0.0) if o['loss'] != 'drdpo' else 0.0
+        o, noise = trial['options'] or {'loss': 'sft'}, 0.0005 * math.sin(i)
+        rate = 0.0 if o.get('beta_prime') == 1 else o.get('noise_rate', 0.0)
         kl = 1 / o.get('beta', o.get('kl_coef', 1.0)) if trial['options'] else 0.0
         gold = 0.3 * kl**0.5 - rate + 0.2 * (o['loss'] in ('tdpo2', 'radpo2', 'ppo')) + noise
         results[claims_grid.key(trial)] = dict(
-            trial, gold=gold, kl=kl, accuracy=0.9 - rate + noise, kl_chosen=kl, kl_rejected=kl * (0.5 if 'radpo' in o['loss'] else 1),
-            well_formed=1.0, length=16.0, seconds=1.0, commit='abc', n_samples=8)  # fmt: skip
+            trial, gold=gold, kl=kl, accuracy=0.9 - rate + noise, margin=1.0, kl_chosen=kl + noise, kl_rejected=kl * (0.5 if 'radpo' in o['loss'] else 1),
+            h_std=1.0, flipped_share=0.4, well_formed=1.0, length=16.0, cpu_seconds=1.0, commit='abc', n_samples=8)  # fmt: skip
     return results
 
 
 def test_report_of_made_up_results(tmp_path, capsys):
-    results = made_up(FULL, [1, 2, 3])
-    lost = claims_grid.key(FULL.other('orpo', 2))
-    del results[lost]
-    failed = claims_grid.key(FULL.other('simpo', 3))
-    results[failed] = {
-        k: results[failed][k] for k in ('script', 'data', 'seed', 'options', 'seconds', 'commit', 'n_samples')
-    } | {'error': 'nan'}
-    words = {claim.words: word for claim, word, _ in claims_report.verdicts(FULL, [1, 2, 3], results)}
+    seeds = [1, 2, 3, 4, 5]
+    results = made_up(FULL, seeds)
+    del results[claims_grid.key(FULL.tuned('clean orpo', 'score', 2))]
+    failed = claims_grid.key(FULL.tuned('clean simpo', 'score', 3))
+    kept = ('script', 'data', 'sft', 'seed', 'options', 'cpu_seconds', 'commit', 'n_samples')
+    results[failed] = {k: results[failed][k] for k in kept} | {'error': 'nan'}
+    words = {claim.words: decided.word for claim, _, decided in claims_rules.judged(FULL, seeds, results)}
 
     def said(start):
         found = [word for claim, word in words.items() if claim.startswith(start)]
         assert len(found) == 1, start
         return found[0]
 
-    assert said('Dr. DPO is more accurate') == said('Dr. DPO is better') == said('Dr. DPO loses less') == HOLDS
-    assert said('robust DPO is better') == said('cDPO is better') == NOT
-    assert said('TDPO2 gets more reward than DPO') == HOLDS and said('TDPO1 gets more reward than DPO') == NOT
-    assert said('Ra-DPO2 CVaR 0.98 gets more reward than TDPO2') == NOT
-    assert said('Ra-DPO1 ERM 1 stays nearer to the reference than TDPO1') == HOLDS  # a quarter of the sum saved
-    assert said('KTO with 1:10') == said('KTO is as good') == HOLDS
+    assert said("Dr. DPO (beta' 1) is more accurate than DPO, 40%") == said("Dr. DPO (beta' 1) loses less") == HOLDS
+    assert said("Dr. DPO (beta' 1) is more accurate than DPO, 0%") == SAME
+    assert said("Dr. DPO (beta' 4) is more accurate than DPO, 40%") == SAME
+    assert said('TDPO2 gets more reward than DPO') == said('PPO') == HOLDS and said('TDPO1 gets more') == SAME
+    assert said('Ra-DPO1 (CVaR 0.98) stays nearer') == HOLDS  # a quarter of the sum saved
     assert said('SimPO') == said('ORPO') == OPEN
-    assert said('PPO') == HOLDS and said('GRPO') == NOT
-    claims_report.write(FULL, [1, 2, 3], results, tmp_path)
+    claims_report.write(FULL, seeds, results, tmp_path)
     text = (tmp_path / 'results.md').read_text()
-    assert f'{len(results)} of {len(results) + 1} trials, seeds 1, 2, 3' in text and '1 trials failed' in text
-    assert '1 failed' in text and '1 missing' in text and claims_rules.__doc__.splitlines()[-1] in text
-    assert f'{HOLDS}: {sum(w == HOLDS for w in words.values())}' in text
-    assert (tmp_path / 'flips.png').exists() == (tmp_path / 'frontier.png').exists()
+    assert f'{len(results)} of {len(results) + 1} trials, seeds 1, 2, 3, 4, 5' in text and '1 trials failed' in text
+    assert '1 failed' in text and '1 missing' in text and verdict.__doc__.splitlines()[-1] in text
+    assert f'**{HOLDS}**' in text and f'**{SAME}**' not in text and 'tuned for accuracy: beta 0.3' in text
 
-
-def test_readme_gets_the_verdicts_and_nothing_else_changes(tmp_path):
-    claims_report.write(FULL, [1, 2], made_up(FULL, [1, 2]), tmp_path)
-    readme = tmp_path / 'README.md'
-    readme.write_text(f'before\n{claims_report.BEGIN}\nstale\n{claims_report.END}\nafter\n')
-    claims_report.write_page(tmp_path, readme)
-    once = readme.read_text()
-    claims_report.write_page(tmp_path, readme)
-    assert once == readme.read_text() and 'stale' not in once
-    assert (
-        once.startswith('before\n')
-        and once.endswith('\nafter\n')
-        and '| Dr. DPO |' in once
-        and 'ERM' not in once
-        and f'**{HOLDS}**' in once
-    )
+    # the page gets the verdicts, and nothing else changes
+    page = tmp_path / 'evidence.md'
+    page.write_text(f'before\n{claims_report.BEGIN}\nstale\n{claims_report.END}\nafter\n')
+    claims_report.write_page(tmp_path, page)
+    once = page.read_text()
+    claims_report.write_page(tmp_path, page)
+    assert once == page.read_text() and 'stale' not in once and f'**{HOLDS}**' in once
+    assert once.startswith('before\n') and once.endswith('\nafter\n')
 
 
 def test_the_page_says_what_the_record_says(tmp_path):
     record, page = ROOT / 'experiments/claims/record', (ROOT / 'docs/evidence.md').read_text()
-    if not (record / 'results.jsonl').exists():
+    if not (record / 'results.md').exists():
         pytest.skip('no record yet')
     (tmp_path / 'evidence.md').write_text(page)
     claims_report.write_page(record, tmp_path / 'evidence.md')
@@ -183,6 +273,13 @@ def test_trials_are_whole_seeds_and_each_is_there_once():
     assert len({claims_grid.key(t) for t in trials}) == len(trials) and len(trials) % 2 == 0
     assert [t['seed'] for t in trials] == sorted(t['seed'] for t in trials)
     assert all(len(claims_grid.search(name)) == 12 for name in claims_grid.SEARCHES)  # the same budget for all
+
+
+def test_a_search_chooses_by_the_metric_of_the_claim():
+    rows = [dict(t, accuracy=i / 100, gold=-i / 100, kl=0.0) for i, t in enumerate(claims_grid.search('flips drdpo'))]
+    found = claims_grid.found('flips drdpo', {claims_grid.key(row): row for row in rows})
+    assert found['accuracy'] == {'beta': 3.0, 'beta_prime': 4.0, 'lr': 1e-3}
+    assert found['score'] == {'beta': 0.3, 'beta_prime': 1.0, 'lr': 1e-4}
 
 
 # ---- running ----
@@ -200,19 +297,22 @@ def test_a_trial(tmp_path, monkeypatch):
     """From an untrained model: the reference itself has no KL; a trained one has; what a script refuses is recorded."""
     monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setattr(claims_run, 'training_pairs', lambda kind, seed: list(toy.pairs(f'{kind} {seed}', 64)))
-    model = tmp_path / 'sft' / 'model'
+    monkeypatch.setattr(claims_run, 'N_TEST', 64)
+    model = claims_run.reference_of(tmp_path, 3)
     load.load_model('toy').save_pretrained(model)
     toy.tokenizer().save_pretrained(model)
     same = claims_run.run_trial(FULL.reference(3), tmp_path, 12)
-    assert same['kl'] == same['kl_chosen'] == 0 and -2.5 <= same['gold'] <= 1.5 and 0 < same['accuracy'] < 1
-    trial = FULL.pull('tdpo2', 1.0, 3)
+    assert same['kl'] == 0 and -2.5 <= same['gold'] <= 1.5 and 0 < same['accuracy'] < 1
+    trial = FULL.equal('drdpo 1', 0.1, 1e-3, 0.4, 3)
     moved = claims_run.run_trial(trial, tmp_path, 12)
     assert claims_grid.key(moved) == claims_grid.key(trial) and json.loads(json.dumps(moved)) == moved
-    assert moved['kl'] > 0 and moved['kl_rejected'] > 0 and moved['commit'] and moved['seconds'] > 0
+    assert moved['kl'] > 0 and moved['h_std'] > 0 and moved['commit'] and moved['cpu_seconds'] > 0
+    assert 0.2 < moved['flipped_pairs'] < 0.6 and abs(moved['flipped_share'] - moved['flipped_pairs']) < 0.2
     again = claims_run.run_trial(trial, tmp_path, 12)
     assert {k: v for k, v in again.items() if 'seconds' not in k} == {
         k: v for k, v in moved.items() if 'seconds' not in k
     }
+    assert claims_run.run_trial(FULL.pull('tdpo2', 1.0, 3), tmp_path, 12)['kl_rejected'] > 0
     refused = claims_run.run_trial(claims_grid.make(3, {'loss': 'nonsense'}), tmp_path, 12)
     assert 'loss must be one of' in refused['error'] and 'gold' not in refused
 

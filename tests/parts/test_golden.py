@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import with_ratios
+from helpers import LOSSES, with_ratios
 
 import losses
 import model
@@ -556,10 +556,12 @@ def test_a_wrong_number_is_noticed(group):
 
 
 def test_small_file_has_every_loss(monkeypatch):
-    """The committed subset agrees too, and takes every checked group and every loss (dpop has no original code in it)."""
+    """The committed subset agrees too, and takes every checked group and every loss.
+
+    But for dpop, which has no original code in it, and losses of somebody's own."""
     monkeypatch.setattr(sys.modules[__name__], 'GOLDEN', json.loads(SMALL.read_text()))
     USED.clear()
     found = [text for group in CHECKS for case in cases(group) for text in differences(case)]
     assert not found, '\n'.join(found[:10])
-    assert set(losses.LOSSES) - USED == {'dpop'}
+    assert USED | {'dpop'} >= set(LOSSES)
     assert SMALL.stat().st_size <= 200_000

@@ -201,7 +201,9 @@ def test_both_orders_ties_and_unclear_replies(capsys):
     screen = capsys.readouterr().out
     assert "left out: {'tools, which no judge is shown': 16}" in screen
     assert 'note: an unclear reply (cut short, or its last line is no verdict) ends:' in screen
-    assert '45.8% (standard error' in screen and '65.0%' in screen and 'sigmoid(a + b tanh(d / rms(d)))' in screen
+    assert '45.8% (95% interval 16.' in screen and '65.0%' in screen
+    assert report['win_rate_interval'][1] > 0.75 and report['agreement_interval'][0] < 0.3
+    assert 'not told: 6 prompts, and from 30 on' in screen and report['length_controlled_interval'] is None
     by_key = {(row['pair'], row['order']): row for row in verdicts()}
     assert len(verdicts()) == 14 and by_key.keys() == {(i, o) for i in range(7) for o in (1, 2)}
     said = {'pair': 5, 'order': 2, 'preference': None, 'text': words['?'], 'raw': reply_to(5, 2)}
@@ -318,7 +320,7 @@ def test_annotations_are_read_by_dpo(capsys):
     capsys.readouterr()
     options = '--batch_size=10 --n_examples=10 --do_first_eval=false --n_eval_examples=4 --out_dir=dpo'
     run_script('dpo.py', '--data=out/annotations.json', '--eval_data=out/annotations.json', *options.split())
-    assert re.search(r"data: 20 training .*'tie': 10, 'no verdict': 10", capsys.readouterr().out)
+    assert re.search(r'data: 20 training .*: 10 tie, 10 no verdict', capsys.readouterr().out)
 
 
 def test_faults_and_failures():

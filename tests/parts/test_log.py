@@ -7,13 +7,18 @@ import shutil
 import struct
 import sys
 import time
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from helpers import end_process_group, metrics, python, read_jsonl, run_script, write_jsonl
 
+import configurator
 import training
 from configurator import UserError
 from runtime import log
+from runtime.metrics import meaning
+from text.examples import in_words
 
 KEY = 'f00dfeed' * 5  # what a key looks like: must not appear in anything that is written
 
@@ -228,7 +233,7 @@ def test_a_run_goes_on_without_its_tracker(script, name, monkeypatch, tmp_path, 
     monkeypatch.setenv('WANDB_MODE', 'offline')
     run_script(script, *SCRIPTS[script], flag, f'--out_dir={tmp_path}/run')
     out = capsys.readouterr().out
-    assert out.count('note: ') == out.count(f'note: {name} failed (no more)') == 1 and 'done: ' in out
+    assert out.count(' failed (') == out.count(f'note: {name} failed (no more)') == 1 and 'done: ' in out
     assert [row['counters/examples'] for row in metrics(tmp_path / 'run', 'train')] == [4, 8] and (
         tmp_path / 'run/model'
     ).is_dir()
@@ -313,3 +318,37 @@ def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_p
     if script == 'tools/bench.py':
         rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
         assert [row['variant'] for row in rows] == ['padded', 'cached'] and 'pairs_per_second' not in rows[0]
+
+
+def test_in_a_file_a_bar_is_lines(capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 20))
+    monkeypatch.setattr('tqdm.std.time', lambda: next(clock))
+    with log.progress(100, ' rows', 'reading') as bar:
+        for _ in range(100):
+            bar.update()
+    text = capsys.readouterr().err
+    assert '\r' not in text and 'reading: 100 of 100 rows' in text
+
+
+def test_what_was_left_out_is_a_sentence_and_its_notes_are_notes():
+    counts = {'answers cut': 1200, 'empty answers': 0, 'note: chats of no template': 3}
+    assert in_words(Counter(counts)) == ('1,200 answers cut', ['note: chats of no template (3 times)'])
+    assert in_words(Counter()) == ('nothing', [])
+
+
+@pytest.mark.parametrize(
+    'given, total, steps', [('default', 640, 1), ('default', 64_000, 100), ('default', 10**6, 150), ('a.py', 640, 150)]
+)
+def test_the_default_warm_up_is_at_most_a_tenth_of_the_run(capsys, given, total, steps):
+    config = configurator.Config({'warmup_steps': 150, 'batch_size': 64})
+    config.origin = {'warmup_steps': given}
+    assert training.Run.warmup(SimpleNamespace(config=config, total=total)) == steps
+    assert ('a tenth of this short run' in capsys.readouterr().out) == (steps < 150)
+
+
+@pytest.mark.parametrize('paired, has_reference, words', [
+    (True, True, None), (False, True, 'note: acc is the share of answers on the right side'), (True, False, 'note: simpo has no reference'),
+])  # fmt: skip
+def test_acc_and_margin_are_explained_where_they_are_something_else(paired, has_reference, words):
+    found = meaning('simpo', paired, has_reference)
+    assert found.startswith(words) if words else found is None

@@ -9,8 +9,12 @@ from helpers import read_jsonl, run_script, write_jsonl
 
 from configurator import UserError
 from text import toy
+from tools.runs import bounds
 
 pytest.importorskip('matplotlib', reason='matplotlib is not installed')
+
+
+LOGPS = ['log-probs of chosen answers', 'log-probs of rejected answers']
 
 
 def run_folder(folder, n=6, sampled=True, **options):
@@ -29,6 +33,7 @@ def run_folder(folder, n=6, sampled=True, **options):
         for split in ['eval'] * (i in (0, n)) + ['train'] * (i > 0):
             rows.append({'split': split, 'counters/examples': 8 * i, f'loss/{split}': 0.7 - 0.01 * i, f'kl_{split}/chosen': 0.1 * i,
                          f'rewards_{split}/accuracies': 0.5 + 0.05 * i, f'rewards_{split}/margins': 0.2 * i,
+                         f'rewards_{split}/chosen': 0.1 * i, f'rewards_{split}/rejected': -0.1 * i,
                          f'logps_{split}/chosen': -20.0 - i, f'logps_{split}/rejected': -20.0 - 2 * i})  # fmt: skip
             if split == 'train' or not sampled:
                 continue
@@ -67,32 +72,73 @@ def test_picture(tmp_path):
     a, b = run_folder(tmp_path / 'a'), run_folder(tmp_path / 'bb', beta=0.5, label_smoothing=0.1)
     out = tmp_path / 'x.png'
     scope, said, axes, names = plot(a, b, f'--out={out}', '--smooth=0.5')
-    assert out.read_bytes()[:4] == b'\x89PNG' and said == f'{out}: 2 runs, 6 panels\n'
+    assert out.read_bytes()[:4] == b'\x89PNG' and said == f'{out}: 2 runs, 8 panels\n'
     assert names == ['a: beta=0.1', 'bb: beta=0.5, label_smoothing=0.1']  # no out_dir, max_tokens, or what is None
-    assert list(axes) == ['loss', 'reward accuracy', 'reward margin', 'log-probs', 'KL', 'gold reward against KL']
+    assert list(axes) == ['loss', 'reward accuracy', 'reward margin', 'rewards', *LOGPS, 'KL', 'gold reward against KL']
     assert points(axes['reward accuracy']) == [[(0, 0.5), (48, pytest.approx(0.8))]] * 2
-    assert points(axes['log-probs'])[:2] == [[(0, -20), (48, -26)], [(0, -20), (48, -32)]]
+    rejected = points(axes['rewards'])[2]  # after the chosen ones of both runs
+    assert rejected == [(0, 0), (48, pytest.approx(-0.6))]
+    assert [points(axes[name])[0] for name in LOGPS] == [[(0, -20), (48, -26)], [(0, -20), (48, -32)]]
+    assert [len(axes[name].lines) for name in LOGPS] == [2, 2]  # evaluations alone
     assert points(axes['KL'])[0] == [(0, 0), (48, pytest.approx(1.8))]
     steps, means = axes['reward margin'].lines[0].get_data()
     assert list(steps) == [8, 16, 24, 32, 40, 48]
     assert list(means) == pytest.approx([0.2, 0.3, 0.4, 0.6, 0.8, 1.0])  # means of three, of fewer at the start
     gold = drawn(axes['gold reward against KL'].lines[0])
     assert gold == [(0, 0), (0, 0), (pytest.approx(1.8), 0.75)]  # nice 0.5 and dull -0.5, then superb 1
-    assert scope['frontier'](*scope['read'](a)[1:])[-1][2] == pytest.approx(0.25)  # stdev(0.5, 1) / sqrt 2
+    assert scope['frontier'](*scope['read'](a)[1:3])[-1][2] == pytest.approx(0.25)  # stdev(0.5, 1) / sqrt 2
     # the error of the reference does not shrink with evaluations
     samples = read_jsonl(a / 'samples.jsonl')
     once = scope['frontier']([], [row for row in samples if row['examples'] == 0])
     assert scope['frontier']([], samples)[0] == once[0] and once[0][2] > 0
 
 
+def test_identical_runs_are_both_seen(tmp_path):
+    """Dashes that leave each other room, and points of falling size; a run that differs keeps its solid line."""
+    folders = [run_folder(tmp_path / name) for name in ('a', 'b')]
+    other = run_folder(tmp_path / 'c')
+    rows = read_jsonl(other / 'metrics.jsonl')
+    write_jsonl(other / 'metrics.jsonl', [row | {f'loss/{row["split"]}': 0.2} for row in rows])
+    _, _, axes, _ = plot(*folders, other, f'--out={tmp_path}/x.png')
+    a, b, c = axes['loss'].lines[:3]
+    assert a.is_dashed() and b.is_dashed() and not c.is_dashed()
+    assert a._unscaled_dash_pattern[0] != b._unscaled_dash_pattern[0]
+    a, b, c = axes['loss'].lines[3:]
+    assert a.get_markersize() > b.get_markersize() == c.get_markersize()
+
+
+def test_one_value_does_not_flatten_the_rest(tmp_path):
+    folder = run_folder(tmp_path / 'a', n=20)
+    rows = read_jsonl(folder / 'metrics.jsonl')
+    rows[9]['loss/train'], rows[12]['loss/train'] = -1e9, float('nan')
+    write_jsonl(folder / 'metrics.jsonl', rows)
+    _, _, axes, _ = plot(folder, f'--out={tmp_path}/x.png', '--smooth=0')
+    low, high = axes['loss'].get_ylim()
+    assert 0.4 < low < high < 0.8
+    texts = [text.get_text() for text in axes['loss'].texts]
+    assert any('outside: 1, such as -1e+09; no numbers: 1' in text for text in texts), texts
+    assert len(axes['loss'].lines[0].get_xdata()) == 18
+    # few values, and a curve that falls steeply, are drawn whole
+    for whole in ([1, 1, 1, 50], [10 * 0.8**i for i in range(30)], [0.5] * 9 + [0.9]):
+        low, high = bounds(whole)
+        assert low <= min(whole) and max(whole) <= high
+
+
+def test_names_begin_with_what_matters(tmp_path):
+    a = run_folder(tmp_path / 'x/run', model='m', top_p=0.9, lr=1.0)
+    b = run_folder(tmp_path / 'y/run', model='n', top_p=1.0, lr=2.0, loss='ipo')
+    names = plot(a, b, f'--out={tmp_path}/x.png')[3]
+    assert names[1] == f'{tmp_path}/y/run: loss=ipo, lr=2.0, model=n, top_p=1.0'
+
+
 def test_what_a_run_does_not_have_is_not_drawn(tmp_path):
     folder = run_folder(tmp_path / 'a', sampled=False)
     _, _, axes, names = plot(folder, f'--out={tmp_path}/x.png')
-    assert names == ['a'] and list(axes)[4:] == ['KL, as if chosen answers came from the reference']
+    assert names == ['a'] and list(axes)[6:] == ['KL, as if chosen answers came from the reference']
     rows = read_jsonl(folder / 'metrics.jsonl')
     of_sft = [{k: v for k, v in row.items() if not k.startswith(('rewards', 'kl'))} for row in rows]
     write_jsonl(folder / 'metrics.jsonl', of_sft)
-    assert list(plot(folder, f'--out={tmp_path}/x.png')[2]) == ['loss', 'log-probs']
+    assert list(plot(folder, f'--out={tmp_path}/x.png')[2]) == ['loss', *LOGPS]
 
 
 def test_gold_reward_from_the_metrics(tmp_path):

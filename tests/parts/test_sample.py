@@ -221,7 +221,7 @@ def test_tools_begun_answers_and_prompts_that_the_template_refuses(folder, capsy
     assert [row['prompt'] for row in found] == [row['prompt'] for row in rows[1:]]
     assert [row.get('tools') for row in found] == [[{'name': 'look'}], None, None]
     said = capsys.readouterr().out
-    assert "'bad rows: the chat template refuses an example: no system turn': 1" in said
+    assert '1 bad rows: the chat template refuses an example: no system turn' in said
     assert """first prompt: '[{"name": "look"}]<|user|>Hi""" in said
     write_jsonl('chats.jsonl', rows[:1])
     assert 'refuses every prompt' in refused(*flags, '--skip_bad_rows', out_dir='none')
@@ -244,7 +244,7 @@ def test_sources(folder, capsys):
     """A text file, cut to what the model's 256 positions leave; AlpacaEval's questions as they are in its file."""
     _, rows = run(f'--data={folder}/prompts.txt', '--max_new_tokens=6')
     assert [row['prompt'][:6] for row in rows] == ['Review', 'Why?', 'long l']
-    assert "{'same prompt again': 1, 'prompts cut': 1}" in capsys.readouterr().out
+    assert 'changed: 1 same prompt again, 1 prompts cut' in capsys.readouterr().out
     run(f'--data=alpaca_eval:{folder}/alpaca_eval.json', '--max_new_tokens=6', '--generator=me', out_dir='a')
     found = [(output['instruction'], output['generator']) for output in model_outputs('a')]
     assert found == [(f' What is {i}?\n', 'me') for i in range(4)]
@@ -355,7 +355,7 @@ def test_unsharded_ends_well(folder):
     """An error inside leaves the model sharded, and generate leaves its settings."""
     *_, device = fsdp.setup()
     net = fsdp.shard(lambda empty: load.load_model('toy', empty=empty), device, cpu_offload=True)
-    groups = [m._get_fsdp_state()._fsdp_param_group for m in net.modules() if isinstance(m, fsdp.FSDPModule)]
+    groups = [m._get_fsdp_state()._fsdp_param_group for m in net.modules() if hasattr(m, 'unshard')]
     set_attention(net, packed=True)
     own = net.generation_config
     with torch.no_grad():

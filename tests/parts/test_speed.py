@@ -1,12 +1,24 @@
 """What makes a step cheap: no wait for the device per microbatch, memory that does not follow the vocabulary, and bench.py."""
 
+import gc
 import json
+import sys
+import time
+import warnings
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import python, run_script
+from helpers import end_process_group, python, run_script
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import fsdp
+import model as models
+from configurator import UserError
+from experiments import real
+from tools import limits
 
 
 class Waits(TorchDispatchMode):
@@ -25,20 +37,75 @@ class Waits(TorchDispatchMode):
         return fn(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize('loss', ['dpo', 'drdpo', 'tdpo2', 'kto'])
-def test_no_wait_per_microbatch(loss, tmp_path):
-    """Eight microbatches wait as often as one: forward, loss and backward only queue work."""
-    flags = ['--n_examples=8', '--batch_size=8', '--n_eval_examples=0', f'--out_dir={tmp_path / "run"}']
+class Copies(TorchFunctionMode):
+    """Notes the calls that copy to or from the device and wait. Models are left out: there .to is for device maps alone."""
+
+    FILES = {'data.py', 'dpo.py', 'fsdp.py', 'ppo.py', 'reward.py', 'rollout.py', 'training.py'}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, fn, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name, file = fn.__name__, Path(sys._getframe(1).f_code.co_filename).name
+        brings = any(isinstance(x, torch.device | torch.Tensor) for x in (*args[1:], kwargs.get('device')))
+        waits = name in ('cpu', 'item', 'numpy') or (name in ('to', 'tensor', 'as_tensor') and brings)
+        if file in self.FILES and waits and not kwargs.get('non_blocking'):
+            self.seen.append(name)
+        return fn(*args, **kwargs)
+
+
+def steps_of(loss, folder):
+    """(number of microbatches, fn) of a step in one microbatch, and of the same in eight: fn() does it, with its update."""
+    flags = ['--n_examples=8', '--batch_size=8', '--n_eval_examples=0', f'--out_dir={folder / "run"}']
     script = run_script('dpo.py', f'--loss={loss}', *flags)
-    run, counts = script['run'], []
+    run = script['run']
     for max_tokens in (100_000, 40):
         run.make_batches = script['partial'](run.make_batches, max_tokens=max_tokens)
         step = script['prepare'](run.train, 0, script['np'].arange(8))
-        with Waits() as waits:
+
+        def do(step=step):
             script['run_step'](step, backward=True)
-        counts.append((len(step.batches), waits.seen))
+            script['fsdp'].update(run.policy, run.optimizer, 0.0, 1.0, 1.0)
+
+        yield len(step.batches), do
+
+
+# the columns of the step (with a statistic twice), the norm, and the shift of Dr. DPO
+WAITS = {
+    'dpo': ['cpu', 'item'],
+    'drdpo': ['cpu', 'cpu', 'item'],
+    'tdpo2': ['cpu', 'item'],
+    'kto': ['cpu', 'cpu', 'item'],
+}
+
+
+@pytest.mark.parametrize('loss', WAITS)
+def test_no_wait_per_microbatch(loss, tmp_path):
+    """Eight microbatches wait as often as one, twice or three times: forward, loss and backward only queue work."""
+    counts = []
+    for batches, do in steps_of(loss, tmp_path):
+        with Waits() as waits, Copies() as copies:
+            do()
+        counts.append((batches, waits.seen))
+        assert copies.seen == WAITS[loss]
     assert counts[0][0] == 1 and counts[1][0] > 3
     assert counts[0][1] == counts[1][1], counts
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='counts what a GPU waits for')
+@pytest.mark.parametrize('loss', WAITS)
+def test_waits_of_a_gpu(loss, tmp_path):
+    for _, do in steps_of(loss, tmp_path):
+        do()  # what is made at the first use
+        torch.cuda.set_sync_debug_mode('warn')
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter('always')
+            do()
+        torch.cuda.set_sync_debug_mode('default')
+        waits = [str(w.message) for w in seen if 'synchronizing' in str(w.message)]
+        assert len(waits) == len(WAITS[loss]), [(w.filename, w.lineno) for w in seen]
 
 
 MEMORY = """
@@ -100,6 +167,93 @@ def test_bench(tmp_path):
     assert cost[0] == cost[1] and cost[1] > cost[2] > cost[3] > cost[4]
     assert rows['cached']['pairs_per_second_with_cache_pass'] < rows['cached']['pairs_per_second']
     assert rows['padded']['ratio'] == 1 and 'mfu' not in rows['head']
+
+
+@pytest.mark.parametrize('card, peak', [
+    ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756), ('NVIDIA H200', 989), ('NVIDIA A100-SXM4-80GB', 312),
+    ('NVIDIA L40S', 362), ('NVIDIA L4', 121), ('NVIDIA A10G', None),
+])  # fmt: skip
+def test_the_data_sheet(card, peak):
+    """What a utilisation is a share of goes by the card's name, and is named; of an unknown card it is asked for."""
+    found, source = limits.peak_of(card)
+    assert found == peak and ('the data sheet of the' if peak else 'give --peak_tflops') in source
+
+
+def test_one_variant_in_memory(tmp_path, monkeypatch, capsys):
+    """In rounds, forwards and backwards, each variant is built, warmed up, timed and freed before the next one is built."""
+    said, shard = [], fsdp.shard
+    alive = weakref.WeakSet()
+
+    def watched(*arguments, **options):
+        gc.collect()
+        said.append((len(alive), options.get('train', True)))
+        model = shard(*arguments, **options)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr(fsdp, 'shard', watched)
+    flags = [
+        '--model=toy',
+        '--vocabulary=500',
+        '--batch_size=2',
+        '--n_steps=3',
+        '--variants=padded head cached',
+        '--peak_tflops=0.001',
+    ]
+    script = run_script('tools/bench.py', *flags)
+    end_process_group()
+    # a policy, then its reference; six times, two rounds of three variants
+    assert said == [(0, True), (1, False)] * 6
+    assert [run.name for run in script['runs']] == ['padded', 'head', 'cached']
+    assert all(len(run.times) == 3 for run in script['runs'])
+    assert [len(run.passes) for run in script['runs']] == [0, 0, 3]
+    assert (
+        all(0 < row['mfu'] for row in script['table'])
+        and 'MFU: of 0.001 TFLOP/s, --peak_tflops' in capsys.readouterr().out
+    )
+
+
+def test_the_check_of_a_gpu_finds_a_wrong_kernel(tmp_path, monkeypatch, capsys):
+    """Without a GPU the same code passes; where attention in bfloat16 goes wrong, the check says so."""
+    for name in ('CUDA_VISIBLE_DEVICES', 'NANOPREF_CACHE', 'TQDM_DISABLE', 'HF_HUB_OFFLINE'):
+        monkeypatch.setenv(name, '')
+    script = run_script('experiments/gpu_check.py', '--device=cpu', f'--out={tmp_path}')
+    for name in ('triples', 'long'):
+        del script['SHAPES'][name]
+    script['kernel']()
+    attend = models._attend
+
+    def wrong(q, *rest):
+        out = attend(q, *rest)
+        return out * 1.05 if q.dtype == torch.bfloat16 else out
+
+    monkeypatch.setattr(models, '_attend', wrong)
+    script['kernel']()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith('PASS') and second.startswith('FAIL') and script['failed'] == ['attention in bfloat16']
+
+
+def test_the_clock_of_real():
+    """Time left goes by stages done, and by the share of the present one; a stage that was done before counts nothing."""
+    clock = real.Clock({'model': 100, 'dpo': 200, 'answers': 100})
+    clock.began = clock.entered = 0.0
+    clock.stage = 'model'
+    assert clock.left(10) == 400 and clock.left(80) > 500
+    clock.begin('dpo')
+    assert clock.left(200) == 600  # 100 of 400 took 200
+    clock.say('train      32/64  loss 0.69')
+    assert clock.left(400) == 400
+    clock.began = clock.entered = time.time()
+    clock.begin('answers')
+    assert clock.stages['dpo'] == 0
+
+
+def test_results_of_real_are_of_one_run(tmp_path):
+    settings = {'n_pairs': 8, 'data': 'x'}
+    (tmp_path / 'results.json').write_text(json.dumps({'settings': settings}))
+    assert real.load_results(tmp_path, settings)['settings'] == settings
+    with pytest.raises(UserError, match='n_pairs 8 there and 9 here.*choose another --out_dir'):
+        real.load_results(tmp_path, settings | {'n_pairs': 9})
 
 
 def test_bench_of_a_divergence(tmp_path):

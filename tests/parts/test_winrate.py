@@ -18,6 +18,41 @@ def test_mean_by_hand():
     assert winrate.mean([1, 0], [4, 4]) == (0.5, None)
 
 
+def test_interval_by_hand():
+    """Eight wins: z^2 = 3.8416, low end 1 / (1 + z^2 / 8) = 0.676, high end 1. Prompts of 3 and 1 pairs count as 16 / 10."""
+    assert winrate.interval([1] * 8) == pytest.approx([8 / (8 + 3.8416), 1])
+    assert winrate.interval([1] * 4, [5, 5, 5, 6]) == pytest.approx([1.6 / (1.6 + 3.8416), 1])
+    assert winrate.interval([]) is None
+    # ties only: no error, but eight of them do not prove that nothing is better
+    low, high = winrate.interval([0.5] * 8)
+    assert low < 0.25 and high > 0.75
+    assert winrate.interval_of_fit(0.5, 0.1) == pytest.approx([1 / (1 + math.exp(0.784)), 1 / (1 + math.exp(-0.784))])
+    assert winrate.interval_of_fit(None, None) is None
+
+
+@pytest.mark.parametrize('n', [8, 40], ids=['8 prompts', '40 prompts'])
+@pytest.mark.parametrize('kind', ['one pair a prompt', 'three alike', 'three apart', 'ties'])
+def test_intervals_cover(kind, n):
+    """400 worlds each: 95% intervals hold the truth in 91% of them or more, and tell more than nothing: mean + 1.96 errors holds
+    a true 0.9 in 57% at eight prompts."""
+    rng = np.random.default_rng(0)
+    for p in (0.5, 0.7, 0.9):
+        size = 3 if kind.startswith('three') else 1
+        prompts = np.repeat(np.arange(n), size)
+        # a coin a pair, or one for the three pairs of a prompt; of the ties four in ten
+        coins = rng.random((400, n if kind == 'three alike' else n * size)) < p
+        wins = coins[:, prompts] if kind == 'three alike' else coins * 1.0
+        truth = p
+        if kind == 'ties':
+            wins = np.where(rng.random(wins.shape) < 0.4, 0.5, wins)
+            truth = 0.2 + 0.6 * p
+        found = np.array([winrate.interval(row, prompts) for row in wins])
+        inside = (found[:, 0] <= truth) & (truth <= found[:, 1])
+        assert inside.mean() > 0.91, (p, inside.mean())
+        width = (found[:, 1] - found[:, 0]).mean()
+        assert width < (0.6 if n == 8 else 0.31), (p, width)
+
+
 def test_length_controlled_by_hand():
     """Differences +-d are tanh(+-1) = +-t. Wins 3 of 4 at +d, 1 of 2 at -d: log odds log 3 = a + b t and 0 = a - b t, so
     a = log(3)/2 and the rate sigmoid(a) = sqrt(3) / (1 + sqrt(3))."""
@@ -79,6 +114,8 @@ def test_known_coefficients_are_recovered(size):
         plain.std(), rel=0.15
     )
     assert 0.90 < (abs(rate - truth) < 1.96 * error).mean() < 0.99
+    ends = np.array([winrate.interval_of_fit(*pair) for pair in zip(rate, error, strict=True)])
+    assert 0.90 < ((ends[:, 0] < truth) & (truth < ends[:, 1])).mean() < 0.99
     assert plain.mean() > truth + 0.02  # the longer answers win more, which the plain rate takes for quality
 
 
@@ -86,9 +123,11 @@ def test_orders_by_hand():
     """Pairs: both orders for the first answer (unbiased); first shown twice; tie and second. Verdicts for what is shown first:
     (1 + 0)/2, (1 + 1)/2, (1/2 + 1)/2: mean 3/4. Agreement: 1 of 3."""
     result = winrate.orders([(1, 1), (1, 2), (1.5, 2)])
-    assert result['first_shown'] == pytest.approx((0.75, math.sqrt((1 / 16 + 1 / 16 + 0) / 2 / 3)))
-    assert result['agreement'] == pytest.approx((1 / 3, math.sqrt((4 / 9 + 1 / 9 + 1 / 9) / 2 / 3)))
-    assert winrate.orders([]) == {'first_shown': (None, None), 'agreement': (None, None)}
+    assert list(result['shown_first']) == [0.5, 1, 0.75] and list(result['agreement']) == [True, False, False]
+    shown, agreement = winrate.mean(result['shown_first']), winrate.mean(result['agreement'])
+    assert shown == pytest.approx((0.75, math.sqrt((1 / 16 + 1 / 16 + 0) / 2 / 3)))
+    assert agreement == pytest.approx((1 / 3, math.sqrt((4 / 9 + 1 / 9 + 1 / 9) / 2 / 3)))
+    assert all(len(values) == 0 for values in winrate.orders([]).values())
 
 
 def test_a_known_position_bias_is_recovered():
@@ -97,7 +136,7 @@ def test_a_known_position_bias_is_recovered():
     for _ in range(4000):
         opinion = 1 if rng.random() < 0.7 else 2
         verdicts.append([shown if rng.random() < 0.3 else opinion for shown in (1, 2)])
-    result = winrate.orders(verdicts)
-    assert abs(result['first_shown'][0] - 0.65) < 3 * result['first_shown'][1]  # 0.3 + 0.7 / 2
+    result = {name: winrate.mean(values) for name, values in winrate.orders(verdicts).items()}
+    assert abs(result['shown_first'][0] - 0.65) < 3 * result['shown_first'][1]  # 0.3 + 0.7 / 2
     # alike: both say what they think (0.49), or one does and that is what the other shows first (0.42 / 2)
     assert abs(result['agreement'][0] - 0.70) < 3 * result['agreement'][1]

@@ -247,16 +247,16 @@ def test_what_is_counted(run, script, tmp_path, capsys):
     """A file too small to hold anything out; long texts, which are cut; bad rows, which may be skipped."""
     small = write_jsonl(tmp_path / 'd.jsonl', PAIRS[:2])  # a sixth prompt in twenty is not there
     run(script, f'--data={small}', '--eval_data=none', out='a')
-    assert 'data: 2 training and 0 evaluation examples' in capsys.readouterr().out
+    assert 'and 0 to evaluate on' in capsys.readouterr().out
     found = run(script, '--max_length=7', '--max_prompt_length=4', out='b')['run']
     said = capsys.readouterr().out
-    assert "'prompts cut': 6" in said and "'answers cut'" in said and found.total == 6
+    assert '6 prompts cut' in said and ' answers cut' in said and found.total == 6
     assert {tuple(x) for x in found.train.widths[:, :2].tolist()} == {(4, 3)} and (found.train.lengths > 0).all()
     run(script, '--data={world}/broken.jsonl+{world}/fields.jsonl', '--skip_bad_rows', out='c')
-    counts = r'^data: [69] training and 2 evaluation examples; .*{(.*)}$'
+    counts = r'^data: [69] training examples .* and 2 to evaluate on; (.*)$'
     reasons = re.search(counts, capsys.readouterr().out, re.M)[1]
     for reason in ('not valid JSON', "'rejected' is missing"):
-        assert re.search(rf'bad rows: {reason} [^:]*: 1\b', reasons)
+        assert re.search(rf'\b1 bad rows: {reason} ', reasons)
 
 
 # fmt: off
@@ -290,6 +290,11 @@ def test_what_a_sample_has_not_said_is_not_in_its_kl(run, tmp_path, monkeypatch)
     run('dpo.py', '--sample_during_eval', '--max_new_tokens=5', '--n_eval_model_samples=2', '--lr=1e-2')
     last = metrics(tmp_path / 'out', 'eval')[-1]
     assert last['kl_eval/samples'] / last['kl_eval/samples_per_token'] == pytest.approx(4.0)
+    # so do the rows of the samples
+    rows = read_jsonl(tmp_path / 'out/samples.jsonl')[-4:]
+    assert [row['tokens'] for row in rows] == [5, 3, 1, 1]
+    mean = (rows[0]['logratio'] + rows[1]['logratio']) / 2
+    assert mean == pytest.approx(last['kl_eval/samples'], abs=2e-6) and rows[2]['logratio'] != 0
 
 
 PPO = ['--reward_model=gold', '--data=toy', '--eval_data=toy', '--n_examples=4', '--minibatch_size=2']

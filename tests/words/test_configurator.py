@@ -1,6 +1,7 @@
 """The configurator, sentence by sentence of its design: order, names, types, config files, help, notes, errors."""
 
 import importlib
+import json
 import math
 import os
 import re
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import configurator
 from configurator import UserError
-from runtime import values
+from runtime import guard, values
 
 SCRIPT = '''"""What the script is for."""
 from configurator import UserError, configure
@@ -284,6 +285,16 @@ def test_what_is_no_config_file(script, path):
     assert path in refused(script, path)
 
 
+def test_an_option_that_is_gone(script):
+    """Old config files, which write down every option, still work; what would have an effect is refused."""
+    Path('old.py').write_text('compile = False')
+    assert script('old.py', '--compile=false')['config'] == DEFAULTS
+    Path('old.py').write_text('compile = True')
+    for argv in (['old.py'], ['--compile']):
+        with pytest.raises(UserError, match='compile is gone since 2026-11: .*moved.md'):
+            script(*argv)
+
+
 @pytest.mark.parametrize('variable', values.SECRETS)
 def test_no_option_holds_a_key(script, monkeypatch, variable):
     monkeypatch.setenv(variable, 'sentinel-0123')
@@ -499,3 +510,82 @@ def test_help_has_the_headings_of_the_source(sharing, capsys):
     lines = capsys.readouterr().out.splitlines()
     found = [line.split(' = ')[0].strip() for line in lines[lines.index('model') :] if line]
     assert found == ['model', '--size', 'output', '--out_dir', 'machine', '--threads', '--dtype']
+
+
+# ---- words of other code, and what follows from other options ----
+
+ELSEWHERE = {
+    '--learning_rate=1': 'unknown option .learning_rate.; here it is lr$',
+    '--num-train-epochs=1': 'here it is n_epochs$',
+    '--bf16': 'here it is dtype=bfloat16$',
+    '--loss.beta=1': 'here it is beta$',
+    '--per_device_train_batch_size=4': r'here it is batch_size \(of all GPUs and microbatches together\)$',
+    '--beta 0.1': 'an option and its value are one word: --beta=0.1$',
+    'loss.beta=0.1': r"'loss.beta=0.1' is no config file \(.py\); an option is written --beta=0.1$",
+    '--max_length=200 --max_prompt_length=199': 'max_length 200 leaves no room for an answer behind max_prompt_length 199$',
+}
+
+
+@pytest.mark.parametrize('argv', ELSEWHERE)
+def test_what_people_type_is_answered_before_the_imports(argv, monkeypatch):
+    """dpo.py itself is not imported: check_early reads its source and that of training.py."""
+    monkeypatch.setattr(sys, 'argv', ['dpo.py', *argv.split()])
+    with pytest.raises(UserError, match=ELSEWHERE[argv]):
+        guard.check_early(ROOT / 'dpo.py')
+
+
+def test_names_of_other_code_are_those_of_options_here():
+    known = set().union(*(re.findall(r'^(\w+)(?:: .*)? = ', (ROOT / name).read_text(), re.M)
+                          for name in ('dpo.py', 'sft.py', 'reward.py', 'ppo.py', 'sample.py', 'training.py')))  # fmt: skip
+    assert {ours for ours in values.ELSEWHERE.values() if re.match(r'\w+', ours)[0] not in known} == set()
+    assert not known & values.ELSEWHERE.keys()
+
+
+def test_a_typo_ends_the_script_at_once():
+    done = python('-X', 'importtime', 'dpo.py', '--lrr=3')
+    assert (done.returncode, 'torch' in done.stderr) == (2, False)
+    assert done.stderr.endswith("error: the command line: unknown option 'lrr'; did you mean lr?\n")
+
+
+@pytest.mark.parametrize(
+    'length, prompt, note', [(None, 256, ''), (100, 50, 'note: max_prompt_length is 50, half of max_length\n')]
+)
+def test_the_prompt_gets_half_of_the_length(monkeypatch, capsys, length, prompt, note):
+    config = configurator.Config({'max_length': length or 512, 'max_prompt_length': None})
+    config.origin = {'max_length': 'command line' if length else 'default'}
+    assert ''.join(f'note: {text}\n' for text in values.settle(config)) == note
+    assert config['max_prompt_length'] == prompt
+
+
+def test_a_runs_folder_stands_for_its_model():
+    """But not where it is a model itself."""
+    for folder in ('run/model', 'other/model'):
+        Path(folder).mkdir(parents=True)
+        Path(folder, 'config.json').touch()
+    Path('run/config.json').touch()
+    Path('other/model.safetensors').touch()
+    config = configurator.Config({'model': 'run', 'ref_model': 'other', 'critic': 'hub/id', 'reward_model': None})
+    assert values.settle(config) == ['model is run/model, the model that the run in run has left']
+    assert config == {'model': 'run/model', 'ref_model': 'other', 'critic': 'hub/id', 'reward_model': None}
+
+
+def test_a_config_file_is_run_once():
+    """Though the command line is checked before the imports, and again."""
+    runs = Path('runs.txt').resolve()
+    done = python('label.py', Path(file(f'open({str(runs)!r}, "a").write("x")\ntimeout = 3.0')).resolve())
+    assert done.returncode == 2 and '--answers=FILE is missing' in done.stderr
+    assert runs.read_text() == 'x'
+
+
+def test_toy_is_no_folder():
+    Path('toy/model').mkdir(parents=True)
+    Path('toy/model/config.json').touch()
+    config = configurator.Config({'model': 'toy'})
+    assert values.settle(config) == [] and config == {'model': 'toy'}
+
+
+def test_torchrun_finds_the_sentence(tmp_path, monkeypatch):
+    """In the file that it copies the cause from to the end of its own report."""
+    file = tmp_path / 'error.json'
+    assert python('dpo.py', '--lrr=3', TORCHELASTIC_ERROR_FILE=str(file)).returncode == 2
+    assert json.loads(file.read_text())['message']['message'].startswith('error: the command line: unknown option')

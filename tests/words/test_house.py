@@ -8,7 +8,13 @@ from tools import figures
 
 ROOT = figures.ROOT
 OURS = figures.product() + sorted((ROOT / 'experiments').rglob('*.py'))
-LIMITS = {'dpo.py': 425, 'sft.py': 145, 'reward.py': 110, 'ppo.py': 415, 'losses.py': 175}  # lines
+LIMITS = {
+    'dpo.py': 435,
+    'sft.py': 145,
+    'reward.py': 110,
+    'ppo.py': 420,
+    'losses.py': 190,
+}  # lines; 175, and room for a loss of one's own
 
 # what is not mended yet: lines of a file's longest function
 LONG = {}
@@ -22,9 +28,9 @@ def relative(path):
 def test_top_level_and_lines():
     assert len(list(ROOT.glob('*.py'))) <= 12
     assert {name: n for name, limit in LIMITS.items() if (n := figures.measure(ROOT / name).lines) > limit} == {}
-    assert figures.total([ROOT / name for name in figures.STEP]).lines <= 2170
-    assert figures.total(figures.product()).lines <= 12150
-    assert figures.total(sorted((ROOT / 'experiments').rglob('*.py'))).lines <= 3410
+    assert figures.total([ROOT / name for name in figures.STEP]).lines <= 2410
+    assert figures.total(figures.product()).lines <= 13450
+    assert figures.total(sorted((ROOT / 'experiments').rglob('*.py'))).lines <= 4480
 
 
 def test_no_import_cycle():

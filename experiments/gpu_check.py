@@ -1,0 +1,463 @@
+"""What only a GPU can show, one line a check: PASS, FAIL, SKIP or INFO, the seconds so far, a name, and numbers.
+
+    python -m experiments.gpu_check --only='versions kernel models resume every_loss'
+    python -m experiments.gpu_check --only='scripts step no_memory'
+    python -m experiments.gpu_check --only='speed'
+    python -m experiments.gpu_check --device=cpu --out=/tmp/check      # the same code without a GPU
+
+It needs torch 2.11 or newer and transformers; no datasets, no tiktoken, no network. Exit code 1 where a check has failed.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+from configurator import UserError, configure
+from experiments import ROOT
+
+only = ''  # names of checks; none: all
+device = 'cuda'  # or cpu
+out = 'out/gpu_check'  # what it leaves; emptied first
+budget_s = 440  # no further run of tools.bench begins after so many seconds
+sizes = '160m 410m 1.4b 2.8b'  # speed: pythia shapes, in order
+batch_sizes = '64'  # speed: pairs of a step
+config = configure(globals())
+gpu = device == 'cuda'
+
+# before torch is imported: what it sees, and how its allocator works
+if not gpu:
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
+OUT = Path(out).absolute()
+os.environ |= {'NANOPREF_CACHE': str(OUT / 'cache'), 'TQDM_DISABLE': '1', 'HF_HUB_OFFLINE': '1'}
+
+import numpy as np
+import torch
+import transformers
+
+import fsdp
+import losses
+import model as models
+from data import pack
+from text import toy
+
+BEGAN = time.time()
+failed = []
+MODEL, PAIRS, HELD_OUT = OUT / 'model', OUT / 'pairs.jsonl', OUT / 'held_out.jsonl'
+# shapes of examples: tokens of the prompt, then of each answer
+SHAPES = {'pairs': [(70, 50, 33), (111, 41, 51), (3, 8, 1)], 'short': [(1, 4, 3), (1, 1, 1), (6, 1, 1)],
+          'triples': [(150, 30, 4, 260), (1, 2, 1, 1)], 'long': [(256, 256, 200)] * 3}  # fmt: skip
+# what is special about an architecture's attention
+ARCHITECTURES = {
+    'GPTNeoX': {'hidden_size': 320, 'num_attention_heads': 4},  # heads of 80, as Pythia-2.8B has
+    'Llama': {'hidden_size': 512, 'num_attention_heads': 8, 'num_key_value_heads': 2},
+    'Mistral': {'hidden_size': 512, 'num_attention_heads': 8, 'num_key_value_heads': 4, 'sliding_window': 64},
+    'Qwen3': {'hidden_size': 256, 'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 128},
+    'Gemma3Text': {'hidden_size': 256, 'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 256,
+                   'sliding_window': 64, 'layer_types': ['sliding_attention', 'full_attention'] * 2},
+}  # fmt: skip
+
+
+def say(word, name, text=''):
+    """Print a line. word: PASS, FAIL, SKIP, INFO, or whether the check has passed."""
+    if not isinstance(word, str):
+        word = 'PASS' if word else 'FAIL'
+    if word == 'FAIL':
+        failed.append(name)
+    print(f'{word:4s} {time.time() - BEGAN:5.0f}s {name:36s} {text}', flush=True)
+
+
+def far(a, b):
+    """How far tensor a is from b: the norm of the difference, in norms of b."""
+    a, b = (x.detach().double().cpu() for x in (a, b))
+    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+
+
+def random_examples(rng, words, shapes):
+    """Examples of random tokens in these shapes."""
+    return [
+        (rng.integers(1, words, prompt), [rng.integers(1, words, n) for n in answers]) for prompt, *answers in shapes
+    ]
+
+
+def read_rows(folder, split='train'):
+    rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return [row for row in rows if row['split'] == split]
+
+
+def run(*command, limit=300):
+    """A command of this Python from the repository's root: (exit code, what it has printed, seconds)."""
+    start = time.time()
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+    return done.returncode, done.stdout + done.stderr, time.time() - start
+
+
+def make_files():
+    """A small model with grouped heads and a tokenizer of its own, and pairs of the toy world."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir(parents=True)
+    for file, split, n in ((PAIRS, 'train', 400), (HELD_OUT, 'test', 64)):
+        file.write_text(''.join(json.dumps(row) + '\n' for row in toy.pairs(split, n)))
+
+    # byte pairs, learned from these pairs; no tiktoken, which the toy tokenizer needs
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end, letters = '<|endoftext|>', pre_tokenizers.ByteLevel.alphabet()
+    options = {'special_tokens': [end], 'initial_alphabet': letters, 'show_progress': False}
+    tokenizer.train_from_iterator([PAIRS.read_text()], trainers.BpeTrainer(vocab_size=500, **options))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(MODEL)
+    llama(MODEL, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+
+
+def llama(folder, **options):
+    """Write a Llama with random weights into a folder."""
+    torch.manual_seed(0)
+    options |= {
+        'vocab_size': 512,
+        'num_attention_heads': 8,
+        'num_key_value_heads': 4,
+        'bos_token_id': None,
+        'eos_token_id': 0,
+    }
+    transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**options)).save_pretrained(folder)
+
+
+# ---- numbers: the kernel, whole models ----
+
+
+def versions():
+    """What this machine has."""
+    card = torch.cuda.get_device_name() if gpu else 'no GPU'
+    say('INFO', 'versions', f'torch {torch.__version__}, transformers {transformers.__version__}, {card}')
+
+
+def kernel():
+    """packed_attention in bfloat16 on the device against float32 on the CPU: output and gradients."""
+    rng, generator, worst = np.random.default_rng(0), torch.Generator().manual_seed(0), {}
+    cases = [(8, 8, width, None) for width in (32, 64, 80, 96, 128, 256)]  # heads, of keys, width, window
+    cases += [(8, kv, 64, None) for kv in (4, 1)] + [(8, 2, 64, window) for window in (1, 2, 17, 1000)]
+    for heads, kv, width, window in cases:
+        for name, shapes in SHAPES.items():
+            if name == 'long' and not (gpu and width in (64, 80)):
+                continue
+            examples = random_examples(rng, 99, shapes)
+            n = pack(examples, range(len(examples))).ids.numel()
+            inputs = [torch.randn(1, h, n, width, generator=generator).bfloat16() for h in (heads, kv, kv)]
+            slope, found = torch.randn(1, n, heads, width, generator=generator).bfloat16(), []
+            for where, kind in (('cpu', torch.float32), (device, torch.bfloat16)):
+                batch = pack(examples, range(len(examples)), device=where)
+                qkv = [x.to(where, kind).requires_grad_() for x in inputs]
+                result, _ = models.packed_attention(
+                    None, *qkv, None, scaling=width**-0.5, sliding_window=window, packed=batch
+                )
+                result.backward(slope.to(where, kind))
+                found.append([result, *(x.grad for x in qkv)])
+            for what, exact, half in zip(('out', 'dq', 'dk', 'dv'), *found, strict=True):
+                # a window of one token has no gradient in queries and keys
+                if exact.norm() > 1e-3 * slope.norm():
+                    worst[what, heads, kv, width, window, name] = far(half, exact)
+    top = max(worst, key=worst.get)
+    say(worst[top] < 0.02, 'attention in bfloat16', f'off by {worst[top]:.4f} at most, at {top}; {len(worst)} compared')
+
+
+def logps_and_gradient(model, examples, where, kind, packed):
+    """Log-probs of the examples' answers, and one gradient of all weights."""
+    copy = transformers.AutoModelForCausalLM.from_config(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    copy = copy.to(where)
+    for p in copy.parameters():  # not the rotary frequencies
+        p.data = p.data.to(kind)
+    models.set_attention(copy, packed)
+    batch = pack(examples, range(len(examples)), pad=not packed, device=where)
+    logps = models.response_logps(copy, batch)[0]
+    logps.backward(torch.linspace(-1, 1, len(logps)).to(where))
+    return logps, torch.cat([p.grad.flatten().float().cpu() for p in copy.parameters()])
+
+
+def architectures():
+    """Packed in bfloat16 no worse than padded in bfloat16, and float32 on the device as on the CPU."""
+    examples = random_examples(np.random.default_rng(1), 999, SHAPES['pairs'] + SHAPES['short'] + SHAPES['long'] * gpu)
+    models.register_attention()
+    for name, options in ARCHITECTURES.items():
+        torch.manual_seed(0)
+        shape = getattr(transformers, f'{name}Config')(
+            vocab_size=1000, num_hidden_layers=4, intermediate_size=512, **options
+        )
+        model = transformers.AutoModelForCausalLM.from_config(shape).eval()
+        exact = logps_and_gradient(model, examples, 'cpu', torch.float32, True)
+        ways = {'float32': (torch.float32, True), 'packed': (torch.bfloat16, True), 'padded': (torch.bfloat16, False)}
+        logps, gradient = {}, {}
+        for way, (kind, packed) in ways.items():
+            found = logps_and_gradient(model, examples, device, kind, packed)
+            logps[way], gradient[way] = map(far, found, exact)
+        passed = logps['float32'] < 1e-5 and gradient['float32'] < 1e-3
+        passed &= (
+            logps['packed'] < 1.3 * logps['padded'] + 2e-3 and gradient['packed'] < 1.3 * gradient['padded'] + 5e-3
+        )
+        numbers = ', '.join(f'{way} {logps[way]:.1e} and {gradient[way]:.1e}' for way in ways)
+        say(passed, f'model {name}', f'log-probs and gradient are off by: {numbers}')
+
+
+# ---- scripts ----
+
+BASE = [f'--model={MODEL}', f'--data={PAIRS}', f'--eval_data={HELD_OUT}', '--warmup_steps=1']
+HALF = [*BASE, '--dtype=bfloat16']
+STEPS = ['--n_examples=16', '--batch_size=8', '--n_eval_examples=16']
+ONLINE = [
+    *HALF,
+    f'--reward_model={OUT}/reward/model',
+    '--n_examples=16',
+    '--batch_size=8',
+    '--max_new_tokens=16',
+    '--n_eval_examples=8',
+]
+
+
+def short_run(name, script, *flags):
+    """Run a script for a few steps: every number of its rows is finite, and a model is left."""
+    code, text, seconds = run(script, *flags, f'--out_dir={OUT / name}')
+    if code:
+        return say(False, name, f'exit code {code}: {text.strip()[-400:]}')
+    rows = read_rows(OUT / name)
+    finite = all(math.isfinite(value) for row in rows for value in row.values() if not isinstance(value, str))
+    moved = all(row['grad_norm'] > 0 for row in rows)
+    shown = [f'{row.get("loss/train", math.nan):.5f}' for row in rows]
+    say(finite and moved and (OUT / name / 'model').exists(), name, f'{seconds:.0f} s, loss {" ".join(shown)}')
+
+
+def every_loss():
+    """Two steps of every loss in bfloat16, in several microbatches."""
+    for loss in losses.LOSSES:
+        short_run(f'loss {loss}', 'dpo.py', *HALF, *STEPS, f'--loss={loss}', '--max_tokens=300')
+
+
+def scripts():
+    """The other scripts, and options that take other paths on a GPU."""
+    for name in ('reward', 'sft'):
+        short_run(name, f'{name}.py', *HALF, *STEPS)
+    options = (
+        'sample_during_eval activation_checkpointing cache_ref pack=false optimizer=RMSprop cpu_offload lora_rank=4'
+    )
+    for option in ['loss=dpo', *options.split()]:
+        short_run(f'dpo {option}', 'dpo.py', *HALF, *STEPS, f'--{option}')
+    short_run('dpo float32', 'dpo.py', *BASE, *STEPS)
+    short_run('ppo', 'ppo.py', *ONLINE, '--minibatch_size=4')
+    short_run('grpo', 'ppo.py', *ONLINE, '--minibatch_size=8', '--loss=grpo', '--group_size=4')
+
+
+def resume():
+    """torchrun, step 0, and a run that goes on from its middle; how far a repeated run is from the first."""
+    from safetensors.torch import load_file
+
+    flags = [*HALF, '--loss=drdpo', '--n_examples=64', '--batch_size=16', '--max_tokens=400', '--save_every=32', '--optimizer=RMSprop',
+             '--lr=1e-4', '--n_eval_examples=16', '--keep_last=5']  # fmt: skip
+    launch = '-m', 'torch.distributed.run', '--nproc_per_node=1', 'dpo.py', *flags
+    folders = [OUT / f'resume_{name}' for name in ('first', 'resumed', 'repeated')]
+    first, resumed, _ = folders
+    for folder in folders:
+        if folder == resumed:
+            # as if it had been killed after 32 examples
+            shutil.copytree(first, folder)
+            shutil.rmtree(folder / 'model')
+            shutil.rmtree(folder / 'checkpoints/64', ignore_errors=True)
+            record = folder / 'config.json'
+            record.write_text(record.read_text().replace(f'{first}"', f'{folder}"'))
+        code, text, seconds = run(*launch, f'--out_dir={folder}')
+        zero = re.search(r'step 0: rewards (\S+), (\S+); loss (\S+)', text)
+        right = folder == resumed or (
+            zero and abs(float(zero[3]) - math.log(2)) < 2e-3 and 'cannot be packed' not in text
+        )
+        right = right and ('resuming' in text) == (folder == resumed)
+        say(
+            code == 0 and bool(right),
+            folder.name,
+            f'{seconds:.0f} s, {zero and zero[0]} {text.strip()[-400:] if code else ""}',
+        )
+        if code:
+            return
+
+    # bit for bit on a CPU; on a GPU flash attention's backward adds up in any order
+    weights = [load_file(folder / 'model/model.safetensors') for folder in folders]
+    for folder, other in zip(folders[1:], weights[1:], strict=True):
+        off = max(far(other[name].float(), weights[0][name].float()) for name in other)
+        say(off < 1e-3 if gpu else off == 0, f'{folder.name}, weights', f'off by {off:.1e}')
+
+
+def no_memory():
+    """Where GPU memory runs out there is one sentence and exit code 2."""
+    if not gpu:
+        return say('SKIP', 'no memory left', 'only on a GPU')
+    shutil.copytree(MODEL, OUT / 'wide')
+    llama(OUT / 'wide', hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    code = ('import sys, torch, runpy; torch.cuda.set_per_process_memory_fraction(2.2e9 / torch.cuda.mem_get_info()[1]); '
+            "sys.argv = ['dpo.py', *sys.argv[1:]]; runpy.run_path('dpo.py', run_name='__main__')")  # fmt: skip
+    flags = [
+        *HALF,
+        f'--model={OUT}/wide',
+        '--n_examples=300',
+        '--batch_size=300',
+        '--n_eval_examples=0',
+        '--max_tokens=65536',
+    ]
+    code, text, _ = run('-c', code, *flags, f'--out_dir={OUT}/no_memory')
+    passed = code == 2 and 'out of memory' in text and 'Traceback' not in text
+    say(passed, 'no memory left', f'exit code {code}: {text.strip()[-250:]}')
+
+
+# ---- speed ----
+
+
+def step():
+    """Of a step of DPO with a live reference: memory, what makes the host wait, which kernels take the time."""
+    fsdp.setup()
+    models.register_attention()
+    for width, layers, heads in [(768, 12, 12), (2560, 32, 32)] if gpu else [(64, 2, 4)]:
+        shape = transformers.GPTNeoXConfig(vocab_size=50304, hidden_size=width, num_hidden_layers=layers,
+                                           num_attention_heads=heads, intermediate_size=4 * width)  # fmt: skip
+        one_shape(f'width {width}', shape)
+        if gpu:
+            torch.cuda.empty_cache()
+
+
+def one_shape(name, shape):
+    """The check above for one shape with random weights."""
+
+    def build(empty=False):
+        with torch.device('meta' if empty else device):  # weights drawn on the GPU: fast
+            return transformers.AutoModelForCausalLM.from_config(shape).eval()
+
+    policy = fsdp.shard(build, torch.device(device), dtype='bfloat16')
+    reference = fsdp.shard(build, torch.device(device), dtype='bfloat16', train=False)
+    optimizer = fsdp.make_optimizer('RMSprop', policy, 1e-7, 0.0)
+    examples = random_examples(np.random.default_rng(0), 4096, [(111, 41, 51)] * (40 if gpu else 2))
+    batch = pack(examples, range(len(examples)), device=device)
+
+    def take():
+        with torch.no_grad():
+            ref = reference.response_logps(batch)[0]
+        ratio = policy.response_logps(batch)[0] - ref
+        losses.dpo(ratio[::2], ratio[1::2], beta=0.1).sum().backward()
+        fsdp.update(policy, optimizer, 1e-7, 1 / len(examples), 10.0)
+
+    for _ in range(2):
+        take()
+    if not gpu:
+        return say('SKIP', f'step, {name}', 'it runs; memory, waits and kernels are of a GPU')
+
+    # memory and time
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(3):
+        start = time.time()
+        take()
+        torch.cuda.synchronize()
+        seconds.append(time.time() - start)
+    peak, held = (x / 1e9 for x in (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
+    tokens = batch.ids.numel()
+    say(
+        'INFO',
+        f'step, {name}',
+        f'{statistics.median(seconds):.3f} s, {tokens} tokens, {peak:.1f} GB at the peak, {held:.1f} held',
+    )
+    say_waits(name, take)
+    say_kernels(name, take)
+
+
+def say_waits(name, take):
+    """Where the host waits for the device in a step."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        torch.cuda.set_sync_debug_mode('warn')
+        take()
+        torch.cuda.set_sync_debug_mode('default')
+    where = Counter(f'{Path(w.filename).name}:{w.lineno}' for w in seen if 'synchron' in str(w.message))
+    say('INFO', f'host waits, {name}', f'{where.total()}: {dict(where.most_common(6))}')
+
+
+def say_kernels(name, take):
+    """The kernels that take the most time, and how busy they keep the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        start = time.time()
+        take()
+        torch.cuda.synchronize()
+        wall = time.time() - start
+    spent = [(event.self_device_time_total / 1e3, event.count, event.key) for event in profiler.key_averages()]
+    busy = sum(ms for ms, _, _ in spent) / 1e3
+    say('INFO', f'kernels, {name}', f'the device works for {busy:.3f} s of {wall:.3f} s')
+    for ms, count, key in sorted(spent, reverse=True)[:14]:
+        print(f'       {ms:8.2f} ms {count:6d} x {key[:110]}')
+
+
+def speed():
+    """tools.bench over shapes and batch sizes: pairs/s, MFU, peak memory. Beside it a plain padded loop, where it fits."""
+    flags = ['--dtype=bfloat16', '--n_steps=5'] if gpu else ['--vocabulary=512', '--threads=1', '--n_steps=1']
+    for size in sizes.split() if gpu else ['14m']:
+        for batch_size in batch_sizes.split() if gpu else ['4']:
+            name = f'speed, {size}, batch {batch_size}'
+            if time.time() - BEGAN > budget_s:
+                say('SKIP', name, 'no time left')
+                continue
+            # 2.8B in 80 GB: half the state of AdamW, and 8,192 tokens at a time
+            large = size == '2.8b'
+            more = ['--optimizer=RMSprop', '--max_tokens=8192'] if large else ['--optimizer=AdamW']
+            variants = 'head cached' if large else 'padded head cached'
+            file = OUT / f'{name.replace(", ", "-")}.json'
+            command = [
+                '-m',
+                'tools.bench',
+                f'--model=pythia-{size}',
+                f'--variants={variants}',
+                f'--batch_size={batch_size}',
+            ]
+            code, text, seconds = run(*command, *flags, *more, f'--out={file}')
+            if code:
+                say(False, name, text.strip()[-400:])
+                continue
+            rows = json.loads(file.read_text())['rows']
+            numbers = [f'{row["variant"]} {row["pairs_per_second"]:.1f} pairs/s, {row["peak_memory_gb"]:.1f} GB, MFU {row.get("mfu", 0):.1%}'
+                       for row in rows]  # fmt: skip
+            say(True, name, f'{seconds:.0f} s: {"; ".join(numbers)}')
+
+
+CHECKS = {'versions': versions, 'kernel': kernel, 'models': architectures, 'resume': resume, 'every_loss': every_loss,
+          'scripts': scripts, 'step': step, 'no_memory': no_memory, 'speed': speed}  # fmt: skip
+
+
+def main():
+    names = only.replace(',', ' ').split() or list(CHECKS)
+    if set(names) - CHECKS.keys():
+        raise UserError(f'--only takes some of {" ".join(CHECKS)}, not {only!r}')
+    if gpu and not torch.cuda.is_available():
+        raise UserError('there is no GPU here: --device=cpu runs the same code without one')
+    make_files()
+    for name in names:
+        try:
+            CHECKS[name]()
+        except Exception as error:  # the next check runs whatever this one did
+            say(False, name, f'{type(error).__name__}: {str(error).strip()[:600]}')
+            traceback.print_exc()
+        if gpu:
+            torch.cuda.empty_cache()
+    print(f'{len(failed)} failed: {", ".join(failed)}')
+    sys.stdout.flush()
+    os._exit(bool(failed))  # an ordinary exit can abort in gloo's threads
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,120 @@
+"""What is done for a GPU, with stand-ins where there is none."""
+
+import os
+import re
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import python
+
+import data
+import fsdp
+import training
+from configurator import UserError
+from runtime import guard, log
+
+ROOT = Path(__file__).parents[2]
+PAIRS = [(np.arange(3), [np.arange(2), np.arange(4)]), (np.arange(5), [np.arange(1), np.arange(2)])]
+
+
+def test_random_states_of_gpus_are_left_alone():
+    """torch.random.fork_rng() copies the state of every GPU of a machine, and warns on every rank."""
+    files = [file for folder in ('.', 'hf', 'runtime', 'rl', 'tools') for file in (ROOT / folder).glob('*.py')]
+    calls = [call for file in files for call in re.findall(r'fork_rng\(.*?\)', file.read_text())]
+    assert len(calls) >= 3 and set(calls) == {'fork_rng(devices=[])'}
+
+
+@pytest.mark.parametrize('pad', [False, True])
+def test_a_microbatch_is_copied_from_pinned_memory(pad, monkeypatch):
+    """Every tensor of it, those of the attention's layout included, none of them twice."""
+    pinned, copied = [], []
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda x: pinned.append(x) or x)
+    monkeypatch.setattr(torch.Tensor, 'to', lambda x, *how, **more: copied.append((how, more)) or x)
+    batch = data.pack(PAIRS, [0, 1], pad=pad, device='cuda:1')
+    parts = {**vars(batch), **vars(batch.varlen or types.SimpleNamespace())}
+    tensors = [value for value in parts.values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) >= 9 and (pad or len(tensors) >= 12)
+    assert {id(x) for x in tensors} == {id(x) for x in pinned} and len(pinned) == len(copied)
+    assert all(call == (('cuda:1',), {'non_blocking': True}) for call in copied)
+
+
+def test_move_keeps_what_holds_the_tensors():
+    layout = types.SimpleNamespace(a=torch.ones(2), rest=[(torch.ones(1), 3)], number=1)
+    assert data.move(layout, 'meta') is layout and layout.number == 1
+    assert layout.a.is_meta and layout.rest[0][0].is_meta and layout.rest[0][1] == 3
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    """A sentence, said once on each machine, before the ranks meet or anything loads."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
+    for local_rank in (0, 2):
+        monkeypatch.setenv('LOCAL_RANK', str(local_rank))
+        with pytest.raises(UserError, match='3 processes .* 2 GPUs.*--nproc_per_node=2') as info:
+            fsdp.setup()
+        assert info.value.of_this_rank == (local_rank == 0)
+
+
+@pytest.mark.parametrize('mine, expected', [
+    ({}, 'expandable_segments:True None'),
+    ({'PYTORCH_ALLOC_CONF': 'backend:native'}, 'backend:native None'),
+    ({'PYTORCH_CUDA_ALLOC_CONF': 'backend:native'}, 'None backend:native'),
+])  # fmt: skip
+def test_memory_that_grows_in_place(mine, expected):
+    """Set before torch is imported, unless the user has set one of the two names."""
+    code = "import os, sys; from runtime import guard; guard.watch('__main__'); assert 'torch' not in sys.modules; "
+    code += "print(*map(os.environ.get, ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')))"
+    done = python('-c', code, **mine)
+    assert done.stdout.strip() == expected, done.stderr
+
+
+class Options(dict):
+    def ignored(self, names, why):
+        self.said = names
+
+
+@pytest.fixture
+def arithmetic(monkeypatch):
+    """choose_arithmetic of some options on a device: (what torch was told, what was said, what has no effect)."""
+    told, said = {}, []
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda x: told.update(precision=x))
+    monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda x: told.update(deterministic=x))
+    monkeypatch.setattr(torch.utils.deterministic, 'fill_uninitialized_memory', True, raising=False)
+    monkeypatch.setattr(log, 'say', said.append)
+    monkeypatch.setattr(os, 'environ', {})
+
+    def choose(device, **options):
+        config = Options({'tf32': False, 'deterministic': False, 'dtype': 'float32'} | options)
+        config.said = []
+        for name, value in config.items():
+            monkeypatch.setattr(training, name, value)
+        training.choose_arithmetic(config, torch.device(device))
+        return told, said, config.said
+
+    return choose
+
+
+def test_arithmetic_on_a_cpu(arithmetic):
+    assert arithmetic('cpu', tf32=True, deterministic=True) == ({}, [], ['tf32', 'deterministic'])
+    assert arithmetic('cpu') == ({}, [], [])
+
+
+def test_arithmetic_on_a_gpu(arithmetic):
+    told, said, ignored = arithmetic('cuda', tf32=True, deterministic=True)
+    assert told == {'precision': 'high', 'deterministic': True} and not ignored
+    assert 'bfloat16 is several times faster' in said[0] and os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_bfloat16_needs_no_tf32(arithmetic):
+    assert arithmetic('cuda', tf32=True, dtype='bfloat16') == ({}, [], ['tf32'])
+
+
+def test_what_cannot_be_deterministic_is_a_sentence():
+    error = RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set 'torch...'")
+    better = guard.explained(error, '')
+    assert isinstance(better, UserError) and 'no cumsum_cuda_kernel' in str(better) and '--deterministic' in str(better)

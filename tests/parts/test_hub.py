@@ -1,0 +1,48 @@
+"""What happens where the hub of models and datasets cannot be reached."""
+
+import os
+
+import huggingface_hub
+import pytest
+
+from configurator import UserError
+from hf import check
+from runtime import hub
+
+
+@pytest.fixture
+def cut_off(monkeypatch):
+    """No network; nothing of it is left behind."""
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(url)
+            raise OSError('no such host')
+
+    monkeypatch.setattr(huggingface_hub.utils, 'get_session', Session)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(os, 'environ', dict(os.environ))
+    hub.reachable.cache_clear()
+    yield asked
+    hub.reachable.cache_clear()
+
+
+def test_the_hub_is_asked_once(cut_off, capsys):
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match="no folder 'nobody/nothing' in .*the hub cannot be reached.*name a model folder"
+        ):
+            check.check_there('nobody/nothing')
+    assert len(cut_off) == 1 and huggingface_hub.constants.HF_HUB_OFFLINE
+    assert (
+        capsys.readouterr().out
+        == 'note: the hub cannot be reached (no such host): only what is in its cache can be used\n'
+    )
+
+
+@pytest.mark.parametrize('name', ['out/sft/model', './a/b', '~/b', '/tmp/none/model', 'nothing'])
+def test_what_cannot_be_a_hub_id(cut_off, name):
+    with pytest.raises(UserError, match='there is no model folder .*: train it first, or name another one'):
+        check.check_there(name)
+    assert cut_off == []

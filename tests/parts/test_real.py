@@ -1,0 +1,142 @@
+"""A real pretrained model, SmolLM2-135M-Instruct: what holds for tiny random ones holds for it, and its answers make sense.
+
+NANOPREF_REAL_MODEL names its folder; else it is the one that `make real` leaves. Nothing is downloaded here."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, metrics, run_script, same_bits, write_jsonl
+
+import data
+import model as models
+from experiments.claims.trial import columns
+from hf.generate import generate, stop_tokens
+from hf.load import load_model, load_reward, load_tokenizer, separate_pad
+from rl.heads import response_scores
+from text.tokenise import load_examples, tokenise_prompts
+
+FOLDER = Path(os.environ.get('NANOPREF_REAL_MODEL', ROOT / 'out/real/SmolLM2-135M-Instruct'))
+pytestmark = pytest.mark.skipif(
+    not (FOLDER / 'model.safetensors').exists(),
+    reason='there is no SmolLM2-135M-Instruct: make real makes it, or NANOPREF_REAL_MODEL names its folder',
+)
+PAIRS = [
+    ('How do I keep bread fresh?', 'Keep it in a paper bag, away from light.', 'No idea, just buy another one.'),
+    ('Name a river in France.', 'The Loire is the longest of them.', 'Rivers are boring. Ask me something else!'),
+]
+
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory):
+    rows = [dict(zip(('prompt', 'chosen', 'rejected'), pair, strict=True)) for pair in PAIRS]
+    return write_jsonl(tmp_path_factory.mktemp('pairs') / 'pairs.jsonl', rows)
+
+
+@pytest.fixture(scope='module')
+def examples(pairs):
+    """The pairs as tokens, in the model's chat template."""
+    lengths = {'max_length': 128, 'max_prompt_length': 64}
+    return load_examples(pairs, 'train', load_tokenizer(str(FOLDER)), 'pairs', chat=True, undivided=True, **lengths)
+
+
+@pytest.fixture(scope='module')
+def original():
+    return load_model(str(FOLDER))
+
+
+def batches(examples):
+    """The examples packed, and padded."""
+    return [
+        data.pack([examples[i] for i in range(len(examples))], range(len(examples)), pad=pad) for pad in (False, True)
+    ]
+
+
+@torch.no_grad()
+def packed_and_padded(model, examples, function):
+    """function(model, batch) of the examples packed, and padded."""
+    found = []
+    for batch, packed in zip(batches(examples), (True, False), strict=True):
+        models.set_attention(model, packed)
+        found.append(function(model, batch))
+    return found
+
+
+def train(pairs, out_dir, *flags):
+    """One step of Dr. DPO on the pairs. Returns its row of the check before it."""
+    options = [
+        '--batch_size=2',
+        '--chat',
+        '--max_length=128',
+        '--max_prompt_length=64',
+        '--n_eval_examples=0',
+        '--warmup_steps=0',
+    ]
+    run_script('dpo.py', f'--model={FOLDER}', f'--data={pairs}', f'--eval_data={pairs}', '--loss=drdpo', *options, *flags,
+               f'--out_dir={out_dir}')  # fmt: skip
+    (check,) = metrics(out_dir, 'check')
+    return check
+
+
+def kl_between(policy, reference, examples):
+    """KL(reference || policy), in nats, at the tokens of the examples' answers: exact, so never below 0."""
+    for either in (policy, reference):
+        models.set_attention(either, True)
+    with torch.no_grad():
+        return columns(policy, reference, examples, models.kl)[1]
+
+
+def test_a_step(pairs, examples, original, tmp_path):
+    """Rewards 0 and log 2 before it; a KL of 0 to itself, and above 0 after it; the saved model is read again bit for bit."""
+    check = train(pairs, tmp_path / 'run', '--lr=1e-5')
+    assert check['rewards_train/chosen'] == check['rewards_train/rejected'] == 0
+    assert check['loss/train'] == pytest.approx(0.693147, abs=1e-6)
+    trained = load_model(str(tmp_path / 'run/model'))
+    assert kl_between(original, original, examples).abs().max() == 0
+    assert (kl_between(trained, original, examples) > 0).all()
+    trained.save_pretrained(tmp_path / 'again')
+    assert same_bits(tmp_path / 'again', tmp_path / 'run/model')
+
+
+def test_packed_is_padded(examples, original):
+    packed, padded = packed_and_padded(original, examples, models.response_logps)
+    assert torch.allclose(packed, padded, rtol=1e-4, atol=1e-3) and (packed < -5).all()
+
+
+def test_answers(original):
+    """In its chat template it knows the capital of France, and ends its answer."""
+    tokenizer = load_tokenizer(str(FOLDER))
+    chat = [{'role': 'user', 'content': 'What is the capital of France?'}]
+    prompts = tokenise_prompts([chat], tokenizer, 128, 'start', Counter())
+    (answer,) = generate(original, tokenizer, prompts, [0], max_new_tokens=24, temperature=0, keep_end=True)
+    assert 'Paris' in tokenizer.decode(answer)
+    assert len(answer) < 24 and answer[-1] in stop_tokens(original, tokenizer)
+
+
+def test_adapters_merge(pairs, examples, original, tmp_path):
+    """The merged model gives what PEFT makes of the model and the adapter."""
+    import peft
+
+    check = train(pairs, tmp_path / 'run', '--lora_rank=4', '--lr=1e-3')
+    assert check['rewards_train/chosen'] == 0
+    merged = load_model(str(tmp_path / 'run/model'))
+    adapted = peft.PeftModel.from_pretrained(load_model(str(FOLDER)), str(tmp_path / 'run/adapter')).eval()
+    batch = batches(examples)[0]
+    logps = []
+    for either in (merged, adapted, original):
+        models.set_attention(either, True)
+        with torch.no_grad():
+            logps.append(models.response_logps(either, batch))
+    assert torch.allclose(logps[0], logps[1], rtol=1e-4, atol=1e-3)
+    assert (logps[0] - logps[2]).abs().max() > 0.01
+
+
+def test_reward_head(examples):
+    """A new scalar head scores packed answers as padded ones."""
+    tokenizer = separate_pad(load_tokenizer(str(FOLDER)))
+    scorer = load_reward(str(FOLDER), tokenizer, new_head=True)
+    packed, padded = packed_and_padded(scorer, examples, response_scores)
+    assert packed.shape == (2 * len(PAIRS),) and packed.std() > 0
+    assert torch.allclose(packed, padded, rtol=1e-4, atol=1e-4)
