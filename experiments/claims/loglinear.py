@@ -91,9 +91,12 @@ def world(seed):
     return parts
 
 
-def train(x, beta, beta_prime, lr, order):
-    """theta after one epoch of Adam. x: f_w - f_l of the training pairs, flips included; order: the rows of each step."""
+def train(x, flipped, beta, beta_prime, lr, order):
+    """Train for one epoch of Adam. Returns theta, and the flipped pairs' share of the gradient, its mean over the run.
+
+    x: f_w - f_l of the training pairs, flips included; flipped: which are (pairs,); order: the rows of each step."""
     theta, first, second = np.zeros((3, x.shape[1]))
+    shares = []
     for t, rows in enumerate(order, 1):
         h = beta * x[rows] @ theta
         # the weights of Dr. DPO are over the whole step
@@ -101,8 +104,10 @@ def train(x, beta, beta_prime, lr, order):
         gradient = -beta * (share / share.sum() * sigmoid(-h)) @ x[rows]
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient**2
+        sizes = size(h, beta_prime)
+        shares.append(sizes[flipped[rows]].sum() / sizes.sum())
         theta = theta - lr * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)) ** 0.5 + 1e-8)
-    return theta
+    return theta, np.mean(shares)
 
 
 def exact(theta):
@@ -122,14 +127,15 @@ def run(seed, flips, beta, beta_prime, lr):
     rng = np.random.default_rng(seed)
     flipped = rng.random(len(x)) < flips
     x = np.where(flipped[:, None], -x, x)
-    theta = train(x, beta, beta_prime, lr, rng.permutation(len(x)).reshape(-1, BATCH))
+    theta, share = train(x, flipped, beta, beta_prime, lr, rng.permutation(len(x)).reshape(-1, BATCH))
     margin, h = test @ theta, beta * x @ theta
     sizes = size(h, beta_prime)
     gold, kl = exact(theta)
     # a margin of exactly 0 is half right
     accuracy = (margin > 0).mean() + (margin == 0).mean() / 2
-    share = sizes[flipped].sum() / sizes.sum()
-    return {'accuracy': accuracy, 'gold': gold, 'kl': kl, 'h_std': h.std(), 'flipped_share': share}
+    last_share = sizes[flipped].sum() / sizes.sum()
+    found = {'accuracy': accuracy, 'gold': gold, 'kl': kl, 'h_std': h.std(), 'margin': margin.mean() / margin.std()}
+    return found | {'share': share, 'last_share': last_share}
 
 
 def equal_settings(seeds):
@@ -166,9 +172,12 @@ def report(found, tuned_rows, n):
         row = [f'{flips:.0%}', f'{lr:g}', f'{dpo["h_std"].mean():.2f}', f'{dpo["accuracy"].mean():.3f}']
         row += [interval(list(found[name, flips, lr]['accuracy'] - dpo['accuracy'])) for name in others]
         row += [interval(list(found[others[0], flips, lr][metric] - dpo[metric])) for metric in ('gold', 'kl')]
-        rows.append(row + [f'{found[name, flips, lr]["flipped_share"].mean():.3f}' for name in METHODS])
+        for name in METHODS:
+            share, last_share, margin = (found[name, flips, lr][m].mean() for m in ('share', 'last_share', 'margin'))
+            row.append(f'{share:.3f}, {last_share:.3f}; {margin:.2f}')
+        rows.append(row)
     columns = ['flips', 'step', 'DPO: std of beta d', 'DPO: accuracy', *others, f'{others[0]}: gold', 'KL']
-    columns += [f'flipped pairs in the gradient: {name}' for name in METHODS]
+    columns += [f'{name}: shares; margin' for name in METHODS]
     sides = [f'{name}: {what}' for name in TUNED for what in ('found', 'accuracy', 'within .02 of its best')]
     return f"""# A log-linear policy under flipped labels
 
@@ -176,8 +185,8 @@ Written by `experiments/claims/loglinear.py`: {n} seeds, paired differences from
 
 ## Equal settings
 
-beta {BETA:g}, 40 steps of Adam. Differences from DPO at the same beta and step size: in accuracy, and in gold reward and KL. The last columns
-are shares after training.
+beta {BETA:g}, 40 steps of Adam. Differences from DPO at the same beta and step size: in accuracy, and in gold reward and KL. The last columns:
+the flipped pairs' share of the gradient, its mean over the run and after it; and the held-out margin's mean over its standard deviation.
 
 {table(columns, rows)}## Both tuned
 

@@ -5,6 +5,7 @@ import math
 import runpy
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +202,10 @@ def test_log_linear_runs(tmp_path, monkeypatch):
     loglinear.world.cache_clear()
     found = loglinear.equal_settings([1, 2])
     clean, dirty = (found['DPO', flips, 0.1] for flips in (0.0, 0.4))
-    assert clean['accuracy'].mean() > dirty['accuracy'].mean() > 0.5 and dirty['flipped_share'].min() > 0.3
+    assert (
+        clean['accuracy'].mean() > dirty['accuracy'].mean() > 0.5
+        and dirty['last_share'].min() > dirty['share'].min() > 0.3
+    )
     assert 'Both tuned' in loglinear.report(found, loglinear.tuned([1, 2]), 2)
     loglinear.world.cache_clear()
 
@@ -259,13 +263,21 @@ def test_report_of_made_up_results(tmp_path, capsys):
     assert once.startswith('before\n') and once.endswith('\nafter\n')
 
 
-def test_the_page_says_what_the_record_says(tmp_path):
+def test_the_pages_say_what_the_record_says(tmp_path):
+    """results.md follows from the trials, docs/evidence.md from results.md; README has the number of each verdict."""
     record, page = ROOT / 'experiments/claims/record', (ROOT / 'docs/evidence.md').read_text()
-    if not (record / 'results.md').exists():
-        pytest.skip('no record yet')
+    grid = claims_grid.Grid(claims_grid.FULL, json.loads((record / 'settings.json').read_text()))
+    claims_report.write(grid, [1, 2, 3, 4, 5], claims.read_results(record / 'results.jsonl'), tmp_path)
+    assert (tmp_path / 'results.md').read_text() == (record / 'results.md').read_text()
     (tmp_path / 'evidence.md').write_text(page)
-    claims_report.write_page(record, tmp_path / 'evidence.md')
+    claims_report.write_page(tmp_path, tmp_path / 'evidence.md')
     assert (tmp_path / 'evidence.md').read_text() == page
+    readme = ' '.join((ROOT / 'README.md').read_text().split())
+    # README: how many claims have each verdict
+    rows = page.split('<!-- claims:')[1].split('| --- |')[-1].splitlines()
+    n = Counter(line.split(' | ')[-1].strip(' |*') for line in rows if line.startswith('| '))
+    told = f'of {n.total()}, {n[HOLDS] + n[SIZE_OPEN]} hold, {n[CONTRARY]} is contrary, {n[SAME] + n[NEGLIGIBLE]} are no or a negligible'
+    assert told in readme and f'{n[OPEN]} cannot be told' in readme
 
 
 def test_trials_are_whole_seeds_and_each_is_there_once():
