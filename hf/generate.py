@@ -19,7 +19,8 @@ from runtime import guard
 from runtime.files import append
 from text.examples import splitmix64
 
-LEAST = 8  # tokens between two changes of the rows: a change costs about as much as one token
+# the rows change when a share of them has ended, and this many tokens were sampled: a change costs one or two tokens' time
+SHARE, LEAST = 4, 8
 
 # ---- for the scripts ----
 
@@ -119,7 +120,8 @@ def generate(
 
             # tokens for all of them, until enough have ended
             lengths = [len(answers[i]) for i in active]
-            ends = _Ends(stop, lengths, max_new_tokens, max(1, len(active) // 8) if refill else len(active))
+            enough = max(1, len(active) // SHARE) if refill else len(active)
+            ends = _Ends(stop, lengths, max_new_tokens, enough)
             draw = _processors([seeds[i] for i in active], lengths, temperature, top_p)
             more = {'max_new_tokens': max_new_tokens - min(lengths), 'logits_processor': draw}
             more['stopping_criteria'] = transformers.StoppingCriteriaList([stop_generating, ends])
