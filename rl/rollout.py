@@ -114,10 +114,10 @@ def measure(run, policy, ref, examples, stop):
 
 
 def of_answers(tokens, answers):
-    """{'tokens', 'logratio' (policy to reference, nats), 'score' if there is one} of each answer: a list. Columns as measure's."""
+    """{'tokens', 'logratio' (policy to reference, nats), scores if there are any} of each answer: a list. Columns as measure's."""
     gaps = (tokens['pi'] - tokens['ref']).split(answers['n'].tolist())
     columns = {'tokens': answers['n'], 'logratio': torch.stack([gap.sum() for gap in gaps])}
-    columns |= {'score': answers['score']} if 'score' in answers else {}
+    columns |= {name: values for name, values in answers.items() if name.startswith('score')}
     lists = {name: [round(value, 6) for value in values.tolist()] for name, values in columns.items()}
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
@@ -125,7 +125,7 @@ def of_answers(tokens, answers):
 def describe(examples, tokens, answers, split, *, tokenizer, toy):
     """Metrics of sampled answers: name -> float.
 
-    tokens, answers: columns, as measure gives them; answers may have a score, too. toy: add what the toy world says of them."""
+    tokens, answers: columns, as measure gives them; answers may have those of a Reward, too. toy: add what the toy world says of them."""
     gap = tokens['pi'] - tokens['ref']
     found = {
         f'kl_{split}/samples': gap.sum() / len(answers['n']),
@@ -134,8 +134,9 @@ def describe(examples, tokens, answers, split, *, tokenizer, toy):
         f'length/{split}': answers['n'].double().mean(),
         f'ended/{split}': answers['ended'].double().mean(),
     }
-    if 'score' in answers:
-        found[f'score/{split}'] = answers['score'].mean()
+    found |= {
+        f'{name}/{split}': values.mean() for name, values in answers.items() if name.startswith(('score', 'late'))
+    }
     if toy:
         found |= toy_metrics(examples, tokenizer, split)
     return metrics.numbers(found)

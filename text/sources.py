@@ -256,7 +256,7 @@ def _sound(found, source, left_out, skip_bad_rows):
                 continue
             # tokenise names the row where a chat template refuses it
             example = Row(example)
-            example.where = row.where
+            example.where, example.source = row.where, row
             yield example
 
 
