@@ -14,6 +14,7 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
+import json
 import math
 import time
 from collections import Counter
@@ -28,7 +29,9 @@ from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import content, load_model, load_tokenizer
 from hf.probe import room
+from rl import functions
 from runtime import log
+from runtime.files import replace_text
 from text import sources, tokenise
 from text.examples import in_words, uniform_hash
 from text.files import content_hash
@@ -51,6 +54,7 @@ chat = False  # text prompts become chats (Human: is the user), so that the toke
 system: str | None = None  # a system message before every prompt; text prompts become chats
 max_prompt_length: int | None = None  # a longer prompt is cut; None: to what the model's positions leave
 truncation = 'start'  # which end a too long prompt loses: start or end
+reward: str | None = None  # score the answers with functions: 'my_rewards.py:exact_match', or a sum, as in ppo.py
 # how
 n = 1  # answers to a prompt, at each temperature
 temperature: float | str = 1.0  # 0: greedy; several: '0.7 1.0'
@@ -93,6 +97,15 @@ if 0 in temperatures and n > 1:
 if temperatures == [0]:
     config.ignored(['top_p'], 'temperature 0 takes the most probable token')
 n_samples = n * len(temperatures)  # answers to a prompt: numbers 0 to n - 1 at the first temperature, and so on
+
+# functions that score answers
+parts = functions.parse(reward) if reward else []
+if not all(part.file for part in parts):
+    raise UserError(
+        '--reward of sample.py takes functions, FILE.py:NAME: label.py and feedback.score read reward models'
+    )
+for part in parts if main_rank() else ():
+    functions.load(part)
 
 # who answers: the ranks of a model, or one process that asks
 rank, world, device = fsdp.setup()
@@ -165,7 +178,7 @@ def wanted(i, sample):
 record = dict(config)
 if not endpoint:
     record['weights'] = fsdp.shared(lambda: content(model))
-neutral = {'out_dir', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
+neutral = {'out_dir', 'reward', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = fsdp.first_of_host(read_prompts)
 keys = [(i, sample) for i in range(len(prompts)) for sample in range(n_samples)]  # of all answers
@@ -344,6 +357,30 @@ if rank == 0:
         summary += f'; {speed:.0f} tokens/s'
     log.say(f'done: {out_dir}/samples.jsonl, {summary}')
     log.say(f'{out_dir}/model_outputs.json: the first answer to each prompt')
+
+
+def score_answers():
+    """Write the scores of all answers into rewards.jsonl, and their means on the screen."""
+    answered = [found[key] for key in sorted(found)]
+    # the rows as they were read; a line of a .txt file is its own
+    rows = [getattr(row, 'source', row) for row in prompts]
+    asked = [functions.Asked(row['prompt'], rows[row['index']]) for row in answered]
+    responses = [row['response'] for row in answered]
+    scores = {part: functions.score(part, asked, responses)[0] for part in parts}
+    lines = []
+    for i, row in enumerate(answered):
+        values = {part.name: values[i] for part, values in scores.items()}
+        total = sum(part.weight * values[i] for part, values in scores.items())
+        lines.append({'index': row['index'], 'sample': row['sample'], 'score': total, **values})
+    replace_text(f'{out_dir}/rewards.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
+    # means
+    for name in ['score', *(part.name for part in parts)] if len(parts) > 1 else ['score']:
+        mean = sum(line[name] for line in lines) / max(1, len(lines))
+        log.say(f'{out_dir}/rewards.jsonl: mean {name} {mean:.4f}')
+
+
+if parts:
+    fsdp.on_one_rank(score_answers)
 
 # what is missing ends the run with a sentence, on every rank
 raise_if_missing(failed, 'answers')

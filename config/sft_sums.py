@@ -2,7 +2,7 @@
 #     python -m experiments.sums out/sums && python sft.py config/sft_sums.py
 model = 'toy'
 data = 'out/sums/demonstrations.jsonl'
-n_epochs = 3
+n_epochs = 16
 batch_size = 64
 lr = 5e-3
 lr_schedule = 'cosine'

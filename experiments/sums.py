@@ -29,9 +29,9 @@ def row(a, b, column, slip=0):
 def write(folder, seed=0):
     """Write demonstrations.jsonl, prompts.jsonl and held_out.jsonl: no held-out sum is among the others."""
     rng = random.Random(seed)
-    sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    sums = [(a, b) for a in range(10, 50) for b in range(10, 50)]
     rng.shuffle(sums)
-    held_out, known = sums[:256], sums[256:]
+    held_out, known = sums[:128], sums[128:]
     demonstrations = [row(*pair, 'response', slip) for pair in known for slip in (0, *SLIPS)]
     # prompts come with their answers, for the reward alone
     files = {'demonstrations': demonstrations}

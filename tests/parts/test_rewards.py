@@ -1,11 +1,10 @@
 """Reward functions of the user's own: the option, what a function may give, mistakes in it, worker processes, and ppo.py with them."""
 
-import json
 import os
 import time
 
 import pytest
-from helpers import metrics, python, read_jsonl, refused, run_script, write_jsonl
+from helpers import metrics, python, read_jsonl, run_script, write_jsonl
 
 from configurator import UserError
 from experiments import rewards, sums
@@ -175,7 +174,15 @@ def test_format_and_length():
 
 # ---- ppo.py ----
 
-RUN = ['ppo.py', '--model=toy', '--loss=grpo', '--group_size=2', '--batch_size=8', '--minibatch_size=8', '--n_examples=16']
+RUN = [
+    'ppo.py',
+    '--model=toy',
+    '--loss=grpo',
+    '--group_size=2',
+    '--batch_size=8',
+    '--minibatch_size=8',
+    '--n_examples=16',
+]
 RUN += ['--max_new_tokens=4', '--n_eval_examples=3', '--warmup_steps=0']
 OWN = """
 def seen(prompts, responses, rows):
@@ -247,7 +254,9 @@ def test_a_mistake_is_a_sentence_and_code_2(here):
 
 
 def test_late_answers_are_counted(here, capsys):
-    (here / 'own.py').write_text('import time\ndef f(p, responses, rows):\n    time.sleep(60 * (len(responses[0]) % 2))\n    return [1]')
+    (here / 'own.py').write_text(
+        'import time\ndef f(p, responses, rows):\n    time.sleep(60 * (len(responses[0]) % 2))\n    return [1]'
+    )
     flags = ['--data=toy', f'--out_dir={here}/run', '--reward=own.py:f', '--reward_timeout=0.5', '--reward_workers=2']
     run_script(*RUN, *flags, '--n_examples=8', '--do_first_eval=false', '--n_eval_examples=0')
     (row,) = metrics(here / 'run', 'train')
