@@ -106,20 +106,7 @@ if offline and loss == 'grpo':
     raise UserError('--offline goes with --loss=ppo: grpo compares several answers to one prompt, and samples them')
 if loss == 'grpo' and group_size < 2:
     raise UserError('grpo compares the answers to one prompt: set --group_size to 2 or more')
-if reward and reward_model:
-    raise UserError(f"--reward and --reward_model both score: write one sum, --reward='{reward} + {reward_model}'")
-if not (reward or reward_model or offline):
-    hint = '--reward=FILE.py:FUNCTION, or --reward_model=FOLDER (of reward.py), or gold for the toy world'
-    raise UserError(f'nothing scores the answers: give {hint}')
-parts = functions.parse(reward or reward_model) if reward or reward_model else []
-own_functions = [part for part in parts if part.file]
-models_named = [part.what for part in parts if not part.file]
-if 'gold' in models_named and {data, training.eval_data or data} != {'toy'}:
-    raise UserError('the reward gold is known for --data=toy alone: give a function, or a folder of reward.py')
-if len(models_named) == 1:
-    config['reward_model'] = models_named[0]  # a resumed run checks that its files are the same
-if not own_functions:
-    config.ignored(['reward_workers', 'reward_timeout'], 'no function of your own is in --reward')
+parts = functions.asked_for(config, training.eval_data)  # summands of the reward
 if not (0 <= gamma <= 1 and 0 <= lam <= 1):
     raise UserError(f'gamma and lam must lie between 0 and 1, not {gamma} and {lam}')
 group = 1 if offline else group_size  # answers to a prompt
@@ -132,10 +119,8 @@ kl_in_loss = offline or loss == 'grpo'  # else it is in the rewards
 
 # the ranks meet, out_dir is taken
 run = training.begin(config)
+fsdp.on_one_rank(lambda: functions.load_all(parts))
 rank, world, device, tokenizer = run.rank, run.world, run.device, run.tokenizer
-
-# a mistake in a function is said before data and models are loaded
-fsdp.on_one_rank(lambda: [functions.load(part) for part in own_functions] and None)
 
 # sampling takes no answers from the data: prompts are cut as if the data had none, and no cut answer is reported
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
@@ -188,12 +173,9 @@ if inner_critic is not None:
     check_positions(inner_critic, longest, what)
     set_attention(inner_critic, run.packed, training.attn)
 
-# what scores the answers; functions see the rows that the prompts come from
+# what scores the answers; functions see the rows of their prompts
 judge = Reward(parts, config, tokenizer, device)
-if own_functions:
-    judge.read_rows('eval', held_out, training.eval_data or data)
-    if not offline:
-        judge.read_rows('train', train, data)
+judge.read_rows(train=None if offline else train, test=held_out)
 describe = partial(rollout.describe, tokenizer=tokenizer, toy=data == 'toy')
 run.check_room(policy.token_logps, ref, *judge.models)
 
@@ -384,7 +366,7 @@ def evaluate(seen):
     examples = sample_answers(held_out, range(len(held_out)), 1, seed * 1_000_003)
     tokens, answers = rollout.measure(run, policy, ref, examples, stop)
     if parts:
-        answers |= judge(examples, 'eval', held_out.uid, stop)
+        answers |= judge(examples, 'test', held_out.uid, stop)
     if guard.stop_asked():
         return  # answers were cut short: it is done again after the resume
 

@@ -104,8 +104,8 @@ if not all(part.file for part in parts):
     raise UserError(
         '--reward of sample.py takes functions, FILE.py:NAME: label.py and feedback.score read reward models'
     )
-for part in parts if main_rank() else ():
-    functions.load(part)
+if main_rank():
+    functions.load_all(parts)
 
 # who answers: the ranks of a model, or one process that asks
 rank, world, device = fsdp.setup()

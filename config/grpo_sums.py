@@ -1,5 +1,5 @@
 # GRPO with a reward function of one's own on sums (experiments/sums.py), from the model of sft_sums.py: a minute on a laptop.
-#     python -m experiments.sums out/sums && python sft.py config/sft_sums.py && python ppo.py config/grpo_sums.py
+#     python ppo.py config/grpo_sums.py
 model = 'out/sft_sums/model'
 data = 'out/sums/prompts.jsonl'
 eval_data = 'out/sums/held_out.jsonl'

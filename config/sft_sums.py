@@ -1,8 +1,8 @@
-# SFT on sums with careless demonstrations (experiments/sums.py): a minute on a laptop. Not a paper's experiment.
-#     python -m experiments.sums out/sums && python sft.py config/sft_sums.py
+# SFT on sums with careless demonstrations that python -m experiments.sums writes: a minute on a laptop. Not a paper's experiment.
+#     python sft.py config/sft_sums.py
 model = 'toy'
 data = 'out/sums/demonstrations.jsonl'
-n_epochs = 16
+n_epochs = 12
 batch_size = 64
 lr = 5e-3
 lr_schedule = 'cosine'

@@ -4,16 +4,16 @@
     python sft.py config/sft_sums.py
     python ppo.py config/grpo_sums.py
 
-A sum is written as it is added by hand, the units first: 47+25=27. Who wrote the demonstrations was careless: of four answers
-to a sum one is right, the others are wrong by ten or twenty. A model of them answers as carelessly, and finds out from the
-reward alone which answers are right."""
+A sum is written as it is added by hand, the units first: 47+25=27. Who wrote the demonstrations was careless: one in four is
+right, the others are too large by ten. A model of them answers as carelessly, and finds out from the reward alone which of its
+answers are right."""
 
 import json
 import random
 import sys
 from pathlib import Path
 
-SLIPS = (-10, 10, 20)
+RIGHT, SLIP = 0.25, 10
 
 
 def right(prompts, responses, rows):
@@ -29,10 +29,10 @@ def row(a, b, column, slip=0):
 def write(folder, seed=0):
     """Write demonstrations.jsonl, prompts.jsonl and held_out.jsonl: no held-out sum is among the others."""
     rng = random.Random(seed)
-    sums = [(a, b) for a in range(10, 50) for b in range(10, 50)]
+    sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     rng.shuffle(sums)
-    held_out, known = sums[:128], sums[128:]
-    demonstrations = [row(*pair, 'response', slip) for pair in known for slip in (0, *SLIPS)]
+    held_out, known = sums[:256], sums[256:]
+    demonstrations = [row(*pair, 'response', 0 if rng.random() < RIGHT else SLIP) for pair in known]
     # prompts come with their answers, for the reward alone
     files = {'demonstrations': demonstrations}
     for name, part in (('prompts', known), ('held_out', held_out)):

@@ -16,6 +16,7 @@ import math
 import os
 import queue
 import signal
+import site
 import subprocess
 import sys
 import threading
@@ -57,6 +58,26 @@ class Failed(Exception):
 
 
 # ---- the option ----
+
+
+def asked_for(config, eval_data):
+    """The Parts that --reward or --reward_model of ppo.py asks for. Raises UserError."""
+    reward, model = config.reward, config.reward_model
+    if reward and model:
+        raise UserError(f"--reward and --reward_model both score: write one sum, --reward='{reward} + {model}'")
+    if not (reward or model or config.offline):
+        hint = '--reward=FILE.py:FUNCTION, or --reward_model=FOLDER (of reward.py), or gold for the toy world'
+        raise UserError(f'nothing scores the answers: give {hint}')
+    parts = parse(reward or model) if reward or model else []
+    models = [part.what for part in parts if not part.file]
+    if 'gold' in models and {config.data, eval_data or config.data} != {'toy'}:
+        raise UserError('the reward gold is known for --data=toy alone: give a function, or a folder of reward.py')
+    # a resumed run checks that the files of a reward model are the same
+    if len(models) == 1:
+        config['reward_model'] = models[0]
+    if len(models) == len(parts):
+        config.ignored(['reward_workers', 'reward_timeout'], 'no function of your own is in --reward')
+    return parts
 
 
 def parse(text):
@@ -105,9 +126,7 @@ def _function_part(file, name, weight):
 def load(part):
     """The function of a Part. Its file may import its neighbours. Raises UserError."""
     # behind our own modules, which a neighbour's name must not hide
-    folder = os.path.dirname(os.path.abspath(part.file))
-    if folder not in sys.path:
-        sys.path.insert(1, folder)
+    site.addsitedir(os.path.dirname(os.path.abspath(part.file)))
     spec = importlib.util.spec_from_file_location(f'reward {part.file}', part.file)
     module = sys.modules.get(spec.name)
     if module is None:
@@ -132,6 +151,13 @@ def load(part):
     except ValueError:
         pass  # a builtin does not say what it takes
     return function
+
+
+def load_all(parts):
+    """Load the functions among Parts, so that a mistake in one is said before anything else is loaded."""
+    for part in parts:
+        if part.file:
+            load(part)
 
 
 # ---- one call ----
@@ -256,11 +282,18 @@ class Workers:
     def _begin(self):
         """(a new process, the pipe to it)."""
         ours, theirs = Pipe()
-        fd, path = theirs.fileno(), os.environ.get('PYTHONPATH')
-        environment = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, (str(ROOT), path)))}
+        # python begins in our folder, to find its imports there, and _work goes to where we are
+        command = [
+            sys.executable,
+            '-m',
+            'rl.functions',
+            str(theirs.fileno()),
+            os.getcwd(),
+            self.part.file,
+            self.part.what,
+        ]
         # a session of its own: Ctrl-C is not for it, and what it has begun ends with it
-        command = [sys.executable, __file__, str(fd), self.part.file, self.part.what]
-        process = subprocess.Popen(command, pass_fds=[fd], env=environment, start_new_session=True)
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, start_new_session=True)
         theirs.close()
         return process, ours
 
@@ -275,9 +308,10 @@ class Workers:
         pipe.close()
 
 
-def _work(fd, file, name):
+def _work(fd, folder, file, name):
     """What a worker process does until its pipe closes."""
     pipe, part, parent = Connection(int(fd)), Part(name, 1.0, name, file), os.getppid()
+    os.chdir(folder)
 
     def watch():
         # an endless call does not outlive a parent that was killed
@@ -304,8 +338,7 @@ def _work(fd, file, name):
 
 
 if __name__ == '__main__':
-    # this file's folder is no place for a user's imports; its classes are those that the parent knows
-    sys.path.pop(0)
+    # its classes are those that the parent knows
     from rl import functions
 
     functions._work(*sys.argv[1:])

@@ -2,6 +2,7 @@
 reward models, of functions of the user's own (functions.py), and of the toy world's gold reward."""
 
 import os
+from functools import partial
 
 import torch
 
@@ -31,12 +32,17 @@ class Reward:
         """The reward models among the Parts."""
         return [judge[0] for judge in self.judges.values() if judge]
 
-    def read_rows(self, split, examples, data):
-        """Read the rows of Examples again, with all their columns, for functions that score answers of this split."""
+    def read_rows(self, **splits):
+        """Read the rows of these splits' Examples again, with all their columns, for functions. None: nothing scores them."""
+        if not any(part.file for part in self.parts):
+            return
+        config = self.config
         names = 'num_turns skip_bad_rows columns chat system'
-        how = {name: self.config[name] for name in names.split()} | {'undivided': self.config.eval_data is not None}
-        source, task = 'test' if split == 'eval' else 'train', 'prompts'
-        self.rows[split] = fsdp.on_one_rank(lambda: source_rows(examples, data, source, task, **how))
+        how = {name: config[name] for name in names.split()} | {'undivided': config.eval_data is not None}
+        for split, examples in splits.items():
+            data = config.data if split == 'train' else config.eval_data or config.data
+            todo = partial(source_rows, examples, data, split, 'prompts', **how)
+            self.rows[split] = fsdp.on_one_rank(todo) if examples else {}
 
     def __call__(self, examples, split, uids, ends=()):
         """Columns of all answers to prompts of these uids: name -> (answers,), float64, equal on every rank.

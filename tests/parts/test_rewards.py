@@ -269,10 +269,11 @@ def test_late_answers_are_counted(here, capsys):
 
 def test_sums(tmp_path):
     sums.write(tmp_path)
-    shown = read_jsonl(tmp_path / 'demonstrations.jsonl')
     answers = {row['prompt']: row['answer'] for row in read_jsonl(tmp_path / 'prompts.jsonl')}
-    assert sum(row['response'] == answers[row['prompt']] for row in shown) == len(answers) == len(shown) / 4
-    assert answers['60+70='] == '031'
+    shown = read_jsonl(tmp_path / 'demonstrations.jsonl')
+    right = [row['response'] == answers[row['prompt']] for row in shown]
+    assert len(right) == len(answers) and 0.2 < sum(right) / len(right) < 0.3
+    assert all(int(answer[::-1]) == sum(map(int, prompt[:-1].split('+'))) for prompt, answer in answers.items())
     held_out = read_jsonl(tmp_path / 'held_out.jsonl')
     assert len(held_out) == 256 and not answers.keys() & {row['prompt'] for row in held_out}
     assert sums.right(None, ['031', '31'], [{'answer': '031'}] * 2) == [1, 0]
