@@ -200,8 +200,7 @@ def make_round(first, rows):
     else:
         answers |= judge(examples, 'train', train.uid[rows], stop)
     scored = answers['score']
-    found = {'length/train': answers['n'].double().mean().item()}
-    found['score/train'] = scored.mean().item()
+    found = {'length/train': answers['n'].double().mean().item(), 'score/train': scored.mean().item()}
     if not offline:
         found |= describe(examples, tokens, answers, 'train')
         scored = scored - missing_eos_penalty * ~answers['ended']

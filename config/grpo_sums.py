@@ -1,4 +1,4 @@
-# GRPO with a reward function of one's own on sums (experiments/sums.py), from the model of sft_sums.py: a minute on a laptop.
+# GRPO with a reward function of one's own on sums (experiments/sums.py), from the model of sft_sums.py: two minutes on a laptop.
 #     python ppo.py config/grpo_sums.py
 model = 'out/sft_sums/model'
 data = 'out/sums/prompts.jsonl'
@@ -7,7 +7,7 @@ reward = 'experiments/sums.py:right'
 loss = 'grpo'
 group_size = 8
 kl_coef = 0.0
-n_examples = 20480
+n_examples = 49152
 batch_size = 512
 sample_batch = 512
 minibatch_size = 128
@@ -16,6 +16,6 @@ lr = 1e-3
 lr_schedule = 'linear'
 max_prompt_length = 8
 max_new_tokens = 6
-eval_every = 5120
+eval_every = 8192
 log_every = 512
 out_dir = 'out/grpo_sums'

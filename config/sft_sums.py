@@ -2,7 +2,7 @@
 #     python sft.py config/sft_sums.py
 model = 'toy'
 data = 'out/sums/demonstrations.jsonl'
-n_epochs = 12
+n_epochs = 16
 batch_size = 64
 lr = 5e-3
 lr_schedule = 'cosine'

@@ -4,7 +4,7 @@ import os
 import time
 
 import pytest
-from helpers import metrics, python, read_jsonl, run_script, write_jsonl
+from helpers import ROOT, metrics, python, read_jsonl, run_script, write_jsonl
 
 from configurator import UserError
 from experiments import rewards, sums
@@ -248,7 +248,7 @@ def test_mistakes_in_a_run(here):
 
 
 def test_a_mistake_is_a_sentence_and_code_2(here):
-    done = python(*RUN, f'--reward={here}/own.py:seen', '--data=toy', f'--out_dir={here}/run')
+    done = python(ROOT / RUN[0], *RUN[1:], '--reward=own.py:seen', '--data=toy', '--out_dir=run', cwd=here)
     assert done.returncode == 2 and 'Traceback' not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith('error: --reward: seen of ')
 
