@@ -17,5 +17,4 @@ lr_schedule = 'linear'
 max_prompt_length = 8
 max_new_tokens = 6
 eval_every = 8192
-log_every = 512
 out_dir = 'out/grpo_sums'
