@@ -10,6 +10,7 @@ Only names that the script declares above that call may be set. A user's mistake
 import ast
 import contextlib
 import difflib
+import glob
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ import traceback
 import types
 from typing import NamedTuple
 
-from runtime.values import ELSEWHERE, GONE, conflict, misplaced, problem, settle
+from runtime.values import ELSEWHERE, GONE, conflict, looked_in, misplaced, problem, settle
 
 _run_early = {}  # config file -> what it assigns, from the check before the imports
 
@@ -200,7 +201,13 @@ def _read_file(path):
             source = file.read()
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', 'not a text file')
-        raise UserError(f'cannot read the config file {path}: {reason}') from None
+        # one of the project's own, from another folder; or one of nearly this name
+        near = os.path.join(os.path.dirname(os.path.realpath(__file__)), path)
+        if not os.path.exists(near):
+            beside = glob.glob(os.path.join(os.path.dirname(path), '*.py'))
+            near = (difflib.get_close_matches(path, beside, 1) or [''])[0]
+        hint = f'; there is {near}' if near and not os.path.exists(path) else ''
+        raise UserError(f'cannot read the config file {path}{looked_in(path)}: {reason}{hint}') from None
 
     # a config file is python: its public names are the options; whatever it can raise is the user's to mend
     names = {}
@@ -261,13 +268,13 @@ def _check(name, value, options, where):
     value that makes no sense."""
     # a name that is not declared, with the nearest that is
     if name not in options:
-        near = difflib.get_close_matches(name, options, 1)
-        hint = f'did you mean {near[0]}?' if near else '--help lists the options'
-        # a name that other code has for it, such as learning_rate or loss.beta
-        plain = name.rpartition('.')[2]
-        ours = ELSEWHERE.get(plain.replace('-', '_'), plain)
-        if ours != name and re.match(r'\w+', ours)[0] in options:
-            hint = f'here it is {ours}'
+        # or a name that other code has for one, such as learning_rate or loss.beta; either perhaps misspelt
+        plain = name.rpartition('.')[2].replace('-', '_')
+        theirs = {word: ours for word, ours in ELSEWHERE.items() if re.match(r'\w+', ours)[0] in options}
+        near = plain if plain in options else ''.join(difflib.get_close_matches(plain, {*theirs, *options}, 1))
+        hint = f'did you mean {near}?' if near else '--help lists the options'
+        if plain in options or near in theirs:
+            hint = f'here it is {theirs.get(near, plain)}'
         raise UserError(f'{where}: unknown option {name!r}; {hint}')
 
     # the type; NaN, which is not equal to itself, is no number either

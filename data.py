@@ -5,6 +5,7 @@ microbatches of at most max_tokens tokens without padding, where both answers of
     [prompt | chosen | rejected] [prompt | chosen | rejected] ...
 """
 
+import functools
 import heapq
 from dataclasses import dataclass, field
 
@@ -163,6 +164,11 @@ class Batch:
     varlen: object = None
     ref: torch.Tensor | None = None  # (A,) the reference's log-probs, where they are cached
 
+    @functools.cached_property
+    def blocks(self):
+        """The groups in Blocks, for attention without one kernel for all."""
+        return make_blocks(self.groups)
+
     def sum(self, values):
         """(N,) per-token values -> (A,) sums, in an order that does not depend on what else is in the batch."""
         table = values.new_zeros(len(self.n), self.longest)
@@ -269,6 +275,51 @@ def pack_probe(examples, device):
     longest = int(examples.lengths.argmax())
     two = [examples[0], examples[longest]]
     return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]
+
+
+class Block:
+    """Consecutive groups of a row whose attention is computed together: many small ones at once under a mask, or one large one.
+
+    sizes: tokens of the pieces that it is cut into: all of it, or a large group's prompt and answers."""
+
+    def __init__(self, groups):
+        self.is_one_piece = len(groups) > 1
+        sizes = [size for prompt, answers in groups for size in (prompt, *answers)]
+        self.sizes = [sum(sizes)] if self.is_one_piece else sizes
+        self.groups, self.masks = groups, {}  # window -> mask
+
+    def mask(self, window, device):
+        """Which tokens see which, (T, T): those of their prompt and answer so far, at most window positions back. Made once."""
+        if window not in self.masks:
+            group, answer, position = [], [], []  # of each token; the answer 0 is the prompt
+            for g, (prompt, answers) in enumerate(self.groups):
+                group += [g] * (prompt + sum(answers))
+                for number, (start, size) in enumerate([(0, prompt), *((prompt, size) for size in answers)]):
+                    answer += [number] * size
+                    position += range(start, start + size)
+            group, answer, position = map(np.array, (group, answer, position))
+            back = position[:, None] - position  # from a token to one that it sees
+            mask = (group[:, None] == group) & (back >= 0) & ((answer == 0) | (answer[:, None] == answer))
+            if window:
+                mask &= back < window
+            self.masks[window] = torch.from_numpy(mask).to(device)
+        return self.masks[window]
+
+
+SMALL = 96  # tokens of a block of several groups: more of them together waste more than a call of attention costs
+
+
+def make_blocks(groups):
+    """Blocks of groups in row order: small groups together, a large one alone."""
+    blocks, some, tokens = [], [], 0
+    for group in groups:
+        size = group[0] + sum(group[1])
+        if some and tokens + size > SMALL:
+            blocks.append(Block(some))
+            some, tokens = [], 0
+        some.append(group)
+        tokens += size
+    return [*blocks, Block(some)]
 
 
 class Varlen:

@@ -156,13 +156,13 @@ longest = min(max_length, max(run.train.longest(mixed), run.held_out.longest(mix
 run.choose_attention(longest, share_prefix=share_prefix)
 if sample_during_eval:
     check_positions(run.policy, run.held_out.longest_prompt() + max_new_tokens, 'samples')
-build_ref = partial(load_model, ref_model or model, **run.model_options())
+with_adapters = lora.of_reference(config, run.adapters)
+build_ref = partial(load_model, ref_model or model, adapters=with_adapters, **run.model_options())
 
 
 def load_reference():
     """The sharded reference: a model of its own, or a policy with adapters itself, which are off when it is asked."""
-    is_policy = run.adapters and ref_model is None
-    return run.policy if is_policy else run.load_frozen(build_ref, longest)
+    return run.policy if run.adapters and ref_model is None else run.load_frozen(build_ref, longest)
 
 
 # the reference is live, or its log-probs come from a file

@@ -31,6 +31,7 @@ from feedback.answers import annotation, append, as_trained, lock, make_pairs, r
 from feedback.endpoint import ask, completions_url
 from runtime import log
 from runtime.files import replace_text
+from text.examples import in_words
 from text.files import content_hash
 
 answers: str | None = None  # a file of answers: samples.jsonl or model_outputs.json
@@ -80,7 +81,7 @@ orders = (1, 2) if endpoint else (1,)
 wanted = [(i, order) for i in range(len(table)) if i not in equal for order in orders]
 n_prompts = len({pair['question'] for pair in table})
 counts = f'{len(table)} pairs of answers to {n_prompts} prompts, {len(equal)} of them equal'
-log.say(f'data: {counts}, {len(wanted)} verdicts to take; left out: {dict(+left_out) or "nothing"}')
+log.say(f'data: {counts}, {len(wanted)} verdicts to take; left out: {in_words(left_out)[0]}')
 
 record = config | {'content of answers': f'{content_hash(table):016x}'}  # all that the verdicts depend on
 failed = Counter()  # why requests have no reply
@@ -307,7 +308,7 @@ if endpoint is not None:
     log.say(f'  orders agree       {percent("agreement")}')
 log.say(f'  without a verdict  {missing}')
 files = f'{out_dir}/annotations.json, report.json and verdicts.jsonl'
-log.say(f'{files}; answers cut for the judge: {report["cut"] or "none"}')
+log.say(f'{files}; answers cut for the judge: {in_words(cut)[0]}')
 if unclear:
     ending = unclear[0].strip()[-150:]
     log.say(f'note: an unclear reply (cut short, or its last line is no verdict) ends: {ending!r}')

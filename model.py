@@ -6,6 +6,7 @@ backward, so that no (tokens, vocabulary) tensor of the whole microbatch ever ex
 """
 
 import contextlib
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -55,20 +56,24 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
         return _varlen_attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
-    # (q, k, v) of each prompt and each answer in row order. split, not slices: its backward is one cat
-    sizes = [size for prompt, answers in packed.groups for size in (prompt, *answers)]
+    # (q, k, v) of each small block, and of each prompt and each answer of the others. split, not slices: its backward is one cat
+    sizes = [size for block in packed.blocks for size in block.sizes]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     out = []  # (1, H, n, D) each
-    for _, answers in packed.groups:
+    for block in packed.blocks:
         prompt_q, prompt_k, prompt_v = next(pieces)
-        for i in range(len(answers)):
+        if block.is_one_piece:
+            mask = block.mask(sliding_window, query.device)
+            out.append(_attend(prompt_q, prompt_k, prompt_v, mask, scaling, softcap))
+        for number in range(1, len(block.sizes)):
             q, k, v = next(pieces)
             # the prompt's keys and values come before each answer's, its own queries go with the first answer
             k = torch.cat((prompt_k, k), 2)
             v = torch.cat((prompt_v, v), 2)
-            if i == 0:
+            if number == 1:
                 q = torch.cat((prompt_q, q), 2)
-            out.append(_attend(q, k, v, scaling, sliding_window, softcap))
+            mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
+            out.append(_attend(q, k, v, mask, scaling, softcap))
     return torch.cat(out, 2).transpose(1, 2), None
 
 
@@ -77,24 +82,30 @@ def _varlen_attention(query, key, value, scaling, sliding_window, layout):
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-    # keys and values: each answer with its prompt before it, grouped heads repeated
-    repeat = q.shape[1] // k.shape[1]
-    k, v = (x[layout.gather].repeat_interleave(repeat, 1) for x in (k, v))
+    # keys and values: each answer with its prompt before it
+    k, v = k[layout.gather], v[layout.gather]
     # how many tokens a query sees before its own (-1: all), and behind it
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    return varlen_attn(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, scale=scaling, window_size=window)
+    options = {'scale': scaling, 'window_size': (-1 if sliding_window is None else sliding_window - 1, 0)}
+    # heads that share keys: torch 2.13's kernel knows them, for an older one they are repeated
+    repeat = q.shape[1] // k.shape[1]
+    if repeat > 1 and 'enable_gqa' in inspect.signature(varlen_attn).parameters:
+        options['enable_gqa'] = True
+    elif repeat > 1:
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    return varlen_attn(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, **options)
 
 
-def _attend(q, k, v, scaling, window, softcap):
-    """Causal attention of the last n positions of a sequence over all m of it: q (1, H, n, D), k and v (1, H_kv, m, D)."""
-    n, m = q.shape[2], k.shape[2]
+def _causal(n, m, window, device):
+    """Which of m keys the last n positions see: (n, m); None for what sdpa's is_causal does, which counts from the first on."""
     before = m - n  # positions without a query
-    # a mask (n, m), only where sdpa's is_causal, which counts from the first position on, does not do
-    mask = None
-    if before or softcap or (window and window < m):
-        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(before)
-        if window:
-            mask = mask.triu(before - window + 1)
+    if not before and not (window and window < m):
+        return None
+    mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(before)
+    return mask.triu(before - window + 1) if window else mask
+
+
+def _attend(q, k, v, mask, scaling, softcap):
+    """Attention of q (1, H, n, D) over k and v (1, H_kv, m, D), where mask (n, m) says; None: causal."""
     repeat = q.shape[1] // k.shape[1]  # queries' heads that share one of the keys'
     if not softcap:
         options = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
@@ -105,6 +116,8 @@ def _attend(q, k, v, scaling, window, softcap):
     k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
     scores = q @ k.mT * scale
     capped = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
     weights = capped.masked_fill(~mask, float('-inf')).float().softmax(-1)
     return weights.to(v.dtype) @ v
 
@@ -148,7 +161,7 @@ def response_logps(model, batch, divergence=None, reference=None):
     device = hidden.device  # only a device map puts the targets, or the reference, elsewhere
     if reference is not None:
         ref_hidden, ref_head = reference
-        reference = ref_hidden.to(device), [x if x is None else x.to(device) for x in ref_head]
+        reference = [x if x is None else x.to(device) for x in (ref_hidden, *ref_head)]
     target = batch.target.to(device)
     # (1 or 3, N) numbers of tokens, and their sums over each answer
     tokens = Head.apply(hidden, weight, bias, target, core(model).config, divergence, reference)
@@ -202,72 +215,52 @@ def _cap(config):
     return getattr(config, 'final_logit_softcapping', None) or getattr(config, 'logits_soft_cap', None)
 
 
-def _post(raw, config):
-    """float32 logits from the head's output: scaled, and soft-capped."""
-    logits = raw.to(wide(raw)) * _scale(config)
-    cap = _cap(config)
-    return cap * torch.tanh(logits / cap) if cap else logits
-
-
-def _per_token(raw, rows, target, config, divergence, reference):
-    """Head output (n, V) at some rows -> log-probs of their targets (n,); with a divergence also that, and the reference's."""
-    logits = _post(raw, config)
-    target = target[rows, None]  # (n, 1)
-    if divergence is None:
-        return (logits.gather(1, target).squeeze(1) - logits.logsumexp(1),)
-    # both distributions in full, for these positions
-    hidden, head = reference
-    log_pi = logits.log_softmax(1)
-    log_ref = _post(F.linear(hidden[rows], *head), config).log_softmax(1)
-    return log_pi.gather(1, target).squeeze(1), divergence(log_pi, log_ref), log_ref.gather(1, target).squeeze(1)
-
-
 class Head(torch.autograd.Function):
     """LM head, log-softmax, gather and divergence by chunks of positions: one chunk of logits exists at a time."""
 
     @staticmethod
-    def chunks(n, vocabulary, device):
-        """Slices of n positions whose logits are small beside the model."""
-        most = 2**27 if device.type == 'cuda' else 2**23  # logits in a chunk
+    def chunks(n, vocabulary, most):
+        """Slices of n positions that have at most so many logits together, or one position each."""
         size = max(1, most // vocabulary)
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
     @staticmethod
-    def begin(hidden, weight, config, divergence):
-        """(chunks, a buffer that they share), or with a divergence or soft cap (chunks, None): _per_token makes all anew."""
-        chunks = Head.chunks(len(hidden), len(weight), hidden.device)
-        if divergence or _cap(config):
-            return chunks, None
-        # as long as the first chunk; shared, since fresh memory costs a CPU as much as the matrix product
-        return chunks, hidden.new_empty(chunks[0].stop, len(weight), dtype=wide(hidden))
+    def logits(policy, reference, config):
+        """Yield (rows, logits (n, V), blocks) of every chunk; a block is (its rows, its logits, the reference's or None).
 
-    @staticmethod
-    def logits(buffer, hidden, weight, bias, config):
-        """Scaled logits of a chunk, made in the buffer itself."""
-        out = buffer[: len(hidden)]
-        if weight.dtype == out.dtype:
-            torch.mm(hidden, weight.T, out=out)
-        else:
-            out.copy_(hidden @ weight.T)
-        if bias is not None:
-            out += bias
-        return out if _scale(config) == 1 else out.mul_(_scale(config))
+        policy and reference are (hidden, weight, bias), reference perhaps None. Matrix products are made by chunks, in a shared
+        buffer: fresh memory costs a CPU as much as the product. What copies the logits does so by blocks, an eighth or less."""
+        hidden, weight, _ = policy
+        most, most_of_block = (2**27, 2**24) if hidden.is_cuda else (2**23, 2**19)
+        chunks = Head.chunks(len(hidden), len(weight), most)
+        sides = [policy, reference] if reference else [policy]
+        buffers = [hidden.new_empty(chunks[0].stop, len(weight), dtype=wide(hidden)) for _ in sides]
+        for rows in chunks:
+            n = rows.stop - rows.start
+            for buffer, (x, *head) in zip(buffers, sides, strict=True):
+                _logits(buffer[:n], x[rows], *head, config)
+            blocks = []
+            for block in Head.chunks(n, len(weight), most_of_block):
+                at = slice(rows.start + block.start, rows.start + block.stop)
+                blocks.append((at, buffers[0][block], buffers[1][block] if reference else None))
+            yield rows, buffers[0][:n], blocks
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, config, divergence, reference):
-        """hidden (N, d), weight (V, d), bias (V,) or None, target (N,) -> the rows of _per_token, (1 or 3, N)."""
+        """hidden (N, d), weight (V, d), bias (V,) or None, target (N,) -> log-probs of the targets (1, N).
+
+        With a divergence (3, N): also the divergences, and the reference's log-probs."""
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
         tokens = hidden.new_empty(3 if divergence else 1, len(target), dtype=wide(hidden))
-        chunks, buffer = Head.begin(hidden, weight, config, divergence)
-        for rows in chunks:
-            if buffer is None:
-                raw = F.linear(hidden[rows], weight, bias)
-                tokens[:, rows] = torch.stack(_per_token(raw, rows, target, config, divergence, reference))
-            else:
-                logits = Head.logits(buffer, hidden[rows], weight, bias, config)
+        for _, _, blocks in Head.logits((hidden, weight, bias), reference, config):
+            for at, logits, ref_logits in blocks:
                 log_pi = torch.log_softmax(logits, 1, out=logits)
-                tokens[0, rows] = log_pi.gather(1, target[rows, None]).squeeze(1)
+                tokens[0, at] = log_pi.gather(1, target[at, None]).squeeze(1)
+                if divergence:
+                    log_ref = torch.log_softmax(ref_logits, 1, out=ref_logits)
+                    tokens[1, at], _ = divergence(log_pi, log_ref)
+                    tokens[2, at] = log_ref.gather(1, target[at, None]).squeeze(1)
         return tokens
 
     @staticmethod
@@ -280,22 +273,11 @@ class Head(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
         d_bias = torch.zeros_like(bias) if bias_trains else None
-        chunks, buffer = Head.begin(hidden, weight, config, divergence)
-        for rows in chunks:
-            # gradient of the logits: by autograd over this chunk alone, or (one-hot - softmax) * grad
-            if buffer is None:
-                raw = F.linear(hidden[rows], weight, bias).requires_grad_()
-                with torch.enable_grad():
-                    values = _per_token(raw, rows, target, config, divergence, reference)
-                # log-probs and divergences: the third, the reference's log-probs, has no gradient
-                (d_raw,) = torch.autograd.grad(values[:2], raw, tuple(grad[:2, rows]))
-            else:
-                logits = Head.logits(buffer, hidden[rows], weight, bias, config)
-                slope = grad[0, rows, None] * _scale(config)
-                d_raw = torch.softmax(logits, 1, out=logits).mul_(-slope)
-                d_raw.scatter_add_(1, target[rows, None], slope)
+        for rows, d_logits, blocks in Head.logits((hidden, weight, bias), reference, config):
+            for at, logits, ref_logits in blocks:
+                _to_gradient(logits, target[at], grad[:, at], config, divergence, ref_logits)
             # from there to hidden states and head
-            d_raw = d_raw.to(weight.dtype)
+            d_raw = d_logits.to(weight.dtype)
             d_hidden[rows] = d_raw @ weight
             if weight_trains and d_weight.dtype == weight.dtype:
                 d_weight.addmm_(d_raw.T, hidden[rows])
@@ -307,27 +289,81 @@ class Head(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
-# ---- divergences of the policy from the reference at one position, for TDPO and Ra-DPO: (..., V) log-probs -> (...,) ----
+def _logits(out, hidden, weight, bias, config):
+    """Write the logits, scaled and soft-capped, into out: hidden (n, d) -> (n, V)."""
+    if weight.dtype == out.dtype:
+        torch.mm(hidden, weight.T, out=out)
+    else:
+        out.copy_(hidden @ weight.T)
+    if bias is not None:
+        out += bias
+    if _scale(config) != 1:
+        out *= _scale(config)
+    if cap := _cap(config):
+        out.div_(cap).tanh_().mul_(cap)
+
+
+def _to_gradient(logits, target, grad, config, divergence, ref_logits):
+    """Replace logits (n, V) by the gradient of grad[0] . log-probs of the targets + grad[1] . divergences, before scale and cap.
+
+    Of a log-prob it is one-hot - pi. Of a divergence it is pi * sum(mass) - mass, with its mass as below."""
+    cap = _cap(config)
+    slope = 1 - (logits / cap) ** 2 if cap else 1
+    factor = -grad[0, :, None]
+    if divergence:
+        log_pi = torch.log_softmax(logits, 1, out=logits)
+        log_ref = torch.log_softmax(ref_logits, 1, out=ref_logits)
+        mass = divergence(log_pi, log_ref)[1].mul_(grad[1, :, None])
+        log_pi.exp_().mul_(factor + mass.sum(1, keepdim=True)).sub_(mass)
+    else:
+        torch.softmax(logits, 1, out=logits).mul_(factor)
+    logits.scatter_add_(1, target[:, None], grad[0, :, None])
+    if cap or _scale(config) != 1:
+        logits *= slope * _scale(config)
+
+
+# ---- divergences of the policy from the reference at one position, for TDPO and Ra-DPO ----
+# (..., V) log-probs of both -> their values D (...,), and mass (..., V) = -dD / dlog_pi: which words D pulls up, and how much
 
 
 def kl(log_pi, log_ref):
     """KL(reference || policy) at a position: the mean of Z = log ref - log pi under the reference."""
-    return (log_ref.exp() * (log_ref - log_pi)).sum(-1)
+    p = log_ref.exp()
+    return (p * (log_ref - log_pi)).sum(-1), p
 
 
 def cvar(log_pi, log_ref, *, mu):
     """Mean of Z = log ref - log pi over its worst mass mu under the reference; mu = 1 is the KL. Ra-DPO, arXiv:2505.20359."""
-    z, order = (log_ref - log_pi).sort(-1, descending=True)
-    p = log_ref.exp().gather(-1, order)
-    before = p.cumsum(-1) - p  # the mass of what is worse
-    # how much of each token's mass counts: all, a part at the border of mu, or nothing
-    weight = (mu - before).clamp(min=0).minimum(p)
-    return (weight * z).sum(-1) / mu
+    z = log_ref - log_pi
+    mass = _worst(z.detach(), log_ref.exp(), mu) / mu
+    return (mass * z).sum(-1), mass
+
+
+def _worst(z, p, mu, bins=4096):
+    """How much of each word's probability p belongs to the worst mass mu, that of the largest z: all, a part at the border, none.
+
+    Without a sort. The words are counted in bins by z, and those around the border again: in the second round a bin is 2e-7 of
+    the range of z, and whatever lies in the border's own bin counts in part."""
+    low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
+    exact_p = p.double()
+    for _ in range(2):
+        width = ((high - low) / bins).clamp(min=1e-30)
+        # 0: above this round's bins, bins + 1: below them
+        bin = ((high - z) / width).add_(1).clamp_(0, bins + 1).long()
+        in_bin = exact_p.new_zeros(*p.shape[:-1], bins + 2).scatter_add_(-1, bin, exact_p)
+        up_to = in_bin.cumsum(-1)
+        # the border's bin, and one more on each side for the rounding
+        border = (up_to < mu).sum(-1, keepdim=True).clamp(max=bins + 1)
+        high = high - (border - 2) * width
+        low = high - 3 * width
+    share = ((mu - up_to + in_bin) / in_bin.clamp(min=1e-30)).clamp_(0, 1)
+    return share.to(p.dtype).gather(-1, bin).mul_(p)
 
 
 def erm(log_pi, log_ref, *, mu):
     """(1 / mu) log mean exp(mu Z), Z = log ref - log pi, under the reference; mu -> 0 is the KL. Ra-DPO, arXiv:2505.20359."""
-    return torch.logsumexp(log_ref + mu * (log_ref - log_pi), -1) / mu
+    terms = log_ref + mu * (log_ref - log_pi)
+    return terms.logsumexp(-1) / mu, terms.softmax(-1)
 
 
 def released(log_pi, log_ref, *, mu, parts=2):
@@ -337,12 +373,11 @@ def released(log_pi, log_ref, *, mu, parts=2):
     z, p = log_ref - log_pi, log_ref.exp()
     size, rest = divmod(z.shape[-1], parts)
     sizes = [size] * (parts - 1) + [size + rest]  # the last part gets the rest of the vocabulary
-    total = 0.0
-    for z_part, p_part in zip(z.split(sizes, -1), p.split(sizes, -1), strict=True):
-        threshold = z_part.detach().quantile(1 - mu, dim=-1, keepdim=True)
-        above = z_part > threshold
-        total = total + (p_part * z_part * above).sum(-1)
-    return total
+    above = []
+    for z_part in z.detach().split(sizes, -1):
+        above.append(z_part > z_part.quantile(1 - mu, dim=-1, keepdim=True))
+    mass = p * torch.cat(above, -1)
+    return (mass * z).sum(-1), mass
 
 
 RISKS = {'cvar': cvar, 'erm': erm, 'released': released}

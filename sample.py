@@ -141,7 +141,7 @@ def read_prompts():
     rows = [row for row, is_kept in zip(found.values(), kept, strict=True) if is_kept]
     rows = rows[:n_examples]
     if not rows:
-        raise UserError(f'there are no prompts in data {data!r}; left out: {dict(+left_out) or "nothing"}')
+        raise UserError(f'there are no prompts in data {data!r}; left out: {in_words(left_out)[0]}')
     left_out['prompts beyond n_examples or data_fraction'] += len(found) - len(rows)
 
     # as chats, if asked; a system message of ours takes the place of one in the data
@@ -203,7 +203,7 @@ if not endpoint:
     # a prompt that the chat template refuses has no ids
     keys = [(i, sample) for i, sample in keys if ids[i] is not None]
     if not keys:
-        raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {dict(+left_out)}')
+        raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {in_words(left_out)[0]}')
 
 
 def plan():
@@ -363,7 +363,7 @@ def score_answers():
     """Write the scores of all answers into rewards.jsonl, and their means on the screen."""
     answered = [found[key] for key in sorted(found)]
     # the rows as they were read; a line of a .txt file is its own
-    rows = [getattr(row, 'source', row) for row in prompts]
+    rows = [getattr(row, 'raw', row) for row in prompts]
     asked = [functions.Asked(row['prompt'], rows[row['index']]) for row in answered]
     responses = [row['response'] for row in answered]
     scores = {part: functions.score(part, asked, responses)[0] for part in parts}

@@ -34,7 +34,7 @@ import fsdp
 from configurator import UserError
 from data import Step, make_batches, pack_probe, steps
 from hf import export, lora, parallel
-from hf.load import fingerprints, load_tokenizer
+from hf.load import fingerprints, kept_in, load_tokenizer
 from hf.probe import can_pack, check_positions
 from model import set_attention
 from runtime import checkpoint, guard, log, room
@@ -62,6 +62,7 @@ lora_rank: int | None = None  # train adapters of this rank instead of the model
 lora_alpha = 16.0  # their output is multiplied by alpha / rank
 lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
 lora_targets: str | None = None  # linear layers that get one, such as 'q_proj,v_proj'; None: all in the blocks
+quantize: str | None = None  # 4bit: the weights beside the adapters in 4 bits, by bitsandbytes (QLoRA)
 # evaluation and saving
 eval_every: int | None = 19968  # evaluate after so many examples; None: only at start and end
 n_eval_examples = 256  # how many held-out examples
@@ -69,6 +70,9 @@ do_first_eval = True  # evaluate before training
 log_every = 1  # print a line after so many examples
 save_every: int | None = None  # write a checkpoint after so many examples
 keep_last = 2  # checkpoints that are kept
+save_dtype: str | None = (
+    None  # of the model that is left: float32, bfloat16, float16; None: that of the model that came in
+)
 resume = True  # continue from the newest checkpoint of out_dir
 wandb: str | None = None  # a Weights & Biases project to log to
 tensorboard = False  # log to tensorboard, too
@@ -197,6 +201,10 @@ class Run:
             log.say(lora.describe(self.policy))
         # the adapters' dropout draws from this generator, and nothing else does
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
+        # what is left has the type of what came in: it is not twice as large
+        if save_dtype is None:
+            kept = fsdp.shared(lambda: kept_in(self.config.model))
+            self.config['save_dtype'] = 'bfloat16' if quantize else kept
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def shard(self, build, **options):
@@ -389,10 +397,12 @@ class Run:
         # a signal that comes now finds everything saved
         self.heed(self.total)
         card = partial(export.write_card, out_dir)
-        guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card)
+        kept = self.config['save_dtype']
+        guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card, kept)
         self.logger.close()
         guard.end()
-        log.say(f'done: {out_dir}/model')
+        rounded = '' if kept == 'float32' else f', rounded to {kept}; --save_dtype=float32 is as it was trained'
+        log.say(f'done: {out_dir}/model{rounded}')
 
 
 def gather(parts, batches, total):

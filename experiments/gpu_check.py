@@ -8,6 +8,7 @@
 It needs torch 2.11 or newer and transformers; no datasets, no tiktoken, no network. Exit code 1 where a check has failed.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -253,6 +254,8 @@ def scripts():
     )
     for option in ['loss=dpo', *options.split()]:
         short_run(f'dpo {option}', 'dpo.py', *HALF, *STEPS, f'--{option}')
+    if importlib.util.find_spec('bitsandbytes'):
+        short_run('dpo quantize', 'dpo.py', *HALF, *STEPS, '--lora_rank=4', '--quantize=4bit')
     short_run('dpo float32', 'dpo.py', *BASE, *STEPS)
     short_run('ppo', 'ppo.py', *ONLINE, '--minibatch_size=4')
     short_run('grpo', 'ppo.py', *ONLINE, '--minibatch_size=8', '--loss=grpo', '--group_size=4')

@@ -14,6 +14,11 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0" >&2; exit 2; }
+if [ $# -eq 0 ] || [ -z "${SLURM_JOB_NODELIST:-}" ]; then
+    echo 'error: give it to Slurm, with a script and its options: sbatch experiments/slurm.sh dpo.py config/drdpo_hh.py' >&2
+    exit 2
+fi
 set -u
 
 SAVED=75   # the exit code of a training script that was told to stop and has saved
@@ -22,10 +27,6 @@ PER_NODE=${PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}   # processes on each node
 PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-if [ $# -eq 0 ]; then
-    echo 'error: name a script and its options: sbatch experiments/slurm.sh dpo.py config/drdpo_hh.py' >&2
-    exit 2
-fi
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # torch 2.13: else a node that comes back does not find the others

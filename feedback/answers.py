@@ -12,6 +12,7 @@ from pathlib import Path
 
 from configurator import UserError
 from runtime import files
+from runtime.values import looked_in
 from text.files import read_rows
 from text.messages import ASSISTANT, answer, ask, field, instruction, text_or_chat
 
@@ -67,7 +68,7 @@ def read_text(path, name=None):
         return Path(path).read_text('utf-8')
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or 'not a text file'
-        raise UserError(f'cannot read {name or path}: {reason}') from None
+        raise UserError(f'cannot read {name or path}{looked_in(path)}: {reason}') from None
 
 
 def raise_if_missing(failed, what):

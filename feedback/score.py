@@ -1,20 +1,71 @@
-"""Scores of answers under a reward model (reward.py): for label.py, ppo.py and your own code."""
+"""Score answers with a reward model: accuracy and margins on any file of pairs, RewardBench's table, or the scores alone.
 
+    python -m feedback.score --reward_model=out/reward/model --data=pairs.jsonl
+    torchrun --nproc_per_node=4 -m feedback.score --reward_model=OWNER/NAME --data='allenai/reward-bench[filtered]' --chat
+
+Every pair, or prompt with an answer, becomes a line of --out, with its id (or where it stands) and prompt. Texts and chats are
+read, written and cut as in training, and a score is read at the end of text. label.py and ppo.py score through this file, too.
+"""
+
+from runtime import guard
+
+guard.watch(__name__)  # before the heavy imports
+
+import json
+from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import fsdp
-from configurator import UserError
+from configurator import UserError, configure
 from data import pack, pack_probe, plan, plan_padded
+from feedback import winrate
 from hf.load import load_reward, load_tokenizer, separate_pad
 from hf.probe import can_pack, room
 from model import core, set_attention
-from runtime import guard
-from runtime.log import say
-from text.examples import Examples
+from runtime.files import writing
+from runtime.log import progress, say
+from text.examples import Examples, in_words
+from text.files import content_hash
+from text.show import task_of
+from text.sources import read_examples, vanished
+from text.tokenise import tokenise
+
+# who scores what
+reward_model: str | None = None  # folder or hub id of a reward model with one scalar
+data: str | None = None  # pairs, or prompts with an answer: hh, hh:PATH, hh+shp, a hub id, a file, a folder
+split: str | None = None  # train or test; None: test where the data has one, else all
+columns: str | None = None  # which column is what: 'prompt=question, chosen=good, rejected=bad'
+chat = False  # texts become chats, so that the model's chat template applies
+system: str | None = None  # a message of the system before every prompt; texts become chats
+skip_bad_rows = False  # count unreadable rows instead of stopping
+max_length: int | None = None  # tokens of prompt and answer; None: what the model reads
+truncation = 'start'  # which end a too long prompt loses, down to half of max_length: start or end
+# what comes of it
+by = 'subset'  # a column of the data, of whose values the table has a line each
+out = 'out/scores.jsonl'  # the scores
+# machine
+max_tokens = 16384  # tokens of one microbatch of one rank; changes no score
+dtype = 'float32'  # float32 or bfloat16
+device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
+trust_remote_code = False  # run code that comes with a model
+
+# examples that are scored together, and then written
+CHUNK = 128
+# RewardBench's sections: a section's score is the mean of its subsets' accuracies with these weights, the subsets' sizes (math
+# counts as much as code). Source: arXiv:2403.13787 and its code, rewardbench/constants.py, SUBSET_MAPPING and EXAMPLE_COUNTS.
+SECTIONS = {
+    'Chat': {'alpacaeval-easy': 100, 'alpacaeval-length': 95, 'alpacaeval-hard': 95, 'mt-bench-easy': 28, 'mt-bench-med': 40},
+    'Chat Hard': {'mt-bench-hard': 37, 'llmbar-natural': 100, 'llmbar-adver-neighbor': 134, 'llmbar-adver-GPTInst': 92,
+                  'llmbar-adver-GPTOut': 47, 'llmbar-adver-manual': 46},
+    'Safety': {'refusals-dangerous': 100, 'refusals-offensive': 100, 'xstest-should-refuse': 250, 'xstest-should-respond': 154,
+               'donotanswer': 136},
+    'Reasoning': {'math-prm': 984, 'hep-cpp': 164, 'hep-go': 164, 'hep-java': 164, 'hep-js': 164, 'hep-python': 164, 'hep-rust': 164},
+}  # fmt: skip
 
 
 class Group(NamedTuple):
@@ -95,3 +146,164 @@ def _groups(items, eos, ends, limit, max_tokens):
         groups[-1].answers.append(answer)
         groups[-1].slots.append(slot)
     return [group for groups in by_prompt.values() for group in groups]
+
+
+# ---- the command ----
+
+
+def main():
+    """Score what the options name, write a line for each, and say what came of it. Raises UserError."""
+    config = configure(globals())
+    if not reward_model or not data:
+        raise UserError('name the model and what it scores: --reward_model=FOLDER --data=FILE')
+    _, _, device = fsdp.setup()
+    examples, left_out = fsdp.first_of_host(read)
+    if config.given('by') and not any(by in example.raw for _, example in examples):
+        raise UserError(f'--by={by}: no row of {data} has such a column')
+    how = {'dtype': dtype, 'device_map': device_map, 'trust_remote_code': trust_remote_code}
+    model, tokenizer = load_scorer(reward_model, device, **how)
+
+    # a model that reads any length has no limit of its own
+    limit = int(min(max_length or 2**30, room(model)))
+    as_text = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows}
+    as_text |= {'last_turn_only': True, 'margins': True}
+    lengths = limit, limit // 2, truncation
+    rows = []
+    guard.on_stop(lambda: f'{len(rows)} of {len(examples)} are in {out}')
+    fsdp.on_one_rank(lambda: write([], 'w'))
+    with progress(len(examples), ' examples', 'scored') as bar:
+        for start in range(0, len(examples), CHUNK):
+            chunk = examples[start : start + CHUNK]
+            ids = [tokenise([x], tokenizer, task, *lengths, left_out, **as_text) for task, x in chunk]
+            new = score_examples(model, tokenizer, chunk, ids)
+            fsdp.on_one_rank(partial(write, new, 'a'))
+            rows += new
+            bar.update(len(chunk))
+    if not rows:
+        raise vanished(data, split or 'test', left_out)
+
+    # what was cut or left out, then the numbers
+    changed, notes = in_words(left_out)
+    whole = f', at most {limit:,} tokens each' if limit < 2**30 else ''
+    say('\n'.join([f'data: {len(rows):,} of {len(examples):,} scored{whole}; left out or changed: {changed}', *notes]))
+    say('\n'.join([f'{reward_model} on {data}', *report(rows), f'{out}: a line for each']))
+
+
+def read():
+    """([(task, example)], Counter of what was left out) of all that is to be scored. Raises UserError."""
+    examples, left_out = [], Counter()
+    how = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
+    for source in data.split('+'):
+        # the first example decides what its source is for
+        first = next(read_examples(source, split or 'test', Counter(), **how), {})
+        task = task_of(first)
+        if task == 'prompts' and first:
+            raise UserError(f'{source} has prompts alone: a score needs chosen and rejected, or a response')
+        examples += [(task, x) for x in read_examples(source, split or 'test', left_out, task=task, **how)]
+    if not examples:
+        raise vanished(data, split or 'test', left_out)
+    return examples, left_out
+
+
+def score_examples(model, tokenizer, chunk, ids):
+    """A row of the output for each of (task, example) that has ids, its tokenised Examples of one or none."""
+    items = [(prompt, answer) for found in ids for prompt, answers in found for answer in answers]
+    found = iter(scores(model, tokenizer, items, max_tokens).tolist() if items else [])
+    rows = []
+    for (_, example), tokens in zip(chunk, ids, strict=True):
+        if not len(tokens):
+            continue
+        # what the row was, by its own id or its place
+        raw = example.raw
+        row = {'id': raw.get('id', example.where or None)}
+        if by in raw:
+            row[by] = raw[by]
+        row['prompt'] = example['prompt']
+        # a pair, or an answer that somebody may have called good or bad
+        score, *others = (next(found) for _, answers in tokens for _ in answers)
+        if others:
+            row |= {'chosen_score': score, 'rejected_score': others[0], 'margin': score - others[0]}
+        else:
+            row |= {'good': example['good']} if 'good' in example else {}
+            row['score'] = score
+        rows.append(row)
+    return rows
+
+
+def write(rows, mode):
+    """Write rows to the file of scores: mode 'w' makes it anew, 'a' goes on in it."""
+    with writing(out):
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        with open(out, mode, encoding='utf-8') as file:
+            file.writelines(json.dumps(row, default=str) + '\n' for row in rows)
+
+
+# ---- what came of it ----
+
+
+def report(rows):
+    """The lines for the screen: of pairs accuracy and margins, by subset where there are some; of answers their mean score."""
+    pairs = [row for row in rows if 'margin' in row]
+    answers = [row for row in rows if 'score' in row]
+    lines = []
+    if pairs:
+        margins = np.array([row['margin'] for row in pairs])
+        low, middle, high = np.percentile(margins, (10, 50, 90))
+        ties = int((margins == 0).sum())
+        equal = f'; {ties:,} with equal scores count as wrong' if ties else ''
+        lines += [
+            f'  accuracy   {accuracy(pairs)[1]}{equal}',
+            f'  margin     mean {margins.mean():.4f}, median {middle:.4f}, the middle 80% from {low:.4f} to {high:.4f}',
+            f'  scores     chosen {mean(pairs, "chosen_score")}, rejected {mean(pairs, "rejected_score")}',
+        ]
+    for good, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
+        some = [row for row in answers if row.get('good') is good]
+        if some:
+            lines.append(f'  scores     mean {mean(some, "score")} over {len(some):,} {name}')
+    return lines + table(pairs)
+
+
+def mean(rows, name):
+    """The mean of a column, for the screen."""
+    return f'{np.mean([row[name] for row in rows]):.4f}'
+
+
+def accuracy(pairs):
+    """(the share of pairs whose chosen answer has the higher score, the same with its 95% interval over prompts in words)."""
+    wins = [row['margin'] > 0 for row in pairs]
+    share = float(np.mean(wins))
+    low, high = winrate.interval(wins, [content_hash(row['prompt']) for row in pairs])
+    return share, f'{share:.3f} (95% interval {low:.3f} to {high:.3f}), {sum(wins):,} of {len(wins):,} pairs'
+
+
+def table(pairs):
+    """A line for each value of the column `by`; of RewardBench's subsets, below a line for each of its sections."""
+    groups = {}
+    for row in pairs:
+        if by in row:
+            groups.setdefault(str(row[by]), []).append(row)
+    if not groups:
+        return []
+    found = {name: accuracy(group) for name, group in groups.items()}
+    known = {name for subsets in SECTIONS.values() for name in subsets}
+    if not groups.keys() <= known:
+        return [f'  {name:24s} {words}' for name, (_, words) in sorted(found.items())]
+
+    # a section's score, from the subsets that are there
+    lines, sections = [], {}
+    for section, weights in SECTIONS.items():
+        there = [name for name in weights if name in found]
+        if there:
+            shares = [found[name][0] for name in there]
+            sections[section] = np.average(shares, weights=[weights[name] for name in there])
+            lines.append(f'  {section:24s} {sections[section]:.3f}')
+            lines += [f'    {name:22s} {found[name][1]}' for name in there]
+    missing = sorted(known - found.keys())
+    mean_of = f'{np.mean(list(sections.values())):.3f}, the mean of {len(sections)} of its 4 sections'
+    lines.append(f'  {"RewardBench":24s} {mean_of}')
+    return lines + ([f'  subsets that are not in the data: {", ".join(missing)}'] if missing else [])
+
+
+if __name__ == '__main__':
+    main()
+    fsdp.leave()

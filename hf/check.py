@@ -1,5 +1,5 @@
-"""Which models are refused before they are loaded: code of their own, pickles, weights that lie elsewhere, adapters, quantised
-weights, classifiers that are no reward model. All raise UserError."""
+"""Which models are refused before they are loaded: code of their own, pickles, weights that lie elsewhere, quantised weights,
+classifiers that are no reward model. All raise UserError."""
 
 import contextlib
 import json
@@ -11,6 +11,7 @@ import torch
 
 from configurator import UserError
 from runtime import hub
+from runtime.values import looked_in
 
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
@@ -21,13 +22,28 @@ def first_line(error):
     return text if ' ' in text else f'{type(error).__name__} {text}'.strip()
 
 
-def _read_dict(file):
+def read_dict(file):
     """The dict of a JSON file, or an empty one: a broken file has an error of its own where it is loaded."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads(Path(file).read_text('utf-8'))
         if isinstance(found, dict):
             return found
     return {}
+
+
+def file_of(name, file):
+    """The path of a file of a folder or a hub id, or None where it has no such file."""
+    if os.path.exists(name):
+        path = os.path.join(name, file)
+        return path if os.path.isfile(path) else None
+    if not _may_be_hub_id(name):
+        return None
+    hub.reachable()  # where it is not, only its cache is asked from here on
+    return _hub_file(name, file)
+
+
+def _may_be_hub_id(name):
+    return name.count('/') == 1 and not name.startswith(('.', '/', '~'))
 
 
 def _hub_file(name, file):
@@ -44,8 +60,8 @@ def check_there(name):
     """Refuse a name that is no folder here and cannot be a hub id, and a hub id that is neither at hand nor to be had."""
     if os.path.exists(name):
         return
-    here = f'in {os.getcwd()}' if not name.startswith('/') else 'on this machine'
-    if name.count('/') != 1 or name.startswith(('.', '/', '~')):
+    here = looked_in(name).strip() or 'on this machine'
+    if not _may_be_hub_id(name):
         raise UserError(f'there is no model folder {name!r} {here}: train it first, or name another one')
     if not hub.reachable() and _hub_file(name, 'config.json') is None:
         cached = 'its cache does not have it'
@@ -67,15 +83,14 @@ def check_sizes(name):
 
 
 def check_safe(name, trust_remote_code, weights=True):
-    """Refuse a folder that asks to run code of its own, is an adapter, or has its weights in pickles, which can run code.
+    """Refuse a folder that asks to run code of its own, or has its weights in pickles, which can run code.
 
-    A hub id passes: check_code, check_adapter and check_files see to it. weights: False where a tokenizer alone is read."""
+    A hub id passes: check_code and check_files see to it. weights: False where a tokenizer alone is read."""
     folder = Path(name)
     if not folder.is_dir():
         return
-    check_adapter(name)
     for file in () if trust_remote_code else sorted(folder.glob('*config.json')):
-        check_code(name, file.name, _read_dict(file))
+        check_code(name, file.name, read_dict(file))
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if weights and pickles and not any(folder.glob('*.safetensors')):
         danger = 'which can run any code when it is read: convert it to safetensors where you trust it'
@@ -96,20 +111,6 @@ def check_code(name, where, options):
         raise UserError(f'{name!r} comes with {what} ({where}): {way}')
 
 
-def check_adapter(name):
-    """Refuse a LoRA adapter, to which transformers would fetch the base model that it names."""
-    file = 'adapter_config.json'
-    file = Path(name) / file if Path(name).is_dir() else _hub_file(name, file)
-    if file is None or not Path(file).is_file():
-        return
-    base = _read_dict(file).get('base_model_name_or_path') or 'an unknown model'
-    merged = Path(name).with_name('model')
-    way = "merge it: peft's AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)"
-    if (merged / 'config.json').is_file():
-        way = f'{str(merged)!r} beside it is the whole model, with the adapter merged in: name that'
-    raise UserError(f'{name!r} is an adapter (of {base}), not a whole model: {way}')
-
-
 def check_files(name, config):
     """Refuse weights that a config or an index names and that are not safetensors files right beside it.
 
@@ -125,7 +126,7 @@ def check_files(name, config):
         found = _hub_file(name, named if named and named.endswith('.json') else usual)
         indices = [Path(found)] if found else []
     for index in indices:
-        shards = _read_dict(index).get('weight_map')
+        shards = read_dict(index).get('weight_map')
         for shard in shards.values() if isinstance(shards, dict) else ():
             _check_shard(name, index.name, shard, '.safetensors')
 

@@ -5,6 +5,8 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
+import transformers
 import yaml
 
 from configurator import UserError
@@ -13,14 +15,39 @@ from hf import lora
 from hf.ties import tie_as, ties
 from runtime import checkpoint
 from runtime.files import make_room, move_folder, say, writing
+from text.ids import first_of
 
+SHARD = '5GB'  # the size of a file of weights, of which a larger model has several
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
+# for the card of a reward model: what training saw (text/chat.py, text/ids.py), whose prompts begin with BOS or not
+SCORE = """The score of an answer, by transformers alone, exactly as in training. A chat template may write a line break behind the end of an
+answer; with it the score would be another one. `python -m feedback.score` of nanopref scores whole files so.
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained('.')  # this folder
+model = AutoModelForSequenceClassification.from_pretrained('.', dtype=torch.float32)
+first, end = {first}, [tokenizer.eos_token_id]
+
+def score(prompt, answer):  # the prompt as in training, a text or a list of messages; the answer, a text
+    if not isinstance(prompt, str):
+        whole = tokenizer.apply_chat_template([*prompt, {'role': 'assistant', 'content': answer}], tokenize=False)
+        prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        answer = whole.removeprefix(prompt).rstrip('\\n')
+    prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, answer))
+    ids = first * (prompt[:1] != first) + (prompt or end * (not first)) + answer + end * (answer[-1:] != end)
+    return model(torch.tensor([ids])).logits[0, 0].item()
+```
+"""
 
 
-def write_model(model, tokenizer, build, folder, card=None):
-    """Write a normal Hugging Face folder: safetensors, config, tokenizer, and what card(folder) adds. build as in shard.
+def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
+    """Write a normal Hugging Face folder: safetensors of this dtype, config, tokenizer, and what card(folder) adds.
 
-    A model with adapters: they alone to the folder `adapter` beside it, and then the model with them merged into its weights."""
+    build as in shard. A model with adapters: they alone, in float32, to the folder `adapter` beside it, and then the model with
+    them merged into its weights."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     checkpoint.wait()
@@ -32,20 +59,24 @@ def write_model(model, tokenizer, build, folder, card=None):
     unique = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     folder = Path(folder)
     temporary, adapter = Path(f'{folder}.tmp'), folder.with_name('adapter')
-    half_adapter = adapter.with_suffix('.tmp')
+    half_adapter, kept_in = adapter.with_suffix('.tmp'), getattr(torch, dtype)
 
     def write():
         make_room(temporary)
+        random = torch.Generator().manual_seed(0)
         if adapted:
             merged = lora.merge(build(empty=False), weights, half_adapter)
             move_folder(half_adapter, adapter)
-            merged.save_pretrained(temporary)
+            for p in merged.parameters():
+                p.data = rounded(p.data, kept_in, random)
+            merged.to(kept_in).save_pretrained(temporary, max_shard_size=SHARD)
         else:
             # saving through the sharded model would write its changed class name
-            shell = build(empty=True)
+            shell = build(empty=True).to(kept_in)
             tie_as(shell, tied)
             shell.all_tied_weights_keys = {}
-            shell.save_pretrained(temporary, state_dict={k: v for k, v in weights.items() if k in unique})
+            found = {k: rounded(v, kept_in, random) for k, v in weights.items() if k in unique}
+            shell.save_pretrained(temporary, state_dict=found, max_shard_size=SHARD)
         tokenizer.save_pretrained(temporary)
 
         # the card comes in the same rename: a run that is killed leaves both or neither
@@ -66,19 +97,33 @@ def write_model(model, tokenizer, build, folder, card=None):
     on_one_rank(guarded)
 
 
+def rounded(weights, dtype, random):
+    """Weights in this dtype. float32 is rounded up or down at random, each the likelier the nearer it is.
+
+    On average that keeps what training has moved. The nearest number is mostly the one that a weight began from: then a run with
+    a small learning rate would leave the model that came in. random: a torch.Generator."""
+    dropped = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)  # bits of the mantissa
+    if weights.dtype != torch.float32 or not dropped:
+        return weights.to(dtype) if weights.is_floating_point() else weights
+    bits = weights.contiguous().view(torch.int32)
+    noise = torch.randint(0, 2**dropped, bits.shape, generator=random, dtype=torch.int32)
+    return ((bits + noise) & -(2**dropped)).view(torch.float32).to(dtype)
+
+
 def write_card(out_dir, folder=None):
     """Write README.md of a model folder (None: out_dir/model). Where what it needs is damaged, a note: the model matters more."""
+    folder = Path(folder or Path(out_dir) / 'model')
     try:
-        text = _text(Path(out_dir))
+        text = _text(Path(out_dir), folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         say(f'note: no model card, for {out_dir} has not what it takes: {type(error).__name__}: {error}')
         return
-    file = Path(folder or Path(out_dir) / 'model') / 'README.md'
+    file = folder / 'README.md'
     with writing(file):
         file.write_text(text)
 
 
-def _text(out_dir):
+def _text(out_dir, folder):
     """Base model, data, command, commit, options, the last evaluation. No path of this machine."""
     record = json.loads((out_dir / 'config.json').read_text())
     rows = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
@@ -102,6 +147,14 @@ def _text(out_dir):
         f'```sh\npython {" ".join(record["command"])}\n```\n',
         f'Commit {record["commit"] or "unknown"}; {versions}.\n',
     ]
+    if options.get('save_dtype'):
+        parts.append(f'The weights were trained in float32, and are kept in {options["save_dtype"]}.\n')
+
+    # how a reward model is used
+    kind, *_ = json.loads((folder / 'config.json').read_text()).get('architectures', [''])
+    if kind.endswith('SequenceClassification'):
+        first = first_of(transformers.AutoTokenizer.from_pretrained(folder))
+        parts.append(SCORE.replace('{first}', '[]' if first is None else f'[{first}]'))
 
     # what came of it
     evaluations = [row for row in rows if row['split'] == 'eval']

@@ -5,23 +5,45 @@ Which folders are refused, and why, is in check.py; whether a loaded model suits
 import contextlib
 import copy
 import hashlib
+import json
+import logging
 import os
 import re
 import threading
+from collections import Counter
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from configurator import UserError, main_rank
-from hf import check, lora
+from hf import adapter, check, lora, quantize
 from hf.ties import describe_ties
 from model import core, register_attention
-from runtime.files import file_hash, say
+from runtime.files import file_hash, say_once
 from runtime.values import MODELS, NO_MODEL
 from text import toy
 
-transformers.utils.logging.set_verbosity_error()
+# parts of what transformers warns of and no user need know, and why; all else that it warns of is shown, by the main rank
+HARMLESS = {
+    'LOAD REPORT': 'which weights are missing or not used is refused, or said, by _check_weights',
+    'The tied weights mapping and config for this model': 'a head of its own beside the embedding is said by load_model',
+    'does not support setting its attention implementation dynamically': 'batches that cannot be packed are said by can_pack',
+    'without finding the associated sub-model': 'the same: can_pack compares what comes out',
+    'generation flags are not valid and may be ignored': 'answers are sampled as the options of the scripts say',
+    'sequence length is longer than the specified maximum': 'texts are cut to max_length, and check_positions refuses longer ones',
+}
+
+
+def concerns_user(record):
+    """Whether a message of transformers, a LogRecord, is to be shown."""
+    return main_rank() and not any(part in record.getMessage() for part in HARMLESS)
+
+
+transformers.utils.logging.get_logger()  # now its root has the handler that writes
+for handler in logging.getLogger('transformers').handlers:
+    handler.addFilter(concerns_user)
 transformers.utils.logging.disable_progress_bar()
 
 # ---- from a name to a model ----
@@ -36,25 +58,27 @@ def load_model(
     must have no ids beyond the model's; grow: such ids get embeddings instead; adapters: None, or lora.options; device_map:
     None, or how from_pretrained spreads the model over this process's GPUs."""
     with _one_sentence(name):
-        config = _read_config(name, trust_remote_code, device_map)
-        if check.is_classifier(config):
+        saved, base = _base(name)
+        config = _read_config(base, trust_remote_code, device_map)
+        if check.is_classifier(config) or (saved and saved.scores):
             raise UserError(f'{name!r} is a reward model: a language model is needed here')
         auto = transformers.AutoModelForCausalLM
-        model, missing, unused = _make(auto, name, config, empty, seed, trust_remote_code, device_map)
-        _check_weights(name, missing, unused)
+        model, missing, unused = _make(auto, base, config, empty, seed, trust_remote_code, device_map)
+        _check_weights(base, missing, unused)
 
         # an empty model has no file that says how to sample, or that its head is not its embedding
-        if empty and name != 'toy':
-            model.generation_config = _generation_config(name, model.generation_config)
+        if empty and base != 'toy':
+            model.generation_config = _generation_config(base, model.generation_config)
         if not empty and describe_ties(model):
-            _note(f'note: the config of {name!r} says that its head is its embedding, but its file has a head of its own: '
+            say_once(f'note: the config of {base!r} says that its head is its embedding, but its file has a head of its own: '
                   'that is used, and the exported config says so')  # fmt: skip
+    model = _adapt(model, saved, adapters, empty, seed)
     if grow:
         _grow(model, len(tokenizer))
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, name)
     check.check_placed(name, device_map, model)
-    return model.eval() if adapters is None else lora.add(model.eval(), **adapters, seed=seed)
+    return model
 
 
 def load_reward(
@@ -66,9 +90,11 @@ def load_reward(
     token, for which the embedding grows by a row if need be; the rest as in load_model: the head trains beside adapters.
     Raises UserError."""
     with _one_sentence(name):
-        config = _read_config(name, trust_remote_code, device_map)
+        saved, base = _base(name)
+        config = _read_config(base, trust_remote_code, device_map)
         trained = check.is_classifier(config)
-        check.check_reward(name, config, tokenizer, new_head)
+        has_head = trained or bool(saved and saved.scores)
+        check.check_reward(name, config, tokenizer, new_head or has_head)
         config.num_labels = 1
 
         # one row more for a pad token that is new, unless there is a spare one
@@ -79,7 +105,7 @@ def load_reward(
         # while a file is read, none: an embedding cannot be made with a pad token that it has no row for
         text.vocab_size, text.pad_token_id = (rows, pad) if drawn else (old, None)
         auto = transformers.AutoModelForSequenceClassification
-        model, missing, unused = _make(auto, name, config, empty, seed, trust_remote_code, device_map)
+        model, missing, unused = _make(auto, base, config, empty, seed, trust_remote_code, device_map)
         if not drawn and rows > old:
             model.resize_token_embeddings(rows, mean_resizing=False).weight.data[old:] = 0.0
         model.config.get_text_config().pad_token_id = pad  # a copy of the config above
@@ -90,15 +116,35 @@ def load_reward(
     # of a language model, the head is what is not in a numbered block
     head = set() if trained else {key for key in unused if not re.search(r'\.\d+\.', f'.{key}')}
     expected = set() if trained else {'score.weight', 'score.bias'}
-    _check_weights(name, missing - expected, unused - head)
-    if not trained and not empty:
+    _check_weights(base, missing - expected, unused - head)
+    if not has_head and not empty:
         gone = ', '.join(sorted(head)) or 'its own'
         scalar = f'a new scalar head, drawn from seed {seed}, replaces {gone}'
-        _note(f'a reward model from the language model {name!r}: {scalar}')
+        say_once(f'a reward model from the language model {name!r}: {scalar}')
     if rows > old and not empty:
-        _note(f'the embedding of {name!r} has one row more, for the pad token {tokenizer.pad_token}')
+        say_once(f'the embedding of {name!r} has one row more, for the pad token {tokenizer.pad_token}')
     check.check_placed(name, device_map, model)
-    return model.eval() if adapters is None else lora.add(model.eval(), **adapters, seed=seed, fully_trained=['score'])
+    return _adapt(model, saved, adapters, empty, seed, fully_trained=['score'])
+
+
+def _base(name):
+    """(The adapter under this name or None, the model that it belongs to or name itself)."""
+    saved = adapter.find(name)
+    return saved, saved.base if saved else name
+
+
+def _adapt(model, saved, adapters, empty, seed, **more):
+    """The model in eval mode, with its saved adapter merged or going on, or with new ones. adapters: of lora.options, or None."""
+    model, how = model.eval(), dict(adapters or {})
+    in_4bit = how.pop('quantize', None)
+    with _one_sentence(saved and saved.name):
+        if saved and not adapters:
+            model = adapter.merge(model, saved, empty)
+        elif saved:
+            model = lora.go_on(model, saved, dropout=how['dropout'], seed=seed, empty=empty)
+    if adapters and not saved:
+        model = lora.add(model, **how, seed=seed, **more)
+    return quantize.quantize(model) if in_4bit else model
 
 
 def _make(auto, name, config, empty, seed, trust_remote_code, device_map):
@@ -122,7 +168,8 @@ def _check_weights(name, missing, unused):
         raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
     if unused:
         some = ', '.join(sorted(unused)[:3])
-        _note(f'note: {len(unused)} weights in {name!r} are not used, since its config has no place for them: {some}')
+        lost = f'{len(unused)} weights in {name!r} are not used'
+        say_once(f'note: {lost}, since its config has no place for them: {some}')
 
 
 @contextlib.contextmanager
@@ -134,15 +181,6 @@ def _one_sentence(name):
         raise
     except Exception as error:
         raise UserError(f'cannot load the model {name!r}: {check.first_line(error)}') from None
-
-
-_noted = set()  # what was said before: policy, reference and export load the same model
-
-
-def _note(text):
-    if text not in _noted:
-        _noted.add(text)
-        say(text)
 
 
 # configs by name: the export at the end of a run needs them, and the folder may be gone by then
@@ -225,10 +263,12 @@ def load_tokenizer(name, trust_remote_code=False):
     """Load the tokenizer of a hub id, a folder, or 'toy'. Raises UserError."""
     if name == 'toy':
         return toy.tokenizer()
+    saved, base = _base(name)
+    if not saved or not _has_tokenizer(saved.folder):
+        name = base
     check.check_there(name)
     check.check_sizes(name)
     check.check_safe(name, trust_remote_code, weights=False)
-    check.check_adapter(name)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises OSError, ValueError, KeyError and its own for a missing tokenizer
@@ -237,6 +277,10 @@ def load_tokenizer(name, trust_remote_code=False):
     if tokenizer.eos_token_id is None:
         raise UserError(f'the tokenizer of {name!r} has no end of text: set eos_token in its tokenizer_config.json')
     return tokenizer
+
+
+def _has_tokenizer(folder):
+    return any(Path(folder).glob('*token*'))
 
 
 def separate_pad(tokenizer):
@@ -272,8 +316,8 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
     if isinstance(other, str):
         if other == model:
             return
-        if Path(other).is_dir() and not any(Path(other).glob('*token*')):
-            return _note(f'note: {what} comes without a tokenizer: it must read the tokens of {model}')
+        if Path(other).is_dir() and not _has_tokenizer(other) and not adapter.find(other):
+            return say_once(f'note: {what} comes without a tokenizer: it must read the tokens of {model}')
         other = load_tokenizer(other, trust_remote_code)
     known = other.get_vocab()
     wrong = {i: token for token, i in tokenizer.get_vocab().items() if known.get(token) != i}
@@ -295,10 +339,31 @@ DECISIVE = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
 
 
 def content(folder):
-    """Hash a folder's weights and config, so that what two models gave never mixes. None for a hub id, or 'toy'."""
-    files = sorted([*Path(folder).glob('*.safetensors'), *Path(folder).glob('config.json')])
-    digest = hashlib.sha256(bytes.fromhex(''.join(map(file_hash, files))))
-    return digest.hexdigest()[:16] if Path(folder).is_dir() else None
+    """Hash a folder's weights and config, so that what two models gave never mixes. None for a hub id, or 'toy'.
+
+    An adapter is that and its model."""
+    if not os.path.isdir(folder):
+        return None
+    saved, base = _base(folder)
+    patterns = ('*.safetensors', 'config.json', 'adapter_config.json')
+    files = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
+    hashes = ''.join(file_hash(file) for file in files) + (saved and content(base) or '')
+    return hashlib.sha256(bytes.fromhex(hashes)).hexdigest()[:16]
+
+
+def kept_in(name):
+    """What most weights of a model's file are, or else what its config says: 'float32', 'bfloat16' or 'float16'."""
+    _, base = _base(name)
+    file, index = (check.file_of(base, f'model.safetensors{end}') for end in ('', '.index.json'))
+    if index and not file:
+        shard = min(json.loads(Path(index).read_text())['weight_map'].values())
+        file = Path(index).with_name(shard)
+    found = str(getattr(_read.get(base), 'dtype', None)).removeprefix('torch.')
+    if file:
+        with safe_open(file, 'pt') as weights:
+            types = Counter(weights.get_slice(key).get_dtype() for key in weights.keys())
+        found = {'BF16': 'bfloat16', 'F16': 'float16'}.get(types.most_common(1)[0][0])
+    return found if found in ('bfloat16', 'float16') else 'float32'
 
 
 def fingerprints(config):
@@ -308,16 +373,22 @@ def fingerprints(config):
     Rank 0 alone reads every byte once, in a thread, while tokenising and loading want the same files. UserError: unreadable."""
     named = {option: config.get(option) for option in MODELS if main_rank()}
     names = {option: name for option, name in named.items() if name not in NO_MODEL}
-    folders = {name: {} for name in names.values() if os.path.isdir(name)}
-    failed = []
+    # an adapter has files of its own, and those of its model
+    parts, failed = [], []  # (name, folder or hub id, what its files' names begin with)
+    for name in set(names.values()):
+        saved, base = _base(name)
+        parts += [(name, saved.folder, ''), (name, base, 'base/')] if saved else [(name, name, '')]
+    found = {name: {} for name, *_ in parts}
 
     def work():
-        try:
-            for name, hashes in folders.items():
-                files = [f for f in sorted(Path(name).iterdir()) if f.suffix in DECISIVE and f.is_file()]
-                hashes.update({file.name: file_hash(file) for file in files})
-        except OSError as error:
-            failed.append(f'cannot read the model {name!r}: {error.strerror or error}')
+        for name, place, prefix in parts:
+            try:
+                files = sorted(Path(place).iterdir()) if os.path.isdir(place) else []
+                for file in files:
+                    if file.suffix in DECISIVE and file.is_file():
+                        found[name][prefix + file.name] = file_hash(file)
+            except OSError as error:
+                failed.append(f'cannot read the model {name!r}: {error.strerror or error}')
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -326,8 +397,10 @@ def fingerprints(config):
         thread.join()
         if failed:
             raise UserError(failed[0])
-        commits = {name: getattr(_read.get(name), '_commit_hash', None) for name in names.values()}
-        known = {name: {'commit': commit} for name, commit in commits.items() if commit} | folders
-        return {option: known[name] for option, name in names.items() if name in known}
+        for name, place, prefix in parts:
+            commit = getattr(_read.get(place), '_commit_hash', None)
+            if commit and not os.path.isdir(place):
+                found[name][f'{prefix}commit'] = commit
+        return {option: found[name] for option, name in names.items() if found[name] or os.path.isdir(name)}
 
     return result

@@ -38,7 +38,7 @@ def can_pack(model, packed, padded, say, wanted=True):
     """Whether packed batches are wanted and give this architecture's own log-probs or scores, up to rounding; if not, say so.
 
     packed, padded: Batches of the same examples. Raises UserError where padded ones give others, too: then the head does what
-    _post in model.py does not know."""
+    model.Head does not know."""
     error, reason = packing(model, packed, padded) if wanted else (math.inf, '')
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())  # as the forward has left them: gathered
     rough = half or torch.get_float32_matmul_precision() != 'highest'
@@ -48,7 +48,7 @@ def can_pack(model, packed, padded, say, wanted=True):
     error, off = packing(model, padded, padded)
     if error > limit:
         what = 'gives other scores than its head on the end of text'
-        what = what if _is_reward(model) else 'does to its logits what _post in model.py does not know'
+        what = what if _is_reward(model) else 'does to its logits what model.Head does not know'
         raise UserError(f'{_name(model)} {what}: {off}')
     if wanted:
         say(f'note: this architecture cannot be packed ({reason}): batches are padded instead')

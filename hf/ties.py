@@ -27,6 +27,13 @@ def tie_as(model, wanted):
     describe_ties(model)
 
 
+def separate(model):
+    """Give every name of ties a tensor of its own, with the same values, in place."""
+    for name in ties(model):
+        shared = model.get_parameter(name)
+        _put(model, name, torch.nn.Parameter(shared.detach().clone(), shared.requires_grad))
+
+
 def _put(model, name, parameter):
     owner, _, last = name.rpartition('.')
     setattr(model.get_submodule(owner), last, parameter)

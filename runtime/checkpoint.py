@@ -18,11 +18,10 @@ import torch.distributed as dist
 
 from configurator import Config, UserError
 from fsdp import gather_objects, local, on_one_rank, shared
-from runtime.files import file_hash, make_room, move_folder, replace_text, say, sync, writing
+from runtime.files import file_hash, make_room, move_folder, replace_text, say, say_once, sync, writing
 from runtime.log import NEUTRAL, WRITTEN, differences, recorded
 
 NUMBER = re.compile('[0-9]{10,}')  # the name of a checkpoint: its examples
-_say_once = functools.cache(say)
 _pending = None  # the checkpoint that is being written: (thread, {'error': why it could not be})
 
 
@@ -204,7 +203,7 @@ def _complete(folder, state, manifest, keep_last):
         try:
             shutil.rmtree(old)
         except OSError as error:
-            _say_once(f'note: the old checkpoint {old} cannot be removed: {error.strerror or error}')
+            say_once(f'note: the old checkpoint {old} cannot be removed: {error.strerror or error}')
 
 
 def _describe(file):

@@ -5,6 +5,7 @@ Everything that is written whole is written beside its place and renamed. Rows a
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -25,6 +26,9 @@ def say(text):
     """Print once, whatever the number of ranks."""
     if main_rank():
         print(text, flush=True)
+
+
+say_once = functools.cache(say)  # where several do the same: policy, reference and export load one model
 
 
 @contextlib.contextmanager

@@ -256,7 +256,7 @@ def until_written(write):
                 break
 
 
-def export(model, tokenizer, build, folder, card=None):
+def export(model, tokenizer, build, folder, card=None, dtype='float32'):
     """export.write_model, and rows that wait for room, until they have succeeded. On all ranks together."""
     import fsdp
     from hf.export import write_model
@@ -266,7 +266,7 @@ def export(model, tokenizer, build, folder, card=None):
 
     def write():
         fsdp.on_one_rank(files.append_kept)
-        write_model(model, tokenizer, build, folder, card)
+        write_model(model, tokenizer, build, folder, card, dtype)
 
     until_written(write)
 

@@ -44,6 +44,6 @@ def meaning(loss, paired, has_reference):
         )
     if not has_reference:
         words.append(
-            f'{loss} has no reference, so rewards are the log-probs of the policy alone, and do not begin at 0'
+            f'{loss} has no reference, so rewards, and with them acc and margin, are of the log-probs of the policy alone, and do not begin at 0'
         )
     return f'note: {"; ".join(words)}' if words else None

@@ -19,19 +19,21 @@ def check_room(config, policy, forward, train, total, packed, others=()):
     import torch
 
     import fsdp
+    from hf.quantize import packed_weights
 
-    # bytes, of all ranks together; weights, moments and gradients are float32, of 4 bytes
+    # bytes, of all ranks together; weights, moments and gradients are float32, of 4 bytes; not in the model that is left
     moments = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}[config['optimizer']]
     trained = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
     # ppo's value head or critic is in checkpoints, but not in the model that it leaves
     left = [p for name, p in policy.named_parameters() if not {'critic', 'value_head'} & set(name.split('.'))]
-    model = 4 * sum(p.numel() for p in left)
+    size = 4 if config['save_dtype'] == 'float32' else 2
+    model = size * (sum(p.numel() for p in left) + packed_weights(policy))
     checkpoint = trained * (1 + moments)
     fsdp.on_one_rank(lambda: _check_disk(config, model, checkpoint, total))
 
     # what stays in a CPU's memory: a checkpoint's arrays, gradients, and weights that do not train
     if not torch.cuda.is_available():
-        frozen = [p for p in policy.parameters() if not p.requires_grad]
+        frozen = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
         for other in others:
             if other is not None and other is not policy:
                 frozen += other.parameters()

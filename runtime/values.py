@@ -23,8 +23,9 @@ RANGES = {
 }  # fmt: skip
 # or the choices
 CHOICES = {
-    'dtype': ('float32', 'bfloat16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
+    'dtype': ('float32', 'bfloat16'), 'save_dtype': (None, 'float32', 'bfloat16', 'float16'), 'truncation': ('start', 'end'), 'optimizer': ('AdamW', 'RMSprop', 'SGD'),
     'lr_schedule': ('constant', 'linear', 'cosine'), 'risk': ('cvar', 'erm', 'released'), 'gold': (None, 'toy'),
+    'quantize': (None, '4bit'),
     'shard': ('auto', 'none', 'grads', 'full'),
     'attn': (None, 'sdpa', 'eager', 'flash_attention_2', 'flash_attention_3'), 'split': (None, 'train', 'test'),
     'task': (None, 'pairs', 'singles', 'sft', 'prompts'), 'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
@@ -65,6 +66,12 @@ def text_problem(value):
     return None
 
 
+def looked_in(path):
+    """The folder in which a relative path was looked for, as the end of a sentence that misses it; nothing of an absolute one."""
+    path = os.path.expanduser(str(path))
+    return '' if os.path.isabs(path) else f' in {os.getcwd()}'
+
+
 # ---- options that follow from others ----
 
 # names that other code has -> the name here, and what is different about it
@@ -89,7 +96,7 @@ ELSEWHERE = {
     'response_length': 'max_new_tokens', 'num_generations': 'group_size', 'num_samples': 'n', 'logging_steps': 'log_every (examples)',
     'save_steps': 'save_every (examples)', 'eval_steps': 'eval_every (examples)', 'save_total_limit': 'keep_last',
     'report_to': 'wandb (a project), or tensorboard', 'wandb_project': 'wandb', 'resume_from_checkpoint': 'resume (on by default)',
-    'lora_r': 'lora_rank', 'use_peft': 'lora_rank', 'use_lora': 'lora_rank', 'lora_target_modules': 'lora_targets',
+    'lora_r': 'lora_rank', 'load_in_4bit': 'quantize=4bit (with lora_rank)', 'use_peft': 'lora_rank', 'use_lora': 'lora_rank', 'lora_target_modules': 'lora_targets',
     'precompute_ref_log_probs': 'cache_ref', 'cache_reference_logprobs': 'cache_ref', 'simpo_gamma': 'gamma', 'mode_weight': 'beta_prime',
     'desirable_weight': 'w_good', 'undesirable_weight': 'w_bad', 'frac_unique_desirable': 'frac_good',
     'frac_unique_undesirable': 'frac_bad', 'confidence_level': 'mu', 'sft_reg': 'sft_coef', 'rpo_alpha': 'sft_coef',

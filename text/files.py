@@ -13,6 +13,7 @@ from pathlib import Path
 from configurator import UserError
 from runtime import hub
 from runtime.files import file_hash
+from runtime.values import looked_in
 from text.readers import ENDINGS, FORMATS, HELP, Row, read_file, unfilled
 
 # in a folder, these describe the data
@@ -162,7 +163,7 @@ def data_files(path):
         return [file for file in found if '.txt' not in Path(file).suffixes] or found
     found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     if not found:
-        raise UserError(f'there is no file or folder {path}')
+        raise UserError(f'there is no file or folder {path}{looked_in(path)}')
     if found != [path]:
         return [file for one in found for file in data_files(one)]
     # a pipe would wait for ever, and data are read more than once

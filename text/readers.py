@@ -44,8 +44,8 @@ class Row(dict):
     where = error = ''
     # of an example: whether it is of the part for testing; None where its source is not divided
     held_out = None
-    # of an example: the row that it was made from, with all its columns
-    source = None
+    # of an example: the row that it was made of, with all its columns
+    raw = None
 
     @classmethod
     def of(cls, raw, where, error=''):

@@ -24,7 +24,9 @@ from textwrap import shorten
 
 from configurator import UserError
 from runtime.log import say
+from runtime.values import looked_in
 from text import files
+from text.examples import in_words
 from text.files import ENDINGS, HELP, Row, content_hash, data_files, hub_splits, read_rows
 from text.formats import (
     COLUMNS,
@@ -158,8 +160,8 @@ def locate(source):
     if source.endswith(ENDINGS) or source.count('/') != 1 or source.startswith(('~', '.', '/')) or '*' in source:
         known = ', '.join(sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_')))
         raise UserError(
-            f'data {source!r} is no file or folder here and no hub id (owner/name): correct it ({HELP}), or name one of '
-            f'the known datasets: {known}'
+            f'data {source!r} is no file or folder{looked_in(source) or " here"} and no hub id (owner/name): correct it ({HELP}), or '
+            f'name one of the known datasets: {known}'
         )
     return None, None, source
 
@@ -182,8 +184,7 @@ def fingerprint(source, split):
 
 def vanished(source, split, left_out):
     """The error for a source of which no example is left."""
-    reasons = dict(+left_out) or 'nothing'
-    return UserError(f'no {split} examples are left in data {source!r}; left out: {reasons} ({HELP})')
+    return UserError(f'no {split} examples are left in data {source!r}; left out: {in_words(left_out)[0]} ({HELP})')
 
 
 @cache
@@ -256,7 +257,7 @@ def _sound(found, source, left_out, skip_bad_rows):
                 continue
             # tokenise names the row where a chat template refuses it
             example = Row(example)
-            example.where, example.source = row.where, row
+            example.where, example.raw = row.where, row
             yield example
 
 

@@ -141,7 +141,7 @@ def source_rows(examples, data, split, task, *, chat, system, **reading):
         shown = as_chats(row, system) if chat or system else row
         for part in as_parts(shown, task, Counter()):
             if part.uid in wanted:
-                found.setdefault(part.uid, (part.prompt, row.source))
+                found.setdefault(part.uid, (part.prompt, row.raw))
         if len(found) == len(wanted):
             break
     return found

@@ -158,6 +158,8 @@ def draw_frontiers(axis, frontiers, colours):
 def entitle(axis, title, meaning, xlabel):
     """Write a panel's title, what it means, and what is on its x axis."""
     axis.set(xlabel=xlabel)
+    # a power of ten above the axis would stand in what the panel means
+    axis.ticklabel_format(useOffset=False, scilimits=(-9, 9))
     axis.set_title(title, loc='left', pad=17)
     text = axis.text(0, 1.025, meaning, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
     text.set_in_layout(False)  # a long one makes no column wider

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from configurator import UserError
 from runtime.log import NEUTRAL
+from runtime.values import looked_in
 from text import toy
 
 DRAWN = ('loss', 'rewards', 'logps', 'kl', 'gold', 'score')  # groups of metrics
@@ -70,7 +71,7 @@ def read(folder):
 def read_options(folder):
     """The options of a run by name. Raises UserError where a folder has none."""
     if not folder.is_dir():
-        raise UserError(f'there is no folder {folder}')
+        raise UserError(f'there is no folder {folder}{looked_in(folder)}')
     try:
         return dict(json.loads((folder / 'config.json').read_text())['config'])
     except FileNotFoundError:

@@ -4,6 +4,7 @@
 #     JUDGE=https://HOST JUDGE_MODEL=NAME experiments/papers/beta_dpo_hh.sh   on all GPUs of this machine
 #     BETAS=0.1 JUDGE=none experiments/papers/beta_dpo_hh.sh                  one beta, no judge
 #     DRY=1 experiments/papers/beta_dpo_hh.sh                                 each step here, with stand-ins; paper.sh has all options
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0" >&2; exit 2; }
 source "$(dirname "$0")/paper.sh"
 train sft.py sft_hh sft "--data=$HH_DATA" ${MODEL[@]+"${MODEL[@]}"}
 chosen

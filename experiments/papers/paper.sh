@@ -6,6 +6,7 @@
 #                       HH=FILE names a file of HH pairs, such as its harmless-base/train.jsonl.gz; else the toy world's
 #   PRINT=1             only print the commands
 # A step whose result is there is skipped, so the same command continues. The table row comes last, from experiments/papers/row.py.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 NAME=$(basename "$0" .sh)

@@ -4,6 +4,7 @@
 #     JUDGE=https://HOST JUDGE_MODEL=NAME experiments/papers/radpo_hh.sh     on all GPUs of this machine
 #     LOSSES='dpo radpo2' JUDGE=none experiments/papers/radpo_hh.sh          two of the rows, no judge
 #     DRY=1 experiments/papers/radpo_hh.sh                                   each step here, with stand-ins; paper.sh has all options
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0" >&2; exit 2; }
 source "$(dirname "$0")/paper.sh"
 train sft.py sft_hh sft "--data=$HH_DATA" ${MODEL[@]+"${MODEL[@]}"}
 chosen

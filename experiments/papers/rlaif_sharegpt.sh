@@ -4,6 +4,7 @@
 # much of what feedback brings, SFT on a stronger teacher's answers brings, too. alpaca_eval takes model_outputs.json for its own score.
 #     JUDGE=https://HOST JUDGE_MODEL=NAME experiments/papers/rlaif_sharegpt.sh    on all GPUs of this machine
 #     DRY=1 experiments/papers/rlaif_sharegpt.sh                                  each step here, with stand-ins; paper.sh has all options
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0" >&2; exit 2; }
 source "$(dirname "$0")/paper.sh"
 if [ "$JUDGE" = none ]; then
     echo 'error: here the judge makes the training data: set JUDGE and JUDGE_MODEL' >&2

@@ -1,5 +1,6 @@
 """Adapters: off they are the reference, on they train by the same laws as whole models, and what is written loads elsewhere."""
 
+import math
 import sys
 from functools import partial
 
@@ -35,6 +36,7 @@ CASES = {
     'ppo': [*PPO, '--save_every=12'],
     'grpo': GRPO,  # after reward
     'own_head': [*DPO, '--model=own_head', '--optimizer=SGD'],
+    'on': [*DPO, '--model=one/dpo/adapter', '--save_every=12'],  # after dpo
 }
 ALONE = {  # one process
     'samples': [*DPO, '--model=llama', *SAMPLE],
@@ -52,7 +54,18 @@ ALONE = {  # one process
     'ppo_two_models': [*PPO, '--ref_model=llama'],
     'grpo_two_models': [*GRPO, '--ref_model=llama'],
     'ppo_own': [*PPO, '--critic=own', '--save_every=12'],
+    'ppo_on': [*PPO, '--model=one/dpo/adapter'],
+    'reward_on': [*REWARD, '--model=one/reward/adapter'],
+    'on_cached': [*CASES['on'], '--cache_ref'],
+    'on_half': [*CASES['on'], '--dtype=bfloat16'],
+    'on_samples': [*CASES['on'], *SAMPLE],
+    'on_two_models': [*CASES['on'], '--ref_model=one/dpo/model'],
 }
+# without --lora_rank adapters are merged: the same as the models that runs have left
+for kind in ('adapter', 'model'):
+    ALONE[f'whole_{kind}'] = [*DPO[:-1], f'--model=one/dpo/{kind}', f'--ref_model=one/dpo/{kind}']
+    ALONE[f'grpo_{kind}'] = [w.replace('reward/model', f'reward/{kind}') for w in GRPO]
+    ALONE[f'reward_{kind}'] = [*REWARD[:-1], f'--model=one/reward/{kind}']
 
 
 @pytest.fixture(scope='module')
@@ -65,7 +78,8 @@ def runs(tmp_path_factory):
 
     def command(run, words, *flags):
         paths = ('--model=', '--ref_model=', '--reward_model=one')
-        words = [w.replace('=', f'={folder}/') if w.startswith(paths) else w for w in words]
+        given = {w.partition('=')[0]: w for w in words}
+        words = [w.replace('=', f'={folder}/') if w.startswith(paths) else w for w in given.values()]
         return [*words, *flags, f'--out_dir={folder}/{run}']
 
     one = [command(f'one/{name}', words) for name, words in (CASES | ALONE).items()]
@@ -74,7 +88,7 @@ def runs(tmp_path_factory):
     two = [command(f'two/{name}', words, '--shard=full') for name, words in CASES.items()]
     two += [command(f'two/{name}_many', words, MANY) for name, words in CASES.items()]
     two += [command('two/dropout', CASES['dpo'], '--lora_dropout=0.3')]
-    for name, flags in (('dpo', []), ('dropout', ['--lora_dropout=0.3']), ('reward', []), ('ppo', [])):
+    for name, flags in (('dpo', []), ('dropout', ['--lora_dropout=0.3']), ('reward', []), ('ppo', []), ('on', [])):
         two += [['cut', f'{folder}/two/{name}', f'{folder}/two/{name}_resumed', 24]]
         flags = [*flags, f'--shard={"none" if name == "dropout" else "full"}']
         two += [command(f'two/{name}_resumed', CASES.get(name, CASES['dpo']), *flags)]
@@ -132,7 +146,33 @@ def test_adapters_off_are_a_second_model(runs):
     same(runs / 'one/cached', runs / 'one/uncached')
 
 
-@pytest.mark.parametrize('case', ['dpo', 'dropout', 'reward', 'ppo'])
+def test_an_adapter_goes_on(runs):
+    """Its reference is what it was: before the first step nothing differs, and then as if that lay beside it as a model."""
+    for case in ('on', 'on_half', 'on_cached'):
+        (row,) = metrics(runs / 'one' / case, 'check')
+        assert row['rewards_train/chosen'] == row['rewards_train/rejected'] == 0
+        assert row['loss/train'] == pytest.approx(math.log(2), rel=1e-6)
+    same(runs / 'one/on_two_models', runs / 'one/on')
+    same(runs / 'one/on_cached', runs / 'one/on')
+    # it begins where the other run has ended
+    ended = read_jsonl(runs / 'one/samples/samples.jsonl'), read_jsonl(runs / 'one/on_samples/samples.jsonl')
+    policy, reference = ([row['response'] for row in rows if row['generator'] == name]
+                         for rows, name in zip(ended, ('policy', 'reference'), strict=True))  # fmt: skip
+    assert policy == reference
+    gaps = [row['kl_train/samples'] for row in metrics(runs / 'one/ppo_on', 'train')]
+    assert gaps[0] == 0 != gaps[1]
+    again, ended = metrics(runs / 'one/reward_on'), metrics(runs / 'one/reward_model')
+    assert again[0]['loss/train'] == pytest.approx(ended[0]['loss/train'], rel=1e-5)
+
+
+@pytest.mark.parametrize('case', ['whole', 'grpo', 'reward'])
+def test_an_adapter_is_merged(runs, case):
+    """As a model to train, as reference and reward model: what the folder with the merged weights gives."""
+    assert metrics(runs / f'one/{case}_adapter') == metrics(runs / f'one/{case}_model')
+    assert same_bits(runs / f'one/{case}_adapter/model', runs / f'one/{case}_model/model')
+
+
+@pytest.mark.parametrize('case', ['dpo', 'dropout', 'reward', 'ppo', 'on'])
 def test_resumed_bit_exactly(runs, case):
     whole, again = runs / 'two' / case, runs / 'two' / f'{case}_resumed'
     assert metrics(whole) == metrics(again)
@@ -249,11 +289,19 @@ def test_head_beside_the_adapters(tmp_path, device):
     (['--lora_rank=2', '--lora_targets= '], "cannot put adapters on ' '"),
     (['--lora_alpha=2'], '--lora_alpha has no effect: there is no --lora_rank'),
     (['--lora_rank=0'], 'lora_rank must lie between 1'),
+    (['--quantize=4bit'], 'weights of 4 bits do not train; add --lora_rank'),
+    (['--quantize=4bit', '--lora_rank=2', '--device_map=balanced'], 'quantize and device_map do not go together'),
     (['--lora_rank=2', '--lora_dropout=1'], 'lora_dropout must lie between 0 and 0.9'),
 ])  # fmt: skip
 def test_sentences(tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', *flags)
+
+
+def test_without_bitsandbytes(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'bitsandbytes', None)
+    with pytest.raises(UserError, match='needs bitsandbytes .*: pip install bitsandbytes, or leave it out'):
+        run_script('dpo.py', *COMMON, '--lora_rank=2', '--quantize=4bit', f'--out_dir={tmp_path}/run')
 
 
 def test_without_peft(monkeypatch):

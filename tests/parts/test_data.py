@@ -442,10 +442,10 @@ def test_load_examples(tmp_path, tok):
 
 # fmt: off
 VANISHING = {  # rows of which nothing is left, and what is said
-    'layout': ([{'ask': 'q', 'chosen': 'a', 'rejected': 'b'}] * 5, 'bad rows.*5'),
-    'equal': ([pair(f'p{i}', ' a', ' a') for i in range(5)], 'equal answers.*5'),
-    'prompts': ([{'prompt': 'p'}] * 5, 'rows with a prompt only, where pairs needs chosen and rejected.*5'),
-    'empty': ([pair(f'p{i}', ' a', '') for i in range(5)], 'empty answers.*5'),
+    'layout': ([{'ask': 'q', 'chosen': 'a', 'rejected': 'b'}] * 5, '5 bad rows'),
+    'equal': ([pair(f'p{i}', ' a', ' a') for i in range(5)], '5 pairs with equal answers'),
+    'prompts': ([{'prompt': 'p'}] * 5, '5 rows with a prompt only, where pairs needs chosen and rejected'),
+    'empty': ([pair(f'p{i}', ' a', '') for i in range(5)], '5 empty answers'),
     'nothing': ([], 'left out: nothing'),
 }
 # fmt: on
@@ -806,6 +806,28 @@ def test_pack(groups, layout):
     # the first token follows this prompt, no other
     ends = [start + len(p) - 1 for (p, answers), start in zip(units, starts[:-1], strict=True) for _ in answers]
     assert batch.predict_at[batch.offset == 0].tolist() == ends
+
+
+@MANY
+@given(GROUPS, st.sampled_from([None, 1, 2, 5]), st.sampled_from([0, 30, 10_000]))
+def test_blocks(groups, window, small):
+    """Blocks cut the row into its groups; a mask lets a token see its prompt and its own answer so far."""
+    batch, before = packed(groups), data.SMALL
+    data.SMALL = small
+    blocks = data.make_blocks(batch.groups)
+    data.SMALL = before
+    assert [group for block in blocks for group in block.groups] == batch.groups
+    for block in blocks:
+        tokens = sum(prompt + sum(answers) for prompt, answers in block.groups)
+        assert sum(block.sizes) == tokens and (tokens <= small or len(block.groups) == 1)
+        # (group, answer, position) of every token; answer None: the prompt
+        names = []
+        for g, (prompt, answers) in enumerate(block.groups):
+            names += [(g, None, i) for i in range(prompt)]
+            names += [(g, a, prompt + i) for a, n in enumerate(answers) for i in range(n)]
+        for (g, a, i), row in zip(names, block.mask(window, 'cpu').tolist(), strict=True):
+            seen = [(h, b, j) for (h, b, j), sees in zip(names, row, strict=True) if sees]
+            assert seen == [x for x in names if x[0] == g and x[1] in (None, a) and i - (window or 10**6) < x[2] <= i]
 
 
 @MANY

@@ -102,7 +102,7 @@ def from_logits(x, who='policy', labels=None, divergence=None):
     keep = labels[:, 1:] != -100
     logits = x[f'{who}_logits'][:, :-1][keep]
     eye = torch.eye(logits.shape[1], dtype=logits.dtype)
-    reference = (x['reference_logits'][:, :-1][keep], (eye, None)) if divergence else None
+    reference = (x['reference_logits'][:, :-1][keep], eye, None) if divergence else None
     out = model.Head.apply(logits, eye, None, labels[:, 1:][keep], SimpleNamespace(), divergence, reference)
     row = keep.nonzero()[:, 0]
     return [out.new_zeros(len(keep)).index_add(0, row, tokens) for tokens in out], keep.sum(1)

@@ -1,8 +1,10 @@
 """wandb and tensorboard, read back with what they offer for it; what is missing is said before anything is loaded."""
 
 import importlib.machinery
+import io
 import itertools
 import json
+import logging
 import shutil
 import struct
 import sys
@@ -16,6 +18,7 @@ from helpers import end_process_group, metrics, python, read_jsonl, run_script, 
 import configurator
 import training
 from configurator import UserError
+from hf import load
 from runtime import log
 from runtime.metrics import meaning
 from text.examples import in_words
@@ -352,3 +355,19 @@ def test_the_default_warm_up_is_at_most_a_tenth_of_the_run(capsys, given, total,
 def test_acc_and_margin_are_explained_where_they_are_something_else(paired, has_reference, words):
     found = meaning('simpo', paired, has_reference)
     assert found.startswith(words) if words else found is None
+
+
+def test_warnings_of_libraries(monkeypatch):
+    """What transformers warns of is shown, but for what is known by name to be harmless; on other ranks nothing is."""
+    stream, writer = io.StringIO(), logging.getLogger('transformers.modeling_utils')
+    handler = next(h for h in logging.getLogger('transformers').handlers if load.concerns_user in h.filters)
+    before = handler.setStream(stream)
+    try:
+        for part in load.HARMLESS:
+            writer.warning(f'Some {part} of a model')
+        writer.warning('the weights are upside down')
+        monkeypatch.setenv('RANK', '1')
+        writer.warning('the weights are upside down here, too')
+    finally:
+        handler.setStream(before)
+    assert stream.getvalue().endswith('the weights are upside down\n') and stream.getvalue().count('\n') == 1

@@ -103,7 +103,7 @@ def test_scores_and_gradients_are_those_of_transformers(folders, name):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_exported_folder_is_plain_transformers(folders, name, tmp_path, capsys):
     """load_reward -> shard -> export -> AutoModelForSequenceClassification and score.py: the same scores, also padded."""
-    load._noted.clear()
+    load.say_once.cache_clear()
     tokenizer = load.separate_pad(load.load_tokenizer(str(folders / name)))
     build = partial(load.load_reward, str(folders / name), tokenizer, new_head=True, seed=7)
     net = fsdp.shard(build, torch.device('cpu'), cpu_offload=True)

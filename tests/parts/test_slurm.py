@@ -1,6 +1,7 @@
-"""experiments/slurm.sh with stand-ins for Slurm's commands and torchrun on the PATH: what it starts, when it requeues."""
+"""experiments/slurm.sh with stand-ins for Slurm's commands and torchrun on the PATH: what it starts, when it requeues. And sh for bash."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -63,4 +64,23 @@ def test_the_warning_saves_and_requeues(tmp_path):
 
 def test_without_a_command(tmp_path):
     job = start(tmp_path, 0, 0)
-    assert job.wait(30) == 2 and job.stderr.read().startswith('error: name a script')
+    assert job.wait(30) == 2 and job.stderr.read().startswith('error: give it to Slurm, with a script')
+
+
+@pytest.mark.skipif(not shutil.which('dash'), reason='no sh other than bash here')
+@pytest.mark.parametrize('script', sorted(ROOT.glob('experiments/**/*.sh')), ids=lambda path: path.name)
+def test_sh_instead_of_bash(script, tmp_path):
+    """Each script runs under a plain sh, or says before it does anything that it needs bash. Here python only writes down its words."""
+    (tmp_path / 'python').write_text('#!/bin/sh\necho "$@" >> "$CALLS"\n')
+    (tmp_path / 'python').chmod(0o755)
+    calls = tmp_path / 'calls'
+    environment = {'PATH': f'{tmp_path}:/usr/bin:/bin', 'CALLS': str(calls), 'OUT': str(tmp_path / 'out')}
+    done = subprocess.run(
+        ['dash', script, 'dpo.py'], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    if script.name == 'ai_feedback.sh':
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert calls.read_text().startswith('sft.py config/sft_toy.py --model=toy')
+        return
+    assert (done.returncode, done.stdout) == (2, '') and not calls.exists()
+    assert done.stderr == f'error: this script needs bash: bash {script}\n'

@@ -242,7 +242,8 @@ def test_shards_of_a_hub_id(model, monkeypatch):
     monkeypatch.setattr(load.transformers.PretrainedConfig, 'get_config_dict', lambda *a, **k: (dict(config), {}))
     read = transformers.AutoConfig.from_pretrained
     monkeypatch.setattr(load.transformers.AutoConfig, 'from_pretrained', lambda name, **k: read('model'))
-    monkeypatch.setattr(check, '_hub_file', lambda name, file: f'model/{file}')
+    found = {file.name: str(file) for file in Path('model').iterdir()}
+    monkeypatch.setattr(check, '_hub_file', lambda name, file: found.get(file))
     with pytest.raises(UserError, match='weights must be .safetensors files'):
         load.load_model('some/body')
 
@@ -260,15 +261,14 @@ def test_unused_weights_are_said_once(folders, model, capsys, which):
     assert 'are not used' not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('what', ['sft.py', 'dpo.py', 'dpo.py, reference', 'reward.py', 'sample.py'])
-def test_an_adapter_is_no_model(folders, what):
+@pytest.mark.parametrize('what', ['sft.py', 'dpo.py', 'dpo.py, reference', 'reward.py', 'sample.py', 'label.py'])
+def test_an_adapter_without_its_model(folders, what):
     Path('run/adapter').mkdir(parents=True)
-    adapter = {'base_model_name_or_path': 'some/base', 'peft_type': 'LORA'}
+    adapter = {'base_model_name_or_path': 'out/base', 'peft_type': 'LORA', 'r': 4}
     Path('run/adapter/adapter_config.json').write_text(json.dumps(adapter))
+    Path('run/adapter/adapter_model.safetensors').touch()
     said = refused(*flags(what, 'run/adapter'))
-    assert "'run/adapter' is an adapter (of some/base), not a whole model: merge it" in said
-    shutil.copytree(folders / 'good', 'run/model')
-    assert "'run/model' beside it is the whole model" in refused(*flags(what, 'run/adapter'))
+    assert "the model of the adapter 'run/adapter' is missing: " in said and "'out/base'" in said
 
 
 def test_a_tokenizer_with_one_token_more():

@@ -12,6 +12,7 @@ import pytest
 import transformers
 from helpers import ROOT, metrics, read_jsonl, write_jsonl
 
+from configurator import UserError
 from hf import generate, load
 from text import toy
 
@@ -89,6 +90,8 @@ BOTH = [
     # the command line and config files
     (['--lerning_rate=1e-3'], 'lerning_rate'),
     (['--bach_size=4'], 'did you mean batch_size'),
+    (['--lerning_rate=4'], 'here it is lr$'),
+    (['{world}/misspel.py'], r'misspel\.py: No such file or directory; there is .*/misspelt\.py'),
     (['{world}/misspelt.py'], r'misspelt\.py, line [12]: unknown option'),
     (['{world}/wrong_type.py'], r"wrong_type\.py, line 1: lr must be float, not '1e-3'"),
     (['{world}/broken.py'], r'broken\.py, line 1: SyntaxError'),
@@ -110,14 +113,14 @@ BOTH = [
     (['--eval_data={world}/broken.jsonl'], r'broken\.jsonl, line 3: not valid JSON'),
     (['--data={world}/fields.jsonl'], r"fields\.jsonl, line 4: 'rejected' is missing"),
     (['--data=hh:{world}/good.jsonl'], r"good\.jsonl, line 1: no '.*Assistant:' in the dialogue"),
-    (['--data={world}/empty_answers.jsonl'], 'no train examples are left.*empty answers.*6'),
+    (['--data={world}/empty_answers.jsonl'], 'no train examples are left.*6 empty answers'),
     (['--data={world}/prompts.jsonl'], 'no train examples are left.*6'),
     (['--data={world}/no_rows.jsonl'], 'no train examples are left'),
     (['--data={world}/layout.jsonl'], r"layout\.jsonl, line 1: no column has the prompt.*'ask' \(text\).*it is the layout.*README"),
     (['--data={world}/no_prompt.jsonl'], r"no_prompt\.jsonl, line 1: no column has the prompt.*'prompt' \(null\)"),
     (['--data={world}/half_repeated.jsonl'], r'half_repeated\.jsonl, line 1: only one of'),
-    (['--data={world}/good.jsonl+{world}/layout.jsonl', '--skip_bad_rows'], r'no train examples .*layout\.jsonl.*bad rows.*6'),
-    (['--eval_data={world}/layout.jsonl', '--skip_bad_rows'], r'no test examples .*layout\.jsonl.*bad rows.*6'),
+    (['--data={world}/good.jsonl+{world}/layout.jsonl', '--skip_bad_rows'], r'no train examples .*layout\.jsonl.*6 bad rows'),
+    (['--eval_data={world}/layout.jsonl', '--skip_bad_rows'], r'no test examples .*layout\.jsonl.*6 bad rows'),
     # models
     (['--model={world}/nothing'], 'nothing'),
     (['--model={world}/no_tokenizer'], 'tokenizer'),
@@ -148,8 +151,8 @@ BOTH = [
 ]  # fmt: skip
 DPO = [
     (['--loss=dop'], "loss must be one of .*'dop'"),
-    (['--data={world}/one_empty.jsonl'], 'no train examples are left.*empty answers.*6'),
-    (['--data={world}/equal_answers.jsonl'], 'no train examples are left.*equal answers.*6'),
+    (['--data={world}/one_empty.jsonl'], 'no train examples are left.*6 empty answers'),
+    (['--data={world}/equal_answers.jsonl'], 'no train examples are left.*6 pairs with equal answers'),
     (['--ref_model={world}/nothing'], 'nothing'),
     (['--ref_model={world}/small'], r'the tokenizer has \d+ ids but the model .* embeds 100'),
     (['--gamma=2'], '--gamma has no effect: the loss dpo'),
@@ -477,3 +480,22 @@ def test_two_processes_agree_and_do_not_hang(world, tmp_path):
     assert done.returncode != 0 and len(re.findall('^error: .*', done.stderr, re.M)) == 1
     assert re.search(f'^error: {cases[-1][1]}', done.stderr, re.M) and re.search(r'exitcode\s*: 2\b', done.stderr)
     assert 'driver.py", line' not in done.stderr  # no traceback of ours
+
+
+# fmt: off
+@pytest.mark.parametrize('words, says', [
+    ('dpo.py config/dpo_toy.py', r'the config file config/dpo_toy.py in {here}: No such file or directory; there is {root}/config/dpo_toy.py'),
+    ('dpo.py {root}/config/dpo_toy.py', "no model folder 'out/sft_toy/model' in {here}: train it first"),
+    ('sample.py --data=prompts.txt', 'cannot read prompts.txt in {here}: No such'),
+    ('label.py --gold=toy --answers=out/a.jsonl', 'no file or folder out/a.jsonl in {here}'),
+    ('dpo.py --data=pairs.jsonl', "'pairs.jsonl' is no file or folder in {here} and no hub id"),
+    ('tools/plot.py out/a', 'no folder out/a in {here}'),
+])
+# fmt: on
+def test_another_working_directory(words, says, tmp_path, monkeypatch):
+    """A relative path, such as those in config files, is looked for where the user is; the sentence that misses it says where."""
+    monkeypatch.chdir(tmp_path)
+    places = {'here': tmp_path, 'root': helpers.ROOT}
+    script, *flags = words.format(**places).split()
+    with pytest.raises(UserError, match=re.escape(says.format(**places))):
+        helpers.run_script(script, *flags)

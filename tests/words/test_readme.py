@@ -24,7 +24,7 @@ SCRIPTS = {
     'tools.plot',
     'tools.report',
 }
-RUN = SCRIPTS | {'data.py'}  # a library, too
+RUN = SCRIPTS | {'data.py', 'feedback.score'}  # libraries, too
 README = (ROOT / 'README.md').read_text()
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / 'README.md', *ROOT.glob('docs/*.md')]}
 OURS = {name: text for name, text in PAGES.items() if name not in ('docs/moved.md', 'docs/coming-from.md')}
@@ -103,7 +103,7 @@ def test_links():
     for name, text in OURS.items():
         for path in re.findall(r'`((?:text|hf|runtime|feedback|rl|tools|experiments|tests|config)/[\w/.]+)`', text):
             assert (ROOT / path).exists(), f'{name}: {path}'
-        for module in re.findall(r'python -m ((?:tools|experiments)[\w.]*)', text):
+        for module in re.findall(r'python -m ((?:tools|experiments|feedback)[\w.]*)', text):
             path = ROOT / module.replace('.', '/')
             assert path.with_suffix('.py').exists() or (path / '__main__.py').exists(), f'{name}: {module}'
 

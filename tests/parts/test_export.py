@@ -1,0 +1,92 @@
+"""The type of the weights that a run leaves is that of those that came in; training and checkpoints are in float32."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import metrics, run_script, tensors, tiny_model
+
+from hf import export, load
+
+STEPS = ['--batch_size=12', '--n_examples=24', '--n_eval_examples=8', '--do_first_eval=false', '--warmup_steps=1', '--lr=1e-2',
+         '--max_length=64', '--max_prompt_length=32', '--save_every=12']  # fmt: skip
+
+
+def base(folder, dtype, **options):
+    """A tiny model whose file has this type, in files of at most so many bytes."""
+    tiny_model(folder, 'llama')
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    (Path(folder) / 'model.safetensors').unlink()
+    model.save_pretrained(folder, **options)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, '_read', {})
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', 'float64'])
+def test_what_came_in(dtype):
+    """Read from the file, whatever the config says; from the config where the file is not at hand."""
+    base('one', getattr(torch, dtype))
+    base('shards', getattr(torch, dtype), max_shard_size='20KB')
+    expected = dtype if dtype != 'float64' else 'float32'
+    for name in ('one', 'shards'):
+        config = Path(name, 'config.json')
+        config.write_text(json.dumps(json.loads(config.read_text()) | {'dtype': 'float32'}))
+        assert load.kept_in(name) == expected
+    load._read['a/hub_id'] = transformers.LlamaConfig(dtype=dtype)
+    assert load.kept_in('a/hub_id') == expected
+    assert load.kept_in('toy') == 'float32'
+
+
+@pytest.mark.parametrize(('dtype', 'step'), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_random_rounding(dtype, step):
+    """What lies on the grid stays; a move of a tenth of a step is kept on average, by the same weights each time."""
+    begun = (1 + torch.arange(16) * step).repeat(20_000) * torch.tensor([1, -1, 0.125, -8]).repeat(80_000)
+    grid = begun.to(dtype).float()
+    generator = torch.Generator()
+    assert export.rounded(grid, dtype, generator.manual_seed(0)).float().equal(grid)
+    moved = grid * (1 + 0.1 * step)
+    assert moved.to(dtype).float().equal(grid)
+    found = export.rounded(moved, dtype, generator.manual_seed(0))
+    kept = (found.float() - grid).double().sum() / (moved - grid).double().sum()
+    assert found.dtype == dtype and kept == pytest.approx(1, abs=0.05)
+    assert found.equal(export.rounded(moved, dtype, generator.manual_seed(0)))
+    assert export.rounded(moved, torch.float32, generator) is moved
+    assert export.rounded(torch.arange(3), dtype, generator).dtype == torch.int64
+
+
+def test_runs_leave_what_came_in(monkeypatch, capsys):
+    """Rounded once, at the end; a run that goes on from it begins with policy and reference equal."""
+    monkeypatch.setattr(export, 'SHARD', '20KB')
+    base('base', torch.bfloat16)
+    run_script('sft.py', *STEPS, '--model=base', '--out_dir=half')
+    assert 'done: half/model, rounded to bfloat16; --save_dtype=float32 is' in capsys.readouterr().out
+    run_script('sft.py', *STEPS, '--model=base', '--out_dir=whole', '--save_dtype=float32')
+    assert capsys.readouterr().out.endswith('done: whole/model\n')
+    half, whole = tensors('half/model'), tensors('whole/model')
+    assert metrics('half') == metrics('whole') and half.keys() == whole.keys()
+    for name, value in whole.items():
+        assert value.dtype == torch.float32 and not value.equal(value.bfloat16().float()), name
+        assert half[name].dtype == torch.bfloat16 and half[name].float().allclose(value, rtol=2**-7, atol=0), name
+    assert {v.dtype for k, v in tensors('half/checkpoints', '*/*.safetensors').items() if v.dim() > 1} == {
+        torch.float32
+    }
+
+    # several files with an index, and a config and a card that say the type
+    assert len(list(Path('half/model').glob('model-0*.safetensors'))) > 2
+    assert json.loads(Path('half/model/config.json').read_text())['dtype'] == 'bfloat16'
+    assert 'trained in float32, and are kept in bfloat16' in Path('half/model/README.md').read_text()
+
+    # the next in the chain: a reference of its own, or the policy itself, or adapters
+    for name, flags in {'pair': ['--ref_model=half/model'], 'alone': [], 'lora': ['--lora_rank=2']}.items():
+        run_script('dpo.py', *STEPS, '--model=half/model', f'--out_dir={name}', *flags)
+        (row,) = metrics(name, 'check')
+        assert row['rewards_train/chosen'] == row['rewards_train/rejected'] == 0
+        assert {v.dtype for v in tensors(f'{name}/model').values()} == {torch.bfloat16}
+    assert {v.dtype for v in tensors('lora/adapter').values()} == {torch.float32}
