@@ -34,15 +34,18 @@ from data import move, steps
 from hf import generate
 from hf.load import add_value_head, check_same_tokens, drop_value_head, load_model, load_reward
 from model import core
-from rl import formulas, rollout
-from rl.rewards import load_judge, score_answers
+from rl import formulas, functions, rollout
+from rl.rewards import Reward
 from runtime import checkpoint, log
 from text.examples import Examples
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
 ref_model: str | None = None  # the reference; None: the model as it is before training
-reward_model: str | None = None  # what scores answers: a folder of reward.py, or gold (of the toy world)
+reward: str | None = None  # what scores: FILE.py:FUNCTION, a model folder, gold (toy world), or 'a.py:f + DIR*0.5'
+reward_model: str | None = None  # the same, if it is one folder, or gold
+reward_workers = 0  # processes that run each function, an answer a call; 0: in this process, all answers in one call
+reward_timeout: float | None = None  # seconds that a call of a function may take in such a process; then it gives 0
 critic = 'head'  # what estimates values: head (on the policy's trunk), own (a copy of the model), or a model folder
 data = 'toy'  # where the prompts come from: hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
 noise_rate = 0.0  # offline: fraction of training pairs whose labels are flipped
@@ -100,10 +103,7 @@ if offline and loss == 'grpo':
     raise UserError('--offline goes with --loss=ppo: grpo compares several answers to one prompt, and samples them')
 if loss == 'grpo' and group_size < 2:
     raise UserError('grpo compares the answers to one prompt: set --group_size to 2 or more')
-if reward_model is None and not offline:
-    raise UserError('nothing scores the answers: give --reward_model=FOLDER (of reward.py), or gold for the toy world')
-if reward_model == 'gold' and {data, training.eval_data or data} != {'toy'}:
-    raise UserError('--reward_model=gold is known for --data=toy alone: give a folder of reward.py')
+parts = functions.asked_for(config, training.eval_data)  # summands of the reward
 if not (0 <= gamma <= 1 and 0 <= lam <= 1):
     raise UserError(f'gamma and lam must lie between 0 and 1, not {gamma} and {lam}')
 group = 1 if offline else group_size  # answers to a prompt
@@ -116,6 +116,7 @@ kl_in_loss = offline or loss == 'grpo'  # else it is in the rewards
 
 # the ranks meet, out_dir is taken
 run = training.begin(config)
+fsdp.on_one_rank(lambda: functions.load_all(parts))
 rank, world, device, tokenizer = run.rank, run.world, run.device, run.tokenizer
 
 # sampling takes no answers from the data: prompts are cut as if the data had none, and no cut answer is reported
@@ -160,19 +161,25 @@ if offline:
 what = 'prompts with their answers'
 is_loaded = ref_model or not run.adapters
 inner_critic = getattr(core(policy), 'critic', None)
-run.choose_attention(longest, what, share_prefix=share_prefix, forward=policy.token_logps, frozen=int(bool(is_loaded)), critic=inner_critic)
+run.choose_attention(
+    longest,
+    what,
+    share_prefix=share_prefix,
+    forward=policy.token_logps,
+    frozen=int(bool(is_loaded)),
+    critic=inner_critic,
+)
 
 # the reference: a model of its own, or the policy itself, which without its adapters is the model as it was
 ref = policy
 if is_loaded:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
 
-# what scores the answers: a (reward model, tokenizer), or None for the toy world itself
-judge = load_judge(config, tokenizer, device)
-score = partial(score_answers, tokenizer=tokenizer, judge=judge, max_tokens=run.max_tokens, ends=stop)
+# what scores the answers; functions see the rows of their prompts
+judge = Reward(parts, config, run.max_tokens, tokenizer, device)
+judge.read_rows(train=None if offline else train, test=held_out)
 describe = partial(rollout.describe, tokenizer=tokenizer, toy=data == 'toy')
-reward_net, _ = judge or (None, None)
-run.check_room(ref, reward_net)
+run.check_room(ref, *judge.models)
 
 # ---- a round: rollout, scores, KL penalty, advantages ----
 
@@ -190,22 +197,24 @@ def make_round(first, rows):
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
 
     # 3. the score of each answer: offline +1 or -1, as it is labelled
-    answers['score'] = torch.from_numpy(np.where(examples.good, 1.0, -1.0)) if offline else score(examples)
-    reward = answers['score']
-    found = {'length/train': answers['n'].double().mean().item()}
-    found['score/train'] = reward.mean().item()
+    if offline:
+        answers['score'] = torch.from_numpy(np.where(examples.good, 1.0, -1.0))
+    else:
+        answers |= judge(examples, 'train', train.uid[rows], stop)
+    scored = answers['score']
+    found = {'length/train': answers['n'].double().mean().item(), 'score/train': scored.mean().item()}
     if not offline:
         found |= describe(examples, tokens, answers, 'train')
-        reward = reward - missing_eos_penalty * ~answers['ended']
+        scored = scored - missing_eos_penalty * ~answers['ended']
 
     # 4. the advantage of each token: grpo gives all tokens of an answer that of the answer in its group
     if loss == 'grpo':
-        groups = reward.view(-1, group)  # (prompts, answers to each)
+        groups = scored.view(-1, group)  # (prompts, answers to each)
         of_answers = formulas.group_advantage(groups).view(-1)
         tokens['advantage'] = of_answers.repeat_interleave(answers['n'])
         found['equal_groups/train'] = (groups.std(1) == 0).double().mean().item()
     else:
-        tokens['advantage'], tokens['target'] = advantages_and_targets(tokens, reward, answers)
+        tokens['advantage'], tokens['target'] = advantages_and_targets(tokens, scored, answers)
         spread = tokens['target'].var(correction=0).item()
         unexplained = (tokens['target'] - tokens['value']).var(correction=0).item()
         found['explained_variance/train'] = 1 - unexplained / spread if spread else 0.0
@@ -223,8 +232,8 @@ def sample_answers(source, rows, each, first_seed):
     return Examples.of(list(zip(prompts[::each], groups, strict=True)))
 
 
-def advantages_and_targets(tokens, reward, answers):
-    """The advantages, and the targets of the values, of all answer tokens: (tokens,) each. reward is (answers,)."""
+def advantages_and_targets(tokens, scored, answers):
+    """The advantages, and the targets of the values, of all answer tokens: (tokens,) each. scored is (answers,)."""
     # tables (answers, longest); the places where mask is true are the tokens in their order
     n = answers['n']
     mask = torch.arange(int(n.max())) < n[:, None]
@@ -236,7 +245,7 @@ def advantages_and_targets(tokens, reward, answers):
     if not kl_in_loss:
         rewards[mask] = -kl_coef * (tokens['pi'] - tokens['ref'])
     last = n - 1
-    rewards[torch.arange(len(n)), last] += reward
+    rewards[torch.arange(len(n)), last] += scored
 
     # values aim at advantage + value; offline at the discounted rewards themselves, which is lam = 1
     advantage = formulas.gae(rewards, value, mask, gamma=gamma, lam=lam)
@@ -357,8 +366,8 @@ def evaluate(seen):
     # one answer to each held-out prompt
     examples = sample_answers(held_out, range(len(held_out)), 1, seed * 1_000_003)
     tokens, answers = rollout.measure(run, policy, ref, examples, stop)
-    if reward_model:
-        answers['score'] = score(examples)
+    if parts:
+        answers |= judge(examples, 'test', held_out.uid, stop)
     if guard.stop_asked():
         return  # answers were cut short: it is done again after the resume
 

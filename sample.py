@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 -- sample.py --model=out/dpo/model --data=hh --n=4 --temperature=0.7
     NANOPREF_API_KEY=... python sample.py --endpoint=https://HOST --endpoint_model=NAME --data=alpaca_eval
 
-The noise of an answer comes from its own seed, a hash of --seed, the prompt and the answer's number; batches are planned
+The noise of an answer comes from its own seed, a hash of --seed, the prompt and the answer's number; parts of the work are planned
 before they are dealt out. So the answers do not depend on the number of ranks, nor on where a run was killed: the same
 command continues it. Another batch_size, or another processor, rounds otherwise, which changes an answer where two tokens are
 nearly tied.
@@ -14,6 +14,7 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
+import json
 import math
 import time
 from collections import Counter
@@ -28,7 +29,9 @@ from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import content, load_model, load_tokenizer
 from hf.probe import room
+from rl import functions
 from runtime import log
+from runtime.files import replace_text
 from text import sources, tokenise
 from text.examples import in_words, uniform_hash
 from text.files import content_hash
@@ -51,6 +54,7 @@ chat = False  # text prompts become chats (Human: is the user), so that the toke
 system: str | None = None  # a system message before every prompt; text prompts become chats
 max_prompt_length: int | None = None  # a longer prompt is cut; None: to what the model's positions leave
 truncation = 'start'  # which end a too long prompt loses: start or end
+reward: str | None = None  # score the answers with functions: 'my_rewards.py:exact_match', or a sum, as in ppo.py
 # how
 n = 1  # answers to a prompt, at each temperature
 temperature: float | str = 1.0  # 0: greedy; several: '0.7 1.0'
@@ -60,7 +64,7 @@ seed = 0  # of the answers
 out_dir = 'out/sample'  # samples.jsonl, model_outputs.json, config.json
 # machine
 batch_size = 64  # answers at a time on a rank
-max_tokens: int | None = None  # a batch is smaller if its prompts and answers may hold more tokens than this
+max_tokens: int | None = None  # fewer at a time if their prompts and answers may hold more tokens than this
 dtype = 'float32'  # float32 or bfloat16
 concurrency = 8  # endpoint: requests at a time
 timeout = 120.0  # endpoint: seconds that a reply may take
@@ -93,6 +97,15 @@ if 0 in temperatures and n > 1:
 if temperatures == [0]:
     config.ignored(['top_p'], 'temperature 0 takes the most probable token')
 n_samples = n * len(temperatures)  # answers to a prompt: numbers 0 to n - 1 at the first temperature, and so on
+
+# functions that score answers
+parts = functions.parse(reward) if reward else []
+if not all(part.file for part in parts):
+    raise UserError(
+        '--reward of sample.py takes functions, FILE.py:NAME: label.py and feedback.score read reward models'
+    )
+if main_rank():
+    functions.load_all(parts)
 
 # who answers: the ranks of a model, or one process that asks
 rank, world, device = fsdp.setup()
@@ -165,7 +178,7 @@ def wanted(i, sample):
 record = dict(config)
 if not endpoint:
     record['weights'] = fsdp.shared(lambda: content(model))
-neutral = {'out_dir', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
+neutral = {'out_dir', 'reward', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = fsdp.first_of_host(read_prompts)
 keys = [(i, sample) for i in range(len(prompts)) for sample in range(n_samples)]  # of all answers
@@ -194,37 +207,39 @@ if not endpoint:
 
 
 def plan():
-    """All answers in batches of one temperature each, longest prompts first: it depends on no rank and no earlier run."""
+    """All answers in parts of one temperature each, longest prompts first: it depends on no rank and no earlier run.
+
+    Returns (rows, answers) each: so many of the part's answers are generated at a time, and others as soon as some have ended."""
 
     def place(key):
         i, sample = key
         return sample // n, -len(ids[i]), key
 
-    # a batch is full by answers, or by the tokens that its prompts and answers may come to
-    batches, width, heat = [], 0, None
+    parts = []
     for i, sample in sorted(keys, key=place):
-        batch = batches[-1] if batches else []
-        full = len(batch) == batch_size
-        too_wide = max_tokens and (len(batch) + 1) * width > max_tokens
-        if full or too_wide or sample // n != heat:
-            batch = []
-            batches.append(batch)
-            width = len(ids[i]) + max_new_tokens  # of its first prompt, the longest
-            heat = sample // n  # the number of its temperature
-        batch.append((i, sample))
-    return batches
+        rows, part = parts[-1] if parts else (0, [])
+        heat = sample // n  # the number of its temperature
+        if len(part) == 4 * rows or heat != part[0][1] // n:
+            # rows are limited by answers, and by the tokens that prompts and answers may come to: the first is the longest
+            longest_text = len(ids[i]) + max_new_tokens
+            rows = min(batch_size, max(1, max_tokens // longest_text)) if max_tokens else batch_size
+            part = []
+            parts.append((rows, part))
+        part.append((i, sample))
+    return parts
 
 
 def generate_all():
-    """Generate the answers of this rank's batches, and keep those that are not there yet."""
-    # a batch of the plan is done again as a whole, so that its noise and rounding are the same
-    unfinished = [batch for batch in plan() if not done.issuperset(batch)]
-    for batch in unfinished[rank::world]:
-        rows = [wanted(*key) for key in batch]
-        asked = [ids[i] for i, _ in batch]
+    """Generate the answers of this rank's parts, and keep those that are not there yet."""
+    # a part of the plan is done again as a whole, so that its noise and rounding are the same
+    unfinished = [(at_a_time, part) for at_a_time, part in plan() if not done.issuperset(part)]
+    for at_a_time, part in unfinished[rank::world]:
+        rows = [wanted(*key) for key in part]
+        asked = [ids[i] for i, _ in part]
         seeds = [row['seed'] for row in rows]
         settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
-        advice = f'{len(batch)} answers do not fit; run the same command with a smaller --batch_size'
+        settings['rows'] = at_a_time
+        advice = f'{min(at_a_time, len(part))} answers do not fit; run the same command with a smaller --batch_size'
         with guard.memory_for(f'{advice}; what is answered is kept'):
             answers = generate.generate(net, tokenizer, asked, seeds, **settings)
 
@@ -235,7 +250,7 @@ def generate_all():
             ended = len(answer_ids) < max_new_tokens
             row['finish'] = 'eos' if ended else 'length'
             row['tokens'] = len(answer_ids) + ended  # the end token counts
-        keep([row for key, row in zip(batch, rows, strict=True) if key not in done])
+        keep([row for key, row in zip(part, rows, strict=True) if key not in done])
 
 
 # ---- an endpoint ----
@@ -342,6 +357,30 @@ if rank == 0:
         summary += f'; {speed:.0f} tokens/s'
     log.say(f'done: {out_dir}/samples.jsonl, {summary}')
     log.say(f'{out_dir}/model_outputs.json: the first answer to each prompt')
+
+
+def score_answers():
+    """Write the scores of all answers into rewards.jsonl, and their means on the screen."""
+    answered = [found[key] for key in sorted(found)]
+    # the rows as they were read; a line of a .txt file is its own
+    rows = [getattr(row, 'raw', row) for row in prompts]
+    asked = [functions.Asked(row['prompt'], rows[row['index']]) for row in answered]
+    responses = [row['response'] for row in answered]
+    scores = {part: functions.score(part, asked, responses)[0] for part in parts}
+    lines = []
+    for i, row in enumerate(answered):
+        values = {part.name: values[i] for part, values in scores.items()}
+        total = sum(part.weight * values[i] for part, values in scores.items())
+        lines.append({'index': row['index'], 'sample': row['sample'], 'score': total, **values})
+    replace_text(f'{out_dir}/rewards.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
+    # means
+    for name in ['score', *(part.name for part in parts)] if len(parts) > 1 else ['score']:
+        mean = sum(line[name] for line in lines) / max(1, len(lines))
+        log.say(f'{out_dir}/rewards.jsonl: mean {name} {mean:.4f}')
+
+
+if parts:
+    fsdp.on_one_rank(score_answers)
 
 # what is missing ends the run with a sentence, on every rank
 raise_if_missing(failed, 'answers')

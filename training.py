@@ -68,7 +68,9 @@ eval_every: int | None = 19968  # evaluate after so many examples; None: only at
 n_eval_examples = 256  # how many held-out examples
 do_first_eval = True  # evaluate before training
 log_every = 1  # print a line after so many examples
-save_every: int | str | None = 'auto'  # write a checkpoint after so many examples; 0: none; auto: every 15 minutes of a longer run
+save_every: int | str | None = (
+    'auto'  # write a checkpoint after so many examples; 0: none; auto: every 15 minutes of a longer run
+)
 keep_last = 2  # checkpoints that are kept
 save_dtype: str | None = (
     None  # of the model that is left: float32, bfloat16, float16; None: that of the model that came in
@@ -143,7 +145,10 @@ class Run:
         self.models = fingerprints(config)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code)
         self.max_tokens = max_tokens  # with auto a number from choose_attention on
-        self.save_every, self.stamps = save_every, []  # with auto a number after the first steps, whose ends the stamps are
+        self.save_every, self.stamps = (
+            save_every,
+            [],
+        )  # with auto a number after the first steps, whose ends the stamps are
 
     # ---- set-up, in this order ----
 

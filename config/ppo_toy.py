@@ -7,6 +7,7 @@ loss = 'ppo'
 kl_coef = 0.1
 n_examples = 4096
 batch_size = 256
+sample_batch = 256
 minibatch_size = 64
 ppo_epochs = 2
 lr = 5e-4

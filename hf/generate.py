@@ -1,11 +1,15 @@
 """Sampling answers from a model. The noise of an answer comes from its own seed, so no answer depends on its batch."""
 
+import contextlib
 import json
 import math
+from collections import deque
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import fsdp
 from configurator import UserError
@@ -14,6 +18,9 @@ from model import core, padded_attention
 from runtime import guard
 from runtime.files import append
 from text.examples import splitmix64
+
+# the rows change when a share of them has ended, and this many tokens were sampled: a change costs one or two tokens' time
+SHARE, LEAST = 4, 8
 
 # ---- for the scripts ----
 
@@ -86,51 +93,123 @@ def sample_held_out(run, models, n, seen, measure=None, **settings):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0, keep_end=False):
+def generate(
+    model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0, keep_end=False, rows=None
+):
     """Sample an answer for each prompt (lists of ids). The noise of answer i comes from seeds[i]; temperature 0 is greedy.
 
-    Returns lists of ids. An answer ends with one of stop_tokens, if it has not max_new_tokens before; that token is in it if
-    keep_end. Under FSDP call it inside fsdp.unsharded, or equally often on all ranks."""
-    inner, filler = core(model), tokenizer.eos_token_id
-    stop = stop_tokens(model, tokenizer)
-    width = max(map(len, prompts))  # prompts are padded on the left
-    padding = [width - len(prompt) for prompt in prompts]
-    ids = [[filler] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * n + [1] * (width - n) for n in padding]
-    ids, mask = (torch.tensor(rows, device=inner.device) for rows in (ids, mask))
+    At most `rows` answers are in the making at a time (None: all); those that have ended make room for others. Returns lists of
+    ids. An answer ends with one of stop_tokens, if it has not max_new_tokens before; that token is in it if keep_end. Under
+    FSDP call it inside fsdp.unsharded."""
+    inner, stop = core(model), stop_tokens(model, tokenizer)
+    rows, refill = rows or len(prompts), can_refill(inner)
+    answers = [[] for _ in prompts]
+    waiting = deque(range(len(prompts)))
+    active, cache, kept = [], None, []  # numbers of the answers in the making, and their rows in the cache
+    with _sampling(model, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id):
+        while waiting or active:
+            # free rows go to the next prompts; if caches cannot be put together, not before all are free
+            free = rows - len(active) if refill or not active else 0
+            new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            texts = [[*prompts[i], *answers[i]] for i in active + new]
+            if refill:
+                parts = [(cache, kept)] if active else []
+                parts += [_prefill(inner, texts[len(active) :])] if new else []
+                cache = _join(parts, max(1, *(len(text) - 1 for text in texts)))
+            active += new
 
-    # what scores go through before the largest is taken: with temperature 0, nothing
-    processors = transformers.LogitsProcessorList()
-    if temperature > 0:
-        processors.append(transformers.TemperatureLogitsWarper(temperature))
-        if top_p < 1:
-            processors.append(transformers.TopPLogitsWarper(top_p))
-        processors.append(_Draw(seeds, width))
+            # tokens for all of them, until enough have ended
+            lengths = [len(answers[i]) for i in active]
+            enough = max(1, len(active) // SHARE) if refill else len(active)
+            ends = _Ends(stop, lengths, max_new_tokens, enough)
+            draw = _processors([seeds[i] for i in active], lengths, temperature, top_p)
+            more = {'max_new_tokens': max_new_tokens - min(lengths), 'logits_processor': draw}
+            more['stopping_criteria'] = transformers.StoppingCriteriaList([stop_generating, ends])
+            found = _generate(inner, texts, cache, **more)
 
-    # not the model's settings, such as a repetition penalty; no block trains, for recomputed activations get no KV cache
+            # rows that ended before the others are filled up behind their end
+            kept = []
+            for row, (i, tokens) in enumerate(zip(active, found, strict=True)):
+                tokens = tokens[: max_new_tokens - len(answers[i])]
+                end = next((at for at, token in enumerate(tokens, 1) if token in stop), None)
+                answers[i] += tokens[:end]
+                if end is None and len(answers[i]) < max_new_tokens:
+                    kept.append(row)
+            active = [active[row] for row in kept]
+            if _told_to_stop():
+                break
+    return answers if keep_end else [without_end(answer, stop) for answer in answers]
+
+
+@contextlib.contextmanager
+def _sampling(model, **settings):
+    """Let a model generate for a while, with settings of a GenerationConfig, and leave it as it was."""
+    inner = core(model)
+    # not the model's own settings, such as a repetition penalty; no block trains, for recomputed activations get no KV cache
     own = inner.generation_config
     training = [module for module in model.modules() if module.training]
-    inner.generation_config = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=filler
-    )
-    heeding = transformers.StoppingCriteriaList([stop_generating])
-    options = {'logits_processor': processors, 'stopping_criteria': heeding, 'synced_gpus': False}
+    inner.generation_config = transformers.GenerationConfig(do_sample=False, **settings)
     try:
         for module in training:
             module.training = False
         with padded_attention(model):
-            out = inner.generate(ids, attention_mask=mask, **options)
+            yield
     finally:
         inner.generation_config = own
         for module in training:
             module.training = True
 
-    # rows that ended before the longest are filled up behind their end
-    answers = []
-    for row in out[:, width:].tolist():
-        end = next((i for i, token in enumerate(row) if token in stop), len(row))
-        answers.append(row[: end + 1] if keep_end else row[:end])
-    return answers
+
+def _generate(inner, texts, cache, **options):
+    """Continue texts (lists of ids) with model.generate: lists of new ids. A cache holds all but the last token of each."""
+    cached = 0 if cache is None else cache.get_seq_length()
+    width = max(cached + 1, *map(len, texts))  # texts are padded on the left
+    padding = [width - len(text) for text in texts]
+    filler = inner.generation_config.pad_token_id
+    ids = [[filler] * n + text for n, text in zip(padding, texts, strict=True)]
+    mask = [[0] * n + [1] * (width - n) for n in padding]
+    ids, mask = (torch.tensor(rows, device=inner.device) for rows in (ids, mask))
+    if cache is not None:
+        options['past_key_values'] = cache
+    ids = ids[:, cached:]
+    out = inner.generate(ids, attention_mask=mask, synced_gpus=False, **options)
+    return out[:, ids.shape[1] :].tolist()
+
+
+# ---- keys and values of several batches in one ----
+
+
+def can_refill(inner):
+    """Whether a model's cache is keys and values by token alone, of all tokens or a window, so that rows can come and go."""
+    if inner._is_stateful or not inner._supports_default_dynamic_cache():
+        return False
+    layers = transformers.DynamicCache(config=inner.config).layers
+    chunked = getattr(inner.config, 'attention_chunk_size', None)
+    return not chunked and {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def _prefill(inner, texts):
+    """(a cache of all tokens but the last of each text, the row of each text in it). Equal texts share a row."""
+    row = {}
+    for text in texts:
+        row.setdefault(tuple(text[:-1]), len(row))
+    cache = transformers.DynamicCache(config=inner.config)
+    _generate(inner, [list(text) for text in row], cache, max_new_tokens=1)  # that token is not used
+    return cache, [row[tuple(text[:-1])] for text in texts]
+
+
+def _join(parts, width):
+    """One cache of the chosen rows of several, (cache, rows) each, with states of the last `width` places of each row."""
+    (joined, _), *_ = parts
+    for layers in zip(*(cache.layers for cache, _ in parts), strict=True):
+        # a layer with a window holds fewer
+        size = min(width, max(layer.keys.shape[2] for layer in layers))
+        for name in ('keys', 'values'):
+            states = [getattr(layer, name)[rows] for layer, (_, rows) in zip(layers, parts, strict=True)]
+            padded = [F.pad(x, (0, 0, size - x.shape[2], 0)) for x in states]
+            setattr(layers[0], name, torch.cat(padded))
+        layers[0].cumulative_length = width
+    return joined
 
 
 def stop_tokens(model, tokenizer):
@@ -145,10 +224,49 @@ def without_end(answer, stop):
     return answer[:-1] if answer and answer[-1] in stop else answer
 
 
+# ---- one token ----
+
+
+def _told_to_stop():
+    """Whether a signal asks to stop: not heeded in a tensor-parallel group, whose ranks must stop together."""
+    return guard.asked_here() and not fsdp.in_groups()
+
+
 def stop_generating(ids, scores):
-    """(rows,) whether to stop: if a signal asks for it, except in a tensor-parallel group, whose ranks must stop together."""
-    stop = guard.asked_here() and not fsdp.in_groups()
-    return torch.full((len(ids),), stop, device=ids.device)
+    """(rows,) whether a signal asks to stop."""
+    return torch.full((len(ids),), _told_to_stop(), device=ids.device)
+
+
+class _Ends(transformers.StoppingCriteria):
+    """Ends rows at a stop token or at their length; all of them when `enough` have ended, but not before LEAST tokens."""
+
+    def __init__(self, stop, taken, max_new_tokens, enough):
+        self.stop = torch.tensor(sorted(stop))
+        self.left = max_new_tokens - torch.tensor(taken)  # (rows,) tokens
+        self.enough = enough
+        self.ended = None
+        self.steps = 0
+
+    def __call__(self, ids, scores, **more):
+        self.steps += 1
+        if self.ended is None:
+            self.stop, self.left = self.stop.to(ids.device), self.left.to(ids.device)
+            self.ended = torch.zeros_like(self.left, dtype=torch.bool)
+        self.ended |= torch.isin(ids[:, -1], self.stop) | (self.steps >= self.left)
+        if self.steps < LEAST:
+            return self.ended
+        return self.ended | (self.ended.sum() >= self.enough)
+
+
+def _processors(seeds, taken, temperature, top_p):
+    """What scores go through before the largest is taken: with temperature 0, nothing. taken: tokens sampled so far, a row."""
+    processors = transformers.LogitsProcessorList()
+    if temperature > 0:
+        processors.append(transformers.TemperatureLogitsWarper(temperature))
+        if top_p < 1:
+            processors.append(transformers.TopPLogitsWarper(top_p))
+        processors.append(_Draw(seeds, taken))
+    return processors
 
 
 class _Draw(transformers.LogitsProcessor):
@@ -159,9 +277,10 @@ class _Draw(transformers.LogitsProcessor):
     Unlike inverting the cumulative distribution, where a rounding error in one probability moves the borders of all later
     tokens, another batch's rounding can only change a near tie, or a token on the edge of top_p."""
 
-    def __init__(self, seeds, start):
+    def __init__(self, seeds, taken):
+        self.seeds = seeds
         self.keys = splitmix64(np.array([seed % 2**64 for seed in seeds], np.uint64))  # (rows,)
-        self.start = start  # columns of the prompts
+        self.step = np.array(taken, np.uint64)  # (rows,) tokens sampled so far
         self.grid = None  # one buffer for all steps: fresh memory costs a CPU as much as the arithmetic
 
     def __call__(self, ids, scores):
@@ -172,21 +291,24 @@ class _Draw(transformers.LogitsProcessor):
             self.grid = scores.new_full((rows, side * side), -math.inf)
         self.grid[:, :vocabulary] = scores
         grid = self.grid.view(rows, side, side)
-        step = ids.shape[1] - self.start  # tokens sampled so far
-        block_noise, token_noise = self.noise(step, 2 * side).to(scores).split(side, 1)
+        block_noise, token_noise = self.noise(2 * side).to(scores.device, non_blocking=True).split(side, 1)
+        self.step += np.uint64(1)
 
         # a block, then a token in it
         mass = grid.logsumexp(2)
         if mass.isnan().any():
             raise UserError("the model's scores are not numbers: its weights are broken, or too large for its type")
         block = (mass + block_noise).argmax(1)
-        inside = (grid[torch.arange(rows), block] + token_noise).argmax(1)
+        inside = (grid[torch.arange(rows, device=block.device), block] + token_noise).argmax(1)
         drawn = block * side + inside
         return scores.fill_(-math.inf).scatter_(1, drawn[:, None], 0.0)
 
-    def noise(self, step, n):
-        """(rows, n) Gumbel noises of a step. A row's are numbered through all steps; the constant is splitmix64's."""
-        numbers = np.arange(step * n, (step + 1) * n, dtype=np.uint64)
+    def noise(self, n):
+        """(rows, n) Gumbel noises of this step. A row's are numbered through all steps; the constant is splitmix64's."""
+        first = self.step * np.uint64(n)
+        numbers = first[:, None] + np.arange(n, dtype=np.uint64)
         bits = splitmix64(self.keys[:, None] + numbers * np.uint64(0x9E3779B97F4A7C15))
         uniform = ((bits >> np.uint64(11)) + 0.5) / 2**53  # 53 of the bits; never 0
-        return torch.from_numpy(-np.log(-np.log(uniform)))
+        noise = torch.from_numpy(-np.log(-np.log(uniform))).float()
+        # from pinned memory a GPU fetches it without holding up this process
+        return noise.pin_memory() if torch.cuda.is_available() else noise

@@ -53,16 +53,13 @@ def sample(run, prompts, seeds, max_new_tokens, sample_batch):
     # this rank's prompts, those of similar length side by side
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mine = longest_first[run.rank :: run.world]
-    settings = {'max_new_tokens': max_new_tokens, 'keep_end': True}
-    answers = {}  # number of the prompt -> ids
+    asked = [prompts[i] for i in mine]
+    keys = [seeds[i] for i in mine]
+    settings = {'max_new_tokens': max_new_tokens, 'keep_end': True, 'rows': sample_batch}
     too_large = 'sampled answers do not fit; lower sample_batch or max_new_tokens'
     with fsdp.unsharded(run.policy), guard.memory_for(too_large):
-        for start in range(0, len(mine), sample_batch):
-            part = mine[start : start + sample_batch]
-            asked = [prompts[i] for i in part]
-            keys = [seeds[i] for i in part]
-            found = generate.generate(run.policy, run.tokenizer, asked, keys, **settings)
-            answers |= zip(part, found, strict=True)
+        found = generate.generate(run.policy, run.tokenizer, asked, keys, **settings)
+    answers = dict(zip(mine, found, strict=True))  # number of the prompt -> ids
     for others in fsdp.gather_objects(answers):
         answers |= others
     return [answers[i] for i in range(len(prompts))]
@@ -117,10 +114,10 @@ def measure(run, policy, ref, examples, stop):
 
 
 def of_answers(tokens, answers):
-    """{'tokens', 'logratio' (policy to reference, nats), 'score' if there is one} of each answer: a list. Columns as measure's."""
+    """{'tokens', 'logratio' (policy to reference, nats), scores if there are any} of each answer: a list. Columns as measure's."""
     gaps = (tokens['pi'] - tokens['ref']).split(answers['n'].tolist())
     columns = {'tokens': answers['n'], 'logratio': torch.stack([gap.sum() for gap in gaps])}
-    columns |= {'score': answers['score']} if 'score' in answers else {}
+    columns |= {name: values for name, values in answers.items() if name.startswith('score')}
     lists = {name: [round(value, 6) for value in values.tolist()] for name, values in columns.items()}
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
@@ -128,7 +125,7 @@ def of_answers(tokens, answers):
 def describe(examples, tokens, answers, split, *, tokenizer, toy):
     """Metrics of sampled answers: name -> float.
 
-    tokens, answers: columns, as measure gives them; answers may have a score, too. toy: add what the toy world says of them."""
+    tokens, answers: columns, as measure gives them; answers may have those of a Reward, too. toy: add what the toy world says of them."""
     gap = tokens['pi'] - tokens['ref']
     found = {
         f'kl_{split}/samples': gap.sum() / len(answers['n']),
@@ -137,8 +134,9 @@ def describe(examples, tokens, answers, split, *, tokenizer, toy):
         f'length/{split}': answers['n'].double().mean(),
         f'ended/{split}': answers['ended'].double().mean(),
     }
-    if 'score' in answers:
-        found[f'score/{split}'] = answers['score'].mean()
+    found |= {
+        f'{name}/{split}': values.mean() for name, values in answers.items() if name.startswith(('score', 'late'))
+    }
     if toy:
         found |= toy_metrics(examples, tokenizer, split)
     return metrics.numbers(found)

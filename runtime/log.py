@@ -15,7 +15,7 @@ from runtime.files import append, cut_rows, give_up_kept, replace_text, say, wri
 
 # options that may differ when a run is continued: they change neither the result nor what is compared
 NEUTRAL = set('resume out_dir activation_checkpointing keep_last log_every save_every max_tokens compile wandb tensorboard tp '
-              'device_map cpu_offload shard skip_bad_steps deterministic save_dtype'.split())  # fmt: skip
+              'device_map cpu_offload shard skip_bad_steps deterministic save_dtype reward_workers reward_timeout'.split())  # fmt: skip
 # what a run puts into its out_dir, beside config.json, .lock and checkpoints
 WRITTEN = ('model', 'adapter', 'metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl', 'latest', 'wandb_id.txt')
 # metrics on the screen, and their names there

@@ -14,7 +14,8 @@ RANGES = {
     (0, 0.9): 'lora_dropout',
     (1e-9, 1): 'top_p',
     (1e-9, math.inf): 'max_grad_norm beta_prime lora_alpha clip value_clip beta tau mu importance_max peak_tflops',
-    (1e-3, 1e6): 'timeout',
+    (1e-3, 1e6): 'timeout reward_timeout',
+    (0, 1000): 'reward_workers',
     (1, 1000): 'concurrency threads width',
     (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every keep_last log_every max_length '
                    'max_prompt_length max_new_tokens num_turns n_eval_model_samples n_steps prompt_tokens '
@@ -83,7 +84,8 @@ ELSEWHERE = {
     'pretrained': 'model', 'model_id': 'model', 'tokenizer_name': 'model (its folder has the tokenizer)', 'dataset_name': 'data',
     'dataset': 'data', 'datasets': 'data', 'train_file': 'data', 'train_data': 'data', 'eval_dataset': 'eval_data',
     'val_data': 'eval_data', 'eval_file': 'eval_data', 'ref_model_name_or_path': 'ref_model', 'reward_model_path': 'reward_model',
-    'reward_model_name_or_path': 'reward_model', 'loss_type': 'loss', 'loss_fn': 'loss', 'mode_loss': 'loss',
+    'reward_model_name_or_path': 'reward_model', 'reward_funcs': 'reward',
+    'reward_function': 'reward', 'custom_reward_function': 'reward', 'loss_type': 'loss', 'loss_fn': 'loss', 'mode_loss': 'loss',
     'per_device_train_batch_size': 'batch_size (of all GPUs and microbatches together)',
     'train_batch_size': 'batch_size (of all GPUs and microbatches together)', 'global_batch_size': 'batch_size',
     'per_device_eval_batch_size': 'max_tokens (tokens of a microbatch)', 'eval_batch_size': 'max_tokens (tokens of a microbatch)',

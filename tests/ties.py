@@ -16,12 +16,8 @@ def watch(patch):
     """Watch all sampling of this process from now on, by way of a MonkeyPatch.
 
     Returns a dict that fills up: seed of an answer -> the smallest change of scores that would have changed it."""
-    slack, seeds, edge = {}, [], []
-    run, top_p, draw = generate.generate, transformers.TopPLogitsWarper.__call__, generate._Draw.__call__
-
-    def watched_run(model, tokenizer, prompts, its_seeds, **settings):
-        seeds[:], edge[:] = its_seeds, [torch.full((len(prompts),), math.inf)]
-        return run(model, tokenizer, prompts, its_seeds, **settings)
+    slack, edge = {}, [torch.tensor(math.inf)]
+    top_p, draw = transformers.TopPLogitsWarper.__call__, generate._Draw.__call__
 
     def watched_top_p(self, ids, scores):
         left = top_p(self, ids, scores.clone())
@@ -29,12 +25,12 @@ def watch(patch):
         return left
 
     def watched_draw(self, ids, scores):
-        least = torch.minimum(edge[0], _lead(self, ids, scores))
-        for seed, change in zip(seeds, least.tolist(), strict=True):
+        least = torch.minimum(edge[0], _lead(self, scores))
+        edge[:] = [torch.tensor(math.inf)]  # the next draw may be without top_p
+        for seed, change in zip(self.seeds, least.tolist(), strict=True):
             slack[seed] = min(slack.get(seed, math.inf), change)
         return draw(self, ids, scores)
 
-    patch.setattr(generate, 'generate', watched_run)
     patch.setattr(transformers.TopPLogitsWarper, '__call__', watched_top_p)
     patch.setattr(generate._Draw, '__call__', watched_draw)
     return slack
@@ -52,12 +48,12 @@ def _distance_to_the_edge(scores, kept, top_p):
     return distances.abs().min(0).values.float()
 
 
-def _lead(draw, ids, scores):
+def _lead(draw, scores):
     """Half of each row's lead, with its noise, of the block that is drawn and of the token in it, whichever is less."""
     rows, vocabulary = scores.shape
     side = math.isqrt(vocabulary - 1) + 1
     grid = torch.nn.functional.pad(scores, (0, side * side - vocabulary), value=-math.inf).view(rows, side, side)
-    noise = draw.noise(ids.shape[1] - draw.start, 2 * side).to(scores)
+    noise = draw.noise(2 * side)
     blocks = grid.logsumexp(2) + noise[:, :side]
     inside = grid[torch.arange(rows), blocks.argmax(1)] + noise[:, side:]
     best = torch.stack([blocks.topk(2).values, inside.topk(2).values])

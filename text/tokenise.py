@@ -132,6 +132,21 @@ def _rows(names, split, task, reading, left_out, both=False):
                 raise sources.vanished(source, split, reasons + unused)
 
 
+def source_rows(examples, data, split, task, *, chat, system, **reading):
+    """{uid: (prompt, text or chat; the row as it was read, with all its columns)} of Examples that load_examples has made.
+
+    reading: undivided, num_turns, skip_bad_rows, columns."""
+    wanted, found = set(examples.uid.tolist()), {}
+    for row in _rows(data.split('+'), split, task, reading, Counter()) if wanted else ():
+        shown = as_chats(row, system) if chat or system else row
+        for part in as_parts(shown, task, Counter()):
+            if part.uid in wanted:
+                found.setdefault(part.uid, (part.prompt, row.raw))
+        if len(found) == len(wanted):
+            break
+    return found
+
+
 def _tokenizer_stamp(tokenizer):
     """What decides a tokenizer's ids, json-able. PLAIN_CHAT counts as no template: a run sets it where there was none."""
     model = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())

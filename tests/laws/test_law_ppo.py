@@ -11,11 +11,12 @@ COMMON = ['--max_new_tokens=40', '--lr=5e-4', '--warmup_steps=0', '--max_prompt_
 ROUND = '--n_examples=24 --batch_size=24 --minibatch_size=12 --ppo_epochs=2 --n_eval_examples=4 --seed=3'.split()
 ROUND += ['--max_grad_norm=0.5', '--do_first_eval=false']
 GOLD = '--reward_model=gold'
+OWN = '--reward=tests/own_rewards.py:words*0.1 + gold'
 LAW = {
     'ppo': [GOLD, '--missing_eos_penalty=0.5', '--max_new_tokens=12'],
     'own': [GOLD, '--critic=own', '--group_size=2', '--vf_coef=1.0'],
     'grpo': ['--loss=grpo', '--group_size=4', GOLD, '--kl_coef=0.3'],
-    'per_answer': ['--loss=grpo', '--group_size=6', GOLD, '--per_answer', '--pack=false'],
+    'per_answer': ['--loss=grpo', '--group_size=6', OWN, '--per_answer', '--pack=false'],
     'offline': ['--offline', '--kl_coef=0.3', '--clip=0.5', '--value_clip=None'],
 }
 LEARN = ['--batch_size=256', '--minibatch_size=64', '--lr=1e-3', '--n_eval_examples=128']
@@ -25,7 +26,7 @@ TOY = {
     'offline': ['--offline', '--n_examples=2560', '--ppo_epochs=1', '--clip=0.5'],
 }
 DIE = '--n_examples=72 --batch_size=24 --minibatch_size=12 --save_every=24 --keep_last=9 --eval_every=48'.split()
-DIE += [GOLD, '--n_eval_examples=6', '--lr_schedule=cosine', '--optimizer=AdamW']
+DIE += [OWN, '--n_eval_examples=6', '--lr_schedule=cosine', '--optimizer=AdamW']
 SFT = 'sft.py --n_examples=3072 --batch_size=32 --lr=1e-2 --lr_schedule=cosine --warmup_steps=10'.split()
 SFT += ['--do_first_eval=false', '--n_eval_examples=8']
 

@@ -304,12 +304,19 @@ def test_auto_saves_by_the_speed_of_the_first_steps(tmp_path, monkeypatch, whole
         assert not (tmp_path / 'none/checkpoints').exists() and metrics(tmp_path / 'none') == metrics(tmp_path / 'auto')
 
 
-@pytest.mark.parametrize(('every', 'free', 'fits'), [('auto', 80, True), ('auto', 40, False), ('auto', 9, None), (12, 40, None), (0, 10, True)])
+@pytest.mark.parametrize(
+    ('every', 'free', 'fits'),
+    [('auto', 80, True), ('auto', 40, False), ('auto', 9, None), (12, 40, None), (0, 10, True)],
+)
 def test_room_on_the_disk(tmp_path, monkeypatch, capsys, every, free, fits):
     """A model of 10 bytes, and up to three checkpoints of 20."""
     monkeypatch.setattr(room.shutil, 'disk_usage', lambda folder: types.SimpleNamespace(free=free))
     config = {'out_dir': str(tmp_path), 'save_every': every, 'keep_last': 2}
-    with contextlib.nullcontext() if fits is not None else pytest.raises(UserError, match='free: the model takes.*make room'):
+    with (
+        contextlib.nullcontext()
+        if fits is not None
+        else pytest.raises(UserError, match='free: the model takes.*make room')
+    ):
         assert room._check_disk(config, 10, 20, 60) == fits
     assert ('it writes no checkpoint' in capsys.readouterr().out) == (fits is False)
 

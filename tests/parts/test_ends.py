@@ -37,22 +37,27 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def raw(monkeypatch):
-    """What transformers has generated: the rows of every call, with whatever stands behind their ends."""
-    rows, real = [], transformers.GenerationMixin.generate
+    """What was drawn: a row of tokens for every answer, in the order of their beginnings, with whatever stands behind their ends."""
+    rows, current, draw = [], {}, generate._Draw.__call__
 
-    def recorded(self, ids, **options):
-        out = real(self, ids, **options)
-        rows.extend(out[:, ids.shape[1] :].tolist())
+    def recorded(self, ids, scores):
+        steps = self.step.tolist()
+        out = draw(self, ids, scores)
+        for seed, step, token in zip(self.seeds, steps, out.argmax(1).tolist(), strict=True):
+            if step == 0:
+                current[seed] = []
+                rows.append(current[seed])
+            current[seed].append(token)
         return out
 
-    monkeypatch.setattr(transformers.GenerationMixin, 'generate', recorded)
+    monkeypatch.setattr(generate._Draw, '__call__', recorded)
     return rows
 
 
 def sampled(row):
-    """A row of `raw` to its first end, which belongs to it."""
-    ends = [place for place, token in enumerate(row) if token in ENDS]
-    return row[: ends[0] + 1] if ends else row
+    """A row of `raw` to its first end, which belongs to it, or to the length of answers."""
+    ends = [place for place, token in enumerate(row[:LENGTH]) if token in ENDS]
+    return row[: ends[0] + 1] if ends else row[:LENGTH]
 
 
 def logps(net, prompt, answer):

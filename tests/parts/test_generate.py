@@ -24,6 +24,7 @@ CONFIGS = {
     'mistral': GROUPED | {'sliding_window': 3},
     'gemma2': GROUPED | {'head_dim': 8, 'sliding_window': 4, 'attn_logit_softcapping': 0.5, 'final_logit_softcapping': 2.0},
 }
+MAMBA = {'vocab_size': VOCAB, 'hidden_size': 16, 'num_hidden_layers': 2, 'state_size': 4, 'bos_token_id': None, 'eos_token_id': None}
 # fmt: on
 TOKENIZER = types.SimpleNamespace(eos_token_id=EOS, decode=lambda ids: ' '.join(map(str, ids)))
 UNLIKELY = 1e-7  # so that no seed fails by chance
@@ -34,11 +35,12 @@ def build(name='llama', empty=False):
     model.register_attention()
     with torch.device('meta' if empty else 'cpu'), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model(name, **CONFIGS[name])
+        config = transformers.AutoConfig.for_model(name, **(CONFIGS | {'mamba': MAMBA})[name])
         net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for p in net.parameters():
             torch.nn.init.normal_(p, float('norm' in name and p.dim() == 1), 0.3)
-    net.set_attn_implementation('packed')
+    if name != 'mamba':
+        net.set_attn_implementation('packed')
     return net
 
 
@@ -79,6 +81,42 @@ def test_greedy(name):
         while len(ids) - len(prompt) < 12 and ids[-1] != EOS:
             ids.append(int(next_probs(net, ids).argmax()))
         assert answer == [token for token in ids[len(prompt) :] if token != EOS]
+
+
+@pytest.mark.parametrize('name', [*CONFIGS, 'mamba'])
+def test_rows_come_and_go(name, monkeypatch):
+    """Answers are those of each prompt alone, in at most so many rows, of which few are of answers that have ended."""
+    monkeypatch.setattr(generate, 'LEAST', 1)
+    net, prompts, n = build(name), PROMPTS * 6, 24
+    alone = [sample(net, [p], [s])[0] for s, p in enumerate(prompts)]
+    shapes = []
+    net.register_forward_pre_hook(lambda net, args, how: shapes.append(how['input_ids'].shape), with_kwargs=True)
+    assert sample(net, prompts, range(n), rows=5) == alone
+    assert max(rows for rows, _ in shapes) == 5
+    if name == 'mamba':  # rows wait for one another
+        return
+    # every token is drawn from a row, and the cache spares all others
+    drawn = sum(min(12, len(answer) + 1) for answer in alone)
+    steps = sum(rows for rows, columns in shapes if columns == 1)
+    assert drawn <= steps < 1.1 * drawn
+
+
+def test_one_prompt_of_many_answers_is_read_once():
+    net, shapes = build(), []
+    net.register_forward_pre_hook(lambda net, args, how: shapes.append(how['input_ids'].shape), with_kwargs=True)
+    answers = sample(net, [PROMPTS[1]] * 6 + [PROMPTS[3]] * 6, range(12))
+    assert answers[5:7] == [sample(net, [PROMPTS[1]], [5])[0], sample(net, [PROMPTS[3]], [6])[0]]
+    assert [tuple(shape) for shape in shapes[:2]] == [(2, len(PROMPTS[1]) - 1), (12, 1)]
+
+
+@pytest.mark.parametrize('name', ['mamba', 'jamba', 'recurrent_gemma', 'llama4_text', 'lfm2'])
+def test_caches_that_cannot_be_put_together(name):
+    """Of states that mix tokens, or of chunks that are counted from a row's first column."""
+    options = {'layer_types': ['conv', 'full_attention']} if name == 'lfm2' else {}
+    config = transformers.AutoConfig.for_model(name, num_hidden_layers=2, **options)
+    with torch.device('meta'):
+        net = transformers.AutoModelForCausalLM.from_config(config)
+    assert not generate.can_refill(net)
 
 
 # ---- the distribution ----
@@ -135,8 +173,8 @@ def test_draws_follow_the_scores(vocabulary):
     scores = torch.randn(vocabulary, generator=rng) * 2
     scores[1 : vocabulary // 2 : 2] = -torch.inf  # as top_p leaves them
     for seeds in (range(n), [2**40 * i + 7 for i in range(n)]):
-        draw, p = generate._Draw(seeds, start=3), scores.softmax(0)
-        rows = [draw(torch.zeros(n, 3 + step), scores.expand(n, -1).clone()) for step in range(2)]
+        draw, p = generate._Draw(seeds, [0] * n), scores.softmax(0)
+        rows = [draw(None, scores.expand(n, -1).clone()) for _ in range(2)]
         first, second = (row.argmax(1) for row in rows)
         assert chance(first.bincount(minlength=vocabulary), p) > UNLIKELY
         pairs = (first * vocabulary + second).bincount(minlength=vocabulary**2)

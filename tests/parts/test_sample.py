@@ -227,6 +227,35 @@ def test_tools_begun_answers_and_prompts_that_the_template_refuses(folder, capsy
     assert 'refuses every prompt' in refused(*flags, '--skip_bad_rows', out_dir='none')
 
 
+def test_functions_score_answers(folder, capsys):
+    """Also those of a run that is done: samples.jsonl stays as it is."""
+    Path('own.py').write_text(
+        'def f(p, responses, rows): return [len(r) for r in responses]\ndef g(p, r, rows): return [row["n"] for row in rows]'
+    )
+    write_jsonl(Path('data.jsonl'), [{'prompt': f'Say {i}:', 'n': i} for i in range(3)])
+    flags = [
+        'sample.py',
+        f'--model={folder}/model',
+        '--data=data.jsonl',
+        '--n=2',
+        '--max_new_tokens=4',
+        '--out_dir=scored',
+    ]
+    run_script(*flags)
+    before = read_jsonl('scored/samples.jsonl')
+    capsys.readouterr()
+    run_script(*flags, '--reward=own.py:f + own.py:g*2')
+    assert read_jsonl('scored/samples.jsonl') == before
+    scores = {(row['index'], row['sample']): row for row in read_jsonl('scored/rewards.jsonl')}
+    assert len(scores) == len(before) == 6
+    for row in before:
+        found = scores[row['index'], row['sample']]
+        assert (found['f'], found['g']) == (len(row['response']), row['index']) and found['score'] == found[
+            'f'
+        ] + 2 * found['g']
+    assert 'rewards.jsonl: mean g 1.0000' in capsys.readouterr().out
+
+
 def test_prompts_as_chats():
     hh = '\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:'
     turns = [('user', 'a\n\nb'), ('assistant', 'c'), ('user', 'd')]

@@ -74,8 +74,8 @@ def test_commands(command, monkeypatch, capsys):
     elif command.startswith(('sh ', 'sbatch ')):
         script = ROOT / next(word for word in words if word.endswith('.sh'))
         assert subprocess.run(['bash', '-n', script]).returncode == 0
-    elif 'experiments.claims.loglinear' in words:  # it has options of its own
-        assert (ROOT / 'experiments/claims/loglinear.py').exists()
+    elif words[:2] == ['python', '-m'] and words[2].startswith('experiments.'):  # it has options of its own
+        assert (ROOT / f'{words[2].replace(".", "/")}.py').exists()
     elif '--help' in command:
         with pytest.raises(SystemExit) as end:
             parse(command, monkeypatch)

@@ -1,0 +1,47 @@
+"""A small world whose answers can be checked: sums of two numbers of two digits, for sft.py and for ppo.py with a reward function.
+
+    python -m experiments.sums out/sums
+    python sft.py config/sft_sums.py
+    python ppo.py config/grpo_sums.py
+
+A sum is written as it is added by hand, the units first: 47+25=27. Who wrote the demonstrations was careless: one in four is
+right, the others are too large by ten. A model of them answers as carelessly, and finds out from the reward alone which of its
+answers are right."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+RIGHT, SLIP = 0.25, 10
+
+
+def right(prompts, responses, rows):
+    """1 for the right sum and nothing else, else 0: the reward function of config/grpo_sums.py."""
+    return [float(response == row['answer']) for response, row in zip(responses, rows, strict=True)]
+
+
+def row(a, b, column, slip=0):
+    """A row whose column has the sum, wrong by slip."""
+    return {'prompt': f'{a}+{b}=', column: str(a + b + slip)[::-1]}
+
+
+def write(folder, seed=0):
+    """Write demonstrations.jsonl, prompts.jsonl and held_out.jsonl: no held-out sum is among the others."""
+    rng = random.Random(seed)
+    sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    rng.shuffle(sums)
+    held_out, known = sums[:256], sums[256:]
+    demonstrations = [row(*pair, 'response', 0 if rng.random() < RIGHT else SLIP) for pair in known]
+    # prompts come with their answers, for the reward alone
+    files = {'demonstrations': demonstrations}
+    for name, part in (('prompts', known), ('held_out', held_out)):
+        files[name] = [row(*pair, 'answer') for pair in part]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        lines = [json.dumps(row) + '\n' for row in rows]
+        (Path(folder) / f'{name}.jsonl').write_text(''.join(lines))
+
+
+if __name__ == '__main__':
+    write(*sys.argv[1:])
