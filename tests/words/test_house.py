@@ -9,10 +9,10 @@ from tools import figures
 ROOT = figures.ROOT
 OURS = figures.product() + sorted((ROOT / 'experiments').rglob('*.py'))
 LIMITS = {
-    'dpo.py': 435,
+    'dpo.py': 440,
     'sft.py': 145,
     'reward.py': 110,
-    'ppo.py': 420,
+    'ppo.py': 425,
     'losses.py': 190,
 }  # lines; 175, and room for a loss of one's own
 
