@@ -123,7 +123,9 @@ def f(prompts, responses, rows):
     (response,) = responses
     print('from a worker')
     if response == '3':
-        subprocess.run(['sleep', '600'])
+        child = subprocess.Popen(['sleep', '600'])
+        open('child', 'w').write(str(child.pid))
+        child.wait()
     if response == '5':
         while True: pass
     if response == '7':
@@ -134,8 +136,9 @@ def f(prompts, responses, rows):
 """
 
 
-def test_workers_are_several_and_have_a_limit(part):
+def test_workers_are_several_and_have_a_limit(part, tmp_path, monkeypatch):
     """A late answer gets 0 and leaves no process behind; the others come in order."""
+    monkeypatch.chdir(tmp_path)
     own = part(SLOW)
     workers = functions.Workers(own, 2, timeout=1.0)
     started = time.time()
@@ -143,6 +146,9 @@ def test_workers_are_several_and_have_a_limit(part):
     assert time.time() - started < 60
     assert late == [i in (3, 5) for i in range(7)] and [value == 0 for value in values] == late
     assert os.getpid() not in values
+    # nobody waits for a child that was orphaned, so it may stay as a zombie
+    child = f'/proc/{(tmp_path / "child").read_text()}/stat'
+    assert not os.path.exists(child) or ') Z ' in open(child).read()
     for i, sentence in ((7, 'ZeroDivisionError: division by zero'), (9, 'its process has ended with code 4')):
         with pytest.raises(UserError, match=f"f of .* fails at prompt 'Say {i}:': {sentence}"):
             functions.score(own, ASKED[i : i + 1], RESPONSES[i : i + 1], workers)
