@@ -158,8 +158,7 @@ is_loaded = needs_ref and not cache_ref and not is_policy
 run.choose_attention(longest, share_prefix=share_prefix, frozen=int(is_loaded))
 if sample_during_eval:
     check_positions(run.policy, run.held_out.longest_prompt() + max_new_tokens, 'samples')
-with_adapters = lora.of_reference(config, run.adapters)
-build_ref = partial(load_model, ref_model or model, adapters=with_adapters, **run.model_options())
+build_ref = partial(load_model, ref_model or model, adapters=lora.of_reference(config, run.adapters), **run.model_options())
 
 
 def load_reference():
