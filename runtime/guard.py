@@ -257,7 +257,7 @@ def until_written(write):
 
 
 def export(model, tokenizer, build, folder, card=None, dtype='float32'):
-    """export.write_model, and rows that wait for room, until they have succeeded. On all ranks together."""
+    """What export.write_model returns, after it and rows that wait for room have succeeded. On all ranks together."""
     import fsdp
     from hf.export import write_model
 
@@ -266,9 +266,9 @@ def export(model, tokenizer, build, folder, card=None, dtype='float32'):
 
     def write():
         fsdp.on_one_rank(files.append_kept)
-        write_model(model, tokenizer, build, folder, card, dtype)
+        return write_model(model, tokenizer, build, folder, card, dtype)
 
-    until_written(write)
+    return until_written(write)
 
 
 def end():
