@@ -158,7 +158,9 @@ is_loaded = needs_ref and not cache_ref and not is_policy
 run.choose_attention(longest, share_prefix=share_prefix, frozen=int(is_loaded))
 if sample_during_eval:
     check_positions(run.policy, run.held_out.longest_prompt() + max_new_tokens, 'samples')
-build_ref = partial(load_model, ref_model or model, adapters=lora.of_reference(config, run.adapters), **run.model_options())
+build_ref = partial(
+    load_model, ref_model or model, adapters=lora.of_reference(config, run.adapters), **run.model_options()
+)
 
 
 def load_reference():

@@ -348,8 +348,8 @@ def _worst(z, p, mu, bins=4096):
     exact_p = p.double()
     for _ in range(2):
         width = ((high - low) / bins).clamp(min=1e-30)
-        # 0: above this round's bins, bins + 1: below them
-        bin = ((high - z) / width).add_(1).clamp_(0, bins + 1).long()
+        # 0: above this round's bins, bins + 1: below them; where z is no number the divergence is none, whatever the bin
+        bin = ((high - z) / width).add_(1).nan_to_num_(0).clamp_(0, bins + 1).long()
         in_bin = exact_p.new_zeros(*p.shape[:-1], bins + 2).scatter_add_(-1, bin, exact_p)
         up_to = in_bin.cumsum(-1)
         # the border's bin, and one more on each side for the rounding

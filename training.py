@@ -488,8 +488,8 @@ class Run:
         # a signal that comes now finds everything saved
         self.heed(self.total)
         card = partial(export.write_card, out_dir)
-        kept, keep = self.config['save_dtype'], partial(self.save, self.total)
-        guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card, kept, keep)
+        wanted, keep = self.config['save_dtype'], partial(self.save, self.total)
+        kept = guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card, wanted, keep)
         self.logger.close()
         guard.end()
         rounded = '' if kept == 'float32' else f', rounded to {kept}; --save_dtype=float32 is as it was trained'

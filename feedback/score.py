@@ -12,6 +12,7 @@ from runtime import guard
 guard.watch(__name__)  # before the heavy imports
 
 import json
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,9 @@ from model import core, set_attention
 from runtime.files import writing
 from runtime.log import progress, say
 from text.examples import Examples, in_words
-from text.files import content_hash
+from text.files import content_hash, data_files
 from text.show import task_of
-from text.sources import read_examples, vanished
+from text.sources import locate, read_examples, vanished
 from text.tokenise import tokenise
 
 # who scores what
@@ -56,6 +57,7 @@ trust_remote_code = False  # run code that comes with a model
 
 # examples that are scored together, and then written
 CHUNK = 128
+SCORES = ('score', 'chosen_score', 'rejected_score', 'margin')  # columns of what is written
 # RewardBench's sections: a section's score is the mean of its subsets' accuracies with these weights, the subsets' sizes (math
 # counts as much as code). Source: arXiv:2403.13787 and its code, rewardbench/constants.py, SUBSET_MAPPING and EXAMPLE_COUNTS.
 SECTIONS = {
@@ -156,6 +158,8 @@ def main():
     config = configure(globals())
     if not reward_model or not data:
         raise UserError('name the model and what it scores: --reward_model=FOLDER --data=FILE')
+    if by in SCORES:
+        raise UserError(f'--by={by}: {out} has the new scores under that name; call the column of the data otherwise')
     _, _, device = fsdp.setup()
     examples, left_out = fsdp.first_of_host(read)
     if config.given('by') and not any(by in example.raw for _, example in examples):
@@ -194,6 +198,10 @@ def read():
     examples, left_out = [], Counter()
     how = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
+        # what is scored is not to be written over
+        _, path, _ = locate(source)
+        if path and os.path.exists(out) and any(os.path.samefile(out, file) for file in data_files(path)):
+            raise UserError(f'--out={out} is a file of the data: name another file for the scores')
         # the first example decides what its source is for
         first = next(read_examples(source, split or 'test', Counter(), **how), {})
         task = task_of(first)

@@ -47,7 +47,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     """Write a normal Hugging Face folder: safetensors of this dtype, config, tokenizer, and what card(folder) adds.
 
     build as in shard. A model with adapters: they alone, in float32, to the folder `adapter` beside it, and then the model with
-    them merged into its weights."""
+    them merged into its weights. Returns, on rank 0, the dtype: float32 where a weight is larger than what the other one holds."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     checkpoint.wait()
@@ -59,13 +59,14 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     unique = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     folder = Path(folder)
     temporary, adapter = Path(f'{folder}.tmp'), folder.with_name('adapter')
-    half_adapter, kept_in = adapter.with_suffix('.tmp'), getattr(torch, dtype)
+    half_adapter = adapter.with_suffix('.tmp')
 
     def write():
         make_room(temporary)
         random = torch.Generator().manual_seed(0)
+        merged = adapted and lora.merge(build(empty=False), weights, half_adapter)
+        kept_in = _holds(dict(merged.named_parameters()) if adapted else weights, getattr(torch, dtype))
         if adapted:
-            merged = lora.merge(build(empty=False), weights, half_adapter)
             move_folder(half_adapter, adapter)
             for p in merged.parameters():
                 p.data = rounded(p.data, kept_in, random)
@@ -83,18 +84,32 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
         if card:
             card(temporary)
         move_folder(temporary, folder)
+        return str(kept_in).removeprefix('torch.')
 
     def guarded():
         try:
             with writing(folder):
-                write()
+                return write()
         except UserError:
             # what is half written would take the room that the next try needs
             for half in (temporary, half_adapter):
                 shutil.rmtree(half, ignore_errors=True)
             raise
 
-    on_one_rank(guarded)
+    return on_one_rank(guarded)
+
+
+def _holds(weights, dtype):
+    """This dtype, or float32 where one of the weights {name: tensor} is beyond its largest number: it would become infinite."""
+    largest = torch.finfo(dtype).max
+    for name, weight in weights.items() if dtype != torch.float32 else ():
+        size = torch.linalg.vector_norm(weight.float(), torch.inf) if weight.numel() else 0
+        if size > largest and size.isfinite():
+            say(
+                f'note: {name} has a weight of {size:.6g}, and {dtype} ends at {largest:.6g}: the model is kept in float32'
+            )
+            return torch.float32
+    return dtype
 
 
 def rounded(weights, dtype, random):
@@ -147,11 +162,12 @@ def _text(out_dir, folder):
         f'```sh\npython {" ".join(record["command"])}\n```\n',
         f'Commit {record["commit"] or "unknown"}; {versions}.\n',
     ]
+    saved = json.loads((folder / 'config.json').read_text())
     if options.get('save_dtype'):
-        parts.append(f'The weights were trained in float32, and are kept in {options["save_dtype"]}.\n')
+        parts.append(f'The weights were trained in float32, and are kept in {saved["dtype"]}.\n')
 
     # how a reward model is used
-    kind, *_ = json.loads((folder / 'config.json').read_text()).get('architectures', [''])
+    kind, *_ = saved.get('architectures', [''])
     if kind.endswith('SequenceClassification'):
         first = first_of(transformers.AutoTokenizer.from_pretrained(folder))
         parts.append(SCORE.replace('{first}', '[]' if first is None else f'[{first}]'))

@@ -257,8 +257,9 @@ def until_written(write):
 
 
 def export(model, tokenizer, build, folder, card, dtype, save):
-    """export.write_model, and rows that wait for room, until they have succeeded. save() begins a checkpoint, which the same
-    command goes on from where the model cannot be written. On all ranks together."""
+    """What export.write_model returns, after it and rows that wait for room have succeeded. On all ranks together.
+
+    save() begins a checkpoint, which the same command goes on from where the model cannot be written."""
     import fsdp
     from hf.export import write_model
     from runtime import checkpoint
@@ -277,13 +278,13 @@ def export(model, tokenizer, build, folder, card, dtype, save):
     def write():
         fsdp.on_one_rank(files.append_kept)
         try:
-            write_model(model, tokenizer, build, folder, card, dtype)
+            return write_model(model, tokenizer, build, folder, card, dtype)
         except UserError:
             with contextlib.suppress(UserError):
                 keep()
             raise
 
-    until_written(write)
+    return until_written(write)
 
 
 def end():

@@ -101,6 +101,7 @@ def test_card_names_the_hub_and_no_folders(tmp_path):
     command = ['/opt/nanopref/dpo.py', 'config/a.py', '--data=hh:/home/me/hh.jsonl.gz+shp', '--ref_model=~/models/base']
     record = {'config': config, 'command': command, 'commit': '', 'versions': {'torch': '2'}}
     (tmp_path / 'model').mkdir()
+    (tmp_path / 'model/config.json').write_text('{}')
     (tmp_path / 'config.json').write_text(json.dumps(record))
     write_jsonl(tmp_path / 'metrics.jsonl', [{'split': 'train', 'counters/examples': 64, 'loss/train': 0.5}])
     export.write_card(tmp_path)

@@ -90,3 +90,21 @@ def test_runs_leave_what_came_in(monkeypatch, capsys):
         assert row['rewards_train/chosen'] == row['rewards_train/rejected'] == 0
         assert {v.dtype for v in tensors(f'{name}/model').values()} == {torch.bfloat16}
     assert {v.dtype for v in tensors('lora/adapter').values()} == {torch.float32}
+
+
+@pytest.mark.parametrize('flags', [[], ['--lora_rank=2']], ids=['all', 'adapters'])
+def test_a_weight_that_does_not_fit_becomes_no_infinity(flags, capsys):
+    """float16 ends at 65504: the model is kept in float32 then, and that is said where the type is."""
+    base('base', torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained('base')
+    model.get_input_embeddings().weight.data[-1, 0] = 65510.0  # of a word that no text has; rounded up, now and then
+    model.save_pretrained('base')
+    run_script('sft.py', *STEPS, '--model=base', '--out_dir=run', '--save_dtype=float16', *flags)
+    said = capsys.readouterr().out
+    assert (
+        'embed_tokens.weight has a weight of 65510, and torch.float16 ends at 65504: the model is kept in float32'
+        in said
+    )
+    assert said.endswith('done: run/model\n')
+    assert {value.dtype for value in tensors('run/model').values()} == {torch.float32}
+    assert 'are kept in float32' in Path('run/model/README.md').read_text()

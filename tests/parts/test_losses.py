@@ -532,6 +532,16 @@ def test_worst_mass_is_that_of_a_sort(mu, dtype):
     torch.testing.assert_close(mass[10:].double(), expected[10:], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize('name', DIVERGENCES)
+@pytest.mark.parametrize('broken', [math.nan, -math.inf])
+def test_broken_logits_give_no_number(name, broken):
+    """Nor an error: what is not finite is a bad step, which skip_bad_steps may leave out."""
+    logits, reference = random_log_probs(4, rows=3, vocabulary=7) * 1.0
+    logits[1, 2] = broken
+    value, _ = DIVERGENCES[name](logits.log_softmax(-1), reference.log_softmax(-1))
+    assert value.isfinite().tolist() == [True, False, True]
+
+
 # ---- the LM head that turns hidden states into log-probs and divergences ----
 
 CONFIGS = {

@@ -145,14 +145,19 @@ def test_answers_long_texts_and_a_folder(reward_model, tmp_path, monkeypatch, ca
     ('--reward_model={folder}/run --data={prompts}', 'has prompts alone'),
     ('--reward_model={folder}/run --data={empty}', 'no test examples are left'),
     ('--reward_model={folder}/run --data=toy --by=kind', 'no row of toy has such a column'),
+    ('--reward_model={folder}/run --data=toy --by=margin', 'has the new scores under that name'),
+    ('--reward_model={folder}/run --data=toy+{here} --out={here}/empty.jsonl', 'empty.jsonl is a file of the data'),
 ])
 # fmt: on
 def test_mistakes(reward_model, flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     files = {'prompts': write_jsonl(tmp_path / 'prompts.jsonl', [{'prompt': 'a?'}]),
              'empty': write_jsonl(tmp_path / 'empty.jsonl', [{'prompt': 'a?', 'chosen': '', 'rejected': ' b'}])}  # fmt: skip
-    flags = flags.format(folder=reward_model.parent, **files)
+    flags = flags.format(folder=reward_model.parent, here=tmp_path, **files)
+    before = (tmp_path / 'empty.jsonl').read_text()
     with pytest.raises(UserError, match=words):
-        command(monkeypatch, *flags.split(), f'--out={tmp_path}/scores.jsonl')
+        command(monkeypatch, *flags.split())
+    assert (tmp_path / 'empty.jsonl').read_text() == before
 
 
 def test_a_reward_model_of_somebody_else(tmp_path, monkeypatch):
