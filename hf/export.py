@@ -105,7 +105,9 @@ def _holds(weights, dtype):
     for name, weight in weights.items() if dtype != torch.float32 else ():
         size = torch.linalg.vector_norm(weight.float(), torch.inf) if weight.numel() else 0
         if size > largest and size.isfinite():
-            say(f'note: {name} has a weight of {size:.6g}, and {dtype} ends at {largest:.6g}: the model is kept in float32')
+            say(
+                f'note: {name} has a weight of {size:.6g}, and {dtype} ends at {largest:.6g}: the model is kept in float32'
+            )
             return torch.float32
     return dtype
 

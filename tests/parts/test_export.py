@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from helpers import metrics, run_script, tensors, tiny_model
+from safetensors.torch import save_file
 
 from hf import export, load
 
@@ -39,6 +40,14 @@ def test_what_came_in(dtype):
         config = Path(name, 'config.json')
         config.write_text(json.dumps(json.loads(config.read_text()) | {'dtype': 'float32'}))
         assert load.kept_in(name) == expected
+    # of mixed types that of most weights, not of most tensors
+    one = base('mixed', getattr(torch, dtype)) + '/model.safetensors'
+    save_file(
+        {name: w.float() if w.dim() == 1 else w for name, w in tensors('mixed').items()}
+        | {f'x{i}': torch.ones(2) for i in range(30)},
+        one,
+    )
+    assert load.kept_in('mixed') == expected
     load._read['a/hub_id'] = transformers.LlamaConfig(dtype=dtype)
     assert load.kept_in('a/hub_id') == expected
     assert load.kept_in('toy') == 'float32'
@@ -101,7 +110,10 @@ def test_a_weight_that_does_not_fit_becomes_no_infinity(flags, capsys):
     model.save_pretrained('base')
     run_script('sft.py', *STEPS, '--model=base', '--out_dir=run', '--save_dtype=float16', *flags)
     said = capsys.readouterr().out
-    assert 'embed_tokens.weight has a weight of 65510, and torch.float16 ends at 65504: the model is kept in float32' in said
+    assert (
+        'embed_tokens.weight has a weight of 65510, and torch.float16 ends at 65504: the model is kept in float32'
+        in said
+    )
     assert said.endswith('done: run/model\n')
     assert {value.dtype for value in tensors('run/model').values()} == {torch.float32}
     assert 'are kept in float32' in Path('run/model/README.md').read_text()
