@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, python
+from helpers import ROOT, python, python
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -317,6 +317,12 @@ def test_help_lists_every_option(script, capsys, argv):
     declared = [line for line in SCRIPT.splitlines() if '  # ' in line]
     for line, option, (name, default) in zip(lines, declared, DEFAULTS.items(), strict=True):
         assert f'--{name} = {default!r} ' in line and line.endswith(option.partition('  # ')[2])
+
+
+@pytest.mark.parametrize('words', ['dpo.py', 'sample.py', '-m feedback.score'])
+def test_every_option_says_what_it_is(words):
+    lines = [line for line in python(*words.split(), '--help').stdout.splitlines() if line.startswith('  --')]
+    assert len(lines) > 9 and not [line for line in lines if line.endswith(')  ')]
 
 
 def test_help_into_a_pipe_that_nobody_reads():
