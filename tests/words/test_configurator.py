@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, python, python
+from helpers import ROOT, python
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
