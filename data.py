@@ -286,11 +286,12 @@ class Block:
         self.is_one_piece = len(groups) > 1
         sizes = [size for prompt, answers in groups for size in (prompt, *answers)]
         self.sizes = [sum(sizes)] if self.is_one_piece else sizes
-        self.groups, self.masks = groups, {}  # window -> mask
+        self.groups, self.masks = groups, {}  # (window, device) -> mask
 
     def mask(self, window, device):
         """Which tokens see which, (T, T): those of their prompt and answer so far, at most window positions back. Made once."""
-        if window not in self.masks:
+        key = window, device
+        if key not in self.masks:
             group, answer, position = [], [], []  # of each token; the answer 0 is the prompt
             for g, (prompt, answers) in enumerate(self.groups):
                 group += [g] * (prompt + sum(answers))
@@ -302,8 +303,8 @@ class Block:
             mask = (group[:, None] == group) & (back >= 0) & ((answer == 0) | (answer[:, None] == answer))
             if window:
                 mask &= back < window
-            self.masks[window] = torch.from_numpy(mask).to(device)
-        return self.masks[window]
+            self.masks[key] = torch.from_numpy(mask).to(device)
+        return self.masks[key]
 
 
 SMALL = 96  # tokens of a block of several groups: more of them together waste more than a call of attention costs

@@ -269,10 +269,10 @@ class Head(torch.autograd.Function):
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         _, weight_trains, bias_trains, *_ = ctx.needs_input_grad
-        # filled chunk by chunk; d_weight adds up in float32 whatever the compute type
+        # filled chunk by chunk; the head's add up in float32 whatever the compute type
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
-        d_bias = torch.zeros_like(bias) if bias_trains else None
+        d_bias = torch.zeros_like(bias, dtype=wide(bias)) if bias_trains else None
         for rows, d_logits, blocks in Head.logits((hidden, weight, bias), reference, config):
             for at, logits, ref_logits in blocks:
                 _to_gradient(logits, target[at], grad[:, at], config, divergence, ref_logits)
@@ -284,8 +284,9 @@ class Head(torch.autograd.Function):
             elif weight_trains:
                 d_weight += d_raw.T @ hidden[rows]
             if bias_trains:
-                d_bias += d_raw.sum(0)
+                d_bias += d_logits.sum(0)
         d_weight = d_weight.to(weight.dtype) if weight_trains else None
+        d_bias = d_bias.to(bias.dtype) if bias_trains else None
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 

@@ -72,9 +72,7 @@ save_every: int | str | None = (
     'auto'  # write a checkpoint after so many examples; 0: none; auto: every 15 minutes of a longer run
 )
 keep_last = 2  # checkpoints that are kept
-save_dtype: str | None = (
-    None  # of the model that is left: float32, bfloat16, float16; None: that of the model that came in
-)
+save_dtype: str | None = None  # of the model that is left: float32, bfloat16, float16; None: as that which came in
 resume = True  # continue from the newest checkpoint of out_dir
 wandb: str | None = None  # a Weights & Biases project to log to
 tensorboard = False  # log to tensorboard, too

@@ -2,6 +2,7 @@
 
 lora.py trains adapters, and goes on with a saved one. All raise UserError."""
 
+import math
 import os
 import warnings
 from pathlib import Path
@@ -55,6 +56,8 @@ def find(name):
 def _read(name, file):
     """The Saved of an adapter_config.json. Raises UserError where the adapter is of another kind, or its model is missing."""
     options, folder = check.read_dict(file), file.parent
+    if not options:
+        raise UserError(f'{file} is not to be read: it must be an object in JSON')
     base, whole = options.get('base_model_name_or_path'), folder.with_name('model')
     way_out = (
         'merge it with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(DIR)'
@@ -73,8 +76,12 @@ def _read(name, file):
         raise UserError(f'the adapter {name!r} has {what}, which is not supported here: {way_out}')
     if check.file_of(name, WEIGHTS) is None:
         raise UserError(f'the adapter {name!r} has no {WEIGHTS}: save it as safetensors, or {way_out}')
-    if type(options.get('r')) is not int or not base or not isinstance(base, str):
-        raise UserError(f'{file.name} of the adapter {name!r} does not say its rank and its model: {way_out}')
+    rank, alpha = options.get('r'), options.get('lora_alpha')
+    numbers = type(rank) is int and rank > 0 and type(alpha) in (int, float) and math.isfinite(alpha)
+    if not numbers or not base or not isinstance(base, str):
+        raise UserError(
+            f'{file.name} of the adapter {name!r} does not say its r, its lora_alpha and its model: {way_out}'
+        )
 
     # a path counts from the working directory, as it does for PEFT, or else from the adapter's folder
     beside = os.path.normpath(folder / base)

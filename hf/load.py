@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -360,8 +361,10 @@ def kept_in(name):
         file = Path(index).with_name(shard)
     found = str(getattr(_read.get(base), 'dtype', None)).removeprefix('torch.')
     if file:
+        types = Counter()
         with safe_open(file, 'pt') as weights:
-            types = Counter(weights.get_slice(key).get_dtype() for key in weights.keys())
+            for tensor in map(weights.get_slice, weights.keys()):
+                types[tensor.get_dtype()] += math.prod(tensor.get_shape())
         found = {'BF16': 'bfloat16', 'F16': 'float16'}.get(types.most_common(1)[0][0])
     return found if found in ('bfloat16', 'float16') else 'float32'
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from configurator import UserError, main_rank
 
-# types of the arrays in a cache file, as safetensors names them
 _kept = {}  # path -> bytes that could not be appended to it yet
 _one_at_a_time = threading.RLock()  # checkpoints are written in a thread
 

@@ -828,6 +828,8 @@ def test_blocks(groups, window, small):
         for (g, a, i), row in zip(names, block.mask(window, 'cpu').tolist(), strict=True):
             seen = [(h, b, j) for (h, b, j), sees in zip(names, row, strict=True) if sees]
             assert seen == [x for x in names if x[0] == g and x[1] in (None, a) and i - (window or 10**6) < x[2] <= i]
+        # a device map has layers elsewhere, which ask for the same mask
+        assert block.mask(window, 'meta').device.type == 'meta'
 
 
 @MANY

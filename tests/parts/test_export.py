@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from helpers import metrics, run_script, tensors, tiny_model
+from safetensors.torch import save_file
 
 from hf import export, load
 
@@ -39,6 +40,14 @@ def test_what_came_in(dtype):
         config = Path(name, 'config.json')
         config.write_text(json.dumps(json.loads(config.read_text()) | {'dtype': 'float32'}))
         assert load.kept_in(name) == expected
+    # of mixed types that of most weights, not of most tensors
+    one = base('mixed', getattr(torch, dtype)) + '/model.safetensors'
+    save_file(
+        {name: w.float() if w.dim() == 1 else w for name, w in tensors('mixed').items()}
+        | {f'x{i}': torch.ones(2) for i in range(30)},
+        one,
+    )
+    assert load.kept_in('mixed') == expected
     load._read['a/hub_id'] = transformers.LlamaConfig(dtype=dtype)
     assert load.kept_in('a/hub_id') == expected
     assert load.kept_in('toy') == 'float32'

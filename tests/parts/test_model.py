@@ -454,16 +454,17 @@ def cut_into(size, monkeypatch):
 def test_chunks_add_up_in_float32(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 8, generator=generator).bfloat16().requires_grad_() for n in (1000, 7))
+    bias = torch.randn(7, generator=generator).bfloat16().requires_grad_()
     target = torch.randint(0, 2, (1000,), generator=generator)
-    expected = (hidden.float() @ weight.float().T).log_softmax(1)[range(1000), target]
-    (expected_grad,) = torch.autograd.grad(expected.sum(), weight)
+    expected = (hidden.float() @ weight.float().T + bias.float()).log_softmax(1)[range(1000), target]
+    wanted = torch.autograd.grad(expected.sum(), (weight, bias))
     cut_into(1, monkeypatch)
-    (values,) = model.Head.apply(hidden, weight, None, target, hf.LlamaConfig(), None, None)
+    (values,) = model.Head.apply(hidden, weight, bias, target, hf.LlamaConfig(), None, None)
     assert values.dtype == torch.float32
     assert_close(values, expected, 0.02)
-    (grad,) = torch.autograd.grad(values.sum(), weight)
-    assert grad.dtype == torch.bfloat16
-    assert_same_direction(grad.float(), expected_grad.float(), 0.005)
+    for found, grad in zip(torch.autograd.grad(values.sum(), (weight, bias)), wanted, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert_same_direction(found.float(), grad.float(), 0.005)
 
 
 @pytest.mark.parametrize('vocabulary', [7, 50_304, 2**26])

@@ -319,6 +319,12 @@ def test_help_lists_every_option(script, capsys, argv):
         assert f'--{name} = {default!r} ' in line and line.endswith(option.partition('  # ')[2])
 
 
+@pytest.mark.parametrize('words', ['dpo.py', 'sample.py', '-m feedback.score'])
+def test_every_option_says_what_it_is(words):
+    lines = [line for line in python(*words.split(), '--help').stdout.splitlines() if line.startswith('  --')]
+    assert len(lines) > 9 and not [line for line in lines if line.endswith(')  ')]
+
+
 def test_help_into_a_pipe_that_nobody_reads():
     """dpo.py --help | head, when head has gone: no traceback."""
     read, write = os.pipe()
