@@ -303,7 +303,7 @@ class Block:
             mask = (group[:, None] == group) & (back >= 0) & ((answer == 0) | (answer[:, None] == answer))
             if window:
                 mask &= back < window
-            self.masks[key] = torch.from_numpy(mask).to(device)
+            self.masks[key] = move(torch.from_numpy(mask), device)
         return self.masks[key]
 
 

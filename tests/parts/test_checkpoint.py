@@ -224,7 +224,7 @@ def test_what_lies_among_the_checkpoints_does_not_end_a_run(tmp_path, whole, die
 def test_the_card_comes_with_the_model(died, whole, monkeypatch):
     """Killed while the card is written: there is no model yet, and the next start makes both."""
     with monkeypatch.context() as patch:
-        patch.setattr(export, '_text', lambda out_dir: exit(9))
+        patch.setattr(export, '_text', lambda out_dir, folder: exit(9))
         with pytest.raises(SystemExit):
             run(died)
     assert not (died / 'model').exists()
@@ -238,7 +238,7 @@ def test_the_card_comes_with_the_model(died, whole, monkeypatch):
 
 
 def test_a_card_that_cannot_be_made_does_not_cost_the_model(tmp_path, whole, monkeypatch, capsys):
-    monkeypatch.setattr(export, '_text', lambda out_dir: ''[0.5])
+    monkeypatch.setattr(export, '_text', lambda out_dir, folder: {}['what'])
     run(tmp_path / 'run')
     assert 'note: no model card' in capsys.readouterr().out and (tmp_path / 'run/model/model.safetensors').exists()
 

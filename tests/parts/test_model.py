@@ -714,13 +714,14 @@ def with_own_head(saved):
 def test_the_head_of_the_file_is_the_head(name, how, adapters, with_own_head, device, tmp_path, capsys):
     build, expected = with_own_head(name)
     build = partial(build, adapters=adapters)
+    tolerance = 0.1 if how == 'half' else 1e-5  # half precision begins with rounded weights
     net = fsdp.shard(build, device, **SHARDED[how])
     with torch.no_grad(), lora.adapters_off(net):
-        assert_close(net.response_logps(pack(PAIRS))[0], expected, 0.1 if how == 'half' else 1e-5)
+        assert_close(net.response_logps(pack(PAIRS))[0], expected, tolerance)
     assert 'a head of its own' in capsys.readouterr().out
     export.write_model(net, toy.tokenizer(), build, tmp_path / 'model')  # merged: B is still 0
     assert json.loads((tmp_path / 'model/config.json').read_text())['tie_word_embeddings'] is False
-    assert_close(plain_logps(load.load_model(str(tmp_path / 'model'))), expected)
+    assert_close(plain_logps(load.load_model(str(tmp_path / 'model'))), expected, tolerance)
     assert not capsys.readouterr().out
 
 
