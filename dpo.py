@@ -405,14 +405,12 @@ def check_first_step():
     # what this loss is where the policy is its reference, and nothing shifts the margins (aot)
     same = {name.replace('pi', 'ref', 1): x for name, x in columns.items() if name.startswith('pi')}
     same = {'shift': torch.zeros_like(columns['loss'])} | columns | same
-    with torch.no_grad():
-        expected = f' ({loss} of a policy that is its reference: {call(loss_fn, same).mean():.6f})'
+    expected = f' ({loss} of a policy that is its reference: {call(loss_fn, same).mean():.6f})'
     run.logger.say(f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {value:.6f}{expected if needs_ref else ""}')
     if words := metrics.meaning(loss, paired, needs_ref):
         run.logger.say(words)
     run.logger.row('check', 0, found)
-    rough = training.dtype == 'bfloat16' or training.tf32
-    allowed = 1e-2 if rough else 1e-4
+    allowed = 1e-2 if training.dtype == 'bfloat16' or training.tf32 else 1e-4
     if needs_ref and ref_model is None and max(abs(chosen), abs(rejected)) > allowed:
         run.logger.say('warning: policy and reference are one model, so the rewards should be 0 before the first step')
 
