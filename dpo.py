@@ -399,20 +399,20 @@ def check_first_step():
     """Say the rewards and the loss before training: where policy and reference are one model, the rewards must be 0."""
     step = next(run.steps(prepare))
     columns, _ = run.compute(step, run_step)
+    if not columns['loss'].isfinite().any():
+        raise UserError('before the first step the loss is no number: weights of the model or of its reference are broken')
     found = summary(columns, 'train')
     chosen, rejected = (found.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
     value = columns['loss'].mean()
     # what this loss is where the policy is its reference, and nothing shifts the margins (aot)
     same = {name.replace('pi', 'ref', 1): x for name, x in columns.items() if name.startswith('pi')}
     same = {'shift': torch.zeros_like(columns['loss'])} | columns | same
-    with torch.no_grad():
-        expected = f' ({loss} of a policy that is its reference: {call(loss_fn, same).mean():.6f})'
+    expected = f' ({loss} of a policy that is its reference: {call(loss_fn, same).mean():.6f})'
     run.logger.say(f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {value:.6f}{expected if needs_ref else ""}')
     if words := metrics.meaning(loss, paired, needs_ref):
         run.logger.say(words)
     run.logger.row('check', 0, found)
-    rough = training.dtype == 'bfloat16' or training.tf32
-    allowed = 1e-2 if rough else 1e-4
+    allowed = 1e-2 if training.dtype == 'bfloat16' or training.tf32 else 1e-4
     if needs_ref and ref_model is None and max(abs(chosen), abs(rejected)) > allowed:
         run.logger.say('warning: policy and reference are one model, so the rewards should be 0 before the first step')
 

@@ -141,6 +141,7 @@ MISTAKES = {
     'a layer less': (weights(lambda w: w.pop(min(w))), [], 'lacks weights: base_model.model.model.layers.0.mlp.down_proj.lora_A'),
     'a layer more': (weights(lambda w: w.update({'base_model.model.x.lora_A.weight': torch.ones(2)})), [], 'without a place in its model'),
     'other sizes': (weights(lambda w: w.update({min(w): torch.ones(4, 7)})), [], "cannot load the model 'run/adapter': Error"),
+    'no number': (weights(lambda w: w[min(w)].fill_(torch.nan)), [], 'before the first step the loss is no number: weights of the model'),
     'another rank': (change(), ['--lora_rank=8'], 'has rank 4: --lora_rank=4 goes on with it'),
     'its alpha': (change(), ['--lora_rank=4', '--lora_alpha=3'], "has no effect: the adapter 'run/adapter' goes on with its own"),
     'a reward model': (change(task_type='SEQ_CLS'), [], 'is a reward model: a language model is needed'),
