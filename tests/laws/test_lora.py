@@ -150,7 +150,9 @@ def test_an_adapter_goes_on(runs):
     """Its reference is what it was: before the first step nothing differs, and then as if that lay beside it as a model."""
     for case in ('on', 'on_half', 'on_cached'):
         (row,) = metrics(runs / 'one' / case, 'check')
-        assert row['rewards_train/chosen'] == row['rewards_train/rejected'] == 0
+        # what is cached was computed in other batches, which round otherwise
+        limit = 1e-6 if case == 'on_cached' else 0
+        assert max(abs(row[f'rewards_train/{side}']) for side in ('chosen', 'rejected')) <= limit
         assert row['loss/train'] == pytest.approx(math.log(2), rel=1e-6)
     same(runs / 'one/on_two_models', runs / 'one/on')
     same(runs / 'one/on_cached', runs / 'one/on')
