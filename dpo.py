@@ -400,7 +400,7 @@ def check_first_step():
     step = next(run.steps(prepare))
     columns, _ = run.compute(step, run_step)
     if not columns['loss'].isfinite().any():
-        raise UserError('before the first step the loss is no number: weights of the model or of its reference are broken')
+        raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')
     chosen, rejected = (found.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
     value = columns['loss'].mean()
