@@ -490,7 +490,7 @@ class Run:
         kept = guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card, wanted, keep)
         self.logger.close()
         guard.end()
-        rounded = '' if kept == 'float32' else f', rounded to {kept}; --save_dtype=float32 is as it was trained'
+        rounded = '' if kept == 'float32' else f', rounded to {kept} (a new run with --save_dtype=float32 keeps all bits)'
         log.say(f'done: {out_dir}/model{rounded}')
 
 

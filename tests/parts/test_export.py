@@ -75,7 +75,7 @@ def test_runs_leave_what_came_in(monkeypatch, capsys):
     monkeypatch.setattr(export, 'SHARD', '20KB')
     base('base', torch.bfloat16)
     run_script('sft.py', *STEPS, '--model=base', '--out_dir=half')
-    assert 'done: half/model, rounded to bfloat16; --save_dtype=float32 is' in capsys.readouterr().out
+    assert 'done: half/model, rounded to bfloat16 (a new run with --save_dtype=float32' in capsys.readouterr().out
     run_script('sft.py', *STEPS, '--model=base', '--out_dir=whole', '--save_dtype=float32')
     assert capsys.readouterr().out.endswith('done: whole/model\n')
     half, whole = tensors('half/model'), tensors('whole/model')
