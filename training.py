@@ -68,9 +68,7 @@ eval_every: int | None = 19968  # evaluate after so many examples; None: only at
 n_eval_examples = 256  # how many held-out examples
 do_first_eval = True  # evaluate before training
 log_every = 1  # print a line after so many examples
-save_every: int | str | None = (
-    'auto'  # write a checkpoint after so many examples; 0: none; auto: every 15 minutes of a longer run
-)
+save_every: int | str | None = 'auto'  # examples between checkpoints; 0: none; auto: every 15 minutes of a longer run
 keep_last = 2  # checkpoints that are kept
 save_dtype: str | None = None  # of the model that is left: float32, bfloat16, float16; None: as that which came in
 resume = True  # continue from the newest checkpoint of out_dir
@@ -143,10 +141,8 @@ class Run:
         self.models = fingerprints(config)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code)
         self.max_tokens = max_tokens  # with auto a number from choose_attention on
-        self.save_every, self.stamps = (
-            save_every,
-            [],
-        )  # with auto a number after the first steps, whose ends the stamps are
+        self.save_every = save_every  # with auto a number after the first steps
+        self.stamps = []  # when each of those has ended
 
     # ---- set-up, in this order ----
 
@@ -490,8 +486,8 @@ class Run:
         kept = guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card, wanted, keep)
         self.logger.close()
         guard.end()
-        rounded = '' if kept == 'float32' else f', rounded to {kept} (a new run with --save_dtype=float32 keeps all bits)'
-        log.say(f'done: {out_dir}/model{rounded}')
+        rounded = f', rounded to {kept} (a new run with --save_dtype=float32 keeps all bits)'
+        log.say(f'done: {out_dir}/model{rounded if kept != "float32" else ""}')
 
 
 def gather(parts, batches, total):

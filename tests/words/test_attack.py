@@ -264,7 +264,7 @@ def test_unused_weights_are_said_once(folders, model, capsys, which):
 @pytest.mark.parametrize('what', ['sft.py', 'dpo.py', 'dpo.py, reference', 'reward.py', 'sample.py', 'label.py'])
 def test_an_adapter_without_its_model(folders, what):
     Path('run/adapter').mkdir(parents=True)
-    adapter = {'base_model_name_or_path': 'out/base', 'peft_type': 'LORA', 'r': 4}
+    adapter = {'base_model_name_or_path': 'out/base', 'peft_type': 'LORA', 'r': 4, 'lora_alpha': 8}
     Path('run/adapter/adapter_config.json').write_text(json.dumps(adapter))
     Path('run/adapter/adapter_model.safetensors').touch()
     said = refused(*flags(what, 'run/adapter'))
