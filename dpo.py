@@ -407,7 +407,8 @@ def check_first_step():
     # what this loss is where the policy is its reference, and nothing shifts the margins (aot)
     same = {name.replace('pi', 'ref', 1): x for name, x in columns.items() if name.startswith('pi')}
     same = {'shift': torch.zeros_like(columns['loss'])} | columns | same
-    expected = f' ({loss} of a policy that is its reference: {call(loss_fn, same).mean():.6f})'
+    with torch.no_grad():
+        expected = f' ({loss} of a policy that is its reference: {call(loss_fn, same).mean():.6f})'
     run.logger.say(f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {value:.6f}{expected if needs_ref else ""}')
     if words := metrics.meaning(loss, paired, needs_ref):
         run.logger.say(words)
