@@ -287,7 +287,7 @@ class Run:
         asked, most = self.config.warmup_steps, math.ceil(self.total / self.config.batch_size) // 10
         if self.config.origin['warmup_steps'] != 'default' or asked <= most:
             return asked
-        log.say(f'note: {most} steps of warm-up, a tenth of this short run: --warmup_steps={asked} for more')
+        log.say(f'note: {most or "no"} steps of warm-up, a tenth of this short run: --warmup_steps={asked} for more')
         return most
 
     # ---- steps ----
