@@ -10,19 +10,8 @@ from experiments.claims.rules import judged
 from experiments.claims.verdict import CONTRARY, HOLDS, SMALLEST, WORDS
 
 BEGIN, END = '<!-- claims: written by experiments/claims --report -->', '<!-- end of claims -->'
-METRICS = (
-    'score',
-    'gold',
-    'kl',
-    'accuracy',
-    'margin',
-    'h_std',
-    'flipped_share',
-    'kl_chosen',
-    'kl_rejected',
-    'well_formed',
-    'length',
-)
+METRICS = 'score gold kl accuracy margin h_std flipped_share kl_chosen kl_rejected well_formed length'.split()
+EQUAL, TUNED = 'Equal settings, one thing changed:', 'Both tuned for the metric of the claim, by as many trials:'
 
 
 def table(head, rows):
@@ -43,13 +32,15 @@ def interval(found):
     return text + f', {len(found) - len(numbers)} seeds missing' * (len(numbers) < len(found))
 
 
-def verdict_table(rows):
-    """Of every claim the measured difference, its settings, d, and the word; bold only what holds and what is contrary."""
-    lines = []
+def verdict_tables(rows):
+    """A table of the claims at equal settings, and one of those with both sides tuned; bold only what holds and what is contrary."""
+    lines = {EQUAL: [], TUNED: []}
     for claim, found, decided in rows:
         word = f'**{decided.word}**' if decided.word in (HOLDS, CONTRARY) else decided.word
-        lines.append([claim.words, claim.measured, claim.settings, interval(found), SMALLEST[claim.unit], word])
-    return table(['claim', 'measured', 'settings', 'difference [95%]', 'd', 'verdict'], lines)
+        kind = TUNED if claim.settings.startswith('tuned') else EQUAL
+        lines[kind].append([claim.words, claim.measured, claim.settings, interval(found), SMALLEST[claim.unit], word])
+    head = ['claim', 'measured', 'settings', 'difference [95%]', 'd', 'verdict']
+    return ''.join(f'{title}\n\n{table(head, part)}' for title, part in lines.items() if part)
 
 
 def number_table(trials, results):
@@ -94,7 +85,7 @@ commits {commits}, {minutes:.0f} minutes of one core, {n_samples} samples a mode
 
 ## Verdicts
 
-{verdict_table(rows)}The rule, fixed before these runs (`experiments/claims/verdict.py`):
+{verdict_tables(rows)}The rule, fixed before these runs (`experiments/claims/verdict.py`):
 
 ```
 {verdict.__doc__[verdict.__doc__.index('The rule.') :]}```
@@ -125,7 +116,7 @@ def write_page(out, page):
     begin = re.search('<!-- claims: .*-->', text)
     if not begin or END not in text:
         raise SystemExit(f'{page} has no markers {BEGIN} and {END}')
-    verdicts = report[report.index('| claim |') : report.index('The rule, fixed')]
+    verdicts = report[report.index('## Verdicts') : report.index('The rule, fixed')].removeprefix('## Verdicts\n\n')
     size = re.search(r'\d+ of \d+ trials, seeds \d+(, \d+)*', report).group()
     body = f'{size}, each seed with its own SFT model. The difference is paired, with its 95% interval.\n\n{verdicts}'
     page.write_text(f'{text[: begin.start()]}{begin.group()}\n{body.rstrip()}\n{text[text.index(END) :]}')

@@ -152,10 +152,8 @@ def claims(grid: Grid, results):
         return ', '.join(f'{x:g}' for x in numbers)
 
     # one thing changed, under flips
-    what, settings = (
-        'accuracy, mean over settings',
-        f'equal: beta {listed(grid.like_betas)} x lr {listed(grid.like_lrs)}',
-    )
+    what = 'accuracy, mean over settings'
+    settings = f'equal: beta {listed(grid.like_betas)} x lr {listed(grid.like_lrs)}'
     for ours, theirs, flips, paper in EQUAL:
         words = f'{name_of(ours)} is more accurate than {name_of(theirs)}, {flips:.0%} flips ({paper})'
         yield Claim(words, what, settings, partial(measured.equal, ours, theirs, flips, grid.cells()), 'accuracy')
@@ -192,6 +190,11 @@ def claims(grid: Grid, results):
         kind = ours.split()[0]
         names = [name_of(name.removeprefix(f'{kind} ')) for name in (ours, theirs)]
         better = 'more accurate' if metric == 'accuracy' else 'better'
-        words = f'{names[0]} is {better} than {names[1]}, both tuned, {WHERE[kind]} ({paper})'
+        # the other shares of good answers have the settings that KTO 1:1 has found: that share alone is changed
+        is_same = names[1].startswith('KTO')
+        how = '' if is_same else ', both tuned'
+        words = f'{names[0]} is {better} than {names[1]}{how}, {WHERE[kind]} ({paper})'
         settings = f'tuned for {metric}: {sides[0]}; against {sides[1]}'
+        if is_same:
+            settings = f'equal: {sides[0]}, tuned for {names[1]}'
         yield Claim(words, metric, settings, partial(measured.gain, ours, theirs, metric), metric)
