@@ -158,9 +158,8 @@ is_loaded = needs_ref and not cache_ref and not is_policy
 run.choose_attention(longest, share_prefix=share_prefix, frozen=int(is_loaded))
 if sample_during_eval:
     check_positions(run.policy, run.held_out.longest_prompt() + max_new_tokens, 'samples')
-build_ref = partial(
-    load_model, ref_model or model, adapters=lora.of_reference(config, run.adapters), **run.model_options()
-)
+ref_options = {'adapters': lora.of_reference(config, run.adapters), **run.model_options()}
+build_ref = partial(load_model, ref_model or model, **ref_options)
 
 
 def load_reference():
@@ -425,9 +424,8 @@ if run.eval_due_at_start():
     evaluate(run.seen)
 for step in run.steps(prepare):
     columns, new_state = run.compute(step, run_step, backward=True)
-    with run.memory(step.batches):
-        if run.update(step, columns, weight=columns['step_weight'].sum()):
-            run.state['statistic'] = new_state
+    if run.update(step, columns, weight=columns['step_weight'].sum()):
+        run.state['statistic'] = new_state
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):
         evaluate(step.seen)

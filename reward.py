@@ -96,8 +96,7 @@ if run.eval_due_at_start():
     run.evaluate(run.seen, run_step, summary)
 for step in run.steps():
     columns = run.compute(step, run_step, backward=True)
-    with run.memory(step.batches):
-        run.update(step, columns, weight=len(step.rows))
+    run.update(step, columns, weight=len(step.rows))
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):
         run.evaluate(step.seen, run_step, summary)

@@ -131,8 +131,7 @@ if run.eval_due_at_start():
     evaluate(run.seen)
 for step in run.steps():
     columns = run.compute(step, run_step, backward=True)
-    with run.memory(step.batches):
-        run.update(step, columns, weight=columns['n'].sum())
+    run.update(step, columns, weight=columns['n'].sum())
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):
         evaluate(step.seen)

@@ -10,8 +10,7 @@
     run.start('dpo ')                          # from the newest checkpoint, or afresh
     for step in run.steps():                   # microbatches, made ahead in a thread
         columns = run.compute(step, run_step)  # the script's own: forward and backward
-        with run.memory(step.batches):
-            run.update(step, columns, weight)  # one optimizer step
+        run.update(step, columns, weight)      # one optimizer step
         run.log_step(step, metrics)
         if run.eval_due(step):
             evaluate(step.seen)
@@ -25,7 +24,7 @@ Counts are in examples, whatever the number of ranks.
 import math
 import os
 import time
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -236,11 +235,13 @@ class Run:
         for model in inside:
             set_attention(model, self.packed, attn)
         self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
-        self.forward = forward or self.policy.response_logps
+        # what a token keeps for backward is measured once, and where nobody asks never
+        forward = forward or self.policy.response_logps
+        self.bytes_per_token = cache(partial(room.bytes_per_token, self.policy, forward, self.train, self.packed))
         if max_tokens == 'auto':
             coming = frozen * sum(p.numel() for p in self.policy.parameters())
-            what_trains = self.config, self.policy, self.forward, self.train
-            self.max_tokens = room.choose_max_tokens(*what_trains, self.packed, coming)
+            how = self.config, self.policy, self.bytes_per_token(), self.train, self.packed
+            self.max_tokens = room.choose_max_tokens(*how, coming)
 
     def make_batches(self, examples, rows, **options):
         """(this rank's microbatches of a step, its tokens on all ranks, the same with padding), see data.make_batches."""
@@ -249,7 +250,7 @@ class Run:
 
     def check_room(self, *others):
         """Refuse a disk that is too small, warn of a memory that is, and of long examples. others: models in memory."""
-        what_trains = self.config, self.policy, self.forward, self.train
+        what_trains = self.config, self.policy, self.bytes_per_token, self.train
         fits = room.check_room(*what_trains, self.total, self.packed, self.max_tokens, others)
         if save_every == 'auto' and not fits:
             self.save_every = 0
@@ -369,7 +370,8 @@ class Run:
         scale = math.nan
         if weight and guard.finite(columns):
             scale = self.world / float(weight)
-        self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, max_grad_norm)
+        with self.memory(step.batches):
+            self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, max_grad_norm)
         if math.isfinite(self.norm):
             return True
 

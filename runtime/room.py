@@ -21,12 +21,12 @@ SAVE_AFTER = 15 * 60  # seconds between two checkpoints with save_every='auto'
 SAFE = {'cuda': 0.9, 'cpu': 0.7}
 
 
-def check_room(config, policy, forward, train, total, packed, max_tokens, others=()):
+def check_room(config, policy, per_token, train, total, packed, max_tokens, others=()):
     """Before the first step: refuse a disk that cannot hold what the run will leave, and say on a CPU what memory it takes.
 
-    config: the script's options; forward(batch) -> a tensor, the pass of the policy that trains; train: the Examples; total:
-    how many of them; max_tokens: of a microbatch; others: more models in memory, or None. On all ranks together. Returns whether
-    the checkpoints of a long run would fit, too. Raises UserError."""
+    config: the script's options; per_token() -> bytes_per_token of the policy's pass that trains; train: the Examples; total: how
+    many of them; max_tokens: of a microbatch; others: more models in memory, or None. On all ranks together. Returns whether the
+    checkpoints of a long run would fit, too. Raises UserError."""
     import torch
 
     import fsdp
@@ -42,7 +42,7 @@ def check_room(config, policy, forward, train, total, packed, max_tokens, others
     fits = fsdp.shared(lambda: _check_disk(config, model, checkpoint, total))
     # a GPU says by itself when it is full; a CPU's system kills
     if not torch.cuda.is_available():
-        _check_memory(config, policy, forward, train, packed, others, max_tokens)
+        _check_memory(config, policy, per_token(), train, packed, others, max_tokens)
     return fits
 
 
@@ -116,13 +116,13 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
     return needs | {'buffers': buffers}
 
 
-def choose_max_tokens(config, policy, forward, train, packed, frozen):
+def choose_max_tokens(config, policy, per_token, train, packed, frozen):
     """The largest of BUDGETS whose microbatches fit beside what is still to come, the same on all ranks; the least if none does.
 
-    forward: as in check_room; frozen: parameters of models that are not loaded yet."""
+    per_token: the policy's bytes_per_token; frozen: parameters of models that are not loaded yet."""
     import fsdp
 
-    needs = _needs(config, policy, forward, train, packed, frozen)
+    needs = _needs(config, policy, per_token, frozen)
     free, safe = free_memory(), SAFE[next(policy.parameters()).device.type]
 
     def to_come(size):
@@ -137,11 +137,10 @@ def choose_max_tokens(config, policy, forward, train, packed, frozen):
     return -least
 
 
-def _needs(config, policy, forward, train, packed, frozen):
+def _needs(config, policy, per_token, frozen):
     """tokens of a microbatch -> the estimate of one rank."""
     import torch.distributed as dist
 
-    per_token = bytes_per_token(policy, forward, train, packed)
     how = {'ranks': dist.get_world_size(), 'shard': getattr(policy, 'shard_mode', 'full'), 'frozen': frozen}
     return partial(estimate, policy, per_token, optimizer=config['optimizer'], dtype=config['dtype'], **how)
 
@@ -159,7 +158,7 @@ def _most_tokens(config, train, packed, max_tokens):
     return tokens
 
 
-def _check_memory(config, policy, forward, train, packed, others, max_tokens):
+def _check_memory(config, policy, per_token, train, packed, others, max_tokens):
     """Say what a run takes of this machine's memory, part by part, and warn where the machine has less."""
     here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # ranks on this machine
     frozen = 0
@@ -167,7 +166,7 @@ def _check_memory(config, policy, forward, train, packed, others, max_tokens):
         if other is not None and other is not policy:
             frozen += sum(p.numel() for p in other.parameters())
     tokens = _most_tokens(config, train, packed, max_tokens)
-    needs = _needs(config, policy, forward, train, packed, frozen)(tokens)
+    needs = _needs(config, policy, per_token, frozen)(tokens)
 
     # bytes on this machine
     takes = {name: number * here for name, number in needs.items() if number}
