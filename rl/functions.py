@@ -283,15 +283,8 @@ class Workers:
         """(a new process, the pipe to it)."""
         ours, theirs = Pipe()
         # python begins in our folder, to find its imports there, and _work goes to where we are
-        command = [
-            sys.executable,
-            '-m',
-            'rl.functions',
-            str(theirs.fileno()),
-            os.getcwd(),
-            self.part.file,
-            self.part.what,
-        ]
+        command = [sys.executable, '-m', 'rl.functions', str(theirs.fileno()), os.getcwd()]
+        command += [self.part.file, self.part.what]
         # a session of its own: Ctrl-C is not for it, and what it has begun ends with it
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, start_new_session=True)
         theirs.close()

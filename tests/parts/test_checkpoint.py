@@ -321,6 +321,14 @@ def test_room_on_the_disk(tmp_path, monkeypatch, capsys, every, free, fits):
     assert ('it writes no checkpoint' in capsys.readouterr().out) == (fits is False)
 
 
+def test_memory_is_measured_once(tmp_path, monkeypatch, whole):
+    """For max_tokens, and for what is said of the memory: a forward each would be twice the wait."""
+    calls, real = [], room.bytes_per_token
+    monkeypatch.setattr(room, 'bytes_per_token', lambda *arguments: calls.append(1) or real(*arguments))
+    run(tmp_path / 'run', '--max_tokens=auto')
+    assert len(calls) == 1
+
+
 def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path, monkeypatch, whole, capsys):
     def fails(*arguments):
         guard._code = guard.INTERRUPTED  # somebody gives it up

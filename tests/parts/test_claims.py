@@ -206,6 +206,9 @@ def test_log_linear_runs(tmp_path, monkeypatch):
         clean['accuracy'].mean() > dirty['accuracy'].mean() > 0.5
         and dirty['last_share'].min() > dirty['share'].min() > 0.3
     )
+    # without flips nothing is flipped; with small steps all pairs weigh alike, and two in five are
+    few = found['DPO', 0.4, 0.003]['share']
+    assert clean['share'].max() == 0 and (abs(few - 0.4) < 0.05).all()
     assert 'Both tuned' in loglinear.report(found, loglinear.tuned([1, 2]), 2)
     loglinear.world.cache_clear()
 
