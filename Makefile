@@ -33,6 +33,7 @@ setup: .venv/done
 
 .venv/done: requirements.txt
 	@test -n "$(PYTHON)" || { echo 'error: nanopref needs Python 3.11 or newer, with venv: install python3.11, or name one with make PYTHON=PATH' >&2; exit 2; }
+	@echo 'making .venv from requirements.txt, the first time: a minute or two'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
 	touch .venv/done

@@ -132,8 +132,8 @@ def choose_max_tokens(config, policy, per_token, train, packed, frozen):
 
     fitting = [size for size in BUDGETS if free is None or to_come(size) <= safe * free]
     (least,) = fsdp.largest([-max(fitting, default=BUDGETS[0])])
-    of_what = f' of {_size(free)} that are free' if free else ''
-    say(f'memory: max_tokens={-least} (auto): {_size(to_come(-least))}{of_what}')
+    of_what = f', where {_size(free)} are free' if free else ''
+    say(f'memory: max_tokens={-least} (auto): each rank will take about {_size(to_come(-least))} more{of_what}')
     return -least
 
 
