@@ -124,7 +124,7 @@ def _show(left_out):
                 print(f'--- {of}, example {kinds.total()}: {example.where or data} ---')
                 print(_plain(example, found) if tokenizer is None else _seen(example, of, tokenizer), end='\n\n')
         if shown and len(lengths) < MEASURED and tokenizer is None:
-            lengths += [len(_plain(example, found)) for found in shown]
+            lengths += [_characters(example, found) for found in shown]
         elif shown and len(lengths) < MEASURED:
             lengths += _lengths(example, of, tokenizer, left_out)
 
@@ -164,6 +164,18 @@ def _plain(example, found):
             good = {True: ', good', False: ', bad'}.get(found.get('good'), '')
             shown += [f'{key}{good}:', *lines(found[key], lambda turn: True)]
     return '\n'.join(shown)
+
+
+def _characters(example, found):
+    """The characters of the prompt and the longer answer, or of all turns, without roles."""
+
+    def size(part):
+        return len(part) if isinstance(part, str) else sum(len(turn['content'] or '') for turn in part)
+
+    if 'turns' in example and 'trained' in found:
+        return size(example['turns'])
+    answers = [size(found[key]) for key in ('chosen', 'rejected', 'response') if key in found]
+    return size(found['prompt']) + max(answers, default=0)
 
 
 def _tokens(example, task, tokenizer, longest, longest_prompt, left_out):

@@ -41,6 +41,20 @@ def test_examples_and_counts(show):
     assert 'lengths in characters: median' in out
 
 
+@pytest.mark.parametrize(
+    'row',
+    [
+        {'prompt': '12345', 'chosen': '678', 'rejected': '6'},
+        {'prompt': '12345', 'response': '678'},
+        {'messages': [{'role': 'user', 'content': '12345'}, {'role': 'assistant', 'content': '678'}]},
+        {'prompt': '12345678'},
+    ],
+    ids=lambda row: ' '.join(row),
+)
+def test_lengths_are_of_the_text_alone(show, row):
+    assert 'lengths in characters: median 8, 95% up to 8, longest 8\n' in show([row])[0]
+
+
 def test_lengths_are_of_the_first(show, monkeypatch):
     monkeypatch.setattr(text.show, 'MEASURED', 3)
     assert 'lengths in characters, of the first 3 examples: median' in show(PAIRS)[0]
