@@ -5,7 +5,6 @@ messages of the HTTP library, which quote the server, are not shown.
 """
 
 import asyncio
-import email.utils
 import itertools
 import json
 import os
@@ -47,6 +46,10 @@ class _Again(Exception):
     wait = 0.0
 
 
+class _Unreachable(_Again):
+    """There was no connection."""
+
+
 def completions_url(url: str) -> str:
     """The address of the chat completions, from a base address with or without /v1. Raises UserError."""
     try:
@@ -71,13 +74,13 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
     a whole reply. A job is tried again on 408, 409, 425, 429, 5xx, time-outs, lost connections, and replies that are too large
     or no completion: `retries` times, after backoff * 2^k seconds with jitter, or as Retry-After says. Then its Reply has an
     error, as has that of a refused job. proven: the endpoint had answered before. Raises UserError where going on is useless:
-    a refused key, no such address, nothing but failures."""
+    a refused key, or nothing but failures."""
     endpoint = _Endpoint(url, concurrency, timeout, retries, backoff, proven)
     jobs, tasks, failures = iter(jobs), set(), 0
     with asyncio.Runner() as runner:  # ends what is still under way when the caller stops
         loop = runner.get_loop()
         while True:
-            # an endpoint that has answered nothing yet is given up earlier
+            # an endpoint that has answered nothing yet gets no more jobs than it can answer at a time
             allowed = FAILED_IN_A_ROW if endpoint.proven else max(2, concurrency)
             free = min(concurrency, allowed - failures) - len(tasks)
             for key, body in itertools.islice(jobs, max(0, free)):
@@ -94,7 +97,7 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
                 endpoint.proven |= answered
                 yield reply
     if failures >= allowed or (failures and not endpoint.proven):
-        advice = "see the model's name, the other options and the server's own log, or run the same command later"
+        advice = 'see that the server runs, and the address, the model and the other options, or run this again later'
         raise UserError(f'{failures} requests in a row failed; the last one: {reply.error}: {advice}')
 
 
@@ -121,7 +124,7 @@ class _Endpoint:
 
     async def finish(self, key, body):
         """The Reply of a job, after as many attempts as it takes. Raises UserError."""
-        for attempt in range(self.retries + 1):
+        for attempt in itertools.count():
             await asyncio.sleep(self.not_before - time.monotonic())
             try:
                 return Reply(key, *self.read(*await self.post(body)))
@@ -129,21 +132,18 @@ class _Endpoint:
                 return Reply(key, None, None, str(error))
             except _Again as error:
                 again = error
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                again = _Again(f'{self.address} cannot be reached ({self.line(error)})')
-                # an address where nobody answers is most often a wrong one
-                if not self.proven and attempt >= min(2, self.retries):
-                    raise UserError(f'{again}: is the server running, and the address right?') from None
+            # an address where nobody answers is most often a wrong one
+            patience = 2 if isinstance(again, _Unreachable) and not self.proven else self.retries
+            if attempt >= min(patience, self.retries):
+                return Reply(key, None, None, f'{again}, after {attempt + 1} attempts')
 
             # all jobs wait as long as the endpoint asks for, and this one longer each time
             self.not_before = max(self.not_before, time.monotonic() + again.wait)
-            if attempt < self.retries:
-                longest = min(60.0, self.backoff * 2**attempt)
-                await asyncio.sleep(longest * random.uniform(0.5, 1.0))
-        return Reply(key, None, None, f'{again}, after {attempt + 1} attempts')
+            longest = min(60.0, self.backoff * 2**attempt)
+            await asyncio.sleep(longest * random.uniform(0.5, 1.0))
 
     async def post(self, body):
-        """(response, its text) of a request. Raises _Again, or what httpx raises where there is no connection."""
+        """(response, its text) of a request. Raises _Again."""
         content = bytearray()
         try:
             async with asyncio.timeout(self.timeout):
@@ -152,8 +152,8 @@ class _Endpoint:
                         content += piece
                         if len(content) > LARGEST:
                             break
-        except (httpx.ConnectError, httpx.ConnectTimeout):
-            raise
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise _Unreachable(f'{self.address} cannot be reached ({self.line(error)})') from None
         except TimeoutError:
             raise _Again(f'no reply within {self.timeout:g} s') from None
         except Exception as error:  # the library has errors of many kinds for what a server may send
@@ -177,11 +177,10 @@ class _Endpoint:
         what = f'{self.address} answers HTTP {status} ({self.line(raw)})'
         if status in (401, 403):
             raise UserError(f'{what}: set the key of this endpoint in NANOPREF_API_KEY')
-        if 'insufficient_quota' in content:
-            raise UserError(f'{what}: the account has no credit left; run the same command again when it has')
         if status in (408, 409, 425, 429) or status >= 500:
             again = _Again(what)
-            again.wait = _retry_after(response.headers.get('retry-after', ''))
+            asked = re.match(r'\d+(\.\d+)?$', response.headers.get('retry-after', ''))
+            again.wait = float(asked[0]) if asked else 0.0
             if again.wait > LONGEST_WAIT:
                 raise UserError(f'{what} and asks to wait {again.wait:.0f} s: run the same command again then')
             raise again
@@ -206,13 +205,3 @@ class _Endpoint:
             said = said.get(name) or said if isinstance(said, dict) else said
         shown = ''.join(c if c.isprintable() else ' ' for c in self.hide(str(said), self.key)[:1000])
         return ' '.join(shown.split())[:300] or 'nothing'
-
-
-def _retry_after(text):
-    """The seconds that a Retry-After header asks for (a number or a date), 0 without one."""
-    try:
-        if text[:1].isdigit():
-            return float(text)
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0

@@ -1,7 +1,6 @@
 """The client of chat endpoints against a server that misbehaves in every way that servers do."""
 
 import contextlib
-import email.utils
 import gzip
 import json
 import re
@@ -115,27 +114,22 @@ def test_after_retries_a_job_is_given_back_with_its_reason():
         assert replies[3].error.endswith('answers HTTP 500 (ill), after 3 attempts') and replies[3].raw is None
 
 
-def date_in(seconds):
-    return email.utils.formatdate(time.time() + seconds, usegmt=True)
-
-
-@pytest.mark.parametrize('soon', [lambda: '1', lambda: date_in(2)], ids=['seconds', 'date'])
-def test_retry_after_is_honoured_by_all(soon):
+def test_retry_after_is_honoured_by_all():
     arrived = []
 
     def behave(n, body):
         arrived.append(time.monotonic())
-        return (429, '', {'Retry-After': soon()}) if n == 1 else 'ok'
+        return (429, '', {'Retry-After': '1'}) if n == 1 else 'ok'
 
     with serve(behave) as server:
         assert len(ask(server, 4, backoff=0.01, timeout=5, concurrency=1)) == 4
     assert arrived[2] - arrived[1] >= 0.95
 
 
-@pytest.mark.parametrize('soon', [lambda: '0', lambda: '0.01', lambda: date_in(-5)], ids=['0', 'little', 'past'])
+@pytest.mark.parametrize('soon', ['0', '0.01', 'Wed, 21 Oct 2015 07:28:00 GMT', 'x'])
 def test_a_retry_after_that_asks_for_next_to_nothing_does_not_end_the_waiting(soon):
     began = time.monotonic()
-    slow_down = lambda: (429, '', {'Retry-After': soon()})  # noqa: E731
+    slow_down = lambda: (429, '', {'Retry-After': soon})  # noqa: E731
     with serve(lambda n, body: 'ok' if time.monotonic() - began > 0.5 else slow_down()) as server:
         replies = ask(server, 2, backoff=0.1, timeout=5, concurrency=1)
         assert [r.text for r in replies] == ['ok', 'ok'] and len(server.seen) < 8
@@ -144,9 +138,8 @@ def test_a_retry_after_that_asks_for_next_to_nothing_does_not_end_the_waiting(so
 # fmt: off
 USELESS = [
     (429, 'quota', r'asks to wait 7200 s: run the same command again'),
-    (429, {'error': {'message': 'You have none', 'code': 'insufficient_quota'}}, r'no credit left'),
     *((status, {'error': {'message': 'no\nsuch model'}}, f'HTTP {status} .no such model.*{advice}') for status, advice in [
-        (400, "see the model's name"), (401, 'NANOPREF_API_KEY'), (403, 'NANOPREF_API_KEY'), (404, "see the model's name")]),
+        (400, 'the model and the other options'), (401, 'NANOPREF_API_KEY'), (403, 'NANOPREF_API_KEY'), (404, 'the address, the model')]),
 ]
 # fmt: on
 
@@ -185,7 +178,7 @@ def test_no_server():
     with socket.socket() as unused:
         unused.bind(('127.0.0.1', 0))
         port = unused.getsockname()[1]
-    sentence = f'{port}/v1/chat/completions cannot be reached .*is the server running'
+    sentence = f'{port}/v1/chat/completions cannot be reached .*see that the server runs'
     with within(8):
         refused(f'http://127.0.0.1:{port}', 50, sentence, backoff=1.0, timeout=120.0, concurrency=8)
     (reply,) = ask(f'http://127.0.0.1:{port}', 1, proven=True, retries=1)
