@@ -492,8 +492,8 @@ USAGES = ['[1]', '"12"', '7', 'true', '{"completion_tokens": "12"}', '{"completi
 
 
 @pytest.mark.parametrize('usage', USAGES)
-def test_a_strange_count_of_tokens_loses_no_answer(usage, capfd):
-    """Answers that were paid for are kept, once, in a file that every reader of json reads; what was strange is counted."""
+def test_a_strange_count_of_tokens_loses_no_answer(usage):
+    """Answers that were paid for are kept, once, in a file that every reader of json reads."""
     reply = '{"choices": [{"message": {"content": "fine"}, "finish_reason": V}], "usage": V}'.replace('V', usage)
     with serve(lambda n, body: (200, reply)) as server:
         for _ in range(2):
@@ -503,7 +503,6 @@ def test_a_strange_count_of_tokens_loses_no_answer(usage, capfd):
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [row['response'] for row in rows] == [' fine', ' fine'] and [row['tokens'] for row in rows] == [None, None]
     assert {row['finish'] for row in rows} <= {None, '12'}
-    assert 'note: 2 replies have no usage as the protocol has it' in capfd.readouterr().out
 
 
 def test_tokens_that_are_not_counted_are_no_fault(capfd):
