@@ -482,19 +482,18 @@ def test_a_key_in_a_broken_reply_is_left_nowhere(reply, monkeypatch, capfd):
         shutil.copy('answers.jsonl', 'two.jsonl')
         said += refused('label.py', '--answers=two.jsonl', *ends, '--judge_model=m', '--out_dir=b', '--retries=0')
     files = [f for f in Path().rglob('*') if f.is_file()]
-    assert 'connection lost' in said or 'not asked for' in said
+    assert 'connection lost' in said or 'no chat completion' in said
     assert KEY[9:] not in said + ''.join(capfd.readouterr())
     assert not [f for f in files if KEY[9:].encode() in f.read_bytes()]
 
 
 USAGES = ['[1]', '"12"', '7', 'true', '{"completion_tokens": "12"}', '{"completion_tokens": -3}', '{"completion_tokens": true}',
-          '{"completion_tokens": 1e999}', '{"completion_tokens": NaN}', '{"completion_tokens": 12.5}', '{"completion_tokens": {}}',
-          '{"completion_tokens": ' + '9' * 5000 + '}', '{"completion_tokens": [12]}']  # fmt: skip
+          '{"completion_tokens": 1e999}', '{"completion_tokens": NaN}', '{"completion_tokens": 12.5}', '{"completion_tokens": {}}', '{"completion_tokens": [12]}']  # fmt: skip
 
 
 @pytest.mark.parametrize('usage', USAGES)
-def test_a_strange_count_of_tokens_loses_no_answer(usage, capfd):
-    """Answers that were paid for are kept, once, in a file that every reader of json reads; what was strange is counted."""
+def test_a_strange_count_of_tokens_loses_no_answer(usage):
+    """Answers that were paid for are kept, once, in a file that every reader of json reads."""
     reply = '{"choices": [{"message": {"content": "fine"}, "finish_reason": V}], "usage": V}'.replace('V', usage)
     with serve(lambda n, body: (200, reply)) as server:
         for _ in range(2):
@@ -504,7 +503,6 @@ def test_a_strange_count_of_tokens_loses_no_answer(usage, capfd):
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [row['response'] for row in rows] == [' fine', ' fine'] and [row['tokens'] for row in rows] == [None, None]
     assert {row['finish'] for row in rows} <= {None, '12'}
-    assert 'note: 2 replies have no usage as the protocol has it' in capfd.readouterr().out
 
 
 def test_tokens_that_are_not_counted_are_no_fault(capfd):
