@@ -29,7 +29,7 @@ from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import content, load_model, load_tokenizer
 from hf.probe import room
-from rl import functions
+from rl import reward_functions
 from runtime import log
 from runtime.files import replace_text
 from text import sources, tokenise
@@ -99,13 +99,11 @@ if temperatures == [0]:
 n_samples = n * len(temperatures)  # answers to a prompt: numbers 0 to n - 1 at the first temperature, and so on
 
 # functions that score answers
-parts = functions.parse(reward) if reward else []
+parts = reward_functions.parse(reward) if reward else []
 if not all(part.file for part in parts):
     raise UserError(
         '--reward of sample.py takes functions, FILE.py:NAME: label.py and feedback.score read reward models'
     )
-if main_rank():
-    functions.load_all(parts)
 
 # who answers: the ranks of a model, or one process that asks
 rank, world, device = fsdp.setup()
@@ -364,9 +362,9 @@ def score_answers():
     answered = [found[key] for key in sorted(found)]
     # the rows as they were read; a line of a .txt file is its own
     rows = [getattr(row, 'raw', row) for row in prompts]
-    asked = [functions.Asked(row['prompt'], rows[row['index']]) for row in answered]
-    responses = [row['response'] for row in answered]
-    scores = {part: functions.score(part, asked, responses)[0] for part in parts}
+    asked = [rows[row['index']] for row in answered]
+    texts = [row['prompt'] for row in answered], [row['response'] for row in answered]
+    scores = {part: reward_functions.score(part, *texts, asked)[0] for part in parts}
     lines = []
     for i, row in enumerate(answered):
         values = {part.name: values[i] for part, values in scores.items()}
