@@ -354,19 +354,16 @@ def show(rows, lengths, limit):
     where = card if on_gpu else f'CPU, {torch.get_num_threads()} threads'
     print(f'{model}, {data}, {loss}, batch {batch_size}, {world} ranks, {where}, {dtype}, torch {torch.__version__}')
     print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
-    # title, width and format of every column
-    columns = {
-        'pairs_per_second': ('pairs/s', 9, '.2f'), 'ratio': ('x', 6, '.2f'), 'tokens_per_second': ('tokens/s', 9, '.0f'),
-        'padding_share': ('padding', 8, '.1%'), 'gflop_per_pair': ('GFLOP/pair', 11, '.1f'), 'peak_memory_gb': ('peak GB', 8, '.2f'),
-        'estimated_memory_gb': ('est. GB', 8, '.2f'), 'mfu': ('MFU', 7, '.1%'),
-    }  # fmt: skip
-    print('variant    ', *(f'{title:>{width}s}' for title, width, _ in columns.values()))
+    print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')
+    formats = {'pairs_per_second': '9.2f', 'ratio': '6.2f', 'tokens_per_second': '9.0f', 'padding_share': '8.1%',
+               'gflop_per_pair': '11.1f', 'peak_memory_gb': '8.2f', 'estimated_memory_gb': '8.2f', 'mfu': '7.1%'}  # fmt: skip
     for row in rows:
-        cells = [
-            f'{row[name]:{width}{form}}' if name in row else '-'.rjust(width)
-            for name, (_, width, form) in columns.items()
-        ]
-        print(f'{row["variant"]:11s}', *cells)
+        print(f'{row["variant"]:11s}', end='')
+        for name, form in formats.items():
+            width = int(form.partition('.')[0])
+            cell = f'{row[name]:{form}}' if name in row else '-'
+            print(f' {cell:>{width}s}', end='')
+        print()
         both = row.get('pairs_per_second_with_cache_pass')
         if both:
             print(f'{"+ its pass":11s} {both:9.2f}  the pass that makes the cache counted, as in a first epoch')
