@@ -28,7 +28,7 @@ from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import content, load_model, load_tokenizer
 from hf.probe import room
-from rl import functions
+from rl import reward_functions
 from runtime import log
 from runtime.files import replace_text
 from text import sources, tokenise
@@ -97,12 +97,10 @@ if temperatures == [0]:
 n_samples = n * len(temperatures)  # answers to a prompt: numbers 0 to n - 1 at the first temperature, and so on
 
 # functions that score answers
-parts = functions.parse(reward) if reward else []
+parts = reward_functions.parse(reward) if reward else []
 if not all(part.file for part in parts):
     others = 'label.py and feedback.score read reward models'
     raise UserError(f'--reward of sample.py takes functions, FILE.py:NAME: {others}')
-if main_rank():
-    functions.load_all(parts)
 
 # who answers: the ranks of a model, or one process that asks
 rank, world, device = fsdp.setup()
@@ -333,9 +331,9 @@ def score_answers():
     """Write the scores of all answers into rewards.jsonl, and their means on the screen."""
     # the rows as they were read; a line of a .txt file is its own
     rows = [getattr(row, 'raw', row) for row in prompts]
-    asked = [functions.Asked(row['prompt'], rows[row['index']]) for row in found.values()]
-    responses = [row['response'] for row in found.values()]
-    scores = {part: functions.score(part, asked, responses)[0] for part in parts}
+    asked = [rows[row['index']] for row in found.values()]
+    texts = [row['prompt'] for row in found.values()], [row['response'] for row in found.values()]
+    scores = {part: reward_functions.score(part, *texts, asked)[0] for part in parts}
     lines = []
     for i, (index, sample) in enumerate(found):
         values = {part.name: values[i] for part, values in scores.items()}

@@ -17,7 +17,7 @@ from configurator import UserError
 from feedback import answers, endpoint
 from hf import check, load
 from runtime import log, values
-from text import sources, toy
+from text import toy
 
 KEY = 'sentinel-key-0123456789'
 SMALL = (
@@ -301,20 +301,6 @@ def test_data_that_is_no_file(script):
         assert name in refused(script, f'--data={name}')
 
 
-def test_data_that_vanishes_between_start_and_use(monkeypatch):
-    fingerprint = sources.fingerprint
-
-    def vanish(*args):
-        found = fingerprint(*args)
-        Path('other.jsonl').unlink()
-        return found
-
-    monkeypatch.setattr(sources, 'fingerprint', vanish)
-    shutil.copy('good.jsonl', 'other.jsonl')
-    with pytest.raises(UserError, match='other.jsonl.* is no file'):
-        run_script('sft.py', '--data=other.jsonl', *SMALL)
-
-
 @pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py'])
 def test_data_and_model_may_vanish_while_it_trains(model, folders, monkeypatch, script):
     """What a run needs is in memory from its first step on, the config of the model folder that it leaves included."""
@@ -342,23 +328,12 @@ OUT = {script: ['--out_dir=good.jsonl/out'] for script in ('sft.py', 'dpo.py', '
     'label.py': ['--out_dir=good.jsonl/out', '--answers=answers.jsonl', '--gold=toy'],
     'sample.py': ['--out_dir=good.jsonl/out', '--n_examples=2'],
     'tools/bench.py': ['--out=good.jsonl/x.json', '--model=toy'],
-    'tools/plot.py': ['run', '--out=good.jsonl/x.png'],
 }
-
-
-def a_run():
-    """A folder with one row of metrics."""
-    Path('run').mkdir()
-    Path('run/config.json').write_text('{"config": {}}')
-    Path('run/metrics.jsonl').write_text('{"split": "train", "counters/examples": 1, "loss/train": 1.0}\n')
 
 
 @pytest.mark.parametrize('script', OUT)
 def test_out_dir_below_a_file(script):
     """As for a read-only file system, for which one must not be root."""
-    if script == 'tools/plot.py':
-        pytest.importorskip('matplotlib')
-    a_run()
     message = refused(script, *OUT[script])
     assert 'cannot write' in message and 'good.jsonl' in message
 
@@ -389,10 +364,6 @@ DAMAGED = {  # file -> its first row, what reads it, second rows that are damage
         DEEP, '{}', '3', '{"pair": 0, "order": 1}', '{"pair": 0, "order": 1, "preference": "A"}',
         '{"pair": [], "order": 1, "preference": 1}', '{"pair": 0, "order": 1, "preference": null, "text": 3}']),
 }
-CURVES = [
-    ('config.json', '{"config": []'), ('config.json', '{"config": 3}'), ('config.json', DEEP), ('metrics.jsonl', '[]\n[]\n'),
-    ('metrics.jsonl', '{"split": "train", "counters/examples": 1, "loss/train": 1' + '0' * 400 + '}\n'), ('samples.jsonl', '{"a": 1}\n'),
-    ('metrics.jsonl', DEEP + '\n{}\n')]
 # fmt: on
 
 
@@ -405,13 +376,6 @@ def test_damaged_rows(file, line):
     with pytest.raises(UserError, match=rf'{file}, line 2, is damaged'):
         read()
     assert contents() == before
-
-
-@pytest.mark.parametrize('file, text', CURVES)
-def test_damaged_curves(file, text):
-    a_run()
-    Path('run', file).write_text(text)
-    assert 'run' in refused('tools/plot.py', 'run')
 
 
 # ---- endpoints and keys ----
