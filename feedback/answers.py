@@ -12,24 +12,12 @@ from pathlib import Path
 
 from configurator import UserError
 from runtime import files
+from runtime.files import lock  # noqa: F401, lock is for both scripts
 from runtime.values import looked_in
 from text.files import read_rows
 from text.messages import ASSISTANT, answer, ask, field, instruction, text_or_chat
 
-_lock = None  # the open file that holds the lock on out_dir
-
 # ---- what both scripts do ----
-
-
-def lock(out_dir):
-    """Keep other processes out of out_dir until this one ends. Raises UserError where another one is there."""
-    global _lock
-    if _lock:
-        _lock.close()
-    with files.writing(f'to {out_dir}'):
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        _lock = open(Path(out_dir) / '.lock', 'a')
-    files.lock(_lock, f'another run is using {out_dir}: wait for its end, or choose another --out_dir')
 
 
 def append(path, rows, sync=True):
