@@ -144,14 +144,14 @@ if gold is not None:
 if reward_model is not None:
     import fsdp
     from feedback import score
-    from hf import load
+    from hf import lora
     from text.tokenise import encode
 
     _, world, device = fsdp.setup()
     if world > 1:
         raise UserError('label.py scores in one process: run it with python, not torchrun')
     model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
-    record['content of reward_model'] = load.content(reward_model)
+    record['content of reward_model'] = lora.content(reward_model)
 
 
 def rewards(items):

@@ -26,7 +26,8 @@ from configurator import UserError, configure, main_rank
 from feedback.answers import append, collect, lock, raise_if_missing, read_text, write_model_outputs
 from feedback.endpoint import ask, completions_url
 from hf import generate
-from hf.load import content, load_model, load_tokenizer
+from hf.load import load_model, load_tokenizer
+from hf.lora import content
 from hf.probe import room
 from rl import reward_functions
 from runtime import log

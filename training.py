@@ -136,8 +136,7 @@ class Run:
     def __init__(self, config, adapters, rank, world, device):
         self.config, self.adapters = config, adapters
         self.rank, self.world, self.device = rank, world, device
-        # model files are hashed in the background, for what checkpoints say of the run
-        self.models = fingerprints(config)
+        self.models = partial(fingerprints, config)  # what checkpoints say of them
         self.tokenizer = load_tokenizer(config.model, trust_remote_code)
         self.max_tokens = max_tokens  # with auto a number from choose_attention on
         self.save_every = save_every  # with auto a number after the first steps

@@ -238,12 +238,10 @@ def test_an_attention_that_is_no_kernel(model):
 
 def test_shards_of_a_hub_id(model, monkeypatch):
     model('shards', names_shard('../x.safetensors'))
-    config = json.loads(Path('model/config.json').read_text())
-    monkeypatch.setattr(load.transformers.PretrainedConfig, 'get_config_dict', lambda *a, **k: (dict(config), {}))
     read = transformers.AutoConfig.from_pretrained
     monkeypatch.setattr(load.transformers.AutoConfig, 'from_pretrained', lambda name, **k: read('model'))
     found = {file.name: str(file) for file in Path('model').iterdir()}
-    monkeypatch.setattr(check, '_hub_file', lambda name, file: found.get(file))
+    monkeypatch.setattr(check, 'file_of', lambda name, file: found.get(file))
     with pytest.raises(UserError, match='weights must be .safetensors files'):
         load.load_model('some/body')
 
@@ -278,7 +276,7 @@ def test_a_tokenizer_with_one_token_more():
     transformers.LlamaForCausalLM(config).save_pretrained('model')
     load.load_model('model', tokenizer=tokenizer)
     tokenizer.add_special_tokens({'pad_token': '[PAD]'})
-    with pytest.raises(UserError, match=r'1 added later \(\[PAD\]\) have no row.*resize_token_embeddings'):
+    with pytest.raises(UserError, match=r'the last, \[PAD\], has no row.*resize_token_embeddings'):
         load.load_model('model', tokenizer=tokenizer)
 
 
