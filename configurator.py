@@ -10,6 +10,7 @@ Only names that the script declares above that call may be set. A user's mistake
 import ast
 import contextlib
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -81,15 +82,6 @@ class Option(NamedTuple):
     scope: dict  # the globals of the module that declares it
 
 
-class Given(NamedTuple):
-    """What a config file or a flag sets. origin: as in Config; where: the same with the line."""
-
-    name: str
-    value: object
-    origin: str
-    where: str
-
-
 def configure(scope, argv=None, shared=None, early=False):
     """Override the constants of a script from config files and flags. Returns the resolved Config.
 
@@ -111,7 +103,7 @@ def configure(scope, argv=None, shared=None, early=False):
     config.origin = dict.fromkeys(options, 'default')
     flags = [_read_flag(word, options) for word in argv if word.startswith('-')]
     files = [_read_file(word) for word in argv if not word.startswith('-')]
-    for name, value, origin, where in [given for file in files for given in file] + flags:
+    for name, value, origin, where in [*itertools.chain(*files), *flags]:
         if origin == COMMAND_LINE == config.origin.get(name):
             raise UserError(f'--{name} is given twice')
         config[name] = _check(name, value, options, where)
@@ -161,14 +153,10 @@ def _declared(scope):
 def _print_help(doc, options):
     """Print every option with its default, types and comment, under the headings of the source."""
     lines = [doc.strip(), '', 'options, to be set in a config file or as --name=value:']
-    heading = None
-    for name, option in options.items():
-        # a blank line and the heading before the first option of a group
-        if option.heading != heading:
-            heading = option.heading
-            lines += ['', heading]
-        types = ' | '.join(option.types)
-        lines.append(f'  --{name} = {option.default!r} ({types})  {option.comment}')
+    for heading, group in itertools.groupby(options.items(), key=lambda item: item[1].heading):
+        lines += ['', heading]
+        for name, option in group:
+            lines.append(f'  --{name} = {option.default!r} ({" | ".join(option.types)})  {option.comment}')
     try:
         print('\n'.join(lines), flush=True)
     except BrokenPipeError:  # --help | head: whoever reads has seen enough
@@ -176,7 +164,7 @@ def _print_help(doc, options):
 
 
 def _read_file(path):
-    """What the public names of a config file are set to: a list of Given."""
+    """(name, value, file, 'file, line n') for every public name that a config file assigns."""
     if not path.endswith('.py'):
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value')
     try:
@@ -186,44 +174,42 @@ def _read_file(path):
         raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}') from None
 
     # it is python, and whatever it can raise is the user's to mend: one statement after the other, to know the line
-    names, found, line = {}, {}, 1
+    names, lines, line = {}, {}, 1
     try:
         for statement in ast.parse(source, path).body:
             before, line = dict(names), statement.lineno
             exec(compile(ast.Module([statement], []), path, 'exec'), names)
-            for name, value in names.items():
-                if name not in before or value is not before[name]:
-                    found[name] = Given(name, value, path, f'{path}, line {line}')
+            lines |= {name: line for name in names if names[name] is not before.get(name, lines)}
     except BaseException as error:
         in_this_file = isinstance(error, SyntaxError) and error.filename == path
         line = error.lineno if in_this_file else line
         message = ' '.join(str(getattr(error, 'msg', error)).split())
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {message}') from None
-    return [x for x in found.values() if not x.name.startswith('_') and not isinstance(x.value, types.ModuleType)]
+    public = {n: x for n, x in names.items() if not n.startswith('_') and not isinstance(x, types.ModuleType)}
+    return [(name, value, path, f'{path}, line {lines[name]}') for name, value in public.items()]
 
 
 def _read_flag(word, options):
-    """What a word of the command line sets: a Given. A switch without a value is on."""
+    """(name, value, 'command line', 'the command line') of a flag. A switch without a value is on."""
     name, equals, text = word.removeprefix('--').partition('=')
     if not word.startswith('--') or not name:
         raise UserError(f'cannot read {word!r}: options are written --name=value')
     # the types of an unknown name do not matter: it is refused
     allowed = options[name].types if name in options else ['bool']
+    if not equals and 'bool' not in allowed:
+        raise UserError(f'--{name} needs a value: --{name}=value')
     if not equals:
         text = 'true'
-        if 'bool' not in allowed:
-            raise UserError(f'--{name} needs a value: --{name}=value')
 
     # None and switches by name, numbers if they can be read as such, else text
-    value = text
+    value, lower = text, text.lower()
     for kind in (float, int):
         if kind.__name__ in allowed:
             with contextlib.suppress(ValueError):
                 value = kind(text)
-    word = text.lower()
-    if word in WORDS and _kind(WORDS[word]) in allowed:
-        value = WORDS[word]
-    return Given(name, value, COMMAND_LINE, f'the {COMMAND_LINE}')
+    if lower in WORDS and _kind(WORDS[lower]) in allowed:
+        value = WORDS[lower]
+    return name, value, COMMAND_LINE, f'the {COMMAND_LINE}'
 
 
 def _kind(value):

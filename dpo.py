@@ -137,17 +137,15 @@ run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_op
 # kto's prompts meet the answers of others
 longest = min(max_length, max(examples.longest(mixed=loss == 'kto') for examples in (run.train, run.held_out)))
 # a policy with adapters is its own reference, while they are off
-is_policy = needs_ref and run.adapters and ref_model is None
+is_policy = run.adapters and ref_model is None
 is_loaded = needs_ref and not cache_ref and not is_policy
 run.choose_attention(longest, share_prefix=share_prefix, frozen=int(is_loaded))
 
 # the reference: live, or log-probs of its from a file, for which it is loaded only where there is none
 ref_options = {'adapters': lora.of_reference(config, run.adapters), **run.model_options()}
 build_ref = partial(load_model, ref_model or model, **ref_options)
-load_ref = partial(run.load_frozen, build_ref, longest)
-ref = run.policy if is_policy else None
-if is_loaded:
-    ref = load_ref()
+make_ref = (lambda: run.policy) if is_policy else partial(run.load_frozen, build_ref, longest)
+ref = make_ref() if needs_ref and not cache_ref else None
 if divergence:
     check_heads(run.policy, ref)
 if cache_ref:
@@ -157,10 +155,9 @@ if cache_ref:
     used = run.used_rows() if paired else slice(None)
     for examples, rows in ((run.train, used), (run.held_out, slice(None))):
         if len(examples):
-            cached_logps(build_ref, lambda: ref or load_ref(), examples, larger, training.dtype, rows)
-    ref = None
-    if sample_during_eval:
-        log.say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
+            cached_logps(build_ref, make_ref, examples, larger, training.dtype, rows)
+if cache_ref and sample_during_eval:
+    log.say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
 
 # what is trained on: flips and fractions are by hash, so they are the same in every run
 run.train = run.train.flip(noise_rate, seed)

@@ -157,8 +157,8 @@ class Run:
 
     def used_rows(self):
         """The rows of the training examples that the steps take."""
-        n, config = len(self.train), self.config
-        drawn = steps(n, config.batch_size, min(n, config.n_examples or n), config.seed)
+        n, most = len(self.train), self.config.n_examples
+        drawn = steps(n, self.config.batch_size, min(n, most or n), self.config.seed)
         return np.unique(np.concatenate([rows for _, rows in drawn]))
 
     def say_data(self, group=1):
@@ -169,11 +169,11 @@ class Run:
         self.total = min(total, config.n_examples or total) // group * group
         changed, notes = train.changes()
         sizes = f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {len(self.held_out):,} to evaluate on'
-        log.say(f'data: {sizes}; left out or changed: {changed}')
         if n_eval_examples and not len(self.held_out):
             notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
-        for note in [*notes, show.first(train, self.tokenizer, self.task)]:
-            log.say(note)
+        example = show.first(train, self.tokenizer, self.task)
+        for text in (f'data: {sizes}; left out or changed: {changed}', *notes, example):
+            log.say(text)
 
     def model_options(self):
         """Options that every model of the run is loaded with."""
@@ -194,8 +194,8 @@ class Run:
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
         # what is left has the type of what came in: it is not twice as large
         if save_dtype is None:
-            kept = fsdp.shared(lambda: kept_in(self.config.model))
-            self.config['save_dtype'] = 'bfloat16' if quantize else kept
+            came_in = fsdp.shared(lambda: kept_in(self.config.model))
+            self.config['save_dtype'] = 'bfloat16' if quantize else came_in
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def load_frozen(self, build, longest, what='the examples'):
@@ -253,8 +253,8 @@ class Run:
         self.identity = checkpoint.identify(config, self.models, self.train, self.held_out)
         latest = checkpoint.latest(out_dir, self.identity) if resume else None
         # what a checkpoint keeps beside weights and optimizer; older ones had the warm-up that was asked for
-        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'warmup': self.warmup()}
-        self.state['max_tokens'] = self.max_tokens
+        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}}
+        self.state |= {'warmup': self.warmup(), 'max_tokens': self.max_tokens}
         if latest:
             self.state |= {'warmup': config.warmup_steps} | checkpoint.load(latest, self.policy, self.optimizer)
         self.seen = self.state.pop('examples')
@@ -281,11 +281,10 @@ class Run:
 
     def prepare(self, examples, first, rows):
         """Everything about a step that can be known before it: microbatches, labels, counts."""
-        batches, tokens, allocated = self.make_batches(examples, rows)
         labels = {'good': torch.from_numpy(examples.good[rows])}
         if examples.margin is not None:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
-        return Step(first, rows, batches, tokens, allocated, labels, examples, self.max_tokens)
+        return Step(first, rows, *self.make_batches(examples, rows), labels, examples, self.max_tokens)
 
     def prepared(self, examples, todo):
         """The steps (first, rows) of todo, prepared ahead in a thread."""
@@ -293,8 +292,8 @@ class Run:
 
     def steps(self):
         """Yield the steps from here to the end of the run."""
-        todo = steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
         self.clock = time.time()
+        todo = steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
         for step in self.prepared(self.train, todo):
             self.waited = time.time() - self.clock
             yield step
@@ -308,27 +307,24 @@ class Run:
 
         One process only, for other ranks would wait in a collective for the one that begins anew. Raises UserError."""
         while True:
+            # it was prepared before max_tokens was halved
             if step.max_tokens > self.max_tokens:
                 vars(step).update(vars(self.prepare(step.examples, step.first, step.rows)))
             try:
                 with self.memory(step.batches):
                     return work(step, **options)
             except UserError as error:
-                if not hasattr(error, 'of_this_rank') or not self.halve(step.batches):
+                alone = all(len(batch.slot) == 1 for batch in step.batches)
+                can_halve = max_tokens == 'auto' and self.world * tp == 1 and not alone
+                if not can_halve or not hasattr(error, 'of_this_rank'):
                     raise
-            # out here nothing holds the activations of that try any more
+            # out here nothing holds the activations of that try any more; steps can be smaller than what fits
             self.optimizer.zero_grad(set_to_none=True)
-
-    def halve(self, batches):
-        """Whether max_tokens could be halved, for microbatches that did not fit."""
-        alone = all(len(batch.slot) == 1 for batch in batches)
-        if max_tokens != 'auto' or torch.distributed.get_world_size() > 1 or alone:
-            return False
-        # steps can be smaller than what fits
-        largest = max(batch.ids.numel() for batch in batches)
-        self.max_tokens = self.state['max_tokens'] = min(self.max_tokens, largest) // 2
-        log.say(f'memory: a microbatch of {largest} tokens does not fit: going on with max_tokens={self.max_tokens}')
-        return True
+            largest = max(batch.ids.numel() for batch in step.batches)
+            self.max_tokens = self.state['max_tokens'] = min(self.max_tokens, largest) // 2
+            log.say(
+                f'memory: a microbatch of {largest} tokens does not fit: going on with max_tokens={self.max_tokens}'
+            )
 
     def update(self, step, columns, weight):
         """One optimizer step on the gradients of step, whose examples weigh weight together. Returns whether it was done: a
@@ -450,16 +446,16 @@ class Run:
 
     def finish(self, build=None):
         """Write the model folder and its card. build: of what is exported, if it differs from what was trained."""
-        out_dir = self.config.out_dir
+        folder = f'{self.config.out_dir}/model'
         # a signal that comes now finds everything saved
         self.heed(self.total)
-        card = partial(export.write_card, out_dir)
-        wanted, keep = self.config['save_dtype'], partial(self.save, self.total)
-        kept = guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card, wanted, keep)
+        card, keep = partial(export.write_card, self.config.out_dir), partial(self.save, self.total)
+        how = build or self.build, folder, card, self.config['save_dtype'], keep
+        kept = guard.export(self.policy, self.tokenizer, *how)
         self.logger.close()
         guard.end()
         rounded = f', rounded to {kept} (a new run with --save_dtype=float32 keeps all bits)'
-        log.say(f'done: {out_dir}/model{rounded if kept != "float32" else ""}')
+        log.say(f'done: {folder}{rounded if kept != "float32" else ""}')
 
 
 def gather(parts, batches, total):
