@@ -105,21 +105,19 @@ def copy_in(run, other):
 
 
 MODEL = "model 'model' has changed since: model.safetensors"
+TRAINING = 'the training examples have changed'
 ATTACKS = [
     *((case, lambda: replace('model'), MODEL) for case in CASES),
     ('dpo', lambda: replace('other'), "ref_model 'other' has changed since: model.safetensors"),
-    ('ppo', lambda: replace('other'), "ref_model 'other' has changed"),
     ('ppo', lambda: replace('judge', bits=True), "reward_model 'judge' has changed"),
     ('ppo', lambda: replace('critic'), "critic 'critic' has changed"),
-    ('sft', lambda: replace('model', bits=True), MODEL),
     ('dpo', lambda: set_key('model/config.json', 'rms_norm_eps', 1e-3), "model 'model' has changed since: config.json"),
     ('dpo', lambda: set_key('model/tokenizer_config.json', 'chat_template', 'x'), 'has changed since: tokenizer_config.json'),
     ('ppo', lambda: set_key('model/generation_config.json', 'eos_token_id', 7), 'has changed since: generation_config.json'),
-    ('dpo', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
-    ('reward', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
-    ('offline', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
-    ('sft', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[::-1]), 'the training examples have changed'),
-    ('ppo', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[1:]), 'the training examples have changed'),
+    ('dpo', lambda: flip_labels('data.jsonl'), TRAINING),
+    ('offline', lambda: flip_labels('data.jsonl'), TRAINING),
+    ('sft', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[::-1]), TRAINING),
+    ('ppo', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[1:]), TRAINING),
     ('dpo', lambda: flip_labels('held_out.jsonl'), 'the evaluation examples have changed'),
     ('dpo', lambda: copy_in('dpo', 'sft'), r'the checkpoint .* is of a different run \(of sft.py there and of dpo.py here'),
     ('dpo', lambda: copy_in('dpo', 'lora'), 'lora_rank 2 there and None here'),
@@ -133,10 +131,12 @@ def test_what_has_changed_is_refused(here, case, attack, words):
     def contents():
         return {f: f.read_bytes() for f in (here / case).rglob('*') if f.is_file() and f.name != '.lock'}
 
-    before = contents()
-    with pytest.raises(UserError, match=words) as info:
-        run(case, case)
-    assert '\n' not in str(info.value) and len(str(info.value)) < 600 and contents() == before
+    for _ in range(2):
+        before = contents()
+        with pytest.raises(UserError, match=words) as info:
+            run(case, case)
+        assert '\n' not in str(info.value) and len(str(info.value)) < 600 and contents() == before
+        (here / case / 'config.json').unlink(missing_ok=True)
 
 
 def test_what_a_run_holds_together_with_options_is_in_config_and_checkpoint(world):
@@ -198,11 +198,6 @@ def test_a_checkpoint_of_other_shapes_is_a_sentence(here):
     forget_run('dpo')
     with pytest.raises(UserError, match='is of another model or optimizer'):
         run('dpo', 'dpo')
-
-
-def test_another_script_in_the_folder(here):
-    with pytest.raises(UserError, match='sft holds a different run .of sft.py there and of reward.py here'):
-        run('reward', 'sft')
 
 
 def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):

@@ -570,7 +570,7 @@ def test_memory_is_said_and_warned_of(tmp_path, monkeypatch, whole, capsys, scri
 
 # script, flags, and whether memory runs out in the passes that train, or in those before them
 AUTO = {
-    'dropout': ('dpo.py', ['--loss=drdpo', '--lora_rank=4', '--lora_dropout=0.2'], False),
+    'the reference': ('dpo.py', ['--loss=drdpo'], False),
     'the statistic': ('dpo.py', ['--loss=kto'], True),
     'sft': ('sft.py', [], True),
 }
