@@ -105,19 +105,21 @@ def copy_in(run, other):
 
 
 MODEL = "model 'model' has changed since: model.safetensors"
-TRAINING = 'the training examples have changed'
 ATTACKS = [
     *((case, lambda: replace('model'), MODEL) for case in CASES),
     ('dpo', lambda: replace('other'), "ref_model 'other' has changed since: model.safetensors"),
+    ('ppo', lambda: replace('other'), "ref_model 'other' has changed"),
     ('ppo', lambda: replace('judge', bits=True), "reward_model 'judge' has changed"),
     ('ppo', lambda: replace('critic'), "critic 'critic' has changed"),
+    ('sft', lambda: replace('model', bits=True), MODEL),
     ('dpo', lambda: set_key('model/config.json', 'rms_norm_eps', 1e-3), "model 'model' has changed since: config.json"),
     ('dpo', lambda: set_key('model/tokenizer_config.json', 'chat_template', 'x'), 'has changed since: tokenizer_config.json'),
     ('ppo', lambda: set_key('model/generation_config.json', 'eos_token_id', 7), 'has changed since: generation_config.json'),
-    ('dpo', lambda: flip_labels('data.jsonl'), TRAINING),
-    ('offline', lambda: flip_labels('data.jsonl'), TRAINING),
-    ('sft', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[::-1]), TRAINING),
-    ('ppo', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[1:]), TRAINING),
+    ('dpo', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
+    ('reward', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
+    ('offline', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
+    ('sft', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[::-1]), 'the training examples have changed'),
+    ('ppo', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[1:]), 'the training examples have changed'),
     ('dpo', lambda: flip_labels('held_out.jsonl'), 'the evaluation examples have changed'),
     ('dpo', lambda: copy_in('dpo', 'sft'), r'the checkpoint .* is of a different run \(of sft.py there and of dpo.py here'),
     ('dpo', lambda: copy_in('dpo', 'lora'), 'lora_rank 2 there and None here'),
@@ -131,12 +133,10 @@ def test_what_has_changed_is_refused(here, case, attack, words):
     def contents():
         return {f: f.read_bytes() for f in (here / case).rglob('*') if f.is_file() and f.name != '.lock'}
 
-    for _ in range(2):
-        before = contents()
-        with pytest.raises(UserError, match=words) as info:
-            run(case, case)
-        assert '\n' not in str(info.value) and len(str(info.value)) < 600 and contents() == before
-        (here / case / 'config.json').unlink(missing_ok=True)
+    before = contents()
+    with pytest.raises(UserError, match=words) as info:
+        run(case, case)
+    assert '\n' not in str(info.value) and len(str(info.value)) < 600 and contents() == before
 
 
 def test_what_a_run_holds_together_with_options_is_in_config_and_checkpoint(world):
@@ -200,10 +200,15 @@ def test_a_checkpoint_of_other_shapes_is_a_sentence(here):
         run('dpo', 'dpo')
 
 
+def test_another_script_in_the_folder(here):
+    with pytest.raises(UserError, match='sft holds a different run .of sft.py there and of reward.py here'):
+        run('reward', 'sft')
+
+
 def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):
     monkeypatch.setitem(load._read, 'a/b', type('Config', (), {'_commit_hash': 'abc'}))
     monkeypatch.setitem(load._read, 'a/c', type('Config', (), {'_commit_hash': None}))
-    found = load.fingerprints({'model': 'a/b', 'ref_model': 'a/c', 'reward_model': 'gold', 'critic': 'head'})
+    found = load.fingerprints({'model': 'a/b', 'ref_model': 'a/c', 'reward_model': 'gold', 'critic': 'head'})()
     assert found == {'model': {'commit': 'abc'}}
     run = {'script': 'sft.py', 'options': {'model': 'a/b'}, 'contents': found}
     other = run | {'contents': {'model': {'commit': 'abd'}}}
@@ -211,7 +216,18 @@ def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):
     assert log.differences(other, run) == ["model 'a/b' has changed since: commit"]
     (tmp_path / 'x').mkdir()
     (tmp_path / 'x' / 'model.safetensors').mkdir()
-    assert load.fingerprints({'model': str(tmp_path / 'x')}) == {'model': {}}
+    assert load.fingerprints({'model': str(tmp_path / 'x')})() == {'model': {}}
+
+
+def test_a_model_file_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / 'config.json').write_text('{}')
+
+    def fails(*arguments):
+        raise OSError(5, 'Input/output error')
+
+    monkeypatch.setattr(load.hashlib, 'file_digest', fails)
+    with pytest.raises(UserError, match='cannot read the model .*: Input/output error'):
+        load.fingerprints({'model': str(tmp_path)})()
 
 
 def test_the_hash_of_examples():
