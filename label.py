@@ -18,7 +18,6 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
-import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -98,13 +97,12 @@ def ask_judge(todo):
     # a request is made when it is sent
     jobs = (((i, order), fields | judge.question(template, table[i], order)) for i, order in todo)
     settings = {'concurrency': concurrency, 'timeout': timeout, 'retries': retries, 'proven': bool(verdicts)}
-    with contextlib.closing(ask(endpoint, jobs, **settings)) as replies:
-        for (i, order), text, raw, error in replies:
-            if error:
-                failed[error] += 1
-                continue
-            preference = judge.preference(text, raw, order)
-            yield {'pair': i, 'order': order, 'preference': preference, 'text': text, 'raw': raw}
+    for (i, order), text, raw, error in ask(endpoint, jobs, **settings):
+        if error:
+            failed[error] += 1
+            continue
+        preference = judge.preference(text, raw, order)
+        yield {'pair': i, 'order': order, 'preference': preference, 'text': text, 'raw': raw}
 
 
 # ---- a reward, of a model or of gold ----
@@ -112,21 +110,23 @@ def ask_judge(todo):
 
 def compare_rewards(todo):
     """Yield a row of verdicts.jsonl for each pair: the answer with the higher reward. Equal rewards are a tie."""
-    known = {}  # hash of prompt and answer -> reward: with n answers to a prompt, each is in n - 1 pairs
     # 64 pairs at a time, so that what is scored is soon on the disk
     for start in range(0, len(todo), 64):
-        keys, new = {}, {}
-        for i, _ in todo[start : start + 64]:
-            pair = table[i]
-            keys[i] = [content_hash(pair['prompt'], output) for output in pair['outputs']]
-            for key, output in zip(keys[i], pair['outputs'], strict=True):
-                # answers as dpo.py will read them from annotations.json
-                if key not in known:
-                    new[key] = pair['prompt'], answer(output) if is_plain(pair) else output
-        known |= zip(new, rewards(list(new.values())), strict=True)
-        for i, pair_keys in keys.items():
-            first, second = (known[key] for key in pair_keys)
-            preference = 1.5 if first == second else 2 - (first > second)
+        numbers = [i for i, _ in todo[start : start + 64]]
+        # each answer once, though it is in n - 1 pairs, and as dpo.py will read it from annotations.json
+        items = {}
+        for i in numbers:
+            prompt = table[i]['prompt']
+            for output in table[i]['outputs']:
+                text = answer(output) if is_plain(table[i]) else output
+                items[str(prompt), output] = prompt, text
+        found = dict(zip(items, rewards(list(items.values())), strict=True))
+        for i in numbers:
+            prompt = str(table[i]['prompt'])
+            first, second = (found[prompt, output] for output in table[i]['outputs'])
+            preference = 1.5  # a tie
+            if first != second:
+                preference = 1 if first > second else 2
             yield {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
 
 
@@ -217,19 +217,30 @@ if first_name == second_name:
     first_name, second_name = 'the first answer', 'the second'
 
 # counts first
-won, lost, ties = (int(found.sum()) for found in (wins > 0.5, wins < 0.5, wins == 0.5))
-contradicting = sum(set(of_orders) == {1, 2} for of_orders in judged)
 unclear = [row['text'] for row in verdicts.values() if row['preference'] is None]
-report = {'first': first_name, 'second': second_name, 'judge': annotator, 'pairs': len(table)}
-report |= {'with_a_verdict': len(clear), 'won': won, 'lost': lost, 'ties': ties, 'ties_equal_answers': len(equal)}
-report |= {'ties_contradicting_orders': contradicting, 'unclear_replies': len(unclear)}
-report |= {'failed': failed.total(), 'failures': dict(failed), 'cut': dict(+cut)}
+report = {
+    'first': first_name,
+    'second': second_name,
+    'judge': annotator,
+    'pairs': len(table),
+    'with_a_verdict': len(clear),
+    'won': int((wins > 0.5).sum()),
+    'lost': int((wins < 0.5).sum()),
+    'ties': int((wins == 0.5).sum()),
+    'ties_equal_answers': len(equal),
+    'ties_contradicting_orders': sum(set(of_orders) == {1, 2} for of_orders in judged),
+    'unclear_replies': len(unclear),
+    'failed': failed.total(),
+    'failures': dict(failed),
+    'cut': dict(+cut),
+}
 # then rates, with standard errors and 95% intervals over prompts; whether the order mattered, of pairs with both verdicts
 rates = {'win_rate': (wins, question)}
 if endpoint is not None:
     both = [i for i in clear if i not in equal]
-    for name, values in winrate.orders([judged[i] for i in both]).items():
-        rates[name] = values, [table[i]['question'] for i in both]
+    found = winrate.orders([judged[i] for i in both])
+    questions = [table[i]['question'] for i in both]
+    rates |= {name: (values, questions) for name, values in found.items()}
 for name, values in rates.items():
     report[name], report[f'{name}_se'] = winrate.mean(*values)
     report[f'{name}_interval'] = winrate.interval(*values)
@@ -242,33 +253,18 @@ report['length_controlled_interval'] = winrate.interval_of_fit(*fit[:2])
 report['mean_lengths'] = lengths.mean(0).tolist() if clear else None
 replace_text(Path(out_dir) / 'report.json', json.dumps(report, indent=1))
 
-
-def percent(name, why='too few verdicts'):
-    """A rate of the report with its 95% interval, for the screen; without a rate, why there is none."""
-    if report[f'{name}_interval'] is None:
-        return why
-    low, high = report[f'{name}_interval']
-    return f'{report[name]:.1%} (95% interval {low:.1%} to {high:.1%})'
-
-
-# the same on the screen
-equal_length = f'not told: {n_judged} prompts, and from {winrate.ENOUGH} on length can be told from quality'
-if n_judged >= winrate.ENOUGH:
-    equal_length = percent('length_controlled', 'no finite fit') + '; by a logistic regression (docs/feedback.md)'
-mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'] or []) or 'unknown'
-log.say(f"""
-{first_name} against {second_name}, judged by {annotator}
-  win rate           {percent('win_rate')}; a tie is half a win
-  at equal length    {equal_length}
-  won, lost, tied    {won}, {lost}, {ties}; of the ties {len(equal)} have equal answers, {contradicting} contradicting orders
-  mean length        {mean_lengths} characters""")
-if endpoint is not None:
-    log.say(f'  shown first, wins  {percent("shown_first")}; 50% without position bias')
-    log.say(f'  orders agree       {percent("agreement")}')
-missing = f'unclear replies: {len(unclear)}, failed requests: {failed.total()}'
-log.say(f'  without a verdict  {len(table) - len(clear)} pairs; {missing}')
-files = f'{out_dir}/annotations.json, report.json and verdicts.jsonl'
-log.say(f'{files}; answers cut for the judge: {in_words(cut)[0]}')
+# the same on the screen, a rate in one line with its interval
+for name, value in report.items():
+    interval = report.get(f'{name}_interval')
+    if interval:
+        low, high = interval
+        value = f'{value:.1%} (95% interval {low:.1%} to {high:.1%})'
+    if not name.endswith(('_se', '_interval')):
+        log.say(f'  {name.replace("_", " "):26s} {value}')
+log.say('a tie is half a win; without position bias, what is shown first wins half')
+if n_judged < winrate.ENOUGH:
+    log.say(f'note: length cannot be told from quality: {n_judged} prompts are judged, {winrate.ENOUGH} are needed')
+log.say(f'{out_dir}: annotations.json, report.json and verdicts.jsonl')
 if unclear:
     ending = unclear[0].strip()[-150:]
     log.say(f'note: an unclear reply (cut short, or its last line is no verdict) ends: {ending!r}')

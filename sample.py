@@ -88,8 +88,9 @@ try:
     temperatures = [float(x) for x in str(temperature).split()]
 except ValueError:
     temperatures = []
+possible = all(0 <= t < math.inf for t in temperatures)
 different = len(set(temperatures)) == len(temperatures)
-if not temperatures or not different or not all(0 <= t < math.inf for t in temperatures):
+if not temperatures or not possible or not different:
     raise UserError(f"temperature {temperature!r} must be a number from 0, or different ones: '0.7 1.0'")
 if 0 in temperatures and n > 1:
     raise UserError(f'at temperature 0 all {n} answers to a prompt are the same: use --n=1, or another temperature')
@@ -129,8 +130,8 @@ def read_prompts():
     # each prompt once
     found = {}  # hash -> row
     for row in rows:
-        tools = [row['tools']] if 'tools' in row else []
-        found.setdefault(content_hash(row['prompt'], *tools), row)
+        parts_of_prompt = [row[name] for name in ('prompt', 'tools') if name in row]
+        found.setdefault(content_hash(*parts_of_prompt), row)
     left_out['same prompt again'] += len(rows) - len(found)
 
     # the part that is wanted: a fraction is chosen by hash, so it is the same wherever a prompt stands
@@ -277,7 +278,6 @@ def keep(rows):
     """Write new answers down, and show the progress."""
     name = 'samples.jsonl' if rank == 0 else f'samples-{rank}.jsonl'
     append(f'{out_dir}/{name}', rows)
-    counts['answers'] += len(rows)
     counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
     speed = log.per_second(counts['tokens'], time.time() - started)
     bar.set_postfix_str(f'{speed:.0f} tokens/s', refresh=False)
@@ -290,10 +290,8 @@ log.say(f'data: {len(prompts):,} prompts, {len(keys):,} answers; left out or cha
 for note in notes:
     log.say(note)
 i, _ = keys[0]
-text = repr(prompts[i]['prompt'] if endpoint else tokenizer.decode(ids[i]))
-if len(text) >= 300:
-    text = f'{text[:150]} ... {text[-150:]}'
-log.say(f'first prompt: {text}')
+text = str(prompts[i]['prompt']) if endpoint else tokenizer.decode(ids[i])
+log.say(f'first prompt: {text[-300:]!r}')
 
 # the folder is this run's; what is in it already is not done again
 fsdp.on_one_rank(lambda: lock(out_dir))
@@ -306,8 +304,8 @@ guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes 
 # the work
 started, counts, failed = time.time(), Counter(), Counter()
 missing = len(keys) - len(done)
-who = f'sampled by rank 0 of {world}' if world > 1 else 'sampled'
-with log.progress(missing // world, ' answers', who, disable=not main_rank() or not missing) as bar:
+silent = not main_rank() or not missing
+with log.progress(missing // world, ' answers', 'sampled by this rank', disable=silent) as bar:
     if endpoint:
         ask_all()
     elif missing:
@@ -315,16 +313,11 @@ with log.progress(missing // world, ' answers', who, disable=not main_rank() or 
             fsdp.on_ranks(True, generate_all)
 
 # all ranks' answers into one file, and what AlpacaEval reads
-total = sum(fsdp.gather_objects(counts), Counter())
 found = fsdp.on_one_rank(lambda: collect(out_dir, wanted))
 if rank == 0:
     write_model_outputs(out_dir, found)
     long = sum(row['finish'] == 'length' for row in found.values())
-    summary = f'{len(found)} answers, {long} of them cut at {max_new_tokens} tokens'
-    if total:
-        speed = log.per_second(total['tokens'], time.time() - started)
-        summary += f'; {speed:.0f} tokens/s'
-    log.say(f'done: {out_dir}/samples.jsonl, {summary}')
+    log.say(f'done: {out_dir}/samples.jsonl, {len(found)} answers, {long} of them cut at {max_new_tokens} tokens')
     log.say(f'{out_dir}/model_outputs.json: the first answer to each prompt')
 
 
@@ -341,7 +334,7 @@ def score_answers():
         total = sum(part.weight * values[i] for part, values in scores.items())
         lines.append({'index': index, 'sample': sample, 'score': total, **values})
     replace_text(f'{out_dir}/rewards.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
-    for name in ['score', *(part.name for part in parts)] if len(parts) > 1 else ['score']:
+    for name in ('score', *(part.name for part in parts)):
         mean = sum(line[name] for line in lines) / max(1, len(lines))
         log.say(f'{out_dir}/rewards.jsonl: mean {name} {mean:.4f}')
 

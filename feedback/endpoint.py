@@ -202,6 +202,8 @@ class _Endpoint:
     def line(self, said):
         """What others say, its own message if it has one, on a line of 300 characters at most, none of which moves a cursor."""
         for name in ('error', 'detail', 'message'):
-            said = said.get(name) or said if isinstance(said, dict) else said
-        shown = ''.join(c if c.isprintable() else ' ' for c in self.hide(str(said), self.key)[:1000])
+            if isinstance(said, dict):
+                said = said.get(name) or said
+        text = self.hide(str(said), self.key)[:1000]
+        shown = ''.join(c if c.isprintable() else ' ' for c in text)
         return ' '.join(shown.split())[:300] or 'nothing'

@@ -61,8 +61,10 @@ def question(template, pair, order):
 
 def verdict(line):
     """The verdict that is all of a line: 'a', 'b' or 'tie'; None where there is none, as in a long line."""
+    if len(line) >= 200:
+        return None
     # an unbreakable space is a space
-    found = VERDICT.fullmatch(line.strip().replace('\xa0', ' ')) if len(line) < 200 else None
+    found = VERDICT.fullmatch(line.strip().replace('\xa0', ' '))
     return found[1].lower() if found else None
 
 

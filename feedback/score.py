@@ -104,7 +104,9 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
         examples = [groups[number][:2] for number in numbers]
         batch = pack(examples, numbers, pad=padded, filler=1, device=core(model).device)
         found.append(model.response_scores(batch))
-        slots += [slot for number in numbers for slot in groups[number][2]] or [-1]  # a rank without work has a filler
+        # a rank without work has a filler
+        mine = [slot for number in numbers for slot in groups[number][2]]
+        slots += mine or [-1]
 
     # the scores of all ranks, in the order of the items
     columns = fsdp.gather_columns({'score': torch.cat(found)}, slots, len(items))
@@ -216,9 +218,11 @@ def score_examples(model, tokenizer, examples, limit, left_out):
             items += [(prompt, answer) for answer in answers]
             # what the row was, by its own id or its place
             row = {'id': example.raw.get('id', example.where or None)}
-            row |= {by: example.raw[by]} if by in example.raw else {}
+            if by in example.raw:
+                row[by] = example.raw[by]
             row['prompt'] = example['prompt']
-            row |= {'good': example['good']} if 'good' in example else {}
+            if 'good' in example:
+                row['good'] = example['good']
             names = ('chosen_score', 'rejected_score') if task == 'pairs' else ('score',)
             rows.append(row | dict.fromkeys(names))
 
@@ -240,12 +244,11 @@ def report(rows):
     lines = []
     if pairs:
         chosen, rejected, margins = (np.array([row[name] for row in pairs]) for name in SCORES[1:])
-        low, middle, high = np.percentile(margins, (10, 50, 90))
         ties = int((margins == 0).sum())
         equal = f'; {ties:,} with equal scores count as wrong' if ties else ''
         lines += [
             f'  accuracy   {accuracy(pairs)[1]}{equal}',
-            f'  margin     mean {margins.mean():.4f}, median {middle:.4f}, the middle 80% from {low:.4f} to {high:.4f}',
+            f'  margin     mean {margins.mean():.4f}, median {np.median(margins):.4f}',
             f'  scores     chosen {chosen.mean():.4f}, rejected {rejected.mean():.4f}',
         ]
     for good, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
@@ -279,7 +282,8 @@ def table(pairs):
     for section, sizes in SECTIONS.items():
         there = [name for name in sizes if name in found]
         if there:
-            sections.append(np.average([found[name][0] for name in there], weights=[sizes[name] for name in there]))
+            shares = [found[name][0] for name in there]
+            sections.append(np.average(shares, weights=[sizes[name] for name in there]))
             lines.append(f'  {section:24s} {sections[-1]:.3f}')
             lines += [f'    {name:22s} {found[name][1]}' for name in there]
     lines.append(f'  {"RewardBench":24s} {np.mean(sections):.3f}, the mean of {len(sections)} of its 4 sections')

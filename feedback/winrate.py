@@ -82,7 +82,8 @@ def length_controlled(wins, difference, clusters=None):
     inverse = np.linalg.inv(information)
     covariance = inverse @ _outer_products(x * (wins - p)[:, None], clusters) @ inverse  # of beta
     rate = float(1 / (1 + np.exp(-beta[0])))
-    error = _root(rate**2 * (1 - rate) ** 2 * covariance[0, 0])
+    slope = rate * (1 - rate)
+    error = _root(slope**2 * covariance[0, 0])
     return rate, error, float(beta[1]) if len(beta) == 2 else 0.0
 
 
@@ -93,16 +94,22 @@ def orders(verdicts):
     Returns {'shown_first': (n,) the share of a pair's verdicts for what was shown first, ties half, 'agreement': (n,)
     whether a pair was judged alike in both orders}. Without position bias the mean of shown_first is 1/2."""
     straight, swapped = np.asarray(verdicts, float).reshape(-1, 2).T
-    return {'shown_first': (2 - straight + swapped - 1) / 2, 'agreement': straight == swapped}
+    # 1 where the one shown first won
+    in_order_1 = 2 - straight
+    in_order_2 = swapped - 1
+    return {'shown_first': (in_order_1 + in_order_2) / 2, 'agreement': straight == swapped}
 
 
 def _outer_products(scores, clusters):
     """Sum over clusters of the outer products of their summed scores (n, k), times c / (c - 1): (k, k). nan for one cluster."""
-    _, number = np.unique(np.arange(len(scores)) if clusters is None else clusters, return_inverse=True)  # (n,) from 0
+    if clusters is None:
+        clusters = np.arange(len(scores))
+    _, number = np.unique(clusters, return_inverse=True)  # (n,) from 0
     sums = np.zeros((number.max() + 1, scores.shape[1]))
     np.add.at(sums, number, scores)
     c = len(sums)
-    return sums.T @ sums * (c / (c - 1) if c > 1 else np.nan)
+    factor = c / (c - 1) if c > 1 else np.nan
+    return sums.T @ sums * factor
 
 
 def _root(variance):

@@ -68,13 +68,11 @@ def test_the_card_and_the_command_agree(reward_model, tmp_path, monkeypatch, cap
                 assert line[f'{side}_score'] == pytest.approx(scope['score'](row['prompt'], text), abs=1e-4)
             assert line['margin'] == line['chosen_score'] - line['rejected_score'] and line['prompt'] == row['prompt']
             assert line['id'] == row.get('id', f'{file}, line {found.index(line) + 1}')
-    # the test can tell: a template's line break behind the answer, and a text that is cut in other tokens, give other scores
-    ids = scope['tokenizer'].apply_chat_template(
-        [*chats[0]['prompt'], *chats[0]['chosen']], return_dict=False, return_tensors='pt'
-    )
+    # the test can tell: the score behind a template's line break is another one
+    turns = [*chats[0]['prompt'], *chats[0]['chosen']]
+    ids = scope['tokenizer'].apply_chat_template(turns, return_dict=False, return_tensors='pt')
     assert scope['tokenizer'].decode(ids[0, -1:]) == '\n'
-    naive = scope['model'](ids).logits.item()
-    assert abs(naive - scope['score'](chats[0]['prompt'], chats[0]['chosen'][0]['content'])) > 1e-2
+    assert abs(scope['model'](ids).logits.item() - scope['score'](turns[:1], turns[1]['content'])) > 1e-2
     assert 'accuracy ' in capsys.readouterr().out
 
 
@@ -92,9 +90,8 @@ def test_what_is_printed():
     assert re.search(r'mine +0.750 .*3 of 4', lines) and re.search(r'other +0.000 .*0 of 1', lines)
     assert 'RewardBench' not in lines
 
-    rows = (
-        scored('alpacaeval-easy', 1, 2) + scored('mt-bench-med', -1) + scored('math-prm', 1, -1) + scored('hep-go', 3)
-    )
+    rows = scored('alpacaeval-easy', 1, 2) + scored('mt-bench-med', -1)
+    rows += scored('math-prm', 1, -1) + scored('hep-go', 3)
     lines = '\n'.join(score.report(rows))
     assert re.search(r'Chat +0.714\n    alpacaeval-easy +1.000 .*2 of 2', lines)
     assert re.search(r'Reasoning +0.571\n    math-prm +0.500', lines) and 'Safety ' not in lines
@@ -107,9 +104,8 @@ def test_what_is_printed():
         {'score': -1.0, 'good': False},
         {'score': 9.0},
     ]
-    assert [line.split(maxsplit=1)[1] for line in score.report(answers)] == [
-        'mean 2.0000 over 2 good answers', 'mean -1.0000 over 1 bad answers', 'mean 9.0000 over 1 answers',
-    ]  # fmt: skip
+    said = ['mean 2.0000 over 2 good answers', 'mean -1.0000 over 1 bad answers', 'mean 9.0000 over 1 answers']
+    assert [line.split(maxsplit=1)[1] for line in score.report(answers)] == said
 
 
 @pytest.mark.parametrize('reward_model', [False], indirect=True)
@@ -129,10 +125,8 @@ def test_answers_long_texts_and_a_folder(reward_model, tmp_path, monkeypatch, ca
     command(monkeypatch, *flags, f'--data={tmp_path}/bench[filtered]', '--max_length=100', '--chat')
     said = capsys.readouterr().out
     assert '2 of 2 scored, at most 100 tokens each; left out or changed: 1 prompts cut, 2 answers cut' in said
-    assert [(row['id'], row['subset']) for row in read_jsonl(tmp_path / 'scores.jsonl')] == [
-        (3, 'hep-go'),
-        (4, 'hep-go'),
-    ]
+    found = [(row['id'], row['subset']) for row in read_jsonl(tmp_path / 'scores.jsonl')]
+    assert found == [(3, 'hep-go'), (4, 'hep-go')]
     with pytest.raises(UserError, match='several splits; there are filtered, raw: say which'):
         command(monkeypatch, *flags, f'--data={tmp_path}/bench')
 
