@@ -76,10 +76,10 @@ def parse(text):
     """The Parts of 'a.py:f*1 + b.py:g*0.2 + out/reward/model'. Raises UserError."""
     parts = []
     for term in text.split('+'):
-        what, _, weight = term.partition('*')
+        what, star, weight = term.partition('*')
         what = what.strip()
         try:
-            weight = float(weight or 1)
+            weight = float(weight) if star else 1.0
         except ValueError:
             weight = math.nan
         if not what or not math.isfinite(weight):
