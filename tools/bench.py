@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 
 import fsdp
@@ -161,8 +160,8 @@ def synthetic_pairs(count):
 
 def full_head(m, batch):
     """Log-probs (A,) as the original code computes them: logits at every position, then the answers' tokens."""
-    hidden, head = models.hidden_states(m, batch)
-    logps = F.linear(hidden.flatten(0, 1), *head).float().log_softmax(-1)  # (positions, vocabulary)
+    head = models.core(m).get_output_embeddings()
+    logps = head(models.body(m, batch).flatten(0, 1)).float().log_softmax(-1)  # (positions, vocabulary)
     of_tokens = logps[batch.predict_at].gather(1, batch.target[:, None])
     return batch.sum(of_tokens.squeeze(1))
 
@@ -310,7 +309,7 @@ def show_estimates():
     for layers in (1, 2):
         small = build(layers=layers).to(getattr(torch, dtype))
         models.set_attention(small, packed=True)
-        found.append(room.bytes_saved(small, partial(models.response_logps, small), examples, True))
+        found.append(room.bytes_per_token(small, partial(models.response_logps, small), examples, True))
     per_token = found[0] + (shell.config.num_hidden_layers - 1) * (found[1] - found[0])
     frozen = sum(p.numel() for p in shell.parameters())
     how = {'ranks': world, 'shard': shard.replace('auto', 'none'), 'frozen': frozen, 'device': torch.device('cuda')}

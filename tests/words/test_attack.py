@@ -236,12 +236,10 @@ def test_an_attention_that_is_no_kernel(model):
 
 def test_shards_of_a_hub_id(model, monkeypatch):
     model('shards', names_shard('../x.safetensors'))
-    config = json.loads(Path('model/config.json').read_text())
-    monkeypatch.setattr(load.transformers.PretrainedConfig, 'get_config_dict', lambda *a, **k: (dict(config), {}))
     read = transformers.AutoConfig.from_pretrained
     monkeypatch.setattr(load.transformers.AutoConfig, 'from_pretrained', lambda name, **k: read('model'))
     found = {file.name: str(file) for file in Path('model').iterdir()}
-    monkeypatch.setattr(check, '_hub_file', lambda name, file: found.get(file))
+    monkeypatch.setattr(check, 'file_of', lambda name, file: found.get(file))
     with pytest.raises(UserError, match='weights must be .safetensors files'):
         load.load_model('some/body')
 
@@ -276,7 +274,7 @@ def test_a_tokenizer_with_one_token_more():
     transformers.LlamaForCausalLM(config).save_pretrained('model')
     load.load_model('model', tokenizer=tokenizer)
     tokenizer.add_special_tokens({'pad_token': '[PAD]'})
-    with pytest.raises(UserError, match=r'1 added later \(\[PAD\]\) have no row.*resize_token_embeddings'):
+    with pytest.raises(UserError, match=r'the last, \[PAD\], has no row.*resize_token_embeddings'):
         load.load_model('model', tokenizer=tokenizer)
 
 
@@ -438,19 +436,18 @@ def test_a_key_in_a_broken_reply_is_left_nowhere(reply, monkeypatch, capfd):
         shutil.copy('answers.jsonl', 'two.jsonl')
         said += refused('label.py', '--answers=two.jsonl', *ends, '--judge_model=m', '--out_dir=b', '--retries=0')
     files = [f for f in Path().rglob('*') if f.is_file()]
-    assert 'connection lost' in said or 'not asked for' in said
+    assert 'connection lost' in said or 'no chat completion' in said
     assert KEY[9:] not in said + ''.join(capfd.readouterr())
     assert not [f for f in files if KEY[9:].encode() in f.read_bytes()]
 
 
 USAGES = ['[1]', '"12"', '7', 'true', '{"completion_tokens": "12"}', '{"completion_tokens": -3}', '{"completion_tokens": true}',
-          '{"completion_tokens": 1e999}', '{"completion_tokens": NaN}', '{"completion_tokens": 12.5}', '{"completion_tokens": {}}',
-          '{"completion_tokens": ' + '9' * 5000 + '}', '{"completion_tokens": [12]}']  # fmt: skip
+          '{"completion_tokens": 1e999}', '{"completion_tokens": NaN}', '{"completion_tokens": 12.5}', '{"completion_tokens": {}}', '{"completion_tokens": [12]}']  # fmt: skip
 
 
 @pytest.mark.parametrize('usage', USAGES)
-def test_a_strange_count_of_tokens_loses_no_answer(usage, capfd):
-    """Answers that were paid for are kept, once, in a file that every reader of json reads; what was strange is counted."""
+def test_a_strange_count_of_tokens_loses_no_answer(usage):
+    """Answers that were paid for are kept, once, in a file that every reader of json reads."""
     reply = '{"choices": [{"message": {"content": "fine"}, "finish_reason": V}], "usage": V}'.replace('V', usage)
     with serve(lambda n, body: (200, reply)) as server:
         for _ in range(2):
@@ -460,7 +457,6 @@ def test_a_strange_count_of_tokens_loses_no_answer(usage, capfd):
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [row['response'] for row in rows] == [' fine', ' fine'] and [row['tokens'] for row in rows] == [None, None]
     assert {row['finish'] for row in rows} <= {None, '12'}
-    assert 'note: 2 replies have no usage as the protocol has it' in capfd.readouterr().out
 
 
 def test_tokens_that_are_not_counted_are_no_fault(capfd):
