@@ -131,12 +131,10 @@ if not total:
     raise UserError(f'n_examples {n_examples} is less than one group of {group} answers')
 
 # reference and critic must read the policy's tokens
-others = {'the reference': ref_model}
+if ref_model:
+    check_same_tokens(tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 if loss == 'ppo' and critic not in ('head', 'own'):
-    others['the critic'] = critic
-for what, name in others.items():
-    if name:
-        check_same_tokens(tokenizer, name, f'{what} {name}', model, training.trust_remote_code)
+    check_same_tokens(tokenizer, critic, f'the critic {critic}', model, training.trust_remote_code)
 build_policy = partial(load_model, model, adapters=run.adapters, **run.model_options())
 
 
@@ -172,7 +170,6 @@ if has_own_ref:
 # what scores the answers; functions see the rows of their prompts
 judge = Reward(parts, config, run.max_tokens, tokenizer, device)
 judge.read_rows(train=None if offline else train, test=held_out)
-describe = partial(rollout.describe, tokenizer=tokenizer, toy=data == 'toy')
 run.check_room(ref, *(reward_model for reward_model, _ in judge.judges.values()))
 
 # ---- a round: rollout, scores, KL penalty, advantages ----
@@ -184,22 +181,20 @@ def make_round(first, rows):
     if offline:
         examples = train.select(rows)
     else:
-        examples = rollout.sample(run, train, rows, group, (seed + 1) * 2**32 + first, max_new_tokens, sample_batch)
+        examples = rollout.sample(run, train, rows, group, (seed + 1) * 2**32 + first)
 
     # 2. log-probs of their tokens under policy and reference, and values; `old` is the policy that has answered
-    tokens, answers = rollout.measure(run, policy, ref, examples, stop)
+    tokens, answers = rollout.measure(run, ref, examples, stop)
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
 
     # 3. the score of each answer: offline +1 or -1, as it is labelled
     if offline:
-        answers['score'] = torch.from_numpy(np.where(examples.good, 1.0, -1.0))
+        scored = answers['score'] = torch.from_numpy(np.where(examples.good, 1.0, -1.0))
+        found = {'length/train': answers['n'].double().mean().item(), 'score/train': scored.mean().item()}
     else:
         answers |= judge(examples, 'train', train.uid[rows], stop)
-    scored = answers['score']
-    found = {'length/train': answers['n'].double().mean().item(), 'score/train': scored.mean().item()}
-    if not offline:
-        found |= describe(examples, tokens, answers, 'train')
-        scored = scored - missing_eos_penalty * ~answers['ended']
+        found = rollout.describe(run, examples, tokens, answers, 'train')
+        scored = answers['score'] - missing_eos_penalty * ~answers['ended']
 
     # 4. the advantage of each token: grpo gives all tokens of an answer that of the answer in its group
     if loss == 'grpo':
@@ -260,13 +255,12 @@ def run_minibatch(batches, answered, rows):
 
     Returns sums over all their tokens, by name. Afterwards the policy's gradients are the sum over the tokens of weight times
     gradient, divided by the number of ranks."""
-    _, per_prompt = answered.by_example('n').shape  # (prompts, answers to each)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     # the round's columns, where the model is: (its answer tokens,) each
     known = move({name: values.float() for name, values in answered.tokens.items()}, device)
     for batch in batches:
         # the columns of this microbatch's tokens; a filler reads the last token's, and counts nothing
-        slots = rollout.token_slots(batch, rows, answered.answers['start'], per_prompt)
+        slots = rollout.token_slots(batch, rows, answered.answers['start'], group)
         real = slots >= 0
         columns = {name: values[slots] for name, values in known.items()}
         pi, *values = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
@@ -327,7 +321,7 @@ def count_bad_step(answered, rows, loss_sum, norm):
     # a number for each answer; the loss is that of the whole step
     known = {name: answered.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
     known['loss'] = torch.full((len(known['n']),), loss_sum)
-    at = np.repeat(answered.rows[rows], len(known['n']) // len(rows))  # the row, in the training set, of each answer
+    at = np.repeat(answered.rows[rows], group)  # the row, in the training set, of each answer
     guard.bad_step(out_dir, run.state, training.skip_bad_steps, answered.first, at, train.uid[at], norm, known)
 
 
@@ -340,9 +334,8 @@ def evaluate(seen):
         return
 
     # one answer to each held-out prompt
-    rows = range(len(held_out))
-    examples = rollout.sample(run, held_out, rows, 1, seed * 1_000_003, max_new_tokens, sample_batch)
-    tokens, answers = rollout.measure(run, policy, ref, examples, stop)
+    examples = rollout.sample(run, held_out, range(len(held_out)), 1, seed * 1_000_003)
+    tokens, answers = rollout.measure(run, ref, examples, stop)
     if parts:
         answers |= judge(examples, 'test', held_out.uid, stop)
     if guard.stop_asked():
@@ -354,7 +347,7 @@ def evaluate(seen):
     named = [('policy', i, answer) for i, answer in enumerate(shown[:n_eval_model_samples])]
     columns = {('policy', i): row for i, row in enumerate(rollout.of_answers(tokens, answers))}
     fsdp.on_one_rank(lambda: generate.write(f'{out_dir}/samples.jsonl', tokenizer, prompts, named, seen, columns))
-    run.log_evaluation(seen, describe(examples, tokens, answers, 'eval'))
+    run.log_evaluation(seen, rollout.describe(run, examples, tokens, answers, 'eval'))
 
 
 # ---- training ----

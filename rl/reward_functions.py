@@ -76,10 +76,10 @@ def parse(text):
     """The Parts of 'a.py:f*1 + b.py:g*0.2 + out/reward/model'. Raises UserError."""
     parts = []
     for term in text.split('+'):
-        what, _, weight = term.partition('*')
+        what, star, weight = term.partition('*')
         what = what.strip()
         try:
-            weight = float(weight or 1)
+            weight = float(weight) if star else 1.0
         except ValueError:
             weight = math.nan
         if not what or not math.isfinite(weight):
@@ -254,6 +254,7 @@ class Workers:
 def _work(fd, folder, file, name):
     """What a worker process does until its pipe closes."""
     pipe, part, parent = Connection(int(fd)), Part(name, 1.0, name, file), os.getppid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())  # guard.py has blocked some in the parent
     os.chdir(folder)
 
     def watch():

@@ -57,10 +57,11 @@ class Reward:
         found, late = {}, []
         for part in self.parts:
             if part.file:
-                values, cut = fsdp.shared(partial(self._by_function, part, examples, split, uids))
+                todo = partial(self._by_function, part, examples, split, uids)
+                values, cut = fsdp.shared(todo)
                 late.append(torch.tensor(cut))
             elif part.what == 'gold':
-                values = [toy.gold(prompt, answer) for prompt, answer in texts(examples, self.tokenizer)]
+                values = [toy.gold(*text) for text in texts(examples, self.tokenizer)]
             else:
                 items = [(prompt, answer) for prompt, answers in examples for answer in answers]
                 values = score.scores(*self.judges[part], items, self.max_tokens, ends=ends)
@@ -91,7 +92,7 @@ class Reward:
 def toy_metrics(examples, tokenizer, split):
     """What the toy world says of answers, whatever they are trained on: name -> tensor of one number, a mean."""
     pairs = texts(examples, tokenizer)
-    gold = torch.tensor([toy.gold(prompt, answer) for prompt, answer in pairs])
+    gold = torch.tensor([toy.gold(*text) for text in pairs])
     well_formed = torch.tensor([toy.well_formed(answer) for _, answer in pairs])
     return {f'gold/{split}': gold.double().mean(), f'well_formed/{split}': well_formed.double().mean()}
 

@@ -46,7 +46,7 @@ class Round:
                 yield order[start : start + size]
 
 
-def sample(run, source, rows, each, first_seed, max_new_tokens, sample_batch):
+def sample(run, source, rows, each, first_seed):
     """Examples of the prompts at these rows of source, with `each` sampled answers of the policy to every prompt.
 
     Answer i, whose ids keep the token that ended it, has the seed first_seed + i, so it depends neither on the number of ranks,
@@ -55,30 +55,32 @@ def sample(run, source, rows, each, first_seed, max_new_tokens, sample_batch):
     # this rank's answers, to prompts of similar length side by side
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mine = longest_first[run.rank :: run.world]
-    work = [prompts[i] for i in mine], [first_seed + i for i in mine]
-    settings = {'max_new_tokens': max_new_tokens, 'keep_end': True, 'rows': sample_batch}
+    asked = [prompts[i] for i in mine]
+    seeds = [first_seed + i for i in mine]
+    settings = {'max_new_tokens': run.config.max_new_tokens, 'rows': run.config.sample_batch, 'keep_end': True}
     too_large = 'sampled answers do not fit; lower sample_batch or max_new_tokens'
     with fsdp.unsharded(run.policy), guard.memory_for(too_large):
-        found = generate.generate(run.policy, run.tokenizer, *work, **settings)
+        found = generate.generate(run.policy, run.tokenizer, asked, seeds, **settings)
 
     # those of all ranks, by number
     answers = {}
     for of_rank in fsdp.gather_objects(dict(zip(mine, found, strict=True))):
         answers |= of_rank
-    groups = [[answers[i + k] for k in range(each)] for i in range(0, len(prompts), each)]
-    return Examples.of(list(zip(prompts[::each], groups, strict=True)))
+    in_order = [answers[i] for i in range(len(prompts))]
+    items = [(prompts[i], in_order[i : i + each]) for i in range(0, len(prompts), each)]
+    return Examples.of(items)
 
 
 def token_slots(batch, rows, starts, per_prompt):
     """Slots, among all answer tokens of the round, of the N answer tokens of a microbatch: (N,), on its device; -1: a filler's.
 
     rows: of the step's examples in the round; starts (answers,): slot of each answer's first token; per_prompt: answers."""
-    # (examples, per_prompt) numbers of the batch's answers among those of the round
-    slot = np.array(batch.slot)[:, None]
-    numbers = rows[slot] * per_prompt + np.arange(per_prompt)
-    # (answers of the batch,) the slot of each one's first token; then (N,) of every token
-    first = np.where(slot >= 0, starts.numpy()[numbers], -1)
-    first = move(torch.from_numpy(first.reshape(-1)), batch.answer.device)[batch.answer]
+    # (examples, per_prompt) slots of the first tokens of the batch's answers
+    slot = np.array(batch.slot)
+    first = starts.view(-1, per_prompt)[rows[slot]]
+    first[slot < 0] = -1
+    # (N,) of every token
+    first = move(first.flatten(), batch.answer.device)[batch.answer]
     return torch.where(first >= 0, first + batch.offset, -1)
 
 
@@ -100,13 +102,13 @@ def token_columns(run, model, examples, starts, names):
     return fsdp.gather_columns(joined, torch.cat(slots).cpu(), int(lengths.sum()))
 
 
-def measure(run, policy, ref, examples, stop):
+def measure(run, ref, examples, stop):
     """(columns of the answer tokens: pi, ref and, with a critic, value; columns of the answers: n, start and ended).
 
     n: an answer's tokens; start: the place of the first of them among all; ended: whether its last is one of stop."""
     n = torch.tensor([len(answer) for _, answers in examples for answer in answers])
     starts = n.cumsum(0) - n
-    tokens = token_columns(run, policy, examples, starts, ['pi', 'value'])
+    tokens = token_columns(run, run.policy, examples, starts, ['pi', 'value'])
     with adapters_off(ref):
         tokens |= token_columns(run, ref, examples, starts, ['ref'])
     ends = examples.spans[:, 1:, 1].reshape(-1)  # of the answers, behind their last tokens
@@ -116,17 +118,19 @@ def measure(run, policy, ref, examples, stop):
 
 def of_answers(tokens, answers):
     """{'tokens', 'logratio' (policy to reference, nats), scores if there are any} of each answer: a list. Columns as measure's."""
-    gaps = (tokens['pi'] - tokens['ref']).split(answers['n'].tolist())
-    columns = {'tokens': answers['n'], 'logratio': torch.stack([gap.sum() for gap in gaps])}
-    columns |= {name: values for name, values in answers.items() if name.startswith('score')}
-    lists = {name: [round(value, 6) for value in values.tolist()] for name, values in columns.items()}
-    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+    rows = []
+    gaps = tokens['pi'] - tokens['ref']
+    for i, gap in enumerate(gaps.split(answers['n'].tolist())):
+        row = {'tokens': len(gap), 'logratio': round(gap.sum().item(), 6)}
+        for name, values in answers.items():
+            if name.startswith('score'):
+                row[name] = round(values[i].item(), 6)
+        rows.append(row)
+    return rows
 
 
-def describe(examples, tokens, answers, split, *, tokenizer, toy):
-    """Metrics of sampled answers: name -> float.
-
-    tokens, answers: columns, as measure gives them; answers may have those of a Reward. toy: add what the toy world says."""
+def describe(run, examples, tokens, answers, split):
+    """Metrics of sampled answers: name -> float. Columns as measure's; answers may have those of a Reward."""
     gap = tokens['pi'] - tokens['ref']
     found = {
         f'kl_{split}/samples': gap.sum() / len(answers['n']),
@@ -138,6 +142,6 @@ def describe(examples, tokens, answers, split, *, tokenizer, toy):
     for name, values in answers.items():
         if name.startswith(('score', 'late')):
             found[f'{name}/{split}'] = values.mean()
-    if toy:
-        found |= toy_metrics(examples, tokenizer, split)
+    if run.config.data == 'toy':
+        found |= toy_metrics(examples, run.tokenizer, split)
     return metrics.numbers(found)

@@ -41,12 +41,17 @@ def measure(path):
 
     # what is left is code or comment
     lines = source.splitlines()
-    rest = [line.strip() for number, line in enumerate(lines, 1) if number not in docstrings]
-    code = [line for line in rest if line and not line.startswith('#')]
-    comments = [line for line in rest if line.startswith('#')]
+    code = comments = 0
+    for number, line in enumerate(lines, 1):
+        if number in docstrings or not line.strip():
+            continue
+        if line.strip().startswith('#'):
+            comments += 1
+        else:
+            code += 1
     functions = [node for node in nodes if isinstance(node, Definition)]
     sizes = [(node.end_lineno - node.lineno + 1, node.name) for node in functions]
-    return Figures(len(lines), len(code), len(comments), len(nodes), max(sizes, default=(0, '')))
+    return Figures(len(lines), code, comments, len(nodes), max(sizes, default=(0, '')))
 
 
 def total(paths):
@@ -102,8 +107,10 @@ def main():
     ours = product()
     top = sorted(ROOT.glob('*.py'))
     groups = {'product': ours, 'top level': top, 'a DPO step': [ROOT / name for name in STEP]}
-    groups |= {name: sorted((ROOT / name).rglob('*.py')) for name in ('experiments', 'tests')}
-    groups |= {module_of(path): [path] for path in ours}
+    for name in ('experiments', 'tests'):
+        groups[name] = sorted((ROOT / name).rglob('*.py'))
+    for path in ours:
+        groups[module_of(path)] = [path]
     print(f'{"":26s} files  lines  comments  nodes a code line  longest function')
     for name, paths in groups.items():
         lines, code, comments, nodes, longest = total(paths)

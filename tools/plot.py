@@ -5,7 +5,7 @@
 Options are given as --name=value; every other word is the folder of a run.
 Thin lines are training steps, smoothed; points are evaluations of held-out examples. A run is named by its folder and by the
 options in which the runs differ. The last panel needs evaluations with --sample_during_eval on the toy world, whose gold
-reward is known, or ppo.py's metric gold/eval, which is drawn without an error.
+reward is known, or ppo.py's metric gold/eval.
 """
 
 from runtime import guard
@@ -15,6 +15,8 @@ guard.watch(__name__)  # before the heavy imports
 import statistics
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from configurator import UserError, configure
 from tools.runs import gold, labels, panels_of, read, smoothed, value_of
@@ -27,32 +29,19 @@ folders = [Path(x) for x in sys.argv[1:] if not x.startswith('-')]
 
 
 def frontier(run):
-    """Points (KL, gold reward, its standard error): of the reference, if it was sampled, and of every evaluation with both."""
-    # (who answered, examples seen before) -> gold rewards of the answers
-    scores = {}
-    for row in run.samples:
-        if gold(row) is not None:
-            scores.setdefault((row['generator'], row['examples']), []).append(gold(row))
-
-    # the reference's answers are the same every time
-    references = [values for (name, _), values in scores.items() if name == 'reference']
-    points = [(0.0, *mean_and_error(values)) for values in references[:1]]
-
-    # of ppo.py a metric has the mean of all answers, of other scripts the samples are there
+    """(KLs, gold rewards) of the evaluations that have both: the reward is a metric of ppo.py, or the mean of the samples."""
+    points = []
     for row in run.rows:
-        kl, measured = value_of(row, 'eval', 'kl/samples'), value_of(row, 'eval', 'gold')
-        sampled = scores.get(('policy', row['counters/examples']))
-        if kl is not None and measured is not None:
-            points.append((kl, measured, 0.0))
-        elif kl is not None and sampled:
-            points.append((kl, *mean_and_error(sampled)))
+        if row['split'] != 'eval':
+            continue
+        answered = [one for one in run.samples if one['examples'] == row['counters/examples']]
+        rewards = [gold(one) for one in answered if one['generator'] == 'policy' and gold(one) is not None]
+        kl, reward = value_of(row, 'eval', 'kl/samples'), value_of(row, 'eval', 'gold')
+        if reward is None and rewards:
+            reward = statistics.fmean(rewards)
+        if kl is not None and reward is not None:
+            points.append((kl, reward))
     return points
-
-
-def mean_and_error(values):
-    """(mean, its standard error) of numbers."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return statistics.fmean(values), error
 
 
 def draw(runs):
@@ -65,7 +54,8 @@ def draw(runs):
     import matplotlib.pyplot as plt
 
     # the panels that have anything to show, three in a row; the frontiers come last
-    panels, frontiers = panels_of(runs), [frontier(run) for run in runs]
+    panels = panels_of(runs)
+    frontiers = [frontier(run) for run in runs]
     count = len(panels) + any(frontiers)
     if not count:
         raise UserError('these runs have no metric that is drawn')
@@ -83,7 +73,11 @@ def draw(runs):
             draw_curve(axis, curve, colours[curve.run])
         entitle(axis, title, meaning, 'training examples')
     if any(frontiers):
-        draw_frontiers(axes.flat[len(panels)], frontiers, colours)
+        axis = axes.flat[len(panels)]
+        for points, colour in zip(frontiers, colours, strict=True):
+            axis.plot(*np.array(points).reshape(-1, 2).T, color=colour, marker='o', linewidth=1, alpha=0.8)
+        kl = 'KL(policy || reference), nats an answer'
+        entitle(axis, 'gold reward against KL', 'mean of sampled answers, an evaluation a point', kl)
     for unused in axes.flat[count:]:
         unused.remove()
 
@@ -113,19 +107,6 @@ def draw_curve(axis, curve, colour):
     if curve.metric:
         point['markerfacecolor'] = 'white'
     axis.plot(curve.examples, curve.values, linewidth=line, **point, **look)
-
-
-def draw_frontiers(axis, frontiers, colours):
-    """Gold reward against KL, a line a run: its points as frontier gives them."""
-    for i, (points, colour) in enumerate(zip(frontiers, colours, strict=True)):
-        # larger where the same points are drawn on them again
-        size = 5 + 3 * frontiers[i + 1 :].count(points)
-        if points:
-            kl, reward, error = zip(*points, strict=True)
-            axis.errorbar(kl, reward, error, color=colour, marker='o', markersize=size, linewidth=1, alpha=0.6)
-            axis.plot(kl[-1], reward[-1], color=colour, marker='o', markersize=size + 4)
-    meaning = 'mean of sampled answers, standard error; large: the last ones'
-    entitle(axis, 'gold reward against KL', meaning, 'KL(policy || reference), nats an answer')
 
 
 def entitle(axis, title, meaning, xlabel):

@@ -2,7 +2,7 @@
 
     python -m experiments.attack.fuzz --rows=100000 --lines=10000 --seed=0
 
-A row must come out as texts that were in the file, be counted by reason, or be refused by a UserError that names file and
+A row must come out as texts whose words were in the file, be counted by reason, or be refused by a UserError that names file and
 line; so must a command line come out as what was written, or be refused. Anything else ends the run with the case that shows
 it, and exit code 1: another exception, ten seconds without an end, a text that nobody wrote, a row that nobody counted.
 """

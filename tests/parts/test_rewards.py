@@ -53,6 +53,7 @@ def test_a_sum_of_functions_and_models(tmp_path, monkeypatch):
     ('gold*much', "cannot read 'gold\\*much'"),
     ('gold + ', "cannot read ''"),
     ('gold*inf', 'cannot read'),
+    ('gold*', 'cannot read'),
 ])  # fmt: skip
 def test_options_that_mean_nothing(text, sentence):
     with pytest.raises(UserError, match=sentence):

@@ -164,7 +164,9 @@ def test_bench(tmp_path, monkeypatch, capsys):
         return model
 
     monkeypatch.setattr(fsdp, 'shard', watched)
-    script = run_script(*SMALL, '--model=toy', '--seed=5', '--peak_tflops=0.001', f'--out={tmp_path}/bench.json')
+    script = run_script(
+        *SMALL, '--model=toy', '--batch_size=2', '--seed=5', '--peak_tflops=0.001', f'--out={tmp_path}/bench.json'
+    )
     end_process_group()
     # a policy, then its reference, in two rounds of five variants
     assert said == [(0, True), (1, False)] * 10

@@ -20,9 +20,7 @@ from runtime import log, values
 from text import toy
 
 KEY = 'sentinel-key-0123456789'
-SMALL = (
-    '--batch_size=2 --n_examples=4 --n_eval_examples=2 --warmup_steps=0 --max_length=64 --max_prompt_length=32'.split()
-)
+SMALL = '--batch_size=2 --n_examples=4 --n_eval_examples=2 --warmup_steps=0 --max_length=64'.split()
 PAIRS = [{'prompt': f'place {i}:', 'chosen': f' good {i} .', 'rejected': f' bad {i} .'} for i in range(6)]
 ANSWERS = [{'prompt': 'Review of the hotel:', 'response': f' the room was {word} .', 'generator': 'us', 'sample': i}
            for i, word in enumerate(['nice', 'dull'])]  # fmt: skip
@@ -384,14 +382,8 @@ EVIL = ['{instruction} {answer_1}', '$(touch evil); `touch evil`', "__import__('
 
 def ask(url, out, *more, who='m'):
     """sample.py, asking an endpoint for answers to prompts.txt."""
-    common = [
-        '--data=prompts.txt',
-        f'--endpoint={url}',
-        f'--endpoint_model={who}',
-        f'--out_dir={out}',
-        '--concurrency=1',
-    ]
-    run_script('sample.py', *common, *more)
+    common = f'--data=prompts.txt --endpoint={url} --endpoint_model={who} --out_dir={out} --concurrency=1'
+    run_script('sample.py', *common.split(), *more)
 
 
 def test_replies_are_data():
