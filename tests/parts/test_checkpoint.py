@@ -552,7 +552,7 @@ def test_out_of_memory_anywhere(tmp_path, monkeypatch, whole, place):
 
 # script, flags, and whether memory runs out in the passes that train, or in those before them
 AUTO = {
-    'dropout': ('dpo.py', ['--loss=drdpo', '--lora_rank=4', '--lora_dropout=0.2'], False),
+    'the reference': ('dpo.py', ['--loss=drdpo'], False),
     'the statistic': ('dpo.py', ['--loss=kto'], True),
     'sft': ('sft.py', [], True),
 }
@@ -562,7 +562,7 @@ AUTO = {
 def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, case):
     """The first and the third microbatch do not fit: the step begins anew, and the run is the one of a smaller number."""
     script, flags, training = AUTO[case]
-    sizes, real = [], model.hidden_states
+    sizes, real = [], model.body
 
     def small(net, batch):
         if torch.is_grad_enabled() == training and len(batch.slot) > 2:
@@ -571,7 +571,7 @@ def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, case):
                 raise torch.OutOfMemoryError('CUDA out of memory')
         return real(net, batch)
 
-    monkeypatch.setattr(model, 'hidden_states', small)
+    monkeypatch.setattr(model, 'body', small)
     run(tmp_path / 'auto', *flags, script=script)
     said = capsys.readouterr().out
     found = re.findall(r'memory: a microbatch of (\d+) tokens does not fit: going on with max_tokens=(\d+)', said)
@@ -586,7 +586,7 @@ def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, case):
             assert row[key] == pytest.approx(expected[key], rel=1e-4)
 
 
-@pytest.mark.parametrize(('free', 'size'), [(None, 16384), (10**12, 16384), (77_000_000, 12288), (1000, 1024)])
+@pytest.mark.parametrize(('free', 'size'), [(10**12, 16384), (77_000_000, 12288), (1000, 1024)])
 def test_auto_is_the_largest_that_fits(monkeypatch, whole, free, size):
     layers = torch.nn.Linear(4, 8)
     layers.get_output_embeddings = lambda: None
@@ -611,7 +611,7 @@ def test_bytes_saved_are_what_autograd_holds(whole):
     """Counted by hand for two linear layers with a ReLU: x, what ReLU gives and the result, but no weights."""
     layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     examples = Examples.of([(np.arange(3), [np.arange(2)])] * 3)
-    got = room.bytes_saved(layers, lambda batch: layers(torch.zeros(batch.ids.numel(), 4)), examples, True)
+    got = room.bytes_per_token(layers, lambda batch: layers(torch.zeros(batch.ids.numel(), 4)), examples, True)
     assert got == 4 * (4 + 8 + 2)
 
 
