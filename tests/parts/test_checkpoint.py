@@ -379,17 +379,17 @@ def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsy
     more = PPO if script == 'ppo.py' else []
     without = ('--n_examples', '--save_every') + (('--max_length',) if more else ())
     flags = [flag for flag in [*FLAGS, *more] if not flag.startswith(without)] + ['--n_examples=96']
-    flags += ['--max_tokens=600'] * (script == 'dpo.py')  # in the others auto asks for the measure, too
+    flags += ['--max_tokens=600'] * script.endswith('po.py')  # in the others auto asks for the measure, too
     calls, real = [], room.bytes_per_token
     with monkeypatch.context() as patch:
         patch.setattr(room, 'SAVE_AFTER', 0)
-        patch.setattr(room, 'machine_memory', lambda free=False: 10**9 if free else 50_000_000)
+        patch.setattr(room, 'machine_memory', lambda free=False: 10**10)
         patch.setattr(room, 'bytes_per_token', lambda *arguments: calls.append(1) or real(*arguments))
         run_script(script, *flags, f'--out_dir={tmp_path / "auto"}')
     assert names(tmp_path / 'auto') == ['0000000060', '0000000072', '0000000084'] and len(calls) == 1
     said = r'a microbatch of up to (\d+) tokens takes about \d+\.\d MB \(activations .*, gradients .*, optimizer .*\), of the'
     text = capsys.readouterr().out
-    assert re.search(f'^memory: {said} 50.0 MB of this machine$', text, re.M)
+    assert re.search(f'^memory: {said} 10.0 GB of this machine$', text, re.M)
 
     # less memory than that
     if script == 'dpo.py':
