@@ -429,8 +429,8 @@ def poison(monkeypatch, name, at, places):
     @functools.wraps(fn)
     def spoiled(*columns, **options):
         loss, pi = fn(*columns, **options), [*columns, *options.values()][0]
-        calls.extend([1] * torch.is_grad_enabled())
-        if len(calls) not in at or not torch.is_grad_enabled():
+        calls.extend([1] * loss.requires_grad)
+        if len(calls) not in at or not loss.requires_grad:
             return loss
         if places is None:
             return loss + (pi - pi.detach()).clamp(min=0).sqrt()  # adds 0, with an infinite slope
@@ -509,7 +509,7 @@ PLACES = {
     'the cache': ('dpo.py', ['--cache_ref'], 'hf.reference.adapters_off', 'lower max_tokens'),
     'sampling': ('sft.py', ['--sample_during_eval'], 'hf.generate.generate', 'lower n_eval_model_samples'),
     "ppo's sampling": ('ppo.py', PPO, 'hf.generate.generate', 'lower sample_batch'),
-    "ppo's log-probs": ('ppo.py', PPO, 'model.hidden_states', 'lower max_tokens'),
+    "ppo's log-probs": ('ppo.py', PPO, 'model.body', 'lower max_tokens'),
     'prefetch': ('sft.py', [], 'data.pack', 'lower max_tokens'),
     'bench': ('tools/bench.py', BENCH, 'fsdp.update', 'lower batch_size or max_tokens'),
     'sample': ('sample.py', ['--n_examples=2', '--max_new_tokens=8'], 'hf.generate.generate', 'a smaller --batch_size'),
@@ -609,7 +609,7 @@ def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted
 
 def test_bytes_saved_are_what_autograd_holds(whole):
     """Counted by hand for two linear layers with a ReLU: x, what ReLU gives and the result, but no weights."""
-    layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
     examples = Examples.of([(np.arange(3), [np.arange(2)])] * 3)
     got = room.bytes_per_token(layers, lambda batch: layers(torch.zeros(batch.ids.numel(), 4)), examples, True)
     assert got == 4 * (4 + 8 + 2)
