@@ -254,7 +254,8 @@ class Workers:
 def _work(fd, folder, file, name):
     """What a worker process does until its pipe closes."""
     pipe, part, parent = Connection(int(fd)), Part(name, 1.0, name, file), os.getppid()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())  # guard.py has blocked some in the parent
+    # guard.py has blocked some signals in the parent, which this process has inherited
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     os.chdir(folder)
 
     def watch():

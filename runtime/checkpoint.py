@@ -24,6 +24,8 @@ from runtime.log import NEUTRAL, check_same, recorded
 NUMBER = re.compile('[0-9]{10,}')  # the name of a checkpoint: its examples
 _writer = ThreadPoolExecutor(1)
 _pending = None  # the future of the checkpoint that is being written
+# the default group -> one for the thread that writes: in the default group its collectives would mix with those of training
+_own_group = functools.cache(lambda everybody: dist.new_group(backend='gloo'))
 
 
 def identify(config, models, train, held_out):
@@ -56,12 +58,6 @@ def _tensors(model, optimizer):
             for key, value in optimizer.state[p].items():
                 tensors[f'optimizer.{name}.{key}'] = mine(value) if value.dim() else value[None]
     return tensors
-
-
-@functools.cache
-def _own_group(everybody):
-    """A gloo group for the thread that writes: in the default group its collectives would mix with those of training."""
-    return dist.new_group(backend='gloo')
 
 
 def save(out_dir, examples, model, optimizer, state, keep_last):

@@ -7,7 +7,6 @@ Scripts import this first and call watch(), so nothing heavy is imported up here
 
 import ast
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -153,73 +152,58 @@ def boundary(save, close, saved=False):
     """Call it after every step: does what signals have asked for, on all ranks together. save() begins a checkpoint, unless
     one of this step is saved already; close() has the trackers write what they hold."""
     import fsdp
-    from runtime import checkpoint
 
     global _stage
     _stage = 'training'
     code = stop_asked()
-    if not code:
-        return
-
-    def write():
-        nonlocal saved
-        if not saved:
-            save()
-        saved = False  # where it fails, the next try begins anew
-        checkpoint.wait()
-
-    until_written(write)
-    close()
-    say('saved: the same command continues from here')
-    fsdp.leave(code)
+    if code:
+        keep(save, saved)
+        close()
+        say('saved: the same command continues from here')
+        fsdp.leave(code)
 
 
-def until_written(write, keep=lambda: False):
-    """write(), on all ranks together, again and again while it fails: what was trained is in this process alone.
+def keep(save, saved=False):
+    """Write a checkpoint, on all ranks together, again and again while that fails: what was trained is in this process alone.
 
-    A signal that comes while it waits asks for one last try; then UserError is raised. keep() -> whether the same command can do
-    what write() cannot."""
-    code, kept, given_up = stop_asked(), False, False
-    for attempt in itertools.count():
+    A signal that comes while it waits asks for one last try; then UserError is raised. saved: the first try has begun."""
+    from runtime import checkpoint
+
+    code, warned, given_up = stop_asked(), False, False
+    while True:
         try:
-            return write()
+            if not saved:
+                save()
+            saved = False
+            return checkpoint.wait()
         except UserError as error:
-            failure = error
-        kept = kept or keep()
-        if given_up:
-            end = 'the same command writes it' if kept else 'what was trained since the last checkpoint is lost'
-            raise UserError(f'{failure}. Given up: {end}')
-        if attempt == 0:
-            hint = f'make room; it is tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up'
-            say(f'warning: {failure}. What was trained is kept in memory: {hint}')
+            if given_up:
+                raise UserError(f'{error}. Given up: what was trained since the last checkpoint is lost') from None
+            if not warned:
+                hint = f'make room; it is tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up'
+                say(f'warning: {error}. What was trained is kept in memory: {hint}')
+            warned = True
         # all ranks ask together, every second, whether a new signal has come
         for _second in range(PAUSE):
             time.sleep(1)
-            given_up = given_up or stop_asked() > code
+            given_up = stop_asked() > code
             if given_up:
                 break
 
 
 def export(model, tokenizer, build, folder, card, dtype, save):
-    """What export.write_model returns, after it and rows that wait for room have succeeded. On all ranks together.
+    """What export.write_model returns, once all rows are written. On all ranks together.
 
-    save() begins a checkpoint, which the same command goes on from where the model cannot be written."""
+    Where the model cannot be written, what was trained is kept in a checkpoint, which save() begins. Raises UserError."""
     import fsdp
     from hf.export import write_model
-    from runtime import checkpoint
 
-    def write():
+    try:
         fsdp.on_one_rank(files.append_kept)
         return write_model(model, tokenizer, build, folder, card, dtype)
-
-    def keep():
-        with contextlib.suppress(UserError):
-            save()
-            checkpoint.wait()
-            say('what was trained is in a checkpoint: the same command writes the model')
-            return True
-
-    return until_written(write, keep)
+    except UserError as error:
+        keep(save)
+        raise UserError(f'{error}. What was trained is in a checkpoint: the same command writes the model') from None
 
 
 def end():
@@ -263,12 +247,11 @@ def bad_step(out_dir, state, allowed, first, rows, uid, norm, columns):
     # say it, or end here
     state['bad_steps'] += 1
     where = f'the {what} of the step from {first} to {last} examples is not finite'
-    where += f'; {len(slots)} of its examples are in {file}'
+    those = f'{len(slots)} of its examples are in {file}'
     if state['bad_steps'] > allowed:
-        raise UserError(
-            f'{where}: look at them, lower the learning rate, or allow more than --skip_bad_steps={allowed}'
-        )
-    say(f'warning: {where}: skipped, {state["bad_steps"]} of {allowed} allowed')
+        hint = f'lower the learning rate, or allow more than --skip_bad_steps={allowed}'
+        raise UserError(f'{where}; {those}: look at them, {hint}')
+    say(f'warning: {where}; {those}: skipped, {state["bad_steps"]} of {allowed} allowed')
 
 
 # ---- too little memory ----
@@ -292,9 +275,7 @@ def explained(error, advice):
     operation, differs, _ = str(error).partition(' does not have a deterministic implementation')
     if differs:
         what = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
-        return UserError(
-            f'{what}; leave --deterministic out (the risk cvar, and samples with top_p below 1, cannot have it)'
-        )
+        return UserError(f'{what}; leave it out (the risk cvar, and samples with top_p below 1, cannot have it)')
     where = out_of_memory(error)
     if where is None or isinstance(error, UserError):
         return error

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,11 +33,12 @@ def check_names(out_dir):
     """Raise UserError where files with the names of a run's are links, or where no run has put them there."""
     folder = Path(out_dir)
     ours = [f'{name}{end}' for name in WRITTEN for end in ('', '.tmp')]
-    for file in (folder / name for name in ('config.json', 'config.json.tmp', '.lock', *ours)):
-        if file.is_symlink():
-            raise UserError(f'{file} is a symbolic link, and a run would write through it: remove the link')
-        if file.name in ours and file.exists() and not (folder / 'config.json').exists():
-            what = f'{out_dir} has {file.name}, but no config.json that says which run has written it'
+    is_a_run = (folder / 'config.json').exists()
+    for name in ('config.json', 'config.json.tmp', '.lock', *ours):
+        if (folder / name).is_symlink():
+            raise UserError(f'{folder / name} is a symbolic link, and a run would write through it: remove the link')
+        if name in ours and not is_a_run and (folder / name).exists():
+            what = f'{out_dir} has {name}, but no config.json that says which run has written it'
             raise UserError(f'{what}: put that back, or choose another --out_dir')
 
 
@@ -69,11 +70,13 @@ def differences(before, run, neutral=NEUTRAL):
             words.append(f'{name} {there!r} there and {value!r} here')
     for name, content in run['contents'].items():
         there = before['contents'].get(name, content)
+        if there == content:
+            continue
         # a model's files, or one hash of all examples
         if isinstance(content, dict):
-            changed = sorted(file for file in there.keys() | content.keys() if there.get(file) != content.get(file))
-            words += [f'{name} {run["options"].get(name)!r} has changed since: {file}' for file in changed[:1]]
-        elif there != content:
+            file, _ = min(there.items() ^ content.items())
+            words.append(f'{name} {run["options"].get(name)!r} has changed since: {file}')
+        else:
             words.append(f'the {name} have changed since: their tokens, labels or order')
     return words
 
@@ -111,12 +114,9 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
 
 def claim_out_dir(out_dir, config, contents=None):
     """Write config.json, now that the run is about to begin. contents: hashes of models and data, of checkpoint.identify."""
-    import torch
-    import transformers
-
     git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
     record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip()}
-    record['versions'] = {'torch': torch.__version__, 'transformers': transformers.__version__}
+    record['versions'] = {name: version(name) for name in ('torch', 'transformers')}
     if contents:
         record['contents'] = contents
     replace_text(Path(out_dir) / 'config.json', json.dumps(record, indent=1))
@@ -167,7 +167,7 @@ class Log:
 
     say = staticmethod(say)
 
-    def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False, evaluated=None):
+    def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False, evaluated=-1):
         """total: examples of the run; start: those before it; every: a line on the screen after so many; evaluated: examples at
         the last evaluation that was complete."""
         self.total, self.every, self.began, self.start = total, every, time.time(), start
@@ -176,20 +176,17 @@ class Log:
         # rows that a resumed run will write again go
         folder = Path(out_dir)
         self.path = folder / 'metrics.jsonl'
-        evaluated = start if evaluated is None else evaluated
         seen = {'eval': evaluated}
         cut_rows(folder / 'samples.jsonl', lambda row: start and row['examples'] <= evaluated)
         cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
         cut_rows(self.path, lambda row: start and row['counters/examples'] <= seen.get(row['split'], start))
-        with writing(self.path):
-            self.path.touch()
 
-        # name -> (what writes a row, what closes it)
+        # name -> (what writes a row, what closes it), or None
         self.failed, self.trackers = set(), {}
-        openers = {'wandb': wandb and partial(_open_wandb, wandb, folder)}
-        openers['tensorboard'] = tensorboard and partial(_open_tensorboard, folder, start)
-        for name in filter(openers.get, openers):
-            self.trackers[name] = self._attempt(name, openers[name])
+        if wandb:
+            self.trackers['wandb'] = self._attempt('wandb', _open_wandb, wandb, folder)
+        if tensorboard:
+            self.trackers['tensorboard'] = self._attempt('tensorboard', _open_tensorboard, folder, start)
         # else an error would cost what they have not written yet
         before = sys.excepthook
         sys.excepthook = lambda *error: (self.close(), before(*error))
@@ -208,8 +205,8 @@ class Log:
         """Write metrics (name -> number) after so many examples; an evaluation and every log_every examples on screen."""
         if not main_rank():
             return
-        metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}  # json knows no others; see bad_step.jsonl
-        row = {'split': split, 'counters/examples': examples, **metrics}
+        row = {'split': split, 'counters/examples': examples}
+        row |= {name: value for name, value in metrics.items() if math.isfinite(value)}  # json knows no others
         append(self.path, json.dumps(row) + '\n')
         for name in self.trackers.keys() - self.failed:
             self._attempt(name, self.trackers[name][0], row)
@@ -225,12 +222,15 @@ class Log:
             # rewards/margins of the training rows is rewards_train/margins, loss is loss/train
             group, _, rest = name.partition('/')
             key = f'{group}_{split}/{rest}' if rest else f'{group}/{split}'
-            parts += [f'{short} {row[key]:.4g}'] if key in row else []
+            if key in row:
+                parts.append(f'{short} {row[key]:.4g}')
         if split == 'train':
-            passed = max(0.0, time.time() - self.began)  # a clock may be set back
-            left = int(passed / max(1, examples - self.start) * (self.total - examples))
-            speed = row.get('examples_per_second', math.nan)
-            parts += [f'grad {row.get("grad_norm", math.nan):.3g}  {speed:.1f} ex/s  {left // 60}:{left % 60:02d} left']
+            each = (time.time() - self.began) / max(1, examples - self.start)
+            # a clock may be set back
+            minutes, seconds = divmod(max(0, int(each * (self.total - examples))), 60)
+            parts.append(f'grad {row.get("grad_norm", math.nan):.3g}')
+            parts.append(f'{row.get("examples_per_second", math.nan):.1f} ex/s')
+            parts.append(f'{minutes}:{seconds:02d} left')
         return '  '.join(parts)
 
     def close(self):
@@ -254,6 +254,7 @@ def progress(total, unit, what, **options):
     options = {'total': total, 'unit': unit, 'desc': what, 'disable': not main_rank()} | options
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, leave=False, **options)
+    # tqdm's own lines begin with a carriage return
     rest = ' of {total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}' if total else '{unit}, {rate_fmt}'
     lines = SimpleNamespace(flush=sys.stderr.flush)
     lines.write = lambda text: text.strip() and sys.stderr.write(text.strip() + '\n')
@@ -267,6 +268,9 @@ def per_second(amount, seconds):
 
 def schedule(step, steps, warmup, shape):
     """Factor of the learning rate at a step: linear warm-up, then constant, linear or cosine to zero."""
-    left = min(1.0, max(0.0, (steps - step) / max(1, steps - warmup)))
-    shapes = {'constant': 1.0, 'linear': left, 'cosine': (1 - math.cos(math.pi * left)) / 2}
-    return min(1.0, (step + 1) / (warmup + 1), shapes[shape])
+    left = (steps - step) / max(1, steps - warmup)
+    left = min(1.0, max(0.0, left))
+    if shape == 'cosine':
+        left = (1 - math.cos(math.pi * left)) / 2
+    rising = (step + 1) / (warmup + 1)
+    return min(1.0, rising, 1.0 if shape == 'constant' else left)

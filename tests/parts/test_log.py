@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import logging
-import shutil
 import struct
 import sys
 import time
@@ -13,11 +12,10 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from helpers import end_process_group, metrics, python, read_jsonl, run_script, write_jsonl
+from helpers import cut_short, end_process_group, metrics, python, read_jsonl, refused, run_script, write_jsonl
 
 import configurator
 import training
-from configurator import UserError
 from hf import load
 from runtime import log
 from runtime.metrics import meaning
@@ -26,17 +24,8 @@ from text.examples import in_words
 KEY = 'f00dfeed' * 5  # what a key looks like: must not appear in anything that is written
 
 
-def dpo(folder, *flags, status=0):
-    """dpo.py in a process of its own, so that it ends as it ends for the user."""
-    given = ['--n_examples=64', '--batch_size=16', '--save_every=16', '--keep_last=9', '--lr=1e-3', '--eval_every=32',
-             '--n_eval_examples=8', '--warmup_steps=0', f'--out_dir={folder}/run', *flags]  # fmt: skip
-    last = {flag.partition('=')[0]: flag for flag in given}
-    done = python('dpo.py', *last.values(), WANDB_MODE='offline', WANDB_API_KEY=KEY, NANOPREF_CACHE=folder / 'cache')
-    assert done.returncode == status, done.stderr[-2000:]
-
-
 @pytest.mark.parametrize('shape', ['constant', 'linear', 'cosine'])
-@pytest.mark.parametrize(('steps', 'warmup'), [(100, 150), (200, 150), (100, 50), (1000, 150), (10, 0), (1, 0)])
+@pytest.mark.parametrize(('steps', 'warmup'), [(100, 150), (100, 50), (1000, 150), (10, 0), (1, 0)])
 def test_schedule(shape, steps, warmup):
     """Rises all through warm-up, at its line unless the decay is lower; then never rises."""
     rates = [log.schedule(step, steps, warmup, shape) for step in range(steps)]
@@ -49,19 +38,16 @@ def test_schedule(shape, steps, warmup):
         assert rates[half] == pytest.approx(0.5, abs=1e-2) and rates[-1] < 2e-3
 
 
-@pytest.fixture(scope='module')
-def resumed(tmp_path_factory):
-    """out_dir of a run that was cut short after 32 of 64 examples, when its later rows had been logged already."""
-    folder = tmp_path_factory.mktemp('log')
-    flags = [f'--{name}' for name in ('tensorboard', 'wandb=toy') if installed(name.partition('=')[0])]
-    dpo(folder, *flags)
-    out = folder / 'run'
-    shutil.copy(out / 'metrics.jsonl', folder / 'first.jsonl')
-    shutil.rmtree(out / 'model')
-    for checkpoint in sorted((out / 'checkpoints').iterdir())[2:]:
-        shutil.rmtree(checkpoint)
-    dpo(folder, *flags)
-    return out
+# ---- trackers ----
+
+
+def dpo(folder, *flags, status=0):
+    """dpo.py in a process of its own, so that it ends as it ends for the user."""
+    given = ['--n_examples=64', '--batch_size=16', '--save_every=16', '--keep_last=9', '--lr=1e-3', '--eval_every=32',
+             '--n_eval_examples=8', '--warmup_steps=0', *flags, f'--out_dir={folder}']  # fmt: skip
+    last = {flag.partition('=')[0]: flag for flag in given}
+    done = python('dpo.py', *last.values(), WANDB_MODE='offline', WANDB_API_KEY=KEY)
+    assert done.returncode == status, done.stderr[-2000:]
 
 
 def installed(name):
@@ -69,6 +55,17 @@ def installed(name):
         return bool(__import__(name))
     except ImportError:
         return False
+
+
+@pytest.fixture(scope='module')
+def resumed(tmp_path_factory):
+    """out_dir of a run that was cut short after 32 of 64 examples, when its later rows had been logged already."""
+    folder = tmp_path_factory.mktemp('log')
+    flags = [f'--{name}' for name in ('tensorboard', 'wandb=toy') if installed(name.partition('=')[0])]
+    dpo(folder / 'first', *flags)
+    cut_short(folder / 'first', folder / 'run', 32)
+    dpo(folder / 'run', *flags)
+    return folder / 'run'
 
 
 def test_tensorboard_shows_the_metrics_once(resumed):
@@ -120,7 +117,7 @@ def test_wandb_goes_on_in_the_same_run(resumed):
 
 def test_an_error_does_not_cost_the_rows_before_it(tmp_path):
     pytest.importorskip('wandb', reason='wandb is not installed')
-    dpo(tmp_path, '--wandb=toy', '--lr=1e30', '--max_grad_norm=1e30', '--optimizer=SGD', status=2)
+    dpo(tmp_path / 'run', '--wandb=toy', '--lr=1e30', '--max_grad_norm=1e30', '--optimizer=SGD', status=2)
     (file,) = (tmp_path / 'run').glob('wandb/offline-run-*/*.wandb')
     written = {row['counters/examples'] for row in metrics(tmp_path / 'run')}
     assert [row['_step'] for row in history(file)] == sorted(written) and len(written) > 1
@@ -135,16 +132,11 @@ def test_no_secrets(resumed):
 
 @pytest.mark.parametrize(('flag', 'name'), [('--wandb=toy', 'wandb'), ('--tensorboard', 'tensorboard')])
 def test_a_missing_package_is_said_before_loading(flag, name, monkeypatch, tmp_path):
-    for module in [m for m in sys.modules if m.partition('.')[0] == name or m.startswith('torch.utils.tensorboard')]:
-        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(training, 'load_tokenizer', lambda *a: pytest.fail('loaded something first'))
-    with pytest.raises(UserError, match=f'^--{name} needs a package that is not installed: pip install {name}$'):
-        run_script('dpo.py', flag, f'--out_dir={tmp_path}/a/b')
+    message = refused('dpo.py', flag, f'--out_dir={tmp_path}/a/b')
+    assert message == f'--{name} needs a package that is not installed: pip install {name}'
     assert not (tmp_path / 'a').exists()
-
-
-# ---- trackers that fail ----
 
 
 class Broken:
@@ -164,16 +156,13 @@ class Broken:
     def init(self, *args, **options):
         return self._call('init')
 
-    def log(self, row, step):
-        self._call('log')
-
-    def add_scalar(self, name, value, step):
-        self._call('log')
+    def log(self, *args, **options):
+        return self._call('log')
 
     def finish(self):
-        self._call('finish')
+        return self._call('finish')
 
-    close = finish
+    add_scalar, close = log, finish
 
 
 def with_broken(monkeypatch, name, tool):
@@ -181,24 +170,24 @@ def with_broken(monkeypatch, name, tool):
     if name == 'wandb':
         monkeypatch.setitem(sys.modules, 'wandb', tool)
         return '--wandb=toy'
-    module = type(sys)('torch.utils.tensorboard')
-    module.SummaryWriter = tool.init
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', module)
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=tool.init))
     return '--tensorboard'
 
 
 SHORT = ['--n_examples=8', '--batch_size=4', '--n_eval_examples=4', '--eval_every=4']
 PPO = ['--minibatch_size=4', '--ppo_epochs=1', '--max_new_tokens=4', '--reward_model=gold']
 SCRIPTS = {'dpo.py': SHORT, 'sft.py': SHORT, 'reward.py': SHORT, 'ppo.py': [*SHORT, *PPO]}
-ERRORS = [RuntimeError('no more\nroom'), OSError(28, 'No space left'), ValueError(), SystemExit(1)]
+ERRORS = [RuntimeError('no more\nroom'), OSError(28, 'No space left'), ValueError(), SystemExit(1), RuntimeError(KEY)]
 
 
 @pytest.mark.parametrize('error', ERRORS)
 @pytest.mark.parametrize('where', ['init', 'log', 'finish', 'log finish'])
 @pytest.mark.parametrize('name', ['wandb', 'tensorboard'])
 def test_a_tracker_that_fails_costs_one_note(name, where, error, monkeypatch, tmp_path, capsys):
+    """And shows no key."""
     tool = Broken(where, error)
     with_broken(monkeypatch, name, tool)
+    monkeypatch.setenv('WANDB_API_KEY', KEY)
     (tmp_path / 'config.json').write_text('{"config": {}}')
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     logger = log.Log(tmp_path, 8, 0, 1, 'toy' if name == 'wandb' else None, name == 'tensorboard')
@@ -206,9 +195,8 @@ def test_a_tracker_that_fails_costs_one_note(name, where, error, monkeypatch, tm
         logger.row('train', seen, {'loss/train': 1.0, 'examples_per_second': 2.0})
     logger.close()
     logger.close()
-    out = capsys.readouterr().out
-    notes = [line for line in out.splitlines() if line.startswith('note: ')]
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith('note: ')]
+    reason = (str(error).splitlines() or [type(error).__name__])[0].replace(KEY, '...')
     where_all_are = f'rows may be missing there; {tmp_path}/metrics.jsonl has all of them'
     assert notes == [f'note: {name} failed ({reason}): {where_all_are}']
     assert [row['counters/examples'] for row in metrics(tmp_path)] == [4, 8]
@@ -224,14 +212,6 @@ def test_a_run_goes_on_without_its_tracker(script, name, monkeypatch, tmp_path, 
     out = capsys.readouterr().out
     assert out.count(' failed (') == out.count(f'note: {name} failed (no more)') == 1 and 'done: ' in out
     assert [row['counters/examples'] for row in metrics(tmp_path / 'run', 'train')] == [4, 8]
-
-
-def test_a_key_in_a_failure_is_not_shown(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv('WANDB_API_KEY', KEY)
-    with_broken(monkeypatch, 'wandb', Broken('init', RuntimeError(f'bad key {KEY}')))
-    (tmp_path / 'config.json').write_text('{"config": {}}')
-    log.Log(tmp_path, 8, 0, 1, 'toy').close()
-    assert 'bad key ...' in (out := capsys.readouterr().out) and KEY not in out
 
 
 # ---- clocks that stand still ----

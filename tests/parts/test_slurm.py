@@ -43,11 +43,9 @@ def start(folder, seconds, code, *command):
 @pytest.mark.parametrize('code', [0, 3])
 def test_a_run_that_ends_by_itself_is_not_requeued(tmp_path, code):
     job = start(tmp_path, 0, code, 'dpo.py', 'config/x.py', '--a=b c')
-    assert job.wait(30) == (code and 1)
-    assert not (tmp_path / 'requeued').exists()
-    assert (tmp_path / 'torchrun').read_text().strip() == (
-        '--nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_id=41-0 --rdzv_endpoint=node7:20041 dpo.py config/x.py --a=b c'
-    )
+    assert job.wait(30) == (code and 1) and not (tmp_path / 'requeued').exists()
+    words = '--nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_id=41-0 --rdzv_endpoint=node7:20041 dpo.py config/x.py --a=b c'
+    assert (tmp_path / 'torchrun').read_text() == words + '\n'
 
 
 def test_the_warning_saves_and_requeues(tmp_path):
@@ -75,9 +73,8 @@ def test_sh_instead_of_bash(script, tmp_path):
     (tmp_path / 'python').chmod(0o755)
     calls = tmp_path / 'calls'
     environment = {'PATH': f'{tmp_path}:/usr/bin:/bin', 'CALLS': str(calls), 'OUT': str(tmp_path / 'out')}
-    done = subprocess.run(
-        ['dash', script, 'dpo.py'], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+    how = {'env': environment, 'cwd': tmp_path, 'capture_output': True, 'text': True, 'timeout': 60}
+    done = subprocess.run(['dash', script, 'dpo.py'], **how)
     if script.name == 'ai_feedback.sh':
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert calls.read_text().startswith('sft.py config/sft_toy.py --model=toy')
