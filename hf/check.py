@@ -104,6 +104,6 @@ def check_reward(name, config, tokenizer, new_head):
     elif config.num_labels != 1:
         wrong = f'has {config.num_labels} outputs; a reward model has one'
     elif config.get_text_config().pad_token_id == tokenizer.eos_token_id:
-        wrong = 'pads with its end of text, before which it was read: train it further with another pad_token_id in its config.json'
+        wrong = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id in its config'
     if wrong:
         raise UserError(f'{name!r} {wrong}')
