@@ -19,13 +19,9 @@ def check(config):
     if config['quantize'] is None:
         return
     if config['lora_rank'] is None:
-        raise UserError(
-            '--quantize=4bit: weights of 4 bits do not train; add --lora_rank=16, or leave it out to train all'
-        )
+        raise UserError('--quantize=4bit: weights of 4 bits do not train; add --lora_rank=16, or leave it out')
     if config['device_map']:
-        raise UserError(
-            'quantize and device_map do not go together: 4 bits a weight need fewer GPUs; leave one of them out'
-        )
+        raise UserError('quantize and device_map do not go together: leave one of them out')
     # it says that it could not fetch code for this CPU from the hub, which nobody has asked for
     logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
     try:
