@@ -25,7 +25,9 @@ def check(config):
     # it says that it could not fetch code for this CPU from the hub, which nobody has asked for
     logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
     try:
-        Linear4bit(torch.nn.Linear(BLOCK, BLOCK))
+        from bitsandbytes.functional import quantize_4bit
+
+        quantize_4bit(torch.ones(BLOCK, BLOCK), **KIND)
     except Exception as error:  # it is missing, too old, or finds no library for this machine
         wanted = f'bitsandbytes ({" ".join(str(error).split())[:100]})'
         raise UserError(f'--quantize=4bit needs {wanted}: pip install bitsandbytes, or leave it out') from None
