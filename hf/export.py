@@ -100,9 +100,8 @@ def _holds(weights, dtype):
     for name, weight in weights.items():
         size = torch.linalg.vector_norm(weight.float(), torch.inf) if weight.numel() else 0
         if limit < size < torch.inf:
-            say(
-                f'note: {name} has a weight of {size:.6g}, and {dtype} ends at {limit:.6g}: the model is kept in float32'
-            )
+            kept = f'{dtype} ends at {limit:.6g}: the model is kept in float32'
+            say(f'note: {name} has a weight of {size:.6g}, and {kept}')
             return torch.float32
     return dtype
 

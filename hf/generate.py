@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-from collections import deque
 
 import numpy as np
 import torch
@@ -75,8 +74,9 @@ def sample_held_out(run, models, n, seen, measure=None, **settings):
             measured[name] = measure(prompts, answers[name])
         for i, answer in enumerate(answers[name]):
             shown.append((name, i, without_end(answer, stop)))
-            numbers = {column: round(values[i].item(), 6) for column, values in measured.get(name, {}).items()}
-            columns[name, i] = {'tokens': len(answer), **numbers}
+            columns[name, i] = {'tokens': len(answer)}
+            for column, values in measured.get(name, {}).items():
+                columns[name, i][column] = round(values[i].item(), 6)
     file = f'{run.config.out_dir}/samples.jsonl'
     fsdp.on_one_rank(lambda: write(file, run.tokenizer, prompts, shown, seen, columns))
     return measured
@@ -97,13 +97,13 @@ def generate(
     inner, stop = core(model), stop_tokens(model, tokenizer)
     rows, refill = rows or len(prompts), can_refill(inner)
     answers = [[] for _ in prompts]
-    waiting = deque(range(len(prompts)))
+    waiting = list(range(len(prompts)))
     active, cache, kept = [], None, []  # numbers of the answers in the making, and their rows in the cache
     with _sampling(model, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id):
         while waiting or active:
-            # free rows go to the next prompts; if caches cannot be put together, not before all are free
-            free = rows - len(active) if refill or not active else 0
-            new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            # free rows go to the next prompts; if caches cannot be put together, all are free
+            free = rows - len(active)
+            new, waiting = waiting[:free], waiting[free:]
             texts = [[*prompts[i], *answers[i]] for i in active + new]
             if refill:
                 parts = [(cache, kept)] if active else []
@@ -121,10 +121,11 @@ def generate(
             # rows that ended before the others are filled up behind their end
             kept = []
             for row, (i, tokens) in enumerate(zip(active, found, strict=True)):
-                tokens = tokens[: max_new_tokens - len(answers[i])]
-                end = next((at for at, token in enumerate(tokens, 1) if token in stop), None)
-                answers[i] += tokens[:end]
-                if end is None and len(answers[i]) < max_new_tokens:
+                for token in tokens[: max_new_tokens - len(answers[i])]:
+                    answers[i].append(token)
+                    if token in stop:
+                        break
+                if answers[i][-1] not in stop and len(answers[i]) < max_new_tokens:
                     kept.append(row)
             active = [active[row] for row in kept]
             if _told_to_stop():
@@ -162,8 +163,9 @@ def _generate(inner, texts, cache, **options):
     ids = torch.full((len(texts), width), inner.generation_config.pad_token_id)
     mask = torch.zeros_like(ids)
     for row, text in enumerate(texts):
-        ids[row, width - len(text) :] = torch.tensor(text)
-        mask[row, width - len(text) :] = 1
+        first = width - len(text)
+        ids[row, first:] = torch.tensor(text)
+        mask[row, first:] = 1
     ids, mask = ids[:, cached:].to(inner.device), mask.to(inner.device)
     if cache is not None:
         options['past_key_values'] = cache
@@ -238,11 +240,13 @@ def _ends(inner, stop, most, taken, enough):
 
 def _processors(seeds, taken, temperature, top_p):
     """What scores go through before the largest is taken: with temperature 0, nothing. taken: tokens sampled so far, a row."""
-    if temperature == 0:
-        return transformers.LogitsProcessorList()
-    nucleus = [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
-    draw = [transformers.TemperatureLogitsWarper(temperature), *nucleus, _Draw(seeds, taken)]
-    return transformers.LogitsProcessorList(draw)
+    processors = transformers.LogitsProcessorList()
+    if temperature > 0:
+        processors.append(transformers.TemperatureLogitsWarper(temperature))
+        if top_p < 1:
+            processors.append(transformers.TopPLogitsWarper(top_p))
+        processors.append(_Draw(seeds, taken))
+    return processors
 
 
 class _Draw(transformers.LogitsProcessor):

@@ -1,10 +1,11 @@
 """From a hub id or a folder to a model and its tokenizer. All raise UserError.
 
-Which folders are refused, and why, is in check.py; whether a loaded model suits packing and a run's lengths, in probe.py."""
+Whether a loaded model suits packing and a run's lengths is in probe.py."""
 
 import contextlib
 import copy
 import functools
+import json
 import logging
 import os
 import re
@@ -15,9 +16,10 @@ import transformers
 from huggingface_hub import get_local_safetensors_metadata
 
 from configurator import UserError, main_rank
-from hf import check, lora
+from hf import lora
 from hf.ties import describe_ties
 from model import core, register_attention
+from runtime import hub
 from runtime.files import file_hash, say_once
 from runtime.values import MODELS, NO_MODEL
 from text import toy
@@ -56,7 +58,7 @@ def one_sentence(load):
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f'cannot load the model {name!r}: {check.first_line(error)}') from None
+            raise UserError(f'cannot load the model {name!r}: {hub.first_line(error)}') from None
 
     return loaded
 
@@ -69,7 +71,7 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **how):
     adapters: None, or lora.options; how: empty, trust_remote_code, seed and device_map, as in _make."""
     saved, base = lora.split(name)
     config = _read_config(base, **how)
-    if check.is_classifier(config) or (saved and saved.scores):
+    if _is_classifier(config) or (saved and saved.scores):
         raise UserError(f'{name!r} is a reward model: a language model is needed here')
     model = _make(transformers.AutoModelForCausalLM, base, config, **how)
     if _generation.get(base):
@@ -93,9 +95,9 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **how):
     embedding grows by a row if need be; the rest as in load_model. Raises UserError."""
     saved, base = lora.split(name)
     config = _read_config(base, **how)
-    trained = check.is_classifier(config)
+    trained = _is_classifier(config)
     has_head = trained or bool(saved and saved.scores)
-    check.check_reward(name, config, tokenizer, new_head or has_head)
+    _check_reward(name, config, tokenizer, new_head or has_head)
     config.num_labels = 1
 
     # one row more for a pad token that is new, unless there is a spare one; while a file is read, neither
@@ -127,9 +129,9 @@ def _read_config(name, *, trust_remote_code=False, **_others):
     if name == 'toy':
         return toy.model_config()
     if os.path.exists(name) or name not in _read:
-        check.check_there(name)
+        hub.check_there(name)
         if not trust_remote_code:
-            check.check_code(name)
+            _check_code(name)
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         if getattr(config, 'quantization_config', None):
             kind = dict(config.quantization_config).get('quant_method', 'bitsandbytes')
@@ -155,7 +157,7 @@ def _make(auto, name, config, new_head=False, *, empty=False, trust_remote_code=
         if empty or name == 'toy':
             model, info = auto.from_config(config, **options), {'missing_keys': (), 'unexpected_keys': ()}
         else:
-            check.check_files(name, config)
+            _check_files(name, config)
             options |= {'use_safetensors': True, 'output_loading_info': True, 'device_map': device_map}
             model, info = auto.from_pretrained(name, config=config, **options)
     outside = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
@@ -171,6 +173,59 @@ def _make(auto, name, config, new_head=False, *, empty=False, trust_remote_code=
         some = ', '.join(sorted(unused)[:3])
         say_once(f'note: {len(unused)} weights in {name!r} are not used, for its config has no place for them: {some}')
     return model
+
+
+# ---- what is refused ----
+
+
+def _is_classifier(config):
+    return (config.architectures or [''])[0].endswith('ForSequenceClassification')
+
+
+def _check_reward(name, config, tokenizer, new_head):
+    """Refuse what is no reward model that can be read here. new_head: a language model will do."""
+    wrong = None
+    if not _is_classifier(config):
+        wrong = None if new_head else 'is no reward model but a language model: train one from it with reward.py'
+    elif config.num_labels != 1:
+        wrong = f'has {config.num_labels} outputs; a reward model has one'
+    elif config.get_text_config().pad_token_id == tokenizer.eos_token_id:
+        wrong = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id in its config'
+    if wrong:
+        raise UserError(f'{name!r} {wrong}')
+
+
+def _check_code(name):
+    """Refuse configs that ask for code: of the model's own, or a kernel that is fetched from the hub."""
+
+    def look(options):
+        for key, value in options.items():
+            what = 'code of its own' if key == 'auto_map' and value else None
+            # attn_implementation and its like: transformers takes what has a slash for the hub id of a kernel
+            if key.endswith('_implementation') and '/' in json.dumps(value):
+                what = f'{key} {value!r}, a kernel from the hub'
+            if what:
+                way = 'read it, and pass --trust_remote_code if you want it to run'
+                raise UserError(f'{name!r} comes with {what} ({file}): {way}')
+            if isinstance(value, dict):
+                look(value)
+
+    for file in ('config.json', 'tokenizer_config.json'):
+        look(hub.read_dict(name, file))
+
+
+def _check_files(name, config):
+    """Refuse weights that are not safetensors files right in the folder: pickles can run code, others are somebody else's."""
+    named = getattr(config, 'transformers_weights', None)
+    index = named if str(named).endswith('.json') else 'model.safetensors.index.json'
+    shards = list(hub.read_dict(name, index).get('weight_map', {}).values())
+    for shard in map(str, [named, *shards] if named else shards):
+        if not re.fullmatch(r'[^/\\]+\.safetensors(\.index\.json)?', shard):
+            wanted = 'weights must be .safetensors files in the same folder'
+            raise UserError(f'the index or config.json of {name!r} names {shard[:100]!r}: {wanted}')
+    if os.path.isdir(name) and not any(Path(name).glob('*.safetensors')):
+        pickle = 'a pickle, which can run any code when it is read'
+        raise UserError(f'{name!r} has no .safetensors file: convert it where you trust it, if it has {pickle}')
 
 
 # ---- what is new in a model ----
@@ -217,14 +272,14 @@ def load_tokenizer(name, trust_remote_code=False):
     saved, base = lora.split(name)
     if not saved or not list(saved.folder.glob('*token*')):
         name = base
-    check.check_there(name)
+    hub.check_there(name)
     if not trust_remote_code:
-        check.check_code(name)
+        _check_code(name)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises OSError, ValueError, KeyError and its own for a missing tokenizer
         whole = 'beside the model there must be a whole tokenizer.json'
-        raise UserError(f'no tokenizer in {name!r} ({check.first_line(error)}): {whole}') from None
+        raise UserError(f'no tokenizer in {name!r} ({hub.first_line(error)}): {whole}') from None
     if tokenizer.eos_token_id is None:
         raise UserError(f'the tokenizer of {name!r} has no end of text: set eos_token in its tokenizer_config.json')
     return tokenizer
@@ -275,7 +330,7 @@ DECISIVE = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
 def kept_in(name):
     """What most weights of a model's file are: 'float32', 'bfloat16' or 'float16'."""
     _, base = lora.split(name)
-    file = check.file_of(base, 'model.safetensors') or check.file_of(base, 'model.safetensors.index.json')
+    file = hub.file_of(base, 'model.safetensors') or hub.file_of(base, 'model.safetensors.index.json')
     if file is None:
         return 'float32'
     weights = get_local_safetensors_metadata(Path(file).parent).parameter_count

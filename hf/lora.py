@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 from configurator import UserError
-from hf import check, quantize
+from hf import quantize
 from hf.ties import describe_ties, separate
 from model import blocks, core
+from runtime import hub
 from runtime.files import file_hash, say_once
 
 COPY = 'reference'  # PEFT's name for the frozen copy; the adapter that trains is 'default'
@@ -56,7 +57,7 @@ _found = {}  # by name: the export at the end of a run needs them, and the folde
 def find(name):
     """The adapter that a folder or a hub id holds, as Saved; None where it holds none. Raises UserError where it is of no use."""
     if os.path.exists(name) or name not in _found:
-        file = check.file_of(name, CONFIG)
+        file = hub.file_of(name, CONFIG)
         _found[name] = _read(name, Path(file)) if file else None
     return _found[name]
 
@@ -69,7 +70,7 @@ def split(name):
 
 def _read(name, file):
     """The Saved of an adapter_config.json. Raises UserError where the adapter is of another kind, or its model is missing."""
-    options, folder = check.read_dict(file), file.parent
+    options, folder = hub.read_dict(name, CONFIG), file.parent
     rank, alpha, base = (options.get(key) for key in ('r', 'lora_alpha', 'base_model_name_or_path'))
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not base or type(base) is not str:
         raise UserError(f'{CONFIG} of the adapter {name!r} does not say its r, its lora_alpha and its model: {WAY_OUT}')
@@ -79,7 +80,7 @@ def _read(name, file):
     if odd:
         what = ', '.join(f'{key}={value!r}'[:100] for key, value in odd.items())
         raise UserError(f'the adapter {name!r} has {what}, which is not supported here: {WAY_OUT}')
-    if check.file_of(name, WEIGHTS) is None:
+    if hub.file_of(name, WEIGHTS) is None:
         raise UserError(f'the adapter {name!r} has no {WEIGHTS}: save it as safetensors')
 
     # a path counts from the working directory, as it does for PEFT, or else from the adapter's folder
@@ -87,7 +88,7 @@ def _read(name, file):
     if not os.path.exists(base) and os.path.exists(beside):
         base = beside
     try:
-        check.check_there(base)
+        hub.check_there(base)
     except UserError as error:
         raise UserError(f'the model of the adapter {name!r} is missing: {error}') from None
     return Saved(name, folder, base, options, rank, scores=options.get('task_type') == 'SEQ_CLS')
@@ -108,7 +109,7 @@ def _fill(model, saved, name='default'):
     """Put the weights of a saved adapter into the adapter of this name of a PeftModel. Raises UserError where they do not fit."""
     import peft
 
-    result = peft.set_peft_model_state_dict(model, load_file(check.file_of(saved.name, WEIGHTS)), adapter_name=name)
+    result = peft.set_peft_model_state_dict(model, load_file(hub.file_of(saved.name, WEIGHTS)), adapter_name=name)
     missing = [key for key in result.missing_keys if f'.{name}.' in key]
     for what, keys in ('lacks', missing), ('has, without a place in its model,', result.unexpected_keys):
         if keys:

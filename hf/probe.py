@@ -10,10 +10,10 @@ import torch
 
 from configurator import UserError
 from data import pack
-from hf.check import first_line
 from model import core, padded_attention, set_attention
 from rl.heads import response_scores, token_logps
 from runtime import guard
+from runtime.hub import first_line
 from runtime.log import say
 
 

@@ -19,17 +19,15 @@ def check(config):
     if config['quantize'] is None:
         return
     if config['lora_rank'] is None:
-        raise UserError(
-            '--quantize=4bit: weights of 4 bits do not train; add --lora_rank=16, or leave it out to train all'
-        )
+        raise UserError('--quantize=4bit: weights of 4 bits do not train; add --lora_rank=16, or leave it out')
     if config['device_map']:
-        raise UserError(
-            'quantize and device_map do not go together: 4 bits a weight need fewer GPUs; leave one of them out'
-        )
+        raise UserError('quantize and device_map do not go together: leave one of them out')
     # it says that it could not fetch code for this CPU from the hub, which nobody has asked for
     logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
     try:
-        Linear4bit(torch.nn.Linear(BLOCK, BLOCK))
+        from bitsandbytes.functional import quantize_4bit
+
+        quantize_4bit(torch.ones(BLOCK, BLOCK), **KIND)
     except Exception as error:  # it is missing, too old, or finds no library for this machine
         wanted = f'bitsandbytes ({" ".join(str(error).split())[:100]})'
         raise UserError(f'--quantize=4bit needs {wanted}: pip install bitsandbytes, or leave it out') from None

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 import fsdp
 from configurator import UserError
-from hf import check, load, lora
+from hf import load, lora
 from hf.ties import ties
+from runtime import hub
 from text import toy
 
 RANK = {'rank': 4, 'alpha': 16.0, 'dropout': 0.0, 'targets': None}
@@ -184,14 +185,14 @@ def test_of_a_hub(monkeypatch):
     """Adapter and model by hub ids: the files come from the hub's cache."""
     write()
     change(base_model_name_or_path='some/base')
-    monkeypatch.setattr(check.hub, 'reachable', lambda: False)
+    monkeypatch.setattr(hub, 'reachable', lambda: False)
     places = {'some/adapter': 'run/adapter', 'some/base': 'base'}
 
     def cached(name, file):
         path = Path(places[name], file)
         return str(path) if path.exists() else None
 
-    monkeypatch.setattr(check, 'file_of', cached)
+    monkeypatch.setattr(hub, 'file_of', cached)
     found = lora.find('some/adapter')
     assert (found.base, found.folder) == ('some/base', Path('run/adapter'))
     with pytest.raises(UserError, match="model of the adapter 'some/adapter' is missing.*its cache does not have it"):

@@ -6,7 +6,6 @@ import huggingface_hub
 import pytest
 
 from configurator import UserError
-from hf import check
 from runtime import hub
 
 
@@ -33,7 +32,7 @@ def test_the_hub_is_asked_once(cut_off, capsys):
         with pytest.raises(
             UserError, match="no folder 'nobody/nothing' in .*the hub cannot be reached.*name a model folder"
         ):
-            check.check_there('nobody/nothing')
+            hub.check_there('nobody/nothing')
     assert len(cut_off) == 1 and huggingface_hub.constants.HF_HUB_OFFLINE
     assert (
         capsys.readouterr().out
@@ -44,5 +43,5 @@ def test_the_hub_is_asked_once(cut_off, capsys):
 @pytest.mark.parametrize('name', ['out/sft/model', './a/b', '~/b', '/tmp/none/model', 'nothing'])
 def test_what_cannot_be_a_hub_id(cut_off, name):
     with pytest.raises(UserError, match='there is no model folder .*: train it first, or name another one'):
-        check.check_there(name)
+        hub.check_there(name)
     assert cut_off == []

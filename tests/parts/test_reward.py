@@ -148,7 +148,7 @@ def test_heads(folders, tmp_path, capsys):
     state = torch.get_rng_state()
     first, second, third = (make(folders / 'qwen2', new_head=True, seed=s)[0].score.weight for s in (1, 1, 2))
     assert first.equal(second) and not first.equal(third) and torch.get_rng_state().equal(state)
-    assert 'replaces lm_head.weight' in capsys.readouterr().out
+    assert 'a new scalar head, drawn from seed 2' in capsys.readouterr().out
     net, tokenizer = make(folders / 'gpt2', new_head=True)
     net.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -15,8 +15,8 @@ from stub import serve, serve_raw
 
 from configurator import UserError
 from feedback import answers, endpoint
-from hf import check, load
-from runtime import log, values
+from hf import load
+from runtime import hub, log, values
 from text import toy
 
 KEY = 'sentinel-key-0123456789'
@@ -239,7 +239,7 @@ def test_shards_of_a_hub_id(model, monkeypatch):
     read = transformers.AutoConfig.from_pretrained
     monkeypatch.setattr(load.transformers.AutoConfig, 'from_pretrained', lambda name, **k: read('model'))
     found = {file.name: str(file) for file in Path('model').iterdir()}
-    monkeypatch.setattr(check, 'file_of', lambda name, file: found.get(file))
+    monkeypatch.setattr(hub, 'file_of', lambda name, file: found.get(file))
     with pytest.raises(UserError, match='weights must be .safetensors files'):
         load.load_model('some/body')
 
