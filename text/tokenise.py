@@ -78,7 +78,9 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         both = cache and known and split == 'train' and not undivided and all(map(sources.divides, names))
         parts, left_out = ('train', 'test') if both else (split,), Counter()
         rows = _rows(names, split, task, reading, left_out, both)
-        found, whole = _tokenise(rows, parts, tokenizer, task, lengths, enough, skip_bad_rows=skip_bad_rows, **writing)
+        found, whole = tokenise_parts(
+            rows, parts, tokenizer, task, lengths, enough, skip_bad_rows=skip_bad_rows, **writing
+        )
         # how many are held out is an option; that training draws from fewer is not
         if not whole and 'train' in parts:
             say(f'note: the first {enough["train"]:,} training examples are enough: the others are not read')
@@ -143,12 +145,12 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
     margins: if any pair has a margin, all get one, 0 where there is none, which is counted. writing: skip_bad_rows (count
     the rows that the chat template refuses, instead of raising UserError); chat, system, last_turn_only of load_examples."""
     lengths = max_length, max_prompt_length, truncation
-    found, _ = _tokenise(rows, ['train'], tokenizer, task, lengths, {}, margins=margins, **writing)
+    found, _ = tokenise_parts(rows, ['train'], tokenizer, task, lengths, {}, margins=margins, **writing)
     left_out.update(found['train'].left_out)
     return found['train'].with_(left_out=+left_out)
 
 
-def _tokenise(rows, parts, tokenizer, task, lengths, enough, margins=False, **writing):
+def tokenise_parts(rows, parts, tokenizer, task, lengths, enough, margins=False, **writing):
     """({part: Examples}, whether all rows were read): rows are of the last of the parts where they are .held_out.
 
     enough: {part: count}: where all parts have so many, the rest is not read."""

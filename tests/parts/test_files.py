@@ -3,6 +3,7 @@
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -34,36 +35,26 @@ def write(path, rows=ROWS):
     """Write rows in the format, and compressed, as the name of the file says. Returns the path as a string."""
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = next((s for s in reversed(path.suffixes) if s not in PACKED), '')
-    table = pyarrow.Table.from_pylist(rows)
+    table, out = pyarrow.Table.from_pylist(rows), io.StringIO()
     if suffix == '.parquet':
         pyarrow.parquet.write_table(table, path)
     elif suffix == '.arrow':
         pyarrow.feather.write_feather(table, str(path))
+    elif suffix == '.json':
+        json.dump(rows, out)
+    elif suffix in ('.csv', '.tsv'):
+        lines = csv.DictWriter(out, rows[0], delimiter='\t' if suffix == '.tsv' else ',')
+        lines.writeheader()
+        lines.writerows(rows)
     else:
-        path.write_bytes(packed(path, as_text(suffix, rows).encode()))
-    return str(path)
-
-
-def as_text(suffix, rows):
-    if suffix == '.json':
-        return json.dumps(rows)
-    if suffix in ('.csv', '.tsv'):
-        out = SimpleNamespace(text='')
-        out.write = lambda line: setattr(out, 'text', out.text + line)
-        table = csv.DictWriter(out, rows[0], delimiter='\t' if suffix == '.tsv' else ',')
-        table.writeheader()
-        table.writerows(rows)
-        return out.text
-    return ''.join(json.dumps(row) + '\n' for row in rows)
-
-
-def packed(path, content):
+        out.writelines(json.dumps(row) + '\n' for row in rows)
+    content, packer = out.getvalue().encode(), {'.gz': gzip, '.bz2': bz2, '.xz': lzma}.get(path.suffix)
     if path.suffix == '.zst':
-        sink = pyarrow.BufferOutputStream()
-        with pyarrow.CompressedOutputStream(sink, 'zstd') as stream:
+        with pyarrow.CompressedOutputStream(str(path), 'zstd') as stream:
             stream.write(content)
-        return sink.getvalue().to_pybytes()
-    return {'.gz': gzip, '.bz2': bz2, '.xz': lzma}[path.suffix].compress(content) if path.suffix in PACKED else content
+    elif content:
+        path.write_bytes(packer.compress(content) if packer else content)
+    return str(path)
 
 
 def answers(source, split='train', **options):
@@ -85,21 +76,26 @@ def test_every_format_and_compression(tmp_path, ending):
     assert number == (4 if ending.startswith(('.csv', '.tsv')) else 2)
 
 
-def test_text_files(tmp_path):
+def test_text_files_and_the_kinds_of_the_columns_of_a_table(tmp_path):
     (tmp_path / 'data.txt').write_text('one\n\ntwo\r\n')
     assert answers(str(tmp_path / 'data.txt'), undivided=True) == ['one', 'two']
     # beside other data it is a licence
     write(tmp_path / 'train.jsonl')
     assert answers(str(tmp_path), undivided=True) == ALL
 
-
-def test_kinds_of_the_columns_of_a_table(tmp_path):
     path = tmp_path / 'data.csv'
     path.write_text('\ufeffprompt,response_a,answer2,label,score_A,note,zip\n1,7,8,True,0.5,,007\n2,9,9,false,-3,x,1\n')
-    rows = list(files.read_rows(None, 'train', str(path)))
-    sides = [{'response_a': '7', 'answer2': '8'}, {'response_a': '9', 'answer2': '9'}]
-    assert rows == [{'prompt': '1', **sides[0], 'label': True, 'score_A': 0.5, 'note': None, 'zip': '007'},
-                    {'prompt': '2', **sides[1], 'label': False, 'score_A': -3, 'note': 'x', 'zip': '1'}]  # fmt: skip
+    first = {
+        'prompt': '1',
+        'response_a': '7',
+        'answer2': '8',
+        'label': True,
+        'score_A': 0.5,
+        'note': None,
+        'zip': '007',
+    }
+    second = {'prompt': '2', 'response_a': '9', 'answer2': '9', 'label': False, 'score_A': -3, 'note': 'x', 'zip': '1'}
+    assert list(files.read_rows(None, 'train', str(path))) == [first, second]
 
 
 def test_a_list_in_json_is_read_one_by_one(tmp_path):
@@ -150,23 +146,19 @@ def test_other_columns_in_a_half_of_the_rows_are_counted(tmp_path):
             sources.load_rows(write_jsonl(tmp_path / 'data.jsonl', rows[2 - line :]), 'train')
 
 
-POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'
-CUT = 'cut short'
-
-
 @pytest.mark.parametrize(
     'ending', ['.jsonl', '.json', '.jsonl.gz', '.jsonl.bz2', '.jsonl.xz', '.jsonl.zst', '.parquet', '.arrow']
 )
 def test_pointers_and_truncated_downloads_are_named(tmp_path, ending):
     path = Path(write(tmp_path / f'data{ending}'))
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) * 2 // 3])
-    with pytest.raises(UserError, match=CUT) as info:
-        sources.load_rows(str(path), 'train')
-    assert str(path) in str(info.value) and '\n' not in str(info.value)
-    path.write_bytes(POINTER)
-    with pytest.raises(UserError, match='is a git-lfs pointer, not the data: fetch it with: git lfs pull'):
-        sources.load_rows(str(path), 'train')
+    pointer = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'
+    lfs = 'is a git-lfs pointer, not the data: fetch it with: git lfs pull'
+    for content, says in ((whole[: len(whole) * 2 // 3], 'cut short'), (pointer, lfs)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=says) as info:
+            sources.load_rows(str(path), 'train')
+        assert str(path) in str(info.value) and '\n' not in str(info.value)
 
 
 # ---- folders ----
@@ -305,49 +297,49 @@ def test_the_configs_of_a_readme(tmp_path):
 HUB = ['train_prefs', 'train_sft', 'test_prefs', 'test_sft']
 
 
-@pytest.mark.parametrize(
-    'source, there, train, test',
-    [
-        ('o/n', ['train', 'validation'], ('train', None), ('validation', None)),
-        ('o/n[train_prefs]', HUB, ('train_prefs', None), ('test_prefs', None)),
-        ('o/n:c', ['train', 'test'], ('train', 'c'), ('test', 'c')),
-        ('o/n:c.1[train_sft]', HUB, ('train_sft', 'c.1'), ('test_sft', 'c.1')),
-        ('o/n', ['prefs'], ('prefs', None), ('prefs', None)),
-    ],
-)
-def test_splits_and_configs_of_the_hub(monkeypatch, source, there, train, test):
-    asked = []
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for datasets: hub.asked has what was loaded, hub.names(hub_id, config_name) gives the splits."""
 
     def load_dataset(hub_id, split, name=None):
-        asked.append((hub_id, split, name))
+        hub.asked.append((hub_id, split, name))
         return ROWS
 
-    names = SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=lambda hub_id, config_name=None: there)
-    monkeypatch.setitem(sys.modules, 'datasets', names)
+    hub = SimpleNamespace(load_dataset=load_dataset, asked=[], names=lambda *_: HUB)
+    hub.get_dataset_split_names = lambda hub_id, config_name=None: hub.names(hub_id, config_name)
+    monkeypatch.setitem(sys.modules, 'datasets', hub)
+    return hub
+
+
+@pytest.mark.parametrize('source, there, train, test', [
+    ('o/n', ['train', 'validation'], ('train', None), ('validation', None)),
+    ('o/n[train_prefs]', HUB, ('train_prefs', None), ('test_prefs', None)),
+    ('o/n:c', ['train', 'test'], ('train', 'c'), ('test', 'c')),
+    ('o/n:c.1[train_sft]', HUB, ('train_sft', 'c.1'), ('test_sft', 'c.1')),
+    ('o/n', ['prefs'], ('prefs', None), ('prefs', None)),
+])  # fmt: skip
+def test_splits_and_configs_of_the_hub(hub, source, there, train, test):
+    hub.names = lambda *_: there
     for split in ('train', 'test'):
         sources.load_rows(source, split)
-    assert asked == [('o/n', *train), ('o/n', *test)]
+    assert hub.asked == [('o/n', *train), ('o/n', *test)]
     with pytest.raises(UserError, match="no split 'nothing'; there are"):
         sources.load_rows('o/n[nothing]', 'train')
 
 
-def test_what_the_hub_asks_to_choose(monkeypatch):
-    def refuse(hub_id, config_name=None):
-        raise ValueError(
-            "Config name is missing.\nPlease pick one among the available configs: ['easy', 'hard']\nExample"
-        )
+def test_what_the_hub_asks_to_choose(hub):
+    def refuse(*_):
+        raise ValueError("Config name is missing.\nPick one among the available configs: ['easy', 'hard']\nExample")
 
-    fake = SimpleNamespace(get_dataset_split_names=lambda hub_id: HUB)
-    monkeypatch.setitem(sys.modules, 'datasets', fake)
-    with pytest.raises(
-        UserError, match=r"o/n has several splits; there are train_prefs, .*say which: --data='o/n\[train_prefs\]'"
+    several = r"o/n has several splits; there are train_prefs, .*say which: --data='o/n\[train_prefs\]'"
+    for names, source, says in (
+        (hub.names, 'o/n', several),
+        (refuse, 'o/n', r"available configs: .'easy', 'hard'.*--data='o/n:CONFIG'"),
+        (refuse, 'hh[x]', r"the reader 'hh' chooses the split itself: leave \[x\] out"),
     ):
-        sources.load_rows('o/n', 'train')
-    fake.get_dataset_split_names = refuse
-    with pytest.raises(UserError, match=r"available configs: .'easy', 'hard'.* a?.*--data='o/n:CONFIG'"):
-        sources.load_rows('o/n', 'train')
-    with pytest.raises(UserError, match=r"the reader 'hh' chooses the split itself: leave \[x\] out"):
-        sources.load_rows('hh[x]', 'train')
+        hub.names = names
+        with pytest.raises(UserError, match=says):
+            sources.load_rows(source, 'train')
 
 
 # ---- size ----
@@ -370,11 +362,8 @@ def load(tmp_path, monkeypatch):
 
     def load(split, **options):
         found = tokenise.load_examples(source, split, tokenizer, 'pairs', **LIMITS | options)
-        return (
-            [[part.tolist() for part in (p, *a)] for p, a in map(found.__getitem__, range(len(found)))],
-            found.left_out,
-            found,
-        )
+        ids = [[part.tolist() for part in (p, *a)] for p, a in map(found.__getitem__, range(len(found)))]
+        return ids, found.left_out, found
 
     load.read = 0
     monkeypatch.setattr(sources, 'read_rows', read_rows)
