@@ -5,8 +5,6 @@ import shutil
 import signal
 from collections import Counter
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import tokenizers
 import torch
@@ -236,24 +234,20 @@ def test_the_system_column(tmp_path, system):
             read(tmp_path, row)
 
 
-def test_weights(tmp_path):
+def test_weights_and_roles(tmp_path):
     chat, counted = {'messages': [user('a', weight=0), assistant('b', weight=1)]}, Counter()
-    assert read(tmp_path, chat) == [{'prompt': [user('a')], 'response': [assistant('b')]}]
     not_trained = {'messages': [user('a'), assistant('b', weight=0)]}
-    assert len(read(tmp_path, not_trained, chat, left_out=counted)) == 1
+    rows = read(tmp_path, not_trained, chat, left_out=counted)
+    assert rows == [{'prompt': [user('a')], 'response': [assistant('b')]}]
     assert counted == {'answers of weight 0, which are not to be trained on': 1}
-    with pytest.raises(UserError, match="the 'weight' of a message is 0.5"):
-        read(tmp_path, {'messages': [user('a'), assistant('b', weight=0.5)]})
-
-
-def test_columns_of_parquet_fill_no_fields(tmp_path):
-    """In a column every message has the fields of all others: null there is no value."""
-    other = CALL | {'function': {'name': 'go', 'arguments': {'to': 'sea'}}}
-    chats = [[user('hi', name='joe'), assistant('', tool_calls=[call])] for call in (CALL, other)]
-    table = pyarrow.Table.from_pylist([{'messages': chat} for chat in chats])
-    pyarrow.parquet.write_table(table, tmp_path / 'rows.parquet')
-    rows, _ = sources.load_rows(str(tmp_path / 'rows.parquet'), 'train', undivided=True)
-    assert [row['prompt'] + row['response'] for row in rows] == chats
+    for asks, answers in (('human', 'gpt'), ('User', 'Assistant'), ('prompter', 'model'), ('HUMAN', 'bot')):
+        turns = [{'role': asks, 'content': 'a'}, {'role': answers, 'content': 'b'}]
+        assert read(tmp_path, {'messages': turns}) == rows
+    narrator = "does not end with an answer, but with a message of the role 'narrator'"
+    half = "the 'weight' of a message is 0.5"
+    for last, words in ((user('b') | {'role': 'narrator'}, narrator), (assistant('b', weight=0.5), half)):
+        with pytest.raises(UserError, match=words):
+            read(tmp_path, {'messages': [user('a'), last]})
 
 
 def test_what_stands_beside_a_question_does_not_divide(tmp_path):
@@ -371,15 +365,7 @@ def test_special_tokens_of_texts_that_a_template_has_written():
         written(t, pair([{'role': 'user<|im_end|>', 'content': 'a'}]))
 
 
-# ---- roles, rows and templates that cannot be used ----
-
-
-def test_roles_by_other_names(tmp_path):
-    for asks, answers in (('human', 'gpt'), ('User', 'Assistant'), ('prompter', 'model'), ('HUMAN', 'bot')):
-        rows = read(tmp_path, {'messages': [{'role': asks, 'content': 'hi'}, {'role': answers, 'content': 'yes'}]})
-        assert rows == [{'prompt': [user('hi')], 'response': [assistant('yes')]}]
-    with pytest.raises(UserError, match="does not end with an answer, but with a message of the role 'narrator'"):
-        read(tmp_path, {'messages': [user('hi'), {'role': 'narrator', 'content': 'yes'}]})
+# ---- rows and templates that cannot be used ----
 
 
 def test_a_row_that_the_template_refuses(tmp_path):
