@@ -37,7 +37,7 @@ def read_rows(hub_id, split, path, undivided=False, **options):
     path: a list of files is read as it is."""
     if path is None:
         yield from _read_hub(hub_id, split, options)
-    elif isinstance(path, str):
+    elif not isinstance(path, list):
         path = local_files(path, None if undivided else split)
     for file in path or []:
         yield from read_file(file)
