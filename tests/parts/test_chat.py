@@ -402,15 +402,6 @@ def test_templates_that_cannot_be_used(monkeypatch, template, words):
         assert len(written(tokenizer_of(template, EOS), {'prompt': 'hi', 'chosen': ' a', 'rejected': ' b'})[0]) == 1
 
 
-def test_a_template_file_that_is_too_long(tmp_path):
-    tokenizer_of(CHATML, EOS).save_pretrained(tmp_path)
-    load.load_tokenizer(str(tmp_path))
-    with open(tmp_path / 'chat_template.jinja', 'wb') as stream:
-        stream.truncate(3 * 10**9)  # sparse: nothing is written
-    with pytest.raises(UserError, match=r'chat_template\.jinja has 3,000,000,000 bytes'):
-        load.load_tokenizer(str(tmp_path))
-
-
 def test_messages_have_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr('text.messages.LONGEST', 1000)
     long_thought = {'prompt': [user('a')], 'response': [assistant('b', thinking='c' * 1000)]}
