@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,8 +19,8 @@ PLAIN_CHAT = (  # for tokenizers without a chat template: Anthropic's format, as
     "{% for m in messages %}{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' if m.role == 'assistant' else "
     "'\n\n' }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-# a chat template is a program that came with the model: its length, and the processor's time for one chat
-TEMPLATE_LENGTH, TEMPLATE_SECONDS = 1_000_000, 2
+# a chat template is a program that came with the model: its length, and the time of all processors for one chat
+TEMPLATE_LENGTH, TEMPLATE_SECONDS = 1_000_000, 20
 # what transformers puts before a special token that is text
 MARK = '\U000f0000'
 
@@ -56,10 +55,12 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
     if template_of(tokenizer, tools) == PLAIN_CHAT:
         left_out[NO_TEMPLATE] = 1
     texts = _write_all(parts, tools, tokenizer, left_out)
+
+    # count what the template does not write
     for i, (turns, text) in enumerate(zip(parts, texts, strict=True)):
 
-        def again(other, tools=tools, i=i):
-            return _write_all([*parts[:i], other, *parts[i + 1 :]], tools, tokenizer, Counter())[i]
+        def again(turns, tools=tools, prompt=parts[:1] if i else ()):
+            return _write_all([*prompt, turns], tools, tokenizer, Counter())[-1]
 
         count_unwritten(turns, None if i else tools, text, again, left_out)
         bare = [message(turn['role'], turn['content']) for turn in turns]
@@ -81,14 +82,6 @@ class Special(NamedTuple):
     tail: re.Pattern  # those at a text's end
     bos: str
 
-    @classmethod
-    def of(cls, tokens, stops, bos):
-        # the longest first; of no tokens, nothing
-        choice, stop = (
-            '|'.join(map(re.escape, sorted(words, key=len, reverse=True))) or '(?!)' for words in (tokens, stops)
-        )
-        return cls(re.compile(choice), re.compile(stop), re.compile(rf'(?:(?:{stop})\s*)+\Z'), bos or '')
-
     def mark(self, value):
         """A json-able value with marks around the special tokens in its strings."""
         from transformers.utils.chat_template_utils import mark_control_tokens
@@ -99,6 +92,11 @@ class Special(NamedTuple):
         """(a text, the ends of turn behind it)"""
         tail = self.tail.search(text)
         return (text[: tail.start()], tail[0]) if tail else (text, '')
+
+
+def _any_of(words):
+    """A regular expression of any of these words, the longest first; of no words, of nothing."""
+    return re.compile('|'.join(map(re.escape, sorted(words, key=len, reverse=True))) or '(?!)')
 
 
 def special_of(tokenizer):
@@ -119,9 +117,10 @@ def _special_in(tokenizer, *_):
         text = write([message(role, said) for role, said in roles], None, tokenizer)
         written = set(tokenizer(text, add_special_tokens=False)['input_ids'])
         tokens |= {token.content for i, token in added.items() if i in written and token.content.strip()}
-        behind = Special.of(tokens, (), '').any.match(text.rpartition('zebra')[2].lstrip())
+        behind = _any_of(tokens).match(text.rpartition('zebra')[2].lstrip())
         stops |= {behind[0]} if behind else set()
-    return Special.of(tokens, stops, tokenizer.bos_token)
+    stop = _any_of(stops)
+    return Special(_any_of(tokens), stop, re.compile(rf'(?:(?:{stop.pattern})\s*)+\Z'), tokenizer.bos_token or '')
 
 
 def _plain(prompt, answers, special, left_out):
@@ -178,19 +177,16 @@ def template_of(tokenizer, tools=None):
 
 @contextlib.contextmanager
 def _time_limit():
-    """Raise TimeoutError where a chat template takes more of the processor's time than it may. Other threads have no limit."""
+    """Raise TimeoutError in what takes longer than a chat template may. Threads other than the main one have no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    begun = time.thread_time()
 
-    # the timer counts what all threads do
     def stop(*_):
-        if time.thread_time() - begun >= TEMPLATE_SECONDS:
-            raise TimeoutError
+        raise TimeoutError
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS, TEMPLATE_SECONDS / 10)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
     try:
         yield
     finally:
@@ -243,7 +239,6 @@ def _thought(asked, whole, answer, left_out):
     # it writes the thought, with other white space
     if rest.startswith(begin):
         return rest.removeprefix(begin).lstrip()
-
     # the template leaves the thought out, or there is none: in sampling it comes first all the same
     inline, _, _ = answer[0]['content'].rpartition(end)
     thought = next((answer[0][key] for key in REASONING if answer[0].get(key)), inline)

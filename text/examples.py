@@ -118,7 +118,7 @@ class Examples:
         return kept
 
     def changes(self):
-        """What was left out, cut or flipped, for the screen: (a list of counts, or 'nothing'; sentences that are notes)."""
+        """What was left out, cut or flipped, as in_words has it."""
         return in_words(self.left_out)
 
     @cached_property
@@ -155,7 +155,6 @@ class Examples:
 
     def content(self):
         """A hash of the tokens that are trained on, their order, labels and margins; what select has left out does not count."""
-        # the shape of the examples, then their tokens one after the other
         digest = hashlib.sha256()
         for array in (self.widths, self.good, self.margin):
             digest.update(b'-' if array is None else np.ascontiguousarray(array))

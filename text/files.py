@@ -37,7 +37,7 @@ def read_rows(hub_id, split, path, undivided=False, **options):
     path: a list of files is read as it is."""
     if path is None:
         yield from _read_hub(hub_id, split, options)
-    elif isinstance(path, str):
+    elif not isinstance(path, list):
         path = local_files(path, None if undivided else split)
     for file in path or []:
         yield from read_file(file)
@@ -45,7 +45,8 @@ def read_rows(hub_id, split, path, undivided=False, **options):
 
 def add_to_digest(digest, path):
     """Update a digest with the contents of data files and their names, which say what split each is of."""
-    for file in [*data_files(path), *filter(os.path.exists, [os.path.join(path, 'README.md')])]:
+    readme = os.path.join(path, 'README.md')
+    for file in data_files(path) + [readme] * os.path.exists(readme):
         digest.update(os.path.relpath(file, path).encode())
         try:
             digest.update(bytes.fromhex(file_hash(file)))
@@ -66,8 +67,7 @@ def named_part(source):
     """(source, config, split) of 'SOURCE:config[split]', the last two None where they are not named.
 
     The config is a hub id's, or a folder's that has a README; a name with brackets that is a file, or a pattern, stays."""
-    found = re.fullmatch(r'(.+)\[([\w.+-]+)\]', source)
-    split = None
+    found, split = re.fullmatch(r'(.+)\[([\w.+-]+)\]', source), None
     if found and not glob.glob(os.path.expanduser(source)) and not os.path.exists(source):
         source, split = found.groups()
     name, colon, config = source.partition(':')
@@ -87,8 +87,8 @@ def choose_splits(names, wanted, source):
         likely = [name for name in names if name.startswith('train')] or list(names)
         if wanted or len(likely) != 1:
             which = f'no split {wanted!r}' if wanted else 'several splits'
-            name, there = named_part(source)[0], ', '.join(filter(None, names)) or 'none with a name'
-            raise UserError(f"{name} has {which}; there are {there}: say which: --data='{name}[{likely[0]}]' ({HELP})")
+            name, example, there = named_part(source)[0], [*likely, 'SPLIT'][0], ', '.join(names)
+            raise UserError(f"{name} has {which}; there are {there}: say which: --data='{name}[{example}]' ({HELP})")
         train = likely[0]
     held_out = [train.replace('train', name, 1) for name in HELD_OUT_NAMES]
     if sum(name.startswith('train') for name in names) == 1:
@@ -102,10 +102,7 @@ def choose_splits(names, wanted, source):
 def _read_hub(hub_id, split, options):
     import datasets
 
-    options = {name: value for name, value in options.items() if value is not None}
-    # 'json' is no dataset: it reads files of any repository
-    if hub_id != 'json':
-        options |= _revision(hub_id)
+    options = {name: value for name, value in options.items() if value is not None} | _revision(hub_id)
     try:
         rows = datasets.load_dataset(hub_id, split=split, **options)
     except Exception as error:  # no network, no such dataset, no such split: the library's own words say which
@@ -138,8 +135,9 @@ def hub_commit(hub_id):
 
 
 def _revision(hub_id):
-    commit = hub_commit(hub_id)
-    return {} if commit is None else {'revision': commit}
+    # 'json' is no dataset: it reads files of any repository
+    commit = hub_commit(hub_id) if hub_id != 'json' else None
+    return {'revision': commit} if commit else {}
 
 
 def _reason(error):
@@ -256,10 +254,9 @@ def has_test_part(path):
 
 def local_files(path, split):
     """A file itself, or a folder's data files of this split, or of the one that serves for it; None: all of them."""
-    splits = {'': data_files(path)} if split is None else folder_splits(path)
+    splits = {None: data_files(path)} if split is None else folder_splits(path)
     if split in splits:
         return splits[split]
-
     # test_prefs may be test, or validation, or a part of what there is for training
     train, held_out = choose_splits(splits, None, path)
     return splits[train if held_out is None or split.startswith('train') else held_out]

@@ -27,21 +27,19 @@ BROKEN = re.compile('[\udc80-\udcff]')
 
 
 class Row(dict):
-    """A row, or an example, that knows where it stands ('file, line n'), and why it could not be read, if so."""
+    """A row, or an example, that knows where it stands ('file, line n'), and why it could not be read, if so.
+
+    An example knows whether it is held out (None: its source is not divided), and the row that it was made of."""
 
     where = error = ''
-    # of an example: whether it is of the part for testing; None where its source is not divided
-    held_out = None
-    # of an example: the row that it was made of, with all its columns
-    raw = None
+    held_out = raw = None
 
     @classmethod
     def of(cls, raw, where, error=''):
         """A row as it was read, which need not be an object; error: why it could not be."""
-        row = cls(raw if isinstance(raw, dict) else {})
-        row.where, row.error = where, error
-        if not error and not isinstance(raw, dict):
-            row.error = 'not an object with named fields'
+        sound = isinstance(raw, dict)
+        row = cls(raw if sound else {})
+        row.where, row.error = where, error or ('' if sound else 'not an object with named fields')
         return row
 
 

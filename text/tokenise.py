@@ -78,7 +78,9 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         both = cache and known and split == 'train' and not undivided and all(map(sources.divides, names))
         parts, left_out = ('train', 'test') if both else (split,), Counter()
         rows = _rows(names, split, task, reading, left_out, both)
-        found, whole = _tokenise(rows, parts, tokenizer, task, lengths, enough, skip_bad_rows=skip_bad_rows, **writing)
+        found, whole = tokenise_parts(
+            rows, parts, tokenizer, task, lengths, enough, skip_bad_rows=skip_bad_rows, **writing
+        )
         # how many are held out is an option; that training draws from fewer is not
         if not whole and 'train' in parts:
             say(f'note: the first {enough["train"]:,} training examples are enough: the others are not read')
@@ -143,12 +145,12 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
     margins: if any pair has a margin, all get one, 0 where there is none, which is counted. writing: skip_bad_rows (count
     the rows that the chat template refuses, instead of raising UserError); chat, system, last_turn_only of load_examples."""
     lengths = max_length, max_prompt_length, truncation
-    found, _ = _tokenise(rows, ['train'], tokenizer, task, lengths, {}, margins=margins, **writing)
+    found, _ = tokenise_parts(rows, ['train'], tokenizer, task, lengths, {}, margins=margins, **writing)
     left_out.update(found['train'].left_out)
     return found['train'].with_(left_out=+left_out)
 
 
-def _tokenise(rows, parts, tokenizer, task, lengths, enough, margins=False, **writing):
+def tokenise_parts(rows, parts, tokenizer, task, lengths, enough, margins=False, **writing):
     """({part: Examples}, whether all rows were read): rows are of the last of the parts where they are .held_out.
 
     enough: {part: count}: where all parts have so many, the rest is not read."""
@@ -185,7 +187,9 @@ def _render_rows(rows, made, tokenizer, task, skip_bad_rows=False, chat=False, s
             _bad_row(error, row, skip_bad_rows, left_out)
             continue
         seen.update(part.uid for part in parts)
-        left_out[NO_CHAT] += has_template and bool(parts) and _is_plain(parts[0])
+        # texts that show no turns
+        if has_template and parts and all(isinstance(text, str) for text in (parts[0].prompt, *parts[0].answers)):
+            left_out[NO_CHAT] += bool(parts[0].prompt) and not parts[0].prompt.endswith(TURN_MARKERS)
         left_out['empty answers'] += sum(texts is None for texts, _ in found)
         yield from ((making, texts, part) for texts, part in found if texts is not None)
 
@@ -202,12 +206,6 @@ def _texts_of(part, tools, tokenizer, left_out):
         return [(segments, part)] if segments else []
     left_out[turns.APART] += 1
     return [(render(chat[:i], [chat[i : i + 1]], tools, tokenizer, left_out), alone) for i in answers]
-
-
-def _is_plain(part):
-    """Whether a Part is text that shows no turns."""
-    texts = all(isinstance(text, str) for text in (part.prompt, *part.answers))
-    return texts and bool(part.prompt) and not part.prompt.endswith(TURN_MARKERS)
 
 
 def as_chats(row, system):
@@ -308,7 +306,7 @@ def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation,
     try:
         texts = render(prompt, [answer], None, tokenizer, left_out, blank=True)
     except Refused as error:
-        raise UserError(str(error)) from None
+        _bad_row(error, {}, False, left_out)
     prompt, answer = encode_texts(texts, tokenizer)
     limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
     prompt, (answer,) = fit(prompt, [answer], limits, left_out)
@@ -359,16 +357,14 @@ def as_parts(row, task, left_out, last_turn_only=False):
 
 def _answers(row, task, left_out):
     """The answers of a row that the task uses; None, counted, where it has none for it."""
-    alone, answer = task in ('sft', 'prompts'), None
-    if 'chosen' in row and not alone:
+    if 'chosen' in row and task in ('pairs', 'singles'):
         return [row['chosen'], row['rejected']]
-    if 'response' in row and task == 'sft' and not row.get('good', True):
+    if task == 'sft' and not row.get('good', True):
         left_out['bad answers, which are no demonstrations'] += 1
         return None
-    if 'chosen' in row:
-        answer = row.get('sft', row['chosen'])
-    elif alone or (task == 'singles' and 'good' in row):
-        answer = row.get('response')
+    answer = row.get('sft', row.get('chosen', row.get('response')))
+    if task == 'pairs' or (task == 'singles' and 'good' not in row):
+        answer = None
 
     # behind a prompt alone anything will do: a template may need an answer to write the prompt
     if task == 'prompts' and (answer is None or _blank(answer)):
@@ -411,13 +407,12 @@ def _read_cache(file):
         left_out, digest = json.loads(metadata['left_out'])
         return digest == _digest(arrays, left_out)
 
-    found = cache.read(file, valid)
-    if found is None:
-        if file.exists():
-            say(f'note: {file} is damaged: tokenising anew')
-        return None
-    arrays, metadata = found
-    return Examples(**arrays, left_out=Counter(json.loads(metadata['left_out'])[0]))
+    if found := cache.read(file, valid):
+        arrays, metadata = found
+        return Examples(**arrays, left_out=Counter(json.loads(metadata['left_out'])[0]))
+    if file.exists():
+        say(f'note: {file} is damaged: tokenising anew')
+    return None
 
 
 def _write_cache(file, examples):

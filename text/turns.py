@@ -38,17 +38,18 @@ def segments(turns, tools, tokenizer, left_out):
 
     # an answer of which the template writes nothing would train its end alone
     whole = write(turns)
-    for i, turn in enumerate(turns):
-        bare = message(turn['role'], turn['content'])
-        if turn['role'] == 'assistant' and not turn['content'].strip() and turn != bare:
-            silent = write([*turns[:i], bare, *turns[i + 1 :]]) == whole
-            trained[i] &= not silent
-            left_out['empty answers'] += silent
+    answers = [i for i, turn in enumerate(turns) if turn['role'] == 'assistant']
+    for i in answers:
+        bare = message('assistant', turns[i]['content'])
+        if bare['content'].strip() or turns[i] == bare:
+            continue
+        silent = write([*turns[:i], bare, *turns[i + 1 :]]) == whole
+        trained[i] &= not silent
+        left_out['empty answers'] += silent
     if not any(trained):
         return []
 
     # where each answer begins and ends
-    answers = [i for i, turn in enumerate(turns) if turn['role'] == 'assistant']
     if marks_answers(tokenizer, tools):
         spans = _marked_spans(turns, tools, tokenizer)
     else:

@@ -1,26 +1,22 @@
 """Chat templates, in training and sampling alike: what an instruct model is trained on is what its template writes."""
 
-import contextlib
-import io
 import json
-import runpy
 import shutil
-import sys
+import signal
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
-import torch.distributed as dist
 import transformers
+from helpers import end_process_group, metrics, read_jsonl, run_script, silent, write_jsonl
 
 from configurator import UserError
 from hf import load
 from text import sources, toy
-from text.tokenise import NO_CHAT, PLAIN_CHAT, tokenise, tokenise_prompts
+from text.chat import PLAIN_CHAT
+from text.tokenise import NO_CHAT, tokenise, tokenise_prompts
 
-ROOT = Path(__file__).resolve().parents[2]
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -81,37 +77,6 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('messages', [PROMPT[:1], PROMPT, [SYSTEM, *PROMPT]], ids=['one turn', 'turns', 'system'])
-@pytest.mark.parametrize('case', CASES)
-def test_trained_ids_are_the_templates(case, messages):
-    template, eos, begins, extra = CASES[case]
-    t = tokenizer_of(template, eos, begins)
-    row = {'prompt': messages, 'chosen': CHOSEN, 'rejected': REJECTED}
-    left_out = Counter()
-    if case == 'no system' and messages[0] is SYSTEM:
-        with pytest.raises(UserError, match='the chat template refuses an example: no system turn'):
-            tokenise([row], t, 'pairs', 256, 128, 'start', left_out)
-        return
-    prompt, answers = tokenise([row], t, 'pairs', 256, 128, 'start', left_out)[0]
-    assert not left_out['prompts cut'] and not left_out['answers cut']
-    asked = t.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)['input_ids']
-    assert prompt.tolist() == asked  # what sampling begins with, and one BOS
-    for answer, said in zip(answers, (CHOSEN, REJECTED), strict=True):
-        whole = t.apply_chat_template(messages + said, tokenize=False).removesuffix('\n')
-        ours = t.decode([*prompt, *answer])
-        assert ours == whole + ''.join(extra)
-        assert answer[-1] == t.eos_token_id and (answer == t.eos_token_id).sum() == 1
-        if case in (
-            'chatml, instruct',
-            'headers',
-            'thinks',
-            'several',
-        ):  # a special token where they meet: the same ids, too
-            joint = t.apply_chat_template(messages + said, return_dict=True)['input_ids']
-            assert [*prompt, *answer] == joint[: len(prompt) + len(answer)]
-            assert t.decode(joint[len(prompt) + len(answer) :]).strip('\n') == ''
-
-
 def user(text, **more):
     return {'role': 'user', 'content': text, **more}
 
@@ -120,13 +85,53 @@ def assistant(text, **more):
     return {'role': 'assistant', 'content': text, **more}
 
 
-def written(t, *rows, task='pairs', **options):
-    """[(prompt, answers) as text], and what was counted; ids beside as tokenise has them."""
-    examples = tokenise(rows, t, task, 256, 128, 'start', Counter(), **options)
-    found = [
-        (t.decode(p), [t.decode(a) for a in answers]) for p, answers in map(examples.__getitem__, range(len(examples)))
-    ]
-    return found, examples.left_out
+def pair(prompt='hi', chosen='yes', rejected='no'):
+    """A row of chats; a text stands for one message."""
+    said = [[assistant(x)] if isinstance(x, str) else x for x in (chosen, rejected)]
+    return {'prompt': [user(prompt)] if isinstance(prompt, str) else prompt, 'chosen': said[0], 'rejected': said[1]}
+
+
+def ids_of(t, *rows, task='pairs', **options):
+    return tokenise(rows, t, task, 256, 128, 'start', Counter(), **options)
+
+
+def written(t, *rows, **options):
+    """[(prompt, answers) as text], and what was counted."""
+    examples = ids_of(t, *rows, **options)
+    items = map(examples.__getitem__, range(len(examples)))
+    return [(t.decode(p), [t.decode(a) for a in answers]) for p, answers in items], examples.left_out
+
+
+def read(tmp_path, *rows, left_out=None):
+    found, counted = sources.load_rows(write_jsonl(tmp_path / 'rows.jsonl', rows), 'train', undivided=True)
+    if left_out is not None:
+        left_out.update(counted)
+    return found
+
+
+@pytest.mark.parametrize('messages', [PROMPT[:1], PROMPT, [SYSTEM, *PROMPT]], ids=['one turn', 'turns', 'system'])
+@pytest.mark.parametrize('case', CASES)
+def test_trained_ids_are_the_templates(case, messages):
+    template, eos, begins, extra = CASES[case]
+    t, row = tokenizer_of(template, eos, begins), {'prompt': messages, 'chosen': CHOSEN, 'rejected': REJECTED}
+    if case == 'no system' and messages[0] is SYSTEM:
+        with pytest.raises(UserError, match='the chat template refuses an example: no system turn'):
+            ids_of(t, row)
+        return
+    examples = ids_of(t, row)
+    prompt, answers = examples[0]
+    assert not examples.left_out['prompts cut'] and not examples.left_out['answers cut']
+    asked = t.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)['input_ids']
+    assert prompt.tolist() == asked  # what sampling begins with, and one BOS
+    for answer, said in zip(answers, (CHOSEN, REJECTED), strict=True):
+        whole = t.apply_chat_template(messages + said, tokenize=False).removesuffix('\n')
+        assert t.decode([*prompt, *answer]) == whole + ''.join(extra)
+        assert answer[-1] == t.eos_token_id and (answer == t.eos_token_id).sum() == 1
+        # a special token where they meet: the same ids, too
+        if case in ('chatml, instruct', 'headers', 'thinks', 'several'):
+            joint = t.apply_chat_template(messages + said, return_dict=True)['input_ids']
+            length = len(prompt) + len(answer)
+            assert [*prompt, *answer] == joint[:length] and t.decode(joint[length:]).strip('\n') == ''
 
 
 ASKED = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
@@ -138,25 +143,18 @@ ASKED = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
 def test_a_template_that_opens_a_thought():
     """An answer's own thought goes on from there, in whichever field or text it is; without one it is empty, and counted."""
     t = tokenizer_of(OPENS, '<|im_end|>')
-    row = {
-        'prompt': [user('hi')],
-        'chosen': [assistant('yes', reasoning_content='well')],
-        'rejected': [assistant('<think>\nhm\n</think>\n\nno')],
-    }
+    row = pair(chosen=[assistant('yes', reasoning_content='well')], rejected='<think>\nhm\n</think>\n\nno')
     (found,), _ = written(t, row)
     assert found == (ASKED + '<think>\n', ['well\n</think>\n\nyes<|im_end|>', 'hm\n</think>\n\nno<|im_end|>'])
-    empty = {'prompt': [user('hi')], 'chosen': [assistant('yes')], 'rejected': [assistant('no')]}
-    (found,), counted = written(t, empty)
+    (found,), counted = written(t, pair())
     assert found[1] == ['\n</think>\n\nyes<|im_end|>', '\n</think>\n\nno<|im_end|>']
     assert [n for reason, n in counted.items() if 'without a thought' in reason] == [2]
     assert not written(t, {'prompt': [user('hi')]}, task='prompts')[1]  # its stand-in for an answer is not counted
 
-
-def test_another_difference_between_prompt_and_answer_is_refused():
+    # another difference is refused
     closed = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<answer>\n'")
-    row = {'prompt': [user('hi')], 'chosen': CHOSEN, 'rejected': REJECTED}
     with pytest.raises(UserError, match=r"differently from the prompt it asks to continue: where that has '<answer>"):
-        written(tokenizer_of(closed, EOS), row)
+        written(tokenizer_of(closed, EOS), pair())
 
 
 # ---- all fields of all messages ----
@@ -170,15 +168,10 @@ CALL = {'type': 'function', 'function': {'name': 'look', 'arguments': {'at': 'sk
 TOOLS = [{'type': 'function', 'function': {'name': 'look', 'parameters': {}}}]
 
 
-def read(tmp_path, *rows):
-    (tmp_path / 'rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    return sources.load_rows(str(tmp_path / 'rows.jsonl'), 'train', undivided=True)[0]
-
-
 @pytest.mark.parametrize('field', ['reasoning_content', 'thinking', 'reasoning'])
 def test_thoughts_are_trained_on_where_the_template_writes_them(tmp_path, field):
     chats = [[user('hi'), assistant('yes', **{field: thought})] for thought in ('one', 'two')]
-    rows = read(tmp_path, dict(zip(('chosen', 'rejected'), chats, strict=True)))
+    rows = read(tmp_path, {'chosen': chats[0], 'rejected': chats[1]})
     found, counted = written(tokenizer_of(FIELDS, '<|im_end|>'), *rows)
     assert found == [(ASKED, ['<think>one</think>yes<|im_end|>', '<think>two</think>yes<|im_end|>'])] and not counted
     found, counted = written(tokenizer_of(CHATML, '<|im_end|>'), *rows)
@@ -187,52 +180,39 @@ def test_thoughts_are_trained_on_where_the_template_writes_them(tmp_path, field)
 
 
 def test_calls_tools_and_their_results(tmp_path):
-    turns = [
-        user('hi', name='joe'),
-        assistant(None, tool_calls=[CALL]),
-        {'role': 'tool', 'content': 'blue', 'tool_call_id': 'c1'},
-        assistant('it is blue'),
-    ]
+    result = {'role': 'tool', 'content': 'blue', 'tool_call_id': 'c1'}
+    turns = [user('hi', name='joe'), assistant(None, tool_calls=[CALL]), result, assistant('it is blue')]
+    writes, silent = tokenizer_of(FIELDS, '<|im_end|>'), tokenizer_of(CHATML, '<|im_end|>')
     for tools in (TOOLS, json.dumps(TOOLS)):
         rows = read(tmp_path, {'messages': turns, 'tools': tools})
-        ((prompt, answers),), counted = written(
-            tokenizer_of(FIELDS, '<|im_end|>'), *rows, task='sft', last_turn_only=True
-        )
+        ((prompt, said),), counted = written(writes, *rows, task='sft', last_turn_only=True)
         assert prompt.startswith(json.dumps(TOOLS)) and json.dumps([CALL]) in prompt and 'bluec1' in prompt
-        assert answers == ['it is blue<|im_end|>']
+        assert said == ['it is blue<|im_end|>']
         assert counted == {"messages with 'name', which the chat template does not write": 1}
+    unwritten = ("messages with 'name'", "messages with 'tool_calls'", "messages with 'tool_call_id'", 'tools')
     for last_only in (True, False):
-        t = tokenizer_of(CHATML, '<|im_end|>')
-        counted = tokenise(rows, t, 'sft', 256, 128, 'start', Counter(), last_turn_only=last_only).left_out
-        expected = {
-            "messages with 'name'": 1,
-            "messages with 'tool_calls'": 1,
-            "messages with 'tool_call_id'": 1,
-            'tools': 1,
-        }
+        _, counted = written(silent, *rows, task='sft', last_turn_only=last_only)
         # the call is not written, so there is nothing of it to train on
-        expected |= {} if last_only else {'empty answers': 1}
+        expected = dict.fromkeys(unwritten, 1) | ({} if last_only else {'empty answers': 1})
         assert {reason.partition(',')[0]: n for reason, n in counted.items()} == expected
     call = read(tmp_path, {'messages': turns[:2]})  # a call alone is an answer where the template writes it
-    assert written(tokenizer_of(FIELDS, '<|im_end|>'), *call, task='sft')[0][0][1] == [
-        json.dumps([CALL]) + '<|im_end|>'
-    ]
-    found, counted = written(tokenizer_of(CHATML, '<|im_end|>'), *call, task='sft')
+    assert written(writes, *call, task='sft')[0][0][1] == [json.dumps([CALL]) + '<|im_end|>']
+    found, counted = written(silent, *call, task='sft')
     assert not found and counted['empty answers'] == 1
 
 
-def test_a_field_that_the_template_writes_of_one_message_alone():
+def test_fields_that_the_template_writes_of_one_message_and_cannot_do_without():
     last = FIELDS.replace('if m.reasoning_content', 'if m.reasoning_content and loop.last')
     row = {'prompt': [user('a'), assistant('b', thinking='x'), user('c')], 'response': [assistant('d', thinking='y')]}
     (found,), counted = written(tokenizer_of(last, '<|im_end|>'), row, task='sft')
     assert found[1] == ['<think>y</think>d<|im_end|>'] and list(counted.values()) == [1]
-
-
-def test_a_field_that_the_template_cannot_do_without():
     needs = "{% if not messages[0].name %}{{ raise_exception('who?') }}{% endif %}" + CHATML
     row = {'prompt': [user('hi', name='joe')], 'response': [assistant('yes')]}
     found, counted = written(tokenizer_of(needs, '<|im_end|>'), row, task='sft')
     assert found and not counted
+    without_system = CHATML.replace('{% for m in messages %}', "{% for m in messages if m.role != 'system' %}")
+    _, counted = written(tokenizer_of(without_system, '<|im_end|>'), pair([SYSTEM, user('hi')]))
+    assert counted == {'messages whose content the chat template changes or leaves out': 1}
 
 
 def test_other_tools_are_another_example(tmp_path):
@@ -243,16 +223,10 @@ def test_other_tools_are_another_example(tmp_path):
 
 @pytest.mark.parametrize('system', ['system', 'system_prompt'])
 def test_the_system_column(tmp_path, system):
-    chat = {'prompt': [user('hi')], 'chosen': [assistant('yes')], 'rejected': [assistant('no')]}
-    text = {'prompt': 'hi', 'chosen': ' yes', 'rejected': ' no'}
+    chat, text = pair(), {'prompt': 'hi', 'chosen': ' yes', 'rejected': ' no'}
     own = chat | {'prompt': [{'role': 'system', 'content': 'Be brief.'}, user('hi')]}
-    rows = read(
-        tmp_path,
-        *(row | {system: 'Be brief.'} for row in (chat, text, own)),
-        chat | {system: None},
-        text | {system: ''},
-    )
-    found, _ = written(tokenizer_of(CHATML, '<|im_end|>'), *rows)
+    rows = [row | {system: 'Be brief.'} for row in (chat, text, own)] + [chat | {system: None}, text | {system: ''}]
+    found, _ = written(tokenizer_of(CHATML, '<|im_end|>'), *read(tmp_path, *rows))
     told = ('<|im_start|>system\nBe brief.<|im_end|>\n' + ASKED, ['yes<|im_end|>', 'no<|im_end|>'])
     assert found == [told] * 3 + [(ASKED, told[1]), ('hi', [' yes<|im_end|>', ' no<|im_end|>'])]
     for row, words in ((own | {system: 'Be long.'}, 'are not the same'), ({'text': 'a', system: 'b'}, 'no question')):
@@ -260,49 +234,29 @@ def test_the_system_column(tmp_path, system):
             read(tmp_path, row)
 
 
-def test_weights(tmp_path):
-    chat = {'messages': [user('a', weight=0), assistant('b', weight=1)]}
-    assert read(tmp_path, chat) == [{'prompt': [user('a')], 'response': [assistant('b')]}]
+def test_weights_and_roles(tmp_path):
+    chat, counted = {'messages': [user('a', weight=0), assistant('b', weight=1)]}, Counter()
     not_trained = {'messages': [user('a'), assistant('b', weight=0)]}
-    (tmp_path / 'rows.jsonl').write_text(json.dumps(not_trained) + '\n' + json.dumps(chat))
-    rows, left_out = sources.load_rows(str(tmp_path / 'rows.jsonl'), 'train', undivided=True)
-    assert len(rows) == 1 and left_out == {'answers of weight 0, which are not to be trained on': 1}
-    with pytest.raises(UserError, match="the 'weight' of a message is 0.5"):
-        read(tmp_path, {'messages': [user('a'), assistant('b', weight=0.5)]})
-
-
-def test_columns_of_parquet_fill_no_fields(tmp_path):
-    """In a column every message has the fields of all others: null there is no value."""
-    import pyarrow
-    import pyarrow.parquet
-
-    other = CALL | {'function': {'name': 'go', 'arguments': {'to': 'sea'}}}
-    chats = [[user('hi', name='joe'), assistant('', tool_calls=[call])] for call in (CALL, other)]
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist([{'messages': chat} for chat in chats]), tmp_path / 'rows.parquet'
-    )
-    rows, _ = sources.load_rows(str(tmp_path / 'rows.parquet'), 'train', undivided=True)
-    assert [row['prompt'] + row['response'] for row in rows] == chats
+    rows = read(tmp_path, not_trained, chat, left_out=counted)
+    assert rows == [{'prompt': [user('a')], 'response': [assistant('b')]}]
+    assert counted == {'answers of weight 0, which are not to be trained on': 1}
+    for asks, answers in (('human', 'gpt'), ('User', 'Assistant'), ('prompter', 'model'), ('HUMAN', 'bot')):
+        turns = [{'role': asks, 'content': 'a'}, {'role': answers, 'content': 'b'}]
+        assert read(tmp_path, {'messages': turns}) == rows
+    narrator = "does not end with an answer, but with a message of the role 'narrator'"
+    half = "the 'weight' of a message is 0.5"
+    for last, words in ((user('b') | {'role': 'narrator'}, narrator), (assistant('b', weight=0.5), half)):
+        with pytest.raises(UserError, match=words):
+            read(tmp_path, {'messages': [user('a'), last]})
 
 
 def test_what_stands_beside_a_question_does_not_divide(tmp_path):
-    rows = [
-        {'prompt': [user(f'q{i}', id=f'{i} {k}')], 'response': [assistant('a')]} for i in range(60) for k in range(2)
-    ]
-    (tmp_path / 'rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    asked = [
-        {row['prompt'][0]['content'] for row in sources.load_rows(str(tmp_path / 'rows.jsonl'), split)[0]}
-        for split in ('train', 'test')
-    ]
-    assert asked[0] and asked[1] and not asked[0] & asked[1]
-
-
-def test_messages_that_the_template_leaves_out():
-    silent = CHATML.replace('{% for m in messages %}', "{% for m in messages if m.role != 'system' %}")
-    _, counted = written(
-        tokenizer_of(silent, '<|im_end|>'), {'prompt': [SYSTEM, user('hi')], 'chosen': CHOSEN, 'rejected': REJECTED}
+    rows = [{'prompt': [user(f'q{i // 2}', id=i)], 'response': [assistant('a')]} for i in range(120)]
+    file = write_jsonl(tmp_path / 'rows.jsonl', rows)
+    train, test = (
+        {row['prompt'][0]['content'] for row in sources.load_rows(file, split)[0]} for split in ('train', 'test')
     )
-    assert counted == {'messages whose content the chat template changes or leaves out': 1}
+    assert train and test and not train & test
 
 
 # ---- begun answers ----
@@ -312,16 +266,13 @@ def test_messages_that_the_template_leaves_out():
 def test_a_begun_answer_goes_on(case):
     """The prompt ends in the midst of the turn; with the answer it is what the template makes of the finished one."""
     template, eos, begins, extra = CASES[case]
-    t = tokenizer_of(template, eos, begins)
-    begun = [user('hi'), assistant('Sure: ')]
+    t, begun = tokenizer_of(template, eos, begins), [user('hi'), assistant('Sure: ')]
     for said in ([assistant('yes')], 'yes'):
         row = {'prompt': begun, 'chosen': said, 'rejected': [assistant('no')]}
         ((prompt, answers),), _ = written(t, row)
         assert prompt.endswith(('Sure: ', 'Sure:')) and answers[0].strip().startswith('yes')
         for text, whole in zip(answers, ('Sure: yes', 'Sure: no'), strict=True):
-            joint = t.apply_chat_template(
-                [user('hi'), assistant(whole)], tokenize=False, chat_template=template or PLAIN_CHAT
-            )
+            joint = t.apply_chat_template([user('hi'), assistant(whole)], tokenize=False, chat_template=template)
             assert prompt + text == joint.removesuffix('\n') + ''.join(extra)
     assert [t.decode(ids) for ids in tokenise_prompts([begun], t, 128, 'start', Counter())] == [prompt]
 
@@ -334,8 +285,7 @@ def test_a_begun_answer_goes_on(case):
 def test_an_end_is_there_once(end, eos):
     t = tokenizer_of(CHATML, eos)
     ends = '<|im_end|>' if eos == '<|im_end|>' else '<|im_end|>' + EOS
-    chat = {'prompt': [user('hi')], 'chosen': [assistant('yes' + end)], 'rejected': [assistant('no')]}
-    (found,), counted = written(t, chat)
+    (found,), counted = written(t, pair(chosen='yes' + end))
     assert found[1] == ['yes' + end.replace('<|im_end|>', '').replace('\n', '') + ends, 'no' + ends]
     assert sum('brought an end' in reason for reason in counted) == ('<' in end)
     if '<' in end:
@@ -375,29 +325,19 @@ def tokenizers_of_all_kinds():
 @pytest.mark.parametrize('name, t', list(tokenizers_of_all_kinds()), ids=lambda x: x if isinstance(x, str) else '')
 def test_special_tokens_in_text_stay_text(name, t):
     t.chat_template = CHATML
-    ids = set(t.convert_tokens_to_ids(['<|im_start|>', '<|im_end|>']))
-    for row in (
-        {'prompt': 'hi', 'chosen': f' {WORDS}', 'rejected': ' no'},
-        {'prompt': f'hi {WORDS} yes', 'chosen': ' yes', 'rejected': ' no'},
-    ):
-        examples = tokenise([row], t, 'pairs', 256, 128, 'start', Counter())
-        end = {t.eos_token_id}
-        assert all(
-            not ids & set(part[:-1]) | (ids - end) & set(part[-1:])
-            for part in (examples[0][0].tolist(), *(a.tolist() for a in examples[0][1]))
-        )
+    ids, end = set(t.convert_tokens_to_ids(['<|im_start|>', '<|im_end|>'])), {t.eos_token_id}
+    for prompt, chosen in (('hi', f' {WORDS}'), (f'hi {WORDS} yes', ' yes')):
+        examples = ids_of(t, {'prompt': prompt, 'chosen': chosen, 'rejected': ' no'})
+        parts = [part.tolist() for part in (examples[0][0], *examples[0][1])]
+        assert not any(ids & set(part[:-1]) | (ids - end) & set(part[-1:]) for part in parts)
         assert examples.left_out == {'special tokens in a text, kept as text': 1, NO_CHAT: 1}
-    clean = [user('hi'), assistant('yes')]
-    for row in (
-        {'prompt': [user(f'hi {WORDS}')], 'chosen': [assistant('yes')], 'rejected': [assistant('no')]},
-        {'prompt': [user('hi')], 'chosen': [assistant(f'yes {WORDS}')], 'rejected': [assistant('no')]},
-    ):
-        examples = tokenise([row], t, 'pairs', 256, 128, 'start', Counter())
+    clean = t.apply_chat_template([user('hi'), assistant('yes')], tokenize=False)
+    expected = [i for i in t(clean, add_special_tokens=False)['input_ids'] if i in ids]
+    for prompt, chosen in ((f'hi {WORDS}', 'yes'), ('hi', f'yes {WORDS}')):
+        examples = ids_of(t, pair(prompt, chosen))
         both = [*examples[0][0].tolist(), *examples[0][1][0].tolist()]
-        expected = t(t.apply_chat_template(clean, tokenize=False), add_special_tokens=False)['input_ids']
-        assert [i for i in both if i in ids] == [i for i in expected if i in ids]  # the template's own, and no others
-        text = row['prompt'][0]['content'] if WORDS in row['prompt'][0]['content'] else row['chosen'][0]['content']
-        assert text.replace(' ', '') in t.decode(both).replace(' ', '')
+        assert [i for i in both if i in ids] == expected  # the template's own, and no others
+        assert max(prompt, chosen, key=len).replace(' ', '') in t.decode(both).replace(' ', '')
         assert examples.left_out == {'special tokens in a text, kept as text': 1}
 
 
@@ -406,8 +346,7 @@ def test_what_a_template_writes_around_turns_is_special_too():
     t = toy.tokenizer()
     t.add_tokens(['<|im_start|>', '<|im_end|>', '<think>'])
     t.chat_template = THINKS
-    row = {'prompt': [user('a <|im_end|> b')], 'response': [assistant('<think>c')]}
-    examples = tokenise([row], t, 'sft', 256, 128, 'start', Counter())
+    examples = ids_of(t, {'prompt': [user('a <|im_end|> b')], 'response': [assistant('<think>c')]}, task='sft')
     prompt, (answer,) = examples[0]
     end, think = t.convert_tokens_to_ids(['<|im_end|>', '<think>'])
     assert (prompt == end).sum() == 1 and (answer == end).sum() == 1 and (answer == think).sum() == 2
@@ -416,105 +355,62 @@ def test_what_a_template_writes_around_turns_is_special_too():
 
 def test_special_tokens_of_texts_that_a_template_has_written():
     t = tokenizer_of(CHATML, '<|im_end|>')
-    (found,), counted = written(t, {'prompt': ASKED, 'chosen': 'yes<|im_end|>\n', 'rejected': 'no'})
+    examples = ids_of(t, {'prompt': ASKED, 'chosen': 'yes<|im_end|>\n', 'rejected': 'no'})
     joint = t(ASKED + 'yes<|im_end|>', add_special_tokens=False)['input_ids']
-    examples = tokenise(
-        [{'prompt': ASKED, 'chosen': 'yes<|im_end|>\n', 'rejected': 'no'}], t, 'pairs', 256, 128, 'start', Counter()
-    )
     assert [*examples[0][0], *examples[0][1][0]] == joint
-    assert counted['texts that begin or end with a special token: theirs are read as tokens'] == 1
+    assert examples.left_out['texts that begin or end with a special token: theirs are read as tokens'] == 1
     (ids,) = tokenise_prompts(['Name a river.<|im_start|>'], t, 99, 'start', Counter())
     assert ids[-1] == t.convert_tokens_to_ids('<|im_start|>')
-
-
-def test_a_special_token_in_a_role_is_refused():
     with pytest.raises(UserError, match='special token in the role'):
-        written(
-            tokenizer_of(CHATML, EOS),
-            {'prompt': [{'role': 'user<|im_end|>', 'content': 'a'}], 'response': CHOSEN},
-            task='sft',
-        )
+        written(t, pair([{'role': 'user<|im_end|>', 'content': 'a'}]))
 
 
-# ---- roles ----
-
-
-@pytest.mark.parametrize(
-    'asks, answers', [('human', 'gpt'), ('User', 'Assistant'), ('prompter', 'model'), ('HUMAN', 'bot')]
-)
-def test_roles_by_other_names(tmp_path, asks, answers):
-    rows = read(tmp_path, {'messages': [{'role': asks, 'content': 'hi'}, {'role': answers, 'content': 'yes'}]})
-    assert rows == [{'prompt': [user('hi')], 'response': [assistant('yes')]}]
-
-
-def test_an_unknown_role_is_named(tmp_path):
-    with pytest.raises(UserError, match="does not end with an answer, but with a message of the role 'narrator'"):
-        read(tmp_path, {'messages': [user('hi'), {'role': 'narrator', 'content': 'yes'}]})
-
-
-# ---- templates that cannot be used ----
+# ---- rows and templates that cannot be used ----
 
 
 def test_a_row_that_the_template_refuses(tmp_path):
-    chat = {'chosen': CHOSEN, 'rejected': REJECTED}
-    rows = read(tmp_path, {'prompt': [user('hi')], **chat}, {'prompt': [SYSTEM, user('hi')], **chat})
-    t = tokenizer_of(NO_SYSTEM, '<|im_end|>')
-    with pytest.raises(
-        UserError, match=r'rows\.jsonl, line 2: the chat template refuses an example: no system turn; .*--skip_bad_rows'
-    ):
+    rows, t = read(tmp_path, pair(), pair([SYSTEM, user('hi')])), tokenizer_of(NO_SYSTEM, '<|im_end|>')
+    refused, counted = 'the chat template refuses an example: no system turn', Counter()
+    with pytest.raises(UserError, match=rf'rows\.jsonl, line 2: {refused}; .*--skip_bad_rows'):
         written(t, *rows)
-    found, counted = written(t, *rows, skip_bad_rows=True)
-    assert len(found) == 1 and counted == {'bad rows: the chat template refuses an example: no system turn': 1}
+    found, left_out = written(t, *rows, skip_bad_rows=True)
+    assert len(found) == 1 and left_out == {f'bad rows: {refused}': 1}
     with pytest.raises(UserError, match='line 2'):
         tokenise_prompts(rows, t, 99, 'start', Counter())
-    counted = Counter()
     first, second = tokenise_prompts(rows, t, 99, 'start', counted, skip_bad_rows=True)
-    assert first and second is None and counted['bad rows: the chat template refuses an example: no system turn'] == 1
+    assert first and second is None and counted[f'bad rows: {refused}'] == 1
+    with pytest.raises(UserError, match='the chat template refuses an example: unexpected end of template'):
+        written(tokenizer_of('{{ nonsense', EOS), pair())
 
 
-@pytest.mark.parametrize(
-    'template, words',
-    [
-        ({'rag': CHATML, 'tool_use': CHATML}, 'or several with one of the name default, but dict of .*rag'),
-        ({'default': {'a': 1}}, 'not a text of at most 1,000,000 characters.* but dict of 8'),
-        (7, 'but int of 1'),
-        ('x' * 1_000_001, '1,000,001 characters'),
-        ('{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}', 'does not end'),
-    ],
-)  # fmt: skip
+LOOPS = ''.join(f'{{% for {x} in range(9999) %}}' for x in 'ijk') + '{% endfor %}' * 3
+
+
+@pytest.mark.parametrize('template, words', [
+    ({'rag': CHATML, 'tool_use': CHATML}, 'or several with one of the name default, but dict of .*rag'),
+    ({'default': {'a': 1}}, 'not a text of at most 1,000,000 characters.* but dict of 8'), (7, 'but int of 1'),
+    ('x' * 1_000_001, '1,000,001 characters'), (LOOPS, 'does not end'),
+])  # fmt: skip
 def test_templates_that_cannot_be_used(monkeypatch, template, words):
-    monkeypatch.setattr(sys.modules['text.chat'], 'TEMPLATE_SECONDS', 0.3 if 'end' in words else 600)
-    row = {'prompt': [user('hi')], 'chosen': CHOSEN, 'rejected': REJECTED}
+    monkeypatch.setattr('text.chat.TEMPLATE_SECONDS', 0.3)
     with pytest.raises(UserError, match=words) as info:
-        written(tokenizer_of(template, EOS), row, skip_bad_rows=True)
+        written(tokenizer_of(template, EOS), pair(), skip_bad_rows=True)
     assert '\n' not in str(info.value) and len(str(info.value)) < 300
+    # the timer is given back
+    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
     if not isinstance(template, str):  # texts need no template
         assert len(written(tokenizer_of(template, EOS), {'prompt': 'hi', 'chosen': ' a', 'rejected': ' b'})[0]) == 1
 
 
-def test_a_template_that_is_no_program():
-    row = {'prompt': [user('hi')], 'chosen': CHOSEN, 'rejected': REJECTED}
-    with pytest.raises(UserError, match='the chat template refuses an example: unexpected end'):
-        written(tokenizer_of('{{ nonsense', EOS), row)
-
-
-def test_a_template_file_that_is_too_long(tmp_path):
-    tokenizer_of(CHATML, EOS).save_pretrained(tmp_path)
-    load.load_tokenizer(str(tmp_path))
-    with open(tmp_path / 'chat_template.jinja', 'wb') as stream:
-        stream.truncate(3 * 10**9)  # sparse: nothing is written
-    with pytest.raises(UserError, match=r'chat_template\.jinja has 3,000,000,000 bytes'):
-        load.load_tokenizer(str(tmp_path))
-
-
 def test_messages_have_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr('text.messages.LONGEST', 1000)
-    for row in (
-        {'messages': [user('a' * 999), assistant('b')]},
-        {'prompt': [user('a')], 'response': [assistant('b', thinking='c' * 1000)]},
-    ):
+    long_thought = {'prompt': [user('a')], 'response': [assistant('b', thinking='c' * 1000)]}
+    for row in ({'messages': [user('a' * 999), assistant('b')]}, long_thought):
         with pytest.raises(UserError, match=r'line 1: .*characters; the limit is 1,000'):
             read(tmp_path, row)
+
+
+# ---- runs ----
 
 
 @pytest.fixture(scope='module')
@@ -522,45 +418,40 @@ def instruct(tmp_path_factory):
     """A tiny instruct model: its template ends turns with <|im_end|>, which its generation config knows as an end."""
     folder = tmp_path_factory.mktemp('instruct')
     t = tokenizer_of(CHATML, EOS)
-    config = toy.model_config()
     torch.manual_seed(0)
-    net = transformers.LlamaForCausalLM(config)
+    net = transformers.LlamaForCausalLM(toy.model_config())
     net.generation_config.eos_token_id = [t.convert_tokens_to_ids('<|im_end|>'), t.eos_token_id]
     net.generation_config.repetition_penalty = 1.5
-    net.save_pretrained(folder / 'base')
-    t.save_pretrained(folder / 'base')
-    rows = [{'prompt': [SYSTEM, *PROMPT], 'chosen': CHOSEN, 'rejected': [{'role': 'assistant', 'content': f'dull {i}'}]} for i in range(8)]  # fmt: skip
-    (folder / 'chats.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    for part in (net, t):
+        part.save_pretrained(folder / 'base')
+    write_jsonl(folder / 'chats.jsonl', [pair([SYSTEM, *PROMPT], CHOSEN, f'dull {i}') for i in range(8)])
     yield folder
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_process_group()
 
 
 def run(script, folder, *flags):
     out = folder / script.removesuffix('.py')
-    flags = [f'--data={folder}/chats.jsonl', f'--eval_data={folder}/chats.jsonl', '--batch_size=8', '--warmup_steps=0',
-             '--sample_during_eval', '--max_new_tokens=16', '--temperature=0', f'--out_dir={out}', *flags]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(sys, 'argv', [script, *flags])
-        patch.setattr(sys, 'excepthook', sys.excepthook)
+    data = f'--data={folder}/chats.jsonl --eval_data={folder}/chats.jsonl --out_dir={out}'
+    how = '--batch_size=8 --warmup_steps=0 --sample_during_eval --max_new_tokens=16 --temperature=0'
+    with pytest.MonkeyPatch.context() as patch, silent():
         patch.setattr(torch, 'set_num_threads', lambda n: None)
         patch.setenv('NANOPREF_CACHE', str(folder / 'cache'))
-        runpy.run_path(str(ROOT / script), run_name='script')
-    return out, [json.loads(line) for line in (out / 'samples.jsonl').read_text().splitlines()]
+        run_script(script, *f'{data} {how}'.split(), *flags)
+    return out
 
 
 def test_training_and_sampling(instruct):
     """SFT learns the one answer, DPO goes on from there; both ask with the template's prompt and stop where its turn ends."""
     # 100 steps, the last of them small: the answer is settled, with every token's probability above 0.9
     learn = ['--lr=5e-3', '--lr_schedule=linear', '--n_epochs=800', '--do_first_eval=false']
-    out, samples = run('sft.py', instruct, f'--model={instruct}/base', *learn)
-    rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
-    assert rows[-1]['loss/eval'] < 0.025  # a mean over four tokens
+    out = run('sft.py', instruct, f'--model={instruct}/base', *learn)
+    assert metrics(out)[-1]['loss/eval'] < 0.025  # a mean over four tokens
     t = transformers.AutoTokenizer.from_pretrained(instruct / 'base')
     asked = t.apply_chat_template([SYSTEM, *PROMPT], add_generation_prompt=True, tokenize=False)
-    assert {row['prompt'] for row in samples} == {asked}
-    assert {row['response'] for row in samples} == {'very fine .'}  # neither the end of the turn nor anything after it
-    for folder in (out / 'model', run('dpo.py', instruct, f'--model={out}/model', '--lr=1e-5')[0] / 'model'):
+    # neither the end of the turn nor anything after it
+    samples = {(row['prompt'], row['response']) for row in read_jsonl(out / 'samples.jsonl')}
+    assert samples == {(asked, 'very fine .')}
+    for folder in (out / 'model', run('dpo.py', instruct, f'--model={out}/model', '--lr=1e-5') / 'model'):
         assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == CHATML
         kept = transformers.AutoModelForCausalLM.from_pretrained(folder).generation_config
         assert kept.eos_token_id == [t.convert_tokens_to_ids('<|im_end|>'), t.eos_token_id]

@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,25 +37,23 @@ def test_new_rows_are_the_mean_of_the_others(name, tied, spare, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def script(tmp_path_factory):
-    """Globals of sft.py after it has run on six pairs, good answers and bad ones; the model has not a row to spare."""
+def trained(tmp_path_factory):
+    """A run of sft.py on six pairs, good answers and bad ones; the model has not a row to spare."""
     folder = tmp_path_factory.mktemp('control')
     t, config = toy.tokenizer(), toy.model_config()
     config.vocab_size = len(t)
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / 'base')
     t.save_pretrained(folder / 'base')
-    rows = [(f'Review of the {place}:', f' superb {place} .', f' awful {place} .') for place in toy.PLACES]
-    write_jsonl(folder / 'pairs.jsonl', [dict(zip(('prompt', 'chosen', 'rejected'), row, strict=True)) for row in rows])
+    rows = [
+        {'prompt': f'Review of the {x}:', 'chosen': f' superb {x} .', 'rejected': f' awful {x} .'} for x in toy.PLACES
+    ]
+    write_jsonl(folder / 'pairs.jsonl', rows)
     where = f'--model={folder}/base --data={folder}/pairs.jsonl --eval_data={folder}/pairs.jsonl --out_dir={folder}/run'
     how = '--control_tokens --batch_size=12 --n_epochs=160 --lr=5e-3 --lr_schedule=linear --warmup_steps=0'
     samples = '--do_first_eval=false --temperature=0 --sample_during_eval --max_new_tokens=12'
-    return run_script('sft.py', *f'{where} {how} {samples}'.split())
-
-
-@pytest.fixture(scope='module')
-def trained(script):
-    return Path(script['out_dir'])
+    run_script('sft.py', *f'{where} {how} {samples}'.split())
+    return folder / 'run'
 
 
 def test_every_prompt_says_what_follows():

@@ -73,11 +73,14 @@ def shown(row):
     return toy.tokenizer().decode(row[:-1] if row[-1] in ENDS else row)
 
 
-@pytest.mark.parametrize('flags', [[], ['--loss=grpo', '--group_size=4']])
-def test_ppo_trains_on_what_was_sampled(folders, raw, tmp_path, flags):
-    flags = [*flags, '--reward_model=gold', '--n_eval_examples=8', '--do_first_eval=false', '--missing_eos_penalty=3']
-    done = run_script('ppo.py', *PPO, f'--model={folders}/policy', f'--out_dir={tmp_path}/run', *flags)
-    answered = done['answered']
+GRPO = ['--loss=grpo', '--group_size=4', '--missing_eos_penalty=3', '--reward_model=gold']
+
+
+@pytest.mark.parametrize('flags', [[], GRPO], ids=['ppo', 'grpo'])
+def test_what_was_sampled_is_trained_on_scored_and_counted(folders, raw, tmp_path, flags):
+    flags = flags or [f'--reward_model={folders}/reward']
+    flags = [*PPO, *flags, f'--model={folders}/policy', f'--out_dir={tmp_path}/run', '--n_eval_examples=8']
+    answered = run_script('ppo.py', *flags, '--do_first_eval=false')['answered']
     trained = [answer.tolist() for _, answers in answered.examples for answer in answers]
     assert sorted(trained) == sorted(map(sampled, raw[:16]))
     ended = [answer[-1] in ENDS for answer in trained]
@@ -95,16 +98,13 @@ def test_ppo_trains_on_what_was_sampled(folders, raw, tmp_path, flags):
     assert evaluated['ended/eval'] == np.mean([row[-1] in ENDS for row in rows])
     texts = [row['response'] for row in read_jsonl(tmp_path / 'run/samples.jsonl')]
     assert sorted(texts) == sorted(map(shown, rows))
+    if GRPO[0] in flags:
+        return
 
-
-def test_a_reward_model_reads_at_the_end_that_was_sampled(folders, raw, tmp_path):
-    flags = ['--n_eval_examples=0', f'--model={folders}/policy', f'--reward_model={folders}/reward']
-    answered = run_script('ppo.py', *PPO, f'--out_dir={tmp_path}/run', *flags)['answered']
+    # a reward model reads at the end that was sampled; a cut answer gets the end of training
     net = transformers.AutoModelForSequenceClassification.from_pretrained(folders / 'reward').eval()
-    assert any(answered.answers['ended']) and not all(answered.answers['ended'])
-    for i, ended in enumerate(answered.answers['ended'].tolist()):
-        prompt, (answer,) = answered.examples[i]
-        ids = [*prompt.tolist(), *answer.tolist()] + [EOS] * (not ended)  # a cut answer gets the end of training
+    for i, answer in enumerate(trained):
+        ids = [*answered.examples[i][0].tolist(), *answer] + [EOS] * (not ended[i])
         with torch.no_grad():
             expected = net(torch.tensor([ids])).logits.item()
         assert answered.answers['score'][i].item() == pytest.approx(expected, abs=1e-4)

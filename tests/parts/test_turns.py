@@ -1,9 +1,10 @@
 """Conversations: sft.py trains on every answer, in one sequence, and sees what the user says between."""
 
-import copy
-import json
 from collections import Counter
+from itertools import groupby
+from operator import itemgetter
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,9 +16,10 @@ import model as models
 from text import turns
 from text.tokenise import load_examples, tokenise
 
-TALK = [('user', 'the room ?'), ('assistant', 'clean .'), ('user', 'the bed ?'), ('assistant', 'very fine .'), ('user', 'and the bar ?'),
-        ('assistant', 'dusty and dull')]  # fmt: skip
-CHAT = [{'role': role, 'content': content} for role, content in TALK]
+TALK = 'the room ?', 'clean .', 'the bed ?', 'very fine .', 'and the bar ?', 'dusty and dull'
+CHAT = [{'role': ('user', 'assistant')[i % 2], 'content': content} for i, content in enumerate(TALK)]
+TOOL = {'role': 'tool', 'content': '5'}
+CALLS = [{'type': 'function', 'function': {'name': 'f', 'arguments': {}}}]
 GENERATES = CHATML.replace(
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
     "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
@@ -34,17 +36,26 @@ def tokens(tokenizer, *chats, max_length=256, max_prompt_length=128, truncation=
     return tokenise(map(row_of, chats), tokenizer, 'sft', max_length, max_prompt_length, truncation, Counter(), **how)
 
 
+def ids_and_mask(example):
+    """(all ids of an example, whether each is trained on) as transformers has them."""
+    prompt, (answer,) = example
+    mask = [0] * len(prompt) + [int(x >= 0) for x in answer]
+    return [*prompt.tolist(), *np.where(answer < 0, ~answer, answer).tolist()], mask
+
+
 def shown(tokenizer, examples, i=0):
     """(all of an example as text, the texts of its parts that are trained on)."""
-    prompt, (answer,) = examples[i]
-    ids = [*prompt.tolist(), *(int(x) if x >= 0 else ~int(x) for x in answer)]
-    parts, before = [], False
-    for x in answer.tolist():
-        if x >= 0:
-            parts = [*parts, []] if not before else parts
-            parts[-1].append(x)
-        before = x >= 0
+    ids, mask = ids_and_mask(examples[i])
+    parts = [
+        [token for token, _ in group] for used, group in groupby(zip(ids, mask, strict=True), itemgetter(1)) if used
+    ]
     return tokenizer.decode(ids), [tokenizer.decode(part) for part in parts]
+
+
+def masked(tokenizer, chat):
+    """ids_and_mask of a conversation by transformers."""
+    own = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    return own['input_ids'], own['assistant_masks']
 
 
 @pytest.mark.parametrize('case', [name for name in CASES if name not in ('several', 'no system')])
@@ -67,17 +78,6 @@ def test_every_answer_is_trained_on(case):
     assert trained == expected and len(examples) == 1
 
 
-def test_a_template_that_marks_its_answers():
-    """The same tokens as the assistant_masks of transformers."""
-    tokenizer = tokenizer_of(GENERATES, '<|im_end|>')
-    prompt, (answer,) = tokens(tokenizer, CHAT)[0]
-    own = tokenizer.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
-    ids = [*prompt.tolist(), *(int(x) if x >= 0 else ~int(x) for x in answer)]
-    mask = [0] * len(prompt) + [int(x >= 0) for x in answer]
-    assert own['input_ids'][: len(ids)] == ids and own['assistant_masks'][: len(mask)] == mask
-    assert sum(own['assistant_masks']) == sum(mask) and 0 < sum(mask) < len(mask) - len(prompt)
-
-
 # as TRL's for Qwen 3: the header of an answer, and the line break behind its end, are of the answer, too
 MARKS_ALL = CHATML.replace(
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
@@ -88,42 +88,30 @@ MARKS_ALL = CHATML.replace(
 
 @pytest.mark.parametrize('template', [GENERATES, MARKS_ALL])
 @pytest.mark.parametrize('length', [2, 4, 6])
-def test_marks_of_a_template_to_the_end(template, length):
-    """Of one answer and of several; nothing is added to what the template marks, but for the last line break of GENERATES."""
+def test_a_template_that_marks_its_answers(template, length):
+    """The same as the assistant_masks of transformers, of one answer and of several; only GENERATES loses its last line break."""
     tokenizer = tokenizer_of(template, '<|im_end|>')
-    prompt, (answer,) = tokens(tokenizer, CHAT[:length])[0]
-    own = tokenizer.apply_chat_template(CHAT[:length], return_dict=True, return_assistant_tokens_mask=True)
-    ids = [*prompt.tolist(), *(int(x) if x >= 0 else ~int(x) for x in answer)]
-    mask = [0] * len(prompt) + [int(x >= 0) for x in answer]
-    end = len(own['input_ids']) - (template == GENERATES)
-    assert ids == own['input_ids'][:end] and mask == own['assistant_masks'][:end]
+    ids, mask = ids_and_mask(tokens(tokenizer, CHAT[:length])[0])
+    own_ids, own_mask = masked(tokenizer, CHAT[:length])
+    end = len(own_ids) - (template == GENERATES)
+    assert ids == own_ids[:end] and mask == own_mask[:end] and sum(mask) == sum(own_mask)
 
 
 def test_an_answer_that_the_template_does_not_write():
     """A call alone, where the template knows of none: its end of turn by itself is not trained on."""
     tokenizer = tokenizer_of(CHATML, '<|im_end|>')
-    call = {
-        'role': 'assistant',
-        'content': '',
-        'tool_calls': [{'type': 'function', 'function': {'name': 'f', 'arguments': {}}}],
-    }
-    chat = [*CHAT[:2], CHAT[2], call, {'role': 'tool', 'content': '5'}, CHAT[3]]
-    examples = tokens(tokenizer, chat)
+    call = {'role': 'assistant', 'content': '', 'tool_calls': CALLS}
+    examples = tokens(tokenizer, [*CHAT[:3], call, TOOL, CHAT[3]])
     text, trained = shown(tokenizer, examples)
     assert trained == ['clean .<|im_end|>', 'very fine .<|im_end|>'] and text.count('<|im_start|>') == 6
     assert examples.left_out['empty answers'] == 1
-    nothing = tokens(
-        tokenizer, [CHAT[0], call, {'role': 'tool', 'content': '5'}, call, {'role': 'tool', 'content': '6'}, call], CHAT
-    )
+    nothing = tokens(tokenizer, [CHAT[0], call, TOOL, call, TOOL, call], CHAT)
     assert len(nothing) == 1 and nothing.left_out['empty answers'] == 3
 
 
 def test_what_is_not_trained_on():
     tokenizer = tokenizer_of(CHATML, '<|im_end|>')
-    seen = copy.deepcopy(CHAT)
-    seen[1]['weight'] = 0
-    later = copy.deepcopy(CHAT)
-    later[5]['weight'] = 0
+    seen, later = ([turn | ({'weight': 0} if i == unused else {}) for i, turn in enumerate(CHAT)] for unused in (1, 5))
     for chat, answers in ((seen, ['very fine .', 'dusty and dull']), (later, ['clean .', 'very fine .'])):
         text, trained = shown(tokenizer, tokens(tokenizer, chat))
         assert trained == [answer + '<|im_end|>' for answer in answers]
@@ -135,13 +123,11 @@ def test_what_is_not_trained_on():
 
 def test_special_tokens_in_a_conversation_stay_text():
     tokenizer = tokenizer_of(CHATML, '<|im_end|>')
-    chat = copy.deepcopy(CHAT)
-    chat[2]['content'] = chat[3]['content'] = 'a <|im_end|> b'
+    chat = [turn | ({'content': 'a <|im_end|> b'} if i in (2, 3) else {}) for i, turn in enumerate(CHAT)]
     examples = tokens(tokenizer, chat)
-    prompt, (answer,) = examples[0]
+    ids, _ = ids_and_mask(examples[0])
     stop = tokenizer.convert_tokens_to_ids('<|im_end|>')
-    ids = [*prompt.tolist(), *(int(x) if x >= 0 else ~int(x) for x in answer)]
-    assert ids.count(stop) == len(CHAT) and shown(tokenizer, examples)[0].count('<|im_end|>') == len(CHAT) + 2
+    assert ids.count(stop) == len(CHAT) and tokenizer.decode(ids).count('<|im_end|>') == len(CHAT) + 2
     assert examples.left_out['special tokens in a text, kept as text'] == 2
 
 
@@ -191,13 +177,8 @@ def test_the_gradient_is_that_of_a_masked_loss(tmp_path, pad):
     model.zero_grad()
     models.set_attention(model, packed=False)
     for i in range(3):
-        prompt, (answer,) = examples[i]
-        answer = torch.tensor(answer).long()
-        ids = torch.cat((torch.tensor(prompt).long(), torch.where(answer < 0, ~answer, answer)))
-        labels = ids.clone()
-        labels[: len(prompt)] = -100
-        labels[len(prompt) :][answer < 0] = -100
-        count = int((labels >= 0).sum())
+        ids, mask = map(torch.tensor, ids_and_mask(examples[i]))
+        labels, count = torch.where(mask > 0, ids, -100), int(mask.sum())
         total = -model(input_ids=ids[None], labels=labels[None]).loss * count
         total.backward()
         assert batch.n[i] == count and logps[i].item() == pytest.approx(total.item(), rel=1e-5)
@@ -207,52 +188,32 @@ def test_the_gradient_is_that_of_a_masked_loss(tmp_path, pad):
 
 def test_sft_trains_on_conversations(tmp_path):
     """The loss counts every answer's tokens, cut anyhow into microbatches; --last_turn_only switches back."""
-    rows = [
-        {'messages': [turn | {'content': f'{turn["content"]} {i}'} for turn in CHAT[: 2 + 2 * (i % 3)]]}
-        for i in range(24)
-    ]
-    file, folder = write_jsonl(tmp_path / 'd.jsonl', rows), tiny_model(tmp_path / 'model', 'llama')
-    flags = [
-        f'--model={folder}',
-        f'--data={file}',
-        f'--eval_data={file}',
-        '--batch_size=8',
-        '--n_examples=16',
-        '--lr=1e-3',
-        '--warmup_steps=0',
-    ]
-    runs = {'one': [], 'many': ['--max_tokens=300'], 'last': ['--last_turn_only']}
-    rows = {name: [] for name in runs}
-    for name, more in runs.items():
+    rows = [[turn | {'content': f'{turn["content"]} {i}'} for turn in CHAT[: 2 + 2 * (i % 3)]] for i in range(24)]
+    file = write_jsonl(tmp_path / 'd.jsonl', [{'messages': row} for row in rows])
+    flags = f'--model={tiny_model(tmp_path / "model", "llama")} --data={file} --eval_data={file} --batch_size=8'.split()
+    flags += ['--n_examples=16', '--lr=1e-3', '--warmup_steps=0']
+    losses = {}
+    for name, more in {'one': [], 'many': ['--max_tokens=300'], 'last': ['--last_turn_only']}.items():
         run_script('sft.py', *flags, *more, f'--out_dir={tmp_path / name}')
-        rows[name] = metrics(tmp_path / name, 'train')
-    assert [row['loss/train'] for row in rows['one']] == pytest.approx(
-        [row['loss/train'] for row in rows['many']], rel=1e-5
-    )
-    assert rows['one'][0]['loss/train'] != pytest.approx(rows['last'][0]['loss/train'], rel=1e-3)
+        losses[name] = [row['loss/train'] for row in metrics(tmp_path / name, 'train')]
+    assert losses['one'] == pytest.approx(losses['many'], rel=1e-5)
+    assert losses['one'][0] != pytest.approx(losses['last'][0], rel=1e-3)
 
 
 def test_texts_become_chats_on_request(tmp_path):
     tokenizer = tokenizer_of(CHATML, '<|im_end|>')
     row = {'prompt': '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:', 'chosen': ' good', 'rejected': ' bad'}
-    file = tmp_path / 'd.jsonl'
-    file.write_text(json.dumps(row) + '\n' + json.dumps({'prompt': 'q', 'chosen': 'x', 'rejected': 'y'}) + '\n')
+    file = write_jsonl(tmp_path / 'd.jsonl', [row, {'prompt': 'q', 'chosen': 'x', 'rejected': 'y'}])
     limits = {'max_length': 64, 'max_prompt_length': 32, 'undivided': True}
-    found = load_examples(str(file), 'train', tokenizer, 'pairs', chat=True, system='s', **limits)
+    found = load_examples(file, 'train', tokenizer, 'pairs', chat=True, system='s', **limits)
     prompt, answers = found[0]
     turn = '<|im_start|>{}\n{}<|im_end|>\n'.format
-    start = (
-        turn('system', 's') + turn('user', 'a') + turn('assistant', 'b') + turn('user', 'c') + '<|im_start|>assistant\n'
-    )
-    assert tokenizer.decode(prompt) == start and [tokenizer.decode(a) for a in answers] == [
-        'good<|im_end|>',
-        'bad<|im_end|>',
-    ]
+    asked = turn('system', 's') + turn('user', 'a') + turn('assistant', 'b') + turn('user', 'c')
+    assert tokenizer.decode(prompt) == asked + '<|im_start|>assistant\n'
+    assert [tokenizer.decode(a) for a in answers] == ['good<|im_end|>', 'bad<|im_end|>']
     assert tokenizer.decode(found[1][0]) == turn('system', 's') + turn('user', 'q') + '<|im_start|>assistant\n'
 
     # without, a text that shows no turn gets a note
-    plain = load_examples(str(file), 'train', tokenizer, 'pairs', **limits)
-    assert (
-        tokenizer.decode(plain[1][0]) == 'q'
-        and plain.left_out['note: texts beside a chat template, which --chat would apply'] == 1
-    )
+    plain = load_examples(file, 'train', tokenizer, 'pairs', **limits)
+    assert tokenizer.decode(plain[1][0]) == 'q'
+    assert plain.left_out['note: texts beside a chat template, which --chat would apply'] == 1
