@@ -171,7 +171,7 @@ def test_as_a_command(tmp_path):
         (
             [{'riddle': 'q', 'ending': 'a'}],
             '',
-            r"'riddle' \(text\), 'ending' .*--columns='prompt=riddle, response=ending'",
+            r"'riddle' \(text\), 'ending' .*--columns='prompt=NAME, chosen=NAME",
         ),
     ],
 )
