@@ -85,8 +85,8 @@ def each(rows, read):
             yield row, [{'drop': str(reason)}]
         except ValueError as error:
             yield row, error
-        # nested a thousand deep, numbers of hundreds of digits, lists where a text should be
-        except (RecursionError, OverflowError, TypeError, LookupError, AttributeError) as error:
+        # nested a thousand deep, or a list where a text should be
+        except (RecursionError, TypeError, LookupError, AttributeError) as error:
             yield row, ValueError(f'its columns cannot be read ({error})')
 
 

@@ -3,7 +3,6 @@
 import ast
 import html
 import json
-import math
 import re
 from contextlib import suppress
 
@@ -41,7 +40,7 @@ def field(row, key, kind=str):
     # True is an int, for python
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f'{key!r} is missing or of the wrong type')
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, int | float) and not abs(value) < 1e30:
         raise ValueError(f'{key!r} is not a finite number')
     if not isinstance(value, str | list):
         return value
@@ -78,12 +77,13 @@ def checked(turn):
     """A chat message as {'role', 'content'} with all its other fields, and its weight only where it is 0. Raises ValueError.
 
     Its role gets the name that templates know. It may be written as {'from', 'value'}, its content as a list of texts."""
-    turn = {key: value for key, value in turn.items() if value is not None}
-    if 'role' not in turn and 'from' in turn:
-        turn['role'], turn['content'] = turn.pop('from'), turn.pop('value', None)
-        if field(turn, 'role').strip().lower() not in ROLES:
-            raise ValueError(f'a message is from {turn["role"][:24]!r}; known are {", ".join(ROLES)}')
+    if not isinstance(turn, dict):
+        raise ValueError('a message is no object with a role and content')
+    names = {'from': 'role', 'value': 'content'} if turn.get('role') is None else {}
+    turn = {names.get(key, key): value for key, value in turn.items() if value is not None}
     role = field(turn, 'role')
+    if names and role.strip().lower() not in ROLES:
+        raise ValueError(f'a message is from {role[:24]!r}; known are {", ".join(ROLES)}')
     role = ROLES.get(role.strip().lower(), role)
     weight = turn.pop('weight', 1)
     if weight not in (0, 1):
@@ -92,8 +92,8 @@ def checked(turn):
         turn['weight'] = 0
 
     # a call, or a thought, may stand alone
-    if 'content' not in turn and any(turn.get(key) for key in ('tool_calls', *REASONING)):
-        turn['content'] = ''
+    if any(turn.get(key) for key in ('tool_calls', *REASONING)):
+        turn.setdefault('content', '')
     if isinstance(turn.get('content'), list):
         turn['content'] = ''.join(map(_text_of, turn['content']))
     return turn | message(role, field(turn, 'content'))
@@ -101,7 +101,7 @@ def checked(turn):
 
 def _text_of(part):
     """The text of a part of a message's content: a string, or {'type': 'text', 'text'}."""
-    part = {'text': part} if isinstance(part, str) else part
+    part = part if isinstance(part, dict) else {'text': part}
     if part.get('type') not in (None, 'text'):
         raise ValueError(f'a message has a part of the type {str(part["type"])[:24]!r}, and only text is read')
     return field(part, 'text')

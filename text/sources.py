@@ -35,8 +35,7 @@ HELD_OUT = 20
 LOOK_AHEAD = 100
 KNOWN = (
     'known are prompt (or question, instruction, query) with chosen and rejected, or with response (completion, output) '
-    "and perhaps good (label); messages; text: rename the columns, or say which is which: --columns='prompt=NAME, "
-    "chosen=NAME, rejected=NAME' (or response=NAME, messages=NAME)"
+    "and perhaps good (label); messages; text: say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
 )
 MIXED = 'answers that begin with their prompt among others that do not: all or none must'
 # once, though a source is read for training and for evaluation
