@@ -156,7 +156,7 @@ def test_as_a_command(tmp_path):
     (PAIRS, '--colums=x', "unknown option 'colums'; did you mean columns"),
     (PAIRS, '--MEASURED=3', 'unknown option'),  # names in capitals are no options
     (PAIRS, '--columns=prompt=ask', "there is no column 'ask'; there are prompt, chosen, rejected, margin"),
-    ([{'riddle': 'q', 'ending': 'a'}], '', r"'riddle' \(text\), 'ending' .*--columns='prompt=riddle, response=ending'"),
+    ([{'riddle': 'q', 'ending': 'a'}], '', r"'riddle' \(text\), 'ending' .*--columns='prompt=NAME, chosen=NAME"),
 ])  # fmt: skip
 def test_mistakes(show, rows, flags, words):
     with pytest.raises(UserError, match=words):

@@ -1,4 +1,4 @@
-"""Every dataset's rules on small files in its own raw format (raw/, invented text), every format that any file may have,
+"""Every dataset's rules on small files in its own raw format (raw/, invented text), every layout that any file may have,
 how a file is divided into training and test rows, and what is said of what cannot be read."""
 
 import gzip
@@ -18,6 +18,10 @@ from configurator import UserError
 from feedback.answers import collect, read_answers
 from text import formats, messages, sources
 
+RAW = Path(__file__).parent / 'raw'
+DIFFERENT = 'chosen and rejected have different prompts'
+MISSING = 'is missing or of the wrong type'
+
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
@@ -25,20 +29,22 @@ def no_network(monkeypatch):
     monkeypatch.setattr('text.files.hub_commit', lambda hub_id: None)
 
 
-RAW = Path(__file__).parent / 'raw'
-NAMES = ['hh', 'shp', 'se', 'sharegpt', 'imdb', 'oasst', 'ultrafeedback', 'ultrachat', 'alpaca_eval', 'annotations']
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the hub: hub.rows are its rows, hub.asked what load_dataset was asked for."""
+    fake = SimpleNamespace(rows=[], asked=[])
+
+    def load_dataset(hub_id, split=None, **options):
+        fake.asked.append((hub_id, split, options))
+        return fake.rows
+
+    library = SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=lambda *_, **__: ['train', 'test'])
+    monkeypatch.setitem(sys.modules, 'datasets', library)
+    return fake
 
 
 def raw(name):
     return next(str(path) for path in RAW.iterdir() if path.name.partition('.')[0] == name)
-
-
-def load(name, file=None, **options):
-    """The examples of a sample file, {reason: count} of drops, {reason: count} of bad rows."""
-    options = {'undivided': True, 'skip_bad_rows': True} | options
-    examples, left_out = sources.load_rows(f'{name}:{raw(file or name)}', 'train', **options)
-    bad = {k.removeprefix('bad rows: '): v for k, v in left_out.items() if k.startswith('bad rows: ')}
-    return examples, {k: v for k, v in left_out.items() if not k.startswith('bad rows: ')}, bad
 
 
 def write(path, rows):
@@ -54,9 +60,14 @@ def write(path, rows):
     return str(path)
 
 
-def json_rows(path):
-    text = Path(path).read_text()
-    return json.loads(text) if text.startswith('[') else [json.loads(line) for line in text.splitlines()]
+def load(source, split='train', **options):
+    """(the examples, the Counter) of a source, undivided."""
+    return sources.load_rows(source, split, undivided=True, **options)
+
+
+def read(path, rows, **options):
+    """(the examples, the Counter) of a file that has these rows, undivided."""
+    return load(write(path, rows), **options)
 
 
 def user(text):
@@ -71,178 +82,105 @@ def system(text):
     return {'role': 'system', 'content': text}
 
 
-def read(path, rows, **options):
-    """(the examples, the Counter) of a file that has these rows, undivided."""
-    return sources.load_rows(write(path, rows), 'train', undivided=True, **options)
+def pair(prompt, chosen, rejected):
+    return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected}
 
 
 # ---- the datasets ----
 
-
-@pytest.mark.parametrize('name', ['hh', 'hh_helpful', 'hh_harmless'])
-def test_hh(name):
-    examples, drops, bad = load(name, 'hh')
-    assert examples[0] == {
-        'prompt': '\n\nHuman: How do I boil an egg?\n\nAssistant:',
-        'chosen': ' Put it into boiling water for eight minutes.',
-        'rejected': ' No idea.',
-    }
-    assert examples[1] == {
-        'prompt': '\n\nHuman: Name a colour.\n\nAssistant: Blue.'
-        '\n\nHuman: My script prints "Assistant: Blue." Why?\n\nAssistant:',
-        'chosen': ' Because it puts the speaker first.',
-        'rejected': ' It just does.',
-    }
-    assert (examples[2]['chosen'], examples[2]['rejected']) == (' Hello there!', '')  # the caller drops empty answers
-    assert examples[3]['prompt'] == examples[0]['prompt'] and len(examples) == 4
-    assert drops == {'chosen and rejected have different prompts': 1}
-    assert bad == {"no '\\n\\nAssistant:' in the dialogue": 1, "'rejected' is missing or of the wrong type": 1}
-
-
-def test_shp():
-    examples, drops, bad = load('shp')
-    tomatoes = '\n\nHuman: Why are my tomatoes yellow?\n\nAssistant:'
-    garlic = '\n\nHuman: Best time to plant garlic?\n\nAssistant:'
-    soil = ' Check the soil first, then the light.'
-    assert examples == [
-        {'prompt': tomatoes, 'chosen': ' Too much water.', 'rejected': ' They like music.'},
-        {'prompt': tomatoes, 'chosen': soil, 'rejected': ' They like music.'},
-        {'prompt': garlic, 'chosen': ' In autumn.', 'rejected': ' At noon.'},
-    ]
-    best = [{'prompt': tomatoes, 'response': soil}, {'prompt': garlic, 'response': ' In autumn.'}]
-    assert load('shp', task='sft')[0] == best
-    assert drops == {'score ratio below 2': 2}
-    assert bad == {"'score_B' is missing or of the wrong type": 1, "'labels' is missing or of the wrong type": 1}
-
-
-def test_se():
-    examples, drops, bad = load('se')
-    code = (
-        ' Use <code>print</code>:\n\n'
-        '<code>for x in range(3):\n    print(x < 2 && "a")\n\n\nprint()\n</code>\n\nGood luck!'
-    )
-    assert examples[0] == {
-        'prompt': '\n\nHuman: How do I print in Python?\n\nI tried <code>echo</code>.\n\nAssistant:',
-        'chosen': code,
-        'rejected': ' Read the docs.',
-    }
-    assert [(x['chosen'], x['rejected']) for x in examples[1:3]] == [(' Water.', ' Tea.'), (' Water.', ' Coffee.')]
-    assert [x['response'] for x in load('se', task='sft')[0][:2]] == [code, ' Water.']
-    assert examples[3]['prompt'] == '\n\nHuman: Steps\n\nWhat\nnext?\n\nAssistant:'
-    assert examples[3]['chosen'] == ' - one thing\n- another, see this\n\nquoted'
-    assert len(examples) == 4 and drops == {'tie': 2, 'fewer than two answers': 1}
-    assert bad == {"'text' is missing or of the wrong type": 1}
+EGG = messages.ask('How do I boil an egg?')
+COLOUR = (
+    '\n\nHuman: Name a colour.\n\nAssistant: Blue.\n\nHuman: My script prints "Assistant: Blue." Why?\n\nAssistant:'
+)
+TOMATOES, SOIL = messages.ask('Why are my tomatoes yellow?'), ' Check the soil first, then the light.'
+GARLIC = messages.ask('Best time to plant garlic?')
+CODE = (
+    ' Use <code>print</code>:\n\n<code>for x in range(3):\n    print(x < 2 && "a")\n\n\nprint()\n</code>\n\nGood luck!'
+)
+PRINT = messages.ask('How do I print in Python?\n\nI tried <code>echo</code>.')
+MAGNETS, SPINS = user('How do magnets work?'), [assistant('The spins of electrons line up.')]
+MAGIC = [[assistant(text)] for text in ('By their spins.', 'Magic.')]
+FRIDGE = [MAGNETS, *SPINS, user('And fridge magnets?')]
+# fmt: off
+RAWS = {  # name: (some examples by number, how many there are, what is left out, what is said of bad rows)
+    'hh': ({0: pair(EGG, ' Put it into boiling water for eight minutes.', ' No idea.'),
+            1: pair(COLOUR, ' Because it puts the speaker first.', ' It just does.'),
+            2: pair(messages.ask('Say hello.'), ' Hello there!', ''), 3: pair(EGG, ' In water, for as long as you like it.', ' Ask the hen.')},
+           4, {DIFFERENT: 1}, ['no column has the prompt', f"'rejected' {MISSING}"]),
+    'shp': ({0: pair(TOMATOES, ' Too much water.', ' They like music.'), 1: pair(TOMATOES, SOIL, ' They like music.'),
+             2: pair(GARLIC, ' In autumn.', ' At noon.')}, 4, {'score ratio below 2': 2}, [f"'score_B' {MISSING}"]),
+    'se': ({0: pair(PRINT, CODE, ' Read the docs.'), 1: pair(messages.ask('Tea or coffee?'), ' Water.', ' Tea.')},
+           4, {'tie': 2, 'fewer than two answers': 1}, [f"'text' {MISSING}"]),
+    'sharegpt': ({0: {'prompt': messages.ask('Name a river.'), 'response': ' The Thames.'}, 1: {'prompt': messages.ask('What is 2 + 2?'), 'response': ' 4'}},
+                 2, {'does not begin with human, gpt': 3, 'special token in the text': 1}, [f"'value' {MISSING}"]),
+    'imdb': ({0: pair('I watched this film on a', ' rainy day and loved it.', ' plane and slept.'), 2: pair('So so', ' soothing, so sound.', ' sour.')},
+             3, {}, ["the answers do not begin with 'text'"]),
+    # no better answer: one is not there, one is German; not whole: a gap and a circle
+    'oasst': ({0: pair([MAGNETS], SPINS, MAGIC[0]), 1: pair([MAGNETS], *MAGIC),
+               2: pair(FRIDGE, [assistant('Their poles lie in stripes.')], [assistant('They are weak.')])},
+              3, {'no answer of the next better rank': 2, 'not English': 4, 'an answer without a rank': 1}, ['the conversation above the answer is not whole'] * 2),
+    'ultrafeedback': ({1: pair([user('What is 7 x 6?')], [assistant('42')], [assistant('36')])},
+                      2, {'empty answers': 1, 'answers to something else than the prompt': 1}, []),
+    'ultrachat': ({0: {'prompt': [user('Plan a picnic.')], 'response': [assistant('Bring bread and cheese.')]}},
+                  2, {'does not begin with user, assistant': 2}, [f"'messages' {MISSING}"]),
+    'alpaca_eval': ({0: {'prompt': messages.ask('Name three fruits.')}, 1: {'prompt': messages.ask('Explain tides\nin one line.')}},
+                    3, {}, [f"'instruction' {MISSING}"]),
+    'annotations': ({i: pair(messages.ask(f'Question {i}?'), f' One {i}.', f' Two {i}.') for i in (0,)}, 4, {'tie': 2, 'no verdict': 1},
+                    ["'preference' is not 0, null, or from 1 to 2", f"'preference' {MISSING}"]),
+}
+# fmt: on
 
 
 @pytest.mark.parametrize(
-    'html, text',
+    'name, reader',
     [
-        ('no tags &amp; no &lt;p&gt;', 'no tags & no <p>'),
-        ('', ''),
-        ('<p>a</p><p>b</p>', 'a\n\nb'),
-        ('a<br/>b', 'a\nb'),
-        ('a  \n b <b> c</b>d', 'a b cd'),
-        ('<p>unclosed', 'unclosed'),
-        ('<p>x <a href="u>v">link</a>, y</p>', 'x link, y'),
-        ('<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>d', '- a\n- b\n- c\n\nd'),
-        ('<pre><code>  a\n\n\n  b</code></pre><p>c</p>', '<code>  a\n\n\n  b</code>\n\nc'),
+        *zip(RAWS, RAWS, strict=True),
+        ('hh', 'hh_helpful'),
+        ('hh', 'hh_harmless'),
+        ('ultrafeedback', 'ultrafeedback_hybrid'),
     ],
 )
-def test_strip_html(html, text):
-    assert messages.strip_html(html) == text
+def test_raw_files(name, reader):
+    some, count, left_out, bad = RAWS[name]
+    examples, counted = load(f'{reader}:{raw(name)}', skip_bad_rows=True)
+    assert {i: examples[i] for i in some} == some and len(examples) == count
+    reasons = [reason for reason, n in counted.items() if reason.startswith('bad rows') for _ in range(n)]
+    assert {reason: n for reason, n in counted.items() if reason not in reasons} == left_out
+    assert len(reasons) == len(bad) and all(any(words in reason for reason in reasons) for words in bad)
 
 
-def test_sharegpt():
-    examples, drops, bad = load('sharegpt')
-    assert examples == [
-        {'prompt': '\n\nHuman: Name a river.\n\nAssistant:', 'response': ' The Thames.'},
-        {'prompt': '\n\nHuman: What is 2 + 2?\n\nAssistant:', 'response': ' 4'},
-    ]
-    assert drops == {'does not begin with human, gpt': 3, 'special token in the text': 1}
-    assert bad == {"'value' is missing or of the wrong type": 1}
-    for num_turns in (2, 5):  # the third question of the first chat has no answer
-        first, second, other = load('sharegpt', num_turns=num_turns)[0]
-        assert first == examples[0] and other == examples[1]
-        prompt = first['prompt'] + ' The Thames.\n\nHuman: Another?\n\nAssistant:'
-        assert second == {'prompt': prompt, 'response': ' The Oder.'}
+def test_best_answers():
+    """For SFT, of data sets with many answers to a prompt."""
+    best = [{'prompt': TOMATOES, 'response': SOIL}, {'prompt': GARLIC, 'response': ' In autumn.'}]
+    assert load(f'shp:{raw("shp")}', task='sft', skip_bad_rows=True)[0][:2] == best
+    assert [x['response'] for x in load(f'se:{raw("se")}', task='sft', skip_bad_rows=True)[0][:2]] == [CODE, ' Water.']
 
 
-def test_imdb():
-    examples, drops, bad = load('imdb')
-    expected = {
-        'prompt': 'I watched this film on a',
-        'chosen': ' rainy day and loved it.',
-        'rejected': ' plane and slept.',
-    }
-    assert examples[0] == expected
-    assert examples[2] == {'prompt': 'So so', 'chosen': ' soothing, so sound.', 'rejected': ' sour.'}
-    assert len(examples) == 3 and not drops and bad == {"the answers do not begin with 'text'": 1}
-
-
-def test_oasst():
-    examples, drops, bad = load('oasst')
-    ask, best, second = user('How do magnets work?'), 'The spins of electrons line up.', 'By their spins.'
-    assert examples == [
-        {'prompt': [ask], 'chosen': [assistant(best)], 'rejected': [assistant(second)]},
-        {'prompt': [ask], 'chosen': [assistant(second)], 'rejected': [assistant('Magic.')]},
-        {
-            'prompt': [ask, assistant(best), user('And fridge magnets?')],
-            'chosen': [assistant('Their poles lie in stripes.')],
-            'rejected': [assistant('They are weak.')],
-        },
-    ]
-    assert drops.pop('no answer of the next better rank') == 2  # one is not there, one is German
-    assert drops == {'not English': 4, 'an answer without a rank': 1}
-    assert bad == {'the conversation above the answer is not whole': 2}  # a gap; a circle
-
-
-@pytest.mark.parametrize('name', ['ultrafeedback', 'ultrafeedback_hybrid'])
-def test_ultrafeedback(name):
-    examples, drops, bad = load(name, 'ultrafeedback')
-    assert examples[1] == {
-        'prompt': [user('What is 7 x 6?')],
-        'chosen': [assistant('42')],
-        'rejected': [assistant('36')],
-    }
-    assert len(examples) == 2 and not bad
-    assert drops == {'empty answers': 1, 'answers to something else than the prompt': 1}
-
-
-def test_ultrachat():
-    examples, drops, bad = load('ultrachat')
-    assert examples[0] == {'prompt': [user('Plan a picnic.')], 'response': [assistant('Bring bread and cheese.')]}
-    assert len(examples) == 2 and drops == {'does not begin with user, assistant': 2}
-    assert bad == {"'messages' is missing or of the wrong type": 1}
-
-
-def test_alpaca_eval():
-    examples, drops, bad = load('alpaca_eval')
-    assert examples[:2] == [
-        {'prompt': '\n\nHuman: Name three fruits.\n\nAssistant:'},
-        {'prompt': '\n\nHuman: Explain tides\nin one line.\n\nAssistant:'},
-    ]
-    assert len(examples) == 3 and not drops and bad == {"'instruction' is missing or of the wrong type": 1}
-
-
-@pytest.mark.parametrize('source', ['annotations:' + raw('annotations'), raw('annotations')])
-def test_annotations(source):
-    """Named, or recognised by its fields."""
-    examples, left_out = sources.load_rows(source, 'train', undivided=True, skip_bad_rows=True)
-    assert examples[0] == {'prompt': '\n\nHuman: Question 0?\n\nAssistant:', 'chosen': ' One 0.', 'rejected': ' Two 0.'}
-    assert [x['chosen'] for x in examples] == [' One 0.', ' Two 1.', ' One 4.', ' Two 5.']
-    assert [x['rejected'] for x in examples] == [' Two 0.', ' One 1.', ' Two 4.', ' One 5.']
-    assert left_out == {
-        'tie': 2,
-        'no verdict': 1,
-        "bad rows: 'preference' is not 0, null, or from 1 to 2": 1,
-        "bad rows: 'preference' is missing or of the wrong type": 1,
+@pytest.mark.parametrize('num_turns', [2, 5])
+def test_turns_of_sharegpt(num_turns):
+    """The third question of the first chat has no answer."""
+    first, second, other = load(f'sharegpt:{raw("sharegpt")}', num_turns=num_turns, skip_bad_rows=True)[0]
+    assert [first, other] == list(RAWS['sharegpt'][0].values())
+    assert second == {
+        'prompt': first['prompt'] + ' The Thames.\n\nHuman: Another?\n\nAssistant:',
+        'response': ' The Oder.',
     }
 
 
-def test_annotations_without_a_verdict(tmp_path):
+def test_annotations(tmp_path):
+    """Named, or recognised by their fields."""
+    by_name, bare = (
+        load(source, skip_bad_rows=True) for source in ('annotations:' + raw('annotations'), raw('annotations'))
+    )
+    assert by_name == bare
+    assert [(x['chosen'], x['rejected']) for x in bare[0]] == [
+        (' One 0.', ' Two 0.'),
+        (' Two 1.', ' One 1.'),
+        (' One 4.', ' Two 4.'),
+        (' Two 5.', ' One 5.'),
+    ]
     row = {'instruction': 'q', 'output_1': 'a', 'output_2': 'b', 'preference': float('nan')}
-    source = write(tmp_path / 'annotations.json', [row])
-    assert sources.load_rows(source, 'train', undivided=True) == ([], {'no verdict': 1})
+    assert read(tmp_path / 'annotations.json', [row]) == ([], {'no verdict': 1})
     with pytest.raises(UserError, match='annotations:PATH'):
         sources.load_rows('annotations', 'train')
 
@@ -251,14 +189,19 @@ def test_toy():
     train, test = (sources.load_rows('toy', split) for split in ('train', 'test'))
     assert (len(train[0]), len(test[0])) == (6000, 600) and not train[1] and train[0] != test[0]
     assert set(train[0][0]) == {'prompt', 'chosen', 'rejected'} and sources.load_rows('toy', 'test')[0] == test[0]
+    with pytest.raises(UserError, match='toy world has no files'):
+        sources.load_rows(f'toy:{raw("hh")}', 'train')
+
+
+@pytest.mark.parametrize('html, text', [('no tags &amp; no &lt;p&gt;', 'no tags & no <p>'), ('', ''), ('<p>a</p><p>b</p>', 'a\n\nb'), ('a<br/>b', 'a\nb'),
+    ('a  \n b <b> c</b>d', 'a b cd'), ('<p>unclosed', 'unclosed'), ('<p>x <a href="u>v">link</a>, y</p><!-- <p>no -->', 'x link, y'),
+    ('<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>d', '- a\n- b\n- c\n\nd'), ('<H2>a</H2>2 < 3', 'a\n\n2 < 3'),
+    ('<pre><code>  a\n\n\n  b</code></pre><p>c</p>', '<code>  a\n\n\n  b</code>\n\nc')])  # fmt: skip
+def test_strip_html(html, text):
+    assert messages.strip_html(html) == text
 
 
 # ---- the hub ----
-
-
-def splits(hub_id):
-    return ['train', 'test']
-
 
 # fmt: off
 ASKED = {  # name -> what load_dataset is asked for
@@ -280,37 +223,64 @@ ASKED = {  # name -> what load_dataset is asked for
 
 
 @pytest.mark.parametrize('source, asked', ASKED.items())
-def test_what_is_asked_of_the_hub(monkeypatch, source, asked):
-    calls = []
-
-    def load_dataset(hub_id, split, **kwargs):
-        calls.append((hub_id, split, kwargs))
-        return []
-
-    monkeypatch.setitem(
-        sys.modules, 'datasets', SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=splits)
-    )
-    assert sources.load_rows(source, 'test') == ([], {}) and calls and all(call == asked for call in calls)
+def test_what_is_asked_of_the_hub(hub, source, asked):
+    assert sources.load_rows(source, 'test') == ([], {}) and hub.asked and all(call == asked for call in hub.asked)
     assert sources.fingerprint(source, 'test') is None
 
 
-def test_hub_rows_and_errors(monkeypatch):
-    rows = [{'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}, {'prompt': 'p', 'chosen': 'a'}]
-    fake = SimpleNamespace(load_dataset=lambda hub_id, split: rows, get_dataset_split_names=splits)
-    monkeypatch.setitem(sys.modules, 'datasets', fake)
-    assert sources.load_rows('owner/name', 'test', skip_bad_rows=True)[0] == rows[:1]
+def test_hub_rows_and_errors(hub):
+    good = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
+    hub.rows = [good, {'prompt': 'p', 'chosen': 'a'}]
+    assert sources.load_rows('owner/name', 'test', skip_bad_rows=True)[0] == [good]
     with pytest.raises(UserError, match=r"owner/name \[test\], row 2: 'rejected' is missing"):
         sources.load_rows('owner/name', 'test')
 
     def refuse(hub_id, split):
         raise ConnectionError('no network\nat all')
 
-    fake.load_dataset = refuse
-    with pytest.raises(UserError, match=r"^cannot load 'owner/name', split 'train', from the hub: no network$"):
+    sys.modules['datasets'].load_dataset = refuse
+    with pytest.raises(UserError, match=r"^cannot load 'owner/name', split 'train', from the hub: no network at all$"):
         sources.load_rows('owner/name', 'train')
 
 
-# ---- the formats of any file ----
+def test_a_hub_dataset_is_known_by_its_commit_and_read_there(hub, monkeypatch):
+    commits = {'Anthropic/hh-rlhf': 'aaa', 'owner/name': 'bbb'}
+    monkeypatch.setattr('text.files.hub_commit', commits.get)
+    names = ['hh', 'hh_helpful', 'Anthropic/hh-rlhf', 'owner/name']
+    before = [sources.fingerprint(name, 'train') for name in names]
+    assert len(set(before)) == 4 and None not in before
+    for name in names:
+        sources.load_rows(name, 'test')
+    assert [call[2].pop('revision') for call in hub.asked] == ['aaa', 'aaa', 'aaa', 'bbb']
+    commits['Anthropic/hh-rlhf'] = 'xxx'
+    after = [sources.fingerprint(name, 'train') for name in names]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False] * 3 + [True]
+
+
+@pytest.mark.parametrize('splits', [['train', 'test'], ['train']])
+def test_a_hub_dataset_and_the_cache_of_its_tokens(splits, tmp_path, monkeypatch):
+    """Its own test split, or a part of the training one held out; tokenised once, then read from the cache."""
+    import datasets
+
+    from text import tokenise, toy
+
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path))
+    rows = [{'prompt': f'p{i}', 'chosen': ' a', 'rejected': ' b'} for i in range(200)]
+    monkeypatch.setattr(datasets, 'get_dataset_split_names', lambda name: splits)
+    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: rows if split == 'train' else rows[:3])
+    tokenizer = toy.tokenizer()
+
+    def sizes():
+        limits = {'max_length': 32, 'max_prompt_length': 16}
+        return [len(tokenise.load_examples('me/mine', s, tokenizer, 'pairs', **limits)) for s in ('train', 'test')]
+
+    train, test = sizes()
+    assert (train, test) == (200, 3) if 'test' in splits else train + test == 200 and 0 < test < 40
+    monkeypatch.setattr(tokenise, '_tokenise', None)
+    assert sizes() == [train, test]
+
+
+# ---- the layouts of any file ----
 
 CHAT_PAIR = {'chosen': [assistant('blue')], 'rejected': [assistant('green')]}
 PAIR = {'prompt': [user('q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]}
@@ -424,9 +394,9 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('ms-swift, chats', 'pairs', [{'messages': [user('q?'), assistant('a')], 'rejected_messages': [user('q?'), assistant('b')]}], [PAIR], {}),
     ('OpenAI, answers not trained on', 'sft', [{'messages': [*TWO_TURNS[:1], assistant('b') | {'weight': 0}, *TWO_TURNS[2:]]}], [SFT | {'prompt': TWO_TURNS[:3]}], {}),
     ('OpenAI, one of three not trained on', 'sft', [{'messages': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}], [{'prompt': [user('x'), assistant('y'), *TWO_TURNS[:3]], 'response': TWO_TURNS[3:], 'turns': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}], {}),
-    ('OpenAI, last answer not trained on', 'sft', [{'messages': [user('q?'), assistant('a'), user('x'), assistant('y') | {'weight': 0}]}], [SFT], {'note: conversations that go on behind the last answer to train on: left out': 1}),
+    ('OpenAI, last answer not trained on', 'sft', [{'messages': [user('q?'), assistant('a'), user('x'), assistant('y') | {'weight': 0}]}], [SFT], {formats.UNASKED: 1}),
     ('Guanaco', 'sft', [{'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'}], [MULTI], {}),
-    ('Guanaco, cut short', 'sft', [{'text': '### Human: q?### Assistant: a### Human: x'}], [SFT], {'note: conversations that go on behind the last answer to train on: left out': 1}),
+    ('Guanaco, cut short', 'sft', [{'text': '### Human: q?### Assistant: a### Human: x'}], [SFT], {formats.UNASKED: 1}),
     ('alpaca as text', 'sft', [{'text': 'Below is an instruction.\n\n### Instruction:\nq?\n\n### Response:\na'}], [SFT], {}),
     ('HH as text', 'sft', [{'text': '\n\nHuman: q?\n\nAssistant: a'}], [SFT], {}),
     ('LIMA', 'sft', [{'conversations': ['a', 'b', 'q?', 'a']}, {'conversations': ['x']}], [MULTI], {'conversations without a question and its answer': 1}),
@@ -434,7 +404,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('OpenHermes 2.5', 'sft', [{'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'}], [SFT | BRIEF], {}),
     ('SlimOrca', 'sft', [{'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, said('q?', 'a', weight=0.0)[0], said('q?', 'a', weight=1.0)[1]]}], [SFT | BRIEF], {}),
     ('weights of questions', 'sft', [{'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0), strict=True)]}], [MULTI], {}),
-    ('an empty answer among others', 'sft', [{'messages': [user('x'), assistant(' '), *TWO_TURNS]}, {'messages': [user('q?'), assistant('a'), user('x'), assistant('')]}], [{'prompt': [user('x'), assistant(' '), *TWO_TURNS[:3]], 'response': TWO_TURNS[3:], 'turns': [user('x'), assistant(' ') | {'weight': 0}, *TWO_TURNS]}, SFT], {'note: conversations that go on behind the last answer to train on: left out': 1}),
+    ('an empty answer among others', 'sft', [{'messages': [user('x'), assistant(' '), *TWO_TURNS]}, {'messages': [user('q?'), assistant('a'), user('x'), assistant('')]}], [{'prompt': [user('x'), assistant(' '), *TWO_TURNS[:3]], 'response': TWO_TURNS[3:], 'turns': [user('x'), assistant(' ') | {'weight': 0}, *TWO_TURNS]}, SFT], {formats.UNASKED: 1}),
     ('an empty answer with a label', 'singles', [{'messages': [*TWO_TURNS[:3], assistant('')], 'label': False}], [{'prompt': TWO_TURNS[:3], 'response': [assistant('')], 'good': False}], {}),
     ('Arena, an empty conversation', 'pairs', [{'winner': 'model_a', 'conversation_a': [user('q?'), assistant('a')], 'conversation_b': x} for x in ([user('q?'), assistant('b')], [])], [PAIR], {'empty answers': 1}),
     ('several turns and system', 'sft', [{'system': 'Be brief.', 'messages': TWO_TURNS}], [{'prompt': [system('Be brief.'), *TWO_TURNS[:3]], 'response': TWO_TURNS[3:], 'turns': [system('Be brief.'), *TWO_TURNS]}], {}),
@@ -459,7 +429,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('texts in turn as JSON', 'sft', [{'conversations': json.dumps(['a', 'b', 'q?', 'a'])}], [MULTI], {}),
     ('chats as pandas and numpy write them', 'sft', [{'messages': x} for x in (repr(TWO_TURNS), repr(TWO_TURNS).replace('}, {', '}\n {'))], [MULTI] * 2, {}),
     ('chats in objects', 'pairs', [{'chosen': {'messages': [user('q?'), assistant('a')]}, 'rejected': {'messages': [user('q?'), assistant('b')]}}], [PAIR], {}),
-    ('ShareGPT, pieces', 'sft', [{'conversations': [said('', 'x')[1], *said('q?', 'a')]}, {'conversations': []}], [SFT], {'note: conversations that begin with an answer, which is left out': 1, 'conversations without a question and its answer': 1}),
+    ('ShareGPT, pieces', 'sft', [{'conversations': [said('', 'x')[1], *said('q?', 'a')]}, {'conversations': []}], [SFT], {formats.UNASKED: 1, 'conversations without a question and its answer': 1}),
     ('OpenAssistant, best answers', 'sft', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1), ('3', '1', 'a', 'assistant', 0))], [SFT], {'answers that are not the best': 1}),
     ('OpenAssistant, prompts', 'prompts', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': None} for i, p, t, r in (('1', None, 'a', 'prompter'), ('2', '1', 'b', 'assistant'), ('3', '2', 'q?', 'prompter'))], [{'prompt': [user('a')]}, {'prompt': TWO_TURNS[:3]}], {}),
 ]
@@ -477,7 +447,7 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'prompt': 'p', 'response': 'a', 'good': 'yes'}, "'good' is neither true"),
     ({'response': 'a'}, "'prompt' is missing"),
     ({'messages': 'hello'}, "'messages' is missing"),
-    ({'messages': [3]}, "'role' is missing"),
+    ({'messages': [3]}, 'a message is no object'),
     ({'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}, "a message has a part of the type 'image'"),
     ({'text': None}, "'prompt' is missing"),
     ({'ask': 'q'}, "'prompt' is missing"),
@@ -503,19 +473,22 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}, 'all or none must'),
     ({'prompt': [system('s'), user('a')], 'system': 't', **CHAT_PAIR}, "the column 'system' and the system message of the chat are not the same"),
     ({'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'it', 'value': 'b'}]}, "a message is from 'it'"),
-    ({'prompt': [user('p')], 'completion': [user('x'), assistant('y')]}, 'begins with a question that is not the prompt'),
     ({'prompt': 'q', 'response_0': 'a', 'response_1': 'b', 'better_response_id': 7}, "'7' is neither of response_0 and response_1, nor a tie"),
     ({'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference_strength': 'x'}, "'preference_strength' is missing"),
+    ({'prompt': 'p', 'response': 'a', 'tools': '[1'}, 'Expecting'),
+    ({'prompt': 'p', 'response': 'a', 'history': [[1]], 'initial_reason_steps': 3}, 'asks something, too'),
+    ({'prompt': 'p', 'response': 'a', 'initial_reason_steps': 3}, 'its columns cannot be read'),
+    ({'question': 'q', 'answers': [{'pm_score': math.nan, 'text': 'a'}]}, "'pm_score' is not a finite number"),
+    ({'prompt': 'q', **{k: [user('q'), user(k)] for k in ANSWERS}}, 'does not end with an answer'),
     ({'prompt': 'q', 'response': 'a', 'helpfulness': 1}, 'a row of the layout HelpSteer among others'),
-    ({'prompt': '["q"', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': 1, 'winner_model_b': 0}, "'prompt' is not a list of texts in JSON"),
+    ({'prompt': '["q"', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': 1, 'winner_model_b': 0}, 'Expecting'),
     ({'prompt': 'q', 'responses': ['a', 'b'], 'scores': [1]}, "'responses' and 'scores' are not as many texts and numbers"),
-    ({'info': {}, 'summaries': [], 'choice': 1}, "'choice' is neither 0 nor 1"),
+    ({'info': {}, 'summaries': [{'text': 'a'}, {'text': 'b'}], 'choice': 2}, "'choice' is neither 0 nor 1"),
     ({'prompt': 'p', 'chosen': '\ud800', 'rejected': 'b'}, "'chosen' has half a surrogate pair"),
-    ({'prompt': 'p', 'chosen': [assistant('\udc00')], 'rejected': []}, "'content' has half"),
+    ({'prompt': 'p', 'chosen': [assistant('\udc00')], 'rejected': []}, "'chosen' has half"),
     ({'prompt': [], 'chosen': [], 'rejected': []}, "'prompt' has no messages"),
     ({'prompt': 'p', 'completion': [user('x')]}, "'completion' does not end with an answer"),
-    ({'chosen': [assistant('x')], 'rejected': [assistant('y')]}, 'same question'),
-    ({'messages': [user('x'), assistant('y') | {'tool_calls': [1]}]}, 'not a list of calls'),
+    ({'chosen': [assistant('x')], 'rejected': [assistant('y')]}, 'not with the same question'),
     ({'prompt': 'p', **ANSWERS, 'margin': True}, "'margin' is missing or of the wrong type"),
     ({'instruction': 'i', 'output_1': 'a', 'output_2': 'b', 'preference': True}, "'preference' is missing or of"),
     ({'instruction': 'i', 'output_1': 'a', 'output_2': 'b', 'preference': math.inf}, "'preference' is not a finite"),
@@ -527,7 +500,7 @@ BAD_ROWS = [  # a row, and what is said of it
 # fmt: on
 
 
-@pytest.mark.parametrize('ending', ['.jsonl', '.json', '.jsonl.gz', '.json.gz', '.parquet'])
+@pytest.mark.parametrize('ending', ['.json', '.jsonl.gz', '.parquet'])
 @pytest.mark.parametrize('name', FORMATS)
 def test_formats(tmp_path, name, ending):
     row, example = FORMATS[name]
@@ -549,38 +522,35 @@ def test_data_sets_by_their_columns(tmp_path, name, task, rows, expected, out, e
 @pytest.mark.parametrize('row, reason', BAD_ROWS)
 def test_bad_rows(tmp_path, row, reason):
     good = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
-    for name, where in (('data.jsonl', 'line 2'), ('data.json', 'row 2')):
-        with pytest.raises(UserError) as info:
-            read(tmp_path / name, [good, row, good, row])
-        message = str(info.value)
-        assert message.startswith(f'{tmp_path / name}, {where}: ') and reason in message
-        assert '--skip_bad_rows' in message and 'README' in message and len(message) < 600
-        if 'all or none' not in message and isinstance(row, dict):
-            assert all(repr(key) in message.partition('; found: ')[2] for key in row)
-        examples, left_out = read(tmp_path / name, [good, row, good, row], skip_bad_rows=True)
-        assert examples == [good] * 2
-        assert list(left_out.values()) == [2] and reason in next(iter(left_out))
+    rows, path = [good, row, good, row], tmp_path / 'data.jsonl'
+    with pytest.raises(UserError) as info:
+        read(path, rows)
+    message = str(info.value)
+    assert message.startswith(f'{path}, line 2: ') and reason in message
+    assert '--skip_bad_rows' in message and 'README' in message and len(message) < 600
+    if 'all or none' not in message and isinstance(row, dict):
+        assert all(repr(key) in message.partition('; found: ')[2] for key in row)
+    examples, left_out = load(str(path), skip_bad_rows=True)
+    assert examples == [good] * 2 and list(left_out.values()) == [2] and reason in next(iter(left_out))
 
 
 def test_columns_that_the_user_names(tmp_path):
-    path, options = tmp_path / 'data.jsonl', {'undivided': True}
+    path = tmp_path / 'data.jsonl'
     row = {'ask': 'q?', 'tone': 'Be brief.', 'good_answer': 'a', 'bad_answer': 'b', 'prompt': 'not this', 'sure': 2}
     mapped = 'question=ask, system=tone,chosen=good_answer, rejected=bad_answer, margin=sure'
-    assert read(path, [row, row | {'tone': None}], columns=mapped)[0] == [
-        PAIR | BRIEF | {'margin': 2.0},
-        PAIR | {'margin': 2.0},
-    ]
+    expected = [PAIR | BRIEF | {'margin': 2.0}, PAIR | {'margin': 2.0}]
+    assert read(path, [row, row | {'tone': None}], columns=mapped)[0] == expected
     assert read(path, [row], columns='prompt=ask, response=good_answer')[0] == [{'prompt': 'q?', 'response': 'a'}]
     assert read(path, [row | {'talk': TWO_TURNS}], columns='messages=talk')[0] == [MULTI]
     assert read(path, [row | {'ok': 0}], columns='prompt=ask, response=bad_answer, label=ok')[0][0]['good'] is False
     for columns, words in (
-        ('prompt=ask, chosen=good_answr', "no column 'good_answr'; did you mean good_answer. there are ask, tone,"),
-        ('promt=ask', "cannot read 'promt=ask': .*did you mean prompt"),
+        ('prompt=ask, chosen=good_answr', "no column 'good_answr'; there are ask, tone, good_answer,"),
+        ('promt=ask', "cannot read 'promt=ask': .*names are prompt, question"),
         ('prompt', "cannot read 'prompt'"),
         ('prompt=ask, prompt=tone', 'each once'),
     ):
         with pytest.raises(UserError, match=words):
-            sources.load_rows(write(path, [row]), 'train', columns=columns, **options)
+            read(path, [row], columns=columns)
 
 
 def test_rows_are_read_one_by_one(tmp_path, monkeypatch):
@@ -594,7 +564,7 @@ def test_rows_are_read_one_by_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sources, 'read_rows', rows)
     examples = sources.read_examples(write(tmp_path / 'data.jsonl', []), 'train', Counter(), undivided=True)
-    assert next(examples)['prompt'] == 'p0' and len(taken) <= 101
+    assert next(examples)['prompt'] == 'p0' and len(taken) <= 201
 
 
 def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
@@ -607,16 +577,11 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
     assert message.startswith(f'{path}, line 1: ') and 'none of the first 101 rows' in message and 'layout' in message
     assert "'ask' (text), 'chosen' (text), 'rejected' (text)" in message and 'question, instruction' in message
     assert '--skip_bad_rows' not in message and 'README' in message and len(message) < 600
-    assert "--columns='prompt=ask, chosen=chosen, rejected=rejected'" in message
-    for row, columns in (
-        ({'id': 'x', 'riddle': 'q', 'Answer': 'a'}, 'prompt=riddle, response=Answer'),
-        ({'id': 'x', 'talk': ['q', 'a']}, 'messages=talk'),
-        ({'x': 3}, 'prompt=NAME, response=NAME'),
-    ):
-        with pytest.raises(UserError, match=f"--columns='{columns}'"):
-            sources.load_rows(write(tmp_path / 'other.jsonl', [row]), 'train')
-    with pytest.raises(UserError, match="the reader 'hh' is for another one; without 'hh:' the columns decide"):
-        sources.load_rows(f'hh:{path}', 'train')
+    assert "--columns='prompt=NAME, chosen=NAME, rejected=NAME'" in message
+    with pytest.raises(UserError, match='the nearest layout, comparison, has answer_a, answer_b, winner'):
+        read(tmp_path / 'other.jsonl', [{'winer': 'a', 'answer_a': 'x', 'answer_b': 'y'}])
+    with pytest.raises(UserError, match="the reader 'imdb' is for another one; without 'imdb:' the columns decide"):
+        sources.load_rows(f'imdb:{path}', 'train')
     write(tmp_path / 'data.jsonl', rows[:30] + [{'prompt': 'p', 'response': 'r'}])  # not all of them after all
     with pytest.raises(UserError, match='--skip_bad_rows'):
         sources.load_rows(path, 'train')
@@ -626,141 +591,95 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
-@pytest.mark.parametrize('name', ['shp', 'se', 'oasst', 'ultrafeedback'])
+@pytest.mark.parametrize('name', ['shp', 'se', 'oasst', 'ultrafeedback', 'hh'])
 def test_a_named_dataset_is_read_by_its_columns(tmp_path, name, task):
     """As a bare path the same examples come out, but for other languages than English."""
-    rows = [row for row in json_rows(raw(name)) if row.get('lang', 'en') == 'en']
+    text = Path(raw(name)).read_text()
+    rows = [row for row in map(json.loads, text.splitlines()) if row.get('lang', 'en') == 'en']
     path = write(tmp_path / 'data.jsonl', rows)
-    options = {'undivided': True, 'skip_bad_rows': True, 'task': task}
-    named, bare = (sources.load_rows(source, 'train', **options)[0] for source in (f'{name}:{path}', path))
+    named, bare = (load(source, skip_bad_rows=True, task=task)[0] for source in (f'{name}:{path}', path))
     assert named == bare and named
 
 
 def test_answers_that_begin_with_the_prompt_by_chance(tmp_path):
     """Where other rows do not repeat it, nobody knows: such rows are refused, or left out and counted, in both parts."""
     rows = [{'prompt': f'p{i}:', 'chosen': ' a', 'rejected': ' b'} for i in range(99)]
-    rows += [{'prompt': 'Hi', 'chosen': 'Hi there', 'rejected': 'Hi!'}]
-    path = write(tmp_path / 'data.jsonl', rows)
+    path = write(tmp_path / 'data.jsonl', rows + [{'prompt': 'Hi', 'chosen': 'Hi there', 'rejected': 'Hi!'}])
     for split in ('train', 'test'):
-        with pytest.raises(
-            UserError, match='line 100: the answers of 1 rows begin with their prompt, of 99 they do not'
-        ):
+        with pytest.raises(UserError, match='line 100: answers that begin with their prompt among others that do not'):
             sources.load_rows(path, split)
     parts = [sources.load_rows(path, split, skip_bad_rows=True) for split in ('train', 'test')]
     assert sum(len(examples) for examples, _ in parts) == 99
     assert all('Hi' not in {x['prompt'] for x in examples} for examples, _ in parts)
-    assert all(left_out.total() == 1 and 'bad rows' in next(iter(left_out)) for _, left_out in parts)
+    assert all(left_out == {f'bad rows: {sources.MIXED}': 1} for _, left_out in parts)
 
 
 def test_pairs_that_part_before_their_last_answer_are_left_out(tmp_path):
     """What follows would be trained on with its questions and role markers."""
-    early = (
-        [user('a'), assistant('b'), user('c'), assistant('d')],
-        [user('a'), assistant('x'), user('y'), assistant('z')],
-    )
+    one, two = ([user('a'), assistant(x), user(y), assistant(z)] for x, y, z in ('bcd', 'xyz'))
     text = ['\n\nHuman: a\n\nAssistant:' + x for x in (' b\n\nHuman: c\n\nAssistant: d', ' x')]
     plain = ['Q: a\nA:' + x for x in (' b\nQ: c\nA: d', ' x\nQ: y\nA: z')]
-    rows = [
-        {'chosen': early[0], 'rejected': early[1]},
-        {'chosen': early[0], 'rejected': early[1][:2]},
-        {'prompt': 'a', 'chosen': early[0], 'rejected': early[1]},
-        {'prompt': [user('a')], 'chosen': early[0][1:], 'rejected': early[1][1:]},
-        {'prompt': [user('a')], 'chosen': early[0], 'rejected': early[1]},
-        {'chosen': text[0], 'rejected': text[1]},
-        {'chosen': plain[0], 'rejected': plain[1]},
-    ]
+    rows = [{'chosen': chosen, 'rejected': rejected} for chosen, rejected in ((one, two), (one, two[:2]), text, plain)]
+    rows += [pair('a', one, two), pair([user('a')], one[1:], two[1:]), pair([user('a')], one, two)]
     good = {'prompt': [user('a')], **CHAT_PAIR}
-    path = write(tmp_path / 'data.jsonl', [good, *rows])
-    examples, left_out = sources.load_rows(path, 'train', undivided=True)
-    assert examples == [good] and left_out == {'chosen and rejected have different prompts': len(rows)}
-    other = {'prompt': 'another', **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}
-    path = write(tmp_path / 'other.jsonl', [other])
-    assert sources.load_rows(path, 'train', undivided=True) == ([], {'answers to something else than the prompt': 1})
+    examples, left_out = read(tmp_path / 'data.jsonl', [good, *rows])
+    assert examples == [good] and left_out == {DIFFERENT: len(rows)}
+    for prompt in ('another', [user('another')]):
+        other = {'prompt': prompt, **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}
+        assert read(tmp_path / 'other.jsonl', [other]) == ([], {'answers to something else than the prompt': 1})
 
 
-def hh_rows():
-    """Invented dialogues with what real ones have: blanks, answers that begin alike, turns after the answer."""
-    asked = '\n\nHuman: Name a bird.\n\nAssistant: A robin.\n\nHuman: Another?\n\nAssistant:'
-    endings = [
-        (' A wren.', ' A crow.'),
-        (' A wren.', ' An owl.'),
-        (' A wren', ' A wren, and a crow.'),
-        (' a', 'a'),
-        ('', ' b'),
+# ---- files ----
+
+
+def test_broken_and_blank_lines(tmp_path):
+    good = b'{"prompt": "p", "response": "a"}'
+    broken = [
+        b'{"prompt": "p", ',
+        b'nonsense',
+        b'{"prompt": "\xff\xfe"}',
+        b'{"prompt": "\xed\xa0\x80"}',
+        b'[' * 100_000,
     ]
-    endings += [(' no\n\nHuman: oh', ' yes\n\nHuman: oh'), (' \n\nAssistant: x', ' y'), ('  two', '  ten')]
-    rows = [{'chosen': asked + a, 'rejected': asked + b} for a, b in endings]
-    rows += [{'chosen': asked + ' A wren.', 'rejected': '\n\nHuman: Name a bird.\n\nAssistant: No.'}]
-    return rows + [{'chosen': asked + ' A wren.', 'rejected': '\n\nHuman: Who?\n\nAssistant: No.'}]
-
-
-def test_hh_is_hh_by_any_name(tmp_path, monkeypatch):
-    """As a bare path and as a hub id: the examples of hh:PATH, letter by letter."""
-    path = write(tmp_path / 'data.jsonl', hh_rows())
-    real = RAW.parent.parent.parent / 'shared' / 'data' / 'hh_harmless.jsonl.gz'
-    for file in [path, raw('hh'), *([str(real)] if real.exists() else [])]:
-        for options in ({'undivided': True}, {}):
-            named, bare = (
-                [sources.load_rows(source, split, skip_bad_rows=True, **options) for split in ('train', 'test')]
-                for source in (f'hh:{file}', file)
-            )
-            assert [examples for examples, _ in named] == [examples for examples, _ in bare]
-            assert all(examples for examples, _ in named[:1])
-    fake = SimpleNamespace(load_dataset=lambda hub_id, split: hh_rows(), get_dataset_split_names=splits)
-    monkeypatch.setitem(sys.modules, 'datasets', fake)
-    assert sources.load_rows('Anthropic/hh-rlhf', 'train') == sources.load_rows('hh', 'train')
-    assert sources.load_rows('hh', 'train') == sources.load_rows(f'hh:{path}', 'train', undivided=True)
-
-
-def test_broken_lines(tmp_path):
-    good = json.dumps({'prompt': 'p', 'response': 'a'}).encode()
-    lines = [good, b'{"prompt": "p", ', good, b'nonsense', b'{"prompt": "\xff\xfe", "response": "a"}', b'[' * 100_000]
-    for name, content in (('data.jsonl', b'\n'.join(lines)), ('data.jsonl.gz', gzip.compress(b'\n'.join(lines)))):
+    lines = [b'\xef\xbb\xbf' + good, broken[0], b'', good + b'\r', b'  ', *broken[1:]]
+    for name, packed in (('data.jsonl', bytes), ('data.jsonl.gz', gzip.compress)):
         path = tmp_path / name
-        path.write_bytes(content)
-        with pytest.raises(UserError) as info:
-            sources.load_rows(str(path), 'train', undivided=True)
-        assert str(info.value).startswith(f'{path}, line 2: not valid JSON (')
-        assert 'line' not in str(info.value).partition('(')[2]  # lines of what is one line would confuse
-        examples, left_out = sources.load_rows(str(path), 'train', undivided=True, skip_bad_rows=True)
-        assert len(examples) == 2 and sum(left_out.values()) == 4
+        path.write_bytes(packed(b'\n'.join(lines)))
+        with pytest.raises(UserError, match=r'line 2: not valid JSON \([^)]*\)') as info:
+            load(str(path))
+        assert str(info.value).startswith(f'{path}, line 2: ')
+        examples, left_out = load(str(path), skip_bad_rows=True)
+        assert len(examples) == 2 and left_out.total() == 5
 
 
-def test_blank_lines_are_no_rows(tmp_path):
-    path = tmp_path / 'data.jsonl'
-    path.write_text('\n{"text": "a"}\n\n{"text": "b"}\r\n{"text": 5}\n  \n')
-    with pytest.raises(UserError, match='line 5'):
-        sources.load_rows(str(path), 'train', undivided=True)
-    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n\r\n')  # some editors begin with a mark
-    assert [x['response'] for x in sources.load_rows(str(path), 'train', undivided=True)[0]] == ['a', 'b']
-
-
-@pytest.mark.parametrize(
-    'name, content, words',
-    [
-        ('data.json', b'[\n{"prompt": "p"},\n{"prompt": }\n]', 'data.json, line 3: not valid JSON'),
-        ('data.json', b'{"prompt": "p", "response": "a"}', 'data.json: not a list of rows'),
-        ('data.json', b'{"text": "a"} {"text": "b"}', 'data.json, line 1: not valid JSON'),
-        ('data.json', b'', 'data.json, line 1: not valid JSON'),
-        ('data.json', b'\xff\xfe\x00\x01\x80', 'cannot read'),
-        ('data.json', b'[' * 100_000, 'cannot read'),
-        ('data.jsonl.gz', b'not gzip', 'cannot read'),
-        ('data.json.gz', gzip.compress(b'[{"text": "a"}]', mtime=0)[:-6], 'cannot read'),
-        ('data.jsonl.gz', gzip.compress(b'', mtime=0)[:10] + b'\xff' * 30, 'cannot read'),
-        ('data.parquet', b'PAR1 not really', 'cannot read'),
-        ('data.parquet', b'', 'cannot read'),
-        ('data.xlsx', b'prompt,response\np,a\n', 'data files end in .jsonl'),
-        ('data', b'{"text": "a"}', 'data files end in .jsonl'),
-    ],
-    ids=str,
-)
+# fmt: off
+@pytest.mark.parametrize('name, content, words', [
+    ('data.json', b'[\n{"prompt": "p"},\n{"prompt": }\n]', 'line 3: not valid JSON'),
+    ('data.json', b'{"text": "a"}\n{"text": \n', 'data.json, line 2: not valid JSON'),
+    ('data.json', b'[' * 100_000, 'cannot read'),
+    ('data.jsonl.gz', b'not gzip', 'cannot read'),
+    ('data.json.gz', gzip.compress(b'[{"text": "a"}]', mtime=0)[:-6], 'cannot read'),
+    ('data.jsonl.gz', gzip.compress(b'', mtime=0)[:10] + b'\xff' * 30, 'cannot read'),
+    ('data.parquet', b'PAR1 not really', 'cannot read'),
+    ('data.parquet', b'', 'cannot read'),
+    ('data.xlsx', b'prompt,response\np,a\n', 'data files end in .jsonl'),
+    ('data', b'{"text": "a"}', 'data files end in .jsonl'),
+], ids=str)
+# fmt: on
 def test_unreadable_files(tmp_path, name, content, words):
     path = tmp_path / name
     path.write_bytes(content)
-    for skip in (False, True):  # this is no matter of a row
+    # the line of a list that is broken is no matter of a row, but one of a file with a row a line is
+    for skip in {False, b'\n{"text"' not in content}:
         with pytest.raises(UserError) as info:
             sources.load_rows(str(path), 'train', skip_bad_rows=skip)
         assert words in str(info.value) and str(path) in str(info.value) and '\n' not in str(info.value)
+
+
+@pytest.mark.parametrize('text', ['\ufeff[{"text": "a"}]', '{"text": "a"}\n{"text": "a"}\n'])
+def test_a_byte_order_mark_and_json_with_a_row_a_line(tmp_path, text):
+    (tmp_path / 'data.json').write_text(text)
+    assert load(str(tmp_path / 'data.json'))[0][-1]['response'] == 'a'
 
 
 @pytest.mark.parametrize('source', ['nothing', 'missing.jsonl', 'some/missing.jsonl', 'a/b/c', 'hhh', 'HH'])
@@ -770,14 +689,14 @@ def test_unknown_sources(source):
     message = str(info.value)
     assert repr(source) in message and 'the known datasets' in message
     known = message.rpartition(': ')[2].split(', ')
-    assert known == sorted(known) and {*NAMES, 'toy', 'hh_helpful'} <= set(known)
+    assert known == sorted(known) and {*RAWS, 'toy', 'hh_helpful'} <= set(known)
 
 
 @pytest.mark.parametrize('source', ['hh:missing.jsonl', 'annotations:missing.json', 'nothing:missing'])
 def test_missing_paths(source):
-    for read in (sources.load_rows, sources.fingerprint):  # the second comes first where tokens are cached
+    for read_it in (sources.load_rows, sources.fingerprint):  # the second comes first where tokens are cached
         with pytest.raises(UserError, match='no file or folder .*missing'):
-            read(source, 'train')
+            read_it(source, 'train')
 
 
 # ---- training and test rows ----
@@ -807,51 +726,48 @@ def test_one_file_is_divided_by_its_prompts(tmp_path):
     rows = pairs(2000, prompts=500)
     path = write(tmp_path / 'data.jsonl', rows)
     assert_divided(path, rows)
-    assert (
-        sources.load_rows(path, 'train', undivided=True)[0]
-        == sources.load_rows(path, 'test', undivided=True)[0]
-        == rows
-    )
+    assert load(path)[0] == load(path, 'test')[0] == rows
     chats = [{'prompt': [user(row['prompt'])], 'response': [assistant(row['chosen'])]} for row in rows]
     assert_divided(write(tmp_path / 'chats.jsonl', chats), chats)
+    films = [{'text': f'film {i}', 'chosen': f'film {i} good', 'rejected': f'film {i} bad'} for i in range(500)]
+    cut = [pair(row['text'], ' good', ' bad') for row in films]
+    assert_divided('imdb:' + write(tmp_path / 'imdb.jsonl', films), cut)
     # which prompts are held out depends on the prompts alone
     path, other = (write(tmp_path / name, x) for name, x in (('a.jsonl', rows), ('b.json', rows[::-1] + pairs(9, 9))))
     held_out = [{x['prompt'] for x in sources.load_rows(source, 'test')[0]} for source in (path, other)]
     assert held_out[0] == held_out[1]
-
-
-def test_one_file_of_a_dataset_is_divided(tmp_path):
-    rows = [{'text': f'film {i}', 'chosen': f'film {i} good', 'rejected': f'film {i} bad'} for i in range(500)]
-    source = 'imdb:' + write(tmp_path / 'imdb.jsonl', rows)
-    parsed = [{'prompt': row['text'], 'chosen': ' good', 'rejected': ' bad'} for row in rows]
-    assert_divided(source, parsed)
+    # and a folder of one file is divided as the file is
+    for name in ('data.jsonl', 'train.jsonl'):
+        (tmp_path / name.partition('.')[0]).mkdir()
+        write(tmp_path / name.partition('.')[0] / name, rows)
+        assert_divided(str(tmp_path / name.partition('.')[0]), rows)
 
 
 @pytest.mark.parametrize('name', ['se', 'sharegpt'])
-def test_a_dataset_without_a_test_split_is_divided(monkeypatch, name):
-    def rows(hub_id, split, **kwargs):
-        assert split == 'train'
-        if name == 'se':
-            replies = [{'pm_score': 1, 'text': 'x'}, {'pm_score': 2, 'text': 'y'}]
-            return [{'question': f'q{i}', 'answers': replies} for i in range(500)]
-        turns = [('human', 'a'), ('gpt', 'b')]
-        return [{'conversations': [{'from': k, 'value': f'{v}{i}'} for k, v in turns]} for i in range(500)]
-
-    monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=rows))
-    train, test = ({x['prompt'] for x in sources.load_rows(name, split)[0]} for split in ('train', 'test'))
-    assert len(train) + len(test) == 500 and not train & test and 10 < len(test) < 45
-    assert len(sources.load_rows(name, 'test', undivided=True)[0]) == 500
+def test_a_dataset_without_a_test_split_is_divided(hub, tmp_path, name):
+    """On the hub, and as a folder, whatever its files are called."""
+    replies = [{'pm_score': 1, 'text': 'x'}, {'pm_score': 2, 'text': 'y'}]
+    hub.rows = [{'question': f'q{i}', 'answers': replies, 'conversations': said(f'a{i}', 'b')} for i in range(500)]
+    for site, part in (('a', hub.rows[:250]), ('test', hub.rows[250:])):
+        (tmp_path / site).mkdir()
+        write(tmp_path / site / 'part.jsonl', part)
+    for source in (name, f'{name}:{tmp_path}'):
+        train, test = ({x['prompt'] for x in sources.load_rows(source, split)[0]} for split in ('train', 'test'))
+        assert len(train) + len(test) == 500 and not train & test and 10 < len(test) < 45
+        assert len(load(source, 'test')[0]) == 500
 
 
 def test_a_folder_with_train_and_test_files(tmp_path):
-    write(tmp_path / 'train-00001.jsonl', [{'text': 'c'}])
-    write(tmp_path / 'train-00000.parquet', [{'text': 'a'}, {'text': 'b'}])
-    write(tmp_path / 'test.json', [{'text': 'd'}])
-    (tmp_path / 'README.md').write_text('about train and test')
-    assert answers(str(tmp_path), 'train') == ['a', 'b', 'c'] and answers(str(tmp_path), 'test') == ['d']
-    assert answers(str(tmp_path), 'train', undivided=True) == ['a', 'b', 'c']
-    (tmp_path / 'test.json').unlink()
-    assert sorted(answers(str(tmp_path), 'train') + answers(str(tmp_path), 'test')) == ['a', 'b', 'c']  # divided
+    folder = tmp_path / 'latest test of training'  # the name of the folder itself says nothing
+    folder.mkdir()
+    write(folder / 'latest_train.jsonl', [{'text': 'c'}])
+    write(folder / 'train-00000.parquet', [{'text': 'a'}, {'text': 'b'}])
+    write(folder / 'test.json', [{'text': 'd'}])
+    (folder / 'README.md').write_text('about train and test')
+    assert sorted(answers(str(folder), 'train')) == ['a', 'b', 'c'] and answers(str(folder), 'test') == ['d']
+    assert sorted(answers(str(folder), 'train', undivided=True)) == ['a', 'b', 'c']
+    (folder / 'test.json').unlink()
+    assert sorted(answers(str(folder), 'train') + answers(str(folder), 'test')) == ['a', 'b', 'c']  # divided
 
 
 def test_a_folder_has_the_split_that_is_meant(tmp_path):
@@ -863,18 +779,19 @@ def test_a_folder_has_the_split_that_is_meant(tmp_path):
         (file,) = sources.files.local_files(str(tmp_path), split)
         assert Path(file).name.startswith(split)
     assert len(sources.files.local_files(str(tmp_path), None)) == 6
+    assert answers(f'ultrafeedback:{tmp_path}', 'test') == ['test prefs']
     with pytest.raises(UserError, match=r"several splits; there are .*: say which: --data='.*\[train_gen\]'"):
         sources.load_rows(str(tmp_path), 'train')
-    assert answers(f'{tmp_path}[train_sft]', 'train') == ['train sft'] and answers(
-        f'{tmp_path}[train_sft]', 'test'
-    ) == ['test sft']
+    for split in ('train', 'test'):
+        assert answers(f'{tmp_path}[train_sft]', split) == [f'{split} sft']
 
 
-def test_a_clone_of_hh_has_its_parts_apart(tmp_path):
+def test_clones_of_datasets(tmp_path):
+    """HH has its parts apart; oasst has a part for validation."""
     for part in ('harmless', 'helpful'):
         (tmp_path / f'{part}-base').mkdir()
         for split in ('train', 'test'):
-            talk = f'\n\nHuman: {part} {split}\n\nAssistant:'
+            talk = messages.ask(f'{part} {split}')
             write(tmp_path / f'{part}-base/{split}.jsonl.gz', [{'chosen': talk + ' a', 'rejected': talk + ' b'}])
 
     def prompts(name, split):
@@ -882,46 +799,11 @@ def test_a_clone_of_hh_has_its_parts_apart(tmp_path):
 
     assert prompts('hh_harmless', 'train') == ['harmless'] and prompts('hh_helpful', 'test') == ['helpful']
     assert prompts('hh', 'test') == ['harmless', 'helpful']
-
-
-def test_a_dataset_without_splits_may_be_a_folder(tmp_path):
-    for site in ('cooking', 'physics'):
-        (tmp_path / site).mkdir()
-        replies = [{'pm_score': 1, 'text': 'x'}, {'pm_score': 2, 'text': 'y'}]
-        rows = [{'question': f'{site} {i}', 'answers': replies} for i in range(100)]
-        write(tmp_path / site / 'part.parquet', rows)
-    train, test = ({x['prompt'] for x in sources.load_rows(f'se:{tmp_path}', split)[0]} for split in ('train', 'test'))
-    assert len(train) + len(test) == 200 and not train & test and len(test) > 2
-
-
-def test_json_with_a_row_a_line(tmp_path):
-    (tmp_path / 'a.json').write_text('{"text": "a"}\n{"text": "b"}\n')
-    assert answers(str(tmp_path / 'a.json'), 'train', undivided=True) == ['a', 'b']
-    (tmp_path / 'b.json').write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(UserError, match='b.json, line 2: not valid JSON'):
-        sources.load_rows(str(tmp_path / 'b.json'), 'train', undivided=True)
-
-
-def test_folders_and_files_that_only_seem_to_name_a_split(tmp_path):
-    folder = tmp_path / 'latest test of training'  # the name of the folder itself says nothing
-    (folder / 'test').mkdir(parents=True)
-    write(folder / 'latest_train.jsonl', [{'text': 'a'}])
-    write(folder / 'test' / 'part.jsonl', [{'text': 'b'}])
-    assert answers(str(folder), 'train') == ['a'] and answers(str(folder), 'test') == ['b']
-
-
-@pytest.mark.parametrize('file', ['data.jsonl', 'train.jsonl'])
-def test_a_folder_of_one_file_is_divided_as_the_file_is(tmp_path, file):
-    rows = pairs(1000, prompts=500)
-    write(tmp_path / file, rows)
-    assert_divided(str(tmp_path), rows)
-
-
-def test_raw_files_in_a_folder(tmp_path):
+    (tmp_path / 'trees').mkdir()
     rows = [json.loads(line) for line in Path(raw('oasst')).read_text().splitlines()]
-    write(tmp_path / 'train.jsonl', rows[:7])
-    write(tmp_path / 'validation.jsonl', rows)
-    source = f'oasst:{tmp_path}'
+    write(tmp_path / 'trees/train.jsonl', rows[:7])
+    write(tmp_path / 'trees/validation.jsonl', rows)
+    source = f'oasst:{tmp_path}/trees'
     assert [len(sources.load_rows(source, s, skip_bad_rows=True)[0]) for s in ('train', 'test')] == [2, 3]
     assert sources.fingerprint(source, 'train') and sources.fingerprint(source, 'test')
 
@@ -931,83 +813,33 @@ def test_raw_files_in_a_folder(tmp_path):
 
 def test_fingerprints(tmp_path):
     path = write(tmp_path / 'data.jsonl', [{'text': 'a'}])
-    write(tmp_path / 'train.jsonl', [{'text': 'a'}])
-    write(tmp_path / 'test.jsonl', [{'text': 'b'}])
+    for name in ('train.jsonl', 'b_train.jsonl', 'test.jsonl'):
+        write(tmp_path / name, [{'text': name}])
 
     def stamps():
-        names = [(path, 'train'), (f'hh:{path}', 'train'), (str(tmp_path), 'train'), (str(tmp_path), 'test')]
-        return [sources.fingerprint(*name) for name in names]
+        return [sources.fingerprint(name, 'train') for name in (path, f'hh:{path}', str(tmp_path))]
 
     before = stamps()
-    assert None not in before and len(set(before[:3])) == 3 and before == stamps()
+    assert None not in before and len(set(before)) == 3 and before == stamps()
     assert sources.fingerprint('toy', 'train') and sources.fingerprint('owner/name', 'train') is None
-    write(tmp_path / 'train.jsonl', [{'text': 'x'}])
-    assert [a == b for a, b in zip(before, stamps(), strict=True)][:3] == [True, True, False]
+    # a renamed file is of another split
+    (tmp_path / 'b_train.jsonl').rename(tmp_path / 'b_test.jsonl')
+    assert [a == b for a, b in zip(before, stamps(), strict=True)] == [True, True, False]
     write(tmp_path / 'data.jsonl', [{'text': 'x'}])
-    assert [a == b for a, b in zip(before, stamps(), strict=True)][:3] == [False] * 3
+    assert [a == b for a, b in zip(before, stamps(), strict=True)] == [False] * 3
 
 
-def test_a_folder_that_is_called_like_a_dataset_is_not_its_fingerprint(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_is_called_like_a_dataset_is_not_its_fingerprint(hub, tmp_path, monkeypatch, capsys):
     """What is read decides what it is known by, and the user is told."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'hh').mkdir()
-    write(tmp_path / 'hh' / 'train.jsonl', hh_rows()[:2])
-    calls = []
-
-    def load_dataset(hub_id, split, **kwargs):
-        calls.append((hub_id, kwargs))
-        return hh_rows()
-
-    monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=load_dataset))
+    row = {'chosen': EGG + ' a', 'rejected': EGG + ' b'}
+    hub.rows = [row] * 3
+    write(tmp_path / 'hh' / 'train.jsonl', [row])
     sources._note.cache_clear()
-    assert sources.fingerprint('hh', 'train') is None and len(sources.load_rows('hh', 'train')[0]) == 7
+    assert sources.fingerprint('hh', 'train') is None and len(sources.load_rows('hh', 'train')[0]) == 3
     assert capsys.readouterr().out.count("note: 'hh' is the dataset of that name") == 1
-    assert sources.fingerprint('./hh', 'train') and len(sources.load_rows('./hh', 'train', undivided=True)[0]) == 2
-    assert len(calls) == 1
-
-
-def test_a_hub_dataset_is_known_by_its_commit_and_read_there(monkeypatch):
-    commits, calls = {}, []
-
-    def load_dataset(hub_id, split, **kwargs):
-        calls.append((hub_id, kwargs))
-        return []
-
-    def split_names(hub_id, **kwargs):
-        calls.append((hub_id, kwargs))
-        return ['train', 'test']
-
-    fake = SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=split_names)
-    monkeypatch.setitem(sys.modules, 'datasets', fake)
-    monkeypatch.setattr('text.files.hub_commit', commits.get)
-    names = ['hh', 'hh_helpful', 'Anthropic/hh-rlhf', 'owner/name', 'alpaca_eval']
-    assert [sources.fingerprint(name, 'train') for name in names] == [None] * 5
-    commits |= {'Anthropic/hh-rlhf': 'aaa', 'owner/name': 'bbb', 'tatsu-lab/alpaca_eval': 'ccc'}
-    before = [sources.fingerprint(name, 'train') for name in names]
-    assert len(set(before)) == 5 and None not in before
-    for name in names:
-        sources.load_rows(name, 'test')
-    file = 'hf://datasets/tatsu-lab/alpaca_eval@ccc/alpaca_eval.json'
-    assert calls == [
-        ('Anthropic/hh-rlhf', {'revision': 'aaa'}),
-        ('Anthropic/hh-rlhf', {'data_dir': 'helpful-base', 'revision': 'aaa'}),
-        *[('Anthropic/hh-rlhf', {'revision': 'aaa'})] * 2,
-        *[('owner/name', {'revision': 'bbb'})] * 2,
-        ('json', {'data_files': file}),
-    ]
-    commits |= {'Anthropic/hh-rlhf': 'xxx'}
-    after = [sources.fingerprint(name, 'train') for name in names]
-    assert [a == b for a, b in zip(before, after, strict=True)] == [False] * 3 + [True] * 2
-
-
-def test_a_renamed_file_is_another_split(tmp_path):
-    write(tmp_path / 'a_train.jsonl', [{'text': 'a'}])
-    write(tmp_path / 'b_train.jsonl', [{'text': 'b'}])
-    before = sources.fingerprint(str(tmp_path), 'train')
-    (tmp_path / 'b_train.jsonl').rename(tmp_path / 'b_test.jsonl')
-    assert sources.fingerprint(str(tmp_path), 'train') != before
-    with pytest.raises(UserError, match='toy world has no files'):
-        sources.load_rows(f'toy:{tmp_path}/a_train.jsonl', 'train')
+    assert sources.fingerprint('./hh', 'train') and len(load('./hh')[0]) == 1 and len(hub.asked) == 1
 
 
 def test_content_hash():
@@ -1021,217 +853,85 @@ def test_content_hash():
 # ---- any row ----
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_whatever_a_row_lacks_it_is_bad_or_good_and_nothing_else(tmp_path, monkeypatch, name):
-    rows = json_rows(raw(name))
-    fake = SimpleNamespace(load_dataset=lambda *args, **kwargs: changed)
-    monkeypatch.setitem(sys.modules, 'datasets', fake)
+@pytest.mark.parametrize('name', RAWS)
+def test_whatever_a_row_lacks_it_is_bad_or_good_and_nothing_else(tmp_path, hub, name):
+    text = Path(raw(name)).read_text()
+    rows = json.loads(text) if text.startswith('[') else [json.loads(line) for line in text.splitlines()]
     for i, row in enumerate(rows):
         lacking = [{k: v for k, v in row.items() if k != key} for key in row]
         for wrong in lacking + [{**row, key: v} for key in row for v in (None, 7, 'x', [], [7], [[]], [{}])]:
-            changed = rows[:i] + [wrong] + rows[i + 1 :]
-            source = f'{name}:' + write(tmp_path / 'rows.json', changed) if name == 'annotations' else name
-            examples, left_out = sources.load_rows(source, 'train', undivided=True, skip_bad_rows=True)
+            hub.rows = rows[:i] + [wrong] + rows[i + 1 :]
+            source = f'{name}:' + write(tmp_path / 'rows.json', hub.rows) if name == 'annotations' else name
+            examples, left_out = load(source, skip_bad_rows=True)
             assert all({'prompt'} <= set(x) <= {'prompt', 'chosen', 'rejected', 'response'} for x in examples)
-            assert isinstance(left_out, Counter)
 
 
 CONTENT = st.none() | st.booleans() | st.integers() | st.text(max_size=4)
 ANY = st.recursive(CONTENT, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x), max_leaves=4)
 ROLE = st.sampled_from(['user', 'assistant'])
 CHAT = st.lists(st.fixed_dictionaries({'role': ROLE, 'content': st.text(max_size=2)}), max_size=3)
+NUMBERS = st.sampled_from([0, 1, 2, -1, 0.5, True, None, math.nan, 10**400])
+LISTS = st.lists(NUMBERS, max_size=2) | st.lists(st.text(max_size=2), max_size=2)
+VALUE = st.text(max_size=4) | CHAT | ANY | NUMBERS | LISTS
 FIELDS = ['prompt', 'chosen', 'rejected', 'response', 'good', 'completion', 'label', 'messages', 'text', 'preference']
-FIELDS += ['output_1', 'output_2', 'instruction']
-
-
-NUMBERS = st.sampled_from([0, 1, 2, -1, 0.5, True, None])
-VALUE = (
-    st.text(max_size=4)
-    | CHAT
-    | ANY
-    | NUMBERS
-    | st.lists(NUMBERS, max_size=2)
-    | st.lists(st.text(max_size=2), max_size=2)
+FIELDS += ['output_1', 'output_2', 'instruction', 'tools', 'system', 'history']
+LAYOUT = st.sampled_from(formats.LAYOUTS).map(lambda layout: sorted(layout.columns | {'prompt'}))
+ROWS = st.dictionaries(st.sampled_from(FIELDS), VALUE) | LAYOUT.flatmap(
+    lambda names: st.fixed_dictionaries(dict.fromkeys(names, VALUE))
 )
 
 
-@settings(max_examples=600, deadline=None, database=None)
-@given(
-    st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=4) | CHAT | ANY)
-    | st.fixed_dictionaries({'chosen': CHAT | ANY, 'rejected': CHAT | ANY})
-    | st.integers(0, len(formats.LAYOUTS) - 1).flatmap(
-        lambda i: st.fixed_dictionaries({'prompt': VALUE} | dict.fromkeys(sorted(formats.LAYOUTS[i].columns), VALUE))
-    ),
-    st.sampled_from([None, 'pairs', 'sft', 'prompts']),
-)
+@settings(max_examples=500, deadline=None, database=None)
+@given(ROWS, st.sampled_from([None, 'pairs', 'sft', 'prompts']))
 def test_any_row_parses_or_is_bad(row, task):
     """Of every layout, with anything in its columns."""
-    try:
-        layout = formats.layout_of(formats.unified(row))
-        if layout.of_all_rows:
-            found = [found for _, found in layout.read([sources.Row(row)], task)]
-            assert all(isinstance(x, (list, ValueError)) for x in found)
-            return
-        examples = sources.parse_any(sources.Row(row), task)
-    except ValueError as error:
-        assert str(error)
-        return
-    for example in examples:
-        if 'drop' not in example:
-            assert isinstance(example['prompt'], str | list)
-            assert {type(example[k]) for k in ('chosen', 'rejected', 'response') if k in example} <= {str, list}
-            assert isinstance(example.get('good', True), bool)
+    for _, found in sources._parsed([sources.Row(row)], None, task, None):
+        assert isinstance(found, list) or (isinstance(found, ValueError) and str(found))
+        for example in found if isinstance(found, list) else ():
+            if 'drop' not in example:
+                assert isinstance(example['prompt'], str | list)
+                assert {type(example[k]) for k in ('chosen', 'rejected', 'response') if k in example} <= {str, list}
+                assert isinstance(example.get('good', True), bool)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=4),
-    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from([*FIELDS, 'role', 'content']), x, max_size=4),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=150, deadline=None, database=None)
-@given(
-    st.lists(JSON | st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=4) | CHAT), max_size=4),
-    st.sampled_from(['.jsonl', '.json', '.jsonl.gz']),
-)
-def test_any_file_is_read_row_by_row(tmp_path_factory, rows, ending):
+@settings(max_examples=100, deadline=None, database=None)
+@given(st.lists(VALUE | st.dictionaries(st.sampled_from(FIELDS), VALUE, max_size=4), max_size=4))
+def test_any_file_is_read_row_by_row(tmp_path_factory, rows):
     """What comes out is what parse_any makes of each row; every other row is counted, and the first of them named."""
-    path = write(tmp_path_factory.mktemp('rows') / f'data{ending}', rows)
-    expected, bad = [], 0
-    for row in rows:
-        try:
-            found = sources.parse_any(sources.Row(row)) if isinstance(row, dict) else None
-        except ValueError:
-            found = None
-        bad += found is None
-        expected += found or []
+    assume(not (rows and isinstance(rows[0], list)))  # such a file is one list of rows
+    path = write(tmp_path_factory.mktemp('rows') / 'data.jsonl', rows)
+    alone = formats.each((sources.Row.of(json.loads(json.dumps(row)), '') for row in rows), formats.parse_any)
+    found = [examples for _, examples in alone]
+    bad = sum(isinstance(examples, ValueError) for examples in found)
+    expected = [example for examples in found if isinstance(examples, list) for example in examples]
     assume(not any(x.pop('repeats', False) for x in expected))  # which is judged by the file
-    examples, left_out = sources.load_rows(path, 'train', undivided=True, skip_bad_rows=True)
+    examples, left_out = load(path, skip_bad_rows=True)
     assert examples == [x for x in expected if 'drop' not in x]
     assert left_out.total() == bad + sum('drop' in x for x in expected)
     assert sum(n for reason, n in left_out.items() if reason.startswith('bad rows')) == bad
     if bad:
-        with pytest.raises(UserError, match=rf'data\{ending}, (line|row) \d+: '):
-            sources.load_rows(path, 'train', undivided=True)
-
-
-PREFERENCES = st.sampled_from([None, 0, 1, 1.5, 2, 1.2, 1.9, 0.5, 3, -1, True, 'x', math.nan, math.inf, [], 10**400])
-
-
-@settings(max_examples=150, deadline=None, database=None)
-@given(st.text(max_size=5), st.text(max_size=5), st.text(max_size=5), PREFERENCES)
-def test_any_annotation(instruction, one, two, preference):
-    row = sources.Row(instruction=instruction, output_1=one, output_2=two, preference=preference)
-    sound = isinstance(preference, int | float) and not isinstance(preference, bool)
-    if preference is None or preference != preference:
-        assert sources.parse_annotation(row) == [{'drop': 'no verdict'}]
-    elif sound and preference in (0, 1.5):
-        assert sources.parse_annotation(row) == [{'drop': 'tie'}]
-    elif sound and 1 <= preference <= 2:
-        (found,) = sources.parse_annotation(row)
-        first, second = (one, two) if preference < 1.5 else (two, one)
-        expected = {
-            'prompt': messages.ask(instruction),
-            'chosen': messages.answer(first),
-            'rejected': messages.answer(second),
-        }
-        assert found == expected
-    else:
-        with pytest.raises(ValueError, match="'preference'"):
-            sources.parse_annotation(row)
+        with pytest.raises(UserError, match=r'data\.jsonl, line \d+: '):
+            load(path)
 
 
 ANSWER = st.sampled_from(['prompt', 'instruction', 'output', 'response', 'generator', 'sample', 'index', 'finish'])
 
 
-@settings(max_examples=150, deadline=None, database=None)
-@given(st.lists(st.dictionaries(ANSWER, st.text(max_size=3) | st.integers(0, 2) | JSON | CHAT), min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None, database=None)
+@given(st.lists(st.dictionaries(ANSWER, VALUE), min_size=1, max_size=4))
 def test_any_file_of_answers(tmp_path_factory, rows):
     """read_answers and collect: all rows as they are, or the line that is wrong."""
     folder = tmp_path_factory.mktemp('answers')
     path = write(folder / 'samples.jsonl', rows)
-    try:
-        found = read_answers(path)
-    except UserError as error:
-        assert re.search(r'samples\.jsonl, line \d+: ', str(error))
-    else:
-        assert len(found) == len(rows)
-        for row, raw_row in zip(found, rows, strict=True):
-            assert row['response'] == raw_row['output' if 'instruction' in raw_row else 'response']
-            assert type(row['sample']) is int and isinstance(row['instruction'], str)
     before = Path(path).read_bytes()
     try:
+        found = read_answers(path)
+        assert [x['response'] for x in found] == [x['output' if 'instruction' in x else 'response'] for x in rows]
+        assert all(type(x['sample']) is int and isinstance(x['instruction'], str) for x in found)
+    except UserError as error:
+        assert re.search(r'samples\.jsonl, line \d+: ', str(error))
+    try:
         kept = collect(folder, lambda i, k: {} if 0 <= i < 9 and 0 <= k < 9 else None)
+        assert all(row in rows and isinstance(row['response'], str) for row in kept.values())
     except UserError as error:
         assert re.search(r'samples\.jsonl, line \d+, ', str(error)) and Path(path).read_bytes() == before
-    else:
-        assert all(row in rows and isinstance(row['response'], str) for row in kept.values())
-
-
-@pytest.mark.parametrize(
-    'content, words',
-    [
-        ('{"prompt": "p"}'.encode('utf-16'), 'not valid JSON'),
-        ('{"prompt": "p"}'.encode('utf-16-le'), 'not valid JSON'),
-        ('{"prompt": "é"}'.encode('latin-1'), 'not valid JSON'),
-        (b'{"prompt": "\xed\xa0\x80"}', 'not valid JSON'),
-    ],
-)
-def test_rows_that_look_sound(tmp_path, content, words):
-    content = content if isinstance(content, bytes) else content.encode()
-    (tmp_path / 'data.jsonl').write_bytes(b'{"prompt": "p"}\n' + content)
-    with pytest.raises(UserError, match=f'line 2: .*{words}'):
-        sources.load_rows(str(tmp_path / 'data.jsonl'), 'train', undivided=True)
-    _, left_out = sources.load_rows(str(tmp_path / 'data.jsonl'), 'train', undivided=True, skip_bad_rows=True)
-    assert left_out.total() >= 1
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    (tmp_path / 'data.jsonl').write_bytes('\ufeff{"prompt": "p"}\n'.encode())
-    (tmp_path / 'data.json').write_bytes('\ufeff[{"prompt": "p"}]\n'.encode())
-    for name in ('data.jsonl', 'data.json'):
-        assert sources.load_rows(str(tmp_path / name), 'train', undivided=True) == ([{'prompt': 'p'}], {})
-
-
-def test_numbers_and_html_of_raw_rows(tmp_path):
-    shp = {'history': 'q', 'human_ref_A': 'a', 'human_ref_B': 'b', 'score_A': math.nan, 'score_B': 1, 'labels': 1}
-    se = {'question': 'q', 'answers': [{'pm_score': math.nan, 'text': 'a'}, {'pm_score': 1, 'text': 'b'}]}
-    html = {'question': 'a <![foo[x]]> b', 'answers': []}
-    short = {'question': 'a', 'answers': []}
-    other = {'prompt': 'q', **{k: [user('another'), assistant(k)] for k in ('chosen', 'rejected')}}
-    asked = {'prompt': 'q', **{k: [user('q'), user(k)] for k in ('chosen', 'rejected')}}
-    for name, row, words in [
-        ('shp', shp, "'score_A' is not a finite number"),
-        ('se', se, "'pm_score' is not a finite number"),
-        ('se', html, 'broken HTML'),
-        ('se', short, 'fewer than two answers'),
-        ('ultrafeedback', other, 'answers to something else than the prompt'),
-        ('ultrafeedback', asked, 'does not end with an answer'),
-    ]:
-        source = f'{name}:' + write(tmp_path / 'rows.jsonl', [row])
-        examples, left_out = sources.load_rows(source, 'train', undivided=True, skip_bad_rows=True)
-        assert not examples and len(left_out) == 1 and words in str(left_out)
-
-
-@pytest.mark.parametrize('splits', [['train', 'test'], ['train']])
-def test_a_hub_dataset_and_the_cache_of_its_tokens(splits, tmp_path, monkeypatch):
-    """Its own test split, or a part of the training one held out; tokenised once, then read from the cache."""
-    import datasets
-
-    from text import tokenise, toy
-
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path))
-    rows = [{'prompt': f'p{i}', 'chosen': ' a', 'rejected': ' b'} for i in range(200)]
-    monkeypatch.setattr(datasets, 'get_dataset_split_names', lambda name: splits)
-    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: rows if split == 'train' else rows[:3])
-    tokenizer = toy.tokenizer()
-
-    def sizes():
-        limits = {'max_length': 32, 'max_prompt_length': 16}
-        return [len(tokenise.load_examples('me/mine', s, tokenizer, 'pairs', **limits)) for s in ('train', 'test')]
-
-    train, test = sizes()
-    assert (train, test) == (200, 3) if 'test' in splits else train + test == 200 and 0 < test < 40
-    monkeypatch.setattr(tokenise, 'tokenise_parts', None)
-    assert sizes() == [train, test]
