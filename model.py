@@ -26,7 +26,8 @@ def blocks(model):
     # no block inside another: Mamba names a block and a part of it
     found = {}
     for path, module in core(model).named_modules():
-        if type(module).__name__ in names and not any(path.startswith(f'{outer}.') for outer in found):
+        inside = any(path.startswith(f'{outer}.') for outer in found)
+        if type(module).__name__ in names and not inside:
             found[path] = module
     return list(found.values())
 
@@ -47,7 +48,8 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     if packed is None or more.get('s_aux') is not None:
         raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
     # one kernel, unless it lacks what this architecture needs
-    softcap, half = more.get('softcap'), query.dtype in (torch.bfloat16, torch.float16)
+    softcap = more.get('softcap')
+    half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
         return _varlen_attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
@@ -108,7 +110,8 @@ def _attend(q, k, v, mask, scaling, softcap):
     # a soft cap lies between the scores and their softmax, which sdpa does not offer: (n, m) scores of every head
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
-    scores = softcap * torch.tanh(q @ k.mT * scale / softcap)
+    scores = q @ k.mT * scale
+    scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
     weights = scores.masked_fill(~mask, float('-inf')).float().softmax(-1)

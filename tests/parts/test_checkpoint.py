@@ -529,7 +529,7 @@ PLACES = {
     'the cache': ('dpo.py', ['--cache_ref'], 'hf.reference.adapters_off', 'lower max_tokens'),
     'sampling': ('sft.py', ['--sample_during_eval'], 'hf.generate.generate', 'lower n_eval_model_samples'),
     "ppo's sampling": ('ppo.py', PPO, 'hf.generate.generate', 'lower sample_batch'),
-    "ppo's log-probs": ('ppo.py', PPO, 'model.hidden_states', 'lower max_tokens'),
+    "ppo's log-probs": ('ppo.py', PPO, 'model.body', 'lower max_tokens'),
     'prefetch': ('sft.py', [], 'data.pack', 'lower max_tokens'),
     'bench': ('tools/bench.py', BENCH, 'fsdp.update', 'lower batch_size or max_tokens'),
     'sample': ('sample.py', ['--n_examples=2', '--max_new_tokens=8'], 'hf.generate.generate', 'a smaller --batch_size'),
