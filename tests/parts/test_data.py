@@ -822,13 +822,6 @@ def test_batch_sum(groups, random):
     assert values.grad.tolist() == (batch.answer + 1.0).tolist()
 
 
-@pytest.mark.parametrize('pad', [False, True])
-@pytest.mark.parametrize('answers', [1, 2])
-def test_a_filler_does_not_count(pad, answers):
-    batch = data.pack([], [], filler=answers, pad=pad)
-    assert batch.n.tolist() == [1] * answers and len(batch.target) == answers and batch.real.tolist() == [False]
-
-
 @MANY
 @given(GROUPS, st.sampled_from([1, 2, 3, 5]), st.integers(1, 60), st.sampled_from(LAYOUTS), st.booleans(), st.randoms())
 def test_ranks_share_a_step_out(groups, world, max_tokens, layout, cached, random):
