@@ -127,7 +127,8 @@ class Step:
     tokens: int  # of all ranks
     allocated: int  # the same with padding
     labels: dict = field(default_factory=dict)
-    mismatched: list = field(default_factory=list)  # microbatches of Examples.mismatched, for KTO
+    examples: Examples | None = None  # the set that its rows are of
+    max_tokens: int = 0  # of its microbatches
 
     @property
     def seen(self):

@@ -12,7 +12,6 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
-import inspect
 from functools import partial
 
 import numpy as np
@@ -23,9 +22,9 @@ import losses
 import training
 from configurator import UserError, configure
 from data import move
-from hf import generate, lora
+from hf import lora
 from hf.load import check_same_tokens, load_model
-from hf.probe import check_heads, check_positions
+from hf.probe import check_heads
 from hf.reference import cached_logps
 from model import RISKS, kl
 from runtime import check_loss, log, metrics
@@ -81,18 +80,8 @@ config = configure(globals(), shared=training)
 
 # ---- what the loss asks for: its signature says ----
 
-
-def parameters(*functions):
-    """The names of the columns and options that these functions take."""
-    return {name for fn in functions for name in inspect.signature(fn).parameters}
-
-
-if loss not in losses.LOSSES:
-    raise UserError(f'loss must be one of {", ".join(losses.LOSSES)}, not {loss!r}')
-loss_fn, statistic_fn = losses.LOSSES[loss], losses.STATISTICS.get(loss)
-if wrong := check_loss.mistake(loss, loss_fn, statistic_fn, config):
-    raise UserError(wrong)
-inputs = parameters(loss_fn, statistic_fn) if statistic_fn else parameters(loss_fn)
+loss_fn, statistic_fn = check_loss.find(loss, losses.LOSSES, losses.STATISTICS, config)
+inputs = check_loss.inputs(loss_fn, statistic_fn)
 paired = bool({'pi_w', 'ratio_w'} & inputs)  # else on single answers, each labelled good or bad
 has_ratio = bool({'ratio', 'ratio_w'} & inputs)
 has_risk = loss.startswith('radpo')
@@ -104,24 +93,19 @@ if 'div_w' in inputs:
 # ---- what the options mean together ----
 
 # of the options that only some losses use: option -> whether this loss does; formulas name them, or this table
-every_input = parameters(*losses.LOSSES.values(), *losses.STATISTICS.values())
+every_input = check_loss.inputs(*losses.LOSSES.values(), *losses.STATISTICS.values())
 uses = {name: name in inputs for name in every_input}
-uses |= {'reference_free': has_ratio and not divergence, 'sft_coef': paired}
+uses |= {'reference_free': has_ratio and not divergence, 'sft_coef': paired, 'risk': has_risk, 'mu': has_risk}
 uses |= dict.fromkeys(('importance', 'importance_max'), has_ratio and paired)
 uses |= dict.fromkeys(('frac_good', 'frac_bad'), not paired)
-uses |= dict.fromkeys(('risk', 'mu'), has_risk)
 
 # an option without effect is an error on the command line; in a config file it is off, with a note
 config.ignored([name for name in config if not uses.get(name, True)], f'the loss {loss} does not use it')
 importance = importance and uses['importance']
 sft_coef = sft_coef if uses['sft_coef'] else 0.0
 needs_ref = has_ratio and not (reference_free and uses['reference_free'])
-if not sample_during_eval:
-    config.ignored(config.given('n_eval_model_samples max_new_tokens temperature top_p'), 'sample_during_eval is off')
-if not importance:
-    config.ignored(['importance_max'], 'importance is off')
-if not needs_ref:
-    config.ignored(['ref_model'], 'there is no reference')
+config.ignored([] if importance else ['importance_max'], 'importance is off')
+config.ignored([] if needs_ref else ['ref_model'], 'there is no reference')
 
 # defaults that depend on the loss
 if label_smoothing is None or not uses['label_smoothing']:
@@ -139,40 +123,31 @@ mistakes = {
     f'--cache_ref: the loss {loss} needs the live reference': cache_ref and (divergence or loss == 'kto'),
     'kto compares examples of a step with one another: batch_size must be 2 or more': loss == 'kto' and batch_size < 2,
 }
-for sentence, is_so in mistakes.items():
-    if is_so:
-        raise UserError(sentence)
+for sentence in (sentence for sentence, is_so in mistakes.items() if is_so):
+    raise UserError(sentence)
 
 # ---- set-up ----
 
-# the ranks meet, out_dir is taken; then data, policy, reference
+# the ranks meet, out_dir is taken; then data and policy
 run = training.begin(config)
 if ref_model and needs_ref:
     check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 run.load_data(task='pairs' if paired else 'singles')
 run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_options()))
-mixed = loss == 'kto'  # its prompts meet the answers of others
-longest = min(max_length, max(run.train.longest(mixed), run.held_out.longest(mixed)))
-is_policy = run.adapters and ref_model is None  # a policy with adapters is its own reference, while they are off
+# kto's prompts meet the answers of others
+longest = min(max_length, max(examples.longest(mixed=loss == 'kto') for examples in (run.train, run.held_out)))
+# a policy with adapters is its own reference, while they are off
+is_policy = run.adapters and ref_model is None
 is_loaded = needs_ref and not cache_ref and not is_policy
 run.choose_attention(longest, share_prefix=share_prefix, frozen=int(is_loaded))
-if sample_during_eval:
-    check_positions(run.policy, run.held_out.longest_prompt() + max_new_tokens, 'samples')
+
+# the reference: live, or log-probs of its from a file, for which it is loaded only where there is none
 ref_options = {'adapters': lora.of_reference(config, run.adapters), **run.model_options()}
 build_ref = partial(load_model, ref_model or model, **ref_options)
-
-
-def load_reference():
-    """The sharded reference: a model of its own, or the policy."""
-    return run.policy if is_policy else run.load_frozen(build_ref, longest)
-
-
-# the reference is live, or its log-probs come from a file
-ref = load_reference() if needs_ref and not cache_ref else None
+make_ref = (lambda: run.policy) if is_policy else partial(run.load_frozen, build_ref, longest)
+ref = make_ref() if needs_ref and not cache_ref else None
 if divergence:
     check_heads(run.policy, ref)
-if cache_ref and sample_during_eval:
-    log.say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
 if cache_ref:
     # that pass keeps no activations, so its microbatches may be larger
     larger = partial(run.make_batches, max_tokens=4 * run.max_tokens)
@@ -180,17 +155,16 @@ if cache_ref:
     used = run.used_rows() if paired else slice(None)
     for examples, rows in ((run.train, used), (run.held_out, slice(None))):
         if len(examples):
-            cached_logps(build_ref, load_reference, examples, larger, training.dtype, rows)
+            cached_logps(build_ref, make_ref, examples, larger, training.dtype, rows)
+if cache_ref and sample_during_eval:
+    log.say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
 
 # what is trained on: flips and fractions are by hash, so they are the same in every run
-if noise_rate:
-    run.train = run.train.flip(noise_rate, seed)
+run.train = run.train.flip(noise_rate, seed)
 if not paired:
     run.train = run.train.keep(frac_good, frac_bad, seed)
 if loss == 'kto' and len(run.train) == 1:
     raise UserError(f'kto compares an answer with that of another example, and the training data {data!r} has one only')
-if loss == 'kto' and len(set(run.train.prompts)) == 1:
-    log.say('note: all examples have one prompt, so the z of kto is estimated from other answers to it')
 run.say_data()
 run.check_room(ref)
 
@@ -214,22 +188,19 @@ def measure(batch, paired=paired):
         columns['div'], ref_logps = with_divergence
     if ref_logps is not None:
         columns['ref'] = ref_logps
-
-    # answers come as chosen, rejected, chosen, ...
     if not paired:
         return columns
-    chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
-    rejected = {f'{name}_l': values[1::2] for name, values in columns.items()}
-    return chosen | rejected
+    # answers come as chosen, rejected, chosen, ...
+    sides = {'_w': slice(0, None, 2), '_l': slice(1, None, 2)}
+    return {f'{name}{side}': values[at] for side, at in sides.items() for name, values in columns.items()}
 
 
 def call(fn, columns):
     """fn(...) of losses.py, with what its signature names: options, columns, log-ratios. A column hides an option of its name."""
     known = {**config, 'label_smoothing': label_smoothing, **columns}
     # without a reference a log-ratio is the policy's log-prob
-    for side in ('', '_w', '_l', '_kl'):
-        if f'pi{side}' in columns:
-            known[f'ratio{side}'] = columns[f'pi{side}'] - columns.get(f'ref{side}', 0.0)
+    for name in [name for name in columns if name.startswith('pi')]:
+        known[name.replace('pi', 'ratio')] = columns[name] - columns.get(name.replace('pi', 'ref'), 0.0)
     return check_loss.call(fn, known)
 
 
@@ -237,29 +208,28 @@ def step_statistic(step, backward):
     """(columns that the statistic gives, its new state, measured columns or None) of a step.
 
     The statistic needs a pass of its own over the step. Where that is one microbatch, the measured columns train, too."""
-    batches = step.mismatched or step.batches
-    serves_both = backward and len(batches) == 1 and not step.mismatched
+    batches, side = step.batches, ''
+    if loss == 'kto':  # its prompts with answers to others, for its KL
+        others = step.examples.mismatched(step.rows, longest, more=run.train)
+        batches, side = run.make_batches(others, np.arange(len(step.rows)))[0], '_kl'
+    serves_both = backward and len(batches) == 1 and loss != 'kto'
     with torch.set_grad_enabled(serves_both):
         parts = [measure(batch) for batch in batches]
 
     # the columns of the whole step, the same on every rank: so is what the statistic makes of them
-    columns = training.gather(parts, batches, len(step.rows))
-    if step.mismatched:
-        columns |= {f'{name}_kl': values for name, values in columns.items()}  # of kto, for its KL
+    gathered = training.gather(parts, batches, len(step.rows))
+    columns = {f'{name}{side}': values for name, values in gathered.items()}
     columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)
     columns['state'] = run.state['statistic']
-    values, state = call(statistic_fn, columns)
-    return values, state, parts[0] if serves_both else None
+    given, state = call(statistic_fn, columns)
+    return {name: values.float() for name, values in given.items()}, state, parts[0] if serves_both else None
 
 
 def loss_and_weight(measured, step_columns, slots):
-    """Loss and weight of a microbatch, (examples,) each: measured are its columns, step_columns those of the whole step."""
+    """Loss and weight of a microbatch, (examples,) each, from its own columns and those of the whole step."""
     # a filler has slot -1, so it reads the last row; its loss counts nothing
-    columns = dict(measured)
-    for name, values in step_columns.items():
-        mine = values[slots] if name == 'good' else values[slots].float()
-        columns[name] = move(mine, run.device)
-
+    mine = {name: move(values[slots], run.device) for name, values in step_columns.items()}
+    columns = measured | mine
     # the formula, and what goes on top of it
     loss = call(loss_fn, columns)
     if importance:
@@ -286,15 +256,14 @@ def run_step(step, backward=False, shift=None):
         with torch.set_grad_enabled(backward):
             columns = measured or measure(batch)
             loss, weight = loss_and_weight(columns, step_columns, batch.slot)
-        real = batch.real
         step_weight = weight
         if beta_prime:
             # Dr. DPO: weights exp((shift - loss) / beta'); any shift cancels, and this one keeps them inside float range
             if shift is None:
-                shift = fsdp.smallest(torch.where(real, loss.detach(), torch.inf))
+                shift = fsdp.smallest(torch.where(batch.real, loss.detach(), torch.inf))
             step_weight = weight * losses.drdpo_weight(loss.detach(), shift, beta_prime=beta_prime)
         if backward:
-            (step_weight * loss * real).sum().backward()
+            (step_weight * loss * batch.real).sum().backward()
         parts.append(columns | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
 
     # 3. the columns of the whole step, for the log and for what the gradient is divided by
@@ -310,27 +279,19 @@ def run_step(step, backward=False, shift=None):
     return columns, new_state
 
 
-def prepare(examples, first, rows):
-    """A Step as Run.prepare makes it; for KTO with microbatches of prompts with the answers of others."""
-    step = run.prepare(examples, first, rows)
-    if loss == 'kto':
-        others = examples.mismatched(rows, longest, more=run.train)
-        step.mismatched, *_ = run.make_batches(others, np.arange(len(rows)))
-    return step
-
-
 # ---- metrics ----
 
 
-def with_reward(answers):
-    """Columns of single answers, with one more: the implicit reward of each, from what this loss itself uses."""
+def answers_of(columns, side):
+    """The columns of one side ('_w', '_l', or '' of single answers) and their implicit rewards, from what this loss itself uses."""
+    answers = {name.removesuffix(side): values for name, values in columns.items() if name.endswith(side)}
     used = {name: config[name] for name in ('beta', 'alpha') if uses[name]}
     if divergence:
         used['div'] = answers['div']
     if 'n_l' in inputs and (loss != 'ipo' or average):  # per token
         used['n'] = answers['n']
-    ratio = answers['pi'] - answers.get('ref', 0.0)
-    return answers | {'reward': losses.reward(ratio, **used)}
+    answers['ratio'] = answers['pi'] - answers.get('ref', 0.0)
+    return answers | {'reward': losses.reward(answers['ratio'], **used)}
 
 
 def summary(columns, split):
@@ -341,22 +302,20 @@ def summary(columns, split):
         log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
         objective = -beta_prime * log_mean
 
-    # single answers are right on their side of z, which kto has
-    if not paired:
-        good, rewarded = columns['good'], with_reward(columns)
-        chosen = {name: values[good] for name, values in rewarded.items()}
-        rejected = {name: values[~good] for name, values in rewarded.items()}
-        right = (rewarded['reward'] > beta * columns.get('z', 0.0)) == good
-        return metrics.of_preferences(split, objective, chosen, rejected, right)
-
-    # of pairs the chosen answer should have the higher reward
-    chosen = with_reward({name.removesuffix('_w'): x for name, x in columns.items() if name.endswith('_w')})
-    rejected = with_reward({name.removesuffix('_l'): x for name, x in columns.items() if name.endswith('_l')})
-    right = chosen['reward'] > rejected['reward']
+    # of pairs the chosen answer should have the higher reward; single answers are right on their side of z, which kto has
+    if paired:
+        chosen, rejected = answers_of(columns, '_w'), answers_of(columns, '_l')
+        right = chosen['reward'] > rejected['reward']
+    else:
+        good, answers = columns['good'], answers_of(columns, '')
+        chosen = {name: values[good] for name, values in answers.items()}
+        rejected = {name: values[~good] for name, values in answers.items()}
+        right = (answers['reward'] > beta * columns.get('z', 0.0)) == good
     found = metrics.of_preferences(split, objective, chosen, rejected, right)
-    if needs_ref:  # of plain log-ratios it is comparable across losses
-        right = chosen['pi'] - chosen['ref'] > rejected['pi'] - rejected['ref']
-        found |= metrics.numbers({f'logratio_{split}/accuracies': right.double().mean()})
+    # plain log-ratios are comparable across losses
+    if paired and needs_ref:
+        right = (chosen['ratio'] > rejected['ratio']).double().mean()
+        found |= metrics.numbers({f'logratio_{split}/accuracies': right})
     return found
 
 
@@ -377,8 +336,7 @@ def sample(seen):
     """Answers of policy and reference to held-out prompts, into samples.jsonl. Returns KL(policy || reference) on them."""
     # both answer the same prompts, from the same seeds
     models = {'policy': run.policy, 'reference': ref} if ref else {'policy': run.policy}
-    settings = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_p': top_p}
-    measured = generate.sample_held_out(run, models, n_eval_model_samples, seen, ref and log_ratios, **settings)
+    measured = run.sample(models, seen, ref and log_ratios)
     if 'policy' not in measured:
         return {}
     # the log-ratio of the policy's own samples, on average, is the KL
@@ -388,7 +346,7 @@ def sample(seen):
 
 def evaluate(seen):
     """Log metrics of the held-out examples, with the statistic's state as it is, and sample answers if wanted."""
-    run.evaluate(seen, lambda step: run_step(step)[0], summary, sample if sample_during_eval else None, prepare)
+    run.evaluate(seen, lambda step: run_step(step)[0], summary, sample)
 
 
 # ---- training ----
@@ -396,22 +354,20 @@ def evaluate(seen):
 
 def check_first_step():
     """Say the rewards and the loss before training: where policy and reference are one model, the rewards must be 0."""
-    step = next(run.steps(prepare))
-    columns, _ = run.compute(step, run_step)
+    columns, _ = run.compute(next(run.steps()), run_step)
     if not columns['loss'].isfinite().any():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')
-    chosen, rejected = (found.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
-    value = columns['loss'].mean()
-    # what this loss is where the policy is its reference, and nothing shifts the margins (aot)
-    same = {name.replace('pi', 'ref', 1): x for name, x in columns.items() if name.startswith('pi')}
-    same = {'shift': torch.zeros_like(columns['loss'])} | columns | same
-    with torch.no_grad():
-        expected = f' ({loss} of a policy that is its reference: {call(loss_fn, same).mean():.6f})'
-    run.logger.say(f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {value:.6f}{expected if needs_ref else ""}')
-    if words := metrics.meaning(loss, paired, needs_ref):
-        run.logger.say(words)
     run.logger.row('check', 0, found)
+    chosen, rejected = (found.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
+    said = f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {columns["loss"].mean():.6f}'
+    # what this loss is where the policy is its reference, and nothing shifts the margins (aot)
+    if needs_ref:
+        same = {name.replace('pi', 'ref'): x for name, x in columns.items() if name.startswith('pi')}
+        expected = call(loss_fn, {'shift': torch.zeros_like(columns['loss'])} | columns | same).mean()
+        said += f' ({loss} of a policy that is its reference: {expected:.6f})'
+    for sentence in filter(None, (said, metrics.meaning(loss, paired, needs_ref))):
+        run.logger.say(sentence)
     allowed = 1e-2 if training.dtype == 'bfloat16' or training.tf32 else 1e-4
     if needs_ref and ref_model is None and max(abs(chosen), abs(rejected)) > allowed:
         run.logger.say('warning: policy and reference are one model, so the rewards should be 0 before the first step')
@@ -422,7 +378,7 @@ if not run.seen:
     check_first_step()
 if run.eval_due_at_start():
     evaluate(run.seen)
-for step in run.steps(prepare):
+for step in run.steps():
     columns, new_state = run.compute(step, run_step, backward=True)
     if run.update(step, columns, weight=columns['step_weight'].sum()):
         run.state['statistic'] = new_state

@@ -91,17 +91,18 @@ def summary(columns, split):
 
 # ---- training ----
 
+evaluate = partial(run.evaluate, run_step=run_step, summary=summary)
 run.start()
 if run.eval_due_at_start():
-    run.evaluate(run.seen, run_step, summary)
+    evaluate(run.seen)
 for step in run.steps():
     columns = run.compute(step, run_step, backward=True)
     run.update(step, columns, weight=len(step.rows))
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):
-        run.evaluate(step.seen, run_step, summary)
+        evaluate(step.seen)
     run.finish_step(step)
-run.evaluate(run.total, run_step, summary)
+evaluate(run.total)
 run.finish()
 if __name__ == '__main__':
     fsdp.leave()

@@ -18,9 +18,7 @@ import fsdp
 import losses
 import training
 from configurator import UserError, configure
-from hf import generate
 from hf.load import load_model
-from hf.probe import check_positions
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -48,8 +46,6 @@ config = configure(globals(), shared=training)
 
 # ---- what the options mean together ----
 
-if not sample_during_eval:
-    config.ignored(config.given('n_eval_model_samples max_new_tokens temperature top_p'), 'sample_during_eval is off')
 if config.lora_rank and control_tokens:
     raise UserError('control_tokens need embeddings that train, and lora_rank freezes them: leave out one of the two')
 
@@ -60,25 +56,19 @@ CONTROL = ['<|good|>', '<|bad|>']
 
 run = training.begin(config)
 if control_tokens:
+    # both answers of a pair are examples, with room for the control token
     run.tokenizer.add_tokens(CONTROL, special_tokens=True)
-if control_tokens:
-    # room for the control token; both answers of a pair are examples
+    good, bad = run.tokenizer.convert_tokens_to_ids(CONTROL)
     run.load_data(task='singles', max_length=max_length - 1, max_prompt_length=max_prompt_length - 1)
+    run.train = run.train.flip(noise_rate, seed).control(good, bad)
+    run.held_out = run.held_out.control(good, bad)
 elif noise_rate:
     run.load_data(train={'task': 'pairs'}, held_out={'task': 'sft'}, last_turn_only=last_turn_only)
+    run.train = run.train.flip(noise_rate, seed).first_answers()
 else:
     run.load_data(task='sft', last_turn_only=last_turn_only)
-if noise_rate:
-    run.train = run.train.flip(noise_rate, seed)
-if control_tokens:
-    good, bad = run.tokenizer.convert_tokens_to_ids(CONTROL)
-    run.train, run.held_out = run.train.control(good, bad), run.held_out.control(good, bad)
-elif noise_rate:
-    run.train = run.train.first_answers()
 run.say_data()
 run.load_policy(partial(load_model, model, adapters=run.adapters, grow=control_tokens, **run.model_options()))
-if sample_during_eval:
-    check_positions(run.policy, run.held_out.longest_prompt() + max_new_tokens, 'samples')
 run.choose_attention(longest=max(run.train.longest(), run.held_out.longest()))
 run.check_room()
 
@@ -114,15 +104,11 @@ def summary(columns, split):
 
 def sample(seen):
     """Answers to held-out prompts, one row each in samples.jsonl."""
-    settings = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_p': top_p}
-    generate.sample_held_out(run, {'policy': run.policy}, n_eval_model_samples, seen, **settings)
+    run.sample({'policy': run.policy}, seen)
     return {}
 
 
-def evaluate(seen):
-    """Metrics of the held-out examples, and samples if wanted."""
-    run.evaluate(seen, run_step, summary, sample if sample_during_eval else None)
-
+evaluate = partial(run.evaluate, run_step=run_step, summary=summary, sample=sample)
 
 # ---- training ----
 

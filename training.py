@@ -1,23 +1,15 @@
 """What every training script does before, around and after its own step: set-up, resume, logging, evaluation's cadence, saving.
 
-    config = configure(globals(), shared=training)
     run = training.begin(config)               # ranks, signals, out_dir, tokenizer
-    run.load_data(task='pairs')                # run.train, run.held_out
-    run.say_data()                             # how many examples there will be
-    run.load_policy(build)                     # run.policy, run.optimizer
-    run.choose_attention(longest)              # packed, where the architecture allows it
-    run.check_room()                           # disk and memory, before the first step
+    run.load_data(task='pairs')                # run.train, run.held_out; then load_policy, choose_attention, check_room
     run.start('dpo ')                          # from the newest checkpoint, or afresh
     for step in run.steps():                   # microbatches, made ahead in a thread
         columns = run.compute(step, run_step)  # the script's own: forward and backward
         run.update(step, columns, weight)      # one optimizer step
-        run.log_step(step, metrics)
-        if run.eval_due(step):
-            evaluate(step.seen)
         run.finish_step(step)                  # saves, and heeds signals, where that is due
     run.finish()                               # the exported model
 
-The constants below are options of every script that imports this file. A script that declares one again has its own default.
+The constants below are options of every script that imports this file; one that declares them again has its own default.
 Counts are in examples, whatever the number of ranks.
 """
 
@@ -32,7 +24,7 @@ import torch
 import fsdp
 from configurator import UserError
 from data import Step, make_batches, pack_probe, steps
-from hf import export, lora, parallel
+from hf import export, generate, lora, parallel
 from hf.load import fingerprints, kept_in, load_tokenizer
 from hf.probe import can_pack, check_positions
 from model import set_attention
@@ -95,6 +87,10 @@ def begin(config):
     parallel.check(config)
     if activation_checkpointing == 'selective' and tp > 1:
         raise UserError('--activation_checkpointing=selective does not go with --tp')
+    if not config.get('sample_during_eval', True):
+        config.ignored(
+            config.given('n_eval_model_samples max_new_tokens temperature top_p'), 'sample_during_eval is off'
+        )
 
     # the ranks meet; then nobody else may write into out_dir
     rank, world, device = fsdp.setup(tp)
@@ -106,25 +102,21 @@ def begin(config):
 
 
 def choose_arithmetic(config, device):
-    """Set what matrix products of float32 are computed in, and whether a GPU gives the same bits each time."""
+    """Set how a GPU multiplies float32, and whether it gives the same bits each time. Say what is slow."""
     on_gpu, full = device.type == 'cuda', dtype == 'float32'
-    if not on_gpu:
-        config.ignored([name for name in ('tf32', 'deterministic') if config[name]], 'it is for a GPU')
-        costs = 0 if full else room.bfloat16_costs()
-        if costs > 2:
-            log.say(f'note: this CPU takes {costs:.0f} times as long for bfloat16 as for float32: --dtype=float32')
-        return
-    # float32 is a choice here: packed attention's kernel takes half precision only
-    if full and device_map is None:
+    fits = {'tf32': on_gpu and full, 'deterministic': on_gpu}
+    without_effect = [name for name in fits if config[name] and not fits[name]]
+    config.ignored(without_effect, 'it is for a GPU, and tf32 for float32')
+    if on_gpu and full and device_map is None:
         slow = 'packed attention in float32 computes each answer by itself'
         log.say(f'note: on a GPU {slow}: --dtype=bfloat16 is several times faster')
-    if tf32 and full:
-        torch.set_float32_matmul_precision('high')
-    elif tf32:
-        config.ignored(['tf32'], f'it is for float32, not {dtype}')
+    if not on_gpu and not full and (costs := room.bfloat16_costs()) > 2:
+        log.say(f'note: this CPU takes {costs:.0f} times as long for bfloat16 as for float32: --dtype=float32')
 
+    if tf32 and fits['tf32']:
+        torch.set_float32_matmul_precision('high')
     # cuBLAS reads its variable at the first product; unfilled memory is never read here
-    if deterministic:
+    if deterministic and on_gpu:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -136,11 +128,10 @@ class Run:
     def __init__(self, config, adapters, rank, world, device):
         self.config, self.adapters = config, adapters
         self.rank, self.world, self.device = rank, world, device
-        # model files are hashed in the background, for what checkpoints say of the run
-        self.models = fingerprints(config)
+        self.models = partial(fingerprints, config)  # what checkpoints say of them
         self.tokenizer = load_tokenizer(config.model, trust_remote_code)
-        self.max_tokens = max_tokens  # with auto a number from choose_attention on
-        self.save_every = save_every  # with auto a number after the first steps
+        # with auto they become numbers: in choose_attention, and after the first steps
+        self.max_tokens, self.save_every = max_tokens, save_every
         self.stamps = []  # when each of those has ended
 
     # ---- set-up, in this order ----
@@ -154,23 +145,19 @@ class Run:
         # a run of a few steps need not tokenise millions of rows: its examples are drawn from the first of them
         if config.n_examples and config.n_examples <= ENOUGH // 10:
             common['enough'] = {'train': ENOUGH, 'test': n_eval_examples}
-        common |= options
-        # flips and fractions are of the training examples alone
-        for_train = common | {'data_fraction': data_fraction} | (train or {})
-        self.task = for_train['task']
-        for_eval = common | (held_out or {})
+
         # one process of a host reads the text, the others find it in the cache
+        for_train = common | options | {'data_fraction': data_fraction} | (train or {})
+        for_eval = common | options | (held_out or {})
+        self.task = for_train['task']
         self.train = fsdp.first_of_host(lambda: load_examples(config.data, 'train', **for_train))
-        # held out: its own data, or a part of the training data
         found = fsdp.first_of_host(lambda: load_examples(eval_data or config.data, 'test', **for_eval))
         self.held_out = found.select(slice(n_eval_examples))
 
     def used_rows(self):
-        """The rows of the training examples that the steps take: all of them, or those that n_examples draws."""
+        """The rows of the training examples that the steps take."""
         n, most = len(self.train), self.config.n_examples
-        if most is None or most >= n:
-            return slice(None)
-        drawn = steps(n, self.config.batch_size, most, self.config.seed)
+        drawn = steps(n, self.config.batch_size, min(n, most or n), self.config.seed)
         return np.unique(np.concatenate([rows for _, rows in drawn]))
 
     def say_data(self, group=1):
@@ -178,21 +165,23 @@ class Run:
         config, train = self.config, self.train
         # epochs, or fewer examples than they have
         total = config.n_epochs * len(train) * group
-        if config.n_examples:
-            total = min(total, config.n_examples)
-        self.total = total // group * group
+        self.total = min(total, config.n_examples or total) // group * group
         changed, notes = train.changes()
         sizes = f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {len(self.held_out):,} to evaluate on'
-        log.say(f'data: {sizes}; left out or changed: {changed}')
         if n_eval_examples and not len(self.held_out):
             notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
-        for note in notes:
-            log.say(note)
-        log.say(show.first(train, self.tokenizer, self.task))
+        example = show.first(train, self.tokenizer, self.task)
+        for text in (f'data: {sizes}; left out or changed: {changed}', *notes, example):
+            log.say(text)
 
     def model_options(self):
         """Options that every model of the run is loaded with."""
         return {'tokenizer': self.tokenizer, 'trust_remote_code': trust_remote_code, 'seed': self.config.seed}
+
+    def shard(self, build, **options):
+        """A model on all ranks, see fsdp.shard."""
+        options |= {'dtype': dtype, 'mode': shard, 'cpu_offload': cpu_offload, 'device_map': device_map}
+        return fsdp.shard(build, self.device, **options)
 
     def load_policy(self, build):
         """The sharded model that trains, and its optimizer. build(empty) makes it on the CPU, as in fsdp.shard."""
@@ -204,14 +193,9 @@ class Run:
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
         # what is left has the type of what came in: it is not twice as large
         if save_dtype is None:
-            kept = fsdp.shared(lambda: kept_in(self.config.model))
-            self.config['save_dtype'] = 'bfloat16' if quantize else kept
+            came_in = fsdp.shared(lambda: kept_in(self.config.model))
+            self.config['save_dtype'] = 'bfloat16' if quantize else came_in
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
-
-    def shard(self, build, **options):
-        """A model on all ranks, see fsdp.shard."""
-        options |= {'dtype': dtype, 'mode': shard, 'cpu_offload': cpu_offload, 'device_map': device_map}
-        return fsdp.shard(build, self.device, **options)
 
     def load_frozen(self, build, longest, what='the examples'):
         """A sharded model that does not train, reading sequences of up to longest tokens as the policy does."""
@@ -225,22 +209,24 @@ class Run:
 
         longest: its tokens; forward: the policy's pass that trains; frozen: how many models of its size are still to come;
         critic: a model inside the policy."""
-        inside = [self.policy] if critic is None else [self.policy, critic]
+        policy, inside = self.policy, [self.policy] if critic is None else [self.policy, critic]
         for model in inside:
             check_positions(model, longest, what)
+        if self.config.get('sample_during_eval'):
+            check_positions(policy, self.held_out.longest_prompt() + self.config.max_new_tokens, 'samples')
         # packed if the architecture gives the same log-probs so
         wanted = pack and attn is None
-        packed, padded = pack_probe(self.train, self.device)
-        self.packed = can_pack(self.policy, packed, padded, log.say, wanted=wanted)
+        self.packed = can_pack(policy, *pack_probe(self.train, self.device), log.say, wanted=wanted)
         for model in inside:
             set_attention(model, self.packed, attn)
         self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
+
         # what a token keeps for backward is measured once, and where nobody asks never
-        forward = forward or self.policy.response_logps
-        self.bytes_per_token = cache(partial(room.bytes_per_token, self.policy, forward, self.train, self.packed))
+        forward = forward or policy.response_logps
+        self.bytes_per_token = cache(partial(room.bytes_per_token, policy, forward, self.train, self.packed))
         if max_tokens == 'auto':
-            coming = frozen * sum(p.numel() for p in self.policy.parameters())
-            how = self.config, self.policy, self.bytes_per_token(), self.train, self.packed
+            coming = frozen * sum(p.numel() for p in policy.parameters())
+            how = self.config, policy, self.bytes_per_token(), self.train, self.packed
             self.max_tokens = room.choose_max_tokens(*how, coming)
 
     def make_batches(self, examples, rows, **options):
@@ -266,8 +252,8 @@ class Run:
         self.identity = checkpoint.identify(config, self.models, self.train, self.held_out)
         latest = checkpoint.latest(out_dir, self.identity) if resume else None
         # what a checkpoint keeps beside weights and optimizer; older ones had the warm-up that was asked for
-        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'warmup': self.warmup()}
-        self.state['max_tokens'] = self.max_tokens
+        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}}
+        self.state |= {'warmup': self.warmup(), 'max_tokens': self.max_tokens}
         if latest:
             self.state |= {'warmup': config.warmup_steps} | checkpoint.load(latest, self.policy, self.optimizer)
         self.seen = self.state.pop('examples')
@@ -277,8 +263,7 @@ class Run:
 
         # from here on the folder is this run's
         fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
-        evaluated = self.state['evaluated']
-        self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard, evaluated)
+        self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard, self.state['evaluated'])
         verb = 'resuming' if self.seen else 'training'
         counts = counts or f'examples, {config.batch_size} a step'
         self.logger.say(f'{verb} {what}on {self.world} ranks: {self.total} {counts}')
@@ -295,76 +280,58 @@ class Run:
 
     def prepare(self, examples, first, rows):
         """Everything about a step that can be known before it: microbatches, labels, counts."""
-        batches, tokens, allocated = self.make_batches(examples, rows)
         labels = {'good': torch.from_numpy(examples.good[rows])}
         if examples.margin is not None:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
-        return Step(first, rows, batches, tokens, allocated, labels)
+        return Step(first, rows, *self.make_batches(examples, rows), labels, examples, self.max_tokens)
 
-    def steps(self, prepare=None):
-        """Yield the steps from here to the end of the run, prepared ahead in a thread."""
-        prepare = prepare or self.prepare
-        todo = steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
+    def prepared(self, examples, todo):
+        """The steps (first, rows) of todo, prepared ahead in a thread."""
+        return prefetch(self.prepare(examples, first, rows) for first, rows in todo)
+
+    def steps(self):
+        """Yield the steps from here to the end of the run."""
         self.clock = time.time()
-        for step in self._ahead(prepare, self.train, todo):
+        todo = steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
+        for step in self.prepared(self.train, todo):
             self.waited = time.time() - self.clock
             yield step
-
-    def _ahead(self, prepare, examples, todo):
-        """The steps of todo, prepared ahead in a thread, and anew where max_tokens has been halved since."""
-
-        def make(first, rows):
-            size = self.max_tokens
-            step = prepare(examples, first, rows)
-            step.max_tokens, step.anew = size, partial(make, first, rows)
-            return step
-
-        for step in prefetch(make(*which) for which in todo):
-            yield step if step.max_tokens == self.max_tokens else step.anew()
 
     def memory(self, batches):
         """Around the work on microbatches: one sentence where they do not fit."""
         return guard.memory(batches, self.max_tokens)
 
-    def compute(self, step, work, *arguments, **options):
+    def compute(self, step, work, **options):
         """work(step, ...), forward and backward. Where memory is out and max_tokens is auto: again, with half of them.
 
         One process only, for other ranks would wait in a collective for the one that begins anew. Raises UserError."""
         while True:
-            # what the adapters' dropout draws
-            generators = [torch.default_generator, *torch.cuda.default_generators]
-            before = [generator.get_state() for generator in generators]
+            # it was prepared before max_tokens was halved
+            if step.max_tokens > self.max_tokens:
+                vars(step).update(vars(self.prepare(step.examples, step.first, step.rows)))
             try:
                 with self.memory(step.batches):
-                    return work(step, *arguments, **options)
+                    return work(step, **options)
             except UserError as error:
-                if not hasattr(error, 'of_this_rank') or not self._halve(step.batches):
+                alone = all(len(batch.slot) == 1 for batch in step.batches)
+                can_halve = max_tokens == 'auto' and self.world * tp == 1 and not alone
+                if not can_halve or not hasattr(error, 'of_this_rank'):
                     raise
-            # out here nothing holds the activations of that try any more
+            # out here nothing holds the activations of that try any more; steps can be smaller than what fits
             self.optimizer.zero_grad(set_to_none=True)
-            for generator, state in zip(generators, before, strict=True):
-                generator.set_state(state)
-            vars(step).update(vars(step.anew()))
-
-    def _halve(self, batches):
-        """Whether max_tokens could be halved, for microbatches that did not fit."""
-        alone = all(len(batch.slot) == 1 for batch in batches)
-        if max_tokens != 'auto' or torch.distributed.get_world_size() > 1 or alone:
-            return False
-        # steps can be smaller than what fits
-        largest = max(batch.ids.numel() for batch in batches)
-        self.max_tokens = min(self.max_tokens, largest) // 2
-        self.state['max_tokens'] = self.max_tokens
-        log.say(f'memory: a microbatch of {largest} tokens does not fit: going on with max_tokens={self.max_tokens}')
-        return True
+            largest = max(batch.ids.numel() for batch in step.batches)
+            self.max_tokens = self.state['max_tokens'] = min(self.max_tokens, largest) // 2
+            log.say(
+                f'memory: a microbatch of {largest} tokens does not fit: going on with max_tokens={self.max_tokens}'
+            )
 
     def update(self, step, columns, weight):
         """One optimizer step on the gradients of step, whose examples weigh weight together. Returns whether it was done: a
         loss or gradient that is not finite leaves the weights alone, and is counted."""
         config = self.config
         n_steps = math.ceil(self.total / config.batch_size)
-        number = step.first // config.batch_size
-        self.rate = config.lr * log.schedule(number, n_steps, self.state['warmup'], lr_schedule)
+        factor = log.schedule(step.first // config.batch_size, n_steps, self.state['warmup'], lr_schedule)
+        self.rate = config.lr * factor
 
         # gradients are averages of the ranks' weighted sums: times world, by weight, is the step's mean; NaN leaves the weights alone
         scale = math.nan
@@ -388,37 +355,31 @@ class Run:
         n = len(step.rows)
         metrics |= {'grad_norm': self.norm, 'lr': self.rate, 'counters/step_examples': n}
         metrics['padding_share'] = 1 - step.tokens / step.allocated
-        amounts = {'examples': n, 'tokens': step.tokens, 'data_wait': self.waited}
-        for name, amount in amounts.items():
+        for name, amount in {'examples': n, 'tokens': step.tokens, 'data_wait': self.waited}.items():
             metrics[f'{name}_per_second'] = log.per_second(amount, elapsed)
         # what carries over from step to step
-        for name, value in self.state['statistic'].items():
-            metrics[f'state/{name}'] = value
+        metrics |= {f'state/{name}': value for name, value in self.state['statistic'].items()}
         if skip_bad_steps:
             metrics['counters/bad_steps'] = self.state['bad_steps']
         self.logger.row('train', step.seen, metrics)
 
     def finish_step(self, step):
         """Save where it is due, and do what signals have asked for."""
-        if self.save_every == 'auto':
-            self._choose_save_every(step)
+        # auto: after four steps as many examples as take 15 minutes, by the middle one of three times; the same on all ranks
+        self.stamps.append(time.time())
+        if self.save_every == 'auto' and len(self.stamps) == 4:
+            seconds = fsdp.shared(lambda: float(np.median(np.diff(self.stamps))))
+            self.save_every = max(1, round(room.SAVE_AFTER / seconds)) * (step.seen - step.first)
+            if self.save_every < self.total - step.seen:
+                log.say(
+                    f'note: a checkpoint every {self.save_every:,} examples, about 15 minutes; --save_every=0: none'
+                )
+
         due = self.crossed(self.save_every, step.first, step.seen)
         if due:
             self.save(step.seen)
             self.clock = time.time()
         self.heed(step.seen, saved=due)
-
-    def _choose_save_every(self, step):
-        """After four steps: how many examples take 15 minutes, if there are so many to come. The same on all ranks."""
-        self.stamps.append(time.time())
-        if len(self.stamps) < 4:
-            return
-        # of three times the middle one, for there may have been an evaluation
-        seconds = fsdp.shared(lambda: float(np.median(np.diff(self.stamps))))
-        every = max(1, round(room.SAVE_AFTER / seconds)) * (step.seen - step.first)
-        self.save_every = every if self.total - step.seen > every else 0
-        if self.save_every:
-            log.say(f'note: a checkpoint every {every:,} examples, about 15 minutes; --save_every=0: none')
 
     def crossed(self, every, first, seen):
         """Whether to do after the step from first to seen examples what is done every so many, but not at the end."""
@@ -447,27 +408,31 @@ class Run:
         """Whether to evaluate after this step."""
         return self.crossed(eval_every, step.first, step.seen)
 
-    def evaluate(self, seen, run_step, summary, sample=None, prepare=None):
+    def evaluate(self, seen, run_step, summary, sample=None):
         """A row of metrics.jsonl from all held-out examples, unless there is one already.
 
-        run_step(step) -> columns; summary(columns, split) -> metrics; sample(seen) -> more of them, where samples are wanted."""
+        run_step(step) -> columns; summary(columns, split) -> metrics; sample(seen) -> more of them, with sample_during_eval."""
         n = len(self.held_out)
         if not n or seen <= self.state['evaluated']:
             return
         # all held-out examples, once, in their order
-        prepare = prepare or self.prepare
-        todo = steps(n, self.config.batch_size, n, seed=0, shuffle=False)
         parts = []
-        for step in self._ahead(prepare, self.held_out, todo):
+        for step in self.prepared(self.held_out, steps(n, self.config.batch_size, n, seed=0, shuffle=False)):
             parts.append(self.compute(step, run_step))
             if guard.stop_asked():
                 return  # an evaluation that was cut short is done again after the resume
         # one mean over all of them, not a mean of means
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         metrics = summary(columns, 'eval')
-        if sample:
+        if sample and self.config.sample_during_eval:
             metrics |= sample(seen)
         self.log_evaluation(seen, metrics)
+
+    def sample(self, models, seen, measure=None):
+        """Answers of models (name -> model) to held-out prompts, into samples.jsonl, see hf/generate.py."""
+        config = self.config
+        settings = {name: config[name] for name in ('max_new_tokens', 'temperature', 'top_p')}
+        return generate.sample_held_out(self, models, config.n_eval_model_samples, seen, measure, **settings)
 
     def log_evaluation(self, seen, metrics):
         """A row of metrics.jsonl, unless a signal has cut the evaluation short."""
@@ -480,16 +445,16 @@ class Run:
 
     def finish(self, build=None):
         """Write the model folder and its card. build: of what is exported, if it differs from what was trained."""
-        out_dir = self.config.out_dir
+        folder = f'{self.config.out_dir}/model'
         # a signal that comes now finds everything saved
         self.heed(self.total)
-        card = partial(export.write_card, out_dir)
-        wanted, keep = self.config['save_dtype'], partial(self.save, self.total)
-        kept = guard.export(self.policy, self.tokenizer, build or self.build, f'{out_dir}/model', card, wanted, keep)
+        card, keep = partial(export.write_card, self.config.out_dir), partial(self.save, self.total)
+        how = build or self.build, folder, card, self.config['save_dtype'], keep
+        kept = guard.export(self.policy, self.tokenizer, *how)
         self.logger.close()
         guard.end()
         rounded = f', rounded to {kept} (a new run with --save_dtype=float32 keeps all bits)'
-        log.say(f'done: {out_dir}/model{rounded if kept != "float32" else ""}')
+        log.say(f'done: {folder}{rounded if kept != "float32" else ""}')
 
 
 def gather(parts, batches, total):

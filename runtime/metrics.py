@@ -28,9 +28,7 @@ def of_preferences(split, loss, chosen, rejected, right):
 
 
 def numbers(metrics):
-    """name -> tensor of one number, as floats of ten decimals.
-
-    The mean of nothing, which is nan, is left out: a step may have no good answer, or no bad one."""
+    """name -> tensor of one number, as floats of ten decimals. The mean of nothing, which is nan, is left out."""
     floats = {name: value.item() for name, value in metrics.items()}
     return {name: round(number, 10) for name, number in floats.items() if not math.isnan(number)}
 
@@ -40,10 +38,8 @@ def meaning(loss, paired, has_reference):
     words = []
     if not paired:
         words.append(
-            'acc is the share of answers on the right side, margin the mean reward of good answers less that of bad ones'
+            'acc is the share of answers on the right side, margin the mean reward of good less that of bad ones'
         )
     if not has_reference:
-        words.append(
-            f'{loss} has no reference, so rewards, and with them acc and margin, are of the log-probs of the policy alone, and do not begin at 0'
-        )
+        words.append(f'{loss} has no reference: rewards, acc and margin are of the policy alone, and do not begin at 0')
     return f'note: {"; ".join(words)}' if words else None

@@ -16,7 +16,6 @@ from configurator import UserError
 from hf import generate, load
 from text import toy
 
-SCRIPTS = ['dpo.py', 'sft.py']
 PAIRS = [{'prompt': f'place {i}:', 'chosen': f' good {i} .', 'rejected': f' bad {i} .'} for i in range(6)]
 CONTENTS = {
     'good.jsonl': PAIRS,
@@ -85,125 +84,106 @@ def refused(world, tmp_path):
     return lambda script, *flags: helpers.refused(script, *arguments(world, tmp_path / 'out', flags))
 
 
-# (flags, what the message says), for both scripts
-BOTH = [
-    # the command line and config files
-    (['--lerning_rate=1e-3'], 'lerning_rate'),
-    (['--bach_size=4'], 'did you mean batch_size'),
-    (['--lerning_rate=4'], 'here it is lr$'),
-    (['{world}/misspel.py'], r'misspel\.py: No such file or directory; there is .*/misspelt\.py'),
-    (['{world}/misspelt.py'], r'misspelt\.py, line [12]: unknown option'),
-    (['{world}/wrong_type.py'], r"wrong_type\.py, line 1: lr must be float, not '1e-3'"),
-    (['{world}/broken.py'], r'broken\.py, line 1: SyntaxError'),
-    (['{world}/missing.py'], r'missing\.py'),
-    (['{world}/huge.py'], r'huge\.py.*: max_tokens is an integer that no machine counts to'),
-    (['--lr=fast'], 'lr must be float'),
-    # data
-    (['--data={world}/missing.jsonl'], r'missing\.jsonl'),
-    (['--data=hh:{world}/missing.jsonl'], r'no file or folder .*missing\.jsonl'),
-    (['--data=unknown'], 'known datasets'),
-    (['--eval_data={world}/missing.jsonl'], r'missing\.jsonl'),
-    (['--data={world}/good.jsonl+{world}/missing.jsonl'], r'missing\.jsonl'),
-    (['--data={world}/table.xlsx'], r'table\.xlsx: data files end in'),
-    (['--data={world}/binary.jsonl'], r'binary\.jsonl, line 1'),
-    (['--data={world}/binary.json'], r'binary\.json'),
-    (['--data={world}/binary.parquet'], r'binary\.parquet'),
-    (['--data={world}/no_data'], r'no_data has no data file'),
-    (['--data={world}/broken.jsonl'], r'broken\.jsonl, line 3: not valid JSON'),
-    (['--eval_data={world}/broken.jsonl'], r'broken\.jsonl, line 3: not valid JSON'),
-    (['--data={world}/fields.jsonl'], r"fields\.jsonl, line 4: 'rejected' is missing"),
-    (['--data=hh:{world}/good.jsonl'], r"good\.jsonl, line 1: no '.*Assistant:' in the dialogue"),
-    (['--data={world}/empty_answers.jsonl'], 'no train examples are left.*6 empty answers'),
-    (['--data={world}/prompts.jsonl'], 'no train examples are left.*6'),
-    (['--data={world}/no_rows.jsonl'], 'no train examples are left'),
-    (['--data={world}/layout.jsonl'], r"layout\.jsonl, line 1: no column has the prompt.*'ask' \(text\).*it is the layout.*README"),
-    (['--data={world}/no_prompt.jsonl'], r"no_prompt\.jsonl, line 1: no column has the prompt.*'prompt' \(null\)"),
-    (['--data={world}/half_repeated.jsonl'], r'half_repeated\.jsonl, line 1: only one of'),
-    (['--data={world}/good.jsonl+{world}/layout.jsonl', '--skip_bad_rows'], r'no train examples .*layout\.jsonl.*6 bad rows'),
-    (['--eval_data={world}/layout.jsonl', '--skip_bad_rows'], r'no test examples .*layout\.jsonl.*6 bad rows'),
-    # models
-    (['--model={world}/nothing'], 'nothing'),
-    (['--model={world}/no_tokenizer'], 'tokenizer'),
-    (['--model={world}/only_tokenizer'], 'cannot load the model'),
-    (['--model={world}/damaged'], 'cannot load the model'),
-    (['--model={world}/no_eos'], 'eos_token'),
-    (['--model={world}/small'], r'the tokenizer has \d+ ids but the model .* embeds 100'),
-    # values
-    (['--optimizer=adam'], "optimizer must be .*AdamW.*'adam'"),
-    (['--lr_schedule=step'], "lr_schedule must be .*cosine.*'step'"),
-    (['--dtype=float16'], "dtype must be .*bfloat16.*'float16'"),
-    (['--truncation=middle'], "truncation must be .*start.*'middle'"),
-    *(([f'--{name}={value}'], rf'{name} .*{value}')
-      for name in ('batch_size', 'max_tokens', 'n_examples', 'n_epochs', 'max_length', 'max_prompt_length', 'log_every',
-                   'num_turns', 'keep_last', 'max_new_tokens')
-      for value in (0, -1)),
-    *(([f'--{name}=-1'], rf'{name} .*-1')
-      for name in ('n_eval_examples', 'warmup_steps', 'n_eval_model_samples', 'eval_every', 'save_every', 'lr',
-                   'weight_decay', 'temperature')),
-    *(([f'--{name}={value}'], rf'{name} .*{value}')
-      for name, value in (('noise_rate', 1.5), ('noise_rate', -0.5), ('data_fraction', 1.5), ('data_fraction', -0.5),
-                          ('top_p', -1), ('top_p', 1.5), ('top_p', 0), ('max_grad_norm', 0))),
-    (['--data_fraction=0'], 'data_fraction|no train examples are left'),
-    (['--max_length=8', '--max_prompt_length=7'], 'max_length .*8'),  # no room but for an end of text
-    (['--max_length=8', '--max_prompt_length=8'], 'max_length .*8'),
-    (['--max_length=8', '--max_prompt_length=9'], 'max_length .*8'),
-    (['--temperature=0.3'], '--temperature has no effect: sample_during_eval is off'),
-]  # fmt: skip
+# (flags, what the message says)
 DPO = [
-    (['--loss=dop'], "loss must be one of .*'dop'"),
-    (['--data={world}/one_empty.jsonl'], 'no train examples are left.*6 empty answers'),
-    (['--data={world}/equal_answers.jsonl'], 'no train examples are left.*6 pairs with equal answers'),
-    (['--ref_model={world}/nothing'], 'nothing'),
-    (['--ref_model={world}/small'], r'the tokenizer has \d+ ids but the model .* embeds 100'),
-    (['--gamma=2'], '--gamma has no effect: the loss dpo'),
-    (['--loss=simpo', '--reference_free'], '--reference_free has no effect: the loss simpo'),
-    (['--frac_good=0.5'], '--frac_good has no effect'),
-    (['--importance_max=5'], '--importance_max has no effect'),
-    (['--loss=exo', '--label_smoothing=0'], 'label_smoothing must .*exo'),
-    (['--loss=cdpo', '--label_smoothing=0.5'], 'label_smoothing must .*0.5'),
-    (['--loss=cdpo', '--label_smoothing=-0.1'], 'label_smoothing must .*-0.1'),
-    (['--loss=radpo1', '--risk=none'], "risk must be one of .*cvar.*'none'"),
-    (['--beta_prime=0'], 'beta_prime must .*0'),
-    (['--loss=kto', '--batch_size=1'], 'kto'),
-    (['--loss=kto', '--frac_good=1.5'], 'frac_good .*1.5'),
-    (['--loss=kto', '--frac_bad=-1'], 'frac_bad .*-1'),
-    (['--loss=kto', '--frac_good=0', '--frac_bad=0'], 'frac_good|no train examples'),
-    (['--loss=simpo', '--ref_model=toy'], '--ref_model has no effect: there is no reference'),
-    (['--importance', '--reference_free'], 'leave out --reference_free'),
-    (['--loss=radpo1', '--mu=1.5'], 'mu must lie .* for the risk cvar, not 1.5'),
+    # the command line and config files
+    ('--bach_size=4', 'did you mean batch_size'),
+    ('{world}/misspelt.py', r'misspelt\.py, line 2: unknown option'),
+    ('{world}/wrong_type.py', r"wrong_type\.py, line 1: lr must be float, not '1e-3'"),
+    ('{world}/broken.py', r'broken\.py, line 1: SyntaxError'),
+    ('{world}/missing.py', r'missing\.py: No such file or directory$'),
+    ('{world}/huge.py', r'huge\.py.*: max_tokens is an integer that no machine counts to'),
+    # data
+    ('--data=hh:{world}/missing.jsonl', r'no file or folder .*missing\.jsonl'),
+    ('--data=unknown', 'known datasets'),
+    ('--eval_data={world}/missing.jsonl', r'missing\.jsonl'),
+    ('--data={world}/good.jsonl+{world}/missing.jsonl', r'missing\.jsonl'),
+    ('--data={world}/table.xlsx', r'table\.xlsx: data files end in'),
+    ('--data={world}/binary.jsonl', r'binary\.jsonl, line 1'),
+    ('--data={world}/binary.json', r'binary\.json'),
+    ('--data={world}/binary.parquet', r'binary\.parquet'),
+    ('--data={world}/no_data', r'no_data has no data file'),
+    ('--data={world}/broken.jsonl', r'broken\.jsonl, line 3: not valid JSON'),
+    ('--eval_data={world}/broken.jsonl', r'broken\.jsonl, line 3: not valid JSON'),
+    ('--data={world}/fields.jsonl', r"fields\.jsonl, line 4: 'rejected' is missing"),
+    ('--data=hh:{world}/good.jsonl', r"good\.jsonl, line 1: no '.*Assistant:' in the dialogue"),
+    ('--data={world}/empty_answers.jsonl', 'no train examples are left.*6 empty answers'),
+    ('--data={world}/one_empty.jsonl', 'no train examples are left.*6 empty answers'),
+    ('--data={world}/equal_answers.jsonl', 'no train examples are left.*6 pairs with equal answers'),
+    ('--data={world}/prompts.jsonl', 'no train examples are left.*6'),
+    ('--data={world}/no_rows.jsonl', 'no train examples are left'),
+    ('--data={world}/layout.jsonl', r"layout\.jsonl, line 1: no column has the prompt.*'ask' \(text\).*it is the layout.*README"),
+    ('--data={world}/no_prompt.jsonl', r"no_prompt\.jsonl, line 1: no column has the prompt.*'prompt' \(null\)"),
+    ('--data={world}/half_repeated.jsonl', r'half_repeated\.jsonl, line 1: only one of'),
+    ('--data={world}/good.jsonl+{world}/layout.jsonl --skip_bad_rows', r'no train examples .*layout\.jsonl.*6 bad rows'),
+    ('--eval_data={world}/layout.jsonl --skip_bad_rows', r'no test examples .*layout\.jsonl.*6 bad rows'),
+    ('--data_fraction=0', 'data_fraction|no train examples are left'),
+    # models
+    ('--model={world}/nothing', 'nothing'),
+    ('--model={world}/no_tokenizer', 'tokenizer'),
+    ('--model={world}/only_tokenizer', 'cannot load the model'),
+    ('--model={world}/damaged', 'cannot load the model'),
+    ('--model={world}/no_eos', 'eos_token'),
+    ('--model={world}/small', r'the tokenizer has \d+ ids but the model .* embeds 100'),
+    ('--ref_model={world}/nothing', 'nothing'),
+    ('--ref_model={world}/small', r'the tokenizer has \d+ ids but the model .* embeds 100'),
+    # values
+    *((f'--{name}={value}', rf'{name} must be .*{value}')
+      for name, value in (('optimizer', 'adam'), ('lr_schedule', 'step'), ('dtype', 'float16'), ('truncation', 'middle'))),
+    *((f'--{name}=0', rf'{name} .*0')
+      for name in ('batch_size', 'max_tokens', 'n_examples', 'n_epochs', 'max_length', 'max_prompt_length', 'log_every',
+                   'num_turns', 'keep_last', 'max_new_tokens', 'top_p', 'max_grad_norm', 'beta_prime')),
+    *((f'--{name}=-1', rf'{name} .*-1')
+      for name in ('n_eval_examples', 'warmup_steps', 'n_eval_model_samples', 'eval_every', 'save_every', 'lr',
+                   'weight_decay', 'temperature', 'noise_rate', 'data_fraction', 'frac_bad')),
+    *((f'--{name}=1.5', rf'{name} .*1.5') for name in ('noise_rate', 'data_fraction', 'top_p', 'frac_good')),
+    ('--max_length=8 --max_prompt_length=7', 'max_length .*8'),  # no room but for an end of text
+    # of the loss
+    ('--loss=dop', "loss must be one of .*'dop'"),
+    ('--gamma=2', '--gamma has no effect: the loss dpo'),
+    ('--loss=simpo --reference_free', '--reference_free has no effect: the loss simpo'),
+    ('--frac_good=0.5', '--frac_good has no effect'),
+    ('--importance_max=5', '--importance_max has no effect'),
+    ('--loss=exo --label_smoothing=0', 'label_smoothing must .*exo'),
+    ('--loss=cdpo --label_smoothing=0.5', 'label_smoothing must .*0.5'),
+    ('--loss=cdpo --label_smoothing=-0.1', 'label_smoothing must .*-0.1'),
+    ('--loss=radpo1 --risk=none', "risk must be one of .*cvar.*'none'"),
+    ('--loss=radpo1 --mu=1.5', 'mu must lie .* for the risk cvar, not 1.5'),
+    ('--loss=kto --batch_size=1', 'kto'),
+    ('--loss=kto --frac_good=0 --frac_bad=0', 'frac_good|no train examples'),
+    ('--loss=simpo --ref_model=toy', '--ref_model has no effect: there is no reference'),
+    ('--importance --reference_free', 'leave out --reference_free'),
+    ('--temperature=0.3', '--temperature has no effect: sample_during_eval is off'),
+]  # fmt: skip
+SFT = [
+    ('--control_tokens --lora_rank=2', 'lora_rank freezes them'),
+    ('--temperature=0.3', '--temperature has no effect: sample_during_eval is off'),
+    ('--data={world}/empty_answers.jsonl', 'no train examples are left.*6 empty answers'),
+    ('--data={world}/broken.jsonl', r'broken\.jsonl, line 3: not valid JSON'),
+    ('--data={world}/layout.jsonl', r'layout\.jsonl, line 1: no column has the prompt'),
+    ('--model={world}/small', r'the tokenizer has \d+ ids but the model .* embeds 100'),
+    ('--max_length=8 --max_prompt_length=9', 'max_length .*8'),
 ]
-SFT = [(['--control_tokens', '--lora_rank=2'], 'lora_rank freezes them')]
-CASES = [(script, *case) for script in SCRIPTS for case in BOTH]
-CASES += [('dpo.py', *case) for case in DPO] + [('sft.py', *case) for case in SFT]
+CASES = [('dpo.py', *case) for case in DPO] + [('sft.py', *case) for case in SFT]
 
 
-@pytest.mark.parametrize('script, flags, words', CASES, ids=lambda x: ' '.join(x) if isinstance(x, list) else None)
+@pytest.mark.parametrize('script, flags, words', CASES)
 def test_one_sentence(refused, script, flags, words):
-    message = refused(script, *flags)
+    message = refused(script, *flags.split())
     assert re.search(words, message), message
 
 
-LATE = [
-    '--optimizer=adam',
-    '--lr_schedule=step',
-    '--data={world}/broken.jsonl',
-    '--model={world}/nothing',
-    '--model={world}/small',
-]
-
-
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_a_run_that_never_began_does_not_claim_its_folder(run, refused, script):
-    for flag in LATE:
-        refused(script, flag)
-    assert run(script)['run'].total == 6
+def test_a_run_that_never_began_does_not_claim_its_folder(run, refused):
+    for flag in ('--optimizer=adam', '--data={world}/broken.jsonl', '--model={world}/nothing', '--model={world}/small'):
+        refused('sft.py', flag)
+    assert run('sft.py')['run'].total == 6
 
 
 # ---- the output folder ----
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_out_dir(run, refused, script, tmp_path):
+def test_out_dir(run, refused, tmp_path):
+    script = 'dpo.py'
     (tmp_path / 'file').write_text('')
     for path in ('file', 'file/below'):
         assert str(tmp_path / path) in refused(script, f'--out_dir={tmp_path / path}')
@@ -213,14 +193,7 @@ def test_out_dir(run, refused, script, tmp_path):
     assert 'holds a different run' in message and 'lr 5e-07 there and 0.001 here' in message and '--out_dir' in message
     assert 'holds this run already' in refused(script, '--resume=false')
     assert {f: f.read_bytes() for f in (tmp_path / 'out').rglob('*') if f.is_file()} == kept  # and nothing is touched
-    damages = (
-        'null',
-        '{"config": {}, "command": []}',
-        '{"config": {}, "contents": 3}',
-        '{"config": {}, "command": 3}',
-        '{"config": ',
-    )
-    for damaged in damages:
+    for damaged in ('null', '{"config": {}, "command": []}', '{"config": {}, "contents": 3}', '{"config": '):
         (tmp_path / 'out/config.json').write_text(damaged)
         assert 'config.json is damaged' in refused(script)
 
@@ -237,7 +210,7 @@ def test_an_out_dir_that_is_no_run(refused, tmp_path, content):
 # ---- what is no mistake ----
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize('script', ['dpo.py', 'sft.py'])
 def test_without_evaluation(run, script, tmp_path):
     run(script, '--n_eval_examples=0', '--eval_every=2', '--sample_during_eval')
     rows = metrics(tmp_path / 'out')
@@ -245,7 +218,7 @@ def test_without_evaluation(run, script, tmp_path):
     assert (tmp_path / 'out/model/config.json').exists()
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize('script', ['dpo.py', 'sft.py'])
 def test_what_is_counted(run, script, tmp_path, capsys):
     """A file too small to hold anything out; long texts, which are cut; bad rows, which may be skipped."""
     small = write_jsonl(tmp_path / 'd.jsonl', PAIRS[:2])  # a sixth prompt in twenty is not there
@@ -263,8 +236,8 @@ def test_what_is_counted(run, script, tmp_path, capsys):
 
 
 # fmt: off
-IGNORED = [('simpo', 'importance = True'), ('kto', 'importance = True'), ('kto', 'sft_coef = 0.1'), ('tdpo2', 'reference_free = True'),
-           ('simpo', "ref_model = 'nowhere'"), ('dpo', 'gamma = 2.0'), ('kto_zero', 'label_smoothing = 0.7')]
+IGNORED = [('kto', 'importance = True\nsft_coef = 0.1'), ('tdpo2', 'reference_free = True'), ('simpo', "ref_model = 'nowhere'"),
+           ('dpo', 'gamma = 2.0'), ('kto_zero', 'label_smoothing = 0.7')]
 # fmt: on
 
 
@@ -288,7 +261,7 @@ def test_importance_is_of_the_examples_own_reference(run, tmp_path):
 
 def test_what_a_sample_has_not_said_is_not_in_its_kl(run, tmp_path, monkeypatch):
     """The KL of samples is that of the sampled tokens: no end of text is put behind an answer that did not say it."""
-    drawn = [('policy', 0, [5, 6, 7, 8, 9]), ('policy', 1, [5, 6, 7]), ('reference', 0, [5]), ('reference', 1, [5])]
+    drawn = {'policy': [[5, 6, 7, 8, 9], [5, 6, 7]], 'reference': [[5], [5]]}
     monkeypatch.setattr(generate, 'sample', lambda *args, **settings: drawn)
     run('dpo.py', '--sample_during_eval', '--max_new_tokens=5', '--n_eval_model_samples=2', '--lr=1e-2')
     last = metrics(tmp_path / 'out', 'eval')[-1]
@@ -429,12 +402,6 @@ def test_prompts_alone_are_enough_for_grpo(run, tmp_path):
 # ---- processes ----
 
 
-def test_a_process_ends_with_code_2_and_one_line(world, tmp_path):
-    """Of a mistake that is found late, with a process group alive."""
-    done = helpers.python('dpo.py', *arguments(world, tmp_path / 'out', ['--model={world}/small']))
-    assert done.returncode == 2 and re.fullmatch(r'error: the tokenizer has .*\n', done.stderr), done.stderr
-
-
 DRIVER = """
 import json, os, runpy, sys
 from configurator import UserError
@@ -463,7 +430,6 @@ def test_two_processes_agree_and_do_not_hang(world, tmp_path):
         (['--eval_data={world}/missing.jsonl'], 'missing.jsonl'),
         (['--data={world}/equal_answers.jsonl'], 'no train examples are left'),
         (['--model={world}/damaged'], 'cannot load the model'),  # rank 0 reads the weights
-        (['--optimizer=adam'], 'optimizer must be'),
         (['--loss=dop'], 'loss must be one of'),
         (['--model={world}/small'], 'the tokenizer has'),
     ]
@@ -484,7 +450,7 @@ def test_two_processes_agree_and_do_not_hang(world, tmp_path):
 
 # fmt: off
 @pytest.mark.parametrize('words, says', [
-    ('dpo.py config/dpo_toy.py', r'the config file config/dpo_toy.py in {here}: No such file or directory; there is {root}/config/dpo_toy.py'),
+    ('dpo.py config/dpo_toy.py', r'the config file config/dpo_toy.py in {here}: No such file or directory'),
     ('dpo.py {root}/config/dpo_toy.py', "no model folder 'out/sft_toy/model' in {here}: train it first"),
     ('sample.py --data=prompts.txt', 'cannot read prompts.txt in {here}: No such'),
     ('label.py --gold=toy --answers=out/a.jsonl', 'no file or folder out/a.jsonl in {here}'),

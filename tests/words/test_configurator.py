@@ -36,7 +36,7 @@ double = 2 * steps
 '''
 DEFAULTS = {'rate': 1e-6, 'steps': 10, 'name': 'toy', 'flag': False, 'on': True, 'limit': None, 'share': 0.5, 'note': None,
             'sure': None}  # fmt: skip
-PARSE = settings(max_examples=200, deadline=None, database=None)
+PARSE = settings(max_examples=150, deadline=None, database=None)
 
 
 @pytest.fixture(autouse=True)
@@ -83,26 +83,20 @@ def same(a, b):
 # ---- order ----
 
 
-def test_defaults_are_kept(script):
-    scope = script()
-    assert scope['config'] == DEFAULTS and all(same(scope[k], v) for k, v in DEFAULTS.items())
-    assert scope['config'].origin == dict.fromkeys(DEFAULTS, 'default')
-
-
 @pytest.mark.parametrize('argv', ['a.py b.py --rate=3', 'a.py --rate=3 b.py', '--rate=3 a.py b.py'])
 def test_files_in_their_order_then_flags_wherever_they_stand(script, argv):
     file('rate = 1.0\nsteps = 1\nname = "a"\n', 'a.py')
     file('rate = 2.0\nsteps = 2\n', 'b.py')
     scope = script(*argv.split())
     assert scope['config'] == DEFAULTS | {'rate': 3.0, 'steps': 2, 'name': 'a'}
-    assert all(scope[name] == value for name, value in scope['config'].items())
+    assert all(same(scope[name], value) for name, value in scope['config'].items())
     assert scope['double'] == 4  # what is derived follows
     origin = scope['config'].origin
     assert [origin[k] for k in ('rate', 'steps', 'name', 'flag')] == ['command line', 'b.py', 'a.py', 'default']
 
 
-def test_argv_may_be_handed_over(tmp_path):
-    scope = {'__file__': file(SCRIPT, str(tmp_path / 'script.py')), **DEFAULTS}
+def test_argv_may_be_handed_over():
+    scope = {'__file__': file(SCRIPT, 'script.py'), **DEFAULTS}
     assert configurator.configure(scope, ['--steps=3']) == DEFAULTS | {'steps': 3} and scope['steps'] == 3
 
 
@@ -110,66 +104,76 @@ def test_argv_may_be_handed_over(tmp_path):
 
 # fmt: off
 REFUSED_FLAGS = [
-    ('--stpes=3', "'stpes'", 'did you mean steps?', 'command line'), ('--limti=none', "'limti'", 'did you mean limit?'),
-    ('--Rate=3', "'Rate'", 'did you mean rate?'), ('--zzzz=3', "'zzzz'", '--help'),
-    ('--double=3', "'double'"),  # derived, below the call
-    ('--config=3', "'config'"), ('--configure=3', "'configure'"), ('--__file__=x', "'__file__'"),
+    ('--stpes=3', "'stpes'; did you mean steps?", 'command line'), ('--Rate=3', "'Rate'; did you mean rate?"),
+    ('--zzzz=3', "'zzzz'; --help"), ('--double=3', "'double'"),  # derived, below the call
+    ('--config=3', "'config'"), ('--__file__=x', "'__file__'"),
+    ('--rate=1 --steps=2 --rate=1', '--rate is given twice'),
     # only a switch goes without a value
-    *((f'--{name}', f'--{name} needs a value') for name in ('name', 'note', 'rate', 'steps', 'limit')),
+    *((f'--{name} 0.1', f'--{name} needs a value: --{name}=value') for name in ('name', 'note', 'rate', 'limit')),
+    ('--flag rate=0.1', "'rate=0.1' is neither a config file (.py) nor an option: one word, --name=value"),
     # what is no flag
-    *((flag, flag, '--name=value') for flag in ('-rate=3', '-r', '-', '--', '--=3', '-5')),
-    # what is no text
-    *((f'--name={text}', 'characters that are no text') for text in ('a\0b', '\ud800', 'x\udfff')),
+    *((flag, flag, '--name=value') for flag in ('-rate=3', '-', '--', '--=3')),
+    *((f'--name={text}', 'characters that are no text') for text in ('a\0b', '\ud800')),
     # passwords
-    *((f'--name={text}', 'password') for text in ('http://user:secret@host/v1', 'https://secret@host', 'hf://x:secret@y')),
+    *((f'--name={text}', 'password') for text in ('http://user:secret@host/v1', 'hf://secret@y')),
+    # types
+    *((f'--{text}', 'rate must be float, not', 'the command line: ') for text in ('rate=fast', 'rate=', 'rate=true', 'rate=none', 'rate=nan')),
+    *((f'--steps={text}', 'steps must be int, not', text) for text in ('1.0', '1e3', 'true', 'none')),
+    ('--share=nan', 'share must be float or None, not'), ('--limit=2.5', 'limit must be int or None, not'),
+    ('--flag=2', 'flag must be bool, not'), ('--flag=none', 'flag must be bool, not'), ('--sure=maybe', 'sure must be bool or None, not'),
+]
+FLAG_VALUES = [
+    ('--rate=1', 1.0), ('--rate=-1e-3', -1e-3), ('--rate=inf', math.inf), ('--steps=-4', -4),
+    ('--name=a=b==c', 'a=b==c'), ('--name=', ''), ('--name=1', '1'), ('--name=true', 'true'), ('--name=é ü', 'é ü'),
+    ('--name=None', 'None'),  # a name that may not be None is text
+    ('--name=--rate=3', '--rate=3'), ('--note=none', None), ('--note=1', '1'),
+    ('--flag', True), ('--flag=True', True), ('--on=false', False),
+    ('--limit=5', 5), ('--limit=none', None), ('--share=null', None), ('--share=1', 1.0),
+    ('--sure', True), ('--sure=false', False), ('--sure=none', None),
+]
+FILE_VALUES = [
+    ('rate = 1', 1.0), ('rate = float("inf")', math.inf), ('share = None', None), ('limit = 3', 3), ('flag = True', True),
+    ('note = None', None), ('note = "none"', 'none'), ('name = "x"; name = "y"', 'y'),
+]
+REFUSED_FILES = [  # text, line, words
+    ('rate = 1.0\n\nstpes = 3\n', 3, "'stpes'", 'did you mean steps?'),
+    ('steps = 3\ndouble = 6\n', 2, "'double'"),
+    ('rate = "x"\nsteps = len(rate)\n', 1, 'rate must be float'),  # where it is assigned, not where it is read
+    ('rate = 1\nsteps = = 2\n', 2, 'SyntaxError'),
+    ('rate = 1\n  steps = 2\n', 2, 'IndentationError'),
+    ('rate = 1\nsteps = 1 // 0\n', 2, 'ZeroDivisionError'),
+    ('import no_such_module_anywhere\n', 1, 'no_such_module_anywhere'),
+    ('def _f():\n    raise ValueError("so\\nthere")\n\nrate = _f()\n', 4, 'ValueError', 'so there'),
+    ('rate = 1\nassert False\n', 2, 'AssertionError'),
+    ('rate = 1\nexec("1 +")\n', 2, 'SyntaxError'),
+    ('rate = 1\nreturn\n', 2, 'SyntaxError'),
+    # it cannot end the script as if all had gone well
+    *((f'rate = 1.0\n{text}\n', 2) for text in ('raise SystemExit', 'exit()')),
+    ('steps = 2**63', 1, 'no machine'),
+    *((f'note = {text!r}', 1, 'characters that are no text') for text in ('a\0b', '\ud800')),
+    *((f'\n{text}', 2, 'rate must be float, not') for text in ("rate = '1e-3'", 'rate = True', 'rate = None', 'rate = float("nan")',
+                                                              'rate = 1j', 'rate = -10 ** 400', 'class rate: pass')),
+    *((f'\n{text}', 2, 'steps must be int, not') for text in ('steps = True', 'steps = 1.0', 'steps = "1"', 'steps = None')),
+    ('share = "0.5"', 1, 'share must be float or None, not'), ('limit = False', 1, 'limit must be int or None, not'),
+    ('flag = 1', 1, 'flag must be bool, not'), ('sure = 0', 1, 'sure must be bool or None, not'),
+    *((text, 1, 'name must be str, not') for text in ('name = 1', 'name = b"x"', 'def name(): pass', 'from math import pi as name')),
+]
+KNOWN = [  # what values an option of this name can have
+    ('lr', 0.0, None), ('lr', -1e-9, 'must lie between 0 and inf, not -1e-09'), ('lr', math.inf, 'must be a finite number, not inf'),
+    ('max_grad_norm', math.inf, None),  # no clipping
+    ('max_grad_norm', 0.0, 'must lie between 1e-09 and inf, not 0.0'), ('temperature', -math.inf, 'must lie between'),
+    ('batch_size', 1, None), ('batch_size', 0, 'must lie between 1 and inf, not 0'), ('seed', 2**32, 'must lie between'),
+    ('attn', None, None), ('dtype', 'float16', "must be one of float32, bfloat16, not 'float16'"),
+    ('attn', 'x', "must be one of sdpa, eager, flash_attention_2, flash_attention_3, not 'x'"),
+    ('save_every', 'auto', None), ('max_tokens', 'all', "must be a number or auto, not 'all'"),
 ]
 # fmt: on
 
 
 @pytest.mark.parametrize('case', REFUSED_FLAGS)
 def test_flags_that_are_refused(script, case):
-    message = refused(script, case[0])
+    message = refused(script, *case[0].split(' '))
     assert all(word in message for word in case[1:]) and 'secret' not in message
-
-
-@pytest.mark.parametrize('again', ['--rate=1', '--rate=2', '--rate'])
-def test_a_flag_given_twice(script, again):
-    assert '--rate is given twice' in refused(script, '--rate=1', '--steps=2', again)
-
-
-# fmt: off
-FLAG_VALUES = [
-    ('--rate=1', 1.0), ('--rate=-1e-3', -1e-3), ('--rate=inf', math.inf), ('--steps=-4', -4),
-    ('--name=a=b==c', 'a=b==c'), ('--name=', ''), ('--name=1', '1'), ('--name=true', 'true'), ('--name=é ü', 'é ü'),
-    ('--name=None', 'None'),  # a name that may not be None is text
-    ('--name=--rate=3', '--rate=3'), ('--note=none', None), ('--note=1', '1'),
-    ('--flag', True), ('--flag=true', True), ('--flag=True', True), ('--on=false', False), ('--on=False', False),
-    ('--limit=5', 5), ('--limit=none', None), ('--share=None', None), ('--share=null', None), ('--share=1', 1.0),
-    ('--sure', True), ('--sure=false', False), ('--sure=none', None),
-]
-WRONG_FLAGS = {
-    'float': '--rate=fast --rate= --rate=true --rate=none --rate=nan --rate=1,5',
-    'float or None': '--share=nan',
-    'int': '--steps=1.0 --steps=1e3 --steps=true --steps=none',
-    'int or None': '--limit=2.5 --limit=',
-    'bool': '--flag=2 --flag= --flag=none --flag=maybe',
-    'bool or None': '--sure=maybe',
-}
-FILE_VALUES = [
-    ('rate = 1', 1.0), ('rate = float("inf")', math.inf), ('share = 0', 0.0), ('share = None', None), ('limit = None', None),
-    ('limit = 3', 3), ('flag = True', True), ('sure = False', False), ('note = None', None), ('note = "none"', 'none'),
-    ('name = "x"; name = "y"', 'y'),
-]
-WRONG_FILES = {
-    'float': ["rate = '1e-3'", 'rate = True', 'rate = None', 'rate = float("nan")', 'rate = 1j', 'rate = 10 ** 400', 'class rate: pass'],
-    'float or None': ['share = -10 ** 400', 'share = float("nan")', 'share = "0.5"'],
-    'int': ['steps = True', 'steps = 1.0', 'steps = "1"', 'steps = None'],
-    'int or None': ['limit = False'],
-    'bool': ['flag = 1', 'flag = "false"', 'flag = None'],
-    'bool or None': ['sure = 0'],
-    'str': ['name = 1', 'name = None', 'name = b"x"', 'name = ["x"]', 'def name(): pass', 'from math import pi as name'],
-}
-# fmt: on
 
 
 @pytest.mark.parametrize('flag, value', FLAG_VALUES)
@@ -180,44 +184,21 @@ def test_flags_are_read_by_type(script, flag, value):
     assert scope['config'] == DEFAULTS | {name: value}
 
 
-@pytest.mark.parametrize('flag, kind', [(flag, kind) for kind, flags in WRONG_FLAGS.items() for flag in flags.split()])
-def test_flags_of_the_wrong_type(script, flag, kind):
-    name, _, text = flag[2:].partition('=')
-    message = refused(script, flag)
-    assert f'{name} must be {kind}, not' in message and text in message and 'command line' in message
-
-
 @pytest.mark.parametrize('text, value', FILE_VALUES)
 def test_files_are_read_by_type(script, text, value):
     assert same(script(file(text))[text.partition(' ')[0]], value)
 
 
-@pytest.mark.parametrize('text, kind', [(text, kind) for kind, texts in WRONG_FILES.items() for text in texts])
-def test_files_with_the_wrong_type(script, text, kind):
-    name = re.search('rate|share|steps|limit|flag|sure|name', text)[0]
-    message = refused(script, file(f'on = True\n\n{text}\n'))
-    assert f'{name} must be {kind}, not' in message and 'config.py, line 3:' in message
-
-
-# fmt: off
-KNOWN = [  # what values an option of this name can have
-    ('lr', 0.0, None), ('lr', -1e-9, 'must lie between 0 and inf, not -1e-09'), ('lr', math.inf, 'must be a finite number, not inf'),
-    ('max_grad_norm', math.inf, None),  # no clipping
-    ('max_grad_norm', 0.0, 'must lie between 1e-09 and inf, not 0.0'), ('temperature', -math.inf, 'must lie between'),
-    ('batch_size', 1, None), ('batch_size', 0, 'must lie between 1 and inf, not 0'), ('seed', 2**32, 'must lie between'),
-    ('attn', None, None), ('dtype', 'float16', "must be one of float32, bfloat16, not 'float16'"),
-    ('attn', 'x', "must be one of sdpa, eager, flash_attention_2, flash_attention_3, not 'x'"),
-]
-# fmt: on
+@pytest.mark.parametrize('case', REFUSED_FILES)
+def test_config_files_that_are_refused(script, case):
+    message = refused(script, file(case[0]))
+    assert all(word in message for word in (f'config.py, line {case[1]}:', *case[2:])), message
 
 
 @pytest.mark.parametrize('name, value, words', KNOWN)
 def test_values_of_known_options(name, value, words):
     found = values.problem(name, value)
     assert found is None if words is None else found.startswith(words)
-
-
-# ---- config files ----
 
 
 def test_a_config_file_may_compute(script):
@@ -245,54 +226,11 @@ if flag:
     assert '_tokens' not in scope and 'math' not in scope and '_tokens' not in scope['config']
 
 
-# fmt: off
-REFUSED_FILES = [  # text, line, words
-    ('rate = 1.0\n\nstpes = 3\n', 3, "'stpes'", 'did you mean steps?'),
-    ('steps = 3\ndouble = 6\n', 2, "'double'"),
-    ('rate = "x"\nsteps = len(rate)\n', 1, 'rate must be float'),  # where it is assigned, not where it is read
-    ('rate = 1\nsteps = = 2\n', 2, 'SyntaxError'),
-    ('rate = 1\n  steps = 2\n', 2, 'IndentationError'),
-    ('rate = (1\n', 1, 'SyntaxError', 'never closed'),
-    ('rate = 1\nsteps = 1 // 0\n', 2, 'ZeroDivisionError'),
-    ('rate = 1\nsteps = undefined\n', 2, 'NameError', 'undefined'),
-    ('import no_such_module_anywhere\n', 1, 'no_such_module_anywhere'),
-    ('def _f():\n    raise ValueError("so there")\n\nrate = _f()\n', 2, 'ValueError', 'so there'),
-    ('import json\n\n\nname = json.loads("{")\n', 4, 'JSONDecodeError'),
-    ('rate = 1\nraise ValueError("two\\nlines")\n', 2, 'two'),
-    ('rate = 1\nassert False\n', 2, 'AssertionError'),
-    ('rate = 1\nname = open("no_such_file").read()\n', 2, 'no_such_file'),
-    ('rate = 1\nexec("1 +")\n', 2, 'SyntaxError'),
-    # it cannot end the script as if all had gone well
-    *((f'rate = 1.0\n{text}\n', 2) for text in ('raise SystemExit', 'exit()', 'raise BaseException("x")', 'raise GeneratorExit')),
-    # values
-    ('steps = 2**63', 1, 'no machine'), ('steps = -2**63', 1, 'no machine'),
-    *((f'note = {text!r}', 1, 'characters that are no text') for text in ('a\0b', '\ud800', 'x\udfff')),
-]
-# fmt: on
-
-
-@pytest.mark.parametrize('case', REFUSED_FILES)
-def test_config_files_that_are_refused(script, case):
-    message = refused(script, file(case[0]))
-    assert all(word in message for word in (f'config.py, line {case[1]}:', *case[2:])), message
-
-
-@pytest.mark.parametrize('path', ['missing.py', 'folder', 'binary.py', '', 'toy', 'data.json', '1e-3'])
+@pytest.mark.parametrize('path', ['missing.py', 'folder.py', 'binary.py', '', 'toy', 'data.json'])
 def test_what_is_no_config_file(script, path):
-    Path('folder').mkdir()
+    Path('folder.py').mkdir()
     Path('binary.py').write_bytes(b'\xff\xfe\x00rate')
-    file('{"prompt": "x"}', 'data.json')
     assert path in refused(script, path)
-
-
-def test_an_option_that_is_gone(script):
-    """Old config files, which write down every option, still work; what would have an effect is refused."""
-    Path('old.py').write_text('compile = False')
-    assert script('old.py', '--compile=false')['config'] == DEFAULTS
-    Path('old.py').write_text('compile = True')
-    for argv in (['old.py'], ['--compile']):
-        with pytest.raises(UserError, match='compile is gone since 2026-11: .*moved.md'):
-            script(*argv)
 
 
 @pytest.mark.parametrize('variable', values.SECRETS)
@@ -306,7 +244,7 @@ def test_no_option_holds_a_key(script, monkeypatch, variable):
 # ---- help, options without effect ----
 
 
-@pytest.mark.parametrize('argv', ['--help', '-h', '--steps=3 --help', '--help missing.py --zzzz=1'])
+@pytest.mark.parametrize('argv', ['--help', '--steps=3 -h', '--help missing.py --zzzz=1'])
 def test_help_lists_every_option(script, capsys, argv):
     with pytest.raises(SystemExit) as info:
         script(*argv.split())
@@ -321,16 +259,13 @@ def test_help_lists_every_option(script, capsys, argv):
 
 @pytest.mark.parametrize('words', ['dpo.py', 'sample.py', '-m feedback.score'])
 def test_every_option_says_what_it_is(words):
+    """And with `| head`, when head has gone, there is no traceback."""
     lines = [line for line in python(*words.split(), '--help').stdout.splitlines() if line.startswith('  --')]
     assert len(lines) > 9 and not [line for line in lines if line.endswith(')  ')]
-
-
-def test_help_into_a_pipe_that_nobody_reads():
-    """dpo.py --help | head, when head has gone: no traceback."""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, ROOT / 'dpo.py', '--help']
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    command = [sys.executable, *words.split(), '--help']
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT)
     os.close(write)
     assert done.returncode == 0 and not done.stderr
 
@@ -341,7 +276,6 @@ IGNORED = [
     ('flag steps limit', '0', 'note: steps of config.py has no effect: the reason\n', None),  # a default is no mistake
     ('steps on', '0', 'note: steps of config.py has no effect: the reason\nnote: on of config.py has no effect: the reason\n', None),
     ('steps', '1', '', None),  # one rank says it
-    ('flag rate', '0', '', '^--rate has no effect: the reason$'),
     ('flag rate', '1', '', '^--rate has no effect: the reason$'),
     ('name', '0', '', '^--name has no effect: the reason$'),  # set in both: the line on the screen counts
 ]
@@ -365,11 +299,9 @@ def test_ignored(script, capsys, monkeypatch, options, rank, printed, raised):
 
 # fmt: off
 ENDS = [  # code, a flag, rank, exit code, what stderr begins with
-    ('raise UserError("this is wrong")', '', None, 2, 'error: this is wrong\n'),
     ('raise UserError("this is wrong")', '', '0', 2, 'error: this is wrong\n'),
     ('raise UserError("this is wrong")', '', '1', 2, ''),
     ('raise ValueError("a bug")', '', None, 1, 'Traceback'),
-    ('raise MemoryError()', '', None, 2, 'error: this machine is out of memory'),
     ('raise MemoryError()', '', '1', 2, 'error: this machine is out of memory'),
     ('raise RuntimeError("CUDA error: out of memory")', '', None, 2, 'error: the GPU is out of memory'),
     ('pass', '', None, 0, ''),
@@ -388,6 +320,15 @@ def test_exit_code_and_stderr(code, flag, rank, status, err):
     assert err or not done.stderr
 
 
+def test_a_typo_ends_the_script_at_once(tmp_path):
+    """Before the heavy imports; torchrun finds the sentence in the file from which it copies the cause."""
+    record = tmp_path / 'error.json'
+    done = python('-X', 'importtime', 'dpo.py', '--lrr=3', TORCHELASTIC_ERROR_FILE=str(record))
+    assert (done.returncode, 'torch' in done.stderr) == (2, False)
+    sentence = "error: the command line: unknown option 'lrr'; did you mean lr?"
+    assert done.stderr.endswith(f'{sentence}\n') and json.loads(record.read_text())['message']['message'] == sentence
+
+
 # ---- any input ----
 
 TEXT = st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs']), max_size=8)
@@ -395,6 +336,18 @@ NAMES = st.sampled_from([*DEFAULTS, 'stpes', 'help', '_x', 'double'])
 VALUES = st.one_of(TEXT, st.sampled_from(['', '1', '-1.5', 'nan', 'none', 'true', '1' * 5000, '1e999', '=', '--']))
 FLAGS = st.builds(lambda dashes, name, equals, value: dashes + name + equals + value,
                   st.sampled_from(['--', '-', '---', '']), NAMES | TEXT, st.sampled_from(['=', '', '==']), VALUES)  # fmt: skip
+LITERALS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.binary(max_size=4) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
+    max_leaves=3,
+)
+PRINTED = st.text().filter(lambda text: '\0' not in text and not re.search('://[^/?#]*@', text))
+INTEGERS = st.integers(1 - 2**63, 2**63 - 1)
+TYPES = {
+    'rate': st.floats(allow_nan=False), 'steps': INTEGERS, 'name': PRINTED, 'flag': st.booleans(), 'on': st.booleans(),
+    'limit': st.none() | INTEGERS, 'share': st.none() | st.floats(allow_nan=False), 'sure': st.none() | st.booleans(),
+    'note': st.none() | PRINTED.filter(lambda text: text.lower() not in ('none', 'null')),
+}  # fmt: skip
 
 
 @PARSE
@@ -415,13 +368,6 @@ def test_any_command_line_is_read_or_refused(script, argv):
         assert same(scope[name], scope['config'][name]) and scope[name] == scope[name]
 
 
-LITERALS = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.binary(max_size=4) | st.just(10**400),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
-    max_leaves=3,
-)
-
-
 @PARSE
 @given(st.sampled_from(list(DEFAULTS)), LITERALS)
 @example('rate', -(10**400))
@@ -436,23 +382,11 @@ def test_any_value_in_a_config_file_is_taken_as_it_is_or_refused(script, name, v
     assert same(got, float(value) if promoted else value)
 
 
-PRINTED = st.text().filter(lambda text: '\0' not in text and not re.search('://[^/?#]*@', text))
-INTEGERS = st.integers(1 - 2**63, 2**63 - 1)
-TYPES = {
-    'rate': st.floats(allow_nan=False), 'steps': INTEGERS, 'name': PRINTED, 'flag': st.booleans(), 'on': st.booleans(),
-    'limit': st.none() | INTEGERS, 'share': st.none() | st.floats(allow_nan=False), 'sure': st.none() | st.booleans(),
-    'note': st.none() | PRINTED.filter(lambda text: text.lower() not in ('none', 'null')),
-}  # fmt: skip
-
-
 @PARSE
-@given(st.fixed_dictionaries({}, optional=TYPES), st.randoms())
-@example({'limit': 0, 'steps': -1, 'rate': -math.inf, 'note': '', 'name': 'None'}, None)
-def test_a_value_printed_as_a_flag_is_read_back(script, values, random):
-    argv = [f'--{name}={value}' for name, value in values.items()]
-    if random:
-        random.shuffle(argv)
-    scope = script(*argv)
+@given(st.fixed_dictionaries({}, optional=TYPES))
+@example({'limit': 0, 'steps': -1, 'rate': -math.inf, 'note': '', 'name': 'None'})
+def test_a_value_printed_as_a_flag_is_read_back(script, values):
+    scope = script(*(f'--{name}={value}' for name, value in values.items()))
     assert all(same(scope[name], value) for name, value in (DEFAULTS | values).items())
 
 
@@ -478,26 +412,18 @@ config = configure(globals(), shared=shared)
 '''
 
 
-@pytest.fixture
-def sharing(tmp_path, monkeypatch):
-    """(run(*argv) -> globals of a script that shares options, the module it shares them with)."""
-    (tmp_path / 'shared_options.py').write_text(SHARED)
-    (tmp_path / 'script.py').write_text(OWN)
+def test_shared_options_are_set_where_they_are_declared(tmp_path, monkeypatch, capsys):
+    """A script's own default of one holds; help has the headings of the source."""
+    file(SHARED, 'shared_options.py')
+    file(OWN, 'script.py')
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, 'shared_options', raising=False)
     shared = importlib.import_module('shared_options')
 
     def run(*argv):
         monkeypatch.setattr(sys, 'argv', ['script.py', *argv])
-        given = {'configure': configurator.configure, 'shared': shared}
-        return runpy.run_path(str(tmp_path / 'script.py'), init_globals=given)
+        return runpy.run_path('script.py', init_globals={'configure': configurator.configure, 'shared': shared})
 
-    return run, shared
-
-
-def test_shared_options_are_set_where_they_are_declared(sharing):
-    """A script's own default of one holds."""
-    run, shared = sharing
     scope = run('--threads=3', '--size=7')
     assert shared.work() == 3 and 'threads' not in scope and scope['size'] == 7
     assert scope['config'] == {'size': 7, 'out_dir': 'out/own', 'threads': 3, 'dtype': 'float32'}
@@ -507,10 +433,6 @@ def test_shared_options_are_set_where_they_are_declared(sharing):
     assert shared.work() == 1  # from the default of the source, not from what the last run has left
     assert 'dtype must be one of float32, bfloat16' in refused(run, '--dtype=float16')
     assert 'did you mean threads' in refused(run, '--thread=1')
-
-
-def test_help_has_the_headings_of_the_source(sharing, capsys):
-    run, _ = sharing
     with pytest.raises(SystemExit):
         run('--help')
     lines = capsys.readouterr().out.splitlines()
@@ -526,8 +448,8 @@ ELSEWHERE = {
     '--bf16': 'here it is dtype=bfloat16$',
     '--loss.beta=1': 'here it is beta$',
     '--per_device_train_batch_size=4': r'here it is batch_size \(of all GPUs and microbatches together\)$',
-    '--beta 0.1': 'an option and its value are one word: --beta=0.1$',
-    'loss.beta=0.1': r"'loss.beta=0.1' is no config file \(.py\); an option is written --beta=0.1$",
+    '--beta 0.1': '--beta needs a value: --beta=value$',
+    'loss.beta=0.1': r"'loss.beta=0.1' is neither a config file \(.py\) nor an option: one word, --name=value$",
     '--max_length=200 --max_prompt_length=199': 'max_length 200 leaves no room for an answer behind max_prompt_length 199$',
 }
 
@@ -543,55 +465,25 @@ def test_what_people_type_is_answered_before_the_imports(argv, monkeypatch):
 def test_names_of_other_code_are_those_of_options_here():
     known = set().union(*(re.findall(r'^(\w+)(?:: .*)? = ', (ROOT / name).read_text(), re.M)
                           for name in ('dpo.py', 'sft.py', 'reward.py', 'ppo.py', 'sample.py', 'training.py')))  # fmt: skip
-    assert {ours for ours in values.ELSEWHERE.values() if re.match(r'\w+', ours)[0] not in known} == set()
-    assert not known & values.ELSEWHERE.keys()
+    theirs = values.names_elsewhere(known)
+    assert len(theirs) == sum(len(names.split()) for names in values.ELSEWHERE.values()) and not known & theirs.keys()
 
 
-def test_a_typo_ends_the_script_at_once():
-    done = python('-X', 'importtime', 'dpo.py', '--lrr=3')
-    assert (done.returncode, 'torch' in done.stderr) == (2, False)
-    assert done.stderr.endswith("error: the command line: unknown option 'lrr'; did you mean lr?\n")
-
-
-@pytest.mark.parametrize(
-    'length, prompt, note', [(None, 256, ''), (100, 50, 'note: max_prompt_length is 50, half of max_length\n')]
-)
-def test_the_prompt_gets_half_of_the_length(monkeypatch, capsys, length, prompt, note):
+@pytest.mark.parametrize('length, notes', [(None, []), (100, ['max_prompt_length is 50, half of max_length'])])
+def test_the_prompt_gets_half_of_the_length(length, notes):
     config = configurator.Config({'max_length': length or 512, 'max_prompt_length': None})
     config.origin = {'max_length': 'command line' if length else 'default'}
-    assert ''.join(f'note: {text}\n' for text in values.settle(config)) == note
-    assert config['max_prompt_length'] == prompt
+    assert values.settle(config) == notes and config['max_prompt_length'] == (length or 512) // 2
 
 
 def test_a_runs_folder_stands_for_its_model():
-    """But not where it is a model itself."""
-    for folder in ('run/model', 'other/model'):
+    """But not where it is a model itself, nor for a name of ours that happens to be a folder."""
+    for folder in ('run/model', 'other/model', 'toy/model'):
         Path(folder).mkdir(parents=True)
         Path(folder, 'config.json').touch()
     Path('run/config.json').touch()
     Path('other/model.safetensors').touch()
-    config = configurator.Config({'model': 'run', 'ref_model': 'other', 'critic': 'hub/id', 'reward_model': None})
+    names = {'model': 'run', 'ref_model': 'other', 'critic': 'hub/id', 'reward_model': 'toy'}
+    config = configurator.Config(names)
     assert values.settle(config) == ['model is run/model, the model that the run in run has left']
-    assert config == {'model': 'run/model', 'ref_model': 'other', 'critic': 'hub/id', 'reward_model': None}
-
-
-def test_a_config_file_is_run_once():
-    """Though the command line is checked before the imports, and again."""
-    runs = Path('runs.txt').resolve()
-    done = python('label.py', Path(file(f'open({str(runs)!r}, "a").write("x")\ntimeout = 3.0')).resolve())
-    assert done.returncode == 2 and '--answers=FILE is missing' in done.stderr
-    assert runs.read_text() == 'x'
-
-
-def test_toy_is_no_folder():
-    Path('toy/model').mkdir(parents=True)
-    Path('toy/model/config.json').touch()
-    config = configurator.Config({'model': 'toy'})
-    assert values.settle(config) == [] and config == {'model': 'toy'}
-
-
-def test_torchrun_finds_the_sentence(tmp_path, monkeypatch):
-    """In the file that it copies the cause from to the end of its own report."""
-    file = tmp_path / 'error.json'
-    assert python('dpo.py', '--lrr=3', TORCHELASTIC_ERROR_FILE=str(file)).returncode == 2
-    assert json.loads(file.read_text())['message']['message'].startswith('error: the command line: unknown option')
+    assert config == names | {'model': 'run/model'}
