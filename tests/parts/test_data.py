@@ -510,6 +510,9 @@ def test_flips(tok):
     sets = {rate: flipped(examples, rate) for rate in (0.0, 0.1, 0.2, 0.5, 1.0)}
     assert set() == sets[0.0] < sets[0.1] < sets[0.2] < sets[0.5] < sets[1.0] == set(uid)
     assert all(abs(len(sets[rate]) / 1000 - rate) < 0.05 for rate in sets)
+    # cached log-probs go with their answers
+    examples.ref = np.stack([np.arange(1000), -np.arange(1000)], 1)
+    assert (examples.flip(1.0, 0).ref == -examples.ref).all() and (examples.flip(0.0, 0).ref == examples.ref).all()
     # the flipped are a copy
     assert items(examples) == before and items(examples.flip(1.0, 0)) == [(p, [b, a]) for p, (a, b) in before]
     # neither the order matters, nor what else is there; both answers of a pair flip, or none
