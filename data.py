@@ -287,7 +287,8 @@ class Block:
                 begin = prompt if answer else 0
                 tokens += [(group, answer, position) for position in range(begin, begin + size)]
         group, answer, position = np.array(tokens).T
-        back = position[:, None] - position  # from a token to one that it sees
+        # from a token to one that it sees
+        back = position[:, None] - position
         mask = (group[:, None] == group) & (back >= 0) & ((answer == 0) | (answer[:, None] == answer))
         if window:
             mask &= back < window
@@ -299,6 +300,7 @@ SMALL = 96  # tokens of a block of several groups: more of them together waste m
 
 def make_blocks(groups):
     """Blocks of groups in row order: small groups together, a large one alone."""
+    # tokens of the block that is filled: the first group begins one
     blocks, tokens = [], SMALL
     for group in groups:
         size = group[0] + sum(group[1])
@@ -327,6 +329,7 @@ class Varlen:
             for answer in answers:
                 gather += [prompt_places, np.arange(start, start + answer)]
                 start += answer
+        # to torch, for the kernel's offsets are 32 bits wide
         self.gather = torch.from_numpy(np.concatenate(gather))
         edges = [np.cumsum([0, *lengths]) for lengths in (n_queries, n_keys)]
         self.cu_q, self.cu_k = (torch.tensor(x, dtype=torch.int32) for x in edges)

@@ -22,11 +22,13 @@ def core(model):
 
 def blocks(model):
     """The transformer blocks, by the class names that the model itself (and a critic inside it) declares."""
+    # every class that any part of the model calls a block
     names = {name for m in core(model).modules() for name in getattr(m, '_no_split_modules', None) or ()}
     # no block inside another: Mamba names a block and a part of it
     found = {}
     for path, module in core(model).named_modules():
-        if type(module).__name__ in names and not any(path.startswith(f'{outer}.') for outer in found):
+        inside = any(path.startswith(f'{outer}.') for outer in found)
+        if type(module).__name__ in names and not inside:
             found[path] = module
     return list(found.values())
 
@@ -47,14 +49,16 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     if packed is None or more.get('s_aux') is not None:
         raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
     # one kernel, unless it lacks what this architecture needs
-    softcap, half = more.get('softcap'), query.dtype in (torch.bfloat16, torch.float16)
+    softcap = more.get('softcap')
+    half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
         return _varlen_attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
     # (q, k, v) of each block of small groups, and of each prompt and answer of a large one; the backward of split is one cat
     sizes = [size for block in packed.blocks for size in block.sizes]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    out = []  # (1, H, n, D) each
+    # (1, H, n, D) each
+    out = []
     for block in packed.blocks:
         q, prompt_k, prompt_v = next(pieces)
         if block.is_one_piece:
@@ -91,7 +95,8 @@ def _varlen_attention(query, key, value, scaling, sliding_window, layout):
 
 def _causal(n, m, window, device):
     """Which of m keys the last n positions see: (n, m). None where sdpa's is_causal says it, which is faster."""
-    before = m - n  # positions without a query
+    # positions without a query
+    before = m - n
     if not before and not (window and window < m):
         return None
     mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(before)
@@ -100,7 +105,8 @@ def _causal(n, m, window, device):
 
 def _attend(q, k, v, mask, scaling, softcap):
     """Attention of q (1, H, n, D) over k and v (1, H_kv, m, D), where mask (n, m) says; None: causal."""
-    repeat = q.shape[1] // k.shape[1]  # queries' heads that share one of the keys'
+    # so many heads of queries share one of keys
+    repeat = q.shape[1] // k.shape[1]
     if not softcap:
         how = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
         return F.scaled_dot_product_attention(q, k, v, mask, **how)
@@ -108,7 +114,8 @@ def _attend(q, k, v, mask, scaling, softcap):
     # a soft cap lies between the scores and their softmax, which sdpa does not offer: (n, m) scores of every head
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
-    scores = softcap * torch.tanh(q @ k.mT * scale / softcap)
+    scores = q @ k.mT * scale
+    scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
     weights = scores.masked_fill(~mask, float('-inf')).float().softmax(-1)
@@ -119,6 +126,7 @@ def set_attention(model, packed, own=None):
     """Choose a model's attention from now on: packed_attention, or for padded batches the one of transformers called own.
 
     own None: the one chosen before, or sdpa, or eager where there is no sdpa (Gemma 2). Raises UserError."""
+    # what padded batches use is remembered on the model
     inner = core(model)
     default = 'sdpa' if inner._supports_sdpa else 'eager'
     inner.padded_attention = own or getattr(inner, 'padded_attention', default)
@@ -149,7 +157,8 @@ def response_logps(model, batch, divergence=None, reference=None):
     With a divergence (3, A): sums of log-probs, of divergences from the reference, and of the reference's log-probs. It is a
     function of (log_pi, log_ref), both (n, V) -> (n,), such as kl. reference: that model's hidden_and_head on the batch."""
     hidden, (weight, bias) = hidden_and_head(model, batch)
-    device = hidden.device  # only a device map puts the targets, or the reference, elsewhere
+    # only a device map puts the targets, or the reference, elsewhere
+    device = hidden.device
     if reference is not None:
         ref_hidden, ref_head = reference
         reference = [x if x is None else x.to(device) for x in (ref_hidden, *ref_head)]
@@ -189,9 +198,11 @@ def wide(x):
 
 def _scale_and_cap(config):
     """(factor of the head's output, soft cap of the logits or None), as some architectures have them."""
-    factor = getattr(config, 'logit_scale', None) or 1.0  # Cohere
-    divisor = getattr(config, 'logits_scaling', None) or 1.0  # Granite
-    cap = getattr(config, 'final_logit_softcapping', None) or getattr(config, 'logits_soft_cap', None)  # Gemma
+    # Cohere and Granite
+    factor = getattr(config, 'logit_scale', None) or 1.0
+    divisor = getattr(config, 'logits_scaling', None) or 1.0
+    # Gemma 2 and RecurrentGemma
+    cap = getattr(config, 'final_logit_softcapping', None) or getattr(config, 'logits_soft_cap', None)
     return factor / divisor, cap
 
 
@@ -216,9 +227,11 @@ class Head(torch.autograd.Function):
         sides = [policy, reference] if reference else [policy]
         buffers = [hidden.new_empty(chunks[0].stop, len(weight), dtype=wide(hidden)) for _ in sides]
         for rows in chunks:
+            # all logits of this chunk
             n = rows.stop - rows.start
             for buffer, (x, *head) in zip(buffers, sides, strict=True):
                 _write_logits(buffer[:n], x[rows], *head, config)
+            # which of them each block has
             blocks = []
             for block in Head.chunks(n, len(weight), most_of_block):
                 at = slice(rows.start + block.start, rows.start + block.stop)
@@ -289,6 +302,7 @@ def _to_gradient(logits, target, grad, config, divergence, ref_logits):
 
     Of a log-prob it is one-hot - pi. Of a divergence it is pi * sum(mass) - mass, with its mass as below."""
     scale, cap = _scale_and_cap(config)
+    # of the soft cap, before the logits are overwritten
     slope = 1 - (logits / cap) ** 2 if cap else 1
     factor = -grad[0, :, None]
     if divergence:
@@ -352,8 +366,9 @@ def released(log_pi, log_ref, *, mu, parts=2):
 
     In each half of the vocabulary, sum of p Z over Z = log ref - log pi above its unweighted (1 - mu) quantile."""
     z, p = log_ref - log_pi, log_ref.exp()
+    # the last part gets the rest of the vocabulary
     size, rest = divmod(z.shape[-1], parts)
-    sizes = [size] * (parts - 1) + [size + rest]  # the last part gets the rest of the vocabulary
+    sizes = [size] * (parts - 1) + [size + rest]
     above = []
     for z_part in z.detach().split(sizes, -1):
         above.append(z_part > z_part.quantile(1 - mu, dim=-1, keepdim=True))

@@ -96,7 +96,7 @@ def _read(name, file):
 
 def content(folder):
     """Hash a folder's weights and config, of an adapter its model's, too: what two models gave never mixes. None: no folder."""
-    if not os.path.isdir(folder):
+    if not folder or not os.path.isdir(folder):
         return None
     saved, base = split(folder)
     patterns = ('*.safetensors', 'config.json', CONFIG)

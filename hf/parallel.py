@@ -27,6 +27,8 @@ def check(config):
         raise UserError('device_map computes in float32: leave dtype out, or use torchrun for bfloat16')
     cut = ['shard'] if config['shard'] != 'auto' else []
     config.ignored(['cpu_offload', *cut], 'device_map uses no FSDP')
+    if config['model'] == 'toy':
+        raise UserError('device_map spreads the model of a folder or of the hub: the toy model is made here')
 
 
 def tensor_parallel(model, mesh, groups):

@@ -46,7 +46,8 @@ def can_pack(model, packed, padded, say, wanted=True):
         return True
     error, off = packing(model, padded, padded)
     if error > limit:
-        raise UserError(f'{_name(model)}: its head gives other numbers than ours, which has no such form: {off}')
+        what = 'scores' if _is_reward(model) else 'log-probs'
+        raise UserError(f'{_name(model)} gives other {what} by its own head, which does what ours does not know: {off}')
     if wanted:
         say(f'note: this architecture cannot be packed ({reason}): batches are padded instead')
     return False
@@ -100,7 +101,8 @@ def _is_ours(error):
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     here = raised_in.is_relative_to(Path(__file__).parents[1]) and 'site-packages' not in raised_in.parts
-    return here and not isinstance(error, RuntimeError | ValueError)
+    bugs = TypeError | NameError | AttributeError | LookupError | AssertionError | ArithmeticError
+    return here and isinstance(error, bugs)
 
 
 # ---- sharded ----

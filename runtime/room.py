@@ -184,14 +184,13 @@ def bytes_per_token(policy, forward, train, packed):
     # a draw of the adapters' dropout would change what training draws
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy):
         kept = _made_and_kept(lambda: forward(batch))
-        # blocks that recompute are known by their training mode, for sharding has renamed their class
-        recomputing = [module for module in policy.modules() if module.training]
+        recomputing = [module for module in policy.modules() if hasattr(module, 'recomputes')]
         for block in recomputing:
-            block.training = False
+            block.recomputes = False
         if recomputing:
             kept += _made_and_kept(lambda: forward(batch)) / len(recomputing)
         for block in recomputing:
-            block.training = True
+            block.recomputes = True
     return kept / batch.ids.numel()
 
 

@@ -181,7 +181,8 @@ def test_a_filler_changes_nothing(layout):
     for filler in (1, 2):
         batch = data.pack([], [], filler=filler, **LAYOUTS[layout])
         values = net.response_logps(batch)[0]
-        assert batch.slot == [-1] and len(batch.n) == filler == len(values) and values.isfinite().all()
+        assert batch.slot == [-1] and not batch.real.any() and values.isfinite().all()
+        assert batch.n.tolist() == [1] * filler and len(batch.target) == len(values) == filler
         (values.view(1, -1).sum(1) * (torch.tensor(batch.slot) >= 0)).sum().backward()
         assert all(p.grad is not None and not p.grad.any() for p in net.parameters())  # zero, but it took part
 
@@ -582,15 +583,11 @@ def test_activation_checkpointing(name, dropout, saved, device, attention):
         calls.clear()
         results += [same_grads(net, pack(PAIRS)) for _ in range(2)]
         model.register_attention()
-        assert len(calls) == 2 * (4 if checkpointing is True else 2)  # two layers, recomputed in backward
+        assert len(calls) == 2 * (4 if checkpointing else 2)  # two layers, recomputed in backward
         assert not any(m.training for m in net.modules() if isinstance(m, torch.nn.Dropout))
-    for values, _ in results[1:]:
+    for values, grads in results[1:]:
         assert values.equal(results[0][0])
-    for _, grads in results[1:4]:
         assert all(grads[key].equal(grad) for key, grad in results[0][1].items())
-    # the two ways through a norm meet in another order
-    for _, grads in results[4:]:
-        assert all((grads[key] - grad).norm() <= 1e-6 * grad.norm() + 1e-9 for key, grad in results[0][1].items())
 
 
 @pytest.mark.parametrize(('name', 'tied'), [('llama', True), ('llama', False), ('gpt_neox', False), ('gpt2', True)])
@@ -654,7 +651,7 @@ def with_own_head(saved):
 
 # fmt: off
 @pytest.mark.parametrize(('name', 'how', 'adapters'), [
-    *((name, how, None) for name in ('llama', 'gpt2', 'gemma2') for how in SHARDED),
+    *(('llama', how, None) for how in SHARDED), ('gpt2', 'sharded', None), ('gemma2', 'half', None),
     ('llama', 'alone', ADAPTERS), ('llama', 'sharded', ADAPTERS),
 ])
 # fmt: on
