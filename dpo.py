@@ -357,6 +357,7 @@ def evaluate(seen):
 # ---- training ----
 
 
+@torch.no_grad()
 def check_first_step():
     """Say the rewards and the loss before training: where policy and reference are one model, the rewards must be 0."""
     columns, _ = run.compute(next(run.steps()), run_step)
