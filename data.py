@@ -21,33 +21,32 @@ def steps(n, batch_size, total, seed, start=0, shuffle=True):
     """Yield (first, rows) of every step: how many examples were taken before it, and which of the n examples it takes.
 
     The steps go from example number start to total. Epochs follow each other without a gap, each in an order of its own."""
-    order_of = -1  # the epoch that order belongs to
+
+    @functools.lru_cache(maxsize=1)
+    def order(epoch):
+        return np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
+
+    # an example's number decides its epoch and its place in it, wherever a run began
     for first in range(start, total, batch_size):
-        rows = []
-        for number in range(first, min(first + batch_size, total)):
-            # an example's number decides its epoch and its place in it, wherever a run began
-            epoch, place = divmod(number, n)
-            if epoch != order_of:
-                order_of = epoch
-                order = np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
-            rows.append(order[place])
-        yield first, np.array(rows)
+        numbers = range(first, min(first + batch_size, total))
+        yield first, np.array([order(number // n)[number % n] for number in numbers])
 
 
 def plan(lengths, world, max_tokens):
-    """Cut a step into microbatches: [rank][microbatch] -> list of slots (places of examples in the step).
+    """Cut a step into microbatches: [rank][microbatch] -> list of slots (places of examples in the step), each once.
 
     lengths: tokens of each example. Every rank gets equally many microbatches, each of at most max_tokens tokens, or of a
-    single longer example; where examples are few, some are empty. Each slot appears once."""
+    single longer example; where examples are few, some are empty."""
     # each rank has at least this many microbatches (-(-a // b) rounds up)
     tokens = sum(min(int(n), max_tokens) for n in lengths)
     count = max(1, -(-tokens // (world * max_tokens)))
     longest_first = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])
 
-    # as few as possible: put the longest into the emptiest, and take one microbatch more where one overflows
-    while True:
-        bins = [(0, number, []) for number in range(world * count)]  # (tokens, number, slots), the emptiest on top
+    # put the longest into the emptiest; where one overflows, begin again with one microbatch more
+    fits = False
+    while not fits:
         fits = True
+        bins = [(0, number, []) for number in range(world * count)]  # (tokens, number, slots), the emptiest on top
         for slot in longest_first:
             load, number, slots = heapq.heappop(bins)
             load += int(lengths[slot])
@@ -55,8 +54,6 @@ def plan(lengths, world, max_tokens):
                 fits = False
             slots.append(slot)
             heapq.heappush(bins, (load, number, slots))
-        if fits:
-            break
         count += 1
 
     # dealt out to the ranks by size, so that the heaviest are computed at the same time
@@ -70,11 +67,10 @@ def plan_padded(widths, world, max_tokens):
 
     widths: tokens of each example with its own padding. Examples of similar width go together."""
     # the widest first: a microbatch is as wide as its first example
-    bins, width = [], 0
+    bins = []
     for slot in sorted(range(len(widths)), key=lambda slot: -widths[slot]):
-        if not bins or (len(bins[-1]) + 1) * width > max_tokens:
+        if not bins or (len(bins[-1]) + 1) * widths[bins[-1][0]] > max_tokens:
             bins.append([])
-            width = widths[slot]
         bins[-1].append(slot)
 
     # every rank gets equally many: the fullest is halved until that holds
@@ -92,32 +88,28 @@ def make_batches(examples: Examples, rows, rank, world, max_tokens, *, share_pre
     """(this rank's Batches of a step, the step's tokens on all ranks, the same with padding). rows: of its examples."""
     # tokens of each example (step,): with as many copies of its prompt as answers, where they do not share one
     widths = examples.widths[rows]  # (step, 1 + answers)
-    prompts = widths[:, 0]
     answers = widths.shape[1] - 1
     lengths = examples.lengths[rows]
     if pad or not share_prefix:
-        lengths = lengths + (answers - 1) * prompts
+        lengths = lengths + (answers - 1) * widths[:, 0]
 
     # which examples go together; every rank makes the same plan
     if pad:
-        padded = answers * (prompts + widths[:, 1:].max(1))
+        padded = answers * (widths[:, 0] + widths[:, 1:].max(1))
         plans = plan_padded(padded, world, max_tokens)
-        filled = [slots for microbatches in plans for slots in microbatches if slots]
-        allocated = sum(len(slots) * int(padded[slots].max()) for slots in filled)
+        allocated = sum(len(slots) * int(padded[slots].max()) for mine in plans for slots in mine if slots)
     else:
         plans = plan(lengths, world, max_tokens)
         allocated = int(lengths.sum())
 
-    # this rank's microbatches
+    # this rank's microbatches; a filler has no log-probs in the cache
     batches = []
     for slots in plans[rank]:
-        items = [examples[rows[slot]] for slot in slots]
+        items = [examples[row] for row in rows[slots]]
         batch = pack(items, slots, share_prefix=share_prefix, pad=pad, filler=answers, device=device)
         if examples.ref is not None:
-            ref = np.zeros(answers, np.float32)  # of a filler
-            if slots:
-                ref = examples.ref[rows[slots]].reshape(-1)
-            batch.ref = move(torch.from_numpy(np.ascontiguousarray(ref)), device)
+            ref = examples.ref[rows[slots]] if slots else np.zeros(answers, np.float32)
+            batch.ref = move(torch.from_numpy(ref.flatten()), device)
         batches.append(batch)
     return batches, int(lengths.sum()), allocated
 
@@ -187,51 +179,63 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     groups = examples
     if pad or not share_prefix:
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
-    width = max(len(prompt) + len(answers[0]) for prompt, answers in groups)  # of padded rows
 
-    # one group after the other in one flat row of ids; place: where in it the next piece begins
-    pieces, position, shapes, place = [], [], [], 0
-    n, first, before = [], [], []  # of each answer: its length, the place of its first token, and of its prompt's last
+    # one piece after the other in one flat row: a prompt, its answers, the next prompt ...
+    pieces, prompt_of = [], []  # prompt_of: which piece is the prompt of each
     for prompt, answers in groups:
-        row_end = place + width
-        pieces.append(prompt)
-        position.append(np.arange(len(prompt)))
-        place += len(prompt)
-        prompt_last = place - 1
-        for answer in answers:
-            pieces.append(answer)
-            position.append(len(prompt) + np.arange(len(answer)))  # every answer follows the prompt
-            n.append(len(answer))
-            first.append(place)
-            before.append(prompt_last)
-            place += len(answer)
-        if pad:
-            pieces.append(np.zeros(row_end - place, int))
-            place = row_end
-        shapes.append((len(prompt), tuple(map(len, answers))))
+        prompt_of += [len(pieces)] * (1 + len(answers))
+        pieces += [prompt, *answers]
+    ids, prompt_of = np.concatenate(pieces), np.array(prompt_of)
+    sizes = np.array([len(piece) for piece in pieces])
+    arrays = _predicted(ids, sizes, prompt_of)
+    ids = np.where(ids < 0, ~ids, ids)
+    is_answer = prompt_of != np.arange(len(pieces))
 
-    # which of these tokens are predicted; ~id stands for a token that is only seen
-    ids = np.concatenate(pieces)
-    n, first, before = map(np.array, (n, first, before))
-    arrays = predicted(ids, n, first, before)
-    arrays['ids'] = np.where(ids < 0, ~ids, ids)[None]  # (1, T)
-    arrays['last'] = first + n - 1
-
-    # padded: a row for each answer, and a mask; packed: one row of all, and where its groups lie
+    # packed: that one row, in which every answer follows its prompt; padded: a row for each answer
     if pad:
-        arrays['ids'] = arrays['ids'].reshape(-1, width)
-        lengths = np.array([[prompt + answer] for prompt, (answer,) in shapes])  # (A, 1)
-        arrays['mask'] = np.arange(width) < lengths
+        lengths = sizes[0::2] + sizes[1::2]
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        arrays |= {'ids': np.zeros(mask.shape, int), 'mask': mask}
+        arrays['ids'][mask] = ids
+        # places are those in the padded rows, one behind the other
+        for name in ('predict_at', 'last'):
+            arrays[name] = np.flatnonzero(mask)[arrays[name]]
     else:
-        arrays['position'] = np.concatenate(position)[None]
-    for name, array in arrays.items():
-        arrays[name] = torch.from_numpy(array.astype(np.int64))
-    batch = Batch(**arrays, slot=list(slots), real=torch.tensor(slots) >= 0, longest=int(n.max()))
+        begins = np.where(is_answer, sizes[prompt_of], 0)
+        arrays |= {'ids': ids[None], 'position': (np.repeat(begins, sizes) + _count_up(sizes))[None]}
+    tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+    batch = Batch(**tensors, slot=list(slots), real=torch.tensor(slots) >= 0, longest=int(sizes[is_answer].max()))
     if not pad:
-        batch.groups = shapes
+        batch.groups = [(len(prompt), tuple(map(len, answers))) for prompt, answers in groups]
         if torch.device(device).type == 'cuda':
-            batch.varlen = Varlen(shapes)
+            batch.varlen = Varlen(batch.groups)
     return move(batch, device)
+
+
+def _predicted(ids, sizes, prompt_of):
+    """Columns of a Batch that say which tokens are predicted, and where: those tokens of the answers that are trained on.
+
+    sizes: tokens of each piece of ids; prompt_of: which piece is its prompt."""
+    is_answer = prompt_of != np.arange(len(sizes))
+    ends = np.cumsum(sizes)
+    # of each token of the answers: which answer it belongs to, which token of it, and its place in ids
+    n = sizes[is_answer]
+    answer, offset = np.repeat(np.arange(len(n)), n), _count_up(n)
+    place = (ends[is_answer] - n)[answer] + offset
+
+    # without those that are only seen, as the user's later turns: they are stored as ~id, which is negative
+    trained = ids[place] >= 0
+    answer, offset, place = answer[trained], offset[trained], place[trained]
+    # the first one is predicted at the prompt's end, the others at the token before them
+    prompt_end = ends[prompt_of[is_answer]][answer]
+    predict_at = np.where(offset == 0, prompt_end, place) - 1
+    found = {'predict_at': predict_at, 'target': ids[place], 'answer': answer, 'offset': offset}
+    return found | {'n': np.bincount(answer, minlength=len(n)), 'last': ends[is_answer] - 1}
+
+
+def _count_up(sizes):
+    """0, 1, ... of each of the sizes, one after the other."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def move(value, device):
@@ -252,30 +256,14 @@ def move(value, device):
     return value
 
 
-def predicted(ids, n, first, before):
-    """Columns of a Batch that say which tokens are predicted, and where: those tokens of the answers that are trained on.
-
-    n, first, before (A,): of each answer its length, the place of its first token in ids, and that of its prompt's last."""
-    # of each answer token: which answer it belongs to, which token of it, where it lies
-    answer = np.repeat(np.arange(len(n)), n)
-    offset = np.concatenate([np.arange(k) for k in n])
-    place = first[answer] + offset
-
-    # without those that are only seen, as the user's later turns: they are stored as ~id, which is negative
-    trained = ids[place] >= 0
-    answer, offset, place = answer[trained], offset[trained], place[trained]
-    # the first one is predicted at the prompt's end, the others at the token before them
-    predict_at = np.where(offset == 0, before[answer], place - 1)
-    counts = np.bincount(answer, minlength=len(n))
-    return {'predict_at': predict_at, 'target': ids[place], 'answer': answer, 'offset': offset, 'n': counts}
-
-
 def pack_probe(examples, device):
     """[packed, padded] Batches of the same two examples, to see whether a model gives both the same log-probs."""
     # an ordinary example, and the one that needs the most room
-    longest = int(examples.lengths.argmax())
-    two = [examples[0], examples[longest]]
+    two = [examples[0], examples[int(examples.lengths.argmax())]]
     return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]
+
+
+# ---- what attention has to know of the groups in a row ----
 
 
 class Block:
@@ -284,28 +272,26 @@ class Block:
     sizes: tokens of the pieces that it is cut into: all of it, or a large group's prompt and answers."""
 
     def __init__(self, groups):
+        self.groups = groups
         self.is_one_piece = len(groups) > 1
         sizes = [size for prompt, answers in groups for size in (prompt, *answers)]
         self.sizes = [sum(sizes)] if self.is_one_piece else sizes
-        self.groups, self.masks = groups, {}  # (window, device) -> mask
+        # made once for all layers
+        self.mask = functools.cache(self.mask)
 
     def mask(self, window, device):
-        """Which tokens see which, (T, T): those of their prompt and answer so far, at most window positions back. Made once."""
-        key = window, device
-        if key not in self.masks:
-            group, answer, position = [], [], []  # of each token; the answer 0 is the prompt
-            for g, (prompt, answers) in enumerate(self.groups):
-                group += [g] * (prompt + sum(answers))
-                for number, (start, size) in enumerate([(0, prompt), *((prompt, size) for size in answers)]):
-                    answer += [number] * size
-                    position += range(start, start + size)
-            group, answer, position = map(np.array, (group, answer, position))
-            back = position[:, None] - position  # from a token to one that it sees
-            mask = (group[:, None] == group) & (back >= 0) & ((answer == 0) | (answer[:, None] == answer))
-            if window:
-                mask &= back < window
-            self.masks[key] = move(torch.from_numpy(mask), device)
-        return self.masks[key]
+        """Which tokens see which, (T, T): those of their prompt and answer so far, at most window positions back."""
+        tokens = []  # (group, answer, position) of each; the answer 0 is the prompt
+        for group, (prompt, answers) in enumerate(self.groups):
+            for answer, size in enumerate((prompt, *answers)):
+                begin = prompt if answer else 0
+                tokens += [(group, answer, position) for position in range(begin, begin + size)]
+        group, answer, position = np.array(tokens).T
+        back = position[:, None] - position  # from a token to one that it sees
+        mask = (group[:, None] == group) & (back >= 0) & ((answer == 0) | (answer[:, None] == answer))
+        if window:
+            mask &= back < window
+        return move(torch.from_numpy(mask), device)
 
 
 SMALL = 96  # tokens of a block of several groups: more of them together waste more than a call of attention costs
@@ -313,15 +299,15 @@ SMALL = 96  # tokens of a block of several groups: more of them together waste m
 
 def make_blocks(groups):
     """Blocks of groups in row order: small groups together, a large one alone."""
-    blocks, some, tokens = [], [], 0
+    blocks, tokens = [], SMALL
     for group in groups:
         size = group[0] + sum(group[1])
-        if some and tokens + size > SMALL:
-            blocks.append(Block(some))
-            some, tokens = [], 0
-        some.append(group)
         tokens += size
-    return [*blocks, Block(some)]
+        if tokens > SMALL:
+            blocks.append([])
+            tokens = size
+        blocks[-1].append(group)
+    return list(map(Block, blocks))
 
 
 class Varlen:
@@ -335,10 +321,11 @@ class Varlen:
         for prompt, answers in groups:
             prompt_places = np.arange(start, start + prompt)
             start += prompt
-            for i, answer in enumerate(answers):
+            # the prompt's queries go with the first answer
+            n_queries += [prompt + answers[0], *answers[1:]]
+            n_keys += [prompt + answer for answer in answers]
+            for answer in answers:
                 gather += [prompt_places, np.arange(start, start + answer)]
-                n_keys.append(prompt + answer)
-                n_queries.append(answer if i else prompt + answer)  # the prompt's queries go with the first answer
                 start += answer
         self.gather = torch.from_numpy(np.concatenate(gather))
         edges = [np.cumsum([0, *lengths]) for lengths in (n_queries, n_keys)]

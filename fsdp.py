@@ -31,30 +31,17 @@ def setup(tp=1):
 
     tp: ranks that hold one copy of the model's blocks together, and count as one: they get the same data. Raises UserError."""
     global _tp
-    # a GPU for each process of a host; on a CPU they share its cores
-    cuda = torch.cuda.is_available()
-    local_rank, local_world = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
-    if cuda and local_world > torch.cuda.device_count():
-        gpus = torch.cuda.device_count()
-        more = f'{local_world} processes are started on a machine with {gpus} GPUs, and each needs its own'
-        error = UserError(f'{more}: start with --nproc_per_node={gpus}')
-        error.of_this_rank = local_rank == 0  # one of this machine says it
-        raise error
-    if cuda:
-        torch.cuda.set_device(device)
-    elif 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
-    if not dist.is_initialized() and 'RANK' not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    elif not dist.is_initialized():
-        # torch 2.13's agent keeps one store over restarts: without a name for each, ranks can find the addresses of dead ones
-        # and hang. Several agents count restarts each for itself: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the way
-        one_agent = os.environ.get('GROUP_WORLD_SIZE') == '1'
-        again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_agent else '0'
-        store, rank, world = next(rendezvous('env://'))
-        store = dist.PrefixStore(f'start{again}', store)
+    device = _own_device()
+    if not dist.is_initialized():
+        store, rank, world = dist.HashStore(), 0, 1
+        if 'RANK' in os.environ:
+            store, rank, world = next(rendezvous('env://'))
+            # torch 2.13's agent keeps one store over restarts: without a name for each, ranks can find the addresses of dead ones
+            # and hang. Several agents count restarts each for itself: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the way
+            one_agent = os.environ.get('GROUP_WORLD_SIZE') == '1'
+            again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_agent else '0'
+            store = dist.PrefixStore(f'start{again}', store)
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     # neighbours share the matrices of a block
     world = dist.get_world_size()
@@ -62,6 +49,24 @@ def setup(tp=1):
         raise UserError(f'tp={tp} needs a multiple of {tp} ranks, and there are {world}: see --nproc_per_node')
     _tp = tp
     return *data_rank(), device
+
+
+def _own_device():
+    """The device of this process: a GPU for each process of a host; on a CPU they share its cores. Raises UserError."""
+    local_rank, local_world = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if not torch.cuda.is_available():
+        if 'OMP_NUM_THREADS' not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+        return torch.device('cpu')
+    gpus = torch.cuda.device_count()
+    if local_world > gpus:
+        more = f'{local_world} processes are started on a machine with {gpus} GPUs, and each needs its own'
+        error = UserError(f'{more}: start with --nproc_per_node={gpus}')
+        error.of_this_rank = local_rank == 0  # one of this machine says it
+        raise error
+    device = torch.device('cuda', local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def data_rank():
@@ -96,6 +101,16 @@ def leave(code=0):
     os._exit(code)
 
 
+# ---- what one rank does, and all of them know ----
+
+
+def gather_objects(value):
+    """The values of all ranks, in rank order, on every rank: picklable, small, and needed seldom."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def on_ranks(mine, fn):
     """fn() on the ranks where mine is true; a UserError on any is raised on all. The others get None."""
     # its error goes to all of them, so that none waits for one that has gone
@@ -122,17 +137,9 @@ def shared(fn):
 
 def first_of_host(fn):
     """fn() on every rank, but first on one rank of every host: the others find what it has put into the cache."""
-    # two rounds: one rank of each host, then the rest
     first = int(os.environ.get('LOCAL_RANK', 0)) == 0
     before, after = on_ranks(first, fn), on_ranks(not first, fn)
     return before if first else after
-
-
-def gather_objects(value):
-    """The values of all ranks, in rank order, on every rank: picklable, small, and needed seldom."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def gather_columns(columns, slots, total):
@@ -143,9 +150,8 @@ def gather_columns(columns, slots, total):
     names = sorted(columns)
     mine = torch.stack([columns[name].detach().double() for name in names]).cpu()  # one wait for the device
     slots = torch.as_tensor(slots, dtype=torch.long)
-    counts = slots >= 0
-    if dist.get_rank() % _tp:
-        counts[:] = False  # the first rank of its tensor-parallel group has the same columns
+    # of a tensor-parallel group, whose ranks have the same columns, the first one counts
+    counts = (slots >= 0) & (dist.get_rank() % _tp == 0)
 
     # every rank fills in its own slots; the sum over ranks is the whole step
     table = torch.zeros(len(names), total, dtype=torch.float64)
@@ -172,54 +178,33 @@ def largest(numbers):
 
 
 @guard.memory_for('a model does not fit; try --dtype=bfloat16, --cpu_offload or more GPUs, or a smaller one')
-def shard(
-    build,
-    device,
-    *,
-    dtype='float32',
-    train=True,
-    mode='auto',
-    activation_checkpointing=False,
-    cpu_offload=False,
-    device_map=None,
-):
+def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offload=False, device_map=None, **options):
     """A model on all ranks, with the weights that build(empty=False) read on rank 0 alone.
 
     build(empty) -> transformers model on the CPU, without weights if empty. dtype: 'float32', or 'bfloat16' for compute
     (and for frozen weights) with float32 master weights, gradients and reductions. mode: the option shard of training.py; one
     process is a replica without others. cpu_offload: weights and optimizer stay in the memory of the CPU, if the device is
-    another one. device_map: instead of all this, one process's build spreads the model."""
-    half, measured = dtype == 'bfloat16', None
+    another one. device_map: instead of all this, one process's build spreads the model. options: activation_checkpointing."""
+    half, by_fsdp, measured = dtype == 'bfloat16', False, None
     if device_map is not None:
-        mode, by_fsdp, model = 'none', False, build(device_map=device_map)
+        mode, model = 'none', build(device_map=device_map)
     else:
-        # rank 0 reads the weights, and decides
+        # rank 0 reads the weights, and decides; which parameters are one tensor depends on the file
         full = on_one_rank(lambda: build(empty=False))
         choices = (mode, train, half, device, cpu_offload)
-        mode = shared(lambda: _choose_mode(full, *choices))
+        mode, tied = shared(lambda: (_choose_mode(full, *choices), ties(full)))
         by_fsdp = half or mode != 'none'
         if by_fsdp or dist.get_world_size() > 1:
             measured = shared(lambda: probe.measure_loaded(full))
         # the others begin without any, and so does what FSDP cuts
         model = build(empty=True) if by_fsdp or full is None else full
-        # which parameters are one tensor depends on the file, which rank 0 alone has read
-        tied = shared(lambda: ties(full))
         tie_as(model, tied)
         if not by_fsdp:
             _replicate(model, device, tied)
 
     if not train:
         model.requires_grad_(False)
-    recompute = activation_checkpointing is True
-    if activation_checkpointing == 'selective':
-        lean.enable(model)
-    if recompute:
-        # the method has another name since transformers 5.20
-        older = getattr(core(model), 'gradient_checkpointing_enable', None)
-        getattr(core(model), 'activation_checkpointing_enable', older)()
-    for block in blocks(model) if recompute else ():
-        block.training = True  # the block alone: its dropout layers stay in eval mode
-
+    _recompute(model, **options)
     # what the scripts call becomes a forward of the root
     model.shard_mode = mode
     if by_fsdp:
@@ -250,8 +235,22 @@ def _choose_mode(model, mode, train, half, device, cpu_offload):
     if device.type == 'cuda':
         has = torch.cuda.get_device_properties(device).total_memory
     else:
-        has = (room.machine_memory() or 0) / int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        has = room.machine_memory() / int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     return 'none' if takes <= has / 4 else 'full'
+
+
+def _recompute(model, activation_checkpointing=False):
+    """Have the blocks of a model compute activations again in backward: all (True), or the cheap ones ('selective')."""
+    if activation_checkpointing == 'selective':
+        lean.enable(model)
+    elif activation_checkpointing:
+        # the method has another name since transformers 5.20
+        inner = core(model)
+        older = getattr(inner, 'gradient_checkpointing_enable', None)
+        getattr(inner, 'activation_checkpointing_enable', older)()
+        # the block alone: its dropout layers stay in eval mode
+        for block in blocks(model):
+            block.training = True
 
 
 def _replicate(model, device, tied):
@@ -272,26 +271,24 @@ def _distribute(model, full, device, half, cpu_offload):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    # passes read weights rounded to bfloat16. One that lies between two such numbers, as fp16 files have many, would jump to the
-    # other with the first update, however small: float32 copies begin rounded, too
-    for p in full.parameters() if full and half else ():
-        p.data = p.data.bfloat16().to(p.dtype)
-    # frozen weights in bfloat16; not model.to, for rotary frequencies must stay float32
-    for p in model.parameters() if half else ():
-        p.data = p.data if p.requires_grad else p.data.to(torch.bfloat16)
-
-    # blocks first, then what is left at the root
     mesh = _mesh(device.type, _tp, model.shard_mode == 'none', dist.group.WORLD)
-    if _tp > 1:
-        tensor_parallel(model, mesh['tp'], mesh['dp'].size())
     settings, home = {'mesh': mesh['dp']}, device
     if half:
         # compute in bfloat16, sum gradients in float32
         settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        # passes read weights rounded to bfloat16. One that lies between two such numbers, as fp16 files have many, would jump to the
+        # other with the first update, however small: float32 copies begin rounded, too
+        for p in full.parameters() if full else ():
+            p.data = p.data.bfloat16().to(p.dtype)
+        # frozen weights in bfloat16; not model.to, for rotary frequencies must stay float32
+        for p in model.parameters():
+            p.data = p.data if p.requires_grad else p.data.to(torch.bfloat16)
     if cpu_offload:
         settings['offload_policy'] = CPUOffloadPolicy(pin_memory=device.type == 'cuda')
         home = torch.device('cpu')
-    # block by block, so that one at a time is gathered
+    # block by block, so that one at a time is gathered; then what is left at the root
+    if _tp > 1:
+        tensor_parallel(model, mesh['tp'], mesh['dp'].size())
     for block in blocks(model):
         fully_shard(block, **settings, reshard_after_forward=model.shard_mode != 'grads')
     fully_shard(model, **settings, reshard_after_forward=False)
@@ -352,6 +349,9 @@ def unsharded(model):
         _reshard(model)
 
 
+# ---- the update ----
+
+
 def make_optimizer(name, model, lr, weight_decay):
     """AdamW, SGD, or RMSprop (the original DPO code's choice: half of AdamW's memory), over the trainable parameters."""
     params = [p for p in model.parameters() if p.requires_grad]
@@ -392,21 +392,18 @@ def update(model, optimizer, lr, scale, max_norm):
     groups = {}
     for grad in average_gradients(model):
         groups.setdefault(getattr(grad, 'device_mesh', None), []).append(grad)
-
     # the norm over all ranks and meshes
     norms = [torch.nn.utils.get_total_norm(grads) for grads in groups.values()]
     norms = [norm.full_tensor() if hasattr(norm, 'full_tensor') else norm for norm in norms]
     norm = math.hypot(*(norm.item() for norm in norms)) * scale
-    if not math.isfinite(norm):
-        optimizer.zero_grad(set_to_none=True)
-        return norm
 
-    # divide by the weights and clip, in one product
-    for grads in groups.values():
-        torch._foreach_mul_(grads, scale * min(1.0, max_norm / (norm + 1e-6)))
-    # the schedule is the caller's
-    for group in optimizer.param_groups:
-        group['lr'] = lr
-    optimizer.step()
+    if math.isfinite(norm):
+        # divide by the weights and clip, in one product
+        for grads in groups.values():
+            torch._foreach_mul_(grads, scale * min(1.0, max_norm / (norm + 1e-6)))
+        # the schedule is the caller's
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

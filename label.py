@@ -3,15 +3,15 @@
     python label.py --answers=out/sample/samples.jsonl --endpoint=http://127.0.0.1:8000 --judge_model=NAME
     python label.py --answers=ours.jsonl --against=theirs.json --reward_model=out/reward/model
 
---answers alone: any two answers to a prompt are a pair, the lower sample number first. With --against: the answers of both
-files to the same prompt, in order. A file is samples.jsonl of sample.py or AlpacaEval's model_outputs.json.
+A file of answers is samples.jsonl of sample.py or AlpacaEval's model_outputs.json. --answers alone: any two answers to a prompt
+are a pair, the lower sample number first. With --against: the answers of both files to the same prompt, in order.
 
-out_dir gets verdicts.jsonl, a line a verdict, with the judge's whole reply, on the disk before the next one is taken: after
-a crash the same command goes on there, and what failed is asked again; annotations.json, for --data=, in AlpacaEval's format
-(preference 1: output_1, 2: output_2, 1.5: tie, null: no verdict); and report.json. winrate.py says what its numbers are.
+out_dir gets verdicts.jsonl, a line a verdict, with the judge's whole reply, on the disk before the next one is taken: the same
+command goes on there, and asks again what failed; annotations.json, for --data=, in AlpacaEval's format (preference 1: output_1,
+2: output_2, 1.5: tie, null: no verdict); and report.json. feedback/winrate.py says what its numbers are.
 
-An endpoint sees every pair in both orders; the preference is the mean of its two verdicts, so that contradicting ones make a
-tie, and null unless both are clear. Equal answers are a tie without a judge. The key is NANOPREF_API_KEY, or OPENAI_API_KEY.
+An endpoint sees every pair in both orders; the preference is the mean of its two verdicts, and null unless both are clear.
+Equal answers are a tie without a judge. The key is NANOPREF_API_KEY, or OPENAI_API_KEY.
 """
 
 from runtime import guard
@@ -27,12 +27,13 @@ import numpy as np
 
 from configurator import UserError, configure
 from feedback import judge, winrate
-from feedback.answers import annotation, append, as_trained, lock, make_pairs, raise_if_missing, read_verdicts
+from feedback.answers import annotation, append, is_plain, lock, make_pairs, raise_if_missing, read_verdicts
 from feedback.endpoint import ask, completions_url
 from runtime import log
 from runtime.files import replace_text
 from text.examples import in_words
 from text.files import content_hash
+from text.messages import answer
 
 answers: str | None = None  # a file of answers: samples.jsonl or model_outputs.json
 against: str | None = None  # judge them against the answers in this file; None: against each other
@@ -68,16 +69,10 @@ if reward_model is None:
     of_model = 'max_length max_prompt_length truncation max_tokens trust_remote_code'
     config.ignored(of_model.split(), 'there is no --reward_model')
 
-# the pairs, and the numbers of those with equal answers, which need no judge
+# a verdict is known by (number of the pair, order); order 2 shows the second answer first; equal answers need no judge
 table, left_out = make_pairs(answers, against)
-equal = set()
-for i, pair in enumerate(table):
-    first, second = pair['outputs']
-    if first.strip() == second.strip():
-        equal.add(i)
-
-# a verdict is known by (number of the pair, order); order 2 shows the second answer first
 orders = (1, 2) if endpoint else (1,)
+equal = {i for i, pair in enumerate(table) if len({output.strip() for output in pair['outputs']}) == 1}
 wanted = [(i, order) for i in range(len(table)) if i not in equal for order in orders]
 n_prompts = len({pair['question'] for pair in table})
 counts = f'{len(table)} pairs of answers to {n_prompts} prompts, {len(equal)} of them equal'
@@ -89,26 +84,6 @@ cut = Counter()  # what a reward model could not read whole
 
 # ---- a judge behind an endpoint ----
 
-
-def ask_judge(todo):
-    """Yield a row of verdicts.jsonl for each (pair, order), as they arrive; None for one that failed."""
-
-    def jobs():
-        # a generator: a request is made when it is sent
-        for i, order in todo:
-            yield (i, order), fields | judge.question(template, table[i], order)
-
-    settings = {'concurrency': concurrency, 'timeout': timeout, 'retries': retries, 'proven': bool(verdicts)}
-    with contextlib.closing(ask(endpoint, jobs(), **settings)) as replies:
-        for (i, order), text, raw, error in replies:
-            if text is None:
-                failed[error] += 1
-                yield None
-                continue
-            preference = judge.preference(text, raw, order)
-            yield {'pair': i, 'order': order, 'preference': preference, 'text': text, 'raw': raw}
-
-
 if endpoint is not None:
     completions_url(endpoint)  # raises where it is none
     if not judge_model:
@@ -116,6 +91,21 @@ if endpoint is not None:
     template = judge.read_prompt(judge_prompt)
     fields = judge.read_request(request) | {'model': judge_model, 'stream': False}
     record['content of judge_prompt'] = f'{content_hash(template):016x}'
+
+
+def ask_judge(todo):
+    """Yield a row of verdicts.jsonl for each (pair, order), as they arrive, but for requests that failed."""
+    # a request is made when it is sent
+    jobs = (((i, order), fields | judge.question(template, table[i], order)) for i, order in todo)
+    settings = {'concurrency': concurrency, 'timeout': timeout, 'retries': retries, 'proven': bool(verdicts)}
+    with contextlib.closing(ask(endpoint, jobs, **settings)) as replies:
+        for (i, order), text, raw, error in replies:
+            if error:
+                failed[error] += 1
+                continue
+            preference = judge.preference(text, raw, order)
+            yield {'pair': i, 'order': order, 'preference': preference, 'text': text, 'raw': raw}
+
 
 # ---- a reward, of a model or of gold ----
 
@@ -125,23 +115,18 @@ def compare_rewards(todo):
     known = {}  # hash of prompt and answer -> reward: with n answers to a prompt, each is in n - 1 pairs
     # 64 pairs at a time, so that what is scored is soon on the disk
     for start in range(0, len(todo), 64):
-        pairs = [i for i, _ in todo[start : start + 64]]
-
-        # score every answer that has no reward yet, once
         keys, new = {}, {}
-        for i in pairs:
-            prompt, outputs = table[i]['prompt'], table[i]['outputs']
-            keys[i] = [content_hash(prompt, output) for output in outputs]
-            for k, key in enumerate(keys[i]):
+        for i, _ in todo[start : start + 64]:
+            pair = table[i]
+            keys[i] = [content_hash(pair['prompt'], output) for output in pair['outputs']]
+            for key, output in zip(keys[i], pair['outputs'], strict=True):
+                # answers as dpo.py will read them from annotations.json
                 if key not in known:
-                    new[key] = prompt, as_trained(table[i], k)
+                    new[key] = pair['prompt'], answer(output) if is_plain(pair) else output
         known |= zip(new, rewards(list(new.values())), strict=True)
-
-        for i in pairs:
-            first, second = (known[key] for key in keys[i])
-            preference = 1.5  # a tie
-            if first != second:
-                preference = 1 if first > second else 2
+        for i, pair_keys in keys.items():
+            first, second = (known[key] for key in pair_keys)
+            preference = 1.5 if first == second else 2 - (first > second)
             yield {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
 
 
@@ -155,29 +140,27 @@ if gold is not None:
             such = "the toy world's prompts, such as 'Review of the hotel:'"
             raise UserError(f'--gold=toy knows {such}, not {str(pair["prompt"])[:80]!r}')
 
-    def rewards(items):
-        """The gold reward of each (prompt, answer)."""
-        return [toy.gold(prompt, text) for prompt, text in items]
-
-
 # a reward model, which reads prompt and answer as dpo.py would
 if reward_model is not None:
     import fsdp
     from feedback import score
-    from hf import load
+    from hf import lora
     from text.tokenise import encode
 
     _, world, device = fsdp.setup()
     if world > 1:
         raise UserError('label.py scores in one process: run it with python, not torchrun')
     model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
-    record['content of reward_model'] = load.content(reward_model)
+    record['content of reward_model'] = lora.content(reward_model)
 
-    def rewards(items):
-        """The reward of each (prompt, answer) under the reward model."""
-        options = (tokenizer, max_length, max_prompt_length, truncation, cut)
-        encoded = [encode(prompt, text, *options) for prompt, text in items]
-        return score.scores(model, tokenizer, encoded, max_tokens).tolist()
+
+def rewards(items):
+    """The reward of each (prompt, answer)."""
+    if gold is not None:
+        return [toy.gold(prompt, text) for prompt, text in items]
+    limits = (max_length, max_prompt_length, truncation)
+    encoded = [encode(prompt, text, tokenizer, *limits, cut) for prompt, text in items]
+    return score.scores(model, tokenizer, encoded, max_tokens).tolist()
 
 
 # ---- the verdicts ----
@@ -185,12 +168,10 @@ if reward_model is not None:
 # the same options and the same answers as before, or another out_dir
 neutral = {'out_dir', 'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'}
 log.check_out_dir(out_dir, record, True, neutral=neutral)
-begun, file = Path(out_dir) / 'config.json', Path(out_dir) / 'verdicts.jsonl'
-if begun.exists() and json.loads(begun.read_text())['config']['endpoint'] != endpoint:
-    log.say(f'note: this run began at another endpoint; {judge_model} must be the same model here')
 
 # what is there already is not asked again
 lock(out_dir)
+begun, file = Path(out_dir) / 'config.json', Path(out_dir) / 'verdicts.jsonl'
 append(file, [])  # it is there, even if nothing is to be judged
 verdicts = read_verdicts(file)
 if verdicts:
@@ -201,8 +182,6 @@ todo = [key for key in wanted if key not in verdicts]
 guard.on_stop(lambda: f'{len(verdicts)} of {len(wanted)} verdicts are in {out_dir}; the same command goes on there')
 with log.progress(len(wanted), ' verdicts', 'judged', initial=len(verdicts)) as bar:
     for row in ask_judge(todo) if endpoint is not None else compare_rewards(todo):
-        if row is None:
-            continue
         # out_dir is not claimed before there is something to protect: a wrong name is easily mended
         if not begun.exists():
             log.claim_out_dir(out_dir, record)
@@ -213,13 +192,12 @@ with log.progress(len(wanted), ' verdicts', 'judged', initial=len(verdicts)) as 
 
 # ---- annotations and report ----
 
-# a preference is the mean over both orders: none where one is missing, a tie where the answers are equal
+# a preference is the mean over both orders, none where one is missing
 judged, preferences = [], []
 for i in range(len(table)):
-    of_orders = [verdicts.get((i, order), {}).get('preference') for order in orders]
-    preference = None if None in of_orders else sum(of_orders) / len(orders)
+    of_orders = [verdicts.get((i, order), {}).get('preference') for order in orders] if i not in equal else [1.5]
     judged.append(of_orders)
-    preferences.append(1.5 if i in equal else preference)
+    preferences.append(None if None in of_orders else sum(of_orders) / len(of_orders))
 
 # the verdicts as AlpacaEval and dpo.py read them
 annotator = judge_model or reward_model or f'gold {gold}'
@@ -230,48 +208,34 @@ replace_text(Path(out_dir) / 'annotations.json', json.dumps(rows, indent=1))
 clear = [i for i, preference in enumerate(preferences) if preference is not None]
 question = [table[i]['question'] for i in clear]
 wins = 2 - np.array([preferences[i] for i in clear])
-lengths = [[len(output.strip()) for output in table[i]['outputs']] for i in clear]
-lengths = np.array(lengths).reshape(-1, 2)
+lengths = np.array([[len(output.strip()) for output in table[i]['outputs']] for i in clear]).reshape(-1, 2)
 
-# names for the screen
-generators = zip(*(pair['generators'] for pair in table), strict=True)  # of the first answers, of the second
+# who wrote the first answers, and the second
+generators = zip(*(pair['generators'] for pair in table), strict=True)
 first_name, second_name = (' + '.join(sorted(set(found))) for found in generators)
 if first_name == second_name:
     first_name, second_name = 'the first answer', 'the second'
 
 # counts first
-unclear = [row['text'] for row in verdicts.values() if row['preference'] is None]
+won, lost, ties = (int(found.sum()) for found in (wins > 0.5, wins < 0.5, wins == 0.5))
 contradicting = sum(set(of_orders) == {1, 2} for of_orders in judged)
-report = {
-    'first': first_name,
-    'second': second_name,
-    'judge': annotator,
-    'pairs': len(table),
-    'with_a_verdict': len(clear),
-    'won': int((wins > 0.5).sum()),
-    'lost': int((wins < 0.5).sum()),
-    'ties': int((wins == 0.5).sum()),
-    'ties_equal_answers': len(equal),
-    'ties_contradicting_orders': contradicting,
-    'unclear_replies': len(unclear),
-    'failed': failed.total(),
-    'failures': dict(failed),
-    'cut': dict(+cut),
-}
-# then rates, with standard errors and 95% intervals over prompts
+unclear = [row['text'] for row in verdicts.values() if row['preference'] is None]
+report = {'first': first_name, 'second': second_name, 'judge': annotator, 'pairs': len(table)}
+report |= {'with_a_verdict': len(clear), 'won': won, 'lost': lost, 'ties': ties, 'ties_equal_answers': len(equal)}
+report |= {'ties_contradicting_orders': contradicting, 'unclear_replies': len(unclear)}
+report |= {'failed': failed.total(), 'failures': dict(failed), 'cut': dict(+cut)}
+# then rates, with standard errors and 95% intervals over prompts; whether the order mattered, of pairs with both verdicts
 rates = {'win_rate': (wins, question)}
 if endpoint is not None:
-    # whether the order mattered, of pairs with both verdicts
-    both = [i for i, of_orders in enumerate(judged) if None not in of_orders]
-    found = winrate.orders([judged[i] for i in both])
-    rates |= {name: (values, [table[i]['question'] for i in both]) for name, values in found.items()}
+    both = [i for i in clear if i not in equal]
+    for name, values in winrate.orders([judged[i] for i in both]).items():
+        rates[name] = values, [table[i]['question'] for i in both]
 for name, values in rates.items():
     report[name], report[f'{name}_se'] = winrate.mean(*values)
     report[f'{name}_interval'] = winrate.interval(*values)
 # at equal length, where that can be told
 n_judged, fit = len(set(question)), (None, None, None)
-enough = n_judged >= winrate.ENOUGH
-if enough:
+if n_judged >= winrate.ENOUGH:
     fit = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], question)
 report['length_controlled'], report['length_controlled_se'], report['length_effect'] = fit
 report['length_controlled_interval'] = winrate.interval_of_fit(*fit[:2])
@@ -281,32 +245,28 @@ replace_text(Path(out_dir) / 'report.json', json.dumps(report, indent=1))
 
 def percent(name, why='too few verdicts'):
     """A rate of the report with its 95% interval, for the screen; without a rate, why there is none."""
-    rate, interval = report[name], report[f'{name}_interval']
-    if interval is None:
+    if report[f'{name}_interval'] is None:
         return why
-    low, high = interval
-    return f'{rate:.1%} (95% interval {low:.1%} to {high:.1%})'
+    low, high = report[f'{name}_interval']
+    return f'{report[name]:.1%} (95% interval {low:.1%} to {high:.1%})'
 
 
 # the same on the screen
 equal_length = f'not told: {n_judged} prompts, and from {winrate.ENOUGH} on length can be told from quality'
-if enough:
+if n_judged >= winrate.ENOUGH:
     equal_length = percent('length_controlled', 'no finite fit') + '; by a logistic regression (docs/feedback.md)'
-mean_lengths = 'unknown'
-if clear:
-    mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'])
-ties = f'of the ties {len(equal)} have equal answers, {contradicting} contradicting orders'
-missing = f'{len(table) - len(clear)} pairs; unclear replies: {len(unclear)}, failed requests: {failed.total()}'
+mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'] or []) or 'unknown'
 log.say(f"""
 {first_name} against {second_name}, judged by {annotator}
   win rate           {percent('win_rate')}; a tie is half a win
   at equal length    {equal_length}
-  won, lost, tied    {report['won']}, {report['lost']}, {report['ties']}; {ties}
+  won, lost, tied    {won}, {lost}, {ties}; of the ties {len(equal)} have equal answers, {contradicting} contradicting orders
   mean length        {mean_lengths} characters""")
 if endpoint is not None:
     log.say(f'  shown first, wins  {percent("shown_first")}; 50% without position bias')
     log.say(f'  orders agree       {percent("agreement")}')
-log.say(f'  without a verdict  {missing}')
+missing = f'unclear replies: {len(unclear)}, failed requests: {failed.total()}'
+log.say(f'  without a verdict  {len(table) - len(clear)} pairs; {missing}')
 files = f'{out_dir}/annotations.json, report.json and verdicts.jsonl'
 log.say(f'{files}; answers cut for the judge: {in_words(cut)[0]}')
 if unclear:

@@ -1,8 +1,8 @@
 """Inside a transformers model: attention over packed answers, log-probs of answers, divergences. hf/load.py makes one.
 
 Training on preferences needs one function, response_logps(model, batch): log-prob sums of every answer in a packed microbatch
-(data.py), float32, with the LM head applied only where an answer token is predicted, in chunks that are recomputed in
-backward, so that no (tokens, vocabulary) tensor of the whole microbatch ever exists. No collectives here: fsdp.py.
+(data.py), float32. The LM head is applied only where an answer token is predicted, in chunks that backward computes again, so
+that no (tokens, vocabulary) tensor of the whole microbatch ever exists. No collectives here: fsdp.py.
 """
 
 import contextlib
@@ -22,15 +22,11 @@ def core(model):
 
 def blocks(model):
     """The transformer blocks, by the class names that the model itself (and a critic inside it) declares."""
-    # every class that any part of the model calls a block
-    names = set()
-    for module in core(model).modules():
-        names.update(getattr(module, '_no_split_modules', None) or [])
+    names = {name for m in core(model).modules() for name in getattr(m, '_no_split_modules', None) or ()}
     # no block inside another: Mamba names a block and a part of it
     found = {}
     for path, module in core(model).named_modules():
-        inside = any(path.startswith(f'{outer}.') for outer in found)
-        if type(module).__name__ in names and not inside:
+        if type(module).__name__ in names and not any(path.startswith(f'{outer}.') for outer in found):
             found[path] = module
     return list(found.values())
 
@@ -39,7 +35,7 @@ def blocks(model):
 
 
 def register_attention():
-    """Make packed_attention known to transformers. Without a mask function of that name it makes no mask, and asks for none."""
+    """Make packed_attention known to transformers, which makes no mask for an attention of this name."""
     transformers.AttentionInterface.register('packed', packed_attention)
 
 
@@ -48,30 +44,28 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
 
     query (1, H, T, D), key and value (1, H_kv, T, D); packed: a data.Batch. Returns (1, T, H, D), None. On CUDA in half
     precision one varlen kernel does it; elsewhere one small sdpa an answer, so that no answer pays for the others."""
-    softcap = more.get('softcap')
     if packed is None or more.get('s_aux') is not None:
         raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
     # one kernel, unless it lacks what this architecture needs
-    half = query.dtype in (torch.bfloat16, torch.float16)
+    softcap, half = more.get('softcap'), query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
         return _varlen_attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
-    # (q, k, v) of each small block, and of each prompt and each answer of the others. split, not slices: its backward is one cat
+    # (q, k, v) of each block of small groups, and of each prompt and answer of a large one; the backward of split is one cat
     sizes = [size for block in packed.blocks for size in block.sizes]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     out = []  # (1, H, n, D) each
     for block in packed.blocks:
-        prompt_q, prompt_k, prompt_v = next(pieces)
+        q, prompt_k, prompt_v = next(pieces)
         if block.is_one_piece:
-            mask = block.mask(sliding_window, query.device)
-            out.append(_attend(prompt_q, prompt_k, prompt_v, mask, scaling, softcap))
+            mask = block.mask(sliding_window, q.device)
+            out.append(_attend(q, prompt_k, prompt_v, mask, scaling, softcap))
+        # the prompt's keys and values come before each answer's, its own queries go with the first answer
         for number in range(1, len(block.sizes)):
-            q, k, v = next(pieces)
-            # the prompt's keys and values come before each answer's, its own queries go with the first answer
-            k = torch.cat((prompt_k, k), 2)
-            v = torch.cat((prompt_v, v), 2)
-            if number == 1:
-                q = torch.cat((prompt_q, q), 2)
+            answer_q, answer_k, answer_v = next(pieces)
+            q = torch.cat((q, answer_q), 2) if number == 1 else answer_q
+            k = torch.cat((prompt_k, answer_k), 2)
+            v = torch.cat((prompt_v, answer_v), 2)
             mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
             out.append(_attend(q, k, v, mask, scaling, softcap))
     return torch.cat(out, 2).transpose(1, 2), None
@@ -86,7 +80,7 @@ def _varlen_attention(query, key, value, scaling, sliding_window, layout):
     k, v = k[layout.gather], v[layout.gather]
     # how many tokens a query sees before its own (-1: all), and behind it
     options = {'scale': scaling, 'window_size': (-1 if sliding_window is None else sliding_window - 1, 0)}
-    # heads that share keys: torch 2.13's kernel knows them, for an older one they are repeated
+    # heads that share keys: an older torch than 2.13 gets them repeated
     repeat = q.shape[1] // k.shape[1]
     if repeat > 1 and 'enable_gqa' in inspect.signature(varlen_attn).parameters:
         options['enable_gqa'] = True
@@ -96,7 +90,7 @@ def _varlen_attention(query, key, value, scaling, sliding_window, layout):
 
 
 def _causal(n, m, window, device):
-    """Which of m keys the last n positions see: (n, m); None for what sdpa's is_causal does, which counts from the first on."""
+    """Which of m keys the last n positions see: (n, m). None where sdpa's is_causal says it, which is faster."""
     before = m - n  # positions without a query
     if not before and not (window and window < m):
         return None
@@ -108,17 +102,16 @@ def _attend(q, k, v, mask, scaling, softcap):
     """Attention of q (1, H, n, D) over k and v (1, H_kv, m, D), where mask (n, m) says; None: causal."""
     repeat = q.shape[1] // k.shape[1]  # queries' heads that share one of the keys'
     if not softcap:
-        options = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
-        return F.scaled_dot_product_attention(q, k, v, mask, **options)
+        how = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
+        return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
     # a soft cap lies between the scores and their softmax, which sdpa does not offer: (n, m) scores of every head
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
-    scores = q @ k.mT * scale
-    capped = softcap * torch.tanh(scores / softcap)
+    scores = softcap * torch.tanh(q @ k.mT * scale / softcap)
     if mask is None:
         mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
-    weights = capped.masked_fill(~mask, float('-inf')).float().softmax(-1)
+    weights = scores.masked_fill(~mask, float('-inf')).float().softmax(-1)
     return weights.to(v.dtype) @ v
 
 
@@ -126,7 +119,6 @@ def set_attention(model, packed, own=None):
     """Choose a model's attention from now on: packed_attention, or for padded batches the one of transformers called own.
 
     own None: the one chosen before, or sdpa, or eager where there is no sdpa (Gemma 2). Raises UserError."""
-    # what padded batches use is remembered on the model
     inner = core(model)
     default = 'sdpa' if inner._supports_sdpa else 'eager'
     inner.padded_attention = own or getattr(inner, 'padded_attention', default)
@@ -156,15 +148,13 @@ def response_logps(model, batch, divergence=None, reference=None):
 
     With a divergence (3, A): sums of log-probs, of divergences from the reference, and of the reference's log-probs. It is a
     function of (log_pi, log_ref), both (n, V) -> (n,), such as kl. reference: that model's hidden_and_head on the batch."""
-    # where an answer token is predicted, and nowhere else: hidden (N, d)
     hidden, (weight, bias) = hidden_and_head(model, batch)
     device = hidden.device  # only a device map puts the targets, or the reference, elsewhere
     if reference is not None:
         ref_hidden, ref_head = reference
         reference = [x if x is None else x.to(device) for x in (ref_hidden, *ref_head)]
-    target = batch.target.to(device)
     # (1 or 3, N) numbers of tokens, and their sums over each answer
-    tokens = Head.apply(hidden, weight, bias, target, core(model).config, divergence, reference)
+    tokens = Head.apply(hidden, weight, bias, batch.target.to(device), core(model).config, divergence, reference)
     return torch.stack([batch.sum(row) for row in tokens.to(batch.ids.device)])
 
 
@@ -172,22 +162,16 @@ def hidden_and_head(model, batch):
     """Hidden states (N, d) that predict the N answer tokens, and the head's (weight, bias).
 
     Works inside the root module's forward only (fsdp.py registers response_logps and this as such)."""
-    hidden, head = hidden_states(model, batch)
-    return hidden.flatten(0, 1)[batch.predict_at.to(hidden.device)], head
-
-
-def hidden_states(model, batch):
-    """Last hidden states of a batch (rows, T, d) and the head's (weight, bias)."""
     head = core(model).get_output_embeddings()
-    return body(model, batch).to(head.weight.device), (head.weight, head.bias)
+    hidden = body(model, batch).to(head.weight.device).flatten(0, 1)
+    return hidden[batch.predict_at.to(hidden.device)], (head.weight, head.bias)
 
 
 def body(model, batch):
     """Last hidden states of a batch, (rows, T, d)."""
     inner = core(model)
-    trunk = inner.base_model
-    if trunk is inner:  # Llama 4 misnames its trunk
-        trunk = inner.model
+    # Llama 4 misnames its trunk
+    trunk = inner.model if inner.base_model is inner else inner.base_model
     # packed batches have positions and groups, padded ones a mask
     layout = {'attention_mask': batch.mask}
     if batch.groups:
@@ -203,16 +187,12 @@ def wide(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _scale(config):
-    """What some architectures multiply the head's output with: 1 for most."""
+def _scale_and_cap(config):
+    """(factor of the head's output, soft cap of the logits or None), as some architectures have them."""
     factor = getattr(config, 'logit_scale', None) or 1.0  # Cohere
     divisor = getattr(config, 'logits_scaling', None) or 1.0  # Granite
-    return factor / divisor
-
-
-def _cap(config):
-    """The soft cap of the logits, if the architecture has one (Gemma 2, RecurrentGemma)."""
-    return getattr(config, 'final_logit_softcapping', None) or getattr(config, 'logits_soft_cap', None)
+    cap = getattr(config, 'final_logit_softcapping', None) or getattr(config, 'logits_soft_cap', None)  # Gemma
+    return factor / divisor, cap
 
 
 class Head(torch.autograd.Function):
@@ -238,7 +218,7 @@ class Head(torch.autograd.Function):
         for rows in chunks:
             n = rows.stop - rows.start
             for buffer, (x, *head) in zip(buffers, sides, strict=True):
-                _logits(buffer[:n], x[rows], *head, config)
+                _write_logits(buffer[:n], x[rows], *head, config)
             blocks = []
             for block in Head.chunks(n, len(weight), most_of_block):
                 at = slice(rows.start + block.start, rows.start + block.stop)
@@ -285,22 +265,22 @@ class Head(torch.autograd.Function):
                 d_weight += d_raw.T @ hidden[rows]
             if bias_trains:
                 d_bias += d_logits.sum(0)
-        d_weight = d_weight.to(weight.dtype) if weight_trains else None
-        d_bias = d_bias.to(bias.dtype) if bias_trains else None
-        return d_hidden, d_weight, d_bias, None, None, None, None
+        head = [None if d is None else d.to(weight.dtype) for d in (d_weight, d_bias)]
+        return d_hidden, *head, None, None, None, None
 
 
-def _logits(out, hidden, weight, bias, config):
+def _write_logits(out, hidden, weight, bias, config):
     """Write the logits, scaled and soft-capped, into out: hidden (n, d) -> (n, V)."""
+    scale, cap = _scale_and_cap(config)
     if weight.dtype == out.dtype:
         torch.mm(hidden, weight.T, out=out)
     else:
         out.copy_(hidden @ weight.T)
     if bias is not None:
         out += bias
-    if _scale(config) != 1:
-        out *= _scale(config)
-    if cap := _cap(config):
+    if scale != 1:
+        out *= scale
+    if cap:
         out.div_(cap).tanh_().mul_(cap)
 
 
@@ -308,7 +288,7 @@ def _to_gradient(logits, target, grad, config, divergence, ref_logits):
     """Replace logits (n, V) by the gradient of grad[0] . log-probs of the targets + grad[1] . divergences, before scale and cap.
 
     Of a log-prob it is one-hot - pi. Of a divergence it is pi * sum(mass) - mass, with its mass as below."""
-    cap = _cap(config)
+    scale, cap = _scale_and_cap(config)
     slope = 1 - (logits / cap) ** 2 if cap else 1
     factor = -grad[0, :, None]
     if divergence:
@@ -319,8 +299,8 @@ def _to_gradient(logits, target, grad, config, divergence, ref_logits):
     else:
         torch.softmax(logits, 1, out=logits).mul_(factor)
     logits.scatter_add_(1, target[:, None], grad[0, :, None])
-    if cap or _scale(config) != 1:
-        logits *= slope * _scale(config)
+    if cap or scale != 1:
+        logits *= slope * scale
 
 
 # ---- divergences of the policy from the reference at one position, for TDPO and Ra-DPO ----

@@ -5,8 +5,8 @@
 
 A round: answers sampled from the policy (offline: labelled answers of the data, +1 and -1) -> log-probs under policy and
 reference, values -> scores -> KL penalty -> advantages -> ppo_epochs passes over the round, one gradient a minibatch: the sum
-over its answer tokens, divided once by their number. That, and whitening over the whole round, is the same on any number of
-ranks and microbatches. Counts are in examples, which here are answers, but for warmup_steps.
+over its answer tokens, divided once by their number, on any number of ranks and microbatches. Counts are in examples, which here
+are answers, but for warmup_steps.
 
 Where this departs from papers and other code:
 * Answers are sampled at temperature 1 without top-p: from the policy that is trained, so that ratios start at 1.
@@ -22,6 +22,7 @@ guard.watch(__name__)  # before the heavy imports
 
 import math
 import time
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -34,10 +35,9 @@ from data import move, steps
 from hf import generate
 from hf.load import add_value_head, check_same_tokens, drop_value_head, load_model, load_reward
 from model import core
-from rl import formulas, functions, rollout
+from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
 from runtime import checkpoint, log
-from text.examples import Examples
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -103,7 +103,7 @@ if offline and loss == 'grpo':
     raise UserError('--offline goes with --loss=ppo: grpo compares several answers to one prompt, and samples them')
 if loss == 'grpo' and group_size < 2:
     raise UserError('grpo compares the answers to one prompt: set --group_size to 2 or more')
-parts = functions.asked_for(config, training.eval_data)  # summands of the reward
+parts = reward_functions.asked_for(config, training.eval_data)  # summands of the reward
 if not (0 <= gamma <= 1 and 0 <= lam <= 1):
     raise UserError(f'gamma and lam must lie between 0 and 1, not {gamma} and {lam}')
 group = 1 if offline else group_size  # answers to a prompt
@@ -116,15 +116,14 @@ kl_in_loss = offline or loss == 'grpo'  # else it is in the rewards
 
 # the ranks meet, out_dir is taken
 run = training.begin(config)
-fsdp.on_one_rank(lambda: functions.load_all(parts))
-rank, world, device, tokenizer = run.rank, run.world, run.device, run.tokenizer
+world, device, tokenizer = run.world, run.device, run.tokenizer
 
 # sampling takes no answers from the data: prompts are cut as if the data had none, and no cut answer is reported
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
 run.load_data(train={'task': 'singles'} if offline else prompts_only, held_out=prompts_only)
-for examples in [run.held_out] if offline else [run.held_out, run.train]:
-    examples.left_out.pop('answers cut', None)
-if noise_rate and offline:
+if not offline:
+    run.train.left_out.pop('answers cut', None)
+elif noise_rate:
     run.train = run.train.flip(noise_rate, seed)
 run.say_data(group)
 train, held_out, total = run.train, run.held_out, run.total
@@ -132,10 +131,12 @@ if not total:
     raise UserError(f'n_examples {n_examples} is less than one group of {group} answers')
 
 # reference and critic must read the policy's tokens
-if ref_model:
-    check_same_tokens(tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
+others = {'the reference': ref_model}
 if loss == 'ppo' and critic not in ('head', 'own'):
-    check_same_tokens(tokenizer, critic, f'the critic {critic}', model, training.trust_remote_code)
+    others['the critic'] = critic
+for what, name in others.items():
+    if name:
+        check_same_tokens(tokenizer, name, f'{what} {name}', model, training.trust_remote_code)
 build_policy = partial(load_model, model, adapters=run.adapters, **run.model_options())
 
 
@@ -159,27 +160,20 @@ longest = max(examples.longest_prompt() + max_new_tokens for examples in (train,
 if offline:
     longest = max(longest, train.longest())
 what = 'prompts with their answers'
-is_loaded = ref_model or not run.adapters
-inner_critic = getattr(core(policy), 'critic', None)
-run.choose_attention(
-    longest,
-    what,
-    share_prefix=share_prefix,
-    forward=policy.token_logps,
-    frozen=int(bool(is_loaded)),
-    critic=inner_critic,
-)
+has_own_ref = bool(ref_model or not run.adapters)
+inner = {'critic': getattr(core(policy), 'critic', None), 'frozen': int(has_own_ref)}
+run.choose_attention(longest, what, share_prefix, forward=policy.token_logps, **inner)
 
 # the reference: a model of its own, or the policy itself, which without its adapters is the model as it was
 ref = policy
-if is_loaded:
+if has_own_ref:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
 
 # what scores the answers; functions see the rows of their prompts
 judge = Reward(parts, config, run.max_tokens, tokenizer, device)
 judge.read_rows(train=None if offline else train, test=held_out)
 describe = partial(rollout.describe, tokenizer=tokenizer, toy=data == 'toy')
-run.check_room(ref, *judge.models)
+run.check_room(ref, *(reward_model for reward_model, _ in judge.judges.values()))
 
 # ---- a round: rollout, scores, KL penalty, advantages ----
 
@@ -190,7 +184,7 @@ def make_round(first, rows):
     if offline:
         examples = train.select(rows)
     else:
-        examples = sample_answers(train, rows, group, (seed + 1) * 2**32 + first)
+        examples = rollout.sample(run, train, rows, group, (seed + 1) * 2**32 + first, max_new_tokens, sample_batch)
 
     # 2. log-probs of their tokens under policy and reference, and values; `old` is the policy that has answered
     tokens, answers = rollout.measure(run, policy, ref, examples, stop)
@@ -214,28 +208,16 @@ def make_round(first, rows):
         tokens['advantage'] = of_answers.repeat_interleave(answers['n'])
         found['equal_groups/train'] = (groups.std(1) == 0).double().mean().item()
     else:
-        tokens['advantage'], tokens['target'] = advantages_and_targets(tokens, scored, answers)
+        tokens['advantage'], tokens['target'] = advantages_and_targets(tokens, scored, answers['n'])
         spread = tokens['target'].var(correction=0).item()
         unexplained = (tokens['target'] - tokens['value']).var(correction=0).item()
         found['explained_variance/train'] = 1 - unexplained / spread if spread else 0.0
     return rollout.Round(first, rows, examples, tokens, answers, found)
 
 
-def sample_answers(source, rows, each, first_seed):
-    """Examples of the prompts at these rows of source, with `each` sampled answers of the policy to every prompt.
-
-    Answer i has the seed first_seed + i, so it depends neither on the number of ranks nor on where a run was resumed."""
-    prompts = [source[i][0].tolist() for i in rows for _ in range(each)]  # one for every answer
-    seeds = [first_seed + i for i in range(len(prompts))]
-    ids = rollout.sample(run, prompts, seeds, max_new_tokens, sample_batch)
-    groups = [ids[i : i + each] for i in range(0, len(ids), each)]
-    return Examples.of(list(zip(prompts[::each], groups, strict=True)))
-
-
-def advantages_and_targets(tokens, scored, answers):
-    """The advantages, and the targets of the values, of all answer tokens: (tokens,) each. scored is (answers,)."""
+def advantages_and_targets(tokens, scored, n):
+    """The advantages, and the targets of the values, of all answer tokens: (tokens,) each. scored, n: (answers,)."""
     # tables (answers, longest); the places where mask is true are the tokens in their order
-    n = answers['n']
     mask = torch.arange(int(n.max())) < n[:, None]
     value = torch.zeros(mask.shape, dtype=torch.float64)
     value[mask] = tokens['value']
@@ -276,8 +258,8 @@ def token_losses(pi, value, columns):
 def run_minibatch(batches, answered, rows):
     """Forward and backward of the examples at these rows of a Round; batches are this rank's microbatches of them.
 
-    Returns the weight of all their tokens, and a dictionary of sums over them. Afterwards the policy's gradients are the sum
-    over the tokens of weight times gradient, divided by the number of ranks."""
+    Returns sums over all their tokens, by name. Afterwards the policy's gradients are the sum over the tokens of weight times
+    gradient, divided by the number of ranks."""
     _, per_prompt = answered.by_example('n').shape  # (prompts, answers to each)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     # the round's columns, where the model is: (its answer tokens,) each
@@ -288,8 +270,7 @@ def run_minibatch(batches, answered, rows):
         real = slots >= 0
         columns = {name: values[slots] for name, values in known.items()}
         pi, *values = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
-        value = values[0] if values else None
-        policy_loss, value_loss = token_losses(pi, value, columns)
+        policy_loss, value_loss = token_losses(pi, values[0] if values else None, columns)
 
         # every token counts the same, or every answer
         weight = 1 / batch.n[batch.answer] if per_answer else torch.ones_like(pi)
@@ -300,31 +281,28 @@ def run_minibatch(batches, answered, rows):
         ratio = (pi - columns['old']).detach().exp()
         clipped = (ratio - 1).abs() > clip
         approx_kl = ratio - 1 - ratio.log()
-        parts = [weight * policy_loss, weight * value_loss, real * clipped, real * approx_kl]
-        sums += torch.stack([part.detach().double().sum() for part in parts])
+        found = [weight * policy_loss, weight * value_loss, real * clipped, real * approx_kl]
+        sums += torch.stack([column.detach().double().sum() for column in found])
 
     # sums over all ranks: each gives columns of one row
-    names = ('loss', 'value_loss', 'clipped', 'approx_kl')
-    mine = {name: value[None] for name, value in zip(names, sums, strict=True)}
-    of_ranks = fsdp.gather_columns(mine, [rank], world)
-
-    # what the gradient is divided by
-    lengths = answered.by_example('n')[rows]
-    total_weight = lengths.numel() if per_answer else int(lengths.sum())
-    return total_weight, {name: values.sum().item() for name, values in of_ranks.items()}
+    mine = dict(zip(('loss', 'value_loss', 'clipped', 'approx_kl'), sums.view(4, 1), strict=True))
+    return {name: values.sum().item() for name, values in fsdp.gather_columns(mine, [run.rank], world).items()}
 
 
 def train_round(answered):
     """Do all optimizer steps of a Round. Returns metrics of them: means over its answer tokens."""
     steps_before = steps_a_round * (answered.first // batch_size)
-    norm, n_tokens, totals = math.nan, 0, {}
+    norm, n_tokens, totals = math.nan, 0, Counter()
     # in each pass over the round, minibatches in another order; a group of answers stays together
     minibatches = answered.minibatches(minibatch_size // group, ppo_epochs, seed)
     for number, rows in enumerate(minibatches, steps_before):
         rate = lr * log.schedule(number, n_rounds * steps_a_round, warmup_steps, training.lr_schedule)
         batches, *_ = run.make_batches(answered.examples, rows)
+        lengths = answered.by_example('n')[rows]
+        n = int(lengths.sum())
+        weight = lengths.numel() if per_answer else n  # what the gradient is divided by
         with run.memory(batches):
-            weight, sums = run_minibatch(batches, answered, rows)
+            sums = run_minibatch(batches, answered, rows)
             scale = world / weight if math.isfinite(sums['loss']) else math.nan
             step_norm = fsdp.update(policy, run.optimizer, rate, scale, max_grad_norm)
         if not math.isfinite(step_norm):
@@ -333,12 +311,10 @@ def train_round(answered):
 
         # the losses become sums over tokens, as the others are: in the end all are means over tokens
         norm = step_norm
-        n = int(answered.by_example('n')[rows].sum())
         n_tokens += n
-        for name, value in sums.items():
-            if name in ('loss', 'value_loss'):
-                value = value * n / weight
-            totals[name] = totals.get(name, 0.0) + value
+        for name in ('loss', 'value_loss'):
+            sums[name] = sums[name] * n / weight
+        totals.update(sums)
 
     if loss == 'grpo':
         totals.pop('value_loss', None)
@@ -364,7 +340,8 @@ def evaluate(seen):
         return
 
     # one answer to each held-out prompt
-    examples = sample_answers(held_out, range(len(held_out)), 1, seed * 1_000_003)
+    rows = range(len(held_out))
+    examples = rollout.sample(run, held_out, rows, 1, seed * 1_000_003, max_new_tokens, sample_batch)
     tokens, answers = rollout.measure(run, policy, ref, examples, stop)
     if parts:
         answers |= judge(examples, 'test', held_out.uid, stop)
@@ -382,8 +359,7 @@ def evaluate(seen):
 
 # ---- training ----
 
-what = f'{loss} offline ' if offline else f'{loss} '
-run.start(what, f'answers, {batch_size} a round, {minibatch_size} a step')
+run.start(f'{loss} {"offline " * offline}', f'answers, {batch_size} a round, {minibatch_size} a step')
 if run.eval_due_at_start():
     evaluate(run.seen)
 n_rounds = -(-total // batch_size)  # both rounded up

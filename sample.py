@@ -4,10 +4,9 @@
     torchrun --nproc_per_node=4 -- sample.py --model=out/dpo/model --data=hh --n=4 --temperature=0.7
     NANOPREF_API_KEY=... python sample.py --endpoint=https://HOST --endpoint_model=NAME --data=alpaca_eval
 
-The noise of an answer comes from its own seed, a hash of --seed, the prompt and the answer's number; parts of the work are planned
-before they are dealt out. So the answers do not depend on the number of ranks, nor on where a run was killed: the same
-command continues it. Another batch_size, or another processor, rounds otherwise, which changes an answer where two tokens are
-nearly tied.
+The noise of an answer comes from its own seed, a hash of --seed, the prompt and the answer's number, and the work is planned
+before it is dealt out. So the answers do not depend on the number of ranks, nor on where a run was killed: the same command
+continues it. Another batch_size, or another processor, rounds otherwise, which changes an answer where two tokens nearly tie.
 """
 
 from runtime import guard
@@ -27,9 +26,10 @@ from configurator import UserError, configure, main_rank
 from feedback.answers import append, collect, lock, raise_if_missing, read_text, write_model_outputs
 from feedback.endpoint import ask, completions_url
 from hf import generate
-from hf.load import content, load_model, load_tokenizer
+from hf.load import load_model, load_tokenizer
+from hf.lora import content
 from hf.probe import room
-from rl import functions
+from rl import reward_functions
 from runtime import log
 from runtime.files import replace_text
 from text import sources, tokenise
@@ -88,9 +88,8 @@ try:
     temperatures = [float(x) for x in str(temperature).split()]
 except ValueError:
     temperatures = []
-possible = all(0 <= t < math.inf for t in temperatures)
 different = len(set(temperatures)) == len(temperatures)
-if not temperatures or not possible or not different:
+if not temperatures or not different or not all(0 <= t < math.inf for t in temperatures):
     raise UserError(f"temperature {temperature!r} must be a number from 0, or different ones: '0.7 1.0'")
 if 0 in temperatures and n > 1:
     raise UserError(f'at temperature 0 all {n} answers to a prompt are the same: use --n=1, or another temperature')
@@ -99,31 +98,29 @@ if temperatures == [0]:
 n_samples = n * len(temperatures)  # answers to a prompt: numbers 0 to n - 1 at the first temperature, and so on
 
 # functions that score answers
-parts = functions.parse(reward) if reward else []
+parts = reward_functions.parse(reward) if reward else []
 if not all(part.file for part in parts):
-    raise UserError(
-        '--reward of sample.py takes functions, FILE.py:NAME: label.py and feedback.score read reward models'
-    )
-if main_rank():
-    functions.load_all(parts)
+    others = 'label.py and feedback.score read reward models'
+    raise UserError(f'--reward of sample.py takes functions, FILE.py:NAME: {others}')
 
 # who answers: the ranks of a model, or one process that asks
 rank, world, device = fsdp.setup()
 if endpoint and world > 1:
     raise UserError('one process is enough to ask an endpoint: run python sample.py, and raise --concurrency')
 
+# ---- what is asked ----
+
 
 def read_prompts():
     """The rows to answer, each with its 'prompt' and perhaps 'tools', and a Counter of what was left out or changed."""
     # a text file has a prompt a line, everything else the rows of a data set
     rows, left_out = [], Counter()
+    how = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
         if source.endswith('.txt'):
             rows += [{'prompt': line} for line in read_text(source).splitlines() if line.strip()]
             continue
-        how = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows}
-        how |= {'task': 'prompts', 'columns': columns}
-        more, out = sources.load_rows(source, split or 'test', **how)
+        more, out = sources.load_rows(source, split or 'test', task='prompts', **how)
         if not more and source != data:
             raise sources.vanished(source, split or 'test', out)
         rows += more
@@ -138,25 +135,21 @@ def read_prompts():
 
     # the part that is wanted: a fraction is chosen by hash, so it is the same wherever a prompt stands
     kept = uniform_hash(np.array(list(found), np.uint64), seed) < data_fraction
-    rows = [row for row, is_kept in zip(found.values(), kept, strict=True) if is_kept]
-    rows = rows[:n_examples]
+    rows = [row for row, is_kept in zip(found.values(), kept, strict=True) if is_kept][:n_examples]
     if not rows:
         raise UserError(f'there are no prompts in data {data!r}; left out: {in_words(left_out)[0]}')
     left_out['prompts beyond n_examples or data_fraction'] += len(found) - len(rows)
 
-    # as chats, if asked; a system message of ours takes the place of one in the data
-    if chat or system:
-        for row in rows:
+    for row in rows:
+        # as chats, if asked; a system message of ours takes the place of one in the data
+        if chat or system:
             row['prompt'] = as_chat(row['prompt'])
-    if system:
-        for row in rows:
+        if system:
             others = [turn for turn in row['prompt'] if turn['role'] != 'system']
             row['prompt'] = [message('system', system), *others]
-
-    # an endpoint is sent the messages alone
-    if endpoint:
-        had_tools = [row.pop('tools', None) is not None for row in rows]
-        left_out['tools, which are not sent to an endpoint'] += sum(had_tools)
+        # an endpoint is sent the messages alone
+        if endpoint and row.pop('tools', None):
+            left_out['tools, which are not sent to an endpoint'] += 1
     return rows, left_out
 
 
@@ -210,22 +203,17 @@ def plan():
     """All answers in parts of one temperature each, longest prompts first: it depends on no rank and no earlier run.
 
     Returns (rows, answers) each: so many of the part's answers are generated at a time, and others as soon as some have ended."""
-
-    def place(key):
-        i, sample = key
-        return sample // n, -len(ids[i]), key
-
     parts = []
-    for i, sample in sorted(keys, key=place):
-        rows, part = parts[-1] if parts else (0, [])
-        heat = sample // n  # the number of its temperature
-        if len(part) == 4 * rows or heat != part[0][1] // n:
+    for heat in range(len(temperatures)):
+        left = [key for key in keys if key[1] // n == heat]
+        left.sort(key=lambda key: (-len(ids[key[0]]), key))
+        while left:
             # rows are limited by answers, and by the tokens that prompts and answers may come to: the first is the longest
-            longest_text = len(ids[i]) + max_new_tokens
-            rows = min(batch_size, max(1, max_tokens // longest_text)) if max_tokens else batch_size
-            part = []
-            parts.append((rows, part))
-        part.append((i, sample))
+            i, _ = left[0]
+            fitting = max_tokens // (len(ids[i]) + max_new_tokens) if max_tokens else batch_size
+            rows = min(batch_size, max(1, fitting))
+            parts.append((rows, left[: 4 * rows]))
+            left = left[4 * rows :]
     return parts
 
 
@@ -238,10 +226,9 @@ def generate_all():
         asked = [ids[i] for i, _ in part]
         seeds = [row['seed'] for row in rows]
         settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
-        settings['rows'] = at_a_time
         advice = f'{min(at_a_time, len(part))} answers do not fit; run the same command with a smaller --batch_size'
         with guard.memory_for(f'{advice}; what is answered is kept'):
-            answers = generate.generate(net, tokenizer, asked, seeds, **settings)
+            answers = generate.generate(net, tokenizer, asked, seeds, rows=at_a_time, **settings)
 
         # what goes into samples.jsonl
         for row, answer_ids in zip(rows, answers, strict=True):
@@ -257,37 +244,23 @@ def generate_all():
 
 
 def ask_all():
-    """Ask the endpoint for all answers that are not there. Returns a Counter of why some still are not."""
-    failed, strange = Counter(), Counter()
+    """Ask the endpoint for all answers that are not there, and count in failed why some still are not."""
     jobs = ((key, body(wanted(*key))) for key in keys if key not in done)
     settings = {'concurrency': concurrency, 'timeout': timeout, 'proven': bool(done)}
-    # as they arrive, in any order
     for key, text, raw, error in ask(endpoint, jobs, **settings):
-        if text is None:
+        if error:
             failed[error] += 1
             continue
-
-        # beside the text, a server may write anything anywhere: a reason that is no text is none here
-        finish = raw['choices'][0].get('finish_reason')
-        if not isinstance(finish, str | None):
-            strange['finish_reason'] += 1
-            finish = None
-        # and so is a count that is no whole number (True is one to Python)
-        usage = raw.get('usage')
-        tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
-        counts_tokens = type(tokens) is int and tokens >= 0
-        if not isinstance(usage, dict | None) or not (tokens is None or counts_tokens):
-            strange['usage'] += 1
-            tokens = None
-
         row = wanted(*key)
         row['response'] = answer(text) if isinstance(row['prompt'], str) else text
+        # beside the text, a server may write anything: what is no reason, or no count, is null here (True is an int to Python)
+        finish, usage = raw['choices'][0].get('finish_reason'), raw.get('usage')
+        tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
+        if not isinstance(finish, str):
+            finish = None
         row['finish'] = 'eos' if finish == 'stop' else finish
-        row['tokens'] = tokens
+        row['tokens'] = tokens if type(tokens) is int and tokens >= 0 else None
         keep([row])
-    for name, times in strange.items():
-        log.say(f'note: {times} replies have no {name} as the protocol has it: null stands in its place')
-    return failed
 
 
 def body(row):
@@ -316,11 +289,8 @@ changed, notes = in_words(left_out)
 log.say(f'data: {len(prompts):,} prompts, {len(keys):,} answers; left out or changed: {changed}')
 for note in notes:
     log.say(note)
-if endpoint:
-    text = repr(prompts[0]['prompt'])
-else:
-    i, _ = keys[0]
-    text = repr(tokenizer.decode(ids[i]))
+i, _ = keys[0]
+text = repr(prompts[i]['prompt'] if endpoint else tokenizer.decode(ids[i]))
 if len(text) >= 300:
     text = f'{text[:150]} ... {text[-150:]}'
 log.say(f'first prompt: {text}')
@@ -337,10 +307,9 @@ guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes 
 started, counts, failed = time.time(), Counter(), Counter()
 missing = len(keys) - len(done)
 who = f'sampled by rank 0 of {world}' if world > 1 else 'sampled'
-silent = not main_rank() or not missing
-with log.progress(missing // world, ' answers', who, disable=silent) as bar:
+with log.progress(missing // world, ' answers', who, disable=not main_rank() or not missing) as bar:
     if endpoint:
-        failed = ask_all()
+        ask_all()
     elif missing:
         with fsdp.unsharded(net):
             fsdp.on_ranks(True, generate_all)
@@ -361,19 +330,17 @@ if rank == 0:
 
 def score_answers():
     """Write the scores of all answers into rewards.jsonl, and their means on the screen."""
-    answered = [found[key] for key in sorted(found)]
     # the rows as they were read; a line of a .txt file is its own
     rows = [getattr(row, 'raw', row) for row in prompts]
-    asked = [functions.Asked(row['prompt'], rows[row['index']]) for row in answered]
-    responses = [row['response'] for row in answered]
-    scores = {part: functions.score(part, asked, responses)[0] for part in parts}
+    asked = [rows[row['index']] for row in found.values()]
+    texts = [row['prompt'] for row in found.values()], [row['response'] for row in found.values()]
+    scores = {part: reward_functions.score(part, *texts, asked)[0] for part in parts}
     lines = []
-    for i, row in enumerate(answered):
+    for i, (index, sample) in enumerate(found):
         values = {part.name: values[i] for part, values in scores.items()}
         total = sum(part.weight * values[i] for part, values in scores.items())
-        lines.append({'index': row['index'], 'sample': row['sample'], 'score': total, **values})
+        lines.append({'index': index, 'sample': sample, 'score': total, **values})
     replace_text(f'{out_dir}/rewards.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
-    # means
     for name in ['score', *(part.name for part in parts)] if len(parts) > 1 else ['score']:
         mean = sum(line[name] for line in lines) / max(1, len(lines))
         log.say(f'{out_dir}/rewards.jsonl: mean {name} {mean:.4f}')

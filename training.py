@@ -128,8 +128,7 @@ class Run:
     def __init__(self, config, adapters, rank, world, device):
         self.config, self.adapters = config, adapters
         self.rank, self.world, self.device = rank, world, device
-        # model files are hashed in the background, for what checkpoints say of the run
-        self.models = fingerprints(config)
+        self.models = partial(fingerprints, config)  # what checkpoints say of them
         self.tokenizer = load_tokenizer(config.model, trust_remote_code)
         # with auto they become numbers: in choose_attention, and after the first steps
         self.max_tokens, self.save_every = max_tokens, save_every

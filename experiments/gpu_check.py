@@ -126,14 +126,9 @@ def make_files():
 def llama(folder, **options):
     """Write a Llama with random weights into a folder."""
     torch.manual_seed(0)
-    options |= {
-        'vocab_size': 512,
-        'num_attention_heads': 8,
-        'num_key_value_heads': 4,
-        'bos_token_id': None,
-        'eos_token_id': 0,
-    }
-    transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**options)).save_pretrained(folder)
+    options |= {'vocab_size': 512, 'num_attention_heads': 8, 'num_key_value_heads': 4}
+    shape = transformers.LlamaConfig(bos_token_id=None, eos_token_id=0, **options)
+    transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
 
 
 # ---- numbers: the kernel, whole models ----
@@ -161,9 +156,8 @@ def kernel():
             for where, kind in (('cpu', torch.float32), (device, torch.bfloat16)):
                 batch = pack(examples, range(len(examples)), device=where)
                 qkv = [x.to(where, kind).requires_grad_() for x in inputs]
-                result, _ = models.packed_attention(
-                    None, *qkv, None, scaling=width**-0.5, sliding_window=window, packed=batch
-                )
+                how = {'scaling': width**-0.5, 'sliding_window': window, 'packed': batch}
+                result, _ = models.packed_attention(None, *qkv, None, **how)
                 result.backward(slope.to(where, kind))
                 found.append([result, *(x.grad for x in qkv)])
             for what, exact, half in zip(('out', 'dq', 'dk', 'dv'), *found, strict=True):
@@ -194,9 +188,8 @@ def architectures():
     models.register_attention()
     for name, options in ARCHITECTURES.items():
         torch.manual_seed(0)
-        shape = getattr(transformers, f'{name}Config')(
-            vocab_size=1000, num_hidden_layers=4, intermediate_size=512, **options
-        )
+        sizes = {'vocab_size': 1000, 'num_hidden_layers': 4, 'intermediate_size': 512}
+        shape = getattr(transformers, f'{name}Config')(**sizes, **options)
         model = transformers.AutoModelForCausalLM.from_config(shape).eval()
         exact = logps_and_gradient(model, examples, 'cpu', torch.float32, True)
         ways = {'float32': (torch.float32, True), 'packed': (torch.bfloat16, True), 'padded': (torch.bfloat16, False)}
@@ -205,26 +198,19 @@ def architectures():
             found = logps_and_gradient(model, examples, device, kind, packed)
             logps[way], gradient[way] = map(far, found, exact)
         passed = logps['float32'] < 1e-5 and gradient['float32'] < 1e-3
-        passed &= (
-            logps['packed'] < 1.3 * logps['padded'] + 2e-3 and gradient['packed'] < 1.3 * gradient['padded'] + 5e-3
-        )
+        for of, room in ((logps, 2e-3), (gradient, 5e-3)):
+            passed &= of['packed'] < 1.3 * of['padded'] + room
         numbers = ', '.join(f'{way} {logps[way]:.1e} and {gradient[way]:.1e}' for way in ways)
         say(passed, f'model {name}', f'log-probs and gradient are off by: {numbers}')
 
 
 # ---- scripts ----
 
-BASE = [f'--model={MODEL}', f'--data={PAIRS}', f'--eval_data={HELD_OUT}', '--warmup_steps=1']
+DATA = [f'--data={PAIRS}', f'--eval_data={HELD_OUT}', '--warmup_steps=1']
+BASE = [*DATA, f'--model={MODEL}']
 HALF = [*BASE, '--dtype=bfloat16']
 STEPS = ['--n_examples=16', '--batch_size=8', '--n_eval_examples=16']
-ONLINE = [
-    *HALF,
-    f'--reward_model={OUT}/reward/model',
-    '--n_examples=16',
-    '--batch_size=8',
-    '--max_new_tokens=16',
-    '--n_eval_examples=8',
-]
+ONLINE = [*HALF, *STEPS, f'--reward_model={OUT}/reward/model', '--max_new_tokens=16']
 
 
 def short_run(name, script, *flags):
@@ -265,8 +251,9 @@ def resume():
     """torchrun, step 0, and a run that goes on from its middle; how far a repeated run is from the first."""
     from safetensors.torch import load_file
 
-    flags = [*HALF, '--loss=drdpo', '--n_examples=64', '--batch_size=16', '--max_tokens=400', '--save_every=32', '--optimizer=RMSprop',
-             '--lr=1e-4', '--n_eval_examples=16', '--keep_last=5']  # fmt: skip
+    options = """--loss=drdpo --n_examples=64 --batch_size=16 --max_tokens=400 --save_every=32 --keep_last=5 --optimizer=RMSprop
+                 --lr=1e-4 --n_eval_examples=16"""
+    flags = [*HALF, *options.split()]
     launch = '-m', 'torch.distributed.run', '--nproc_per_node=1', 'dpo.py', *flags
     folders = [OUT / f'resume_{name}' for name in ('first', 'resumed', 'repeated')]
     first, resumed, _ = folders
@@ -279,18 +266,15 @@ def resume():
             record = folder / 'config.json'
             record.write_text(record.read_text().replace(f'{first}"', f'{folder}"'))
         code, text, seconds = run(*launch, f'--out_dir={folder}')
-        zero = re.search(r'step 0: rewards (\S+), (\S+); loss (\S+)', text)
-        right = folder == resumed or (
-            zero and abs(float(zero[3]) - math.log(2)) < 2e-3 and 'cannot be packed' not in text
-        )
-        right = right and ('resuming' in text) == (folder == resumed)
-        say(
-            code == 0 and bool(right),
-            folder.name,
-            f'{seconds:.0f} s, {zero and zero[0]} {text.strip()[-400:] if code else ""}',
-        )
         if code:
-            return
+            return say(False, folder.name, text.strip()[-400:])
+        zero = re.search(r'step 0: rewards (\S+), (\S+); loss (\S+)', text)
+        if folder == resumed:
+            right = 'resuming' in text
+        else:
+            right = zero and abs(float(zero[3]) - math.log(2)) < 2e-3
+            right = right and not re.search('cannot be packed|resuming', text)
+        say(bool(right), folder.name, f'{seconds:.0f} s, {zero and zero[0]}')
 
     # bit for bit on a CPU; on a GPU flash attention's backward adds up in any order
     weights = [load_file(folder / 'model/model.safetensors') for folder in folders]
@@ -307,15 +291,9 @@ def no_memory():
     llama(OUT / 'wide', hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
     code = ('import sys, torch, runpy; torch.cuda.set_per_process_memory_fraction(2.2e9 / torch.cuda.mem_get_info()[1]); '
             "sys.argv = ['dpo.py', *sys.argv[1:]]; runpy.run_path('dpo.py', run_name='__main__')")  # fmt: skip
-    flags = [
-        *HALF,
-        f'--model={OUT}/wide',
-        '--n_examples=300',
-        '--batch_size=300',
-        '--n_eval_examples=0',
-        '--max_tokens=65536',
-    ]
-    code, text, _ = run('-c', code, *flags, f'--out_dir={OUT}/no_memory')
+    sizes = '--n_examples=300 --batch_size=300 --n_eval_examples=0 --max_tokens=65536'.split()
+    wide = [*DATA, '--dtype=bfloat16', f'--model={OUT}/wide', f'--out_dir={OUT}/no_memory']
+    code, text, _ = run('-c', code, *wide, *sizes)
     passed = code == 2 and 'out of memory' in text and 'Traceback' not in text
     say(passed, 'no memory left', f'exit code {code}: {text.strip()[-250:]}')
 
@@ -371,11 +349,8 @@ def one_shape(name, shape):
         seconds.append(time.time() - start)
     peak, held = (x / 1e9 for x in (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
     tokens = batch.ids.numel()
-    say(
-        'INFO',
-        f'step, {name}',
-        f'{statistics.median(seconds):.3f} s, {tokens} tokens, {peak:.1f} GB at the peak, {held:.1f} held',
-    )
+    memory = f'{peak:.1f} GB at the peak, {held:.1f} held'
+    say('INFO', f'step, {name}', f'{statistics.median(seconds):.3f} s, {tokens} tokens, {memory}')
     say_waits(name, take)
     say_kernels(name, take)
 
@@ -421,14 +396,8 @@ def speed():
             more = ['--optimizer=RMSprop', '--max_tokens=8192'] if large else ['--optimizer=AdamW']
             variants = 'head cached' if large else 'padded head cached'
             file = OUT / f'{name.replace(", ", "-")}.json'
-            command = [
-                '-m',
-                'tools.bench',
-                f'--model=pythia-{size}',
-                f'--variants={variants}',
-                f'--batch_size={batch_size}',
-            ]
-            code, text, seconds = run(*command, *flags, *more, f'--out={file}')
+            more += [f'--model=pythia-{size}', f'--variants={variants}', f'--batch_size={batch_size}', f'--out={file}']
+            code, text, seconds = run('-m', 'tools.bench', *flags, *more)
             if code:
                 say(False, name, text.strip()[-400:])
                 continue

@@ -11,10 +11,12 @@ results once more; they are in out_dir/results.md, too.
 """
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import threading
 import time
 import zipfile
 from collections import Counter
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -74,43 +77,36 @@ VARIANTS = {
 
 
 class Clock:
-    """The time since the start, and about how much is left: by stages done and the share of the present one."""
+    """The time since the start, and about how much is left: what the rest is expected to take, at the pace so far."""
 
     def __init__(self, stages):
         """stages: name -> seconds that it is expected to take."""
-        self.began, self.stages, self.stage, self.share, self.spoke = time.time(), stages, None, 0.0, 0.0
-        self.done = dict.fromkeys(stages, False)
+        self.left, self.began, self.spoke = dict(stages), time.time(), 0.0
+        self.expected = 0.0  # seconds, of the stages that are over
+        self.stage, self.share = None, 0.0  # the present stage, and how much of it is done
 
     def begin(self, stage):
-        """All stages before this one are over. One that took no time was done before: it counts nothing."""
-        now = time.time()
-        if self.stage and now - self.entered < 1:
-            self.stages[self.stage] = 0
-        for name in self.stages:
+        """The stages before this one are over."""
+        for name in list(self.left):
             if name == stage:
                 break
-            self.done[name] = True
-        self.stage, self.share, self.entered = stage, 0.0, now
-
-    def left(self, now):
-        """Seconds left: what is expected of the rest, at the pace so far."""
-        expected = sum(self.stages.values())
-        over = sum(seconds for name, seconds in self.stages.items() if self.done[name])
-        over += self.share * self.stages.get(self.stage, 0)
-        # the first tenth says too little about the pace, unless it is slow
-        pace = (now - self.began) / max(over, expected / 10)
-        if over < expected / 10:
-            pace = max(1.0, pace)
-        return pace * (expected - over)
+            self.expected += self.left.pop(name)
+        self.stage, self.share = stage, 0.0
 
     def say(self, text):
         """Print a line with the time before it. What it says as `train 32/128` is the share of the stage that is done."""
         found = re.match(r'train +(\d+)/(\d+)', text)
         if found:
             self.share = int(found[1]) / int(found[2])
-        now = self.spoke = time.time()
-        passed, left = (f'{int(s) // 60}:{int(s) % 60:02d}' for s in (now - self.began, self.left(now)))
-        print(f'[{passed}, about {left} left] {text}', flush=True)
+        self.spoke = time.time()
+        passed = self.spoke - self.began
+        of_stage = self.left.get(self.stage, 0) * self.share
+        over = self.expected + of_stage
+        # the first minute says too little about the pace
+        pace = passed / over if over > 60 else 1.0
+        left = pace * (sum(self.left.values()) - of_stage)
+        times = [f'{int(seconds) // 60}:{int(seconds) % 60:02d}' for seconds in (passed, left)]
+        print('[{}, about {} left]'.format(*times), text, flush=True)
 
     def tick(self):
         """A line every half minute where nothing else is said."""
@@ -120,31 +116,24 @@ class Clock:
                 self.say(f'{self.stage} ...')
 
 
-class Used:
-    """What the commands of each stage have used: CPU seconds, and the most memory of one process, in GB."""
-
-    def __init__(self):
-        self.cpu, self.peak_gb = Counter(), Counter()
-
-
-def python(clock, used, *command, quiet=False, **environment):
+def python(clock, *command, quiet=False, **environment):
     """Run a command of this Python from the repository's root, its lines with the time before them; stop here if it fails."""
     clock.say('$ python ' + ' '.join(map(str, command)))
     environment = os.environ | {'TQDM_DISABLE': '1', 'PYTHONUNBUFFERED': '1'} | environment
     command = [sys.executable, *map(str, command)]
-    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    for line in child.stdout:
-        if not quiet and line.strip():
-            clock.say(line.rstrip())
-
-    # wait4 alone tells what this one process has used
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        for line in child.stdout:
+            if not quiet and line.strip():
+                clock.say(line.rstrip())
     if child.returncode:
         raise UserError(f'{" ".join(command[1:3])} ... stopped: the lines above say why')
+
+
+def used():
+    """(CPU seconds, GB of the largest) of the commands so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     unit = 1e9 if sys.platform == 'darwin' else 1e6  # macOS counts bytes, Linux kilobytes
-    used.cpu[clock.stage] += usage.ru_utime + usage.ru_stime
-    used.peak_gb[clock.stage] = max(used.peak_gb[clock.stage], usage.ru_maxrss / unit)
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
 
 
 # ---- the model ----
@@ -286,13 +275,14 @@ def machine():
 
 def report(results):
     """The results as Markdown: rewards and KL, speed of a step, answers side by side."""
-    yield f'SmolLM2-135M-Instruct on {results["pairs"]} pairs of {results["data"]}, {results["date"]}, {results["machine"]}:'
-    yield f'{results["minutes"]:.1f} minutes, at most {max(results["peak_gb"].values()):.1f} GB in one process.\n'
+    yield f'SmolLM2-135M-Instruct on {results["pairs"]} pairs of {data}, {results["date"]}, {machine()}:'
+    yield f'{results["minutes"]:.1f} minutes, at most {results["peak_gb"]:.1f} GB in one process.\n'
     yield '| | ' + ' | '.join(METHODS.values()) + ' |'
     yield '|---|' + '---|' * len(METHODS)
     for name, words in MEASURED.items():
         digits = 0 if name == 'cpu_seconds' else 3
-        yield f'| {words} | ' + ' | '.join(f'{results[m][name]:.{digits}f}' for m in METHODS) + ' |'
+        numbers = [results['kl'][method] if name == 'kl' else results[method][name] for method in METHODS]
+        yield f'| {words} | ' + ' | '.join(f'{number:.{digits}f}' for number in numbers) + ' |'
     if results.get('bench'):
         yield '\n| a step of DPO, batch 2 | pairs/s | times plain transformers | peak memory |'
         yield '|---|---|---|---|'
@@ -312,85 +302,34 @@ def report(results):
 def load_results(out, settings):
     """What earlier calls have found, as results.json keeps it. Raises UserError where their options were others."""
     file = out / 'results.json'
-    results = json.loads(file.read_text()) if file.exists() else {'settings': settings, 'minutes': 0.0, 'peak_gb': {}}
-    differ = [f'{name} {results["settings"].get(name)!r} there and {value!r} here' for name, value in settings.items()
-              if results['settings'].get(name) != value]  # fmt: skip
-    if differ:
-        raise UserError(
-            f'{out} holds results of other options ({", ".join(differ)}): choose another --out_dir, or delete it'
-        )
+    new = {'settings': settings, 'minutes': 0.0, 'peak_gb': 0.0}
+    results = json.loads(file.read_text()) if file.exists() else new
+    if results['settings'] != settings:
+        raise UserError(f'{out} holds results of other options: choose another --out_dir, or delete it')
     return results
 
 
-def train(run, out, method, shared):
+def train(run, out, method, folder, pairs, held_out):
     """Train with one loss, unless that is done. The last evaluation's numbers."""
+    # the same pairs, steps and reference for both; before the first step all rewards are 0
+    options = f"""--batch_size={batch_size} --lr={lr} --beta={beta} --chat --max_length=256 --max_prompt_length=128 --warmup_steps=2
+                  --cache_ref --eval_every=none --do_first_eval=false --dtype=float32 --max_tokens=768"""
+    before, _ = used()
     if not (out / method / 'model' / 'config.json').exists():
-        run('dpo.py', *shared, f'--loss={method}', f'--out_dir={out / method}')
+        files = f'--model={folder}', f'--data={pairs}', f'--eval_data={held_out}', f'--out_dir={out / method}'
+        run('dpo.py', *files, *options.split(), f'--loss={method}')
     row = last_evaluation(out / method)
-    return {name: row[name] for name in MEASURED if name in row}
+    return {name: row[name] for name in MEASURED if name in row} | {'cpu_seconds': used()[0] - before}
 
 
 def measure_speed(run, out, folder, pairs):
     """The rows of tools.bench for a step of plain transformers, of nanopref, and of TRL if it is installed."""
-    variants = 'padded head cached' + ' trl' * is_installed('trl')
+    variants = 'padded head cached' + ' trl' * bool(importlib.util.find_spec('trl'))
     # two pairs, so that the padded layout fits into 6 GB
     sizes = ['--batch_size=2', '--n_steps=6', '--max_tokens=4096']
     file = out / 'bench.json'
     run('-m', 'tools.bench', f'--model={folder}', f'--data={pairs}', *sizes, f'--variants={variants}', f'--out={file}')
     return json.loads(file.read_text())['rows']
-
-
-def is_installed(name):
-    """Whether a package can be imported."""
-    import importlib.util
-
-    return importlib.util.find_spec(name) is not None
-
-
-def stages(results, out, clock, used):
-    """Do what is not done yet, stage by stage: yields after each, with its numbers in results."""
-
-    def run(*command, **options):
-        python(clock, used, *command, **options)
-
-    clock.begin('model')
-    folder = find_model(run, out)
-    clock.begin('pairs')
-    pairs, held_out = write_pairs(out)
-    results['pairs'] = len(read_lines(pairs))
-
-    # the same pairs, steps and reference for both; before the first step all rewards are 0
-    shared = [f'--model={folder}', f'--data={pairs}', f'--eval_data={held_out}', f'--batch_size={batch_size}']
-    shared += [
-        f'--lr={lr}',
-        f'--beta={beta}',
-        '--chat',
-        '--max_length=256',
-        '--max_prompt_length=128',
-        '--warmup_steps=2',
-    ]
-    shared += ['--cache_ref', '--eval_every=none', '--do_first_eval=false', '--dtype=float32', '--max_tokens=768']
-    for method in METHODS:
-        clock.begin(method)
-        if method not in results:
-            results[method] = train(run, out, method, shared) | {'cpu_seconds': used.cpu[method]}
-            yield
-    for method in METHODS:
-        clock.begin('kl')
-        if 'kl' not in results[method]:
-            clock.say(f"KL of {METHODS[method]}'s own answers")
-            results[method]['kl'] = kl_to_reference(out / method / 'model', folder)
-            yield
-
-    clock.begin('answers')
-    if 'answers' not in results:
-        models = {'before': folder} | {method: out / method / 'model' for method in METHODS}
-        results['answers'] = {name: answers_of(run, out, name, where) for name, where in models.items()}
-        yield
-    clock.begin('bench')
-    if bench and 'bench' not in results:
-        results['bench'] = measure_speed(run, out, folder, pairs)
-        yield
 
 
 def main():
@@ -402,20 +341,43 @@ def main():
     os.environ.setdefault('NANOPREF_CACHE', str(out / 'cache'))
     settings = {name: value for name, value in config.items() if name not in ('out_dir', 'bench')}
     results = load_results(out, settings)
-    # from the start: a call with other options must not go on with the pairs of this one
-    replace_text(out / 'results.json', json.dumps(results, indent=1))
+    earlier = results['minutes']
 
     # time left is by what these stages took on another machine, for as many pairs
     expected = {name: seconds * (n_pairs / 128 if name in METHODS else 1) for name, seconds in SECONDS.items()}
-    clock, used, before = Clock(expected), Used(), results['minutes']
+    clock = Clock(
+        {name: seconds for name, seconds in expected.items() if name not in results and (bench or name != 'bench')}
+    )
+    run = partial(python, clock)
     threading.Thread(target=clock.tick, daemon=True).start()
-    for _ in stages(results, out, clock, used):
-        results |= {'data': data, 'machine': machine(), 'date': str(datetime.date.today())}
-        results['minutes'] = before + (time.time() - clock.began) / 60
-        results['peak_gb'] |= used.peak_gb
+
+    def stage(name, work):
+        """Do what is not done yet, and keep its numbers."""
+        if name in results:
+            return
+        clock.begin(name)
+        results[name] = work()
+        results['minutes'] = earlier + (time.time() - clock.began) / 60
+        results['peak_gb'] = max(results['peak_gb'], used()[1])
+        results['date'] = str(datetime.date.today())
         replace_text(out / 'results.json', json.dumps(results, indent=1))
 
+    # from the start: a call with other options must not go on with the pairs of this one
+    replace_text(out / 'results.json', json.dumps(results, indent=1))
+    clock.begin('model')
+    folder = find_model(run, out)
+    clock.begin('pairs')
+    pairs, held_out = write_pairs(out)
+    for method in METHODS:
+        stage(method, lambda method=method: train(run, out, method, folder, pairs, held_out))
+    models = {'before': folder} | {method: out / method / 'model' for method in METHODS}
+    stage('kl', lambda: {method: kl_to_reference(models[method], folder) for method in METHODS})
+    stage('answers', lambda: {name: answers_of(run, out, name, where) for name, where in models.items()})
+    if bench:
+        stage('bench', lambda: measure_speed(run, out, folder, pairs))
+
     # the table
+    results['pairs'] = len(read_lines(pairs))
     text = '\n'.join(report(results)) + '\n'
     replace_text(out / 'results.md', text)
     print(f'\n{"=" * 100}\n{text}\nThese lines are in {out / "results.md"}; the same command prints them again.')

@@ -1,8 +1,8 @@
 """What sample.py and label.py know of answers: the files that hold them, pairs of them, and what judges said of the pairs.
 
-samples.jsonl has a row an answer, model_outputs.json is AlpacaEval's; verdicts.jsonl has a row a verdict. Rows are appended as
-they come, so that a killed run goes on where it was. Rank r > 0 samples into samples-r.jsonl; when a run begins and ends,
-all are put into one file and in order, so that the number of ranks does not show."""
+samples.jsonl has a row an answer, model_outputs.json is AlpacaEval's, verdicts.jsonl has a row a verdict. Rows are appended as
+they come, so that a killed run goes on where it was. Rank r > 0 samples into samples-r.jsonl; all are put into one file, in
+order, when a run begins and ends."""
 
 import json
 import os
@@ -12,54 +12,41 @@ from pathlib import Path
 
 from configurator import UserError
 from runtime import files
+from runtime.files import lock  # noqa: F401, lock is for both scripts
 from runtime.values import looked_in
 from text.files import read_rows
 from text.messages import ASSISTANT, answer, ask, field, instruction, text_or_chat
 
-_lock = None  # the open file that holds the lock on out_dir
-
 # ---- what both scripts do ----
-
-
-def lock(out_dir):
-    """Keep other processes out of out_dir until this one ends. Raises UserError where another one is there."""
-    global _lock
-    if _lock:
-        _lock.close()
-    with files.writing(f'to {out_dir}'):
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        _lock = open(Path(out_dir) / '.lock', 'a')
-    files.lock(_lock, f'another run is using {out_dir}: wait for its end, or choose another --out_dir')
 
 
 def append(path, rows, sync=True):
     """Add rows (json-able dicts) to a file, safe from kill -9 when this returns; if sync, from a power cut, too."""
     with files.writing(path), open(path, 'a', encoding='utf-8') as file:
-        file.write(''.join(json.dumps(row) + '\n' for row in rows))
+        file.write(''.join(json.dumps(row, default=str) + '\n' for row in rows))
         file.flush()
         if sync:
             os.fsync(file.fileno())
 
 
 def read_back(path, key_of):
-    """Yield (words that say where, key_of(row), row) for the rows that append has left in a file.
+    """key_of(row) -> row, of the rows that append has left in a file; a last line that a kill has cut off is removed.
 
-    A last line that a kill has cut off is removed in the end. key_of raises ValueError, KeyError or TypeError for a damaged
-    row; then UserError is raised."""
-    if not path.exists():
-        return
-    *lines, unfinished = path.read_bytes().split(b'\n')
+    Raises UserError with the line where key_of raises KeyError, TypeError or ValueError; of a UserError with its words."""
+    rows = {}
+    *lines, unfinished = path.read_bytes().split(b'\n') if path.exists() else [b'']
     for number, line in enumerate(lines, 1):
-        where = f'{path}, line {number},'
         try:
             row = json.loads(line)
-            key = key_of(row)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f'{where} is damaged: delete that line, and the same command makes it anew') from None
-        yield where, key, row
+            rows.setdefault(key_of(row), row)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            damaged = 'is damaged: delete that line, and the same command makes it anew'
+            what = error if isinstance(error, UserError) else damaged
+            raise UserError(f'{path}, line {number}, {what}') from None
     if unfinished:
         files.say(f'note: the last line of {path} was not written to its end: what it was to hold is done again')
         os.truncate(path, path.stat().st_size - len(unfinished))
+    return rows
 
 
 def read_text(path, name=None):
@@ -88,25 +75,22 @@ def collect(out_dir, wanted):
     for rows of something else."""
 
     def key_of(row):
+        key = field(row, 'index', int), field(row, 'sample', int)
+        expected = wanted(*key)
+        if expected is None or row | expected != row:
+            raise UserError('answers a prompt that is not in the data any more: choose another --out_dir')
         field(row, 'response')
         row['finish']  # must be there
-        return field(row, 'index', int), field(row, 'sample', int)
+        return key
 
-    # the rows of all ranks, in whatever order they came
+    # a row that two ranks have written counts once
+    folder = Path(out_dir)
+    parts = sorted(folder.glob('samples-*.jsonl'))
     found = {}
-    file = Path(out_dir) / 'samples.jsonl'
-    parts = sorted(file.parent.glob('samples-*.jsonl'))
-    for path in (file, *parts):
-        for where, key, row in read_back(path, key_of):
-            expected = wanted(*key)
-            has_all = expected is not None and row | expected == row
-            if not has_all:
-                raise UserError(f'{where} answers a prompt that is not in the data any more: choose another --out_dir')
-            found.setdefault(key, row)
-
-    # one file instead of all
+    for path in (folder / 'samples.jsonl', *parts):
+        found = read_back(path, key_of) | found
     found = dict(sorted(found.items()))
-    files.replace_text(file, ''.join(json.dumps(row) + '\n' for row in found.values()))
+    files.replace_text(folder / 'samples.jsonl', ''.join(json.dumps(row) + '\n' for row in found.values()))
     for path in parts:
         path.unlink()
     return found
@@ -114,11 +98,11 @@ def collect(out_dir, wanted):
 
 def write_model_outputs(out_dir, rows):
     """AlpacaEval's model_outputs.json: the first answer to each prompt, without white space around it. rows: of collect."""
-    outputs = []
-    for row in rows.values():
-        if row['sample'] == 0:
-            output = {'instruction': instruction(row['prompt']), 'output': row['response'].strip()}
-            outputs.append(output | {'generator': row['generator']})
+    outputs = [
+        {'instruction': instruction(row['prompt']), 'output': row['response'].strip(), 'generator': row['generator']}
+        for row in rows.values()
+        if row['sample'] == 0
+    ]
     files.replace_text(Path(out_dir) / 'model_outputs.json', json.dumps(outputs, indent=1))
 
 
@@ -126,43 +110,42 @@ def write_model_outputs(out_dir, rows):
 
 
 def read_answers(path):
-    """The answers of a samples.jsonl or a model_outputs.json. Raises UserError.
-
-    Rows {'prompt', 'instruction', 'response', 'generator', 'sample'}, and 'tools' where a prompt has some."""
+    """The answers of a samples.jsonl or a model_outputs.json: {'prompt', 'instruction', 'response', 'generator', 'sample',
+    'tools'}. Raises UserError."""
     rows, numbers = [], Counter()
     for row in read_rows(None, 'train', path):
         try:
-            found = _read_answer(row)
+            prompt, response = _prompt_and_response(row)
+            found = {
+                'prompt': prompt,
+                'instruction': instruction(prompt),
+                'response': response,
+                'tools': row.get('tools'),
+            }
+            found['generator'] = field({'generator': 'unnamed', **row}, 'generator')
             # without a sample number, answers are numbered as they come
             who = found['instruction'], found['generator']
             found['sample'] = field({'sample': numbers[who], **row}, 'sample', int)
         except ValueError as error:
             raise UserError(f'{row.where}: {error}: this is neither a samples.jsonl nor a model_outputs.json') from None
         numbers[who] += 1
-        if row.get('tools'):
-            found['tools'] = row['tools']
         rows.append(found)
     if not rows:
         raise UserError(f'there are no answers in {path}')
     return rows
 
 
-def _read_answer(row):
-    """A row as read_answers has it, but for its number. Raises ValueError."""
+def _prompt_and_response(row):
+    """(prompt, response) of a row of either file. Raises ValueError."""
     if row.error:
         raise ValueError(row.error)
     if 'instruction' not in row:
-        # samples.jsonl
-        prompt, response = text_or_chat(row, 'prompt'), field(row, 'response')
-    else:
-        # model_outputs.json: a dialogue stands there as it was asked, a single question without what goes around it
-        prompt, response = field(row, 'instruction'), field(row, 'output')
-        if prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT):
-            response = answer(response)
-        else:
-            prompt = ask(prompt)
-    generator = field({'generator': 'unnamed', **row}, 'generator')
-    return {'prompt': prompt, 'instruction': instruction(prompt), 'response': response, 'generator': generator}
+        return text_or_chat(row, 'prompt'), field(row, 'response')
+    # model_outputs.json: a dialogue stands there as it was asked, a single question without what goes around it
+    prompt, response = field(row, 'instruction'), field(row, 'output')
+    if prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT):
+        return prompt, answer(response)
+    return ask(prompt), response
 
 
 def make_pairs(answers, against=None):
@@ -173,43 +156,24 @@ def make_pairs(answers, against=None):
     answers to a prompt in both. Raises UserError where there is no pair."""
     ours = read_answers(answers)
     theirs = read_answers(against) if against else []
-    left_out = Counter()
-    left_out['tools, which no judge is shown'] += sum('tools' in row for row in ours + theirs)
-
-    # question by question
+    groups, others = _by_question(ours), _by_question(theirs)
     pairs = []
-    others_of = _by_question(theirs)
-    for number, (key, group) in enumerate(_by_question(ours).items()):
-        if against:
-            others = others_of.pop(key, [])
-            found = list(zip(group, others, strict=False))
-            left_out['answers without a counterpart'] += len(group) - len(found)
-            left_out['answers of --against without a counterpart'] += len(others) - len(found)
-        else:
-            found = list(combinations(group, 2))
-            left_out['answers without a counterpart'] += 0 if found else len(group)
+    for number, (question, group) in enumerate(groups.items()):
+        found = zip(group, others.get(question, []), strict=False) if against else combinations(group, 2)
         pairs += [_pair(first, second, number) for first, second in found]
-
-    # questions that ours do not answer
-    left_out['answers of --against without a counterpart'] += sum(map(len, others_of.values()))
     if not pairs and against:
         raise UserError(f'no prompt of {answers} has an answer in {against}')
     if not pairs:
         raise UserError(f'no prompt in {answers} has two answers: sample with --n=2, or name --against=FILE')
+
+    # in two files, each pair takes an answer of each
+    left_out = Counter({'tools, which no judge is shown': sum(bool(row['tools']) for row in ours + theirs)})
+    if against:
+        left_out['answers without a counterpart'] = len(ours) - len(pairs)
+        left_out['answers of --against without a counterpart'] = len(theirs) - len(pairs)
+    else:
+        left_out['answers without a counterpart'] = sum(len(group) == 1 for group in groups.values())
     return pairs, left_out
-
-
-def _pair(first, second, number):
-    """A pair, as make_pairs has it, of two answers to question `number`."""
-    # model_outputs.json has lost what the prompt really was
-    prompt = second['prompt'] if is_plain(first) else first['prompt']
-    return {
-        'prompt': prompt,
-        'instruction': first['instruction'],
-        'question': number,
-        'outputs': [first['response'], second['response']],
-        'generators': [first['generator'], second['generator']],
-    }
 
 
 def _by_question(rows):
@@ -218,16 +182,18 @@ def _by_question(rows):
     for row in rows:
         # the same sample of the same generator once more: a file asks the same twice
         who = row['instruction'], row['generator'], row['sample']
-        question = row['instruction'], seen[who]
-        groups.setdefault(question, []).append(row)
+        groups.setdefault((row['instruction'], seen[who]), []).append(row)
         seen[who] += 1
     return {question: sorted(group, key=lambda row: row['sample']) for question, group in groups.items()}
 
 
-def as_trained(pair, k):
-    """Answer k of a pair as dpo.py will read it from annotations.json."""
-    text = pair['outputs'][k]
-    return answer(text) if is_plain(pair) else text
+def _pair(first, second, number):
+    """A pair, as make_pairs has it, of two answers to question `number`."""
+    # model_outputs.json has lost what the prompt really was
+    prompt = second['prompt'] if is_plain(first) else first['prompt']
+    pair = {'prompt': prompt, 'instruction': first['instruction'], 'question': number}
+    pair['outputs'] = [first['response'], second['response']]
+    return pair | {'generators': [first['generator'], second['generator']]}
 
 
 def is_plain(row):
@@ -242,12 +208,11 @@ def read_verdicts(path):
     """The verdicts in a file: (pair, order) -> row. Raises UserError for a damaged one."""
 
     def key_of(row):
-        is_known = row['preference'] in (None, 1, 1.5, 2)
-        if not is_known or not isinstance(row.get('text', ''), str):
-            raise ValueError(row)
+        if row['preference'] not in (None, 1, 1.5, 2) or not isinstance(row.get('text', ''), str):
+            raise ValueError
         return field(row, 'pair', int), field(row, 'order', int)
 
-    return {key: row for _, key, row in read_back(path, key_of)}
+    return read_back(path, key_of)
 
 
 def annotation(pair, preference, annotator):

@@ -1,6 +1,5 @@
 """How a judge behind an endpoint is asked which of two answers is better, and what its reply means."""
 
-import itertools
 import json
 import os
 import re
@@ -26,7 +25,6 @@ def read_prompt(name):
     """The text of a judge prompt, from the current folder or else from beside the scripts. Raises UserError."""
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
     text = read_text(folder / name, f'--judge_prompt={name}')
-    # each slot once; what shows where an answer ends is added where the prompt leaves room for it
     slots = sorted(slot for slot in SLOT.findall(text) if slot != 'mark')
     if slots != ['answer_1', 'answer_2', 'instruction'] or 'Verdict:' not in text:
         has = f'{name} must have {{instruction}}, {{answer_1}} and {{answer_2}}, each once'
@@ -43,7 +41,6 @@ def read_request(text):
         json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()  # what json reads it cannot always write
     except (ValueError, RecursionError):
         fields = None
-    # an object, without the fields that are ours
     if not isinstance(fields, dict) or fields.keys() & {'model', 'messages', 'stream', 'n'}:
         raise UserError(f'--request must be a json object without model, messages, stream and n, not {text!r}')
     return fields
@@ -55,31 +52,17 @@ def question(template, pair, order):
     if order == 2:
         shown.reverse()
     texts = {'instruction': pair['instruction'], 'answer_1': shown[0], 'answer_2': shown[1]}
-    texts['mark'] = mark(*texts.values())
-
+    # a sign that nobody knew who wrote one of the texts, and the same one where a run goes on
+    texts['mark'] = f'{content_hash("mark", 0, *texts.values()):016x}'
     # all slots in one pass: an answer may have slots in it
-    def text_of(slot):
-        return texts[slot[1]]
-
-    content = SLOT.sub(text_of, template)
+    content = SLOT.sub(lambda slot: texts[slot[1]], template)
     return {'messages': [{'role': 'user', 'content': content}]}
-
-
-def mark(*texts):
-    """A sign of 16 digits that stands in none of the texts: whoever wrote one of them knew neither the others nor the sign.
-
-    The same texts have the same sign, so that a run which goes on asks as before."""
-    for attempt in itertools.count():
-        sign = f'{content_hash("mark", attempt, *texts):016x}'
-        if not any(sign in text for text in texts):
-            return sign
 
 
 def verdict(line):
     """The verdict that is all of a line: 'a', 'b' or 'tie'; None where there is none, as in a long line."""
-    if len(line) >= 200:
-        return None
-    found = VERDICT.fullmatch(line.strip().replace('\xa0', ' '))  # an unbreakable space is a space
+    # an unbreakable space is a space
+    found = VERDICT.fullmatch(line.strip().replace('\xa0', ' ')) if len(line) < 200 else None
     return found[1].lower() if found else None
 
 
@@ -90,15 +73,12 @@ def preference(text, raw, order):
     then both are forms to choose from. text: of the reply; raw: all of it; order: in which the answers were shown."""
     if raw['choices'][0].get('finish_reason') in CUT:
         return None
-    # the verdicts of the last line that says something, and of the one before it
+    # of the last line that says something, and of the one before it
     lines = [line for line in text.splitlines() if not NOTHING.fullmatch(line[:200])]
-    last = verdict(lines[-1]) if lines else None
-    before = verdict(lines[-2]) if len(lines) > 1 else None
+    *_, before, last = None, None, *map(verdict, lines)
     if not last or before not in (None, last):
         return None
-
-    # A is the first answer of the pair in order 1
     if last == 'tie':
         return 1.5
-    is_first = (last == 'a') == (order == 1)
-    return 1 if is_first else 2
+    # A is the first answer of the pair in order 1
+    return 1 if (last == 'a') == (order == 1) else 2

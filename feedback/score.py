@@ -3,20 +3,18 @@
     python -m feedback.score --reward_model=out/reward/model --data=pairs.jsonl
     torchrun --nproc_per_node=4 -m feedback.score --reward_model=OWNER/NAME --data='allenai/reward-bench[filtered]' --chat
 
-Every pair, or prompt with an answer, becomes a line of --out, with its id (or where it stands) and prompt. Texts and chats are
-read, written and cut as in training, and a score is read at the end of text. label.py and ppo.py score through this file, too.
+Every pair, or prompt with an answer, becomes a line of --out. Texts and chats are read, written and cut as in training, and a
+score is read at the end of text. label.py and ppo.py score through this file, too.
 """
 
 from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
-import json
 import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ import fsdp
 from configurator import UserError, configure
 from data import pack, pack_probe, plan, plan_padded
 from feedback import winrate
+from feedback.answers import append
 from hf.load import load_reward, load_tokenizer, separate_pad
 from hf.probe import can_pack, room
 from model import core, set_attention
@@ -70,18 +69,6 @@ SECTIONS = {
 }  # fmt: skip
 
 
-class Group(NamedTuple):
-    """Answers to one prompt, which share its computation. slots: the answers' numbers among all items."""
-
-    prompt: np.ndarray
-    answers: list
-    slots: list
-
-    @property
-    def tokens(self):
-        return len(self.prompt) + sum(map(len, self.answers))
-
-
 def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_code=False):
     """(the sharded reward model of a folder or hub id, its tokenizer), after fsdp.setup. Raises UserError."""
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
@@ -90,9 +77,8 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     # packed, where that changes no score of two made-up pairs of different lengths
     a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
     end = tokenizer.eos_token_id
-    first = a, [[*b, end], [*c[:5], end]]
-    second = b[:7], [[*c[:9], end], [*a, end]]
-    packed, padded = pack_probe(Examples.of([first, second]), device)
+    pairs = [(a, [[*b, end], [*c[:5], end]]), (b[:7], [[*c[:9], end], [*a, end]])]
+    packed, padded = pack_probe(Examples.of(pairs), device)
     set_attention(model, can_pack(model, packed, padded, say))
     return model, tokenizer
 
@@ -107,20 +93,18 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
     rank. Raises UserError for an item that is longer than the model reads."""
     padded = core(model).config._attn_implementation != 'packed'
     # padded batches have a row for every answer: no answer joins a group of 0 tokens
-    group_tokens = 0 if padded else max_tokens
-    groups = _groups(items, tokenizer.eos_token_id, ends, room(model), group_tokens)
+    groups = _groups(items, tokenizer.eos_token_id, ends, room(model), 0 if padded else max_tokens)
+    lengths = np.array([_tokens(prompt, answers) for prompt, answers, _ in groups])
 
-    # this rank's microbatches, as lists of groups
-    lengths = np.array([group.tokens for group in groups])
+    # this rank's microbatches, as numbers of groups
     rank, world = fsdp.data_rank()
     make_plan = plan_padded if padded else plan
     found, slots = [], []
     for numbers in make_plan(lengths, world, max_tokens)[rank]:
-        mine = [groups[number] for number in numbers]
-        examples = [(group.prompt, group.answers) for group in mine]
+        examples = [groups[number][:2] for number in numbers]
         batch = pack(examples, numbers, pad=padded, filler=1, device=core(model).device)
         found.append(model.response_scores(batch))
-        slots += [slot for group in mine for slot in group.slots] or [-1]  # a rank without work has a filler
+        slots += [slot for number in numbers for slot in groups[number][2]] or [-1]  # a rank without work has a filler
 
     # the scores of all ranks, in the order of the items
     columns = fsdp.gather_columns({'score': torch.cat(found)}, slots, len(items))
@@ -131,23 +115,29 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
 
 
 def _groups(items, eos, ends, limit, max_tokens):
-    """The items as Groups of at most max_tokens, those of one prompt side by side. limit: tokens that the model reads."""
+    """The items as (prompt, answers, numbers of the items), each of at most max_tokens: answers to a prompt share its computation.
+
+    limit: tokens that the model reads."""
     by_prompt = {}  # prompt -> its groups
     for slot, (prompt, answer) in enumerate(items):
         prompt, answer = np.asarray(prompt, np.int64), np.asarray(answer, np.int64)
         if not len(answer) or answer[-1] not in {eos, *ends}:
             answer = np.append(answer, eos)
         if not len(prompt) or len(prompt) + len(answer) > limit:
-            sizes = f'{len(prompt)} + {len(answer)} tokens'
             takes = f'the reward model takes a prompt and at most {limit} in all'
-            raise UserError(f'item {slot}: prompt and answer have {sizes}, where {takes}')
+            raise UserError(f'item {slot}: prompt and answer have {len(prompt)} + {len(answer)} tokens, where {takes}')
         # into its prompt's last group, or a new one where that is full
         groups = by_prompt.setdefault(prompt.tobytes(), [])
-        if not groups or groups[-1].tokens + len(answer) > max_tokens:
-            groups.append(Group(prompt, [], []))
-        groups[-1].answers.append(answer)
-        groups[-1].slots.append(slot)
+        if not groups or _tokens(prompt, groups[-1][1]) + len(answer) > max_tokens:
+            groups.append((prompt, [], []))
+        _, answers, slots = groups[-1]
+        answers.append(answer)
+        slots.append(slot)
     return [group for groups in by_prompt.values() for group in groups]
+
+
+def _tokens(prompt, answers):
+    return len(prompt) + sum(map(len, answers))
 
 
 # ---- the command ----
@@ -169,18 +159,14 @@ def main():
 
     # a model that reads any length has no limit of its own
     limit = int(min(max_length or 2**30, room(model)))
-    as_text = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows}
-    as_text |= {'last_turn_only': True, 'margins': True}
-    lengths = limit, limit // 2, truncation
     rows = []
     guard.on_stop(lambda: f'{len(rows)} of {len(examples)} are in {out}')
-    fsdp.on_one_rank(lambda: write([], 'w'))
+    fsdp.on_one_rank(begin_file)
     with progress(len(examples), ' examples', 'scored') as bar:
         for start in range(0, len(examples), CHUNK):
             chunk = examples[start : start + CHUNK]
-            ids = [tokenise([x], tokenizer, task, *lengths, left_out, **as_text) for task, x in chunk]
-            new = score_examples(model, tokenizer, chunk, ids)
-            fsdp.on_one_rank(partial(write, new, 'a'))
+            new = score_examples(model, tokenizer, chunk, limit, left_out)
+            fsdp.on_one_rank(partial(append, out, new, sync=False))
             rows += new
             bar.update(len(chunk))
     if not rows:
@@ -213,37 +199,36 @@ def read():
     return examples, left_out
 
 
-def score_examples(model, tokenizer, chunk, ids):
-    """A row of the output for each of (task, example) that has ids, its tokenised Examples of one or none."""
-    items = [(prompt, answer) for found in ids for prompt, answers in found for answer in answers]
-    found = iter(scores(model, tokenizer, items, max_tokens).tolist() if items else [])
-    rows = []
-    for (_, example), tokens in zip(chunk, ids, strict=True):
-        if not len(tokens):
-            continue
-        # what the row was, by its own id or its place
-        raw = example.raw
-        row = {'id': raw.get('id', example.where or None)}
-        if by in raw:
-            row[by] = raw[by]
-        row['prompt'] = example['prompt']
-        # a pair, or an answer that somebody may have called good or bad
-        score, *others = (next(found) for _, answers in tokens for _ in answers)
-        if others:
-            row |= {'chosen_score': score, 'rejected_score': others[0], 'margin': score - others[0]}
-        else:
-            row |= {'good': example['good']} if 'good' in example else {}
-            row['score'] = score
-        rows.append(row)
-    return rows
-
-
-def write(rows, mode):
-    """Write rows to the file of scores: mode 'w' makes it anew, 'a' goes on in it."""
+def begin_file():
+    """Make the file of scores, empty."""
     with writing(out):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with open(out, mode, encoding='utf-8') as file:
-            file.writelines(json.dumps(row, default=str) + '\n' for row in rows)
+        Path(out).write_text('')
+
+
+def score_examples(model, tokenizer, examples, limit, left_out):
+    """A row of the output for each of (task, example), cut to limit tokens, but for those left out."""
+    how = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
+    rows, items = [], []
+    for task, example in examples:
+        # Examples of one or none
+        for prompt, answers in tokenise([example], tokenizer, task, limit, limit // 2, truncation, left_out, **how):
+            items += [(prompt, answer) for answer in answers]
+            # what the row was, by its own id or its place
+            row = {'id': example.raw.get('id', example.where or None)}
+            row |= {by: example.raw[by]} if by in example.raw else {}
+            row['prompt'] = example['prompt']
+            row |= {'good': example['good']} if 'good' in example else {}
+            names = ('chosen_score', 'rejected_score') if task == 'pairs' else ('score',)
+            rows.append(row | dict.fromkeys(names))
+
+    # the scores, in the order of the items
+    found = iter(scores(model, tokenizer, items, max_tokens).tolist() if items else [])
+    for row in rows:
+        row |= {name: next(found) for name in SCORES if name in row}
+        if 'chosen_score' in row:
+            row['margin'] = row['chosen_score'] - row['rejected_score']
+    return rows
 
 
 # ---- what came of it ----
@@ -252,28 +237,22 @@ def write(rows, mode):
 def report(rows):
     """The lines for the screen: of pairs accuracy and margins, by subset where there are some; of answers their mean score."""
     pairs = [row for row in rows if 'margin' in row]
-    answers = [row for row in rows if 'score' in row]
     lines = []
     if pairs:
-        margins = np.array([row['margin'] for row in pairs])
+        chosen, rejected, margins = (np.array([row[name] for row in pairs]) for name in SCORES[1:])
         low, middle, high = np.percentile(margins, (10, 50, 90))
         ties = int((margins == 0).sum())
         equal = f'; {ties:,} with equal scores count as wrong' if ties else ''
         lines += [
             f'  accuracy   {accuracy(pairs)[1]}{equal}',
             f'  margin     mean {margins.mean():.4f}, median {middle:.4f}, the middle 80% from {low:.4f} to {high:.4f}',
-            f'  scores     chosen {mean(pairs, "chosen_score")}, rejected {mean(pairs, "rejected_score")}',
+            f'  scores     chosen {chosen.mean():.4f}, rejected {rejected.mean():.4f}',
         ]
     for good, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
-        some = [row for row in answers if row.get('good') is good]
+        some = [row['score'] for row in rows if 'score' in row and row.get('good') is good]
         if some:
-            lines.append(f'  scores     mean {mean(some, "score")} over {len(some):,} {name}')
+            lines.append(f'  scores     mean {np.mean(some):.4f} over {len(some):,} {name}')
     return lines + table(pairs)
-
-
-def mean(rows, name):
-    """The mean of a column, for the screen."""
-    return f'{np.mean([row[name] for row in rows]):.4f}'
 
 
 def accuracy(pairs):
@@ -290,25 +269,21 @@ def table(pairs):
     for row in pairs:
         if by in row:
             groups.setdefault(str(row[by]), []).append(row)
-    if not groups:
-        return []
-    found = {name: accuracy(group) for name, group in groups.items()}
+    found = {name: accuracy(group) for name, group in sorted(groups.items())}
     known = {name for subsets in SECTIONS.values() for name in subsets}
-    if not groups.keys() <= known:
-        return [f'  {name:24s} {words}' for name, (_, words) in sorted(found.items())]
+    if not groups or not groups.keys() <= known:
+        return [f'  {name:24s} {words}' for name, (_, words) in found.items()]
 
     # a section's score, from the subsets that are there
-    lines, sections = [], {}
-    for section, weights in SECTIONS.items():
-        there = [name for name in weights if name in found]
+    lines, sections = [], []
+    for section, sizes in SECTIONS.items():
+        there = [name for name in sizes if name in found]
         if there:
-            shares = [found[name][0] for name in there]
-            sections[section] = np.average(shares, weights=[weights[name] for name in there])
-            lines.append(f'  {section:24s} {sections[section]:.3f}')
+            sections.append(np.average([found[name][0] for name in there], weights=[sizes[name] for name in there]))
+            lines.append(f'  {section:24s} {sections[-1]:.3f}')
             lines += [f'    {name:22s} {found[name][1]}' for name in there]
+    lines.append(f'  {"RewardBench":24s} {np.mean(sections):.3f}, the mean of {len(sections)} of its 4 sections')
     missing = sorted(known - found.keys())
-    mean_of = f'{np.mean(list(sections.values())):.3f}, the mean of {len(sections)} of its 4 sections'
-    lines.append(f'  {"RewardBench":24s} {mean_of}')
     return lines + ([f'  subsets that are not in the data: {", ".join(missing)}'] if missing else [])
 
 

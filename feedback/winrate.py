@@ -56,39 +56,34 @@ def length_controlled(wins, difference, clusters=None):
     as half a win and half a loss. The rate is sigmoid(a): difference 0. Its error is the delta method's, from the
     clustered sandwich covariance. There is no finite fit where length, or nothing at all, separates wins from losses.
     (AlpacaEval 2, 2404.04475, has this form of the length term, and a term for how hard an instruction is.)"""
+    none = None, None, None
     wins, difference = np.asarray(wins, float), np.asarray(difference, float)
     if not len(wins):
-        return None, None, None
+        return none
     # a column for a, and one for b if any lengths differ: x (n, k), k 1 or 2
-    s = np.sqrt((difference**2).mean())
     x = np.ones((len(wins), 1))
-    if s:
+    if difference.any():
+        s = np.sqrt((difference**2).mean())
         x = np.stack([np.ones_like(wins), np.tanh(difference / s)], 1)
-    k = x.shape[1]
-    if np.linalg.matrix_rank(x) < k:
-        return None, None, None  # always the same difference: nothing tells what equal length would give
-
-    # Newton's method, until a step changes nothing
-    beta = np.zeros(k)  # a, b
+    beta = np.zeros(x.shape[1])  # a, b
     for _ in range(50):
         p = 1 / (1 + np.exp(-x @ beta))
         information = (x * (p * (1 - p))[:, None]).T @ x  # (k, k)
+        # also where the difference is always the same
         if np.abs(beta).max() > 15 or np.linalg.cond(information) > 1e12:
-            return None, None, None
+            return none
         step = np.linalg.solve(information, x.T @ (wins - p))
         beta = beta + step
         if np.abs(step).max() < 1e-10:
             break
     else:
-        return None, None, None
+        return none
     # the rate is sigmoid(a), whose slope is rate (1 - rate): so much of a's error is the rate's
     inverse = np.linalg.inv(information)
     covariance = inverse @ _outer_products(x * (wins - p)[:, None], clusters) @ inverse  # of beta
     rate = float(1 / (1 + np.exp(-beta[0])))
-    error = _root(covariance[0, 0])
-    if error is not None:
-        error = rate * (1 - rate) * error
-    return rate, error, float(beta[1]) if k == 2 else 0.0
+    error = _root(rate**2 * (1 - rate) ** 2 * covariance[0, 0])
+    return rate, error, float(beta[1]) if len(beta) == 2 else 0.0
 
 
 def orders(verdicts):
@@ -98,21 +93,16 @@ def orders(verdicts):
     Returns {'shown_first': (n,) the share of a pair's verdicts for what was shown first, ties half, 'agreement': (n,)
     whether a pair was judged alike in both orders}. Without position bias the mean of shown_first is 1/2."""
     straight, swapped = np.asarray(verdicts, float).reshape(-1, 2).T
-    # 1 for what was shown first, in either order
-    shown = np.stack([2 - straight, swapped - 1], 1).mean(1)
-    return {'shown_first': shown, 'agreement': straight == swapped}
+    return {'shown_first': (2 - straight + swapped - 1) / 2, 'agreement': straight == swapped}
 
 
 def _outer_products(scores, clusters):
     """Sum over clusters of the outer products of their summed scores (n, k), times c / (c - 1): (k, k). nan for one cluster."""
-    if clusters is None:
-        clusters = np.arange(len(scores))
-    _, number = np.unique(clusters, return_inverse=True)  # (n,) from 0
+    _, number = np.unique(np.arange(len(scores)) if clusters is None else clusters, return_inverse=True)  # (n,) from 0
     sums = np.zeros((number.max() + 1, scores.shape[1]))
     np.add.at(sums, number, scores)
     c = len(sums)
-    factor = c / (c - 1) if c > 1 else np.nan
-    return sums.T @ sums * factor
+    return sums.T @ sums * (c / (c - 1) if c > 1 else np.nan)
 
 
 def _root(variance):

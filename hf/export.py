@@ -18,7 +18,6 @@ from runtime.files import make_room, move_folder, say, writing
 from text.ids import first_of
 
 SHARD = '5GB'  # the size of a file of weights, of which a larger model has several
-HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 # for the card of a reward model: what training saw (text/chat.py, text/ids.py), whose prompts begin with BOS or not
 SCORE = """The score of an answer, by transformers alone, exactly as in training. A chat template may write a line break behind the end of an
 answer; with it the score would be another one. `python -m feedback.score` of nanopref scores whole files so.
@@ -46,40 +45,36 @@ def score(prompt, answer):  # the prompt as in training, a text or a list of mes
 def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     """Write a normal Hugging Face folder: safetensors of this dtype, config, tokenizer, and what card(folder) adds.
 
-    build as in shard. A model with adapters: they alone, in float32, to the folder `adapter` beside it, and then the model with
-    them merged into its weights. Returns, on rank 0, the dtype: float32 where a weight is larger than what the other one holds."""
+    build as in shard. Adapters go, in float32, to the folder `adapter` beside it, and merged into this one. Returns, on rank 0,
+    the dtype: float32 where a weight is larger than what the other one holds."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     checkpoint.wait()
     model.reshard()
-    adapted = lora.present(model)
+    adapted, tied = lora.present(model), ties(model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
     weights = get_model_state_dict(model, options=options)
-    tied = ties(model)
-    unique = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     folder = Path(folder)
     temporary, adapter = Path(f'{folder}.tmp'), folder.with_name('adapter')
     half_adapter = adapter.with_suffix('.tmp')
 
     def write():
         make_room(temporary)
-        random = torch.Generator().manual_seed(0)
-        merged = adapted and lora.merge(build(empty=False), weights, half_adapter)
-        kept_in = _holds(dict(merged.named_parameters()) if adapted else weights, getattr(torch, dtype))
+        # saving through the sharded model would write its changed class name
         if adapted:
+            whole = lora.write(build(empty=False), weights, half_adapter)
+            found = whole.state_dict()
             move_folder(half_adapter, adapter)
-            for p in merged.parameters():
-                p.data = rounded(p.data, kept_in, random)
-            merged.to(kept_in).save_pretrained(temporary, max_shard_size=SHARD)
         else:
-            # saving through the sharded model would write its changed class name
-            shell = build(empty=True).to(kept_in)
-            tie_as(shell, tied)
-            shell.all_tied_weights_keys = {}
-            found = {k: rounded(v, kept_in, random) for k, v in weights.items() if k in unique}
-            shell.save_pretrained(temporary, state_dict=found, max_shard_size=SHARD)
+            whole, found = build(empty=True), weights
+            tie_as(whole, tied)
+            whole.all_tied_weights_keys = {}
+        unique = {name for name, _ in [*whole.named_parameters(), *whole.named_buffers()]}
+        kept_in = _holds(found, getattr(torch, dtype))
+        random = torch.Generator().manual_seed(0)
+        found = {name: rounded(value, kept_in, random) for name, value in found.items() if name in unique}
+        whole.to('meta', kept_in).save_pretrained(temporary, state_dict=found, max_shard_size=SHARD)
         tokenizer.save_pretrained(temporary)
-
         # the card comes in the same rename: a run that is killed leaves both or neither
         if card:
             card(temporary)
@@ -101,22 +96,21 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
 
 def _holds(weights, dtype):
     """This dtype, or float32 where one of the weights {name: tensor} is beyond its largest number: it would become infinite."""
-    largest = torch.finfo(dtype).max
-    for name, weight in weights.items() if dtype != torch.float32 else ():
+    limit = torch.finfo(dtype).max
+    for name, weight in weights.items():
         size = torch.linalg.vector_norm(weight.float(), torch.inf) if weight.numel() else 0
-        if size > largest and size.isfinite():
+        if limit < size < torch.inf:
             say(
-                f'note: {name} has a weight of {size:.6g}, and {dtype} ends at {largest:.6g}: the model is kept in float32'
+                f'note: {name} has a weight of {size:.6g}, and {dtype} ends at {limit:.6g}: the model is kept in float32'
             )
             return torch.float32
     return dtype
 
 
 def rounded(weights, dtype, random):
-    """Weights in this dtype. float32 is rounded up or down at random, each the likelier the nearer it is.
+    """Weights in this dtype, rounded up or down at random, each the likelier the nearer it is. random: a torch.Generator.
 
-    On average that keeps what training has moved. The nearest number is mostly the one that a weight began from: then a run with
-    a small learning rate would leave the model that came in. random: a torch.Generator."""
+    On average that keeps what training has moved: the nearest number is mostly the one that a weight began from."""
     dropped = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)  # bits of the mantissa
     if weights.dtype != torch.float32 or not dropped:
         return weights.to(dtype) if weights.is_floating_point() else weights
@@ -131,53 +125,52 @@ def write_card(out_dir, folder=None):
     try:
         text = _text(Path(out_dir), folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        say(f'note: no model card, for {out_dir} has not what it takes: {type(error).__name__}: {error}')
-        return
-    file = folder / 'README.md'
-    with writing(file):
-        file.write_text(text)
+        return say(f'note: no model card, for {out_dir} has not what it takes: {type(error).__name__}: {error}')
+    with writing(folder / 'README.md'):
+        (folder / 'README.md').write_text(text)
 
 
 def _text(out_dir, folder):
     """Base model, data, command, commit, options, the last evaluation. No path of this machine."""
     record = json.loads((out_dir / 'config.json').read_text())
     rows = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
+    saved = json.loads((folder / 'config.json').read_text())
     options = record['config']
     base, script = str(options.get('model')), Path(record['command'][0]).name
     loss = options.get('loss') or script.removesuffix('.py')
 
     # the header that the hub reads
     meta = {'library_name': 'transformers', 'tags': ['nanopref', loss]}
-    if HUB_ID.fullmatch(base) and not Path(base).exists():
+    if re.fullmatch(r'[\w.-]+/[\w.-]+', base) and not Path(base).exists():
         meta['base_model'] = base
-    header = yaml.safe_dump(meta, sort_keys=True)
-
-    # how it was made
-    examples, data = f'{rows[-1]["counters/examples"]:,}', options.get('data')
     versions = ', '.join(f'{name} {version}' for name, version in record['versions'].items())
-    parts = [
-        f'---\n{header}---\n',
-        f'# {out_dir.resolve().name}\n',
-        f'`{base}` after {examples} examples of `{data}` with the loss `{loss}`, by nanopref.\n',
-        f'```sh\npython {" ".join(record["command"])}\n```\n',
-        f'Commit {record["commit"] or "unknown"}; {versions}.\n',
-    ]
-    saved = json.loads((folder / 'config.json').read_text())
-    if options.get('save_dtype'):
-        parts.append(f'The weights were trained in float32, and are kept in {saved["dtype"]}.\n')
+    # how it was made
+    text = f"""---
+{yaml.safe_dump(meta, sort_keys=True)}---
 
+# {out_dir.resolve().name}
+
+`{base}` after {rows[-1]['counters/examples']:,} examples of `{options.get('data')}` with the loss `{loss}`, by nanopref.
+
+```sh
+python {' '.join(record['command'])}
+```
+
+Commit {record['commit'] or 'unknown'}; {versions}.
+"""
+    if options.get('save_dtype'):
+        text += f'\nThe weights were trained in float32, and are kept in {saved["dtype"]}.\n'
     # how a reward model is used
-    kind, *_ = saved.get('architectures', [''])
-    if kind.endswith('SequenceClassification'):
+    if saved.get('architectures', [''])[0].endswith('SequenceClassification'):
         first = first_of(transformers.AutoTokenizer.from_pretrained(folder))
-        parts.append(SCORE.replace('{first}', '[]' if first is None else f'[{first}]'))
+        text += '\n' + SCORE.replace('{first}', '[]' if first is None else f'[{first}]')
 
     # what came of it
     evaluations = [row for row in rows if row['split'] == 'eval']
     if evaluations:
         table = [f'| {k} | {v:.4g} |' for k, v in evaluations[-1].items() if isinstance(v, float)]
-        parts += ['Held-out examples, after training:\n\n| metric | value |\n|---|---|', '\n'.join(table) + '\n']
+        text += '\nHeld-out examples, after training:\n\n| metric | value |\n|---|---|\n' + '\n'.join(table) + '\n'
     listed = '\n'.join(f'{k} = {v!r}' for k, v in options.items())
-    parts.append(f'Options:\n\n```python\n{listed}\n```\n')
+    text += f'\nOptions:\n\n```python\n{listed}\n```\n'
     # absolute paths, and those that leave the folder, are cut to their last name
-    return re.sub(r'(?<![\w./])(?:~|/|\.\./)[^\s\'"=:+|`]*/(?=[^\s/])', '', '\n'.join(parts))
+    return re.sub(r'(?<![\w./])(?:~|/|\.\./)[^\s\'"=:+|`]*/(?=[^\s/])', '', text)

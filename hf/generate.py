@@ -29,22 +29,19 @@ SHARE, LEAST = 4, 8
 def sample(models, tokenizer, prompts, *, rank, world, seed, **settings):
     """Sample one answer of every model (name -> sharded model) to every prompt, the work shared among the ranks.
 
-    The one called reference answers without adapters, if it has any. settings: as in generate. Returns, on every rank,
-    (name, number of the prompt, answer ids), sorted."""
+    The one called reference answers without adapters, if it has any. settings: as in generate. Returns, on every rank, name ->
+    lists of ids."""
     mine = range(rank, len(prompts), world)  # this rank's prompts
     asked = [prompts[i] for i in mine]
     seeds = [seed * 1_000_003 + i for i in mine]
-    answers = {}  # (name, number of the prompt) -> ids
+    answers = {name: [None] * len(prompts) for name in models}
     for name, model in models.items():
-        without_adapters = model if name == 'reference' else None
-        with fsdp.unsharded(model), adapters_off(without_adapters):
+        with fsdp.unsharded(model), adapters_off(model if name == 'reference' else None):
             found = generate(model, tokenizer, asked, seeds, **settings) if mine else []
-        answers |= {(name, i): answer for i, answer in zip(mine, found, strict=True)}
-    # those of all ranks; ranks of a tensor-parallel group have the same
-    everywhere = {}
-    for part in fsdp.gather_objects(answers):
-        everywhere |= part
-    return sorted((name, i, answer) for (name, i), answer in everywhere.items())
+        for others in fsdp.gather_objects(dict(zip(mine, found, strict=True))):
+            for i, answer in others.items():
+                answers[name][i] = answer
+    return answers
 
 
 def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
@@ -55,8 +52,7 @@ def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
     for name, i, answer in answers:
         row = {'examples': examples_seen, 'generator': name, 'sample': i}
         row |= {'prompt': tokenizer.decode(prompts[i]), 'response': tokenizer.decode(answer)}
-        row |= (columns or {}).get((name, i), {})
-        lines.append(json.dumps(row) + '\n')
+        lines.append(json.dumps(row | (columns or {}).get((name, i), {})) + '\n')
     append(file, ''.join(lines))
 
 
@@ -72,18 +68,15 @@ def sample_held_out(run, models, n, seen, measure=None, **settings):
     answers = sample(models, run.tokenizer, prompts, keep_end=True, **settings)
 
     # what is known of every answer
-    measured, columns = {}, {}
-    for name in models:
-        ids = {i: answer for who, i, answer in answers if who == name}
-        columns |= {(name, i): {'tokens': len(answer)} for i, answer in ids.items()}
-        if measure and ids:
-            measured[name] = measure([prompts[i] for i in ids], list(ids.values()))
-        for column, values in measured.get(name, {}).items():
-            for i, value in zip(ids, values.tolist(), strict=True):
-                columns[name, i][column] = round(value, 6)
-
-    stop = {name: stop_tokens(model, run.tokenizer) for name, model in models.items()}
-    shown = [(name, i, without_end(answer, stop[name])) for name, i, answer in answers]
+    measured, columns, shown = {}, {}, []
+    for name in sorted(models):
+        stop = stop_tokens(models[name], run.tokenizer)
+        if measure and prompts:
+            measured[name] = measure(prompts, answers[name])
+        for i, answer in enumerate(answers[name]):
+            shown.append((name, i, without_end(answer, stop)))
+            numbers = {column: round(values[i].item(), 6) for column, values in measured.get(name, {}).items()}
+            columns[name, i] = {'tokens': len(answer), **numbers}
     file = f'{run.config.out_dir}/samples.jsonl'
     fsdp.on_one_rank(lambda: write(file, run.tokenizer, prompts, shown, seen, columns))
     return measured
@@ -119,13 +112,11 @@ def generate(
             active += new
 
             # tokens for all of them, until enough have ended
-            lengths = [len(answers[i]) for i in active]
+            taken = [len(answers[i]) for i in active]
             enough = max(1, len(active) // SHARE) if refill else len(active)
-            ends = _Ends(stop, lengths, max_new_tokens, enough)
-            draw = _processors([seeds[i] for i in active], lengths, temperature, top_p)
-            more = {'max_new_tokens': max_new_tokens - min(lengths), 'logits_processor': draw}
-            more['stopping_criteria'] = transformers.StoppingCriteriaList([stop_generating, ends])
-            found = _generate(inner, texts, cache, **more)
+            how = {'stopping_criteria': _ends(inner, stop, max_new_tokens, taken, enough)}
+            how['logits_processor'] = _processors([seeds[i] for i in active], taken, temperature, top_p)
+            found = _generate(inner, texts, cache, max_new_tokens=max_new_tokens - min(taken), **how)
 
             # rows that ended before the others are filled up behind their end
             kept = []
@@ -141,6 +132,11 @@ def generate(
     return answers if keep_end else [without_end(answer, stop) for answer in answers]
 
 
+def _told_to_stop():
+    """Whether a signal asks to stop: not heeded in a tensor-parallel group, whose ranks must stop together."""
+    return guard.asked_here() and not fsdp.in_groups()
+
+
 @contextlib.contextmanager
 def _sampling(model, **settings):
     """Let a model generate for a while, with settings of a GenerationConfig, and leave it as it was."""
@@ -149,9 +145,8 @@ def _sampling(model, **settings):
     own = inner.generation_config
     training = [module for module in model.modules() if module.training]
     inner.generation_config = transformers.GenerationConfig(do_sample=False, **settings)
+    model.eval()
     try:
-        for module in training:
-            module.training = False
         with padded_attention(model):
             yield
     finally:
@@ -164,16 +159,28 @@ def _generate(inner, texts, cache, **options):
     """Continue texts (lists of ids) with model.generate: lists of new ids. A cache holds all but the last token of each."""
     cached = 0 if cache is None else cache.get_seq_length()
     width = max(cached + 1, *map(len, texts))  # texts are padded on the left
-    padding = [width - len(text) for text in texts]
-    filler = inner.generation_config.pad_token_id
-    ids = [[filler] * n + text for n, text in zip(padding, texts, strict=True)]
-    mask = [[0] * n + [1] * (width - n) for n in padding]
-    ids, mask = (torch.tensor(rows, device=inner.device) for rows in (ids, mask))
+    ids = torch.full((len(texts), width), inner.generation_config.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, width - len(text) :] = torch.tensor(text)
+        mask[row, width - len(text) :] = 1
+    ids, mask = ids[:, cached:].to(inner.device), mask.to(inner.device)
     if cache is not None:
         options['past_key_values'] = cache
-    ids = ids[:, cached:]
     out = inner.generate(ids, attention_mask=mask, synced_gpus=False, **options)
     return out[:, ids.shape[1] :].tolist()
+
+
+def stop_tokens(model, tokenizer):
+    """The ids that end an answer: the tokenizer's end of text, and those that the model's generation config names."""
+    own = core(model).generation_config.eos_token_id  # an id, several, or None
+    ids = own if isinstance(own, list) else [own]
+    return {tokenizer.eos_token_id, *ids} - {None}
+
+
+def without_end(answer, stop):
+    """An answer's ids without the one of `stop` that ends it, if one does."""
+    return answer[:-1] if answer and answer[-1] in stop else answer
 
 
 # ---- keys and values of several batches in one ----
@@ -190,9 +197,8 @@ def can_refill(inner):
 
 def _prefill(inner, texts):
     """(a cache of all tokens but the last of each text, the row of each text in it). Equal texts share a row."""
-    row = {}
-    for text in texts:
-        row.setdefault(tuple(text[:-1]), len(row))
+    unique = dict.fromkeys(tuple(text[:-1]) for text in texts)
+    row = {text: i for i, text in enumerate(unique)}
     cache = transformers.DynamicCache(config=inner.config)
     _generate(inner, [list(text) for text in row], cache, max_new_tokens=1)  # that token is not used
     return cache, [row[tuple(text[:-1])] for text in texts]
@@ -200,7 +206,6 @@ def _prefill(inner, texts):
 
 def _join(parts, width):
     """One cache of the chosen rows of several, (cache, rows) each, with states of the last `width` places of each row."""
-    (joined, _), *_ = parts
     for layers in zip(*(cache.layers for cache, _ in parts), strict=True):
         # a layer with a window holds fewer
         size = min(width, max(layer.keys.shape[2] for layer in layers))
@@ -209,88 +214,54 @@ def _join(parts, width):
             padded = [F.pad(x, (0, 0, size - x.shape[2], 0)) for x in states]
             setattr(layers[0], name, torch.cat(padded))
         layers[0].cumulative_length = width
-    return joined
-
-
-def stop_tokens(model, tokenizer):
-    """The ids that end an answer: the tokenizer's end of text, and those that the model's generation config names."""
-    own = core(model).generation_config.eos_token_id  # an id, several, or None
-    ids = own if isinstance(own, list) else [own]
-    return {tokenizer.eos_token_id, *ids} - {None}
-
-
-def without_end(answer, stop):
-    """An answer's ids without the one of `stop` that ends it, if one does."""
-    return answer[:-1] if answer and answer[-1] in stop else answer
+    return parts[0][0]
 
 
 # ---- one token ----
 
 
-def _told_to_stop():
-    """Whether a signal asks to stop: not heeded in a tensor-parallel group, whose ranks must stop together."""
-    return guard.asked_here() and not fsdp.in_groups()
+def _ends(inner, stop, most, taken, enough):
+    """What ends rows, for generate: a stop token or `most` tokens, of which a row has `taken`; enough ends, or a signal, end all."""
+    stop = torch.tensor(sorted(stop), device=inner.device)
+    left = most - torch.tensor(taken, device=inner.device)
+    sampled = []
 
+    def ended(ids, scores, **more):
+        sampled.append(ids[:, -1])
+        gone = torch.isin(torch.stack(sampled), stop).any(0) | (left <= len(sampled))
+        if len(sampled) >= LEAST:
+            gone |= gone.sum() >= enough
+        return gone | _told_to_stop()
 
-def stop_generating(ids, scores):
-    """(rows,) whether a signal asks to stop."""
-    return torch.full((len(ids),), _told_to_stop(), device=ids.device)
-
-
-class _Ends(transformers.StoppingCriteria):
-    """Ends rows at a stop token or at their length; all of them when `enough` have ended, but not before LEAST tokens."""
-
-    def __init__(self, stop, taken, max_new_tokens, enough):
-        self.stop = torch.tensor(sorted(stop))
-        self.left = max_new_tokens - torch.tensor(taken)  # (rows,) tokens
-        self.enough = enough
-        self.ended = None
-        self.steps = 0
-
-    def __call__(self, ids, scores, **more):
-        self.steps += 1
-        if self.ended is None:
-            self.stop, self.left = self.stop.to(ids.device), self.left.to(ids.device)
-            self.ended = torch.zeros_like(self.left, dtype=torch.bool)
-        self.ended |= torch.isin(ids[:, -1], self.stop) | (self.steps >= self.left)
-        if self.steps < LEAST:
-            return self.ended
-        return self.ended | (self.ended.sum() >= self.enough)
+    return transformers.StoppingCriteriaList([ended])
 
 
 def _processors(seeds, taken, temperature, top_p):
     """What scores go through before the largest is taken: with temperature 0, nothing. taken: tokens sampled so far, a row."""
-    processors = transformers.LogitsProcessorList()
-    if temperature > 0:
-        processors.append(transformers.TemperatureLogitsWarper(temperature))
-        if top_p < 1:
-            processors.append(transformers.TopPLogitsWarper(top_p))
-        processors.append(_Draw(seeds, taken))
-    return processors
+    if temperature == 0:
+        return transformers.LogitsProcessorList()
+    nucleus = [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    draw = [transformers.TemperatureLogitsWarper(temperature), *nucleus, _Draw(seeds, taken)]
+    return transformers.LogitsProcessorList(draw)
 
 
 class _Draw(transformers.LogitsProcessor):
     """Draws a token for every row and leaves it the only one with a score, so that the greedy choice is the sample.
 
-    Adding Gumbel noise and taking the largest is sampling. First a block of about sqrt(V) tokens is drawn, by its total
-    probability, then a token in it: 2 sqrt(V) noises a token instead of V, each a hash of the row's seed and its own place.
-    Unlike inverting the cumulative distribution, where a rounding error in one probability moves the borders of all later
-    tokens, another batch's rounding can only change a near tie, or a token on the edge of top_p."""
+    Adding Gumbel noise and taking the largest is sampling, in which another batch's rounding can only change a near tie. First a
+    block of about sqrt(V) tokens is drawn, by its total probability, then a token in it: 2 sqrt(V) noises a token instead of V,
+    each a hash of the row's seed and its own place."""
 
     def __init__(self, seeds, taken):
         self.seeds = seeds
         self.keys = splitmix64(np.array([seed % 2**64 for seed in seeds], np.uint64))  # (rows,)
         self.step = np.array(taken, np.uint64)  # (rows,) tokens sampled so far
-        self.grid = None  # one buffer for all steps: fresh memory costs a CPU as much as the arithmetic
 
     def __call__(self, ids, scores):
         rows, vocabulary = scores.shape
         # the vocabulary as `side` blocks of `side` tokens, the last ones filled up with impossible tokens
         side = math.isqrt(vocabulary - 1) + 1  # the root, rounded up
-        if self.grid is None:
-            self.grid = scores.new_full((rows, side * side), -math.inf)
-        self.grid[:, :vocabulary] = scores
-        grid = self.grid.view(rows, side, side)
+        grid = F.pad(scores, (0, side * side - vocabulary), value=-math.inf).view(rows, side, side)
         block_noise, token_noise = self.noise(2 * side).to(scores.device, non_blocking=True).split(side, 1)
         self.step += np.uint64(1)
 

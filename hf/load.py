@@ -4,37 +4,33 @@ Which folders are refused, and why, is in check.py; whether a loaded model suits
 
 import contextlib
 import copy
-import hashlib
-import json
+import functools
 import logging
-import math
 import os
 import re
-import threading
-from collections import Counter
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
+from huggingface_hub import get_local_safetensors_metadata
 
 from configurator import UserError, main_rank
-from hf import adapter, check, lora, quantize
+from hf import check, lora
 from hf.ties import describe_ties
 from model import core, register_attention
 from runtime.files import file_hash, say_once
 from runtime.values import MODELS, NO_MODEL
 from text import toy
 
-# parts of what transformers warns of and no user need know, and why; all else that it warns of is shown, by the main rank
-HARMLESS = {
-    'LOAD REPORT': 'which weights are missing or not used is refused, or said, by _check_weights',
-    'The tied weights mapping and config for this model': 'a head of its own beside the embedding is said by load_model',
-    'does not support setting its attention implementation dynamically': 'batches that cannot be packed are said by can_pack',
-    'without finding the associated sub-model': 'the same: can_pack compares what comes out',
-    'generation flags are not valid and may be ignored': 'answers are sampled as the options of the scripts say',
-    'sequence length is longer than the specified maximum': 'texts are cut to max_length, and check_positions refuses longer ones',
-}
+# parts of what transformers warns of and no user need know: where it matters, this file or probe.py says it
+HARMLESS = (
+    'LOAD REPORT',
+    'The tied weights mapping and config for this model',
+    'does not support setting its attention implementation dynamically',
+    'without finding the associated sub-model',
+    'generation flags are not valid and may be ignored',
+    'sequence length is longer than the specified maximum',
+)
 
 
 def concerns_user(record):
@@ -50,174 +46,131 @@ transformers.utils.logging.disable_progress_bar()
 # ---- from a name to a model ----
 
 
-def load_model(
-    name, *, empty=False, tokenizer=None, trust_remote_code=False, seed=0, adapters=None, device_map=None, grow=False
-):
+def one_sentence(load):
+    """Whatever a library raises in a function of a model's name becomes a UserError."""
+
+    @functools.wraps(load)
+    def loaded(name, *args, **options):
+        try:
+            return load(name, *args, **options)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f'cannot load the model {name!r}: {check.first_line(error)}') from None
+
+    return loaded
+
+
+@one_sentence
+def load_model(name, *, tokenizer=None, adapters=None, grow=False, **how):
     """Load a causal LM in float32 and eval mode (dropout off), on the CPU. Raises UserError.
 
-    name: a hub id, a folder, or 'toy', whose weights are drawn from seed; empty: no weights, on the meta device; tokenizer: it
-    must have no ids beyond the model's; grow: such ids get embeddings instead; adapters: None, or lora.options; device_map:
-    None, or how from_pretrained spreads the model over this process's GPUs."""
-    with _one_sentence(name):
-        saved, base = _base(name)
-        config = _read_config(base, trust_remote_code, device_map)
-        if check.is_classifier(config) or (saved and saved.scores):
-            raise UserError(f'{name!r} is a reward model: a language model is needed here')
-        auto = transformers.AutoModelForCausalLM
-        model, missing, unused = _make(auto, base, config, empty, seed, trust_remote_code, device_map)
-        _check_weights(base, missing, unused)
-
-        # an empty model has no file that says how to sample, or that its head is not its embedding
-        if empty and base != 'toy':
-            model.generation_config = _generation_config(base, model.generation_config)
-        if not empty and describe_ties(model):
-            say_once(f'note: the config of {base!r} says that its head is its embedding, but its file has a head of its own: '
-                  'that is used, and the exported config says so')  # fmt: skip
-    model = _adapt(model, saved, adapters, empty, seed)
+    name: a hub id, a folder, or 'toy'; tokenizer: its ids must not go beyond the model's, unless the model shall grow;
+    adapters: None, or lora.options; how: empty, trust_remote_code, seed and device_map, as in _make."""
+    saved, base = lora.split(name)
+    config = _read_config(base, **how)
+    if check.is_classifier(config) or (saved and saved.scores):
+        raise UserError(f'{name!r} is a reward model: a language model is needed here')
+    model = _make(transformers.AutoModelForCausalLM, base, config, **how)
+    if _generation.get(base):
+        model.generation_config = copy.deepcopy(_generation[base])
+    if not how.get('empty') and describe_ties(model):
+        own = 'its head is its embedding, but its file has a head of its own'
+        say_once(f'note: the config of {base!r} says that {own}: that is used, and the exported config says so')
+    model = lora.adapt(model, saved, adapters, **how)
     if grow:
         _grow(model, len(tokenizer))
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, name)
-    check.check_placed(name, device_map, model)
     return model
 
 
-def load_reward(
-    name, tokenizer, *, new_head=False, empty=False, trust_remote_code=False, seed=0, adapters=None, device_map=None
-):
+@one_sentence
+def load_reward(name, tokenizer, *, new_head=False, adapters=None, **how):
     """Load a reward model, a transformers sequence classifier with one output, in float32 and eval mode, on the CPU.
 
-    new_head: a causal LM will do, whose head gives way to a scalar one that is drawn from seed; tokenizer: with a separate pad
-    token, for which the embedding grows by a row if need be; the rest as in load_model: the head trains beside adapters.
-    Raises UserError."""
-    with _one_sentence(name):
-        saved, base = _base(name)
-        config = _read_config(base, trust_remote_code, device_map)
-        trained = check.is_classifier(config)
-        has_head = trained or bool(saved and saved.scores)
-        check.check_reward(name, config, tokenizer, new_head or has_head)
-        config.num_labels = 1
+    new_head: a causal LM will do, whose head gives way to a scalar one; tokenizer: with a separate pad token, for which the
+    embedding grows by a row if need be; the rest as in load_model. Raises UserError."""
+    saved, base = lora.split(name)
+    config = _read_config(base, **how)
+    trained = check.is_classifier(config)
+    has_head = trained or bool(saved and saved.scores)
+    check.check_reward(name, config, tokenizer, new_head or has_head)
+    config.num_labels = 1
 
-        # one row more for a pad token that is new, unless there is a spare one
-        text = config.get_text_config()
-        old, pad = text.vocab_size, tokenizer.pad_token_id
-        rows = old + (pad == old == len(tokenizer) - 1)
-        drawn = empty or name == 'toy'
-        # while a file is read, none: an embedding cannot be made with a pad token that it has no row for
-        text.vocab_size, text.pad_token_id = (rows, pad) if drawn else (old, None)
-        auto = transformers.AutoModelForSequenceClassification
-        model, missing, unused = _make(auto, base, config, empty, seed, trust_remote_code, device_map)
-        if not drawn and rows > old:
-            model.resize_token_embeddings(rows, mean_resizing=False).weight.data[old:] = 0.0
-        model.config.get_text_config().pad_token_id = pad  # a copy of the config above
+    # one row more for a pad token that is new, unless there is a spare one; while a file is read, neither
+    text = config.get_text_config()
+    old, pad = text.vocab_size, tokenizer.pad_token_id
+    rows = old + (pad == old == len(tokenizer) - 1)
+    drawn = how.get('empty') or name == 'toy'
+    text.vocab_size, text.pad_token_id = (rows, pad) if drawn else (old, None)
+    model = _make(transformers.AutoModelForSequenceClassification, base, config, not trained, **how)
+    if not drawn and rows > old:
+        model.resize_token_embeddings(rows, mean_resizing=False).weight.data[old:] = 0.0
+    model.config.get_text_config().pad_token_id = pad  # a copy of the config above
     check_tokenizer(tokenizer, model, name)
-    if not hasattr(core(model), 'score'):
+    if not hasattr(model, 'score'):
         raise UserError(f'{type(model).__name__} has no head of the name score: it cannot be a reward model here')
-
-    # of a language model, the head is what is not in a numbered block
-    head = set() if trained else {key for key in unused if not re.search(r'\.\d+\.', f'.{key}')}
-    expected = set() if trained else {'score.weight', 'score.bias'}
-    _check_weights(base, missing - expected, unused - head)
-    if not has_head and not empty:
-        gone = ', '.join(sorted(head)) or 'its own'
-        scalar = f'a new scalar head, drawn from seed {seed}, replaces {gone}'
-        say_once(f'a reward model from the language model {name!r}: {scalar}')
-    if rows > old and not empty:
-        say_once(f'the embedding of {name!r} has one row more, for the pad token {tokenizer.pad_token}')
-    check.check_placed(name, device_map, model)
-    return _adapt(model, saved, adapters, empty, seed, fully_trained=['score'])
+    if not has_head and not how.get('empty'):
+        what = f'a new scalar head, drawn from seed {how.get("seed", 0)}'
+        what += f', and one row more for the pad token {tokenizer.pad_token}' if rows > old else ''
+        say_once(f'a reward model from the language model {name!r}: {what}')
+    return lora.adapt(model, saved, adapters, **how)
 
 
-def _base(name):
-    """(The adapter under this name or None, the model that it belongs to or name itself)."""
-    saved = adapter.find(name)
-    return saved, saved.base if saved else name
+# by name: the export at the end of a run needs them, and the folder may be gone by then
+_read, _generation = {}, {}
 
 
-def _adapt(model, saved, adapters, empty, seed, **more):
-    """The model in eval mode, with its saved adapter merged or going on, or with new ones. adapters: of lora.options, or None."""
-    model, how = model.eval(), dict(adapters or {})
-    in_4bit = how.pop('quantize', None)
-    with _one_sentence(saved and saved.name):
-        if saved and not adapters:
-            model = adapter.merge(model, saved, empty)
-        elif saved:
-            model = lora.go_on(model, saved, dropout=how['dropout'], seed=seed, empty=empty)
-    if adapters and not saved:
-        model = lora.add(model, **how, seed=seed, **more)
-    return quantize.quantize(model) if in_4bit else model
+def _read_config(name, *, trust_remote_code=False, **_others):
+    """The config of a hub id, a folder or 'toy', for the caller to change; how it wants to be sampled from is in _generation."""
+    if name == 'toy':
+        return toy.model_config()
+    if os.path.exists(name) or name not in _read:
+        check.check_there(name)
+        if not trust_remote_code:
+            check.check_code(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if getattr(config, 'quantization_config', None):
+            kind = dict(config.quantization_config).get('quant_method', 'bitsandbytes')
+            way = 'name the model that they were made from, or a copy of model.dequantize()'
+            raise UserError(f'{name!r} holds quantised weights ({kind}), which do not train here: {way}')
+        _read[name], _generation[name] = config, None
+        # a model may have none, or one that the library does not take: from_pretrained passes it over, too
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            _generation[name] = transformers.GenerationConfig.from_pretrained(name)
+    return copy.deepcopy(_read[name])
 
 
-def _make(auto, name, config, empty, seed, trust_remote_code, device_map):
-    """(model, weights that its file lacks, weights of the file that it has no place for). What is drawn is drawn from seed."""
+def _make(auto, name, config, new_head=False, *, empty=False, trust_remote_code=False, seed=0, device_map=None):
+    """A model, read from its file; what is not in it is drawn from seed.
+
+    new_head: the file has another head; empty: no weights, on the meta device; device_map: None, or how from_pretrained spreads
+    the model over this process's GPUs."""
     register_attention()
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
     place = torch.device('meta') if empty else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), place:
         torch.manual_seed(seed)
         if empty or name == 'toy':
-            return auto.from_config(config, **options), set(), set()
-        check.check_files(name, config)
-        options |= {'use_safetensors': True, 'output_loading_info': True, 'device_map': device_map}
-        model, info = auto.from_pretrained(name, config=config, **options)
-    return model, set(info['missing_keys']), set(info['unexpected_keys'])
+            model, info = auto.from_config(config, **options), {'missing_keys': (), 'unexpected_keys': ()}
+        else:
+            check.check_files(name, config)
+            options |= {'use_safetensors': True, 'output_loading_info': True, 'device_map': device_map}
+            model, info = auto.from_pretrained(name, config=config, **options)
+    outside = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
+    if device_map and outside & {p.device.type for p in model.parameters()}:
+        raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
 
-
-def _check_weights(name, missing, unused):
-    """Refuse a file without all weights, for transformers makes them up; say which of its weights have no place."""
-    if missing:
-        raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
+    # of a language model, the head is what is not in a numbered block
+    lacking = {key for key in info['missing_keys'] if not (new_head and key.startswith('score.'))}
+    unused = {key for key in info['unexpected_keys'] if not new_head or re.search(r'\.\d+\.', f'.{key}')}
+    if lacking:
+        raise UserError(f'{name!r} lacks weights: {", ".join(sorted(lacking)[:3])}')
     if unused:
         some = ', '.join(sorted(unused)[:3])
-        lost = f'{len(unused)} weights in {name!r} are not used'
-        say_once(f'note: {lost}, since its config has no place for them: {some}')
-
-
-@contextlib.contextmanager
-def _one_sentence(name):
-    """Whatever transformers raises inside becomes a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f'cannot load the model {name!r}: {check.first_line(error)}') from None
-
-
-# configs by name: the export at the end of a run needs them, and the folder may be gone by then
-_read, _generation = {}, {}
-
-
-def _read_config(name, trust_remote_code, device_map):
-    """The config of a hub id, a folder or 'toy'. Raises UserError for what check.py refuses before it is loaded."""
-    if name == 'toy':
-        if device_map:
-            raise UserError('device_map spreads what is read from a folder or the hub: the toy model is made here')
-        return toy.model_config()
-    check.check_safe(name, trust_remote_code)
-    if os.path.exists(name) or name not in _read:
-        check.check_there(name)
-        raw = transformers.PretrainedConfig.get_config_dict(name)[0]
-        check.check_code(name, 'config.json', {} if trust_remote_code else raw)
-        _read[name] = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    config = copy.deepcopy(_read[name])
-    check.check_quantised(name, config)
-    return config
-
-
-def _generation_config(name, default):
-    """How a model wants to be sampled from: above all, which tokens end the answers of an instruct model."""
-    if os.path.exists(name) or name not in _generation:
-        _generation[name] = default
-        # none, or one that the library does not take: from_pretrained passes it over, too
-        with contextlib.suppress(OSError, TypeError, ValueError):
-            found = transformers.GenerationConfig.from_pretrained(name)
-            # one that could be read, but not written again, is left out except for its tokens
-            tokens = {k: getattr(found, k) for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
-            _generation[name] = transformers.GenerationConfig(**tokens)
-            found.validate(strict=True)
-            _generation[name] = found
-    return copy.deepcopy(_generation[name])
+        say_once(f'note: {len(unused)} weights in {name!r} are not used, for its config has no place for them: {some}')
+    return model
 
 
 # ---- what is new in a model ----
@@ -231,10 +184,10 @@ def add_value_head(model, critic=None):
     if critic is not None:
         inner.critic = critic
         return model
-    head = inner.get_output_embeddings()
-    inner.value_head = torch.nn.Linear(head.weight.shape[1], 1, device=head.weight.device)
-    torch.nn.init.zeros_(inner.value_head.weight)
-    torch.nn.init.zeros_(inner.value_head.bias)
+    weight = inner.get_output_embeddings().weight
+    inner.value_head = torch.nn.Linear(weight.shape[1], 1, device=weight.device)
+    for p in inner.value_head.parameters():
+        torch.nn.init.zeros_(p)
     return model
 
 
@@ -248,13 +201,10 @@ def drop_value_head(model):
 def _grow(model, size):
     """At least this many rows of the embedding and of the head, new ones with the mean of the old."""
     old = core(model).get_input_embeddings().num_embeddings
-    if size <= old:
-        return
-    model.resize_token_embeddings(size, mean_resizing=False)
+    model.resize_token_embeddings(max(size, old), mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for rows in (layer.weight, getattr(layer, 'bias', None)):
-            if rows is not None:
-                rows[old:] = rows[:old].mean(0)
+        for rows in layer.parameters():
+            rows[old:] = rows[:old].mean(0)
 
 
 # ---- tokenizers ----
@@ -264,12 +214,12 @@ def load_tokenizer(name, trust_remote_code=False):
     """Load the tokenizer of a hub id, a folder, or 'toy'. Raises UserError."""
     if name == 'toy':
         return toy.tokenizer()
-    saved, base = _base(name)
-    if not saved or not _has_tokenizer(saved.folder):
+    saved, base = lora.split(name)
+    if not saved or not list(saved.folder.glob('*token*')):
         name = base
     check.check_there(name)
-    check.check_sizes(name)
-    check.check_safe(name, trust_remote_code, weights=False)
+    if not trust_remote_code:
+        check.check_code(name)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises OSError, ValueError, KeyError and its own for a missing tokenizer
@@ -278,10 +228,6 @@ def load_tokenizer(name, trust_remote_code=False):
     if tokenizer.eos_token_id is None:
         raise UserError(f'the tokenizer of {name!r} has no end of text: set eos_token in its tokenizer_config.json')
     return tokenizer
-
-
-def _has_tokenizer(folder):
-    return any(Path(folder).glob('*token*'))
 
 
 def separate_pad(tokenizer):
@@ -297,17 +243,10 @@ def separate_pad(tokenizer):
 def check_tokenizer(tokenizer, model, name):
     """Raise UserError where the tokenizer can produce ids that the model has no embedding for."""
     rows = core(model).get_input_embeddings().num_embeddings
-    if len(tokenizer) <= rows:
-        return
-    found = f'the tokenizer has {len(tokenizer)} ids but the model {name!r} embeds {rows}'
-    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
-    if not beyond.keys() <= tokenizer.added_tokens_decoder.keys():
-        raise UserError(f'{found}: they do not belong together')
-    some = ' '.join(beyond[i] for i in sorted(beyond)[:3])
-    raise UserError(
-        f'{found}: {len(beyond)} added later ({some}) have no row: take them out of the tokenizer, or give them rows with '
-        f'model.resize_token_embeddings({len(tokenizer)}), model.save_pretrained(FOLDER), and copy the tokenizer there'
-    )
+    if len(tokenizer) > rows:
+        last = f'the last, {tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)}, has no row'
+        way = 'take such tokens out, or give them rows by model.resize_token_embeddings and save_pretrained'
+        raise UserError(f'the tokenizer has {len(tokenizer)} ids but the model {name!r} embeds {rows}; {last}: {way}')
 
 
 def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
@@ -317,20 +256,14 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
     if isinstance(other, str):
         if other == model:
             return
-        if Path(other).is_dir() and not _has_tokenizer(other) and not adapter.find(other):
+        if Path(other).is_dir() and not list(Path(other).glob('*token*')) and not lora.find(other):
             return say_once(f'note: {what} comes without a tokenizer: it must read the tokens of {model}')
         other = load_tokenizer(other, trust_remote_code)
     known = other.get_vocab()
-    wrong = {i: token for token, i in tokenizer.get_vocab().items() if known.get(token) != i}
-    if not wrong:
-        return
-    first = min(wrong)
-    there = known.get(wrong[first], 'unknown')
-    example = f'{wrong[first]!r}, which is {first} here and is {there} there'
-    raise UserError(
-        f'{what} reads other tokens than the model {model} writes: {len(wrong)} differ, such as {example}: name one with the '
-        'same tokenizer'
-    )
+    wrong = [token for token, i in tokenizer.get_vocab().items() if known.get(token) != i]
+    if wrong:
+        found = f'{what} reads other tokens than the model {model} writes: {len(wrong)} differ, such as {wrong[0]!r}'
+        raise UserError(f'{found}: name one with the same tokenizer')
 
 
 # ---- what a model folder holds ----
@@ -339,71 +272,35 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
 DECISIVE = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
 
 
-def content(folder):
-    """Hash a folder's weights and config, so that what two models gave never mixes. None for a hub id, or 'toy'.
-
-    An adapter is that and its model."""
-    if not os.path.isdir(folder):
-        return None
-    saved, base = _base(folder)
-    patterns = ('*.safetensors', 'config.json', 'adapter_config.json')
-    files = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
-    hashes = ''.join(file_hash(file) for file in files) + (saved and content(base) or '')
-    return hashlib.sha256(bytes.fromhex(hashes)).hexdigest()[:16]
-
-
 def kept_in(name):
-    """What most weights of a model's file are, or else what its config says: 'float32', 'bfloat16' or 'float16'."""
-    _, base = _base(name)
-    file, index = (check.file_of(base, f'model.safetensors{end}') for end in ('', '.index.json'))
-    if index and not file:
-        shard = min(json.loads(Path(index).read_text())['weight_map'].values())
-        file = Path(index).with_name(shard)
-    found = str(getattr(_read.get(base), 'dtype', None)).removeprefix('torch.')
-    if file:
-        types = Counter()
-        with safe_open(file, 'pt') as weights:
-            for tensor in map(weights.get_slice, weights.keys()):
-                types[tensor.get_dtype()] += math.prod(tensor.get_shape())
-        found = {'BF16': 'bfloat16', 'F16': 'float16'}.get(types.most_common(1)[0][0])
-    return found if found in ('bfloat16', 'float16') else 'float32'
+    """What most weights of a model's file are: 'float32', 'bfloat16' or 'float16'."""
+    _, base = lora.split(name)
+    file = check.file_of(base, 'model.safetensors') or check.file_of(base, 'model.safetensors.index.json')
+    if file is None:
+        return 'float32'
+    weights = get_local_safetensors_metadata(Path(file).parent).parameter_count
+    return {'BF16': 'bfloat16', 'F16': 'float16'}.get(max(weights, key=weights.get), 'float32')
 
 
 def fingerprints(config):
-    """Begin to hash the models that options name. Returns a function that waits for it and returns option -> {file: SHA-256},
-    or {'commit': hash} for a hub id that has been loaded by then.
+    """Hash the models that options name: option -> {file: SHA-256}, or {'commit': hash} for a hub id that has been loaded."""
+    found = {}
+    for option in MODELS:
+        name = config.get(option)
+        if name in NO_MODEL:
+            continue
+        # an adapter has files of its own, and those of its model
+        saved, base = lora.split(name)
+        hashes = _hashes(saved.folder) | _hashes(base, 'base/') if saved else _hashes(name)
+        if hashes or os.path.isdir(name):
+            found[option] = hashes
+    return found
 
-    Rank 0 alone reads every byte once, in a thread, while tokenising and loading want the same files. UserError: unreadable."""
-    named = {option: config.get(option) for option in MODELS if main_rank()}
-    names = {option: name for option, name in named.items() if name not in NO_MODEL}
-    # an adapter has files of its own, and those of its model
-    parts, failed = [], []  # (name, folder or hub id, what its files' names begin with)
-    for name in set(names.values()):
-        saved, base = _base(name)
-        parts += [(name, saved.folder, ''), (name, base, 'base/')] if saved else [(name, name, '')]
-    found = {name: {} for name, *_ in parts}
 
-    def work():
-        for name, place, prefix in parts:
-            try:
-                files = sorted(Path(place).iterdir()) if os.path.isdir(place) else []
-                for file in files:
-                    if file.suffix in DECISIVE and file.is_file():
-                        found[name][prefix + file.name] = file_hash(file)
-            except OSError as error:
-                failed.append(f'cannot read the model {name!r}: {error.strerror or error}')
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-
-    def result():
-        thread.join()
-        if failed:
-            raise UserError(failed[0])
-        for name, place, prefix in parts:
-            commit = getattr(_read.get(place), '_commit_hash', None)
-            if commit and not os.path.isdir(place):
-                found[name][f'{prefix}commit'] = commit
-        return {option: found[name] for option, name in names.items() if found[name] or os.path.isdir(name)}
-
-    return result
+def _hashes(place, prefix=''):
+    """name -> hash of each file of a folder that decides what it holds, or of the commit of a hub id."""
+    if os.path.isdir(place):
+        files = [file for file in sorted(Path(place).iterdir()) if file.suffix in DECISIVE and file.is_file()]
+        return {prefix + file.name: file_hash(file) for file in files}
+    commit = getattr(_read.get(place), '_commit_hash', None)
+    return {f'{prefix}commit': commit} if commit else {}

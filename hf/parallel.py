@@ -36,36 +36,37 @@ def tensor_parallel(model, mesh, groups):
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
+    # a norm of each head sees (B, T, heads, d)
+    of_heads = SequenceParallel(sequence_dim=2, use_local_output=True)
     styles = {
-        'colwise': ColwiseParallel,
-        'rowwise': RowwiseParallel,
-        'colwise_gather_output': lambda: ColwiseParallel(output_layouts=Replicate()),
-        'rowwise_split_input': lambda: RowwiseParallel(input_layouts=Replicate()),
-        # a norm of each head of (B, T, heads, d)
-        'replicated_with_grad_allreduce': lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
+        'colwise': ColwiseParallel(),
+        'rowwise': RowwiseParallel(),
+        'colwise_gather_output': ColwiseParallel(output_layouts=Replicate()),
+        'rowwise_split_input': RowwiseParallel(input_layouts=Replicate()),
+        'replicated_with_grad_allreduce': of_heads,
     }
     inner, name, ranks = core(model).base_model, type(core(model)).__name__, mesh.size()
     config = inner.config
     plan = {key: style for key, style in (config.base_model_tp_plan or {}).items() if key.startswith('layers.')}
-    if not plan:
-        raise UserError(f'transformers has no tensor-parallel plan for {name}: leave out --tp, FSDP needs none')
-    unknown = ', '.join(set(plan.values()) - set(styles))
+    if not plan or set(plan.values()) - styles.keys():
+        raise UserError(
+            f'{name} has no tensor-parallel plan in transformers that is supported here: leave out --tp, FSDP needs none'
+        )
 
     # what the ranks must divide, and what FSDP must divide once more
-    heads = config.num_attention_heads
-    sizes = {'attention heads': heads, 'key-value heads': getattr(config, 'num_key_value_heads', None) or heads}
+    sizes = {'attention heads': (config.num_attention_heads, ranks)}
+    sizes['key-value heads'] = (getattr(config, 'num_key_value_heads', None) or config.num_attention_heads, ranks)
     for path, module in inner.named_modules():
         style = plan.get('.'.join('*' if part.isdigit() else part for part in path.split('.')), '')
-        if style.startswith('replicated') and tuple(module.weight.shape) != (getattr(config, 'head_dim', None),):
-            unknown = unknown or 'norms across heads'
         if style.startswith('rowwise'):
-            sizes[f'columns of {path}'] = module.weight.shape[1]
-        if style.startswith('colwise') and len(module.weight) % (ranks * groups):
-            rows = f'the {len(module.weight)} rows of {path}'
-            raise UserError(f'{rows} do not divide by {ranks} x {groups} ranks: choose other numbers')
-    if unknown:
-        raise UserError(f'the tensor-parallel plan of {name} has {unknown}, which is not supported: no --tp')
-    for what, size in sizes.items():
-        if size % ranks:
-            raise UserError(f'tp={ranks} does not divide the {size} {what} of {name}: choose another --tp')
-    parallelize_module(inner, mesh, {key: styles[style]() for key, style in plan.items()})
+            sizes[f'columns of {path}'] = module.weight.shape[1], ranks
+        elif style.startswith('colwise'):
+            sizes[f'rows of {path}'] = len(module.weight), ranks * groups
+        elif style and tuple(module.weight.shape) != (getattr(config, 'head_dim', None),):
+            raise UserError(f'{name} has norms across heads, which are not supported with --tp: leave it out')
+    for what, (size, parts) in sizes.items():
+        if size % parts:
+            raise UserError(
+                f'tp={ranks} on {ranks * groups} ranks: the {size} {what} of {name} do not divide by {parts}'
+            )
+    parallelize_module(inner, mesh, {key: styles[style] for key, style in plan.items()})

@@ -1,6 +1,5 @@
 """Whether a loaded model does here what it does in transformers: packed, sharded, and at the lengths of a run."""
 
-import functools
 import math
 import re
 import traceback
@@ -12,7 +11,7 @@ import torch
 from configurator import UserError
 from data import pack
 from hf.check import first_line
-from model import core, set_attention
+from model import core, padded_attention, set_attention
 from rl.heads import response_scores, token_logps
 from runtime import guard
 from runtime.log import say
@@ -47,9 +46,7 @@ def can_pack(model, packed, padded, say, wanted=True):
         return True
     error, off = packing(model, padded, padded)
     if error > limit:
-        what = 'gives other scores than its head on the end of text'
-        what = what if _is_reward(model) else 'does to its logits what model.Head does not know'
-        raise UserError(f'{_name(model)} {what}: {off}')
+        raise UserError(f'{_name(model)}: its head gives other numbers than ours, which has no such form: {off}')
     if wanted:
         say(f'note: this architecture cannot be packed ({reason}): batches are padded instead')
     return False
@@ -64,39 +61,37 @@ def packing(model, batch, padded):
     Infinite where the architecture takes no attention from outside (GPT-J, BLOOM), does not hand it the batch, fails without
     a mask (MPT), or runs on from one answer into the next (convolutions, linear attention). Raises UserError where it cannot
     run padded either."""
-    config, before = core(model).config, core(model).config._attn_implementation
-    scoring = _is_reward(model)
+    config, is_packed = core(model).config, bool(batch.groups)
     other_layers = set(getattr(config, 'layer_types', None) or ()) - {'full_attention', 'sliding_attention'}
+    if is_packed and other_layers:
+        return math.inf, f'it has layers of type {" ".join(sorted(other_layers))}'
     try:
-        set_attention(model, packed=bool(batch.groups))
-        if batch.groups and config._attn_implementation != 'packed':
-            return math.inf, 'it takes no attention from outside'
-        if batch.groups and other_layers:
-            return math.inf, f'it has layers of type {" ".join(sorted(other_layers))}'
-        ours = model.response_scores(batch) if scoring else model.response_logps(batch)[0]
-
-        # a score is read at the last id that is not pad
-        set_attention(model, packed=False)
-        filler = config.get_text_config().pad_token_id if scoring else 0
-        ids = padded.ids.masked_fill(padded.mask == 0, filler)
-        logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
+        with padded_attention(model):
+            plain = _own_numbers(model, padded)
+            set_attention(model, is_packed)
+            if is_packed and config._attn_implementation != 'packed':
+                return math.inf, 'it takes no attention from outside'
+            ours = model.response_scores(batch) if _is_reward(model) else model.response_logps(batch)[0]
     except Exception as error:  # whatever an architecture raises that does not know what it was given
-        if guard.out_of_memory(error) or (batch.groups and _is_ours(error)):
+        if guard.out_of_memory(error) or (is_packed and _is_ours(error)):
             raise
-        if batch.groups:
+        if is_packed:
             return math.inf, first_line(error)
         raise UserError(f'{_name(model)} cannot be trained here: its forward says {first_line(error)}') from None
-    finally:
-        core(model).set_attn_implementation(before)
-
-    # the same by the model's own logits
-    if scoring:
-        plain = logits[:, 0]
-    else:
-        logps = logits.log_softmax(-1).flatten(0, 1)[padded.predict_at]
-        plain = padded.sum(logps.gather(1, padded.target[:, None])[:, 0])
     error = _difference(ours, plain)
-    return error, f'{"scores" if scoring else "log-probs"} would be off by {error:.1%}'
+    return error, f'{"scores" if _is_reward(model) else "log-probs"} would be off by {error:.1%}'
+
+
+def _own_numbers(model, padded):
+    """Log-probs or scores of a padded batch by the model's own logits."""
+    # a score is read at the last id that is not pad
+    filler = core(model).config.get_text_config().pad_token_id if _is_reward(model) else 0
+    ids = padded.ids.masked_fill(padded.mask == 0, filler)
+    logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
+    if _is_reward(model):
+        return logits[:, 0]
+    logps = logits.log_softmax(-1).flatten(0, 1)[padded.predict_at]
+    return padded.sum(logps.gather(1, padded.target[:, None])[:, 0])
 
 
 def _is_ours(error):
@@ -105,37 +100,37 @@ def _is_ours(error):
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     here = raised_in.is_relative_to(Path(__file__).parents[1]) and 'site-packages' not in raised_in.parts
-    bugs = TypeError | NameError | AttributeError | LookupError | AssertionError | ArithmeticError
-    return here and isinstance(error, bugs)
+    return here and not isinstance(error, RuntimeError | ValueError)
 
 
 # ---- sharded ----
 
 
-def measure(model, device):
+def measure_loaded(model):
+    """_measure of a model on the CPU, or None where it cannot run there."""
+    try:
+        return _measure(model, 'cpu')
+    except Exception as error:  # some have kernels for a GPU only; can_pack says what fails there as well
+        say(f'note: the loaded model was not compared with the sharded one: {type(error).__name__} on the CPU')
+
+
+def _measure(model, device):
     """Log-probs (with values, where there are some) of the answers of a made-up example, or scores: (rows, N), on the CPU."""
     ids = np.random.default_rng(0).integers(core(model).get_input_embeddings().num_embeddings, size=12)
     batch = pack([(ids[:4], [ids[4:8], ids[8:]])], [0], pad=True, device=device)
     function = response_scores if _is_reward(model) else token_logps
-    forward = getattr(model, function.__name__, functools.partial(function, model))
+    # once it is a method of the model, it gathers what is sharded
+    forward = getattr(model, function.__name__, lambda batch: function(model, batch))
     set_attention(model, packed=False)
     with torch.no_grad():
         return forward(batch).float().cpu()
-
-
-def measure_loaded(model):
-    """measure of a model on the CPU, or None where it cannot run there."""
-    try:
-        return measure(model, 'cpu')
-    except Exception as error:  # some have kernels for a GPU only; can_pack says what fails there as well
-        say(f'note: the loaded model was not compared with the sharded one: {type(error).__name__} on the CPU')
 
 
 def compare(model, expected, device, half):
     """Raise UserError where the sharded model gives other numbers than the loaded one gave (expected).
 
     half: in bfloat16 the difference may be rounding, so it is a warning."""
-    error = _difference(measure(model, device), expected)
+    error = _difference(_measure(model, device), expected)
     model.reshard()
     if error <= (0.1 if half else 0.01):
         return
@@ -154,13 +149,12 @@ def check_positions(model, length, what):
     It has learned no more position embeddings, or its rotary scaling would depend on the rest of the batch."""
     embeddings = [name for name, m in core(model).named_modules() if isinstance(m, torch.nn.Embedding)]
     learned = any(re.search('wpe|position', name) for name in embeddings)
-    positions, unscaled = _positions(model), _unscaled(model)
     too_long = f'{what} take {length} tokens: lower max_length or max_new_tokens'
-    if learned and length > positions:
-        raise UserError(f'{_name(model)} has {positions} positions, and {too_long}')
-    if length > unscaled:
+    if learned and length > _positions(model):
+        raise UserError(f'{_name(model)} has {_positions(model)} positions, and {too_long}')
+    if length > _unscaled(model):
         why = 'encodes every position by the longest sequence of a batch, so results would depend on max_tokens'
-        raise UserError(f'beyond {unscaled} tokens {_name(model)} {why}; {too_long}')
+        raise UserError(f'beyond {_unscaled(model)} tokens {_name(model)} {why}; {too_long}')
 
 
 def room(model):
@@ -180,11 +174,11 @@ def _unscaled(model):
     # one set of parameters, or one for each type of layer
     for rope in (rope for rope in [found, *found.values()] if isinstance(rope, dict)):
         kind = str(rope.get('rope_type') or rope.get('type'))
-        original = rope.get('original_max_position_embeddings')
-        original = original or getattr(config, 'original_max_position_embeddings', None)
         if 'dynamic' in kind:
             limits.append(config.max_position_embeddings)
         elif kind in ('longrope', 'su') or 'long_mscale' in rope:
+            original = rope.get('original_max_position_embeddings')
+            original = original or getattr(config, 'original_max_position_embeddings', None)
             limits.append(original or config.max_position_embeddings)
     return min(limits)
 

@@ -29,10 +29,7 @@ def check(config):
     # it says that it could not fetch code for this CPU from the hub, which nobody has asked for
     logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
     try:
-        # a CPU packs what a GPU reads
-        from bitsandbytes import functional
-
-        functional.quantize_4bit(torch.ones(BLOCK, BLOCK), **KIND)
+        Linear4bit(torch.nn.Linear(BLOCK, BLOCK))
     except Exception as error:  # it is missing, too old, or finds no library for this machine
         wanted = f'bitsandbytes ({" ".join(str(error).split())[:100]})'
         raise UserError(f'--quantize=4bit needs {wanted}: pip install bitsandbytes, or leave it out') from None
@@ -42,20 +39,20 @@ class Linear4bit(torch.nn.Module):
     """What a frozen linear layer computes, from weights of 4 bits, in the type of its input."""
 
     def __init__(self, layer):
-        from bitsandbytes import functional
+        from bitsandbytes.functional import quantize_4bit
 
         super().__init__()
         self.shape, self.bias, weight = layer.weight.shape, layer.bias, layer.weight.data
         if weight.is_meta:
             # the same buffers without values
-            scales = weight.new_empty(-(-weight.numel() // BLOCK))
             packed = weight.new_empty((-(-weight.numel() // 2), 1), dtype=torch.uint8)
-            parts = {'packed': packed, 'scales': scales, 'levels': weight.new_empty(16)}
+            scales, levels = weight.new_empty(-(-weight.numel() // BLOCK)), weight.new_empty(16)
         else:
-            packed, state = functional.quantize_4bit(weight, **KIND)
-            parts = {'packed': packed, 'scales': state.absmax, 'levels': state.code}
-        for name, tensor in parts.items():
-            self.register_buffer(name, tensor)
+            packed, state = quantize_4bit(weight, **KIND)
+            scales, levels = state.absmax, state.code
+        self.register_buffer('packed', packed)
+        self.register_buffer('scales', scales)
+        self.register_buffer('levels', levels)
 
     def state(self, dtype):
         """What bitsandbytes asks for beside the packed weights. dtype: of the weights that it makes of them."""

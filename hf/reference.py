@@ -17,19 +17,33 @@ from runtime.files import say
 def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
     """Examples with .ref, float32 (n, answers): log-prob sums under the reference, from the cache or computed now.
 
-    rows: of the examples that a run uses; the others get NaN. build(empty) -> the reference on the CPU, make() -> the sharded one, make_batches(examples, rows) -> microbatches."""
-
+    rows: of the examples that a run uses; the others get NaN. build(empty) -> the reference on the CPU, make() -> the sharded
+    one, make_batches(examples, rows) -> microbatches."""
     used = examples.select(rows)
 
     def look():
         key = _key(build(empty=False), used, dtype)
         file = cache.path_of('reference', key)
-        return key, file, _read(file, key, len(used))
 
-    key, file, logps = fsdp.gather_objects(fsdp.on_one_rank(look))[0]
+        def valid(arrays, metadata):
+            expected = {'key': key, 'sha256': hashlib.sha256(arrays['logps']).hexdigest()}
+            return metadata == expected and len(arrays['logps']) == len(used)
+
+        found = cache.read(file, valid)
+        if file.exists() and not found:
+            say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')
+        return key, file, found and found[0]['logps']
+
+    def keep():
+        failure = cache.write(file, {'logps': logps}, {'key': key, 'sha256': hashlib.sha256(logps).hexdigest()})
+        if failure:
+            say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')
+
+    # rank 0 looks for the file, and writes it, if that can be
+    key, file, logps = fsdp.shared(look)
     if logps is None:
         logps = _compute(make(), used, make_batches)
-        fsdp.on_one_rank(lambda: _write(file, key, logps))
+        fsdp.on_one_rank(keep)
     else:
         say(f'reference log-probs of {len(used)} examples: read from {file}')
     examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)
@@ -59,37 +73,11 @@ def _compute(model, examples, make_batches):
         rows = np.arange(first, min(first + 512, len(examples)))
         batches, *_ = make_batches(examples, rows)
         with adapters_off(model):
-            parts = [model.response_logps(batch)[0].view(-1, answers) for batch in batches]
-
+            logps = torch.cat([model.response_logps(batch)[0].view(-1, answers) for batch in batches])
         # a column an answer, from all ranks
-        columns = {f'{i}': torch.cat([part[:, i] for part in parts]) for i in range(answers)}
         slots = [slot for batch in batches for slot in batch.slot]
-        joined = fsdp.gather_columns(columns, slots, len(rows))
-        out[rows] = torch.stack([joined[f'{i}'] for i in range(answers)], 1).float().numpy()
+        columns = fsdp.gather_columns(dict(enumerate(logps.T)), slots, len(rows))
+        out[rows] = torch.stack(list(columns.values()), 1).float().numpy()
         bar.update(len(rows))
     bar.close()
     return out
-
-
-def _read(file, key, n):
-    """The (n, answers) log-probs in a cache file, or None where there is none, or a damaged or foreign one."""
-    if not file.exists():
-        return None
-
-    def valid(arrays, metadata):
-        logps = arrays['logps']
-        digest = hashlib.sha256(logps).hexdigest()
-        return metadata['key'] == key and metadata['sha256'] == digest and len(logps) == n
-
-    arrays, _ = cache.read(file, valid) or ({}, None)
-    if not arrays:
-        say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')
-    return arrays.get('logps')
-
-
-def _write(file, key, logps):
-    """Keep the log-probs, if that can be: the run goes on either way, since it has them in memory."""
-    metadata = {'key': key, 'sha256': hashlib.sha256(logps).hexdigest()}
-    failure = cache.write(file, {'logps': logps}, metadata)
-    if failure:
-        say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')

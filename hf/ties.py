@@ -11,25 +11,22 @@ def ties(model):
     """Parameters with two names: {name: the earlier name of the same tensor}, such as a head that is the embedding."""
     first, found = {}, {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        if id(p) in first:
-            found[name] = first[id(p)]
-        first.setdefault(id(p), name)
+        if first.setdefault(p, name) != name:
+            found[name] = first[p]
     return found
 
 
 def tie_as(model, wanted):
     """Make the names in wanted (as ties returns them), and no others, share a tensor, in place; the config then says so."""
-    for name in ties(model).keys() - wanted.keys():
-        shared = model.get_parameter(name)
-        _put(model, name, torch.nn.Parameter(torch.empty_like(shared), shared.requires_grad))
+    separate(model, ties(model).keys() - wanted.keys())
     for name, source in wanted.items():
         _put(model, name, model.get_parameter(source))
     describe_ties(model)
 
 
-def separate(model):
-    """Give every name of ties a tensor of its own, with the same values, in place."""
-    for name in ties(model):
+def separate(model, names=None):
+    """Give these names of ties, or all, a tensor of their own, with the same values, in place."""
+    for name in ties(model) if names is None else names:
         shared = model.get_parameter(name)
         _put(model, name, torch.nn.Parameter(shared.detach().clone(), shared.requires_grad))
 

@@ -36,8 +36,7 @@ def scores_at(model, batch, places):
     head = core(model).score
     # only a device map puts head and batch on different devices
     hidden = body(model, batch).to(head.weight.device).flatten(0, 1)  # (rows * T, d)
-    chosen = hidden[places.to(hidden.device)]
-    return scalar(head, chosen).to(batch.ids.device)
+    return scalar(head, hidden[places.to(hidden.device)]).to(batch.ids.device)
 
 
 def scalar(head, hidden):

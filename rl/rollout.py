@@ -46,23 +46,27 @@ class Round:
                 yield order[start : start + size]
 
 
-def sample(run, prompts, seeds, max_new_tokens, sample_batch):
-    """Sample an answer of the policy to each prompt, from its own seed, the work shared among the ranks.
+def sample(run, source, rows, each, first_seed, max_new_tokens, sample_batch):
+    """Examples of the prompts at these rows of source, with `each` sampled answers of the policy to every prompt.
 
-    Returns lists of ids, with the token that ended the answer."""
-    # this rank's prompts, those of similar length side by side
+    Answer i, whose ids keep the token that ended it, has the seed first_seed + i, so it depends neither on the number of ranks,
+    which share the work, nor on where a run was resumed."""
+    prompts = [source[i][0].tolist() for i in rows for _ in range(each)]  # one for every answer
+    # this rank's answers, to prompts of similar length side by side
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mine = longest_first[run.rank :: run.world]
-    asked = [prompts[i] for i in mine]
-    keys = [seeds[i] for i in mine]
+    work = [prompts[i] for i in mine], [first_seed + i for i in mine]
     settings = {'max_new_tokens': max_new_tokens, 'keep_end': True, 'rows': sample_batch}
     too_large = 'sampled answers do not fit; lower sample_batch or max_new_tokens'
     with fsdp.unsharded(run.policy), guard.memory_for(too_large):
-        found = generate.generate(run.policy, run.tokenizer, asked, keys, **settings)
-    answers = dict(zip(mine, found, strict=True))  # number of the prompt -> ids
-    for others in fsdp.gather_objects(answers):
-        answers |= others
-    return [answers[i] for i in range(len(prompts))]
+        found = generate.generate(run.policy, run.tokenizer, *work, **settings)
+
+    # those of all ranks, by number
+    answers = {}
+    for of_rank in fsdp.gather_objects(dict(zip(mine, found, strict=True))):
+        answers |= of_rank
+    groups = [[answers[i + k] for k in range(each)] for i in range(0, len(prompts), each)]
+    return Examples.of(list(zip(prompts[::each], groups, strict=True)))
 
 
 def token_slots(batch, rows, starts, per_prompt):
@@ -83,15 +87,14 @@ def token_columns(run, model, examples, starts, names):
 
     names: of the rows of token_logps; values are computed if they are named and the model has a head for them."""
     lengths = examples.widths[:, 1:]  # (examples, answers)
-    per_prompt, rows = lengths.shape[1], np.arange(len(examples))
-    with_values = len(names) > 1
+    rows = np.arange(len(examples))
     # this rank's part of the tokens
     batches, *_ = run.make_batches(examples, rows)
     parts, slots = [], []
     for batch in batches:
         with torch.no_grad(), run.memory(batches):
-            parts.append(model.token_logps(batch, with_values))
-        slots.append(token_slots(batch, rows, starts, per_prompt))
+            parts.append(model.token_logps(batch, len(names) > 1))
+        slots.append(token_slots(batch, rows, starts, lengths.shape[1]))
     # a model without a head for values gives one row only
     joined = dict(zip(names, torch.cat(parts, 1), strict=False))
     return fsdp.gather_columns(joined, torch.cat(slots).cpu(), int(lengths.sum()))
@@ -103,13 +106,11 @@ def measure(run, policy, ref, examples, stop):
     n: an answer's tokens; start: the place of the first of them among all; ended: whether its last is one of stop."""
     n = torch.tensor([len(answer) for _, answers in examples for answer in answers])
     starts = n.cumsum(0) - n
-    # every rank measures its part of the answers, and gets the columns of all
     tokens = token_columns(run, policy, examples, starts, ['pi', 'value'])
     with adapters_off(ref):
         tokens |= token_columns(run, ref, examples, starts, ['ref'])
     ends = examples.spans[:, 1:, 1].reshape(-1)  # of the answers, behind their last tokens
-    last = examples.ids[ends - 1]
-    ended = torch.from_numpy(np.isin(last, list(stop)))
+    ended = torch.from_numpy(np.isin(examples.ids[ends - 1], list(stop)))
     return tokens, {'n': n, 'start': starts, 'ended': ended}
 
 
@@ -125,7 +126,7 @@ def of_answers(tokens, answers):
 def describe(examples, tokens, answers, split, *, tokenizer, toy):
     """Metrics of sampled answers: name -> float.
 
-    tokens, answers: columns, as measure gives them; answers may have those of a Reward, too. toy: add what the toy world says of them."""
+    tokens, answers: columns, as measure gives them; answers may have those of a Reward. toy: add what the toy world says."""
     gap = tokens['pi'] - tokens['ref']
     found = {
         f'kl_{split}/samples': gap.sum() / len(answers['n']),
@@ -134,9 +135,9 @@ def describe(examples, tokens, answers, split, *, tokenizer, toy):
         f'length/{split}': answers['n'].double().mean(),
         f'ended/{split}': answers['ended'].double().mean(),
     }
-    found |= {
-        f'{name}/{split}': values.mean() for name, values in answers.items() if name.startswith(('score', 'late'))
-    }
+    for name, values in answers.items():
+        if name.startswith(('score', 'late')):
+            found[f'{name}/{split}'] = values.mean()
     if toy:
         found |= toy_metrics(examples, tokenizer, split)
     return metrics.numbers(found)

@@ -1,14 +1,11 @@
 """The cache folder: arrays in safetensors files, which are mapped, not read. Whoever reads one checks a digest of its own."""
 
 import contextlib
-import json
-import mmap
 import os
 from pathlib import Path
 
-import numpy as np
-
-DTYPES = {'BOOL': np.bool_, 'I32': np.int32, 'I64': np.int64, 'U64': np.uint64, 'F32': np.float32, 'F64': np.float64}
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 
 def path_of(kind, key):
@@ -18,39 +15,17 @@ def path_of(kind, key):
 
 
 def read(file, valid):
-    """(arrays, metadata) of a cache file, or None where there is none or it is damaged. The arrays are mapped, not read.
+    """(arrays, metadata) of a cache file, or None where there is none or it is damaged.
 
-    valid(arrays, metadata) -> whether it is what it should be; whatever that raises for broken contents means no."""
-    with contextlib.suppress(OSError, OverflowError, KeyError, ValueError, TypeError, AttributeError):
-        with open(file, 'rb') as stream:
-            content = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-        start = 8 + int.from_bytes(content[:8], 'little')
-        header, arrays = json.loads(bytes(content[8:start])), {}
-        metadata = header.pop('__metadata__')
-        for name, entry in header.items():
-            begin, end = entry['data_offsets']
-            flat = np.frombuffer(content[start + begin : start + end], DTYPES[entry['dtype']])
-            arrays[name] = flat.reshape(entry['shape'])
+    valid(arrays, metadata) -> whether it is what it should be; an error that it raises for broken contents means no."""
+    with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
+        # torch's reader maps the file, where numpy's copies it
+        with safe_open(file, 'pt') as content:
+            arrays = {name: content.get_tensor(name).numpy() for name in content.keys()}  # noqa: SIM118
+            metadata = content.metadata()
         if valid(arrays, metadata):
             return arrays, metadata
     return None
-
-
-def _save(path, arrays, metadata):
-    """Write arrays as a .safetensors file, without a copy of them in memory."""
-    header, offset = {'__metadata__': metadata}, 0
-    # the widest first, so that each begins at a multiple of its width
-    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
-    for name, array in arrays.items():
-        dtype = next(key for key, value in DTYPES.items() if array.dtype == value)
-        header[name] = {'dtype': dtype, 'shape': array.shape, 'data_offsets': (offset, offset + array.nbytes)}
-        offset += array.nbytes
-    text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)
-    with open(path, 'wb') as stream:
-        stream.write(len(text).to_bytes(8, 'little') + text)
-        for array in arrays.values():
-            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def write(file, arrays, metadata):
@@ -58,8 +33,9 @@ def write(file, arrays, metadata):
     temporary = file.with_suffix(f'.{os.getpid()}')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _save(temporary, arrays, metadata)
+        save_file(arrays, temporary, metadata)
         temporary.rename(file)
-    except OSError as error:
-        return error.strerror or str(error)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        return getattr(error, 'strerror', None) or str(error)
     return None

@@ -1,31 +1,29 @@
 """Checkpoints of a sharded run, which a run on any number of ranks resumes from.
 
-Safetensors and json only. Every folder is written beside its place, brought to the disk and renamed, so that none is ever half
-there; a checkpoint also lists the size and SHA-256 of its files, so that what happens to them later is seen on resume. What the run is
-made of (options, hashes of models and data) stands in config.json and in every checkpoint, and must be the same on resume.
-Checkpoints are written in the background, from a copy in the CPU's memory, while training goes on."""
+out_dir/checkpoints/N/, after N examples, holds weights and optimizer (safetensors), state.json, and manifest.json: size and SHA-256 of
+the others. It is written in the background, from a copy in the CPU's memory, and gets its name when all of it is on the disk."""
 
 import functools
 import json
 import re
 import shutil
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from configurator import Config, UserError
-from fsdp import gather_objects, local, on_one_rank, shared
-from runtime.files import file_hash, make_room, move_folder, replace_text, say, say_once, sync, writing
-from runtime.log import NEUTRAL, WRITTEN, differences, recorded
+from fsdp import gather_objects, local, on_one_rank, on_ranks, shared
+from runtime.files import append_kept, file_hash, make_room, move_folder, replace_text, say, sync, writing
+from runtime.log import NEUTRAL, check_same, recorded
 
 NUMBER = re.compile('[0-9]{10,}')  # the name of a checkpoint: its examples
-_pending = None  # the checkpoint that is being written: (thread, {'error': why it could not be})
-
-
-# ---- which run it is of ----
+_writer = ThreadPoolExecutor(1)
+_pending = None  # the future of the checkpoint that is being written
 
 
 def identify(config, models, train, held_out):
@@ -35,42 +33,13 @@ def identify(config, models, train, held_out):
     UserError where ranks have read different data."""
     data = {'training examples': train.content(), 'evaluation examples': held_out.content()}
     for rank, other in enumerate(gather_objects(data)):
-        differing = [name for name in data if other[name] != data[name]]
-        if differing:
-            what = f'rank {rank} has read other {differing[0]} than rank {dist.get_rank()}'
-            raise UserError(f'{what}: all hosts must see the same files')
-    options = Config({k: v for k, v in config.items() if k not in NEUTRAL})
+        if other != data:
+            raise UserError(
+                f'rank {rank} has read other data than rank {dist.get_rank()}: all hosts must see the same files'
+            )
+    options = Config({name: value for name, value in config.items() if name not in NEUTRAL})
     options.origin = config.origin
-    contents = shared(models) | data
-    return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': contents}
-
-
-def _check_same(what, before, run):
-    """Raise UserError where before is another run than run; say what an older version did not write down of it.
-
-    what: begins the sentence."""
-    changes = differences(before, run)
-    if changes:
-        what = f'{what} a different run ({", ".join(changes[:3])})'
-        raise UserError(f'{what}: put back what it began with, or choose another --out_dir')
-    older = f'note: {what} a run of an older version'
-    unknown = ', '.join(sorted(run['contents'].keys() - before['contents'].keys()))
-    if unknown:
-        say(f'{older}, which kept no hash of {unknown}: not checked')
-    added = ', '.join(sorted(run['options'].keys() - before['options'].keys()))
-    if added:
-        say(f'{older}, without the options {added}: taken at their defaults')
-
-
-def _check_checkpoint(out_dir, folder, run):
-    """Raise UserError where a checkpoint is of another run, or nothing says which run it is of."""
-    before = json.loads((folder / 'state.json').read_text()).get('run')
-    if before is not None:
-        return _check_same(f'the checkpoint {folder} is of', before, run)
-    older = f'the checkpoint {folder} is of an older version, which did not write down its run'
-    if not (Path(out_dir) / 'config.json').exists():
-        raise UserError(f'{older}, nor does {out_dir}/config.json: put that back, or choose another --out_dir')
-    say(f'note: {older}: that it is this one is not checked')
+    return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': shared(models) | data}
 
 
 # ---- writing ----
@@ -96,217 +65,151 @@ def _own_group(everybody):
 
 
 def save(out_dir, examples, model, optimizer, state, keep_last):
-    """out_dir/checkpoints/<examples>/: weights and optimizer (safetensors), state and every rank's RNG (json), manifest.
+    """Begin to write a checkpoint of weights, optimizer, state (json-able) and every rank's random numbers.
 
-    Returns as soon as everything is copied; the rest happens in a thread, and wait() or the next save() raises UserError if it
-    failed. Once it is complete out_dir/latest names it, and all but the newest keep_last are removed. state: json-able."""
+    Returns as soon as everything is copied; wait() or the next save() raises UserError if the rest fails. Once it is complete
+    out_dir/latest names it, and all but the newest keep_last are removed."""
     global _pending
     wait()
     folder = Path(out_dir) / 'checkpoints' / f'{examples:010d}'
 
-    def free_name():
+    def clear():
+        # what a killed run has left half written
         with writing(folder):
-            make_room(folder.with_suffix('.tmp'))
+            for half in {folder.with_suffix('.tmp'), *folder.parent.glob('*.tmp')}:
+                if NUMBER.fullmatch(half.stem):
+                    make_room(half)
 
-    on_one_rank(free_name)
-    # copies of everything, for training goes on to change it
+    on_one_rank(clear)
     tensors = _tensors(model, optimizer)
     if model.shard_mode == 'none':
         # all ranks have all of it: each writes some of the tensors, of all sizes
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
-        mine = set(by_size[dist.get_rank() :: dist.get_world_size()])
-        tensors = {name: tensor for name, tensor in tensors.items() if name in mine}
+        tensors = {name: tensors[name] for name in by_size[dist.get_rank() :: dist.get_world_size()]}
+    # copies of everything, for training goes on to change it
     copies = {name: tensor.to('cpu', copy=True) for name, tensor in tensors.items()}
     cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
-    rng = {'cpu': torch.get_rng_state().tolist(), 'cuda': cuda}
-    text = json.dumps({**state, 'examples': examples})
-    group, outcome = _own_group(dist.group.WORLD), {'error': None}
-
-    def work():
-        try:
-            error = _write(folder, copies, json.loads(text), rng, keep_last, group)
-        except BaseException as e:  # a rank is gone, or a bug: neither may pass unseen
-            error = f'{type(e).__name__}: {e}'
-        if error:
-            after = 'older ones are kept, and the same command continues from the newest of them'
-            outcome['error'] = f'cannot write the checkpoint {folder}: {error}; {after}'
-
-    _pending = threading.Thread(target=work, daemon=True), outcome
-    _pending[0].start()
+    rng = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda})
+    text = json.dumps({**state, 'examples': examples, 'rng': rng})
+    _pending = _writer.submit(_write, folder, copies, text, keep_last, _own_group(dist.group.WORLD))
 
 
 def failed():
     """Whether this rank knows by now that the checkpoint being written has failed; then let all ranks call wait()."""
-    return _pending is not None and _pending[1]['error'] is not None
+    return _pending is not None and _pending.done() and _pending.exception() is not None
 
 
 def wait():
     """Wait until the checkpoint being written is complete. On all ranks together. Raises UserError."""
     global _pending
-    if _pending is None:
-        return
-    (thread, outcome), _pending = _pending, None
-    thread.join()
-    if outcome['error']:
-        raise UserError(outcome['error'])
+    pending, _pending = _pending, None
+    if pending:
+        on_ranks(True, pending.result)
 
 
-def _write(folder, copies, state, rng, keep_last, group):
-    """Runs on all ranks, in their threads. Returns None, or why the checkpoint could not be written: the same on all."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-
-    # every rank writes and describes its own shard
-    temporary, rank, files, error = folder.with_suffix('.tmp'), dist.get_rank(), {}, None
+def _write(folder, copies, state, keep_last, group):
+    """Runs on all ranks, in their threads: every rank writes its shard, then rank 0 does the rest. Raises UserError."""
+    temporary, first = folder.with_suffix('.tmp'), dist.get_rank() == 0
     try:
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         dcp.save(copies, storage_writer=writer, process_group=group)
         copies.clear()
-        for file in temporary.glob(f'shard-{rank + 1:05d}-*'):
-            sync(file)
-            files[file.name] = _describe(file)
-    except (dcp.api.CheckpointException, OSError) as e:
-        error = _reason(e)
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (files, rng, error), group=group)
-
-    # rank 0 does the rest, and all hear how it went
-    verdict = [next((error for *_, error in parts if error), None)]
-    if rank == 0 and not verdict[0]:
-        state['rng'] = [rng for _, rng, _ in parts]
-        manifest = {name: described for files, *_ in parts for name, described in files.items()}
-        try:
-            _complete(folder, state, manifest, keep_last)
-        except OSError as e:
-            verdict = [_reason(e)]
-    dist.broadcast_object_list(verdict, 0, group=group)
-    if rank == 0 and verdict[0]:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return verdict[0]
+        if first:
+            _complete(temporary, folder, state, keep_last)
+    except BaseException as error:  # a full disk, a rank that is gone, or a bug: none may pass unseen
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        # a CheckpointException has those of the ranks: rank -> (exception, traceback)
+        causes = [failure[0] for failure in getattr(error, 'failures', {}).values()]
+        cause = [error, *causes][-1]
+        reason = getattr(cause, 'strerror', None) or f'{cause}'.partition('\n')[0]
+        after = 'older ones are kept, and the same command continues from the newest of them'
+        raise UserError(f'cannot write the checkpoint {folder}: {reason}; {after}') from None
 
 
-def _complete(folder, state, manifest, keep_last):
-    """Add state and manifest to the shards, give the folder its name, and remove the oldest. Raises OSError."""
-    temporary, out_dir = folder.with_suffix('.tmp'), folder.parent.parent
-    state_file = temporary / 'state.json'
-    state_file.write_text(json.dumps(state))
-    sync(state_file)
-    manifest['state.json'] = _describe(state_file)
-    (temporary / 'manifest.json').write_text(json.dumps(manifest, indent=1))
+def _complete(temporary, folder, state, keep_last):
+    """Add state and manifest to the shards, give the folder its name, and remove the oldest checkpoints."""
+    (temporary / 'state.json').write_text(state)
+    manifest = json.dumps(_describe(temporary), indent=1)
+    (temporary / 'manifest.json').write_text(manifest)
     # a checkpoint must not outlive the rows that led to it
+    out_dir = folder.parent.parent
+    append_kept()
     for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):
         sync(out_dir / name)
     move_folder(temporary, folder)
     replace_text(out_dir / 'latest', f'checkpoints/{folder.name}\n')
-    # an old one that cannot be removed, such as a link, stays: the run goes on
-    for old in [f for f in _folders(folder.parent) if f.name <= folder.name][keep_last:]:
-        try:
-            shutil.rmtree(old)
-        except OSError as error:
-            say_once(f'note: the old checkpoint {old} cannot be removed: {error.strerror or error}')
+    # an old one that cannot be removed, such as a link, stays
+    for old in [f for f in _folders(out_dir) if f.name <= folder.name][keep_last:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _describe(file):
-    """[size, SHA-256] of a file, as in the manifest."""
-    return [file.stat().st_size, file_hash(file)]
-
-
-def _reason(error):
-    """What happened, in a few words."""
-    for failure in getattr(error, 'failures', {}).values():  # of a CheckpointException: rank -> (exception, traceback)
-        error = failure[0]
-    return getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'.strip().splitlines()[0][:200]
+def _describe(folder):
+    """name -> [size, SHA-256] of all that lies in a checkpoint, as its manifest lists it."""
+    files = [file for file in folder.iterdir() if file.name != 'manifest.json']
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(file_hash, files))
+    return {file.name: [file.stat().st_size, digest] for file, digest in zip(files, hashes, strict=True)}
 
 
 # ---- resuming ----
 
 
-def _folders(parent):
+def _folders(out_dir):
     """The checkpoint folders, newest first; whatever else lies there does not count."""
-    return sorted((f for f in Path(parent).glob('*') if NUMBER.fullmatch(f.name) and f.is_dir()), reverse=True)
+    found = Path(out_dir, 'checkpoints').glob('*')
+    return sorted((f for f in found if NUMBER.fullmatch(f.name) and f.is_dir()), reverse=True)
 
 
-def _damage(folder, rank=0, world=1):
-    """What is wrong with a checkpoint, or None; of the files in its manifest this looks at every world-th."""
+def _damage(folder):
+    """What is wrong with a checkpoint, or None: its folder must hold what its manifest lists, and nothing else."""
     try:
-        manifest = json.loads((folder / 'manifest.json').read_text())
-        # whatever ends in .safetensors would be read, so a file too many is damage as well
-        extra = sorted({str(f.relative_to(folder)) for f in folder.rglob('*')} - {*manifest.keys(), 'manifest.json'})
-        if extra:
-            return f'{extra[0]} is not in its manifest'
-        if 'state.json' not in manifest or not any(name.endswith('.safetensors') for name in manifest):
-            return 'manifest.json does not list a whole checkpoint'
-        for name in sorted(manifest)[rank::world]:
-            if _describe(folder / name) != manifest[name]:
-                return f'the contents of {name} have changed'
+        manifest, found = json.loads((folder / 'manifest.json').read_text()), _describe(folder)
+        for name in sorted(manifest.keys() | found.keys()):
+            if manifest.get(name) != found.get(name):
+                return f'{name} is not what its manifest says'
         examples = json.loads((folder / 'state.json').read_text())['examples']
-        if examples != int(folder.name):
-            return f'it is the checkpoint after {examples} examples, under another name'
+        return None if examples == int(folder.name) else f'it is the checkpoint after {examples} examples'
     except OSError as error:
         return f'{Path(error.filename or folder).name}: {error.strerror}'
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return 'manifest.json cannot be read'
 
 
-def _clean(out_dir):
-    """Remove what a killed run has left half written in its out_dir: names of ours alone, no links, and nothing on a first run."""
-    folder = Path(out_dir)
-    if not (folder / 'config.json').exists():
-        return
-    files = [folder / f'{name}.tmp' for name in ('config.json', *WRITTEN)]
-    for path in files + [f for f in folder.glob('checkpoints/*.tmp') if NUMBER.fullmatch(f.stem)]:
-        if path.exists() and not path.is_symlink():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def latest(out_dir, run=None):
-    """The newest complete checkpoint folder, the same on all ranks, or None where there is none. run: of identify, or None to take
-    any: raises UserError where config.json or that checkpoint is of another run.
+    """The newest complete checkpoint folder, the same on all ranks, or None where there is none. out_dir/latest is for people.
 
-    Removes what a killed run has left half written. Damaged checkpoints are reported and put aside as <examples>.damaged, and
-    UserError is raised if there are no others: a run does not start over by itself. out_dir/latest is for people."""
+    run: of identify; raises UserError where config.json or that checkpoint is of another run. Damaged checkpoints are reported;
+    where there are no others, UserError is raised: a run does not start over by itself."""
+    return shared(lambda: _latest(out_dir, run))
 
-    def begin():
-        before = recorded(out_dir) if run else None
-        if before:
-            _check_same(f'{out_dir} holds', before, run)
-        with writing(out_dir):
-            _clean(out_dir)
-        return _folders(Path(out_dir) / 'checkpoints')
 
-    folders = shared(begin)
-    # all ranks look at a part of each, from the newest to the first that is whole
-    damaged = {}
-    for folder in folders:
-        found = gather_objects(_damage(folder, dist.get_rank(), dist.get_world_size()))
-        if not any(found):
+def _latest(out_dir, run):
+    """As latest, on one rank."""
+    before = recorded(out_dir)
+    if run and before:
+        check_same(f'{out_dir} holds', before, run)
+    damaged = []
+    for folder in _folders(out_dir):
+        reason = _damage(folder)
+        if reason is None:
             break
-        damaged[folder] = next(filter(None, found))
-    if not folders:
+        damaged.append(f'{folder} is damaged ({reason})')
+    else:
+        if damaged:
+            raise UserError(f'no checkpoint is complete: {damaged[0]}; mend one, or delete {out_dir} to start over')
         return None
-    if len(damaged) == len(folders):
-        what = f'no checkpoint of {out_dir} is complete ({folders[0]}: {damaged[folders[0]]})'
-        raise UserError(f'{what}: mend one, or delete {out_dir} to start over')
     if run:
-        on_one_rank(lambda: _check_checkpoint(out_dir, folder, run))
-    for bad, why in damaged.items():
-        say(f'warning: the checkpoint {bad} is damaged ({why}): going back to {folder.name}')
-
-    def put_aside():
-        for bad in damaged:
-            with writing(bad):
-                make_room(bad.with_suffix('.damaged'))
-                bad.rename(bad.with_suffix('.damaged'))
-
-    on_one_rank(put_aside)
+        # older versions did not write down the run in a checkpoint
+        there = json.loads((folder / 'state.json').read_text()).get('run', before)
+        check_same(f'the checkpoint {folder} is of', there, run)
+    for what in damaged:
+        say(f'warning: the checkpoint {what}: going back to {folder.name}')
     return folder
 
 
 def load(folder, model, optimizer):
     """Load a checkpoint, written on any number of ranks, into model and optimizer. Returns its state."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
     # a step of rate 0 makes the optimizer's tensors, to be loaded into; the scripts set the rate of every step anew
     model.reshard()
     for p in model.parameters():
@@ -322,11 +225,8 @@ def load(folder, model, optimizer):
     if not any(name.startswith('optimizer.') for name in there):
         optimizer.state.clear()  # saved before the first step that changed the weights
     tensors = _tensors(model, optimizer)
-    here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-    if wrong:
-        what = f'{wrong[0]} has the shape {there.get(wrong[0])} there and {here.get(wrong[0])} here'
-        raise UserError(f'the checkpoint {folder} is of another model or optimizer ({what}): choose another --out_dir')
+    if there != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+        raise UserError(f'the checkpoint {folder} is of another model or optimizer: choose another --out_dir')
     dcp.load(tensors, storage_reader=reader)
 
     # random draws go on where they were, if there are as many ranks

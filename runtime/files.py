@@ -1,13 +1,11 @@
-"""Files that survive what can happen to a run: a kill, a full disk, a loss of power, a second process in the same folder.
+"""Files that survive a kill, a full disk, a loss of power, and a second process in the same folder.
 
-Everything that is written whole is written beside its place and renamed. Rows are appended, and wait in memory for room."""
+A file that is written whole is written beside its place and renamed. Rows are appended, and wait in memory for room."""
 
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -17,6 +15,7 @@ from pathlib import Path
 
 from configurator import UserError, main_rank
 
+_lock = None  # the open file that holds the lock on this process's folder
 _kept = {}  # path -> bytes that could not be appended to it yet
 _one_at_a_time = threading.RLock()  # checkpoints are written in a thread
 
@@ -35,38 +34,46 @@ def writing(path):
     """Raise UserError where what is done inside cannot be written: a full disk, no permission."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f'cannot write {path}: {error.strerror or error}') from None
-    except Exception as error:  # safetensors wraps what the system says
-        if 'os error' not in str(error):
+    except Exception as error:
+        # safetensors wraps what the system says
+        if not isinstance(error, OSError) and 'os error' not in str(error):
             raise
-        raise UserError(f'cannot write {path}: {" ".join(str(error).split())[:200]}') from None
+        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]
+        raise UserError(f'cannot write {path}: {reason}') from None
 
 
-def lock(file, busy):
-    """Hold an exclusive lock on an open file until it is closed or the process ends, however it does.
-
-    Raises UserError(busy) where another process holds it. A file system without locks gets a note, and no lock."""
+def lock(folder):
+    """Keep other processes out of a folder until unlock(), or until this one ends, however it does. Raises UserError."""
+    global _lock
+    unlock()
+    with writing(f'to {folder}'):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        _lock = open(Path(folder) / '.lock', 'a')
     # a process that was just killed may take a moment to go
     for _attempt in range(10):
         try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.2)
         except OSError as error:
-            folder = Path(file.name).parent
             return say(f'note: {folder} cannot be locked ({error.strerror}): see to it that no second run uses it')
-    raise UserError(busy)
+    raise UserError(f'another run is using {folder}: wait for its end, or choose another --out_dir')
+
+
+def unlock():
+    """Give back the folder that lock() has taken."""
+    global _lock
+    if _lock:
+        _lock.close()
+        _lock = None
 
 
 def append(path, text):
-    """Append whole lines to a file. Where that fails, on a full disk, say so once, keep them, and append them with the next.
-
-    What a run has learnt is worth more than its rows: these alone must not end it."""
+    """Append whole lines to a file. Where the disk is full, say so once and keep them: rows alone must not end a run."""
     path = Path(path)
     with _one_at_a_time:
-        before = _kept.pop(path, b'')
-        rest = before + text.encode()
+        waiting = _kept.pop(path, b'')
+        rest = waiting + text.encode()
         try:
             # without a buffer, so that what a write has taken is known
             with open(path, 'ab', buffering=0) as file:
@@ -74,7 +81,7 @@ def append(path, text):
                     rest = rest[file.write(rest) :]
         except OSError as error:
             _kept[path] = rest
-            if not before:
+            if not waiting:
                 say(f'warning: cannot write {path}: {error.strerror}: its rows are kept in memory until there is room')
 
 
@@ -83,16 +90,8 @@ def append_kept():
     for path in list(_kept):
         append(path, '')
         if path in _kept:
-            raise UserError(f'cannot write {path}: {_kept[path].count(bytes([10]))} rows wait for room')
-
-
-def give_up_kept():
-    """Append what could not be written until now, at the end of a process: what still cannot is lost, which is said."""
-    try:
-        append_kept()
-    except UserError as error:
-        say(f'warning: {error}, and are lost')
-        _kept.clear()
+            rows = _kept[path].count(b'\n')
+            raise UserError(f'cannot write {path}: {rows} rows wait for room')
 
 
 def cut_rows(path, keep):
@@ -114,13 +113,7 @@ def cut_rows(path, keep):
 
 def sync(path):
     """Have a file, or the names in a folder, brought to the disk, so that it survives a machine that loses power."""
-    path = Path(path)
-    # rows that wait in memory belong to the file
-    if path in _kept:
-        append(path, '')
-    if path in _kept:
-        raise OSError(errno.ENOSPC, f'{path.name} cannot be written')
-    if path.exists():
+    if Path(path).exists():
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -149,9 +142,7 @@ def make_room(path):
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif os.path.lexists(path):
-        # the first free of .aside1, .aside2 ...
-        names = (path.with_name(f'{path.name}.aside{n}') for n in itertools.count(1))
-        aside = next(name for name in names if not os.path.lexists(name))
+        aside = path.with_name(f'{path.name}.aside{time.time_ns()}')
         path.rename(aside)
         say(f'note: {path} was there, and is not of this run: it is {aside.name} now')
 

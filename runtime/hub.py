@@ -17,13 +17,13 @@ def reachable():
         return False
     try:
         huggingface_hub.utils.get_session().head(constants.ENDPOINT, timeout=10)
+        return True
     except Exception as error:  # no network, no such host, a proxy: each library of requests has words of its own
-        # for those that are imported already, and for those that will be
-        constants.HF_HUB_OFFLINE = True
-        os.environ['HF_HUB_OFFLINE'] = '1'
-        if 'datasets' in sys.modules:
-            sys.modules['datasets'].config.HF_HUB_OFFLINE = True
         reason = ' '.join(str(error).split())[:100] or type(error).__name__
-        say(f'note: the hub cannot be reached ({reason}): only what is in its cache can be used')
-        return False
-    return True
+    # for libraries that are imported already, and for those that will be
+    constants.HF_HUB_OFFLINE = True
+    os.environ['HF_HUB_OFFLINE'] = '1'
+    if 'datasets' in sys.modules:
+        sys.modules['datasets'].config.HF_HUB_OFFLINE = True
+    say(f'note: the hub cannot be reached ({reason}): only what is in its cache can be used')
+    return False

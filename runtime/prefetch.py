@@ -1,7 +1,6 @@
 """The next steps are prepared in a thread, while this one is computed."""
 
-import queue
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -10,27 +9,17 @@ from runtime import guard
 
 def prefetch(iterator, depth=2):
     """The items of an iterator, prepared ahead in a thread; its exceptions are raised here."""
-    # (item, error): one of them; (None, None): the end
-    items = queue.Queue(depth)
-
     # a thread begins on the first GPU of the machine, whichever its process has chosen
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-    def work():
-        if gpu is not None:
-            torch.cuda.set_device(gpu)
-        try:
-            for item in iterator:
-                items.put((item, None))
-            items.put((None, None))
-        except BaseException as error:
-            items.put((None, error))
-
-    threading.Thread(target=work, daemon=True).start()
+    thread = ThreadPoolExecutor(1, initializer=lambda: gpu is None or torch.cuda.set_device(gpu))
+    end = object()
+    coming = [thread.submit(next, iterator, end) for _ in range(depth)]
     while True:
-        item, error = items.get()
-        if error is not None:
-            raise guard.explained(error, 'the next batches do not fit beside this one; lower max_tokens')
-        if item is None:
+        try:
+            item = coming.pop(0).result()
+        except Exception as error:
+            raise guard.explained(error, 'the next batches do not fit beside this one; lower max_tokens') from None
+        if item is end:
             return
+        coming.append(thread.submit(next, iterator, end))
         yield item

@@ -6,8 +6,7 @@ import contextlib
 import os
 import re
 import shutil
-import time
-from functools import partial
+import timeit
 from pathlib import Path
 
 from configurator import UserError
@@ -32,18 +31,22 @@ def check_room(config, policy, per_token, train, total, packed, max_tokens, othe
     import fsdp
     from hf.quantize import packed_weights
 
-    # bytes, of all ranks together; weights and moments are float32, of 4 bytes
-    trained = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    # ppo's value head or critic is in checkpoints, but not in the model that it leaves
+    # bytes of all ranks; ppo's value head or critic is in checkpoints, but not in the model that it leaves
     left = [p for name, p in policy.named_parameters() if not {'critic', 'value_head'} & set(name.split('.'))]
-    size = 4 if config['save_dtype'] == 'float32' else 2
-    model = size * (sum(p.numel() for p in left) + packed_weights(policy))
-    checkpoint = trained * (1 + MOMENTS[config['optimizer']])
+    model = (4 if config['save_dtype'] == 'float32' else 2) * (_count(left) + packed_weights(policy))
+    checkpoint = 4 * _count(policy.parameters(), trains=True) * (1 + MOMENTS[config['optimizer']])
     fits = fsdp.shared(lambda: _check_disk(config, model, checkpoint, total))
     # a GPU says by itself when it is full; a CPU's system kills
     if not torch.cuda.is_available():
-        _check_memory(config, policy, per_token(), train, packed, others, max_tokens)
+        frozen = sum(_count(other.parameters()) for other in others if other is not None and other is not policy)
+        tokens = _most_tokens(config, train, packed, max_tokens)
+        _check_memory(_needs(config, policy, per_token(), frozen, tokens), tokens, int(train.lengths.max()))
     return fits
+
+
+def _count(parameters, trains=None):
+    """How many numbers parameters have together; trains: only those that train (True), or are frozen (False)."""
+    return sum(p.numel() for p in parameters if trains in (None, p.requires_grad))
 
 
 def _check_disk(config, model, checkpoint, total):
@@ -60,15 +63,30 @@ def _check_disk(config, model, checkpoint, total):
     free = shutil.disk_usage(out_dir).free
     if model + more * checkpoint <= free:
         return True
-
-    what = f'the model takes {_size(model)}'
-    if more:
-        what += f', and {more} checkpoints take {_size(checkpoint)} each'
-    text = f'{out_dir} lies on a disk with {_size(free)} free: {what}'
+    what = f', and {more} checkpoints take {_size(checkpoint)} each' if more else ''
+    text = f'{out_dir} lies on a disk with {_size(free)} free: the model takes {_size(model)}{what}'
     if every != 'auto' or model > free:
         raise UserError(f'{text}; make room, or choose another --out_dir')
     say(f'warning: {text}: however long this run is, it writes no checkpoint')
     return False
+
+
+def _check_memory(needs, tokens, longest):
+    """Say what the ranks of this machine take of its memory, and warn where it has less. needs: the estimate of one rank for a
+    microbatch of so many tokens; longest: tokens of the longest example."""
+    here, has = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), machine_memory()
+    takes = {name: number * here for name, number in needs.items() if number}
+    total = sum(takes.values())
+    parts = ', '.join(f'{name} {_size(number)}' for name, number in takes.items())
+    text = f'memory: a microbatch of up to {tokens:,} tokens takes about {_size(total)} ({parts})'
+    text += f', of the {_size(has)} of this machine'
+    if total <= has:
+        return say(text)
+    fits = max(longest, int(tokens * (1 - (total - has) / takes['activations'])))
+    advice = (
+        f'lower --max_tokens to {fits:,}, which changes no result, or try --activation_checkpointing or --lora_rank'
+    )
+    say(f'warning: {text}: the system may kill this process; {advice}')
 
 
 def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='none', frozen=0, device=None):
@@ -80,11 +98,10 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
     import model as models
 
     compute = 2 if dtype == 'bfloat16' else 4
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    fixed = sum(p.numel() for p in policy.parameters()) - trained
+    trained = _count(policy.parameters(), trains=True)
     # buffers hold what 4-bit layers have for weights
-    frozen_here = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
-    held = sum(x.numel() * x.element_size() for x in frozen_here)
+    fixed = [*(p for p in policy.parameters() if not p.requires_grad), *policy.buffers()]
+    held = sum(x.numel() * x.element_size() for x in fixed)
     # gradients and moments are cut over the ranks wherever anything is, weights that are gathered until backward are whole
     parts = 1 if shard == 'none' else ranks
     needs = {
@@ -93,27 +110,24 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
         'gradients': 4 * trained / parts,
         'optimizer': 4 * MOMENTS[optimizer] * trained / parts,
         'reference': compute * frozen / parts,
+        'buffers': 0,
     }
 
     # a chunk of logits, its copy in the compute type, and the head's gradient beside the one that it is added to
-    buffers, head = 0, models.core(policy).get_output_embeddings()
+    head = models.core(policy).get_output_embeddings()
     if head is not None:
         words, width = head.weight.shape
         most = 2**27 if (device or head.weight.device).type == 'cuda' else 2**23  # as in Head.logits
         rows = models.Head.chunks(int(tokens), words, most)[0].stop
-        buffers += 4 * words * (rows + width)
-        if compute == 2:
-            buffers += 2 * words * (rows + width)
+        needs['buffers'] += (6 if compute == 2 else 4) * words * (rows + width)
     # FSDP, which also casts: the root stays gathered, and two blocks at a time, one of them with its gradients
     if parts > 1 or compute == 2:
         inner = [m for m in policy.modules() if hasattr(m, 'unshard') and m is not policy]
-        blocks = [sum(p.numel() for p in block.parameters()) for block in inner or models.blocks(policy)]
-        root = trained + fixed - sum(blocks)
-        gathered = root + 3 * max(blocks)
-        if shard == 'grads':
-            gathered += sum(blocks)
-        buffers += compute * gathered
-    return needs | {'buffers': buffers}
+        blocks = [_count(block.parameters()) for block in inner or models.blocks(policy)]
+        root = _count(policy.parameters()) - sum(blocks)
+        gathered = root + 3 * max(blocks) + (sum(blocks) if shard == 'grads' else 0)
+        needs['buffers'] += compute * gathered
+    return needs
 
 
 def choose_max_tokens(config, policy, per_token, train, packed, frozen):
@@ -122,27 +136,26 @@ def choose_max_tokens(config, policy, per_token, train, packed, frozen):
     per_token: the policy's bytes_per_token; frozen: parameters of models that are not loaded yet."""
     import fsdp
 
-    needs = _needs(config, policy, per_token, frozen)
     free, safe = free_memory(), SAFE[next(policy.parameters()).device.type]
 
     def to_come(size):
         """Bytes, beside the policy itself, which is there already."""
-        found = needs(_most_tokens(config, train, packed, size))
-        return sum(found.values()) - found['weights']
+        needs = _needs(config, policy, per_token, frozen, _most_tokens(config, train, packed, size))
+        return sum(needs.values()) - needs['weights']
 
-    fitting = [size for size in BUDGETS if free is None or to_come(size) <= safe * free]
+    fitting = [size for size in BUDGETS if to_come(size) <= safe * free]
     (least,) = fsdp.largest([-max(fitting, default=BUDGETS[0])])
-    of_what = f', where {_size(free)} are free' if free else ''
-    say(f'memory: max_tokens={-least} (auto): each rank will take about {_size(to_come(-least))} more{of_what}')
+    takes = f'each rank will take about {_size(to_come(-least))} more, where {_size(free)} are free'
+    say(f'memory: max_tokens={-least} (auto): {takes}')
     return -least
 
 
-def _needs(config, policy, per_token, frozen):
-    """tokens of a microbatch -> the estimate of one rank."""
+def _needs(config, policy, per_token, frozen, tokens):
+    """The estimate of one rank for a microbatch of so many tokens."""
     import torch.distributed as dist
 
     how = {'ranks': dist.get_world_size(), 'shard': getattr(policy, 'shard_mode', 'full'), 'frozen': frozen}
-    return partial(estimate, policy, per_token, optimizer=config['optimizer'], dtype=config['dtype'], **how)
+    return estimate(policy, per_token, tokens, optimizer=config['optimizer'], dtype=config['dtype'], **how)
 
 
 def _most_tokens(config, train, packed, max_tokens):
@@ -158,62 +171,28 @@ def _most_tokens(config, train, packed, max_tokens):
     return tokens
 
 
-def _check_memory(config, policy, per_token, train, packed, others, max_tokens):
-    """Say what a run takes of this machine's memory, part by part, and warn where the machine has less."""
-    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # ranks on this machine
-    frozen = 0
-    for other in others:
-        if other is not None and other is not policy:
-            frozen += sum(p.numel() for p in other.parameters())
-    tokens = _most_tokens(config, train, packed, max_tokens)
-    needs = _needs(config, policy, per_token, frozen)(tokens)
-
-    # bytes on this machine
-    takes = {name: number * here for name, number in needs.items() if number}
-    activations, total = takes['activations'], sum(takes.values())
-    has = machine_memory()
-    parts = ', '.join(f'{name} {_size(number)}' for name, number in takes.items())
-    text = f'memory: a microbatch of up to {tokens:,} tokens takes about {_size(total)} ({parts})'
-    if has:
-        text += f', of the {_size(has)} of this machine'
-    if not has or total <= has:
-        return say(text)
-    fits = int(tokens * (1 - (total - has) / activations))
-    advice = f'lower --max_tokens to {fits:,}, which changes no result, or try --activation_checkpointing'
-    if fits < int(train.lengths.max()):
-        advice = 'try --activation_checkpointing, shorter examples (--max_length), --lora_rank, or a smaller model'
-    say(f'warning: {text}: the system may kill this process; {advice}')
-
-
 def bytes_per_token(policy, forward, train, packed):
     """Bytes that one token keeps for backward: those of a forward, and of the one block that is recomputed just then, if any is."""
-    saved = bytes_saved(policy, forward, train, packed)
-    # blocks that recompute are known by their training mode, for sharding has renamed their class
-    recomputing = [module for module in policy.modules() if module.training]
-    if recomputing:
-        for block in recomputing:
-            block.training = False
-        saved += bytes_saved(policy, forward, train, packed) / len(recomputing)
-        for block in recomputing:
-            block.training = True
-    return saved
-
-
-def bytes_saved(policy, forward, train, packed):
-    """Bytes that one token's forward keeps for backward, from a forward of one example of ordinary length."""
     import torch
 
     import fsdp
     from data import pack
 
-    by_length = sorted(range(len(train)), key=lambda i: train.lengths[i])
-    middle = by_length[len(train) // 2]
-    device = next(policy.parameters()).device
-    batch = pack([train[middle]], [0], pad=not packed, device=device)
+    # an example of ordinary length
+    middle = sorted(range(len(train)), key=lambda i: train.lengths[i])[len(train) // 2]
+    batch = pack([train[middle]], [0], pad=not packed, device=next(policy.parameters()).device)
     # a draw of the adapters' dropout would change what training draws
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy):
-        made = _made_and_kept(lambda: forward(batch))
-    return made / batch.ids.numel()
+        kept = _made_and_kept(lambda: forward(batch))
+        # blocks that recompute are known by their training mode, for sharding has renamed their class
+        recomputing = [module for module in policy.modules() if module.training]
+        for block in recomputing:
+            block.training = False
+        if recomputing:
+            kept += _made_and_kept(lambda: forward(batch)) / len(recomputing)
+        for block in recomputing:
+            block.training = True
+    return kept / batch.ids.numel()
 
 
 def _made_and_kept(function):
@@ -228,86 +207,74 @@ def _made_and_kept(function):
     def storages(values):
         # with tensor parallelism: this rank's part
         tensors = [fsdp.local(x) for x in tree_leaves(values) if isinstance(x, Tensor)]
-        return {s._cdata: s for s in (x.untyped_storage() for x in tensors)}
+        return {s._cdata: (StorageWeakRef(s), s.nbytes()) for s in (x.untyped_storage() for x in tensors)}
+
+    made = {}  # of a storage: (weak reference, bytes)
 
     class Watch(TorchDispatchMode):
-        made = {}  # of a storage: (weak reference, bytes)
-
         def __torch_dispatch__(self, operation, types, args=(), options=None):
             out = operation(*args, **(options or {}))
             # a view, or what is written in place, is not new
             known = storages((args, options))
-            for key, storage in storages(out).items():
-                if key not in known:
-                    self.made[key] = StorageWeakRef(storage), storage.nbytes()
+            made.update({key: new for key, new in storages(out).items() if key not in known})
             return out
 
-    with Watch() as watch:
-        value = function()
-    total = sum(size for storage, size in watch.made.values() if not storage.expired())
-    del value
-    return total
+    with Watch():
+        value = function()  # noqa: F841 it is held until its bytes are counted
+    return sum(size for storage, size in made.values() if not storage.expired())
 
 
 def bfloat16_costs():
     """How many times longer than in float32 the CPU takes for a matrix product in bfloat16: below 1 where it can do that by itself."""
     import torch
 
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, tries = torch.ones(256, 256, dtype=dtype), []
-        for _ in range(5):
-            start = time.perf_counter()
-            x @ x
-            tries.append(time.perf_counter() - start)
-        times[dtype] = min(tries)
-    return times[torch.bfloat16] / times[torch.float32]
+    def seconds(dtype):
+        x = torch.ones(256, 256, dtype=dtype)
+        return min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 def free_memory():
-    """Bytes that this rank can still take: of its GPU, or its share of what is free on this machine; None: not known."""
+    """Bytes that this rank can still take: of its GPU, or its share of what is free on this machine."""
     import torch
 
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    free = machine_memory(free=True)
-    return free and free // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return machine_memory(free=True) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
 def machine_memory(free=False):
-    """Bytes of memory of this machine, or of the control group of this process where that has less; None: not known.
+    """Bytes of memory of this machine, or of the control group of this process where that has less.
 
     free: without what is in use; files that are only cached in memory count as free."""
-    pages = 'SC_AVPHYS_PAGES' if free else 'SC_PHYS_PAGES'
-    try:
-        limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf(pages)]
-        if free:
-            found = re.search(r'MemAvailable:\s*(\d+)', Path('/proc/meminfo').read_text())
-            limits = [1024 * int(found[1])] if found else limits
-    except (ValueError, OSError):
-        return None
-    groups = ''
-    with contextlib.suppress(OSError):
-        groups = Path('/proc/self/cgroup').read_text()
-    for line in groups.splitlines():
-        # version 2 has one tree for everything, and names no controllers; version 1 has a tree for memory
-        _, controllers, path = line.split(':', 2)
-        root, name, usage = Path('/sys/fs/cgroup'), 'memory.max', 'memory.current'
-        if controllers:
-            root, name, usage = root / 'memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes'
-        if controllers and 'memory' not in controllers.split(','):
-            continue
+    limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+    available = re.search(r'MemAvailable:\s*(\d+)', _read('/proc/meminfo'))
+    if free and available:
+        limits = [1024 * int(available[1])]
+    # where control groups of versions 2 and 1 keep their limit and what they use
+    two = '/sys/fs/cgroup', 'memory.max', 'memory.current'
+    one = '/sys/fs/cgroup/memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes'
+    for version, path in re.findall(r'^(0:|\d+:[^:]*\bmemory\b[^:]*):/(.*)', _read('/proc/self/cgroup'), re.M):
+        root, limit, usage = two if version == '0:' else one
+        group = Path(root, path)
         # a group has no more than any that it lies in; a container may see its own as the root
-        group = root / path.lstrip('/')
         for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):
-                limit = int((folder / name).read_text())
+            with contextlib.suppress(ValueError, TypeError):  # 'max', or nothing
+                left = int(_read(folder / limit))
                 if free:
-                    cached = re.search(r'^(?:total_)?inactive_file (\d+)', (folder / 'memory.stat').read_text(), re.M)
-                    limit += int(cached[1]) - int((folder / usage).read_text())
-                limits.append(limit)
+                    cached = re.search(r'^(?:total_)?inactive_file (\d+)', _read(folder / 'memory.stat'), re.M)
+                    left += int(cached[1]) - int(_read(folder / usage))
+                limits.append(left)
     return min(limits)
+
+
+def _read(file):
+    """The text of a file of the system, or nothing."""
+    with contextlib.suppress(OSError):
+        return Path(file).read_text()
+    return ''
 
 
 def _size(number):

@@ -28,24 +28,16 @@ class Handler(BaseHTTPRequestHandler):
         reply = what if isinstance(what, tuple) else (200, completion('half' if do else what))
         status, content, headers = (*reply, {})[:3]
         content = (content if isinstance(content, str) else json.dumps(content)).encode()
+        self.close_connection = do in ('drop', 'half')
+        if do == 'hang':
+            server.over.wait(60)
         if do in ('hang', 'drop'):
-            self.close_connection = do == 'drop'
-            server.over.wait(60 if do == 'hang' else 0)
             return
-
         self.send_response(status)
         for name, value in (headers | {'Content-Length': str(len(content))}).items():
             self.send_header(name, value)
         self.end_headers()
-        if do == 'drip':
-            for byte in content:
-                if server.over.wait(0.1):
-                    return
-                self.wfile.write(bytes([byte]))
-                self.wfile.flush()
-            return
         self.wfile.write(content[: len(content) // 2] if do == 'half' else content)
-        self.close_connection = do == 'half'
 
     def log_message(self, *args):
         pass
@@ -63,7 +55,7 @@ def serve(behave):
     """Yields the server: .url, .seen (path, headers, body) of each request.
 
     behave(n, body) says what the n-th request (from 0) gets: a text for a good reply; (status, content) or
-    (status, content, headers), content text or json; {'do': 'half'}, or drop, hang, drip."""
+    (status, content, headers), content text or json; {'do': 'half'}, or drop, hang."""
     server = Server(('127.0.0.1', 0), Handler)
     server.behave, server.seen, server.lock, server.over = behave, [], threading.Lock(), threading.Event()
     server.url = f'http://127.0.0.1:{server.server_port}'
@@ -76,16 +68,6 @@ def serve(behave):
         server.server_close()
 
 
-def receive(connection):
-    """Read one request: what is left unread makes the system reset the connection when it is closed."""
-    request = connection.recv(65536)
-    while request.startswith(b'POST') and not request.endswith(b'}'):
-        more = connection.recv(65536)
-        if not more:
-            return
-        request += more
-
-
 @contextlib.contextmanager
 def serve_raw(play):
     """Yields the url of a server in a thread. play(connection, n) answers the n-th connection, once a request has come."""
@@ -94,16 +76,18 @@ def serve_raw(play):
     def one(connection, n):
         with contextlib.suppress(OSError), connection:
             connection.settimeout(30)
-            receive(connection)
+            # what is left unread makes the system reset the connection when it is closed
+            request = more = connection.recv(65536)
+            while more and request.startswith(b'POST') and not request.endswith(b'}'):
+                more = connection.recv(65536)
+                request += more
             play(connection, n)
 
     def listen():
-        for n in itertools.count():
-            try:
+        with contextlib.suppress(OSError):
+            for n in itertools.count():
                 connection, _ = port.accept()
-            except OSError:
-                return
-            threading.Thread(target=one, args=(connection, n), daemon=True).start()
+                threading.Thread(target=one, args=(connection, n), daemon=True).start()
 
     threading.Thread(target=listen, daemon=True).start()
     try:

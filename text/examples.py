@@ -12,8 +12,12 @@ from configurator import UserError
 
 def in_words(left_out):
     """A Counter of what was left out or changed, as words for the screen: (its counts, or 'nothing'; the notes in it)."""
-    counts = [f'{n:,} {what}' for what, n in (+left_out).items() if not what.startswith('note: ')]
-    notes = [f'{what} ({n:,} times)' for what, n in (+left_out).items() if what.startswith('note: ')]
+    counts, notes = [], []
+    for what, n in (+left_out).items():
+        if what.startswith('note: '):
+            notes.append(f'{what} ({n:,} times)')
+        else:
+            counts.append(f'{n:,} {what}')
     return ', '.join(counts) or 'nothing', notes
 
 
@@ -40,14 +44,10 @@ class Examples:
     @classmethod
     def of(cls, items):
         """From n (prompt, answers) of ids, such as samples; every item has as many answers."""
-        # all parts end to end, and where each begins and ends
         parts = [part for prompt, answers in items for part in (prompt, *answers)]
-        edges = np.cumsum([0] + [len(part) for part in parts])
-        n = len(items)
-        spans = np.stack((edges[:-1], edges[1:]), 1).reshape(n, -1, 2)
-        good = np.ones(n, bool)
-        uid = np.arange(n, dtype=np.uint64)
-        return cls(np.concatenate(parts), spans, good, uid, Counter())
+        spans = spans_of([len(part) for part in parts], len(parts) // len(items))
+        uid = np.arange(len(items), dtype=np.uint64)
+        return cls(np.concatenate(parts), spans, np.ones(len(items), bool), uid, Counter())
 
     def with_(self, **changes):
         """The same examples with some of their arrays replaced."""
@@ -65,11 +65,10 @@ class Examples:
 
     def longest(self, mixed=False):
         """Tokens of the longest prompt with one of its answers; mixed: of the longest prompt and the longest answer of all."""
-        prompts = self.widths[:, 0]
         answers = self.widths[:, 1:].max(1, initial=0)  # (n,) the longest of each example
         if mixed:
             return self.longest_prompt() + int(answers.max(initial=0))
-        return int((prompts + answers).max(initial=0))
+        return int((self.widths[:, 0] + answers).max(initial=0))
 
     def longest_prompt(self):
         """Tokens of the longest prompt."""
@@ -86,18 +85,14 @@ class Examples:
 
         A flipped pair keeps its margin: whoever takes the worse answer for the better one is as sure of it."""
         flipped = uniform_hash(self.uid, seed) < rate
-        spans, good, ref = self.spans.copy(), self.good.copy(), self.ref
-        is_pair = spans.shape[1] == 3  # a prompt and two answers
+        changes = {'ref': None, 'left_out': self.left_out + Counter({'labels flipped': int(flipped.sum())})}
         # a pair swaps its answers; the two single answers made of a pair have its uid, and flip together
-        if is_pair:
-            prompt, chosen, rejected = 0, 1, 2
-            spans[flipped] = spans[flipped][:, [prompt, rejected, chosen]]
-            if ref is not None:
-                ref = np.where(flipped[:, None], ref[:, ::-1], ref)
+        if self.spans.shape[1] == 3:
+            swapped = self.spans[:, [0, 2, 1]]
+            changes['spans'] = np.where(flipped[:, None, None], swapped, self.spans)
         else:
-            good[flipped] ^= True
-        left_out = self.left_out + Counter({'labels flipped': int(flipped.sum())})
-        return self.with_(spans=spans, good=good, ref=ref, left_out=left_out)
+            changes['good'] = self.good ^ flipped
+        return self.with_(**changes)
 
     def first_answers(self):
         """The chosen answers alone, for SFT."""
@@ -136,26 +131,26 @@ class Examples:
 
         It is that of the next example of the step which has another prompt; where all of the step share theirs, of the next
         one of this set, then of the first one of the set `more`. Where there is one prompt only: of another example."""
+
+        def candidates(slot, row):
+            """(a set, rows of it to take an answer from), the best first."""
+            own = self.prompts[row]
+            # the others of the step, and of this set: those behind it, then those before it
+            step = np.roll(rows, -slot)[1:]
+            yield self, step[self.prompts[step] != own]
+            rest = np.roll(np.arange(len(self)), -row)[1:]
+            yield self, rest[self.prompts[rest] != own]
+            yield more, np.flatnonzero(more.prompts != own)
+            yield self, rest
+            yield more, np.arange(len(more))
+
         items = []
         for slot, row in enumerate(rows):
-            own = self.prompts[row]
-            # the others of the step: those behind it, then those before it
-            source, step = self, np.roll(rows, -slot)[1:]
-            others = step[self.prompts[step] != own]
-            if not len(others):
-                rest = np.roll(np.arange(len(self)), -row)[1:]
-                others = rest[self.prompts[rest] != own]
-            if not len(others):
-                source, others = more, np.flatnonzero(more.prompts != own)
-            # where there is one prompt everywhere, another example
-            if not len(others):
-                source, others = (self, rest) if len(rest) else (more, np.arange(len(more)))
-
-            # the answer gets the room that the prompt leaves, and one token at least
+            source, others = next(found for found in candidates(slot, row) if len(found[1]))
             prompt, _ = self[row]
             _, (answer,) = source[others[0]]
-            room = max(1, max_length - len(prompt))
-            items.append((prompt, [answer[:room]]))
+            # the answer gets the room that the prompt leaves, and one token at least
+            items.append((prompt, [answer[: max(1, max_length - len(prompt))]]))
         return Examples.of(items)
 
     def content(self):
@@ -167,6 +162,12 @@ class Examples:
         for start, end in self.spans.reshape(-1, 2).tolist():
             digest.update(self.ids[start:end])
         return digest.hexdigest()
+
+
+def spans_of(widths, parts):
+    """(n, parts, 2) start and end of n * parts pieces of these widths that lie one behind the other."""
+    edges = np.concatenate(([0], np.cumsum(np.asarray(widths, np.int64))))
+    return np.stack((edges[:-1], edges[1:]), 1).reshape(-1, parts, 2)
 
 
 def uniform_hash(uid, seed):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -36,9 +37,9 @@ def read_rows(hub_id, split, path, undivided=False, **options):
     path: a list of files is read as it is."""
     if path is None:
         yield from _read_hub(hub_id, split, options)
-        return
-    wanted = None if undivided else split
-    for file in path if isinstance(path, list) else local_files(path, wanted):
+    elif isinstance(path, str):
+        path = local_files(path, None if undivided else split)
+    for file in path or []:
         yield from read_file(file)
 
 
@@ -56,6 +57,9 @@ def content_hash(*parts) -> int:
     """A 64-bit hash of json-able values, the same in every process."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=8).digest(), 'big')
+
+
+# ---- which part is meant ----
 
 
 def named_part(source):
@@ -79,14 +83,13 @@ def choose_splits(names, wanted, source):
     Raises UserError where the user has to name one."""
     train = wanted or 'train'
     if train not in names:
-        likely = [name for name in names if name.startswith('train')] or list(names)
         # one that is called otherwise is the one that is meant
+        likely = [name for name in names if name.startswith('train')] or list(names)
         if wanted or len(likely) != 1:
             which = f'no split {wanted!r}' if wanted else 'several splits'
             name, there = named_part(source)[0], ', '.join(filter(None, names)) or 'none with a name'
-            example = f"--data='{name}[{likely[0]}]'" if any(likely) else f'--data={name}'
-            raise UserError(f'{name} has {which}; there are {there}: say which: {example} ({HELP})')
-        (train,) = likely
+            raise UserError(f"{name} has {which}; there are {there}: say which: --data='{name}[{likely[0]}]' ({HELP})")
+        train = likely[0]
     held_out = [train.replace('train', name, 1) for name in HELD_OUT_NAMES]
     if sum(name.startswith('train') for name in names) == 1:
         held_out += HELD_OUT_NAMES
@@ -119,24 +122,19 @@ def hub_splits(hub_id, config=None):
     try:
         return datasets.get_dataset_split_names(hub_id, **options, **_revision(hub_id))
     except Exception as error:  # no network, no such dataset, no access, several configs
-        reason, several = _reason(error), re.search(r'available configs: (\[.*?\])', str(error), re.S)
-        if several and not config:
-            names = re.findall(r"'(.*?)'", several[1])
-            reason = f"it has several configs: {', '.join(names)}: say which: --data='{hub_id}:{names[0]}'"
-        raise UserError(f'cannot find {hub_id!r} on the hub: {reason}') from None
+        hint = f"a config is named as in --data='{hub_id}:CONFIG'"
+        raise UserError(f'cannot find {hub_id!r} on the hub: {_reason(error)} ({hint})') from None
 
 
 @cache
 def hub_commit(hub_id):
     """The commit at which this process reads a hub dataset; None where nobody can say: no network, no such dataset."""
-    try:
+    with suppress(Exception):  # the reader, which comes later, says what is wrong
         import huggingface_hub
 
-        if not hub.reachable():
-            return None
-        return huggingface_hub.HfApi().dataset_info(hub_id, timeout=10).sha
-    except Exception:  # the reader, which comes later, says what is wrong
-        return None
+        if hub.reachable():
+            return huggingface_hub.HfApi().dataset_info(hub_id, timeout=10).sha
+    return None
 
 
 def _revision(hub_id):
@@ -145,7 +143,7 @@ def _revision(hub_id):
 
 
 def _reason(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return ' '.join(str(error).split())[:300] or type(error).__name__
 
 
 # ---- folders ----
@@ -155,8 +153,8 @@ def data_files(path):
     """A file itself, the files that a pattern fits, or all data files in a folder."""
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        inside = [(str(file), file.relative_to(path)) for file in sorted(Path(path).rglob('*')) if _is_data(file)]
-        found = [file for file, parts in inside if not any(part.startswith('.') for part in parts.parts)]
+        inside = sorted(Path(path, name) for name in glob.glob('**/*', root_dir=path, recursive=True))
+        found = [str(file) for file in inside if _is_data(file)]
         if not found:
             raise UserError(f'the folder {path} has no data file; they end in {", ".join(FORMATS)} ({HELP})')
         # a licence may end in .txt
@@ -177,15 +175,11 @@ def folder_splits(path, config=None):
 
     Raises UserError where the README has several configs and none is named."""
     path = os.path.expanduser(path)
-    configs = _configs(path) if os.path.isdir(path) else {}
-    config = config or _default_config(configs, path)
-    if config and config not in configs:
-        raise UserError(f'{path} has no config {config!r}; there are {", ".join(configs) or "none"}')
+    configs = _configs(path)
+    entry = configs[_config_of(configs, config, path)] if configs or config else {}
 
     # what the README names; of a single config that names nothing that is here, the names of the files decide
-    entry = configs.get(config, {})
-    splits = {split: _matching(path, patterns) for split, patterns in _patterns(entry).items()}
-    splits = {split: found for split, found in splits.items() if found}
+    splits = _named_files(path, entry)
     if splits:
         return splits
     if len(configs) > 1 and 'data_files' in entry:
@@ -207,40 +201,38 @@ def folder_splits(path, config=None):
 
 def _configs(folder):
     """{name: entry} of the `configs:` in the head of a folder's README."""
-    import yaml
+    import huggingface_hub
 
-    try:
-        head = re.match(r'---\n(.*?)\n---', Path(folder, 'README.md').read_text(errors='replace'), re.S)
-        listed = yaml.safe_load(head[1]).get('configs') if head else None
-        return {str(entry.get('config_name', 'default')): entry for entry in listed or []}
-    except (OSError, yaml.YAMLError, AttributeError, TypeError):
-        return {}
+    with suppress(Exception):  # no README, or one with another head
+        listed = huggingface_hub.metadata_load(os.path.join(folder, 'README.md'))['configs']
+        return {str(entry.get('config_name', 'default')): entry for entry in listed}
+    return {}
 
 
-def _default_config(configs, path):
-    """The config that is meant where none is named; None of none. Raises UserError where that is open."""
-    chosen = [name for name, entry in configs.items() if name == 'default' or entry.get('default')] or list(configs)
-    if len(chosen) > 1:
-        raise UserError(
-            f'{path} has several configs: {", ".join(configs)}: say which: --data={path}:{chosen[0]} ({HELP})'
-        )
-    return chosen[0] if chosen else None
+def _config_of(configs, config, path):
+    """The config that is named, or else meant. Raises UserError where there is none of that name, or several."""
+    meant = [name for name, entry in configs.items() if name == 'default' or entry.get('default')] or list(configs)
+    if config is None and len(meant) == 1:
+        return meant[0]
+    if config not in configs:
+        wrong = f'no config {config!r}' if config else 'several configs'
+        there = ', '.join(configs) or 'none'
+        raise UserError(f'{path} has {wrong}; there are {there}: say which: --data={path}:CONFIG ({HELP})')
+    return config
 
 
-def _patterns(entry):
-    """{split: patterns} of a config's data_files: one pattern, several, or several with a split each."""
-    patterns, listed = {}, entry.get('data_files') or []
+def _named_files(folder, entry):
+    """{split: files} that a config's data_files name: by one pattern, several, or several for a split each."""
+    listed, splits = entry.get('data_files') or [], {}
     for item in listed if isinstance(listed, list) else [listed]:
         named = item if isinstance(item, dict) else {'path': item}
-        paths = named.get('path', [])
-        patterns.setdefault(str(named.get('split', 'train')), []).extend(paths if isinstance(paths, list) else [paths])
-    return patterns
-
-
-def _matching(folder, patterns):
-    """The data files in a folder that fit these patterns."""
-    names = [name for pattern in patterns for name in sorted(glob.glob(str(pattern), root_dir=folder, recursive=True))]
-    return [os.path.join(folder, name) for name in dict.fromkeys(names) if _is_data(Path(folder, name))]
+        patterns = named.get('path', [])
+        for pattern in patterns if isinstance(patterns, list) else [patterns]:
+            for name in sorted(glob.glob(str(pattern), root_dir=folder, recursive=True)):
+                file, found = os.path.join(folder, name), splits.setdefault(str(named.get('split', 'train')), [])
+                if _is_data(Path(file)) and file not in found:
+                    found.append(file)
+    return {split: found for split, found in splits.items() if found}
 
 
 def _is_data(file):

@@ -48,7 +48,9 @@ def main():
     with redirect_stdout(sys.stderr if json else out):
         try:
             if json:
-                _show_json(left_out, out)
+                for found in islice(chain.from_iterable(shown for _, _, shown in _read(left_out)), n):
+                    out.write(dumps(found, ensure_ascii=False) + '\n')
+                _say_left_out(left_out)
             else:
                 _show(left_out)
             out.flush()
@@ -57,14 +59,15 @@ def main():
 
 
 def _read(left_out):
-    """(task, example) of all of data, before any part is held out."""
+    """(task, example, what the task makes of it, for_task) of all of data, before any part is held out."""
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
         # without a task, the first example decides
         first = {} if task else next(read_examples(source, 'train', Counter(), **options), {})
         chosen = task or task_of(first)
         for example in read_examples(source, 'train', left_out, task=chosen, **options):
-            yield chosen, as_chats(example, system) if chat or system else example
+            example = as_chats(example, system) if chat or system else example
+            yield chosen, example, for_task(example, chosen, left_out)
 
 
 def task_of(example):
@@ -78,29 +81,20 @@ def task_of(example):
 
 def for_task(example, task, left_out):
     """What a task makes of an example, as json-able dicts; none, counted in left_out, where it is of no use."""
-    found = []
+    found, more = [], {key: example[key] for key in ('margin', 'tools') if key in example}
+    names = {'pairs': ('chosen', 'rejected'), 'prompts': ()}.get(task, ('response',))
     for part in as_parts(example, task, left_out):
-        names = {'pairs': ('chosen', 'rejected'), 'prompts': ()}.get(task, ('response',))
         shown = {'prompt': part.prompt} | dict(zip(names, part.answers, strict=False))
         if task == 'singles':
             shown['good'] = part.good
         if task == 'sft':
-            turns = example.get('turns', part.answers[0])
-            shown['trained'] = (
-                [turns] if isinstance(turns, str) else [turn['content'] for turn in turns if is_trained(turn)]
-            )
-        found.append(shown | {key: example[key] for key in ('margin', 'tools') if key in example})
+            turns = _turns(example.get('turns', part.answers[0]))
+            shown['trained'] = [turn['content'] for turn in turns if is_trained(turn)]
+        found.append(shown | more)
     return found
 
 
 # ---- printing ----
-
-
-def _show_json(left_out, out):
-    """Every example as a line of JSON; what was left out, on standard error."""
-    for found in islice(chain.from_iterable(for_task(x, of, left_out) for of, x in _read(left_out)), n):
-        out.write(dumps(found, ensure_ascii=False) + '\n')
-    _say_left_out(left_out)
 
 
 def _say_left_out(left_out):
@@ -116,17 +110,18 @@ def _show(left_out):
 
         tokenizer = load_tokenizer(model)
     kinds, lengths = Counter(), []
-    for of, example in _read(left_out):
-        shown = for_task(example, of, left_out)
-        for found in shown:
+    for of, example, shown in _read(left_out):
+        plain = [_plain(example, found) for found in shown]
+        for text, _ in plain:
             kinds[of] += 1
             if n is None or kinds.total() <= n:
                 print(f'--- {of}, example {kinds.total()}: {example.where or data} ---')
-                print(_plain(example, found) if tokenizer is None else _seen(example, of, tokenizer), end='\n\n')
-        if shown and len(lengths) < MEASURED and tokenizer is None:
-            lengths += [_characters(example, found) for found in shown]
-        elif shown and len(lengths) < MEASURED:
-            lengths += _lengths(example, of, tokenizer, left_out)
+                print(_seen(example, of, tokenizer) if tokenizer else text, end='\n\n')
+        if plain and len(lengths) < MEASURED and tokenizer:
+            whole = _tokens(example, of, tokenizer, 2**30, 2**29, left_out)
+            lengths += [whole.longest()] if len(whole) else []
+        elif len(lengths) < MEASURED:
+            lengths += [size for _, size in plain]
 
     # the whole, in a few lines
     print(f'{data}: {", ".join(f"{count} {of}" for of, count in kinds.items()) or "no examples"}')
@@ -148,45 +143,34 @@ def mark(text):
     return f'\033[32m{text}\033[0m' if sys.stdout.isatty() else f'[[{text}]]'
 
 
+def _turns(part):
+    """The messages of a text or chat; of a text, one answer."""
+    return [{'role': 'assistant', 'content': part}] if isinstance(part, str) else part
+
+
 def _plain(example, found):
-    """The text of an example as it stands in the data."""
+    """(the text of an example as it stands in the data, the characters of its prompt and longest answer)"""
 
-    def lines(part, marked):
-        turns = [{'content': part}] if isinstance(part, str) else part
-        texts = [mark(turn['content']) if marked(turn) else turn['content'] for turn in turns]
-        return [f'{turn["role"]}: {text}' if 'role' in turn else text for turn, text in zip(turns, texts, strict=True)]
-
-    if 'turns' in example and 'trained' in found:
-        return '\n'.join(lines(example['turns'], is_trained))
-    shown = lines(found['prompt'], lambda turn: False)
-    for key in ('chosen', 'rejected', 'response'):
-        if key in found:
-            good = {True: ', good', False: ', bad'}.get(found.get('good'), '')
-            shown += [f'{key}{good}:', *lines(found[key], lambda turn: True)]
-    return '\n'.join(shown)
-
-
-def _characters(example, found):
-    """The characters of the prompt and the longer answer, or of all turns, without roles."""
+    def text(part, is_marked):
+        lines = [mark(turn['content']) if is_marked(turn) else turn['content'] for turn in _turns(part)]
+        roles = [''] if isinstance(part, str) else [f'{turn["role"]}: ' for turn in part]
+        return '\n'.join(map(''.join, zip(roles, lines, strict=True)))
 
     def size(part):
-        return len(part) if isinstance(part, str) else sum(len(turn['content'] or '') for turn in part)
+        return sum(len(turn['content']) for turn in _turns(part))
 
     if 'turns' in example and 'trained' in found:
-        return size(example['turns'])
-    answers = [size(found[key]) for key in ('chosen', 'rejected', 'response') if key in found]
-    return size(found['prompt']) + max(answers, default=0)
+        return text(example['turns'], is_trained), size(example['turns'])
+    answers = {key: found[key] for key in ('chosen', 'rejected', 'response') if key in found}
+    good = {True: ', good', False: ', bad'}.get(found.get('good'), '')
+    shown = [text(found['prompt'], lambda turn: False)]
+    shown += [f'{key}{good}:\n{text(part, lambda turn: True)}' for key, part in answers.items()]
+    return '\n'.join(shown), size(found['prompt']) + max(map(size, answers.values()), default=0)
 
 
 def _tokens(example, task, tokenizer, longest, longest_prompt, left_out):
     """The tokenised Examples of one example; none, counted, where its chat template refuses it."""
     return tokenise([example], tokenizer, task, longest, longest_prompt, truncation, left_out, skip_bad_rows=True)
-
-
-def _lengths(example, task, tokenizer, left_out):
-    """Tokens of an example before it is cut, in a list, which is empty where it cannot be tokenised."""
-    examples = _tokens(example, task, tokenizer, 2**30, 2**29, left_out)
-    return [int(examples.longest())] if len(examples) else []
 
 
 def _seen(example, task, tokenizer):
@@ -200,20 +184,17 @@ def _seen(example, task, tokenizer):
 def decoded(examples, i, tokenizer, task):
     """Tokenised example i as text, special tokens included; what is trained on is marked, a single answer's label added."""
     prompt, answers = examples[i]
-    text = tokenizer.decode(prompt)
+    text, marked = tokenizer.decode(prompt), []
+    for answer in answers:
+        # of a conversation, a token that is only seen is ~id
+        parts = np.split(answer, np.flatnonzero(np.diff(answer < 0)) + 1)
+        marked.append(''.join(mark(tokenizer.decode(x)) if x[0] >= 0 else tokenizer.decode(~x) for x in parts))
     if task == 'prompts':
         return text
-    marked = [_marked(answer, tokenizer) for answer in answers]
     if len(marked) == 2:
         return f'{text}\nchosen: {marked[0]}\nrejected: {marked[1]}'
     label = 'good' if examples.good[i] else 'bad'
     return text + marked[0] + (f'\nlabel: {label}' if task == 'singles' else '')
-
-
-def _marked(answer, tokenizer):
-    """An answer as text, what is trained on marked; of a conversation, a token that is only seen is ~id."""
-    parts = np.split(answer, np.flatnonzero(np.diff(answer < 0)) + 1)
-    return ''.join(mark(tokenizer.decode(part)) if part[0] >= 0 else tokenizer.decode(~part) for part in parts)
 
 
 def first(examples, tokenizer, task, longest=1200):

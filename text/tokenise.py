@@ -5,34 +5,31 @@ Every answer ends with the end of text, cut or not; BOS stands only where the to
 import hashlib
 import json
 import math
-import mmap
-import tempfile
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from configurator import UserError
-from runtime import cache, files
+from runtime import cache
 from runtime.log import progress, say
 from runtime.values import no_room
 from text import sources, turns
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
-from text.examples import Examples, uniform_hash
+from text.examples import Examples, spans_of, uniform_hash
 from text.files import HELP, Row, content_hash
 from text.formats import TURN_MARKERS
-from text.ids import begin, cut, encode_texts, first_of, fit, fit_conversation
-from text.messages import REASONING, as_chat, message
+from text.ids import Limits, begin, cut, encode_texts, fit, fit_conversation
+from text.messages import REASONING, as_chat, message, said
 
 NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
 # examples that --n_examples draws from, where it asks for a tenth of them or fewer
 ENOUGH = 20_000
-# examples, and characters, that are tokenised together; bytes of ids from which on they wait on the disk
-CHUNK, CHARACTERS, SPILL = 512, 2**22, 2**26
+# examples, and characters, that are tokenised together
+CHUNK, CHARACTERS = 512, 2**22
 NEEDS = {  # task -> what its rows have beside a prompt
     'pairs': 'chosen and rejected',
     'singles': 'a response and whether it is good (label), or chosen and rejected',
@@ -49,7 +46,6 @@ class Part(NamedTuple):
     uid: int  # a hash of the text
     margin: float | None = None
     conversation: list | None = None  # whose answers are all trained on
-    trained: list | None = None  # of its segments, whether each is trained on
 
 
 def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length, truncation='start', undivided=False,
@@ -65,26 +61,33 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     if wrong := no_room(max_length, max_prompt_length):
         raise UserError(wrong)
     reading = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    names, enough = data.split('+'), enough or {}
     writing = {'chat': chat, 'system': system, 'last_turn_only': last_turn_only, 'margins': margins}
-    job = names, task, reading, (max_length, max_prompt_length, truncation), writing
+    names, enough, lengths = data.split('+'), enough or {}, (max_length, max_prompt_length, truncation)
 
-    # the cache belongs to all that the tokens depend on
+    # the cache belongs to all that the tokens depend on; of a hub dataset whose commit nobody knows, to its rows
     stamps = [sources.fingerprint(source, split) for source in names]
     known = None not in stamps
-    # of a hub dataset whose commit nobody knows, only its rows tell what is in it
     if not known:
         stamps = [content_hash(row) for row in _rows(names, split, task, reading, Counter())]
-    key = [8, stamps, *job, *_tokenizer_stamp(tokenizer)]
-    examples = _read_cache(_cache_file(key, split, {})) if cache else None
-    if cache and enough and examples is None:
-        examples = _read_cache(_cache_file(key, split, enough))
+    key = [8, stamps, names, task, reading, lengths, writing, *_tokenizer_stamp(tokenizer)]
+    # a file of all rows, or else of enough of them
+    files = [_cache_file(key, split, some) for some in ({}, enough)] if cache else []
+    examples = next(filter(None, map(_read_cache, files)), None)
     if examples is None:
         # what is held out of the same rows is tokenised with them
         both = cache and known and split == 'train' and not undivided and all(map(sources.divides, names))
-        found, whole = _tokenise_sources(*job, ('train', 'test') if both else (split,), tokenizer, enough)
-        for part, made in found.items() if cache else ():
-            _write_cache(_cache_file(key, part, {} if whole else enough), made)
+        parts, left_out = ('train', 'test') if both else (split,), Counter()
+        rows = _rows(names, split, task, reading, left_out, both)
+        found, whole = _tokenise(rows, parts, tokenizer, task, lengths, enough, skip_bad_rows=skip_bad_rows, **writing)
+        # how many are held out is an option; that training draws from fewer is not
+        if not whole and 'train' in parts:
+            say(f'note: the first {enough["train"]:,} training examples are enough: the others are not read')
+        # what was left out in reading counts for both
+        rows.close()
+        for part, made in found.items():
+            made.left_out.update(left_out)
+            if cache:
+                _write_cache(_cache_file(key, part, {} if whole else enough), made)
         examples = found[split]
     examples = examples.select(slice(enough.get(split)))
 
@@ -97,22 +100,6 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     if not len(examples) and split == 'train':
         raise sources.vanished(data, split, examples.left_out)
     return examples
-
-
-def _tokenise_sources(names, task, reading, limits, writing, parts, tokenizer, enough):
-    """({part: Examples} of all sources, whether all of them was read)."""
-    left_out = Counter()
-    rows = _rows(names, parts[0], task, reading, left_out, both=len(parts) > 1)
-    writing = writing | {'skip_bad_rows': reading['skip_bad_rows'], 'enough': enough}
-    found, whole = tokenise_parts(rows, parts, tokenizer, task, limits, **writing)
-    # how many are held out is an option; that training draws from fewer is not
-    if not whole and 'train' in parts:
-        say(f'note: the first {enough["train"]:,} training examples are enough: the others are not read')
-    # what was left out in reading counts for both
-    rows.close()
-    for made in found.values():
-        made.left_out.update(left_out)
-    return found, whole
 
 
 def _rows(names, split, task, reading, left_out, both=False):
@@ -147,96 +134,38 @@ def source_rows(examples, data, split, task, *, chat, system, **reading):
     return found
 
 
-def _tokenizer_stamp(tokenizer):
-    """What decides a tokenizer's ids, json-able. PLAIN_CHAT counts as no template: a run sets it where there was none."""
-    model = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
-    template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
-    return model, template, tokenizer.eos_token_id
+# ---- rows to ids ----
 
 
-def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False,
-             skip_bad_rows=False, **writing):  # fmt: skip
+def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False, **writing):
     """Examples from rows of text or chat; what cannot be used is counted in left_out.
 
-    margins: if any pair has a margin, all get one, 0 where there is none, which is counted. skip_bad_rows: count the rows
-    that the chat template refuses, instead of raising UserError. writing: chat, system, last_turn_only of load_examples."""
-    limits, writing = (max_length, max_prompt_length, truncation), {'skip_bad_rows': skip_bad_rows, **writing}
-    found, _ = tokenise_parts(rows, ['train'], tokenizer, task, limits, margins=margins, **writing)
+    margins: if any pair has a margin, all get one, 0 where there is none, which is counted. writing: skip_bad_rows (count
+    the rows that the chat template refuses, instead of raising UserError); chat, system, last_turn_only of load_examples."""
+    lengths = max_length, max_prompt_length, truncation
+    found, _ = _tokenise(rows, ['train'], tokenizer, task, lengths, {}, margins=margins, **writing)
     left_out.update(found['train'].left_out)
-    return replace(found['train'], left_out=+left_out)
+    return found['train'].with_(left_out=+left_out)
 
 
-def tokenise_parts(rows, parts, tokenizer, task, limits, *, margins=False, enough=None, **writing):
+def _tokenise(rows, parts, tokenizer, task, lengths, enough, margins=False, **writing):
     """({part: Examples}, whether all rows were read): rows are of the last of the parts where they are .held_out.
 
-    limits, margins, writing: as tokenise has them. enough: {part: count}: where all parts have so many, the rest is not
-    read."""
-    made = {part: _Making(task) for part in parts}
-    wanted = [(made[part], (enough or {}).get(part)) for part in parts]
-    first, eos = first_of(tokenizer), tokenizer.eos_token_id
-    todo = _render_rows(rows, made, tokenizer, task, **writing)
-    for chunk, ids in _encoded(_chunks(todo), tokenizer):
+    enough: {part: count}: where all parts have so many, the rest is not read."""
+    made, whole = {part: _Making() for part in parts}, True
+    wanted = [(made[part].uid, enough.get(part)) for part in parts]
+    limits = Limits.of(tokenizer, *lengths)
+    for chunk, ids in _encoded(_render_rows(rows, made, tokenizer, task, **writing), tokenizer):
         for making, texts, part in chunk:
-            pieces = _fitted(list(islice(ids, len(texts))), part.trained, first, eos, limits, making.left_out)
-            if pieces:
-                making.add(part, pieces)
-        if all(count is not None and len(making.uid) >= count for making, count in wanted):
-            return {part: making.examples(margins) for part, making in made.items()}, False
-    return {part: making.examples(margins) for part, making in made.items()}, True
-
-
-def _fitted(ids, trained, first, eos, limits, left_out):
-    """[prompt, answers] as ids that fit into the limits; None, counted, where nothing is left to train on."""
-    if trained:
-        return fit_conversation(ids, trained, first, eos, *limits, left_out)
-    p, *a = ids
-    if any(x in ([], [eos]) for x in a):
-        left_out['empty answers'] += 1
-        return None
-    p, a = fit(p, a, first, eos, *limits, left_out)
-    # texts that differ may be cut to the same tokens
-    if len(a) == 2 and a[0] == a[1]:
-        left_out['pairs with equal answers'] += 1
-        return None
-    return [p, *a]
-
-
-class _Making:
-    """Examples in the making: arrays that grow; the ids, where they are many, in a file."""
-
-    def __init__(self, task):
-        self.left_out, self.task = Counter(), task
-        self.ids = tempfile.SpooledTemporaryFile(SPILL)  # noqa: SIM115, lives as long as the examples
-        self.widths, self.good, self.uid = array('i'), array('b'), array('Q')
-        self.margins = array('f')  # NaN: none
-
-    def add(self, part, pieces):
-        """Keep an example: its Part, and the ids of its prompt and answers."""
-        with files.writing(tempfile.gettempdir()):
-            self.ids.write(array('i', chain.from_iterable(pieces)))
-        self.widths.extend(map(len, pieces))
-        self.good.append(part.good)
-        self.uid.append(part.uid)
-        self.margins.append(math.nan if part.margin is None else part.margin)
-
-    def examples(self, margins):
-        """All of them as Examples. margins: whether to keep these."""
-        on_disk = self.ids.tell() > SPILL
-        self.ids.seek(0)
-        ids = mmap.mmap(self.ids.fileno(), 0, access=mmap.ACCESS_READ) if on_disk else self.ids.read()
-        # one flat array, and where each prompt and answer begins and ends in it
-        edges = np.concatenate(([0], np.cumsum(np.array(self.widths, np.int64))))
-        spans = np.stack((edges[:-1], edges[1:]), 1).reshape(-1, 3 if self.task == 'pairs' else 2, 2)
-        good, uid = np.array(self.good, bool), np.array(self.uid, np.uint64)
-        margin = _margins(np.array(self.margins, np.float32), margins, self.left_out)
-        # the answers behind prompts are not trained on
-        if self.task == 'prompts':
-            del self.left_out[THOUGHTLESS]
-        return Examples(np.frombuffer(ids, np.int32), spans, good, uid, +self.left_out, margin=margin)
+            making.add(part, [next(ids) for _ in texts], limits)
+        if all(count is not None and len(found) >= count for found, count in wanted):
+            whole = False
+            break
+    return {part: making.examples(task, margins) for part, making in made.items()}, whole
 
 
 def _render_rows(rows, made, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
-    """(its part's _Making, texts of the prompt and the answers, each a list of pieces, its Part) of all that can be used.
+    """(its part's _Making, marked texts of the prompt and the answers, its Part) of all that can be used.
 
     Of a conversation that trains as a whole, texts are its segments (turns.py)."""
     seen, (training, *testing) = set(), made.values()
@@ -245,37 +174,34 @@ def _render_rows(rows, made, tokenizer, task, skip_bad_rows=False, chat=False, s
         making = testing[0] if testing and row.held_out else training
         left_out = making.left_out
         row = as_chats(row, system) if chat or system else row
+        parts = as_parts(row, task, left_out, last_turn_only)
         try:
-            found = as_parts(row, task, left_out, last_turn_only)
             # one demonstration a prompt and answer, however many pairs it is in
-            if task in ('sft', 'prompts') and found and found[0].uid in seen:
+            if task in ('sft', 'prompts') and parts and parts[0].uid in seen:
                 left_out['same prompt again' if task == 'prompts' else 'same demonstration again'] += 1
                 continue
-            texts = [item for part in found for item in _texts_of(part, row.get('tools'), tokenizer, left_out)]
+            found = [item for part in parts for item in _texts_of(part, row.get('tools'), tokenizer, left_out)]
         except Refused as error:
             _bad_row(error, row, skip_bad_rows, left_out)
             continue
-        if task in ('sft', 'prompts'):
-            seen.update(part.uid for part in found)
-        if has_template and found and _is_plain(found[0]):
-            left_out[NO_CHAT] += 1
-        left_out['empty answers'] += sum(text is None for text, _ in texts)
-        yield from ((making, text, part) for text, part in texts if text is not None)
+        seen.update(part.uid for part in parts)
+        left_out[NO_CHAT] += has_template and bool(parts) and _is_plain(parts[0])
+        left_out['empty answers'] += sum(texts is None for texts, _ in found)
+        yield from ((making, texts, part) for texts, part in found if texts is not None)
 
 
 def _texts_of(part, tools, tokenizer, left_out):
     """[(texts, part)] of a Part: one, or of a conversation that cannot be one sequence, one for each answer."""
-    answers = [i for i, turn in enumerate(part.conversation or []) if turns.is_trained(turn)]
+    chat, alone = part.conversation or [], part._replace(conversation=None)
+    answers = [i for i, turn in enumerate(chat) if turns.is_trained(turn)]
     # one answer is written as in sampling, unless the template marks it
     if len(answers) < 2 and not (answers and turns.marks_answers(tokenizer, tools)):
-        return [(render(part.prompt, part.answers, tools, tokenizer, left_out), part)]
-    segments = turns.segments(part.conversation, tools, tokenizer, left_out)
+        return [(render(part.prompt, part.answers, tools, tokenizer, left_out), alone)]
+    segments = turns.segments(chat, tools, tokenizer, left_out)
     if segments is not None:
-        part = part._replace(trained=[s.trained for s in segments])
-        return [([s.pieces for s in segments], part)] if segments else []
+        return [(segments, part)] if segments else []
     left_out[turns.APART] += 1
-    chats = [(part.conversation[:i], part.conversation[i : i + 1]) for i in answers]
-    return [(render(prompt, [answer], tools, tokenizer, left_out), part) for prompt, answer in chats]
+    return [(render(chat[:i], [chat[i : i + 1]], tools, tokenizer, left_out), alone) for i in answers]
 
 
 def _is_plain(part):
@@ -286,61 +212,86 @@ def _is_plain(part):
 
 def as_chats(row, system):
     """A row whose texts are chats, behind a system message unless that is None."""
-    answers = [key for key in ('chosen', 'rejected', 'response', 'sft') if isinstance(row.get(key), str)]
-    changed = Row(row | {key: [message('assistant', row[key].strip())] for key in answers})
+    changed = Row(row)
+    changed.where = getattr(row, 'where', '')
+    for key in ('chosen', 'rejected', 'response', 'sft'):
+        if isinstance(row.get(key), str):
+            changed[key] = said(row[key])
     for key in ('prompt', 'turns'):
         if key in row:
             chat = as_chat(row[key])
             begins = bool(chat) and chat[0]['role'] == 'system'
             changed[key] = chat if begins or not system else [message('system', system), *chat]
-    changed.where = getattr(row, 'where', '')
     return changed
 
 
-def _chunks(items):
-    """Lists of what _render_rows gives, each of a bounded size."""
-    chunk, size = [], 0
-    for item in items:
-        chunk.append(item)
-        size += sum(len(piece) for pieces in item[1] for piece in pieces)
-        if len(chunk) == CHUNK or size > CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
+def _encoded(items, tokenizer):
+    """(chunk of what _render_rows gives, an iterator over the ids of its texts): the next is read while a thread encodes one."""
+
+    def chunks():
+        chunk, size = [], 0
+        for item in items:
+            chunk.append(item)
+            size += sum(map(len, item[1]))
+            if len(chunk) == CHUNK or size > CHARACTERS:
+                yield chunk
+                chunk, size = [], 0
         yield chunk
 
-
-def _encoded(chunks, tokenizer):
-    """(chunk, an iterator over the ids of its texts) of all chunks; the next one is read while one is encoded in a thread.
-
-    Behind a chunk of chats nothing is read meanwhile: a chat template's limits of time and memory are the whole process's."""
-
     def encode(chunk):
-        return iter(encode_texts([text for _, texts, _ in chunk for text in texts], tokenizer, chunk[0][0].left_out))
+        return iter(encode_texts([text for _, texts, _ in chunk for text in texts], tokenizer))
 
     with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for chunk in chunks:
-            ids = pool.submit(encode, chunk)
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = chunk, ids
-            if not all(isinstance(part.prompt, str) for _, _, part in chunk):
-                ids.exception()
-        if waiting:
-            yield waiting[0], waiting[1].result()
+        jobs = ((chunk, pool.submit(encode, chunk)) for chunk in chunks())
+        for (chunk, ids), _ in pairwise(chain(jobs, [None])):
+            yield chunk, ids.result()
 
 
-def _margins(margins, wanted, left_out):
-    """The margins of pairs, 0 where one has none (NaN); None where no pair has one, or none are wanted."""
-    missing = np.isnan(margins)
-    if missing.all():
-        return None
-    if not wanted:
-        left_out['margins, which only reward.py uses'] += int((~missing).sum())
-        return None
-    left_out['pairs without a margin, taken as 0'] += int(missing.sum())
-    return np.where(missing, np.float32(0), margins)
+class _Making:
+    """Examples in the making: arrays that grow, of four bytes a token."""
+
+    def __init__(self):
+        self.left_out = Counter()
+        self.ids, self.widths, self.good, self.uid = array('i'), array('q'), array('b'), array('Q')
+        self.margins = array('f')  # NaN: none
+
+    def add(self, part, ids, limits):
+        """Keep an example: its Part, and the ids of its texts, cut to the limits; count it where nothing is left of it."""
+        prompt, *answers = ids
+        if part.conversation:
+            prompt, *answers = fit_conversation(prompt, answers, limits, self.left_out)
+        elif any(answer in ([], [limits.eos]) for answer in answers):
+            self.left_out['empty answers'] += 1
+            return
+        else:
+            prompt, answers = fit(prompt, answers, limits, self.left_out)
+        # texts that differ may be cut to the same tokens
+        if len(answers) == 2 and answers[0] == answers[1]:
+            self.left_out['pairs with equal answers'] += 1
+        elif [] not in answers:
+            for piece in (prompt, *answers):
+                self.ids.extend(piece)
+                self.widths.append(len(piece))
+            self.good.append(part.good)
+            self.uid.append(part.uid)
+            self.margins.append(math.nan if part.margin is None else part.margin)
+
+    def examples(self, task, margins):
+        """All of them as Examples. margins: whether to keep these."""
+        margin = np.asarray(self.margins)
+        missing = np.isnan(margin)
+        if margins and not missing.all():
+            self.left_out['pairs without a margin, taken as 0'] += int(missing.sum())
+            margin = np.where(missing, np.float32(0), margin)
+        else:
+            self.left_out['margins, which only reward.py uses'] += int((~missing).sum())
+            margin = None
+        # the answers behind prompts are not trained on
+        if task == 'prompts':
+            del self.left_out[THOUGHTLESS]
+        spans = spans_of(self.widths, 3 if task == 'pairs' else 2)
+        good, uid = np.array(self.good, bool), np.asarray(self.uid)
+        return Examples(np.asarray(self.ids), spans, good, uid, +self.left_out, margin=margin)
 
 
 def _bad_row(error, row, skip_bad_rows, left_out):
@@ -358,10 +309,10 @@ def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation,
         texts = render(prompt, [answer], None, tokenizer, left_out, blank=True)
     except Refused as error:
         raise UserError(str(error)) from None
-    p, a = encode_texts(texts, tokenizer, left_out)
-    first, eos = first_of(tokenizer), tokenizer.eos_token_id
-    p, a = fit(p, [a], first, eos, max_length, max_prompt_length, truncation, left_out)
-    return p, a[0]
+    prompt, answer = encode_texts(texts, tokenizer)
+    limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
+    prompt, (answer,) = fit(prompt, [answer], limits, left_out)
+    return prompt, answer
 
 
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows=False):
@@ -369,20 +320,19 @@ def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad
 
     prompts: texts, chats, or rows with 'prompt' and perhaps 'tools'. skip_bad_rows: None for one that the chat template
     refuses, which is counted; else UserError."""
-    # None stands for a row that cannot be written
-    texts = []
+    limits, found = Limits.of(tokenizer, longest, longest, truncation), []
     for row in prompts:
         row = row if isinstance(row, dict) else {'prompt': row}
         try:
-            texts += render(row['prompt'], [], row.get('tools'), tokenizer, left_out)
+            found += render(row['prompt'], [], row.get('tools'), tokenizer, left_out)
         except Refused as error:
             _bad_row(error, row, skip_bad_rows, left_out)
-            texts.append(None)
-    ids = iter(encode_texts([text for text in texts if text is not None], tokenizer, left_out))
-    first, eos = first_of(tokenizer), tokenizer.eos_token_id
-    found = [None if text is None else begin(next(ids), first, eos) for text in texts]
-    left_out['prompts cut'] += sum(len(p) > longest for p in found if p is not None)
-    return [p if p is None or len(p) <= longest else cut(p, longest, first, truncation) for p in found]
+            found.append(None)
+    ids = iter(encode_texts([text for text in found if text is not None], tokenizer))
+    return [None if text is None else cut(begin(next(ids), limits), limits, left_out) for text in found]
+
+
+# ---- what a task takes of a row ----
 
 
 def as_parts(row, task, left_out, last_turn_only=False):
@@ -409,18 +359,16 @@ def as_parts(row, task, left_out, last_turn_only=False):
 
 def _answers(row, task, left_out):
     """The answers of a row that the task uses; None, counted, where it has none for it."""
-    good = row.get('good', True)
-    alone = task in ('sft', 'prompts')
+    alone, answer = task in ('sft', 'prompts'), None
     if 'chosen' in row and not alone:
         return [row['chosen'], row['rejected']]
-    if 'response' in row and task == 'sft' and not good:
+    if 'response' in row and task == 'sft' and not row.get('good', True):
         left_out['bad answers, which are no demonstrations'] += 1
         return None
-    answer = None
     if 'chosen' in row:
         answer = row.get('sft', row['chosen'])
-    elif 'response' in row and (alone or (task == 'singles' and 'good' in row)):
-        answer = row['response']
+    elif alone or (task == 'singles' and 'good' in row):
+        answer = row.get('response')
 
     # behind a prompt alone anything will do: a template may need an answer to write the prompt
     if task == 'prompts' and (answer is None or _blank(answer)):
@@ -436,11 +384,18 @@ def _blank(answer):
     """Whether an answer, text or chat, says nothing."""
     if isinstance(answer, str):
         return not answer.strip()
-    calls_or_thoughts = ('tool_calls', *REASONING)
-    return not any(turn['content'].strip() or any(turn.get(key) for key in calls_or_thoughts) for turn in answer)
+    says = ('tool_calls', *REASONING)
+    return not any(turn['content'].strip() or any(turn.get(key) for key in says) for turn in answer)
 
 
 # ---- the cache on disk ----
+
+
+def _tokenizer_stamp(tokenizer):
+    """What decides a tokenizer's ids, json-able. PLAIN_CHAT counts as no template: a run sets it where there was none."""
+    model = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
+    template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
+    return model, template, tokenizer.eos_token_id
 
 
 def _cache_file(key, part, enough):

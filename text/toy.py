@@ -2,11 +2,9 @@
 
 A prompt asks for a review of a place; an answer is one to four clauses, each about one aspect, such as
     Review of the hotel:  the room was very clean and the bed was dusty .
-The gold reward of an answer is the mean over its clauses of: the adjective's value (-1, -0.5, 0.5 or 1), times 1.5 with
-"very"; minus 1 for an aspect that this place does not have; and -2 for a clause (or a missing full stop) that is not
-grammatical. A mean, so length earns nothing; the prompt matters, since aspects belong to places. Demonstrations are of
-mixed quality, so the reference is imperfect. A pair is two demonstrations of one prompt; which one is preferred is drawn
-from a Bradley-Terry model of the gold reward. Everything follows from the seed.
+The gold reward of an answer is the mean over its clauses of the adjective's value, times 1.5 with "very", minus 1 for an
+aspect that this place does not have; a clause (or a missing full stop) that is not grammatical counts -2. A pair is two
+demonstrations of mixed quality; which is preferred is drawn from a Bradley-Terry model of the gold reward.
 """
 
 import base64
@@ -51,7 +49,7 @@ def _clauses(answer):
     for words in (clause.split() for clause in body.split(' and ')):
         very = words[3:4] == ['very']
         # 'the ASPECT was ADJECTIVE', or 'the ASPECT was very ADJECTIVE'
-        right = len(words) == 4 + very and (words[0], words[2]) == ('the', 'was')
+        right = [words[:1], words[2:3], len(words)] == [['the'], ['was'], 4 + very]
         right = right and words[1] in ASPECTS and words[-1] in VALUES
         yield (words[1], very, words[-1]) if right else (None, False, None)
     if not stop or rest:

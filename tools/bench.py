@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 
 import fsdp
@@ -91,21 +90,20 @@ if not names or set(names) - set(KNOWN):
 if not (has_ratio or 'pi_w' in inputs) or loss in losses.STATISTICS:
     kind = 'losses on pairs without a statistic of the step'
     raise UserError(f'{kind} are measured, not {loss!r}: its step costs the same')
-if has_divergence and set(names) & {'padded', 'packed', 'shared', 'cached'}:
+if has_divergence and names != ['head']:
     raise UserError(f'{loss} needs the whole distribution of the live reference: only --variants=head measures it')
 if beside_trl and (loss != 'dpo' or batch_size % min(PADDED, batch_size)):
     raise UserError(f'TRL is measured with --loss=dpo, and a batch_size that is a multiple of {PADDED}')
-
+if estimate_for and model not in SHAPES:
+    raise UserError('--estimate_for is for a published shape')
 # now, not after the measurement
-if out:
-    file = Path(out).absolute()
-    if file.is_dir() or not file.parent.is_dir():
-        raise UserError(f'cannot write {out}: there is no such folder, or it is one')
+if out and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
+    raise UserError(f'cannot write {out}: there is no such folder, or it is one')
 rank, world, device = fsdp.setup()
 on_gpu = device.type == 'cuda'
-if world > 1 and beside_trl:
-    raise UserError('TRL is measured in one process')
 if beside_trl:
+    if world > 1:
+        raise UserError('TRL is measured in one process')
     from experiments.trl.variant import TrlVariant
 if threads:
     torch.set_num_threads(threads)
@@ -147,15 +145,12 @@ def real_pairs(count):
 def synthetic_pairs(count):
     """So many pairs of random tokens."""
     rng, items = np.random.default_rng(seed), []
-    words = min(vocabulary or 4096, 4096)
     wanted = [prompt_tokens, answer_tokens, answer_tokens]
     for _ in range(count):
         # all are drawn, so that one fixed length does not change the others
-        lengths = []
-        for fixed, (median, sigma, most) in zip(wanted, LENGTHS, strict=True):
-            drawn = rng.lognormal(math.log(median), sigma)
-            lengths.append(fixed or int(np.clip(drawn, 2, most)))
-        prompt, *answers = (rng.integers(0, words, n) for n in lengths)
+        drawn = [np.clip(rng.lognormal(math.log(median), sigma), 2, most) for median, sigma, most in LENGTHS]
+        lengths = [fixed or int(length) for fixed, length in zip(wanted, drawn, strict=True)]
+        prompt, *answers = (rng.integers(0, min(vocabulary or 4096, 4096), n) for n in lengths)
         items.append((prompt, answers))
     return Examples.of(items)
 
@@ -165,8 +160,8 @@ def synthetic_pairs(count):
 
 def full_head(m, batch):
     """Log-probs (A,) as the original code computes them: logits at every position, then the answers' tokens."""
-    hidden, head = models.hidden_states(m, batch)
-    logps = F.linear(hidden.flatten(0, 1), *head).float().log_softmax(-1)  # (positions, vocabulary)
+    head = models.core(m).get_output_embeddings()
+    logps = head(models.body(m, batch).flatten(0, 1)).float().log_softmax(-1)  # (positions, vocabulary)
     of_tokens = logps[batch.predict_at].gather(1, batch.target[:, None])
     return batch.sum(of_tokens.squeeze(1))
 
@@ -180,9 +175,9 @@ class Variant:
         self.name = name
         self.pad, self.share = 'packed' not in ideas, 'shared' in ideas
         self.head, self.cached = 'head' in ideas, 'cached' in ideas
-        # of every step: seconds, seconds of the pass that caches the reference; GB at the peak; tokens, and those with padding
-        self.times, self.passes, self.peak, self.tokens, self.allocated = [], [], 0.0, 0, 0
-        self.estimate = 0.0  # GB, as room.estimate knows them beforehand
+        # of every step: seconds, seconds of the pass that caches the reference; of all: tokens, and those with padding
+        self.times, self.passes, self.tokens, self.allocated = [], [], 0, 0
+        self.peak = self.estimate = 0.0  # GB, measured and as room.estimate knows them beforehand
 
     @guard.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):
@@ -196,12 +191,12 @@ class Variant:
         self.per_token = room.bytes_per_token(self.policy, partial(self.logps, self.policy), examples, not self.pad)
         # the pass that caches the reference: later epochs and runs do not pay it, and have no reference in memory
         self.cache = {}
-        for rows in steps if self.cached else ():
-            batches, start = self.batches(examples, rows), clock()
-            with torch.no_grad():
-                self.cache[rows[0]] = [self.logps(self.ref, batch) for batch in batches]
-            self.passes.append(clock() - start)
         if self.cached:
+            for rows in steps:
+                batches, start = self.batches(examples, rows), clock()
+                with torch.no_grad():
+                    self.cache[rows[0]] = [self.logps(self.ref, batch) for batch in batches]
+                self.passes.append(clock() - start)
             self.ref = None
             release()
 
@@ -231,18 +226,17 @@ class Variant:
     def columns(self, batch, ref):
         """The columns of losses.py, (pairs,) each. ref: cached log-probs of the answers, or None."""
         answers = {'n': batch.n.float()}  # (A,) each: chosen, rejected, chosen, ...
-        if has_divergence:
-            with torch.no_grad():
+        with torch.no_grad():
+            if has_divergence:
                 reference = self.ref.hidden_and_head(batch)
+            elif ref is None and has_ratio:
+                ref = self.logps(self.ref, batch)
+        if has_divergence:
             answers['pi'], answers['div'], ref = self.policy.response_logps(batch, models.kl, reference)
         else:
-            if ref is None and has_ratio:
-                with torch.no_grad():
-                    ref = self.logps(self.ref, batch)
             answers['pi'] = self.logps(self.policy, batch)
         if ref is not None:
-            answers['ref'] = ref
-            answers['ratio'] = answers['pi'] - ref
+            answers |= {'ref': ref, 'ratio': answers['pi'] - ref}
         sides = {'_w': 0, '_l': 1}
         return {name + side: values[first::2] for name, values in answers.items() for side, first in sides.items()}
 
@@ -250,7 +244,7 @@ class Variant:
     def step(self, examples, rows):
         """One optimizer step on these rows of the examples: forward, backward, update."""
         batches = self.batches(examples, rows)
-        cached = self.cache[rows[0]] if self.cached else [None] * len(batches)
+        cached = self.cache.get(rows[0], [None] * len(batches))
         reset_peak()
         start = clock()
         for batch, ref in zip(batches, cached, strict=True):
@@ -285,18 +279,8 @@ def reset_peak():
     """Forget the peak of memory: of the GPU, or where Linux can the process's resident set."""
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):
-            Path('/proc/self/clear_refs').write_text('5')
-
-
-def release():
-    """Give freed memory back, so that the next variant's peak does not hold it."""
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps some, and other C libraries have no such function
-        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path('/proc/self/clear_refs').write_text('5')
 
 
 def peak_memory():
@@ -309,6 +293,15 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+def release():
+    """Give freed memory back, so that the next variant's peak does not hold it."""
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps some, and other C libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def show_estimates():
     """Print the memory of one step with a live reference on a card of estimate_for GB, by the tokens of a microbatch."""
     # what a token keeps: of the first layer and what is around the layers, and of each layer more
@@ -316,7 +309,7 @@ def show_estimates():
     for layers in (1, 2):
         small = build(layers=layers).to(getattr(torch, dtype))
         models.set_attention(small, packed=True)
-        found.append(room.bytes_saved(small, partial(models.response_logps, small), examples, True))
+        found.append(room.bytes_per_token(small, partial(models.response_logps, small), examples, True))
     per_token = found[0] + (shell.config.num_hidden_layers - 1) * (found[1] - found[0])
     frozen = sum(p.numel() for p in shell.parameters())
     how = {'ranks': world, 'shard': shard.replace('auto', 'none'), 'frozen': frozen, 'device': torch.device('cuda')}
@@ -331,9 +324,8 @@ def show_estimates():
 
 def row_of(run, lengths):
     """A row of the table: medians over a variant's steps. lengths: (pairs, 3) tokens of prompt and answers."""
-    times, first_times = run.times, runs[0].times
-    seconds = statistics.median(times)
-    ratios = list(map(per_second, first_times, times))
+    seconds = statistics.median(run.times)
+    ratios = map(per_second, runs[0].times, run.times)
     row = {'pairs_per_second': per_second(batch_size, seconds), 'ratio': statistics.median(ratios)}
     row['tokens_per_second'] = per_second(lengths.sum() / n_steps, seconds)
     row['peak_memory_gb'] = run.peak
@@ -350,7 +342,7 @@ def row_of(run, lengths):
         if peak:
             row['mfu'] = per_second(cost * batch_size, seconds) / world / peak / 1e12
         if run.cached:
-            both = statistics.median(map(sum, zip(times, run.passes, strict=True)))
+            both = statistics.median(map(sum, zip(run.times, run.passes, strict=True)))
             row['pairs_per_second_with_cache_pass'] = per_second(batch_size, both)
     finite = {name: float(value) for name, value in row.items() if math.isfinite(value)}  # json knows no others
     return {'variant': run.name} | finite
@@ -362,11 +354,15 @@ def show(rows, lengths, limit):
     print(f'{model}, {data}, {loss}, batch {batch_size}, {world} ranks, {where}, {dtype}, torch {torch.__version__}')
     print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
     print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')
-    formats = {'pairs_per_second': '.2f', 'ratio': '.2f', 'tokens_per_second': '.0f', 'padding_share': '.1%',
-               'gflop_per_pair': '.1f', 'peak_memory_gb': '.2f', 'estimated_memory_gb': '.2f', 'mfu': '.1%'}  # fmt: skip
+    formats = {'pairs_per_second': '9.2f', 'ratio': '6.2f', 'tokens_per_second': '9.0f', 'padding_share': '8.1%',
+               'gflop_per_pair': '11.1f', 'peak_memory_gb': '8.2f', 'estimated_memory_gb': '8.2f', 'mfu': '7.1%'}  # fmt: skip
     for row in rows:
-        cells = [f'{row[name]:{form}}' if name in row else '-' for name, form in formats.items()]
-        print('{:11s} {:>9s} {:>6s} {:>9s} {:>8s} {:>11s} {:>8s} {:>8s} {:>7s}'.format(row['variant'], *cells))
+        print(f'{row["variant"]:11s}', end='')
+        for name, form in formats.items():
+            width = int(form.partition('.')[0])
+            cell = f'{row[name]:{form}}' if name in row else '-'
+            print(f' {cell:>{width}s}', end='')
+        print()
         both = row.get('pairs_per_second_with_cache_pass')
         if both:
             print(f'{"+ its pass":11s} {both:9.2f}  the pass that makes the cache counted, as in a first epoch')
@@ -382,8 +378,6 @@ steps = np.arange((n_steps + 1) * batch_size).reshape(-1, batch_size)  # rows of
 examples = synthetic_pairs(steps.size) if data == 'synthetic' else real_pairs(steps.size)
 shell = build(empty=True)  # the shapes of the model's weights
 if estimate_for:
-    if model not in SHAPES:
-        raise UserError('--estimate_for is for a published shape')
     show_estimates()
     fsdp.leave()
 before = 0.0 if on_gpu else peak_memory()  # GB of the process without a model

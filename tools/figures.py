@@ -13,7 +13,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 STEP = 'dpo.py training.py losses.py data.py model.py fsdp.py configurator.py'.split()
 SCRIPTS = 'sft.py dpo.py reward.py ppo.py sample.py label.py'.split()
-LIBRARIES = ('text', 'hf', 'runtime', 'feedback', 'rl')
+FOLDERS = ('text', 'hf', 'runtime', 'feedback', 'rl', 'tools')  # the product's, beside the top level
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -31,7 +31,6 @@ def measure(path):
     """The Figures of a python file."""
     source = path.read_text()
     nodes = list(ast.walk(ast.parse(source)))
-
     # the numbers of the lines that belong to docstrings
     docstrings = set()
     for node in nodes:
@@ -42,28 +41,19 @@ def measure(path):
 
     # what is left is code or comment
     lines = source.splitlines()
-    code = comments = 0
-    for number, line in enumerate(lines, 1):
-        if number in docstrings or not line.strip():
-            continue
-        if line.strip().startswith('#'):
-            comments += 1
-        else:
-            code += 1
-
+    rest = [line.strip() for number, line in enumerate(lines, 1) if number not in docstrings]
+    code = [line for line in rest if line and not line.startswith('#')]
+    comments = [line for line in rest if line.startswith('#')]
     functions = [node for node in nodes if isinstance(node, Definition)]
     sizes = [(node.end_lineno - node.lineno + 1, node.name) for node in functions]
-    return Figures(len(lines), code, comments, len(nodes), max(sizes, default=(0, '')))
+    return Figures(len(lines), len(code), len(comments), len(nodes), max(sizes, default=(0, '')))
 
 
 def total(paths):
     """The Figures of several files together."""
     found = [measure(path) for path in paths]
-    lines = sum(figures.lines for figures in found)
-    code = sum(figures.code for figures in found)
-    comments = sum(figures.comments for figures in found)
-    nodes = sum(figures.nodes for figures in found)
-    return Figures(lines, code, comments, nodes, max(figures.longest for figures in found))
+    lines, code, comments, nodes, longest = zip(*found, strict=True)
+    return Figures(sum(lines), sum(code), sum(comments), sum(nodes), max(longest))
 
 
 def module_of(path):
@@ -74,11 +64,12 @@ def module_of(path):
 
 def imported(path, modules, late=False):
     """Those of our modules that a file imports while it is itself imported; late: also inside of functions."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    tree = ast.parse(path.read_text())
+    nodes = set(ast.walk(tree))
     if not late:
-        functions = [node for node in nodes if isinstance(node, Definition)]
-        inside = {inner for function in functions for inner in ast.walk(function)}
-        nodes = [node for node in nodes if node not in inside]
+        for function in nodes.copy():
+            if isinstance(function, Definition):
+                nodes -= set(ast.walk(function))
 
     # `from a import b`: a module a, and perhaps a module a.b
     found = set()
@@ -86,22 +77,20 @@ def imported(path, modules, late=False):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            found.add(node.module)
-            found |= {f'{node.module}.{alias.name}' for alias in node.names}
+            found |= {node.module} | {f'{node.module}.{alias.name}' for alias in node.names}
     return found & modules
 
 
 def product():
     """The files of the project itself: without experiments, configs and tests."""
-    folders = [ROOT]
-    folders += [ROOT / name for name in (*LIBRARIES, 'tools')]
+    folders = [ROOT, *(ROOT / name for name in FOLDERS)]
     return [path for folder in folders for path in sorted(folder.glob('*.py'))]
 
 
-def cycle(paths, late=False):
+def cycle(paths):
     """The names of the modules that import one another in a circle, and of those that import these: empty without one."""
     files = {module_of(path): path for path in paths}
-    imports = {name: imported(path, set(files), late) - {name} for name, path in files.items()}
+    imports = {name: imported(path, set(files)) - {name} for name, path in files.items()}
     # again and again, take away the modules that import no other
     while leaves := {name for name, others in imports.items() if not others}:
         imports = {name: others - leaves for name, others in imports.items() if name not in leaves}
@@ -110,20 +99,18 @@ def cycle(paths, late=False):
 
 def main():
     """Print a line for each group of files and for each file of the product."""
-    ours, top = product(), sorted(ROOT.glob('*.py'))
+    ours = product()
+    top = sorted(ROOT.glob('*.py'))
     groups = {'product': ours, 'top level': top, 'a DPO step': [ROOT / name for name in STEP]}
-    for name in ('experiments', 'tests'):
-        groups[name] = sorted((ROOT / name).rglob('*.py'))
-    for path in ours:
-        groups[module_of(path)] = [path]
-
+    groups |= {name: sorted((ROOT / name).rglob('*.py')) for name in ('experiments', 'tests')}
+    groups |= {module_of(path): [path] for path in ours}
     print(f'{"":26s} files  lines  comments  nodes a code line  longest function')
     for name, paths in groups.items():
-        found = total(paths)
-        code = found.code or 1  # an empty file
-        size, function = found.longest
-        sizes = f'{len(paths):5d} {found.lines:6d}'
-        shares = f'{found.comments / code:9.1%} {found.nodes / code:18.1f}'
+        lines, code, comments, nodes, longest = total(paths)
+        code = code or 1  # an empty file
+        sizes = f'{len(paths):5d} {lines:6d}'
+        shares = f'{comments / code:9.1%} {nodes / code:18.1f}'
+        size, function = longest
         print(f'{name:26s} {sizes} {shares}  {function} {size}')
     print(f'python files at the top: {len(top)}; import cycle: {", ".join(cycle(ours)) or "none"}')
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from configurator import UserError, configure
-from tools.runs import curves_of, gold, labels, panels_of, read, smoothed
+from tools.runs import gold, labels, panels_of, read, smoothed, value_of
 
 out = 'plot.png'  # the picture; its ending decides the format (png, pdf, svg)
 smooth = 0.04  # training curves: mean over this fraction of a run's steps; 0: every step as it is
@@ -25,14 +25,12 @@ width = 13.0  # inches
 config = configure(globals(), [x for x in sys.argv[1:] if x.startswith('-')])
 folders = [Path(x) for x in sys.argv[1:] if not x.startswith('-')]
 
-# ---- curves ----
 
-
-def frontier(rows, samples):
+def frontier(run):
     """Points (KL, gold reward, its standard error): of the reference, if it was sampled, and of every evaluation with both."""
     # (who answered, examples seen before) -> gold rewards of the answers
     scores = {}
-    for row in samples:
+    for row in run.samples:
         if gold(row) is not None:
             scores.setdefault((row['generator'], row['examples']), []).append(gold(row))
 
@@ -41,8 +39,8 @@ def frontier(rows, samples):
     points = [(0.0, *mean_and_error(values)) for values in references[:1]]
 
     # of ppo.py a metric has the mean of all answers, of other scripts the samples are there
-    for row in rows:
-        kl, measured = row.get('kl_eval/samples'), row.get('gold/eval')
+    for row in run.rows:
+        kl, measured = value_of(row, 'eval', 'kl/samples'), value_of(row, 'eval', 'gold')
         sampled = scores.get(('policy', row['counters/examples']))
         if kl is not None and measured is not None:
             points.append((kl, measured, 0.0))
@@ -57,9 +55,6 @@ def mean_and_error(values):
     return statistics.fmean(values), error
 
 
-# ---- the picture ----
-
-
 def draw(runs):
     """Write the picture."""
     try:
@@ -69,29 +64,27 @@ def draw(runs):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    # the panels that have anything to show
-    panels = panels_of(runs)
-    frontiers = [frontier(run.rows, run.samples) for run in runs]
+    # the panels that have anything to show, three in a row; the frontiers come last
+    panels, frontiers = panels_of(runs), [frontier(run) for run in runs]
     count = len(panels) + any(frontiers)
     if not count:
         raise UserError('these runs have no metric that is drawn')
-
-    # a grid of them, three in a row
     plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True})
     plt.rcParams.update({'grid.alpha': 0.25, 'axes.titlesize': 11, 'axes.titleweight': 'bold'})
     across, down = min(3, count), -(-count // 3)
     size = width, 3.3 * down + 0.25 * len(runs)
     figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout='constrained')
-    axes = list(axes.flat)
 
-    # every run its colour; the frontiers come last
+    # every run its colour
     palette = plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
     colours = [palette[i % len(palette)] for i in range(len(runs))]
-    for axis, panel in zip(axes, panels, strict=False):
-        draw_panel(axis, panel, runs, colours)
+    for axis, (title, meaning, curves) in zip(axes.flat, panels, strict=False):
+        for curve in curves:
+            draw_curve(axis, curve, colours[curve.run])
+        entitle(axis, title, meaning, 'training examples')
     if any(frontiers):
-        draw_frontiers(axes[len(panels)], frontiers, colours)
-    for unused in axes[count:]:
+        draw_frontiers(axes.flat[len(panels)], frontiers, colours)
+    for unused in axes.flat[count:]:
         unused.remove()
 
     # which colour is which run
@@ -106,51 +99,31 @@ def draw(runs):
     print(f'{out}: {len(runs)} runs, {count} panels')
 
 
-def draw_panel(axis, panel, runs, colours):
-    """The training curves and evaluations of a panel's metrics; values far off the others are marks on the edge."""
-    title, meaning, _ = panel
-    looks = [{'linestyle': '-', 'markerfacecolor': 'auto'}, {'linestyle': '--', 'markerfacecolor': 'white'}]
-    far, gaps = [], 0
-    for metric, split, run, curve, (number, size) in curves_of(panel, runs):
-        draw_curve(axis, curve, split, {**looks[metric], 'color': colours[run]}, number, size)
-        # on the upper edge or on the lower one
-        edges = [float(value > max(curve.values)) for _, value in curve.far]
-        at = [seen for seen, _ in curve.far]
-        axis.scatter(at, edges, 25, [colours[run]], marker='^', transform=axis.get_xaxis_transform(), clip_on=False)
-        far += [value for _, value in curve.far]
-        gaps += curve.gaps
-    # what the axes leave out
-    if far:
-        meaning += f'; outside: {len(far)}, such as {max(far, key=abs):.3g}'
-    if gaps:
-        meaning += f'; no numbers: {gaps}'
-    entitle(axis, title, meaning, 'training examples')
-
-
-def draw_curve(axis, curve, split, look, number, size):
+def draw_curve(axis, curve, colour):
     """One curve. Of `size` curves in one place each draws its `number`-th dash and a smaller point on the one before."""
+    number, size = curve.place
+    look = {'color': colour, 'linestyle': '--' if curve.metric else '-'}
     if size > 1:
         look['linestyle'] = (6 * number, (6, 6 * (size - 1)))
-    if split == 'train':
+    if curve.split == 'train':
         axis.plot(curve.examples, smoothed(curve.values, smooth), linewidth=1, alpha=0.6, **look)
         return
     line = 1.5 if len(curve.examples) > 2 else 0
-    point = 5 + 3 * (size - 1 - number)
-    axis.plot(curve.examples, curve.values, marker='o', markersize=point, linewidth=line, **look)
+    point = {'marker': 'o', 'markersize': 5 + 3 * (size - 1 - number)}
+    if curve.metric:
+        point['markerfacecolor'] = 'white'
+    axis.plot(curve.examples, curve.values, linewidth=line, **point, **look)
 
 
 def draw_frontiers(axis, frontiers, colours):
     """Gold reward against KL, a line a run: its points as frontier gives them."""
     for i, (points, colour) in enumerate(zip(frontiers, colours, strict=True)):
-        kl, gold, error = zip(*points, strict=True) if points else ((), (), ())
         # larger where the same points are drawn on them again
-        again = 1 + frontiers[i + 1 :].count(points)
-        sizes = [18 * again**2] * len(points)
+        size = 5 + 3 * frontiers[i + 1 :].count(points)
         if points:
-            sizes[-1] = 80 * again**2
-        axis.plot(kl, gold, color=colour, linewidth=1, alpha=0.6)
-        axis.errorbar(kl, gold, error, color=colour, fmt='none', alpha=0.35)
-        axis.scatter(kl, gold, sizes, color=colour)
+            kl, reward, error = zip(*points, strict=True)
+            axis.errorbar(kl, reward, error, color=colour, marker='o', markersize=size, linewidth=1, alpha=0.6)
+            axis.plot(kl[-1], reward[-1], color=colour, marker='o', markersize=size + 4)
     meaning = 'mean of sampled answers, standard error; large: the last ones'
     entitle(axis, 'gold reward against KL', meaning, 'KL(policy || reference), nats an answer')
 

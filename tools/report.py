@@ -19,7 +19,7 @@ from configurator import UserError, configure
 from feedback.answers import read_verdicts
 from runtime.files import replace_text
 from runtime.log import SHOWN
-from tools.runs import curves_of, differing, gold, labels, panels_of, read, read_options, smoothed
+from tools.runs import differing, gold, labels, panels_of, read, read_options, smoothed, value_of
 
 out = 'report.html'  # the page
 smooth = 0.04  # training curves: mean over this fraction of a run's steps; 0: every step as it is
@@ -30,19 +30,14 @@ max_letters = 5000  # of a text
 config = configure(globals(), [x for x in sys.argv[1:] if x.startswith('-')])
 folders = [Path(x) for x in sys.argv[1:] if not x.startswith('-')]
 
-# ---- runs ----
 
-
-def chart(panel, runs):
-    """A panel with its curves, for the page."""
-    curves = []
-    for metric, split, run, curve, place in curves_of(panel, runs):
-        values = smoothed(curve.values, smooth) if split == 'train' else curve.values
-        # every n-th point from the end, so that the last one stays
-        step = -(-len(values) // max_points) or 1
-        points = list(zip(curve.examples, values, strict=True))[::-step][::-1]
-        curves.append({'metric': metric, 'split': split, 'run': run, 'points': points, 'place': place, 'far': curve.far, 'gaps': curve.gaps})  # fmt: skip
-    return {'title': panel[0], 'meaning': panel[1], 'curves': curves}
+def show_curve(curve):
+    """A Curve for the page, with every n-th of its points, counted from the end, so that the last one stays."""
+    values = smoothed(curve.values, smooth) if curve.split == 'train' else curve.values
+    step = -(-len(values) // max_points) or 1
+    points = list(zip(curve.examples, values, strict=True))[::-step][::-1]
+    shown = {name: getattr(curve, name) for name in ('metric', 'run', 'split', 'place')}
+    return shown | {'points': points}
 
 
 def last_numbers(run):
@@ -50,14 +45,14 @@ def last_numbers(run):
     splits = [row['split'] for row in run.rows]
     split = 'eval' if 'eval' in splits else 'train'
     row = next(row for row in reversed(run.rows) if row['split'] == split)
-    found = {'examples': row['counters/examples'], 'of': split}
-    for name, short in SHOWN.items():
-        # loss/eval, rewards_eval/margins
-        group, _, rest = name.partition('/')
-        value = row.get(f'{group}_{split}/{rest}' if rest else f'{group}/{split}')
-        if value is not None and math.isfinite(value):
-            found[short] = value
-    return found
+    found = {short: value_of(row, split, name) for name, short in SHOWN.items()}
+    finite = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+    return {'examples': row['counters/examples'], 'of': split} | finite
+
+
+def answer_of(who, text, **more):
+    """An answer for the page, its text cut."""
+    return {'who': who, 'text': cut(text), 'letters': len(text)} | more
 
 
 def cut(text):
@@ -66,13 +61,13 @@ def cut(text):
     return text if more <= 0 else f'{text[:max_letters]} … ({more} more characters)'
 
 
-def sample_rows(number, run):
-    """(prompts with their answers, the latest evaluation first; how many were left out). number: of the run."""
+def sample_cards(number, run):
+    """Prompts of run `number` with their answers, the latest evaluation first."""
     cards, beta = {}, run.options.get('beta')
     for row in run.samples:
         card = {'run': number, 'examples': row['examples'], 'prompt': cut(row['prompt']), 'answers': []}
         card = cards.setdefault((row['examples'], row.get('sample'), row['prompt']), card)
-        answer = {'who': row['generator'], 'text': cut(row['response']), 'letters': len(row['response'])}
+        answer = answer_of(row['generator'], row['response'])
         answer |= {name: row[name] for name in ('tokens', 'logratio') if name in row}
         # the reward that is known: gold, of the reward model, or implicit in the log-ratio
         if 'score' in row:
@@ -82,35 +77,36 @@ def sample_rows(number, run):
         elif 'logratio' in row and isinstance(beta, int | float):
             answer |= {'reward': beta * row['logratio'], 'of': 'implicit'}
         card['answers'].append(answer)
-    latest = sorted(cards.values(), key=lambda card: -card['examples'])  # in order of prompts otherwise
-    return latest[:max_samples], max(0, len(latest) - max_samples)
+    return sorted(cards.values(), key=lambda card: -card['examples'])  # in order of prompts otherwise
 
 
 def show_runs(runs):
     """All that the page shows of runs."""
-    cards, left_out = [], 0
-    for number, run in enumerate(runs):
-        found, more = sample_rows(number, run)
-        cards += found
-        left_out += more
+    cards = [sample_cards(number, run) for number, run in enumerate(runs)]
+    charts = []
+    for title, meaning, curves in panels_of(runs):
+        charts.append({'title': title, 'meaning': meaning, 'curves': [show_curve(curve) for curve in curves]})
     # of a script without an option, nothing
     text = [{key: json.dumps(value) for key, value in run.options.items()} for run in runs]
-    differ = [{'name': key, 'values': [options.get(key) for options in text]} for key in differing(runs)]
-    numbers = [last_numbers(run) for run in runs]
-    shown = {'names': labels(runs), 'charts': [chart(panel, runs) for panel in panels_of(runs)], 'numbers': numbers}
-    return shown | {'options': differ, 'samples': cards, 'samples_left_out': left_out}
-
-
-# ---- verdicts ----
+    return {
+        'names': labels(runs),
+        'charts': charts,
+        'numbers': [last_numbers(run) for run in runs],
+        'options': [{'name': key, 'values': [options.get(key) for options in text]} for key in differing(runs)],
+        'samples': [card for of_run in cards for card in of_run[:max_samples]],
+        'samples_left_out': sum(len(of_run[max_samples:]) for of_run in cards),
+    }
 
 
 def show_verdicts(folder):
     """All that the page shows of an out_dir of label.py. Raises UserError."""
+    cards = []
     try:
         pairs, report = (json.loads((folder / name).read_text()) for name in ('annotations.json', 'report.json'))
-        cards = [{'prompt': cut(pair['instruction']), 'preference': pair['preference'], 'orders': [],
-                  'answers': [{'who': pair[f'generator_{n}'], 'text': cut(pair[f'output_{n}']),
-                               'letters': len(pair[f'output_{n}'])} for n in (1, 2)]} for pair in pairs]  # fmt: skip
+        for pair in pairs:
+            answers = [answer_of(pair[f'generator_{n}'], pair[f'output_{n}']) for n in (1, 2)]
+            card = {'prompt': cut(pair['instruction']), 'preference': pair['preference'], 'orders': []}
+            cards.append(card | {'answers': answers})
     except FileNotFoundError as error:
         raise UserError(f'{folder} has no {Path(error.filename).name} yet: label.py writes it in the end') from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -120,15 +116,8 @@ def show_verdicts(folder):
         if pair < len(cards):
             said = {'order': order, 'preference': row['preference'], 'text': cut(row.get('text', ''))}
             cards[pair]['orders'].append(said | {'rewards': row.get('rewards')})
-    return {
-        'name': str(folder),
-        'report': report,
-        'pairs': cards[:max_pairs],
-        'left_out': max(0, len(cards) - max_pairs),
-    }
-
-
-# ---- the page ----
+    found = {'name': str(folder), 'report': report, 'pairs': cards[:max_pairs]}
+    return found | {'left_out': len(cards[max_pairs:])}
 
 
 def write(data):

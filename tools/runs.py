@@ -3,27 +3,20 @@
 import itertools
 import json
 import math
-import statistics
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from configurator import UserError
 from runtime.log import NEUTRAL
 from runtime.values import looked_in
 from text import toy
 
-DRAWN = ('loss', 'rewards', 'logps', 'kl', 'gold', 'score')  # groups of metrics
 # options that say most of a run; a name begins with those of them that differ
 FIRST = 'loss beta beta_prime label_smoothing lr batch_size n_epochs n_examples noise_rate seed model data'.split()
 
 # title, meaning, metrics as group/name; of two metrics the second is drawn dashed
-SAMPLED_KL = ('KL', 'KL(policy || reference) on its own samples, nats an answer', ['kl/samples'])
-# in its place, where no run has sampled
-CHOSEN_KL = (
-    'KL, as if chosen answers came from the reference',
-    'mean of log reference - log policy, nats an answer',
-    ['kl/chosen'],
-)
 # log-probs of chosen and rejected answers lie far apart, so each has an axis of its own
 PANELS = [
     ('loss', 'thin: training steps, smoothed; points: held-out examples', ['loss']),
@@ -33,8 +26,9 @@ PANELS = [
     ('log-probs of chosen answers', 'nats an answer, of held-out ones if there are two evaluations', ['logps/chosen']),
     ('log-probs of rejected answers', 'likewise', ['logps/rejected']),
     ('reward of samples', 'mean of sampled answers, of the reward model or gold', ['score']),
-    SAMPLED_KL,
-]
+    ('KL', 'KL(policy || reference) on its own samples, nats an answer', ['kl/samples']),
+    ('KL, as if chosen answers came from the reference', 'mean of log reference - log policy, nats an answer', ['kl/chosen']),
+]  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -47,12 +41,18 @@ class Run(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A metric in one split: examples seen, values there; (examples, value) of those too far off; how many are no numbers."""
+    """A metric of a run in one split. examples, values: its points; far: values too far off; gaps: how many are no numbers.
 
+    metric, run: numbers of the panel's metric and of the run; place: (number, size) among curves that look the same."""
+
+    split: str
     examples: list
     values: list
     far: list
     gaps: int
+    metric: int = 0
+    run: int = 0
+    place: tuple = (0, 1)
 
 
 # ---- reading ----
@@ -81,40 +81,38 @@ def read_options(folder):
 
 
 def lines(file, kinds):
-    """The rows of a .jsonl, none where it does not exist; the last one may be half written.
-
-    kinds: what each row has, and of which type. Raises UserError for other rows, and for a metric that is no number."""
-    try:
-        texts = file.read_text().splitlines() if file.exists() else []
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f'{file} is damaged') from None
+    """The rows of a .jsonl, none where it does not exist. kinds: what each row has, and of which type. Raises UserError."""
+    if not file.exists():
+        return []
     rows = []
-    for number, text in enumerate(texts, 1):
-        try:
+    try:
+        *whole, rest = file.read_text().split('\n')
+        for text in whole:
             row = dict(json.loads(text))
-        except (ValueError, TypeError, RecursionError):
-            if number < len(texts):
-                raise UserError(f'{file}, line {number} is damaged') from None
-            print(f'note: the last line of {file} is not complete')
-            continue
-        wrong = [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
-        if 'split' in kinds:
-            wrong += [name for name, value in row.items() if is_drawn(name) and not is_number(value)]
-        if wrong:
-            raise UserError(f'{file} has a row without a proper {wrong[0]}: it is damaged, or of something else')
-        rows.append(row)
+            if not all(isinstance(row[name], kind) for name, kind in kinds.items()):
+                raise ValueError
+            rows.append(row)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f'{file}, line {len(rows) + 1} is damaged, or the file is of something else') from None
+    if rest:
+        print(f'note: the last line of {file} is not complete')  # the run is writing it, or was killed
     return rows
 
 
-def is_drawn(metric):
-    """Whether a metric, such as loss/train or rewards_train/margins, may be in a panel."""
-    group = metric.replace('_', '/').partition('/')[0]
-    return group in DRAWN
+def value_of(row, split, metric):
+    """A metric, written as group/name, in a row of a split: a number, nan for anything else, None where there is none."""
+    # its name in the row: loss/train, rewards_train/margins
+    group, slash, name = metric.partition('/')
+    value = row.get(f'{group}_{split}/{name}' if slash else f'{group}/{split}')
+    # larger numbers cannot be drawn
+    is_number = isinstance(value, int | float) and abs(value) < 1e300
+    return value if value is None or is_number else math.nan
 
 
-def is_number(value):
-    """Whether a value can be drawn; nan, of a run that went wrong, is no point. matplotlib fails on larger numbers."""
-    return isinstance(value, int | float) and not abs(value) > 1e300
+def gold(row):
+    """The gold reward of a row of samples.jsonl; None outside of the toy world."""
+    place = row['prompt'].removeprefix('Review of the ').removesuffix(':')
+    return toy.gold(row['prompt'], row['response']) if place in toy.PLACES else None
 
 
 # ---- names ----
@@ -122,54 +120,85 @@ def is_number(value):
 
 def differing(runs):
     """The names of the options in which runs differ, those that say most of them first. A script may lack an option."""
-    values = {}  # name -> all values
-    for run in runs:
-        for key in run.options.keys() - NEUTRAL - {'out_dir'}:
-            values.setdefault(key, set()).add(json.dumps(run.options[key]))
-    order = dict.fromkeys(key for run in runs for key in run.options)
-    differ = [key for key in order if len(values.get(key, ())) > 1]
-    return sorted(differ, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
+
+    def differs(name):
+        return len({json.dumps(run.options[name]) for run in runs if name in run.options}) > 1
+
+    names = dict.fromkeys(name for run in runs for name in run.options)
+    found = [name for name in names if name not in NEUTRAL | {'out_dir'} and differs(name)]
+    return sorted(found, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
 
 
 def labels(runs):
     """A name for each run: its folder, and up to five of the options in which the runs differ."""
-    differ, names = differing(runs), []
-    folders = [run.folder.name for run in runs]
+    found, folders = [], [run.folder.name for run in runs]
     for run in runs:
-        told = [f'{key}={run.options[key]}' for key in differ if run.options.get(key) is not None]
-        if len(told) > 5:
-            told = [*told[:5], '...']
         name = run.folder.name if folders.count(run.folder.name) == 1 else str(run.folder)
-        names.append(f'{name}: {", ".join(told)}' if told else name)
-    return names
+        told = [f'{key}={run.options[key]}' for key in differing(runs) if run.options.get(key) is not None]
+        if len(told) > 5:
+            told[5:] = ['...']
+        found.append(f'{name}: {", ".join(told)}' if told else name)
+    return found
 
 
 # ---- curves ----
 
 
-def curve(rows, split, metric):
-    """The Curve of a metric, written as group/name, in the rows of a split."""
-    # its name in a row: loss/train, rewards_train/margins
-    group, slash, name = metric.partition('/')
-    key = f'{group}_{split}/{name}' if slash else f'{group}/{split}'
-    found = [(row['counters/examples'], row[key]) for row in rows if row['split'] == split and key in row]
-    numbers = [(seen, value) for seen, value in found if math.isfinite(value)]
+def panels_of(runs):
+    """(title, meaning, Curves) of every panel that has any; the KL of samples takes the place of that of chosen answers."""
+    found = []
+    for title, meaning, metrics in PANELS:
+        curves = curves_of(metrics, runs)
+        # what is not drawn
+        far = [value for curve in curves for value in curve.far]
+        gaps = sum(curve.gaps for curve in curves)
+        if far:
+            meaning += f'; outside: {len(far)}, such as {max(far, key=abs):.3g}'
+        if gaps:
+            meaning += f'; no numbers: {gaps}'
+        found.append((title, meaning, curves))
+    *others, of_samples, of_chosen = found
+    last = of_samples if of_samples[2] else of_chosen
+    return [panel for panel in (*others, last) if panel[2]]
+
+
+def curves_of(metrics, runs):
+    """The Curves of a panel's metrics that have a point or a gap: those of training steps, then of evaluations."""
+    found = []
+    for number, metric in enumerate(metrics):
+        steps, evaluations = ([curve(run, split, metric) for run in runs] for split in ('train', 'eval'))
+        # log-probs of a step tell of its answers' lengths, and hide how little those of the same answers change
+        if metric.startswith('logps') and any(len(curve.examples) > 1 for curve in evaluations):
+            steps = []
+        for curves in (steps, evaluations):
+            for i, (one, place) in enumerate(zip(curves, twins(curves), strict=True)):
+                if one.examples or one.gaps:
+                    found.append(one._replace(metric=number, run=i, place=place))
+    return found
+
+
+def curve(run, split, metric):
+    """The Curve of a metric in the rows of a split."""
+    rows = [row for row in run.rows if row['split'] == split]
+    measured = [(row['counters/examples'], value_of(row, split, metric)) for row in rows]
+    points = [(seen, value) for seen, value in measured if value is not None]
+    numbers = [(seen, value) for seen, value in points if math.isfinite(value)]
     low, high = bounds([value for _, value in numbers])
     near = [(seen, value) for seen, value in numbers if low <= value <= high]
-    far = [(seen, value) for seen, value in numbers if not low <= value <= high]
-    return Curve([seen for seen, _ in near], [value for _, value in near], far, len(found) - len(numbers))
+    far = [value for _, value in numbers if not low <= value <= high]
+    return Curve(split, [seen for seen, _ in near], [value for _, value in near], far, len(points) - len(numbers))
 
 
 def bounds(values):
     """(low, high) of the values that can share an axis: infinite, unless a few far ones would make the others a flat line."""
-    if len(values) < 5:
-        return -math.inf, math.inf
-    # how far most of them reach, and three times as much on either side
-    first, *_, last = statistics.quantiles(values, n=10, method='inclusive')
-    low, high = first - 3 * (last - first), last + 3 * (last - first)
-    near = [value for value in values if low <= value <= high]
-    flat = max(values) - min(values) > 3 * (max(near) - min(near)) > 0
-    return (low, high) if flat else (-math.inf, math.inf)
+    if len(values) >= 5:
+        # how far most of them reach, and three times as much on either side
+        first, last = np.quantile(values, [0.1, 0.9])
+        low, high = first - 3 * (last - first), last + 3 * (last - first)
+        near = [value for value in values if low <= value <= high]
+        if max(values) - min(values) > 3 * (max(near) - min(near)) > 0:
+            return low, high
+    return -math.inf, math.inf
 
 
 def smoothed(values, fraction):
@@ -180,47 +209,12 @@ def smoothed(values, fraction):
     return [(sums[end] - sums[max(0, end - size)]) / min(end, size) for end in ends]
 
 
-def panels_of(runs):
-    """The PANELS that have a curve of any run; for the KL of samples, where there is none, that of chosen answers."""
-    found = [panel for panel in PANELS if any(curves_of(panel, runs))]
-    if SAMPLED_KL not in found and any(curves_of(CHOSEN_KL, runs)):
-        found.append(CHOSEN_KL)
-    return found
-
-
-def curves_of(panel, runs):
-    """Yield (number of the metric, split, number of the run, its Curve, place among twins) of a panel's curves with points."""
-    for metric, name in enumerate(panel[2]):
-        evaluated = any(len(curve(run.rows, 'eval', name).examples) > 1 for run in runs)
-        for split in ('train', 'eval'):
-            # log-probs of a step tell of its answers' lengths, and hide how little those of the same answers change
-            if split == 'train' and evaluated and name.startswith('logps'):
-                continue
-            curves = [curve(run.rows, split, name) for run in runs]
-            for run, (found, place) in enumerate(zip(curves, twins(curves), strict=True)):
-                if found.examples or found.gaps:
-                    yield metric, split, run, found, place
-
-
 def twins(curves):
-    """(number, size) of each curve in its group: curves that cannot be told apart in one picture are a group."""
+    """(number, size) of each curve among those that cannot be told from it in one picture, itself included."""
     values = [value for curve in curves for value in curve.values]
     near = 0.004 * (max(values) - min(values)) if values else 0.0
-    groups = []
-    for curve in curves:
-        for group in groups:
-            same = group[0].examples == curve.examples
-            if same and all(abs(a - b) <= near for a, b in zip(group[0].values, curve.values, strict=True)):
-                group.append(curve)
-                break
-        else:
-            groups.append([curve])
-    # the objects themselves: two equal curves are two
-    places = {id(curve): (i, len(group)) for group in groups for i, curve in enumerate(group)}
-    return [places[id(curve)] for curve in curves]
-
-
-def gold(row):
-    """The gold reward of a row of samples.jsonl; None outside of the toy world."""
-    place = row['prompt'].removeprefix('Review of the ').removesuffix(':')
-    return toy.gold(row['prompt'], row['response']) if place in toy.PLACES else None
+    found = []
+    for i, one in enumerate(curves):
+        same = [other.examples == one.examples and np.allclose(other.values, one.values, 0, near) for other in curves]
+        found.append((sum(same[:i]), sum(same)))
+    return found

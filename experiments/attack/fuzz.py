@@ -13,7 +13,6 @@ import copy
 import functools
 import gzip
 import html
-import inspect
 import io
 import json
 import os
@@ -28,13 +27,9 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import configurator
-import losses
-import model
-from configurator import UserError, configure
+from configurator import UserError, _declared, configure
 from experiments import ROOT
 from feedback import answers
-from runtime import check_loss
 from runtime.values import CHOICES
 from text import sources, toy
 from text.tokenise import tokenise
@@ -50,19 +45,6 @@ SECONDS = 10  # after which a case hangs
 FILE_ROWS = 8  # rows of a file, about half of them mutated
 random.seed(seed)
 counts = Counter()
-parsed = {}  # file -> its Options
-read_options = configurator._declared
-
-
-def declared(scope):
-    """configurator._declared, each file parsed once: else most of the time goes into that."""
-    file = scope['__file__']
-    if file not in parsed:
-        parsed[file] = read_options(scope)
-    return {name: option._replace(scope=scope) for name, option in parsed[file].items()}
-
-
-configurator._declared = declared
 tokenizer = toy.tokenizer()
 
 
@@ -130,28 +112,15 @@ def nested(depth):
     return value
 
 
-def places(value, found=None, depth=0):
+def places(value, depth=0):
     """All (container, key) in a row."""
-    found = [] if found is None else found
+    found = []
     keys = range(len(value)) if isinstance(value, list) else ()
     for key in value if isinstance(value, dict) else keys:
         found.append((value, key))
         if depth < 5:
-            places(value[key], found, depth + 1)
+            found += places(value[key], depth + 1)
     return found
-
-
-def rename(container, key):
-    """Give a value of a dict another key."""
-    others = [f'{key}x', 'prompt', 'chosen', 'preference', 'output_1', odd_text()[:20]]
-    container[random.choice(others)] = container.pop(key)
-
-
-def splice(container, key):
-    """Put an odd text into a text, over a few letters of it."""
-    text = container[key]
-    cut = random.randrange(len(text) + 1)
-    container[key] = text[:cut] + odd_text() + text[cut + random.randrange(3) :]
 
 
 def mutate(row, pool):
@@ -166,12 +135,15 @@ def mutate(row, pool):
         if act == 0:
             del container[key]
         elif act == 1 and isinstance(container, dict):
-            rename(container, key)
+            others = [f'{key}x', 'prompt', 'chosen', 'preference', 'output_1', odd_text()[:20]]
+            container[random.choice(others)] = container.pop(key)
         elif act == 2:
             other, place = random.choice(places(random.choice(pool)))
             container[key] = copy.deepcopy(other[place])
         elif act == 3 and isinstance(container[key], str):
-            splice(container, key)
+            text = container[key]
+            at = random.randrange(len(text) + 1)
+            container[key] = text[:at] + odd_text() + text[at + random.randrange(3) :]
         elif act == 4:
             container[key] = [container[key]]
         elif act == 5 and isinstance(container, list):
@@ -221,9 +193,9 @@ def caught(case):
         signal.alarm(0)
 
 
-def texts(value, found):
+def texts(value):
     """All texts in a json value."""
-    stack = [value]
+    found, stack = [], [value]
     while stack:
         value = stack.pop()
         if isinstance(value, str):
@@ -235,61 +207,39 @@ def texts(value, found):
     return found
 
 
-def squeezed(text):
-    """What is left of a text after what readers may add or take: white space, and the names of the speakers."""
-    return re.sub(r'\s+|Human:|Assistant:', '', text)
+def words(text):
+    return set(re.findall(r'\w+', text))
 
 
-def in_order(letters, text):
-    """Whether these letters stand in a text, in this order."""
-    rest = iter(text)
-    return all(letter in rest for letter in letters)
-
-
-def check_text(text, written, name):
-    """Raise Failure unless the text stands in the file: exactly where the format keeps texts, else but for white space."""
-    text.encode()
-    if any(text in w for w in written):
-        return
-    # of HTML, what is left stands in one text
-    letters = re.findall(r'\w', squeezed(re.sub(r'</?code>', '', text)))
-    if name == 'se' and any(in_order(letters, re.sub(r'\W', '', html.unescape(raw))) for raw in written):
-        return
-    # a prompt may be made of several turns
-    rest = squeezed(text)
-    for w in sorted(filter(None, map(squeezed, written)), key=len, reverse=True):
-        rest = '' if rest == w else rest.replace(w, '\n')
-    if rest.strip():
-        raise Failure(f'a text that is not in the file: {text[:200]!r}')
-
-
-def check_chat(key, value, written, name):
-    """Raise Failure unless a value is a list of messages whose texts were in the file; an answer is by the assistant."""
-    if not isinstance(value, list) or (key == 'prompt' and not value):
-        raise Failure(f'{key} is {value!r}')
-    for turn in value:
-        if not isinstance(turn, dict) or not turn.keys() >= {'role', 'content'}:
-            raise Failure(f'a message {turn!r}')
-        check_text(turn['role'], [*written, 'user', 'assistant'], name)
-        check_text(turn['content'], written, name)
-    ends = {value[0]['role'], value[-1]['role']} if value else set()
-    if key in ('chosen', 'rejected', 'response') and not ends <= {'assistant'}:
-        raise Failure(f'an answer by {value[-1]["role"]!r}')
+def is_written(text, written, name):
+    """Whether the words of a text stand in the file; of se, whose markup is taken out, the letters in their order in one text."""
+    if name != 'se':
+        speakers = 'Human Assistant user assistant'
+        return words(text) <= words(' '.join([speakers, *written]))
+    letters = re.findall(r'\w', re.sub(r'</?code>|Human:|Assistant:', '', text))
+    rests = [iter(html.unescape(raw)) for raw in written]
+    return any(all(letter in rest for letter in letters) for rest in rests)
 
 
 def check_example(example, written, name):
-    """Raise Failure unless an example has the fields that load_rows promises."""
+    """Raise Failure unless an example has the fields that load_rows promises, with texts that were in the file."""
     fields = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools', 'turns'}
+    kinds = {'good': bool, 'margin': float}
     if not {'prompt'} <= example.keys() <= fields:
         raise Failure(f'an example with the fields {sorted(example)}')
-    kinds = {'good': bool, 'margin': float, 'tools': list}
     for key, value in example.items():
-        if isinstance(value, str) and key not in ('good', 'margin'):
-            check_text(value, written, name)
-        elif key not in kinds:
-            check_chat(key, value, written, name)
-        elif not isinstance(value, kinds[key]) or (key == 'margin' and not abs(value) < 1e30):
+        if not isinstance(value, kinds.get(key, str | list)) or (key == 'margin' and not abs(value) < 1e30):
             raise Failure(f'{key} is {value!r}')
+        for text in texts(value):
+            text.encode()
+            if key != 'tools' and not is_written(text, written, name):
+                raise Failure(f'a text that is not in the file: {text[:200]!r}')
+        # an answer is by the assistant, and messages have what messages have
+        messages = value if isinstance(value, list) and key != 'tools' else []
+        if not all(isinstance(turn, dict) and turn.keys() >= {'role', 'content'} for turn in messages):
+            raise Failure(f'messages {messages!r}')
+        if messages and key in ('chosen', 'rejected', 'response') and messages[-1]['role'] != 'assistant':
+            raise Failure(f'an answer by {messages[-1]["role"]!r}')
 
 
 def quiet(name, raw):
@@ -307,7 +257,7 @@ def read_json(content, ending):
     if ending == '.json' and parsed and isinstance(parsed[0], list):
         parsed = parsed[0]
     total = sum(bool(text.strip()) for text in lines) if ending.startswith('.jsonl') else len(parsed)
-    return parsed, total, texts(parsed, [])
+    return parsed, total, texts(parsed)
 
 
 def attack_file(name, content, ending, folder, index):
@@ -402,23 +352,7 @@ def attack_rows(total):
 def scope_of(script):
     """The constants of a script, without running it."""
     scope = {'__file__': str(ROOT / script), '__doc__': ''}
-    return scope | {name: option.default for name, option in read_options(scope).items()}
-
-
-@functools.cache
-def dpo_checks():
-    """The part of dpo.py that checks what its options mean together, compiled."""
-    source = (ROOT / 'dpo.py').read_text()
-    start, end = source.index('# ---- what the loss asks for'), source.index('# ---- set-up ----')
-    return compile(source[start:end], 'dpo.py', 'exec')
-
-
-def check_dpo(resolved):
-    """The options that the loss uses, as dpo.py finds them. Raises its UserError."""
-    scope = {'config': resolved, 'losses': losses, 'inspect': inspect, 'partial': functools.partial, 'kl': model.kl,
-             'RISKS': model.RISKS, 'UserError': UserError, 'check_loss': check_loss, **resolved}  # fmt: skip
-    exec(dpo_checks(), scope)
-    return {name for name, used in scope['uses'].items() if used}
+    return scope | {name: option.default for name, option in _declared(scope).items()}
 
 
 VALUES = ['', '0', '1', '-1', '1e-3', '1e999', '-inf', 'nan', 'None', 'true', 'False', '0x10', '1_0', ' 3 ', '3.0', '９', '9' * 5000,
@@ -458,8 +392,6 @@ def attack_line(script, folder):
         return argv
     check_resolved(argv, given, resolved, before)
     counts['command lines accepted'] += 1
-    if script == 'dpo.py':
-        attack_checks(resolved)
     return argv
 
 
@@ -520,20 +452,6 @@ def check_resolved(argv, given, resolved, before):
         follows = name == 'max_prompt_length' and before[name] is None  # half of max_length
         if resolved.origin[name] == 'default' and value != before[name] and not follows:
             raise Failure(f'{name} is {value!r} though nobody set it')
-
-
-def attack_checks(resolved):
-    """What dpo.py's options mean together: refused, or without an option on the command line that has no effect."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            used = check_dpo(resolved)
-    except UserError:
-        counts['losses refused'] += 1
-        return
-    unused = set(resolved.given('gamma rho')) - set(used)
-    if unused:
-        raise Failure(f'{unused} have no effect, and nobody says so')
-    counts['losses made'] += 1
 
 
 def means(text, value):

@@ -8,6 +8,8 @@ the writing of a file or of the reference cache; and so again, until it has been
 A kill is survived if the run it hit ends with the metrics.jsonl, samples.jsonl and model of the uninterrupted one, byte for
 byte but for speeds. Exit code 0 if all are."""
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -64,51 +66,33 @@ def start(loss, world, out, cache):
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def children(pid):
-    """The processes below one: torchrun puts its workers into sessions of their own."""
-    try:
-        tasks = [(task / 'children').read_text().split() for task in Path(f'/proc/{pid}/task').iterdir()]
-    except OSError:
-        return []
-    found = [int(child) for below in tasks for child in below]
-    return found + [grandchild for child in found for grandchild in children(child)]
+def kill(pid):
+    """Kill a process and those below it: torchrun puts its workers into sessions of their own."""
+    below = ''
+    with contextlib.suppress(OSError):  # it may end meanwhile
+        below = ''.join(file.read_text() for file in Path(f'/proc/{pid}/task').glob('*/children'))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    for child in below.split():
+        kill(int(child))
 
 
-def kill(process):
-    for pid in (process.pid, *children(process.pid)):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    process.wait()
-
-
-def seen(out):
-    """Examples that a killed run had trained on: of the last whole line."""
-    if not size(out / 'metrics.jsonl'):
-        return 0
-    lines = [line for line in (out / 'metrics.jsonl').read_text().splitlines() if line.endswith('}')]
-    return json.loads(lines[-1])['counters/examples'] if lines else 0
-
-
-def traces(out):
-    """What a run leaves, but for speeds, which differ: rows, samples, weights."""
-    rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
-    rows = [{k: v for k, v in row.items() if not k.endswith('_per_second')} for row in rows]
-    return rows, (out / 'samples.jsonl').read_text(), (out / 'model/model.safetensors').read_bytes()
+def read_rows(out):
+    """The whole rows of a run's metrics.jsonl, but for speeds, which differ."""
+    text = (out / 'metrics.jsonl').read_text() if size(out / 'metrics.jsonl') else ''
+    rows = [json.loads(line) for line in text.split('\n')[:-1]]
+    return [{k: v for k, v in row.items() if not k.endswith('_per_second')} for row in rows]
 
 
 def difference(out, whole):
     """Where two runs differ, or None."""
-    try:
-        mine, right = traces(out), traces(whole)
-    except (OSError, ValueError) as error:
-        return f'{type(error).__name__}: {error}'
-    for a, b in zip(mine[0], right[0], strict=False):
-        if a != b:
-            return f'{b["split"]} row at {b["counters/examples"]}: {[(k, a.get(k), b[k]) for k in b if a.get(k) != b[k]][:2]}'
-    names = ('rows', 'samples', 'weights')
-    return next((f'the {name} differ' for name, a, b in zip(names, mine, right, strict=True) if a != b), None)
+    for mine, right in itertools.zip_longest(read_rows(out), read_rows(whole)):
+        if mine != right:
+            return f'rows differ: {mine} and {right}'
+    for name in ('samples.jsonl', 'model/model.safetensors'):
+        if not (out / name).exists() or (out / name).read_bytes() != (whole / name).read_bytes():
+            return f'{name} differs'
+    return None
 
 
 def train_whole(loss, world, base):
@@ -150,8 +134,10 @@ def train_killed(loss, world, work, rng, duration):
         moment = wait_for_moment(process, out, rng, duration)
         if process.poll() is not None:
             break  # it has finished before the moment came
-        kill(process)
-        hits.append(f'{seen(out)} examples' + f' ({moment})' * bool(moment))
+        kill(process.pid)
+        process.wait()
+        done = max((row['counters/examples'] for row in read_rows(out)), default=0)
+        hits.append(f'{done} examples' + f' ({moment})' * bool(moment))
         if (out / 'model').exists():
             break  # it had just finished: another start would rightly be refused
     if (out / 'model').exists():

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import launch, metrics, own_head, read_jsonl, run_script, same_bits, tensors, tiny_model
+from helpers import launch, metrics, read_jsonl, run_script, same_bits, tensors, tiny_model
 from ties import same_runs, same_weights
 
 import data
@@ -35,24 +35,18 @@ CASES = {
     'reward': [*REWARD, '--model=llama', '--center_coef=0.1', '--save_every=12'],
     'ppo': [*PPO, '--save_every=12'],
     'grpo': GRPO,  # after reward
-    'own_head': [*DPO, '--model=own_head', '--optimizer=SGD'],
     'on': [*DPO, '--model=one/dpo/adapter', '--save_every=12'],  # after dpo
 }
 ALONE = {  # one process
     'samples': [*DPO, '--model=llama', *SAMPLE],
     'samples_before': [*DPO[:-2], '--lr=0.0', '--lora_rank=4', '--model=llama', *SAMPLE],
     'padded': [*DPO, '--model=llama', '--pack=false'],
-    'checkpointed': [*DPO, '--model=llama', '--activation_checkpointing'],
     'two_models': [*DPO, '--model=llama', '--loss=tdpo2', '--ref_model=llama'],
     'uncached': [*DPO, '--model=gpt_neox', '--lora_targets=query_key_value,dense'],
     'half': [*DPO, '--model=llama', '--dtype=bfloat16'],
     'mapped': [*DPO, '--model=llama', '--device_map=balanced'],
-    'reward_mapped': [*REWARD, '--model=llama', '--center_coef=0.1', '--device_map=balanced'],
-    'reward_eager': [*REWARD, '--model=llama', '--center_coef=0.1', '--attn=eager', '--activation_checkpointing'],
-    'ppo_mapped': [*PPO, '--device_map=balanced'],
     'ppo_eager': [*PPO, '--attn=eager', '--activation_checkpointing'],
     'ppo_two_models': [*PPO, '--ref_model=llama'],
-    'grpo_two_models': [*GRPO, '--ref_model=llama'],
     'ppo_own': [*PPO, '--critic=own', '--save_every=12'],
     'ppo_on': [*PPO, '--model=one/dpo/adapter'],
     'reward_on': [*REWARD, '--model=one/reward/adapter'],
@@ -74,7 +68,6 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp('lora')
     for name in ('llama', 'gpt_neox', 'gpt2'):
         tiny_model(folder / name, name)
-    own_head(tiny_model(folder / 'own_head', 'llama', tie_word_embeddings=True))
 
     def command(run, words, *flags):
         paths = ('--model=', '--ref_model=', '--reward_model=one')
@@ -85,12 +78,11 @@ def runs(tmp_path_factory):
     one = [command(f'one/{name}', words) for name, words in (CASES | ALONE).items()]
     one += [command(f'one/{name}_many', words, MANY) for name, words in CASES.items()]
     launch(0, one, folder)
-    two = [command(f'two/{name}', words, '--shard=full') for name, words in CASES.items()]
-    two += [command(f'two/{name}_many', words, MANY) for name, words in CASES.items()]
-    two += [command('two/dropout', CASES['dpo'], '--lora_dropout=0.3')]
+    two = [command(f'two/{name}', words, '--shard=full', MANY) for name, words in CASES.items()]
+    two += [command('two/dropout', CASES['dpo'], '--lora_dropout=0.3', MANY)]
     for name, flags in (('dpo', []), ('dropout', ['--lora_dropout=0.3']), ('reward', []), ('ppo', []), ('on', [])):
         two += [['cut', f'{folder}/two/{name}', f'{folder}/two/{name}_resumed', 24]]
-        flags = [*flags, f'--shard={"none" if name == "dropout" else "full"}']
+        flags = [*flags, MANY, f'--shard={"none" if name == "dropout" else "full"}']
         two += [command(f'two/{name}_resumed', CASES.get(name, CASES['dpo']), *flags)]
     launch(2, two, folder)
     return folder
@@ -107,63 +99,54 @@ def same(run, other, limit=1e-5):
     same_weights(adapter(run), theirs, limit)
 
 
-@pytest.mark.parametrize('where', ['one/{}_many', 'two/{}', 'two/{}_many'])
 @pytest.mark.parametrize('case', CASES)
-def test_sharding_law(runs, case, where):
+def test_sharding_law(runs, case):
     """As tests/test_law.py, for adapters: norms, metrics, and the adapters after the last step."""
-    same(runs / where.format(case), runs / 'one' / case)
+    same(runs / f'one/{case}_many', runs / 'one' / case)
+    same(runs / 'two' / case, runs / 'one' / case)
 
 
-WAYS = ['padded', 'checkpointed', 'mapped', 'reward_mapped', 'reward_eager', 'ppo_mapped', 'ppo_eager']
+@pytest.mark.parametrize(('case', 'base'), [('padded', 'dpo'), ('mapped', 'dpo'), ('ppo_eager', 'ppo')])
+def test_same_by_another_way(runs, case, base):
+    same(runs / 'one' / case, runs / 'one' / base)
 
 
-@pytest.mark.parametrize('case', WAYS)
-def test_same_by_another_way(runs, case):
-    base = case.partition('_')[0]
-    same(runs / 'one' / case, runs / 'one' / (base if base in CASES else 'dpo'))
-
-
-def test_reference_answers_without_adapters(runs):
-    """The reference's samples are those of the model before training; the policy's are others by now."""
-
-    def answers(case, name):
-        rows = read_jsonl(runs / 'one' / case / 'samples.jsonl')
-        return [row['response'] for row in rows if row['generator'] == name]
-
-    before = answers('samples_before', 'policy')
-    assert before == answers('samples_before', 'reference') == answers('samples', 'reference')
-    assert before != answers('samples', 'policy')
-    assert metrics(runs / 'one/samples')[-1]['kl_eval/samples'] > 0.1
+def answers(run, name):
+    return [row['response'] for row in read_jsonl(run / 'samples.jsonl') if row['generator'] == name]
 
 
 def test_adapters_off_are_a_second_model(runs):
     """The same numbers, to the last bit, with the reference loaded beside the policy; to rounding with a cached one."""
-    for one, two in ('tdpo2', 'two_models'), ('ppo', 'ppo_two_models'), ('grpo', 'grpo_two_models'):
-        assert metrics(runs / 'one' / one) == metrics(runs / 'one' / two)
-    gaps = [row['kl_train/samples'] for row in metrics(runs / 'one/ppo', 'train')]
+    one = runs / 'one'
+    for alone, two in ('tdpo2', 'two_models'), ('ppo', 'ppo_two_models'):
+        assert metrics(one / alone) == metrics(one / two)
+    same(one / 'cached', one / 'uncached')
+    gaps = [row['kl_train/samples'] for row in metrics(one / 'ppo', 'train')]
     assert gaps[0] == 0 != gaps[1]
-    assert [row['rewards_train/margins'] for row in metrics(runs / 'one/dpo')[:2]] == [0, 0]
-    same(runs / 'one/cached', runs / 'one/uncached')
+    assert [row['rewards_train/margins'] for row in metrics(one / 'dpo')[:2]] == [0, 0]
+    # the reference's samples are those of the model before training; the policy's are others by now
+    before = answers(one / 'samples_before', 'policy')
+    assert before == answers(one / 'samples_before', 'reference') == answers(one / 'samples', 'reference')
+    assert before != answers(one / 'samples', 'policy')
+    assert metrics(one / 'samples')[-1]['kl_eval/samples'] > 0.1
 
 
 def test_an_adapter_goes_on(runs):
     """Its reference is what it was: before the first step nothing differs, and then as if that lay beside it as a model."""
+    one = runs / 'one'
     for case in ('on', 'on_half', 'on_cached'):
-        (row,) = metrics(runs / 'one' / case, 'check')
+        (row,) = metrics(one / case, 'check')
         # the cache was made in larger microbatches
         rounding = 1e-6 if case == 'on_cached' else 0
         assert max(abs(row[f'rewards_train/{side}']) for side in ('chosen', 'rejected')) <= rounding
         assert row['loss/train'] == pytest.approx(math.log(2), rel=1e-6)
-    same(runs / 'one/on_two_models', runs / 'one/on')
-    same(runs / 'one/on_cached', runs / 'one/on')
+    same(one / 'on_two_models', one / 'on')
+    same(one / 'on_cached', one / 'on')
     # it begins where the other run has ended
-    ended = read_jsonl(runs / 'one/samples/samples.jsonl'), read_jsonl(runs / 'one/on_samples/samples.jsonl')
-    policy, reference = ([row['response'] for row in rows if row['generator'] == name]
-                         for rows, name in zip(ended, ('policy', 'reference'), strict=True))  # fmt: skip
-    assert policy == reference
-    gaps = [row['kl_train/samples'] for row in metrics(runs / 'one/ppo_on', 'train')]
+    assert answers(one / 'samples', 'policy') == answers(one / 'on_samples', 'reference')
+    gaps = [row['kl_train/samples'] for row in metrics(one / 'ppo_on', 'train')]
     assert gaps[0] == 0 != gaps[1]
-    again, ended = metrics(runs / 'one/reward_on'), metrics(runs / 'one/reward_model')
+    again, ended = metrics(one / 'reward_on'), metrics(one / 'reward_model')
     assert again[0]['loss/train'] == pytest.approx(ended[0]['loss/train'], rel=1e-5)
 
 
@@ -191,41 +174,43 @@ def test_half_precision_and_dropout(runs):
     assert dropped[1]['grad_norm'] != plain[1]['grad_norm']
 
 
-PARTS = [('two/dpo', None), ('two/reward', 'score'), ('two/ppo', 'value_head'), ('one/ppo_own', 'critic')]
+PARTS = {'two/dpo': None, 'two/reward': 'score', 'two/ppo': 'value_head', 'one/ppo_own': 'critic'}
 
 
-@pytest.mark.parametrize(('run', 'whole'), PARTS)
-def test_checkpoint_holds_what_trains(runs, run, whole):
+@pytest.mark.parametrize('run', PARTS)
+def test_checkpoint_holds_what_trains(runs, run):
     """The adapters, and the one part that trains without them."""
-    names = set(tensors(runs / run / 'checkpoints', '*/*.safetensors'))
+    names, whole = set(tensors(runs / run / 'checkpoints', '*/*.safetensors')), PARTS[run]
     others = {name for name in names if 'lora_' not in name}
     assert names > others and bool(others) == bool(whole) and all(f'.{whole}.' in name for name in others)
     assert {name.partition('.')[0] for name in names} == {'model', 'optimizer'}
 
 
-@pytest.mark.parametrize(('case', 'base'), [('two/dpo', 'llama'), ('two/cached', 'gpt_neox'), ('two/sft', 'gpt2'),
-                                            ('two/reward', 'llama'), ('two/ppo', 'llama'), ('one/ppo_own', 'llama')])  # fmt: skip
-def test_what_is_written(runs, case, base):
+WRITTEN = {
+    'two/dpo': 'llama',
+    'two/cached': 'gpt_neox',
+    'two/sft': 'gpt2',
+    'two/reward': 'llama',
+    'one/ppo_own': 'llama',
+}
+
+
+@pytest.mark.parametrize('case', WRITTEN)
+def test_what_is_written(runs, case):
     """The adapter folder on the base model, by PEFT, gives the merged folder's logits, which are not the base's."""
-    load, n = transformers.AutoModelForCausalLM.from_pretrained, 2
+    load, n, base = transformers.AutoModelForCausalLM.from_pretrained, 2, WRITTEN[case]
     if case == 'two/reward':  # without a pad token, transformers scores one answer at a time
         load, n = partial(transformers.AutoModelForSequenceClassification.from_pretrained, num_labels=1), 1
     torch.manual_seed(0)
     ids = torch.randint(0, 500, (n, 24))
     with torch.no_grad():
         adapted = peft.PeftModel.from_pretrained(load(runs / base), runs / case / 'adapter').eval()(ids).logits
-        merged, plain = load(runs / case / 'model').eval()(ids).logits, load(runs / base).eval()(ids).logits
+        merged, plain = (load(folder).eval()(ids).logits for folder in (runs / case / 'model', runs / base))
     assert (merged - adapted).abs().max() <= 1e-5 * adapted.abs().max().clamp(min=1)
     assert (merged - plain).abs().max() > 1e-3
     layers = {name.split('.')[-3] for name in adapter(runs / case)}
-    if base == 'gpt_neox':
-        assert layers == {'query_key_value', 'dense'}
+    assert base != 'gpt_neox' or layers == {'query_key_value', 'dense'}
     assert (runs / case / 'model/tokenizer.json').exists()
-
-
-@pytest.fixture(scope='module')
-def device():
-    return fsdp.setup()[2]
 
 
 OPTIONS = {'rank': 4, 'alpha': 16.0, 'dropout': 0.0, 'targets': None}
@@ -239,12 +224,13 @@ def trained(policy):
     return policy
 
 
-def test_adapters_off_equal_the_base_exactly(tmp_path, device):
+def test_adapters_off_equal_the_base_exactly(tmp_path):
+    device = fsdp.setup()[2]
     build = partial(load_model, tiny_model(tmp_path, 'llama'))
     policy = trained(fsdp.shard(partial(build, adapters=OPTIONS), device, cpu_offload=True))
     base = fsdp.shard(build, device, train=False, cpu_offload=True)
-    prompt, answers = [5, 6, 7], [[8, 9, 10, 11], [12, 13]]
-    batch = data.pack([(torch.tensor(prompt).numpy(), [torch.tensor(a).numpy() for a in answers])], [0])
+    prompt, answers = torch.arange(5, 8).numpy(), [torch.arange(8, 12).numpy(), torch.arange(12, 14).numpy()]
+    batch = data.pack([(prompt, answers)], [0])
     with torch.no_grad():
         expected = base.response_logps(batch, model.kl, base.hidden_and_head(batch))
         assert not policy.response_logps(batch)[0].equal(expected[0])
@@ -258,10 +244,8 @@ def test_adapters_off_equal_the_base_exactly(tmp_path, device):
         moves = p.grad is not None and p.grad.full_tensor().abs().sum() > 0
         assert moves == p.requires_grad == ('lora_' in name), name
 
-
-def test_weights_with_adapters(tmp_path, device):
-    """Frozen weights are kept in the compute type; adapters are drawn from the seed."""
-    build = partial(load_model, tiny_model(tmp_path, 'llama'), adapters=OPTIONS)
+    # frozen weights are kept in the compute type; adapters are drawn from the seed
+    build = partial(build, adapters=OPTIONS)
     for name, p in fsdp.shard(build, device, dtype='bfloat16').named_parameters():
         assert p.requires_grad == ('lora_' in name)
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
@@ -270,43 +254,39 @@ def test_weights_with_adapters(tmp_path, device):
     assert a[key].equal(b[key]) and not a[key].equal(c[key])
 
 
-def test_head_beside_the_adapters(tmp_path, device):
+def test_head_beside_the_adapters(tmp_path):
     """A reward model's head trains as it is, and is in the adapter folder and the merged model."""
     base = tiny_model(tmp_path / 'base', 'llama')
     net = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
-    wrapped = trained(lora.add(net, **OPTIONS, seed=0, fully_trained=['score']))
+    wrapped = trained(lora.adapt(net, None, OPTIONS))
     weights = {n: p.detach() + 0.5 for n, p in wrapped.named_parameters() if p.requires_grad}
-    head = [n for n in weights if 'lora_' not in n]
-    assert len(head) == 1 and 'score' in head[0]
+    (head,) = (n for n in weights if 'lora_' not in n)
     # what a script reads is what trains
-    assert model.core(wrapped).score.weight is wrapped.get_parameter(head[0])
-    merged = lora.merge(wrapped, weights, tmp_path / 'adapter')
-    assert merged.score.weight.equal(weights[head[0]])
+    assert 'score' in head and model.core(wrapped).score.weight is wrapped.get_parameter(head)
+    merged = lora.write(wrapped, weights, tmp_path / 'adapter')
+    assert merged.score.weight.equal(weights[head])
     assert any('score' in name for name in adapter(tmp_path))
 
 
-@pytest.mark.parametrize(('flags', 'words'), [
-    (['--lora_rank=2', '--lora_targets=q_proj,nothing'], 'the linear layers in the blocks of LlamaForCausalLM are down_proj gate'),
-    (['--lora_rank=2', '--lora_targets=lm_head'], "cannot put adapters on 'lm_head'"),
-    (['--lora_rank=2', '--lora_targets= '], "cannot put adapters on ' '"),
-    (['--lora_alpha=2'], '--lora_alpha has no effect: there is no --lora_rank'),
-    (['--lora_rank=0'], 'lora_rank must lie between 1'),
-    (['--quantize=4bit'], 'weights of 4 bits do not train; add --lora_rank'),
-    (['--quantize=4bit', '--lora_rank=2', '--device_map=balanced'], 'quantize and device_map do not go together'),
-    (['--lora_rank=2', '--lora_dropout=1'], 'lora_dropout must lie between 0 and 0.9'),
-])  # fmt: skip
+REFUSED = [
+    ('--lora_rank=2 --lora_targets=q_proj,nothing', 'the linear layers in the blocks of LlamaForCausalLM are down_proj gate'),
+    ('--lora_rank=2 --lora_targets=lm_head', "cannot put adapters on 'lm_head'"),
+    ('--lora_rank=2 --lora_targets=', "cannot put adapters on "),
+    ('--lora_alpha=2', '--lora_alpha has no effect: there is no --lora_rank'),
+    ('--lora_rank=0', 'lora_rank must lie between 1'),
+    ('--quantize=4bit', 'weights of 4 bits do not train; add --lora_rank'),
+    ('--quantize=4bit --lora_rank=2 --device_map=balanced', 'quantize and device_map do not go together'),
+    ('--lora_rank=2 --lora_dropout=1', 'lora_dropout must lie between 0 and 0.9'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('flags', 'words'), REFUSED)
 def test_sentences(tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
-        run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', *flags)
+        run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', *flags.split())
 
 
 def test_without_bitsandbytes(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'bitsandbytes', None)
     with pytest.raises(UserError, match='needs bitsandbytes .*: pip install bitsandbytes, or leave it out'):
         run_script('dpo.py', *COMMON, '--lora_rank=2', '--quantize=4bit', f'--out_dir={tmp_path}/run')
-
-
-def test_without_peft(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'peft', None)
-    with pytest.raises(UserError, match='pip install peft'):
-        load_model('toy', adapters=OPTIONS)

@@ -40,7 +40,9 @@ def test_layer(bias):
 def test_log_probs(tmp_path):
     """The packed forward gives those of the dequantised model, adapters on or off; all linear layers of the blocks are in 4 bits."""
     device = fsdp.setup()[2]
-    base = tiny_model(tmp_path, 'llama')
+    with pytest.raises(UserError, match='the layers of GPT-2 are no torch.nn.Linear'):
+        load_model(tiny_model(tmp_path / 'gpt2', 'gpt2'), adapters=ADAPTERS | {'targets': None})
+    base = tiny_model(tmp_path / 'llama', 'llama')
     loaded = load_model(base, adapters=ADAPTERS)
     assert quantize.packed_weights(loaded) == sum(v.numel() for k, v in tensors(base).items() if 'proj' in k)
     for name, p in loaded.named_parameters():
@@ -60,22 +62,20 @@ def test_log_probs(tmp_path):
     assert 1e-4 < ((ours_off - before) / before).abs().max() < 0.2 and not ours.allclose(ours_off, rtol=1e-3)
 
 
-def test_other_layers(tmp_path):
-    with pytest.raises(UserError, match='the layers of GPT-2 are no torch.nn.Linear'):
-        load_model(tiny_model(tmp_path, 'gpt2'), adapters=ADAPTERS | {'targets': None})
+RUNS = {'one': '--save_dtype=float32', 'half': '--dtype=bfloat16', 'cached': '--cache_ref', 'none': '--shard=none',
+        'full': '--shard=full', 'again': '--shard=full'}  # fmt: skip
 
 
 def test_runs(tmp_path):
     """The same on one rank and two, cut or copied; resumed bit for bit; and the export is what was trained."""
     base = tiny_model(tmp_path / 'base', 'llama')
-    dpo = [*DPO, f'--model={base}']
-    runs = {name: [*dpo, *flags, f'--out_dir={tmp_path}/{name}']
-            for name, flags in {'one': ['--save_dtype=float32'], 'half': ['--dtype=bfloat16'], 'cached': ['--cache_ref'],
-                                'none': ['--shard=none'], 'full': ['--shard=full', '--max_tokens=150'],
-                                'again': ['--shard=full', '--max_tokens=150']}.items()}  # fmt: skip
-    launch(0, [runs['one'], runs['half'], runs['cached']], tmp_path)
-    launch(2, [runs['none'], runs['full'], ['cut', tmp_path / 'full', tmp_path / 'again', 24], runs['again']], tmp_path)
-    for name in runs:
+    plan = {name: [*DPO, f'--model={base}', flag, f'--out_dir={tmp_path}/{name}'] for name, flag in RUNS.items()}
+    for name in ('full', 'again'):
+        plan[name].append('--max_tokens=150')
+    launch(0, [plan[name] for name in ('one', 'half', 'cached')], tmp_path)
+    cut = ['cut', tmp_path / 'full', tmp_path / 'again', 24]
+    launch(2, [plan['none'], plan['full'], cut, plan['again']], tmp_path)
+    for name in RUNS:
         (row,) = metrics(tmp_path / name, 'check')
         assert row['rewards_train/chosen'] == row['rewards_train/rejected'] == 0
     for name in ('cached', 'none', 'full'):

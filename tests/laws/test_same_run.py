@@ -105,19 +105,21 @@ def copy_in(run, other):
 
 
 MODEL = "model 'model' has changed since: model.safetensors"
-TRAINING = 'the training examples have changed'
 ATTACKS = [
     *((case, lambda: replace('model'), MODEL) for case in CASES),
     ('dpo', lambda: replace('other'), "ref_model 'other' has changed since: model.safetensors"),
+    ('ppo', lambda: replace('other'), "ref_model 'other' has changed"),
     ('ppo', lambda: replace('judge', bits=True), "reward_model 'judge' has changed"),
     ('ppo', lambda: replace('critic'), "critic 'critic' has changed"),
+    ('sft', lambda: replace('model', bits=True), MODEL),
     ('dpo', lambda: set_key('model/config.json', 'rms_norm_eps', 1e-3), "model 'model' has changed since: config.json"),
     ('dpo', lambda: set_key('model/tokenizer_config.json', 'chat_template', 'x'), 'has changed since: tokenizer_config.json'),
     ('ppo', lambda: set_key('model/generation_config.json', 'eos_token_id', 7), 'has changed since: generation_config.json'),
-    ('dpo', lambda: flip_labels('data.jsonl'), TRAINING),
-    ('offline', lambda: flip_labels('data.jsonl'), TRAINING),
-    ('sft', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[::-1]), TRAINING),
-    ('ppo', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[1:]), TRAINING),
+    ('dpo', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
+    ('reward', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
+    ('offline', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
+    ('sft', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[::-1]), 'the training examples have changed'),
+    ('ppo', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[1:]), 'the training examples have changed'),
     ('dpo', lambda: flip_labels('held_out.jsonl'), 'the evaluation examples have changed'),
     ('dpo', lambda: copy_in('dpo', 'sft'), r'the checkpoint .* is of a different run \(of sft.py there and of dpo.py here'),
     ('dpo', lambda: copy_in('dpo', 'lora'), 'lora_rank 2 there and None here'),
@@ -126,18 +128,15 @@ ATTACKS = [
 
 @pytest.mark.parametrize(('case', 'attack', 'words'), ATTACKS, ids=[f'{a[0]}: {a[2]}' for a in ATTACKS])
 def test_what_has_changed_is_refused(here, case, attack, words):
-    """Also where config.json is gone: the checkpoint itself says what it is of."""
     attack()
 
     def contents():
         return {f: f.read_bytes() for f in (here / case).rglob('*') if f.is_file() and f.name != '.lock'}
 
-    for _ in range(2):
-        before = contents()
-        with pytest.raises(UserError, match=words) as info:
-            run(case, case)
-        assert '\n' not in str(info.value) and len(str(info.value)) < 600 and contents() == before
-        (here / case / 'config.json').unlink(missing_ok=True)
+    before = contents()
+    with pytest.raises(UserError, match=words) as info:
+        run(case, case)
+    assert '\n' not in str(info.value) and len(str(info.value)) < 600 and contents() == before
 
 
 def test_what_a_run_holds_together_with_options_is_in_config_and_checkpoint(world):
@@ -150,14 +149,18 @@ def test_what_a_run_holds_together_with_options_is_in_config_and_checkpoint(worl
     assert state['run']['options'] == {k: v for k, v in record['config'].items() if k not in log.NEUTRAL}
 
 
-def test_other_options_without_config(here):
+def test_without_config_nothing_is_continued(here):
     (here / 'dpo/config.json').unlink()
-    with pytest.raises(UserError, match="the checkpoint .* is of a different run .loss 'dpo' there and 'ipo' here"):
-        run('dpo', 'dpo', '--loss=ipo')
-    with pytest.raises(UserError, match='has metrics.jsonl, but no config.json'):
-        run('dpo', 'dpo', '--resume=false')
-    with pytest.raises(UserError, match='sft holds a different run .of sft.py there and of reward.py here'):
-        run('reward', 'sft')
+    with pytest.raises(UserError, match='has checkpoints, but no config.json'):
+        run('dpo', 'dpo')
+
+
+def test_a_checkpoint_of_the_same_command_with_another_seed(here):
+    run('sft', 'seed', '--seed=1')
+    copy_in('sft', 'seed')
+    words = 'the checkpoint sft/checkpoints/0000000012 is of a different run .seed 1 there and 0 here'
+    with pytest.raises(UserError, match=words):
+        run('sft', 'sft')
 
 
 def test_the_same_continues_whatever_does_not_matter(here, world):
@@ -179,27 +182,27 @@ def test_older_versions_resume_with_a_note(here, world, capsys):
     run('dpo', 'dpo')
     out = capsys.readouterr().out
     assert 'kept no hash of evaluation examples, model, ref_model, training examples: not checked' in out
-    assert 'without the options lora_targets: taken at their defaults' in out
-    assert 'is of an older version, which did not write down its run' in out
     assert metrics('dpo') == metrics(world / 'dpo')
     assert 'model' in json.loads(Path('dpo/config.json').read_text())['contents']
 
 
-def test_what_an_older_version_did_not_write_down(here):
-    """An option that it lacked is not set midway; of a checkpoint without a record config.json says whose it is, or its shapes."""
-    change('reward/config.json', lambda record: record['config'].pop('center_coef'))
-    with pytest.raises(UserError, match='center_coef None there and 0.5 here'):
-        run('reward', 'reward', '--center_coef=0.5')
-    forget_run('sft')
-    for name in ('config.json', 'metrics.jsonl', 'latest'):
-        Path('sft', name).unlink()
-    words = 'the checkpoint sft/checkpoints/0000000012 is of an older version, .*nor does sft/config.json'
-    with pytest.raises(UserError, match=words):
-        run('sft', 'sft')
+def test_an_option_that_an_older_version_lacked_is_not_set_midway(here):
+    change('dpo/config.json', lambda record: record['config'].pop('sft_coef'))
+    with pytest.raises(UserError, match='sft_coef None there and 0.5 here'):
+        run('dpo', 'dpo', '--sft_coef=0.5')
+
+
+def test_a_checkpoint_of_other_shapes_is_a_sentence(here):
+    """Where nobody wrote down what it is of."""
     copy_in('dpo', 'lora')
     forget_run('dpo')
-    with pytest.raises(UserError, match='is of another model or optimizer .* has the shape'):
+    with pytest.raises(UserError, match='is of another model or optimizer'):
         run('dpo', 'dpo')
+
+
+def test_another_script_in_the_folder(here):
+    with pytest.raises(UserError, match='sft holds a different run .of sft.py there and of reward.py here'):
+        run('reward', 'sft')
 
 
 def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):
@@ -248,5 +251,5 @@ def test_ranks_that_read_other_data_are_refused(monkeypatch):
     theirs = {'training examples': two.content(), 'evaluation examples': one.content()}
     monkeypatch.setattr(checkpoint, 'gather_objects', lambda value: [value, theirs])
     monkeypatch.setattr(checkpoint.dist, 'get_rank', lambda: 0)
-    with pytest.raises(UserError, match='rank 1 has read other training examples than rank 0'):
+    with pytest.raises(UserError, match='rank 1 has read other data than rank 0'):
         checkpoint.identify(config, dict, one, one)

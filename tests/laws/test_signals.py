@@ -119,8 +119,8 @@ def whole(tmp_path_factory):
 
 
 def test_every_signal_in_one_run(tmp_path, whole):
-    """SIGTERM and then Ctrl-C, wherever they hit (SIGUSR1 and kill -9 are below); then the end of an unbroken run.
-    Beside it: a second run in the same folder is refused while the first goes on, and not after it was killed."""
+    """SIGTERM, Ctrl-C and kill -9, wherever they hit (SIGUSR1 is below); then the end of an unbroken run.
+    Beside it: a second run in the same folder is refused while the first goes on, not after it was killed, and after the end."""
     out = tmp_path / 'run'
     for number in (signal.SIGTERM, signal.SIGINT):
         process = after(out, 16)
@@ -134,7 +134,13 @@ def test_every_signal_in_one_run(tmp_path, whole):
         said = end(process, CODES[number])
         assert f'{number.name}: stopping after this step' in said and SAVED in said and 'Traceback' not in said
         assert (out / 'latest').read_text() == f'checkpoints/{seen(out):010d}\n'  # nothing is done twice
+    process = after(out, 16)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / 'model').exists()
     assert 'done' in end(start(out), 0)
+    same(out, whole(0))
+    assert 'holds this run already (finished)' in end(start(out), 2)
     same(out, whole(0))
 
 
@@ -143,7 +149,7 @@ def test_at_once_where_nothing_can_be_lost(tmp_path):
     process = start(tmp_path / 'run')
     until(lambda: (tmp_path / 'run/.lock').exists(), process)
     process.send_signal(signal.SIGTERM)
-    assert 'SIGTERM: stopped before the first step' in end(process, guard.SAVED)
+    assert 'SIGTERM: stopped' in end(process, guard.SAVED)
     assert not (tmp_path / 'run/checkpoints').exists()
     process = after(tmp_path / 'run', 16)
     os.kill(process.pid, signal.SIGSTOP)  # so that both are there before it can react
@@ -154,31 +160,21 @@ def test_at_once_where_nothing_can_be_lost(tmp_path):
     assert end(process) and process.returncode == guard.INTERRUPTED
 
 
-SCRIPTS = 'sft dpo reward ppo sample label tools.bench tools.plot'.split()
-
-
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_while_a_script_is_imported(tmp_path, script):
-    """The first heavy import of a script never ends, and says when it has begun."""
-    for name in ('torch', 'numpy', 'transformers', 'tqdm', 'matplotlib'):
-        stalls = f'import time; open({str(tmp_path / "begun")!r} + str(time.time_ns()), "w"); time.sleep(99)'
-        (tmp_path / f'{name}.py').write_text(stalls)
-    # scripts of a folder run with -m
-    command = ['-m', script] if '.' in script else [f'{script}.py']
-    command += [tmp_path] if script == 'tools.plot' else []
-    (tmp_path / 'config.json').write_text('{"config": {}}')
-    (tmp_path / 'metrics.jsonl').write_text('{"split": "train", "counters/examples": 1, "loss/train": 1.0}\n')
-    environment = os.environ | {'PYTHONPATH': str(tmp_path)}
-    environment.pop('RANK', None)
-    command = [sys.executable, *command]
-    how = {'cwd': ROOT, 'env': environment, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    processes = {number: subprocess.Popen(command, **how) for number in CODES}
-    STARTED.extend(processes.values())
-    until(lambda: len(list(tmp_path.glob('begun*'))) == len(CODES), next(iter(processes.values())))
+def test_while_a_script_is_imported(tmp_path):
+    """The first heavy import never ends, and says when it has begun. All other scripts heed signals before theirs, too."""
+    stalls = f'import time; open({str(tmp_path / "begun")!r} + str(time.time_ns()), "w"); time.sleep(99)'
+    (tmp_path / 'torch.py').write_text(stalls)
+    processes = {number: start(tmp_path / 'run', PYTHONPATH=str(tmp_path)) for number in CODES}
+    until(lambda: len(list(tmp_path.glob('begun*'))) == len(CODES), processes[signal.SIGINT])
     for number, process in processes.items():
         process.send_signal(number)
-        _, err = process.communicate(timeout=20)
-        assert (process.returncode, err.strip()) == (CODES[number], f'{number.name}: stopped')
+        assert end(process, CODES[number], 20).strip() == f'{number.name}: stopped'
+    for script in 'sft dpo reward ppo sample label tools/bench tools/plot tools/report feedback/score'.split():
+        heavy = (
+            'torch numpy transformers tqdm matplotlib fsdp training datasets data losses hf rl text feedback'.split()
+        )
+        imports, watched, _ = (ROOT / f'{script}.py').read_text().partition('guard.watch(__name__)')
+        assert watched and not re.search(rf'^(import|from) ({"|".join(heavy)})\b', imports, re.M), script
 
 
 def test_in_a_rendezvous(tmp_path):
@@ -233,30 +229,10 @@ def test_torchrun(tmp_path, whole):
     same(out, whole(2))
 
 
-def test_killed_run_continues(tmp_path, whole):
-    """kill -9 as soon as a checkpoint exists; a run that is finished is refused, and nothing of it is overwritten."""
-    out = tmp_path / 'run'
-    process = start(out)
-    until(lambda: list(out.glob('checkpoints/*[0-9]')), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / 'model').exists()
-    end(start(out), 0)
-    same(out, whole(0))
-    assert 'holds this run already (finished)' in end(start(out), 2)
-    same(out, whole(0))
-
-
 def test_killed_at_random_moments(tmp_path):
     """The script soak.py, short."""
-    flags = [
-        '--kills=2',
-        '--per_run=2',
-        f'--seed={random.randrange(10**6)}',
-        '--losses=beta_dpo',
-        f'--folder={tmp_path}/soak',
-    ]
-    done = python('-m', 'experiments.attack.soak', *flags)
+    flags = '--kills=2', '--per_run=2', f'--seed={random.randrange(10**6)}', '--losses=beta_dpo'
+    done = python('-m', 'experiments.attack.soak', *flags, f'--folder={tmp_path}/soak')
     survived = re.search(r'\b([2-9]) of \1 kills survived', done.stdout)
     assert done.returncode == 0 and survived, done.stdout + done.stderr[-2000:]
 

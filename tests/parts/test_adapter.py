@@ -1,7 +1,6 @@
 """Adapters of PEFT's in the place of a model: merged as PEFT computes them, and one sentence where they are of no use."""
 
 import json
-import shutil
 from pathlib import Path
 
 import peft
@@ -9,10 +8,11 @@ import pytest
 import torch
 import transformers
 from helpers import refused, tensors, tiny_model
+from safetensors.torch import save_file
 
 import fsdp
 from configurator import UserError
-from hf import adapter, check, load
+from hf import check, load, lora
 from hf.ties import ties
 from text import toy
 
@@ -23,8 +23,8 @@ IDS = torch.arange(5, 29).view(2, 12)
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(adapter, '_found', {})
-    adapter.say_once.cache_clear()
+    monkeypatch.setattr(lora, '_found', {})
+    lora.say_once.cache_clear()
     fsdp.setup()
 
 
@@ -44,6 +44,16 @@ def write(kind='llama', reward=False, folder='run/adapter', **options):
         return model(IDS[:1] if reward else IDS).logits
 
 
+def change(**options):
+    file = Path('run/adapter/adapter_config.json')
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+
+
+def same_logits(model, expected):
+    with torch.no_grad():
+        assert (model(IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 KINDS = {
     'plain': {},
     'rslora, ranks and alphas': {'use_rslora': True, 'rank_pattern': {'q_proj': 2}, 'alpha_pattern': {'v_proj': 9}},
@@ -61,13 +71,16 @@ def test_merged_as_peft_computes(name, capsys):
     """The logits are the adapter's own, whatever it changes; the head stays the embedding only where it still is."""
     expected = write(**KINDS[name])
     model = load.load_model('run/adapter', tokenizer=load.load_tokenizer('run/adapter'))
-    with torch.no_grad():
-        assert (model(IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    one = name not in ('whole modules', 'whole head', 'head', 'embedding')
-    assert bool(ties(model)) == model.config.tie_word_embeddings == one
+    same_logits(model, expected)
+    outside = name in ('whole modules', 'whole head', 'head', 'embedding')
+    assert bool(ties(model)) == model.config.tie_word_embeddings == (not outside)
     assert all(p.requires_grad for p in model.parameters()) and not model.training
     load.load_model('run/adapter', empty=True)
     assert capsys.readouterr().out.count('adapter: run/adapter, rank 4, is merged into its model base') == 1
+    # it goes on inside the blocks alone
+    if outside:
+        with pytest.raises(UserError, match='outside the blocks: leave out --lora_rank, which merges it'):
+            load.load_model('run/adapter', adapters=RANK)
 
 
 @pytest.mark.parametrize('adapters', [None, RANK], ids=['merged', 'goes on'])
@@ -78,6 +91,8 @@ def test_reward_model(adapters, capsys):
     with torch.no_grad():
         assert model(IDS[:1]).logits.item() == pytest.approx(expected.item(), rel=1e-5)
     assert 'drawn from seed' not in capsys.readouterr().out
+    with pytest.raises(UserError, match='is a reward model: a language model is needed'):
+        load.load_model('run/adapter')
     # of a language model it is the base of a new one
     write(folder='lm/adapter')
     with pytest.raises(UserError, match='no reward model but a language model'):
@@ -87,95 +102,88 @@ def test_reward_model(adapters, capsys):
     assert model.model.layers[1].mlp.up_proj.weight.equal(merged.model.layers[1].mlp.up_proj.weight)
 
 
-def test_with_its_own_tokenizer():
-    write()
+def test_its_files():
+    """Its tokenizer comes first; its model's path counts from the working directory, else from its folder; hashes are of both."""
+    expected = write()
     assert load.load_tokenizer('run/adapter').chat_template is None
     tokenizer = toy.tokenizer()
     tokenizer.chat_template = 'mine'
     tokenizer.save_pretrained('run/adapter')
     assert load.load_tokenizer('run/adapter').chat_template == 'mine'
+    change(base_model_name_or_path='../../base')
+    assert lora.find('run/adapter').base == 'base'
+    same_logits(load.load_model('run/adapter'), expected)
+
+    config = {'model': 'run/adapter'}
+    before, content = load.fingerprints(config)['model'], lora.content('run/adapter')
+    assert {'adapter_model.safetensors', 'adapter_config.json', 'base/model.safetensors'} <= before.keys()
+    tiny_model('base', 'llama', tie_word_embeddings=False)
+    after = load.fingerprints(config)['model']
+    assert {name for name in after if before[name] != after[name]} == {'base/model.safetensors', 'base/config.json'}
+    assert lora.content('run/adapter') != content
 
 
-@pytest.mark.parametrize('options', [KINDS['whole head'], KINDS['head'], KINDS['embedding']])
-def test_does_not_go_on_outside_the_blocks(options):
-    write(**options)
-    with pytest.raises(UserError, match='outside the blocks: leave out --lora_rank, which merges it'):
-        load.load_model('run/adapter', adapters=RANK)
+def said():
+    """The sentence with which the adapter is refused."""
+    with pytest.raises(UserError) as info:
+        load.load_model('run/adapter')
+    assert '\n' not in str(info.value)
+    return str(info.value)
 
 
-def change(**options):
-    def damage():
-        file = Path('run/adapter/adapter_config.json')
-        file.write_text(json.dumps(json.loads(file.read_text()) | options))
-
-    return damage
-
-
-def weights(edit):
-    def damage():
-        from safetensors.torch import save_file
-
-        found = tensors('run/adapter')
-        edit(found)
-        save_file(found, 'run/adapter/adapter_model.safetensors')
-
-    return damage
+INCOMPLETE = 'does not say its r, its lora_alpha and its model'
+OPTIONS = [
+    ({'use_dora': True}, 'has use_dora=True, which is not supported here: name the whole model'),
+    ({'bias': 'lora_only'}, "has bias='lora_only', which"),
+    ({'init_lora_weights': 'pissa'}, "has init_lora_weights='pissa', which"),
+    ({'peft_type': 'IA3'}, "has peft_type='IA3', which"),
+    ({'task_type': 'TOKEN_CLS'}, "has task_type='TOKEN_CLS', which"),
+    ({'use_magic': {'a': 1}}, "has use_magic={'a': 1}, which"),
+    ({'base_model_name_or_path': ''}, INCOMPLETE),
+    ({'r': 0}, INCOMPLETE),
+    ({'lora_alpha': None}, INCOMPLETE),
+    ({'base_model_name_or_path': 'gone'}, "model of the adapter 'run/adapter' is missing: there is no model folder 'gone'"),
+    ({'base_model_name_or_path': 'run/adapter'}, "cannot load the model 'run/adapter'"),
+]  # fmt: skip
 
 
-HERE = 'which is not supported here: merge it with peft'
-MISTAKES = {
-    'DoRA': (change(use_dora=True), [], f'has use_dora=True, {HERE}'),
-    'bias': (change(bias='lora_only'), [], f"has bias='lora_only', {HERE}"),
-    'PiSSA': (change(init_lora_weights='pissa'), [], f"has init_lora_weights='pissa', {HERE}"),
-    'another method': (change(peft_type='IA3'), [], f"has peft_type='IA3', {HERE}"),
-    'another task': (change(task_type='TOKEN_CLS'), [], 'TOKEN_CLS'),
-    'newer than this': (change(use_magic={'a': 1}), [], "use_magic={'a': 1}"),
-    'its own revision': (change(revision='v2'), [], "revision='v2'"),
-    'no model': (change(base_model_name_or_path=''), [], 'does not say its r, its lora_alpha and its model'),
-    'no rank': (change(r=0), ['--lora_rank=4'], 'does not say its r'),
-    'no alpha': (change(lora_alpha=None), ['--lora_rank=4'], 'does not say its r, its lora_alpha'),
-    'damaged': (lambda: Path('run/adapter/adapter_config.json').write_text('{"r": 4,'), [], 'adapter_config.json is not to be read'),
-    'model gone': (lambda: shutil.move('base', 'moved'), [], "model of the adapter 'run/adapter' is missing: there is no model folder"),
-    'of an adapter': (change(base_model_name_or_path='run/adapter'), [], 'which is an adapter, too'),
-    'a pickle': (lambda: shutil.move('run/adapter/adapter_model.safetensors', 'run/adapter/adapter_model.bin'), [], 'has no adapter_model.saf'),
-    'a layer less': (weights(lambda w: w.pop(min(w))), [], 'lacks weights: base_model.model.model.layers.0.mlp.down_proj.lora_A'),
-    'a layer more': (weights(lambda w: w.update({'base_model.model.x.lora_A.weight': torch.ones(2)})), [], 'without a place in its model'),
-    'other sizes': (weights(lambda w: w.update({min(w): torch.ones(4, 7)})), [], "cannot load the model 'run/adapter': Error"),
-    'no number': (weights(lambda w: w[min(w)].fill_(torch.nan)), [], 'before the first step the loss is no number: weights of the model'),
-    'another rank': (change(), ['--lora_rank=8'], 'has rank 4: --lora_rank=4 goes on with it'),
-    'its alpha': (change(), ['--lora_rank=4', '--lora_alpha=3'], "has no effect: the adapter 'run/adapter' goes on with its own"),
-    'a reward model': (change(task_type='SEQ_CLS'), [], 'is a reward model: a language model is needed'),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize('name', MISTAKES)
-def test_one_sentence(name):
-    damage, flags, words = MISTAKES[name]
+def test_options_that_are_refused():
     write()
-    damage()
-    said = refused('dpo.py', '--model=run/adapter', '--out_dir=out', *flags)
-    assert words in said
-    # a run of ours has the way out beside it
-    if HERE in words:
-        tiny_model('run/model', 'llama')
-        said = refused('dpo.py', '--model=run/adapter', '--out_dir=out')
-        assert "name 'run/model' beside it, which is the whole model" in said
+    file = Path('run/adapter/adapter_config.json')
+    good = file.read_text()
+    for options, words in OPTIONS:
+        file.write_text(good)
+        change(**options)
+        assert words in said()
+    file.write_text(good[:20])
+    assert INCOMPLETE in said()
 
 
-def test_where_its_model_lies():
-    """The path counts from the working directory, else from the adapter's folder."""
-    expected = write()
-    change(base_model_name_or_path='../../base')()
-    assert adapter.find('run/adapter').base == 'base'
-    model = load.load_model('run/adapter')
-    with torch.no_grad():
-        assert (model(IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+def test_weights_that_are_refused():
+    write()
+    file, good = Path('run/adapter/adapter_model.safetensors'), tensors('run/adapter')
+    first = min(good)
+    for weights, words in (
+        ({k: w for k, w in good.items() if k != first}, 'lacks weights: ' + first.removesuffix('.weight')),
+        (good | {'base_model.model.x.lora_A.weight': torch.ones(2)}, 'without a place in its model'),
+        (good | {first: torch.ones(4, 7)}, "cannot load the model 'run/adapter': Error"),
+    ):
+        save_file(weights, file)
+        assert words in said()
+    dpo = 'dpo.py', '--model=run/adapter', '--out_dir=out'
+    save_file(good | {first: good[first].fill_(torch.nan)}, file)
+    assert 'before the first step the loss is no number: weights of the model' in refused(*dpo)
+    assert 'has rank 4: --lora_rank=4 goes on with it' in refused(*dpo, '--lora_rank=8')
+    ignored = refused(*dpo, '--lora_rank=4', '--lora_alpha=3')
+    assert "has no effect: the adapter 'run/adapter' goes on with its own" in ignored
+    file.rename(file.with_suffix('.bin'))
+    assert 'has no adapter_model.saf' in said()
 
 
 def test_of_a_hub(monkeypatch):
     """Adapter and model by hub ids: the files come from the hub's cache."""
     write()
-    change(base_model_name_or_path='some/base')()
+    change(base_model_name_or_path='some/base')
     monkeypatch.setattr(check.hub, 'reachable', lambda: False)
     places = {'some/adapter': 'run/adapter', 'some/base': 'base'}
 
@@ -183,23 +191,23 @@ def test_of_a_hub(monkeypatch):
         path = Path(places[name], file)
         return str(path) if path.exists() else None
 
-    monkeypatch.setattr(check, '_hub_file', cached)
-    found = adapter.find('some/adapter')
+    monkeypatch.setattr(check, 'file_of', cached)
+    found = lora.find('some/adapter')
     assert (found.base, found.folder) == ('some/base', Path('run/adapter'))
     with pytest.raises(UserError, match="model of the adapter 'some/adapter' is missing.*its cache does not have it"):
         places['some/base'] = 'nowhere'
-        monkeypatch.setattr(adapter, '_found', {})
-        adapter.find('some/adapter')
+        monkeypatch.setattr(lora, '_found', {})
+        lora.find('some/adapter')
 
 
-def test_what_a_run_is_made_of():
-    """Its hashes are of the adapter and of its model, so that neither changes unseen."""
-    write()
-    config = {'model': 'run/adapter'}
-    before, content = load.fingerprints(config)(), load.content('run/adapter')
-    assert {'adapter_model.safetensors', 'adapter_config.json', 'base/model.safetensors'} <= before['model'].keys()
-    tiny_model('base', 'llama', tie_word_embeddings=False)
-    after = load.fingerprints(config)()
-    changed = {name for name, found in after['model'].items() if before['model'][name] != found}
-    assert changed == {'base/model.safetensors', 'base/config.json'}
-    assert load.content('run/adapter') != content
+def test_a_model_of_the_same_shape_is_another(capsys):
+    """Our adapters know the content of the model that they were trained on."""
+    tiny_model('base', 'llama')
+    model = load.load_model('base', adapters=RANK)
+    lora.write(model, {name: p for name, p in model.named_parameters() if p.requires_grad}, Path('run/adapter'))
+    assert not Path('run/adapter/README.md').exists()
+    load.load_model('run/adapter')
+    assert 'was trained on' not in capsys.readouterr().out
+    tiny_model('base', 'llama', initializer_range=0.3)
+    load.load_model('run/adapter', adapters=RANK)
+    assert 'warning: base is not the model that the adapter run/adapter was trained on' in capsys.readouterr().out

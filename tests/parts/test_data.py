@@ -130,8 +130,7 @@ def check_tokens(tokenizer, prompt, answers, limits=(64, 32), truncation='start'
 @pytest.mark.parametrize('truncation', ['start', 'end'])
 @pytest.mark.parametrize('bos', [False, True])
 def test_lengths(make_tokenizer, truncation, bos):
-    """A long prompt, loses its start or its end, but for BOS; then answers are cut before their end. By every length: an
-    answer of exactly the room that is left is whole, and so is a prompt."""
+    """A long prompt loses its start or its end, but for BOS; then answers are cut before their end. By every length."""
     tokenizer = make_tokenizer(bos)
     prompt, answers = 'a b c d e', [' 1 2 3', ' 6 7']
     size = max(len(p) + len(a) for p, both in items(tokens(tokenizer, [pair(prompt, *answers)])) for a in both)
@@ -193,18 +192,16 @@ def test_equal_answers(tok):
     assert len(tokens(tok, rows[:1], 'sft')) == 1
 
 
-EMPTY = ['', ' ', '\n', '<|endoftext|>', [assistant('')], []]
-
-
 @pytest.mark.parametrize('template', [None, CHATML])
-@pytest.mark.parametrize('empty', [*EMPTY, [assistant(' ')]])
+@pytest.mark.parametrize('empty', ['', ' ', '\n', '<|endoftext|>', [], [assistant('')], [assistant(' ')]])
 def test_empty_answers_are_dropped_and_counted(make_tokenizer, empty, template):
     tokenizer, chat = make_tokenizer(template=template), not isinstance(empty, str)
     full, prompt = ([assistant('a')], [user('p')]) if chat else (' a', 'p')
-    for row in (pair(prompt, full, empty), pair(prompt, empty, full), {'prompt': prompt, 'response': empty}):
+    pairs = pair(prompt, full, empty), pair(prompt, empty, full)
+    for row in (*pairs, {'prompt': prompt, 'response': empty}):
         examples = tokens(tokenizer, [row], 'pairs' if 'chosen' in row else 'sft')
         assert len(examples) == 0 and examples.left_out['empty answers'] == 1
-    for row in (pair(prompt, full, empty), pair(prompt, empty, full)):  # that answer, or its pair
+    for row in pairs:  # that answer, or its pair
         examples = tokens(tokenizer, [row, pair(prompt, full, full * 2)], 'singles')
         assert len(examples) in (2, 3) and examples.left_out['empty answers'] == 1
 
@@ -304,14 +301,11 @@ def test_chats(make_tokenizer, template, task, row, texts):
     assert notes == expected
 
 
-@pytest.mark.parametrize(
-    'template, words',
-    [
-        ("{{ raise_exception('no such role\nhere') }}", 'refuses'),
-        ('{{ nonsense', 'refuses'),
-        ('{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}', 'differently'),
-    ],
-)
+@pytest.mark.parametrize('template, words', [
+    ("{{ raise_exception('no such role\nhere') }}", 'refuses'),
+    ('{{ nonsense', 'refuses'),
+    ('{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}', 'differently'),
+])  # fmt: skip
 def test_templates_that_refuse(make_tokenizer, template, words):
     with pytest.raises(UserError, match=words) as info:
         tokens(make_tokenizer(template=template), [CHAT])
@@ -339,19 +333,21 @@ def count(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize('task', ['pairs', 'singles', 'sft'])
-@pytest.mark.parametrize('chat', [False, True])
+@pytest.mark.parametrize(('task', 'chat'), [('pairs', False), ('pairs', True), ('singles', False), ('sft', True)])
 def test_a_second_load_reads_the_cache(tmp_path, make_tokenizer, count, cache, task, chat):
     source = write_jsonl(tmp_path / 'd.jsonl', [CHAT] if chat else [*many_pairs(20), pair('p', '', '')])
     tokenizer, other = make_tokenizer(), make_tokenizer()
     first = load(source, tokenizer, task=task)
-    assert len(count) == 1 and len(list(cache.iterdir())) == 1 and len(first)
     second = load(source, other, task=task)
-    assert len(count) == 1 and same(first, second) and isinstance(second.left_out, Counter) and first.left_out
+    assert (
+        len(count) == 1
+        and same(first, second)
+        and isinstance(second.left_out, Counter)
+        and first.left_out
+        and len(first)
+    )
     # what is exported must not depend on the cache
     assert tokenizer.chat_template == other.chat_template and bool(other.chat_template) == chat
-    load(source, tokenizer, task=task)
-    assert len(count) == 1
     assert same(load(source, tokenizer, task=task, cache=False), first) and len(count) == 2
     assert len(list(cache.iterdir())) == 1
 
@@ -375,9 +371,7 @@ def test_what_makes_another_cache_file(tmp_path, make_tokenizer, count, cache):
 
 DAMAGES = {
     'half': lambda b: b[: len(b) // 2],
-    'five bytes': lambda b: b[:5],
     'nothing': lambda b: b'',
-    'other bytes': lambda b: b'x' * len(b),
     'one bit, other tokens': lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],
 }
 
@@ -391,7 +385,7 @@ def test_a_damaged_cache_file_is_rebuilt(tmp_path, tok, count, cache, damage, ca
     file.write_bytes(DAMAGES[damage](content))
     assert same(load(source, tok), first) and len(count) == 2
     assert 'is damaged: tokenising anew' in capsys.readouterr().out
-    assert file.read_bytes() == content and len(list(cache.iterdir())) == 1
+    assert [file.read_bytes() for file in cache.iterdir()] == [content]
 
 
 def test_a_cache_that_cannot_be_written_is_a_note(tmp_path, tok, cache, monkeypatch, capsys):
@@ -470,18 +464,16 @@ def test_every_source_must_give_something(tmp_path, tok, name):
 
 def test_which_prompts_are_held_out(tmp_path, tok):
     """Those whose hash is a multiple of 20, today and in older versions; of messages only role and content count."""
+    chats = [user(f'chat {i}') for i in range(200)]
     rows = [pair(f'prompt {i}', ' a', ' b') for i in range(200)]
-    rows += [pair([user(f'chat {i}') | {'name': 'x'}], [assistant('a')], [assistant('b')]) for i in range(200)]
+    rows += [pair([chat | {'name': 'x'}], [assistant('a')], [assistant('b')]) for chat in chats]
     file = write_jsonl(tmp_path / 'd.jsonl', rows)
-    expected = {f'prompt {i}' for i in range(200) if sources.content_hash(f'prompt {i}') % 20 == 0}
-    expected |= {f'chat {i}' for i in range(200) if sources.content_hash([user(f'chat {i}')]) % 20 == 0}
-    for split, wanted in (
-        ('test', expected),
-        ('train', {f'{kind} {i}' for kind in ('prompt', 'chat') for i in range(200)} - expected),
-    ):
-        found, _ = sources.load_rows(file, split)
-        prompts = [row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][0]['content'] for row in found]
-        assert set(prompts) == wanted and len(prompts) == len(wanted) > 5
+    prompts = {f'prompt {i}': f'prompt {i}' for i in range(200)} | {chat['content']: [chat] for chat in chats}
+    expected = {name for name, prompt in prompts.items() if sources.content_hash(prompt) % 20 == 0}
+    for split, wanted in (('test', expected), ('train', prompts.keys() - expected)):
+        rows, _ = sources.load_rows(file, split)
+        found = [row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][0]['content'] for row in rows]
+        assert set(found) == wanted and len(found) == len(wanted) > 5
 
 
 def test_a_small_file_may_have_nothing_held_out(tmp_path, tok):
@@ -517,12 +509,11 @@ def test_flips(tok):
     before, uid = items(examples), examples.uid.tolist()
     sets = {rate: flipped(examples, rate) for rate in (0.0, 0.1, 0.2, 0.5, 1.0)}
     assert set() == sets[0.0] < sets[0.1] < sets[0.2] < sets[0.5] < sets[1.0] == set(uid)
-    assert all(abs(len(sets[rate]) / 1000 - rate) < 0.05 for rate in (0.1, 0.2, 0.5))
-    assert items(examples) == before  # the flipped are a copy
-    assert items(examples.flip(1.0, 0)) == [(p, [b, a]) for p, (a, b) in before]
+    assert all(abs(len(sets[rate]) / 1000 - rate) < 0.05 for rate in sets)
+    # the flipped are a copy
+    assert items(examples) == before and items(examples.flip(1.0, 0)) == [(p, [b, a]) for p, (a, b) in before]
     # neither the order matters, nor what else is there; both answers of a pair flip, or none
     assert flipped(tokens(tok, rows[::-1]), 0.2) == sets[0.2] == flipped(tokens(tok, rows, 'singles'), 0.2)
-    assert flipped(tokens(tok, rows[:100]), 0.2) == sets[0.2] & set(uid[:100])
     assert flipped(examples.select(np.arange(0, 1000, 7)), 0.2) == sets[0.2] & set(uid[::7])
     assert flipped(examples, 0.2, seed=1) != sets[0.2]
 
@@ -531,23 +522,18 @@ def test_uniform_hash():
     uid = np.arange(20000, dtype=np.uint64)
     u, other = uniform_hash(uid, 0), uniform_hash(uid, 1)
     assert 0 <= u.min() and u.max() < 1 and np.abs(np.histogram(u, 10, (0, 1))[0] - 2000).max() < 200
-    assert (uniform_hash(uid[::-1], 0)[::-1] == u).all() and len(np.unique(u)) == len(u)
     assert abs(np.corrcoef(u, other)[0, 1]) < 0.03 and abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.03
-    assert uniform_hash(np.array([1], np.uint64), 0)[0] == pytest.approx(0.5665616, abs=1e-6)  # the same always
+    assert u[1] == pytest.approx(0.5665616, abs=1e-6)  # the same always
 
 
 def test_keep(tok):
     examples = tokens(tok, many_pairs(1000), 'singles')
-
-    def counts(*args):
-        kept = examples.keep(*args)
+    found = {(good, bad, seed): examples.keep(good, bad, seed) for good, bad, seed in
+             [(1.0, 1.0, 0), (1.0, 0.0, 0), (0.0, 1.0, 0), (0.3, 0.6, 0), (0.5, 0.5, 0), (0.2, 0.2, 0), (0.5, 0.5, 1)]}  # fmt: skip
+    for (good, bad, _), kept in found.items():
         assert labels(kept).items() <= labels(examples).items()
-        return int(kept.good.sum()), int((~kept.good).sum())
-
-    assert counts(1.0, 1.0, 0) == (1000, 1000) and counts(1.0, 0.0, 0) == (1000, 0) and counts(0.0, 1.0, 0) == (0, 1000)
-    good, bad = counts(0.3, 0.6, 0)
-    assert abs(good - 300) < 50 and abs(bad - 600) < 50
-    kept, less, other = (labels(examples.keep(f, f, seed)) for f, seed in ((0.5, 0), (0.2, 0), (0.5, 1)))
+        assert abs(kept.good.sum() - 1000 * good) < 50 and abs((~kept.good).sum() - 1000 * bad) < 50
+    kept, less, other = (labels(found[key]) for key in ((0.5, 0.5, 0), (0.2, 0.2, 0), (0.5, 0.5, 1)))
     assert less.items() < kept.items() and kept != other
     uids = [{u for (u, _), good in kept.items() if good == thumb} for thumb in (True, False)]
     assert uids[0] != uids[1]  # the two answers of a pair are drawn apart
@@ -684,16 +670,10 @@ def test_steps(args, skip):
     assert [(first, rows.tolist()) for first, rows in resumed] == plan[skip:]
     longer = data.steps(**args | {'total': total + 50, 'batch_size': 1})
     assert [rows[0] for _, rows in longer][:total] == order
+    other = [rows.tolist() for _, rows in data.steps(**args | {'seed': args['seed'] + 1})]
+    assert n < 8 or total < 2 * n or (other != [rows for _, rows in plan] and epochs[0] != epochs[1])
     straight = data.steps(**args, shuffle=False)
     assert np.concatenate([rows for _, rows in straight]).tolist() == [i % n for i in range(total)]
-
-
-def test_epochs_and_seeds_have_orders_of_their_own():
-    def order(seed):
-        return np.concatenate([rows for _, rows in data.steps(50, 7, 150, seed)]).tolist()
-
-    epochs = [tuple(order(seed)[i : i + 50]) for seed in (0, 1) for i in (0, 50, 100)]
-    assert len(set(epochs)) == 6 and tuple(range(50)) not in epochs and order(0) == order(0)
 
 
 # ---- plans ----
@@ -739,14 +719,13 @@ def test_plan_by_hand(plan, lengths, world, max_tokens, expected):
     assert plan(lengths, world, max_tokens) == expected
 
 
-def test_plans_are_balanced_and_no_longer_than_need_be():
-    rng = np.random.default_rng(0)
-    for world in (1, 2, 4):
-        lengths = rng.integers(20, 200, 256)
-        plans = data.plan(lengths, world, 2048)
-        loads = [sum(lengths[i] for batch in mine for i in batch) for mine in plans]
-        assert max(loads) - min(loads) < 0.02 * sum(loads) / world + 50
-        assert len(plans[0]) <= -(-lengths.sum() // (world * 2048)) + 1
+@pytest.mark.parametrize('world', [1, 2, 4])
+def test_plans_are_balanced_and_no_longer_than_need_be(world):
+    lengths = np.random.default_rng(0).integers(20, 200, 256)
+    plans = data.plan(lengths, world, 2048)
+    loads = [sum(lengths[i] for batch in mine for i in batch) for mine in plans]
+    assert max(loads) - min(loads) < 0.02 * sum(loads) / world + 50
+    assert len(plans[0]) <= -(-lengths.sum() // (world * 2048)) + 1
 
 
 # ---- packing ----
@@ -759,8 +738,7 @@ LAYOUTS = [{'share_prefix': True}, {'share_prefix': False}, {'pad': True}]
 
 
 def packed(groups, **options):
-    arrays = [(np.array(p, np.int32), [np.array(a, np.int32) for a in answers]) for p, answers in groups]
-    return data.pack(arrays, list(range(len(groups))), **options)
+    return data.pack(Examples.of(groups), list(range(len(groups))), **options)
 
 
 def read_back(batch):
@@ -849,8 +827,7 @@ def test_batch_sum(groups, random):
 @pytest.mark.parametrize('answers', [1, 2])
 def test_a_filler_does_not_count(pad, answers):
     batch = data.pack([], [], filler=answers, pad=pad)
-    assert batch.slot == [-1] and batch.n.tolist() == [1] * answers and len(batch.target) == answers
-    assert batch.real.tolist() == [False]
+    assert batch.n.tolist() == [1] * answers and len(batch.target) == answers and batch.real.tolist() == [False]
 
 
 @MANY

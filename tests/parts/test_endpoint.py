@@ -1,40 +1,30 @@
 """The client of chat endpoints against a server that misbehaves in every way that servers do."""
 
-import base64
 import contextlib
-import email.utils
 import gzip
-import html
 import json
 import re
 import socket
-import ssl
 import time
-import tracemalloc
-import urllib.parse
-import zlib
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
-from stub import completion, receive, serve, serve_raw
+from stub import completion, serve, serve_raw
 
 from configurator import UserError
 from feedback import endpoint
 
 FAST = {'backoff': 0.02, 'timeout': 0.5, 'concurrency': 4}
+ONCE = {'retries': 0, 'concurrency': 1, 'proven': True}  # one attempt, whose failure is no reason to stop
 NOWHERE = 'http://127.0.0.1:9'
-KEY = r'sk-a.b*c+(d|e)$[f]"\'/&<_09Zz'  # characters of regular expressions, json, HTML and URLs
+KEY = 'sk-made-up_0123456789'
+OK = b'HTTP/1.1 200 OK\r\n'
 
 
 @pytest.fixture(autouse=True)
-def no_key(monkeypatch):
-    for name in ('NANOPREF_API_KEY', 'OPENAI_API_KEY', 'HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy'):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
 def key(monkeypatch):
+    for name in ('OPENAI_API_KEY', 'HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy'):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('NANOPREF_API_KEY', KEY)
 
 
@@ -55,22 +45,21 @@ def ask(where, some, **options):
 def refused(where, some, match, **options):
     with pytest.raises(UserError, match=match) as error:
         ask(where, some, **options)
+    assert str(error.value).isprintable()
     return str(error.value)
 
 
-def shown_by(behave_or_play, raw=False, **options):
-    """All that a user of the endpoint ever sees of its replies: text, json and reasons."""
-    with (serve_raw if raw else serve)(behave_or_play) as server:
+def shown_by(play, **options):
+    """All that a user sees of one reply of a raw server, which plays or sends these bytes: text, json and reasons."""
+    if isinstance(play, bytes):
+        content = play
+        play = lambda connection, n: connection.sendall(content)  # noqa: E731
+    with serve_raw(play) as url:
         try:
-            replies = ask(server, 1, **{'retries': 0, 'concurrency': 1, **options})
+            (reply,) = ask(url, 1, **(ONCE | options))
         except UserError as error:
             return str(error)
-    return json.dumps(replies, ensure_ascii=False) + (replies[0].error or '')
-
-
-def sends(content):
-    """A raw server that sends these bytes."""
-    return lambda connection, n: connection.sendall(content)
+    return json.dumps(reply, ensure_ascii=False, allow_nan=False) + (reply.error or '')
 
 
 @contextlib.contextmanager
@@ -91,20 +80,21 @@ def test_every_job_is_answered_once_and_no_more_are_under_way_than_asked_for():
             time.sleep(0.02)  # a slow disk
             assert len(server.seen) <= len(replies) - 1 + 4  # what is not written yet is bounded
         assert sorted(replies) == [(i, f'answer {i}', completion(f'answer {i}'), None) for i in range(30)]
-        assert len(server.seen) == 30 and server.seen[0][0] == '/v1/chat/completions'
+        path, headers, _ = server.seen[0]
+        assert len(server.seen) == 30 and (path, headers['Authorization']) == ('/v1/chat/completions', f'Bearer {KEY}')
 
 
 # fmt: off
 FAULTS = [
-    (429, {'error': {'message': 'slow down'}}), (500, 'oops'), (503, ''), (200, '<html>not json</html>'), (200, {'choices': []}),
-    (200, {'choices': [{'message': {'content': 7}}]}), (200, {'error': 'overloaded'}),
-    *({'do': do} for do in ('half', 'drop', 'hang', 'drip')),
+    (429, {'error': {'message': 'slow down'}}), (408, ''), (409, ''), (425, ''), (500, 'oops'), (503, ''), (200, '<html>not json</html>'),
+    (200, {'choices': []}), (200, {'choices': [{'message': {'content': 7}}]}), (200, {'error': 'overloaded'}),
+    *({'do': do} for do in ('half', 'drop', 'hang')),
 ]
 # fmt: on
 
 
 def test_every_fault_is_asked_again():
-    """Every job gets two different faults, and every fault meets every other one in flight."""
+    """Every job gets two different faults, and every fault meets others in flight."""
     turn = Counter()
 
     def behave(n, body):
@@ -112,9 +102,9 @@ def test_every_fault_is_asked_again():
         turn[i] += 1
         return FAULTS[(i + 4 * turn[i]) % len(FAULTS)] if turn[i] < 3 else str(i)
 
-    with serve(behave) as server, within(8):  # even those that hang, or drip a byte at a time
-        replies = ask(server, 22, concurrency=8)
-        assert sorted(int(r.text) for r in replies) == list(range(22)) and len(server.seen) == 66
+    with serve(behave) as server, within(8):
+        replies = ask(server, 26, concurrency=8)
+        assert sorted(int(r.text) for r in replies) == list(range(26)) and len(server.seen) == 78
 
 
 def test_after_retries_a_job_is_given_back_with_its_reason():
@@ -124,27 +114,22 @@ def test_after_retries_a_job_is_given_back_with_its_reason():
         assert replies[3].error.endswith('answers HTTP 500 (ill), after 3 attempts') and replies[3].raw is None
 
 
-def date_in(seconds):
-    return email.utils.formatdate(time.time() + seconds, usegmt=True)
-
-
-@pytest.mark.parametrize('soon', [lambda: '1', lambda: date_in(2)], ids=['seconds', 'date'])
-def test_retry_after_is_honoured_by_all(soon):
+def test_retry_after_is_honoured_by_all():
     arrived = []
 
     def behave(n, body):
         arrived.append(time.monotonic())
-        return 'ok' if n else (429, '', {'Retry-After': soon()})
+        return (429, '', {'Retry-After': '1'}) if n == 1 else 'ok'
 
     with serve(behave) as server:
-        assert len(ask(server, 3, backoff=0.01, timeout=5, concurrency=1)) == 3
-    assert arrived[1] - arrived[0] >= 0.95
+        assert len(ask(server, 4, backoff=0.01, timeout=5, concurrency=1)) == 4
+    assert arrived[2] - arrived[1] >= 0.95
 
 
-@pytest.mark.parametrize('soon', [lambda: '0', lambda: '0.01', lambda: date_in(-5)], ids=['0', 'little', 'past'])
+@pytest.mark.parametrize('soon', ['0', '0.01', 'Wed, 21 Oct 2015 07:28:00 GMT', 'x'])
 def test_a_retry_after_that_asks_for_next_to_nothing_does_not_end_the_waiting(soon):
     began = time.monotonic()
-    slow_down = lambda: (429, '', {'Retry-After': soon()})  # noqa: E731
+    slow_down = lambda: (429, '', {'Retry-After': soon})  # noqa: E731
     with serve(lambda n, body: 'ok' if time.monotonic() - began > 0.5 else slow_down()) as server:
         replies = ask(server, 2, backoff=0.1, timeout=5, concurrency=1)
         assert [r.text for r in replies] == ['ok', 'ok'] and len(server.seen) < 8
@@ -152,19 +137,18 @@ def test_a_retry_after_that_asks_for_next_to_nothing_does_not_end_the_waiting(so
 
 # fmt: off
 USELESS = [
-    ((429, 'quota', {'Retry-After': '7200'}), r'asks to wait 7200 s: run the same command again'),
-    ((429, {'error': {'message': 'You have none', 'code': 'insufficient_quota'}}), r'no credit left'),
-    *(((status, {'error': {'message': 'no\nsuch model'}}), f'HTTP {status} .no such model.*{advice}') for status, advice in [
-        (400, 'suit it'), (401, 'NANOPREF_API_KEY'), (403, 'NANOPREF_API_KEY'),
-        (404, 'address and the model'), (308, 'address and the model')]),
+    (429, 'quota', r'asks to wait 7200 s: run the same command again'),
+    *((status, {'error': {'message': 'no\nsuch model'}}, f'HTTP {status} .no such model.*{advice}') for status, advice in [
+        (400, 'the model and the other options'), (401, 'NANOPREF_API_KEY'), (403, 'NANOPREF_API_KEY'), (404, 'the address, the model')]),
 ]
 # fmt: on
 
 
-@pytest.mark.parametrize('reply, sentence', USELESS)
-def test_where_going_on_is_useless_all_stops_at_once(reply, sentence):
-    with serve(lambda n, body: reply) as server:
-        assert '\n' not in refused(server, 50, sentence)
+@pytest.mark.parametrize('some', [50, 2])
+@pytest.mark.parametrize('status, content, sentence', USELESS)
+def test_where_going_on_is_useless_all_stops_at_once(status, content, sentence, some):
+    with serve(lambda n, body: (status, content, {'Retry-After': '7200'})) as server:
+        refused(server, some, sentence)
         assert len(server.seen) <= 4
 
 
@@ -194,9 +178,11 @@ def test_no_server():
     with socket.socket() as unused:
         unused.bind(('127.0.0.1', 0))
         port = unused.getsockname()[1]
-    sentence = f'{port}/v1/chat/completions cannot be reached .*is the server running'
+    sentence = f'{port}/v1/chat/completions cannot be reached .*see that the server runs'
     with within(8):
         refused(f'http://127.0.0.1:{port}', 50, sentence, backoff=1.0, timeout=120.0, concurrency=8)
+    (reply,) = ask(f'http://127.0.0.1:{port}', 1, proven=True, retries=1)
+    assert 'cannot be reached' in reply.error
 
 
 def test_stopping_early_asks_no_more():
@@ -204,7 +190,7 @@ def test_stopping_early_asks_no_more():
         replies = endpoint.ask(server.url, jobs(50), timeout=30, concurrency=4)
         with within(3):
             assert next(replies).text == 'ok'
-            replies.close()  # as Ctrl-C does
+            replies.close()
         time.sleep(0.2)
         assert len(server.seen) == 4
 
@@ -216,8 +202,9 @@ def test_addresses():
     base = 'http://host:1/a'
     for url in (base, base + '/', base + '/v1', base + '/v1/', base + '/v1/chat/completions'):
         assert endpoint.completions_url(url) == base + '/v1/chat/completions'
+    assert endpoint.completions_url('https://[::1]/x-y/chat/completions') == 'https://[::1]/x-y/chat/completions'
     for url in ('127.0.0.1:8000', 'ftp://host', 'http://', 'https://me:secret-1@host', 'https://host/?key=secret-1'):
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError, match='is no address') as error:
             endpoint.completions_url(url)
         assert 'secret-1' not in str(error.value)
 
@@ -228,17 +215,12 @@ def test_an_environment_that_cannot_be_used(monkeypatch, proxy):
     assert 'ss-word' not in refused(NOWHERE, 1, 'as the environment asks')
 
 
-def test_a_key_that_no_header_takes(monkeypatch):
-    monkeypatch.setenv('NANOPREF_API_KEY', 'sk-\u2028secret')
-    assert 'secret' not in refused(NOWHERE, 1, 'characters that no key has')
-
-
-@pytest.mark.parametrize('status', [301, 302, 303, 307, 308])
-def test_no_redirect_carries_the_key_away(status, key):
+@pytest.mark.parametrize('status', [301, 307, 308])
+def test_no_redirect_carries_the_key_away(status):
     with serve(lambda n, body: 'stolen') as thief:
         moved = (status, '', {'Location': thief.url + '/v1/chat/completions'})
         with serve(lambda n, body: moved) as server:
-            refused(server, 3, f'HTTP {status} .*see that the address')
+            refused(server, 3, f'HTTP {status} ')
         assert not thief.seen
 
 
@@ -248,6 +230,7 @@ def test_no_redirect_carries_the_key_away(status, key):
 @pytest.mark.parametrize('name', ['NANOPREF_API_KEY', 'OPENAI_API_KEY'])
 def test_the_key_is_sent_and_never_given_back(name, monkeypatch):
     key = 'sk-made"up\\12345678'
+    monkeypatch.delenv('NANOPREF_API_KEY')
     monkeypatch.setenv(name, key + '\n')
     unicode = ''.join(f'\\u{ord(c):04x}' for c in key)
     escaped = '{"choices": [{"message": {"content": "KEY"}}], "you": {"KEY": 1}}'.replace('KEY', unicode)
@@ -260,123 +243,46 @@ def test_the_key_is_sent_and_never_given_back(name, monkeypatch):
 
 
 BROKEN = {
-    'header': b'HTTP/1.1 200 OK\r\nX Echo KEY\r\n\r\n',
-    'header with no name': b'HTTP/1.1 200 OK\r\n: KEY\r\n\r\n',
+    'header': b'X Echo KEY\r\n\r\n',
+    'header with no name': b': KEY\r\n\r\n',
+    'length': b'Content-Length: KEY\r\n\r\n',
+    'transfer encoding': b'Transfer-Encoding: KEY\r\n\r\n',
+    'content encoding': b'Content-Encoding: KEY\r\nContent-Length: 1\r\n\r\nx',
+    'chunk': b'Transfer-Encoding: chunked\r\n\r\nKEY\r\n',
+    'page': b'Content-Length: 46\r\n\r\n<pre>Authorization: Bearer KEY</pre>',
     'status line': b'HTTP/1.1 KEY OK\r\n\r\n',
     'first line': b'KEY\r\n\r\n',
-    'length': b'HTTP/1.1 200 OK\r\nContent-Length: KEY\r\n\r\n',
-    'lengths': b'HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: KEY\r\n\r\n',
-    'transfer encoding': b'HTTP/1.1 200 OK\r\nTransfer-Encoding: KEY\r\n\r\n',
-    'content encoding': b'HTTP/1.1 200 OK\r\nContent-Encoding: KEY\r\nContent-Length: 1\r\n\r\nx',
-    'chunk': b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nKEY\r\n',
     'reason': b'HTTP/1.1 404 KEY\r\nContent-Length: 0\r\n\r\n',
     'place': b'HTTP/1.1 302 Found\r\nLocation: http://KEY\r\nContent-Length: 0\r\n\r\n',
     'retry': b'HTTP/1.1 429 Slow\r\nRetry-After: 99999999KEY\r\nContent-Length: 0\r\n\r\n',
     'cookie': b'HTTP/1.1 401 No\r\nSet-Cookie: KEY\r\nWWW-Authenticate: KEY\r\nContent-Length: 0\r\n\r\n',
-    'page': b'HTTP/1.1 502 Bad\r\nContent-Length: 999\r\n\r\n<pre>Authorization: Bearer KEY</pre>',
 }
 
 
-@pytest.fixture
-def http(request, monkeypatch):
-    """The HTTP library of a parameter."""
-    library = pytest.importorskip(request.param)
-    monkeypatch.setattr(endpoint, '_http', lambda: library)
-
-
-@pytest.mark.parametrize('http', ['httpx', 'httpx2'], indirect=True)
 @pytest.mark.parametrize('where', BROKEN)
-def test_no_part_of_a_reply_shows_the_key(where, http, key):
+def test_no_part_of_a_reply_shows_the_key(where):
     """The HTTP library quotes what it cannot read."""
-    shown = shown_by(sends(BROKEN[where].replace(b'KEY', KEY.encode())), raw=True)
-    assert shown and not leaks(shown, KEY)
+    reply = BROKEN[where].replace(b'KEY', KEY.encode())
+    shown = shown_by(reply if b'HTTP' in reply or where == 'first line' else OK + reply)
+    assert shown and KEY not in shown and KEY[8:] not in shown
 
 
-def leaks(shown, key):
-    """Whether a third of the key stands in a text, or in what the text says to those who undo escapes."""
-    said = [shown, html.unescape(shown), urllib.parse.unquote(urllib.parse.unquote(shown)), shown.replace('\\', '')]
-    with contextlib.suppress(ValueError):
-        said.append(json.loads(f'"{shown}"'))
-    bare, n = key.replace('\\', '').lower(), max(4, len(key) // 3)
-    pieces = {bare[i : i + n] for i in range(len(bare) - n + 1)}
-    return [piece for piece in pieces for text in said if piece in text.replace('\\', '').lower()]
-
-
-WRITTEN = {
-    'plain': lambda key: key,
-    'lower case': str.lower,
-    'upper case': str.upper,
-    'json': json.dumps,
-    'json in json': lambda key: json.dumps(json.dumps(key)),
-    'python': lambda key: repr(key.encode()),
-    'every byte': lambda key: ''.join(f'\\x{ord(c):02x}' for c in key),
-    'unicode escapes': lambda key: ''.join(f'\\u{ord(c):04X}' for c in key),
-    'url': lambda key: urllib.parse.quote(key, safe=''),
-    'url, twice': lambda key: urllib.parse.quote(urllib.parse.quote(key)),
-    'url, all': lambda key: ''.join(f'%{ord(c):02x}' for c in key),
-    'html': html.escape,
-    'html, decimal': lambda key: ''.join(f'&#{ord(c)};' for c in key),
-    'html, hex': lambda key: ''.join(f'&#x{ord(c):X};' for c in key),
-    'cut short': lambda key: key[: 2 * len(key) // 3],
-    'its end': lambda key: '...' + key[len(key) // 3 :],
-    'twice': lambda key: key + key,
-}
-
-
-@pytest.mark.parametrize('key', [KEY, 'qwertyui', 'zzzzzzzzzzzz', 'q' * 3 + '%41' * 400, '\\' * 9 + '$^'])
-@pytest.mark.parametrize('written', WRITTEN)
-def test_the_key_in_other_forms(written, key):
-    others = endpoint._Others(key)
-    text = f'before {WRITTEN[written](key)} behind'
-    if written not in ('cut short', 'its end') or key == KEY:
-        for found in (others.line(text), others.text(text), str(others.json(json.dumps({text: [text]}).encode()))):
-            assert 'before' in found and 'behind' in found and '[key]' in found
-            assert not leaks(found, key)
-    assert others.text('what nobody hides: sk-, \\ and 100%') == 'what nobody hides: sk-, \\ and 100%'
-
-
-@pytest.mark.parametrize('before', ['', 'B', 'Be', 'Bearer ', 'user:', 'http://host/?k='])
-@pytest.mark.parametrize('code', [base64.b64encode, base64.urlsafe_b64encode])
-def test_the_key_in_base64_and_hex(before, code):
-    others = endpoint._Others(KEY)
-    coded = code((before + KEY + '\n').encode()).decode()
-    found = others.line(f'before {coded} behind')
-    assert '[key]' in found and found.startswith('before ') and found.endswith(' behind')
-    left = found.replace('[key]', '').removeprefix('before ').removesuffix(' behind')
-    assert len(left) <= len(before) * 4 / 3 + 6
-    for coded in (KEY.encode().hex(), KEY.encode().hex(' ').upper(), KEY.encode().hex(':')):
-        assert others.line(f'before {coded} behind') == 'before [key] behind'
-
-
-def test_a_short_key_leaves_answers_alone(monkeypatch):
-    """Servers of one's own take words for a key."""
+def test_keys_that_are_none(monkeypatch):
+    """No header takes the first; servers of one's own take words for a key, which answers may hold."""
+    monkeypatch.setenv('NANOPREF_API_KEY', 'sk-\u2028secret')
+    assert 'secret' not in refused(NOWHERE, 1, 'characters that no key has')
     monkeypatch.setenv('NANOPREF_API_KEY', 'EMPTY')
-    assert 'the box is EMPTY' in shown_by(lambda n, body: 'the box is EMPTY')
-    assert 'wrong key [key].' in shown_by(lambda n, body: (401, 'wrong key EMPTY.'))
-
-
-def test_the_passwords_of_a_proxy(monkeypatch, key):
-    """They stand in the environment, and in the pages of proxies."""
-    login, seen = base64.b64encode(b'me:p@ss-word-77').decode(), []
-    page = f'HTTP/1.1 407 No\r\n\r\nGET x\r\nProxy-Authorization: Basic {login}\r\nAuthorization: Bearer {KEY}'
-
-    def play(connection, n):
-        seen.append(n)
-        sends(page.encode())(connection, n)
-
-    with serve_raw(play) as url:
-        for name in ('HTTP_PROXY', 'http_proxy'):
-            monkeypatch.setenv(name, url.replace('//', '//me:p%40ss-word-77@'))
-        shown = refused('http://host.invalid', 1, None)
-    assert seen and login[8:-4] not in shown and not leaks(shown, KEY)
+    with serve(lambda n, body: 'the box is EMPTY') as server:
+        assert ask(server, 1)[0].text == 'the box is EMPTY'
 
 
 def test_messages_move_no_cursor():
-    shown = shown_by(lambda n, body: (404, {'error': {'message': '\x1b[2J\x1b]0;x\x07 a\u202eb\r\n\ud800 c'}}))
-    assert shown.isprintable() and '[2J' in shown and 'a b' in shown
+    with serve(lambda n, body: (404, {'error': {'message': '\x1b[2J\x1b]0;x\x07 a\u202eb\r\n\ud800 c'}})) as server:
+        shown = refused(server, 1, '404')
+    assert '[2J' in shown and 'a b' in shown
 
 
-# ---- time and size ----
+# ---- time, size and form of replies ----
 
 
 def drip(*pieces, every=0.05):
@@ -392,170 +298,91 @@ def drip(*pieces, every=0.05):
     return play
 
 
-OK = b'HTTP/1.1 200 OK\r\n'
 ENDLESS = {
     'a header': drip(OK + b'X: ', b'x'),
-    'headers': drip(OK, b'X: x\r\n'),
-    'the status line': drip(b'HTTP/1.1 200 ', b'O'),
     'continue': drip(b'HTTP/1.1 100 Continue\r\n\r\n'),
     'continue, fast': drip(b'HTTP/1.1 100 Continue\r\n\r\n' * 50, every=0.001),
-    'early hints': drip(b'HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n'),
     'chunks': drip(OK + b'Transfer-Encoding: chunked\r\n\r\n', b'1\r\nx\r\n'),
-    'the size of a chunk': drip(OK + b'Transfer-Encoding: chunked\r\n\r\n', b'0'),
-    'trailers': drip(OK + b'Transfer-Encoding: chunked\r\n\r\n0\r\n', b'X: x\r\n'),
     'to the end of the connection': drip(OK + b'\r\n{"choices": [{"message": {"content": "x"}}]}', b' '),
-    'gzip of nothing': drip(OK + b'Content-Encoding: gzip\r\n\r\n\x1f\x8b\x08\x08\0\0\0\0\0\0', b'x'),
     'nothing': drip(b''),
 }
 
 
-@pytest.mark.parametrize(
-    'what, http',
-    [(what, 'httpx2') for what in ENDLESS] + [(what, 'httpx') for what in ('a header', 'continue', 'chunks')],
-    indirect=['http'],
-)
-def test_a_time_out_holds_for_the_whole_reply(what, http):
+@pytest.mark.parametrize('what', ENDLESS)
+def test_a_time_out_holds_for_the_whole_reply(what):
     with within(2.5):
-        assert 'no reply within 0.3 s' in shown_by(ENDLESS[what], raw=True, timeout=0.3)
+        assert 'no reply within 0.3 s' in shown_by(ENDLESS[what], timeout=0.3)
 
 
-def test_a_time_out_holds_for_the_second_request_of_a_connection():
-    reply = json.dumps(completion('ok')).encode()
-
-    def play(connection, n):
-        connection.sendall(OK + b'Content-Length: %d\r\n\r\n' % len(reply) + reply)
-        receive(connection)
-        ENDLESS['continue'](connection, n)
-
-    with serve_raw(play) as url, within(3):
-        replies = ask(url, 2, retries=0, concurrency=1)
-    assert replies[0].text == 'ok' and 'no reply within' in replies[1].error
-
-
-def test_a_time_out_holds_for_tls_for_what_is_sent_and_for_a_proxy(monkeypatch):
-    """A server that shakes no hands and says nothing more, one that reads nothing, a proxy that goes on with itself."""
-    once = {'retries': 0, 'concurrency': 1}
+def test_a_time_out_holds_for_tls_and_for_what_is_sent():
+    """A server that shakes no hands and says nothing more, one that reads nothing."""
     with serve_raw(drip(b'\x16\x03\x03\x40\x00', b'\x02')) as url, within(3):
-        with contextlib.suppress(UserError, ssl.SSLError):
-            ask(url.replace('http:', 'https:'), 1, **once)
+        (reply,) = ask(url.replace('http:', 'https:'), 1, **ONCE)
+        assert reply.text is None
     with socket.create_server(('127.0.0.1', 0)) as deaf, within(3):
         large = [(0, {'messages': 'x' * 20_000_000})]
-        (reply,) = ask(f'http://127.0.0.1:{deaf.getsockname()[1]}', large, **once)
-    assert 'no reply within' in reply.error
-    for name in ('a header', 'continue'):
-        with serve_raw(ENDLESS[name]) as url, within(3):
-            monkeypatch.setenv('https_proxy', url)
-            (reply,) = ask('https://host.invalid', 1, **once)
+        (reply,) = ask(f'http://127.0.0.1:{deaf.getsockname()[1]}', large, **ONCE)
         assert 'no reply within' in reply.error
 
 
-def packed(content, code=gzip.compress, name=b'gzip'):
-    content = code(content)
-    return OK + b'Content-Encoding: %s\r\nContent-Length: %d\r\n\r\n' % (name, len(content)) + content
+def packed(content):
+    return OK + b'Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n' % len(content) + content
 
 
 LONG = json.dumps(completion('a ' * 5000)).encode()
-UNASKED = 'was not asked for'
 # fmt: off
-PACKED = {
-    'gzip': (packed(LONG), 'a a a'),
-    'deflate': (packed(LONG, zlib.compress, b'deflate'), 'a a a'),
-    'half': (packed(LONG, lambda text: gzip.compress(text)[:-20]), 'the packed reply is cut short'),
-    'more': (packed(LONG, lambda text: gzip.compress(text) + b'more'), 'goes on behind its end'),
-    **{name[:10].decode(): (packed(b'x', bytes, name), UNASKED) for name in (b'br', b'zstd', b'gzip, gzip', b'x' * 5000)},
+FORMS = {
+    'packed, though nobody asked for it': (packed(gzip.compress(LONG)), 'a a a'),
+    'packed, and cut short': (packed(gzip.compress(LONG)[:-20]), 'connection lost|no chat completion'),
+    'a bomb': (packed(gzip.compress(b'0' * 250_000_000, 1)), 'the reply is larger than 64 MB'),
+    'an endless one': (drip(OK + b'\r\n', b' ' * 2**20, every=0.0001), 'the reply is larger than 64 MB'),
+    'a byte order mark': (OK + b'\r\n\xef\xbb\xbf' + json.dumps(completion('fine')).encode(), '"fine"'),
+    'half a character': (OK + rb'{"choices": [{"message": {"content": "a\ud800"}}]}'.join([b'\r\n', b'']), r'"a\?"'),
 }
 # fmt: on
 
 
-@pytest.mark.parametrize('reply, words', PACKED.values(), ids=PACKED)
-def test_a_packed_reply_is_read_though_none_was_asked_for(reply, words):
-    assert words in shown_by(sends(reply), raw=True)
-
-
-def test_a_reply_that_begins_with_a_byte_order_mark_is_read():
-    assert '"fine"' in shown_by(lambda n, body: (200, '\ufeff' + json.dumps(completion('fine'))))
-
-
-@pytest.mark.parametrize('content', [b'0' * 250_000_000, b'[],' * 20_000_000, b'{"a":1},' * 8_000_000])
-def test_a_bomb_is_not_unpacked(content):
-    """A megabyte on the wire, 250 in memory; or 60 in memory, of which the reader of json makes 1,600."""
-    bomb, asked = packed(content, lambda text: gzip.compress(text, 1)), []
-    del content
-
-    def play(connection, n):
-        asked.append(n)
-        connection.sendall(bomb)
-
-    tracemalloc.start()
-    shown = shown_by(play, raw=True, timeout=30, retries=3)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert re.search('the reply (is larger than 64 MB|has more than 2000000 brackets)', shown)
-    assert peak < 200e6 and len(asked) == 1  # another attempt would cost as much again
-
-
-def test_an_endless_reply_ends():
-    def play(connection, n):
-        connection.sendall(OK + b'\r\n')
-        while True:
-            connection.sendall(b' ' * 2**20)
-
-    assert 'larger than 64 MB' in shown_by(play, raw=True, timeout=30)
+@pytest.mark.parametrize('reply, words', FORMS.values(), ids=FORMS)
+def test_forms_of_replies(reply, words):
+    assert re.search(words, shown_by(reply, timeout=30))
 
 
 def test_a_long_honest_reply_takes_time_in_proportion():
     """50 MB in pieces of every size."""
     text = 'the service says "so".\n' * 2_000_000
-    content = json.dumps(completion(text)).encode()
     began = time.process_time()
-    with serve_raw(sends(OK + b'Content-Length: %d\r\n\r\n' % len(content) + content)) as url:
-        (reply,) = ask(url, 1, retries=0, concurrency=1, timeout=60)
+    with serve(lambda n, body: text) as server:
+        (reply,) = ask(server, 1, timeout=60)
     assert reply.text == text and time.process_time() - began < 10
 
-
-@pytest.mark.parametrize('flood', ['\\', '%25', '&#', 's', KEY[:12], 'sk', '&amp;', '\\u00'])
-def test_taking_out_a_key_takes_time_in_proportion(flood):
-    """A server cannot write what takes long to search."""
-    seconds = []
-    for size in (200_000, 800_000):
-        others, text = endpoint._Others(KEY), flood * (size // len(flood))
-        began = time.process_time()
-        others.text(text), others.line(text)
-        seconds.append(time.process_time() - began)
-    assert seconds[1] < 8 * seconds[0] + 0.2 and seconds[1] < 3
-
-
-# ---- replies of any type ----
 
 # fmt: off
 VALUES = ['null', 'true', '0', '-1', '1.5', '1e999', '-1e999', 'NaN', 'Infinity', '9' * 30, '9' * 5000, '"12"', '""', '[]', '[1]',
           '{}', '{"a": [null]}', r'"\ud800"', '[' * 99999]
 # fmt: on
+FIELDS = [
+    '{"choices": [{"message": {"content": "fine", "role": V}, "finish_reason": V, "index": V, "logprobs": V}], "usage": V}',
+    '{"choices": [{"message": {"content": V}}]}',
+    *('{"choices": V}', '{"choices": [V]}', '{"choices": [{"message": V}]}'),
+    *('{"error": V}', '{"detail": V}', '{"error": {"message": V, "code": V}}', 'V'),
+]
 
 
-@pytest.mark.parametrize('value', VALUES)
-def test_every_field_may_be_of_any_type(value):
+def test_every_field_may_be_of_any_type(monkeypatch):
     """A reply is read, or a reason is given; what is read can be written and read again by any reader of json."""
-    reply = '{"choices": [{"message": {"content": "fine", "role": V}, "finish_reason": V, "index": V, "logprobs": V}], "usage": V}'
-    fields = [
-        '{"choices": V}',
-        '{"choices": [V]}',
-        '{"choices": [{"message": V}]}',
-        '{"error": V}',
-        '{"detail": V}',
-        'V',
-    ]
-    fields += ['{"error": {"message": V, "code": V}}', '{"choices": [{"message": {"content": V}}]}']
-    others = endpoint._Others(KEY)
-    for status in (200, 400, 429, 500, 404):
-        response = SimpleNamespace(status_code=status, headers={})
-        for form in [reply, *fields]:
-            raw = others.json(form.replace('V', value).encode())
-            try:
-                text, raw = endpoint._read(response, raw, 'http://x', others)
-            except (endpoint._Again, endpoint._Refused, UserError) as error:
-                assert str(error).isprintable() and (status != 200 or form != reply or len(value) > 9999)
-                continue
-            assert status == 200 and isinstance(text, str) and text.encode() is not None
-            assert json.loads(json.dumps(raw, allow_nan=False)) == raw
-            assert form != reply or text == 'fine'
+    monkeypatch.setattr(endpoint, 'FAILED_IN_A_ROW', 10**9)
+    cases = [(status, form, value) for status in (200, 400, 500) for form in FIELDS for value in VALUES]
+
+    def behave(n, body):
+        status, form, value = cases[number(body)]
+        return status, form.replace('V', value)
+
+    with serve(behave) as server:
+        replies = sorted(ask(server, len(cases), retries=0, proven=True, timeout=30))
+    for (status, form, value), reply in zip(cases, replies, strict=True):
+        assert (reply.error or 'x').isprintable()
+        if reply.error is None:
+            assert status == 200 and isinstance(reply.text, str) and reply.text.encode() is not None
+            assert json.loads(json.dumps(reply.raw, allow_nan=False)) == reply.raw
+        if status == 200 and form == FIELDS[0]:
+            assert reply.text == ('fine' if len(value) < 999 else None)

@@ -27,29 +27,20 @@ def base(folder, dtype, **options):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(load, '_read', {})
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', 'float64'])
 def test_what_came_in(dtype):
-    """Read from the file, whatever the config says; from the config where the file is not at hand."""
-    base('one', getattr(torch, dtype))
-    base('shards', getattr(torch, dtype), max_shard_size='20KB')
-    expected = dtype if dtype != 'float64' else 'float32'
-    for name in ('one', 'shards'):
+    """Read from the file, whatever the config says; of mixed types that of most weights, not of most tensors."""
+    kind = getattr(torch, dtype)
+    for name, options in (('one', {}), ('shards', {'max_shard_size': '20KB'}), ('mixed', {})):
+        base(name, kind, **options)
         config = Path(name, 'config.json')
         config.write_text(json.dumps(json.loads(config.read_text()) | {'dtype': 'float32'}))
-        assert load.kept_in(name) == expected
-    # of mixed types that of most weights, not of most tensors
-    one = base('mixed', getattr(torch, dtype)) + '/model.safetensors'
-    save_file(
-        {name: w.float() if w.dim() == 1 else w for name, w in tensors('mixed').items()}
-        | {f'x{i}': torch.ones(2) for i in range(30)},
-        one,
-    )
-    assert load.kept_in('mixed') == expected
-    load._read['a/hub_id'] = transformers.LlamaConfig(dtype=dtype)
-    assert load.kept_in('a/hub_id') == expected
+    mixed = {key: w.float() if w.dim() == 1 else w for key, w in tensors('mixed').items()}
+    save_file(mixed | {f'x{i}': torch.ones(2) for i in range(30)}, 'mixed/model.safetensors')
+    expected = dtype if dtype != 'float64' else 'float32'
+    assert [load.kept_in(name) for name in ('one', 'shards', 'mixed')] == [expected] * 3
     assert load.kept_in('toy') == 'float32'
 
 
@@ -83,18 +74,17 @@ def test_runs_leave_what_came_in(monkeypatch, capsys):
     for name, value in whole.items():
         assert value.dtype == torch.float32 and not value.equal(value.bfloat16().float()), name
         assert half[name].dtype == torch.bfloat16 and half[name].float().allclose(value, rtol=2**-7, atol=0), name
-    assert {v.dtype for k, v in tensors('half/checkpoints', '*/*.safetensors').items() if v.dim() > 1} == {
-        torch.float32
-    }
+    checkpoint = tensors('half/checkpoints', '*/*.safetensors').values()
+    assert {v.dtype for v in checkpoint if v.dim() > 1} == {torch.float32}
 
     # several files with an index, and a config and a card that say the type
     assert len(list(Path('half/model').glob('model-0*.safetensors'))) > 2
     assert json.loads(Path('half/model/config.json').read_text())['dtype'] == 'bfloat16'
     assert 'trained in float32, and are kept in bfloat16' in Path('half/model/README.md').read_text()
 
-    # the next in the chain: a reference of its own, or the policy itself, or adapters
-    for name, flags in {'pair': ['--ref_model=half/model'], 'alone': [], 'lora': ['--lora_rank=2']}.items():
-        run_script('dpo.py', *STEPS, '--model=half/model', f'--out_dir={name}', *flags)
+    # the next in the chain: a reference of its own, or adapters
+    for name, flag in {'pair': '--ref_model=half/model', 'lora': '--lora_rank=2'}.items():
+        run_script('dpo.py', *STEPS, '--model=half/model', f'--out_dir={name}', flag)
         (row,) = metrics(name, 'check')
         assert row['rewards_train/chosen'] == row['rewards_train/rejected'] == 0
         assert {v.dtype for v in tensors(f'{name}/model').values()} == {torch.bfloat16}
@@ -110,10 +100,8 @@ def test_a_weight_that_does_not_fit_becomes_no_infinity(flags, capsys):
     model.save_pretrained('base')
     run_script('sft.py', *STEPS, '--model=base', '--out_dir=run', '--save_dtype=float16', *flags)
     said = capsys.readouterr().out
-    assert (
-        'embed_tokens.weight has a weight of 65510, and torch.float16 ends at 65504: the model is kept in float32'
-        in said
-    )
+    found = 'embed_tokens.weight has a weight of 65510, and torch.float16 ends at 65504'
+    assert f'{found}: the model is kept in float32' in said
     assert said.endswith('done: run/model\n')
     assert {value.dtype for value in tensors('run/model').values()} == {torch.float32}
     assert 'are kept in float32' in Path('run/model/README.md').read_text()

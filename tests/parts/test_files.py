@@ -102,39 +102,36 @@ def test_kinds_of_the_columns_of_a_table(tmp_path):
                     {'prompt': '2', **sides[1], 'label': False, 'score_A': -3, 'note': 'x', 'zip': '1'}]  # fmt: skip
 
 
-def test_a_list_in_json_is_read_by_pieces(tmp_path, monkeypatch):
+def test_a_list_in_json_is_read_one_by_one(tmp_path):
     path = tmp_path / 'data.json'
-    for size, text in [
-        (s, t) for s in (40, 41, 64) for t in (json.dumps(ROWS), '\ufeff ' + json.dumps(ROWS, indent=1))
-    ]:
-        monkeypatch.setattr('text.readers.PIECE', size)
+    for text in (json.dumps(ROWS), '\ufeff ' + json.dumps(ROWS, indent=1) + '\n', ' [ ]'):
         path.write_text(text)
-        assert list(files.read_rows(None, 'train', str(path))) == ROWS
+        assert list(files.read_rows(None, 'train', str(path))) == (ROWS if len(text) > 9 else [])
     path.write_text(json.dumps(ROWS, indent=1)[:-4] + '"x"')
-    with pytest.raises(UserError, match='line 1001: not valid JSON'):
+    with pytest.raises(UserError, match="line 1001: not valid JSON: Expecting ',' delimiter"):
         sources.load_rows(str(path), 'train')
     path.write_text(json.dumps([{'text': 'x' * 10_000}] * 500))
-    monkeypatch.setattr('text.readers.PIECE', 50_000)
     tracemalloc.start()
     assert sum(1 for _ in files.read_rows(None, 'train', str(path))) == 500
-    assert tracemalloc.get_traced_memory()[1] < 500_000
+    assert tracemalloc.get_traced_memory()[1] < 2.1 * path.stat().st_size
     tracemalloc.stop()
 
 
 # fmt: off
 @pytest.mark.parametrize('name, content, says', [
-    ('a.json', '[{"a": 1},\n {"a": }]', 'a.json, line 2: not valid JSON'),
-    ('a.json', '[{"a": 1}] 2', 'line 1: not valid JSON .Extra data'),
-    ('a.json', '{"data": []}', 'a.json: not a list of rows but an object of data: write the list of rows alone'),
-    ('a.json', b'[{"text": "\xe4"}]', 'cannot read .*a.json: it is not UTF-8'),
+    ('a.json', '[{"a": 1},\n {"a": }]', 'a.json: line 2: not valid JSON: Expecting value'),
+    ('a.json', '[{"a": 1}] 2', 'line 1: not valid JSON: Extra data'),
+    ('a.json', '{"data": []}', "a.json, line 1: .*found: 'data' .list."),
+    ('a.json', '{"data":\n []}', 'a.json, line 1: not valid JSON'),
+    ('a.json', b'[{"text": "\xe4"}]', 'cannot read .*a.json: .*or not UTF-8'),
     ('a.csv', 'text,b\nx,y,z\n', 'line 2: 3 cells, and the table has 2 columns'),
     ('a.csv', 'text,b\nx,y\nz\n', 'line 3: 1 cells, and the table has 2 columns'),
     ('a.csv', 'text,b\nx,y\n"x\ny,z', '/a.csv, line 3: not a valid table .unexpected end of data.*cut short'),
-    ('a.csv', 'text,b,b\nx,y,z\n', "line 1: 2 columns are called 'b': rename them"),
+    ('a.csv', 'text,b,b\nx,y,z\n', "line 1: two columns have one name"),
     ('a.csv', b'text\nx\n\xe4\n', 'line 3: not valid UTF-8'),
-    ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: not valid UTF-8'),
+    ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: .*a name is not valid UTF-8'),
     ('a.txt', b'x\n\xe4\n', 'line 2: not valid UTF-8'),
-    ('a.parquet', '<!DOCTYPE html>', '^[^ ]*a.parquet is a web page, not the data: fetch it again'),
+    ('a.parquet', '<!DOCTYPE html>', 'cannot read .*a.parquet: .*it is damaged, perhaps a download that was cut short'),
     ('a.arrow', '', 'cannot read .*a.arrow: .*cut short'),
     ('a.zip', 'PK', 'a.zip: data files end in .jsonl, .*: convert it to one of them'),
 ])  # fmt: on
@@ -280,7 +277,7 @@ def test_the_configs_of_a_readme(tmp_path):
     for name, rows in {'easy/a': ROWS[:20], 'easy/b1': ROWS[20:], 'easy/held': ROWS[:2], 'hard/x': ROWS}.items():
         write(tmp_path / f'{name}.jsonl', rows)
     (tmp_path / 'README.md').write_text(README)
-    with pytest.raises(UserError, match=r'has several configs: easy, hard, both, gone: say which: --data=.*:easy'):
+    with pytest.raises(UserError, match=r'has several configs; there are easy, hard, both, gone: say which: --data=.*:CONFIG'):
         sources.load_rows(str(tmp_path), 'train')
     assert answers(f'{tmp_path}:easy') == ALL and answers(f'{tmp_path}:easy', 'test') == ALL[:2]
     assert divided(f'{tmp_path}:hard') and answers(f'{tmp_path}:easy[test]', undivided=True) == ALL[:2]
@@ -347,7 +344,7 @@ def test_what_the_hub_asks_to_choose(monkeypatch):
     ):
         sources.load_rows('o/n', 'train')
     fake.get_dataset_split_names = refuse
-    with pytest.raises(UserError, match="it has several configs: easy, hard: say which: --data='o/n:easy'"):
+    with pytest.raises(UserError, match=r"available configs: .'easy', 'hard'.* a?.*--data='o/n:CONFIG'"):
         sources.load_rows('o/n', 'train')
     with pytest.raises(UserError, match=r"the reader 'hh' chooses the split itself: leave \[x\] out"):
         sources.load_rows('hh[x]', 'train')
@@ -391,12 +388,6 @@ def test_both_parts_are_of_one_reading(load):
         assert [load(split)[:2] for split in ('train', 'test')] == alone and load.read == 1200
     found = load('train')[2]
     assert 0 < len(alone[1][0]) < 40 and not found.ids.flags.owndata and not found.ids.flags.writeable
-
-
-def test_many_ids_are_kept_in_a_file(load, monkeypatch):
-    before = load('train', cache=False)[0]
-    monkeypatch.setattr(tokenise, 'SPILL', 100)
-    assert load('train', cache=False)[0] == before
 
 
 @pytest.mark.parametrize('all_first', [False, True])

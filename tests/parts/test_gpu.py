@@ -59,17 +59,15 @@ def test_more_processes_than_gpus(monkeypatch):
         assert info.value.of_this_rank == (local_rank == 0)
 
 
-@pytest.mark.parametrize('mine, expected', [
-    ({}, 'expandable_segments:True None'),
-    ({'PYTORCH_ALLOC_CONF': 'backend:native'}, 'backend:native None'),
-    ({'PYTORCH_CUDA_ALLOC_CONF': 'backend:native'}, 'None backend:native'),
-])  # fmt: skip
-def test_memory_that_grows_in_place(mine, expected):
+def test_memory_that_grows_in_place():
     """Set before torch is imported, unless the user has set one of the two names."""
-    code = "import os, sys; from runtime import guard; guard.watch('__main__'); assert 'torch' not in sys.modules; "
-    code += "print(*map(os.environ.get, ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')))"
-    done = python('-c', code, **mine)
-    assert done.stdout.strip() == expected, done.stderr
+    code = 'import os, sys; from runtime import guard\n'
+    code += "for name in (None, 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'):\n"
+    code += "    for n in ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'): os.environ.pop(n, 0)\n"
+    code += "    os.environ |= {name: 'mine'} if name else {}; guard._pipe = None\n    guard.watch('__main__'); assert 'torch' not in sys.modules\n"
+    code += "    print(*map(os.environ.get, ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')))"
+    done = python('-c', code)
+    assert done.stdout.splitlines() == ['expandable_segments:True None', 'mine None', 'None mine'], done.stderr
 
 
 class Options(dict):
@@ -98,20 +96,15 @@ def arithmetic(monkeypatch):
     return choose
 
 
-def test_arithmetic_on_a_cpu(arithmetic):
+def test_arithmetic(arithmetic):
+    """A CPU needs neither option, bfloat16 no tf32."""
     assert arithmetic('cpu', tf32=True, deterministic=True) == ({}, [], ['tf32', 'deterministic'])
     assert arithmetic('cpu') == ({}, [], [])
-
-
-def test_arithmetic_on_a_gpu(arithmetic):
+    assert arithmetic('cuda', tf32=True, dtype='bfloat16') == ({}, [], ['tf32'])
     told, said, ignored = arithmetic('cuda', tf32=True, deterministic=True)
     assert told == {'precision': 'high', 'deterministic': True} and not ignored
     assert 'bfloat16 is several times faster' in said[0] and os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
     assert not torch.utils.deterministic.fill_uninitialized_memory
-
-
-def test_bfloat16_needs_no_tf32(arithmetic):
-    assert arithmetic('cuda', tf32=True, dtype='bfloat16') == ({}, [], ['tf32'])
 
 
 def test_what_cannot_be_deterministic_is_a_sentence():

@@ -253,14 +253,6 @@ def test_answers_cannot_write_the_marks():
     assert contents() == found  # and the same one where a run goes on
 
 
-def test_a_mark_stands_in_no_text(monkeypatch):
-    """Even where a text has the mark that its neighbours would give it."""
-    first = judge.mark('why', 'a', 'b')
-    guessed = lambda _, attempt, *texts: int(first, 16) + attempt  # noqa: E731
-    monkeypatch.setattr(judge, 'content_hash', guessed)
-    assert judge.mark('why', f'a {first}', 'b') == f'{int(first, 16) + 1:016x}'
-
-
 def test_a_judge_prompt_without_marks_of_its_own_is_noted(capsys):
     Path('mine.txt').write_text('{instruction} {answer_1} {answer_2} Verdict: A, Verdict: B or Verdict: tie')
     write_samples(range(1))

@@ -144,45 +144,31 @@ def test_a_missing_package_is_said_before_loading(flag, name, monkeypatch, tmp_p
     assert not (tmp_path / 'a').exists()
 
 
-def test_a_run_that_fails_early_leaves_nothing(tmp_path):
-    (tmp_path / 'there').mkdir()
-    for out, left in (('new/deep', ['there']), ('there', ['.lock', 'there'])):
-        done = python('dpo.py', '--model=./nowhere', f'--out_dir={tmp_path}/{out}')
-        assert done.returncode == 2 and "no model folder './nowhere'" in done.stderr
-        assert sorted(x.name for x in tmp_path.rglob('*')) == left
-
-
 # ---- trackers that fail ----
 
 
 class Broken:
     """A stand-in for wandb, or for tensorboard's writer, that fails in the calls it is told to, with what it is told to raise."""
 
-    Error = type('Error', (Exception,), {})
     __spec__ = importlib.machinery.ModuleSpec('wandb', None)  # transformers looks for it
 
     def __init__(self, where, error=None):
-        self.where, self.error, self.rows, self.calls = where, error or RuntimeError('no more\nroom'), [], []
+        self.where, self.error, self.calls = where.split(), error or RuntimeError('no more\nroom'), []
 
     def _call(self, name):
         self.calls.append(name)
-        if name in self.where.split():
+        if name in self.where:
             raise self.error
-
-    def login(self):
-        self._call('login')
+        return self
 
     def init(self, *args, **options):
-        self._call('init')
-        return self
+        return self._call('init')
 
     def log(self, row, step):
         self._call('log')
-        self.rows.append(row)
 
     def add_scalar(self, name, value, step):
         self._call('log')
-        self.rows.append((name, value, step))
 
     def finish(self):
         self._call('finish')
@@ -226,20 +212,18 @@ def test_a_tracker_that_fails_costs_one_note(name, where, error, monkeypatch, tm
     where_all_are = f'rows may be missing there; {tmp_path}/metrics.jsonl has all of them'
     assert notes == [f'note: {name} failed ({reason}): {where_all_are}']
     assert [row['counters/examples'] for row in metrics(tmp_path)] == [4, 8]
-    assert tool.calls.count('log') == {'init': 0, 'log': 1, 'finish': len(tool.rows), 'log finish': 1}[where]
+    each = {'wandb': 2, 'tensorboard': 6}[name]  # calls for two rows
+    assert tool.calls.count('log') == {'init': 0, 'log': 1, 'finish': each, 'log finish': 1}[where]
     assert tool.calls.count('finish') == (where != 'init')  # what came before the failure is written out
 
 
 @pytest.mark.parametrize(('script', 'name'), [('dpo.py', 'wandb'), ('ppo.py', 'tensorboard')])
 def test_a_run_goes_on_without_its_tracker(script, name, monkeypatch, tmp_path, capsys):
     flag = with_broken(monkeypatch, name, Broken('log'))
-    monkeypatch.setenv('WANDB_MODE', 'offline')
     run_script(script, *SCRIPTS[script], flag, f'--out_dir={tmp_path}/run')
     out = capsys.readouterr().out
     assert out.count(' failed (') == out.count(f'note: {name} failed (no more)') == 1 and 'done: ' in out
-    assert [row['counters/examples'] for row in metrics(tmp_path / 'run', 'train')] == [4, 8] and (
-        tmp_path / 'run/model'
-    ).is_dir()
+    assert [row['counters/examples'] for row in metrics(tmp_path / 'run', 'train')] == [4, 8]
 
 
 def test_a_key_in_a_failure_is_not_shown(monkeypatch, tmp_path, capsys):
@@ -248,36 +232,6 @@ def test_a_key_in_a_failure_is_not_shown(monkeypatch, tmp_path, capsys):
     (tmp_path / 'config.json').write_text('{"config": {}}')
     log.Log(tmp_path, 8, 0, 1, 'toy').close()
     assert 'bad key ...' in (out := capsys.readouterr().out) and KEY not in out
-
-
-LOGINS = {
-    'no more': Broken.Error('no more\nroom'),  # as where no key is configured
-    'no way': ConnectionError('no way\nthere'),
-    'no terminal': SystemExit('no terminal'),
-    'Error': Broken.Error(),
-}
-
-
-@pytest.mark.parametrize('reason', LOGINS)
-def test_a_login_that_fails_is_one_sentence(reason, monkeypatch):
-    tool = Broken('login', LOGINS[reason])
-    tool.error = LOGINS[reason]
-    monkeypatch.setitem(sys.modules, 'wandb', tool)
-    monkeypatch.delenv('WANDB_MODE', raising=False)
-    with pytest.raises(UserError, match=rf'^--wandb fails \({reason}\): set WANDB_API_KEY, or WANDB_MODE=offline$'):
-        log.check_trackers('toy', False)
-    monkeypatch.setenv('WANDB_MODE', 'offline')
-    log.check_trackers('toy', False)
-
-
-def test_a_package_that_is_broken_is_said(monkeypatch):
-    def broken(name):
-        raise TypeError('Descriptors cannot be created directly.\nMore.')
-
-    monkeypatch.setattr(log.importlib, 'import_module', broken)
-    words = r'^--tensorboard fails \(Descriptors cannot be created directly.\): install it anew'
-    with pytest.raises(UserError, match=words):
-        log.check_trackers(None, True)
 
 
 # ---- clocks that stand still ----

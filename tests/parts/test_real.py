@@ -47,37 +47,26 @@ def original():
     return load_model(str(FOLDER))
 
 
-def batches(examples):
-    """The examples packed, and padded."""
-    return [
-        data.pack([examples[i] for i in range(len(examples))], range(len(examples)), pad=pad) for pad in (False, True)
-    ]
-
-
 @torch.no_grad()
 def packed_and_padded(model, examples, function):
     """function(model, batch) of the examples packed, and padded."""
     found = []
-    for batch, packed in zip(batches(examples), (True, False), strict=True):
-        models.set_attention(model, packed)
-        found.append(function(model, batch))
+    for pad in (False, True):
+        models.set_attention(model, packed=not pad)
+        items = [examples[i] for i in range(len(examples))]
+        found.append(function(model, data.pack(items, range(len(items)), pad=pad)))
     return found
 
 
 def train(pairs, out_dir, *flags):
-    """One step of Dr. DPO on the pairs. Returns its row of the check before it."""
-    options = [
-        '--batch_size=2',
-        '--chat',
-        '--max_length=128',
-        '--max_prompt_length=64',
-        '--n_eval_examples=0',
-        '--warmup_steps=0',
-    ]
-    run_script('dpo.py', f'--model={FOLDER}', f'--data={pairs}', f'--eval_data={pairs}', '--loss=drdpo', *options, *flags,
-               f'--out_dir={out_dir}')  # fmt: skip
+    """One step of Dr. DPO on the pairs, before which rewards are 0. Returns the model that it leaves."""
+    lengths = '--batch_size=2 --chat --max_length=128 --max_prompt_length=64 --n_eval_examples=0 --warmup_steps=0'
+    options = ['--loss=drdpo', f'--model={FOLDER}', f'--data={pairs}', f'--eval_data={pairs}', f'--out_dir={out_dir}']
+    run_script('dpo.py', *lengths.split(), *options, *flags)
     (check,) = metrics(out_dir, 'check')
-    return check
+    assert check['rewards_train/chosen'] == check['rewards_train/rejected'] == 0
+    assert check['loss/train'] == pytest.approx(0.693147, abs=1e-6)
+    return load_model(str(out_dir / 'model'))
 
 
 def kl_between(policy, reference, examples):
@@ -89,20 +78,12 @@ def kl_between(policy, reference, examples):
 
 
 def test_a_step(pairs, examples, original, tmp_path):
-    """Rewards 0 and log 2 before it; a KL of 0 to itself, and above 0 after it; the saved model is read again bit for bit."""
-    check = train(pairs, tmp_path / 'run', '--lr=1e-5')
-    assert check['rewards_train/chosen'] == check['rewards_train/rejected'] == 0
-    assert check['loss/train'] == pytest.approx(0.693147, abs=1e-6)
-    trained = load_model(str(tmp_path / 'run/model'))
+    """A KL of 0 to itself, and above 0 after it; the saved model is read again bit for bit."""
+    trained = train(pairs, tmp_path / 'run', '--lr=1e-5')
     assert kl_between(original, original, examples).abs().max() == 0
     assert (kl_between(trained, original, examples) > 0).all()
     trained.save_pretrained(tmp_path / 'again')
     assert same_bits(tmp_path / 'again', tmp_path / 'run/model')
-
-
-def test_packed_is_padded(examples, original):
-    packed, padded = packed_and_padded(original, examples, models.response_logps)
-    assert torch.allclose(packed, padded, rtol=1e-4, atol=1e-3) and (packed < -5).all()
 
 
 def test_answers(original):
@@ -119,24 +100,20 @@ def test_adapters_merge(pairs, examples, original, tmp_path):
     """The merged model gives what PEFT makes of the model and the adapter."""
     import peft
 
-    check = train(pairs, tmp_path / 'run', '--lora_rank=4', '--lr=1e-3')
-    assert check['rewards_train/chosen'] == 0
-    merged = load_model(str(tmp_path / 'run/model'))
+    merged = train(pairs, tmp_path / 'run', '--lora_rank=4', '--lr=1e-3')
     adapted = peft.PeftModel.from_pretrained(load_model(str(FOLDER)), str(tmp_path / 'run/adapter')).eval()
-    batch = batches(examples)[0]
-    logps = []
-    for either in (merged, adapted, original):
-        models.set_attention(either, True)
-        with torch.no_grad():
-            logps.append(models.response_logps(either, batch))
-    assert torch.allclose(logps[0], logps[1], rtol=1e-4, atol=1e-3)
-    assert (logps[0] - logps[2]).abs().max() > 0.01
+    ours, theirs, before = (
+        packed_and_padded(either, examples, models.response_logps)[0] for either in (merged, adapted, original)
+    )
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+    assert (ours - before).abs().max() > 0.01
 
 
-def test_reward_head(examples):
-    """A new scalar head scores packed answers as padded ones."""
-    tokenizer = separate_pad(load_tokenizer(str(FOLDER)))
-    scorer = load_reward(str(FOLDER), tokenizer, new_head=True)
+def test_packed_is_padded(examples, original):
+    """Log-probs, and the scores of a new scalar head."""
+    packed, padded = packed_and_padded(original, examples, models.response_logps)
+    assert torch.allclose(packed, padded, rtol=1e-4, atol=1e-3) and (packed < -5).all()
+    scorer = load_reward(str(FOLDER), separate_pad(load_tokenizer(str(FOLDER))), new_head=True)
     packed, padded = packed_and_padded(scorer, examples, response_scores)
     assert packed.shape == (2 * len(PAIRS),) and packed.std() > 0
     assert torch.allclose(packed, padded, rtol=1e-4, atol=1e-4)

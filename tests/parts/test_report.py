@@ -6,10 +6,8 @@ import shutil
 import subprocess
 
 import pytest
-from helpers import read_jsonl, run_script, write_jsonl
+from helpers import read_jsonl, refused, run_script, write_jsonl
 from test_plot import run_folder
-
-from configurator import UserError
 
 EVIL = '</script><script>document.title = "evil"</script><!-- <img src=x onerror="document.title = 1"> \u2028 & \ud800'
 SHOWN = EVIL.replace('\ud800', '?')
@@ -70,22 +68,21 @@ def test_data_of_runs(tmp_path):
 
 
 def test_what_is_left_out_is_counted(tmp_path):
-    folder = run_folder(tmp_path / 'a')
+    run = run_folder(tmp_path / 'a')
     long = {'examples': 48, 'generator': 'policy', 'prompt': 'p' * 60, 'response': 'x'}
-    write_jsonl(folder / 'samples.jsonl', [long | {'sample': i} for i in range(7)])
-    _, data = report(tmp_path, folder, '--max_samples=3', '--max_letters=10')
+    write_jsonl(run / 'samples.jsonl', [long | {'sample': i} for i in range(7)])
+    limits = ['--max_samples=3', '--max_letters=10', '--max_pairs=2']
+    _, data = report(tmp_path, run, label_folder(tmp_path / 'label'), *limits)
     assert len(data['samples']) == 3 and data['samples_left_out'] == 4
     assert data['samples'][0]['prompt'] == 'p' * 10 + ' … (50 more characters)'
-
-
-def test_data_of_verdicts(tmp_path):
-    folder = label_folder(tmp_path / 'label')
-    _, data = report(tmp_path, folder, '--max_pairs=2')
     (found,) = data['verdicts']
     assert found['report']['win_rate_interval'] == [0.2, 0.8] and found['left_out'] == 1
     first, second = found['pairs']
-    assert [(o['order'], o['preference'], o['text']) for o in first['orders']] == [(1, 1, SHOWN), (2, 2, SHOWN)]
-    assert len(second['orders']) == 1 and first['answers'][1] == {'who': 'theirs', 'text': SHOWN, 'letters': len(EVIL)}
+    assert [(o['order'], o['preference'], o['text'][:10]) for o in first['orders']] == [
+        (1, 1, SHOWN[:10]),
+        (2, 2, SHOWN[:10]),
+    ]
+    assert len(second['orders']) == 1 and first['answers'][1]['letters'] == len(EVIL)
 
 
 def test_mistakes(tmp_path):
@@ -98,14 +95,11 @@ def test_mistakes(tmp_path):
         ([run], 'infinite or none'),
         ([folder, f'--out={tmp_path}/no/where.html'], 'cannot write'),
     ):
-        with pytest.raises(UserError, match=message):
-            run_script('tools/report.py', *arguments)
+        assert message in refused('tools/report.py', *arguments)
     (folder / 'report.json').write_text('{')
-    with pytest.raises(UserError, match='is damaged'):
-        report(tmp_path, folder)
+    assert 'is damaged' in refused('tools/report.py', folder)
     (folder / 'report.json').unlink()
-    with pytest.raises(UserError, match='has no report.json yet'):
-        report(tmp_path, folder)
+    assert 'has no report.json yet' in refused('tools/report.py', folder)
 
 
 @pytest.mark.skipif(BROWSER is None, reason='needs chromium')

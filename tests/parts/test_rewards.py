@@ -1,29 +1,28 @@
 """Reward functions of the user's own: the option, what a function may give, mistakes in it, worker processes, and ppo.py with them."""
 
 import os
-import time
 
 import pytest
-from helpers import ROOT, metrics, python, read_jsonl, run_script, write_jsonl
+from helpers import ROOT, metrics, python, read_jsonl, refused, run_script, write_jsonl
 
 from configurator import UserError
 from experiments import rewards, sums
-from rl import functions
+from rl import reward_functions
 from text.files import Row
 
 ROWS = [{'prompt': f'Say {i}:', 'answer': str(i)} for i in range(40)]
-ASKED = [functions.Asked(row['prompt'], row) for row in ROWS]
-RESPONSES = [row['answer'] for row in ROWS]
+PROMPTS, RESPONSES = [row['prompt'] for row in ROWS], [row['answer'] for row in ROWS]
 
 
 @pytest.fixture
-def part(tmp_path):
-    """Writes a file of rewards, and gives a Part of it: part(text), whose function is f."""
+def score(tmp_path):
+    """score(text, n=40, workers=None): the answers to the first rows, by the function f of a file with this text."""
 
-    def of(text, name='f'):
-        file = tmp_path / f'own{len(list(tmp_path.iterdir()))}.py'
+    def of(text, rows=ROWS, workers=None):
+        file = tmp_path / 'own.py'
         file.write_text(text)
-        return functions.parse(f'{file}:{name}')[0]
+        (part,) = reward_functions.parse(f'{file}:f')
+        return reward_functions.score(part, PROMPTS, RESPONSES, rows, workers)
 
     return of
 
@@ -37,26 +36,27 @@ def test_a_sum_of_functions_and_models(tmp_path, monkeypatch):
         (tmp_path / file).write_text('def f(prompts, responses, rows): return [1.0] * len(rows)')
     (tmp_path / 'out/reward/model').mkdir(parents=True)
     (tmp_path / 'out/reward/model/config.json').touch()
-    found = functions.parse('a.py:f*1 + b.py:f * -0.2+out/reward + gold*2')
+    found = reward_functions.parse('a.py:f*1 + b.py:f * -0.2+out/reward + gold*2')
     assert [part.weight for part in found] == [1, -0.2, 1, 2]
     assert [part.name for part in found] == ['f_1', 'f_2', 'reward', 'gold']
     assert found[2].what == 'out/reward/model' and found[0].file == str(tmp_path / 'a.py')
     # a path that is not here is one of the project's
-    (own,) = functions.parse('experiments/rewards.py:gsm8k')
-    assert functions.load(own)([''], ['#### 4'], [{'answer': '#### 4'}]) == [1.0]
+    (own,) = reward_functions.parse('experiments/rewards.py:gsm8k')
+    assert reward_functions.call(own, [''], ['#### 4'], [{'answer': '#### 4'}]) == [1.0]
 
 
 @pytest.mark.parametrize('text, sentence', [
     ('nowhere.py:f', r'there is no file nowhere\.py in '),
-    ('experiments/rewards.py', 'say which function'),
-    ('experiments/rewards.py:', 'say which function'),
+    ('experiments/rewards.py', r'say which function of experiments/rewards\.py'),
+    ('experiments/rewards.py:', r'say which function of experiments/rewards\.py'),
+    ('experiments/rewards.py:nothing', 'has no function nothing; it has .*gsm8k'),
     ('gold*much', "cannot read 'gold\\*much'"),
     ('gold + ', "cannot read ''"),
     ('gold*inf', 'cannot read'),
 ])  # fmt: skip
 def test_options_that_mean_nothing(text, sentence):
     with pytest.raises(UserError, match=sentence):
-        functions.parse(text)
+        reward_functions.parse(text)
 
 
 # ---- what a function is and gives ----
@@ -66,14 +66,14 @@ def test_options_that_mean_nothing(text, sentence):
     ('def f(prompts, responses, rows):\n    print("hello")\n    return [float(p == r["prompt"]) for p, r in zip(prompts, rows)]', 1.0),
     ('f = lambda prompts, responses, rows: [row["answer"] == response for row, response in zip(rows, responses)]', 1.0),
     ('async def f(p, responses, rows):\n    import asyncio\n    await asyncio.sleep(0)\n    return [2] * len(rows)', 2.0),
-    ('import numpy as np\ndef f(p, responses, rows): return np.full(len(rows), 3)', 3.0),
+    ('import numpy as np\ndef f(p, responses, rows): return list(np.full(len(rows), 3, np.float32))', 3.0),
     ('import torch\ndef f(p, responses, rows): return torch.full((len(rows),), 4.0)', 4.0),
     ('from neighbour import five\ndef f(p, responses, rows): return [five] * len(rows)', 5.0),
     ('class F:\n    def __call__(self, p, responses, rows): return tuple(6 for _ in rows)\nf = F()', 6.0),
 ])  # fmt: skip
-def test_functions_of_all_kinds(text, expected, part, tmp_path):
+def test_functions_of_all_kinds(text, expected, score, tmp_path):
     (tmp_path / 'neighbour.py').write_text('five = 5')
-    assert functions.score(part(text), ASKED, RESPONSES) == ([expected] * 40, [False] * 40)
+    assert score(text) == ([expected] * 40, [False] * 40)
 
 
 MIXED = 'def f(prompts, responses, rows):\n    return [{} if row["answer"] == "37" else 1.0 for row in rows]'
@@ -82,43 +82,35 @@ MIXED = 'def f(prompts, responses, rows):\n    return [{} if row["answer"] == "3
 @pytest.mark.parametrize('text, sentence', [
     # the row, the line, and what it says
     ('def f(p, responses, rows):\n    return [row["solution"] for row in rows]',
-     r"f of .*py fails at data, line 1: KeyError: 'solution' \(line 2: return .*\); its columns are prompt, answer"),
-    (MIXED.format('1 / 0'), r'fails at data, line 38: ZeroDivisionError: division by zero \(line 2: '),
-    (MIXED.format('None'), 'fails at data, line 38: it returned None, where a finite number is wanted'),
-    (MIXED.format('float("nan")'), r'line 38: it returned nan \(float\)'),
-    (MIXED.format('"1"'), r"line 38: it returned '1' \(str\)"),
-    (MIXED.format('exit()'), 'line 38: SystemExit'),
-    ('def f(p, responses, rows): return 0.5', r'it returned 0\.5 \(float\), where a list of 1 numbers'),
+     r"f of .*py fails at data, line 0: KeyError: 'solution' \(line 2: return .*\); its columns are prompt, answer"),
+    (MIXED.format('1 / 0'), r'fails at data, line 37: ZeroDivisionError: division by zero \(line 2: '),
+    (MIXED.format('None'), 'fails at data, line 37: it returned None, where a finite number is wanted'),
+    (MIXED.format('float("nan")'), r'line 37: it returned nan, '),
+    (MIXED.format('"1"'), r"line 37: it returned '1', "),
+    (MIXED.format('exit()'), 'line 37: SystemExit'),
+    ('def f(p, responses, rows): return 0.5', r'it returned 0\.5, where a list of 1 numbers'),
     ('def f(p, responses, rows): return None', 'it returned None, where a list'),
-    ('def f(p, responses, rows): return [1.0] * 3', 'it returned 3 numbers for 1 answers'),
+    ('def f(p, responses, rows): return [1.0] * 3', r'it returned \[1.0, 1.0, 1.0\], where a list of 1 numbers'),
     ('def f(p, responses, rows): return [1.0] if len(rows) == 1 else 1 / 0', 'ZeroDivisionError.*no answer alone makes it fail'),
-])  # fmt: skip
-def test_a_mistake_names_row_and_function(text, sentence, part):
-    asked = []
-    for i, row in enumerate(ROWS, 1):
-        row = Row(row)
-        row.where = f'data, line {i}'
-        asked.append(functions.Asked(row['prompt'], row))
-    with pytest.raises(UserError, match=sentence):
-        functions.score(part(text), asked, RESPONSES)
-
-
-@pytest.mark.parametrize('text, sentence', [
+    ('def f(completions, **more): pass', r'line 0: TypeError: f\(\) takes 1 positional argument but 3 were given'),
+    # the file
     ('def g(p, responses, rows): pass\nx = 1', 'has no function f; it has g'),
     ('f = 1', 'has no function f; it has none'),
-    ('def f(completions, **more): pass', r'f\(completions, \*\*more\) of .* must take \(prompts, responses, rows\)'),
     ('import nowhere_at_all\ndef f(a, b, c): pass', r"cannot load .*ModuleNotFoundError: No module named .* \(line 1: import"),
-    ('def f(:', r'cannot load .*SyntaxError.* \(line 1: def f\(:\)'),
+    ('def f(:', r'cannot load .*SyntaxError.*line 1'),
 ])  # fmt: skip
-def test_a_file_without_the_function(text, sentence, part):
+def test_a_mistake_names_row_and_function(text, sentence, score):
+    rows = [Row(row) for row in ROWS]
+    for i, row in enumerate(rows):
+        row.where = f'data, line {i}'
     with pytest.raises(UserError, match=sentence):
-        functions.load(part(text))
+        score(text, rows)
 
 
 # ---- worker processes ----
 
 SLOW = """
-import os, subprocess, time
+import os, subprocess
 def f(prompts, responses, rows):
     (response,) = responses
     print('from a worker')
@@ -136,32 +128,31 @@ def f(prompts, responses, rows):
 """
 
 
-def test_workers_are_several_and_have_a_limit(part, tmp_path, monkeypatch):
-    """A late answer gets 0 and leaves no process behind; the others come in order."""
+def test_workers_are_several_and_have_a_limit(tmp_path, monkeypatch):
+    """A late answer gets 0 and leaves no process behind; the others come in order; an error names its row."""
     monkeypatch.chdir(tmp_path)
-    own = part(SLOW)
-    workers = functions.Workers(own, 2, timeout=1.0)
-    started = time.time()
-    values, late = functions.score(own, ASKED[:7], RESPONSES[:7], workers)
-    assert time.time() - started < 60
+    (tmp_path / 'slow.py').write_text(SLOW)
+    (own,) = reward_functions.parse('slow.py:f')
+    workers = reward_functions.Workers(own, 2, timeout=1.0)
+
+    def score(*which):
+        part = slice(*which)
+        return reward_functions.score(own, PROMPTS[part], RESPONSES[part], ROWS[part], workers)
+
+    values, late = score(7)
     assert late == [i in (3, 5) for i in range(7)] and [value == 0 for value in values] == late
-    assert os.getpid() not in values
+    assert os.getpid() not in values and len(set(values)) > 2
     # nobody waits for a child that was orphaned, so it may stay as a zombie
     child = f'/proc/{(tmp_path / "child").read_text()}/stat'
     assert not os.path.exists(child) or ') Z ' in open(child).read()
     for i, sentence in ((7, 'ZeroDivisionError: division by zero'), (9, 'its process has ended with code 4')):
         with pytest.raises(UserError, match=f"f of .* fails at prompt 'Say {i}:': {sentence}"):
-            functions.score(own, ASKED[i : i + 1], RESPONSES[i : i + 1], workers)
+            score(i, i + 1)
     # an error leaves the others usable
-    values, late = functions.score(own, ASKED[:1], RESPONSES[:1], workers)
-    assert late == [False]
-    workers.close()
-    for pid in values:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid), 0)
+    assert score(1)[1] == [False]
 
 
-# ---- ready ones ----
+# ---- ready ones, and sums ----
 
 
 @pytest.mark.parametrize('response, right', [
@@ -172,24 +163,25 @@ def test_gsm8k(response, right):
         assert rewards.gsm8k([''], [response], [{'answer': answer}]) == [right]
 
 
-def test_format_and_length():
+def test_format_length_and_sums(tmp_path):
     texts = ['<think>so\nit is</think> 4', 'so it is 4', '<think></think>4']
     assert rewards.think(texts, texts, texts) == [1, 0, 0]
     assert rewards.length(texts, texts, texts) == [0.04, 0.04, 0.01]
+    sums.write(tmp_path)
+    answers = {row['prompt']: row['answer'] for row in read_jsonl(tmp_path / 'prompts.jsonl')}
+    shown = read_jsonl(tmp_path / 'demonstrations.jsonl')
+    right = [row['response'] == answers[row['prompt']] for row in shown]
+    assert len(right) == len(answers) and 0.2 < sum(right) / len(right) < 0.3
+    assert all(int(answer[::-1]) == sum(map(int, prompt[:-1].split('+'))) for prompt, answer in answers.items())
+    held_out = read_jsonl(tmp_path / 'held_out.jsonl')
+    assert len(held_out) == 256 and not answers.keys() & {row['prompt'] for row in held_out}
+    assert sums.right(None, ['031', '31'], [{'answer': '031'}] * 2) == [1, 0]
 
 
 # ---- ppo.py ----
 
-RUN = [
-    'ppo.py',
-    '--model=toy',
-    '--loss=grpo',
-    '--group_size=2',
-    '--batch_size=8',
-    '--minibatch_size=8',
-    '--n_examples=16',
-]
-RUN += ['--max_new_tokens=4', '--n_eval_examples=3', '--warmup_steps=0']
+RUN = 'ppo.py --model=toy --loss=grpo --group_size=2 --batch_size=8 --minibatch_size=8 --n_examples=16'.split()
+RUN += ['--max_new_tokens=4', '--n_eval_examples=3', '--warmup_steps=0', '--out_dir=run']
 OWN = """
 def seen(prompts, responses, rows):
     with open('seen.jsonl', 'a') as file:
@@ -200,7 +192,11 @@ def seen(prompts, responses, rows):
 def characters(prompts, responses, rows):
     return [len(response) for response in responses]
 
-import json
+def slow(prompts, responses, rows):
+    time.sleep(60 * (len(responses[0]) % 2))
+    return [1]
+
+import json, time
 """
 
 
@@ -221,65 +217,46 @@ def test_rows_come_with_their_columns(here, chat):
         return [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': text}] if chat else text
 
     made = [{'prompt': ask(i), 'solution': i, 'hardness': i % 3, 'test': {'x': [i]}} for i in range(60)]
-    write_jsonl(here / 'data.jsonl', made[3:])
-    write_jsonl(here / 'held_out.jsonl', made[:3])
-    flags = ['--data=data.jsonl', '--eval_data=held_out.jsonl', '--max_prompt_length=100', f'--out_dir={here}/run']
+    write_jsonl('data.jsonl', made[3:])
+    write_jsonl('held_out.jsonl', made[:3])
+    flags = ['--data=data.jsonl', '--eval_data=held_out.jsonl', '--max_prompt_length=100']
     run_script(*RUN, *flags, '--reward=own.py:seen*0.5 + own.py:characters*0.25')
-    told = read_jsonl(here / 'seen.jsonl')
+    told = read_jsonl('seen.jsonl')
     assert len(told) == 3 + 16 + 3
     assert all(row in made and prompt == row['prompt'] and isinstance(response, str) for prompt, response, row in told)
     # groups of two answers to a prompt
     assert [row['solution'] for _, _, row in told[3::2]][:8] == [row['solution'] for _, _, row in told[4::2]][:8]
-    for row in metrics(here / 'run'):
+    for row in metrics('run'):
         split = row['split']
         parts = 0.5 * row[f'score_seen/{split}'] + 0.25 * row[f'score_characters/{split}']
         assert row[f'score/{split}'] == pytest.approx(parts)
-    shown = read_jsonl(here / 'run/samples.jsonl')
+    shown = read_jsonl('run/samples.jsonl')
     assert all(row['score_characters'] == len(row['response'].strip() if chat else row['response']) for row in shown)
 
 
 def test_mistakes_in_a_run(here):
-    """They end with a sentence, where there is one to be mended, before anything is loaded."""
-    write_jsonl(here / 'data.jsonl', [{'prompt': f'Say {i}:', 'answer': str(i)} for i in range(60)])
-    flags = ['--data=data.jsonl', f'--out_dir={here}/run']
+    """They end with a sentence and code 2, where there is one to be mended, before anything is loaded."""
+    write_jsonl('data.jsonl', [{'prompt': f'Say {i}:', 'answer': str(i)} for i in range(60)])
     for more, sentence in [
         (['--reward=own.py:nothing'], 'has no function nothing; it has seen, characters'),
         (['--reward=gold'], 'the reward gold is known for --data=toy alone'),
-        (['--reward=own.py:seen', '--reward_model=gold'], "write one sum, --reward='own.py:seen \\+ gold'"),
+        (['--reward=own.py:seen', '--reward_model=gold'], "write one sum, --reward='own.py:seen + gold'"),
         (['--reward_model=x', '--reward_timeout=3'], '--reward_timeout has no effect'),
-        (['--reward=own.py:seen'], r"seen of .*own\.py fails at data\.jsonl, line \d+: KeyError: 'hardness'"),
     ]:
-        with pytest.raises(UserError, match=sentence):
-            run_script(*RUN, *flags, *more)
-
-
-def test_a_mistake_is_a_sentence_and_code_2(here):
-    done = python(ROOT / RUN[0], *RUN[1:], '--reward=own.py:seen', '--data=toy', '--out_dir=run', cwd=here)
+        assert sentence in refused(*RUN, '--data=data.jsonl', *more)
+    done = python(ROOT / RUN[0], *RUN[1:], '--data=data.jsonl', '--reward=own.py:seen', cwd=here)
     assert done.returncode == 2 and 'Traceback' not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith('error: --reward: seen of ')
+    last = done.stderr.strip().splitlines()[-1]
+    assert (
+        last.startswith('error: --reward: seen of ')
+        and 'fails at data.jsonl, line ' in last
+        and "KeyError: 'hardness'" in last
+    )
 
 
 def test_late_answers_are_counted(here, capsys):
-    (here / 'own.py').write_text(
-        'import time\ndef f(p, responses, rows):\n    time.sleep(60 * (len(responses[0]) % 2))\n    return [1]'
-    )
-    flags = ['--data=toy', f'--out_dir={here}/run', '--reward=own.py:f', '--reward_timeout=0.5', '--reward_workers=2']
-    run_script(*RUN, *flags, '--n_examples=8', '--do_first_eval=false', '--n_eval_examples=0')
-    (row,) = metrics(here / 'run', 'train')
+    flags = ['--data=toy', '--reward=own.py:slow', '--reward_timeout=0.5', '--reward_workers=2', '--n_examples=8']
+    run_script(*RUN, *flags, '--do_first_eval=false', '--n_eval_examples=0')
+    (row,) = metrics('run', 'train')
     assert row['score/train'] == 1 - row['late/train']
-    assert f'{round(8 * row["late/train"])} of 8 calls of f of ' in capsys.readouterr().out
-
-
-# ---- sums ----
-
-
-def test_sums(tmp_path):
-    sums.write(tmp_path)
-    answers = {row['prompt']: row['answer'] for row in read_jsonl(tmp_path / 'prompts.jsonl')}
-    shown = read_jsonl(tmp_path / 'demonstrations.jsonl')
-    right = [row['response'] == answers[row['prompt']] for row in shown]
-    assert len(right) == len(answers) and 0.2 < sum(right) / len(right) < 0.3
-    assert all(int(answer[::-1]) == sum(map(int, prompt[:-1].split('+'))) for prompt, answer in answers.items())
-    held_out = read_jsonl(tmp_path / 'held_out.jsonl')
-    assert len(held_out) == 256 and not answers.keys() & {row['prompt'] for row in held_out}
-    assert sums.right(None, ['031', '31'], [{'answer': '031'}] * 2) == [1, 0]
+    assert f'{round(8 * row["late/train"])} of 8 calls of slow of ' in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import sys
 import time
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import end_process_group, python, run_script
+from helpers import end_process_group, python, refused, run_script
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -145,41 +146,12 @@ def test_memory_hardly_follows_the_vocabulary():
     assert peak[131072] < 1.5 * peak[4096] + 3 * head, (peak, head)
 
 
-def bench(tmp_path, *flags):
-    small = [
-        '--model=pythia-14m',
-        '--vocabulary=512',
-        '--threads=1',
-        '--batch_size=4',
-        f'--out={tmp_path / "bench.json"}',
-    ]
-    # a name that nobody has is refused without waiting for the hub
-    return python('-m', 'tools.bench', *small, *flags, HF_HUB_OFFLINE='1')
+# ---- bench.py ----
+
+SMALL = ['tools/bench.py', '--model=pythia-14m', '--vocabulary=512', '--batch_size=4', '--n_steps=3']
 
 
-def test_bench(tmp_path):
-    done = bench(tmp_path, '--n_steps=2', '--seed=5')
-    assert done.returncode == 0, done.stderr
-    rows = {row['variant']: row for row in json.loads((tmp_path / 'bench.json').read_text())['rows']}
-    assert list(rows) == ['padded', 'packed', 'shared', 'head', 'cached'] and all(name in done.stdout for name in rows)
-    assert rows['padded']['padding_share'] > 0.1 and all(rows[v]['padding_share'] == 0 for v in rows if v != 'padded')
-    cost = [row['gflop_per_pair'] for row in rows.values()]
-    assert cost[0] == cost[1] and cost[1] > cost[2] > cost[3] > cost[4]
-    assert rows['cached']['pairs_per_second_with_cache_pass'] < rows['cached']['pairs_per_second']
-    assert rows['padded']['ratio'] == 1 and 'mfu' not in rows['head']
-
-
-@pytest.mark.parametrize('card, peak', [
-    ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756), ('NVIDIA H200', 989), ('NVIDIA A100-SXM4-80GB', 312),
-    ('NVIDIA L40S', 362), ('NVIDIA L4', 121), ('NVIDIA A10G', None),
-])  # fmt: skip
-def test_the_data_sheet(card, peak):
-    """What a utilisation is a share of goes by the card's name, and is named; of an unknown card it is asked for."""
-    found, source = limits.peak_of(card)
-    assert found == peak and ('the data sheet of the' if peak else 'give --peak_tflops') in source
-
-
-def test_one_variant_in_memory(tmp_path, monkeypatch, capsys):
+def test_bench(tmp_path, monkeypatch, capsys):
     """In rounds, forwards and backwards, each variant is built, warmed up, timed and freed before the next one is built."""
     said, shard = [], fsdp.shard
     alive = weakref.WeakSet()
@@ -192,25 +164,77 @@ def test_one_variant_in_memory(tmp_path, monkeypatch, capsys):
         return model
 
     monkeypatch.setattr(fsdp, 'shard', watched)
-    flags = [
-        '--model=toy',
-        '--vocabulary=500',
-        '--batch_size=2',
-        '--n_steps=3',
-        '--variants=padded head cached',
-        '--peak_tflops=0.001',
-    ]
-    script = run_script('tools/bench.py', *flags)
+    script = run_script(*SMALL, '--model=toy', '--seed=5', '--peak_tflops=0.001', f'--out={tmp_path}/bench.json')
     end_process_group()
-    # a policy, then its reference; six times, two rounds of three variants
-    assert said == [(0, True), (1, False)] * 6
-    assert [run.name for run in script['runs']] == ['padded', 'head', 'cached']
-    assert all(len(run.times) == 3 for run in script['runs'])
-    assert [len(run.passes) for run in script['runs']] == [0, 0, 3]
-    assert (
-        all(0 < row['mfu'] for row in script['table'])
-        and 'MFU: of 0.001 TFLOP/s, --peak_tflops' in capsys.readouterr().out
-    )
+    # a policy, then its reference, in two rounds of five variants
+    assert said == [(0, True), (1, False)] * 10
+    assert [(run.name, len(run.times), len(run.passes)) for run in script['runs']] == [
+        ('padded', 3, 0), ('packed', 3, 0), ('shared', 3, 0), ('head', 3, 0), ('cached', 3, 3),
+    ]  # fmt: skip
+
+    # the table, and what it says
+    written = json.loads((tmp_path / 'bench.json').read_text())
+    rows = {row['variant']: row for row in written['rows']}
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows) and 'MFU: of 0.001 TFLOP/s, --peak_tflops' in printed
+    assert rows['padded']['ratio'] == 1 and all(row['mfu'] > 0 and row['peak_memory_gb'] > 0 for row in rows.values())
+    assert rows['padded']['padding_share'] > 0.1 and all(rows[v]['padding_share'] == 0 for v in rows if v != 'padded')
+    cost = [row['gflop_per_pair'] for row in rows.values()]
+    assert cost[0] == cost[1] and cost[1] > cost[2] > cost[3] > cost[4]
+    assert rows['cached']['pairs_per_second_with_cache_pass'] < rows['cached']['pairs_per_second']
+    assert rows['head']['estimated_memory_gb'] > 0 and written['limit_pairs_per_second'] > 0
+
+
+def test_bench_of_a_divergence(capsys):
+    run_script(*SMALL, '--loss=tdpo2', '--variants=head', '--n_steps=1')
+    end_process_group()
+    printed = capsys.readouterr().out
+    assert '\nhead ' in printed and 'MFU' in printed.splitlines()[2] and 'MFU: ' not in printed
+
+
+def test_bench_estimates(monkeypatch, capsys):
+    """From shapes alone: what is kept grows with the microbatch, and the rest is four bytes of each weight, five times."""
+    monkeypatch.setattr(fsdp, 'leave', lambda: sys.exit())
+    with pytest.raises(SystemExit):
+        run_script('tools/bench.py', '--model=pythia-14m', '--estimate_for=1')
+    end_process_group()
+    printed = capsys.readouterr().out
+    found = {
+        int(n): (float(gb), fits)
+        for n, gb, fits in re.findall(r'max_tokens +(\d+): +([\d.]+)  (fits|too much)', printed)
+    }
+    assert found[1024] == (0.6, 'fits') and found[16384] == (1.8, 'too much')
+    assert 'weights 0.1, gradients 0.1, optimizer 0.1, reference 0.1' in printed
+
+
+# fmt: off
+@pytest.mark.parametrize('flags, words', [
+    ('--loss=tdpo2', 'only --variants=head'),
+    ('--loss=kto', 'losses on pairs'),
+    ('--loss=typo', 'losses on pairs'),
+    ('--variants=padded,fast', 'variants must be some of padded'),
+    ('--estimate_for=80 --model=toy', 'is for a published shape'),
+    ('--data=hh:missing.jsonl', 'give the folder of one with --tokenizer'),
+    ('--data=hh:missing.jsonl --tokenizer=nowhere/here', 'nowhere/here'),
+])
+# fmt: on
+def test_bench_refuses(flags, words, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    assert words in refused(*SMALL, *flags.split())
+    end_process_group()
+
+
+@pytest.mark.parametrize('card, peak', [
+    ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756), ('NVIDIA H200', 989), ('NVIDIA A100-SXM4-80GB', 312),
+    ('NVIDIA L40S', 362), ('NVIDIA L4', 121), ('NVIDIA A10G', None),
+])  # fmt: skip
+def test_the_data_sheet(card, peak):
+    """What a utilisation is a share of goes by the card's name, and is named; of an unknown card it is asked for."""
+    found, source = limits.peak_of(card)
+    assert found == peak and ('the data sheet of the' if peak else 'give --peak_tflops') in source
+
+
+# ---- experiments ----
 
 
 def test_the_check_of_a_gpu_finds_a_wrong_kernel(tmp_path, monkeypatch, capsys):
@@ -254,23 +278,3 @@ def test_results_of_real_are_of_one_run(tmp_path):
     assert real.load_results(tmp_path, settings)['settings'] == settings
     with pytest.raises(UserError, match='n_pairs 8 there and 9 here.*choose another --out_dir'):
         real.load_results(tmp_path, settings | {'n_pairs': 9})
-
-
-def test_bench_of_a_divergence(tmp_path):
-    done = bench(tmp_path, '--n_steps=1', '--loss=tdpo2', '--variants=head')
-    assert done.returncode == 0 and 'head' in done.stdout, done.stderr
-
-
-# fmt: off
-@pytest.mark.parametrize('flags, words', [
-    (['--loss=tdpo2'], 'only --variants=head'),
-    (['--loss=kto'], 'losses on pairs'),
-    (['--loss=typo'], 'losses on pairs'),
-    (['--variants=padded fast'], 'variants must be some of padded'),
-    (['--data=hh:missing.jsonl'], 'give the folder of one with --tokenizer'),
-    (['--data=hh:missing.jsonl', '--tokenizer=nowhere/here'], 'nowhere/here'),
-])
-# fmt: on
-def test_bench_refuses(tmp_path, flags, words):
-    done = bench(tmp_path, *flags)
-    assert done.returncode == 2 and words in done.stderr and 'Traceback' not in done.stderr, done.stderr

@@ -17,7 +17,7 @@ from configurator import UserError
 from feedback import answers, endpoint
 from hf import check, load
 from runtime import log, values
-from text import sources, toy
+from text import toy
 
 KEY = 'sentinel-key-0123456789'
 SMALL = (
@@ -238,12 +238,10 @@ def test_an_attention_that_is_no_kernel(model):
 
 def test_shards_of_a_hub_id(model, monkeypatch):
     model('shards', names_shard('../x.safetensors'))
-    config = json.loads(Path('model/config.json').read_text())
-    monkeypatch.setattr(load.transformers.PretrainedConfig, 'get_config_dict', lambda *a, **k: (dict(config), {}))
     read = transformers.AutoConfig.from_pretrained
     monkeypatch.setattr(load.transformers.AutoConfig, 'from_pretrained', lambda name, **k: read('model'))
     found = {file.name: str(file) for file in Path('model').iterdir()}
-    monkeypatch.setattr(check, '_hub_file', lambda name, file: found.get(file))
+    monkeypatch.setattr(check, 'file_of', lambda name, file: found.get(file))
     with pytest.raises(UserError, match='weights must be .safetensors files'):
         load.load_model('some/body')
 
@@ -278,7 +276,7 @@ def test_a_tokenizer_with_one_token_more():
     transformers.LlamaForCausalLM(config).save_pretrained('model')
     load.load_model('model', tokenizer=tokenizer)
     tokenizer.add_special_tokens({'pad_token': '[PAD]'})
-    with pytest.raises(UserError, match=r'1 added later \(\[PAD\]\) have no row.*resize_token_embeddings'):
+    with pytest.raises(UserError, match=r'the last, \[PAD\], has no row.*resize_token_embeddings'):
         load.load_model('model', tokenizer=tokenizer)
 
 
@@ -299,20 +297,6 @@ def test_data_that_is_no_file(script):
     os.mkfifo('pipe.jsonl')
     for name in ('folder.jsonl', 'link.jsonl', 'pipe.jsonl', 'good.jsonl/below.jsonl'):
         assert name in refused(script, f'--data={name}')
-
-
-def test_data_that_vanishes_between_start_and_use(monkeypatch):
-    fingerprint = sources.fingerprint
-
-    def vanish(*args):
-        found = fingerprint(*args)
-        Path('other.jsonl').unlink()
-        return found
-
-    monkeypatch.setattr(sources, 'fingerprint', vanish)
-    shutil.copy('good.jsonl', 'other.jsonl')
-    with pytest.raises(UserError, match='other.jsonl.* is no file'):
-        run_script('sft.py', '--data=other.jsonl', *SMALL)
 
 
 @pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py'])
@@ -342,23 +326,12 @@ OUT = {script: ['--out_dir=good.jsonl/out'] for script in ('sft.py', 'dpo.py', '
     'label.py': ['--out_dir=good.jsonl/out', '--answers=answers.jsonl', '--gold=toy'],
     'sample.py': ['--out_dir=good.jsonl/out', '--n_examples=2'],
     'tools/bench.py': ['--out=good.jsonl/x.json', '--model=toy'],
-    'tools/plot.py': ['run', '--out=good.jsonl/x.png'],
 }
-
-
-def a_run():
-    """A folder with one row of metrics."""
-    Path('run').mkdir()
-    Path('run/config.json').write_text('{"config": {}}')
-    Path('run/metrics.jsonl').write_text('{"split": "train", "counters/examples": 1, "loss/train": 1.0}\n')
 
 
 @pytest.mark.parametrize('script', OUT)
 def test_out_dir_below_a_file(script):
     """As for a read-only file system, for which one must not be root."""
-    if script == 'tools/plot.py':
-        pytest.importorskip('matplotlib')
-    a_run()
     message = refused(script, *OUT[script])
     assert 'cannot write' in message and 'good.jsonl' in message
 
@@ -389,10 +362,6 @@ DAMAGED = {  # file -> its first row, what reads it, second rows that are damage
         DEEP, '{}', '3', '{"pair": 0, "order": 1}', '{"pair": 0, "order": 1, "preference": "A"}',
         '{"pair": [], "order": 1, "preference": 1}', '{"pair": 0, "order": 1, "preference": null, "text": 3}']),
 }
-CURVES = [
-    ('config.json', '{"config": []'), ('config.json', '{"config": 3}'), ('config.json', DEEP), ('metrics.jsonl', '[]\n[]\n'),
-    ('metrics.jsonl', '{"split": "train", "counters/examples": 1, "loss/train": 1' + '0' * 400 + '}\n'), ('samples.jsonl', '{"a": 1}\n'),
-    ('metrics.jsonl', DEEP + '\n{}\n')]
 # fmt: on
 
 
@@ -405,13 +374,6 @@ def test_damaged_rows(file, line):
     with pytest.raises(UserError, match=rf'{file}, line 2, is damaged'):
         read()
     assert contents() == before
-
-
-@pytest.mark.parametrize('file, text', CURVES)
-def test_damaged_curves(file, text):
-    a_run()
-    Path('run', file).write_text(text)
-    assert 'run' in refused('tools/plot.py', 'run')
 
 
 # ---- endpoints and keys ----
@@ -482,19 +444,18 @@ def test_a_key_in_a_broken_reply_is_left_nowhere(reply, monkeypatch, capfd):
         shutil.copy('answers.jsonl', 'two.jsonl')
         said += refused('label.py', '--answers=two.jsonl', *ends, '--judge_model=m', '--out_dir=b', '--retries=0')
     files = [f for f in Path().rglob('*') if f.is_file()]
-    assert 'connection lost' in said or 'not asked for' in said
+    assert 'connection lost' in said or 'no chat completion' in said
     assert KEY[9:] not in said + ''.join(capfd.readouterr())
     assert not [f for f in files if KEY[9:].encode() in f.read_bytes()]
 
 
 USAGES = ['[1]', '"12"', '7', 'true', '{"completion_tokens": "12"}', '{"completion_tokens": -3}', '{"completion_tokens": true}',
-          '{"completion_tokens": 1e999}', '{"completion_tokens": NaN}', '{"completion_tokens": 12.5}', '{"completion_tokens": {}}',
-          '{"completion_tokens": ' + '9' * 5000 + '}', '{"completion_tokens": [12]}']  # fmt: skip
+          '{"completion_tokens": 1e999}', '{"completion_tokens": NaN}', '{"completion_tokens": 12.5}', '{"completion_tokens": {}}', '{"completion_tokens": [12]}']  # fmt: skip
 
 
 @pytest.mark.parametrize('usage', USAGES)
-def test_a_strange_count_of_tokens_loses_no_answer(usage, capfd):
-    """Answers that were paid for are kept, once, in a file that every reader of json reads; what was strange is counted."""
+def test_a_strange_count_of_tokens_loses_no_answer(usage):
+    """Answers that were paid for are kept, once, in a file that every reader of json reads."""
     reply = '{"choices": [{"message": {"content": "fine"}, "finish_reason": V}], "usage": V}'.replace('V', usage)
     with serve(lambda n, body: (200, reply)) as server:
         for _ in range(2):
@@ -504,7 +465,6 @@ def test_a_strange_count_of_tokens_loses_no_answer(usage, capfd):
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [row['response'] for row in rows] == [' fine', ' fine'] and [row['tokens'] for row in rows] == [None, None]
     assert {row['finish'] for row in rows} <= {None, '12'}
-    assert 'note: 2 replies have no usage as the protocol has it' in capfd.readouterr().out
 
 
 def test_tokens_that_are_not_counted_are_no_fault(capfd):
