@@ -85,7 +85,9 @@ class Examples:
 
         A flipped pair keeps its margin: whoever takes the worse answer for the better one is as sure of it."""
         flipped = uniform_hash(self.uid, seed) < rate
-        changes = {'ref': None, 'left_out': self.left_out + Counter({'labels flipped': int(flipped.sum())})}
+        changes = {'left_out': self.left_out + Counter({'labels flipped': int(flipped.sum())})}
+        if self.ref is not None:
+            changes['ref'] = np.where(flipped[:, None], self.ref[:, ::-1], self.ref)
         # a pair swaps its answers; the two single answers made of a pair have its uid, and flip together
         if self.spans.shape[1] == 3:
             swapped = self.spans[:, [0, 2, 1]]
