@@ -174,19 +174,21 @@ def _read_file(path):
         raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}') from None
 
     # it is python, and whatever it can raise is the user's to mend: one statement after the other, to know the line
-    names, lines, line = {}, {}, 1
+    names, found, line = {}, {}, 1
     try:
         for statement in ast.parse(source, path).body:
             before, line = dict(names), statement.lineno
             exec(compile(ast.Module([statement], []), path, 'exec'), names)
-            lines |= {name: line for name in names if names[name] is not before.get(name, lines)}
+            for name, value in names.items():
+                is_private = name.startswith('_') or isinstance(value, types.ModuleType)
+                if value is not before.get(name, names) and not is_private:
+                    found[name] = name, value, path, f'{path}, line {line}'
     except BaseException as error:
         in_this_file = isinstance(error, SyntaxError) and error.filename == path
         line = error.lineno if in_this_file else line
         message = ' '.join(str(getattr(error, 'msg', error)).split())
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {message}') from None
-    public = {n: x for n, x in names.items() if not n.startswith('_') and not isinstance(x, types.ModuleType)}
-    return [(name, value, path, f'{path}, line {lines[name]}') for name, value in public.items()]
+    return list(found.values())
 
 
 def _read_flag(word, options):

@@ -123,8 +123,9 @@ mistakes = {
     f'--cache_ref: the loss {loss} needs the live reference': cache_ref and (divergence or loss == 'kto'),
     'kto compares examples of a step with one another: batch_size must be 2 or more': loss == 'kto' and batch_size < 2,
 }
-for sentence in (sentence for sentence, is_so in mistakes.items() if is_so):
-    raise UserError(sentence)
+for sentence, is_so in mistakes.items():
+    if is_so:
+        raise UserError(sentence)
 
 # ---- set-up ----
 
@@ -134,8 +135,8 @@ if ref_model and needs_ref:
     check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 run.load_data(task='pairs' if paired else 'singles')
 run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_options()))
-# kto's prompts meet the answers of others
-longest = min(max_length, max(examples.longest(mixed=loss == 'kto') for examples in (run.train, run.held_out)))
+mixed = loss == 'kto'  # its prompts meet the answers of others
+longest = min(max_length, max(run.train.longest(mixed), run.held_out.longest(mixed)))
 # a policy with adapters is its own reference, while they are off
 is_policy = run.adapters and ref_model is None
 is_loaded = needs_ref and not cache_ref and not is_policy
@@ -191,8 +192,9 @@ def measure(batch, paired=paired):
     if not paired:
         return columns
     # answers come as chosen, rejected, chosen, ...
-    sides = {'_w': slice(0, None, 2), '_l': slice(1, None, 2)}
-    return {f'{name}{side}': values[at] for side, at in sides.items() for name, values in columns.items()}
+    chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
+    rejected = {f'{name}_l': values[1::2] for name, values in columns.items()}
+    return chosen | rejected
 
 
 def call(fn, columns):
@@ -209,10 +211,12 @@ def step_statistic(step, backward):
 
     The statistic needs a pass of its own over the step. Where that is one microbatch, the measured columns train, too."""
     batches, side = step.batches, ''
-    if loss == 'kto':  # its prompts with answers to others, for its KL
+    # kto takes its prompts with answers to others, for its KL
+    if mixed:
         others = step.examples.mismatched(step.rows, longest, more=run.train)
-        batches, side = run.make_batches(others, np.arange(len(step.rows)))[0], '_kl'
-    serves_both = backward and len(batches) == 1 and loss != 'kto'
+        batches, *_ = run.make_batches(others, np.arange(len(others)))
+        side = '_kl'
+    serves_both = backward and len(batches) == 1 and not mixed
     with torch.set_grad_enabled(serves_both):
         parts = [measure(batch) for batch in batches]
 
@@ -222,7 +226,8 @@ def step_statistic(step, backward):
     columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)
     columns['state'] = run.state['statistic']
     given, state = call(statistic_fn, columns)
-    return {name: values.float() for name, values in given.items()}, state, parts[0] if serves_both else None
+    given = {name: values.float() for name, values in given.items()}
+    return given, state, parts[0] if serves_both else None
 
 
 def loss_and_weight(measured, step_columns, slots):
@@ -352,6 +357,7 @@ def evaluate(seen):
 # ---- training ----
 
 
+@torch.no_grad()
 def check_first_step():
     """Say the rewards and the loss before training: where policy and reference are one model, the rewards must be 0."""
     columns, _ = run.compute(next(run.steps()), run_step)

@@ -209,7 +209,8 @@ class Run:
 
         longest: its tokens; forward: the policy's pass that trains; frozen: how many models of its size are still to come;
         critic: a model inside the policy."""
-        policy, inside = self.policy, [self.policy] if critic is None else [self.policy, critic]
+        policy = self.policy
+        inside = [policy] if critic is None else [policy, critic]
         for model in inside:
             check_positions(model, longest, what)
         if self.config.get('sample_during_eval'):
@@ -417,7 +418,8 @@ class Run:
             return
         # all held-out examples, once, in their order
         parts = []
-        for step in self.prepared(self.held_out, steps(n, self.config.batch_size, n, seed=0, shuffle=False)):
+        todo = steps(n, self.config.batch_size, n, seed=0, shuffle=False)
+        for step in self.prepared(self.held_out, todo):
             parts.append(self.compute(step, run_step))
             if guard.stop_asked():
                 return  # an evaluation that was cut short is done again after the resume

@@ -105,21 +105,19 @@ def copy_in(run, other):
 
 
 MODEL = "model 'model' has changed since: model.safetensors"
+TRAINING = 'the training examples have changed'
 ATTACKS = [
     *((case, lambda: replace('model'), MODEL) for case in CASES),
     ('dpo', lambda: replace('other'), "ref_model 'other' has changed since: model.safetensors"),
-    ('ppo', lambda: replace('other'), "ref_model 'other' has changed"),
     ('ppo', lambda: replace('judge', bits=True), "reward_model 'judge' has changed"),
     ('ppo', lambda: replace('critic'), "critic 'critic' has changed"),
-    ('sft', lambda: replace('model', bits=True), MODEL),
     ('dpo', lambda: set_key('model/config.json', 'rms_norm_eps', 1e-3), "model 'model' has changed since: config.json"),
     ('dpo', lambda: set_key('model/tokenizer_config.json', 'chat_template', 'x'), 'has changed since: tokenizer_config.json'),
     ('ppo', lambda: set_key('model/generation_config.json', 'eos_token_id', 7), 'has changed since: generation_config.json'),
-    ('dpo', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
-    ('reward', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
-    ('offline', lambda: flip_labels('data.jsonl'), 'the training examples have changed'),
-    ('sft', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[::-1]), 'the training examples have changed'),
-    ('ppo', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[1:]), 'the training examples have changed'),
+    ('dpo', lambda: flip_labels('data.jsonl'), TRAINING),
+    ('offline', lambda: flip_labels('data.jsonl'), TRAINING),
+    ('sft', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[::-1]), TRAINING),
+    ('ppo', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[1:]), TRAINING),
     ('dpo', lambda: flip_labels('held_out.jsonl'), 'the evaluation examples have changed'),
     ('dpo', lambda: copy_in('dpo', 'sft'), r'the checkpoint .* is of a different run \(of sft.py there and of dpo.py here'),
     ('dpo', lambda: copy_in('dpo', 'lora'), 'lora_rank 2 there and None here'),
@@ -149,13 +147,12 @@ def test_what_a_run_holds_together_with_options_is_in_config_and_checkpoint(worl
     assert state['run']['options'] == {k: v for k, v in record['config'].items() if k not in log.NEUTRAL}
 
 
-def test_without_config_nothing_is_continued(here):
+def test_another_run_in_the_folder(here):
     (here / 'dpo/config.json').unlink()
     with pytest.raises(UserError, match='has checkpoints, but no config.json'):
         run('dpo', 'dpo')
-
-
-def test_a_checkpoint_of_the_same_command_with_another_seed(here):
+    with pytest.raises(UserError, match='sft holds a different run .of sft.py there and of reward.py here'):
+        run('reward', 'sft')
     run('sft', 'seed', '--seed=1')
     copy_in('sft', 'seed')
     words = 'the checkpoint sft/checkpoints/0000000012 is of a different run .seed 1 there and 0 here'
@@ -186,23 +183,15 @@ def test_older_versions_resume_with_a_note(here, world, capsys):
     assert 'model' in json.loads(Path('dpo/config.json').read_text())['contents']
 
 
-def test_an_option_that_an_older_version_lacked_is_not_set_midway(here):
-    change('dpo/config.json', lambda record: record['config'].pop('sft_coef'))
-    with pytest.raises(UserError, match='sft_coef None there and 0.5 here'):
-        run('dpo', 'dpo', '--sft_coef=0.5')
-
-
-def test_a_checkpoint_of_other_shapes_is_a_sentence(here):
-    """Where nobody wrote down what it is of."""
+def test_what_an_older_version_did_not_write_down(here):
+    """An option that it lacked is not set midway; where nobody says what a checkpoint is of, its shapes do."""
+    change('reward/config.json', lambda record: record['config'].pop('center_coef'))
+    with pytest.raises(UserError, match='center_coef None there and 0.5 here'):
+        run('reward', 'reward', '--center_coef=0.5')
     copy_in('dpo', 'lora')
     forget_run('dpo')
     with pytest.raises(UserError, match='is of another model or optimizer'):
         run('dpo', 'dpo')
-
-
-def test_another_script_in_the_folder(here):
-    with pytest.raises(UserError, match='sft holds a different run .of sft.py there and of reward.py here'):
-        run('reward', 'sft')
 
 
 def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):

@@ -24,16 +24,9 @@ CONTENTS = {
     'one_empty.jsonl': [row | {'rejected': ''} for row in PAIRS],
     'equal_answers.jsonl': [row | {'rejected': row['chosen']} for row in PAIRS],
     'prompts.jsonl': [{'prompt': row['prompt']} for row in PAIRS],
-    'no_rows.jsonl': [],
     'layout.jsonl': [{'ask': f'q{i}', 'chosen': 'a', 'rejected': 'b'} for i in range(6)],
-    'no_prompt.jsonl': [row | {'prompt': None} for row in PAIRS],
-    'half_repeated.jsonl': [row | {'chosen': row['prompt'] + row['chosen']} for row in PAIRS],
     'table.xlsx': b'prompt,chosen,rejected\n',
     **dict.fromkeys(('binary.jsonl', 'binary.parquet', 'binary.json'), bytes(range(256))),
-    'misspelt.py': b'beta = 0.1\nlerning_rate = 1e-3\n',
-    'wrong_type.py': b"lr = '1e-3'\n",
-    'broken.py': b'beta = = 1\n',
-    'huge.py': b'max_tokens = 10**400\n',
 }
 
 
@@ -86,16 +79,9 @@ def refused(world, tmp_path):
 
 # (flags, what the message says)
 DPO = [
-    # the command line and config files
     ('--bach_size=4', 'did you mean batch_size'),
-    ('{world}/misspelt.py', r'misspelt\.py, line 2: unknown option'),
-    ('{world}/wrong_type.py', r"wrong_type\.py, line 1: lr must be float, not '1e-3'"),
-    ('{world}/broken.py', r'broken\.py, line 1: SyntaxError'),
-    ('{world}/missing.py', r'missing\.py: No such file or directory$'),
-    ('{world}/huge.py', r'huge\.py.*: max_tokens is an integer that no machine counts to'),
     # data
     ('--data=hh:{world}/missing.jsonl', r'no file or folder .*missing\.jsonl'),
-    ('--data=unknown', 'known datasets'),
     ('--eval_data={world}/missing.jsonl', r'missing\.jsonl'),
     ('--data={world}/good.jsonl+{world}/missing.jsonl', r'missing\.jsonl'),
     ('--data={world}/table.xlsx', r'table\.xlsx: data files end in'),
@@ -111,10 +97,7 @@ DPO = [
     ('--data={world}/one_empty.jsonl', 'no train examples are left.*6 empty answers'),
     ('--data={world}/equal_answers.jsonl', 'no train examples are left.*6 pairs with equal answers'),
     ('--data={world}/prompts.jsonl', 'no train examples are left.*6'),
-    ('--data={world}/no_rows.jsonl', 'no train examples are left'),
     ('--data={world}/layout.jsonl', r"layout\.jsonl, line 1: no column has the prompt.*'ask' \(text\).*it is the layout.*README"),
-    ('--data={world}/no_prompt.jsonl', r"no_prompt\.jsonl, line 1: no column has the prompt.*'prompt' \(null\)"),
-    ('--data={world}/half_repeated.jsonl', r'half_repeated\.jsonl, line 1: only one of'),
     ('--data={world}/good.jsonl+{world}/layout.jsonl --skip_bad_rows', r'no train examples .*layout\.jsonl.*6 bad rows'),
     ('--eval_data={world}/layout.jsonl --skip_bad_rows', r'no test examples .*layout\.jsonl.*6 bad rows'),
     ('--data_fraction=0', 'data_fraction|no train examples are left'),
@@ -210,9 +193,8 @@ def test_an_out_dir_that_is_no_run(refused, tmp_path, content):
 # ---- what is no mistake ----
 
 
-@pytest.mark.parametrize('script', ['dpo.py', 'sft.py'])
-def test_without_evaluation(run, script, tmp_path):
-    run(script, '--n_eval_examples=0', '--eval_every=2', '--sample_during_eval')
+def test_without_evaluation(run, tmp_path):
+    run('dpo.py', '--n_eval_examples=0', '--eval_every=2', '--sample_during_eval')
     rows = metrics(tmp_path / 'out')
     assert {row['split'] for row in rows} <= {'train', 'check'} and rows[-1]['counters/examples'] == 6
     assert (tmp_path / 'out/model/config.json').exists()
@@ -229,10 +211,10 @@ def test_what_is_counted(run, script, tmp_path, capsys):
     assert '6 prompts cut' in said and ' answers cut' in said and found.total == 6
     assert {tuple(x) for x in found.train.widths[:, :2].tolist()} == {(4, 3)} and (found.train.lengths > 0).all()
     run(script, '--data={world}/broken.jsonl+{world}/fields.jsonl', '--skip_bad_rows', out='c')
-    counts = r'^data: [69] training examples .* and 2 to evaluate on; (.*)$'
-    reasons = re.search(counts, capsys.readouterr().out, re.M)[1]
-    for reason in ('not valid JSON', "'rejected' is missing"):
-        assert re.search(rf'\b1 bad rows: {reason} ', reasons)
+    reasons = re.search(r'^data: [69] training examples .* and 2 to evaluate on; (.*)$', capsys.readouterr().out, re.M)[
+        1
+    ]
+    assert all(f'1 bad rows: {reason} ' in reasons for reason in ('not valid JSON', "'rejected' is missing"))
 
 
 # fmt: off
@@ -278,10 +260,8 @@ PPO = ['--reward_model=gold', '--data=toy', '--eval_data=toy', '--n_examples=4',
 
 def gpt2(folder, positions):
     """Save a tiny GPT-2 with so many positions and the toy tokenizer. Returns its folder."""
-    config = transformers.GPT2Config(
-        vocab_size=len(toy.tokenizer()), n_embd=16, n_layer=1, n_head=2, n_positions=positions
-    )
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    sizes = {'n_embd': 16, 'n_layer': 1, 'n_head': 2, 'n_positions': positions, 'vocab_size': len(toy.tokenizer())}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(folder)
     toy.tokenizer().save_pretrained(folder)
     return folder
 
@@ -293,14 +273,7 @@ def short(tmp_path_factory):
     for positions in (4, 256):
         gpt2(folder / str(positions), positions)
     rope = {'rope_type': 'dynamic', 'factor': 2.0, 'rope_theta': 1e4}
-    sizes = {
-        'num_hidden_layers': 1,
-        'hidden_size': 16,
-        'intermediate_size': 16,
-        'num_attention_heads': 2,
-        'num_key_value_heads': 2,
-    }
-    helpers.tiny_model(folder / 'dynamic', 'llama', max_position_embeddings=4, rope_parameters=rope, **sizes)
+    helpers.tiny_model(folder / 'dynamic', 'llama', max_position_embeddings=4, rope_parameters=rope)
     return folder
 
 
@@ -323,18 +296,14 @@ def test_more_tokens_than_positions(refused, short, script, flags, words):
     assert words in refused(script, *(PPO if script == 'ppo.py' else []), *flags.format(short=short).split())
 
 
-def other_tokens(folder, kind):
-    """A model folder with as many tokens, two of which have changed places, or one of which has another name."""
+def other_tokens(folder):
+    """A model folder with as many tokens, two of which have changed places."""
     file = gpt2(folder, 256) / 'tokenizer.json'
     table = json.loads(file.read_text())
     special = {entry['content'] for entry in table['added_tokens']}
-    vocabulary, merges = table['model']['vocab'], table['model']['merges']
+    vocabulary = table['model']['vocab']
     a, b = [token for token in vocabulary if token not in special][-2:]
-    if kind == 'swapped':
-        vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
-    else:
-        table['model']['merges'] = [m for m in merges if ''.join(m).replace(' ', '') != b.replace(' ', '')]
-        vocabulary['zzz'] = vocabulary.pop(b)
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     file.write_text(json.dumps(table))
     return folder
 
@@ -350,28 +319,21 @@ def reward_model(folder, other):
     return folder
 
 
-@pytest.mark.parametrize('kind', ['swapped', 'renamed'])
-def test_a_reference_or_critic_that_reads_other_tokens(refused, short, tmp_path, kind):
-    other, model, words = (
-        other_tokens(tmp_path / 'other', kind),
-        f'--model={short}/256',
-        'reads other tokens than the model',
-    )
+def test_a_reference_or_critic_that_reads_other_tokens(refused, run, short, tmp_path, capsys):
+    other, model = other_tokens(tmp_path / 'other'), f'--model={short}/256'
+    words = 'reads other tokens than the model'
     for more in ([], ['--cache_ref']):
         assert words in refused('dpo.py', model, f'--ref_model={other}', *more)
     for option, who in (('ref_model', 'the reference'), ('critic', 'the critic')):
         assert who in refused('ppo.py', *PPO, model, f'--{option}={other}')
     assert words in refused('ppo.py', *PPO, model, f'--reward_model={reward_model(tmp_path / "reward", other)}')
-
-
-def test_a_reference_with_the_same_tokens_or_without_a_tokenizer(run, short, tmp_path, capsys):
-    models = f'--model={short}/256', f'--ref_model={tmp_path}/same'
+    # but not where they are the same, or nobody can tell
     shutil.copytree(short / '256', tmp_path / 'same')
-    run('dpo.py', *models, out='a')
+    run('dpo.py', model, f'--ref_model={tmp_path}/same', out='a')
     for file in (tmp_path / 'same').glob('*token*'):
         file.unlink()
     capsys.readouterr()
-    run('dpo.py', *models, out='b')
+    run('dpo.py', model, f'--ref_model={tmp_path}/same', out='b')
     assert 'comes without a tokenizer' in capsys.readouterr().out
 
 

@@ -93,9 +93,7 @@ def test_files_in_their_order_then_flags_wherever_they_stand(script, argv):
     assert scope['double'] == 4  # what is derived follows
     origin = scope['config'].origin
     assert [origin[k] for k in ('rate', 'steps', 'name', 'flag')] == ['command line', 'b.py', 'a.py', 'default']
-
-
-def test_argv_may_be_handed_over():
+    # argv may be handed over
     scope = {'__file__': file(SCRIPT, 'script.py'), **DEFAULTS}
     assert configurator.configure(scope, ['--steps=3']) == DEFAULTS | {'steps': 3} and scope['steps'] == 3
 
@@ -122,7 +120,7 @@ REFUSED_FLAGS = [
     ('--share=nan', 'share must be float or None, not'), ('--limit=2.5', 'limit must be int or None, not'),
     ('--flag=2', 'flag must be bool, not'), ('--flag=none', 'flag must be bool, not'), ('--sure=maybe', 'sure must be bool or None, not'),
 ]
-FLAG_VALUES = [
+VALUES = [
     ('--rate=1', 1.0), ('--rate=-1e-3', -1e-3), ('--rate=inf', math.inf), ('--steps=-4', -4),
     ('--name=a=b==c', 'a=b==c'), ('--name=', ''), ('--name=1', '1'), ('--name=true', 'true'), ('--name=é ü', 'é ü'),
     ('--name=None', 'None'),  # a name that may not be None is text
@@ -130,8 +128,7 @@ FLAG_VALUES = [
     ('--flag', True), ('--flag=True', True), ('--on=false', False),
     ('--limit=5', 5), ('--limit=none', None), ('--share=null', None), ('--share=1', 1.0),
     ('--sure', True), ('--sure=false', False), ('--sure=none', None),
-]
-FILE_VALUES = [
+    # config files
     ('rate = 1', 1.0), ('rate = float("inf")', math.inf), ('share = None', None), ('limit = 3', 3), ('flag = True', True),
     ('note = None', None), ('note = "none"', 'none'), ('name = "x"; name = "y"', 'y'),
 ]
@@ -176,17 +173,13 @@ def test_flags_that_are_refused(script, case):
     assert all(word in message for word in case[1:]) and 'secret' not in message
 
 
-@pytest.mark.parametrize('flag, value', FLAG_VALUES)
-def test_flags_are_read_by_type(script, flag, value):
-    name = flag[2:].partition('=')[0]
-    scope = script(flag)
+@pytest.mark.parametrize('text, value', VALUES)
+def test_values_are_read_by_type(script, text, value):
+    """Of flags, and of config files."""
+    name = text.strip('-').replace(' ', '=').partition('=')[0]
+    scope = script(text if text.startswith('--') else file(text))
     assert same(scope[name], value) and same(scope['config'][name], value)
     assert scope['config'] == DEFAULTS | {name: value}
-
-
-@pytest.mark.parametrize('text, value', FILE_VALUES)
-def test_files_are_read_by_type(script, text, value):
-    assert same(script(file(text))[text.partition(' ')[0]], value)
 
 
 @pytest.mark.parametrize('case', REFUSED_FILES)
@@ -333,14 +326,9 @@ def test_a_typo_ends_the_script_at_once(tmp_path):
 
 TEXT = st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs']), max_size=8)
 NAMES = st.sampled_from([*DEFAULTS, 'stpes', 'help', '_x', 'double'])
-VALUES = st.one_of(TEXT, st.sampled_from(['', '1', '-1.5', 'nan', 'none', 'true', '1' * 5000, '1e999', '=', '--']))
+WRITTEN = st.one_of(TEXT, st.sampled_from(['', '1', '-1.5', 'nan', 'none', 'true', '1' * 5000, '1e999', '=', '--']))
 FLAGS = st.builds(lambda dashes, name, equals, value: dashes + name + equals + value,
-                  st.sampled_from(['--', '-', '---', '']), NAMES | TEXT, st.sampled_from(['=', '', '==']), VALUES)  # fmt: skip
-LITERALS = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.binary(max_size=4) | st.just(10**400),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
-    max_leaves=3,
-)
+                  st.sampled_from(['--', '-', '---', '']), NAMES | TEXT, st.sampled_from(['=', '', '==']), WRITTEN)  # fmt: skip
 PRINTED = st.text().filter(lambda text: '\0' not in text and not re.search('://[^/?#]*@', text))
 INTEGERS = st.integers(1 - 2**63, 2**63 - 1)
 TYPES = {
@@ -366,20 +354,6 @@ def test_any_command_line_is_read_or_refused(script, argv):
     for name, default in DEFAULTS.items():
         assert type(scope[name]) in (type(default), also.get(name))
         assert same(scope[name], scope['config'][name]) and scope[name] == scope[name]
-
-
-@PARSE
-@given(st.sampled_from(list(DEFAULTS)), LITERALS)
-@example('rate', -(10**400))
-def test_any_value_in_a_config_file_is_taken_as_it_is_or_refused(script, name, value):
-    path = file(f'{name} = {value!r}\n'.replace('nan', 'float("nan")').replace('inf', 'float("inf")'))
-    try:
-        got = script(path)[name]
-    except UserError as error:
-        assert 'config.py, line 1' in str(error)
-        return
-    promoted = name in ('rate', 'share') and value is not None
-    assert same(got, float(value) if promoted else value)
 
 
 @PARSE
@@ -469,15 +443,8 @@ def test_names_of_other_code_are_those_of_options_here():
     assert len(theirs) == sum(len(names.split()) for names in values.ELSEWHERE.values()) and not known & theirs.keys()
 
 
-@pytest.mark.parametrize('length, notes', [(None, []), (100, ['max_prompt_length is 50, half of max_length'])])
-def test_the_prompt_gets_half_of_the_length(length, notes):
-    config = configurator.Config({'max_length': length or 512, 'max_prompt_length': None})
-    config.origin = {'max_length': 'command line' if length else 'default'}
-    assert values.settle(config) == notes and config['max_prompt_length'] == (length or 512) // 2
-
-
-def test_a_runs_folder_stands_for_its_model():
-    """But not where it is a model itself, nor for a name of ours that happens to be a folder."""
+def test_options_that_follow_from_others():
+    """A run's folder stands for its model, but not where it is a model itself, nor a name of ours that is a folder, too."""
     for folder in ('run/model', 'other/model', 'toy/model'):
         Path(folder).mkdir(parents=True)
         Path(folder, 'config.json').touch()
@@ -487,3 +454,8 @@ def test_a_runs_folder_stands_for_its_model():
     config = configurator.Config(names)
     assert values.settle(config) == ['model is run/model, the model that the run in run has left']
     assert config == names | {'model': 'run/model'}
+    # and the prompt gets half of the length, which is said where that was asked for
+    for origin, notes in {'default': [], 'a.py': ['max_prompt_length is 50, half of max_length']}.items():
+        config = configurator.Config({'max_length': 100, 'max_prompt_length': None})
+        config.origin = {'max_length': origin}
+        assert values.settle(config) == notes and config['max_prompt_length'] == 50
