@@ -19,7 +19,7 @@ from configurator import UserError
 from hf import lean, probe
 from hf.parallel import tensor_parallel
 from hf.ties import tie_as, ties
-from model import blocks, hidden_and_head, response_logps, set_attention
+from model import blocks, core, hidden_and_head, response_logps, set_attention
 from rl.heads import response_scores, token_logps
 from runtime import guard, room
 
@@ -178,23 +178,13 @@ def largest(numbers):
 
 
 @guard.memory_for('a model does not fit; try --dtype=bfloat16, --cpu_offload or more GPUs, or a smaller one')
-def shard(
-    build,
-    device,
-    *,
-    dtype='float32',
-    train=True,
-    mode='auto',
-    activation_checkpointing=False,
-    cpu_offload=False,
-    device_map=None,
-):
+def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offload=False, device_map=None, **options):
     """A model on all ranks, with the weights that build(empty=False) read on rank 0 alone.
 
     build(empty) -> transformers model on the CPU, without weights if empty. dtype: 'float32', or 'bfloat16' for compute
     (and for frozen weights) with float32 master weights, gradients and reductions. mode: the option shard of training.py; one
     process is a replica without others. cpu_offload: weights and optimizer stay in the memory of the CPU, if the device is
-    another one. device_map: instead of all this, one process's build spreads the model."""
+    another one. device_map: instead of all this, one process's build spreads the model. options: activation_checkpointing."""
     half, by_fsdp, measured = dtype == 'bfloat16', False, None
     if device_map is not None:
         mode, model = 'none', build(device_map=device_map)
@@ -214,8 +204,7 @@ def shard(
 
     if not train:
         model.requires_grad_(False)
-    if activation_checkpointing:
-        lean.recompute(model, selective=activation_checkpointing == 'selective')
+    _recompute(model, **options)
     # what the scripts call becomes a forward of the root
     model.shard_mode = mode
     if by_fsdp:
@@ -248,6 +237,20 @@ def _choose_mode(model, mode, train, half, device, cpu_offload):
     else:
         has = room.machine_memory() / int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     return 'none' if takes <= has / 4 else 'full'
+
+
+def _recompute(model, activation_checkpointing=False):
+    """Have the blocks of a model compute activations again in backward: all (True), or the cheap ones ('selective')."""
+    if activation_checkpointing == 'selective':
+        lean.enable(model)
+    elif activation_checkpointing:
+        # the method has another name since transformers 5.20
+        inner = core(model)
+        older = getattr(inner, 'gradient_checkpointing_enable', None)
+        getattr(inner, 'activation_checkpointing_enable', older)()
+        # the block alone: its dropout layers stay in eval mode
+        for block in blocks(model):
+            block.training = True
 
 
 def _replicate(model, device, tied):

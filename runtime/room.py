@@ -184,13 +184,14 @@ def bytes_per_token(policy, forward, train, packed):
     # a draw of the adapters' dropout would change what training draws
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy):
         kept = _made_and_kept(lambda: forward(batch))
-        recomputing = [module for module in policy.modules() if hasattr(module, 'recomputes')]
+        # blocks that recompute are known by their training mode, for sharding has renamed their class
+        recomputing = [module for module in policy.modules() if module.training]
         for block in recomputing:
-            block.recomputes = False
+            block.training = False
         if recomputing:
             kept += _made_and_kept(lambda: forward(batch)) / len(recomputing)
         for block in recomputing:
-            block.recomputes = True
+            block.training = True
     return kept / batch.ids.numel()
 
 
