@@ -275,6 +275,12 @@ def load_tokenizer(name, trust_remote_code=False):
     hub.check_there(name)
     if not trust_remote_code:
         _check_code(name)
+    # they are read whole
+    for file in Path(name).rglob('*.jinja'):
+        if (size := file.stat().st_size) > LONGEST_TEMPLATE:
+            raise UserError(
+                f'{file} has {size:,} bytes, and {LONGEST_TEMPLATE:,} are the limit: is it a chat template?'
+            )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises OSError, ValueError, KeyError and its own for a missing tokenizer
@@ -323,6 +329,7 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
 
 # ---- what a model folder holds ----
 
+LONGEST_TEMPLATE = 4_000_000  # bytes of a chat template's file
 # the files that decide what a folder holds
 DECISIVE = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
 

@@ -1,15 +1,17 @@
 """From texts and chats to what the tokenizer reads: the chat template, and the special tokens that somebody has written.
 
-A special token that somebody has written into a text is text. It is put between two marks of transformers, and ids.py encodes
-what stands between them as text. Elsewhere the tokenizer finds its special tokens, as the template wrote them."""
+A special token that somebody has written into a text is text. It is put between two marks, and ids.py encodes what stands
+between them as text. Elsewhere the tokenizer finds its special tokens, as the template wrote them."""
 
 import contextlib
 import os
 import re
+import resource
 import signal
 import threading
 from collections import Counter
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
@@ -19,10 +21,10 @@ PLAIN_CHAT = (  # for tokenizers without a chat template: Anthropic's format, as
     "{% for m in messages %}{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' if m.role == 'assistant' else "
     "'\n\n' }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-# a chat template is a program that came with the model: its length, and the time of all processors for one chat
-TEMPLATE_LENGTH, TEMPLATE_SECONDS = 1_000_000, 20
-# what transformers puts before a special token that is text
-MARK = '\U000f0000'
+# a chat template is a program that came with the model: its length, the time of all processors for one chat, and the memory
+TEMPLATE_LENGTH, TEMPLATE_SECONDS, TEMPLATE_BYTES = 1_000_000, 20, 2**30
+# before and behind a special token that is text: characters for private use, which no text has
+MARK, UNMARK = '\U000f0000', '\U000f0001'
 
 NO_TEMPLATE = 'note: no chat template in the tokenizer, so chats are written as Human: / Assistant:'
 KEPT = 'special tokens in a text, kept as text'
@@ -83,10 +85,14 @@ class Special(NamedTuple):
     bos: str
 
     def mark(self, value):
-        """A json-able value with marks around the special tokens in its strings."""
-        from transformers.utils.chat_template_utils import mark_control_tokens
-
-        return mark_control_tokens(value, self.any)
+        """A json-able value with marks around the special tokens in its strings; marks that it has are taken out."""
+        if isinstance(value, str):
+            return self.any.sub(rf'{MARK}\g<0>{UNMARK}', value.replace(MARK, '').replace(UNMARK, ''))
+        if isinstance(value, list):
+            return [self.mark(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self.mark(item) for key, item in value.items()}
+        return value
 
     def split(self, text):
         """(a text, the ends of turn behind it)"""
@@ -176,15 +182,21 @@ def template_of(tokenizer, tools=None):
 
 
 @contextlib.contextmanager
-def _time_limit():
-    """Raise TimeoutError in what takes longer than a chat template may. Threads other than the main one have no limit."""
-    if threading.current_thread() is not threading.main_thread():
+def _limits():
+    """Raise TimeoutError or MemoryError in what takes longer, or more memory, than a chat template may.
+
+    Threads other than the main one have no limit, nor has anything outside Linux."""
+    table = Path('/proc/self/statm')  # its first number: pages of memory
+    if threading.current_thread() is not threading.main_thread() or not table.exists():
         yield
         return
 
     def stop(*_):
         raise TimeoutError
 
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    allowed = int(table.read_text().split()[0]) * resource.getpagesize() + TEMPLATE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (allowed if soft == resource.RLIM_INFINITY else min(allowed, soft), hard))
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
     try:
@@ -192,19 +204,28 @@ def _time_limit():
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def write(chat, tools, tokenizer, **how):
     """What the chat template makes of a chat. Raises Refused where it refuses it, UserError where it does so always."""
-    template = template_of(tokenizer, tools)
+    template, chat = template_of(tokenizer, tools), [with_thoughts(turn) for turn in chat]
     try:
-        with _time_limit():
+        with _limits():
             return tokenizer.apply_chat_template(chat, tools=tools, chat_template=template, tokenize=False, **how)
     except TimeoutError:
         raise UserError(f'the chat template does not end: it was stopped after {TEMPLATE_SECONDS} seconds') from None
+    except MemoryError:
+        raise UserError(f'the chat template takes more than {TEMPLATE_BYTES / 2**30:.0f} GiB for one chat') from None
     except Exception as error:  # templates are programs and raise what they like
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         raise Refused(f'the chat template refuses an example: {reason}') from None
+
+
+def with_thoughts(turn):
+    """A message with its thoughts in both fields that templates look for, whichever they are in."""
+    thoughts = next((turn[key] for key in REASONING if turn.get(key) is not None), None)
+    return turn if thoughts is None else {'thinking': thoughts, **turn, 'reasoning_content': thoughts}
 
 
 def _write_all(parts, tools, tokenizer, left_out):

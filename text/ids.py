@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from text.chat import MARK
+from text.chat import MARK, UNMARK
 
 
 class Limits(NamedTuple):
@@ -101,11 +101,40 @@ def _encode_plain(texts, tokenizer):
 
 
 def _encode_marked(text, tokenizer):
-    """The token ids of a text with marks in it."""
-    from transformers.utils.chat_template_utils import encode_marked_chat
-
-    try:
-        return encode_marked_chat(tokenizer, text)
-    except ValueError:
+    """The token ids of a text with marks in it: what stands between two is text, whatever token it spells."""
+    # every second piece was marked; a mark that the template has torn from its other is taken out
+    pieces = re.split(f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}', text)
+    ids = []
+    for i, piece in enumerate(pieces):
+        piece = piece.replace(MARK, '').replace(UNMARK, '')
+        encode = _encode_as_text if i % 2 else _encode_whole
+        more = encode(piece, tokenizer) if i == 0 else _behind_a_line(encode, piece, tokenizer)
         # a special token may be a word of the model, too, as in Unigram: in two parts it is not
-        return encode_marked_chat(tokenizer, re.sub(f'{MARK}(.)', rf'{MARK}\1{MARK}', text))
+        if i % 2 and tokenizer.convert_tokens_to_ids(piece) in more:
+            halves = piece[:1], piece[1:]
+            more = [token for half in halves for token in _behind_a_line(encode, half, tokenizer)]
+        ids += more
+    return ids
+
+
+def _behind_a_line(encode, text, tokenizer):
+    """encode(text) behind a line break, which is taken away again: some tokenizers put a space before what begins a text."""
+    line, ids = encode('\n', tokenizer), encode('\n' + text, tokenizer)
+    return ids[len(line) :] if ids[: len(line)] == line else encode(text, tokenizer)
+
+
+def _encode_whole(text, tokenizer):
+    """The ids of a text with its special tokens."""
+    return tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
+
+
+def _encode_as_text(text, tokenizer):
+    """The ids of a text none of which is an added token, special or not."""
+    if not tokenizer.is_fast:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    inner, words = tokenizer.backend_tokenizer, [text]
+    if inner.normalizer is not None:
+        words = [inner.normalizer.normalize_str(text)]
+    if inner.pre_tokenizer is not None:
+        words = [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(words[0])]
+    return [token.id for word in words for token in inner.model.tokenize(word)]

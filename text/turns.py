@@ -73,6 +73,7 @@ def _marked_spans(turns, tools, tokenizer):
 
     template = chat.template_of(tokenizer, tools)
     how = {'tools': tools, 'chat_template': template, 'return_assistant_tokens_mask': True}
+    turns = [chat.with_thoughts(turn) for turn in turns]
     _, (spans,) = render_jinja_template([turns], **how, **tokenizer.special_tokens_map)
     return spans
 

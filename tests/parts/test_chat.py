@@ -389,7 +389,7 @@ LOOPS = ''.join(f'{{% for {x} in range(9999) %}}' for x in 'ijk') + '{% endfor %
 @pytest.mark.parametrize('template, words', [
     ({'rag': CHATML, 'tool_use': CHATML}, 'or several with one of the name default, but dict of .*rag'),
     ({'default': {'a': 1}}, 'not a text of at most 1,000,000 characters.* but dict of 8'), (7, 'but int of 1'),
-    ('x' * 1_000_001, '1,000,001 characters'), (LOOPS, 'does not end'),
+    ('x' * 1_000_001, '1,000,001 characters'), (LOOPS, 'does not end'), ("{{ 'x' * 3000000000 }}", 'takes more than 1 GiB'),
 ])  # fmt: skip
 def test_templates_that_cannot_be_used(monkeypatch, template, words):
     monkeypatch.setattr('text.chat.TEMPLATE_SECONDS', 0.3)
@@ -470,3 +470,12 @@ def test_odd_generation_configs(instruct, tmp_path, content):
     shell = load.load_model(str(tmp_path / 'm'), empty=True)
     assert shell.generation_config.eos_token_id == ([3, 4] if content and 'eos' in content else None)
     shell.generation_config.save_pretrained(tmp_path)
+
+
+def test_a_template_file_that_is_too_long(tmp_path):
+    tokenizer_of(CHATML, EOS).save_pretrained(tmp_path)
+    load.load_tokenizer(str(tmp_path))
+    with open(tmp_path / 'chat_template.jinja', 'wb') as stream:
+        stream.truncate(3 * 10**9)  # sparse: nothing is written
+    with pytest.raises(UserError, match=r'chat_template\.jinja has 3,000,000,000 bytes'):
+        load.load_tokenizer(str(tmp_path))
