@@ -297,7 +297,7 @@ def _distribute(model, full, device, half, cpu_offload):
     model.to_empty(device=home)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, full.state_dict() if full else {}, options=options)
-    sources = dict(full.named_buffers()) if full else {}
+    sources = dict(full.named_buffers(remove_duplicate=False)) if full else {}
     for name, buffer in model.named_buffers():
         if full:
             buffer.copy_(sources[name])

@@ -125,10 +125,12 @@ def _attend(q, k, v, mask, scaling, softcap):
 def set_attention(model, packed, own=None):
     """Choose a model's attention from now on: packed_attention, or for padded batches the one of transformers called own.
 
-    own None: the one chosen before, or sdpa, or eager where there is no sdpa (Gemma 2). Raises UserError."""
+    own None: the one chosen before, or sdpa, or eager where sdpa does not do (Gemma 2). Raises UserError."""
     # what padded batches use is remembered on the model
     inner = core(model)
-    default = 'sdpa' if inner._supports_sdpa else 'eager'
+    # some versions of transformers offer sdpa to architectures whose soft cap it lacks
+    has_cap = getattr(inner.config, 'attn_logit_softcapping', None) is not None
+    default = 'sdpa' if inner._supports_sdpa and not has_cap else 'eager'
     inner.padded_attention = own or getattr(inner, 'padded_attention', default)
     try:
         inner.set_attn_implementation('packed' if packed else inner.padded_attention)

@@ -140,7 +140,12 @@ def _read_config(name, *, trust_remote_code=False, **_others):
         _read[name], _generation[name] = config, None
         # a model may have none, or one that the library does not take: from_pretrained passes it over, too
         with contextlib.suppress(OSError, TypeError, ValueError):
-            _generation[name] = transformers.GenerationConfig.from_pretrained(name)
+            found = transformers.GenerationConfig.from_pretrained(name)
+            # of one that can be read, but not written again, its tokens
+            tokens = {k: getattr(found, k) for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+            _generation[name] = transformers.GenerationConfig(**tokens)
+            found.validate(strict=True)
+            _generation[name] = found
     return copy.deepcopy(_read[name])
 
 
