@@ -304,8 +304,11 @@ def load_results(out, settings):
     file = out / 'results.json'
     new = {'settings': settings, 'minutes': 0.0, 'peak_gb': 0.0}
     results = json.loads(file.read_text()) if file.exists() else new
-    if results['settings'] != settings:
-        raise UserError(f'{out} holds results of other options: choose another --out_dir, or delete it')
+    differ = [f'{name} {results["settings"].get(name)!r} there and {value!r} here'
+              for name, value in settings.items() if results['settings'].get(name) != value]  # fmt: skip
+    if differ:
+        what = f'results of other options ({", ".join(differ)})'
+        raise UserError(f'{out} holds {what}: choose another --out_dir, or delete it')
     return results
 
 

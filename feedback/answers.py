@@ -76,11 +76,11 @@ def collect(out_dir, wanted):
 
     def key_of(row):
         key = field(row, 'index', int), field(row, 'sample', int)
+        field(row, 'response')
+        row['finish']  # must be there
         expected = wanted(*key)
         if expected is None or row | expected != row:
             raise UserError('answers a prompt that is not in the data any more: choose another --out_dir')
-        field(row, 'response')
-        row['finish']  # must be there
         return key
 
     # a row that two ranks have written counts once

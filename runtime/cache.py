@@ -36,6 +36,7 @@ def write(file, arrays, metadata):
         save_file(arrays, temporary, metadata)
         temporary.rename(file)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         return getattr(error, 'strerror', None) or str(error)
     return None

@@ -117,18 +117,24 @@ def unfilled(raw):
 
 
 def _read_json(file):
-    """The rows of a list, or of a file with one object a line; there a line that is none becomes a row with an error."""
+    """The rows of a list, or of a file with one object a line after all, as SHP's files have them."""
     with _opened(file) as stream:
-        if stream.peek(100).lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'['):
-            for number, raw in enumerate(_items(stream.read().decode('utf-8-sig')), 1):
-                yield Row.of(raw, f'{file}, row {number}')
+        if not stream.peek(100).lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'['):
+            yield from _read_lines(file)
             return
+        for number, raw in enumerate(_items(stream.read().decode('utf-8-sig')), 1):
+            yield Row.of(raw, f'{file}, row {number}')
+
+
+def _read_lines(file):
+    """The rows of a file with one object a line; a line that is none becomes a row with an error."""
+    with _opened(file) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             raw, error = {}, ''
             try:
-                raw = json.loads(line)
+                raw = json.loads(line.decode('utf-8-sig'))
             except (ValueError, RecursionError) as wrong:
                 end = '' if line.endswith(b'\n') else f', {CUT}'
                 error = f'not valid JSON ({getattr(wrong, "msg", wrong)}){end}'
@@ -197,5 +203,5 @@ def _cells(file):
             raise UserError(f'{file}, line {line}: not a valid table ({error}), {CUT}') from None
 
 
-READERS = {'.jsonl': _read_json, '.ndjson': _read_json, '.json': _read_json, '.parquet': _read_parquet,
+READERS = {'.jsonl': _read_lines, '.ndjson': _read_lines, '.json': _read_json, '.parquet': _read_parquet,
            '.csv': _read_table, '.tsv': _read_table, '.arrow': _read_arrow, '.txt': _read_text}  # fmt: skip

@@ -140,7 +140,7 @@ def test_sentences(tmp_path, flags, words):
 
 @pytest.mark.parametrize(('ranks', 'gigabytes', 'half', 'train', 'mode'), [
     (1, 0.1, False, True, 'none'), (2, 1.29, False, True, 'none'), (2, 1.27, False, True, 'full'), (4, 1.29, False, True, 'full'),
-    (2, 0.33, False, False, 'none'), (2, 0.31, False, False, 'full'), (2, 0.17, True, False, 'none'), (2, None, False, False, 'full'),
+    (2, 0.33, False, False, 'none'), (2, 0.31, False, False, 'full'), (2, 0.17, True, False, 'none'),
 ])  # fmt: skip
 def test_which_models_are_replicated(monkeypatch, ranks, gigabytes, half, train, mode):
     """Ten million weights take 160 MB to train, and 40 or 20 MB if frozen: a quarter of a rank's memory must hold that."""

@@ -259,19 +259,22 @@ def test_the_check_of_a_gpu_finds_a_wrong_kernel(tmp_path, monkeypatch, capsys):
     assert first.startswith('PASS') and second.startswith('FAIL') and script['failed'] == ['attention in bfloat16']
 
 
-def test_the_clock_of_real():
-    """Time left goes by stages done, and by the share of the present one; a stage that was done before counts nothing."""
+def test_the_clock_of_real(capsys):
+    """Time left goes by stages done, and by the share of the present one, at the pace so far."""
     clock = real.Clock({'model': 100, 'dpo': 200, 'answers': 100})
-    clock.began = clock.entered = 0.0
-    clock.stage = 'model'
-    assert clock.left(10) == 400 and clock.left(80) > 500
+
+    def said(passed, text=''):
+        clock.began = time.time() - passed
+        clock.say(text)
+        return capsys.readouterr().out.split(']')[0]
+
+    clock.begin('model')
+    assert said(10) == '[0:10, about 6:40 left'
     clock.begin('dpo')
-    assert clock.left(200) == 600  # 100 of 400 took 200
-    clock.say('train      32/64  loss 0.69')
-    assert clock.left(400) == 400
-    clock.began = clock.entered = time.time()
+    assert said(200) == '[3:20, about 10:00 left'  # 100 of 400 took 200
+    assert said(400, 'train      32/64  loss 0.69') == '[6:40, about 6:40 left'
     clock.begin('answers')
-    assert clock.stages['dpo'] == 0
+    assert said(600) == '[10:00, about 3:20 left'
 
 
 def test_results_of_real_are_of_one_run(tmp_path):

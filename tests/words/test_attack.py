@@ -461,10 +461,10 @@ def test_a_strange_count_of_tokens_loses_no_answer(usage):
 
 def test_tokens_that_are_not_counted_are_no_fault(capfd):
     fine = {'message': {'content': 'fine'}, 'finish_reason': 'stop'}
-    for usage, tokens in ((None, None), ({}, None), ({'completion_tokens': 12}, 12)):
+    for i, (usage, tokens) in enumerate(((None, None), ({}, None), ({'completion_tokens': 12}, 12))):
         with serve(lambda n, body, usage=usage: (200, {'choices': [fine], 'usage': usage})) as server:
-            ask(server.url, f'{usage}')
-        assert [row['tokens'] for row in read_jsonl(f'{usage}/samples.jsonl')] == [tokens] * 2
+            ask(server.url, f'out{i}')
+        assert [row['tokens'] for row in read_jsonl(f'out{i}/samples.jsonl')] == [tokens] * 2
     assert 'note' not in capfd.readouterr().out
 
 
