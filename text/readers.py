@@ -50,8 +50,12 @@ def read_file(file):
     kind = next(suffix for suffix in reversed(Path(file).suffixes) if suffix not in PACKED)
     try:
         with open(file, 'rb') as stream:
-            if stream.read(40).startswith(b'version https://git-lfs'):
-                raise UserError(f'{file} is a git-lfs pointer, not the data: fetch it with: git lfs pull')
+            head = stream.read(40).lstrip().lower()
+        if head.startswith(b'version https://git-lfs'):
+            raise UserError(f'{file} is a git-lfs pointer, not the data: fetch it with: git lfs pull')
+        # lines of any other text are rows of a .txt
+        if head.startswith((b'<!doctype html', b'<html')):
+            raise UserError(f'{file} is a web page, not the data: fetch it again, perhaps after a login')
         yield from READERS[kind](file)
     except UserError:
         raise

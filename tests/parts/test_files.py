@@ -126,7 +126,7 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
     ('a.csv', b'text\nx\n\xe4\n', 'line 3: not valid UTF-8'),
     ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: .*a name is not valid UTF-8'),
     ('a.txt', b'x\n\xe4\n', 'line 2: not valid UTF-8'),
-    ('a.parquet', '<!DOCTYPE html>', 'cannot read .*a.parquet: .*it is damaged, perhaps a download that was cut short'),
+    ('a.parquet', '<!DOCTYPE html>', '^[^ ]*a.parquet is a web page, not the data: fetch it again'),
     ('a.arrow', '', 'cannot read .*a.arrow: .*cut short'),
     ('a.zip', 'PK', 'a.zip: data files end in .jsonl, .*: convert it to one of them'),
 ])  # fmt: on
@@ -154,6 +154,12 @@ def test_pointers_and_truncated_downloads_are_named(tmp_path, ending):
     for content, says in ((whole[: len(whole) * 2 // 3], 'cut short'), (pointer, lfs)):
         path.write_bytes(content)
         assert str(path) in refused(path, says)
+
+
+def test_a_web_page_is_no_text(tmp_path):
+    path = tmp_path / 'data.txt'
+    path.write_text('<!DOCTYPE html>\n<p>Sign in</p>\n')
+    assert str(path) in refused(path, 'is a web page, not the data')
 
 
 # ---- folders ----
