@@ -172,6 +172,8 @@ log.check_out_dir(out_dir, record, True, neutral=neutral)
 # what is there already is not asked again
 lock(out_dir)
 begun, file = Path(out_dir) / 'config.json', Path(out_dir) / 'verdicts.jsonl'
+if begun.exists() and json.loads(begun.read_text())['config']['endpoint'] != endpoint:
+    log.say(f'note: this run began at another endpoint; {judge_model} must be the same model here')
 append(file, [])  # it is there, even if nothing is to be judged
 verdicts = read_verdicts(file)
 if verdicts:
@@ -253,18 +255,33 @@ report['length_controlled_interval'] = winrate.interval_of_fit(*fit[:2])
 report['mean_lengths'] = lengths.mean(0).tolist() if clear else None
 replace_text(Path(out_dir) / 'report.json', json.dumps(report, indent=1))
 
-# the same on the screen, a rate in one line with its interval
-for name, value in report.items():
-    interval = report.get(f'{name}_interval')
-    if interval:
-        low, high = interval
-        value = f'{value:.1%} (95% interval {low:.1%} to {high:.1%})'
-    if not name.endswith(('_se', '_interval')):
-        log.say(f'  {name.replace("_", " "):26s} {value}')
-log.say('a tie is half a win; without position bias, what is shown first wins half')
+
+def percent(name, why='too few verdicts'):
+    """A rate of the report with its 95% interval, for the screen; without a rate, why there is none."""
+    if report[f'{name}_interval'] is None:
+        return why
+    low, high = report[f'{name}_interval']
+    return f'{report[name]:.1%} (95% interval {low:.1%} to {high:.1%})'
+
+
+# the same on the screen
+equal_length = percent('length_controlled', 'no finite fit')
 if n_judged < winrate.ENOUGH:
-    log.say(f'note: length cannot be told from quality: {n_judged} prompts are judged, {winrate.ENOUGH} are needed')
-log.say(f'{out_dir}: annotations.json, report.json and verdicts.jsonl')
+    equal_length = f'not told: {n_judged} prompts, and from {winrate.ENOUGH} on length can be told from quality'
+mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'] or [])
+log.say(f"""
+{first_name} against {second_name}, judged by {annotator}
+  win rate           {percent('win_rate')}; a tie is half a win
+  at equal length    {equal_length}
+  won, lost, tied    {report['won']}, {report['lost']}, {report['ties']}; {len(equal)} with equal answers
+  mean length        {mean_lengths or 'unknown'} characters
+  without a verdict  {len(table) - len(clear)} pairs; unclear replies: {len(unclear)}, failed requests: {failed.total()}""")
+if endpoint is not None:
+    log.say(f'  contradictions     {report["ties_contradicting_orders"]} of the ties have contradicting orders')
+    log.say(f'  shown first, wins  {percent("shown_first")}; 50% without position bias')
+    log.say(f'  orders agree       {percent("agreement")}')
+files = f'{out_dir}/annotations.json, report.json and verdicts.jsonl'
+log.say(f'{files}; answers cut for the judge: {in_words(cut)[0]}')
 if unclear:
     ending = unclear[0].strip()[-150:]
     log.say(f'note: an unclear reply (cut short, or its last line is no verdict) ends: {ending!r}')

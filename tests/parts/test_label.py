@@ -201,7 +201,7 @@ def test_both_orders_ties_and_unclear_replies(capsys):
     assert 'note: an unclear reply (cut short, or its last line is no verdict) ends:' in screen
     assert '45.8% (95% interval 16.' in screen and '65.0%' in screen
     assert report['win_rate_interval'][1] > 0.75 and report['agreement_interval'][0] < 0.3
-    assert 'length cannot be told from quality: 6 prompts' in screen and report['length_controlled_interval'] is None
+    assert 'at equal length    not told: 6 prompts' in screen and report['length_controlled_interval'] is None
     by_key = {(row['pair'], row['order']): row for row in verdicts()}
     assert len(verdicts()) == 14 and by_key.keys() == {(i, o) for i in range(7) for o in (1, 2)}
     said = {'pair': 5, 'order': 2, 'preference': None, 'text': words['?'], 'raw': reply_to(5, 2)}
