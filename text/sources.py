@@ -211,12 +211,15 @@ def _refusal(row, error, any_sound, found, source):
     with suppress(UserError):
         seen.extend(islice(found, LOOK_AHEAD))
     kinds = Counter(_columns(bad) for bad, examples in seen if isinstance(examples, Exception))
-    said = f'{row.where}: {error}; found: {_columns(row)}'
+    said = f'{row.where}: {error}'
+    if row:
+        said += f'; found: {_columns(row)}'
 
     # one bad row among good ones is to be mended; if all are bad, it is the layout
     if any_sound or kinds.total() < len(seen):
-        common = '; '.join(f'{n} with {shorten(names, 90)}' for names, n in kinds.most_common(2))
-        said += f'; of the {len(seen)} rows from there on, {kinds.total()} are bad: {common}'
+        if kinds.total() > 1:
+            common = '; '.join(f'{n} with {shorten(names, 90)}' for names, n in kinds.most_common(2))
+            said += f'; of the {len(seen)} rows from there on, {kinds.total()} are bad: {common}'
         return f'{said}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
     name = source.partition(':')[0]
     fits = KNOWN
