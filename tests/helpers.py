@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,24 +72,18 @@ def launch(world, plan, folder):
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
     WARM.set_forkserver_preload(['tests.laws.launch'])
+    common = {'NANOPREF_CACHE': cache, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'GROUP_WORLD_SIZE': '1'}
+    common |= {'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(world)}
     ranks = []
     for i in range(world):
-        environment = {
-            'NANOPREF_CACHE': cache,
-            'MASTER_ADDR': '127.0.0.1',
-            'MASTER_PORT': str(port),
-            'GROUP_WORLD_SIZE': '1',
-        }
-        environment |= dict.fromkeys(('RANK', 'LOCAL_RANK'), str(i)) | dict.fromkeys(
-            ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'), str(world)
-        )
-        said = Path(folder) / f'rank-{i}-of-{world}.txt'
-        ranks.append((WARM.Process(target=rank, args=(plan, said, environment)), said))
+        said, environment = Path(folder) / f'rank-{i}-of-{world}.txt', common | {'RANK': str(i), 'LOCAL_RANK': str(i)}
+        ranks.append((WARM.Process(target=rank, args=(plan, said, environment), daemon=True), said))
         ranks[-1][0].start()
 
-    # one that fails leaves the others waiting for it
+    # one that fails leaves the others waiting for it; they may also wait for each other
+    deadline = time.monotonic() + 500
     for process, _ in ranks:
-        while process.is_alive() and not any(other.exitcode for other, _ in ranks):
+        while process.is_alive() and not any(other.exitcode for other, _ in ranks) and time.monotonic() < deadline:
             process.join(0.1)
     for process, _ in ranks:
         process.kill()

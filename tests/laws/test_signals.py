@@ -64,7 +64,7 @@ def until(condition, process, seconds=120):
     deadline = time.time() + seconds
     while not condition():
         assert process.poll() is None and time.time() < deadline, text(process)[-3000:]
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def end(process, code=None, seconds=180):
