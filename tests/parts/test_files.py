@@ -62,8 +62,9 @@ def test_text_files_and_the_kinds_of_the_columns_of_a_table(tmp_path):
 
 
 def test_a_list_in_json_is_read_one_by_one(tmp_path):
-    path = tmp_path / 'data.json'
-    for text in (json.dumps(ROWS), '\ufeff ' + json.dumps(ROWS, indent=1) + '\n', ' [ ]'):
+    """So is a file with a row a line."""
+    path, lines = tmp_path / 'data.json', ''.join(json.dumps(row) + '\n' for row in ROWS)
+    for text in (json.dumps(ROWS), '\ufeff ' + json.dumps(ROWS, indent=1) + '\n', lines, ' [ ]'):
         path.write_text(text)
         assert list(files.read_rows(None, 'train', str(path))) == (ROWS if len(text) > 9 else [])
     path.write_text(json.dumps(ROWS, indent=1)[:-4] + '"x"')
@@ -175,7 +176,7 @@ def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
 def test_splits_of_one_folder_are_not_mixed(tmp_path):
     for name, rows in {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3], 'other': ROWS[:1]}.items():
         write(tmp_path / f'{name}.jsonl', rows)
-    refused(tmp_path, 'several splits; there are test_prefs, train_prefs, train_sft: say which')
+    refused(tmp_path, r"several splits; there are test_prefs, train_prefs, train_sft: say which: --data='.*\[train_prefs\]'")
     assert answers(f'{tmp_path}[train_prefs]') == ALL and answers(f'{tmp_path}[train_prefs]', 'test') == ALL[:3]
     # where one is for training, any name will do
     write(tmp_path / 'one/train_dpo.jsonl')

@@ -631,12 +631,6 @@ def test_unreadable_files(tmp_path, name, content, words):
         assert words in str(info.value) and str(path) in str(info.value) and '\n' not in str(info.value)
 
 
-@pytest.mark.parametrize('text', ['\ufeff[{"text": "a"}]', '{"text": "a"}\n{"text": "a"}\n'])
-def test_a_byte_order_mark_and_json_with_a_row_a_line(tmp_path, text):
-    (tmp_path / 'data.json').write_text(text)
-    assert load(str(tmp_path / 'data.json'))[0][-1]['response'] == 'a'
-
-
 @pytest.mark.parametrize('source', ['nothing', 'missing.jsonl', 'some/missing.jsonl', 'a/b/c', 'hhh', 'HH'])
 def test_unknown_sources(source):
     with pytest.raises(UserError) as info:
@@ -735,10 +729,6 @@ def test_a_folder_has_the_split_that_is_meant(tmp_path):
         assert Path(file).name.startswith(split)
     assert len(sources.files.local_files(str(tmp_path), None)) == 6
     assert answers(f'ultrafeedback:{tmp_path}', 'test') == ['test prefs']
-    with pytest.raises(UserError, match=r"several splits; there are .*: say which: --data='.*\[train_gen\]'"):
-        sources.load_rows(str(tmp_path), 'train')
-    for split in ('train', 'test'):
-        assert answers(f'{tmp_path}[train_sft]', split) == [f'{split} sft']
 
 
 def test_clones_of_datasets(tmp_path):

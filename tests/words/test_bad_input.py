@@ -148,6 +148,7 @@ SFT = [
     ('--max_length=8 --max_prompt_length=9', 'max_length .*8'),
 ]
 CASES = [('dpo.py', *case) for case in DPO] + [('sft.py', *case) for case in SFT]
+CASES += [('reward.py', '--label_smoothing=0.5', 'label_smoothing must lie between 0 and 0.5')]
 
 
 @pytest.mark.parametrize('script, flags, words', CASES)
