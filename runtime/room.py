@@ -125,7 +125,9 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
         inner = [m for m in policy.modules() if hasattr(m, 'unshard') and m is not policy]
         blocks = [_count(block.parameters()) for block in inner or models.blocks(policy)]
         root = _count(policy.parameters()) - sum(blocks)
-        gathered = root + 3 * max(blocks) + (sum(blocks) if shard == 'grads' else 0)
+        # what trains stays gathered in a replica, too
+        stays = shard == 'grads' or (shard == 'none' and all(p.requires_grad for p in policy.parameters()))
+        gathered = root + 3 * max(blocks) + (sum(blocks) if stays else 0)
         needs['buffers'] += compute * gathered
     return needs
 
