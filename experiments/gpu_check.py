@@ -102,7 +102,9 @@ def run(*command, limit=300):
     """A command of this Python from the repository's root: (exit code, what it has printed, seconds)."""
     start = time.time()
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+    # beside a GPU several run at the same time, and share the cores
+    threads = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // at_once))} if gpu else {}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, timeout=limit)
     return done.returncode, done.stdout + done.stderr, time.time() - start
 
 
@@ -322,13 +324,13 @@ def memory():
         '--batch_size=300',
         '--n_eval_examples=0',
     ]
-    results = {}
-    for tokens in (65536, 'auto'):
-        results[tokens] = run('-c', code, *wide, f'--max_tokens={tokens}', f'--out_dir={OUT}/memory_{tokens}')
-    status, text, _ = results[65536]
+    with ThreadPoolExecutor() as pool:
+        flags = ([f'--max_tokens={tokens}', f'--out_dir={OUT}/memory_{tokens}'] for tokens in (65536, 'auto'))
+        number, auto = pool.map(lambda more: run('-c', code, *wide, *more), flags)
+    status, text, _ = number
     passed = status == 2 and 'out of memory' in text and 'Traceback' not in text
     say(passed, 'no memory left', f'exit code {status}: {text.strip()[-250:]}')
-    status, text, _ = results['auto']
+    status, text, _ = auto
     lines = [line for line in text.splitlines() if line.startswith('memory:')]
     say(
         status == 0 and len(lines) > 1,

@@ -40,7 +40,9 @@ def check_room(config, policy, per_token, train, total, packed, max_tokens, othe
     if not torch.cuda.is_available():
         frozen = sum(_count(other.parameters()) for other in others if other is not None and other is not policy)
         tokens = _most_tokens(config, train, packed, max_tokens)
-        _check_memory(_needs(config, policy, per_token(), frozen, tokens), tokens, int(train.lengths.max()))
+        chosen = f'max_tokens={max_tokens} (auto): ' if config['max_tokens'] == 'auto' else ''
+        needs = _needs(config, policy, per_token(), frozen, tokens)
+        _check_memory(needs, f'{chosen}a microbatch of up to {tokens:,} tokens', tokens, int(train.lengths.max()))
     return fits
 
 
@@ -71,14 +73,14 @@ def _check_disk(config, model, checkpoint, total):
     return False
 
 
-def _check_memory(needs, tokens, longest):
+def _check_memory(needs, what, tokens, longest):
     """Say what the ranks of this machine take of its memory, and warn where it has less. needs: the estimate of one rank for a
-    microbatch of so many tokens; longest: tokens of the longest example."""
+    microbatch (what) of so many tokens; longest: tokens of the longest example."""
     here, has = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), machine_memory()
     takes = {name: number * here for name, number in needs.items() if number}
     total = sum(takes.values())
     parts = ', '.join(f'{name} {_size(number)}' for name, number in takes.items())
-    text = f'memory: a microbatch of up to {tokens:,} tokens takes about {_size(total)} ({parts})'
+    text = f'memory: {what} takes about {_size(total)} ({parts})'
     text += f', of the {_size(has)} of this machine'
     if total <= has:
         return say(text)
@@ -136,6 +138,8 @@ def choose_max_tokens(config, policy, per_token, train, packed, frozen):
     """The largest of BUDGETS whose microbatches fit beside what is still to come, the same on all ranks; the least if none does.
 
     per_token: the policy's bytes_per_token; frozen: parameters of models that are not loaded yet."""
+    import torch
+
     import fsdp
 
     free, safe = free_memory(), SAFE[next(policy.parameters()).device.type]
@@ -147,8 +151,10 @@ def choose_max_tokens(config, policy, per_token, train, packed, frozen):
 
     fitting = [size for size in BUDGETS if to_come(size) <= safe * free]
     (least,) = fsdp.largest([-max(fitting, default=BUDGETS[0])])
-    takes = f'each rank will take about {_size(to_come(-least))} more, where {_size(free)} are free'
-    say(f'memory: max_tokens={-least} (auto): {takes}')
+    # on a CPU check_room says it, with all parts
+    if torch.cuda.is_available():
+        takes = f'each rank will take about {_size(to_come(-least))} more, where {_size(free)} are free'
+        say(f'memory: max_tokens={-least} (auto): {takes}')
     return -least
 
 

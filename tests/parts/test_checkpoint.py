@@ -387,7 +387,7 @@ def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsy
         patch.setattr(room, 'bytes_per_token', lambda *arguments: calls.append(1) or real(*arguments))
         run_script(script, *flags, f'--out_dir={tmp_path / "auto"}')
     assert names(tmp_path / 'auto') == ['0000000060', '0000000072', '0000000084'] and len(calls) == 1
-    said = r'a microbatch of up to (\d+) tokens takes about \d+\.\d MB \(activations .*, gradients .*, optimizer .*\), of the'
+    said = r'(?:max_tokens=\d+ \(auto\): )?a microbatch of up to (\d+) tokens takes about \d+\.\d MB \(activations .*, gradients .*, optimizer .*\), of the'
     text = capsys.readouterr().out
     assert re.search(f'^memory: {said} 10.0 GB of this machine$', text, re.M)
 
