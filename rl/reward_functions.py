@@ -124,12 +124,13 @@ def load(file, name):
     spec = importlib.util.spec_from_file_location(f'reward {file}', file)
     module = sys.modules.get(spec.name)
     if module is None:
-        module = importlib.util.module_from_spec(spec)
+        # a dataclass looks for its module there while the file is read
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
+            del sys.modules[spec.name]
             raise UserError(f'--reward: cannot load {file}: {_explained(error, file)}') from None
-        sys.modules[spec.name] = module
 
     function = getattr(module, name, None)
     if not callable(function):

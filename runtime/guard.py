@@ -141,8 +141,8 @@ def begin(out_dir, config, resume):
     _code, _stage = 0, 'loading'
 
     def take():
-        log.check_names(out_dir)
         log.check_out_dir(out_dir, config, resume)
+        log.check_names(out_dir)
         files.lock(out_dir)
 
     fsdp.on_one_rank(take)

@@ -98,8 +98,8 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
     folder = Path(out_dir)
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     with writing(f'to out_dir {out_dir}'):
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
         tempfile.TemporaryFile(dir=nearest).close()
         before = recorded(out_dir)
     if not before:

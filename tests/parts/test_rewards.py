@@ -70,6 +70,8 @@ def test_options_that_mean_nothing(text, sentence):
     ('import numpy as np\ndef f(p, responses, rows): return list(np.full(len(rows), 3, np.float32))', 3.0),
     ('import torch\ndef f(p, responses, rows): return torch.full((len(rows),), 4.0)', 4.0),
     ('from neighbour import five\ndef f(p, responses, rows): return [five] * len(rows)', 5.0),
+    ('from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Seven:\n    x: int = 7\n'
+     'def f(p, responses, rows): return [Seven().x] * len(rows)', 7.0),
     ('class F:\n    def __call__(self, p, responses, rows): return tuple(6 for _ in rows)\nf = F()', 6.0),
 ])  # fmt: skip
 def test_functions_of_all_kinds(text, expected, score, tmp_path):
