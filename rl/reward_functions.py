@@ -29,6 +29,7 @@ from textwrap import shorten
 from typing import NamedTuple
 
 from configurator import UserError, main_rank
+from runtime import guard
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,7 +128,8 @@ def load(file, name):
         # a dataclass looks for its module there while the file is read
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            with guard.unblocked():
+                spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
             del sys.modules[spec.name]
             raise UserError(f'--reward: cannot load {file}: {_explained(error, file)}') from None
@@ -146,9 +148,10 @@ def call(part, prompts, responses, rows):
     """The numbers that a function gives for these answers. Raises Failed."""
     function = load(part.file, part.what)
     try:
-        found = function(prompts, responses, rows)
-        if inspect.iscoroutine(found):
-            found = asyncio.run(found)
+        with guard.unblocked():
+            found = function(prompts, responses, rows)
+            if inspect.iscoroutine(found):
+                found = asyncio.run(found)
     except (Exception, SystemExit) as error:
         raise Failed(_explained(error, part.file)) from None
 

@@ -42,11 +42,11 @@ def watch(name):
     if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:  # the older name
         os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
     # a thread waits for them: the main thread may be inside C code for minutes, such as a rendezvous
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: on_signal(number))  # inside unblocked
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_listen, daemon=True).start()
-    # in a forked child a signal does what it does in any process
-    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS))
+    os.register_at_fork(after_in_child=_as_any_process)
     # python -c has no file to read
     script = getattr(sys.modules['__main__'], '__file__', None)
     if script:
@@ -57,6 +57,23 @@ def _listen():
     """Wait for signals, which are blocked in all other threads."""
     while True:
         on_signal(signal.sigwait(SIGNALS))
+
+
+def _as_any_process():
+    """In a forked child a signal does what it does in any process."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@contextlib.contextmanager
+def unblocked():
+    """Around the user's own code: a process that it starts inherits what is blocked here, and could not be ended by a signal."""
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def on_signal(number):
