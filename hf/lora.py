@@ -155,6 +155,7 @@ def _peft_model(model, settings, seed, copy=None):
         model = peft.get_peft_model(model, settings)
         if copy:
             model.add_adapter(copy, settings)
+            model.set_adapter('default')  # the copy does not train
     return model.eval()
 
 
@@ -205,9 +206,6 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
         if not empty:
             for name in model.peft_config:
                 _fill(model, saved, name)
-        for name, p in model.named_parameters():
-            if f'.{COPY}.' in name:
-                p.requires_grad_(False)
         reference = '' if scores else ', and the reference is what it is now'
         say_once(f'adapter: {saved.name}, rank {saved.rank}, goes on in its model {saved.base}{reference}')
     # the model stays in eval mode: dropout is on where a graph is recorded
@@ -296,15 +294,14 @@ def describe(model):
         if f'.{COPY}.' in name:
             continue
         every += p.numel()
-        if not p.requires_grad:
-            continue
-        trained += p.numel()
-        # in the layer before it; or without adapters, such as a reward model's head
-        path, adapter, _ = name.partition('.lora_')
-        if adapter:
-            layers.add(path.rpartition('.')[2])
-        else:
-            others.add(name.removeprefix('base_model.model.').partition('.')[0])
+        if p.requires_grad:
+            trained += p.numel()
+            # in the layer before it; or without adapters, such as a reward model's head
+            path, adapter, _ = name.partition('.lora_')
+            if adapter:
+                layers.add(path.rpartition('.')[2])
+            else:
+                others.add(name.removeprefix('base_model.model.').partition('.')[0])
     also = f', and {" ".join(sorted(others))} whole' if others else ''
     in_4bit = f'; {packed:,} that do not are in 4 bits' if packed else ''
     return f'LoRA: {trained:,} of {every:,} weights train, on {" ".join(sorted(layers))}{also}{in_4bit}'
