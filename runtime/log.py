@@ -43,14 +43,16 @@ def check_names(out_dir):
 
 
 def recorded(out_dir):
-    """The run that out_dir/config.json is of: its script ('' if not known), options and contents. None without such a file."""
+    """The run that out_dir/config.json is of: its script ('' if not known), options and contents. None without such a file, or
+    where the run has ended before it left anything else."""
     file = Path(out_dir) / 'config.json'
     if not file.exists():
         return None
     try:
         record = json.loads(file.read_text())
         script = Path(record.get('command', [''])[0]).name
-        return {'script': script, 'options': dict(record['config']), 'contents': dict(record.get('contents', {}))}
+        run = {'script': script, 'options': dict(record['config']), 'contents': dict(record.get('contents', {}))}
+        return run if set(os.listdir(out_dir)) - {'config.json', '.lock'} else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
 
@@ -114,7 +116,9 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
 
 def claim_out_dir(out_dir, config, contents=None):
     """Write config.json, now that the run is about to begin. contents: hashes of models and data, of checkpoint.identify."""
-    git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
+    # through a shell, to which a missing git is no exception
+    how = {'shell': True, 'cwd': Path(__file__).parent, 'capture_output': True, 'text': True}
+    git = subprocess.run('git rev-parse HEAD', **how)
     record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip()}
     record['versions'] = {name: version(name) for name in ('torch', 'transformers')}
     if contents:

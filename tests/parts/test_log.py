@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import struct
 import sys
 import time
@@ -51,6 +52,24 @@ def test_an_out_dir_that_cannot_be_looked_into(monkeypatch):
     for check in (partial(log.check_out_dir, 'theirs/out', {}, True), partial(guard.begin, 'theirs/out', {}, True)):
         with pytest.raises(configurator.UserError, match='cannot write to out_dir theirs/out: Permission denied'):
             check()
+
+
+def test_a_run_that_has_left_nothing_holds_no_folder(tmp_path):
+    """Such as one whose first scoring did not fit into memory: the next one has other options."""
+    (tmp_path / 'config.json').write_text('{"config": {"lr": 1}, "command": ["dpo.py"]}')
+    (tmp_path / '.lock').touch()
+    assert log.recorded(tmp_path) is None
+    (tmp_path / 'metrics.jsonl').touch()
+    assert log.recorded(tmp_path) == {'script': 'dpo.py', 'options': {'lr': 1}, 'contents': {}}
+
+
+def test_the_commit_where_git_is_and_where_it_is_not(tmp_path, monkeypatch):
+    commits = []
+    for path in (os.environ['PATH'], str(tmp_path)):
+        monkeypatch.setenv('PATH', path)
+        log.claim_out_dir(tmp_path, {})
+        commits.append(json.loads((tmp_path / 'config.json').read_text())['commit'])
+    assert len(commits[0]) in (0, 40) and commits[1] == ''
 
 
 # ---- trackers ----
