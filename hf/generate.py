@@ -36,11 +36,10 @@ def sample(model, tokenizer, prompts, seeds, **settings):
         found = generate(model, tokenizer, [prompts[i] for i in mine], [seeds[i] for i in mine], **settings)
 
     # those of all ranks, in their order
-    answers = [None] * len(prompts)
+    answers = {}
     for of_rank in fsdp.gather_objects(dict(zip(mine, found, strict=True))):
-        for i, answer in of_rank.items():
-            answers[i] = answer
-    return answers
+        answers |= of_rank
+    return [answers.get(i) for i in range(len(prompts))]
 
 
 def write(file, tokenizer, prompts, answers, examples_seen, columns=None):

@@ -288,20 +288,7 @@ def write(model, weights, folder):
 
 def describe(model):
     """One line for the screen: how many weights train, in which layers."""
-    every = packed = quantize.packed_weights(model)
-    trained, layers, others = 0, set(), set()
-    for name, p in model.named_parameters():
-        if f'.{COPY}.' in name:
-            continue
-        every += p.numel()
-        if p.requires_grad:
-            trained += p.numel()
-            # in the layer before it; or without adapters, such as a reward model's head
-            path, adapter, _ = name.partition('.lora_')
-            if adapter:
-                layers.add(path.rpartition('.')[2])
-            else:
-                others.add(name.removeprefix('base_model.model.').partition('.')[0])
-    also = f', and {" ".join(sorted(others))} whole' if others else ''
-    in_4bit = f'; {packed:,} that do not are in 4 bits' if packed else ''
-    return f'LoRA: {trained:,} of {every:,} weights train, on {" ".join(sorted(layers))}{also}{in_4bit}'
+    trained, every = model.get_nb_trainable_parameters()
+    every += quantize.packed_weights(model)
+    layers = sorted({path.rpartition('.')[2] for path, m in model.named_modules() if hasattr(m, 'lora_A')})
+    return f'LoRA: {trained:,} of {every:,} weights train, on {" ".join(layers)}'

@@ -34,10 +34,9 @@ class Reward:
 
     def _load_judge(self, name, device):
         """(a reward model, its tokenizer), which reads the policy's ids."""
-        config = self.config
-        how = {'device_map': config.device_map, 'trust_remote_code': config.trust_remote_code}
-        judge = score.load_scorer(name, device, dtype=config.dtype, **how)
-        check_same_tokens(self.tokenizer, judge[1], f'the reward model {name}', config.model)
+        how = {option: self.config[option] for option in ('dtype', 'device_map', 'trust_remote_code')}
+        judge = score.load_scorer(name, device, **how)
+        check_same_tokens(self.tokenizer, judge[1], f'the reward model {name}', self.config.model)
         return judge
 
     def read_rows(self, **splits):

@@ -42,9 +42,8 @@ def find(name, losses, statistics, options):
             what = f'{p.name!r}, which is no option: declare it in dpo.py, as in {p.name} = 1.0'
             raise UserError(f'the loss {name} asks for {what}')
         if not is_option and p.name not in PAIRS | SINGLES:
-            known = ' '.join(sorted(PAIRS | SINGLES))
-            raise UserError(f'the loss {name} asks for the column {p.name!r}: there are {known}, and options after a *')
-
+            known = 'those at the top of losses.py, and options after a *'
+            raise UserError(f'the loss {name} asks for the column {p.name!r}, and there are only {known}')
     columns = inputs(fn)
     if PAIRS.isdisjoint(columns) == SINGLES.isdisjoint(columns):
         raise UserError(

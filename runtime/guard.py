@@ -127,14 +127,13 @@ def stop_asked():
 
 def check_early(script):
     """Check the command line against the source of a script before its imports, which take seconds; or print its help."""
-    tree = ast.parse(Path(script).read_text('utf-8'))
-    for call in ast.walk(tree):
-        # plot.py gives the call words of its own choice
-        if not isinstance(call, ast.Call) or getattr(call.func, 'id', '') != 'configure' or len(call.args) != 1:
-            continue
-        modules = [Path(script).with_name(f'{keyword.value.id}.py') for keyword in call.keywords]
-        shared = types.SimpleNamespace(__file__=modules[0]) if modules else None
-        configure({'__file__': script, '__doc__': ast.get_docstring(tree)}, shared=shared, early=True)
+    source = Path(script).read_text('utf-8')
+    # plot.py gives the call words of its own choice
+    call = re.search(r'configure\(globals\(\)(?:, shared=(\w+))?\)', source)
+    if call:
+        module = call[1] and types.SimpleNamespace(__file__=Path(script).with_name(f'{call[1]}.py'))
+        doc = ast.get_docstring(ast.parse(source))
+        configure({'__file__': script, '__doc__': doc}, shared=module, early=True)
 
 
 def tell_torchrun(error):

@@ -117,8 +117,7 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
 def claim_out_dir(out_dir, config, contents=None):
     """Write config.json, now that the run is about to begin. contents: hashes of models and data, of checkpoint.identify."""
     # through a shell, to which a missing git is no exception
-    how = {'shell': True, 'cwd': Path(__file__).parent, 'capture_output': True, 'text': True}
-    git = subprocess.run('git rev-parse HEAD', **how)
+    git = subprocess.run('git rev-parse HEAD', shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip()}
     record['versions'] = {name: version(name) for name in ('torch', 'transformers')}
     if contents:
