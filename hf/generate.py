@@ -66,7 +66,8 @@ def sample_held_out(run, models, n, seen, measure=None, **settings):
     # kto makes two examples of a pair, with one prompt: the good one stands for both
     asked = run.held_out.select(run.held_out.good).select(slice(n))
     prompts = [prompt for prompt, _ in asked]
-    seeds = [run.config.seed * 1_000_003 + i for i in range(len(prompts))]
+    first = run.config.seed * 1_000_003
+    seeds = range(first, first + len(prompts))
     measured, columns, shown = {}, {}, []
     for name, model in sorted(models.items()):
         with adapters_off(model if name == 'reference' else None):

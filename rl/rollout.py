@@ -51,8 +51,11 @@ def sample(run, source, rows, each, first_seed):
 
     Answer i, whose ids keep the token that ended it, has the seed first_seed + i, so it depends neither on the number of ranks
     nor on where a run was resumed."""
-    prompts = [source[i][0].tolist() for i in rows for _ in range(each)]  # one for every answer
-    seeds = [first_seed + i for i in range(len(prompts))]
+    prompts = []  # one for every answer
+    for row in rows:
+        prompt, _ = source[row]
+        prompts += [prompt.tolist()] * each
+    seeds = range(first_seed, first_seed + len(prompts))
     settings = {'max_new_tokens': run.config.max_new_tokens, 'rows': run.config.sample_batch}
     with guard.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
         answers = generate.sample(run.policy, run.tokenizer, prompts, seeds, keep_end=True, **settings)
@@ -96,7 +99,7 @@ def measure(run, ref, examples, stop):
     """(columns of the answer tokens: pi, ref and, with a critic, value; columns of the answers: n, start and ended).
 
     n: an answer's tokens; start: the place of the first of them among all; ended: whether its last is one of stop."""
-    n = torch.tensor([len(answer) for _, answers in examples for answer in answers])
+    n = torch.from_numpy(examples.widths[:, 1:].flatten()).long()
     starts = n.cumsum(0) - n
     tokens = token_columns(run, run.policy, examples, starts, ['pi', 'value'])
     with adapters_off(ref):
