@@ -182,7 +182,7 @@ class Log:
         seen = {'eval': evaluated}
         cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
         cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
-        cut_rows(self.path, lambda row: row['counters/examples'] <= seen.get(row['split'], start))
+        cut_rows(self.path, lambda row: start and row['counters/examples'] <= seen.get(row['split'], start))
 
         # name -> (what writes a row, what closes it), or None
         self.failed, self.trackers = set(), {}

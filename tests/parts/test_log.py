@@ -251,6 +251,16 @@ def test_a_run_goes_on_without_its_tracker(script, name, monkeypatch, tmp_path, 
 # ---- clocks that stand still ----
 
 
+@pytest.mark.parametrize(('start', 'evaluated', 'left'), [(0, -1, []), (8, 8, ['check', 'eval', 'train', 'eval'])])
+def test_rows_of_before_that_stay(tmp_path, start, evaluated, left):
+    """Of a run that begins anew none, not even that of the first check: it comes again."""
+    kept = [('check', 0), ('eval', 0), ('train', 8), ('eval', 8), ('train', 16), ('eval', 16)]
+    rows = [{'split': split, 'counters/examples': examples} for split, examples in kept]
+    write_jsonl(tmp_path / 'metrics.jsonl', rows)
+    log.Log(tmp_path, 16, start, 1, evaluated=evaluated).close()
+    assert [row['split'] for row in read_jsonl(tmp_path / 'metrics.jsonl')] == left
+
+
 def test_per_second():
     assert log.per_second(6, 3) == 2 and log.per_second(0, 3) == 0
     assert all(value != value for value in (log.per_second(6, 0), log.per_second(0, 0.0), log.per_second(6, -1)))
