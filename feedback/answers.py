@@ -12,7 +12,6 @@ from pathlib import Path
 
 from configurator import UserError
 from runtime import files
-from runtime.files import lock  # noqa: F401, lock is for both scripts
 from runtime.values import looked_in
 from text.files import read_rows
 from text.messages import ASSISTANT, answer, ask, field, instruction, text_or_chat

@@ -16,9 +16,9 @@ from stub import completion, serve
 
 import fsdp
 from configurator import UserError
-from feedback.answers import lock
 from hf import generate, load
 from model import set_attention
+from runtime.files import lock
 from text import messages, tokenise, toy
 
 FLAGS = ['--n=3', '--temperature=0.7 1.3', '--top_p=0.9', '--max_new_tokens=10', '--batch_size=5', '--seed=4']
