@@ -72,8 +72,10 @@ def cell(row):
 def readme_text():
     """Batch 8 on one thread, whole; of all lines that were measured, the smallest and largest ratios."""
     first = {name.partition(',')[0]: rows for name, rows in numbers.items() if name.endswith(', batch 8, 1 threads')}
-    head = ['', *(f'Pythia-{shape}'.replace('-4k', ', 4k words') for shape in first)]
-    lines = [[words, *(cell(rows[variant]) for rows in first.values())] for variant, words in WORDS.items()]
+    titles = [f'Pythia-{shape}'.replace('-4k', ', 4k words') for shape in first]
+    text = f'| | {" | ".join(titles)} |\n|---|{"---|" * len(titles)}\n'
+    for variant, words in WORDS.items():
+        text += f'| {words} | {" | ".join(cell(rows[variant]) for rows in first.values())} |\n'
 
     # a name is SHAPE, batch N, M threads
     names = [name for name in numbers if 'kept' not in name]
@@ -81,12 +83,11 @@ def readme_text():
     threads = ' and '.join(sorted({name.split()[3] for name in names}, key=int))
     measured = zip(*(ratios(numbers[name]) for name in names), strict=True)
     span = [f'{min(column):.1f} to {max(column):.1f}' for column in measured]
-    return table(head, lines) + (
-        f'Over all {len(names)} runs on these shapes (batch {sizes}, threads {threads}; `experiments/LOG.md`): '
-        f'{span[0]} times as fast as\n'
-        f"TRL's defaults, {span[1]} times the original layout, {span[3]} times TRL with its CUDA scoring; with a cached\n"
-        f"reference, {span[2]} times TRL's fastest setting with a precomputed one.\n"
-    )
+    return f"""{text}
+Over all {len(names)} runs on these shapes (batch {sizes}, threads {threads}; `experiments/LOG.md`): {span[0]} times as fast as
+TRL's defaults, {span[1]} times the original layout, {span[3]} times TRL with its CUDA scoring; with a cached
+reference, {span[2]} times TRL's fastest setting with a precomputed one.
+"""
 
 
 def write_report():
