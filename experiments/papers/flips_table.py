@@ -14,8 +14,7 @@ COMPARED = [('drdpo', 'dpo'), ('quarter', 'dpo'), ('drdpo', 'quarter')]  # ours,
 def accuracy(file):
     """The last evaluation's accuracy, or None where the run is missing."""
     rows = read_rows(file) if file.exists() else []
-    found = [row['rewards_eval/accuracies'] for row in rows if row['split'] == 'eval']
-    return found[-1] if found else None
+    return next((row['rewards_eval/accuracies'] for row in reversed(rows) if row['split'] == 'eval'), None)
 
 
 def main(out, seeds, flips):

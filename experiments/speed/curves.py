@@ -26,8 +26,8 @@ CURVES = {
     'length of prompt = of answer': [f'--prompt_tokens={n} --answer_tokens={n} --batch_size=4' for n in (32, 128, 256, 512)],
     'processes': ['--wall --ranks=1', '--ranks=2'],
 }  # fmt: skip
-print(f'{model}, synthetic pairs; pairs/s (ratio to padded)')
-print(table(['', *VARIANTS, 'padding of padded'], []).rstrip())
+head = table(['', *VARIANTS, 'padding of padded'], []).rstrip()
+print(f'{model}, synthetic pairs; pairs/s (ratio to padded)\n{head}')
 for title, points in CURVES.items():
     for point in points:
         flags, _, ranks = point.partition('--ranks=')
