@@ -319,9 +319,8 @@ def main():
 
     # time left is by what these stages took on another machine, for as many pairs
     expected = SECONDS | {method: SECONDS[method] * n_pairs / 128 for method in METHODS}
-    if not bench:
-        del expected['bench']
-    clock = Clock({name: seconds for name, seconds in expected.items() if name not in results})
+    todo = [name for name in SECONDS if name not in results and (bench or name != 'bench')]
+    clock = Clock({name: expected[name] for name in todo})
     run = partial(python, clock)
     threading.Thread(target=clock.tick, daemon=True).start()
 

@@ -76,8 +76,7 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
     # packed, where that changes no score of two made-up pairs of different lengths
     a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
-    end = tokenizer.eos_token_id
-    pairs = [(a, [[*b, end], [*c[:5], end]]), (b[:7], [[*c[:9], end], [*a, end]])]
+    pairs = [(a, [b, c[:5]]), (b[:7], [c[:9], a])]
     packed, padded = pack_probe(Examples.of(pairs), device)
     set_attention(model, can_pack(model, packed, padded, say))
     return model, tokenizer

@@ -343,8 +343,7 @@ def attack_rows(total):
             content = b'\n'.join(map(write_line, changed))
             if ending == '.json':
                 content = json.dumps(changed).encode()
-                if random.random() < 0.1:
-                    content = content[: random.randrange(len(content))]
+                content = content if random.random() < 0.9 else content[: random.randrange(len(content))]
             path = f'{folder}/data{index % 4}{ending}'
             with caught(f'format {name or "any"}, file {path}'):
                 attack_file(name, content, path, index)

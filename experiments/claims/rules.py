@@ -63,8 +63,9 @@ def judged(grid, seeds, results):
 
 def above(ours, theirs):
     """Mean difference of two frontiers, lists of (KL, gold), over the sqrt(KL) that both reach. KeyError if there is none."""
-    x, ours = zip(*sorted((kl**0.5, gold) for kl, gold in ours), strict=True)
-    u, theirs = zip(*sorted((kl**0.5, gold) for kl, gold in theirs), strict=True)
+    x, ours = np.array(sorted(ours)).T
+    u, theirs = np.array(sorted(theirs)).T
+    x, u = np.sqrt(x), np.sqrt(u)
     low, high = max(x[0], u[0]), min(x[-1], u[-1])
     if low >= high:
         raise KeyError('the frontiers share no range of KL')

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -54,8 +55,9 @@ def training_pairs(kind, seed, n=N_PAIRS):
     """n pairs of the toy world that belong to this seed. kind: all, or mixed (of gap): every second low, every second high."""
     if kind == 'all':
         return list(toy.pairs(f'claims {seed}', n))
-    source = [(abs(gap(pair)), pair) for pair in toy.pairs(f'claims {seed}', 4 * n)]
-    low, high = [pair for g, pair in source if g < LOW], [pair for g, pair in source if g > HIGH]
+    pairs = list(toy.pairs(f'claims {seed}', 4 * n))
+    low = [pair for pair in pairs if abs(gap(pair)) < LOW]
+    high = [pair for pair in pairs if abs(gap(pair)) > HIGH]
     found = [pair for both in zip(low, high, strict=False) for pair in both][:n]
     assert len(found) == n, f'{len(found)} of {n} pairs of kind {kind}'
     return found
@@ -80,12 +82,10 @@ def write_pairs(file, make, *args):
 
 def train(script, out, options):
     """Run a script of this repository in this process, quietly. Raises its UserError."""
-    argv, sys.argv = sys.argv, [script, *(f'--{k}={v}' for k, v in options.items()), f'--out_dir={out}']
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            runpy.run_path(str(ROOT / script), run_name='script')
-    finally:
-        sys.argv = argv
+    flags = [f'--{name}={value}' for name, value in options.items()]
+    argv, quiet = [script, *flags, f'--out_dir={out}'], io.StringIO()
+    with mock.patch.object(sys, 'argv', argv), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        runpy.run_path(str(ROOT / script), run_name='script')
 
 
 def reference_of(work, seed):
@@ -109,12 +109,11 @@ def train_reference(work, seed):
 def run_trial(trial, work, n_samples):
     """Train and measure. Returns the trial with its result; with 'error' where the script refused it."""
     torch.set_num_threads(1)
-    work, began = Path(work), time.time()
+    work, began, cpu = Path(work), time.time(), time.process_time()
     os.environ.setdefault('NANOPREF_CACHE', str(work / 'cache'))
     reference, out = reference_of(work, trial['seed']), work / f'run-{os.getpid()}'
     shutil.rmtree(out, ignore_errors=True)
     result = dict(trial, commit=commit(), n_samples=n_samples)
-    cpu = time.process_time()
     try:
         folder = reference
         if trial['options'] is not None:

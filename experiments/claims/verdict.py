@@ -50,7 +50,9 @@ def t_tail(t, df):
         total += term
         term *= cos2 * k / (k + 1)
 
-    inside = (angle + math.sin(angle) * total) * 2 / math.pi if odd else math.sin(angle) * total
+    inside = math.sin(angle) * total
+    if odd:
+        inside = (angle + inside) * 2 / math.pi
     tail = (1 - inside) / 2
     return tail if t >= 0 else 1 - tail
 
