@@ -111,6 +111,22 @@ def test_ranks_batches_and_order(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize('batch_size, max_tokens', [(64, 40), (64, 1), (2, 4000)])
+def test_rows_at_a_time(monkeypatch, batch_size, max_tokens):
+    """As many as batch_size says, fewer if the longest prompts with their answers would exceed max_tokens, but one at least."""
+    found, real = [], generate.generate
+
+    def noting(net, tokenizer, prompts, seeds, rows, **settings):
+        found.append((rows, max(map(len, prompts))))
+        return real(net, tokenizer, prompts, seeds, rows=rows, **settings)
+
+    monkeypatch.setattr(generate, 'generate', noting)
+    run('--n=2', '--max_new_tokens=10', f'--batch_size={batch_size}', f'--max_tokens={max_tokens}')
+    assert found
+    for rows, longest in found:
+        assert rows == min(batch_size, max(1, max_tokens // (longest + 10)))
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """A Counter of the seeds that generate is called with."""
