@@ -170,18 +170,17 @@ def tuned(seeds):
 
 def report(found, tuned_rows, n):
     """The text of loglinear.md."""
-    first, *_ = others = list(METHODS)[1:]
-    rows = []
+    others, rows = list(METHODS)[1:], []
     for flips, lr in itertools.product(FLIPS, STEPS):
         dpo = found['DPO', flips, lr]
         row = [f'{flips:.0%}', f'{lr:g}', f'{dpo["h_std"].mean():.2f}', f'{dpo["accuracy"].mean():.3f}']
-        for name, metric in [*((name, 'accuracy') for name in others), (first, 'gold'), (first, 'kl')]:
+        for name, metric in [*((name, 'accuracy') for name in others), (others[0], 'gold'), (others[0], 'kl')]:
             row.append(interval(list(found[name, flips, lr][metric] - dpo[metric])))
         for name in METHODS:
             means = {metric: values.mean() for metric, values in found[name, flips, lr].items()}
             row.append('{share:.3f}, {last_share:.3f}; {margin:.2f}'.format(**means))
         rows.append(row)
-    columns = ['flips', 'step', 'DPO: std of beta d', 'DPO: accuracy', *others, f'{first}: gold', 'KL']
+    columns = ['flips', 'step', 'DPO: std of beta d', 'DPO: accuracy', *others, f'{others[0]}: gold', 'KL']
     columns += [f'{name}: shares; margin' for name in METHODS]
     sides = [f'{name}: {what}' for name in TUNED for what in ('found', 'accuracy', 'within .02 of its best')]
     return f"""# A log-linear policy under flipped labels

@@ -87,8 +87,7 @@ def measure(way):
     seconds, used = time.time() - began, sum(os.times()[:4]) - used
     done.set()
     watcher.join()
-    private, everything = (max(0, m - b) for m, b in zip(most, before, strict=True))
-    return [seconds, used, tokens, private, everything]
+    return [seconds, used, tokens, *(max(0, m - b) for m, b in zip(most, before, strict=True))]
 
 
 def measure_elsewhere(way, path, cache):
