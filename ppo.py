@@ -280,8 +280,7 @@ def run_minibatch(batches, answered, rows):
             sums[name] = sums.get(name, 0) + column.detach().double().sum().view(1)
 
     # over all ranks: each gives columns of one row
-    of_ranks = fsdp.gather_columns(sums, [run.rank], world)
-    return {name: values.sum().item() for name, values in of_ranks.items()}
+    return {name: values.sum().item() for name, values in fsdp.gather_columns(sums, [run.rank], world).items()}
 
 
 def train_round(answered):

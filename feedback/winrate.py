@@ -46,9 +46,7 @@ def interval_of_fit(rate, error):
     """[low, high], the 95% interval of length_controlled's rate, symmetric in log odds; None where there is no error."""
     if error is None:
         return None
-    slope = rate * (1 - rate)
-    reach = Z * error / slope
-    odds = np.log(rate / (1 - rate))
+    odds, reach = np.log(rate / (1 - rate)), Z * error / (rate * (1 - rate))
     return _sigmoid(np.array([odds - reach, odds + reach])).tolist()
 
 

@@ -111,9 +111,8 @@ def main():
         found = total(paths)
         code = found.code or 1  # an empty file
         size, function = found.longest
-        print(
-            f'{name:26s} {len(paths):5d} {found.lines:6d} {found.comments / code:9.1%} {found.nodes / code:18.1f}  {function} {size}'
-        )
+        numbers = f'{len(paths):5d} {found.lines:6d} {found.comments / code:9.1%} {found.nodes / code:18.1f}'
+        print(f'{name:26s} {numbers}  {function} {size}')
     print(f'python files at the top: {len(top)}; import cycle: {", ".join(cycle(ours)) or "none"}')
 
 
