@@ -26,10 +26,10 @@ import numpy as np
 
 from configurator import UserError, configure
 from feedback import judge, winrate
-from feedback.answers import annotation, append, is_plain, lock, make_pairs, raise_if_missing, read_verdicts
+from feedback.answers import annotation, append, is_plain, make_pairs, raise_if_missing, read_verdicts
 from feedback.endpoint import ask, completions_url
 from runtime import log
-from runtime.files import replace_text
+from runtime.files import lock, replace_text
 from text.examples import in_words
 from text.files import content_hash
 from text.messages import answer
@@ -122,11 +122,10 @@ def compare_rewards(todo):
                 items[str(prompt), output] = prompt, text
         found = dict(zip(items, rewards(list(items.values())), strict=True))
         for i in numbers:
-            prompt = str(table[i]['prompt'])
-            first, second = (found[prompt, output] for output in table[i]['outputs'])
-            preference = 1.5  # a tie
-            if first != second:
-                preference = 1 if first > second else 2
+            first, second = (found[str(table[i]['prompt']), output] for output in table[i]['outputs'])
+            preference = 1 if first > second else 2
+            if first == second:
+                preference = 1.5  # a tie
             yield {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
 
 
@@ -213,8 +212,7 @@ wins = 2 - np.array([preferences[i] for i in clear])
 lengths = np.array([[len(output.strip()) for output in table[i]['outputs']] for i in clear]).reshape(-1, 2)
 
 # who wrote the first answers, and the second
-generators = zip(*(pair['generators'] for pair in table), strict=True)
-first_name, second_name = (' + '.join(sorted(set(found))) for found in generators)
+first_name, second_name = (' + '.join(sorted({pair['generators'][k] for pair in table})) for k in (0, 1))
 if first_name == second_name:
     first_name, second_name = 'the first answer', 'the second'
 

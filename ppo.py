@@ -221,8 +221,7 @@ def advantages_and_targets(tokens, scored, n):
     rewards = torch.zeros_like(value)
     if not kl_in_loss:
         rewards[mask] = -kl_coef * (tokens['pi'] - tokens['ref'])
-    last = n - 1
-    rewards[torch.arange(len(n)), last] += scored
+    rewards[torch.arange(len(n)), n - 1] += scored
 
     # values aim at advantage + value; offline at the discounted rewards themselves, which is lam = 1
     advantage = formulas.gae(rewards, value, mask, gamma=gamma, lam=lam)
@@ -255,7 +254,7 @@ def run_minibatch(batches, answered, rows):
 
     Returns sums over all their tokens, by name. Afterwards the policy's gradients are the sum over the tokens of weight times
     gradient, divided by the number of ranks."""
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = {}
     # the round's columns, where the model is: (its answer tokens,) each
     known = move({name: values.float() for name, values in answered.tokens.items()}, device)
     for batch in batches:
@@ -275,12 +274,13 @@ def run_minibatch(batches, answered, rows):
         ratio = (pi - columns['old']).detach().exp()
         clipped = (ratio - 1).abs() > clip
         approx_kl = ratio - 1 - ratio.log()
-        found = [weight * policy_loss, weight * value_loss, real * clipped, real * approx_kl]
-        sums += torch.stack([column.detach().double().sum() for column in found])
+        found = {'loss': weight * policy_loss, 'value_loss': weight * value_loss}
+        found |= {'clipped': real * clipped, 'approx_kl': real * approx_kl}
+        for name, column in found.items():
+            sums[name] = sums.get(name, 0) + column.detach().double().sum().view(1)
 
-    # sums over all ranks: each gives columns of one row
-    mine = dict(zip(('loss', 'value_loss', 'clipped', 'approx_kl'), sums.view(4, 1), strict=True))
-    return {name: values.sum().item() for name, values in fsdp.gather_columns(mine, [run.rank], world).items()}
+    # over all ranks: each gives columns of one row
+    return {name: values.sum().item() for name, values in fsdp.gather_columns(sums, [run.rank], world).items()}
 
 
 def train_round(answered):
@@ -288,8 +288,7 @@ def train_round(answered):
     steps_before = steps_a_round * (answered.first // batch_size)
     norm, n_tokens, totals = math.nan, 0, Counter()
     # in each pass over the round, minibatches in another order; a group of answers stays together
-    minibatches = answered.minibatches(minibatch_size // group, ppo_epochs, seed)
-    for number, rows in enumerate(minibatches, steps_before):
+    for number, rows in enumerate(answered.minibatches(minibatch_size // group, ppo_epochs, seed), steps_before):
         rate = lr * log.schedule(number, n_rounds * steps_a_round, warmup_steps, training.lr_schedule)
         batches, *_ = run.make_batches(answered.examples, rows)
         lengths = answered.by_example('n')[rows]

@@ -13,6 +13,7 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
+import itertools
 import json
 import math
 import time
@@ -23,7 +24,7 @@ import numpy as np
 
 import fsdp
 from configurator import UserError, configure, main_rank
-from feedback.answers import append, collect, lock, raise_if_missing, read_text, write_model_outputs
+from feedback.answers import append, collect, raise_if_missing, read_text, write_model_outputs
 from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import load_model, load_tokenizer
@@ -31,7 +32,7 @@ from hf.lora import content
 from hf.probe import room
 from rl import reward_functions
 from runtime import log
-from runtime.files import replace_text
+from runtime.files import lock, replace_text
 from text import sources, tokenise
 from text.examples import in_words, uniform_hash
 from text.files import content_hash
@@ -89,8 +90,7 @@ try:
 except ValueError:
     temperatures = []
 possible = all(0 <= t < math.inf for t in temperatures)
-different = len(set(temperatures)) == len(temperatures)
-if not temperatures or not possible or not different:
+if not temperatures or not possible or len(set(temperatures)) < len(temperatures):
     raise UserError(f"temperature {temperature!r} must be a number from 0, or different ones: '0.7 1.0'")
 if 0 in temperatures and n > 1:
     raise UserError(f'at temperature 0 all {n} answers to a prompt are the same: use --n=1, or another temperature')
@@ -136,7 +136,7 @@ def read_prompts():
 
     # the part that is wanted: a fraction is chosen by hash, so it is the same wherever a prompt stands
     kept = uniform_hash(np.array(list(found), np.uint64), seed) < data_fraction
-    rows = [row for row, is_kept in zip(found.values(), kept, strict=True) if is_kept][:n_examples]
+    rows = list(itertools.compress(found.values(), kept))[:n_examples]
     if not rows:
         raise UserError(f'there are no prompts in data {data!r}; left out: {in_words(left_out)[0]}')
     left_out['prompts beyond n_examples or data_fraction'] += len(found) - len(rows)
@@ -211,8 +211,9 @@ def plan():
         while left:
             # rows are limited by answers, and by the tokens that prompts and answers may come to: the first is the longest
             i, _ = left[0]
-            fitting = max_tokens // (len(ids[i]) + max_new_tokens) if max_tokens else batch_size
-            rows = min(batch_size, max(1, fitting))
+            rows = batch_size
+            if max_tokens:
+                rows = min(rows, max(1, max_tokens // (len(ids[i]) + max_new_tokens)))
             parts.append((rows, left[: 4 * rows]))
             left = left[4 * rows :]
     return parts
@@ -256,10 +257,10 @@ def ask_all():
         row['response'] = answer(text) if isinstance(row['prompt'], str) else text
         # beside the text, a server may write anything: what is no reason, or no count, is null here (True is an int to Python)
         finish, usage = raw['choices'][0].get('finish_reason'), raw.get('usage')
+        row['finish'] = finish if isinstance(finish, str) else None
+        if finish == 'stop':
+            row['finish'] = 'eos'
         tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
-        if not isinstance(finish, str):
-            finish = None
-        row['finish'] = 'eos' if finish == 'stop' else finish
         row['tokens'] = tokens if type(tokens) is int and tokens >= 0 else None
         keep([row])
 
@@ -324,15 +325,15 @@ if rank == 0:
 def score_answers():
     """Write the scores of all answers into rewards.jsonl, and their means on the screen."""
     # the rows as they were read; a line of a .txt file is its own
-    rows = [getattr(row, 'raw', row) for row in prompts]
-    asked = [rows[row['index']] for row in found.values()]
-    texts = [row['prompt'] for row in found.values()], [row['response'] for row in found.values()]
-    scores = {part: reward_functions.score(part, *texts, asked)[0] for part in parts}
-    lines = []
-    for i, (index, sample) in enumerate(found):
-        values = {part.name: values[i] for part, values in scores.items()}
-        total = sum(part.weight * values[i] for part, values in scores.items())
-        lines.append({'index': index, 'sample': sample, 'score': total, **values})
+    rows = [prompts[row['index']] for row in found.values()]
+    rows = [getattr(row, 'raw', row) for row in rows]
+    asked, responses = ([row[name] for row in found.values()] for name in ('prompt', 'response'))
+    lines = [{'index': index, 'sample': sample, 'score': 0.0} for index, sample in found]
+    for part in parts:
+        values, _ = reward_functions.score(part, asked, responses, rows)
+        for line, value in zip(lines, values, strict=True):
+            line['score'] += part.weight * value
+            line[part.name] = value
     replace_text(f'{out_dir}/rewards.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
     for name in ('score', *(part.name for part in parts)):
         mean = sum(line[name] for line in lines) / max(1, len(lines))

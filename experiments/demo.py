@@ -1,6 +1,5 @@
 """make demo: SFT and Dr. DPO on the toy world under torchrun with 2 processes, then what came of it, as a short table."""
 
-import json
 import os
 import shutil
 import statistics
@@ -8,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from experiments import ROOT
+from experiments import ROOT, evaluations, read_rows
 from text import toy
 
 SFT, DPO = ROOT / 'out' / 'demo_sft', ROOT / 'out' / 'demo_drdpo'
@@ -23,51 +22,59 @@ def launch(*command):
         sys.exit('the demo stopped: the lines above say why')
 
 
+def gold(answers):
+    values = [row['gold'] for row in answers]
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f'{statistics.mean(values):+.3f} (standard error {error:.3f})'
+
+
+def well_formed(answers):
+    return f'{statistics.mean(toy.well_formed(row["response"]) for row in answers):.1%}'
+
+
 def main():
     began = time.time()
     for folder in (SFT, DPO):
         shutil.rmtree(folder, ignore_errors=True)
-    launch('sft.py', 'config/sft_toy.py', '--out_dir=out/demo_sft')
-    launch('dpo.py', 'config/drdpo_toy.py', '--model=out/demo_sft/model', '--out_dir=out/demo_drdpo',
-           '--sample_during_eval', '--n_eval_model_samples=256')  # fmt: skip
-    rows = [json.loads(line) for line in (DPO / 'metrics.jsonl').read_text().splitlines()]
-    check = next(row for row in rows if row['split'] == 'check')
-    before, after = [row for row in rows if row['split'] == 'eval'][
-        :: len([r for r in rows if r['split'] == 'eval']) - 1
-    ]
-    samples = [json.loads(line) for line in (DPO / 'samples.jsonl').read_text().splitlines()]
-    samples = [row for row in samples if row['examples'] == max(r['examples'] for r in samples)]
-    policy, reference = ([r for r in samples if r['generator'] == name] for name in ('policy', 'reference'))
+    launch('sft.py', 'config/sft_toy.py', f'--out_dir={SFT}')
+    sampling = '--sample_during_eval', '--n_eval_model_samples=256'
+    launch('dpo.py', 'config/drdpo_toy.py', f'--model={SFT}/model', f'--out_dir={DPO}', *sampling)
 
-    def gold(answers):
-        values = [toy.gold(row['prompt'], row['response']) for row in answers]
-        error = statistics.stdev(values) / len(values) ** 0.5
-        return f'{statistics.mean(values):+.3f} (standard error {error:.3f})'
-
-    def well_formed(answers):
-        return f'{statistics.mean(toy.well_formed(row["response"]) for row in answers):.1%}'
+    # what the first step, the evaluations and the last samples say
+    (check,) = (row for row in read_rows(DPO / 'metrics.jsonl') if row['split'] == 'check')
+    before, *_, after = evaluations(DPO)
+    answers = {'reference': [], 'policy': []}
+    for row in read_rows(DPO / 'samples.jsonl'):
+        if row['examples'] == after['counters/examples']:
+            row['gold'] = toy.gold(row['prompt'], row['response'])
+            answers[row['generator']].append(row)
+    reference, policy = answers.values()
+    first = abs(check['rewards_train/chosen']), abs(check['rewards_train/rejected']), check['loss/train']
+    accuracy, margin = ([row[f'rewards_eval/{name}'] for row in (before, after)] for name in ('accuracies', 'margins'))
 
     print(f'\n{"=" * 100}\nDr. DPO on the toy world, after {time.time() - began:.0f} seconds\n')
-    table = [
-        ('before the first step', f'rewards {abs(check["rewards_train/chosen"]):.4f} and {abs(check["rewards_train/rejected"]):.4f},'
-         f' loss {check["loss/train"]:.4f}', 'must be 0, 0 and log 2 = 0.6931'),
-        ('held-out pairs: accuracy', f'{before["rewards_eval/accuracies"]:.3f} -> {after["rewards_eval/accuracies"]:.3f}',
+    lines = [
+        ('before the first step', 'rewards {:.4f} and {:.4f}, loss {:.4f}'.format(*first), 'must be 0, 0 and log 2 = 0.6931'),
+        ('held-out pairs: accuracy', '{:.3f} -> {:.3f}'.format(*accuracy),
          'pairs whose chosen answer has the higher implicit reward (before: all are equal)'),
-        ('held-out pairs: margin', f'{before["rewards_eval/margins"]:.3f} -> {after["rewards_eval/margins"]:.3f}',
-         'chosen minus rejected implicit reward'),
+        ('held-out pairs: margin', '{:.3f} -> {:.3f}'.format(*margin), 'chosen minus rejected implicit reward'),
         ('gold reward, reference', gold(reference), f'mean over {len(reference)} sampled answers'),
         ('gold reward, aligned', gold(policy), f'mean over {len(policy)} sampled answers'),
         ('well-formed answers', f'{well_formed(reference)} -> {well_formed(policy)}', 'the text must not break'),
         ('KL(aligned || reference)', f'{after["kl_eval/samples"]:.2f} nats an answer', 'on its own samples: the price'),
     ]  # fmt: skip
-    for name, value, meaning in table:
+    for name, value, meaning in lines:
         print(f'  {name:26s} {value:48s} {meaning}')
-    differ = [i for i, row in enumerate(policy) if row['response'] != reference[i]['response']]
-    shown = {policy[i]['prompt']: i for i in reversed(differ)}
-    for i in sorted(shown.values())[:3]:
-        print(f'\n  {policy[i]["prompt"]}')
-        for name, row in (('reference', reference[i]), ('aligned', policy[i])):
-            print(f'    {name:10s} {toy.gold(row["prompt"], row["response"]):+.2f} {row["response"]}')
+
+    # three prompts whose answers differ
+    shown = {}
+    for old, new in zip(reference, policy, strict=True):
+        if old['response'] != new['response']:
+            shown.setdefault(new['prompt'], (old, new))
+    for prompt, (old, new) in list(shown.items())[:3]:
+        print(f'\n  {prompt}')
+        for name, row in (('reference', old), ('aligned', new)):
+            print(f'    {name:10s} {row["gold"]:+.2f} {row["response"]}')
     print(f'\nThe aligned model is a Hugging Face folder: {(DPO / "model").relative_to(ROOT)}')
 
 

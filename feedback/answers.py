@@ -12,7 +12,6 @@ from pathlib import Path
 
 from configurator import UserError
 from runtime import files
-from runtime.files import lock  # noqa: F401, lock is for both scripts
 from runtime.values import looked_in
 from text.files import read_rows
 from text.messages import ASSISTANT, answer, ask, field, instruction, text_or_chat
@@ -116,12 +115,8 @@ def read_answers(path):
     for row in read_rows(None, 'train', path):
         try:
             prompt, response = _prompt_and_response(row)
-            found = {
-                'prompt': prompt,
-                'instruction': instruction(prompt),
-                'response': response,
-                'tools': row.get('tools'),
-            }
+            found = {'prompt': prompt, 'instruction': instruction(prompt), 'response': response}
+            found['tools'] = row.get('tools')
             found['generator'] = field({'generator': 'unnamed', **row}, 'generator')
             # without a sample number, answers are numbered as they come
             who = found['instruction'], found['generator']

@@ -76,8 +76,7 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
     # packed, where that changes no score of two made-up pairs of different lengths
     a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
-    end = tokenizer.eos_token_id
-    pairs = [(a, [[*b, end], [*c[:5], end]]), (b[:7], [[*c[:9], end], [*a, end]])]
+    pairs = [(a, [b, c[:5]]), (b[:7], [c[:9], a])]
     packed, padded = pack_probe(Examples.of(pairs), device)
     set_attention(model, can_pack(model, packed, padded, say))
     return model, tokenizer
@@ -211,25 +210,26 @@ def begin_file():
 def score_examples(model, tokenizer, examples, limit, left_out):
     """A row of the output for each of (task, example), cut to limit tokens, but for those left out."""
     how = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
-    rows, items = [], []
+    rows, items, places = [], [], []  # a place: row and column of an item's score
     for task, example in examples:
+        # what the row was, by its own id or its place
+        row = {'id': example.raw.get('id', example.where or None)}
+        if by in example.raw:
+            row[by] = example.raw[by]
+        row |= {name: example[name] for name in ('prompt', 'good') if name in example}
+        names = ['chosen_score', 'rejected_score'] if task == 'pairs' else ['score']
+
         # Examples of one or none
         for prompt, answers in tokenise([example], tokenizer, task, limit, limit // 2, truncation, left_out, **how):
+            rows.append(row)
             items += [(prompt, answer) for answer in answers]
-            # what the row was, by its own id or its place
-            row = {'id': example.raw.get('id', example.where or None)}
-            if by in example.raw:
-                row[by] = example.raw[by]
-            row['prompt'] = example['prompt']
-            if 'good' in example:
-                row['good'] = example['good']
-            names = ('chosen_score', 'rejected_score') if task == 'pairs' else ('score',)
-            rows.append(row | dict.fromkeys(names))
+            places += [(row, name) for name in names]
 
     # the scores, in the order of the items
-    found = iter(scores(model, tokenizer, items, max_tokens).tolist() if items else [])
+    found = scores(model, tokenizer, items, max_tokens).tolist() if items else []
+    for (row, name), score in zip(places, found, strict=True):
+        row[name] = score
     for row in rows:
-        row |= {name: next(found) for name in SCORES if name in row}
         if 'chosen_score' in row:
             row['margin'] = row['chosen_score'] - row['rejected_score']
     return rows
@@ -240,16 +240,16 @@ def score_examples(model, tokenizer, examples, limit, left_out):
 
 def report(rows):
     """The lines for the screen: of pairs accuracy and margins, by subset where there are some; of answers their mean score."""
-    pairs = [row for row in rows if 'margin' in row]
-    lines = []
+    pairs, lines = [row for row in rows if 'margin' in row], []
     if pairs:
-        chosen, rejected, margins = (np.array([row[name] for row in pairs]) for name in SCORES[1:])
-        ties = int((margins == 0).sum())
+        chosen, rejected, margin = (np.mean([row[name] for row in pairs]) for name in SCORES[1:])
+        margins = [row['margin'] for row in pairs]
+        ties = margins.count(0)
         equal = f'; {ties:,} with equal scores count as wrong' if ties else ''
         lines += [
             f'  accuracy   {accuracy(pairs)[1]}{equal}',
-            f'  margin     mean {margins.mean():.4f}, median {np.median(margins):.4f}',
-            f'  scores     chosen {chosen.mean():.4f}, rejected {rejected.mean():.4f}',
+            f'  margin     mean {margin:.4f}, median {np.median(margins):.4f}',
+            f'  scores     chosen {chosen:.4f}, rejected {rejected:.4f}',
         ]
     for good, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
         some = [row['score'] for row in rows if 'score' in row and row.get('good') is good]
@@ -281,14 +281,16 @@ def table(pairs):
     lines, sections = [], []
     for section, sizes in SECTIONS.items():
         there = [name for name in sizes if name in found]
-        if there:
-            shares = [found[name][0] for name in there]
-            sections.append(np.average(shares, weights=[sizes[name] for name in there]))
-            lines.append(f'  {section:24s} {sections[-1]:.3f}')
-            lines += [f'    {name:22s} {found[name][1]}' for name in there]
+        if not there:
+            continue
+        weights = [sizes[name] for name in there]
+        sections.append(np.average([found[name][0] for name in there], weights=weights))
+        lines.append(f'  {section:24s} {sections[-1]:.3f}')
+        lines += [f'    {name:22s} {found[name][1]}' for name in there]
     lines.append(f'  {"RewardBench":24s} {np.mean(sections):.3f}, the mean of {len(sections)} of its 4 sections')
-    missing = sorted(known - found.keys())
-    return lines + ([f'  subsets that are not in the data: {", ".join(missing)}'] if missing else [])
+    if missing := sorted(known - found.keys()):
+        lines.append(f'  subsets that are not in the data: {", ".join(missing)}')
+    return lines
 
 
 if __name__ == '__main__':

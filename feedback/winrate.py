@@ -18,8 +18,8 @@ def mean(wins, clusters=None):
     if not n:
         return None, None
     average = wins.mean()
-    squares = _outer_products(wins[:, None] - average, clusters)[0, 0]  # of a 1 by 1 matrix
-    return float(average), _root(squares / n**2)
+    variance = _summed_variance(wins[:, None] - average, clusters).item() / n**2
+    return float(average), _root(variance)
 
 
 def interval(wins, clusters=None):
@@ -31,21 +31,23 @@ def interval(wins, clusters=None):
     p, error = mean(wins, clusters)
     if p is None:
         return None
-    _, sizes = np.unique(np.arange(len(wins)) if clusters is None else clusters, return_counts=True)
+    sizes = np.bincount(_numbered(clusters, len(wins)))
     n = sizes.sum() ** 2 / (sizes**2).sum()
+    coin = p * (1 - p)
     if len(sizes) >= ENOUGH and error:
-        n = max(n, p * (1 - p) / error**2)
-    half = Z / (1 + Z**2 / n) * np.sqrt(p * (1 - p) / n + (Z / n / 2) ** 2)
-    middle = (p + Z**2 / n / 2) / (1 + Z**2 / n)
-    return [max(0.0, float(middle - half)), min(1.0, float(middle + half))]
+        n = max(n, coin / error**2)
+    z = Z**2 / n
+    middle = (p + z / 2) / (1 + z)
+    half = np.sqrt(z * coin + z**2 / 4) / (1 + z)
+    return np.clip([middle - half, middle + half], 0, 1).tolist()
 
 
 def interval_of_fit(rate, error):
     """[low, high], the 95% interval of length_controlled's rate, symmetric in log odds; None where there is no error."""
     if error is None:
         return None
-    odds = np.log(rate / (1 - rate)) + np.array([-Z, Z]) * error / (rate * (1 - rate))
-    return (1 / (1 + np.exp(-odds))).tolist()
+    odds, reach = np.log(rate / (1 - rate)), Z * error / (rate * (1 - rate))
+    return _sigmoid(np.array([odds - reach, odds + reach])).tolist()
 
 
 def length_controlled(wins, difference, clusters=None):
@@ -56,34 +58,34 @@ def length_controlled(wins, difference, clusters=None):
     as half a win and half a loss. The rate is sigmoid(a): difference 0. Its error is the delta method's, from the
     clustered sandwich covariance. There is no finite fit where length, or nothing at all, separates wins from losses.
     (AlpacaEval 2, 2404.04475, has this form of the length term, and a term for how hard an instruction is.)"""
-    none = None, None, None
     wins, difference = np.asarray(wins, float), np.asarray(difference, float)
     if not len(wins):
-        return none
+        return None, None, None
     # a column for a, and one for b if any lengths differ: x (n, k), k 1 or 2
     x = np.ones((len(wins), 1))
     if difference.any():
         s = np.sqrt((difference**2).mean())
-        x = np.stack([np.ones_like(wins), np.tanh(difference / s)], 1)
+        x = np.column_stack([x, np.tanh(difference / s)])
+
     beta = np.zeros(x.shape[1])  # a, b
     for _ in range(50):
-        p = 1 / (1 + np.exp(-x @ beta))
-        information = (x * (p * (1 - p))[:, None]).T @ x  # (k, k)
-        # also where the difference is always the same
+        p = _sigmoid(x @ beta)
+        information = x.T * (p * (1 - p)) @ x  # (k, k)
+        # the second is so where the difference is always the same
         if np.abs(beta).max() > 15 or np.linalg.cond(information) > 1e12:
-            return none
+            return None, None, None
         step = np.linalg.solve(information, x.T @ (wins - p))
         beta = beta + step
         if np.abs(step).max() < 1e-10:
             break
     else:
-        return none
+        return None, None, None
+
     # the rate is sigmoid(a), whose slope is rate (1 - rate): so much of a's error is the rate's
     inverse = np.linalg.inv(information)
-    covariance = inverse @ _outer_products(x * (wins - p)[:, None], clusters) @ inverse  # of beta
-    rate = float(1 / (1 + np.exp(-beta[0])))
-    slope = rate * (1 - rate)
-    error = _root(slope**2 * covariance[0, 0])
+    covariance = inverse @ _summed_variance(x * (wins - p)[:, None], clusters) @ inverse  # of beta
+    rate = float(_sigmoid(beta[0]))
+    error = _root((rate * (1 - rate)) ** 2 * covariance[0, 0])
     return rate, error, float(beta[1]) if len(beta) == 2 else 0.0
 
 
@@ -100,18 +102,24 @@ def orders(verdicts):
     return {'shown_first': (in_order_1 + in_order_2) / 2, 'agreement': straight == swapped}
 
 
-def _outer_products(scores, clusters):
-    """Sum over clusters of the outer products of their summed scores (n, k), times c / (c - 1): (k, k). nan for one cluster."""
-    if clusters is None:
-        clusters = np.arange(len(scores))
-    _, number = np.unique(clusters, return_inverse=True)  # (n,) from 0
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def _numbered(clusters, n):
+    """The clusters of n members as numbers from 0 (n,); None: a cluster each."""
+    return np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+
+
+def _summed_variance(scores, clusters):
+    """The variance (k, k) of the sum of scores (n, k) with mean 0, independent between clusters; nan for one cluster."""
+    number = _numbered(clusters, len(scores))
     sums = np.zeros((number.max() + 1, scores.shape[1]))
     np.add.at(sums, number, scores)
     c = len(sums)
-    factor = c / (c - 1) if c > 1 else np.nan
-    return sums.T @ sums * factor
+    return sums.T @ sums * (c / (c - 1) if c > 1 else np.nan)
 
 
 def _root(variance):
     """Its square root, or None of nan. Rounding may make 0 a little less."""
-    return None if np.isnan(variance) else float(np.sqrt(max(variance, 0.0)))
+    return None if np.isnan(variance) else float(max(variance, 0.0)) ** 0.5

@@ -7,6 +7,7 @@ are those of ast.walk.
 """
 
 import ast
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,19 +40,13 @@ def measure(path):
             docstring = node.body[0]
             docstrings.update(range(docstring.lineno, docstring.end_lineno + 1))
 
-    # what is left is code or comment
+    # what is left is comment or code
     lines = source.splitlines()
-    code = comments = 0
-    for number, line in enumerate(lines, 1):
-        if number in docstrings or not line.strip():
-            continue
-        if line.strip().startswith('#'):
-            comments += 1
-        else:
-            code += 1
+    rest = [line.strip() for number, line in enumerate(lines, 1) if number not in docstrings and line.strip()]
+    comments = sum(line.startswith('#') for line in rest)
     functions = [node for node in nodes if isinstance(node, Definition)]
     sizes = [(node.end_lineno - node.lineno + 1, node.name) for node in functions]
-    return Figures(len(lines), code, comments, len(nodes), max(sizes, default=(0, '')))
+    return Figures(len(lines), len(rest) - comments, comments, len(nodes), max(sizes, default=(0, '')))
 
 
 def total(paths):
@@ -113,14 +108,14 @@ def main():
         groups[module_of(path)] = [path]
     print(f'{"":26s} files  lines  comments  nodes a code line  longest function')
     for name, paths in groups.items():
-        lines, code, comments, nodes, longest = total(paths)
-        code = code or 1  # an empty file
-        sizes = f'{len(paths):5d} {lines:6d}'
-        shares = f'{comments / code:9.1%} {nodes / code:18.1f}'
-        size, function = longest
-        print(f'{name:26s} {sizes} {shares}  {function} {size}')
+        found = total(paths)
+        code = found.code or 1  # an empty file
+        size, function = found.longest
+        numbers = f'{len(paths):5d} {found.lines:6d} {found.comments / code:9.1%} {found.nodes / code:18.1f}'
+        print(f'{name:26s} {numbers}  {function} {size}')
     print(f'python files at the top: {len(top)}; import cycle: {", ".join(cycle(ours)) or "none"}')
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # figures | head: end without a word where nobody reads on
     main()

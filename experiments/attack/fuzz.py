@@ -7,7 +7,6 @@ line; so must a command line come out as what was written, or be refused. Anythi
 it, and exit code 1: another exception, ten seconds without an end, a text that nobody wrote, a row that nobody counted.
 """
 
-import base64
 import contextlib
 import copy
 import functools
@@ -19,7 +18,6 @@ import os
 import random
 import re
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -28,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from configurator import UserError, _declared, configure
-from experiments import ROOT
+from experiments import ROOT, read_rows
 from feedback import answers
 from runtime.values import CHOICES
 from text import sources, toy
@@ -42,6 +40,7 @@ config = configure(globals())
 SCRIPTS = ['dpo.py', 'sft.py', 'reward.py', 'ppo.py', 'sample.py', 'label.py', 'tools/plot.py', 'tools/bench.py']
 TRAINING = SCRIPTS[:4]  # these have the options of training.py, too
 SECONDS = 10  # after which a case hangs
+FIELDS = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools', 'turns'}  # of an example
 FILE_ROWS = 8  # rows of a file, about half of them mutated
 random.seed(seed)
 counts = Counter()
@@ -53,6 +52,15 @@ class Failure(Exception):
 
 
 # ---- rows ----
+
+ODD_TEXTS = [
+    '', ' ', '\n\n', '\x00', 'a\x00b', '\ud800', 'x\udfffy', '\ud83d\ude42', '\ufeff', '\u202e', '<|endoftext|>', '</s>',
+    '\n\nHuman:', '\n\nAssistant:', '\n\nHuman: q\n\nAssistant: a\n\nAssistant:', '{instruction}', '{{ m.content }}',
+    '$(touch x)', "'; import os", '<p>', '<![if x]>', '<![CDATA[', '<![foo[x]]>', '<!--' * 50, '<!', '&#1114112;', '&#xd800;', '<a ' * 50,
+    'x' * 10, 'x' * 1000, 'x' * 100_000, 'é' * 500, '\u2028', '\r', 'NaN', 'null', 'true', '0',
+]  # fmt: skip
+ODD_VALUES = [None, True, False, 0, -1, 2, 1.5, float('nan'), float('inf'), -float('inf'), 10**400, 2**64, [], {},
+              {'role': 'user', 'content': ' '}, [{'role': 'tool', 'content': 'x', 'tool_calls': [1]}]]  # fmt: skip
 
 
 def generic():
@@ -77,49 +85,37 @@ def seeds():
     """format -> its rows."""
     found = {'': generic()}
     for file in sorted((ROOT / 'tests/parts/raw').iterdir()):
-        text = file.read_text('utf-8')
-        rows = f'[{",".join(text.splitlines())}]' if text.startswith('{') else text
-        found[file.name.partition('.')[0]] = json.loads(rows)
-    found['hh_helpful'], found['hh_harmless'] = found['hh'], found['hh']
+        found[file.stem] = read_rows(file) if file.suffix == '.jsonl' else json.loads(file.read_text())
+    found['hh_helpful'] = found['hh_harmless'] = found['hh']
     found['ultrafeedback_hybrid'] = found['ultrafeedback']
     return found
 
 
-def odd_text():
-    return random.choice([
-        '', ' ', '\n\n', '\x00', 'a\x00b', '\ud800', 'x\udfffy', '\ud83d\ude42', '\ufeff', '\u202e', '<|endoftext|>', '</s>',
-        '\n\nHuman:', '\n\nAssistant:', '\n\nHuman: q\n\nAssistant: a\n\nAssistant:', '{instruction}', '{{ m.content }}',
-        '$(touch x)', "'; import os", '<p>', '<![if x]>', '<![CDATA[', '<![foo[x]]>', '<!--' * 50, '<!', '&#1114112;', '&#xd800;', '<a ' * 50,
-        'x' * random.choice([10, 1000, 100_000]), 'é' * 500, '\u2028', '\r', 'NaN', 'null', 'true', '0',
-    ])  # fmt: skip
-
-
 def odd_value(depth=0):
-    return random.choice([
-        odd_text, odd_text, lambda: None, lambda: True, lambda: False, lambda: 0, lambda: -1, lambda: 2, lambda: 1.5,
-        lambda: float('nan'), lambda: float('inf'), lambda: -float('inf'), lambda: 10**400, lambda: 2**64, list, dict,
-        lambda: nested(random.choice([3, 50, 400])), lambda: [odd_value(depth + 1)] if depth < 3 else [],
-        lambda: {random.choice(['role', 'content', 'from', 'value', 'x']): odd_value(depth + 1)} if depth < 3 else {},
-        lambda: {'role': 'user', 'content': odd_text()}, lambda: [{'role': 'assistant', 'content': odd_text()}],
-        lambda: [{'role': 'tool', 'content': 'x', 'tool_calls': [1]}],
-    ])()  # fmt: skip
-
-
-def nested(depth):
-    value = 'deep'
-    for _ in range(depth):
-        value = [value] if random.random() < 0.5 else {'x': value}
-    return value
+    """A json value that hardly any reader expects: a text, something nested, a message, or one of ODD_VALUES."""
+    kind = random.randrange(8)
+    if kind < 2:
+        return random.choice(ODD_TEXTS)
+    if kind == 2:
+        levels = random.choice([1, 25, 200])
+        return json.loads('{"x": [' * levels + ']}' * levels)
+    if kind == 3:
+        return [{'role': random.choice(['user', 'assistant']), 'content': random.choice(ODD_TEXTS)}]
+    if kind == 4 and depth < 3:
+        return [odd_value(depth + 1)]
+    if kind == 5 and depth < 3:
+        return {random.choice(['role', 'content', 'from', 'value', 'x']): odd_value(depth + 1)}
+    return copy.deepcopy(random.choice(ODD_VALUES))
 
 
 def places(value, depth=0):
-    """All (container, key) in a row."""
-    found = []
-    keys = range(len(value)) if isinstance(value, list) else ()
-    for key in value if isinstance(value, dict) else keys:
-        found.append((value, key))
-        if depth < 5:
-            found += places(value[key], depth + 1)
+    """All (container, key) in a row, down to the sixth level."""
+    keys = list(value) if isinstance(value, dict) else []
+    if isinstance(value, list):
+        keys = range(len(value))
+    found = [(value, key) for key in keys]
+    for key in keys if depth < 5 else []:
+        found += places(value[key], depth + 1)
     return found
 
 
@@ -135,7 +131,7 @@ def mutate(row, pool):
         if act == 0:
             del container[key]
         elif act == 1 and isinstance(container, dict):
-            others = [f'{key}x', 'prompt', 'chosen', 'preference', 'output_1', odd_text()[:20]]
+            others = [f'{key}x', 'prompt', 'chosen', 'preference', 'output_1', random.choice(ODD_TEXTS)[:20]]
             container[random.choice(others)] = container.pop(key)
         elif act == 2:
             other, place = random.choice(places(random.choice(pool)))
@@ -143,7 +139,7 @@ def mutate(row, pool):
         elif act == 3 and isinstance(container[key], str):
             text = container[key]
             at = random.randrange(len(text) + 1)
-            container[key] = text[:at] + odd_text() + text[at + random.randrange(3) :]
+            container[key] = text[:at] + random.choice(ODD_TEXTS) + text[at + random.randrange(3) :]
         elif act == 4:
             container[key] = [container[key]]
         elif act == 5 and isinstance(container, list):
@@ -159,20 +155,18 @@ def write_line(row):
     text = json.dumps(row, ensure_ascii=ascii_only).encode('utf-8', 'surrogatepass')
     if random.random() < 0.9:
         return text
-    cut = random.randrange(len(text) + 1)
+    cut, readable = random.randrange(len(text) + 1), text.decode('utf-8', 'replace')
     return random.choice([
-        lambda: text[:cut], lambda: text[cut:], lambda: text[:cut] + bytes([random.randrange(256)]) + text[cut + 1 :],
-        lambda: text[:cut] + b'\x00' + text[cut:], lambda: b'\xef\xbb\xbf' + text, lambda: text + text, lambda: text + b',',
-        lambda: text.decode('utf-8', 'replace').encode('utf-16'), lambda: text.decode('utf-8', 'replace').encode('utf-16-le'),
-        lambda: text.decode('utf-8', 'replace').encode('latin-1', 'replace'), lambda: b'[' * random.choice([5, 100_000]),
-        lambda: b'', lambda: b'  ', lambda: b'9' * 5000, lambda: text.replace(b'"', b"'"), lambda: b'{"prompt": NaN}',
-        lambda: text[:-1] + b', "prompt": "twice"}',
-    ])()  # fmt: skip
+        text[:cut], text[cut:], text[:cut] + random.randbytes(1) + text[cut + 1 :], text[:cut] + b'\x00' + text[cut:],
+        b'\xef\xbb\xbf' + text, text + text, text + b',', readable.encode('utf-16'), readable.encode('utf-16-le'),
+        readable.encode('latin-1', 'replace'), b'[' * 5, b'[' * 100_000, b'', b'  ', b'9' * 5000, text.replace(b'"', b"'"),
+        b'{"prompt": NaN}', text[:-1] + b', "prompt": "twice"}',
+    ])  # fmt: skip
 
 
 @contextlib.contextmanager
 def caught(case):
-    """Around a case: it must end in time, without any error. Else case() is printed, and the process ends."""
+    """Around a case: it must end in time, without any error. Else its name is printed, and the process ends; its files stay."""
 
     def ring(*_):
         raise Failure(f'no end within {SECONDS} s')
@@ -185,9 +179,7 @@ def caught(case):
         raise
     except BaseException as error:
         traceback.print_exception(error)
-        print(f'FAILED: {type(error).__name__}: {error}\nafter {dict(counts)}\ncase: {case()}')
-        sys.stdout.flush()
-        sys.stderr.flush()
+        print(f'FAILED: {type(error).__name__}: {error}\nafter {dict(counts)}\ncase: {case}', flush=True)
         os._exit(1)
     finally:
         signal.alarm(0)
@@ -195,111 +187,121 @@ def caught(case):
 
 def texts(value):
     """All texts in a json value."""
-    found, stack = [], [value]
-    while stack:
-        value = stack.pop()
+    found, left = [], [value]
+    while left:
+        value = left.pop()
         if isinstance(value, str):
             found.append(value)
-        elif isinstance(value, dict):
-            stack += value.values()
-        elif isinstance(value, list):
-            stack += value
+        elif isinstance(value, dict | list):
+            left += value.values() if isinstance(value, dict) else value
     return found
-
-
-def words(text):
-    return set(re.findall(r'\w+', text))
 
 
 def is_written(text, written, name):
     """Whether the words of a text stand in the file; of se, whose markup is taken out, the letters in their order in one text."""
+    written = ['Human Assistant user assistant', *written]
     if name != 'se':
-        speakers = 'Human Assistant user assistant'
-        return words(text) <= words(' '.join([speakers, *written]))
+        everything = ' '.join(written)
+        return all(word in everything for word in re.findall(r'\w+', text))
     letters = re.findall(r'\w', re.sub(r'</?code>|Human:|Assistant:', '', text))
-    rests = [iter(html.unescape(raw)) for raw in written]
+    rests = [iter(text) for raw in written for text in (raw, html.unescape(raw))]
     return any(all(letter in rest for letter in letters) for rest in rests)
 
 
 def check_example(example, written, name):
     """Raise Failure unless an example has the fields that load_rows promises, with texts that were in the file."""
-    fields = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools', 'turns'}
-    kinds = {'good': bool, 'margin': float}
-    if not {'prompt'} <= example.keys() <= fields:
+    if 'prompt' not in example or not example.keys() <= FIELDS:
         raise Failure(f'an example with the fields {sorted(example)}')
     for key, value in example.items():
-        if not isinstance(value, kinds.get(key, str | list)) or (key == 'margin' and not abs(value) < 1e30):
+        kinds = {'good': bool, 'margin': float}.get(key, str | list)
+        if not isinstance(value, kinds) or (key == 'margin' and not abs(value) < 1e30):
             raise Failure(f'{key} is {value!r}')
+        if key == 'tools':
+            continue
         for text in texts(value):
             text.encode()
-            if key != 'tools' and not is_written(text, written, name):
+            if not is_written(text, written, name):
                 raise Failure(f'a text that is not in the file: {text[:200]!r}')
-        # an answer is by the assistant, and messages have what messages have
-        messages = value if isinstance(value, list) and key != 'tools' else []
-        if not all(isinstance(turn, dict) and turn.keys() >= {'role', 'content'} for turn in messages):
-            raise Failure(f'messages {messages!r}')
+
+        # messages have what messages have, and an answer is by the assistant
+        messages = value if isinstance(value, list) else []
+        for turn in messages:
+            if not isinstance(turn, dict) or not turn.keys() >= {'role', 'content'}:
+                raise Failure(f'messages {messages!r}')
         if messages and key in ('chosen', 'rejected', 'response') and messages[-1]['role'] != 'assistant':
             raise Failure(f'an answer by {messages[-1]["role"]!r}')
 
 
-def quiet(name, raw):
-    """Whether a row makes no example of its own: what is asked, and the best answers, are part of others in oasst."""
-    return name == 'oasst' and raw.get('lang') == 'en' and (raw.get('role') == 'prompter' or raw.get('rank') == 0)
-
-
-def read_json(content, ending):
-    """(rows that are json, number of rows, all texts in them) of a file's bytes."""
-    lines = content.split(b'\n') if ending.startswith('.jsonl') else [content]
+def read_json(content, in_lines):
+    """(rows that are json, number of rows) of a file's bytes."""
+    lines = content.split(b'\n') if in_lines else [content]
     parsed = []
-    for i, text in enumerate(lines):
+    for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
-            parsed.append(json.loads(text.decode('utf-8' if i else 'utf-8-sig')))
-    if ending == '.json' and parsed and isinstance(parsed[0], list):
-        parsed = parsed[0]
-    total = sum(bool(text.strip()) for text in lines) if ending.startswith('.jsonl') else len(parsed)
-    return parsed, total, texts(parsed)
+            parsed.append(json.loads(line.decode('utf-8-sig')))
+    if in_lines:
+        return parsed, sum(bool(line.strip()) for line in lines)
+    rows = parsed[0] if parsed and isinstance(parsed[0], list) else parsed
+    return rows, len(rows)
 
 
-def attack_file(name, content, ending, folder, index):
-    """One file through load_rows, with and without skip_bad_rows, and what is left through tokenise."""
-    path = f'{folder}/data{index % 4}{ending}'
-    with (gzip.open if ending.endswith('.gz') else open)(path, 'wb') as stream:
-        stream.write(content)
-    source, in_lines = f'{name}:{path}' if name else path, ending.startswith('.jsonl')
-    parsed, total, written = read_json(content, ending)
-
-    # read, or refused with one sentence
-    options = {'undivided': True} | ({'num_turns': 3} if name == 'sharegpt' else {})
+def load(source, path, in_lines, options):
+    """(examples, left_out) of a file read with skip_bad_rows, or None where it is refused; as many bad rows as without."""
     refused = None
     try:
         sources.load_rows(source, 'train', **options)
     except UserError as error:
         refused = str(error)
-        if '\n' in refused or path not in refused or len(refused) > 700:
+        if '\n' in refused or path not in refused or len(refused) > 1000:
             raise Failure(f'a message without its file, or not one sentence: {refused!r}') from None
     try:
         examples, left_out = sources.load_rows(source, 'train', skip_bad_rows=True, **options)
     except UserError as error:
         if in_lines:
             raise Failure(f'skip_bad_rows does not skip: {error}') from None
-        counts.update({'files refused': 1, 'rows refused': max(1, total)})
-        return
+        return None
 
-    # as many bad rows as were refused; every row is an example, or counted
+    # what was refused is a bad row now, and its line was named
     bad = sum(n for reason, n in left_out.items() if reason.startswith('bad rows'))
     nameless = refused and in_lines and not re.search(r', line \d+: ', refused)
     if (refused is None) != (bad == 0) or nameless:
         raise Failure(f'{bad} bad rows, but the message is {refused!r}')
+    return examples, left_out
+
+
+def attack_file(name, content, path, index):
+    """One file through load_rows, with and without skip_bad_rows, and what is left through tokenise."""
+    in_lines = not path.endswith('.json')
+    with (gzip.open if path.endswith('.gz') else open)(path, 'wb') as stream:
+        stream.write(content)
+    parsed, total = read_json(content, in_lines)
+    options = {'undivided': True}
+    if name == 'sharegpt':
+        options['num_turns'] = 3
+    loaded = load(f'{name}:{path}' if name else path, path, in_lines, options)
+    if loaded is None:
+        counts.update({'files refused': 1, 'rows refused': max(1, total)})
+        return
+
+    # every row is an example, or counted
+    examples, left_out = loaded
+    written = texts(parsed)
     for example in examples:
         check_example(example, written, name)
-    silent = sum(isinstance(row, dict) and quiet(name, row) for row in parsed)
     found = len(examples) + sum(n for reason, n in left_out.items() if not reason.startswith('note: '))
-    several = name in ('se', 'sharegpt')  # a row is several examples
-    if found < total - silent * (not several) or (found > total and not several):
+    if name in ('se', 'sharegpt'):  # a row is several examples
+        wrong = found < total
+    else:
+        # in oasst what is asked, and the best answers, are part of other examples
+        english = [row for row in parsed if name == 'oasst' and isinstance(row, dict) and row.get('lang') == 'en']
+        silent = sum(row.get('role') == 'prompter' or row.get('rank') == 0 for row in english)
+        wrong = not total - silent <= found <= total
+    if wrong:
         raise Failure(f'{total} rows, but {len(examples)} examples and {dict(left_out)}')
 
-    counts.update({'rows refused': bad, 'examples accepted': len(examples)})
-    counts.update({f'dropped: {reason}': n for reason, n in left_out.items() if not reason.startswith('bad rows')})
+    counts['examples accepted'] += len(examples)
+    for reason, n in left_out.items():
+        counts['rows refused' if reason.startswith('bad rows') else f'dropped: {reason}'] += n
     attack_tokens(examples, ('pairs', 'singles', 'sft')[index % 3])
     if index % 7 == 0:
         with contextlib.suppress(UserError):
@@ -312,37 +314,40 @@ def attack_tokens(examples, task):
     side = random.choice(['start', 'end'])
     found = tokenise(examples, tokenizer, task, longest, longest // 2, side, left_out, True, skip_bad_rows=True)
     for i in range(len(found)):
-        prompt, answers = found[i]
-        if not len(prompt) or len(prompt) + max(map(len, answers)) > longest or any(a[-1] != eos for a in answers):
-            raise Failure(f'tokens {prompt} {answers}')
+        prompt, responses = found[i]
+        for response in responses:
+            if not len(prompt) or len(prompt) + len(response) > longest or response[-1] != eos:
+                raise Failure(f'tokens {prompt} {responses}')
+
+    # a pair makes one example, or is counted; for singles it makes two
     reasons = ('rows with ', 'bad rows', 'empty answers', 'pairs with equal answers')
-    dropped = sum(n for reason, n in left_out.items() if reason.startswith(reasons))
-    if task == 'pairs' and len(found) + dropped != len(examples):
-        raise Failure(f'{len(examples)} examples, {len(found)} tokenised, {dict(left_out)}')
-    if task == 'singles' and len(found) + dropped < len(examples):
+    accounted = len(found) + sum(n for reason, n in left_out.items() if reason.startswith(reasons))
+    too_few = task != 'sft' and accounted < len(examples)
+    if too_few or (task == 'pairs' and accounted > len(examples)):
         raise Failure(f'{len(examples)} examples, {len(found)} tokenised, {dict(left_out)}')
     counts[f'tokenised for {task}'] += len(found)
 
 
 def attack_rows(total):
     """Files of mutated rows, until there are so many."""
-    pool, done, index = seeds(), 0, 0
+    pool, index = seeds(), 0
     with tempfile.TemporaryDirectory() as folder:
-        while done < total:
+        while counts['mutated rows'] < total:
             name = random.choice([*pool, '', ''])
             ending = random.choice(['.jsonl', '.jsonl', '.jsonl', '.json', '.jsonl.gz'])
-            chosen = [random.choice(pool[name]) for _ in range(FILE_ROWS)]
-            changed = [mutate(row, pool[name]) if random.random() < 0.8 else row for row in chosen]
-            done += sum(a is not b for a, b in zip(chosen, changed, strict=True))
+            changed = []
+            for _ in range(FILE_ROWS):
+                row, is_changed = random.choice(pool[name]), random.random() < 0.8
+                changed.append(mutate(row, pool[name]) if is_changed else row)
+                counts['mutated rows'] += is_changed
             content = b'\n'.join(map(write_line, changed))
             if ending == '.json':
-                content = b'[' + b','.join(json.dumps(row).encode() for row in changed) + b']'
+                content = json.dumps(changed).encode()
                 content = content if random.random() < 0.9 else content[: random.randrange(len(content))]
-            shown = base64.b64encode(gzip.compress(content)).decode()
-            with caught(lambda: f'format {name or "any"}, file {ending}, base64 of its gzip: {shown}'):  # noqa: B023
-                attack_file(name, content, ending, folder, index)
+            path = f'{folder}/data{index % 4}{ending}'
+            with caught(f'format {name or "any"}, file {path}'):
+                attack_file(name, content, path, index)
             index += 1
-    counts['mutated rows'] = done
 
 
 # ---- command lines ----
@@ -368,13 +373,15 @@ STATEMENTS = ['import os', 'from math import *', 'raise SystemExit', 'raise KeyE
 
 def attack_line(script, folder):
     """One command line; its values come out as they were written, by their declared types, or it is refused."""
-    scope = copy.deepcopy(scope_of(script))
-    shared = SimpleNamespace(**copy.deepcopy(scope_of('training.py'))) if script in TRAINING else None
-    options = (vars(shared) if shared else {}) | scope
+    scope, shared = dict(scope_of(script)), None
+    options = scope
+    if script in TRAINING:
+        shared = SimpleNamespace(**scope_of('training.py'))
+        options = vars(shared) | scope
     argv, given = odd_arguments(options)
     argv += odd_configs(options, folder)
     random.shuffle(argv)
-    before = copy.deepcopy(options)
+    before = dict(options)
     Path(folder, 'case.txt').write_text(repr((script, argv)))
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -385,14 +392,12 @@ def attack_line(script, folder):
         if '\n' in str(error) or not str(error):
             raise Failure(f'not one sentence: {str(error)!r}') from None
         counts['command lines refused'] += 1
-        return argv
     except SystemExit as end:
         if end.code or not {'--help', '-h'} & set(argv):
             raise Failure(f'exit {end.code}') from None
-        return argv
-    check_resolved(argv, given, resolved, before)
-    counts['command lines accepted'] += 1
-    return argv
+    else:
+        check_resolved(argv, given, resolved, before)
+        counts['command lines accepted'] += 1
 
 
 def odd_value_of(name, options):
@@ -402,7 +407,7 @@ def odd_value_of(name, options):
 
 def odd_arguments(options):
     """(flags, name -> what was written for it, or None) of some of these options and of others."""
-    names = [k for k in options if not k.startswith('_')]
+    names = [name for name in options if not name.startswith('_')]
     argv, given = [], {}
     for _ in range(random.choice([0, 1, 1, 2, 5])):
         unknown = random.choice(['lerning_rate', '', 'config', '__file__', '-x', 'é', 'x' * 999])
@@ -410,46 +415,46 @@ def odd_arguments(options):
         value = random.choice(VALUES) if random.random() < 0.4 else str(odd_value_of(name, options))
         flag = f'--{name}={value}'
         if random.random() > 0.9:
-            flag = random.choice(
-                [f'--{name}', f'-{name}={value}', f'--{name} {value}', name, f'--{name}=={value}', '--', '-']
-            )
+            others = [f'--{name}', f'-{name}={value}', f'--{name} {value}', name, f'--{name}=={value}', '--', '-']
+            flag = random.choice(others)
         argv.append(flag)
         given[name] = flag.partition('=')[2] if flag.startswith(f'--{name}=') else None
     return argv, given
 
 
+def odd_line(options):
+    """A line of a config file, every second one sound."""
+    name = random.choice([name for name in options if not name.startswith('_')])
+    sound = f'{name} = {odd_value_of(name, options)!r}'
+    return random.choice([sound, sound, f'{name} = {random.choice(LITERALS)}', random.choice(STATEMENTS)])
+
+
 def odd_configs(options, folder):
     """Paths of config files, written into the folder, or of what is none."""
-    names, argv = [k for k in options if not k.startswith('_')], []
-
-    def line():
-        name = random.choice(names)
-        sound = f'{name} = {odd_value_of(name, options)!r}'
-        return random.choice([sound, sound, f'{name} = {random.choice(LITERALS)}', random.choice(STATEMENTS)])
-
+    argv = []
     for _ in range(random.choice([0, 0, 1, 1, 2])):
         path = f'{folder}/config{random.randrange(3)}.py'
-        text = '\n'.join(line() for _ in range(random.randrange(4)))
+        text = '\n'.join(odd_line(options) for _ in range(random.randrange(4)))
         content = text.encode(random.choice(['utf-8', 'utf-8', 'utf-8', 'utf-16']), 'surrogatepass')
         Path(path).write_bytes(random.randbytes(40) if random.random() < 0.03 else content)
-        other = random.choice([path, path, path, folder, f'{folder}/none.py', f'{folder}/a\x00b.py', path[:-3]])
-        argv.append(path if random.random() < 0.7 else other)
+        other = random.choice([folder, f'{folder}/none.py', f'{folder}/a\x00b.py', path[:-3]])
+        argv.append(path if random.random() < 0.85 else other)
     return argv
 
 
 def check_resolved(argv, given, resolved, before):
     """What was written is what comes out, and nothing else has changed; else Failure."""
-    for name, value in given.items():
-        if value is None and not any(a == f'--{name}' for a in argv):
+    for name, text in given.items():
+        if text is None and f'--{name}' not in argv:
             raise Failure(f'{name} was not written as --name=value')
-        half = name == 'max_prompt_length' and str(value).lower() in ('none', 'null')  # of max_length
-        if value is not None and not half and not means(value, resolved[name]):
-            raise Failure(f'--{name}={value} became {resolved[name]!r}')
+        follows = name == 'max_prompt_length' and str(text).lower() in ('none', 'null')  # half of max_length
+        if text is not None and not follows and not means(text, resolved[name]):
+            raise Failure(f'--{name}={text} became {resolved[name]!r}')
     for name, value in resolved.items():
         json.dumps(value)
         if isinstance(value, str):
             value.encode()
-        follows = name == 'max_prompt_length' and before[name] is None  # half of max_length
+        follows = name == 'max_prompt_length' and before[name] is None
         if resolved.origin[name] == 'default' and value != before[name] and not follows:
             raise Failure(f'{name} is {value!r} though nobody set it')
 
@@ -467,7 +472,7 @@ def attack_lines(total):
     """So many command lines, of all scripts in turn."""
     with tempfile.TemporaryDirectory() as folder:
         for i in range(total):
-            with caught(lambda: {p.name: p.read_bytes() for p in Path(folder).iterdir()}):  # case.txt and configs
+            with caught(f'{folder}/case.txt, and configs beside it'):
                 attack_line(SCRIPTS[i % len(SCRIPTS)], folder)
             counts['mutated command lines'] += 1
 

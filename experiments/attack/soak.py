@@ -9,17 +9,19 @@ A kill is survived if the run it hit ends with the metrics.jsonl, samples.jsonl 
 byte but for speeds. Exit code 0 if all are."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 from configurator import configure
 from experiments import ROOT
@@ -35,21 +37,16 @@ config = configure(globals())
 COMMON = ['--batch_size=16', '--n_examples=640', '--save_every=48', '--eval_every=144', '--n_eval_examples=16', '--lr=1e-3',
           '--warmup_steps=2', '--sample_during_eval', '--n_eval_model_samples=4', '--max_new_tokens=8', '--data_fraction=0.1',
           '--max_length=64', '--max_prompt_length=32']  # fmt: skip
-MOMENTS = {
-    'save': lambda out: list(out.glob('checkpoints/*.tmp')),
-    'sampling': lambda out: out.joinpath('samples.jsonl').exists() and age(out / 'samples.jsonl') < 0.5,
-    'temporary file': lambda out: list(out.glob('*.tmp')),
-    'new checkpoint': lambda out: any(age(f) < 0.5 for f in out.glob('checkpoints/*')),
-    'reference': lambda out: list((out.parent / 'cache').glob('reference-*')),
-}
+# a moment has come when such a file, below the folder of the run, was changed just now
+MOMENTS = {'save': 'out/checkpoints/*.tmp', 'sampling': 'out/samples.jsonl', 'temporary file': 'out/*.tmp',
+           'new checkpoint': 'out/checkpoints/*', 'reference': 'cache/reference-*'}  # fmt: skip
 
 
-def age(path):
-    """Seconds since a file was changed; very many if it is gone."""
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return 1e9
+def is_new(file):
+    """Whether a file was changed in the last second."""
+    with contextlib.suppress(OSError):  # it may be gone meanwhile
+        return time.time() - file.stat().st_mtime < 1
+    return False
 
 
 def size(path):
@@ -58,26 +55,27 @@ def size(path):
 
 def start(loss, world, out, cache):
     """Start a run on so many processes, in a session of its own. Its text goes beside its folder."""
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}'] if world > 1 else []
-    cached = ['--cache_ref'] if loss != 'kto' else []
-    command = [sys.executable, *torchrun, 'dpo.py', *COMMON, *cached, f'--loss={loss}', f'--out_dir={out}']
+    command = [sys.executable]
+    if world > 1:
+        command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}']
+    command += ['dpo.py', *COMMON, f'--loss={loss}', f'--out_dir={out}']
+    if loss != 'kto':
+        command.append('--cache_ref')
     environment = os.environ | {'NANOPREF_CACHE': str(cache), 'OMP_NUM_THREADS': '1'}
     with open(out.parent / f'{out.name}.txt', 'a') as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def kill(pid):
+def kill(process):
     """Kill a process and those below it: torchrun puts its workers into sessions of their own."""
-    below = ''
-    with contextlib.suppress(OSError):  # it may end meanwhile
-        below = ''.join(file.read_text() for file in Path(f'/proc/{pid}/task').glob('*/children'))
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    for child in below.split():
-        kill(int(child))
+    parent = psutil.Process(process.pid)
+    for one in (parent, *parent.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
+            one.kill()
+    process.wait()
 
 
-def read_rows(out):
+def metrics(out):
     """The whole rows of a run's metrics.jsonl, but for speeds, which differ."""
     text = (out / 'metrics.jsonl').read_text() if size(out / 'metrics.jsonl') else ''
     rows = [json.loads(line) for line in text.split('\n')[:-1]]
@@ -86,7 +84,7 @@ def read_rows(out):
 
 def difference(out, whole):
     """Where two runs differ, or None."""
-    for mine, right in itertools.zip_longest(read_rows(out), read_rows(whole)):
+    for mine, right in itertools.zip_longest(metrics(out), metrics(whole)):
         if mine != right:
             return f'rows differ: {mine} and {right}'
     for name in ('samples.jsonl', 'model/model.safetensors'):
@@ -95,6 +93,7 @@ def difference(out, whole):
     return None
 
 
+@functools.cache
 def train_whole(loss, world, base):
     """(folder of the uninterrupted run, seconds from its first step to its end)."""
     whole = base / f'{loss}-{world}'
@@ -107,20 +106,23 @@ def train_whole(loss, world, base):
     return whole, time.time() - began
 
 
-def wait_for_moment(process, out, rng, duration):
+def wait_for_moment(process, work, rng, duration):
     """Wait until a run is to be killed, or has finished. Returns the name of the moment, or None for any."""
     moment = rng.choice([None] * len(MOMENTS) + list(MOMENTS))
-    # counted from the start, or from the first step, which comes late
-    early = moment == 'reference' or rng.random() < 0.15
-    delay = rng.uniform(0.0, 0.6) * duration + rng.uniform(0.0, 10.0) * early
-    written, since = size(out / 'metrics.jsonl'), time.time() if early else None
+    # counted from the first step, which comes late; now and then from the start
+    rows, delay = work / 'out/metrics.jsonl', rng.uniform(0.0, 0.6) * duration
+    written, since = size(rows), None
+    if rng.random() < 0.15:
+        since, delay = time.time(), delay + rng.uniform(0.0, 10.0)
+    if moment == 'reference':
+        since, delay = time.time(), 0.0
     while process.poll() is None:
-        if since is None and size(out / 'metrics.jsonl') > written:
+        if since is None and size(rows) > written:
             since = time.time()
-        ready = since is not None and (time.time() - since > delay or moment == 'reference')
-        if ready and (moment is None or MOMENTS[moment](out)):
-            time.sleep(rng.choice([0, 0.002, 0.01, 0.05]))
-            break
+        if since is not None and time.time() - since >= delay:
+            if moment is None or any(map(is_new, work.glob(MOMENTS[moment]))):
+                time.sleep(rng.choice([0, 0.002, 0.01, 0.05]))
+                break
         time.sleep(0.001)
     return moment
 
@@ -129,17 +131,15 @@ def train_killed(loss, world, work, rng, duration):
     """Start a run and kill it, per_run times, then let it finish. Returns (what was hit, exit code of the end)."""
     out, hits = work / 'out', []
     work.mkdir()
-    while len(hits) < per_run:
+    while len(hits) < per_run and not (out / 'model').exists():
         process = start(loss, world, out, work / 'cache')
-        moment = wait_for_moment(process, out, rng, duration)
+        moment = wait_for_moment(process, work, rng, duration)
         if process.poll() is not None:
             break  # it has finished before the moment came
-        kill(process.pid)
-        process.wait()
-        done = max((row['counters/examples'] for row in read_rows(out)), default=0)
-        hits.append(f'{done} examples' + f' ({moment})' * bool(moment))
-        if (out / 'model').exists():
-            break  # it had just finished: another start would rightly be refused
+        kill(process)
+        done = max((row['counters/examples'] for row in metrics(out)), default=0)
+        hits.append(f'{done} examples ({moment or "any moment"})')
+    # it had just finished: another start would rightly be refused
     if (out / 'model').exists():
         return hits, 0
     return hits, start(loss, world, out, work / 'cache').wait()
@@ -149,24 +149,21 @@ def main():
     rng = random.Random(seed)
     base = Path(folder or tempfile.mkdtemp(prefix='soak-'))
     base.mkdir(parents=True, exist_ok=True)
-    wholes, kinds, worlds = {}, losses.split(), [int(n) for n in processes.split()]
+    kinds, worlds = itertools.cycle(losses.split()), itertools.cycle(map(int, processes.split()))
     done = survived = number = resumed = 0
     while done < kills:
-        # the run without interruption, once a kind
-        case = loss, world = kinds[number % len(kinds)], worlds[number % len(worlds)]
-        if case not in wholes:
-            wholes[case] = train_whole(loss, world, base)
-        whole, duration = wholes[case]
-
-        # the run that is killed, and what it has left
+        # the run without interruption, then the one that is killed, and what it has left
+        loss, world = next(kinds), next(worlds)
+        whole, duration = train_whole(loss, world, base)
         work = base / f'run{number}'
         hits, code = train_killed(loss, world, work, rng, duration)
         wrong = f'exit code {code}' if code else difference(work / 'out', whole)
-        number, done, survived = number + 1, done + len(hits), survived + len(hits) * (wrong is None)
-        what = f'{loss:9s} {world} processes, killed after {", ".join(hits) or "no examples"}'
-        print(f'{what}: {wrong or "as if nothing had happened"}', flush=True)
+        number, done = number + 1, done + len(hits)
+        print(f'{loss:9s} {world} processes, killed after {", ".join(hits) or "no examples"}: '
+              f'{wrong or "as if nothing had happened"}', flush=True)  # fmt: skip
         resumed += (work / 'out.txt').read_text().count('resuming')  # the others came before the first checkpoint
         if wrong is None:
+            survived += len(hits)
             shutil.rmtree(work)
     print(f'{survived} of {done} kills survived, {number} runs, {resumed} starts from a checkpoint, seed {seed}')
     if survived < done:

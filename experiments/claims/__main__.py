@@ -33,8 +33,7 @@ workers = 2  # processes side by side, one thread each
 n_samples = 512  # answers that a model is judged by
 out_dir: str | None = None  # where results go; None: out/claims, or out/claims_quick
 
-
-RECORD = ROOT.joinpath('experiments/claims/record')
+RECORD = ROOT / 'experiments/claims/record'
 
 
 def read_results(file):
@@ -109,7 +108,8 @@ def main():
         if search:
             print(f'{settings}:\n{settings.read_text()}')
             return
-    grid = claims_grid.Grid(claims_grid.QUICK if quick else claims_grid.FULL, json.loads(known[0].read_text()))
+    axes = claims_grid.QUICK if quick else claims_grid.FULL
+    grid = claims_grid.Grid(settings=json.loads(known[0].read_text()), **axes)
     if not report:
         run(grid.trials(chosen), results, work)
     claims_report.write(grid, chosen, read_results(results), out)

@@ -7,6 +7,7 @@ is the method's own (beta', a) is in its search. The score is the gold reward mi
 
 import itertools
 import json
+from types import SimpleNamespace
 
 SEARCH_SEED = 0
 PRICE = 0.25  # gold reward that a nat of KL costs
@@ -32,14 +33,6 @@ ONLINE = {
     'ppo': {'loss': 'ppo', 'n_examples': 4096, 'ppo_epochs': 2, 'lr': 1e-3},
     'grpo': {'loss': 'grpo', 'n_examples': 4096, 'ppo_epochs': 2, 'lr': 1e-3, 'group_size': 8},
 }
-
-FULL = {'like': tuple(LIKE), 'like_betas': (0.1, 1.0), 'like_lrs': (1e-4, 3e-4, 1e-3), 'mixed_betas': (0.03, 0.1, 0.3, 1.0), 'mixed_lr': 3e-4,
-        'frontier': tuple(FRONTIER), 'frontier_betas': (0.5, 1.0, 4.0), 'frontier_lr': 1e-3, 'others': tuple(OTHERS),
-        'online': tuple(ONLINE), 'kl_coefs': (0.15, 0.5, 1.5), 'cut': 1}  # fmt: skip
-QUICK = FULL | {
-    'like': ('dpo', 'drdpo 1'), 'like_betas': (0.1,), 'like_lrs': (1e-3,), 'mixed_betas': (0.1, 1.0),
-    'frontier': ('dpo', 'tdpo2'), 'frontier_betas': (0.5, 4.0), 'others': ('dpo', 'kto 1:1', 'simpo'), 'online': (), 'cut': 2,
-}  # fmt: skip
 
 # the searches: metrics to choose by, pairs, options that stay, and axes whose product is twelve settings
 LRS = (1e-4, 3e-4, 1e-3)
@@ -74,23 +67,22 @@ def key(trial):
     return json.dumps({k: trial.get(k) for k in ('script', 'data', 'sft', 'seed', 'options')}, sort_keys=True)
 
 
-def score(result):
-    """Gold reward minus the price of the KL."""
-    return result['gold'] - PRICE * result['kl']
-
-
 def value(result, metric):
-    return score(result) if metric == 'score' else result[metric]
+    """One metric of a result; the score is the gold reward minus the price of the KL."""
+    return result['gold'] - PRICE * result['kl'] if metric == 'score' else result[metric]
 
 
 def make(seed, options, cut=1, data='all'):
     """A trial; options None: the SFT model itself. cut: train on 1 / cut of the examples."""
-    script, cuts = 'dpo.py', {'n_examples': 2560 // cut} if cut > 1 else {}
+    trial = {'script': 'dpo.py', 'data': data, 'sft': seed, 'seed': seed, 'options': options}
     if options is None:
-        script, data, cuts = None, None, None
-    elif options['loss'] in ONLINE:
-        script, data, cuts = 'ppo.py', 'toy', {'n_examples': options['n_examples'] // cut}
-    return {'script': script, 'data': data, 'sft': seed, 'seed': seed, 'options': options and options | cuts}
+        return trial | {'script': None, 'data': None}
+    if options['loss'] in ONLINE:
+        options = options | {'n_examples': options['n_examples'] // cut}
+        return trial | {'script': 'ppo.py', 'data': 'toy', 'options': options}
+    if cut > 1:
+        trial['options'] = options | {'n_examples': 2560 // cut}
+    return trial
 
 
 def search(name):
@@ -103,21 +95,30 @@ def search(name):
 def found(name, results):
     """{metric: {option: value}} of the best trials of a finished search. results: key -> result."""
     metrics, _, _, axes = SEARCHES[name]
-    done = [row for row in (results[key(trial)] for trial in search(name)) if 'error' not in row]
-    best = {metric: max(done, key=lambda row: value(row, metric)) for metric in metrics}
-    return {metric: {option: row['options'][option] for option in axes} for metric, row in best.items()}
+    rows = [results[key(trial)] for trial in search(name)]
+    done = [row for row in rows if 'error' not in row]
+    best = {}
+    for metric in metrics:
+        options = max(done, key=lambda row: value(row, metric))['options']  # noqa: B023
+        best[metric] = {option: options[option] for option in axes}
+    return best
 
 
-class Grid:
-    """The trials of a grid (FULL or QUICK), by what they are for. settings: search -> metric -> {option: value}."""
+FULL = {
+    'like': tuple(LIKE), 'like_betas': (0.1, 1.0), 'like_lrs': (1e-4, 3e-4, 1e-3), 'mixed_betas': (0.03, 0.1, 0.3, 1.0),
+    'mixed_lr': 3e-4, 'frontier': tuple(FRONTIER), 'frontier_betas': (0.5, 1.0, 4.0), 'frontier_lr': 1e-3,
+    'others': tuple(OTHERS), 'online': tuple(ONLINE), 'kl_coefs': (0.15, 0.5, 1.5), 'cut': 1,
+}  # fmt: skip
+QUICK = FULL | {
+    'like': ('dpo', 'drdpo 1'), 'like_betas': (0.1,), 'like_lrs': (1e-3,), 'mixed_betas': (0.1, 1.0),
+    'frontier': ('dpo', 'tdpo2'), 'frontier_betas': (0.5, 4.0), 'others': ('dpo', 'kto 1:1', 'simpo'), 'online': (), 'cut': 2,
+}  # fmt: skip
 
-    def __init__(self, grid, settings):
-        self.__dict__.update(grid)
-        self.settings = settings
 
-    def reference(self, seed):
-        """The SFT model itself."""
-        return make(seed, None)
+class Grid(SimpleNamespace):
+    """The trials of a grid, by what they are for: Grid(settings=..., **FULL), or QUICK.
+
+    settings: what the searches have found, search -> metric -> {option: value}. cut: train on 1 / cut of the examples."""
 
     def cells(self):
         """(beta, lr) of the comparisons at equal settings."""
@@ -125,9 +126,12 @@ class Grid:
 
     def equal(self, method, beta, lr, flips, seed):
         """At this beta and lr; DPO at a quarter of the beta is named by the beta it is compared at."""
-        options = LIKE[method] if method in LIKE else BETA[method]
-        noise = {'noise_rate': flips} if flips else {}
-        return make(seed, options | {'beta': beta / 4 if method == 'dpo quarter' else beta, 'lr': lr} | noise, self.cut)
+        options = (LIKE | BETA)[method] | {'beta': beta, 'lr': lr}
+        if method == 'dpo quarter':
+            options['beta'] = beta / 4
+        if flips:
+            options['noise_rate'] = flips
+        return make(seed, options, self.cut)
 
     def mixed(self, method, beta, seed):
         """beta-DPO and DPO on pairs of mixed gap."""
@@ -144,8 +148,8 @@ class Grid:
 
     def setting(self, name, metric):
         """What a search has found for a metric; KTO's is for all shares of good answers."""
-        kind, method = name.split(maxsplit=1)
-        return self.settings[f'{kind} {method.split()[0]}'][metric]
+        kind, method = name.split()[:2]
+        return self.settings[f'{kind} {method}'][metric]
 
     def tuned(self, name, metric, seed):
         """A method ('flips drdpo', 'clean kto 1:4') at what its search has found for the metric."""
@@ -155,9 +159,11 @@ class Grid:
 
     def tuned_names(self):
         """(name, metric) of all that was tuned."""
-        clean = [f'clean {method}' for method in self.others]
-        names = [name for name in SEARCHES if not name.startswith('clean')]
-        return [(name, metric) for name in names for metric in SEARCHES[name][0]] + [(name, 'score') for name in clean]
+        found = []
+        for name, (metrics, *_) in SEARCHES.items():
+            if not name.startswith('clean'):
+                found += [(name, metric) for metric in metrics]
+        return found + [(f'clean {method}', 'score') for method in self.others]
 
     def flips_of(self, method):
         """cDPO and robust DPO believe in flips, so they are tried with flips only."""
@@ -167,13 +173,17 @@ class Grid:
         """All of them, each once, seed by seed: what is there after an hour is whole seeds."""
         every = {}
         for seed in seeds:
-            some = [self.reference(seed)]
-            some += [self.equal(m, *c, f, seed) for m in self.like for f in self.flips_of(m) for c in self.cells()]
-            some += [self.equal('beta_dpo', *c, 0.0, seed) for c in self.own_units()]
-            some += [self.mixed(m, b, seed) for m in BETA for b in self.mixed_betas]
-            some += [self.pull(m, x, seed) for m in (*self.frontier, *self.online) for x in self.pulls(m)]
-            some += [self.tuned(name, metric, seed) for name, metric in self.tuned_names()]
-            every |= {key(trial): trial for trial in some}
+            trials = [make(seed, None)]
+            for method in self.like:
+                for flips in self.flips_of(method):
+                    trials += [self.equal(method, beta, lr, flips, seed) for beta, lr in self.cells()]
+            trials += [self.equal('beta_dpo', beta, lr, 0.0, seed) for beta, lr in self.own_units()]
+            for method in BETA:
+                trials += [self.mixed(method, beta, seed) for beta in self.mixed_betas]
+            for method in (*self.frontier, *self.online):
+                trials += [self.pull(method, strength, seed) for strength in self.pulls(method)]
+            trials += [self.tuned(name, metric, seed) for name, metric in self.tuned_names()]
+            every |= {key(trial): trial for trial in trials}
         return list(every.values())
 
     def own_units(self):

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from configurator import configure
-from experiments.claims.report import interval, table
+from experiments import table
+from experiments.claims.report import interval
+from experiments.claims.trial import gap
 from text import toy
 
 n_seeds = 20  # each with its own pairs, flips and order
@@ -83,11 +85,13 @@ def world(seed):
     """The pairs of a seed: f_w - f_l of training (pairs, features) and of test, which the gold reward itself labels."""
     parts = []
     for split, n in (('train', N_TRAIN), ('test', N_TEST)):
-        pairs = list(toy.pairs(f'log-linear {split} {seed}', n))
-        both = np.array([features(p['prompt'], [p['chosen'], p['rejected']]) for p in pairs])
-        gap = np.array([toy.gold(p['prompt'], p['chosen']) - toy.gold(p['prompt'], p['rejected']) for p in pairs])
-        difference = both[:, 0] - both[:, 1]
-        parts.append(difference if split == 'train' else (difference * np.sign(gap)[:, None])[gap != 0])
+        differences = []
+        for pair in toy.pairs(f'log-linear {split} {seed}', n):
+            chosen, rejected = features(pair['prompt'], [pair['chosen'], pair['rejected']])
+            sign = 1.0 if split == 'train' else np.sign(gap(pair))
+            if sign:
+                differences.append(sign * (chosen - rejected))
+        parts.append(np.array(differences))
     return parts
 
 
@@ -153,13 +157,13 @@ def tuned(seeds):
     for flips in FLIPS:
         row, best = [f'{flips:.0%}'], []
         for name, settings in TUNED.items():
-            grid = list(itertools.product(settings, STEPS))
-            tried = [[run(seed, flips, beta, b, lr)['accuracy'] for (b, beta), lr in grid] for seed in TUNING_SEEDS]
+            grid = [(beta, beta_prime, lr) for (beta_prime, beta), lr in itertools.product(settings, STEPS)]
+            tried = [[run(seed, flips, *setting)['accuracy'] for setting in grid] for seed in TUNING_SEEDS]
             score = np.mean(tried, axis=0)
-            (beta_prime, beta), lr = grid[score.argmax()]
-            best.append(np.array([run(seed, flips, beta, beta_prime, lr)['accuracy'] for seed in seeds]))
-            setting = f'beta {beta:g}, step {lr:g}' + (f", beta' {beta_prime:g}" if name != 'DPO' else '')
-            row += [setting, f'{best[-1].mean():.3f}', f'{(score > score.max() - 0.02).sum()} of {len(grid)}']
+            setting = beta, beta_prime, lr = grid[score.argmax()]
+            best.append(np.array([run(seed, flips, *setting)['accuracy'] for seed in seeds]))
+            words = f'beta {beta:g}, step {lr:g}' + (f", beta' {beta_prime:g}" if name != 'DPO' else '')
+            row += [words, f'{best[-1].mean():.3f}', f'{(score > score.max() - 0.02).sum()} of {len(grid)}']
         rows.append([*row, interval(list(best[1] - best[0]))])
     return rows
 
@@ -170,11 +174,11 @@ def report(found, tuned_rows, n):
     for flips, lr in itertools.product(FLIPS, STEPS):
         dpo = found['DPO', flips, lr]
         row = [f'{flips:.0%}', f'{lr:g}', f'{dpo["h_std"].mean():.2f}', f'{dpo["accuracy"].mean():.3f}']
-        row += [interval(list(found[name, flips, lr]['accuracy'] - dpo['accuracy'])) for name in others]
-        row += [interval(list(found[others[0], flips, lr][metric] - dpo[metric])) for metric in ('gold', 'kl')]
+        for name, metric in [*((name, 'accuracy') for name in others), (others[0], 'gold'), (others[0], 'kl')]:
+            row.append(interval(list(found[name, flips, lr][metric] - dpo[metric])))
         for name in METHODS:
-            share, last_share, margin = (found[name, flips, lr][m].mean() for m in ('share', 'last_share', 'margin'))
-            row.append(f'{share:.3f}, {last_share:.3f}; {margin:.2f}')
+            means = {metric: values.mean() for metric, values in found[name, flips, lr].items()}
+            row.append('{share:.3f}, {last_share:.3f}; {margin:.2f}'.format(**means))
         rows.append(row)
     columns = ['flips', 'step', 'DPO: std of beta d', 'DPO: accuracy', *others, f'{others[0]}: gold', 'KL']
     columns += [f'{name}: shares; margin' for name in METHODS]
@@ -197,12 +201,10 @@ The best of 24 settings by accuracy on five other seeds; last, Dr. DPO minus DPO
 
 def plot(found, path):
     """The difference in accuracy from DPO against the step size, a panel a method and a line a share of flips."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(METHODS) - 1, figsize=(9, 2.8), sharey=True)
+    figure = Figure(figsize=(9, 2.8), layout='tight')
+    axes = figure.subplots(1, len(METHODS) - 1, sharey=True)
     for axis, name in zip(axes, list(METHODS)[1:], strict=True):
         for flips in FLIPS:
             values = [found[name, flips, lr]['accuracy'] - found['DPO', flips, lr]['accuracy'] for lr in STEPS]
@@ -212,9 +214,7 @@ def plot(found, path):
         axis.set(xscale='log', title=f'{name}, minus DPO', xlabel='step size')
     axes[0].set_ylabel('accuracy')
     axes[0].legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def main():

@@ -4,20 +4,15 @@ import json
 import re
 import statistics
 
+from experiments import mean_and_error, table
 from experiments.claims import verdict
 from experiments.claims.grid import PRICE, key, value
 from experiments.claims.rules import judged
 from experiments.claims.verdict import CONTRARY, HOLDS, SMALLEST, WORDS
 
-BEGIN, END = '<!-- claims: written by experiments/claims --report -->', '<!-- end of claims -->'
+END = '<!-- end of claims -->'
 METRICS = 'score gold kl accuracy margin h_std flipped_share kl_chosen kl_rejected well_formed length'.split()
 EQUAL, TUNED = 'Equal settings, one thing changed:', 'Both tuned for the metric of the claim, by as many trials:'
-
-
-def table(head, rows):
-    """A markdown table."""
-    lines = [head, ['---'] * len(head), *rows]
-    return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines) + '\n'
 
 
 def interval(found):
@@ -29,7 +24,8 @@ def interval(found):
     if len(numbers) > 1:
         _, (_, lower, upper) = verdict.p_values(numbers, 1.0)
         text += f' [{lower:+.3f}, {upper:+.3f}]'
-    return text + f', {len(found) - len(numbers)} seeds missing' * (len(numbers) < len(found))
+    missing = len(found) - len(numbers)
+    return f'{text}, {missing} seeds missing' if missing else text
 
 
 def verdict_tables(rows):
@@ -52,17 +48,19 @@ def number_table(trials, results):
 
     # a row a setting
     rows = []
-    for setting, found in groups.items():
+    for name, found in groups.items():
+        setting = json.loads(name)
+        loss = setting.pop('loss')
+        words = [f'{option} {value}' for option, value in setting.items() if value]
+        failed = [row for row in found if row and 'error' in row]
         done = [row for row in found if row and 'error' not in row]
-        counts = {'failed': sum(bool(row) for row in found) - len(done), 'missing': found.count(None)}
-        options = ', '.join(f'{k} {v}' for k, v in json.loads(setting).items() if k != 'loss' and v)
-        row = [json.loads(setting)['loss'], options, *(f'{n} {what}' for what, n in counts.items() if n)]
-        row = [row[0], ', '.join(row[1:])]
+        for count, what in ((len(failed), 'failed'), (found.count(None), 'missing')):
+            if count:
+                words.append(f'{count} {what}')
+        cells = []
         for metric in METRICS:
-            values = [value(r, metric) for r in done if metric == 'score' or metric in r]
-            error = f' ({statistics.stdev(values) / len(values) ** 0.5:.3f})' if len(values) > 1 else ''
-            row.append(f'{statistics.mean(values):.3f}{error}' if values else '')
-        rows.append(row)
+            cells.append(mean_and_error([value(row, metric) for row in done if metric == 'score' or metric in row]))
+        rows.append([loss, ', '.join(words), *cells])
     return table(['loss', 'setting', *METRICS], sorted(rows))
 
 
@@ -76,8 +74,10 @@ def write(grid, seeds, results, out):
     minutes = sum(row['cpu_seconds'] for row in used) / 60
     n_samples = '/'.join(sorted({str(row['n_samples']) for row in used}))
     counts = ', '.join(f'{word}: {sum(v.word == word for _, _, v in rows)}' for word in WORDS)
-    found = [[name, metric, ', '.join(f'{k} {v:g}' for k, v in best.items())]
-             for name, metrics in grid.settings.items() for metric, best in metrics.items()]  # fmt: skip
+    found = []
+    for name, metrics in grid.settings.items():
+        for metric, best in metrics.items():
+            found.append([name, metric, ', '.join(f'{option} {x:g}' for option, x in best.items())])
     text = f"""# The papers' claims on the toy world
 
 Written by `experiments/claims`; the raw results are in `results.jsonl`. {len(used)} of {len(trials)} trials, seeds {', '.join(map(str, seeds))},
@@ -115,8 +115,8 @@ def write_page(out, page):
     text, report = page.read_text(), (out / 'results.md').read_text()
     begin = re.search('<!-- claims: .*-->', text)
     if not begin or END not in text:
-        raise SystemExit(f'{page} has no markers {BEGIN} and {END}')
+        raise SystemExit(f'{page} has no markers <!-- claims: ... --> and {END}')
     verdicts = report[report.index('## Verdicts') : report.index('The rule, fixed')].removeprefix('## Verdicts\n\n')
     size = re.search(r'\d+ of \d+ trials, seeds \d+(, \d+)*', report).group()
     body = f'{size}, each seed with its own SFT model. The difference is paired, with its 95% interval.\n\n{verdicts}'
-    page.write_text(f'{text[: begin.start()]}{begin.group()}\n{body.rstrip()}\n{text[text.index(END) :]}')
+    page.write_text(f'{text[: begin.end()]}\n{body.rstrip()}\n{text[text.index(END) :]}')

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.claims import verdict
-from experiments.claims.grid import FLIPS, ONLINE, Grid, key, name_of, value
+from experiments.claims.grid import FLIPS, ONLINE, Grid, key, make, name_of, value
 
 MOST = FLIPS[-1]
 # at equal beta and learning rate, by accuracy: ours, theirs, flips, paper
@@ -17,12 +17,8 @@ EQUAL = [
     ('cdpo', 'dpo', MOST, 'cDPO note'), ('robust', 'dpo', MOST, '2403.00409'),
 ]  # fmt: skip
 # reward against KL: ours, theirs, paper
-FRONTIERS = [
-    ('tdpo1', 'dpo', '2404.11999'),
-    ('tdpo2', 'dpo', '2404.11999'),
-    ('radpo1', 'tdpo1', '2505.20359'),
-    ('radpo2', 'tdpo2', '2505.20359'),
-]
+FRONTIERS = [('tdpo1', 'dpo', '2404.11999'), ('tdpo2', 'dpo', '2404.11999'), ('radpo1', 'tdpo1', '2505.20359'),
+             ('radpo2', 'tdpo2', '2505.20359')]  # fmt: skip
 # both tuned for the metric: ours, theirs, metric, paper
 TUNED = [
     ('flips drdpo', 'flips dpo', 'accuracy', '2407.07880'), ('flips drdpo', 'flips dpo', 'score', '2407.07880'),
@@ -67,9 +63,9 @@ def judged(grid, seeds, results):
 
 def above(ours, theirs):
     """Mean difference of two frontiers, lists of (KL, gold), over the sqrt(KL) that both reach. KeyError if there is none."""
-    (x, ours), (u, theirs) = (
-        zip(*sorted((kl**0.5, gold) for kl, gold in points), strict=True) for points in (ours, theirs)
-    )
+    x, ours = np.array(sorted(ours)).T
+    u, theirs = np.array(sorted(theirs)).T
+    x, u = np.sqrt(x), np.sqrt(u)
     low, high = max(x[0], u[0]), min(x[-1], u[-1])
     if low >= high:
         raise KeyError('the frontiers share no range of KL')
@@ -96,9 +92,9 @@ class Measured:
     def equal(self, ours, theirs, flips, cells, seed):
         """Accuracy at equal beta and lr: the mean over cells (beta, lr)."""
         gains = []
-        for cell in cells:
-            trials = [self.grid.equal(method, *cell, flips, seed) for method in (ours, theirs)]
-            gains.append(self.value(trials[0], 'accuracy') - self.value(trials[1], 'accuracy'))
+        for beta, lr in cells:
+            a, b = (self.grid.equal(method, beta, lr, flips, seed) for method in (ours, theirs))
+            gains.append(self.value(a, 'accuracy') - self.value(b, 'accuracy'))
         return statistics.mean(gains)
 
     def loses_less(self, seed):
@@ -112,20 +108,19 @@ class Measured:
 
     def narrower(self, seed):
         """By how much beta-DPO's range of scores over beta is smaller than DPO's."""
-        ours, theirs = (self.over_betas(method, seed) for method in ('beta_dpo', 'dpo'))
+        ours, theirs = self.over_betas('beta_dpo', seed), self.over_betas('dpo', seed)
         return max(theirs) - min(theirs) - (max(ours) - min(ours))
 
     def higher(self, seed):
         """By how much beta-DPO's mean score over beta is larger."""
-        ours, theirs = (statistics.mean(self.over_betas(method, seed)) for method in ('beta_dpo', 'dpo'))
-        return ours - theirs
+        return statistics.mean(self.over_betas('beta_dpo', seed)) - statistics.mean(self.over_betas('dpo', seed))
 
     def above(self, ours, theirs, seed):
         """The gold reward between two methods' frontiers: the SFT model, and the method at every beta."""
         frontiers = []
         for method in (ours, theirs):
             pulls = [self.grid.pull(method, strength, seed) for strength in self.grid.pulls(method)]
-            trials = [self.grid.reference(seed), *pulls]
+            trials = [make(seed, None), *pulls]  # from the SFT model on
             frontiers.append([(self.value(trial, 'kl'), self.value(trial, 'gold')) for trial in trials])
         return above(*frontiers)
 
@@ -140,17 +135,17 @@ class Measured:
 
     def gain(self, ours, theirs, metric, seed):
         """A metric of one tuned method above that of another."""
-        ours, theirs = (self.value(self.grid.tuned(name, metric, seed), metric) for name in (ours, theirs))
-        return ours - theirs
+        a, b = (self.grid.tuned(name, metric, seed) for name in (ours, theirs))
+        return self.value(a, metric) - self.value(b, metric)
+
+
+def listed(numbers):
+    return ', '.join(f'{x:g}' for x in numbers)
 
 
 def claims(grid: Grid, results):
     """The claims, in the order of the report. results: key of a trial -> result."""
     measured = Measured(grid, results)
-
-    def listed(numbers):
-        return ', '.join(f'{x:g}' for x in numbers)
-
     # one thing changed, under flips
     what = 'accuracy, mean over settings'
     settings = f'equal: beta {listed(grid.like_betas)} x lr {listed(grid.like_lrs)}'
@@ -186,15 +181,21 @@ def claims(grid: Grid, results):
 
     # both sides tuned for the metric of the claim
     for ours, theirs, metric, paper in TUNED:
-        sides = [', '.join(f'{k} {v:g}' for k, v in grid.setting(name, metric).items()) for name in (ours, theirs)]
-        kind = ours.split()[0]
-        names = [name_of(name.removeprefix(f'{kind} ')) for name in (ours, theirs)]
-        better = 'more accurate' if metric == 'accuracy' else 'better'
-        # the other shares of good answers have the settings that KTO 1:1 has found: that share alone is changed
-        is_same = names[1].startswith('KTO')
-        how = '' if is_same else ', both tuned'
-        words = f'{names[0]} is {better} than {names[1]}{how}, {WHERE[kind]} ({paper})'
-        settings = f'tuned for {metric}: {sides[0]}; against {sides[1]}'
-        if is_same:
-            settings = f'equal: {sides[0]}, tuned for {names[1]}'
-        yield Claim(words, metric, settings, partial(measured.gain, ours, theirs, metric), metric)
+        words, settings = tuned_words(grid, ours, theirs, metric)
+        difference = partial(measured.gain, ours, theirs, metric)
+        yield Claim(f'{words} ({paper})', metric, settings, difference, metric)
+
+
+def tuned_words(grid, ours, theirs, metric):
+    """(words, settings) of a claim about two tuned methods."""
+    found, against = (
+        ', '.join(f'{option} {x:g}' for option, x in grid.setting(name, metric).items()) for name in (ours, theirs)
+    )
+    kind, method = ours.split(maxsplit=1)
+    other = theirs.split(maxsplit=1)[1]
+    settings, how = f'tuned for {metric}: {found}; against {against}', ', both tuned'
+    # the other shares of good answers have the settings that KTO 1:1 has found: that share alone is changed
+    if other.startswith('kto'):
+        settings, how = f'equal: {found}, tuned for {name_of(other)}', ''
+    better = 'more accurate' if metric == 'accuracy' else 'better'
+    return f'{name_of(method)} is {better} than {name_of(other)}{how}, {WHERE[kind]}', settings

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,18 +32,11 @@ from text.examples import Examples
 
 N_PAIRS = 2560  # training pairs of a trial: 40 steps of 64
 COMMON = {  # of every trial on pairs
-    'n_epochs': 1,
-    'batch_size': 64,
-    'lr_schedule': 'linear',
-    'warmup_steps': 4,
-    'n_eval_examples': 0,
-    'do_first_eval': False,
-    'max_length': 64,
-    'max_prompt_length': 16,
-    'log_every': 10**6,
-}
+    'n_epochs': 1, 'batch_size': 64, 'lr_schedule': 'linear', 'warmup_steps': 4, 'n_eval_examples': 0, 'do_first_eval': False,
+    'max_length': 64, 'max_prompt_length': 16, 'log_every': 10**6,
+}  # fmt: skip
 DIVERGE = ('tdpo1', 'tdpo2', 'radpo1', 'radpo2')  # these need the live reference, and are measured by forward KL
-NO_REFERENCE = ('simpo', 'orpo')  # fmt: skip
+UNCACHED = (*DIVERGE, 'simpo', 'orpo', 'kto')  # without a reference, or with more of it than its log-probs
 COMMON_ONLINE = {  # of every trial with sampled answers, as in config/ppo_toy.py and config/grpo_toy.py
     'data': 'toy', 'reward_model': 'gold', 'batch_size': 256, 'minibatch_size': 64, 'lr_schedule': 'linear', 'max_new_tokens': 48,
     'n_eval_examples': 0, 'do_first_eval': False, 'log_every': 10**6,
@@ -61,8 +55,9 @@ def training_pairs(kind, seed, n=N_PAIRS):
     """n pairs of the toy world that belong to this seed. kind: all, or mixed (of gap): every second low, every second high."""
     if kind == 'all':
         return list(toy.pairs(f'claims {seed}', n))
-    source = [(abs(gap(pair)), pair) for pair in toy.pairs(f'claims {seed}', 4 * n)]
-    low, high = [pair for g, pair in source if g < LOW], [pair for g, pair in source if g > HIGH]
+    pairs = list(toy.pairs(f'claims {seed}', 4 * n))
+    low = [pair for pair in pairs if abs(gap(pair)) < LOW]
+    high = [pair for pair in pairs if abs(gap(pair)) > HIGH]
     found = [pair for both in zip(low, high, strict=False) for pair in both][:n]
     assert len(found) == n, f'{len(found)} of {n} pairs of kind {kind}'
     return found
@@ -87,12 +82,10 @@ def write_pairs(file, make, *args):
 
 def train(script, out, options):
     """Run a script of this repository in this process, quietly. Raises its UserError."""
-    argv, sys.argv = sys.argv, [script, *(f'--{k}={v}' for k, v in options.items()), f'--out_dir={out}']
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            runpy.run_path(str(ROOT / script), run_name='script')
-    finally:
-        sys.argv = argv
+    flags = [f'--{name}={value}' for name, value in options.items()]
+    argv, quiet = [script, *flags, f'--out_dir={out}'], io.StringIO()
+    with mock.patch.object(sys, 'argv', argv), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        runpy.run_path(str(ROOT / script), run_name='script')
 
 
 def reference_of(work, seed):
@@ -116,19 +109,19 @@ def train_reference(work, seed):
 def run_trial(trial, work, n_samples):
     """Train and measure. Returns the trial with its result; with 'error' where the script refused it."""
     torch.set_num_threads(1)
-    work, began = Path(work), time.time()
+    work, began, cpu = Path(work), time.time(), time.process_time()
     os.environ.setdefault('NANOPREF_CACHE', str(work / 'cache'))
     reference, out = reference_of(work, trial['seed']), work / f'run-{os.getpid()}'
     shutil.rmtree(out, ignore_errors=True)
     result = dict(trial, commit=commit(), n_samples=n_samples)
-    cpu = time.process_time()
     try:
+        folder = reference
         if trial['options'] is not None:
             train(trial['script'], out, all_options(trial, work))
+            folder = out / 'model'
         trained = time.time()
-        folder = reference if trial['options'] is None else out / 'model'
         result |= measure(trial, folder, work, n_samples)
-        result |= {'seconds_training': round(trained - began, 1)}
+        result['seconds_training'] = round(trained - began, 1)
     except UserError as error:
         result['error'] = str(error)
     shutil.rmtree(out, ignore_errors=True)
@@ -150,20 +143,21 @@ def all_options(trial, work):
     options = {'model': reference_of(work, trial['seed']), 'seed': trial['seed']} | trial['options']
     if trial['script'] == 'ppo.py':
         return COMMON_ONLINE | options
-    cached = options['loss'] not in (*DIVERGE, *NO_REFERENCE) and not options['loss'].startswith('kto')
-    options |= {'cache_ref': True} if cached else {}
-    return COMMON | {'data': data_file(trial, work), 'eval_data': test_file(work)} | options
+    options = COMMON | {'data': data_file(trial, work), 'eval_data': test_file(work)} | options
+    if options['loss'] not in UNCACHED:
+        options['cache_ref'] = True
+    return options
 
 
 @functools.lru_cache(1)
 def commit():
     """The commit that is checked out, with a + where files differ from it."""
-    git = ['git', '-C', str(ROOT)]
-    head = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(
-        [*git, 'status', '--porcelain', '-uno', '--', '*.py'], capture_output=True, text=True
-    ).stdout
-    return head + '+' * bool(changed.strip())
+
+    def git(*words):
+        return subprocess.run(['git', *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git('status', '--porcelain', '-uno', '--', '*.py')
+    return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
 
 
 # ---- measuring ----
@@ -179,9 +173,9 @@ def columns(policy, reference, examples, divergence):
     parts = []
     for first in range(0, len(examples), 64):
         rows = np.arange(first, min(first + 64, len(examples)))
-        for batch in make_batches(examples, rows, 0, 1, 10**9)[0]:
-            hidden = models.hidden_and_head(reference, batch) if divergence else None
-            parts.append(models.response_logps(policy, batch, divergence, hidden))
+        (batch,), *_ = make_batches(examples, rows, 0, 1, 10**9)
+        hidden = models.hidden_and_head(reference, batch) if divergence else None
+        parts.append(models.response_logps(policy, batch, divergence, hidden))
     return torch.cat(parts, 1).double()
 
 
@@ -207,9 +201,10 @@ def measure(trial, folder, work, n_samples):
 
     # the held-out pairs; a model that is the reference itself has no ratios
     pairs = tokenise.load_examples(str(test_file(work)), 'test', tokenizer, 'pairs', **LIMITS)
-    gain = ratios(policy, reference, pairs)
     if options['loss'] is None:
         gain = columns(policy, None, pairs, None)[0] / np.diff(pairs.spans[:, 1:], axis=2).reshape(-1)
+    else:
+        gain = ratios(policy, reference, pairs)
     margin = gain[::2] - gain[1::2]
     result |= {'accuracy': (margin > 0).double().mean(), 'margin': margin.mean() / margin.std()}
     if options['loss'] in ('dpo', *DIVERGE):
@@ -223,26 +218,31 @@ def measure(trial, folder, work, n_samples):
 
 def sampled(policy, reference, tokenizer, seed, n_samples):
     """gold, gold_se, kl, well_formed and length, of n_samples answers that the policy samples."""
-    prompts = [f'Review of the {place}:' for place in sorted(toy.PLACES)]
-    prompts = [prompts[i % len(prompts)] for i in range(n_samples)]
+    places = sorted(toy.PLACES)
+    prompts = [f'Review of the {places[i % len(places)]}:' for i in range(n_samples)]
     ids = tokenizer(prompts, add_special_tokens=False)['input_ids']
     answers = []
     for i in range(0, n_samples, 256):
-        seeds = [(seed + 1) * 10**9 + j for j in range(i, min(i + 256, n_samples))]
-        answers += generate.generate(policy, tokenizer, ids[i : i + 256], seeds, max_new_tokens=40, keep_end=True)
+        some = ids[i : i + 256]
+        seeds = [(seed + 1) * 10**9 + j for j in range(i, i + len(some))]
+        answers += generate.generate(policy, tokenizer, some, seeds, max_new_tokens=40, keep_end=True)
     stop = generate.stop_tokens(policy, tokenizer)
-    texts = [tokenizer.decode(generate.without_end(a, stop)) for a in answers]
-    gold = [toy.gold(p, a) for p, a in zip(prompts, texts, strict=True)]
+    texts = [tokenizer.decode(generate.without_end(answer, stop)) for answer in answers]
+    gold = [toy.gold(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
-    # the packed forward pass, of what was sampled
-    for m in (policy, reference):
-        models.set_attention(m, packed=True)
-    own = Examples.of([(p, [a]) for p, a in zip(ids, answers, strict=True)])
-    spent = columns(policy, reference, own, lambda log_pi, log_ref: models.kl(log_ref, log_pi))[1]
     return {
-        'gold': statistics.mean(gold), 'gold_se': statistics.stdev(gold) / n_samples**0.5, 'kl': spent.mean(),
-        'well_formed': statistics.mean(map(toy.well_formed, texts)), 'length': statistics.mean(map(len, answers)),
+        'gold': statistics.mean(gold), 'gold_se': statistics.stdev(gold) / n_samples**0.5,
+        'kl': kl_on_samples(policy, reference, ids, answers), 'well_formed': statistics.mean(map(toy.well_formed, texts)),
+        'length': statistics.mean(map(len, answers)),
     }  # fmt: skip
+
+
+def kl_on_samples(policy, reference, prompts, answers):
+    """KL(policy || reference) in nats an answer, the mean over the policy's own samples, one to each prompt; all are token ids."""
+    for either in (policy, reference):
+        models.set_attention(either, packed=True)
+    own = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
+    return columns(policy, reference, own, lambda log_pi, log_ref: models.kl(log_ref, log_pi))[1].mean().item()
 
 
 def gradient_shares(policy, reference, pairs, seed, options):

@@ -19,6 +19,7 @@ Reports show the plain 95% interval of each claim: a word is never stronger than
 
 import functools
 import math
+import statistics
 from typing import NamedTuple
 
 HOLDS, SIZE_OPEN, NEGLIGIBLE, SAME, CONTRARY, OPEN = WORDS = (
@@ -49,7 +50,9 @@ def t_tail(t, df):
         total += term
         term *= cos2 * k / (k + 1)
 
-    inside = (angle + math.sin(angle) * total) * 2 / math.pi if odd else math.sin(angle) * total
+    inside = math.sin(angle) * total
+    if odd:
+        inside = (angle + inside) * 2 / math.pi
     tail = (1 - inside) / 2
     return tail if t >= 0 else 1 - tail
 
@@ -78,8 +81,7 @@ def holm(p_values, level=LEVEL):
 def p_values(differences, d):
     """p-values of the three questions of the rule, and Verdict's mean and interval: ((zero, above, within), (mean, lower, upper))."""
     n = len(differences)
-    mean = sum(differences) / n
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in differences) / (n - 1))
+    mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
     # rounding in the numbers must not make five equal differences infinitely sure
     error = max(deviation / n**0.5, 1e-9)
     zero = 2 * t_tail(abs(mean) / error, n - 1)
@@ -102,15 +104,14 @@ def word_of(mean, is_not_zero, is_above, is_within):
 
 def judge(claims):
     """The verdicts on all claims of a report together. claims: (differences by seed, None where a run is missing; unit)."""
-    whole = [len(found) > 1 and None not in found for found, _ in claims]
-    measured = [
-        p_values(found, SMALLEST[unit]) if ok else None for ok, (found, unit) in zip(whole, claims, strict=True)
-    ]
-
     # a claim without numbers still counts as one of the many: its p-values are 1
-    questions = zip(*(m[0] if m else (1.0, 1.0, 1.0) for m in measured), strict=True)
-    answers = list(zip(*map(holm, questions), strict=True))
-    return [
-        Verdict(word_of(m[1][0], *answer), *m[1]) if m else Verdict(OPEN)
-        for m, answer in zip(measured, answers, strict=True)
-    ]  # fmt: skip
+    measured = []
+    for differences, unit in claims:
+        is_whole = len(differences) > 1 and None not in differences
+        measured.append(p_values(differences, SMALLEST[unit]) if is_whole else ((1.0, 1.0, 1.0), None))
+    answers = [holm(question) for question in zip(*(questions for questions, _ in measured), strict=True)]
+
+    verdicts = []
+    for (_, interval), *answer in zip(measured, *answers, strict=True):
+        verdicts.append(Verdict(word_of(interval[0], *answer), *interval) if interval else Verdict(OPEN))
+    return verdicts

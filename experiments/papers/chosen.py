@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 
 from configurator import UserError, configure
+from runtime.files import replace_text
 from text import sources
 
 data = 'hh'  # what dpo.py reads
 split = 'test'  # train or test
 out = 'out/chosen.jsonl'  # the file: prompt and response, a line an answer
-
 
 config = configure(globals())
 rows = {}
@@ -21,13 +21,8 @@ for source in data.split('+'):
     for row in sources.load_rows(source, split)[0]:
         if 'chosen' not in row:
             raise UserError(f'{source} has no pairs, so no chosen answers')
-        rows.setdefault(sources.content_hash(row['prompt']), row)
+        answer = {'prompt': row['prompt'], 'response': row['chosen'], 'generator': 'chosen', 'sample': 0}
+        rows.setdefault(sources.content_hash(row['prompt']), answer)
 Path(out).parent.mkdir(parents=True, exist_ok=True)
-part = Path(f'{out}.part')
-with part.open('w') as stream:
-    for row in rows.values():
-        stream.write(
-            json.dumps({'prompt': row['prompt'], 'response': row['chosen'], 'generator': 'chosen', 'sample': 0}) + '\n'
-        )
-part.replace(out)
+replace_text(out, ''.join(json.dumps(row) + '\n' for row in rows.values()))
 print(f'{len(rows)} answers: {out}')

@@ -4,57 +4,49 @@
 
 ppo_reward: PPO against a reward model that reward.py has trained on the world's preferences, instead of against the gold reward."""
 
-import json
-import resource
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from experiments import ROOT
+from experiments import ROOT, evaluations, mean_and_error, table, used
+
+# a column, its number, and whether that of the evaluation before (0) or after (1); the KL before is 0
+COLUMNS = [
+    ('gold before', 'gold/eval', 0), ('after', 'gold/eval', 1),
+    ('well-formed before', 'well_formed/eval', 0), ('after', 'well_formed/eval', 1),
+    ('KL an answer', 'kl_eval/samples', 1), ('a token', 'kl_eval/samples_per_token', 1),
+    ('tokens before', 'length/eval', 0), ('after', 'length/eval', 1),
+]  # fmt: skip
 
 
 def launch(*command):
-    subprocess.run(
-        [sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
-def cpu_seconds():
-    """Of all launched processes so far: other work on the machine does not count."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, **quiet)
 
 
 def main(folder, seeds='0 1 2'):
-    rows, folder = {}, Path(folder).resolve()
+    found = {}  # mode -> (evaluation before, after, CPU seconds) by seed
     for seed in seeds.split():
-        here, common = folder / seed, [f'--seed={seed}']
-        launch('sft.py', 'config/sft_toy.py', *common, f'--out_dir={here}/sft')
-        common += [f'--model={here}/sft/model']
+        here = Path(folder).resolve() / seed
+        launch('sft.py', 'config/sft_toy.py', f'--seed={seed}', f'--out_dir={here}/sft')
+        common = [f'--seed={seed}', f'--model={here}/sft/model']
         launch('reward.py', 'config/reward_toy.py', *common, f'--out_dir={here}/reward')
-        modes = {'ppo': [], 'grpo': [], 'ppo_offline': [], 'ppo_reward': [f'--reward_model={here}/reward/model']}
-        for mode, flags in modes.items():
-            config = 'config/ppo_toy.py' if mode == 'ppo_reward' else f'config/{mode}_toy.py'
-            began = cpu_seconds()
-            launch('ppo.py', config, *common, *flags, f'--out_dir={here}/{mode}')
-            took = cpu_seconds() - began
-            found = [json.loads(line) for line in (here / mode / 'metrics.jsonl').read_text().splitlines()]
-            before, after = (row for row in found if row['split'] == 'eval')
-            rows.setdefault(mode, []).append((before, after, took))
-            print(mode, seed, f'{before["gold/eval"]:.3f} -> {after["gold/eval"]:.3f}, {took:.0f} CPU s', flush=True)
-    print(
-        '| mode | gold before | after | well-formed before | after | KL an answer | a token | tokens before | after | CPU s |'
-    )
-    print('|---|---|---|---|---|---|---|---|---|---|')
-    for mode, found in rows.items():
-        cells = []
-        for name in ('gold/eval', 'well_formed/eval', 'kl_eval/samples', 'kl_eval/samples_per_token', 'length/eval'):
-            for i in (0, 1):
-                values = [row[i][name] for row in found]
-                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float('nan')
-                cells += [] if name.startswith('kl') and i == 0 else [f'{statistics.mean(values):.3f} ({error:.3f})']
-        print('|', ' | '.join([mode, *cells, f'{max(row[2] for row in found):.0f}']), '|', flush=True)
+        for mode in ('ppo', 'grpo', 'ppo_offline', 'ppo_reward'):
+            command = [f'config/{mode}_toy.py', *common]
+            if mode == 'ppo_reward':
+                command = ['config/ppo_toy.py', *common, f'--reward_model={here}/reward/model']
+            began, _ = used()
+            launch('ppo.py', *command, f'--out_dir={here}/{mode}')
+            before, after = evaluations(here / mode)
+            found.setdefault(mode, []).append((before, after, used()[0] - began))
+            print(mode, seed, f'gold {before["gold/eval"]:.3f} -> {after["gold/eval"]:.3f}', flush=True)
+
+    # a row a mode: means over seeds
+    rows = []
+    for mode, runs in found.items():
+        cells = [mean_and_error([run[i][name] for run in runs]) for _, name, i in COLUMNS]
+        rows.append([mode, *cells, f'{max(seconds for *_, seconds in runs):.0f}'])
+    print(table(['mode', *(words for words, *_ in COLUMNS), 'CPU s'], rows))
 
 
 main(*sys.argv[1:])

@@ -6,37 +6,38 @@ import json
 import sys
 from pathlib import Path
 
+from experiments import evaluations, table
+
+# a column, its number in the last evaluation, and how it is written
+NUMBERS = [
+    ('accuracy', 'rewards_eval/accuracies', '.1%'),
+    ('margin', 'rewards_eval/margins', '.3f'),
+    ('KL on chosen', 'kl_eval/chosen', '.3f'),
+    ('on rejected', 'kl_eval/rejected', '.3f'),
+]
+
 
 def percent(report, name):
-    value, error = report.get(name), report.get(name + '_se')
+    value, error = report.get(name), report.get(f'{name}_se')
     if value is None:
         return '-'
-    return f'{value:.1%}' + (f' ({error:.1%})' if error is not None else '')
+    return f'{value:.1%}' if error is None else f'{value:.1%} ({error:.1%})'
 
 
 def main(folder):
     rows = []
-    for run in sorted(Path(folder).iterdir()):
-        if not (run / 'metrics.jsonl').exists() or run.name == 'sft':
+    for metrics in sorted(Path(folder).glob('*/metrics.jsonl')):
+        run = metrics.parent
+        if run.name == 'sft':
             continue
-        lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
-        last = next((row for row in reversed(lines) if row['split'] == 'eval'), {})
-        report = (
-            json.loads((run / 'judged' / 'report.json').read_text())
-            if (run / 'judged' / 'report.json').exists()
-            else {}
-        )
-        numbers = [
-            last.get(f'{k}_eval/{x}')
-            for k, x in (('rewards', 'accuracies'), ('rewards', 'margins'), ('kl', 'chosen'), ('kl', 'rejected'))
-        ]
-        formats = ('.1%', '.3f', '.3f', '.3f')
-        cells = ['-' if x is None else f'{x:{f}}' for x, f in zip(numbers, formats, strict=True)]
+        last = ([{}] + evaluations(run))[-1]
+        cells = [format(last[key], form) if key in last else '-' for _, key, form in NUMBERS]
+        file = run / 'judged' / 'report.json'
+        report = json.loads(file.read_text()) if file.exists() else {}
         rows.append([run.name, *cells, percent(report, 'win_rate'), percent(report, 'length_controlled')])
-    head = ['run', 'accuracy', 'margin', 'KL on chosen', 'on rejected', 'win rate (se)', 'at equal length (se)']
-    text = ''.join(f'| {" | ".join(line)} |\n' for line in (head, ['---'] * len(head), *rows))
+    text = table(['run', *(words for words, *_ in NUMBERS), 'win rate (se)', 'at equal length (se)'], rows)
     (Path(folder) / 'row.md').write_text(text)
-    print(f'\n{text}\n{folder}/row.md')
+    print(f'\n{text}{folder}/row.md')
 
 
 if __name__ == '__main__':

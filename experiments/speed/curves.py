@@ -5,35 +5,34 @@
 Synthetic pairs, one CPU thread a process; every line is one interleaved run of tools.bench. CPU seconds, but for the lines on
 processes, where waiting for one another counts: these need a quiet machine. About ten minutes."""
 
+import re
+
 from configurator import configure
-from experiments import bench_rows
+from experiments import bench_rows, table
 
 model = 'pythia-14m'  # a shape of tools.bench
 n_steps = 3  # timed steps of each variant
-only = ''  # the curve whose name begins so
-
 
 config = configure(globals())
 VARIANTS = ['padded', 'head', 'cached']
-CURVES = {  # what changes -> the flags of each point
-    'batch size': [[f'--batch_size={n}'] for n in (2, 8, 32)],
+# the flags of each point; --ranks=N is the number of processes, and for launching alone
+CURVES = {
+    'batch size': ['--batch_size=2', '--batch_size=8', '--batch_size=32'],
     'prompt share (of 320 tokens)': [
-        [f'--prompt_tokens={320 - 2 * a}', f'--answer_tokens={a}'] for a in (8, 40, 80, 120)
+        '--prompt_tokens=304 --answer_tokens=8', '--prompt_tokens=240 --answer_tokens=40',
+        '--prompt_tokens=160 --answer_tokens=80', '--prompt_tokens=80 --answer_tokens=120',
     ],
-    'vocabulary': [[f'--vocabulary={n}'] for n in (4096, 16384, 50304)],
-    'length of prompt = of answer': [
-        [f'--prompt_tokens={n}', f'--answer_tokens={n}', '--batch_size=4'] for n in (32, 128, 256, 512)
-    ],
-    'processes': [['--processes=1', '--wall'], ['--processes=2']],
-}
-print(f'{model}, synthetic pairs; pairs/s (ratio to padded)')
-print('| | ' + ' | '.join(VARIANTS) + ' | padding of padded |\n|---|---|---|---|---|')
+    'vocabulary': ['--vocabulary=4096', '--vocabulary=16384', '--vocabulary=50304'],
+    'length of prompt = of answer': [f'--prompt_tokens={n} --answer_tokens={n} --batch_size=4' for n in (32, 128, 256, 512)],
+    'processes': ['--wall --ranks=1', '--ranks=2'],
+}  # fmt: skip
+head = table(['', *VARIANTS, 'padding of padded'], []).rstrip()
+print(f'{model}, synthetic pairs; pairs/s (ratio to padded)\n{head}')
 for title, points in CURVES.items():
-    for flags in points if title.startswith(only) else []:
-        ranks = [f.partition('=')[2] for f in flags if 'processes' in f]
-        flags = [f for f in flags if 'processes' not in f]
-        name = f'{title}: ' + (f'{ranks[0]}' if ranks else ', '.join(f.partition('=')[2] for f in flags if '=' in f))
-        flags += [f'--model={model}', '--threads=1', f'--n_steps={n_steps}', f'--variants={" ".join(VARIANTS)}']
-        rows = list(bench_rows(*flags, ranks=ranks[0] if ranks else None).values())
-        cells = [f'{r["pairs_per_second"]:.2f} (x {r["ratio"]:.1f})' for r in rows]
-        print(f'| {name} | ' + ' | '.join(cells) + f' | {rows[0]["padding_share"]:.0%} |', flush=True)
+    for point in points:
+        flags, _, ranks = point.partition('--ranks=')
+        common = f'--model={model}', '--threads=1', f'--n_steps={n_steps}', f'--variants={" ".join(VARIANTS)}'
+        rows = bench_rows(*flags.split(), *common, ranks=ranks)
+        cells = [f'{row["pairs_per_second"]:.2f} (x {row["ratio"]:.1f})' for row in rows.values()]
+        name = f'{title}: ' + ', '.join(re.findall(r'=(\d+)', point))
+        print('|', ' | '.join([name, *cells, f'{rows["padded"]["padding_share"]:.0%}']), '|', flush=True)

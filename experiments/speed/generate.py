@@ -59,7 +59,7 @@ if lengths == 'real':
 
 def build(**how):
     net = load_model(model, tokenizer=tokenizer, **how)
-    blocks = [module for module in net.modules() if isinstance(module, torch.nn.ModuleList)][0]
+    blocks = next(module for module in net.modules() if isinstance(module, torch.nn.ModuleList))
     del blocks[layers or len(blocks) :]
     net.config.num_hidden_layers = len(blocks)
     # one type a layer, where a model has several
@@ -93,15 +93,9 @@ def run_plain(step):
         ids = torch.tensor([[eos] * (width - len(p)) + p for p in batch], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
         processors = transformers.LogitsProcessorList([MadeToEnd(ends, [0] * len(batch))])
-        how = {
-            'do_sample': True,
-            'temperature': temperature,
-            'top_p': top_p,
-            'top_k': 0,
-            'logits_processor': processors,
-        }
-        how |= {'max_new_tokens': max_new_tokens, 'eos_token_id': eos, 'pad_token_id': eos}
-        out = plain.generate(ids, attention_mask=mask, **how)[:, width:]
+        with_noise = {'do_sample': True, 'temperature': temperature, 'top_p': top_p, 'top_k': 0}
+        ends_at = {'max_new_tokens': max_new_tokens, 'eos_token_id': eos, 'pad_token_id': eos}
+        out = plain.generate(ids, attention_mask=mask, logits_processor=processors, **with_noise, **ends_at)[:, width:]
         tokens += int((out != eos).sum()) + len(batch)
     return tokens
 

@@ -42,10 +42,9 @@ checked = time.perf_counter() - began
 checkpoint.load(newest, policy, optimizer)
 loaded = time.perf_counter() - began - checked
 if main_rank():
-    size = sum(f.stat().st_size for f in newest.iterdir())
-    print(
-        f'{sum(p.numel() for p in policy.parameters()) / 1e6:.0f} M parameters, {size / 1e9:.2f} GB on disk, {world} processes, {n_steps} saves'
-    )
+    size = sum(f.stat().st_size for f in newest.iterdir()) / 1e9
+    millions = sum(p.numel() for p in policy.parameters()) / 1e6
+    print(f'{millions:.0f} M parameters, {size:.2f} GB on disk, {world} processes, {n_steps} saves')
     print(f'pause, in the background  {statistics.median(pauses):6.2f} s (largest {max(pauses):.2f})')
     print(f'pause, waiting            {statistics.median(totals):6.2f} s (largest {max(totals):.2f})')
     print(f'on resume: check the sums {checked:6.2f} s, load {loaded:.2f} s')

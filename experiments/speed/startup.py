@@ -40,9 +40,7 @@ rank, world, device = fsdp.setup()
 lap('process group')
 tokenizer = load.load_tokenizer('toy')
 lap('tokenizer')
-settings = {'task': 'pairs', 'seed': 0, 'max_length': 512, 'max_prompt_length': 256, 'truncation': 'start', 'num_turns': 1,
-            'skip_bad_rows': False, 'undivided': False}  # fmt: skip
-examples = load_examples('toy', 'train', tokenizer=tokenizer, **settings)
+examples = load_examples('toy', 'train', tokenizer, 'pairs', max_length=512, max_prompt_length=256)
 lap('examples (from the cache, if there)')
 build = partial(load.load_model, 'toy', tokenizer=tokenizer)
 policy = fsdp.shard(build, device)

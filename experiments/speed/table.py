@@ -10,12 +10,13 @@ keep freed memory: without it page faults cost the padded layouts more than the 
 measured again. Prints the ratios to what is required; exit code 1 if one is missed.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
 
 from configurator import UserError, configure
-from experiments import bench_rows
+from experiments import bench_rows, table
 
 hh: str | None = None  # HH pairs: a .jsonl.gz file of Anthropic/hh-rlhf
 tokenizer: str | None = None  # a folder with the tokenizer of the Pythia models
@@ -24,19 +25,12 @@ batch_sizes = '8 64'  # pairs of a step
 cores = '1 2'  # CPU threads
 n_steps = 2  # timed steps of each variant
 keep = False  # let the allocator keep freed memory
-memory = True  # measure peak memory, too: one more process a variant
-limit_s = 3000  # seconds for one line
 out = 'experiments/speed/table.json'  # where the numbers are kept
 report = False  # measure nothing: print the tables of what is there, and write the README's
 readme = 'README.md'  # which; its lines between the markers are replaced
 
-
 config = configure(globals())
-SHAPES = {
-    '14m': ['--model=pythia-14m'],
-    '70m': ['--model=pythia-70m'],
-    '70m-4k': ['--model=pythia-70m', '--vocabulary=4096'],
-}
+SHAPES = {'14m': '--model=pythia-14m', '70m': '--model=pythia-70m', '70m-4k': '--model=pythia-70m --vocabulary=4096'}
 VARIANTS = 'padded trl trl_fastest trl_cuda head cached'
 REQUIRED = [  # (ours, theirs, at least this ratio)
     ('head', 'trl', 4.3), ('head', 'padded', 3.0), ('cached', 'trl_fastest', 4.0), ('head', 'trl_cuda', 2.4),
@@ -52,7 +46,7 @@ numbers = json.loads(Path(out).read_text()) if Path(out).exists() else {}
 def bench(*flags):
     """The rows of a bench.py run: variant -> row."""
     kept = {'MALLOC_MMAP_THRESHOLD_': '8589934592', 'MALLOC_TRIM_THRESHOLD_': '17179869184'} if keep else {}
-    return bench_rows(f'--tokenizer={tokenizer}', f'--data=hh:{hh}', *flags, limit=limit_s, **kept)
+    return bench_rows(f'--tokenizer={tokenizer}', f'--data=hh:{hh}', *flags, limit=3000, **kept)
 
 
 def ratios(rows):
@@ -63,7 +57,7 @@ def ratios(rows):
 def measure(name, flags):
     """The rows of one line: all variants in one process, then memory, a process each."""
     rows = bench(*flags, f'--n_steps={n_steps}', f'--variants={VARIANTS}')
-    for variant in ('padded', 'trl', 'head', 'cached') if memory else ():
+    for variant in ('padded', 'trl', 'head', 'cached'):
         alone = bench(*flags, '--n_steps=1', f'--variants={variant}')
         rows[variant]['peak_memory_gb_alone'] = alone[variant]['peak_memory_gb']
     numbers[name] = rows
@@ -75,53 +69,60 @@ def cell(row):
     return f'{row["pairs_per_second"]:.2f}' + (f', {gb:.1f} GB' if gb else '')
 
 
-def readme_lines():
+def readme_text():
     """Batch 8 on one thread, whole; of all lines that were measured, the smallest and largest ratios."""
     first = {name.partition(',')[0]: rows for name, rows in numbers.items() if name.endswith(', batch 8, 1 threads')}
-    yield '| | ' + ' | '.join(f'Pythia-{shape}'.replace('-4k', ', 4k words') for shape in first) + ' |'
-    yield '|---|' + '---|' * len(first)
+    titles = [f'Pythia-{shape}'.replace('-4k', ', 4k words') for shape in first]
+    text = f'| | {" | ".join(titles)} |\n|---|{"---|" * len(titles)}\n'
     for variant, words in WORDS.items():
-        yield f'| {words} | ' + ' | '.join(cell(rows[variant]) for rows in first.values()) + ' |'
-    yield ''
-    measured = [ratios(rows) for name, rows in numbers.items() if 'kept' not in name]
-    low, high = ([f'{end(column):.1f}' for column in zip(*measured, strict=True)] for end in (min, max))
-    span = [f'{a} to {b}' for a, b in zip(low, high, strict=True)]
-    sizes, counts = (
-        {int(name.split(', ')[i].split()[j]) for name in numbers if 'kept' not in name} for i, j in ((1, 1), (2, 0))
-    )
-    what = ', '.join(
-        f'{words} {" and ".join(map(str, sorted(n)))}' for words, n in (('batch', sizes), ('threads', counts))
-    )
-    yield f'Over all {len(measured)} runs on these shapes ({what}; `experiments/LOG.md`): {span[0]} times as fast as'
-    yield f"TRL's defaults, {span[1]} times the original layout, {span[3]} times TRL with its CUDA scoring; with a cached"
-    yield f"reference, {span[2]} times TRL's fastest setting with a precomputed one."
+        text += f'| {words} | {" | ".join(cell(rows[variant]) for rows in first.values())} |\n'
+
+    # a name is SHAPE, batch N, M threads
+    names = [name for name in numbers if 'kept' not in name]
+    sizes = ' and '.join(sorted({name.split()[2].rstrip(',') for name in names}, key=int))
+    threads = ' and '.join(sorted({name.split()[3] for name in names}, key=int))
+    measured = zip(*(ratios(numbers[name]) for name in names), strict=True)
+    span = [f'{min(column):.1f} to {max(column):.1f}' for column in measured]
+    return f"""{text}
+Over all {len(names)} runs on these shapes (batch {sizes}, threads {threads}; `experiments/LOG.md`): {span[0]} times as fast as
+TRL's defaults, {span[1]} times the original layout, {span[3]} times TRL with its CUDA scoring; with a cached
+reference, {span[2]} times TRL's fastest setting with a precomputed one.
+"""
+
+
+def write_report():
+    """Print the tables, and write the README's, between its markers."""
+    rows = []
+    for name, found in sorted(numbers.items()):
+        rows.append([name, *(cell(found[variant]) for variant in WORDS), *(f'{ratio:.1f}' for ratio in ratios(found))])
+    print(table(['', *WORDS, *(f'{ours} / {theirs}' for ours, theirs, _ in REQUIRED)], rows).rstrip())
+    text = Path(readme).read_text()
+    start, end = text.index('\n', text.index('<!-- speed:')) + 1, text.index('<!-- end of speed')
+    Path(readme).write_text(text[:start] + readme_text() + text[end:])
+
+
+def check(name, rows):
+    """Print what was measured and its ratios to what is required. Returns how many are missed."""
+    print(f'{name}: ' + '; '.join(f'{variant} {cell(row)}' for variant, row in rows.items()), flush=True)
+    found = [(f'{ours} against {theirs}', ratio, least, ratio < least)
+             for (ours, theirs, least), ratio in zip(REQUIRED, ratios(rows), strict=True)]  # fmt: skip
+    ours, theirs = (rows[variant].get('peak_memory_gb_alone') for variant in ('head', 'trl'))
+    if theirs:
+        found.append(('peak memory against trl', ours / theirs, 0.67, ours / theirs > 2 / 3))
+    for words, ratio, limit, is_missed in found:
+        print(f'    {words}: x {ratio:.2f}, required {limit}{" - MISSED" if is_missed else ""}')
+    return sum(is_missed for *_, is_missed in found)
 
 
 if report:
-    print('| | ' + ' | '.join([*WORDS, *(f'{a} / {b}' for a, b, _ in REQUIRED)]) + ' |')
-    print('|---|' + '---|' * (len(WORDS) + len(REQUIRED)))
-    for name, rows in sorted(numbers.items()):
-        print(f'| {name} | ' + ' | '.join([cell(rows[v]) for v in WORDS] + [f'{r:.1f}' for r in ratios(rows)]) + ' |')
-    text = Path(readme).read_text()
-    start, end = text.index('\n', text.index('<!-- speed:')) + 1, text.index('<!-- end of speed')
-    Path(readme).write_text(text[:start] + '\n'.join(readme_lines()) + '\n' + text[end:])
+    write_report()
     sys.exit()
 if not hh or not tokenizer:
     raise UserError('give --hh=FILE and --tokenizer=FOLDER')
 missed = 0
-for size in batch_sizes.split():
-    for count in cores.split():
-        for shape in shapes.split():
-            name = f'{shape}, batch {size}, {count} threads' + (', memory kept' if keep else '')
-            if name not in numbers:
-                measure(name, [*SHAPES[shape], f'--batch_size={size}', f'--threads={count}', '--max_tokens=1024'])
-            rows = numbers[name]
-            print(f'{name}: ' + '; '.join(f'{v} {cell(r)}' for v, r in rows.items()), flush=True)
-            checks = [(f'{a} against {b}', r, r < m, m) for (a, b, m), r in zip(REQUIRED, ratios(rows), strict=True)]
-            if 'peak_memory_gb_alone' in rows['trl']:
-                ratio = rows['head']['peak_memory_gb_alone'] / rows['trl']['peak_memory_gb_alone']
-                checks.append(('peak memory against trl', ratio, ratio > 2 / 3, 0.67))
-            for words, ratio, bad, limit in checks:
-                missed += bad
-                print(f'    {words}: x {ratio:.2f}, required {limit}{" - MISSED" if bad else ""}')
+for size, count, shape in itertools.product(batch_sizes.split(), cores.split(), shapes.split()):
+    name = f'{shape}, batch {size}, {count} threads' + (', memory kept' if keep else '')
+    if name not in numbers:
+        measure(name, [*SHAPES[shape].split(), f'--batch_size={size}', f'--threads={count}', '--max_tokens=1024'])
+    missed += check(name, numbers[name])
 sys.exit(missed > 0)

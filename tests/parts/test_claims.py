@@ -27,7 +27,7 @@ SETTINGS = {
     name: {metric: {option: values[0] for option, values in axes.items()} for metric in metrics}
     for name, (metrics, _, _, axes) in claims_grid.SEARCHES.items()
 }
-FULL = claims_grid.Grid(claims_grid.FULL, SETTINGS)
+FULL = claims_grid.Grid(settings=SETTINGS, **claims_grid.FULL)
 
 # ---- the toy world ----
 
@@ -256,7 +256,7 @@ def test_report_of_made_up_results(tmp_path, capsys):
 
     # the page gets the verdicts, and nothing else changes
     page = tmp_path / 'evidence.md'
-    page.write_text(f'before\n{claims_report.BEGIN}\nstale\n{claims_report.END}\nafter\n')
+    page.write_text(f'before\n<!-- claims: written by a script -->\nstale\n{claims_report.END}\nafter\n')
     claims_report.write_page(tmp_path, page)
     once = page.read_text()
     claims_report.write_page(tmp_path, page)
@@ -267,7 +267,8 @@ def test_report_of_made_up_results(tmp_path, capsys):
 def test_the_pages_say_what_the_record_says(tmp_path):
     """results.md follows from the trials, docs/evidence.md from results.md; README has the number of each verdict."""
     record, page = ROOT / 'experiments/claims/record', (ROOT / 'docs/evidence.md').read_text()
-    grid = claims_grid.Grid(claims_grid.FULL, json.loads((record / 'settings.json').read_text()))
+    settings = json.loads((record / 'settings.json').read_text())
+    grid = claims_grid.Grid(settings=settings, **claims_grid.FULL)
     claims_report.write(grid, [1, 2, 3, 4, 5], claims.read_results(record / 'results.jsonl'), tmp_path)
     assert (tmp_path / 'results.md').read_text() == (record / 'results.md').read_text()
     (tmp_path / 'evidence.md').write_text(page)
@@ -317,7 +318,7 @@ def test_a_trial(tmp_path, monkeypatch):
     model = claims_run.reference_of(tmp_path, 3)
     load.load_model('toy').save_pretrained(model)
     toy.tokenizer().save_pretrained(model)
-    same = claims_run.run_trial(FULL.reference(3), tmp_path, 12)
+    same = claims_run.run_trial(claims_grid.make(3, None), tmp_path, 12)
     assert same['kl'] == 0 and -2.5 <= same['gold'] <= 1.5 and 0 < same['accuracy'] < 1
     trial = FULL.equal('drdpo 1', 0.1, 1e-3, 0.4, 3)
     moved = claims_run.run_trial(trial, tmp_path, 12)

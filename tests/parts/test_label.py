@@ -23,8 +23,9 @@ from stub import completion, serve, wait_until
 
 from configurator import UserError
 from feedback import judge
-from feedback.answers import lock, make_pairs, write_model_outputs
+from feedback.answers import make_pairs, write_model_outputs
 from hf.load import load_model, load_tokenizer
+from runtime.files import lock
 from text import messages, sources, tokenise, toy
 
 TEMPLATE = (ROOT / 'config/judge_pair.txt').read_text()

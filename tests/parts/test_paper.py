@@ -91,8 +91,8 @@ def test_expected_by_hand():
     """One layer of width 1 with 10 weights and a vocabulary of 3; a prompt of 2 tokens, answers of 1 and 2.
 
     Forward: 2 x 10 x 5 + 4 x (3 ^ 2 / 2 + 2 x 2 + 2 ^ 2 / 2) + 2 x 3 x 3 = 100 + 42 + 18; three times that and the reference."""
-    assert expected.flops((1, 1, 10, 3), 'pairs', (2, 1, 2)) == 4 * 160
-    assert expected.flops((1, 1, 10, 3), 'sft', (2, 1, 0)) == 3 * (60 + 18 + 6)
+    assert expected.flops(expected.Shape(1, 1, 10, 3), 'pairs', (2, 1, 2)) == 4 * 160
+    assert expected.flops(expected.Shape(1, 1, 10, 3), 'sft', (2, 1, 0)) == 3 * (60 + 18 + 6)
 
 
 @pytest.mark.parametrize('script', ['ai_feedback.sh', 'papers/paper.sh'])

@@ -16,9 +16,9 @@ from stub import completion, serve
 
 import fsdp
 from configurator import UserError
-from feedback.answers import lock
 from hf import generate, load
 from model import set_attention
+from runtime.files import lock
 from text import messages, tokenise, toy
 
 FLAGS = ['--n=3', '--temperature=0.7 1.3', '--top_p=0.9', '--max_new_tokens=10', '--batch_size=5', '--seed=4']
@@ -107,6 +107,22 @@ def test_ranks_batches_and_order(tmp_path, monkeypatch):
     assert model_outputs('two') == [
         {'instruction': r['prompt'], 'output': r['response'].strip(), 'generator': 'toy'} for r in first
     ]
+
+
+@pytest.mark.parametrize('batch_size, max_tokens', [(64, 40), (64, 1), (2, 4000)])
+def test_rows_at_a_time(monkeypatch, batch_size, max_tokens):
+    """As many as batch_size says, fewer if the longest prompts with their answers would exceed max_tokens, but one at least."""
+    found, real = [], generate.generate
+
+    def noting(net, tokenizer, prompts, seeds, rows, **settings):
+        found.append((rows, max(map(len, prompts))))
+        return real(net, tokenizer, prompts, seeds, rows=rows, **settings)
+
+    monkeypatch.setattr(generate, 'generate', noting)
+    run('--n=2', '--max_new_tokens=10', f'--batch_size={batch_size}', f'--max_tokens={max_tokens}')
+    assert found
+    for rows, longest in found:
+        assert rows == min(batch_size, max(1, max_tokens // (longest + 10)))
 
 
 @pytest.fixture

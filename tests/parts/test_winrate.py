@@ -23,6 +23,8 @@ def test_interval_by_hand():
     assert winrate.interval([1] * 8) == pytest.approx([8 / (8 + 3.8416), 1])
     assert winrate.interval([1] * 4, [5, 5, 5, 6]) == pytest.approx([1.6 / (1.6 + 3.8416), 1])
     assert winrate.interval([]) is None
+    # also where rounding would go beyond them
+    assert all(0 <= end <= 1 for n in range(1, 60) for wins in ([0] * n, [1] * n) for end in winrate.interval(wins))
     # ties only: no error, but eight of them do not prove that nothing is better
     low, high = winrate.interval([0.5] * 8)
     assert low < 0.25 and high > 0.75
