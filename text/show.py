@@ -15,9 +15,9 @@ from json import dumps
 import numpy as np
 
 from configurator import configure
+from text.messages import as_chats, is_trained
 from text.sources import describe, read_examples
-from text.tokenise import as_chats, as_parts, tokenise
-from text.turns import is_trained
+from text.tokenise import as_parts, tokenise
 
 # what to read
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)

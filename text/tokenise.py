@@ -20,10 +20,10 @@ from runtime.values import no_room
 from text import sources, turns
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
 from text.examples import Examples, spans_of, uniform_hash
-from text.files import HELP, Row, content_hash
+from text.files import HELP, content_hash
 from text.formats import TURN_MARKERS
 from text.ids import Limits, begin, cut, encode_texts, fit, fit_conversation
-from text.messages import REASONING, as_chat, message, said
+from text.messages import as_chats, is_empty, message
 
 NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
 # examples that --n_examples draws from, where it asks for a tenth of them or fewer
@@ -208,21 +208,6 @@ def _texts_of(part, tools, tokenizer, left_out):
     return [(render(chat[:i], [chat[i : i + 1]], tools, tokenizer, left_out), alone) for i in answers]
 
 
-def as_chats(row, system):
-    """A row whose texts are chats, behind a system message unless that is None."""
-    changed = Row(row)
-    changed.where = getattr(row, 'where', '')
-    for key in ('chosen', 'rejected', 'response', 'sft'):
-        if isinstance(row.get(key), str):
-            changed[key] = said(row[key])
-    for key in ('prompt', 'turns'):
-        if key in row:
-            chat = as_chat(row[key])
-            begins = bool(chat) and chat[0]['role'] == 'system'
-            changed[key] = chat if begins or not system else [message('system', system), *chat]
-    return changed
-
-
 def _encoded(items, tokenizer):
     """(chunk of what _render_rows gives, an iterator over the ids of its texts): the next is read while a thread encodes one."""
 
@@ -380,8 +365,7 @@ def _blank(answer):
     """Whether an answer, text or chat, says nothing."""
     if isinstance(answer, str):
         return not answer.strip()
-    says = ('tool_calls', *REASONING)
-    return not any(turn['content'].strip() or any(turn.get(key) for key in says) for turn in answer)
+    return all(map(is_empty, answer))
 
 
 # ---- the cache on disk ----
