@@ -12,6 +12,7 @@ where one row is not enough, it is a Layout.
 
 import hashlib
 import os
+import re
 from collections import Counter
 from contextlib import suppress
 from functools import cache, partial
@@ -73,9 +74,9 @@ def _opened(source, split, num_turns=1, undivided=False):
     """(rows, parse, whether a part of them has to be held out, for want of a test split) of a source."""
     getter, path, hub_id = locate(source)
     name, config, wanted = files.named_part(source)
-    if getter and wanted:
-        raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{wanted}] out')
     if getter:
+        if wanted:
+            raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{wanted}] out')
         rows, parse = getter(split, path)
         if parse is parse_sharegpt:
             parse = partial(parse, num_turns=num_turns)
@@ -83,12 +84,13 @@ def _opened(source, split, num_turns=1, undivided=False):
         return rows, parse, no_test_split or (bool(path) and not files.has_test_part(path))
 
     # the split that is meant, and the one to test on, if there is any
-    splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, *filter(None, [config])))
-    named = split if undivided and not wanted and split in splits else wanted
-    train, held_out = files.choose_splits(splits, named, source)
-    chosen = train if split == 'train' or held_out is None or (undivided and named) else held_out
-    more = {'name': config} if config else {}
-    return read_rows(hub_id, chosen, splits[chosen], **more), None, held_out is None
+    splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
+    if undivided and split in splits:
+        wanted = wanted or split
+    train, held_out = files.choose_splits(splits, wanted, source)
+    trains = split == 'train' or held_out is None or (undivided and wanted)
+    chosen = train if trains else held_out
+    return read_rows(hub_id, chosen, splits[chosen], name=config), None, held_out is None
 
 
 def divides(source):
@@ -98,35 +100,41 @@ def divides(source):
 
 def columns_of(text):
     """{our name: column} of 'prompt=question, chosen=good'; None of None. Raises UserError."""
+    if not text:
+        return None
     columns = {}
-    for part in text.split(',') if text else ():
-        name, _, column = (x.strip() for x in part.partition('='))
+    for part in text.split(','):
+        name, _, column = part.partition('=')
+        name, column = name.strip(), column.strip()
         if name not in formats.COLUMNS or not column or name in columns:
             known = f'names are {", ".join(formats.COLUMNS)}, each once'
             raise UserError(f"--columns: cannot read {part.strip()!r}: write 'prompt=question, chosen=good'; {known}")
         columns[name] = column
-    return columns or None
+    return columns
 
 
 def locate(source):
     """(getter, local path, hub id) of one source, each None where there is no such: what is read, and what it is known by."""
-    source = files.named_part(source)[0]
+    source, _, _ = files.named_part(source)
     name, _, path = source.partition(':')
     getter = globals().get(f'get_{name}')
     path, local = os.path.expanduser(path), os.path.expanduser(source)
     if path:
         data_files(path)  # raises if there is none
-    if getter and not path and os.path.exists(name):
-        _note(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
+    if getter and path:
+        return getter, path, None
     if getter:
-        return getter, path or None, None if path else getattr(getter, 'hub_id', None)
+        if os.path.exists(name):
+            _note(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
+        return getter, None, getattr(getter, 'hub_id', None)
+
     if os.path.exists(local) or glob(local, recursive=True):
         return None, local, None
-    if source.endswith(ENDINGS) or source.count('/') != 1 or source.startswith(('~', '.', '/')) or '*' in source:
-        known = ', '.join(sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_')))
-        wrong = f'data {source!r} is no file or folder{looked_in(source) or " here"} and no hub id (owner/name)'
-        raise UserError(f'{wrong}: correct it ({HELP}), or name one of the known datasets: {known}')
-    return None, None, source
+    if re.fullmatch(r'[^~./*][^/*]*/[^/*]*', source) and not source.endswith(ENDINGS):
+        return None, None, source
+    known = ', '.join(sorted(name.removeprefix('get_') for name in globals() if name.startswith('get_')))
+    wrong = f'data {source!r} is no file or folder{looked_in(source) or " here"} and no hub id (owner/name)'
+    raise UserError(f'{wrong}: correct it ({HELP}), or name one of the known datasets: {known}')
 
 
 def fingerprint(source, split):
@@ -156,21 +164,30 @@ def _parsed(rows, parse, task, columns):
         rows = iter(rows)
         head = list(islice(rows, LOOK_AHEAD))
         rows = chain(head, rows)
-        there = dict.fromkeys(name for row in head for name in row)
+        there = _names(head)
         for column in (columns or {}).values():
             if there and column not in there:
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(there)}')
         # a row that alone tells its examples may have another layout than the first one
         layout = None if columns else _first_layout(head)
-        parse = partial(formats.parse_any, task=task, columns=columns)
-        parse = layout if layout and layout.read in formats.OF_ALL_ROWS else parse
+        if layout and layout.read in formats.OF_ALL_ROWS:
+            parse = layout
+        else:
+            parse = partial(formats.parse_any, task=task, columns=columns)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
+
+
+def _names(rows):
+    """The names of the columns of rows, each once."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _first_layout(rows):
     """The layout of the first row that has one; None where none has."""
-    found = (layout for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))))
-    return next((layout for layout in found if isinstance(layout, Layout)), None)
+    for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
+        if isinstance(layout, Layout):
+            return layout
+    return None
 
 
 def describe(source):
@@ -180,8 +197,7 @@ def describe(source):
     layout = parse or _first_layout(head)
     if parse or not layout:
         return f'the reader {source.partition(":")[0]!r}'
-    names = ', '.join(dict.fromkeys(name for row in head for name in row))
-    return f'{layout.name}, told by {", ".join(sorted(layout.columns))} (columns: {names})'
+    return f'{layout.name}, told by {", ".join(sorted(layout.columns))} (columns: {", ".join(_names(head))})'
 
 
 def _sound(found, source, left_out, skip_bad_rows):
@@ -210,19 +226,18 @@ def _refusal(row, error, any_sound, found, source):
     # the file may end in something broken
     with suppress(UserError):
         seen.extend(islice(found, LOOK_AHEAD))
-    kinds = Counter(_columns(bad) for bad, examples in seen if isinstance(examples, Exception))
+    bad = [_columns(other) for other, examples in seen if isinstance(examples, Exception)]
     said = f'{row.where}: {error}'
     if row:
         said += f'; found: {_columns(row)}'
 
     # one bad row among good ones is to be mended; if all are bad, it is the layout
-    if any_sound or kinds.total() < len(seen):
-        if kinds.total() > 1:
-            common = '; '.join(f'{n} with {shorten(names, 90)}' for names, n in kinds.most_common(2))
-            said += f'; of the {len(seen)} rows from there on, {kinds.total()} are bad: {common}'
+    if any_sound or len(bad) < len(seen):
+        if len(bad) > 1:
+            common = [f'{n} with {shorten(names, 90)}' for names, n in Counter(bad).most_common(2)]
+            said += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
         return f'{said}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
-    name = source.partition(':')[0]
-    fits = KNOWN
+    name, fits = source.partition(':')[0], KNOWN
     if row.error:
         fits = 'a row is a JSON object with named fields'
     elif getattr(globals().get(f'get_{name}'), 'parse', None):
@@ -234,7 +249,9 @@ def _columns(row):
     """The columns of a row and what is in them, for a message."""
     kinds = {str: 'text', list: 'list', dict: 'object', bool: 'true or false', int: 'number', float: 'number'}
     named = [f'{str(key)[:24]!r} ({kinds.get(type(value), "null")})' for key, value in row.items()]
-    return ', '.join(named[:9]) + (f' and {len(named) - 9} more' if named[9:] else '') or 'no columns'
+    if len(named) > 9:
+        named[8:] = [f'{named[8]} and {len(named) - 9} more']
+    return ', '.join(named) or 'no columns'
 
 
 def _agreeing(examples, left_out, skip_bad_rows):
@@ -243,10 +260,10 @@ def _agreeing(examples, left_out, skip_bad_rows):
     The first ones decide: 'Hi' may begin an answer to 'Hi'. Others are bad rows."""
     head = list(islice(examples, LOOK_AHEAD))
     # True: its answers began with the prompt; False: they did not; None: that cannot be told
-    told = {example.get('repeats') for example in head} - {None}
+    told = {example['repeats'] for example in head if 'repeats' in example}
     for example in chain(head, examples):
         repeats = example.pop('repeats', None)
-        if repeats is not None and repeats is not (told == {True}):
+        if repeats is not None and repeats != (told == {True}):
             if not skip_bad_rows:
                 raise UserError(f'{example.where}: {MIXED}; mend it, or leave it out with --skip_bad_rows ({HELP})')
             left_out[f'bad rows: {MIXED}'] += 1
@@ -279,7 +296,7 @@ class HubDataset(NamedTuple):
     options: dict = {}
 
     def __call__(self, split, path=None):
-        part = (self.train if split == 'train' else self.test) or self.train
+        part = self.train if split == 'train' or self.test is None else self.test
         folder = os.path.join(path or '', self.options.get('data_dir', ''))
         path = folder if path and os.path.isdir(folder) else path
         return read_rows(self.hub_id, part, path, undivided=self.test is None, **self.options), self.parse
@@ -291,12 +308,13 @@ def parse_sharegpt(row, num_turns=1):
     if any(token in text for _, text in turns for token in ('<s>', '</s>', '<|endoftext|>')):
         return [{'drop': 'special token in the text'}]
     prompt, examples = '', []
-    for (asker, question), (replier, reply) in list(zip(turns[::2], turns[1::2], strict=False))[:num_turns]:
+    for (asker, question), (replier, reply) in zip(turns[::2], turns[1::2], strict=False):
         # pieces of long chats may begin with an answer
-        if (asker, replier) != ('human', 'gpt'):
+        if (asker, replier) != ('human', 'gpt') or len(examples) == num_turns:
             break
-        examples.append({'prompt': prompt + ask(question), 'response': answer(reply)})
-        prompt += ask(question) + answer(reply)
+        prompt += ask(question)
+        examples.append({'prompt': prompt, 'response': answer(reply)})
+        prompt += answer(reply)
     return examples or [{'drop': 'does not begin with human, gpt'}]
 
 
