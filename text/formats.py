@@ -129,7 +129,7 @@ def unified(row, columns=None):
         if isinstance(row.get(name), list) and ours not in row:
             row[ours] = row.pop(name)
 
-    # what SmolTalk 2 tells its template, and tools as JSON
+    # what SmolTalk 2 tells its template
     told = row.get('chat_template_kwargs')
     if isinstance(told, dict) and told.get('custom_instructions'):
         row.setdefault('system', told['custom_instructions'])
@@ -184,32 +184,29 @@ def asked(row, found=None):
     if chat and column != 'prompt':
         turns = text_or_chat({'prompt': field(row, chat, list)}, 'prompt')
         return None if turns[-1]['role'] == 'assistant' else turns
-    if column is None and found is not None:
-        return None
     if column is None:
-        raise ValueError("'prompt' is missing")
+        if found is None:
+            raise ValueError("'prompt' is missing")
+        return None
 
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
     if column in ('question', 'instruction'):
         for more in ADDED:
             prompt += '\n\n' + field(row, more) if row.get(more) else ''
+    turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # an answer that is the whole chat may have the question in it
     before = found[:-1] if isinstance(found, list) else []
-    nothing_lost(row, column, messages.contents(as_chat(prompt) + before))
+    nothing_lost(row, column, '\n'.join(turn['content'] for turn in turns + before))
     if isinstance(prompt, str) and is_history(row.get('history')):
-        return [*messages.alternating(chain.from_iterable(row['history'])), message('user', prompt)]
-    if column == 'prompt' or prompt.endswith(TURN_MARKERS):
-        return prompt
-    return [message('user', prompt)]
+        return messages.alternating(chain.from_iterable(row['history'])) + turns
+    return prompt if column == 'prompt' or prompt.endswith(TURN_MARKERS) else turns
 
 
 def nothing_lost(row, column, text):
     """Raise ValueError where another column asks, too, and what it says is not in this text."""
     for other in (*QUESTIONS, 'context', 'history'):
-        value = row.get(other)
-        if not value or other == column or is_history(value):
-            continue
-        if not isinstance(value, str) or value.strip() not in text:
+        value = None if other == column else row.get(other)
+        if value and not is_history(value) and not (isinstance(value, str) and value.strip() in text):
             raise ValueError(f'{other!r} asks something, too, which would be lost beside {column!r}')
 
 
@@ -254,8 +251,7 @@ def whole_chat(prompt, answer):
     asks = '\n'.join(turn['content'].strip() for turn in turns if turn['role'] != 'system')
     chat = '\n'.join(turn['content'].strip() for turn in answer[:-1])
     questions = [turn['content'].strip() for turn in answer[:-1] if turn['role'] == 'user']
-    several = len(questions) > 1 and all(question in asks for question in questions)
-    if asks not in chat and not several:
+    if asks not in chat and not (len(questions) > 1 and all(question in asks for question in questions)):
         raise LeftOut('answers to something else than the prompt')
     if turns and turns[0]['role'] == 'system' != answer[0]['role']:
         return turns[:1] + answer
@@ -264,19 +260,19 @@ def whole_chat(prompt, answer):
 
 def _behind_text(row, prompt, answers):
     """The example of answers that are texts; in a pair, what precedes a turn marker is the prompt if no column asks."""
-    if prompt is None and 'chosen' in answers:
-        return _by_marker(**answers)
     if prompt is None:
-        raise ValueError("'prompt' is missing")
+        if len(answers) == 1:
+            raise ValueError("'prompt' is missing")
+        return _by_marker(**answers)
 
     # all answers may begin with the prompt, and white space around it may differ
     example = {}
     question = prompt.strip() if isinstance(prompt, str) else prompt[-1]['content'].strip()
+    begins = {text.lstrip().startswith(question) for text in answers.values()}
+    if question and len(begins) == 2:
+        raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
     if question:
-        begins = [text.lstrip().startswith(question) for text in answers.values()]
-        if len(set(begins)) > 1:
-            raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
-        example['repeats'] = begins[0]
+        example['repeats'] = True in begins
     if example.get('repeats'):
         answers = {key: text.lstrip().removeprefix(question) for key, text in answers.items()}
         prompt = prompt.rstrip() if isinstance(prompt, str) else prompt
@@ -335,8 +331,7 @@ def read_compared(row, task=None):
     wanted = {'response': good} if task == 'sft' else {'chosen': good, 'rejected': bad}
     # texts become chats, and the messages of two sides may differ in other fields
     for column in wanted.values():
-        turns = said(text_or_chat(row, column))
-        row[column] = [message(turn['role'], turn['content']) for turn in turns]
+        row[column] = [message(turn['role'], turn['content']) for turn in said(text_or_chat(row, column))]
     return [answered(row, wanted)]
 
 
@@ -347,12 +342,10 @@ def _better(row, columns):
         return columns[field(row, verdict, NUMBER) > 0] if row[verdict] else None
     name = str(row[verdict]).strip().lower()
     side = SIDE.fullmatch(name)
-    for column in columns:
-        if side and column.endswith(side[2]):
-            return column
-    if not TIE.fullmatch(name):
+    found = [column for column in columns if side and column.endswith(side[2])]
+    if not found and not TIE.fullmatch(name):
         raise ValueError(f'{name[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
-    return None
+    return found[0] if found else None
 
 
 def read_votes(row, task=None):
@@ -361,13 +354,10 @@ def read_votes(row, task=None):
     texts = [json.loads(value) if isinstance(value, str) else value for value in texts]
     if not all(map(are_texts, texts)):
         raise LeftOut('empty answers')
-    chats = {'winner': ''}
-    for side, answers in zip('ab', texts[1:], strict=True):
-        turns = chain.from_iterable(zip(texts[0], answers, strict=False))
-        chats[f'conversation_{side}'] = messages.alternating(turns)
-        if str(row[f'winner_model_{side}']) in ('1', '1.0', 'True'):
-            chats['winner'] += side
-    return read_compared(chats, task)
+    questions, *answers = texts
+    a, b = (messages.alternating(chain.from_iterable(zip(questions, side, strict=False))) for side in answers)
+    won = [side for side in 'ab' if str(row[f'winner_model_{side}']) in ('1', '1.0', 'True')]
+    return read_compared({'conversation_a': a, 'conversation_b': b, 'winner': ''.join(won)}, task)
 
 
 def read_sides(row, task=None):
@@ -385,13 +375,12 @@ def read_summaries(row, task=None):
     chosen, rejected = [answer(field(summary, 'text')) for summary in field(row, 'summaries', list)]
     if choice not in (0, 1):
         raise ValueError("'choice' is neither 0 nor 1")
-    if choice == 1:
+    if choice:
         chosen, rejected = rejected, chosen
     # a post of reddit, or an article of CNN or Daily Mail
-    kind = 'post' if info.get('post') else 'article'
-    text = field(info, kind).replace('\n\n', '\n')
+    text = field(info, 'post' if info.get('post') else 'article').replace('\n\n', '\n')
     prompt = f'TITLE: {info.get("title") or ""}\n\n'
-    if kind == 'post':
+    if info.get('post'):
         prompt = f'SUBREDDIT: r/{info.get("subreddit") or ""}\n\n{prompt}POST: '
     return [{'prompt': f'{prompt}{text}\n\nTL;DR:', 'chosen': chosen, 'rejected': rejected}]
 
@@ -470,7 +459,6 @@ def grouped(rows, task, read):
     read(row) -> (prompt, [(score, answer)])."""
     groups = {}  # prompt as JSON -> (first row, prompt, scored)
     for row, found in each(rows, read):
-        # what is bad or left out, or an example already
         if not isinstance(found, tuple):
             yield row, found
             continue
@@ -539,17 +527,14 @@ def read_trees(rows, task=None, language=None):
         mine = [message('assistant', field(row, 'text'))]
 
         # rank 0, the best, takes part as the better one of rank 1
-        if task == 'sft' and rank != 0:
-            raise LeftOut('answers that are not the best')
-        if task == 'sft':
-            return [{'prompt': above(parent), 'response': mine}]
         if rank == 0:
-            return []
+            return [{'prompt': above(parent), 'response': mine}] if task == 'sft' else []
+        if task == 'sft':
+            raise LeftOut('answers that are not the best')
         better = by_rank.get(str([parent, row.get('lang'), rank - 1]))
         if better is None:
             raise LeftOut('no answer of the next better rank')
-        best = [message('assistant', field(better, 'text'))]
-        return [{'prompt': above(parent), 'chosen': best, 'rejected': mine}]
+        return [{'prompt': above(parent), 'chosen': [message('assistant', field(better, 'text'))], 'rejected': mine}]
 
     return each(rows, read)
 
@@ -601,10 +586,10 @@ def read_chat(row, task=None):
     # an empty answer among others is no demonstration; one that has a label stays, for the label is its own
     good = thumb(row)
     answers = [turn for turn in turns if turn['role'] == 'assistant']
-    empty = [turn for turn in answers if messages.is_empty(turn)]
-    if task != 'prompts' and not good and len(empty) < len(answers):
-        for turn in empty:
-            turn['weight'] = 0
+    if task != 'prompts' and not good and not messages.is_empty(answers):
+        for turn in answers:
+            if messages.is_empty([turn]):
+                turn['weight'] = 0
 
     # as FastChat does: what precedes the first question, and what follows the last answer, is left out
     kept = turns.copy()

@@ -172,19 +172,14 @@ def said(answer):
     return [message('assistant', answer.strip())] if isinstance(answer, str) else answer
 
 
-def contents(turns):
-    """What messages say, as one text."""
-    return '\n'.join(turn['content'] for turn in turns)
-
-
 def is_trained(turn):
     """Whether a message is an answer that is trained on."""
     return turn['role'] == 'assistant' and turn.get('weight') != 0
 
 
-def is_empty(turn):
-    """Whether a message neither says nor thinks anything, nor calls a tool."""
-    return not turn['content'].strip() and not any(turn.get(key) for key in BESIDE)
+def is_empty(answer):
+    """Whether an answer, text or chat, neither says nor thinks anything, nor calls a tool."""
+    return not any(turn['content'].strip() or any(turn.get(key) for key in BESIDE) for turn in said(answer))
 
 
 def alternating(texts):

@@ -15,7 +15,7 @@ from json import dumps
 import numpy as np
 
 from configurator import configure
-from text.messages import as_chats, is_trained
+from text.messages import as_chats, is_trained, message
 from text.sources import describe, read_examples
 from text.tokenise import as_parts, tokenise
 
@@ -63,8 +63,7 @@ def _read(left_out):
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
         # without a task, the first example decides
-        first = {} if task else next(read_examples(source, 'train', Counter(), **options), {})
-        chosen = task or task_of(first)
+        chosen = task or task_of(next(read_examples(source, 'train', Counter(), **options), {}))
         for example in read_examples(source, 'train', left_out, task=chosen, **options):
             example = as_chats(example, system) if chat or system else example
             yield chosen, example, for_task(example, chosen, left_out)
@@ -81,8 +80,8 @@ def task_of(example):
 
 def for_task(example, task, left_out):
     """What a task makes of an example, as json-able dicts; none, counted in left_out, where it is of no use."""
-    found, more = [], {key: example[key] for key in ('margin', 'tools') if key in example}
     names = {'pairs': ('chosen', 'rejected'), 'prompts': ()}.get(task, ('response',))
+    found = []
     for part in as_parts(example, task, left_out):
         shown = {'prompt': part.prompt} | dict(zip(names, part.answers, strict=False))
         if task == 'singles':
@@ -90,7 +89,7 @@ def for_task(example, task, left_out):
         if task == 'sft':
             turns = _turns(example.get('turns', part.answers[0]))
             shown['trained'] = [turn['content'] for turn in turns if is_trained(turn)]
-        found.append(shown | more)
+        found.append(shown | {key: example[key] for key in ('margin', 'tools') if key in example})
     return found
 
 
@@ -143,29 +142,33 @@ def mark(text):
     return f'\033[32m{text}\033[0m' if sys.stdout.isatty() else f'[[{text}]]'
 
 
-def _turns(part):
-    """The messages of a text or chat; of a text, one answer."""
-    return [{'role': 'assistant', 'content': part}] if isinstance(part, str) else part
-
-
 def _plain(example, found):
     """(the text of an example as it stands in the data, the characters of its prompt and longest answer)"""
-
-    def text(part, is_marked):
-        lines = [mark(turn['content']) if is_marked(turn) else turn['content'] for turn in _turns(part)]
-        roles = [''] if isinstance(part, str) else [f'{turn["role"]}: ' for turn in part]
-        return '\n'.join(map(''.join, zip(roles, lines, strict=True)))
-
-    def size(part):
-        return sum(len(turn['content']) for turn in _turns(part))
-
     if 'turns' in example and 'trained' in found:
-        return text(example['turns'], is_trained), size(example['turns'])
+        return _text(example['turns'], is_trained), _size(example['turns'])
     answers = {key: found[key] for key in ('chosen', 'rejected', 'response') if key in found}
     good = {True: ', good', False: ', bad'}.get(found.get('good'), '')
-    shown = [text(found['prompt'], lambda turn: False)]
-    shown += [f'{key}{good}:\n{text(part, lambda turn: True)}' for key, part in answers.items()]
-    return '\n'.join(shown), size(found['prompt']) + max(map(size, answers.values()), default=0)
+    shown = [_text(found['prompt'], lambda turn: False)]
+    shown += [f'{key}{good}:\n{_text(part, lambda turn: True)}' for key, part in answers.items()]
+    return '\n'.join(shown), _size(found['prompt']) + max(map(_size, answers.values()), default=0)
+
+
+def _text(part, is_marked):
+    """A text, or the messages of a chat, a line each; is_marked: of a message, whether it is trained on."""
+    lines = []
+    for turn in _turns(part):
+        role = '' if isinstance(part, str) else f'{turn["role"]}: '
+        lines.append(role + (mark(turn['content']) if is_marked(turn) else turn['content']))
+    return '\n'.join(lines)
+
+
+def _size(part):
+    """The characters of a text or chat."""
+    return sum(len(turn['content']) for turn in _turns(part))
+
+
+def _turns(part):
+    return [message('assistant', part)] if isinstance(part, str) else part
 
 
 def _tokens(example, task, tokenizer, longest, longest_prompt, left_out):

@@ -85,8 +85,8 @@ def _opened(source, split, num_turns=1, undivided=False):
 
     # the split that is meant, and the one to test on, if there is any
     splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
-    if undivided and split in splits:
-        wanted = wanted or split
+    if undivided and not wanted and split in splits:
+        wanted = split
     train, held_out = files.choose_splits(splits, wanted, source)
     trains = split == 'train' or held_out is None or (undivided and wanted)
     chosen = train if trains else held_out
@@ -164,30 +164,22 @@ def _parsed(rows, parse, task, columns):
         rows = iter(rows)
         head = list(islice(rows, LOOK_AHEAD))
         rows = chain(head, rows)
-        there = _names(head)
+        there = dict.fromkeys(name for row in head for name in row)
         for column in (columns or {}).values():
             if there and column not in there:
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(there)}')
         # a row that alone tells its examples may have another layout than the first one
         layout = None if columns else _first_layout(head)
+        parse = partial(formats.parse_any, task=task, columns=columns)
         if layout and layout.read in formats.OF_ALL_ROWS:
             parse = layout
-        else:
-            parse = partial(formats.parse_any, task=task, columns=columns)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
-
-
-def _names(rows):
-    """The names of the columns of rows, each once."""
-    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _first_layout(rows):
     """The layout of the first row that has one; None where none has."""
-    for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
-        if isinstance(layout, Layout):
-            return layout
-    return None
+    found = each(rows, lambda row: formats.layout_of(formats.unified(row)))
+    return next((layout for _, layout in found if isinstance(layout, Layout)), None)
 
 
 def describe(source):
@@ -197,7 +189,8 @@ def describe(source):
     layout = parse or _first_layout(head)
     if parse or not layout:
         return f'the reader {source.partition(":")[0]!r}'
-    return f'{layout.name}, told by {", ".join(sorted(layout.columns))} (columns: {", ".join(_names(head))})'
+    names = ', '.join(dict.fromkeys(name for row in head for name in row))
+    return f'{layout.name}, told by {", ".join(sorted(layout.columns))} (columns: {names})'
 
 
 def _sound(found, source, left_out, skip_bad_rows):
@@ -249,9 +242,8 @@ def _columns(row):
     """The columns of a row and what is in them, for a message."""
     kinds = {str: 'text', list: 'list', dict: 'object', bool: 'true or false', int: 'number', float: 'number'}
     named = [f'{str(key)[:24]!r} ({kinds.get(type(value), "null")})' for key, value in row.items()]
-    if len(named) > 9:
-        named[8:] = [f'{named[8]} and {len(named) - 9} more']
-    return ', '.join(named) or 'no columns'
+    more = f' and {len(named) - 9} more' if len(named) > 9 else ''
+    return ', '.join(named[:9]) + more or 'no columns'
 
 
 def _agreeing(examples, left_out, skip_bad_rows):

@@ -331,7 +331,7 @@ def as_parts(row, task, left_out, last_turn_only=False):
         return []
     tools = [row['tools']] if row.get('tools') else []
     uid = content_hash(prompt, answers, *tools)
-    if any(map(_blank, answers)):
+    if any(map(is_empty, answers)):
         left_out['empty answers'] += 1
         return []
     if len(answers) == 1:
@@ -355,7 +355,7 @@ def _answers(row, task, left_out):
     if task == 'prompts':
         # anything will do: a template may need an answer to write the prompt
         dot = '.' if isinstance(row['prompt'], str) else said('.')
-        return [dot if answer is None or _blank(answer) else answer]
+        return [dot if answer is None or is_empty(answer) else answer]
     if task != 'sft' and 'chosen' in row:
         return [row['chosen'], row['rejected']]
     if task == 'sft' and not row.get('good', True):
@@ -366,11 +366,6 @@ def _answers(row, task, left_out):
     have = 'a prompt and a response' if 'response' in row else 'a prompt'
     left_out[f'rows with {have} only, where {task} needs {NEEDS[task]}'] += 1
     return None
-
-
-def _blank(answer):
-    """Whether an answer, text or chat, says nothing."""
-    return not answer.strip() if isinstance(answer, str) else all(map(is_empty, answer))
 
 
 # ---- the cache on disk ----

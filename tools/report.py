@@ -36,18 +36,19 @@ def show_curve(curve):
     values = smoothed(curve.values, smooth) if curve.split == 'train' else curve.values
     step = -(-len(values) // max_points) or 1
     points = list(zip(curve.examples, values, strict=True))[::-step][::-1]
-    shown = {name: getattr(curve, name) for name in ('metric', 'run', 'split', 'place')}
-    return shown | {'points': points}
+    return {'metric': curve.metric, 'run': curve.run, 'split': curve.split, 'place': curve.place, 'points': points}
 
 
 def last_numbers(run):
     """Numbers of the last evaluation, or where there is none of the last step: short name -> number."""
-    splits = [row['split'] for row in run.rows]
-    split = 'eval' if 'eval' in splits else 'train'
-    row = next(row for row in reversed(run.rows) if row['split'] == split)
-    found = {short: value_of(row, split, name) for name, short in SHOWN.items()}
-    finite = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
-    return {'examples': row['counters/examples'], 'of': split} | finite
+    last = {row['split']: row for row in run.rows}
+    split = 'eval' if 'eval' in last else 'train'
+    numbers = {'examples': last[split]['counters/examples'], 'of': split}
+    for name, short in SHOWN.items():
+        value = value_of(last[split], split, name)
+        if value is not None and math.isfinite(value):
+            numbers[short] = value
+    return numbers
 
 
 def answer_of(who, text, **more):
@@ -85,7 +86,7 @@ def show_runs(runs):
     cards = [sample_cards(number, run) for number, run in enumerate(runs)]
     charts = []
     for title, meaning, curves in panels_of(runs):
-        charts.append({'title': title, 'meaning': meaning, 'curves': [show_curve(curve) for curve in curves]})
+        charts.append({'title': title, 'meaning': meaning, 'curves': list(map(show_curve, curves))})
     # of a script without an option, nothing
     text = [{key: json.dumps(value) for key, value in run.options.items()} for run in runs]
     return {
