@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from hf.varlen import Varlen
 from text.examples import Examples
 
 # ---- which examples, when ----
@@ -276,11 +277,16 @@ class Block:
         self.is_one_piece = len(groups) > 1
         sizes = [size for prompt, answers in groups for size in (prompt, *answers)]
         self.sizes = [sum(sizes)] if self.is_one_piece else sizes
-        # made once for all layers
-        self.mask = functools.cache(self.mask)
+        self.masks = {}  # made once for all layers
 
     def mask(self, window, device):
         """Which tokens see which, (T, T): those of their prompt and answer so far, at most window positions back."""
+        if (window, device) not in self.masks:
+            self.masks[window, device] = move(torch.from_numpy(self._mask(window)), device)
+        return self.masks[window, device]
+
+    def _mask(self, window):
+        """As mask, for numpy."""
         tokens = []  # (group, answer, position) of each; the answer 0 is the prompt
         for group, (prompt, answers) in enumerate(self.groups):
             for answer, size in enumerate((prompt, *answers)):
@@ -292,7 +298,7 @@ class Block:
         mask = (group[:, None] == group) & (back >= 0) & ((answer == 0) | (answer[:, None] == answer))
         if window:
             mask &= back < window
-        return move(torch.from_numpy(mask), device)
+        return mask
 
 
 SMALL = 96  # tokens of a block of several groups: more of them together waste more than a call of attention costs
@@ -310,30 +316,6 @@ def make_blocks(groups):
             tokens = size
         blocks[-1].append(group)
     return list(map(Block, blocks))
-
-
-class Varlen:
-    """What the CUDA kernel needs: queries in row order; keys gathered so that each answer has its prompt before it.
-
-    cu_q, cu_k (A + 1,): where each answer's queries and keys begin and end; max_q, max_k: the longest of them."""
-
-    def __init__(self, groups):
-        gather, start = [], 0
-        n_queries, n_keys = [], []  # of each answer
-        for prompt, answers in groups:
-            prompt_places = np.arange(start, start + prompt)
-            start += prompt
-            # the prompt's queries go with the first answer
-            n_queries += [prompt + answers[0], *answers[1:]]
-            n_keys += [prompt + answer for answer in answers]
-            for answer in answers:
-                gather += [prompt_places, np.arange(start, start + answer)]
-                start += answer
-        # to torch, for the kernel's offsets are 32 bits wide
-        self.gather = torch.from_numpy(np.concatenate(gather))
-        edges = [np.cumsum([0, *lengths]) for lengths in (n_queries, n_keys)]
-        self.cu_q, self.cu_k = (torch.tensor(x, dtype=torch.int32) for x in edges)
-        self.max_q, self.max_k = max(n_queries), max(n_keys)
 
 
 if __name__ == '__main__':

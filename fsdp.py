@@ -22,6 +22,7 @@ from hf.ties import tie_as, ties
 from model import blocks, core, hidden_and_head, response_logps, set_attention
 from rl.heads import response_scores, token_logps
 from runtime import guard, room
+from runtime.rmsprop import RMSprop
 
 _tp = 1  # ranks that share the matrices of a block, and their data: neighbours
 
@@ -193,13 +194,16 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
         full = on_one_rank(lambda: build(empty=False))
         choices = (mode, train, half, device, cpu_offload)
         mode, tied = shared(lambda: (_choose_mode(full, *choices), ties(full)))
-        by_fsdp = half or mode != 'none'
+        # FSDP keeps the float32 copies of what computes in bfloat16; frozen weights have none
+        by_fsdp = mode != 'none' or (half and train)
         if by_fsdp or dist.get_world_size() > 1:
             measured = shared(lambda: probe.measure_loaded(full))
         # the others begin without any, and so does what FSDP cuts
         model = build(empty=True) if by_fsdp or full is None else full
         tie_as(model, tied)
         if not by_fsdp:
+            if half:
+                _round_weights(model.parameters())
             _replicate(model, device, tied)
 
     if not train:
@@ -266,6 +270,12 @@ def _replicate(model, device, tied):
         dist.broadcast(tensor.data, 0)
 
 
+def _round_weights(parameters):
+    """Change frozen weights to bfloat16, in place. Not by model.to, for rotary frequencies must stay float32."""
+    for p in parameters:
+        p.data = p.data.to(torch.bfloat16)
+
+
 def _distribute(model, full, device, half, cpu_offload):
     """Give the empty model to FSDP, in place, and fill it from full, which rank 0 alone has."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -280,18 +290,20 @@ def _distribute(model, full, device, half, cpu_offload):
         # other with the first update, however small: float32 copies begin rounded, too
         for p in full.parameters() if full else ():
             p.data = p.data.bfloat16().to(p.dtype)
-        # frozen weights in bfloat16; not model.to, for rotary frequencies must stay float32
-        for p in model.parameters():
-            p.data = p.data if p.requires_grad else p.data.to(torch.bfloat16)
+        _round_weights(p for p in model.parameters() if not p.requires_grad)
     if cpu_offload:
         settings['offload_policy'] = CPUOffloadPolicy(pin_memory=device.type == 'cuda')
         home = torch.device('cpu')
     # block by block, so that one at a time is gathered; then what is left at the root
     if _tp > 1:
         tensor_parallel(model, mesh['tp'], mesh['dp'].size())
+    model.stays_gathered = _stays_gathered(model)
     for block in blocks(model):
-        fully_shard(block, **settings, reshard_after_forward=model.shard_mode != 'grads')
+        fully_shard(block, **settings, reshard_after_forward=not model.stays_gathered)
     fully_shard(model, **settings, reshard_after_forward=False)
+    # a replica's copy in bfloat16 serves all microbatches of a step
+    if model.shard_mode == 'none' and model.stays_gathered:
+        model.set_reshard_after_backward(False)
 
     # weights and buffers of rank 0; the state dict lacks the non-persistent buffers, such as rotary frequencies
     model.to_empty(device=home)
@@ -306,6 +318,14 @@ def _distribute(model, full, device, half, cpu_offload):
     for module in model.modules() if home != device else ():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
+
+
+def _stays_gathered(model):
+    """Whether the blocks' weights stay gathered between forward and backward: cut ones with 'grads', and replicas' copies in
+    bfloat16. Beside adapters, what is frozen would be there twice."""
+    if model.shard_mode == 'none':
+        return all(p.requires_grad for p in model.parameters())
+    return model.shard_mode == 'grads'
 
 
 def add_method(model, function):
@@ -327,8 +347,10 @@ def _cut(model):
     return [m for m in model.modules() if hasattr(m, 'unshard')]
 
 
-def _begin(model):
-    """A forward of nothing. FSDP takes the module whose forward runs first for the root; generation calls one inside PEFT's."""
+def _begin(model, nothing):
+    """A forward of nothing. FSDP takes the module whose forward runs first for the root; generation calls one inside PEFT's.
+
+    nothing: on a GPU FSDP wants an argument."""
 
 
 @contextlib.contextmanager
@@ -338,14 +360,14 @@ def unsharded(model):
     modules = _cut(model)
     try:
         if modules:
-            model._begin()
+            model._begin(None)
         for m in modules:
             m.set_reshard_after_forward(False, recurse=False)
             m.unshard()
         yield
     finally:
         for m in modules:
-            m.set_reshard_after_forward(m is not model and model.shard_mode != 'grads', recurse=False)
+            m.set_reshard_after_forward(m is not model and not model.stays_gathered, recurse=False)
         _reshard(model)
 
 
@@ -355,8 +377,12 @@ def unsharded(model):
 def make_optimizer(name, model, lr, weight_decay):
     """AdamW, SGD, or RMSprop (the original DPO code's choice: half of AdamW's memory), over the trainable parameters."""
     params = [p for p in model.parameters() if p.requires_grad]
-    fused = {'fused': True} if name == 'AdamW' else {}
-    return getattr(torch.optim, name)(params, lr=lr, weight_decay=weight_decay, **fused)
+    options = {'lr': lr, 'weight_decay': weight_decay}
+    if name == 'RMSprop':
+        return RMSprop(params, **options)
+    if name == 'AdamW':
+        options['fused'] = True
+    return getattr(torch.optim, name)(params, **options)
 
 
 def local(tensor):

@@ -6,13 +6,13 @@ that no (tokens, vocabulary) tensor of the whole microbatch ever exists. No coll
 """
 
 import contextlib
-import inspect
 
 import torch
 import torch.nn.functional as F
 import transformers
 
 from configurator import UserError
+from hf import varlen
 
 
 def core(model):
@@ -52,7 +52,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     softcap = more.get('softcap')
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
-        return _varlen_attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
+        return varlen.attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
     # (q, k, v) of each block of small groups, and of each prompt and answer of a large one; the backward of split is one cat
     sizes = [size for block in packed.blocks for size in block.sizes]
@@ -73,24 +73,6 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
             mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
             out.append(_attend(q, k, v, mask, scaling, softcap))
     return torch.cat(out, 2).transpose(1, 2), None
-
-
-def _varlen_attention(query, key, value, scaling, sliding_window, layout):
-    """What packed_attention returns, from one kernel for half precision on CUDA: (T, H, D). layout: data.Varlen."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-    # keys and values: each answer with its prompt before it
-    k, v = k[layout.gather], v[layout.gather]
-    # how many tokens a query sees before its own (-1: all), and behind it
-    options = {'scale': scaling, 'window_size': (-1 if sliding_window is None else sliding_window - 1, 0)}
-    # heads that share keys: an older torch than 2.13 gets them repeated
-    repeat = q.shape[1] // k.shape[1]
-    if repeat > 1 and 'enable_gqa' in inspect.signature(varlen_attn).parameters:
-        options['enable_gqa'] = True
-    elif repeat > 1:
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    return varlen_attn(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, **options)
 
 
 def _causal(n, m, window, device):
@@ -280,8 +262,11 @@ class Head(torch.autograd.Function):
                 d_weight += d_raw.T @ hidden[rows]
             if bias_trains:
                 d_bias += d_logits.sum(0)
-        head = [None if d is None else d.to(weight.dtype) for d in (d_weight, d_bias)]
-        return d_hidden, *head, None, None, None, None
+        if weight_trains:
+            d_weight = d_weight.to(weight.dtype)
+        if bias_trains:
+            d_bias = d_bias.to(bias.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 def _write_logits(out, hidden, weight, bias, config):

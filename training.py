@@ -227,8 +227,8 @@ class Run:
         self.bytes_per_token = cache(partial(room.bytes_per_token, policy, forward, self.train, self.packed))
         if max_tokens == 'auto':
             coming = frozen * sum(p.numel() for p in policy.parameters())
-            how = self.config, policy, self.bytes_per_token(), self.train, self.packed
-            self.max_tokens = room.choose_max_tokens(*how, coming)
+            per_token = self.bytes_per_token()
+            self.max_tokens = room.choose_max_tokens(self.config, policy, per_token, self.train, self.packed, coming)
 
     def make_batches(self, examples, rows, **options):
         """(this rank's microbatches of a step, its tokens on all ranks, the same with padding), see data.make_batches."""
@@ -237,8 +237,8 @@ class Run:
 
     def check_room(self, *others):
         """Refuse a disk that is too small, warn of a memory that is, and of long examples. others: models in memory."""
-        what_trains = self.config, self.policy, self.bytes_per_token, self.train
-        fits = room.check_room(*what_trains, self.total, self.packed, self.max_tokens, others)
+        fits = room.check_room(self.config, self.policy, self.bytes_per_token, self.train, self.total, self.packed,
+                               self.max_tokens, others)  # fmt: skip
         if save_every == 'auto' and not fits:
             self.save_every = 0
         long = self.train.lengths[self.train.lengths > self.max_tokens]
@@ -366,21 +366,25 @@ class Run:
 
     def finish_step(self, step):
         """Save where it is due, and do what signals have asked for."""
-        # auto: after four steps as many examples as take 15 minutes, by the middle one of three times; the same on all ranks
-        self.stamps.append(time.time())
-        if self.save_every == 'auto' and len(self.stamps) == 4:
-            seconds = fsdp.shared(lambda: float(np.median(np.diff(self.stamps))))
-            self.save_every = max(1, round(room.SAVE_AFTER / seconds)) * (step.seen - step.first)
-            if self.save_every < self.total - step.seen:
-                log.say(
-                    f'note: a checkpoint every {self.save_every:,} examples, about 15 minutes; --save_every=0: none'
-                )
-
+        if self.save_every == 'auto':
+            self.choose_save_every(step)
         due = self.crossed(self.save_every, step.first, step.seen)
         if due:
             self.save(step.seen)
             self.clock = time.time()
         self.heed(step.seen, saved=due)
+
+    def choose_save_every(self, step):
+        """After four steps: as many examples as take 15 minutes, where the rest of the run takes longer. The same on all ranks."""
+        self.stamps.append(time.time())
+        if len(self.stamps) < 4:
+            return
+        # by the middle one of three times
+        seconds = fsdp.shared(lambda: float(np.median(np.diff(self.stamps))))
+        every = max(1, round(room.SAVE_AFTER / seconds)) * (step.seen - step.first)
+        self.save_every = every if every < self.total - step.seen else 0
+        if self.save_every:
+            log.say(f'note: a checkpoint every {every:,} examples, about 15 minutes; --save_every=0: none')
 
     def crossed(self, every, first, seen):
         """Whether to do after the step from first to seen examples what is done every so many, but not at the end."""
@@ -451,8 +455,8 @@ class Run:
         # a signal that comes now finds everything saved
         self.heed(self.total)
         card, keep = partial(export.write_card, self.config.out_dir), partial(self.save, self.total)
-        how = build or self.build, folder, card, self.config['save_dtype'], keep
-        kept = guard.export(self.policy, self.tokenizer, *how)
+        save_dtype = self.config['save_dtype']
+        kept = guard.export(self.policy, self.tokenizer, build or self.build, folder, card, save_dtype, keep)
         self.logger.close()
         guard.end()
         rounded = f', rounded to {kept} (a new run with --save_dtype=float32 keeps all bits)'

@@ -1,13 +1,13 @@
 """What only a GPU can show, one line a check: PASS, FAIL, SKIP or INFO, the seconds so far, a name, and numbers.
 
-    python -m experiments.gpu_check --only='versions kernel models resume every_loss'
-    python -m experiments.gpu_check --only='scripts step no_memory'
-    python -m experiments.gpu_check --only='speed'
+    python -m experiments.gpu_check --only='versions kernel models resume every_loss scripts memory step'
+    python -m experiments.gpu_check --only='checkpointing speed'
     python -m experiments.gpu_check --device=cpu --out=/tmp/check      # the same code without a GPU
 
 It needs torch 2.11 or newer and transformers; no datasets, no tiktoken, no network. Exit code 1 where a check has failed.
 """
 
+import gc
 import importlib.util
 import json
 import math
@@ -21,6 +21,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from configurator import UserError, configure
@@ -32,6 +33,8 @@ out = 'out/gpu_check'  # what it leaves; emptied first
 budget_s = 440  # no further run of tools.bench begins after so many seconds
 sizes = '160m 410m 1.4b 2.8b'  # speed: pythia shapes, in order
 batch_sizes = '64'  # speed: pairs of a step
+variants = 'padded head cached'  # speed: of tools.bench
+at_once = 12  # scripts that run at the same time
 config = configure(globals())
 gpu = device == 'cuda'
 
@@ -99,7 +102,9 @@ def run(*command, limit=300):
     """A command of this Python from the repository's root: (exit code, what it has printed, seconds)."""
     start = time.time()
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+    # beside a GPU several run at the same time, and share the cores
+    threads = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // at_once))} if gpu else {}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, timeout=limit)
     return done.returncode, done.stdout + done.stderr, time.time() - start
 
 
@@ -225,77 +230,113 @@ def short_run(name, script, *flags):
     say(finite and moved and (OUT / name / 'model').exists(), name, f'{seconds:.0f} s, loss {" ".join(shown)}')
 
 
+def short_runs(runs):
+    """Several of them at the same time: [(name, script, *flags)]."""
+    with ThreadPoolExecutor(at_once if gpu else 1) as pool:
+        list(pool.map(lambda arguments: short_run(*arguments), runs))
+
+
 def every_loss():
     """Two steps of every loss in bfloat16, in several microbatches."""
-    for loss in losses.LOSSES:
-        short_run(f'loss {loss}', 'dpo.py', *HALF, *STEPS, f'--loss={loss}', '--max_tokens=300')
+    short_runs(
+        [(f'loss {loss}', 'dpo.py', *HALF, *STEPS, f'--loss={loss}', '--max_tokens=300') for loss in losses.LOSSES]
+    )
 
 
 def scripts():
     """The other scripts, and options that take other paths on a GPU."""
-    for name in ('reward', 'sft'):
-        short_run(name, f'{name}.py', *HALF, *STEPS)
-    options = (
-        'sample_during_eval activation_checkpointing cache_ref pack=false optimizer=RMSprop cpu_offload lora_rank=4'
-    )
-    for option in ['loss=dpo', *options.split()]:
-        short_run(f'dpo {option}', 'dpo.py', *HALF, *STEPS, f'--{option}')
+    options = """loss=dpo sample_during_eval activation_checkpointing activation_checkpointing=selective cache_ref
+                 pack=false optimizer=RMSprop cpu_offload lora_rank=4 attn=eager""".split()
+    runs = [(f'dpo {option}', 'dpo.py', *HALF, *STEPS, f'--{option}') for option in options]
+    runs += [(name, f'{name}.py', *HALF, *STEPS) for name in ('reward', 'sft')]
+    runs += [('dpo float32', 'dpo.py', *BASE, *STEPS), ('dpo tf32', 'dpo.py', *BASE, *STEPS, '--tf32')]
     if importlib.util.find_spec('bitsandbytes'):
-        short_run('dpo quantize', 'dpo.py', *HALF, *STEPS, '--lora_rank=4', '--quantize=4bit')
-    short_run('dpo float32', 'dpo.py', *BASE, *STEPS)
-    short_run('ppo', 'ppo.py', *ONLINE, '--minibatch_size=4')
-    short_run('grpo', 'ppo.py', *ONLINE, '--minibatch_size=8', '--loss=grpo', '--group_size=4')
+        runs.append(('dpo quantize', 'dpo.py', *HALF, *STEPS, '--lora_rank=4', '--quantize=4bit'))
+    short_runs(runs)
+    # these need the reward model of above
+    short_runs([('ppo', 'ppo.py', *ONLINE, '--minibatch_size=4'),
+                ('grpo', 'ppo.py', *ONLINE, '--minibatch_size=8', '--loss=grpo', '--group_size=4')])  # fmt: skip
 
 
 def resume():
-    """torchrun, step 0, and a run that goes on from its middle; how far a repeated run is from the first."""
+    """torchrun, step 0, a run that goes on from its middle, and the same run again; with and without --deterministic."""
+    options = ('', '--deterministic') if gpu else ('',)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one_resume, options))
+
+
+def one_resume(option):
+    """The check above with one more option."""
     from safetensors.torch import load_file
 
     options = """--loss=drdpo --n_examples=64 --batch_size=16 --max_tokens=400 --save_every=32 --keep_last=5 --optimizer=RMSprop
                  --lr=1e-4 --n_eval_examples=16"""
-    flags = [*HALF, *options.split()]
-    launch = '-m', 'torch.distributed.run', '--nproc_per_node=1', 'dpo.py', *flags
-    folders = [OUT / f'resume_{name}' for name in ('first', 'resumed', 'repeated')]
-    first, resumed, _ = folders
-    for folder in folders:
-        if folder == resumed:
-            # as if it had been killed after 32 examples
-            shutil.copytree(first, folder)
-            shutil.rmtree(folder / 'model')
-            shutil.rmtree(folder / 'checkpoints/64', ignore_errors=True)
-            record = folder / 'config.json'
-            record.write_text(record.read_text().replace(f'{first}"', f'{folder}"'))
-        code, text, seconds = run(*launch, f'--out_dir={folder}')
-        if code:
-            return say(False, folder.name, text.strip()[-400:])
+    flags = [*HALF, *options.split(), *option.split()]
+    launch = '-m', 'torch.distributed.run', '--nproc_per_node=1', '--standalone', 'dpo.py', *flags
+    first, repeated, resumed = (OUT / f'resume{option}_{name}' for name in ('first', 'repeated', 'resumed'))
+    with ThreadPoolExecutor(2 if gpu else 1) as pool:
+        done = list(pool.map(lambda folder: run(*launch, f'--out_dir={folder}'), (first, repeated)))
+
+    # as if it had been killed after 32 examples
+    if not any(code for code, _, _ in done):
+        shutil.copytree(first, resumed)
+        shutil.rmtree(resumed / 'model')
+        shutil.rmtree(resumed / 'checkpoints/64', ignore_errors=True)
+        record = resumed / 'config.json'
+        record.write_text(record.read_text().replace(f'{first}"', f'{resumed}"'))
+        done.append(run(*launch, f'--out_dir={resumed}'))
+    for (code, text, seconds), folder in zip(done, (first, repeated, resumed), strict=False):
         zero = re.search(r'step 0: rewards (\S+), (\S+); loss (\S+)', text)
         if folder == resumed:
             right = 'resuming' in text
         else:
             right = zero and abs(float(zero[3]) - math.log(2)) < 2e-3
             right = right and not re.search('cannot be packed|resuming', text)
-        say(bool(right), folder.name, f'{seconds:.0f} s, {zero and zero[0]}')
+        say(
+            bool(right) and not code,
+            folder.name,
+            f'{seconds:.0f} s, {zero and zero[0]} {text.strip()[-600:] if code else ""}',
+        )
+    if len(done) < 3 or any(code for code, _, _ in done):
+        return
 
-    # bit for bit on a CPU; on a GPU flash attention's backward adds up in any order
-    weights = [load_file(folder / 'model/model.safetensors') for folder in folders]
-    for folder, other in zip(folders[1:], weights[1:], strict=True):
+    # bit for bit on a CPU; on a GPU flash attention's backward adds up in any order, unless it is told not to
+    weights = [load_file(folder / 'model/model.safetensors') for folder in (first, repeated, resumed)]
+    for folder, other in zip((repeated, resumed), weights[1:], strict=True):
         off = max(far(other[name].float(), weights[0][name].float()) for name in other)
-        say(off < 1e-3 if gpu else off == 0, f'{folder.name}, weights', f'off by {off:.1e}')
+        say(off == 0 if option or not gpu else off < 1e-3, f'{folder.name}, weights', f'off by {off:.1e}')
 
 
-def no_memory():
-    """Where GPU memory runs out there is one sentence and exit code 2."""
+def memory():
+    """Where GPU memory runs out: one sentence and exit code 2, or with max_tokens=auto half of it, and the run goes on."""
     if not gpu:
-        return say('SKIP', 'no memory left', 'only on a GPU')
+        return say('SKIP', 'memory', 'only on a GPU')
     shutil.copytree(MODEL, OUT / 'wide')
     llama(OUT / 'wide', hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
-    code = ('import sys, torch, runpy; torch.cuda.set_per_process_memory_fraction(2.2e9 / torch.cuda.mem_get_info()[1]); '
+    # the process may take 3.2 GB, but the card shows all that it has free
+    code = ('import sys, torch, runpy; torch.cuda.set_per_process_memory_fraction(3.2e9 / torch.cuda.mem_get_info()[1]); '
             "sys.argv = ['dpo.py', *sys.argv[1:]]; runpy.run_path('dpo.py', run_name='__main__')")  # fmt: skip
-    sizes = '--n_examples=300 --batch_size=300 --n_eval_examples=0 --max_tokens=65536'.split()
-    wide = [*DATA, '--dtype=bfloat16', f'--model={OUT}/wide', f'--out_dir={OUT}/no_memory']
-    code, text, _ = run('-c', code, *wide, *sizes)
-    passed = code == 2 and 'out of memory' in text and 'Traceback' not in text
-    say(passed, 'no memory left', f'exit code {code}: {text.strip()[-250:]}')
+    wide = [
+        *DATA,
+        '--dtype=bfloat16',
+        f'--model={OUT}/wide',
+        '--n_examples=300',
+        '--batch_size=300',
+        '--n_eval_examples=0',
+    ]
+    with ThreadPoolExecutor() as pool:
+        flags = ([f'--max_tokens={tokens}', f'--out_dir={OUT}/memory_{tokens}'] for tokens in (65536, 'auto'))
+        number, auto = pool.map(lambda more: run('-c', code, *wide, *more), flags)
+    status, text, _ = number
+    passed = status == 2 and 'out of memory' in text and 'Traceback' not in text
+    say(passed, 'no memory left', f'exit code {status}: {text.strip()[-250:]}')
+    status, text, _ = auto
+    lines = [line for line in text.splitlines() if line.startswith('memory:')]
+    say(
+        status == 0 and len(lines) > 1,
+        'memory, auto',
+        f'exit code {status}: {lines} {text.strip()[-400:] if status else ""}',
+    )
 
 
 # ---- speed ----
@@ -309,18 +350,17 @@ def step():
         shape = transformers.GPTNeoXConfig(vocab_size=50304, hidden_size=width, num_hidden_layers=layers,
                                            num_attention_heads=heads, intermediate_size=4 * width)  # fmt: skip
         one_shape(f'width {width}', shape)
-        if gpu:
-            torch.cuda.empty_cache()
+        release()
 
 
-def one_shape(name, shape):
-    """The check above for one shape with random weights."""
+def make_step(shape, **options):
+    """(a function that takes a step of DPO with a live reference and random weights of this shape, tokens of its batch)."""
 
     def build(empty=False):
         with torch.device('meta' if empty else device):  # weights drawn on the GPU: fast
             return transformers.AutoModelForCausalLM.from_config(shape).eval()
 
-    policy = fsdp.shard(build, torch.device(device), dtype='bfloat16')
+    policy = fsdp.shard(build, torch.device(device), dtype='bfloat16', **options)
     reference = fsdp.shard(build, torch.device(device), dtype='bfloat16', train=False)
     optimizer = fsdp.make_optimizer('RMSprop', policy, 1e-7, 0.0)
     examples = random_examples(np.random.default_rng(0), 4096, [(111, 41, 51)] * (40 if gpu else 2))
@@ -333,24 +373,42 @@ def one_shape(name, shape):
         losses.dpo(ratio[::2], ratio[1::2], beta=0.1).sum().backward()
         fsdp.update(policy, optimizer, 1e-7, 1 / len(examples), 10.0)
 
+    # warmed up, so that the optimizer's state is there
     for _ in range(2):
         take()
-    if not gpu:
-        return say('SKIP', f'step, {name}', 'it runs; memory, waits and kernels are of a GPU')
+    return take, batch.ids.numel()
 
-    # memory and time
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+
+def measure(take):
+    """(seconds of a step, bytes at its peak)."""
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in range(3):
+    for _ in range(5):
         start = time.time()
         take()
-        torch.cuda.synchronize()
+        if gpu:
+            torch.cuda.synchronize()
         seconds.append(time.time() - start)
-    peak, held = (x / 1e9 for x in (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
-    tokens = batch.ids.numel()
-    memory = f'{peak:.1f} GB at the peak, {held:.1f} held'
-    say('INFO', f'step, {name}', f'{statistics.median(seconds):.3f} s, {tokens} tokens, {memory}')
+    return statistics.median(seconds), torch.cuda.max_memory_allocated() if gpu else 0
+
+
+def release():
+    """Give back what no tensor holds any more."""
+    gc.collect()
+    if gpu:
+        torch.cuda.empty_cache()
+
+
+def one_shape(name, shape):
+    """The check above for one shape with random weights."""
+    take, tokens = make_step(shape)
+    if not gpu:
+        return say('SKIP', f'step, {name}', 'it runs; memory, waits and kernels are of a GPU')
+    seconds, peak = measure(take)
+    held = torch.cuda.max_memory_reserved() / 1e9
+    say('INFO', f'step, {name}', f'{seconds:.3f} s, {tokens} tokens, {peak / 1e9:.1f} GB at the peak, {held:.1f} held')
     say_waits(name, take)
     say_kernels(name, take)
 
@@ -363,7 +421,8 @@ def say_waits(name, take):
         take()
         torch.cuda.set_sync_debug_mode('default')
     where = Counter(f'{Path(w.filename).name}:{w.lineno}' for w in seen if 'synchron' in str(w.message))
-    say('INFO', f'host waits, {name}', f'{where.total()}: {dict(where.most_common(6))}')
+    # the gradient's norm, which decides whether the weights change
+    say(where.total() <= 2, f'host waits, {name}', f'{where.total()}: {dict(where.most_common(6))}')
 
 
 def say_kernels(name, take):
@@ -375,16 +434,66 @@ def say_kernels(name, take):
         take()
         torch.cuda.synchronize()
         wall = time.time() - start
-    spent = [(event.self_device_time_total / 1e3, event.count, event.key) for event in profiler.key_averages()]
+    # kernels and copies alone, not the operations or marks that they belong to
+    kernels = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spent = [
+        (event.self_device_time_total / 1e3, event.count, event.key)
+        for event in kernels
+        if '::pre_forward' not in event.key
+    ]
+    spent = [(ms, count, key) for ms, count, key in spent if not key.startswith(('Optimizer.', 'FSDP::'))]
     busy = sum(ms for ms, _, _ in spent) / 1e3
     say('INFO', f'kernels, {name}', f'the device works for {busy:.3f} s of {wall:.3f} s')
-    for ms, count, key in sorted(spent, reverse=True)[:14]:
-        print(f'       {ms:8.2f} ms {count:6d} x {key[:110]}')
+    for ms, count, key in sorted(spent, reverse=True)[:30]:
+        print(f'       {ms:8.2f} ms {count:6d} x {key[:130]}')
+
+
+def checkpointing():
+    """What activation checkpointing costs and saves, beside a step that keeps all activations."""
+    fsdp.setup()
+    models.register_attention()
+    # Pythia-410M, and a Llama of a billion weights
+    neox = {'hidden_size': 1024, 'num_hidden_layers': 24, 'num_attention_heads': 16, 'intermediate_size': 4096}
+    gated = {
+        'hidden_size': 2048,
+        'num_hidden_layers': 16,
+        'num_attention_heads': 32,
+        'num_key_value_heads': 8,
+        'intermediate_size': 8192,
+    }
+    small = {
+        'num_hidden_layers': 2,
+        'hidden_size': 64,
+        'num_attention_heads': 4,
+        'num_key_value_heads': 4,
+        'intermediate_size': 128,
+    }
+    shapes = {'GPT-NeoX': (transformers.GPTNeoXConfig, neox), 'Llama': (transformers.LlamaConfig, gated)}
+    for name, (kind, sizes) in shapes.items():
+        shape = kind(vocab_size=50304, **(sizes if gpu else {k: v for k, v in small.items() if k in sizes}))
+        ways = {}
+        for way in (False, 'selective', True):
+            take, tokens = make_step(shape, activation_checkpointing=way)
+            before = torch.cuda.memory_allocated() if gpu else 0
+            seconds, peak = measure(take)
+            ways[way] = seconds, (peak - before) / 1e9
+            del take
+            release()
+        (plain, most), selective, full = ways.values()
+        numbers = [f'{way} x {seconds / plain:.2f}, {1 - gb / max(most, 1e-9):.0%} less' for way, (seconds, gb) in
+                   {'selective': selective, 'full': full}.items()]  # fmt: skip
+        say(
+            'INFO',
+            f'checkpointing, {name}',
+            f'{tokens} tokens: {plain:.3f} s and {most:.1f} GB of activations; {"; ".join(numbers)}',
+        )
 
 
 def speed():
     """tools.bench over shapes and batch sizes: pairs/s, MFU, peak memory. Beside it a plain padded loop, where it fits."""
-    flags = ['--dtype=bfloat16', '--n_steps=5'] if gpu else ['--vocabulary=512', '--threads=1', '--n_steps=1']
+    flags = (
+        ['--dtype=bfloat16', '--n_steps=5', '--rounds=1'] if gpu else ['--vocabulary=512', '--threads=1', '--n_steps=1']
+    )
     for size in sizes.split() if gpu else ['14m']:
         for batch_size in batch_sizes.split() if gpu else ['4']:
             name = f'speed, {size}, batch {batch_size}'
@@ -394,7 +503,6 @@ def speed():
             # 2.8B in 80 GB: half the state of AdamW, and 8,192 tokens at a time
             large = size == '2.8b'
             more = ['--optimizer=RMSprop', '--max_tokens=8192'] if large else ['--optimizer=AdamW']
-            variants = 'head cached' if large else 'padded head cached'
             file = OUT / f'{name.replace(", ", "-")}.json'
             more += [f'--model=pythia-{size}', f'--variants={variants}', f'--batch_size={batch_size}', f'--out={file}']
             code, text, seconds = run('-m', 'tools.bench', *flags, *more)
@@ -402,13 +510,14 @@ def speed():
                 say(False, name, text.strip()[-400:])
                 continue
             rows = json.loads(file.read_text())['rows']
-            numbers = [f'{row["variant"]} {row["pairs_per_second"]:.1f} pairs/s, {row["peak_memory_gb"]:.1f} GB, MFU {row.get("mfu", 0):.1%}'
+            numbers = [f'{row["variant"]} {row["pairs_per_second"]:.1f} pairs/s, {row["peak_memory_gb"]:.1f} GB (estimate {row.get("estimated_memory_gb", 0):.1f}), MFU {row.get("mfu", 0):.1%}'
                        for row in rows]  # fmt: skip
             say(True, name, f'{seconds:.0f} s: {"; ".join(numbers)}')
 
 
 CHECKS = {'versions': versions, 'kernel': kernel, 'models': architectures, 'resume': resume, 'every_loss': every_loss,
-          'scripts': scripts, 'step': step, 'no_memory': no_memory, 'speed': speed}  # fmt: skip
+          'scripts': scripts, 'memory': memory, 'step': step,
+          'checkpointing': checkpointing, 'speed': speed}  # fmt: skip
 
 
 def main():
@@ -424,8 +533,7 @@ def main():
         except Exception as error:  # the next check runs whatever this one did
             say(False, name, f'{type(error).__name__}: {str(error).strip()[:600]}')
             traceback.print_exc()
-        if gpu:
-            torch.cuda.empty_cache()
+        release()
     print(f'{len(failed)} failed: {", ".join(failed)}')
     sys.stdout.flush()
     os._exit(bool(failed))  # an ordinary exit can abort in gloo's threads

@@ -109,11 +109,12 @@ def _is_ours(error):
 
 
 def measure_loaded(model):
-    """_measure of a model on the CPU, or None where it cannot run there."""
+    """_measure of a model where it is, mostly on the CPU, or None where it cannot run there."""
+    device = next(model.parameters()).device
     try:
-        return _measure(model, 'cpu')
+        return _measure(model, device)
     except Exception as error:  # some have kernels for a GPU only; can_pack says what fails there as well
-        say(f'note: the loaded model was not compared with the sharded one: {type(error).__name__} on the CPU')
+        say(f'note: the loaded model was not compared with the sharded one: {type(error).__name__} on {device}')
 
 
 def _measure(model, device):

@@ -3,6 +3,7 @@
 A file belongs to the content of the reference's weights and of the tokenised examples; the reference itself is loaded only
 where there is no such file. float32 log-probs equal the live ones up to rounding."""
 
+import gc
 import hashlib
 
 import numpy as np
@@ -43,6 +44,7 @@ def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
     key, file, logps = fsdp.shared(look)
     if logps is None:
         logps = _compute(make(), used, make_batches)
+        gc.collect()  # a model holds itself by the methods that fsdp.py adds: without this its memory stays taken
         fsdp.on_one_rank(keep)
     else:
         say(f'reference log-probs of {len(used)} examples: read from {file}')

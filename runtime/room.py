@@ -40,7 +40,9 @@ def check_room(config, policy, per_token, train, total, packed, max_tokens, othe
     if not torch.cuda.is_available():
         frozen = sum(_count(other.parameters()) for other in others if other is not None and other is not policy)
         tokens = _most_tokens(config, train, packed, max_tokens)
-        _check_memory(_needs(config, policy, per_token(), frozen, tokens), tokens, int(train.lengths.max()))
+        chosen = f'max_tokens={max_tokens} (auto): ' if config['max_tokens'] == 'auto' else ''
+        needs = _needs(config, policy, per_token(), frozen, tokens)
+        _check_memory(needs, f'{chosen}a microbatch of up to {tokens:,} tokens', tokens, int(train.lengths.max()))
     return fits
 
 
@@ -71,14 +73,14 @@ def _check_disk(config, model, checkpoint, total):
     return False
 
 
-def _check_memory(needs, tokens, longest):
+def _check_memory(needs, what, tokens, longest):
     """Say what the ranks of this machine take of its memory, and warn where it has less. needs: the estimate of one rank for a
-    microbatch of so many tokens; longest: tokens of the longest example."""
+    microbatch (what) of so many tokens; longest: tokens of the longest example."""
     here, has = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), machine_memory()
     takes = {name: number * here for name, number in needs.items() if number}
     total = sum(takes.values())
     parts = ', '.join(f'{name} {_size(number)}' for name, number in takes.items())
-    text = f'memory: a microbatch of up to {tokens:,} tokens takes about {_size(total)} ({parts})'
+    text = f'memory: {what} takes about {_size(total)} ({parts})'
     text += f', of the {_size(has)} of this machine'
     if total <= has:
         return say(text)
@@ -125,7 +127,9 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
         inner = [m for m in policy.modules() if hasattr(m, 'unshard') and m is not policy]
         blocks = [_count(block.parameters()) for block in inner or models.blocks(policy)]
         root = _count(policy.parameters()) - sum(blocks)
-        gathered = root + 3 * max(blocks) + (sum(blocks) if shard == 'grads' else 0)
+        # what trains stays gathered in a replica, too
+        stays = shard == 'grads' or (shard == 'none' and all(p.requires_grad for p in policy.parameters()))
+        gathered = root + 3 * max(blocks) + (sum(blocks) if stays else 0)
         needs['buffers'] += compute * gathered
     return needs
 
@@ -134,6 +138,8 @@ def choose_max_tokens(config, policy, per_token, train, packed, frozen):
     """The largest of BUDGETS whose microbatches fit beside what is still to come, the same on all ranks; the least if none does.
 
     per_token: the policy's bytes_per_token; frozen: parameters of models that are not loaded yet."""
+    import torch
+
     import fsdp
 
     free, safe = free_memory(), SAFE[next(policy.parameters()).device.type]
@@ -145,8 +151,10 @@ def choose_max_tokens(config, policy, per_token, train, packed, frozen):
 
     fitting = [size for size in BUDGETS if to_come(size) <= safe * free]
     (least,) = fsdp.largest([-max(fitting, default=BUDGETS[0])])
-    takes = f'each rank will take about {_size(to_come(-least))} more, where {_size(free)} are free'
-    say(f'memory: max_tokens={-least} (auto): {takes}')
+    # on a CPU check_room says it, with all parts
+    if torch.cuda.is_available():
+        takes = f'each rank will take about {_size(to_come(-least))} more, where {_size(free)} are free'
+        say(f'memory: max_tokens={-least} (auto): {takes}')
     return -least
 
 

@@ -6,6 +6,9 @@ from functools import cache
 import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# what is compared bit for bit is compared on the CPU: python -m experiments.gpu_check is the test of a GPU, and
+# CUDA_VISIBLE_DEVICES=0 lets the few tests run that are skipped without one
+os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
 
 import torch
 from helpers import end_process_group

@@ -123,7 +123,7 @@ def build(empty=False, layers=None):
         shape = transformers.LlamaConfig(vocab_size=vocabulary or 128256, **sizes)
     else:
         shape = transformers.GPTNeoXConfig(vocab_size=vocabulary or 50304, intermediate_size=4 * width, **sizes)
-    with torch.device('meta' if empty else 'cpu'):
+    with torch.device('meta' if empty else device):  # drawn on the GPU: seconds, not minutes
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(shape).eval()
 
@@ -182,11 +182,7 @@ class Variant:
     @guard.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):
         """Build the models, the same in each round, for these steps (k, batch_size): rows of the examples."""
-        self.policy = fsdp.shard(build, device, dtype=dtype, mode=shard)
-        self.ref = fsdp.shard(build, device, dtype=dtype, mode=shard, train=False)
-        for m in (self.policy, self.ref):
-            fsdp.add_method(m, full_head)
-            models.set_attention(m, not self.pad)
+        self.policy, self.ref = self.model(train=True), self.model(train=False)
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, 1e-6, 0.0)
         self.per_token = room.bytes_per_token(self.policy, partial(self.logps, self.policy), examples, not self.pad)
         # the pass that caches the reference: later epochs and runs do not pay it, and have no reference in memory
@@ -199,6 +195,13 @@ class Variant:
                 self.passes.append(clock() - start)
             self.ref = None
             release()
+
+    def model(self, train):
+        """The policy, or its reference."""
+        built = fsdp.shard(build, device, dtype=dtype, mode=shard, train=train)
+        fsdp.add_method(built, full_head)
+        models.set_attention(built, not self.pad)
+        return built
 
     def free(self):
         """Drop what load has built."""
@@ -384,6 +387,7 @@ before = 0.0 if on_gpu else peak_memory()  # GB of the process without a model
 card = torch.cuda.get_device_name() if on_gpu else 'this CPU'
 peak, source = (peak_tflops, '--peak_tflops') if peak_tflops else limits.peak_of(card)
 trl_options = {'step_pairs': min(PADDED, batch_size), 'tools': (clock, reset_peak, peak_memory), 'threads': threads}
+trl_options |= {'half': dtype == 'bfloat16', 'optimizer': optimizer}
 runs = [TrlVariant(name, build, **trl_options) if name.startswith('trl') else Variant(name) for name in names]
 
 # a round: every variant by itself, on the same steps

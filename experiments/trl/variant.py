@@ -15,13 +15,18 @@ import torch
 
 from configurator import UserError
 
+OPTIMIZERS = {'AdamW': 'adamw_torch_fused', 'RMSprop': 'rmsprop', 'SGD': 'sgd'}  # transformers' names
+
 
 class TrlVariant:
     """Between load() and free(), runs trainer.train() in a thread that waits before every step until bench.py says go."""
 
-    def __init__(self, name, build, step_pairs, tools, threads):
-        """build() -> a model; step_pairs: pairs of a microbatch; tools: clock, reset_peak and peak_memory of bench.py."""
+    def __init__(self, name, build, step_pairs, tools, threads, half, optimizer):
+        """build() -> a model; step_pairs: pairs of a microbatch; tools: clock, reset_peak and peak_memory of bench.py.
+
+        half: compute in bfloat16, beside float32 weights; optimizer: its name in torch."""
         self.name, self.build, self.step_pairs, self.threads = name, build, step_pairs, threads
+        self.half, self.optimizer = half, optimizer
         self.clock, self.reset_peak, self.peak_memory = tools
         self.times, self.passes, self.peak, self.running = [], [], 0.0, False
 
@@ -66,9 +71,9 @@ class TrlVariant:
         args = DPOConfig(
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=self.step_pairs,
             gradient_accumulation_steps=steps.shape[1] // self.step_pairs, max_steps=len(steps), learning_rate=1e-6,
-            max_grad_norm=10.0, max_length=None, report_to=[], save_strategy='no', disable_tqdm=True, bf16=False, fp16=False,
+            max_grad_norm=10.0, max_length=None, report_to=[], save_strategy='no', disable_tqdm=True, bf16=self.half, fp16=False,
             use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, logging_strategy='no',
-            precompute_ref_log_probs=name == 'trl_fastest', **fast,
+            precompute_ref_log_probs=name == 'trl_fastest', optim=OPTIMIZERS[self.optimizer], **fast,
         )  # fmt: skip
         model.config.use_cache = False
         model.set_attn_implementation('sdpa')

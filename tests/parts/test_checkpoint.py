@@ -387,7 +387,7 @@ def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsy
         patch.setattr(room, 'bytes_per_token', lambda *arguments: calls.append(1) or real(*arguments))
         run_script(script, *flags, f'--out_dir={tmp_path / "auto"}')
     assert names(tmp_path / 'auto') == ['0000000060', '0000000072', '0000000084'] and len(calls) == 1
-    said = r'a microbatch of up to (\d+) tokens takes about \d+\.\d MB \(activations .*, gradients .*, optimizer .*\), of the'
+    said = r'(?:max_tokens=\d+ \(auto\): )?a microbatch of up to (\d+) tokens takes about \d+\.\d MB \(activations .*, gradients .*, optimizer .*\), of the'
     text = capsys.readouterr().out
     assert re.search(f'^memory: {said} 10.0 GB of this machine$', text, re.M)
 
@@ -417,6 +417,19 @@ def test_room_on_the_disk(tmp_path, monkeypatch, capsys, every, free, fits):
     else:
         assert room._check_disk(config, 10, 20, 60) == fits
     assert ('it writes no checkpoint' in capsys.readouterr().out) == (fits is False)
+
+
+@pytest.mark.parametrize(('total', 'every'), [(131, 90), (130, 0)])
+def test_auto_saves_every_15_minutes_of_a_longer_run(monkeypatch, capsys, total, every):
+    """Steps of 10 examples take 100 seconds; after four of them, 40 examples, more than 90 must be left."""
+    monkeypatch.setattr(training.time, 'time', iter(range(0, 400, 100)).__next__)
+    monkeypatch.setattr(fsdp, 'shared', lambda fn: fn())
+    run = types.SimpleNamespace(stamps=[], save_every='auto', total=total)
+    for first in range(0, 40, 10):
+        assert run.save_every == 'auto'
+        training.Run.choose_save_every(run, types.SimpleNamespace(first=first, seen=first + 10))
+    assert run.save_every == every
+    assert ('a checkpoint every 90 examples' in capsys.readouterr().out) == bool(every)
 
 
 # ---- numbers that are not finite, memory ----

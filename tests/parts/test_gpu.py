@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import python
+from torch.utils._pytree import tree_leaves
 
 import data
 import fsdp
@@ -35,7 +36,7 @@ def test_a_microbatch_is_copied_from_pinned_memory(pad, monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'to', lambda x, *how, **more: copied.append((how, more)) or x)
     batch = data.pack(PAIRS, [0, 1], pad=pad, device='cuda:1')
     parts = {**vars(batch), **vars(batch.varlen or types.SimpleNamespace())}
-    tensors = [value for value in parts.values() if isinstance(value, torch.Tensor)]
+    tensors = [value for value in tree_leaves(list(parts.values())) if isinstance(value, torch.Tensor)]
     assert len(tensors) >= 9 and (pad or len(tensors) >= 12)
     assert {id(x) for x in tensors} == {id(x) for x in pinned} and len(pinned) == len(copied)
     assert all(call == (('cuda:1',), {'non_blocking': True}) for call in copied)

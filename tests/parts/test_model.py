@@ -23,7 +23,8 @@ import data
 import fsdp
 import model
 from configurator import UserError
-from hf import export, load, lora, probe, ties
+from hf import export, load, lora, probe, ties, varlen
+from runtime.rmsprop import rmsprop_
 from text import toy
 
 # fmt: off
@@ -503,6 +504,8 @@ def same_grads(net, batch):
     net.zero_grad()
     values = net.response_logps(batch)
     (values * torch.linspace(-1, 2, values.shape[1])).sum().backward()
+    if hasattr(net, 'reshard'):
+        net.reshard()
     grads = {name: p.grad for name, p in net.named_parameters()}
     return values.detach(), {name: g.full_tensor() if hasattr(g, 'full_tensor') else g for name, g in grads.items()}
 
@@ -763,6 +766,46 @@ def test_the_kernel_gets_what_the_loop_computes(heads, old, window, shape, monke
     alone, _ = model.packed_attention(None, q, k, v, None, **options | {'packed': pack(shape)})
     assert_close(alone, loop, 1e-6)
     batch.varlen = data.Varlen(batch.groups)
+    # a tensor that lies about its type cannot be read by words
+    monkeypatch.setattr(varlen, '_rows', lambda x, index: x.as_subclass(torch.Tensor)[index])
     out, weights = model.packed_attention(None, *(x.as_subclass(OnCuda) for x in (q, k, v)), None, **options)
     assert calls == [heads == 2 and not old] and weights is None
     assert_close(out, loop, 1e-6)
+
+
+@pytest.mark.parametrize('width', [8, 80, 6])  # of heads; words of 16 bytes do not fit into the last one
+@pytest.mark.parametrize('strided', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_gathered_keys(dtype, strided, width):
+    """Rows, and the sums of their gradients, as by plain indexing: keys lie as a rotary embedding leaves them, values inside qkv."""
+    layout = data.Varlen([(3, (2, 4)), (5, (1,)), (2, (2, 1, 3))])
+    n = 3 + 6 + 6 + 2 + 6
+    x = torch.randn(1, n, 4, 3 * width).to(dtype)
+    x = x[..., 2 * width :] if strided else x[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
+    ours, plain = (x[0].detach().requires_grad_() for _ in range(2))
+    gathered = varlen.Gather.apply(ours, layout)
+    assert torch.equal(gathered, plain[layout.gather])
+    slope = torch.randn_like(gathered.float()).to(dtype)
+    gathered.backward(slope)
+    plain.double()[layout.gather].backward(slope.double())
+    assert_close(ours.grad.float(), plain.grad.float(), 0.02 if dtype == torch.bfloat16 else 1e-6)
+    assert data.Varlen([(3, (2,)), (5, (1,))]).gather is None
+
+
+@pytest.mark.parametrize('weight_decay', [0.0, 0.1])
+def test_rmsprop_by_one_kernel(weight_decay):
+    """Twenty steps as torch takes them, of gradients whose size changes."""
+    torch.manual_seed(0)
+    theirs = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((30, 7), (17,))]
+    ours = [p.detach().clone() for p in theirs]
+    squares = [torch.zeros_like(p) for p in ours]
+    optimizer = torch.optim.RMSprop(theirs, lr=1e-2, weight_decay=weight_decay)
+    for i in range(20):
+        for p in theirs:
+            p.grad = torch.randn_like(p) * 10 ** (i % 4 - 2)
+        grads = [p.grad.clone() for p in theirs]
+        rmsprop_(ours, grads, squares, lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=weight_decay)
+        optimizer.step()
+    for p, q, square in zip(theirs, ours, squares, strict=True):
+        assert_close(q, p.detach(), 1e-6)
+        assert_close(square, optimizer.state[p]['square_avg'], 1e-6)

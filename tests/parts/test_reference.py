@@ -1,10 +1,14 @@
 """The reference cache: exact, shared, found out when damaged, refused where a loss needs more than log-probs."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from helpers import metrics, run_script
 from safetensors.numpy import load_file
 
+import training
 from configurator import UserError
 
 FLAGS = '--n_examples=24 --batch_size=8 --n_eval_examples=8 --lr=1e-3 --warmup_steps=0 --noise_rate=0.3'.split()
@@ -47,6 +51,29 @@ def test_shared_between_runs_and_losses_and_keyed_by_content(run, tmp_path, caps
     assert 'read from' in capsys.readouterr().out and len(again) == 6
     run('other', '--cache_ref', '--seed=1')  # other weights
     assert len(caches(tmp_path)) == 4
+
+
+def test_the_reference_is_freed(run, monkeypatch):
+    """It refers to itself, so that it would stay in memory until the collector comes by."""
+    made, left, load, steps = [], [], training.Run.load_frozen, training.Run.steps
+
+    def watched(*args, **options):
+        model = load(*args, **options)
+        made.append(weakref.ref(model))
+        return model
+
+    def counted(run):
+        left.extend(ref for ref in made if ref())
+        return steps(run)
+
+    monkeypatch.setattr(training.Run, 'load_frozen', watched)
+    monkeypatch.setattr(training.Run, 'steps', counted)
+    gc.disable()
+    try:
+        run('freed', '--cache_ref')
+    finally:
+        gc.enable()
+    assert len(made) == 2 and not left
 
 
 def test_a_damaged_file_is_found_out(run, tmp_path, capsys):
