@@ -231,10 +231,8 @@ def write(chat, tools, tokenizer, **how):
 
 def with_thoughts(turn):
     """A message with its thoughts in both fields that templates look for, whichever they are in."""
-    for key in REASONING:
-        if turn.get(key) is not None:
-            return {'thinking': turn[key], **turn, 'reasoning_content': turn[key]}
-    return turn
+    thoughts = next((turn[key] for key in REASONING if turn.get(key) is not None), None)
+    return turn if thoughts is None else {'thinking': thoughts, **turn, 'reasoning_content': thoughts}
 
 
 def _write_all(prompt, answers, tools, tokenizer, left_out):

@@ -104,9 +104,8 @@ class Examples:
         """Put a token at the end of every prompt that says which answer follows: the id good, or the id bad (conditional SFT)."""
         if not len(self):
             return self
-        items = []
-        for (prompt, answers), is_good in zip(self, self.good, strict=True):
-            items.append((np.append(prompt, good if is_good else bad), answers))
+        ends = np.where(self.good, good, bad)
+        items = [(np.append(prompt, end), answers) for (prompt, answers), end in zip(self, ends, strict=True)]
         longer = Examples.of(items)
         return self.with_(ids=longer.ids, spans=longer.spans, ref=None, margin=None)
 

@@ -37,10 +37,9 @@ def read_rows(hub_id, split, path, undivided=False, **options):
     path: a list of files is read as it is."""
     if path is None:
         yield from _read_hub(hub_id, split, options)
-        return
-    if not isinstance(path, list):
-        path = data_files(path) if undivided else local_files(path, split)
-    for file in path:
+    elif not isinstance(path, list):
+        path = local_files(path, None if undivided else split)
+    for file in path or []:
         yield from read_file(file)
 
 
@@ -68,13 +67,12 @@ def named_part(source):
     """(source, config, split) of 'SOURCE:config[split]', the last two None where they are not named.
 
     The config is a hub id's, or a folder's that has a README; a name with brackets that is a file, or a pattern, stays."""
-    split = None
-    found = re.fullmatch(r'(.+)\[([\w.+-]+)\]', source)
+    found, split = re.fullmatch(r'(.+)\[([\w.+-]+)\]', source), None
     if found and not glob.glob(os.path.expanduser(source)) and not os.path.exists(source):
         source, split = found.groups()
-    name, _, config = source.partition(':')
-    is_folder = '/' in name and os.path.isdir(os.path.expanduser(name)) and not os.path.exists(config)
-    if config and (is_folder or re.fullmatch(r'[\w.-]+/[\w.-]+:[\w.-]+', source)):
+    name, colon, config = source.partition(':')
+    folder = os.path.isdir(os.path.expanduser(name)) and not os.path.exists(config)
+    if colon and config and name.count('/') and (folder or re.fullmatch(r'[\w.-]+/[\w.-]+:[\w.-]+', source)):
         return name, config, split
     return source, None, split
 
@@ -88,12 +86,10 @@ def choose_splits(names, wanted, source):
         # one that is called otherwise is the one that is meant
         likely = [name for name in names if name.startswith('train')] or list(names)
         if wanted or len(likely) != 1:
-            name, _, _ = named_part(source)
             which = f'no split {wanted!r}' if wanted else 'several splits'
-            example, there = likely[0] if likely else 'SPLIT', ', '.join(names)
+            name, example, there = named_part(source)[0], [*likely, 'SPLIT'][0], ', '.join(names)
             raise UserError(f"{name} has {which}; there are {there}: say which: --data='{name}[{example}]' ({HELP})")
         train = likely[0]
-    # of train_sft it is test_sft; beside a single one for training, it need not be called alike
     held_out = [train.replace('train', name, 1) for name in HELD_OUT_NAMES]
     if sum(name.startswith('train') for name in names) == 1:
         held_out += HELD_OUT_NAMES
@@ -106,9 +102,9 @@ def choose_splits(names, wanted, source):
 def _read_hub(hub_id, split, options):
     import datasets
 
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None} | _revision(hub_id)
     try:
-        rows = datasets.load_dataset(hub_id, split=split, **options, **_revision(hub_id))
+        rows = datasets.load_dataset(hub_id, split=split, **options)
     except Exception as error:  # no network, no such dataset, no such split: the library's own words say which
         raise UserError(f'cannot load {hub_id!r}, split {split!r}, from the hub: {_reason(error)}') from None
     for number, raw in enumerate(rows, 1):
@@ -229,10 +225,9 @@ def _named_files(folder, entry):
     for item in listed if isinstance(listed, list) else [listed]:
         named = item if isinstance(item, dict) else {'path': item}
         patterns = named.get('path', [])
-        found = splits.setdefault(str(named.get('split', 'train')), [])
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
             for name in sorted(glob.glob(str(pattern), root_dir=folder, recursive=True)):
-                file = os.path.join(folder, name)
+                file, found = os.path.join(folder, name), splits.setdefault(str(named.get('split', 'train')), [])
                 if _is_data(Path(file)) and file not in found:
                     found.append(file)
     return {split: found for split, found in splits.items() if found}

@@ -128,7 +128,6 @@ def unified(row, columns=None):
     for name, ours in (('input', 'messages'), ('context', 'prompt')):
         if isinstance(row.get(name), list) and ours not in row:
             row[ours] = row.pop(name)
-
     # what SmolTalk 2 tells its template
     told = row.get('chat_template_kwargs')
     if isinstance(told, dict) and told.get('custom_instructions'):
@@ -220,9 +219,9 @@ def answered(row, columns):
 
     An answer may have the prompt in it."""
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}
-    first, last = list(answers.values())[0], list(answers.values())[-1]
+    first, *others = answers.values()
     prompt = asked(row, first)
-    if type(first) is not type(last):
+    if any(type(other) is not type(first) for other in others):
         raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
     if isinstance(first, str):
         return _behind_text(row, prompt, answers)
@@ -246,7 +245,6 @@ def whole_chat(prompt, answer):
     turns = [] if prompt is None else as_chat(prompt)
     if answer[0]['role'] == 'assistant':
         return turns + answer
-
     # the whole chat has all of the prompt in it, but for a system message, or the prompt has all of its questions
     asks = '\n'.join(turn['content'].strip() for turn in turns if turn['role'] != 'system')
     chat = '\n'.join(turn['content'].strip() for turn in answer[:-1])
@@ -292,9 +290,8 @@ def _by_marker(chosen, rejected):
     common = os.path.commonprefix([chosen, rejected])
     marker = ASSISTANT if ASSISTANT in chosen else next((m for m in TURN_MARKERS if m in common), None)
     if marker is None:
-        raise ValueError(
-            r"no column has the prompt, and no turn marker (as '\n\nAssistant:') shows where answers begin"
-        )
+        missing = r"no turn marker (as '\n\nAssistant:')"
+        raise ValueError(f'no column has the prompt, and {missing} shows where answers begin')
     prompt, _, chosen = chosen.rpartition(marker)
     other, _, rejected = rejected.rpartition(marker)
     # about 1 in 900 of HH
@@ -516,10 +513,9 @@ def read_trees(rows, task=None, language=None):
     def read(row):
         if language and field(row, 'lang') != language:
             raise LeftOut('not English')
-        asks = field(row, 'role') == 'prompter'
-        if asks and task == 'prompts':
-            return [{'prompt': above(field(row, 'message_id'))}]
-        if asks or task == 'prompts':
+        if field(row, 'role') == 'prompter':
+            return [{'prompt': above(field(row, 'message_id'))}] if task == 'prompts' else []
+        if task == 'prompts':
             return []
         if row.get('rank') is None:
             raise LeftOut('an answer without a rank')

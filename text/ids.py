@@ -107,16 +107,12 @@ def _encode_marked(text, tokenizer):
     ids = []
     for i, piece in enumerate(pieces):
         piece = piece.replace(MARK, '').replace(UNMARK, '')
-        if i == 0:
-            more = _encode_whole(piece, tokenizer)
-        elif i % 2 == 0:
-            more = _behind_a_line(_encode_whole, piece, tokenizer)
-        else:
-            more = _behind_a_line(_encode_as_text, piece, tokenizer)
-            # a special token may be a word of the model, too, as in Unigram: in two parts it is not
-            if tokenizer.convert_tokens_to_ids(piece) in more:
-                first, second = (_behind_a_line(_encode_as_text, half, tokenizer) for half in (piece[:1], piece[1:]))
-                more = first + second
+        encode = _encode_as_text if i % 2 else _encode_whole
+        more = encode(piece, tokenizer) if i == 0 else _behind_a_line(encode, piece, tokenizer)
+        # a special token may be a word of the model, too, as in Unigram: in two parts it is not
+        if i % 2 and tokenizer.convert_tokens_to_ids(piece) in more:
+            halves = piece[:1], piece[1:]
+            more = [token for half in halves for token in _behind_a_line(encode, half, tokenizer)]
         ids += more
     return ids
 

@@ -15,7 +15,7 @@ from json import dumps
 import numpy as np
 
 from configurator import configure
-from text.messages import as_chats, is_trained, message
+from text.messages import as_chats, is_trained
 from text.sources import describe, read_examples
 from text.tokenise import as_parts, tokenise
 
@@ -142,33 +142,29 @@ def mark(text):
     return f'\033[32m{text}\033[0m' if sys.stdout.isatty() else f'[[{text}]]'
 
 
+def _turns(part):
+    """The messages of a text or chat; of a text, one answer."""
+    return [{'role': 'assistant', 'content': part}] if isinstance(part, str) else part
+
+
 def _plain(example, found):
     """(the text of an example as it stands in the data, the characters of its prompt and longest answer)"""
+
+    def text(part, is_marked):
+        lines = [mark(turn['content']) if is_marked(turn) else turn['content'] for turn in _turns(part)]
+        roles = [''] if isinstance(part, str) else [f'{turn["role"]}: ' for turn in part]
+        return '\n'.join(map(''.join, zip(roles, lines, strict=True)))
+
+    def size(part):
+        return sum(len(turn['content']) for turn in _turns(part))
+
     if 'turns' in example and 'trained' in found:
-        return _text(example['turns'], is_trained), _size(example['turns'])
+        return text(example['turns'], is_trained), size(example['turns'])
     answers = {key: found[key] for key in ('chosen', 'rejected', 'response') if key in found}
     good = {True: ', good', False: ', bad'}.get(found.get('good'), '')
-    shown = [_text(found['prompt'], lambda turn: False)]
-    shown += [f'{key}{good}:\n{_text(part, lambda turn: True)}' for key, part in answers.items()]
-    return '\n'.join(shown), _size(found['prompt']) + max(map(_size, answers.values()), default=0)
-
-
-def _text(part, is_marked):
-    """A text, or the messages of a chat, a line each; is_marked: of a message, whether it is trained on."""
-    lines = []
-    for turn in _turns(part):
-        role = '' if isinstance(part, str) else f'{turn["role"]}: '
-        lines.append(role + (mark(turn['content']) if is_marked(turn) else turn['content']))
-    return '\n'.join(lines)
-
-
-def _size(part):
-    """The characters of a text or chat."""
-    return sum(len(turn['content']) for turn in _turns(part))
-
-
-def _turns(part):
-    return [message('assistant', part)] if isinstance(part, str) else part
+    shown = [text(found['prompt'], lambda turn: False)]
+    shown += [f'{key}{good}:\n{text(part, lambda turn: True)}' for key, part in answers.items()]
+    return '\n'.join(shown), size(found['prompt']) + max(map(size, answers.values()), default=0)
 
 
 def _tokens(example, task, tokenizer, longest, longest_prompt, left_out):

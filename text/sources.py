@@ -12,7 +12,6 @@ where one row is not enough, it is a Layout.
 
 import hashlib
 import os
-import re
 from collections import Counter
 from contextlib import suppress
 from functools import cache, partial
@@ -100,41 +99,35 @@ def divides(source):
 
 def columns_of(text):
     """{our name: column} of 'prompt=question, chosen=good'; None of None. Raises UserError."""
-    if not text:
-        return None
     columns = {}
-    for part in text.split(','):
-        name, _, column = part.partition('=')
-        name, column = name.strip(), column.strip()
+    for part in text.split(',') if text else ():
+        name, _, column = (x.strip() for x in part.partition('='))
         if name not in formats.COLUMNS or not column or name in columns:
             known = f'names are {", ".join(formats.COLUMNS)}, each once'
             raise UserError(f"--columns: cannot read {part.strip()!r}: write 'prompt=question, chosen=good'; {known}")
         columns[name] = column
-    return columns
+    return columns or None
 
 
 def locate(source):
     """(getter, local path, hub id) of one source, each None where there is no such: what is read, and what it is known by."""
-    source, _, _ = files.named_part(source)
+    source = files.named_part(source)[0]
     name, _, path = source.partition(':')
     getter = globals().get(f'get_{name}')
     path, local = os.path.expanduser(path), os.path.expanduser(source)
     if path:
         data_files(path)  # raises if there is none
-    if getter and path:
-        return getter, path, None
+    if getter and not path and os.path.exists(name):
+        _note(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
     if getter:
-        if os.path.exists(name):
-            _note(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
-        return getter, None, getattr(getter, 'hub_id', None)
-
+        return getter, path or None, None if path else getattr(getter, 'hub_id', None)
     if os.path.exists(local) or glob(local, recursive=True):
         return None, local, None
-    if re.fullmatch(r'[^~./*][^/*]*/[^/*]*', source) and not source.endswith(ENDINGS):
-        return None, None, source
-    known = ', '.join(sorted(name.removeprefix('get_') for name in globals() if name.startswith('get_')))
-    wrong = f'data {source!r} is no file or folder{looked_in(source) or " here"} and no hub id (owner/name)'
-    raise UserError(f'{wrong}: correct it ({HELP}), or name one of the known datasets: {known}')
+    if source.endswith(ENDINGS) or source.count('/') != 1 or source.startswith(('~', '.', '/')) or '*' in source:
+        known = ', '.join(sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_')))
+        wrong = f'data {source!r} is no file or folder{looked_in(source) or " here"} and no hub id (owner/name)'
+        raise UserError(f'{wrong}: correct it ({HELP}), or name one of the known datasets: {known}')
+    return None, None, source
 
 
 def fingerprint(source, split):

@@ -34,9 +34,8 @@ def frontier(run):
     for row in run.rows:
         if row['split'] != 'eval':
             continue
-        seen = row['counters/examples']
-        answered = [gold(one) for one in run.samples if one['examples'] == seen and one['generator'] == 'policy']
-        rewards = [reward for reward in answered if reward is not None]
+        answered = [one for one in run.samples if one['examples'] == row['counters/examples']]
+        rewards = [gold(one) for one in answered if one['generator'] == 'policy' and gold(one) is not None]
         kl, reward = value_of(row, 'eval', 'kl/samples'), value_of(row, 'eval', 'gold')
         if reward is None and rewards:
             reward = statistics.fmean(rewards)

@@ -41,14 +41,12 @@ def show_curve(curve):
 
 def last_numbers(run):
     """Numbers of the last evaluation, or where there is none of the last step: short name -> number."""
-    last = {row['split']: row for row in run.rows}
-    split = 'eval' if 'eval' in last else 'train'
-    numbers = {'examples': last[split]['counters/examples'], 'of': split}
-    for name, short in SHOWN.items():
-        value = value_of(last[split], split, name)
-        if value is not None and math.isfinite(value):
-            numbers[short] = value
-    return numbers
+    splits = [row['split'] for row in run.rows]
+    split = 'eval' if 'eval' in splits else 'train'
+    row = next(row for row in reversed(run.rows) if row['split'] == split)
+    found = {short: value_of(row, split, name) for name, short in SHOWN.items()}
+    finite = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+    return {'examples': row['counters/examples'], 'of': split} | finite
 
 
 def answer_of(who, text, **more):

@@ -1,5 +1,6 @@
 """What the folders of runs hold, read for plot.py and report.py: options, metrics, samples; curves and where they differ."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -165,8 +166,7 @@ def curves_of(metrics, runs):
     """The Curves of a panel's metrics that have a point or a gap: those of training steps, then of evaluations."""
     found = []
     for number, metric in enumerate(metrics):
-        steps = [curve(run, 'train', metric) for run in runs]
-        evaluations = [curve(run, 'eval', metric) for run in runs]
+        steps, evaluations = ([curve(run, split, metric) for run in runs] for split in ('train', 'eval'))
         # log-probs of a step tell of its answers' lengths, and hide how little those of the same answers change
         if metric.startswith('logps') and any(len(curve.examples) > 1 for curve in evaluations):
             steps = []
@@ -180,13 +180,13 @@ def curves_of(metrics, runs):
 def curve(run, split, metric):
     """The Curve of a metric in the rows of a split."""
     rows = [row for row in run.rows if row['split'] == split]
-    found = [(row['counters/examples'], value_of(row, split, metric)) for row in rows]
-    gaps = sum(value is not None and not math.isfinite(value) for _, value in found)
-    points = np.array([(seen, value) for seen, value in found if value is not None and math.isfinite(value)])
-    examples, values = points.reshape(-1, 2).T
-    low, high = bounds(values)
-    near = (low <= values) & (values <= high)
-    return Curve(split, examples[near].astype(int).tolist(), values[near].tolist(), values[~near].tolist(), gaps)
+    measured = [(row['counters/examples'], value_of(row, split, metric)) for row in rows]
+    points = [(seen, value) for seen, value in measured if value is not None]
+    numbers = [(seen, value) for seen, value in points if math.isfinite(value)]
+    low, high = bounds([value for _, value in numbers])
+    near = [(seen, value) for seen, value in numbers if low <= value <= high]
+    far = [value for _, value in numbers if not low <= value <= high]
+    return Curve(split, [seen for seen, _ in near], [value for _, value in near], far, len(points) - len(numbers))
 
 
 def bounds(values):
@@ -196,7 +196,7 @@ def bounds(values):
         first, last = np.quantile(values, [0.1, 0.9])
         low, high = first - 3 * (last - first), last + 3 * (last - first)
         near = [value for value in values if low <= value <= high]
-        if np.ptp(values) > 3 * np.ptp(near) > 0:
+        if max(values) - min(values) > 3 * (max(near) - min(near)) > 0:
             return low, high
     return -math.inf, math.inf
 
@@ -204,16 +204,15 @@ def bounds(values):
 def smoothed(values, fraction):
     """Means over a window, of a fraction of all values, that ends at each value, so that no step knows the future."""
     size = max(1, round(fraction * len(values)))
-    sums = np.cumsum([0.0, *values])
-    ends = np.arange(1, len(sums))
-    starts = np.maximum(0, ends - size)
-    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+    sums = [0.0, *itertools.accumulate(values)]
+    ends = range(1, len(values) + 1)
+    return [(sums[end] - sums[max(0, end - size)]) / min(end, size) for end in ends]
 
 
 def twins(curves):
     """(number, size) of each curve among those that cannot be told from it in one picture, itself included."""
     values = [value for curve in curves for value in curve.values]
-    near = 0.004 * np.ptp(values) if values else 0.0
+    near = 0.004 * (max(values) - min(values)) if values else 0.0
     found = []
     for i, one in enumerate(curves):
         same = [other.examples == one.examples and np.allclose(other.values, one.values, 0, near) for other in curves]
