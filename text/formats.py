@@ -276,7 +276,7 @@ def _behind_text(row, prompt, answers):
         prompt = prompt.rstrip() if isinstance(prompt, str) else prompt
 
     # CarperAI's summaries have their mark in the answers; Math-Step-DPO has steps that begin both answers
-    if isinstance(prompt, str) and all(text.startswith('TL;DR:') for text in answers.values()):
+    if isinstance(prompt, str) and len(answers) == 2 and all(text.startswith('TL;DR:') for text in answers.values()):
         prompt = prompt.rstrip() + '\n\n'
     answers = {key: row.get('initial_reason_steps', '') + text for key, text in answers.items()}
     # behind a question that has become a message, the answer is one, too
