@@ -1,7 +1,10 @@
 """Surroundings of every test: one thread, a cache of the session's own, no process group left from another file."""
 
+import gc
 import os
+import sys
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +16,22 @@ os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
 import torch
 from helpers import end_process_group
 
-SLOW = ['signals', 'lora', 'ppo', 'resume', 'law', 'parallel', 'attack', 'checkpoint', 'model']
+from runtime import values
+
+SLOW = [
+    'law',
+    'signals',
+    'parallel',
+    'law_ppo',
+    'lora',
+    'checkpoint',
+    'speed',
+    'log',
+    'bad_input',
+    'trl',
+    'readme',
+    'sample',
+]
 
 
 @cache
@@ -33,12 +51,31 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session', autouse=True)
 def surroundings(tmp_path_factory):
-    """Tests that look into the cache set one of their own; one thread is faster for models this small."""
+    """No keys, no network. Tests that look into the cache set one of their own; one thread is faster for models this small."""
+    # what has been imported stays: the garbage collector need not look at it again and again
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('NANOPREF_CACHE', str(tmp_path_factory.mktemp('cache')))
-        patch.delenv('RANK', raising=False)
+        for name in ('RANK', 'HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy', *values.SECRETS):
+            patch.delenv(name, raising=False)
         patch.setattr(torch, 'set_num_threads', lambda n: None)
+        patch.setattr('text.files.hub_commit', lambda hub_id: None)
         yield
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for datasets: hub.rows are its rows, hub.splits its splits, hub.asked what load_dataset was asked for."""
+    fake = SimpleNamespace(rows=[], splits=['train', 'test'], asked=[])
+
+    def load_dataset(hub_id, split, **options):
+        fake.asked.append((hub_id, split, options))
+        return fake.rows
+
+    fake.load_dataset = load_dataset
+    fake.get_dataset_split_names = lambda *_, **__: fake.splits
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
+    return fake
 
 
 @pytest.fixture(scope='module', autouse=True)

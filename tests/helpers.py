@@ -1,22 +1,34 @@
 """What several test files use: scripts run here, in a process of their own or under torchrun; their files; tiny models."""
 
+import bz2
 import contextlib
+import csv
+import functools
+import gzip
+import io
 import json
+import lzma
+import multiprocessing
 import os
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import transformers
 
 # without this bfloat16 attention asks the processor itself whether it has AVX-512, and then fails, told not to use it
 if os.environ.get('ATEN_CPU_CAPABILITY') in ('default', 'avx2'):
     torch.backends.mkldnn.enabled = False
 
 ROOT = Path(__file__).resolve().parents[1]
+WARM = multiprocessing.get_context('forkserver')
 SPEEDS = ('_per_second', 'sampling_share')  # ends of the names of metrics that depend on the machine
 
 # ---- scripts ----
@@ -46,18 +58,41 @@ def python(*words, timeout=300, cwd=ROOT, **environment):
 
 
 def launch(world, plan, folder):
-    """Do a plan on so many ranks under torchrun, or with 0 in one process without it: tests/laws/launch.py has the words."""
-    file = Path(folder) / f'plan-{world}.json'
-    file.write_text(json.dumps([[str(word) for word in command] for command in plan]))
-    torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={world}'] if world else []
-    done = python(*torchrun, '-m', 'tests.laws.launch', file, timeout=500, NANOPREF_CACHE=Path(folder) / 'cache')
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Do a plan on so many ranks, or with 0 in this process: tests/laws/launch.py has the words.
+
+    Ranks are what torchrun would start, but forked from a process that has imported everything once."""
+    from tests.laws.launch import follow, rank
+
+    plan = [[str(word) for word in command] for command in plan]
+    cache = str(Path(folder) / 'cache')
+    if not world:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv('NANOPREF_CACHE', cache)
+            return follow(plan)
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
+    WARM.set_forkserver_preload(['tests.laws.launch'])
+    common = {'NANOPREF_CACHE': cache, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'GROUP_WORLD_SIZE': '1'}
+    common |= {'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(world)}
+    ranks = []
+    for i in range(world):
+        said, environment = Path(folder) / f'rank-{i}-of-{world}.txt', common | {'RANK': str(i), 'LOCAL_RANK': str(i)}
+        ranks.append((WARM.Process(target=rank, args=(plan, said, environment), daemon=True), said))
+        ranks[-1][0].start()
+
+    # one that fails leaves the others waiting for it; they may also wait for each other
+    deadline = time.monotonic() + 500
+    for process, _ in ranks:
+        while process.is_alive() and not any(other.exitcode for other, _ in ranks) and time.monotonic() < deadline:
+            process.join(0.1)
+    for process, _ in ranks:
+        process.kill()
+        process.join()
+    assert [process.exitcode for process, _ in ranks] == [0] * world, [said.read_text()[-3000:] for _, said in ranks]
 
 
 def end_process_group():
     """Leave the process group of one that a script has made here."""
-    import torch.distributed as dist
-
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -88,6 +123,35 @@ def write_jsonl(file, rows):
     return str(file)
 
 
+def write_data(path, rows):
+    """Write rows in the format, and compressed, as the name of the file says. Returns the path as a string."""
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    from text.readers import PACKED
+
+    suffix, out = next((s for s in reversed(path.suffixes) if s not in PACKED), ''), io.StringIO()
+    if suffix in ('.parquet', '.arrow'):
+        write = pyarrow.parquet.write_table if suffix == '.parquet' else pyarrow.feather.write_feather
+        write(pyarrow.Table.from_pylist(rows), str(path))
+        return str(path)
+    if suffix == '.json':
+        json.dump(rows, out)
+    elif suffix in ('.csv', '.tsv'):
+        lines = csv.DictWriter(out, rows[0], delimiter='\t' if suffix == '.tsv' else ',')
+        lines.writeheader()
+        lines.writerows(rows)
+    else:
+        out.writelines(json.dumps(row) + '\n' for row in rows)
+    content, packer = out.getvalue().encode(), {'.gz': gzip, '.bz2': bz2, '.xz': lzma}.get(path.suffix)
+    if path.suffix == '.zst':
+        with pyarrow.CompressedOutputStream(str(path), 'zstd') as stream:
+            stream.write(content)
+    else:
+        path.write_bytes(packer.compress(content) if packer else content)
+    return str(path)
+
+
 def metrics(folder, split=None, without=SPEEDS):
     """Rows of a run's metrics.jsonl, of one split or all, without what depends on the machine."""
     rows = [row for row in read_jsonl(Path(folder) / 'metrics.jsonl') if split in (None, row['split'])]
@@ -107,14 +171,19 @@ def same_bits(found, expected):
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
+def turn(role, text, **more):
+    """A message of a chat."""
+    return {'role': role, 'content': text, **more}
+
+
+user, assistant, system = (functools.partial(turn, role) for role in ('user', 'assistant', 'system'))
+
+
 # ---- models, columns ----
 
 
 def tiny_model(folder, name, **options):
     """Save a model of two layers, large random weights and the toy tokenizer. Returns the folder, as a string."""
-    import torch
-    import transformers
-
     from text import toy
 
     sizes = {'vocab_size': 512, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 4,
@@ -133,9 +202,24 @@ def tiny_model(folder, name, **options):
     return str(folder)
 
 
+def tiny_reward(folder, tokenizer=None):
+    """Save a reward model of the toy world's size with random weights, padded with a token of its own. Returns its folder."""
+    from hf.load import separate_pad
+    from text import toy
+
+    tokenizer, config = separate_pad(tokenizer or toy.tokenizer()), toy.model_config()
+    config.num_labels, config.vocab_size, config.pad_token_id = 1, config.vocab_size + 1, tokenizer.pad_token_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def own_head(folder):
     """Give a saved model, whose config says that the head is the embedding, a different lm_head.weight all the same."""
-    import torch
     from safetensors.torch import load_file, save_file
 
     file = Path(folder) / 'model.safetensors'

@@ -1,6 +1,6 @@
-"""Runs scripts one after another in one launch, since a launch costs seconds:  torchrun -m tests.laws.launch PLAN.json
+"""Runs scripts one after another on the ranks of one launch, which helpers.launch() starts.
 
-The plan is a list of commands, and helpers.launch() writes it:
+The plan is a list of commands:
     script, flag ...                    run it
     'fails', file, script, flag ...     it must fail: its sentence goes into the file
     'gradients', file, script, flag ... keep the gradients of every step, before clipping, as '<step>.<parameter>'
@@ -8,14 +8,15 @@ The plan is a list of commands, and helpers.launch() writes it:
     'cut', run, resumed, examples       copy a finished run as if it had died after so many examples
     'shake', model, other               copy a model folder with noise on its weights"""
 
+import gc
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +24,10 @@ import fsdp
 from configurator import UserError
 from hf.load import load_model, load_tokenizer
 from tests.helpers import cut_short, run_script, silent
+from training import Run
+
+# imported when first used: once here, before ranks are forked
+WARM = Run, transformers.LlamaForCausalLM
 
 
 def on_first_rank(fn, *arguments):
@@ -108,14 +113,20 @@ def shake(folder, other):
     tokenizer.save_pretrained(other)
 
 
-def main(file):
+def follow(plan):
+    """Do what a plan says, in this process."""
     own = {'fails': fails, 'gradients': gradients, 'steps': steps, 'cut': lambda *words: on_first_rank(cut_short, *words),
            'shake': lambda *words: on_first_rank(shake, *words)}  # fmt: skip
-    for command, *words in json.loads(Path(file).read_text()):
+    for command, *words in plan:
         with silent():
             own[command](*words) if command in own else run_script(command, *words)
+
+
+def rank(plan, said, environment):
+    """Do it as one rank of several, in a process of its own. said: a file for what it has to say."""
+    gc.freeze()
+    os.environ.update(environment)
+    with open(said, 'w') as file:
+        os.dup2(file.fileno(), 2)
+    follow(plan)
     fsdp.leave()
-
-
-if __name__ == '__main__':
-    main(*sys.argv[1:])

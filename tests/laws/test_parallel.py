@@ -13,7 +13,7 @@ from configurator import UserError
 from runtime import room
 from text import toy
 
-COMMON = ['--batch_size=12', '--n_examples=36', '--n_eval_examples=8', '--do_first_eval=false', '--warmup_steps=1',
+COMMON = ['--batch_size=12', '--n_examples=24', '--n_eval_examples=8', '--do_first_eval=false', '--warmup_steps=1',
           '--max_grad_norm=0.5', '--seed=3', '--max_length=64', '--max_prompt_length=32']  # fmt: skip
 MODELS = ('llama', 'qwen2', 'gpt_neox', 'qwen3', 'phi3')
 ADAM = ['--lr=1e-3']
@@ -22,11 +22,11 @@ PPO = ['ppo.py', *(flag for flag in COMMON if not flag.startswith('--max_length'
        '--max_new_tokens=6']  # fmt: skip
 DPO, SFT = ['dpo.py', *COMMON], ['sft.py', *COMMON]
 SAMPLE = ['--sample_during_eval', '--n_eval_model_samples=3', '--max_new_tokens=6', '--save_every=12']
+LLAMA = [*DPO, *ADAM, '--model=llama']
 CASES = {
-    'llama': [*DPO, *ADAM, '--model=llama'],
     'qwen2': [*SFT, *ADAM, '--model=qwen2', '--pack=false'],
     'gpt_neox': [*SFT, *SGD, '--model=gpt_neox', '--activation_checkpointing', '--max_tokens=200'],
-    'samples': [*DPO, *ADAM, '--model=llama', *SAMPLE],
+    'samples': [*LLAMA, *SAMPLE],
 }
 ALONE = {  # not with FSDP
     'qwen3': [*DPO, *ADAM, '--model=qwen3'],
@@ -36,7 +36,13 @@ ALONE = {  # not with FSDP
     'reward': ['reward.py', *COMMON, *ADAM, '--model=llama'],
     'judged': [*PPO, '--model=llama', '--reward_model=judge', '--critic=own'],
 }
-VARIANTS = [('llama', flag) for flag in ('--cpu_offload', '--device_map=balanced', '--attn=eager', '--attn=sdpa')]
+VARIANTS = [
+    '--seed=3',
+    '--cpu_offload',
+    '--device_map=balanced',
+    '--attn=eager',
+    '--attn=sdpa',
+]  # the first is as it was
 WORLDS = {'tp2': (2, '--tp=2'), 'dp2tp2': (4, '--tp=2')}
 
 
@@ -63,10 +69,10 @@ def runs(tmp_path_factory):
         cases = CASES | (ALONE if world < 4 else {})
         plan = [command(where, name, words, *flags) for name, words in cases.items()]
         if where == 'one':
-            plan += [command(where, f'{name}{flag}', CASES[name], flag) for name, flag in VARIANTS]
+            plan += [command(where, f'llama{flag}', LLAMA, flag) for flag in VARIANTS]
         for origin in ('one', where) if where != 'one' else ():
             run, again = f'{folder}/{origin}/samples', f'{folder}/{where}/from_{origin}'
-            plan += [['cut', run, again, 24], command(where, f'from_{origin}', CASES['samples'], *flags)]
+            plan += [['cut', run, again, 12], command(where, f'from_{origin}', CASES['samples'], *flags)]
         for name in {'tp2': ('gpt2', 'three'), 'dp2tp2': ('uneven',)}.get(where, ()):
             plan += [['fails', folder / f'{name}.txt', *command(where, name, [*DPO, *ADAM, f'--model={name}'], *flags)]]
         launch(world, plan, folder)
@@ -84,7 +90,7 @@ def same(folder, other, limit=1e-5):
 def test_as_one_process(runs, case, where):
     """Losses, gradient norms (of clipped gradients) and metrics of every step, and the weights after the last."""
     norms = [row['grad_norm'] for row in metrics(runs / 'one' / case) if 'grad_norm' in row]
-    assert len(norms) == 3 and min(norms) > 0.5
+    assert len(norms) == 2 and min(norms) > 0.5
     same(runs / where / case, runs / 'one' / case)
 
 
@@ -105,9 +111,9 @@ def test_resumed(runs, where):
     same(runs / where / 'from_one', runs / 'one/samples')
 
 
-@pytest.mark.parametrize(('case', 'flag'), VARIANTS)
-def test_variants(runs, case, flag):
-    same(runs / 'one' / f'{case}{flag}', runs / 'one' / case)
+@pytest.mark.parametrize('flag', VARIANTS[1:])
+def test_variants(runs, flag):
+    same(runs / f'one/llama{flag}', runs / f'one/llama{VARIANTS[0]}')
 
 
 @pytest.mark.parametrize(('name', 'words'), [('gpt2', 'GPT2LMHeadModel has no tensor-parallel plan'), ('three', '3 attention heads'),

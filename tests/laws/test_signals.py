@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, metrics, python, read_jsonl, same_bits
+from helpers import ROOT, launch, metrics, python, read_jsonl, refused, same_bits
 
 from runtime import guard
 
@@ -64,7 +64,7 @@ def until(condition, process, seconds=120):
     deadline = time.time() + seconds
     while not condition():
         assert process.poll() is None and time.time() < deadline, text(process)[-3000:]
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def end(process, code=None, seconds=180):
@@ -112,22 +112,22 @@ def whole(tmp_path_factory):
 
     def get(world):
         if not (folder / f'{world}').exists():
-            end(start(folder / f'{world}', world), 0)
+            launch(world, [['dpo.py', *FLAGS, f'--out_dir={folder}/{world}']], folder)
         return folder / f'{world}'
 
     return get
 
 
 def test_every_signal_in_one_run(tmp_path, whole):
-    """SIGTERM, Ctrl-C and kill -9, wherever they hit (SIGUSR1 is below); then the end of an unbroken run.
-    Beside it: a second run in the same folder is refused while the first goes on, not after it was killed, and after the end."""
+    """SIGTERM and Ctrl-C, wherever they hit, and a second Ctrl-C, which does not wait for the step; then the end of an unbroken
+    run. SIGUSR1 and kill -9 are below. Beside it: a second run in the same folder is refused while the first goes on, and after the end."""
     out = tmp_path / 'run'
     for number in (signal.SIGTERM, signal.SIGINT):
         process = after(out, 16)
         if number == signal.SIGTERM:
             process.send_signal(signal.SIGSTOP)  # so that it is not done before the second has begun
             before = (out / 'metrics.jsonl').read_text()
-            assert f'another run is using {out}' in end(start(out), 2)
+            assert f'another run is using {out}' in refused('dpo.py', *FLAGS, f'--out_dir={out}')
             assert (out / 'metrics.jsonl').read_text() == before and process.poll() is None
             process.send_signal(signal.SIGCONT)
         process.send_signal(number)
@@ -135,29 +135,25 @@ def test_every_signal_in_one_run(tmp_path, whole):
         assert f'{number.name}: stopping after this step' in said and SAVED in said and 'Traceback' not in said
         assert (out / 'latest').read_text() == f'checkpoints/{seen(out):010d}\n'  # nothing is done twice
     process = after(out, 16)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / 'model').exists()
-    assert 'done' in end(start(out), 0)
-    same(out, whole(0))
-    assert 'holds this run already (finished)' in end(start(out), 2)
-    same(out, whole(0))
-
-
-def test_at_once_where_nothing_can_be_lost(tmp_path):
-    """While the data is read; and a second Ctrl-C, which does not wait for the step."""
-    process = start(tmp_path / 'run')
-    until(lambda: (tmp_path / 'run/.lock').exists(), process)
-    process.send_signal(signal.SIGTERM)
-    assert 'SIGTERM: stopped' in end(process, guard.SAVED)
-    assert not (tmp_path / 'run/checkpoints').exists()
-    process = after(tmp_path / 'run', 16)
     os.kill(process.pid, signal.SIGSTOP)  # so that both are there before it can react
     process.send_signal(signal.SIGINT)
     os.kill(process.pid, signal.SIGCONT)
     time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    assert end(process) and process.returncode == guard.INTERRUPTED
+    assert end(process, guard.INTERRUPTED) and not (out / 'model').exists()
+    assert 'done' in end(start(out), 0)
+    same(out, whole(0))
+    assert 'holds this run already (finished)' in refused('dpo.py', *FLAGS, f'--out_dir={out}')
+    same(out, whole(0))
+
+
+def test_at_once_where_nothing_can_be_lost(tmp_path):
+    """While the data is read."""
+    process = start(tmp_path / 'run')
+    until(lambda: (tmp_path / 'run/.lock').exists(), process)
+    process.send_signal(signal.SIGTERM)
+    assert 'SIGTERM: stopped' in end(process, guard.SAVED)
+    assert not (tmp_path / 'run/checkpoints').exists()
 
 
 def test_while_a_script_is_imported(tmp_path):
@@ -215,17 +211,22 @@ time.sleep(1)"""
 
 
 def test_torchrun(tmp_path, whole):
-    """SIGTERM, then SIGUSR1 to torchrun, which hands both on if told to; then a rank dies, and --max-restarts is enough."""
-    out = tmp_path / 'run'
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        process = after(out, 16, 2, PET_SIGNALS_TO_HANDLE='SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1')
+    """SIGUSR1 to torchrun, which hands it on if told to; then a rank dies, and --max-restarts is enough; then SIGTERM."""
+    out, restarts = tmp_path / 'run', ['--standalone', '--max-restarts=3']
+
+    def saves(process, number):
         process.send_signal(number)
         assert SAVED in end(process, 1)  # torchrun's own code
         assert (out / 'latest').read_text() == f'checkpoints/{seen(out):010d}\n'
-    process = after(out, 32, 2, ['--standalone', '--max-restarts=3'])
-    kill(below(process.pid)[-1])
+
+    saves(after(out, 16, 2, PET_SIGNALS_TO_HANDLE='SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1'), signal.SIGUSR1)
+    process = after(out, 16, 2, restarts)
+    before = seen(out)
     assert text(process).count('resuming') == 1
-    assert end(process, 0).count('resuming') == 2
+    kill(below(process.pid)[-1])
+    until(lambda: text(process).count('resuming') == 2 and seen(out) > before, process)
+    saves(process, signal.SIGTERM)
+    launch(2, [['dpo.py', *FLAGS, f'--out_dir={out}']], tmp_path)
     same(out, whole(2))
 
 

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from helpers import end_process_group, metrics, read_jsonl, run_script, silent, write_jsonl
+from helpers import assistant, end_process_group, metrics, read_jsonl, run_script, silent, system, user, write_jsonl
 
 from configurator import UserError
 from hf import load
@@ -40,13 +40,9 @@ OPENS = CHATML.replace(
 )  # as R1: answers show no thought
 BARE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 SPECIAL = ['<|im_start|>', '<|im_end|>', '<|head|>', '<|/head|>', '<|eot|>', '<|begin|>']
-SYSTEM = {'role': 'system', 'content': 'be nice'}
-PROMPT = [
-    {'role': 'user', 'content': 'the room ?'},
-    {'role': 'assistant', 'content': 'clean .'},
-    {'role': 'user', 'content': 'the bed ?'},
-]
-CHOSEN, REJECTED = ([{'role': 'assistant', 'content': text}] for text in ('very fine .', 'dusty and dull'))
+SYSTEM = system('be nice')
+PROMPT = [user('the room ?'), assistant('clean .'), user('the bed ?')]
+CHOSEN, REJECTED = [assistant('very fine .')], [assistant('dusty and dull')]
 EOS = '<|endoftext|>'
 
 
@@ -75,14 +71,6 @@ CASES = {
     'plain': (PLAIN_CHAT, EOS, False, [EOS]),
     'several': ({'default': CHATML, 'tool_use': HEADERS}, '<|im_end|>', False, []),
 }
-
-
-def user(text, **more):
-    return {'role': 'user', 'content': text, **more}
-
-
-def assistant(text, **more):
-    return {'role': 'assistant', 'content': text, **more}
 
 
 def pair(prompt='hi', chosen='yes', rejected='no'):
@@ -221,15 +209,15 @@ def test_other_tools_are_another_example(tmp_path):
     assert len(written(tokenizer_of(FIELDS, '<|im_end|>'), *rows, task='sft')[0]) == 3
 
 
-@pytest.mark.parametrize('system', ['system', 'system_prompt'])
-def test_the_system_column(tmp_path, system):
+@pytest.mark.parametrize('column', ['system', 'system_prompt'])
+def test_the_system_column(tmp_path, column):
     chat, text = pair(), {'prompt': 'hi', 'chosen': ' yes', 'rejected': ' no'}
-    own = chat | {'prompt': [{'role': 'system', 'content': 'Be brief.'}, user('hi')]}
-    rows = [row | {system: 'Be brief.'} for row in (chat, text, own)] + [chat | {system: None}, text | {system: ''}]
+    own = chat | {'prompt': [system('Be brief.'), user('hi')]}
+    rows = [row | {column: 'Be brief.'} for row in (chat, text, own)] + [chat | {column: None}, text | {column: ''}]
     found, _ = written(tokenizer_of(CHATML, '<|im_end|>'), *read(tmp_path, *rows))
     told = ('<|im_start|>system\nBe brief.<|im_end|>\n' + ASKED, ['yes<|im_end|>', 'no<|im_end|>'])
     assert found == [told] * 3 + [(ASKED, told[1]), ('hi', [' yes<|im_end|>', ' no<|im_end|>'])]
-    for row, words in ((own | {system: 'Be long.'}, 'are not the same'), ({'text': 'a', system: 'b'}, 'no question')):
+    for row, words in ((own | {column: 'Be long.'}, 'are not the same'), ({'text': 'a', column: 'b'}, 'no question')):
         with pytest.raises(UserError, match=words):
             read(tmp_path, row)
 

@@ -6,12 +6,10 @@ import runpy
 import statistics
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from helpers import ROOT
 
 from configurator import UserError
 from experiments.claims import __main__ as claims

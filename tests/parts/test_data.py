@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import metrics, run_script, write_jsonl
+from helpers import assistant, metrics, run_script, user, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,14 +79,6 @@ def answers_of(examples):
 
 def pair(prompt, chosen, rejected, **more):
     return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected, **more}
-
-
-def user(text):
-    return {'role': 'user', 'content': text}
-
-
-def assistant(text):
-    return {'role': 'assistant', 'content': text}
 
 
 def many_pairs(n):

@@ -23,8 +23,6 @@ OK = b'HTTP/1.1 200 OK\r\n'
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
-    for name in ('OPENAI_API_KEY', 'HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy'):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('NANOPREF_API_KEY', KEY)
 
 

@@ -1,60 +1,23 @@
 """Files and folders as people have them: formats and compressions, splits and configs, what a broken download says."""
 
-import bz2
-import csv
-import gzip
-import io
 import json
-import lzma
 import os
-import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
-import pyarrow
-import pyarrow.feather
-import pyarrow.parquet
 import pytest
 
 from configurator import UserError
-from tests.helpers import write_jsonl
+from tests.helpers import write_data, write_jsonl
 from text import files, sources, tokenise, toy
-from text.readers import PACKED
 
 ROWS = [{'prompt': f'q "{i}",\n', 'response': f'ä{i}', 'good': bool(i % 2)} for i in range(200)]
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    monkeypatch.setattr('text.files.hub_commit', lambda hub_id: None)
-
-
 def write(path, rows=ROWS):
-    """Write rows in the format, and compressed, as the name of the file says. Returns the path as a string."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = next((s for s in reversed(path.suffixes) if s not in PACKED), '')
-    table, out = pyarrow.Table.from_pylist(rows), io.StringIO()
-    if suffix == '.parquet':
-        pyarrow.parquet.write_table(table, path)
-    elif suffix == '.arrow':
-        pyarrow.feather.write_feather(table, str(path))
-    elif suffix == '.json':
-        json.dump(rows, out)
-    elif suffix in ('.csv', '.tsv'):
-        lines = csv.DictWriter(out, rows[0], delimiter='\t' if suffix == '.tsv' else ',')
-        lines.writeheader()
-        lines.writerows(rows)
-    else:
-        out.writelines(json.dumps(row) + '\n' for row in rows)
-    content, packer = out.getvalue().encode(), {'.gz': gzip, '.bz2': bz2, '.xz': lzma}.get(path.suffix)
-    if path.suffix == '.zst':
-        with pyarrow.CompressedOutputStream(str(path), 'zstd') as stream:
-            stream.write(content)
-    elif content:
-        path.write_bytes(packer.compress(content) if packer else content)
-    return str(path)
+    return write_data(path, rows)
 
 
 def answers(source, split='train', **options):
@@ -99,8 +62,9 @@ def test_text_files_and_the_kinds_of_the_columns_of_a_table(tmp_path):
 
 
 def test_a_list_in_json_is_read_one_by_one(tmp_path):
-    path = tmp_path / 'data.json'
-    for text in (json.dumps(ROWS), '\ufeff ' + json.dumps(ROWS, indent=1) + '\n', ' [ ]'):
+    """So is a file with a row a line."""
+    path, lines = tmp_path / 'data.json', ''.join(json.dumps(row) + '\n' for row in ROWS)
+    for text in (json.dumps(ROWS), '\ufeff ' + json.dumps(ROWS, indent=1) + '\n', lines, ' [ ]'):
         path.write_text(text)
         assert list(files.read_rows(None, 'train', str(path))) == (ROWS if len(text) > 9 else [])
     path.write_text(json.dumps(ROWS, indent=1)[:-4] + '"x"')
@@ -126,6 +90,7 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
     ('a.csv', b'text\nx\n\xe4\n', 'line 3: not valid UTF-8'),
     ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: .*a name is not valid UTF-8'),
     ('a.txt', b'x\n\xe4\n', 'line 2: not valid UTF-8'),
+    ('a.txt', '<!DOCTYPE html>\n<p>Sign in</p>\n', 'a.txt is a web page, not the data'),
     ('a.parquet', '<!DOCTYPE html>', '^[^ ]*a.parquet is a web page, not the data: fetch it again'),
     ('a.arrow', '', 'cannot read .*a.arrow: .*cut short'),
     ('a.zip', 'PK', 'a.zip: data files end in .jsonl, .*: convert it to one of them'),
@@ -154,12 +119,6 @@ def test_pointers_and_truncated_downloads_are_named(tmp_path, ending):
     for content, says in ((whole[: len(whole) * 2 // 3], 'cut short'), (pointer, lfs)):
         path.write_bytes(content)
         assert str(path) in refused(path, says)
-
-
-def test_a_web_page_is_no_text(tmp_path):
-    path = tmp_path / 'data.txt'
-    path.write_text('<!DOCTYPE html>\n<p>Sign in</p>\n')
-    assert str(path) in refused(path, 'is a web page, not the data')
 
 
 # ---- folders ----
@@ -217,7 +176,7 @@ def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
 def test_splits_of_one_folder_are_not_mixed(tmp_path):
     for name, rows in {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3], 'other': ROWS[:1]}.items():
         write(tmp_path / f'{name}.jsonl', rows)
-    refused(tmp_path, 'several splits; there are test_prefs, train_prefs, train_sft: say which')
+    refused(tmp_path, r"several splits; there are test_prefs, train_prefs, train_sft: say which: --data='.*\[train_prefs\]'")
     assert answers(f'{tmp_path}[train_prefs]') == ALL and answers(f'{tmp_path}[train_prefs]', 'test') == ALL[:3]
     # where one is for training, any name will do
     write(tmp_path / 'one/train_dpo.jsonl')
@@ -288,29 +247,15 @@ def test_the_configs_of_a_readme(tmp_path):
 HUB = ['train_prefs', 'train_sft', 'test_prefs', 'test_sft']
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """A stand-in for datasets: hub.asked has what was loaded, hub.names(hub_id, config_name) gives the splits."""
-
-    def load_dataset(hub_id, split, name=None):
-        hub.asked.append((hub_id, split, name))
-        return ROWS
-
-    hub = SimpleNamespace(load_dataset=load_dataset, asked=[], names=lambda *_: HUB)
-    hub.get_dataset_split_names = lambda hub_id, config_name=None: hub.names(hub_id, config_name)
-    monkeypatch.setitem(sys.modules, 'datasets', hub)
-    return hub
-
-
 @pytest.mark.parametrize('source, there, train, test', [
-    ('o/n', ['train', 'validation'], ('train', None), ('validation', None)),
-    ('o/n[train_prefs]', HUB, ('train_prefs', None), ('test_prefs', None)),
-    ('o/n:c', ['train', 'test'], ('train', 'c'), ('test', 'c')),
-    ('o/n:c.1[train_sft]', HUB, ('train_sft', 'c.1'), ('test_sft', 'c.1')),
-    ('o/n', ['prefs'], ('prefs', None), ('prefs', None)),
+    ('o/n', ['train', 'validation'], ('train', {}), ('validation', {})),
+    ('o/n[train_prefs]', HUB, ('train_prefs', {}), ('test_prefs', {})),
+    ('o/n:c', ['train', 'test'], ('train', {'name': 'c'}), ('test', {'name': 'c'})),
+    ('o/n:c.1[train_sft]', HUB, ('train_sft', {'name': 'c.1'}), ('test_sft', {'name': 'c.1'})),
+    ('o/n', ['prefs'], ('prefs', {}), ('prefs', {})),
 ])  # fmt: skip
 def test_splits_and_configs_of_the_hub(hub, source, there, train, test):
-    hub.names = lambda *_: there
+    hub.splits = there
     for split in ('train', 'test'):
         sources.load_rows(source, split)
     assert hub.asked == [('o/n', *train), ('o/n', *test)]
@@ -318,16 +263,17 @@ def test_splits_and_configs_of_the_hub(hub, source, there, train, test):
 
 
 def test_what_the_hub_asks_to_choose(hub):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise ValueError("Config name is missing.\nPick one among the available configs: ['easy', 'hard']\nExample")
 
     several = r"o/n has several splits; there are train_prefs, .*say which: --data='o/n\[train_prefs\]'"
+    hub.splits = HUB
     for names, source, says in (
-        (hub.names, 'o/n', several),
+        (hub.get_dataset_split_names, 'o/n', several),
         (refuse, 'o/n', r"available configs: .'easy', 'hard'.*--data='o/n:CONFIG'"),
         (refuse, 'hh[x]', r"the reader 'hh' chooses the split itself: leave \[x\] out"),
     ):
-        hub.names = names
+        hub.get_dataset_split_names = names
         refused(source, says)
 
 

@@ -3,12 +3,11 @@
 import os
 import re
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import python
+from helpers import ROOT, python
 from torch.utils._pytree import tree_leaves
 
 import data
@@ -17,7 +16,6 @@ import training
 from configurator import UserError
 from runtime import guard, log
 
-ROOT = Path(__file__).parents[2]
 PAIRS = [(np.arange(3), [np.arange(2), np.arange(4)]), (np.arange(5), [np.arange(1), np.arange(2)])]
 
 

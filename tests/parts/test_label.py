@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import ROOT, read_jsonl, run_script, write_jsonl
+from helpers import ROOT, read_jsonl, run_script, tiny_reward, write_jsonl
 from stub import completion, serve, wait_until
 
 from configurator import UserError
@@ -33,8 +33,6 @@ KEY = 'sk-made-up-0123456789'
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
-    for name in ('HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy', 'OPENAI_API_KEY'):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('NANOPREF_API_KEY', KEY)
     monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
     monkeypatch.chdir(tmp_path)
@@ -141,8 +139,8 @@ MISTAKES = [
     (None, ['--gold=toy', '--against=none.jsonl'], 'no file or folder none.jsonl'),
     (None, ENDPOINT[:1], 'needs --judge_model'),
     (None, ['--endpoint=127.0.0.1:9', '--judge_model=m'], 'is no address'),
-    (None, [*ENDPOINT, '--request=[1]'], 'must be a json object'),
-    (None, [*ENDPOINT, '--request={"n": 2}'], 'must be a json object'),
+    *((None, [*ENDPOINT, f'--request={text}'], '--request must be a json object')
+      for text in ('[1]', '{"n": 2}', '{"temperature": NaN}', '{"stop": "\\ud800"}', '[' * 100_000)),
     (None, [*ENDPOINT, '--judge_prompt=no.txt'], 'cannot read --judge_prompt=no'),
     (None, [*ENDPOINT, '--judge_prompt=samples.jsonl'], 'must have {instruction}'),
     (None, ['--reward_model=nowhere'], "no model folder 'nowhere'"),
@@ -438,14 +436,7 @@ def test_gold():
 @pytest.fixture(scope='module')
 def reward_folder(tmp_path_factory):
     """A tiny reward model, as reward.py writes them: its padding id is not its end of text."""
-    folder, tokenizer, config = tmp_path_factory.mktemp('reward'), toy.tokenizer(), toy.model_config()
-    config.num_labels, config.eos_token_id, config.pad_token_id = 1, tokenizer.eos_token_id, 511
-    torch.manual_seed(0)
-    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    model.score.weight.data.normal_()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return tiny_reward(tmp_path_factory.mktemp('reward'))
 
 
 def test_reward_model(reward_folder):

@@ -7,15 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import ROOT
 
 from configurator import configure
 from experiments.papers import expected
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {'sft.py', 'dpo.py', 'sample.py', 'label.py'}
 NAMES = ['drdpo_hh', 'beta_dpo_hh', 'radpo_hh', 'rlaif_sharegpt']
 

@@ -256,8 +256,3 @@ def test_it_learns_the_toy_world(tmp_path, capsys):
     assert after['rewards_eval/margins'] == pytest.approx(after['rewards_eval/chosen'] - after['rewards_eval/rejected'])
     out = capsys.readouterr().out
     assert 'left out or changed: nothing' in out and 'acc 0.' in out
-
-
-def test_a_mistake(tmp_path):
-    with pytest.raises(UserError, match='label_smoothing must lie between 0 and 0.5'):
-        run_script('reward.py', '--label_smoothing=0.5', f'--out_dir={tmp_path}/run')

@@ -11,7 +11,7 @@ import pytest
 import ties
 import torch
 import transformers
-from helpers import python, read_jsonl, run_script, write_jsonl
+from helpers import launch, read_jsonl, run_script, write_jsonl
 from stub import completion, serve
 
 import fsdp
@@ -100,9 +100,7 @@ def test_ranks_batches_and_order(tmp_path, monkeypatch):
         same_but_for_near_ties(rows, run(*others, *flags, out_dir=str(i))[1], slack)
     same_but_for_near_ties(rows[:12], run(*FLAGS, '--n_examples=2', out_dir='fewer')[1], slack)
     # the same batches on two ranks: the same bytes
-    launched = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--', 'sample.py']
-    two = python(*launched, *FLAGS, f'--out_dir={tmp_path}/two', timeout=120)
-    assert two.returncode == 0, two.stderr
+    launch(2, [['sample.py', *FLAGS, f'--out_dir={tmp_path}/two']], tmp_path)
     assert Path('two/samples.jsonl').read_bytes() == whole
     assert not list(Path('two').glob('samples-*'))
     first = [row for row in rows if row['sample'] == 0]

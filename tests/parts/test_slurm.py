@@ -5,11 +5,10 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {
     'scontrol': 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> $LOG/requeued; fi',
     'srun': 'shift; exec "$@"',  # one node is enough: the whole step is this process and its children

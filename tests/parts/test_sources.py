@@ -5,12 +5,12 @@ import gzip
 import json
 import math
 import re
-import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from helpers import assistant, system, user
+from helpers import write_data as write
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -23,41 +23,8 @@ DIFFERENT = 'chosen and rejected have different prompts'
 MISSING = 'is missing or of the wrong type'
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """Nobody says at which commit a dataset of the hub is."""
-    monkeypatch.setattr('text.files.hub_commit', lambda hub_id: None)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A stand-in for the hub: hub.rows are its rows, hub.asked what load_dataset was asked for."""
-    fake = SimpleNamespace(rows=[], asked=[])
-
-    def load_dataset(hub_id, split=None, **options):
-        fake.asked.append((hub_id, split, options))
-        return fake.rows
-
-    library = SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=lambda *_, **__: ['train', 'test'])
-    monkeypatch.setitem(sys.modules, 'datasets', library)
-    return fake
-
-
 def raw(name):
     return next(str(path) for path in RAW.iterdir() if path.name.partition('.')[0] == name)
-
-
-def write(path, rows):
-    """A file of rows in the format that its ending names."""
-    if path.name.endswith('.parquet'):
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        return str(path)
-    text = json.dumps(rows) if '.jsonl' not in path.name else ''.join(json.dumps(row) + '\n' for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.name.endswith('.gz') else text.encode())
-    return str(path)
 
 
 def load(source, split='train', **options):
@@ -68,18 +35,6 @@ def load(source, split='train', **options):
 def read(path, rows, **options):
     """(the examples, the Counter) of a file that has these rows, undivided."""
     return load(write(path, rows), **options)
-
-
-def user(text):
-    return {'role': 'user', 'content': text}
-
-
-def assistant(text):
-    return {'role': 'assistant', 'content': text}
-
-
-def system(text):
-    return {'role': 'system', 'content': text}
 
 
 def pair(prompt, chosen, rejected):
@@ -238,7 +193,7 @@ def test_hub_rows_and_errors(hub):
     def refuse(hub_id, split):
         raise ConnectionError('no network\nat all')
 
-    sys.modules['datasets'].load_dataset = refuse
+    hub.load_dataset = refuse
     with pytest.raises(UserError, match=r"^cannot load 'owner/name', split 'train', from the hub: no network at all$"):
         sources.load_rows('owner/name', 'train')
 
@@ -677,12 +632,6 @@ def test_unreadable_files(tmp_path, name, content, words):
         assert words in str(info.value) and str(path) in str(info.value) and '\n' not in str(info.value)
 
 
-@pytest.mark.parametrize('text', ['\ufeff[{"text": "a"}]', '{"text": "a"}\n{"text": "a"}\n'])
-def test_a_byte_order_mark_and_json_with_a_row_a_line(tmp_path, text):
-    (tmp_path / 'data.json').write_text(text)
-    assert load(str(tmp_path / 'data.json'))[0][-1]['response'] == 'a'
-
-
 @pytest.mark.parametrize('source', ['nothing', 'missing.jsonl', 'some/missing.jsonl', 'a/b/c', 'hhh', 'HH'])
 def test_unknown_sources(source):
     with pytest.raises(UserError) as info:
@@ -781,10 +730,6 @@ def test_a_folder_has_the_split_that_is_meant(tmp_path):
         assert Path(file).name.startswith(split)
     assert len(sources.files.local_files(str(tmp_path), None)) == 6
     assert answers(f'ultrafeedback:{tmp_path}', 'test') == ['test prefs']
-    with pytest.raises(UserError, match=r"several splits; there are .*: say which: --data='.*\[train_gen\]'"):
-        sources.load_rows(str(tmp_path), 'train')
-    for split in ('train', 'test'):
-        assert answers(f'{tmp_path}[train_sft]', split) == [f'{split} sft']
 
 
 def test_clones_of_datasets(tmp_path):

@@ -6,14 +6,24 @@ GPT-NeoX with SGD, in several microbatches, and a Llama with AdamW, in one; most
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from helpers import run_script
 
 from experiments.trl import dpo as compare_trl
 from experiments.trl import reward as compare_trl_reward
 
 NUMBERS = json.loads(compare_trl.NUMBERS.read_text())
 REWARD_NUMBERS = json.loads(compare_trl_reward.NUMBERS.read_text())
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """What the experiments start as processes runs in this one."""
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    stand_in = SimpleNamespace(run=lambda command, **_: run_script(*command[1:]) and SimpleNamespace(returncode=0))
+    monkeypatch.setattr(compare_trl, 'subprocess', stand_in)
 
 
 @pytest.mark.parametrize('name', NUMBERS['runs'])

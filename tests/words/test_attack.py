@@ -28,9 +28,7 @@ ANSWERS = [{'prompt': 'Review of the hotel:', 'response': f' the room was {word}
 
 @pytest.fixture(autouse=True)
 def outside(tmp_path, monkeypatch):
-    """A working directory of its own with a few files, and no keys."""
-    for name in ('HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy', *values.SECRETS):
-        monkeypatch.delenv(name, raising=False)
+    """A working directory of its own with a few files."""
     monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
     monkeypatch.chdir(tmp_path)
     write_jsonl('good.jsonl', PAIRS)
@@ -45,12 +43,9 @@ def folders(tmp_path_factory):
     net = load.load_model('toy')
     net.save_pretrained(folder / 'good')
     net.save_pretrained(folder / 'shards', max_shard_size='100KB')
-    padded, config = load.separate_pad(toy.tokenizer()), toy.model_config()
-    config.num_labels, config.pad_token_id = 1, padded.pad_token_id
-    config.vocab_size += 1
-    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / 'reward')
-    for name, tokenizer in (('good', toy.tokenizer()), ('shards', toy.tokenizer()), ('reward', padded)):
-        tokenizer.save_pretrained(folder / name)
+    for name in ('good', 'shards'):
+        toy.tokenizer().save_pretrained(folder / name)
+    helpers.tiny_reward(folder / 'reward')
     return folder
 
 
@@ -478,25 +473,15 @@ NOWHERE = ['http://[::1', 'http://host:99999', 'http://host:x', 'http://', 'http
 
 @pytest.mark.parametrize('script', ASKING)
 @pytest.mark.parametrize('known', [True, False])
-def test_a_key_in_an_address(monkeypatch, capfd, script, known):
-    """Refused, without repeating it, whether the environment has it as well or not."""
+def test_what_is_no_address(monkeypatch, capfd, script, known):
+    """One with a key is refused without repeating it, whether the environment has it as well or not."""
     if known:
         monkeypatch.setenv('NANOPREF_API_KEY', KEY)
     for address in ADDRESSES:
         assert KEY not in refused(script, f'--endpoint={address}', *ASKING[script])
+    for address in NOWHERE:
+        assert 'is no address' in refused(script, f'--endpoint={address}', *ASKING[script])
     assert KEY not in ''.join(capfd.readouterr()) and not Path('out').exists()
-
-
-@pytest.mark.parametrize('address', NOWHERE)
-@pytest.mark.parametrize('script', ASKING)
-def test_what_is_no_address(script, address):
-    assert 'is no address' in refused(script, f'--endpoint={address}', *ASKING[script])
-
-
-@pytest.mark.parametrize('request_', ['{"temperature": NaN}', '{"stop": "\\ud800"}', '[' * 100_000, '[]', '{"n": 2}'])
-def test_requests_that_cannot_be_sent(request_):
-    with pytest.raises(UserError, match='--request must be a json object'):
-        run_script('label.py', '--endpoint=http://127.0.0.1:9', *ASKING['label.py'], f'--request={request_}')
 
 
 # ---- a small fuzz run ----

@@ -13,7 +13,7 @@ import transformers
 from helpers import ROOT, metrics, read_jsonl, write_jsonl
 
 from configurator import UserError
-from hf import generate, load
+from hf import generate
 from text import toy
 
 PAIRS = [{'prompt': f'place {i}:', 'chosen': f' good {i} .', 'rejected': f' bad {i} .'} for i in range(6)]
@@ -148,6 +148,7 @@ SFT = [
     ('--max_length=8 --max_prompt_length=9', 'max_length .*8'),
 ]
 CASES = [('dpo.py', *case) for case in DPO] + [('sft.py', *case) for case in SFT]
+CASES += [('reward.py', '--label_smoothing=0.5', 'label_smoothing must lie between 0 and 0.5')]
 
 
 @pytest.mark.parametrize('script, flags, words', CASES)
@@ -258,20 +259,12 @@ def test_what_a_sample_has_not_said_is_not_in_its_kl(run, tmp_path, monkeypatch)
 PPO = ['--reward_model=gold', '--data=toy', '--eval_data=toy', '--n_examples=4', '--minibatch_size=2']
 
 
-def gpt2(folder, positions):
-    """Save a tiny GPT-2 with so many positions and the toy tokenizer. Returns its folder."""
-    sizes = {'n_embd': 16, 'n_layer': 1, 'n_head': 2, 'n_positions': positions, 'vocab_size': len(toy.tokenizer())}
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(folder)
-    toy.tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope='module')
 def short(tmp_path_factory):
     """Folders of GPT-2s with 4 and with 256 positions, and of a Llama whose rope changes after 4."""
     folder = tmp_path_factory.mktemp('short')
     for positions in (4, 256):
-        gpt2(folder / str(positions), positions)
+        helpers.tiny_model(folder / str(positions), 'gpt2', max_position_embeddings=positions)
     rope = {'rope_type': 'dynamic', 'factor': 2.0, 'rope_theta': 1e4}
     helpers.tiny_model(folder / 'dynamic', 'llama', max_position_embeddings=4, rope_parameters=rope)
     return folder
@@ -298,24 +291,14 @@ def test_more_tokens_than_positions(refused, short, script, flags, words):
 
 def other_tokens(folder):
     """A model folder with as many tokens, two of which have changed places."""
-    file = gpt2(folder, 256) / 'tokenizer.json'
+    helpers.tiny_model(folder, 'gpt2', max_position_embeddings=256)
+    file = folder / 'tokenizer.json'
     table = json.loads(file.read_text())
     special = {entry['content'] for entry in table['added_tokens']}
     vocabulary = table['model']['vocab']
     a, b = [token for token in vocabulary if token not in special][-2:]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     file.write_text(json.dumps(table))
-    return folder
-
-
-def reward_model(folder, other):
-    """A reward model with the tokenizer of another folder."""
-    config = toy.model_config()
-    config.num_labels, config.vocab_size = 1, config.vocab_size + 1
-    tokenizer = load.separate_pad(transformers.AutoTokenizer.from_pretrained(other))
-    config.pad_token_id = tokenizer.pad_token_id
-    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -326,7 +309,8 @@ def test_a_reference_or_critic_that_reads_other_tokens(refused, run, short, tmp_
         assert words in refused('dpo.py', model, f'--ref_model={other}', *more)
     for option, who in (('ref_model', 'the reference'), ('critic', 'the critic')):
         assert who in refused('ppo.py', *PPO, model, f'--{option}={other}')
-    assert words in refused('ppo.py', *PPO, model, f'--reward_model={reward_model(tmp_path / "reward", other)}')
+    judge = helpers.tiny_reward(tmp_path / 'reward', transformers.AutoTokenizer.from_pretrained(other))
+    assert words in refused('ppo.py', *PPO, model, f'--reward_model={judge}')
     # but not where they are the same, or nobody can tell
     shutil.copytree(short / '256', tmp_path / 'same')
     run('dpo.py', model, f'--ref_model={tmp_path}/same', out='a')

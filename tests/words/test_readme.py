@@ -196,12 +196,13 @@ def test_adding_a_loss_and_a_data_set(tmp_path):
     insert('tests/parts/test_losses.py', "    'dpo': (", row)
     insert('text/sources.py', 'def get_toy(', dataset + '\n\n')
     write_jsonl(here / 'mine.jsonl', [{'question': f'{i}?', 'good': 'a b', 'bad': 'c d'} for i in range(200)])
-    tested = '-m pytest -q -p no:cacheprovider tests/parts/test_losses.py tests/parts/test_golden.py'
-    checked = 'losses.py my_loss --beta=0.2'
+    tested = '-m pytest -q -p no:cacheprovider tests/parts/test_losses.py tests/parts/test_golden.py -k'.split()
+    tested += ['my_loss or every_loss or signature']  # the new rows, and the tests that look at all losses at once
+    checked = 'losses.py my_loss --beta=0.2'.split()
     counts = '--n_examples=16 --batch_size=8 --n_eval_examples=8 --out_dir=run'
-    trained = f'dpo.py --loss=my_loss --beta=0.2 --data=mine:mine.jsonl {counts}'
+    trained = f'dpo.py --loss=my_loss --beta=0.2 --data=mine:mine.jsonl {counts}'.split()
     for command in (tested, checked, trained):
-        done = python(*command.split(), cwd=here, NANOPREF_CACHE=tmp_path / 'cache')
+        done = python(*command, cwd=here, NANOPREF_CACHE=tmp_path / 'cache')
         assert done.returncode == 0, done.stdout + done.stderr
     assert (here / 'run/model/model.safetensors').exists()
 
