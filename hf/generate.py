@@ -24,23 +24,22 @@ SHARE, LEAST = 4, 8
 # ---- for the scripts ----
 
 
-@guard.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
-def sample(models, tokenizer, prompts, *, rank, world, seed, **settings):
-    """Sample one answer of every model (name -> sharded model) to every prompt, the work shared among the ranks.
+def sample(model, tokenizer, prompts, seeds, **settings):
+    """Sample an answer to every prompt (lists of ids) from a sharded model, the work shared among the ranks.
 
-    The one called reference answers without adapters, if it has any. settings: as in generate. Returns, on every rank, name ->
-    lists of ids."""
-    mine = range(rank, len(prompts), world)  # this rank's prompts
-    asked = [prompts[i] for i in mine]
-    seeds = [seed * 1_000_003 + i for i in mine]
-    answers = {name: [None] * len(prompts) for name in models}
-    for name, model in models.items():
-        with fsdp.unsharded(model), adapters_off(model if name == 'reference' else None):
-            found = generate(model, tokenizer, asked, seeds, **settings) if mine else []
-        for others in fsdp.gather_objects(dict(zip(mine, found, strict=True))):
-            for i, answer in others.items():
-                answers[name][i] = answer
-    return answers
+    settings: as in generate. Returns, on every rank, lists of ids."""
+    # this rank's prompts, those of similar length side by side
+    rank, world = fsdp.data_rank()
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    mine = longest_first[rank::world]
+    with fsdp.unsharded(model):
+        found = generate(model, tokenizer, [prompts[i] for i in mine], [seeds[i] for i in mine], **settings)
+
+    # those of all ranks, in their order
+    answers = {}
+    for of_rank in fsdp.gather_objects(dict(zip(mine, found, strict=True))):
+        answers |= of_rank
+    return [answers.get(i) for i in range(len(prompts))]
 
 
 def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
@@ -51,28 +50,34 @@ def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
     for name, i, answer in answers:
         row = {'examples': examples_seen, 'generator': name, 'sample': i}
         row |= {'prompt': tokenizer.decode(prompts[i]), 'response': tokenizer.decode(answer)}
-        lines.append(json.dumps(row | (columns or {}).get((name, i), {})) + '\n')
+        if columns:
+            row |= columns[name, i]
+        lines.append(json.dumps(row) + '\n')
     append(file, ''.join(lines))
 
 
+@guard.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
 def sample_held_out(run, models, n, seen, measure=None, **settings):
     """Sample answers of models (name -> sharded model) to the first n held-out prompts, into out_dir/samples.jsonl.
 
-    A row has the answer's tokens, its end among them. measure(prompts, their answers) -> {column: (n,) numbers} adds others.
-    settings: as in generate. Returns what measure gave: name -> columns."""
+    The one called reference answers without adapters, if it has any. A row has the answer's tokens, its end among them.
+    measure(prompts, their answers) -> {column: (n,) numbers} adds others. settings: as in generate. Returns what measure gave:
+    name -> columns."""
     # kto makes two examples of a pair, with one prompt: the good one stands for both
     asked = run.held_out.select(run.held_out.good).select(slice(n))
     prompts = [prompt for prompt, _ in asked]
-    settings |= {'rank': run.rank, 'world': run.world, 'seed': run.config.seed}
-    answers = sample(models, run.tokenizer, prompts, keep_end=True, **settings)
-
-    # what is known of every answer
+    first = run.config.seed * 1_000_003
+    seeds = range(first, first + len(prompts))
     measured, columns, shown = {}, {}, []
-    for name in sorted(models):
-        stop = stop_tokens(models[name], run.tokenizer)
+    for name, model in sorted(models.items()):
+        with adapters_off(model if name == 'reference' else None):
+            answers = sample(model, run.tokenizer, prompts, seeds, keep_end=True, **settings)
         if measure and prompts:
-            measured[name] = measure(prompts, answers[name])
-        for i, answer in enumerate(answers[name]):
+            measured[name] = measure(prompts, answers)
+
+        # what is known of every answer
+        stop = stop_tokens(model, run.tokenizer)
+        for i, answer in enumerate(answers):
             shown.append((name, i, without_end(answer, stop)))
             columns[name, i] = {'tokens': len(answer)}
             for column, values in measured.get(name, {}).items():
@@ -114,18 +119,19 @@ def generate(
             # tokens for all of them, until enough have ended
             taken = [len(answers[i]) for i in active]
             enough = max(1, len(active) // SHARE) if refill else len(active)
-            how = {'stopping_criteria': _ends(inner, stop, max_new_tokens, taken, enough)}
-            how['logits_processor'] = _processors([seeds[i] for i in active], taken, temperature, top_p)
-            found = _generate(inner, texts, cache, max_new_tokens=max_new_tokens - min(taken), **how)
+            ends = _ends(inner, stop, max_new_tokens, taken, enough)
+            draw = _processors([seeds[i] for i in active], taken, temperature, top_p)
+            found = _generate(inner, texts, cache, max_new_tokens - min(taken), ends, draw)
 
             # rows that ended before the others are filled up behind their end
             kept = []
-            for row, (i, tokens) in enumerate(zip(active, found, strict=True)):
-                for token in tokens[: max_new_tokens - len(answers[i])]:
-                    answers[i].append(token)
+            for row, tokens in enumerate(found):
+                answer = answers[active[row]]
+                for token in tokens[: max_new_tokens - len(answer)]:
+                    answer.append(token)
                     if token in stop:
                         break
-                if answers[i][-1] not in stop and len(answers[i]) < max_new_tokens:
+                if answer[-1] not in stop and len(answer) < max_new_tokens:
                     kept.append(row)
             active = [active[row] for row in kept]
             if _told_to_stop():
@@ -156,21 +162,25 @@ def _sampling(model, **settings):
             module.training = True
 
 
-def _generate(inner, texts, cache, **options):
-    """Continue texts (lists of ids) with model.generate: lists of new ids. A cache holds all but the last token of each."""
+def _generate(inner, texts, cache, n, ends=None, draw=None):
+    """Continue texts (lists of ids) with model.generate: lists of up to n new ids.
+
+    cache: None, or all but the last token of each text; ends, draw: its stopping criteria and processors of scores."""
     cached = 0 if cache is None else cache.get_seq_length()
-    width = max(cached + 1, *map(len, texts))  # texts are padded on the left
-    ids = torch.full((len(texts), width), inner.generation_config.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        first = width - len(text)
-        ids[row, first:] = torch.tensor(text)
-        mask[row, first:] = 1
-    ids, mask = ids[:, cached:].to(inner.device), mask.to(inner.device)
+    width = max(cached + 1, *map(len, texts))
+    # texts are padded on the left
+    ids, mask = [], []
+    for text in texts:
+        filler = width - len(text)
+        ids.append([inner.generation_config.pad_token_id] * filler + list(text))
+        mask.append([0] * filler + [1] * len(text))
+    ids = torch.tensor(ids, device=inner.device)[:, cached:]
+    mask = torch.tensor(mask, device=inner.device)
+    options = {'max_new_tokens': n, 'stopping_criteria': ends, 'logits_processor': draw, 'synced_gpus': False}
     if cache is not None:
         options['past_key_values'] = cache
-    out = inner.generate(ids, attention_mask=mask, synced_gpus=False, **options)
-    return out[:, ids.shape[1] :].tolist()
+    out = inner.generate(ids, attention_mask=mask, **options)
+    return out[:, width - cached :].tolist()
 
 
 def stop_tokens(model, tokenizer):
@@ -199,24 +209,29 @@ def can_refill(inner):
 
 def _prefill(inner, texts):
     """(a cache of all tokens but the last of each text, the row of each text in it). Equal texts share a row."""
-    unique = dict.fromkeys(tuple(text[:-1]) for text in texts)
-    row = {text: i for i, text in enumerate(unique)}
+    found, rows = {}, []  # a text -> its row
+    for text in texts:
+        known = tuple(text[:-1])
+        rows.append(found.setdefault(known, len(found)))
     cache = transformers.DynamicCache(config=inner.config)
-    _generate(inner, [list(text) for text in row], cache, max_new_tokens=1)  # that token is not used
-    return cache, [row[tuple(text[:-1])] for text in texts]
+    _generate(inner, list(found), cache, 1)  # the token that comes is not used
+    return cache, rows
 
 
 def _join(parts, width):
     """One cache of the chosen rows of several, (cache, rows) each, with states of the last `width` places of each row."""
-    for layers in zip(*(cache.layers for cache, _ in parts), strict=True):
+    joined, _ = parts[0]
+    for number, layer in enumerate(joined.layers):
         # a layer with a window holds fewer
-        size = min(width, max(layer.keys.shape[2] for layer in layers))
+        size = min(width, max(cache.layers[number].keys.shape[2] for cache, _ in parts))
         for name in ('keys', 'values'):
-            states = [getattr(layer, name)[rows] for layer, (_, rows) in zip(layers, parts, strict=True)]
-            padded = [F.pad(x, (0, 0, size - x.shape[2], 0)) for x in states]
-            setattr(layers[0], name, torch.cat(padded))
-        layers[0].cumulative_length = width
-    return parts[0][0]
+            padded = []
+            for cache, rows in parts:
+                states = getattr(cache.layers[number], name)[rows]
+                padded.append(F.pad(states, (0, 0, size - states.shape[2], 0)))
+            setattr(layer, name, torch.cat(padded))
+        layer.cumulative_length = width
+    return joined
 
 
 # ---- one token ----

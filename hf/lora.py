@@ -71,15 +71,17 @@ def split(name):
 def _read(name, file):
     """The Saved of an adapter_config.json. Raises UserError where the adapter is of another kind, or its model is missing."""
     options, folder = hub.read_dict(name, CONFIG), file.parent
-    rank, alpha, base = (options.get(key) for key in ('r', 'lora_alpha', 'base_model_name_or_path'))
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not base or type(base) is not str:
+    rank, alpha, base = options.get('r'), options.get('lora_alpha'), options.get('base_model_name_or_path')
+    has_rank = type(rank) is int and rank > 0
+    if not has_rank or type(alpha) not in (int, float) or type(base) is not str or not base:
         raise UserError(f'{CONFIG} of the adapter {name!r} does not say its r, its lora_alpha and its model: {WAY_OUT}')
     # kinds that compute something else, or that have changed their base model before training
-    odd = {key: value for key, value in options.items() if key not in TAKEN | KNOWN.keys() and value not in OFF}
-    odd |= {key: options.get(key) for key, values in KNOWN.items() if options.get(key) not in values}
+    odd = []
+    for key, value in (dict.fromkeys(KNOWN) | options).items():
+        if key not in TAKEN and value not in KNOWN.get(key, OFF):
+            odd.append(f'{key}={value!r}'[:100])
     if odd:
-        what = ', '.join(f'{key}={value!r}'[:100] for key, value in odd.items())
-        raise UserError(f'the adapter {name!r} has {what}, which is not supported here: {WAY_OUT}')
+        raise UserError(f'the adapter {name!r} has {", ".join(odd)}, which is not supported here: {WAY_OUT}')
     if hub.file_of(name, WEIGHTS) is None:
         raise UserError(f'the adapter {name!r} has no {WEIGHTS}: save it as safetensors')
 
@@ -153,6 +155,7 @@ def _peft_model(model, settings, seed, copy=None):
         model = peft.get_peft_model(model, settings)
         if copy:
             model.add_adapter(copy, settings)
+            model.set_adapter('default')  # the copy does not train
     return model.eval()
 
 
@@ -192,17 +195,17 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     model.eval()
     if not adapters:
         return merge(model, saved, empty) if saved else model
-    scores, dropout, inner = hasattr(model, 'score'), adapters['dropout'], model
+    scores, dropout = hasattr(model, 'score'), adapters['dropout']
     settings = _settings(model, saved, adapters)
-    settings.lora_dropout, settings.task_type = dropout, 'SEQ_CLS' if scores else 'CAUSAL_LM'
+    settings.lora_dropout = dropout
+    settings.task_type = 'SEQ_CLS' if scores else 'CAUSAL_LM'
     # of a saved adapter of a language model a frozen copy lies beside it
     model = _peft_model(model, settings, seed, copy=COPY if saved and not scores else None)
     if saved:
-        _check_goes_on(inner, saved)
-        for name in () if empty else model.peft_config:
-            _fill(model, saved, name)
-        for name, p in model.named_parameters():
-            p.requires_grad_(p.requires_grad and f'.{COPY}.' not in name)
+        _check_goes_on(core(model), saved)
+        if not empty:
+            for name in model.peft_config:
+                _fill(model, saved, name)
         reference = '' if scores else ', and the reference is what it is now'
         say_once(f'adapter: {saved.name}, rank {saved.rank}, goes on in its model {saved.base}{reference}')
     # the model stays in eval mode: dropout is on where a graph is recorded
@@ -222,9 +225,10 @@ def _settings(model, saved, adapters=None):
     inside = {m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
     last = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}
     known = sorted({last[path] for path, m in model.named_modules() if m in inside})
-    targets = adapters['targets']
-    wanted = known if targets is None else targets.replace(',', ' ').split()
-    if not wanted or not set(wanted) <= set(known):
+    targets, wanted = adapters['targets'], known
+    if targets is not None:
+        wanted = targets.replace(',', ' ').split()
+    if not wanted or set(wanted) - set(known):
         there = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {there}')
     return peft.LoraConfig(
@@ -284,12 +288,7 @@ def write(model, weights, folder):
 
 def describe(model):
     """One line for the screen: how many weights train, in which layers."""
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    packed = quantize.packed_weights(model)
-    every = packed + sum(p.numel() for name, p in model.named_parameters() if f'.{COPY}.' not in name)
-    layers = sorted({n.rpartition('.')[2] for n, m in core(model).named_modules() if hasattr(m, 'lora_A')})
-    # what trains without adapters, such as a reward model's head
-    others = [name.removeprefix('base_model.model.').partition('.')[0] for name in trained if '.lora_' not in name]
-    also = f', and {" ".join(sorted(set(others)))} whole' if others else ''
-    in_4bit = f'; {packed:,} that do not are in 4 bits' if packed else ''
-    return f'LoRA: {sum(trained.values()):,} of {every:,} weights train, on {" ".join(layers)}{also}{in_4bit}'
+    trained, every = model.get_nb_trainable_parameters()
+    every += quantize.packed_weights(model)
+    layers = sorted({path.rpartition('.')[2] for path, m in model.named_modules() if hasattr(m, 'lora_A')})
+    return f'LoRA: {trained:,} of {every:,} weights train, on {" ".join(layers)}'

@@ -25,18 +25,15 @@ def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
     def look():
         key = _key(build(empty=False), used, dtype)
         file = cache.path_of('reference', key)
-
-        def valid(arrays, metadata):
-            expected = {'key': key, 'sha256': hashlib.sha256(arrays['logps']).hexdigest()}
-            return metadata == expected and len(arrays['logps']) == len(used)
-
-        found = cache.read(file, valid)
-        if file.exists() and not found:
+        found = cache.read(file, lambda arrays, metadata: metadata == _metadata(key, arrays['logps']))
+        if found:
+            return key, file, found[0]['logps']
+        if file.exists():
             say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')
-        return key, file, found and found[0]['logps']
+        return key, file, None
 
     def keep():
-        failure = cache.write(file, {'logps': logps}, {'key': key, 'sha256': hashlib.sha256(logps).hexdigest()})
+        failure = cache.write(file, {'logps': logps}, _metadata(key, logps))
         if failure:
             say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')
 
@@ -51,6 +48,11 @@ def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
     examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)
     examples.ref[rows] = logps
     return examples
+
+
+def _metadata(key, logps):
+    """What a cache file says of itself: what it belongs to, and a hash of its contents."""
+    return {'key': key, 'sha256': hashlib.sha256(logps).hexdigest()}
 
 
 def _key(model, examples, dtype):
@@ -79,7 +81,8 @@ def _compute(model, examples, make_batches):
         # a column an answer, from all ranks
         slots = [slot for batch in batches for slot in batch.slot]
         columns = fsdp.gather_columns(dict(enumerate(logps.T)), slots, len(rows))
-        out[rows] = torch.stack(list(columns.values()), 1).float().numpy()
+        for answer, column in columns.items():
+            out[rows, answer] = column
         bar.update(len(rows))
     bar.close()
     return out

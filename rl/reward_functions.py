@@ -29,6 +29,7 @@ from textwrap import shorten
 from typing import NamedTuple
 
 from configurator import UserError, main_rank
+from runtime import guard
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,12 +125,14 @@ def load(file, name):
     spec = importlib.util.spec_from_file_location(f'reward {file}', file)
     module = sys.modules.get(spec.name)
     if module is None:
-        module = importlib.util.module_from_spec(spec)
+        # a dataclass looks for its module there while the file is read
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            with guard.unblocked():
+                spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
+            del sys.modules[spec.name]
             raise UserError(f'--reward: cannot load {file}: {_explained(error, file)}') from None
-        sys.modules[spec.name] = module
 
     function = getattr(module, name, None)
     if not callable(function):
@@ -145,9 +148,10 @@ def call(part, prompts, responses, rows):
     """The numbers that a function gives for these answers. Raises Failed."""
     function = load(part.file, part.what)
     try:
-        found = function(prompts, responses, rows)
-        if inspect.iscoroutine(found):
-            found = asyncio.run(found)
+        with guard.unblocked():
+            found = function(prompts, responses, rows)
+            if inspect.iscoroutine(found):
+                found = asyncio.run(found)
     except (Exception, SystemExit) as error:
         raise Failed(_explained(error, part.file)) from None
 

@@ -23,11 +23,12 @@ class Reward:
         self.rows = {}  # split -> uid -> (prompt, its row), for functions; on rank 0, where they run
         self.judges, self.workers = {}, {}
         # processes for slow functions
-        limit = config.reward_timeout
-        n = config.reward_workers or (min(8, os.cpu_count()) if limit else 0)
+        n = config.reward_workers
+        if config.reward_timeout and not n:
+            n = min(8, os.cpu_count())
         for part in parts:
             if part.file and n:
-                self.workers[part] = reward_functions.Workers(part, n, limit)
+                self.workers[part] = reward_functions.Workers(part, n, config.reward_timeout)
             elif not part.file and part.what != 'gold':
                 self.judges[part] = self._load_judge(part.what, device)
 
@@ -40,37 +41,37 @@ class Reward:
 
     def read_rows(self, **splits):
         """Read the rows of these splits' Examples again, with all their columns, for functions. None: nothing scores them."""
+        if not any(part.file for part in self.parts):
+            return
         config = self.config
         names = 'num_turns skip_bad_rows columns chat system'
         how = {name: config[name] for name in names.split()} | {'undivided': config.eval_data is not None}
         for split, examples in splits.items():
             data = config.data if split == 'train' else config.eval_data or config.data
-            todo = partial(source_rows, examples, data, split, 'prompts', **how)
-            if examples and any(part.file for part in self.parts):
-                self.rows[split] = fsdp.on_one_rank(todo)
+            if examples:
+                self.rows[split] = fsdp.on_one_rank(partial(source_rows, examples, data, split, 'prompts', **how))
 
     def __call__(self, examples, split, uids, ends=()):
         """Columns of all answers to prompts of these uids: name -> (answers,), float64, equal on every rank.
 
         score is the sum, score_NAME a part of several, without its weight; late: whether the time limit cut it. ends: as in
         score.scores."""
-        found, late = {}, []
+        columns, late = {'score': 0.0}, []
         for part in self.parts:
             if part.file:
-                todo = partial(self._by_function, part, examples, split, uids)
-                values, cut = fsdp.shared(todo)
-                late.append(torch.tensor(cut))
+                values, which = fsdp.shared(partial(self._by_function, part, examples, split, uids))
+                late.append(which)
             elif part.what == 'gold':
                 values = [toy.gold(*text) for text in texts(examples, self.tokenizer)]
             else:
                 items = [(prompt, answer) for prompt, answers in examples for answer in answers]
                 values = score.scores(*self.judges[part], items, self.max_tokens, ends=ends)
-            found[part] = torch.as_tensor(values, dtype=torch.float64)
-        columns = {'score': sum(part.weight * values for part, values in found.items())}
-        if len(found) > 1:
-            columns |= {f'score_{part.name}': values for part, values in found.items()}
+            values = torch.as_tensor(values, dtype=torch.float64)
+            columns['score'] += part.weight * values
+            if len(self.parts) > 1:
+                columns[f'score_{part.name}'] = values
         if self.config.reward_timeout and late:
-            columns['late'] = torch.stack(late).any(0).double()
+            columns['late'] = torch.tensor(late).any(0).double()
         return columns
 
     def _by_function(self, part, examples, split, uids):
@@ -92,9 +93,9 @@ class Reward:
 def toy_metrics(examples, tokenizer, split):
     """What the toy world says of answers, whatever they are trained on: name -> tensor of one number, a mean."""
     pairs = texts(examples, tokenizer)
-    gold = torch.tensor([toy.gold(*text) for text in pairs])
-    well_formed = torch.tensor([toy.well_formed(answer) for _, answer in pairs])
-    return {f'gold/{split}': gold.double().mean(), f'well_formed/{split}': well_formed.double().mean()}
+    gold = torch.tensor([toy.gold(*text) for text in pairs]).double()
+    well_formed = torch.tensor([toy.well_formed(answer) for _, answer in pairs]).double()
+    return {f'gold/{split}': gold.mean(), f'well_formed/{split}': well_formed.mean()}
 
 
 def texts(examples, tokenizer):
@@ -102,5 +103,6 @@ def texts(examples, tokenizer):
     found = []
     for prompt, answers in examples:
         asked = tokenizer.decode(prompt)
-        found += [(asked, tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+        for answer in answers:
+            found.append((asked, tokenizer.decode(answer, skip_special_tokens=True)))
     return found

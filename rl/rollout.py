@@ -49,26 +49,18 @@ class Round:
 def sample(run, source, rows, each, first_seed):
     """Examples of the prompts at these rows of source, with `each` sampled answers of the policy to every prompt.
 
-    Answer i, whose ids keep the token that ended it, has the seed first_seed + i, so it depends neither on the number of ranks,
-    which share the work, nor on where a run was resumed."""
-    prompts = [source[i][0].tolist() for i in rows for _ in range(each)]  # one for every answer
-    # this rank's answers, to prompts of similar length side by side
-    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    mine = longest_first[run.rank :: run.world]
-    asked = [prompts[i] for i in mine]
-    seeds = [first_seed + i for i in mine]
-    settings = {'max_new_tokens': run.config.max_new_tokens, 'rows': run.config.sample_batch, 'keep_end': True}
-    too_large = 'sampled answers do not fit; lower sample_batch or max_new_tokens'
-    with fsdp.unsharded(run.policy), guard.memory_for(too_large):
-        found = generate.generate(run.policy, run.tokenizer, asked, seeds, **settings)
-
-    # those of all ranks, by number
-    answers = {}
-    for of_rank in fsdp.gather_objects(dict(zip(mine, found, strict=True))):
-        answers |= of_rank
-    in_order = [answers[i] for i in range(len(prompts))]
-    items = [(prompts[i], in_order[i : i + each]) for i in range(0, len(prompts), each)]
-    return Examples.of(items)
+    Answer i, whose ids keep the token that ended it, has the seed first_seed + i, so it depends neither on the number of ranks
+    nor on where a run was resumed."""
+    prompts = []  # one for every answer
+    for row in rows:
+        prompt, _ = source[row]
+        prompts += [prompt.tolist()] * each
+    seeds = range(first_seed, first_seed + len(prompts))
+    settings = {'max_new_tokens': run.config.max_new_tokens, 'rows': run.config.sample_batch}
+    with guard.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
+        answers = generate.sample(run.policy, run.tokenizer, prompts, seeds, keep_end=True, **settings)
+    groups = range(0, len(prompts), each)
+    return Examples.of([(prompts[i], answers[i : i + each]) for i in groups])
 
 
 def token_slots(batch, rows, starts, per_prompt):
@@ -89,14 +81,15 @@ def token_columns(run, model, examples, starts, names):
 
     names: of the rows of token_logps; values are computed if they are named and the model has a head for them."""
     lengths = examples.widths[:, 1:]  # (examples, answers)
-    rows = np.arange(len(examples))
+    n_examples, per_prompt = lengths.shape
+    rows = np.arange(n_examples)
     # this rank's part of the tokens
     batches, *_ = run.make_batches(examples, rows)
     parts, slots = [], []
     for batch in batches:
         with torch.no_grad(), run.memory(batches):
-            parts.append(model.token_logps(batch, len(names) > 1))
-        slots.append(token_slots(batch, rows, starts, lengths.shape[1]))
+            parts.append(model.token_logps(batch, 'value' in names))
+        slots.append(token_slots(batch, rows, starts, per_prompt))
     # a model without a head for values gives one row only
     joined = dict(zip(names, torch.cat(parts, 1), strict=False))
     return fsdp.gather_columns(joined, torch.cat(slots).cpu(), int(lengths.sum()))
@@ -106,7 +99,7 @@ def measure(run, ref, examples, stop):
     """(columns of the answer tokens: pi, ref and, with a critic, value; columns of the answers: n, start and ended).
 
     n: an answer's tokens; start: the place of the first of them among all; ended: whether its last is one of stop."""
-    n = torch.tensor([len(answer) for _, answers in examples for answer in answers])
+    n = torch.from_numpy(examples.widths[:, 1:].flatten()).long()
     starts = n.cumsum(0) - n
     tokens = token_columns(run, run.policy, examples, starts, ['pi', 'value'])
     with adapters_off(ref):
@@ -118,14 +111,12 @@ def measure(run, ref, examples, stop):
 
 def of_answers(tokens, answers):
     """{'tokens', 'logratio' (policy to reference, nats), scores if there are any} of each answer: a list. Columns as measure's."""
-    rows = []
-    gaps = tokens['pi'] - tokens['ref']
-    for i, gap in enumerate(gaps.split(answers['n'].tolist())):
-        row = {'tokens': len(gap), 'logratio': round(gap.sum().item(), 6)}
-        for name, values in answers.items():
-            if name.startswith('score'):
-                row[name] = round(values[i].item(), 6)
-        rows.append(row)
+    gaps = (tokens['pi'] - tokens['ref']).split(answers['n'].tolist())
+    rows = [{'tokens': len(gap), 'logratio': round(gap.sum().item(), 6)} for gap in gaps]
+    for name, values in answers.items():
+        if name.startswith('score'):
+            for row, value in zip(rows, values.tolist(), strict=True):
+                row[name] = round(value, 6)
     return rows
 
 

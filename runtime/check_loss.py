@@ -33,36 +33,38 @@ def find(name, losses, statistics, options):
     if name not in losses:
         raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}')
     fn, statistic = losses[name], statistics.get(name)
-    # what has a default may be missing
-    needed = [p for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
-    columns = [p.name for p in needed if p.kind is not p.KEYWORD_ONLY]
-    keywords = [p.name for p in needed if p.kind is p.KEYWORD_ONLY]
-
-    # a statistic gives columns and options of its own
-    unknown = [column for column in columns if column not in PAIRS | SINGLES]
-    missing = [option for option in keywords if option not in options]
-    if unknown and not statistic:
-        some = f'{" ".join(sorted(PAIRS))}, or {" ".join(sorted(SINGLES))}'
-        raise UserError(f'the loss {name} asks for the column {unknown[0]!r}: a loss has {some}, and options after a *')
+    # what has a default may be missing, and a statistic gives columns and options of its own
+    for p in inspect.signature(fn).parameters.values():
+        if statistic or p.default is not p.empty:
+            continue
+        is_option = p.kind is p.KEYWORD_ONLY
+        if is_option and p.name not in options:
+            what = f'{p.name!r}, which is no option: declare it in dpo.py, as in {p.name} = 1.0'
+            raise UserError(f'the loss {name} asks for {what}')
+        if not is_option and p.name not in PAIRS | SINGLES:
+            known = 'those at the top of losses.py, and options after a *'
+            raise UserError(f'the loss {name} asks for the column {p.name!r}, and there are only {known}')
+    columns = inputs(fn)
     if PAIRS.isdisjoint(columns) == SINGLES.isdisjoint(columns):
-        what = 'must ask for columns of pairs or of single answers'
-        raise UserError(f'the loss {name} {what}: {" ".join(columns)} is neither, or both')
-    if missing and not statistic:
-        what = f'asks for {missing[0]!r}, which is no option: declare it in dpo.py, as in {missing[0]} = 1.0'
-        raise UserError(f'the loss {name} {what}')
+        raise UserError(
+            f'the loss {name} must ask for columns of pairs or of single answers, not for neither, nor both'
+        )
     return fn, statistic
 
 
 def table(name, fn, statistic, options):
-    """Rows of a loss, float32, at MARGINS: (margin, loss, slope in the chosen answer, slope in the rejected), or with one slope."""
+    """Rows of a loss, float32: [margin, loss, slope in the chosen answer, slope in the rejected], or with one slope."""
     margin = torch.tensor(MARGINS)
-    # both answers move away from the reference, or one does
-    sides = {'_w': margin / 2, '_l': -margin / 2} if PAIRS & inputs(fn) else {'': margin}
-    leaves = {side: x.clone().requires_grad_() for side, x in sides.items()}
-    columns = {'good': torch.ones(len(margin), dtype=torch.bool)}
-    for side, ratio in leaves.items():
-        columns |= {f'ratio{side}': ratio, f'pi{side}': ratio.clamp(max=20.0) - 20.01}
-        columns |= {f'n{side}': torch.full_like(margin, 10.0), f'div{side}': torch.full_like(margin, 0.3)}
+    # both answers of a pair move away from the reference, or the single one does
+    ratios = {'_w': margin / 2, '_l': -margin / 2}
+    if PAIRS.isdisjoint(inputs(fn)):
+        ratios = {'': margin}
+    columns = {'good': torch.ones_like(margin, dtype=torch.bool)}
+    for side, ratio in ratios.items():
+        columns[f'ratio{side}'] = ratio.requires_grad_()
+        columns[f'pi{side}'] = ratio.clamp(max=20.0) - 20.01
+        columns[f'n{side}'] = torch.full_like(ratio, 10.0)
+        columns[f'div{side}'] = torch.full_like(ratio, 0.3)
 
     # of a whole step, as in dpo.py
     if statistic:
@@ -72,8 +74,8 @@ def table(name, fn, statistic, options):
     values = call(fn, options | columns)
     if not isinstance(values, torch.Tensor) or values.shape != margin.shape:
         raise UserError(f'the loss {name} must return a number for each example, ({len(margin)},), not {values!r:.100}')
-    slopes = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return list(zip(MARGINS, values.tolist(), *(slope.tolist() for slope in slopes), strict=True))
+    slopes = torch.autograd.grad(values.sum(), list(ratios.values()), allow_unused=True, materialize_grads=True)
+    return torch.stack([margin, values, *slopes], 1).tolist()
 
 
 def main(losses, statistics):
@@ -81,16 +83,18 @@ def main(losses, statistics):
     name, *flags = sys.argv[1:] or ['']
     config = configure({'__file__': Path(__file__).parents[1] / 'dpo.py'}, argv=flags)
     fn, statistic = find(name, losses, statistics, config)
-    smooth = 0.1 if config['label_smoothing'] is None else config['label_smoothing']
-    rows = table(name, fn, statistic, {**config, 'label_smoothing': smooth})
+    # the losses that smooth have defaults of their own for it
+    if config['label_smoothing'] is None:
+        config['label_smoothing'] = 0.1
+    rows = table(name, fn, statistic, config)
 
     # a pair has two slopes, a single answer one
     slopes = 'slope chosen  slope rejected' if len(rows[0]) == 4 else 'slope'
     print(f'{"margin":>10s} {"loss":>12s} {slopes}')
     for margin, *numbers in rows:
         print(f'{margin:10.1f} ' + ' '.join(f'{value:12.5g}' for value in numbers))
-    for row in rows:
-        if not all(map(math.isfinite, row)):
-            at = f'at a margin of {row[0]:.0f} nats: see losses.log1mexp'
+    for margin, *numbers in rows:
+        if not all(map(math.isfinite, numbers)):
+            at = f'at a margin of {margin:.0f} nats: see losses.log1mexp'
             raise UserError(f'the loss {name} or its slope is not finite {at}')
     print(f'{name} can train: python dpo.py --loss={name}')

@@ -42,11 +42,11 @@ def watch(name):
     if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:  # the older name
         os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
     # a thread waits for them: the main thread may be inside C code for minutes, such as a rendezvous
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: on_signal(number))  # inside unblocked
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_listen, daemon=True).start()
-    # in a forked child a signal does what it does in any process
-    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS))
+    os.register_at_fork(after_in_child=_as_any_process)
     # python -c has no file to read
     script = getattr(sys.modules['__main__'], '__file__', None)
     if script:
@@ -57,6 +57,23 @@ def _listen():
     """Wait for signals, which are blocked in all other threads."""
     while True:
         on_signal(signal.sigwait(SIGNALS))
+
+
+def _as_any_process():
+    """In a forked child a signal does what it does in any process."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@contextlib.contextmanager
+def unblocked():
+    """Around the user's own code: a process that it starts inherits what is blocked here, and could not be ended by a signal."""
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def on_signal(number):
@@ -110,14 +127,13 @@ def stop_asked():
 
 def check_early(script):
     """Check the command line against the source of a script before its imports, which take seconds; or print its help."""
-    tree = ast.parse(Path(script).read_text('utf-8'))
-    for call in ast.walk(tree):
-        # plot.py gives the call words of its own choice
-        if not isinstance(call, ast.Call) or getattr(call.func, 'id', '') != 'configure' or len(call.args) != 1:
-            continue
-        modules = [Path(script).with_name(f'{keyword.value.id}.py') for keyword in call.keywords]
-        shared = types.SimpleNamespace(__file__=modules[0]) if modules else None
-        configure({'__file__': script, '__doc__': ast.get_docstring(tree)}, shared=shared, early=True)
+    source = Path(script).read_text('utf-8')
+    # plot.py gives the call words of its own choice
+    call = re.search(r'configure\(globals\(\)(?:, shared=(\w+))?\)', source)
+    if call:
+        module = call[1] and types.SimpleNamespace(__file__=Path(script).with_name(f'{call[1]}.py'))
+        doc = ast.get_docstring(ast.parse(source))
+        configure({'__file__': script, '__doc__': doc}, shared=module, early=True)
 
 
 def tell_torchrun(error):
@@ -141,8 +157,8 @@ def begin(out_dir, config, resume):
     _code, _stage = 0, 'loading'
 
     def take():
-        log.check_names(out_dir)
         log.check_out_dir(out_dir, config, resume)
+        log.check_names(out_dir)
         files.lock(out_dir)
 
     fsdp.on_one_rank(take)

@@ -32,25 +32,27 @@ SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin
 def check_names(out_dir):
     """Raise UserError where files with the names of a run's are links, or where no run has put them there."""
     folder = Path(out_dir)
-    ours = [f'{name}{end}' for name in WRITTEN for end in ('', '.tmp')]
     is_a_run = (folder / 'config.json').exists()
-    for name in ('config.json', 'config.json.tmp', '.lock', *ours):
-        if (folder / name).is_symlink():
-            raise UserError(f'{folder / name} is a symbolic link, and a run would write through it: remove the link')
-        if name in ours and not is_a_run and (folder / name).exists():
-            what = f'{out_dir} has {name}, but no config.json that says which run has written it'
-            raise UserError(f'{what}: put that back, or choose another --out_dir')
+    for name in ('.lock', 'config.json', *WRITTEN):
+        for file in (folder / name, folder / f'{name}.tmp'):
+            if file.is_symlink():
+                raise UserError(f'{file} is a symbolic link, and a run would write through it: remove the link')
+            if name in WRITTEN and not is_a_run and file.exists():
+                what = f'{out_dir} has {file.name}, but no config.json that says which run has written it'
+                raise UserError(f'{what}: put that back, or choose another --out_dir')
 
 
 def recorded(out_dir):
-    """The run that out_dir/config.json is of: its script ('' if not known), options and contents. None without such a file."""
+    """The run that out_dir/config.json is of: its script ('' if not known), options and contents. None without such a file, or
+    where the run has ended before it left anything else."""
     file = Path(out_dir) / 'config.json'
     if not file.exists():
         return None
     try:
         record = json.loads(file.read_text())
         script = Path(record.get('command', [''])[0]).name
-        return {'script': script, 'options': dict(record['config']), 'contents': dict(record.get('contents', {}))}
+        run = {'script': script, 'options': dict(record['config']), 'contents': dict(record.get('contents', {}))}
+        return run if set(os.listdir(out_dir)) - {'config.json', '.lock'} else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
 
@@ -59,11 +61,11 @@ def differences(before, run, neutral=NEUTRAL):
     """How a run differs from the one before, as words. Both have script, options and contents, as in checkpoint.identify.
 
     What an older version did not write down counts as the same; an option that it did not have, as its default."""
-    words = []
+    words, options = [], run['options']
     if before['script'] not in ('', run['script']):
         words.append(f'of {before["script"]} there and of {run["script"]} here')
-    origin = getattr(run['options'], 'origin', {})
-    for name, value in run['options'].items():
+    origin = getattr(options, 'origin', {})
+    for name, value in options.items():
         there = before['options'].get(name)
         added = name not in before['options'] and origin.get(name) == 'default'
         if name not in neutral and not added and there != value:
@@ -75,7 +77,7 @@ def differences(before, run, neutral=NEUTRAL):
         # a model's files, or one hash of all examples
         if isinstance(content, dict):
             file, _ = min(there.items() ^ content.items())
-            words.append(f'{name} {run["options"].get(name)!r} has changed since: {file}')
+            words.append(f'{name} {options.get(name)!r} has changed since: {file}')
         else:
             words.append(f'the {name} have changed since: their tokens, labels or order')
     return words
@@ -98,8 +100,8 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
     folder = Path(out_dir)
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     with writing(f'to out_dir {out_dir}'):
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
         tempfile.TemporaryFile(dir=nearest).close()
         before = recorded(out_dir)
     if not before:
@@ -114,7 +116,8 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
 
 def claim_out_dir(out_dir, config, contents=None):
     """Write config.json, now that the run is about to begin. contents: hashes of models and data, of checkpoint.identify."""
-    git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
+    # through a shell, to which a missing git is no exception
+    git = subprocess.run('git rev-parse HEAD', shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip()}
     record['versions'] = {name: version(name) for name in ('torch', 'transformers')}
     if contents:
@@ -177,7 +180,7 @@ class Log:
         folder = Path(out_dir)
         self.path = folder / 'metrics.jsonl'
         seen = {'eval': evaluated}
-        cut_rows(folder / 'samples.jsonl', lambda row: start and row['examples'] <= evaluated)
+        cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
         cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
         cut_rows(self.path, lambda row: start and row['counters/examples'] <= seen.get(row['split'], start))
 
@@ -220,17 +223,16 @@ class Log:
         parts = [f'{split:5s} {examples:>7d}/{self.total}']
         for name, short in SHOWN.items():
             # rewards/margins of the training rows is rewards_train/margins, loss is loss/train
-            group, _, rest = name.partition('/')
-            key = f'{group}_{split}/{rest}' if rest else f'{group}/{split}'
+            group, slash, rest = name.partition('/')
+            key = f'{group}_{split}/{rest}' if slash else f'{group}/{split}'
             if key in row:
                 parts.append(f'{short} {row[key]:.4g}')
         if split == 'train':
             each = (time.time() - self.began) / max(1, examples - self.start)
             # a clock may be set back
-            minutes, seconds = divmod(max(0, int(each * (self.total - examples))), 60)
-            parts.append(f'grad {row.get("grad_norm", math.nan):.3g}')
-            parts.append(f'{row.get("examples_per_second", math.nan):.1f} ex/s')
-            parts.append(f'{minutes}:{seconds:02d} left')
+            seconds = max(0, int(each * (self.total - examples)))
+            grad, speed = row.get('grad_norm', math.nan), row.get('examples_per_second', math.nan)
+            parts.append(f'grad {grad:.3g}  {speed:.1f} ex/s  {seconds // 60}:{seconds % 60:02d} left')
         return '  '.join(parts)
 
     def close(self):

@@ -173,6 +173,7 @@ def test_the_same_continues_whatever_does_not_matter(here, world):
 def test_older_versions_resume_with_a_note(here, world, capsys):
     """They wrote no hashes, and had fewer options."""
     change('dpo/config.json', lambda record: [record.pop('contents'), record['config'].pop('lora_targets')])
+    change('dpo/config.json', lambda record: record['config'].pop('truncation'))
     forget_run('dpo')
     with pytest.raises(UserError, match='lora_rank None there and 1 here'):
         run('dpo', 'dpo', '--lora_rank=1', '--lora_targets=q_proj')

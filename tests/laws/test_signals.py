@@ -206,8 +206,12 @@ if not child:
 os.kill(child, signal.SIGTERM)
 print('ended', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 os.kill(os.getpid(), signal.SIGUSR1)
-time.sleep(1)"""
-    assert python('-c', code).stdout == f'ended {-signal.SIGTERM}\nheard {signal.SIGUSR1:d}\n'
+time.sleep(1)
+with guard.unblocked():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)"""
+    heard = f'heard {signal.SIGUSR1:d}\nheard {signal.SIGINT:d}\n'
+    assert python('-c', code).stdout == f'ended {-signal.SIGTERM}\n{heard}'
 
 
 def test_torchrun(tmp_path, whole):

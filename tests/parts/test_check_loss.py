@@ -27,8 +27,8 @@ def test_every_loss_is_ready(name):
 # fmt: off
 WRONG = [
     (lambda ratio_w, ratio_l, *, bta: ratio_w, "asks for 'bta', which is no option: declare it in dpo.py, as in bta = 1.0"),
-    (lambda ratio_w, ratio_r, *, beta: ratio_w, "asks for the column 'ratio_r': a loss has div_l"),
-    (lambda ratio_w, pi, *, beta: ratio_w, 'must ask for columns of pairs or of single answers: ratio_w pi is neither, or both'),
+    (lambda ratio_w, ratio_r, *, beta: ratio_w, "asks for the column 'ratio_r', and there are only those at the top of losses.py"),
+    (lambda ratio_w, pi, *, beta: ratio_w, 'must ask for columns of pairs or of single answers, not for neither, nor both'),
     (lambda *, beta: torch.zeros(1), 'must ask for columns of pairs'),
 ]
 # fmt: on

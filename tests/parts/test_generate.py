@@ -202,8 +202,8 @@ def test_leaves_the_model_as_it_was(before):
     assert net.config._attn_implementation == before and net.generation_config is own and not net.training
 
 
-def test_sharded(tmp_path):
-    rank, world, device = fsdp.setup()
+def test_sharded(tmp_path, monkeypatch):
+    device = fsdp.setup()[2]
     plain = build()
     net = fsdp.shard(build, device, cpu_offload=True)
     modules = [m for m in net.modules() if hasattr(m, 'unshard')]
@@ -220,17 +220,16 @@ def test_sharded(tmp_path):
         assert not any(sharded for sharded, _ in state())
     assert state() == before and net.config._attn_implementation == 'packed'
 
-    # two models, the work shared
-    models = {'reference': fsdp.shard(build, device, train=False, cpu_offload=True), 'policy': net}
-    settings = {'seed': 5, 'max_new_tokens': 12}
-    expected = sample(plain, PROMPTS, [5 * 1_000_003 + i for i in range(4)])
-    found = generate.sample(models, TOKENIZER, PROMPTS, rank=rank, world=world, **settings)
-    assert found == {'reference': expected, 'policy': expected}
-    for r in range(3):
-        found = generate.sample(models, TOKENIZER, PROMPTS, rank=r, world=3, **settings)['policy']
-        assert found == [answer if i % 3 == r else None for i, answer in enumerate(expected)]
+    # the work shared, prompts of similar length side by side
+    seeds = [5 * 1_000_003 + i for i in range(4)]
+    expected = sample(plain, PROMPTS, seeds)
+    assert generate.sample(net, TOKENIZER, PROMPTS, seeds, max_new_tokens=12) == expected
+    for r, mine in enumerate(([1, 0], [3], [2])):
+        monkeypatch.setattr(fsdp, 'data_rank', lambda r=r: (r, 3))
+        found = generate.sample(net, TOKENIZER, PROMPTS, seeds, max_new_tokens=12)
+        assert found == [answer if i in mine else None for i, answer in enumerate(expected)]
 
-    rows = [(name, i, answer) for name in sorted(models) for i, answer in enumerate(expected)]
+    rows = [(name, i, answer) for name in ('policy', 'reference') for i, answer in enumerate(expected)]
     for seen in (0, 64):
         generate.write(tmp_path / 'samples.jsonl', TOKENIZER, PROMPTS, rows, seen)
     lines = read_jsonl(tmp_path / 'samples.jsonl')

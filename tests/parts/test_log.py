@@ -5,19 +5,22 @@ import io
 import itertools
 import json
 import logging
+import os
 import struct
 import sys
 import time
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from helpers import cut_short, end_process_group, metrics, python, read_jsonl, refused, run_script, write_jsonl
 
 import configurator
+import fsdp
 import training
 from hf import load
-from runtime import log
+from runtime import guard, log
 from runtime.metrics import meaning
 from text.examples import in_words
 
@@ -36,6 +39,37 @@ def test_schedule(shape, steps, warmup):
     if shape != 'constant' and steps >= 1000:
         half = warmup + (steps - warmup) // 2
         assert rates[half] == pytest.approx(0.5, abs=1e-2) and rates[-1] < 2e-3
+
+
+def test_an_out_dir_that_cannot_be_looked_into(monkeypatch):
+    """As where somebody else's folder is closed; root may look into all."""
+
+    def closed(path):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    fsdp.setup()
+    monkeypatch.setattr(log.Path, 'exists', closed)
+    for check in (partial(log.check_out_dir, 'theirs/out', {}, True), partial(guard.begin, 'theirs/out', {}, True)):
+        with pytest.raises(configurator.UserError, match='cannot write to out_dir theirs/out: Permission denied'):
+            check()
+
+
+def test_a_run_that_has_left_nothing_holds_no_folder(tmp_path):
+    """Such as one whose first scoring did not fit into memory: the next one has other options."""
+    (tmp_path / 'config.json').write_text('{"config": {"lr": 1}, "command": ["dpo.py"]}')
+    (tmp_path / '.lock').touch()
+    assert log.recorded(tmp_path) is None
+    (tmp_path / 'metrics.jsonl').touch()
+    assert log.recorded(tmp_path) == {'script': 'dpo.py', 'options': {'lr': 1}, 'contents': {}}
+
+
+def test_the_commit_where_git_is_and_where_it_is_not(tmp_path, monkeypatch):
+    commits = []
+    for path in (os.environ['PATH'], str(tmp_path)):
+        monkeypatch.setenv('PATH', path)
+        log.claim_out_dir(tmp_path, {})
+        commits.append(json.loads((tmp_path / 'config.json').read_text())['commit'])
+    assert len(commits[0]) in (0, 40) and commits[1] == ''
 
 
 # ---- trackers ----
@@ -215,6 +249,16 @@ def test_a_run_goes_on_without_its_tracker(script, name, monkeypatch, tmp_path, 
 
 
 # ---- clocks that stand still ----
+
+
+@pytest.mark.parametrize(('start', 'evaluated', 'left'), [(0, -1, []), (8, 8, ['check', 'eval', 'train', 'eval'])])
+def test_rows_of_before_that_stay(tmp_path, start, evaluated, left):
+    """Of a run that begins anew none, not even that of the first check: it comes again."""
+    kept = [('check', 0), ('eval', 0), ('train', 8), ('eval', 8), ('train', 16), ('eval', 16)]
+    rows = [{'split': split, 'counters/examples': examples} for split, examples in kept]
+    write_jsonl(tmp_path / 'metrics.jsonl', rows)
+    log.Log(tmp_path, 16, start, 1, evaluated=evaluated).close()
+    assert [row['split'] for row in read_jsonl(tmp_path / 'metrics.jsonl')] == left
 
 
 def test_per_second():

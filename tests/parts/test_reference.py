@@ -10,6 +10,9 @@ from safetensors.numpy import load_file
 
 import training
 from configurator import UserError
+from hf import reference
+from hf.load import load_model
+from text.examples import Examples
 
 FLAGS = '--data_fraction=0.1 --n_examples=24 --batch_size=8 --n_eval_examples=8 --lr=1e-3 --warmup_steps=0 --noise_rate=0.3'.split()
 
@@ -86,6 +89,15 @@ def test_a_damaged_file_is_found_out(run, tmp_path, capsys):
         assert run(f'again{i}', '--cache_ref') == expected
         assert 'damaged or belongs to something else' in capsys.readouterr().out
         assert load_file(one)['logps'].tolist() == logps
+
+
+def test_a_file_belongs_to_weights_tokens_borders_and_type():
+    """Two pairs of the same ids differ where the prompt ends."""
+    pairs = [([5, 6], [[7, 8], [9]]), ([5], [[6, 7, 8], [9]]), ([5, 6], [[7, 8], [10]])]
+    examples, model = [Examples.of([pair]) for pair in pairs], load_model('toy')
+    keys = [reference._key(model, one, dtype) for one in examples for dtype in ('float32', 'bfloat16')]
+    keys.append(reference._key(load_model('toy', seed=1), examples[0], 'float32'))
+    assert len(set(keys)) == 7 and keys[0] == reference._key(load_model('toy'), examples[0], 'float32')
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ def test_options_that_mean_nothing(text, sentence):
     ('import numpy as np\ndef f(p, responses, rows): return list(np.full(len(rows), 3, np.float32))', 3.0),
     ('import torch\ndef f(p, responses, rows): return torch.full((len(rows),), 4.0)', 4.0),
     ('from neighbour import five\ndef f(p, responses, rows): return [five] * len(rows)', 5.0),
+    ('from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Seven:\n    x: int = 7\n'
+     'def f(p, responses, rows): return [Seven().x] * len(rows)', 7.0),
     ('class F:\n    def __call__(self, p, responses, rows): return tuple(6 for _ in rows)\nf = F()', 6.0),
 ])  # fmt: skip
 def test_functions_of_all_kinds(text, expected, score, tmp_path):
@@ -197,7 +199,12 @@ def slow(prompts, responses, rows):
     time.sleep(60 * (len(responses[0]) % 2))
     return [1]
 
-import json, time
+def ends(prompts, responses, rows):
+    child = subprocess.Popen(['sleep', '60'])
+    child.terminate()
+    return [child.wait(timeout=20)] * len(rows)
+
+import json, subprocess, time
 """
 
 
@@ -253,8 +260,21 @@ def test_mistakes_in_a_run(here):
     )
 
 
+def test_a_process_of_the_users_can_be_ended(here):
+    """The signals that our own process blocks are not blocked in what a function starts."""
+    done = python(ROOT / RUN[0], *RUN[1:], '--data=toy', '--reward=own.py:ends', cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert {row['score/train'] for row in metrics('run', 'train')} == {-15}
+
+
 def test_late_answers_are_counted(here, capsys):
-    flags = ['--data=toy', '--reward=own.py:slow', '--reward_timeout=0.5', '--reward_workers=2', '--n_examples=8']
+    flags = [
+        '--data=toy',
+        '--reward=own.py:slow + own.py:characters*0',
+        '--reward_timeout=0.5',
+        '--reward_workers=2',
+        '--n_examples=8',
+    ]
     run_script(*RUN, *flags, '--do_first_eval=false', '--n_eval_examples=0')
     (row,) = metrics('run', 'train')
     assert row['score/train'] == 1 - row['late/train']
