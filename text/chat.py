@@ -51,23 +51,28 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
         return texts
 
     # a text beside chats is a user's, or the assistant's, message
-    parts = [[message('user', prompt)] if isinstance(prompt, str) else prompt]
-    parts += [[message('assistant', text)] if isinstance(text, str) else text for text in answers]
-    parts, tools = [marked(part, special, left_out) for part in parts], special.mark(tools)
+    prompt = [message('user', prompt)] if isinstance(prompt, str) else prompt
+    answers = [[message('assistant', text)] if isinstance(text, str) else text for text in answers]
+    prompt, tools = marked(prompt, special, left_out), special.mark(tools)
+    answers = [marked(answer, special, left_out) for answer in answers]
     if template_of(tokenizer, tools) == PLAIN_CHAT:
         left_out[NO_TEMPLATE] = 1
-    texts = _write_all(parts, tools, tokenizer, left_out)
+    texts = _write_all(prompt, answers, tools, tokenizer, left_out)
 
     # count what the template does not write
-    for i, (turns, text) in enumerate(zip(parts, texts, strict=True)):
+    def prompt_again(turns, tools):
+        return _write_all(turns, [], tools, tokenizer, Counter())[0]
 
-        def again(turns, tools=tools, prompt=parts[:1] if i else ()):
-            return _write_all([*prompt, turns], tools, tokenizer, Counter())[-1]
+    def answer_again(turns, _=None):
+        return _write_all(prompt, [turns], tools, tokenizer, Counter())[1]
 
-        count_unwritten(turns, None if i else tools, text, again, left_out)
+    count_unwritten(prompt, tools, texts[0], prompt_again, left_out)
+    for turns, text in zip(answers, texts[1:], strict=True):
+        count_unwritten(turns, None, text, answer_again, left_out)
+        if blank or any(turn['content'].strip() for turn in turns):
+            continue
         bare = [message(turn['role'], turn['content']) for turn in turns]
-        silent = i > 0 and not blank and not any(turn['content'].strip() for turn in turns)
-        if silent and again(bare) == text:
+        if answer_again(bare) == text:
             return None
     left_out[KEPT] += sum(MARK in text for text in texts)
     return texts
@@ -117,14 +122,15 @@ def _special_in(tokenizer, *_):
     tokens = {token.content for token in added.values() if token.special} | {tokenizer.eos_token}
     stops = {tokenizer.eos_token}
     # what the template writes around turns is special too, whatever the tokenizer says; a thought's marks are not
-    roles = ('user', 'one'), ('assistant', 'zebra'), ('user', 'two')
+    chat = [message('user', 'one'), message('assistant', 'zebra'), message('user', 'two')]
     # a template that is of no use is named where there is a chat that needs it
     with contextlib.suppress(Refused, UserError):
-        text = write([message(role, said) for role, said in roles], None, tokenizer)
+        text = write(chat, None, tokenizer)
         written = set(tokenizer(text, add_special_tokens=False)['input_ids'])
         tokens |= {token.content for i, token in added.items() if i in written and token.content.strip()}
         behind = _any_of(tokens).match(text.rpartition('zebra')[2].lstrip())
-        stops |= {behind[0]} if behind else set()
+        if behind:
+            stops.add(behind[0])
     stop = _any_of(stops)
     return Special(_any_of(tokens), stop, re.compile(rf'(?:(?:{stop.pattern})\s*)+\Z'), tokenizer.bos_token or '')
 
@@ -136,8 +142,7 @@ def _plain(prompt, answers, special, left_out):
     has written them."""
     bos = special.bos if prompt.startswith(special.bos) else ''
     body = prompt.removeprefix(bos)
-    begins = special.any.match(body or ''.join(answers[:1]))
-    written = begins or re.search(rf'(?:{special.any.pattern})\s*\Z', body)
+    written = special.any.match(body or ''.join(answers[:1])) or re.search(rf'(?:{special.any.pattern})\s*\Z', body)
     left_out['texts that begin or end with a special token: theirs are read as tokens'] += bool(written)
     mark = str if written else special.mark
 
@@ -157,9 +162,11 @@ def marked(chat, special, left_out):
     for turn in chat:
         if special.any.search(turn['role']):
             raise Refused(f'there is a special token in the role {turn["role"][:60]!r}')
-        content, tail = special.split(turn['content']) if turn['role'] == 'assistant' else (turn['content'], '')
-        left_out[ENDED] += bool(tail)
-        turns.append(special.mark(turn | {'content': content}))
+        if turn['role'] == 'assistant':
+            content, tail = special.split(turn['content'])
+            left_out[ENDED] += bool(tail)
+            turn = turn | {'content': content}
+        turns.append(special.mark(turn))
     return turns
 
 
@@ -228,10 +235,9 @@ def with_thoughts(turn):
     return turn if thoughts is None else {'thinking': thoughts, **turn, 'reasoning_content': thoughts}
 
 
-def _write_all(parts, tools, tokenizer, left_out):
+def _write_all(prompt, answers, tools, tokenizer, left_out):
     """The texts of a prompt that asks for an answer, and of the answers behind it. Raises Refused."""
     # with the header of an answer, or in the midst of the one that it has begun
-    prompt, *answers = parts
     *before, last = prompt
     begun = last['role'] == 'assistant'
     asked = write(prompt, tools, tokenizer, add_generation_prompt=not begun, continue_final_message=begun)
@@ -251,12 +257,11 @@ def _thought(asked, whole, answer, left_out):
     """The text of an answer behind a prompt that opens a thought, where the template does not write it so: the answer's own
     thought, which may be empty, its end, and what the template writes of the rest. Raises Refused where all else differs."""
     opens = re.search(r'<([\w:]*think\w*|thought|reasoning)>\s*\Z', asked)
-    head = asked[: opens.start()] if opens else None
-    if head is None or not whole.startswith(head):
+    if not opens or not whole.startswith(asked[: opens.start()]):
         differs = asked[len(os.path.commonprefix([asked, whole])) :][:60]
         wrong = 'the chat template writes an answered chat differently from the prompt it asks to continue'
         raise Refused(f'{wrong}: where that has {differs!r} it has something else')
-    begin, end, rest = f'<{opens[1]}>', f'</{opens[1]}>', whole[len(head) :]
+    begin, end, rest = f'<{opens[1]}>', f'</{opens[1]}>', whole[opens.start() :]
     # it writes the thought, with other white space
     if rest.startswith(begin):
         return rest.removeprefix(begin).lstrip()
@@ -283,6 +288,7 @@ def count_unwritten(turns, tools, text, write_again, left_out):
         except Refused:  # the template cannot do without
             return False
 
+    # usually it writes a field of all messages, or of none
     for name in sorted({name for turn in turns for name in turn} - {'role', 'content'}):
         holders = [i for i, turn in enumerate(turns) if turn.get(name) not in (None, '', [], {})]
         if not same_without(name, holders):

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import namedtuple
-from itertools import chain, combinations, dropwhile
+from itertools import chain, combinations
 from operator import itemgetter
 
 from text import messages
@@ -29,7 +29,7 @@ QUESTIONS = ('prompt', 'question', 'instruction', 'problem', 'query', 'input')
 ADDED = ('input', 'context')
 ANSWERS = ('response', 'completion', 'output', 'answer', 'solution', 'label')
 # in the name of a column that nobody knows
-LIKE_ANSWERS = ('chosen', 'rejected', 'response', 'completion', 'output', 'answer', 'reply', 'target', 'solution')
+LIKE_ANSWERS = ('chosen', 'rejected', 'response', 'completion', 'output', 'answer', 'reply', 'target')
 CHATS = ('messages', 'conversations', 'conversation', 'context_messages', 'trajectory')
 LABELS = ('good', 'label', 'kto_tag', 'desirable', 'is_safe')
 # what --columns may name
@@ -96,18 +96,18 @@ def parse_any(row, task=None, columns=None):
     layout = layout_of(row)
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
-    return [example if 'drop' in example else _complete(example, row) for example in layout.read(row, task)]
+    return [_complete(example, row) for example in layout.read(row, task)]
 
 
 def layout_of(row):
     """The Layout of a normalised row. Raises ValueError where its columns fit none, and names the nearest."""
-
     for layout in LAYOUTS:
         if layout.columns <= row.keys():
             return layout
-    nearest = max(LAYOUTS, key=lambda layout: len(layout.columns & row.keys()) / len(layout.columns))
-    hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
-    raise ValueError(f"'prompt' is missing, and no other column is known{hint if nearest.columns & row.keys() else ''}")
+    shares = [len(layout.columns & row.keys()) / len(layout.columns) for layout in LAYOUTS]
+    nearest = LAYOUTS[shares.index(max(shares))]
+    hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}' if any(shares) else ''
+    raise ValueError(f"'prompt' is missing, and no other column is known{hint}")
 
 
 def unified(row, columns=None):
@@ -122,12 +122,13 @@ def unified(row, columns=None):
         if names.keys() <= row.keys() and row.keys().isdisjoint(names.values()):
             row = {names.get(key, key): value for key, value in row.items()}
 
-    # OpenAI's preferences, chats that are called otherwise, and what SmolTalk 2 tells its template
+    # OpenAI's preferences, and chats that are called otherwise
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
     for name, ours in (('input', 'messages'), ('context', 'prompt')):
         if isinstance(row.get(name), list) and ours not in row:
             row[ours] = row.pop(name)
+    # what SmolTalk 2 tells its template
     told = row.get('chat_template_kwargs')
     if isinstance(told, dict) and told.get('custom_instructions'):
         row.setdefault('system', told['custom_instructions'])
@@ -138,8 +139,10 @@ def unified(row, columns=None):
 
 def _complete(example, row):
     """An example with its row's system message and tools; what to drop, where an answer has the weight 0."""
-    answers = {key: example[key] for key in ('chosen', 'rejected', 'response') if key in example}
-    if any('weight' in turn for chat in answers.values() if isinstance(chat, list) for turn in chat):
+    if 'drop' in example:
+        return example
+    answers = [example[key] for key in ('chosen', 'rejected', 'response') if key in example]
+    if any(isinstance(chat, list) and 'weight' in chat[0] for chat in answers):
         return {'drop': UNTRAINED}
     # the weight is for the trainer, not for the template
     prompt = example['prompt']
@@ -149,23 +152,25 @@ def _complete(example, row):
         example['tools'] = field(row, 'tools', list)
 
     # a system message goes before, once, unless a text that is formatted already has it
-    system = field(row, 'system') if row.get('system') not in (None, '') else ''
-    formatted = isinstance(prompt, str) and prompt.endswith(TURN_MARKERS)
-    if not system or (formatted and system.strip() in prompt):
+    if not row.get('system'):
+        return example
+    system = field(row, 'system')
+    if isinstance(prompt, str) and prompt.endswith(TURN_MARKERS) and system.strip() in prompt:
         return example
     if not prompt:
         raise ValueError("there is a 'system' message and no question behind it")
-    prompt, first = as_chat(prompt), [message('system', system)]
-    if prompt[0]['role'] == 'system':
-        first = []
-        if prompt[0]['content'].strip() != system.strip():
-            raise ValueError("the column 'system' and the system message of the chat are not the same")
-    chats = {key: said(text) if isinstance(text, str) else text for key, text in answers.items()}
-    turns = {'turns': first + example['turns']} if 'turns' in example else {}
-    return example | chats | turns | {'prompt': first + prompt}
+    example = messages.as_chats(example, system)
+    if example['prompt'][0]['content'].strip() != system.strip():
+        raise ValueError("the column 'system' and the system message of the chat are not the same")
+    return example
 
 
 # ---- prompt and answers ----
+
+
+def first_of(names, row):
+    """The first of these names that is a column of the row, or None."""
+    return next((name for name in names if name in row), None)
 
 
 def asked(row, found=None):
@@ -173,10 +178,9 @@ def asked(row, found=None):
 
     The text of 'prompt', and whatever ends in a turn marker, stays text; a question or an instruction becomes a message.
     found: the answer, which may have the question in it: then None is right where no column asks."""
-    column = next((c for c in QUESTIONS if c in row), None)
-    chat = next((c for c in CHATS if c in row and column != 'prompt'), None)
+    column, chat = first_of(QUESTIONS, row), first_of(CHATS, row)
     # a conversation that ends with a question asks it
-    if chat:
+    if chat and column != 'prompt':
         turns = text_or_chat({'prompt': field(row, chat, list)}, 'prompt')
         return None if turns[-1]['role'] == 'assistant' else turns
     if column is None:
@@ -185,20 +189,23 @@ def asked(row, found=None):
         return None
 
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
-    for more in ADDED if column in ('question', 'instruction') else ():
-        prompt += '\n\n' + field(row, more) if row.get(more) else ''
-    turns = [turn for part in (prompt, found) if isinstance(part, list) for turn in part]
-    nothing_lost(row, column, '\n'.join([str(prompt), *(turn['content'] for turn in turns)]))
+    if column in ('question', 'instruction'):
+        for more in ADDED:
+            prompt += '\n\n' + field(row, more) if row.get(more) else ''
+    turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
+    # an answer that is the whole chat may have the question in it
+    before = found[:-1] if isinstance(found, list) else []
+    nothing_lost(row, column, '\n'.join(turn['content'] for turn in turns + before))
     if isinstance(prompt, str) and is_history(row.get('history')):
-        return [*messages.alternating(chain.from_iterable(row['history'])), message('user', prompt)]
-    return prompt if column == 'prompt' or prompt.endswith(TURN_MARKERS) else [message('user', prompt)]
+        return messages.alternating(chain.from_iterable(row['history'])) + turns
+    return prompt if column == 'prompt' or prompt.endswith(TURN_MARKERS) else turns
 
 
 def nothing_lost(row, column, text):
     """Raise ValueError where another column asks, too, and what it says is not in this text."""
-    for other in {*QUESTIONS, *ADDED, 'history'} - {column}:
-        value = row.get(other)
-        if value and not (isinstance(value, str) and value.strip() in text) and not is_history(value):
+    for other in (*QUESTIONS, 'context', 'history'):
+        value = None if other == column else row.get(other)
+        if value and not is_history(value) and not (isinstance(value, str) and value.strip() in text):
             raise ValueError(f'{other!r} asks something, too, which would be lost beside {column!r}')
 
 
@@ -207,20 +214,16 @@ def is_history(value):
     return isinstance(value, list) and bool(value) and all(are_texts(turn, 2) for turn in value)
 
 
-def answered(row, columns, as_chats=False):
+def answered(row, columns):
     """The example of what a row asks and its answers: {'chosen', 'rejected' or 'response': its column} of texts or chats.
 
-    An answer may have the prompt in it. as_chats: texts become chats, and messages lose all other fields."""
+    An answer may have the prompt in it."""
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}
     first, *others = answers.values()
     prompt = asked(row, first)
-    if as_chats:
-        prompt = prompt and as_chat(prompt)
-        answers = {key: said(text) if isinstance(text, str) else text for key, text in answers.items()}
-        answers = {key: [message(turn['role'], turn['content']) for turn in chat] for key, chat in answers.items()}
-    elif any(type(other) is not type(first) for other in others):
+    if any(type(other) is not type(first) for other in others):
         raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
-    elif isinstance(first, str):
+    if isinstance(first, str):
         return _behind_text(row, prompt, answers)
 
     # all turns before the last answer are the prompt, and must be the same for both
@@ -229,10 +232,10 @@ def answered(row, columns, as_chats=False):
     if len({chat[0]['role'] == 'assistant' for chat in answers.values()}) > 1:
         raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
     chats = {key: whole_chat(prompt, chat) for key, chat in answers.items()}
-    (*before, _), *others = chats.values()
-    if not before or any(chat[0] != before[0] for chat in others):
+    before, *others = [chat[:-1] for chat in chats.values()]
+    if not before or any(other[:1] != before[:1] for other in others):
         raise ValueError("'prompt' is missing: the answers do not begin with a question, or not with the same question")
-    if any(chat[:-1] != before for chat in others):
+    if any(other != before for other in others):
         raise LeftOut(DIFFERENT)
     return {'prompt': before} | {key: chat[-1:] for key, chat in chats.items()}
 
@@ -244,39 +247,42 @@ def whole_chat(prompt, answer):
         return turns + answer
     # the whole chat has all of the prompt in it, but for a system message, or the prompt has all of its questions
     asks = '\n'.join(turn['content'].strip() for turn in turns if turn['role'] != 'system')
-    chat = '\n'.join(turn['content'].strip() for turn in answer[:-1] if turn['role'] != 'system')
+    chat = '\n'.join(turn['content'].strip() for turn in answer[:-1])
     questions = [turn['content'].strip() for turn in answer[:-1] if turn['role'] == 'user']
     if asks not in chat and not (len(questions) > 1 and all(question in asks for question in questions)):
         raise LeftOut('answers to something else than the prompt')
-    return [turn for turn in turns[:1] if turn['role'] == 'system' != answer[0]['role']] + answer
+    if turns and turns[0]['role'] == 'system' != answer[0]['role']:
+        return turns[:1] + answer
+    return answer
 
 
 def _behind_text(row, prompt, answers):
     """The example of answers that are texts; in a pair, what precedes a turn marker is the prompt if no column asks."""
-    if prompt is None and len(answers) == 2:
-        return _by_marker(**answers)
     if prompt is None:
-        raise ValueError("'prompt' is missing")
+        if len(answers) == 1:
+            raise ValueError("'prompt' is missing")
+        return _by_marker(**answers)
 
     # all answers may begin with the prompt, and white space around it may differ
-    question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
-    texts = list(answers.values())
-    begins = {text.lstrip().startswith(question) for text in texts}
+    example = {}
+    question = prompt.strip() if isinstance(prompt, str) else prompt[-1]['content'].strip()
+    begins = {text.lstrip().startswith(question) for text in answers.values()}
     if question and len(begins) == 2:
         raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
-    if question and begins == {True}:
-        texts = [text.lstrip().removeprefix(question) for text in texts]
+    if question:
+        example['repeats'] = True in begins
+    if example.get('repeats'):
+        answers = {key: text.lstrip().removeprefix(question) for key, text in answers.items()}
         prompt = prompt.rstrip() if isinstance(prompt, str) else prompt
-    repeats = {'repeats': True in begins} if question else {}
 
-    # Math-Step-DPO has steps that begin both answers; CarperAI's summaries have their mark in the answers
-    texts = [row.get('initial_reason_steps', '') + text for text in texts]
-    if isinstance(prompt, str) and len(texts) == 2 and all(text.startswith('TL;DR:') for text in texts):
+    # CarperAI's summaries have their mark in the answers; Math-Step-DPO has steps that begin both answers
+    if isinstance(prompt, str) and len(answers) == 2 and all(text.startswith('TL;DR:') for text in answers.values()):
         prompt = prompt.rstrip() + '\n\n'
+    answers = {key: row.get('initial_reason_steps', '') + text for key, text in answers.items()}
     # behind a question that has become a message, the answer is one, too
     if isinstance(prompt, list) and not isinstance(row.get('prompt'), list):
-        texts = map(said, texts)
-    return {'prompt': prompt, **dict(zip(answers, texts, strict=True)), **repeats}
+        answers = {key: said(text) for key, text in answers.items()}
+    return {'prompt': prompt} | answers | example
 
 
 def _by_marker(chosen, rejected):
@@ -284,13 +290,14 @@ def _by_marker(chosen, rejected):
     common = os.path.commonprefix([chosen, rejected])
     marker = ASSISTANT if ASSISTANT in chosen else next((m for m in TURN_MARKERS if m in common), None)
     if marker is None:
-        marker = "no turn marker (as '\\n\\nAssistant:')"
-        raise ValueError(f'no column has the prompt, and {marker} shows where answers begin')
-    (prompt, mark, chosen), (other, _, rejected) = chosen.rpartition(marker), rejected.rpartition(marker)
+        missing = r"no turn marker (as '\n\nAssistant:')"
+        raise ValueError(f'no column has the prompt, and {missing} shows where answers begin')
+    prompt, _, chosen = chosen.rpartition(marker)
+    other, _, rejected = rejected.rpartition(marker)
     # about 1 in 900 of HH
     if prompt != other:
         raise LeftOut(DIFFERENT)
-    return {'prompt': prompt + mark, 'chosen': chosen, 'rejected': rejected}
+    return {'prompt': prompt + marker, 'chosen': chosen, 'rejected': rejected}
 
 
 # ---- pairs ----
@@ -304,31 +311,35 @@ def read_pair(row, task=None):
     if are_texts(row.get('chosen')) and are_texts(row.get('rejected')):
         scored = [(1, said(text)) for text in row['chosen']] + [(0, said(text)) for text in row['rejected']]
         return [example for example in ranked(as_chat(asked(row)), scored, task) if 'drop' not in example]
-    margin = {} if row.get('margin') is None else {'margin': float(field(row, 'margin', NUMBER))}
-    return [answered(row, {'chosen': 'chosen', 'rejected': 'rejected'}) | margin]
+    example = answered(row, {'chosen': 'chosen', 'rejected': 'rejected'})
+    if 'margin' in row:
+        example['margin'] = float(field(row, 'margin', NUMBER))
+    return [example]
 
 
 def read_compared(row, task=None):
     """Two answers, or whole conversations, and a column that says which is better."""
-    verdicts = [verdict for verdict in (*BY_NAME, *BY_SIGN) if verdict in row]
-    columns, verdict = next((two, v) for v in verdicts for two in COMPARED if set(two) <= row.keys())
-    better = _better(row, verdict, columns)
+    columns = next(two for two in COMPARED if set(two) <= row.keys())
+    better = _better(row, columns)
     if better is None and task != 'prompts':
         raise LeftOut('tie')
     good, bad = columns[::-1] if better == columns[1] else columns
     # the better conversation needs no other with the same questions
-    if task == 'sft':
-        return [answered(row, {'response': good}, as_chats=True)]
-    return [answered(row, {'chosen': good, 'rejected': bad}, as_chats=True)]
+    wanted = {'response': good} if task == 'sft' else {'chosen': good, 'rejected': bad}
+    # texts become chats, and the messages of two sides may differ in other fields
+    for column in wanted.values():
+        row[column] = [message(turn['role'], turn['content']) for turn in said(text_or_chat(row, column))]
+    return [answered(row, wanted)]
 
 
-def _better(row, verdict, columns):
+def _better(row, columns):
     """The column that a verdict names ('model_a', 'B', 1), or means by its sign; None for a tie."""
+    verdict = first_of((*BY_NAME, *BY_SIGN), row)
     if verdict in BY_SIGN:
-        return columns[row[verdict] > 0] if row[verdict] and field(row, verdict, NUMBER) else None
+        return columns[field(row, verdict, NUMBER) > 0] if row[verdict] else None
     name = str(row[verdict]).strip().lower()
     side = SIDE.fullmatch(name)
-    found = [column for column in columns if side and column[-1] == side[2]]
+    found = [column for column in columns if side and column.endswith(side[2])]
     if not found and not TIE.fullmatch(name):
         raise ValueError(f'{name[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
     return found[0] if found else None
@@ -337,10 +348,11 @@ def _better(row, verdict, columns):
 def read_votes(row, task=None):
     """LMSYS's votes as a table: questions and both sides' answers in JSON lists, and who has won in zeros and ones."""
     texts = [row[key] for key in ('prompt', 'response_a', 'response_b')]
-    questions, *sides = (json.loads(value) if isinstance(value, str) else value for value in texts)
-    if not all(map(are_texts, (questions, *sides))):
+    texts = [json.loads(value) if isinstance(value, str) else value for value in texts]
+    if not all(map(are_texts, texts)):
         raise LeftOut('empty answers')
-    a, b = (messages.alternating(chain.from_iterable(zip(questions, side, strict=False))) for side in sides)
+    questions, *answers = texts
+    a, b = (messages.alternating(chain.from_iterable(zip(questions, side, strict=False))) for side in answers)
     won = [side for side in 'ab' if str(row[f'winner_model_{side}']) in ('1', '1.0', 'True')]
     return read_compared({'conversation_a': a, 'conversation_b': b, 'winner': ''.join(won)}, task)
 
@@ -357,16 +369,17 @@ def read_sides(row, task=None):
 def read_summaries(row, task=None):
     """openai/summarize_from_feedback's comparisons, with prompts as TRL writes them."""
     info, choice = field(row, 'info', dict), field(row, 'choice', int)
-    first, second = (answer(field(summary, 'text')) for summary in field(row, 'summaries', list))
+    chosen, rejected = [answer(field(summary, 'text')) for summary in field(row, 'summaries', list)]
     if choice not in (0, 1):
         raise ValueError("'choice' is neither 0 nor 1")
+    if choice:
+        chosen, rejected = rejected, chosen
     # a post of reddit, or an article of CNN or Daily Mail
+    text = field(info, 'post' if info.get('post') else 'article').replace('\n\n', '\n')
     prompt = f'TITLE: {info.get("title") or ""}\n\n'
     if info.get('post'):
         prompt = f'SUBREDDIT: r/{info.get("subreddit") or ""}\n\n{prompt}POST: '
-    prompt += field(info, 'post' if info.get('post') else 'article').replace('\n\n', '\n') + '\n\nTL;DR:'
-    chosen, rejected = (second, first) if choice else (first, second)
-    return [{'prompt': prompt, 'chosen': chosen, 'rejected': rejected}]
+    return [{'prompt': f'{prompt}{text}\n\nTL;DR:', 'chosen': chosen, 'rejected': rejected}]
 
 
 def read_annotation(row, task=None):
@@ -447,7 +460,7 @@ def grouped(rows, task, read):
             yield row, found
             continue
         prompt, scored = found
-        known = groups.setdefault(json.dumps(prompt), (row, prompt, []))[2]
+        _, _, known = groups.setdefault(json.dumps(prompt), (row, prompt, []))
         known += [pair for pair in scored if pair not in known]
     for row, prompt, scored in groups.values():
         yield row, ranked(prompt, scored, task)
@@ -485,15 +498,17 @@ def read_trees(rows, task=None, language=None):
     by_id = {str(row.get('message_id')): row for row in rows}
     by_rank = {str([row.get(key) for key in ('parent_id', 'lang', 'rank')]): row for row in rows}
 
-    def above(parent, depth=0):
+    def above(message_id):
         """The conversation that ends with this message."""
-        if parent is None:
-            return []
-        row = by_id.get(parent)
-        if row is None or depth == 100:
-            raise ValueError('the conversation above the answer is not whole')
-        role = 'assistant' if row.get('role') == 'assistant' else 'user'
-        return [*above(row.get('parent_id'), depth + 1), message(role, field(row, 'text'))]
+        turns = []
+        while message_id is not None:
+            row = by_id.get(message_id)
+            if row is None or len(turns) == 100:
+                raise ValueError('the conversation above the answer is not whole')
+            role = 'assistant' if row.get('role') == 'assistant' else 'user'
+            turns.insert(0, message(role, field(row, 'text')))
+            message_id = row.get('parent_id')
+        return turns
 
     def read(row):
         if language and field(row, 'lang') != language:
@@ -506,6 +521,7 @@ def read_trees(rows, task=None, language=None):
             raise LeftOut('an answer without a rank')
         rank, parent = field(row, 'rank', int), field(row, 'parent_id')
         mine = [message('assistant', field(row, 'text'))]
+
         # rank 0, the best, takes part as the better one of rank 1
         if rank == 0:
             return [{'prompt': above(parent), 'response': mine}] if task == 'sft' else []
@@ -524,7 +540,7 @@ def read_trees(rows, task=None, language=None):
 
 def read_answer(row, task=None):
     """A prompt and an answer, which a label may call good or bad."""
-    key = next(column for column in ANSWERS if column in row)
+    key = first_of(ANSWERS, row)
     # LLaMA-Factory's older pairs: the good and the bad output
     if are_texts(row[key], 2):
         chosen, rejected = row.pop(key)
@@ -540,71 +556,70 @@ def read_answer(row, task=None):
 
 def thumb(row):
     """{'good': whether the answer is good}, if a column says so; a table may have it as text."""
-    column = next((c for c in LABELS if c in row), None)
-    value = str(row.get(column)).lower()
-    if column and value not in ('true', 'false', '1', '0', '1.0', '0.0'):
+    column = first_of(LABELS, row)
+    if column is None:
+        return {}
+    value = str(row[column]).lower()
+    if value not in ('true', 'false', '1', '0', '1.0', '0.0'):
         raise ValueError(f'{column!r} is neither true (1) nor false (0)')
-    return {'good': value in ('true', '1', '1.0')} if column else {}
+    return {'good': value in ('true', '1', '1.0')}
 
 
 def read_chat(row, task=None):
     """A conversation: all its answers are trained on, and the last one is the response."""
-    key = next(column for column in CHATS if column in row)
+    key = first_of(CHATS, row)
     turns = [messages.checked(turn) for turn in field(row, key, list)]
-    if turns and turns[-1]['role'] != 'assistant':
+    last = turns[-1]['role'] if turns else 'assistant'
+    if last != 'assistant':
         # the answer may have a column of its own
         if any(isinstance(row.get(column), (str, list)) for column in ANSWERS):
             return read_answer(row, task)
-        if turns[-1]['role'] not in messages.ROLES.values():
+        if last not in messages.ROLES.values():
             text_or_chat(row, key)  # says that this is no answer
         if task == 'prompts' or (task is None and len(turns) == 1):
             return [{'prompt': turns}]
 
-    # an empty answer is no demonstration; one that has a label stays, for the label is its own
+    # an empty answer among others is no demonstration; one that has a label stays, for the label is its own
     good = thumb(row)
-    if task != 'prompts' and not good and any(map(_filled, turns)):
-        turns = [turn | {'weight': 0} if turn['role'] == 'assistant' and not _filled(turn) else turn for turn in turns]
+    answers = [turn for turn in turns if turn['role'] == 'assistant']
+    if task != 'prompts' and not good and not messages.is_empty(answers):
+        for turn in answers:
+            if messages.is_empty([turn]):
+                turn['weight'] = 0
 
     # as FastChat does: what precedes the first question, and what follows the last answer, is left out
-    kept = list(dropwhile(lambda turn: turn['role'] == 'assistant', turns))
-    while kept and not _trained(kept[-1]):
+    kept = turns.copy()
+    while kept and kept[0]['role'] == 'assistant':
+        kept.pop(0)
+    while kept and not messages.is_trained(kept[-1]):
         kept.pop()
     if not kept:
         untrained = any('weight' in turn for turn in turns)
         raise LeftOut(UNTRAINED if untrained else 'conversations without a question and its answer')
     example = {'prompt': kept[:-1], 'response': kept[-1:], **good}
-    if not good and sum(map(_trained, kept)) > 1:
+    if not good and sum(map(messages.is_trained, kept)) > 1:
         example['turns'] = kept
     return [example] if kept == turns else [example, {'drop': UNASKED}]
-
-
-def _trained(turn):
-    return turn['role'] == 'assistant' and turn.get('weight') != 0
-
-
-def _filled(turn):
-    """Whether a message is an answer that says something, or calls a tool."""
-    says = [turn['content'].strip(), *(turn.get(key) for key in ('tool_calls', *messages.REASONING))]
-    return turn['role'] == 'assistant' and any(says)
 
 
 def read_text(row, task=None):
     """A text to learn as it stands; where it is a dialogue with marks, a conversation."""
     text = field(row, 'text')
     nothing_lost(row, 'text', text)
-    marks = next((marks for start, marks in messages.DIALOGUES.items() if text.startswith(start)), None)
-    turns = messages.dialogue(text, marks) if marks else []
-    if {turn['role'] for turn in turns} != {'user', 'assistant'}:
-        return [{'prompt': '', 'response': text}]
-    return read_chat({'messages': turns}, task)
+    for start, marks in messages.DIALOGUES.items():
+        if text.startswith(start):
+            turns = messages.dialogue(text, marks)
+            if {turn['role'] for turn in turns} == {'user', 'assistant'}:
+                return read_chat({'messages': turns}, task)
+    return [{'prompt': '', 'response': text}]
 
 
 def read_prompt(row, task=None):
     """A prompt alone, or with CarperAI's label, which is a text, the answer."""
-    # a solution, the last word, may be there for a reward alone
-    words = LIKE_ANSWERS if task else LIKE_ANSWERS[:-1]
-    for name, value in row.items() if task != 'prompts' else ():
-        if value and isinstance(value, str | list) and any(word in name.lower() for word in words):
+    for name, value in row.items():
+        # without a task, a solution may be there for a reward alone
+        like = any(word in name.lower() for word in LIKE_ANSWERS) or (task and 'solution' in name.lower())
+        if task != 'prompts' and like and value and isinstance(value, str | list):
             raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
     if 'prompt' in row and isinstance(row.get('label'), str):
         return read_answer(row, task)

@@ -35,14 +35,14 @@ def begin(prompt, limits):
 
 def cut(prompt, limits, left_out):
     """A prompt's last (or, truncation 'end', its first) max_prompt_length tokens, BOS kept."""
-    length = limits.max_prompt_length
-    if len(prompt) <= length:
+    too_many = len(prompt) - limits.max_prompt_length
+    if too_many <= 0:
         return prompt
     left_out['prompts cut'] += 1
     if limits.truncation == 'end':
-        return prompt[:length]
-    head = [] if limits.first is None else prompt[:1]
-    return head + prompt[len(prompt) - length + len(head) :]
+        return prompt[:-too_many]
+    bos = 0 if limits.first is None else 1
+    return prompt[:bos] + prompt[bos + too_many :]
 
 
 def fit(prompt, answers, limits, left_out):
@@ -132,9 +132,8 @@ def _encode_as_text(text, tokenizer):
     """The ids of a text none of which is an added token, special or not."""
     if not tokenizer.is_fast:
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    inner, words = tokenizer.backend_tokenizer, [text]
+    inner = tokenizer.backend_tokenizer
     if inner.normalizer is not None:
-        words = [inner.normalizer.normalize_str(text)]
-    if inner.pre_tokenizer is not None:
-        words = [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(words[0])]
-    return [token.id for word in words for token in inner.model.tokenize(word)]
+        text = inner.normalizer.normalize_str(text)
+    words = [(text, None)] if inner.pre_tokenizer is None else inner.pre_tokenizer.pre_tokenize_str(text)
+    return [token.id for word, _ in words for token in inner.model.tokenize(word)]

@@ -5,6 +5,7 @@ import html
 import json
 import re
 from contextlib import suppress
+from copy import copy
 
 # characters of a text, or of all messages of a chat
 LONGEST = 10_000_000
@@ -14,6 +15,8 @@ CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|messages)["']:"
 CUT = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|assistant|gpt)["']""")
 # the fields that a message's thoughts stand in
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
+# what an answer may have beside its content, or in its place
+BESIDE = ('tool_calls', *REASONING)
 ROLES = {name: role for role, names in {
     'user': 'user human prompter question',
     'assistant': 'assistant gpt chatgpt model bot chatbot ai bing bard function_call',
@@ -92,7 +95,7 @@ def checked(turn):
         turn['weight'] = 0
 
     # a call, or a thought, may stand alone
-    if any(turn.get(key) for key in ('tool_calls', *REASONING)):
+    if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')
     if isinstance(turn.get('content'), list):
         turn['content'] = ''.join(map(_text_of, turn['content']))
@@ -164,9 +167,19 @@ def message(role, text):
     return {'role': role, 'content': text}
 
 
-def said(text):
-    """An answer as a list of one message."""
-    return [message('assistant', text.strip())]
+def said(answer):
+    """An answer as a list of messages: a text is one."""
+    return [message('assistant', answer.strip())] if isinstance(answer, str) else answer
+
+
+def is_trained(turn):
+    """Whether a message is an answer that is trained on."""
+    return turn['role'] == 'assistant' and turn.get('weight') != 0
+
+
+def is_empty(answer):
+    """Whether an answer, text or chat, neither says nor thinks anything, nor calls a tool."""
+    return not any(turn['content'].strip() or any(turn.get(key) for key in BESIDE) for turn in said(answer))
 
 
 def alternating(texts):
@@ -193,6 +206,20 @@ def as_chat(prompt):
     if not turns or re.split(marks, prompt)[0].strip():
         return [message('user', prompt)]
     return turns[:-1] if turns[-1] == message('assistant', '') else turns
+
+
+def as_chats(example, system=None):
+    """A copy of an example whose texts are chats, behind a system message if there is one and it has none."""
+    example = copy(example)
+    for key in ('chosen', 'rejected', 'response'):
+        if key in example:
+            example[key] = said(example[key])
+    for key in ('prompt', 'turns'):
+        if key in example:
+            chat = as_chat(example[key])
+            begins = bool(chat) and chat[0]['role'] == 'system'
+            example[key] = chat if begins or not system else [message('system', system), *chat]
+    return example
 
 
 def instruction(prompt):

@@ -108,16 +108,16 @@ def _rows_of(file, batches):
 
 
 def unfilled(raw):
-    """A row of a columnar file without the nulls inside its lists: there every message has the fields of all others."""
+    """A row of a columnar file without the nulls inside its columns: there every message has the fields of all others."""
+    return {key: _without_nulls(value) for key, value in raw.items()}
 
-    def without_nulls(value):
-        if isinstance(value, list):
-            return [without_nulls(item) for item in value]
-        if isinstance(value, dict):
-            return {key: without_nulls(item) for key, item in value.items() if item is not None}
-        return value
 
-    return {key: without_nulls(value) if isinstance(value, list) else value for key, value in raw.items()}
+def _without_nulls(value):
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _read_json(file):
@@ -126,7 +126,7 @@ def _read_json(file):
         if not stream.peek(100).lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'['):
             yield from _read_lines(file)
             return
-        for number, raw in enumerate(_items(stream.read().decode('utf-8-sig')), 1):
+        for number, raw in enumerate(json.loads(stream.read().decode('utf-8-sig')), 1):
             yield Row.of(raw, f'{file}, row {number}')
 
 
@@ -136,29 +136,12 @@ def _read_lines(file):
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
-            raw, error = {}, ''
+            where = f'{file}, line {number}'
             try:
-                raw = json.loads(line.decode('utf-8-sig'))
+                yield Row.of(json.loads(line.decode('utf-8-sig')), where)
             except (ValueError, RecursionError) as wrong:
                 end = '' if line.endswith(b'\n') else f', {CUT}'
-                error = f'not valid JSON ({getattr(wrong, "msg", wrong)}){end}'
-            yield Row.of(raw, f'{file}, line {number}', error)
-
-
-def _items(text):
-    """The items of a JSON list, one by one, for all of them may need much more memory than their text."""
-    decoder, blank = json.JSONDecoder(), re.compile(r'\s*')
-    at = blank.match(text, text.index('[') + 1).end()
-    while not text.startswith(']', at):
-        item, at = decoder.raw_decode(text, at)
-        yield item
-        at = blank.match(text, at).end()
-        if text.startswith(',', at):
-            at = blank.match(text, at + 1).end()
-        elif not text.startswith(']', at):
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-    if text[at + 1 :].strip():
-        raise json.JSONDecodeError('Extra data', text, at + 1)
+                yield Row.of({}, where, f'not valid JSON ({getattr(wrong, "msg", wrong)}){end}')
 
 
 def _read_text(file):

@@ -15,9 +15,9 @@ from json import dumps
 import numpy as np
 
 from configurator import configure
+from text.messages import as_chats, is_trained
 from text.sources import describe, read_examples
-from text.tokenise import as_chats, as_parts, tokenise
-from text.turns import is_trained
+from text.tokenise import as_parts, tokenise
 
 # what to read
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
@@ -63,8 +63,7 @@ def _read(left_out):
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
         # without a task, the first example decides
-        first = {} if task else next(read_examples(source, 'train', Counter(), **options), {})
-        chosen = task or task_of(first)
+        chosen = task or task_of(next(read_examples(source, 'train', Counter(), **options), {}))
         for example in read_examples(source, 'train', left_out, task=chosen, **options):
             example = as_chats(example, system) if chat or system else example
             yield chosen, example, for_task(example, chosen, left_out)
@@ -81,8 +80,8 @@ def task_of(example):
 
 def for_task(example, task, left_out):
     """What a task makes of an example, as json-able dicts; none, counted in left_out, where it is of no use."""
-    found, more = [], {key: example[key] for key in ('margin', 'tools') if key in example}
     names = {'pairs': ('chosen', 'rejected'), 'prompts': ()}.get(task, ('response',))
+    found = []
     for part in as_parts(example, task, left_out):
         shown = {'prompt': part.prompt} | dict(zip(names, part.answers, strict=False))
         if task == 'singles':
@@ -90,7 +89,7 @@ def for_task(example, task, left_out):
         if task == 'sft':
             turns = _turns(example.get('turns', part.answers[0]))
             shown['trained'] = [turn['content'] for turn in turns if is_trained(turn)]
-        found.append(shown | more)
+        found.append(shown | {key: example[key] for key in ('margin', 'tools') if key in example})
     return found
 
 

@@ -73,9 +73,9 @@ def _opened(source, split, num_turns=1, undivided=False):
     """(rows, parse, whether a part of them has to be held out, for want of a test split) of a source."""
     getter, path, hub_id = locate(source)
     name, config, wanted = files.named_part(source)
-    if getter and wanted:
-        raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{wanted}] out')
     if getter:
+        if wanted:
+            raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{wanted}] out')
         rows, parse = getter(split, path)
         if parse is parse_sharegpt:
             parse = partial(parse, num_turns=num_turns)
@@ -83,12 +83,13 @@ def _opened(source, split, num_turns=1, undivided=False):
         return rows, parse, no_test_split or (bool(path) and not files.has_test_part(path))
 
     # the split that is meant, and the one to test on, if there is any
-    splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, *filter(None, [config])))
-    named = split if undivided and not wanted and split in splits else wanted
-    train, held_out = files.choose_splits(splits, named, source)
-    chosen = train if split == 'train' or held_out is None or (undivided and named) else held_out
-    more = {'name': config} if config else {}
-    return read_rows(hub_id, chosen, splits[chosen], **more), None, held_out is None
+    splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
+    if undivided and not wanted and split in splits:
+        wanted = split
+    train, held_out = files.choose_splits(splits, wanted, source)
+    trains = split == 'train' or held_out is None or (undivided and wanted)
+    chosen = train if trains else held_out
+    return read_rows(hub_id, chosen, splits[chosen], name=config), None, held_out is None
 
 
 def divides(source):
@@ -163,14 +164,15 @@ def _parsed(rows, parse, task, columns):
         # a row that alone tells its examples may have another layout than the first one
         layout = None if columns else _first_layout(head)
         parse = partial(formats.parse_any, task=task, columns=columns)
-        parse = layout if layout and layout.read in formats.OF_ALL_ROWS else parse
+        if layout and layout.read in formats.OF_ALL_ROWS:
+            parse = layout
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
 
 
 def _first_layout(rows):
     """The layout of the first row that has one; None where none has."""
-    found = (layout for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))))
-    return next((layout for layout in found if isinstance(layout, Layout)), None)
+    found = each(rows, lambda row: formats.layout_of(formats.unified(row)))
+    return next((layout for _, layout in found if isinstance(layout, Layout)), None)
 
 
 def describe(source):
@@ -210,19 +212,18 @@ def _refusal(row, error, any_sound, found, source):
     # the file may end in something broken
     with suppress(UserError):
         seen.extend(islice(found, LOOK_AHEAD))
-    kinds = Counter(_columns(bad) for bad, examples in seen if isinstance(examples, Exception))
+    bad = [_columns(other) for other, examples in seen if isinstance(examples, Exception)]
     said = f'{row.where}: {error}'
     if row:
         said += f'; found: {_columns(row)}'
 
     # one bad row among good ones is to be mended; if all are bad, it is the layout
-    if any_sound or kinds.total() < len(seen):
-        if kinds.total() > 1:
-            common = '; '.join(f'{n} with {shorten(names, 90)}' for names, n in kinds.most_common(2))
-            said += f'; of the {len(seen)} rows from there on, {kinds.total()} are bad: {common}'
+    if any_sound or len(bad) < len(seen):
+        if len(bad) > 1:
+            common = [f'{n} with {shorten(names, 90)}' for names, n in Counter(bad).most_common(2)]
+            said += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
         return f'{said}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
-    name = source.partition(':')[0]
-    fits = KNOWN
+    name, fits = source.partition(':')[0], KNOWN
     if row.error:
         fits = 'a row is a JSON object with named fields'
     elif getattr(globals().get(f'get_{name}'), 'parse', None):
@@ -234,7 +235,8 @@ def _columns(row):
     """The columns of a row and what is in them, for a message."""
     kinds = {str: 'text', list: 'list', dict: 'object', bool: 'true or false', int: 'number', float: 'number'}
     named = [f'{str(key)[:24]!r} ({kinds.get(type(value), "null")})' for key, value in row.items()]
-    return ', '.join(named[:9]) + (f' and {len(named) - 9} more' if named[9:] else '') or 'no columns'
+    more = f' and {len(named) - 9} more' if len(named) > 9 else ''
+    return ', '.join(named[:9]) + more or 'no columns'
 
 
 def _agreeing(examples, left_out, skip_bad_rows):
@@ -243,10 +245,10 @@ def _agreeing(examples, left_out, skip_bad_rows):
     The first ones decide: 'Hi' may begin an answer to 'Hi'. Others are bad rows."""
     head = list(islice(examples, LOOK_AHEAD))
     # True: its answers began with the prompt; False: they did not; None: that cannot be told
-    told = {example.get('repeats') for example in head} - {None}
+    told = {example['repeats'] for example in head if 'repeats' in example}
     for example in chain(head, examples):
         repeats = example.pop('repeats', None)
-        if repeats is not None and repeats is not (told == {True}):
+        if repeats is not None and repeats != (told == {True}):
             if not skip_bad_rows:
                 raise UserError(f'{example.where}: {MIXED}; mend it, or leave it out with --skip_bad_rows ({HELP})')
             left_out[f'bad rows: {MIXED}'] += 1
@@ -279,7 +281,7 @@ class HubDataset(NamedTuple):
     options: dict = {}
 
     def __call__(self, split, path=None):
-        part = (self.train if split == 'train' else self.test) or self.train
+        part = self.train if split == 'train' or self.test is None else self.test
         folder = os.path.join(path or '', self.options.get('data_dir', ''))
         path = folder if path and os.path.isdir(folder) else path
         return read_rows(self.hub_id, part, path, undivided=self.test is None, **self.options), self.parse
@@ -291,12 +293,13 @@ def parse_sharegpt(row, num_turns=1):
     if any(token in text for _, text in turns for token in ('<s>', '</s>', '<|endoftext|>')):
         return [{'drop': 'special token in the text'}]
     prompt, examples = '', []
-    for (asker, question), (replier, reply) in list(zip(turns[::2], turns[1::2], strict=False))[:num_turns]:
+    for (asker, question), (replier, reply) in zip(turns[::2], turns[1::2], strict=False):
         # pieces of long chats may begin with an answer
-        if (asker, replier) != ('human', 'gpt'):
+        if (asker, replier) != ('human', 'gpt') or len(examples) == num_turns:
             break
-        examples.append({'prompt': prompt + ask(question), 'response': answer(reply)})
-        prompt += ask(question) + answer(reply)
+        prompt += ask(question)
+        examples.append({'prompt': prompt, 'response': answer(reply)})
+        prompt += answer(reply)
     return examples or [{'drop': 'does not begin with human, gpt'}]
 
 

@@ -6,9 +6,8 @@ import hashlib
 import json
 import math
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +19,10 @@ from runtime.values import no_room
 from text import sources, turns
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
 from text.examples import Examples, spans_of, uniform_hash
-from text.files import HELP, Row, content_hash
+from text.files import HELP, content_hash
 from text.formats import TURN_MARKERS
 from text.ids import Limits, begin, cut, encode_texts, fit, fit_conversation
-from text.messages import REASONING, as_chat, message, said
+from text.messages import as_chats, is_empty, is_trained, said
 
 NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
 # examples that --n_examples draws from, where it asks for a tenth of them or fewer
@@ -71,9 +70,10 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         stamps = [content_hash(row) for row in _rows(names, split, task, reading, Counter())]
     key = [8, stamps, names, task, reading, lengths, writing, *_tokenizer_stamp(tokenizer)]
     # a file of all rows, or else of enough of them
-    files = [_cache_file(key, split, some) for some in ({}, enough)] if cache else []
-    examples = next(filter(None, map(_read_cache, files)), None)
-    if examples is None:
+    examples = None
+    if cache:
+        examples = _read_cache(_cache_file(key, split, {})) or _read_cache(_cache_file(key, split, enough))
+    if not examples:
         # what is held out of the same rows is tokenised with them
         both = cache and known and split == 'train' and not undivided and all(map(sources.divides, names))
         parts, left_out = ('train', 'test') if both else (split,), Counter()
@@ -170,10 +170,10 @@ def _render_rows(rows, made, tokenizer, task, skip_bad_rows=False, chat=False, s
     """(its part's _Making, marked texts of the prompt and the answers, its Part) of all that can be used.
 
     Of a conversation that trains as a whole, texts are its segments (turns.py)."""
-    seen, (training, *testing) = set(), made.values()
+    seen, makings = set(), list(made.values())
     has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
     for row in rows:
-        making = testing[0] if testing and row.held_out else training
+        making = makings[-1] if len(makings) == 2 and row.held_out else makings[0]
         left_out = making.left_out
         row = as_chats(row, system) if chat or system else row
         parts = as_parts(row, task, left_out, last_turn_only)
@@ -188,7 +188,7 @@ def _render_rows(rows, made, tokenizer, task, skip_bad_rows=False, chat=False, s
             continue
         seen.update(part.uid for part in parts)
         # texts that show no turns
-        if has_template and parts and all(isinstance(text, str) for text in (parts[0].prompt, *parts[0].answers)):
+        if has_template and parts and isinstance(parts[0].prompt, str) and isinstance(parts[0].answers[0], str):
             left_out[NO_CHAT] += bool(parts[0].prompt) and not parts[0].prompt.endswith(TURN_MARKERS)
         left_out['empty answers'] += sum(texts is None for texts, _ in found)
         yield from ((making, texts, part) for texts, part in found if texts is not None)
@@ -197,7 +197,7 @@ def _render_rows(rows, made, tokenizer, task, skip_bad_rows=False, chat=False, s
 def _texts_of(part, tools, tokenizer, left_out):
     """[(texts, part)] of a Part: one, or of a conversation that cannot be one sequence, one for each answer."""
     chat, alone = part.conversation or [], part._replace(conversation=None)
-    answers = [i for i, turn in enumerate(chat) if turns.is_trained(turn)]
+    answers = [i for i, turn in enumerate(chat) if is_trained(turn)]
     # one answer is written as in sampling, unless the template marks it
     if len(answers) < 2 and not (answers and turns.marks_answers(tokenizer, tools)):
         return [(render(part.prompt, part.answers, tools, tokenizer, left_out), alone)]
@@ -208,41 +208,30 @@ def _texts_of(part, tools, tokenizer, left_out):
     return [(render(chat[:i], [chat[i : i + 1]], tools, tokenizer, left_out), alone) for i in answers]
 
 
-def as_chats(row, system):
-    """A row whose texts are chats, behind a system message unless that is None."""
-    changed = Row(row)
-    changed.where = getattr(row, 'where', '')
-    for key in ('chosen', 'rejected', 'response', 'sft'):
-        if isinstance(row.get(key), str):
-            changed[key] = said(row[key])
-    for key in ('prompt', 'turns'):
-        if key in row:
-            chat = as_chat(row[key])
-            begins = bool(chat) and chat[0]['role'] == 'system'
-            changed[key] = chat if begins or not system else [message('system', system), *chat]
-    return changed
-
-
 def _encoded(items, tokenizer):
     """(chunk of what _render_rows gives, an iterator over the ids of its texts): the next is read while a thread encodes one."""
-
-    def chunks():
-        chunk, size = [], 0
-        for item in items:
-            chunk.append(item)
-            size += sum(map(len, item[1]))
-            if len(chunk) == CHUNK or size > CHARACTERS:
-                yield chunk
-                chunk, size = [], 0
-        yield chunk
-
-    def encode(chunk):
-        return iter(encode_texts([text for _, texts, _ in chunk for text in texts], tokenizer))
-
     with ThreadPoolExecutor(1) as pool:
-        jobs = ((chunk, pool.submit(encode, chunk)) for chunk in chunks())
-        for (chunk, ids), _ in pairwise(chain(jobs, [None])):
-            yield chunk, ids.result()
+        encoding = deque()
+        for chunk in _chunks(items):
+            texts = [text for _, texts, _ in chunk for text in texts]
+            encoding.append((chunk, pool.submit(encode_texts, texts, tokenizer)))
+            if len(encoding) == 2:
+                before, ids = encoding.popleft()
+                yield before, iter(ids.result())
+        for before, ids in encoding:
+            yield before, iter(ids.result())
+
+
+def _chunks(items):
+    """Lists of items, which end with so many examples or characters."""
+    chunk, size = [], 0
+    for item in items:
+        chunk.append(item)
+        size += sum(map(len, item[1]))
+        if len(chunk) == CHUNK or size > CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
 
 
 class _Making:
@@ -280,7 +269,7 @@ class _Making:
         missing = np.isnan(margin)
         if margins and not missing.all():
             self.left_out['pairs without a margin, taken as 0'] += int(missing.sum())
-            margin = np.where(missing, np.float32(0), margin)
+            margin = np.nan_to_num(margin)
         else:
             self.left_out['margins, which only reward.py uses'] += int((~missing).sum())
             margin = None
@@ -294,11 +283,13 @@ class _Making:
 
 def _bad_row(error, row, skip_bad_rows, left_out):
     """Count a row that cannot be written as text. Raises UserError unless such rows are to be skipped."""
-    if not skip_bad_rows:
-        where = getattr(row, 'where', '')
-        advice = f'; mend it, or leave such rows out with --skip_bad_rows ({HELP})' if where else ''
-        raise UserError(f'{where}{": " * bool(where)}{error}{advice}') from None
-    left_out[f'bad rows: {error}'] += 1
+    if skip_bad_rows:
+        left_out[f'bad rows: {error}'] += 1
+    elif where := getattr(row, 'where', ''):
+        advice = f'mend it, or leave such rows out with --skip_bad_rows ({HELP})'
+        raise UserError(f'{where}: {error}; {advice}') from None
+    else:
+        raise UserError(str(error)) from None
 
 
 def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation, left_out):
@@ -306,7 +297,7 @@ def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation,
     try:
         texts = render(prompt, [answer], None, tokenizer, left_out, blank=True)
     except Refused as error:
-        _bad_row(error, {}, False, left_out)
+        raise UserError(str(error)) from None
     prompt, answer = encode_texts(texts, tokenizer)
     limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
     prompt, (answer,) = fit(prompt, [answer], limits, left_out)
@@ -318,16 +309,16 @@ def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad
 
     prompts: texts, chats, or rows with 'prompt' and perhaps 'tools'. skip_bad_rows: None for one that the chat template
     refuses, which is counted; else UserError."""
-    limits, found = Limits.of(tokenizer, longest, longest, truncation), []
+    limits, texts = Limits.of(tokenizer, longest, longest, truncation), []
     for row in prompts:
         row = row if isinstance(row, dict) else {'prompt': row}
         try:
-            found += render(row['prompt'], [], row.get('tools'), tokenizer, left_out)
+            texts += render(row['prompt'], [], row.get('tools'), tokenizer, left_out)
         except Refused as error:
             _bad_row(error, row, skip_bad_rows, left_out)
-            found.append(None)
-    ids = iter(encode_texts([text for text in found if text is not None], tokenizer))
-    return [None if text is None else cut(begin(next(ids), limits), limits, left_out) for text in found]
+            texts.append(None)
+    ids = iter(encode_texts([text for text in texts if text is not None], tokenizer))
+    return [None if text is None else cut(begin(next(ids), limits), limits, left_out) for text in texts]
 
 
 # ---- what a task takes of a row ----
@@ -338,50 +329,43 @@ def as_parts(row, task, left_out, last_turn_only=False):
     prompt, answers = row['prompt'], _answers(row, task, left_out)
     if answers is None:
         return []
-    uid = content_hash(prompt, answers, *([row['tools']] if row.get('tools') else []))
-    if any(map(_blank, answers)):
+    tools = [row['tools']] if row.get('tools') else []
+    uid = content_hash(prompt, answers, *tools)
+    if any(map(is_empty, answers)):
         left_out['empty answers'] += 1
         return []
-    if len(answers) == 2 and answers[0] == answers[1]:
+    if len(answers) == 1:
+        # of a conversation, all answers are trained on
+        whole = row.get('turns') if task == 'sft' and not last_turn_only else None
+        return [Part(prompt, answers, row.get('good', True), uid, conversation=whole)]
+
+    chosen, rejected = answers
+    if chosen == rejected:
         left_out['pairs with equal answers'] += 1
         return []
-
+    if task == 'pairs':
+        return [Part(prompt, answers, True, uid, row.get('margin'))]
     # a pair for KTO is one good and one bad answer
-    if len(answers) == 2 and task != 'pairs':
-        return [Part(prompt, [answer], good, uid) for answer, good in zip(answers, (True, False), strict=True)]
-    margin = row.get('margin') if task == 'pairs' else None
-    # of a conversation, all answers are trained on
-    conversation = row.get('turns') if task == 'sft' and not last_turn_only else None
-    return [Part(prompt, answers, row.get('good', True), uid, margin, conversation)]
+    return [Part(prompt, [chosen], True, uid), Part(prompt, [rejected], False, uid)]
 
 
 def _answers(row, task, left_out):
     """The answers of a row that the task uses; None, counted, where it has none for it."""
-    if 'chosen' in row and task in ('pairs', 'singles'):
+    answer = row.get('chosen', row.get('response'))
+    if task == 'prompts':
+        # anything will do: a template may need an answer to write the prompt
+        dot = '.' if isinstance(row['prompt'], str) else said('.')
+        return [dot if answer is None or is_empty(answer) else answer]
+    if task != 'sft' and 'chosen' in row:
         return [row['chosen'], row['rejected']]
     if task == 'sft' and not row.get('good', True):
         left_out['bad answers, which are no demonstrations'] += 1
         return None
-    answer = row.get('sft', row.get('chosen', row.get('response')))
-    if task == 'pairs' or (task == 'singles' and 'good' not in row):
-        answer = None
-
-    # behind a prompt alone anything will do: a template may need an answer to write the prompt
-    if task == 'prompts' and (answer is None or _blank(answer)):
-        return ['.' if isinstance(row['prompt'], str) else [message('assistant', '.')]]
-    if answer is not None:
+    if answer is not None and (task == 'sft' or (task == 'singles' and 'good' in row)):
         return [answer]
     have = 'a prompt and a response' if 'response' in row else 'a prompt'
     left_out[f'rows with {have} only, where {task} needs {NEEDS[task]}'] += 1
     return None
-
-
-def _blank(answer):
-    """Whether an answer, text or chat, says nothing."""
-    if isinstance(answer, str):
-        return not answer.strip()
-    says = ('tool_calls', *REASONING)
-    return not any(turn['content'].strip() or any(turn.get(key) for key in says) for turn in answer)
 
 
 # ---- the cache on disk ----

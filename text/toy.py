@@ -10,6 +10,7 @@ demonstrations of mixed quality; which is preferred is drawn from a Bradley-Terr
 import base64
 import math
 import random
+import re
 import tempfile
 
 PLACES = {
@@ -46,12 +47,11 @@ def well_formed(answer: str) -> bool:
 def _clauses(answer):
     """(aspect, very, word) of every clause; word is None where it, or the end of the answer, is not grammatical."""
     body, stop, rest = answer.partition(' .')
-    for words in (clause.split() for clause in body.split(' and ')):
-        very = words[3:4] == ['very']
+    for clause in body.split(' and '):
         # 'the ASPECT was ADJECTIVE', or 'the ASPECT was very ADJECTIVE'
-        right = [words[:1], words[2:3], len(words)] == [['the'], ['was'], 4 + very]
-        right = right and words[1] in ASPECTS and words[-1] in VALUES
-        yield (words[1], very, words[-1]) if right else (None, False, None)
+        found = re.fullmatch(r'\s*the\s+(\S+)\s+was(\s+very)?\s+(\S+)\s*', clause)
+        right = found and found[1] in ASPECTS and found[3] in VALUES
+        yield (found[1], bool(found[2]), found[3]) if right else (None, False, None)
     if not stop or rest:
         yield None, False, None
 

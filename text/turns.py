@@ -6,14 +6,9 @@ Elsewhere an answer is what the template writes behind the prompt that asks for 
 import re
 
 from text import chat
-from text.messages import message
+from text.messages import is_trained, message
 
 APART = 'note: conversations that the chat template does not write as one text: an example for each answer'
-
-
-def is_trained(turn):
-    """Whether a message is an answer that is trained on."""
-    return turn['role'] == 'assistant' and turn.get('weight') != 0
 
 
 def marks_answers(tokenizer, tools):

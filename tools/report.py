@@ -36,8 +36,7 @@ def show_curve(curve):
     values = smoothed(curve.values, smooth) if curve.split == 'train' else curve.values
     step = -(-len(values) // max_points) or 1
     points = list(zip(curve.examples, values, strict=True))[::-step][::-1]
-    shown = {name: getattr(curve, name) for name in ('metric', 'run', 'split', 'place')}
-    return shown | {'points': points}
+    return {'metric': curve.metric, 'run': curve.run, 'split': curve.split, 'place': curve.place, 'points': points}
 
 
 def last_numbers(run):
@@ -85,7 +84,7 @@ def show_runs(runs):
     cards = [sample_cards(number, run) for number, run in enumerate(runs)]
     charts = []
     for title, meaning, curves in panels_of(runs):
-        charts.append({'title': title, 'meaning': meaning, 'curves': [show_curve(curve) for curve in curves]})
+        charts.append({'title': title, 'meaning': meaning, 'curves': list(map(show_curve, curves))})
     # of a script without an option, nothing
     text = [{key: json.dumps(value) for key, value in run.options.items()} for run in runs]
     return {

@@ -208,7 +208,7 @@ def test_nothing_left_is_no_crash(tok, task, answers):
 
 ROWS = [
     pair('p', ' a', ' b', margin=0.5),
-    pair('q', ' a', ' b', sft=' best'),
+    pair('q', ' best', ' b'),
     {'prompt': 'p', 'response': ' c', 'good': True},
     {'prompt': 'p', 'response': ' d', 'good': False},
     {'prompt': 'p', 'response': ' e'},
@@ -217,10 +217,10 @@ ROWS = [
 ONLY = 'rows with {} only, where {} needs {}'
 # fmt: off
 TAKEN = {  # task -> (answers, good, margins, what is left out) of ROWS
-    'pairs': ([' a', ' b'] * 2, [True] * 2, [0.5, 0.0], {
+    'pairs': ([' a', ' b', ' best', ' b'], [True] * 2, [0.5, 0.0], {
         ONLY.format('a prompt and a response', 'pairs', 'chosen and rejected'): 3,
         ONLY.format('a prompt', 'pairs', 'chosen and rejected'): 1, 'pairs without a margin, taken as 0': 1}),
-    'singles': ([' a', ' b', ' a', ' b', ' c', ' d'], [True, False] * 3, None, {
+    'singles': ([' a', ' b', ' best', ' b', ' c', ' d'], [True, False] * 3, None, {
         ONLY.format('a prompt and a response', 'singles', tokenise.NEEDS['singles']): 1,
         ONLY.format('a prompt', 'singles', tokenise.NEEDS['singles']): 1}),
     'sft': ([' a', ' best', ' c', ' e'], [True] * 4, None, {
@@ -394,7 +394,7 @@ def test_a_cache_that_cannot_be_written_is_a_note(tmp_path, tok, cache, monkeypa
 
 
 def test_rows_of_the_hub_are_cached_by_their_content(tok, cache, count, monkeypatch):
-    monkeypatch.setattr(sources, 'hub_splits', lambda name: ['train', 'test'])
+    monkeypatch.setattr(sources, 'hub_splits', lambda *_: ['train', 'test'])
     for rows, tokenised in ((3, 1), (3, 1), (4, 2)):
         monkeypatch.setattr(sources, 'read_rows', lambda *_, n=rows, **__: map(sources.Row, many_pairs(n)))
         assert len(load('owner/name', tok)) == rows and len(count) == tokenised

@@ -354,6 +354,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Guanaco, cut short', 'sft', [{'text': '### Human: q?### Assistant: a### Human: x'}], [SFT], {formats.UNASKED: 1}),
     ('alpaca as text', 'sft', [{'text': 'Below is an instruction.\n\n### Instruction:\nq?\n\n### Response:\na'}], [SFT], {}),
     ('HH as text', 'sft', [{'text': '\n\nHuman: q?\n\nAssistant: a'}], [SFT], {}),
+    ('a question that the chats alone have whole', 'pairs', [{'prompt': 'q?', 'query': 'x q?', 'chosen': [user('x q?'), assistant('a')], 'rejected': [user('x q?'), assistant('b')]}], [{'prompt': [user('x q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]}], {}),
     ('LIMA', 'sft', [{'conversations': ['a', 'b', 'q?', 'a']}, {'conversations': ['x']}], [MULTI], {'conversations without a question and its answer': 1}),
     ('SmolTalk 2', 'sft', [{'messages': [user('q?'), assistant('a')], 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}}], [SFT | BRIEF], {}),
     ('OpenHermes 2.5', 'sft', [{'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'}], [SFT | BRIEF], {}),
