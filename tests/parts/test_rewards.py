@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from helpers import metrics, read_jsonl, refused, run_script, write_jsonl
+from helpers import ROOT, metrics, python, read_jsonl, refused, run_script, write_jsonl
 
 from configurator import UserError
 from experiments import rewards, sums
