@@ -2,6 +2,7 @@
 
 Most cases run a script in this process, where the UserError can be caught; one ends a process, one a group of two."""
 
+import itertools
 import json
 import math
 import re
@@ -244,8 +245,8 @@ def test_importance_is_of_the_examples_own_reference(run, tmp_path):
 
 def test_what_a_sample_has_not_said_is_not_in_its_kl(run, tmp_path, monkeypatch):
     """The KL of samples is that of the sampled tokens: no end of text is put behind an answer that did not say it."""
-    drawn = {'policy': [[5, 6, 7, 8, 9], [5, 6, 7]], 'reference': [[5], [5]]}
-    monkeypatch.setattr(generate, 'sample', lambda *args, **settings: drawn)
+    drawn = itertools.cycle([[[5, 6, 7, 8, 9], [5, 6, 7]], [[5], [5]]])  # of the policy, and of the reference
+    monkeypatch.setattr(generate, 'sample', lambda *args, **settings: next(drawn))
     run('dpo.py', '--sample_during_eval', '--max_new_tokens=5', '--n_eval_model_samples=2', '--lr=1e-2')
     last = metrics(tmp_path / 'out', 'eval')[-1]
     assert last['kl_eval/samples'] / last['kl_eval/samples_per_token'] == pytest.approx(4.0)
