@@ -14,7 +14,7 @@ from json import dumps
 
 import numpy as np
 
-from configurator import configure
+from configurator import UserError, configure
 from text.messages import as_chats, is_trained
 from text.sources import describe, read_examples
 from text.tokenise import as_parts, tokenise
@@ -126,6 +126,8 @@ def _show(left_out):
     print(f'{data}: {", ".join(f"{count} {of}" for of, count in kinds.items()) or "no examples"}')
     print('read as:', columns or '; '.join(map(describe, data.split('+'))))
     _say_left_out(left_out)
+    if not kinds:
+        raise UserError(f'no examples are left in {data!r}: nothing can be trained on it')
     middle, most, longest = np.percentile(lengths or [0], (50, 95, 100))
     unit = 'tokens' if tokenizer else 'characters'
     if len(lengths) >= MEASURED:

@@ -49,6 +49,12 @@ def test_lengths_are_of_the_text_alone(show, row):
     assert 'lengths in characters: median 8, 95% up to 8, longest 8\n' in show([row])[0]
 
 
+@pytest.mark.parametrize('rows', [[], PAIRS[5:]], ids=['no rows', 'no answers'])
+def test_nothing_is_left(show, rows):
+    with pytest.raises(UserError, match='no examples are left in .*data.jsonl'):
+        show(rows)
+
+
 def test_lengths_are_of_the_first(show, monkeypatch):
     monkeypatch.setattr(text.show, 'MEASURED', 3)
     assert 'lengths in characters, of the first 3 examples: median' in show(PAIRS)[0]
