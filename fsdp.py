@@ -297,7 +297,7 @@ def _distribute(model, full, device, half, cpu_offload):
     # block by block, so that one at a time is gathered; then what is left at the root
     if _tp > 1:
         tensor_parallel(model, mesh['tp'], mesh['dp'].size())
-    model.stays_gathered = _stays_gathered(model)
+    model.stays_gathered = stays_gathered(model, model.shard_mode)
     for block in blocks(model):
         fully_shard(block, **settings, reshard_after_forward=not model.stays_gathered)
     fully_shard(model, **settings, reshard_after_forward=False)
@@ -320,12 +320,12 @@ def _distribute(model, full, device, half, cpu_offload):
             module._buffers[name] = buffer.to(device)
 
 
-def _stays_gathered(model):
+def stays_gathered(model, mode):
     """Whether the blocks' weights stay gathered between forward and backward: cut ones with 'grads', and replicas' copies in
-    bfloat16. Beside adapters, what is frozen would be there twice."""
-    if model.shard_mode == 'none':
+    bfloat16 with 'none'. Beside adapters, what is frozen would be there twice."""
+    if mode == 'none':
         return all(p.requires_grad for p in model.parameters())
-    return model.shard_mode == 'grads'
+    return mode == 'grads'
 
 
 def add_method(model, function):

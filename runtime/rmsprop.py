@@ -8,6 +8,8 @@ class RMSprop(torch.optim.RMSprop):
 
     @torch.no_grad()
     def step(self):
+        from fsdp import local
+
         for group in self.param_groups:
             params, grads, squares, steps = ([] for _ in range(4))
             self._init_group(group, params, grads, squares, [], [], steps)
@@ -16,11 +18,8 @@ class RMSprop(torch.optim.RMSprop):
             torch._foreach_add_(steps, 1)
             options = {name: group[name] for name in ('lr', 'alpha', 'eps', 'weight_decay')}
             # of what FSDP cuts, this rank's part
-            rmsprop_(*map(_local, (params, grads, squares)), **options)
-
-
-def _local(tensors):
-    return [x.to_local() if hasattr(x, 'to_local') else x for x in tensors]
+            parts = [[local(x) for x in tensors] for tensors in (params, grads, squares)]
+            rmsprop_(*parts, **options)
 
 
 def rmsprop_(params, grads, squares, *, lr, alpha, eps, weight_decay):

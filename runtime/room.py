@@ -97,6 +97,7 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
     policy: the model that trains, which may be without weights, on the meta device; per_token: its bytes_saved; tokens: of a
     microbatch. shard: none, grads or full, as in training.py. frozen: parameters of other models. device: where it will run, if not
     where policy is. buffers: a chunk of logits, weights that FSDP has gathered."""
+    import fsdp
     import model as models
 
     compute = 2 if dtype == 'bfloat16' else 4
@@ -127,9 +128,7 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
         inner = [m for m in policy.modules() if hasattr(m, 'unshard') and m is not policy]
         blocks = [_count(block.parameters()) for block in inner or models.blocks(policy)]
         root = _count(policy.parameters()) - sum(blocks)
-        # what trains stays gathered in a replica, too
-        stays = shard == 'grads' or (shard == 'none' and all(p.requires_grad for p in policy.parameters()))
-        gathered = root + 3 * max(blocks) + (sum(blocks) if stays else 0)
+        gathered = root + 3 * max(blocks) + (sum(blocks) if fsdp.stays_gathered(policy, shard) else 0)
         needs['buffers'] += compute * gathered
     return needs
 

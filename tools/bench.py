@@ -386,8 +386,8 @@ if estimate_for:
 before = 0.0 if on_gpu else peak_memory()  # GB of the process without a model
 card = torch.cuda.get_device_name() if on_gpu else 'this CPU'
 peak, source = (peak_tflops, '--peak_tflops') if peak_tflops else limits.peak_of(card)
-trl_options = {'step_pairs': min(PADDED, batch_size), 'tools': (clock, reset_peak, peak_memory), 'threads': threads}
-trl_options |= {'half': dtype == 'bfloat16', 'optimizer': optimizer}
+trl_options = {'step_pairs': min(PADDED, batch_size), 'tools': (clock, reset_peak, peak_memory), 'threads': threads,
+               'half': dtype == 'bfloat16', 'optimizer': optimizer}  # fmt: skip
 runs = [TrlVariant(name, build, **trl_options) if name.startswith('trl') else Variant(name) for name in names]
 
 # a round: every variant by itself, on the same steps

@@ -802,6 +802,7 @@ def test_blocks(groups, window, small):
             assert seen == [x for x in names if x[0] == g and x[1] in (None, a) and i - (window or 10**6) < x[2] <= i]
         # a device map has layers elsewhere, which ask for the same mask
         assert block.mask(window, 'meta').device.type == 'meta'
+        assert block.mask(window, 'cpu') is block.mask(window, 'cpu')  # all layers have one
 
 
 @MANY

@@ -24,6 +24,7 @@ import fsdp
 import model
 from configurator import UserError
 from hf import export, load, lora, probe, ties, varlen
+from runtime import room
 from runtime.rmsprop import rmsprop_
 from text import toy
 
@@ -548,6 +549,38 @@ def test_bfloat16(name, saved, device):
     assert_close(values, wide, 0.1)
     flat, wide_flat = (torch.cat([g.flatten() for g in x.values()]) for x in (grads, wide_grads))
     assert torch.cosine_similarity(flat, wide_flat, 0) > 0.99
+
+
+@pytest.mark.parametrize('rank', [None, 2])
+def test_a_copy_in_bfloat16_serves_a_whole_step(saved, device, rank):
+    """Until the update, where all of it trains; beside adapters not. Frozen models are plain, and every forward has an argument."""
+
+    def adapted(empty=False):
+        net = saved('llama')(empty=empty)
+        options = {'rank': rank, 'alpha': 4, 'dropout': 0.0, 'targets': None}
+        return lora.adapt(net, None, options, empty=empty) if rank else net
+
+    policy, ref = (fsdp.shard(adapted, device, dtype='bfloat16', train=train) for train in (True, False))
+    assert not fsdp._cut(ref) and fsdp._cut(policy)
+    asked = []
+    state = type(policy._get_fsdp_state())
+    with pytest.MonkeyPatch.context() as patch:
+        real = state._root_pre_forward
+        patch.setattr(state, '_root_pre_forward', lambda self, m, a, k: asked.append((a, k)) or real(self, m, a, k))
+        with fsdp.unsharded(policy):
+            pass
+        policy.response_logps(pack(PAIRS))[0].sum().backward()
+    assert len(asked) >= 2 and all(arguments or options for arguments, options in asked)
+    block = fsdp._cut(policy)[-1]
+    assert hasattr(next(block.parameters()), 'to_local') == (rank is not None)
+    # and what it takes is known beforehand
+    kept, not_kept = (
+        room.estimate(policy, 0, 1, optimizer='SGD', dtype='bfloat16', shard=how)['buffers'] for how in ('none', 'full')
+    )
+    weights = sum(p.numel() for each in fsdp._cut(policy)[1:] for p in each.parameters())
+    assert kept - not_kept == (2 * weights if rank is None else 0)
+    assert all(g.dtype == torch.float32 for g in map(fsdp.local, fsdp.average_gradients(policy)))
+    assert hasattr(next(block.parameters()), 'to_local')
 
 
 def test_bfloat16_begins_off_the_ties(saved, device):
