@@ -237,8 +237,8 @@ class Run:
 
     def check_room(self, *others):
         """Refuse a disk that is too small, warn of a memory that is, and of long examples. others: models in memory."""
-        fits = room.check_room(self.config, self.policy, self.bytes_per_token, self.train, self.total, self.packed,
-                               self.max_tokens, others)  # fmt: skip
+        policy, per_token, train = self.policy, self.bytes_per_token, self.train
+        fits = room.check_room(self.config, policy, per_token, train, self.total, self.packed, self.max_tokens, others)
         if save_every == 'auto' and not fits:
             self.save_every = 0
         long = self.train.lengths[self.train.lengths > self.max_tokens]

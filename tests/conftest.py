@@ -18,20 +18,7 @@ from helpers import end_process_group
 
 from runtime import values
 
-SLOW = [
-    'law',
-    'signals',
-    'parallel',
-    'law_ppo',
-    'lora',
-    'checkpoint',
-    'speed',
-    'log',
-    'bad_input',
-    'trl',
-    'readme',
-    'sample',
-]
+SLOW = 'law signals parallel law_ppo lora checkpoint speed log bad_input trl readme sample'.split()
 
 
 @cache
