@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 def path_of(kind, key):
     """Return the path of a cache file. kind: begins its name; key: a hash of everything that decides its contents."""
+    # 32 of its digits are enough to tell files apart
     folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
     return folder / f'{kind}-{key[:32]}.safetensors'
 
@@ -21,10 +22,11 @@ def read(file, valid):
 
     valid(arrays, metadata) returns whether the contents are what they should be. Errors that it raises count as no."""
     with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
-        # 'pt': torch's reader maps the file, numpy's copies it. Its content has keys(), but cannot be looped over
+        # 'pt': torch's reader maps the file, numpy's copies it
         with safe_open(file, 'pt') as content:
             arrays = {name: content.get_tensor(name).numpy() for name in content.keys()}  # noqa: SIM118
             metadata = content.metadata()
+        # a file of another version may have the same name
         if valid(arrays, metadata):
             return arrays, metadata
     return None

@@ -16,9 +16,12 @@ from pathlib import Path
 
 from configurator import UserError, main_rank
 
-_lock = None  # the open file that holds the lock on this process's folder
-_kept = {}  # path -> bytes that could not be appended to it yet
-_one_at_a_time = threading.RLock()  # the thread that writes checkpoints appends rows, too
+# the open file that holds the lock on this process's folder
+_lock = None
+# path -> bytes that could not be appended to it yet
+_kept = {}
+# around append(): the thread that writes checkpoints calls it, too
+_one_at_a_time = threading.RLock()
 
 
 def say(text):
@@ -54,6 +57,7 @@ def lock(folder):
     unlock()
     with writing(f'to {folder}'):
         Path(folder).mkdir(parents=True, exist_ok=True)
+        # the lock lasts as long as this file is open
         _lock = open(Path(folder) / '.lock', 'a')
     # for two seconds, since a process that was just killed may take a moment to go
     for _attempt in range(10):
@@ -138,6 +142,7 @@ def sync(path):
 
 def replace_text(path, text):
     """Write a text file so that at any moment it holds all of the old text or all of the new. Raises UserError."""
+    # a rename is done at once, or not at all
     temporary = Path(f'{path}.tmp')
     with writing(path):
         temporary.write_text(text, 'utf-8')

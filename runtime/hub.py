@@ -58,6 +58,7 @@ def check_there(name):
     A name of another form than OWNER/NAME is not on the hub; nor is one that is not in the cache while the hub does not answer."""
     if os.path.exists(name):
         return
+    # of an absolute path looked_in says nothing
     here = looked_in(name).strip() or 'on this machine'
     if not _may_be_hub_id(name):
         raise UserError(f'there is no model folder {name!r} {here}: train it first, or name another one')

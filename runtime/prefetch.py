@@ -29,5 +29,6 @@ def prefetch(iterator, depth=2):
             raise guard.explained(error, 'the next batches do not fit beside this one; lower max_tokens') from None
         if item is end:
             return
+        # the next one is begun before this one is used
         coming.append(thread.submit(next, iterator, end))
         yield item
