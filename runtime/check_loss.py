@@ -50,8 +50,8 @@ def find(name, losses, statistics, options):
         # losses.py puts options behind a *
         is_option = p.kind is p.KEYWORD_ONLY
         if is_option and p.name not in options:
-            mistake = f'{p.name!r}, which is no option: declare it in dpo.py, as in {p.name} = 1.0'
-            raise UserError(f'the loss {name} asks for {mistake}')
+            advice = f'declare it in dpo.py, as in {p.name} = 1.0'
+            raise UserError(f'the loss {name} asks for {p.name!r}, which is no option: {advice}')
         is_known_column = p.name in PAIRS or p.name in SINGLES
         if not is_option and not is_known_column:
             known = 'those at the top of losses.py, and options after a *'
@@ -77,7 +77,8 @@ def table(name, fn, statistic, options):
     ratios = {'': margin}
     if takes_pairs:
         ratios = {'_w': margin / 2, '_l': -margin / 2}
-    columns = {'good': torch.ones_like(margin, dtype=torch.bool)}
+    columns = {}
+    columns['good'] = torch.ones_like(margin, dtype=torch.bool)
     for ending, ratio in ratios.items():
         ratio.requires_grad_()
         columns[f'ratio{ending}'] = ratio
@@ -106,7 +107,8 @@ def table(name, fn, statistic, options):
     # the sum has the slopes of all rows at once, since no row depends on another; one that is not used has slope 0
     inputs_of_slopes = list(ratios.values())
     slopes = torch.autograd.grad(losses.sum(), inputs_of_slopes, allow_unused=True, materialize_grads=True)
-    return torch.stack([margin, losses, *slopes], dim=1).tolist()
+    rows = torch.stack([margin, losses, *slopes], dim=1)
+    return rows.tolist()
 
 
 def main(losses, statistics):

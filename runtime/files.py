@@ -106,6 +106,7 @@ def append_kept():
     """Append the lines that wait in memory. Raises UserError if there is still no room for them; they go on waiting then."""
     for path in list(_kept):
         append(path, '')
+        # append() has put back what found no room
         if path in _kept:
             rows = _kept[path].count(b'\n')
             raise UserError(f'cannot write {path}: {rows} rows wait for room')

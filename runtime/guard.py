@@ -124,9 +124,7 @@ def on_stop(progress):
 
 
 def asked_here():
-    """Return whether a signal has told this process to stop. Ranks may differ, so use stop_asked() where all must agree.
-
-    It serves work whose result is thrown away if any rank has been told to stop."""
+    """Return whether a signal has told this process to stop. Ranks may differ: stop_asked() gives all of them one answer."""
     return _code != 0
 
 
@@ -156,8 +154,8 @@ def check_early(script):
     call = re.search(r'configure\(globals\(\)(?:, shared=(\w+))?\)', source)
     if not call:
         return
-    # neither the script nor the module that shares options with it is imported yet. configure() reads the options from the file
-    # that __file__ names, so a namespace with a __file__ stands for each
+    # neither the script nor the module that shares options with it is imported yet. configure() reads options from the file that
+    # __file__ names: a dict and a namespace with a __file__ stand for the two
     script_globals = {'__file__': script, '__doc__': ast.get_docstring(ast.parse(source))}
     shared_name = call[1]
     shared_module = None
@@ -167,9 +165,7 @@ def check_early(script):
 
 
 def tell_torchrun(error):
-    """Write an error into the file where torchrun looks for the cause of a failure, so that its report ends with it.
-
-    Does nothing without torchrun."""
+    """Write an error into the file where torchrun, if it runs, looks for the cause of a failure: its report then ends with it."""
     file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not file:
         return
@@ -189,6 +185,7 @@ def begin(out_dir, config, resume):
     resume: whether it may hold an unfinished run. Raises UserError if it belongs to another run or cannot be written."""
     import fsdp
 
+    # a process may do several runs, one after the other
     global _code, _stage
     _code = 0
     _stage = 'loading'
@@ -218,10 +215,10 @@ def boundary(save, close, saved=False):
 
 
 def keep(save, saved=False):
-    """Write a checkpoint, on all ranks together, again and again while that fails, since only memory has what was trained.
+    """Write a checkpoint, again and again while that fails, because what was trained is only in memory. On all ranks together.
 
-    save() begins a checkpoint; saved: the first try has begun already. Ctrl-C while it waits asks for one last try. Raises
-    UserError if that fails, too."""
+    save() begins a checkpoint; saved says that the first try has begun already. While it waits, Ctrl-C asks for one last try.
+    Raises UserError if that fails, too."""
     from runtime import checkpoint
 
     code_before = stop_asked()

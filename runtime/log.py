@@ -122,6 +122,7 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
 
     out_dir must be writable. It must not hold a different run (neutral: options that may differ), nor this one if that is
     finished, or if resume is off."""
+    # a missing package is said before anything is read
     for name in ('wandb', 'tensorboard'):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
@@ -254,6 +255,7 @@ class Log:
             self.close()
             hook_before(*error)
 
+        # python calls it for an error that nobody catches
         sys.excepthook = close_and_report
 
     def _attempt(self, name, function, *args):

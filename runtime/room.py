@@ -35,7 +35,8 @@ def check_room(config, policy, per_token, train, total, packed, max_tokens, othe
     # bytes of all ranks. The model that is left has no value head and no critic of ppo.py, but its checkpoints have
     left = []
     for name, p in policy.named_parameters():
-        if not {'critic', 'value_head'} & set(name.split('.')):
+        modules = name.split('.')
+        if 'critic' not in modules and 'value_head' not in modules:
             left.append(p)
     bytes_each = 4 if config['save_dtype'] == 'float32' else 2
     model_bytes = bytes_each * (_count(left) + packed_weights(policy))
@@ -197,8 +198,9 @@ def choose_max_tokens(config, policy, per_token, train, packed, frozen):
     max_tokens = -negative
     # on a CPU check_room says it, with all parts
     if torch.cuda.is_available():
-        takes = f'each rank will take about {_size(bytes_to_come(max_tokens))} more, where {_size(free)} are free'
-        say(f'memory: max_tokens={max_tokens} (auto): {takes}')
+        takes = _size(bytes_to_come(max_tokens))
+        sizes = f'each rank will take about {takes} more, where {_size(free)} are free'
+        say(f'memory: max_tokens={max_tokens} (auto): {sizes}')
     return max_tokens
 
 
