@@ -219,9 +219,11 @@ def keep(save, saved=False):
 
     save() begins a checkpoint; saved says that the first try has begun already. While it waits, Ctrl-C asks for one last try.
     Raises UserError if that fails, too."""
+    import fsdp
     from runtime import checkpoint
 
-    code_before = stop_asked()
+    # not by stop_asked(), which raises an error if an earlier checkpoint has failed: that is one more reason to write this one
+    (code_before,) = fsdp.largest([_code])
     has_warned = False
     is_last_try = False
     while True:
