@@ -129,6 +129,7 @@ def wait():
     pending = _pending
     # forget it first: its error is raised once
     _pending = None
+    # every rank waits for its own thread, and an error of any is raised on all
     if pending:
         on_ranks(True, pending.result)
 

@@ -36,7 +36,7 @@ say_once = functools.cache(say)
 
 @contextlib.contextmanager
 def writing(path):
-    """Raise UserError if the work inside cannot write, for a full disk or a missing permission. path: ends 'cannot write ...'."""
+    """Raise UserError if the work inside cannot write, for a full disk or a missing permission. path: what the error names."""
     try:
         yield
     except Exception as error:

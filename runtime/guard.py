@@ -329,6 +329,7 @@ def bad_step(out_dir, state, allowed, first, rows, uid, norm, columns):
 def out_of_memory(error):
     """Return which memory an error says is full, 'the GPU' or 'this machine', or None for an error of another kind."""
     text = str(error)
+    # torch's class is known by its name, since torch may not be imported
     if type(error).__name__ == 'OutOfMemoryError' or re.search('CUDA.*out of memory|CUBLAS_STATUS_ALLOC_FAILED', text):
         return 'the GPU'
     if isinstance(error, MemoryError) or re.search("can't allocate memory|Cannot allocate memory", text):

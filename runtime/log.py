@@ -23,7 +23,7 @@ NEUTRAL = set('resume out_dir activation_checkpointing keep_last log_every save_
               'device_map cpu_offload shard skip_bad_steps deterministic save_dtype reward_workers reward_timeout'.split())  # fmt: skip
 # files and folders that a run puts into its out_dir, beside config.json and .lock
 WRITTEN = 'model adapter checkpoints metrics.jsonl samples.jsonl bad_step.jsonl latest wandb_id.txt'.split()
-# metrics on the screen, and their names there
+# metrics that a line on the screen shows -> their names there
 SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
          'rewards/rejected': 'rejected', 'score': 'reward', 'gold': 'gold', 'kl/samples': 'kl', 'clipped': 'clipped',
          'explained_variance': 'ev', 'length': 'length', 'ended': 'ended'}  # fmt: skip
@@ -93,7 +93,7 @@ def differences(recorded_run, run, neutral=NEUTRAL):
         content_there = recorded_run['contents'].get(name, content)
         if content_there == content:
             continue
-        # of a model there is a hash for each file: name the first file that differs
+        # of a model there is a hash for each file: name the first file whose pair (file, hash) only one of the two has
         if isinstance(content, dict):
             file, _hash = min(content_there.items() ^ content.items())
             phrases.append(f'{name} {options.get(name)!r} has changed since: {file}')
@@ -223,15 +223,15 @@ class Log:
 
         total: examples of the run; start: those before it, not 0 after a resume; evaluated: examples at the last evaluation that
         was complete, -1 if none was; every: examples between two lines on the screen; wandb: a project, or None."""
-        self.total, self.every = total, every
-        self.start, self.began = start, time.time()
+        self.total, self.start, self.every = total, start, every
+        self.began = time.time()
         if not main_rank():
             return
         folder = Path(out_dir)
         self.path = folder / 'metrics.jsonl'
 
         def came_before(row):
-            # a new run begins without any, even of the examples 0
+            # a new run keeps none, not even those of before its first step
             if not start:
                 return False
             last = evaluated if row['split'] == 'eval' else start
@@ -248,14 +248,14 @@ class Log:
             self.trackers['wandb'] = self._attempt('wandb', _open_wandb, wandb, folder)
         if tensorboard:
             self.trackers['tensorboard'] = self._attempt('tensorboard', _open_tensorboard, folder, start)
-        # an error ends the process before trackers can write the rows that they hold: close them first
+        # for an error that nobody catches python calls sys.excepthook, which ends the process before trackers can write the
+        # rows that they hold: close them first
         hook_before = sys.excepthook
 
         def close_and_report(*error):
             self.close()
             hook_before(*error)
 
-        # python calls it for an error that nobody catches
         sys.excepthook = close_and_report
 
     def _attempt(self, name, function, *args):
@@ -272,15 +272,16 @@ class Log:
             return None
 
     def row(self, split, examples, metrics):
-        """Write a row of metrics (name -> number) after so many examples. split: 'train', 'eval' or 'check'.
+        """Write a row of metrics (name -> number) after so many examples. split: 'train', 'eval' or 'check' (before the first step).
 
-        An evaluation is a line on the screen, too; so is each step that completes another log_every examples."""
+        An evaluation is shown as a line on the screen, too. So is each step that reaches or crosses a multiple of log_every."""
         if not main_rank():
             return
         # json has no number for NaN and infinity
         row = {'split': split, 'counters/examples': examples}
         row |= {name: value for name, value in metrics.items() if math.isfinite(value)}
         append(self.path, json.dumps(row) + '\n')
+        # one that could not be opened has failed, too
         for name in self.trackers.keys() - self.failed:
             write, _close = self.trackers[name]
             self._attempt(name, write, row)
@@ -334,6 +335,7 @@ def progress(total, unit, description, **options):
     total: how many there will be, None if not known; unit: with a blank in front, as in ' rows'; options: further ones of tqdm."""
     from tqdm import tqdm
 
+    # the caller may give another 'disable'
     options = {'total': total, 'unit': unit, 'desc': description, 'disable': not main_rank()} | options
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, leave=False, **options)

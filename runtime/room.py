@@ -41,7 +41,7 @@ def check_room(config, policy, per_token, train, total, packed, max_tokens, othe
     bytes_each = 4 if config['save_dtype'] == 'float32' else 2
     model_bytes = bytes_each * (_count(left) + packed_weights(policy))
     numbers_each = 1 + MOMENTS[config['optimizer']]
-    checkpoint_bytes = 4 * numbers_each * _count(policy.parameters(), trains=True)
+    checkpoint_bytes = 4 * numbers_each * _count(policy.parameters(), only_trained=True)
     checkpoints_fit = fsdp.shared(lambda: _check_disk(config, model_bytes, checkpoint_bytes, total))
 
     # a full GPU raises an error; with a full CPU memory the system kills the process without a word
@@ -57,9 +57,9 @@ def check_room(config, policy, per_token, train, total, packed, max_tokens, othe
     return checkpoints_fit
 
 
-def _count(parameters, trains=None):
-    """Return how many numbers parameters have together: those that train (trains=True), are frozen (False), or all (None)."""
-    return sum(p.numel() for p in parameters if trains in (None, p.requires_grad))
+def _count(parameters, only_trained=False):
+    """Return how many numbers all parameters have together, or only those that train."""
+    return sum(p.numel() for p in parameters if p.requires_grad or not only_trained)
 
 
 def _check_disk(config, model_bytes, checkpoint_bytes, total):
@@ -117,7 +117,7 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
     microbatch; shard: none, grads or full, as in training.py; frozen: how many parameters other models have; device: where it
     will run, if not where policy is. Buffers are a chunk of logits, and the weights that FSDP has gathered."""
     bytes_each = 2 if dtype == 'bfloat16' else 4
-    trained = _count(policy.parameters(), trains=True)
+    trained = _count(policy.parameters(), only_trained=True)
     # weights in 4 bits are buffers, not parameters
     fixed = [p for p in policy.parameters() if not p.requires_grad]
     fixed += policy.buffers()

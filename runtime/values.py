@@ -87,8 +87,9 @@ def problem(name, value):
             low, high = bounds
     if is_number and not low <= value <= high:
         return f'must lie between {low} and {high}, not {value}'
-    # infinity switches clipping off; elsewhere only an option without a range may be infinite
-    if is_number and abs(value) == math.inf and low >= 0 and name != 'max_grad_norm':
+    # a range may have no upper end, and infinity is still no value for it; but max_grad_norm=inf switches clipping off
+    has_range = low > -math.inf
+    if is_number and has_range and abs(value) == math.inf and name != 'max_grad_norm':
         return f'must be a finite number, not {value}'
     if type(value) is int and abs(value) >= 2**63:
         return 'is an integer that no machine counts to'
@@ -142,7 +143,7 @@ def settle(config):
             config[name] = f'{folder}/model'
             notes.append(f'{name} is {config[name]}, the model that the run in {folder} has left')
 
-    # None, where a script has this option: half of max_length. A note is due only if somebody has chosen max_length
+    # max_prompt_length=None means half of max_length; a script may have neither. The default of max_length needs no note
     if 'max_length' in config and config.get('max_prompt_length', 0) is None:
         half = config['max_length'] // 2
         config['max_prompt_length'] = half
