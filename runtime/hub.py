@@ -53,9 +53,9 @@ def _may_be_hub_id(name):
 
 
 def check_there(name):
-    """Raise UserError if the model of this name is no folder here, nor on the hub as far as can be known before it is fetched.
+    """Raise UserError if a model's name is neither a folder here nor something that the hub can give.
 
-    A name of another form than OWNER/NAME is not on the hub; nor is one that is not in the cache while the hub does not answer."""
+    Only OWNER/NAME can be a name on the hub. While the hub does not answer, it must be in the hub's cache."""
     if os.path.exists(name):
         return
     # of an absolute path looked_in says nothing

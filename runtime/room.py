@@ -24,9 +24,9 @@ SAFE = {'cuda': 0.9, 'cpu': 0.7}
 def check_room(config, policy, per_token, train, total, packed, max_tokens, others=()):
     """Refuse a disk that cannot hold what the run will leave. On a CPU, also say or warn how much memory it takes.
 
-    config: the script's options; per_token(): see bytes_per_token; train: the Examples; total: examples of the run; packed:
-    whether batches are; max_tokens: of a microbatch; others: further models in memory, or None. Returns whether the disk holds
-    the checkpoints that save_every='auto' may write. Call it on all ranks together. Raises UserError."""
+    config: the script's options; per_token(), train, packed: see bytes_per_token; total: examples of the run; max_tokens: of a
+    microbatch; others: further models in memory, or None. Returns whether the disk has room for the checkpoints, too: with
+    save_every='auto' the run can go on without them. Call it on all ranks together. Raises UserError."""
     import torch
 
     import fsdp
@@ -40,6 +40,7 @@ def check_room(config, policy, per_token, train, total, packed, max_tokens, othe
             left.append(p)
     bytes_each = 4 if config['save_dtype'] == 'float32' else 2
     model_bytes = bytes_each * (_count(left) + packed_weights(policy))
+    # in float32: the weight itself, and what the optimizer keeps for it
     numbers_each = 1 + MOMENTS[config['optimizer']]
     checkpoint_bytes = 4 * numbers_each * _count(policy.parameters(), only_trained=True)
     checkpoints_fit = fsdp.shared(lambda: _check_disk(config, model_bytes, checkpoint_bytes, total))
@@ -132,7 +133,7 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
         'reference': bytes_each * frozen / parts,
         'buffers': _logits_bytes(policy, tokens, bytes_each, device),
     }
-    # FSDP also casts, so that it gathers copies in bfloat16 on a single rank, too
+    # FSDP does the casting to bfloat16, too: then it gathers copies in bfloat16 even on a single rank
     if parts > 1 or bytes_each == 2:
         needs['buffers'] += bytes_each * _count_gathered(policy, shard)
     return needs
@@ -232,8 +233,8 @@ def _most_tokens(config, train, packed, max_tokens):
 def bytes_per_token(policy, forward, train, packed):
     """Measure how many bytes of activations one token keeps for backward, and return them.
 
-    forward(batch) is the policy's pass that trains; it runs here on an example of train of ordinary length. packed: whether
-    batches are."""
+    forward(batch) is the policy's pass that trains. It runs here on an example of train whose length is the median. packed:
+    whether training packs its batches instead of padding them."""
     import torch
 
     import fsdp
