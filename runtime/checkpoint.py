@@ -119,12 +119,12 @@ def _own_group(default_group):
 
 
 def failed():
-    """Return whether this rank knows by now that the checkpoint being written has failed. All ranks should call wait() then."""
+    """Return whether this rank knows that the checkpoint being written has failed. All ranks should call wait() then."""
     return _pending is not None and _pending.done() and _pending.exception() is not None
 
 
 def wait():
-    """Wait until the checkpoint being written, if any, is complete. Call it on all ranks together. Raises UserError if it failed."""
+    """Wait until the checkpoint being written, if any, is complete. Raises UserError if it fails. On all ranks together."""
     global _pending
     pending = _pending
     # forget it first: its error is raised once
@@ -168,7 +168,7 @@ def _reason(error):
 
 
 def _complete(temporary, folder, state_text, keep_last):
-    """Add state and manifest to the tensors in temporary, rename it to folder, and remove all but the newest keep_last checkpoints."""
+    """Add state and manifest to the tensors in temporary, rename it to folder, and remove checkpoints beyond keep_last."""
     (temporary / 'state.json').write_text(state_text)
     manifest = json.dumps(_manifest_of(temporary), indent=1)
     (temporary / 'manifest.json').write_text(manifest)

@@ -163,7 +163,9 @@ def move_folder(temporary, folder):
 
 
 def make_room(path):
-    """Free a name at which only runs put folders: remove a folder, but move a link or a file aside, and say so. Raises OSError."""
+    """Free a path for a folder of a run: remove a folder that is there; move a link or a file aside, with a note.
+
+    A run puts only folders there, so a link or a file is somebody else's. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     # lexists: also a link that leads nowhere

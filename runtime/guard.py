@@ -165,7 +165,7 @@ def check_early(script):
 
 
 def tell_torchrun(error):
-    """Write an error into the file where torchrun, if it runs, looks for the cause of a failure: its report then ends with it."""
+    """Write an error into the file where torchrun looks for the cause of a failure; do nothing if torchrun is not there."""
     file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not file:
         return
@@ -199,7 +199,7 @@ def begin(out_dir, config, resume):
 
 
 def boundary(save, close, saved=False):
-    """End the run here if a signal has asked for it: save, close the trackers, and leave. Call it after every step, on all ranks.
+    """Save, close the trackers and end the process if a signal has asked for it. Call it after every step, on all ranks.
 
     save() begins a checkpoint of this step; saved says that this has been done. close() has the trackers write what they hold."""
     import fsdp
@@ -315,12 +315,12 @@ def bad_step(out_dir, state, allowed, first, rows, uid, norm, columns):
 
     # warn, or end the run
     state['bad_steps'] += 1
-    found = f'the {what} of the step from {first} to {last} examples is not finite'
+    sentence = f'the {what} of the step from {first} to {last} examples is not finite'
     written = f'{len(slots)} of its examples are in {file}'
     if state['bad_steps'] > allowed:
         hint = f'lower the learning rate, or allow more than --skip_bad_steps={allowed}'
-        raise UserError(f'{found}; {written}: look at them, {hint}')
-    say(f'warning: {found}; {written}: skipped, {state["bad_steps"]} of {allowed} allowed')
+        raise UserError(f'{sentence}; {written}: look at them, {hint}')
+    say(f'warning: {sentence}; {written}: skipped, {state["bad_steps"]} of {allowed} allowed')
 
 
 # ---- too little memory ----
@@ -338,15 +338,15 @@ def out_of_memory(error):
 
 
 def explained(error, advice):
-    """Return a UserError to raise in place of an error: if memory is full, or --deterministic cannot be had. Else the error itself.
+    """Return a UserError to raise in place of an error that memory is full or that --deterministic cannot be had.
 
-    advice: ends the sentence about memory, with what did not fit and what to lower. A UserError about memory gets the mark
+    Any other error is returned itself. advice: ends the sentence about memory, with what did not fit and what to lower. A UserError about memory gets the mark
     of_this_rank, for other ranks may have enough: the rank that raises it prints it, whichever it is."""
     # torch's own sentence begins with the name of the operation
     operation, is_about_determinism, _ = str(error).partition(' does not have a deterministic implementation')
     if is_about_determinism:
-        found = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
-        return UserError(f'{found}; leave it out (the risk cvar, and samples with top_p below 1, cannot have it)')
+        mistake = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
+        return UserError(f'{mistake}; leave it out (the risk cvar, and samples with top_p below 1, cannot have it)')
     # a UserError that quotes such a text is a sentence already
     full_memory = out_of_memory(error)
     if full_memory is None or isinstance(error, UserError):

@@ -68,7 +68,7 @@ def check_there(name):
 
 
 def file_of(name, file):
-    """Return the path of a file of a folder or of a hub id, or None if it cannot be had. Fetches a file from the hub if need be."""
+    """Return the path of a file of a folder or of a hub id, fetched if need be, or None if there is no such file."""
     from transformers.utils import cached_file
 
     if not os.path.exists(name):

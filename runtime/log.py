@@ -259,9 +259,9 @@ class Log:
         sys.excepthook = close_and_report
 
     def _attempt(self, name, function, *args):
-        """Call a tracker's function, and return its result, or None if it raises anything: the run goes on without this tracker.
+        """Call a tracker's function and return its result, or None if it raises anything.
 
-        Says so once, and marks the tracker as failed."""
+        The run then goes on without this tracker: it is marked as failed, and a note says so once."""
         try:
             return function(*args)
         except (Exception, SystemExit) as error:
@@ -272,9 +272,9 @@ class Log:
             return None
 
     def row(self, split, examples, metrics):
-        """Write a row of metrics (name -> number) after so many examples. split: 'train', 'eval' or 'check' (before the first step).
+        """Write a row of metrics (name -> number) after so many examples. split: train, eval, or check (before the first step).
 
-        An evaluation is shown as a line on the screen, too. So is each step that reaches or crosses a multiple of log_every."""
+        An evaluation is also a line on the screen. So is each step that reaches or crosses a multiple of log_every."""
         if not main_rank():
             return
         # json has no number for NaN and infinity

@@ -34,7 +34,7 @@ def of_preferences(split, loss, chosen, rejected, right):
 
 
 def numbers(metrics):
-    """Return name -> float, rounded to ten decimals, of name -> tensor of one number. Leaves out NaN, the mean of no examples."""
+    """Turn name -> tensor of one number into name -> float, rounded to ten decimals. Leave out NaN, the mean of no examples."""
     floats = {}
     for name, value in metrics.items():
         number = value.item()

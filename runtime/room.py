@@ -48,13 +48,13 @@ def check_room(config, policy, per_token, train, total, packed, max_tokens, othe
     # a full GPU raises an error; with a full CPU memory the system kills the process without a word
     if not torch.cuda.is_available():
         tokens = _most_tokens(config, train, packed, max_tokens)
-        what = f'a microbatch of up to {tokens:,} tokens'
+        subject = f'a microbatch of up to {tokens:,} tokens'
         if config['max_tokens'] == 'auto':
-            what = f'max_tokens={max_tokens} (auto): {what}'
+            subject = f'max_tokens={max_tokens} (auto): {subject}'
         further = [other for other in others if other is not None and other is not policy]
         frozen = sum(_count(other.parameters()) for other in further)
         needs = _needs(config, policy, per_token(), frozen, tokens)
-        _check_memory(needs, what, tokens, int(train.lengths.max()))
+        _check_memory(needs, subject, tokens, int(train.lengths.max()))
     return checkpoints_fit
 
 
@@ -90,16 +90,17 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
     return False
 
 
-def _check_memory(needs, what, tokens, longest):
+def _check_memory(needs, subject, tokens, longest):
     """Print what the ranks of this machine take of its memory together; warn, with advice, if it has less.
 
-    needs: see estimate, for one rank and a microbatch of so many tokens, which what describes; longest: tokens of an example."""
+    needs: the estimate of one rank, for a microbatch of so many tokens; subject: begins the sentence, and names that microbatch;
+    longest: tokens of the longest example."""
     ranks_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     has = machine_memory()
     takes = {name: number * ranks_here for name, number in needs.items() if number}
     total = sum(takes.values())
     parts = ', '.join(f'{name} {_size(number)}' for name, number in takes.items())
-    text = f'memory: {what} takes about {_size(total)} ({parts}), of the {_size(has)} of this machine'
+    text = f'memory: {subject} takes about {_size(total)} ({parts}), of the {_size(has)} of this machine'
     if total <= has:
         say(text)
         return
@@ -124,17 +125,17 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
     fixed += policy.buffers()
     fixed_bytes = sum(x.numel() * x.element_size() for x in fixed)
     # with grads and with full each rank holds its part of all but activations and buffers
-    parts = 1 if shard == 'none' else ranks
+    ranks_that_share = 1 if shard == 'none' else ranks
     needs = {
         'activations': per_token * tokens,
-        'weights': (4 * trained + fixed_bytes) / parts,
-        'gradients': 4 * trained / parts,
-        'optimizer': 4 * MOMENTS[optimizer] * trained / parts,
-        'reference': bytes_each * frozen / parts,
+        'weights': (4 * trained + fixed_bytes) / ranks_that_share,
+        'gradients': 4 * trained / ranks_that_share,
+        'optimizer': 4 * MOMENTS[optimizer] * trained / ranks_that_share,
+        'reference': bytes_each * frozen / ranks_that_share,
         'buffers': _logits_bytes(policy, tokens, bytes_each, device),
     }
     # FSDP does the casting to bfloat16, too: then it gathers copies in bfloat16 even on a single rank
-    if parts > 1 or bytes_each == 2:
+    if ranks_that_share > 1 or bytes_each == 2:
         needs['buffers'] += bytes_each * _count_gathered(policy, shard)
     return needs
 
@@ -216,7 +217,7 @@ def _needs(config, policy, per_token, frozen, tokens):
 
 
 def _most_tokens(config, train, packed, max_tokens):
-    """Return the tokens of the largest microbatch of one rank: max_tokens, unless an example is longer or whole steps are smaller."""
+    """Return the tokens of a rank's largest microbatch: max_tokens, unless an example is longer or all steps are smaller."""
     import torch.distributed as dist
 
     longest = int(train.lengths.max())
@@ -259,7 +260,7 @@ def bytes_per_token(policy, forward, train, packed):
 
 
 def _made_and_kept(function):
-    """Call function, and return the bytes of all tensors it has made that are still there at its end, its result among them."""
+    """Call function, and return the bytes of all tensors that it has made and that are left at its end, its result included."""
     from torch import Tensor
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -269,13 +270,13 @@ def _made_and_kept(function):
 
     def storages(values):
         """Return key -> (weak reference, bytes) of the memory behind all tensors in values."""
-        found = {}
+        by_key = {}
         for value in tree_leaves(values):
             if isinstance(value, Tensor):
                 # with tensor parallelism: this rank's part
                 storage = fsdp.local(value).untyped_storage()
-                found[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return found
+                by_key[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return by_key
 
     made = {}  # as storages returns them
 
@@ -285,9 +286,9 @@ def _made_and_kept(function):
         def __torch_dispatch__(self, operation, types, args=(), options=None):
             out = operation(*args, **(options or {}))
             # a view, and a result that is written in place, lie in the memory of an argument
-            given = storages((args, options))
+            of_arguments = storages((args, options))
             for key, storage in storages(out).items():
-                if key not in given:
+                if key not in of_arguments:
                     made[key] = storage
             return out
 
