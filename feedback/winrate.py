@@ -165,10 +165,11 @@ def _variance_of_sum(scores, clusters):
     """Return the covariance matrix (k, k) of the sum of scores (n, k), whose mean is 0.
 
     Clusters are independent of one another, their members are not. One cluster alone tells no variance: the result is nan."""
-    numbers = _cluster_numbers(clusters, len(scores))
+    n, k = scores.shape
+    numbers = _cluster_numbers(clusters, n)
     count = numbers.max() + 1
-    # add up each cluster's scores: sums (clusters, k)
-    sums = np.zeros((count, scores.shape[1]))
+    # add up each cluster's scores: sums (count, k)
+    sums = np.zeros((count, k))
     np.add.at(sums, numbers, scores)
     # unbiased, as n / (n - 1) makes a variance
     factor = count / (count - 1) if count > 1 else np.nan
