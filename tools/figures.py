@@ -99,8 +99,9 @@ def imported(path, modules, late=False):
 def product():
     """Return the paths of all python files of the project itself: not experiments, configs or tests."""
     paths = sorted(ROOT.glob('*.py'))
-    for folder in FOLDERS:
-        paths += sorted((ROOT / folder).glob('*.py'))
+    for name in FOLDERS:
+        folder = ROOT / name
+        paths += sorted(folder.glob('*.py'))
     return paths
 
 
