@@ -61,7 +61,7 @@ optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 dtype = 'float32'  # float32 or bfloat16
 shard = 'auto'  # what several processes hold, as in training.py: auto, none, grads or full
 threads: int | None = None  # CPU threads; None: torch decides
-wall = False  # wall-clock time on one CPU thread, too, not CPU time; several processes have it always
+wall = False  # always measure wall-clock time; False: CPU time, where there is one process on one CPU thread
 estimate_for: float | None = None  # GB of a card: only print what a step needs beside it, from shapes alone
 peak_tflops: float | None = None  # what the GPU gives in bfloat16, for the utilisation; None: its data sheet
 seed = 0  # of weights and data
@@ -76,7 +76,7 @@ SHAPES = {  # width, layers, heads: the published Pythia suite
 KNOWN = ['padded', 'packed', 'shared', 'head', 'cached', 'trl', 'trl_fastest', 'trl_cuda']
 # pairs of a padded microbatch, of all ranks together
 PADDED = 8
-# of AdamW; a step costs the same at any, and a small one leaves the model what it is
+# a step costs the same at any learning rate, and this one hardly changes the model
 LEARNING_RATE = 1e-6
 # options of the losses; a step costs the same at any value
 OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0.5, 'gamma': 1.0, 'lam': 0.1, 'tau': 0.05, 'delta': 1}  # fmt: skip
@@ -111,6 +111,7 @@ if out:
         raise UserError(f'cannot write {out}: there is no such folder, or it is one')
 rank, world, device = fsdp.setup()
 on_gpu = device.type == 'cuda'
+# TRL is imported only if it is asked for
 if has_trl:
     if world > 1:
         raise UserError('TRL is measured in one process')
@@ -124,19 +125,21 @@ if threads:
 def build(empty=False, layers=None):
     """Return the model in evaluation mode: a published shape with random weights, or the model of a folder.
 
-    empty: without weights, on the meta device. layers: build a published shape with so many layers, not with all."""
+    empty: without weights, on the meta device. layers: build a published shape with only this many layers."""
     if model not in SHAPES:
         return load.load_model(model, empty=empty)
     models.register_attention()
     width, depth, heads = SHAPES[model]
     sizes = {'hidden_size': width, 'num_hidden_layers': layers or depth, 'num_attention_heads': heads}
+    # llama-8b has Llama 3's proportions, the others are Pythias
     if model == 'llama-8b':
         sizes |= {'intermediate_size': 14336, 'num_key_value_heads': 8, 'rope_theta': 500000.0}
         shape = transformers.LlamaConfig(vocab_size=vocabulary or 128256, **sizes)
     else:
         shape = transformers.GPTNeoXConfig(vocab_size=vocabulary or 50304, intermediate_size=4 * width, **sizes)
     # a GPU draws random weights in seconds, the CPU in minutes
-    with torch.device('meta' if empty else device):
+    where = 'meta' if empty else device
+    with torch.device(where):
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(shape).eval()
 
@@ -150,25 +153,26 @@ def real_pairs(count):
     if not tokenizer and model in SHAPES:
         raise UserError(f'{model} has no tokenizer for --data={data}: give the folder of one with --tokenizer')
     options = {'tokenizer': load.load_tokenizer(tokenizer or model), 'max_length': 512, 'max_prompt_length': 256}
-    found = fsdp.first_of_host(lambda: load_examples(data, 'train', task='pairs', **options))
+    pairs = fsdp.first_of_host(lambda: load_examples(data, 'train', task='pairs', **options))
     if vocabulary:
-        found.ids = found.ids % vocabulary
-    order = np.random.default_rng(seed).permutation(len(found))
+        pairs.ids = pairs.ids % vocabulary
+    order = np.random.default_rng(seed).permutation(len(pairs))
     # np.resize repeats the order until there are enough
-    return found.select(np.resize(order, count))
+    return pairs.select(np.resize(order, count))
 
 
 def synthetic_pairs(count):
     """Return Examples: `count` pairs of random tokens, with the lengths that the options fix, or with those of LENGTHS."""
     rng = np.random.default_rng(seed)
     fixed_lengths = [prompt_tokens, answer_tokens, answer_tokens]
-    largest_id = min(vocabulary or 4096, 4096)
+    # a token is one of these ids from 0, which every published shape has
+    count_of_ids = min(vocabulary or 4096, 4096)
     pairs = []
     for _ in range(count):
         # all lengths are drawn, so that fixing one of them does not change the others
         drawn = [np.clip(rng.lognormal(math.log(median), sigma), 2, most) for median, sigma, most in LENGTHS]
         lengths = [fixed or int(length) for fixed, length in zip(fixed_lengths, drawn, strict=True)]
-        prompt, *answers = [rng.integers(0, largest_id, length) for length in lengths]
+        prompt, *answers = [rng.integers(0, count_of_ids, length) for length in lengths]
         pairs.append((prompt, answers))
     return Examples.of(pairs)
 
@@ -191,8 +195,9 @@ class Variant:
 
     pad: each answer has a padded row of its own, with its prompt; if not, all are packed into one row. share: the answers of a
     pair share one copy of their prompt. head: logits at the answers' tokens alone. cached: the reference runs in load(), once.
-    Measured in all rounds: times, the seconds of each step; passes, the seconds of the reference's pass for each step, empty if
-    not cached; tokens, and allocated, the same with padding; peak, GB; estimate, GB as room.estimate expects them."""
+    times: seconds of each timed step, in all rounds. passes: seconds that the reference took for the same steps if it is cached,
+    else empty. tokens, allocated: tokens of all steps without and with padding. peak: the most GB of any step; estimate: the
+    same, as room.estimate expects it."""
 
     def __init__(self, name):
         """Make the variant that has its own idea, and the ideas of all variants before it in KNOWN."""
@@ -262,8 +267,8 @@ class Variant:
         options = {'share_prefix': self.share, 'pad': self.pad, 'device': device}
         batches = []
         for start in range(0, len(rows), pairs_at_a_time):
-            some = rows[start : start + pairs_at_a_time]
-            new_batches, tokens, allocated = make_batches(examples, some, rank, world, most_tokens, **options)
+            together = rows[start : start + pairs_at_a_time]
+            new_batches, tokens, allocated = make_batches(examples, together, rank, world, most_tokens, **options)
             batches += new_batches
             self.tokens += tokens
             self.allocated += allocated
@@ -308,11 +313,11 @@ class Variant:
         reset_peak()
         start = clock()
         for batch, ref_logps_of_batch in zip(batches, ref_logps, strict=True):
-            columns = OPTIONS | self.columns(batch, ref_logps_of_batch)
-            loss_of_pairs = loss_fn(**{name: columns[name] for name in inputs})
+            arguments = OPTIONS | self.columns(batch, ref_logps_of_batch)
+            loss_of_pairs = loss_fn(**{name: arguments[name] for name in inputs})
             # batch.real is 0 for a filler, which a rank without pairs computes
             (loss_of_pairs * batch.real).sum().backward()
-        # gradients are averaged over ranks: times their number, and divided by all pairs, that is the mean over pairs
+        # update() averages the ranks' sums over pairs; this makes it the mean over all pairs
         scale = world / len(rows)
         fsdp.update(self.policy, self.torch_optimizer, lr=LEARNING_RATE, scale=scale, max_norm=10.0)
         self.times.append(clock() - start)
@@ -323,7 +328,8 @@ class Variant:
         """Return the GB that room.estimate expects a step with these microbatches to need, without having seen it."""
         largest = max(batch.ids.numel() for batch in batches)
         frozen = 0
-        if self.ref:
+        # a cached variant has no reference any more
+        if self.ref is not None:
             frozen = sum(parameter.numel() for parameter in self.ref.parameters())
         options = {'ranks': world, 'shard': self.policy.shard_mode, 'frozen': frozen}
         needs = room.estimate(self.policy, self.per_token, largest, optimizer=optimizer, dtype=dtype, **options)
@@ -336,7 +342,7 @@ class Variant:
 def clock():
     """Return the time in seconds, after the GPU has done all its work so far.
 
-    One process on one CPU thread goes by its processor's time, unless --wall: other work on the machine does not count then."""
+    In one process on one CPU thread it is CPU time, unless --wall, so that other work on the machine does not count."""
     if on_gpu:
         torch.cuda.synchronize()
     one_thread = not on_gpu and torch.get_num_threads() == 1
@@ -480,6 +486,7 @@ if peak_tflops:
     peak, peak_source = peak_tflops, '--peak_tflops'
 else:
     peak, peak_source = limits.peak_of(card)
+# what experiments/trl/variant.py takes of this file
 trl_options = {'step_pairs': min(PADDED, batch_size), 'tools': (clock, reset_peak, peak_memory), 'threads': threads,
                'half': dtype == 'bfloat16', 'optimizer': optimizer}  # fmt: skip
 runs = [TrlVariant(name, build, **trl_options) if name.startswith('trl') else Variant(name) for name in names]
@@ -490,15 +497,17 @@ bar = progress((n_steps + rounds) * len(runs), ' steps', 'bench')
 for number, timed_steps in enumerate(np.array_split(steps[1:], rounds)):
     steps_of_round = np.concatenate([steps[:1], timed_steps])
     goes_backwards = number % 2 == 1
-    for run in reversed(runs) if goes_backwards else runs:
+    runs_in_order = runs[::-1] if goes_backwards else runs
+    for run in runs_in_order:
         bar.set_description_str(run.name, refresh=False)
         run.load(examples, steps_of_round)
         for rows in steps_of_round:
             run.step(examples, rows)
             bar.update()
-        # the round's first step, which warms up, does not count; passes may be empty
+        # forget the figures of the round's first step, which was the warm-up; without a cache there are no passes
         for seconds in (run.times, run.passes):
-            del seconds[-len(steps_of_round) : 1 - len(steps_of_round)]
+            if seconds:
+                del seconds[-len(steps_of_round)]
         run.free()
         release()
 bar.close()
@@ -514,10 +523,11 @@ seconds = limits.products_alone(shell, tokens, predicted, getattr(torch, dtype),
 limit = per_second(batch_size, seconds)
 if main_rank():
     show(rows_of_table, lengths, limit)
+    # the same as json, with the options that led to it
     if out:
-        found = {'config': dict(config), 'rows': rows_of_table}
-        found['limit_pairs_per_second'] = limit if math.isfinite(limit) else None
+        record = {'config': dict(config), 'rows': rows_of_table}
+        record['limit_pairs_per_second'] = limit if math.isfinite(limit) else None
         with writing(out):
-            Path(out).write_text(json.dumps(found, indent=1))
+            Path(out).write_text(json.dumps(record, indent=1))
 if __name__ == '__main__':
     fsdp.leave()
