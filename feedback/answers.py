@@ -21,10 +21,10 @@ from text.messages import ASSISTANT, answer, ask, field, instruction, text_or_ch
 
 
 def append(path, rows, sync=True):
-    """Append rows (dicts) to a .jsonl file, which is made if it does not exist. No kill of the process loses them then.
+    """Append rows (dicts) to a .jsonl file, which is made if it does not exist.
 
-    If sync is true, a power cut does not lose them, either. Values that json does not know are written as str() of them.
-    Raises UserError if the file cannot be written."""
+    When this returns, a kill cannot lose them; if sync is true, a power cut cannot, either. str() writes values that json does
+    not know. Raises UserError if the file cannot be written."""
     lines = [json.dumps(row, default=str) + '\n' for row in rows]
     with files.writing(path), open(path, 'a', encoding='utf-8') as file:
         file.write(''.join(lines))
@@ -85,16 +85,17 @@ def collect(out_dir, wanted):
     """Put the rows of all ranks into one samples.jsonl, sorted, delete the ranks' own files, and return the rows.
 
     They are returned as a dict (index of the prompt, number of the sample) -> row. wanted(index, sample) returns the fields
-    that such a row must have, with their values, or None if this run has no such answer. Raises UserError, and changes no
-    file, for a row that is damaged or belongs to another run."""
+    that such a row must have, with their values, or None if this run has no such answer. Raises UserError for a row that is
+    damaged or belongs to another run; then no row has moved, and no file is deleted."""
 
     def key_of(row):
         """Return the key of a row that has all its fields; raise as read_back says."""
         key = field(row, 'index', int), field(row, 'sample', int)
-        # only to raise if these are missing
+        # these two lines only raise if something is missing
         field(row, 'response')
         row['finish']
         expected = wanted(*key)
+        # row | expected is row again if it has all these values
         if expected is None or row | expected != row:
             raise UserError('answers a prompt that is not in the data any more: choose another --out_dir')
         return key
@@ -138,16 +139,16 @@ def read_answers(path):
     for row in read_rows(None, 'train', path):
         try:
             prompt, response = _prompt_and_response(row)
-            found = {'prompt': prompt, 'instruction': instruction(prompt), 'response': response}
-            found['tools'] = row.get('tools')
-            found['generator'] = field({'generator': 'unnamed', **row}, 'generator')
-            # model_outputs.json has no sample numbers: its answers to one prompt are numbered as they come
-            asked = found['instruction'], found['generator']
-            found['sample'] = field({'sample': answers_to[asked], **row}, 'sample', int)
+            entry = {'prompt': prompt, 'instruction': instruction(prompt), 'response': response}
+            entry['tools'] = row.get('tools')
+            # a row without these gets a name, and the next number among the answers to its prompt
+            entry['generator'] = field({'generator': 'unnamed', **row}, 'generator')
+            asked = entry['instruction'], entry['generator']
+            entry['sample'] = field({'sample': answers_to[asked], **row}, 'sample', int)
         except ValueError as error:
             raise UserError(f'{row.where}: {error}: this is neither a samples.jsonl nor a model_outputs.json') from None
         answers_to[asked] += 1
-        answers.append(found)
+        answers.append(entry)
     if not answers:
         raise UserError(f'there are no answers in {path}')
     return answers
@@ -167,34 +168,34 @@ def _prompt_and_response(row):
     return ask(prompt), response
 
 
-def make_pairs(answers, against=None):
+def make_pairs(answers_file, against_file=None):
     """Return (list of pairs, Counter of what was left out) from one file of answers, or from two.
 
-    With one file, any two answers to a prompt are a pair, the lower sample number first. With the file `against`, the k-th
-    answers to a prompt in both files are a pair. A pair: {'prompt': text or chat, 'instruction': what it asks, as text,
+    With one file, any two answers to a prompt are a pair, the lower sample number first. With two, the k-th answers to a
+    prompt in both files are a pair. A pair: {'prompt': text or chat, 'instruction': what it asks, as text,
     'question': number of the prompt, 'outputs': [first, second], 'generators': [first, second]}. Raises UserError if there
     is no pair."""
-    ours = read_answers(answers)
-    theirs = read_answers(against) if against else []
+    ours = read_answers(answers_file)
+    theirs = read_answers(against_file) if against_file else []
     our_groups = _by_question(ours)
     their_groups = _by_question(theirs)
     pairs = []
     for number, (question, group) in enumerate(our_groups.items()):
-        # a question is the same in both files if its words are, and if it is asked there for the same time
-        if against:
+        # zip leaves out the answers that have no counterpart in the other file
+        if against_file:
             two_by_two = zip(group, their_groups.get(question, []), strict=False)
         else:
             two_by_two = combinations(group, 2)
         pairs += [_pair(first, second, number) for first, second in two_by_two]
-    if not pairs and against:
-        raise UserError(f'no prompt of {answers} has an answer in {against}')
+    if not pairs and against_file:
+        raise UserError(f'no prompt of {answers_file} has an answer in {against_file}')
     if not pairs:
-        raise UserError(f'no prompt in {answers} has two answers: sample with --n=2, or name --against=FILE')
+        raise UserError(f'no prompt in {answers_file} has two answers: sample with --n=2, or name --against=FILE')
 
     # counted here, and printed by label.py; with two files, each pair takes one answer of either file
     with_tools = sum(bool(row['tools']) for row in ours + theirs)
     left_out = Counter({'tools, which no judge is shown': with_tools})
-    if against:
+    if against_file:
         left_out['answers without a counterpart'] = len(ours) - len(pairs)
         left_out['answers of --against without a counterpart'] = len(theirs) - len(pairs)
     else:
@@ -244,8 +245,8 @@ def read_verdicts(path):
         """Return the key of a row whose preference and text are sound; raise as read_back says."""
         # None is the preference of an unclear reply, 1.5 a tie; a verdict of a reward model has no text
         is_preference = row['preference'] in (None, 1, 1.5, 2)
-        has_text = isinstance(row.get('text', ''), str)
-        if not is_preference or not has_text:
+        is_text = isinstance(row.get('text', ''), str)
+        if not is_preference or not is_text:
             raise ValueError
         return field(row, 'pair', int), field(row, 'order', int)
 

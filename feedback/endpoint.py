@@ -93,9 +93,10 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
         loop = runner.get_loop()
         while True:
             # an endpoint that has answered nothing yet gets no more jobs than it can answer at a time
-            allowed = FAILED_IN_A_ROW if endpoint.proven else max(2, concurrency)
-            free = min(concurrency, allowed - failures) - len(tasks)
-            for key, body in itertools.islice(jobs, max(0, free)):
+            allowed_failures = FAILED_IN_A_ROW if endpoint.proven else max(2, concurrency)
+            # no more jobs are under way than may still fail
+            new_jobs = min(concurrency, allowed_failures - failures) - len(tasks)
+            for key, body in itertools.islice(jobs, max(0, new_jobs)):
                 tasks.add(loop.create_task(endpoint.finish(key, body)))
             if not tasks:
                 break
@@ -112,7 +113,7 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
                     last_error = reply.error
                 yield reply
     never_answered = failures > 0 and not endpoint.proven
-    if failures >= allowed or never_answered:
+    if failures >= allowed_failures or never_answered:
         advice = 'see that the server runs, and the address, the model and the other options, or run this again later'
         raise UserError(f'{failures} requests in a row failed; the last one: {last_error}: {advice}')
 

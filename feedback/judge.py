@@ -28,7 +28,7 @@ CUT_SHORT = ('length', 'max_tokens', 'content_filter')
 
 
 def read_prompt(name):
-    """Return the text of the judge prompt in the file `name`, which is looked for here and then beside the scripts.
+    """Return the text of a judge prompt, from the file `name` in the current folder, or else in that of the scripts.
 
     Prints a note if the text has no {mark}. Raises UserError if the file cannot be read, or if the text lacks another slot,
     has one twice, or does not ask for a last line that is a verdict."""
