@@ -29,26 +29,26 @@ def mean(wins, clusters=None):
 def interval(wins, clusters=None):
     """Return [low, high], Wilson's 95% interval for the mean of the numbers wins (n,), or None if there are none.
 
-    The numbers lie between 0 and 1; clusters is as in mean. Wilson's formula asks for a number of independent trials. Here it
-    is Kish's effective size, (sum_c m_c)^2 / sum_c m_c^2 for clusters of m_c members: at worst, all members of a cluster tell
-    the same. With ENOUGH clusters the standard error of mean can be trusted, and may show that they tell more.
-    test_winrate.py measures how often such intervals hold the truth."""
+    The numbers lie between 0 and 1; clusters is as in mean. Wilson's formula is about coins, and asks how many were thrown. In
+    doubt, the members of a cluster count as one coin: for clusters of m_c members, the number is Kish's effective size,
+    (sum_c m_c)^2 / sum_c m_c^2. With ENOUGH clusters the standard error of mean can be trusted, and may show that there are
+    more. test_winrate.py measures how often such intervals hold the truth."""
     p, error = mean(wins, clusters)
     if p is None:
         return None
     sizes = np.bincount(_cluster_numbers(clusters, len(wins)))
-    trials = sizes.sum() ** 2 / (sizes**2).sum()
-    # the variance of a coin; other numbers from 0 to 1 with this mean, such as ties, vary less
+    coins = sizes.sum() ** 2 / (sizes**2).sum()
+    # the variance of one coin; other numbers from 0 to 1 with this mean, such as ties, vary less
     coin_variance = p * (1 - p)
-    # as many coins as would have this error
+    # so many coins have this error; an error of 0 only says that all numbers so far were alike
     if len(sizes) >= ENOUGH and error:
-        trials = max(trials, coin_variance / error**2)
+        coins = max(coins, coin_variance / error**2)
 
-    # Wilson's formula
-    z = Z**2 / trials
-    scale = 1 + z
-    middle = (p + z / 2) / scale
-    half_width = np.sqrt(z * coin_variance + z**2 / 4) / scale
+    # Wilson's formula, in which Z^2 / n stands four times
+    shift = Z**2 / coins
+    scale = 1 + shift
+    middle = (p + shift / 2) / scale
+    half_width = np.sqrt(shift * coin_variance + shift**2 / 4) / scale
     ends = [middle - half_width, middle + half_width]
     # rounding may go beyond 0 or 1
     return np.clip(ends, 0, 1).tolist()

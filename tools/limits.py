@@ -38,11 +38,12 @@ def flops(model, lengths, *, share, head, passes):
         if is_matrix and not re.search(not_counted, name):
             weights += parameter.numel()
 
-    # causal attention over n tokens has about n^2 / 2 pairs (query, key)
+    # Causal attention over n tokens has about n^2 / 2 pairs (query, key). Prompt and chosen answer are one such text; then the
+    # rejected answer attends to the prompt and to itself.
     prompt, chosen, rejected = lengths.T  # (pairs,) each
     tokens = prompt + chosen + rejected
-    in_chosen = (prompt + chosen) ** 2 / 2
-    attended = in_chosen + rejected * prompt + rejected**2 / 2
+    of_chosen = (prompt + chosen) ** 2 / 2
+    attended = of_chosen + rejected * prompt + rejected**2 / 2
     # a prompt that is not shared is computed once more, for the rejected answer
     if not share:
         tokens = tokens + prompt
