@@ -97,12 +97,10 @@ def preference(text, raw, order):
         return None
     # only the beginning of a line is looked at, since the pattern is slow on long ones
     lines = [line for line in text.splitlines() if not NOTHING.fullmatch(line[:200])]
-    verdicts = [verdict(line) for line in lines[-2:]]
-    if not verdicts or verdicts[-1] is None:
-        return None
-    last = verdicts[-1]
-    # the line before says nothing of it, or the same
-    if verdicts[0] not in (None, last):
+    last_two = [verdict(line) for line in lines[-2:]]
+    last = last_two[-1] if last_two else None
+    # the line before must be no verdict, or the same one
+    if last is None or last_two[0] not in (None, last):
         return None
     if last == 'tie':
         return 1.5

@@ -232,7 +232,8 @@ def read():
         may_overwrite = path and os.path.exists(out)
         if may_overwrite and any(os.path.samefile(out, file) for file in data_files(path)):
             raise UserError(f'--out={out} is a file of the data: name another file for the scores')
-        # the first example decides the task of its source; what it leaves out is not counted, for it is read again
+        # The first example decides the task of its source; an empty source has {}. What is left out until then is not counted,
+        # for the source is read again.
         first = next(read_examples(source, part, Counter(), **options), {})
         task = task_of(first)
         if task == 'prompts' and first:
@@ -267,7 +268,7 @@ def score_examples(model, tokenizer, examples, limit, left_out):
         row |= {name: example[name] for name in ('prompt', 'good') if name in example}
         names = ['chosen_score', 'rejected_score'] if task == 'pairs' else ['score']
 
-        # one example goes in, and one comes out, or none if it was left out
+        # one example goes in, and one comes out, or none if it was left out; a prompt may have to lose all but half of limit
         tokenised = tokenise([example], tokenizer, task, limit, limit // 2, truncation, left_out, **options)
         for prompt, answers in tokenised:
             rows.append(row)

@@ -207,12 +207,9 @@ class Variant:
         self.share = 'shared' in ideas
         self.head = 'head' in ideas
         self.cached = 'cached' in ideas
-        self.times = []
-        self.passes = []
-        self.tokens = 0
-        self.allocated = 0
-        self.peak = 0.0
-        self.estimate = 0.0
+        self.times, self.passes = [], []
+        self.tokens = self.allocated = 0
+        self.peak = self.estimate = 0.0
 
     @guard.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):

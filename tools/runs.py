@@ -146,9 +146,10 @@ def differing(runs):
 
     Options that change no result are left out. Only the runs that have an option are compared in it."""
     found = []
-    # a dict keeps the options in order, each once
-    for name in dict.fromkeys(name for run in runs for name in run.options):
-        # as json, since a list is in no set
+    names = [name for run in runs for name in run.options]
+    # a dict keeps the names in order, each once
+    for name in dict.fromkeys(names):
+        # as json, for an option may be a list, which no set takes
         values = {json.dumps(run.options[name]) for run in runs if name in run.options}
         if len(values) > 1 and name not in NEUTRAL:
             found.append(name)
