@@ -67,48 +67,41 @@ def find(name, losses, statistics, options):
 
 
 def table(name, fn, statistic, options):
-    """Try a loss on an example for each of MARGINS, in float32. Returns a row for each, as lists of numbers.
+    """Evaluate a loss and its gradient in float32 at each of MARGINS; return one row (list of floats) per margin.
 
-    A row of a pair is [margin, loss, slope in ratio_w, slope in ratio_l]; one of a single answer is [margin, loss, slope in
-    ratio]. Raises UserError if the loss does not return a number for each example."""
-    # the log-ratios: the two answers of a pair go opposite ways, half a margin each; names of single answers have no ending
+    fn, statistic: the loss and its per-step statistic or None, from find(). Rows of pair losses are [margin, loss, d loss /
+    d ratio_w, d loss / d ratio_l], those of single-answer losses [margin, loss, d loss / d ratio]. Raises UserError if the loss
+    does not return one number per example."""
     margin = torch.tensor(MARGINS)
-    takes_pairs = not PAIRS.isdisjoint(inputs(fn))
+    # pair losses take *_w (chosen) and *_l (rejected) arguments; single-answer losses have no suffix
     ratios = {'': margin}
-    if takes_pairs:
+    if not PAIRS.isdisjoint(inputs(fn)):
         ratios = {'_w': margin / 2, '_l': -margin / 2}
-    columns = {}
-    columns['good'] = torch.ones_like(margin, dtype=torch.bool)
-    for ending, ratio in ratios.items():
-        ratio.requires_grad_()
-        columns[f'ratio{ending}'] = ratio
-        # as if the reference gave each answer a log-prob of -20.01. The policy's must stay below 0, so larger ratios count as 20
-        columns[f'pi{ending}'] = ratio.clamp(max=20.0) - 20.01
-        # ordinary values: answers of ten tokens, and a divergence of 0.3 nats
-        columns[f'n{ending}'] = torch.full_like(ratio, 10.0)
-        columns[f'div{ending}'] = torch.full_like(ratio, 0.3)
+    columns = {'good': torch.ones_like(margin, dtype=torch.bool)}
+    for suffix, ratio in ratios.items():
+        columns[f'ratio{suffix}'] = ratio.requires_grad_()
+        # the reference log-prob is -20.01; the clamp keeps the policy log-prob below 0
+        columns[f'pi{suffix}'] = ratio.clamp(max=20.0) - 20.01
+        # typical values: ten tokens per answer, a divergence of 0.3 nats
+        columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
+        columns[f'div{suffix}'] = torch.full_like(ratio, 0.3)
 
-    # the statistic takes the rows for a step, the first one of a run; dpo.py calls it in the same way
+    # treat the examples as the first step of a run, as dpo.py does
     if statistic:
-        of_step = {'state': {}}
-        of_step['generator'] = torch.Generator().manual_seed(0)
-        # kto: the log-ratios of mismatched answers
-        of_step['ratio_kl'] = columns.get('ratio')
-        made, _state = call(statistic, options | columns | of_step)
-        for column, values in made.items():
-            columns[column] = values.detach().float()
+        step_inputs = {'state': {}, 'generator': torch.Generator().manual_seed(0)}
+        # kto: log-ratios of mismatched answers
+        step_inputs['ratio_kl'] = columns.get('ratio')
+        new_columns, _state = call(statistic, options | columns | step_inputs)
+        columns |= {column: values.detach().float() for column, values in new_columns.items()}
 
-    # a column hides an option of its name
+    # columns override options of the same name
     losses = call(fn, options | columns)
-    is_column = isinstance(losses, torch.Tensor) and losses.shape == margin.shape
-    if not is_column:
-        wanted = f'a number for each example, ({len(margin)},)'
-        raise UserError(f'the loss {name} must return {wanted}, not {losses!r:.100}')
-    # the sum has the slopes of all rows at once, since no row depends on another; one that is not used has slope 0
-    inputs_of_slopes = list(ratios.values())
-    slopes = torch.autograd.grad(losses.sum(), inputs_of_slopes, allow_unused=True, materialize_grads=True)
-    rows = torch.stack([margin, losses, *slopes], dim=1)
-    return rows.tolist()
+    if not isinstance(losses, torch.Tensor) or losses.shape != margin.shape:
+        expected = f'a number for each example, ({len(margin)},)'
+        raise UserError(f'the loss {name} must return {expected}, not {losses!r:.100}')
+    # rows are independent, so the gradient of the sum holds every row's slope; unused inputs get slope 0
+    slopes = torch.autograd.grad(losses.sum(), list(ratios.values()), allow_unused=True, materialize_grads=True)
+    return torch.stack([margin, losses, *slopes], dim=1).tolist()
 
 
 def main(losses, statistics):

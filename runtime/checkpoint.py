@@ -135,25 +135,24 @@ def wait():
 
 
 def _write(folder, copies, state_text, keep_last, group):
-    """Write a checkpoint, in the thread of every rank: each rank its copies, then rank 0 all else. Raises UserError.
+    """Write the checkpoint; runs in a background thread on every rank. Raises UserError.
 
-    Empties copies once they are written."""
+    Each rank saves its tensors (copies, emptied afterwards), then rank 0 adds the metadata and renames the folder."""
     temporary = folder.with_suffix('.tmp')
     is_first_rank = dist.get_rank() == 0
     try:
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         dcp.save(copies, storage_writer=writer, process_group=group)
-        # they are as large as the model: free them before rank 0 spends seconds on hashes
+        # free the copies, as large as the model, before rank 0 spends seconds on hashing
         copies.clear()
         if is_first_rank:
             _complete(temporary, folder, state_text, keep_last)
-    # a full disk, a rank that is gone, or a bug: none may pass unseen in a thread. Exception would miss CheckpointException
+    # BaseException: DCP's CheckpointException is not a subclass of Exception
     except BaseException as error:
         if is_first_rank:
             shutil.rmtree(temporary, ignore_errors=True)
-        reason = _reason(error)
         advice = 'older ones are kept, and the same command continues from the newest of them'
-        raise UserError(f'cannot write the checkpoint {folder}: {reason}; {advice}') from None
+        raise UserError(f'cannot write the checkpoint {folder}: {_reason(error)}; {advice}') from None
 
 
 def _reason(error):
@@ -168,13 +167,11 @@ def _reason(error):
 
 
 def _complete(temporary, folder, state_text, keep_last):
-    """Add state and manifest to the tensors in temporary, rename it to folder, and remove checkpoints beyond keep_last."""
+    """Add state and manifest to the tensors in temporary, rename it to folder, and keep only the newest keep_last checkpoints."""
     (temporary / 'state.json').write_text(state_text)
-    manifest = json.dumps(_manifest_of(temporary), indent=1)
-    (temporary / 'manifest.json').write_text(manifest)
+    (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))
 
-    # a resumed run writes no row again that came before its checkpoint. So these rows reach the disk first: those that wait in
-    # memory for room (append_kept raises if there is none yet), and those that the system has not written yet
+    # flush the logs first (append_kept raises on a full disk): a resumed run does not rewrite rows from before its checkpoint
     out_dir = folder.parent.parent
     append_kept()
     for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):
@@ -182,10 +179,10 @@ def _complete(temporary, folder, state_text, keep_last):
     move_folder(temporary, folder)
     replace_text(out_dir / 'latest', f'checkpoints/{folder.name}\n')
 
-    # newest first, this one at the head. A run that has gone back behind a damaged checkpoint does not count that one yet
-    up_to_here = [other for other in _folders(out_dir) if other.name <= folder.name]
-    for old in up_to_here[keep_last:]:
-        # one that cannot be removed, such as a link, stays
+    # newest first; skip later checkpoints, which are damaged if the run has resumed from an earlier one
+    candidates = [path for path in _folders(out_dir) if path.name <= folder.name]
+    for old in candidates[keep_last:]:
+        # best effort: a symlink cannot be removed this way
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -238,33 +235,31 @@ def latest(out_dir, run=None):
 
 
 def _newest_complete(out_dir, run):
-    """Find the folder that latest() returns, on rank 0, whose disk decides for all ranks."""
-    run_of_out_dir = recorded(out_dir)
-    if run and run_of_out_dir:
-        check_same(f'{out_dir} holds', run_of_out_dir, run)
+    """Return the newest undamaged checkpoint folder or None, as latest() describes; runs on rank 0, whose disk decides."""
+    recorded_run = recorded(out_dir)
+    if run and recorded_run:
+        check_same(f'{out_dir} holds', recorded_run, run)
 
-    # from the newest one backwards
-    complete = None
     damaged = []
+    # newest first
     for folder in _folders(out_dir):
         damage = _damage(folder)
         if damage is None:
-            complete = folder
             break
         damaged.append(f'{folder} is damaged ({damage})')
-    if complete is None and damaged:
-        raise UserError(f'no checkpoint is complete: {damaged[0]}; mend one, or delete {out_dir} to start over')
-    if complete is None:
+    # no break: there is no complete checkpoint
+    else:
+        if damaged:
+            raise UserError(f'no checkpoint is complete: {damaged[0]}; mend one, or delete {out_dir} to start over')
         return None
 
     if run:
-        # older versions wrote the run into config.json alone
-        state = json.loads((complete / 'state.json').read_text())
-        run_of_checkpoint = state.get('run', run_of_out_dir)
-        check_same(f'the checkpoint {complete} is of', run_of_checkpoint, run)
-    for sentence in damaged:
-        say(f'warning: the checkpoint {sentence}: going back to {complete.name}')
-    return complete
+        # checkpoints of older versions do not describe their run: fall back to config.json
+        state = json.loads((folder / 'state.json').read_text())
+        check_same(f'the checkpoint {folder} is of', state.get('run', recorded_run), run)
+    for problem in damaged:
+        say(f'warning: the checkpoint {problem}: going back to {folder.name}')
+    return folder
 
 
 def load(folder, model, optimizer):

@@ -87,31 +87,29 @@ def unblocked():
 
 
 def on_signal(number):
-    """Obey a signal: end the process at once if nothing can be lost or Ctrl-C comes twice, else ask for the end of the run.
+    """Handle a stop signal: exit at once if nothing can be lost or on a second Ctrl-C, else request a stop after this step.
 
-    stop_asked() then tells the run, after its step. Writes to stderr what will happen."""
+    The training loop sees the request through stop_asked(). Writes to stderr what happens next."""
     global _code
     if _stage == 'over':
         return
-    # torchrun passes a second Ctrl-C on as SIGTERM; SIGUSR1 comes from a cluster's scheduler, and not from somebody who hurries
+    # torchrun forwards a second Ctrl-C as SIGTERM; SIGUSR1 comes from a cluster scheduler, not from an impatient user
     is_second_interrupt = _code == INTERRUPTED and number != signal.SIGUSR1
-    leaves_at_once = is_second_interrupt or _stage == 'loading'
+    exits_now = is_second_interrupt or _stage == 'loading'
     is_first_signal = _code == 0
-    code = INTERRUPTED if number == signal.SIGINT else SAVED
-    _code = max(_code, code)
+    _code = max(_code, INTERRUPTED if number == signal.SIGINT else SAVED)
 
+    message = 'stopping after this step (Ctrl-C twice: at once, without saving)'
     if is_second_interrupt:
-        answer = 'stopped at once: steps since the last checkpoint are lost'
-    elif leaves_at_once:
-        answer = 'stopped'
-    else:
-        answer = 'stopping after this step (Ctrl-C twice: at once, without saving)'
-    # os.write needs no lock. print does, and the main thread may be stuck in a print that holds it
-    if main_rank() and (leaves_at_once or is_first_signal):
-        os.write(2, f'\n{signal.Signals(number).name}: {answer}\n'.encode())
-    if main_rank() and leaves_at_once and _progress:
+        message = 'stopped at once: steps since the last checkpoint are lost'
+    elif exits_now:
+        message = 'stopped'
+    # os.write, because print could deadlock while the main thread holds its lock
+    if main_rank() and (exits_now or is_first_signal):
+        os.write(2, f'\n{signal.Signals(number).name}: {message}\n'.encode())
+    if main_rank() and exits_now and _progress:
         os.write(1, f'{_progress()}\n'.encode())
-    if leaves_at_once:
+    if exits_now:
         os._exit(_code)
 
 
@@ -146,16 +144,15 @@ def stop_asked():
 
 
 def check_early(script):
-    """Check the command line against the options in a script's source, before the script's imports, which take seconds.
+    """Validate the command line against a script's options without running its slow imports.
 
-    Prints the help and exits, if the command line asks for it. Raises UserError for a mistake."""
+    script: path of the script. Prints the help and exits on --help; raises UserError for an invalid command line."""
     source = Path(script).read_text('utf-8')
-    # plot.py and report.py, which give configure() a part of the command line, do not match: they are checked later
+    # scripts that pass configure() only part of the command line (plot.py, report.py) do not match and are checked later
     call = re.search(r'configure\(globals\(\)(?:, shared=(\w+))?\)', source)
     if not call:
         return
-    # neither the script nor the module that shares options with it is imported yet. configure() reads options from the file that
-    # __file__ names: a dict and a namespace with a __file__ stand for the two
+    # configure() parses the options from the source at __file__, so stand-ins with a __file__ replace the unimported modules
     script_globals = {'__file__': script, '__doc__': ast.get_docstring(ast.parse(source))}
     shared_name = call[1]
     shared_module = None
@@ -165,15 +162,15 @@ def check_early(script):
 
 
 def tell_torchrun(error):
-    """Write an error into the file where torchrun looks for the cause of a failure; do nothing if torchrun is not there."""
-    file = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    if not file:
+    """Write an exception to torchrun's error file, so that torchrun reports it as the cause; no-op without torchrun."""
+    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if not path:
         return
     kind = 'error' if isinstance(error, UserError) else type(error).__name__
-    # torchrun's format has a dict as its 'message', and the text as the 'message' of that
+    # torchrun expects the text in a nested 'message'
     details = {'message': f'{kind}: {error}', 'extraInfo': {'timestamp': str(int(time.time()))}}
     with contextlib.suppress(OSError):
-        Path(file).write_text(json.dumps({'message': details}))
+        Path(path).write_text(json.dumps({'message': details}))
 
 
 # ---- a run and its folder ----

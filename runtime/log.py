@@ -33,19 +33,19 @@ SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin
 
 
 def check_names(out_dir):
-    """Raise UserError if a run in out_dir would write over something that is not its own.
+    """Raise UserError if a run in out_dir would overwrite files that it does not own.
 
-    No name that a run writes may be a symbolic link. Without config.json no run has been here, so none of these names may be
-    taken; .lock may, since a run makes it before config.json."""
+    None of the files that a run writes may be a symlink. Without config.json no run owns the folder, so none may exist, except
+    .lock, which a run creates before config.json."""
     folder = Path(out_dir)
     has_config = (folder / 'config.json').exists()
     for name in ('.lock', 'config.json', *WRITTEN):
-        # most are written as NAME.tmp, and renamed
-        for file in (folder / name, folder / f'{name}.tmp'):
-            if file.is_symlink():
-                raise UserError(f'{file} is a symbolic link, and a run would write through it: remove the link')
-            if name in WRITTEN and not has_config and file.exists():
-                found = f'{out_dir} has {file.name}, but no config.json that says which run has written it'
+        # NAME.tmp is the temporary file of atomic writes
+        for path in (folder / name, folder / f'{name}.tmp'):
+            if path.is_symlink():
+                raise UserError(f'{path} is a symbolic link, and a run would write through it: remove the link')
+            if name in WRITTEN and not has_config and path.exists():
+                found = f'{out_dir} has {path.name}, but no config.json that says which run has written it'
                 raise UserError(f'{found}: put that back, or choose another --out_dir')
 
 
@@ -104,17 +104,17 @@ def differences(recorded_run, run, neutral=NEUTRAL):
 
 
 def check_same(place, recorded_run, run, neutral=NEUTRAL):
-    """Raise UserError if run is not recorded_run. Print a note if contents could not be compared, for lack of a hash.
+    """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
-    place: begins the sentence, as in 'FOLDER holds'. The other arguments are those of differences()."""
-    # three of them are enough for a sentence
+    place: start of the message, such as 'FOLDER holds'. Other arguments: those of differences()."""
+    # three differences are enough for an error message
     phrases = ', '.join(differences(recorded_run, run, neutral)[:3])
     if phrases:
-        mistake = f'{place} a different run ({phrases})'
-        raise UserError(f'{mistake}: put back what it began with, or choose another --out_dir')
-    without_hash = ', '.join(sorted(run['contents'].keys() - recorded_run['contents'].keys()))
-    if without_hash:
-        say(f'note: {place} a run of an older version, which kept no hash of {without_hash}: not checked')
+        advice = 'put back what it began with, or choose another --out_dir'
+        raise UserError(f'{place} a different run ({phrases}): {advice}')
+    unhashed = ', '.join(sorted(run['contents'].keys() - recorded_run['contents'].keys()))
+    if unhashed:
+        say(f'note: {place} a run of an older version, which kept no hash of {unhashed}: not checked')
 
 
 def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
@@ -330,21 +330,20 @@ class Log:
 
 
 def progress(total, unit, description, **options):
-    """Return a tqdm that shows progress on the main rank: as a bar on a terminal, as a line every half minute in a file.
+    """Return a tqdm progress bar, shown on the main rank only; if stderr is not a terminal, it prints a line every 30 s.
 
-    total: how many there will be, None if not known; unit: with a blank in front, as in ' rows'; options: further ones of tqdm."""
+    total: number of items, or None if unknown; unit: with a leading space, such as ' rows'; options: passed to tqdm."""
     from tqdm import tqdm
 
-    # the caller may give another 'disable'
+    # options come last, so that callers can override 'disable'
     options = {'total': total, 'unit': unit, 'desc': description, 'disable': not main_rank()} | options
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, leave=False, **options)
 
-    # tqdm draws over its bar with carriage returns and blanks, which a file would keep: make a line of each text instead
+    # write plain lines instead of the carriage returns and padding with which tqdm redraws its bar
     def write_line(text):
-        text = text.strip()
-        if text:
-            sys.stderr.write(f'{text}\n')
+        if text.strip():
+            sys.stderr.write(f'{text.strip()}\n')
 
     file = SimpleNamespace(write=write_line, flush=sys.stderr.flush)
     bar_format = '{desc}: {n_fmt}{unit}, {rate_fmt}'

@@ -298,14 +298,12 @@ def _made_and_kept(function):
 
 
 def bfloat16_costs():
-    """Measure and return how many times as long this CPU takes for a matrix product in bfloat16 as in float32.
-
-    It is below 1 on a CPU that has instructions for bfloat16."""
+    """Return how long a bfloat16 matmul takes on this CPU relative to float32; below 1 if the CPU has bfloat16 instructions."""
     import torch
 
     def seconds(dtype):
         matrix = torch.ones(256, 256, dtype=dtype)
-        # the fastest of five is the one least disturbed by other processes
+        # best of five: least disturbed by other processes
         return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=5))
 
     return seconds(torch.bfloat16) / seconds(torch.float32)

@@ -200,13 +200,13 @@ class Variant:
     same, as room.estimate expects it."""
 
     def __init__(self, name):
-        """Make the variant that has its own idea, and the ideas of all variants before it in KNOWN."""
-        ideas = KNOWN[: KNOWN.index(name) + 1]
+        """Select the optimizations of a variant. Variants are cumulative: each adds one to all the previous ones in KNOWN."""
+        enabled = KNOWN[: KNOWN.index(name) + 1]
         self.name = name
-        self.pad = 'packed' not in ideas
-        self.share = 'shared' in ideas
-        self.head = 'head' in ideas
-        self.cached = 'cached' in ideas
+        self.pad = 'packed' not in enabled
+        self.share = 'shared' in enabled
+        self.head = 'head' in enabled
+        self.cached = 'cached' in enabled
         self.times, self.passes = [], []
         self.tokens = self.allocated = 0
         self.peak = self.estimate = 0.0
@@ -299,24 +299,21 @@ class Variant:
 
     @guard.memory_for('lower batch_size or max_tokens')
     def step(self, examples, rows):
-        """Do an optimizer step on examples[rows] (forward, backward and update), and measure it.
+        """Run and measure one optimizer step (forward, backward, update) on examples[rows].
 
-        Appends its seconds to times, and raises peak and estimate to the memory of this step, if that is more."""
+        Appends the seconds to self.times; self.peak and self.estimate (GB) keep the maximum over all steps."""
         batches = self.batches(examples, rows)
-        if self.cached:
-            ref_logps = self.ref_logps[tuple(rows)]
-        else:
-            ref_logps = [None] * len(batches)
+        # None: columns() runs the reference if the loss needs it
+        ref_logps = self.ref_logps[tuple(rows)] if self.cached else [None] * len(batches)
         reset_peak()
         start = clock()
-        for batch, ref_logps_of_batch in zip(batches, ref_logps, strict=True):
-            arguments = OPTIONS | self.columns(batch, ref_logps_of_batch)
-            loss_of_pairs = loss_fn(**{name: arguments[name] for name in inputs})
-            # batch.real is 0 for a filler, which a rank without pairs computes
-            (loss_of_pairs * batch.real).sum().backward()
-        # update() averages the ranks' sums over pairs; this makes it the mean over all pairs
-        scale = world / len(rows)
-        fsdp.update(self.policy, self.torch_optimizer, lr=LEARNING_RATE, scale=scale, max_norm=10.0)
+        for batch, batch_ref_logps in zip(batches, ref_logps, strict=True):
+            arguments = OPTIONS | self.columns(batch, batch_ref_logps)
+            pair_losses = loss_fn(**{name: arguments[name] for name in inputs})
+            # batch.real is 0 for the filler batches of ranks that have no pairs
+            (pair_losses * batch.real).sum().backward()
+        # update() averages over ranks; the scale turns the average of sums into the mean over all pairs
+        fsdp.update(self.policy, self.torch_optimizer, lr=LEARNING_RATE, scale=world / len(rows), max_norm=10.0)
         self.times.append(clock() - start)
         self.peak = max(self.peak, peak_memory())
         self.estimate = max(self.estimate, self.estimated_memory(batches))

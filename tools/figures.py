@@ -74,13 +74,11 @@ def module_of(path):
 
 
 def imported(path, modules, late=False):
-    """Return the names of all modules that the python file at path imports, as far as they are in the set modules.
+    """Return the names in the set modules that the Python file at path imports.
 
-    Imports in the body of a function run late, when the function is called. They count only if late is True."""
-    tree = ast.parse(path.read_text())
-    nodes = set(ast.walk(tree))
+    late: include imports inside functions, which run only when the function is called."""
+    nodes = set(ast.walk(ast.parse(path.read_text())))
     if not late:
-        # whatever stands in a function, the function itself included
         functions = [node for node in nodes if isinstance(node, Function)]
         for function in functions:
             nodes -= set(ast.walk(function))
@@ -90,7 +88,7 @@ def imported(path, modules, late=False):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            # `from a import b` imports the module a; b may be a module a.b, or only a name in a
+            # in `from a import b`, b may be a submodule a.b or just a name in a
             names.add(node.module)
             names.update(f'{node.module}.{alias.name}' for alias in node.names)
     return names & modules
