@@ -103,7 +103,7 @@ if offline and loss == 'grpo':
     raise UserError('--offline goes with --loss=ppo: grpo compares several answers to one prompt, and samples them')
 if loss == 'grpo' and group_size < 2:
     raise UserError('grpo compares the answers to one prompt: set --group_size to 2 or more')
-parts = reward_functions.asked_for(config, training.eval_data)  # summands of the reward
+reward_parts = reward_functions.parts_of_options(config, training.eval_data)
 if not (0 <= gamma <= 1 and 0 <= lam <= 1):
     raise UserError(f'gamma and lam must lie between 0 and 1, not {gamma} and {lam}')
 group = 1 if offline else group_size  # answers to a prompt
@@ -168,9 +168,9 @@ if has_own_ref:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
 
 # what scores the answers; functions see the rows of their prompts
-judge = Reward(parts, config, run.max_tokens, tokenizer, device)
-judge.read_rows(train=None if offline else train, test=held_out)
-run.check_room(ref, *(reward_model for reward_model, _ in judge.judges.values()))
+scorer = Reward(reward_parts, config, run.max_tokens, tokenizer, device)
+scorer.read_rows(train=None if offline else train, test=held_out)
+run.check_room(ref, *(reward_model for reward_model, _ in scorer.reward_models.values()))
 
 # ---- a round: rollout, scores, KL penalty, advantages ----
 
@@ -181,7 +181,7 @@ def make_round(first, rows):
     if offline:
         examples = train.select(rows)
     else:
-        examples = rollout.sample(run, train, rows, group, (seed + 1) * 2**32 + first)
+        examples = rollout.sample(run, train, rows, answers_each=group, first_seed=(seed + 1) * 2**32 + first)
 
     # 2. log-probs of their tokens under policy and reference, and values; `old` is the policy that has answered
     tokens, answers = rollout.measure(run, ref, examples, stop)
@@ -192,7 +192,7 @@ def make_round(first, rows):
         scored = answers['score'] = torch.from_numpy(np.where(examples.good, 1.0, -1.0))
         found = {'length/train': answers['n'].double().mean().item(), 'score/train': scored.mean().item()}
     else:
-        answers |= judge(examples, 'train', train.uid[rows], stop)
+        answers |= scorer.score_columns(examples, 'train', train.uid[rows], stop)
         found = rollout.describe(run, examples, tokens, answers, 'train')
         scored = answers['score'] - missing_eos_penalty * ~answers['ended']
 
@@ -333,10 +333,10 @@ def evaluate(seen):
         return
 
     # one answer to each held-out prompt
-    examples = rollout.sample(run, held_out, range(len(held_out)), 1, seed * 1_000_003)
+    examples = rollout.sample(run, held_out, range(len(held_out)), answers_each=1, first_seed=seed * 1_000_003)
     tokens, answers = rollout.measure(run, ref, examples, stop)
-    if parts:
-        answers |= judge(examples, 'test', held_out.uid, stop)
+    if reward_parts:
+        answers |= scorer.score_columns(examples, 'test', held_out.uid, stop)
     if guard.stop_asked():
         return  # answers were cut short: it is done again after the resume
 

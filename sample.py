@@ -100,7 +100,7 @@ n_samples = n * len(temperatures)  # answers to a prompt: numbers 0 to n - 1 at 
 
 # functions that score answers
 parts = reward_functions.parse(reward) if reward else []
-if not all(part.file for part in parts):
+if not all(part.is_function for part in parts):
     others = 'label.py and feedback.score read reward models'
     raise UserError(f'--reward of sample.py takes functions, FILE.py:NAME: {others}')
 

@@ -18,6 +18,7 @@ def bradley_terry(s_w, s_l, margin, *, center_coef, label_smoothing=0.0):
     h = s_w - s_l - margin
     if_right = -logsigmoid(h)
     if_flipped = -logsigmoid(-h)
+    # the expected loss, over whether the label is right
     ranking = (1 - label_smoothing) * if_right + label_smoothing * if_flipped
     centring = (s_w + s_l) ** 2
     return ranking + center_coef * centring
@@ -29,7 +30,7 @@ def ppo(pi, old, advantage, *, clip):
     clipped_rho = rho.clamp(1 - clip, 1 + clip)
     loss = -advantage * rho
     clipped_loss = -advantage * clipped_rho
-    # the larger one: a token gains nothing from moving out of the clip's range, and still pays where that is worse
+    # the larger one: nothing is gained by moving out of the clip's range, and what is lost by it still counts
     return torch.max(loss, clipped_loss)
 
 
@@ -41,7 +42,9 @@ def value_loss(value, old_value, target, *, value_clip):
     clipped_value = old_value + change
     error = (value - target) ** 2
     clipped_error = (clipped_value - target) ** 2
-    return torch.max(error, clipped_error) / 2
+    # the larger one, for the same reason
+    worst = torch.max(error, clipped_error)
+    return worst / 2
 
 
 def kl_penalty(pi, ref):
