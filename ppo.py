@@ -118,7 +118,9 @@ kl_in_loss = offline or loss == 'grpo'  # online PPO has the KL penalty in the r
 
 # the ranks meet, out_dir is taken
 run = training.begin(config)
-world, device, tokenizer = run.world, run.device, run.tokenizer
+world = run.world
+device = run.device
+tokenizer = run.tokenizer
 
 # an example of the task 'prompts' has a short answer, too, which nothing reads: 2 leaves room for one token and its end
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
@@ -143,7 +145,7 @@ build_policy = partial(load_model, model, adapters=run.adapters, **run.model_opt
 
 
 def build(**options):
-    """Return the policy on the CPU, loaded with these options of load_model; for ppo with its value head or critic inside.
+    """Return the policy, loaded with these options of load_model. With ppo its value head, or its critic, is a part of it.
 
     So one optimizer and one checkpoint serve both."""
     lm = build_policy(**options)
@@ -159,7 +161,7 @@ def build(**options):
 
 run.load_policy(build)
 policy = run.policy
-stop = generate.stop_tokens(policy, tokenizer)  # ids that end an answer; the one that was sampled is trained on
+stop_ids = generate.stop_tokens(policy, tokenizer)  # ids that end an answer; the one that was sampled is trained on
 
 # the longest sequence: a prompt with the answer that may be sampled to it, or with that of the data
 longest = max(examples.longest_prompt() + max_new_tokens for examples in (train, held_out))
@@ -187,8 +189,8 @@ run.check_room(ref, *(reward_model for reward_model, _ in scorer.reward_models.v
 def make_round(first, rows):
     """Get the answers of a round, sampled or of the data, and compute scores and advantages. Return a rollout.Round.
 
-    first: number of answers before it. rows: its prompts, as rows of the training set. All ranks together. If a signal comes,
-    sampling ends early and the answers are cut short: the caller must not train on them."""
+    first: number of answers before it. rows: its prompts, as rows of the training set. Every rank calls this. If a signal
+    comes, sampling ends early and answers are cut short: the caller must not train on them."""
     # 1. the rollout. The k-th answer of a run has the seed (seed + 1) * 2**32 + k, so that runs of other seeds share none
     if offline:
         examples = train.select(rows)
@@ -198,7 +200,7 @@ def make_round(first, rows):
 
     # 2. log-probs of the answers' tokens under policy and reference, and values. PPO's ratios are to `old`, the policy that gave
     # the answers; nobody knows who wrote those of the data, and the reference stands in
-    tokens, answers = rollout.measure(run, ref, examples, stop)
+    tokens, answers = rollout.measure(run, ref, examples, stop_ids)
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
 
     # 3. the score of each answer: offline +1 or -1, as it is labelled
@@ -207,7 +209,7 @@ def make_round(first, rows):
         answers['score'] = scores
         metrics = {'length/train': answers['n'].double().mean().item(), 'score/train': scores.mean().item()}
     else:
-        answers |= scorer.score_columns(examples, 'train', train.uid[rows], ends=stop)
+        answers |= scorer.score_columns(examples, 'train', train.uid[rows], ends=stop_ids)
         # the log has scores without the penalty
         metrics = rollout.describe(run, examples, tokens, answers, 'train')
         scores = answers['score'] - missing_eos_penalty * ~answers['ended']
@@ -222,7 +224,7 @@ def make_round(first, rows):
         metrics['equal_groups/train'] = has_equal_scores.double().mean().item()
     else:
         tokens['advantage'], tokens['target'] = advantages_and_targets(tokens, scores, answers['n'])
-        # how much of the targets the values know: 1 is all, 0 no more than a constant would
+        # how much of the targets the values know: 1 is all, 0 no more than a constant does (or all targets are equal)
         spread = tokens['target'].var(correction=0).item()
         unexplained = (tokens['target'] - tokens['value']).var(correction=0).item()
         metrics['explained_variance/train'] = 1 - unexplained / spread if spread else 0.0
@@ -245,7 +247,7 @@ def advantages_and_targets(tokens, scores, n):
     every_answer = torch.arange(len(n))
     rewards[every_answer, n - 1] += scores
 
-    # values aim at advantage + value; offline at the discounted rewards themselves, which is lam = 1
+    # values aim at advantage + value; offline with lam = 1, which makes that the discounted sum of the rewards to come
     advantage = formulas.gae(rewards, value, mask, gamma=gamma, lam=lam)
     target = value + advantage
     if offline:
@@ -301,16 +303,16 @@ def run_minibatch(batches, this_round, rows):
         total_loss = policy_loss + vf_coef * value_loss
         (weight * total_loss).sum().backward()
 
-        # for the log: how far the policy has moved since the answers were sampled
+        # for the log: how far the policy has moved since the answers were sampled; approx_kl is kl_penalty of rl/formulas.py
         ratio = (pi - columns['old']).detach().exp()
         is_clipped = (ratio - 1).abs() > clip
         approx_kl = ratio - 1 - ratio.log()
         to_add = {'loss': weight * policy_loss, 'value_loss': weight * value_loss}
         to_add |= {'clipped': is_real * is_clipped, 'approx_kl': is_real * approx_kl}
         for name, column in to_add.items():
-            sums[name] = sums.get(name, 0) + column.detach().double().sum().view(1)
+            sums[name] = sums.get(name, 0) + column.detach().double().sum().view(1)  # (1,)
 
-    # columns with a sum of each rank, (world,), and then the sum over the ranks
+    # each rank puts its sums into its row of (world,) columns, which are then summed up
     by_rank = fsdp.gather_columns(sums, slots=[run.rank], total=world)
     return {name: column.sum().item() for name, column in by_rank.items()}
 
@@ -321,7 +323,8 @@ def train_round(this_round):
     grad_norm and lr are those of the last step. A step whose loss or gradient is not finite changes no weights, counts in no
     mean, and is written down (count_bad_step)."""
     steps_before = steps_a_round * (this_round.first // batch_size)
-    n_tokens, totals = 0, Counter()
+    n_tokens = 0
+    totals = Counter()
     of_last_step = {'grad_norm': math.nan}
     # a minibatch takes whole examples: a prompt with all its answers
     minibatches = this_round.minibatches(minibatch_size // per_prompt, ppo_epochs, seed)
@@ -381,13 +384,13 @@ def evaluate(seen):
     if not len(held_out) or is_logged:
         return
 
-    # the seeds are the same at each evaluation; the prime keeps those of different --seed apart, and all are below make_round's
+    # the same seeds at each evaluation. 1_000_003 is any number above that of the prompts, so that no two --seed share one
     first_seed = seed * 1_000_003
     all_rows = range(len(held_out))
     examples = rollout.sample(run, held_out, all_rows, answers_each=1, first_seed=first_seed)
-    tokens, answers = rollout.measure(run, ref, examples, stop)
+    tokens, answers = rollout.measure(run, ref, examples, stop_ids)
     if reward_parts:
-        answers |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop)
+        answers |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)
     # a signal has cut the answers short: nothing is logged, and the resumed run evaluates again
     if guard.stop_asked():
         return
@@ -397,7 +400,7 @@ def evaluate(seen):
     numbers = rollout.of_answers(tokens, answers)
     for i, (prompt, (answer,)) in enumerate(examples):
         prompts.append(prompt.tolist())
-        for_people.append(('policy', i, generate.without_end(answer.tolist(), stop)))
+        for_people.append(('policy', i, generate.without_end(answer.tolist(), stop_ids)))
         columns['policy', i] = numbers[i]
     for_people = for_people[:n_eval_model_samples]
     file = f'{out_dir}/samples.jsonl'
