@@ -303,7 +303,7 @@ def run_minibatch(batches, this_round, rows):
         total_loss = policy_loss + vf_coef * value_loss
         (weight * total_loss).sum().backward()
 
-        # for the log: how far the policy has moved since the answers were sampled; approx_kl is kl_penalty of rl/formulas.py
+        # for the log: how far the policy has moved since the answers were sampled; approx_kl is formulas.kl_penalty(old, pi)
         ratio = (pi - columns['old']).detach().exp()
         is_clipped = (ratio - 1).abs() > clip
         approx_kl = ratio - 1 - ratio.log()
