@@ -216,7 +216,8 @@ with log.progress(len(keys), ' verdicts', 'judged', initial=len(verdicts)) as ba
 # ---- annotations and report ----
 
 # the preference of each pair: the mean over its orders; None if one of them has no verdict, or an unclear one
-preferences_by_order, preferences = [], []
+preferences_by_order = []
+preferences = []
 for i in range(len(pairs)):
     by_order = [1.5]  # equal answers
     if i not in equal:
@@ -283,7 +284,7 @@ for name, (column, clusters) in rates.items():
 
 # the win rate between answers of equal length, if there are enough prompts to tell length from quality
 n_judged = len(set(questions))
-rate, error, effect = None, None, None
+rate = error = effect = None
 if n_judged >= winrate.ENOUGH:
     rate, error, effect = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], questions)
 report['length_controlled'] = rate

@@ -65,10 +65,10 @@ class Failed(Exception):
 
 
 def parts_of_options(config, eval_data):
-    """Return the Parts that --reward or --reward_model of ppo.py names: an empty list if neither is given, which only --offline allows.
+    """Return the Parts that ppo.py's --reward or --reward_model names. Without both, which --offline allows, they are [].
 
-    If one of them is a model, config.reward_model is set to it. Raises UserError for options that do not go together, also for
-    worker options without a function."""
+    If one Part is a model, config.reward_model is set to it. Raises UserError for options that do not go together, such as
+    --reward_timeout without a function."""
     reward = config.reward
     model = config.reward_model
     text = reward or model
@@ -96,24 +96,24 @@ def parts_of_options(config, eval_data):
 
 
 def parse(text):
-    """Return the Parts of a sum such as 'a.py:f*1 + b.py:g*0.2 + out/reward/model'; a term without a weight has the weight 1.
+    """Return the Parts of a sum such as 'a.py:f*1 + b.py:g*0.2 + out/reward/model'. A weight that is not given is 1.
 
     Files of functions are loaded here already, so that a mistake in them ends the run early. Raises UserError."""
     parts = []
     for term in text.split('+'):
-        what, star, weight = term.partition('*')
-        what = what.strip()
+        scorer, star, weight_text = term.partition('*')
+        scorer = scorer.strip()
         try:
-            weight = float(weight) if star else 1.0
+            weight = float(weight_text) if star else 1.0
         except ValueError:
             weight = math.nan
-        if not what or not math.isfinite(weight):
+        if not scorer or not math.isfinite(weight):
             raise UserError(f"--reward: cannot read {term.strip()!r}: write 'a.py:f*1 + b.py:g*0.2 + out/reward/model'")
-        parts.append(_parse_term(what, weight))
+        parts.append(_make_part(scorer, weight))
 
     names = [part.name for part in parts]
     for i, part in enumerate(parts):
-        # two terms of one name have their places in the sum behind it, so that the log can tell them apart
+        # where two have one name, it gets the part's place in the sum behind it: f_1, f_3
         if names.count(part.name) > 1:
             parts[i] = part._replace(name=f'{part.name}_{i + 1}')
         # rank 0 alone calls functions, so it alone loads them
@@ -122,36 +122,35 @@ def parse(text):
     return parts
 
 
-def _parse_term(what, weight):
-    """Return the Part of one term: FILE.py:FUNCTION, or a model's folder or hub id. Raises UserError.
+def _make_part(scorer, weight):
+    """Return the Part of a scorer: FILE.py:FUNCTION, or a model's folder or hub id, or 'gold'. Raises UserError.
 
     A relative FILE.py is looked for in the current folder, then in the project's."""
-    # with a colon behind it, because FILE.py without a function is a file, too: it is refused below
-    is_function = '.py:' in f'{what}:'
+    # with a colon added, because FILE.py without a function is a file, too: it is refused below
+    is_function = '.py:' in f'{scorer}:'
     if not is_function:
         # the folder of a training run stands for the model in it
-        inside = f'{what}/model'
-        if os.path.exists(f'{inside}/config.json'):
-            what = inside
-        name = Path(what.removesuffix('/model')).name
-        return Part(name, weight, what)
+        inside = f'{scorer}/model'
+        model = inside if os.path.exists(f'{inside}/config.json') else scorer
+        name = Path(model.removesuffix('/model')).name
+        return Part(name, weight, model)
 
-    file, _, name = what.partition('.py:')
+    file, _, name = scorer.partition('.py:')
     file = file.removesuffix('.py') + '.py'
     path = Path(file).expanduser()
-    found = [place for place in (Path.cwd() / path, ROOT / path) if place.is_file()]
-    if not found:
+    existing = [place for place in (Path.cwd() / path, ROOT / path) if place.is_file()]
+    if not existing:
         here = f'there is no file {file} in {Path.cwd()}'
         raise UserError(f'--reward: {here}: give its path from there, or the whole path')
     if not name.isidentifier():
         raise UserError(f'--reward: say which function of {file}: {file}:NAME')
-    return Part(name, weight, name, str(found[0]))
+    return Part(name, weight, name, str(existing[0]))
 
 
 @cache
 def load_function(file, name):
     """Return the function of this name in a file. A file is run once, whatever the number of its functions. Raises UserError."""
-    # the file may import its neighbours. addsitedir puts their folder at the end of the path: none of them can hide a module of ours
+    # the file may import its neighbours. addsitedir puts their folder last in the search path, so that none hides a module of ours
     site.addsitedir(os.path.dirname(os.path.abspath(file)))
     spec = importlib.util.spec_from_file_location(f'reward {file}', file)
     module = sys.modules.get(spec.name)
@@ -200,7 +199,7 @@ def call(part, prompts, responses, rows):
 
 
 def _explained(error, file):
-    """Return an exception in words: its kind and message, and the last line of the user's file that led to it, if any did."""
+    """Return an exception in words: its kind, its message, and the last line of the user's file in its traceback, if any."""
     message = shorten(f'{type(error).__name__}: {error}', 300)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if not frames:
@@ -213,11 +212,11 @@ def _explained(error, file):
 
 
 def score(part, prompts, responses, rows, workers=None):
-    """Score n answers by a part's function. Return two lists of n: its numbers, and whether its call was late. A late one has 0.
+    """Score n answers by a part's function. Return two lists of n: the numbers, and whether each call was late, whose number is 0.
 
-    workers: the Workers of this part, which call it once for each answer. None: it is called here, once for all answers, and never
-    late. If it fails, UserError is raised, which names the first row at which it does."""
-    # a row is a subclass of dict that knows its place in the data; functions and other processes get plain ones
+    workers: the part's Workers, which call the function once for each answer. None: it is called in this process, once for all
+    answers, and never late. Raises UserError, which names the first row at which the function fails."""
+    # a row of the data is a dict that also knows its place in the file; functions get plain ones
     plain_rows = [dict(row) for row in rows]
     if workers:
         results = workers.threads.map(workers.ask, prompts, responses, plain_rows)
@@ -232,13 +231,19 @@ def score(part, prompts, responses, rows, workers=None):
     numbers, late = [], []
     for prompt, row, result in zip(prompts, rows, results, strict=True):
         if isinstance(result, Failed):
-            where = getattr(row, 'where', '') or f'prompt {shorten(str(prompt), 80)!r}'
-            # most often the name of a column is misspelt
-            hint = f'; its columns are {", ".join(map(str, row))}' if 'KeyError' in str(result) else ''
+            where = getattr(row, 'where', '')
+            if not where:
+                where = f'prompt {shorten(str(prompt), 80)!r}'
+            # a KeyError is most often a misspelt column
+            hint = ''
+            if 'KeyError' in str(result):
+                hint = f'; its columns are {", ".join(map(str, row))}'
             raise UserError(f'--reward: {part} fails at {where}: {result}{hint}')
         is_late = result is None
-        numbers.append(0.0 if is_late else result)
+        number = 0.0 if is_late else result
+        numbers.append(number)
         late.append(is_late)
+    # without workers this line is reached only after the call for all answers has failed
     if not workers:
         raise UserError(f'--reward: {part}: {failed_together}; no answer alone makes it fail')
     return numbers, late
@@ -254,14 +259,15 @@ def call_alone(part, prompt, response, row):
 
 
 class Workers:
-    """n processes that call a part's function, one answer a call, and n threads that wait for one of them each.
+    """n processes that call a part's function, one answer a call. Each has a thread here, which runs ask and waits for it.
 
-    timeout: seconds that a call may take; None: as long as it likes."""
+    timeout: seconds that a call may take; None: any number."""
 
     def __init__(self, part, n, timeout):
         self.part, self.timeout = part, timeout
         self.threads = ThreadPoolExecutor(n)
-        self.of_thread = threading.local()  # .worker: (process, pipe to it) of the thread that looks
+        # every thread sees a .worker of its own here: (its process, the pipe to it)
+        self.of_thread = threading.local()
 
     def ask(self, prompt, response, row):
         """Have this thread's process call the function. Return its number, None if it is late, or a Failed.

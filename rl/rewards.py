@@ -74,9 +74,11 @@ class Reward:
     def score_columns(self, examples, split, uids, ends=()):
         """Score all answers of Examples. Return columns by name, (answers,) float64 each, equal on every rank.
 
-        score: the weighted sum of the parts. score_NAME: a part without its weight, where there are several. late: 1 where a
-        function took too long, where there is a time limit. split, uids (examples,): where read_rows has put the prompts' rows.
-        ends: ids that end an answer beside the end of text; reward models read their score there."""
+        score: the weighted sum of the parts. score_NAME: one part without its weight, if the sum has several. late: 1.0 for an
+        answer at which a function exceeded --reward_timeout, else 0.0; it is there if that option limits any function.
+        split ('train' or 'test') and uids (examples,), hashes of the prompts, lead to the rows that read_rows has read. ends: ids
+        that end an answer beside the end of text; a reward model reads its score there."""
+        # 0.0 becomes a column when the first part is added
         columns = {'score': 0.0}
         late_by_part = []
         for part in self.parts:
@@ -103,9 +105,9 @@ class Reward:
         return columns
 
     def _call_function(self, part, examples, split, uids):
-        """Return two lists with an element for each answer: the function's numbers, and whether its call was too late.
+        """Call a part's function on all answers, on rank 0. Return its number of each answer, and whether it was late: two lists.
 
-        A late answer has the number 0, and a note says how many there are. On rank 0 only. Raises UserError."""
+        A late one has the number 0, and a note says how many there are. Raises UserError if the function fails."""
         prompts, responses, rows = [], [], []
         for uid, (_, answers) in zip(uids.tolist(), examples, strict=True):
             prompt, row = self.rows[split][uid]

@@ -86,7 +86,8 @@ def token_slots(batch, rows, starts, per_prompt):
 
     # (N,): from an answer's first token to each of its tokens
     first = move(first.flatten(), batch.answer.device)[batch.answer]
-    return torch.where(first >= 0, first + batch.offset, -1)
+    slots = first + batch.offset
+    return torch.where(first >= 0, slots, -1)
 
 
 def token_columns(run, model, examples, starts, names):
@@ -100,7 +101,8 @@ def token_columns(run, model, examples, starts, names):
     rows = np.arange(n_examples)
     batches, *_ = run.make_batches(examples, rows)
     wants_values = 'value' in names
-    parts, slots = [], []
+    parts = []
+    slots = []
     for batch in batches:
         with torch.no_grad(), run.memory(batches):
             parts.append(model.token_logps(batch, values=wants_values))  # (1 or 2, N)
@@ -109,7 +111,8 @@ def token_columns(run, model, examples, starts, names):
     # not strict: without a critic there is one row for two names
     columns = dict(zip(names, torch.cat(parts, 1), strict=False))
     n_tokens = int(lengths.sum())
-    return fsdp.gather_columns(columns, torch.cat(slots).cpu(), n_tokens)
+    slots = torch.cat(slots).cpu()
+    return fsdp.gather_columns(columns, slots, n_tokens)
 
 
 def measure(run, ref, examples, stop):
