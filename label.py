@@ -127,11 +127,12 @@ def compare_rewards(todo):
     # BLOCK pairs at a time, so that what is scored is soon on the disk
     for start in range(0, len(todo), BLOCK):
         numbers = [i for i, _ in todo[start : start + BLOCK]]
-        # each answer once, though it may be in several pairs: (prompt, answer) -> (the same, as dpo.py will read it from the file)
+        # each answer once, though it may be in several pairs. The key has the prompt as a string, since a chat is a list
         to_score = {}
         for i in numbers:
             prompt = pairs[i]['prompt']
             for output in pairs[i]['outputs']:
+                # the answer as dpo.py will read it from annotations.json
                 text = answer(output) if is_plain(pairs[i]) else output
                 to_score[str(prompt), output] = (prompt, text)
         scores = rewards(list(to_score.values()))
@@ -146,7 +147,7 @@ def compare_rewards(todo):
             yield {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
 
 
-# the gold reward of the toy world
+# the gold reward of the toy world; here and below, heavy modules are imported only where they are needed
 if gold is not None:
     from text import toy
 
