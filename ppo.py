@@ -426,7 +426,7 @@ for first_prompt, rows in rounds:
     this_round = make_round(first_prompt * per_prompt, rows)
     # if a signal has come, save and leave: the resumed run makes this round again. Before the first round nothing needs saving
     is_first = this_round.first == 0
-    run.heed(this_round.first, saved=is_first)
+    run.obey_signals(this_round.first, saved=is_first)
     sampled = time.time()
     metrics = this_round.metrics | train_round(this_round)
 
@@ -449,7 +449,7 @@ for first_prompt, rows in rounds:
 evaluate(total)
 
 # the exported model is the language model, without its critic
-run.heed(total)
+run.obey_signals(total)
 checkpoint.wait()
 drop_value_head(policy)
 run.finish(build_policy)
