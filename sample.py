@@ -116,6 +116,7 @@ if endpoint and world > 1:
 def read_rows():
     """Read the rows of all sources of --data. Return (the rows, a Counter of what was left out). Raises UserError."""
     rows, left_out = [], Counter()
+    # without --split: 'test'; undivided then asks for all rows of data that has no splits
     wanted_split = split or 'test'
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
@@ -134,10 +135,11 @@ def read_rows():
 
 
 def read_prompts():
-    """Read the prompts to answer. Return (rows, each a dict with 'prompt' and perhaps 'tools'; a Counter of what was left out or
-    changed). Raises UserError if there is none."""
+    """Read the prompts to answer. Return (rows, Counter of what was left out or changed). Raises UserError if there is no prompt.
+
+    A row is a dict with 'prompt', a text or a chat, and perhaps 'tools'."""
     rows, left_out = read_rows()
-    # each prompt once; content_hash has 64 bits
+    # each prompt once
     row_of_hash = {}
     for row in rows:
         prompt_and_tools = [row[name] for name in ('prompt', 'tools') if name in row]
@@ -167,11 +169,11 @@ def read_prompts():
 
 
 def expected_row(i, sample):
-    """Return what the row of samples.jsonl for answer number `sample` to prompt i must contain; None if this run has no such answer.
+    """Return the fields that the row of samples.jsonl for answer number `sample` to prompt i must have. All are known before sampling.
 
-    All of it is known before the answer: which prompt, temperature, generator and seed."""
-    has_such = 0 <= i < len(prompts) and 0 <= sample < n_samples
-    if not has_such:
+    Return None if this run has no such answer. feedback.answers.collect compares rows that are in out_dir already with these."""
+    in_this_run = 0 <= i < len(prompts) and 0 <= sample < n_samples
+    if not in_this_run:
         return None
     prompt = prompts[i]['prompt']
     row = {'index': i, 'prompt': prompt}
@@ -354,8 +356,8 @@ guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes 
 
 # sample
 started = time.time()
-counts = Counter()
-failed = Counter()  # reasons of an endpoint
+counts = Counter()  # 'tokens' that this rank has sampled
+failed = Counter()  # reasons why an endpoint's answers are missing, each with its number
 n_missing = len(keys) - len(done)
 silent = not main_rank() or not n_missing
 with log.progress(n_missing // world, ' answers', 'sampled by this rank', disable=silent) as bar:
@@ -403,7 +405,7 @@ if reward_parts:
 
 # missing answers end the run with a sentence, on every rank
 raise_if_missing(failed, 'answers')
-n_found, *_ = fsdp.gather_objects(len(rows_by_key or {}))  # the number of rank 0
+n_found = fsdp.shared(lambda: len(rows_by_key))  # rank 0 has them
 if n_found < len(keys):
     raise UserError(f'answers are missing in {out_dir}/samples.jsonl: run the same command again')
 if __name__ == '__main__':

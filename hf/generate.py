@@ -275,7 +275,7 @@ def _prefill(inner, texts):
 def _join(caches, width):
     """Return one cache with chosen rows of several: the first one, changed. caches: (cache, its chosen rows) each.
 
-    width: tokens of the longest text in these rows. States are right-aligned, so the last `width` of each row are all that count."""
+    width: columns of the joined cache, as many as its longest row has tokens. Rows are right-aligned: what is cut is filler."""
     joined, _ = caches[0]
     for number, layer in enumerate(joined.layers):
         # a layer with a window holds fewer
