@@ -51,8 +51,8 @@ def sample(model, tokenizer, prompts, seeds, **settings):
 def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
     """Append answers to a samples.jsonl, a line of json for each.
 
-    prompts: lists of ids. answers: (the model's name, number of the prompt, ids of the answer) each. columns: {(name, number):
-    dict of more columns of that line}."""
+    prompts: lists of ids. answers: (the model's name, number of the prompt, ids of the answer) each. examples_seen: how many the
+    model was trained on, for the lines. columns: {(name, number): dict of what else that answer's line says}."""
     lines = []
     for name, i, answer in answers:
         row = {'examples': examples_seen, 'generator': name, 'sample': i}
