@@ -3,17 +3,16 @@
     python label.py --answers=out/sample/samples.jsonl --endpoint=http://127.0.0.1:8000 --judge_model=NAME
     python label.py --answers=ours.jsonl --against=theirs.json --reward_model=out/reward/model
 
-Answer files are samples.jsonl of sample.py or AlpacaEval's model_outputs.json. With --answers alone, every two answers to a prompt
+Answer files are samples.jsonl of sample.py or AlpacaEval's model_outputs.json. With --answers alone, any two answers to a prompt
 are a pair, lower sample number first; with --against, the answers of both files to the same prompt are paired in order.
 
 Output in out_dir:
-* verdicts.jsonl: one line per verdict, with the judge's reply, flushed to disk as it arrives; the same command resumes a killed run
-  and retries failed requests.
+* verdicts.jsonl: one line per verdict, with the judge's reply, synced to disk at once; the same command resumes a killed run.
 * annotations.json, for --data=, in AlpacaEval's format (preference 1: output_1, 2: output_2, 1.5: tie, null: no verdict).
 * report.json: the win rate and other numbers, explained in feedback/winrate.py.
 
-An endpoint judges every pair in both orders; the preference is the mean of the two verdicts, null unless both are clear. Identical
-answers are a tie without asking. NANOPREF_API_KEY or OPENAI_API_KEY holds the key of the endpoint.
+An endpoint judges every pair in both orders; the preference is the mean of the two verdicts, null unless both are clear.
+Identical answers are a tie without asking. NANOPREF_API_KEY or OPENAI_API_KEY holds the endpoint's key.
 """
 
 from runtime import guard
@@ -60,8 +59,6 @@ config = configure(globals())
 
 BLOCK = 64  # pairs scored by a reward before their verdicts are flushed to disk
 
-# ---- the pairs ----
-
 if answers is None:
     raise UserError('--answers=FILE is missing: the samples.jsonl of sample.py, or a model_outputs.json')
 if sum(option is not None for option in (endpoint, reward_model, gold)) != 1:
@@ -74,11 +71,7 @@ if reward_model is None:
 
 pairs, left_out = make_pairs(answers, against)
 # indices of pairs with identical answers, which need no judge
-equal = set()
-for i, pair in enumerate(pairs):
-    first, second = pair['outputs']
-    if first.strip() == second.strip():
-        equal.add(i)
+equal = {i for i, pair in enumerate(pairs) if len({output.strip() for output in pair['outputs']}) == 1}
 # a verdict's key: (pair index, order); order 2 shows the second answer first
 orders = (1, 2) if endpoint else (1,)
 keys = [(i, order) for i in range(len(pairs)) if i not in equal for order in orders]
@@ -89,8 +82,6 @@ log.say(f'data: {counts}, {len(keys)} verdicts to take; left out: {in_words(left
 record = config | {'content of answers': f'{content_hash(pairs):016x}'}  # everything that verdicts depend on
 failed = Counter()  # request errors by reason
 cut = Counter()  # truncated prompts and answers, by kind
-
-# ---- judges ----
 
 if endpoint is not None:
     completions_url(endpoint)  # raises UserError for a bad address
@@ -139,9 +130,7 @@ def ask_judge(todo):
 
 
 def compare_rewards(todo):
-    """Prefer the answer with the higher reward in each pair; equal rewards are a tie. Yield rows of verdicts.jsonl.
-
-    todo: keys (pair index, 1)."""
+    """Yield a row of verdicts.jsonl per key (pair index, 1): the higher reward is preferred, equal rewards are a tie."""
     # in blocks, so that verdicts reach the disk early
     for start in range(0, len(todo), BLOCK):
         indices = [i for i, _ in todo[start : start + BLOCK]]
@@ -153,8 +142,14 @@ def compare_rewards(todo):
                 # the text that dpo.py will read from annotations.json
                 text = answer(output) if is_plain(pairs[i]) else output
                 to_score[str(prompt), output] = (prompt, text)
-        scores = rewards(list(to_score.values()))
-        reward_of = dict(zip(to_score, scores, strict=True))
+        items = to_score.values()
+        if gold is not None:
+            rewards = [toy.gold(prompt, text) for prompt, text in items]
+        else:
+            lengths = (max_length, max_prompt_length, truncation)
+            ids = [encode(prompt, text, tokenizer, *lengths, cut) for prompt, text in items]
+            rewards = score.scores(model, tokenizer, ids, max_tokens).tolist()
+        reward_of = dict(zip(to_score, rewards, strict=True))
 
         for i in indices:
             prompt = str(pairs[i]['prompt'])
@@ -163,14 +158,6 @@ def compare_rewards(todo):
             if first == second:
                 preference = 1.5  # tie
             yield {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
-
-
-def rewards(items):
-    """Return the rewards of (prompt, answer) items as a list of floats. Truncations are counted in `cut`."""
-    if gold is not None:
-        return [toy.gold(prompt, text) for prompt, text in items]
-    ids = [encode(prompt, text, tokenizer, max_length, max_prompt_length, truncation, cut) for prompt, text in items]
-    return score.scores(model, tokenizer, ids, max_tokens).tolist()
 
 
 # ---- the verdicts ----
@@ -215,16 +202,11 @@ for i in range(len(pairs)):
     by_order = [1.5]  # identical answers
     if i not in equal:
         by_order = [verdicts.get((i, order), {}).get('preference') for order in orders]
-    mean = None
-    if None not in by_order:
-        mean = sum(by_order) / len(by_order)
     preferences_by_order.append(by_order)
-    preferences.append(mean)
-
+    is_clear = None not in by_order
+    preferences.append(sum(by_order) / len(by_order) if is_clear else None)
 annotator = judge_model or reward_model or f'gold {gold}'
-rows = []
-for pair, preference in zip(pairs, preferences, strict=True):
-    rows.append(annotation(pair, preference, annotator))
+rows = [annotation(pair, preference, annotator) for pair, preference in zip(pairs, preferences, strict=True)]
 replace_text(Path(out_dir) / 'annotations.json', json.dumps(rows, indent=1))
 
 # per clear pair: its prompt, win of the first answer (0 to 1), lengths of both answers in characters
@@ -233,13 +215,11 @@ questions = [pairs[i]['question'] for i in clear]
 wins = 2 - np.array([preferences[i] for i in clear])
 lengths = [[len(output.strip()) for output in pairs[i]['outputs']] for i in clear]
 lengths = np.array(lengths).reshape(-1, 2)  # (pairs, 2) even without pairs
-
 first_name = ' + '.join(sorted({pair['generators'][0] for pair in pairs}))
 second_name = ' + '.join(sorted({pair['generators'][1] for pair in pairs}))
 if first_name == second_name:
     first_name = 'the first answer'
     second_name = 'the second'
-
 unclear = [row['text'] for row in verdicts.values() if row['preference'] is None]
 report = {
     'first': first_name,

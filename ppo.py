@@ -81,8 +81,6 @@ n_eval_model_samples = 16  # how many of the answers to held-out prompts go into
 out_dir = 'out/ppo'  # everything the run leaves behind
 config = configure(globals(), shared=training)
 
-# ---- check the options ----
-
 # options without effect: an error on the command line, a note in a config file
 if loss not in ('ppo', 'grpo'):
     raise UserError(f'loss must be one of ppo, grpo, not {loss!r}: dpo.py has the losses on preferences')
@@ -114,9 +112,7 @@ kl_in_loss = offline or loss == 'grpo'  # online PPO has the KL penalty in the r
 
 # ---- set-up ----
 
-# initialise torch.distributed and claim out_dir
-run = training.begin(config)
-device = run.device
+run = training.begin(config)  # initialises torch.distributed and claims out_dir
 tokenizer = run.tokenizer
 
 # examples of the task 'prompts' carry a dummy answer: 2 leaves room for one token and the end token
@@ -128,7 +124,9 @@ if not offline:
 elif noise_rate:
     run.train = run.train.flip(noise_rate, seed)
 run.say_data(answers_per_prompt)
-train, held_out, total = run.train, run.held_out, run.total
+train = run.train
+held_out = run.held_out
+total = run.total
 if not total:
     raise UserError(f'n_examples {n_examples} is less than one group of {answers_per_prompt} answers')
 
@@ -162,29 +160,27 @@ longest = max(examples.longest_prompt() + max_new_tokens for examples in (train,
 if offline:
     longest = max(longest, train.longest())
 what = 'prompts with their answers'  # for error messages
-# with adapters the reference can be the policy itself, with its adapters switched off
+# with adapters, the policy without them serves as the reference
 has_own_ref = bool(ref_model or not run.adapters)
-critic_model = getattr(core(policy), 'critic', None)
+own_critic = getattr(core(policy), 'critic', None)
 run.choose_attention(
-    longest, what, share_prefix, forward=policy.token_logps, critic=critic_model, frozen=int(has_own_ref)
+    longest, what, share_prefix, forward=policy.token_logps, critic=own_critic, frozen=int(has_own_ref)
 )
 ref = policy
 if has_own_ref:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
 
 # reward functions get the data rows of the prompts; offline, only held-out answers are scored
-scorer = Reward(reward_parts, config, run.max_tokens, tokenizer, device)
+scorer = Reward(reward_parts, config, run.max_tokens, tokenizer, run.device)
 scorer.read_rows(train=None if offline else train, test=held_out)
 run.check_room(ref, *(reward_model for reward_model, _ in scorer.reward_models.values()))
 
-# ---- rounds ----
-
 
 def make_round(first, rows):
-    """Sample (offline: read) the answers of a round and compute scores and advantages. Return a rollout.Round. Collective.
+    """Sample (offline: read) the answers of a round and compute scores and advantages. Return a rollout.Round.
 
-    first: number of answers before the round. rows: training-set indices of its prompts. After a stop signal the answers are
-    truncated, and the caller must not train on them."""
+    first: number of answers before the round. rows: training-set indices of its prompts. Call it on all ranks together. After a
+    stop signal the answers are truncated, and the caller must not train on them."""
     # rollout. Answer k of a run has seed (seed + 1) * 2**32 + k, so runs with different --seed share none
     if offline:
         examples = train.select(rows)
@@ -230,7 +226,6 @@ def advantages_and_targets(tokens, scores, n):
     mask = torch.arange(int(n.max())) < n[:, None]
     value = torch.zeros(mask.shape, dtype=torch.float64)
     value[mask] = tokens['value']
-
     # reward per token: the KL penalty (online), plus the score at the last token
     rewards = torch.zeros_like(value)
     if not kl_in_loss:
@@ -271,15 +266,16 @@ def run_minibatch(batches, this_round, rows):
     value_loss (weighted), clipped (number of clipped ratios), approx_kl (KL estimate from the current to the sampling policy).
     Gradients of the weighted loss accumulate as the sum over all tokens, divided by the number of ranks."""
     sums = {}
-    # (tokens,) each, for all tokens of the round
-    round_columns = move({name: column.float() for name, column in this_round.tokens.items()}, device)
+    # name -> (tokens,), all tokens of the round
+    round_columns = move({name: column.float() for name, column in this_round.tokens.items()}, run.device)
     for batch in batches:
         # filler tokens have slot -1: they read the last token's numbers and get weight 0
         slots = rollout.token_slots(batch, rows, this_round.answers['start'], answers_per_prompt)
         is_real = slots >= 0
         columns = {name: column[slots] for name, column in round_columns.items()}
         pi, *values = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
-        policy_loss, value_loss = token_losses(pi, values[0] if values else None, columns)
+        value = values[0] if values else None
+        policy_loss, value_loss = token_losses(pi, value, columns)
 
         weight = torch.ones_like(pi)
         if per_answer:
@@ -296,7 +292,6 @@ def run_minibatch(batches, this_round, rows):
         to_add |= {'clipped': is_real * is_clipped, 'approx_kl': is_real * approx_kl}
         for name, column in to_add.items():
             sums[name] = sums.get(name, 0) + column.detach().double().sum().view(1)  # (1,)
-
     # sum over ranks: each rank fills its entry of a (world_size,) column
     by_rank = fsdp.gather_columns(sums, slots=[run.rank], total=run.world)
     return {name: column.sum().item() for name, column in by_rank.items()}
@@ -313,8 +308,8 @@ def train_round(this_round):
     # minibatches consist of examples: a prompt with all its answers
     minibatches = this_round.minibatches(minibatch_size // answers_per_prompt, ppo_epochs, seed)
     for step, rows in enumerate(minibatches, start=steps_before):
-        rate = lr * log.schedule(step, n_rounds * steps_per_round, warmup_steps, training.lr_schedule)
-        last_step['lr'] = rate
+        step_lr = lr * log.schedule(step, n_rounds * steps_per_round, warmup_steps, training.lr_schedule)
+        last_step['lr'] = step_lr
         batches, *_ = run.make_batches(this_round.examples, rows)
         lengths = this_round.by_example('n')[rows]  # (examples, answers per prompt)
         n = int(lengths.sum())
@@ -323,18 +318,17 @@ def train_round(this_round):
             sums = run_minibatch(batches, this_round, rows)
             # gradients are averaged over ranks; a NaN scale makes update() skip the step
             scale = run.world / total_weight if math.isfinite(sums['loss']) else math.nan
-            norm = fsdp.update(policy, run.optimizer, rate, scale, max_grad_norm)
+            norm = fsdp.update(policy, run.optimizer, step_lr, scale, max_grad_norm)
         if not math.isfinite(norm):
             record_bad_step(this_round, rows, sums['loss'], norm)
             continue
 
         last_step['grad_norm'] = norm
         n_tokens += n
-        # turn sums of weighted losses into token sums, which the division below expects
+        # rescale from weighted to token sums, because the means below are per token
         for name in ('loss', 'value_loss'):
             sums[name] = sums[name] * n / total_weight
         totals.update(sums)  # Counter.update adds
-
     if loss == 'grpo':
         totals.pop('value_loss', None)
     means = {f'{name}/train': value / max(1, n_tokens) for name, value in totals.items()}
@@ -360,7 +354,6 @@ def evaluate(seen):
     seen: number of answers trained on so far. No-op without held-out prompts, or if a run before a resume logged it already."""
     if not len(held_out) or seen <= run.state['evaluated']:
         return
-
     # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
     first_seed = seed * 1_000_003
     examples = rollout.sample(run, held_out, range(len(held_out)), answers_each=1, first_seed=first_seed)
@@ -373,14 +366,14 @@ def evaluate(seen):
 
     # answers for people to read, without the end token
     prompts, to_write, columns = [], [], {}
-    numbers = rollout.answer_rows(tokens, answers)
+    fields = rollout.answer_rows(tokens, answers)
     for i, (prompt, (answer,)) in enumerate(examples):
         prompts.append(prompt.tolist())
         to_write.append(('policy', i, generate.without_end(answer.tolist(), stop_ids)))
-        columns['policy', i] = numbers[i]
+        columns['policy', i] = fields[i]
     to_write = to_write[:n_eval_model_samples]
-    path = f'{out_dir}/samples.jsonl'
-    fsdp.on_one_rank(partial(generate.write, path, tokenizer, prompts, to_write, seen, columns))
+    write = partial(generate.write, f'{out_dir}/samples.jsonl', tokenizer, prompts, to_write, seen, columns)
+    fsdp.on_one_rank(write)
     run.log_evaluation(seen, rollout.describe(run, examples, tokens, answers, 'eval'))
 
 
@@ -402,16 +395,15 @@ for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_
     run.obey_signals(this_round.first, saved=this_round.first == 0)
     sampled = time.time()
     metrics = this_round.metrics | train_round(this_round)
-
     # log the round; speeds include everything since the previous row
     now = time.time()
     elapsed = now - run.clock
-    metrics['sampling_share'] = log.per_second(sampled - run.clock, elapsed)
-    run.clock = now
     n = this_round.answers['n']  # (answers,) tokens per answer
     metrics['counters/step_examples'] = len(n)
     metrics['examples_per_second'] = log.per_second(len(n), elapsed)
     metrics['tokens_per_second'] = log.per_second(int(n.sum()), elapsed)
+    metrics['sampling_share'] = log.per_second(sampled - run.clock, elapsed)
+    run.clock = now
     if training.skip_bad_steps:
         metrics['counters/bad_steps'] = run.state['bad_steps']
     run.logger.row('train', this_round.seen, metrics)

@@ -72,8 +72,6 @@ timeout = 120.0  # endpoint: seconds that a reply may take
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
 
-# ---- check the options ----
-
 # options without effect: an error on the command line, a note in a config file
 if endpoint:
     model_options = 'model max_prompt_length truncation batch_size max_tokens dtype trust_remote_code'
@@ -98,12 +96,10 @@ if temperatures == [0]:
     config.ignored(['top_p'], 'temperature 0 takes the most probable token')
 # answers per prompt: samples 0 to n - 1 have the first temperature, the next n the second, ...
 n_samples = n * len(temperatures)
-
 reward_parts = reward_functions.parse(reward) if reward else []
 if not all(part.is_function for part in reward_parts):
-    hint = 'label.py and feedback.score read reward models'
-    raise UserError(f'--reward of sample.py takes functions, FILE.py:NAME: {hint}')
-
+    others = 'label.py and feedback.score read reward models'
+    raise UserError(f'--reward of sample.py takes functions, FILE.py:NAME: {others}')
 rank, world_size, device = fsdp.setup()
 if endpoint and world_size > 1:
     raise UserError('one process is enough to ask an endpoint: run python sample.py, and raise --concurrency')
@@ -143,7 +139,6 @@ def read_prompts():
         prompt_and_tools = [row[name] for name in ('prompt', 'tools') if name in row]
         row_of_hash.setdefault(content_hash(*prompt_and_tools), row)
     left_out['same prompt again'] += len(rows) - len(row_of_hash)
-
     # choose the fraction by hash, independent of the order of the data
     hashes = np.array(list(row_of_hash), np.uint64)
     is_chosen = uniform_hash(hashes, seed) < data_fraction
@@ -151,7 +146,6 @@ def read_prompts():
     if not rows:
         raise UserError(f'there are no prompts in data {data!r}; left out: {in_words(left_out)[0]}')
     left_out['prompts beyond n_examples or data_fraction'] += len(row_of_hash) - len(rows)
-
     for row in rows:
         if chat or system:
             row['prompt'] = as_chat(row['prompt'])
@@ -199,7 +193,6 @@ if not endpoint:
     tokenizer = load_tokenizer(model, trust_remote_code)
     build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed)
     net = fsdp.shard(build, device, dtype=dtype, train=False)
-
     # prompts are cut to the positions that the answer leaves
     positions = room(net)
     if positions <= max_new_tokens:
@@ -210,7 +203,6 @@ if not endpoint:
     all_texts = all(isinstance(row['prompt'], str) for row in prompts)
     if all_texts and tokenizer.chat_template not in (None, tokenise.PLAIN_CHAT):
         log.say('note: the tokenizer has a chat template, but the prompts are text: --chat makes chats of them')
-
     # drop rejected prompts
     keys = [(i, sample) for i, sample in keys if ids[i] is not None]
     if not keys:
@@ -218,10 +210,9 @@ if not endpoint:
 
 
 def plan():
-    """Split all answers into batches: a list of (n_rows, keys of the answers). n_rows: answers generated side by side.
+    """Split all answers into batches: a list of (n_rows, keys of the answers); n_rows answers are generated side by side.
 
-    The plan depends neither on the rank nor on what is answered already. All answers of a batch have the same temperature;
-    longest prompts come first."""
+    Independent of the rank and of what is answered already. A batch has one temperature; longest prompts come first."""
 
     def longest_first(key):
         i, _ = key
@@ -270,9 +261,6 @@ def generate_all():
         append_rows([row for key, row in zip(batch, rows, strict=True) if key not in done])
 
 
-# ---- asking an endpoint ----
-
-
 def ask_all():
     """Ask the endpoint for the answers that are not in out_dir yet, and append them. Counts failures in `failed`, by reason."""
 
@@ -300,9 +288,7 @@ def ask_all():
 
 
 def finish_and_tokens(raw):
-    """Return (finish reason, number of tokens) of an endpoint's parsed JSON reply; each is None if missing or malformed.
-
-    The reason 'stop' becomes 'eos'; others, such as 'length', are kept."""
+    """Return (finish reason, number of tokens) of an endpoint's parsed JSON reply, each None if missing or malformed."""
     finish = raw['choices'][0].get('finish_reason')
     if not isinstance(finish, str):
         finish = None
@@ -314,9 +300,6 @@ def finish_and_tokens(raw):
     if type(tokens) is not int or tokens < 0:
         tokens = None
     return finish, tokens
-
-
-# ---- the run ----
 
 
 def append_rows(rows):
@@ -384,7 +367,6 @@ def score_answers():
         for line, value in zip(lines, values, strict=True):
             line['score'] += part.weight * value
             line[part.name] = value
-
     replace_text(f'{out_dir}/rewards.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
     for name in ('score', *(part.name for part in reward_parts)):
         mean = sum(line[name] for line in lines) / max(1, len(lines))

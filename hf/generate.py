@@ -18,18 +18,16 @@ from runtime import guard
 from runtime.files import append
 from text.examples import splitmix64
 
-# Rows of ended answers are refilled with new prompts once 1 / REFILL_SHARE of the rows have ended, and at least REFILL_AFTER tokens
-# after the last refill: a refill takes as long as one or two tokens.
+# Rows of ended answers are refilled with new prompts once 1 / REFILL_SHARE of the rows have ended, and at least REFILL_AFTER
+# tokens after the last refill: a refill takes as long as one or two tokens.
 REFILL_SHARE = 4
 REFILL_AFTER = 8
 
-# ---- all ranks together ----
-
 
 def sample(model, tokenizer, prompts, seeds, **settings):
-    """Sample an answer to every prompt from a sharded model, split over all ranks. Return all answers, in order, on every rank.
+    """Sample an answer to every prompt from a sharded model, split over all ranks. Return all answers (token ids) on every rank.
 
-    prompts: lists of token ids. seeds: one int per prompt. settings: keyword arguments of generate(). Answers are lists of ids."""
+    prompts: lists of token ids. seeds: one int per prompt. settings: keyword arguments of generate()."""
     # deal the prompts out by length: similar lengths per batch, equal work per rank
     rank, world_size = fsdp.data_rank()
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -63,25 +61,26 @@ def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
 
 @guard.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
 def sample_held_out(run, models, n, seen, measure=None, **settings):
-    """Append answers of several models to the first n held-out prompts to out_dir/samples.jsonl. Raises UserError if out of memory.
+    """Sample answers of several models to the first n held-out prompts, and append them to out_dir/samples.jsonl.
 
     run: a training.Run. models: name -> sharded model; 'reference' answers without its adapters. seen: examples trained on.
     measure(prompts, answers) -> {column: (n,) tensor}, more fields for samples.jsonl. settings: keyword arguments of generate().
-    Returns {model name: result of measure}, empty without measure."""
+    Returns {model name: result of measure}, empty without measure. Raises UserError if memory runs out."""
     # kto has two examples per pair; the good ones have each prompt once
     good = run.held_out.select(run.held_out.good)
     prompts = [prompt for prompt, _ in good.select(slice(n))]
     # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
     first_seed = run.config.seed * 1_000_003
     seeds = range(first_seed, first_seed + len(prompts))
-    measured, columns, to_write = {}, {}, []
+    measured = {}
+    columns = {}
+    to_write = []
     for name, model in sorted(models.items()):
         # adapters_off(None) is a no-op
         with adapters_off(model if name == 'reference' else None):
             answers = sample(model, run.tokenizer, prompts, seeds, keep_end=True, **settings)
         if measure and prompts:
             measured[name] = measure(prompts, answers)
-
         stop = stop_tokens(model, run.tokenizer)
         for i, answer in enumerate(answers):
             to_write.append((name, i, without_end(answer, stop)))
@@ -91,9 +90,6 @@ def sample_held_out(run, models, n, seen, measure=None, **settings):
     file = f'{run.config.out_dir}/samples.jsonl'
     fsdp.on_one_rank(lambda: write(file, run.tokenizer, prompts, to_write, seen, columns))
     return measured
-
-
-# ---- one process ----
 
 
 @torch.no_grad()
@@ -149,7 +145,7 @@ def _extend(answer, tokens, stop, max_new_tokens):
     """Append tokens to an answer in place, up to its stop token or max_new_tokens. Return whether the answer goes on."""
     for token in tokens[: max_new_tokens - len(answer)]:
         answer.append(token)
-        # ignore the padding after it
+        # the rest is padding
         if token in stop:
             return False
     return len(answer) < max_new_tokens
@@ -162,7 +158,7 @@ def _stop_asked():
 
 @contextlib.contextmanager
 def _generation_mode(model, **settings):
-    """Context manager that prepares a model for _generate(), with these settings of a GenerationConfig."""
+    """Within the block, keep the model in eval mode with padded attention and a GenerationConfig of these settings."""
     inner = core(model)
     # hide the model's own config, which may have a repetition penalty etc.
     own_config = inner.generation_config
@@ -212,11 +208,8 @@ def stop_tokens(model, tokenizer):
 
 
 def without_end(answer, stop):
-    """Return an answer's token ids without a final stop token."""
+    """Return the token ids of an answer, without the last one if it is in the set stop."""
     return answer[:-1] if answer and answer[-1] in stop else answer
-
-
-# ---- merging KV caches ----
 
 
 def can_refill(inner):
@@ -234,24 +227,20 @@ def can_refill(inner):
 
 
 def _cache_for(inner, texts, cache, cache_rows):
-    """Return a cache of all but the last token of each text. Rows cache_rows of cache hold the first texts; prefill the others."""
+    """Return a cache of all but the last token of each text: cache[cache_rows] for the first texts, prefilled for the others."""
     caches = [(cache, cache_rows)] if cache_rows else []
     new = texts[len(cache_rows) :]
     if new:
-        caches.append(_prefill(inner, new))
+        # equal texts share a row
+        row_of = {}  # text without its last token -> row
+        rows = [row_of.setdefault(tuple(text[:-1]), len(row_of)) for text in new]
+        prefilled = transformers.DynamicCache(config=inner.config)
+        # fills the cache; the sampled token is discarded
+        _generate(inner, list(row_of), prefilled, 1)
+        caches.append((prefilled, rows))
     longest = max(map(len, texts))
     # at least one column, of padding if all texts have one token
     return _merge(caches, width=max(1, longest - 1))
-
-
-def _prefill(inner, texts):
-    """Cache all but the last token of each text. Return (cache, row of each text in it); equal texts share a row."""
-    row_of = {}  # text without its last token -> row
-    rows = [row_of.setdefault(tuple(text[:-1]), len(row_of)) for text in texts]
-    cache = transformers.DynamicCache(config=inner.config)
-    # fills the cache; the sampled token is discarded
-    _generate(inner, list(row_of), cache, 1)
-    return cache, rows
 
 
 def _merge(caches, width):
@@ -259,14 +248,14 @@ def _merge(caches, width):
 
     caches: tuples (cache, rows to keep). width: columns of the merged cache; only padding is cut off."""
     merged, _ = caches[0]
-    for number, layer in enumerate(merged.layers):
+    for i, layer in enumerate(merged.layers):
         # sliding-window layers hold fewer columns
-        longest = max(cache.layers[number].keys.shape[2] for cache, _ in caches)
+        longest = max(cache.layers[i].keys.shape[2] for cache, _ in caches)
         size = min(width, longest)
         for name in ('keys', 'values'):
             padded = []
             for cache, rows in caches:
-                states = getattr(cache.layers[number], name)[rows]  # (rows, heads, tokens, head_dim)
+                states = getattr(cache.layers[i], name)[rows]  # (rows, heads, tokens, head_dim)
                 # pad on the left; a negative number crops
                 n_pad = size - states.shape[2]
                 padded.append(F.pad(states, (0, 0, n_pad, 0)))
@@ -275,18 +264,15 @@ def _merge(caches, width):
     return merged
 
 
-# ---- hooks of transformers' generate ----
-
-
 def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
-    """Return the StoppingCriteriaList that ends a row at a stop token, or when it has max_new_tokens.
+    """Return the StoppingCriteriaList that ends a row at a stop token, or if it has max_new_tokens after n_sampled earlier ones.
 
-    n_sampled: tokens that each row has already. All rows end together once `enough` rows have ended and REFILL_AFTER tokens were
-    sampled, or when a signal arrives."""
+    All rows end together once `enough` rows have ended and REFILL_AFTER tokens were sampled, or when a signal arrives."""
     stop = torch.tensor(sorted(stop), device=inner.device)
     n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)
     sampled = []  # (rows,) tokens of each step
 
+    # called after every step; returns (rows,) bool
     def has_ended(ids, scores, **unused):
         sampled.append(ids[:, -1])
         met_stop = torch.isin(torch.stack(sampled), stop).any(0)
@@ -299,11 +285,9 @@ def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
 
 
 def _processors(seeds, n_sampled, temperature, top_p):
-    """Return the LogitsProcessorList that makes greedy decoding sample; empty at temperature 0.
-
-    seeds, n_sampled: random seed and number of tokens already sampled of each row."""
-    # temperature before top_p, as in transformers
+    """Return the LogitsProcessorList that makes greedy decoding sample, given each row's seed and number of tokens so far."""
     processors = transformers.LogitsProcessorList()
+    # 0 is greedy; temperature before top_p, as in transformers
     if temperature > 0:
         processors.append(transformers.TemperatureLogitsWarper(temperature))
         if top_p < 1:
@@ -315,9 +299,9 @@ def _processors(seeds, n_sampled, temperature, top_p):
 class _Draw(transformers.LogitsProcessor):
     """Draw a token for every row and mask all others, so that greedy decoding returns the sample.
 
-    Gumbel-max: the argmax of scores + Gumbel noise is a sample from their softmax, and rounding changes it only at a near tie. Draw
-    one of about sqrt(vocab_size) blocks of tokens by its total probability, then a token in it: that takes 2 sqrt(vocab_size) noises
-    instead of vocab_size. A noise is a hash of the row's seed and a counter."""
+    Gumbel-max: the argmax of scores + Gumbel noise is a sample from their softmax, and rounding changes it only at a near tie.
+    Draw one of about sqrt(V) blocks of tokens by its total probability, then a token in it: that takes 2 sqrt(V) noises instead
+    of V, the vocabulary size. Each noise is a hash of the row's seed and a counter."""
 
     def __init__(self, seeds, n_sampled):
         # seeds may be negative or exceed 64 bits

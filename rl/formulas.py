@@ -46,17 +46,13 @@ def value_loss(value, old_value, target, *, value_clip):
 
 
 def kl_penalty(pi, ref):
-    """Return exp(ref - pi) - (ref - pi) - 1 >= 0. arXiv:2402.03300 eq. 4.
-
-    Its mean over tokens sampled from the policy estimates KL(policy || reference)."""
+    """Return exp(ref - pi) - (ref - pi) - 1 >= 0; on sampled tokens it estimates KL(policy || ref). arXiv:2402.03300 eq. 4."""
     # expm1(x) = exp(x) - 1, but accurate near 0
     return torch.expm1(ref - pi) - (ref - pi)
 
 
 def grpo(pi, old, ref, advantage, *, clip, kl_coef):
-    """Return ppo() + kl_coef kl_penalty(). GRPO, arXiv:2402.03300 eq. 3.
-
-    advantage: group_advantage() of the answer, the same at each of its tokens."""
+    """Return ppo() + kl_coef kl_penalty(). advantage: group_advantage() of the token's answer. arXiv:2402.03300 eq. 3."""
     policy_loss = ppo(pi, old, advantage, clip=clip)
     penalty = kl_penalty(pi, ref)
     return policy_loss + kl_coef * penalty
@@ -81,9 +77,8 @@ def gae(rewards, values, mask, *, gamma, lam):
     next_advantage = torch.zeros_like(values[:, 0])
     next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
-        reward = rewards[:, t]
         value = values[:, t]
-        delta = reward + gamma * next_value - value
+        delta = rewards[:, t] + gamma * next_value - value
         advantage = delta + gamma * lam * next_advantage
         advantages[:, t] = advantage
         next_advantage = advantage

@@ -6,9 +6,7 @@
 The lists have one element per answer. prompts: text or chat messages, as in the data; responses: text; rows: dicts with all
 columns of the prompt's data row. The function returns one number per response. It runs in this process, once per round with all
 answers, or in worker processes, once per answer and with an optional time limit.
-
-ppo.py (through rewards.py) and sample.py call parse(), then score(). Worker processes run this file as a script, so it avoids the
-slow import of torch.
+ppo.py (through rewards.py) and sample.py call parse(), then score(). Workers run this file as a script, so it avoids torch.
 """
 
 import asyncio
@@ -51,15 +49,11 @@ class Part(NamedTuple):
         return self.file is not None
 
     def __str__(self):
-        """Return the name in messages."""
         return f'{self.function_or_model} of {self.file}' if self.is_function else self.function_or_model
 
 
 class Failed(Exception):
     """A call gave no usable number; the message says why, such as 'it returned None, where ...'."""
-
-
-# ---- the option ----
 
 
 def parts_of_options(config, eval_data):
@@ -102,7 +96,6 @@ def parse(text):
         if not scorer or not math.isfinite(weight):
             raise UserError(f"--reward: cannot read {term.strip()!r}: write 'a.py:f*1 + b.py:g*0.2 + out/reward/model'")
         parts.append(_make_part(scorer, weight))
-
     names = [part.name for part in parts]
     for i, part in enumerate(parts):
         # number duplicate names by their place in the sum: f_1, f_3
@@ -115,9 +108,7 @@ def parse(text):
 
 
 def _make_part(scorer, weight):
-    """Return the Part of a scorer: FILE.py:FUNCTION, a model folder or hub id, or 'gold'. Raises UserError.
-
-    FILE.py may be relative to the current folder or to the project folder."""
+    """Return the Part of a scorer: FILE.py:FUNCTION, a model folder or hub id, or 'gold'. Raises UserError."""
     # the extra colon also matches a bare FILE.py, which is rejected below
     is_function = '.py:' in f'{scorer}:'
     if not is_function:
@@ -129,7 +120,7 @@ def _make_part(scorer, weight):
     file, _, name = scorer.partition('.py:')
     file = file.removesuffix('.py') + '.py'
     path = Path(file).expanduser()
-    # an absolute path replaces the folder in front of it
+    # try the current folder, then the project's; an absolute path replaces either
     existing = [folder / path for folder in (Path.cwd(), ROOT) if (folder / path).is_file()]
     if not existing:
         missing = f'there is no file {file} in {Path.cwd()}'
@@ -164,9 +155,6 @@ def load_function(file, name):
     return function
 
 
-# ---- calling a function ----
-
-
 def call(part, prompts, responses, rows):
     """Call a part's function on n answers in this process. Return n floats. Raises Failed."""
     function = load_function(part.file, part.function_or_model)
@@ -177,7 +165,6 @@ def call(part, prompts, responses, rows):
                 result = asyncio.run(result)
     except (Exception, SystemExit) as error:
         raise Failed(_explained(error, part.file)) from None
-
     # convert numpy arrays and tensors to lists, and numpy and tensor scalars to numbers
     values = result.tolist() if hasattr(result, 'tolist') else result
     if not isinstance(values, list | tuple) or len(values) != len(responses):
@@ -238,24 +225,19 @@ def call_one(part, prompt, response, row):
         return error
 
 
-# ---- worker processes ----
-
-
 class Workers:
-    """n worker processes that call a part's function, one answer at a time; each is driven by a thread of self.threads.
-
-    timeout: seconds per call, None for no limit."""
+    """n worker processes that call a part's function, one answer at a time, each driven by its own thread of self.threads."""
 
     def __init__(self, part, n, timeout):
-        self.part, self.timeout = part, timeout
+        """timeout: seconds per call, None for no limit."""
+        self.part = part
+        self.timeout = timeout
         self.threads = ThreadPoolExecutor(n)
         # thread-local attribute worker: (process, pipe)
         self.local = threading.local()
 
     def ask(self, prompt, response, row):
-        """Call the function in this thread's worker. Return its score, None if it timed out, or a Failed as a value.
-
-        Starts the worker if necessary, and kills it after a timeout."""
+        """Call the function in this thread's worker, started on demand. Return its score, None if it timed out, or a Failed."""
         if not getattr(self.local, 'worker', None):
             self.local.worker = self._start_worker()
         process, pipe = self.local.worker
@@ -267,7 +249,6 @@ class Workers:
         except (EOFError, OSError):
             # os._exit or a crash in the function
             result = Failed(f'its process has ended with code {process.wait()}')
-
         # kill the worker and its children; the next call starts a new one
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

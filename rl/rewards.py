@@ -19,18 +19,19 @@ class Reward:
     """A weighted sum of reward_functions.Parts. Construct it and call its methods on all ranks together."""
 
     def __init__(self, parts, config, max_tokens, tokenizer, device):
-        """Load the reward models and prepare the functions. Raises UserError.
+        """Load the reward models and prepare the functions. Raises UserError if token ids differ from the policy's.
 
         max_tokens: per microbatch of a reward model. tokenizer: the policy's."""
-        self.parts, self.config = parts, config
-        self.max_tokens, self.tokenizer = max_tokens, tokenizer
+        self.parts = parts
+        self.config = config
+        self.max_tokens = max_tokens
+        self.tokenizer = tokenizer
         # {split: {uid of a prompt: (prompt, data row)}}, filled on rank 0 only, where functions run
         self.rows = {}
         # Part -> (sharded reward model, its tokenizer)
         self.reward_models = {}
         # Part -> worker processes of its function; functions without workers run in the main process of rank 0
         self.workers = {}
-
         # a time limit needs worker processes, because late calls are killed
         n_workers = config.reward_workers
         if config.reward_timeout and not n_workers:
@@ -39,14 +40,11 @@ class Reward:
             if part.is_function and n_workers:
                 self.workers[part] = reward_functions.Workers(part, n_workers, config.reward_timeout)
             elif not part.is_function and part.function_or_model != 'gold':
-                self.reward_models[part] = self._load_reward_model(part.function_or_model, device)
-
-    def _load_reward_model(self, name, device):
-        """Return (sharded reward model, its tokenizer). Raises UserError if its token ids differ from the policy's."""
-        options = {option: self.config[option] for option in ('dtype', 'device_map', 'trust_remote_code')}
-        reward_model, tokenizer = score.load_scorer(name, device, **options)
-        check_same_tokens(self.tokenizer, tokenizer, f'the reward model {name}', self.config.model)
-        return reward_model, tokenizer
+                name = part.function_or_model
+                options = {option: config[option] for option in ('dtype', 'device_map', 'trust_remote_code')}
+                reward_model, own_tokenizer = score.load_scorer(name, device, **options)
+                check_same_tokens(tokenizer, own_tokenizer, f'the reward model {name}', config.model)
+                self.reward_models[part] = reward_model, own_tokenizer
 
     def read_rows(self, **examples_by_split):
         """Reread the data rows with all their columns, for reward functions. No-op without functions.
@@ -56,8 +54,7 @@ class Reward:
             return
         # the options of the first reading, so that the prompts are the same
         config = self.config
-        names = ('num_turns', 'skip_bad_rows', 'columns', 'chat', 'system')
-        options = {name: config[name] for name in names}
+        options = {name: config[name] for name in ('num_turns', 'skip_bad_rows', 'columns', 'chat', 'system')}
         options['undivided'] = config.eval_data is not None
         for split, examples in examples_by_split.items():
             data = config.data

@@ -38,9 +38,7 @@ class Round:
         return self.answers[name].view(len(self.examples), -1)
 
     def minibatches(self, size, passes, seed):
-        """Yield minibatches as arrays of `size` example indices; the last one of a pass may be smaller.
-
-        Each pass covers all examples in a new order, which depends on seed, round and pass only."""
+        """Yield arrays of `size` example indices (the last of a pass may be smaller); every pass covers all, reshuffled."""
         n_examples = len(self.examples)
         for number in range(passes):
             rng = np.random.default_rng((seed, self.first, number))
@@ -63,7 +61,6 @@ def sample(run, source, rows, *, answers_each, first_seed):
     settings = {'max_new_tokens': run.config.max_new_tokens, 'rows': run.config.sample_batch}
     with guard.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
         answers = generate.sample(run.policy, run.tokenizer, prompts, seeds, keep_end=True, **settings)
-
     # group the answers by prompt
     starts = range(0, len(prompts), answers_each)
     return Examples.of([(prompts[start], answers[start : start + answers_each]) for start in starts])
@@ -78,7 +75,6 @@ def token_slots(batch, rows, starts, per_prompt):
     index_in_step = np.array(batch.slot)
     first = starts.view(-1, per_prompt)[rows[index_in_step]]  # (examples, per_prompt)
     first[index_in_step < 0] = -1
-
     # from answers to tokens; batch.offset counts tokens from the start of the answer
     first = move(first.flatten(), batch.answer.device)[batch.answer]  # (N,)
     return torch.where(first >= 0, first + batch.offset, -1)
@@ -99,7 +95,6 @@ def token_columns(run, model, examples, starts, names):
         with torch.no_grad(), run.memory(batches):
             logps_and_values.append(model.token_logps(batch, values='value' in names))  # (1 or 2, N)
         slots.append(token_slots(batch, rows, starts, per_prompt))
-
     # not strict: without a critic there is one row for two names
     columns = dict(zip(names, torch.cat(logps_and_values, 1), strict=False))
     return fsdp.gather_columns(columns, torch.cat(slots).cpu(), int(lengths.sum()))
