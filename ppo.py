@@ -211,35 +211,11 @@ def make_round(first, rows):
         # groups with equal scores give no gradient
         metrics['equal_groups/train'] = (groups.std(1) == 0).double().mean().item()
     else:
-        tokens['advantage'], tokens['target'] = advantages_and_targets(tokens, scores, answers['n'])
+        tokens['advantage'], tokens['target'] = rollout.advantages_and_targets(config, tokens, scores, answers['n'])
         variance = tokens['target'].var(correction=0).item()
         residual = (tokens['target'] - tokens['value']).var(correction=0).item()
         metrics['explained_variance/train'] = 1 - residual / variance if variance else 0.0
     return rollout.Round(first, rows, examples, tokens, answers, metrics)
-
-
-def advantages_and_targets(tokens, scores, n):
-    """Return PPO's advantages and value targets of all answer tokens of a round, (tokens,) float64 each.
-
-    tokens: columns pi, ref and value, (tokens,) each. scores, n: score and number of tokens of each answer, (answers,)."""
-    # (answers, longest) tables; table[mask] flattens one back to (tokens,)
-    mask = torch.arange(int(n.max())) < n[:, None]
-    value = torch.zeros(mask.shape, dtype=torch.float64)
-    value[mask] = tokens['value']
-    # reward per token: the KL penalty (online), plus the score at the last token
-    rewards = torch.zeros_like(value)
-    if not kl_in_loss:
-        rewards[mask] = -kl_coef * (tokens['pi'] - tokens['ref'])
-    rewards[torch.arange(len(n)), n - 1] += scores
-
-    advantage = formulas.gae(rewards, value, mask, gamma=gamma, lam=lam)
-    target = value + advantage
-    if offline:
-        # with lam = 1, value + advantage is the discounted return
-        target = value + formulas.gae(rewards, value, mask, gamma=gamma, lam=1.0)
-    if whiten:
-        advantage = formulas.whiten(advantage, mask)
-    return advantage[mask], target[mask]
 
 
 def token_losses(pi, value, columns):
@@ -376,8 +352,6 @@ def evaluate(seen):
     fsdp.on_one_rank(write)
     run.log_evaluation(seen, rollout.describe(run, examples, tokens, answers, 'eval'))
 
-
-# ---- training ----
 
 method = f'{loss} offline ' if offline else f'{loss} '
 run.start(method, f'answers, {batch_size} a round, {minibatch_size} a step')

@@ -109,7 +109,8 @@ if endpoint and world_size > 1:
 
 def read_rows():
     """Read the data rows of all sources in --data. Return (rows, Counter of what was left out). Raises UserError."""
-    rows, left_out = [], Counter()
+    rows = []
+    left_out = Counter()
     # without --split, prefer 'test'; undivided reads all rows if the data has no splits
     wanted_split = split or 'test'
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}

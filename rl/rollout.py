@@ -12,6 +12,7 @@ import fsdp
 from data import move
 from hf import generate
 from hf.lora import adapters_off
+from rl import formulas
 from rl.rewards import toy_metrics
 from runtime import guard, metrics
 from text.examples import Examples
@@ -117,6 +118,30 @@ def measure(run, ref, examples, stop):
     last_tokens = examples.ids[ends - 1]
     ended = torch.from_numpy(np.isin(last_tokens, list(stop)))
     return tokens, {'n': n, 'start': start, 'ended': ended}
+
+
+def advantages_and_targets(config, tokens, scores, n):
+    """Return PPO's advantages and value targets of all answer tokens of a round, (tokens,) float64 each.
+
+    config: options of ppo.py. tokens: token columns pi, ref and value. scores, n: score and length of each answer, (answers,)."""
+    # (answers, longest) tables; table[mask] flattens one back to (tokens,)
+    mask = torch.arange(int(n.max())) < n[:, None]
+    value = torch.zeros(mask.shape, dtype=torch.float64)
+    value[mask] = tokens['value']
+    # reward per token: the KL penalty (offline, it is in the loss), plus the score at the last token
+    rewards = torch.zeros_like(value)
+    if not config.offline:
+        rewards[mask] = -config.kl_coef * (tokens['pi'] - tokens['ref'])
+    rewards[torch.arange(len(n)), n - 1] += scores
+
+    advantage = formulas.gae(rewards, value, mask, gamma=config.gamma, lam=config.lam)
+    target = value + advantage
+    if config.offline:
+        # with lam = 1, value + advantage is the discounted return
+        target = value + formulas.gae(rewards, value, mask, gamma=config.gamma, lam=1.0)
+    if config.whiten:
+        advantage = formulas.whiten(advantage, mask)
+    return advantage[mask], target[mask]
 
 
 def answer_rows(tokens, answers):
