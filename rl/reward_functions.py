@@ -206,9 +206,10 @@ def score(part, prompts, responses, rows, workers=None):
     for prompt, row, result in zip(prompts, rows, results, strict=True):
         if isinstance(result, Failed):
             location = getattr(row, 'where', '') or f'prompt {shorten(str(prompt), 80)!r}'
-            # usually a misspelt column
+            # a KeyError is usually a misspelt column
             columns = f'; its columns are {", ".join(map(str, row))}' if 'KeyError' in str(result) else ''
             raise UserError(f'--reward: {part} fails at {location}: {result}{columns}')
+        # None: the call timed out
         scores.append(0.0 if result is None else result)
         timed_out.append(result is None)
     # the joint call failed, but no single one did

@@ -72,7 +72,7 @@ def token_slots(batch, rows, starts, per_prompt):
 
     rows: indices, in the round, of the step's examples. starts: (answers,) index of each answer's first token in the token
     columns. per_prompt: answers per prompt."""
-    # batch.slot: index of each example in the step, -1 for the filler batch of a rank without work
+    # batch.slot: index of each example in the step; -1, overwritten below, for the filler batch of a rank without work
     index_in_step = np.array(batch.slot)
     first = starts.view(-1, per_prompt)[rows[index_in_step]]  # (examples, per_prompt)
     first[index_in_step < 0] = -1
@@ -151,8 +151,8 @@ def answer_rows(tokens, answers):
     columns whose name starts with 'score' are scores."""
     logratio = tokens['pi'] - tokens['ref']
     rows = []
-    for part in logratio.split(answers['n'].tolist()):
-        rows.append({'tokens': len(part), 'logratio': round(part.sum().item(), 6)})
+    for answer_logratio in logratio.split(answers['n'].tolist()):
+        rows.append({'tokens': len(answer_logratio), 'logratio': round(answer_logratio.sum().item(), 6)})
     for name, column in answers.items():
         if name.startswith('score'):
             for row, score in zip(rows, column.tolist(), strict=True):
