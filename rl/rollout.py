@@ -91,7 +91,8 @@ def token_columns(run, model, examples, starts, names):
     # this rank's microbatches, as if all examples were one step
     rows = np.arange(n_examples)
     batches, *_ = run.make_batches(examples, rows)
-    logps_and_values, slots = [], []
+    logps_and_values = []
+    slots = []
     for batch in batches:
         with torch.no_grad(), run.memory(batches):
             logps_and_values.append(model.token_logps(batch, values='value' in names))  # (1 or 2, N)
