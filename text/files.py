@@ -15,7 +15,7 @@ from configurator import UserError
 from runtime import hub
 from runtime.files import file_hash
 from runtime.values import looked_in
-from text.readers import ENDINGS, FORMATS, HELP, Row, read_file, unfilled
+from text.readers import ENDINGS, FORMATS, HELP, Row, read_file, without_inner_nulls
 
 # in a folder, these describe the data
 NOT_DATA = {'dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'state.json'}
@@ -108,7 +108,7 @@ def _read_hub(hub_id, split, options):
     except Exception as error:  # no network, no such dataset, no such split: the library's own words say which
         raise UserError(f'cannot load {hub_id!r}, split {split!r}, from the hub: {_reason(error)}') from None
     for number, raw in enumerate(rows, 1):
-        yield Row.of(unfilled(raw), f'{hub_id} [{split}], row {number}')
+        yield Row.of(without_inner_nulls(raw), f'{hub_id} [{split}], row {number}')
 
 
 def hub_splits(hub_id, config=None):

@@ -59,6 +59,17 @@ def test_text_files_and_the_kinds_of_the_columns_of_a_table(tmp_path):
     rows = list(files.read_rows(None, 'train', str(path)))
     assert list(rows[0].values()) == ['1', '7', '8', True, 0.5, None, '007']
     assert list(rows[1].values()) == ['2', '9', '9', False, -3, 'x', '1']
+    # an empty line counts as a line; a row that is cut short does not make numbers of the answers before it
+    path.write_text('prompt,response,n\n1,2,3\n\n4,5,6\n7\n')
+    rows = list(files.read_rows(None, 'train', str(path)))
+    assert [(*row.values(), int(row.where.split()[-1])) for row in rows[:2]] == [('1', '2', 3, 2), ('4', '5', 6, 4)]
+    assert rows[2].where.endswith('line 5') and rows[2].error
+    # a table without a row is read; the name of a folder says nothing of the delimiter
+    (tmp_path / 'a.tsv').mkdir()
+    (tmp_path / 'a.tsv/b.csv').write_text('prompt,response\n')
+    assert list(files.read_rows(None, 'train', f'{tmp_path}/a.tsv/b.csv')) == []
+    (tmp_path / 'a.tsv/b.csv').write_text('prompt,response\n1,2\n')
+    assert list(files.read_rows(None, 'train', f'{tmp_path}/a.tsv/b.csv')) == [{'prompt': '1', 'response': '2'}]
 
 
 def test_a_list_in_json_is_read_one_by_one(tmp_path):
