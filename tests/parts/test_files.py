@@ -184,6 +184,13 @@ def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
     assert ours == {str(split): sorted(map(os.path.abspath, found)) for split, found in theirs.items()}
 
 
+def test_a_note_names_the_files_that_no_split_has(tmp_path, capsys):
+    for name in ('train', 'test', 'notes'):
+        write(tmp_path / f'{name}.jsonl', ROWS[:3])
+    assert len(answers(str(tmp_path))) == len(answers(str(tmp_path), 'test')) == 3
+    assert capsys.readouterr().out == f'note: not read, since other files are named train: {tmp_path}/notes.jsonl\n'
+
+
 def test_splits_of_one_folder_are_not_mixed(tmp_path):
     for name, rows in {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3], 'other': ROWS[:1]}.items():
         write(tmp_path / f'{name}.jsonl', rows)
