@@ -178,7 +178,8 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
     found, _ = tokenise_parts(rows, ['train'], tokenizer, task, lengths, {}, margins=margins, **writing)
     examples = found['train']
     left_out.update(examples.left_out)
-    return examples.with_(left_out=+left_out)
+    examples.left_out = +left_out
+    return examples
 
 
 def tokenise_parts(rows, parts, tokenizer, task, lengths, enough, margins=False, **writing):
