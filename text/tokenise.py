@@ -70,30 +70,29 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     lengths = max_length, max_prompt_length, truncation
     names, enough = data.split('+'), enough or {}
 
-    # the cache file is named by all that the tokens depend on; if nobody knows a hub dataset's commit, by its rows
+    # the name of a cache file follows from all that the tokens depend on; without a hub dataset's commit, from its rows
     stamps = [sources.fingerprint(source, split) for source in names]
-    is_known = None not in stamps
-    if not is_known:
-        stamps = [content_hash(row) for row in _rows(names, split, task, reading, Counter())]
-    # the number grows when the same text gets other tokens
+    is_stamped = None not in stamps
+    if not is_stamped:
+        stamps = [content_hash(row) for row in _read_sources(names, split, task, reading, Counter())]
+    # 8: it grows when this code makes other tokens of the same text
     key = [8, stamps, names, task, reading, lengths, writing, *_tokenizer_stamp(tokenizer)]
     examples = None
-    # a file of all rows serves as well as one of enough rows
-    for count_in_file in ({}, enough):
+    # a file of all examples will do, or else one of enough examples
+    for count in ({}, enough):
         if cache and examples is None:
-            examples = _read_cache(_cache_file(key, split, count_in_file))
+            examples = _read_cache(_cache_file(key, split, count))
     if examples is None:
-        parts = [split]
-        # the rows held out for testing are among those of 'train': tokenise them, too, and evaluation finds them in the cache
-        if cache and is_known and split == 'train' and not undivided and all(map(sources.divides, names)):
-            parts = ['train', 'test']
-        found, is_all = _tokenise_sources(names, parts, tokenizer, task, reading, writing, lengths, enough)
-        for part, part_examples in found.items():
-            if cache:
-                _write_cache(_cache_file(key, part, {} if is_all else enough), part_examples)
-        examples = found[split]
+        splits = [split]
+        # the rows held out for testing are among those of 'train': evaluation will find them in the cache
+        if cache and is_stamped and split == 'train' and not undivided and all(map(sources.divides, names)):
+            splits = ['train', 'test']
+        tokenised, is_all = _tokenise_sources(names, splits, tokenizer, task, reading, writing, lengths, enough)
+        if cache:
+            for name, its_examples in tokenised.items():
+                _write_cache(_cache_file(key, name, {} if is_all else enough), its_examples)
+        examples = tokenised[split]
     examples = examples.select(slice(enough.get(split)))
-
     # so that the exported tokenizer writes chats as in training
     if NO_TEMPLATE in examples.left_out:
         tokenizer.chat_template = PLAIN_CHAT
@@ -105,31 +104,29 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     return examples
 
 
-def _tokenise_sources(names, parts, tokenizer, task, reading, writing, lengths, enough):
-    """Return ({part: Examples}, whether they are all) of sources. parts: the split, or 'train' and 'test' from the same rows.
+def _tokenise_sources(names, splits, tokenizer, task, reading, writing, lengths, enough):
+    """Read sources and return ({split: Examples}, whether these are all), for one split, or for 'train' and 'test' at once.
 
-    The other arguments are those of load_examples, in groups. What was left out in reading counts for each part."""
+    The arguments are those of load_examples, in groups. What was left out in reading counts for each split."""
     left_out = Counter()
-    rows = _rows(names, parts[0], task, reading, left_out, both=len(parts) == 2)
-    skip_bad_rows = reading['skip_bad_rows']
-    found, is_all = tokenise_parts(
-        rows, parts, tokenizer, task, lengths, enough, skip_bad_rows=skip_bad_rows, **writing
-    )
-    # a part for testing is small by its option; that training draws from fewer examples is news
-    if not is_all and 'train' in parts:
+    rows = _read_sources(names, splits[0], task, reading, left_out, both=len(splits) == 2)
+    options = {'skip_bad_rows': reading['skip_bad_rows'], **writing}
+    tokenised, is_all = tokenise_splits(rows, splits, tokenizer, task, lengths, enough, **options)
+    # that there are few examples for testing is an option; for training it is news
+    if not is_all and 'train' in splits:
         say(f'note: the first {enough["train"]:,} training examples are enough: the others are not read')
-    # if the reading was stopped, this lets _rows fill left_out
+    # end the reading, which now adds to left_out
     rows.close()
-    for examples in found.values():
+    for examples in tokenised.values():
         examples.left_out.update(left_out)
-    return found, is_all
+    return tokenised, is_all
 
 
-def _rows(names, split, task, reading, left_out, both=False):
-    """Yield the examples of all sources, in order, and count them in a bar. Raises UserError if a source gives none to train on.
+def _read_sources(names, split, task, reading, left_out, both=False):
+    """Yield the rows of all sources as examples of text, and show their number. Raises UserError if a source has none to train on.
 
     reading: options of sources.read_examples. left_out: a Counter, to which the reasons of a source are added when its reading
-    ends or is stopped. both: of sources without a test split, yield the examples of train and of test."""
+    ends or is stopped. both: of sources without a test split, yield the rows of train and of test."""
     with progress(None, ' examples', 'reading') as bar:
         for source in names:
             reasons, unusable = Counter(), Counter()
@@ -142,7 +139,7 @@ def _rows(names, split, task, reading, left_out, both=False):
                     yield row
             finally:
                 left_out.update(reasons)
-            # a part that is held out for testing may be empty
+            # rows that are held out for testing need not be usable
             if not is_usable and (split == 'train' or reading['undivided']):
                 raise sources.vanished(source, split, reasons + unusable)
 
@@ -155,7 +152,7 @@ def source_rows(examples, data, split, task, *, chat, system, **reading):
     found = {}
     if not wanted:
         return found
-    for row in _rows(data.split('+'), split, task, reading, Counter()):
+    for row in _read_sources(data.split('+'), split, task, reading, Counter()):
         example = as_chats(row, system) if chat or system else row
         for part in as_parts(example, task, Counter()):
             # of equal examples, the first row counts
@@ -170,34 +167,34 @@ def source_rows(examples, data, split, task, *, chat, system, **reading):
 
 
 def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False, **writing):
-    """Return the Examples of rows of text or chat. The Counter left_out gets the reasons for what cannot be used.
+    """Return the Examples of rows of text or chat. The reasons for what cannot be used are added to the Counter left_out.
 
     margins: if any pair has a margin, all keep theirs; a missing one becomes 0, and is counted. writing: skip_bad_rows (count
     the rows that the chat template refuses, instead of raising UserError), and chat, system, last_turn_only of load_examples."""
     lengths = max_length, max_prompt_length, truncation
-    found, _ = tokenise_parts(rows, ['train'], tokenizer, task, lengths, {}, margins=margins, **writing)
-    examples = found['train']
+    tokenised, _ = tokenise_splits(rows, ['train'], tokenizer, task, lengths, {}, margins=margins, **writing)
+    examples = tokenised['train']
     left_out.update(examples.left_out)
     examples.left_out = +left_out
     return examples
 
 
-def tokenise_parts(rows, parts, tokenizer, task, lengths, enough, margins=False, **writing):
-    """Return ({part: Examples}, whether all rows were read). Of two parts, the second gets the rows that are .held_out.
+def tokenise_splits(rows, splits, tokenizer, task, lengths, enough, margins=False, **writing):
+    """Return ({split: Examples}, whether all rows were read). Of two splits, the second gets the rows that are .held_out.
 
-    lengths: max_length, max_prompt_length, truncation. enough: {part: count}: reading stops once every part has so many
+    lengths: max_length, max_prompt_length, truncation. enough: {split: count}: reading stops once every split has so many
     examples; without a count, or with None, all rows are read. margins, writing: as for tokenise."""
-    builders = {part: _Builder() for part in parts}
+    builders = {split: _Builder() for split in splits}
     limits = Limits.of(tokenizer, *lengths)
     rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **writing)
     is_all = True
     for encoded_chunk in _encoded(rendered, tokenizer):
         for builder, part, ids in encoded_chunk:
             builder.add(part, ids, limits)
-        if all(builder.has(enough.get(part)) for part, builder in builders.items()):
+        if all(builder.has(enough.get(split)) for split, builder in builders.items()):
             is_all = False
             break
-    return {part: builder.examples(task, margins) for part, builder in builders.items()}, is_all
+    return {split: builder.examples(task, margins) for split, builder in builders.items()}, is_all
 
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
@@ -208,7 +205,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
     seen_uids = set()
     has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
     for row in rows:
-        # with one builder, this is the same
+        # the second of two builders is for testing; if there is one, it is the first and the last
         builder = builders[-1] if getattr(row, 'held_out', False) else builders[0]
         left_out = builder.left_out
         example = as_chats(row, system) if chat or system else row
@@ -240,10 +237,10 @@ def _is_text_without_turns(part):
 
 
 def _texts_of(part, tools, tokenizer, left_out):
-    """Return [(texts, Part)], an item for each example that a Part becomes. texts: marked, or None for an empty answer.
+    """Return (texts, Part) for each example that a Part becomes. texts: marked, or None if the answer is empty. Raises Refused.
 
     A conversation becomes one example, whose texts are its segments (turns.py). If the chat template cannot write that, each
-    trained answer becomes an example, behind all messages before it. Raises Refused."""
+    trained answer becomes an example, behind all messages before it."""
     conversation = part.conversation or []
     single = part._replace(conversation=None)
     trained = [i for i, turn in enumerate(conversation) if is_trained(turn)]
@@ -252,37 +249,38 @@ def _texts_of(part, tools, tokenizer, left_out):
     if not is_one_sequence:
         return [(render(part.prompt, part.answers, tools, tokenizer, left_out), single)]
     segments = turns.segments(conversation, tools, tokenizer, left_out)
-    if segments is None:
-        left_out[turns.APART] += 1
-        return [
-            (render(conversation[:i], [conversation[i : i + 1]], tools, tokenizer, left_out), single) for i in trained
-        ]
-    # no segments: all answers are empty, and counted
-    return [(segments, part)] if segments else []
+    # [] means that all answers are empty, which is counted there; None that the template cannot write it so
+    if segments is not None:
+        return [(segments, part)] if segments else []
+    left_out[turns.APART] += 1
+    items = []
+    for i in trained:
+        before, answer = conversation[:i], conversation[i]
+        items.append((render(before, [[answer]], tools, tokenizer, left_out), single))
+    return items
 
 
 def _encoded(items, tokenizer):
-    """Yield lists of (builder, Part, ids) for the items of _render_rows, in order. ids: the token ids of each text of an item.
-
-    A thread encodes one list while the next one is read and rendered."""
+    """Yield lists of (builder, Part, ids) for the items of _render_rows, in order. A thread encodes a list meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = []  # (chunk, future of the ids of all its texts), two at most
+        waiting = []
         for chunk in _chunks(items):
-            texts_of_chunk = [text for _, texts, _ in chunk for text in texts]
-            waiting.append((chunk, pool.submit(encode_texts, texts_of_chunk, tokenizer)))
+            waiting.append(pool.submit(_encode_chunk, chunk, tokenizer))
+            # one is encoded while the next one is read and rendered
             if len(waiting) == 2:
-                yield _with_ids(*waiting.pop(0))
-        yield _with_ids(*waiting.pop())
+                yield waiting.pop(0).result()
+        yield waiting.pop().result()
 
 
-def _with_ids(chunk, future):
-    """Return [(builder, Part, ids)] of a chunk whose texts a thread encodes; wait for it."""
-    ids = iter(future.result())
+def _encode_chunk(chunk, tokenizer):
+    """Return [(builder, Part, ids)] of a list of (builder, texts, Part). ids: a list of the token ids of each text."""
+    all_texts = [text for _, texts, _ in chunk for text in texts]
+    ids = iter(encode_texts(all_texts, tokenizer))
     return [(builder, part, [next(ids) for _ in texts]) for builder, texts, part in chunk]
 
 
 def _chunks(items):
-    """Yield lists of the items of _render_rows, cut by CHUNK and CHARACTERS. The last one may be empty; there is one at least."""
+    """Yield the items of _render_rows in lists, as long as CHUNK and CHARACTERS say. There is one at least; it may be empty."""
     chunk, characters = [], 0
     for item in items:
         _, texts, _ = item
@@ -458,9 +456,9 @@ def _tokenizer_stamp(tokenizer):
     return model, template, tokenizer.eos_token_id
 
 
-def _cache_file(key, part, enough):
-    """Return the path of the cache file of a part. key: json-able. enough: {} if the file is of all rows."""
-    text = json.dumps([key, part, enough])
+def _cache_file(key, split, enough):
+    """Return the path of the cache file of a split. key: json-able. enough: {} if the file has all examples."""
+    text = json.dumps([key, split, enough])
     return cache.path_of('tokens', hashlib.sha256(text.encode()).hexdigest())
 
 
