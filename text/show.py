@@ -6,7 +6,6 @@
 What is trained on is coloured, or in a file between [[ and ]]. --n=none --json prints every example, one a line.
 """
 
-import math
 import sys
 from collections import Counter
 from contextlib import redirect_stdout
@@ -39,7 +38,7 @@ json = False  # one JSON object a line, and nothing else
 
 # so many lengths are measured at most: of a large data set, all would take long
 MEASURED = 2000
-# a limit in tokens that no example reaches, so that nothing is cut before it is measured
+# a max_length that no example reaches, so that nothing is cut before it is measured
 UNCUT = 2**30
 
 
@@ -51,8 +50,8 @@ def main():
     with redirect_stdout(sys.stderr if json else out):
         try:
             if json:
-                items = (item for _, _, items in _read(left_out) for item in items)
-                for item in islice(items, n):
+                all_items = (item for _, _, items in _read(left_out) for item in items)
+                for item in islice(all_items, n):
                     out.write(dumps(item, ensure_ascii=False) + '\n')
                 _print_left_out(left_out)
             else:
@@ -104,7 +103,7 @@ def items_of(example, task, left_out):
         if task == 'singles':
             item['good'] = part.good
         if task == 'sft':
-            # of a conversation, all answers may be trained on
+            # of a conversation, the earlier answers are trained on, too
             turns = _messages(example.get('turns', part.answers[0]))
             item['trained'] = [turn['content'] for turn in turns if is_trained(turn)]
         item.update((key, example[key]) for key in ('margin', 'tools') if key in example)
@@ -124,35 +123,47 @@ def _print_text(left_out):
         tokenizer = load_tokenizer(model)
     counts = Counter()  # items of each task
     lengths = []
-    last_printed = math.inf if n is None else n
     for task, example, items in _read(left_out):
-        as_written = [_as_written(example, item) for item in items]
-        for number, (text, _) in enumerate(as_written, counts.total() + 1):
-            if number > last_printed:
-                break
-            print(f'--- {task}, example {number}: {example.where or data} ---')
-            if tokenizer:
-                # this text has all items of the example in it
-                print(_as_model_sees(example, task, tokenizer), end='\n\n')
-                break
-            print(text, end='\n\n')
-        counts.update([task] * len(items))
-        # with a tokenizer, one length an example: tokens of the longest item
-        if items and tokenizer and len(lengths) < MEASURED:
-            tokenised = _tokenised(example, task, tokenizer, UNCUT, UNCUT // 2, left_out)
-            if len(tokenised):
-                lengths.append(tokenised.longest())
-        elif len(lengths) < MEASURED:
-            lengths += [characters for _, characters in as_written]
-    _print_summary(counts, lengths, bool(tokenizer), left_out)
+        if not items:
+            continue
+        _print_items(example, task, items, counts.total() + 1, tokenizer)
+        counts[task] += len(items)
+        if len(lengths) < MEASURED:
+            lengths += _lengths(example, task, items, tokenizer, left_out)
+    _print_summary(counts, lengths, tokenizer is not None, left_out)
+
+
+def _print_items(example, task, items, first_number, tokenizer):
+    """Print those items of an example whose numbers are up to n: as the data has them, or as the tokenizer's model sees them."""
+    for number, item in enumerate(items, first_number):
+        if n is not None and number > n:
+            return
+        print(f'--- {task}, example {number}: {example.where or data} ---')
+        if tokenizer:
+            # one text has all items of the example
+            print(_as_model_sees(example, task, tokenizer), end='\n\n')
+            return
+        text, _ = _as_written(example, item)
+        print(text, end='\n\n')
+
+
+def _lengths(example, task, items, tokenizer, left_out):
+    """Return a list with the characters of each item, or with a tokenizer with the tokens of the longest item.
+
+    The list is empty, and left_out counts why, if the chat template refuses the example."""
+    if not tokenizer:
+        return [_as_written(example, item)[1] for item in items]
+    limits = UNCUT, UNCUT // 2, truncation
+    tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
+    return [tokenised.longest()] if len(tokenised) else []
 
 
 def _print_summary(counts, lengths, in_tokens, left_out):
     """Print how many items there are, how they were read, what was left out, and how long the items are.
 
     counts: items of each task. lengths: tokens (in_tokens) or characters. Raises UserError if there are no items."""
-    by_task = ', '.join(f'{count} {task}' for task, count in counts.items())
-    print(f'{data}: {by_task or "no examples"}')
+    words = ', '.join(f'{count} {task}' for task, count in counts.items())
+    print(f'{data}: {words or "no examples"}')
     print('read as:', columns or '; '.join(map(describe, data.split('+'))))
     _print_left_out(left_out)
     if not counts:
@@ -171,7 +182,8 @@ def _print_summary(counts, lengths, in_tokens, left_out):
 
 
 def _print_left_out(left_out):
-    """Print every reason that counts something. A note is of examples that are kept."""
+    """Print every reason with its count. A reason that begins with 'note' is of examples that are kept."""
+    # + takes only what was counted at least once
     for reason, count in (+left_out).items():
         heading = '' if reason.startswith('note') else 'left out: '
         print(f'{heading}{reason}: {count}')
@@ -189,15 +201,17 @@ def _as_written(example, item):
     """Return (text, characters) of an item as the data has it. In the text, what is trained on is marked.
 
     characters: those of a whole conversation, or else of the prompt and the longest answer."""
-    # sft trains on all answers of a conversation
+    # sft trains on all answers of a conversation, which stand between the messages of others
     if 'turns' in example and 'trained' in item:
         return _lines(example['turns'], is_trained), _characters(example['turns'])
     texts = [_lines(item['prompt'], lambda turn: False)]
     sizes = [0]
     for name in ('chosen', 'rejected', 'response'):
         if name in item:
-            label = {True: ', good', False: ', bad'}.get(item.get('good'), '')
-            texts.append(f'{name}{label}:\n' + _lines(item[name], lambda turn: True))
+            heading = name
+            if 'good' in item:
+                heading += ', good' if item['good'] else ', bad'
+            texts.append(f'{heading}:\n' + _lines(item[name], lambda turn: True))
             sizes.append(_characters(item[name]))
     return '\n'.join(texts), _characters(item['prompt']) + max(sizes)
 
@@ -226,15 +240,11 @@ def _characters(part):
 # ---- an example as a model sees it ----
 
 
-def _tokenised(example, task, tokenizer, longest, longest_prompt, left_out):
-    """Return the Examples of one example. There are none, and left_out counts why, if the chat template refuses it."""
-    return tokenise([example], tokenizer, task, longest, longest_prompt, truncation, left_out, skip_bad_rows=True)
-
-
 def _as_model_sees(example, task, tokenizer):
     """Return an example as text, after it was tokenised and cut; or say why it is left out."""
     reasons = Counter()
-    examples = _tokenised(example, task, tokenizer, max_length, max_prompt_length, reasons)
+    limits = max_length, max_prompt_length, truncation
+    examples = tokenise([example], tokenizer, task, *limits, reasons, skip_bad_rows=True)
     if not len(examples):
         return 'left out: ' + ', '.join(+reasons)
     return '\n\n'.join(decoded(examples, i, tokenizer, task) for i in range(len(examples)))
@@ -251,13 +261,15 @@ def decoded(examples, i, tokenizer, task):
     texts = [_decoded_answer(answer, tokenizer) for answer in answers]
     if len(texts) == 2:
         return f'{prompt}\nchosen: {texts[0]}\nrejected: {texts[1]}'
-    label = 'good' if examples.good[i] else 'bad'
-    return prompt + texts[0] + (f'\nlabel: {label}' if task == 'singles' else '')
+    text = prompt + texts[0]
+    if task == 'singles':
+        text += '\nlabel: good' if examples.good[i] else '\nlabel: bad'
+    return text
 
 
 def _decoded_answer(answer, tokenizer):
     """Return the ids of an answer as text. What is trained on is marked; the user's later turns, stored as ~id, are not."""
-    # ~id is negative: cut the ids where trained tokens and others meet
+    # ~id is negative: cut the ids wherever the sign changes
     borders = np.flatnonzero(np.diff(answer < 0)) + 1
     text = ''
     for ids in np.split(answer, borders):

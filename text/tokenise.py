@@ -79,9 +79,9 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     key = [8, stamps, names, task, reading, lengths, writing, *_tokenizer_stamp(tokenizer)]
     examples = None
     # a file of all examples will do, or else one of enough examples
-    for count in ({}, enough):
+    for file in (_cache_file(key, split, {}), _cache_file(key, split, enough)):
         if cache and examples is None:
-            examples = _read_cache(_cache_file(key, split, count))
+            examples = _read_cache(file)
     if examples is None:
         splits = [split]
         # the rows held out for testing are among those of 'train': evaluation will find them in the cache
@@ -219,7 +219,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
         try:
             rendered = [item for part in parts for item in _texts_of(part, row.get('tools'), tokenizer, left_out)]
         except Refused as error:
-            _bad_row(error, row, skip_bad_rows, left_out)
+            _skip_or_raise(error, row, skip_bad_rows, left_out)
             continue
         seen_uids.update(part.uid for part in parts)
         if has_template and _is_text_without_turns(parts[0]):
@@ -323,7 +323,7 @@ class _Builder:
                 self.left_out['empty answers'] += 1
                 return
             prompt, answers = fit(prompt, answers, limits, self.left_out)
-        # texts that differ may be cut to the same tokens
+        # cut, two answers may be the same
         if len(answers) == 2 and answers[0] == answers[1]:
             self.left_out['pairs with equal answers'] += 1
             return
@@ -342,9 +342,10 @@ class _Builder:
             self.left_out['pairs without a margin, taken as 0'] += int(is_missing.sum())
             margin = np.nan_to_num(margin)
         else:
+            # whoever has margins is told that they are not used
             self.left_out['margins, which only reward.py uses'] += int((~is_missing).sum())
             margin = None
-        # answers of the data are not trained on here, so it does not matter what they lack
+        # the answers of the data are not trained on here; a Counter deletes a key that it does not have, too
         if task == 'prompts':
             del self.left_out[THOUGHTLESS]
         spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
@@ -352,8 +353,8 @@ class _Builder:
         return Examples(np.asarray(self.ids), spans, good, uid, +self.left_out, margin=margin)
 
 
-def _bad_row(error, row, skip_bad_rows, left_out):
-    """Count a row that the chat template refuses. Raises UserError instead, unless such rows are to be skipped."""
+def _skip_or_raise(error, row, skip_bad_rows, left_out):
+    """Count a row that the chat template refuses in left_out. Unless such rows are to be skipped, raise UserError instead."""
     if skip_bad_rows:
         left_out[f'bad rows: {error}'] += 1
         return
@@ -390,8 +391,9 @@ def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad
         try:
             texts += render(row['prompt'], [], row.get('tools'), tokenizer, left_out)
         except Refused as error:
-            _bad_row(error, row, skip_bad_rows, left_out)
+            _skip_or_raise(error, row, skip_bad_rows, left_out)
             texts.append(None)
+    # all texts are encoded in one call
     ids = iter(encode_texts([text for text in texts if text is not None], tokenizer))
     return [None if text is None else cut(begin(next(ids), limits), limits, left_out) for text in texts]
 
@@ -401,16 +403,18 @@ def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad
 
 def as_parts(row, task, left_out, last_turn_only=False):
     """Return the Parts of a row for a task: one, or two single answers of a pair. [] for a row of no use, which is counted."""
-    prompt, answers = row['prompt'], _answers(row, task, left_out)
+    prompt = row['prompt']
+    answers = _answers(row, task, left_out)
     if answers is None:
         return []
+    # tools count only if there are any, so that other examples keep the hash that they always had
     tools = [row['tools']] if row.get('tools') else []
     uid = content_hash(prompt, answers, *tools)
     if any(map(is_empty, answers)):
         left_out['empty answers'] += 1
         return []
     if len(answers) == 1:
-        # sft trains on all answers of a conversation, not on the last alone
+        # sft trains on all answers of a conversation; other tasks, or last_turn_only, on its last one
         conversation = row.get('turns') if task == 'sft' and not last_turn_only else None
         return [Part(prompt, answers, row.get('good', True), uid, conversation=conversation)]
 
@@ -490,7 +494,7 @@ def _write_cache(file, examples):
 
 
 def _digest(arrays, left_out):
-    """Return a hash of what a cache file holds: a changed bit would train on other tokens."""
+    """Return a hash of what a cache file holds, kept in it: a changed bit on the disk would train on other tokens."""
     digest = hashlib.sha256(json.dumps(left_out).encode())
     for name in CACHED:
         digest.update(np.ascontiguousarray(arrays[name]) if name in arrays else b'-')
