@@ -21,11 +21,11 @@ PACKED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': None}
 # .parquet and .arrow files compress their content themselves
 COMPRESSIBLE = [ending for ending in FORMATS if ending not in ('.parquet', '.arrow')]
 ENDINGS = (*FORMATS, *(ending + packed for ending in COMPRESSIBLE for packed in PACKED))
-# parts of the messages to users
+# words that end messages to users
 HELP = 'see README, "Data of your own"'
 CUT = 'perhaps a download that was cut short'
-# cells of a table that are no text; in lower case they are JSON
-NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE')
+# cells of a table that are no text; in lower case they are JSON. ASCII: of the digits of all scripts, json reads 0 to 9
+NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE', re.ASCII)
 # columns of a table that are text even if all of it looks like numbers, as the answers to sums
 TEXTS = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion', 'output', 'answer', 'chosen',
          'rejected', 'text', 'history', 'human_ref', 'chosen_response', 'rejected_response', 'problem', 'solution'}  # fmt: skip

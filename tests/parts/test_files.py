@@ -64,6 +64,9 @@ def test_text_files_and_the_kinds_of_the_columns_of_a_table(tmp_path):
     rows = list(files.read_rows(None, 'train', str(path)))
     assert [(*row.values(), int(row.where.split()[-1])) for row in rows[:2]] == [('1', '2', 3, 2), ('4', '5', 6, 4)]
     assert rows[2].where.endswith('line 5') and rows[2].error
+    # digits of other scripts are text
+    path.write_text('prompt,n\na,1٣\n')
+    assert list(files.read_rows(None, 'train', str(path))) == [{'prompt': 'a', 'n': '1٣'}]
     # a table without a row is read; the name of a folder says nothing of the delimiter
     (tmp_path / 'a.tsv').mkdir()
     (tmp_path / 'a.tsv/b.csv').write_text('prompt,response\n')
