@@ -49,6 +49,7 @@ class Examples:
         """Make Examples of (prompt, answers) items of ids, such as samples. Every item has the same number of answers."""
         pieces = [piece for prompt, answers in items for piece in (prompt, *answers)]
         spans = spans_of([len(piece) for piece in pieces], parts=len(pieces) // len(items))
+        # these are not drawn by a hash of their text, and have no label
         uid = np.arange(len(items), dtype=np.uint64)
         return cls(np.concatenate(pieces), spans, np.ones(len(items), bool), uid, Counter())
 
@@ -109,6 +110,7 @@ class Examples:
             return self
         announced = np.where(self.good, good, bad)
         items = [(np.append(prompt, token), answers) for (prompt, answers), token in zip(self, announced, strict=True)]
+        # all tokens behind the first prompt have moved
         longer = Examples.of(items)
         return replace(self, ids=longer.ids, spans=longer.spans, ref=None, margin=None)
 
@@ -175,8 +177,9 @@ class Examples:
 
 def spans_of(widths, parts):
     """Return (n, parts, 2): start and end of n * parts pieces that lie one behind the other. widths: their tokens."""
-    edges = np.concatenate(([0], np.cumsum(np.asarray(widths, np.int64))))
-    return np.stack((edges[:-1], edges[1:]), 1).reshape(-1, parts, 2)
+    widths = np.asarray(widths, np.int64)
+    ends = np.cumsum(widths)
+    return np.stack((ends - widths, ends), 1).reshape(-1, parts, 2)
 
 
 def uniform_hash(uid, seed):
@@ -188,6 +191,9 @@ def uniform_hash(uid, seed):
 
 def splitmix64(x):
     """Return uint64s that look random for uint64s such as 0, 1, 2; different ones for different ones (a bijection)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    # the shifts and factors of its authors (Steele, Lea and Flood, 2014)
+    x = x ^ (x >> np.uint64(30))
+    x = x * np.uint64(0xBF58476D1CE4E5B9)
+    x = x ^ (x >> np.uint64(27))
+    x = x * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -102,8 +102,9 @@ def choose_splits(names, wanted, source):
         if wanted or len(likely) != 1:
             problem = f'no split {wanted!r}' if wanted else 'several splits'
             example = likely[0] if likely else 'SPLIT'
-            say_which = f"say which: --data='{named_part(source)[0]}[{example}]' ({HELP})"
-            raise UserError(f'{named_part(source)[0]} has {problem}; there are {", ".join(names)}: {say_which}')
+            name, _, _ = named_part(source)
+            say_which = f"say which: --data='{name}[{example}]' ({HELP})"
+            raise UserError(f'{name} has {problem}; there are {", ".join(names)}: {say_which}')
         train = likely[0]
     # train_prefs is tested on test_prefs; if no other split is for training, test will do, too
     held_out_names = [train.replace('train', name, 1) for name in HELD_OUT_NAMES]

@@ -98,7 +98,8 @@ def _opened(file):
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(file, compression='zstd'))
-    return PACKED.get(suffix, open)(file, 'rb')
+    open_file = PACKED.get(suffix, open)
+    return open_file(file, 'rb')
 
 
 def _opened_text(file, newline=None):
@@ -241,11 +242,11 @@ def _cells(file, delimiter):
         line = table.line_num + 1
         try:
             for row in table:
-                error = _utf8_error(''.join(row))
-                if len(row) != len(names):
-                    error = f'{len(row)} cells, and the table has {len(names)} columns'
                 # an empty line is no row
                 if row:
+                    error = _utf8_error(''.join(row))
+                    if len(row) != len(names):
+                        error = f'{len(row)} cells, and the table has {len(names)} columns'
                     yield line, {name: cell or None for name, cell in zip(names, row, strict=False) if name}, error
                 # line_num: lines read so far; a quoted cell may have several
                 line = table.line_num + 1

@@ -13,6 +13,7 @@ import random
 import re
 import tempfile
 
+# places, and what a review of each may be about
 PLACES = {
     'hotel': ('room', 'bed', 'staff', 'breakfast'),
     'cafe': ('coffee', 'cake', 'staff', 'music'),
@@ -22,10 +23,12 @@ PLACES = {
     'beach': ('water', 'sand', 'music', 'view'),
 }
 ASPECTS = sorted({aspect for aspects in PLACES.values() for aspect in aspects})
+# adjectives, and what they are worth
 VALUES = {
     'superb': 1.0, 'lovely': 1.0, 'charming': 1.0, 'great': 1.0, 'clean': 0.5, 'nice': 0.5, 'fine': 0.5, 'pleasant': 0.5,
     'plain': -0.5, 'dull': -0.5, 'tired': -0.5, 'dusty': -0.5, 'awful': -1.0, 'horrid': -1.0, 'broken': -1.0, 'rotten': -1.0,
 }  # fmt: skip
+# the words that are one token each
 WORDS = ['Review', 'of', 'the', 'was', 'very', 'and', '.', ':'] + list(PLACES) + ASPECTS + list(VALUES)
 
 
@@ -73,7 +76,7 @@ def _clauses(answer):
 def demonstration(prompt: str, rng: random.Random) -> str:
     """Return an answer of mixed quality. Each writer has a taste for good or bad words, and at times goes off topic."""
     place = _place_in(prompt)
-    # how often this writer takes a good word rather than a bad one
+    # the probability that this writer takes a good word rather than a bad one
     taste = rng.random()
     clauses = []
     for _ in range(rng.randint(1, 4)):
@@ -100,6 +103,7 @@ def pairs(split: str, n: int = 6000, sharpness: float = 3.0):
         prompt = f'Review of the {rng.choice(sorted(PLACES))}:'
         first = demonstration(prompt, rng)
         second = demonstration(prompt, rng)
+        # of the first against the second
         odds = math.exp(sharpness * (gold(prompt, first) - gold(prompt, second)))
         first_is_chosen = rng.random() < odds / (1 + odds)
         chosen, rejected = (first, second) if first_is_chosen else (second, first)
