@@ -11,6 +11,7 @@ import re
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 
 from configurator import UserError
 from runtime import hub
@@ -75,7 +76,7 @@ def content_hash(*parts) -> int:
 def named_part(source):
     """Return (name, config, split) of a source 'NAME:config[split]'. config or split is None if the source does not name it.
 
-    A hub id may have configs, and so may a folder, written with a slash. A file or pattern with brackets stays whole."""
+    A hub id may have configs, and so may a folder (./mine:easy, with a slash). A file or pattern with brackets stays whole."""
     split = None
     in_brackets = re.fullmatch(r'(.+)\[([\w.+-]+)\]', source)
     is_there = os.path.exists(source) or glob.glob(os.path.expanduser(source))
@@ -290,7 +291,8 @@ def _splits_by_name(path):
     has_train = any(split.startswith('train') for split in splits)
     if unnamed and has_train:
         # once, though a folder is looked at several times
-        say_once(f'note: not read, since other files are named train: {", ".join(unnamed)}')
+        listed = shorten(', '.join(unnamed), 300)
+        say_once(f'note: not read, since other files are named train: {listed}')
     elif unnamed:
         splits = {'train': unnamed, **splits}
     return splits
@@ -299,7 +301,8 @@ def _splits_by_name(path):
 def _split_of(name):
     """Return the split that the path of a file tells, as datasets reads it, or '' if it tells none.
 
-    A file of several tells it before its number: data/x-00000-of-00001 is of x. Otherwise a word such as train does."""
+    Of train_x-00000-of-00002, and in a folder data of any x-00000-of-00002, it is the text before the number. Otherwise it is
+    a word of the path, such as train."""
     word = WORD.search(name.lower())
     shard = SHARD.search(name)
     if shard:
