@@ -91,17 +91,19 @@ class Examples:
         is_flipped = uniform_hash(self.uid, seed) < rate
         left_out = self.left_out + Counter({'labels flipped': int(is_flipped.sum())})
         is_pairs = self.spans.shape[1] == 3
+        # two single answers that were made of a pair have its uid, and flip together
         if not is_pairs:
-            # two single answers that were made of a pair have its uid, and flip together
             return replace(self, good=self.good ^ is_flipped, left_out=left_out)
-        spans = np.where(is_flipped[:, None, None], self.spans[:, [0, 2, 1]], self.spans)
+        # the prompt, then the rejected answer, then the chosen one
+        swapped_spans = self.spans[:, [0, 2, 1]]
+        spans = np.where(is_flipped[:, None, None], swapped_spans, self.spans)
         ref = self.ref
         if ref is not None:
             ref = np.where(is_flipped[:, None], ref[:, ::-1], ref)
         return replace(self, spans=spans, ref=ref, left_out=left_out)
 
     def first_answers(self):
-        """Return the examples with their chosen answers alone, for SFT."""
+        """Return the examples with their first answers alone, for SFT: of a pair, the chosen one."""
         return replace(self, spans=self.spans[:, :2], ref=None, margin=None)
 
     def control(self, good, bad):
@@ -119,7 +121,7 @@ class Examples:
         # the two answers of a pair have one uid; with good added, they are drawn apart
         own_uid = self.uid + self.good.astype(np.uint64)
         fractions = np.where(self.good, frac_good, frac_bad)
-        # flip draws with seed
+        # not with seed, with which flip draws
         kept = self.select(uniform_hash(own_uid, seed + 1) < fractions)
         if not len(kept):
             raise UserError('no train examples are left: raise frac_good or frac_bad')
@@ -137,9 +139,9 @@ class Examples:
     def mismatched(self, rows, max_length, more):
         """Return Examples of the prompts at these rows, each with an answer to another prompt (for KTO's z).
 
-        rows: of a step, whose examples have one answer. The answer is that of the next example of the step with another
-        prompt; else of the next one of this set, else of the first one of the set `more`. If all prompts are the same, it is
-        that of any other example. It is cut so that prompt and answer have max_length tokens."""
+        rows: those of a step; all examples have one answer. An answer is taken from the next example of the step with another
+        prompt; else from the next one of this set, else from the first one of the Examples `more`. If all prompts are the same,
+        it is taken from any other example. It is cut so that prompt and answer have max_length tokens."""
 
         def donors(slot, row):
             """Yield (set, its rows) to take an answer from, the best first; there may be no rows."""
@@ -191,7 +193,7 @@ def uniform_hash(uid, seed):
 
 def splitmix64(x):
     """Return uint64s that look random for uint64s such as 0, 1, 2; different ones for different ones (a bijection)."""
-    # the shifts and factors of its authors (Steele, Lea and Flood, 2014)
+    # the shifts and factors are those of splitmix64
     x = x ^ (x >> np.uint64(30))
     x = x * np.uint64(0xBF58476D1CE4E5B9)
     x = x ^ (x >> np.uint64(27))
