@@ -219,7 +219,7 @@ def folder_splits(path, config=None):
     named_files = _named_files(path, entry)
     if named_files:
         return named_files
-    # the names of all files would mix this config with the others; a single config has all of them
+    # the README names files, and none is here: what is here may belong to the other configs, if there are any
     if 'data_files' in entry and len(configs) > 1:
         raise UserError(f'{path} has none of the files that its README names for the config {config!r}: fetch them')
     if 'data_dir' in entry:
@@ -308,7 +308,7 @@ def _split_of(name):
     if shard:
         is_told_by_folder = not word and '/data/' in f'/{name}'
         if is_told_by_folder or WORD.search(shard[1].lower()):
-            # these begin the names of files that have no split
+            # data-00000-of-00002 and part-00000 are common names of files, and no splits
             return '' if shard[1] in ('data', 'part') else shard[1]
     if not word:
         return ''
@@ -324,7 +324,7 @@ def has_test_part(path):
 def local_files(path, split):
     """Return the data files of a path that serve for a split: those of its name, or else those that choose_splits takes.
 
-    split None: all files. Any split but train is for testing; without one for it, the files for training serve."""
+    split None: all files. If nothing is for testing, the files for training serve, of which the caller holds out a part."""
     if split is None:
         return data_files(path)
     splits = folder_splits(path)
