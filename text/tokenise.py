@@ -55,20 +55,22 @@ class Part(NamedTuple):
 def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length, truncation='start', undivided=False,
                   num_turns=1, skip_bad_rows=False, columns=None, chat=False, system=None, last_turn_only=False,
                   data_fraction=1.0, seed=0, cache=True, margins=False, enough=None):  # fmt: skip
-    """Return the tokenised Examples of a split, 'train' or 'test', of 'hh', 'hh+shp', 'hh:PATH', 'toy', a hub id, file or folder.
+    """Return the tokenised Examples of a split of data: of 'hh', 'hh+shp', 'hh:PATH', 'toy', a hub id, a file or a folder.
 
-    task: 'pairs', 'singles' (KTO; a pair makes two), 'sft' or 'prompts'. max_length, max_prompt_length: tokens. If the whole is
-    too long, the prompt loses its start (or its end: truncation), then answers are cut. undivided: a single file is not
-    divided into train and test. chat: texts become chats, behind the message system. last_turn_only: sft trains on the last
-    answer of a conversation, not on all. margins: keep those of pairs. enough: {'train': count, 'test': count}: only the first
-    so many are tokenised; None: all. A tokenizer without a chat template gets one if there are chats. Raises UserError."""
+    split: 'train' or 'test'. task: 'pairs', 'singles' (KTO; a pair makes two), 'sft' or 'prompts'. max_length,
+    max_prompt_length: tokens; if the whole is too long, the prompt loses its start (truncation 'end': its end), then answers
+    are cut. undivided, num_turns, skip_bad_rows, columns: of sources.read_examples. chat: texts become chats. system: chats
+    begin with this message. last_turn_only: sft trains on the last answer of a conversation, not on all. data_fraction: keep
+    so many, drawn by a hash of text and seed. margins: keep those of pairs. enough: {'train': count, 'test': count}: tokenise
+    only the first so many; None: all. A tokenizer without a chat template gets one if there are chats. Raises UserError."""
     problem = no_room(max_length, max_prompt_length)
     if problem:
         raise UserError(problem)
     reading = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     writing = {'chat': chat, 'system': system, 'last_turn_only': last_turn_only, 'margins': margins}
     lengths = max_length, max_prompt_length, truncation
-    names, enough = data.split('+'), enough or {}
+    names = data.split('+')
+    enough = enough or {}
 
     # the name of a cache file follows from all that the tokens depend on; without a hub dataset's commit, from its rows
     stamps = [sources.fingerprint(source, split) for source in names]
@@ -77,11 +79,9 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         stamps = [content_hash(row) for row in _read_sources(names, split, task, reading, Counter())]
     # 8: it grows when this code makes other tokens of the same text
     key = [8, stamps, names, task, reading, lengths, writing, *_tokenizer_stamp(tokenizer)]
-    examples = None
-    # a file of all examples will do, or else one of enough examples
-    for file in (_cache_file(key, split, {}), _cache_file(key, split, enough)):
-        if cache and examples is None:
-            examples = _read_cache(file)
+    # with {} the file of all examples, which are enough for any count
+    files = [_cache_file(key, split, count) for count in ({}, enough)]
+    examples = _read_cache(files) if cache else None
     if examples is None:
         splits = [split]
         # the rows held out for testing are among those of 'train': evaluation will find them in the cache
@@ -466,20 +466,21 @@ def _cache_file(key, split, enough):
     return cache.path_of('tokens', hashlib.sha256(text.encode()).hexdigest())
 
 
-def _read_cache(file):
-    """Return the Examples in a cache file, or None if there is no file or it is damaged; a note says the latter."""
+def _read_cache(files):
+    """Return the Examples in the first of these cache files that is there and whole, or None. A note names a damaged one."""
 
     def is_whole(arrays, metadata):
         left_out, digest = json.loads(metadata['left_out'])
         return digest == _digest(arrays, left_out)
 
-    found = cache.read(file, is_whole)
-    if found:
-        arrays, metadata = found
-        left_out, _ = json.loads(metadata['left_out'])
-        return Examples(**arrays, left_out=Counter(left_out))
-    if file.exists():
-        say(f'note: {file} is damaged: tokenising anew')
+    for file in files:
+        found = cache.read(file, is_whole)
+        if found:
+            arrays, metadata = found
+            left_out, _ = json.loads(metadata['left_out'])
+            return Examples(**arrays, left_out=Counter(left_out))
+        if file.exists():
+            say(f'note: {file} is damaged: tokenising anew')
     return None
 
 
