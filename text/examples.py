@@ -41,17 +41,23 @@ class Examples:
 
     def __getitem__(self, i):
         """Return (prompt ids, list of the ids of each answer) of example i."""
-        prompt, *answers = (self.ids[start:end] for start, end in self.spans[i])
+        pieces = [self.ids[start:end] for start, end in self.spans[i]]
+        prompt = pieces[0]
+        answers = pieces[1:]
         return prompt, answers
 
     @classmethod
     def of(cls, items):
         """Make Examples of (prompt, answers) items of ids, such as samples. Every item has the same number of answers."""
-        pieces = [piece for prompt, answers in items for piece in (prompt, *answers)]
-        spans = spans_of([len(piece) for piece in pieces], parts=len(pieces) // len(items))
-        # these are not drawn by a hash of their text, and have no label
+        pieces = []
+        for prompt, answers in items:
+            pieces += [prompt, *answers]
+        widths = [len(piece) for piece in pieces]
+        spans = spans_of(widths, parts=len(pieces) // len(items))
+        # samples have no label, and none of them is drawn by a hash of its text
+        good = np.ones(len(items), bool)
         uid = np.arange(len(items), dtype=np.uint64)
-        return cls(np.concatenate(pieces), spans, np.ones(len(items), bool), uid, Counter())
+        return cls(np.concatenate(pieces), spans, good, uid, Counter())
 
     @cached_property
     def widths(self):
@@ -65,14 +71,17 @@ class Examples:
 
     def longest(self, mixed=False):
         """Return the tokens of the longest prompt and answer together: of one example, or if mixed of any two (mismatched)."""
-        longest_answers = self.widths[:, 1:].max(1, initial=0)  # (n,)
+        # (n,) the longest answer of each example
+        longest_answers = self.widths[:, 1:].max(1, initial=0)
         if mixed:
             return self.longest_prompt() + int(longest_answers.max(initial=0))
-        return int((self.widths[:, 0] + longest_answers).max(initial=0))
+        together = self.widths[:, 0] + longest_answers
+        return int(together.max(initial=0))
 
     def longest_prompt(self):
         """Return the tokens of the longest prompt."""
-        return int(self.widths[:, 0].max(initial=0))
+        prompts = self.widths[:, 0]
+        return int(prompts.max(initial=0))
 
     def select(self, rows):
         """Return the examples at these rows: a slice, a mask or numbers. The tokens of the others stay in ids."""
@@ -89,7 +98,8 @@ class Examples:
         What is flipped at one rate is flipped at any higher one, too. A flipped pair keeps its margin: whoever takes the worse
         answer for the better one is as sure of it."""
         is_flipped = uniform_hash(self.uid, seed) < rate
-        left_out = self.left_out + Counter({'labels flipped': int(is_flipped.sum())})
+        n_flipped = int(is_flipped.sum())
+        left_out = self.left_out + Counter({'labels flipped': n_flipped})
         is_pairs = self.spans.shape[1] == 3
         # two single answers that were made of a pair have its uid, and flip together
         if not is_pairs:
@@ -104,15 +114,20 @@ class Examples:
 
     def first_answers(self):
         """Return the examples with their first answers alone, for SFT: of a pair, the chosen one."""
-        return replace(self, spans=self.spans[:, :2], ref=None, margin=None)
+        spans = self.spans[:, :2]
+        # these two are of pairs
+        return replace(self, spans=spans, ref=None, margin=None)
 
     def control(self, good, bad):
         """Put a token behind every prompt that announces the answer: the id good or the id bad (conditional SFT)."""
         if not len(self):
             return self
         announced = np.where(self.good, good, bad)
-        items = [(np.append(prompt, token), answers) for (prompt, answers), token in zip(self, announced, strict=True)]
-        # all tokens behind the first prompt have moved
+        items = []
+        for i, token in enumerate(announced):
+            prompt, answers = self[i]
+            items.append((np.append(prompt, token), answers))
+        # all tokens behind the first prompt have moved, so the flat arrays are made anew
         longer = Examples.of(items)
         return replace(self, ids=longer.ids, spans=longer.spans, ref=None, margin=None)
 
@@ -122,7 +137,8 @@ class Examples:
         own_uid = self.uid + self.good.astype(np.uint64)
         fractions = np.where(self.good, frac_good, frac_bad)
         # not with seed, with which flip draws
-        kept = self.select(uniform_hash(own_uid, seed + 1) < fractions)
+        is_kept = uniform_hash(own_uid, seed + 1) < fractions
+        kept = self.select(is_kept)
         if not len(kept):
             raise UserError('no train examples are left: raise frac_good or frac_bad')
         return kept
@@ -134,7 +150,11 @@ class Examples:
     @cached_property
     def prompt_hashes(self):
         """(n,) a hash of every prompt: those of equal prompts are equal, in this process."""
-        return np.array([hash(self.ids[start:end].tobytes()) for start, end in self.spans[:, 0]], np.int64)
+        hashes = []
+        for start, end in self.spans[:, 0]:
+            prompt = self.ids[start:end]
+            hashes.append(hash(prompt.tobytes()))
+        return np.array(hashes, np.int64)
 
     def mismatched(self, rows, max_length, more):
         """Return Examples of the prompts at these rows, each with an answer to another prompt (for KTO's z).
@@ -148,9 +168,12 @@ class Examples:
             own_prompt = self.prompt_hashes[row]
             # rolled, so that those behind this example come first, and then those before it
             in_step = np.roll(rows, -slot)[1:]
-            yield self, in_step[self.prompt_hashes[in_step] != own_prompt]
-            in_set = np.roll(np.arange(len(self)), -row)[1:]
-            yield self, in_set[self.prompt_hashes[in_set] != own_prompt]
+            has_other_prompt = self.prompt_hashes[in_step] != own_prompt
+            yield self, in_step[has_other_prompt]
+            all_rows = np.arange(len(self))
+            in_set = np.roll(all_rows, -row)[1:]
+            has_other_prompt = self.prompt_hashes[in_set] != own_prompt
+            yield self, in_set[has_other_prompt]
             yield more, np.flatnonzero(more.prompt_hashes != own_prompt)
             # whatever the prompt
             yield self, in_set
@@ -158,9 +181,11 @@ class Examples:
 
         items = []
         for slot, row in enumerate(rows):
+            # the first that has rows
             donor, donor_rows = next((donor, found) for donor, found in donors(slot, row) if len(found))
             prompt, _ = self[row]
-            _, (answer,) = donor[donor_rows[0]]
+            best_row = donor_rows[0]
+            _, (answer,) = donor[best_row]
             # a prompt that fills all the room gets one token of it all the same
             room = max(1, max_length - len(prompt))
             items.append((prompt, [answer[:room]]))
@@ -169,8 +194,11 @@ class Examples:
     def content(self):
         """Return a hash of the tokens that are trained on, with their order, labels and margins; select changes it."""
         digest = hashlib.sha256()
+        # widths say where in the tokens each example begins
         for array in (self.widths, self.good, self.margin):
-            digest.update(b'-' if array is None else np.ascontiguousarray(array))
+            # a mark stands for margins that are not there
+            content = b'-' if array is None else np.ascontiguousarray(array)
+            digest.update(content)
         # not all of ids: select leaves the tokens of other examples there
         for start, end in self.spans.reshape(-1, 2).tolist():
             digest.update(self.ids[start:end])
@@ -181,14 +209,19 @@ def spans_of(widths, parts):
     """Return (n, parts, 2): start and end of n * parts pieces that lie one behind the other. widths: their tokens."""
     widths = np.asarray(widths, np.int64)
     ends = np.cumsum(widths)
-    return np.stack((ends - widths, ends), 1).reshape(-1, parts, 2)
+    starts = ends - widths
+    # (n * parts, 2), then a row for each example
+    spans = np.stack((starts, ends), 1)
+    return spans.reshape(-1, parts, 2)
 
 
 def uniform_hash(uid, seed):
     """Return a number in [0, 1) for each uint64 id. It looks random, and depends on the id and the seed alone (splitmix64)."""
     # 2**64 divided by the golden ratio: the step between seeds that splitmix64 has
-    step = np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    return splitmix64(uid + step).astype(np.float64) / 2**64
+    golden_step = 0x9E3779B97F4A7C15
+    offset = (seed + 1) * golden_step % 2**64
+    mixed = splitmix64(uid + np.uint64(offset))
+    return mixed.astype(np.float64) / 2**64
 
 
 def splitmix64(x):

@@ -257,11 +257,13 @@ def _named_files(folder, entry):
     data_files: a pattern, or a list of patterns or of {'split', 'path'}, where path is a pattern or a list of patterns."""
     splits = {}
     for item in _as_list(entry.get('data_files') or []):
+        # a pattern alone is of files for training
         named = item if isinstance(item, dict) else {'path': item}
         split = str(named.get('split', 'train'))
         for pattern in _as_list(named.get('path', [])):
             for name in sorted(glob.glob(str(pattern), root_dir=folder, recursive=True)):
                 file = os.path.join(folder, name)
+                # several patterns may fit one file, and fit files that are no data
                 if _is_data(Path(file)) and file not in splits.get(split, []):
                     splits.setdefault(split, []).append(file)
     return splits
@@ -318,6 +320,7 @@ def _split_of(name):
 
 def has_test_part(path):
     """Whether some of the files of a folder are for testing; of a single file, none is."""
+    # a single file is divided, even if it is called test.jsonl
     return len(data_files(path)) > 1 and any(name.startswith(HELD_OUT_NAMES) for name in folder_splits(path))
 
 
@@ -330,6 +333,7 @@ def local_files(path, split):
     splits = folder_splits(path)
     if split in splits:
         return splits[split]
+    # test may be meant where the folder says validation, or train where it says train_sft
     train, held_out = choose_splits(splits, wanted=None, source=path)
     if held_out is None or split.startswith('train'):
         return splits[train]

@@ -36,6 +36,7 @@ def begin(prompt, limits):
     The first token of an answer is predicted from the one before it, so that there must be one."""
     if limits.first is None:
         return prompt or [limits.eos]
+    # a chat template may have written BOS itself
     return prompt if prompt[:1] == [limits.first] else [limits.first, *prompt]
 
 
@@ -49,6 +50,7 @@ def cut(prompt, limits, left_out):
     left_out['prompts cut'] += 1
     if limits.truncation == 'end':
         return prompt[:-too_many]
+    # the start is cut behind BOS, if there is one
     n_bos = 0 if limits.first is None else 1
     return prompt[:n_bos] + prompt[n_bos + too_many :]
 
@@ -57,14 +59,21 @@ def fit(prompt, answers, limits, left_out):
     """Return (prompt, answers), the ids with BOS and the end of text, cut to the limits. What is cut is counted in left_out."""
     eos = limits.eos
     prompt = begin(prompt, limits)
+    # a chat template may have written the end of text itself
     answers = [answer if answer[-1:] == [eos] else [*answer, eos] for answer in answers]
-    # too long: first the prompt is cut, then each answer to the room that is left
-    if len(prompt) + max(map(len, answers)) > limits.max_length:
-        prompt = cut(prompt, limits, left_out)
-        room = limits.max_length - len(prompt)
-        left_out['answers cut'] += sum(len(answer) > room for answer in answers)
-        answers = [answer if len(answer) <= room else [*answer[: room - 1], eos] for answer in answers]
-    return prompt, answers
+    longest_answer = max(len(answer) for answer in answers)
+    if len(prompt) + longest_answer <= limits.max_length:
+        return prompt, answers
+    # first the prompt is cut, then each answer to the room that is left
+    prompt = cut(prompt, limits, left_out)
+    room = limits.max_length - len(prompt)
+    cut_answers = []
+    for answer in answers:
+        if len(answer) > room:
+            left_out['answers cut'] += 1
+            answer = [*answer[: room - 1], eos]
+        cut_answers.append(answer)
+    return prompt, cut_answers
 
 
 def fit_conversation(prompt, segments, limits, left_out):
@@ -125,7 +134,8 @@ def _encode_unmarked(texts, tokenizer):
 def _encode_marked(text, tokenizer):
     """Return the token ids of a text with marks: what stands between two marks is text, even if it spells a special token."""
     # every second piece stood between marks
-    pieces = re.split(f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}', text)
+    between_marks = f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}'
+    pieces = re.split(between_marks, text)
     ids = []
     for i, piece in enumerate(pieces):
         # a mark that is still there is alone: the template has cut the text at the other one
@@ -144,7 +154,8 @@ def _encode_inside(encode, text, tokenizer):
     """Return the ids that encode(text, tokenizer) gives for a piece from inside a text.
 
     Some tokenizers put a space before the first word of a text. So the piece is encoded behind a line break, whose ids are
-    taken away again; if the line break and the piece share a token, the piece is encoded alone."""
+    taken away again. If they cannot be told from those of the piece, the piece is encoded alone."""
+    # compared, since a tokenizer may also merge the line break with the piece
     line = encode('\n', tokenizer)
     ids = encode('\n' + text, tokenizer)
     if ids[: len(line)] == line:

@@ -140,6 +140,7 @@ def _read_arrow(file):
 
 def _rows_of(file, batches):
     """Yield the Rows of pyarrow's batches, numbered from 1."""
+    # only one batch at a time becomes python's values, which take far more memory
     rows = (raw for batch in batches for raw in batch.to_pylist())
     for number, raw in enumerate(rows, 1):
         yield Row.of(without_inner_nulls(raw), f'{file}, row {number}')

@@ -44,6 +44,7 @@ UNCUT = 2**30
 
 def main():
     """Print the examples that the options ask for. Raises UserError."""
+    # set the options above from the command line and config files
     configure(globals())
     left_out, out = Counter(), sys.stdout
     # a program reads the JSON lines, so the readers' notes go to the other stream
@@ -106,6 +107,7 @@ def items_of(example, task, left_out):
             # of a conversation, the earlier answers are trained on, too
             turns = _messages(example.get('turns', part.answers[0]))
             item['trained'] = [turn['content'] for turn in turns if is_trained(turn)]
+        # of all tasks, if the example has them
         item.update((key, example[key]) for key in ('margin', 'tools') if key in example)
         items.append(item)
     return items
@@ -124,6 +126,7 @@ def _print_text(left_out):
     counts = Counter()  # items of each task
     lengths = []
     for task, example, items in _read(left_out):
+        # an example of no use is counted in left_out
         if not items:
             continue
         _print_items(example, task, items, counts.total() + 1, tokenizer)
@@ -261,6 +264,7 @@ def decoded(examples, i, tokenizer, task):
     texts = [_decoded_answer(answer, tokenizer) for answer in answers]
     if len(texts) == 2:
         return f'{prompt}\nchosen: {texts[0]}\nrejected: {texts[1]}'
+    # a single answer goes on where its prompt ends
     text = prompt + texts[0]
     if task == 'singles':
         text += '\nlabel: good' if examples.good[i] else '\nlabel: bad'

@@ -133,6 +133,7 @@ def _read_sources(names, split, task, reading, left_out, both=False):
             is_usable = False
             try:
                 for row in sources.read_examples(source, split, reasons, task=task, both=both, **reading):
+                    # one row of use is enough, and it must be one to train on
                     if not is_usable and not row.held_out:
                         is_usable = bool(as_parts(row, task, unusable))
                     bar.update()
@@ -191,6 +192,7 @@ def tokenise_splits(rows, splits, tokenizer, task, lengths, enough, margins=Fals
     for encoded_chunk in _encoded(rendered, tokenizer):
         for builder, part, ids in encoded_chunk:
             builder.add(part, ids, limits)
+        # what is read and not added by now is thrown away
         if all(builder.has(enough.get(split)) for split, builder in builders.items()):
             is_all = False
             break
@@ -221,6 +223,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
         except Refused as error:
             _skip_or_raise(error, row, skip_bad_rows, left_out)
             continue
+        # not before, since a row that is refused gives no example
         seen_uids.update(part.uid for part in parts)
         if has_template and _is_text_without_turns(parts[0]):
             left_out[NO_CHAT] += 1
@@ -285,6 +288,7 @@ def _chunks(items):
     for item in items:
         _, texts, _ = item
         chunk.append(item)
+        # a few long texts fill a chunk, too
         characters += sum(map(len, texts))
         if len(chunk) == CHUNK or characters > CHARACTERS:
             yield chunk
@@ -327,6 +331,7 @@ class _Builder:
         if len(answers) == 2 and answers[0] == answers[1]:
             self.left_out['pairs with equal answers'] += 1
             return
+        # spans are made of the widths at the end
         for piece in (prompt, *answers):
             self.ids.extend(piece)
             self.widths.append(len(piece))
@@ -370,6 +375,7 @@ def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation,
 
     An empty answer is allowed here: its ids are the end of text alone."""
     try:
+        # blank: without it, an empty answer would give no texts
         texts = render(prompt, [answer], None, tokenizer, left_out, blank=True)
     except Refused as error:
         raise UserError(str(error)) from None
@@ -436,6 +442,7 @@ def _answers(row, task, left_out):
         if answer is None or is_empty(answer):
             answer = '.' if isinstance(row['prompt'], str) else said('.')
         return [answer]
+    # sft takes the chosen answer of a pair, as a demonstration
     if 'chosen' in row and task != 'sft':
         return [row['chosen'], row['rejected']]
     if task == 'sft' and not row.get('good', True):
@@ -454,6 +461,7 @@ def _answers(row, task, left_out):
 
 def _tokenizer_stamp(tokenizer):
     """Return (model, chat template, end of text), which decide the ids of a tokenizer; json-able."""
+    # a slow tokenizer has no text that holds all of it
     model = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
     # a run sets PLAIN_CHAT if there was no template: both write the same
     template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
@@ -486,6 +494,7 @@ def _read_cache(files):
 
 def _write_cache(file, examples):
     """Write Examples to a cache file. If that fails, a note says so, and nothing else."""
+    # safetensors takes arrays whose bytes lie in order, and no None
     arrays = {name: getattr(examples, name) for name in CACHED}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
     left_out = [examples.left_out, _digest(arrays, examples.left_out)]
@@ -498,5 +507,7 @@ def _digest(arrays, left_out):
     """Return a hash of what a cache file holds, kept in it: a changed bit on the disk would train on other tokens."""
     digest = hashlib.sha256(json.dumps(left_out).encode())
     for name in CACHED:
-        digest.update(np.ascontiguousarray(arrays[name]) if name in arrays else b'-')
+        # a mark stands for an array that is not there
+        content = np.ascontiguousarray(arrays[name]) if name in arrays else b'-'
+        digest.update(content)
     return digest.hexdigest()

@@ -98,6 +98,7 @@ def pairs(split: str, n: int = 6000, sharpness: float = 3.0):
     """Yield n pairs {'prompt', 'chosen', 'rejected'}, always the same for a split ('train' or 'test').
 
     P(first is chosen) = sigmoid(sharpness * difference of the gold rewards), the Bradley-Terry model."""
+    # seeded with a text, random draws the same on all machines
     rng = random.Random(f'toy {split}')
     for _ in range(n):
         prompt = f'Review of the {rng.choice(sorted(PLACES))}:'
@@ -115,11 +116,13 @@ def tokenizer():
     import transformers
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    # byte pair encoding merges two tokens into one, so that every beginning of a word has to be a token, too
+    # every byte is a token, so that any text can be encoded
     ranks = {bytes([i]): i for i in range(256)}
+    # byte pair encoding merges two tokens into one, so that every beginning of a word has to be a token, too
     for word in WORDS:
         for end in range(2, len(word) + 2):
             ranks.setdefault(f' {word}'.encode()[:end], len(ranks))
+    # it comes behind all other tokens
     special = {'<|endoftext|>': len(ranks)}
     pattern = r' ?[A-Za-z]+| ?[^A-Za-z\s]|\s'
     # the converter reads tiktoken's files: on each line a token in base64 and its rank
