@@ -21,7 +21,8 @@ def in_words(left_out):
             notes.append(f'{reason} ({count:,} times)')
         else:
             counts.append(f'{count:,} {reason}')
-    return ', '.join(counts) or 'nothing', notes
+    in_one_text = ', '.join(counts)
+    return in_one_text or 'nothing', notes
 
 
 @dataclass(eq=False)
