@@ -155,7 +155,8 @@ def _lengths(example, task, items, tokenizer, left_out):
 
     The list is empty, and left_out counts why, if the chat template refuses the example."""
     if not tokenizer:
-        return [_as_written(example, item)[1] for item in items]
+        texts_and_characters = [_as_written(example, item) for item in items]
+        return [characters for _, characters in texts_and_characters]
     limits = UNCUT, UNCUT // 2, truncation
     tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
     return [tokenised.longest()] if len(tokenised) else []

@@ -214,17 +214,20 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
         parts = as_parts(example, task, left_out, last_turn_only)
         if not parts:
             continue
-        # these train on the first answer alone, and many pairs may share it
+        # of several rows with the same prompt and first answer, these tasks take one
         if task in ('sft', 'prompts') and parts[0].uid in seen_uids:
             left_out['same prompt again' if task == 'prompts' else 'same demonstration again'] += 1
             continue
+        rendered = []
         try:
-            rendered = [item for part in parts for item in _texts_of(part, row.get('tools'), tokenizer, left_out)]
+            for part in parts:
+                rendered += _texts_of(part, row.get('tools'), tokenizer, left_out)
         except Refused as error:
             _skip_or_raise(error, row, skip_bad_rows, left_out)
             continue
         # not before, since a row that is refused gives no example
         seen_uids.update(part.uid for part in parts)
+        # perhaps --chat was forgotten
         if has_template and _is_text_without_turns(parts[0]):
             left_out[NO_CHAT] += 1
         left_out['empty answers'] += sum(texts is None for texts, _ in rendered)
