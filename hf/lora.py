@@ -275,14 +275,23 @@ def adapters_off(model):
 
 
 def write(model, weights, folder):
-    """Write trained weights (name -> tensor) of a freshly made PeftModel as an adapter folder. Returns the model with them merged."""
+    """Load trained weights (name -> tensor) into a freshly made PeftModel, and write its adapter folder.
+
+    The folder is PEFT's, with one file more: the hash of the base model's files, where that model is a folder here."""
+    # the frozen weights are missing among the trained ones, and the model has them already
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
+    # the frozen copy that serves as the reference is not written
     model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=['default'])
-    (folder / 'README.md').unlink()  # PEFT's, with nothing but gaps
-    base = content(model.peft_config['default'].base_model_name_or_path)
-    if base:
-        (folder / BASE_HASH).write_text(base)
+    # a template of PEFT's that nobody has filled in
+    (folder / 'README.md').unlink()
+    base_hash = content(model.peft_config['default'].base_model_name_or_path)
+    if base_hash is not None:
+        (folder / BASE_HASH).write_text(base_hash)
+
+
+def merged(model):
+    """Return the transformers model inside a PeftModel, with its adapter merged into the weights. Changes model."""
     return quantize.dequantize(model).merge_and_unload()
 
 
