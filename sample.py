@@ -28,7 +28,7 @@ from feedback.answers import append, collect, raise_if_missing, read_text, write
 from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import load_model, load_tokenizer
-from hf.lora import content
+from hf.lora import weights_hash
 from hf.probe import room
 from rl import reward_functions
 from runtime import log
@@ -171,7 +171,7 @@ def wanted(i, sample):
 # the weights by content: another model under the same name is another run
 record = dict(config)
 if not endpoint:
-    record['weights'] = fsdp.shared(lambda: content(model))
+    record['weights'] = fsdp.shared(lambda: weights_hash(model))
 neutral = {'out_dir', 'reward', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
 fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = fsdp.first_of_host(read_prompts)

@@ -69,7 +69,7 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **how):
 
     name: a hub id, a folder, or 'toy'; tokenizer: its ids must not go beyond the model's, unless the model shall grow;
     adapters: None, or lora.options; how: empty, trust_remote_code, seed and device_map, as in _make."""
-    saved, base = lora.split(name)
+    saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **how)
     if _is_classifier(config) or (saved and saved.scores):
         raise UserError(f'{name!r} is a reward model: a language model is needed here')
@@ -93,7 +93,7 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **how):
 
     new_head: a causal LM will do, whose head gives way to a scalar one; tokenizer: with a separate pad token, for which the
     embedding grows by a row if need be; the rest as in load_model. Raises UserError."""
-    saved, base = lora.split(name)
+    saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **how)
     trained = _is_classifier(config)
     has_head = trained or bool(saved and saved.scores)
@@ -274,7 +274,7 @@ def load_tokenizer(name, trust_remote_code=False):
     """Load the tokenizer of a hub id, a folder, or 'toy'. Raises UserError."""
     if name == 'toy':
         return toy.tokenizer()
-    saved, base = lora.split(name)
+    saved, base = lora.adapter_and_base(name)
     if not saved or not list(saved.folder.glob('*token*')):
         name = base
     hub.check_there(name)
@@ -341,7 +341,7 @@ DECISIVE = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
 
 def kept_in(name):
     """What most weights of a model's file are: 'float32', 'bfloat16' or 'float16'."""
-    _, base = lora.split(name)
+    _, base = lora.adapter_and_base(name)
     file = hub.file_of(base, 'model.safetensors') or hub.file_of(base, 'model.safetensors.index.json')
     if file is None:
         return 'float32'
@@ -357,7 +357,7 @@ def fingerprints(config):
         if name in NO_MODEL:
             continue
         # an adapter has files of its own, and those of its model
-        saved, base = lora.split(name)
+        saved, base = lora.adapter_and_base(name)
         hashes = _hashes(saved.folder) | _hashes(base, 'base/') if saved else _hashes(name)
         if hashes or os.path.isdir(name):
             found[option] = hashes

@@ -62,7 +62,7 @@ def find(name):
     return _found[name]
 
 
-def split(name):
+def adapter_and_base(name):
     """(The adapter under this name or None, the model that it belongs to or name itself)."""
     saved = find(name)
     return saved, saved.base if saved else name
@@ -96,14 +96,14 @@ def _read(name, file):
     return Saved(name, folder, base, options, rank, scores=options.get('task_type') == 'SEQ_CLS')
 
 
-def content(folder):
+def weights_hash(folder):
     """Hash a folder's weights and config, of an adapter its model's, too: what two models gave never mixes. None: no folder."""
     if not folder or not os.path.isdir(folder):
         return None
-    saved, base = split(folder)
+    saved, base = adapter_and_base(folder)
     patterns = ('*.safetensors', 'config.json', CONFIG)
     files = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
-    hashes = ''.join(file_hash(file) for file in files) + (saved and content(base) or '')
+    hashes = ''.join(file_hash(file) for file in files) + (saved and weights_hash(base) or '')
     return hashlib.sha256(bytes.fromhex(hashes)).hexdigest()[:16]
 
 
@@ -118,7 +118,7 @@ def _fill(model, saved, name='default'):
             raise UserError(f'the adapter {saved.name!r} {what} weights: {", ".join(sorted(keys)[:3])}')
     # another model of the same shape fits as well
     trained_on = saved.folder / BASE_HASH
-    if name == 'default' and trained_on.exists() and trained_on.read_text() != content(saved.base):
+    if name == 'default' and trained_on.exists() and trained_on.read_text() != weights_hash(saved.base):
         other = f'is not the model that the adapter {saved.name} was trained on'
         say_once(f'warning: {saved.base} {other}: its weights differ')
 
@@ -285,7 +285,7 @@ def write(model, weights, folder):
     model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=['default'])
     # a template of PEFT's that nobody has filled in
     (folder / 'README.md').unlink()
-    base_hash = content(model.peft_config['default'].base_model_name_or_path)
+    base_hash = weights_hash(model.peft_config['default'].base_model_name_or_path)
     if base_hash is not None:
         (folder / BASE_HASH).write_text(base_hash)
 
