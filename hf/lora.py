@@ -243,9 +243,10 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
         """Dropout in training only, where a graph is recorded: the model itself stays in eval mode."""
         return F.dropout(x, dropout, training=torch.is_grad_enabled())
 
-    for path, module in model.named_modules():
-        if dropout and path.endswith('lora_dropout.default'):
-            module.forward = drop
+    if dropout:
+        for path, module in model.named_modules():
+            if path.endswith('lora_dropout.default'):
+                module.forward = drop
     return quantize.quantize(model) if adapters.get('quantize') else model
 
 
