@@ -29,6 +29,10 @@ def _is_reward(model):
     return hasattr(core(model), 'score')
 
 
+def _what(model):
+    return 'scores' if _is_reward(model) else 'log-probs'
+
+
 def _difference(found, expected):
     """Return the largest difference of two tensors, relative to the expected number, or absolute where that is below 1."""
     return ((found - expected).abs() / expected.abs().clamp(min=1)).max().item()
@@ -48,10 +52,9 @@ def can_pack(model, packed, padded, say, wanted=True):
             return True
     error, size = deviation(model, padded, padded)
     if error > _rounding(model):
-        what = 'scores' if _is_reward(model) else 'log-probs'
-        raise UserError(
-            f'{_name(model)} gives other {what} by its own head, which does what ours does not know: {size}'
-        )
+        # such as scaling the logits, by an option of its config that model.Head does not read
+        unknown = 'by its own head, which does what ours does not know'
+        raise UserError(f'{_name(model)} gives other {_what(model)} {unknown}: {size}')
     if wanted:
         say(f'note: this architecture cannot be packed ({reason}): batches are padded instead')
     return False
@@ -86,7 +89,10 @@ def deviation(model, batch, padded):
             # some architectures have an attention of their own and ignore the request, such as GPT-J and BLOOM
             if is_packed and config._attn_implementation != 'packed':
                 return math.inf, 'it takes no attention from outside'
-            ours = model.response_scores(batch) if _is_reward(model) else model.response_logps(batch)[0]
+            if _is_reward(model):
+                ours = model.response_scores(batch)
+            else:
+                (ours,) = model.response_logps(batch)
     # an architecture may raise anything where it is handed no mask (MPT), or does not hand the batch on (StableLM)
     except Exception as error:
         if guard.out_of_memory(error) or (is_packed and _is_not_of_architecture(error)):
@@ -95,19 +101,21 @@ def deviation(model, batch, padded):
             return math.inf, first_line(error)
         raise UserError(f'{_name(model)} cannot be trained here: its forward says {first_line(error)}') from None
     number = _difference(ours, expected)
-    return number, f'{"scores" if _is_reward(model) else "log-probs"} would be off by {number:.1%}'
+    return number, f'{_what(model)} would be off by {number:.1%}'
 
 
 def _own_numbers(model, padded):
-    """Return log-probs or scores of the answers of a padded batch, (A,), computed from the logits of transformers' forward."""
+    """Return log-probs or scores of a padded batch's A answers, (A,), from the logits of transformers' own forward."""
     # transformers reads a score at the last id that is not the pad token, so the filler has to be that
     filler = core(model).config.get_text_config().pad_token_id if _is_reward(model) else 0
     ids = padded.ids.masked_fill(padded.mask == 0, filler)
     logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
     if _is_reward(model):
         return logits[:, 0]
-    token_logps = logits.log_softmax(-1).flatten(0, 1)[padded.predict_at]
-    return padded.sum(token_logps.gather(1, padded.target[:, None])[:, 0])
+    # (N, V) where one of the N answer tokens is predicted, then (N,) of these tokens, then (A,) sums of answers
+    logps = logits.log_softmax(-1).flatten(0, 1)[padded.predict_at]
+    target_logps = logps.gather(1, padded.target[:, None])[:, 0]
+    return padded.sum(target_logps)
 
 
 def _is_not_of_architecture(error):
