@@ -50,9 +50,9 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     """Write a sharded model as a normal Hugging Face folder. All ranks call this together; rank 0 writes.
 
     build(empty) makes the same model on the CPU, as in fsdp.shard; card(folder) adds the model card; dtype names the type
-    of the weights. Of a model with adapters, `folder` gets the weights with the adapters merged, and `adapter` beside it gets
-    the adapters alone, in float32. Older folders are replaced. Returns the name of the written type on rank 0, None elsewhere:
-    it is float32 where dtype cannot hold a weight. Raises UserError where the disk does not take the files."""
+    of the weights. With adapters, `folder` gets the model with the adapters merged, and `adapter` beside it the adapters
+    alone, in float32. Older folders are replaced. Returns, on rank 0, the name of the written type: float32 where dtype cannot
+    hold a weight. Raises UserError where the disk does not take the files."""
     # a thread may still be writing a checkpoint: if it fails, the error is raised here
     checkpoint.wait()
     # a forward may leave gathered copies in the place of the weights that the optimizer changes
@@ -111,10 +111,7 @@ def _save_weights(model, weights, dtype, folder):
     first_names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     # from one seed, so that the same weights always leave the same file
     generator = torch.Generator().manual_seed(0)
-    rounded_weights = {}
-    for name, weight in weights.items():
-        if name in first_names:
-            rounded_weights[name] = rounded(weight, dtype, generator)
+    rounded_weights = {name: rounded(weights[name], dtype, generator) for name in weights if name in first_names}
     # the config gets the model's dtype, which costs no memory to change on the meta device
     model.to('meta', dtype).save_pretrained(folder, state_dict=rounded_weights, max_shard_size=SHARD)
     return dtype
@@ -131,8 +128,8 @@ def _dtype_that_holds(weights, dtype):
         largest = torch.linalg.vector_norm(weight.float(), torch.inf)
         # a weight that is infinite already would be so in float32, too
         if limit < largest < torch.inf:
-            what = f'{name} has a weight of {largest:.6g}, and {dtype} ends at {limit:.6g}'
-            say(f'note: {what}: the model is kept in float32')
+            kept = f'{dtype} ends at {limit:.6g}: the model is kept in float32'
+            say(f'note: {name} has a weight of {largest:.6g}, and {kept}')
             return torch.float32
     return dtype
 
@@ -140,9 +137,9 @@ def _dtype_that_holds(weights, dtype):
 def rounded(weights, dtype, generator):
     """Return weights in dtype, each rounded up or down at random so that its mean stays (stochastic rounding).
 
-    A float32 number at 0.3 of the way between two numbers of dtype becomes the upper one with probability 0.3. Rounding to
-    the nearest would undo small steps of training. Tensors of another type than float32 are cast as usual, and those without
-    floating point are returned as they are. generator: a torch.Generator, from which the noise is drawn."""
+    A number at 0.3 of the way between two numbers of dtype becomes the second one with probability 0.3. Rounding to the
+    nearest would undo small steps of training. generator: a torch.Generator. Only float32 is rounded so: other floating
+    point types are cast, and integers are returned as they are."""
     if not weights.is_floating_point():
         return weights
     # how many of the 23 bits of float32's mantissa dtype lacks
@@ -180,8 +177,7 @@ def _card_text(out_dir, folder):
     options = record['config']
     base = str(options.get('model'))
     # sft.py and reward.py have no option loss: their own name says it
-    script = Path(record['command'][0]).name
-    loss = options.get('loss') or script.removesuffix('.py')
+    loss = options.get('loss') or Path(record['command'][0]).name.removesuffix('.py')
 
     # the header that the hub reads; a base model is named where it is on the hub
     header = {'library_name': 'transformers', 'tags': ['nanopref', loss]}

@@ -1,9 +1,8 @@
 """Selective activation checkpointing: norms and the elementwise middle of an MLP are computed again in backward, not kept for it.
 
-Matrix products and attention, which are dear, keep what backward needs. The model's code stays as it is: the norms and
-activations of its blocks are found by name and structure, and replaced by functions that record a Recipe. A layer behind them
-that keeps their output for its own backward keeps the Recipe instead. torch's own selective checkpointing goes through every
-operation, which takes three times as long."""
+Matrix products and attention keep what they need. The norms and activations of a model's blocks are found by name and
+structure, and record a Recipe; a layer behind them that would keep their output for backward keeps the Recipe instead. torch's
+own selective checkpointing goes through every operation, which takes three times as long."""
 
 import inspect
 from functools import partial
@@ -20,8 +19,7 @@ class Recipe:
     """How to compute an output again: function(*inputs). It holds the inputs, and not the output, until backward."""
 
     def __init__(self, function, inputs):
-        self.function = function
-        self.output = None
+        self.function, self.output = function, None
         # leaves of a graph of their own, of which Again.backward takes the gradients
         self.inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
         # torch counts the changes of a tensor in place

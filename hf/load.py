@@ -50,7 +50,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def one_sentence(load):
-    """Wrap a function of a model's name so that every error of a library becomes a UserError of one sentence."""
+    """Decorate a function of a model's name: every error of a library in it becomes a UserError of one sentence."""
 
     @functools.wraps(load)
     def loaded(name, *args, **options):
@@ -78,7 +78,7 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **how):
     model = _make(transformers.AutoModelForCausalLM, base, config, **how)
     if _generation_configs.get(base):
         model.generation_config = copy.deepcopy(_generation_configs[base])
-    # an empty model has read no file that could contradict its config
+    # describe_ties corrects a config that contradicts the file; an empty model has read no file
     if not how.get('empty') and describe_ties(model):
         own = 'its head is its embedding, but its file has a head of its own'
         say_once(f'note: the config of {base!r} says that {own}: that is used, and the exported config says so')
@@ -95,8 +95,8 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **how):
 def load_reward(name, tokenizer, *, new_head=False, adapters=None, **how):
     """Load a reward model, a sequence classifier with one output, in float32 and eval mode, on the CPU. Raises UserError.
 
-    tokenizer: from separate_pad; the embedding gets a row for its pad token if that is new. new_head: a causal LM is taken,
-    too, whose head gives way to a new one with one output. The rest as in load_model."""
+    tokenizer: as separate_pad returns it. new_head: a causal LM is taken, too, and gets a new head with one output in the
+    place of its own. The rest as in load_model."""
     saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **how)
     is_classifier = _is_classifier(config)
@@ -104,17 +104,21 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **how):
     _check_reward(name, config, tokenizer, takes_language_model=new_head or has_head)
     config.num_labels = 1
 
-    # the embedding needs one row more for a pad token that is new, unless it has a spare one
-    text = config.get_text_config()
-    old_rows, pad = text.vocab_size, tokenizer.pad_token_id
-    needs_row = pad == old_rows == len(tokenizer) - 1
-    rows = old_rows + needs_row
-    # a file is read without that row, and without the pad token; a model that has no file is made with both
-    has_file = not how.get('empty') and name != 'toy'
-    text.vocab_size, text.pad_token_id = (old_rows, None) if has_file else (rows, pad)
+    # a pad token that separate_pad has added may be the one id that has no row in the embedding: it gets a row of zeros
+    text_config = config.get_text_config()
+    n_rows, pad = text_config.vocab_size, tokenizer.pad_token_id
+    pad_lacks_row = pad == n_rows == len(tokenizer) - 1
+    is_from_file = name != 'toy' and not how.get('empty')
+    if is_from_file:
+        # transformers refuses a pad token without a row, so the file is read without
+        text_config.pad_token_id = None
+    else:
+        text_config.pad_token_id = pad
+        text_config.vocab_size = n_rows + int(pad_lacks_row)
     model = _make(transformers.AutoModelForSequenceClassification, base, config, not is_classifier, **how)
-    if has_file and needs_row:
-        model.resize_token_embeddings(rows, mean_resizing=False).weight.data[old_rows:] = 0.0
+    if is_from_file and pad_lacks_row:
+        embedding = model.resize_token_embeddings(n_rows + 1, mean_resizing=False)
+        embedding.weight.data[n_rows:] = 0.0
     # the model has a copy of the config above
     model.config.get_text_config().pad_token_id = pad
     check_tokenizer(tokenizer, model, name)
@@ -122,7 +126,7 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **how):
         raise UserError(f'{type(model).__name__} has no head of the name score: it cannot be a reward model here')
     if not has_head and not how.get('empty'):
         new = f'a new scalar head, drawn from seed {how.get("seed", 0)}'
-        if needs_row:
+        if pad_lacks_row:
             new += f', and one row more for the pad token {tokenizer.pad_token}'
         say_once(f'a reward model from the language model {name!r}: {new}')
     return lora.adapt(model, saved, adapters, **how)
@@ -133,7 +137,7 @@ _configs, _generation_configs = {}, {}
 
 
 def _read_config(name, *, trust_remote_code=False, **_others):
-    """Return the config of a hub id, a folder or 'toy', as a copy. Beside it, its generation config is read and remembered."""
+    """Return a copy of the config of a hub id, a folder or 'toy'. It is remembered, and so is the generation config beside it."""
     if name == 'toy':
         return toy.model_config()
     if os.path.exists(name) or name not in _configs:
@@ -186,17 +190,15 @@ def _make(auto, name, config, new_head=False, *, empty=False, trust_remote_code=
     if device_map and outside & {p.device.type for p in model.parameters()}:
         raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
 
-    # with a new head, the file lacks it, and the old one is left over: that is what is not in a numbered block
+    # the file lacks a new head, and the old one, which is not in a numbered block, has no place any more
     if new_head:
         missing = {key for key in missing if not key.startswith('score.')}
         unexpected = {key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')}
     if missing:
         raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
     if unexpected:
-        some = ', '.join(sorted(unexpected)[:3])
-        say_once(
-            f'note: {len(unexpected)} weights in {name!r} are not used, for its config has no place for them: {some}'
-        )
+        unused = f'{len(unexpected)} weights in {name!r} are not used, for its config has no place for them'
+        say_once(f'note: {unused}: {", ".join(sorted(unexpected)[:3])}')
     return model
 
 
@@ -208,7 +210,7 @@ def _is_classifier(config):
 
 
 def _check_reward(name, config, tokenizer, takes_language_model):
-    """Raise UserError where a config is not that of a reward model with one output. takes_language_model: it may be an LM's."""
+    """Raise UserError where a config is not of a reward model with one output, nor of a language model that is taken, too."""
     wrong = None
     if not _is_classifier(config):
         if not takes_language_model:
@@ -223,14 +225,14 @@ def _check_reward(name, config, tokenizer, takes_language_model):
 
 
 def _check_code(name):
-    """Raise UserError where a config asks for code from elsewhere: the model's own, or a kernel from the hub."""
+    """Raise UserError where a model's config files ask for code: the model's own, or a kernel from the hub."""
 
     def check(options, file):
         for key, value in options.items():
             code = None
             if key == 'auto_map' and value:
                 code = 'code of its own'
-            # attn_implementation and its like: transformers takes a value with a slash for the hub id of a kernel
+            # a slash in attn_implementation and its like: transformers takes it for the hub id of a kernel
             if key.endswith('_implementation') and '/' in json.dumps(value):
                 code = f'{key} {value!r}, a kernel from the hub'
             if code:
@@ -266,9 +268,9 @@ def _check_files(name, config):
 
 
 def add_value_head(model, critic=None):
-    """Give a causal LM what estimates values for token_logps, in place, and return it. It trains, whatever else of the LM does.
+    """Let a causal LM estimate values, as ppo.py needs, and return it. What is added trains, even where the LM is frozen.
 
-    critic: a whole reward model that estimates them, or None for a linear head with one output, zero at first."""
+    critic: a whole reward model that estimates them, or None for a new linear head with one output, zero at first."""
     inner = core(model)
     # rl/heads.py looks for one of these two names
     if critic is not None:
@@ -317,8 +319,7 @@ def load_tokenizer(name, trust_remote_code=False):
         _check_code(name)
     # chat templates are read into memory whole
     for file in Path(name).rglob('*.jinja'):
-        size = file.stat().st_size
-        limit = LONGEST_TEMPLATE
+        size, limit = file.stat().st_size, LONGEST_TEMPLATE
         if size > limit:
             raise UserError(f'{file} has {size:,} bytes, and {limit:,} are the limit: is it a chat template?')
     # without a tokenizer the library raises OSError, ValueError, KeyError or errors of its own

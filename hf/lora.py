@@ -68,7 +68,8 @@ def find(name):
 def adapter_and_base(name):
     """Return (the adapter of this name, the name of its base model), or (None, name) where name is a model itself."""
     saved = find(name)
-    return saved, saved.base if saved else name
+    base = saved.base if saved else name
+    return saved, base
 
 
 def _read(name, file):
@@ -111,9 +112,9 @@ def weights_hash(folder):
     files = [file for pattern in ('*.safetensors', 'config.json', CONFIG) for file in Path(folder).glob(pattern)]
     hashes = [file_hash(file) for file in sorted(files)]
     saved, base = adapter_and_base(folder)
-    base_hash = weights_hash(base) if saved else None
-    if base_hash:
-        hashes.append(base_hash)
+    if saved:
+        # None, and so left out, for a base on the hub
+        hashes.append(weights_hash(base) or '')
     return hashlib.sha256(bytes.fromhex(''.join(hashes))).hexdigest()[:16]
 
 
@@ -311,7 +312,7 @@ def adapters_off(model):
 
     A model without adapters stays as it is; None is taken, too."""
     layers = [module for module in model.modules() if hasattr(module, 'lora_A')] if model else []
-    # PEFT's own contexts would also switch requires_grad, and under FSDP on gathered copies of the parameters
+    # set by hand: PEFT's own contexts also switch requires_grad, and under FSDP on gathered copies of the parameters
     for layer in layers:
         has_copy = COPY in layer.lora_A
         layer._disable_adapters = not has_copy
@@ -320,8 +321,7 @@ def adapters_off(model):
         yield
     finally:
         for layer in layers:
-            layer._disable_adapters = False
-            layer._active_adapter = ['default']
+            layer._disable_adapters, layer._active_adapter = False, ['default']
 
 
 def write(model, weights, folder):

@@ -47,14 +47,14 @@ def can_pack(model, packed, padded, say, wanted=True):
     packed, padded: Batches of the same examples. say: prints a note where packing is wanted but not possible. Raises UserError,
     wanted or not, where padded batches change them as well: then the model's own head does something that ours does not."""
     if wanted:
-        error, reason = deviation(model, packed, padded)
-        if error <= _rounding(model):
+        distance, reason = deviation(model, packed, padded)
+        if distance <= _rounding(model):
             return True
-    error, size = deviation(model, padded, padded)
-    if error > _rounding(model):
+    distance, sentence = deviation(model, padded, padded)
+    if distance > _rounding(model):
         # such as scaling the logits, by an option of its config that model.Head does not read
         unknown = 'by its own head, which does what ours does not know'
-        raise UserError(f'{_name(model)} gives other {_what(model)} {unknown}: {size}')
+        raise UserError(f'{_name(model)} gives other {_what(model)} {unknown}: {sentence}')
     if wanted:
         say(f'note: this architecture cannot be packed ({reason}): batches are padded instead')
     return False
@@ -72,10 +72,10 @@ def _rounding(model):
 @guard.memory_for('the two examples that try the model out do not fit; lower max_length, or try --dtype=bfloat16')
 @torch.no_grad()
 def deviation(model, batch, padded):
-    """Return how far our log-probs or scores of a batch are from those of the model's own forward, as (number, sentence).
+    """Return how far our log-probs or scores of a batch are from those of the model's own forward: (distance, sentence).
 
-    batch: packed or padded; padded: the same examples, for the model's own forward. The number is that of _difference, or
-    infinity where the model cannot run packed. Raises UserError where it cannot run padded."""
+    batch: packed or padded; padded: the same examples, for the model's own forward. The distance is that of _difference, or
+    infinity where the model cannot run packed; the sentence says which. Raises UserError where it cannot run padded."""
     config = core(model).config
     is_packed = bool(batch.groups)
     # convolutions and linear attention run on from one answer into the next
@@ -100,8 +100,8 @@ def deviation(model, batch, padded):
         if is_packed:
             return math.inf, first_line(error)
         raise UserError(f'{_name(model)} cannot be trained here: its forward says {first_line(error)}') from None
-    number = _difference(ours, expected)
-    return number, f'{_what(model)} would be off by {number:.1%}'
+    distance = _difference(ours, expected)
+    return distance, f'{_what(model)} would be off by {distance:.1%}'
 
 
 def _own_numbers(model, padded):
@@ -161,13 +161,13 @@ def compare(model, expected, device, half):
     """Raise UserError where a sharded model gives other numbers than the loaded one gave: expected, from measure_loaded.
 
     half: the sharded model computes in bfloat16. Then rounding may be the cause, so it is a warning."""
-    number = _difference(_measure(model, device), expected)
+    distance = _difference(_measure(model, device), expected)
     # give back what the forward has gathered
     model.reshard()
     limit = 0.1 if half else 0.01
-    if number <= limit:
+    if distance <= limit:
         return
-    text = f'the sharded {_name(model)} gives other log-probs than the loaded one: off by {number:.1%}'
+    text = f'the sharded {_name(model)} gives other log-probs than the loaded one: off by {distance:.1%}'
     if not half:
         raise UserError(f'{text}; start it in one process without torchrun, in float32, and report this')
     say(f'warning: {text}, more than bfloat16 should cost: compare with --dtype=float32')

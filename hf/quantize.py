@@ -4,6 +4,7 @@ bitsandbytes packs the weights as NF4, in blocks of 64 that share a scale. The p
 shard: every rank holds all of them. Embeddings, head and norms stay as they are."""
 
 import logging
+import math
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -44,20 +45,16 @@ class Linear4bit(torch.nn.Module):
         from bitsandbytes.functional import quantize_4bit
 
         super().__init__()
-        self.shape = layer.weight.shape
-        self.bias = layer.bias
+        self.shape, self.bias = layer.weight.shape, layer.bias
         weight = layer.weight.data
         if weight.is_meta:
-            # no values yet: buffers of the same shapes, two weights a byte and a scale for each block, both rounded up
-            n_bytes = (weight.numel() + 1) // 2
-            n_blocks = (weight.numel() + BLOCK - 1) // BLOCK
-            packed = weight.new_empty((n_bytes, 1), dtype=torch.uint8)
-            scales = weight.new_empty(n_blocks)
+            # no values yet: buffers of the same shapes, two weights a byte and a scale for each block
+            packed = weight.new_empty((math.ceil(weight.numel() / 2), 1), dtype=torch.uint8)
+            scales = weight.new_empty(math.ceil(weight.numel() / BLOCK))
             levels = weight.new_empty(16)
         else:
             packed, state = quantize_4bit(weight, **KIND)
-            scales = state.absmax
-            levels = state.code
+            scales, levels = state.absmax, state.code
         # levels: the 16 numbers that four bits stand for, before a block's scale
         self.register_buffer('packed', packed)
         self.register_buffer('scales', scales)

@@ -19,9 +19,9 @@ from runtime.files import say
 def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
     """Set examples.ref to the reference's log-prob sums of all answers, and return examples. All ranks call this together.
 
-    examples.ref: float32 (n, answers), NaN for examples outside rows, which the run does not use. build(empty) makes the
-    reference on the CPU; make() returns the sharded one, and is called only where the cache has no such file;
-    make_batches(examples, rows) returns microbatches first; dtype: the type that the reference computes in."""
+    examples.ref: float32 (n, answers), NaN outside rows, which the run does not use. build(empty) makes the reference on the
+    CPU; make() returns the sharded one, and is called only where there is no cache file; make_batches(examples, rows)
+    returns microbatches first; dtype: the type that the reference computes in."""
     used = examples.select(rows)
     key, file, logps = fsdp.shared(partial(_look_up, build, used, dtype))
     if logps is None:
@@ -31,7 +31,6 @@ def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
         fsdp.on_one_rank(partial(_keep, key, file, logps))
     else:
         say(f'reference log-probs of {len(used)} examples: read from {file}')
-    # rows of examples that the run does not use stay NaN
     examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)
     examples.ref[rows] = logps
     return examples
@@ -43,11 +42,8 @@ def _look_up(build, examples, dtype):
     Runs on rank 0. It loads the reference on the CPU for a moment, because the key depends on its weights."""
     key = _key(build(empty=False), examples, dtype)
     file = cache.path_of('reference', key)
-
-    def belongs_here(arrays, metadata):
-        return metadata == _metadata(key, arrays['logps'])
-
-    content = cache.read(file, belongs_here)
+    # read refuses a file whose metadata does not agree with its log-probs
+    content = cache.read(file, lambda arrays, metadata: metadata == _metadata(key, arrays['logps']))
     if content is not None:
         arrays, _ = content
         return key, file, arrays['logps']
@@ -100,7 +96,8 @@ def _compute(model, examples, make_batches):
         logps = torch.cat(parts)
         # gather the examples of all ranks in their order, one column for each answer
         slots = [slot for batch in batches for slot in batch.slot]
-        columns = fsdp.gather_columns(dict(enumerate(logps.T)), slots, len(rows))
+        own_columns = dict(enumerate(logps.T))
+        columns = fsdp.gather_columns(own_columns, slots, len(rows))
         for answer, column in columns.items():
             out[rows, answer] = column
         bar.update(len(rows))
