@@ -310,6 +310,7 @@ def load_tokenizer(name, trust_remote_code=False):
     """Return the tokenizer of a hub id, a folder, or 'toy'; of an adapter without one, that of its model. Raises UserError."""
     if name == 'toy':
         return toy.tokenizer()
+    # an adapter may come with a tokenizer of its own, or with none
     saved, base = lora.adapter_and_base(name)
     adapter_has_tokenizer = saved is not None and any(saved.folder.glob('*token*'))
     if not adapter_has_tokenizer:
@@ -407,6 +408,7 @@ def fingerprints(config):
         else:
             # files of the adapter, and files of its model under base/
             hashes = _hashes(saved.folder) | _hashes(base, prefix='base/')
+        # a folder without such files is noted, too
         if hashes or os.path.isdir(name):
             found[option] = hashes
     return found
@@ -417,5 +419,6 @@ def _hashes(name, prefix=''):
     if os.path.isdir(name):
         files = [file for file in sorted(Path(name).iterdir()) if file.suffix in DECISIVE and file.is_file()]
         return {prefix + file.name: file_hash(file) for file in files}
+    # transformers notes the commit in the config that it has fetched
     commit = getattr(_configs.get(name), '_commit_hash', None)
     return {f'{prefix}commit': commit} if commit else {}

@@ -42,16 +42,17 @@ def _difference(found, expected):
 
 
 def can_pack(model, packed, padded, say, wanted=True):
-    """Return whether to train on packed batches: they are wanted, and change the model's log-probs or scores by rounding only.
+    """Return whether to train on packed batches: it is wanted, and they give the model's own log-probs or scores up to rounding.
 
-    packed, padded: Batches of the same examples. say: prints a note where packing is wanted but not possible. Raises UserError,
-    wanted or not, where padded batches change them as well: then the model's own head does something that ours does not."""
+    packed, padded: Batches of the same examples; say: prints why packing is not possible. Where it is not, or is not wanted,
+    padded batches are tried. Raises UserError where they give other numbers, too: then the model's own head does something
+    that model.Head does not know."""
     if wanted:
         distance, reason = deviation(model, packed, padded)
-        if distance <= _rounding(model):
+        if distance <= _tolerance(model):
             return True
     distance, sentence = deviation(model, padded, padded)
-    if distance > _rounding(model):
+    if distance > _tolerance(model):
         # such as scaling the logits, by an option of its config that model.Head does not read
         unknown = 'by its own head, which does what ours does not know'
         raise UserError(f'{_name(model)} gives other {_what(model)} {unknown}: {sentence}')
@@ -60,8 +61,8 @@ def can_pack(model, packed, padded, say, wanted=True):
     return False
 
 
-def _rounding(model):
-    """Return the largest deviation that rounding explains, for the type that a forward has just computed in."""
+def _tolerance(model):
+    """Return the largest deviation that rounding can explain, for the type that a forward has just computed in."""
     # before the first forward FSDP shows float32 weights, and after it the gathered ones, which may be bfloat16
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     # on a GPU, float32 may be multiplied as TF32
@@ -95,7 +96,7 @@ def deviation(model, batch, padded):
                 (ours,) = model.response_logps(batch)
     # an architecture may raise anything where it is handed no mask (MPT), or does not hand the batch on (StableLM)
     except Exception as error:
-        if guard.out_of_memory(error) or (is_packed and _is_not_of_architecture(error)):
+        if guard.out_of_memory(error) or (is_packed and _is_machine_or_bug(error)):
             raise
         if is_packed:
             return math.inf, first_line(error)
@@ -118,11 +119,11 @@ def _own_numbers(model, padded):
     return padded.sum(target_logps)
 
 
-def _is_not_of_architecture(error):
-    """Return whether an error of a packed forward says nothing of the architecture: the machine fails, or this code has a bug."""
+def _is_machine_or_bug(error):
+    """Return whether a packed forward has failed by the machine or a bug of ours, which says nothing of the architecture."""
     if isinstance(error, MemoryError | ImportError | OSError) or 'CUDA error' in str(error):
         return True
-    # a bug: an error of such a type, raised by a file of this project
+    # a bug of ours is an error of one of these types that a file of this project has raised
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     is_our_file = raised_in.is_relative_to(Path(__file__).parents[1]) and 'site-packages' not in raised_in.parts
     bugs = TypeError | NameError | AttributeError | LookupError | AssertionError | ArithmeticError
