@@ -153,15 +153,12 @@ def rounded(weights, dtype, generator):
     return ((bits + noise) & kept_bits).view(torch.float32).to(dtype)
 
 
-def write_card(out_dir, folder=None):
-    """Write the model card, README.md, into a model folder of a run. folder: None means out_dir/model.
+def write_card(out_dir, folder):
+    """Write the model card, README.md, of the run in out_dir into its model folder. Raises UserError if the disk is full.
 
-    Where a file of the run is missing or damaged, there is a note and no card: the model matters more. Raises UserError where
-    the card cannot be written."""
-    out_dir = Path(out_dir)
-    folder = Path(folder or out_dir / 'model')
+    Where a file of the run is missing or damaged, there is a note and no card: the model matters more."""
     try:
-        text = _card_text(out_dir, folder)
+        text = _card_text(Path(out_dir), folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         say(f'note: no model card, for {out_dir} has not what it takes: {type(error).__name__}: {error}')
         return

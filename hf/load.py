@@ -70,12 +70,12 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **how):
 
     name: a hub id, a folder, or 'toy', of a model or of an adapter; tokenizer: refused if it has ids beyond the model's, or
     with grow the model gets rows for them; adapters: None, or what lora.options returns; how: empty, trust_remote_code, seed
-    and device_map, as in _make."""
+    and device_map, as in _make_model."""
     saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **how)
     if _is_classifier(config) or (saved and saved.scores):
         raise UserError(f'{name!r} is a reward model: a language model is needed here')
-    model = _make(transformers.AutoModelForCausalLM, base, config, **how)
+    model = _make_model(transformers.AutoModelForCausalLM, base, config, **how)
     if _generation_configs.get(base):
         model.generation_config = copy.deepcopy(_generation_configs[base])
     # describe_ties corrects a config that contradicts the file; an empty model has read no file
@@ -115,7 +115,7 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **how):
     else:
         text_config.pad_token_id = pad
         text_config.vocab_size = n_rows + int(pad_lacks_row)
-    model = _make(transformers.AutoModelForSequenceClassification, base, config, not is_classifier, **how)
+    model = _make_model(transformers.AutoModelForSequenceClassification, base, config, not is_classifier, **how)
     if is_from_file and pad_lacks_row:
         embedding = model.resize_token_embeddings(n_rows + 1, mean_resizing=False)
         embedding.weight.data[n_rows:] = 0.0
@@ -167,7 +167,7 @@ def _read_generation_config(name):
     return usable
 
 
-def _make(auto, name, config, new_head=False, *, empty=False, trust_remote_code=False, seed=0, device_map=None):
+def _make_model(auto, name, config, new_head=False, *, empty=False, trust_remote_code=False, seed=0, device_map=None):
     """Make a model of an auto class of transformers, with the weights of its file. Raises UserError where they do not fit it.
 
     new_head: the file is a language model's, whose head is not read; the new one is drawn from seed. empty: no weights, on
@@ -190,7 +190,7 @@ def _make(auto, name, config, new_head=False, *, empty=False, trust_remote_code=
     if device_map and outside & {p.device.type for p in model.parameters()}:
         raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
 
-    # the file lacks a new head, and the old one, which is not in a numbered block, has no place any more
+    # the file lacks a new head, and its old one, whose name has no number of a block, has no place any more
     if new_head:
         missing = {key for key in missing if not key.startswith('score.')}
         unexpected = {key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')}

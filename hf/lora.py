@@ -26,17 +26,17 @@ from runtime.files import file_hash, say_once
 COPY = 'reference'  # PEFT's name of the frozen copy of an adapter; the adapter that trains is called 'default'
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'  # PEFT's names of an adapter's two files
 BASE_HASH = 'base_model.sha256'  # our own third file: the hash of the model that the adapter was trained on
-# Options of adapter_config.json, in three groups. These must have one of the values here, and are None where they are missing.
-KNOWN = {
+# options of adapter_config.json that must have one of these values; one that is missing counts as None
+ALLOWED_VALUES = {
     'peft_type': ('LORA',),
     'task_type': (None, 'CAUSAL_LM', 'SEQ_CLS'),
     'init_lora_weights': (None, True, False, 'gaussian'),
 }
-# These may have any value: PEFT obeys them, or they change nothing.
-TAKEN = set('alpha_pattern auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode layers_pattern '
-            'layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save peft_version qalora_group_size r '
-            'rank_pattern target_modules use_rslora'.split())  # fmt: skip
-# All others turn on another kind of adapter, and must have one of these values.
+# options that may have any value: PEFT obeys them, or they change nothing
+ANY_VALUE = set('alpha_pattern auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode layers_pattern '
+                'layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save peft_version qalora_group_size r '
+                'rank_pattern target_modules use_rslora'.split())  # fmt: skip
+# any other option turns on another kind of adapter, unless it has one of these values
 OFF = (None, False, 'none', [], {})
 WAY_OUT = 'name the whole model (of a run: the folder model beside it), or merge it with PEFT: merge_and_unload()'
 
@@ -85,9 +85,10 @@ def _read(name, file):
         raise UserError(f'{CONFIG} of the adapter {name!r} does not say its r, its lora_alpha and its model: {WAY_OUT}')
     # other kinds of adapters compute something else, or have changed their base model before training
     unsupported = []
-    for key, value in (dict.fromkeys(KNOWN) | options).items():
-        allowed_values = KNOWN.get(key, OFF)
-        if key not in TAKEN and value not in allowed_values:
+    with_missing = dict.fromkeys(ALLOWED_VALUES) | options
+    for key, value in with_missing.items():
+        allowed_values = ALLOWED_VALUES.get(key, OFF)
+        if key not in ANY_VALUE and value not in allowed_values:
             unsupported.append(f'{key}={value!r}'[:100])
     if unsupported:
         raise UserError(f'the adapter {name!r} has {", ".join(unsupported)}, which is not supported here: {WAY_OUT}')
