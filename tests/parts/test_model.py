@@ -225,7 +225,7 @@ def test_can_pack(name, dtype):
     if not found:
         assert 'cannot be packed' in said[0] and NOT_PACKED[name][1] in said[0]
         # phimoe's window shows in the numbers alone
-        assert (probe.packing(net, *probed())[0] == math.inf) == (name != 'phimoe')
+        assert (probe.deviation(net, *probed())[0] == math.inf) == (name != 'phimoe')
 
 
 @pytest.fixture
@@ -285,9 +285,9 @@ WRONG = [('llama', sees_everything), ('mistral', no_window), ('gemma2', no_cap),
 @pytest.mark.parametrize(('name', 'wrong'), WRONG)
 def test_a_wrong_attention_is_noticed(name, wrong, attention):
     net = tiny(name)
-    assert probe.packing(net, *probed())[0] < 1e-6
+    assert probe.deviation(net, *probed())[0] < 1e-6
     attention(wrong)
-    assert 2e-4 < probe.packing(net, *probed())[0] < (0.01 if wrong is hardly_wrong else math.inf)
+    assert 2e-4 < probe.deviation(net, *probed())[0] < (0.01 if wrong is hardly_wrong else math.inf)
     assert not can_pack(net)[0]
 
 
