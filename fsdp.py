@@ -95,8 +95,7 @@ def in_groups():
 def _mesh(device_type, tp, replicated, group):
     """Return all ranks as a DeviceMesh with the dimensions ('dp', 'tp'), or ('dp',) if tp is 1. FSDP shards over 'dp'.
 
-    replicated: the dimensions begin with ('copies', 'dp') instead, where 'dp' has one rank, so that nothing is sharded.
-    group: the default process group. It is only a part of the cache's key: a new group needs a new mesh."""
+    replicated: 'dp' has one rank, and a dimension 'copies' the others. group: only tells the cache that a mesh is out of date."""
     sizes = {'dp': dist.get_world_size() // tp}
     if replicated:
         sizes = {'copies': sizes['dp'], 'dp': 1}
@@ -153,7 +152,6 @@ def shared(fn):
 def first_of_host(fn):
     """Call fn() on every rank and return its result. One rank of each host comes first, and fills the cache for the others."""
     is_first = int(os.environ.get('LOCAL_RANK', 0)) == 0
-    # both calls are made on every rank; on_ranks gives None where fn was not called
     from_first = on_ranks(is_first, fn)
     from_other = on_ranks(not is_first, fn)
     return from_first if is_first else from_other
@@ -283,9 +281,7 @@ def _recompute(model, activation_checkpointing=False):
 
 
 def _replicate(model, device, tied):
-    """Move a model to the device, in place; ranks whose model is empty, all but 0, get the weights and buffers of rank 0.
-
-    tied: the names of one tensor, as hf.ties.ties returns them."""
+    """Move a model to the device, in place, and copy rank 0's weights and buffers to the other ranks. tied: see hf.ties.ties."""
     if dist.get_rank() == 0:
         model.to(device)
     else:
@@ -338,9 +334,7 @@ def _distribute(model, full, device, half, cpu_offload):
 
 
 def _fill(model, full, device, home):
-    """Fill an empty sharded model, in place, with the weights and buffers of full, which is None on all ranks but 0.
-
-    home: the device that keeps the shards. All buffers end on device."""
+    """Fill an empty sharded model, in place, from full (None on all ranks but 0). home keeps the shards, device the buffers."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     model.to_empty(device=home)
@@ -462,14 +456,10 @@ def update(model, optimizer, lr, scale, max_norm):
     for grad in average_gradients(model):
         mesh = getattr(grad, 'device_mesh', None)
         grads_by_mesh.setdefault(mesh, []).append(grad)
-    norms = []
-    for grads in grads_by_mesh.values():
-        norm = torch.nn.utils.get_total_norm(grads)
-        # a DTensor: it becomes the norm over all ranks of the mesh
-        if hasattr(norm, 'full_tensor'):
-            norm = norm.full_tensor()
-        norms.append(norm.item())
-    total_norm = math.hypot(*norms) * scale
+    norms = [torch.nn.utils.get_total_norm(grads) for grads in grads_by_mesh.values()]
+    # the norm of DTensors is one, too, and its full_tensor is the norm over all ranks
+    norms = [norm.full_tensor() if hasattr(norm, 'full_tensor') else norm for norm in norms]
+    total_norm = math.hypot(*(norm.item() for norm in norms)) * scale
 
     if math.isfinite(total_norm):
         # scale and clip in one product; 1e-6, as in torch's clip_grad_norm_, for a norm of 0
