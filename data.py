@@ -3,7 +3,6 @@
 An example is a prompt and its answers (two for a pair, one for SFT and KTO), as token ids. A step's examples are divided into
 microbatches of at most max_tokens tokens without padding, where both answers of a pair share one copy of the prompt:
     [prompt | chosen | rejected] [prompt | chosen | rejected] ...
-steps says which examples each step takes, make_batches makes a step's microbatches, and pack makes one of them.
 """
 
 import functools
@@ -59,7 +58,7 @@ def plan(lengths, world, max_tokens):
 
 
 def _fill_bins(lengths, n_bins, max_tokens):
-    """Put each example, the longest first, into the emptiest bin. Returns (tokens, number, slots) of each; None if one overflows."""
+    """Put each example, the longest first, into the emptiest bin. Returns [(tokens, number, slots)], or None if one overflows."""
     bins = [(0, number, []) for number in range(n_bins)]  # a heap: the emptiest bin is on top
     for slot in sorted(range(len(lengths)), key=lambda slot: -lengths[slot]):
         tokens, number, slots = heapq.heappop(bins)
@@ -80,8 +79,7 @@ def plan_padded(widths, world, max_tokens):
     # the widest first: a bin is as wide as its first example
     bins = [[]]
     for slot in sorted(range(len(widths)), key=lambda slot: -widths[slot]):
-        width = widths[bins[-1][0]] if bins[-1] else 0
-        if (len(bins[-1]) + 1) * width > max_tokens:
+        if bins[-1] and (len(bins[-1]) + 1) * widths[bins[-1][0]] > max_tokens:
             bins.append([])
         bins[-1].append(slot)
 
@@ -222,8 +220,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     else:
         # the positions of each answer go on from its prompt
         first_position = np.where(is_answer, sizes[prompt_of], 0)
-        position = np.repeat(first_position, sizes) + _count_up(sizes)
-        arrays |= {'ids': ids[None], 'position': position[None]}
+        arrays |= {'ids': ids[None], 'position': (np.repeat(first_position, sizes) + _count_up(sizes))[None]}
     tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
     batch = Batch(**tensors, slot=list(slots), real=torch.tensor(slots) >= 0, longest=int(sizes[is_answer].max()))
     if not pad:
@@ -242,28 +239,22 @@ def _predicted(ids, sizes, prompt_of):
     # for each answer token: the number of its answer, its index in that answer, and its place in ids
     lengths = sizes[is_answer]
     answer, offset = np.repeat(np.arange(len(lengths)), lengths), _count_up(lengths)
-    starts = ends[is_answer] - lengths
-    place = starts[answer] + offset
+    place = (ends[is_answer] - lengths)[answer] + offset
 
     # leave out tokens that are only seen, such as the user's later turns: they are stored as ~id, which is negative
     trained = ids[place] >= 0
     answer, offset, place = answer[trained], offset[trained], place[trained]
     # an answer's first token is predicted at the prompt's last one, any other at the token before it
     prompt_end = ends[prompt_of[is_answer]][answer]
-    return {
-        'predict_at': np.where(offset == 0, prompt_end, place) - 1,
-        'target': ids[place],
-        'answer': answer,
-        'offset': offset,
-        'n': np.bincount(answer, minlength=len(lengths)),
-        'last': ends[is_answer] - 1,
-    }
+    predict_at = np.where(offset == 0, prompt_end, place) - 1
+    of_tokens = {'predict_at': predict_at, 'target': ids[place], 'answer': answer, 'offset': offset}
+    of_answers = {'n': np.bincount(answer, minlength=len(lengths)), 'last': ends[is_answer] - 1}
+    return of_tokens | of_answers
 
 
 def _count_up(sizes):
     """Return 0, 1, ..., size - 1 for each of the sizes, one after the other, as one array."""
-    starts = np.cumsum(sizes) - sizes
-    return np.arange(sizes.sum()) - np.repeat(starts, sizes)
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def move(value, device):

@@ -440,8 +440,7 @@ def average_gradients(model):
         # all gradients in one flat tensor, for one collective
         bucket = torch.cat([grad.flatten() for grad in grads]).div_(world)
         dist.all_reduce(bucket)
-        sizes = [grad.numel() for grad in grads]
-        for grad, mean in zip(grads, bucket.split(sizes), strict=True):
+        for grad, mean in zip(grads, bucket.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
     return grads
 

@@ -55,8 +55,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     # the kernel has no soft cap, and wants keys and values of one size
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
-        out = varlen.attention(query, key, value, scaling, sliding_window, packed.varlen)
-        return out[None], None
+        return varlen.attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
     # (q, k, v) of each piece: a block of small groups is one piece, a large group's prompt and answers are one each
     sizes = [size for block in packed.blocks for size in block.sizes]
@@ -102,8 +101,7 @@ def _attend(q, k, v, mask, scaling, softcap):
 
     # a soft cap lies between scores and softmax, where sdpa has no place for it: make the scores (1, H, n, m) here
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    k = k.repeat_interleave(repeat, 1)
-    v = v.repeat_interleave(repeat, 1)
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scores = q @ k.mT * scale
     scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
@@ -330,7 +328,7 @@ def _to_gradient(logits, target, grad, config, divergence, ref_logits):
 
 
 def kl(log_pi, log_ref):
-    """Return KL(reference || policy), the mean of Z under the reference, and its mass."""
+    """Return KL(reference || policy), which is the mean of Z under the reference, and its mass."""
     p = log_ref.exp()
     return (p * (log_ref - log_pi)).sum(-1), p
 
@@ -346,8 +344,8 @@ def _worst(z, p, mu, bins=4096):
     """Return the part of each word's probability p in the worst mass mu: words with the largest z, until their p sum to mu.
 
     z, p, result: (..., V). It is all of p above a border in z, a share of p at the border, and 0 below. To find the border
-    without a sort, a histogram sums p over z, and a second one looks closer at the border's bin. Its bins are as wide as 2e-7 of
-    the range of z, and all words of one bin get the same share."""
+    without a sort, a histogram sums p over z, and a second one looks closer at the border's bin, with bins as wide as 2e-7 of the
+    range of z. All words of one bin get the same share."""
     exact_p = p.double()
     low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
     for _ in range(2):
