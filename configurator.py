@@ -32,6 +32,7 @@ def _excepthook(kind, error, trace):
     """Print an uncaught error: a UserError, or a lack of memory, as a sentence with exit code 2; all others as a traceback."""
     from runtime import guard
 
+    # a lack of memory becomes a UserError with this advice
     error = guard.explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
     guard.tell_torchrun(error)
     if not isinstance(error, UserError):
@@ -168,9 +169,9 @@ def _print_help(doc, options):
 
 
 def _read_file(path):
-    """Run a config file. Returns (name, value, path, where) for every public name that it assigns; where is for error messages.
+    """Run a config file. Returns a list of (name, value, path, 'path, line n') of every public name that it assigns.
 
-    Raises UserError for whatever goes wrong."""
+    Raises UserError for whatever goes wrong in it."""
     if not path.endswith('.py'):
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value')
     try:
@@ -201,7 +202,7 @@ def _read_file(path):
 
 
 def _read_flag(word, options):
-    """Read a flag --name=value, or --name for a switch that is on. Returns the same as _read_file does for one name."""
+    """Return (name, value, 'command line', 'the command line') of a flag --name=value, or --name for a switch that is on."""
     name, equals, text = word.removeprefix('--').partition('=')
     if not word.startswith('--') or not name:
         raise UserError(f'cannot read {word!r}: options are written --name=value')
@@ -230,12 +231,10 @@ def _kind(value):
 
 
 def _check(name, value, options, where):
-    """Return the value for an option, an int as a float if the option takes floats only.
-
-    Raises UserError, which begins with where, for an unknown name, a wrong type, or a value that makes no sense."""
+    """Return the value, an int as a float where that is declared. Raises UserError for an unknown name or an impossible value."""
     if name not in options:
         raise UserError(f'{where}: unknown option {name!r}; {_hint(name, options)}')
-    # an int becomes a float where that is declared; a huge one stays an int, and is refused below
+    # a huge int is no float: it keeps its type, which is refused below
     allowed = options[name].types
     if type(value) is int and 'int' not in allowed and 'float' in allowed and abs(value) < 2**63:
         value = float(value)

@@ -58,7 +58,9 @@ def plan(lengths, world, max_tokens):
 
 
 def _fill_bins(lengths, n_bins, max_tokens):
-    """Put each example, the longest first, into the emptiest bin. Returns [(tokens, number, slots)], or None if one overflows."""
+    """Put each example, the longest first, into the emptiest bin (microbatch). Returns None if one of them overflows.
+
+    lengths: tokens of each example. Returns a list of (tokens, number, slots), where slots are places of examples in the step."""
     bins = [(0, number, []) for number in range(n_bins)]  # a heap: the emptiest bin is on top
     for slot in sorted(range(len(lengths)), key=lambda slot: -lengths[slot]):
         tokens, number, slots = heapq.heappop(bins)
@@ -79,7 +81,8 @@ def plan_padded(widths, world, max_tokens):
     # the widest first: a bin is as wide as its first example
     bins = [[]]
     for slot in sorted(range(len(widths)), key=lambda slot: -widths[slot]):
-        if bins[-1] and (len(bins[-1]) + 1) * widths[bins[-1][0]] > max_tokens:
+        last = bins[-1]
+        if last and (len(last) + 1) * widths[last[0]] > max_tokens:
             bins.append([])
         bins[-1].append(slot)
 
@@ -95,9 +98,9 @@ def plan_padded(widths, world, max_tokens):
 
 
 def make_batches(examples: Examples, rows, rank, world, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
-    """Return (this rank's Batches of the step that takes these rows, tokens of the step on all ranks, the same with padding).
+    """Return (this rank's Batches of a step, the step's tokens on all ranks, the same with padding).
 
-    share_prefix, pad: as in pack."""
+    rows: which of the examples the step takes. share_prefix, pad: see pack."""
     # (step,) tokens of each example: a prompt counts once, or if it is not shared, once for each answer
     widths = examples.widths[rows]  # (step, 1 + answers)
     answers = widths.shape[1] - 1
@@ -109,7 +112,8 @@ def make_batches(examples: Examples, rows, rank, world, max_tokens, *, share_pre
     if pad:
         padded = answers * (widths[:, 0] + widths[:, 1:].max(1))
         plans = plan_padded(padded, world, max_tokens)
-        allocated = sum(len(slots) * int(padded[slots].max()) for of_rank in plans for slots in of_rank if slots)
+        not_empty = [slots for of_rank in plans for slots in of_rank if slots]
+        allocated = sum(len(slots) * int(padded[slots].max()) for slots in not_empty)
     else:
         plans = plan(lengths, world, max_tokens)
         allocated = int(lengths.sum())
@@ -196,7 +200,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
 
     # put all pieces into one flat row: a prompt, its answers, the next prompt ...
     pieces = []
-    prompt_of = []  # the number of each piece's prompt; a prompt has its own number
+    prompt_of = []  # of each piece: which piece is its prompt; a prompt is its own
     for prompt, answers in groups:
         prompt_of += [len(pieces)] * (1 + len(answers))
         pieces += [prompt, *answers]
@@ -222,7 +226,8 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
         first_position = np.where(is_answer, sizes[prompt_of], 0)
         arrays |= {'ids': ids[None], 'position': (np.repeat(first_position, sizes) + _count_up(sizes))[None]}
     tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
-    batch = Batch(**tensors, slot=list(slots), real=torch.tensor(slots) >= 0, longest=int(sizes[is_answer].max()))
+    real = torch.tensor(slots) >= 0
+    batch = Batch(**tensors, slot=list(slots), real=real, longest=int(sizes[is_answer].max()))
     if not pad:
         batch.groups = [(len(prompt), tuple(map(len, answers))) for prompt, answers in groups]
         if torch.device(device).type == 'cuda':
@@ -288,14 +293,12 @@ def pack_probe(examples, device):
 
 
 class Block:
-    """Neighbouring groups of a row whose attention is computed together: several small ones under one mask, or a large one.
-
-    is_one_piece: it has several groups, and one call of attention. sizes: tokens of its pieces: all of it if it is one piece,
-    else its group's prompt and answers."""
+    """Neighbouring groups of a row whose attention is computed together: several small ones under one mask, or a large one."""
 
     def __init__(self, groups):
         self.groups = groups
-        self.is_one_piece = len(groups) > 1
+        self.is_one_piece = len(groups) > 1  # else its prompt and its answers are pieces
+        # tokens of each piece
         sizes = [size for prompt, answers in groups for size in (prompt, *answers)]
         self.sizes = [sum(sizes)] if self.is_one_piece else sizes
         self.masks = {}  # (window, device) -> mask, made once for all layers

@@ -95,7 +95,8 @@ def in_groups():
 def _mesh(device_type, tp, replicated, group):
     """Return all ranks as a DeviceMesh with the dimensions ('dp', 'tp'), or ('dp',) if tp is 1. FSDP shards over 'dp'.
 
-    replicated: 'dp' has one rank, and a dimension 'copies' the others. group: only tells the cache that a mesh is out of date."""
+    replicated: 'dp' has one rank, and comes after a dimension 'copies' with all of them. group: the default process group, which
+    is a part of the cache's key: a new group needs a new mesh."""
     sizes = {'dp': dist.get_world_size() // tp}
     if replicated:
         sizes = {'copies': sizes['dp'], 'dp': 1}
@@ -232,6 +233,7 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
     model.shard_mode = mode
     if by_fsdp:
         _distribute(model, full, device, half, cpu_offload)
+    # the methods that scripts call
     model.reshard = types.MethodType(_reshard, model)
     for method in (response_logps, hidden_and_head, response_scores, token_logps, _begin):
         add_method(model, method)

@@ -52,9 +52,10 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     softcap = options.get('softcap')
     if packed is None or options.get('s_aux') is not None:
         raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
-    # the kernel has no soft cap, and wants keys and values of one size
+    # the kernel has no soft cap, and wants heads of keys and of values to have one size
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
+    has_one_size = key.shape[-1] == value.shape[-1]
+    if query.is_cuda and half and softcap is None and has_one_size:
         return varlen.attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
     # (q, k, v) of each piece: a block of small groups is one piece, a large group's prompt and answers are one each
@@ -83,7 +84,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
 
 def _causal(n, m, window, device):
     """Return a mask (n, m): which of m positions the last n see. None where sdpa's is_causal says the same, which is faster."""
-    n_before = m - n
+    n_before = m - n  # positions that are seen, but have no query here
     window_cuts = window and window < m
     if n_before == 0 and not window_cuts:
         return None
@@ -219,7 +220,7 @@ class Head(torch.autograd.Function):
         rows: the chunk's slice of all N positions. pieces: the chunk cut into smaller ones, each as (its slice of all positions,
         its logits, the reference's logits or None). The caller may overwrite logits: the next chunk is written over them."""
         hidden, weight, _ = policy
-        # the most logits of a chunk, which is one matrix product, and of a piece, which may be copied
+        # the most logits of a chunk, which is one matrix product, and of a piece, whose logits may be copied
         most_of_chunk, most_of_piece = (2**27, 2**24) if hidden.is_cuda else (2**23, 2**19)
         chunks = Head.chunks(len(hidden), len(weight), most_of_chunk)
         models = [policy, reference] if reference else [policy]
@@ -304,7 +305,8 @@ def _to_gradient(logits, target, grad, config, divergence, ref_logits):
     """Replace logits (n, V), in place, by the loss's gradient with respect to the head's output, before scale and cap.
 
     grad (1 or 3, n): the loss's gradients of the targets' log-probs, and of the divergences if there are any. With respect to the
-    logits, a log-prob has the gradient one-hot - pi, and a divergence pi * sum(mass) - mass. ref_logits is overwritten, too."""
+    logits, a log-prob has the gradient one-hot - pi. A divergence has pi * sum(mass) - mass, where its function returns the mass
+    beside it. ref_logits is overwritten, too."""
     scale, cap = _scale_and_cap(config)
     # the soft cap's derivative, made before the logits are overwritten
     slope = 1 - (logits / cap) ** 2 if cap else 1
@@ -323,18 +325,20 @@ def _to_gradient(logits, target, grad, config, divergence, ref_logits):
 
 
 # ---- divergences of the policy from the reference at one position, for TDPO and Ra-DPO ----
-# log_pi and log_ref are log-probs (..., V) of policy and reference, and Z = log_ref - log_pi. Each function returns the divergence
-# D (...,) and its mass (..., V) = -dD / dlog_pi, which says how strongly D pulls up each word
+# log_pi and log_ref are log-probs (..., V) of policy and reference. Each function returns a divergence D (...,), and its mass
+# (..., V) = -dD / dlog_pi, which says how strongly D pulls up the probability of each word
 
 
 def kl(log_pi, log_ref):
-    """Return KL(reference || policy), which is the mean of Z under the reference, and its mass."""
+    """Return KL(reference || policy), and its mass -dKL / dlog_pi, which are the reference's probabilities."""
     p = log_ref.exp()
     return (p * (log_ref - log_pi)).sum(-1), p
 
 
 def cvar(log_pi, log_ref, *, mu):
-    """Return the mean of Z over its worst mass mu (see _worst), and its own mass. mu = 1 is the KL. Ra-DPO, arXiv:2505.20359."""
+    """Return D, the mean of Z = log_ref - log_pi over the worst mass mu under the reference, and -dD / dlog_pi.
+
+    The worst mass are the words with the largest Z, whose probabilities sum to mu. mu = 1 is the KL. Ra-DPO, arXiv:2505.20359."""
     z = log_ref - log_pi
     mass = _worst(z.detach(), log_ref.exp(), mu) / mu
     return (mass * z).sum(-1), mass
@@ -358,23 +362,26 @@ def _worst(z, p, mu, bins=4096):
         # the second round covers this bin, and one more on each side for the rounding
         high = high - (border_bin - 2) * width
         low = high - 3 * width
-    # the share of each bin that lies within mu: all, a part, or none
+    # what the bins before it have left of mu says how much of a bin lies within mu: all, a part, or nothing
     left_of_mu = mu - up_to_bin + in_bin
     share = (left_of_mu / in_bin.clamp(min=1e-30)).clamp_(0, 1)
     return share.to(p.dtype).gather(-1, bin_of_word).mul_(p)
 
 
 def erm(log_pi, log_ref, *, mu):
-    """Return (1 / mu) log mean exp(mu Z) under the reference, and its mass. mu -> 0 is the KL. Ra-DPO, arXiv:2505.20359."""
+    """Return D = (1 / mu) log mean exp(mu Z) under the reference, where Z = log_ref - log_pi, and -dD / dlog_pi.
+
+    mu -> 0 is the KL. Ra-DPO, arXiv:2505.20359."""
     terms = log_ref + mu * (log_ref - log_pi)
     return terms.logsumexp(-1) / mu, terms.softmax(-1)
 
 
 def released(log_pi, log_ref, *, mu, parts=2):
-    """Return what Ra-DPO's published code computes, and its mass. It is no measure of risk; it reproduces the published curves.
+    """Return D as Ra-DPO's published code computes it, and -dD / dlog_pi. It is kept to reproduce the published curves.
 
-    The vocabulary is cut into so many parts. A word counts if its Z is above the 1 - mu quantile of all words of its part, not
-    weighted by p, the reference's probabilities. The result is the sum of p Z over the words that count."""
+    D is the sum of p Z over the words that count, with the reference's probabilities p and Z = log_ref - log_pi. The vocabulary is
+    cut into parts. A word counts if its Z is above the 1 - mu quantile of its part. All words of the part weigh the same in this
+    quantile, instead of p, and so D is no measure of risk."""
     z = log_ref - log_pi
     p = log_ref.exp()
     # the last part takes what a division leaves over

@@ -39,8 +39,8 @@ def check(config):
 def tensor_parallel(model, mesh, groups):
     """Divide the blocks of a model, in place, among the ranks of a mesh of one dimension.
 
-    groups: the number of such groups of ranks, over which FSDP shards afterwards. Raises UserError if transformers has no plan for
-    the architecture that is known here, or if its sizes are no multiples of the number of ranks."""
+    groups: the number of such meshes, over which FSDP shards afterwards. Raises UserError if transformers has no plan for the
+    architecture, or one with styles unknown here, or if its sizes do not divide by the number of ranks."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
@@ -58,7 +58,8 @@ def tensor_parallel(model, mesh, groups):
     config = inner.config
     name = type(core(model)).__name__
     # module path, with * for a block's number -> style; what lies outside of the blocks is left out
-    plan = {path: style for path, style in (config.base_model_tp_plan or {}).items() if path.startswith('layers.')}
+    whole_plan = config.base_model_tp_plan or {}
+    plan = {path: style for path, style in whole_plan.items() if path.startswith('layers.')}
     if not plan or set(plan.values()) - styles.keys():
         hint = 'leave out --tp, FSDP needs none'
         raise UserError(f'{name} has no tensor-parallel plan in transformers that is supported here: {hint}')

@@ -85,9 +85,9 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         """Sum the gradients of all copies of a row, round by round. torch's own backward would sort all rows, which is slow."""
-        first_copies, *further_copies = ctx.layout.copies
-        # the first copies are all rows, in order, so this has a gradient for each row
-        total = _rows(grad.contiguous(), first_copies[1])
+        (_, first_places), *further_copies = ctx.layout.copies
+        # every row has a first copy, and these are in row order
+        total = _rows(grad.contiguous(), first_places)
         for rows, places in further_copies:
             total[rows] = _rows(total, rows) + _rows(grad, places)
         return total, None
