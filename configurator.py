@@ -169,9 +169,7 @@ def _print_help(doc, options):
 
 
 def _read_file(path):
-    """Run a config file. Returns a list of (name, value, path, 'path, line n') of every public name that it assigns.
-
-    Raises UserError for whatever goes wrong in it."""
+    """Run a config file. Returns [(name, value, path, 'path, line n')] of its public names. Raises UserError for any failure."""
     if not path.endswith('.py'):
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value')
     try:

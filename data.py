@@ -98,9 +98,7 @@ def plan_padded(widths, world, max_tokens):
 
 
 def make_batches(examples: Examples, rows, rank, world, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
-    """Return (this rank's Batches of a step, the step's tokens on all ranks, the same with padding).
-
-    rows: which of the examples the step takes. share_prefix, pad: see pack."""
+    """Return (this rank's Batches of the step with these rows, tokens on all ranks, the same with padding). Options: see pack."""
     # (step,) tokens of each example: a prompt counts once, or if it is not shared, once for each answer
     widths = examples.widths[rows]  # (step, 1 + answers)
     answers = widths.shape[1] - 1

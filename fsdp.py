@@ -264,9 +264,7 @@ def _choose_mode(model, mode, train, half, device, cpu_offload):
 
 
 def _recompute(model, activation_checkpointing=False):
-    """Make the blocks of a model compute activations again in backward instead of keeping them, in place.
-
-    activation_checkpointing: True for all activations of a block, 'selective' for the cheap ones, False for none."""
+    """Make a model's blocks compute activations again in backward, in place: all (True), the cheap ones ('selective') or none."""
     if activation_checkpointing == 'selective':
         lean.enable(model)
     elif activation_checkpointing:
@@ -403,8 +401,7 @@ def unsharded(model):
     finally:
         # back to what _distribute has set; the root alone never reshards after its forward
         for m in modules:
-            is_block = m is not model
-            m.set_reshard_after_forward(is_block and not model.stays_gathered, recurse=False)
+            m.set_reshard_after_forward(m is not model and not model.stays_gathered, recurse=False)
         _reshard(model)
 
 

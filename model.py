@@ -324,7 +324,7 @@ def _to_gradient(logits, target, grad, config, divergence, ref_logits):
         logits *= slope * scale
 
 
-# ---- divergences of the policy from the reference at one position, for TDPO and Ra-DPO ----
+# ---- divergences of the policy from the reference at one position, for TDPO and Ra-DPO (arXiv:2505.20359) ----
 # log_pi and log_ref are log-probs (..., V) of policy and reference. Each function returns a divergence D (...,), and its mass
 # (..., V) = -dD / dlog_pi, which says how strongly D pulls up the probability of each word
 
@@ -338,7 +338,7 @@ def kl(log_pi, log_ref):
 def cvar(log_pi, log_ref, *, mu):
     """Return D, the mean of Z = log_ref - log_pi over the worst mass mu under the reference, and -dD / dlog_pi.
 
-    The worst mass are the words with the largest Z, whose probabilities sum to mu. mu = 1 is the KL. Ra-DPO, arXiv:2505.20359."""
+    The worst mass is that of the words with the largest Z, whose probabilities sum to mu. mu = 1 is the KL."""
     z = log_ref - log_pi
     mass = _worst(z.detach(), log_ref.exp(), mu) / mu
     return (mass * z).sum(-1), mass
@@ -369,9 +369,7 @@ def _worst(z, p, mu, bins=4096):
 
 
 def erm(log_pi, log_ref, *, mu):
-    """Return D = (1 / mu) log mean exp(mu Z) under the reference, where Z = log_ref - log_pi, and -dD / dlog_pi.
-
-    mu -> 0 is the KL. Ra-DPO, arXiv:2505.20359."""
+    """Return D = (1 / mu) log mean exp(mu Z) under the reference, Z = log_ref - log_pi, and -dD / dlog_pi. mu -> 0 is the KL."""
     terms = log_ref + mu * (log_ref - log_pi)
     return terms.logsumexp(-1) / mu, terms.softmax(-1)
 
@@ -379,9 +377,9 @@ def erm(log_pi, log_ref, *, mu):
 def released(log_pi, log_ref, *, mu, parts=2):
     """Return D as Ra-DPO's published code computes it, and -dD / dlog_pi. It is kept to reproduce the published curves.
 
-    D is the sum of p Z over the words that count, with the reference's probabilities p and Z = log_ref - log_pi. The vocabulary is
-    cut into parts. A word counts if its Z is above the 1 - mu quantile of its part. All words of the part weigh the same in this
-    quantile, instead of p, and so D is no measure of risk."""
+    D is the sum of p Z over the words that count, with the reference's probabilities p and Z = log_ref - log_pi. The vocabulary
+    is cut into parts. A word counts if its Z is above the 1 - mu quantile of its part. All words of the part weigh the same in this
+    quantile, whatever their p, and so D is no measure of risk."""
     z = log_ref - log_pi
     p = log_ref.exp()
     # the last part takes what a division leaves over
