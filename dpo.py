@@ -80,21 +80,23 @@ config = configure(globals(), shared=training)
 
 # ---- what the loss asks for: its signature says ----
 
+# the formula, and for some losses a function that computes a statistic of the whole step first
 loss_fn, statistic_fn = check_loss.find(loss, losses.LOSSES, losses.STATISTICS, config)
-inputs = check_loss.inputs(loss_fn, statistic_fn)
-paired = bool({'pi_w', 'ratio_w'} & inputs)  # else on single answers, each labelled good or bad
-has_ratio = bool({'ratio', 'ratio_w'} & inputs)
+inputs = check_loss.inputs(loss_fn, statistic_fn)  # the names of their parameters
+paired = bool({'pi_w', 'ratio_w'} & inputs)  # False: single answers, each labelled good or bad
+has_ratio = bool({'ratio', 'ratio_w'} & inputs)  # a log-ratio of policy and reference
 has_risk = loss.startswith('radpo')
-# the divergence of the policy from the reference at one position: (n, V) log-probs of both -> (n,)
+# for losses that penalise it: the divergence of policy from reference at a position, (n, V) log-probs of both -> (n,)
 divergence = None
 if 'div_w' in inputs:
     divergence = partial(RISKS[risk], mu=mu) if has_risk else kl
 
 # ---- what the options mean together ----
 
-# of the options that only some losses use: option -> whether this loss does; formulas name them, or this table
+# uses: option -> whether this loss uses it, for all options that only some losses use
 every_input = check_loss.inputs(*losses.LOSSES.values(), *losses.STATISTICS.values())
 uses = {name: name in inputs for name in every_input}
+# some of them are in no formula's signature
 uses |= {'reference_free': has_ratio and not divergence, 'sft_coef': paired, 'risk': has_risk, 'mu': has_risk}
 uses |= dict.fromkeys(('importance', 'importance_max'), has_ratio and paired)
 uses |= dict.fromkeys(('frac_good', 'frac_bad'), not paired)
@@ -113,7 +115,7 @@ if label_smoothing is None or not uses['label_smoothing']:
 if beta_prime is None and loss == 'drdpo':
     beta_prime = 1.0
 
-# what cannot be
+# combinations that make no sense: sentence -> whether it holds
 too_smooth = not 0 <= label_smoothing < 0.5 or (loss == 'exo' and label_smoothing == 0)
 mistakes = {
     f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {label_smoothing}': too_smooth,
@@ -150,9 +152,9 @@ ref = make_ref() if needs_ref and not cache_ref else None
 if divergence:
     check_heads(run.policy, ref)
 if cache_ref:
-    # that pass keeps no activations, so its microbatches may be larger
+    # the pass that fills the cache keeps no activations, so its microbatches may be larger
     larger = partial(run.make_batches, max_tokens=4 * run.max_tokens)
-    # which single answers are used is not known before the fractions below are chosen
+    # of pairs only the rows that the steps will take; which single answers are taken is decided further below
     used = run.used_rows() if paired else slice(None)
     for examples, rows in ((run.train, used), (run.held_out, slice(None))):
         if len(examples):
@@ -173,8 +175,11 @@ run.check_room(ref)
 
 
 def measure(batch, paired=paired):
-    """The columns of a microbatch: pi, n, ref and div of every answer, (A,) each; of pairs (A / 2,): pi_w, pi_l and so on."""
-    # the reference's log-probs: cached, or computed here, or with a divergence computed beside the policy's
+    """Run policy and reference on a microbatch of A answers. Returns its columns, name -> tensor.
+
+    pi: log-prob of each answer under the policy, with the graph for backward. n: its tokens. ref: its log-prob under the
+    reference, if there is one. div: its divergence, if the loss has one. Shape (A,); of pairs (A / 2,), as pi_w and pi_l."""
+    # the reference: cached log-probs, or its own pass; with a divergence only its hidden states, which the policy's head takes
     reference, ref_logps = None, batch.ref
     with torch.no_grad(), lora.adapters_off(ref):
         if divergence:
@@ -182,7 +187,7 @@ def measure(batch, paired=paired):
         elif ref is not None:
             (ref_logps,) = ref.response_logps(batch)
 
-    # the policy's, with the graph that backward needs: (1, A), or (3, A) with divergence and reference
+    # the policy: (1, A) log-probs, or (3, A) with the divergences and the reference's log-probs
     pi, *with_divergence = run.policy.response_logps(batch, divergence, reference)
     columns = {'pi': pi, 'n': batch.n.float()}
     if divergence:
@@ -191,51 +196,60 @@ def measure(batch, paired=paired):
         columns['ref'] = ref_logps
     if not paired:
         return columns
-    # answers come as chosen, rejected, chosen, ...
+    # the answers lie in the batch as chosen, rejected, chosen, rejected, ...
     chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
     rejected = {f'{name}_l': values[1::2] for name, values in columns.items()}
     return chosen | rejected
 
 
 def call(fn, columns):
-    """fn(...) of losses.py, with what its signature names: options, columns, log-ratios. A column hides an option of its name."""
+    """Call a function of losses.py with those options, columns and log-ratios that its signature names.
+
+    A column counts before an option of the same name: the beta of beta_dpo comes from its statistic."""
     known = {**config, 'label_smoothing': label_smoothing, **columns}
-    # without a reference a log-ratio is the policy's log-prob
-    for name in [name for name in columns if name.startswith('pi')]:
-        known[name.replace('pi', 'ratio')] = columns[name] - columns.get(name.replace('pi', 'ref'), 0.0)
+    for name, log_probs in columns.items():
+        if name.startswith('pi'):
+            # without a reference a log-ratio is the policy's log-prob
+            of_reference = columns.get(name.replace('pi', 'ref'), 0.0)
+            known[name.replace('pi', 'ratio')] = log_probs - of_reference
     return check_loss.call(fn, known)
 
 
 def step_statistic(step, backward):
-    """(columns that the statistic gives, its new state, measured columns or None) of a step.
+    """Compute the statistic of a step (such as the mean margin of beta_dpo), which its loss needs before any gradient.
 
-    The statistic needs a pass of its own over the step. Where that is one microbatch, the measured columns train, too."""
-    batches, side = step.batches, ''
-    # kto takes its prompts with answers to others, for its KL
+    Returns three things: the columns that the statistic gives, (examples of the step,) each; its new state, a dict; and the
+    columns of the step's only microbatch, measured with a graph, so that backward need not measure them again. The last is
+    None if there are several microbatches, or no backward, or if other answers are measured than those that train."""
+    batches, suffix = step.batches, ''
+    # kto estimates its KL on answers to other prompts; their columns are called pi_kl and so on
     if mixed:
         others = step.examples.mismatched(step.rows, longest, more=run.train)
         batches, *_ = run.make_batches(others, np.arange(len(others)))
-        side = '_kl'
-    serves_both = backward and len(batches) == 1 and not mixed
-    with torch.set_grad_enabled(serves_both):
+        suffix = '_kl'
+    trains_too = backward and len(batches) == 1 and not mixed
+    with torch.set_grad_enabled(trains_too):
         parts = [measure(batch) for batch in batches]
 
-    # the columns of the whole step, the same on every rank: so is what the statistic makes of them
+    # the columns of the whole step are the same on every rank: so is the statistic
     gathered = training.gather(parts, batches, len(step.rows))
-    columns = {f'{name}{side}': values for name, values in gathered.items()}
-    columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)
+    columns = {f'{name}{suffix}': values for name, values in gathered.items()}
+    columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)  # one seed for each step
     columns['state'] = run.state['statistic']
-    given, state = call(statistic_fn, columns)
+    given, new_state = call(statistic_fn, columns)
     given = {name: values.float() for name, values in given.items()}
-    return given, state, parts[0] if serves_both else None
+    return given, new_state, parts[0] if trains_too else None
 
 
 def loss_and_weight(measured, step_columns, slots):
-    """Loss and weight of a microbatch, (examples,) each, from its own columns and those of the whole step."""
-    # a filler has slot -1, so it reads the last row; its loss counts nothing
-    mine = {name: move(values[slots], run.device) for name, values in step_columns.items()}
-    columns = measured | mine
-    # the formula, and what goes on top of it
+    """Compute loss and weight of each example of a microbatch, (examples,) each.
+
+    measured: the microbatch's own columns. step_columns: of the whole step, from its statistic and labels. slots: the
+    examples' places in the step."""
+    # the rows of this microbatch; a filler has slot -1, so it reads the last one, and its loss counts nothing
+    of_step = {name: move(values[slots], run.device) for name, values in step_columns.items()}
+    columns = measured | of_step
+    # the formula, and what the options put on top of it
     loss = call(loss_fn, columns)
     if importance:
         loss = loss * call(losses.importance, columns)
@@ -245,13 +259,14 @@ def loss_and_weight(measured, step_columns, slots):
 
 
 def run_step(step, backward=False, shift=None):
-    """Forward, and backward if asked, of one step. Returns (its columns, in step order; the statistic's new state).
+    """Run one step: forward, and with backward=True the gradients. Returns (its columns, in step order; the statistic's state).
 
-    After backward the gradients are the sum of w_i grad loss_i, divided by the number of ranks. shift: see Dr. DPO below."""
+    The gradients are then the sum of w_i grad loss_i over the step's examples, divided by the number of ranks. w_i is the
+    column gradient_weight. shift: a number in the weights of Dr. DPO, see below; None takes it from the first microbatch."""
     # 1. what depends on the whole step: the statistic, and the labels of single answers
-    step_columns, new_state, measured = {}, run.state['statistic'], None
+    step_columns, new_state, already_measured = {}, run.state['statistic'], None
     if statistic_fn:
-        step_columns, new_state, measured = step_statistic(step, backward)
+        step_columns, new_state, already_measured = step_statistic(step, backward)
     if not paired:
         step_columns['good'] = step.labels['good']
 
@@ -259,24 +274,27 @@ def run_step(step, backward=False, shift=None):
     parts = []
     for batch in step.batches:
         with torch.set_grad_enabled(backward):
-            columns = measured or measure(batch)
-            loss, weight = loss_and_weight(columns, step_columns, batch.slot)
-        step_weight = weight
+            # if the statistic has measured this microbatch, it is the only one
+            measured = already_measured or measure(batch)
+            loss, weight = loss_and_weight(measured, step_columns, batch.slot)
+        gradient_weight = weight
         if beta_prime:
-            # Dr. DPO: weights exp((shift - loss) / beta'); any shift cancels, and this one keeps them inside float range
+            # Dr. DPO weighs with exp((shift - loss) / beta'). Any shift gives the same step, since the weights are divided by
+            # their sum; the smallest loss keeps them inside float range
             if shift is None:
                 shift = fsdp.smallest(torch.where(batch.real, loss.detach(), torch.inf))
-            step_weight = weight * losses.drdpo_weight(loss.detach(), shift, beta_prime=beta_prime)
+            gradient_weight = weight * losses.drdpo_weight(loss.detach(), shift, beta_prime=beta_prime)
         if backward:
-            (step_weight * loss * batch.real).sum().backward()
-        parts.append(columns | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
+            (gradient_weight * loss * batch.real).sum().backward()
+        parts.append(measured | {'loss': loss, 'weight': weight, 'gradient_weight': gradient_weight})
 
-    # 3. the columns of the whole step, for the log and for what the gradient is divided by
+    # 3. the columns of the whole step: for metrics, and for the sum of the weights
     columns = training.gather(parts, step.batches, len(step.rows))
     if not paired:
         columns |= step_columns
 
-    # rare: a loss far below the shift gives weights of e^20 and more, whose squares in the norm overflow: do it once more
+    # rare: a later microbatch has a loss so far below the shift that weights reach e^20, and their squares overflow in the
+    # gradient's norm. Then these gradients are dropped, and the step is run again with its smallest loss as the shift
     smallest = columns['loss'].min()
     if backward and beta_prime and smallest < shift.cpu() - 20 * beta_prime:
         run.optimizer.zero_grad(set_to_none=True)
@@ -288,39 +306,45 @@ def run_step(step, backward=False, shift=None):
 
 
 def answers_of(columns, side):
-    """The columns of one side ('_w', '_l', or '' of single answers) and their implicit rewards, from what this loss itself uses."""
+    """Select the columns of one side of the pairs, without the suffix, and add its log-ratios and implicit rewards.
+
+    side: '_w' for chosen, '_l' for rejected, '' for single answers."""
     answers = {name.removesuffix(side): values for name, values in columns.items() if name.endswith(side)}
-    used = {name: config[name] for name in ('beta', 'alpha') if uses[name]}
-    if divergence:
-        used['div'] = answers['div']
-    if 'n_l' in inputs and (loss != 'ipo' or average):  # per token
-        used['n'] = answers['n']
     answers['ratio'] = answers['pi'] - answers.get('ref', 0.0)
-    return answers | {'reward': losses.reward(answers['ratio'], **used)}
+    # the reward is what this loss compares: with its beta, its divergence, and per token where it counts tokens
+    parts = {name: config[name] for name in ('beta', 'alpha') if uses[name]}
+    if divergence:
+        parts['div'] = answers['div']
+    per_token = 'n_l' in inputs and (loss != 'ipo' or average)
+    if per_token:
+        parts['n'] = answers['n']
+    answers['reward'] = losses.reward(answers['ratio'], **parts)
+    return answers
 
 
 def summary(columns, split):
-    """The metrics, name -> float, of the columns of a step or of an evaluation."""
+    """Compute the metrics, name -> float, from the columns of a step or of an evaluation. split: 'train' or 'eval'."""
     loss, weight = columns['loss'], columns['weight']
     objective = (weight * loss).sum() / weight.sum()
-    if beta_prime:  # what Dr. DPO's weights are the gradient of
+    if beta_prime:
+        # -beta' log mean exp(-loss / beta'), whose gradient Dr. DPO's weights give
         log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
         objective = -beta_prime * log_mean
 
-    # of pairs the chosen answer should have the higher reward; single answers are right on their side of z, which kto has
+    # a pair is right if the chosen answer has the higher reward, a single answer if its reward is on its side of kto's z, or of 0
     if paired:
         chosen, rejected = answers_of(columns, '_w'), answers_of(columns, '_l')
-        right = chosen['reward'] > rejected['reward']
+        is_right = chosen['reward'] > rejected['reward']
     else:
-        good, answers = columns['good'], answers_of(columns, '')
-        chosen = {name: values[good] for name, values in answers.items()}
-        rejected = {name: values[~good] for name, values in answers.items()}
-        right = (answers['reward'] > beta * columns.get('z', 0.0)) == good
-    found = metrics.of_preferences(split, objective, chosen, rejected, right)
-    # plain log-ratios are comparable across losses
+        is_good, answers = columns['good'], answers_of(columns, '')
+        chosen = {name: values[is_good] for name, values in answers.items()}
+        rejected = {name: values[~is_good] for name, values in answers.items()}
+        is_right = (answers['reward'] > beta * columns.get('z', 0.0)) == is_good
+    found = metrics.of_preferences(split, objective, chosen, rejected, is_right)
+    # rewards differ from loss to loss; plain log-ratios can be compared
     if paired and needs_ref:
-        right = (chosen['ratio'] > rejected['ratio']).double().mean()
-        found |= metrics.numbers({f'logratio_{split}/accuracies': right})
+        accuracy = (chosen['ratio'] > rejected['ratio']).double().mean()
+        found |= metrics.numbers({f'logratio_{split}/accuracies': accuracy})
     return found
 
 
@@ -328,7 +352,7 @@ def summary(columns, split):
 
 
 def log_ratios(prompts, answers):
-    """Log policy - log reference of sampled answers, in nats, and their tokens: columns (n,)."""
+    """Measure n sampled answers: columns logratio (log-prob under policy minus reference, in nats) and tokens, (n,) each."""
     examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
     batches, *_ = run.make_batches(examples, np.arange(len(answers)))
     with torch.no_grad(), run.memory(batches):
@@ -338,7 +362,9 @@ def log_ratios(prompts, answers):
 
 
 def sample(seen):
-    """Answers of policy and reference to held-out prompts, into samples.jsonl. Returns KL(policy || reference) on them."""
+    """Write answers of policy and reference to held-out prompts into samples.jsonl. Returns metrics: the KL on them.
+
+    No metrics where the reference is not there, or where a signal has cut sampling short."""
     # both answer the same prompts, from the same seeds
     models = {'policy': run.policy, 'reference': ref} if ref else {'policy': run.policy}
     measured = run.sample(models, seen, ref and log_ratios)
@@ -350,7 +376,7 @@ def sample(seen):
 
 
 def evaluate(seen):
-    """Log metrics of the held-out examples, with the statistic's state as it is, and sample answers if wanted."""
+    """Log metrics of the held-out examples, and sample answers if wanted. The statistic's state stays what it is."""
     run.evaluate(seen, lambda step: run_step(step)[0], summary, sample)
 
 
@@ -359,22 +385,30 @@ def evaluate(seen):
 
 @torch.no_grad()
 def check_first_step():
-    """Say the rewards and the loss before training: where policy and reference are one model, the rewards must be 0."""
+    """Compute the first step's loss and rewards before any training. Log them as a row `check`, and say them.
+
+    Raises UserError if no loss is finite. Warns if policy and reference are one model (no ref_model), but rewards are not 0."""
     columns, _ = run.compute(next(run.steps()), run_step)
     if not columns['loss'].isfinite().any():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')
     run.logger.row('check', 0, found)
+    # metrics leave out the mean of nothing, as of a step without a rejected answer
     chosen, rejected = (found.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
     said = f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {columns["loss"].mean():.6f}'
-    # what this loss is where the policy is its reference, and nothing shifts the margins (aot)
+
+    # the loss if the policy were its reference: each ref column becomes its pi column. aot's shift is 0 where it has none
     if needs_ref:
-        same = {name.replace('pi', 'ref'): x for name, x in columns.items() if name.startswith('pi')}
-        expected = call(loss_fn, {'shift': torch.zeros_like(columns['loss'])} | columns | same).mean()
+        policy_as_ref = {name.replace('pi', 'ref'): x for name, x in columns.items() if name.startswith('pi')}
+        no_shift = {'shift': torch.zeros_like(columns['loss'])}
+        expected = call(loss_fn, no_shift | columns | policy_as_ref).mean()
         said += f' ({loss} of a policy that is its reference: {expected:.6f})'
-    for sentence in filter(None, (said, metrics.meaning(loss, paired, needs_ref))):
-        run.logger.say(sentence)
-    allowed = 1e-2 if training.dtype == 'bfloat16' or training.tf32 else 1e-4
+    run.logger.say(said)
+    if explanation := metrics.meaning(loss, paired, needs_ref):
+        run.logger.say(explanation)
+
+    is_rounded = training.dtype == 'bfloat16' or training.tf32
+    allowed = 1e-2 if is_rounded else 1e-4
     if needs_ref and ref_model is None and max(abs(chosen), abs(rejected)) > allowed:
         run.logger.say('warning: policy and reference are one model, so the rewards should be 0 before the first step')
 
@@ -386,7 +420,7 @@ if run.eval_due_at_start():
     evaluate(run.seen)
 for step in run.steps():
     columns, new_state = run.compute(step, run_step, backward=True)
-    if run.update(step, columns, weight=columns['step_weight'].sum()):
+    if run.update(step, columns, weight=columns['gradient_weight'].sum()):
         run.state['statistic'] = new_state
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):

@@ -360,7 +360,7 @@ run.clock = time.time()
 for first_prompt, rows in steps(len(train), batch_size // group, total // group, seed, run.seen // group):
     answered = make_round(first_prompt * group, rows)
     # a round that was cut short is thrown away; before the first there is nothing to save
-    run.heed(answered.first, saved=not answered.first)
+    run.obey_signals(answered.first, saved=not answered.first)
     sampled = time.time()
     found = answered.metrics | train_round(answered)
 
@@ -382,7 +382,7 @@ for first_prompt, rows in steps(len(train), batch_size // group, total // group,
 evaluate(total)
 
 # what is exported is the language model, without its critic
-run.heed(total)
+run.obey_signals(total)
 checkpoint.wait()
 drop_value_head(policy)
 run.finish(build_policy)
