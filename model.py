@@ -377,8 +377,8 @@ def erm(log_pi, log_ref, *, mu):
 def released(log_pi, log_ref, *, mu, parts=2):
     """Return D as Ra-DPO's published code computes it, and -dD / dlog_pi. It is kept to reproduce the published curves.
 
-    D is the sum of p Z over the words that count, with the reference's probabilities p and Z = log_ref - log_pi. The vocabulary
-    is cut into parts. A word counts if its Z is above the 1 - mu quantile of its part. All words of the part weigh the same in this
+    The vocabulary is cut into parts, and a word counts if its Z = log_ref - log_pi is above the 1 - mu quantile of its part. D is
+    the sum of p Z over the words that count, where p is the reference's probability. All words of a part weigh the same in the
     quantile, whatever their p, and so D is no measure of risk."""
     z = log_ref - log_pi
     p = log_ref.exp()
