@@ -1,8 +1,7 @@
 """Read and write files of sampled answers and of verdicts, and form the pairs of answers that label.py judges.
 
-sample.py writes samples.jsonl (one row per answer) and model_outputs.json (AlpacaEval's format); label.py writes
-verdicts.jsonl (one row per verdict). .jsonl files are append-only, so a killed run resumes where it stopped. Rank 0 appends to
-samples.jsonl and rank r > 0 to samples-r.jsonl; collect() merges them at the start and at the end of a run.
+sample.py writes samples.jsonl (a row per answer) and model_outputs.json (AlpacaEval's format), label.py verdicts.jsonl (a row
+per verdict). .jsonl files are append-only, so a killed run resumes where it stopped. Rank r > 0 appends to samples-r.jsonl.
 """
 
 import json
@@ -19,9 +18,7 @@ from text.messages import ASSISTANT, answer, ask, field, instruction, text_or_ch
 
 
 def append(path, rows, sync=True):
-    """Append rows (dicts) to a .jsonl file, creating it if needed. Raises UserError if it cannot be written.
-
-    The rows survive a kill of the process, and with sync=True also a power failure."""
+    """Append rows (dicts) to a .jsonl file. sync: make them survive a power failure, not only a kill. Raises UserError."""
     # default=str: write values that are not JSON types as their str()
     lines = [json.dumps(row, default=str) + '\n' for row in rows]
     with files.writing(path), open(path, 'a', encoding='utf-8') as file:
@@ -48,8 +45,8 @@ def read_back(path, key_of):
         except UserError as error:
             raise UserError(f'{path}, line {number}, {error}') from None
         except (ValueError, KeyError, TypeError, RecursionError):
-            advice = 'delete that line, and the same command makes it anew'
-            raise UserError(f'{path}, line {number}, is damaged: {advice}') from None
+            problem = f'{path}, line {number}, is damaged'
+            raise UserError(f'{problem}: delete that line, and the same command makes it anew') from None
     if incomplete:
         files.say(f'note: the last line of {path} was not written to its end: what it was to hold is done again')
         os.truncate(path, len(content) - len(incomplete))
@@ -72,9 +69,6 @@ def raise_if_missing(failed, what):
         [(reason, times)] = failed.most_common(1)
         missing = f'{failed.total()} {what} are missing ({times} times: {reason})'
         raise UserError(f'{missing}: run the same command to ask again')
-
-
-# ---- answers of sample.py ----
 
 
 def collect(out_dir, wanted):
@@ -118,9 +112,6 @@ def write_model_outputs(out_dir, rows):
             output = {'instruction': instruction(row['prompt']), 'output': row['response'].strip()}
             outputs.append(output | {'generator': row['generator']})
     files.replace_text(Path(out_dir) / 'model_outputs.json', json.dumps(outputs, indent=1))
-
-
-# ---- pairs of answers ----
 
 
 def read_answers(path):
@@ -179,14 +170,18 @@ def make_pairs(answers_file, against_file=None):
             matches = zip(group, their_groups.get(question, []), strict=False)
         else:
             matches = combinations(group, 2)
-        pairs += [_pair(first, second, number) for first, second in matches]
+        for first, second in matches:
+            # prefer the original prompt, since model_outputs.json keeps only the instruction
+            prompt = second['prompt'] if is_plain(first) else first['prompt']
+            pair = {'prompt': prompt, 'instruction': first['instruction'], 'question': number}
+            pair['outputs'] = [first['response'], second['response']]
+            pair['generators'] = [first['generator'], second['generator']]
+            pairs.append(pair)
     if not pairs and against_file:
         raise UserError(f'no prompt of {answers_file} has an answer in {against_file}')
     if not pairs:
         raise UserError(f'no prompt in {answers_file} has two answers: sample with --n=2, or name --against=FILE')
-
-    with_tools = sum(bool(row['tools']) for row in ours + theirs)
-    skipped = Counter({'tools, which no judge is shown': with_tools})
+    skipped = Counter({'tools, which no judge is shown': sum(bool(row['tools']) for row in ours + theirs)})
     if against_file:
         # each pair uses one answer of either file
         skipped['answers without a counterpart'] = len(ours) - len(pairs)
@@ -213,22 +208,9 @@ def _by_question(answers):
     return groups
 
 
-def _pair(first, second, number):
-    """Return two answers to the same question as a pair (a dict, see make_pairs). number: the number of the question."""
-    # prefer the original prompt, since model_outputs.json keeps only the instruction
-    prompt = second['prompt'] if is_plain(first) else first['prompt']
-    pair = {'prompt': prompt, 'instruction': first['instruction'], 'question': number}
-    pair['outputs'] = [first['response'], second['response']]
-    pair['generators'] = [first['generator'], second['generator']]
-    return pair
-
-
 def is_plain(row):
     """Return whether the prompt of an answer or a pair is a single question that its instruction reproduces exactly."""
     return row['prompt'] == ask(row['instruction'])
-
-
-# ---- verdicts of label.py ----
 
 
 def read_verdicts(path):
@@ -237,9 +219,7 @@ def read_verdicts(path):
     def key_of(row):
         """Return (pair, order) of a row after checking its fields. Raises KeyError or ValueError."""
         # preference: 1, 2, 1.5 for a tie or None for an unclear reply; verdicts of a reward model have no text
-        valid_preference = row['preference'] in (None, 1, 1.5, 2)
-        valid_text = isinstance(row.get('text', ''), str)
-        if not valid_preference or not valid_text:
+        if row['preference'] not in (None, 1, 1.5, 2) or not isinstance(row.get('text', ''), str):
             raise ValueError
         return field(row, 'pair', int), field(row, 'order', int)
 
@@ -247,15 +227,14 @@ def read_verdicts(path):
 
 
 def annotation(pair, preference, annotator):
-    """Return a judged pair as a row of AlpacaEval's annotations.json. annotator: name of the judge.
-
-    A prompt that cannot be rebuilt from its instruction is added as the extra field 'prompt'."""
+    """Return a judged pair as a row of AlpacaEval's annotations.json. annotator: name of the judge."""
     row = {'instruction': pair['instruction']}
     for n, (output, generator) in enumerate(zip(pair['outputs'], pair['generators'], strict=True), start=1):
         row[f'output_{n}'] = output
         row[f'generator_{n}'] = generator
     row['annotator'] = annotator
     row['preference'] = preference
+    # not a field of AlpacaEval's: the original prompt, if the instruction does not determine it
     if not is_plain(pair):
         row['prompt'] = pair['prompt']
     return row

@@ -1,7 +1,6 @@
-"""An async client for OpenAI-compatible chat endpoints (hosted models, vLLM, `transformers serve`), with retries.
+"""An async client for OpenAI-compatible chat endpoints (hosted models, vLLM, `transformers serve`), for sample.py and label.py.
 
-sample.py and label.py call ask(). The API key is read from NANOPREF_API_KEY, or else OPENAI_API_KEY, and is redacted from
-everything a server says. Messages of the HTTP library are not shown, since they quote the server.
+The API key, from NANOPREF_API_KEY or else OPENAI_API_KEY, is redacted from everything a server says.
 """
 
 import asyncio
@@ -37,18 +36,12 @@ class Reply(NamedTuple):
     error: str | None = None
 
 
-class _PermanentError(Exception):
-    """The endpoint rejects this job, so a retry is pointless."""
+class _AttemptFailed(Exception):
+    """A failed attempt. can_retry: whether a retry may succeed. wait: seconds requested by Retry-After."""
 
-
-class _RetryableError(Exception):
-    """An attempt failed, but a retry may succeed. wait: seconds requested by Retry-After."""
-
-    wait = 0.0
-
-
-class _Unreachable(_RetryableError):
-    """No connection could be opened."""
+    def __init__(self, message, *, can_retry=True, connected=True, wait=0.0):
+        super().__init__(message)
+        self.can_retry, self.connected, self.wait = can_retry, connected, wait
 
 
 def completions_url(url: str) -> str:
@@ -93,7 +86,6 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
             # all jobs are done, or there were too many failures
             if not tasks:
                 break
-
             finished, tasks = loop.run_until_complete(asyncio.wait(tasks, return_when='FIRST_COMPLETED'))
             # yield good replies first, since result() raises the exception of a failed task
             for task in sorted(finished, key=lambda task: task.exception() is not None):
@@ -122,8 +114,7 @@ class _Endpoint:
         self.proven = proven
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self.not_before = 0.0
-        key = os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or ''
-        self.key = key.strip()
+        self.key = (os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or '').strip()
         # HTTP headers take printable ASCII only
         if not re.fullmatch('[!-~]*', self.key):
             raise UserError('the key in NANOPREF_API_KEY or OPENAI_API_KEY has characters that no key has')
@@ -146,23 +137,22 @@ class _Endpoint:
                 response, content = await self.post(body)
                 text, raw = self.read(response, content)
                 return Reply(key, text, raw)
-            except _PermanentError as error:
-                return Reply(key, text=None, raw=None, error=str(error))
-            except _RetryableError as error:
+            except _AttemptFailed as error:
                 failure = error
+            if not failure.can_retry:
+                return Reply(key, text=None, raw=None, error=str(failure))
             # an unreachable endpoint that has never answered is probably a wrong URL, so give up sooner
-            probably_wrong = isinstance(failure, _Unreachable) and not self.proven
-            retries = min(2, self.retries) if probably_wrong else self.retries
+            is_known = failure.connected or self.proven
+            retries = self.retries if is_known else min(2, self.retries)
             if attempt >= retries:
                 return Reply(key, text=None, raw=None, error=f'{failure}, after {attempt + 1} attempts')
-
             # Retry-After delays all jobs; the exponential backoff, with jitter, only this one
             self.not_before = max(self.not_before, time.monotonic() + failure.wait)
             delay = min(60.0, self.backoff * 2**attempt)
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
 
     async def post(self, body):
-        """Send a request and return (response, content as text). Raises _RetryableError without a reply of a sane size."""
+        """Send a request and return (response, content as text). Raises _AttemptFailed if there is no complete reply."""
         content = bytearray()
         try:
             async with asyncio.timeout(self.timeout):
@@ -172,20 +162,18 @@ class _Endpoint:
                         if len(content) > MAX_REPLY_BYTES:
                             break
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise _Unreachable(f'{self.url} cannot be reached ({self.one_line(error)})') from None
+            raise _AttemptFailed(f'{self.url} cannot be reached ({self.one_line(error)})', connected=False) from None
         except TimeoutError:
-            raise _RetryableError(f'no reply within {self.timeout:g} s') from None
+            raise _AttemptFailed(f'no reply within {self.timeout:g} s') from None
         except Exception as error:
-            # httpx raises many unrelated types for malformed replies
-            raise _RetryableError(f'connection lost ({type(error).__name__})') from None
+            # httpx raises many unrelated types for malformed replies; name only the type, since the message may quote the key
+            raise _AttemptFailed(f'connection lost ({type(error).__name__})') from None
         if len(content) > MAX_REPLY_BYTES:
-            raise _RetryableError(f'the reply is larger than {MAX_REPLY_BYTES / 2**20:g} MB')
+            raise _AttemptFailed(f'the reply is larger than {MAX_REPLY_BYTES / 2**20:g} MB')
         return response, content.decode('utf-8-sig', 'replace')
 
     def read(self, response, content):
-        """Return (answer text, parsed reply) of a response and its content.
-
-        Raises _RetryableError, _PermanentError, or UserError if only the user can help."""
+        """Return (answer text, parsed reply) of a response. Raises _AttemptFailed, or UserError if only the user can help."""
         status = response.status_code
         raw = self.parse(content)
         if 200 <= status < 300:
@@ -195,20 +183,18 @@ class _Endpoint:
                 # replace lone surrogates, which neither files nor tokenizers accept
                 return text.encode('utf-8', 'replace').decode(), raw
             except (LookupError, TypeError, AttributeError):
-                raise _RetryableError(f'the reply is no chat completion ({self.one_line(raw)})') from None
-
+                raise _AttemptFailed(f'the reply is no chat completion ({self.one_line(raw)})') from None
         problem = f'{self.url} answers HTTP {status} ({self.one_line(raw)})'
         if status in (401, 403):
             raise UserError(f'{problem}: set the key of this endpoint in NANOPREF_API_KEY')
         if status not in (408, 409, 425, 429) and status < 500:
-            raise _PermanentError(problem)
-        error = _RetryableError(problem)
+            raise _AttemptFailed(problem, can_retry=False)
         # Retry-After may also be a date, which is ignored: the backoff applies anyway
         seconds = re.match(r'\d+(\.\d+)?$', response.headers.get('retry-after', ''))
-        error.wait = float(seconds[0]) if seconds else 0.0
-        if error.wait > LONGEST_WAIT:
-            raise UserError(f'{problem} and asks to wait {error.wait:.0f} s: run the same command again then')
-        raise error
+        wait = float(seconds[0]) if seconds else 0.0
+        if wait > LONGEST_WAIT:
+            raise UserError(f'{problem} and asks to wait {wait:.0f} s: run the same command again then')
+        raise _AttemptFailed(problem, wait=wait)
 
     def parse(self, content):
         """Parse a reply as JSON, with the key redacted; fall back to the text itself. NaN and Infinity become strings."""

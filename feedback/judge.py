@@ -25,8 +25,7 @@ TRUNCATED = ('length', 'max_tokens', 'content_filter')  # values of finish_reaso
 def read_prompt(name):
     """Return the text of a judge prompt file, looked up in the working directory, then in the repository.
 
-    Prints a note if it has no {mark}. Raises UserError if it cannot be read, lacks another placeholder or repeats one, or does
-    not ask for a last line with the verdict."""
+    Prints a note if it has no {mark}. Raises UserError if it cannot be read, or if any other placeholder is not there once."""
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
     text = read_text(folder / name, f'--judge_prompt={name}')
     slots = SLOT.findall(text)
@@ -40,9 +39,7 @@ def read_prompt(name):
 
 
 def read_request(text):
-    """Parse --request, a JSON object with extra request fields such as the temperature.
-
-    Raises UserError if it is not a JSON object, or sets a field that label.py sets itself."""
+    """Parse --request, a JSON object of extra request fields such as the temperature. Raises UserError for invalid ones."""
     try:
         fields = json.loads(text)
         # json.loads accepts NaN and lone surrogates, which cannot be sent; this line raises ValueError for them

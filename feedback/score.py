@@ -36,23 +36,23 @@ from text.show import task_of
 from text.sources import locate, read_examples, vanished
 from text.tokenise import tokenise
 
-# who scores what
+# model and data
 reward_model: str | None = None  # folder or hub id of a reward model with one scalar
 data: str | None = None  # pairs, or prompts with an answer: hh, hh:PATH, hh+shp, a hub id, a file, a folder
 split: str | None = None  # train or test; None: test where the data has one, else all
-columns: str | None = None  # which column is what: 'prompt=question, chosen=good, rejected=bad'
-chat = False  # texts become chats, so that the model's chat template applies
-system: str | None = None  # a message of the system before every prompt; texts become chats
+columns: str | None = None  # column mapping: 'prompt=question, chosen=good, rejected=bad'
+chat = False  # turn texts into chats, to apply the model's chat template
+system: str | None = None  # a system message for every prompt; implies --chat
 skip_bad_rows = False  # count unreadable rows instead of stopping
-max_length: int | None = None  # tokens of prompt and answer; None: what the model reads
-truncation = 'start'  # which end a too long prompt loses, down to half of max_length: start or end
-# what comes of it
-by = 'subset'  # a column of the data, of whose values the table has a line each
+max_length: int | None = None  # tokens of prompt and answer; None: the model's limit
+truncation = 'start'  # cut long prompts at the start or the end, down to half of max_length
+# output
+by = 'subset'  # a column of the data; the report has a line for each of its values
 out = 'out/scores.jsonl'  # the scores
 # machine
 max_tokens = 16384  # tokens of one microbatch of one rank; changes no score
 dtype = 'float32'  # float32 or bfloat16
-device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
+device_map: str | None = None  # 'balanced': spread the model over the GPUs of one process, without torchrun
 trust_remote_code = False  # run code that comes with a model
 
 CHUNK = 128  # examples per write to --out
@@ -102,7 +102,6 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
     group_limit = 0 if is_padded else max_tokens
     groups = _groups(items, tokenizer.eos_token_id, ends, room(model), group_limit)
     lengths = np.array([group.tokens for group in groups])
-
     # microbatches of this rank, as lists of indices into groups; every rank computes the same plan
     rank, world_size = fsdp.data_rank()
     make_plan = plan_padded if is_padded else plan
@@ -120,7 +119,6 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
         # an idle rank scores a filler answer to stay in step with the others; slot -1 drops its score
         if not indices:
             slots.append(-1)
-
     columns = fsdp.gather_columns({'score': torch.cat(parts)}, slots, len(items))
     values = columns['score'].float().numpy()
     if not np.isfinite(values).all():
@@ -144,8 +142,7 @@ class _Group(NamedTuple):
 def _groups(items, eos, ends, max_length, max_tokens):
     """Group items (prompt ids, answer ids) by prompt into _Groups of at most max_tokens, or of one answer if that is longer.
 
-    Appends eos to answers that end neither with eos nor with one of ends. max_length: tokens that the model can read. Raises
-    UserError for a longer item, and for one without a prompt."""
+    Appends eos to answers without an end token. Raises UserError without a prompt, and for more than max_length tokens."""
     endings = {eos, *ends}
     by_prompt = {}  # bytes of the prompt ids -> groups
     for slot, (prompt, answer) in enumerate(items):
@@ -166,9 +163,6 @@ def _groups(items, eos, ends, max_length, max_tokens):
     return [group for groups in by_prompt.values() for group in groups]
 
 
-# ---- the command ----
-
-
 def main():
     """Score --data with --reward_model, write a line of --out for each example, and print a report."""
     config = configure(globals())
@@ -184,7 +178,6 @@ def main():
         raise UserError(f'--by={by}: no row of {data} has such a column')
     options = {'dtype': dtype, 'device_map': device_map, 'trust_remote_code': trust_remote_code}
     model, tokenizer = load_scorer(reward_model, device, **options)
-
     # room() is infinite for a model without a maximum length
     limit = int(min(max_length or UNLIMITED, room(model)))
     rows = []
@@ -199,13 +192,11 @@ def main():
             bar.update(len(chunk))
     if not rows:
         raise vanished(data, split or 'test', left_out)
-
     changed, notes = in_words(left_out)
     at_most = f', at most {limit:,} tokens each' if limit < UNLIMITED else ''
     counts = f'{len(rows):,} of {len(examples):,} scored{at_most}'
     lines = [f'data: {counts}; left out or changed: {changed}', *notes]
-    lines += [f'{reward_model} on {data}', *report(rows)]
-    lines.append(f'{out}: a line for each')
+    lines += [f'{reward_model} on {data}', *report(rows), f'{out}: a line for each']
     say('\n'.join(lines))
 
 
@@ -257,7 +248,6 @@ def score_examples(model, tokenizer, examples, limit, left_out):
             row[by] = example.raw[by]
         row |= {name: example[name] for name in ('prompt', 'good') if name in example}
         names = ['chosen_score', 'rejected_score'] if task == 'pairs' else ['score']
-
         # yields one example, or none if it was skipped; prompts are truncated to half of the limit if necessary
         tokenised = tokenise([example], tokenizer, task, limit, limit // 2, truncation, left_out, **options)
         for prompt, answers in tokenised:
@@ -265,7 +255,6 @@ def score_examples(model, tokenizer, examples, limit, left_out):
             for name, answer in zip(names, answers, strict=True):
                 items.append((prompt, answer))
                 targets.append((row, name))
-
     values = scores(model, tokenizer, items, max_tokens).tolist() if items else []
     for (row, name), value in zip(targets, values, strict=True):
         row[name] = value
@@ -273,9 +262,6 @@ def score_examples(model, tokenizer, examples, limit, left_out):
         if 'chosen_score' in row:
             row['margin'] = row['chosen_score'] - row['rejected_score']
     return rows
-
-
-# ---- the report ----
 
 
 def report(rows):
@@ -327,7 +313,6 @@ def table(pairs):
     is_reward_bench = groups and groups.keys() <= subsets
     if not is_reward_bench:
         return [f'  {name:24s} {text}' for name, (_, text) in accuracies.items()]
-
     # subsets are weighted by their published sizes, sections equally
     lines = []
     section_scores = []

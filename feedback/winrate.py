@@ -20,17 +20,15 @@ def mean(wins, clusters=None):
     if n == 0:
         return None, None
     average = wins.mean()
-    deviations = wins[:, None] - average  # (n, 1)
-    variance_of_sum = _variance_of_sum(deviations, clusters).item()
+    variance_of_sum = _variance_of_sum(wins[:, None] - average, clusters).item()
     return float(average), _sqrt(variance_of_sum / n**2)
 
 
 def interval(wins, clusters=None):
     """Return [low, high], the Wilson 95% interval for the mean of wins (n,), which lie in [0, 1], or None if n is 0.
 
-    clusters (n,): cluster id of each value; None puts each value in a cluster of its own. The sample size in Wilson's formula
-    is Kish's effective size (sum_c m_c)^2 / sum_c m_c^2 for clusters of m_c values, or a larger size if the cluster-robust
-    standard error implies one. test_winrate.py measures the coverage."""
+    clusters (n,): cluster id of each value; None puts each value in a cluster of its own. Wilson's sample size is Kish's
+    effective size (sum_c m_c)^2 / sum_c m_c^2 for clusters of m_c values, or larger if the cluster-robust error implies it."""
     p, error = mean(wins, clusters)
     if p is None:
         return None
@@ -41,19 +39,16 @@ def interval(wins, clusters=None):
     # an error of 0 only means that all values so far are equal
     if len(sizes) >= ENOUGH and error:
         n = max(n, variance / error**2)
-
     shift = Z**2 / n
     scale = 1 + shift
     center = (p + shift / 2) / scale
     half_width = np.sqrt(shift * variance + shift**2 / 4) / scale
-    # clip rounding errors
+    # rounding may exceed [0, 1]
     return np.clip([center - half_width, center + half_width], 0, 1).tolist()
 
 
 def interval_of_fit(rate, error):
-    """Return [low, high], a 95% interval for a win rate with a standard error; None if error is None.
-
-    It is symmetric in log odds, so that both ends lie in (0, 1)."""
+    """Return [low, high], a 95% interval for a win rate in (0, 1), symmetric in log odds; None if its standard error is None."""
     if error is None:
         return None
     log_odds = np.log(rate / (1 - rate))
@@ -65,11 +60,10 @@ def interval_of_fit(rate, error):
 def length_controlled(wins, difference, clusters=None):
     """Return (win rate at equal length, its standard error, length effect b), or three None if the fit diverges.
 
-    Fits P(win) = sigmoid(a + b tanh(difference / s)); the rate is sigmoid(a), and b is 0 if all lengths are equal. The fit
-    diverges if all are wins, all are losses, or the length difference alone predicts every win.
-    wins (n,): 1, 0, or 1/2 for a tie. difference (n,): length of the first answer minus length of the second; s is its root
-    mean square. clusters (n,): cluster ids for the sandwich covariance of (a, b), or None.
-    Source: AlpacaEval 2 (2404.04475), without its instruction difficulty term."""
+    Fits P(win) = sigmoid(a + b tanh(difference / s)), like AlpacaEval 2 (2404.04475) without its instruction difficulty. The
+    rate is sigmoid(a); b is 0 if all lengths are equal. The fit diverges if all are wins, all are losses, or the length
+    difference alone predicts every win. wins (n,): 1, 0, or 1/2 for a tie. difference (n,): length of the first answer minus
+    length of the second, with root mean square s. clusters (n,): cluster ids for the sandwich covariance, or None."""
     wins = np.asarray(wins, float)
     difference = np.asarray(difference, float)
     if len(wins) == 0:
@@ -79,14 +73,12 @@ def length_controlled(wins, difference, clusters=None):
     if lengths_differ:
         s = np.sqrt((difference**2).mean())
         x = np.column_stack([x, np.tanh(difference / s)])  # slope b
-
     fit = _fit_logistic(x, wins)
     if fit is None:
         return None, None, None
     beta, information, residuals = fit
     rate = float(_sigmoid(beta[0]))
     effect = float(beta[1]) if lengths_differ else 0.0
-
     # sandwich covariance of beta (k, k): bread @ meat @ bread
     bread = np.linalg.inv(information)
     meat = _variance_of_sum(x * residuals[:, None], clusters)

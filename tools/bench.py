@@ -5,11 +5,10 @@
     python -m tools.bench --model=pythia-14m --variants='padded trl trl_fastest trl_cuda head cached'   # beside TRL 1.16, if installed
     torchrun --nproc_per_node=2 -m tools.bench --model=pythia-14m
 
-Variants are cumulative: `padded` is the original DPO code (padded rows, prompts repeated, logits at every position, 8 pairs per
-microbatch); the next ones pack rows, share prompts, compute logits at answer tokens only, and cache the reference. Loss and
-gradient are the same. trl, trl_fastest and trl_cuda are TRL's trainer (experiments/trl/variant.py). In each round every variant is
-built, warmed up by one step, timed on the same pairs and freed, one at a time; every other round runs backwards, to cancel slow
-drift of the machine. The figures are medians.
+Variants are cumulative: `padded` is the original DPO code (padded rows, prompts repeated, logits at every position); the next ones
+pack rows, share prompts, compute logits at answer tokens only, and cache the reference. Loss and gradient are the same. trl,
+trl_fastest and trl_cuda are TRL's trainer. In each round every variant is built, warmed up by one step, timed on the same pairs
+and freed, one at a time; every other round runs backwards, to cancel slow drift of the machine. The figures are medians.
 """
 
 from runtime import guard
@@ -88,10 +87,10 @@ loss_fn = losses.LOSSES.get(loss)
 loss_args = inspect.signature(loss_fn).parameters if loss_fn else {}
 has_ratio = 'ratio_w' in loss_args  # needs the reference
 has_divergence = 'div_w' in loss_args
-takes_pairs = has_ratio or 'pi_w' in loss_args
 if not names or set(names) - set(VARIANTS):
     raise UserError(f'variants must be some of {", ".join(VARIANTS)}, not {variants!r}')
-if not takes_pairs or loss in losses.STATISTICS:
+# pair losses take *_w (chosen) and *_l (rejected) arguments
+if not (has_ratio or 'pi_w' in loss_args) or loss in losses.STATISTICS:
     raise UserError(f'only losses on pairs without a statistic of the step are measured, not {loss!r}')
 if has_divergence and names != ['head']:
     raise UserError(f'{loss} needs the whole distribution of the live reference: only --variants=head measures it')
@@ -111,8 +110,6 @@ if has_trl:
     from experiments.trl.variant import TrlVariant
 if threads:
     torch.set_num_threads(threads)
-
-# ---- model and data ----
 
 
 def build(empty=False, layers=None):
@@ -136,9 +133,7 @@ def build(empty=False, layers=None):
 
 
 def real_pairs(count):
-    """Return Examples with `count` pairs of --data in random order, repeated if there are fewer.
-
-    Raises UserError if a published shape has no --tokenizer."""
+    """Return Examples with `count` pairs of --data in random order, repeated if there are fewer. Raises UserError."""
     from text.tokenise import load_examples
 
     if not tokenizer and model in SHAPES:
@@ -165,9 +160,6 @@ def synthetic_pairs(count):
         prompt, *answers = [rng.integers(0, num_ids, length) for length in lengths]
         pairs.append((prompt, answers))
     return Examples.of(pairs)
-
-
-# ---- variants ----
 
 
 def full_head(net, batch):
@@ -203,8 +195,7 @@ class Variant:
     def load(self, examples, steps):
         """Build policy, reference and optimizer, with the same weights in each round.
 
-        steps (num_steps, batch_size): indices into examples. If cached, also times the reference on these steps, stores its
-        log-probs, and frees it."""
+        steps (num_steps, batch_size): indices into examples. If cached, times and stores the reference log-probs, too."""
         self.policy = self.model(train=True)
         self.ref = self.model(train=False)
         self.torch_optimizer = fsdp.make_optimizer(optimizer, self.policy, lr=LEARNING_RATE, weight_decay=0.0)
@@ -219,6 +210,7 @@ class Variant:
             with torch.no_grad():
                 self.ref_logps[tuple(rows)] = [self.logps(self.ref, batch) for batch in batches]
             self.passes.append(clock() - start)
+        # the cache replaces the reference
         self.ref = None
         release()
 
@@ -272,11 +264,12 @@ class Variant:
         if ref_logps is not None:
             values['ref'] = ref_logps
             values['ratio'] = values['pi'] - ref_logps
-
         # answers alternate: chosen, rejected, chosen, rejected, ...
-        chosen = {f'{name}_w': value[0::2] for name, value in values.items()}
-        rejected = {f'{name}_l': value[1::2] for name, value in values.items()}
-        return chosen | rejected
+        columns = {}
+        for name, value in values.items():
+            columns[f'{name}_w'] = value[0::2]
+            columns[f'{name}_l'] = value[1::2]
+        return columns
 
     @guard.memory_for('lower batch_size or max_tokens')
     def step(self, examples, rows):
@@ -307,9 +300,6 @@ class Variant:
         options = {'ranks': world_size, 'shard': self.policy.shard_mode, 'frozen': frozen}
         needs = room.estimate(self.policy, self.per_token, largest, optimizer=optimizer, dtype=dtype, **options)
         return gb_without_model + sum(needs.values()) / 1e9
-
-
-# ---- measurements ----
 
 
 def clock():
@@ -365,8 +355,7 @@ def show_estimates():
         bytes_per_token.append(room.bytes_per_token(small, forward, examples, packed=True))
     one_layer, two_layers = bytes_per_token
     per_token = one_layer + (meta_model.config.num_hidden_layers - 1) * (two_layers - one_layer)
-
-    frozen = sum(parameter.numel() for parameter in meta_model.parameters())
+    frozen = meta_model.num_parameters()  # of the reference
     mode = shard.replace('auto', 'none')
     options = {'ranks': world_size, 'shard': mode, 'frozen': frozen, 'device': torch.device('cuda')}
     print(f'{model}, {optimizer}, {dtype}, live reference: GB of {estimate_for:g}')
@@ -389,16 +378,14 @@ def row_of(run, lengths, baseline):
     row = {'pairs_per_second': per_second(batch_size, seconds), 'ratio': statistics.median(speedups)}
     row['tokens_per_second'] = per_second(lengths.sum() / n_steps, seconds)
     row['peak_memory_gb'] = run.peak
-
     if isinstance(run, Variant):
         # room.estimate() assumes logits at answer tokens only
         if run.head:
             row['estimated_memory_gb'] = run.estimate
         row['padding_share'] = 1 - run.tokens / run.allocated
-        # in forward passes: the policy's forward, its backward (costs two), and a live reference
-        passes = 3
-        if has_ratio and not run.cached:
-            passes += 1
+        # policy forward, policy backward (costs two forward passes), reference forward
+        needs_reference = has_ratio and not run.cached
+        passes = 1 + 2 + int(needs_reference)
         flops_per_pair = limits.flops(meta_model, lengths, share=run.share, head=run.head, passes=passes)
         row['gflop_per_pair'] = flops_per_pair / 1e9
         if card_tflops:
@@ -411,10 +398,7 @@ def row_of(run, lengths, baseline):
 
 
 def show(rows, lengths, limit):
-    """Print the table.
-
-    rows: a dict {column: value} for each variant. lengths (pairs, 3): tokens of prompt, chosen and rejected answer.
-    limit: the highest possible pairs/s with a live reference."""
+    """Print the table. rows: {column: value} of each variant; lengths (pairs, 3): tokens; limit: highest possible pairs/s."""
     machine = card if on_gpu else f'CPU, {torch.get_num_threads()} threads'
     setting = f'{model}, {data}, {loss}, batch {batch_size}, {world_size} ranks'
     print(f'{setting}, {machine}, {dtype}, torch {torch.__version__}')
@@ -457,7 +441,6 @@ card_tflops, tflops_source = (peak_tflops, '--peak_tflops') if peak_tflops else 
 trl_options = {'step_pairs': min(PADDED_PAIRS, batch_size), 'tools': (clock, reset_peak, peak_memory), 'threads': threads,
                'half': dtype == 'bfloat16', 'optimizer': optimizer}  # fmt: skip
 runs = [TrlVariant(name, build, **trl_options) if name.startswith('trl') else Variant(name) for name in names]
-
 rounds = min(rounds, n_steps) if len(runs) > 1 else 1
 bar = progress((n_steps + rounds) * len(runs), ' steps', 'bench')
 for number, timed_steps in enumerate(np.array_split(steps[1:], rounds)):

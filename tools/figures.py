@@ -2,8 +2,8 @@
 
     python -m tools.figures
 
-A code line is not blank, not a comment and not part of a docstring; a comment line has nothing but a comment. Syntax nodes
-are those of ast.walk. tests/words/test_house.py checks the project's limits with these functions.
+Code lines are not blank, not comments and not part of docstrings; comment lines have nothing but a comment. Syntax nodes are
+those of ast.walk. tests/words/test_house.py checks the limits.
 """
 
 import ast
@@ -38,13 +38,12 @@ def measure(path):
         if may_have_docstring and ast.get_docstring(node) is not None:
             docstring = node.body[0]
             docstring_lines.update(range(docstring.lineno, docstring.end_lineno + 1))
-
     # all other lines are blank, comments or code
     lines = source.splitlines()
     others = [line.strip() for number, line in enumerate(lines, start=1) if number not in docstring_lines]
     comments = sum(line.startswith('#') for line in others)
     code = len(others) - others.count('') - comments
-
+    # tuples compare by size first
     sizes = [(node.end_lineno - node.lineno + 1, node.name) for node in nodes if isinstance(node, Function)]
     return Figures(len(lines), code, comments, len(nodes), longest=max(sizes, default=(0, '')))
 
@@ -70,7 +69,6 @@ def imported(path, modules, late=False):
         functions = [node for node in nodes if isinstance(node, Function)]
         for function in functions:
             nodes -= set(ast.walk(function))
-
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -84,10 +82,8 @@ def imported(path, modules, late=False):
 
 def product():
     """Return the paths of the product's Python files, without experiments, configs and tests."""
-    paths = sorted(ROOT.glob('*.py'))
-    for name in FOLDERS:
-        paths += sorted((ROOT / name).glob('*.py'))
-    return paths
+    folders = [ROOT, *(ROOT / name for name in FOLDERS)]
+    return [path for folder in folders for path in sorted(folder.glob('*.py'))]
 
 
 def cycle(paths):
@@ -117,7 +113,6 @@ def main():
         groups[name] = sorted((ROOT / name).rglob('*.py'))
     for path in product_files:
         groups[module_of(path)] = [path]
-
     print(f'{"":26s} files  lines  comments  nodes a code line  longest function')
     for name, paths in groups.items():
         figures = total(paths)
@@ -126,8 +121,7 @@ def main():
         density = figures.nodes / code
         size, function = figures.longest
         print(f'{name:26s} {len(paths):5d} {figures.lines:6d} {share:9.1%} {density:18.1f}  {function} {size}')
-    names = ', '.join(cycle(product_files))
-    print(f'python files at the top: {len(top_level)}; import cycle: {names or "none"}')
+    print(f'python files at the top: {len(top_level)}; import cycle: {", ".join(cycle(product_files)) or "none"}')
 
 
 if __name__ == '__main__':

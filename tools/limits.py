@@ -28,10 +28,8 @@ def flops(model, lengths, *, share, head, passes):
     skipped = r'embed|lm_head|(wte|wpe)\.weight$'
     weights = 0
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() == 2
-        if is_matrix and not re.search(skipped, name):
+        if parameter.dim() == 2 and not re.search(skipped, name):
             weights += parameter.numel()
-
     prompt, chosen, rejected = lengths.T  # (pairs,) each
     tokens = prompt + chosen + rejected
     # causal attention: n tokens have about n^2 / 2 (query, key) pairs; rejected tokens attend to the prompt and to themselves
@@ -41,7 +39,6 @@ def flops(model, lengths, *, share, head, passes):
         tokens = tokens + prompt
         attended = attended + prompt**2 / 2
     head_tokens = chosen + rejected if head else tokens
-
     # 2 FLOPs per weight and token; 2 per channel for each attention score, and 2 for its part of the output
     shape = model.config
     layers = 2 * weights * tokens

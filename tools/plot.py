@@ -21,8 +21,8 @@ import numpy as np
 from configurator import UserError, configure
 from tools.runs import gold, labels, panels_of, read, smoothed, value_of
 
-out = 'plot.png'  # the picture; its ending decides the format (png, pdf, svg)
-smooth = 0.04  # training curves: mean over this fraction of a run's steps; 0: every step as it is
+out = 'plot.png'  # the extension decides the format (png, pdf, svg)
+smooth = 0.04  # moving average of training curves, as a fraction of the run's steps; 0: none
 width = 13.0  # inches
 config = configure(globals(), [word for word in sys.argv[1:] if word.startswith('-')])
 folders = [Path(word) for word in sys.argv[1:] if not word.startswith('-')]
@@ -32,28 +32,25 @@ def frontier(run):
     """Return the (KL, gold reward) of each evaluation of a run that has both.
 
     The gold reward is the metric gold/eval of ppo.py, or else the mean over the policy's samples at that evaluation."""
+    sample_rewards = {}  # training examples before the evaluation -> gold rewards
+    for sample in run.samples:
+        if sample['generator'] == 'policy' and gold(sample) is not None:
+            sample_rewards.setdefault(sample['examples'], []).append(gold(sample))
     points = []
     evaluations = [row for row in run.rows if row['split'] == 'eval']
     for row in evaluations:
         kl = value_of(row, 'eval', 'kl/samples')
         reward = value_of(row, 'eval', 'gold')
-        sample_rewards = []
-        for sample in run.samples:
-            # both count the training examples so far
-            same_evaluation = sample['examples'] == row['counters/examples']
-            if same_evaluation and sample['generator'] == 'policy' and gold(sample) is not None:
-                sample_rewards.append(gold(sample))
-        if reward is None and sample_rewards:
-            reward = statistics.fmean(sample_rewards)
+        rewards = sample_rewards.get(row['counters/examples'])
+        if reward is None and rewards:
+            reward = statistics.fmean(rewards)
         if kl is not None and reward is not None:
             points.append((kl, reward))
     return points
 
 
 def draw(runs):
-    """Draw all panels of the runs into one picture, and save it to --out.
-
-    Raises UserError if there is nothing to draw, if matplotlib is missing, and if the file cannot be written."""
+    """Draw all panels of the runs into one picture, and save it to --out. Raises UserError if that is not possible."""
     try:
         import matplotlib
     except ImportError:
@@ -73,7 +70,6 @@ def draw(runs):
     # inches; the legend has a line for each run
     size = width, 3.3 * rows + 0.25 * len(runs)
     figure, axes = plt.subplots(rows, min(3, num_panels), figsize=size, squeeze=False, layout='constrained')
-
     # a run has the same color in all panels
     palette = plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
     colors = [palette[i % len(palette)] for i in range(len(runs))]
@@ -85,11 +81,9 @@ def draw(runs):
         draw_frontiers(axes.flat[len(panels)], frontiers, colors)
     for unused in axes.flat[num_panels:]:
         unused.remove()
-
     # escape $, which would start math mode
     names = [name.replace('$', r'\$') for name in labels(runs)]
-    named = zip(names, colors, strict=True)
-    handles = [plt.Line2D([], [], color=color, marker='o', label=name) for name, color in named]
+    handles = [plt.Line2D([], [], color=colors[i], marker='o', label=name) for i, name in enumerate(names)]
     figure.legend(handles=handles, loc='outside lower center', frameon=False)
     try:
         figure.savefig(out, dpi=110)

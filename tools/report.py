@@ -22,7 +22,7 @@ from runtime.log import SHOWN
 from tools.runs import differing, gold, labels, panels_of, read, read_options, smoothed, value_of
 
 out = 'report.html'  # the page
-smooth = 0.04  # training curves: mean over this fraction of a run's steps; 0: every step as it is
+smooth = 0.04  # moving average of training curves, as a fraction of the run's steps; 0: none
 max_points = 300  # of a curve; longer ones are thinned out
 max_samples = 100  # sampled prompts of a run, newest first
 max_pairs = 300  # judged pairs of a folder
@@ -79,9 +79,7 @@ def sample_cards(number, run):
         if key not in cards:
             cards[key] = {'run': number, 'examples': row['examples'], 'prompt': cut(row['prompt']), 'answers': []}
         answer = answer_of(row['generator'], row['response'])
-        for name in ('tokens', 'logratio'):
-            if name in row:
-                answer[name] = row[name]
+        answer |= {name: row[name] for name in ('tokens', 'logratio') if name in row}
         # prefer the score of a reward model, then the toy world's gold reward, then DPO's implicit reward beta * logratio
         if 'score' in row:
             answer |= {'reward': row['score'], 'reward_source': 'reward model'}
@@ -111,20 +109,13 @@ def show_runs(runs):
         cards = sample_cards(number, run)
         samples += cards[:max_samples]
         num_skipped += len(cards[max_samples:])
-    return {
-        'names': labels(runs),
-        'charts': charts,
-        'numbers': [last_numbers(run) for run in runs],
-        'options': options,
-        'samples': samples,
-        'samples_left_out': num_skipped,
-    }
+    numbers = [last_numbers(run) for run in runs]
+    page = {'names': labels(runs), 'charts': charts, 'numbers': numbers, 'options': options}
+    return page | {'samples': samples, 'samples_left_out': num_skipped}
 
 
 def show_verdicts(folder):
-    """Return the page's data on a label.py folder: its report, and up to max_pairs pairs with their verdicts.
-
-    Raises UserError if label.py has not finished, or if a file is damaged."""
+    """Return the page's data on a label.py folder: its report, and max_pairs pairs with their verdicts. Raises UserError."""
     cards = []
     try:
         pairs = json.loads((folder / 'annotations.json').read_text())
@@ -138,8 +129,7 @@ def show_verdicts(folder):
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f'annotations.json or report.json of {folder} is damaged') from None
     # text: reply of an endpoint; rewards: of both answers, from a reward model
-    verdicts = read_verdicts(folder / 'verdicts.jsonl')
-    for (pair, order), row in sorted(verdicts.items()):
+    for (pair, order), row in sorted(read_verdicts(folder / 'verdicts.jsonl').items()):
         # skip pairs that annotations.json does not have
         if pair < len(cards):
             verdict = {'order': order, 'preference': row['preference'], 'text': cut(row.get('text', ''))}

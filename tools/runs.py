@@ -64,18 +64,14 @@ class Panel(NamedTuple):
     curves: list
 
 
-# ---- reading ----
-
-
 def read(folder):
     """Return the Run in a folder. Raises UserError if it is not a run's out_dir, has no steps yet, or is damaged."""
     options = read_options(folder)
     rows = read_rows(folder / 'metrics.jsonl', {'split': str, 'counters/examples': int})
     if not any(row['split'] in ('train', 'eval') for row in rows):
         raise UserError(f'{folder} has no steps in its metrics.jsonl yet')
-    types = {'examples': int, 'generator': str, 'prompt': str, 'response': str}
-    samples = read_rows(folder / 'samples.jsonl', types)
-    return Run(options, rows, samples, folder)
+    sample_types = {'examples': int, 'generator': str, 'prompt': str, 'response': str}
+    return Run(options, rows, read_rows(folder / 'samples.jsonl', sample_types), folder)
 
 
 def read_options(folder):
@@ -130,9 +126,6 @@ def gold(row):
     return toy.gold(prompt, row['response']) if place in toy.PLACES else None
 
 
-# ---- names ----
-
-
 def differing(runs):
     """Return the names of the options in which the runs differ, those in FIRST first. Runs without an option are ignored."""
     found = []
@@ -144,8 +137,8 @@ def differing(runs):
         # NEUTRAL: options that do not change results
         if len(values) > 1 and name not in NEUTRAL:
             found.append(name)
-    # stable sort: the options that are not in FIRST keep their order
-    return sorted(found, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    # options that are not in FIRST keep their order
+    return sorted(found, key=(FIRST + found).index)
 
 
 def labels(runs):
@@ -163,9 +156,6 @@ def labels(runs):
             options[5:] = ['...']
         found.append(f'{label}: {", ".join(options)}' if options else label)
     return found
-
-
-# ---- curves ----
 
 
 def panels_of(runs):
