@@ -45,7 +45,7 @@ chat = False  # turn texts into chats, to apply the model's chat template
 system: str | None = None  # a system message for every prompt; implies --chat
 skip_bad_rows = False  # count unreadable rows instead of stopping
 max_length: int | None = None  # tokens of prompt and answer; None: the model's limit
-truncation = 'start'  # cut long prompts at the start or the end, down to half of max_length
+truncation = 'start'  # start or end: where to cut long prompts, down to half of max_length
 # output
 by = 'subset'  # a column of the data; the report has a line for each of its values
 out = 'out/scores.jsonl'  # the scores

@@ -33,13 +33,13 @@ def interval(wins, clusters=None):
     if p is None:
         return None
     sizes = np.bincount(_cluster_ids(clusters, len(wins)))
-    n = sizes.sum() ** 2 / (sizes**2).sum()
+    effective_n = sizes.sum() ** 2 / (sizes**2).sum()
     # variance of a coin flip, an upper bound for values in [0, 1]
     variance = p * (1 - p)
     # an error of 0 only means that all values so far are equal
     if len(sizes) >= ENOUGH and error:
-        n = max(n, variance / error**2)
-    shift = Z**2 / n
+        effective_n = max(effective_n, variance / error**2)
+    shift = Z**2 / effective_n
     scale = 1 + shift
     center = (p + shift / 2) / scale
     half_width = np.sqrt(shift * variance + shift**2 / 4) / scale

@@ -13,7 +13,7 @@ from runtime.log import NEUTRAL
 from runtime.values import looked_in
 from text import toy
 
-# options by which runs are named first, the most telling ones first
+# options that labels show first, most important first
 FIRST = 'loss beta beta_prime label_smoothing lr batch_size n_epochs n_examples noise_rate seed model data'.split()
 
 # (title, subtitle, metrics as group/name); a second metric is dashed. Chosen and rejected log-probs are too far apart to share a
