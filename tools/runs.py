@@ -183,8 +183,7 @@ def curves_of(metrics, runs):
     found = []
     for number, metric in enumerate(metrics):
         by_split = {split: [curve(run, split, metric) for run in runs] for split in ('train', 'eval')}
-        # The log-probs of training steps vary with answer lengths, which hides the trend. Draw only evaluations, if there are
-        # at least two.
+        # training log-probs vary with the lengths of the answers: draw only evaluations, if there are two or more
         has_evaluations = any(len(one.examples) > 1 for one in by_split['eval'])
         if metric.startswith('logps') and has_evaluations:
             by_split['train'] = []
@@ -199,8 +198,9 @@ def curve(run, split, metric):
     """Return the Curve of a metric of one run; its fields metric, run and place are left at their defaults."""
     gaps = 0
     points = []  # (training examples so far, value)
-    for row in run.rows:
-        value = value_of(row, split, metric) if row['split'] == split else None
+    rows = [row for row in run.rows if row['split'] == split]
+    for row in rows:
+        value = value_of(row, split, metric)
         if value is None:
             continue
         if math.isfinite(value):
