@@ -20,7 +20,7 @@ CUT = 'perhaps a download that was cut short'
 NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE')
 # columns of a table that are text, whatever stands in them, also with a side behind: response_a, answer1, human_ref_B
 TEXTS = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion', 'output', 'answer', 'chosen',
-         'rejected', 'text', 'history', 'human_ref', 'chosen_response', 'rejected_response', 'problem', 'solution'}  # fmt: skip
+         'rejected', 'text', 'history', 'human_ref', 'chosen_response', 'rejected_response', 'problem', 'solution', 'inputs', 'targets'}  # fmt: skip
 SIDE = re.compile(r'_?(\d|[a-z]|[A-Z])$')
 # how a byte is read that is not UTF-8
 BROKEN = re.compile('[\udc80-\udcff]')
@@ -162,7 +162,7 @@ def _read_table(file):
     texts = set()
     for _, cells, _ in _cells(file):
         texts |= {name for name, cell in cells.items() if cell and not NUMBER.fullmatch(cell)}
-    texts |= {name for name in cells if name in TEXTS or SIDE.sub('', name) in TEXTS}
+    texts |= {name for name in cells if name.lower() in TEXTS or SIDE.sub('', name.lower()) in TEXTS}
     for line, cells, error in _cells(file):
         raw = {name: cell if name in texts or not cell else json.loads(cell.lower()) for name, cell in cells.items()}
         yield Row.of(raw, f'{file}, line {line}', error)
