@@ -41,20 +41,18 @@ COLUMNS = ('prompt', 'question', 'system', 'chosen', 'rejected', 'response', 'la
 MEDIA = ('image', 'images', 'video', 'videos', 'audio', 'audios')
 # other names, which stand together -> ours
 RENAMED = (
-    {'chosen_response': 'chosen', 'rejected_response': 'rejected'},
-    {'preferred_output': 'chosen', 'non_preferred_output': 'rejected'},
-    {'response_j': 'chosen', 'response_k': 'rejected'},
-    {'response': 'chosen', 'rejected_response': 'rejected'},
-    {'messages': 'chosen', 'rejected_messages': 'rejected'},
+    {'chosen_response': 'chosen', 'rejected_response': 'rejected'}, {'response_j': 'chosen', 'response_k': 'rejected'},
+    {'preferred_output': 'chosen', 'non_preferred_output': 'rejected'}, {'accepted': 'chosen', 'rejected': 'rejected'},
+    {'response': 'chosen', 'rejected_response': 'rejected'}, {'messages': 'chosen', 'rejected_messages': 'rejected'},
     {'chosen_conversations': 'chosen', 'rejected_conversations': 'rejected'},
-    {'accepted': 'chosen', 'rejected': 'rejected'},
-    {'messages': 'messages', 'functions': 'tools'},
-    {'system_prompt': 'system'}, {'system_message': 'system'},
-    {'r1_solution_1': 'response'}, {'generated_solution': 'response'},
+    {'system_prompt': 'system'}, {'system_message': 'system'}, {'messages': 'messages', 'functions': 'tools'},
     {'definition': 'instruction', 'inputs': 'input', 'targets': 'output'},
+    {'definition': 'instruction', 'input': 'input', 'output': 'output'},
     {'inputs': 'input', 'targets': 'output'}, {'input': 'input', 'target': 'output'},
+    {'human': 'instruction', 'assistant': 'response'}, {'user': 'instruction', 'assistant': 'response'},
+    {'r1_solution_1': 'response'}, {'generated_solution': 'response'},
 )
-# where a chat may stand, and is then
+# where a chat may stand (if no other column is known: items, dialogue, data), and is then
 OTHERWISE = {'input': 'messages', 'items': 'messages', 'dialogue': 'messages', 'data': 'messages', 'context': 'prompt', 'query': 'prompt'}
 # two answers that somebody has compared, and the columns that say which is better: by name or number, or by sign; or scores
 STEMS = ('response_', 'response', 'answer_', 'completion_', 'conversation_', 'output_')
@@ -132,11 +130,9 @@ def unified(row, columns=None):
     # a table's Prompt is prompt, unless two columns would have one name
     plain = {name.lower() if name.lower() in KNOWN else name: value for name, value in row.items()}
     row = plain if len(plain) == len(row) else row
-    row = {
-        k: messages.as_messages(v, in_turn=k in (*CHATS, 'data'))
-        for k, v in row.items()
-        if v is not None or k in NULL_SAYS
-    }
+    in_turn = (*CHATS, 'data') if 'id' in row else CHATS
+    row = {k: messages.as_messages(v, k in in_turn) for k, v in row.items()}
+    row = {k: v for k, v in row.items() if v is not None or k in NULL_SAYS}
     seen = next((name for name in MEDIA if row.get(name)), None)
     if seen:
         raise ValueError(f'{seen!r} would be lost: only text is read')
@@ -147,13 +143,13 @@ def unified(row, columns=None):
     # OpenAI's preferences, and chats that are called otherwise
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
+    unknown = KNOWN.isdisjoint(row.keys() - {'system', 'tools'})
     for name, ours in OTHERWISE.items():
-        first = row[name][0] if isinstance(row.get(name), list) and row[name] else None
-        if isinstance(first, dict) and first.keys() & {'role', 'from'} and ours not in row:
+        if row.get(name) and isinstance(row[name], list) and ours not in row and (unknown or name in KNOWN):
             row[ours] = row.pop(name)
     # WebGPT's questions; one of SQuAD's answers, which say the same; ms-swift's pairs, whose good answer ends the chat
     if isinstance(row.get('question'), dict):
-        row['question'] = row['question'].get('full_text')
+        row['question'] = row['question'].get('full_text', row['question'])
     if isinstance(row.get('answers'), dict) and row['answers'].keys() == {'text', 'answer_start'}:
         row['answer'] = next(iter(row.pop('answers')['text']), '')
     if isinstance(row.get('rejected_response'), str) and isinstance(row.get('messages'), list):
@@ -161,13 +157,16 @@ def unified(row, columns=None):
         row['rejected'] = [*row['chosen'][:-1], *said(row.pop('rejected_response'))]
     # what SmolTalk 2 tells its template
     told = row.get('chat_template_kwargs')
-    if isinstance(told, dict) and told.get('custom_instructions'):
-        row.setdefault('system', told['custom_instructions'])
+    for name, ours in (('custom_instructions', 'system'), ('xml_tools', 'tools'), ('python_tools', 'tools')):
+        if isinstance(told, dict) and told.get(name):
+            row.setdefault(ours, told[name])
     # tools as JSON, all of them or each
     if isinstance(row.get('tools'), str):
         row['tools'] = json.loads(row['tools'] or 'null')
     if are_texts(row.get('tools')):
-        row['tools'] = list(map(json.loads, row['tools']))
+        row['tools'] = list(map(messages.loaded, row['tools']))
+        if None in row['tools']:
+            raise ValueError("'tools' has a text that is no JSON")
     return row
 
 
@@ -237,11 +236,10 @@ def asked(row, found=None):
 
 def nothing_lost(row, column, text):
     """Raise ValueError where another column asks, too, and what it says is not in this text."""
-    for other in (*QUESTIONS, *ABOUT):
-        value = None if other == column else row.get(other)
-        parts = value if isinstance(value, list) else [value]
+    for other in (name for name in (*QUESTIONS, *ABOUT) if name != column and row.get(name)):
+        parts = row[other] if isinstance(row[other], list) else [row[other]]
         kept = all(isinstance(part, str) and part.strip() in text for part in parts)
-        if value and not kept and not is_history(value):
+        if not kept and not is_history(row[other]):
             raise ValueError(f'{other!r} asks something, too, which would be lost beside {column!r}')
 
 

@@ -144,15 +144,18 @@ def as_messages(value, in_turn=False):
     return alternating(value) if are_texts(value) else value
 
 
-def _from_json(text):
-    """The messages in a text, if it is JSON of such, or python's form, which pandas writes in a csv; else the text."""
+def loaded(text):
+    """What a text says in JSON, or in python's form, which pandas writes in a csv; None where it is neither."""
     # numpy writes no comma between the items of an array
     with_commas = re.sub(r"\}\s+\{(?='(role|content|from|value)':)", '}, {', text)
-    value = []
     for read, form in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, with_commas)):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            value = read(form.strip())
-            break
+            return read(form.strip())
+
+
+def _from_json(text):
+    """The messages in a text, if it is JSON of such; else the text."""
+    value = loaded(text)
     turns = value if isinstance(value, list) else [value]
     forms = ({'role', 'content'}, {'from', 'value'}, {'messages'})
     sound = all(isinstance(turn, dict) and any(form <= turn.keys() for form in forms) for turn in turns)
