@@ -65,7 +65,10 @@ run.check_room()
 
 
 def run_step(step, backward=False):
-    """The columns of a step, in step order. backward: the gradients are then the sum over its pairs / number of ranks."""
+    """Run forward, and optionally backward, on one step. Returns its columns, (pairs,) each, in step order.
+
+    After backward, gradients are those of the loss summed over the step's pairs, divided by the number of ranks."""
+    # target gap between the two scores, (pairs,)
     margin = step.labels.get('margin', torch.zeros(len(step.rows)))
     # microbatch by microbatch: scores, loss, gradient
     parts = []
@@ -73,8 +76,10 @@ def run_step(step, backward=False):
         with torch.set_grad_enabled(backward):
             scores = run.policy.response_scores(batch)  # (A,): chosen, rejected, chosen, ...
             s_w, s_l = scores[::2], scores[1::2]
-            by = move(margin[batch.slot], run.device)
-            loss = formulas.bradley_terry(s_w, s_l, by, center_coef=center_coef, label_smoothing=label_smoothing)
+            batch_margin = move(margin[batch.slot], run.device)
+            loss = formulas.bradley_terry(
+                s_w, s_l, batch_margin, center_coef=center_coef, label_smoothing=label_smoothing
+            )
         if backward:
             (loss * batch.real).sum().backward()
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
@@ -82,7 +87,7 @@ def run_step(step, backward=False):
 
 
 def summary(columns, split):
-    """Metrics of the columns of a step, or of an evaluation: name -> float. The rewards are the scores."""
+    """Return metrics (name -> float) from the columns of a step or an evaluation; the rewards are the scores."""
     s_w, s_l = columns['s_w'], columns['s_l']
     chosen, rejected = {'reward': s_w, 'n': columns['n_w']}, {'reward': s_l, 'n': columns['n_l']}
     found = metrics.of_preferences(split, columns['loss'].mean(), chosen, rejected, s_w > s_l)

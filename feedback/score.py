@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 -m feedback.score --reward_model=OWNER/NAME --data='allenai/reward-bench[filtered]' --chat
 
 Every pair, or prompt with an answer, becomes a line of --out. Texts and chats are read, written and cut as in training, and a
-score is read at the end of text. label.py and ppo.py score through this file, too.
+score is read at the end of text. label.py and ppo.py score through this file, too: load_scorer, then scores.
 """
 
 from runtime import guard
@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,7 +57,10 @@ trust_remote_code = False  # run code that comes with a model
 
 # examples that are scored together, and then written
 CHUNK = 128
-SCORES = ('score', 'chosen_score', 'rejected_score', 'margin')  # columns of what is written
+# the columns of --out that this file computes: score of a single answer, the others of a pair
+SCORES = ('score', 'chosen_score', 'rejected_score', 'margin')
+# stands for no limit of tokens
+UNLIMITED = 2**30
 # RewardBench's sections: a section's score is the mean of its subsets' accuracies with these weights, the subsets' sizes (math
 # counts as much as code). Source: arXiv:2403.13787 and its code, rewardbench/constants.py, SUBSET_MAPPING and EXAMPLE_COUNTS.
 SECTIONS = {
@@ -70,14 +74,19 @@ SECTIONS = {
 
 
 def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_code=False):
-    """(the sharded reward model of a folder or hub id, its tokenizer), after fsdp.setup. Raises UserError."""
+    """Return (the sharded reward model, its tokenizer) of a folder or hub id. Every rank calls this, after fsdp.setup.
+
+    A trial decides whether the model runs on packed or on padded batches. Raises UserError if there is no such model."""
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
     model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
-    # packed, where that changes no score of two made-up pairs of different lengths
-    a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
-    pairs = [(a, [b, c[:5]]), (b[:7], [c[:9], a])]
-    packed, padded = pack_probe(Examples.of(pairs), device)
+    # two made-up pairs of different lengths must have the same scores packed as padded, or the model is not packed
+    rng = np.random.default_rng(0)
+    a, b, c = rng.integers(len(tokenizer), size=(3, 20))
+    long_prompt = a, [b, c[:5]]
+    short_prompt = b[:7], [c[:9], a]
+    trial_pairs = Examples.of([long_prompt, short_prompt])
+    packed, padded = pack_probe(trial_pairs, device)
     set_attention(model, can_pack(model, packed, padded, say))
     return model, tokenizer
 
@@ -85,67 +94,90 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
 @guard.memory_for('answers do not fit beside the reward model; lower max_tokens, which changes no score')
 @torch.no_grad()
 def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
-    """Scores (n,), float32, of n answers: equal on every rank, and every rank must call this.
+    """Return the scores (n,), float32, of n answers. They are equal on every rank, and every rank must call this.
 
-    items: n of (prompt ids, answer ids); where an answer lacks its end of text, that is appended, as in training. ends: other
-    ids that end an answer, at which its score is read, such as the end of a turn. max_tokens: tokens of one microbatch of one
-    rank. Raises UserError for an item that is longer than the model reads."""
-    padded = core(model).config._attn_implementation != 'packed'
-    # padded batches have a row for every answer: no answer joins a group of 0 tokens
-    groups = _groups(items, tokenizer.eos_token_id, ends, room(model), 0 if padded else max_tokens)
-    lengths = np.array([_tokens(prompt, answers) for prompt, answers, _ in groups])
+    items: n of (prompt ids, answer ids). An answer that does not end with the end of text gets one, as in training. ends: other
+    ids that may end an answer, such as the end of a turn; its score is read at its last token. max_tokens: tokens of one
+    microbatch of one rank. Raises UserError for an item that the model cannot read, and for scores that are no numbers."""
+    net = core(model)
+    device = net.device
+    is_padded = net.config._attn_implementation != 'packed'
+    # a padded batch has a row for every answer: a limit of 0 tokens puts each answer into a group of its own
+    group_limit = 0 if is_padded else max_tokens
+    groups = _groups(items, tokenizer.eos_token_id, ends, room(model), group_limit)
+    lengths = np.array([group.tokens for group in groups])
 
-    # this rank's microbatches, as numbers of groups
+    # the microbatches of this rank, each a list of places in groups; every rank makes the same plan
     rank, world = fsdp.data_rank()
-    make_plan = plan_padded if padded else plan
-    found, slots = [], []
-    for numbers in make_plan(lengths, world, max_tokens)[rank]:
-        examples = [groups[number][:2] for number in numbers]
-        batch = pack(examples, numbers, pad=padded, filler=1, device=core(model).device)
-        found.append(model.response_scores(batch))
-        # a rank without work has a filler
-        mine = [slot for number in numbers for slot in groups[number][2]]
-        slots += mine or [-1]
+    make_plan = plan_padded if is_padded else plan
+    microbatches = make_plan(lengths, world, max_tokens)[rank]
+    # scores of each microbatch, and for every one of them the number of its item
+    parts = []
+    slots = []
+    for numbers in microbatches:
+        examples = []
+        for number in numbers:
+            group = groups[number]
+            examples.append((group.prompt, group.answers))
+            slots += group.slots
+        batch = pack(examples, numbers, pad=is_padded, filler=1, device=device)
+        parts.append(model.response_scores(batch))
+        # a rank without work computes a filler of one answer, since the others wait for it; slot -1 drops its score
+        if not numbers:
+            slots.append(-1)
 
     # the scores of all ranks, in the order of the items
-    columns = fsdp.gather_columns({'score': torch.cat(found)}, slots, len(items))
+    columns = fsdp.gather_columns({'score': torch.cat(parts)}, slots, len(items))
     values = columns['score'].float().numpy()
     if not np.isfinite(values).all():
         raise UserError("the reward model's scores are not numbers: its weights are broken, or too large for its type")
     return values
 
 
-def _groups(items, eos, ends, limit, max_tokens):
-    """The items as (prompt, answers, numbers of the items), each of at most max_tokens: answers to a prompt share its computation.
+class _Group(NamedTuple):
+    """Answers to one prompt, which share its computation. slots: the number of each answer's item."""
 
-    limit: tokens that the model reads."""
-    by_prompt = {}  # prompt -> its groups
+    prompt: np.ndarray
+    answers: list
+    slots: list
+
+    @property
+    def tokens(self):
+        """The tokens of the prompt and all answers together."""
+        return len(self.prompt) + sum(map(len, self.answers))
+
+
+def _groups(items, eos, ends, longest, max_tokens):
+    """Return the items (prompt ids, answer ids) as _Groups of at most max_tokens each, or of a single longer answer.
+
+    eos is appended to an answer that ends neither with it nor with one of ends. longest: tokens that the model reads. Raises
+    UserError for an item that is longer, or has no prompt."""
+    endings = {eos, *ends}
+    by_prompt = {}  # bytes of a prompt's ids -> its groups
     for slot, (prompt, answer) in enumerate(items):
-        prompt, answer = np.asarray(prompt, np.int64), np.asarray(answer, np.int64)
-        if not len(answer) or answer[-1] not in {eos, *ends}:
+        prompt = np.asarray(prompt, np.int64)
+        answer = np.asarray(answer, np.int64)
+        has_end = len(answer) > 0 and answer[-1] in endings
+        if not has_end:
             answer = np.append(answer, eos)
-        if not len(prompt) or len(prompt) + len(answer) > limit:
-            takes = f'the reward model takes a prompt and at most {limit} in all'
+        if not len(prompt) or len(prompt) + len(answer) > longest:
+            takes = f'the reward model takes a prompt and at most {longest} in all'
             raise UserError(f'item {slot}: prompt and answer have {len(prompt)} + {len(answer)} tokens, where {takes}')
-        # into its prompt's last group, or a new one where that is full
+        # into the last group of its prompt, or into a new one if that is full
         groups = by_prompt.setdefault(prompt.tobytes(), [])
-        if not groups or _tokens(prompt, groups[-1][1]) + len(answer) > max_tokens:
-            groups.append((prompt, [], []))
-        _, answers, slots = groups[-1]
-        answers.append(answer)
-        slots.append(slot)
+        is_full = not groups or groups[-1].tokens + len(answer) > max_tokens
+        if is_full:
+            groups.append(_Group(prompt, [], []))
+        groups[-1].answers.append(answer)
+        groups[-1].slots.append(slot)
     return [group for groups in by_prompt.values() for group in groups]
-
-
-def _tokens(prompt, answers):
-    return len(prompt) + sum(map(len, answers))
 
 
 # ---- the command ----
 
 
 def main():
-    """Score what the options name, write a line for each, and say what came of it. Raises UserError."""
+    """Score the data that the options name, write a line of --out for each example, and print a report. Raises UserError."""
     config = configure(globals())
     if not reward_model or not data:
         raise UserError('name the model and what it scores: --reward_model=FOLDER --data=FILE')
@@ -153,142 +185,189 @@ def main():
         raise UserError(f'--by={by}: {out} has the new scores under that name; call the column of the data otherwise')
     _, _, device = fsdp.setup()
     examples, left_out = fsdp.first_of_host(read)
-    if config.given('by') and not any(by in example.raw for _, example in examples):
+    # without the option, a missing column only means that there is no table
+    has_column = any(by in example.raw for _, example in examples)
+    if config.given('by') and not has_column:
         raise UserError(f'--by={by}: no row of {data} has such a column')
-    how = {'dtype': dtype, 'device_map': device_map, 'trust_remote_code': trust_remote_code}
-    model, tokenizer = load_scorer(reward_model, device, **how)
+    options = {'dtype': dtype, 'device_map': device_map, 'trust_remote_code': trust_remote_code}
+    model, tokenizer = load_scorer(reward_model, device, **options)
 
-    # a model that reads any length has no limit of its own
-    limit = int(min(max_length or 2**30, room(model)))
+    # room is infinite for a model without a longest sequence
+    limit = int(min(max_length or UNLIMITED, room(model)))
     rows = []
     guard.on_stop(lambda: f'{len(rows)} of {len(examples)} are in {out}')
     fsdp.on_one_rank(begin_file)
     with progress(len(examples), ' examples', 'scored') as bar:
         for start in range(0, len(examples), CHUNK):
             chunk = examples[start : start + CHUNK]
-            new = score_examples(model, tokenizer, chunk, limit, left_out)
-            fsdp.on_one_rank(partial(append, out, new, sync=False))
-            rows += new
+            new_rows = score_examples(model, tokenizer, chunk, limit, left_out)
+            fsdp.on_one_rank(partial(append, out, new_rows, sync=False))
+            rows += new_rows
             bar.update(len(chunk))
     if not rows:
         raise vanished(data, split or 'test', left_out)
 
-    # what was cut or left out, then the numbers
+    # first what was left out or cut, then the scores
     changed, notes = in_words(left_out)
-    whole = f', at most {limit:,} tokens each' if limit < 2**30 else ''
-    say('\n'.join([f'data: {len(rows):,} of {len(examples):,} scored{whole}; left out or changed: {changed}', *notes]))
-    say('\n'.join([f'{reward_model} on {data}', *report(rows), f'{out}: a line for each']))
+    at_most = f', at most {limit:,} tokens each' if limit < UNLIMITED else ''
+    counts = f'{len(rows):,} of {len(examples):,} scored{at_most}'
+    lines = [f'data: {counts}; left out or changed: {changed}', *notes]
+    lines += [f'{reward_model} on {data}', *report(rows)]
+    lines.append(f'{out}: a line for each')
+    say('\n'.join(lines))
 
 
 def read():
-    """([(task, example)], Counter of what was left out) of all that is to be scored. Raises UserError."""
-    examples, left_out = [], Counter()
-    how = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
+    """Return (list of (task, example), Counter of what was left out) for all sources in --data.
+
+    task: 'pairs' or the task of single answers, as task_of finds it for a source. Raises UserError for data that cannot be
+    scored, and if --out is one of its files."""
+    examples = []
+    left_out = Counter()
+    options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
+    part = split or 'test'
     for source in data.split('+'):
-        # what is scored is not to be written over
+        # the scores must not be written over the data
         _, path, _ = locate(source)
-        if path and os.path.exists(out) and any(os.path.samefile(out, file) for file in data_files(path)):
+        may_overwrite = path and os.path.exists(out)
+        if may_overwrite and any(os.path.samefile(out, file) for file in data_files(path)):
             raise UserError(f'--out={out} is a file of the data: name another file for the scores')
-        # the first example decides what its source is for
-        first = next(read_examples(source, split or 'test', Counter(), **how), {})
+        # The first example decides the task of its source; an empty source has {}. What is left out until then is not counted,
+        # for the source is read again.
+        first = next(read_examples(source, part, Counter(), **options), {})
         task = task_of(first)
         if task == 'prompts' and first:
             raise UserError(f'{source} has prompts alone: a score needs chosen and rejected, or a response')
-        examples += [(task, x) for x in read_examples(source, split or 'test', left_out, task=task, **how)]
+        for example in read_examples(source, part, left_out, task=task, **options):
+            examples.append((task, example))
     if not examples:
-        raise vanished(data, split or 'test', left_out)
+        raise vanished(data, part, left_out)
     return examples, left_out
 
 
 def begin_file():
-    """Make the file of scores, empty."""
+    """Make --out an empty file, and its folder if there is none. Raises UserError if it cannot be written."""
     with writing(out):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text('')
 
 
 def score_examples(model, tokenizer, examples, limit, left_out):
-    """A row of the output for each of (task, example), cut to limit tokens, but for those left out."""
-    how = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
-    rows, items, places = [], [], []  # a place: row and column of an item's score
+    """Return the rows of --out, a dict for each (task, example), with its scores. Every rank must call this.
+
+    An example is cut to `limit` tokens. One that cannot be used has no row, and is counted in left_out, as cuts are."""
+    options = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
+    rows = []
+    items = []  # (prompt ids, answer ids) of all answers
+    columns_of = []  # for each item the row and the name of the column for its score
     for task, example in examples:
-        # what the row was, by its own id or its place
+        # a row is known by the id in the data, or by its place there
         row = {'id': example.raw.get('id', example.where or None)}
         if by in example.raw:
             row[by] = example.raw[by]
         row |= {name: example[name] for name in ('prompt', 'good') if name in example}
         names = ['chosen_score', 'rejected_score'] if task == 'pairs' else ['score']
 
-        # Examples of one or none
-        for prompt, answers in tokenise([example], tokenizer, task, limit, limit // 2, truncation, left_out, **how):
+        # one example goes in, and one comes out, or none if it was left out; a prompt may have to lose all but half of limit
+        tokenised = tokenise([example], tokenizer, task, limit, limit // 2, truncation, left_out, **options)
+        for prompt, answers in tokenised:
             rows.append(row)
-            items += [(prompt, answer) for answer in answers]
-            places += [(row, name) for name in names]
+            for name, answer in zip(names, answers, strict=True):
+                items.append((prompt, answer))
+                columns_of.append((row, name))
 
-    # the scores, in the order of the items
-    found = scores(model, tokenizer, items, max_tokens).tolist() if items else []
-    for (row, name), score in zip(places, found, strict=True):
-        row[name] = score
+    # if all examples were left out, there is nothing to run the model on
+    values = scores(model, tokenizer, items, max_tokens).tolist() if items else []
+    for (row, name), value in zip(columns_of, values, strict=True):
+        row[name] = value
+    # how much better the chosen answer is
     for row in rows:
         if 'chosen_score' in row:
             row['margin'] = row['chosen_score'] - row['rejected_score']
     return rows
 
 
-# ---- what came of it ----
+# ---- the report ----
 
 
 def report(rows):
-    """The lines for the screen: of pairs accuracy and margins, by subset where there are some; of answers their mean score."""
-    pairs, lines = [row for row in rows if 'margin' in row], []
+    """Return the lines to print on the rows of --out: of pairs accuracy and margins, of single answers their mean scores.
+
+    Pairs with a column `by` also have a table."""
+    lines = []
+    pairs = [row for row in rows if 'margin' in row]
     if pairs:
-        chosen, rejected, margin = (np.mean([row[name] for row in pairs]) for name in SCORES[1:])
         margins = [row['margin'] for row in pairs]
+        chosen = np.mean([row['chosen_score'] for row in pairs])
+        rejected = np.mean([row['rejected_score'] for row in pairs])
+        _, accuracy_in_words = accuracy(pairs)
         ties = margins.count(0)
-        equal = f'; {ties:,} with equal scores count as wrong' if ties else ''
-        lines += [
-            f'  accuracy   {accuracy(pairs)[1]}{equal}',
-            f'  margin     mean {margin:.4f}, median {np.median(margins):.4f}',
-            f'  scores     chosen {chosen:.4f}, rejected {rejected:.4f}',
-        ]
+        if ties:
+            accuracy_in_words += f'; {ties:,} with equal scores count as wrong'
+        lines.append(f'  accuracy   {accuracy_in_words}')
+        mean = np.mean(margins)
+        median = np.median(margins)
+        lines.append(f'  margin     mean {mean:.4f}, median {median:.4f}')
+        lines.append(f'  scores     chosen {chosen:.4f}, rejected {rejected:.4f}')
+    # nobody may have said whether an answer is good: None
+    answers = [row for row in rows if 'score' in row]
     for good, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
-        some = [row['score'] for row in rows if 'score' in row and row.get('good') is good]
-        if some:
-            lines.append(f'  scores     mean {np.mean(some):.4f} over {len(some):,} {name}')
+        values = [row['score'] for row in answers if row.get('good') is good]
+        if values:
+            mean = np.mean(values)
+            lines.append(f'  scores     mean {mean:.4f} over {len(values):,} {name}')
     return lines + table(pairs)
 
 
 def accuracy(pairs):
-    """(the share of pairs whose chosen answer has the higher score, the same with its 95% interval over prompts in words)."""
-    wins = [row['margin'] > 0 for row in pairs]
-    share = float(np.mean(wins))
-    low, high = winrate.interval(wins, [content_hash(row['prompt']) for row in pairs])
-    return share, f'{share:.3f} (95% interval {low:.3f} to {high:.3f}), {sum(wins):,} of {len(wins):,} pairs'
+    """Return (accuracy, the same in words with its 95% interval and its counts) for rows of --out that are pairs.
+
+    The accuracy is the share of pairs whose chosen answer has the higher score. The interval is over prompts."""
+    # equal scores are wrong
+    is_right = [row['margin'] > 0 for row in pairs]
+    prompts = [content_hash(row['prompt']) for row in pairs]
+    share = float(np.mean(is_right))
+    low, high = winrate.interval(is_right, clusters=prompts)
+    # in words, as the report prints it
+    counts = f'{sum(is_right):,} of {len(is_right):,} pairs'
+    words = f'{share:.3f} (95% interval {low:.3f} to {high:.3f}), {counts}'
+    return share, words
 
 
 def table(pairs):
-    """A line for each value of the column `by`; of RewardBench's subsets, below a line for each of its sections."""
-    groups = {}
+    """Return a line with the accuracy of the pairs for each value of the column `by`, and [] if no pair has it.
+
+    If all values are subsets of RewardBench, they stand below their sections, whose scores and whose mean follow its rules."""
+    groups = {}  # value of the column -> its pairs
     for row in pairs:
         if by in row:
             groups.setdefault(str(row[by]), []).append(row)
-    found = {name: accuracy(group) for name, group in sorted(groups.items())}
-    known = {name for subsets in SECTIONS.values() for name in subsets}
-    if not groups or not groups.keys() <= known:
-        return [f'  {name:24s} {words}' for name, (_, words) in found.items()]
+    # (accuracy, words) of each value
+    accuracies = {name: accuracy(group) for name, group in sorted(groups.items())}
+    subsets = {name for sizes in SECTIONS.values() for name in sizes}
+    is_reward_bench = groups and groups.keys() <= subsets
+    if not is_reward_bench:
+        return [f'  {name:24s} {words}' for name, (_, words) in accuracies.items()]
 
-    # a section's score, from the subsets that are there
-    lines, sections = [], []
+    # a subset weighs as much in its section as published, whatever its size here; all sections weigh the same
+    lines = []
+    section_scores = []
     for section, sizes in SECTIONS.items():
-        there = [name for name in sizes if name in found]
-        if not there:
+        # the data may be a part of RewardBench
+        present = [name for name in sizes if name in accuracies]
+        if not present:
             continue
-        weights = [sizes[name] for name in there]
-        sections.append(np.average([found[name][0] for name in there], weights=weights))
-        lines.append(f'  {section:24s} {sections[-1]:.3f}')
-        lines += [f'    {name:22s} {found[name][1]}' for name in there]
-    lines.append(f'  {"RewardBench":24s} {np.mean(sections):.3f}, the mean of {len(sections)} of its 4 sections')
-    if missing := sorted(known - found.keys()):
+        shares = [accuracies[name][0] for name in present]
+        score = np.average(shares, weights=[sizes[name] for name in present])
+        section_scores.append(score)
+        lines.append(f'  {section:24s} {score:.3f}')
+        for name in present:
+            _, words = accuracies[name]
+            lines.append(f'    {name:22s} {words}')
+    total = np.mean(section_scores)
+    lines.append(f'  {"RewardBench":24s} {total:.3f}, the mean of {len(section_scores)} of its 4 sections')
+    missing = sorted(subsets - accuracies.keys())
+    if missing:
         lines.append(f'  subsets that are not in the data: {", ".join(missing)}')
     return lines
 

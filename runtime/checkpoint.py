@@ -1,7 +1,10 @@
-"""Checkpoints of a sharded run, which a run on any number of ranks resumes from.
+"""Checkpoints of a sharded run, from which a run on any number of ranks can resume.
 
-out_dir/checkpoints/N/, after N examples, holds weights and optimizer (safetensors), state.json, and manifest.json: size and SHA-256 of
-the others. It is written in the background, from a copy in the CPU's memory, and gets its name when all of it is on the disk."""
+out_dir/checkpoints/N/ holds what a run is after N examples: weights and optimizer (*.safetensors), state.json, and manifest.json,
+which lists the size and the SHA-256 of every other file. save() copies all of this into the CPU's memory and returns. A thread
+writes the copy into N.tmp, and renames that folder to N once it is complete and on the disk.
+
+training.py calls identify() and latest() before the first step, then load() if there is a checkpoint, and save() in between."""
 
 import functools
 import json
@@ -21,127 +24,170 @@ from fsdp import gather_objects, local, on_one_rank, on_ranks, shared
 from runtime.files import append_kept, file_hash, make_room, move_folder, replace_text, say, sync, writing
 from runtime.log import NEUTRAL, check_same, recorded
 
-NUMBER = re.compile('[0-9]{10,}')  # the name of a checkpoint: its examples
+NUMBER = re.compile('[0-9]{10,}')  # a checkpoint folder's name: its number of examples, padded with zeros to ten digits
 _writer = ThreadPoolExecutor(1)
 _pending = None  # the future of the checkpoint that is being written
-# the default group -> one for the thread that writes: in the default group its collectives would mix with those of training
-_own_group = functools.cache(lambda everybody: dist.new_group(backend='gloo'))
 
 
 def identify(config, models, train, held_out):
-    """What this run is made of, json-able and the same on all ranks: its script, the options that matter, and contents.
+    """Return a description of this run, by which a resumed run recognises its own checkpoints. Call it on all ranks together.
 
-    contents: hashes of the models, which models() returns (load.fingerprints), and of the tokens of both Examples. Raises
-    UserError where ranks have read different data."""
-    data = {'training examples': train.content(), 'evaluation examples': held_out.content()}
-    for rank, other in enumerate(gather_objects(data)):
-        if other != data:
-            raise UserError(
-                f'rank {rank} has read other data than rank {dist.get_rank()}: all hosts must see the same files'
-            )
+    models() returns hashes of the models. train and held_out are the Examples. The description can be written as json and is the
+    same on all ranks: 'script' (a file name), 'options' (a Config without the options that may change), and 'contents' (hashes
+    of models and examples). Raises UserError if ranks have read different data."""
+    data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}
+    for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):
+        if other_hashes != data_hashes:
+            ranks = f'rank {other_rank} has read other data than rank {dist.get_rank()}'
+            raise UserError(f'{ranks}: all hosts must see the same files')
+
+    # the comparison asks origin which options have only their default
     options = Config({name: value for name, value in config.items() if name not in NEUTRAL})
     options.origin = config.origin
-    return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': shared(models) | data}
+    return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': shared(models) | data_hashes}
 
 
 # ---- writing ----
 
 
-def _tensors(model, optimizer):
-    """name -> the live tensors of trained weights and optimizer, tied ones once: loading writes into them."""
+def _live_tensors(model, optimizer):
+    """Return name -> tensor of the trained weights and the optimizer's numbers: the tensors in use, not copies of them.
+
+    load() writes into these tensors. Weights that are tied to one another appear once, under their first name."""
+    # after a forward without backward the root still shows its gathered parameters, which are not the ones of the optimizer
+    model.reshard()
+    # a DTensor is written shard by shard; a replica has all of each tensor, and is written as plain tensors
+    is_replica = model.shard_mode == 'none'
     tensors = {}
-    mine = local if model.shard_mode == 'none' else (lambda tensor: tensor)
-    model.reshard()  # after a forward without backward the root still shows its gathered parameters, not the optimizer's
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            tensors[f'model.{name}'] = mine(p.detach())
-            for key, value in optimizer.state[p].items():
-                tensors[f'optimizer.{name}.{key}'] = mine(value) if value.dim() else value[None]
+        if not p.requires_grad:
+            continue
+        weight = p.detach()
+        tensors[f'model.{name}'] = local(weight) if is_replica else weight
+        for key, value in optimizer.state[p].items():
+            # AdamW's count of steps has no dimension, which the file format cannot hold: give it one
+            if value.dim() == 0:
+                value = value[None]
+            elif is_replica:
+                value = local(value)
+            tensors[f'optimizer.{name}.{key}'] = value
     return tensors
 
 
 def save(out_dir, examples, model, optimizer, state, keep_last):
-    """Begin to write a checkpoint of weights, optimizer, state (json-able) and every rank's random numbers.
+    """Begin to write the checkpoint after so many examples: weights, optimizer, state and every rank's random state.
 
-    Returns as soon as everything is copied; wait() or the next save() raises UserError if the rest fails. Once it is complete
-    out_dir/latest names it, and all but the newest keep_last are removed."""
+    Returns as soon as all of it is copied; a thread writes the copy. When it is complete, out_dir/latest names it, and all but
+    the newest keep_last checkpoints are removed. state: a json-able dict. Call it on all ranks together. Raises UserError if the
+    checkpoint before this one has failed, or if the folder cannot be prepared. If the thread fails, wait() or the next save()
+    raises its UserError."""
     global _pending
     wait()
     folder = Path(out_dir) / 'checkpoints' / f'{examples:010d}'
+    on_one_rank(lambda: _remove_unfinished(folder))
 
-    def clear():
-        # what a killed run has left half written
-        with writing(folder):
-            for half in {folder.with_suffix('.tmp'), *folder.parent.glob('*.tmp')}:
-                if NUMBER.fullmatch(half.stem):
-                    make_room(half)
-
-    on_one_rank(clear)
-    tensors = _tensors(model, optimizer)
+    # replicas have the same tensors: each rank writes some of the large and some of the small ones
+    tensors = _live_tensors(model, optimizer)
     if model.shard_mode == 'none':
-        # all ranks have all of it: each writes some of the tensors, of all sizes
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
-        tensors = {name: tensors[name] for name in by_size[dist.get_rank() :: dist.get_world_size()]}
-    # copies of everything, for training goes on to change it
+        names_of_this_rank = by_size[dist.get_rank() :: dist.get_world_size()]
+        tensors = {name: tensors[name] for name in names_of_this_rank}
+
+    # training goes on to change the tensors while the thread writes
     copies = {name: tensor.to('cpu', copy=True) for name, tensor in tensors.items()}
     cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
-    rng = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda})
-    text = json.dumps({**state, 'examples': examples, 'rng': rng})
-    _pending = _writer.submit(_write, folder, copies, text, keep_last, _own_group(dist.group.WORLD))
+    rng_of_ranks = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda})
+    state_text = json.dumps({**state, 'examples': examples, 'rng': rng_of_ranks})
+    _pending = _writer.submit(_write, folder, copies, state_text, keep_last, _own_group(dist.group.WORLD))
+
+
+def _remove_unfinished(folder):
+    """Remove the .tmp folders of checkpoints that a killed run left half written, so that nothing is in the way of folder."""
+    with writing(folder):
+        for unfinished in {folder.with_suffix('.tmp'), *folder.parent.glob('*.tmp')}:
+            # a .tmp of another name is somebody else's
+            if NUMBER.fullmatch(unfinished.stem):
+                make_room(unfinished)
+
+
+@functools.cache
+def _own_group(default_group):
+    """Return a group of all ranks for the thread that writes, made once for each default group.
+
+    In the default group the thread's collectives would mix with those of training."""
+    return dist.new_group(backend='gloo')
 
 
 def failed():
-    """Whether this rank knows by now that the checkpoint being written has failed; then let all ranks call wait()."""
+    """Return whether this rank knows that the checkpoint being written has failed. All ranks should call wait() then."""
     return _pending is not None and _pending.done() and _pending.exception() is not None
 
 
 def wait():
-    """Wait until the checkpoint being written is complete. On all ranks together. Raises UserError."""
+    """Wait until the checkpoint being written, if any, is complete. Raises UserError if it fails. On all ranks together."""
     global _pending
-    pending, _pending = _pending, None
+    pending = _pending
+    # forget it first: its error is raised once
+    _pending = None
+    # every rank waits for its own thread, and an error of any is raised on all
     if pending:
         on_ranks(True, pending.result)
 
 
-def _write(folder, copies, state, keep_last, group):
-    """Runs on all ranks, in their threads: every rank writes its shard, then rank 0 does the rest. Raises UserError."""
-    temporary, first = folder.with_suffix('.tmp'), dist.get_rank() == 0
+def _write(folder, copies, state_text, keep_last, group):
+    """Write the checkpoint; runs in a background thread on every rank. Raises UserError.
+
+    Each rank saves its tensors (copies, emptied afterwards), then rank 0 adds the metadata and renames the folder."""
+    temporary = folder.with_suffix('.tmp')
+    is_first_rank = dist.get_rank() == 0
     try:
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         dcp.save(copies, storage_writer=writer, process_group=group)
+        # free the copies, as large as the model, before rank 0 spends seconds on hashing
         copies.clear()
-        if first:
-            _complete(temporary, folder, state, keep_last)
-    except BaseException as error:  # a full disk, a rank that is gone, or a bug: none may pass unseen
-        if first:
+        if is_first_rank:
+            _complete(temporary, folder, state_text, keep_last)
+    # BaseException: DCP's CheckpointException is not a subclass of Exception
+    except BaseException as error:
+        if is_first_rank:
             shutil.rmtree(temporary, ignore_errors=True)
-        # a CheckpointException has those of the ranks: rank -> (exception, traceback)
-        causes = [failure[0] for failure in getattr(error, 'failures', {}).values()]
-        cause = [error, *causes][-1]
-        reason = getattr(cause, 'strerror', None) or f'{cause}'.partition('\n')[0]
-        after = 'older ones are kept, and the same command continues from the newest of them'
-        raise UserError(f'cannot write the checkpoint {folder}: {reason}; {after}') from None
+        advice = 'older ones are kept, and the same command continues from the newest of them'
+        raise UserError(f'cannot write the checkpoint {folder}: {_reason(error)}; {advice}') from None
 
 
-def _complete(temporary, folder, state, keep_last):
-    """Add state and manifest to the shards, give the folder its name, and remove the oldest checkpoints."""
-    (temporary / 'state.json').write_text(state)
-    manifest = json.dumps(_describe(temporary), indent=1)
-    (temporary / 'manifest.json').write_text(manifest)
-    # a checkpoint must not outlive the rows that led to it
+def _reason(error):
+    """Return in one line why writing a checkpoint has failed."""
+    # a CheckpointException wraps the errors of ranks, as rank -> (error, traceback): one of them says why
+    errors_of_ranks = list(getattr(error, 'failures', {}).values())
+    if errors_of_ranks:
+        error, _traceback = errors_of_ranks[-1]
+    # an error of the system has a short text of its own
+    first_line, _, _ = str(error).partition('\n')
+    return getattr(error, 'strerror', None) or first_line
+
+
+def _complete(temporary, folder, state_text, keep_last):
+    """Add state and manifest to the tensors in temporary, rename it to folder, and keep only the newest keep_last checkpoints."""
+    (temporary / 'state.json').write_text(state_text)
+    (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))
+
+    # flush the logs first (append_kept raises on a full disk): a resumed run does not rewrite rows from before its checkpoint
     out_dir = folder.parent.parent
     append_kept()
     for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):
         sync(out_dir / name)
     move_folder(temporary, folder)
     replace_text(out_dir / 'latest', f'checkpoints/{folder.name}\n')
-    # an old one that cannot be removed, such as a link, stays
-    for old in [f for f in _folders(out_dir) if f.name <= folder.name][keep_last:]:
+
+    # newest first; skip later checkpoints, which are damaged if the run has resumed from an earlier one
+    candidates = [path for path in _folders(out_dir) if path.name <= folder.name]
+    for old in candidates[keep_last:]:
+        # best effort: a symlink cannot be removed this way
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _describe(folder):
-    """name -> [size, SHA-256] of all that lies in a checkpoint, as its manifest lists it."""
+def _manifest_of(folder):
+    """Return name -> [size, SHA-256] of every file in a checkpoint folder, except the manifest itself."""
     files = [file for file in folder.iterdir() if file.name != 'manifest.json']
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(file_hash, files))
@@ -152,61 +198,99 @@ def _describe(folder):
 
 
 def _folders(out_dir):
-    """The checkpoint folders, newest first; whatever else lies there does not count."""
-    found = Path(out_dir, 'checkpoints').glob('*')
-    return sorted((f for f in found if NUMBER.fullmatch(f.name) and f.is_dir()), reverse=True)
+    """Return the checkpoint folders of out_dir, newest first. Anything in there without a checkpoint's name is left out."""
+    entries = Path(out_dir, 'checkpoints').glob('*')
+    folders = [entry for entry in entries if NUMBER.fullmatch(entry.name) and entry.is_dir()]
+    # zeros pad the names, so their order is that of their numbers
+    return sorted(folders, reverse=True)
 
 
 def _damage(folder):
-    """What is wrong with a checkpoint, or None: its folder must hold what its manifest lists, and nothing else."""
+    """Return what is wrong with a checkpoint folder, or None if it holds exactly what its manifest lists."""
     try:
-        manifest, found = json.loads((folder / 'manifest.json').read_text()), _describe(folder)
-        for name in sorted(manifest.keys() | found.keys()):
-            if manifest.get(name) != found.get(name):
+        manifest = json.loads((folder / 'manifest.json').read_text())
+        present = _manifest_of(folder)
+        for name in sorted(manifest.keys() | present.keys()):
+            if manifest.get(name) != present.get(name):
                 return f'{name} is not what its manifest says'
+        # a whole checkpoint may have been copied over another one
         examples = json.loads((folder / 'state.json').read_text())['examples']
-        return None if examples == int(folder.name) else f'it is the checkpoint after {examples} examples'
+        if examples != int(folder.name):
+            return f'it is the checkpoint after {examples} examples'
+        return None
     except OSError as error:
         return f'{Path(error.filename or folder).name}: {error.strerror}'
+    # json that is broken, or of another kind than a dict
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return 'manifest.json cannot be read'
 
 
 def latest(out_dir, run=None):
-    """The newest complete checkpoint folder, the same on all ranks, or None where there is none. out_dir/latest is for people.
+    """Return the folder of the newest complete checkpoint, the same on all ranks, or None if out_dir has no checkpoint at all.
 
-    run: of identify; raises UserError where config.json or that checkpoint is of another run. Damaged checkpoints are reported;
-    where there are no others, UserError is raised: a run does not start over by itself."""
-    return shared(lambda: _latest(out_dir, run))
+    The folders decide, for out_dir/latest is only a note for people. run: the result of identify(), if it is to be compared.
+    Warns of each damaged checkpoint that is passed over. Raises UserError if all are damaged, since a run must not start over by
+    itself, and if config.json or the checkpoint belongs to another run."""
+    return shared(lambda: _newest_complete(out_dir, run))
 
 
-def _latest(out_dir, run):
-    """As latest, on one rank."""
-    before = recorded(out_dir)
-    if run and before:
-        check_same(f'{out_dir} holds', before, run)
+def _newest_complete(out_dir, run):
+    """Return the newest undamaged checkpoint folder or None, as latest() describes; runs on rank 0, whose disk decides."""
+    recorded_run = recorded(out_dir)
+    if run and recorded_run:
+        check_same(f'{out_dir} holds', recorded_run, run)
+
     damaged = []
+    # newest first
     for folder in _folders(out_dir):
-        reason = _damage(folder)
-        if reason is None:
+        damage = _damage(folder)
+        if damage is None:
             break
-        damaged.append(f'{folder} is damaged ({reason})')
+        damaged.append(f'{folder} is damaged ({damage})')
+    # no break: there is no complete checkpoint
     else:
         if damaged:
             raise UserError(f'no checkpoint is complete: {damaged[0]}; mend one, or delete {out_dir} to start over')
         return None
+
     if run:
-        # older versions did not write down the run in a checkpoint
-        there = json.loads((folder / 'state.json').read_text()).get('run', before)
-        check_same(f'the checkpoint {folder} is of', there, run)
-    for what in damaged:
-        say(f'warning: the checkpoint {what}: going back to {folder.name}')
+        # checkpoints of older versions do not describe their run: fall back to config.json
+        state = json.loads((folder / 'state.json').read_text())
+        check_same(f'the checkpoint {folder} is of', state.get('run', recorded_run), run)
+    for problem in damaged:
+        say(f'warning: the checkpoint {problem}: going back to {folder.name}')
     return folder
 
 
 def load(folder, model, optimizer):
-    """Load a checkpoint, written on any number of ranks, into model and optimizer. Returns its state."""
-    # a step of rate 0 makes the optimizer's tensors, to be loaded into; the scripts set the rate of every step anew
+    """Load a checkpoint, written on any number of ranks, into model and optimizer, and set this rank's random state.
+
+    Returns the state that save() was given, with 'examples' added and without 'run'. Call it on all ranks together. Raises
+    UserError if names or shapes of the tensors are not those of this model and optimizer."""
+    _make_optimizer_state(model, optimizer)
+    reader = HuggingFaceStorageReader(str(folder))
+    saved_tensors = reader.read_metadata().state_dict_metadata
+    saved_shapes = {name: tuple(tensor.size) for name, tensor in saved_tensors.items()}
+    # a checkpoint from before the first step that changed the weights has no optimizer state
+    if not any(name.startswith('optimizer.') for name in saved_shapes):
+        optimizer.state.clear()
+
+    tensors = _live_tensors(model, optimizer)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if saved_shapes != shapes:
+        raise UserError(f'the checkpoint {folder} is of another model or optimizer: choose another --out_dir')
+    dcp.load(tensors, storage_reader=reader)
+
+    state = json.loads((Path(folder) / 'state.json').read_text())
+    state.pop('run', None)
+    _restore_rng(state.pop('rng'))
+    return state
+
+
+def _make_optimizer_state(model, optimizer):
+    """Have the optimizer make its tensors, into which a checkpoint can then be loaded, without changing the weights.
+
+    It makes them in its first step, so this is a step of learning rate 0. Later steps set the rate anew."""
     model.reshard()
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -215,22 +299,12 @@ def load(folder, model, optimizer):
     optimizer.step()
     optimizer.zero_grad()
 
-    # names and shapes there and here
-    reader = HuggingFaceStorageReader(str(folder))
-    there = {name: tuple(tensor.size) for name, tensor in reader.read_metadata().state_dict_metadata.items()}
-    if not any(name.startswith('optimizer.') for name in there):
-        optimizer.state.clear()  # saved before the first step that changed the weights
-    tensors = _tensors(model, optimizer)
-    if there != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
-        raise UserError(f'the checkpoint {folder} is of another model or optimizer: choose another --out_dir')
-    dcp.load(tensors, storage_reader=reader)
 
-    # random draws go on where they were, if there are as many ranks
-    state = json.loads((Path(folder) / 'state.json').read_text())
-    rng, _ = state.pop('rng'), state.pop('run', None)
-    if len(rng) == dist.get_world_size():
-        mine = rng[dist.get_rank()]
-        torch.set_rng_state(torch.tensor(mine['cpu'], dtype=torch.uint8))
-        if mine['cuda'] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(torch.tensor(mine['cuda'], dtype=torch.uint8))
-    return state
+def _restore_rng(rng_of_ranks):
+    """Set the random state of this rank to the one in a checkpoint, if that was written by as many ranks as there are now."""
+    if len(rng_of_ranks) != dist.get_world_size():
+        return
+    rng = rng_of_ranks[dist.get_rank()]
+    torch.set_rng_state(torch.tensor(rng['cpu'], dtype=torch.uint8))
+    if rng['cuda'] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(rng['cuda'], dtype=torch.uint8))

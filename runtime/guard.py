@@ -1,9 +1,10 @@
-"""What can end a run early, and how it then ends without loss. Collectives are in fsdp.py; this decides, says and leaves.
+"""Signals, full disks, bad numbers and too little memory: what can end a run early, and how it ends without loss.
 
 A signal (SIGTERM, SIGUSR1, Ctrl-C) ends a process at once as long as nothing can be lost. Once there are steps, the run finishes its
-step, saves, and leaves with code 75 (130 after Ctrl-C): the same command continues. A second Ctrl-C does not wait.
+step, saves, and leaves with code 75 (130 after Ctrl-C); the same command continues it. A second Ctrl-C does not wait for the step.
 
-Scripts import this first and call watch(), so nothing heavy is imported up here: functions import torch where they use it."""
+Scripts import this file first and call watch(). So it imports nothing heavy: functions import torch where they use it. A
+training run then calls begin(), boundary() after every step, export() and end()."""
 
 import ast
 import contextlib
@@ -22,45 +23,52 @@ from configurator import UserError, configure, main_rank
 from runtime import files, log
 from runtime.files import say
 
-SAVED = 75  # exit code after SIGTERM or SIGUSR1: saved, start the same command again (EX_TEMPFAIL of sysexits.h)
-INTERRUPTED = 130  # exit code after Ctrl-C: saved, too
-PAUSE = 20  # seconds between two tries to write what cannot be lost
+# exit codes of a run that was stopped and has saved. Of several signals, on any ranks, the one with the larger code counts
+SAVED = 75  # after SIGTERM or SIGUSR1: start the same command again (EX_TEMPFAIL of sysexits.h)
+INTERRUPTED = 130  # after Ctrl-C, the shell's own code for it
+PAUSE = 20  # seconds between two tries to write a checkpoint that must not be lost
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _stage = 'loading'  # nothing can be lost; 'training': steps can; 'over': everything is written, and signals are ignored
-_code = 0  # the exit code that a signal to this process asks for
-_progress = None  # () -> a sentence about what is kept, for whoever stops a script that trains nothing
+_code = 0  # the exit code that a signal to this process asks for; 0: no signal has come
+_progress = None  # of a script without steps: a function that returns a sentence about what is kept
 
 
 # ---- signals ----
 
 
 def watch(name):
-    """Heed signals from now on, and check the command line, where name is '__main__': before a script imports anything heavy."""
+    """Obey signals from now on, and check the command line, before a script imports anything heavy. Raises UserError.
+
+    name: the script's __name__. Does nothing unless it is '__main__'. Also sets how torch will allocate a GPU's memory."""
     if name != '__main__':
         return
-    # torch reads it once: memory of a GPU that grows in place has no holes between batches of different sizes
-    if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:  # the older name
+    # memory that grows in place gets no holes between batches of different sizes. torch reads this once, when it is imported; a
+    # user may have set it under this name, or under the older one
+    if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
         os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
-    # a thread waits for them: the main thread may be inside C code for minutes, such as a rendezvous
+
+    # all threads block signals, and one waits for them: the main thread may be inside C code for minutes, as in a rendezvous,
+    # where python runs no handler. These handlers run only inside of unblocked()
     for number in SIGNALS:
-        signal.signal(number, lambda number, frame: on_signal(number))  # inside unblocked
+        signal.signal(number, lambda received, frame: on_signal(received))
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_listen, daemon=True).start()
     os.register_at_fork(after_in_child=_as_any_process)
-    # python -c has no file to read
+
+    # with python -c there is no file to read options from
     script = getattr(sys.modules['__main__'], '__file__', None)
     if script:
         check_early(script)
 
 
 def _listen():
-    """Wait for signals, which are blocked in all other threads."""
+    """Wait for signals for ever, in a thread of its own, and obey each."""
     while True:
         on_signal(signal.sigwait(SIGNALS))
 
 
 def _as_any_process():
-    """In a forked child a signal does what it does in any process."""
+    """Undo watch() in a forked child, where no thread listens: there a signal does what it does in any process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -68,56 +76,66 @@ def _as_any_process():
 
 @contextlib.contextmanager
 def unblocked():
-    """Around the user's own code: a process that it starts inherits what is blocked here, and could not be ended by a signal."""
-    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    """Let signals reach the main thread while the user's own code runs, as a context manager.
+
+    A process that this code starts inherits the blocked signals. Without this, no signal could end it."""
+    blocked_before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
 
 
 def on_signal(number):
-    """Do what a signal asks: leave at once where nothing can be lost or a second Ctrl-C comes, else at the end of a step."""
+    """Handle a stop signal: exit at once if nothing can be lost or on a second Ctrl-C, else request a stop after this step.
+
+    The training loop sees the request through stop_asked(). Writes to stderr what happens next."""
     global _code
     if _stage == 'over':
         return
-    # torchrun turns a second Ctrl-C into SIGTERM
-    hurry = _code == INTERRUPTED and number != signal.SIGUSR1
-    leave, first = hurry or _stage == 'loading', not _code
+    # torchrun forwards a second Ctrl-C as SIGTERM; SIGUSR1 comes from a cluster scheduler, not from an impatient user
+    is_second_interrupt = _code == INTERRUPTED and number != signal.SIGUSR1
+    exits_now = is_second_interrupt or _stage == 'loading'
+    is_first_signal = _code == 0
     _code = max(_code, INTERRUPTED if number == signal.SIGINT else SAVED)
-    answer = 'stopping after this step (Ctrl-C twice: at once, without saving)'
-    if leave:
-        answer = 'stopped at once: steps since the last checkpoint are lost' if hurry else 'stopped'
 
-    # not print, which may be what the main thread is in
-    if main_rank() and (leave or first):
-        os.write(2, f'\n{signal.Signals(number).name}: {answer}\n'.encode())
-    if leave and _progress and main_rank():
+    message = 'stopping after this step (Ctrl-C twice: at once, without saving)'
+    if is_second_interrupt:
+        message = 'stopped at once: steps since the last checkpoint are lost'
+    elif exits_now:
+        message = 'stopped'
+    # os.write, because print could deadlock while the main thread holds its lock
+    if main_rank() and (exits_now or is_first_signal):
+        os.write(2, f'\n{signal.Signals(number).name}: {message}\n'.encode())
+    if main_rank() and exits_now and _progress:
         os.write(1, f'{_progress()}\n'.encode())
-    if leave:
+    if exits_now:
         os._exit(_code)
 
 
 def on_stop(progress):
-    """For a script without steps, which a signal always ends at once. progress() -> a sentence about what is kept."""
+    """Set what is printed when a signal ends a script without steps: the sentence that progress() returns about what is kept.
+
+    Such a script never calls boundary(), so a signal always ends it at once."""
     global _progress
     _progress = progress
 
 
 def asked_here():
-    """Whether this process has been told to stop. Ranks may differ: for work whose result is thrown away if any has."""
+    """Return whether a signal has told this process to stop. Ranks may differ: stop_asked() gives all of them one answer."""
     return _code != 0
 
 
 def stop_asked():
-    """The exit code that a signal to any rank asks for, or 0: the same answer on all, which call this together.
+    """Return the exit code that signals to any of the ranks ask for, or 0. Call it on all ranks together; all get the same.
 
-    Also raises UserError, on all, if the checkpoint that is being written has failed."""
+    Raises UserError, on all ranks, if the checkpoint that is being written has failed."""
     import fsdp
     from runtime import checkpoint
 
-    code, failed = fsdp.largest([_code, int(checkpoint.failed())])
-    if failed:
+    code, any_failed = fsdp.largest([_code, int(checkpoint.failed())])
+    # wait() raises the error
+    if any_failed:
         checkpoint.wait()
     return code
 
@@ -126,35 +144,48 @@ def stop_asked():
 
 
 def check_early(script):
-    """Check the command line against the source of a script before its imports, which take seconds; or print its help."""
+    """Validate the command line against a script's options without running its slow imports.
+
+    script: path of the script. Prints the help and exits on --help; raises UserError for an invalid command line."""
     source = Path(script).read_text('utf-8')
-    # plot.py gives the call words of its own choice
+    # scripts that pass configure() only part of the command line (plot.py, report.py) do not match and are checked later
     call = re.search(r'configure\(globals\(\)(?:, shared=(\w+))?\)', source)
-    if call:
-        module = call[1] and types.SimpleNamespace(__file__=Path(script).with_name(f'{call[1]}.py'))
-        doc = ast.get_docstring(ast.parse(source))
-        configure({'__file__': script, '__doc__': doc}, shared=module, early=True)
+    if not call:
+        return
+    # configure() parses the options from the source at __file__, so stand-ins with a __file__ replace the unimported modules
+    script_globals = {'__file__': script, '__doc__': ast.get_docstring(ast.parse(source))}
+    shared_name = call[1]
+    shared_module = None
+    if shared_name:
+        shared_module = types.SimpleNamespace(__file__=Path(script).with_name(f'{shared_name}.py'))
+    configure(script_globals, shared=shared_module, early=True)
 
 
 def tell_torchrun(error):
-    """Leave the sentence where torchrun looks for the cause: it prints it at the end of its own report."""
-    file = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    if file:
-        kind = 'error' if isinstance(error, UserError) else type(error).__name__
-        what = {'message': f'{kind}: {error}', 'extraInfo': {'timestamp': str(int(time.time()))}}
-        with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({'message': what}))
+    """Write an exception to torchrun's error file, so that torchrun reports it as the cause; no-op without torchrun."""
+    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if not path:
+        return
+    kind = 'error' if isinstance(error, UserError) else type(error).__name__
+    # torchrun expects the text in a nested 'message'
+    details = {'message': f'{kind}: {error}', 'extraInfo': {'timestamp': str(int(time.time()))}}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({'message': details}))
 
 
 # ---- a run and its folder ----
 
 
 def begin(out_dir, config, resume):
-    """Take out_dir for this run alone, on all ranks together. Raises UserError where it cannot be had."""
+    """Take out_dir for this run alone, on all ranks together; from here until the first boundary() nothing can be lost.
+
+    resume: whether it may hold an unfinished run. Raises UserError if it belongs to another run or cannot be written."""
     import fsdp
 
+    # a process may do several runs, one after the other
     global _code, _stage
-    _code, _stage = 0, 'loading'
+    _code = 0
+    _stage = 'loading'
 
     def take():
         log.check_out_dir(out_dir, config, resume)
@@ -165,8 +196,9 @@ def begin(out_dir, config, resume):
 
 
 def boundary(save, close, saved=False):
-    """Call it after every step: does what signals have asked for, on all ranks together. save() begins a checkpoint, unless
-    one of this step is saved already; close() has the trackers write what they hold."""
+    """Save, close the trackers and end the process if a signal has asked for it. Call it after every step, on all ranks.
+
+    save() begins a checkpoint of this step; saved says that this has been done. close() has the trackers write what they hold."""
     import fsdp
 
     global _stage
@@ -180,37 +212,45 @@ def boundary(save, close, saved=False):
 
 
 def keep(save, saved=False):
-    """Write a checkpoint, on all ranks together, again and again while that fails: what was trained is in this process alone.
+    """Write a checkpoint, again and again while that fails, because what was trained is only in memory. On all ranks together.
 
-    A signal that comes while it waits asks for one last try; then UserError is raised. saved: the first try has begun."""
+    save() begins a checkpoint; saved says that the first try has begun already. While it waits, Ctrl-C asks for one last try.
+    Raises UserError if that fails, too."""
+    import fsdp
     from runtime import checkpoint
 
-    code, warned, given_up = stop_asked(), False, False
+    # not by stop_asked(), which raises an error if an earlier checkpoint has failed: that is one more reason to write this one
+    (code_before,) = fsdp.largest([_code])
+    has_warned = False
+    is_last_try = False
     while True:
         try:
             if not saved:
                 save()
+            # further tries begin a checkpoint of their own
             saved = False
-            return checkpoint.wait()
+            checkpoint.wait()
+            return
         except UserError as error:
-            if given_up:
+            if is_last_try:
                 raise UserError(f'{error}. Given up: what was trained since the last checkpoint is lost') from None
-            if not warned:
+            if not has_warned:
                 hint = f'make room; it is tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up'
                 say(f'warning: {error}. What was trained is kept in memory: {hint}')
-            warned = True
-        # all ranks ask together, every second, whether a new signal has come
+            has_warned = True
+        # all ranks ask together, every second. A new signal shows by a larger code than the one that brought the run here
         for _second in range(PAUSE):
             time.sleep(1)
-            given_up = stop_asked() > code
-            if given_up:
+            is_last_try = stop_asked() > code_before
+            if is_last_try:
                 break
 
 
 def export(model, tokenizer, build, folder, card, dtype, save):
-    """What export.write_model returns, once all rows are written. On all ranks together.
+    """Append the rows that wait in memory, then call export.write_model with these arguments, and return its result.
 
-    Where the model cannot be written, what was trained is kept in a checkpoint, which save() begins. Raises UserError."""
+    If the model cannot be written, what was trained is kept in a checkpoint, which save() begins, and UserError is raised. On all
+    ranks together."""
     import fsdp
     from hf.export import write_model
 
@@ -223,7 +263,7 @@ def export(model, tokenizer, build, folder, card, dtype, save):
 
 
 def end():
-    """Wait for the last checkpoint, and give out_dir back. A process that ends in a moment needs no signal for it."""
+    """Wait for the last checkpoint, unlock out_dir, and ignore signals: the process ends in a moment. Raises UserError."""
     from runtime import checkpoint
 
     global _stage
@@ -236,46 +276,57 @@ def end():
 
 
 def finite(columns):
-    """Whether all columns of a step (name -> tensor) hold numbers only, no NaN and no infinity."""
+    """Return whether the columns of a step (name -> tensor) hold neither NaN nor infinity."""
     return all(bool(values.isfinite().all()) for values in columns.values())
 
 
 def bad_step(out_dir, state, allowed, first, rows, uid, norm, columns):
-    """A step whose loss or gradient is not finite, called before the weights are touched, on all ranks.
+    """Record a step whose loss or gradient is not finite, instead of its update. Call it on all ranks together.
 
-    Writes the offending examples, or all of the step if only its gradient is bad, to out_dir/bad_step.jsonl: their place in the
-    step, index in the training set (of rows), uid, the hash of their text, and columns. Counts in state['bad_steps'], and raises
-    UserError beyond the allowed number."""
+    allowed: how many such steps a run may have. first: examples before this step. Of each example of the step, rows has the index
+    in the training set, uid the hash of its text, and columns (name -> tensor) its numbers. norm: of the gradient.
+
+    Appends the examples whose numbers are not finite to out_dir/bad_step.jsonl; all of the step if only the gradient is not.
+    Adds 1 to state['bad_steps']. Raises UserError if these are more than allowed; else prints a warning."""
     import torch
 
-    broken = torch.stack([~values.isfinite() for values in columns.values()]).any(0)
-    what = 'loss' if broken.any() else 'gradient'
-    slots = broken.nonzero().flatten().tolist() or range(len(rows))
-    file, last = Path(out_dir) / 'bad_step.jsonl', first + len(rows)
+    is_bad = torch.stack([~values.isfinite() for values in columns.values()]).any(0)  # (examples,)
+    slots = is_bad.nonzero().flatten().tolist()
+    what = 'loss'
+    # no single example is to blame for the gradient
+    if not slots:
+        what = 'gradient'
+        slots = range(len(rows))
+
+    file = Path(out_dir) / 'bad_step.jsonl'
+    last = first + len(rows)
     for slot in slots:
         row = {'examples': last, 'what': what, 'place': slot, 'index': int(rows[slot]), 'uid': int(uid[slot])}
-        values = {name: column[slot].item() for name, column in columns.items()} | {'grad_norm': norm}
-        # json has no word for what is not finite
-        row |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        numbers = {name: values[slot].item() for name, values in columns.items()}
+        numbers['grad_norm'] = norm
+        # json has no number for NaN and infinity: they become texts
+        for name, number in numbers.items():
+            row[name] = number if math.isfinite(number) else str(number)
         if main_rank():
             files.append(file, json.dumps(row) + '\n')
 
-    # say it, or end here
+    # warn, or end the run
     state['bad_steps'] += 1
-    where = f'the {what} of the step from {first} to {last} examples is not finite'
-    those = f'{len(slots)} of its examples are in {file}'
+    sentence = f'the {what} of the step from {first} to {last} examples is not finite'
+    written = f'{len(slots)} of its examples are in {file}'
     if state['bad_steps'] > allowed:
         hint = f'lower the learning rate, or allow more than --skip_bad_steps={allowed}'
-        raise UserError(f'{where}; {those}: look at them, {hint}')
-    say(f'warning: {where}; {those}: skipped, {state["bad_steps"]} of {allowed} allowed')
+        raise UserError(f'{sentence}; {written}: look at them, {hint}')
+    say(f'warning: {sentence}; {written}: skipped, {state["bad_steps"]} of {allowed} allowed')
 
 
 # ---- too little memory ----
 
 
 def out_of_memory(error):
-    """Where there was no memory left, 'the GPU' or 'this machine', or None for an error of another kind."""
+    """Return which memory an error says is full, 'the GPU' or 'this machine', or None for an error of another kind."""
     text = str(error)
+    # torch's class is known by its name, since torch may not be imported
     if type(error).__name__ == 'OutOfMemoryError' or re.search('CUDA.*out of memory|CUBLAS_STATUS_ALLOC_FAILED', text):
         return 'the GPU'
     if isinstance(error, MemoryError) or re.search("can't allocate memory|Cannot allocate memory", text):
@@ -284,38 +335,43 @@ def out_of_memory(error):
 
 
 def explained(error, advice):
-    """The error itself, or where it says that memory is out or a result not reproducible, a UserError in its place.
+    """Return a UserError to raise in place of an error that memory is full or that --deterministic cannot be had.
 
-    advice: what did not fit into memory; what to do."""
+    Any other error is returned itself. advice: ends the sentence about memory, with what did not fit and what to lower. A UserError about memory gets the mark
+    of_this_rank, for other ranks may have enough: the rank that raises it prints it, whichever it is."""
     # torch's own sentence begins with the name of the operation
-    operation, differs, _ = str(error).partition(' does not have a deterministic implementation')
-    if differs:
-        what = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
-        return UserError(f'{what}; leave it out (the risk cvar, and samples with top_p below 1, cannot have it)')
-    where = out_of_memory(error)
-    if where is None or isinstance(error, UserError):
+    operation, is_about_determinism, _ = str(error).partition(' does not have a deterministic implementation')
+    if is_about_determinism:
+        mistake = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
+        return UserError(f'{mistake}; leave it out (the risk cvar, and samples with top_p below 1, cannot have it)')
+    # a UserError that quotes such a text is a sentence already
+    full_memory = out_of_memory(error)
+    if full_memory is None or isinstance(error, UserError):
         return error
-    better = UserError(f'{where} is out of memory: {advice}')
-    better.of_this_rank = True
-    return better
+    user_error = UserError(f'{full_memory} is out of memory: {advice}')
+    user_error.of_this_rank = True
+    return user_error
 
 
 @contextlib.contextmanager
 def memory_for(advice):
-    """Around work, or above a function that does it: where it does not fit into memory, a sentence with this advice."""
+    """Raise a UserError with this advice if the work inside does not fit into memory. A context manager, and a decorator."""
     try:
         yield
     except Exception as error:
-        better = explained(error, advice)
-        if better is error:
+        to_raise = explained(error, advice)
+        if to_raise is error:
             raise
-        raise better from None
+        raise to_raise from None
 
 
 def memory(batches, max_tokens):
-    """Around the work on microbatches: say what to lower where it does not fit, on whichever rank it happens."""
+    """Return a memory_for() to put around the work on these microbatches, whose advice says which option to lower."""
     longest = max((batch.ids.numel() for batch in batches), default=0)
-    alone = all(len(batch.slot) == 1 for batch in batches)
-    lower = 'max_length, since one example fills it' if alone else 'max_tokens, which changes no result'
-    advice = f'the longest microbatch has {longest} tokens (max_tokens={max_tokens}); lower {lower}'
+    # a smaller max_tokens does not make a microbatch of one example smaller
+    one_example_each = all(len(batch.slot) == 1 for batch in batches)
+    to_lower = 'max_tokens, which changes no result'
+    if one_example_each:
+        to_lower = 'max_length, since one example fills it'
+    advice = f'the longest microbatch has {longest} tokens (max_tokens={max_tokens}); lower {to_lower}'
     return memory_for(f'{advice}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs')

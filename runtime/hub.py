@@ -1,4 +1,4 @@
-"""Models and data in folders and on the hub: which files are at hand, and whether the hub can be reached. All raise UserError."""
+"""Models and data in folders and on the hub: which files are at hand, and whether the hub can be reached."""
 
 import contextlib
 import functools
@@ -14,9 +14,10 @@ from runtime.values import looked_in
 
 @functools.cache
 def reachable():
-    """Ask the hub once. Where it does not answer, its libraries use what their caches hold, at once, and a note says so.
+    """Return whether the hub answers. It is asked once in a process.
 
-    By themselves they try for more than a minute, with a line for each try."""
+    If it does not, the hub's libraries are set to use only what their caches hold, and a note says so. By themselves they would
+    try for more than a minute, with a line for each try."""
     import huggingface_hub
 
     constants = huggingface_hub.constants
@@ -25,9 +26,11 @@ def reachable():
     try:
         huggingface_hub.utils.get_session().head(constants.ENDPOINT, timeout=10)
         return True
-    except Exception as error:  # no network, no such host, a proxy: each library of requests has words of its own
+    # no network, no such host, a proxy: each library of requests has errors of its own
+    except Exception as error:
         reason = first_line(error)[:100]
-    # for libraries that are imported already, and for those that will be
+
+    # libraries that are imported already have read the variable; those that will be imported read it then
     constants.HF_HUB_OFFLINE = True
     os.environ['HF_HUB_OFFLINE'] = '1'
     if 'datasets' in sys.modules:
@@ -37,45 +40,56 @@ def reachable():
 
 
 def first_line(error):
-    """What an exception says, on one line."""
+    """Return what an exception says, as one line of 200 characters at most."""
     text = ' '.join(str(error).split())[:200]
-    return text if ' ' in text else f'{type(error).__name__} {text}'.strip()
+    # a single word, such as a KeyError's key, says nothing without the name of its exception
+    is_sentence = ' ' in text
+    return text if is_sentence else f'{type(error).__name__} {text}'.strip()
 
 
 def _may_be_hub_id(name):
+    """Return whether a name has the form OWNER/NAME."""
     return name.count('/') == 1 and not name.startswith(('.', '/', '~'))
 
 
 def check_there(name):
-    """Refuse a name that is no folder here and cannot be a hub id, and a hub id that is neither at hand nor to be had."""
+    """Raise UserError if a model's name is neither a folder here nor something that the hub can give.
+
+    Only OWNER/NAME can be a name on the hub. While the hub does not answer, it must be in the hub's cache."""
     if os.path.exists(name):
         return
+    # of an absolute path looked_in says nothing
     here = looked_in(name).strip() or 'on this machine'
     if not _may_be_hub_id(name):
         raise UserError(f'there is no model folder {name!r} {here}: train it first, or name another one')
     if not reachable() and file_of(name, 'config.json') is None:
-        why = 'the hub cannot be reached, and its cache does not have it'
-        raise UserError(f'there is no folder {name!r} {here}, {why}: name a model folder')
+        reason = 'the hub cannot be reached, and its cache does not have it'
+        raise UserError(f'there is no folder {name!r} {here}, {reason}: name a model folder')
 
 
 def file_of(name, file):
-    """The path of a file of a folder or a hub id, or None where it has no such file."""
+    """Return the path of a file of a folder or of a hub id, fetched if need be, or None if there is no such file."""
     from transformers.utils import cached_file
 
     if not os.path.exists(name):
         if not _may_be_hub_id(name):
             return None
-        reachable()  # where it is not, only its cache is asked from here on
-    # what is wrong with a hub id is said where its config is read
-    kinds = ('gated_repo', 'missing_entries', 'connection_errors')
+        # if it is not, this has set the libraries to look only into their cache
+        reachable()
+    # an error about the hub id itself is left to the code that reads its config, and says more about it
+    quiet = ('gated_repo', 'missing_entries', 'connection_errors')
+    options = {f'_raise_exceptions_for_{kind}': False for kind in quiet}
     with contextlib.suppress(OSError):
-        return cached_file(name, file, **{f'_raise_exceptions_for_{kind}': False for kind in kinds})
+        return cached_file(name, file, **options)
     return None
 
 
 def read_dict(name, file):
-    """The dict of a JSON file of a folder or a hub id, empty where there is none: whoever needs a broken one says so."""
-    found = {}
+    """Return the dict in a JSON file of a folder or of a hub id, or {} if there is none or it is broken.
+
+    The code that cannot do without a broken file reports it."""
+    content = {}
+    # a missing file is None, and Path(None) a TypeError
     with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
-        found = json.loads(Path(file_of(name, file)).read_text('utf-8'))
-    return found if isinstance(found, dict) else {}
+        content = json.loads(Path(file_of(name, file)).read_text('utf-8'))
+    return content if isinstance(content, dict) else {}

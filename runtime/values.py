@@ -1,10 +1,13 @@
-"""What values of options make sense: ranges, choices, and texts that hold no key; and options that follow from others."""
+"""Which values of options make sense: ranges, choices, no keys in texts; and options that follow from others.
+
+configurator.py asks problem() about each value, then settle() and conflict() about all of them. An option's name means the same
+in every script, so one table serves them all."""
 
 import math
 import os
 import re
 
-# for whichever of these options a script has: the least and the largest value
+# (the smallest value, the largest) -> names of options that must lie between the two
 RANGES = {
     (0, math.inf): 'skip_bad_steps lr warmup_steps weight_decay n_eval_examples save_every temperature retries center_coef kl_coef '
                    'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam',
@@ -21,7 +24,7 @@ RANGES = {
                    'max_new_tokens num_turns n_eval_model_samples n_steps prompt_tokens answer_tokens vocabulary n lora_rank tp '
                    'minibatch_size ppo_epochs group_size sample_batch',
 }  # fmt: skip
-# or the choices
+# an option -> the values that it may have
 CHOICES = {
     'dtype': ('float32', 'bfloat16'), 'save_dtype': (None, 'float32', 'bfloat16', 'float16'), 'truncation': ('start', 'end'),
     'optimizer': ('AdamW', 'RMSprop', 'SGD'), 'lr_schedule': ('constant', 'linear', 'cosine'),
@@ -30,10 +33,10 @@ CHOICES = {
     'activation_checkpointing': (False, True, 'selective'), 'task': (None, 'pairs', 'singles', 'sft', 'prompts'),
     'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
 }  # fmt: skip
-# they stay in the environment: no option may hold one, for options are printed and written down
+# variables of the environment whose values are keys. No option may hold a key, since options are printed and written down
 SECRETS = ('NANOPREF_API_KEY', 'OPENAI_API_KEY', 'HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'WANDB_API_KEY')
 
-# an option, what is different about it, and the names that other code has for it
+# an option, with a word on what is different about it -> the names that it has in other projects
 ELSEWHERE = {
     'lr': 'learning_rate', 'out_dir': 'output_dir exp_name', 'n_epochs': 'num_train_epochs num_epochs epochs',
     'n_examples (steps times batch_size)': 'max_steps', 'model': 'model_name_or_path model_name pretrained model_id',
@@ -65,23 +68,35 @@ NO_MODEL = (None, 'toy', 'gold', 'head', 'own')
 
 
 def names_elsewhere(options):
-    """Names that other code has -> the option here, with what is different about it; of these options alone."""
-    known = {ours: theirs.split() for ours, theirs in ELSEWHERE.items() if re.match(r'\w+', ours)[0] in options}
-    return {name: ours for ours, names in known.items() for name in names}
+    """Return name in another project -> the key of ELSEWHERE that it belongs to, for the keys whose option is in options."""
+    found = {}
+    for ours, theirs in ELSEWHERE.items():
+        # a key begins with the option's name
+        option = re.match(r'\w+', ours)[0]
+        if option in options:
+            found |= dict.fromkeys(theirs.split(), ours)
+    return found
 
 
 def problem(name, value):
-    """Why the option cannot have this value, as the end of a sentence about it; None where it can."""
+    """Return why an option cannot have this value, as the end of a sentence that begins with its name, or None if it can."""
     is_number = type(value) in (int, float)
-    low, high = next((bounds for bounds, names in RANGES.items() if name in names.split()), (-math.inf, math.inf))
+    low, high = -math.inf, math.inf
+    for bounds, names in RANGES.items():
+        if name in names.split():
+            low, high = bounds
     if is_number and not low <= value <= high:
         return f'must lie between {low} and {high}, not {value}'
-    if is_number and abs(value) == math.inf and low >= 0 and name != 'max_grad_norm':
+    # a range may have no upper end, and infinity is still no value for it; but max_grad_norm=inf switches clipping off
+    has_range = low > -math.inf
+    if is_number and has_range and abs(value) == math.inf and name != 'max_grad_norm':
         return f'must be a finite number, not {value}'
     if type(value) is int and abs(value) >= 2**63:
         return 'is an integer that no machine counts to'
     if name in ('max_tokens', 'save_every') and isinstance(value, str) and value != 'auto':
         return f'must be a number or auto, not {value!r}'
+
+    # an option that is not in CHOICES may have any value
     if value not in CHOICES.get(name, (value,)):
         known = ', '.join(str(choice) for choice in CHOICES[name] if choice)
         return f'must be one of {known}, not {value!r}'
@@ -89,20 +104,25 @@ def problem(name, value):
 
 
 def _text_problem(text):
-    """The same of a text that no file name or tokenizer can hold, or that has a key in it; without showing that."""
+    """Return why no option can be this text, as problem() does: it holds a key, or characters that no file name can have.
+
+    The sentence does not show the text, because it may be a key."""
     for variable in SECRETS:
         secret = os.environ.get(variable, '').strip()
+        # a shorter one is no key, and may be part of a word
         if len(secret) >= 8 and secret in text:
             return f'holds the key of {variable}; it stays in the environment, nothing else is needed'
+    # https://user:password@host/
     if re.search(r'://[^/?#\s]*@', text):
         return 'has a name or a password in its address; a key belongs in the environment'
+    # the byte 0, and halves of characters that UTF-8 cannot write
     if re.search('[\0\ud800-\udfff]', text):
         return 'has characters that are no text'
     return None
 
 
 def looked_in(path):
-    """The folder in which a relative path was looked for, as the end of a sentence that misses it; nothing of an absolute one."""
+    """Return ' in FOLDER' for a sentence that misses a relative path, with the working directory; '' for an absolute path."""
     path = os.path.expanduser(str(path))
     return '' if os.path.isabs(path) else f' in {os.getcwd()}'
 
@@ -111,18 +131,19 @@ def looked_in(path):
 
 
 def settle(config):
-    """Give the options that follow from others their values, in place. Returns notes about them, as sentences."""
+    """Set the options that follow from others, in config. Returns notes for the user about them, as sentences."""
     notes = []
-    # a run's folder, which has a config.json of its own, stands for the model in it
+    # an option that names a run's out_dir means the model in it. A folder with weights of its own is a model already
     for name in MODELS:
         folder = config.get(name)
         if folder in NO_MODEL or not os.path.exists(f'{folder}/model/config.json'):
             continue
-        if not re.search(r'\.(safetensors|bin)\b', ' '.join(os.listdir(folder))):
+        has_weights = re.search(r'\.(safetensors|bin)\b', ' '.join(os.listdir(folder)))
+        if not has_weights:
             config[name] = f'{folder}/model'
             notes.append(f'{name} is {config[name]}, the model that the run in {folder} has left')
 
-    # the prompt's share of the length
+    # max_prompt_length=None means half of max_length; a script may have neither. The default of max_length needs no note
     if 'max_length' in config and config.get('max_prompt_length', 0) is None:
         half = config['max_length'] // 2
         config['max_prompt_length'] = half
@@ -132,15 +153,16 @@ def settle(config):
 
 
 def conflict(config):
-    """Which options cannot be together, as a sentence; None where all can."""
-    # ppo.py takes no answers from the data, unless it is offline
-    if {'max_length', 'max_prompt_length'} <= config.keys() and config.get('offline', True):
+    """Return a sentence about options that cannot be together, or None if all can."""
+    has_lengths = 'max_length' in config and 'max_prompt_length' in config
+    # ppo.py samples its answers, and these lengths concern it only if it takes them from the data (offline)
+    if has_lengths and config.get('offline', True):
         return no_room(config['max_length'], config['max_prompt_length'])
     return None
 
 
 def no_room(max_length, max_prompt_length):
-    """A sentence where lengths in tokens leave no room for an answer of one token and its end; else None."""
+    """Return a sentence if these lengths, in tokens, leave no room for an answer of one token and its end, else None."""
     if max_length < max_prompt_length + 2:
         return f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
     return None

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdp
@@ -71,8 +72,8 @@ class Collectives(TorchDispatchMode):
     seen = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        # of a DTensor the operation that it makes of it
-        if any(not issubclass(kind, torch.nn.Parameter) and kind is not torch.Tensor for kind in types):
+        # a DTensor makes operations on plain tensors of this one, and those are counted
+        if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         self.seen += function.namespace in ('c10d', '_c10d_functional') and 'wait' not in str(function)
         return function(*args, **(kwargs or {}))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -276,10 +277,21 @@ def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path,
     assert same_bits(tmp_path / 'run/model', whole / 'model') and metrics(tmp_path / 'run') == metrics(whole)
     tries = []
     monkeypatch.setattr(guard, 'PAUSE', 1)
-    monkeypatch.setattr(guard, 'stop_asked', iter([0, 0, guard.SAVED]).__next__)
+    monkeypatch.setattr(guard, 'stop_asked', iter([0, guard.SAVED]).__next__)
     with pytest.raises(UserError, match='cannot write it. Given up: what was trained since .* is lost'):
         guard.keep(lambda: tries.append(1) or fails())
     assert len(tries) == 3
+
+
+def test_a_checkpoint_that_has_failed_already_does_not_cost_the_last_one(monkeypatch, whole, capsys):
+    """The disk fills while one is written in the background, and the rows cannot be written either: it is tried again."""
+    failed = futures.Future()
+    failed.set_exception(UserError('no room'))
+    monkeypatch.setattr(checkpoint, '_pending', failed)
+    monkeypatch.setattr(guard, 'PAUSE', 1)
+    tries = []
+    guard.keep(lambda: checkpoint.wait() or tries.append(1))
+    assert len(tries) == 1 and 'warning: no room. What was trained is kept in memory' in capsys.readouterr().out
 
 
 def test_full_disk_under_rows_and_export(tmp_path, whole, monkeypatch, capsys):

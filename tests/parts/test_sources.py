@@ -231,7 +231,7 @@ def test_a_hub_dataset_and_the_cache_of_its_tokens(splits, tmp_path, monkeypatch
 
     train, test = sizes()
     assert (train, test) == (200, 3) if 'test' in splits else train + test == 200 and 0 < test < 40
-    monkeypatch.setattr(tokenise, 'tokenise_parts', None)
+    monkeypatch.setattr(tokenise, 'tokenise_splits', None)
     assert sizes() == [train, test]
 
 
