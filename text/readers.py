@@ -28,7 +28,7 @@ CUT = 'perhaps a download that was cut short'
 NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE', re.ASCII)
 # columns of a table that are text even if all of it looks like numbers, as the answers to sums
 TEXTS = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion', 'output', 'answer', 'chosen',
-         'rejected', 'text', 'history', 'human_ref', 'chosen_response', 'rejected_response', 'problem', 'solution'}  # fmt: skip
+         'rejected', 'text', 'history', 'human_ref', 'chosen_response', 'rejected_response', 'problem', 'solution', 'inputs', 'targets'}  # fmt: skip
 # a column's name may end with the side of its answer: response_a, answer1, human_ref_B
 SIDE = re.compile(r'_?(\d|[a-z]|[A-Z])$')
 # a byte that is not UTF-8 is decoded ('surrogateescape') to one of these characters, which no text has
@@ -217,7 +217,7 @@ def _read_table(file, delimiter=','):
     for _, cells, _ in _cells(file, delimiter):
         for name, cell in cells.items():
             is_text = cell is not None and not NUMBER.fullmatch(cell)
-            if is_text or name in TEXTS or SIDE.sub('', name) in TEXTS:
+            if is_text or name.lower() in TEXTS or SIDE.sub('', name.lower()) in TEXTS:
                 text_columns.add(name)
 
     for line, cells, error in _cells(file, delimiter):
