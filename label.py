@@ -111,7 +111,7 @@ if reward_model is not None:
     if world_size > 1:
         raise UserError('label.py scores in one process: run it with python, not torchrun')
     model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
-    record['content of reward_model'] = lora.content(reward_model)
+    record['content of reward_model'] = lora.weights_hash(reward_model)
 
 
 def ask_judge(todo):

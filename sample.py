@@ -28,7 +28,7 @@ from feedback.answers import append, collect, raise_if_missing, read_text, write
 from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import load_model, load_tokenizer
-from hf.lora import content
+from hf.lora import weights_hash
 from hf.probe import room
 from rl import reward_functions
 from runtime import log
@@ -180,7 +180,7 @@ def expected_row(i, sample):
 # compare weights by content: another model under the same name makes another run
 record = dict(config)
 if not endpoint:
-    record['weights'] = fsdp.shared(partial(content, model))
+    record['weights'] = fsdp.shared(partial(weights_hash, model))
 # these options may change when a run is resumed
 neutral = {'out_dir', 'reward', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
 fsdp.on_one_rank(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))
