@@ -130,7 +130,7 @@ def ask_judge(todo):
 
 
 def compare_rewards(todo):
-    """Yield a row of verdicts.jsonl per key (pair index, 1): the higher reward is preferred, equal rewards are a tie."""
+    """Yield a row of verdicts.jsonl per key (pair index, order); the higher reward is preferred. order is 1: rewards ignore it."""
     # in blocks, so that verdicts reach the disk early
     for start in range(0, len(todo), BLOCK):
         indices = [i for i, _ in todo[start : start + BLOCK]]

@@ -222,7 +222,8 @@ def token_losses(pi, value, columns):
     """Return the policy loss and the value loss of each of N answer tokens, (N,) each.
 
     pi, value: log-probs and values of the current policy, (N,). value is None without a critic; the value loss is then 0.
-    columns: old, ref, advantage and, with a critic, value and target at the start of the round, (N,) each."""
+    columns, (N,) each, fixed during the round: old and ref (log-probs of the policy at its start and of the reference),
+    advantage, and with a critic value (its values at the start) and target."""
     old, advantage = columns['old'], columns['advantage']
     if kl_in_loss:
         policy_loss = formulas.grpo(pi, old, columns['ref'], advantage, clip=clip, kl_coef=kl_coef)
@@ -312,7 +313,7 @@ def train_round(this_round):
 
 
 def record_bad_step(this_round, rows, loss_sum, norm):
-    """Write the answers of a non-finite step to bad_step.jsonl. Raises UserError after more than skip_bad_steps such steps.
+    """Log score, length and loss of the answers of a non-finite step to bad_step.jsonl; UserError after too many such steps.
 
     rows: the step's examples in this_round. loss_sum, norm: summed loss and gradient norm; at least one is not finite."""
     # (answers,) each; the loss is known for the whole step only

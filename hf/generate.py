@@ -176,7 +176,7 @@ def _generation_mode(model, **settings):
 
 
 def _generate(inner, texts, cache, n, criteria=None, processors=None):
-    """Continue texts (lists of token ids) by up to n tokens with transformers' greedy generate(). Return lists of new ids.
+    """Continue texts (lists of token ids) by up to n tokens with transformers' greedy generate(). Return new ids, padded.
 
     cache: a Cache of all but the last token of each text, an empty Cache to fill, or None. criteria, processors: a
     StoppingCriteriaList and a LogitsProcessorList."""
@@ -197,7 +197,8 @@ def _generate(inner, texts, cache, n, criteria=None, processors=None):
         options['past_key_values'] = cache
     # synced_gpus=False: every rank generates independently
     out = inner.generate(ids, attention_mask=mask, synced_gpus=False, **options)
-    return out[:, width - n_cached :].tolist()
+    # generate() repeats its input columns
+    return out[:, ids.shape[1] :].tolist()
 
 
 def stop_tokens(model, tokenizer):

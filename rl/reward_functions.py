@@ -112,13 +112,16 @@ def _make_part(scorer, weight):
     # the extra colon also matches a bare FILE.py, which is rejected below
     is_function = '.py:' in f'{scorer}:'
     if not is_function:
-        # a run folder stands for the model in it
+        # 'gold' and hub ids pass through; a run folder stands for the model in it
         inside = f'{scorer}/model'
         model = inside if os.path.exists(f'{inside}/config.json') else scorer
-        return Part(Path(model.removesuffix('/model')).name, weight, model)
+        # named after the run folder, not after its subfolder
+        run_folder = Path(model.removesuffix('/model'))
+        return Part(name=run_folder.name, weight=weight, function_or_model=model)
 
-    file, _, name = scorer.partition('.py:')
-    file = file.removesuffix('.py') + '.py'
+    # 'a.py:f' gives 'a' and 'f', a bare 'a.py' gives 'a.py' and ''
+    stem, _, name = scorer.partition('.py:')
+    file = stem.removesuffix('.py') + '.py'
     path = Path(file).expanduser()
     # try the current folder, then the project's; an absolute path replaces either
     existing = [folder / path for folder in (Path.cwd(), ROOT) if (folder / path).is_file()]
@@ -127,7 +130,7 @@ def _make_part(scorer, weight):
         raise UserError(f'--reward: {missing}: give its path from there, or the whole path')
     if not name.isidentifier():
         raise UserError(f'--reward: say which function of {file}: {file}:NAME')
-    return Part(name, weight, name, str(existing[0]))
+    return Part(name=name, weight=weight, function_or_model=name, file=str(existing[0]))
 
 
 @cache
@@ -186,7 +189,7 @@ def _explained(error, file):
 
 
 def score(part, prompts, responses, rows, workers=None):
-    """Score n answers with a part's function. Return two lists of n: scores, and whether each call timed out (score 0).
+    """Score n answers with the function of a Part. Return two lists of n: scores, and whether each call timed out (score 0).
 
     workers: the part's Workers, which call the function once per answer; None: one call in this process, without time limit.
     Raises UserError, which names the first failing row."""
@@ -212,7 +215,7 @@ def score(part, prompts, responses, rows, workers=None):
         # None: the call timed out
         scores.append(0.0 if result is None else result)
         timed_out.append(result is None)
-    # the joint call failed, but no single one did
+    # without workers this line is reached only after a failed joint call, though no single call failed
     if not workers:
         raise UserError(f'--reward: {part}: {joint_failure}; no answer alone makes it fail')
     return scores, timed_out

@@ -72,13 +72,13 @@ def token_slots(batch, rows, starts, per_prompt):
 
     rows: indices, in the round, of the step's examples. starts: (answers,) index of each answer's first token in the token
     columns. per_prompt: answers per prompt."""
-    # batch.slot: index of each example in the step; -1, overwritten below, for the filler batch of a rank without work
+    # batch.slot: index of each example in the step; a filler's -1 picks the last row, which the next line overwrites
     index_in_step = np.array(batch.slot)
-    first = starts.view(-1, per_prompt)[rows[index_in_step]]  # (examples, per_prompt)
-    first[index_in_step < 0] = -1
-    # from answers to tokens; batch.offset counts tokens from the start of the answer
-    first = move(first.flatten(), batch.answer.device)[batch.answer]  # (N,)
-    return torch.where(first >= 0, first + batch.offset, -1)
+    start_of_answer = starts.view(-1, per_prompt)[rows[index_in_step]]  # (examples, per_prompt)
+    start_of_answer[index_in_step < 0] = -1
+    # per token: batch.answer is the index of its answer in the microbatch, batch.offset its position in that answer
+    start = move(start_of_answer.flatten(), batch.answer.device)[batch.answer]  # (N,)
+    return torch.where(start >= 0, start + batch.offset, -1)
 
 
 def token_columns(run, model, examples, starts, names):
@@ -86,9 +86,9 @@ def token_columns(run, model, examples, starts, names):
 
     names: ['ref'], for log-probs only, or ['pi', 'value']; without a critic the result has no 'value'. starts: (answers,)
     index of each answer's first token in the token columns."""
-    lengths = examples.widths[:, 1:]  # (examples, answers per prompt)
+    lengths = examples.widths[:, 1:]  # (examples, answers per prompt); column 0 is the prompt
     n_examples, per_prompt = lengths.shape
-    # this rank's microbatches, as if all examples were one step
+    # this rank's microbatches: all examples are one step, so an index in the step is an index in examples
     rows = np.arange(n_examples)
     batches, *_ = run.make_batches(examples, rows)
     logps_and_values = []
