@@ -431,7 +431,7 @@ class Run:
 
     def obey_signals(self, seen, saved=False):
         """If a signal has asked for it, save a checkpoint and end the process. saved: there is a checkpoint already."""
-        guard.boundary(partial(self.save, seen), self.logger.close, saved=saved)
+        guard.boundary(partial(self.save, seen), self.logger.close, already_started=saved)
 
     # ---- evaluation ----
 

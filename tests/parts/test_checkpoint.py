@@ -347,7 +347,7 @@ def test_a_checkpoint_is_not_written_twice(monkeypatch):
     monkeypatch.setattr(guard, 'stop_asked', lambda: guard.SAVED)
     monkeypatch.setattr(checkpoint, 'wait', lambda: said.append('wait'))
     monkeypatch.setattr(fsdp, 'leave', code.append)
-    guard.boundary(lambda: said.append('save'), lambda: said.append('close'), saved=True)
+    guard.boundary(lambda: said.append('save'), lambda: said.append('close'), already_started=True)
     guard.boundary(lambda: said.append('save'), lambda: said.append('close'))
     assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
 
