@@ -326,6 +326,7 @@ def explained(error, advice):
         mistake = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
         return UserError(f'{mistake}; leave it out (the risk cvar, and samples with top_p below 1, cannot have it)')
     full_memory = out_of_memory(error)
+    # a UserError is readable already
     if full_memory is None or isinstance(error, UserError):
         return error
     user_error = UserError(f'{full_memory} is out of memory: {advice}')
