@@ -596,7 +596,7 @@ def test_auto_is_the_largest_that_fits(monkeypatch, whole, free, size):
     examples = Examples.of([(np.arange(9000), [np.arange(9000)])])
     config = {'optimizer': 'AdamW', 'dtype': 'float32', 'minibatch_size': 1}
     # one forward keeps 4,096 bytes a token
-    monkeypatch.setattr(room, '_most_tokens', lambda config, train, packed, size: size)
+    monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, size: size)
     monkeypatch.setattr(room, 'free_memory', lambda: free)
     assert room.choose_max_tokens(config, layers, 4096, examples, True, 0) == size
 
