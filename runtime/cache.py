@@ -1,6 +1,4 @@
-"""The user's cache: numpy arrays in safetensors files, for tokenized examples and reference log-probs.
-
-Files are memory-mapped: arrays are loaded page by page when they are used."""
+"""The user's cache of tokenized examples and reference log-probs: memory-mapped safetensors files."""
 
 import contextlib
 import os
@@ -11,7 +9,7 @@ from safetensors.numpy import save_file
 
 
 def path_of(kind, key):
-    """Return the path of a cache file. kind: file name prefix; key: hex hash of everything the contents depend on."""
+    """Return the path of a cache file, named by kind and key, a hex hash of everything its contents depend on."""
     folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
     return folder / f'{kind}-{key[:32]}.safetensors'
 
@@ -19,8 +17,7 @@ def path_of(kind, key):
 def read(file, valid):
     """Return (arrays, metadata) of a cache file, or None if it is missing, damaged or not valid.
 
-    valid: function of (arrays, metadata) that returns whether they are as expected; raising an error counts as
-    False."""
+    valid: function of (arrays, metadata) that returns whether they are as expected; if it raises, they are not."""
     with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
         # 'pt': the torch reader memory-maps the file, the numpy reader copies it
         with safe_open(file, 'pt') as content:

@@ -25,8 +25,7 @@ def inputs(*functions):
 
 def call(fn, known):
     """Call fn with the entries of known (name -> column or option) that match its parameters."""
-    arguments = {name: known[name] for name in inputs(fn) if name in known}
-    return fn(**arguments)
+    return fn(**{name: known[name] for name in inputs(fn) if name in known})
 
 
 def find(name, losses, statistics, options):
@@ -39,8 +38,8 @@ def find(name, losses, statistics, options):
     fn = losses[name]
     statistic = statistics.get(name)
     for p in inspect.signature(fn).parameters.values():
-        # a statistic adds columns of its own, so these losses cannot be checked
         has_default = p.default is not p.empty
+        # a statistic makes columns of its own, so parameters of its loss cannot be checked
         if statistic or has_default:
             continue
         # options are keyword-only
@@ -56,9 +55,8 @@ def find(name, losses, statistics, options):
     takes_pairs = not PAIRS.isdisjoint(names)
     takes_singles = not SINGLES.isdisjoint(names)
     if takes_pairs == takes_singles:
-        raise UserError(
-            f'the loss {name} must ask for columns of pairs or of single answers, not for neither, nor both'
-        )
+        wanted = 'columns of pairs or of single answers, not for neither, nor both'
+        raise UserError(f'the loss {name} must ask for {wanted}')
     return fn, statistic
 
 
@@ -114,7 +112,7 @@ def main(losses, statistics):
         config['label_smoothing'] = 0.1
     rows = table(name, fn, statistic, config)
 
-    # rows of losses of pairs have two slopes
+    # losses of pairs have two slopes: rows are [margin, loss, slope, slope]
     slopes = 'slope chosen  slope rejected' if len(rows[0]) == 4 else 'slope'
     print(f'    margin         loss {slopes}')
     for margin, *numbers in rows:

@@ -2,9 +2,7 @@
 
 out_dir/checkpoints/N/ is the run after N examples: weights and optimizer state (*.safetensors), state.json, and
 manifest.json with the size and SHA-256 of all other files. save() copies everything to CPU memory and returns.
-A background thread writes the copy to N.tmp, and renames the folder once it is complete and flushed to disk.
-
-training.py calls identify(), latest() and load() before the first step, and save() during training."""
+A background thread writes the copy to N.tmp, and renames the folder once it is complete and flushed to disk."""
 
 import functools
 import json
@@ -27,14 +25,16 @@ from runtime.log import NEUTRAL, check_same, recorded
 NUMBER = re.compile('[0-9]{10,}')  # name of a checkpoint folder: number of examples, zero-padded to ten digits
 _writer = ThreadPoolExecutor(1)
 _pending = None  # future of the checkpoint being written
+# the writer thread's collectives must not interleave with those of training: it has a process group of its own
+_writer_group = functools.cache(lambda default_group: dist.new_group(backend='gloo'))
 
 
 def identify(config, models, train, held_out):
     """Return a JSON-serializable dict by which a run recognizes its own checkpoints. Collective; the same on all ranks.
 
     models: function that returns model name -> hashes; train, held_out: Examples. Keys: 'script' (file name), 'options'
-    (Config without the NEUTRAL ones), 'contents' (hashes of models and data). Raises UserError if ranks read other
-    data."""
+    (Config without the NEUTRAL ones), 'contents' (hashes of models and data). Raises UserError if ranks' data
+    differ."""
     data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}
     for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):
         if other_hashes != data_hashes:
@@ -89,8 +89,7 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     tensors = _live_tensors(model, optimizer)
     if model.shard_mode == 'none':
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
-        names_of_this_rank = by_size[dist.get_rank() :: dist.get_world_size()]
-        tensors = {name: tensors[name] for name in names_of_this_rank}
+        tensors = {name: tensors[name] for name in by_size[dist.get_rank() :: dist.get_world_size()]}
 
     # copy, because training changes the tensors while the thread writes
     copies = {name: tensor.to('cpu', copy=True) for name, tensor in tensors.items()}
@@ -109,14 +108,6 @@ def _remove_unfinished(folder):
                 make_room(unfinished)
 
 
-@functools.cache
-def _writer_group(default_group):
-    """Return a gloo group of all ranks for the writer thread, created once per default group.
-
-    In the default group the thread's collectives would interleave with those of training."""
-    return dist.new_group(backend='gloo')
-
-
 def failed():
     """Return whether this rank's pending checkpoint has failed. If so, call wait() on all ranks to raise the error."""
     return _pending is not None and _pending.done() and _pending.exception() is not None
@@ -133,9 +124,9 @@ def wait():
 
 
 def _write(folder, copies, state_text, keep_last, group):
-    """Write the checkpoint; runs in a background thread on every rank. Raises UserError.
+    """Write the checkpoint, in a background thread on every rank: all save their tensors, then rank 0 completes it.
 
-    Each rank saves its tensors (copies, emptied afterwards), then rank 0 adds the metadata and renames the folder."""
+    copies: name -> CPU tensor, emptied as soon as they are written. Raises UserError."""
     temporary = folder.with_suffix('.tmp')
     is_first_rank = dist.get_rank() == 0
     try:
@@ -149,7 +140,7 @@ def _write(folder, copies, state_text, keep_last, group):
     except BaseException as error:
         if is_first_rank:
             shutil.rmtree(temporary, ignore_errors=True)
-        # CheckpointException.failures: rank -> (error, traceback); any of the errors will do
+        # CheckpointException.failures: rank -> (error, traceback); one of the errors is enough
         errors = [failure[0] for failure in getattr(error, 'failures', {}).values()] or [error]
         first_line, _, _ = str(errors[-1]).partition('\n')
         reason = getattr(errors[-1], 'strerror', None) or first_line

@@ -1,7 +1,4 @@
-"""File operations that survive a kill, a full disk, a power loss, and a second process in the same folder.
-
-Files and folders are written under a temporary name, then renamed. Rows to append wait in memory if the disk is
-full."""
+"""File operations that survive a kill, a full disk, a power loss, and a second process in the same folder."""
 
 import contextlib
 import fcntl
@@ -77,9 +74,7 @@ def unlock():
 
 
 def append(path, text):
-    """Append whole lines to a file. If the disk is full, warn and keep them in memory: that must not end a run.
-
-    The next append() to this path, or append_kept(), retries in order."""
+    """Append whole lines to a file. On a full disk, warn and keep them in memory, to be retried by the next call."""
     path = Path(path)
     with _append_lock:
         waiting = _kept.pop(path, b'')
@@ -154,9 +149,7 @@ def move_folder(temporary, folder):
 
 
 def make_room(path):
-    """Make path available for a folder of this run: delete a folder there; rename a file or symlink, with a note.
-
-    Runs create only folders there, so files and symlinks belong to the user. Raises OSError."""
+    """Delete the folder at path; rename a file or symlink, which is not from this run, with a note. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     # lexists: includes broken symlinks

@@ -1,10 +1,9 @@
-"""What can end a run early: signals, full disks, non-finite numbers, too little memory. Nothing trained is lost.
+"""What can end a run early (signals, full disks, NaN, too little memory), and how it ends without losing progress.
 
-A signal (SIGTERM, SIGUSR1, Ctrl-C) exits at once while there is nothing to lose. During training the run finishes its
-step, saves, and exits with code 75 (130 after Ctrl-C); the same command resumes it. A second Ctrl-C exits at once.
+A signal exits at once while there is nothing to lose. During training the run finishes its step, saves, and exits with
+code 75 (130 after Ctrl-C); the same command resumes it. A second Ctrl-C exits at once.
 
-Scripts import this module first and call watch(), so heavy imports such as torch are inside the functions. A training
-run then calls begin(), boundary() after every step, export() and end()."""
+Scripts import this module first and call watch(), so torch etc. are imported inside the functions."""
 
 import ast
 import contextlib
@@ -33,17 +32,14 @@ _code = 0  # exit code requested by the signals so far; 0: no signal
 _progress = None  # for scripts without steps: function that returns a sentence about what is kept
 
 
-# ---- signals ----
+# ---- startup and signals ----
 
 
 def watch(name):
-    """Handle signals from now on and validate the command line, before a script's heavy imports. Raises UserError.
-
-    name: the script's __name__; no-op unless it is '__main__'. Also configures torch's CUDA allocator."""
+    """Set up signal handling and validate the command line before heavy imports; no-op unless name is '__main__'."""
     if name != '__main__':
         return
-    # expandable segments avoid fragmentation when batch sizes vary. torch reads this once, on import. Keep a setting of
-    # the user's, under this name or the older one
+    # expandable segments avoid fragmentation when batch sizes vary. Keep the user's setting (new or old name), if any
     if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
         os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
 
@@ -118,20 +114,15 @@ def asked_here():
 
 
 def stop_asked():
-    """Return the largest exit code that signals request on any rank, 0 if none. Collective.
-
-    Raises UserError on all ranks if the pending checkpoint has failed."""
+    """Return the largest exit code requested by a signal on any rank, or 0. Collective."""
     import fsdp
     from runtime import checkpoint
 
     code, any_failed = fsdp.largest([_code, int(checkpoint.failed())])
-    # wait() raises the error
+    # raises a UserError on all ranks
     if any_failed:
         checkpoint.wait()
     return code
-
-
-# ---- the first second, and the last ----
 
 
 def check_early(script):
@@ -149,25 +140,11 @@ def check_early(script):
     configure(script_globals, shared=shared_module, early=True)
 
 
-def tell_torchrun(error):
-    """Write an exception to torchrun's error file, so that torchrun reports it as the cause; no-op without torchrun."""
-    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    if not path:
-        return
-    kind = 'error' if isinstance(error, UserError) else type(error).__name__
-    # torchrun expects the text in a nested 'message'
-    details = {'message': f'{kind}: {error}', 'extraInfo': {'timestamp': str(int(time.time()))}}
-    with contextlib.suppress(OSError):
-        Path(path).write_text(json.dumps({'message': details}))
-
-
 # ---- a run and its folder ----
 
 
 def begin(out_dir, config, resume):
-    """Reset the signal state and lock out_dir for this run. resume: it may hold an unfinished run. Collective.
-
-    Raises UserError if out_dir belongs to another run or cannot be written."""
+    """Reset the signal state and lock out_dir. resume: it may hold an unfinished run. Collective."""
     import fsdp
 
     # one process may do several runs in a row
@@ -200,10 +177,9 @@ def boundary(save, close, already_started=False):
 
 
 def keep(save, already_started=False):
-    """Write a checkpoint, retrying every PAUSE seconds: the steps since the last one exist only in memory. Collective.
+    """Write a checkpoint, retrying every PAUSE seconds, since the latest steps exist only in memory. Collective.
 
-    save(): starts the checkpoint; already_started: save() has been called. A signal during the wait leaves one last
-    try. Raises UserError if that fails, too."""
+    save(): starts a checkpoint; already_started: it has been called. Raises UserError if a try after a signal fails."""
     import fsdp
     from runtime import checkpoint
 
@@ -257,7 +233,19 @@ def end():
     files.unlock()
 
 
-# ---- numbers that are not finite ----
+# ---- errors and bad numbers ----
+
+
+def tell_torchrun(error):
+    """Write an exception to torchrun's error file, so that torchrun reports it as the cause; no-op without torchrun."""
+    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if not path:
+        return
+    kind = 'error' if isinstance(error, UserError) else type(error).__name__
+    # torchrun expects the text in a nested 'message'
+    details = {'message': f'{kind}: {error}', 'extraInfo': {'timestamp': str(int(time.time()))}}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({'message': details}))
 
 
 def finite(columns):
@@ -270,38 +258,34 @@ def bad_step(out_dir, state, allowed, first, rows, uid, norm, columns):
 
     allowed: maximum of such steps; first: examples before this step; norm: gradient norm. Per example of the step: rows
     (dataset indices), uid (text hashes), columns (name -> tensor). Appends the non-finite examples, or all if only the
-    gradient is not finite, to out_dir/bad_step.jsonl. Raises UserError if state['bad_steps'] now exceeds allowed."""
+    gradient is not finite, to out_dir/bad_step.jsonl. Raises UserError if state['bad_steps'] (+ 1) exceeds allowed."""
     import torch
 
     is_bad = torch.stack([~values.isfinite() for values in columns.values()]).any(0)  # (examples,)
     slots = is_bad.nonzero().flatten().tolist()
-    what = 'loss'
-    # the gradient cannot be traced to single examples
+    quantity = 'loss'
+    # the gradient cannot be traced to single examples: record them all
     if not slots:
-        what = 'gradient'
+        quantity = 'gradient'
         slots = range(len(rows))
 
     file = Path(out_dir) / 'bad_step.jsonl'
     last = first + len(rows)
     for slot in slots:
-        row = {'examples': last, 'what': what, 'place': slot, 'index': int(rows[slot]), 'uid': int(uid[slot])}
+        row = {'examples': last, 'what': quantity, 'place': slot, 'index': int(rows[slot]), 'uid': int(uid[slot])}
         numbers = {name: values[slot].item() for name, values in columns.items()} | {'grad_norm': norm}
         # JSON has no NaN or infinity: write them as strings
-        for name, number in numbers.items():
-            row[name] = number if math.isfinite(number) else str(number)
+        row |= {name: number if math.isfinite(number) else str(number) for name, number in numbers.items()}
         if main_rank():
             files.append(file, json.dumps(row) + '\n')
 
     state['bad_steps'] += 1
-    sentence = f'the {what} of the step from {first} to {last} examples is not finite'
+    sentence = f'the {quantity} of the step from {first} to {last} examples is not finite'
     written = f'{len(slots)} of its examples are in {file}'
     if state['bad_steps'] > allowed:
         hint = f'lower the learning rate, or allow more than --skip_bad_steps={allowed}'
         raise UserError(f'{sentence}; {written}: look at them, {hint}')
     say(f'warning: {sentence}; {written}: skipped, {state["bad_steps"]} of {allowed} allowed')
-
-
-# ---- too little memory ----
 
 
 def out_of_memory(error):

@@ -14,9 +14,8 @@ from runtime.values import looked_in
 
 @functools.cache
 def reachable():
-    """Return whether the hub answers; asked once per process. If not, switch the hub libraries to offline mode.
-
-    Otherwise they would retry for more than a minute."""
+    """Return whether the hub answers. If not, switch its libraries to offline mode, or each would retry for a
+    minute."""
     import huggingface_hub
 
     constants = huggingface_hub.constants
@@ -72,7 +71,7 @@ def file_of(name, file):
             return None
         # switches to offline mode if the hub does not answer
         reachable()
-    # missing files give None, not an error; the code that reads the config reports an invalid hub id
+    # return None instead of raising; an invalid hub id is reported by the code that reads its config
     quiet = ('gated_repo', 'missing_entries', 'connection_errors')
     options = {f'_raise_exceptions_for_{kind}': False for kind in quiet}
     with contextlib.suppress(OSError):

@@ -33,10 +33,8 @@ SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin
 
 
 def check_names(out_dir):
-    """Raise UserError if a run in out_dir would overwrite files that it does not own.
-
-    None of the files that a run writes may be a symlink. Without config.json no run owns the folder, so none may exist,
-    except .lock, which a run creates before config.json."""
+    """Raise UserError if a run would write through symlinks in out_dir, or overwrite files while it has no
+    config.json."""
     folder = Path(out_dir)
     has_config = (folder / 'config.json').exists()
     for name in ('.lock', 'config.json', *WRITTEN):
@@ -71,7 +69,7 @@ def differences(recorded_run, run, neutral=NEUTRAL):
     """Return the differences between two runs as a list of phrases, [] if they are the same run.
 
     Both are dicts of 'script', 'options' and 'contents' (name -> hash, or file -> hash for models). neutral: options to
-    ignore. Anything that an older version did not record counts as equal."""
+    ignore. What an older version did not record counts as equal."""
     phrases = []
     if recorded_run['script'] not in ('', run['script']):
         phrases.append(f'of {recorded_run["script"]} there and of {run["script"]} here')
@@ -102,10 +100,9 @@ def differences(recorded_run, run, neutral=NEUTRAL):
 
 
 def check_same(place, recorded_run, run, neutral=NEUTRAL):
-    """Raise UserError if two runs differ; print a note if recorded_run lacks hashes to compare.
+    """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
-    place: start of the message, such as 'FOLDER holds'; recorded_run, run: dicts of 'script', 'options' and 'contents';
-    neutral: options to ignore."""
+    place: start of the message, such as 'FOLDER holds'. The runs are dicts of 'script', 'options' and 'contents'."""
     # at most three differences in the error message
     phrases = ', '.join(differences(recorded_run, run, neutral)[:3])
     if phrases:
@@ -119,8 +116,7 @@ def check_same(place, recorded_run, run, neutral=NEUTRAL):
 def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
     """Raise UserError if a run with these options cannot use out_dir, or if its tracker is not installed.
 
-    out_dir must be writable, and must not hold a different run (neutral: options that may differ). It may hold the same
-    run if that is unfinished and resume is true."""
+    out_dir must be writable, and new or of the same run: all options but neutral equal, unfinished, and resume on."""
     for name in ('wandb', 'tensorboard'):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
@@ -144,9 +140,7 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
 
 
 def claim_out_dir(out_dir, config, contents=None):
-    """Write out_dir/config.json: options, command, git commit ('' if unknown), package versions, hashes of contents.
-
-    contents: hashes of models and data, from identify() in checkpoint.py. Raises UserError."""
+    """Write out_dir/config.json: options, command, git commit, versions, and hashes of contents. Raises UserError."""
     # shell=True: if git is missing, the shell returns an exit code, where run() would raise
     git = subprocess.run('git rev-parse HEAD', shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip()}
@@ -156,7 +150,7 @@ def claim_out_dir(out_dir, config, contents=None):
     replace_text(Path(out_dir) / 'config.json', json.dumps(record, indent=1))
 
 
-# ---- trackers ----
+# ---- trackers and rows ----
 
 
 def _open_wandb(project, out_dir):
@@ -171,11 +165,7 @@ def _open_wandb(project, out_dir):
     options = record.pop('config') | record
     names = {'project': project, 'name': out_dir.resolve().name, 'id': id_file.read_text()}
     run = wandb.init(**names, dir=out_dir, resume='allow', config=options)
-
-    def write(row):
-        run.log(row, step=row['counters/examples'])
-
-    return write, run.finish
+    return (lambda row: run.log(row, step=row['counters/examples'])), run.finish
 
 
 def _open_tensorboard(out_dir, start):
@@ -191,9 +181,6 @@ def _open_tensorboard(out_dir, start):
             writer.add_scalar(name, row[name], row['counters/examples'])
 
     return write, writer.close
-
-
-# ---- rows ----
 
 
 class Log:
@@ -230,8 +217,7 @@ class Log:
             self.trackers['wandb'] = self._attempt('wandb', _open_wandb, wandb, folder)
         if tensorboard:
             self.trackers['tensorboard'] = self._attempt('tensorboard', _open_tensorboard, folder, start)
-        # after an uncaught error, sys.excepthook ends the process: close the trackers first, so that they flush their
-        # rows
+        # sys.excepthook ends the process after an uncaught error: flush the trackers first
         hook_before = sys.excepthook
 
         def close_and_report(*error):
@@ -241,9 +227,7 @@ class Log:
         sys.excepthook = close_and_report
 
     def _attempt(self, name, function, *args):
-        """Call a function of a tracker and return its result, or None if it raises: a run goes on without its tracker.
-
-        On the first error, print a note and add the tracker's name to self.failed."""
+        """Call a tracker's function and return its result. On an error, print a note once, and return None."""
         try:
             return function(*args)
         except (Exception, SystemExit) as error:
@@ -258,8 +242,7 @@ class Log:
     def row(self, split, examples, metrics):
         """Write a row of metrics (name -> number). split: 'train', 'eval', or 'check' (before the first step).
 
-        Prints a line for each evaluation, and for each step that reaches or crosses a multiple of log_every
-        examples."""
+        Prints a line for each evaluation, and for each step that crosses a multiple of self.every examples."""
         if not main_rank():
             return
         # JSON has no NaN or infinity
@@ -271,8 +254,8 @@ class Log:
             write, _close = self.trackers[name]
             self._attempt(name, write, row)
 
-        before = examples - metrics.get('counters/step_examples', 0)
-        is_due = examples // self.every > before // self.every
+        previous = examples - metrics.get('counters/step_examples', 0)
+        is_due = examples // self.every > previous // self.every
         if split == 'eval' or is_due:
             say(self.line(row))
 
@@ -289,17 +272,15 @@ class Log:
 
         if split == 'train':
             seconds_each = (time.time() - self.began) / max(1, examples - self.start)
-            # the clock may have been set back
-            left = max(0, int(seconds_each * (self.total - examples)))
+            # max: the clock may have been set back
+            left = max(0, int(seconds_each * (self.total - examples)))  # seconds
             grad = row.get('grad_norm', math.nan)
             speed = row.get('examples_per_second', math.nan)
             parts.append(f'grad {grad:.3g}  {speed:.1f} ex/s  {left // 60}:{left % 60:02d} left')
         return '  '.join(parts)
 
     def close(self):
-        """Flush the rows in memory and close the trackers. Idempotent.
-
-        Needed because the process exits with os._exit, which skips the trackers' own cleanup."""
+        """Flush the rows in memory and close the trackers, whose own cleanup os._exit skips. Idempotent."""
         if not main_rank():
             return
         try:
@@ -315,8 +296,7 @@ class Log:
 
 
 def progress(total, unit, description, **options):
-    """Return a tqdm progress bar, shown on the main rank only; if stderr is not a terminal, it prints a line every 30
-    s.
+    """Return a tqdm progress bar for the main rank. If stderr is not a terminal, it prints a line every 30 seconds.
 
     total: number of items, or None if unknown; unit: with a leading space, such as ' rows'; options: passed to tqdm."""
     from tqdm import tqdm
@@ -348,8 +328,7 @@ def schedule(step, steps, warmup, shape):
 
     warmup: number of warmup steps; shape: 'constant', or 'linear' or 'cosine' decay to zero."""
     # decays from 1 at the end of the warmup to 0 after the last step
-    left = (steps - step) / max(1, steps - warmup)
-    decay = min(1.0, max(0.0, left))
+    decay = min(1.0, max(0.0, (steps - step) / max(1, steps - warmup)))
     if shape == 'constant':
         decay = 1.0
     elif shape == 'cosine':

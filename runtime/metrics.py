@@ -7,8 +7,7 @@ def of_preferences(split, loss, chosen, rejected, right):
     """Return the metrics of a training step or an evaluation as name -> float.
 
     split: 'train' or 'eval', part of the names; loss: scalar tensor; chosen, rejected: name -> tensor (examples,) with
-    reward, n (answer tokens), and optionally pi, ref (log-probs) and div; right: mask (examples,), rewards ranked
-    right."""
+    reward, n (answer tokens), and optionally pi, ref (log-probs) and div; right: mask of correctly ranked examples."""
     metrics = {f'loss/{split}': loss}
     for side, columns in {'chosen': chosen, 'rejected': rejected}.items():
         # means over examples; *_per_token: means over all tokens
@@ -35,12 +34,8 @@ def of_preferences(split, loss, chosen, rejected, right):
 
 def numbers(metrics):
     """Convert name -> scalar tensor to name -> float, rounded to ten decimals, without NaN (means of no examples)."""
-    floats = {}
-    for name, value in metrics.items():
-        number = value.item()
-        if not math.isnan(number):
-            floats[name] = round(number, 10)
-    return floats
+    floats = {name: value.item() for name, value in metrics.items()}
+    return {name: round(number, 10) for name, number in floats.items() if not math.isnan(number)}
 
 
 def meaning(loss, paired, has_reference):
@@ -48,7 +43,7 @@ def meaning(loss, paired, has_reference):
 
     loss: name; paired: the loss compares pairs; has_reference: rewards are log-ratios to a reference."""
     sentences = []
-    # kto: a good answer counts as right if its reward is above z, a bad one if it is below
+    # kto: good answers are right if their reward is above its reference point z, bad ones if it is below
     if not paired:
         acc = 'acc is the share of answers on the right side'
         sentences.append(f'{acc}, margin the mean reward of good less that of bad ones')

@@ -10,7 +10,7 @@ from runtime import guard
 def prefetch(iterator, depth=2):
     """Yield the items of an iterator, while a thread computes up to depth items ahead.
 
-    Raises the iterator's exceptions here, as UserError if memory is full."""
+    The iterator's exceptions are raised here, as UserError if memory is full."""
     # new threads default to the first GPU
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 

@@ -32,16 +32,13 @@ SAFE = {'cuda': 0.9, 'cpu': 0.7}
 def check_room(config, policy, per_token, train, total, packed, max_tokens, others=()):
     """Raise UserError if the disk has no room for the model; on a CPU, also print the memory needed. Collective.
 
-    per_token(): returns bytes_per_token(); train: Examples; total: examples of the run; packed: no padding; others:
-    more models in memory, or None. Returns whether the checkpoints fit on the disk, too (a run can do without them)."""
+    per_token(): returns bytes of activations per token; train: Examples; total: examples of the run; packed: no
+    padding; others: models in memory besides policy, may be None. Returns whether checkpoints fit on the disk, too."""
     import fsdp
 
     # bytes over all ranks; the exported model lacks ppo.py's value head and critic, which are in its checkpoints
-    exported = []
-    for name, p in policy.named_parameters():
-        modules = name.split('.')
-        if 'critic' not in modules and 'value_head' not in modules:
-            exported.append(p)
+    not_exported = {'critic', 'value_head'}
+    exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
     bytes_each = 4 if config['save_dtype'] == 'float32' else 2
     model_bytes = bytes_each * (_count(exported) + packed_weights(policy))
     # float32 weights and optimizer state
@@ -72,13 +69,14 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
     Raises UserError if the model does not fit, or checkpoints that save_every asks for. With 'auto' it only warns."""
     out_dir = config['out_dir']
     every = config['save_every']
-    # none is written at the end of the run; + 1: an old checkpoint is deleted after the new one is complete
     num_saves = 0
     if every == 'auto':
         num_saves = total
+    # no checkpoint at the end of the run
     elif every:
         num_saves = (total - 1) // every
     present = len([entry for entry in Path(out_dir).glob('checkpoints/*') if entry.name.isdigit()])
+    # + 1: an old checkpoint is deleted only after the new one is complete
     to_come = max(0, min(config['keep_last'] + 1, num_saves) - present)
     free = shutil.disk_usage(out_dir).free
     if model_bytes + to_come * checkpoint_bytes <= free:
@@ -94,10 +92,10 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
 
 
 def _check_memory(needs, subject, tokens, longest):
-    """Print the memory that all ranks on this machine need together; warn, with advice, if it has less.
+    """Print the memory that all ranks on this machine need; warn, with advice, if it has less.
 
-    needs: name -> bytes of one rank, for a microbatch of this many tokens; subject: start of the message; longest:
-    tokens of the longest example."""
+    needs: name -> bytes of one rank; subject: start of the message; tokens: of the microbatch; longest: of the
+    examples."""
     ranks_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     available = machine_memory()
     needs = {name: number * ranks_here for name, number in needs.items() if number}
@@ -116,11 +114,11 @@ def _check_memory(needs, subject, tokens, longest):
 
 
 def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='none', frozen=0, device=None):
-    """Return the memory needed by one rank, as name -> bytes: weights, gradients, activations etc.
+    """Return the memory needed by one rank as name -> bytes: activations, weights, gradients, optimizer etc.
 
-    policy: may be on the meta device; per_token: bytes_per_token(); tokens: size of a microbatch; shard: none, grads or
-    full, as in training.py; frozen: parameters of other models; device: where it will run, default the policy's.
-    'buffers' are a chunk of logits and the weights gathered by FSDP."""
+    policy: may be on the meta device; per_token: bytes of activations per token; tokens: of a microbatch; shard: none,
+    grads or full, as in training.py; frozen: parameters of other models; device: where it will run, by default the
+    policy's. 'buffers' are a chunk of logits and the weights gathered by FSDP."""
     bytes_each = 2 if dtype == 'bfloat16' else 4
     trained = _count(policy.parameters(), only_trained=True)
     # 4-bit weights are buffers
@@ -143,10 +141,7 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
 
 
 def _logits_bytes(policy, tokens, bytes_each, device):
-    """Return the bytes of a chunk of logits and a gradient of the output head, 0 if the policy has no head.
-
-    tokens: size of the microbatch; bytes_each: of the compute dtype; device: where it will run, default the
-    policy's."""
+    """Return the bytes of a chunk of logits and a gradient of the output head, or 0 if the policy has none."""
     head = model.core(policy).get_output_embeddings()
     if head is None:
         return 0
@@ -155,10 +150,11 @@ def _logits_bytes(policy, tokens, bytes_each, device):
     is_cuda = (device or head.weight.device).type == 'cuda'
     max_logits = 2**27 if is_cuda else 2**23
     first_chunk = model.Head.chunks(int(tokens), vocab_size, max_logits)[0]
-    # the gradient is one that is not accumulated yet
-    numbers = vocab_size * first_chunk.stop + vocab_size * hidden_size
+    logits = vocab_size * first_chunk.stop
+    chunk_gradient = vocab_size * hidden_size  # of the head, before it is accumulated
     # both exist in float32, and also in bfloat16 if that is the compute dtype
-    return numbers * (6 if bytes_each == 2 else 4)
+    bytes_of_copies = 6 if bytes_each == 2 else 4
+    return bytes_of_copies * (logits + chunk_gradient)
 
 
 def _count_gathered(policy, shard):
@@ -179,7 +175,7 @@ def _count_gathered(policy, shard):
 def choose_max_tokens(config, policy, per_token, train, packed, frozen):
     """Return the largest of BUDGETS whose microbatches fit into every rank's free memory, or the smallest. Collective.
 
-    per_token: bytes_per_token(); packed: no padding; frozen: parameters of models still to be loaded."""
+    per_token: bytes of activations per token; packed: no padding; frozen: parameters of models still to be loaded."""
     import fsdp
 
     free = free_memory()
@@ -211,7 +207,7 @@ def _needs(config, policy, per_token, frozen, tokens):
 
 
 def _largest_batch(config, train, packed, max_tokens):
-    """Return the tokens of a rank's largest microbatch: max_tokens, or less if all steps are smaller than that."""
+    """Return the tokens of the largest microbatch: max_tokens, or the longest example, or less if steps are smaller."""
     # an example longer than max_tokens is a microbatch of its own
     longest = int(train.lengths.max())
     tokens = max(max_tokens, longest)
@@ -236,8 +232,8 @@ def bytes_per_token(policy, forward, train, packed):
     # fork_rng: dropout must not advance the training RNG
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy):
         kept = _kept_bytes(lambda: forward(batch))
-        # only checkpointed blocks are in training mode. Backward recomputes one of them at a time: measure them all
-        # without checkpointing, and add the average block
+        # modules in training mode are blocks with activation checkpointing, all others are in eval mode. Backward
+        # recomputes one block at a time: measure all blocks without checkpointing, and add the average block
         checkpointed = [module for module in policy.modules() if module.training]
         for block in checkpointed:
             block.training = False

@@ -1,7 +1,6 @@
 """Validate option values (ranges, choices, no API keys), and set options that follow from others.
 
-configurator.py calls problem() for each value, then settle() and conflict() for all. An option has the same meaning in
-every script, so one table is enough."""
+configurator.py calls problem() for each value, then settle() and conflict(). An option means the same in every script."""
 
 import math
 import os
@@ -121,9 +120,6 @@ def looked_in(path):
     """Return ' in WORKING_DIR' for error messages about a missing relative path, '' for an absolute path."""
     path = os.path.expanduser(str(path))
     return '' if os.path.isabs(path) else f' in {os.getcwd()}'
-
-
-# ---- options that follow from others ----
 
 
 def settle(config):
