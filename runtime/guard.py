@@ -254,11 +254,11 @@ def finite(columns):
 
 
 def bad_step(out_dir, state, allowed, first, rows, uid, norm, columns):
-    """Record a skipped step whose loss or gradient is not finite. Collective.
+    """Record a skipped step whose loss or gradient is not finite: increment state['bad_steps']. Collective.
 
     allowed: maximum of such steps; first: examples before this step; norm: gradient norm. Per example of the step: rows
     (dataset indices), uid (text hashes), columns (name -> tensor). Appends the non-finite examples, or all if only the
-    gradient is not finite, to out_dir/bad_step.jsonl. Raises UserError if state['bad_steps'] (+ 1) exceeds allowed."""
+    gradient is not finite, to out_dir/bad_step.jsonl. Raises UserError if there are more bad steps than allowed."""
     import torch
 
     is_bad = torch.stack([~values.isfinite() for values in columns.values()]).any(0)  # (examples,)
