@@ -3,9 +3,9 @@
     python dpo.py config/drdpo_toy.py --model=out/sft_toy/model
     torchrun --nproc_per_node=4 dpo.py config/drdpo_hh.py --model=out/sft_hh/model
 
-Order of one step: the columns of every example (log-probs of its answers under policy and reference) -> the step's
-statistic, if the loss has one -> loss and weight of every example -> one gradient, the weighted mean over the whole step.
-It is the same on any number of ranks and microbatches. Counts are in examples, but for warmup_steps.
+One step: columns of every example (log-probs of its answers under policy and reference) -> the step's statistic, if the loss has
+one -> loss and weight of every example -> one gradient, that of the weighted mean loss over the whole step. The result does not
+depend on the number of ranks or microbatches. Options count examples, except warmup_steps, which counts steps.
 """
 
 from runtime import guard
@@ -80,28 +80,28 @@ config = configure(globals(), shared=training)
 
 # ---- what the loss asks for: its signature says ----
 
-# the formula, and for some losses a function that computes a statistic of the whole step first
+# the formula, and for some losses a function that first computes a statistic over the whole step
 loss_fn, statistic_fn = check_loss.find(loss, losses.LOSSES, losses.STATISTICS, config)
 inputs = check_loss.inputs(loss_fn, statistic_fn)  # the names of their parameters
 paired = bool({'pi_w', 'ratio_w'} & inputs)  # False: single answers, each labelled good or bad
 has_ratio = bool({'ratio', 'ratio_w'} & inputs)  # a log-ratio of policy and reference
 has_risk = loss.startswith('radpo')
-# for losses that penalise it: the divergence of policy from reference at a position, (n, V) log-probs of both -> (n,)
+# for losses with a divergence of policy from reference at each position: (n, V) log-probs of both -> (n,)
 divergence = None
 if 'div_w' in inputs:
     divergence = partial(RISKS[risk], mu=mu) if has_risk else kl
 
 # ---- what the options mean together ----
 
-# uses: option -> whether this loss uses it, for all options that only some losses use
+# for each option that only some losses use: whether this one does
 every_input = check_loss.inputs(*losses.LOSSES.values(), *losses.STATISTICS.values())
 uses = {name: name in inputs for name in every_input}
-# some of them are in no formula's signature
+# these are not in the formulas' signatures
 uses |= {'reference_free': has_ratio and not divergence, 'sft_coef': paired, 'risk': has_risk, 'mu': has_risk}
 uses |= dict.fromkeys(('importance', 'importance_max'), has_ratio and paired)
 uses |= dict.fromkeys(('frac_good', 'frac_bad'), not paired)
 
-# an option without effect is an error on the command line; in a config file it is off, with a note
+# an option without effect is an error on the command line; in a config file it is ignored, with a note
 config.ignored([name for name in config if not uses.get(name, True)], f'the loss {loss} does not use it')
 importance = importance and uses['importance']
 sft_coef = sft_coef if uses['sft_coef'] else 0.0
@@ -115,7 +115,7 @@ if label_smoothing is None or not uses['label_smoothing']:
 if beta_prime is None and loss == 'drdpo':
     beta_prime = 1.0
 
-# combinations that make no sense: sentence -> whether it holds
+# invalid combinations: error message -> whether it applies
 too_smooth = not 0 <= label_smoothing < 0.5 or (loss == 'exo' and label_smoothing == 0)
 mistakes = {
     f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {label_smoothing}': too_smooth,
@@ -131,20 +131,20 @@ for sentence, is_so in mistakes.items():
 
 # ---- set-up ----
 
-# the ranks meet, out_dir is taken; then data and policy
+# process group and out_dir; then data and policy
 run = training.begin(config)
 if ref_model and needs_ref:
     check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 run.load_data(task='pairs' if paired else 'singles')
 run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_options()))
-mixed = loss == 'kto'  # its prompts meet the answers of others
+mixed = loss == 'kto'  # its KL estimate pairs prompts with answers to other prompts
 longest = min(max_length, max(run.train.longest(mixed), run.held_out.longest(mixed)))
-# a policy with adapters is its own reference, while they are off
+# a policy with adapters is its own reference while they are switched off
 is_policy = run.adapters and ref_model is None
 is_loaded = needs_ref and not cache_ref and not is_policy
 run.choose_attention(longest, share_prefix=share_prefix, frozen=int(is_loaded))
 
-# the reference: live, or log-probs of its from a file, for which it is loaded only where there is none
+# the reference model, or with cache_ref its log-probs from a file; then it is loaded only if there is no such file yet
 ref_options = {'adapters': lora.of_reference(config, run.adapters), **run.model_options()}
 build_ref = partial(load_model, ref_model or model, **ref_options)
 make_ref = (lambda: run.policy) if is_policy else partial(run.load_frozen, build_ref, longest)
@@ -152,9 +152,9 @@ ref = make_ref() if needs_ref and not cache_ref else None
 if divergence:
     check_heads(run.policy, ref)
 if cache_ref:
-    # the pass that fills the cache keeps no activations, so its microbatches may be larger
+    # the pass that fills the cache keeps no activations, so microbatches can be larger
     larger = partial(run.make_batches, max_tokens=4 * run.max_tokens)
-    # of pairs only the rows that the steps will take; which single answers are taken is decided further below
+    # only the rows that this run trains on; for single answers those are not known yet, so all rows
     used = run.used_rows() if paired else slice(None)
     for examples, rows in ((run.train, used), (run.held_out, slice(None))):
         if len(examples):
@@ -162,7 +162,7 @@ if cache_ref:
 if cache_ref and sample_during_eval:
     log.say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
 
-# what is trained on: flips and fractions are by hash, so they are the same in every run
+# label flips and fractions depend on a hash of each example, so they are the same in every run
 run.train = run.train.flip(noise_rate, seed)
 if not paired:
     run.train = run.train.keep(frac_good, frac_bad, seed)
@@ -175,11 +175,11 @@ run.check_room(ref)
 
 
 def measure(batch, paired=paired):
-    """Run policy and reference on a microbatch of A answers. Returns its columns, name -> tensor.
+    """Run policy and reference on a microbatch of A answers and return its columns, a dict of (A,) tensors.
 
-    pi: log-prob of each answer under the policy, with the graph for backward. n: its tokens. ref: its log-prob under the
-    reference, if there is one. div: its divergence, if the loss has one. Shape (A,); of pairs (A / 2,), as pi_w and pi_l."""
-    # the reference: cached log-probs, or its own pass; with a divergence only its hidden states, which the policy's head takes
+    pi: log-prob under the policy (with graph); n: number of tokens; ref: log-prob under the reference, if any; div: divergence,
+    if the loss has one. Pairs are split into chosen and rejected: pi_w and pi_l, n_w and n_l, ... of shape (A / 2,)."""
+    # reference: cached, or a forward pass; for a divergence only the hidden states, since the policy's pass computes the rest
     reference, ref_logps = None, batch.ref
     with torch.no_grad(), lora.adapters_off(ref):
         if divergence:
@@ -187,7 +187,7 @@ def measure(batch, paired=paired):
         elif ref is not None:
             (ref_logps,) = ref.response_logps(batch)
 
-    # the policy: (1, A) log-probs, or (3, A) with the divergences and the reference's log-probs
+    # policy: (1, A) log-probs, or (3, A) with divergences and the reference's log-probs
     pi, *with_divergence = run.policy.response_logps(batch, divergence, reference)
     columns = {'pi': pi, 'n': batch.n.float()}
     if divergence:
@@ -196,60 +196,57 @@ def measure(batch, paired=paired):
         columns['ref'] = ref_logps
     if not paired:
         return columns
-    # the answers lie in the batch as chosen, rejected, chosen, rejected, ...
+    # answers alternate: chosen, rejected, chosen, rejected, ...
     chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
     rejected = {f'{name}_l': values[1::2] for name, values in columns.items()}
     return chosen | rejected
 
 
 def call(fn, columns):
-    """Call a function of losses.py with those options, columns and log-ratios that its signature names.
+    """Call a function of losses.py with the options, columns and log-ratios that its signature asks for.
 
-    A column counts before an option of the same name: the beta of beta_dpo comes from its statistic."""
+    Columns override options of the same name: beta_dpo's statistic provides its own beta."""
     known = {**config, 'label_smoothing': label_smoothing, **columns}
     for name, log_probs in columns.items():
         if name.startswith('pi'):
-            # without a reference a log-ratio is the policy's log-prob
-            of_reference = columns.get(name.replace('pi', 'ref'), 0.0)
-            known[name.replace('pi', 'ratio')] = log_probs - of_reference
+            # without a reference the log-ratio is the policy's log-prob
+            ref_log_probs = columns.get(name.replace('pi', 'ref'), 0.0)
+            known[name.replace('pi', 'ratio')] = log_probs - ref_log_probs
     return check_loss.call(fn, known)
 
 
 def step_statistic(step, backward):
-    """Compute the statistic of a step (such as the mean margin of beta_dpo), which its loss needs before any gradient.
+    """Compute the statistic over a step (such as the mean margin for beta_dpo) that its loss needs before the gradient.
 
-    Returns three things: the columns that the statistic gives, (examples of the step,) each; its new state, a dict; and the
-    columns of the step's only microbatch, measured with a graph, so that backward need not measure them again. The last is
-    None if there are several microbatches, or no backward, or if other answers are measured than those that train."""
+    Returns (columns of the statistic, (examples of the step,) each; its new state, a dict; measured columns or None). If the
+    step is a single microbatch, it is measured with a graph and returned, so that backward need not repeat the forward pass."""
     batches, suffix = step.batches, ''
-    # kto estimates its KL on answers to other prompts; their columns are called pi_kl and so on
+    # kto estimates its KL on prompts paired with answers to other prompts: columns pi_kl, ref_kl
     if mixed:
         others = step.examples.mismatched(step.rows, longest, more=run.train)
         batches, *_ = run.make_batches(others, np.arange(len(others)))
         suffix = '_kl'
-    trains_too = backward and len(batches) == 1 and not mixed
-    with torch.set_grad_enabled(trains_too):
+    reusable = backward and len(batches) == 1 and not mixed
+    with torch.set_grad_enabled(reusable):
         parts = [measure(batch) for batch in batches]
 
-    # the columns of the whole step are the same on every rank: so is the statistic
+    # all ranks see the columns of the whole step, so they compute the same statistic
     gathered = training.gather(parts, batches, len(step.rows))
     columns = {f'{name}{suffix}': values for name, values in gathered.items()}
-    columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)  # one seed for each step
+    columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)  # a different seed every step
     columns['state'] = run.state['statistic']
     given, new_state = call(statistic_fn, columns)
     given = {name: values.float() for name, values in given.items()}
-    return given, new_state, parts[0] if trains_too else None
+    return given, new_state, parts[0] if reusable else None
 
 
 def loss_and_weight(measured, step_columns, slots):
-    """Compute loss and weight of each example of a microbatch, (examples,) each.
+    """Return loss and weight of each example in a microbatch, (examples,) each.
 
-    measured: the microbatch's own columns. step_columns: of the whole step, from its statistic and labels. slots: the
-    examples' places in the step."""
-    # the rows of this microbatch; a filler has slot -1, so it reads the last one, and its loss counts nothing
-    of_step = {name: move(values[slots], run.device) for name, values in step_columns.items()}
-    columns = measured | of_step
-    # the formula, and what the options put on top of it
+    measured: the microbatch's columns; step_columns: those of the whole step (statistic, labels); slots: each example's index
+    in the step, -1 for a filler, whose loss is masked out later."""
+    columns = measured | {name: move(values[slots], run.device) for name, values in step_columns.items()}
+    # the formula, and optional terms on top of it
     loss = call(loss_fn, columns)
     if importance:
         loss = loss * call(losses.importance, columns)
@@ -259,10 +256,10 @@ def loss_and_weight(measured, step_columns, slots):
 
 
 def run_step(step, backward=False, shift=None):
-    """Run one step: forward, and with backward=True the gradients. Returns (its columns, in step order; the statistic's state).
+    """Run forward, and optionally backward, on one step. Returns (its columns in step order, new state of the statistic).
 
-    The gradients are then the sum of w_i grad loss_i over the step's examples, divided by the number of ranks. w_i is the
-    column gradient_weight. shift: a number in the weights of Dr. DPO, see below; None takes it from the first microbatch."""
+    After backward, gradients hold sum_i w_i grad loss_i over the step's examples, divided by the number of ranks; w is the
+    column gradient_weight. shift: constant in the weights of Dr. DPO; None: the smallest loss of the first microbatch."""
     # 1. what depends on the whole step: the statistic, and the labels of single answers
     step_columns, new_state, already_measured = {}, run.state['statistic'], None
     if statistic_fn:
@@ -274,13 +271,12 @@ def run_step(step, backward=False, shift=None):
     parts = []
     for batch in step.batches:
         with torch.set_grad_enabled(backward):
-            # if the statistic has measured this microbatch, it is the only one
+            # already measured only if the step is a single microbatch
             measured = already_measured or measure(batch)
             loss, weight = loss_and_weight(measured, step_columns, batch.slot)
         gradient_weight = weight
         if beta_prime:
-            # Dr. DPO weighs with exp((shift - loss) / beta'). Any shift gives the same step, since the weights are divided by
-            # their sum; the smallest loss keeps them inside float range
+            # Dr. DPO: weights exp((shift - loss) / beta'). The shift cancels when weights are normalized; it avoids overflow
             if shift is None:
                 shift = fsdp.smallest(torch.where(batch.real, loss.detach(), torch.inf))
             gradient_weight = weight * losses.drdpo_weight(loss.detach(), shift, beta_prime=beta_prime)
@@ -288,13 +284,13 @@ def run_step(step, backward=False, shift=None):
             (gradient_weight * loss * batch.real).sum().backward()
         parts.append(measured | {'loss': loss, 'weight': weight, 'gradient_weight': gradient_weight})
 
-    # 3. the columns of the whole step: for metrics, and for the sum of the weights
+    # 3. columns of the whole step, for metrics and for normalizing by the sum of weights
     columns = training.gather(parts, step.batches, len(step.rows))
     if not paired:
         columns |= step_columns
 
-    # rare: a later microbatch has a loss so far below the shift that weights reach e^20, and their squares overflow in the
-    # gradient's norm. Then these gradients are dropped, and the step is run again with its smallest loss as the shift
+    # rare: a later loss is so far below the shift that its weight exceeds e^20, and the squared gradient norm would overflow.
+    # Discard the gradients and rerun the step with its smallest loss as the shift
     smallest = columns['loss'].min()
     if backward and beta_prime and smallest < shift.cpu() - 20 * beta_prime:
         run.optimizer.zero_grad(set_to_none=True)
@@ -306,12 +302,12 @@ def run_step(step, backward=False, shift=None):
 
 
 def answers_of(columns, side):
-    """Select the columns of one side of the pairs, without the suffix, and add its log-ratios and implicit rewards.
+    """Return the columns of one side, without its suffix, plus their log-ratios and implicit rewards.
 
-    side: '_w' for chosen, '_l' for rejected, '' for single answers."""
+    side: '_w' for chosen answers, '_l' for rejected ones, '' for single answers."""
     answers = {name.removesuffix(side): values for name, values in columns.items() if name.endswith(side)}
     answers['ratio'] = answers['pi'] - answers.get('ref', 0.0)
-    # the reward is what this loss compares: with its beta, its divergence, and per token where it counts tokens
+    # the reward is the quantity that this loss compares: scaled by beta, with its divergence, or per token
     parts = {name: config[name] for name in ('beta', 'alpha') if uses[name]}
     if divergence:
         parts['div'] = answers['div']
@@ -323,15 +319,15 @@ def answers_of(columns, side):
 
 
 def summary(columns, split):
-    """Compute the metrics, name -> float, from the columns of a step or of an evaluation. split: 'train' or 'eval'."""
+    """Return metrics (name -> float) from the columns of a step or an evaluation. split: 'train' or 'eval'."""
     loss, weight = columns['loss'], columns['weight']
     objective = (weight * loss).sum() / weight.sum()
     if beta_prime:
-        # -beta' log mean exp(-loss / beta'), whose gradient Dr. DPO's weights give
+        # the objective whose gradient the weights of Dr. DPO give: -beta' log mean exp(-loss / beta')
         log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
         objective = -beta_prime * log_mean
 
-    # a pair is right if the chosen answer has the higher reward, a single answer if its reward is on its side of kto's z, or of 0
+    # accuracy: pairs whose chosen reward is higher; single answers on the right side of kto's z (or of 0)
     if paired:
         chosen, rejected = answers_of(columns, '_w'), answers_of(columns, '_l')
         is_right = chosen['reward'] > rejected['reward']
@@ -341,7 +337,7 @@ def summary(columns, split):
         rejected = {name: values[~is_good] for name, values in answers.items()}
         is_right = (answers['reward'] > beta * columns.get('z', 0.0)) == is_good
     found = metrics.of_preferences(split, objective, chosen, rejected, is_right)
-    # rewards differ from loss to loss; plain log-ratios can be compared
+    # unlike rewards, plain log-ratios are comparable across losses
     if paired and needs_ref:
         accuracy = (chosen['ratio'] > rejected['ratio']).double().mean()
         found |= metrics.numbers({f'logratio_{split}/accuracies': accuracy})
@@ -352,7 +348,7 @@ def summary(columns, split):
 
 
 def log_ratios(prompts, answers):
-    """Measure n sampled answers: columns logratio (log-prob under policy minus reference, in nats) and tokens, (n,) each."""
+    """Return the log-ratios (policy minus reference, in nats) and token counts of n sampled answers, (n,) each."""
     examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
     batches, *_ = run.make_batches(examples, np.arange(len(answers)))
     with torch.no_grad(), run.memory(batches):
@@ -362,9 +358,9 @@ def log_ratios(prompts, answers):
 
 
 def sample(seen):
-    """Write answers of policy and reference to held-out prompts into samples.jsonl. Returns metrics: the KL on them.
+    """Sample answers of policy and reference to held-out prompts into samples.jsonl. Returns KL metrics.
 
-    No metrics where the reference is not there, or where a signal has cut sampling short."""
+    Returns {} if there is no live reference, or if a signal stops the run meanwhile."""
     # both answer the same prompts, from the same seeds
     models = {'policy': run.policy, 'reference': ref} if ref else {'policy': run.policy}
     measured = run.sample(models, seen, ref and log_ratios)
@@ -376,7 +372,7 @@ def sample(seen):
 
 
 def evaluate(seen):
-    """Log metrics of the held-out examples, and sample answers if wanted. The statistic's state stays what it is."""
+    """Log metrics on the held-out examples, and optionally samples. Does not change the statistic's state."""
     run.evaluate(seen, lambda step: run_step(step)[0], summary, sample)
 
 
@@ -385,19 +381,19 @@ def evaluate(seen):
 
 @torch.no_grad()
 def check_first_step():
-    """Compute the first step's loss and rewards before any training. Log them as a row `check`, and say them.
+    """Sanity check before training: log and print loss and rewards of the first step.
 
-    Raises UserError if no loss is finite. Warns if policy and reference are one model (no ref_model), but rewards are not 0."""
+    Raises UserError if no loss is finite. Warns if rewards are not 0 although policy and reference are the same model."""
     columns, _ = run.compute(next(run.steps()), run_step)
     if not columns['loss'].isfinite().any():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')
     run.logger.row('check', 0, found)
-    # metrics leave out the mean of nothing, as of a step without a rejected answer
+    # a step without, say, rejected answers has no such metric
     chosen, rejected = (found.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
     said = f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {columns["loss"].mean():.6f}'
 
-    # the loss if the policy were its reference: each ref column becomes its pi column. aot's shift is 0 where it has none
+    # the loss if the policy equaled its reference: replace ref columns by pi columns; 'shift' is an input of aot only
     if needs_ref:
         policy_as_ref = {name.replace('pi', 'ref'): x for name, x in columns.items() if name.startswith('pi')}
         no_shift = {'shift': torch.zeros_like(columns['loss'])}

@@ -65,10 +65,10 @@ run.check_room()
 
 
 def run_step(step, backward=False):
-    """Run one step: forward, and with backward=True the gradients. Returns its columns, (pairs,) each, in step order.
+    """Run forward, and optionally backward, on one step. Returns its columns, (pairs,) each, in step order.
 
-    The gradients are then those of the sum over the step's pairs, divided by the number of ranks."""
-    # by how much each chosen score should be higher, (pairs,)
+    After backward, gradients are those of the loss summed over the step's pairs, divided by the number of ranks."""
+    # target gap between the two scores, (pairs,)
     margin = step.labels.get('margin', torch.zeros(len(step.rows)))
     # microbatch by microbatch: scores, loss, gradient
     parts = []
@@ -87,7 +87,7 @@ def run_step(step, backward=False):
 
 
 def summary(columns, split):
-    """Compute the metrics, name -> float, from the columns of a step or of an evaluation. The rewards are the scores."""
+    """Return metrics (name -> float) from the columns of a step or an evaluation; the rewards are the scores."""
     s_w, s_l = columns['s_w'], columns['s_l']
     chosen, rejected = {'reward': s_w, 'n': columns['n_w']}, {'reward': s_l, 'n': columns['n_l']}
     found = metrics.of_preferences(split, columns['loss'].mean(), chosen, rejected, s_w > s_l)

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=4 -- sample.py --model=out/dpo/model --data=hh --n=4 --temperature=0.7
     NANOPREF_API_KEY=... python sample.py --endpoint=https://HOST --endpoint_model=NAME --data=alpaca_eval
 
-The noise of an answer comes from its own seed, a hash of --seed, the prompt and the answer's number, and the work is planned
-before it is dealt out. So the answers do not depend on the number of ranks, nor on where a run was killed: the same command
-continues it. Another batch_size, or another processor, rounds otherwise, which changes an answer where two tokens nearly tie.
+The noise of an answer comes from its own seed, a hash of --seed, the prompt and the answer's number. The work is planned before the
+ranks share it. So the answers do not depend on the number of ranks, nor on where a run was killed: the same command continues it.
+Another batch_size, or another processor, rounds numbers otherwise. That changes an answer only where two tokens nearly tie.
 """
 
 from runtime import guard
@@ -28,7 +28,7 @@ from feedback.answers import append, collect, raise_if_missing, read_text, write
 from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import load_model, load_tokenizer
-from hf.lora import content
+from hf.lora import weights_hash
 from hf.probe import room
 from rl import reward_functions
 from runtime import log
@@ -42,7 +42,7 @@ from text.messages import answer, as_chat, message
 model = 'toy'  # hub id, local folder, or 'toy'
 endpoint: str | None = None  # instead of model: the address of an OpenAI-compatible server
 endpoint_model: str | None = None  # the name that the endpoint has for its model
-generator: str | None = None  # a name for who answers, in the output; None: that of the model
+generator: str | None = None  # what the output calls whoever answers; None: the model's name
 # what
 data = 'toy'  # as in dpo.py (hh, hh:PATH, hh+shp, alpaca_eval, a hub id, a file ...), or a .txt file, one prompt a line
 split: str | None = None  # train or test; None: test where the data has one, else all
@@ -64,8 +64,8 @@ max_new_tokens = 512  # length of an answer
 seed = 0  # of the answers
 out_dir = 'out/sample'  # samples.jsonl, model_outputs.json, config.json
 # machine
-batch_size = 64  # answers at a time on a rank
-max_tokens: int | None = None  # fewer at a time if their prompts and answers may hold more tokens than this
+batch_size = 64  # answers that a rank samples side by side
+max_tokens: int | None = None  # fewer side by side, if their prompts and answers could have more tokens than this
 dtype = 'float32'  # float32 or bfloat16
 concurrency = 8  # endpoint: requests at a time
 timeout = 120.0  # endpoint: seconds that a reply may take
@@ -78,7 +78,7 @@ config = configure(globals())
 if endpoint:
     of_model = 'model max_prompt_length truncation batch_size max_tokens dtype trust_remote_code'
     config.ignored(of_model.split(), 'an endpoint answers')
-    completions_url(endpoint)  # raises where it is none
+    completions_url(endpoint)  # raises UserError if it is no address
     if not endpoint_model:
         raise UserError('--endpoint needs --endpoint_model, the name of a model there')
 else:
@@ -86,11 +86,12 @@ else:
 
 # one temperature, or several
 try:
-    temperatures = [float(x) for x in str(temperature).split()]
+    temperatures = [float(word) for word in str(temperature).split()]
 except ValueError:
     temperatures = []
-possible = all(0 <= t < math.inf for t in temperatures)
-if not temperatures or not possible or len(set(temperatures)) < len(temperatures):
+all_possible = all(0 <= t < math.inf for t in temperatures)
+all_different = len(set(temperatures)) == len(temperatures)
+if not temperatures or not all_possible or not all_different:
     raise UserError(f"temperature {temperature!r} must be a number from 0, or different ones: '0.7 1.0'")
 if 0 in temperatures and n > 1:
     raise UserError(f'at temperature 0 all {n} answers to a prompt are the same: use --n=1, or another temperature')
@@ -99,8 +100,8 @@ if temperatures == [0]:
 n_samples = n * len(temperatures)  # answers to a prompt: numbers 0 to n - 1 at the first temperature, and so on
 
 # functions that score answers
-parts = reward_functions.parse(reward) if reward else []
-if not all(part.file for part in parts):
+reward_parts = reward_functions.parse(reward) if reward else []
+if not all(part.is_function for part in reward_parts):
     others = 'label.py and feedback.score read reward models'
     raise UserError(f'--reward of sample.py takes functions, FILE.py:NAME: {others}')
 
@@ -109,40 +110,53 @@ rank, world, device = fsdp.setup()
 if endpoint and world > 1:
     raise UserError('one process is enough to ask an endpoint: run python sample.py, and raise --concurrency')
 
-# ---- what is asked ----
+# ---- the prompts ----
+
+
+def read_rows():
+    """Read the rows of all sources of --data. Return (the rows, a Counter of what was left out). Raises UserError."""
+    rows, left_out = [], Counter()
+    # without --split: 'test'; undivided then asks for all rows of data that has no splits
+    wanted_split = split or 'test'
+    options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
+    for source in data.split('+'):
+        # a text file has a prompt in each line
+        if source.endswith('.txt'):
+            lines = read_text(source).splitlines()
+            rows += [{'prompt': line} for line in lines if line.strip()]
+            continue
+        of_source, left_out_there = sources.load_rows(source, wanted_split, task='prompts', **options)
+        # where it is the only source, read_prompts says that there are none
+        if not of_source and source != data:
+            raise sources.vanished(source, wanted_split, left_out_there)
+        rows += of_source
+        left_out.update(left_out_there)
+    return rows, left_out
 
 
 def read_prompts():
-    """The rows to answer, each with its 'prompt' and perhaps 'tools', and a Counter of what was left out or changed."""
-    # a text file has a prompt a line, everything else the rows of a data set
-    rows, left_out = [], Counter()
-    how = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    for source in data.split('+'):
-        if source.endswith('.txt'):
-            rows += [{'prompt': line} for line in read_text(source).splitlines() if line.strip()]
-            continue
-        more, out = sources.load_rows(source, split or 'test', task='prompts', **how)
-        if not more and source != data:
-            raise sources.vanished(source, split or 'test', out)
-        rows += more
-        left_out.update(out)
+    """Read the prompts to answer. Return (rows, Counter of what was left out or changed). Raises UserError if there is no prompt.
 
+    A row is a dict with 'prompt', a text or a chat, and perhaps 'tools'."""
+    rows, left_out = read_rows()
     # each prompt once
-    found = {}  # hash -> row
+    row_of_hash = {}
     for row in rows:
-        parts_of_prompt = [row[name] for name in ('prompt', 'tools') if name in row]
-        found.setdefault(content_hash(*parts_of_prompt), row)
-    left_out['same prompt again'] += len(rows) - len(found)
+        prompt_and_tools = [row[name] for name in ('prompt', 'tools') if name in row]
+        row_of_hash.setdefault(content_hash(*prompt_and_tools), row)
+    left_out['same prompt again'] += len(rows) - len(row_of_hash)
 
-    # the part that is wanted: a fraction is chosen by hash, so it is the same wherever a prompt stands
-    kept = uniform_hash(np.array(list(found), np.uint64), seed) < data_fraction
-    rows = list(itertools.compress(found.values(), kept))[:n_examples]
+    # a fraction of them is chosen by hash, so that it is the same wherever a prompt stands
+    hashes = np.array(list(row_of_hash), np.uint64)
+    is_chosen = uniform_hash(hashes, seed) < data_fraction
+    chosen = list(itertools.compress(row_of_hash.values(), is_chosen))
+    rows = chosen[:n_examples]
     if not rows:
         raise UserError(f'there are no prompts in data {data!r}; left out: {in_words(left_out)[0]}')
-    left_out['prompts beyond n_examples or data_fraction'] += len(found) - len(rows)
+    left_out['prompts beyond n_examples or data_fraction'] += len(row_of_hash) - len(rows)
 
     for row in rows:
-        # as chats, if asked; a system message of ours takes the place of one in the data
+        # with --system, its message takes the place of one in the data
         if chat or system:
             row['prompt'] = as_chat(row['prompt'])
         if system:
@@ -154,28 +168,35 @@ def read_prompts():
     return rows, left_out
 
 
-def wanted(i, sample):
-    """What the row of answer number `sample` to prompt i must contain, or None if there is none in this run."""
-    if not (0 <= i < len(prompts) and 0 <= sample < n_samples):
+def expected_row(i, sample):
+    """Return the fields that the row of samples.jsonl for answer number `sample` to prompt i must have. All are known before sampling.
+
+    Return None if this run has no such answer. feedback.answers.collect compares rows that are in out_dir already with these."""
+    in_this_run = 0 <= i < len(prompts) and 0 <= sample < n_samples
+    if not in_this_run:
         return None
     prompt = prompts[i]['prompt']
     row = {'index': i, 'prompt': prompt}
     if prompts[i].get('tools'):
         row['tools'] = prompts[i]['tools']
-    row |= {'sample': sample, 'temperature': temperatures[sample // n]}
-    # the seed is of the prompt and the number, not of its place in the data; 31 bits, as some servers take no more
-    answer_seed = content_hash(seed, prompt, sample) % 2**31
-    return row | {'generator': generator or endpoint_model or model, 'seed': answer_seed}
+    row['sample'] = sample
+    row['temperature'] = temperatures[sample // n]
+    row['generator'] = generator or endpoint_model or model
+    # a hash of the prompt, not of its place in the data, which may change; 31 bits, as some servers take no more
+    row['seed'] = content_hash(seed, prompt, sample) % 2**31
+    return row
 
 
-# the weights by content: another model under the same name is another run
+# another model under the same name is another run: its weights are recorded by their content
 record = dict(config)
 if not endpoint:
-    record['weights'] = fsdp.shared(lambda: content(model))
+    record['weights'] = fsdp.shared(partial(weights_hash, model))
+# a run may go on with other values of these options
 neutral = {'out_dir', 'reward', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
-fsdp.on_one_rank(lambda: log.check_out_dir(out_dir, record, resume=True, neutral=neutral))
+fsdp.on_one_rank(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = fsdp.first_of_host(read_prompts)
-keys = [(i, sample) for i in range(len(prompts)) for sample in range(n_samples)]  # of all answers
+# an answer's key: (number of its prompt, its number among the answers to it)
+keys = list(itertools.product(range(len(prompts)), range(n_samples)))
 
 # ---- a model here ----
 
@@ -184,99 +205,130 @@ if not endpoint:
     build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed)
     net = fsdp.shard(build, device, dtype=dtype, train=False)
 
-    # the room that its positions leave for prompts
+    # the tokens that its positions leave for a prompt
     positions = room(net)
     if positions <= max_new_tokens:
         raise UserError(f'the model has {positions} positions: --max_new_tokens={max_new_tokens} fills them all')
     longest = min(max_prompt_length or math.inf, positions - max_new_tokens)
+    # ids[i]: those of prompt i; None if the chat template refuses it
     ids = tokenise.tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows)
     all_texts = all(isinstance(row['prompt'], str) for row in prompts)
     if all_texts and tokenizer.chat_template not in (None, tokenise.PLAIN_CHAT):
         log.say('note: the tokenizer has a chat template, but the prompts are text: --chat makes chats of them')
 
-    # a prompt that the chat template refuses has no ids
+    # from here on, keys are those of the answers that can be had
     keys = [(i, sample) for i, sample in keys if ids[i] is not None]
     if not keys:
         raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {in_words(left_out)[0]}')
 
 
 def plan():
-    """All answers in parts of one temperature each, longest prompts first: it depends on no rank and no earlier run.
+    """Cut all answers into parts, which are generated one by one. Return a list of (n_rows, keys of the part's answers).
 
-    Returns (rows, answers) each: so many of the part's answers are generated at a time, and others as soon as some have ended."""
+    n_rows: so many of them are in the making at a time; as soon as some have ended, the next ones are begun. The plan depends
+    neither on the rank nor on what is answered already. A part has one temperature; the longest prompts come first."""
+
+    def longest_first(key):
+        i, _ = key
+        return -len(ids[i]), key  # prompts of one length by their numbers
+
     parts = []
-    for heat in range(len(temperatures)):
-        left = [key for key in keys if key[1] // n == heat]
-        left.sort(key=lambda key: (-len(ids[key[0]]), key))
-        while left:
-            # rows are limited by answers, and by the tokens that prompts and answers may come to: the first is the longest
-            i, _ = left[0]
-            rows = batch_size
+    for number in range(len(temperatures)):
+        waiting = [(i, sample) for i, sample in keys if sample // n == number]
+        waiting.sort(key=longest_first)
+        while waiting:
+            n_rows = batch_size
+            # the first prompt is the longest of the part
             if max_tokens:
-                rows = min(rows, max(1, max_tokens // (len(ids[i]) + max_new_tokens)))
-            parts.append((rows, left[: 4 * rows]))
-            left = left[4 * rows :]
+                i, _ = waiting[0]
+                most_tokens = len(ids[i]) + max_new_tokens
+                n_rows = min(n_rows, max(1, max_tokens // most_tokens))
+            # with four answers for each row, rows are refilled three times, and few stand empty at the end
+            size = 4 * n_rows
+            parts.append((n_rows, waiting[:size]))
+            waiting = waiting[size:]
     return parts
 
 
 def generate_all():
-    """Generate the answers of this rank's parts, and keep those that are not there yet."""
-    # a part of the plan is done again as a whole, so that its noise and rounding are the same
-    unfinished = [(at_a_time, part) for at_a_time, part in plan() if not done.issuperset(part)]
-    for at_a_time, part in unfinished[rank::world]:
-        rows = [wanted(*key) for key in part]
-        asked = [ids[i] for i, _ in part]
+    """Generate the answers of this rank's parts, and write down those that are not in out_dir yet. Raises UserError."""
+    # a part that was begun is generated again as a whole: the same batches have the same rounding, and so the same answers
+    unfinished = [(n_rows, part) for n_rows, part in plan() if not done.issuperset(part)]
+    for n_rows, part in unfinished[rank::world]:
+        rows = [expected_row(*key) for key in part]
+        prompt_ids = [ids[i] for i, _ in part]
         seeds = [row['seed'] for row in rows]
         settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
-        advice = f'{min(at_a_time, len(part))} answers do not fit; run the same command with a smaller --batch_size'
+        advice = f'{min(n_rows, len(part))} answers do not fit; run the same command with a smaller --batch_size'
         with guard.memory_for(f'{advice}; what is answered is kept'):
-            answers = generate.generate(net, tokenizer, asked, seeds, rows=at_a_time, **settings)
+            answers = generate.generate(net, tokenizer, prompt_ids, seeds, rows=n_rows, **settings)
 
-        # what goes into samples.jsonl
+        # complete the rows of samples.jsonl
         for row, answer_ids in zip(rows, answers, strict=True):
             text = tokenizer.decode(answer_ids, skip_special_tokens=True)
-            row['response'] = text if isinstance(row['prompt'], str) else text.strip()
+            # white space around a chat message belongs to the template; a text goes on from its prompt
+            is_chat = not isinstance(row['prompt'], str)
+            row['response'] = text.strip() if is_chat else text
+            # the end token is not among the ids, but counts
             ended = len(answer_ids) < max_new_tokens
             row['finish'] = 'eos' if ended else 'length'
-            row['tokens'] = len(answer_ids) + ended  # the end token counts
-        keep([row for key, row in zip(part, rows, strict=True) if key not in done])
+            row['tokens'] = len(answer_ids) + ended
+        write_down([row for key, row in zip(part, rows, strict=True) if key not in done])
 
 
 # ---- an endpoint ----
 
 
 def ask_all():
-    """Ask the endpoint for all answers that are not there, and count in failed why some still are not."""
-    jobs = ((key, body(wanted(*key))) for key in keys if key not in done)
+    """Ask the endpoint for all answers that are not in out_dir yet, and write them down. Count failures in `failed`, by reason."""
+    # a generator: a request is made when it is sent
+    jobs = ((key, request(expected_row(*key))) for key in keys if key not in done)
     settings = {'concurrency': concurrency, 'timeout': timeout, 'proven': bool(done)}
     for key, text, raw, error in ask(endpoint, jobs, **settings):
         if error:
             failed[error] += 1
             continue
-        row = wanted(*key)
-        row['response'] = answer(text) if isinstance(row['prompt'], str) else text
-        # beside the text, a server may write anything: what is no reason, or no count, is null here (True is an int to Python)
-        finish, usage = raw['choices'][0].get('finish_reason'), raw.get('usage')
-        row['finish'] = finish if isinstance(finish, str) else None
-        if finish == 'stop':
-            row['finish'] = 'eos'
-        tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
-        row['tokens'] = tokens if type(tokens) is int and tokens >= 0 else None
-        keep([row])
+        row = expected_row(*key)
+        is_text = isinstance(row['prompt'], str)
+        row['response'] = answer(text) if is_text else text
+        row['finish'], row['tokens'] = finish_and_tokens(raw)
+        write_down([row])
 
 
-def body(row):
-    """The request for the answer of a row."""
+def finish_and_tokens(raw):
+    """Return (why the answer ended, its number of tokens) from an endpoint's reply, parsed json. Each is None if it is not told.
+
+    The reason is 'eos' if the answer ended by itself, else the server's own word, such as 'length'."""
+    # a server may write anything here
+    finish = raw['choices'][0].get('finish_reason')
+    if not isinstance(finish, str):
+        finish = None
+    if finish == 'stop':
+        finish = 'eos'
+    tokens = None
+    usage = raw.get('usage')
+    if isinstance(usage, dict):
+        tokens = usage.get('completion_tokens')
+    # not isinstance, to which True is an int
+    if type(tokens) is not int or tokens < 0:
+        tokens = None
+    return finish, tokens
+
+
+def request(row):
+    """Return the body of the request for the answer of a row, as expected_row makes it."""
     fields = {'model': endpoint_model, 'max_tokens': max_new_tokens, 'top_p': top_p}
     fields |= {'temperature': row['temperature'], 'seed': row['seed']}
-    return fields | {'messages': as_chat(row['prompt'])}
+    fields['messages'] = as_chat(row['prompt'])
+    return fields
 
 
 # ---- sampling ----
 
 
-def keep(rows):
-    """Write new answers down, and show the progress."""
+def write_down(rows):
+    """Append new rows to this rank's file of samples, and show the progress."""
+    # at the end, collect puts the files of all ranks into samples.jsonl
     name = 'samples.jsonl' if rank == 0 else f'samples-{rank}.jsonl'
     append(f'{out_dir}/{name}', rows)
     counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
@@ -285,7 +337,7 @@ def keep(rows):
     bar.update(len(rows))
 
 
-# what is about to be done
+# say what is about to be done
 changed, notes = in_words(left_out)
 log.say(f'data: {len(prompts):,} prompts, {len(keys):,} answers; left out or changed: {changed}')
 for note in notes:
@@ -294,58 +346,66 @@ i, _ = keys[0]
 text = str(prompts[i]['prompt']) if endpoint else tokenizer.decode(ids[i])
 log.say(f'first prompt: {text[-300:]!r}')
 
-# the folder is this run's; what is in it already is not done again
-fsdp.on_one_rank(lambda: lock(out_dir))
-done = set(fsdp.shared(lambda: list(collect(out_dir, wanted))))
+# take out_dir for this run; answers that are in it already are not asked for again
+fsdp.on_one_rank(partial(lock, out_dir))
+done = set(fsdp.shared(lambda: list(collect(out_dir, expected_row))))  # their keys
 if done:
     log.say(f'{len(done)} answers are in {out_dir} already')
-fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, record))
+fsdp.on_one_rank(partial(log.claim_out_dir, out_dir, record))
 guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes on there')
 
-# the work
-started, counts, failed = time.time(), Counter(), Counter()
-missing = len(keys) - len(done)
-silent = not main_rank() or not missing
-with log.progress(missing // world, ' answers', 'sampled by this rank', disable=silent) as bar:
+# sample
+started = time.time()
+counts = Counter()  # 'tokens' that this rank has sampled
+failed = Counter()  # reasons why an endpoint's answers are missing, each with its number
+n_missing = len(keys) - len(done)
+silent = not main_rank() or not n_missing
+with log.progress(n_missing // world, ' answers', 'sampled by this rank', disable=silent) as bar:
     if endpoint:
         ask_all()
-    elif missing:
+    elif n_missing:
+        # on_ranks: an error on one rank is raised on all
         with fsdp.unsharded(net):
             fsdp.on_ranks(True, generate_all)
 
-# all ranks' answers into one file, and what AlpacaEval reads
-found = fsdp.on_one_rank(lambda: collect(out_dir, wanted))
+# put all ranks' answers into one file; rank 0 alone gets them, by key
+rows_by_key = fsdp.on_one_rank(partial(collect, out_dir, expected_row))
 if rank == 0:
-    write_model_outputs(out_dir, found)
-    long = sum(row['finish'] == 'length' for row in found.values())
-    log.say(f'done: {out_dir}/samples.jsonl, {len(found)} answers, {long} of them cut at {max_new_tokens} tokens')
+    write_model_outputs(out_dir, rows_by_key)
+    n_cut = sum(row['finish'] == 'length' for row in rows_by_key.values())
+    saved = f'{out_dir}/samples.jsonl, {len(rows_by_key)} answers'
+    log.say(f'done: {saved}, {n_cut} of them cut at {max_new_tokens} tokens')
     log.say(f'{out_dir}/model_outputs.json: the first answer to each prompt')
 
 
 def score_answers():
-    """Write the scores of all answers into rewards.jsonl, and their means on the screen."""
-    # the rows as they were read; a line of a .txt file is its own
-    rows = [prompts[row['index']] for row in found.values()]
-    rows = [getattr(row, 'raw', row) for row in rows]
-    asked, responses = ([row[name] for row in found.values()] for name in ('prompt', 'response'))
-    lines = [{'index': index, 'sample': sample, 'score': 0.0} for index, sample in found]
-    for part in parts:
-        values, _ = reward_functions.score(part, asked, responses, rows)
+    """Write the scores of all answers into rewards.jsonl, and print their means. Raises UserError if a function fails."""
+    asked, responses, data_rows, lines = [], [], [], []
+    for (i, sample), row in rows_by_key.items():
+        asked.append(row['prompt'])
+        responses.append(row['response'])
+        # functions get a row with all its columns, as it was read; a line of a .txt file has no others
+        data_rows.append(getattr(prompts[i], 'raw', prompts[i]))
+        lines.append({'index': i, 'sample': sample, 'score': 0.0})
+    for part in reward_parts:
+        values, _ = reward_functions.score(part, asked, responses, data_rows)
         for line, value in zip(lines, values, strict=True):
             line['score'] += part.weight * value
             line[part.name] = value
+
+    # the sum, and each part without its weight
     replace_text(f'{out_dir}/rewards.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
-    for name in ('score', *(part.name for part in parts)):
+    for name in ('score', *(part.name for part in reward_parts)):
         mean = sum(line[name] for line in lines) / max(1, len(lines))
         log.say(f'{out_dir}/rewards.jsonl: mean {name} {mean:.4f}')
 
 
-if parts:
+if reward_parts:
     fsdp.on_one_rank(score_answers)
 
-# what is missing ends the run with a sentence, on every rank
+# missing answers end the run with a sentence, on every rank
 raise_if_missing(failed, 'answers')
-n_found, *_ = fsdp.gather_objects(len(found or {}))  # rank 0 alone has them
+n_found = fsdp.shared(lambda: len(rows_by_key))  # rank 0 has them
 if n_found < len(keys):
     raise UserError(f'answers are missing in {out_dir}/samples.jsonl: run the same command again')
 if __name__ == '__main__':

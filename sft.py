@@ -76,16 +76,16 @@ run.check_room()
 
 
 def run_step(step, backward=False):
-    """Run one step: forward, and with backward=True the gradients. Returns its columns, (examples,) each, in step order.
+    """Run forward, and optionally backward, on one step. Returns its columns, (examples,) each, in step order.
 
-    The gradients are then those of the sum over the step's answer tokens, divided by the number of ranks."""
+    After backward, gradients are those of the loss summed over the step's answer tokens, divided by the number of ranks."""
     # microbatch by microbatch: log-probs, loss, gradient
     parts = []
     for batch in step.batches:
         with torch.set_grad_enabled(backward):
             (pi,) = run.policy.response_logps(batch)  # (A,): log-prob of each answer
             loss = losses.sft(pi, batch.n)
-        # a loss is per token, so an answer's weight is its number of tokens
+        # losses are per token, so weight each answer by its number of tokens
         if backward:
             (batch.n * loss * batch.real).sum().backward()
         parts.append({'loss': loss, 'pi': pi, 'n': batch.n})
@@ -93,7 +93,7 @@ def run_step(step, backward=False):
 
 
 def summary(columns, split):
-    """Compute the metrics, name -> float, from the columns of a step or of an evaluation. split: 'train' or 'eval'."""
+    """Return metrics (name -> float) from the columns of a step or an evaluation. split: 'train' or 'eval'."""
     loss, n = columns['loss'], columns['n']
     metrics = {f'loss/{split}': (n * loss).sum() / n.sum()}
     metrics[f'logps_{split}/chosen'] = columns['pi'].mean()
@@ -105,7 +105,7 @@ def summary(columns, split):
 
 
 def sample(seen):
-    """Write answers to held-out prompts into samples.jsonl. Returns no further metrics."""
+    """Sample answers to held-out prompts into samples.jsonl. Returns no metrics."""
     run.sample({'policy': run.policy}, seen)
     return {}
 

@@ -1,8 +1,8 @@
-"""Lean activations: norms and the elementwise middle of an MLP are computed again in backward, not kept for it.
+"""Selective activation checkpointing: norms and the elementwise middle of an MLP are computed again in backward, not kept for it.
 
-Matrix products and attention are kept. Model files stay as they are: the blocks' norms and activations are found by name and
-structure, and whatever a layer behind them would keep of their output is made again. torch's own selective checkpointing goes
-through every operation, which costs three times as much."""
+Matrix products and attention keep what they need. The norms and activations of a model's blocks are found by name and
+structure, and record a Recipe; a layer behind them that would keep their output for backward keeps the Recipe instead. torch's
+own selective checkpointing goes through every operation, which takes three times as long."""
 
 import inspect
 from functools import partial
@@ -16,15 +16,17 @@ GATED = 'self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))'
 
 
 class Recipe:
-    """How an output is made again: function(*inputs), whose graph is kept until its gradient has been taken."""
+    """How to compute an output again: function(*inputs). It holds the inputs, and not the output, until backward."""
 
     def __init__(self, function, inputs):
         self.function, self.output = function, None
+        # leaves of a graph of their own, of which Again.backward takes the gradients
         self.inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+        # torch counts the changes of a tensor in place
         self.versions = [x._version for x in self.inputs]
 
     def again(self):
-        """The output, with a graph of its own that begins at self.inputs."""
+        """Return the output with a graph from self.inputs. It is computed once, and kept until backward has used it."""
         if self.output is None:
             if self.versions != [x._version for x in self.inputs]:
                 raise RuntimeError('this model changes its activations in place: leave out selective checkpointing')
@@ -34,34 +36,40 @@ class Recipe:
 
 
 class Again(torch.autograd.Function):
-    """The output of a Recipe. Nothing between its inputs and its output is kept."""
+    """The output of a Recipe in the model's graph. Autograd keeps nothing of what lies between its inputs and its output."""
 
     @staticmethod
     def forward(ctx, recipe, n_inputs, *tensors):
-        """tensors: the inputs, then the parameters that the function reads by itself."""
-        ctx.recipe, ctx.parameters = recipe, tensors[n_inputs:]
+        """Return the output. tensors: first n_inputs inputs of the function, then parameters that it reads from its module."""
+        ctx.recipe = recipe
+        ctx.parameters = tensors[n_inputs:]
         return recipe.function(*tensors[:n_inputs])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        """The gradients of all tensors."""
-        recipe, output = ctx.recipe, ctx.recipe.again()
+        """Compute the output again, and return the gradients of all tensors from grad, that of the output."""
+        recipe = ctx.recipe
+        output = recipe.again()
+        # the layers behind have had their backward: nobody asks for this output any more
         recipe.output = None
-        sources = [*recipe.inputs, *ctx.parameters]
-        found = iter(torch.autograd.grad(output, [x for x in sources if x.requires_grad], grad))
-        return None, None, *(next(found) if x.requires_grad else None for x in sources)
+        tensors = [*recipe.inputs, *ctx.parameters]
+        gradients = iter(torch.autograd.grad(output, [x for x in tensors if x.requires_grad], grad))
+        of_tensors = [next(gradients) if x.requires_grad else None for x in tensors]
+        # recipe and n_inputs have none
+        return None, None, *of_tensors
 
 
 class Lean:
-    """What one block makes again."""
+    """Selective checkpointing of one block: it replaces forward methods in the block, and holds the recipes of a forward."""
 
     def __init__(self, block):
-        self.recipes = {}  # address -> (output, Recipe), while the block's forward runs
+        # address of an output -> (output, Recipe), while the block's forward runs
+        self.recipes = {}
         for name, module in block.named_modules():
             last = name.rpartition('.')[2]
             is_activation = last.startswith('act') and 'drop' not in last
-            # a gated MLP comes before the activation inside it, which is then taken as it is
+            # a gated MLP comes before its own activation, so it takes the activation's forward as the model has it
             if is_activation or 'Norm' in type(module).__name__:
                 module.forward = partial(self.call, module.forward, module)
             elif GATED in inspect.getsource(type(module).forward):
@@ -69,7 +77,7 @@ class Lean:
         block.forward = partial(self.run, block.forward)
 
     def run(self, forward, *args, **options):
-        """The block's forward."""
+        """Run the block's forward. If a graph is recorded, pack chooses what is kept of each tensor for backward."""
         if not torch.is_grad_enabled():
             return forward(*args, **options)
         try:
@@ -79,33 +87,40 @@ class Lean:
             self.recipes.clear()
 
     def call(self, function, module, *inputs, **options):
-        """function(*inputs), to be made again. module: whose parameters it reads."""
+        """Return function(*inputs), to be computed again in backward. module: the one whose parameters the function reads."""
+        # whatever is not a plain tensor could not be made a leaf for backward
         plain = not options and all(type(x) is torch.Tensor for x in inputs)
         if not plain or not torch.is_grad_enabled():
             return function(*inputs, **options)
         recipe = Recipe(function, inputs)
         output = Again.apply(recipe, len(inputs), *inputs, *module.parameters())
-        # while the output is held, nothing else gets its address
+        # while the output is held here, no other tensor gets its address
         self.recipes[output.data_ptr()] = output, recipe
         return output
 
     def gated(self, mlp, act, x):
-        """The MLP of GATED."""
-        product = self.call(lambda gate, up: act(gate) * up, mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x))
+        """Run an MLP written as GATED, whose product of activation and up_proj is computed again. act: its plain activation."""
+
+        def multiply(gate, up):
+            return act(gate) * up
+
+        product = self.call(multiply, mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x))
         return mlp.down_proj(product)
 
     def pack(self, tensor):
-        """What is kept of a tensor for backward: itself, or (how it is made again, its shape)."""
-        known = type(tensor) is torch.Tensor and self.recipes.get(tensor.data_ptr())
-        if not known:
+        """Return what autograd keeps of a tensor for backward: (recipe, shape) if it is a recipe's output, else the tensor."""
+        if type(tensor) is not torch.Tensor or tensor.data_ptr() not in self.recipes:
             return tensor
-        output, recipe = known
-        same = tensor.numel() == output.numel() and tensor.dtype == output.dtype
-        exact = same and tensor.is_contiguous() and output.is_contiguous()
-        return (recipe, tensor.shape) if exact else tensor
+        # the same address may be a part of the output; another shape of all of it will do
+        output, recipe = self.recipes[tensor.data_ptr()]
+        is_all = tensor.numel() == output.numel() and tensor.dtype == output.dtype
+        in_order = tensor.is_contiguous() and output.is_contiguous()
+        if is_all and in_order:
+            return recipe, tensor.shape
+        return tensor
 
     def unpack(self, kept):
-        """The tensor that pack was given."""
+        """Return the tensor that pack was given, from what pack has returned."""
         if isinstance(kept, torch.Tensor):
             return kept
         recipe, shape = kept
@@ -113,6 +128,6 @@ class Lean:
 
 
 def enable(model):
-    """Let the blocks of a model make their cheap activations again in backward."""
+    """Turn selective checkpointing on for all blocks of a model, in place."""
     for block in blocks(model):
         Lean(block)

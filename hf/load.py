@@ -1,6 +1,6 @@
-"""From a hub id or a folder to a model and its tokenizer. All raise UserError.
+"""Load models and tokenizers by name: a hub id, a folder, or 'toy'. Those that cannot be used raise UserError.
 
-Whether a loaded model suits packing and a run's lengths is in probe.py."""
+Whether a loaded model suits packing and a run's lengths is checked afterwards, in probe.py."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ from runtime.files import file_hash, say_once
 from runtime.values import MODELS, NO_MODEL
 from text import toy
 
-# parts of what transformers warns of and no user need know: where it matters, this file or probe.py says it
+# parts of warnings of transformers that need not reach the user: where they matter, this file or probe.py says so
 HARMLESS = (
     'LOAD REPORT',
     'The tied weights mapping and config for this model',
@@ -36,11 +36,12 @@ HARMLESS = (
 
 
 def concerns_user(record):
-    """Whether a message of transformers, a LogRecord, is to be shown."""
+    """Return whether to show a message (a logging.LogRecord) of transformers: if it is not HARMLESS, and on one rank only."""
     return main_rank() and not any(part in record.getMessage() for part in HARMLESS)
 
 
-transformers.utils.logging.get_logger()  # now its root has the handler that writes
+# the first logger that is asked for adds the handler that writes
+transformers.utils.logging.get_logger()
 for handler in logging.getLogger('transformers').handlers:
     handler.addFilter(concerns_user)
 transformers.utils.logging.disable_progress_bar()
@@ -49,7 +50,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def one_sentence(load):
-    """Whatever a library raises in a function of a model's name becomes a UserError."""
+    """Decorate a function of a model's name: every error of a library in it becomes a UserError of one sentence."""
 
     @functools.wraps(load)
     def loaded(name, *args, **options):
@@ -67,18 +68,21 @@ def one_sentence(load):
 def load_model(name, *, tokenizer=None, adapters=None, grow=False, **how):
     """Load a causal LM in float32 and eval mode (dropout off), on the CPU. Raises UserError.
 
-    name: a hub id, a folder, or 'toy'; tokenizer: its ids must not go beyond the model's, unless the model shall grow;
-    adapters: None, or lora.options; how: empty, trust_remote_code, seed and device_map, as in _make."""
-    saved, base = lora.split(name)
+    name: a hub id, a folder, or 'toy', of a model or of an adapter; tokenizer: refused if it has ids beyond the model's, or
+    with grow the model gets rows for them; adapters: None, or what lora.options returns; how: empty, trust_remote_code, seed
+    and device_map, as in _make_model."""
+    saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **how)
     if _is_classifier(config) or (saved and saved.scores):
         raise UserError(f'{name!r} is a reward model: a language model is needed here')
-    model = _make(transformers.AutoModelForCausalLM, base, config, **how)
-    if _generation.get(base):
-        model.generation_config = copy.deepcopy(_generation[base])
+    model = _make_model(transformers.AutoModelForCausalLM, base, config, **how)
+    if _generation_configs.get(base):
+        model.generation_config = copy.deepcopy(_generation_configs[base])
+    # describe_ties corrects a config that contradicts the file; an empty model has read no file
     if not how.get('empty') and describe_ties(model):
         own = 'its head is its embedding, but its file has a head of its own'
         say_once(f'note: the config of {base!r} says that {own}: that is used, and the exported config says so')
+    # adapters first: a saved one that is merged fits the rows of the file
     model = lora.adapt(model, saved, adapters, **how)
     if grow:
         _grow(model, len(tokenizer))
@@ -89,46 +93,54 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **how):
 
 @one_sentence
 def load_reward(name, tokenizer, *, new_head=False, adapters=None, **how):
-    """Load a reward model, a transformers sequence classifier with one output, in float32 and eval mode, on the CPU.
+    """Load a reward model, a sequence classifier with one output, in float32 and eval mode, on the CPU. Raises UserError.
 
-    new_head: a causal LM will do, whose head gives way to a scalar one; tokenizer: with a separate pad token, for which the
-    embedding grows by a row if need be; the rest as in load_model. Raises UserError."""
-    saved, base = lora.split(name)
+    tokenizer: as separate_pad returns it. new_head: a causal LM is taken, too, and gets a new head with one output in the
+    place of its own. The rest as in load_model."""
+    saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **how)
-    trained = _is_classifier(config)
-    has_head = trained or bool(saved and saved.scores)
-    _check_reward(name, config, tokenizer, new_head or has_head)
+    is_classifier = _is_classifier(config)
+    has_head = is_classifier or bool(saved and saved.scores)
+    _check_reward(name, config, tokenizer, takes_language_model=new_head or has_head)
     config.num_labels = 1
 
-    # one row more for a pad token that is new, unless there is a spare one; while a file is read, neither
-    text = config.get_text_config()
-    old, pad = text.vocab_size, tokenizer.pad_token_id
-    rows = old + (pad == old == len(tokenizer) - 1)
-    drawn = how.get('empty') or name == 'toy'
-    text.vocab_size, text.pad_token_id = (rows, pad) if drawn else (old, None)
-    model = _make(transformers.AutoModelForSequenceClassification, base, config, not trained, **how)
-    if not drawn and rows > old:
-        model.resize_token_embeddings(rows, mean_resizing=False).weight.data[old:] = 0.0
-    model.config.get_text_config().pad_token_id = pad  # a copy of the config above
+    # a pad token that separate_pad has added may be the one id that has no row in the embedding: it gets a row of zeros
+    text_config = config.get_text_config()
+    n_rows, pad = text_config.vocab_size, tokenizer.pad_token_id
+    pad_lacks_row = pad == n_rows == len(tokenizer) - 1
+    is_from_file = name != 'toy' and not how.get('empty')
+    if is_from_file:
+        # transformers refuses a pad token without a row, so the file is read without
+        text_config.pad_token_id = None
+    else:
+        text_config.pad_token_id = pad
+        text_config.vocab_size = n_rows + int(pad_lacks_row)
+    model = _make_model(transformers.AutoModelForSequenceClassification, base, config, not is_classifier, **how)
+    if is_from_file and pad_lacks_row:
+        embedding = model.resize_token_embeddings(n_rows + 1, mean_resizing=False)
+        embedding.weight.data[n_rows:] = 0.0
+    # the model has a copy of the config above
+    model.config.get_text_config().pad_token_id = pad
     check_tokenizer(tokenizer, model, name)
     if not hasattr(model, 'score'):
         raise UserError(f'{type(model).__name__} has no head of the name score: it cannot be a reward model here')
     if not has_head and not how.get('empty'):
-        what = f'a new scalar head, drawn from seed {how.get("seed", 0)}'
-        what += f', and one row more for the pad token {tokenizer.pad_token}' if rows > old else ''
-        say_once(f'a reward model from the language model {name!r}: {what}')
+        new = f'a new scalar head, drawn from seed {how.get("seed", 0)}'
+        if pad_lacks_row:
+            new += f', and one row more for the pad token {tokenizer.pad_token}'
+        say_once(f'a reward model from the language model {name!r}: {new}')
     return lora.adapt(model, saved, adapters, **how)
 
 
-# by name: the export at the end of a run needs them, and the folder may be gone by then
-_read, _generation = {}, {}
+# what was read, by name: the export at the end of a run needs it again, and the folder may be gone by then
+_configs, _generation_configs = {}, {}
 
 
 def _read_config(name, *, trust_remote_code=False, **_others):
-    """The config of a hub id, a folder or 'toy', for the caller to change; how it wants to be sampled from is in _generation."""
+    """Return a copy of the config of a hub id, a folder or 'toy'. It is remembered, and so is the generation config beside it."""
     if name == 'toy':
         return toy.model_config()
-    if os.path.exists(name) or name not in _read:
+    if os.path.exists(name) or name not in _configs:
         hub.check_there(name)
         if not trust_remote_code:
             _check_code(name)
@@ -137,46 +149,56 @@ def _read_config(name, *, trust_remote_code=False, **_others):
             kind = dict(config.quantization_config).get('quant_method', 'bitsandbytes')
             way = 'name the model that they were made from, or a copy of model.dequantize()'
             raise UserError(f'{name!r} holds quantised weights ({kind}), which do not train here: {way}')
-        _read[name], _generation[name] = config, None
-        # a model may have none, or one that the library does not take: from_pretrained passes it over, too
-        with contextlib.suppress(OSError, TypeError, ValueError):
-            found = transformers.GenerationConfig.from_pretrained(name)
-            # of one that can be read, but not written again, its tokens
-            tokens = {k: getattr(found, k) for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
-            _generation[name] = transformers.GenerationConfig(**tokens)
-            found.validate(strict=True)
-            _generation[name] = found
-    return copy.deepcopy(_read[name])
+        _configs[name] = config
+        _generation_configs[name] = _read_generation_config(name)
+    return copy.deepcopy(_configs[name])
 
 
-def _make(auto, name, config, new_head=False, *, empty=False, trust_remote_code=False, seed=0, device_map=None):
-    """A model, read from its file; what is not in it is drawn from seed.
+def _read_generation_config(name):
+    """Return the GenerationConfig of a model, or None if it has none that transformers can read."""
+    usable = None
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        found = transformers.GenerationConfig.from_pretrained(name)
+        # of one whose options contradict one another only the tokens are usable: the export could not write it again
+        tokens = {key: getattr(found, key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+        usable = transformers.GenerationConfig(**tokens)
+        found.validate(strict=True)
+        usable = found
+    return usable
 
-    new_head: the file has another head; empty: no weights, on the meta device; device_map: None, or how from_pretrained spreads
-    the model over this process's GPUs."""
+
+def _make_model(auto, name, config, new_head=False, *, empty=False, trust_remote_code=False, seed=0, device_map=None):
+    """Make a model of an auto class of transformers, with the weights of its file. Raises UserError where they do not fit it.
+
+    new_head: the file is a language model's, whose head is not read; the new one is drawn from seed. empty: no weights, on
+    the meta device. device_map: None, or how from_pretrained spreads the model over the GPUs of this process."""
     register_attention()
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
-    place = torch.device('meta') if empty else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), place:
+    device = torch.device('meta') if empty else contextlib.nullcontext()
+    missing, unexpected = set(), set()
+    with torch.random.fork_rng(devices=[]), device:
         torch.manual_seed(seed)
         if empty or name == 'toy':
-            model, info = auto.from_config(config, **options), {'missing_keys': (), 'unexpected_keys': ()}
+            model = auto.from_config(config, **options)
         else:
             _check_files(name, config)
             options |= {'use_safetensors': True, 'output_loading_info': True, 'device_map': device_map}
             model, info = auto.from_pretrained(name, config=config, **options)
+            missing, unexpected = set(info['missing_keys']), set(info['unexpected_keys'])
+    # where the GPUs are too small, transformers puts the rest on the CPU, or leaves it on the disk
     outside = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
     if device_map and outside & {p.device.type for p in model.parameters()}:
         raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
 
-    # of a language model, the head is what is not in a numbered block
-    lacking = {key for key in info['missing_keys'] if not (new_head and key.startswith('score.'))}
-    unused = {key for key in info['unexpected_keys'] if not new_head or re.search(r'\.\d+\.', f'.{key}')}
-    if lacking:
-        raise UserError(f'{name!r} lacks weights: {", ".join(sorted(lacking)[:3])}')
-    if unused:
-        some = ', '.join(sorted(unused)[:3])
-        say_once(f'note: {len(unused)} weights in {name!r} are not used, for its config has no place for them: {some}')
+    # the file lacks a new head, and its old one, whose name has no number of a block, has no place any more
+    if new_head:
+        missing = {key for key in missing if not key.startswith('score.')}
+        unexpected = {key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')}
+    if missing:
+        raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
+    if unexpected:
+        unused = f'{len(unexpected)} weights in {name!r} are not used, for its config has no place for them'
+        say_once(f'note: {unused}: {", ".join(sorted(unexpected)[:3])}')
     return model
 
 
@@ -187,13 +209,15 @@ def _is_classifier(config):
     return (config.architectures or [''])[0].endswith('ForSequenceClassification')
 
 
-def _check_reward(name, config, tokenizer, new_head):
-    """Refuse what is no reward model that can be read here. new_head: a language model will do."""
+def _check_reward(name, config, tokenizer, takes_language_model):
+    """Raise UserError where a config is not of a reward model with one output, nor of a language model that is taken, too."""
     wrong = None
     if not _is_classifier(config):
-        wrong = None if new_head else 'is no reward model but a language model: train one from it with reward.py'
+        if not takes_language_model:
+            wrong = 'is no reward model but a language model: train one from it with reward.py'
     elif config.num_labels != 1:
         wrong = f'has {config.num_labels} outputs; a reward model has one'
+    # transformers reads the score at the last token that is not padding
     elif config.get_text_config().pad_token_id == tokenizer.eos_token_id:
         wrong = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id in its config'
     if wrong:
@@ -201,33 +225,40 @@ def _check_reward(name, config, tokenizer, new_head):
 
 
 def _check_code(name):
-    """Refuse configs that ask for code: of the model's own, or a kernel that is fetched from the hub."""
+    """Raise UserError where a model's config files ask for code: the model's own, or a kernel from the hub."""
 
-    def look(options):
+    def check(options, file):
         for key, value in options.items():
-            what = 'code of its own' if key == 'auto_map' and value else None
-            # attn_implementation and its like: transformers takes what has a slash for the hub id of a kernel
+            code = None
+            if key == 'auto_map' and value:
+                code = 'code of its own'
+            # a slash in attn_implementation and its like: transformers takes it for the hub id of a kernel
             if key.endswith('_implementation') and '/' in json.dumps(value):
-                what = f'{key} {value!r}, a kernel from the hub'
-            if what:
+                code = f'{key} {value!r}, a kernel from the hub'
+            if code:
                 way = 'read it, and pass --trust_remote_code if you want it to run'
-                raise UserError(f'{name!r} comes with {what} ({file}): {way}')
+                raise UserError(f'{name!r} comes with {code} ({file}): {way}')
             if isinstance(value, dict):
-                look(value)
+                check(value, file)
 
     for file in ('config.json', 'tokenizer_config.json'):
-        look(hub.read_dict(name, file))
+        check(hub.read_dict(name, file), file)
 
 
 def _check_files(name, config):
-    """Refuse weights that are not safetensors files right in the folder: pickles can run code, others are somebody else's."""
+    """Raise UserError where a model's weights are not safetensors files right in its folder."""
+    # a config may name the file of weights, or the index of several files
     named = getattr(config, 'transformers_weights', None)
     index = named if str(named).endswith('.json') else 'model.safetensors.index.json'
-    shards = list(hub.read_dict(name, index).get('weight_map', {}).values())
-    for shard in map(str, [named, *shards] if named else shards):
-        if not re.fullmatch(r'[^/\\]+\.safetensors(\.index\.json)?', shard):
+    files = list(hub.read_dict(name, index).get('weight_map', {}).values())
+    if named:
+        files.insert(0, named)
+    # a path could lead out of the folder, to files of somebody else
+    for file in map(str, files):
+        if not re.fullmatch(r'[^/\\]+\.safetensors(\.index\.json)?', file):
             wanted = 'weights must be .safetensors files in the same folder'
-            raise UserError(f'the index or config.json of {name!r} names {shard[:100]!r}: {wanted}')
+            raise UserError(f'the index or config.json of {name!r} names {file[:100]!r}: {wanted}')
+    # without such a file transformers would take a pickle
     if os.path.isdir(name) and not any(Path(name).glob('*.safetensors')):
         pickle = 'a pickle, which can run any code when it is read'
         raise UserError(f'{name!r} has no .safetensors file: convert it where you trust it, if it has {pickle}')
@@ -237,10 +268,11 @@ def _check_files(name, config):
 
 
 def add_value_head(model, critic=None):
-    """Give a causal LM what estimates values for token_logps: a scalar head, zero at first, or critic, a whole reward model.
+    """Let a causal LM estimate values, as ppo.py needs, and return it. What is added trains, even where the LM is frozen.
 
-    Both train, whatever else of the model does."""
+    critic: a whole reward model that estimates them, or None for a new linear head with one output, zero at first."""
     inner = core(model)
+    # rl/heads.py looks for one of these two names
     if critic is not None:
         inner.critic = critic
         return model
@@ -252,54 +284,61 @@ def add_value_head(model, critic=None):
 
 
 def drop_value_head(model):
-    """Take away again what add_value_head gave, so that the model can be exported as the causal LM that it is."""
+    """Take away what add_value_head has added, so that the model can be exported as the causal LM that it is."""
     for name in {'critic', 'value_head'} & core(model)._modules.keys():
         delattr(core(model), name)
 
 
 @torch.no_grad()
 def _grow(model, size):
-    """At least this many rows of the embedding and of the head, new ones with the mean of the old."""
-    old = core(model).get_input_embeddings().num_embeddings
-    model.resize_token_embeddings(max(size, old), mean_resizing=False)
+    """Give embedding and head at least size rows, in place. New rows are the mean of the old ones."""
+    old_size = core(model).get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(max(size, old_size), mean_resizing=False)
+    # of the head the bias as well
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         for rows in layer.parameters():
-            rows[old:] = rows[:old].mean(0)
+            rows[old_size:] = rows[:old_size].mean(0)
 
 
 # ---- tokenizers ----
 
+# bytes of a chat template's file
+LONGEST_TEMPLATE = 4_000_000
+
 
 def load_tokenizer(name, trust_remote_code=False):
-    """Load the tokenizer of a hub id, a folder, or 'toy'. Raises UserError."""
+    """Return the tokenizer of a hub id, a folder, or 'toy'; of an adapter without one, that of its model. Raises UserError."""
     if name == 'toy':
         return toy.tokenizer()
-    saved, base = lora.split(name)
-    if not saved or not list(saved.folder.glob('*token*')):
+    # an adapter may come with a tokenizer of its own, or with none
+    saved, base = lora.adapter_and_base(name)
+    adapter_has_tokenizer = saved is not None and any(saved.folder.glob('*token*'))
+    if not adapter_has_tokenizer:
         name = base
     hub.check_there(name)
     if not trust_remote_code:
         _check_code(name)
-    # they are read whole
+    # chat templates are read into memory whole
     for file in Path(name).rglob('*.jinja'):
-        if (size := file.stat().st_size) > LONGEST_TEMPLATE:
-            raise UserError(
-                f'{file} has {size:,} bytes, and {LONGEST_TEMPLATE:,} are the limit: is it a chat template?'
-            )
+        size, limit = file.stat().st_size, LONGEST_TEMPLATE
+        if size > limit:
+            raise UserError(f'{file} has {size:,} bytes, and {limit:,} are the limit: is it a chat template?')
+    # without a tokenizer the library raises OSError, ValueError, KeyError or errors of its own
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the library raises OSError, ValueError, KeyError and its own for a missing tokenizer
-        whole = 'beside the model there must be a whole tokenizer.json'
-        raise UserError(f'no tokenizer in {name!r} ({hub.first_line(error)}): {whole}') from None
+    except Exception as error:
+        wanted = 'beside the model there must be a whole tokenizer.json'
+        raise UserError(f'no tokenizer in {name!r} ({hub.first_line(error)}): {wanted}') from None
     if tokenizer.eos_token_id is None:
         raise UserError(f'the tokenizer of {name!r} has no end of text: set eos_token in its tokenizer_config.json')
     return tokenizer
 
 
 def separate_pad(tokenizer):
-    """Give the tokenizer a pad token that is not its end of text, on the right.
+    """Give a tokenizer a pad token that is not its end of text, let it pad on the right, and return it.
 
     transformers reads a score at the last token that is not padding, and that must be the end of text."""
+    # most language models come without a pad token, or name their end of text as one
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({'pad_token': '<|pad|>'})
     tokenizer.padding_side = 'right'
@@ -307,7 +346,7 @@ def separate_pad(tokenizer):
 
 
 def check_tokenizer(tokenizer, model, name):
-    """Raise UserError where the tokenizer can produce ids that the model has no embedding for."""
+    """Raise UserError where the tokenizer has ids for which the model (called name) has no row in its embedding."""
     rows = core(model).get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         last = f'the last, {tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)}, has no row'
@@ -316,17 +355,21 @@ def check_tokenizer(tokenizer, model, name):
 
 
 def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
-    """Raise UserError where ids that the tokenizer of model writes mean other tokens to a reference, critic or reward model.
+    """Raise UserError where another model would read the ids of the policy's tokenizer as other tokens.
 
-    other: its tokenizer, or its name, of a folder that may lack one; what: how to call it."""
+    tokenizer: the policy's; model: the policy's name; other: the other model's tokenizer, or its name; what: how a message
+    calls the other model, which is a reference, critic or reward model. A folder without a tokenizer only gets a note."""
     if isinstance(other, str):
         if other == model:
             return
-        if Path(other).is_dir() and not list(Path(other).glob('*token*')) and not lora.find(other):
-            return say_once(f'note: {what} comes without a tokenizer: it must read the tokens of {model}')
+        is_folder_without = Path(other).is_dir() and not any(Path(other).glob('*token*'))
+        if is_folder_without and not lora.find(other):
+            say_once(f'note: {what} comes without a tokenizer: it must read the tokens of {model}')
+            return
         other = load_tokenizer(other, trust_remote_code)
-    known = other.get_vocab()
-    wrong = [token for token, i in tokenizer.get_vocab().items() if known.get(token) != i]
+    # the other model may know further tokens
+    other_ids = other.get_vocab()
+    wrong = [token for token, i in tokenizer.get_vocab().items() if other_ids.get(token) != i]
     if wrong:
         found = f'{what} reads other tokens than the model {model} writes: {len(wrong)} differ, such as {wrong[0]!r}'
         raise UserError(f'{found}: name one with the same tokenizer')
@@ -334,40 +377,48 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
 
 # ---- what a model folder holds ----
 
-LONGEST_TEMPLATE = 4_000_000  # bytes of a chat template's file
-# the files that decide what a folder holds
+# the endings of files that decide what a folder holds
 DECISIVE = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
 
 
 def kept_in(name):
-    """What most weights of a model's file are: 'float32', 'bfloat16' or 'float16'."""
-    _, base = lora.split(name)
+    """Return the type that most weights in a model's file have: 'float32', 'bfloat16' or 'float16'. 'float32' without a file."""
+    _, base = lora.adapter_and_base(name)
     file = hub.file_of(base, 'model.safetensors') or hub.file_of(base, 'model.safetensors.index.json')
     if file is None:
         return 'float32'
-    weights = get_local_safetensors_metadata(Path(file).parent).parameter_count
-    return {'BF16': 'bfloat16', 'F16': 'float16'}.get(max(weights, key=weights.get), 'float32')
+    # counted in weights, not in tensors: norms are often kept in another type
+    counts = get_local_safetensors_metadata(Path(file).parent).parameter_count
+    most_common = max(counts, key=counts.get)
+    return {'BF16': 'bfloat16', 'F16': 'float16'}.get(most_common, 'float32')
 
 
 def fingerprints(config):
-    """Hash the models that options name: option -> {file: SHA-256}, or {'commit': hash} for a hub id that has been loaded."""
+    """Return hashes of the models that the options of a config name, so that a resumed run can see whether they are the same.
+
+    option -> {file: SHA-256} for a folder, {'commit': hash} for a hub id that has been loaded. Others are left out."""
     found = {}
     for option in MODELS:
         name = config.get(option)
         if name in NO_MODEL:
             continue
-        # an adapter has files of its own, and those of its model
-        saved, base = lora.split(name)
-        hashes = _hashes(saved.folder) | _hashes(base, 'base/') if saved else _hashes(name)
+        saved, base = lora.adapter_and_base(name)
+        if saved is None:
+            hashes = _hashes(name)
+        else:
+            # files of the adapter, and files of its model under base/
+            hashes = _hashes(saved.folder) | _hashes(base, prefix='base/')
+        # a folder without such files is noted, too
         if hashes or os.path.isdir(name):
             found[option] = hashes
     return found
 
 
-def _hashes(place, prefix=''):
-    """name -> hash of each file of a folder that decides what it holds, or of the commit of a hub id."""
-    if os.path.isdir(place):
-        files = [file for file in sorted(Path(place).iterdir()) if file.suffix in DECISIVE and file.is_file()]
+def _hashes(name, prefix=''):
+    """Return {prefix + file: SHA-256} of a folder, {prefix + 'commit': hash} of a hub id, or {} where its commit is unknown."""
+    if os.path.isdir(name):
+        files = [file for file in sorted(Path(name).iterdir()) if file.suffix in DECISIVE and file.is_file()]
         return {prefix + file.name: file_hash(file) for file in files}
-    commit = getattr(_read.get(place), '_commit_hash', None)
+    # transformers notes the commit in the config that it has fetched
+    commit = getattr(_configs.get(name), '_commit_hash', None)
     return {f'{prefix}commit': commit} if commit else {}

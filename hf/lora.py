@@ -1,8 +1,8 @@
-"""LoRA adapters (arXiv 2106.09685): new ones that train, and saved ones, in PEFT's format, in the place of a model.
+"""LoRA adapters (arXiv 2106.09685) of a model, by PEFT and in PEFT's format: new ones, and ones that an earlier run has saved.
 
-They train beside linear layers, and the model stays as it is. So the policy without its adapters is the model before training, its
-own reference: a second one is not loaded. A saved adapter that goes on has a frozen copy beside it, and that is the reference.
-lora_dropout acts inside the adapters, in forwards that record a graph: a step is then not the same on another number of ranks."""
+Adapters train beside linear layers, and the model itself stays frozen. Without its adapters the policy is the model before
+training, so it is its own reference. Where a saved adapter goes on training, a frozen copy of it serves as the reference.
+Without --lora_rank a saved adapter is merged into its model. A step with lora_dropout depends on the number of ranks."""
 
 import contextlib
 import hashlib
@@ -23,17 +23,20 @@ from model import blocks, core
 from runtime import hub
 from runtime.files import file_hash, say_once
 
-COPY = 'reference'  # PEFT's name for the frozen copy; the adapter that trains is 'default'
-CONFIG, WEIGHTS, BASE_HASH = 'adapter_config.json', 'adapter_model.safetensors', 'base_model.sha256'
-# the options of a saved adapter: must be one of these, PEFT heeds them or they change nothing; any other must be off
-KNOWN = {
+COPY = 'reference'  # PEFT's name of the frozen copy of an adapter; the adapter that trains is called 'default'
+CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'  # PEFT's names of an adapter's two files
+BASE_HASH = 'base_model.sha256'  # our own third file: the hash of the model that the adapter was trained on
+# options of adapter_config.json that must have one of these values; one that is missing counts as None
+ALLOWED_VALUES = {
     'peft_type': ('LORA',),
     'task_type': (None, 'CAUSAL_LM', 'SEQ_CLS'),
     'init_lora_weights': (None, True, False, 'gaussian'),
 }
-TAKEN = set('alpha_pattern auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode layers_pattern '
-            'layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save peft_version qalora_group_size r '
-            'rank_pattern target_modules use_rslora'.split())  # fmt: skip
+# options that may have any value: PEFT obeys them, or they change nothing
+ANY_VALUE = set('alpha_pattern auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode layers_pattern '
+                'layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save peft_version qalora_group_size r '
+                'rank_pattern target_modules use_rslora'.split())  # fmt: skip
+# any other option turns on another kind of adapter, unless it has one of these values
 OFF = (None, False, 'none', [], {})
 WAY_OUT = 'name the whole model (of a run: the folder model beside it), or merge it with PEFT: merge_and_unload()'
 
@@ -41,121 +44,139 @@ WAY_OUT = 'name the whole model (of a run: the folder model beside it), or merge
 
 
 class Saved(NamedTuple):
-    """An adapter that can be used here."""
+    """A saved adapter that can be used here."""
 
     name: str  # a folder, or a hub id
     folder: Path
     base: str  # the model that it belongs to: a folder, or a hub id
     options: dict  # its adapter_config.json
     rank: int
-    scores: bool  # whether it makes a reward model, not a language model
+    scores: bool  # whether it makes a reward model of its base, not a language model
 
 
-_found = {}  # by name: the export at the end of a run needs them, and the folder may be gone by then
+_found = {}  # name -> Saved or None; the export at the end of a run asks again, and the folder may be gone by then
 
 
 def find(name):
-    """The adapter that a folder or a hub id holds, as Saved; None where it holds none. Raises UserError where it is of no use."""
+    """Return the adapter in a folder or of a hub id as Saved, or None if there is none. Raises UserError if it cannot be used."""
     if os.path.exists(name) or name not in _found:
         file = hub.file_of(name, CONFIG)
         _found[name] = _read(name, Path(file)) if file else None
     return _found[name]
 
 
-def split(name):
-    """(The adapter under this name or None, the model that it belongs to or name itself)."""
+def adapter_and_base(name):
+    """Return (the adapter of this name, the name of its base model), or (None, name) where name is a model itself."""
     saved = find(name)
-    return saved, saved.base if saved else name
+    base = saved.base if saved else name
+    return saved, base
 
 
 def _read(name, file):
-    """The Saved of an adapter_config.json. Raises UserError where the adapter is of another kind, or its model is missing."""
-    options, folder = hub.read_dict(name, CONFIG), file.parent
-    rank, alpha, base = options.get('r'), options.get('lora_alpha'), options.get('base_model_name_or_path')
+    """Return the Saved of an adapter. name: its folder or hub id; file: the path of its adapter_config.json.
+
+    Raises UserError where the adapter is incomplete or of another kind, or where its base model is missing."""
+    options = hub.read_dict(name, CONFIG)
+    rank, alpha, base = (options.get(key) for key in ('r', 'lora_alpha', 'base_model_name_or_path'))
     has_rank = type(rank) is int and rank > 0
-    if not has_rank or type(alpha) not in (int, float) or type(base) is not str or not base:
+    has_alpha = type(alpha) in (int, float)
+    has_base = type(base) is str and base != ''
+    if not (has_rank and has_alpha and has_base):
         raise UserError(f'{CONFIG} of the adapter {name!r} does not say its r, its lora_alpha and its model: {WAY_OUT}')
-    # kinds that compute something else, or that have changed their base model before training
-    odd = []
-    for key, value in (dict.fromkeys(KNOWN) | options).items():
-        if key not in TAKEN and value not in KNOWN.get(key, OFF):
-            odd.append(f'{key}={value!r}'[:100])
-    if odd:
-        raise UserError(f'the adapter {name!r} has {", ".join(odd)}, which is not supported here: {WAY_OUT}')
+    # other kinds of adapters compute something else, or have changed their base model before training
+    unsupported = []
+    with_missing = dict.fromkeys(ALLOWED_VALUES) | options
+    for key, value in with_missing.items():
+        allowed_values = ALLOWED_VALUES.get(key, OFF)
+        if key not in ANY_VALUE and value not in allowed_values:
+            unsupported.append(f'{key}={value!r}'[:100])
+    if unsupported:
+        raise UserError(f'the adapter {name!r} has {", ".join(unsupported)}, which is not supported here: {WAY_OUT}')
     if hub.file_of(name, WEIGHTS) is None:
         raise UserError(f'the adapter {name!r} has no {WEIGHTS}: save it as safetensors')
 
-    # a path counts from the working directory, as it does for PEFT, or else from the adapter's folder
-    beside = os.path.normpath(folder / base)
-    if not os.path.exists(base) and os.path.exists(beside):
-        base = beside
+    # a path of the base model counts from the working directory, as for PEFT, or else from the adapter's folder
+    from_adapter = os.path.normpath(file.parent / base)
+    if not os.path.exists(base) and os.path.exists(from_adapter):
+        base = from_adapter
     try:
         hub.check_there(base)
     except UserError as error:
         raise UserError(f'the model of the adapter {name!r} is missing: {error}') from None
-    return Saved(name, folder, base, options, rank, scores=options.get('task_type') == 'SEQ_CLS')
+    return Saved(name, file.parent, base, options, rank, scores=options.get('task_type') == 'SEQ_CLS')
 
 
-def content(folder):
-    """Hash a folder's weights and config, of an adapter its model's, too: what two models gave never mixes. None: no folder."""
+def weights_hash(folder):
+    """Return a hash of a folder's weights and config, with those of an adapter's base model. None: folder is no folder here."""
     if not folder or not os.path.isdir(folder):
         return None
-    saved, base = split(folder)
-    patterns = ('*.safetensors', 'config.json', CONFIG)
-    files = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
-    hashes = ''.join(file_hash(file) for file in files) + (saved and content(base) or '')
-    return hashlib.sha256(bytes.fromhex(hashes)).hexdigest()[:16]
+    files = [file for pattern in ('*.safetensors', 'config.json', CONFIG) for file in Path(folder).glob(pattern)]
+    hashes = [file_hash(file) for file in sorted(files)]
+    saved, base = adapter_and_base(folder)
+    if saved:
+        # None, and so left out, for a base on the hub
+        hashes.append(weights_hash(base) or '')
+    return hashlib.sha256(bytes.fromhex(''.join(hashes))).hexdigest()[:16]
 
 
-def _fill(model, saved, name='default'):
-    """Put the weights of a saved adapter into the adapter of this name of a PeftModel. Raises UserError where they do not fit."""
+def _load_weights(model, saved, adapter_name='default'):
+    """Load a saved adapter into the adapter of this name of a PeftModel. Raises UserError where its weights do not fit.
+
+    A warning says where the base model is not the one that the adapter was trained on: wherever shapes agree, it loads."""
     import peft
 
-    result = peft.set_peft_model_state_dict(model, load_file(hub.file_of(saved.name, WEIGHTS)), adapter_name=name)
-    missing = [key for key in result.missing_keys if f'.{name}.' in key]
-    for what, keys in ('lacks', missing), ('has, without a place in its model,', result.unexpected_keys):
+    weights = load_file(hub.file_of(saved.name, WEIGHTS))
+    result = peft.set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+    # PEFT counts the base model's weights as missing, too: those of this adapter have its name in their path
+    missing = [key for key in result.missing_keys if f'.{adapter_name}.' in key]
+    for problem, keys in ('lacks', missing), ('has, without a place in its model,', result.unexpected_keys):
         if keys:
-            raise UserError(f'the adapter {saved.name!r} {what} weights: {", ".join(sorted(keys)[:3])}')
-    # another model of the same shape fits as well
-    trained_on = saved.folder / BASE_HASH
-    if name == 'default' and trained_on.exists() and trained_on.read_text() != content(saved.base):
+            raise UserError(f'the adapter {saved.name!r} {problem} weights: {", ".join(sorted(keys)[:3])}')
+    # the hash is checked once, not for the frozen copy again; adapters of other programs come without one
+    hash_file = saved.folder / BASE_HASH
+    if adapter_name == 'default' and hash_file.exists() and hash_file.read_text() != weights_hash(saved.base):
         other = f'is not the model that the adapter {saved.name} was trained on'
         say_once(f'warning: {saved.base} {other}: its weights differ')
 
 
-def merge(model, saved, empty):
-    """The model with its adapter merged into the weights, all of which train. empty: it has no weights, so nothing changes."""
+def _merge_saved(model, saved, empty):
+    """Return the model with a saved adapter merged into its weights, which all train. empty: it has no weights to change yet."""
     say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
     if empty:
         return model
     settings = _settings(model, saved)
-    settings.task_type = None  # a classifier may have an adapter that was made for a language model
+    # a reward model may begin from the adapter of a language model, which is made for another task
+    settings.task_type = None
     wrapped = _peft_model(model, settings, seed=0)
-    # what changes a head must not change the embedding that it is, nor the other way round
+    # where head and embedding are one tensor, an adapter on one of them must not change the other
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in ends):
         separate(wrapped)
-    _fill(wrapped, saved)
+    _load_weights(wrapped, saved)
+    # PEFT warns that head and embedding are two tensors now: that is meant, and describe_ties tells the config
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # that head and embedding are two now, which the config will say
+        warnings.simplefilter('ignore')
         model = wrapped.merge_and_unload()
     describe_ties(model)
     return model.requires_grad_(True)
 
 
-def _peft_model(model, settings, seed, copy=None):
-    """A PeftModel in eval mode, its adapter drawn from seed. settings: PEFT's; copy: the name of a second adapter."""
+def _peft_model(model, settings, seed, with_copy=False):
+    """Return a PeftModel in eval mode, whose adapter trains and is drawn from seed. with_copy: with a second, frozen one, COPY.
+
+    settings: a peft.LoraConfig, which is changed."""
     import peft
 
+    # a saved LoraConfig says that its adapter is for inference, and PEFT would freeze it
     settings.inference_mode = False
-    # PEFT calls what transformers has renamed, and warns of it
+    # PEFT calls a function that transformers has renamed, and warns of it
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*gradient_checkpointing. is deprecated')
         torch.manual_seed(seed)
         model = peft.get_peft_model(model, settings)
-        if copy:
-            model.add_adapter(copy, settings)
-            model.set_adapter('default')  # the copy does not train
+        if with_copy:
+            model.add_adapter(COPY, settings)
+            model.set_adapter('default')  # only the active adapter trains
     return model.eval()
 
 
@@ -163,12 +184,15 @@ def _peft_model(model, settings, seed, copy=None):
 
 
 def options(config):
-    """What load_model's adapters= takes, from a script's lora_ options; None where lora_rank is None. Raises UserError."""
+    """Return the adapters that a script's options ask for: None without lora_rank, else a dict for load_model.
+
+    The dict has rank, alpha, dropout, targets and quantize. Where a saved adapter goes on, its alpha is put into config.
+    Raises UserError where options do not go together."""
     quantize.check(config)
     if config['lora_rank'] is None:
         config.ignored(['lora_alpha', 'lora_dropout', 'lora_targets'], 'there is no --lora_rank')
         return None
-    # a saved one goes on with the rank, alpha and layers that it has
+    # a saved adapter goes on with the rank, alpha and layers that it has
     saved = find(config['model'])
     if saved and config['lora_rank'] != saved.rank:
         ways = f'--lora_rank={saved.rank} goes on with it, and without --lora_rank it is merged and all weights train'
@@ -176,119 +200,153 @@ def options(config):
     if saved:
         config.ignored(['lora_alpha', 'lora_targets'], f'the adapter {saved.name!r} goes on with its own')
         config['lora_alpha'] = float(saved.options['lora_alpha'])
-    names = ('rank', 'alpha', 'dropout', 'targets')
-    return {name: config[f'lora_{name}'] for name in names} | {'quantize': config['quantize']}
+    adapters = {name: config[f'lora_{name}'] for name in ('rank', 'alpha', 'dropout', 'targets')}
+    adapters['quantize'] = config['quantize']
+    return adapters
 
 
 def of_reference(config, adapters):
-    """What load_model's adapters= takes for the reference: what the policy has, where that is not the model as it is."""
-    differs = config['quantize'] or find(config['model'])
-    return adapters if differs and config['ref_model'] is None else None
+    """Return the adapters to load the reference with: None for a plain model, or the policy's.
+
+    The policy's are needed where it begins from more than a plain model: weights of 4 bits, or a saved adapter. Adapters_off
+    then makes of both models what the policy began from."""
+    begins_plain = not config['quantize'] and not find(config['model'])
+    if begins_plain or config['ref_model'] is not None:
+        return None
+    return adapters
 
 
 def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
-    """The model in eval mode, with what adapters= of load_model asks for. Raises UserError.
+    """Return a model in eval mode, with its adapters: the last step of loading. Raises UserError where they do not fit.
 
-    None: a saved adapter is merged. Else a PeftModel whose adapters train, the saved one or new ones, and the head of a reward
-    model: x -> layer(x) + alpha / rank * B A x, where B begins as 0 and A is drawn from seed; targets: names of linear layers in
-    the blocks, such as 'q_proj v_proj', or None for all. empty: the model has no weights."""
+    saved: the Saved that load_model was asked for, or None; adapters: what options returned; empty: the model has no weights.
+    Without adapters a saved one is merged. With adapters a PeftModel is returned, in which the saved one or new ones train,
+    and the head of a reward model: x -> layer(x) + alpha / rank * B A x, where B begins as 0 and A is drawn from seed."""
     model.eval()
     if not adapters:
-        return merge(model, saved, empty) if saved else model
-    scores, dropout = hasattr(model, 'score'), adapters['dropout']
+        return _merge_saved(model, saved, empty) if saved else model
+    dropout = adapters['dropout']
+    scores = hasattr(model, 'score')
     settings = _settings(model, saved, adapters)
     settings.lora_dropout = dropout
     settings.task_type = 'SEQ_CLS' if scores else 'CAUSAL_LM'
-    # of a saved adapter of a language model a frozen copy lies beside it
-    model = _peft_model(model, settings, seed, copy=COPY if saved and not scores else None)
+    # a frozen copy of a saved adapter becomes the reference; reward models train without one
+    with_copy = saved is not None and not scores
+    model = _peft_model(model, settings, seed, with_copy)
     if saved:
-        _check_goes_on(core(model), saved)
+        _check_can_go_on(core(model), saved)
         if not empty:
-            for name in model.peft_config:
-                _fill(model, saved, name)
-        reference = '' if scores else ', and the reference is what it is now'
+            for adapter_name in model.peft_config:
+                _load_weights(model, saved, adapter_name)
+        reference = ', and the reference is what it is now' if with_copy else ''
         say_once(f'adapter: {saved.name}, rank {saved.rank}, goes on in its model {saved.base}{reference}')
-    # the model stays in eval mode: dropout is on where a graph is recorded
-    for name, module in model.named_modules():
-        if name.endswith('lora_dropout.default') and dropout:
-            module.forward = lambda x: F.dropout(x, dropout, training=torch.is_grad_enabled())
+
+    def drop(x):
+        """Dropout in training only, where a graph is recorded: the model itself stays in eval mode."""
+        return F.dropout(x, dropout, training=torch.is_grad_enabled())
+
+    if dropout:
+        for path, module in model.named_modules():
+            if path.endswith('lora_dropout.default'):
+                module.forward = drop
     return quantize.quantize(model) if adapters.get('quantize') else model
 
 
 def _settings(model, saved, adapters=None):
-    """PEFT's options of a saved adapter, or (None) of new ones."""
+    """Return the peft.LoraConfig of a saved adapter or, where saved is None, of new adapters in the model's blocks.
+
+    adapters: rank, alpha, and targets, which are names of linear layers such as 'q_proj v_proj', or None for all. Raises
+    UserError where a target is no such layer."""
     import peft
 
     if saved:
         return peft.LoraConfig.from_pretrained(str(saved.folder))
-    # linear layers in the blocks, by the last part of their paths
-    inside = {m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
-    last = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}
-    known = sorted({last[path] for path, m in model.named_modules() if m in inside})
+    # a target is the last part of a layer's path, such as q_proj of model.layers.0.self_attn.q_proj
+    linear = {m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    last_part = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}
+    known = sorted({last_part[path] for path, module in model.named_modules() if module in linear})
     targets, wanted = adapters['targets'], known
     if targets is not None:
         wanted = targets.replace(',', ' ').split()
     if not wanted or set(wanted) - set(known):
         there = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {there}')
+    # PEFT looks at names alone, so layers outside the blocks that share a name are excluded by their paths
+    outside = [path for path, module in model.named_modules() if last_part[path] in wanted and module not in linear]
     return peft.LoraConfig(
         r=adapters['rank'],
         lora_alpha=adapters['alpha'],
         target_modules=wanted,
-        # what has such a name outside the blocks gets no adapter
-        exclude_modules=[path for path, m in model.named_modules() if last[path] in wanted and m not in inside] or None,
+        exclude_modules=outside or None,
+        # the head of a reward model is new, and trains as a whole
         modules_to_save=['score'] if hasattr(model, 'score') else None,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in inside),  # GPT-2's layers have their weights transposed
+        # GPT-2's linear layers (Conv1D) have their weights transposed
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear),
     )
 
 
-def _check_goes_on(model, saved):
-    """Refuse a saved adapter on what is outside the blocks, or without the head of a reward model, which trains whole."""
-    inside = {m for block in blocks(model) for m in block.modules()}
-    # the packed forward asks for no adapter on a head
-    outside = [path for path, m in model.named_modules() if hasattr(m, 'lora_A') and m not in inside]
-    outside += sorted({*(saved.options.get('modules_to_save') or ())} - {'classifier', 'score'})
-    wrong = f'changes {outside[0]}, outside the blocks' if outside else None
-    if hasattr(model, 'score') != saved.scores:
-        wrong = 'is of a language model, and a reward model has another head'
-    if wrong:
-        raise UserError(f'the adapter {saved.name!r} {wrong}: leave out --lora_rank, which merges it')
+def _check_can_go_on(model, saved):
+    """Raise UserError where a saved adapter can be merged, but cannot go on training. model: the one inside the PeftModel.
+
+    Outside the blocks it may change nothing but the head of a reward model, and a reward model needs the adapter's head."""
+    inside = {module for block in blocks(model) for module in block.modules()}
+    # an adapter on the head would have no effect: model.hidden_and_head reads the head's weight without calling the layer
+    outside = [path for path, module in model.named_modules() if hasattr(module, 'lora_A') and module not in inside]
+    # modules that train as a whole; PEFT adds these two names for the head of every reward model
+    outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
+    problem = f'changes {outside[0]}, outside the blocks' if outside else None
+    # the other way round, a reward model's adapter for a language model, load_model has refused before
+    if hasattr(model, 'score') and not saved.scores:
+        problem = 'is of a language model, and a reward model has another head'
+    if problem:
+        raise UserError(f'the adapter {saved.name!r} {problem}: leave out --lora_rank, which merges it')
 
 
 def present(model):
-    """Whether the model has adapters."""
+    """Return whether the model has adapters, which makes it a PeftModel."""
     return core(model) is not model
 
 
 @contextlib.contextmanager
 def adapters_off(model):
-    """The model (or None) before training, bit by bit, for a while: without adapters, or with the copy of one that goes on."""
-    layers = [m for m in model.modules() if hasattr(m, 'lora_A')] if model else []
-    # PEFT's own contexts also turn requires_grad off and on, in whichever copy FSDP shows just then
-    for m in layers:
-        m._disable_adapters, m._active_adapter = COPY not in m.lora_A, [COPY]
+    """For a while, let a model compute bit by bit what it computed before training: without adapters, or with the frozen COPY.
+
+    A model without adapters stays as it is; None is taken, too."""
+    layers = [module for module in model.modules() if hasattr(module, 'lora_A')] if model else []
+    # set by hand: PEFT's own contexts also switch requires_grad, and under FSDP on gathered copies of the parameters
+    for layer in layers:
+        has_copy = COPY in layer.lora_A
+        layer._disable_adapters = not has_copy
+        layer._active_adapter = [COPY]
     try:
         yield
     finally:
-        for m in layers:
-            m._disable_adapters, m._active_adapter = False, ['default']
+        for layer in layers:
+            layer._disable_adapters, layer._active_adapter = False, ['default']
 
 
 def write(model, weights, folder):
-    """Write trained weights (name -> tensor) of a freshly made PeftModel as an adapter folder. Returns the model with them merged."""
+    """Load trained weights (name -> tensor) into a freshly made PeftModel, and write its adapter into a folder."""
+    # strict=False: the frozen weights are not among the trained ones
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
     model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=['default'])
-    (folder / 'README.md').unlink()  # PEFT's, with nothing but gaps
-    base = content(model.peft_config['default'].base_model_name_or_path)
-    if base:
-        (folder / BASE_HASH).write_text(base)
+    (folder / 'README.md').unlink()  # a form by PEFT, with nothing filled in
+    # with it, _load_weights notices when the base model has changed; a base on the hub has no hash
+    base_hash = weights_hash(model.peft_config['default'].base_model_name_or_path)
+    if base_hash is not None:
+        (folder / BASE_HASH).write_text(base_hash)
+
+
+def merged(model):
+    """Merge the adapter of a PeftModel into its weights, in place, and return the transformers model inside."""
     return quantize.dequantize(model).merge_and_unload()
 
 
 def describe(model):
-    """One line for the screen: how many weights train, in which layers."""
-    trained, every = model.get_nb_trainable_parameters()
-    every += quantize.packed_weights(model)
-    layers = sorted({path.rpartition('.')[2] for path, m in model.named_modules() if hasattr(m, 'lora_A')})
-    return f'LoRA: {trained:,} of {every:,} weights train, on {" ".join(layers)}'
+    """Return one line for the screen: how many weights of a PeftModel train, of how many, and in which layers."""
+    trained, total = model.get_nb_trainable_parameters()
+    # weights of 4 bits are no parameters: PEFT has not counted them
+    total += quantize.packed_weights(model)
+    layers = sorted({path.rpartition('.')[2] for path, module in model.named_modules() if hasattr(module, 'lora_A')})
+    return f'LoRA: {trained:,} of {total:,} weights train, on {" ".join(layers)}'

@@ -3,9 +3,12 @@
     def exact_match(prompts, responses, rows):
         return [float(response.strip() == row['answer']) for response, row in zip(responses, rows)]
 
-prompts: text or messages, as the data has them; responses: text; rows: each prompt's row, a dict of all its columns. A function
-gives a number for every response. It runs in this process, on all answers of a round at once, or in worker processes, one answer
-a call, within a time limit. This file is a worker's script, too, so it imports no torch.
+The three lists have an element for each answer. prompts: text or messages, as the data has them; responses: text; rows: the prompt's
+row, a dict of all its columns. A function returns a number for every response. It runs in this process, in one call for all answers
+of a round, or in worker processes, one answer a call, where a call can have a time limit.
+
+ppo.py (by way of rewards.py) and sample.py call parse, then score. Worker processes run this file as a script: so it imports no
+torch, which would take seconds.
 """
 
 import asyncio
@@ -35,98 +38,126 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Part(NamedTuple):
-    """One summand of --reward. name: in the log. what: a function's name, or a model; file: the function's, None of a model."""
+    """One summand of --reward: a function, or a reward model."""
 
-    name: str
+    name: str  # what the log calls it
     weight: float
-    what: str
-    file: str | None = None
+    function_or_model: str  # the function's name; or a model's folder or hub id, or 'gold'
+    file: str | None = None  # the function's file; None: this is a model
+
+    @property
+    def is_function(self):
+        """Whether this is a function of the user's own, not a model."""
+        return self.file is not None
 
     def __str__(self):
-        return f'{self.what} of {self.file}' if self.file else self.what
+        """How messages call it."""
+        if self.is_function:
+            return f'{self.function_or_model} of {self.file}'
+        return self.function_or_model
 
 
 class Failed(Exception):
-    """Why a function gives no number, as a sentence without its subject."""
+    """A function gives no number. The message says why, such as 'it returned None, where ...'."""
 
 
 # ---- the option ----
 
 
-def asked_for(config, eval_data):
-    """The Parts that --reward or --reward_model of ppo.py asks for. Raises UserError."""
-    reward, model = config.reward, config.reward_model
+def parts_of_options(config, eval_data):
+    """Return the Parts that ppo.py's --reward or --reward_model names. Without both, which --offline allows, they are [].
+
+    If one Part is a model, config.reward_model is set to it. Raises UserError for options that do not go together, such as
+    --reward_timeout without a function."""
+    reward = config.reward
+    model = config.reward_model
+    text = reward or model
     if reward and model:
         raise UserError(f"--reward and --reward_model both score: write one sum, --reward='{reward} + {model}'")
-    if not (reward or model or config.offline):
+    if not text and not config.offline:
         hint = '--reward=FILE.py:FUNCTION, or --reward_model=FOLDER (of reward.py), or gold for the toy world'
         raise UserError(f'nothing scores the answers: give {hint}')
-    parts = parse(reward or model) if reward or model else []
-    models = [part.what for part in parts if not part.file]
-    if 'gold' in models and {config.data, eval_data or config.data} != {'toy'}:
+    parts = parse(text) if text else []
+
+    # the gold reward is defined for the toy world's prompts alone
+    models = [part.function_or_model for part in parts if not part.is_function]
+    data_sets = {config.data}
+    if eval_data:
+        data_sets.add(eval_data)
+    if 'gold' in models and data_sets != {'toy'}:
         raise UserError('the reward gold is known for --data=toy alone: give a function, or a folder of reward.py')
-    # a resumed run checks that the files of a reward model are the same
+    # checkpoints keep hashes of the files that this option names: a resumed run is refused if they have changed
     if len(models) == 1:
         config['reward_model'] = models[0]
-    if len(models) == len(parts):
+    has_function = len(models) < len(parts)
+    if not has_function:
         config.ignored(['reward_workers', 'reward_timeout'], 'no function of your own is in --reward')
     return parts
 
 
 def parse(text):
-    """The Parts of 'a.py:f*1 + b.py:g*0.2 + out/reward/model'. Raises UserError."""
+    """Return the Parts of a sum such as 'a.py:f*1 + b.py:g*0.2 + out/reward/model'. A weight that is not given is 1.
+
+    Files of functions are loaded here already, so that a mistake in them ends the run early. Raises UserError."""
     parts = []
     for term in text.split('+'):
-        what, star, weight = term.partition('*')
-        what = what.strip()
+        scorer, star, weight_text = term.partition('*')
+        scorer = scorer.strip()
         try:
-            weight = float(weight) if star else 1.0
+            weight = float(weight_text) if star else 1.0
         except ValueError:
             weight = math.nan
-        if not what or not math.isfinite(weight):
+        if not scorer or not math.isfinite(weight):
             raise UserError(f"--reward: cannot read {term.strip()!r}: write 'a.py:f*1 + b.py:g*0.2 + out/reward/model'")
-        parts.append(_part(what, weight))
+        parts.append(_make_part(scorer, weight))
 
-    # names in the log are different ones
     names = [part.name for part in parts]
     for i, part in enumerate(parts):
+        # where two have one name, it gets the part's place in the sum behind it: f_1, f_3
         if names.count(part.name) > 1:
             parts[i] = part._replace(name=f'{part.name}_{i + 1}')
-        # one rank calls the functions, and says their mistakes now
-        if part.file and main_rank():
-            load(part.file, part.what)
+        # rank 0 alone calls functions, so it alone loads them
+        if part.is_function and main_rank():
+            load_function(part.file, part.function_or_model)
     return parts
 
 
-def _part(what, weight):
-    """The Part of FILE.py:FUNCTION, whose file lies here or in the project's folder, or of a model. Raises UserError."""
-    if '.py:' not in f'{what}:':
-        # a run's folder stands for the model in it
-        inside = f'{what}/model'
-        what = inside if os.path.exists(f'{inside}/config.json') else what
-        return Part(Path(what.removesuffix('/model')).name, weight, what)
-    file, _, name = what.partition('.py:')
+def _make_part(scorer, weight):
+    """Return the Part of a scorer: FILE.py:FUNCTION, or a model's folder or hub id, or 'gold'. Raises UserError.
+
+    A relative FILE.py is looked for in the current folder, then in the project's."""
+    # with a colon added, because FILE.py without a function is a file, too: it is refused below
+    is_function = '.py:' in f'{scorer}:'
+    if not is_function:
+        # the folder of a training run stands for the model in it
+        inside = f'{scorer}/model'
+        model = inside if os.path.exists(f'{inside}/config.json') else scorer
+        name = Path(model.removesuffix('/model')).name
+        return Part(name, weight, model)
+
+    file, _, name = scorer.partition('.py:')
     file = file.removesuffix('.py') + '.py'
     path = Path(file).expanduser()
-    places = [place for place in (Path.cwd() / path, ROOT / path) if place.is_file()]
-    if not places:
+    existing = [place for place in (Path.cwd() / path, ROOT / path) if place.is_file()]
+    if not existing:
         here = f'there is no file {file} in {Path.cwd()}'
         raise UserError(f'--reward: {here}: give its path from there, or the whole path')
     if not name.isidentifier():
         raise UserError(f'--reward: say which function of {file}: {file}:NAME')
-    return Part(name, weight, name, str(places[0]))
+    return Part(name, weight, name, str(existing[0]))
 
 
 @cache
-def load(file, name):
-    """The function of this name in a file, which may import its neighbours. Raises UserError."""
-    # neighbours come behind our own modules, which no name of theirs must hide
+def load_function(file, name):
+    """Return the function of this name in a file. A file is run once, whatever the number of its functions. Raises UserError."""
+    # the file may import its neighbours. addsitedir puts their folder last in the search path, so that none hides a module of ours
     site.addsitedir(os.path.dirname(os.path.abspath(file)))
     spec = importlib.util.spec_from_file_location(f'reward {file}', file)
     module = sys.modules.get(spec.name)
     if module is None:
-        # a dataclass looks for its module there while the file is read
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        module = importlib.util.module_from_spec(spec)
+        # before the file is run, because a dataclass in it looks for its own module there
+        sys.modules[spec.name] = module
         try:
             with guard.unblocked():
                 spec.loader.exec_module(module)
@@ -136,8 +167,8 @@ def load(file, name):
 
     function = getattr(module, name, None)
     if not callable(function):
-        own = [name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != '_']
-        raise UserError(f'--reward: {file} has no function {name}; it has {", ".join(own) or "none"}')
+        others = [other for other, value in vars(module).items() if inspect.isfunction(value) and other[0] != '_']
+        raise UserError(f'--reward: {file} has no function {name}; it has {", ".join(others) or "none"}')
     return function
 
 
@@ -145,20 +176,21 @@ def load(file, name):
 
 
 def call(part, prompts, responses, rows):
-    """The numbers that a function gives for these answers. Raises Failed."""
-    function = load(part.file, part.what)
+    """Call a part's function on n answers, in this process. Return its n numbers as floats. Raises Failed."""
+    function = load_function(part.file, part.function_or_model)
     try:
         with guard.unblocked():
-            found = function(prompts, responses, rows)
-            if inspect.iscoroutine(found):
-                found = asyncio.run(found)
+            result = function(prompts, responses, rows)
+            # the function may be an async one
+            if inspect.iscoroutine(result):
+                result = asyncio.run(result)
     except (Exception, SystemExit) as error:
         raise Failed(_explained(error, part.file)) from None
 
-    # numbers of numpy and torch become those of python
-    values = found.tolist() if hasattr(found, 'tolist') else found
+    # an array of numpy, or a tensor, becomes a list, and so do numbers of theirs in a list
+    values = result.tolist() if hasattr(result, 'tolist') else result
     if not isinstance(values, list | tuple) or len(values) != len(responses):
-        raise Failed(f'it returned {shorten(repr(found), 60)}, where a list of {len(responses)} numbers is wanted')
+        raise Failed(f'it returned {shorten(repr(result), 60)}, where a list of {len(responses)} numbers is wanted')
     values = [value.item() if hasattr(value, 'item') else value for value in values]
     for value in values:
         if not isinstance(value, int | float) or not math.isfinite(value):
@@ -167,44 +199,58 @@ def call(part, prompts, responses, rows):
 
 
 def _explained(error, file):
-    """An exception in words: its kind and message, and the last line of the user's file that led to it."""
-    said = shorten(f'{type(error).__name__}: {error}', 300)
+    """Return an exception in words: its kind, its message, and the last line of the user's file in its traceback, if any."""
+    message = shorten(f'{type(error).__name__}: {error}', 300)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f'{said} (line {frames[-1].lineno}: {shorten(frames[-1].line, 100)})' if frames else said
+    if not frames:
+        return message
+    last = frames[-1]
+    return f'{message} (line {last.lineno}: {shorten(last.line, 100)})'
 
 
 # ---- all answers of a round ----
 
 
 def score(part, prompts, responses, rows, workers=None):
-    """(numbers, which were late, each (n,)) of answers by a function. workers: Workers, or None: here.
+    """Score n answers by a part's function. Return two lists of n: the numbers, and whether each call was late, whose number is 0.
 
-    A late answer, beyond the time limit, gets 0. Raises UserError with the place of the row."""
-    plain = [dict(row) for row in rows]
+    workers: the part's Workers, which call the function once for each answer. None: it is called in this process, once for all
+    answers, and never late. Raises UserError, which names the first row at which the function fails."""
+    # a row of the data is a dict that also knows its place in the file; functions get plain ones
+    plain_rows = [dict(row) for row in rows]
     if workers:
-        one_by_one = workers.threads.map(workers.ask, prompts, responses, plain)
+        results = workers.threads.map(workers.ask, prompts, responses, plain_rows)
     else:
         try:
-            return call(part, prompts, responses, plain), [False] * len(rows)
+            return call(part, prompts, responses, plain_rows), [False] * len(rows)
         except Failed as error:
-            whole = error
-        # again, one after the other, to find the row that fails
-        one_by_one = map(partial(alone, part), prompts, responses, plain)
+            failed_together = error
+        # call it again, for one answer after the other, to find the row at which it fails
+        results = map(partial(call_alone, part), prompts, responses, plain_rows)
 
-    found = []
-    for prompt, row, value in zip(prompts, rows, one_by_one, strict=True):
-        if isinstance(value, Failed):
-            where = getattr(row, 'where', '') or f'prompt {shorten(str(prompt), 80)!r}'
-            columns = f'; its columns are {", ".join(map(str, row))}' if 'KeyError' in str(value) else ''
-            raise UserError(f'--reward: {part} fails at {where}: {value}{columns}')
-        found.append(value)
+    numbers, late = [], []
+    for prompt, row, result in zip(prompts, rows, results, strict=True):
+        if isinstance(result, Failed):
+            where = getattr(row, 'where', '')
+            if not where:
+                where = f'prompt {shorten(str(prompt), 80)!r}'
+            # a KeyError is most often a misspelt column
+            hint = ''
+            if 'KeyError' in str(result):
+                hint = f'; its columns are {", ".join(map(str, row))}'
+            raise UserError(f'--reward: {part} fails at {where}: {result}{hint}')
+        is_late = result is None
+        number = 0.0 if is_late else result
+        numbers.append(number)
+        late.append(is_late)
+    # without workers this line is reached only after the call for all answers has failed
     if not workers:
-        raise UserError(f'--reward: {part}: {whole}; no answer alone makes it fail')
-    return [value or 0.0 for value in found], [value is None for value in found]
+        raise UserError(f'--reward: {part}: {failed_together}; no answer alone makes it fail')
+    return numbers, late
 
 
-def alone(part, prompt, response, row):
-    """The number for one answer, or the Failed that says why there is none."""
+def call_alone(part, prompt, response, row):
+    """Call a part's function on one answer. Return its number, or (not raise) the Failed that says why there is none."""
     try:
         (number,) = call(part, [prompt], [response], [row])
         return number
@@ -213,71 +259,81 @@ def alone(part, prompt, response, row):
 
 
 class Workers:
-    """Processes that run a function, one answer a call. timeout: seconds that a call may take; None: any."""
+    """n processes that call a part's function, one answer a call. Each has a thread here, which runs ask and waits for it.
+
+    timeout: seconds that a call may take; None: any number."""
 
     def __init__(self, part, n, timeout):
         self.part, self.timeout = part, timeout
         self.threads = ThreadPoolExecutor(n)
-        self.own = threading.local()  # a thread's process, and the pipe to it
+        # every thread sees a .worker of its own here: (its process, the pipe to it)
+        self.of_thread = threading.local()
 
     def ask(self, prompt, response, row):
-        """The number for an answer; None where it is late, Failed where there is none."""
-        if not getattr(self.own, 'worker', None):
-            self.own.worker = self._begin()
-        process, pipe = self.own.worker
+        """Have this thread's process call the function. Return its number, None if it is late, or a Failed.
+
+        A thread without a process starts one. A process that is late is killed."""
+        if not getattr(self.of_thread, 'worker', None):
+            self.of_thread.worker = self._start_worker()
+        process, pipe = self.of_thread.worker
         try:
             pipe.send((prompt, response, row))
             if pipe.poll(self.timeout):
                 return pipe.recv()
-            found = None
+            result = None
         except (EOFError, OSError):
-            found = Failed(f'its process has ended with code {process.wait()}')
+            # the function has ended the process, by os._exit or a crash
+            result = Failed(f'its process has ended with code {process.wait()}')
 
-        # it ends with all that it has begun, and the next answer gets a new one
+        # kill the process and all that it has started; the thread's next answer gets a new one
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        self.own.worker = None
-        return found
+        self.of_thread.worker = None
+        return result
 
-    def _begin(self):
-        """(a new process, the pipe to it)."""
+    def _start_worker(self):
+        """Start a process that runs _work. Return (process, our end of the pipe to it) once it has loaded the function."""
         ours, theirs = Pipe()
-        # python begins in our folder, to find its imports there, and _work goes to where we are
+        # it starts in the project's folder, where python finds our modules; _work then goes to the current folder
         command = [sys.executable, '-m', 'rl.reward_functions', str(theirs.fileno()), os.getcwd()]
-        command += [self.part.file, self.part.what]
-        # a session of its own: Ctrl-C is not for it, and what it has begun ends with it
+        command += [self.part.file, self.part.function_or_model]
+        # a session of its own: Ctrl-C does not reach it, and ask can kill it with all that it has started
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, start_new_session=True)
         theirs.close()
-        # it says when it has loaded the function, which takes time that is not the call's; or it has ended
+        # wait for 'ready', so that loading does not count as time of the first call. EOFError: it has ended, which ask will see
         with contextlib.suppress(EOFError):
             ours.recv()
         return process, ours
 
 
 def _work(fd, folder, file, name):
-    """What a worker process does until its pipe closes."""
-    pipe, part, parent = Connection(int(fd)), Part(name, 1.0, name, file), os.getppid()
-    # guard.py has blocked some signals in the parent, which this process has inherited
+    """Run a worker process: answer calls of function `name` in file, in this folder, until the pipe (number fd) closes."""
+    pipe = Connection(int(fd))
+    part = Part(name, 1.0, name, file)
+    parent = os.getppid()
+    # runtime/guard.py blocks some signals in the parent, and a child inherits that
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     os.chdir(folder)
 
-    def watch():
-        # an endless call does not outlive a parent that was killed
+    def end_with_parent():
+        # a process whose parent was killed gets another parent
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
-    load(file, name)
+    # in a thread, because the function may never return
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    load_function(file, name)
     pipe.send('ready')
     with contextlib.suppress(EOFError):
         while True:
-            pipe.send(alone(part, *pipe.recv()))
+            prompt, response, row = pipe.recv()
+            pipe.send(call_alone(part, prompt, response, row))
 
 
 if __name__ == '__main__':
-    # its classes are those that the parent knows
+    # not _work of this module, which is __main__ here: the parent could not unpickle a Failed of __main__
     from rl import reward_functions
 
     reward_functions._work(*sys.argv[1:])

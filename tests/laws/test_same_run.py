@@ -196,8 +196,8 @@ def test_what_an_older_version_did_not_write_down(here):
 
 
 def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):
-    monkeypatch.setitem(load._read, 'a/b', type('Config', (), {'_commit_hash': 'abc'}))
-    monkeypatch.setitem(load._read, 'a/c', type('Config', (), {'_commit_hash': None}))
+    monkeypatch.setitem(load._configs, 'a/b', type('Config', (), {'_commit_hash': 'abc'}))
+    monkeypatch.setitem(load._configs, 'a/c', type('Config', (), {'_commit_hash': None}))
     found = load.fingerprints({'model': 'a/b', 'ref_model': 'a/c', 'reward_model': 'gold', 'critic': 'head'})
     assert found == {'model': {'commit': 'abc'}}
     run = {'script': 'sft.py', 'options': {'model': 'a/b'}, 'contents': found}

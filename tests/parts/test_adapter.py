@@ -116,12 +116,12 @@ def test_its_files():
     same_logits(load.load_model('run/adapter'), expected)
 
     config = {'model': 'run/adapter'}
-    before, content = load.fingerprints(config)['model'], lora.content('run/adapter')
+    before, content = load.fingerprints(config)['model'], lora.weights_hash('run/adapter')
     assert {'adapter_model.safetensors', 'adapter_config.json', 'base/model.safetensors'} <= before.keys()
     tiny_model('base', 'llama', tie_word_embeddings=False)
     after = load.fingerprints(config)['model']
     assert {name for name in after if before[name] != after[name]} == {'base/model.safetensors', 'base/config.json'}
-    assert lora.content('run/adapter') != content
+    assert lora.weights_hash('run/adapter') != content
 
 
 def said():

@@ -101,7 +101,7 @@ def test_card_names_the_hub_and_no_folders(tmp_path):
     (tmp_path / 'model/config.json').write_text('{}')
     (tmp_path / 'config.json').write_text(json.dumps(record))
     write_jsonl(tmp_path / 'metrics.jsonl', [{'split': 'train', 'counters/examples': 64, 'loss/train': 0.5}])
-    export.write_card(tmp_path)
+    export.write_card(tmp_path, tmp_path / 'model')
     text = (tmp_path / 'model/README.md').read_text()
     front = yaml.safe_load(text.split('---\n')[1])
     tags = ['nanopref', 'drdpo']

@@ -80,7 +80,7 @@ GRPO = ['--loss=grpo', '--group_size=4', '--missing_eos_penalty=3', '--reward_mo
 def test_what_was_sampled_is_trained_on_scored_and_counted(folders, raw, tmp_path, flags):
     flags = flags or [f'--reward_model={folders}/reward']
     flags = [*PPO, *flags, f'--model={folders}/policy', f'--out_dir={tmp_path}/run', '--n_eval_examples=8']
-    answered = run_script('ppo.py', *flags, '--do_first_eval=false')['answered']
+    answered = run_script('ppo.py', *flags, '--do_first_eval=false')['this_round']
     trained = [answer.tolist() for _, answers in answered.examples for answer in answers]
     assert sorted(trained) == sorted(map(sampled, raw[:16]))
     ended = [answer[-1] in ENDS for answer in trained]

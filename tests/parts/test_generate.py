@@ -85,7 +85,7 @@ def watch(net):
 @pytest.mark.parametrize('name', [*CONFIGS, 'mamba'])
 def test_rows_come_and_go(name, monkeypatch):
     """Answers are those of each prompt alone, in at most so many rows, of which few are of answers that have ended."""
-    monkeypatch.setattr(generate, 'LEAST', 1)
+    monkeypatch.setattr(generate, 'REFILL_AFTER', 1)
     net, prompts, n = build(name), PROMPTS * 6, 24
     alone = [sample(net, [p], [s])[0] for s, p in enumerate(prompts)]
     shapes = watch(net)

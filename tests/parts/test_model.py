@@ -225,7 +225,7 @@ def test_can_pack(name, dtype):
     if not found:
         assert 'cannot be packed' in said[0] and NOT_PACKED[name][1] in said[0]
         # phimoe's window shows in the numbers alone
-        assert (probe.packing(net, *probed())[0] == math.inf) == (name != 'phimoe')
+        assert (probe.deviation(net, *probed())[0] == math.inf) == (name != 'phimoe')
 
 
 @pytest.fixture
@@ -285,9 +285,9 @@ WRONG = [('llama', sees_everything), ('mistral', no_window), ('gemma2', no_cap),
 @pytest.mark.parametrize(('name', 'wrong'), WRONG)
 def test_a_wrong_attention_is_noticed(name, wrong, attention):
     net = tiny(name)
-    assert probe.packing(net, *probed())[0] < 1e-6
+    assert probe.deviation(net, *probed())[0] < 1e-6
     attention(wrong)
-    assert 2e-4 < probe.packing(net, *probed())[0] < (0.01 if wrong is hardly_wrong else math.inf)
+    assert 2e-4 < probe.deviation(net, *probed())[0] < (0.01 if wrong is hardly_wrong else math.inf)
     assert not can_pack(net)[0]
 
 
@@ -561,7 +561,7 @@ def test_a_copy_in_bfloat16_serves_a_whole_step(saved, device, rank):
         return lora.adapt(net, None, options, empty=empty) if rank else net
 
     policy, ref = (fsdp.shard(adapted, device, dtype='bfloat16', train=train) for train in (True, False))
-    assert not fsdp._cut(ref) and fsdp._cut(policy)
+    assert not fsdp._fsdp_modules(ref) and fsdp._fsdp_modules(policy)
     asked = []
     state = type(policy._get_fsdp_state())
     with pytest.MonkeyPatch.context() as patch:
@@ -571,13 +571,13 @@ def test_a_copy_in_bfloat16_serves_a_whole_step(saved, device, rank):
             pass
         policy.response_logps(pack(PAIRS))[0].sum().backward()
     assert len(asked) >= 2 and all(arguments or options for arguments, options in asked)
-    block = fsdp._cut(policy)[-1]
+    block = fsdp._fsdp_modules(policy)[-1]
     assert hasattr(next(block.parameters()), 'to_local') == (rank is not None)
     # and what it takes is known beforehand
     kept, not_kept = (
         room.estimate(policy, 0, 1, optimizer='SGD', dtype='bfloat16', shard=how)['buffers'] for how in ('none', 'full')
     )
-    weights = sum(p.numel() for each in fsdp._cut(policy)[1:] for p in each.parameters())
+    weights = sum(p.numel() for each in fsdp._fsdp_modules(policy)[1:] for p in each.parameters())
     assert kept - not_kept == (2 * weights if rank is None else 0)
     assert all(g.dtype == torch.float32 for g in map(fsdp.local, fsdp.average_gradients(policy)))
     assert hasattr(next(block.parameters()), 'to_local')

@@ -124,7 +124,7 @@ def test_scores_of_the_toy_world_are_of_texts():
     assert texts(examples, tokenizer) == [(prompt, answer) for answer in answers]
     options = SimpleNamespace(reward_timeout=None, reward_workers=0)
     gold = Reward([Part('gold', 2.0, 'gold')], options, 1, tokenizer, None)
-    scores = gold(examples, 'train', examples.uid)['score']
+    scores = gold.score_columns(examples, 'train', examples.uid)['score']
     assert scores.tolist() == [2 * toy.gold(prompt, answer) for answer in answers] and scores[0] != scores[1]
 
 

@@ -139,6 +139,17 @@ def test_the_place_of_the_last_token(folders):
         probe.can_pack(net, *batches, print)
 
 
+def test_padded_scores_in_bfloat16(folders):
+    """Packing that nobody wants is tried with the tolerance of the type that the forward computes in."""
+    folder = str(folders / 'llama')
+    tokenizer = load.separate_pad(load.load_tokenizer(folder))
+    build = partial(load.load_reward, folder, tokenizer, new_head=True)
+    batches = [data.pack(pairs(), range(4), pad=pad) for pad in (False, True)]
+    for mode in ('none', 'full'):
+        net = fsdp.shard(build, torch.device('cpu'), dtype='bfloat16', mode=mode)
+        assert not probe.can_pack(net, *batches, print, wanted=False)
+
+
 # ---- heads ----
 
 

@@ -39,7 +39,7 @@ def test_a_sum_of_functions_and_models(tmp_path, monkeypatch):
     found = reward_functions.parse('a.py:f*1 + b.py:f * -0.2+out/reward + gold*2')
     assert [part.weight for part in found] == [1, -0.2, 1, 2]
     assert [part.name for part in found] == ['f_1', 'f_2', 'reward', 'gold']
-    assert found[2].what == 'out/reward/model' and found[0].file == str(tmp_path / 'a.py')
+    assert found[2].function_or_model == 'out/reward/model' and found[0].file == str(tmp_path / 'a.py')
     # a path that is not here is one of the project's
     (own,) = reward_functions.parse('experiments/rewards.py:gsm8k')
     assert reward_functions.call(own, [''], ['#### 4'], [{'answer': '#### 4'}]) == [1.0]
