@@ -160,7 +160,7 @@ def test_a_first_run_in_a_full_folder(tmp_path, whole, monkeypatch, capsys):
     there = 'my_work.tmp/a notes.tmp models.tmp/a .lock.tmp .lock config.py'.split()
     fill(tmp_path, there)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, '_text', lambda out_dir, folder: {}['what'])
+    monkeypatch.setattr(export, '_card_text', lambda out_dir, folder: {}['what'])
     run('.')
     assert all((tmp_path / name).read_text() == 'precious' for name in there)
     assert 'note: no model card' in capsys.readouterr().out and (tmp_path / 'model/model.safetensors').exists()
@@ -191,7 +191,7 @@ def test_files_and_links_of_somebody_else_are_refused(tmp_path, whole, name, mon
 def test_the_card_comes_with_the_model(died, whole, monkeypatch):
     """Killed while the card is written: there is no model yet, and the next start makes both."""
     with monkeypatch.context() as patch:
-        patch.setattr(export, '_text', lambda out_dir, folder: exit(9))
+        patch.setattr(export, '_card_text', lambda out_dir, folder: exit(9))
         with pytest.raises(SystemExit):
             run(died)
     assert not (died / 'model').exists()
@@ -347,7 +347,7 @@ def test_a_checkpoint_is_not_written_twice(monkeypatch):
     monkeypatch.setattr(guard, 'stop_asked', lambda: guard.SAVED)
     monkeypatch.setattr(checkpoint, 'wait', lambda: said.append('wait'))
     monkeypatch.setattr(fsdp, 'leave', code.append)
-    guard.boundary(lambda: said.append('save'), lambda: said.append('close'), saved=True)
+    guard.boundary(lambda: said.append('save'), lambda: said.append('close'), already_started=True)
     guard.boundary(lambda: said.append('save'), lambda: said.append('close'))
     assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
 
@@ -596,7 +596,7 @@ def test_auto_is_the_largest_that_fits(monkeypatch, whole, free, size):
     examples = Examples.of([(np.arange(9000), [np.arange(9000)])])
     config = {'optimizer': 'AdamW', 'dtype': 'float32', 'minibatch_size': 1}
     # one forward keeps 4,096 bytes a token
-    monkeypatch.setattr(room, '_most_tokens', lambda config, train, packed, size: size)
+    monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, size: size)
     monkeypatch.setattr(room, 'free_memory', lambda: free)
     assert room.choose_max_tokens(config, layers, 4096, examples, True, 0) == size
 
