@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,15 @@ def test_a_save_that_fails_surfaces_at_the_next_step(tmp_path, monkeypatch, whol
     monkeypatch.undo()
     run(tmp_path / 'run')
     assert metrics(tmp_path / 'run') == metrics(whole)
+
+
+def test_a_failed_save_ends_the_step_that_sees_it(monkeypatch):
+    fsdp.setup()
+    pending = Future()
+    pending.set_exception(UserError('a full disk'))
+    monkeypatch.setattr(checkpoint, '_pending', pending)
+    with pytest.raises(UserError, match='a full disk'):
+        guard.stop_asked()
 
 
 def on_a_small_disk(folder, size, flags, meanwhile, code=2):
