@@ -94,9 +94,8 @@ def _attend(q, k, v, mask, scaling, softcap):
         return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
     # a soft cap lies between the scores and their softmax, which sdpa does not offer: (n, m) scores of every head
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
-    scores = q @ k.mT * scale
+    scores = q @ k.mT * scaling
     scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
