@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
-from concurrent.futures import Future
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -235,7 +235,7 @@ def test_a_save_that_fails_surfaces_at_the_next_step(tmp_path, monkeypatch, whol
 
 def test_a_failed_save_ends_the_step_that_sees_it(monkeypatch):
     fsdp.setup()
-    pending = Future()
+    pending = futures.Future()
     pending.set_exception(UserError('a full disk'))
     monkeypatch.setattr(checkpoint, '_pending', pending)
     with pytest.raises(UserError, match='a full disk'):
