@@ -38,7 +38,7 @@ PPO = ['--reward_model=gold', '--minibatch_size=12', '--max_new_tokens=8']
 
 def run(out_dir, *flags, script='dpo.py'):
     common = [flag for flag in FLAGS if script != 'ppo.py' or not flag.startswith('--max_length')]
-    run_script(script, *common, *flags, f'--out_dir={out_dir}')
+    return run_script(script, *common, *flags, f'--out_dir={out_dir}')
 
 
 @pytest.fixture(scope='module')
@@ -199,6 +199,18 @@ def test_the_card_comes_with_the_model(died, whole, monkeypatch):
     assert (died / 'model/README.md').read_text().startswith('---')
 
 
+def test_loads_into_a_model_that_has_run(tmp_path):
+    """As a policy that was its own reference: after a forward alone FSDP shows parameters that the optimizer does not know."""
+    trained = run(tmp_path / 'run', '--shard=full', script='sft.py')['run']
+    trained.policy.reshard()
+    optimizer = fsdp.make_optimizer('AdamW', trained.policy, 0.0, 0.0)
+    batches, *_ = trained.make_batches(trained.train, np.arange(1))
+    with torch.no_grad():
+        trained.policy.response_logps(batches[0])
+    state = checkpoint.load(checkpoint.latest(tmp_path / 'run'), trained.policy, optimizer)
+    assert state['examples'] == 48
+
+
 # ---- a full disk ----
 
 
@@ -219,6 +231,15 @@ def test_a_save_that_fails_surfaces_at_the_next_step(tmp_path, monkeypatch, whol
     monkeypatch.undo()
     run(tmp_path / 'run')
     assert metrics(tmp_path / 'run') == metrics(whole)
+
+
+def test_a_failed_save_ends_the_step_that_sees_it(monkeypatch):
+    fsdp.setup()
+    pending = futures.Future()
+    pending.set_exception(UserError('a full disk'))
+    monkeypatch.setattr(checkpoint, '_pending', pending)
+    with pytest.raises(UserError, match='a full disk'):
+        guard.stop_asked()
 
 
 def on_a_small_disk(folder, size, flags, meanwhile, code=2):
