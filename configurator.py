@@ -20,24 +20,25 @@ from typing import NamedTuple
 
 from runtime import values
 
-COMMAND_LINE = 'command line'  # the origin of a flag
-WORDS = {'none': None, 'null': None, 'true': True, 'false': False}  # as a flag writes them
+COMMAND_LINE = 'command line'  # the origin of an option that a flag has set
+WORDS = {'none': None, 'null': None, 'true': True, 'false': False}  # how a flag writes these values
 
 
 class UserError(ValueError):
-    """A mistake of the user: what is wrong, where, what to do. Printed without a traceback, exit code 2."""
+    """A mistake of the user: what is wrong, where, and what to do. It is printed without a traceback; the exit code is 2."""
 
 
 def _excepthook(kind, error, trace):
-    """End with a sentence and code 2 after a user's mistake, or where memory is out; with a traceback after anything else."""
+    """Print an uncaught error: a UserError, or a lack of memory, as a sentence with exit code 2; all others as a traceback."""
     from runtime import guard
 
+    # a lack of memory becomes a UserError with this advice
     error = guard.explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
     guard.tell_torchrun(error)
     if not isinstance(error, UserError):
         return sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
-    # mostly every rank raises the same error, and one says it
+    # mostly every rank raises the same error, and rank 0 prints it; an error of another rank alone is marked
     if main_rank() or getattr(error, 'of_this_rank', False):
         sys.__stderr__.write(f'error: {error}\n')
         sys.__stderr__.flush()
@@ -46,7 +47,7 @@ def _excepthook(kind, error, trace):
 
 
 def main_rank():
-    """Whether this process is the one that talks to the user."""
+    """Whether this process is the one that prints to the user: rank 0, or the only process."""
     return os.environ.get('RANK', '0') == '0'
 
 
@@ -59,11 +60,11 @@ class Config(dict):
         return self[name]
 
     def given(self, options):
-        """Those of these options (a text of names) that stand on the command line."""
+        """Return the list of those options that stand on the command line. options: names in one text, separated by spaces."""
         return [name for name in options.split() if self.origin[name] == COMMAND_LINE]
 
     def ignored(self, options, why):
-        """Options that have no effect in this run: an error on the command line, a printed note in a config file."""
+        """Report options without effect in this run: raise UserError for the command line, print a note for a config file."""
         for name in options:
             origin = self.origin[name]
             if origin == COMMAND_LINE:
@@ -73,27 +74,28 @@ class Config(dict):
 
 
 class Option(NamedTuple):
-    """One declared constant. types: names of the types it may have; heading: the comment above its group."""
+    """One declared constant."""
 
     default: object
-    types: list
+    types: list  # names of the types that it may have
     comment: str
-    heading: str
+    heading: str  # the comment above its group
     scope: dict  # the globals of the module that declares it
 
 
 def configure(scope, argv=None, shared=None, early=False):
-    """Override the constants of a script from config files and flags. Returns the resolved Config.
+    """Override the constants of a script from config files and flags. Returns the Config, or exits after --help.
 
     scope: the script's globals(), updated in place. argv: sys.argv[1:] by default. shared: a module with further options, which
-    is updated in place too; where both declare an option, the script's default holds. early: print no notes, for it is done
-    again. Raises UserError."""
+    is updated in place, too. early: print no notes, since configure will be called again. Raises UserError."""
+    # from now on a UserError that nobody catches is printed as one sentence
     sys.excepthook = _excepthook
     argv = sys.argv[1:] if argv is None else argv
-    # what may be set at all: the script's own options come first, and win
     options = _declared(scope)
     if shared:
-        options = options | _declared(vars(shared)) | options
+        # an option that both declare is the script's
+        for name, option in _declared(vars(shared)).items():
+            options.setdefault(name, option)
     if '--help' in argv or '-h' in argv:
         _print_help(scope.get('__doc__') or '', options)
         sys.exit(0)
@@ -104,45 +106,46 @@ def configure(scope, argv=None, shared=None, early=False):
     flags = [_read_flag(word, options) for word in argv if word.startswith('-')]
     files = [_read_file(word) for word in argv if not word.startswith('-')]
     for name, value, origin, where in [*itertools.chain(*files), *flags]:
-        if origin == COMMAND_LINE == config.origin.get(name):
+        if origin == COMMAND_LINE and config.origin.get(name) == COMMAND_LINE:
             raise UserError(f'--{name} is given twice')
         config[name] = _check(name, value, options, where)
         config.origin[name] = origin
 
-    # options that follow from others
+    # options that follow from others, and options that exclude one another
     notes = values.settle(config)
-    for note in notes if main_rank() and not early else ():
-        print(f'note: {note}', flush=True)
-    if wrong := values.conflict(config):
-        raise UserError(wrong)
+    if main_rank() and not early:
+        for note in notes:
+            print(f'note: {note}', flush=True)
+    if problem := values.conflict(config):
+        raise UserError(problem)
 
-    # bare names in the script, and in the shared module
+    # the constants of the script and of the shared module become these values
     for name, option in options.items():
         option.scope[name] = config[name]
     return config
 
 
 def _declared(scope):
-    """name -> Option of a module's lines `name: types = value  # comment`, down to its first call, function or class."""
+    """Return name -> Option of a module's lines `name: types = value  # comment`, down to its first call, function or class."""
     source = Path(scope['__file__']).read_text('utf-8')
-    lines = ['', *source.splitlines()]  # counted from 1
+    lines = ['', *source.splitlines()]  # so that lines[1] is the first, as in node.lineno
     options, heading = {}, ''
     for node in ast.parse(source).body:
-        # docstring, imports and calls without a value may stand between
+        # the docstring, imports and calls without a result may stand between
         if isinstance(node, ast.Import | ast.ImportFrom | ast.Expr):
             continue
         if not isinstance(node, ast.AnnAssign | ast.Assign) or isinstance(node.value, ast.Call):
             break
-        # names in capitals are the script's own
-        found = re.fullmatch(r'([a-z]\w*)(?:: (.+?))? = (.+?)(?:  # (.*))?', lines[node.lineno])
-        if not found:
+        # a name in capitals is a constant of the script, and no option
+        match = re.fullmatch(r'([a-z]\w*)(?:: (.+?))? = (.+?)(?:  # (.*))?', lines[node.lineno])
+        if not match:
             continue
 
-        # its types are those that the annotation allows, or that of its default
-        name, annotation, value, comment = found.groups()
+        # without an annotation, the type is that of the default
+        name, annotation, value, comment = match.groups()
         default = ast.literal_eval(value)
         allowed = annotation or type(default).__name__
-        # a comment line above an option heads the group that it opens
+        # a comment line above an option is the heading of the options from here on
         above = lines[node.lineno - 1]
         if above.startswith('# '):
             heading = above.strip('# -')
@@ -151,20 +154,22 @@ def _declared(scope):
 
 
 def _print_help(doc, options):
-    """Print every option with its default, types and comment, under the headings of the source."""
+    """Print a script's docstring, and every option with its default, types and comment, under the headings of the source."""
     lines = [doc.strip(), '', 'options, to be set in a config file or as --name=value:']
+    # options are in the order of the source, so those of one heading are neighbours
     for heading, group in itertools.groupby(options.items(), key=lambda item: item[1].heading):
         lines += ['', heading]
         for name, option in group:
             lines.append(f'  --{name} = {option.default!r} ({" | ".join(option.types)})  {option.comment}')
     try:
         print('\n'.join(lines), flush=True)
-    except BrokenPipeError:  # --help | head: whoever reads has seen enough
+    except BrokenPipeError:
+        # --help | head: nobody reads on, so what Python flushes at exit goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _read_file(path):
-    """(name, value, file, 'file, line n') for every public name that a config file assigns."""
+    """Run a config file. Returns [(name, value, path, 'path, line n')] of its public names. Raises UserError for any failure."""
     if not path.endswith('.py'):
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value')
     try:
@@ -173,26 +178,29 @@ def _read_file(path):
         reason = getattr(error, 'strerror', 'not a text file')
         raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}') from None
 
-    # it is python, and whatever it can raise is the user's to mend: one statement after the other, to know the line
-    names, found, line = {}, {}, 1
+    # run one statement after the other, to know the line of each assignment and of an error
+    names, settings, line = {}, {}, 1
+    absent = object()  # is no value of a name
     try:
         for statement in ast.parse(source, path).body:
             before, line = dict(names), statement.lineno
             exec(compile(ast.Module([statement], []), path, 'exec'), names)
             for name, value in names.items():
                 is_private = name.startswith('_') or isinstance(value, types.ModuleType)
-                if value is not before.get(name, names) and not is_private:
-                    found[name] = name, value, path, f'{path}, line {line}'
+                is_new = value is not before.get(name, absent)
+                if is_new and not is_private:
+                    settings[name] = (name, value, path, f'{path}, line {line}')
+    # a config file may raise anything, even SystemExit
     except BaseException as error:
-        in_this_file = isinstance(error, SyntaxError) and error.filename == path
-        line = error.lineno if in_this_file else line
+        if isinstance(error, SyntaxError) and error.filename == path:
+            line = error.lineno
         message = ' '.join(str(getattr(error, 'msg', error)).split())
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {message}') from None
-    return list(found.values())
+    return list(settings.values())
 
 
 def _read_flag(word, options):
-    """(name, value, 'command line', 'the command line') of a flag. A switch without a value is on."""
+    """Return (name, value, 'command line', 'the command line') of a flag --name=value, or --name for a switch that is on."""
     name, equals, text = word.removeprefix('--').partition('=')
     if not word.startswith('--') or not name:
         raise UserError(f'cannot read {word!r}: options are written --name=value')
@@ -203,43 +211,50 @@ def _read_flag(word, options):
     if not equals:
         text = 'true'
 
-    # None and switches by name, numbers if they can be read as such, else text
-    value, lower = text, text.lower()
+    # a word for None, true or false; or else a number, an int if possible; or else text
+    value = text
     for kind in (float, int):
         if kind.__name__ in allowed:
             with contextlib.suppress(ValueError):
                 value = kind(text)
+    lower = text.lower()
     if lower in WORDS and _kind(WORDS[lower]) in allowed:
         value = WORDS[lower]
     return name, value, COMMAND_LINE, f'the {COMMAND_LINE}'
 
 
 def _kind(value):
-    """The name of a value's type, as annotations write it."""
+    """Return the name of a value's type, as annotations write it."""
     return 'None' if value is None else type(value).__name__
 
 
 def _check(name, value, options, where):
-    """The value, an int promoted to float where a float is declared. Raises UserError for an unknown name, a wrong type, or a
-    value that makes no sense."""
-    # a name that is not declared: the nearest that is, or that other code has for one (learning_rate, loss.beta)
+    """Return the value, an int as a float where that is declared. Raises UserError for an unknown name or an impossible value."""
     if name not in options:
-        plain = name.rpartition('.')[2].replace('-', '_')
-        theirs = values.names_elsewhere(options)
-        near = difflib.get_close_matches(plain, {*theirs, *options}, 1)
-        hint = f'did you mean {near[0]}?' if near else '--help lists the options'
-        if near and (near[0] in theirs or near[0] == plain):
-            hint = f'here it is {theirs.get(near[0], plain)}'
-        raise UserError(f'{where}: unknown option {name!r}; {hint}')
-
-    # the type; NaN, which is not equal to itself, is no number either
+        raise UserError(f'{where}: unknown option {name!r}; {_hint(name, options)}')
+    # a huge int is no float: it keeps its type, which is refused below
     allowed = options[name].types
     if type(value) is int and 'int' not in allowed and 'float' in allowed and abs(value) < 2**63:
         value = float(value)
-    if _kind(value) not in allowed or value != value:
+    # NaN alone is not equal to itself
+    is_nan = value != value
+    if _kind(value) not in allowed or is_nan:
         raise UserError(f'{where}: {name} must be {" or ".join(allowed)}, not {value!r}')
-
-    # the value: a range, a choice, no secret
-    if wrong := values.problem(name, value):
-        raise UserError(f'{where}: {name} {wrong}')
+    # its range or its choices; and it must hold no secret
+    if problem := values.problem(name, value):
+        raise UserError(f'{where}: {name} {problem}')
     return value
+
+
+def _hint(name, options):
+    """Return a hint for an unknown name: the option most like it, or the one that other code calls so, such as learning_rate."""
+    # other code may write loss.beta, or max-length
+    plain = name.rpartition('.')[2].replace('-', '_')
+    ours_by_theirs = values.names_elsewhere(options)
+    matches = difflib.get_close_matches(plain, {*ours_by_theirs, *options}, n=1)
+    if not matches:
+        return '--help lists the options'
+    nearest = matches[0]
+    if nearest in ours_by_theirs or nearest == plain:
+        return f'here it is {ours_by_theirs.get(nearest, plain)}'
+    return f'did you mean {nearest}?'

@@ -1,6 +1,6 @@
-"""From tokenised examples to microbatches: the order of steps, planning and packing. No text, no model.
+"""From tokenised examples to microbatches: which examples a step takes, how they are cut up, and packing. No text, no model.
 
-An example is a prompt and its answers (two for a pair, one for SFT and KTO), as token ids. A step's examples are cut into
+An example is a prompt and its answers (two for a pair, one for SFT and KTO), as token ids. A step's examples are divided into
 microbatches of at most max_tokens tokens without padding, where both answers of a pair share one copy of the prompt:
     [prompt | chosen | rejected] [prompt | chosen | rejected] ...
 """
@@ -19,91 +19,104 @@ from text.examples import Examples
 
 
 def steps(n, batch_size, total, seed, start=0, shuffle=True):
-    """Yield (first, rows) of every step: how many examples were taken before it, and which of the n examples it takes.
+    """Yield (first, rows) of every step: the number of examples taken before it, and the rows (of n examples) that it takes.
 
-    The steps go from example number start to total. Epochs follow each other without a gap, each in an order of its own."""
+    The steps take the examples numbered from start to total - 1, where numbers go on from one epoch to the next. Each epoch has
+    all rows in a random order of its own, or without shuffle in their own order."""
 
     @functools.lru_cache(maxsize=1)
-    def order(epoch):
-        return np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
+    def order_of(epoch):
+        if not shuffle:
+            return np.arange(n)
+        return np.random.default_rng((seed, epoch)).permutation(n)
 
-    # an example's number decides its epoch and its place in it, wherever a run began
+    # a row depends on its number alone, so a resumed run takes the same rows
     for first in range(start, total, batch_size):
         numbers = range(first, min(first + batch_size, total))
-        yield first, np.array([order(number // n)[number % n] for number in numbers])
+        rows = [order_of(number // n)[number % n] for number in numbers]
+        yield first, np.array(rows)
 
 
 def plan(lengths, world, max_tokens):
-    """Cut a step into microbatches: [rank][microbatch] -> list of slots (places of examples in the step), each once.
+    """Divide a step into microbatches. Returns [rank][microbatch] -> list of slots: places of examples in the step, each once.
 
-    lengths: tokens of each example. Every rank gets equally many microbatches, each of at most max_tokens tokens, or of a
-    single longer example; where examples are few, some are empty."""
-    # each rank has at least this many microbatches (-(-a // b) rounds up)
+    lengths: tokens of each example. Every rank gets equally many microbatches. Each has at most max_tokens tokens, or a single
+    longer example, or no example at all if there are too few."""
+    # the fewest microbatches that a rank can do with; -(-a // b) rounds up
     tokens = sum(min(int(n), max_tokens) for n in lengths)
     count = max(1, -(-tokens // (world * max_tokens)))
-    longest_first = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])
-
-    # put the longest into the emptiest; where one overflows, begin again with one microbatch more
-    fits = False
-    while not fits:
-        fits = True
-        bins = [(0, number, []) for number in range(world * count)]  # (tokens, number, slots), the emptiest on top
-        for slot in longest_first:
-            load, number, slots = heapq.heappop(bins)
-            load += int(lengths[slot])
-            if slots and load > max_tokens:
-                fits = False
-            slots.append(slot)
-            heapq.heappush(bins, (load, number, slots))
+    # one microbatch more on every rank, until all examples fit
+    bins = None
+    while bins is None:
+        bins = _fill_bins(lengths, world * count, max_tokens)
         count += 1
 
-    # dealt out to the ranks by size, so that the heaviest are computed at the same time
+    # dealt out by size, so that the ranks compute their heaviest microbatches at the same time
     bins.sort(key=lambda item: (-item[0], item[1]))
     dealt = [sorted(slots) for _, _, slots in bins]
     return [dealt[rank::world] for rank in range(world)]
 
 
-def plan_padded(widths, world, max_tokens):
-    """As plan, for padded batches: there an example takes as many tokens as the widest one of its microbatch.
+def _fill_bins(lengths, n_bins, max_tokens):
+    """Put each example, the longest first, into the emptiest bin (microbatch). Returns None if one of them overflows.
 
-    widths: tokens of each example with its own padding. Examples of similar width go together."""
-    # the widest first: a microbatch is as wide as its first example
-    bins = []
+    lengths: tokens of each example. Returns a list of (tokens, number, slots), where slots are places of examples in the step."""
+    bins = [(0, number, []) for number in range(n_bins)]  # a heap: the emptiest bin is on top
+    for slot in sorted(range(len(lengths)), key=lambda slot: -lengths[slot]):
+        tokens, number, slots = heapq.heappop(bins)
+        tokens += int(lengths[slot])
+        # a single example may be longer
+        if slots and tokens > max_tokens:
+            return None
+        slots.append(slot)
+        heapq.heappush(bins, (tokens, number, slots))
+    return bins
+
+
+def plan_padded(widths, world, max_tokens):
+    """Divide a step into padded microbatches. Returns the same as plan.
+
+    widths: tokens of each example with its own padding. In a microbatch every example takes as many tokens as the widest one, so
+    examples of similar width go together."""
+    # the widest first: a bin is as wide as its first example
+    bins = [[]]
     for slot in sorted(range(len(widths)), key=lambda slot: -widths[slot]):
-        if not bins or (len(bins[-1]) + 1) * widths[bins[-1][0]] > max_tokens:
+        last = bins[-1]
+        if last and (len(last) + 1) * widths[last[0]] > max_tokens:
             bins.append([])
         bins[-1].append(slot)
 
-    # every rank gets equally many: the fullest is halved until that holds
-    while len(bins) % world or not bins:
-        fullest = max(bins, key=len, default=[])
+    # every rank gets equally many: the fullest bin is halved until that holds, even if one half is empty
+    while len(bins) % world:
+        fullest = max(bins, key=len)
         middle = max(1, len(fullest) // 2)
         bins.append(fullest[middle:])
         del fullest[middle:]
-    # the heaviest at the same time on all ranks; an empty one weighs nothing
+    # the ranks compute their heaviest microbatches at the same time; an empty one weighs nothing
     bins.sort(key=lambda slots: -len(slots) * widths[slots[0]] if slots else 0)
     return [[sorted(slots) for slots in bins[rank::world]] for rank in range(world)]
 
 
 def make_batches(examples: Examples, rows, rank, world, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
-    """(this rank's Batches of a step, the step's tokens on all ranks, the same with padding). rows: of its examples."""
-    # tokens of each example (step,): with as many copies of its prompt as answers, where they do not share one
+    """Return (this rank's Batches of the step with these rows, tokens on all ranks, the same with padding). Options: see pack."""
+    # (step,) tokens of each example: a prompt counts once, or if it is not shared, once for each answer
     widths = examples.widths[rows]  # (step, 1 + answers)
     answers = widths.shape[1] - 1
     lengths = examples.lengths[rows]
     if pad or not share_prefix:
         lengths = lengths + (answers - 1) * widths[:, 0]
 
-    # which examples go together; every rank makes the same plan
+    # which examples go together: every rank makes the same plan of all ranks
     if pad:
         padded = answers * (widths[:, 0] + widths[:, 1:].max(1))
         plans = plan_padded(padded, world, max_tokens)
-        allocated = sum(len(slots) * int(padded[slots].max()) for mine in plans for slots in mine if slots)
+        not_empty = [slots for of_rank in plans for slots in of_rank if slots]
+        allocated = sum(len(slots) * int(padded[slots].max()) for slots in not_empty)
     else:
         plans = plan(lengths, world, max_tokens)
         allocated = int(lengths.sum())
 
-    # this rank's microbatches; a filler has no log-probs in the cache
+    # this rank's microbatches; one without slots is a filler, and has no cached log-probs
     batches = []
     for slots in plans[rank]:
         items = [examples[row] for row in rows[slots]]
@@ -120,92 +133,99 @@ def make_batches(examples: Examples, rows, rank, world, max_tokens, *, share_pre
 
 @dataclass
 class Step:
-    """One step, ready to be computed. labels: columns known before it, in step order (good: KTO; margin: reward.py)."""
+    """One step, ready to be computed."""
 
-    first: int  # examples before it
-    rows: np.ndarray  # of its examples
-    batches: list  # this rank's microbatches
-    tokens: int  # of all ranks
+    first: int  # number of examples taken before this step
+    rows: np.ndarray  # which rows of examples it takes
+    batches: list  # this rank's microbatches, as Batches
+    tokens: int  # its tokens on all ranks
     allocated: int  # the same with padding
-    labels: dict = field(default_factory=dict)
-    examples: Examples | None = None  # the set that its rows are of
-    max_tokens: int = 0  # of its microbatches
+    labels: dict = field(default_factory=dict)  # name -> column in step order: good (KTO) or margin (reward.py)
+    examples: Examples | None = None  # all examples of its split
+    max_tokens: int = 0  # the limit that its microbatches were made with
 
     @property
     def seen(self):
-        """Examples after it."""
+        """The number of examples taken after this step."""
         return self.first + len(self.rows)
 
 
 @dataclass
 class Batch:
-    """A packed microbatch of A answers with N predicted tokens. Packed: ids and position (1, T), groups of (prompt length,
-    answer lengths). Padded: ids and mask (A, T), no groups."""
+    """A microbatch of A answers with N predicted tokens, made by pack. A place is an index into the flattened ids."""
 
-    ids: torch.Tensor
-    predict_at: torch.Tensor  # (N,) place, in the flattened ids, of the token before each answer token
-    target: torch.Tensor  # (N,) the answer tokens
-    answer: torch.Tensor  # (N,) which answer each belongs to
-    offset: torch.Tensor  # (N,) which token of it
-    n: torch.Tensor  # (A,) tokens of the answers that are trained on
-    last: torch.Tensor  # (A,) place, in the flattened ids, of the last token of each answer
-    slot: list  # of each example in the step; -1: a filler that does not count
+    ids: torch.Tensor  # packed: (1, T) one row of all prompts and answers; padded: (A, T) a row for each answer
+    predict_at: torch.Tensor  # (N,) the place of the token before each answer token
+    target: torch.Tensor  # (N,) the answer tokens that are predicted
+    answer: torch.Tensor  # (N,) the number, 0 to A - 1, of the answer that each belongs to
+    offset: torch.Tensor  # (N,) its index in that answer
+    n: torch.Tensor  # (A,) how many tokens of each answer are predicted
+    last: torch.Tensor  # (A,) the place of each answer's last token
+    slot: list  # the place of each example in the step; -1: a filler, which does not count
     real: torch.Tensor  # (examples,) whether each counts
     longest: int  # tokens of the longest answer
-    position: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
+    position: torch.Tensor | None = None  # packed: (1, T) the position of each token in its own sequence
+    mask: torch.Tensor | None = None  # padded: (A, T) 1 for tokens, 0 for padding
+    # packed: (tokens of a prompt, tokens of each answer that shares it) of each group; padded: an empty list
     groups: list = field(default_factory=list)
-    varlen: object = None
-    ref: torch.Tensor | None = None  # (A,) the reference's log-probs, where they are cached
+    varlen: Varlen | None = None  # packed on a GPU: the groups as its kernel wants them
+    ref: torch.Tensor | None = None  # (A,) the reference's log-probs, if they are cached
 
     @functools.cached_property
     def blocks(self):
-        """The groups in Blocks, for attention without one kernel for all."""
+        """The groups as a list of Blocks, for attention that computes block after block."""
         return make_blocks(self.groups)
 
     def sum(self, values):
-        """(N,) per-token values -> (A,) sums, in an order that does not depend on what else is in the batch."""
+        """Sum values (N,) of tokens over each answer: (A,). The rest of the batch does not change the order of the additions."""
+        # (A, longest): a row for each answer, with zeros behind the shorter ones
         table = values.new_zeros(len(self.n), self.longest)
         return table.index_put((self.answer, self.offset), values).sum(1)
 
 
 def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu'):
-    """A Batch of (prompt, answers) examples. pad: one padded row an answer; share_prefix=False: a prompt for each answer.
+    """Return a Batch of examples (prompt, answers), on the device. slots: the place of each example in the step.
 
-    slots: the examples' places in the step. No examples: a filler with this many answers, for the rank joins collectives."""
+    pad: one padded row for each answer. share_prefix=False: one copy of the prompt for each answer. filler: without examples,
+    make one up with so many answers, which does not count: the rank must still run its passes, as the other ranks wait."""
     if not examples:
-        one = np.array([0])
-        examples, slots = [(one, [one] * filler)], [-1]
-    # a group is a prompt and the answers that share its copy; here every answer has its own copy, or none has
+        one_token = np.array([0])
+        examples, slots = [(one_token, [one_token] * filler)], [-1]
+    # a group is a prompt and the answers that share its copy
     groups = examples
     if pad or not share_prefix:
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
 
-    # one piece after the other in one flat row: a prompt, its answers, the next prompt ...
-    pieces, prompt_of = [], []  # prompt_of: which piece is the prompt of each
+    # put all pieces into one flat row: a prompt, its answers, the next prompt ...
+    pieces = []
+    prompt_of = []  # of each piece: which piece is its prompt; a prompt is its own
     for prompt, answers in groups:
         prompt_of += [len(pieces)] * (1 + len(answers))
         pieces += [prompt, *answers]
     ids, prompt_of = np.concatenate(pieces), np.array(prompt_of)
     sizes = np.array([len(piece) for piece in pieces])
-    arrays = _predicted(ids, sizes, prompt_of)
-    ids = np.where(ids < 0, ~ids, ids)
     is_answer = prompt_of != np.arange(len(pieces))
+    arrays = _predicted(ids, sizes, prompt_of)
+    # ~id, which is negative, stands for an id that is seen, but not predicted
+    ids = np.where(ids < 0, ~ids, ids)
 
-    # packed: that one row, in which every answer follows its prompt; padded: a row for each answer
     if pad:
+        # pieces are prompt, answer, prompt, answer ...: each two of them become one row
         lengths = sizes[0::2] + sizes[1::2]
         mask = np.arange(lengths.max()) < lengths[:, None]
-        arrays |= {'ids': np.zeros(mask.shape, int), 'mask': mask}
-        arrays['ids'][mask] = ids
-        # places are those in the padded rows, one behind the other
+        padded_ids = np.zeros(mask.shape, int)
+        padded_ids[mask] = ids
+        arrays |= {'ids': padded_ids, 'mask': mask}
+        # places in the flat row become places in the flattened padded rows
         for name in ('predict_at', 'last'):
             arrays[name] = np.flatnonzero(mask)[arrays[name]]
     else:
-        begins = np.where(is_answer, sizes[prompt_of], 0)
-        arrays |= {'ids': ids[None], 'position': (np.repeat(begins, sizes) + _count_up(sizes))[None]}
+        # the positions of each answer go on from its prompt
+        first_position = np.where(is_answer, sizes[prompt_of], 0)
+        arrays |= {'ids': ids[None], 'position': (np.repeat(first_position, sizes) + _count_up(sizes))[None]}
     tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
-    batch = Batch(**tensors, slot=list(slots), real=torch.tensor(slots) >= 0, longest=int(sizes[is_answer].max()))
+    real = torch.tensor(slots) >= 0
+    batch = Batch(**tensors, slot=list(slots), real=real, longest=int(sizes[is_answer].max()))
     if not pad:
         batch.groups = [(len(prompt), tuple(map(len, answers))) for prompt, answers in groups]
         if torch.device(device).type == 'cuda':
@@ -214,43 +234,46 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
 
 
 def _predicted(ids, sizes, prompt_of):
-    """Columns of a Batch that say which tokens are predicted, and where: those tokens of the answers that are trained on.
+    """Return the columns of a Batch that say which answer tokens are predicted: predict_at, target, answer, offset, n and last.
 
-    sizes: tokens of each piece of ids; prompt_of: which piece is its prompt."""
+    ids: the flat row of all pieces; sizes: tokens of each piece; prompt_of: the number of the piece that is its prompt."""
     is_answer = prompt_of != np.arange(len(sizes))
     ends = np.cumsum(sizes)
-    # of each token of the answers: which answer it belongs to, which token of it, and its place in ids
-    n = sizes[is_answer]
-    answer, offset = np.repeat(np.arange(len(n)), n), _count_up(n)
-    place = (ends[is_answer] - n)[answer] + offset
+    # for each answer token: the number of its answer, its index in that answer, and its place in ids
+    lengths = sizes[is_answer]
+    answer, offset = np.repeat(np.arange(len(lengths)), lengths), _count_up(lengths)
+    place = (ends[is_answer] - lengths)[answer] + offset
 
-    # without those that are only seen, as the user's later turns: they are stored as ~id, which is negative
+    # leave out tokens that are only seen, such as the user's later turns: they are stored as ~id, which is negative
     trained = ids[place] >= 0
     answer, offset, place = answer[trained], offset[trained], place[trained]
-    # the first one is predicted at the prompt's end, the others at the token before them
+    # an answer's first token is predicted at the prompt's last one, any other at the token before it
     prompt_end = ends[prompt_of[is_answer]][answer]
     predict_at = np.where(offset == 0, prompt_end, place) - 1
-    found = {'predict_at': predict_at, 'target': ids[place], 'answer': answer, 'offset': offset}
-    return found | {'n': np.bincount(answer, minlength=len(n)), 'last': ends[is_answer] - 1}
+    of_tokens = {'predict_at': predict_at, 'target': ids[place], 'answer': answer, 'offset': offset}
+    of_answers = {'n': np.bincount(answer, minlength=len(lengths)), 'last': ends[is_answer] - 1}
+    return of_tokens | of_answers
 
 
 def _count_up(sizes):
-    """0, 1, ... of each of the sizes, one after the other."""
+    """Return 0, 1, ..., size - 1 for each of the sizes, one after the other, as one array."""
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def move(value, device):
-    """Bring a tensor, or all tensors in a list, tuple, dictionary, Batch or Varlen, to a device. Returns what then holds them.
+    """Move a tensor, or all tensors inside a list, tuple, dictionary, Batch or Varlen, to a device, and return the result.
 
-    To a GPU they go from pinned memory, so that the thread which calls this does not wait for the copy."""
+    A list or tuple is made again; a dictionary or an object is changed in place. Tensors go to a GPU from pinned memory, so that
+    the calling thread does not wait for the copy."""
     if isinstance(value, torch.Tensor):
         if torch.device(device).type == 'cuda' and not value.is_cuda:
             value = value.pin_memory()
         return value.to(device, non_blocking=True)
     if isinstance(value, list | tuple):
-        make = getattr(value, '_make', type(value))  # the former of a NamedTuple
+        # a NamedTuple takes its parts one by one, but its _make takes a list
+        make = getattr(value, '_make', type(value))
         return make([move(part, device) for part in value])
-    # objects keep their identity; numbers and the like have nothing to move
+    # numbers and the like have no parts
     parts = value if isinstance(value, dict) else getattr(value, '__dict__', {})
     for name, part in parts.items():
         parts[name] = move(part, device)
@@ -258,9 +281,9 @@ def move(value, device):
 
 
 def pack_probe(examples, device):
-    """[packed, padded] Batches of the same two examples, to see whether a model gives both the same log-probs."""
-    # an ordinary example, and the one that needs the most room
-    two = [examples[0], examples[int(examples.lengths.argmax())]]
+    """Return two Batches of the same two examples, packed and padded. A model must give both the same log-probs (hf/probe.py)."""
+    longest = int(examples.lengths.argmax())
+    two = [examples[0], examples[longest]]
     return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]
 
 
@@ -268,54 +291,55 @@ def pack_probe(examples, device):
 
 
 class Block:
-    """Consecutive groups of a row whose attention is computed together: many small ones at once under a mask, or one large one.
-
-    sizes: tokens of the pieces that it is cut into: all of it, or a large group's prompt and answers."""
+    """Neighbouring groups of a row whose attention is computed together: several small ones under one mask, or a large one."""
 
     def __init__(self, groups):
         self.groups = groups
-        self.is_one_piece = len(groups) > 1
+        self.is_one_piece = len(groups) > 1  # else its prompt and its answers are pieces
+        # tokens of each piece
         sizes = [size for prompt, answers in groups for size in (prompt, *answers)]
         self.sizes = [sum(sizes)] if self.is_one_piece else sizes
-        self.masks = {}  # made once for all layers
+        self.masks = {}  # (window, device) -> mask, made once for all layers
 
     def mask(self, window, device):
-        """Which tokens see which, (T, T): those of their prompt and answer so far, at most window positions back."""
+        """Return a mask (T, T): each token sees the tokens of its prompt and answer so far, at most window positions back."""
         if (window, device) not in self.masks:
-            self.masks[window, device] = move(torch.from_numpy(self._mask(window)), device)
+            mask = torch.from_numpy(self._make_mask(window))
+            self.masks[window, device] = move(mask, device)
         return self.masks[window, device]
 
-    def _mask(self, window):
-        """As mask, for numpy."""
-        tokens = []  # (group, answer, position) of each; the answer 0 is the prompt
+    def _make_mask(self, window):
+        """Return the mask as an array: mask[i, j] says whether token i sees token j."""
+        tokens = []  # (group, piece, position) of each; piece 0 is the prompt, the others are answers
         for group, (prompt, answers) in enumerate(self.groups):
-            for answer, size in enumerate((prompt, *answers)):
-                begin = prompt if answer else 0
-                tokens += [(group, answer, position) for position in range(begin, begin + size)]
-        group, answer, position = np.array(tokens).T
-        # from a token to one that it sees
-        back = position[:, None] - position
-        mask = (group[:, None] == group) & (back >= 0) & ((answer == 0) | (answer[:, None] == answer))
+            for piece, size in enumerate((prompt, *answers)):
+                begin = prompt if piece > 0 else 0
+                tokens += [(group, piece, position) for position in range(begin, begin + size)]
+        group, piece, position = np.array(tokens).T
+        back = position[:, None] - position  # how far j lies before i
+        is_of_prompt_or_answer = (piece == 0) | (piece[:, None] == piece)
+        mask = (group[:, None] == group) & is_of_prompt_or_answer & (back >= 0)
         if window:
             mask &= back < window
         return mask
 
 
-SMALL = 96  # tokens of a block of several groups: more of them together waste more than a call of attention costs
+# the most tokens of a block of several groups: with more, what the mask leaves out costs more than a further call of attention
+SMALL = 96
 
 
 def make_blocks(groups):
-    """Blocks of groups in row order: small groups together, a large one alone."""
-    # tokens of the block that is filled: the first group begins one
-    blocks, tokens = [], SMALL
-    for group in groups:
-        size = group[0] + sum(group[1])
+    """Return the Blocks of groups, in row order: as many groups together as have SMALL tokens, or one larger group alone."""
+    blocks = []  # lists of groups
+    tokens = SMALL  # of the last block; it begins as if full, so that the first group begins a block
+    for prompt, answers in groups:
+        size = prompt + sum(answers)
         tokens += size
         if tokens > SMALL:
             blocks.append([])
             tokens = size
-        blocks[-1].append(group)
-    return list(map(Block, blocks))
+        blocks[-1].append((prompt, answers))
+    return [Block(block) for block in blocks]
 
 
 if __name__ == '__main__':

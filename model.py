@@ -1,8 +1,8 @@
-"""Inside a transformers model: attention over packed answers, log-probs of answers, divergences. hf/load.py makes one.
+"""Inside a transformers model: attention over packed answers, log-probs of answers, divergences. hf/load.py loads models.
 
-Training on preferences needs one function, response_logps(model, batch): log-prob sums of every answer in a packed microbatch
-(data.py), float32. The LM head is applied only where an answer token is predicted, in chunks that backward computes again, so
-that no (tokens, vocabulary) tensor of the whole microbatch ever exists. No collectives here: fsdp.py.
+Training on preferences needs one function of this file, response_logps(model, batch): the sum of log-probs of every answer of a
+packed microbatch (data.py). It applies the LM head only where an answer token is predicted, in chunks of positions, and backward
+computes their logits again: a (tokens, vocabulary) tensor of a whole microbatch never exists. Collectives are in fsdp.py.
 """
 
 import contextlib
@@ -16,19 +16,21 @@ from hf import varlen
 
 
 def core(model):
-    """The transformers model inside a PEFT wrapper, or the model itself."""
+    """Return the transformers model inside a PEFT wrapper, or the model itself if it has no wrapper."""
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
 
 
 def blocks(model):
-    """The transformer blocks, by the class names that the model itself (and a critic inside it) declares."""
-    # every class that any part of the model calls a block
-    names = {name for m in core(model).modules() for name in getattr(m, '_no_split_modules', None) or ()}
-    # no block inside another: Mamba names a block and a part of it
+    """Return the list of a model's transformer blocks, in order. Their class names are declared in _no_split_modules."""
+    # any part of the model, such as a critic inside it, may declare its own
+    class_names = set()
+    for module in core(model).modules():
+        class_names.update(getattr(module, '_no_split_modules', None) or ())
+    # only the outermost ones: Mamba declares a block and a part of it
     found = {}
     for path, module in core(model).named_modules():
-        inside = any(path.startswith(f'{outer}.') for outer in found)
-        if type(module).__name__ in names and not inside:
+        is_inside_block = any(path.startswith(f'{block_path}.') for block_path in found)
+        if type(module).__name__ in class_names and not is_inside_block:
             found[path] = module
     return list(found.values())
 
@@ -37,37 +39,42 @@ def blocks(model):
 
 
 def register_attention():
-    """Make packed_attention known to transformers, which makes no mask for an attention of this name."""
+    """Register packed_attention with transformers as 'packed'. For a name that it does not know, transformers makes no mask."""
     transformers.AttentionInterface.register('packed', packed_attention)
 
 
-def packed_attention(module, query, key, value, mask, scaling=None, sliding_window=None, packed=None, **more):
-    """Attention of a row of groups [prompt | answer | answer ...]: an answer sees its group's prompt and itself.
+def packed_attention(module, query, key, value, mask, scaling=None, sliding_window=None, packed=None, **options):
+    """Return the attention output of a row of groups [prompt | answer | answer ...], as (1, T, H, D), and None for its weights.
 
-    query (1, H, T, D), key and value (1, H_kv, T, D); packed: a data.Batch. Returns (1, T, H, D), None. On CUDA in half
-    precision one varlen kernel does it; elsewhere one small sdpa an answer, so that no answer pays for the others."""
-    if packed is None or more.get('s_aux') is not None:
+    Each answer sees its group's prompt and itself. query (1, H, T, D), key and value (1, H_kv, T, D); packed: the data.Batch. On
+    CUDA in half precision one kernel computes all of it; elsewhere each answer, and each block of small groups, calls sdpa.
+    Raises NotImplementedError for an architecture that cannot be packed: hf/probe.py then chooses padded batches."""
+    softcap = options.get('softcap')
+    if packed is None or options.get('s_aux') is not None:
         raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
-    # one kernel, unless it lacks what this architecture needs
-    softcap = more.get('softcap')
+    # the kernel has no soft cap, and wants heads of keys and of values to have one size
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and softcap is None and key.shape[-1] == value.shape[-1]:
+    has_one_size = key.shape[-1] == value.shape[-1]
+    if query.is_cuda and half and softcap is None and has_one_size:
         return varlen.attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
-    # (q, k, v) of each block of small groups, and of each prompt and answer of a large one; the backward of split is one cat
+    # (q, k, v) of each piece: a block of small groups is one piece, a large group's prompt and answers are one each
     sizes = [size for block in packed.blocks for size in block.sizes]
+    # split at once, since its backward is one cat
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    # (1, H, n, D) each
-    out = []
+    out = []  # (1, H, n, D) each
     for block in packed.blocks:
-        q, prompt_k, prompt_v = next(pieces)
         if block.is_one_piece:
+            q, k, v = next(pieces)
             mask = block.mask(sliding_window, q.device)
-            out.append(_attend(q, prompt_k, prompt_v, mask, scaling, softcap))
-        # the prompt's keys and values come before each answer's, its own queries go with the first answer
+            out.append(_attend(q, k, v, mask, scaling, softcap))
+            continue
+        # the prompt's keys and values stand before those of each answer; its queries go with the first answer
+        prompt_q, prompt_k, prompt_v = next(pieces)
         for number in range(1, len(block.sizes)):
-            answer_q, answer_k, answer_v = next(pieces)
-            q = torch.cat((q, answer_q), 2) if number == 1 else answer_q
+            q, answer_k, answer_v = next(pieces)
+            if number == 1:
+                q = torch.cat((prompt_q, q), 2)
             k = torch.cat((prompt_k, answer_k), 2)
             v = torch.cat((prompt_v, answer_v), 2)
             mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
@@ -76,26 +83,26 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
 
 
 def _causal(n, m, window, device):
-    """Which of m keys the last n positions see: (n, m). None where sdpa's is_causal says it, which is faster."""
-    # positions without a query
-    before = m - n
-    if not before and not (window and window < m):
+    """Return a mask (n, m): which of m positions the last n see. None where sdpa's is_causal says the same, which is faster."""
+    n_before = m - n  # positions that are seen, but have no query here
+    window_cuts = window and window < m
+    if n_before == 0 and not window_cuts:
         return None
-    mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(before)
-    return mask.triu(before - window + 1) if window else mask
+    mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(n_before)
+    return mask.triu(n_before - window + 1) if window_cuts else mask
 
 
 def _attend(q, k, v, mask, scaling, softcap):
-    """Attention of q (1, H, n, D) over k and v (1, H_kv, m, D), where mask (n, m) says; None: causal."""
-    # so many heads of queries share one of keys
+    """Return the attention of q (1, H, n, D) over k and v (1, H_kv, m, D): (1, H, n, D). mask (n, m), or None for causal."""
+    # each head of keys and values serves so many heads of queries
     repeat = q.shape[1] // k.shape[1]
     if not softcap:
-        how = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
-        return F.scaled_dot_product_attention(q, k, v, mask, **how)
+        options = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
-    # a soft cap lies between the scores and their softmax, which sdpa does not offer: (n, m) scores of every head
+    # a soft cap lies between scores and softmax, where sdpa has no place for it: make the scores (1, H, n, m) here
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scores = q @ k.mT * scale
     scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
@@ -104,26 +111,29 @@ def _attend(q, k, v, mask, scaling, softcap):
     return weights.to(v.dtype) @ v
 
 
-def set_attention(model, packed, own=None):
-    """Choose a model's attention from now on: packed_attention, or for padded batches the one of transformers called own.
+def set_attention(model, packed, for_padded=None):
+    """Make a model use packed_attention from now on, or if packed is false, an attention of transformers for padded batches.
 
-    own None: the one chosen before, or sdpa, or eager where sdpa does not do (Gemma 2). Raises UserError."""
-    # what padded batches use is remembered on the model
+    for_padded: its name; None: the one that was set before, or else sdpa or eager. Raises UserError if the model lacks it."""
     inner = core(model)
-    # some versions of transformers offer sdpa to architectures whose soft cap it lacks
-    has_cap = getattr(inner.config, 'attn_logit_softcapping', None) is not None
-    default = 'sdpa' if inner._supports_sdpa and not has_cap else 'eager'
-    inner.padded_attention = own or getattr(inner, 'padded_attention', default)
+    if for_padded:
+        inner.attention_if_padded = for_padded
+    elif not hasattr(inner, 'attention_if_padded'):
+        # some versions of transformers offer sdpa to Gemma 2, though sdpa lacks its soft cap
+        has_cap = getattr(inner.config, 'attn_logit_softcapping', None) is not None
+        inner.attention_if_padded = 'sdpa' if inner._supports_sdpa and not has_cap else 'eager'
     try:
-        inner.set_attn_implementation('packed' if packed else inner.padded_attention)
+        inner.set_attn_implementation('packed' if packed else inner.attention_if_padded)
     except (ImportError, ValueError) as error:
         reason = str(error).strip().partition('\n')[0]
-        raise UserError(f'{type(inner).__name__} cannot use attention by {inner.padded_attention}: {reason}') from None
+        raise UserError(
+            f'{type(inner).__name__} cannot use attention by {inner.attention_if_padded}: {reason}'
+        ) from None
 
 
 @contextlib.contextmanager
 def padded_attention(model):
-    """The architecture's own attention for a while: to generate, or to compare with."""
+    """Let a model use attention for padded batches inside the with block: to generate, or to compare with."""
     before = core(model).config._attn_implementation
     set_attention(model, packed=False)
     try:
@@ -136,39 +146,43 @@ def padded_attention(model):
 
 
 def response_logps(model, batch, divergence=None, reference=None):
-    """Sum the log-probs of the tokens of each of a batch's A answers: (1, A), float32. Backward computes the logits again.
+    """Return the sum of the log-probs of the tokens of each of a batch's A answers: (1, A), float32.
 
-    With a divergence (3, A): sums of log-probs, of divergences from the reference, and of the reference's log-probs. It is a
-    function of (log_pi, log_ref), both (n, V) -> (n,), such as kl. reference: that model's hidden_and_head on the batch."""
+    divergence: a function of (log_pi, log_ref) as below, such as kl. With it the result is (3, A): log-probs of the policy, the
+    divergences from the reference, log-probs of the reference. reference: that model's hidden_and_head of the batch."""
     hidden, (weight, bias) = hidden_and_head(model, batch)
-    # only a device map puts the targets, or the reference, elsewhere
+    # with a device map, targets and reference may be on another device
     device = hidden.device
     if reference is not None:
         ref_hidden, ref_head = reference
+        # the head's bias may be None
         reference = [x if x is None else x.to(device) for x in (ref_hidden, *ref_head)]
-    # (1 or 3, N) numbers of tokens, and their sums over each answer
-    tokens = Head.apply(hidden, weight, bias, batch.target.to(device), core(model).config, divergence, reference)
-    return torch.stack([batch.sum(row) for row in tokens.to(batch.ids.device)])
+    # (1 or 3, N): numbers of each token, and then their sums over each answer
+    token_values = Head.apply(hidden, weight, bias, batch.target.to(device), core(model).config, divergence, reference)
+    return torch.stack([batch.sum(row) for row in token_values.to(batch.ids.device)])
 
 
 def hidden_and_head(model, batch):
-    """Hidden states (N, d) that predict the N answer tokens, and the head's (weight, bias).
+    """Return the hidden states (N, d) that predict the N answer tokens, and the LM head as (weight, bias or None).
 
-    Works inside the root module's forward only (fsdp.py registers response_logps and this as such)."""
+    It must run in a forward of the root module, where parameters are gathered: fsdp.add_method makes it one."""
     head = core(model).get_output_embeddings()
     hidden = body(model, batch).to(head.weight.device).flatten(0, 1)
     return hidden[batch.predict_at.to(hidden.device)], (head.weight, head.bias)
 
 
 def body(model, batch):
-    """Last hidden states of a batch, (rows, T, d)."""
+    """Return the last hidden states of a batch, (rows, T, d): what the model computes before its head."""
     inner = core(model)
-    # Llama 4 misnames its trunk
-    trunk = inner.model if inner.base_model is inner else inner.base_model
-    # packed batches have positions and groups, padded ones a mask
-    layout = {'attention_mask': batch.mask}
+    trunk = inner.base_model
+    # Llama 4 declares a wrong name for its trunk, and base_model is then the whole model
+    if trunk is inner:
+        trunk = inner.model
+    # packed_attention finds the groups in the batch itself, which transformers hands on as the option packed
     if batch.groups:
         layout = {'position_ids': batch.position, 'packed': batch}
+    else:
+        layout = {'attention_mask': batch.mask}
     return trunk(input_ids=batch.ids, use_cache=False, **layout).last_hidden_state
 
 
@@ -176,101 +190,104 @@ def body(model, batch):
 
 
 def wide(x):
-    """The type that log-probs and sums of x are computed in: float32, or float64 if x is."""
+    """Return the dtype for log-probs and sums of x: float32, or float64 if x is float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _scale_and_cap(config):
-    """(factor of the head's output, soft cap of the logits or None), as some architectures have them."""
-    # Cohere and Granite
+    """Return (the factor that multiplies the head's output, the soft cap of the logits or None), as the config says."""
+    # Cohere has a factor, Granite a divisor
     factor = getattr(config, 'logit_scale', None) or 1.0
     divisor = getattr(config, 'logits_scaling', None) or 1.0
-    # Gemma 2 and RecurrentGemma
+    # the soft cap's names in Gemma 2 and in RecurrentGemma
     cap = getattr(config, 'final_logit_softcapping', None) or getattr(config, 'logits_soft_cap', None)
     return factor / divisor, cap
 
 
 class Head(torch.autograd.Function):
-    """LM head, log-softmax, gather and divergence by chunks of positions: one chunk of logits exists at a time."""
+    """LM head, log-softmax, gather and divergence in chunks of positions: the logits of one chunk exist at a time."""
 
     @staticmethod
     def chunks(n, vocabulary, most):
-        """Slices of n positions that have at most so many logits together, or one position each."""
+        """Return slices that cut n positions into chunks. Each has one position, or more with at most so many logits (most)."""
         size = max(1, most // vocabulary)
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
     @staticmethod
     def logits(policy, reference, config):
-        """Yield (rows, logits (n, V), blocks) of every chunk; a block is (its rows, its logits, the reference's or None).
+        """Yield (rows, logits (n, V), pieces) of every chunk. policy: (hidden, weight, bias); reference: the same, or None.
 
-        policy and reference are (hidden, weight, bias), reference perhaps None. Matrix products are made by chunks, in a shared
-        buffer: fresh memory costs a CPU as much as the product. What copies the logits does so by blocks, an eighth or less."""
+        rows: the chunk's slice of all N positions. pieces: the chunk cut into smaller ones, each as (its slice of all positions,
+        its logits, the reference's logits or None). The caller may overwrite logits: the next chunk is written over them."""
         hidden, weight, _ = policy
-        most, most_of_block = (2**27, 2**24) if hidden.is_cuda else (2**23, 2**19)
-        chunks = Head.chunks(len(hidden), len(weight), most)
-        sides = [policy, reference] if reference else [policy]
-        buffers = [hidden.new_empty(chunks[0].stop, len(weight), dtype=wide(hidden)) for _ in sides]
+        # the most logits of a chunk, which is one matrix product, and of a piece, whose logits may be copied
+        most_of_chunk, most_of_piece = (2**27, 2**24) if hidden.is_cuda else (2**23, 2**19)
+        chunks = Head.chunks(len(hidden), len(weight), most_of_chunk)
+        models = [policy, reference] if reference else [policy]
+        # all chunks share a buffer: on a CPU, fresh memory costs as much as the product
+        buffers = [hidden.new_empty(chunks[0].stop, len(weight), dtype=wide(hidden)) for _ in models]
         for rows in chunks:
-            # all logits of this chunk
             n = rows.stop - rows.start
-            for buffer, (x, *head) in zip(buffers, sides, strict=True):
-                _write_logits(buffer[:n], x[rows], *head, config)
-            # which of them each block has
-            blocks = []
-            for block in Head.chunks(n, len(weight), most_of_block):
-                at = slice(rows.start + block.start, rows.start + block.stop)
-                blocks.append((at, buffers[0][block], buffers[1][block] if reference else None))
-            yield rows, buffers[0][:n], blocks
+            for buffer, (model_hidden, *head) in zip(buffers, models, strict=True):
+                _write_logits(buffer[:n], model_hidden[rows], *head, config)
+            pieces = []
+            for piece in Head.chunks(n, len(weight), most_of_piece):
+                at = slice(rows.start + piece.start, rows.start + piece.stop)
+                ref_logits = buffers[1][piece] if reference else None
+                pieces.append((at, buffers[0][piece], ref_logits))
+            yield rows, buffers[0][:n], pieces
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, config, divergence, reference):
-        """hidden (N, d), weight (V, d), bias (V,) or None, target (N,) -> log-probs of the targets (1, N).
+        """Return the log-probs of the targets (1, N); with a divergence (3, N): then also it, and the reference's log-probs.
 
-        With a divergence (3, N): also the divergences, and the reference's log-probs."""
+        hidden (N, d), weight (V, d), bias (V,) or None, target (N,). reference: (hidden, weight, bias) of that model, or None."""
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
-        tokens = hidden.new_empty(3 if divergence else 1, len(target), dtype=wide(hidden))
-        for _, _, blocks in Head.logits((hidden, weight, bias), reference, config):
-            for at, logits, ref_logits in blocks:
+        values = hidden.new_empty(3 if divergence else 1, len(target), dtype=wide(hidden))
+        for _, _, pieces in Head.logits((hidden, weight, bias), reference, config):
+            for at, logits, ref_logits in pieces:
                 log_pi = torch.log_softmax(logits, 1, out=logits)
-                tokens[0, at] = log_pi.gather(1, target[at, None]).squeeze(1)
+                values[0, at] = log_pi.gather(1, target[at, None]).squeeze(1)
                 if divergence:
                     log_ref = torch.log_softmax(ref_logits, 1, out=ref_logits)
-                    tokens[1, at], _ = divergence(log_pi, log_ref)
-                    tokens[2, at] = log_ref.gather(1, target[at, None]).squeeze(1)
-        return tokens
+                    values[1, at], _ = divergence(log_pi, log_ref)
+                    values[2, at] = log_ref.gather(1, target[at, None]).squeeze(1)
+        return values
 
     @staticmethod
     def backward(ctx, grad):
-        """grad (1 or 3, N) of what forward returned -> gradients of hidden, weight and bias; logits are made again."""
+        """Return the gradients of hidden, weight and bias, from grad (1 or 3, N), that of forward's result."""
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         _, weight_trains, bias_trains, *_ = ctx.needs_input_grad
-        # filled chunk by chunk; the head's add up in float32 whatever the compute type
+        # each chunk fills its rows of d_hidden, and adds to the head's gradients, in float32 whatever the compute type
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
         d_bias = torch.zeros_like(bias, dtype=wide(bias)) if bias_trains else None
-        for rows, d_logits, blocks in Head.logits((hidden, weight, bias), reference, config):
-            for at, logits, ref_logits in blocks:
+        for rows, logits_of_chunk, pieces in Head.logits((hidden, weight, bias), reference, config):
+            # the pieces are views of logits_of_chunk, so this makes all of it the gradient
+            for at, logits, ref_logits in pieces:
                 _to_gradient(logits, target[at], grad[:, at], config, divergence, ref_logits)
-            # from there to hidden states and head
-            d_raw = d_logits.to(weight.dtype)
-            d_hidden[rows] = d_raw @ weight
+            d_logits = logits_of_chunk.to(weight.dtype)
+            d_hidden[rows] = d_logits @ weight
+            # addmm_ needs no memory for the product, but one dtype
             if weight_trains and d_weight.dtype == weight.dtype:
-                d_weight.addmm_(d_raw.T, hidden[rows])
+                d_weight.addmm_(d_logits.T, hidden[rows])
             elif weight_trains:
-                d_weight += d_raw.T @ hidden[rows]
+                d_weight += d_logits.T @ hidden[rows]
             if bias_trains:
-                d_bias += d_logits.sum(0)
+                d_bias += logits_of_chunk.sum(0)
         if weight_trains:
             d_weight = d_weight.to(weight.dtype)
         if bias_trains:
             d_bias = d_bias.to(bias.dtype)
+        # the other four arguments of forward have no gradient
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 def _write_logits(out, hidden, weight, bias, config):
-    """Write the logits, scaled and soft-capped, into out: hidden (n, d) -> (n, V)."""
+    """Write the logits of hidden (n, d) into out (n, V), scaled and soft-capped as the config says."""
     scale, cap = _scale_and_cap(config)
     if weight.dtype == out.dtype:
         torch.mm(hidden, weight.T, out=out)
@@ -285,12 +302,15 @@ def _write_logits(out, hidden, weight, bias, config):
 
 
 def _to_gradient(logits, target, grad, config, divergence, ref_logits):
-    """Replace logits (n, V) by the gradient of grad[0] . log-probs of the targets + grad[1] . divergences, before scale and cap.
+    """Replace logits (n, V), in place, by the loss's gradient with respect to the head's output, before scale and cap.
 
-    Of a log-prob it is one-hot - pi. Of a divergence it is pi * sum(mass) - mass, with its mass as below."""
+    grad (1 or 3, n): the loss's gradients of the targets' log-probs, and of the divergences if there are any. With respect to the
+    logits, a log-prob has the gradient one-hot - pi. A divergence has pi * sum(mass) - mass, where its function returns the mass
+    beside it. ref_logits is overwritten, too."""
     scale, cap = _scale_and_cap(config)
-    # of the soft cap, before the logits are overwritten
+    # the soft cap's derivative, made before the logits are overwritten
     slope = 1 - (logits / cap) ** 2 if cap else 1
+    # the terms with pi come first, those with one-hot at the end
     factor = -grad[0, :, None]
     if divergence:
         log_pi = torch.log_softmax(logits, 1, out=logits)
@@ -304,62 +324,72 @@ def _to_gradient(logits, target, grad, config, divergence, ref_logits):
         logits *= slope * scale
 
 
-# ---- divergences of the policy from the reference at one position, for TDPO and Ra-DPO ----
-# (..., V) log-probs of both -> their values D (...,), and mass (..., V) = -dD / dlog_pi: which words D pulls up, and how much
+# ---- divergences of the policy from the reference at one position, for TDPO and Ra-DPO (arXiv:2505.20359) ----
+# log_pi and log_ref are log-probs (..., V) of policy and reference. Each function returns a divergence D (...,), and its mass
+# (..., V) = -dD / dlog_pi, which says how strongly D pulls up the probability of each word
 
 
 def kl(log_pi, log_ref):
-    """KL(reference || policy) at a position: the mean of Z = log ref - log pi under the reference."""
+    """Return KL(reference || policy), and its mass -dKL / dlog_pi, which are the reference's probabilities."""
     p = log_ref.exp()
     return (p * (log_ref - log_pi)).sum(-1), p
 
 
 def cvar(log_pi, log_ref, *, mu):
-    """Mean of Z = log ref - log pi over its worst mass mu under the reference; mu = 1 is the KL. Ra-DPO, arXiv:2505.20359."""
+    """Return D, the mean of Z = log_ref - log_pi over the worst mass mu under the reference, and -dD / dlog_pi.
+
+    The worst mass is that of the words with the largest Z, whose probabilities sum to mu. mu = 1 is the KL."""
     z = log_ref - log_pi
     mass = _worst(z.detach(), log_ref.exp(), mu) / mu
     return (mass * z).sum(-1), mass
 
 
 def _worst(z, p, mu, bins=4096):
-    """How much of each word's probability p belongs to the worst mass mu, that of the largest z: all, a part at the border, none.
+    """Return the part of each word's probability p in the worst mass mu: words with the largest z, until their p sum to mu.
 
-    Without a sort. The words are counted in bins by z, and those around the border again: in the second round a bin is 2e-7 of
-    the range of z, and whatever lies in the border's own bin counts in part."""
-    low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
+    z, p, result: (..., V). It is all of p above a border in z, a share of p at the border, and 0 below. To find the border
+    without a sort, a histogram sums p over z, and a second one looks closer at the border's bin, with bins as wide as 2e-7 of the
+    range of z. All words of one bin get the same share."""
     exact_p = p.double()
+    low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
     for _ in range(2):
         width = ((high - low) / bins).clamp(min=1e-30)
-        # 0: above this round's bins, bins + 1: below them; where z is no number the divergence is none, whatever the bin
-        bin = ((high - z) / width).add_(1).nan_to_num_(0).clamp_(0, bins + 1).long()
-        in_bin = exact_p.new_zeros(*p.shape[:-1], bins + 2).scatter_add_(-1, bin, exact_p)
-        up_to = in_bin.cumsum(-1)
-        # the border's bin, and one more on each side for the rounding
-        border = (up_to < mu).sum(-1, keepdim=True).clamp(max=bins + 1)
-        high = high - (border - 2) * width
+        # bins 1, 2, ... begin at high; 0 has all above it, bins + 1 all below low. NaN may go anywhere: the result is NaN
+        bin_of_word = ((high - z) / width).add_(1).nan_to_num_(0).clamp_(0, bins + 1).long()
+        in_bin = exact_p.new_zeros(*p.shape[:-1], bins + 2).scatter_add_(-1, bin_of_word, exact_p)
+        up_to_bin = in_bin.cumsum(-1)
+        border_bin = (up_to_bin < mu).sum(-1, keepdim=True).clamp(max=bins + 1)
+        # the second round covers this bin, and one more on each side for the rounding
+        high = high - (border_bin - 2) * width
         low = high - 3 * width
-    share = ((mu - up_to + in_bin) / in_bin.clamp(min=1e-30)).clamp_(0, 1)
-    return share.to(p.dtype).gather(-1, bin).mul_(p)
+    # what the bins before it have left of mu says how much of a bin lies within mu: all, a part, or nothing
+    left_of_mu = mu - up_to_bin + in_bin
+    share = (left_of_mu / in_bin.clamp(min=1e-30)).clamp_(0, 1)
+    return share.to(p.dtype).gather(-1, bin_of_word).mul_(p)
 
 
 def erm(log_pi, log_ref, *, mu):
-    """(1 / mu) log mean exp(mu Z), Z = log ref - log pi, under the reference; mu -> 0 is the KL. Ra-DPO, arXiv:2505.20359."""
+    """Return D = (1 / mu) log mean exp(mu Z) under the reference, Z = log_ref - log_pi, and -dD / dlog_pi. mu -> 0 is the KL."""
     terms = log_ref + mu * (log_ref - log_pi)
     return terms.logsumexp(-1) / mu, terms.softmax(-1)
 
 
 def released(log_pi, log_ref, *, mu, parts=2):
-    """What Ra-DPO's published code computes; not a risk measure, kept to reproduce published curves.
+    """Return D as Ra-DPO's published code computes it, and -dD / dlog_pi. It is kept to reproduce the published curves.
 
-    In each half of the vocabulary, sum of p Z over Z = log ref - log pi above its unweighted (1 - mu) quantile."""
-    z, p = log_ref - log_pi, log_ref.exp()
-    # the last part gets the rest of the vocabulary
+    The vocabulary is cut into parts, and a word counts if its Z = log_ref - log_pi is above the 1 - mu quantile of its part. D is
+    the sum of p Z over the words that count, where p is the reference's probability. All words of a part weigh the same in the
+    quantile, whatever their p, and so D is no measure of risk."""
+    z = log_ref - log_pi
+    p = log_ref.exp()
+    # the last part takes what a division leaves over
     size, rest = divmod(z.shape[-1], parts)
     sizes = [size] * (parts - 1) + [size + rest]
-    above = []
-    for z_part in z.detach().split(sizes, -1):
-        above.append(z_part > z_part.quantile(1 - mu, dim=-1, keepdim=True))
-    mass = p * torch.cat(above, -1)
+    counts = []
+    for z_of_part in z.detach().split(sizes, -1):
+        quantile = z_of_part.quantile(1 - mu, dim=-1, keepdim=True)
+        counts.append(z_of_part > quantile)
+    mass = p * torch.cat(counts, -1)
     return (mass * z).sum(-1), mass
 
 

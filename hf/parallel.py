@@ -1,7 +1,7 @@
-"""Ways other than FSDP of putting a model on several devices: tensor parallelism, and one process with a device map.
+"""Two ways besides FSDP to put a model on several devices: tensor parallelism, and a device map in one process.
 
-Tensor parallelism cuts the matrices of a block over the ranks of a group, by the plan that the architecture publishes in
-transformers. The ranks of a group see the same data; FSDP goes on over the groups. Embeddings and LM head stay whole."""
+Tensor parallelism divides the matrices of a block among the ranks of a group, by the plan that transformers has for the
+architecture. The ranks of a group get the same data, and FSDP shards over the groups. Embeddings and LM head are not divided."""
 
 import os
 
@@ -10,65 +10,77 @@ from model import core
 
 
 def check(config):
-    """Raise UserError where options of a script about devices and attention exclude one another."""
+    """Raise UserError if a script's options about devices and attention exclude one another. Notes those without effect."""
+    # tensor parallelism and offloading
     if config['tp'] > 1 and config['lora_rank']:
         raise UserError('tp and lora_rank do not go together: adapters are small enough for FSDP alone')
-    given = {'tp': config['tp'] > 1, 'cpu_offload': config['cpu_offload']}
-    cuts_all = ' and '.join(name for name in given if given[name])
-    if cuts_all and config['shard'] in ('none', 'grads'):
-        raise UserError(f'{cuts_all} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')
-    if config['attn']:
-        config.ignored(['pack'] if config['pack'] else [], f'attention by {config["attn"]} works on padded batches')
+    is_on = {'tp': config['tp'] > 1, 'cpu_offload': config['cpu_offload']}
+    needs_full = ' and '.join(name for name in is_on if is_on[name])
+    if needs_full and config['shard'] in ('none', 'grads'):
+        raise UserError(f'{needs_full} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')
+    # attention of transformers; with pack=False nothing is lost by it
+    if config['attn'] and config['pack']:
+        config.ignored(['pack'], f'attention by {config["attn"]} works on padded batches')
+
+    # a device map
     if config['device_map'] is None:
         return
     if 'RANK' in os.environ:
         raise UserError('device_map is for one process: start without torchrun, or leave device_map out to use FSDP')
     if config['dtype'] != 'float32':
         raise UserError('device_map computes in float32: leave dtype out, or use torchrun for bfloat16')
-    cut = ['shard'] if config['shard'] != 'auto' else []
-    config.ignored(['cpu_offload', *cut], 'device_map uses no FSDP')
+    config.ignored(['cpu_offload'], 'device_map uses no FSDP')
+    if config['shard'] != 'auto':
+        config.ignored(['shard'], 'device_map uses no FSDP')
     if config['model'] == 'toy':
         raise UserError('device_map spreads the model of a folder or of the hub: the toy model is made here')
 
 
 def tensor_parallel(model, mesh, groups):
-    """Cut the blocks of a model, in place, over the ranks of the 1-D mesh. groups: over how many FSDP will cut on.
+    """Divide the blocks of a model, in place, among the ranks of a mesh of one dimension.
 
-    Raises UserError for an architecture without a plan, or one that these ranks do not divide."""
+    groups: the number of such meshes, over which FSDP shards afterwards. Raises UserError if transformers has no plan for the
+    architecture, or one with styles unknown here, or if its sizes do not divide by the number of ranks."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
-    # a norm of each head sees (B, T, heads, d)
-    of_heads = SequenceParallel(sequence_dim=2, use_local_output=True)
+    # a norm of each head sees (B, T, heads, d), of which every rank has some heads
+    norm_of_heads = SequenceParallel(sequence_dim=2, use_local_output=True)
+    # a plan's word for how a matrix is divided -> torch's object that does it
     styles = {
         'colwise': ColwiseParallel(),
         'rowwise': RowwiseParallel(),
         'colwise_gather_output': ColwiseParallel(output_layouts=Replicate()),
         'rowwise_split_input': RowwiseParallel(input_layouts=Replicate()),
-        'replicated_with_grad_allreduce': of_heads,
+        'replicated_with_grad_allreduce': norm_of_heads,
     }
-    inner, name, ranks = core(model).base_model, type(core(model)).__name__, mesh.size()
+    inner = core(model).base_model
     config = inner.config
-    plan = {key: style for key, style in (config.base_model_tp_plan or {}).items() if key.startswith('layers.')}
+    name = type(core(model)).__name__
+    # module path, with * for a block's number -> style; what lies outside of the blocks is left out
+    whole_plan = config.base_model_tp_plan or {}
+    plan = {path: style for path, style in whole_plan.items() if path.startswith('layers.')}
     if not plan or set(plan.values()) - styles.keys():
-        raise UserError(
-            f'{name} has no tensor-parallel plan in transformers that is supported here: leave out --tp, FSDP needs none'
-        )
+        hint = 'leave out --tp, FSDP needs none'
+        raise UserError(f'{name} has no tensor-parallel plan in transformers that is supported here: {hint}')
 
-    # what the ranks must divide, and what FSDP must divide once more
+    # words for a size -> (the size, by what it must divide)
+    ranks = mesh.size()
     sizes = {'attention heads': (config.num_attention_heads, ranks)}
-    sizes['key-value heads'] = (getattr(config, 'num_key_value_heads', None) or config.num_attention_heads, ranks)
+    key_value_heads = getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
+    sizes['key-value heads'] = (key_value_heads, ranks)
     for path, module in inner.named_modules():
-        style = plan.get('.'.join('*' if part.isdigit() else part for part in path.split('.')), '')
+        path_in_plan = '.'.join('*' if part.isdigit() else part for part in path.split('.'))
+        style = plan.get(path_in_plan, '')
         if style.startswith('rowwise'):
-            sizes[f'columns of {path}'] = module.weight.shape[1], ranks
+            sizes[f'columns of {path}'] = (module.weight.shape[1], ranks)
         elif style.startswith('colwise'):
-            sizes[f'rows of {path}'] = len(module.weight), ranks * groups
+            # FSDP divides the rows of each rank once more
+            sizes[f'rows of {path}'] = (len(module.weight), ranks * groups)
         elif style and tuple(module.weight.shape) != (getattr(config, 'head_dim', None),):
             raise UserError(f'{name} has norms across heads, which are not supported with --tp: leave it out')
     for what, (size, parts) in sizes.items():
         if size % parts:
-            raise UserError(
-                f'tp={ranks} on {ranks * groups} ranks: the {size} {what} of {name} do not divide by {parts}'
-            )
-    parallelize_module(inner, mesh, {key: styles[style] for key, style in plan.items()})
+            problem = f'the {size} {what} of {name} do not divide by {parts}'
+            raise UserError(f'tp={ranks} on {ranks * groups} ranks: {problem}')
+    parallelize_module(inner, mesh, {path: styles[style] for path, style in plan.items()})

@@ -1,4 +1,4 @@
-"""Attention of packed answers on CUDA in half precision: one kernel for all, which reads each answer's prompt and itself in a row."""
+"""Attention of packed answers on CUDA in half precision: one kernel call, in which each answer reads its prompt and itself."""
 
 import inspect
 
@@ -7,52 +7,65 @@ import torch
 
 
 class Varlen:
-    """What the CUDA kernel needs: queries in row order; keys gathered so that each answer has its prompt before it.
+    """The groups of a packed row as the CUDA kernel wants them: queries and keys of answer after answer.
 
-    gather (K,): the row of each key, or None where every prompt has one answer, and so keys are in row order, too; copies: (rows,
-    where in gather they stand) of all first copies, of all second ones, ... cu_q, cu_k (A + 1,): where each answer's queries and
-    keys begin and end; max_q, max_k: the longest of them."""
+    Queries stay in row order; a prompt's queries go with its first answer. Keys are gathered, so that each answer has its prompt
+    before it: gather (K,) is the row of each key, or None if every prompt has one answer, since keys are in row order then, too.
+    copies: see _copies. cu_q, cu_k (A + 1,): where each answer's queries and keys begin, and where the last ones end. max_q and
+    max_k: the most queries and keys of an answer."""
 
     def __init__(self, groups):
-        gather, start = [], 0
+        gather = []
         n_queries, n_keys = [], []  # of each answer
+        start = 0  # the first row of the next piece
         for prompt, answers in groups:
-            prompt_places = np.arange(start, start + prompt)
+            prompt_rows = np.arange(start, start + prompt)
             start += prompt
-            # the prompt's queries go with the first answer
+            # an answer's keys are its prompt's and its own
             n_queries += [prompt + answers[0], *answers[1:]]
             n_keys += [prompt + answer for answer in answers]
             for answer in answers:
-                gather += [prompt_places, np.arange(start, start + answer)]
+                gather += [prompt_rows, np.arange(start, start + answer)]
                 start += answer
-        # every prompt stands there as often as it has answers
+
         self.gather, self.copies = None, []
-        if any(len(answers) > 1 for _, answers in groups):
-            places = np.concatenate(gather)
-            self.gather, left = torch.from_numpy(places), np.arange(len(places))
-            while len(left):
-                rows, at = np.unique(places[left], return_index=True)
-                self.copies.append((torch.from_numpy(rows), torch.from_numpy(left[at])))
-                left = np.delete(left, at)
-        # the kernel's offsets are 32 bits wide
-        edges = [np.cumsum([0, *lengths]) for lengths in (n_queries, n_keys)]
-        self.cu_q, self.cu_k = (torch.tensor(x, dtype=torch.int32) for x in edges)
+        # only then the keys are in another order than the row
+        has_shared_prompt = any(len(answers) > 1 for _, answers in groups)
+        if has_shared_prompt:
+            rows = np.concatenate(gather)
+            self.gather = torch.from_numpy(rows)
+            self.copies = _copies(rows)
+        # the kernel wants offsets of 32 bits
+        self.cu_q = torch.tensor(np.cumsum([0, *n_queries]), dtype=torch.int32)
+        self.cu_k = torch.tensor(np.cumsum([0, *n_keys]), dtype=torch.int32)
         self.max_q, self.max_k = max(n_queries), max(n_keys)
 
 
-def attention(query, key, value, scaling, sliding_window, layout):
-    """What model.packed_attention returns, from one kernel: (T, H, D). layout: Varlen.
+def _copies(gather):
+    """Return a list of (rows, places): the places in gather of the first copies of all rows, of all second copies, and so on."""
+    copies = []
+    left = np.arange(len(gather))
+    while len(left):
+        # of each row that is left, the first place
+        rows, first = np.unique(gather[left], return_index=True)
+        copies.append((torch.from_numpy(rows), torch.from_numpy(left[first])))
+        left = np.delete(left, first)
+    return copies
 
-    query (1, H, T, D), key and value (1, H_kv, T, D)."""
+
+def attention(query, key, value, scaling, sliding_window, layout):
+    """Return the attention output (T, H, D) of a packed row, as model.packed_attention needs it.
+
+    query (1, H, T, D), key and value (1, H_kv, T, D). layout: the Varlen of its groups."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-    # keys and values: each answer with its prompt before it
     if layout.gather is not None:
         k, v = Gather.apply(k, layout), Gather.apply(v, layout)
-    # how many tokens a query sees before its own (-1: all), and behind it
-    options = {'scale': scaling, 'window_size': (-1 if sliding_window is None else sliding_window - 1, 0)}
-    # heads that share keys: an older torch than 2.13 gets them repeated
+    # a query sees so many tokens before its own (-1: all of them), and none behind it
+    n_before = -1 if sliding_window is None else sliding_window - 1
+    options = {'scale': scaling, 'window_size': (n_before, 0)}
+    # several heads of queries may share a head of keys: torch before 2.13 needs keys and values repeated
     repeat = q.shape[1] // k.shape[1]
     if repeat > 1 and 'enable_gqa' in inspect.signature(varlen_attn).parameters:
         options['enable_gqa'] = True
@@ -62,7 +75,7 @@ def attention(query, key, value, scaling, sliding_window, layout):
 
 
 class Gather(torch.autograd.Function):
-    """Keys or values (T, H, D) -> (K, H, D), in which prompts stand once for each of their answers. layout: Varlen."""
+    """Keys or values (T, H, D) -> (K, H, D), where each answer has a copy of its prompt before it. layout: a Varlen."""
 
     @staticmethod
     def forward(ctx, x, layout):
@@ -71,17 +84,21 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # what has no second copy is done with the first; torch's own backward sorts all rows
-        (_, first), *others = ctx.layout.copies
-        total = _rows(grad.contiguous(), first)
-        for rows, at in others:
-            total[rows] = _rows(total, rows) + _rows(grad, at)
+        """Sum the gradients of all copies of a row, round by round. torch's own backward would sort all rows, which is slow."""
+        (_, first_places), *further_copies = ctx.layout.copies
+        # every row has a first copy, and these are in row order
+        total = _rows(grad.contiguous(), first_places)
+        for rows, places in further_copies:
+            total[rows] = _rows(total, rows) + _rows(grad, places)
         return total, None
 
 
 def _rows(x, index):
-    """x[index] for x (T, H, D), read in words of 16 bytes where that is possible: a GPU is three times as fast then."""
+    """Return x[index] of x (T, H, D), read in words of 16 bytes if possible: then a GPU is three times as fast."""
     word = 16 // x.element_size()
-    if any(n % word for n in (x.storage_offset(), x.shape[-1], *x.stride()[:-1])):
+    sizes = (x.storage_offset(), x.shape[-1], *x.stride()[:-1])
+    has_whole_words = all(size % word == 0 for size in sizes)
+    if not has_whole_words:
         return x[index]
+    # complex128 is a type of 16 bytes
     return x.view(torch.complex128)[index].view(x.dtype)
