@@ -171,7 +171,7 @@ def check_positions(model, length, what):
         raise UserError(f'beyond {max_unscaled} tokens {_name(model)} {why}; {too_long}')
 
 
-def room(model):
+def max_sequence_length(model):
     """Return the maximum sequence length in tokens according to the model's config, infinity if it sets no limit."""
     return min(_length_limits(model))
 
