@@ -345,7 +345,7 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
         raise UserError(f'{what} reads other tokens than the model {model} writes: {differences}')
 
 
-def kept_in(name):
+def stored_dtype(name):
     """Return the dtype of most weights on disk: 'bfloat16', 'float16', or else 'float32', also if there is no file."""
     _, base = lora.adapter_and_base(name)
     file = hub.file_of(base, 'model.safetensors') or hub.file_of(base, 'model.safetensors.index.json')
