@@ -190,7 +190,7 @@ def options(config):
     return lora_options | {'quantize': config['quantize']}
 
 
-def of_reference(config, adapters):
+def reference_options(config, adapters):
     """Return the adapter options for loading a separate reference: the policy's, or None to load it without adapters.
 
     A policy that starts from 4-bit weights or a saved adapter has a reference of the same kind, under adapters_off()."""
