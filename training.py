@@ -25,7 +25,7 @@ import fsdp
 from configurator import UserError
 from data import Step, make_batches, pack_probe, steps
 from hf import export, generate, lora, parallel
-from hf.load import fingerprints, stored_dtype, load_tokenizer
+from hf.load import fingerprints, load_tokenizer, stored_dtype
 from hf.probe import can_pack, check_positions
 from model import set_attention
 from runtime import checkpoint, guard, log, room
