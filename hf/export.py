@@ -98,7 +98,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
 
 
 def _save_weights(model, weights, dtype, folder):
-    """Save weights (name -> tensor), rounded to dtype, under model's names and config. Returns the dtype written."""
+    """Save weights (name -> tensor), rounded to dtype, with model's class and config. Return the dtype written."""
     # fall back to float32 if a finite weight would overflow in dtype
     limit = torch.finfo(dtype).max
     largest = {name: torch.linalg.vector_norm(w.float(), torch.inf) for name, w in weights.items() if w.numel()}
@@ -121,7 +121,7 @@ def _save_weights(model, weights, dtype, folder):
 def rounded(weights, dtype, generator):
     """Round float32 weights stochastically to dtype, so that small updates from training survive on average.
 
-    30% of the way to the next number of dtype, a weight moves there with probability 0.3. Integers are returned as they are."""
+    A weight 30% of the way to the next number of dtype moves there with probability 0.3. Integers are returned as is."""
     if not weights.is_floating_point():
         return weights
     # mantissa bits of float32 that dtype lacks

@@ -74,7 +74,7 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
     options: empty (no weights, on the meta device), trust_remote_code, seed (of new weights), device_map"""
     saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **options)
-    if _is_classifier(config) or (saved and saved.scores):
+    if _is_classifier(config) or (saved and saved.is_reward):
         raise UserError(f'{name!r} is a reward model: a language model is needed here')
     model = _make_model(transformers.AutoModelForCausalLM, base, config, **options)
     if _generation_configs.get(base):
@@ -100,7 +100,7 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **options)
     is_lm = not _is_classifier(config)
-    has_head = not is_lm or bool(saved and saved.scores)
+    has_head = not is_lm or bool(saved and saved.is_reward)
     _check_reward(name, config, tokenizer, allow_language_model=new_head or has_head)
     config.num_labels = 1
 
@@ -367,7 +367,9 @@ def fingerprints(config):
         if name in NO_MODEL:
             continue
         saved, base = lora.adapter_and_base(name)
-        hashes = _hashes(saved.folder) | _hashes(base, prefix='base/') if saved else _hashes(name)
+        hashes = _hashes(saved.folder if saved else name)
+        if saved:
+            hashes |= _hashes(base, prefix='base/')
         # also record a folder without such files
         if hashes or os.path.isdir(name):
             found[option] = hashes
@@ -375,7 +377,7 @@ def fingerprints(config):
 
 
 def _hashes(name, prefix=''):
-    """Return {prefix + file: SHA-256} for a folder, or {prefix + 'commit': hash} for a hub id; {} if it is unknown."""
+    """Return {prefix + file: SHA-256} for a folder, or {prefix + 'commit': hash} for a hub id that has been loaded."""
     if os.path.isdir(name):
         files = [file for file in sorted(Path(name).iterdir()) if file.suffix in HASHED_SUFFIXES and file.is_file()]
         return {prefix + file.name: file_hash(file) for file in files}

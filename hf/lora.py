@@ -1,7 +1,7 @@
 """LoRA adapters (arXiv 2106.09685) through PEFT and in its file format, either new or saved by an earlier run.
 
-The base model is frozen, so the policy without its adapters is the reference; if a saved adapter is trained further, its
-frozen copy is. Without --lora_rank a saved adapter is merged. lora_dropout makes results depend on the number of ranks."""
+The base model is frozen, so the reference is the policy without adapters or, if a saved adapter is trained further, with a
+frozen copy of it. Without --lora_rank a saved adapter is merged. With lora_dropout results depend on the number of ranks."""
 
 import contextlib
 import hashlib
@@ -48,7 +48,7 @@ class SavedAdapter(NamedTuple):
     base: str  # hub id or folder of the base model
     options: dict  # contents of adapter_config.json
     rank: int
-    scores: bool  # it belongs to a reward model, not to a language model
+    is_reward: bool  # trained on a reward model, not on a language model
 
 
 # cache, name -> SavedAdapter or None: the export at the end of a run asks again, and the folder may be gone by then
@@ -95,7 +95,7 @@ def _read(name, file):
         hub.check_there(base)
     except UserError as error:
         raise UserError(f'the model of the adapter {name!r} is missing: {error}') from None
-    return SavedAdapter(name, file.parent, base, options, rank, scores=options.get('task_type') == 'SEQ_CLS')
+    return SavedAdapter(name, file.parent, base, options, rank, is_reward=options.get('task_type') == 'SEQ_CLS')
 
 
 def weights_hash(folder):
@@ -138,8 +138,8 @@ def _merge_saved(model, saved, empty):
     settings.task_type = None
     wrapped = _peft_model(model, settings, seed=0)
     # untie head and embedding if the adapter changes one of them
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in ends):
+    outer_layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in outer_layers):
         separate(wrapped)
     _load_weights(wrapped, saved)
     # PEFT warns about untied weights; that is intended, and describe_ties records it in the config
@@ -191,9 +191,8 @@ def options(config):
 
 
 def reference_options(config, adapters):
-    """Return the adapter options for loading a separate reference: the policy's, or None to load it without adapters.
-
-    A policy that starts from 4-bit weights or a saved adapter has a reference of the same kind, under adapters_off()."""
+    """Return the adapter options for loading the reference: the policy's, or None to load a plain model."""
+    # 4-bit weights and saved adapters need the policy's options, to give its starting point under adapters_off()
     starts_plain = not config['quantize'] and not find(config['model'])
     if starts_plain or config['ref_model'] is not None:
         return None
@@ -217,7 +216,7 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     with_frozen_copy = saved is not None and not is_reward
     model = _peft_model(model, settings, seed, with_frozen_copy)
     if saved:
-        _check_can_go_on(core(model), saved)
+        _check_trainable(core(model), saved)
         if not empty:
             for adapter_name in model.peft_config:
                 _load_weights(model, saved, adapter_name)
@@ -261,7 +260,7 @@ def _settings(model, saved, adapters=None):
     )
 
 
-def _check_can_go_on(model, saved):
+def _check_trainable(model, saved):
     """Raise UserError if a saved adapter can only be merged, not trained further. model: the one inside the PeftModel."""
     inside = {module for block in blocks(model) for module in block.modules()}
     # an adapter on the LM head would be ignored: training reads the head's weight without calling the layer
@@ -270,7 +269,7 @@ def _check_can_go_on(model, saved):
     outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
     # load_model has already rejected the reverse, a reward model's adapter for a language model
-    if hasattr(model, 'score') and not saved.scores:
+    if hasattr(model, 'score') and not saved.is_reward:
         problem = 'is of a language model, and a reward model has another head'
     if problem:
         raise UserError(f'the adapter {saved.name!r} {problem}: leave out --lora_rank, which merges it')

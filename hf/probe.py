@@ -33,10 +33,10 @@ def _difference(found, expected):
 
 
 def can_pack(model, packed, padded, say, wanted=True):
-    """Return whether packed batches give the model's own log-probs or scores up to rounding. Always False if not wanted.
+    """Return whether packed batches give the model's own log-probs or scores up to rounding. False if not wanted.
 
     packed, padded: Batches of the same examples; say: prints why packing does not work
-    Raises UserError if padded batches differ as well: model.Head then misses something that the model's own head does."""
+    If not packed, the padded batch is checked: UserError if its numbers differ, as model.Head then misses something."""
     if wanted:
         distance, reason = deviation(model, packed, padded)
         if distance <= _tolerance(model):

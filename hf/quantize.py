@@ -11,8 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from configurator import UserError
 from model import blocks
 
-# number of weights that share a scale
-BLOCK_SIZE = 64
+BLOCK_SIZE = 64  # weights that share a scale
 NF4_OPTIONS = {'blocksize': BLOCK_SIZE, 'quant_type': 'nf4'}
 
 
