@@ -280,9 +280,9 @@ def report(rows):
         lines.append(f'  margin     mean {np.mean(margins):.4f}, median {np.median(margins):.4f}')
         lines.append(f'  scores     chosen {chosen:.4f}, rejected {rejected:.4f}')
     answers = [row for row in rows if 'score' in row]
-    # good: label of the answer, None if unlabeled
-    for good, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
-        values = [row['score'] for row in answers if row.get('good') is good]
+    # unlabeled answers have no 'good'
+    for label, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
+        values = [row['score'] for row in answers if row.get('good') is label]
         if values:
             lines.append(f'  scores     mean {np.mean(values):.4f} over {len(values):,} {name}')
     return lines + table(pairs)

@@ -100,10 +100,9 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **options)
     is_lm = not _is_classifier(config)
-    has_head = not is_lm or bool(saved and saved.is_reward)
+    has_head = not is_lm or (saved and saved.is_reward)
     _check_reward(name, config, tokenizer, allow_language_model=new_head or has_head)
     config.num_labels = 1
-
     # the pad token added by separate_pad may have no embedding row yet: append a row of zeros
     text_config = config.get_text_config()
     vocab_size, pad_id = text_config.vocab_size, tokenizer.pad_token_id
@@ -293,8 +292,9 @@ def load_tokenizer(name, trust_remote_code=False):
         _check_code(name)
     # transformers reads chat templates into memory whole
     for file in Path(name).rglob('*.jinja'):
-        if file.stat().st_size > MAX_TEMPLATE_BYTES:
-            raise UserError(f'{file} has more than {MAX_TEMPLATE_BYTES:,} bytes, the limit: is it a chat template?')
+        size = file.stat().st_size
+        if size > MAX_TEMPLATE_BYTES:
+            raise UserError(f'{file} has {size:,} bytes, the limit is {MAX_TEMPLATE_BYTES:,}: is it a chat template?')
     # a missing tokenizer raises OSError, ValueError, KeyError or exceptions of the tokenizers library
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)

@@ -160,7 +160,7 @@ def test_a_first_run_in_a_full_folder(tmp_path, whole, monkeypatch, capsys):
     there = 'my_work.tmp/a notes.tmp models.tmp/a .lock.tmp .lock config.py'.split()
     fill(tmp_path, there)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, '_text', lambda out_dir, folder: {}['what'])
+    monkeypatch.setattr(export, '_card_text', lambda out_dir, folder: {}['what'])
     run('.')
     assert all((tmp_path / name).read_text() == 'precious' for name in there)
     assert 'note: no model card' in capsys.readouterr().out and (tmp_path / 'model/model.safetensors').exists()
@@ -191,7 +191,7 @@ def test_files_and_links_of_somebody_else_are_refused(tmp_path, whole, name, mon
 def test_the_card_comes_with_the_model(died, whole, monkeypatch):
     """Killed while the card is written: there is no model yet, and the next start makes both."""
     with monkeypatch.context() as patch:
-        patch.setattr(export, '_text', lambda out_dir, folder: exit(9))
+        patch.setattr(export, '_card_text', lambda out_dir, folder: exit(9))
         with pytest.raises(SystemExit):
             run(died)
     assert not (died / 'model').exists()
@@ -335,7 +335,6 @@ def test_full_disk_under_rows_and_export(tmp_path, whole, monkeypatch, capsys):
     assert (tmp_path / 'a').read_text() == 'old'
     model = torch.nn.Linear(2, 2)
     model.reshard, model.shard_mode = lambda: None, 'none'
-    monkeypatch.setattr(export.lora, 'present', lambda model: False)
     with pytest.raises(UserError, match='cannot write .*model: No space left on device'):
         export.write_model(model, None, full_disk, tmp_path / 'model')
     assert not (tmp_path / 'model').exists()
