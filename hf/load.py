@@ -317,11 +317,11 @@ def separate_pad(tokenizer):
 
 def check_tokenizer(tokenizer, model, name):
     """Raise UserError if the tokenizer has ids without a row in the model's embedding. name: the model's, for messages."""
-    rows = core(model).get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        last = f'the last, {tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)}, has no row'
+    rows, size = core(model).get_input_embeddings().num_embeddings, len(tokenizer)
+    if size > rows:
+        last = f'the last, {tokenizer.convert_ids_to_tokens(size - 1)}, has no row'
         way_out = 'remove such tokens, or use model.resize_token_embeddings and save_pretrained'
-        raise UserError(f'the tokenizer has {len(tokenizer)} ids but {name!r} embeds {rows}; {last}: {way_out}')
+        raise UserError(f'the tokenizer has {size} ids but the model {name!r} embeds {rows}; {last}: {way_out}')
 
 
 def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
