@@ -29,7 +29,7 @@ from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import load_model, load_tokenizer
 from hf.lora import weights_hash
-from hf.probe import room
+from hf.probe import max_sequence_length
 from rl import reward_functions
 from runtime import log
 from runtime.files import lock, replace_text
@@ -195,7 +195,7 @@ if not endpoint:
     build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed)
     net = fsdp.shard(build, device, dtype=dtype, train=False)
     # prompts are cut to the positions that the answer leaves
-    positions = room(net)
+    positions = max_sequence_length(net)
     if positions <= max_new_tokens:
         raise UserError(f'the model has {positions} positions: --max_new_tokens={max_new_tokens} fills them all')
     max_prompt = min(max_prompt_length or math.inf, positions - max_new_tokens)

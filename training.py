@@ -25,7 +25,7 @@ import fsdp
 from configurator import UserError
 from data import Step, make_batches, pack_probe, steps
 from hf import export, generate, lora, parallel
-from hf.load import fingerprints, kept_in, load_tokenizer
+from hf.load import fingerprints, load_tokenizer, stored_dtype
 from hf.probe import can_pack, check_positions
 from model import set_attention
 from runtime import checkpoint, guard, log, room
@@ -204,7 +204,7 @@ class Run:
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
         # by default the model is saved in the dtype of its input files
         if save_dtype is None:
-            came_in = fsdp.shared(lambda: kept_in(self.config.model))
+            came_in = fsdp.shared(lambda: stored_dtype(self.config.model))
             self.config['save_dtype'] = 'bfloat16' if quantize else came_in
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 

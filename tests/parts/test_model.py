@@ -342,7 +342,7 @@ def test_results_do_not_depend_on_the_longest_sequence(which):
     for tokens in [30, 80] if limit == math.inf else [limit]:
         probe.check_positions(net, tokens, 'the examples')
         assert_close(beside(tokens), alone)
-    assert probe.room(net) == min(limit, net.config.max_position_embeddings)
+    assert probe.max_sequence_length(net) == min(limit, net.config.max_position_embeddings)
     if limit < math.inf:
         assert (beside(limit + 60) - alone).abs().max() > 1e-2
         with pytest.raises(UserError, match=f'beyond {limit} tokens .* longest sequence .* take {limit + 1} tokens'):
