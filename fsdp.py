@@ -1,6 +1,4 @@
-"""Everything distributed: process group, models that are replicated or sharded by FSDP2, collectives, the optimizer step.
-
-Runs under torchrun (NCCL or gloo) or as a single process, with the same results on any number of ranks."""
+"""Everything distributed, for torchrun or a single process: collectives, replicas or FSDP2, gradients and the optimizer step."""
 
 import contextlib
 import math
@@ -29,8 +27,7 @@ _tp_size = 1  # tensor parallelism: number of neighbouring ranks that share the 
 def setup(tp=1):
     """Join torchrun's process group, or create a group of one process. Returns (data rank, number of data ranks, device).
 
-    tp: tensor-parallel size. Each tp neighbouring ranks get the same data, and count as one data rank. Raises UserError if the
-    number of ranks is not a multiple of tp, or if a host has more processes than GPUs."""
+    tp: this many neighbouring ranks get the same data, and count as one data rank. UserError if it does not divide all ranks."""
     global _tp_size
     device = _own_device()
     if not dist.is_initialized():
@@ -69,7 +66,7 @@ def _own_device():
     if local_world_size > gpus:
         problem = f'{local_world_size} processes are started on a machine with {gpus} GPUs, and each needs its own'
         error = UserError(f'{problem}: start with --nproc_per_node={gpus}')
-        # normally only rank 0 prints errors, but it may be on another host: let the first process of this host print, too
+        # of_this_rank: print the error here. Normally only rank 0 prints, but it may be on another host
         error.of_this_rank = local_rank == 0
         raise error
     device = torch.device('cuda', local_rank)
@@ -89,9 +86,8 @@ def in_groups():
 
 @cache
 def _mesh(device_type, tp, replicated, group):
-    """Return a DeviceMesh of all ranks with dimensions ('dp', 'tp'), or ('dp',) if tp is 1. FSDP shards over 'dp'.
-
-    replicated: 'dp' has a single rank, and a first dimension 'copies' has all. group: the default process group, as a cache key."""
+    """Return a DeviceMesh with dimensions 'dp' for FSDP (if replicated of size 1, after 'copies'), and 'tp' if tp > 1."""
+    # group, the default process group, is only a cache key: a new group needs a new mesh
     n = dist.get_world_size() // tp
     sizes = {'copies': n, 'dp': 1} if replicated else {'dp': n}
     if tp > 1:
@@ -143,18 +139,16 @@ def shared(fn):
 
 
 def first_of_host(fn):
-    """Return fn() on every rank. One rank of each host runs first and fills the cache for the others."""
+    """Return fn() on every rank. One rank of each host runs first, so that the others find what fn has cached."""
     is_first = int(os.environ.get('LOCAL_RANK', 0)) == 0
-    from_first = on_ranks(is_first, fn)
-    from_other = on_ranks(not is_first, fn)
-    return from_first if is_first else from_other
+    results = [on_ranks(is_first, fn), on_ranks(not is_first, fn)]
+    return results[0] if is_first else results[1]
 
 
 def gather_columns(columns, slots, total):
-    """Combine the columns of each rank's own examples into those of the whole step, the same on every rank.
+    """Combine each rank's columns into those of the whole step, on every rank. Returns name -> (total,) float64 CPU tensor.
 
-    columns: name -> (k,) tensor, the same names on all ranks. slots: index in the step of each of the k examples; -1: a filler,
-    which is left out. total: number of examples in the step. Returns name -> (total,) float64 tensor on the CPU."""
+    columns: name -> (k,) tensor, same names on all ranks. slots: index in the step of each example; -1: a filler, left out."""
     names = sorted(columns)
     # stacked into one (names, k) tensor: a single device-to-host copy
     own_values = torch.stack([columns[name].detach().double() for name in names]).cpu()
@@ -187,18 +181,16 @@ def largest(numbers):
 
 @guard.memory_for('a model does not fit; try --dtype=bfloat16, --cpu_offload or more GPUs, or a smaller one')
 def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offload=False, device_map=None, **options):
-    """Load a model on rank 0, and replicate or shard it over all ranks. Returns it with packed attention.
+    """Load a model on rank 0 and replicate or shard it over all ranks. Raises UserError if it then computes other log-probs.
 
-    build(empty) -> transformers model on the CPU, without weights if empty. dtype: with bfloat16, weights that train stay float32.
-    train=False: freeze the model. mode: training.py's option shard. cpu_offload: keep weights and optimizer in the CPU's memory.
-    device_map: build(device_map=device_map) spreads the model over this process's GPUs, without FSDP. options: of _recompute.
-    Raises UserError if the sharded model's outputs differ from those of the loaded model."""
+    build(empty): make the transformers model on the CPU, without weights if empty. dtype: compute dtype; weights that train stay
+    float32. train=False: freeze it. mode: none, grads, full or auto (training.py's option shard). cpu_offload: keep weights and
+    optimizer on the CPU. device_map: build(device_map=...) spreads the model over this process's GPUs. options: of _recompute."""
     half = dtype == 'bfloat16'
     by_fsdp = False
-    expected_numbers = None  # what the loaded model computes, if there is something to compare with it
+    expected_numbers = None  # what the loaded model computes for a probe; None: no need to compare
     if device_map is not None:
-        mode = 'none'
-        model = build(device_map=device_map)
+        mode, model = 'none', build(device_map=device_map)
     else:
         # full: the loaded model; None on all ranks but 0
         full = on_one_rank(partial(build, empty=False))
@@ -213,17 +205,13 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
         model = build(empty=True) if by_fsdp or full is None else full
         tie_as(model, tied)
         if not by_fsdp:
-            if half:
-                _round_weights(model.parameters())
-            _replicate(model, device, tied)
-
+            _replicate(model, device, tied, half)
     if not train:
         model.requires_grad_(False)
     _recompute(model, **options)
     model.shard_mode = mode
     if by_fsdp:
         _distribute(model, full, device, half, cpu_offload)
-    # the methods that scripts call
     model.reshard = types.MethodType(_reshard, model)
     for method in (response_logps, hidden_and_head, response_scores, token_logps, _begin):
         add_method(model, method)
@@ -268,8 +256,12 @@ def _recompute(model, activation_checkpointing=False):
             block.training = True
 
 
-def _replicate(model, device, tied):
-    """Move a model to the device, in place, and broadcast rank 0's weights and buffers. tied: name -> name of tied parameters."""
+def _replicate(model, device, tied, half):
+    """Move a model to the device, in place, in bfloat16 if half, and broadcast rank 0's tensors. tied: name -> earlier name."""
+    if half:
+        # not model.to: buffers, such as rotary frequencies, must stay float32
+        for p in model.parameters():
+            p.data = p.data.bfloat16()
     if dist.get_rank() == 0:
         model.to(device)
     else:
@@ -280,12 +272,6 @@ def _replicate(model, device, tied):
     assert len(set(gather_objects(len(tensors)))) == 1, 'the broadcasts would hang: ranks have different tensors'
     for tensor in tensors:
         dist.broadcast(tensor.data, 0)
-
-
-def _round_weights(parameters):
-    """Convert parameters to bfloat16, in place. model.to would convert buffers, too: rotary frequencies must stay float32."""
-    for p in parameters:
-        p.data = p.data.to(torch.bfloat16)
 
 
 def _distribute(model, full, device, half, cpu_offload):
@@ -304,13 +290,14 @@ def _distribute(model, full, device, half, cpu_offload):
         if full is not None:
             for p in full.parameters():
                 p.data = p.data.bfloat16().to(p.dtype)
-        _round_weights(p for p in model.parameters() if not p.requires_grad)
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        for p in frozen:
+            p.data = p.data.bfloat16()
     if cpu_offload:
         settings['offload_policy'] = CPUOffloadPolicy(pin_memory=device.type == 'cuda')
         shard_device = torch.device('cpu')
     if _tp_size > 1:
         tensor_parallel(model, mesh['tp'], mesh['dp'].size())
-
     # a unit per block, so that one block is gathered at a time; the root unit has the rest
     model.stays_gathered = stays_gathered(model, model.shard_mode)
     for block in blocks(model):
@@ -342,9 +329,8 @@ def _fill(model, full, device, shard_device):
 
 
 def stays_gathered(model, mode):
-    """Return whether FSDP keeps a block's weights gathered between forward and backward. In mode 'full' it does not.
-
-    In mode 'none' they are a bfloat16 copy. With adapters it is freed, because the frozen weights would be in memory twice."""
+    """Return whether FSDP keeps a block's weights gathered between forward and backward."""
+    # in mode 'none' they are a bfloat16 copy; it is freed if some weights are frozen, which would be in memory twice
     if mode == 'none':
         return all(p.requires_grad for p in model.parameters())
     return mode == 'grads'
@@ -360,7 +346,7 @@ def add_method(model, function):
 def _reshard(model):
     """Free all gathered parameters. After a forward without backward, modules hold them instead of the optimizer's shards."""
     for module in _fsdp_modules(model):
-        # FSDP's own reshard; model.reshard is this function
+        # FSDP's own method, which model.reshard hides
         type(module).reshard(module)
 
 
@@ -370,9 +356,7 @@ def _fsdp_modules(model):
 
 
 def _begin(model, unused):
-    """Run an empty forward of the root module, because FSDP takes the first module that runs as its root.
-
-    Generation may run a module inside PEFT's wrapper first. unused: on CUDA, torch 2.11's FSDP indexes the forward's arguments."""
+    """Run an empty forward of the root module. unused: on CUDA, torch 2.11's FSDP indexes the forward's arguments."""
 
 
 @contextlib.contextmanager
@@ -380,6 +364,7 @@ def unsharded(model):
     """Keep all parameters gathered in the with block. Generation is several times faster, and ranks need not run in step."""
     modules = _fsdp_modules(model)
     try:
+        # FSDP takes the first module that runs as its root, but generation may start inside PEFT's wrapper
         if modules:
             model._begin(None)
         for m in modules:
@@ -391,9 +376,6 @@ def unsharded(model):
         for m in modules:
             m.set_reshard_after_forward(m is not model and not model.stays_gathered, recurse=False)
         _reshard(model)
-
-
-# ---- the optimizer step ----
 
 
 def make_optimizer(name, model, lr, weight_decay):
@@ -430,8 +412,7 @@ def average_gradients(model):
 def update(model, optimizer, lr, scale, max_norm):
     """Multiply the gradients by scale, clip them to max_norm, step and clear them. Returns the norm before clipping.
 
-    scale: number of ranks / sum of example weights, since gradients are averages over ranks of sums of weighted gradients. If the
-    norm is not finite, the step is skipped: the weights do not change."""
+    scale: number of ranks / sum of example weights. If the norm is not finite, the step is skipped: weights do not change."""
     # get_total_norm wants tensors of one mesh: tensor parallelism has two meshes, a replica none
     grads_by_mesh = {}
     for grad in average_gradients(model):
@@ -441,13 +422,11 @@ def update(model, optimizer, lr, scale, max_norm):
     # the norm of DTensors is a DTensor; full_tensor reduces it over all ranks
     norms = [norm.full_tensor() if hasattr(norm, 'full_tensor') else norm for norm in norms]
     total_norm = math.hypot(*(norm.item() for norm in norms)) * scale
-
     if math.isfinite(total_norm):
         # scale and clip in one multiplication; 1e-6 as in clip_grad_norm_, for a norm of 0
         factor = scale * min(1.0, max_norm / (total_norm + 1e-6))
         for grads in grads_by_mesh.values():
             torch._foreach_mul_(grads, factor)
-        # lr comes from the caller's schedule
         for param_group in optimizer.param_groups:
             param_group['lr'] = lr
         optimizer.step()
