@@ -86,8 +86,8 @@ def in_groups():
 
 @cache
 def _mesh(device_type, tp, replicated, group):
-    """Return a DeviceMesh with dimensions 'dp' for FSDP (if replicated of size 1, after 'copies'), and 'tp' if tp > 1."""
-    # group, the default process group, is only a cache key: a new group needs a new mesh
+    """Return a DeviceMesh of all ranks: ('dp',), or if replicated ('copies', 'dp') with a single rank in dp; plus 'tp' if tp > 1."""
+    # FSDP shards over dp. group, the default process group, is only a cache key: a new group needs a new mesh
     n = dist.get_world_size() // tp
     sizes = {'copies': n, 'dp': 1} if replicated else {'dp': n}
     if tp > 1:
@@ -96,7 +96,7 @@ def _mesh(device_type, tp, replicated, group):
 
 
 def leave(code=0):
-    """Exit this process at once. A normal exit can abort: gloo's threads still use the interpreter while it shuts down."""
+    """Exit this process at once. A normal exit can crash: gloo's threads still use the interpreter while it shuts down."""
     # no rank may exit while another one still sends
     dist.barrier()
     sys.stdout.flush()

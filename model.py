@@ -344,7 +344,7 @@ def _worst(z, p, mu, bins=4096):
     low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
     for _ in range(2):
         width = ((high - low) / bins).clamp(min=1e-30)
-        # bins 1, 2, ... go down from high; bin 0: all above, bins + 1: all below low. NaN: any bin, the result is NaN anyway
+        # bins 1 to bins go from high down to low; bin 0: all above, bins + 1: all below. NaN: any bin, the result is NaN anyway
         bin_index = ((high - z) / width).add_(1).nan_to_num_(0)
         bin_index = bin_index.clamp_(0, bins + 1).long()
         bin_p = exact_p.new_zeros(*p.shape[:-1], bins + 2).scatter_add_(-1, bin_index, exact_p)
@@ -354,7 +354,7 @@ def _worst(z, p, mu, bins=4096):
         high = high - (last_bin - 2) * width
         low = high - 3 * width
     # share of each bin in the tail: all of the bins before the last one, a part of that, nothing after it
-    left_of_mu = mu - cumulative_p + bin_p
+    left_of_mu = mu - cumulative_p + bin_p  # mu minus the p of all bins before
     share = (left_of_mu / bin_p.clamp(min=1e-30)).clamp_(0, 1)
     return share.to(p.dtype).gather(-1, bin_index).mul_(p)
 
