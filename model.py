@@ -95,10 +95,9 @@ def _attend(q, k, v, mask, scaling, softcap):
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
     # sdpa cannot cap the scores before softmax: compute them here, (1, H, n, m)
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     k = k.repeat_interleave(repeat, 1)
     v = v.repeat_interleave(repeat, 1)
-    scores = q @ k.mT * scale
+    scores = q @ k.mT * scaling
     scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()

@@ -1,4 +1,7 @@
-"""Marked texts to token ids: special tokens that somebody has written stay text; BOS, end of text, and cuts to a length."""
+"""From marked texts (chat.py) to token ids, with BOS and the end of text, cut to a length. tokenise.py calls this.
+
+A special token that stands in somebody's text is encoded as text: only the chat template may write special tokens.
+"""
 
 import re
 from typing import NamedTuple
@@ -7,133 +10,173 @@ from text.chat import MARK, UNMARK
 
 
 class Limits(NamedTuple):
-    """What ids begin and end with, and the lengths in tokens that they are cut to."""
+    """What the ids of an example begin and end with, and how many they may be."""
 
-    first: int | None
+    first: int | None  # BOS; None if the tokenizer puts none before a text
     eos: int
-    max_length: int
-    max_prompt_length: int
-    truncation: str
+    max_length: int  # tokens of prompt and answer
+    max_prompt_length: int  # tokens of the prompt, if the whole is too long
+    truncation: str  # which end of the prompt is cut: 'start' or 'end'
 
     @classmethod
     def of(cls, tokenizer, max_length, max_prompt_length, truncation):
+        """Make the Limits for a tokenizer."""
         return cls(first_of(tokenizer), tokenizer.eos_token_id, max_length, max_prompt_length, truncation)
 
 
 def first_of(tokenizer):
-    """BOS where the tokenizer itself would put one, else None."""
+    """Return the id of BOS if the tokenizer puts one before a text, else None."""
     bos = tokenizer.bos_token_id
-    return bos if bos is not None and tokenizer('a')['input_ids'][:1] == [bos] else None
+    return bos if tokenizer('a')['input_ids'][:1] == [bos] else None
 
 
 def begin(prompt, limits):
-    """A prompt's ids behind BOS, if it has one; an empty prompt is the end of text before."""
-    if prompt and limits.first in (None, prompt[0]):
-        return prompt
-    return [limits.eos if limits.first is None else limits.first, *prompt]
+    """Return a prompt's ids with BOS before them, once. Without BOS, an empty prompt becomes the end of text.
+
+    The first token of an answer is predicted from the one before it, so that there must be one."""
+    if limits.first is None:
+        return prompt or [limits.eos]
+    # a chat template may have written BOS itself
+    return prompt if prompt[:1] == [limits.first] else [limits.first, *prompt]
 
 
 def cut(prompt, limits, left_out):
-    """A prompt's last (or, truncation 'end', its first) max_prompt_length tokens, BOS kept."""
+    """Return a prompt's ids, cut to max_prompt_length and counted if they are more. They lose their start, but BOS stays.
+
+    With truncation 'end' they lose their end."""
     too_many = len(prompt) - limits.max_prompt_length
     if too_many <= 0:
         return prompt
     left_out['prompts cut'] += 1
     if limits.truncation == 'end':
         return prompt[:-too_many]
-    bos = 0 if limits.first is None else 1
-    return prompt[:bos] + prompt[bos + too_many :]
+    # the start is cut behind BOS, if there is one
+    n_bos = 0 if limits.first is None else 1
+    return prompt[:n_bos] + prompt[n_bos + too_many :]
 
 
 def fit(prompt, answers, limits, left_out):
-    """The ids of a prompt, and of its answers, with BOS and the end of text, cut to the lengths."""
+    """Return (prompt, answers), the ids with BOS and the end of text, cut to the limits. What is cut is counted in left_out."""
     eos = limits.eos
     prompt = begin(prompt, limits)
-    answers = [a if a[-1:] == [eos] else [*a, eos] for a in answers]
-    # too long: first the prompt is cut, then each answer to the room that is left
-    if len(prompt) + max(map(len, answers)) > limits.max_length:
-        prompt = cut(prompt, limits, left_out)
-        room = limits.max_length - len(prompt)
-        left_out['answers cut'] += sum(len(a) > room for a in answers)
-        answers = [a if len(a) <= room else [*a[: room - 1], eos] for a in answers]
-    return prompt, answers
+    # a chat template may have written the end of text itself
+    answers = [answer if answer[-1:] == [eos] else [*answer, eos] for answer in answers]
+    longest_answer = max(len(answer) for answer in answers)
+    if len(prompt) + longest_answer <= limits.max_length:
+        return prompt, answers
+    # first the prompt is cut, then each answer to the room that is left
+    prompt = cut(prompt, limits, left_out)
+    room = limits.max_length - len(prompt)
+    cut_answers = []
+    for answer in answers:
+        if len(answer) > room:
+            left_out['answers cut'] += 1
+            answer = [*answer[: room - 1], eos]
+        cut_answers.append(answer)
+    return prompt, cut_answers
 
 
 def fit_conversation(prompt, segments, limits, left_out):
-    """(prompt, answer) of a conversation, where a token that is only seen is ~id; no answer, counted, if none has room.
+    """Return (prompt, answer), the ids of a conversation cut to the limits. The answer is [], counted, if none has room.
 
-    segments: ids behind the prompt, by turns trained on and only seen (turns.py). What is too long loses its end."""
+    segments: lists of ids behind the prompt, the first trained on, the second only seen, and so on (turns.py). The answer
+    is all of them together, and a token that is only seen is stored as ~id."""
     eos = limits.eos
     prompt = begin(prompt, limits)
-    answer = [~token if i % 2 else token for i, segment in enumerate(segments) for token in segment]
-    # a template may mark the line break behind its end of turn, too
-    answer += [] if eos in answer[-2:] else [eos]
-    if len(prompt) + len(answer) <= limits.max_length:
+    answer = []
+    for i, segment in enumerate(segments):
+        is_trained = i % 2 == 0
+        answer += segment if is_trained else [~token for token in segment]
+    # eos may be the last token but one: a template may mark the line break behind it as part of the answer
+    if eos not in answer[-2:]:
+        answer.append(eos)
+    if len(prompt) + len(answer) > limits.max_length:
+        prompt = cut(prompt, limits, left_out)
+    room = limits.max_length - len(prompt)
+    if len(answer) <= room:
         return prompt, answer
 
-    prompt = cut(prompt, limits, left_out)
-    room = limits.max_length - len(prompt)
-    if len(answer) > room:
-        left_out['conversations cut'] += 1
-        # what the user says at the end trains nothing; the last answer ends as any does
-        trained = [i for i, token in enumerate(answer[:room]) if token >= 0]
-        left_out['conversations without an answer within max_length'] += not trained
-        answer = answer[: trained[-1] + 1] if trained else []
-        if answer and eos not in answer[-2:]:
-            answer = [*answer[: room - 1], eos]
+    left_out['conversations cut'] += 1
+    # the answer ends with the last trained token that has room: a user's words behind it train nothing
+    trained = [i for i, token in enumerate(answer[:room]) if token >= 0]
+    if not trained:
+        left_out['conversations without an answer within max_length'] += 1
+        return prompt, []
+    answer = answer[: trained[-1] + 1]
+    if eos not in answer[-2:]:
+        answer = [*answer[: room - 1], eos]
     return prompt, answer
 
 
+# ---- texts to ids ----
+
+
 def encode_texts(texts, tokenizer):
-    """The token ids of marked texts, all without a mark at once."""
-    plain = [text for text in texts if MARK not in text]
-    ids = iter(_encode_plain(plain, tokenizer) if plain else [])
+    """Return a list of the token ids of each marked text. All texts without a mark are encoded in one call, which is faster."""
+    unmarked = [text for text in texts if MARK not in text]
+    ids = iter(_encode_unmarked(unmarked, tokenizer))
     return [_encode_marked(text, tokenizer) if MARK in text else next(ids) for text in texts]
 
 
-def _encode_plain(texts, tokenizer):
-    """The token ids of texts, without special tokens around them."""
+def _encode_unmarked(texts, tokenizer):
+    """Return a list of the token ids of each text, without BOS or other special tokens around them."""
+    if not texts:
+        return []
     if not tokenizer.is_fast:
         return tokenizer(texts, add_special_tokens=False)['input_ids']
-    # this way where each token begins in its text is not kept; the call before takes truncation and padding off
+    # encode_batch_fast does not keep where in the text a token begins. It would cut and pad as the tokenizer's file says: this
+    # call turns that off
     tokenizer(texts[0], add_special_tokens=False)
-    return [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def _encode_marked(text, tokenizer):
-    """The token ids of a text with marks in it: what stands between two is text, whatever token it spells."""
-    # every second piece was marked; a mark that the template has torn from its other is taken out
-    pieces = re.split(f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}', text)
+    """Return the token ids of a text with marks: what stands between two marks is text, even if it spells a special token."""
+    # every second piece stood between marks
+    between_marks = f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}'
+    pieces = re.split(between_marks, text)
     ids = []
     for i, piece in enumerate(pieces):
+        # a mark that is still there is alone: the template has cut the text at the other one
         piece = piece.replace(MARK, '').replace(UNMARK, '')
-        encode = _encode_as_text if i % 2 else _encode_whole
-        more = encode(piece, tokenizer) if i == 0 else _behind_a_line(encode, piece, tokenizer)
-        # a special token may be a word of the model, too, as in Unigram: in two parts it is not
-        if i % 2 and tokenizer.convert_tokens_to_ids(piece) in more:
-            halves = piece[:1], piece[1:]
-            more = [token for half in halves for token in _behind_a_line(encode, half, tokenizer)]
-        ids += more
+        was_marked = i % 2 == 1
+        encode = _encode_as_text if was_marked else _encode_with_specials
+        piece_ids = _encode_inside(encode, piece, tokenizer) if i else encode(piece, tokenizer)
+        # Unigram may have a special token among its words, too; its first letter and the rest are other words
+        if was_marked and tokenizer.convert_tokens_to_ids(piece) in piece_ids:
+            piece_ids = _encode_inside(encode, piece[:1], tokenizer) + _encode_inside(encode, piece[1:], tokenizer)
+        ids += piece_ids
     return ids
 
 
-def _behind_a_line(encode, text, tokenizer):
-    """encode(text) behind a line break, which is taken away again: some tokenizers put a space before what begins a text."""
-    line, ids = encode('\n', tokenizer), encode('\n' + text, tokenizer)
-    return ids[len(line) :] if ids[: len(line)] == line else encode(text, tokenizer)
+def _encode_inside(encode, text, tokenizer):
+    """Return the ids that encode(text, tokenizer) gives for a piece from inside a text.
+
+    Some tokenizers put a space before the first word of a text. So the piece is encoded behind a line break, whose ids are
+    taken away again. If they cannot be told from those of the piece, the piece is encoded alone."""
+    # compared, since a tokenizer may also merge the line break with the piece
+    line = encode('\n', tokenizer)
+    ids = encode('\n' + text, tokenizer)
+    if ids[: len(line)] == line:
+        return ids[len(line) :]
+    return encode(text, tokenizer)
 
 
-def _encode_whole(text, tokenizer):
-    """The ids of a text with its special tokens."""
+def _encode_with_specials(text, tokenizer):
+    """Return the ids of a text; a special token that it spells is one token."""
     return tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
 
 
 def _encode_as_text(text, tokenizer):
-    """The ids of a text none of which is an added token, special or not."""
+    """Return the ids of a text; a special or other added token that it spells is text."""
     if not tokenizer.is_fast:
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    # what the Rust tokenizer does, without its search for added tokens
     inner = tokenizer.backend_tokenizer
     if inner.normalizer is not None:
         text = inner.normalizer.normalize_str(text)
-    words = [(text, None)] if inner.pre_tokenizer is None else inner.pre_tokenizer.pre_tokenize_str(text)
-    return [token.id for word, _ in words for token in inner.model.tokenize(word)]
+    words = [text]
+    if inner.pre_tokenizer is not None:
+        words = [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for word in words for token in inner.model.tokenize(word)]

@@ -2,8 +2,8 @@
 
 A prompt asks for a review of a place; an answer is one to four clauses, each about one aspect, such as
     Review of the hotel:  the room was very clean and the bed was dusty .
-The gold reward of an answer is the mean over its clauses of the adjective's value, times 1.5 with "very", minus 1 for an
-aspect that this place does not have; a clause (or a missing full stop) that is not grammatical counts -2. A pair is two
+The gold reward of an answer is the mean of its clauses: the adjective's value, times 1.5 with "very", minus 1 for an aspect
+that this place does not have. A clause that is not grammatical counts -2, and so does a missing full stop. A pair is two
 demonstrations of mixed quality; which is preferred is drawn from a Bradley-Terry model of the gold reward.
 """
 
@@ -13,6 +13,7 @@ import random
 import re
 import tempfile
 
+# places, and what a review of each may be about
 PLACES = {
     'hotel': ('room', 'bed', 'staff', 'breakfast'),
     'cafe': ('coffee', 'cake', 'staff', 'music'),
@@ -22,93 +23,118 @@ PLACES = {
     'beach': ('water', 'sand', 'music', 'view'),
 }
 ASPECTS = sorted({aspect for aspects in PLACES.values() for aspect in aspects})
+# adjectives, and what they are worth
 VALUES = {
     'superb': 1.0, 'lovely': 1.0, 'charming': 1.0, 'great': 1.0, 'clean': 0.5, 'nice': 0.5, 'fine': 0.5, 'pleasant': 0.5,
     'plain': -0.5, 'dull': -0.5, 'tired': -0.5, 'dusty': -0.5, 'awful': -1.0, 'horrid': -1.0, 'broken': -1.0, 'rotten': -1.0,
 }  # fmt: skip
+# the words that are one token each
 WORDS = ['Review', 'of', 'the', 'was', 'very', 'and', '.', ':'] + list(PLACES) + ASPECTS + list(VALUES)
 
 
 def gold(prompt: str, answer: str) -> float:
-    """The gold reward of an answer, in [-2.5, 1.5] (the module's docstring says how)."""
-    aspects = PLACES.get(prompt.removeprefix('Review of the ').removesuffix(':'), ())
+    """Return the gold reward of an answer, in [-2.5, 1.5]. The module's docstring has the rules."""
+    aspects_of_place = PLACES.get(_place_in(prompt), ())
     scores = []
-    for aspect, very, word in _clauses(answer):
-        strength = 1.5 if very else 1.0
-        scores.append(-2.0 if word is None else VALUES[word] * strength - (aspect not in aspects))
+    for aspect, very, adjective in _clauses(answer):
+        if adjective is None:
+            scores.append(-2.0)
+            continue
+        score = VALUES[adjective] * (1.5 if very else 1.0)
+        if aspect not in aspects_of_place:
+            score -= 1
+        scores.append(score)
     return sum(scores) / len(scores)
 
 
 def well_formed(answer: str) -> bool:
     """Whether every clause is grammatical and the answer ends with a full stop."""
-    return all(word for _, _, word in _clauses(answer))
+    return all(adjective is not None for _, _, adjective in _clauses(answer))
+
+
+def _place_in(prompt):
+    """Return the place that a prompt asks about."""
+    return prompt.removeprefix('Review of the ').removesuffix(':')
 
 
 def _clauses(answer):
-    """(aspect, very, word) of every clause; word is None where it, or the end of the answer, is not grammatical."""
-    body, stop, rest = answer.partition(' .')
+    """Yield (aspect, whether it is very, adjective) of every clause; (None, False, None) for each that is not grammatical.
+
+    A missing full stop, or words behind it, count as one more clause that is not grammatical."""
+    body, full_stop, behind = answer.partition(' .')
     for clause in body.split(' and '):
         # 'the ASPECT was ADJECTIVE', or 'the ASPECT was very ADJECTIVE'
-        found = re.fullmatch(r'\s*the\s+(\S+)\s+was(\s+very)?\s+(\S+)\s*', clause)
-        right = found and found[1] in ASPECTS and found[3] in VALUES
-        yield (found[1], bool(found[2]), found[3]) if right else (None, False, None)
-    if not stop or rest:
+        match = re.fullmatch(r'\s*the\s+(\S+)\s+was(\s+very)?\s+(\S+)\s*', clause)
+        if match and match[1] in ASPECTS and match[3] in VALUES:
+            yield match[1], bool(match[2]), match[3]
+        else:
+            yield None, False, None
+    if not full_stop or behind:
         yield None, False, None
 
 
 def demonstration(prompt: str, rng: random.Random) -> str:
-    """One answer of mixed quality: each writer has a taste for good or bad words, and strays off topic now and then."""
-    place, taste = prompt.removeprefix('Review of the ').removesuffix(':'), rng.random()
+    """Return an answer of mixed quality. Each writer has a taste for good or bad words, and at times goes off topic."""
+    place = _place_in(prompt)
+    # the probability that this writer takes a good word rather than a bad one
+    taste = rng.random()
     clauses = []
     for _ in range(rng.randint(1, 4)):
-        # now and then an aspect of another place
-        aspect = rng.choice(ASPECTS if rng.random() < 0.3 else PLACES[place])
-        # every word is in the hat if its value is to this writer's taste, with a draw for each
-        fitting = [word for word, value in VALUES.items() if (value > 0) == (rng.random() < taste)]
-        word = rng.choice(fitting or list(VALUES))
+        is_off_topic = rng.random() < 0.3
+        aspect = rng.choice(ASPECTS if is_off_topic else PLACES[place])
+        # the taste is asked once a word: good words go in if it says good, bad ones if it says bad
+        candidates = []
+        for word, value in VALUES.items():
+            wants_good = rng.random() < taste
+            if (value > 0) == wants_good:
+                candidates.append(word)
+        adjective = rng.choice(candidates or list(VALUES))
         very = ' very' if rng.random() < 0.25 else ''
-        clauses.append(f'the {aspect} was{very} {word}')
+        clauses.append(f'the {aspect} was{very} {adjective}')
     return ' ' + ' and '.join(clauses) + ' .'
 
 
 def pairs(split: str, n: int = 6000, sharpness: float = 3.0):
-    """Preference pairs {'prompt', 'chosen', 'rejected'}: P(chosen) = sigmoid(sharpness * difference of gold rewards)."""
+    """Yield n pairs {'prompt', 'chosen', 'rejected'}, always the same for a split ('train' or 'test').
+
+    P(first is chosen) = sigmoid(sharpness * difference of the gold rewards), the Bradley-Terry model."""
+    # seeded with a text, random draws the same on all machines
     rng = random.Random(f'toy {split}')
     for _ in range(n):
         prompt = f'Review of the {rng.choice(sorted(PLACES))}:'
-        first, second = demonstration(prompt, rng), demonstration(prompt, rng)
-        # Bradley-Terry: the first is preferred with probability odds / (1 + odds)
+        first = demonstration(prompt, rng)
+        second = demonstration(prompt, rng)
+        # of the first against the second
         odds = math.exp(sharpness * (gold(prompt, first) - gold(prompt, second)))
-        if rng.random() >= odds / (1 + odds):
-            first, second = second, first
-        yield {'prompt': prompt, 'chosen': first, 'rejected': second}
+        first_is_chosen = rng.random() < odds / (1 + odds)
+        chosen, rejected = (first, second) if first_is_chosen else (second, first)
+        yield {'prompt': prompt, 'chosen': chosen, 'rejected': rejected}
 
 
 def tokenizer():
-    """A transformers tokenizer from an offline tiktoken Encoding: the 256 bytes, and the world's words as merges.
-
-    Every merge extends a prefix of ' word' by one byte, so that a word is one token and any other text is bytes."""
-    import tiktoken
+    """Return a transformers tokenizer of 256 bytes and of WORDS: a word with a space before it is one token, all else bytes."""
     import transformers
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
+    # every byte is a token, so that any text can be encoded
     ranks = {bytes([i]): i for i in range(256)}
+    # byte pair encoding merges two tokens into one, so that every beginning of a word has to be a token, too
     for word in WORDS:
         for end in range(2, len(word) + 2):
             ranks.setdefault(f' {word}'.encode()[:end], len(ranks))
+    # it comes behind all other tokens
     special = {'<|endoftext|>': len(ranks)}
     pattern = r' ?[A-Za-z]+| ?[^A-Za-z\s]|\s'
-    encoding = tiktoken.Encoding('toy', pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    # the format that the converter reads: a file of base64 tokens and their ranks
+    # the converter reads tiktoken's files: on each line a token in base64 and its rank
     with tempfile.NamedTemporaryFile('wb', suffix='.tiktoken') as file:
-        file.writelines(base64.b64encode(token) + b' %d\n' % rank for token, rank in encoding._mergeable_ranks.items())
+        file.writelines(base64.b64encode(token) + b' %d\n' % rank for token, rank in ranks.items())
         file.flush()
-        converter = TikTokenConverter(file.name, pattern=encoding._pat_str, extra_special_tokens=special)
+        converter = TikTokenConverter(file.name, pattern=pattern, extra_special_tokens=special)
         return transformers.PreTrainedTokenizerFast(tokenizer_object=converter.converted(), eos_token='<|endoftext|>')
 
 
 def model_config():
-    """A Llama of 2 layers and 64 dimensions (0.1 M parameters without embeddings)."""
+    """Return the config of a Llama of 2 layers and 64 dimensions (0.1 M parameters without embeddings)."""
     import transformers
 
     return transformers.LlamaConfig(

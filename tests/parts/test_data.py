@@ -320,8 +320,8 @@ def same(a, b):
 @pytest.fixture
 def count(monkeypatch):
     """A list that grows whenever rows are tokenised."""
-    calls, original = [], tokenise.tokenise_parts
-    monkeypatch.setattr(tokenise, 'tokenise_parts', lambda *args, **how: calls.append(1) or original(*args, **how))
+    calls, original = [], tokenise.tokenise_splits
+    monkeypatch.setattr(tokenise, 'tokenise_splits', lambda *args, **how: calls.append(1) or original(*args, **how))
     return calls
 
 

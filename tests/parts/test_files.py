@@ -55,10 +55,24 @@ def test_text_files_and_the_kinds_of_the_columns_of_a_table(tmp_path):
     assert answers(str(tmp_path), undivided=True) == ALL
 
     path = tmp_path / 'data.csv'
-    path.write_text('\ufeffprompt,response_a,answer2,label,score_A,note,zip\n1,7,8,True,0.5,,007\n2,9,9,false,-3,x,1\n')
+    path.write_text('\ufeffPrompt,response_a,Answer2,label,score_A,note,zip\n1,7,8,True,0.5,,007\n2,9,9,false,-3,x,1\n')
     rows = list(files.read_rows(None, 'train', str(path)))
     assert list(rows[0].values()) == ['1', '7', '8', True, 0.5, None, '007']
     assert list(rows[1].values()) == ['2', '9', '9', False, -3, 'x', '1']
+    # an empty line counts as a line; a row that is cut short does not make numbers of the answers before it
+    path.write_text('prompt,response,n\n1,2,3\n\n4,5,6\n7\n')
+    rows = list(files.read_rows(None, 'train', str(path)))
+    assert [(*row.values(), int(row.where.split()[-1])) for row in rows[:2]] == [('1', '2', 3, 2), ('4', '5', 6, 4)]
+    assert rows[2].where.endswith('line 5') and rows[2].error
+    # digits of other scripts are text
+    path.write_text('prompt,n\na,1٣\n')
+    assert list(files.read_rows(None, 'train', str(path))) == [{'prompt': 'a', 'n': '1٣'}]
+    # a table without a row is read; the name of a folder says nothing of the delimiter
+    (tmp_path / 'a.tsv').mkdir()
+    (tmp_path / 'a.tsv/b.csv').write_text('prompt,response\n')
+    assert list(files.read_rows(None, 'train', f'{tmp_path}/a.tsv/b.csv')) == []
+    (tmp_path / 'a.tsv/b.csv').write_text('prompt,response\n1,2\n')
+    assert list(files.read_rows(None, 'train', f'{tmp_path}/a.tsv/b.csv')) == [{'prompt': '1', 'response': '2'}]
 
 
 def test_a_list_in_json_is_read_one_by_one(tmp_path):
@@ -171,6 +185,13 @@ def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
     theirs = data_files.DataFilesDict.from_patterns(data_files.get_data_patterns('.'), base_path='.')
     ours = {split: sorted(map(os.path.abspath, found)) for split, found in files.folder_splits('.').items()}
     assert ours == {str(split): sorted(map(os.path.abspath, found)) for split, found in theirs.items()}
+
+
+def test_a_note_names_the_files_that_no_split_has(tmp_path, capsys):
+    for name in ('train', 'test', 'notes'):
+        write(tmp_path / f'{name}.jsonl', ROWS[:3])
+    assert len(answers(str(tmp_path))) == len(answers(str(tmp_path), 'test')) == 3
+    assert capsys.readouterr().out == f'note: not read, since other files are named train: {tmp_path}/notes.jsonl\n'
 
 
 def test_splits_of_one_folder_are_not_mixed(tmp_path):

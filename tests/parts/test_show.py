@@ -101,6 +101,11 @@ def test_as_a_model_sees_it(show):
     assert 'lengths in tokens: median' in out and 'cut at max_length 12: 100%' in out
 
 
+def test_a_pair_that_is_two_single_answers_is_shown_once(show):
+    out, _ = show(PAIRS, '--model=toy', '--n=2', '--task=singles')
+    assert out.count('label: good') == out.count('label: bad') == out.count('--- singles') == 1 and '10 singles' in out
+
+
 def test_what_a_chat_template_refuses_is_said_and_counted(show, tmp_path):
     tokenizer = toy.tokenizer()
     tokenizer.chat_template = (

@@ -231,7 +231,7 @@ def test_a_hub_dataset_and_the_cache_of_its_tokens(splits, tmp_path, monkeypatch
 
     train, test = sizes()
     assert (train, test) == (200, 3) if 'test' in splits else train + test == 200 and 0 < test < 40
-    monkeypatch.setattr(tokenise, 'tokenise_parts', None)
+    monkeypatch.setattr(tokenise, 'tokenise_splits', None)
     assert sizes() == [train, test]
 
 
@@ -357,6 +357,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('a question that the chats alone have whole', 'pairs', [{'prompt': 'q?', 'query': 'x q?', 'chosen': [user('x q?'), assistant('a')], 'rejected': [user('x q?'), assistant('b')]}], [{'prompt': [user('x q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]}], {}),
     ('LIMA', 'sft', [{'conversations': ['a', 'b', 'q?', 'a']}, {'conversations': ['x']}], [MULTI], {'conversations without a question and its answer': 1}),
     ('SmolTalk 2', 'sft', [{'messages': [user('q?'), assistant('a')], 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}}], [SFT | BRIEF], {}),
+    ('SmolTalk 2, tools', 'sft', [{'messages': [user('q?'), assistant('a')], 'chat_template_kwargs': {'custom_instructions': None, 'xml_tools': [x]}} for x in ('{"name": "f"}', "{'name': 'f'}")], [SFT | {'tools': [{'name': 'f'}]}] * 2, {}),
     ('OpenHermes 2.5', 'sft', [{'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'}], [SFT | BRIEF], {}),
     ('SlimOrca', 'sft', [{'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, said('q?', 'a', weight=0.0)[0], said('q?', 'a', weight=1.0)[1]]}], [SFT | BRIEF], {}),
     ('weights of questions', 'sft', [{'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0), strict=True)]}], [MULTI], {}),
@@ -386,6 +387,41 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('chats as pandas and numpy write them', 'sft', [{'messages': x} for x in (repr(TWO_TURNS), repr(TWO_TURNS).replace('}, {', '}\n {'))], [MULTI] * 2, {}),
     ('chats in objects', 'pairs', [{'chosen': {'messages': [user('q?'), assistant('a')]}, 'rejected': {'messages': [user('q?'), assistant('b')]}}], [PAIR], {}),
     ('ShareGPT, pieces', 'sft', [{'conversations': [said('', 'x')[1], *said('q?', 'a')]}, {'conversations': []}], [SFT], {formats.UNASKED: 1, 'conversations without a question and its answer': 1}),
+    ('WebGPT', 'pairs', [{'question': {'id': '1', 'full_text': 'q?'}, 'answer_0': 'b', 'score_0': -n, 'answer_1': 'a', 'score_1': n} for n in (0.5, 0.0)], [PAIR], {'tie': 1}),
+    ('MT-Bench', 'pairs', [{'winner': 'model_b', 'turn': n, **{f'conversation_{side}': [user('q?'), assistant(x), *TWO_TURNS[:2]] for side, x in ('ab', 'ba')}} for n in (1, 2)], [PAIR], {'chosen and rejected have different prompts': 1}),
+    ('OffsetBias', 'pairs', [{'instruction': 'q?', 'output_1': 'b', 'output_2': 'a', 'label': 2}, {'instruction': 'q?', 'output_1': 'a', 'output_2': 'b', 'label': 1}], [PAIR] * 2, {}),
+    ('JudgeBench', 'pairs', [{'question': 'q?', 'response_model': 'x', 'response_A': 'b', 'response_B': 'a', 'label': x} for x in ('B>A', 'B>>A', 'A=B')], [PAIR] * 2, {'tie': 1}),
+    ('AlpacaFarm', 'pairs', [{'instruction': 'i', 'input': 'about this', 'output_1': 'b', 'output_2': 'a', 'preference': 2}], [{'prompt': messages.ask('i\n\nabout this'), 'chosen': ' a', 'rejected': ' b'}], {}),
+    ('ms-swift', 'pairs', [{'messages': [system('Be brief.'), user('q?'), assistant('a')], 'rejected_response': 'b'}], [PAIR | BRIEF], {}),
+    ('torchtune', 'pairs', [{'Q': 'q?', 'chosen_conversations': [user('q?'), assistant('a')], 'rejected_conversations': [user('q?'), assistant('b')]}], [PAIR], {}),
+    ('accepted and rejected', 'pairs', [{'input': 'q?', 'accepted': 'a', 'rejected': 'b'}], [PAIR], {}),
+    ('HH, processed', 'pairs', [{k: [{'role': 'human', 'text': 'q?'}] if k == 'context' else {'role': 'assistant', 'text': x} for k, x in (('context', ''), ('chosen', 'a'), ('rejected', 'b'))}], [PAIR], {}),
+    ('When2Call', 'pairs', [{'tools': ['{"name": "f"}'], 'messages': [user('q?')], 'chosen_response': assistant('a'), 'rejected_response': assistant('b')}], [PAIR | {'tools': [{'name': 'f'}]}], {}),
+    ('functions', 'sft', [{'messages': [user('q?'), assistant('a')], 'functions': [{'name': 'f'}]}], [SFT | {'tools': [{'name': 'f'}]}], {}),
+    ('LIMO', 'sft', [{'question': 'q?', 'solution': 'a', 'answer': '4'}], [SFT], {}),
+    ('NuminaMath 1.5', 'sft', [{'problem': 'q?', 'answer': '4', 'solution': 'a'}, {'problem': 'q?', 'answer': 'a', 'solution': None}], [SFT] * 2, {}),
+    ('OpenMathInstruct', 'sft', [{'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'}], [SFT], {}),
+    ('FLAN', 'sft', [{'inputs': 'q?', 'targets': 'a', 'language': 'English'}], [SFT], {}),
+    ('Firefly', 'sft', [{'kind': 'x', 'input': 'q?', 'target': 'a'}], [SFT], {}),
+    ('Natural Instructions', 'sft', [{'definition': 'i', 'inputs': 'about this', 'targets': 'a'}], [SFT | {'prompt': [user('i\n\nabout this')]}], {}),
+    ('Natural Instructions, other names', 'sft', [{'definition': 'i', 'input': 'about this', 'output': 'a'}], [SFT | {'prompt': [user('i\n\nabout this')]}], {}),
+    ('human and assistant as columns', 'sft', [{'human': 'q?', 'assistant': 'a'}], [SFT], {}),
+    ('user and assistant as columns', 'sft', [{'system': 'Be brief.', 'user': 'q?', 'assistant': 'a'}], [SFT | BRIEF], {}),
+    ('human and assistant', 'sft', [{'conversation': [{'human': 'a', 'assistant': 'b'}, {'human': 'q?', 'assistant': 'a'}]}], [MULTI], {}),
+    ('XTuner', 'sft', [{'conversation': [{'system': 'Be brief.', 'input': 'q?', 'output': 'a'}]}, {'conversation': [{'input': 'a', 'output': 'b'}, {'input': 'q?', 'output': 'a'}]}], [SFT | BRIEF, MULTI], {}),
+    ('UltraChat', 'sft', [{'id': '0', 'data': ['a', 'b', 'q?', 'a']}], [MULTI], {}),
+    ('OpenChat', 'sft', [{'id': 'x', 'items': said('q?', 'a')}], [SFT], {}),
+    ('a dialogue of messages', 'sft', [{'system': 'Be brief.', 'dialogue': [user('q?'), assistant('a')]}], [SFT | BRIEF], {}),
+    ('items that are no chat', 'sft', [{'question': 'q?', 'answer': 'a', 'items': [{'name': 'x'}]}], [SFT], {}),
+    ('data beside columns that are known', 'sft', [{'question': 'q?', 'answer': 'a', 'data': ['x', 'y'], 'items': [user('x')]}], [SFT], {}),
+    ('a chat as query', 'prompts', [{'query': [user('q?')], 'idx': '4'}], [{'prompt': [user('q?')]}], {}),
+    ('names in capitals', 'sft', [{'Question': 'q?', 'System': 'Be brief.', 'RESPONSE': 'a'}], [SFT | BRIEF], {}),
+    ('names in capitals, too', 'sft', [{'prompt': 'q?', 'Prompt': 'x', 'response': 'a'}], [{'prompt': 'q?', 'response': 'a'}], {}),
+    ('system_message', 'sft', [{'system_message': 'Be brief.', 'conversations': said('q?', 'a')}], [SFT | BRIEF], {}),
+    ('SQuAD', 'sft', [{'question': 'i', 'context': 'c', 'answers': {'text': x, 'answer_start': [0] * len(x)}} for x in (['a', 'b'], [])], [{'prompt': [user('i\n\nc')], 'response': [assistant(x)]} for x in ('a', '')], {}),
+    ('options in the question', 'sft', [{'question': 'q? red or blue', 'options': ['red', 'blue'], 'answer': 'a'}], [SFT | {'prompt': [user('q? red or blue')]}], {}),
+    ('Infinity-Instruct', 'sft', [{'conversations': said('q?', 'a'), 'label': {'ability': ['x']}}], [SFT], {}),
+    ('OpenAssistant, ranks as fractions', 'pairs', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1.0), ('3', '1', 'a', 'assistant', 0.0))], [PAIR], {}),
     ('OpenAssistant, best answers', 'sft', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1), ('3', '1', 'a', 'assistant', 0))], [SFT], {'answers that are not the best': 1}),
     ('OpenAssistant, prompts', 'prompts', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': None} for i, p, t, r in (('1', None, 'a', 'prompter'), ('2', '1', 'b', 'assistant'), ('3', '2', 'q?', 'prompter'))], [{'prompt': [user('a')]}, {'prompt': TWO_TURNS[:3]}], {}),
 ]
@@ -410,7 +446,18 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}, "'chosen' begins as a chat in JSON does"),
     ({'prompt': 'q', 'completion_a': 'a', 'label': 'a'}, "'completion_a' may be an answer"),
     ({'prompt': 'q', 'completions': ['a', 'b'], 'labels': [1, 0]}, "'completions' may be an answer"),
-    ({'input': 'q', 'target': 'a'}, "'target' may be an answer"),
+    ({'input': 'q', 'target_text': 'a'}, "'target_text' may be an answer"),
+    ({'input': 'q', 'targets': {'choices': ['a', 'b'], 'labels': [1, 0]}}, "'targets' may be an answer"),
+    ({'question': 'q', 'answer': ['a', 'b']}, 'a message is no object'),
+    ({'question': 'q', 'options': ['a', 'b'], 'answer': 'a'}, "'options' asks something, too"),
+    ({'question': 'q', 'article': 'c', 'answer': 'a'}, "'article' asks something, too"),
+    ({'question': 'q', 'answer': 'a', 'image': 'a.png'}, "'image' would be lost"),
+    ({'messages': [user('q'), assistant('a')], 'images': ['a.png']}, "'images' would be lost"),
+    ({'text': 'c', 'summary': 'a'}, "--columns='question=text, response=summary'"),
+    ({'prompt': 'q', 'question': {'id': '1'}, **ANSWERS}, "'question' asks something, too"),
+    ({'Prompt': 'q', 'PROMPT': 'p', 'response': 'a'}, "'prompt' is missing"),
+    ({'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'label': 0}, "'0' is neither of response_1 and response_2"),
+    ({'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'score_a': 1, 'score_b': 'x'}, "'score_b' is missing or of the wrong type"),
     ({'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}, "'llama-7b' is neither of response_a and response_b"),
     ({'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': math.inf}, "'inf' is neither of"),
     ({'prompt': None, **ANSWERS}, 'no column has the prompt'),
@@ -432,6 +479,9 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'prompt': 'q', 'response_0': 'a', 'response_1': 'b', 'better_response_id': 7}, "'7' is neither of response_0 and response_1, nor a tie"),
     ({'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference_strength': 'x'}, "'preference_strength' is missing"),
     ({'prompt': 'p', 'response': 'a', 'tools': '[1'}, 'Expecting'),
+    ({'prompt': 'p', 'response': 'a', 'tools': ['def f(x)']}, "'tools' has a text that is no JSON"),
+    ({'dialogue': ['q', 'a']}, 'a message is no object'),
+    ({'data': ['q', 'a']}, 'a message is no object'),
     ({'prompt': 'p', 'response': 'a', 'history': [[1]], 'initial_reason_steps': 3}, 'asks something, too'),
     ({'prompt': 'p', 'response': 'a', 'initial_reason_steps': 3}, 'its columns cannot be read'),
     ({'question': 'q', 'answers': [{'pm_score': math.nan, 'text': 'a'}]}, "'pm_score' is not a finite number"),
@@ -499,6 +549,11 @@ def test_columns_that_the_user_names(tmp_path):
     assert read(path, [row], columns='prompt=ask, response=good_answer')[0] == [{'prompt': 'q?', 'response': 'a'}]
     assert read(path, [row | {'talk': TWO_TURNS}], columns='messages=talk')[0] == [MULTI]
     assert read(path, [row | {'ok': 0}], columns='prompt=ask, response=bad_answer, label=ok')[0][0]['good'] is False
+    film = {'text': 'A film.', 'summary': 'Good.'}
+    assert read(path, [film], columns='text=text')[0] == [{'prompt': '', 'response': 'A film.'}]
+    assert read(path, [film], columns='question=text', task='prompts')[0] == [{'prompt': [user('A film.')]}]
+    with pytest.raises(UserError, match="'text' is an answer, and no column asks"):
+        read(path, [{'text': 'A film.'}], task='prompts')
     for columns, words in (
         ('prompt=ask, chosen=good_answr', "no column 'good_answr'; there are ask, tone, good_answer,"),
         ('promt=ask', "cannot read 'promt=ask': .*names are prompt, question"),
