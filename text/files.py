@@ -186,9 +186,13 @@ def folder_splits(path, config=None):
     """Return {split: files} of a folder or pattern, from the folder's README, or else from the file names.
 
     config: a config in the README; None: its default or only one. Raises UserError if it is missing or ambiguous."""
+    import huggingface_hub
+
     path = os.path.expanduser(path)
-    configs = _configs(path)
-    entry = {}
+    configs, entry = {}, {}
+    with suppress(Exception):  # no README, no YAML header, or an unexpected structure
+        listed = huggingface_hub.metadata_load(os.path.join(path, 'README.md'))['configs']
+        configs = {str(entry.get('config_name', 'default')): entry for entry in listed}
     if configs or config:
         # fall back to the default config, or to the only one
         defaults = [name for name, entry in configs.items() if name == 'default' or entry.get('default')]
@@ -207,16 +211,6 @@ def folder_splits(path, config=None):
     if 'data_dir' in entry:
         path = os.path.join(path, str(entry['data_dir']))
     return _splits_by_name(path)
-
-
-def _configs(folder):
-    """Return {config name: entry} from the YAML header of a folder's README, or {} if that has no valid `configs:`."""
-    import huggingface_hub
-
-    with suppress(Exception):  # no README, no header, or an unexpected structure
-        listed = huggingface_hub.metadata_load(os.path.join(folder, 'README.md'))['configs']
-        return {str(entry.get('config_name', 'default')): entry for entry in listed}
-    return {}
 
 
 def _named_files(folder, entry):
@@ -248,14 +242,13 @@ def _splits_by_name(path):
     is_saved = os.path.exists(os.path.join(path, 'dataset_dict.json'))
     # names are relative to the folder, or to the folder before the first wildcard of a pattern
     root = path if os.path.isdir(path) else os.path.dirname(re.split(r'[*?\[]', path)[0])
-    splits, unnamed = {}, []
+    splits = {}
     for file in data_files(path):
         name = os.path.relpath(file, root or '.')
         split = name.partition('/')[0] if is_saved else _split_of(name)
-        if split:
-            splits.setdefault(split, []).append(file)
-        else:
-            unnamed.append(file)
+        splits.setdefault(split, []).append(file)
+    # _split_of returns '' if a name tells no split
+    unnamed = splits.pop('', [])
     has_train = any(split.startswith('train') for split in splits)
     if unnamed and has_train:
         # a folder is scanned several times, so print the note once

@@ -1,6 +1,6 @@
 """Encode texts to token ids, add BOS and EOS, and truncate. tokenise.py calls this.
 
-Only the chat template may write special tokens. chat.py puts marks around those that users wrote; they are encoded as text.
+chat.py marks special tokens that were not written by the chat template; they are encoded as ordinary text.
 """
 
 import re
@@ -52,7 +52,7 @@ def cut(prompt, limits, left_out):
 
 
 def fit(prompt, answers, limits, left_out):
-    """Return (prompt, answers) with BOS and EOS, truncated to the limits; left_out counts truncations. All are lists of ids."""
+    """Return (prompt, answers), lists of ids, with BOS and EOS and truncated to the limits (counted in left_out)."""
     eos = limits.eos
     prompt = begin(prompt, limits)
     # the chat template may have written EOS already
@@ -63,20 +63,18 @@ def fit(prompt, answers, limits, left_out):
     # truncate the prompt first, then each answer to the remaining room
     prompt = cut(prompt, limits, left_out)
     room = limits.max_length - len(prompt)
-    cut_answers = []
-    for answer in answers:
+    for i, answer in enumerate(answers):
         if len(answer) > room:
             left_out['answers cut'] += 1
-            answer = [*answer[: room - 1], eos]
-        cut_answers.append(answer)
-    return prompt, cut_answers
+            answers[i] = [*answer[: room - 1], eos]
+    return prompt, answers
 
 
 def fit_conversation(prompt, segments, limits, left_out):
     """Return (prompt, answer), the ids of a conversation truncated to the limits.
 
-    segments: lists of ids after the prompt, in turn trained (assistant) and untrained (user). answer: all segments joined,
-    with untrained tokens stored as ~id; [] if no trained token fits, which left_out counts."""
+    segments: lists of ids after the prompt, alternately trained (assistant) and untrained (user). answer: all segments
+    joined, with untrained tokens stored as ~id; [] if no trained token fits, which left_out counts."""
     eos = limits.eos
     prompt = begin(prompt, limits)
     answer = []

@@ -91,9 +91,7 @@ def task_of(example):
 
 
 def items_of(example, task, left_out):
-    """Return the training items of an example as JSON-serializable dicts with the prompt and its answers.
-
-    A pair makes two items for 'singles'. An unusable example gives [], and left_out counts the reason."""
+    """Return an example's training items as JSON-serializable dicts; [] if it is unusable (counted in left_out)."""
     items = []
     for part in as_parts(example, task, left_out):
         item = {'prompt': part.prompt}
@@ -136,24 +134,18 @@ def _print_text(left_out):
             text, _ = _as_written(example, item)
             print(text, end='\n\n')
         counts[task] += len(items)
-        if len(lengths) < MEASURED:
-            lengths += _lengths(example, task, items, tokenizer, left_out)
+        if len(lengths) < MEASURED and tokenizer:
+            limits = NO_LIMIT, NO_LIMIT // 2, truncation
+            tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
+            # empty if the chat template rejects the example
+            lengths += [tokenised.longest()] if len(tokenised) else []
+        elif len(lengths) < MEASURED:
+            lengths += [num_characters for _, num_characters in (_as_written(example, item) for item in items)]
     _print_summary(counts, lengths, tokenizer is not None, left_out)
 
 
-def _lengths(example, task, items, tokenizer, left_out):
-    """Return the characters of each item, or with a tokenizer the tokens of the longest item ([] if it is left out)."""
-    if not tokenizer:
-        return [num_characters for _, num_characters in (_as_written(example, item) for item in items)]
-    limits = NO_LIMIT, NO_LIMIT // 2, truncation
-    tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
-    return [tokenised.longest()] if len(tokenised) else []
-
-
 def _print_summary(counts, lengths, in_tokens, left_out):
-    """Print the number of items, the columns read, what was left out, and the item lengths.
-
-    counts: task -> number of items. lengths: tokens if in_tokens, else characters. Raises UserError if counts is empty."""
+    """Print counts (task -> number of items), the columns read, what was left out, and lengths. Raises UserError."""
     words = ', '.join(f'{count} {task}' for task, count in counts.items())
     print(f'{data}: {words or "no examples"}')
     print('read as:', columns or '; '.join(map(describe, data.split('+'))))
@@ -239,23 +231,17 @@ def _decode_example(examples, i, tokenizer, task):
     prompt = tokenizer.decode(prompt_ids)
     if task == 'prompts':
         return prompt
-    texts = [_decode_answer(answer, tokenizer) for answer in answers]
+    texts = []
+    for answer in answers:
+        # untrained tokens (later user turns) are stored as ~id, which is negative: split where the sign changes
+        segments = np.split(answer, np.flatnonzero(np.diff(answer < 0)) + 1)
+        decoded = [mark(tokenizer.decode(ids)) if ids[0] >= 0 else tokenizer.decode(~ids) for ids in segments]
+        texts.append(''.join(decoded))
     if len(texts) == 2:
         return f'{prompt}\nchosen: {texts[0]}\nrejected: {texts[1]}'
     text = prompt + texts[0]
     if task == 'singles':
         text += '\nlabel: good' if examples.good[i] else '\nlabel: bad'
-    return text
-
-
-def _decode_answer(answer, tokenizer):
-    """Return an answer's ids as text. Trained text is marked; untrained tokens (later user turns) are stored as ~id."""
-    # ~id is negative, so split where the sign changes
-    sign_changes = np.flatnonzero(np.diff(answer < 0)) + 1
-    text = ''
-    for ids in np.split(answer, sign_changes):
-        is_trained_on = ids[0] >= 0
-        text += mark(tokenizer.decode(ids)) if is_trained_on else tokenizer.decode(~ids)
     return text
 
 

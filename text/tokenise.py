@@ -1,8 +1,7 @@
 """Turn rows of text into tokenised Examples, cached on disk. Training scripts call load_examples.
 
 Pipeline: sources.read_examples -> as_parts -> chat.render or turns.segments -> ids.encode_texts -> _Builder.add.
-Prompt and answers are tokenised separately. Every answer ends with EOS, even if truncated. The prompt begins with BOS
-only if the tokenizer adds one.
+Prompt and answers are tokenised separately. Every answer ends with EOS, even if truncated.
 """
 
 import hashlib
@@ -32,7 +31,7 @@ NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
 ENOUGH = 20_000
 # a chunk for the tokenizer is full at this number of examples or above this number of characters
 CHUNK, CHARACTERS = 512, 2**22
-NEEDS = {  # task -> fields that a row needs besides its prompt
+NEEDS = {  # task -> what a row needs besides its prompt
     'pairs': 'chosen and rejected',
     'singles': 'a response and whether it is good (label), or chosen and rejected',
     'sft': 'an answer',
@@ -57,8 +56,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
                   data_fraction=1.0, seed=0, cache=True, margins=False, enough=None):  # fmt: skip
     """Return the tokenised Examples of a split ('train' or 'test') of data such as 'hh+shp', a hub id or a file.
 
-    task: 'pairs', 'singles' (KTO; a pair makes two), 'sft' or 'prompts'. max_length, max_prompt_length: in tokens; a
-    long example first loses the start ('end': the end) of its prompt, then the ends of its answers. undivided, num_turns,
+    task: 'pairs', 'singles' (KTO; a pair makes two), 'sft' or 'prompts'. max_length, max_prompt_length: in tokens; long
+    examples lose the start ('end': the end) of the prompt, then the ends of the answers. undivided, num_turns,
     skip_bad_rows, columns: for sources.read_examples. chat: turn texts into chats. system: system message to prepend.
     last_turn_only: SFT trains on a conversation's last answer only. data_fraction: fraction to keep, by a text hash.
     margins: keep the pairs' margins. enough: {'train': count, 'test': count}, stop after these counts; None: read all.
@@ -71,7 +70,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     names = data.split('+')
     enough = enough or {}
 
-    # the cache key has everything the tokens depend on; a source without a fingerprint is hashed row by row
+    # the cache key has all that the tokens depend on; sources without a fingerprint are hashed row by row
     stamps = [sources.fingerprint(source, split) for source in names]
     is_stamped = None not in stamps
     if not is_stamped:
@@ -104,9 +103,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
 
 
 def _tokenise_sources(names, splits, tokenizer, task, reading, writing, lengths, enough):
-    """Read and tokenise sources in one pass; return ({split: Examples}, whether all rows were read).
-
-    splits: one split, or ['train', 'test']. reading, writing, lengths, enough: arguments of load_examples, grouped."""
+    """Return ({split: Examples}, whether all rows were read) for one split or for ['train', 'test'] in one pass."""
     left_out = Counter()
     rows = _read_sources(names, splits[0], task, reading, left_out, both=len(splits) == 2)
     options = {'skip_bad_rows': reading['skip_bad_rows'], **writing}
@@ -124,8 +121,7 @@ def _tokenise_sources(names, splits, tokenizer, task, reading, writing, lengths,
 def _read_sources(names, split, task, reading, left_out, both=False):
     """Yield the untokenised examples of all sources. Raises UserError if a source has none that is usable.
 
-    reading: options of sources.read_examples. left_out: a Counter, updated when the reading of a source ends or is stopped.
-    both: yield train and test rows of sources without a test split."""
+    reading: options of sources.read_examples. both: yield train and test rows. left_out is updated when reading stops."""
     with progress(None, ' examples', 'reading') as bar:
         for source in names:
             reasons, unusable = Counter(), Counter()
@@ -145,9 +141,7 @@ def _read_sources(names, split, task, reading, left_out, both=False):
 
 
 def source_rows(examples, data, split, task, *, chat, system, **reading):
-    """Return {uid: (prompt text or chat, raw row with all columns)} for Examples that load_examples made.
-
-    Pass the arguments that load_examples had. reading: undivided, num_turns, skip_bad_rows, columns."""
+    """Return {uid: (prompt, raw row with all columns)} for Examples that load_examples made with these arguments."""
     wanted = set(examples.uid.tolist())
     found = {}
     for row in _read_sources(data.split('+'), split, task, reading, Counter()):
@@ -164,8 +158,7 @@ def source_rows(examples, data, split, task, *, chat, system, **reading):
 def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False, **writing):
     """Return the Examples of rows of text or chat. Reasons for skipped rows are added to the Counter left_out.
 
-    margins: keep them if any pair has one; missing ones become 0 and are counted. writing: skip_bad_rows (count rows that
-    the chat template rejects, do not raise UserError); chat, system, last_turn_only as in load_examples."""
+    margins: keep the pairs' margins, 0 if missing. writing: skip_bad_rows, chat, system, last_turn_only."""
     lengths = max_length, max_prompt_length, truncation
     tokenised, _ = tokenise_splits(rows, ['train'], tokenizer, task, lengths, {}, margins=margins, **writing)
     examples = tokenised['train']
@@ -177,8 +170,8 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
 def tokenise_splits(rows, splits, tokenizer, task, lengths, enough, margins=False, **writing):
     """Tokenise rows; return ({split: Examples}, whether all rows were read). A second split gets the .held_out rows.
 
-    lengths: (max_length, max_prompt_length, truncation). enough: {split: count}; reading stops once every split has its
-    count, and never if a split has none. margins: keep them. writing: options of _render_rows."""
+    enough: {split: count}; reading stops once every split has its count, and never if a split has none.
+    lengths: (max_length, max_prompt_length, truncation). margins: keep them. writing: options of _render_rows."""
     builders = {split: _Builder() for split in splits}
     limits = Limits.of(tokenizer, *lengths)
     rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **writing)
@@ -198,7 +191,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
     """Apply the chat template; yield (builder, texts, Part) for each example. builder: the _Builder of the row's split.
 
     texts: [prompt, *answers], or the segments of a conversation (turns.py); special tokens written by users are marked.
-    Skipped rows are counted in builder.left_out; a row that the template rejects raises UserError unless skip_bad_rows."""
+    Skipped rows are counted in builder.left_out. Rows that the template rejects raise UserError unless skip_bad_rows."""
     seen_uids = set()
     has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
     for row in rows:
@@ -234,8 +227,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
 def _texts_of(part, tools, tokenizer, left_out):
     """Return [(texts, Part)], one per example; texts is None if the answer is empty. Raises Refused.
 
-    A conversation becomes one example with segments as texts (turns.py). If the chat template does not allow that, each
-    trained answer becomes an example whose prompt is all earlier messages."""
+    A conversation becomes one example with segments as texts (turns.py), or one example per trained answer."""
     conversation = part.conversation or []
     single = part._replace(conversation=None)
     trained = [i for i, turn in enumerate(conversation) if is_trained(turn)]
@@ -248,6 +240,7 @@ def _texts_of(part, tools, tokenizer, left_out):
     if segments is not None:
         return [(segments, part)] if segments else []
     left_out[turns.APART] += 1
+    # fallback: one example per trained answer, with all earlier messages as its prompt
     return [(render(conversation[:i], [[conversation[i]]], tools, tokenizer, left_out), single) for i in trained]
 
 
@@ -259,27 +252,19 @@ def _encoded(items, tokenizer):
         return [(builder, part, [next(ids) for _ in texts]) for builder, texts, part in chunk]
 
     with ThreadPoolExecutor(1) as pool:
-        waiting = []
-        for chunk in _chunks(items):
-            waiting.append(pool.submit(encode_chunk, chunk))
-            # encode one chunk while the next one is read and rendered
-            if len(waiting) == 2:
-                yield waiting.pop(0).result()
-        yield waiting.pop().result()
-
-
-def _chunks(items):
-    """Yield lists of up to CHUNK of the (builder, texts, Part) items; the last list may be empty."""
-    chunk, characters = [], 0
-    for item in items:
-        _, texts, _ = item
-        chunk.append(item)
-        # long texts fill a chunk earlier
-        characters += sum(map(len, texts))
-        if len(chunk) == CHUNK or characters > CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    yield chunk
+        previous, chunk, characters = None, [], 0
+        for builder, texts, part in items:
+            chunk.append((builder, texts, part))
+            characters += sum(map(len, texts))
+            if len(chunk) == CHUNK or characters > CHARACTERS:
+                # encode this chunk while the next one is read and rendered
+                current = pool.submit(encode_chunk, chunk)
+                if previous:
+                    yield previous.result()
+                previous, chunk, characters = current, [], 0
+        if previous:
+            yield previous.result()
+        yield encode_chunk(chunk)
 
 
 class _Builder:
@@ -294,9 +279,7 @@ class _Builder:
         self.margins = array('f')  # NaN: no margin
 
     def add(self, part, ids, limits):
-        """Truncate and add an example, or count in left_out why nothing of it can be trained on.
-
-        ids: those of the prompt, then of each answer or of each segment of the Part's conversation."""
+        """Truncate and add an example, or count why it is unusable. ids: [prompt ids, ids of each answer or segment]."""
         prompt, *answers = ids
         if part.conversation:
             prompt, answer = fit_conversation(prompt, answers, limits, self.left_out)
@@ -335,8 +318,8 @@ class _Builder:
         if task == 'prompts':
             del self.left_out[THOUGHTLESS]
         spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
-        good, uid = np.array(self.good, bool), np.asarray(self.uid)
-        return Examples(np.asarray(self.ids), spans, good, uid, +self.left_out, margin=margin)
+        arrays = np.asarray(self.ids), spans, np.array(self.good, bool), np.asarray(self.uid)
+        return Examples(*arrays, +self.left_out, margin=margin)
 
 
 def _skip_or_raise(error, row, skip_bad_rows, left_out):
@@ -365,8 +348,7 @@ def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation,
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows=False):
     """Return the ids of each prompt as in training, truncated to `longest` tokens (counted in left_out).
 
-    prompts: texts, chats, or rows with 'prompt' and optional 'tools'. skip_bad_rows: if the chat template rejects a
-    prompt, return None for it and count it, instead of raising UserError."""
+    prompts: texts, chats or rows. skip_bad_rows: None for prompts that the chat template rejects, not UserError."""
     limits = Limits.of(tokenizer, longest, longest, truncation)
     texts = []  # None for a rejected prompt
     for prompt in prompts:
@@ -376,7 +358,6 @@ def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad
         except Refused as error:
             _skip_or_raise(error, row, skip_bad_rows, left_out)
             texts.append(None)
-    # one call encodes all texts, which is faster
     ids = iter(encode_texts([text for text in texts if text is not None], tokenizer))
     return [None if text is None else cut(begin(next(ids), limits), limits, left_out) for text in texts]
 
@@ -397,7 +378,6 @@ def as_parts(row, task, left_out, last_turn_only=False):
         # SFT trains on all answers of a conversation unless last_turn_only
         conversation = row.get('turns') if task == 'sft' and not last_turn_only else None
         return [Part(prompt, answers, row.get('good', True), uid, conversation=conversation)]
-
     chosen, rejected = answers
     if chosen == rejected:
         left_out['pairs with equal answers'] += 1
@@ -453,8 +433,7 @@ def _read_cache(files):
         return digest == _digest(arrays, left_out)
 
     for file in files:
-        found = cache.read(file, is_intact)
-        if found:
+        if found := cache.read(file, is_intact):
             arrays, metadata = found
             left_out, _ = json.loads(metadata['left_out'])
             return Examples(**arrays, left_out=Counter(left_out))
@@ -466,11 +445,10 @@ def _read_cache(files):
 def _write_cache(file, examples):
     """Write Examples to a cache file; print a note on failure."""
     # safetensors needs contiguous arrays and no None
-    arrays = {name: getattr(examples, name) for name in CACHED}
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
-    left_out = [examples.left_out, _digest(arrays, examples.left_out)]
-    failure = cache.write(file, arrays, {'left_out': json.dumps(left_out)})
-    if failure:
+    present = [name for name in CACHED if getattr(examples, name) is not None]
+    arrays = {name: np.ascontiguousarray(getattr(examples, name)) for name in present}
+    metadata = {'left_out': json.dumps([examples.left_out, _digest(arrays, examples.left_out)])}
+    if failure := cache.write(file, arrays, metadata):
         say(f'note: tokens are not cached: {failure}')
 
 
