@@ -79,9 +79,8 @@ class Examples:
         return replace(self, **{name: array[rows] for name, array in arrays.items() if array is not None})
 
     def flip(self, rate, seed):
-        """Swap chosen and rejected (for single answers: good and bad) in this fraction of the examples.
-
-        Draws depend on uid and seed alone, so a higher rate flips a superset. Margins stay."""
+        """Swap chosen and rejected (for single answers: good and bad) in a random fraction of the examples."""
+        # the draw depends on uid and seed alone, so a higher rate flips a superset; margins stay
         is_flipped = uniform_hash(self.uid, seed) < rate
         left_out = self.left_out + Counter({'labels flipped': int(is_flipped.sum())})
         is_pairs = self.spans.shape[1] == 3
@@ -122,10 +121,6 @@ class Examples:
             raise UserError('no train examples are left: raise frac_good or frac_bad')
         return self.select(is_kept)
 
-    def changes(self):
-        """Return left_out in words: ('COUNT REASON, ...' or 'nothing', list of notes)."""
-        return in_words(self.left_out)
-
     @cached_property
     def prompt_hashes(self):
         """(n,) hash of each prompt; comparable within this process only."""
@@ -134,9 +129,8 @@ class Examples:
     def mismatched(self, rows, max_length, more):
         """Return the prompts at rows (one step), each with an answer to a different prompt, for KTO's KL estimate z.
 
-        Each example has one answer. The answer comes from the next example of the step with a different prompt, else of
-        self, else of the Examples `more`; if all prompts are equal, from any other example. It is truncated to max_length
-        minus the prompt, but has at least one token."""
+        Examples have one answer each. The answer comes from the next example of the step with a different prompt, else of
+        self, else of the Examples `more`; if all prompts are equal, from any other example."""
 
         def donors(slot, row):
             """Yield (examples, candidate rows) in order of preference; the candidates may be empty."""
@@ -156,6 +150,7 @@ class Examples:
             donor, donor_row = next((examples, found[0]) for examples, found in donors(slot, row) if len(found))
             _, (answer,) = donor[donor_row]
             prompt, _ = self[row]
+            # truncate to max_length, but keep at least one token
             room = max(1, max_length - len(prompt))
             items.append((prompt, [answer[:room]]))
         return Examples.of(items)

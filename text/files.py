@@ -1,7 +1,4 @@
-"""Find the files or the hub dataset to read rows from. sources.py calls this; readers.py reads each file.
-
-As on the hub, the configs and splits of a local folder come from its README, or else from its file names.
-"""
+"""Find the files or the hub dataset to read rows from. sources.py calls this; readers.py reads each file."""
 
 import glob
 import hashlib
@@ -214,18 +211,15 @@ def folder_splits(path, config=None):
 
 
 def _named_files(folder, entry):
-    """Return {split: existing files} that a README's config entry names in data_files.
-
-    data_files: a pattern, or a list of patterns or {'split', 'path'} dicts; path: a pattern or a list of patterns."""
-
-    def as_list(value):
-        return value if isinstance(value, list) else [value]
-
+    """Return {split: existing files} that a README's config entry names in data_files."""
     splits = {}
-    for item in as_list(entry.get('data_files') or []):
+    # data_files: a glob pattern, or a list of patterns or of dicts {'split': name, 'path': pattern or list of patterns}
+    items = entry.get('data_files') or []
+    for item in items if isinstance(items, list) else [items]:
         named = item if isinstance(item, dict) else {'path': item}
         split = str(named.get('split', 'train'))
-        for pattern in as_list(named.get('path', [])):
+        patterns = named.get('path', [])
+        for pattern in patterns if isinstance(patterns, list) else [patterns]:
             for name in sorted(glob.glob(str(pattern), root_dir=folder, recursive=True)):
                 file = os.path.join(folder, name)
                 # several patterns may match one file
@@ -235,9 +229,7 @@ def _named_files(folder, entry):
 
 
 def _splits_by_name(path):
-    """Return {split: files} of a folder or pattern, from the file names; {'train': all files} if no name tells a split.
-
-    If there is a train split, files whose name tells no split are ignored with a note, as in `datasets`."""
+    """Return {split: files} of a folder or pattern, from the file names; {'train': all files} if no name tells a split."""
     # DatasetDict.save_to_disk writes a folder per split and this file
     is_saved = os.path.exists(os.path.join(path, 'dataset_dict.json'))
     # names are relative to the folder, or to the folder before the first wildcard of a pattern
@@ -251,7 +243,7 @@ def _splits_by_name(path):
     unnamed = splits.pop('', [])
     has_train = any(split.startswith('train') for split in splits)
     if unnamed and has_train:
-        # a folder is scanned several times, so print the note once
+        # ignore them, as `datasets` does; a folder is scanned several times, so print the note once
         listed = shorten(', '.join(unnamed), 300)
         say_once(f'note: not read, since other files are named train: {listed}')
     elif unnamed:
@@ -260,13 +252,11 @@ def _splits_by_name(path):
 
 
 def _split_of(name):
-    """Return the split that a relative file path tells by the rules of `datasets`, or ''.
-
-    For train_x-00000-of-00002, and any x-00000-of-00002 in a folder `data`, it is the text before the number; otherwise
-    a word in the path, such as train."""
+    """Return the split that a relative file path tells by the rules of `datasets`, or ''."""
     word = WORD.search(name.lower())
     shard = SHARD.search(name)
     if shard:
+        # the text before the number, for train_x-00000-of-00002 anywhere and any x-00000-of-00002 in a folder `data`
         is_in_data_folder = not word and '/data/' in f'/{name}'
         if is_in_data_folder or WORD.search(shard[1].lower()):
             # data-00000-of-00002 and part-00000 are common file names, not splits
@@ -283,15 +273,14 @@ def has_test_part(path):
 
 
 def local_files(path, split):
-    """Return a path's data files for a split ('train', 'test', another name, or None for all files).
-
-    Without a test split, return the train files, of which the caller holds out a part."""
+    """Return a path's data files for a split, or all files if split is None."""
     if split is None:
         return data_files(path)
     splits = folder_splits(path)
     if split in splits:
         return splits[split]
-    # the split may have another name, such as validation for test or train_sft for train
+    # the split may be called validation instead of test, or train_sft instead of train
     train, held_out = choose_splits(splits, wanted=None, source=path)
+    # without a test split, the caller holds out a part of the train files
     is_train = held_out is None or split.startswith('train')
     return splits[train if is_train else held_out]

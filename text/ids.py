@@ -1,7 +1,4 @@
-"""Encode texts to token ids, add BOS and EOS, and truncate. tokenise.py calls this.
-
-chat.py marks special tokens that were not written by the chat template; they are encoded as ordinary text.
-"""
+"""Encode texts to token ids, add BOS and EOS, and truncate. tokenise.py calls this."""
 
 import re
 from typing import NamedTuple
@@ -60,7 +57,6 @@ def fit(prompt, answers, limits, left_out):
     longest_answer = max(len(answer) for answer in answers)
     if len(prompt) + longest_answer <= limits.max_length:
         return prompt, answers
-    # truncate the prompt first, then each answer to the remaining room
     prompt = cut(prompt, limits, left_out)
     room = limits.max_length - len(prompt)
     for i, answer in enumerate(answers):
@@ -89,7 +85,6 @@ def fit_conversation(prompt, segments, limits, left_out):
     room = limits.max_length - len(prompt)
     if len(answer) <= room:
         return prompt, answer
-
     left_out['conversations cut'] += 1
     # drop everything after the last trained token that fits
     trained = [i for i, token in enumerate(answer[:room]) if token >= 0]
@@ -103,13 +98,12 @@ def fit_conversation(prompt, segments, limits, left_out):
 
 
 def encode_texts(texts, tokenizer):
-    """Return the token ids of each text, without BOS or EOS. Texts may have marked special tokens."""
+    """Return the token ids of each text, without BOS or EOS. chat.py has marked special tokens written by users."""
     unmarked = [text for text in texts if MARK not in text]
     unmarked_ids = []
     if unmarked and tokenizer.is_fast:
-        # this call turns off truncation and padding, which encode_batch_fast would apply
+        # this call turns off truncation and padding, which the faster encode_batch_fast would apply
         tokenizer(unmarked[0], add_special_tokens=False)
-        # faster than calling the tokenizer, since it computes no offsets
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(unmarked, add_special_tokens=False)
         unmarked_ids = [encoding.ids for encoding in encodings]
     elif unmarked:

@@ -48,9 +48,7 @@ class Row(dict):
         is_object = isinstance(raw, dict)
         row = cls(raw if is_object else {})
         row.where = where
-        row.error = error
-        if not is_object and not error:
-            row.error = 'not an object with named fields'
+        row.error = error or ('' if is_object else 'not an object with named fields')
         return row
 
 
@@ -60,7 +58,7 @@ def read_file(file):
         raise UserError(f'{file}: data files end in {", ".join(FORMATS)}: convert it to one of them ({HELP})')
     suffix = Path(file).suffix
     unpacked_name = file.removesuffix(suffix) if suffix in PACKED else file
-    read_rows = next(READERS[ending] for ending in FORMATS if unpacked_name.endswith(ending))
+    read_rows = READERS['.' + unpacked_name.rpartition('.')[2]]
     try:
         with open(file, 'rb') as stream:
             head = stream.read(40).lstrip().lower()
@@ -73,18 +71,14 @@ def read_file(file):
     except UserError:
         raise
     except Exception as error:  # every library has its own error classes
-        raise UserError(f'cannot read {file}: {_reason(error)}') from None
-
-
-def _reason(error):
-    """Return the OS's message for an I/O error, or else the parser's message and the likely causes."""
-    if getattr(error, 'strerror', None):
-        return error.strerror
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    said = lines[0][:300].rstrip('.')
-    if isinstance(error, json.JSONDecodeError):
-        said = f'line {error.lineno}: not valid JSON: {said}'
-    return f'{said}; it is damaged, {CUT}, or not UTF-8'
+        # the OS's message, or else the first line of the parser's message and the likely causes
+        reason = getattr(error, 'strerror', None)
+        if not reason:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = f'{lines[0][:300].rstrip(".")}; it is damaged, {CUT}, or not UTF-8'
+        if isinstance(error, json.JSONDecodeError):
+            reason = f'line {error.lineno}: not valid JSON: {reason}'
+        raise UserError(f'cannot read {file}: {reason}') from None
 
 
 def _opened(file):
@@ -129,10 +123,9 @@ def _read_columns(file):
 
 
 def without_inner_nulls(raw):
-    """Return a row without the None fields inside its columns; columns that are None stay.
+    """Return a row of a columnar file without the None fields inside its columns; columns that are None stay."""
 
-    Columnar files give all messages the same fields, so a message without tool calls has 'tool_calls': None."""
-
+    # columnar files give all messages the same fields: a message without tool calls has 'tool_calls': None
     def without_nulls(value):
         if isinstance(value, list):
             return [without_nulls(item) for item in value]
@@ -182,17 +175,14 @@ def _read_text(file):
 
 
 def _read_table(file, delimiter=','):
-    """Yield the Rows of a .csv or .tsv file; empty cells become None.
-
-    A column becomes numbers or booleans if all cells match NUMBER, unless TEXTS has its name. The file is read twice,
-    since a single text cell anywhere makes the whole column text."""
+    """Yield the Rows of a .csv or .tsv file. Columns of numbers or booleans are converted; empty cells become None."""
+    # read the file twice: one cell that is no number, or a name in TEXTS, makes the whole column text
     text_columns = set()
     for _, cells, _ in _cells(file, delimiter):
         for name, cell in cells.items():
             is_text = cell is not None and not NUMBER.fullmatch(cell)
             if is_text or name in TEXTS or SIDE.sub('', name) in TEXTS:
                 text_columns.add(name)
-
     for line, cells, error in _cells(file, delimiter):
         raw = {}
         for name, cell in cells.items():
@@ -215,7 +205,6 @@ def _cells(file, delimiter):
         line = table.line_num + 1
         try:
             for row in table:
-                # skip empty lines
                 if row:
                     error = _utf8_error(''.join(row))
                     if len(row) != len(names):

@@ -64,15 +64,12 @@ def main():
 
 
 def _read(left_out):
-    """Yield (task, example, items) for every row of `data`, both train and test.
-
-    task: the task option, or else the task of the source's first example. items: what items_of(example) returns.
-    left_out: a Counter to which the reasons for skipped rows are added."""
+    """Yield (task, example, its training items) for every row of `data`; the Counter left_out counts skipped rows."""
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
         source_task = task
         if source_task is None:
-            # a throwaway Counter: the main loop reads and counts this row again
+            # use the task of the first example; discard the counts, since the row is read again below
             first_example = next(read_examples(source, 'train', Counter(), **options), {})
             source_task = task_of(first_example)
         for example in read_examples(source, 'train', left_out, task=source_task, **options):
@@ -134,13 +131,15 @@ def _print_text(left_out):
             text, _ = _as_written(example, item)
             print(text, end='\n\n')
         counts[task] += len(items)
-        if len(lengths) < MEASURED and tokenizer:
+        if len(lengths) >= MEASURED:
+            continue
+        if tokenizer:
             limits = NO_LIMIT, NO_LIMIT // 2, truncation
             tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
             # empty if the chat template rejects the example
             lengths += [tokenised.longest()] if len(tokenised) else []
-        elif len(lengths) < MEASURED:
-            lengths += [num_characters for _, num_characters in (_as_written(example, item) for item in items)]
+        else:
+            lengths += [_as_written(example, item)[1] for item in items]
     _print_summary(counts, lengths, tokenizer is not None, left_out)
 
 
@@ -179,7 +178,7 @@ def mark(text):
 
 
 def _as_written(example, item):
-    """Return an item as (text with marks, characters of the conversation, or of the prompt and the longest answer)."""
+    """Return (an item as text with marks, characters of the conversation, or of the prompt and the longest answer)."""
     # SFT trains on every assistant turn of a conversation
     if 'turns' in example and 'trained' in item:
         return _lines(example['turns'], is_trained), _num_characters(example['turns'])
@@ -206,8 +205,7 @@ def _lines(text_or_chat, is_marked):
 
 def _messages(text_or_chat):
     """Return a chat's messages; a text becomes one assistant message."""
-    is_text = isinstance(text_or_chat, str)
-    return [{'role': 'assistant', 'content': text_or_chat}] if is_text else text_or_chat
+    return [{'role': 'assistant', 'content': text_or_chat}] if isinstance(text_or_chat, str) else text_or_chat
 
 
 def _num_characters(text_or_chat):

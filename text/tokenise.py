@@ -69,7 +69,6 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     lengths = max_length, max_prompt_length, truncation
     names = data.split('+')
     enough = enough or {}
-
     # the cache key has all that the tokens depend on; sources without a fingerprint are hashed row by row
     stamps = [sources.fingerprint(source, split) for source in names]
     is_stamped = None not in stamps
@@ -147,7 +146,6 @@ def source_rows(examples, data, split, task, *, chat, system, **reading):
     for row in _read_sources(data.split('+'), split, task, reading, Counter()):
         example = as_chats(row, system) if chat or system else row
         for part in as_parts(example, task, Counter()):
-            # the first of several equal rows counts
             if part.uid in wanted and part.uid not in found:
                 found[part.uid] = part.prompt, row.raw
         if len(found) == len(wanted):
@@ -170,8 +168,7 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
 def tokenise_splits(rows, splits, tokenizer, task, lengths, enough, margins=False, **writing):
     """Tokenise rows; return ({split: Examples}, whether all rows were read). A second split gets the .held_out rows.
 
-    enough: {split: count}; reading stops once every split has its count, and never if a split has none.
-    lengths: (max_length, max_prompt_length, truncation). margins: keep them. writing: options of _render_rows."""
+    lengths: (max_length, max_prompt_length, truncation). enough: {split: count}; stop once every split has its count."""
     builders = {split: _Builder() for split in splits}
     limits = Limits.of(tokenizer, *lengths)
     rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **writing)
@@ -202,7 +199,6 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
         parts = as_parts(example, task, left_out, last_turn_only)
         if not parts:
             continue
-        # SFT and prompts drop duplicates
         if task in ('sft', 'prompts') and parts[0].uid in seen_uids:
             left_out['same prompt again' if task == 'prompts' else 'same demonstration again'] += 1
             continue
@@ -225,13 +221,11 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
 
 
 def _texts_of(part, tools, tokenizer, left_out):
-    """Return [(texts, Part)], one per example; texts is None if the answer is empty. Raises Refused.
-
-    A conversation becomes one example with segments as texts (turns.py), or one example per trained answer."""
+    """Return [(texts, Part)], one per example; texts is None if the answer is empty. Raises Refused."""
     conversation = part.conversation or []
     single = part._replace(conversation=None)
     trained = [i for i, turn in enumerate(conversation) if is_trained(turn)]
-    # a single answer is rendered as in sampling, unless the template itself marks the tokens to train on
+    # several answers become one text. A single one is rendered as in sampling, unless the template marks trained tokens
     is_one_sequence = len(trained) > 1 or (trained and turns.marks_answers(tokenizer, tools))
     if not is_one_sequence:
         return [(render(part.prompt, part.answers, tools, tokenizer, left_out), single)]
@@ -311,10 +305,9 @@ class _Builder:
             self.left_out['pairs without a margin, taken as 0'] += int(is_missing.sum())
             margin = np.nan_to_num(margin)
         else:
-            # tell the user that the margins are ignored
             self.left_out['margins, which only reward.py uses'] += int((~is_missing).sum())
             margin = None
-        # this reason is about answers, which prompts do not use; a Counter ignores del of a missing key
+        # a reason about answers, which prompts do not use; a Counter ignores del of a missing key
         if task == 'prompts':
             del self.left_out[THOUGHTLESS]
         spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
@@ -375,7 +368,6 @@ def as_parts(row, task, left_out, last_turn_only=False):
         left_out['empty answers'] += 1
         return []
     if len(answers) == 1:
-        # SFT trains on all answers of a conversation unless last_turn_only
         conversation = row.get('turns') if task == 'sft' and not last_turn_only else None
         return [Part(prompt, answers, row.get('good', True), uid, conversation=conversation)]
     chosen, rejected = answers
@@ -384,7 +376,6 @@ def as_parts(row, task, left_out, last_turn_only=False):
         return []
     if task == 'pairs':
         return [Part(prompt, answers, True, uid, row.get('margin'))]
-    # KTO: one good and one bad answer
     return [Part(prompt, [chosen], True, uid), Part(prompt, [rejected], False, uid)]
 
 

@@ -34,11 +34,11 @@ WORDS = ['Review', 'of', 'the', 'was', 'very', 'and', '.', ':'] + list(PLACES) +
 
 def gold(prompt: str, answer: str) -> float:
     """Return the gold reward of an answer, in [-2.5, 1.5]: the mean score of its clauses."""
-    aspects_of_place = PLACES.get(_place_in(prompt), ())
+    place = prompt.removeprefix('Review of the ').removesuffix(':')
+    aspects_of_place = PLACES.get(place, ())
     scores = []
     for aspect, very, adjective in _clauses(answer):
         score = -2.0
-        # an ungrammatical clause has no adjective
         if adjective is not None:
             score = VALUES[adjective] * (1.5 if very else 1.0)
             if aspect not in aspects_of_place:
@@ -52,15 +52,8 @@ def well_formed(answer: str) -> bool:
     return all(adjective is not None for _, _, adjective in _clauses(answer))
 
 
-def _place_in(prompt):
-    """Return the place in a prompt 'Review of the PLACE:'."""
-    return prompt.removeprefix('Review of the ').removesuffix(':')
-
-
 def _clauses(answer):
-    """Yield (aspect, has 'very', adjective) for each clause, or (None, False, None) if it is ungrammatical.
-
-    A missing full stop, or text after it, counts as another ungrammatical clause."""
+    """Yield (aspect, has 'very', adjective) for each clause, or (None, False, None) if it is ungrammatical."""
     body, full_stop, rest = answer.partition(' .')
     for clause in body.split(' and '):
         # 'the ASPECT was ADJECTIVE' or 'the ASPECT was very ADJECTIVE'
@@ -69,18 +62,20 @@ def _clauses(answer):
             yield match[1], bool(match[2]), match[3]
         else:
             yield None, False, None
+    # a missing full stop, or text after it, counts as another ungrammatical clause
     if not full_stop or rest:
         yield None, False, None
 
 
 def demonstration(prompt: str, rng: random.Random) -> str:
     """Return a random answer, more or less positive and sometimes off topic."""
+    place = prompt.removeprefix('Review of the ').removesuffix(':')
     # probability of a positive adjective, drawn once per answer
     taste = rng.random()
     clauses = []
     for _ in range(rng.randint(1, 4)):
         is_off_topic = rng.random() < 0.3
-        aspect = rng.choice(ASPECTS if is_off_topic else PLACES[_place_in(prompt)])
+        aspect = rng.choice(ASPECTS if is_off_topic else PLACES[place])
         # keep good adjectives with probability taste, bad ones with 1 - taste, and choose one of them
         candidates = []
         for word, value in VALUES.items():
