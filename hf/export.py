@@ -18,7 +18,7 @@ from hf import lora
 from hf.ties import tie_as, ties
 from runtime import checkpoint
 from runtime.files import make_room, move_folder, say, writing
-from text.ids import first_of
+from text.ids import bos_of
 
 SHARD = '5GB'  # a file of weights has this size at most, so a larger model is written as several files
 # The card of a reward model shows how to score an answer. It makes the ids that training saw (text/chat.py, text/ids.py).
@@ -201,7 +201,7 @@ Commit {record['commit'] or 'unknown'}; {versions}.
     # how a reward model is used
     architecture = saved_config.get('architectures', [''])[0]
     if architecture.endswith('SequenceClassification'):
-        first = first_of(transformers.AutoTokenizer.from_pretrained(folder))
+        first = bos_of(transformers.AutoTokenizer.from_pretrained(folder))
         first_ids = '[]' if first is None else f'[{first}]'
         text += '\n' + SCORE.replace('{first}', first_ids)
 

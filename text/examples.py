@@ -67,7 +67,8 @@ class Examples:
         longest_answers = self.widths[:, 1:].max(1, initial=0)
         if mixed:
             return self.longest_prompt() + int(longest_answers.max(initial=0))
-        return int((self.widths[:, 0] + longest_answers).max(initial=0))
+        totals = self.widths[:, 0] + longest_answers
+        return int(totals.max(initial=0))
 
     def longest_prompt(self):
         """Return the number of tokens of the longest prompt."""
@@ -76,7 +77,9 @@ class Examples:
     def select(self, rows):
         """Return the examples at rows (slice, mask or indices); ids keeps the tokens of all examples."""
         arrays = {name: getattr(self, name) for name in ('spans', 'good', 'uid', 'ref', 'margin')}
-        return replace(self, **{name: array[rows] for name, array in arrays.items() if array is not None})
+        # ref and margin may be None
+        selected = {name: array[rows] for name, array in arrays.items() if array is not None}
+        return replace(self, **selected)
 
     def flip(self, rate, seed):
         """Swap chosen and rejected (for single answers: good and bad) in a random fraction of the examples."""
@@ -115,8 +118,9 @@ class Examples:
         """Randomly keep these fractions of the good and the bad single answers. Raises UserError if none is left."""
         # the two answers of a pair share a uid; adding the label draws them independently
         own_uid = self.uid + self.good.astype(np.uint64)
+        fractions = np.where(self.good, frac_good, frac_bad)
         # seed + 1: flip draws with seed
-        is_kept = uniform_hash(own_uid, seed + 1) < np.where(self.good, frac_good, frac_bad)
+        is_kept = uniform_hash(own_uid, seed + 1) < fractions
         if not is_kept.any():
             raise UserError('no train examples are left: raise frac_good or frac_bad')
         return self.select(is_kept)
@@ -171,7 +175,8 @@ def spans_of(widths, parts):
     """Return the (n, parts, 2) start and end of n * parts consecutive pieces. widths: (n * parts,) their lengths."""
     widths = np.asarray(widths, np.int64)
     ends = np.cumsum(widths)
-    return np.stack((ends - widths, ends), 1).reshape(-1, parts, 2)
+    spans = np.stack((ends - widths, ends), 1)
+    return spans.reshape(-1, parts, 2)
 
 
 def uniform_hash(uid, seed):

@@ -159,8 +159,7 @@ def data_files(path):
         if not found:
             raise UserError(f'the folder {path} has no data file; they end in {", ".join(FORMATS)} ({HELP})')
         # next to other data files, a .txt is a licence or the like
-        other_than_txt = [file for file in found if '.txt' not in Path(file).suffixes]
-        return other_than_txt or found
+        return [file for file in found if '.txt' not in Path(file).suffixes] or found
     # lexists: a broken link is not a pattern
     if not os.path.lexists(path):
         matches = sorted(glob.glob(path, recursive=True))
@@ -222,7 +221,6 @@ def _named_files(folder, entry):
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
             for name in sorted(glob.glob(str(pattern), root_dir=folder, recursive=True)):
                 file = os.path.join(folder, name)
-                # several patterns may match one file
                 if _is_data(Path(file)) and file not in splits.get(split, []):
                     splits.setdefault(split, []).append(file)
     return splits

@@ -18,16 +18,16 @@ class Limits(NamedTuple):
     @classmethod
     def of(cls, tokenizer, max_length, max_prompt_length, truncation):
         """Make the Limits of a tokenizer."""
-        return cls(first_of(tokenizer), tokenizer.eos_token_id, max_length, max_prompt_length, truncation)
+        return cls(bos_of(tokenizer), tokenizer.eos_token_id, max_length, max_prompt_length, truncation)
 
 
-def first_of(tokenizer):
+def bos_of(tokenizer):
     """Return the BOS id if the tokenizer adds it to texts, else None."""
     bos = tokenizer.bos_token_id
     return bos if tokenizer('a')['input_ids'][:1] == [bos] else None
 
 
-def begin(prompt, limits):
+def add_bos(prompt, limits):
     """Return a prompt's ids with exactly one BOS in front, or unchanged if the tokenizer has no BOS."""
     if limits.bos is None:
         # an empty prompt becomes EOS: the first answer token needs a token to be predicted from
@@ -36,7 +36,7 @@ def begin(prompt, limits):
     return prompt if prompt[:1] == [limits.bos] else [limits.bos, *prompt]
 
 
-def cut(prompt, limits, left_out):
+def truncate_prompt(prompt, limits, left_out):
     """Return a prompt's ids truncated to max_prompt_length, keeping BOS; left_out counts truncated prompts."""
     excess = len(prompt) - limits.max_prompt_length
     if excess <= 0:
@@ -51,13 +51,13 @@ def cut(prompt, limits, left_out):
 def fit(prompt, answers, limits, left_out):
     """Return (prompt, answers), lists of ids, with BOS and EOS and truncated to the limits (counted in left_out)."""
     eos = limits.eos
-    prompt = begin(prompt, limits)
+    prompt = add_bos(prompt, limits)
     # the chat template may have written EOS already
     answers = [answer if answer[-1:] == [eos] else [*answer, eos] for answer in answers]
     longest_answer = max(len(answer) for answer in answers)
     if len(prompt) + longest_answer <= limits.max_length:
         return prompt, answers
-    prompt = cut(prompt, limits, left_out)
+    prompt = truncate_prompt(prompt, limits, left_out)
     room = limits.max_length - len(prompt)
     for i, answer in enumerate(answers):
         if len(answer) > room:
@@ -72,7 +72,7 @@ def fit_conversation(prompt, segments, limits, left_out):
     segments: lists of ids after the prompt, alternately trained (assistant) and untrained (user). answer: all segments
     joined, with untrained tokens stored as ~id; [] if no trained token fits, which left_out counts."""
     eos = limits.eos
-    prompt = begin(prompt, limits)
+    prompt = add_bos(prompt, limits)
     answer = []
     for i, segment in enumerate(segments):
         is_trained = i % 2 == 0
@@ -81,7 +81,7 @@ def fit_conversation(prompt, segments, limits, left_out):
     if eos not in answer[-2:]:
         answer.append(eos)
     if len(prompt) + len(answer) > limits.max_length:
-        prompt = cut(prompt, limits, left_out)
+        prompt = truncate_prompt(prompt, limits, left_out)
     room = limits.max_length - len(prompt)
     if len(answer) <= room:
         return prompt, answer

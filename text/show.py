@@ -19,7 +19,6 @@ from text.messages import as_chats, is_trained
 from text.sources import describe, read_examples
 from text.tokenise import as_parts, tokenise
 
-# what to read
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
 task: str | None = None  # pairs, singles, sft or prompts; None: what the first example is for
 columns: str | None = None  # which column is what: 'prompt=question, system=system, chosen=good, rejected=bad'
@@ -27,12 +26,10 @@ num_turns = 1  # sharegpt: answers taken from a conversation
 chat = False  # texts become chats, so that the model's chat template applies
 system: str | None = None  # a message of the system before every prompt; texts become chats
 skip_bad_rows = False  # count unreadable rows instead of stopping
-# as a model sees it
 model: str | None = None  # hub id or local folder whose tokenizer to use; None: the text as it is
 max_length = 512  # tokens of prompt and answer
 max_prompt_length = 256  # a prompt is cut to this if the whole is too long
 truncation = 'start'  # which end a too long prompt loses: start or end
-# what to print
 n: int | None = 3  # how many examples; None: all
 json = False  # one JSON object a line, and nothing else
 
@@ -136,7 +133,6 @@ def _print_text(left_out):
         if tokenizer:
             limits = NO_LIMIT, NO_LIMIT // 2, truncation
             tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
-            # empty if the chat template rejects the example
             lengths += [tokenised.longest()] if len(tokenised) else []
         else:
             lengths += [_as_written(example, item)[1] for item in items]

@@ -23,7 +23,7 @@ from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
 from text.examples import Examples, spans_of, uniform_hash
 from text.files import HELP, content_hash
 from text.formats import TURN_MARKERS
-from text.ids import Limits, begin, cut, encode_texts, fit, fit_conversation
+from text.ids import Limits, add_bos, encode_texts, fit, fit_conversation, truncate_prompt
 from text.messages import as_chats, is_empty, is_trained, said
 
 NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
@@ -70,24 +70,25 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     names = data.split('+')
     enough = enough or {}
     # the cache key has all that the tokens depend on; sources without a fingerprint are hashed row by row
-    stamps = [sources.fingerprint(source, split) for source in names]
-    is_stamped = None not in stamps
-    if not is_stamped:
-        stamps = [content_hash(row) for row in _read_sources(names, split, task, reading, Counter())]
+    hashes = [sources.fingerprint(source, split) for source in names]
+    is_fingerprinted = None not in hashes
+    if not is_fingerprinted:
+        hashes = [content_hash(row) for row in _read_sources(names, split, task, reading, Counter())]
     # 8: format version, to be raised when this code produces other tokens for the same text
-    key = [8, stamps, names, task, reading, lengths, writing, *_tokenizer_stamp(tokenizer)]
+    key = [8, hashes, names, task, reading, lengths, writing, *_tokenizer_key(tokenizer)]
     # {}: the file with all examples, which serves any `enough`
     files = [_cache_file(key, split, count) for count in ({}, enough)]
     examples = _read_cache(files) if cache else None
     if examples is None:
         splits = [split]
         # if the test split is taken from the train rows, tokenise and cache both splits in one pass
-        if cache and is_stamped and split == 'train' and not undivided and all(map(sources.divides, names)):
+        is_cacheable = cache and is_fingerprinted
+        if is_cacheable and split == 'train' and not undivided and all(map(sources.divides, names)):
             splits = ['train', 'test']
-        tokenised, is_all = _tokenise_sources(names, splits, tokenizer, task, reading, writing, lengths, enough)
+        tokenised, is_complete = _tokenise_sources(names, splits, tokenizer, task, reading, writing, lengths, enough)
         if cache:
             for name, its_examples in tokenised.items():
-                _write_cache(_cache_file(key, name, {} if is_all else enough), its_examples)
+                _write_cache(_cache_file(key, name, {} if is_complete else enough), its_examples)
         examples = tokenised[split]
     examples = examples.select(slice(enough.get(split)))
     # so that the exported tokenizer formats chats as in training
@@ -106,21 +107,21 @@ def _tokenise_sources(names, splits, tokenizer, task, reading, writing, lengths,
     left_out = Counter()
     rows = _read_sources(names, splits[0], task, reading, left_out, both=len(splits) == 2)
     options = {'skip_bad_rows': reading['skip_bad_rows'], **writing}
-    tokenised, is_all = tokenise_splits(rows, splits, tokenizer, task, lengths, enough, **options)
+    tokenised, is_complete = tokenise_splits(rows, splits, tokenizer, task, lengths, enough, **options)
     # no note for the test split, whose size is an option of the user
-    if not is_all and 'train' in splits:
+    if not is_complete and 'train' in splits:
         say(f'note: the first {enough["train"]:,} training examples are enough: the others are not read')
     # closing the generator runs its finally block, which fills left_out
     rows.close()
     for examples in tokenised.values():
         examples.left_out.update(left_out)
-    return tokenised, is_all
+    return tokenised, is_complete
 
 
 def _read_sources(names, split, task, reading, left_out, both=False):
     """Yield the untokenised examples of all sources. Raises UserError if a source has none that is usable.
 
-    reading: options of sources.read_examples. both: yield train and test rows. left_out is updated when reading stops."""
+    reading: options of sources.read_examples. both: yield train and test rows. left_out: updated when reading stops."""
     with progress(None, ' examples', 'reading') as bar:
         for source in names:
             reasons, unusable = Counter(), Counter()
@@ -168,27 +169,27 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
 def tokenise_splits(rows, splits, tokenizer, task, lengths, enough, margins=False, **writing):
     """Tokenise rows; return ({split: Examples}, whether all rows were read). A second split gets the .held_out rows.
 
-    lengths: (max_length, max_prompt_length, truncation). enough: {split: count}; stop once every split has its count."""
+    lengths: (max_length, max_prompt_length, truncation). enough: {split: count}; stops when every split has it."""
     builders = {split: _Builder() for split in splits}
     limits = Limits.of(tokenizer, *lengths)
     rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **writing)
-    is_all = True
-    for encoded_chunk in _encoded(rendered, tokenizer):
+    is_complete = True
+    for encoded_chunk in _encode_in_chunks(rendered, tokenizer):
         for builder, part, ids in encoded_chunk:
             builder.add(part, ids, limits)
         # rows that are read ahead but not yet added are dropped
         counts = {split: enough.get(split) for split in splits}
         if all(count is not None and len(builders[split].uid) >= count for split, count in counts.items()):
-            is_all = False
+            is_complete = False
             break
-    return {split: builder.examples(task, margins) for split, builder in builders.items()}, is_all
+    return {split: builder.examples(task, margins) for split, builder in builders.items()}, is_complete
 
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
     """Apply the chat template; yield (builder, texts, Part) for each example. builder: the _Builder of the row's split.
 
     texts: [prompt, *answers], or the segments of a conversation (turns.py); special tokens written by users are marked.
-    Skipped rows are counted in builder.left_out. Rows that the template rejects raise UserError unless skip_bad_rows."""
+    builder.left_out counts skipped rows. Rows that the template rejects raise UserError unless skip_bad_rows."""
     seen_uids = set()
     has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
     for row in rows:
@@ -205,7 +206,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
         rendered = []
         try:
             for part in parts:
-                rendered += _texts_of(part, row.get('tools'), tokenizer, left_out)
+                rendered += _render_part(part, row.get('tools'), tokenizer, left_out)
         except Refused as error:
             _skip_or_raise(error, row, skip_bad_rows, left_out)
             continue
@@ -220,12 +221,12 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
         yield from ((builder, texts, part) for texts, part in rendered if texts is not None)
 
 
-def _texts_of(part, tools, tokenizer, left_out):
+def _render_part(part, tools, tokenizer, left_out):
     """Return [(texts, Part)], one per example; texts is None if the answer is empty. Raises Refused."""
     conversation = part.conversation or []
     single = part._replace(conversation=None)
     trained = [i for i, turn in enumerate(conversation) if is_trained(turn)]
-    # several answers become one text. A single one is rendered as in sampling, unless the template marks trained tokens
+    # several answers: one text; a single answer: rendered as in sampling, unless the template marks trained tokens
     is_one_sequence = len(trained) > 1 or (trained and turns.marks_answers(tokenizer, tools))
     if not is_one_sequence:
         return [(render(part.prompt, part.answers, tools, tokenizer, left_out), single)]
@@ -238,7 +239,7 @@ def _texts_of(part, tools, tokenizer, left_out):
     return [(render(conversation[:i], [[conversation[i]]], tools, tokenizer, left_out), single) for i in trained]
 
 
-def _encoded(items, tokenizer):
+def _encode_in_chunks(items, tokenizer):
     """Encode (builder, texts, Part) items in a thread; yield lists of (builder, Part, ids of each text), in order."""
 
     def encode_chunk(chunk):
@@ -273,7 +274,7 @@ class _Builder:
         self.margins = array('f')  # NaN: no margin
 
     def add(self, part, ids, limits):
-        """Truncate and add an example, or count why it is unusable. ids: [prompt ids, ids of each answer or segment]."""
+        """Truncate and add an example, or count why it is unusable. ids: [prompt ids, answer or segment ids, ...]."""
         prompt, *answers = ids
         if part.conversation:
             prompt, answer = fit_conversation(prompt, answers, limits, self.left_out)
@@ -351,8 +352,9 @@ def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad
         except Refused as error:
             _skip_or_raise(error, row, skip_bad_rows, left_out)
             texts.append(None)
-    ids = iter(encode_texts([text for text in texts if text is not None], tokenizer))
-    return [None if text is None else cut(begin(next(ids), limits), limits, left_out) for text in texts]
+    ids = encode_texts([text for text in texts if text is not None], tokenizer)
+    truncated = (truncate_prompt(add_bos(prompt, limits), limits, left_out) for prompt in ids)
+    return [None if text is None else next(truncated) for text in texts]
 
 
 def as_parts(row, task, left_out, last_turn_only=False):
@@ -401,7 +403,7 @@ def _answers(row, task, left_out):
     return None
 
 
-def _tokenizer_stamp(tokenizer):
+def _tokenizer_key(tokenizer):
     """Return (vocabulary and rules, chat template, EOS id) of a tokenizer for the cache key."""
     # slow tokenizers cannot be serialized to one string
     model = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
@@ -448,6 +450,5 @@ def _digest(arrays, left_out):
     digest = hashlib.sha256(json.dumps(left_out).encode())
     for name in CACHED:
         # b'-' stands for a missing array
-        content = np.ascontiguousarray(arrays[name]) if name in arrays else b'-'
-        digest.update(content)
+        digest.update(np.ascontiguousarray(arrays[name]) if name in arrays else b'-')
     return digest.hexdigest()
