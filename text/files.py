@@ -23,7 +23,7 @@ HELD_OUT_NAMES = ('test', 'validation', 'valid', 'dev', 'val')
 # a shard of a split as `datasets` names it: train-00000-of-00002.parquet
 SHARD = re.compile(r'([^/]+?)-\d{5}(?:-of-\d{5})?\.[^/]*$')
 # words in a path that tell its split, as in `datasets`; not within longer words: latest.json is no test file
-WORD = re.compile(
+SPLIT_WORD = re.compile(
     r'(?<![a-z])(train|training|test|testing|eval|evaluation|validation|dev|valid|val)(_sft|_prefs|_gen|_dpo|_rm)?(?![a-z])'
 )
 SPLIT_OF_WORD = {'training': 'train', 'testing': 'test', 'eval': 'test', 'evaluation': 'test',
@@ -155,7 +155,7 @@ def data_files(path):
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         inside = sorted(Path(path, name) for name in glob.glob('**/*', root_dir=path, recursive=True))
-        found = [str(file) for file in inside if _is_data(file)]
+        found = [str(file) for file in inside if _is_data_file(file)]
         if not found:
             raise UserError(f'the folder {path} has no data file; they end in {", ".join(FORMATS)} ({HELP})')
         # next to other data files, a .txt is a licence or the like
@@ -172,7 +172,7 @@ def data_files(path):
     return [path]
 
 
-def _is_data(file):
+def _is_data_file(file):
     """Whether a Path is a data file, and not metadata or a cache file that `datasets.map` left in a folder."""
     is_cache = file.name.startswith('cache-') and file.suffix == '.arrow'
     return file.name.endswith(ENDINGS) and file.name not in NOT_DATA and not is_cache and file.is_file()
@@ -221,13 +221,13 @@ def _named_files(folder, entry):
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
             for name in sorted(glob.glob(str(pattern), root_dir=folder, recursive=True)):
                 file = os.path.join(folder, name)
-                if _is_data(Path(file)) and file not in splits.get(split, []):
+                if _is_data_file(Path(file)) and file not in splits.get(split, []):
                     splits.setdefault(split, []).append(file)
     return splits
 
 
 def _splits_by_name(path):
-    """Return {split: files} of a folder or pattern, from the file names; {'train': all files} if no name tells a split."""
+    """Return {split: files} from the file names of a folder or pattern; all are 'train' if no name tells a split."""
     # DatasetDict.save_to_disk writes a folder per split and this file
     is_saved = os.path.exists(os.path.join(path, 'dataset_dict.json'))
     # names are relative to the folder, or to the folder before the first wildcard of a pattern
@@ -251,12 +251,12 @@ def _splits_by_name(path):
 
 def _split_of(name):
     """Return the split that a relative file path tells by the rules of `datasets`, or ''."""
-    word = WORD.search(name.lower())
+    word = SPLIT_WORD.search(name.lower())
     shard = SHARD.search(name)
     if shard:
         # the text before the number, for train_x-00000-of-00002 anywhere and any x-00000-of-00002 in a folder `data`
         is_in_data_folder = not word and '/data/' in f'/{name}'
-        if is_in_data_folder or WORD.search(shard[1].lower()):
+        if is_in_data_folder or SPLIT_WORD.search(shard[1].lower()):
             # data-00000-of-00002 and part-00000 are common file names, not splits
             return '' if shard[1] in ('data', 'part') else shard[1]
     if not word:

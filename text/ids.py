@@ -16,9 +16,9 @@ class Limits(NamedTuple):
     truncation: str  # which end of the prompt to cut: 'start' or 'end'
 
     @classmethod
-    def of(cls, tokenizer, max_length, max_prompt_length, truncation):
-        """Make the Limits of a tokenizer."""
-        return cls(bos_of(tokenizer), tokenizer.eos_token_id, max_length, max_prompt_length, truncation)
+    def of(cls, tokenizer, *lengths):
+        """Make the Limits of a tokenizer. lengths: max_length, max_prompt_length, truncation."""
+        return cls(bos_of(tokenizer), tokenizer.eos_token_id, *lengths)
 
 
 def bos_of(tokenizer):

@@ -20,15 +20,15 @@ COMPRESSIBLE = [ending for ending in FORMATS if ending not in ('.parquet', '.arr
 ENDINGS = (*FORMATS, *(ending + packed for ending in COMPRESSIBLE for packed in PACKED))
 # endings of messages to users
 HELP = 'see README, "Data of your own"'
-CUT = 'perhaps a download that was cut short'
+CUT_SHORT = 'perhaps a download that was cut short'
 # table cells that are JSON once in lower case. re.ASCII: \d must not match the digits of other scripts
 NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE', re.ASCII)
 # table columns that stay text even if every cell is a number, such as the answers to sums
-TEXTS = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion', 'output',
-         'answer', 'chosen', 'rejected', 'text', 'history', 'human_ref', 'chosen_response', 'rejected_response', 'problem',
-         'solution'}  # fmt: skip
+TEXT_NAMES = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion',
+              'output', 'answer', 'chosen', 'rejected', 'text', 'history', 'human_ref', 'chosen_response',
+              'rejected_response', 'problem', 'solution'}  # fmt: skip
 # suffix of a column that belongs to one of two answers: response_a, answer1, human_ref_B
-SIDE = re.compile(r'_?(\d|[a-z]|[A-Z])$')
+ANSWER_SUFFIX = re.compile(r'_?(\d|[a-z]|[A-Z])$')
 # errors='surrogateescape' decodes bytes that are not UTF-8 to these characters
 INVALID_BYTES = re.compile('[\udc80-\udcff]')
 
@@ -75,13 +75,13 @@ def read_file(file):
         reason = getattr(error, 'strerror', None)
         if not reason:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = f'{lines[0][:300].rstrip(".")}; it is damaged, {CUT}, or not UTF-8'
+            reason = f'{lines[0][:300].rstrip(".")}; it is damaged, {CUT_SHORT}, or not UTF-8'
         if isinstance(error, json.JSONDecodeError):
             reason = f'line {error.lineno}: not valid JSON: {reason}'
         raise UserError(f'cannot read {file}: {reason}') from None
 
 
-def _opened(file):
+def _open(file):
     """Return a binary stream of a file's decompressed contents."""
     suffix = Path(file).suffix
     if suffix == '.zst':
@@ -92,9 +92,9 @@ def _opened(file):
     return open_file(file, 'rb')
 
 
-def _opened_text(file, newline=None):
+def _open_text(file, newline=None):
     """Return a decompressed text stream; _utf8_error detects invalid bytes in its lines. newline: as in open()."""
-    return io.TextIOWrapper(_opened(file), 'utf-8-sig', 'surrogateescape', newline=newline)
+    return io.TextIOWrapper(_open(file), 'utf-8-sig', 'surrogateescape', newline=newline)
 
 
 def _utf8_error(text):
@@ -138,7 +138,7 @@ def without_inner_nulls(raw):
 
 def _read_json(file):
     """Yield the Rows of a .json file: a list of objects, or one object per line (as in SHP)."""
-    with _opened(file) as stream:
+    with _open(file) as stream:
         # skip a byte order mark and white space
         is_list = stream.peek(100).lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'[')
         if is_list:
@@ -150,7 +150,7 @@ def _read_json(file):
 
 def _read_lines(file):
     """Yield the Rows of a JSON-lines file. Blank lines are skipped; invalid JSON gives an empty Row with an error."""
-    with _opened(file) as stream:
+    with _open(file) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -162,13 +162,13 @@ def _read_lines(file):
                 error = f'not valid JSON ({getattr(wrong, "msg", wrong)})'
                 # only the last line of a file can lack its newline
                 if not line.endswith(b'\n'):
-                    error += f', {CUT}'
+                    error += f', {CUT_SHORT}'
             yield Row.of(raw, f'{file}, line {number}', error)
 
 
 def _read_text(file):
     """Yield a Row {'text': line} for each line of a .txt file except blank lines."""
-    with _opened_text(file) as stream:
+    with _open_text(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 yield Row.of({'text': line.rstrip('\r\n')}, f'{file}, line {number}', _utf8_error(line))
@@ -176,12 +176,12 @@ def _read_text(file):
 
 def _read_table(file, delimiter=','):
     """Yield the Rows of a .csv or .tsv file. Columns of numbers or booleans are converted; empty cells become None."""
-    # read the file twice: one cell that is no number, or a name in TEXTS, makes the whole column text
+    # read the file twice: one cell that is no number, or a name in TEXT_NAMES, makes the whole column text
     text_columns = set()
     for _, cells, _ in _cells(file, delimiter):
         for name, cell in cells.items():
             is_text = cell is not None and not NUMBER.fullmatch(cell)
-            if is_text or name in TEXTS or SIDE.sub('', name) in TEXTS:
+            if is_text or name in TEXT_NAMES or ANSWER_SUFFIX.sub('', name) in TEXT_NAMES:
                 text_columns.add(name)
     for line, cells, error in _cells(file, delimiter):
         raw = {}
@@ -197,7 +197,7 @@ def _cells(file, delimiter):
     cells: {column: text, or None if empty}, without columns that have no name (row numbers written by pandas)."""
     # the default limit of a cell is 128 KiB
     csv.field_size_limit(2**30)
-    with _opened_text(file, newline='') as stream:
+    with _open_text(file, newline='') as stream:
         table = csv.reader(stream, delimiter=delimiter, strict=True)
         names = next(table, [])
         if len(set(names)) < len(names) or _utf8_error(''.join(names)):
@@ -213,7 +213,7 @@ def _cells(file, delimiter):
                 # line_num: lines read so far; quoted cells may contain newlines
                 line = table.line_num + 1
         except csv.Error as error:
-            raise UserError(f'{file}, line {line}: not a valid table ({error}), {CUT}') from None
+            raise UserError(f'{file}, line {line}: not a valid table ({error}), {CUT_SHORT}') from None
 
 
 READERS = {'.jsonl': _read_lines, '.ndjson': _read_lines, '.json': _read_json, '.parquet': _read_columns,

@@ -48,7 +48,7 @@ def main():
     with redirect_stdout(sys.stderr if json else out):
         try:
             if json:
-                all_items = (item for _, _, items in _read(left_out) for item in items)
+                all_items = (item for _, _, items in _read_items(left_out) for item in items)
                 for item in islice(all_items, n):
                     out.write(dumps(item, ensure_ascii=False) + '\n')
                 _print_left_out(left_out)
@@ -60,7 +60,7 @@ def main():
             sys.stderr.close()
 
 
-def _read(left_out):
+def _read_items(left_out):
     """Yield (task, example, its training items) for every row of `data`; the Counter left_out counts skipped rows."""
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
@@ -113,7 +113,7 @@ def _print_text(left_out):
         tokenizer = load_tokenizer(model)
     counts = Counter()  # task -> number of items
     lengths = []
-    for task, example, items in _read(left_out):
+    for task, example, items in _read_items(left_out):
         # skip unusable examples, which left_out has counted
         if not items:
             continue
@@ -177,20 +177,20 @@ def _as_written(example, item):
     """Return (an item as text with marks, characters of the conversation, or of the prompt and the longest answer)."""
     # SFT trains on every assistant turn of a conversation
     if 'turns' in example and 'trained' in item:
-        return _lines(example['turns'], is_trained), _num_characters(example['turns'])
-    texts = [_lines(item['prompt'], lambda turn: False)]
+        return _format_lines(example['turns'], is_trained), _num_characters(example['turns'])
+    texts = [_format_lines(item['prompt'], lambda turn: False)]
     sizes = [0]
     for name in ('chosen', 'rejected', 'response'):
         if name in item:
             heading = name
             if 'good' in item:
                 heading += ', good' if item['good'] else ', bad'
-            texts.append(f'{heading}:\n' + _lines(item[name], lambda turn: True))
+            texts.append(f'{heading}:\n' + _format_lines(item[name], lambda turn: True))
             sizes.append(_num_characters(item[name]))
     return '\n'.join(texts), _num_characters(item['prompt']) + max(sizes)
 
 
-def _lines(text_or_chat, is_marked):
+def _format_lines(text_or_chat, is_marked):
     """Return a text unchanged, or a chat as `role: content` lines. If is_marked(message), its content is marked."""
     lines = []
     for turn in _messages(text_or_chat):

@@ -64,8 +64,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     Sets tokenizer.chat_template to PLAIN_CHAT if chats need one and it has none. Raises UserError."""
     if problem := no_room(max_length, max_prompt_length):
         raise UserError(problem)
-    reading = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    writing = {'chat': chat, 'system': system, 'last_turn_only': last_turn_only, 'margins': margins}
+    read_args = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
+    render_args = {'chat': chat, 'system': system, 'last_turn_only': last_turn_only, 'margins': margins}
     lengths = max_length, max_prompt_length, truncation
     names = data.split('+')
     enough = enough or {}
@@ -73,9 +73,9 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     hashes = [sources.fingerprint(source, split) for source in names]
     is_fingerprinted = None not in hashes
     if not is_fingerprinted:
-        hashes = [content_hash(row) for row in _read_sources(names, split, task, reading, Counter())]
+        hashes = [content_hash(row) for row in _read_sources(names, split, task, read_args, Counter())]
     # 8: format version, to be raised when this code produces other tokens for the same text
-    key = [8, hashes, names, task, reading, lengths, writing, *_tokenizer_key(tokenizer)]
+    key = [8, hashes, names, task, read_args, lengths, render_args, *_tokenizer_key(tokenizer)]
     # {}: the file with all examples, which serves any `enough`
     files = [_cache_file(key, split, count) for count in ({}, enough)]
     examples = _read_cache(files) if cache else None
@@ -85,7 +85,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         is_cacheable = cache and is_fingerprinted
         if is_cacheable and split == 'train' and not undivided and all(map(sources.divides, names)):
             splits = ['train', 'test']
-        tokenised, is_complete = _tokenise_sources(names, splits, tokenizer, task, reading, writing, lengths, enough)
+        tokenised, is_complete = _tokenise_all(names, splits, tokenizer, task, read_args, render_args, lengths, enough)
         if cache:
             for name, its_examples in tokenised.items():
                 _write_cache(_cache_file(key, name, {} if is_complete else enough), its_examples)
@@ -102,32 +102,33 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     return examples
 
 
-def _tokenise_sources(names, splits, tokenizer, task, reading, writing, lengths, enough):
-    """Return ({split: Examples}, whether all rows were read) for one split or for ['train', 'test'] in one pass."""
+def _tokenise_all(names, splits, tokenizer, task, read_args, render_args, lengths, enough):
+    """Return ({split: Examples}, whether all rows were read) for one split or for ['train', 'test'] in one pass.
+
+    read_args: for sources.read_examples. lengths, render_args: for tokenise_splits. enough: {split: number to read}."""
     left_out = Counter()
-    rows = _read_sources(names, splits[0], task, reading, left_out, both=len(splits) == 2)
-    options = {'skip_bad_rows': reading['skip_bad_rows'], **writing}
+    rows = _read_sources(names, splits[0], task, read_args, left_out, both=len(splits) == 2)
+    options = {'skip_bad_rows': read_args['skip_bad_rows'], **render_args}
     tokenised, is_complete = tokenise_splits(rows, splits, tokenizer, task, lengths, enough, **options)
-    # no note for the test split, whose size is an option of the user
     if not is_complete and 'train' in splits:
         say(f'note: the first {enough["train"]:,} training examples are enough: the others are not read')
-    # closing the generator runs its finally block, which fills left_out
+    # run the generator's finally block, which fills left_out
     rows.close()
     for examples in tokenised.values():
         examples.left_out.update(left_out)
     return tokenised, is_complete
 
 
-def _read_sources(names, split, task, reading, left_out, both=False):
+def _read_sources(names, split, task, read_args, left_out, both=False):
     """Yield the untokenised examples of all sources. Raises UserError if a source has none that is usable.
 
-    reading: options of sources.read_examples. both: yield train and test rows. left_out: updated when reading stops."""
+    read_args: arguments of read_examples. both: yield train and test rows. left_out: updated when the reading stops."""
     with progress(None, ' examples', 'reading') as bar:
         for source in names:
             reasons, unusable = Counter(), Counter()
             is_usable = False
             try:
-                for row in sources.read_examples(source, split, reasons, task=task, both=both, **reading):
+                for row in sources.read_examples(source, split, reasons, task=task, both=both, **read_args):
                     # look for one usable training row
                     if not is_usable and not row.held_out:
                         is_usable = bool(as_parts(row, task, unusable))
@@ -136,48 +137,48 @@ def _read_sources(names, split, task, reading, left_out, both=False):
             finally:
                 left_out.update(reasons)
             # a test split may have no usable rows
-            if not is_usable and (split == 'train' or reading['undivided']):
+            if not is_usable and (split == 'train' or read_args['undivided']):
                 raise sources.vanished(source, split, reasons + unusable)
 
 
-def source_rows(examples, data, split, task, *, chat, system, **reading):
+def source_rows(examples, data, split, task, *, chat, system, **read_args):
     """Return {uid: (prompt, raw row with all columns)} for Examples that load_examples made with these arguments."""
     wanted = set(examples.uid.tolist())
     found = {}
-    for row in _read_sources(data.split('+'), split, task, reading, Counter()):
+    for row in _read_sources(data.split('+'), split, task, read_args, Counter()):
         example = as_chats(row, system) if chat or system else row
         for part in as_parts(example, task, Counter()):
-            if part.uid in wanted and part.uid not in found:
-                found[part.uid] = part.prompt, row.raw
+            # setdefault: the first of several equal rows counts
+            if part.uid in wanted:
+                found.setdefault(part.uid, (part.prompt, row.raw))
         if len(found) == len(wanted):
             break
     return found
 
 
-def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False, **writing):
+def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False, **render_args):
     """Return the Examples of rows of text or chat. Reasons for skipped rows are added to the Counter left_out.
 
-    margins: keep the pairs' margins, 0 if missing. writing: skip_bad_rows, chat, system, last_turn_only."""
+    margins: keep the pairs' margins, 0 if missing. render_args: skip_bad_rows, chat, system, last_turn_only."""
     lengths = max_length, max_prompt_length, truncation
-    tokenised, _ = tokenise_splits(rows, ['train'], tokenizer, task, lengths, {}, margins=margins, **writing)
+    tokenised, _ = tokenise_splits(rows, ['train'], tokenizer, task, lengths, {}, margins=margins, **render_args)
     examples = tokenised['train']
     left_out.update(examples.left_out)
     examples.left_out = +left_out
     return examples
 
 
-def tokenise_splits(rows, splits, tokenizer, task, lengths, enough, margins=False, **writing):
+def tokenise_splits(rows, splits, tokenizer, task, lengths, enough, margins=False, **render_args):
     """Tokenise rows; return ({split: Examples}, whether all rows were read). A second split gets the .held_out rows.
 
     lengths: (max_length, max_prompt_length, truncation). enough: {split: count}; stops when every split has it."""
     builders = {split: _Builder() for split in splits}
     limits = Limits.of(tokenizer, *lengths)
-    rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **writing)
+    rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **render_args)
     is_complete = True
     for encoded_chunk in _encode_in_chunks(rendered, tokenizer):
         for builder, part, ids in encoded_chunk:
             builder.add(part, ids, limits)
-        # rows that are read ahead but not yet added are dropped
         counts = {split: enough.get(split) for split in splits}
         if all(count is not None and len(builders[split].uid) >= count for split, count in counts.items()):
             is_complete = False
@@ -214,7 +215,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
         seen_uids.update(part.uid for part in parts)
         # the user may have forgotten --chat: these are plain texts without turn markers
         prompt, answer = parts[0].prompt, parts[0].answers[0]
-        are_texts = bool(prompt) and isinstance(prompt, str) and isinstance(answer, str)
+        are_texts = prompt and isinstance(prompt, str) and isinstance(answer, str)
         if has_template and are_texts and not prompt.endswith(TURN_MARKERS):
             left_out[NO_CHAT] += 1
         left_out['empty answers'] += sum(texts is None for texts, _ in rendered)
@@ -377,15 +378,15 @@ def as_parts(row, task, left_out, last_turn_only=False):
         left_out['pairs with equal answers'] += 1
         return []
     if task == 'pairs':
-        return [Part(prompt, answers, True, uid, row.get('margin'))]
-    return [Part(prompt, [chosen], True, uid), Part(prompt, [rejected], False, uid)]
+        return [Part(prompt, answers, good=True, uid=uid, margin=row.get('margin'))]
+    return [Part(prompt, [chosen], good=True, uid=uid), Part(prompt, [rejected], good=False, uid=uid)]
 
 
 def _answers(row, task, left_out):
     """Return the one or two answers of a row that a task uses; None, with the reason counted, if it has none."""
     answer = row.get('chosen', row.get('response'))
     if task == 'prompts':
-        # placeholder: some chat templates cannot render a prompt without an answer
+        # placeholder, since some chat templates cannot render a prompt without an answer
         if answer is None or is_empty(answer):
             answer = '.' if isinstance(row['prompt'], str) else said('.')
         return [answer]
@@ -405,7 +406,6 @@ def _answers(row, task, left_out):
 
 def _tokenizer_key(tokenizer):
     """Return (vocabulary and rules, chat template, EOS id) of a tokenizer for the cache key."""
-    # slow tokenizers cannot be serialized to one string
     model = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
     # load_examples sets PLAIN_CHAT where there was no template: same tokens, so same key
     template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None

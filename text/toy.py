@@ -38,7 +38,7 @@ def gold(prompt: str, answer: str) -> float:
     aspects_of_place = PLACES.get(place, ())
     scores = []
     for aspect, very, adjective in _clauses(answer):
-        score = -2.0
+        score = -2.0  # for an ungrammatical clause, which has no adjective
         if adjective is not None:
             score = VALUES[adjective] * (1.5 if very else 1.0)
             if aspect not in aspects_of_place:
