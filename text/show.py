@@ -136,25 +136,26 @@ def _print_text(left_out):
             lengths += [tokenised.longest()] if len(tokenised) else []
         else:
             lengths += [_as_written(example, item)[1] for item in items]
-    _print_summary(counts, lengths, tokenizer is not None, left_out)
+    _print_summary(counts, lengths, left_out)
 
 
-def _print_summary(counts, lengths, in_tokens, left_out):
-    """Print counts (task -> number of items), the columns read, what was left out, and lengths. Raises UserError."""
+def _print_summary(counts, lengths, left_out):
+    """Print counts (task -> number of items), columns, left_out and lengths. Raises UserError if there are no items."""
     words = ', '.join(f'{count} {task}' for task, count in counts.items())
     print(f'{data}: {words or "no examples"}')
     print('read as:', columns or '; '.join(map(describe, data.split('+'))))
     _print_left_out(left_out)
     if not counts:
         raise UserError(f'no examples are left in {data!r}: nothing can be trained on it')
-    unit = 'tokens' if in_tokens else 'characters'
+    # items are measured in tokens if the model option names a tokenizer
+    unit = 'tokens' if model else 'characters'
     if len(lengths) >= MEASURED:
         unit += f', of the first {MEASURED:,} examples'
     # lengths is empty if the chat template rejects every example
     sizes = np.array(lengths or [0])
     median, percentile_95, longest = np.percentile(sizes, (50, 95, 100))
     print(f'lengths in {unit}: median {median:.0f}, 95% up to {percentile_95:.0f}, longest {longest:.0f}')
-    if in_tokens:
+    if model:
         print(f'cut at max_length {max_length}: {np.mean(sizes > max_length):.0%}')
     else:
         print('this is the text as it stands: --model=FOLDER shows it as a model sees it')
@@ -244,6 +245,5 @@ def first(examples, tokenizer, task, longest=1200):
     text = _decode_example(examples, 0, tokenizer, task)
     if len(text) > longest:
         text = f'{text[: longest // 2]} ... {text[-longest // 2 :]}'
-    # PPO trains on sampled answers, so its prompts have no marks
     heading = 'prompt' if task == 'prompts' else f'example, where {mark("this")} is trained on'
     return f'the first {heading}:\n{text}'
