@@ -101,9 +101,8 @@ def _attend(q, k, v, mask, scaling, softcap):
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
     # a soft cap lies between scores and softmax, where sdpa has no place for it: make the scores (1, H, n, m) here
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    scores = q @ k.mT * scale
+    scores = q @ k.mT * scaling
     scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()

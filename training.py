@@ -428,7 +428,7 @@ class Run:
 
     def obey_signals(self, seen, saved=False):
         """Exit if a signal has asked for it, after saving a checkpoint unless there is one already (saved)."""
-        guard.boundary(partial(self.save, seen), self.logger.close, saved=saved)
+        guard.boundary(partial(self.save, seen), self.logger.close, already_started=saved)
 
     # ---- evaluation ----
 

@@ -1,7 +1,6 @@
-"""A client for OpenAI-compatible chat endpoints (a hosted model, vLLM, `transformers serve`): many jobs at once, retried.
+"""An async client for OpenAI-compatible chat endpoints (hosted models, vLLM, `transformers serve`), for sample.py and label.py.
 
-sample.py and label.py call ask. The key comes from the environment alone, NANOPREF_API_KEY or else OPENAI_API_KEY. It is taken
-out of all that a server says; messages of the HTTP library, which quote the server, are not shown.
+The API key, from NANOPREF_API_KEY or else OPENAI_API_KEY, is redacted from everything a server says.
 """
 
 import asyncio
@@ -16,26 +15,20 @@ from urllib.parse import urlsplit
 
 from configurator import UserError
 
-# huggingface_hub brings one of these, which have the same interface
+# huggingface_hub depends on one of these two, which have the same interface
 try:
     import httpx2 as httpx
 except ImportError:
     import httpx
 
-# seconds; if an endpoint asks for a longer wait, the run ends, and the user starts it again later
-LONGEST_WAIT = 600.0
-# after so many failed jobs with no answer in between, the endpoint is at fault, and not the jobs
-FAILED_IN_A_ROW = 20
-# bytes of a reply after unpacking
-LARGEST = 64 * 2**20
-# characters; a shorter key, such as EMPTY, is no secret, and may be a word of an answer
-SHORT = 8
+LONGEST_WAIT = 600.0  # seconds; end the run if Retry-After asks for more
+FAILED_IN_A_ROW = 20  # consecutive failed jobs after which the endpoint is to blame, not the jobs
+MAX_REPLY_BYTES = 64 * 2**20  # after decompression
+MIN_KEY_LENGTH = 8  # shorter keys, such as EMPTY, are not redacted: they are no secret, and may occur in answers
 
 
 class Reply(NamedTuple):
-    """The result of a job, with the job's key. A job that failed has no text and no raw, but an error, a reason in words.
-
-    text: the answer, which may be empty; raw: the whole reply, as parsed json."""
+    """The result of a job: text (may be empty) and raw (the whole reply, parsed), or, if the job failed, an error message."""
 
     key: object
     text: str | None
@@ -43,66 +36,58 @@ class Reply(NamedTuple):
     error: str | None = None
 
 
-class _Refused(Exception):
-    """The endpoint refuses this job: another attempt would end in the same way."""
+class _AttemptFailed(Exception):
+    """A failed attempt. can_retry: whether a retry may succeed. wait: seconds requested by Retry-After."""
 
-
-class _Again(Exception):
-    """An attempt failed, and another one may succeed. wait: the seconds that the endpoint asks to wait before it."""
-
-    wait = 0.0
-
-
-class _Unreachable(_Again):
-    """There was no connection."""
+    def __init__(self, message, *, can_retry=True, connected=True, wait=0.0):
+        super().__init__(message)
+        self.can_retry, self.connected, self.wait = can_retry, connected, wait
 
 
 def completions_url(url: str) -> str:
-    """Return the address of the chat completions for a base address with or without /v1. Raises UserError for no address."""
+    """Return the chat completions URL of a base URL with or without /v1. Raises UserError for a malformed URL."""
     try:
         is_plain = re.fullmatch(r'https?://[\w.:/%~+\[\]-]+', url, re.ASCII)
-        is_address = is_plain and urlsplit(url).hostname and urlsplit(url).port != 0
+        is_valid = is_plain and urlsplit(url).hostname and urlsplit(url).port != 0
     except ValueError:
-        # the port is no number, or an IPv6 address has lost a bracket
-        is_address = False
-    if not is_address:
-        # the message does not repeat what was given, for it may hold a key
+        # the port is not a number, or an IPv6 address lacks a bracket
+        is_valid = False
+    if not is_valid:
+        # do not print the URL, which may contain a key
         form = 'write http://host:port or https://host, without a name, password or query'
         raise UserError(f'--endpoint is no address: {form}; a key belongs in the environment (NANOPREF_API_KEY)')
-    address = url.rstrip('/')
-    if address.endswith('/chat/completions'):
-        return address
-    return address.removesuffix('/v1') + '/v1/chat/completions'
+    base = url.rstrip('/')
+    if base.endswith('/chat/completions'):
+        return base
+    return base.removesuffix('/v1') + '/v1/chat/completions'
 
 
 def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, proven=False):
-    """Send jobs (key, body) to an endpoint, and yield a Reply for each of them, in the order in which they end.
+    """Send requests concurrently and yield a Reply for each, in order of completion. jobs: iterable of (key, request body).
 
-    body is the json of a chat completion's request. At most `concurrency` jobs are under way, and a job counts until the caller
-    asks for the Reply after its own. timeout: seconds for a whole reply. A job is tried again, up to `retries` times, after HTTP
-    408, 409, 425, 429 or 5xx, a time-out, a lost connection, or a reply that is too large or no completion. Before the first
-    such retry it waits about `backoff` seconds, then twice as long each time, or longer if Retry-After says so. A job that fails
-    to the end gets a Reply with an error, and so does a job that the endpoint refuses. proven: the endpoint has answered before.
-    Raises UserError if going on is useless: the key is refused, or jobs fail one after the other."""
+    New jobs start only after the caller has consumed all finished replies. Time-outs (`timeout` seconds for a whole reply),
+    lost connections, invalid replies and HTTP 408, 409, 425, 429 and 5xx are retried up to `retries` times, with exponential
+    backoff from about `backoff` seconds. proven: the endpoint has answered in an earlier run. Raises UserError if the
+    endpoint rejects the key or asks for too long a wait, or if too many jobs fail in a row."""
     endpoint = _Endpoint(url, concurrency, timeout, retries, backoff, proven)
     jobs = iter(jobs)
-    tasks = set()  # one for each job under way
-    failures = 0  # since the last answer
-    # the runner also cancels what is under way when the caller stops early
+    tasks = set()  # running jobs
+    failures = 0  # consecutive failed jobs
+    # closing the runner cancels running tasks if the caller stops early
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
         while True:
-            # an endpoint that has answered nothing yet gets no more jobs than it can answer at a time
-            allowed_failures = FAILED_IN_A_ROW if endpoint.proven else max(2, concurrency)
-            # no more jobs are under way than may still fail
-            new_jobs = min(concurrency, allowed_failures - failures) - len(tasks)
-            for key, body in itertools.islice(jobs, max(0, new_jobs)):
-                tasks.add(loop.create_task(endpoint.finish(key, body)))
+            # be less patient until the endpoint has answered once
+            max_failures = FAILED_IN_A_ROW if endpoint.proven else max(2, concurrency)
+            # never run more jobs than may still fail: after max_failures no job starts, and the loop runs dry
+            num_new = min(concurrency, max_failures - failures) - len(tasks)
+            for key, body in itertools.islice(jobs, max(0, num_new)):
+                tasks.add(loop.create_task(endpoint.run(key, body)))
+            # all jobs are done, or there were too many failures
             if not tasks:
                 break
-
-            # a task with an exception ends the loop, so the answers that came with it are yielded first
             finished, tasks = loop.run_until_complete(asyncio.wait(tasks, return_when='FIRST_COMPLETED'))
+            # yield good replies first, since result() raises the exception of a failed task
             for task in sorted(finished, key=lambda task: task.exception() is not None):
                 reply = task.result()
                 if reply.error is None:
@@ -113,134 +98,124 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
                     last_error = reply.error
                 yield reply
     never_answered = failures > 0 and not endpoint.proven
-    if failures >= allowed_failures or never_answered:
+    if failures >= max_failures or never_answered:
         advice = 'see that the server runs, and the address, the model and the other options, or run this again later'
         raise UserError(f'{failures} requests in a row failed; the last one: {last_error}: {advice}')
 
 
 class _Endpoint:
-    """The state that the jobs of one ask share. proven: whether the endpoint is known to answer.
+    """The HTTP client and the state shared by all jobs of one ask() call.
 
-    not_before: the time, by time.monotonic, before which no request is sent."""
+    proven: whether the endpoint has ever answered. not_before: time.monotonic() before which no request may be sent."""
 
     def __init__(self, url, concurrency, timeout, retries, backoff, proven):
-        """Open a client for the address. Raises UserError for an address, a key or a proxy that cannot be used."""
-        self.address = completions_url(url)
+        """Open the client. Raises UserError for an unusable URL, API key or proxy."""
+        self.url = completions_url(url)
         self.proven = proven
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self.not_before = 0.0
-        key = os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or ''
-        self.key = key.strip()
-        # printable characters of ASCII; a header takes no others
+        self.key = (os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or '').strip()
+        # HTTP headers take printable ASCII only
         if not re.fullmatch('[!-~]*', self.key):
             raise UserError('the key in NANOPREF_API_KEY or OPENAI_API_KEY has characters that no key has')
         headers = {'Authorization': f'Bearer {self.key}'} if self.key else {}
         limits = httpx.Limits(max_connections=concurrency)
-        # post has a time-out for the whole reply, and this one is for the connection alone
+        # limits connecting only; post() limits the whole reply
         connect = httpx.Timeout(None, connect=min(timeout, 10.0))
-        # no redirect is followed: it could carry the key to another server
         try:
+            # no redirects: they could send the key to another server
             self.client = httpx.AsyncClient(headers=headers, limits=limits, timeout=connect, follow_redirects=False)
         except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
             why = f'ALL_PROXY, SSL_CERT_FILE ...: {type(error).__name__}'
             raise UserError(f'no connection as the environment asks for it ({why})') from None
 
-    async def finish(self, key, body):
-        """Return the Reply of a job, after as many attempts as it needs. Raises UserError if no job can succeed."""
+    async def run(self, key, body):
+        """Run a job, with retries, and return its Reply. Raises UserError if every other job would fail, too."""
         for attempt in itertools.count():
             await asyncio.sleep(self.not_before - time.monotonic())
             try:
                 response, content = await self.post(body)
                 text, raw = self.read(response, content)
                 return Reply(key, text, raw)
-            except _Refused as error:
-                return Reply(key, text=None, raw=None, error=str(error))
-            except _Again as error:
+            except _AttemptFailed as error:
                 failure = error
-            # an address where nobody has ever answered is most often a wrong one: two retries show that
-            is_doubtful = isinstance(failure, _Unreachable) and not self.proven
-            retries = min(2, self.retries) if is_doubtful else self.retries
+            if not failure.can_retry:
+                return Reply(key, text=None, raw=None, error=str(failure))
+            # an unreachable endpoint that has never answered is probably a wrong URL, so give up sooner
+            is_known = failure.connected or self.proven
+            retries = self.retries if is_known else min(2, self.retries)
             if attempt >= retries:
                 return Reply(key, text=None, raw=None, error=f'{failure}, after {attempt + 1} attempts')
-
-            # all jobs wait as long as the endpoint asks for, and this one longer after each attempt
+            # Retry-After delays all jobs; the exponential backoff, with jitter, only this one
             self.not_before = max(self.not_before, time.monotonic() + failure.wait)
-            longest = min(60.0, self.backoff * 2**attempt)
-            await asyncio.sleep(longest * random.uniform(0.5, 1.0))
+            delay = min(60.0, self.backoff * 2**attempt)
+            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
 
     async def post(self, body):
-        """Send a request and return (response, its content as text). Raises _Again if no reply of a sane size comes."""
+        """Send a request and return (response, content as text). Raises _AttemptFailed if there is no complete reply."""
         content = bytearray()
         try:
             async with asyncio.timeout(self.timeout):
-                async with self.client.stream('POST', self.address, json=body) as response:
-                    async for piece in response.aiter_bytes():
-                        content += piece
-                        if len(content) > LARGEST:
+                async with self.client.stream('POST', self.url, json=body) as response:
+                    async for chunk in response.aiter_bytes():
+                        content += chunk
+                        if len(content) > MAX_REPLY_BYTES:
                             break
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise _Unreachable(f'{self.address} cannot be reached ({self.line(error)})') from None
+            raise _AttemptFailed(f'{self.url} cannot be reached ({self.one_line(error)})', connected=False) from None
         except TimeoutError:
-            raise _Again(f'no reply within {self.timeout:g} s') from None
+            raise _AttemptFailed(f'no reply within {self.timeout:g} s') from None
         except Exception as error:
-            # the library has errors of many kinds for what a server may send
-            raise _Again(f'connection lost ({type(error).__name__})') from None
-        if len(content) > LARGEST:
-            raise _Again(f'the reply is larger than {LARGEST / 2**20:g} MB')
+            # httpx raises many unrelated types for malformed replies; name only the type, since the message may quote the key
+            raise _AttemptFailed(f'connection lost ({type(error).__name__})') from None
+        if len(content) > MAX_REPLY_BYTES:
+            raise _AttemptFailed(f'the reply is larger than {MAX_REPLY_BYTES / 2**20:g} MB')
         return response, content.decode('utf-8-sig', 'replace')
 
     def read(self, response, content):
-        """Return (the answer's text, the reply as parsed json) of a response and its content.
-
-        Raises _Again if another attempt may succeed, _Refused if not, and UserError if the user has to do something."""
+        """Return (answer text, parsed reply) of a response. Raises _AttemptFailed, or UserError if only the user can help."""
         status = response.status_code
-        raw = self.json(content)
+        raw = self.parse(content)
         if 200 <= status < 300:
             try:
-                # the content is null if the model refused, or thought until its tokens were used up
+                # content is null if the model refused, or ran out of tokens while thinking
                 text = raw['choices'][0]['message']['content'] or ''
-                # no file and no tokenizer takes half a surrogate pair: it becomes a question mark
+                # replace lone surrogates, which neither files nor tokenizers accept
                 return text.encode('utf-8', 'replace').decode(), raw
             except (LookupError, TypeError, AttributeError):
-                raise _Again(f'the reply is no chat completion ({self.line(raw)})') from None
-
-        problem = f'{self.address} answers HTTP {status} ({self.line(raw)})'
+                raise _AttemptFailed(f'the reply is no chat completion ({self.one_line(raw)})') from None
+        problem = f'{self.url} answers HTTP {status} ({self.one_line(raw)})'
         if status in (401, 403):
             raise UserError(f'{problem}: set the key of this endpoint in NANOPREF_API_KEY')
-        if status in (408, 409, 425, 429) or status >= 500:
-            again = _Again(problem)
-            # Retry-After may also be a date, which counts as no wait: the next attempt waits anyway
-            seconds = re.match(r'\d+(\.\d+)?$', response.headers.get('retry-after', ''))
-            again.wait = float(seconds[0]) if seconds else 0.0
-            if again.wait > LONGEST_WAIT:
-                raise UserError(f'{problem} and asks to wait {again.wait:.0f} s: run the same command again then')
-            raise again
-        raise _Refused(problem)
+        if status not in (408, 409, 425, 429) and status < 500:
+            raise _AttemptFailed(problem, can_retry=False)
+        # Retry-After may also be a date, which is ignored: the backoff applies anyway
+        seconds = re.match(r'\d+(\.\d+)?$', response.headers.get('retry-after', ''))
+        wait = float(seconds[0]) if seconds else 0.0
+        if wait > LONGEST_WAIT:
+            raise UserError(f'{problem} and asks to wait {wait:.0f} s: run the same command again then')
+        raise _AttemptFailed(problem, wait=wait)
 
-    def json(self, content):
-        """Return the parsed json of a reply's content, or the content itself if it is no json; in both the key is hidden.
-
-        NaN and infinite numbers, which python reads and other readers of json do not, become strings."""
+    def parse(self, content):
+        """Parse a reply as JSON, with the key redacted; fall back to the text itself. NaN and Infinity become strings."""
         try:
-            # a reply may spell the key with escapes; after json.dumps it has one form only
-            written = json.dumps(json.loads(content))
-            key_as_written = json.dumps(self.key)[1:-1]  # without the quotes
-            return json.loads(self.hide(written, key_as_written), parse_constant=str)
+            # re-encode first, since the reply may spell the key with escapes
+            encoded = json.dumps(json.loads(content))
+            encoded_key = json.dumps(self.key)[1:-1]  # without the quotes
+            return json.loads(self.redact(encoded, encoded_key), parse_constant=str)
         except (ValueError, RecursionError):
-            return self.hide(content, self.key)
+            return self.redact(content, self.key)
 
-    def hide(self, text, key):
-        """Return a text with [key] in place of the key, unless the key is so short that it is no secret."""
-        return text.replace(key, '[key]') if len(key) >= SHORT else text
+    def redact(self, text, key):
+        """Replace the key in a text by [key], unless it is too short to be a secret."""
+        return text.replace(key, '[key]') if len(key) >= MIN_KEY_LENGTH else text
 
-    def line(self, said):
-        """Return a server's reply (parsed json) or an error as one line of at most 300 characters for a message.
-
-        A reply that has a message of its own is cut down to that. No character of the line moves a cursor; the key is hidden."""
-        # such as {'error': {'message': ...}}: one name after the other leads further in
+    def one_line(self, reply):
+        """Return a parsed reply or an exception as one printable line of at most 300 characters, with the key redacted."""
+        # unwrap nested messages such as {'error': {'message': ...}}
         for name in ('error', 'detail', 'message'):
-            if isinstance(said, dict):
-                said = said.get(name) or said
-        text = self.hide(str(said), self.key)[:1000]
+            if isinstance(reply, dict):
+                reply = reply.get(name) or reply
+        text = self.redact(str(reply), self.key)[:1000]
         printable = ''.join(c if c.isprintable() else ' ' for c in text)
         return ' '.join(printable.split())[:300] or 'nothing'

@@ -3,8 +3,8 @@
     python -m feedback.score --reward_model=out/reward/model --data=pairs.jsonl
     torchrun --nproc_per_node=4 -m feedback.score --reward_model=OWNER/NAME --data='allenai/reward-bench[filtered]' --chat
 
-Every pair, or prompt with an answer, becomes a line of --out. Texts and chats are read, written and cut as in training, and a
-score is read at the end of text. label.py and ppo.py score through this file, too: load_scorer, then scores.
+Writes a line to --out for each pair or answer. Texts are tokenized and truncated as in training, and a score is read at the
+end-of-text token. label.py and ppo.py use load_scorer() and scores() of this file, too.
 """
 
 from runtime import guard
@@ -36,33 +36,30 @@ from text.show import task_of
 from text.sources import locate, read_examples, vanished
 from text.tokenise import tokenise
 
-# who scores what
+# model and data
 reward_model: str | None = None  # folder or hub id of a reward model with one scalar
 data: str | None = None  # pairs, or prompts with an answer: hh, hh:PATH, hh+shp, a hub id, a file, a folder
 split: str | None = None  # train or test; None: test where the data has one, else all
-columns: str | None = None  # which column is what: 'prompt=question, chosen=good, rejected=bad'
-chat = False  # texts become chats, so that the model's chat template applies
-system: str | None = None  # a message of the system before every prompt; texts become chats
+columns: str | None = None  # column mapping: 'prompt=question, chosen=good, rejected=bad'
+chat = False  # turn texts into chats, to apply the model's chat template
+system: str | None = None  # a system message for every prompt; implies --chat
 skip_bad_rows = False  # count unreadable rows instead of stopping
-max_length: int | None = None  # tokens of prompt and answer; None: what the model reads
-truncation = 'start'  # which end a too long prompt loses, down to half of max_length: start or end
-# what comes of it
-by = 'subset'  # a column of the data, of whose values the table has a line each
+max_length: int | None = None  # tokens of prompt and answer; None: the model's limit
+truncation = 'start'  # start or end: where to cut long prompts, down to half of max_length
+# output
+by = 'subset'  # a column of the data; the report has a line for each of its values
 out = 'out/scores.jsonl'  # the scores
 # machine
 max_tokens = 16384  # tokens of one microbatch of one rank; changes no score
 dtype = 'float32'  # float32 or bfloat16
-device_map: str | None = None  # 'balanced': one process without torchrun spreads the model over its GPUs
+device_map: str | None = None  # 'balanced': spread the model over the GPUs of one process, without torchrun
 trust_remote_code = False  # run code that comes with a model
 
-# examples that are scored together, and then written
-CHUNK = 128
-# the columns of --out that this file computes: score of a single answer, the others of a pair
-SCORES = ('score', 'chosen_score', 'rejected_score', 'margin')
-# stands for no limit of tokens
-UNLIMITED = 2**30
-# RewardBench's sections: a section's score is the mean of its subsets' accuracies with these weights, the subsets' sizes (math
-# counts as much as code). Source: arXiv:2403.13787 and its code, rewardbench/constants.py, SUBSET_MAPPING and EXAMPLE_COUNTS.
+CHUNK = 128  # examples per write to --out
+SCORES = ('score', 'chosen_score', 'rejected_score', 'margin')  # columns that this script adds
+UNLIMITED = 2**30  # tokens
+# RewardBench's sections. A section's score is the average of its subsets' accuracies, weighted by these sizes (math-prm counts as
+# much as all code). Source: arXiv:2403.13787 and rewardbench/constants.py, SUBSET_MAPPING and EXAMPLE_COUNTS.
 SECTIONS = {
     'Chat': {'alpacaeval-easy': 100, 'alpacaeval-length': 95, 'alpacaeval-hard': 95, 'mt-bench-easy': 28, 'mt-bench-med': 40},
     'Chat Hard': {'mt-bench-hard': 37, 'llmbar-natural': 100, 'llmbar-adver-neighbor': 134, 'llmbar-adver-GPTInst': 92,
@@ -74,19 +71,18 @@ SECTIONS = {
 
 
 def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_code=False):
-    """Return (the sharded reward model, its tokenizer) of a folder or hub id. Every rank calls this, after fsdp.setup.
+    """Load and shard a reward model; return (model, tokenizer). name: folder or hub id. Call on all ranks, after fsdp.setup.
 
-    A trial decides whether the model runs on packed or on padded batches. Raises UserError if there is no such model."""
+    Batches are packed if that gives the same scores as padding, otherwise padded. Raises UserError if there is no such model."""
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
     model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
-    # two made-up pairs of different lengths must have the same scores packed as padded, or the model is not packed
+    # compare packed and padded scores of two random pairs of different lengths
     rng = np.random.default_rng(0)
     a, b, c = rng.integers(len(tokenizer), size=(3, 20))
-    long_prompt = a, [b, c[:5]]
-    short_prompt = b[:7], [c[:9], a]
-    trial_pairs = Examples.of([long_prompt, short_prompt])
-    packed, padded = pack_probe(trial_pairs, device)
+    long_pair = a, [b, c[:5]]
+    short_pair = b[:7], [c[:9], a]
+    packed, padded = pack_probe(Examples.of([long_pair, short_pair]), device)
     set_attention(model, can_pack(model, packed, padded, say))
     return model, tokenizer
 
@@ -94,39 +90,35 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
 @guard.memory_for('answers do not fit beside the reward model; lower max_tokens, which changes no score')
 @torch.no_grad()
 def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
-    """Return the scores (n,), float32, of n answers. They are equal on every rank, and every rank must call this.
+    """Return the scores (n,), float32, of n answers; equal on all ranks, and all ranks must call this.
 
-    items: n of (prompt ids, answer ids). An answer that does not end with the end of text gets one, as in training. ends: other
-    ids that may end an answer, such as the end of a turn; its score is read at its last token. max_tokens: tokens of one
-    microbatch of one rank. Raises UserError for an item that the model cannot read, and for scores that are no numbers."""
+    items: n tuples (prompt ids, answer ids); eos is appended to an answer without an end token, as in training. max_tokens:
+    tokens of a microbatch on one rank. ends: end tokens besides eos, such as the end of a turn. The score is read at the last
+    token. Raises UserError for an item that is too long for the model, and for scores that are not finite."""
     net = core(model)
     device = net.device
     is_padded = net.config._attn_implementation != 'packed'
-    # a padded batch has a row for every answer: a limit of 0 tokens puts each answer into a group of its own
+    # padded batches cannot share prompts: with a limit of 0 each answer gets a group of its own
     group_limit = 0 if is_padded else max_tokens
     groups = _groups(items, tokenizer.eos_token_id, ends, room(model), group_limit)
     lengths = np.array([group.tokens for group in groups])
-
-    # the microbatches of this rank, each a list of places in groups; every rank makes the same plan
-    rank, world = fsdp.data_rank()
+    # microbatches of this rank, as lists of indices into groups; every rank computes the same plan
+    rank, world_size = fsdp.data_rank()
     make_plan = plan_padded if is_padded else plan
-    microbatches = make_plan(lengths, world, max_tokens)[rank]
-    # scores of each microbatch, and for every one of them the number of its item
-    parts = []
-    slots = []
-    for numbers in microbatches:
+    microbatches = make_plan(lengths, world_size, max_tokens)[rank]
+    parts = []  # scores of each microbatch
+    slots = []  # item number of each of these scores
+    for indices in microbatches:
         examples = []
-        for number in numbers:
-            group = groups[number]
+        for index in indices:
+            group = groups[index]
             examples.append((group.prompt, group.answers))
             slots += group.slots
-        batch = pack(examples, numbers, pad=is_padded, filler=1, device=device)
+        batch = pack(examples, indices, pad=is_padded, filler=1, device=device)
         parts.append(model.response_scores(batch))
-        # a rank without work computes a filler of one answer, since the others wait for it; slot -1 drops its score
-        if not numbers:
+        # an idle rank scores a filler answer to stay in step with the others; slot -1 drops its score
+        if not indices:
             slots.append(-1)
-
-    # the scores of all ranks, in the order of the items
     columns = fsdp.gather_columns({'score': torch.cat(parts)}, slots, len(items))
     values = columns['score'].float().numpy()
     if not np.isfinite(values).all():
@@ -135,7 +127,7 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
 
 
 class _Group(NamedTuple):
-    """Answers to one prompt, which share its computation. slots: the number of each answer's item."""
+    """Answers that share a prompt, which is computed once. slots: the item number of each answer."""
 
     prompt: np.ndarray
     answers: list
@@ -143,41 +135,36 @@ class _Group(NamedTuple):
 
     @property
     def tokens(self):
-        """The tokens of the prompt and all answers together."""
+        """Number of tokens of the prompt and all answers."""
         return len(self.prompt) + sum(map(len, self.answers))
 
 
-def _groups(items, eos, ends, longest, max_tokens):
-    """Return the items (prompt ids, answer ids) as _Groups of at most max_tokens each, or of a single longer answer.
+def _groups(items, eos, ends, max_length, max_tokens):
+    """Group items (prompt ids, answer ids) by prompt into _Groups of at most max_tokens, or of one answer if that is longer.
 
-    eos is appended to an answer that ends neither with it nor with one of ends. longest: tokens that the model reads. Raises
-    UserError for an item that is longer, or has no prompt."""
+    Appends eos to answers without an end token. Raises UserError without a prompt, and for more than max_length tokens."""
     endings = {eos, *ends}
-    by_prompt = {}  # bytes of a prompt's ids -> its groups
+    by_prompt = {}  # bytes of the prompt ids -> groups
     for slot, (prompt, answer) in enumerate(items):
         prompt = np.asarray(prompt, np.int64)
         answer = np.asarray(answer, np.int64)
         has_end = len(answer) > 0 and answer[-1] in endings
         if not has_end:
             answer = np.append(answer, eos)
-        if not len(prompt) or len(prompt) + len(answer) > longest:
-            takes = f'the reward model takes a prompt and at most {longest} in all'
+        if not len(prompt) or len(prompt) + len(answer) > max_length:
+            takes = f'the reward model takes a prompt and at most {max_length} in all'
             raise UserError(f'item {slot}: prompt and answer have {len(prompt)} + {len(answer)} tokens, where {takes}')
-        # into the last group of its prompt, or into a new one if that is full
+        # add to the last group of this prompt, or open a new one if it is full
         groups = by_prompt.setdefault(prompt.tobytes(), [])
-        is_full = not groups or groups[-1].tokens + len(answer) > max_tokens
-        if is_full:
+        if not groups or groups[-1].tokens + len(answer) > max_tokens:
             groups.append(_Group(prompt, [], []))
         groups[-1].answers.append(answer)
         groups[-1].slots.append(slot)
     return [group for groups in by_prompt.values() for group in groups]
 
 
-# ---- the command ----
-
-
 def main():
-    """Score the data that the options name, write a line of --out for each example, and print a report. Raises UserError."""
+    """Score --data with --reward_model, write a line of --out for each example, and print a report."""
     config = configure(globals())
     if not reward_model or not data:
         raise UserError('name the model and what it scores: --reward_model=FOLDER --data=FILE')
@@ -185,18 +172,17 @@ def main():
         raise UserError(f'--by={by}: {out} has the new scores under that name; call the column of the data otherwise')
     _, _, device = fsdp.setup()
     examples, left_out = fsdp.first_of_host(read)
-    # without the option, a missing column only means that there is no table
+    # a missing column is an error only if the user asked for it
     has_column = any(by in example.raw for _, example in examples)
     if config.given('by') and not has_column:
         raise UserError(f'--by={by}: no row of {data} has such a column')
     options = {'dtype': dtype, 'device_map': device_map, 'trust_remote_code': trust_remote_code}
     model, tokenizer = load_scorer(reward_model, device, **options)
-
-    # room is infinite for a model without a longest sequence
+    # room() is infinite for a model without a maximum length
     limit = int(min(max_length or UNLIMITED, room(model)))
     rows = []
     guard.on_stop(lambda: f'{len(rows)} of {len(examples)} are in {out}')
-    fsdp.on_one_rank(begin_file)
+    fsdp.on_one_rank(create_output)
     with progress(len(examples), ' examples', 'scored') as bar:
         for start in range(0, len(examples), CHUNK):
             chunk = examples[start : start + CHUNK]
@@ -206,34 +192,29 @@ def main():
             bar.update(len(chunk))
     if not rows:
         raise vanished(data, split or 'test', left_out)
-
-    # first what was left out or cut, then the scores
     changed, notes = in_words(left_out)
     at_most = f', at most {limit:,} tokens each' if limit < UNLIMITED else ''
     counts = f'{len(rows):,} of {len(examples):,} scored{at_most}'
     lines = [f'data: {counts}; left out or changed: {changed}', *notes]
-    lines += [f'{reward_model} on {data}', *report(rows)]
-    lines.append(f'{out}: a line for each')
+    lines += [f'{reward_model} on {data}', *report(rows), f'{out}: a line for each']
     say('\n'.join(lines))
 
 
 def read():
-    """Return (list of (task, example), Counter of what was left out) for all sources in --data.
+    """Read all sources in --data; return (list of (task, example), Counter of skipped rows by reason).
 
-    task: 'pairs' or the task of single answers, as task_of finds it for a source. Raises UserError for data that cannot be
-    scored, and if --out is one of its files."""
+    task: 'pairs', or a task with single answers. Raises UserError for data without answers, and if --out is one of its files."""
     examples = []
     left_out = Counter()
     options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     part = split or 'test'
     for source in data.split('+'):
-        # the scores must not be written over the data
+        # never overwrite the data
         _, path, _ = locate(source)
         may_overwrite = path and os.path.exists(out)
         if may_overwrite and any(os.path.samefile(out, file) for file in data_files(path)):
             raise UserError(f'--out={out} is a file of the data: name another file for the scores')
-        # The first example decides the task of its source; an empty source has {}. What is left out until then is not counted,
-        # for the source is read again.
+        # The first example decides the task of the source. A throwaway Counter, since the source is read again below.
         first = next(read_examples(source, part, Counter(), **options), {})
         task = task_of(first)
         if task == 'prompts' and first:
@@ -245,115 +226,97 @@ def read():
     return examples, left_out
 
 
-def begin_file():
-    """Make --out an empty file, and its folder if there is none. Raises UserError if it cannot be written."""
+def create_output():
+    """Create --out as an empty file, with its folder. Raises UserError if it cannot be written."""
     with writing(out):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text('')
 
 
 def score_examples(model, tokenizer, examples, limit, left_out):
-    """Return the rows of --out, a dict for each (task, example), with its scores. Every rank must call this.
+    """Return rows of --out (dicts) with the scores of examples, a list of (task, example). All ranks must call this.
 
-    An example is cut to `limit` tokens. One that cannot be used has no row, and is counted in left_out, as cuts are."""
+    limit: tokens to truncate to. left_out: Counter to which truncated and skipped examples are added; the latter get no row."""
     options = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
     rows = []
     items = []  # (prompt ids, answer ids) of all answers
-    columns_of = []  # for each item the row and the name of the column for its score
+    targets = []  # (row, column) for the score of each item
     for task, example in examples:
-        # a row is known by the id in the data, or by its place there
+        # fall back to the position in the data if there is no id
         row = {'id': example.raw.get('id', example.where or None)}
         if by in example.raw:
             row[by] = example.raw[by]
         row |= {name: example[name] for name in ('prompt', 'good') if name in example}
         names = ['chosen_score', 'rejected_score'] if task == 'pairs' else ['score']
-
-        # one example goes in, and one comes out, or none if it was left out; a prompt may have to lose all but half of limit
+        # yields one example, or none if it was skipped; prompts are truncated to half of the limit if necessary
         tokenised = tokenise([example], tokenizer, task, limit, limit // 2, truncation, left_out, **options)
         for prompt, answers in tokenised:
             rows.append(row)
             for name, answer in zip(names, answers, strict=True):
                 items.append((prompt, answer))
-                columns_of.append((row, name))
-
-    # if all examples were left out, there is nothing to run the model on
+                targets.append((row, name))
     values = scores(model, tokenizer, items, max_tokens).tolist() if items else []
-    for (row, name), value in zip(columns_of, values, strict=True):
+    for (row, name), value in zip(targets, values, strict=True):
         row[name] = value
-    # how much better the chosen answer is
     for row in rows:
         if 'chosen_score' in row:
             row['margin'] = row['chosen_score'] - row['rejected_score']
     return rows
 
 
-# ---- the report ----
-
-
 def report(rows):
-    """Return the lines to print on the rows of --out: of pairs accuracy and margins, of single answers their mean scores.
-
-    Pairs with a column `by` also have a table."""
+    """Return the report on rows of --out as lines: accuracy and margins of pairs, mean scores of single answers, and a table."""
     lines = []
     pairs = [row for row in rows if 'margin' in row]
     if pairs:
         margins = [row['margin'] for row in pairs]
         chosen = np.mean([row['chosen_score'] for row in pairs])
         rejected = np.mean([row['rejected_score'] for row in pairs])
-        _, accuracy_in_words = accuracy(pairs)
+        _, accuracy_text = accuracy(pairs)
         ties = margins.count(0)
         if ties:
-            accuracy_in_words += f'; {ties:,} with equal scores count as wrong'
-        lines.append(f'  accuracy   {accuracy_in_words}')
-        mean = np.mean(margins)
-        median = np.median(margins)
-        lines.append(f'  margin     mean {mean:.4f}, median {median:.4f}')
+            accuracy_text += f'; {ties:,} with equal scores count as wrong'
+        lines.append(f'  accuracy   {accuracy_text}')
+        lines.append(f'  margin     mean {np.mean(margins):.4f}, median {np.median(margins):.4f}')
         lines.append(f'  scores     chosen {chosen:.4f}, rejected {rejected:.4f}')
-    # nobody may have said whether an answer is good: None
     answers = [row for row in rows if 'score' in row]
-    for good, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
-        values = [row['score'] for row in answers if row.get('good') is good]
+    # unlabeled answers have no 'good'
+    for label, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
+        values = [row['score'] for row in answers if row.get('good') is label]
         if values:
-            mean = np.mean(values)
-            lines.append(f'  scores     mean {mean:.4f} over {len(values):,} {name}')
+            lines.append(f'  scores     mean {np.mean(values):.4f} over {len(values):,} {name}')
     return lines + table(pairs)
 
 
 def accuracy(pairs):
-    """Return (accuracy, the same in words with its 95% interval and its counts) for rows of --out that are pairs.
+    """Return (accuracy, text with accuracy, 95% interval and counts) for scored pairs, which are rows of --out.
 
-    The accuracy is the share of pairs whose chosen answer has the higher score. The interval is over prompts."""
-    # equal scores are wrong
+    The accuracy is the share of pairs with margin > 0; the interval treats pairs with the same prompt as one cluster."""
     is_right = [row['margin'] > 0 for row in pairs]
     prompts = [content_hash(row['prompt']) for row in pairs]
     share = float(np.mean(is_right))
     low, high = winrate.interval(is_right, clusters=prompts)
-    # in words, as the report prints it
     counts = f'{sum(is_right):,} of {len(is_right):,} pairs'
-    words = f'{share:.3f} (95% interval {low:.3f} to {high:.3f}), {counts}'
-    return share, words
+    return share, f'{share:.3f} (95% interval {low:.3f} to {high:.3f}), {counts}'
 
 
 def table(pairs):
-    """Return a line with the accuracy of the pairs for each value of the column `by`, and [] if no pair has it.
+    """Return the accuracy per value of the column --by as lines; [] if no pair has that column.
 
-    If all values are subsets of RewardBench, they stand below their sections, whose scores and whose mean follow its rules."""
-    groups = {}  # value of the column -> its pairs
+    If all values are subsets of RewardBench, also the scores of its sections and their mean, by its rules."""
+    groups = {}  # value of the column -> pairs
     for row in pairs:
         if by in row:
             groups.setdefault(str(row[by]), []).append(row)
-    # (accuracy, words) of each value
-    accuracies = {name: accuracy(group) for name, group in sorted(groups.items())}
+    accuracies = {name: accuracy(group) for name, group in sorted(groups.items())}  # value -> (accuracy, text)
     subsets = {name for sizes in SECTIONS.values() for name in sizes}
     is_reward_bench = groups and groups.keys() <= subsets
     if not is_reward_bench:
-        return [f'  {name:24s} {words}' for name, (_, words) in accuracies.items()]
-
-    # a subset weighs as much in its section as published, whatever its size here; all sections weigh the same
+        return [f'  {name:24s} {text}' for name, (_, text) in accuracies.items()]
+    # subsets are weighted by their published sizes, sections equally
     lines = []
     section_scores = []
     for section, sizes in SECTIONS.items():
-        # the data may be a part of RewardBench
         present = [name for name in sizes if name in accuracies]
         if not present:
             continue
@@ -362,8 +325,8 @@ def table(pairs):
         section_scores.append(score)
         lines.append(f'  {section:24s} {score:.3f}')
         for name in present:
-            _, words = accuracies[name]
-            lines.append(f'    {name:22s} {words}')
+            _, text = accuracies[name]
+            lines.append(f'    {name:22s} {text}')
     total = np.mean(section_scores)
     lines.append(f'  {"RewardBench":24s} {total:.3f}, the mean of {len(section_scores)} of its 4 sections')
     missing = sorted(subsets - accuracies.keys())

@@ -86,9 +86,9 @@ class Examples:
         # the draw depends on uid and seed alone, so a higher rate flips a superset; margins stay
         is_flipped = uniform_hash(self.uid, seed) < rate
         left_out = self.left_out + Counter({'labels flipped': int(is_flipped.sum())})
-        is_pairs = self.spans.shape[1] == 3
+        is_single = self.spans.shape[1] == 2
         # two single answers made from one pair share its uid, so they flip together
-        if not is_pairs:
+        if is_single:
             return replace(self, good=self.good ^ is_flipped, left_out=left_out)
         # columns: prompt, chosen, rejected
         swapped_spans = self.spans[:, [0, 2, 1]]

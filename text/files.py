@@ -35,7 +35,8 @@ def read_rows(hub_id, split, path, undivided=False, **options):
 
     path: a file, a folder (undivided: read all its splits), or a list of files. options: arguments of load_dataset."""
     if path is not None:
-        files = path if isinstance(path, list) else local_files(path, None if undivided else split)
+        wanted = None if undivided else split
+        files = path if isinstance(path, list) else local_files(path, wanted)
         for file in files:
             yield from read_file(file)
         return

@@ -27,31 +27,41 @@ UNASKED = 'note: conversations that lose what precedes the first question or fol
 QUESTIONS = ('prompt', 'question', 'instruction', 'problem', 'query', 'input')
 # what an instruction or a question is about, written behind it
 ADDED = ('input', 'context')
-ANSWERS = ('response', 'completion', 'output', 'answer', 'solution', 'label')
+# more that a question may be about
+ABOUT = ('context', 'history', 'options', 'choices', 'article', 'passage')
+# beside a solution, an answer is its last line
+ANSWERS = ('response', 'completion', 'output', 'solution', 'answer', 'label')
 # in the name of a column that nobody knows
 LIKE_ANSWERS = ('chosen', 'rejected', 'response', 'completion', 'output', 'answer', 'reply', 'target')
 CHATS = ('messages', 'conversations', 'conversation', 'context_messages', 'trajectory')
 LABELS = ('good', 'label', 'kto_tag', 'desirable', 'is_safe')
 # what --columns may name
-COLUMNS = ('prompt', 'question', 'system', 'chosen', 'rejected', 'response', 'label', 'messages', 'margin', 'tools')
+COLUMNS = ('prompt', 'question', 'system', 'chosen', 'rejected', 'response', 'label', 'messages', 'text', 'margin', 'tools')
+# what is no text
+MEDIA = ('image', 'images', 'video', 'videos', 'audio', 'audios')
 # other names, which stand together -> ours
 RENAMED = (
-    {'chosen_response': 'chosen', 'rejected_response': 'rejected'},
-    {'preferred_output': 'chosen', 'non_preferred_output': 'rejected'},
-    {'response_j': 'chosen', 'response_k': 'rejected'},
-    {'response': 'chosen', 'rejected_response': 'rejected'},
-    {'messages': 'chosen', 'rejected_messages': 'rejected'},
-    {'system_prompt': 'system'},
-    {'r1_solution_1': 'response'},
+    {'chosen_response': 'chosen', 'rejected_response': 'rejected'}, {'response_j': 'chosen', 'response_k': 'rejected'},
+    {'preferred_output': 'chosen', 'non_preferred_output': 'rejected'}, {'accepted': 'chosen', 'rejected': 'rejected'},
+    {'response': 'chosen', 'rejected_response': 'rejected'}, {'messages': 'chosen', 'rejected_messages': 'rejected'},
+    {'chosen_conversations': 'chosen', 'rejected_conversations': 'rejected'},
+    {'system_prompt': 'system'}, {'system_message': 'system'}, {'messages': 'messages', 'functions': 'tools'},
+    {'definition': 'instruction', 'inputs': 'input', 'targets': 'output'},
+    {'definition': 'instruction', 'input': 'input', 'output': 'output'},
+    {'inputs': 'input', 'targets': 'output'}, {'input': 'input', 'target': 'output'},
+    {'human': 'instruction', 'assistant': 'response'}, {'user': 'instruction', 'assistant': 'response'},
+    {'r1_solution_1': 'response'}, {'generated_solution': 'response'},
 )
-# two answers that somebody has compared, and the columns that say which is better: by name or number, or by sign
-STEMS = ('response_', 'response', 'answer_', 'completion_', 'conversation_')
+# where a chat may stand (if no other column is known: items, dialogue, data), and is then
+OTHERWISE = {'input': 'messages', 'items': 'messages', 'dialogue': 'messages', 'data': 'messages', 'context': 'prompt', 'query': 'prompt'}
+# two answers that somebody has compared, and the columns that say which is better: by name or number, or by sign; or scores
+STEMS = ('response_', 'response', 'answer_', 'completion_', 'conversation_', 'output_')
 COMPARED = [(stem + one, stem + two) for stem in STEMS for one, two in ('ab', '01', '12')]
-BY_NAME = ('winner', 'preferred', 'preference', 'better_response_id', 'safer_response_id')
+BY_NAME = ('winner', 'preferred', 'preference', 'better_response_id', 'safer_response_id', 'label')
 BY_SIGN = ('preference_strength', 'overall_preference')
 # how a verdict names a side (a number may be a fraction, and a text), and how it says that there is none
-SIDE = re.compile(r'(model|response|answer|completion|conversation|assistant|output|option)?[ _-]?([ab012])(\.0)?')
-TIE = re.compile(r'|none|nan|-1(\.0)?|equal|draw|.*tie.*|.*both.*')
+SIDE = re.compile(r'(model|response|answer|completion|conversation|assistant|output|option)?[ _-]?([ab012])(\.0|>+.)?')
+TIE = re.compile(r'|none|nan|-1(\.0)?|equal|draw|.=.|.*tie.*|.*both.*')
 # where a null is not the same as no such column
 NULL_SAYS = (*LABELS, *BY_NAME, *BY_SIGN, 'output_1')
 # lists of answers, and of their scores
@@ -117,23 +127,46 @@ def unified(row, columns=None):
     says something, such as that nobody has labelled an answer, or preferred one."""
     if columns:
         row = {name: row.get(column) for name, column in columns.items()}
-    row = {k: messages.as_messages(v, in_turn=k in CHATS) for k, v in row.items() if v is not None or k in NULL_SAYS}
+    # a table's Prompt is prompt, unless two columns would have one name
+    plain = {name.lower() if name.lower() in KNOWN else name: value for name, value in row.items()}
+    row = plain if len(plain) == len(row) else row
+    in_turn = (*CHATS, 'data') if 'id' in row else CHATS
+    row = {k: messages.as_messages(v, k in in_turn) for k, v in row.items()}
+    row = {k: v for k, v in row.items() if v is not None or k in NULL_SAYS}
+    seen = next((name for name in MEDIA if row.get(name)), None)
+    if seen:
+        raise ValueError(f'{seen!r} would be lost: only text is read')
     for names in RENAMED:
-        if names.keys() <= row.keys() and row.keys().isdisjoint(names.values()):
+        if names.keys() <= row.keys() and row.keys().isdisjoint(names.values() - names.keys()):
             row = {names.get(key, key): value for key, value in row.items()}
 
     # OpenAI's preferences, and chats that are called otherwise
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
-    for name, ours in (('input', 'messages'), ('context', 'prompt')):
-        if isinstance(row.get(name), list) and ours not in row:
+    unknown = KNOWN.isdisjoint(row.keys() - {'system', 'tools'})
+    for name, ours in OTHERWISE.items():
+        if row.get(name) and isinstance(row[name], list) and ours not in row and (unknown or name in KNOWN):
             row[ours] = row.pop(name)
+    # WebGPT's questions; one of SQuAD's answers, which say the same; ms-swift's pairs, whose good answer ends the chat
+    if isinstance(row.get('question'), dict):
+        row['question'] = row['question'].get('full_text', row['question'])
+    if isinstance(row.get('answers'), dict) and row['answers'].keys() == {'text', 'answer_start'}:
+        row['answer'] = next(iter(row.pop('answers')['text']), '')
+    if isinstance(row.get('rejected_response'), str) and isinstance(row.get('messages'), list):
+        row['chosen'] = row.pop('messages')
+        row['rejected'] = [*row['chosen'][:-1], *said(row.pop('rejected_response'))]
     # what SmolTalk 2 tells its template
     told = row.get('chat_template_kwargs')
-    if isinstance(told, dict) and told.get('custom_instructions'):
-        row.setdefault('system', told['custom_instructions'])
+    for name, ours in (('custom_instructions', 'system'), ('xml_tools', 'tools'), ('python_tools', 'tools')):
+        if isinstance(told, dict) and told.get(name):
+            row.setdefault(ours, told[name])
+    # tools as JSON, all of them or each
     if isinstance(row.get('tools'), str):
         row['tools'] = json.loads(row['tools'] or 'null')
+    if are_texts(row.get('tools')):
+        row['tools'] = list(map(messages.loaded, row['tools']))
+        if None in row['tools']:
+            raise ValueError("'tools' has a text that is no JSON")
     return row
 
 
@@ -203,9 +236,10 @@ def asked(row, found=None):
 
 def nothing_lost(row, column, text):
     """Raise ValueError where another column asks, too, and what it says is not in this text."""
-    for other in (*QUESTIONS, 'context', 'history'):
-        value = None if other == column else row.get(other)
-        if value and not is_history(value) and not (isinstance(value, str) and value.strip() in text):
+    for other in (name for name in (*QUESTIONS, *ABOUT) if name != column and row.get(name)):
+        parts = row[other] if isinstance(row[other], list) else [row[other]]
+        kept = all(isinstance(part, str) and part.strip() in text for part in parts)
+        if not kept and not is_history(row[other]):
             raise ValueError(f'{other!r} asks something, too, which would be lost beside {column!r}')
 
 
@@ -328,13 +362,18 @@ def read_compared(row, task=None):
     wanted = {'response': good} if task == 'sft' else {'chosen': good, 'rejected': bad}
     # texts become chats, and the messages of two sides may differ in other fields
     for column in wanted.values():
-        row[column] = [message(turn['role'], turn['content']) for turn in said(text_or_chat(row, column))]
+        chat = [message(turn['role'], turn['content']) for turn in said(text_or_chat(row, column))]
+        # MT-Bench has two turns, and a verdict of each
+        row[column] = chat[:2] if row.get('turn') == 1 and len(chat) == 4 else chat
     return [answered(row, wanted)]
 
 
 def _better(row, columns):
     """The column that a verdict names ('model_a', 'B', 1), or means by its sign; None for a tie."""
     verdict = first_of((*BY_NAME, *BY_SIGN), row)
+    if verdict is None:
+        one, two = (field(row, f'score_{column[-1]}', NUMBER) for column in columns)
+        return columns[two > one] if one != two else None
     if verdict in BY_SIGN:
         return columns[field(row, verdict, NUMBER) > 0] if row[verdict] else None
     name = str(row[verdict]).strip().lower()
@@ -389,7 +428,7 @@ def read_annotation(row, task=None):
     if 'prompt' in row:
         prompt = text_or_chat(row, 'prompt')
     else:
-        prompt, outputs = ask(field(row, 'instruction')), [answer(x) for x in outputs]
+        prompt, outputs = ask(messages.instruction(asked(row))), [answer(x) for x in outputs]
     # null or NaN
     if verdict is None or verdict != verdict:
         raise LeftOut('no verdict')
@@ -519,7 +558,7 @@ def read_trees(rows, task=None, language=None):
             return []
         if row.get('rank') is None:
             raise LeftOut('an answer without a rank')
-        rank, parent = field(row, 'rank', int), field(row, 'parent_id')
+        rank, parent = field(row, 'rank', NUMBER), field(row, 'parent_id')
         mine = [message('assistant', field(row, 'text'))]
 
         # rank 0, the best, takes part as the better one of rank 1
@@ -542,7 +581,7 @@ def read_answer(row, task=None):
     """A prompt and an answer, which a label may call good or bad."""
     key = first_of(ANSWERS, row)
     # LLaMA-Factory's older pairs: the good and the bad output
-    if are_texts(row[key], 2):
+    if key == 'output' and are_texts(row[key], 2):
         chosen, rejected = row.pop(key)
         return read_pair(row | {'chosen': chosen, 'rejected': rejected}, task)
     # a label that is a text is the answer itself
@@ -557,7 +596,8 @@ def read_answer(row, task=None):
 def thumb(row):
     """{'good': whether the answer is good}, if a column says so; a table may have it as text."""
     column = first_of(LABELS, row)
-    if column is None:
+    # Infinity-Instruct's labels are of other things
+    if column is None or isinstance(row[column], list | dict):
         return {}
     value = str(row[column]).lower()
     if value not in ('true', 'false', '1', '0', '1.0', '0.0'):
@@ -606,11 +646,18 @@ def read_text(row, task=None):
     """A text to learn as it stands; where it is a dialogue with marks, a conversation."""
     text = field(row, 'text')
     nothing_lost(row, 'text', text)
+    for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code'):
+        if isinstance(row.get(other), str | list):
+            raise ValueError(
+                f"'text' may be what {other!r} answers: --columns='question=text, response={other}', or 'text=text'"
+            )
     for start, marks in messages.DIALOGUES.items():
         if text.startswith(start):
             turns = messages.dialogue(text, marks)
             if {turn['role'] for turn in turns} == {'user', 'assistant'}:
                 return read_chat({'messages': turns}, task)
+    if task == 'prompts':
+        raise ValueError("'text' is an answer, and no column asks: if it asks, --columns='question=text'")
     return [{'prompt': '', 'response': text}]
 
 
@@ -619,7 +666,7 @@ def read_prompt(row, task=None):
     for name, value in row.items():
         # without a task, a solution may be there for a reward alone
         like = any(word in name.lower() for word in LIKE_ANSWERS) or (task and 'solution' in name.lower())
-        if task != 'prompts' and like and value and isinstance(value, str | list):
+        if task != 'prompts' and like and value and isinstance(value, str | list | dict):
             raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
     if 'prompt' in row and isinstance(row.get('label'), str):
         return read_answer(row, task)
@@ -637,6 +684,7 @@ LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, several, rea
     ('summaries', 'info summaries choice', read_summaries),
     ('arena', 'prompt response_a response_b winner_model_a winner_model_b', read_votes),
     ('comparison', ','.join(f'{one} {two} {v}' for v in (*BY_NAME, *BY_SIGN) for one, two in COMPARED), read_compared),
+    ('comparison', ','.join(f'{one} {two} score_{one[-1]} score_{two[-1]}' for one, two in COMPARED), read_compared),
     ('arena', 'full_conversation winner', read_sides),
     ('HelpSteer', 'prompt response helpfulness', read_rated),
     ('pair', 'chosen, rejected', read_pair),
@@ -645,10 +693,12 @@ LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, several, rea
     ('answer', 'prompt answer, instruction answer, query answer', read_answer),
     ('scored answers', ','.join(f'{answers} {scores}' for answers in MANY for scores in SCORES), read_scored),
     ('UltraFeedback', 'instruction completions', read_completions),
-    ('answer', 'question answer, problem solution', read_answer),
+    ('answer', 'question answer, problem solution, problem answer', read_answer),
     ('text', 'text', read_text),
     ('prompt', ','.join(QUESTIONS), read_prompt),
 ) for columns in several.split(',')]
 # fmt: on
+# all names that say something
+KNOWN = frozenset(chain(COLUMNS, ADDED, ABOUT, LABELS, *RENAMED, *(layout.columns for layout in LAYOUTS)))
 # of these, one row does not tell its examples
 OF_ALL_ROWS = {read_shp, read_rated, read_trees}

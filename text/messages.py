@@ -13,6 +13,8 @@ ASSISTANT = '\n\nAssistant:'
 # how a chat in JSON begins, or in python's form, and what is in it
 CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|messages)["']:""")
 CUT = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|assistant|gpt)["']""")
+# a question and its answer in one object
+EXCHANGES = (('input', 'output'), ('human', 'assistant'))
 # the fields that a message's thoughts stand in
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
 # what an answer may have beside its content, or in its place
@@ -83,6 +85,8 @@ def checked(turn):
     if not isinstance(turn, dict):
         raise ValueError('a message is no object with a role and content')
     names = {'from': 'role', 'value': 'content'} if turn.get('role') is None else {}
+    if 'text' in turn and not names and turn.get('content') is None:
+        names = {'text': 'content'}
     turn = {names.get(key, key): value for key, value in turn.items() if value is not None}
     role = field(turn, 'role')
     if names and role.strip().lower() not in ROLES:
@@ -123,7 +127,7 @@ def as_messages(value, in_turn=False):
     """Any form of a chat as a list of messages, which checked() takes; anything else as it is.
 
     Forms: a single message; messages as JSON, or in {'messages'}; and, where this must be a chat (in_turn), texts, or
-    {'input', 'output'}, of the user and the assistant in turn."""
+    EXCHANGES, of the user and the assistant in turn."""
     if isinstance(value, str) and (CHAT.match(value) or (in_turn and value.startswith('['))):
         value = _from_json(value)
     if isinstance(value, dict) and value.keys() == {'messages'}:
@@ -132,20 +136,26 @@ def as_messages(value, in_turn=False):
         value = [value]
     if not in_turn or not isinstance(value, list):
         return value
-    if value and all(isinstance(turn, dict) and {'input', 'output'} <= turn.keys() for turn in value):
-        value = [turn[side] for turn in value for side in ('input', 'output')]
+    for sides in EXCHANGES:
+        if value and all(isinstance(turn, dict) and set(sides) <= turn.keys() for turn in value):
+            # XTuner has the system message in the first one
+            begin = [message('system', value[0]['system'])] if value[0].get('system') else []
+            return begin + alternating([turn[side] for turn in value for side in sides])
     return alternating(value) if are_texts(value) else value
 
 
-def _from_json(text):
-    """The messages in a text, if it is JSON of such, or python's form, which pandas writes in a csv; else the text."""
+def loaded(text):
+    """What a text says in JSON, or in python's form, which pandas writes in a csv; None where it is neither."""
     # numpy writes no comma between the items of an array
     with_commas = re.sub(r"\}\s+\{(?='(role|content|from|value)':)", '}, {', text)
-    value = []
     for read, form in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, with_commas)):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            value = read(form.strip())
-            break
+            return read(form.strip())
+
+
+def _from_json(text):
+    """The messages in a text, if it is JSON of such; else the text."""
+    value = loaded(text)
     turns = value if isinstance(value, list) else [value]
     forms = ({'role', 'content'}, {'from', 'value'}, {'messages'})
     sound = all(isinstance(turn, dict) and any(form <= turn.keys() for form in forms) for turn in turns)

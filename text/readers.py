@@ -16,8 +16,10 @@ FORMATS = ('.jsonl', '.ndjson', '.json', '.parquet', '.csv', '.tsv', '.arrow', '
 # suffix of compressed files -> function that opens them; None: pyarrow, since Python < 3.14 has no zstd
 PACKED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': None}
 # .parquet and .arrow files have compression of their own
-COMPRESSIBLE = [ending for ending in FORMATS if ending not in ('.parquet', '.arrow')]
-ENDINGS = (*FORMATS, *(ending + packed for ending in COMPRESSIBLE for packed in PACKED))
+ENDINGS = (
+    *FORMATS,
+    *(ending + suffix for ending in FORMATS if ending not in ('.parquet', '.arrow') for suffix in PACKED),
+)
 # endings of messages to users
 HELP = 'see README, "Data of your own"'
 CUT_SHORT = 'perhaps a download that was cut short'
@@ -26,7 +28,7 @@ NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRU
 # table columns that stay text even if every cell is a number, such as the answers to sums
 TEXT_NAMES = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion',
               'output', 'answer', 'chosen', 'rejected', 'text', 'history', 'human_ref', 'chosen_response',
-              'rejected_response', 'problem', 'solution'}  # fmt: skip
+              'rejected_response', 'problem', 'solution', 'inputs', 'targets'}  # fmt: skip
 # suffix of a column that belongs to one of two answers: response_a, answer1, human_ref_B
 ANSWER_SUFFIX = re.compile(r'_?(\d|[a-z]|[A-Z])$')
 # errors='surrogateescape' decodes bytes that are not UTF-8 to these characters
@@ -181,7 +183,7 @@ def _read_table(file, delimiter=','):
     for _, cells, _ in _cells(file, delimiter):
         for name, cell in cells.items():
             is_text = cell is not None and not NUMBER.fullmatch(cell)
-            if is_text or name in TEXT_NAMES or ANSWER_SUFFIX.sub('', name) in TEXT_NAMES:
+            if is_text or name.lower() in TEXT_NAMES or ANSWER_SUFFIX.sub('', name.lower()) in TEXT_NAMES:
                 text_columns.add(name)
     for line, cells, error in _cells(file, delimiter):
         raw = {}

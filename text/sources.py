@@ -287,7 +287,7 @@ class HubDataset(NamedTuple):
         return read_rows(self.hub_id, part, path, undivided=self.test is None, **self.options), self.parse
 
 
-def parse_sharegpt(row, num_turns=1):
+def parse_sharegpt(row, num_turns):
     """A conversation's first num_turns answers, each after all before it."""
     turns = [(field(turn, 'from'), field(turn, 'value')) for turn in field(row, 'conversations', list)]
     if any(token in text for _, text in turns for token in ('<s>', '</s>', '<|endoftext|>')):

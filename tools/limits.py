@@ -1,93 +1,78 @@
-"""Lower bounds of a step's cost, for tools/bench.py: the FLOPs of its model, and the time of its matrix products alone.
-
-peak_of says what a GPU could do at most, which turns FLOPs into a utilisation (MFU).
-"""
+"""Lower bounds on the cost of a DPO step, for tools/bench.py: model FLOPs, time of the matrix products, and peak FLOP/s of GPUs."""
 
 import collections
 import re
 
 import torch
 
-# TFLOP/s of bfloat16 products without sparsity, from NVIDIA's data sheets; of two names in a card's name the first counts
+# dense bfloat16 TFLOP/s from NVIDIA's data sheets; the first name that occurs in the card's name counts
 DATA_SHEET = {'B200': 2250, 'H100 PCIe': 756, 'H100': 989, 'H200': 989, 'GH200': 989, 'A100': 312, 'L40S': 362, 'L4': 121,
               'RTX 4090': 165, 'RTX 3090': 71}  # fmt: skip
 
 
 def peak_of(card):
-    """Return (peak TFLOP/s in bfloat16, source of the figure in words) for the name of a GPU.
-
-    For a card without a data sheet here, the peak is None, and the words say what to do."""
+    """Return (peak bfloat16 TFLOP/s, its source as text) of a GPU by name; (None, advice) for an unknown GPU."""
     for name, tflops in DATA_SHEET.items():
-        # whole words: an L40S is no L4
+        # match whole words: an L40S is not an L4
         if re.search(rf'\b{name}\b', card):
             return tflops, f'the data sheet of the {name}'
     return None, f'no data sheet of {card} here: give --peak_tflops'
 
 
 def flops(model, lengths, *, share, head, passes):
-    """Return the mean FLOPs of a pair in one step: a product of matrices costs 2 FLOPs for each weight and token.
+    """Return the mean FLOPs per pair of a step.
 
-    model: its weights may be on the meta device, for only shapes are read. lengths (pairs, 3): tokens of prompt, chosen and
-    rejected answer. share: the two answers share one copy of their prompt. head: the head predicts answer tokens alone, and
-    not every token. passes: number of forward passes; a backward pass costs as much as two."""
-    # embeddings are looked up, not multiplied; the head comes later, since it may see fewer tokens
-    not_counted = r'embed|lm_head|(wte|wpe)\.weight$'
+    model: may be on the meta device. lengths (pairs, 3): tokens of prompt, chosen and rejected answer. share: both answers
+    share one copy of the prompt. head: logits at answer tokens only. passes: forward passes; a backward counts as two."""
+    # skip embeddings, which are lookups, and the head, which is added below
+    skipped = r'embed|lm_head|(wte|wpe)\.weight$'
     weights = 0
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() == 2
-        if is_matrix and not re.search(not_counted, name):
+        if parameter.dim() == 2 and not re.search(skipped, name):
             weights += parameter.numel()
-
-    # Causal attention over n tokens has about n^2 / 2 pairs (query, key). Prompt and chosen answer are one such text; then the
-    # rejected answer attends to the prompt and to itself.
     prompt, chosen, rejected = lengths.T  # (pairs,) each
     tokens = prompt + chosen + rejected
-    of_chosen = (prompt + chosen) ** 2 / 2
-    attended = of_chosen + rejected * prompt + rejected**2 / 2
-    # a prompt that is not shared is computed once more, for the rejected answer
+    # causal attention: n tokens have about n^2 / 2 (query, key) pairs; rejected tokens attend to the prompt and to themselves
+    attended = (prompt + chosen) ** 2 / 2 + rejected * prompt + rejected**2 / 2
     if not share:
+        # the prompt is computed twice
         tokens = tokens + prompt
         attended = attended + prompt**2 / 2
-    in_head = chosen + rejected if head else tokens
-
-    # each pair (query, key) costs 2 FLOPs a channel for its score, and 2 for its part of the output
+    head_tokens = chosen + rejected if head else tokens
+    # 2 FLOPs per weight and token; 2 per channel for each attention score, and 2 for its part of the output
     shape = model.config
-    in_layers = 2 * weights * tokens
-    in_attention = 4 * shape.num_hidden_layers * shape.hidden_size * attended
-    in_logits = 2 * shape.hidden_size * shape.vocab_size * in_head
-    forward = in_layers + in_attention + in_logits
-    return float((forward * passes).mean())
+    layers = 2 * weights * tokens
+    attention = 4 * shape.num_hidden_layers * shape.hidden_size * attended
+    logits = 2 * shape.hidden_size * shape.vocab_size * head_tokens
+    return float(((layers + attention + logits) * passes).mean())
 
 
 def products_alone(model, tokens, predicted, dtype, device, clock):
-    """Measure the seconds of a step's matrix products and nothing else, for policy and live reference.
+    """Measure the seconds of all matrix products in a step with a live reference.
 
-    Every linear layer of the model has one forward product of each of the two models, and two backward products of the
-    policy. model: only shapes are read. tokens: rows of the input of a layer; predicted: rows of the head's input.
-    clock() -> seconds, when all work so far is done."""
+    model: may be on the meta device. tokens: input tokens of each linear layer; predicted: input tokens of the head.
+    clock(): returns the time in seconds, after all pending work is done."""
     total = 0.0
+    # measure each shape once
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    # layers of the same shape take the same time: each shape is measured once
     counts = collections.Counter(linear.weight.shape for linear in linears)
-    for (outputs, inputs), count in counts.items():
-        is_head = outputs == model.config.vocab_size
+    for (out_features, in_features), count in counts.items():
+        is_head = out_features == model.config.vocab_size
         rows = predicted if is_head else tokens
         options = {'dtype': dtype, 'device': device}
-        x = torch.randn(rows, inputs, **options)
-        weight = torch.randn(outputs, inputs, **options)
-        grad = torch.randn(rows, outputs, **options)
-        # the fastest of three tries, for the first one also loads kernels
+        x = torch.randn(rows, in_features, **options)
+        weight = torch.randn(out_features, in_features, **options)
+        grad = torch.randn(rows, out_features, **options)
         seconds = []
         for _ in range(3):
             start = clock()
             x @ weight.T  # forward
             middle = clock()
-            grad @ weight  # the gradient of x
-            grad.T @ x  # the gradient of the weight
+            grad @ weight  # gradient of x
+            grad.T @ x  # gradient of weight
             end = clock()
-            forward = middle - start
-            backward = end - middle
-            # policy and reference go forward, the policy alone goes backward
-            seconds.append(2 * forward + backward)
+            # forward of policy and reference, backward of the policy
+            seconds.append(2 * (middle - start) + (end - middle))
+        # the minimum, since the first run also loads kernels
         total += count * min(seconds)
     return total

@@ -1,11 +1,10 @@
-"""Draw the curves of runs side by side: loss, accuracy, margins, log-probs, KL, and gold reward against KL. One PNG.
+"""Plot the curves of runs into one PNG: loss, accuracy, margins, log-probs, KL, and gold reward against KL.
 
     python -m tools.plot out/dpo_toy out/drdpo_toy --out=plot.png
 
-Options are given as --name=value; every other word is the folder of a run.
-Thin lines are training steps, smoothed; points are evaluations of held-out examples. A run is named by its folder and by the
-options in which the runs differ. The last panel needs evaluations with --sample_during_eval on the toy world, whose gold
-reward is known, or ppo.py's metric gold/eval.
+Arguments without dashes are run folders. Thin lines are training steps, smoothed; points are evaluations on held-out examples. The
+legend names a run by its folder and the options in which the runs differ. The last panel needs evaluations with
+--sample_during_eval on the toy world, whose gold reward is known, or ppo.py's metric gold/eval.
 """
 
 from runtime import guard
@@ -22,130 +21,118 @@ import numpy as np
 from configurator import UserError, configure
 from tools.runs import gold, labels, panels_of, read, smoothed, value_of
 
-out = 'plot.png'  # the picture; its ending decides the format (png, pdf, svg)
-smooth = 0.04  # training curves: mean over this fraction of a run's steps; 0: every step as it is
+out = 'plot.png'  # the extension decides the format (png, pdf, svg)
+smooth = 0.04  # moving average of training curves, as a fraction of the run's steps; 0: none
 width = 13.0  # inches
 config = configure(globals(), [word for word in sys.argv[1:] if word.startswith('-')])
 folders = [Path(word) for word in sys.argv[1:] if not word.startswith('-')]
 
 
 def frontier(run):
-    """Return the points (KL, gold reward) of a run, one for each evaluation that has both.
+    """Return the (KL, gold reward) of each evaluation of a run that has both.
 
-    The gold reward is the metric gold/eval of ppo.py, or else the mean over the evaluation's samples of the policy."""
-    # a row of metrics.jsonl for each evaluation
+    The gold reward is the metric gold/eval of ppo.py, or else the mean over the policy's samples at that evaluation."""
+    sample_rewards = {}  # training examples before the evaluation -> gold rewards
+    for sample in run.samples:
+        if sample['generator'] == 'policy' and gold(sample) is not None:
+            sample_rewards.setdefault(sample['examples'], []).append(gold(sample))
     points = []
     evaluations = [row for row in run.rows if row['split'] == 'eval']
     for row in evaluations:
         kl = value_of(row, 'eval', 'kl/samples')
         reward = value_of(row, 'eval', 'gold')
-        # its samples are known by the number of training examples so far
-        rewards_of_samples = []
-        for sample in run.samples:
-            is_of_row = sample['examples'] == row['counters/examples']
-            if is_of_row and sample['generator'] == 'policy' and gold(sample) is not None:
-                rewards_of_samples.append(gold(sample))
-        if reward is None and rewards_of_samples:
-            reward = statistics.fmean(rewards_of_samples)
+        rewards = sample_rewards.get(row['counters/examples'])
+        if reward is None and rewards:
+            reward = statistics.fmean(rewards)
         if kl is not None and reward is not None:
             points.append((kl, reward))
     return points
 
 
 def draw(runs):
-    """Draw all panels of the runs into one picture, write it to --out, and print how much is in it.
-
-    Raises UserError if there is nothing to draw, without matplotlib, and if the picture cannot be written."""
+    """Draw all panels of the runs into one picture, and save it to --out. Raises UserError if that is not possible."""
     try:
         import matplotlib
     except ImportError:
         raise UserError('plot.py needs a package that is not installed: pip install matplotlib') from None
-    # a backend that needs no screen; it must be chosen before pyplot is imported
+    # headless backend; must be chosen before importing pyplot
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    # all panels that show anything, three in a row; gold reward against KL comes last
     panels = panels_of(runs)
     frontiers = [frontier(run) for run in runs]
-    has_frontier = any(frontiers)
-    count = len(panels) + has_frontier  # True is 1
-    if not count:
+    num_panels = len(panels) + any(frontiers)
+    if not num_panels:
         raise UserError('these runs have no metric that is drawn')
     plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True})
     plt.rcParams.update({'grid.alpha': 0.25, 'axes.titlesize': 11, 'axes.titleweight': 'bold'})
-    columns = min(3, count)
-    rows = math.ceil(count / 3)
+    rows = math.ceil(num_panels / 3)
     # inches; the legend has a line for each run
     size = width, 3.3 * rows + 0.25 * len(runs)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')
-
-    # every run has its colour in all panels
+    figure, axes = plt.subplots(rows, min(3, num_panels), figsize=size, squeeze=False, layout='constrained')
+    # a run has the same color in all panels
     palette = plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
-    colours = [palette[i % len(palette)] for i in range(len(runs))]
+    colors = [palette[i % len(palette)] for i in range(len(runs))]
     for axis, panel in zip(axes.flat, panels, strict=False):
         for curve in panel.curves:
-            draw_curve(axis, curve, colours[curve.run])
+            draw_curve(axis, curve, colors[curve.run])
         entitle(axis, panel.title, panel.meaning, 'training examples')
-    if has_frontier:
-        draw_frontiers(axes.flat[len(panels)], frontiers, colours)
-    for unused in axes.flat[count:]:
+    if any(frontiers):
+        draw_frontiers(axes.flat[len(panels)], frontiers, colors)
+    for unused in axes.flat[num_panels:]:
         unused.remove()
-
-    # the legend: which colour is which run; two $ in a name would be read as mathematics
+    # escape $, which would start math mode
     names = [name.replace('$', r'\$') for name in labels(runs)]
-    named = zip(names, colours, strict=True)
-    handles = [plt.Line2D([], [], color=colour, marker='o', label=name) for name, colour in named]
+    handles = [plt.Line2D([], [], color=colors[i], marker='o', label=name) for i, name in enumerate(names)]
     figure.legend(handles=handles, loc='outside lower center', frameon=False)
     try:
         figure.savefig(out, dpi=110)
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or error
         raise UserError(f'cannot write {out}: {reason}') from None
-    print(f'{out}: {len(runs)} runs, {count} panels')
+    print(f'{out}: {len(runs)} runs, {num_panels} panels')
 
 
-def draw_frontiers(axis, frontiers, colours):
-    """Draw the points of frontier of each run, joined by a line, into the panel of gold reward against KL."""
-    for points, colour in zip(frontiers, colours, strict=True):
-        # a run without points draws an empty line
+def draw_frontiers(axis, frontiers, colors):
+    """Draw the panel of gold reward against KL. frontiers: a list of (KL, gold reward) points for each run."""
+    for points, color in zip(frontiers, colors, strict=True):
+        # reshape: a run without points draws an empty line
         kls, rewards = np.array(points).reshape(-1, 2).T
-        axis.plot(kls, rewards, color=colour, marker='o', linewidth=1, alpha=0.8)
+        axis.plot(kls, rewards, color=color, marker='o', linewidth=1, alpha=0.8)
     xlabel = 'KL(policy || reference), nats an answer'
     entitle(axis, 'gold reward against KL', 'mean of sampled answers, an evaluation a point', xlabel)
 
 
-def draw_curve(axis, curve, colour):
-    """Draw a Curve: a smoothed line for training steps, points for evaluations, joined by a line if there are three or more.
+def draw_curve(axis, curve, color):
+    """Draw a Curve: a smoothed line for training steps; points for evaluations, joined if there are more than two.
 
-    Curves that look the same take turns, so that each is seen: every one draws other dashes of the line, and a smaller point
-    upon the point of the one before."""
-    number, size = curve.place
+    Identical curves are all kept visible by alternating dashes and by points of decreasing size."""
+    number, size = curve.place  # this is the number-th of `size` identical curves
     is_second = curve.metric == 1
     linestyle = '--' if is_second else '-'
     if size > 1:
-        # matplotlib's (offset, (dash, gap)): a dash of 6, and a gap for the dashes of the others
+        # (offset, (dash, gap)): dashes of length 6, with gaps for the dashes of the other curves
         linestyle = (6 * number, (6, 6 * (size - 1)))
-    look = {'color': colour, 'linestyle': linestyle}
+    style = {'color': color, 'linestyle': linestyle}
     if curve.split == 'train':
-        values = smoothed(curve.values, smooth)
-        axis.plot(curve.examples, values, linewidth=1, alpha=0.6, **look)
+        axis.plot(curve.examples, smoothed(curve.values, smooth), linewidth=1, alpha=0.6, **style)
         return
-    look['linewidth'] = 1.5 if len(curve.examples) > 2 else 0
-    look['markersize'] = 5 + 3 * (size - 1 - number)
-    # open points for a panel's second metric
+    style['linewidth'] = 1.5 if len(curve.examples) > 2 else 0
+    style['markersize'] = 5 + 3 * (size - 1 - number)
+    # hollow points for the panel's second metric
     if is_second:
-        look['markerfacecolor'] = 'white'
-    axis.plot(curve.examples, curve.values, marker='o', **look)
+        style['markerfacecolor'] = 'white'
+    axis.plot(curve.examples, curve.values, marker='o', **style)
 
 
 def entitle(axis, title, meaning, xlabel):
-    """Write a panel's title, below it the line with its meaning, and the label of its x axis."""
+    """Set a panel's title, its subtitle (meaning), and the label of the x axis."""
     axis.set(xlabel=xlabel)
-    # numbers in full: a power of ten above the axis would stand in the line with the meaning
+    # no power of ten above the axis, where it would overlap the subtitle
     axis.ticklabel_format(useOffset=False, scilimits=(-9, 9))
     axis.set_title(title, loc='left', pad=17)
     text = axis.text(0, 1.025, meaning, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
-    # the layout does not look at it, so that a long line makes no column wider
+    # a long subtitle must not widen its column
     text.set_in_layout(False)
 
 

@@ -55,7 +55,7 @@ def test_text_files_and_the_kinds_of_the_columns_of_a_table(tmp_path):
     assert answers(str(tmp_path), undivided=True) == ALL
 
     path = tmp_path / 'data.csv'
-    path.write_text('\ufeffprompt,response_a,answer2,label,score_A,note,zip\n1,7,8,True,0.5,,007\n2,9,9,false,-3,x,1\n')
+    path.write_text('\ufeffPrompt,response_a,Answer2,label,score_A,note,zip\n1,7,8,True,0.5,,007\n2,9,9,false,-3,x,1\n')
     rows = list(files.read_rows(None, 'train', str(path)))
     assert list(rows[0].values()) == ['1', '7', '8', True, 0.5, None, '007']
     assert list(rows[1].values()) == ['2', '9', '9', False, -3, 'x', '1']
