@@ -240,8 +240,7 @@ def _splits_by_name(path):
         splits.setdefault(split, []).append(file)
     # _split_of returns '' if a name tells no split
     unnamed = splits.pop('', [])
-    has_train = any(split.startswith('train') for split in splits)
-    if unnamed and has_train:
+    if unnamed and any(split.startswith('train') for split in splits):
         # ignore them, as `datasets` does; a folder is scanned several times, so print the note once
         listed = shorten(', '.join(unnamed), 300)
         say_once(f'note: not read, since other files are named train: {listed}')

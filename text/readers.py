@@ -16,10 +16,8 @@ FORMATS = ('.jsonl', '.ndjson', '.json', '.parquet', '.csv', '.tsv', '.arrow', '
 # suffix of compressed files -> function that opens them; None: pyarrow, since Python < 3.14 has no zstd
 PACKED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': None}
 # .parquet and .arrow files have compression of their own
-ENDINGS = (
-    *FORMATS,
-    *(ending + suffix for ending in FORMATS if ending not in ('.parquet', '.arrow') for suffix in PACKED),
-)
+COMPRESSIBLE = [ending for ending in FORMATS if ending not in ('.parquet', '.arrow')]
+ENDINGS = (*FORMATS, *(ending + suffix for ending in COMPRESSIBLE for suffix in PACKED))
 # endings of messages to users
 HELP = 'see README, "Data of your own"'
 CUT_SHORT = 'perhaps a download that was cut short'
