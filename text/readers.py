@@ -144,8 +144,8 @@ def _read_json(file):
         if is_list:
             for number, raw in enumerate(json.loads(stream.read().decode('utf-8-sig')), 1):
                 yield Row.of(raw, f'{file}, row {number}')
-    if not is_list:
-        yield from _read_lines(file)
+        else:
+            yield from _read_lines(file)
 
 
 def _read_lines(file):
