@@ -31,6 +31,7 @@ from model import set_attention
 from runtime import checkpoint, guard, log, room
 from runtime.prefetch import prefetch
 from text import show
+from text.examples import in_words
 from text.tokenise import ENOUGH, load_examples
 
 # data
@@ -177,7 +178,7 @@ class Run:
         config, train = self.config, self.train
         total = config.n_epochs * len(train) * group
         self.total = min(total, config.n_examples or total) // group * group
-        changed, notes = train.changes()
+        changed, notes = in_words(train.left_out)
         sizes = f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {len(self.held_out):,} to evaluate on'
         if n_eval_examples and not len(self.held_out):
             notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')

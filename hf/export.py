@@ -16,7 +16,7 @@ from hf.ties import tie_as, ties
 from model import core
 from runtime import checkpoint
 from runtime.files import make_room, move_folder, say, writing
-from text.ids import first_of
+from text.ids import bos_of
 
 # maximum size of a weights file; larger models are sharded
 SHARD = '5GB'
@@ -180,7 +180,7 @@ Commit {record['commit'] or 'unknown'}; {versions}.
     # usage example of a reward model
     architecture = saved_config.get('architectures', [''])[0]
     if architecture.endswith('SequenceClassification'):
-        first = first_of(transformers.AutoTokenizer.from_pretrained(folder))
+        first = bos_of(transformers.AutoTokenizer.from_pretrained(folder))
         first_ids = '[]' if first is None else f'[{first}]'
         text += '\n' + SCORE.replace('{first}', first_ids)
 
