@@ -187,16 +187,18 @@ def _read_file(path):
 
 
 def _read_flag(word, options):
-    """Parse a flag --name=value, or --name for True. Returns (name, value, 'command line', 'the command line')."""
+    """Parse a flag --name=value, or --name for True. Returns (name, value, origin, origin as a phrase for messages)."""
     name, equals, text = word.removeprefix('--').partition('=')
     if not word.startswith('--') or not name:
         raise UserError(f'cannot read {word!r}: options are written --name=value')
-    # unknown names may have any type: _check rejects them
+    # an unknown name passes here, with or without a value: _check rejects it
     allowed = options[name].types if name in options else ['bool']
-    if not equals and 'bool' not in allowed:
-        raise UserError(f'--{name} needs a value: --{name}=value')
-    value = text = text if equals else 'true'
-    # None, True or False if allowed; else an int, a float or the text
+    if not equals:
+        if 'bool' not in allowed:
+            raise UserError(f'--{name} needs a value: --{name}=value')
+        text = 'true'
+    # the last conversion that is allowed and succeeds counts: text, float, int, then the words for None, True and False
+    value = text
     for kind in (float, int):
         if kind.__name__ in allowed:
             with contextlib.suppress(ValueError):

@@ -43,7 +43,7 @@ def plan(lengths, world_size, max_tokens):
     # one more on every rank until all examples fit
     while (bins := _fill_bins(lengths, world_size * count, max_tokens)) is None:
         count += 1
-    # deal them out by size, so that all ranks run their heaviest microbatches at the same time
+    # a bin is (tokens, number, slots). Deal them out, heaviest first: all ranks run their heaviest microbatches at the same time
     bins.sort(key=lambda item: (-item[0], item[1]))
     return [[sorted(slots) for _, _, slots in bins[rank::world_size]] for rank in range(world_size)]
 
@@ -229,22 +229,25 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
 
 
 def _predicted(ids, sizes, is_answer, prompt_of):
-    """Return a Batch's arrays about predicted tokens: predict_at, target, answer, offset, n, last. Places are indices into ids.
+    """Return a Batch's arrays about predicted tokens. Places are indices into ids, the concatenated pieces.
 
-    ids: all pieces, concatenated. Of each piece: sizes, its tokens; is_answer; prompt_of, the index of its prompt."""
+    Per predicted token: predict_at (place of the logits that predict it), target (its id), answer (number of its answer), offset
+    (index in its answer). Per answer: n (predicted tokens), last (place of its last token). Arguments, per piece: sizes (tokens),
+    is_answer, prompt_of (index of its prompt's piece)."""
     ends = np.cumsum(sizes)
     answer_ends = ends[is_answer]
     # of each answer token: its answer's number, its index in the answer, its place
     lengths = sizes[is_answer]
     answer = np.repeat(np.arange(len(lengths)), lengths)
     offset = np.concatenate([np.arange(length) for length in lengths])
-    place = (answer_ends - lengths)[answer] + offset
+    answer_starts = answer_ends - lengths
+    place = answer_starts[answer] + offset
     # drop tokens that are seen but not predicted, such as the user's later turns: stored as ~id, which is negative
     is_predicted = ids[place] >= 0
     answer, offset, place = answer[is_predicted], offset[is_predicted], place[is_predicted]
     # an answer's first token is predicted at the prompt's last token, any other at the token before it
-    prompt_ends = ends[prompt_of[is_answer]]
-    predict_at = np.where(offset == 0, prompt_ends[answer], place) - 1
+    prompt_last = ends[prompt_of[is_answer]] - 1
+    predict_at = np.where(offset == 0, prompt_last[answer], place - 1)
     of_tokens = {'predict_at': predict_at, 'target': ids[place], 'answer': answer, 'offset': offset}
     return of_tokens | {'n': np.bincount(answer, minlength=len(lengths)), 'last': answer_ends - 1}
 

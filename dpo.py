@@ -393,9 +393,10 @@ def check_first_step():
     chosen, rejected = (found.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
     said = f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {columns["loss"].mean():.6f}'
 
-    # the loss if the policy equaled its reference: replace ref columns by pi columns; 'shift' is an input of aot only
+    # the loss if the policy equaled its reference: replace the ref columns by the pi columns
     if needs_ref:
         policy_as_ref = {name.replace('pi', 'ref'): x for name, x in columns.items() if name.startswith('pi')}
+        # an input of the loss aot, from its statistic; the other losses do not ask for it
         no_shift = {'shift': torch.zeros_like(columns['loss'])}
         expected = call(loss_fn, no_shift | columns | policy_as_ref).mean()
         said += f' ({loss} of a policy that is its reference: {expected:.6f})'
@@ -405,7 +406,8 @@ def check_first_step():
 
     is_rounded = training.dtype == 'bfloat16' or training.tf32
     allowed = 1e-2 if is_rounded else 1e-4
-    if needs_ref and ref_model is None and max(abs(chosen), abs(rejected)) > allowed:
+    policy_is_ref = needs_ref and ref_model is None
+    if policy_is_ref and max(abs(chosen), abs(rejected)) > allowed:
         run.logger.say('warning: policy and reference are one model, so the rewards should be 0 before the first step')
 
 

@@ -41,11 +41,13 @@ def setup(tp=1):
 
 def _join_process_group(device):
     """Create the default process group: of all ranks that torchrun started, or without torchrun of this process alone."""
+    # without torchrun
     store, rank, world_size = dist.HashStore(), 0, 1
     if 'RANK' in os.environ:
         store, rank, world_size = next(rendezvous('env://'))
-        # torch 2.13's agent keeps its store across restarts. A prefix per restart hides the addresses of dead ranks, which would
-        # hang this one. With several agents (hosts) restart counts can differ: there, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+        # After a restart, torch 2.13's agent reuses its store, which still has the addresses of dead ranks; connecting to them would
+        # hang. So each restart gets a key prefix of its own. On several hosts the counts can differ: the prefix is fixed there, and
+        # users need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (a new store per restart)
         has_one_agent = os.environ.get('GROUP_WORLD_SIZE') == '1'
         restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if has_one_agent else '0'
         store = dist.PrefixStore(f'start{restarts}', store)
@@ -278,6 +280,7 @@ def _distribute(model, full, device, half, cpu_offload):
     """Shard an empty model by FSDP, in place, and load the weights of full, which is None on all ranks but 0."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
+    # a replica is sharded over a mesh of one rank: FSDP then does mixed precision only
     is_replica = model.shard_mode == 'none'
     mesh = _mesh(device.type, _tp_size, is_replica, group=dist.group.WORLD)
     settings = {'mesh': mesh['dp']}
@@ -290,6 +293,7 @@ def _distribute(model, full, device, half, cpu_offload):
         if full is not None:
             for p in full.parameters():
                 p.data = p.data.bfloat16().to(p.dtype)
+        # frozen weights are never updated, so they need no float32 copy
         frozen = [p for p in model.parameters() if not p.requires_grad]
         for p in frozen:
             p.data = p.data.bfloat16()
@@ -298,7 +302,7 @@ def _distribute(model, full, device, half, cpu_offload):
         shard_device = torch.device('cpu')
     if _tp_size > 1:
         tensor_parallel(model, mesh['tp'], mesh['dp'].size())
-    # a unit per block, so that one block is gathered at a time; the root unit has the rest
+    # a unit per block, so that one block is gathered at a time; the root unit has the rest, which backward needs first
     model.stays_gathered = stays_gathered(model, model.shard_mode)
     for block in blocks(model):
         fully_shard(block, **settings, reshard_after_forward=not model.stays_gathered)
@@ -392,12 +396,13 @@ def local(tensor):
 
 def average_gradients(model):
     """Average a step's gradients over all ranks, in place, and return the list of them: tensors, or DTensors if sharded."""
+    # free the gathered weights: the parameters are then the shards again, which have the gradients
     model.reshard()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     # FSDP has averaged them in backward
     if model.shard_mode != 'none':
         return grads
-    # a bfloat16 replica is sharded by FSDP over one rank, so its gradients are DTensors
+    # a replica has whole gradients; in bfloat16 they are DTensors over one rank
     grads = [local(grad) for grad in grads]
     world_size = dist.get_world_size()
     if world_size > 1:

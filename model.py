@@ -26,7 +26,7 @@ def blocks(model):
         class_names.update(getattr(module, '_no_split_modules', None) or ())
     found = {}
     for path, module in core(model).named_modules():
-        # only outermost modules: Mamba declares a block and also a part of it
+        # only outermost modules, which named_modules lists first: Mamba declares a block and also a part of it
         is_inside_block = any(path.startswith(f'{block_path}.') for block_path in found)
         if type(module).__name__ in class_names and not is_inside_block:
             found[path] = module
@@ -52,7 +52,8 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     if query.is_cuda and half and softcap is None and same_size:
         return varlen.attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
-    # a block of small groups is one piece; of a large group, the prompt and each answer are one
+    # a block is either several small groups, computed as one piece under one mask, or a single large group, which is cut into
+    # pieces: its prompt, then each answer
     sizes = [size for block in packed.blocks for size in block.sizes]
     # one split for all pieces, because its backward is a single cat
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
@@ -63,7 +64,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
             mask = block.mask(sliding_window, q.device)
             out.append(_attend(q, k, v, mask, scaling, softcap))
             continue
-        # every answer sees the prompt's keys and values; the prompt's queries are computed with the first answer
+        # every answer sees the prompt's keys and values. The prompt's queries go before those of the first answer, in row order
         prompt_q, prompt_k, prompt_v = next(pieces)
         for number in range(1, len(block.sizes)):
             q, answer_k, answer_v = next(pieces)
@@ -109,7 +110,8 @@ def _attend(q, k, v, mask, scaling, softcap):
 def set_attention(model, packed, for_padded=None):
     """Switch a model to packed_attention, or with packed=False to one of transformers' implementations for padded batches.
 
-    for_padded: name of that implementation; None keeps the last one, at first sdpa or eager. UserError if the model lacks it."""
+    for_padded: name of that implementation, remembered for later calls. None: the remembered one, or if there is none, sdpa if the
+    model supports it, else eager. Raises UserError if the model lacks it."""
     inner = core(model)
     if for_padded:
         inner.attention_if_padded = for_padded
@@ -117,12 +119,12 @@ def set_attention(model, packed, for_padded=None):
         # some versions of transformers offer sdpa for Gemma 2, though sdpa has no soft cap
         has_cap = getattr(inner.config, 'attn_logit_softcapping', None) is not None
         inner.attention_if_padded = 'sdpa' if inner._supports_sdpa and not has_cap else 'eager'
+    name = 'packed' if packed else inner.attention_if_padded
     try:
-        inner.set_attn_implementation('packed' if packed else inner.attention_if_padded)
+        inner.set_attn_implementation(name)
     except (ImportError, ValueError) as error:
         reason = str(error).strip().partition('\n')[0]
-        problem = f'{type(inner).__name__} cannot use attention by {inner.attention_if_padded}'
-        raise UserError(f'{problem}: {reason}') from None
+        raise UserError(f'{type(inner).__name__} cannot use attention by {name}: {reason}') from None
 
 
 @contextlib.contextmanager

@@ -251,17 +251,17 @@ class Run:
         return make_batches(examples, rows, self.rank, self.world, **options)
 
     def check_room(self, *others):
-        """Check disk space (UserError) and memory (a note); note examples longer than max_tokens. others: the frozen models."""
-        policy, per_token, train = self.policy, self.bytes_per_token, self.train
-        fits = room.check_room(self.config, policy, per_token, train, self.total, self.packed, self.max_tokens, others)
-        # 'auto': no checkpoints if the disk has room for the model only
-        if save_every == 'auto' and not fits:
+        """Raise UserError if the disk is too small for the model. Log notes on memory and on examples longer than max_tokens.
+
+        others: frozen models in memory besides the policy."""
+        policy, per_token, train, limit = self.policy, self.bytes_per_token, self.train, self.max_tokens
+        checkpoints_fit = room.check_room(self.config, policy, per_token, train, self.total, self.packed, limit, others)
+        # with save_every='auto', save no checkpoints if only the final model fits on the disk
+        if save_every == 'auto' and not checkpoints_fit:
             self.save_every = 0
-        too_long = train.lengths[train.lengths > self.max_tokens]
+        too_long = train.lengths[train.lengths > limit]
         if len(too_long):
-            what = (
-                f'{len(too_long)} examples are longer than max_tokens={self.max_tokens} (the longest: {too_long.max()})'
-            )
+            what = f'{len(too_long)} examples are longer than max_tokens={limit} (the longest: {too_long.max()})'
             log.say(f'note: {what}: each gets a microbatch of its own')
 
     def start(self, what='', counts=None):
@@ -363,10 +363,10 @@ class Run:
         factor = log.schedule(step.first // config.batch_size, n_steps, self.state['warmup'], lr_schedule)
         self.rate = config.lr * factor
 
-        # gradients are (sum of weighted gradients) / world; scale turns them into the weighted mean over the step
-        scale = math.nan  # the norm becomes NaN, and fsdp.update skips the update
-        if weight and guard.finite(columns):
-            scale = self.world / float(weight)
+        # gradients are (sum of weighted gradients) / world; scale turns them into the weighted mean over the step.
+        # In a bad step it is NaN: then the norm is NaN on every rank, and fsdp.update changes nothing
+        is_good = weight and guard.finite(columns)
+        scale = self.world / float(weight) if is_good else math.nan
         with self.memory(step.batches):
             self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, max_grad_norm)
         if math.isfinite(self.norm):
