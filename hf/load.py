@@ -15,7 +15,7 @@ from huggingface_hub import get_local_safetensors_metadata
 
 from configurator import UserError, main_rank
 from hf import lora
-from hf.ties import describe_ties
+from hf.ties import correct_tie_config
 from model import core, register_attention
 from runtime import hub
 from runtime.files import file_hash, say_once
@@ -80,7 +80,7 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
     if _generation_configs.get(base):
         model.generation_config = copy.deepcopy(_generation_configs[base])
     # correct a config that ties head and embedding although the file has both; an empty model has read no file
-    if not options.get('empty') and describe_ties(model):
+    if not options.get('empty') and correct_tie_config(model):
         say_once(f'note: {base!r} has a head of its own, although its config ties head and embedding: the head is kept')
     # merge or attach adapters before adding rows: saved adapters have the shapes of the file
     model = lora.adapt(model, saved, adapters, **options)
@@ -332,8 +332,9 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
     if isinstance(other, str):
         if other == model:
             return
-        is_folder_without = Path(other).is_dir() and not any(Path(other).glob('*token*'))
-        if is_folder_without and not lora.find(other):
+        lacks_tokenizer = Path(other).is_dir() and not any(Path(other).glob('*token*'))
+        # an adapter without a tokenizer has that of its base model
+        if lacks_tokenizer and not lora.find(other):
             say_once(f'note: {what} comes without a tokenizer: it must read the tokens of {model}')
             return
         other = load_tokenizer(other, trust_remote_code)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from configurator import UserError
 from hf import quantize
-from hf.ties import describe_ties, separate
+from hf.ties import correct_tie_config, separate
 from model import blocks, core
 from runtime import hub
 from runtime.files import file_hash, say_once
@@ -77,10 +77,12 @@ def _read(name, file):
     has_base = type(base) is str and base != ''
     if not (has_rank and has_base and type(alpha) in (int, float)):
         raise UserError(f'{CONFIG_FILE} of {name!r} does not say its r, its lora_alpha and its model: {WAY_OUT}')
-    # unsupported adapters compute something else than LoRA, or changed their base model before training
+    # Unsupported adapters compute something else than LoRA, or changed their base model before training. Keys in ANY_VALUE do not
+    # matter; those in ALLOWED_VALUES need one of its values (None if the key is missing); any other option must be off
     unsupported = []
     for key, value in (dict.fromkeys(ALLOWED_VALUES) | options).items():
-        if key not in ANY_VALUE and value not in ALLOWED_VALUES.get(key, DISABLED):
+        allowed = ALLOWED_VALUES.get(key, DISABLED)
+        if key not in ANY_VALUE and value not in allowed:
             unsupported.append(f'{key}={value!r}'[:100])
     if unsupported:
         raise UserError(f'the adapter {name!r} has {", ".join(unsupported)}, which is not supported here: {WAY_OUT}')
@@ -142,11 +144,11 @@ def _merge_saved(model, saved, empty):
     if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in outer_layers):
         separate(wrapped)
     _load_weights(wrapped, saved)
-    # PEFT warns about untied weights; that is intended, and describe_ties records it in the config
+    # PEFT warns about untied weights; that is intended, and correct_tie_config records it in the config
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         model = wrapped.merge_and_unload()
-    describe_ties(model)
+    correct_tie_config(model)
     return model.requires_grad_(True)
 
 
@@ -178,7 +180,7 @@ def options(config):
     if config['lora_rank'] is None:
         config.ignored(['lora_alpha', 'lora_dropout', 'lora_targets'], 'there is no --lora_rank')
         return None
-    # training continues with the saved rank, alpha and target layers
+    # a saved adapter is trained further with its own rank and alpha; its target layers come with its weights
     saved = find(config['model'])
     if saved and config['lora_rank'] != saved.rank:
         ways = f'--lora_rank={saved.rank} goes on with it, and without --lora_rank it is merged and all weights train'

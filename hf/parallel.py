@@ -30,9 +30,9 @@ def check(config):
 
 
 def tensor_parallel(model, mesh, n_meshes):
-    """Divide the blocks of a model, in place, among the ranks of a 1-d mesh. n_meshes: FSDP then shards over so many of them.
+    """Divide the blocks of a model, in place, among the ranks of a 1-d mesh by transformers' tensor-parallel plan.
 
-    Raises UserError if transformers' plan for the architecture is missing or unsupported, or if a size does not divide."""
+    n_meshes: number of such meshes; FSDP later shards each rank's part over them. Raises UserError if transformers' plan for the architecture is missing or unsupported, or if a size does not divide."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
@@ -48,7 +48,7 @@ def tensor_parallel(model, mesh, n_meshes):
     inner = core(model).base_model
     config = inner.config
     name = type(core(model)).__name__
-    # path of a module in a block, with * for the block's number -> style
+    # {'layers.*.mlp.up_proj': 'colwise', ...}; embedding and head are left to FSDP
     whole_plan = config.base_model_tp_plan or {}
     plan = {path: style for path, style in whole_plan.items() if path.startswith('layers.')}
     if not plan or set(plan.values()) - styles.keys():
@@ -65,8 +65,9 @@ def tensor_parallel(model, mesh, n_meshes):
         if style.startswith('rowwise'):
             sizes[f'columns of {path}'] = (module.weight.shape[1], ranks)
         elif style.startswith('colwise'):
-            # FSDP shards the rows of each rank further
+            # colwise divides the rows (dim 0), and FSDP divides each part again
             sizes[f'rows of {path}'] = (len(module.weight), ranks * n_meshes)
+        # what is left are norms; only those of a single head work
         elif style and tuple(module.weight.shape) != (getattr(config, 'head_dim', None),):
             raise UserError(f'{name} has norms across heads, which are not supported with --tp: leave it out')
     for what, (size, parts) in sizes.items():

@@ -90,9 +90,10 @@ def _compute(model, examples, make_batches):
         with adapters_off(model):
             parts = [model.response_logps(batch).view(-1, num_answers) for batch in batches]
         logps = torch.cat(parts)
-        # gather from all ranks: answer number -> (512,) log-probs in the order of rows
+        # this rank's share: answer number -> log-probs of its examples; slot: position of each example in rows
         slots = [slot for batch in batches for slot in batch.slot]
         own_columns = dict(enumerate(logps.T))
+        # of all ranks: answer number -> log-probs of all rows
         columns = fsdp.gather_columns(own_columns, slots, len(rows))
         for answer, column in columns.items():
             result[rows, answer] = column

@@ -22,7 +22,7 @@ def tie_as(model, wanted):
     separate(model, ties(model).keys() - wanted.keys())
     for name, source in wanted.items():
         _put(model, name, model.get_parameter(source))
-    describe_ties(model)
+    correct_tie_config(model)
 
 
 def separate(model, names=None):
@@ -38,8 +38,10 @@ def _put(model, name, parameter):
     setattr(model.get_submodule(owner), attribute, parameter)
 
 
-def describe_ties(model):
-    """Correct the config of a model with an untied head, which would be tied when it is loaded. Returns whether it was wrong."""
+def correct_tie_config(model):
+    """If head and embedding are separate but the config says tied, set it to untied. Returns whether the config was changed.
+
+    Otherwise loading the saved model would tie them."""
     inner = core(model)
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     if head is None or head.weight is embedding.weight:
@@ -51,6 +53,6 @@ def describe_ties(model):
         return False
     for config in wrong:
         config.tie_word_embeddings = False
-    # transformers collects the ties when it creates the model, and reads them when it saves it
+    # save_pretrained() drops the weights listed here, a list made when the model was created
     inner.all_tied_weights_keys = ties(inner)
     return True

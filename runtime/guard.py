@@ -179,11 +179,13 @@ def boundary(save, close, already_started=False):
 def keep(save, already_started=False):
     """Write a checkpoint, retrying every PAUSE seconds, since the latest steps exist only in memory. Collective.
 
-    save(): starts a checkpoint; already_started: it has been called. Raises UserError if a try after a signal fails."""
+    save(): starts a checkpoint; already_started: it has been called. A signal during the retries allows one last try; raises
+    UserError if that fails."""
     import fsdp
     from runtime import checkpoint
 
-    # not stop_asked(): it raises if an earlier checkpoint has failed, which is a reason to write this one
+    # _code: 0 without a signal, higher after SIGTERM, highest after Ctrl-C; only a signal from now on ends the retries. Not by
+    # stop_asked(), which would raise if an earlier checkpoint has failed; below, wait() has cleared that failure
     (code_before,) = fsdp.largest([_code])
     has_warned = False
     is_last_try = False
@@ -191,7 +193,7 @@ def keep(save, already_started=False):
         try:
             if not already_started:
                 save()
-            # retries start a checkpoint of their own
+            # only the first try may find its checkpoint already started
             already_started = False
             checkpoint.wait()
             return
@@ -202,7 +204,7 @@ def keep(save, already_started=False):
                 hint = f'make room; saving is tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up'
                 say(f'warning: {error}. What was trained is kept in memory: {hint}')
             has_warned = True
-        # all ranks poll together, once a second; a Ctrl-C after the first signal increases the code
+        # all ranks poll together, once a second
         for _second in range(PAUSE):
             time.sleep(1)
             is_last_try = stop_asked() > code_before

@@ -53,13 +53,13 @@ def check_there(name):
     """Raise UserError if a model name is neither a local folder nor a hub id; offline, it must be in the hub cache."""
     if os.path.exists(name):
         return
-    # looked_in() returns '' for absolute paths
-    here = looked_in(name).strip() or 'on this machine'
+    # looked_in() returns ' in FOLDER' for a relative path, '' for an absolute one
+    where = looked_in(name).strip() or 'on this machine'
     if not _may_be_hub_id(name):
-        raise UserError(f'there is no model folder {name!r} {here}: train it first, or name another one')
+        raise UserError(f'there is no model folder {name!r} {where}: train it first, or name another one')
     if not reachable() and file_of(name, 'config.json') is None:
         reason = 'the hub cannot be reached, and its cache does not have it'
-        raise UserError(f'there is no folder {name!r} {here}, {reason}: name a model folder')
+        raise UserError(f'there is no folder {name!r} {where}, {reason}: name a model folder')
 
 
 def file_of(name, file):

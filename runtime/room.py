@@ -232,8 +232,8 @@ def bytes_per_token(policy, forward, train, packed):
     # fork_rng: dropout must not advance the training RNG
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy):
         kept = _kept_bytes(lambda: forward(batch))
-        # modules in training mode are blocks with activation checkpointing, all others are in eval mode. Backward
-        # recomputes one block at a time: measure all blocks without checkpointing, and add the average block
+        # here, training mode only switches on activation checkpointing, block by block. Backward recomputes one block at a time, so
+        # add the activations of an average block: of a forward without checkpointing, divided by the number of blocks
         checkpointed = [module for module in policy.modules() if module.training]
         for block in checkpointed:
             block.training = False
