@@ -49,7 +49,6 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
         texts = _plain(prompt, answers, special, left_out)
         left_out[KEPT] += sum(MARK in text for text in texts)
         return texts
-
     # a text next to a chat becomes a message
     if isinstance(prompt, str):
         prompt = [message('user', prompt)]
@@ -145,7 +144,6 @@ def _special_in(tokenizer, *_):
 
 def _plain(prompt, answers, special, left_out):
     """Return [prompt, *answers], all texts, with their special tokens marked, except a leading BOS and stops at the end.
-
     Nothing is marked if the prompt (the first answer if it is empty) begins or ends with a special token: the text was
     then written by a chat template, and its special tokens are meant as tokens."""
     bos = special.bos if prompt.startswith(special.bos) else ''
@@ -155,7 +153,6 @@ def _plain(prompt, answers, special, left_out):
     is_formatted = bool(begins_special or ends_special)
     left_out['texts that begin or end with a special token: theirs are read as tokens'] += is_formatted
     mark = str if is_formatted else special.mark
-
     texts = [bos + mark(body)]
     for answer in answers:
         body, tail = special.split(answer)
@@ -201,9 +198,8 @@ def template_of(tokenizer, tools=None):
 
 @contextlib.contextmanager
 def _limits():
-    """Raise TimeoutError or MemoryError in the body if it exceeds the CPU time or memory of a chat template.
-
-    No limits outside the main thread, where signals cannot be handled, and outside Linux."""
+    """Raise TimeoutError or MemoryError in the body if it exceeds the CPU time or memory of a chat template. No limits
+    outside the main thread, where signals cannot be handled, and outside Linux."""
     memory_use = Path('/proc/self/statm')
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or not memory_use.exists():
@@ -231,9 +227,8 @@ def _limits():
 
 
 def write(chat, tools, tokenizer, **options):
-    """Return a chat as text, written by the chat template. options: for apply_chat_template.
-
-    Raises Refused if the template raises an error, and UserError if it is invalid or exceeds its time or memory."""
+    """Return a chat as text, written by the chat template. options: for apply_chat_template. Raises Refused if the
+    template raises an error, and UserError if it is invalid or exceeds its time or memory."""
     template = template_of(tokenizer, tools)
     chat = [with_thoughts(turn) for turn in chat]
     try:
@@ -280,7 +275,6 @@ def _write_all(prompt, answers, tools, tokenizer, left_out):
 
 def _after_opened_thought(prompt_text, full_text, answer, left_out):
     """Return the text of an answer if the prompt's text ends with <think> and the full chat's text differs from there on.
-
     The text is the thought, which may be empty, its end tag, and the answer. Raises Refused if they differ earlier."""
     tag = re.search(r'<([\w:]*think\w*|thought|reasoning)>\s*\Z', prompt_text)
     if not tag or not full_text.startswith(prompt_text[: tag.start()]):
@@ -303,7 +297,6 @@ def _after_opened_thought(prompt_text, full_text, answer, left_out):
 
 def count_unwritten(turns, tools, text, write_again, left_out):
     """Count in left_out what the template does not write to the text: contents, other fields of messages, and tools.
-
     write_again(turns, tools): returns the text of other turns and tools. A field is unwritten if the text is the same
     without it."""
     num_changed = sum(turn['content'].strip() not in text for turn in turns)

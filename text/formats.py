@@ -21,8 +21,6 @@ DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNASKED = 'note: conversations that lose what precedes the first question or follows the last answer to train on'
 
-# ---- column names ----
-
 # fmt: off
 # columns with the question; the first one present is used
 QUESTIONS = 'prompt question instruction problem query input'.split()
@@ -40,19 +38,17 @@ LABELS = 'good label kto_tag desirable is_safe'.split()
 COLUMNS = 'prompt question system chosen rejected response label messages text margin tools'.split()
 # columns that cannot be read: rows that use them are refused
 MEDIA = 'image images video videos audio audios'.split()
-# their name -> our name; applied if a row has all columns of an entry
-RENAMED = (
-    {'chosen_response': 'chosen', 'rejected_response': 'rejected'}, {'response_j': 'chosen', 'response_k': 'rejected'},
-    {'preferred_output': 'chosen', 'non_preferred_output': 'rejected'}, {'accepted': 'chosen', 'rejected': 'rejected'},
-    {'response': 'chosen', 'rejected_response': 'rejected'}, {'messages': 'chosen', 'rejected_messages': 'rejected'},
-    {'chosen_conversations': 'chosen', 'rejected_conversations': 'rejected'},
-    {'system_prompt': 'system'}, {'system_message': 'system'}, {'messages': 'messages', 'functions': 'tools'},
-    {'definition': 'instruction', 'inputs': 'input', 'targets': 'output'},
-    {'definition': 'instruction', 'input': 'input', 'output': 'output'},
-    {'inputs': 'input', 'targets': 'output'}, {'input': 'input', 'target': 'output'},
-    {'human': 'instruction', 'assistant': 'response'}, {'user': 'instruction', 'assistant': 'response'},
-    {'r1_solution_1': 'response'}, {'generated_solution': 'response'},
-)
+# their name=our name; an entry applies if a row has all its columns
+RENAMED = [dict(names.split('=') for names in entry.split()) for entry in (
+    'chosen_response=chosen rejected_response=rejected', 'response_j=chosen response_k=rejected',
+    'preferred_output=chosen non_preferred_output=rejected', 'accepted=chosen rejected=rejected',
+    'response=chosen rejected_response=rejected', 'messages=chosen rejected_messages=rejected',
+    'chosen_conversations=chosen rejected_conversations=rejected', 'system_prompt=system', 'system_message=system',
+    'messages=messages functions=tools', 'definition=instruction inputs=input targets=output',
+    'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
+    'human=instruction assistant=response', 'user=instruction assistant=response', 'r1_solution_1=response',
+    'generated_solution=response',
+)]
 # their name -> our name, if the column holds a list of messages
 RENAMED_CHATS = {'input': 'messages', 'items': 'messages', 'dialogue': 'messages', 'data': 'messages',
                  'context': 'prompt', 'query': 'prompt'}
@@ -88,9 +84,8 @@ Layout = namedtuple('Layout', 'name columns read')
 
 
 def each(rows, read):
-    """Yield (row, read(row)) for every row, or (row, ValueError) if the row is invalid.
-
-    A row that read() leaves out gives [{'drop': reason}]."""
+    """Yield (row, read(row)) for every row, or (row, ValueError) if the row is invalid. A row that read() leaves out
+    gives [{'drop': reason}]."""
     for row in rows:
         try:
             if row.error:
@@ -157,24 +152,26 @@ def unified(row, columns=None):
     # OpenAI's preference format has the chat and its tools in 'input'
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
-    _rename_chats(row)
     _unpack(row)
-    _parse_tools(row)
+    # tools may be JSON, as a whole or one by one
+    if isinstance(row.get('tools'), str):
+        row['tools'] = json.loads(row['tools'] or 'null')
+    if are_texts(row.get('tools')):
+        row['tools'] = [messages.loads(text) for text in row['tools']]
+        if None in row['tools']:
+            raise ValueError("'tools' has a text that is no JSON")
     return row
 
 
-def _rename_chats(row):
-    """Rename columns that hold a list of messages, in place. Unknown names are renamed only if no other column is known."""
+def _unpack(row):
+    """Move chats, question, answers and template settings out of differently named or nested columns, in place."""
+    # columns without a known name may hold the chat if no other column is known
     has_known_column = not KNOWN.isdisjoint(row.keys() - {'system', 'tools'})
     for name, our_name in RENAMED_CHATS.items():
         may_rename = name in KNOWN or not has_known_column
         holds_list = isinstance(row.get(name), list) and row[name]
         if may_rename and holds_list and our_name not in row:
             row[our_name] = row.pop(name)
-
-
-def _unpack(row):
-    """Move question, answer, chat pair and template settings out of the nested columns of single datasets, in place."""
     # WebGPT: the question is an object
     if isinstance(row.get('question'), dict):
         row['question'] = row['question'].get('full_text', row['question'])
@@ -194,20 +191,9 @@ def _unpack(row):
                 row.setdefault(our_name, template_args[name])
 
 
-def _parse_tools(row):
-    """Parse tools that are JSON, in place: the whole column, or each item of the list. Raises ValueError."""
-    if isinstance(row.get('tools'), str):
-        row['tools'] = json.loads(row['tools'] or 'null')
-    if are_texts(row.get('tools')):
-        row['tools'] = [messages.loads(text) for text in row['tools']]
-        if None in row['tools']:
-            raise ValueError("'tools' has a text that is no JSON")
-
-
 def _with_system_and_tools(example, row):
-    """Return an example with its row's system message and tools; {'drop': reason} if an answer has weight 0.
-
-    Changes the example. Raises ValueError if the chat has another system message."""
+    """Return an example with its row's system message and tools; {'drop': reason} if an answer has weight 0. Changes
+    the example. Raises ValueError if the chat has another system message."""
     if 'drop' in example:
         return example
     answers = [example[key] for key in ('chosen', 'rejected', 'response') if key in example]
@@ -220,7 +206,6 @@ def _with_system_and_tools(example, row):
         example['tools'] = field(row, 'tools', list)
     if not row.get('system'):
         return example
-
     # a prompt that a chat template has already formatted may contain the system message
     prompt, system = example['prompt'], field(row, 'system')
     is_formatted = isinstance(prompt, str) and prompt.endswith(TURN_MARKERS)
@@ -254,9 +239,9 @@ def asked(row, given_answer=None):
     if chat and column != 'prompt':
         turns = text_or_chat({'prompt': field(row, chat, list)}, 'prompt')
         return None if turns[-1]['role'] == 'assistant' else turns
-    if column is None and given_answer is None:
-        raise ValueError("'prompt' is missing")
     if column is None:
+        if given_answer is None:
+            raise ValueError("'prompt' is missing")
         return None
 
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
@@ -293,7 +278,6 @@ def is_history(value):
 
 def example_of(row, columns):
     """Return the example of a row: {'prompt', and every key of columns}, all texts or all chats.
-
     columns: {'chosen', 'rejected' or 'response': the column with this answer}. An answer may repeat the prompt, which is
     then removed. Raises ValueError, and LeftOut for chats without an answer or with different prompts."""
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}
@@ -303,7 +287,6 @@ def example_of(row, columns):
         raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
     if isinstance(first_answer, str):
         return _example_of_texts(row, prompt, answers)
-
     if not all(answers.values()):
         raise LeftOut('empty answers')
     if len({chat[0]['role'] == 'assistant' for chat in answers.values()}) > 1:
@@ -323,7 +306,6 @@ def whole_chat(prompt, answer):
     turns = [] if prompt is None else as_chat(prompt)
     if answer[0]['role'] == 'assistant':
         return turns + answer
-
     # the chat must contain the prompt without its system message, or the prompt all questions of the chat
     prompt_text = '\n'.join(turn['content'].strip() for turn in turns if turn['role'] != 'system')
     chat_text = '\n'.join(turn['content'].strip() for turn in answer[:-1])
@@ -348,8 +330,7 @@ def _example_of_texts(row, prompt, answers):
         return _split_at_marker(**answers)
 
     example = {}
-    question = prompt if isinstance(prompt, str) else prompt[-1]['content']
-    question = question.strip()
+    question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
     if question:
         repeats = {text.lstrip().startswith(question) for text in answers.values()}
         if len(repeats) == 2:
@@ -360,7 +341,6 @@ def _example_of_texts(row, prompt, answers):
         # white space after the prompt is part of the answers now
         if isinstance(prompt, str):
             prompt = prompt.rstrip()
-
     # CarperAI's summaries have the marker in the answers
     is_summary_pair = len(answers) == 2 and all(text.startswith('TL;DR:') for text in answers.values())
     if isinstance(prompt, str) and is_summary_pair:
@@ -432,7 +412,6 @@ def read_compared(row, task=None):
 
 def _better(row, columns):
     """Return the column with the better answer by the row's verdict or scores, or None for a tie. Raises ValueError.
-
     columns: two names such as ('response_a', 'response_b')."""
     first, second = columns
     verdict_column = first_of((*BY_NAME, *BY_SIGN), row)
@@ -446,7 +425,6 @@ def _better(row, columns):
         if not verdict:
             return None
         return second if field(row, verdict_column, NUMBER) > 0 else first
-
     verdict = str(verdict).strip().lower()
     side = SIDE.fullmatch(verdict)
     for column in columns:
@@ -526,9 +504,8 @@ def read_annotation(row, task=None):
 
 
 def ranked(prompt, scored, task):
-    """Return the examples of a prompt and its scored answers, a list of (score, answer).
-
-    For 'prompts', the prompt; for 'sft', the answer with the highest score; else every pair, with a 'drop' for each tie."""
+    """Return the examples of a prompt and its scored answers, a list of (score, answer). For 'prompts', the prompt; for
+    'sft', the answer with the highest score; else every pair, with a 'drop' for each tie."""
     if task == 'prompts':
         return [{'prompt': prompt}]
     if task == 'sft' and scored:
@@ -537,29 +514,23 @@ def ranked(prompt, scored, task):
     examples = []
     for pair in combinations(scored, 2):
         (low_score, rejected), (high_score, chosen) = sorted(pair, key=itemgetter(0))
-        if high_score > low_score:
-            examples.append({'prompt': prompt, 'chosen': chosen, 'rejected': rejected})
-        else:
-            examples.append({'drop': 'tie'})
+        is_tie = high_score == low_score
+        examples.append({'drop': 'tie'} if is_tie else {'prompt': prompt, 'chosen': chosen, 'rejected': rejected})
     return examples or [{'drop': 'fewer than two answers'}]
 
 
 def read_stack_exchange(row, task=None):
     """Read HuggingFaceH4/stack-exchange-preferences: a question and its answers in HTML, scored by pm_score."""
-    scored = []
-    for found in field(row, 'answers', list):
-        score, markup = field(found, 'pm_score', NUMBER), field(found, 'text')
-        scored.append((score, answer(messages.strip_html(markup))))
+    answers = [(field(found, 'pm_score', NUMBER), field(found, 'text')) for found in field(row, 'answers', list)]
+    scored = [(score, answer(messages.strip_html(markup))) for score, markup in answers]
     question = messages.strip_html(field(row, 'question'))
     return ranked(ask(question), scored, task)
 
 
 def read_nectar(row, task=None):
     """Read berkeley-nest/Nectar: a prompt in Anthropic's format and its answers by rank, 1 the best."""
-    scored = []
-    for found in field(row, 'answers', list):
-        rank, text = field(found, 'rank', NUMBER), field(found, 'answer')
-        scored.append((-rank, answer(text)))
+    answers = [(field(found, 'rank', NUMBER), field(found, 'answer')) for found in field(row, 'answers', list)]
+    scored = [(-rank, answer(text)) for rank, text in answers]
     return ranked(field(row, 'prompt').rstrip(), scored, task)
 
 
@@ -588,7 +559,6 @@ def read_scored(row, task=None):
 
 def grouped(rows, task, read):
     """Yield (row, examples or ValueError), with the answers of all rows to the same prompt ranked together.
-
     read(row) returns (prompt, [(score, answer)]), or a list of examples, which is passed on. The examples of a group come
     last, with its first row."""
     groups = {}  # prompt as JSON -> (first row, prompt, scored answers)
@@ -600,7 +570,7 @@ def grouped(rows, task, read):
         key = json.dumps(prompt)
         if key not in groups:
             groups[key] = (row, prompt, [])
-        _, _, all_scored = groups[key]
+        all_scored = groups[key][2]
         all_scored += [pair for pair in scored if pair not in all_scored]
     for row, prompt, all_scored in groups.values():
         yield row, ranked(prompt, all_scored, task)
@@ -610,10 +580,7 @@ def read_shp(rows, task=None):
     """Read stanfordnlp/SHP: pairs with a score ratio of at least 2. SFT gets the best answer of all pairs with one prompt."""
 
     def read(row):
-        scored = []
-        for side in 'AB':
-            score, text = field(row, f'score_{side}', NUMBER), field(row, f'human_ref_{side}')
-            scored.append((score, answer(text)))
+        scored = [(field(row, f'score_{x}', NUMBER), answer(field(row, f'human_ref_{x}'))) for x in 'AB']
         low, high = sorted(score for score, _ in scored)
         if high < 2 * low:
             raise LeftOut('score ratio below 2')
@@ -628,8 +595,7 @@ def read_rated(rows, task=None):
 
     def read(row):
         row = unified(row)
-        score, text = field(row, 'helpfulness', NUMBER), field(row, 'response')
-        return as_chat(asked(row)), [(score, said(text))]
+        return as_chat(asked(row)), [(field(row, 'helpfulness', NUMBER), said(field(row, 'response')))]
 
     return grouped(rows, task, read)
 
@@ -730,7 +696,6 @@ def read_chat(row, task=None):
             raise messages.no_answer_error(column, turns[-1]['role'])
         if task == 'prompts' or (task is None and len(turns) == 1):
             return [{'prompt': turns}]
-
     # do not train on an empty answer, unless all are empty or a label judges the conversation
     label = label_of(row)
     answers = [turn for turn in turns if turn['role'] == 'assistant']
@@ -739,7 +704,6 @@ def read_chat(row, task=None):
         for turn in answers:
             if messages.is_empty([turn]):
                 turn['weight'] = 0
-
     # as FastChat does, begin with a question and end with an answer
     kept = turns.copy()
     while kept and kept[0]['role'] == 'assistant':

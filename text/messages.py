@@ -52,7 +52,6 @@ def field(row, key, kind=str):
         raise ValueError(f'{key!r} is not a finite number')
     if not isinstance(value, str | list):
         return value
-
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if len(text) > LONGEST:
         raise ValueError(f'{key!r} has {len(text):,} characters; the limit is {LONGEST:,}')
@@ -65,9 +64,8 @@ def field(row, key, kind=str):
 
 
 def text_or_chat(row, key):
-    """Return row[key]: a string, or a list of checked messages. Raises ValueError.
-
-    An empty list is allowed for an answer, not for the key 'prompt'; a non-empty answer must end with the assistant."""
+    """Return row[key]: a string, or a list of checked messages. Raises ValueError. An empty list is allowed for an
+    answer, not for the key 'prompt'; a non-empty answer must end with the assistant."""
     value = field(row, key, (str, list))
     if isinstance(value, str):
         # as_messages has already parsed every chat that is complete
@@ -111,7 +109,6 @@ def checked(turn):
         raise ValueError(f"the 'weight' of a message is {weight!r}: 1 is trained on, 0 is not, and there is no other")
     if role == 'assistant' and weight == 0:
         turn['weight'] = 0
-
     # a tool call or a thought needs no content
     if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')
@@ -141,7 +138,6 @@ def are_texts(value, count=None):
 
 def as_messages(value, must_be_chat=False):
     """Return a chat in any form as a list of messages for checked(); other values unchanged.
-
     Forms: one message, {'messages': list}, and both or a list as JSON. must_be_chat: the column is known to be a chat, so
     that lists of strings, or of EXCHANGES, are turns of the user and the assistant."""
     if isinstance(value, str):
@@ -220,9 +216,8 @@ def alternating(texts):
 
 
 def dialogue(text, turn_pattern):
-    """Return the messages of a dialogue in one text; what precedes the first marker is ignored.
-
-    turn_pattern: regular expression of the markers that begin a turn; its only group is the speaker."""
+    """Return the messages of a dialogue in one text; what precedes the first marker is ignored. turn_pattern: regular
+    expression of the markers that begin a turn; its only group is the speaker."""
     _, *parts = re.split(turn_pattern, text)
     roles = ['assistant' if speaker in ('Assistant', 'Response') else 'user' for speaker in parts[::2]]
     return [message(role, text.strip()) for role, text in zip(roles, parts[1::2], strict=True)]
@@ -292,7 +287,6 @@ def strip_html(markup):
         elif tag == 'li' and not slash:
             text = text.rstrip() + '\n- '
         text += {'code': f'<{slash}code>', 'br': '\n'}.get(tag, '')
-
         # collapse white space outside of <pre>
         data = html.unescape(data)
         if not in_pre:

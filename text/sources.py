@@ -51,7 +51,6 @@ def load_rows(source, split, **options):
 def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip_bad_rows=False, task=None, columns=None,
                   both=False):  # fmt: skip
     """Yield the examples of one source: 'hh', 'hh:PATH', 'toy', a hub id, a file or a folder. Raises UserError.
-
     An example is a Row; .where is its file and line. left_out: Counter, updated with reasons for rows left out; reasons
     that begin with 'note: ' count examples that are kept. num_turns: for ShareGPT, answers per conversation.
     A source without a test split is divided by a hash of the prompt, unless undivided. both: yield both parts; the
@@ -83,7 +82,6 @@ def _opened(source, split, num_turns=1, undivided=False):
         hub_has_no_test_split = getattr(getter, 'test', split) is None
         files_have_no_test_part = bool(path) and not files.has_test_part(path)
         return rows, parse, hub_has_no_test_split or files_have_no_test_part
-
     splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
     if undivided and not wanted_split and split in splits:
         wanted_split = split
@@ -164,7 +162,6 @@ def vanished(source, split, left_out):
 
 def _parsed(rows, parse, task, columns):
     """Yield (row, its examples or a ValueError) for all rows.
-
     parse: a function of one row, a Layout, or None to detect the layout. columns: {our name: column}, which replaces
     parse, or None. Raises UserError if the first rows have no such column."""
     if parse is None or columns:
@@ -204,7 +201,6 @@ def describe(source):
 
 def _sound(parsed_rows, source, left_out, skip_bad_rows):
     """Yield the examples of all valid rows as Rows, and count the others in left_out. Raises UserError for a bad row.
-
     parsed_rows: iterator of (row, its examples or a ValueError)."""
     any_sound = False
     for row, examples in parsed_rows:
@@ -225,9 +221,8 @@ def _sound(parsed_rows, source, left_out, skip_bad_rows):
 
 
 def _refusal(row, error, any_sound, following, source):
-    """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout.
-
-    any_sound: whether an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
+    """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout. any_sound:
+    whether an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
     seen = [(row, error)]
     # a file that is broken further down must not hide this message
     with suppress(UserError):
@@ -236,7 +231,6 @@ def _refusal(row, error, any_sound, following, source):
     text = f'{row.where}: {error}'
     if row:
         text += f'; found: {_columns(row)}'
-
     if any_sound or len(bad) < len(seen):
         if len(bad) > 1:
             common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(bad).most_common(2)]
@@ -261,7 +255,6 @@ def _columns(row):
 
 def _agreeing(examples, left_out, skip_bad_rows):
     """Yield the examples without 'repeats'. Raises UserError if some text answers began with their prompt and others did not.
-
     example['repeats']: whether the answers did, absent if unknown. The first rows decide for all, since an answer such as
     'Hi there' to 'Hi' is no repetition. left_out counts prompts that were removed from answers."""
     head = list(islice(examples, LOOK_AHEAD))

@@ -82,7 +82,6 @@ def _span(turns, i, full_text, tools, tokenizer, special):
     answered_text = chat.write(turns[: i + 1], tools, tokenizer).rstrip('\n')
     if len(answered_text) >= start and full_text.startswith(answered_text):
         return start, len(answered_text)
-
     # a template may remove the thoughts of earlier answers: find the content and the end of turn after it
     content = turns[i]['content'].strip()
     content_start = full_text.find(content, start)
