@@ -58,7 +58,7 @@ COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = 'winner preferred preference better_response_id safer_response_id label'.split()
 BY_SIGN = 'preference_strength overall_preference'.split()
-# a verdict that names a side ('model_a', 'B', 1, '1.0', '[[A>>B]]' without brackets), and one that means a tie
+# a verdict that names a side ('model_a', 'B', '1', '1.0', 'A>>B'), and one that means a tie; both in lower case
 SIDE = re.compile(r'(model|response|answer|completion|conversation|assistant|output|option)?[ _-]?([ab012])(\.0|>+.)?')
 TIE = re.compile(r'|none|nan|-1(\.0)?|equal|draw|.=.|.*tie.*|.*both.*')
 # columns where null has a meaning: not labelled, or no winner
@@ -144,6 +144,7 @@ def unified(row, columns=None):
         if row.get(name):
             raise ValueError(f'{name!r} would be lost: only text is read')
 
+    # names: {their name: our name}
     for names in RENAMED:
         has_all_columns = names.keys() <= row.keys()
         new_names = set(names.values()) - names.keys()
@@ -165,7 +166,7 @@ def unified(row, columns=None):
 
 def _unpack(row):
     """Move chats, question, answers and template settings out of differently named or nested columns, in place."""
-    # columns without a known name may hold the chat if no other column is known
+    # an unknown column may hold the chat if no other column is known (KNOWN: all names with a meaning)
     has_known_column = not KNOWN.isdisjoint(row.keys() - {'system', 'tools'})
     for name, our_name in RENAMED_CHATS.items():
         may_rename = name in KNOWN or not has_known_column
@@ -179,6 +180,10 @@ def _unpack(row):
     answers = row.get('answers')
     if isinstance(answers, dict) and answers.keys() == {'text', 'answer_start'}:
         row['answer'] = next(iter(row.pop('answers')['text']), '')
+    # ChatQA: the last answer of the chat is the only item of a list
+    chat = row.get('messages')
+    if are_texts(answers, 1) and isinstance(chat, list) and chat and messages.checked(chat[-1])['role'] == 'user':
+        row['messages'] = chat + said(row.pop('answers')[0])
     # ms-swift: the chat ends with the chosen answer, the rejected one has its own column
     if isinstance(row.get('rejected_response'), str) and isinstance(row.get('messages'), list):
         row['chosen'] = row.pop('messages')
@@ -436,7 +441,7 @@ def _better(row, columns):
 
 
 def read_votes(row, task=None):
-    """Read LMSYS's table of votes: JSON lists of questions and of each side's answers; the winner's column is 1."""
+    """Read LMSYS's table of votes: lists (or JSON) of questions and of both models' answers, and a 1 for the winner."""
     texts = [row[key] for key in ('prompt', 'response_a', 'response_b')]
     texts = [json.loads(value) if isinstance(value, str) else value for value in texts]
     if not all(map(are_texts, texts)):
@@ -452,7 +457,7 @@ def read_votes(row, task=None):
 
 
 def read_sides(row, task=None):
-    """Read Arena's newer votes: each turn has the user's message and one of each side."""
+    """Read Arena's newer votes: each turn has a user's message, an answer of model A and one of model B."""
     comparison = {'winner': row['winner']}
     for side in 'ab':
         turns = [turn[key] for turn in row['full_conversation'] for key in ('user', f'model_side_{side}')]
@@ -461,7 +466,7 @@ def read_sides(row, task=None):
 
 
 def read_summaries(row, task=None):
-    """Read openai/summarize_from_feedback's comparisons; prompts are written as TRL does."""
+    """Read openai/summarize_from_feedback's pairs of summaries; the prompt has TRL's format."""
     info, choice = field(row, 'info', dict), field(row, 'choice', int)
     chosen, rejected = [answer(field(summary, 'text')) for summary in field(row, 'summaries', list)]
     if choice not in (0, 1):
@@ -585,6 +590,7 @@ def read_shp(rows, task=None):
         if high < 2 * low:
             raise LeftOut('score ratio below 2')
         prompt = ask(field(row, 'history'))
+        # SFT compares the answers of all rows with this prompt, pairs only those of one row
         return (prompt, scored) if task == 'sft' else ranked(prompt, scored, task)
 
     return grouped(rows, task, read)
@@ -756,7 +762,7 @@ def read_prompt(row, task=None):
 
 
 # fmt: off
-# (name, alternative sets of columns, reader): sets are separated by commas, the first one that a row has wins
+# (name, sets of columns separated by commas, reader); the first layout with a set that the row has is used
 READERS = (
     ('AlpacaEval annotations', 'preference output_1', read_annotation),
     ('SHP', 'history human_ref_A human_ref_B labels', read_shp),
