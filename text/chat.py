@@ -49,7 +49,7 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
         texts = _plain(prompt, answers, special, left_out)
         left_out[KEPT] += sum(MARK in text for text in texts)
         return texts
-    # a text next to a chat becomes a message
+    # if only some are chats, texts become messages
     if isinstance(prompt, str):
         prompt = [message('user', prompt)]
     answers = [[message('assistant', text)] if isinstance(text, str) else text for text in answers]
@@ -132,7 +132,7 @@ def _special_in(tokenizer, *_):
     with contextlib.suppress(Refused, UserError):
         text = write(chat, None, tokenizer)
         written = set(tokenizer(text, add_special_tokens=False)['input_ids'])
-        tokens |= {token.content for i, token in added.items() if i in written and token.content.strip()}
+        tokens |= {token.content for token_id, token in added.items() if token_id in written and token.content.strip()}
         after_answer = text.rpartition('zebra')[2].lstrip()
         end_of_turn = _any_of(tokens).match(after_answer)
         if end_of_turn:
@@ -152,6 +152,7 @@ def _plain(prompt, answers, special, left_out):
     ends_special = re.search(rf'(?:{special.any.pattern})\s*\Z', body)
     is_formatted = bool(begins_special or ends_special)
     left_out['texts that begin or end with a special token: theirs are read as tokens'] += is_formatted
+    # str leaves texts unchanged
     mark = str if is_formatted else special.mark
     texts = [bos + mark(body)]
     for answer in answers:

@@ -61,8 +61,9 @@ BY_SIGN = 'preference_strength overall_preference'.split()
 # a verdict that names a side ('model_a', 'B', '1', '1.0', 'A>>B'), and one that means a tie; both in lower case
 SIDE = re.compile(r'(model|response|answer|completion|conversation|assistant|output|option)?[ _-]?([ab012])(\.0|>+.)?')
 TIE = re.compile(r'|none|nan|-1(\.0)?|equal|draw|.=.|.*tie.*|.*both.*')
+VERDICTS = [*BY_NAME, *BY_SIGN]
 # columns where null has a meaning: not labelled, or no winner
-NULL_SAYS = (*LABELS, *BY_NAME, *BY_SIGN, 'output_1')
+NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
 # columns with lists of answers, and with lists of their scores
 MANY = 'generations responses completions outputs all_generated_responses'.split()
 SCORES = 'correctness_math_verify correctness_llama scores ratings rating rewards all_rm_scores'.split()
@@ -240,7 +241,7 @@ def asked(row, given_answer=None):
     given_answer: an answer that may include its question; without a question column, None is then returned, else
     ValueError is raised."""
     column, chat = first_of(QUESTIONS, row), first_of(CHATS, row)
-    # a conversation that ends with a question is the prompt
+    # a conversation that ends with a question is the prompt; under this key, text_or_chat accepts any last role
     if chat and column != 'prompt':
         turns = text_or_chat({'prompt': field(row, chat, list)}, 'prompt')
         return None if turns[-1]['role'] == 'assistant' else turns
@@ -419,13 +420,14 @@ def _better(row, columns):
     """Return the column with the better answer by the row's verdict or scores, or None for a tie. Raises ValueError.
     columns: two names such as ('response_a', 'response_b')."""
     first, second = columns
-    verdict_column = first_of((*BY_NAME, *BY_SIGN), row)
+    verdict_column = first_of(VERDICTS, row)
     if verdict_column is None:
         first_score, second_score = (field(row, f'score_{column[-1]}', NUMBER) for column in columns)
         if first_score == second_score:
             return None
         return second if second_score > first_score else first
     verdict = row[verdict_column]
+    # null or 0 is a tie, a positive number prefers the second answer
     if verdict_column in BY_SIGN:
         if not verdict:
             return None
@@ -698,6 +700,7 @@ def read_chat(row, task=None):
     if turns and turns[-1]['role'] != 'assistant':
         if any(isinstance(row.get(name), str | list) for name in ANSWERS):
             return read_answer(row, task)
+        # only users, systems and tools ask
         if turns[-1]['role'] not in messages.ROLES.values():
             raise messages.no_answer_error(column, turns[-1]['role'])
         if task == 'prompts' or (task is None and len(turns) == 1):
@@ -771,7 +774,7 @@ READERS = (
     ('OpenAssistant', 'message_id text role', read_trees),
     ('summaries', 'info summaries choice', read_summaries),
     ('arena', 'prompt response_a response_b winner_model_a winner_model_b', read_votes),
-    ('comparison', ','.join(f'{one} {two} {v}' for v in (*BY_NAME, *BY_SIGN) for one, two in COMPARED), read_compared),
+    ('comparison', ','.join(f'{one} {two} {verdict}' for verdict in VERDICTS for one, two in COMPARED), read_compared),
     ('comparison', ','.join(f'{one} {two} score_{one[-1]} score_{two[-1]}' for one, two in COMPARED), read_compared),
     ('arena', 'full_conversation winner', read_sides),
     ('HelpSteer', 'prompt response helpfulness', read_rated),

@@ -139,7 +139,7 @@ def are_texts(value, count=None):
 def as_messages(value, must_be_chat=False):
     """Return a chat in any form as a list of messages for checked(); other values unchanged.
     Forms: one message, {'messages': list}, and both or a list as JSON. must_be_chat: the column is known to be a chat, so
-    that lists of strings, or of EXCHANGES, are turns of the user and the assistant."""
+    a list of strings, or of EXCHANGES such as {'input', 'output'}, becomes turns of the user and the assistant."""
     if isinstance(value, str):
         # in a chat column any list is parsed, elsewhere only one that begins with a message
         if SERIALIZED_CHAT.match(value) or (must_be_chat and value.startswith('[')):
@@ -150,12 +150,13 @@ def as_messages(value, must_be_chat=False):
         value = [value]
     if not must_be_chat or not isinstance(value, list) or not value:
         return value
-    for user_field, assistant_field in EXCHANGES:
-        if all(isinstance(turn, dict) and {user_field, assistant_field} <= turn.keys() for turn in value):
-            texts = [turn[name] for turn in value for name in (user_field, assistant_field)]
+    for fields in EXCHANGES:
+        if all(isinstance(exchange, dict) and set(fields) <= exchange.keys() for exchange in value):
+            turns = alternating([exchange[name] for exchange in value for name in fields])
             # XTuner has the system message in the first exchange
-            system = value[0].get('system')
-            return [message('system', system)] * bool(system) + alternating(texts)
+            if value[0].get('system'):
+                turns.insert(0, message('system', value[0]['system']))
+            return turns
     return alternating(value) if are_texts(value) else value
 
 

@@ -86,6 +86,7 @@ def _opened(source, split, num_turns=1, undivided=False):
     if undivided and not wanted_split and split in splits:
         wanted_split = split
     train_split, test_split = files.choose_splits(splits, wanted_split, source)
+    # without a test split, both parts are taken from the train split
     use_train_split = split == 'train' or test_split is None or (undivided and wanted_split)
     chosen_split = train_split if use_train_split else test_split
     rows = read_rows(hub_id, chosen_split, splits[chosen_split], name=config)
@@ -118,6 +119,7 @@ def locate(source):
     """Return (getter, local path, hub id) of one source; what does not apply is None. Raises UserError if nothing is found."""
     source, _, _ = files.named_part(source)
     name, _, path = source.partition(':')
+    # the functions get_foo of this module
     getter = globals().get(f'get_{name}')
     path = os.path.expanduser(path)
     # raises UserError if the path has no files
@@ -231,6 +233,7 @@ def _refusal(row, error, any_sound, following, source):
     text = f'{row.where}: {error}'
     if row:
         text += f'; found: {_columns(row)}'
+    # bad rows among good ones are the user's to fix; if all are bad, the layout is wrong
     if any_sound or len(bad) < len(seen):
         if len(bad) > 1:
             common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(bad).most_common(2)]
@@ -258,6 +261,7 @@ def _agreeing(examples, left_out, skip_bad_rows):
     example['repeats']: whether the answers did, absent if unknown. The first rows decide for all, since an answer such as
     'Hi there' to 'Hi' is no repetition. left_out counts prompts that were removed from answers."""
     head = list(islice(examples, LOOK_AHEAD))
+    # some answers without a repetition, or none at all: then none may repeat its prompt
     values = {example['repeats'] for example in head if 'repeats' in example}
     must_repeat = values == {True}
     for example in chain(head, examples):
