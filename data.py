@@ -1,9 +1,8 @@
-"""From tokenised examples to microbatches: which examples a step takes, how they are cut up, and packing. No text, no model.
+"""From tokenised examples to microbatches: which examples a step takes, how the step is split, and packing. No text, no model.
 
-An example is a prompt and its answers (two for a pair, one for SFT and KTO), as token ids. A step's examples are divided into
-microbatches of at most max_tokens tokens without padding, where both answers of a pair share one copy of the prompt:
-    [prompt | chosen | rejected] [prompt | chosen | rejected] ...
-"""
+An example is a prompt and its answers (two for a pair, one for SFT and KTO), as token ids. Each microbatch has at most max_tokens
+tokens, and is a single row without padding, in which the answers of a pair share one copy of their prompt:
+    [prompt | chosen | rejected] [prompt | chosen | rejected] ..."""
 
 import functools
 import heapq
@@ -15,14 +14,11 @@ import torch
 from hf.varlen import Varlen
 from text.examples import Examples
 
-# ---- which examples, when ----
-
 
 def steps(n, batch_size, total, seed, start=0, shuffle=True):
-    """Yield (first, rows) of every step: the number of examples taken before it, and the rows (of n examples) that it takes.
+    """Yield (first, rows) for each step: the number of examples taken before it, and the rows (of n examples) that it takes.
 
-    The steps take the examples numbered from start to total - 1, where numbers go on from one epoch to the next. Each epoch has
-    all rows in a random order of its own, or without shuffle in their own order."""
+    start, total: range of example numbers, which count on across epochs. Each epoch has its own random order, if shuffle."""
 
     @functools.lru_cache(maxsize=1)
     def order_of(epoch):
@@ -30,39 +26,33 @@ def steps(n, batch_size, total, seed, start=0, shuffle=True):
             return np.arange(n)
         return np.random.default_rng((seed, epoch)).permutation(n)
 
-    # a row depends on its number alone, so a resumed run takes the same rows
+    # an example's row depends only on its number, so a resumed run sees the same rows
     for first in range(start, total, batch_size):
         numbers = range(first, min(first + batch_size, total))
         rows = [order_of(number // n)[number % n] for number in numbers]
         yield first, np.array(rows)
 
 
-def plan(lengths, world, max_tokens):
-    """Divide a step into microbatches. Returns [rank][microbatch] -> list of slots: places of examples in the step, each once.
+def plan(lengths, world_size, max_tokens):
+    """Split a step into microbatches, the same number on every rank. Returns [rank][microbatch] -> list of slots.
 
-    lengths: tokens of each example. Every rank gets equally many microbatches. Each has at most max_tokens tokens, or a single
-    longer example, or no example at all if there are too few."""
-    # the fewest microbatches that a rank can do with; -(-a // b) rounds up
+    lengths: tokens of each example; slot: its index in the step. An example longer than max_tokens gets its own microbatch."""
+    # the fewest microbatches per rank; -(-a // b) rounds up
     tokens = sum(min(int(n), max_tokens) for n in lengths)
-    count = max(1, -(-tokens // (world * max_tokens)))
-    # one microbatch more on every rank, until all examples fit
-    bins = None
-    while bins is None:
-        bins = _fill_bins(lengths, world * count, max_tokens)
+    count = max(1, -(-tokens // (world_size * max_tokens)))
+    # one more on every rank until all examples fit
+    while (bins := _fill_bins(lengths, world_size * count, max_tokens)) is None:
         count += 1
-
-    # dealt out by size, so that the ranks compute their heaviest microbatches at the same time
+    # deal them out by size, so that all ranks run their heaviest microbatches at the same time
     bins.sort(key=lambda item: (-item[0], item[1]))
-    dealt = [sorted(slots) for _, _, slots in bins]
-    return [dealt[rank::world] for rank in range(world)]
+    return [[sorted(slots) for _, _, slots in bins[rank::world_size]] for rank in range(world_size)]
 
 
 def _fill_bins(lengths, n_bins, max_tokens):
-    """Put each example, the longest first, into the emptiest bin (microbatch). Returns None if one of them overflows.
-
-    lengths: tokens of each example. Returns a list of (tokens, number, slots), where slots are places of examples in the step."""
-    bins = [(0, number, []) for number in range(n_bins)]  # a heap: the emptiest bin is on top
-    for slot in sorted(range(len(lengths)), key=lambda slot: -lengths[slot]):
+    """Put examples, longest first, into the emptiest bin. Returns [(tokens, bin number, slots)], or None if a bin overflows."""
+    bins = [(0, number, []) for number in range(n_bins)]  # a heap: the emptiest bin first
+    longest_first = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])
+    for slot in longest_first:
         tokens, number, slots = heapq.heappop(bins)
         tokens += int(lengths[slot])
         # a single example may be longer
@@ -73,80 +63,74 @@ def _fill_bins(lengths, n_bins, max_tokens):
     return bins
 
 
-def plan_padded(widths, world, max_tokens):
-    """Divide a step into padded microbatches. Returns the same as plan.
-
-    widths: tokens of each example with its own padding. In a microbatch every example takes as many tokens as the widest one, so
-    examples of similar width go together."""
-    # the widest first: a bin is as wide as its first example
+def plan_padded(widths, world_size, max_tokens):
+    """Split a step into padded microbatches: [rank][microbatch] -> list of slots. widths: tokens of each example, padded alone."""
+    # similar widths go together, because a microbatch pads all its examples to the widest one
     bins = [[]]
-    for slot in sorted(range(len(widths)), key=lambda slot: -widths[slot]):
+    widest_first = sorted(range(len(widths)), key=lambda slot: -widths[slot])
+    for slot in widest_first:
         last = bins[-1]
+        # the first example of a bin is its widest
         if last and (len(last) + 1) * widths[last[0]] > max_tokens:
             bins.append([])
         bins[-1].append(slot)
-
-    # every rank gets equally many: the fullest bin is halved until that holds, even if one half is empty
-    while len(bins) % world:
+    # split the fullest bin until all ranks get the same number, even if half of it is empty
+    while len(bins) % world_size:
         fullest = max(bins, key=len)
         middle = max(1, len(fullest) // 2)
         bins.append(fullest[middle:])
         del fullest[middle:]
-    # the ranks compute their heaviest microbatches at the same time; an empty one weighs nothing
+    # deal them out by size, so that all ranks run their heaviest microbatches at the same time
     bins.sort(key=lambda slots: -len(slots) * widths[slots[0]] if slots else 0)
-    return [[sorted(slots) for slots in bins[rank::world]] for rank in range(world)]
+    return [[sorted(slots) for slots in bins[rank::world_size]] for rank in range(world_size)]
 
 
-def make_batches(examples: Examples, rows, rank, world, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
-    """Return (this rank's Batches of the step with these rows, tokens on all ranks, the same with padding). Options: see pack."""
-    # (step,) tokens of each example: a prompt counts once, or if it is not shared, once for each answer
-    widths = examples.widths[rows]  # (step, 1 + answers)
+def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
+    """Pack a step, the given rows of examples. Returns (Batches of this rank, tokens on all ranks, the same with padding)."""
+    widths = examples.widths[rows]  # (step, 1 + answers) tokens of prompt and answers
+    prompt_widths = widths[:, 0]
     answers = widths.shape[1] - 1
-    lengths = examples.lengths[rows]
+    lengths = examples.lengths[rows]  # (step,) tokens of each example, its prompt once
     if pad or not share_prefix:
-        lengths = lengths + (answers - 1) * widths[:, 0]
-
-    # which examples go together: every rank makes the same plan of all ranks
+        lengths = lengths + (answers - 1) * prompt_widths
+    # every rank computes the plan of all ranks
     if pad:
-        padded = answers * (widths[:, 0] + widths[:, 1:].max(1))
-        plans = plan_padded(padded, world, max_tokens)
-        not_empty = [slots for of_rank in plans for slots in of_rank if slots]
+        padded = answers * (prompt_widths + widths[:, 1:].max(1))
+        plans = plan_padded(padded, world_size, max_tokens)
+        not_empty = [slots for microbatches in plans for slots in microbatches if slots]
         allocated = sum(len(slots) * int(padded[slots].max()) for slots in not_empty)
     else:
-        plans = plan(lengths, world, max_tokens)
+        plans = plan(lengths, world_size, max_tokens)
         allocated = int(lengths.sum())
 
-    # this rank's microbatches; one without slots is a filler, and has no cached log-probs
     batches = []
     for slots in plans[rank]:
         items = [examples[row] for row in rows[slots]]
         batch = pack(items, slots, share_prefix=share_prefix, pad=pad, filler=answers, device=device)
         if examples.ref is not None:
+            # an empty microbatch gets a filler, which has no cached log-probs
             ref = examples.ref[rows[slots]] if slots else np.zeros(answers, np.float32)
             batch.ref = move(torch.from_numpy(ref.flatten()), device)
         batches.append(batch)
     return batches, int(lengths.sum()), allocated
 
 
-# ---- microbatches ----
-
-
 @dataclass
 class Step:
-    """One step, ready to be computed."""
+    """One step: this rank's microbatches, and facts about the whole step."""
 
     first: int  # number of examples taken before this step
-    rows: np.ndarray  # which rows of examples it takes
-    batches: list  # this rank's microbatches, as Batches
-    tokens: int  # its tokens on all ranks
-    allocated: int  # the same with padding
-    labels: dict = field(default_factory=dict)  # name -> column in step order: good (KTO) or margin (reward.py)
-    examples: Examples | None = None  # all examples of its split
-    max_tokens: int = 0  # the limit that its microbatches were made with
+    rows: np.ndarray  # rows of its examples in `examples`
+    batches: list  # this rank's Batches
+    tokens: int  # tokens on all ranks
+    allocated: int  # tokens with padding
+    labels: dict = field(default_factory=dict)  # name -> column of the step: good (KTO) or margin (reward.py)
+    examples: Examples | None = None  # the training or held-out examples
+    max_tokens: int = 0  # limit of its microbatches
 
     @property
     def seen(self):
-        """The number of examples taken after this step."""
+        """Return the number of examples taken after this step."""
         return self.first + len(self.rows)
 
 
@@ -154,78 +138,89 @@ class Step:
 class Batch:
     """A microbatch of A answers with N predicted tokens, made by pack. A place is an index into the flattened ids."""
 
-    ids: torch.Tensor  # packed: (1, T) one row of all prompts and answers; padded: (A, T) a row for each answer
-    predict_at: torch.Tensor  # (N,) the place of the token before each answer token
-    target: torch.Tensor  # (N,) the answer tokens that are predicted
-    answer: torch.Tensor  # (N,) the number, 0 to A - 1, of the answer that each belongs to
-    offset: torch.Tensor  # (N,) its index in that answer
-    n: torch.Tensor  # (A,) how many tokens of each answer are predicted
-    last: torch.Tensor  # (A,) the place of each answer's last token
-    slot: list  # the place of each example in the step; -1: a filler, which does not count
-    real: torch.Tensor  # (examples,) whether each counts
+    ids: torch.Tensor  # packed: (1, T), all prompts and answers in a row; padded: (A, T), a row for each answer
+    predict_at: torch.Tensor  # (N,) place of the token before each predicted token
+    target: torch.Tensor  # (N,) the predicted tokens, all in answers
+    answer: torch.Tensor  # (N,) number of the answer, 0 to A - 1, that each belongs to
+    offset: torch.Tensor  # (N,) index of each in its answer
+    n: torch.Tensor  # (A,) number of predicted tokens of each answer
+    last: torch.Tensor  # (A,) place of each answer's last token
+    slot: list  # index of each example in the step; -1: a filler, which does not count
+    real: torch.Tensor  # (examples,) False for a filler
     longest: int  # tokens of the longest answer
-    position: torch.Tensor | None = None  # packed: (1, T) the position of each token in its own sequence
+    position: torch.Tensor | None = None  # packed: (1, T) position of each token in its own sequence
     mask: torch.Tensor | None = None  # padded: (A, T) 1 for tokens, 0 for padding
-    # packed: (tokens of a prompt, tokens of each answer that shares it) of each group; padded: an empty list
+    # packed: for each copy of a prompt, (tokens of the prompt, tokens of each answer that shares it); padded: empty
     groups: list = field(default_factory=list)
-    varlen: Varlen | None = None  # packed on a GPU: the groups as its kernel wants them
-    ref: torch.Tensor | None = None  # (A,) the reference's log-probs, if they are cached
+    varlen: Varlen | None = None  # packed on a GPU: the groups in the format of the CUDA kernel
+    ref: torch.Tensor | None = None  # (A,) cached log-probs of the reference
 
     @functools.cached_property
     def blocks(self):
-        """The groups as a list of Blocks, for attention that computes block after block."""
-        return make_blocks(self.groups)
+        """Split groups, in order, into Blocks of at most MAX_BLOCK_TOKENS tokens. A larger group gets its own Block."""
+        blocks = []  # lists of groups
+        tokens = MAX_BLOCK_TOKENS  # of the last block; initially full, so that the first group starts a block
+        for prompt, answers in self.groups:
+            size = prompt + sum(answers)
+            tokens += size
+            if tokens > MAX_BLOCK_TOKENS:
+                blocks.append([])
+                tokens = size
+            blocks[-1].append((prompt, answers))
+        return [Block(block) for block in blocks]
 
     def sum(self, values):
-        """Sum values (N,) of tokens over each answer: (A,). The rest of the batch does not change the order of the additions."""
-        # (A, longest): a row for each answer, with zeros behind the shorter ones
+        """Sum values (N,) of tokens over each answer: (A,). The other answers do not change the order of additions."""
+        # (A, longest): one row for each answer, padded with zeros
         table = values.new_zeros(len(self.n), self.longest)
         return table.index_put((self.answer, self.offset), values).sum(1)
 
 
 def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu'):
-    """Return a Batch of examples (prompt, answers), on the device. slots: the place of each example in the step.
+    """Make a Batch of a list of examples, (prompt, answers) each. slots: index of each example in the step.
 
-    pad: one padded row for each answer. share_prefix=False: one copy of the prompt for each answer. filler: without examples,
-    make one up with so many answers, which does not count: the rank must still run its passes, as the other ranks wait."""
+    pad: a padded row for each answer. share_prefix=False: a copy of the prompt for each answer. filler: answers of the dummy
+    example that replaces an empty list: a rank without data must still run its passes, because the others wait for it."""
     if not examples:
         one_token = np.array([0])
         examples, slots = [(one_token, [one_token] * filler)], [-1]
-    # a group is a prompt and the answers that share its copy
+    # a group is a copy of a prompt with the answers that share it
     groups = examples
     if pad or not share_prefix:
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
 
-    # put all pieces into one flat row: a prompt, its answers, the next prompt ...
-    pieces = []
-    prompt_of = []  # of each piece: which piece is its prompt; a prompt is its own
+    # concatenate all pieces: a prompt, its answers, the next prompt, ...
+    pieces, prompt_of = [], []  # prompt_of: index of each piece's prompt, or a prompt's own index
     for prompt, answers in groups:
         prompt_of += [len(pieces)] * (1 + len(answers))
         pieces += [prompt, *answers]
     ids, prompt_of = np.concatenate(pieces), np.array(prompt_of)
     sizes = np.array([len(piece) for piece in pieces])
     is_answer = prompt_of != np.arange(len(pieces))
-    arrays = _predicted(ids, sizes, prompt_of)
-    # ~id, which is negative, stands for an id that is seen, but not predicted
+    arrays = _predicted(ids, sizes, is_answer, prompt_of)
+    # tokens that are seen but not predicted are stored as ~id, which is negative
     ids = np.where(ids < 0, ~ids, ids)
 
     if pad:
-        # pieces are prompt, answer, prompt, answer ...: each two of them become one row
+        # one row for each prompt and its answer
         lengths = sizes[0::2] + sizes[1::2]
         mask = np.arange(lengths.max()) < lengths[:, None]
         padded_ids = np.zeros(mask.shape, int)
         padded_ids[mask] = ids
         arrays |= {'ids': padded_ids, 'mask': mask}
-        # places in the flat row become places in the flattened padded rows
+        # place in the concatenated ids -> place in the padded ones
+        padded_place = np.flatnonzero(mask)
         for name in ('predict_at', 'last'):
-            arrays[name] = np.flatnonzero(mask)[arrays[name]]
+            arrays[name] = padded_place[arrays[name]]
     else:
-        # the positions of each answer go on from its prompt
+        # an answer's positions continue those of its prompt
         first_position = np.where(is_answer, sizes[prompt_of], 0)
-        arrays |= {'ids': ids[None], 'position': (np.repeat(first_position, sizes) + _count_up(sizes))[None]}
+        index_in_piece = np.concatenate([np.arange(size) for size in sizes])
+        position = np.repeat(first_position, sizes) + index_in_piece
+        arrays |= {'ids': ids[None], 'position': position[None]}
     tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
-    real = torch.tensor(slots) >= 0
-    batch = Batch(**tensors, slot=list(slots), real=real, longest=int(sizes[is_answer].max()))
+    longest = int(sizes[is_answer].max())
+    batch = Batch(**tensors, slot=list(slots), real=torch.tensor(slots) >= 0, longest=longest)
     if not pad:
         batch.groups = [(len(prompt), tuple(map(len, answers))) for prompt, answers in groups]
         if torch.device(device).type == 'cuda':
@@ -233,47 +228,39 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     return move(batch, device)
 
 
-def _predicted(ids, sizes, prompt_of):
-    """Return the columns of a Batch that say which answer tokens are predicted: predict_at, target, answer, offset, n and last.
+def _predicted(ids, sizes, is_answer, prompt_of):
+    """Return a Batch's arrays about predicted tokens: predict_at, target, answer, offset, n, last. Places are indices into ids.
 
-    ids: the flat row of all pieces; sizes: tokens of each piece; prompt_of: the number of the piece that is its prompt."""
-    is_answer = prompt_of != np.arange(len(sizes))
+    ids: all pieces, concatenated. Of each piece: sizes, its tokens; is_answer; prompt_of, the index of its prompt."""
     ends = np.cumsum(sizes)
-    # for each answer token: the number of its answer, its index in that answer, and its place in ids
+    answer_ends = ends[is_answer]
+    # of each answer token: its answer's number, its index in the answer, its place
     lengths = sizes[is_answer]
-    answer, offset = np.repeat(np.arange(len(lengths)), lengths), _count_up(lengths)
-    place = (ends[is_answer] - lengths)[answer] + offset
-
-    # leave out tokens that are only seen, such as the user's later turns: they are stored as ~id, which is negative
-    trained = ids[place] >= 0
-    answer, offset, place = answer[trained], offset[trained], place[trained]
-    # an answer's first token is predicted at the prompt's last one, any other at the token before it
-    prompt_end = ends[prompt_of[is_answer]][answer]
-    predict_at = np.where(offset == 0, prompt_end, place) - 1
+    answer = np.repeat(np.arange(len(lengths)), lengths)
+    offset = np.concatenate([np.arange(length) for length in lengths])
+    place = (answer_ends - lengths)[answer] + offset
+    # drop tokens that are seen but not predicted, such as the user's later turns: stored as ~id, which is negative
+    is_predicted = ids[place] >= 0
+    answer, offset, place = answer[is_predicted], offset[is_predicted], place[is_predicted]
+    # an answer's first token is predicted at the prompt's last token, any other at the token before it
+    prompt_ends = ends[prompt_of[is_answer]]
+    predict_at = np.where(offset == 0, prompt_ends[answer], place) - 1
     of_tokens = {'predict_at': predict_at, 'target': ids[place], 'answer': answer, 'offset': offset}
-    of_answers = {'n': np.bincount(answer, minlength=len(lengths)), 'last': ends[is_answer] - 1}
-    return of_tokens | of_answers
-
-
-def _count_up(sizes):
-    """Return 0, 1, ..., size - 1 for each of the sizes, one after the other, as one array."""
-    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return of_tokens | {'n': np.bincount(answer, minlength=len(lengths)), 'last': answer_ends - 1}
 
 
 def move(value, device):
-    """Move a tensor, or all tensors inside a list, tuple, dictionary, Batch or Varlen, to a device, and return the result.
-
-    A list or tuple is made again; a dictionary or an object is changed in place. Tensors go to a GPU from pinned memory, so that
-    the calling thread does not wait for the copy."""
+    """Move a tensor, or all tensors in a list or tuple (copied), dict or object (in place), to a device; return the result."""
     if isinstance(value, torch.Tensor):
+        # pinned memory makes the copy to a GPU asynchronous
         if torch.device(device).type == 'cuda' and not value.is_cuda:
             value = value.pin_memory()
         return value.to(device, non_blocking=True)
     if isinstance(value, list | tuple):
-        # a NamedTuple takes its parts one by one, but its _make takes a list
+        # a NamedTuple's constructor takes no list, but its _make does
         make = getattr(value, '_make', type(value))
         return make([move(part, device) for part in value])
-    # numbers and the like have no parts
+    # other values, such as numbers, have no parts
     parts = value if isinstance(value, dict) else getattr(value, '__dict__', {})
     for name, part in parts.items():
         parts[name] = move(part, device)
@@ -281,65 +268,44 @@ def move(value, device):
 
 
 def pack_probe(examples, device):
-    """Return two Batches of the same two examples, packed and padded. A model must give both the same log-probs (hf/probe.py)."""
+    """Return two examples as a packed Batch and as a padded one. A model must give both the same log-probs (hf/probe.py)."""
     longest = int(examples.lengths.argmax())
     two = [examples[0], examples[longest]]
     return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]
 
 
-# ---- what attention has to know of the groups in a row ----
+MAX_BLOCK_TOKENS = 96  # a larger mask wastes more work on masked entries than another attention call costs
 
 
 class Block:
-    """Neighbouring groups of a row whose attention is computed together: several small ones under one mask, or a large one."""
+    """Consecutive groups of a packed row that one attention call computes under a mask, or a single large group."""
 
     def __init__(self, groups):
         self.groups = groups
-        self.is_one_piece = len(groups) > 1  # else its prompt and its answers are pieces
+        self.is_one_piece = len(groups) > 1  # otherwise the prompt and each answer are a piece
         # tokens of each piece
         sizes = [size for prompt, answers in groups for size in (prompt, *answers)]
         self.sizes = [sum(sizes)] if self.is_one_piece else sizes
-        self.masks = {}  # (window, device) -> mask, made once for all layers
+        self.masks = {}  # (window, device) -> mask, shared by all layers
 
     def mask(self, window, device):
-        """Return a mask (T, T): each token sees the tokens of its prompt and answer so far, at most window positions back."""
-        if (window, device) not in self.masks:
-            mask = torch.from_numpy(self._make_mask(window))
-            self.masks[window, device] = move(mask, device)
-        return self.masks[window, device]
-
-    def _make_mask(self, window):
-        """Return the mask as an array: mask[i, j] says whether token i sees token j."""
-        tokens = []  # (group, piece, position) of each; piece 0 is the prompt, the others are answers
+        """Return the boolean mask (T, T), cached. Token i sees j of its own prompt or answer if 0 <= position i - j < window."""
+        if (window, device) in self.masks:
+            return self.masks[window, device]
+        tokens = []  # (group, piece, position) of each token; piece 0 is the prompt, others are answers
         for group, (prompt, answers) in enumerate(self.groups):
             for piece, size in enumerate((prompt, *answers)):
-                begin = prompt if piece > 0 else 0
-                tokens += [(group, piece, position) for position in range(begin, begin + size)]
+                start = prompt if piece > 0 else 0
+                tokens += [(group, piece, position) for position in range(start, start + size)]
         group, piece, position = np.array(tokens).T
-        back = position[:, None] - position  # how far j lies before i
-        is_of_prompt_or_answer = (piece == 0) | (piece[:, None] == piece)
-        mask = (group[:, None] == group) & is_of_prompt_or_answer & (back >= 0)
+        distance = position[:, None] - position  # how far j is before i
+        same_group = group[:, None] == group
+        in_prompt_or_answer = (piece == 0) | (piece[:, None] == piece)
+        mask = same_group & in_prompt_or_answer & (distance >= 0)
         if window:
-            mask &= back < window
-        return mask
-
-
-# the most tokens of a block of several groups: with more, what the mask leaves out costs more than a further call of attention
-SMALL = 96
-
-
-def make_blocks(groups):
-    """Return the Blocks of groups, in row order: as many groups together as have SMALL tokens, or one larger group alone."""
-    blocks = []  # lists of groups
-    tokens = SMALL  # of the last block; it begins as if full, so that the first group begins a block
-    for prompt, answers in groups:
-        size = prompt + sum(answers)
-        tokens += size
-        if tokens > SMALL:
-            blocks.append([])
-            tokens = size
-        blocks[-1].append((prompt, answers))
-    return [Block(block) for block in blocks]
+            mask &= distance < window
+        self.masks[window, device] = move(torch.from_numpy(mask), device)
+        return self.masks[window, device]
 
 
 if __name__ == '__main__':

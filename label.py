@@ -3,17 +3,16 @@
     python label.py --answers=out/sample/samples.jsonl --endpoint=http://127.0.0.1:8000 --judge_model=NAME
     python label.py --answers=ours.jsonl --against=theirs.json --reward_model=out/reward/model
 
-A file of answers is samples.jsonl of sample.py or AlpacaEval's model_outputs.json. --answers alone: any two answers to a prompt
-are a pair, the lower sample number first. With --against: the answers of both files to the same prompt, in order.
+Answer files are samples.jsonl of sample.py or AlpacaEval's model_outputs.json. With --answers alone, any two answers to a prompt
+are a pair, lower sample number first; with --against, the answers of both files to the same prompt are paired in order.
 
-out_dir gets three files:
-* verdicts.jsonl: a line for each verdict, with the judge's whole reply. A line is on the disk before the next one is taken: so
-  the same command goes on where a run was killed, and asks again where a request failed.
+Output in out_dir:
+* verdicts.jsonl: one line per verdict, with the judge's reply, synced to disk at once; the same command resumes a killed run.
 * annotations.json, for --data=, in AlpacaEval's format (preference 1: output_1, 2: output_2, 1.5: tie, null: no verdict).
-* report.json: the win rate and other numbers, which feedback/winrate.py explains.
+* report.json: the win rate and other numbers, explained in feedback/winrate.py.
 
-An endpoint sees every pair in both orders. The preference is the mean of its two verdicts, and null unless both are clear. Two
-equal answers are a tie, and no judge is asked. The key of an endpoint is in NANOPREF_API_KEY, or else OPENAI_API_KEY.
+An endpoint judges every pair in both orders; the preference is the mean of the two verdicts, null unless both are clear.
+Identical answers are a tie without asking. NANOPREF_API_KEY or OPENAI_API_KEY holds the endpoint's key.
 """
 
 from runtime import guard
@@ -58,9 +57,7 @@ trust_remote_code = False  # run code that comes with a model
 out_dir = 'out/label'  # everything the run leaves behind
 config = configure(globals())
 
-BLOCK = 64  # pairs whose rewards are compared together, and then synced to the disk
-
-# ---- what is judged ----
+BLOCK = 64  # pairs scored by a reward before their verdicts are flushed to disk
 
 if answers is None:
     raise UserError('--answers=FILE is missing: the samples.jsonl of sample.py, or a model_outputs.json')
@@ -69,44 +66,59 @@ if sum(option is not None for option in (endpoint, reward_model, gold)) != 1:
 if endpoint is None:
     config.ignored('judge_model judge_prompt request concurrency timeout retries'.split(), 'there is no --endpoint')
 if reward_model is None:
-    of_model = 'max_length max_prompt_length truncation max_tokens trust_remote_code'
-    config.ignored(of_model.split(), 'there is no --reward_model')
+    model_options = 'max_length max_prompt_length truncation max_tokens trust_remote_code'
+    config.ignored(model_options.split(), 'there is no --reward_model')
 
 pairs, left_out = make_pairs(answers, against)
-# pairs of equal answers, by number: they need no judge
-equal = set()
-for i, pair in enumerate(pairs):
-    first, second = pair['outputs']
-    if first.strip() == second.strip():
-        equal.add(i)
-# a verdict's key: (number of the pair, order in which its answers are shown); order 2 shows the second answer first
+# indices of pairs with identical answers, which need no judge
+equal = {i for i, pair in enumerate(pairs) if len({output.strip() for output in pair['outputs']}) == 1}
+# a verdict's key: (pair index, order); order 2 shows the second answer first
 orders = (1, 2) if endpoint else (1,)
-judged_pairs = [i for i in range(len(pairs)) if i not in equal]
-keys = [(i, order) for i in judged_pairs for order in orders]
+keys = [(i, order) for i in range(len(pairs)) if i not in equal for order in orders]
 n_prompts = len({pair['question'] for pair in pairs})
 counts = f'{len(pairs)} pairs of answers to {n_prompts} prompts, {len(equal)} of them equal'
 log.say(f'data: {counts}, {len(keys)} verdicts to take; left out: {in_words(left_out)[0]}')
 
-record = config | {'content of answers': f'{content_hash(pairs):016x}'}  # all that the verdicts depend on
-failed = Counter()  # why requests have no reply
-cut = Counter()  # what a reward model could not read whole
-
-# ---- a judge behind an endpoint ----
+record = config | {'content of answers': f'{content_hash(pairs):016x}'}  # everything that verdicts depend on
+failed = Counter()  # request errors by reason
+cut = Counter()  # truncated prompts and answers, by kind
 
 if endpoint is not None:
-    completions_url(endpoint)  # raises UserError if it is no address
+    completions_url(endpoint)  # raises UserError for a bad address
     if not judge_model:
         raise UserError('--endpoint needs --judge_model, the name of a model there')
     template = judge.read_prompt(judge_prompt)
     fields = judge.read_request(request) | {'model': judge_model, 'stream': False}
     record['content of judge_prompt'] = f'{content_hash(template):016x}'
 
+# heavy modules are imported only if needed
+if gold is not None:
+    from text import toy
+
+    known_prompts = [f'Review of the {place}:' for place in toy.PLACES]
+    for pair in pairs:
+        if pair['prompt'] not in known_prompts:
+            expected = "the toy world's prompts, such as 'Review of the hotel:'"
+            raise UserError(f'--gold=toy knows {expected}, not {str(pair["prompt"])[:80]!r}')
+
+if reward_model is not None:
+    import fsdp
+    from feedback import score
+    from hf import lora
+    from text.tokenise import encode
+
+    _, world_size, device = fsdp.setup()
+    if world_size > 1:
+        raise UserError('label.py scores in one process: run it with python, not torchrun')
+    model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
+    record['content of reward_model'] = lora.weights_hash(reward_model)
+
 
 def ask_judge(todo):
-    """Ask the endpoint for the verdicts with these keys. Yield a row of verdicts.jsonl for each, in the order of the replies.
+    """Ask the endpoint for the verdicts with these keys. Yield rows of verdicts.jsonl as replies arrive.
 
-    A request that failed yields nothing, and is counted in `failed`. Raises UserError where going on is useless."""
-    # a generator: a request is made when it is sent
+    Failed requests yield nothing and are counted in `failed`. Raises UserError if continuing is pointless."""
+    # lazy: a request is built when it is sent
     jobs = (((i, order), fields | judge.question(template, pairs[i], order)) for i, order in todo)
     settings = {'concurrency': concurrency, 'timeout': timeout, 'retries': retries, 'proven': bool(verdicts)}
     for (i, order), text, raw, error in ask(endpoint, jobs, **settings):
@@ -117,140 +129,97 @@ def ask_judge(todo):
         yield {'pair': i, 'order': order, 'preference': preference, 'text': text, 'raw': raw}
 
 
-# ---- a reward, of a model or of gold ----
-
-
 def compare_rewards(todo):
-    """Compare the rewards of the answers of these pairs. Yield a row of verdicts.jsonl for each: the higher one is preferred.
-
-    todo: keys (number of the pair, 1). Equal rewards are a tie."""
-    # BLOCK pairs at a time, so that what is scored is soon on the disk
+    """Yield a row of verdicts.jsonl per key (pair index, order); the higher reward is preferred. order is 1: rewards ignore it."""
+    # in blocks, so that verdicts reach the disk early
     for start in range(0, len(todo), BLOCK):
-        numbers = [i for i, _ in todo[start : start + BLOCK]]
-        # each answer once, though it may be in several pairs. The key has the prompt as a string, since a chat is a list
+        indices = [i for i, _ in todo[start : start + BLOCK]]
+        # score each answer once, even if it is in several pairs; str, because a chat prompt is an unhashable list
         to_score = {}
-        for i in numbers:
+        for i in indices:
             prompt = pairs[i]['prompt']
             for output in pairs[i]['outputs']:
-                # the answer as dpo.py will read it from annotations.json
+                # the text that dpo.py will read from annotations.json
                 text = answer(output) if is_plain(pairs[i]) else output
                 to_score[str(prompt), output] = (prompt, text)
-        scores = rewards(list(to_score.values()))
-        reward_of = dict(zip(to_score, scores, strict=True))
+        items = to_score.values()
+        if gold is not None:
+            rewards = [toy.gold(prompt, text) for prompt, text in items]
+        else:
+            lengths = (max_length, max_prompt_length, truncation)
+            ids = [encode(prompt, text, tokenizer, *lengths, cut) for prompt, text in items]
+            rewards = score.scores(model, tokenizer, ids, max_tokens).tolist()
+        reward_of = dict(zip(to_score, rewards, strict=True))
 
-        for i in numbers:
+        for i in indices:
             prompt = str(pairs[i]['prompt'])
             first, second = [reward_of[prompt, output] for output in pairs[i]['outputs']]
             preference = 1 if first > second else 2
             if first == second:
-                preference = 1.5  # a tie
+                preference = 1.5  # tie
             yield {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
-
-
-# the gold reward of the toy world; here and below, heavy modules are imported only where they are needed
-if gold is not None:
-    from text import toy
-
-    known_prompts = [f'Review of the {place}:' for place in toy.PLACES]
-    for pair in pairs:
-        if pair['prompt'] not in known_prompts:
-            such = "the toy world's prompts, such as 'Review of the hotel:'"
-            raise UserError(f'--gold=toy knows {such}, not {str(pair["prompt"])[:80]!r}')
-
-# a reward model, which reads prompt and answer as dpo.py would
-if reward_model is not None:
-    import fsdp
-    from feedback import score
-    from hf import lora
-    from text.tokenise import encode
-
-    _, world, device = fsdp.setup()
-    if world > 1:
-        raise UserError('label.py scores in one process: run it with python, not torchrun')
-    model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
-    record['content of reward_model'] = lora.weights_hash(reward_model)
-
-
-def rewards(items):
-    """Return a list with the reward of each (prompt, answer), by gold or by the reward model. What must be cut is counted in `cut`."""
-    if gold is not None:
-        return [toy.gold(prompt, text) for prompt, text in items]
-    ids = [encode(prompt, text, tokenizer, max_length, max_prompt_length, truncation, cut) for prompt, text in items]
-    return score.scores(model, tokenizer, ids, max_tokens).tolist()
 
 
 # ---- the verdicts ----
 
-# out_dir must be new, or have the verdicts of a run with the same options and answers; these options may differ
+# out_dir must be new, or hold a run with the same answers and options except these
 neutral = {'out_dir', 'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'}
 log.check_out_dir(out_dir, record, resume=True, neutral=neutral)
 lock(out_dir)
 config_file = Path(out_dir) / 'config.json'
 if config_file.exists():
-    began_at = json.loads(config_file.read_text())['config']['endpoint']
-    if began_at != endpoint:
+    first_endpoint = json.loads(config_file.read_text())['config']['endpoint']
+    if first_endpoint != endpoint:
         log.say(f'note: this run began at another endpoint; {judge_model} must be the same model here')
 
-# verdicts that are there already are not taken again
 verdicts_file = Path(out_dir) / 'verdicts.jsonl'
-append(verdicts_file, [])  # makes the file, even if nothing is to be judged
+append(verdicts_file, [])  # creates the file
 verdicts = read_verdicts(verdicts_file)  # key -> row
 if verdicts:
     log.say(f'{len(verdicts)} verdicts are in {out_dir} already')
 todo = [key for key in keys if key not in verdicts]
 
-# judge; a signal ends this at once, and gives up the requests under way
+# a signal stops at once and drops pending requests
 guard.on_stop(lambda: f'{len(verdicts)} of {len(keys)} verdicts are in {out_dir}; the same command goes on there')
 new_rows = ask_judge(todo) if endpoint is not None else compare_rewards(todo)
 with log.progress(len(keys), ' verdicts', 'judged', initial=len(verdicts)) as bar:
     for row in new_rows:
-        # the first verdict claims out_dir: before it, a command with a mistake leaves nothing that a corrected one would differ from
+        # claim out_dir with the first verdict only, so that a mistaken command does not block the corrected one
         if not config_file.exists():
             log.claim_out_dir(out_dir, record)
-        # replies were paid for, and are synced to the disk one by one; rewards come by the thousand a second, and are synced in blocks
+        # sync every reply, which costs money; rewards come fast, so sync them once per block
         ends_block = (len(verdicts) + 1) % BLOCK == 0
-        sync = endpoint is not None or ends_block
-        append(verdicts_file, [row], sync=sync)
+        append(verdicts_file, [row], sync=endpoint is not None or ends_block)
         verdicts[row['pair'], row['order']] = row
         bar.update()
 
 # ---- annotations and report ----
 
-# the preference of each pair: the mean over its orders; None if one of them has no verdict, or an unclear one
+# preference of each pair: mean over its orders, None if a verdict is missing or unclear
 preferences_by_order = []
 preferences = []
 for i in range(len(pairs)):
-    by_order = [1.5]  # equal answers
+    by_order = [1.5]  # identical answers
     if i not in equal:
         by_order = [verdicts.get((i, order), {}).get('preference') for order in orders]
-    mean = None
-    if None not in by_order:
-        mean = sum(by_order) / len(by_order)
     preferences_by_order.append(by_order)
-    preferences.append(mean)
-
-# the file that AlpacaEval and dpo.py read
+    is_clear = None not in by_order
+    preferences.append(sum(by_order) / len(by_order) if is_clear else None)
 annotator = judge_model or reward_model or f'gold {gold}'
-rows = []
-for pair, preference in zip(pairs, preferences, strict=True):
-    rows.append(annotation(pair, preference, annotator))
+rows = [annotation(pair, preference, annotator) for pair, preference in zip(pairs, preferences, strict=True)]
 replace_text(Path(out_dir) / 'annotations.json', json.dumps(rows, indent=1))
 
-# columns of the pairs with a verdict: number of the prompt, win of the first answer from 0 to 1, lengths in characters
+# per clear pair: its prompt, win of the first answer (0 to 1), lengths of both answers in characters
 clear = [i for i, preference in enumerate(preferences) if preference is not None]
 questions = [pairs[i]['question'] for i in clear]
 wins = 2 - np.array([preferences[i] for i in clear])
 lengths = [[len(output.strip()) for output in pairs[i]['outputs']] for i in clear]
-lengths = np.array(lengths).reshape(-1, 2)  # (pairs, first and second answer), also without any pair
-
-# who wrote the first answers, and the second
+lengths = np.array(lengths).reshape(-1, 2)  # (pairs, 2) even without pairs
 first_name = ' + '.join(sorted({pair['generators'][0] for pair in pairs}))
 second_name = ' + '.join(sorted({pair['generators'][1] for pair in pairs}))
 if first_name == second_name:
     first_name = 'the first answer'
     second_name = 'the second'
-
-# counts first
 unclear = [row['text'] for row in verdicts.values() if row['preference'] is None]
 report = {
     'first': first_name,
@@ -268,22 +237,22 @@ report = {
     'failures': dict(failed),
     'cut': dict(+cut),
 }
-# then rates with standard errors and 95% intervals. name -> (a number for each pair, its prompt): pairs of a prompt go together
+# rates with standard errors and 95% intervals: name -> (values per pair, prompts), clustered by prompt
 rates = {'win_rate': (wins, questions)}
 if endpoint is not None:
-    # what the order of showing did, of the pairs with a verdict in both orders
+    # position bias, from pairs judged in both orders
     in_both_orders = [i for i in clear if i not in equal]
-    questions_there = [pairs[i]['question'] for i in in_both_orders]
+    clusters = [pairs[i]['question'] for i in in_both_orders]
     columns = winrate.orders([preferences_by_order[i] for i in in_both_orders])
     for name, column in columns.items():
-        rates[name] = (column, questions_there)
+        rates[name] = (column, clusters)
 for name, (column, clusters) in rates.items():
     mean, error = winrate.mean(column, clusters)
     report[name] = mean
     report[f'{name}_se'] = error
     report[f'{name}_interval'] = winrate.interval(column, clusters)
 
-# the win rate between answers of equal length, if there are enough prompts to tell length from quality
+# length-controlled win rate; with few prompts, length cannot be told from quality
 n_judged = len(set(questions))
 rate = error = effect = None
 if n_judged >= winrate.ENOUGH:
@@ -297,7 +266,7 @@ replace_text(Path(out_dir) / 'report.json', json.dumps(report, indent=1))
 
 
 def percent(name, why_none='too few verdicts'):
-    """Return a rate of the report with its 95% interval, in words for the screen; why_none if the report has no such rate."""
+    """Format a rate of the report with its 95% interval; return why_none if it has no interval."""
     interval = report[f'{name}_interval']
     if interval is None:
         return why_none
@@ -305,12 +274,10 @@ def percent(name, why_none='too few verdicts'):
     return f'{report[name]:.1%} (95% interval {low:.1%} to {high:.1%})'
 
 
-# the same on the screen
 equal_length = percent('length_controlled', why_none='no finite fit')
 if n_judged < winrate.ENOUGH:
     equal_length = f'not told: {n_judged} prompts, and from {winrate.ENOUGH} on length can be told from quality'
-means = report['mean_lengths'] or []
-mean_lengths = ' and '.join(f'{mean:.0f}' for mean in means)
+mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'] or [])
 log.say(f"""
 {first_name} against {second_name}, judged by {annotator}
   win rate           {percent('win_rate')}; a tie is half a win
@@ -328,7 +295,7 @@ if unclear:
     ending = unclear[0].strip()[-150:]
     log.say(f'note: an unclear reply (cut short, or its last line is no verdict) ends: {ending!r}')
 
-# missing verdicts end the run with a sentence, now that all the others are written
+# missing verdicts are an error, after everything else is written
 raise_if_missing(failed, 'verdicts')
 if reward_model is not None and __name__ == '__main__':
     fsdp.leave()

@@ -3,17 +3,16 @@
     python ppo.py config/ppo_toy.py
     torchrun --nproc_per_node=4 ppo.py config/ppo_hh.py
 
-Training goes in rounds. A round samples batch_size answers from the policy (offline: it takes labelled answers of the data, scored
-+1 or -1), computes their log-probs under policy and reference, values, scores and advantages, and then trains on them in
-ppo_epochs passes. Each minibatch is one optimizer step; its gradient is the sum over its answer tokens, divided once by their
-number, on any number of ranks and microbatches. All counts but warmup_steps are in examples, which here are answers.
+Each round samples batch_size answers from the policy (offline: takes labelled answers of the data, scored +1 or -1), computes
+log-probs under policy and reference, values, scores and advantages, and trains on them for ppo_epochs passes. Each minibatch is
+one optimizer step on the mean gradient over its answer tokens. All counts but warmup_steps are in examples, here answers.
 
-Where this departs from papers and other code:
-* Answers are sampled at temperature 1 without top-p: from the policy that is trained, so that ratios start at 1.
-* Online PPO has the KL to the reference in its rewards, token by token, as Ziegler et al. (1909.08593) do. GRPO (as in its
-  paper) and offline PPO have it in the loss, as kl_penalty of rl/formulas.py; HALOs' offline PPO adds kl_coef mean(pi - ref) there.
-* Offline, the old policy is the reference and values aim at discounted sums of rewards, as in HALOs; else at A + V.
-* GRPO is a mean over tokens, as in HALOs and DAPO; with --per_answer over answers of their token means, as in its paper.
+Differences from papers and other code:
+* Answers are sampled at temperature 1 without top-p, from the policy being trained, so ratios start at 1.
+* Online PPO subtracts the per-token KL to the reference from the rewards, like Ziegler et al. (1909.08593). GRPO and offline PPO
+  add kl_penalty of rl/formulas.py to the loss; HALOs' offline PPO adds kl_coef mean(pi - ref) there.
+* Offline, the old policy is the reference, and value targets are discounted returns, as in HALOs; online they are A + V.
+* GRPO averages over tokens, as in HALOs and DAPO; with --per_answer over the token means of answers, as in its paper.
 """
 
 from runtime import guard
@@ -82,8 +81,6 @@ n_eval_model_samples = 16  # how many of the answers to held-out prompts go into
 out_dir = 'out/ppo'  # everything the run leaves behind
 config = configure(globals(), shared=training)
 
-# ---- what the options mean together ----
-
 # options without effect: an error on the command line, a note in a config file
 if loss not in ('ppo', 'grpo'):
     raise UserError(f'loss must be one of ppo, grpo, not {loss!r}: dpo.py has the losses on preferences')
@@ -98,45 +95,42 @@ else:
 if group_size == 1:
     config.ignored(['share_prefix'], 'there is one answer to a prompt')
 
-# what cannot be
+# invalid combinations
 if offline and loss == 'grpo':
     raise UserError('--offline goes with --loss=ppo: grpo compares several answers to one prompt, and samples them')
 if loss == 'grpo' and group_size < 2:
     raise UserError('grpo compares the answers to one prompt: set --group_size to 2 or more')
 reward_parts = reward_functions.parts_of_options(config, training.eval_data)
-both_fractions = 0 <= gamma <= 1 and 0 <= lam <= 1
-if not both_fractions:
+if not (0 <= gamma <= 1 and 0 <= lam <= 1):
     raise UserError(f'gamma and lam must lie between 0 and 1, not {gamma} and {lam}')
-per_prompt = 1 if offline else group_size  # answers to a prompt
-whole_groups = batch_size % per_prompt == 0 and minibatch_size % per_prompt == 0
-if not whole_groups or minibatch_size > batch_size:
-    sizes = f'batch_size {batch_size} and minibatch_size {minibatch_size}'
-    raise UserError(f'{sizes} must be multiples of group_size {per_prompt}, and a minibatch no larger than the batch')
+answers_per_prompt = 1 if offline else group_size
+splits_groups = batch_size % answers_per_prompt or minibatch_size % answers_per_prompt
+if splits_groups or minibatch_size > batch_size:
+    sizes = f'batch_size {batch_size} and minibatch_size {minibatch_size} must be multiples of group_size'
+    raise UserError(f'{sizes} {answers_per_prompt}, and a minibatch no larger than the batch')
 kl_in_loss = offline or loss == 'grpo'  # online PPO has the KL penalty in the rewards instead
 
 # ---- set-up ----
 
-# the ranks meet, out_dir is taken
-run = training.begin(config)
-world = run.world
-device = run.device
+run = training.begin(config)  # initialises torch.distributed and claims out_dir
 tokenizer = run.tokenizer
 
-# an example of the task 'prompts' has a short answer, too, which nothing reads: 2 leaves room for one token and its end
+# examples of the task 'prompts' carry a dummy answer: 2 leaves room for one token and the end token
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
-for_train = {'task': 'singles'} if offline else prompts_only
-run.load_data(train=for_train, held_out=prompts_only)
+run.load_data(train={'task': 'singles'} if offline else prompts_only, held_out=prompts_only)
 if not offline:
-    # such answers do not matter, nor that they were cut
+    # only dummy answers were cut
     run.train.left_out.pop('answers cut', None)
 elif noise_rate:
     run.train = run.train.flip(noise_rate, seed)
-run.say_data(per_prompt)
-train, held_out, total = run.train, run.held_out, run.total
+run.say_data(answers_per_prompt)
+train = run.train
+held_out = run.held_out
+total = run.total
 if not total:
-    raise UserError(f'n_examples {n_examples} is less than one group of {per_prompt} answers')
+    raise UserError(f'n_examples {n_examples} is less than one group of {answers_per_prompt} answers')
 
-# reference and critic must read the policy's tokens
+# reference and critic must use the policy's token ids
 if ref_model:
     check_same_tokens(tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 if loss == 'ppo' and critic not in ('head', 'own'):
@@ -145,126 +139,91 @@ build_policy = partial(load_model, model, adapters=run.adapters, **run.model_opt
 
 
 def build(**options):
-    """Return the policy, loaded with these options of load_model. With ppo its value head, or its critic, is a part of it.
-
-    So one optimizer and one checkpoint serve both."""
+    """Load the policy with these options of load_model; for ppo attach its critic, so one optimizer and checkpoint cover both."""
     lm = build_policy(**options)
     if loss == 'grpo':
         return lm
     if critic == 'head':
         return add_value_head(lm)
     critic_name = model if critic == 'own' else critic
-    # new_head: it may be a language model, whose head gives way to one with a single output
+    # new_head: replace the head of a language model by one with a single output
     critic_model = load_reward(critic_name, new_head=True, **run.model_options(), **options)
     return add_value_head(lm, critic_model)
 
 
 run.load_policy(build)
 policy = run.policy
-stop_ids = generate.stop_tokens(policy, tokenizer)  # ids that end an answer; the one that was sampled is trained on
+stop_ids = generate.stop_tokens(policy, tokenizer)  # token ids that end an answer
 
-# the longest sequence: a prompt with the answer that may be sampled to it, or with that of the data
+# longest prompt plus answer, sampled or (offline) from the data
 longest = max(examples.longest_prompt() + max_new_tokens for examples in (train, held_out))
 if offline:
     longest = max(longest, train.longest())
-called = 'prompts with their answers'
-# with adapters the policy itself can be the reference: without them it is the model as it was
+what = 'prompts with their answers'  # for error messages
+# with adapters, the policy without them serves as the reference
 has_own_ref = bool(ref_model or not run.adapters)
-inner_critic = getattr(core(policy), 'critic', None)
+own_critic = getattr(core(policy), 'critic', None)
 run.choose_attention(
-    longest, called, share_prefix, forward=policy.token_logps, critic=inner_critic, frozen=int(has_own_ref)
+    longest, what, share_prefix, forward=policy.token_logps, critic=own_critic, frozen=int(has_own_ref)
 )
 ref = policy
 if has_own_ref:
-    ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, called)
+    ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
 
-# the reward, whose functions see the rows of their prompts; offline, it scores held-out prompts alone
-scorer = Reward(reward_parts, config, run.max_tokens, tokenizer, device)
+# reward functions get the data rows of the prompts; offline, only held-out answers are scored
+scorer = Reward(reward_parts, config, run.max_tokens, tokenizer, run.device)
 scorer.read_rows(train=None if offline else train, test=held_out)
 run.check_room(ref, *(reward_model for reward_model, _ in scorer.reward_models.values()))
 
-# ---- a round: rollout, scores, KL penalty, advantages ----
-
 
 def make_round(first, rows):
-    """Get the answers of a round, sampled or of the data, and compute scores and advantages. Return a rollout.Round.
+    """Sample (offline: read) the answers of a round and compute scores and advantages. Return a rollout.Round.
 
-    first: number of answers before it. rows: its prompts, as rows of the training set. Every rank calls this. If a signal
-    comes, sampling ends early and answers are cut short: the caller must not train on them."""
-    # 1. the rollout. The k-th answer of a run has the seed (seed + 1) * 2**32 + k, so that runs of other seeds share none
+    first: number of answers before the round. rows: training-set indices of its prompts. Call it on all ranks together. After a
+    stop signal the answers are truncated, and the caller must not train on them."""
+    # rollout. Answer k of a run has seed (seed + 1) * 2**32 + k, so runs with different --seed share none
     if offline:
         examples = train.select(rows)
     else:
         first_seed = (seed + 1) * 2**32 + first
-        examples = rollout.sample(run, train, rows, answers_each=per_prompt, first_seed=first_seed)
+        examples = rollout.sample(run, train, rows, answers_each=answers_per_prompt, first_seed=first_seed)
 
-    # 2. log-probs of the answers' tokens under policy and reference, and values. PPO's ratios are to `old`, the policy that gave
-    # the answers; nobody knows who wrote those of the data, and the reference stands in
+    # log-probs and values. Offline, the reference stands in for the unknown policy that wrote the answers
     tokens, answers = rollout.measure(run, ref, examples, stop_ids)
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
 
-    # 3. the score of each answer: offline +1 or -1, as it is labelled
+    # scores, (answers,): offline the labels
     if offline:
         scores = torch.from_numpy(np.where(examples.good, 1.0, -1.0))
         answers['score'] = scores
         metrics = {'length/train': answers['n'].double().mean().item(), 'score/train': scores.mean().item()}
     else:
         answers |= scorer.score_columns(examples, 'train', train.uid[rows], ends=stop_ids)
-        # the log has scores without the penalty
         metrics = rollout.describe(run, examples, tokens, answers, 'train')
+        # the logged scores are without the penalty
         scores = answers['score'] - missing_eos_penalty * ~answers['ended']
 
-    # 4. the advantage of each token: with grpo that of its answer, compared with the other answers to the prompt
+    # advantages, (tokens,): with grpo every token gets that of its answer
     if loss == 'grpo':
-        groups = scores.view(-1, per_prompt)  # (prompts, answers to each)
+        groups = scores.view(-1, answers_per_prompt)  # (prompts, answers per prompt)
         advantages = formulas.group_advantage(groups).view(-1)
         tokens['advantage'] = advantages.repeat_interleave(answers['n'])
-        # a group of equal scores teaches nothing
-        has_equal_scores = groups.std(1) == 0
-        metrics['equal_groups/train'] = has_equal_scores.double().mean().item()
+        # groups with equal scores give no gradient
+        metrics['equal_groups/train'] = (groups.std(1) == 0).double().mean().item()
     else:
-        tokens['advantage'], tokens['target'] = advantages_and_targets(tokens, scores, answers['n'])
-        # how much of the targets the values know: 1 is all, 0 no more than a constant does (or all targets are equal)
-        spread = tokens['target'].var(correction=0).item()
-        unexplained = (tokens['target'] - tokens['value']).var(correction=0).item()
-        metrics['explained_variance/train'] = 1 - unexplained / spread if spread else 0.0
+        tokens['advantage'], tokens['target'] = rollout.advantages_and_targets(config, tokens, scores, answers['n'])
+        variance = tokens['target'].var(correction=0).item()
+        residual = (tokens['target'] - tokens['value']).var(correction=0).item()
+        metrics['explained_variance/train'] = 1 - residual / variance if variance else 0.0
     return rollout.Round(first, rows, examples, tokens, answers, metrics)
 
 
-def advantages_and_targets(tokens, scores, n):
-    """Return the advantages of PPO, and the targets of the values, as columns of tokens: (tokens,) float64 each.
-
-    tokens: columns pi, ref and value of the round's tokens. scores, n (answers,): score of each answer, and its tokens."""
-    # tables with a row for each answer, (answers, longest); a table[mask] is the column of tokens again
-    mask = torch.arange(int(n.max())) < n[:, None]
-    value = torch.zeros(mask.shape, dtype=torch.float64)
-    value[mask] = tokens['value']
-
-    # the reward of each token: online its KL penalty, and for an answer's last token the answer's score as well
-    rewards = torch.zeros_like(value)
-    if not kl_in_loss:
-        rewards[mask] = -kl_coef * (tokens['pi'] - tokens['ref'])
-    every_answer = torch.arange(len(n))
-    rewards[every_answer, n - 1] += scores
-
-    # values aim at advantage + value; offline with lam = 1, which makes that the discounted sum of the rewards to come
-    advantage = formulas.gae(rewards, value, mask, gamma=gamma, lam=lam)
-    target = value + advantage
-    if offline:
-        target = value + formulas.gae(rewards, value, mask, gamma=gamma, lam=1.0)
-    if whiten:
-        advantage = formulas.whiten(advantage, mask)
-    return advantage[mask], target[mask]
-
-
-# ---- minibatches: one optimizer step each ----
-
-
 def token_losses(pi, value, columns):
-    """Return the policy loss and the value loss of each of N answer tokens, (N,) each. All arguments are of these tokens.
+    """Return the policy loss and the value loss of each of N answer tokens, (N,) each.
 
-    pi, value: log-probs and values under the policy as it is now; value is None without a critic, and its loss then 0.
-    columns: the round's old, ref, advantage and, with a critic, value and target."""
+    pi, value: log-probs and values of the current policy, (N,). value is None without a critic; the value loss is then 0.
+    columns, (N,) each, fixed during the round: old and ref (log-probs of the policy at its start and of the reference),
+    advantage, and with a critic value (its values at the start) and target."""
     old, advantage = columns['old'], columns['advantage']
     if kl_in_loss:
         policy_loss = formulas.grpo(pi, old, columns['ref'], advantage, clip=clip, kl_coef=kl_coef)
@@ -272,38 +231,37 @@ def token_losses(pi, value, columns):
         policy_loss = formulas.ppo(pi, old, advantage, clip=clip)
     if value is None:
         return policy_loss, torch.zeros_like(policy_loss)
-    # None or 0: values move freely, as with an infinite limit
+    # None or 0: no clipping
     limit = value_clip or math.inf
     return policy_loss, formulas.value_loss(value, columns['value'], columns['target'], value_clip=limit)
 
 
 def run_minibatch(batches, this_round, rows):
-    """Do forward and backward of one minibatch. Return sums over its answer tokens on all ranks: name -> float.
+    """Run forward and backward of a minibatch. Return sums over its answer tokens on all ranks: name -> float.
 
-    batches: this rank's microbatches. rows: the minibatch's examples in this_round, a rollout.Round. The policy's gradients are
-    left as the sum over the tokens of weight times gradient, divided by the number of ranks. The sums: loss and value_loss, by
-    the same weights; clipped, how many ratios are beyond the clip; approx_kl, from the policy now to the one that answered."""
+    batches: this rank's microbatches. rows: indices of the minibatch's examples in this_round (rollout.Round). Sums: loss and
+    value_loss (weighted), clipped (number of clipped ratios), approx_kl (KL estimate from the current to the sampling policy).
+    Gradients of the weighted loss accumulate as the sum over all tokens, divided by the number of ranks."""
     sums = {}
-    # columns of all tokens of the round, (tokens,) each, where the model is
-    round_columns = move({name: column.float() for name, column in this_round.tokens.items()}, device)
+    # name -> (tokens,), all tokens of the round
+    round_columns = move({name: column.float() for name, column in this_round.tokens.items()}, run.device)
     for batch in batches:
-        # this microbatch's tokens in them. A filler has the slot -1: it reads the last token's numbers, and its weight is 0
-        slots = rollout.token_slots(batch, rows, this_round.answers['start'], per_prompt)
+        # filler tokens have slot -1: they read the last token's numbers and get weight 0
+        slots = rollout.token_slots(batch, rows, this_round.answers['start'], answers_per_prompt)
         is_real = slots >= 0
         columns = {name: column[slots] for name, column in round_columns.items()}
         pi, *values = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
         value = values[0] if values else None
         policy_loss, value_loss = token_losses(pi, value, columns)
 
-        # every token counts 1; with --per_answer every answer does, and its tokens share that
         weight = torch.ones_like(pi)
         if per_answer:
+            # every answer has the same total weight
             weight = 1 / batch.n[batch.answer]
         weight = weight * is_real
-        total_loss = policy_loss + vf_coef * value_loss
-        (weight * total_loss).sum().backward()
+        (weight * (policy_loss + vf_coef * value_loss)).sum().backward()
 
-        # for the log: how far the policy has moved since the answers were sampled; approx_kl is formulas.kl_penalty(old, pi)
+        # how far the policy has moved since sampling; approx_kl is formulas.kl_penalty(old, pi)
         ratio = (pi - columns['old']).detach().exp()
         is_clipped = (ratio - 1).abs() > clip
         approx_kl = ratio - 1 - ratio.log()
@@ -311,135 +269,116 @@ def run_minibatch(batches, this_round, rows):
         to_add |= {'clipped': is_real * is_clipped, 'approx_kl': is_real * approx_kl}
         for name, column in to_add.items():
             sums[name] = sums.get(name, 0) + column.detach().double().sum().view(1)  # (1,)
-
-    # each rank puts its sums into its row of (world,) columns, which are then summed up
-    by_rank = fsdp.gather_columns(sums, slots=[run.rank], total=world)
+    # sum over ranks: each rank fills its entry of a (world_size,) column
+    by_rank = fsdp.gather_columns(sums, slots=[run.rank], total=run.world)
     return {name: column.sum().item() for name, column in by_rank.items()}
 
 
 def train_round(this_round):
-    """Do all optimizer steps of a rollout.Round. Return their metrics by name: means over the answer tokens of all passes.
+    """Run all optimizer steps of a rollout.Round. Return metrics: means over answer tokens; grad_norm and lr of the last step.
 
-    grad_norm and lr are those of the last step. A step whose loss or gradient is not finite changes no weights, counts in no
-    mean, and is written down (count_bad_step)."""
-    steps_before = steps_a_round * (this_round.first // batch_size)
+    Steps with a non-finite loss or gradient leave the weights alone, count in no mean, and go to bad_step.jsonl."""
+    steps_before = steps_per_round * (this_round.first // batch_size)
     n_tokens = 0
     totals = Counter()
-    of_last_step = {'grad_norm': math.nan}
-    # a minibatch takes whole examples: a prompt with all its answers
-    minibatches = this_round.minibatches(minibatch_size // per_prompt, ppo_epochs, seed)
-    for number, rows in enumerate(minibatches, start=steps_before):
-        rate = lr * log.schedule(number, n_rounds * steps_a_round, warmup_steps, training.lr_schedule)
-        of_last_step['lr'] = rate
+    last_step = {'grad_norm': math.nan}
+    # minibatches consist of examples: a prompt with all its answers
+    minibatches = this_round.minibatches(minibatch_size // answers_per_prompt, ppo_epochs, seed)
+    for step, rows in enumerate(minibatches, start=steps_before):
+        step_lr = lr * log.schedule(step, n_rounds * steps_per_round, warmup_steps, training.lr_schedule)
+        last_step['lr'] = step_lr
         batches, *_ = run.make_batches(this_round.examples, rows)
-        lengths = this_round.by_example('n')[rows]  # (examples, answers to each)
+        lengths = this_round.by_example('n')[rows]  # (examples, answers per prompt)
         n = int(lengths.sum())
         total_weight = lengths.numel() if per_answer else n
         with run.memory(batches):
             sums = run_minibatch(batches, this_round, rows)
-            # times world, because gradients are divided by it; NaN tells update to leave the weights alone
-            is_finite = math.isfinite(sums['loss'])
-            scale = world / total_weight if is_finite else math.nan
-            norm = fsdp.update(policy, run.optimizer, rate, scale, max_grad_norm)
+            # gradients are averaged over ranks; a NaN scale makes update() skip the step
+            scale = run.world / total_weight if math.isfinite(sums['loss']) else math.nan
+            norm = fsdp.update(policy, run.optimizer, step_lr, scale, max_grad_norm)
         if not math.isfinite(norm):
-            count_bad_step(this_round, rows, sums['loss'], norm)
+            record_bad_step(this_round, rows, sums['loss'], norm)
             continue
 
-        # the step's losses are sums / total_weight; times n, they can be added up and divided by tokens in the end, as the others
-        of_last_step['grad_norm'] = norm
+        last_step['grad_norm'] = norm
         n_tokens += n
+        # rescale from weighted to token sums, because the means below are per token
         for name in ('loss', 'value_loss'):
             sums[name] = sums[name] * n / total_weight
-        totals.update(sums)  # a Counter's update adds
-
+        totals.update(sums)  # Counter.update adds
     if loss == 'grpo':
         totals.pop('value_loss', None)
     means = {f'{name}/train': value / max(1, n_tokens) for name, value in totals.items()}
-    return means | of_last_step
+    return means | last_step
 
 
-def count_bad_step(this_round, rows, loss_sum, norm):
-    """Count a step that was not finite, and write its answers into bad_step.jsonl. Raises UserError if there were too many.
+def record_bad_step(this_round, rows, loss_sum, norm):
+    """Log score, length and loss of the answers of a non-finite step to bad_step.jsonl; UserError after too many such steps.
 
-    rows: the step's examples in this_round. loss_sum, norm: its loss and its gradient's norm, one of which is not finite."""
-    # a number for each answer; of the loss only the sum over the step is known
+    rows: the step's examples in this_round. loss_sum, norm: summed loss and gradient norm; at least one is not finite."""
+    # (answers,) each; the loss is known for the whole step only
     columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
     columns['loss'] = torch.full((len(columns['n']),), loss_sum)
-    # the row in the training set of each answer's prompt
-    train_rows = np.repeat(this_round.rows[rows], per_prompt)
+    # training-set index of each answer's prompt
+    train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)
     uids = train.uid[train_rows]
-    allowed = training.skip_bad_steps
-    guard.bad_step(out_dir, run.state, allowed, this_round.first, train_rows, uids, norm, columns)
-
-
-# ---- evaluation ----
+    guard.bad_step(out_dir, run.state, training.skip_bad_steps, this_round.first, train_rows, uids, norm, columns)
 
 
 def evaluate(seen):
-    """Sample an answer to each held-out prompt, log metrics of all of them, and write the first ones into samples.jsonl.
+    """Sample an answer to every held-out prompt, log metrics, and append the first answers to samples.jsonl.
 
-    seen: number of answers that the policy was trained on. Nothing is done if there are no held-out prompts, or if the log has
-    this evaluation already: run.log_evaluation puts `seen` into run.state['evaluated'], which a resumed run has, too."""
-    is_logged = seen <= run.state['evaluated']
-    if not len(held_out) or is_logged:
+    seen: number of answers trained on so far. No-op without held-out prompts, or if a run before a resume logged it already."""
+    if not len(held_out) or seen <= run.state['evaluated']:
         return
-
-    # the same seeds at each evaluation. 1_000_003 is any number above that of the prompts, so that no two --seed share one
+    # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
     first_seed = seed * 1_000_003
-    all_rows = range(len(held_out))
-    examples = rollout.sample(run, held_out, all_rows, answers_each=1, first_seed=first_seed)
+    examples = rollout.sample(run, held_out, range(len(held_out)), answers_each=1, first_seed=first_seed)
     tokens, answers = rollout.measure(run, ref, examples, stop_ids)
     if reward_parts:
         answers |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)
-    # a signal has cut the answers short: nothing is logged, and the resumed run evaluates again
+    # a signal truncated the answers: the resumed run evaluates again
     if guard.stop_asked():
         return
 
-    # the first n_eval_model_samples answers for people to read, without the token that ends them
-    prompts, for_people, columns = [], [], {}
-    numbers = rollout.of_answers(tokens, answers)
+    # answers for people to read, without the end token
+    prompts, to_write, columns = [], [], {}
+    fields = rollout.answer_rows(tokens, answers)
     for i, (prompt, (answer,)) in enumerate(examples):
         prompts.append(prompt.tolist())
-        for_people.append(('policy', i, generate.without_end(answer.tolist(), stop_ids)))
-        columns['policy', i] = numbers[i]
-    for_people = for_people[:n_eval_model_samples]
-    file = f'{out_dir}/samples.jsonl'
-    fsdp.on_one_rank(partial(generate.write, file, tokenizer, prompts, for_people, seen, columns))
-    # all of them for the log
+        to_write.append(('policy', i, generate.without_end(answer.tolist(), stop_ids)))
+        columns['policy', i] = fields[i]
+    to_write = to_write[:n_eval_model_samples]
+    write = partial(generate.write, f'{out_dir}/samples.jsonl', tokenizer, prompts, to_write, seen, columns)
+    fsdp.on_one_rank(write)
     run.log_evaluation(seen, rollout.describe(run, examples, tokens, answers, 'eval'))
 
-
-# ---- training ----
 
 method = f'{loss} offline ' if offline else f'{loss} '
 run.start(method, f'answers, {batch_size} a round, {minibatch_size} a step')
 if run.eval_due_at_start():
     evaluate(run.seen)
-# the last round may be smaller, and so may the last minibatch of a pass
 n_rounds = math.ceil(total / batch_size)
-steps_a_round = ppo_epochs * math.ceil(batch_size / minibatch_size)
+steps_per_round = ppo_epochs * math.ceil(batch_size / minibatch_size)
 run.clock = time.time()
-# steps counts prompts, everything else answers
-prompts_a_round = batch_size // per_prompt
-rounds = steps(len(train), prompts_a_round, total // per_prompt, seed, start=run.seen // per_prompt)
-for first_prompt, rows in rounds:
-    this_round = make_round(first_prompt * per_prompt, rows)
-    # if a signal has come, save and leave: the resumed run makes this round again. Before the first round nothing needs saving
-    is_first = this_round.first == 0
-    run.obey_signals(this_round.first, saved=is_first)
+# steps() counts prompts, everything else answers
+prompts_per_round = batch_size // answers_per_prompt
+prompts_seen = run.seen // answers_per_prompt
+for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_per_prompt, seed, start=prompts_seen):
+    this_round = make_round(first_prompt * answers_per_prompt, rows)
+    # on a signal, save and exit; the resumed run repeats this round. Before the first round there is nothing to save
+    run.obey_signals(this_round.first, saved=this_round.first == 0)
     sampled = time.time()
     metrics = this_round.metrics | train_round(this_round)
-
-    # a row of metrics.jsonl for the round: speeds count everything since the last one
+    # log the round; speeds include everything since the previous row
     now = time.time()
     elapsed = now - run.clock
-    sampling = sampled - run.clock
-    run.clock = now
-    n = this_round.answers['n']  # tokens of each answer
+    n = this_round.answers['n']  # (answers,) tokens per answer
     metrics['counters/step_examples'] = len(n)
     metrics['examples_per_second'] = log.per_second(len(n), elapsed)
     metrics['tokens_per_second'] = log.per_second(int(n.sum()), elapsed)
-    metrics['sampling_share'] = log.per_second(sampling, elapsed)
+    metrics['sampling_share'] = log.per_second(sampled - run.clock, elapsed)
+    run.clock = now
     if training.skip_bad_steps:
         metrics['counters/bad_steps'] = run.state['bad_steps']
     run.logger.row('train', this_round.seen, metrics)
@@ -448,7 +387,7 @@ for first_prompt, rows in rounds:
     run.finish_step(this_round)
 evaluate(total)
 
-# the exported model is the language model, without its critic
+# export the language model without its critic
 run.obey_signals(total)
 checkpoint.wait()
 drop_value_head(policy)

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=4 -- sample.py --model=out/dpo/model --data=hh --n=4 --temperature=0.7
     NANOPREF_API_KEY=... python sample.py --endpoint=https://HOST --endpoint_model=NAME --data=alpaca_eval
 
-The noise of an answer comes from its own seed, a hash of --seed, the prompt and the answer's number. The work is planned before the
-ranks share it. So the answers do not depend on the number of ranks, nor on where a run was killed: the same command continues it.
-Another batch_size, or another processor, rounds numbers otherwise. That changes an answer only where two tokens nearly tie.
+Each answer has its own random seed, a hash of --seed, the prompt and the sample number, and the batches are planned before they
+are distributed over ranks. So answers do not depend on the number of ranks, and after a kill the same command resumes the run.
+Another batch_size or processor rounds differently, which changes an answer only where two tokens nearly tie.
 """
 
 from runtime import guard
@@ -29,7 +29,7 @@ from feedback.endpoint import ask, completions_url
 from hf import generate
 from hf.load import load_model, load_tokenizer
 from hf.lora import weights_hash
-from hf.probe import room
+from hf.probe import max_sequence_length
 from rl import reward_functions
 from runtime import log
 from runtime.files import lock, replace_text
@@ -72,108 +72,98 @@ timeout = 120.0  # endpoint: seconds that a reply may take
 trust_remote_code = False  # run code that comes with a model
 config = configure(globals())
 
-# ---- set-up ----
-
 # options without effect: an error on the command line, a note in a config file
 if endpoint:
-    of_model = 'model max_prompt_length truncation batch_size max_tokens dtype trust_remote_code'
-    config.ignored(of_model.split(), 'an endpoint answers')
-    completions_url(endpoint)  # raises UserError if it is no address
+    model_options = 'model max_prompt_length truncation batch_size max_tokens dtype trust_remote_code'
+    config.ignored(model_options.split(), 'an endpoint answers')
+    completions_url(endpoint)  # raises UserError for a bad address
     if not endpoint_model:
         raise UserError('--endpoint needs --endpoint_model, the name of a model there')
 else:
     config.ignored(['endpoint_model', 'concurrency', 'timeout'], 'there is no --endpoint')
 
-# one temperature, or several
 try:
     temperatures = [float(word) for word in str(temperature).split()]
 except ValueError:
     temperatures = []
-all_possible = all(0 <= t < math.inf for t in temperatures)
-all_different = len(set(temperatures)) == len(temperatures)
-if not temperatures or not all_possible or not all_different:
+in_range = all(0 <= t < math.inf for t in temperatures)
+has_duplicates = len(set(temperatures)) < len(temperatures)
+if not temperatures or not in_range or has_duplicates:
     raise UserError(f"temperature {temperature!r} must be a number from 0, or different ones: '0.7 1.0'")
 if 0 in temperatures and n > 1:
     raise UserError(f'at temperature 0 all {n} answers to a prompt are the same: use --n=1, or another temperature')
 if temperatures == [0]:
     config.ignored(['top_p'], 'temperature 0 takes the most probable token')
-n_samples = n * len(temperatures)  # answers to a prompt: numbers 0 to n - 1 at the first temperature, and so on
-
-# functions that score answers
+# answers per prompt: samples 0 to n - 1 have the first temperature, the next n the second, ...
+n_samples = n * len(temperatures)
 reward_parts = reward_functions.parse(reward) if reward else []
 if not all(part.is_function for part in reward_parts):
     others = 'label.py and feedback.score read reward models'
     raise UserError(f'--reward of sample.py takes functions, FILE.py:NAME: {others}')
-
-# who answers: the ranks of a model, or one process that asks
-rank, world, device = fsdp.setup()
-if endpoint and world > 1:
+rank, world_size, device = fsdp.setup()
+if endpoint and world_size > 1:
     raise UserError('one process is enough to ask an endpoint: run python sample.py, and raise --concurrency')
 
 # ---- the prompts ----
 
 
 def read_rows():
-    """Read the rows of all sources of --data. Return (the rows, a Counter of what was left out). Raises UserError."""
-    rows, left_out = [], Counter()
-    # without --split: 'test'; undivided then asks for all rows of data that has no splits
+    """Read the data rows of all sources in --data. Return (rows, Counter of what was left out). Raises UserError."""
+    rows = []
+    left_out = Counter()
+    # without --split, prefer 'test'; undivided reads all rows if the data has no splits
     wanted_split = split or 'test'
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
-        # a text file has a prompt in each line
+        # one prompt per line
         if source.endswith('.txt'):
             lines = read_text(source).splitlines()
             rows += [{'prompt': line} for line in lines if line.strip()]
             continue
-        of_source, left_out_there = sources.load_rows(source, wanted_split, task='prompts', **options)
-        # where it is the only source, read_prompts says that there are none
-        if not of_source and source != data:
-            raise sources.vanished(source, wanted_split, left_out_there)
-        rows += of_source
-        left_out.update(left_out_there)
+        new_rows, new_left_out = sources.load_rows(source, wanted_split, task='prompts', **options)
+        # read_prompts() reports an empty single source
+        if not new_rows and source != data:
+            raise sources.vanished(source, wanted_split, new_left_out)
+        rows += new_rows
+        left_out.update(new_left_out)
     return rows, left_out
 
 
 def read_prompts():
-    """Read the prompts to answer. Return (rows, Counter of what was left out or changed). Raises UserError if there is no prompt.
+    """Read the prompts to answer. Return (rows, Counter of what was left out or changed). Raises UserError if there are none.
 
-    A row is a dict with 'prompt', a text or a chat, and perhaps 'tools'."""
+    A row is a dict with 'prompt', a text or a list of messages, and perhaps 'tools'."""
     rows, left_out = read_rows()
-    # each prompt once
+    # drop duplicates
     row_of_hash = {}
     for row in rows:
         prompt_and_tools = [row[name] for name in ('prompt', 'tools') if name in row]
         row_of_hash.setdefault(content_hash(*prompt_and_tools), row)
     left_out['same prompt again'] += len(rows) - len(row_of_hash)
-
-    # a fraction of them is chosen by hash, so that it is the same wherever a prompt stands
+    # choose the fraction by hash, independent of the order of the data
     hashes = np.array(list(row_of_hash), np.uint64)
     is_chosen = uniform_hash(hashes, seed) < data_fraction
-    chosen = list(itertools.compress(row_of_hash.values(), is_chosen))
-    rows = chosen[:n_examples]
+    rows = list(itertools.compress(row_of_hash.values(), is_chosen))[:n_examples]
     if not rows:
         raise UserError(f'there are no prompts in data {data!r}; left out: {in_words(left_out)[0]}')
     left_out['prompts beyond n_examples or data_fraction'] += len(row_of_hash) - len(rows)
-
     for row in rows:
-        # with --system, its message takes the place of one in the data
         if chat or system:
             row['prompt'] = as_chat(row['prompt'])
         if system:
+            # --system replaces any system message of the data
             others = [turn for turn in row['prompt'] if turn['role'] != 'system']
             row['prompt'] = [message('system', system), *others]
-        # an endpoint is sent the messages alone
         if endpoint and row.pop('tools', None):
             left_out['tools, which are not sent to an endpoint'] += 1
     return rows, left_out
 
 
 def expected_row(i, sample):
-    """Return the fields that the row of samples.jsonl for answer number `sample` to prompt i must have. All are known before sampling.
+    """Return the fields of a samples.jsonl row that are known before sampling, for answer number `sample` to prompt i.
 
-    Return None if this run has no such answer. feedback.answers.collect compares rows that are in out_dir already with these."""
-    in_this_run = 0 <= i < len(prompts) and 0 <= sample < n_samples
-    if not in_this_run:
+    None if this run has no such answer. collect() compares the rows found in out_dir with these."""
+    if not (0 <= i < len(prompts) and 0 <= sample < n_samples):
         return None
     prompt = prompts[i]['prompt']
     row = {'index': i, 'prompt': prompt}
@@ -182,106 +172,109 @@ def expected_row(i, sample):
     row['sample'] = sample
     row['temperature'] = temperatures[sample // n]
     row['generator'] = generator or endpoint_model or model
-    # a hash of the prompt, not of its place in the data, which may change; 31 bits, as some servers take no more
+    # hash the prompt rather than its index, which changes with the data; some servers take at most 31 bits
     row['seed'] = content_hash(seed, prompt, sample) % 2**31
     return row
 
 
-# another model under the same name is another run: its weights are recorded by their content
+# compare weights by content: another model under the same name makes another run
 record = dict(config)
 if not endpoint:
     record['weights'] = fsdp.shared(partial(weights_hash, model))
-# a run may go on with other values of these options
+# these options may change when a run is resumed
 neutral = {'out_dir', 'reward', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
 fsdp.on_one_rank(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = fsdp.first_of_host(read_prompts)
-# an answer's key: (number of its prompt, its number among the answers to it)
+# an answer's key: (prompt index, sample number)
 keys = list(itertools.product(range(len(prompts)), range(n_samples)))
 
-# ---- a model here ----
+# ---- sampling from a model ----
 
 if not endpoint:
     tokenizer = load_tokenizer(model, trust_remote_code)
     build = partial(load_model, model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, seed=seed)
     net = fsdp.shard(build, device, dtype=dtype, train=False)
-
-    # the tokens that its positions leave for a prompt
-    positions = room(net)
+    # prompts are cut to the positions that the answer leaves
+    positions = max_sequence_length(net)
     if positions <= max_new_tokens:
         raise UserError(f'the model has {positions} positions: --max_new_tokens={max_new_tokens} fills them all')
-    longest = min(max_prompt_length or math.inf, positions - max_new_tokens)
-    # ids[i]: those of prompt i; None if the chat template refuses it
-    ids = tokenise.tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows)
+    max_prompt = min(max_prompt_length or math.inf, positions - max_new_tokens)
+    # token ids per prompt; None if the chat template rejects it
+    ids = tokenise.tokenise_prompts(prompts, tokenizer, max_prompt, truncation, left_out, skip_bad_rows)
     all_texts = all(isinstance(row['prompt'], str) for row in prompts)
     if all_texts and tokenizer.chat_template not in (None, tokenise.PLAIN_CHAT):
         log.say('note: the tokenizer has a chat template, but the prompts are text: --chat makes chats of them')
-
-    # from here on, keys are those of the answers that can be had
+    # drop rejected prompts
     keys = [(i, sample) for i, sample in keys if ids[i] is not None]
     if not keys:
         raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {in_words(left_out)[0]}')
 
 
 def plan():
-    """Cut all answers into parts, which are generated one by one. Return a list of (n_rows, keys of the part's answers).
+    """Split all answers into batches: a list of (n_rows, keys of the answers); n_rows answers are generated side by side.
 
-    n_rows: so many of them are in the making at a time; as soon as some have ended, the next ones are begun. The plan depends
-    neither on the rank nor on what is answered already. A part has one temperature; the longest prompts come first."""
+    Independent of the rank and of what is answered already. A batch has one temperature; longest prompts come first."""
 
     def longest_first(key):
         i, _ = key
-        return -len(ids[i]), key  # prompts of one length by their numbers
+        return -len(ids[i]), key  # ties by key
 
-    parts = []
+    batches = []
     for number in range(len(temperatures)):
         waiting = [(i, sample) for i, sample in keys if sample // n == number]
         waiting.sort(key=longest_first)
         while waiting:
             n_rows = batch_size
-            # the first prompt is the longest of the part
             if max_tokens:
+                # the first prompt is the longest of the batch
                 i, _ = waiting[0]
-                most_tokens = len(ids[i]) + max_new_tokens
-                n_rows = min(n_rows, max(1, max_tokens // most_tokens))
-            # with four answers for each row, rows are refilled three times, and few stand empty at the end
+                longest = len(ids[i]) + max_new_tokens
+                n_rows = min(n_rows, max(1, max_tokens // longest))
+            # four answers per row: generate() refills a row when its answer has ended, so few rows idle at the end
             size = 4 * n_rows
-            parts.append((n_rows, waiting[:size]))
+            batches.append((n_rows, waiting[:size]))
             waiting = waiting[size:]
-    return parts
+    return batches
 
 
 def generate_all():
-    """Generate the answers of this rank's parts, and write down those that are not in out_dir yet. Raises UserError."""
-    # a part that was begun is generated again as a whole: the same batches have the same rounding, and so the same answers
-    unfinished = [(n_rows, part) for n_rows, part in plan() if not done.issuperset(part)]
-    for n_rows, part in unfinished[rank::world]:
-        rows = [expected_row(*key) for key in part]
-        prompt_ids = [ids[i] for i, _ in part]
+    """Generate this rank's batches and append the answers that are not in out_dir yet. Raises UserError."""
+    # regenerate unfinished batches as a whole: the same batches round the same way, and so give the same answers
+    unfinished = [(n_rows, batch) for n_rows, batch in plan() if not done.issuperset(batch)]
+    for n_rows, batch in unfinished[rank::world_size]:
+        rows = [expected_row(*key) for key in batch]
+        prompt_ids = [ids[i] for i, _ in batch]
         seeds = [row['seed'] for row in rows]
         settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
-        advice = f'{min(n_rows, len(part))} answers do not fit; run the same command with a smaller --batch_size'
+        advice = f'{min(n_rows, len(batch))} answers do not fit; run the same command with a smaller --batch_size'
         with guard.memory_for(f'{advice}; what is answered is kept'):
             answers = generate.generate(net, tokenizer, prompt_ids, seeds, rows=n_rows, **settings)
 
-        # complete the rows of samples.jsonl
         for row, answer_ids in zip(rows, answers, strict=True):
             text = tokenizer.decode(answer_ids, skip_special_tokens=True)
-            # white space around a chat message belongs to the template; a text goes on from its prompt
+            # chat templates add white space around messages; plain text continues the prompt
             is_chat = not isinstance(row['prompt'], str)
             row['response'] = text.strip() if is_chat else text
-            # the end token is not among the ids, but counts
+            # the end token was removed, but counts
             ended = len(answer_ids) < max_new_tokens
             row['finish'] = 'eos' if ended else 'length'
             row['tokens'] = len(answer_ids) + ended
-        write_down([row for key, row in zip(part, rows, strict=True) if key not in done])
-
-
-# ---- an endpoint ----
+        append_rows([row for key, row in zip(batch, rows, strict=True) if key not in done])
 
 
 def ask_all():
-    """Ask the endpoint for all answers that are not in out_dir yet, and write them down. Count failures in `failed`, by reason."""
-    # a generator: a request is made when it is sent
+    """Ask the endpoint for the answers that are not in out_dir yet, and append them. Counts failures in `failed`, by reason."""
+
+    def request(row):
+        sampling = {
+            'max_tokens': max_new_tokens,
+            'top_p': top_p,
+            'temperature': row['temperature'],
+            'seed': row['seed'],
+        }
+        return {'model': endpoint_model, **sampling, 'messages': as_chat(row['prompt'])}
+
+    # lazy: a request is built when it is sent
     jobs = ((key, request(expected_row(*key))) for key in keys if key not in done)
     settings = {'concurrency': concurrency, 'timeout': timeout, 'proven': bool(done)}
     for key, text, raw, error in ask(endpoint, jobs, **settings):
@@ -292,43 +285,27 @@ def ask_all():
         is_text = isinstance(row['prompt'], str)
         row['response'] = answer(text) if is_text else text
         row['finish'], row['tokens'] = finish_and_tokens(raw)
-        write_down([row])
+        append_rows([row])
 
 
 def finish_and_tokens(raw):
-    """Return (why the answer ended, its number of tokens) from an endpoint's reply, parsed json. Each is None if it is not told.
-
-    The reason is 'eos' if the answer ended by itself, else the server's own word, such as 'length'."""
-    # a server may write anything here
+    """Return (finish reason, number of tokens) of an endpoint's parsed JSON reply, each None if missing or malformed."""
     finish = raw['choices'][0].get('finish_reason')
     if not isinstance(finish, str):
         finish = None
     if finish == 'stop':
         finish = 'eos'
-    tokens = None
     usage = raw.get('usage')
-    if isinstance(usage, dict):
-        tokens = usage.get('completion_tokens')
-    # not isinstance, to which True is an int
+    tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
+    # not isinstance, because bool is a subclass of int
     if type(tokens) is not int or tokens < 0:
         tokens = None
     return finish, tokens
 
 
-def request(row):
-    """Return the body of the request for the answer of a row, as expected_row makes it."""
-    fields = {'model': endpoint_model, 'max_tokens': max_new_tokens, 'top_p': top_p}
-    fields |= {'temperature': row['temperature'], 'seed': row['seed']}
-    fields['messages'] = as_chat(row['prompt'])
-    return fields
-
-
-# ---- sampling ----
-
-
-def write_down(rows):
-    """Append new rows to this rank's file of samples, and show the progress."""
-    # at the end, collect puts the files of all ranks into samples.jsonl
+def append_rows(rows):
+    """Append new rows to this rank's samples file and update the progress bar."""
+    # collect() merges the files of all ranks at the end
     name = 'samples.jsonl' if rank == 0 else f'samples-{rank}.jsonl'
     append(f'{out_dir}/{name}', rows)
     counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
@@ -337,7 +314,6 @@ def write_down(rows):
     bar.update(len(rows))
 
 
-# say what is about to be done
 changed, notes = in_words(left_out)
 log.say(f'data: {len(prompts):,} prompts, {len(keys):,} answers; left out or changed: {changed}')
 for note in notes:
@@ -346,29 +322,28 @@ i, _ = keys[0]
 text = str(prompts[i]['prompt']) if endpoint else tokenizer.decode(ids[i])
 log.say(f'first prompt: {text[-300:]!r}')
 
-# take out_dir for this run; answers that are in it already are not asked for again
+# claim out_dir, and skip the answers that it has already
 fsdp.on_one_rank(partial(lock, out_dir))
-done = set(fsdp.shared(lambda: list(collect(out_dir, expected_row))))  # their keys
+done = set(fsdp.shared(lambda: list(collect(out_dir, expected_row))))  # keys
 if done:
     log.say(f'{len(done)} answers are in {out_dir} already')
 fsdp.on_one_rank(partial(log.claim_out_dir, out_dir, record))
 guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes on there')
 
-# sample
 started = time.time()
-counts = Counter()  # 'tokens' that this rank has sampled
-failed = Counter()  # reasons why an endpoint's answers are missing, each with its number
+counts = Counter()  # 'tokens' sampled by this rank
+failed = Counter()  # endpoint errors by reason
 n_missing = len(keys) - len(done)
-silent = not main_rank() or not n_missing
-with log.progress(n_missing // world, ' answers', 'sampled by this rank', disable=silent) as bar:
+no_bar = not main_rank() or not n_missing
+with log.progress(n_missing // world_size, ' answers', 'sampled by this rank', disable=no_bar) as bar:
     if endpoint:
         ask_all()
     elif n_missing:
-        # on_ranks: an error on one rank is raised on all
+        # on_ranks re-raises one rank's error on all ranks
         with fsdp.unsharded(net):
             fsdp.on_ranks(True, generate_all)
 
-# put all ranks' answers into one file; rank 0 alone gets them, by key
+# merge the answers of all ranks; {key: row} on rank 0
 rows_by_key = fsdp.on_one_rank(partial(collect, out_dir, expected_row))
 if rank == 0:
     write_model_outputs(out_dir, rows_by_key)
@@ -379,21 +354,20 @@ if rank == 0:
 
 
 def score_answers():
-    """Write the scores of all answers into rewards.jsonl, and print their means. Raises UserError if a function fails."""
+    """Score all answers, write rewards.jsonl, and print the means. Raises UserError if a function fails."""
     asked, responses, data_rows, lines = [], [], [], []
     for (i, sample), row in rows_by_key.items():
         asked.append(row['prompt'])
         responses.append(row['response'])
-        # functions get a row with all its columns, as it was read; a line of a .txt file has no others
+        # .raw: the data row with all its columns; prompts of .txt files have none
         data_rows.append(getattr(prompts[i], 'raw', prompts[i]))
         lines.append({'index': i, 'sample': sample, 'score': 0.0})
+    # 'score' is the weighted sum, the others are unweighted
     for part in reward_parts:
         values, _ = reward_functions.score(part, asked, responses, data_rows)
         for line, value in zip(lines, values, strict=True):
             line['score'] += part.weight * value
             line[part.name] = value
-
-    # the sum, and each part without its weight
     replace_text(f'{out_dir}/rewards.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
     for name in ('score', *(part.name for part in reward_parts)):
         mean = sum(line[name] for line in lines) / max(1, len(lines))
@@ -403,9 +377,9 @@ def score_answers():
 if reward_parts:
     fsdp.on_one_rank(score_answers)
 
-# missing answers end the run with a sentence, on every rank
+# missing answers are an error on every rank
 raise_if_missing(failed, 'answers')
-n_found = fsdp.shared(lambda: len(rows_by_key))  # rank 0 has them
+n_found = fsdp.shared(lambda: len(rows_by_key))  # from rank 0
 if n_found < len(keys):
     raise UserError(f'answers are missing in {out_dir}/samples.jsonl: run the same command again')
 if __name__ == '__main__':

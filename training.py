@@ -25,12 +25,13 @@ import fsdp
 from configurator import UserError
 from data import Step, make_batches, pack_probe, steps
 from hf import export, generate, lora, parallel
-from hf.load import fingerprints, kept_in, load_tokenizer
+from hf.load import fingerprints, load_tokenizer, stored_dtype
 from hf.probe import can_pack, check_positions
 from model import set_attention
 from runtime import checkpoint, guard, log, room
 from runtime.prefetch import prefetch
 from text import show
+from text.examples import in_words
 from text.tokenise import ENOUGH, load_examples
 
 # data
@@ -177,7 +178,7 @@ class Run:
         config, train = self.config, self.train
         total = config.n_epochs * len(train) * group
         self.total = min(total, config.n_examples or total) // group * group
-        changed, notes = train.changes()
+        changed, notes = in_words(train.left_out)
         sizes = f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {len(self.held_out):,} to evaluate on'
         if n_eval_examples and not len(self.held_out):
             notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
@@ -204,7 +205,7 @@ class Run:
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
         # by default the model is saved in the dtype of its input files
         if save_dtype is None:
-            came_in = fsdp.shared(lambda: kept_in(self.config.model))
+            came_in = fsdp.shared(lambda: stored_dtype(self.config.model))
             self.config['save_dtype'] = 'bfloat16' if quantize else came_in
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
@@ -427,7 +428,7 @@ class Run:
 
     def obey_signals(self, seen, saved=False):
         """Exit if a signal has asked for it, after saving a checkpoint unless there is one already (saved)."""
-        guard.boundary(partial(self.save, seen), self.logger.close, saved=saved)
+        guard.boundary(partial(self.save, seen), self.logger.close, already_started=saved)
 
     # ---- evaluation ----
 

@@ -109,8 +109,8 @@ def write_model_outputs(out_dir, rows):
     outputs = []
     for row in rows.values():
         if row['sample'] == 0:
-            output = {'instruction': instruction(row['prompt']), 'output': row['response'].strip()}
-            outputs.append(output | {'generator': row['generator']})
+            output = row['response'].strip()
+            outputs.append({'instruction': instruction(row['prompt']), 'output': output, 'generator': row['generator']})
     files.replace_text(Path(out_dir) / 'model_outputs.json', json.dumps(outputs, indent=1))
 
 
@@ -154,7 +154,7 @@ def _prompt_and_response(row):
 
 
 def make_pairs(answers_file, against_file=None):
-    """Return (pairs, Counter of skipped answers by reason) from one or two files of answers.
+    """Return (pairs, Counter of what is left out by reason) from one or two files of answers.
 
     One file: all pairs of answers to the same prompt, lower sample number first. Two files: the k-th answers to a prompt in
     each form a pair. A pair is a dict: prompt (text or chat), instruction (the prompt as plain text), question (number of the
@@ -171,7 +171,7 @@ def make_pairs(answers_file, against_file=None):
         else:
             matches = combinations(group, 2)
         for first, second in matches:
-            # prefer the original prompt, since model_outputs.json keeps only the instruction
+            # model_outputs.json keeps the instruction only; the other file may have the original prompt, such as a chat
             prompt = second['prompt'] if is_plain(first) else first['prompt']
             pair = {'prompt': prompt, 'instruction': first['instruction'], 'question': number}
             pair['outputs'] = [first['response'], second['response']]
@@ -181,14 +181,16 @@ def make_pairs(answers_file, against_file=None):
         raise UserError(f'no prompt of {answers_file} has an answer in {against_file}')
     if not pairs:
         raise UserError(f'no prompt in {answers_file} has two answers: sample with --n=2, or name --against=FILE')
-    skipped = Counter({'tools, which no judge is shown': sum(bool(row['tools']) for row in ours + theirs)})
+    # answers with tools are paired, but the judge does not see the tools
+    with_tools = sum(bool(row['tools']) for row in ours + theirs)
+    left_out = Counter({'tools, which no judge is shown': with_tools})
     if against_file:
-        # each pair uses one answer of either file
-        skipped['answers without a counterpart'] = len(ours) - len(pairs)
-        skipped['answers of --against without a counterpart'] = len(theirs) - len(pairs)
+        # each pair uses one answer of each file
+        left_out['answers without a counterpart'] = len(ours) - len(pairs)
+        left_out['answers of --against without a counterpart'] = len(theirs) - len(pairs)
     else:
-        skipped['answers without a counterpart'] = sum(len(group) == 1 for group in our_groups.values())
-    return pairs, skipped
+        left_out['answers without a counterpart'] = sum(len(group) == 1 for group in our_groups.values())
+    return pairs, left_out
 
 
 def _by_question(answers):
@@ -198,7 +200,7 @@ def _by_question(answers):
     groups = {}
     times_seen = Counter()
     for row in answers:
-        # a generator repeats a sample number only if the instruction was asked again
+        # samples 0, 1, 0, 1 of one generator: the instruction was asked twice, and the second 0 and 1 answer the second time
         key = row['instruction'], row['generator'], row['sample']
         question = row['instruction'], times_seen[key]
         groups.setdefault(question, []).append(row)

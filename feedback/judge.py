@@ -25,12 +25,13 @@ TRUNCATED = ('length', 'max_tokens', 'content_filter')  # values of finish_reaso
 def read_prompt(name):
     """Return the text of a judge prompt file, looked up in the working directory, then in the repository.
 
-    Prints a note if it has no {mark}. Raises UserError if it cannot be read, or if any other placeholder is not there once."""
+    It must have {instruction}, {answer_1} and {answer_2} exactly once each, and ask for a 'Verdict:' line; else, or if it cannot be
+    read, UserError is raised. {mark}, a random string that delimits the answers, is recommended: a note is printed without it."""
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
     text = read_text(folder / name, f'--judge_prompt={name}')
     slots = SLOT.findall(text)
-    required = sorted(slot for slot in slots if slot != 'mark')
-    if required != ['answer_1', 'answer_2', 'instruction'] or 'Verdict:' not in text:
+    found = sorted(slot for slot in slots if slot != 'mark')
+    if found != ['answer_1', 'answer_2', 'instruction'] or 'Verdict:' not in text:
         has = f'{name} must have {{instruction}}, {{answer_1}} and {{answer_2}}, each once'
         raise UserError(f'{has}, and ask for a last line that is Verdict: A, Verdict: B or Verdict: tie')
     if 'mark' not in slots:

@@ -26,7 +26,7 @@ from data import pack, pack_probe, plan, plan_padded
 from feedback import winrate
 from feedback.answers import append
 from hf.load import load_reward, load_tokenizer, separate_pad
-from hf.probe import can_pack, room
+from hf.probe import can_pack, max_sequence_length
 from model import core, set_attention
 from runtime.files import writing
 from runtime.log import progress, say
@@ -100,7 +100,7 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
     is_padded = net.config._attn_implementation != 'packed'
     # padded batches cannot share prompts: with a limit of 0 each answer gets a group of its own
     group_limit = 0 if is_padded else max_tokens
-    groups = _groups(items, tokenizer.eos_token_id, ends, room(model), group_limit)
+    groups = _groups(items, tokenizer.eos_token_id, ends, max_sequence_length(model), group_limit)
     lengths = np.array([group.tokens for group in groups])
     # microbatches of this rank, as lists of indices into groups; every rank computes the same plan
     rank, world_size = fsdp.data_rank()
@@ -178,8 +178,8 @@ def main():
         raise UserError(f'--by={by}: no row of {data} has such a column')
     options = {'dtype': dtype, 'device_map': device_map, 'trust_remote_code': trust_remote_code}
     model, tokenizer = load_scorer(reward_model, device, **options)
-    # room() is infinite for a model without a maximum length
-    limit = int(min(max_length or UNLIMITED, room(model)))
+    # max_sequence_length() is infinite for a model without a maximum length
+    limit = int(min(max_length or UNLIMITED, max_sequence_length(model)))
     rows = []
     guard.on_stop(lambda: f'{len(rows)} of {len(examples)} are in {out}')
     fsdp.on_one_rank(create_output)
@@ -280,9 +280,9 @@ def report(rows):
         lines.append(f'  margin     mean {np.mean(margins):.4f}, median {np.median(margins):.4f}')
         lines.append(f'  scores     chosen {chosen:.4f}, rejected {rejected:.4f}')
     answers = [row for row in rows if 'score' in row]
-    # good: label of the answer, None if unlabeled
-    for good, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
-        values = [row['score'] for row in answers if row.get('good') is good]
+    # unlabeled answers have no 'good'
+    for label, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
+        values = [row['score'] for row in answers if row.get('good') is label]
         if values:
             lines.append(f'  scores     mean {np.mean(values):.4f} over {len(values):,} {name}')
     return lines + table(pairs)

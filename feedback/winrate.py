@@ -20,6 +20,7 @@ def mean(wins, clusters=None):
     if n == 0:
         return None, None
     average = wins.mean()
+    # _variance_of_sum takes (n, k) scores and includes C / (C - 1); nan for C = 1, which _sqrt turns into None
     variance_of_sum = _variance_of_sum(wins[:, None] - average, clusters).item()
     return float(average), _sqrt(variance_of_sum / n**2)
 

@@ -1,8 +1,8 @@
-"""Selective activation checkpointing: norms and the elementwise middle of an MLP are computed again in backward, not kept for it.
+"""Selective activation checkpointing: recompute norms and MLP activations in backward instead of saving their outputs.
 
-Matrix products and attention keep what they need. The norms and activations of a model's blocks are found by name and
-structure, and record a Recipe; a layer behind them that would keep their output for backward keeps the Recipe instead. torch's
-own selective checkpointing goes through every operation, which takes three times as long."""
+Outputs of matmuls and attention are saved as usual. A norm or activation records a Recipe of its output, and
+saved_tensors_hooks make later layers save the Recipe instead of the output. torch's own selective checkpointing
+dispatches every operation, which takes three times as long."""
 
 import inspect
 from functools import partial
@@ -11,22 +11,22 @@ import torch
 
 from model import blocks
 
-# as transformers writes the MLP of Llama and a hundred others
+# source of the MLP forward of Llama and about a hundred other architectures in transformers
 GATED = 'self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))'
 
 
 class Recipe:
-    """How to compute an output again: function(*inputs). It holds the inputs, and not the output, until backward."""
+    """An output that can be recomputed as function(*inputs). Holds the inputs until backward, instead of the output."""
 
     def __init__(self, function, inputs):
         self.function, self.output = function, None
-        # leaves of a graph of their own, of which Again.backward takes the gradients
+        # detached leaves, so that Recompute.backward differentiates this function alone
         self.inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        # torch counts the changes of a tensor in place
+        # autograd's counters of in-place changes
         self.versions = [x._version for x in self.inputs]
 
-    def again(self):
-        """Return the output with a graph from self.inputs. It is computed once, and kept until backward has used it."""
+    def recompute(self):
+        """Return the output with a graph from self.inputs. Cached, as several layers may have saved this output."""
         if self.output is None:
             if self.versions != [x._version for x in self.inputs]:
                 raise RuntimeError('this model changes its activations in place: leave out selective checkpointing')
@@ -35,41 +35,40 @@ class Recipe:
         return self.output
 
 
-class Again(torch.autograd.Function):
-    """The output of a Recipe in the model's graph. Autograd keeps nothing of what lies between its inputs and its output."""
+class Recompute(torch.autograd.Function):
+    """Compute a Recipe's output without saving any tensor for backward, where the output is recomputed."""
 
     @staticmethod
-    def forward(ctx, recipe, n_inputs, *tensors):
-        """Return the output. tensors: first n_inputs inputs of the function, then parameters that it reads from its module."""
+    def forward(ctx, recipe, num_inputs, *tensors):
+        """Return the output. tensors: num_inputs inputs of recipe.function, then the parameters that it uses."""
         ctx.recipe = recipe
-        ctx.parameters = tensors[n_inputs:]
-        return recipe.function(*tensors[:n_inputs])
+        ctx.parameters = tensors[num_inputs:]
+        return recipe.function(*tensors[:num_inputs])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        """Compute the output again, and return the gradients of all tensors from grad, that of the output."""
+        """Return the gradients of forward's arguments, given the gradient of the output."""
         recipe = ctx.recipe
-        output = recipe.again()
-        # the layers behind have had their backward: nobody asks for this output any more
+        output = recipe.recompute()
+        # all layers that saved the output have run their backward: free it
         recipe.output = None
         tensors = [*recipe.inputs, *ctx.parameters]
         gradients = iter(torch.autograd.grad(output, [x for x in tensors if x.requires_grad], grad))
-        of_tensors = [next(gradients) if x.requires_grad else None for x in tensors]
-        # recipe and n_inputs have none
-        return None, None, *of_tensors
+        # None for recipe and num_inputs
+        return None, None, *(next(gradients) if x.requires_grad else None for x in tensors)
 
 
 class Lean:
-    """Selective checkpointing of one block: it replaces forward methods in the block, and holds the recipes of a forward."""
+    """Selective checkpointing of one block: replaces forward methods inside it, in place."""
 
     def __init__(self, block):
-        # address of an output -> (output, Recipe), while the block's forward runs
+        # data_ptr of an output -> (output, Recipe); filled during the block's forward
         self.recipes = {}
         for name, module in block.named_modules():
             last = name.rpartition('.')[2]
             is_activation = last.startswith('act') and 'drop' not in last
-            # a gated MLP comes before its own activation, so it takes the activation's forward as the model has it
+            # named_modules() lists an MLP before its act_fn, so act_fn.forward has not been replaced yet
             if is_activation or 'Norm' in type(module).__name__:
                 module.forward = partial(self.call, module.forward, module)
             elif GATED in inspect.getsource(type(module).forward):
@@ -77,7 +76,7 @@ class Lean:
         block.forward = partial(self.run, block.forward)
 
     def run(self, forward, *args, **options):
-        """Run the block's forward. If a graph is recorded, pack chooses what is kept of each tensor for backward."""
+        """Run the block's forward, saving Recipes instead of recomputable tensors if gradients are enabled."""
         if not torch.is_grad_enabled():
             return forward(*args, **options)
         try:
@@ -87,47 +86,41 @@ class Lean:
             self.recipes.clear()
 
     def call(self, function, module, *inputs, **options):
-        """Return function(*inputs), to be computed again in backward. module: the one whose parameters the function reads."""
-        # whatever is not a plain tensor could not be made a leaf for backward
+        """Return function(*inputs), to be recomputed in backward. module: owns the parameters that the function uses."""
+        # only plain tensors can be detached leaves of a Recipe
         plain = not options and all(type(x) is torch.Tensor for x in inputs)
         if not plain or not torch.is_grad_enabled():
             return function(*inputs, **options)
         recipe = Recipe(function, inputs)
-        output = Again.apply(recipe, len(inputs), *inputs, *module.parameters())
-        # while the output is held here, no other tensor gets its address
+        output = Recompute.apply(recipe, len(inputs), *inputs, *module.parameters())
+        # keep a reference to the output, so that its address is not reused during this forward
         self.recipes[output.data_ptr()] = output, recipe
         return output
 
     def gated(self, mlp, act, x):
-        """Run an MLP written as GATED, whose product of activation and up_proj is computed again. act: its plain activation."""
-
-        def multiply(gate, up):
-            return act(gate) * up
-
-        product = self.call(multiply, mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x))
+        """Run an MLP of the form GATED, recomputing act(gate) * up in backward. act: the original mlp.act_fn.forward."""
+        product = self.call(lambda gate, up: act(gate) * up, mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x))
         return mlp.down_proj(product)
 
     def pack(self, tensor):
-        """Return what autograd keeps of a tensor for backward: (recipe, shape) if it is a recipe's output, else the tensor."""
+        """Return what autograd saves for a tensor: (recipe, shape) if it is a recipe's output, else the tensor."""
         if type(tensor) is not torch.Tensor or tensor.data_ptr() not in self.recipes:
             return tensor
-        # the same address may be a part of the output; another shape of all of it will do
+        # same address, so either a reshaped output, or only a part of it
         output, recipe = self.recipes[tensor.data_ptr()]
-        is_all = tensor.numel() == output.numel() and tensor.dtype == output.dtype
-        in_order = tensor.is_contiguous() and output.is_contiguous()
-        if is_all and in_order:
-            return recipe, tensor.shape
-        return tensor
+        is_whole = tensor.numel() == output.numel() and tensor.dtype == output.dtype
+        both_contiguous = tensor.is_contiguous() and output.is_contiguous()
+        return (recipe, tensor.shape) if is_whole and both_contiguous else tensor
 
-    def unpack(self, kept):
-        """Return the tensor that pack was given, from what pack has returned."""
-        if isinstance(kept, torch.Tensor):
-            return kept
-        recipe, shape = kept
-        return recipe.again().detach().view(shape)
+    def unpack(self, saved):
+        """Return the tensor for which pack returned saved."""
+        if isinstance(saved, torch.Tensor):
+            return saved
+        recipe, shape = saved
+        return recipe.recompute().detach().view(shape)
 
 
 def enable(model):
-    """Turn selective checkpointing on for all blocks of a model, in place."""
+    """Enable selective checkpointing for all blocks of a model, in place."""
     for block in blocks(model):
         Lean(block)

@@ -1,6 +1,4 @@
-"""Load models and tokenizers by name: a hub id, a folder, or 'toy'. Those that cannot be used raise UserError.
-
-Whether a loaded model suits packing and a run's lengths is checked afterwards, in probe.py."""
+"""Load models and tokenizers from a hub id, a local folder, or 'toy'. Unusable ones raise UserError."""
 
 import contextlib
 import copy
@@ -24,7 +22,7 @@ from runtime.files import file_hash, say_once
 from runtime.values import MODELS, NO_MODEL
 from text import toy
 
-# parts of warnings of transformers that need not reach the user: where they matter, this file or probe.py says so
+# parts of transformers warnings to hide; this file and probe.py report whatever matters to the user
 HARMLESS = (
     'LOAD REPORT',
     'The tied weights mapping and config for this model',
@@ -33,57 +31,59 @@ HARMLESS = (
     'generation flags are not valid and may be ignored',
     'sequence length is longer than the specified maximum',
 )
+MAX_TEMPLATE_BYTES = 4_000_000
+# suffixes of the files that define a model
+HASHED_SUFFIXES = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
+# caches by model name: the export at the end of a run needs them again, and the folder may be gone by then
+_configs, _generation_configs = {}, {}
 
 
 def concerns_user(record):
-    """Return whether to show a message (a logging.LogRecord) of transformers: if it is not HARMLESS, and on one rank only."""
+    """Return whether to show a transformers log record: only on the main rank, and not if it matches HARMLESS."""
     return main_rank() and not any(part in record.getMessage() for part in HARMLESS)
 
 
-# the first logger that is asked for adds the handler that writes
+# get_logger() installs the default handler as a side effect
 transformers.utils.logging.get_logger()
 for handler in logging.getLogger('transformers').handlers:
     handler.addFilter(concerns_user)
 transformers.utils.logging.disable_progress_bar()
 
-# ---- from a name to a model ----
 
+def as_user_error(load_fn):
+    """Decorate load_fn(name, ...) to turn any library exception into a one-line UserError that names the model."""
 
-def one_sentence(load):
-    """Decorate a function of a model's name: every error of a library in it becomes a UserError of one sentence."""
-
-    @functools.wraps(load)
-    def loaded(name, *args, **options):
+    @functools.wraps(load_fn)
+    def wrapper(name, *args, **options):
         try:
-            return load(name, *args, **options)
+            return load_fn(name, *args, **options)
         except UserError:
             raise
         except Exception as error:
             raise UserError(f'cannot load the model {name!r}: {hub.first_line(error)}') from None
 
-    return loaded
+    return wrapper
 
 
-@one_sentence
-def load_model(name, *, tokenizer=None, adapters=None, grow=False, **how):
-    """Load a causal LM in float32 and eval mode (dropout off), on the CPU. Raises UserError.
+@as_user_error
+def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
+    """Load a causal LM, or a LoRA adapter with its base model, on the CPU, in float32 and eval mode. Raises UserError.
 
-    name: a hub id, a folder, or 'toy', of a model or of an adapter; tokenizer: refused if it has ids beyond the model's, or
-    with grow the model gets rows for them; adapters: None, or what lora.options returns; how: empty, trust_remote_code, seed
-    and device_map, as in _make_model."""
+    tokenizer: ids beyond the model's embedding raise UserError; with grow=True they get new rows instead
+    adapters: dict from lora.options() to train adapters; None to train the model, with a saved adapter merged
+    options: empty (no weights, on the meta device), trust_remote_code, seed (of new weights), device_map"""
     saved, base = lora.adapter_and_base(name)
-    config = _read_config(base, **how)
-    if _is_classifier(config) or (saved and saved.scores):
+    config = _read_config(base, **options)
+    if _is_classifier(config) or (saved and saved.is_reward):
         raise UserError(f'{name!r} is a reward model: a language model is needed here')
-    model = _make_model(transformers.AutoModelForCausalLM, base, config, **how)
+    model = _make_model(transformers.AutoModelForCausalLM, base, config, **options)
     if _generation_configs.get(base):
         model.generation_config = copy.deepcopy(_generation_configs[base])
-    # describe_ties corrects a config that contradicts the file; an empty model has read no file
-    if not how.get('empty') and describe_ties(model):
-        own = 'its head is its embedding, but its file has a head of its own'
-        say_once(f'note: the config of {base!r} says that {own}: that is used, and the exported config says so')
-    # adapters first: a saved one that is merged fits the rows of the file
-    model = lora.adapt(model, saved, adapters, **how)
+    # correct a config that ties head and embedding although the file has both; an empty model has read no file
+    if not options.get('empty') and describe_ties(model):
+        say_once(f'note: {base!r} has a head of its own, although its config ties head and embedding: the head is kept')
+    # merge or attach adapters before adding rows: saved adapters have the shapes of the file
+    model = lora.adapt(model, saved, adapters, **options)
     if grow:
         _grow(model, len(tokenizer))
     if tokenizer is not None:
@@ -91,53 +91,46 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **how):
     return model
 
 
-@one_sentence
-def load_reward(name, tokenizer, *, new_head=False, adapters=None, **how):
-    """Load a reward model, a sequence classifier with one output, in float32 and eval mode, on the CPU. Raises UserError.
+@as_user_error
+def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
+    """Load a sequence classifier with one output on the CPU, in float32 and eval mode. Raises UserError.
 
-    tokenizer: as separate_pad returns it. new_head: a causal LM is taken, too, and gets a new head with one output in the
-    place of its own. The rest as in load_model."""
+    tokenizer: must have been through separate_pad(); adapters, options: same as for load_model
+    new_head: also accept a causal LM, and replace its LM head by a new scalar head"""
     saved, base = lora.adapter_and_base(name)
-    config = _read_config(base, **how)
-    is_classifier = _is_classifier(config)
-    has_head = is_classifier or bool(saved and saved.scores)
-    _check_reward(name, config, tokenizer, takes_language_model=new_head or has_head)
+    config = _read_config(base, **options)
+    is_lm = not _is_classifier(config)
+    has_head = not is_lm or (saved and saved.is_reward)
+    _check_reward(name, config, tokenizer, allow_language_model=new_head or has_head)
     config.num_labels = 1
-
-    # a pad token that separate_pad has added may be the one id that has no row in the embedding: it gets a row of zeros
+    # the pad token added by separate_pad may have no embedding row yet: append a row of zeros
     text_config = config.get_text_config()
-    n_rows, pad = text_config.vocab_size, tokenizer.pad_token_id
-    pad_lacks_row = pad == n_rows == len(tokenizer) - 1
-    is_from_file = name != 'toy' and not how.get('empty')
-    if is_from_file:
-        # transformers refuses a pad token without a row, so the file is read without
-        text_config.pad_token_id = None
-    else:
-        text_config.pad_token_id = pad
-        text_config.vocab_size = n_rows + int(pad_lacks_row)
-    model = _make_model(transformers.AutoModelForSequenceClassification, base, config, not is_classifier, **how)
-    if is_from_file and pad_lacks_row:
-        embedding = model.resize_token_embeddings(n_rows + 1, mean_resizing=False)
-        embedding.weight.data[n_rows:] = 0.0
-    # the model has a copy of the config above
-    model.config.get_text_config().pad_token_id = pad
+    vocab_size, pad_id = text_config.vocab_size, tokenizer.pad_token_id
+    needs_pad_row = pad_id == vocab_size == len(tokenizer) - 1
+    is_from_file = name != 'toy' and not options.get('empty')
+    # from_pretrained rejects a pad id without a row, so it is set after loading
+    text_config.pad_token_id = None if is_from_file else pad_id
+    if needs_pad_row and not is_from_file:
+        text_config.vocab_size += 1
+    model = _make_model(transformers.AutoModelForSequenceClassification, base, config, new_head=is_lm, **options)
+    if is_from_file and needs_pad_row:
+        embedding = model.resize_token_embeddings(vocab_size + 1, mean_resizing=False)
+        embedding.weight.data[vocab_size:] = 0.0
+    # the model holds its own copy of the config
+    model.config.get_text_config().pad_token_id = pad_id
     check_tokenizer(tokenizer, model, name)
     if not hasattr(model, 'score'):
         raise UserError(f'{type(model).__name__} has no head of the name score: it cannot be a reward model here')
-    if not has_head and not how.get('empty'):
-        new = f'a new scalar head, drawn from seed {how.get("seed", 0)}'
-        if pad_lacks_row:
+    if not has_head and not options.get('empty'):
+        new = f'a new scalar head, drawn from seed {options.get("seed", 0)}'
+        if needs_pad_row:
             new += f', and one row more for the pad token {tokenizer.pad_token}'
         say_once(f'a reward model from the language model {name!r}: {new}')
-    return lora.adapt(model, saved, adapters, **how)
-
-
-# what was read, by name: the export at the end of a run needs it again, and the folder may be gone by then
-_configs, _generation_configs = {}, {}
+    return lora.adapt(model, saved, adapters, **options)
 
 
 def _read_config(name, *, trust_remote_code=False, **_others):
-    """Return a copy of the config of a hub id, a folder or 'toy'. It is remembered, and so is the generation config beside it."""
+    """Return a copy of a model's config, and cache both its config and its generation config."""
     if name == 'toy':
         return toy.model_config()
     if os.path.exists(name) or name not in _configs:
@@ -147,31 +140,31 @@ def _read_config(name, *, trust_remote_code=False, **_others):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         if getattr(config, 'quantization_config', None):
             kind = dict(config.quantization_config).get('quant_method', 'bitsandbytes')
-            way = 'name the model that they were made from, or a copy of model.dequantize()'
-            raise UserError(f'{name!r} holds quantised weights ({kind}), which do not train here: {way}')
+            way_out = 'name the model they were made from, or a copy of model.dequantize()'
+            raise UserError(f'{name!r} holds quantised weights ({kind}), which do not train here: {way_out}')
         _configs[name] = config
         _generation_configs[name] = _read_generation_config(name)
     return copy.deepcopy(_configs[name])
 
 
 def _read_generation_config(name):
-    """Return the GenerationConfig of a model, or None if it has none that transformers can read."""
+    """Return a model's GenerationConfig, or None if transformers finds none or cannot parse it."""
     usable = None
     with contextlib.suppress(OSError, TypeError, ValueError):
-        found = transformers.GenerationConfig.from_pretrained(name)
-        # of one whose options contradict one another only the tokens are usable: the export could not write it again
-        tokens = {key: getattr(found, key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
-        usable = transformers.GenerationConfig(**tokens)
-        found.validate(strict=True)
-        usable = found
+        full = transformers.GenerationConfig.from_pretrained(name)
+        # fallback if validate() raises: the token ids alone, as the export could not save contradictory options
+        token_ids = {key: getattr(full, key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+        usable = transformers.GenerationConfig(**token_ids)
+        full.validate(strict=True)
+        usable = full
     return usable
 
 
-def _make_model(auto, name, config, new_head=False, *, empty=False, trust_remote_code=False, seed=0, device_map=None):
-    """Make a model of an auto class of transformers, with the weights of its file. Raises UserError where they do not fit it.
+def _make_model(auto, name, config, *, new_head=False, empty=False, trust_remote_code=False, seed=0, device_map=None):
+    """Create a model through a transformers auto class and load its weights. Raises UserError if the weights do not fit.
 
-    new_head: the file is a language model's, whose head is not read; the new one is drawn from seed. empty: no weights, on
-    the meta device. device_map: None, or how from_pretrained spreads the model over the GPUs of this process."""
+    new_head: the file's LM head is ignored; the new score head is initialised from seed
+    empty: no weights, on the meta device; device_map: passed to from_pretrained"""
     register_attention()
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
     device = torch.device('meta') if empty else contextlib.nullcontext()
@@ -185,59 +178,52 @@ def _make_model(auto, name, config, new_head=False, *, empty=False, trust_remote
             options |= {'use_safetensors': True, 'output_loading_info': True, 'device_map': device_map}
             model, info = auto.from_pretrained(name, config=config, **options)
             missing, unexpected = set(info['missing_keys']), set(info['unexpected_keys'])
-    # where the GPUs are too small, transformers puts the rest on the CPU, or leaves it on the disk
-    outside = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
-    if device_map and outside & {p.device.type for p in model.parameters()}:
+    # device_map offloads to the CPU or the disk (meta tensors) what the GPUs cannot hold
+    offload_devices = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
+    if device_map and offload_devices & {p.device.type for p in model.parameters()}:
         raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
 
-    # the file lacks a new head, and its old one, whose name has no number of a block, has no place any more
+    # expected with a new head: no score head in the file, and an unused LM head (keys without a layer number)
     if new_head:
         missing = {key for key in missing if not key.startswith('score.')}
         unexpected = {key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')}
     if missing:
         raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
     if unexpected:
-        unused = f'{len(unexpected)} weights in {name!r} are not used, for its config has no place for them'
-        say_once(f'note: {unused}: {", ".join(sorted(unexpected)[:3])}')
+        some = ', '.join(sorted(unexpected)[:3])
+        say_once(f'note: {len(unexpected)} weights in {name!r} are not used, its config has no layer for them: {some}')
     return model
-
-
-# ---- what is refused ----
 
 
 def _is_classifier(config):
     return (config.architectures or [''])[0].endswith('ForSequenceClassification')
 
 
-def _check_reward(name, config, tokenizer, takes_language_model):
-    """Raise UserError where a config is not of a reward model with one output, nor of a language model that is taken, too."""
-    wrong = None
+def _check_reward(name, config, tokenizer, allow_language_model):
+    """Raise UserError unless a config is that of a one-output classifier, or of an LM with allow_language_model."""
+    problem = None
     if not _is_classifier(config):
-        if not takes_language_model:
-            wrong = 'is no reward model but a language model: train one from it with reward.py'
+        if not allow_language_model:
+            problem = 'is no reward model but a language model: train one from it with reward.py'
     elif config.num_labels != 1:
-        wrong = f'has {config.num_labels} outputs; a reward model has one'
+        problem = f'has {config.num_labels} outputs; a reward model has one'
     # transformers reads the score at the last token that is not padding
     elif config.get_text_config().pad_token_id == tokenizer.eos_token_id:
-        wrong = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id in its config'
-    if wrong:
-        raise UserError(f'{name!r} {wrong}')
+        problem = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id'
+    if problem:
+        raise UserError(f'{name!r} {problem}')
 
 
 def _check_code(name):
-    """Raise UserError where a model's config files ask for code: the model's own, or a kernel from the hub."""
+    """Raise UserError if a model's config files request custom code or an attention kernel from the hub."""
 
     def check(options, file):
         for key, value in options.items():
-            code = None
-            if key == 'auto_map' and value:
-                code = 'code of its own'
-            # a slash in attn_implementation and its like: transformers takes it for the hub id of a kernel
-            if key.endswith('_implementation') and '/' in json.dumps(value):
-                code = f'{key} {value!r}, a kernel from the hub'
-            if code:
-                way = 'read it, and pass --trust_remote_code if you want it to run'
-                raise UserError(f'{name!r} comes with {code} ({file}): {way}')
+            # transformers takes an attn_implementation with a slash for the hub id of a kernel
+            is_kernel = key.endswith('_implementation') and '/' in json.dumps(value)
+            if is_kernel or (key == 'auto_map' and value):
+                code = f'{key} {value!r}, a kernel from the hub' if is_kernel else 'code of its own'
+                raise UserError(f'{name!r} comes with {code} ({file}): read it, then run it with --trust_remote_code')
             if isinstance(value, dict):
                 check(value, file)
 
@@ -246,33 +232,27 @@ def _check_code(name):
 
 
 def _check_files(name, config):
-    """Raise UserError where a model's weights are not safetensors files right in its folder."""
-    # a config may name the file of weights, or the index of several files
+    """Raise UserError unless all weights of a model are .safetensors files directly in its folder."""
+    # the config may name the weights file, or the index of a sharded one
     named = getattr(config, 'transformers_weights', None)
     index = named if str(named).endswith('.json') else 'model.safetensors.index.json'
     files = list(hub.read_dict(name, index).get('weight_map', {}).values())
     if named:
         files.insert(0, named)
-    # a path could lead out of the folder, to files of somebody else
+    # reject paths, which could point outside the folder
     for file in map(str, files):
         if not re.fullmatch(r'[^/\\]+\.safetensors(\.index\.json)?', file):
-            wanted = 'weights must be .safetensors files in the same folder'
-            raise UserError(f'the index or config.json of {name!r} names {file[:100]!r}: {wanted}')
-    # without such a file transformers would take a pickle
+            source = f'the index or config.json of {name!r} names {file[:100]!r}'
+            raise UserError(f'{source}: weights must be .safetensors files in the same folder')
+    # transformers would fall back to unpickling
     if os.path.isdir(name) and not any(Path(name).glob('*.safetensors')):
-        pickle = 'a pickle, which can run any code when it is read'
-        raise UserError(f'{name!r} has no .safetensors file: convert it where you trust it, if it has {pickle}')
-
-
-# ---- what is new in a model ----
+        raise UserError(f'{name!r} has no .safetensors file: convert it from a pickle, which can run any code')
 
 
 def add_value_head(model, critic=None):
-    """Let a causal LM estimate values, as ppo.py needs, and return it. What is added trains, even where the LM is frozen.
-
-    critic: a whole reward model that estimates them, or None for a new linear head with one output, zero at first."""
+    """Add a trainable value estimator to a causal LM and return it. critic: a reward model; None: a zero linear head."""
     inner = core(model)
-    # rl/heads.py looks for one of these two names
+    # rl/heads.py looks for either of these attributes
     if critic is not None:
         inner.critic = critic
         return model
@@ -284,61 +264,51 @@ def add_value_head(model, critic=None):
 
 
 def drop_value_head(model):
-    """Take away what add_value_head has added, so that the model can be exported as the causal LM that it is."""
+    """Remove what add_value_head added, in place, so that the model is exported as a plain causal LM."""
     for name in {'critic', 'value_head'} & core(model)._modules.keys():
         delattr(core(model), name)
 
 
 @torch.no_grad()
-def _grow(model, size):
-    """Give embedding and head at least size rows, in place. New rows are the mean of the old ones."""
+def _grow(model, vocab_size):
+    """Resize embedding and head to at least vocab_size rows, in place. New rows are the mean of the old ones."""
     old_size = core(model).get_input_embeddings().num_embeddings
-    model.resize_token_embeddings(max(size, old_size), mean_resizing=False)
-    # of the head the bias as well
+    model.resize_token_embeddings(max(vocab_size, old_size), mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for rows in layer.parameters():
-            rows[old_size:] = rows[:old_size].mean(0)
-
-
-# ---- tokenizers ----
-
-# bytes of a chat template's file
-LONGEST_TEMPLATE = 4_000_000
+        # weight, and the head's bias if it has one
+        for p in layer.parameters():
+            p[old_size:] = p[:old_size].mean(0)
 
 
 def load_tokenizer(name, trust_remote_code=False):
-    """Return the tokenizer of a hub id, a folder, or 'toy'; of an adapter without one, that of its model. Raises UserError."""
+    """Return a tokenizer; for an adapter without one, the tokenizer of its base model. Raises UserError."""
     if name == 'toy':
         return toy.tokenizer()
-    # an adapter may come with a tokenizer of its own, or with none
-    saved, base = lora.adapter_and_base(name)
-    adapter_has_tokenizer = saved is not None and any(saved.folder.glob('*token*'))
-    if not adapter_has_tokenizer:
+    adapter, base = lora.adapter_and_base(name)
+    if not (adapter and any(adapter.folder.glob('*token*'))):
         name = base
     hub.check_there(name)
     if not trust_remote_code:
         _check_code(name)
-    # chat templates are read into memory whole
+    # transformers reads chat templates into memory whole
     for file in Path(name).rglob('*.jinja'):
-        size, limit = file.stat().st_size, LONGEST_TEMPLATE
-        if size > limit:
-            raise UserError(f'{file} has {size:,} bytes, and {limit:,} are the limit: is it a chat template?')
-    # without a tokenizer the library raises OSError, ValueError, KeyError or errors of its own
+        size = file.stat().st_size
+        if size > MAX_TEMPLATE_BYTES:
+            raise UserError(f'{file} has {size:,} bytes, the limit is {MAX_TEMPLATE_BYTES:,}: is it a chat template?')
+    # a missing tokenizer raises OSError, ValueError, KeyError or exceptions of the tokenizers library
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        wanted = 'beside the model there must be a whole tokenizer.json'
-        raise UserError(f'no tokenizer in {name!r} ({hub.first_line(error)}): {wanted}') from None
+        raise UserError(f'no tokenizer in {name!r} ({hub.first_line(error)}): it needs a tokenizer.json') from None
     if tokenizer.eos_token_id is None:
         raise UserError(f'the tokenizer of {name!r} has no end of text: set eos_token in its tokenizer_config.json')
     return tokenizer
 
 
 def separate_pad(tokenizer):
-    """Give a tokenizer a pad token that is not its end of text, let it pad on the right, and return it.
+    """Give a tokenizer a pad token other than its EOS, and right padding, in place. Returns the tokenizer.
 
-    transformers reads a score at the last token that is not padding, and that must be the end of text."""
-    # most language models come without a pad token, or name their end of text as one
+    Needed for reward models: transformers reads the score at the last non-pad token, which has to be the EOS."""
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({'pad_token': '<|pad|>'})
     tokenizer.padding_side = 'right'
@@ -346,19 +316,19 @@ def separate_pad(tokenizer):
 
 
 def check_tokenizer(tokenizer, model, name):
-    """Raise UserError where the tokenizer has ids for which the model (called name) has no row in its embedding."""
-    rows = core(model).get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        last = f'the last, {tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)}, has no row'
-        way = 'take such tokens out, or give them rows by model.resize_token_embeddings and save_pretrained'
-        raise UserError(f'the tokenizer has {len(tokenizer)} ids but the model {name!r} embeds {rows}; {last}: {way}')
+    """Raise UserError if the tokenizer has ids without a row in the model's embedding. name: the model's, for messages."""
+    rows, size = core(model).get_input_embeddings().num_embeddings, len(tokenizer)
+    if size > rows:
+        last = f'the last, {tokenizer.convert_ids_to_tokens(size - 1)}, has no row'
+        way_out = 'remove such tokens, or use model.resize_token_embeddings and save_pretrained'
+        raise UserError(f'the tokenizer has {size} ids but the model {name!r} embeds {rows}; {last}: {way_out}')
 
 
 def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
-    """Raise UserError where another model would read the ids of the policy's tokenizer as other tokens.
+    """Raise UserError if another model's tokenizer lacks a token of the policy's, or gives it another id.
 
-    tokenizer: the policy's; model: the policy's name; other: the other model's tokenizer, or its name; what: how a message
-    calls the other model, which is a reference, critic or reward model. A folder without a tokenizer only gets a note."""
+    other: the other model's tokenizer or name; a folder without a tokenizer only gets a note
+    what: the other model's role, for messages; model: name of the policy"""
     if isinstance(other, str):
         if other == model:
             return
@@ -367,58 +337,50 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
             say_once(f'note: {what} comes without a tokenizer: it must read the tokens of {model}')
             return
         other = load_tokenizer(other, trust_remote_code)
-    # the other model may know further tokens
+    # extra tokens of the other model do no harm
     other_ids = other.get_vocab()
     wrong = [token for token, i in tokenizer.get_vocab().items() if other_ids.get(token) != i]
     if wrong:
-        found = f'{what} reads other tokens than the model {model} writes: {len(wrong)} differ, such as {wrong[0]!r}'
-        raise UserError(f'{found}: name one with the same tokenizer')
+        differences = f'{len(wrong)} differ, such as {wrong[0]!r}; both need the same tokenizer'
+        raise UserError(f'{what} reads other tokens than the model {model} writes: {differences}')
 
 
-# ---- what a model folder holds ----
-
-# the endings of files that decide what a folder holds
-DECISIVE = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
-
-
-def kept_in(name):
-    """Return the type that most weights in a model's file have: 'float32', 'bfloat16' or 'float16'. 'float32' without a file."""
+def stored_dtype(name):
+    """Return the dtype of most weights on disk: 'bfloat16', 'float16', or else 'float32', also if there is no file."""
     _, base = lora.adapter_and_base(name)
     file = hub.file_of(base, 'model.safetensors') or hub.file_of(base, 'model.safetensors.index.json')
     if file is None:
         return 'float32'
-    # counted in weights, not in tensors: norms are often kept in another type
+    # count weights, not tensors: the many small norms often have another dtype
     counts = get_local_safetensors_metadata(Path(file).parent).parameter_count
     most_common = max(counts, key=counts.get)
     return {'BF16': 'bfloat16', 'F16': 'float16'}.get(most_common, 'float32')
 
 
 def fingerprints(config):
-    """Return hashes of the models that the options of a config name, so that a resumed run can see whether they are the same.
+    """Hash all models named in a run's config, to detect changes on resume.
 
-    option -> {file: SHA-256} for a folder, {'commit': hash} for a hub id that has been loaded. Others are left out."""
+    Returns option -> {file: SHA-256}, or {'commit': hash} for a hub id; files of an adapter's base model as base/file."""
     found = {}
     for option in MODELS:
         name = config.get(option)
         if name in NO_MODEL:
             continue
         saved, base = lora.adapter_and_base(name)
-        if saved is None:
-            hashes = _hashes(name)
-        else:
-            # files of the adapter, and files of its model under base/
-            hashes = _hashes(saved.folder) | _hashes(base, prefix='base/')
-        # a folder without such files is noted, too
+        hashes = _hashes(saved.folder if saved else name)
+        if saved:
+            hashes |= _hashes(base, prefix='base/')
+        # also record a folder without such files
         if hashes or os.path.isdir(name):
             found[option] = hashes
     return found
 
 
 def _hashes(name, prefix=''):
-    """Return {prefix + file: SHA-256} of a folder, {prefix + 'commit': hash} of a hub id, or {} where its commit is unknown."""
+    """Return {prefix + file: SHA-256} for a folder, or {prefix + 'commit': hash} for a hub id that has been loaded."""
     if os.path.isdir(name):
-        files = [file for file in sorted(Path(name).iterdir()) if file.suffix in DECISIVE and file.is_file()]
+        files = [file for file in sorted(Path(name).iterdir()) if file.suffix in HASHED_SUFFIXES and file.is_file()]
         return {prefix + file.name: file_hash(file) for file in files}
-    # transformers notes the commit in the config that it has fetched
+    # from_pretrained stores the commit in the config
     commit = getattr(_configs.get(name), '_commit_hash', None)
     return {f'{prefix}commit': commit} if commit else {}

@@ -1,8 +1,7 @@
-"""LoRA adapters (arXiv 2106.09685) of a model, by PEFT and in PEFT's format: new ones, and ones that an earlier run has saved.
+"""LoRA adapters (arXiv 2106.09685) through PEFT and in its file format, either new or saved by an earlier run.
 
-Adapters train beside linear layers, and the model itself stays frozen. Without its adapters the policy is the model before
-training, so it is its own reference. Where a saved adapter goes on training, a frozen copy of it serves as the reference.
-Without --lora_rank a saved adapter is merged into its model. A step with lora_dropout depends on the number of ranks."""
+The base model is frozen, so the reference is the policy without adapters or, if a saved adapter is trained further, with a
+frozen copy of it. Without --lora_rank a saved adapter is merged. With lora_dropout results depend on the number of ranks."""
 
 import contextlib
 import hashlib
@@ -23,137 +22,127 @@ from model import blocks, core
 from runtime import hub
 from runtime.files import file_hash, say_once
 
-COPY = 'reference'  # PEFT's name of the frozen copy of an adapter; the adapter that trains is called 'default'
-CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'  # PEFT's names of an adapter's two files
-BASE_HASH = 'base_model.sha256'  # our own third file: the hash of the model that the adapter was trained on
-# options of adapter_config.json that must have one of these values; one that is missing counts as None
+FROZEN_COPY = 'reference'  # PEFT's name of the frozen copy; the trained adapter is 'default'
+# file names: the first two are PEFT's, the last is ours and holds weights_hash() of the base model at training time
+CONFIG_FILE, WEIGHTS_FILE, BASE_HASH_FILE = 'adapter_config.json', 'adapter_model.safetensors', 'base_model.sha256'
+# supported values of options in adapter_config.json; a missing option counts as None
 ALLOWED_VALUES = {
     'peft_type': ('LORA',),
     'task_type': (None, 'CAUSAL_LM', 'SEQ_CLS'),
     'init_lora_weights': (None, True, False, 'gaussian'),
 }
-# options that may have any value: PEFT obeys them, or they change nothing
+# options that may have any value: PEFT applies them, or they have no effect
 ANY_VALUE = set('alpha_pattern auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode layers_pattern '
                 'layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save peft_version qalora_group_size r '
                 'rank_pattern target_modules use_rslora'.split())  # fmt: skip
-# any other option turns on another kind of adapter, unless it has one of these values
-OFF = (None, False, 'none', [], {})
+# values that switch off any other option, which would enable an unsupported kind of adapter
+DISABLED = (None, False, 'none', [], {})
 WAY_OUT = 'name the whole model (of a run: the folder model beside it), or merge it with PEFT: merge_and_unload()'
 
-# ---- saved adapters ----
 
+class SavedAdapter(NamedTuple):
+    """A saved adapter whose config is supported and whose base model exists."""
 
-class Saved(NamedTuple):
-    """A saved adapter that can be used here."""
-
-    name: str  # a folder, or a hub id
+    name: str  # hub id or folder, as given by the user
     folder: Path
-    base: str  # the model that it belongs to: a folder, or a hub id
-    options: dict  # its adapter_config.json
+    base: str  # hub id or folder of the base model
+    options: dict  # contents of adapter_config.json
     rank: int
-    scores: bool  # whether it makes a reward model of its base, not a language model
+    is_reward: bool  # trained on a reward model, not on a language model
 
 
-_found = {}  # name -> Saved or None; the export at the end of a run asks again, and the folder may be gone by then
+# cache, name -> SavedAdapter or None: the export at the end of a run asks again, and the folder may be gone by then
+_found = {}
 
 
 def find(name):
-    """Return the adapter in a folder or of a hub id as Saved, or None if there is none. Raises UserError if it cannot be used."""
+    """Return the adapter in a folder or of a hub id as a SavedAdapter, or None. Raises UserError if it is unsupported."""
     if os.path.exists(name) or name not in _found:
-        file = hub.file_of(name, CONFIG)
+        file = hub.file_of(name, CONFIG_FILE)
         _found[name] = _read(name, Path(file)) if file else None
     return _found[name]
 
 
 def adapter_and_base(name):
-    """Return (the adapter of this name, the name of its base model), or (None, name) where name is a model itself."""
+    """Return (SavedAdapter, name of its base model) if name is an adapter, else (None, name)."""
     saved = find(name)
-    base = saved.base if saved else name
-    return saved, base
+    return saved, saved.base if saved else name
 
 
 def _read(name, file):
-    """Return the Saved of an adapter. name: its folder or hub id; file: the path of its adapter_config.json.
-
-    Raises UserError where the adapter is incomplete or of another kind, or where its base model is missing."""
-    options = hub.read_dict(name, CONFIG)
+    """Return the SavedAdapter whose adapter_config.json is file. Raises UserError if it is incomplete or unsupported."""
+    options = hub.read_dict(name, CONFIG_FILE)
     rank, alpha, base = (options.get(key) for key in ('r', 'lora_alpha', 'base_model_name_or_path'))
     has_rank = type(rank) is int and rank > 0
-    has_alpha = type(alpha) in (int, float)
     has_base = type(base) is str and base != ''
-    if not (has_rank and has_alpha and has_base):
-        raise UserError(f'{CONFIG} of the adapter {name!r} does not say its r, its lora_alpha and its model: {WAY_OUT}')
-    # other kinds of adapters compute something else, or have changed their base model before training
+    if not (has_rank and has_base and type(alpha) in (int, float)):
+        raise UserError(f'{CONFIG_FILE} of {name!r} does not say its r, its lora_alpha and its model: {WAY_OUT}')
+    # unsupported adapters compute something else than LoRA, or changed their base model before training
     unsupported = []
-    with_missing = dict.fromkeys(ALLOWED_VALUES) | options
-    for key, value in with_missing.items():
-        allowed_values = ALLOWED_VALUES.get(key, OFF)
-        if key not in ANY_VALUE and value not in allowed_values:
+    for key, value in (dict.fromkeys(ALLOWED_VALUES) | options).items():
+        if key not in ANY_VALUE and value not in ALLOWED_VALUES.get(key, DISABLED):
             unsupported.append(f'{key}={value!r}'[:100])
     if unsupported:
         raise UserError(f'the adapter {name!r} has {", ".join(unsupported)}, which is not supported here: {WAY_OUT}')
-    if hub.file_of(name, WEIGHTS) is None:
-        raise UserError(f'the adapter {name!r} has no {WEIGHTS}: save it as safetensors')
+    if hub.file_of(name, WEIGHTS_FILE) is None:
+        raise UserError(f'the adapter {name!r} has no {WEIGHTS_FILE}: save it as safetensors')
 
-    # a path of the base model counts from the working directory, as for PEFT, or else from the adapter's folder
-    from_adapter = os.path.normpath(file.parent / base)
-    if not os.path.exists(base) and os.path.exists(from_adapter):
-        base = from_adapter
+    # resolve the base path relative to the working directory (like PEFT), or else to the adapter's folder
+    sibling = os.path.normpath(file.parent / base)
+    if not os.path.exists(base) and os.path.exists(sibling):
+        base = sibling
     try:
         hub.check_there(base)
     except UserError as error:
         raise UserError(f'the model of the adapter {name!r} is missing: {error}') from None
-    return Saved(name, file.parent, base, options, rank, scores=options.get('task_type') == 'SEQ_CLS')
+    return SavedAdapter(name, file.parent, base, options, rank, is_reward=options.get('task_type') == 'SEQ_CLS')
 
 
 def weights_hash(folder):
-    """Return a hash of a folder's weights and config, with those of an adapter's base model. None: folder is no folder here."""
+    """Return a hash of a folder's weights and configs, including an adapter's base model. None if it is not a folder."""
     if not folder or not os.path.isdir(folder):
         return None
-    files = [file for pattern in ('*.safetensors', 'config.json', CONFIG) for file in Path(folder).glob(pattern)]
+    files = [file for pattern in ('*.safetensors', 'config.json', CONFIG_FILE) for file in Path(folder).glob(pattern)]
     hashes = [file_hash(file) for file in sorted(files)]
     saved, base = adapter_and_base(folder)
     if saved:
-        # None, and so left out, for a base on the hub
+        # a base model on the hub has no hash
         hashes.append(weights_hash(base) or '')
     return hashlib.sha256(bytes.fromhex(''.join(hashes))).hexdigest()[:16]
 
 
 def _load_weights(model, saved, adapter_name='default'):
-    """Load a saved adapter into the adapter of this name of a PeftModel. Raises UserError where its weights do not fit.
-
-    A warning says where the base model is not the one that the adapter was trained on: wherever shapes agree, it loads."""
+    """Load a saved adapter into a PeftModel. Raises UserError for wrong keys; warns if the base model has changed."""
     import peft
 
-    weights = load_file(hub.file_of(saved.name, WEIGHTS))
+    weights = load_file(hub.file_of(saved.name, WEIGHTS_FILE))
     result = peft.set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
-    # PEFT counts the base model's weights as missing, too: those of this adapter have its name in their path
+    # PEFT also lists the base model's keys as missing: keep only this adapter's
     missing = [key for key in result.missing_keys if f'.{adapter_name}.' in key]
     for problem, keys in ('lacks', missing), ('has, without a place in its model,', result.unexpected_keys):
         if keys:
             raise UserError(f'the adapter {saved.name!r} {problem} weights: {", ".join(sorted(keys)[:3])}')
-    # the hash is checked once, not for the frozen copy again; adapters of other programs come without one
-    hash_file = saved.folder / BASE_HASH
+    # only once, not for the frozen copy again; adapters written by other tools have no hash file
+    hash_file = saved.folder / BASE_HASH_FILE
     if adapter_name == 'default' and hash_file.exists() and hash_file.read_text() != weights_hash(saved.base):
-        other = f'is not the model that the adapter {saved.name} was trained on'
-        say_once(f'warning: {saved.base} {other}: its weights differ')
+        say_once(f'warning: {saved.base} is not the model that the adapter {saved.name} was trained on')
 
 
 def _merge_saved(model, saved, empty):
-    """Return the model with a saved adapter merged into its weights, which all train. empty: it has no weights to change yet."""
+    """Merge a saved adapter into a model and make all weights trainable. Returns the model. empty: it has no weights."""
     say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
     if empty:
         return model
     settings = _settings(model, saved)
-    # a reward model may begin from the adapter of a language model, which is made for another task
+    # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
     settings.task_type = None
     wrapped = _peft_model(model, settings, seed=0)
-    # where head and embedding are one tensor, an adapter on one of them must not change the other
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in ends):
+    # untie head and embedding if the adapter changes one of them
+    outer_layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in outer_layers):
         separate(wrapped)
     _load_weights(wrapped, saved)
-    # PEFT warns that head and embedding are two tensors now: that is meant, and describe_ties tells the config
+    # PEFT warns about untied weights; that is intended, and describe_ties records it in the config
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         model = wrapped.merge_and_unload()
@@ -161,38 +150,35 @@ def _merge_saved(model, saved, empty):
     return model.requires_grad_(True)
 
 
-def _peft_model(model, settings, seed, with_copy=False):
-    """Return a PeftModel in eval mode, whose adapter trains and is drawn from seed. with_copy: with a second, frozen one, COPY.
+def _peft_model(model, settings, seed, with_frozen_copy=False):
+    """Return a PeftModel in eval mode with a new trainable adapter. Changes settings, a peft.LoraConfig, in place.
 
-    settings: a peft.LoraConfig, which is changed."""
+    with_frozen_copy: add a second, frozen adapter, which is to hold the same weights"""
     import peft
 
-    # a saved LoraConfig says that its adapter is for inference, and PEFT would freeze it
+    # saved configs have inference_mode=True, which would freeze the adapter
     settings.inference_mode = False
-    # PEFT calls a function that transformers has renamed, and warns of it
+    # PEFT triggers a deprecation warning of transformers
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*gradient_checkpointing. is deprecated')
         torch.manual_seed(seed)
         model = peft.get_peft_model(model, settings)
-        if with_copy:
-            model.add_adapter(COPY, settings)
-            model.set_adapter('default')  # only the active adapter trains
+        if with_frozen_copy:
+            model.add_adapter(FROZEN_COPY, settings)
+            # only the active adapter trains
+            model.set_adapter('default')
     return model.eval()
 
 
-# ---- adapters that train ----
-
-
 def options(config):
-    """Return the adapters that a script's options ask for: None without lora_rank, else a dict for load_model.
+    """Return the adapter options of a run (rank, alpha, dropout, targets, quantize) as a dict, or None without lora_rank.
 
-    The dict has rank, alpha, dropout, targets and quantize. Where a saved adapter goes on, its alpha is put into config.
-    Raises UserError where options do not go together."""
+    For a saved adapter, config['lora_alpha'] is set to the saved alpha. Raises UserError for conflicting options."""
     quantize.check(config)
     if config['lora_rank'] is None:
         config.ignored(['lora_alpha', 'lora_dropout', 'lora_targets'], 'there is no --lora_rank')
         return None
-    # a saved adapter goes on with the rank, alpha and layers that it has
+    # training continues with the saved rank, alpha and target layers
     saved = find(config['model'])
     if saved and config['lora_rank'] != saved.rank:
         ways = f'--lora_rank={saved.rank} goes on with it, and without --lora_rank it is merged and all weights train'
@@ -200,124 +186,103 @@ def options(config):
     if saved:
         config.ignored(['lora_alpha', 'lora_targets'], f'the adapter {saved.name!r} goes on with its own')
         config['lora_alpha'] = float(saved.options['lora_alpha'])
-    adapters = {name: config[f'lora_{name}'] for name in ('rank', 'alpha', 'dropout', 'targets')}
-    adapters['quantize'] = config['quantize']
-    return adapters
+    lora_options = {name: config[f'lora_{name}'] for name in ('rank', 'alpha', 'dropout', 'targets')}
+    return lora_options | {'quantize': config['quantize']}
 
 
-def of_reference(config, adapters):
-    """Return the adapters to load the reference with: None for a plain model, or the policy's.
-
-    The policy's are needed where it begins from more than a plain model: weights of 4 bits, or a saved adapter. Adapters_off
-    then makes of both models what the policy began from."""
-    begins_plain = not config['quantize'] and not find(config['model'])
-    if begins_plain or config['ref_model'] is not None:
+def reference_options(config, adapters):
+    """Return the adapter options for loading the reference: the policy's, or None to load a plain model."""
+    # 4-bit weights and saved adapters need the policy's options, to give its starting point under adapters_off()
+    starts_plain = not config['quantize'] and not find(config['model'])
+    if starts_plain or config['ref_model'] is not None:
         return None
     return adapters
 
 
 def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
-    """Return a model in eval mode, with its adapters: the last step of loading. Raises UserError where they do not fit.
+    """Return a loaded model in eval mode with its adapters. Raises UserError if they do not fit.
 
-    saved: the Saved that load_model was asked for, or None; adapters: what options returned; empty: the model has no weights.
-    Without adapters a saved one is merged. With adapters a PeftModel is returned, in which the saved one or new ones train,
-    and the head of a reward model: x -> layer(x) + alpha / rank * B A x, where B begins as 0 and A is drawn from seed."""
+    saved: SavedAdapter or None; adapters: dict from options(), or None to merge a saved adapter; empty: no weights yet
+    With adapters, the result is a PeftModel that trains the saved adapter or a new one, and a reward model's head. A new
+    adapter computes layer(x) + alpha / rank * B A x, where B starts as zero and A is drawn from seed."""
     model.eval()
     if not adapters:
         return _merge_saved(model, saved, empty) if saved else model
-    dropout = adapters['dropout']
-    scores = hasattr(model, 'score')
+    dropout, is_reward = adapters['dropout'], hasattr(model, 'score')
     settings = _settings(model, saved, adapters)
     settings.lora_dropout = dropout
-    settings.task_type = 'SEQ_CLS' if scores else 'CAUSAL_LM'
-    # a frozen copy of a saved adapter becomes the reference; reward models train without one
-    with_copy = saved is not None and not scores
-    model = _peft_model(model, settings, seed, with_copy)
+    settings.task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'
+    # the frozen copy is the reference; reward models have none
+    with_frozen_copy = saved is not None and not is_reward
+    model = _peft_model(model, settings, seed, with_frozen_copy)
     if saved:
-        _check_can_go_on(core(model), saved)
+        _check_trainable(core(model), saved)
         if not empty:
             for adapter_name in model.peft_config:
                 _load_weights(model, saved, adapter_name)
-        reference = ', and the reference is what it is now' if with_copy else ''
+        reference = ', and a frozen copy of it is the reference' if with_frozen_copy else ''
         say_once(f'adapter: {saved.name}, rank {saved.rank}, goes on in its model {saved.base}{reference}')
-
-    def drop(x):
-        """Dropout in training only, where a graph is recorded: the model itself stays in eval mode."""
-        return F.dropout(x, dropout, training=torch.is_grad_enabled())
-
-    if dropout:
-        for path, module in model.named_modules():
-            if path.endswith('lora_dropout.default'):
-                module.forward = drop
+    # the model stays in eval mode, so enable dropout whenever gradients are recorded
+    for path, module in model.named_modules():
+        if dropout and path.endswith('lora_dropout.default'):
+            module.forward = lambda x: F.dropout(x, dropout, training=torch.is_grad_enabled())
     return quantize.quantize(model) if adapters.get('quantize') else model
 
 
 def _settings(model, saved, adapters=None):
-    """Return the peft.LoraConfig of a saved adapter or, where saved is None, of new adapters in the model's blocks.
+    """Return the peft.LoraConfig of a saved adapter, or of a new one on linear layers of the model's blocks.
 
-    adapters: rank, alpha, and targets, which are names of linear layers such as 'q_proj v_proj', or None for all. Raises
-    UserError where a target is no such layer."""
+    adapters['targets'] holds layer names such as 'q_proj v_proj', or None for all. Raises UserError for unknown names."""
     import peft
 
     if saved:
         return peft.LoraConfig.from_pretrained(str(saved.folder))
-    # a target is the last part of a layer's path, such as q_proj of model.layers.0.self_attn.q_proj
     linear = {m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
-    last_part = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}
-    known = sorted({last_part[path] for path, module in model.named_modules() if module in linear})
-    targets, wanted = adapters['targets'], known
-    if targets is not None:
-        wanted = targets.replace(',', ' ').split()
+    # the last part of a module's path, such as q_proj in model.layers.0.self_attn.q_proj
+    layer_names = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}
+    known = sorted({layer_names[path] for path, module in model.named_modules() if module in linear})
+    targets = adapters['targets']
+    wanted = known if targets is None else targets.replace(',', ' ').split()
     if not wanted or set(wanted) - set(known):
-        there = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
-        raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {there}')
-    # PEFT looks at names alone, so layers outside the blocks that share a name are excluded by their paths
-    outside = [path for path, module in model.named_modules() if last_part[path] in wanted and module not in linear]
+        choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
+        raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {choices}')
+    # PEFT matches by name alone: exclude other modules of the same name by their full path
+    others = [path for path, module in model.named_modules() if layer_names[path] in wanted and module not in linear]
     return peft.LoraConfig(
         r=adapters['rank'],
         lora_alpha=adapters['alpha'],
         target_modules=wanted,
-        exclude_modules=outside or None,
-        # the head of a reward model is new, and trains as a whole
+        exclude_modules=others or None,
+        # train the new head of a reward model in full
         modules_to_save=['score'] if hasattr(model, 'score') else None,
-        # GPT-2's linear layers (Conv1D) have their weights transposed
+        # Conv1D, the linear layer of GPT-2, stores its weight transposed
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear),
     )
 
 
-def _check_can_go_on(model, saved):
-    """Raise UserError where a saved adapter can be merged, but cannot go on training. model: the one inside the PeftModel.
-
-    Outside the blocks it may change nothing but the head of a reward model, and a reward model needs the adapter's head."""
+def _check_trainable(model, saved):
+    """Raise UserError if a saved adapter can only be merged, not trained further. model: the one inside the PeftModel."""
     inside = {module for block in blocks(model) for module in block.modules()}
-    # an adapter on the head would have no effect: model.hidden_and_head reads the head's weight without calling the layer
+    # an adapter on the LM head would be ignored: training reads the head's weight without calling the layer
     outside = [path for path, module in model.named_modules() if hasattr(module, 'lora_A') and module not in inside]
-    # modules that train as a whole; PEFT adds these two names for the head of every reward model
+    # fully trained modules; PEFT lists these two names for any classifier's head
     outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
-    # the other way round, a reward model's adapter for a language model, load_model has refused before
-    if hasattr(model, 'score') and not saved.scores:
+    # load_model has already rejected the reverse, a reward model's adapter for a language model
+    if hasattr(model, 'score') and not saved.is_reward:
         problem = 'is of a language model, and a reward model has another head'
     if problem:
         raise UserError(f'the adapter {saved.name!r} {problem}: leave out --lora_rank, which merges it')
 
 
-def present(model):
-    """Return whether the model has adapters, which makes it a PeftModel."""
-    return core(model) is not model
-
-
 @contextlib.contextmanager
 def adapters_off(model):
-    """For a while, let a model compute bit by bit what it computed before training: without adapters, or with the frozen COPY.
-
-    A model without adapters stays as it is; None is taken, too."""
+    """Context manager: switch adapters off, or to their frozen copy if there is one. No-op without adapters, or if None."""
     layers = [module for module in model.modules() if hasattr(module, 'lora_A')] if model else []
-    # set by hand: PEFT's own contexts also switch requires_grad, and under FSDP on gathered copies of the parameters
+    # PEFT's own context managers would also change requires_grad, under FSDP on gathered copies of the parameters
     for layer in layers:
-        has_copy = COPY in layer.lora_A
-        layer._disable_adapters = not has_copy
-        layer._active_adapter = [COPY]
+        layer._disable_adapters = FROZEN_COPY not in layer.lora_A
+        layer._active_adapter = [FROZEN_COPY]
     try:
         yield
     finally:
@@ -326,27 +291,28 @@ def adapters_off(model):
 
 
 def write(model, weights, folder):
-    """Load trained weights (name -> tensor) into a freshly made PeftModel, and write its adapter into a folder."""
-    # strict=False: the frozen weights are not among the trained ones
+    """Load trained weights (name -> tensor) into a new PeftModel, and save its adapter to a folder."""
+    # strict=False: the frozen base weights are missing
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
     model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=['default'])
-    (folder / 'README.md').unlink()  # a form by PEFT, with nothing filled in
-    # with it, _load_weights notices when the base model has changed; a base on the hub has no hash
+    # PEFT's model card is an empty template
+    (folder / 'README.md').unlink()
+    # lets _load_weights detect a changed base model; None for a base on the hub
     base_hash = weights_hash(model.peft_config['default'].base_model_name_or_path)
     if base_hash is not None:
-        (folder / BASE_HASH).write_text(base_hash)
+        (folder / BASE_HASH_FILE).write_text(base_hash)
 
 
 def merged(model):
-    """Merge the adapter of a PeftModel into its weights, in place, and return the transformers model inside."""
+    """Merge the adapter of a PeftModel into its weights, in place, and return the inner transformers model."""
     return quantize.dequantize(model).merge_and_unload()
 
 
 def describe(model):
-    """Return one line for the screen: how many weights of a PeftModel train, of how many, and in which layers."""
+    """Return a one-line summary of a PeftModel: its trainable and total weights, and its adapted layers."""
     trained, total = model.get_nb_trainable_parameters()
-    # weights of 4 bits are no parameters: PEFT has not counted them
+    # 4-bit weights are buffers, which PEFT does not count
     total += quantize.packed_weights(model)
     layers = sorted({path.rpartition('.')[2] for path, module in model.named_modules() if hasattr(module, 'lora_A')})
     return f'LoRA: {trained:,} of {total:,} weights train, on {" ".join(layers)}'

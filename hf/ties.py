@@ -1,6 +1,4 @@
-"""Parameters with two names, such as a head that is the embedding: every copy of a model shares what the loaded one shares.
-
-A config may say that two parameters are tied where the file has two tensors. So the loaded model decides, not the config."""
+"""Tied parameters, such as an LM head that is the embedding. The loaded model says what is tied; its config may be wrong."""
 
 import torch
 
@@ -8,10 +6,10 @@ from model import core
 
 
 def ties(model):
-    """Return name -> earlier name of the same tensor, for every parameter that has two names, such as a tied head."""
+    """Return name -> earlier name of the same tensor, for every tied parameter."""
     first_name = {}  # parameter -> name
     tied = {}
-    # with remove_duplicate=False, a parameter comes once for each of its names
+    # with remove_duplicate=False, a tied parameter is listed under each of its names
     for name, parameter in model.named_parameters(remove_duplicate=False):
         earlier = first_name.setdefault(parameter, name)
         if earlier != name:
@@ -20,45 +18,39 @@ def ties(model):
 
 
 def tie_as(model, wanted):
-    """Tie the names in wanted, and no others, in place. wanted: as ties returns it. The config is made to say the same."""
-    too_many = ties(model).keys() - wanted.keys()
-    separate(model, too_many)
+    """Tie the parameters in wanted (name -> earlier name) and untie all others, in place. Updates the config, too."""
+    separate(model, ties(model).keys() - wanted.keys())
     for name, source in wanted.items():
         _put(model, name, model.get_parameter(source))
     describe_ties(model)
 
 
 def separate(model, names=None):
-    """Give these names a tensor of their own with the same values, in place. None: all names in ties(model)."""
-    if names is None:
-        names = ties(model)
-    for name in names:
+    """Untie these parameters, in place: each gets its own copy of the tensor. None: all tied parameters."""
+    for name in ties(model) if names is None else names:
         shared = model.get_parameter(name)
         _put(model, name, torch.nn.Parameter(shared.detach().clone(), shared.requires_grad))
 
 
 def _put(model, name, parameter):
-    """Put a parameter into the place that has this name (a dotted path)."""
-    owner, _, last = name.rpartition('.')
-    setattr(model.get_submodule(owner), last, parameter)
+    """Set the parameter with this dotted name."""
+    owner, _, attribute = name.rpartition('.')
+    setattr(model.get_submodule(owner), attribute, parameter)
 
 
 def describe_ties(model):
-    """Make the config of a model whose head is not its embedding say so: otherwise whoever loads the model later ties the two.
-
-    Returns whether the config said otherwise."""
+    """Correct the config of a model with an untied head, which would be tied when it is loaded. Returns whether it was wrong."""
     inner = core(model)
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
-    # no head, or a tied one: the config may say what it likes
     if head is None or head.weight is embedding.weight:
         return False
-    # a model of text and images has a second config for its text; else both are one object
+    # multimodal models have a second config for text; otherwise both are the same object
     configs = [inner.config, inner.config.get_text_config()]
     wrong = [config for config in configs if getattr(config, 'tie_word_embeddings', False)]
     if not wrong:
         return False
     for config in wrong:
         config.tie_word_embeddings = False
-    # transformers has noted the ties here when it made the model, and reads them when it saves it
+    # transformers collects the ties when it creates the model, and reads them when it saves it
     inner.all_tied_weights_keys = ties(inner)
     return True

@@ -1,14 +1,12 @@
-"""Reward functions of your own: --reward=my_rewards.py:exact_match, alone or in a weighted sum.
+"""User-defined reward functions: --reward=my_rewards.py:exact_match, alone or in a weighted sum.
 
     def exact_match(prompts, responses, rows):
         return [float(response.strip() == row['answer']) for response, row in zip(responses, rows)]
 
-The three lists have an element for each answer. prompts: text or messages, as the data has them; responses: text; rows: the prompt's
-row, a dict of all its columns. A function returns a number for every response. It runs in this process, in one call for all answers
-of a round, or in worker processes, one answer a call, where a call can have a time limit.
-
-ppo.py (by way of rewards.py) and sample.py call parse, then score. Worker processes run this file as a script: so it imports no
-torch, which would take seconds.
+The lists have one element per answer. prompts: text or chat messages, as in the data; responses: text; rows: dicts with all
+columns of the prompt's data row. The function returns one number per response. It runs in this process, once per round with all
+answers, or in worker processes, once per answer and with an optional time limit.
+ppo.py (through rewards.py) and sample.py call parse(), then score(). Workers run this file as a script, so it avoids torch.
 """
 
 import asyncio
@@ -38,67 +36,55 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Part(NamedTuple):
-    """One summand of --reward: a function, or a reward model."""
+    """One term of --reward: a function, or a reward model."""
 
-    name: str  # what the log calls it
+    name: str  # name in the log
     weight: float
-    function_or_model: str  # the function's name; or a model's folder or hub id, or 'gold'
-    file: str | None = None  # the function's file; None: this is a model
+    function_or_model: str  # name of the function; or a model folder, hub id, or 'gold'
+    file: str | None = None  # file of the function; None for a model
 
     @property
     def is_function(self):
-        """Whether this is a function of the user's own, not a model."""
+        """Whether this is a user-defined function, not a model."""
         return self.file is not None
 
     def __str__(self):
-        """How messages call it."""
-        if self.is_function:
-            return f'{self.function_or_model} of {self.file}'
-        return self.function_or_model
+        return f'{self.function_or_model} of {self.file}' if self.is_function else self.function_or_model
 
 
 class Failed(Exception):
-    """A function gives no number. The message says why, such as 'it returned None, where ...'."""
-
-
-# ---- the option ----
+    """A call gave no usable number; the message says why, such as 'it returned None, where ...'."""
 
 
 def parts_of_options(config, eval_data):
-    """Return the Parts that ppo.py's --reward or --reward_model names. Without both, which --offline allows, they are [].
+    """Return the Parts of ppo.py's --reward or --reward_model; [] if --offline has neither.
 
-    If one Part is a model, config.reward_model is set to it. Raises UserError for options that do not go together, such as
-    --reward_timeout without a function."""
-    reward = config.reward
-    model = config.reward_model
-    text = reward or model
+    Sets config.reward_model if exactly one Part is a model. Raises UserError for invalid combinations of options."""
+    reward, model = config.reward, config.reward_model
     if reward and model:
         raise UserError(f"--reward and --reward_model both score: write one sum, --reward='{reward} + {model}'")
+    text = reward or model
     if not text and not config.offline:
         hint = '--reward=FILE.py:FUNCTION, or --reward_model=FOLDER (of reward.py), or gold for the toy world'
         raise UserError(f'nothing scores the answers: give {hint}')
     parts = parse(text) if text else []
 
-    # the gold reward is defined for the toy world's prompts alone
     models = [part.function_or_model for part in parts if not part.is_function]
-    data_sets = {config.data}
-    if eval_data:
-        data_sets.add(eval_data)
+    data_sets = {config.data, eval_data or config.data}
     if 'gold' in models and data_sets != {'toy'}:
         raise UserError('the reward gold is known for --data=toy alone: give a function, or a folder of reward.py')
-    # checkpoints keep hashes of the files that this option names: a resumed run is refused if they have changed
+    # checkpoints hash the files that reward_model names, so that a resumed run notices changes
     if len(models) == 1:
         config['reward_model'] = models[0]
-    has_function = len(models) < len(parts)
-    if not has_function:
+    if len(models) == len(parts):
         config.ignored(['reward_workers', 'reward_timeout'], 'no function of your own is in --reward')
     return parts
 
 
 def parse(text):
-    """Return the Parts of a sum such as 'a.py:f*1 + b.py:g*0.2 + out/reward/model'. A weight that is not given is 1.
+    """Parse a sum such as 'a.py:f*1 + b.py:g*0.2 + out/reward/model' into Parts; the default weight is 1.
 
-    Files of functions are loaded here already, so that a mistake in them ends the run early. Raises UserError."""
+    Loads the functions, so that mistakes in their files surface early. Raises UserError."""
     parts = []
     for term in text.split('+'):
         scorer, star, weight_text = term.partition('*')
@@ -110,53 +96,53 @@ def parse(text):
         if not scorer or not math.isfinite(weight):
             raise UserError(f"--reward: cannot read {term.strip()!r}: write 'a.py:f*1 + b.py:g*0.2 + out/reward/model'")
         parts.append(_make_part(scorer, weight))
-
     names = [part.name for part in parts]
     for i, part in enumerate(parts):
-        # where two have one name, it gets the part's place in the sum behind it: f_1, f_3
+        # number duplicate names by their place in the sum: f_1, f_3
         if names.count(part.name) > 1:
             parts[i] = part._replace(name=f'{part.name}_{i + 1}')
-        # rank 0 alone calls functions, so it alone loads them
+        # only rank 0 calls functions
         if part.is_function and main_rank():
             load_function(part.file, part.function_or_model)
     return parts
 
 
 def _make_part(scorer, weight):
-    """Return the Part of a scorer: FILE.py:FUNCTION, or a model's folder or hub id, or 'gold'. Raises UserError.
-
-    A relative FILE.py is looked for in the current folder, then in the project's."""
-    # with a colon added, because FILE.py without a function is a file, too: it is refused below
+    """Return the Part of a scorer: FILE.py:FUNCTION, a model folder or hub id, or 'gold'. Raises UserError."""
+    # the extra colon also matches a bare FILE.py, which is rejected below
     is_function = '.py:' in f'{scorer}:'
     if not is_function:
-        # the folder of a training run stands for the model in it
+        # 'gold' and hub ids pass through; a run folder stands for the model in it
         inside = f'{scorer}/model'
         model = inside if os.path.exists(f'{inside}/config.json') else scorer
-        name = Path(model.removesuffix('/model')).name
-        return Part(name, weight, model)
+        # named after the run folder, not after its subfolder
+        run_folder = Path(model.removesuffix('/model'))
+        return Part(name=run_folder.name, weight=weight, function_or_model=model)
 
-    file, _, name = scorer.partition('.py:')
-    file = file.removesuffix('.py') + '.py'
+    # 'a.py:f' gives 'a' and 'f', a bare 'a.py' gives 'a.py' and ''
+    stem, _, name = scorer.partition('.py:')
+    file = stem.removesuffix('.py') + '.py'
     path = Path(file).expanduser()
-    existing = [place for place in (Path.cwd() / path, ROOT / path) if place.is_file()]
+    # try the current folder, then the project's; an absolute path replaces either
+    existing = [folder / path for folder in (Path.cwd(), ROOT) if (folder / path).is_file()]
     if not existing:
-        here = f'there is no file {file} in {Path.cwd()}'
-        raise UserError(f'--reward: {here}: give its path from there, or the whole path')
+        missing = f'there is no file {file} in {Path.cwd()}'
+        raise UserError(f'--reward: {missing}: give its path from there, or the whole path')
     if not name.isidentifier():
         raise UserError(f'--reward: say which function of {file}: {file}:NAME')
-    return Part(name, weight, name, str(existing[0]))
+    return Part(name=name, weight=weight, function_or_model=name, file=str(existing[0]))
 
 
 @cache
 def load_function(file, name):
-    """Return the function of this name in a file. A file is run once, whatever the number of its functions. Raises UserError."""
-    # the file may import its neighbours. addsitedir puts their folder last in the search path, so that none hides a module of ours
+    """Return the function of this name in a file; a file is executed only once. Raises UserError."""
+    # let the file import its neighbours; addsitedir appends, so that their names do not shadow our modules
     site.addsitedir(os.path.dirname(os.path.abspath(file)))
     spec = importlib.util.spec_from_file_location(f'reward {file}', file)
     module = sys.modules.get(spec.name)
     if module is None:
         module = importlib.util.module_from_spec(spec)
-        # before the file is run, because a dataclass in it looks for its own module there
+        # dataclasses need their module in sys.modules during execution
         sys.modules[spec.name] = module
         try:
             with guard.unblocked():
@@ -172,22 +158,17 @@ def load_function(file, name):
     return function
 
 
-# ---- one call ----
-
-
 def call(part, prompts, responses, rows):
-    """Call a part's function on n answers, in this process. Return its n numbers as floats. Raises Failed."""
+    """Call a part's function on n answers in this process. Return n floats. Raises Failed."""
     function = load_function(part.file, part.function_or_model)
     try:
         with guard.unblocked():
             result = function(prompts, responses, rows)
-            # the function may be an async one
             if inspect.iscoroutine(result):
                 result = asyncio.run(result)
     except (Exception, SystemExit) as error:
         raise Failed(_explained(error, part.file)) from None
-
-    # an array of numpy, or a tensor, becomes a list, and so do numbers of theirs in a list
+    # convert numpy arrays and tensors to lists, and numpy and tensor scalars to numbers
     values = result.tolist() if hasattr(result, 'tolist') else result
     if not isinstance(values, list | tuple) or len(values) != len(responses):
         raise Failed(f'it returned {shorten(repr(result), 60)}, where a list of {len(responses)} numbers is wanted')
@@ -199,24 +180,20 @@ def call(part, prompts, responses, rows):
 
 
 def _explained(error, file):
-    """Return an exception in words: its kind, its message, and the last line of the user's file in its traceback, if any."""
+    """Describe an exception: type, message, and the innermost line of the user's file in its traceback, if any."""
     message = shorten(f'{type(error).__name__}: {error}', 300)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if not frames:
         return message
-    last = frames[-1]
-    return f'{message} (line {last.lineno}: {shorten(last.line, 100)})'
-
-
-# ---- all answers of a round ----
+    return f'{message} (line {frames[-1].lineno}: {shorten(frames[-1].line, 100)})'
 
 
 def score(part, prompts, responses, rows, workers=None):
-    """Score n answers by a part's function. Return two lists of n: the numbers, and whether each call was late, whose number is 0.
+    """Score n answers with the function of a Part. Return two lists of n: scores, and whether each call timed out (score 0).
 
-    workers: the part's Workers, which call the function once for each answer. None: it is called in this process, once for all
-    answers, and never late. Raises UserError, which names the first row at which the function fails."""
-    # a row of the data is a dict that also knows its place in the file; functions get plain ones
+    workers: the part's Workers, which call the function once per answer; None: one call in this process, without time limit.
+    Raises UserError, which names the first failing row."""
+    # rows may be text.files.Row, a dict subclass with a location; functions get plain dicts
     plain_rows = [dict(row) for row in rows]
     if workers:
         results = workers.threads.map(workers.ask, prompts, responses, plain_rows)
@@ -224,116 +201,107 @@ def score(part, prompts, responses, rows, workers=None):
         try:
             return call(part, prompts, responses, plain_rows), [False] * len(rows)
         except Failed as error:
-            failed_together = error
-        # call it again, for one answer after the other, to find the row at which it fails
-        results = map(partial(call_alone, part), prompts, responses, plain_rows)
+            joint_failure = error
+        # retry one answer at a time to find the failing row
+        results = map(partial(call_one, part), prompts, responses, plain_rows)
 
-    numbers, late = [], []
+    scores, timed_out = [], []
     for prompt, row, result in zip(prompts, rows, results, strict=True):
         if isinstance(result, Failed):
-            where = getattr(row, 'where', '')
-            if not where:
-                where = f'prompt {shorten(str(prompt), 80)!r}'
-            # a KeyError is most often a misspelt column
-            hint = ''
-            if 'KeyError' in str(result):
-                hint = f'; its columns are {", ".join(map(str, row))}'
-            raise UserError(f'--reward: {part} fails at {where}: {result}{hint}')
-        is_late = result is None
-        number = 0.0 if is_late else result
-        numbers.append(number)
-        late.append(is_late)
-    # without workers this line is reached only after the call for all answers has failed
+            location = getattr(row, 'where', '') or f'prompt {shorten(str(prompt), 80)!r}'
+            # a KeyError is usually a misspelt column
+            columns = f'; its columns are {", ".join(map(str, row))}' if 'KeyError' in str(result) else ''
+            raise UserError(f'--reward: {part} fails at {location}: {result}{columns}')
+        # None: the call timed out
+        scores.append(0.0 if result is None else result)
+        timed_out.append(result is None)
+    # without workers this line is reached only after a failed joint call, though no single call failed
     if not workers:
-        raise UserError(f'--reward: {part}: {failed_together}; no answer alone makes it fail')
-    return numbers, late
+        raise UserError(f'--reward: {part}: {joint_failure}; no answer alone makes it fail')
+    return scores, timed_out
 
 
-def call_alone(part, prompt, response, row):
-    """Call a part's function on one answer. Return its number, or (not raise) the Failed that says why there is none."""
+def call_one(part, prompt, response, row):
+    """Call a part's function on one answer. Return its score, or the Failed exception as a value."""
     try:
-        (number,) = call(part, [prompt], [response], [row])
-        return number
+        return call(part, [prompt], [response], [row])[0]
     except Failed as error:
         return error
 
 
 class Workers:
-    """n processes that call a part's function, one answer a call. Each has a thread here, which runs ask and waits for it.
-
-    timeout: seconds that a call may take; None: any number."""
+    """n worker processes that call a part's function, one answer at a time, each driven by its own thread of self.threads."""
 
     def __init__(self, part, n, timeout):
-        self.part, self.timeout = part, timeout
+        """timeout: seconds per call, None for no limit."""
+        self.part = part
+        self.timeout = timeout
         self.threads = ThreadPoolExecutor(n)
-        # every thread sees a .worker of its own here: (its process, the pipe to it)
-        self.of_thread = threading.local()
+        # thread-local attribute worker: (process, pipe)
+        self.local = threading.local()
 
     def ask(self, prompt, response, row):
-        """Have this thread's process call the function. Return its number, None if it is late, or a Failed.
-
-        A thread without a process starts one. A process that is late is killed."""
-        if not getattr(self.of_thread, 'worker', None):
-            self.of_thread.worker = self._start_worker()
-        process, pipe = self.of_thread.worker
+        """Call the function in this thread's worker, started on demand. Return its score, None if it timed out, or a Failed."""
+        if not getattr(self.local, 'worker', None):
+            self.local.worker = self._start_worker()
+        process, pipe = self.local.worker
         try:
             pipe.send((prompt, response, row))
             if pipe.poll(self.timeout):
                 return pipe.recv()
             result = None
         except (EOFError, OSError):
-            # the function has ended the process, by os._exit or a crash
+            # os._exit or a crash in the function
             result = Failed(f'its process has ended with code {process.wait()}')
-
-        # kill the process and all that it has started; the thread's next answer gets a new one
+        # kill the worker and its children; the next call starts a new one
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        self.of_thread.worker = None
+        self.local.worker = None
         return result
 
     def _start_worker(self):
-        """Start a process that runs _work. Return (process, our end of the pipe to it) once it has loaded the function."""
+        """Start a process that runs _work(). Return (process, our end of its pipe) once it has loaded the function."""
         ours, theirs = Pipe()
-        # it starts in the project's folder, where python finds our modules; _work then goes to the current folder
+        # start in the project folder, so that rl can be imported; _work changes to the current folder
         command = [sys.executable, '-m', 'rl.reward_functions', str(theirs.fileno()), os.getcwd()]
         command += [self.part.file, self.part.function_or_model]
-        # a session of its own: Ctrl-C does not reach it, and ask can kill it with all that it has started
+        # a new session shields the worker from Ctrl-C, and makes it a process group that ask() can kill
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, start_new_session=True)
         theirs.close()
-        # wait for 'ready', so that loading does not count as time of the first call. EOFError: it has ended, which ask will see
+        # wait for 'ready', so that loading does not count as call time; on EOFError the worker died, which ask() handles
         with contextlib.suppress(EOFError):
             ours.recv()
         return process, ours
 
 
 def _work(fd, folder, file, name):
-    """Run a worker process: answer calls of function `name` in file, in this folder, until the pipe (number fd) closes."""
+    """Worker process: serve calls of function `name` in file from the pipe with this file descriptor until the pipe closes."""
     pipe = Connection(int(fd))
     part = Part(name, 1.0, name, file)
     parent = os.getppid()
-    # runtime/guard.py blocks some signals in the parent, and a child inherits that
+    # undo the inherited signal mask of runtime/guard.py
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     os.chdir(folder)
 
-    def end_with_parent():
-        # a process whose parent was killed gets another parent
+    def exit_with_parent():
+        # orphans are adopted, so the parent id changes
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
 
     # in a thread, because the function may never return
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     load_function(file, name)
     pipe.send('ready')
     with contextlib.suppress(EOFError):
         while True:
             prompt, response, row = pipe.recv()
-            pipe.send(call_alone(part, prompt, response, row))
+            pipe.send(call_one(part, prompt, response, row))
 
 
 if __name__ == '__main__':
-    # not _work of this module, which is __main__ here: the parent could not unpickle a Failed of __main__
+    # not this module's _work: the parent could not unpickle exceptions of __main__
     from rl import reward_functions
 
     reward_functions._work(*sys.argv[1:])

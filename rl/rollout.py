@@ -1,7 +1,7 @@
-"""The answers of one round of ppo.py, sampled or read from the data, and the numbers of their tokens.
+"""The answers of one round of ppo.py, sampled or read from the data, and the numbers that training needs for them.
 
-A "column of tokens" has one number for every answer token of the round, one answer behind the other; a "column of answers" has
-one for every answer. In all functions, run is a training.Run. Every rank calls them together, and all get the same result."""
+A token column has one number per answer token of the round, answer after answer. An answer column has one number per answer.
+run is a training.Run. All ranks call these functions together and get the same results."""
 
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ import fsdp
 from data import move
 from hf import generate
 from hf.lora import adapters_off
+from rl import formulas
 from rl.rewards import toy_metrics
 from runtime import guard, metrics
 from text.examples import Examples
@@ -19,13 +20,13 @@ from text.examples import Examples
 
 @dataclass
 class Round:
-    """The answers of a round, with all that training needs to know of them. It is equal on all ranks."""
+    """The answers of a round and all that training needs to know about them; equal on all ranks."""
 
     first: int  # number of answers before this round
-    rows: np.ndarray  # (examples,) rows of its prompts in the training set
-    examples: Examples  # an example is a prompt with its answers
-    tokens: dict  # name -> column of tokens: old, pi, ref, advantage; with a critic value and target
-    answers: dict  # name -> column of answers: n, start, ended, score ...
+    rows: np.ndarray  # (examples,) training-set indices of the prompts
+    examples: Examples  # one example is a prompt with all its answers
+    tokens: dict  # token columns by name: old, pi, ref, advantage; with a critic value and target
+    answers: dict  # answer columns by name: n, start, ended, score ...
     metrics: dict  # name -> float, for the log
 
     @property
@@ -34,13 +35,11 @@ class Round:
         return self.first + len(self.answers['n'])
 
     def by_example(self, name):
-        """Return the column of answers of this name as a table (examples, answers to each)."""
+        """Return an answer column as a table (examples, answers per prompt)."""
         return self.answers[name].view(len(self.examples), -1)
 
     def minibatches(self, size, passes, seed):
-        """Yield the minibatches of all passes over the round, each as the numbers of its `size` examples (the last: fewer).
-
-        Each pass takes every example once, in an order of its own that depends on the seed and on the round."""
+        """Yield arrays of `size` example indices (the last of a pass may be smaller); every pass covers all, reshuffled."""
         n_examples = len(self.examples)
         for number in range(passes):
             rng = np.random.default_rng((seed, self.first, number))
@@ -50,116 +49,124 @@ class Round:
 
 
 def sample(run, source, rows, *, answers_each, first_seed):
-    """Sample `answers_each` answers of the policy to each of the prompts at these rows of source. Return Examples of them.
+    """Sample `answers_each` answers to each of the prompts source[rows] from the policy. Return them as Examples.
 
-    The k-th of all answers has the seed first_seed + k. So it depends neither on the number of ranks nor on where a run was
-    resumed. An answer keeps the token that ended it. Raises UserError if memory is out."""
-    prompts = []  # one for every answer
+    Answer k has seed first_seed + k, so it depends neither on the number of ranks nor on where a run was resumed. Answers keep
+    their end token. Raises UserError if memory runs out."""
+    # one prompt per answer
+    prompts = []
     for row in rows:
         prompt, _ = source[row]
         prompts += [prompt.tolist()] * answers_each
-    # the noise of an answer comes from its seed alone
     seeds = range(first_seed, first_seed + len(prompts))
     settings = {'max_new_tokens': run.config.max_new_tokens, 'rows': run.config.sample_batch}
     with guard.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
         answers = generate.sample(run.policy, run.tokenizer, prompts, seeds, keep_end=True, **settings)
-
-    # the answers to one prompt stand side by side
-    examples = []
-    for start in range(0, len(prompts), answers_each):
-        examples.append((prompts[start], answers[start : start + answers_each]))
-    return Examples.of(examples)
+    # group the answers by prompt
+    starts = range(0, len(prompts), answers_each)
+    return Examples.of([(prompts[start], answers[start : start + answers_each]) for start in starts])
 
 
 def token_slots(batch, rows, starts, per_prompt):
-    """Return the slots of a microbatch's N answer tokens: (N,) indices into the round's columns of tokens, on batch's device.
+    """Return indices into the round's token columns for the N answer tokens of a microbatch: (N,), -1 for filler tokens.
 
-    The tokens of a filler, which a rank without work computes, get -1. rows: numbers, in the round, of the examples of the step
-    that batch is a part of. starts (answers,): slot of the first token of every answer of the round. per_prompt: number of
-    answers to a prompt."""
-    # slots of the first tokens of the batch's answers: (examples, per_prompt)
-    place_in_step = np.array(batch.slot)
-    first = starts.view(-1, per_prompt)[rows[place_in_step]]
-    # a filler's place is -1, which has picked the step's last example above
-    is_filler = place_in_step < 0
-    first[is_filler] = -1
-
-    # (N,): from an answer's first token to each of its tokens
-    first = move(first.flatten(), batch.answer.device)[batch.answer]
-    slots = first + batch.offset
-    return torch.where(first >= 0, slots, -1)
+    rows: indices, in the round, of the step's examples. starts: (answers,) index of each answer's first token in the token
+    columns. per_prompt: answers per prompt."""
+    # batch.slot: index of each example in the step; a filler's -1 picks the last row, which the next line overwrites
+    index_in_step = np.array(batch.slot)
+    start_of_answer = starts.view(-1, per_prompt)[rows[index_in_step]]  # (examples, per_prompt)
+    start_of_answer[index_in_step < 0] = -1
+    # per token: batch.answer is the index of its answer in the microbatch, batch.offset its position in that answer
+    start = move(start_of_answer.flatten(), batch.answer.device)[batch.answer]  # (N,)
+    return torch.where(start >= 0, start + batch.offset, -1)
 
 
 def token_columns(run, model, examples, starts, names):
-    """Return columns of tokens of the examples under a model, without gradient: name -> (tokens,) float64.
+    """Run a model over all examples without gradient. Return token columns by name, (tokens,) float64 each.
 
-    names: what to call the rows that model.token_logps returns, log-probs first. Values are computed if one is named 'value';
-    a model without a critic returns none, and then the result has no column 'value'. starts: as in token_slots."""
-    lengths = examples.widths[:, 1:]  # (examples, answers to each)
+    names: ['ref'], for log-probs only, or ['pi', 'value']; without a critic the result has no 'value'. starts: (answers,)
+    index of each answer's first token in the token columns."""
+    lengths = examples.widths[:, 1:]  # (examples, answers per prompt); column 0 is the prompt
     n_examples, per_prompt = lengths.shape
-    # this rank's share of the examples, all of which are one step here
+    # this rank's microbatches: all examples are one step, so an index in the step is an index in examples
     rows = np.arange(n_examples)
     batches, *_ = run.make_batches(examples, rows)
-    wants_values = 'value' in names
-    parts = []
+    logps_and_values = []
     slots = []
     for batch in batches:
         with torch.no_grad(), run.memory(batches):
-            parts.append(model.token_logps(batch, values=wants_values))  # (1 or 2, N)
+            logps_and_values.append(model.token_logps(batch, values='value' in names))  # (1 or 2, N)
         slots.append(token_slots(batch, rows, starts, per_prompt))
-
     # not strict: without a critic there is one row for two names
-    columns = dict(zip(names, torch.cat(parts, 1), strict=False))
-    n_tokens = int(lengths.sum())
-    slots = torch.cat(slots).cpu()
-    return fsdp.gather_columns(columns, slots, n_tokens)
+    columns = dict(zip(names, torch.cat(logps_and_values, 1), strict=False))
+    return fsdp.gather_columns(columns, torch.cat(slots).cpu(), int(lengths.sum()))
 
 
 def measure(run, ref, examples, stop):
-    """Compute log-probs and values of the answers. Return (columns of tokens, columns of answers), both by name.
+    """Compute log-probs and values of the answers. Return (token columns, answer columns), dicts by name.
 
-    Of tokens: pi (log-probs under the policy), ref (under the reference) and, with a critic, value. Of answers: n (number of
-    tokens), start (slot of the first token) and ended (whether the last token is one of the ids in stop). ref: the reference;
-    it may be the policy itself, which is the reference when its adapters are off."""
-    # without the prompts' widths, which come first in each row
+    ref: the reference; may be the policy itself, which then runs without its adapters. stop: token ids that end an answer.
+    Token columns: pi, ref (log-probs of policy and reference) and, with a critic, value. Answer columns: n (number of tokens),
+    start (index of the first token in the token columns), ended (whether the last token is in stop)."""
+    # column 0 of widths is the prompt
     n = torch.from_numpy(examples.widths[:, 1:].flatten()).long()
     start = n.cumsum(0) - n
     tokens = token_columns(run, run.policy, examples, start, ['pi', 'value'])
     with adapters_off(ref):
         tokens |= token_columns(run, ref, examples, start, ['ref'])
-    # spans is (examples, 1 + answers, 2), the last axis begin and end; an end is the place behind the last token
+    # spans: (examples, 1 + answers, 2), begin and exclusive end
     ends = examples.spans[:, 1:, 1].flatten()
     last_tokens = examples.ids[ends - 1]
     ended = torch.from_numpy(np.isin(last_tokens, list(stop)))
     return tokens, {'n': n, 'start': start, 'ended': ended}
 
 
-def of_answers(tokens, answers):
-    """Return a dict for each answer, as samples.jsonl has it: 'tokens' (their number), 'logratio' and its scores, if any.
+def advantages_and_targets(config, tokens, scores, n):
+    """Return PPO's advantages and value targets of all answer tokens of a round, (tokens,) float64 each.
 
-    logratio: log-prob under the policy minus that under the reference, in nats. tokens, answers: columns by name, see measure;
-    a column of answers whose name begins with 'score' is a score."""
-    logratios = tokens['pi'] - tokens['ref']
-    dicts = []
-    # the round's column, cut into the answers
-    for of_answer in logratios.split(answers['n'].tolist()):
-        logratio = of_answer.sum().item()
-        dicts.append({'tokens': len(of_answer), 'logratio': round(logratio, 6)})
-    # scores are numbers of whole answers already
+    config: options of ppo.py. tokens: token columns pi, ref and value. scores, n: score and length of each answer, (answers,)."""
+    # (answers, longest) tables; table[mask] flattens one back to (tokens,)
+    mask = torch.arange(int(n.max())) < n[:, None]
+    value = torch.zeros(mask.shape, dtype=torch.float64)
+    value[mask] = tokens['value']
+    # reward per token: the KL penalty (offline, it is in the loss), plus the score at the last token
+    rewards = torch.zeros_like(value)
+    if not config.offline:
+        rewards[mask] = -config.kl_coef * (tokens['pi'] - tokens['ref'])
+    rewards[torch.arange(len(n)), n - 1] += scores
+
+    advantage = formulas.gae(rewards, value, mask, gamma=config.gamma, lam=config.lam)
+    target = value + advantage
+    if config.offline:
+        # with lam = 1, value + advantage is the discounted return
+        target = value + formulas.gae(rewards, value, mask, gamma=config.gamma, lam=1.0)
+    if config.whiten:
+        advantage = formulas.whiten(advantage, mask)
+    return advantage[mask], target[mask]
+
+
+def answer_rows(tokens, answers):
+    """Return the fields of samples.jsonl for every answer, a list of dicts: tokens (number), logratio, and any scores.
+
+    logratio: log-prob of the policy minus the reference, in nats. tokens, answers: token and answer columns by name; answer
+    columns whose name starts with 'score' are scores."""
+    logratio = tokens['pi'] - tokens['ref']
+    rows = []
+    for answer_logratio in logratio.split(answers['n'].tolist()):
+        rows.append({'tokens': len(answer_logratio), 'logratio': round(answer_logratio.sum().item(), 6)})
     for name, column in answers.items():
         if name.startswith('score'):
-            for of_answer, score in zip(dicts, column.tolist(), strict=True):
-                of_answer[name] = round(score, 6)
-    return dicts
+            for row, score in zip(rows, column.tolist(), strict=True):
+                row[name] = round(score, 6)
+    return rows
 
 
 def describe(run, examples, tokens, answers, split):
-    """Return metrics of sampled answers for the log: name -> float. On the toy world the gold reward is one of them.
+    """Return the log metrics of sampled answers: name -> float. The toy world adds its gold reward.
 
-    tokens, answers: columns by name, see measure; answers may have the columns of a Reward, too. split: 'train' or 'eval', which
-    is part of the metrics' names."""
+    tokens, answers: token and answer columns by name. split: 'train' or 'eval', part of the metric names."""
     logratio = tokens['pi'] - tokens['ref']
-    # the policy has sampled the tokens: so the mean of -pi estimates its entropy, and the mean of pi - ref its KL to the reference
+    # Monte Carlo estimates, since the policy sampled the tokens: entropy = E[-pi], KL to the reference = E[pi - ref]
     found = {
         f'kl_{split}/samples': logratio.sum() / len(answers['n']),
         f'kl_{split}/samples_per_token': logratio.mean(),
@@ -168,8 +175,7 @@ def describe(run, examples, tokens, answers, split):
         f'ended/{split}': answers['ended'].double().mean(),
     }
     for name, column in answers.items():
-        is_of_reward = name.startswith(('score', 'late'))
-        if is_of_reward:
+        if name.startswith(('score', 'late')):
             found[f'{name}/{split}'] = column.mean()
     if run.config.data == 'toy':
         found |= toy_metrics(examples, run.tokenizer, split)

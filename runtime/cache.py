@@ -1,6 +1,4 @@
-"""The cache folder of the user: arrays in safetensors files. Examples (text/tokenise.py) and the reference's log-probs are there.
-
-A file is mapped into memory, not read: an array's pages come from the disk when they are used."""
+"""The user's cache of tokenized examples and reference log-probs: memory-mapped safetensors files."""
 
 import contextlib
 import os
@@ -11,30 +9,29 @@ from safetensors.numpy import save_file
 
 
 def path_of(kind, key):
-    """Return the path of a cache file. kind: begins its name; key: a hash of everything that decides its contents."""
-    # 32 of its digits are enough to tell files apart
+    """Return the path of a cache file, named by kind and key, a hex hash of everything its contents depend on."""
     folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
     return folder / f'{kind}-{key[:32]}.safetensors'
 
 
 def read(file, valid):
-    """Return (arrays, metadata) of a cache file, or None if there is none, or if it is damaged or not valid.
+    """Return (arrays, metadata) of a cache file, or None if it is missing, damaged or not valid.
 
-    valid(arrays, metadata) returns whether the contents are what they should be. Errors that it raises count as no."""
+    valid: function of (arrays, metadata) that returns whether they are as expected; if it raises, they are not."""
     with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
-        # 'pt': torch's reader maps the file, numpy's copies it
+        # 'pt': the torch reader memory-maps the file, the numpy reader copies it
         with safe_open(file, 'pt') as content:
             arrays = {name: content.get_tensor(name).numpy() for name in content.keys()}  # noqa: SIM118
             metadata = content.metadata()
-        # a file of another version may have the same name
+        # a file written by another version may have the same name
         if valid(arrays, metadata):
             return arrays, metadata
     return None
 
 
 def write(file, arrays, metadata):
-    """Write a cache file, whole or not at all. Returns None, or the reason if it cannot be written: no run ends for that."""
-    # a name of this process's own, for others may write the same file
+    """Write a cache file atomically. Returns None, or the reason if that failed: a run goes on without its cache."""
+    # include the process id: other processes may write the same file
     temporary = file.with_suffix(f'.{os.getpid()}')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,8 @@
-"""Checkpoints of a sharded run, from which a run on any number of ranks can resume.
+"""Save and load checkpoints of a distributed run, which can resume on any number of ranks.
 
-out_dir/checkpoints/N/ holds what a run is after N examples: weights and optimizer (*.safetensors), state.json, and manifest.json,
-which lists the size and the SHA-256 of every other file. save() copies all of this into the CPU's memory and returns. A thread
-writes the copy into N.tmp, and renames that folder to N once it is complete and on the disk.
-
-training.py calls identify() and latest() before the first step, then load() if there is a checkpoint, and save() in between."""
+out_dir/checkpoints/N/ is the run after N examples: weights and optimizer state (*.safetensors), state.json, and
+manifest.json with the size and SHA-256 of all other files. save() copies everything to CPU memory and returns.
+A background thread writes the copy to N.tmp, and renames the folder once it is complete and flushed to disk."""
 
 import functools
 import json
@@ -24,25 +22,27 @@ from fsdp import gather_objects, local, on_one_rank, on_ranks, shared
 from runtime.files import append_kept, file_hash, make_room, move_folder, replace_text, say, sync, writing
 from runtime.log import NEUTRAL, check_same, recorded
 
-NUMBER = re.compile('[0-9]{10,}')  # a checkpoint folder's name: its number of examples, padded with zeros to ten digits
+NUMBER = re.compile('[0-9]{10,}')  # name of a checkpoint folder: number of examples, zero-padded to ten digits
 _writer = ThreadPoolExecutor(1)
-_pending = None  # the future of the checkpoint that is being written
+_pending = None  # future of the checkpoint being written
+# the writer thread's collectives must not interleave with those of training: it has a process group of its own
+_writer_group = functools.cache(lambda default_group: dist.new_group(backend='gloo'))
 
 
 def identify(config, models, train, held_out):
-    """Return a description of this run, by which a resumed run recognises its own checkpoints. Call it on all ranks together.
+    """Return a JSON-serializable dict by which a run recognizes its own checkpoints. Collective; the same on all ranks.
 
-    models() returns hashes of the models. train and held_out are the Examples. The description can be written as json and is the
-    same on all ranks: 'script' (a file name), 'options' (a Config without the options that may change), and 'contents' (hashes
-    of models and examples). Raises UserError if ranks have read different data."""
+    models: function that returns model name -> hashes; train, held_out: Examples. Keys: 'script' (file name), 'options'
+    (Config without the NEUTRAL ones), 'contents' (hashes of models and data). Raises UserError if ranks' data
+    differ."""
     data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}
     for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):
         if other_hashes != data_hashes:
             ranks = f'rank {other_rank} has read other data than rank {dist.get_rank()}'
             raise UserError(f'{ranks}: all hosts must see the same files')
 
-    # the comparison asks origin which options have only their default
     options = Config({name: value for name, value in config.items() if name not in NEUTRAL})
+    # origin tells check_same() which options are defaults
     options.origin = config.origin
     return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': shared(models) | data_hashes}
 
@@ -51,12 +51,12 @@ def identify(config, models, train, held_out):
 
 
 def _live_tensors(model, optimizer):
-    """Return name -> tensor of the trained weights and the optimizer's numbers: the tensors in use, not copies of them.
+    """Return name -> tensor of trainable weights and optimizer state: no copies, so that load() can write into them.
 
-    load() writes into these tensors. Weights that are tied to one another appear once, under their first name."""
-    # after a forward without backward the root still shows its gathered parameters, which are not the ones of the optimizer
+    Tied weights appear once, under their first name."""
+    # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
-    # a DTensor is written shard by shard; a replica has all of each tensor, and is written as plain tensors
+    # DTensors are saved shard by shard, replicas as plain tensors
     is_replica = model.shard_mode == 'none'
     tensors = {}
     for name, p in model.named_parameters():
@@ -65,7 +65,7 @@ def _live_tensors(model, optimizer):
         weight = p.detach()
         tensors[f'model.{name}'] = local(weight) if is_replica else weight
         for key, value in optimizer.state[p].items():
-            # AdamW's count of steps has no dimension, which the file format cannot hold: give it one
+            # scalars (AdamW's step count) cannot be saved: use a view of shape (1,)
             if value.dim() == 0:
                 value = value[None]
             elif is_replica:
@@ -75,69 +75,58 @@ def _live_tensors(model, optimizer):
 
 
 def save(out_dir, examples, model, optimizer, state, keep_last):
-    """Begin to write the checkpoint after so many examples: weights, optimizer, state and every rank's random state.
+    """Start writing a checkpoint; returns once all data is copied. Collective: call it on all ranks.
 
-    Returns as soon as all of it is copied; a thread writes the copy. When it is complete, out_dir/latest names it, and all but
-    the newest keep_last checkpoints are removed. state: a json-able dict. Call it on all ranks together. Raises UserError if the
-    checkpoint before this one has failed, or if the folder cannot be prepared. If the thread fails, wait() or the next save()
-    raises its UserError."""
+    examples: number seen so far; state: JSON-serializable dict to save along with weights, optimizer and RNG states.
+    Once complete, out_dir/latest names the checkpoint, and all but the newest keep_last are deleted. Raises UserError
+    if the previous checkpoint failed; if this one fails, wait() or the next save() raises."""
     global _pending
     wait()
     folder = Path(out_dir) / 'checkpoints' / f'{examples:010d}'
     on_one_rank(lambda: _remove_unfinished(folder))
 
-    # replicas have the same tensors: each rank writes some of the large and some of the small ones
+    # replicas hold identical tensors: divide them between the ranks, alternating by size to balance the load
     tensors = _live_tensors(model, optimizer)
     if model.shard_mode == 'none':
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
-        names_of_this_rank = by_size[dist.get_rank() :: dist.get_world_size()]
-        tensors = {name: tensors[name] for name in names_of_this_rank}
+        tensors = {name: tensors[name] for name in by_size[dist.get_rank() :: dist.get_world_size()]}
 
-    # training goes on to change the tensors while the thread writes
+    # copy, because training changes the tensors while the thread writes
     copies = {name: tensor.to('cpu', copy=True) for name, tensor in tensors.items()}
-    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
-    rng_of_ranks = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda})
+    cuda_rng = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+    rng_of_ranks = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda_rng})
     state_text = json.dumps({**state, 'examples': examples, 'rng': rng_of_ranks})
-    _pending = _writer.submit(_write, folder, copies, state_text, keep_last, _own_group(dist.group.WORLD))
+    _pending = _writer.submit(_write, folder, copies, state_text, keep_last, _writer_group(dist.group.WORLD))
 
 
 def _remove_unfinished(folder):
-    """Remove the .tmp folders of checkpoints that a killed run left half written, so that nothing is in the way of folder."""
+    """Delete the N.tmp folders of checkpoints that were interrupted, including the one for this checkpoint folder."""
     with writing(folder):
         for unfinished in {folder.with_suffix('.tmp'), *folder.parent.glob('*.tmp')}:
-            # a .tmp of another name is somebody else's
+            # leave other *.tmp entries alone
             if NUMBER.fullmatch(unfinished.stem):
                 make_room(unfinished)
 
 
-@functools.cache
-def _own_group(default_group):
-    """Return a group of all ranks for the thread that writes, made once for each default group.
-
-    In the default group the thread's collectives would mix with those of training."""
-    return dist.new_group(backend='gloo')
-
-
 def failed():
-    """Return whether this rank knows that the checkpoint being written has failed. All ranks should call wait() then."""
+    """Return whether this rank's pending checkpoint has failed. If so, call wait() on all ranks to raise the error."""
     return _pending is not None and _pending.done() and _pending.exception() is not None
 
 
 def wait():
-    """Wait until the checkpoint being written, if any, is complete. Raises UserError if it fails. On all ranks together."""
+    """Wait for the pending checkpoint, if any. Raises UserError on all ranks if it failed on any. Collective."""
     global _pending
     pending = _pending
-    # forget it first: its error is raised once
+    # reset first, so that the error is raised only once
     _pending = None
-    # every rank waits for its own thread, and an error of any is raised on all
     if pending:
         on_ranks(True, pending.result)
 
 
 def _write(folder, copies, state_text, keep_last, group):
-    """Write the checkpoint; runs in a background thread on every rank. Raises UserError.
+    """Write the checkpoint, in a background thread on every rank: all save their tensors, then rank 0 completes it.
 
-    Each rank saves its tensors (copies, emptied afterwards), then rank 0 adds the metadata and renames the folder."""
+    copies: name -> CPU tensor, emptied as soon as they are written. Raises UserError."""
     temporary = folder.with_suffix('.tmp')
     is_first_rank = dist.get_rank() == 0
     try:
@@ -151,27 +140,20 @@ def _write(folder, copies, state_text, keep_last, group):
     except BaseException as error:
         if is_first_rank:
             shutil.rmtree(temporary, ignore_errors=True)
+        # CheckpointException.failures: rank -> (error, traceback); one of the errors is enough
+        errors = [failure[0] for failure in getattr(error, 'failures', {}).values()] or [error]
+        first_line, _, _ = str(errors[-1]).partition('\n')
+        reason = getattr(errors[-1], 'strerror', None) or first_line
         advice = 'older ones are kept, and the same command continues from the newest of them'
-        raise UserError(f'cannot write the checkpoint {folder}: {_reason(error)}; {advice}') from None
-
-
-def _reason(error):
-    """Return in one line why writing a checkpoint has failed."""
-    # a CheckpointException wraps the errors of ranks, as rank -> (error, traceback): one of them says why
-    errors_of_ranks = list(getattr(error, 'failures', {}).values())
-    if errors_of_ranks:
-        error, _traceback = errors_of_ranks[-1]
-    # an error of the system has a short text of its own
-    first_line, _, _ = str(error).partition('\n')
-    return getattr(error, 'strerror', None) or first_line
+        raise UserError(f'cannot write the checkpoint {folder}: {reason}; {advice}') from None
 
 
 def _complete(temporary, folder, state_text, keep_last):
-    """Add state and manifest to the tensors in temporary, rename it to folder, and keep only the newest keep_last checkpoints."""
+    """Add state.json and manifest.json to temporary, rename it to folder, and delete all but keep_last checkpoints."""
     (temporary / 'state.json').write_text(state_text)
     (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))
 
-    # flush the logs first (append_kept raises on a full disk): a resumed run does not rewrite rows from before its checkpoint
+    # flush the logs first (raises on a full disk): a resumed run does not rewrite rows from before its checkpoint
     out_dir = folder.parent.parent
     append_kept()
     for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):
@@ -187,7 +169,7 @@ def _complete(temporary, folder, state_text, keep_last):
 
 
 def _manifest_of(folder):
-    """Return name -> [size, SHA-256] of every file in a checkpoint folder, except the manifest itself."""
+    """Return file name -> [size, SHA-256] for all files in a checkpoint folder except manifest.json."""
     files = [file for file in folder.iterdir() if file.name != 'manifest.json']
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(file_hash, files))
@@ -198,80 +180,78 @@ def _manifest_of(folder):
 
 
 def _folders(out_dir):
-    """Return the checkpoint folders of out_dir, newest first. Anything in there without a checkpoint's name is left out."""
+    """Return the checkpoint folders in out_dir, newest first."""
     entries = Path(out_dir, 'checkpoints').glob('*')
     folders = [entry for entry in entries if NUMBER.fullmatch(entry.name) and entry.is_dir()]
-    # zeros pad the names, so their order is that of their numbers
+    # zero-padded names sort as numbers
     return sorted(folders, reverse=True)
 
 
 def _damage(folder):
-    """Return what is wrong with a checkpoint folder, or None if it holds exactly what its manifest lists."""
+    """Return what is wrong with a checkpoint folder, as a phrase, or None if its files match its manifest."""
     try:
         manifest = json.loads((folder / 'manifest.json').read_text())
-        present = _manifest_of(folder)
-        for name in sorted(manifest.keys() | present.keys()):
-            if manifest.get(name) != present.get(name):
+        actual = _manifest_of(folder)
+        for name in sorted(manifest.keys() | actual.keys()):
+            if manifest.get(name) != actual.get(name):
                 return f'{name} is not what its manifest says'
-        # a whole checkpoint may have been copied over another one
+        # an intact checkpoint may have been copied into the wrong folder
         examples = json.loads((folder / 'state.json').read_text())['examples']
         if examples != int(folder.name):
             return f'it is the checkpoint after {examples} examples'
         return None
     except OSError as error:
         return f'{Path(error.filename or folder).name}: {error.strerror}'
-    # json that is broken, or of another kind than a dict
+    # invalid JSON, or valid JSON of the wrong type
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return 'manifest.json cannot be read'
 
 
 def latest(out_dir, run=None):
-    """Return the folder of the newest complete checkpoint, the same on all ranks, or None if out_dir has no checkpoint at all.
+    """Return the newest undamaged checkpoint folder, or None if out_dir has no checkpoints. Collective.
 
-    The folders decide, for out_dir/latest is only a note for people. run: the result of identify(), if it is to be compared.
-    Warns of each damaged checkpoint that is passed over. Raises UserError if all are damaged, since a run must not start over by
-    itself, and if config.json or the checkpoint belongs to another run."""
+    run: result of identify() to compare with, or None. Rank 0's disk decides; the result is broadcast. Warns of each
+    damaged checkpoint it skips. Raises UserError if all are damaged, or if out_dir belongs to another run."""
     return shared(lambda: _newest_complete(out_dir, run))
 
 
 def _newest_complete(out_dir, run):
-    """Return the newest undamaged checkpoint folder or None, as latest() describes; runs on rank 0, whose disk decides."""
+    """Return the newest undamaged checkpoint folder or None; raise UserError if all are damaged or of another run."""
     recorded_run = recorded(out_dir)
     if run and recorded_run:
         check_same(f'{out_dir} holds', recorded_run, run)
 
-    damaged = []
-    # newest first
+    newest = None
+    problems = []
     for folder in _folders(out_dir):
         damage = _damage(folder)
         if damage is None:
+            newest = folder
             break
-        damaged.append(f'{folder} is damaged ({damage})')
-    # no break: there is no complete checkpoint
-    else:
-        if damaged:
-            raise UserError(f'no checkpoint is complete: {damaged[0]}; mend one, or delete {out_dir} to start over')
-        return None
+        problems.append(f'{folder} is damaged ({damage})')
+    # do not silently start over
+    if newest is None and problems:
+        raise UserError(f'no checkpoint is complete: {problems[0]}; mend one, or delete {out_dir} to start over')
 
-    if run:
+    if newest and run:
         # checkpoints of older versions do not describe their run: fall back to config.json
-        state = json.loads((folder / 'state.json').read_text())
-        check_same(f'the checkpoint {folder} is of', state.get('run', recorded_run), run)
-    for problem in damaged:
-        say(f'warning: the checkpoint {problem}: going back to {folder.name}')
-    return folder
+        state = json.loads((newest / 'state.json').read_text())
+        check_same(f'the checkpoint {newest} is of', state.get('run', recorded_run), run)
+    for problem in problems:
+        say(f'warning: the checkpoint {problem}: going back to {newest.name}')
+    return newest
 
 
 def load(folder, model, optimizer):
-    """Load a checkpoint, written on any number of ranks, into model and optimizer, and set this rank's random state.
+    """Load a checkpoint into model and optimizer, and restore this rank's RNG state. Collective.
 
-    Returns the state that save() was given, with 'examples' added and without 'run'. Call it on all ranks together. Raises
-    UserError if names or shapes of the tensors are not those of this model and optimizer."""
-    _make_optimizer_state(model, optimizer)
+    Returns the state passed to save(), plus 'examples' and minus 'run'. RNG states are kept as they are if the number
+    of ranks has changed. Raises UserError if names or shapes of tensors do not match."""
+    _create_optimizer_state(model, optimizer)
     reader = HuggingFaceStorageReader(str(folder))
     saved_tensors = reader.read_metadata().state_dict_metadata
     saved_shapes = {name: tuple(tensor.size) for name, tensor in saved_tensors.items()}
-    # a checkpoint from before the first step that changed the weights has no optimizer state
+    # a checkpoint from before the first optimizer step has no optimizer state
     if not any(name.startswith('optimizer.') for name in saved_shapes):
         optimizer.state.clear()
 
@@ -283,14 +263,18 @@ def load(folder, model, optimizer):
 
     state = json.loads((Path(folder) / 'state.json').read_text())
     state.pop('run', None)
-    _restore_rng(state.pop('rng'))
+    rng_of_ranks = state.pop('rng')
+    if len(rng_of_ranks) == dist.get_world_size():
+        rng = rng_of_ranks[dist.get_rank()]
+        torch.set_rng_state(torch.tensor(rng['cpu'], dtype=torch.uint8))
+        if rng['cuda'] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.tensor(rng['cuda'], dtype=torch.uint8))
     return state
 
 
-def _make_optimizer_state(model, optimizer):
-    """Have the optimizer make its tensors, into which a checkpoint can then be loaded, without changing the weights.
-
-    It makes them in its first step, so this is a step of learning rate 0. Later steps set the rate anew."""
+def _create_optimizer_state(model, optimizer):
+    """Allocate the optimizer's state tensors, so that a checkpoint can be loaded into them."""
+    # optimizers allocate in their first step; lr = 0 leaves the weights unchanged, and later steps set lr anew
     model.reshard()
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -298,13 +282,3 @@ def _make_optimizer_state(model, optimizer):
         group['lr'] = 0.0
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _restore_rng(rng_of_ranks):
-    """Set the random state of this rank to the one in a checkpoint, if that was written by as many ranks as there are now."""
-    if len(rng_of_ranks) != dist.get_world_size():
-        return
-    rng = rng_of_ranks[dist.get_rank()]
-    torch.set_rng_state(torch.tensor(rng['cpu'], dtype=torch.uint8))
-    if rng['cuda'] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(rng['cuda'], dtype=torch.uint8))

@@ -1,4 +1,4 @@
-"""Models and data in folders and on the hub: which files are at hand, and whether the hub can be reached."""
+"""Find files of models and data in local folders and on the Hugging Face hub, online or offline."""
 
 import contextlib
 import functools
@@ -14,10 +14,8 @@ from runtime.values import looked_in
 
 @functools.cache
 def reachable():
-    """Return whether the hub answers. It is asked once in a process.
-
-    If it does not, the hub's libraries are set to use only what their caches hold, and a note says so. By themselves they would
-    try for more than a minute, with a line for each try."""
+    """Return whether the hub answers. If not, switch its libraries to offline mode, or each would retry for a
+    minute."""
     import huggingface_hub
 
     constants = huggingface_hub.constants
@@ -26,11 +24,11 @@ def reachable():
     try:
         huggingface_hub.utils.get_session().head(constants.ENDPOINT, timeout=10)
         return True
-    # no network, no such host, a proxy: each library of requests has errors of its own
+    # the exception type depends on the HTTP library and on what fails (network, DNS, proxy)
     except Exception as error:
         reason = first_line(error)[:100]
 
-    # libraries that are imported already have read the variable; those that will be imported read it then
+    # libraries read HF_HUB_OFFLINE on import: also set it in those that are imported already
     constants.HF_HUB_OFFLINE = True
     os.environ['HF_HUB_OFFLINE'] = '1'
     if 'datasets' in sys.modules:
@@ -40,25 +38,22 @@ def reachable():
 
 
 def first_line(error):
-    """Return what an exception says, as one line of 200 characters at most."""
+    """Return the message of an exception as one line of at most 200 characters."""
     text = ' '.join(str(error).split())[:200]
-    # a single word, such as a KeyError's key, says nothing without the name of its exception
-    is_sentence = ' ' in text
-    return text if is_sentence else f'{type(error).__name__} {text}'.strip()
+    # a single word, such as the key of a KeyError, needs the exception's name
+    return text if ' ' in text else f'{type(error).__name__} {text}'.strip()
 
 
 def _may_be_hub_id(name):
-    """Return whether a name has the form OWNER/NAME."""
+    """Return whether name has the form OWNER/NAME of a hub id."""
     return name.count('/') == 1 and not name.startswith(('.', '/', '~'))
 
 
 def check_there(name):
-    """Raise UserError if a model's name is neither a folder here nor something that the hub can give.
-
-    Only OWNER/NAME can be a name on the hub. While the hub does not answer, it must be in the hub's cache."""
+    """Raise UserError if a model name is neither a local folder nor a hub id; offline, it must be in the hub cache."""
     if os.path.exists(name):
         return
-    # of an absolute path looked_in says nothing
+    # looked_in() returns '' for absolute paths
     here = looked_in(name).strip() or 'on this machine'
     if not _may_be_hub_id(name):
         raise UserError(f'there is no model folder {name!r} {here}: train it first, or name another one')
@@ -68,15 +63,15 @@ def check_there(name):
 
 
 def file_of(name, file):
-    """Return the path of a file of a folder or of a hub id, fetched if need be, or None if there is no such file."""
+    """Return the local path of a file in a folder or hub repo, downloading it if needed, or None if there is none."""
     from transformers.utils import cached_file
 
     if not os.path.exists(name):
         if not _may_be_hub_id(name):
             return None
-        # if it is not, this has set the libraries to look only into their cache
+        # switches to offline mode if the hub does not answer
         reachable()
-    # an error about the hub id itself is left to the code that reads its config, and says more about it
+    # return None instead of raising; an invalid hub id is reported by the code that reads its config
     quiet = ('gated_repo', 'missing_entries', 'connection_errors')
     options = {f'_raise_exceptions_for_{kind}': False for kind in quiet}
     with contextlib.suppress(OSError):
@@ -85,11 +80,9 @@ def file_of(name, file):
 
 
 def read_dict(name, file):
-    """Return the dict in a JSON file of a folder or of a hub id, or {} if there is none or it is broken.
-
-    The code that cannot do without a broken file reports it."""
+    """Return the dict in a JSON file of a folder or hub repo, or {} if the file is missing or invalid."""
     content = {}
-    # a missing file is None, and Path(None) a TypeError
+    # TypeError: Path(None), if the file is missing
     with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
         content = json.loads(Path(file_of(name, file)).read_text('utf-8'))
     return content if isinstance(content, dict) else {}

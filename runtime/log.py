@@ -1,7 +1,7 @@
-"""Where a run leaves its traces: out_dir/config.json, metrics.jsonl, the screen, and wandb or tensorboard if asked.
+"""The logs of a run: out_dir/config.json, metrics.jsonl, lines on the screen, and optionally wandb or tensorboard.
 
-The first part keeps a folder to one run: check_out_dir() and check_names() look at it before anything is loaded, and
-claim_out_dir() writes config.json when the run begins. Log then writes the rows."""
+check_out_dir() and check_names() protect out_dir from other runs, before anything is loaded. claim_out_dir() writes
+config.json when training starts. Then Log writes a row for each step and evaluation."""
 
 import importlib.util
 import json
@@ -18,25 +18,23 @@ from types import SimpleNamespace
 from configurator import UserError, main_rank
 from runtime.files import append, append_kept, cut_rows, replace_text, say, writing
 
-# options that may differ when a run is continued: they change neither the result nor what is compared
+# options that may differ on resume, because they do not affect the result
 NEUTRAL = set('resume out_dir activation_checkpointing keep_last log_every save_every max_tokens compile wandb tensorboard tp '
               'device_map cpu_offload shard skip_bad_steps deterministic save_dtype reward_workers reward_timeout'.split())  # fmt: skip
-# files and folders that a run puts into its out_dir, beside config.json and .lock
+# files and folders that a run writes to out_dir, besides config.json and .lock
 WRITTEN = 'model adapter checkpoints metrics.jsonl samples.jsonl bad_step.jsonl latest wandb_id.txt'.split()
-# metrics that a line on the screen shows -> their names there
+# metric -> short name on the screen
 SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
          'rewards/rejected': 'rejected', 'score': 'reward', 'gold': 'gold', 'kl/samples': 'kl', 'clipped': 'clipped',
          'explained_variance': 'ev', 'length': 'length', 'ended': 'ended'}  # fmt: skip
 
 
-# ---- to which run a folder belongs ----
+# ---- the run that owns out_dir ----
 
 
 def check_names(out_dir):
-    """Raise UserError if a run in out_dir would overwrite files that it does not own.
-
-    None of the files that a run writes may be a symlink. Without config.json no run owns the folder, so none may exist, except
-    .lock, which a run creates before config.json."""
+    """Raise UserError if a run would write through symlinks in out_dir, or overwrite files while it has no
+    config.json."""
     folder = Path(out_dir)
     has_config = (folder / 'config.json').exists()
     for name in ('.lock', 'config.json', *WRITTEN):
@@ -50,54 +48,52 @@ def check_names(out_dir):
 
 
 def recorded(out_dir):
-    """Return the run that out_dir/config.json describes: a dict of its 'script' ('' if not known), 'options' and 'contents'.
+    """Return the run described by out_dir/config.json: a dict of 'script', 'options' and 'contents' (hashes).
 
-    Returns None if there is no such file, or nothing but it: that run has left nothing to protect. Raises UserError if the file
-    is damaged."""
+    Returns None if config.json is missing, or if the run wrote nothing else. Raises UserError if it is damaged."""
     file = Path(out_dir) / 'config.json'
     if not file.exists():
         return None
     try:
         record = json.loads(file.read_text())
         command = record.get('command', [''])
-        run = {'script': Path(command[0]).name}
-        run['options'] = dict(record['config'])
+        run = {'script': Path(command[0]).name, 'options': dict(record['config'])}
         run['contents'] = dict(record.get('contents', {}))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
-    has_left_more = set(os.listdir(out_dir)) - {'config.json', '.lock'}
-    return run if has_left_more else None
+    other_files = set(os.listdir(out_dir)) - {'config.json', '.lock'}
+    return run if other_files else None
 
 
 def differences(recorded_run, run, neutral=NEUTRAL):
-    """Return how run differs from recorded_run, as a list of phrases; [] if they are the same run.
+    """Return the differences between two runs as a list of phrases, [] if they are the same run.
 
-    Each is a dict of 'script', 'options' and 'contents', as identify() in checkpoint.py makes it. neutral: options that may
-    differ. Something that an older version did not record counts as the same."""
+    Both are dicts of 'script', 'options' and 'contents' (name -> hash, or file -> hash for models). neutral: options to
+    ignore. What an older version did not record counts as equal."""
     phrases = []
     if recorded_run['script'] not in ('', run['script']):
         phrases.append(f'of {recorded_run["script"]} there and of {run["script"]} here')
 
-    # an option that has come into being since then counts as the same if nobody has set it
-    options, recorded_options = run['options'], recorded_run['options']
-    origin = getattr(options, 'origin', {})
-    for name, value in options.items():
+    # options added in a later version count as equal if left at their default
+    recorded_options = recorded_run['options']
+    origin = getattr(run['options'], 'origin', {})
+    for name, value in run['options'].items():
         is_new_default = name not in recorded_options and origin.get(name) == 'default'
         if name in neutral or is_new_default:
             continue
-        value_there = recorded_options.get(name)
-        if value_there != value:
-            phrases.append(f'{name} {value_there!r} there and {value!r} here')
+        recorded_value = recorded_options.get(name)
+        if recorded_value != value:
+            phrases.append(f'{name} {recorded_value!r} there and {value!r} here')
 
     for name, content in run['contents'].items():
-        content_there = recorded_run['contents'].get(name, content)
-        if content_there == content:
+        recorded_content = recorded_run['contents'].get(name, content)
+        if recorded_content == content:
             continue
-        # of a model there is a hash for each file: name the first file whose pair (file, hash) only one of the two has
+        # models have a hash per file: name the first file that differs
         if isinstance(content, dict):
-            file, _hash = min(content_there.items() ^ content.items())
-            phrases.append(f'{name} {options.get(name)!r} has changed since: {file}')
-        # of examples there is one hash for all
+            file, _hash = min(recorded_content.items() ^ content.items())
+            phrases.append(f'{name} {run["options"].get(name)!r} has changed since: {file}')
+        # datasets have a single hash
         else:
             phrases.append(f'the {name} have changed since: their tokens, labels or order')
     return phrases
@@ -106,8 +102,8 @@ def differences(recorded_run, run, neutral=NEUTRAL):
 def check_same(place, recorded_run, run, neutral=NEUTRAL):
     """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
-    place: start of the message, such as 'FOLDER holds'. Other arguments: those of differences()."""
-    # three differences are enough for an error message
+    place: start of the message, such as 'FOLDER holds'. The runs are dicts of 'script', 'options' and 'contents'."""
+    # at most three differences in the error message
     phrases = ', '.join(differences(recorded_run, run, neutral)[:3])
     if phrases:
         advice = 'put back what it began with, or choose another --out_dir'
@@ -118,16 +114,14 @@ def check_same(place, recorded_run, run, neutral=NEUTRAL):
 
 
 def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
-    """Raise UserError if a run with these options cannot have out_dir, or if the package of its tracker is not installed.
+    """Raise UserError if a run with these options cannot use out_dir, or if its tracker is not installed.
 
-    out_dir must be writable. It must not hold a different run (neutral: options that may differ), nor this one if that is
-    finished, or if resume is off."""
-    # a missing package is said before anything is read
+    out_dir must be writable, and new or of the same run: all options but neutral equal, unfinished, and resume on."""
     for name in ('wandb', 'tensorboard'):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
 
-    # where out_dir is not made yet, the nearest folder above it has to take it
+    # test the nearest existing folder for write access
     folder = Path(out_dir)
     with writing(f'to out_dir {out_dir}'):
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
@@ -136,7 +130,7 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
     if not recorded_run:
         return
 
-    # contents are compared later, when models and data are loaded
+    # hashes are compared later, when models and data are loaded
     run = {'script': Path(sys.argv[0]).name, 'options': config, 'contents': {}}
     check_same(f'{out_dir} holds', recorded_run, run, neutral)
     is_finished = (folder / 'model').exists()
@@ -146,11 +140,8 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
 
 
 def claim_out_dir(out_dir, config, contents=None):
-    """Write config.json, which says to which run out_dir belongs, now that the run begins.
-
-    It holds the options, the command, git's commit ('' if there is none), and versions. contents: hashes of models and data from
-    identify() in checkpoint.py. Raises UserError."""
-    # through a shell, which reports a missing git by its exit code: without one, run() would raise
+    """Write out_dir/config.json: options, command, git commit, versions, and hashes of contents. Raises UserError."""
+    # shell=True: if git is missing, the shell returns an exit code, where run() would raise
     git = subprocess.run('git rev-parse HEAD', shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip()}
     record['versions'] = {name: version(name) for name in ('torch', 'transformers')}
@@ -159,45 +150,29 @@ def claim_out_dir(out_dir, config, contents=None):
     replace_text(Path(out_dir) / 'config.json', json.dumps(record, indent=1))
 
 
-# ---- trackers ----
-
-
-def _reason(error):
-    """Return what an error of a tracker's code says: its first line, of 200 characters at most, without the key of wandb."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    reason = lines[0]
-    key = os.environ.get('WANDB_API_KEY')
-    if key:
-        reason = reason.replace(key, '...')
-    return reason[:200]
+# ---- trackers and rows ----
 
 
 def _open_wandb(project, out_dir):
-    """Open the Weights & Biases run of out_dir, anew or again. Returns two functions: write(row) and close().
-
-    Its id is kept in out_dir/wandb_id.txt, so that a resumed run goes on in the same one."""
+    """Start or resume the Weights & Biases run of out_dir, by the id in wandb_id.txt. Returns (write(row), close())."""
     import wandb
 
     id_file = out_dir / 'wandb_id.txt'
     if not id_file.exists():
         id_file.write_text(os.urandom(4).hex())
-    # there, the options stand beside command, commit and versions
+    # put the options on the same level as command, commit and versions
     record = json.loads((out_dir / 'config.json').read_text())
     options = record.pop('config') | record
     names = {'project': project, 'name': out_dir.resolve().name, 'id': id_file.read_text()}
     run = wandb.init(**names, dir=out_dir, resume='allow', config=options)
-
-    def write(row):
-        run.log(row, step=row['counters/examples'])
-
-    return write, run.finish
+    return (lambda row: run.log(row, step=row['counters/examples'])), run.finish
 
 
 def _open_tensorboard(out_dir, start):
-    """Open tensorboard's file in out_dir. Returns two functions: write(row) and close(). start: examples seen before."""
+    """Open a tensorboard file in out_dir. Returns (write(row), close()). start: examples seen before."""
     from torch.utils.tensorboard import SummaryWriter
 
-    # a resumed run repeats the steps behind its checkpoint: tensorboard hides what it had of them
+    # a resumed run repeats the steps after its checkpoint: tell tensorboard to drop their old values
     purge_step = start + 1 if start else None
     writer = SummaryWriter(out_dir, purge_step=purge_step, flush_secs=10)
 
@@ -208,21 +183,16 @@ def _open_tensorboard(out_dir, start):
     return write, writer.close
 
 
-# ---- rows ----
-
-
 class Log:
-    """Writes a row for each step and each evaluation: to metrics.jsonl, to the trackers, and as a line to the screen.
-
-    Rank 0 does so. On other ranks the methods do nothing."""
+    """Writes a row per step and evaluation to metrics.jsonl and the trackers, and a line to the screen. Rank 0 only."""
 
     say = staticmethod(say)
 
     def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False, evaluated=-1):
-        """Remove the rows that this run will write itself, and open the trackers.
+        """Open the logs and the trackers; delete rows that this run will write again.
 
-        total: examples of the run; start: those before it, not 0 after a resume; evaluated: examples at the last evaluation that
-        was complete, -1 if none was; every: examples between two lines on the screen; wandb: a project, or None."""
+        total: examples of the run; start: examples done before a resume, or 0; every: examples between lines on the
+        screen; wandb: project or None; evaluated: examples at the last complete evaluation, or -1."""
         self.total, self.start, self.every = total, start, every
         self.began = time.time()
         if not main_rank():
@@ -230,8 +200,8 @@ class Log:
         folder = Path(out_dir)
         self.path = folder / 'metrics.jsonl'
 
-        def came_before(row):
-            # a new run keeps none, not even those of before its first step
+        def is_kept(row):
+            # a new run keeps no rows, not even those of the evaluation at 0 examples
             if not start:
                 return False
             last = evaluated if row['split'] == 'eval' else start
@@ -239,17 +209,15 @@ class Log:
 
         cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
         cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
-        cut_rows(self.path, came_before)
+        cut_rows(self.path, is_kept)
 
-        # name -> (write, close), or None if it could not be opened
-        self.trackers = {}
+        self.trackers = {}  # name -> (write, close), or None if opening failed
         self.failed = set()
         if wandb:
             self.trackers['wandb'] = self._attempt('wandb', _open_wandb, wandb, folder)
         if tensorboard:
             self.trackers['tensorboard'] = self._attempt('tensorboard', _open_tensorboard, folder, start)
-        # for an error that nobody catches python calls sys.excepthook, which ends the process before trackers can write the
-        # rows that they hold: close them first
+        # sys.excepthook ends the process after an uncaught error: flush the trackers first
         hook_before = sys.excepthook
 
         def close_and_report(*error):
@@ -259,44 +227,44 @@ class Log:
         sys.excepthook = close_and_report
 
     def _attempt(self, name, function, *args):
-        """Call a tracker's function and return its result, or None if it raises anything.
-
-        The run then goes on without this tracker: it is marked as failed, and a note says so once."""
+        """Call a tracker's function and return its result. On an error, print a note once, and return None."""
         try:
             return function(*args)
         except (Exception, SystemExit) as error:
             if name not in self.failed:
-                advice = f'rows may be missing there; {self.path} has all of them'
-                say(f'note: {name} failed ({_reason(error)}): {advice}')
+                lines = str(error).splitlines() or [type(error).__name__]
+                key = os.environ.get('WANDB_API_KEY')
+                reason = lines[0].replace(key, '...') if key else lines[0]
+                say(f'note: {name} failed ({reason[:200]}): rows may be missing there; {self.path} has all of them')
             self.failed.add(name)
             return None
 
     def row(self, split, examples, metrics):
-        """Write a row of metrics (name -> number) after so many examples. split: train, eval, or check (before the first step).
+        """Write a row of metrics (name -> number). split: 'train', 'eval', or 'check' (before the first step).
 
-        An evaluation is also a line on the screen. So is each step that reaches or crosses a multiple of log_every."""
+        Prints a line for each evaluation, and for each step that crosses a multiple of self.every examples."""
         if not main_rank():
             return
-        # json has no number for NaN and infinity
+        # JSON has no NaN or infinity
         row = {'split': split, 'counters/examples': examples}
         row |= {name: value for name, value in metrics.items() if math.isfinite(value)}
         append(self.path, json.dumps(row) + '\n')
-        # one that could not be opened has failed, too
+        # trackers that could not be opened are in failed, too
         for name in self.trackers.keys() - self.failed:
             write, _close = self.trackers[name]
             self._attempt(name, write, row)
 
-        before = examples - metrics.get('counters/step_examples', 0)
-        is_due = examples // self.every > before // self.every
+        previous = examples - metrics.get('counters/step_examples', 0)
+        is_due = examples // self.every > previous // self.every
         if split == 'eval' or is_due:
             say(self.line(row))
 
     def line(self, row):
-        """Return a row as one readable line: examples, the metrics in SHOWN, and of a step its speed and the time left."""
+        """Format a row as a line for the screen: examples, the metrics in SHOWN, and for steps speed and time left."""
         split, examples = row['split'], row['counters/examples']
         parts = [f'{split:5s} {examples:>7d}/{self.total}']
         for metric, short_name in SHOWN.items():
-            # in a row of split train, loss is loss/train, and rewards/margins is rewards_train/margins
+            # keys contain the split: loss -> loss/train, rewards/margins -> rewards_train/margins
             group, slash, rest = metric.partition('/')
             key = f'{group}_{split}/{rest}' if slash else f'{group}/{split}'
             if key in row:
@@ -304,17 +272,15 @@ class Log:
 
         if split == 'train':
             seconds_each = (time.time() - self.began) / max(1, examples - self.start)
-            # not below 0, even if the clock is set back
-            left = max(0, int(seconds_each * (self.total - examples)))
+            # max: the clock may have been set back
+            left = max(0, int(seconds_each * (self.total - examples)))  # seconds
             grad = row.get('grad_norm', math.nan)
             speed = row.get('examples_per_second', math.nan)
             parts.append(f'grad {grad:.3g}  {speed:.1f} ex/s  {left // 60}:{left % 60:02d} left')
         return '  '.join(parts)
 
     def close(self):
-        """Write the rows that wait in memory, and close the trackers. A second call finds nothing left to close.
-
-        The process ends by os._exit, without the clean-up in which trackers would write what they hold."""
+        """Flush the rows in memory and close the trackers, whose own cleanup os._exit skips. Idempotent."""
         if not main_rank():
             return
         try:
@@ -323,14 +289,14 @@ class Log:
             say(f'warning: {error}, and are lost')
         while self.trackers:
             name, functions = self.trackers.popitem()
-            # None: it was never open
+            # None: opening failed
             if functions:
                 _write, close = functions
                 self._attempt(name, close)
 
 
 def progress(total, unit, description, **options):
-    """Return a tqdm progress bar, shown on the main rank only; if stderr is not a terminal, it prints a line every 30 s.
+    """Return a tqdm progress bar for the main rank. If stderr is not a terminal, it prints a line every 30 seconds.
 
     total: number of items, or None if unknown; unit: with a leading space, such as ' rows'; options: passed to tqdm."""
     from tqdm import tqdm
@@ -353,21 +319,20 @@ def progress(total, unit, description, **options):
 
 
 def per_second(amount, seconds):
-    """Return amount / seconds, or NaN if the clock stood still or was set back. Log.row leaves a NaN out."""
+    """Return amount / seconds, or NaN, which Log.row() drops, if seconds is not positive (clock set back)."""
     return amount / seconds if seconds > 0 else math.nan
 
 
 def schedule(step, steps, warmup, shape):
-    """Return the factor of the learning rate at a step, of steps 0 to steps - 1: linear warm-up, then the decay of this shape.
+    """Return the learning rate factor of a step (0 to steps - 1): linear warmup, then decay.
 
-    warmup: how many steps it takes. shape: constant, or linear or cosine to zero."""
-    # from 1 at the end of the warm-up to 0 behind the last step
-    left = (steps - step) / max(1, steps - warmup)
-    decay = min(1.0, max(0.0, left))
+    warmup: number of warmup steps; shape: 'constant', or 'linear' or 'cosine' decay to zero."""
+    # decays from 1 at the end of the warmup to 0 after the last step
+    decay = min(1.0, max(0.0, (steps - step) / max(1, steps - warmup)))
     if shape == 'constant':
         decay = 1.0
     elif shape == 'cosine':
         decay = (1 - math.cos(math.pi * decay)) / 2
-    # the first step has a rate above 0 already
+    # + 1: the first step has a rate above 0
     rising = (step + 1) / (warmup + 1)
     return min(1.0, rising, decay)

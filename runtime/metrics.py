@@ -1,32 +1,31 @@
-"""The metrics that training on preferences reports: the same names whatever the loss, for dpo.py and reward.py."""
+"""The metrics of preference training in dpo.py and reward.py; their names do not depend on the loss."""
 
 import math
 
 
 def of_preferences(split, loss, chosen, rejected, right):
-    """Return the metrics of a step or of an evaluation, name -> float. split: train or eval, which is in their names.
+    """Return the metrics of a training step or an evaluation as name -> float.
 
-    loss: what the step minimises, one number. chosen, rejected: name -> column (examples,) of the two sides: reward, n (answer
-    tokens), and perhaps pi, ref (log-probs) and div. right: mask of the examples whose rewards are in the right order."""
+    split: 'train' or 'eval', part of the names; loss: scalar tensor; chosen, rejected: name -> tensor (examples,) with
+    reward, n (answer tokens), and optionally pi, ref (log-probs) and div; right: mask of correctly ranked examples."""
     metrics = {f'loss/{split}': loss}
     for side, columns in {'chosen': chosen, 'rejected': rejected}.items():
-        # a mean over examples, unless the name says per token: then one over all tokens
+        # means over examples; *_per_token: means over all tokens
         n = columns['n']
         metrics[f'rewards_{split}/{side}'] = columns['reward'].mean()
         metrics[f'length_{split}/{side}'] = n.mean()
-        # a reward model has scores alone
+        # reward models have no log-probs
         if 'pi' in columns:
             metrics[f'logps_{split}/{side}'] = columns['pi'].mean()
-        # estimates of KL(reference || policy), as if the answers came from the reference
+        # estimates of KL(reference || policy), assuming that the answers were sampled from the reference
         if 'ref' in columns:
             log_ratio = columns['ref'] - columns['pi']
             metrics[f'kl_{split}/{side}'] = log_ratio.mean()
             metrics[f'kl_{split}/{side}_per_token'] = log_ratio.sum() / n.sum()
         if 'div' in columns:
-            per_token = columns['div'].sum() / n.sum()
-            metrics[f'divergence_{split}/{side}_per_token'] = per_token
+            metrics[f'divergence_{split}/{side}_per_token'] = columns['div'].sum() / n.sum()
 
-    # the sides need not have the same number of examples, so this is a difference of means
+    # a difference of means: the two sides may differ in their number of examples
     margin = chosen['reward'].mean() - rejected['reward'].mean()
     metrics[f'rewards_{split}/margins'] = margin
     metrics[f'rewards_{split}/accuracies'] = right.double().mean()
@@ -34,21 +33,17 @@ def of_preferences(split, loss, chosen, rejected, right):
 
 
 def numbers(metrics):
-    """Turn name -> tensor of one number into name -> float, rounded to ten decimals. Leave out NaN, the mean of no examples."""
-    floats = {}
-    for name, value in metrics.items():
-        number = value.item()
-        if not math.isnan(number):
-            floats[name] = round(number, 10)
-    return floats
+    """Convert name -> scalar tensor to name -> float, rounded to ten decimals, without NaN (means of no examples)."""
+    floats = {name: value.item() for name, value in metrics.items()}
+    return {name: round(number, 10) for name, number in floats.items() if not math.isnan(number)}
 
 
 def meaning(loss, paired, has_reference):
-    """Return a note on what acc and margin on the screen are, or None if they are those of a pair's rewards.
+    """Return a note on what acc and margin on the screen mean, or None if they are those of a pair's rewards.
 
-    loss: its name; paired: whether it is one of pairs; has_reference: whether rewards are log-ratios to a reference."""
+    loss: name; paired: the loss compares pairs; has_reference: rewards are log-ratios to a reference."""
     sentences = []
-    # kto: a single answer is right if its reward is on its own side of z
+    # kto: good answers are right if their reward is above its reference point z, bad ones if it is below
     if not paired:
         acc = 'acc is the share of answers on the right side'
         sentences.append(f'{acc}, margin the mean reward of good less that of bad ones')

@@ -1,4 +1,4 @@
-"""The next steps are prepared in a thread, while this one is computed."""
+"""Prepare the next training steps in a background thread."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,27 +8,27 @@ from runtime import guard
 
 
 def prefetch(iterator, depth=2):
-    """Yield the items of an iterator, of which a thread prepares up to depth ahead.
+    """Yield the items of an iterator, while a thread computes up to depth items ahead.
 
-    An exception of the iterator is raised here, when its item is due. Raises UserError if memory is full."""
-    # a new thread begins on the machine's first GPU, whichever this process uses
+    The iterator's exceptions are raised here, as UserError if memory is full."""
+    # new threads default to the first GPU
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def choose_gpu():
         if gpu is not None:
             torch.cuda.set_device(gpu)
 
-    # one thread, so that the items come in their order. next returns end behind the last item
+    # a single thread keeps the order; next() returns end after the last item
     thread = ThreadPoolExecutor(1, initializer=choose_gpu)
     end = object()
-    coming = [thread.submit(next, iterator, end) for _ in range(depth)]
+    futures = [thread.submit(next, iterator, end) for _ in range(depth)]
     while True:
         try:
-            item = coming.pop(0).result()
+            item = futures.pop(0).result()
         except Exception as error:
             raise guard.explained(error, 'the next batches do not fit beside this one; lower max_tokens') from None
         if item is end:
             return
-        # the next one is begun before this one is used
-        coming.append(thread.submit(next, iterator, end))
+        # start the next item before the caller uses this one
+        futures.append(thread.submit(next, iterator, end))
         yield item

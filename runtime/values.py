@@ -1,13 +1,12 @@
-"""Which values of options make sense: ranges, choices, no keys in texts; and options that follow from others.
+"""Validate option values (ranges, choices, no API keys), and set options that follow from others.
 
-configurator.py asks problem() about each value, then settle() and conflict() about all of them. An option's name means the same
-in every script, so one table serves them all."""
+configurator.py calls problem() for each value, then settle() and conflict(). An option means the same in every script."""
 
 import math
 import os
 import re
 
-# (the smallest value, the largest) -> names of options that must lie between the two
+# (minimum, maximum) -> options
 RANGES = {
     (0, math.inf): 'skip_bad_steps lr warmup_steps weight_decay n_eval_examples save_every temperature retries center_coef kl_coef '
                    'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam',
@@ -24,7 +23,7 @@ RANGES = {
                    'max_new_tokens num_turns n_eval_model_samples n_steps prompt_tokens answer_tokens vocabulary n lora_rank tp '
                    'minibatch_size ppo_epochs group_size sample_batch',
 }  # fmt: skip
-# an option -> the values that it may have
+# option -> allowed values
 CHOICES = {
     'dtype': ('float32', 'bfloat16'), 'save_dtype': (None, 'float32', 'bfloat16', 'float16'), 'truncation': ('start', 'end'),
     'optimizer': ('AdamW', 'RMSprop', 'SGD'), 'lr_schedule': ('constant', 'linear', 'cosine'),
@@ -33,10 +32,10 @@ CHOICES = {
     'activation_checkpointing': (False, True, 'selective'), 'task': (None, 'pairs', 'singles', 'sft', 'prompts'),
     'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
 }  # fmt: skip
-# variables of the environment whose values are keys. No option may hold a key, since options are printed and written down
+# environment variables that hold API keys. Options must not, because they are printed and saved
 SECRETS = ('NANOPREF_API_KEY', 'OPENAI_API_KEY', 'HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'WANDB_API_KEY')
 
-# an option, with a word on what is different about it -> the names that it has in other projects
+# option (with a remark on differences) -> its names in other projects
 ELSEWHERE = {
     'lr': 'learning_rate', 'out_dir': 'output_dir exp_name', 'n_epochs': 'num_train_epochs num_epochs epochs',
     'n_examples (steps times batch_size)': 'max_steps', 'model': 'model_name_or_path model_name pretrained model_id',
@@ -62,24 +61,22 @@ ELSEWHERE = {
     'max_grad_norm': 'clip_grad gradient_clipping', 'kl_coef': 'init_kl_coef',
     'chat (the template stands in the model folder)': 'chat_template', 'system': 'system_prompt',
 }  # fmt: skip
-# options that name a model, and the values that name none
+# options that hold a model's folder or hub id, and their special values
 MODELS = ('model', 'ref_model', 'reward_model', 'critic')
 NO_MODEL = (None, 'toy', 'gold', 'head', 'own')
 
 
 def names_elsewhere(options):
-    """Return name in another project -> the key of ELSEWHERE that it belongs to, for the keys whose option is in options."""
+    """Return name in another project -> key of ELSEWHERE, for the keys that start with one of these options."""
     found = {}
     for ours, theirs in ELSEWHERE.items():
-        # a key begins with the option's name
-        option = re.match(r'\w+', ours)[0]
-        if option in options:
+        if re.match(r'\w+', ours)[0] in options:
             found |= dict.fromkeys(theirs.split(), ours)
     return found
 
 
 def problem(name, value):
-    """Return why an option cannot have this value, as the end of a sentence that begins with its name, or None if it can."""
+    """Return why value is invalid for an option, as a phrase that follows its name, or None if it is valid."""
     is_number = type(value) in (int, float)
     low, high = -math.inf, math.inf
     for bounds, names in RANGES.items():
@@ -87,7 +84,7 @@ def problem(name, value):
             low, high = bounds
     if is_number and not low <= value <= high:
         return f'must lie between {low} and {high}, not {value}'
-    # a range may have no upper end, and infinity is still no value for it; but max_grad_norm=inf switches clipping off
+    # infinity is invalid even if the range has no upper end; but max_grad_norm=inf turns clipping off
     has_range = low > -math.inf
     if is_number and has_range and abs(value) == math.inf and name != 'max_grad_norm':
         return f'must be a finite number, not {value}'
@@ -96,7 +93,7 @@ def problem(name, value):
     if name in ('max_tokens', 'save_every') and isinstance(value, str) and value != 'auto':
         return f'must be a number or auto, not {value!r}'
 
-    # an option that is not in CHOICES may have any value
+    # options that are not in CHOICES may have any value
     if value not in CHOICES.get(name, (value,)):
         known = ', '.join(str(choice) for choice in CHOICES[name] if choice)
         return f'must be one of {known}, not {value!r}'
@@ -104,36 +101,31 @@ def problem(name, value):
 
 
 def _text_problem(text):
-    """Return why no option can be this text, as problem() does: it holds a key, or characters that no file name can have.
-
-    The sentence does not show the text, because it may be a key."""
+    """Return why text is invalid as an option (it holds a key or a bad character), or None. Does not quote the text."""
     for variable in SECRETS:
         secret = os.environ.get(variable, '').strip()
-        # a shorter one is no key, and may be part of a word
+        # shorter values are not keys, and could match parts of words
         if len(secret) >= 8 and secret in text:
             return f'holds the key of {variable}; it stays in the environment, nothing else is needed'
     # https://user:password@host/
     if re.search(r'://[^/?#\s]*@', text):
         return 'has a name or a password in its address; a key belongs in the environment'
-    # the byte 0, and halves of characters that UTF-8 cannot write
+    # NUL, and surrogates, which UTF-8 cannot encode
     if re.search('[\0\ud800-\udfff]', text):
         return 'has characters that are no text'
     return None
 
 
 def looked_in(path):
-    """Return ' in FOLDER' for a sentence that misses a relative path, with the working directory; '' for an absolute path."""
+    """Return ' in WORKING_DIR' for error messages about a missing relative path, '' for an absolute path."""
     path = os.path.expanduser(str(path))
     return '' if os.path.isabs(path) else f' in {os.getcwd()}'
 
 
-# ---- options that follow from others ----
-
-
 def settle(config):
-    """Set the options that follow from others, in config. Returns notes for the user about them, as sentences."""
+    """Set options of config that follow from others, in place. Returns notes about them for the user."""
     notes = []
-    # an option that names a run's out_dir means the model in it. A folder with weights of its own is a model already
+    # replace a run's out_dir by its model folder, unless out_dir has weights itself
     for name in MODELS:
         folder = config.get(name)
         if folder in NO_MODEL or not os.path.exists(f'{folder}/model/config.json'):
@@ -143,7 +135,7 @@ def settle(config):
             config[name] = f'{folder}/model'
             notes.append(f'{name} is {config[name]}, the model that the run in {folder} has left')
 
-    # max_prompt_length=None means half of max_length; a script may have neither. The default of max_length needs no note
+    # max_prompt_length=None means half of max_length; some scripts have neither
     if 'max_length' in config and config.get('max_prompt_length', 0) is None:
         half = config['max_length'] // 2
         config['max_prompt_length'] = half
@@ -153,16 +145,16 @@ def settle(config):
 
 
 def conflict(config):
-    """Return a sentence about options that cannot be together, or None if all can."""
+    """Return a sentence about options that exclude each other, or None."""
+    # ppo.py uses these lengths only with answers from the data (offline), not with sampled ones
     has_lengths = 'max_length' in config and 'max_prompt_length' in config
-    # ppo.py samples its answers, and these lengths concern it only if it takes them from the data (offline)
     if has_lengths and config.get('offline', True):
         return no_room(config['max_length'], config['max_prompt_length'])
     return None
 
 
 def no_room(max_length, max_prompt_length):
-    """Return a sentence if these lengths, in tokens, leave no room for an answer of one token and its end, else None."""
+    """Return a sentence if these lengths leave no room for an answer of one token and its end token, else None."""
     if max_length < max_prompt_length + 2:
         return f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
     return None

@@ -1,4 +1,4 @@
-"""Tokenised examples as flat arrays: what tokenise.py makes and data.py packs."""
+"""Tokenised examples as flat arrays. tokenise.py creates them, data.py packs them into batches."""
 
 import hashlib
 from collections import Counter
@@ -11,101 +11,86 @@ from configurator import UserError
 
 
 def in_words(left_out):
-    """Return (counts, notes) of a Counter of what was left out or changed, in words for the screen.
-
-    counts: one text, 'nothing' if there are none. notes: a list of the reasons that begin with 'note: '."""
+    """Format the Counter left_out {reason: count} as ('COUNT REASON, ...' or 'nothing', list of 'note: ' reasons)."""
     counts, notes = [], []
-    # + takes only what was counted at least once
+    # unary + drops zero counts
     for reason, count in (+left_out).items():
         if reason.startswith('note: '):
             notes.append(f'{reason} ({count:,} times)')
         else:
             counts.append(f'{count:,} {reason}')
-    in_one_text = ', '.join(counts)
-    return in_one_text or 'nothing', notes
+    return ', '.join(counts) or 'nothing', notes
 
 
 @dataclass(eq=False)
 class Examples:
-    """n tokenised examples, each a prompt with one answer or two, as flat arrays. Methods return new Examples."""
+    """n tokenised prompts with one or two answers each. Methods that change something return new Examples."""
 
-    ids: np.ndarray  # all tokens; in an answer, ~id is a token that is only seen, as of a user's later turn
-    spans: np.ndarray  # (n, 1 + answers, 2) start and end, in ids, of the prompt and of each answer
-    good: np.ndarray  # (n,) whether a single answer is good, for KTO
-    uid: np.ndarray  # (n,) a hash of the text, by which flips and fractions are drawn
-    left_out: Counter  # what was dropped or cut, and how often
-    ref: np.ndarray | None = None  # (n, answers) the reference's log-probs, if they are cached
-    margin: np.ndarray | None = None  # (n,) of pairs, for reward.py, if they have any
+    ids: np.ndarray  # tokens of all prompts and answers; ~id in an answer is not trained on (later user turns)
+    spans: np.ndarray  # (n, 1 + answers, 2) start and end in ids: prompt, then each answer
+    good: np.ndarray  # (n,) bool label of single answers, for KTO
+    uid: np.ndarray  # (n,) uint64 hash of the text; seeds random draws
+    left_out: Counter  # reason -> number of examples dropped or truncated
+    ref: np.ndarray | None = None  # (n, answers) cached log-probs of the reference model
+    margin: np.ndarray | None = None  # (n,) optional margins of pairs, for reward.py
 
     def __len__(self):
         return len(self.spans)
 
     def __getitem__(self, i):
-        """Return (prompt ids, list of the ids of each answer) of example i."""
-        pieces = [self.ids[start:end] for start, end in self.spans[i]]
-        prompt = pieces[0]
-        answers = pieces[1:]
+        """Return (prompt ids, [answer ids, ...]) of example i."""
+        prompt, *answers = [self.ids[start:end] for start, end in self.spans[i]]
         return prompt, answers
 
     @classmethod
     def of(cls, items):
-        """Make Examples of (prompt, answers) items of ids, such as samples. Every item has the same number of answers."""
-        pieces = []
-        for prompt, answers in items:
-            pieces += [prompt, *answers]
-        widths = [len(piece) for piece in pieces]
-        spans = spans_of(widths, parts=len(pieces) // len(items))
-        # samples have no label, and none of them is drawn by a hash of its text
+        """Make Examples from [(prompt ids, [answer ids, ...])]; all items need the same number of answers."""
+        pieces = [piece for prompt, answers in items for piece in (prompt, *answers)]
+        spans = spans_of([len(piece) for piece in pieces], parts=len(pieces) // len(items))
+        # placeholders: all labels good, uids 0 to n - 1
         good = np.ones(len(items), bool)
         uid = np.arange(len(items), dtype=np.uint64)
         return cls(np.concatenate(pieces), spans, good, uid, Counter())
 
     @cached_property
     def widths(self):
-        """(n, 1 + answers) tokens of every prompt and answer."""
+        """(n, 1 + answers) number of tokens of each prompt and answer."""
         return self.spans[..., 1] - self.spans[..., 0]
 
     @cached_property
     def lengths(self):
-        """(n,) tokens of every example, its prompt once."""
+        """(n,) number of tokens of each example: prompt plus all answers."""
         return self.widths.sum(1)
 
     def longest(self, mixed=False):
-        """Return the tokens of the longest prompt and answer together: of one example, or if mixed of any two (mismatched)."""
-        # (n,) the longest answer of each example
+        """Return the maximum length of prompt plus answer: of the same example, or (mixed) of any two examples."""
         longest_answers = self.widths[:, 1:].max(1, initial=0)
         if mixed:
             return self.longest_prompt() + int(longest_answers.max(initial=0))
-        together = self.widths[:, 0] + longest_answers
-        return int(together.max(initial=0))
+        totals = self.widths[:, 0] + longest_answers
+        return int(totals.max(initial=0))
 
     def longest_prompt(self):
-        """Return the tokens of the longest prompt."""
-        prompts = self.widths[:, 0]
-        return int(prompts.max(initial=0))
+        """Return the number of tokens of the longest prompt."""
+        return int(self.widths[:, 0].max(initial=0))
 
     def select(self, rows):
-        """Return the examples at these rows: a slice, a mask or numbers. The tokens of the others stay in ids."""
-        selected = {}
-        for name in ('spans', 'good', 'uid', 'ref', 'margin'):
-            array = getattr(self, name)
-            if array is not None:
-                selected[name] = array[rows]
+        """Return the examples at rows (slice, mask or indices); ids keeps the tokens of all examples."""
+        arrays = {name: getattr(self, name) for name in ('spans', 'good', 'uid', 'ref', 'margin')}
+        # ref and margin may be None
+        selected = {name: array[rows] for name, array in arrays.items() if array is not None}
         return replace(self, **selected)
 
     def flip(self, rate, seed):
-        """Swap chosen and rejected (of single answers: good and bad) in this fraction of the examples, drawn by their uid.
-
-        What is flipped at one rate is flipped at any higher one, too. A flipped pair keeps its margin: whoever takes the worse
-        answer for the better one is as sure of it."""
+        """Swap chosen and rejected (for single answers: good and bad) in a random fraction of the examples."""
+        # the draw depends on uid and seed alone, so a higher rate flips a superset; margins stay
         is_flipped = uniform_hash(self.uid, seed) < rate
-        n_flipped = int(is_flipped.sum())
-        left_out = self.left_out + Counter({'labels flipped': n_flipped})
-        is_pairs = self.spans.shape[1] == 3
-        # two single answers that were made of a pair have its uid, and flip together
-        if not is_pairs:
+        left_out = self.left_out + Counter({'labels flipped': int(is_flipped.sum())})
+        is_single = self.spans.shape[1] == 2
+        # two single answers made from one pair share its uid, so they flip together
+        if is_single:
             return replace(self, good=self.good ^ is_flipped, left_out=left_out)
-        # the prompt, then the rejected answer, then the chosen one
+        # columns: prompt, chosen, rejected
         swapped_spans = self.spans[:, [0, 2, 1]]
         spans = np.where(is_flipped[:, None, None], swapped_spans, self.spans)
         ref = self.ref
@@ -114,111 +99,89 @@ class Examples:
         return replace(self, spans=spans, ref=ref, left_out=left_out)
 
     def first_answers(self):
-        """Return the examples with their first answers alone, for SFT: of a pair, the chosen one."""
-        spans = self.spans[:, :2]
-        # these two are of pairs
-        return replace(self, spans=spans, ref=None, margin=None)
+        """Return the prompts with their first answers only (the chosen ones of pairs), for SFT."""
+        return replace(self, spans=self.spans[:, :2], ref=None, margin=None)
 
     def control(self, good, bad):
-        """Put a token behind every prompt that announces the answer: the id good or the id bad (conditional SFT)."""
+        """Append the token id `good` or `bad` to each prompt, by the label of its answer (conditional SFT)."""
         if not len(self):
             return self
-        announced = np.where(self.good, good, bad)
         items = []
-        for i, token in enumerate(announced):
+        for i, token in enumerate(np.where(self.good, good, bad)):
             prompt, answers = self[i]
             items.append((np.append(prompt, token), answers))
-        # all tokens behind the first prompt have moved, so the flat arrays are made anew
+        # rebuild the flat arrays, since the new tokens shift all spans
         longer = Examples.of(items)
         return replace(self, ids=longer.ids, spans=longer.spans, ref=None, margin=None)
 
     def keep(self, frac_good, frac_bad, seed):
-        """Keep these fractions of the good and of the bad single answers, drawn by hash. Raises UserError if none is left."""
-        # the two answers of a pair have one uid; with good added, they are drawn apart
+        """Randomly keep these fractions of the good and the bad single answers. Raises UserError if none is left."""
+        # the two answers of a pair share a uid; adding the label draws them independently
         own_uid = self.uid + self.good.astype(np.uint64)
         fractions = np.where(self.good, frac_good, frac_bad)
-        # not with seed, with which flip draws
+        # seed + 1: flip draws with seed
         is_kept = uniform_hash(own_uid, seed + 1) < fractions
-        kept = self.select(is_kept)
-        if not len(kept):
+        if not is_kept.any():
             raise UserError('no train examples are left: raise frac_good or frac_bad')
-        return kept
-
-    def changes(self):
-        """Return (counts, notes) of what was left out, cut or flipped, as in_words gives them."""
-        return in_words(self.left_out)
+        return self.select(is_kept)
 
     @cached_property
     def prompt_hashes(self):
-        """(n,) a hash of every prompt: those of equal prompts are equal, in this process."""
-        hashes = []
-        for start, end in self.spans[:, 0]:
-            prompt = self.ids[start:end]
-            hashes.append(hash(prompt.tobytes()))
-        return np.array(hashes, np.int64)
+        """(n,) hash of each prompt; comparable within this process only."""
+        return np.array([hash(self.ids[start:end].tobytes()) for start, end in self.spans[:, 0]], np.int64)
 
     def mismatched(self, rows, max_length, more):
-        """Return Examples of the prompts at these rows, each with an answer to another prompt (for KTO's z).
+        """Return the prompts at rows (one step), each with an answer to a different prompt, for KTO's KL estimate z.
 
-        rows: those of a step; all examples have one answer. An answer is taken from the next example of the step with another
-        prompt; else from the next one of this set, else from the first one of the Examples `more`. If all prompts are the same,
-        it is taken from any other example. It is cut so that prompt and answer have max_length tokens."""
+        Examples have one answer each. The answer comes from the next example of the step with a different prompt, else of
+        self, else of the Examples `more`; if all prompts are equal, from any other example."""
 
         def donors(slot, row):
-            """Yield (set, its rows) to take an answer from, the best first; there may be no rows."""
+            """Yield (examples, candidate rows) in order of preference; the candidates may be empty."""
             own_prompt = self.prompt_hashes[row]
-            # rolled, so that those behind this example come first, and then those before it
+            # np.roll: the candidates start after this example and wrap around
             in_step = np.roll(rows, -slot)[1:]
-            has_other_prompt = self.prompt_hashes[in_step] != own_prompt
-            yield self, in_step[has_other_prompt]
-            all_rows = np.arange(len(self))
-            in_set = np.roll(all_rows, -row)[1:]
-            has_other_prompt = self.prompt_hashes[in_set] != own_prompt
-            yield self, in_set[has_other_prompt]
+            yield self, in_step[self.prompt_hashes[in_step] != own_prompt]
+            in_self = np.roll(np.arange(len(self)), -row)[1:]
+            yield self, in_self[self.prompt_hashes[in_self] != own_prompt]
             yield more, np.flatnonzero(more.prompt_hashes != own_prompt)
-            # whatever the prompt
-            yield self, in_set
+            # fallback: any other example
+            yield self, in_self
             yield more, np.arange(len(more))
 
         items = []
         for slot, row in enumerate(rows):
-            # the first that has rows
-            donor, donor_rows = next((donor, found) for donor, found in donors(slot, row) if len(found))
+            donor, donor_row = next((examples, found[0]) for examples, found in donors(slot, row) if len(found))
+            _, (answer,) = donor[donor_row]
             prompt, _ = self[row]
-            best_row = donor_rows[0]
-            _, (answer,) = donor[best_row]
-            # a prompt that fills all the room gets one token of it all the same
+            # truncate to max_length, but keep at least one token
             room = max(1, max_length - len(prompt))
             items.append((prompt, [answer[:room]]))
         return Examples.of(items)
 
     def content(self):
-        """Return a hash of the tokens that are trained on, with their order, labels and margins; select changes it."""
+        """Return a hash of the examples: tokens, order, labels and margins."""
         digest = hashlib.sha256()
-        # widths say where in the tokens each example begins
+        # the widths separate the examples; b'-' stands for no margins
         for array in (self.widths, self.good, self.margin):
-            # a mark stands for margins that are not there
-            content = b'-' if array is None else np.ascontiguousarray(array)
-            digest.update(content)
-        # not all of ids: select leaves the tokens of other examples there
+            digest.update(b'-' if array is None else np.ascontiguousarray(array))
+        # not all of ids, which may have tokens of examples that select() removed
         for start, end in self.spans.reshape(-1, 2).tolist():
             digest.update(self.ids[start:end])
         return digest.hexdigest()
 
 
 def spans_of(widths, parts):
-    """Return (n, parts, 2): start and end of n * parts pieces that lie one behind the other. widths: their tokens."""
+    """Return the (n, parts, 2) start and end of n * parts consecutive pieces. widths: (n * parts,) their lengths."""
     widths = np.asarray(widths, np.int64)
     ends = np.cumsum(widths)
-    starts = ends - widths
-    # (n * parts, 2), then a row for each example
-    spans = np.stack((starts, ends), 1)
+    spans = np.stack((ends - widths, ends), 1)
     return spans.reshape(-1, parts, 2)
 
 
 def uniform_hash(uid, seed):
-    """Return a number in [0, 1) for each uint64 id. It looks random, and depends on the id and the seed alone (splitmix64)."""
-    # 2**64 divided by the golden ratio: the step between seeds that splitmix64 has
+    """Return a pseudorandom float in [0, 1) for each uint64 uid, which depends on uid and seed alone (splitmix64)."""
+    # 2**64 / golden ratio, the increment of splitmix64
     golden_step = 0x9E3779B97F4A7C15
     offset = (seed + 1) * golden_step % 2**64
     mixed = splitmix64(uid + np.uint64(offset))
@@ -226,8 +189,7 @@ def uniform_hash(uid, seed):
 
 
 def splitmix64(x):
-    """Return uint64s that look random for uint64s such as 0, 1, 2; different ones for different ones (a bijection)."""
-    # the shifts and factors are those of splitmix64
+    """Mix uint64s into pseudorandom uint64s (a bijection), with the constants of splitmix64."""
     x = x ^ (x >> np.uint64(30))
     x = x * np.uint64(0xBF58476D1CE4E5B9)
     x = x ^ (x >> np.uint64(27))

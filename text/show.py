@@ -1,9 +1,9 @@
-"""Show what a model will be trained on, before any training. `python data.py` runs this file.
+"""Show what a model will be trained on, without training it. `python data.py` runs this file.
 
     python data.py --data=answers.jsonl --columns='prompt=question, response=reply'
     python data.py --data=trl-lib/tldr --task=sft --model=HuggingFaceTB/SmolLM2-135M-Instruct
 
-What is trained on is coloured, or in a file between [[ and ]]. --n=none --json prints every example, one a line.
+Trained text is green on a terminal, [[bracketed]] in a file. --n=none --json prints every example as a JSON line.
 """
 
 import sys
@@ -19,7 +19,6 @@ from text.messages import as_chats, is_trained
 from text.sources import describe, read_examples
 from text.tokenise import as_parts, tokenise
 
-# what to read
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
 task: str | None = None  # pairs, singles, sft or prompts; None: what the first example is for
 columns: str | None = None  # which column is what: 'prompt=question, system=system, chosen=good, rejected=bad'
@@ -27,31 +26,29 @@ num_turns = 1  # sharegpt: answers taken from a conversation
 chat = False  # texts become chats, so that the model's chat template applies
 system: str | None = None  # a message of the system before every prompt; texts become chats
 skip_bad_rows = False  # count unreadable rows instead of stopping
-# as a model sees it
 model: str | None = None  # hub id or local folder whose tokenizer to use; None: the text as it is
 max_length = 512  # tokens of prompt and answer
 max_prompt_length = 256  # a prompt is cut to this if the whole is too long
 truncation = 'start'  # which end a too long prompt loses: start or end
-# what to print
 n: int | None = 3  # how many examples; None: all
 json = False  # one JSON object a line, and nothing else
 
-# so many lengths are measured at most: of a large data set, all would take long
+# measure only the first examples: a large data set would take long
 MEASURED = 2000
-# a max_length that no example reaches, so that nothing is cut before it is measured
-UNCUT = 2**30
+# a max_length that truncates nothing, for measuring full lengths
+NO_LIMIT = 2**30
 
 
 def main():
-    """Print the examples that the options ask for. Raises UserError."""
+    """Print the examples that the options select. Raises UserError if they cannot be read."""
     # set the options above from the command line and config files
     configure(globals())
     left_out, out = Counter(), sys.stdout
-    # a program reads the JSON lines, so the readers' notes go to the other stream
+    # with --json, stdout has only JSON lines; the readers' notes go to stderr
     with redirect_stdout(sys.stderr if json else out):
         try:
             if json:
-                all_items = (item for _, _, items in _read(left_out) for item in items)
+                all_items = (item for _, _, items in _read_items(left_out) for item in items)
                 for item in islice(all_items, n):
                     out.write(dumps(item, ensure_ascii=False) + '\n')
                 _print_left_out(left_out)
@@ -59,20 +56,17 @@ def main():
                 _print_text(left_out)
             out.flush()
         except BrokenPipeError:
-            # `data.py | head` reads no more; a closed stderr keeps python from complaining about that at its exit
+            # `data.py | head` closed the pipe; closing stderr suppresses Python's warning about it at exit
             sys.stderr.close()
 
 
-def _read(left_out):
-    """Yield (task, example, items) for every row of `data`; no part of the rows is held out for testing.
-
-    task: the option, or else what the first example is for. items: what items_of makes of the example. left_out: a Counter,
-    to which the reasons for rows that are left out are added."""
+def _read_items(left_out):
+    """Yield (task, example, its training items) for every row of `data`; the Counter left_out counts skipped rows."""
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
         source_task = task
         if source_task is None:
-            # these rows are read once more below, and counted there
+            # use the task of the first example; discard the counts, since the row is read again below
             first_example = next(read_examples(source, 'train', Counter(), **options), {})
             source_task = task_of(first_example)
         for example in read_examples(source, 'train', left_out, task=source_task, **options):
@@ -82,7 +76,7 @@ def _read(left_out):
 
 
 def task_of(example):
-    """Return the name of the task that an example is for; without any answer that is 'prompts'."""
+    """Return the task that fits an example's fields: 'pairs', 'singles', 'sft', or 'prompts' if it has no answer."""
     if 'chosen' in example:
         return 'pairs'
     if 'good' in example:
@@ -91,9 +85,7 @@ def task_of(example):
 
 
 def items_of(example, task, left_out):
-    """Return what a task makes of an example: a list of json-able dicts with 'prompt' and the answers.
-
-    For 'singles', a pair gives two items. An example of no use to the task gives [], and left_out counts the reason."""
+    """Return an example's training items as JSON-serializable dicts; [] if it is unusable (counted in left_out)."""
     items = []
     for part in as_parts(example, task, left_out):
         item = {'prompt': part.prompt}
@@ -104,16 +96,12 @@ def items_of(example, task, left_out):
         if task == 'singles':
             item['good'] = part.good
         if task == 'sft':
-            # of a conversation, the earlier answers are trained on, too
+            # SFT also trains on the earlier answers of a conversation
             turns = _messages(example.get('turns', part.answers[0]))
             item['trained'] = [turn['content'] for turn in turns if is_trained(turn)]
-        # of all tasks, if the example has them
         item.update((key, example[key]) for key in ('margin', 'tools') if key in example)
         items.append(item)
     return items
-
-
-# ---- what is printed ----
 
 
 def _print_text(left_out):
@@ -123,173 +111,139 @@ def _print_text(left_out):
         from hf.load import load_tokenizer
 
         tokenizer = load_tokenizer(model)
-    counts = Counter()  # items of each task
+    counts = Counter()  # task -> number of items
     lengths = []
-    for task, example, items in _read(left_out):
-        # an example of no use is counted in left_out
+    for task, example, items in _read_items(left_out):
+        # skip unusable examples, which left_out has counted
         if not items:
             continue
-        _print_items(example, task, items, counts.total() + 1, tokenizer)
+        for number, item in enumerate(items, counts.total() + 1):
+            if n is not None and number > n:
+                break
+            print(f'--- {task}, example {number}: {example.where or data} ---')
+            if tokenizer:
+                # the tokenised text shows all items of the example at once
+                print(_tokenised_text(example, task, tokenizer), end='\n\n')
+                break
+            text, _ = _as_written(example, item)
+            print(text, end='\n\n')
         counts[task] += len(items)
-        if len(lengths) < MEASURED:
-            lengths += _lengths(example, task, items, tokenizer, left_out)
-    _print_summary(counts, lengths, tokenizer is not None, left_out)
-
-
-def _print_items(example, task, items, first_number, tokenizer):
-    """Print those items of an example whose numbers are up to n: as the data has them, or as the tokenizer's model sees them."""
-    for number, item in enumerate(items, first_number):
-        if n is not None and number > n:
-            return
-        print(f'--- {task}, example {number}: {example.where or data} ---')
+        if len(lengths) >= MEASURED:
+            continue
         if tokenizer:
-            # one text has all items of the example
-            print(_as_model_sees(example, task, tokenizer), end='\n\n')
-            return
-        text, _ = _as_written(example, item)
-        print(text, end='\n\n')
+            limits = NO_LIMIT, NO_LIMIT // 2, truncation
+            tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
+            lengths += [tokenised.longest()] if len(tokenised) else []
+        else:
+            lengths += [_as_written(example, item)[1] for item in items]
+    _print_summary(counts, lengths, left_out)
 
 
-def _lengths(example, task, items, tokenizer, left_out):
-    """Return a list with the characters of each item, or with a tokenizer with the tokens of the longest item.
-
-    The list is empty, and left_out counts why, if the chat template refuses the example."""
-    if not tokenizer:
-        texts_and_characters = [_as_written(example, item) for item in items]
-        return [characters for _, characters in texts_and_characters]
-    limits = UNCUT, UNCUT // 2, truncation
-    tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
-    return [tokenised.longest()] if len(tokenised) else []
-
-
-def _print_summary(counts, lengths, in_tokens, left_out):
-    """Print how many items there are, how they were read, what was left out, and how long the items are.
-
-    counts: items of each task. lengths: tokens (in_tokens) or characters. Raises UserError if there are no items."""
+def _print_summary(counts, lengths, left_out):
+    """Print counts (task -> number of items), columns, left_out and lengths. Raises UserError if there are no items."""
     words = ', '.join(f'{count} {task}' for task, count in counts.items())
     print(f'{data}: {words or "no examples"}')
     print('read as:', columns or '; '.join(map(describe, data.split('+'))))
     _print_left_out(left_out)
     if not counts:
         raise UserError(f'no examples are left in {data!r}: nothing can be trained on it')
-    unit = 'tokens' if in_tokens else 'characters'
+    # items are measured in tokens if the model option names a tokenizer
+    unit = 'tokens' if model else 'characters'
     if len(lengths) >= MEASURED:
         unit += f', of the first {MEASURED:,} examples'
-    # a chat template may refuse every example; then there is no length
+    # lengths is empty if the chat template rejects every example
     sizes = np.array(lengths or [0])
-    middle, most, longest = np.percentile(sizes, (50, 95, 100))
-    print(f'lengths in {unit}: median {middle:.0f}, 95% up to {most:.0f}, longest {longest:.0f}')
-    if in_tokens:
+    median, percentile_95, longest = np.percentile(sizes, (50, 95, 100))
+    print(f'lengths in {unit}: median {median:.0f}, 95% up to {percentile_95:.0f}, longest {longest:.0f}')
+    if model:
         print(f'cut at max_length {max_length}: {np.mean(sizes > max_length):.0%}')
     else:
         print('this is the text as it stands: --model=FOLDER shows it as a model sees it')
 
 
 def _print_left_out(left_out):
-    """Print every reason with its count. A reason that begins with 'note' is of examples that are kept."""
-    # + takes only what was counted at least once
+    """Print each reason and its count. Reasons that begin with 'note' are about examples that are kept."""
+    # unary + drops zero counts
     for reason, count in (+left_out).items():
         heading = '' if reason.startswith('note') else 'left out: '
         print(f'{heading}{reason}: {count}')
 
 
 def mark(text):
-    """Return a text that is trained on with its mark: a colour on a terminal, brackets in a file."""
+    """Mark a text as trained on: green on a terminal, in [[brackets]] elsewhere."""
     return f'\033[32m{text}\033[0m' if sys.stdout.isatty() else f'[[{text}]]'
 
 
-# ---- an example as the data has it ----
-
-
 def _as_written(example, item):
-    """Return (text, characters) of an item as the data has it. In the text, what is trained on is marked.
-
-    characters: those of a whole conversation, or else of the prompt and the longest answer."""
-    # sft trains on all answers of a conversation, which stand between the messages of others
+    """Return (an item as text with marks, characters of the conversation, or of the prompt and the longest answer)."""
+    # SFT trains on every assistant turn of a conversation
     if 'turns' in example and 'trained' in item:
-        return _lines(example['turns'], is_trained), _characters(example['turns'])
-    texts = [_lines(item['prompt'], lambda turn: False)]
+        return _format_lines(example['turns'], is_trained), _num_characters(example['turns'])
+    texts = [_format_lines(item['prompt'], lambda turn: False)]
     sizes = [0]
     for name in ('chosen', 'rejected', 'response'):
         if name in item:
             heading = name
             if 'good' in item:
                 heading += ', good' if item['good'] else ', bad'
-            texts.append(f'{heading}:\n' + _lines(item[name], lambda turn: True))
-            sizes.append(_characters(item[name]))
-    return '\n'.join(texts), _characters(item['prompt']) + max(sizes)
+            texts.append(f'{heading}:\n' + _format_lines(item[name], lambda turn: True))
+            sizes.append(_num_characters(item[name]))
+    return '\n'.join(texts), _num_characters(item['prompt']) + max(sizes)
 
 
-def _lines(part, is_marked):
-    """Return a text as it is, or a chat with a line `role: content` for each message.
-
-    is_marked(message) -> whether its content gets the mark of what is trained on."""
+def _format_lines(text_or_chat, is_marked):
+    """Return a text unchanged, or a chat as `role: content` lines. If is_marked(message), its content is marked."""
     lines = []
-    for turn in _messages(part):
+    for turn in _messages(text_or_chat):
         content = mark(turn['content']) if is_marked(turn) else turn['content']
-        lines.append(content if isinstance(part, str) else f'{turn["role"]}: {content}')
+        lines.append(content if isinstance(text_or_chat, str) else f'{turn["role"]}: {content}')
     return '\n'.join(lines)
 
 
-def _messages(part):
-    """Return the messages of a text or a chat; a text is one message of the assistant."""
-    return [{'role': 'assistant', 'content': part}] if isinstance(part, str) else part
+def _messages(text_or_chat):
+    """Return a chat's messages; a text becomes one assistant message."""
+    return [{'role': 'assistant', 'content': text_or_chat}] if isinstance(text_or_chat, str) else text_or_chat
 
 
-def _characters(part):
-    """Return the number of characters of a text, or of the contents of a chat."""
-    return sum(len(turn['content']) for turn in _messages(part))
+def _num_characters(text_or_chat):
+    """Return the number of characters of a text, or of all message contents of a chat."""
+    return sum(len(turn['content']) for turn in _messages(text_or_chat))
 
 
-# ---- an example as a model sees it ----
-
-
-def _as_model_sees(example, task, tokenizer):
-    """Return an example as text, after it was tokenised and cut; or say why it is left out."""
+def _tokenised_text(example, task, tokenizer):
+    """Tokenise and truncate an example, and return it decoded; or return the reasons why it is left out."""
     reasons = Counter()
     limits = max_length, max_prompt_length, truncation
     examples = tokenise([example], tokenizer, task, *limits, reasons, skip_bad_rows=True)
     if not len(examples):
         return 'left out: ' + ', '.join(+reasons)
-    return '\n\n'.join(decoded(examples, i, tokenizer, task) for i in range(len(examples)))
+    return '\n\n'.join(_decode_example(examples, i, tokenizer, task) for i in range(len(examples)))
 
 
-def decoded(examples, i, tokenizer, task):
-    """Return the tokenised example i as text, with its special tokens; what is trained on is marked.
-
-    For 'prompts' this is the prompt alone. For 'singles' it ends with the label of the answer, good or bad."""
+def _decode_example(examples, i, tokenizer, task):
+    """Return the tokenised example i as text with special tokens and marks; for 'prompts', the prompt alone."""
     prompt_ids, answers = examples[i]
     prompt = tokenizer.decode(prompt_ids)
     if task == 'prompts':
         return prompt
-    texts = [_decoded_answer(answer, tokenizer) for answer in answers]
+    texts = []
+    for answer in answers:
+        # untrained tokens (later user turns) are stored as ~id, which is negative: split where the sign changes
+        segments = np.split(answer, np.flatnonzero(np.diff(answer < 0)) + 1)
+        decoded = [mark(tokenizer.decode(ids)) if ids[0] >= 0 else tokenizer.decode(~ids) for ids in segments]
+        texts.append(''.join(decoded))
     if len(texts) == 2:
         return f'{prompt}\nchosen: {texts[0]}\nrejected: {texts[1]}'
-    # a single answer goes on where its prompt ends
     text = prompt + texts[0]
     if task == 'singles':
         text += '\nlabel: good' if examples.good[i] else '\nlabel: bad'
     return text
 
 
-def _decoded_answer(answer, tokenizer):
-    """Return the ids of an answer as text. What is trained on is marked; the user's later turns, stored as ~id, are not."""
-    # ~id is negative: cut the ids wherever the sign changes
-    borders = np.flatnonzero(np.diff(answer < 0)) + 1
-    text = ''
-    for ids in np.split(answer, borders):
-        is_trained_on = ids[0] >= 0
-        text += mark(tokenizer.decode(ids)) if is_trained_on else tokenizer.decode(~ids)
-    return text
-
-
 def first(examples, tokenizer, task, longest=1200):
-    """Return the first of the tokenised examples as a model sees it, under a heading, for the screen of a training script.
-
-    A text of more than `longest` characters loses its middle."""
-    text = decoded(examples, 0, tokenizer, task)
+    """Return a heading and the decoded first example, shortened in the middle to about `longest` characters."""
+    text = _decode_example(examples, 0, tokenizer, task)
     if len(text) > longest:
         text = f'{text[: longest // 2]} ... {text[-longest // 2 :]}'
-    # ppo.py trains on answers of its own, so nothing is marked in its prompts
     heading = 'prompt' if task == 'prompts' else f'example, where {mark("this")} is trained on'
     return f'the first {heading}:\n{text}'

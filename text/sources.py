@@ -303,7 +303,7 @@ class HubDataset(NamedTuple):
         return read_rows(self.hub_id, part, path, undivided=self.test is None, **self.options), self.parse
 
 
-def parse_sharegpt(row, num_turns=1):
+def parse_sharegpt(row, num_turns):
     """Return an example for each of the first num_turns answers; its prompt is everything before the answer."""
     turns = [(field(turn, 'from'), field(turn, 'value')) for turn in field(row, 'conversations', list)]
     if any(token in text for _, text in turns for token in ('<s>', '</s>', '<|endoftext|>')):

@@ -1,10 +1,10 @@
 """A toy world with a known gold reward, so that alignment can be measured on a laptop in a minute.
 
-A prompt asks for a review of a place; an answer is one to four clauses, each about one aspect, such as
+A prompt asks for a review of a place. An answer has one to four clauses, each about one aspect, such as
     Review of the hotel:  the room was very clean and the bed was dusty .
-The gold reward of an answer is the mean of its clauses: the adjective's value, times 1.5 with "very", minus 1 for an aspect
-that this place does not have. A clause that is not grammatical counts -2, and so does a missing full stop. A pair is two
-demonstrations of mixed quality; which is preferred is drawn from a Bradley-Terry model of the gold reward.
+The gold reward is the mean over clauses of the adjective's value, times 1.5 with "very", minus 1 for an aspect that the
+place does not have. An ungrammatical clause scores -2; a missing full stop adds one. A pair is two demonstrations of
+mixed quality; the preferred one is drawn from a Bradley-Terry model of the gold reward.
 """
 
 import base64
@@ -13,7 +13,7 @@ import random
 import re
 import tempfile
 
-# places, and what a review of each may be about
+# place -> aspects that it has
 PLACES = {
     'hotel': ('room', 'bed', 'staff', 'breakfast'),
     'cafe': ('coffee', 'cake', 'staff', 'music'),
@@ -23,26 +23,26 @@ PLACES = {
     'beach': ('water', 'sand', 'music', 'view'),
 }
 ASPECTS = sorted({aspect for aspects in PLACES.values() for aspect in aspects})
-# adjectives, and what they are worth
+# adjective -> value
 VALUES = {
     'superb': 1.0, 'lovely': 1.0, 'charming': 1.0, 'great': 1.0, 'clean': 0.5, 'nice': 0.5, 'fine': 0.5, 'pleasant': 0.5,
     'plain': -0.5, 'dull': -0.5, 'tired': -0.5, 'dusty': -0.5, 'awful': -1.0, 'horrid': -1.0, 'broken': -1.0, 'rotten': -1.0,
 }  # fmt: skip
-# the words that are one token each
+# words that are single tokens
 WORDS = ['Review', 'of', 'the', 'was', 'very', 'and', '.', ':'] + list(PLACES) + ASPECTS + list(VALUES)
 
 
 def gold(prompt: str, answer: str) -> float:
-    """Return the gold reward of an answer, in [-2.5, 1.5]. The module's docstring has the rules."""
-    aspects_of_place = PLACES.get(_place_in(prompt), ())
+    """Return the gold reward of an answer, in [-2.5, 1.5]: the mean score of its clauses."""
+    place = prompt.removeprefix('Review of the ').removesuffix(':')
+    aspects_of_place = PLACES.get(place, ())
     scores = []
     for aspect, very, adjective in _clauses(answer):
-        if adjective is None:
-            scores.append(-2.0)
-            continue
-        score = VALUES[adjective] * (1.5 if very else 1.0)
-        if aspect not in aspects_of_place:
-            score -= 1
+        score = -2.0  # for an ungrammatical clause, which has no adjective
+        if adjective is not None:
+            score = VALUES[adjective] * (1.5 if very else 1.0)
+            if aspect not in aspects_of_place:
+                score -= 1
         scores.append(score)
     return sum(scores) / len(scores)
 
@@ -52,37 +52,31 @@ def well_formed(answer: str) -> bool:
     return all(adjective is not None for _, _, adjective in _clauses(answer))
 
 
-def _place_in(prompt):
-    """Return the place that a prompt asks about."""
-    return prompt.removeprefix('Review of the ').removesuffix(':')
-
-
 def _clauses(answer):
-    """Yield (aspect, whether it is very, adjective) of every clause; (None, False, None) for each that is not grammatical.
-
-    A missing full stop, or words behind it, count as one more clause that is not grammatical."""
-    body, full_stop, behind = answer.partition(' .')
+    """Yield (aspect, has 'very', adjective) for each clause, or (None, False, None) if it is ungrammatical."""
+    body, full_stop, rest = answer.partition(' .')
     for clause in body.split(' and '):
-        # 'the ASPECT was ADJECTIVE', or 'the ASPECT was very ADJECTIVE'
+        # 'the ASPECT was ADJECTIVE' or 'the ASPECT was very ADJECTIVE'
         match = re.fullmatch(r'\s*the\s+(\S+)\s+was(\s+very)?\s+(\S+)\s*', clause)
         if match and match[1] in ASPECTS and match[3] in VALUES:
             yield match[1], bool(match[2]), match[3]
         else:
             yield None, False, None
-    if not full_stop or behind:
+    # a missing full stop, or text after it, counts as another ungrammatical clause
+    if not full_stop or rest:
         yield None, False, None
 
 
 def demonstration(prompt: str, rng: random.Random) -> str:
-    """Return an answer of mixed quality. Each writer has a taste for good or bad words, and at times goes off topic."""
-    place = _place_in(prompt)
-    # the probability that this writer takes a good word rather than a bad one
+    """Return a random answer, more or less positive and sometimes off topic."""
+    place = prompt.removeprefix('Review of the ').removesuffix(':')
+    # probability of a positive adjective, drawn once per answer
     taste = rng.random()
     clauses = []
     for _ in range(rng.randint(1, 4)):
         is_off_topic = rng.random() < 0.3
         aspect = rng.choice(ASPECTS if is_off_topic else PLACES[place])
-        # the taste is asked once a word: good words go in if it says good, bad ones if it says bad
+        # keep good adjectives with probability taste, bad ones with 1 - taste, and choose one of them
         candidates = []
         for word, value in VALUES.items():
             wants_good = rng.random() < taste
@@ -97,14 +91,13 @@ def demonstration(prompt: str, rng: random.Random) -> str:
 def pairs(split: str, n: int = 6000, sharpness: float = 3.0):
     """Yield n pairs {'prompt', 'chosen', 'rejected'}, always the same for a split ('train' or 'test').
 
-    P(first is chosen) = sigmoid(sharpness * difference of the gold rewards), the Bradley-Terry model."""
-    # seeded with a text, random draws the same on all machines
+    Bradley-Terry: P(first is chosen) = sigmoid(sharpness * (gold reward of first - gold reward of second))."""
+    # a string seed is reproducible on all machines
     rng = random.Random(f'toy {split}')
     for _ in range(n):
         prompt = f'Review of the {rng.choice(sorted(PLACES))}:'
         first = demonstration(prompt, rng)
         second = demonstration(prompt, rng)
-        # of the first against the second
         odds = math.exp(sharpness * (gold(prompt, first) - gold(prompt, second)))
         first_is_chosen = rng.random() < odds / (1 + odds)
         chosen, rejected = (first, second) if first_is_chosen else (second, first)
@@ -112,29 +105,28 @@ def pairs(split: str, n: int = 6000, sharpness: float = 3.0):
 
 
 def tokenizer():
-    """Return a transformers tokenizer of 256 bytes and of WORDS: a word with a space before it is one token, all else bytes."""
+    """Return a transformers tokenizer with one token for each ' WORD' in WORDS and for each of the 256 bytes."""
     import transformers
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    # every byte is a token, so that any text can be encoded
+    # byte-level fallback: any text can be encoded
     ranks = {bytes([i]): i for i in range(256)}
-    # byte pair encoding merges two tokens into one, so that every beginning of a word has to be a token, too
+    # BPE merges two tokens at a time, so every prefix of a word must be a token, too
     for word in WORDS:
         for end in range(2, len(word) + 2):
             ranks.setdefault(f' {word}'.encode()[:end], len(ranks))
-    # it comes behind all other tokens
-    special = {'<|endoftext|>': len(ranks)}
+    eos = {'<|endoftext|>': len(ranks)}
     pattern = r' ?[A-Za-z]+| ?[^A-Za-z\s]|\s'
-    # the converter reads tiktoken's files: on each line a token in base64 and its rank
+    # the converter needs a tiktoken file, with lines of a token in base64 and its rank
     with tempfile.NamedTemporaryFile('wb', suffix='.tiktoken') as file:
         file.writelines(base64.b64encode(token) + b' %d\n' % rank for token, rank in ranks.items())
         file.flush()
-        converter = TikTokenConverter(file.name, pattern=pattern, extra_special_tokens=special)
+        converter = TikTokenConverter(file.name, pattern=pattern, extra_special_tokens=eos)
         return transformers.PreTrainedTokenizerFast(tokenizer_object=converter.converted(), eos_token='<|endoftext|>')
 
 
 def model_config():
-    """Return the config of a Llama of 2 layers and 64 dimensions (0.1 M parameters without embeddings)."""
+    """Return the LlamaConfig of a tiny model (0.1 M parameters without embeddings)."""
     import transformers
 
     return transformers.LlamaConfig(

@@ -154,7 +154,7 @@ def synthetic_pairs(count):
     num_ids = min(vocabulary or 4096, 4096)  # every published shape has these ids
     pairs = []
     for _ in range(count):
-        # draw all lengths, even if some are fixed, so that fixing one leaves the others unchanged
+        # fixed lengths override the drawn ones
         drawn = [np.clip(rng.lognormal(math.log(median), sigma), 2, most) for median, sigma, most in LENGTHS]
         lengths = [fixed or int(length) for fixed, length in zip(fixed_lengths, drawn, strict=True)]
         prompt, *answers = [rng.integers(0, num_ids, length) for length in lengths]
@@ -355,9 +355,11 @@ def show_estimates():
         bytes_per_token.append(room.bytes_per_token(small, forward, examples, packed=True))
     one_layer, two_layers = bytes_per_token
     per_token = one_layer + (meta_model.config.num_hidden_layers - 1) * (two_layers - one_layer)
-    frozen = meta_model.num_parameters()  # of the reference
-    mode = shard.replace('auto', 'none')
-    options = {'ranks': world_size, 'shard': mode, 'frozen': frozen, 'device': torch.device('cuda')}
+    options = {'ranks': world_size, 'device': torch.device('cuda')}
+    # without --shard, estimate a replicated model
+    options['shard'] = 'none' if shard == 'auto' else shard
+    # the live reference is a frozen copy of the model
+    options['frozen'] = meta_model.num_parameters()
     print(f'{model}, {optimizer}, {dtype}, live reference: GB of {estimate_for:g}')
     for tokens in room.BUDGETS:
         needs = room.estimate(meta_model, per_token, tokens, optimizer=optimizer, dtype=dtype, **options)

@@ -61,7 +61,7 @@ def module_of(path):
 
 
 def imported(path, modules, late=False):
-    """Return the names in the set modules that the Python file at path imports.
+    """Return which of `modules` (a set of dotted names) the Python file at `path` imports.
 
     late: include imports inside functions, which run only when the function is called."""
     nodes = set(ast.walk(ast.parse(path.read_text())))

@@ -127,7 +127,7 @@ def gold(row):
 
 
 def differing(runs):
-    """Return the names of the options in which the runs differ, those in FIRST first. Runs without an option are ignored."""
+    """Return the names of options that differ between runs, those in FIRST first. A run that lacks an option does not count."""
     found = []
     # all option names, in order and without duplicates
     names = dict.fromkeys(name for run in runs for name in run.options)
@@ -137,7 +137,7 @@ def differing(runs):
         # NEUTRAL: options that do not change results
         if len(values) > 1 and name not in NEUTRAL:
             found.append(name)
-    # options that are not in FIRST keep their order
+    # sort by position in FIRST; the others follow in the order found
     return sorted(found, key=(FIRST + found).index)
 
 
@@ -159,10 +159,13 @@ def labels(runs):
 
 
 def panels_of(runs):
-    """Return the Panels with at least one curve, in the order of PANELS."""
+    """Return the Panels with at least one curve, in the order of PANELS.
+
+    The last one, the KL on chosen answers, is left out if the one before it, the more accurate KL on samples, has curves."""
     panels = []
     for title, meaning, metrics in PANELS:
         curves = curves_of(metrics, runs)
+        # far: values outside the axes; gaps: number of values that are nan or infinite
         far = [value for curve in curves for value in curve.far]
         if far:
             farthest = max(far, key=abs)
@@ -171,9 +174,8 @@ def panels_of(runs):
         if gaps:
             meaning += f'; no numbers: {gaps}'
         panels.append(Panel(title, meaning, curves))
-    # the KL on samples is more accurate than the KL on chosen answers, the last panel
-    *_, sample_kl, _ = panels
-    if sample_kl.curves:
+    kl_on_samples = panels[-2]
+    if kl_on_samples.curves:
         panels.pop()
     return [panel for panel in panels if panel.curves]
 

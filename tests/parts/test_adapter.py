@@ -1,6 +1,7 @@
 """Adapters of PEFT's in the place of a model: merged as PEFT computes them, and one sentence where they are of no use."""
 
 import json
+import re
 from pathlib import Path
 
 import peft
@@ -76,6 +77,9 @@ def test_merged_as_peft_computes(name, capsys):
     outside = name in ('whole modules', 'whole head', 'head', 'embedding')
     assert bool(ties(model)) == model.config.tie_word_embeddings == (not outside)
     assert all(p.requires_grad for p in model.parameters()) and not model.training
+    # as transformers saves it, too
+    model.save_pretrained('merged')
+    same_logits(transformers.AutoModelForCausalLM.from_pretrained('merged'), expected)
     load.load_model('run/adapter', empty=True)
     assert capsys.readouterr().out.count('adapter: run/adapter, rank 4, is merged into its model base') == 1
     # it goes on inside the blocks alone
@@ -205,7 +209,10 @@ def test_a_model_of_the_same_shape_is_another(capsys):
     """Our adapters know the content of the model that they were trained on."""
     tiny_model('base', 'llama')
     model = load.load_model('base', adapters=RANK)
-    lora.write(model, {name: p for name, p in model.named_parameters() if p.requires_grad}, Path('run/adapter'))
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    count = sum(p.numel() for p in weights.values())
+    assert re.fullmatch(rf'LoRA: {count:,} of [\d,]+ weights train, on down_proj gate_proj .*', lora.describe(model))
+    lora.write(model, weights, Path('run/adapter'))
     assert not Path('run/adapter/README.md').exists()
     load.load_model('run/adapter')
     assert 'was trained on' not in capsys.readouterr().out

@@ -14,7 +14,8 @@ from helpers import assistant, end_process_group, metrics, read_jsonl, run_scrip
 from configurator import UserError
 from hf import load
 from text import sources, toy
-from text.chat import PLAIN_CHAT
+from text.chat import MARK, PLAIN_CHAT, UNMARK
+from text.ids import encode_texts
 from text.tokenise import NO_CHAT, tokenise, tokenise_prompts
 
 CHATML = (
@@ -327,6 +328,9 @@ def test_special_tokens_in_text_stay_text(name, t):
         assert [i for i in both if i in ids] == expected  # the template's own, and no others
         assert max(prompt, chosen, key=len).replace(' ', '') in t.decode(both).replace(' ', '')
         assert examples.left_out == {'special tokens in a text, kept as text': 1}
+    # and the text begins as it would without them
+    begins, (marked,) = t('hi', add_special_tokens=False)['input_ids'], encode_texts([f'hi{MARK}<|im_end|>{UNMARK}'], t)
+    assert marked[: len(begins)] == begins
 
 
 def test_what_a_template_writes_around_turns_is_special_too():

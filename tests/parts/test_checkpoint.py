@@ -38,7 +38,7 @@ PPO = ['--reward_model=gold', '--minibatch_size=12', '--max_new_tokens=8']
 
 def run(out_dir, *flags, script='dpo.py'):
     common = [flag for flag in FLAGS if script != 'ppo.py' or not flag.startswith('--max_length')]
-    run_script(script, *common, *flags, f'--out_dir={out_dir}')
+    return run_script(script, *common, *flags, f'--out_dir={out_dir}')
 
 
 @pytest.fixture(scope='module')
@@ -160,7 +160,7 @@ def test_a_first_run_in_a_full_folder(tmp_path, whole, monkeypatch, capsys):
     there = 'my_work.tmp/a notes.tmp models.tmp/a .lock.tmp .lock config.py'.split()
     fill(tmp_path, there)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, '_text', lambda out_dir, folder: {}['what'])
+    monkeypatch.setattr(export, '_card_text', lambda out_dir, folder: {}['what'])
     run('.')
     assert all((tmp_path / name).read_text() == 'precious' for name in there)
     assert 'note: no model card' in capsys.readouterr().out and (tmp_path / 'model/model.safetensors').exists()
@@ -191,12 +191,24 @@ def test_files_and_links_of_somebody_else_are_refused(tmp_path, whole, name, mon
 def test_the_card_comes_with_the_model(died, whole, monkeypatch):
     """Killed while the card is written: there is no model yet, and the next start makes both."""
     with monkeypatch.context() as patch:
-        patch.setattr(export, '_text', lambda out_dir, folder: exit(9))
+        patch.setattr(export, '_card_text', lambda out_dir, folder: exit(9))
         with pytest.raises(SystemExit):
             run(died)
     assert not (died / 'model').exists()
     run(died)
     assert (died / 'model/README.md').read_text().startswith('---')
+
+
+def test_loads_into_a_model_that_has_run(tmp_path):
+    """As a policy that was its own reference: after a forward alone FSDP shows parameters that the optimizer does not know."""
+    trained = run(tmp_path / 'run', '--shard=full', script='sft.py')['run']
+    trained.policy.reshard()
+    optimizer = fsdp.make_optimizer('AdamW', trained.policy, 0.0, 0.0)
+    batches, *_ = trained.make_batches(trained.train, np.arange(1))
+    with torch.no_grad():
+        trained.policy.response_logps(batches[0])
+    state = checkpoint.load(checkpoint.latest(tmp_path / 'run'), trained.policy, optimizer)
+    assert state['examples'] == 48
 
 
 # ---- a full disk ----
@@ -219,6 +231,15 @@ def test_a_save_that_fails_surfaces_at_the_next_step(tmp_path, monkeypatch, whol
     monkeypatch.undo()
     run(tmp_path / 'run')
     assert metrics(tmp_path / 'run') == metrics(whole)
+
+
+def test_a_failed_save_ends_the_step_that_sees_it(monkeypatch):
+    fsdp.setup()
+    pending = futures.Future()
+    pending.set_exception(UserError('a full disk'))
+    monkeypatch.setattr(checkpoint, '_pending', pending)
+    with pytest.raises(UserError, match='a full disk'):
+        guard.stop_asked()
 
 
 def on_a_small_disk(folder, size, flags, meanwhile, code=2):
@@ -335,7 +356,6 @@ def test_full_disk_under_rows_and_export(tmp_path, whole, monkeypatch, capsys):
     assert (tmp_path / 'a').read_text() == 'old'
     model = torch.nn.Linear(2, 2)
     model.reshard, model.shard_mode = lambda: None, 'none'
-    monkeypatch.setattr(export.lora, 'present', lambda model: False)
     with pytest.raises(UserError, match='cannot write .*model: No space left on device'):
         export.write_model(model, None, full_disk, tmp_path / 'model')
     assert not (tmp_path / 'model').exists()
@@ -347,7 +367,7 @@ def test_a_checkpoint_is_not_written_twice(monkeypatch):
     monkeypatch.setattr(guard, 'stop_asked', lambda: guard.SAVED)
     monkeypatch.setattr(checkpoint, 'wait', lambda: said.append('wait'))
     monkeypatch.setattr(fsdp, 'leave', code.append)
-    guard.boundary(lambda: said.append('save'), lambda: said.append('close'), saved=True)
+    guard.boundary(lambda: said.append('save'), lambda: said.append('close'), already_started=True)
     guard.boundary(lambda: said.append('save'), lambda: said.append('close'))
     assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
 
@@ -596,7 +616,7 @@ def test_auto_is_the_largest_that_fits(monkeypatch, whole, free, size):
     examples = Examples.of([(np.arange(9000), [np.arange(9000)])])
     config = {'optimizer': 'AdamW', 'dtype': 'float32', 'minibatch_size': 1}
     # one forward keeps 4,096 bytes a token
-    monkeypatch.setattr(room, '_most_tokens', lambda config, train, packed, size: size)
+    monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, size: size)
     monkeypatch.setattr(room, 'free_memory', lambda: free)
     assert room.choose_max_tokens(config, layers, 4096, examples, True, 0) == size
 

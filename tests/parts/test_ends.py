@@ -134,6 +134,7 @@ def test_kl_of_samples_is_of_what_was_sampled(folders, raw, tmp_path):
         gaps.append((logps(policy, prompt, answer) - logps(reference, prompt, answer)).sum().item())
         lengths.append(len(answer))
         assert line['response'] == shown(answer)
+        assert all(value == round(value, 6) for value in line.values() if isinstance(value, float))
     assert any(sampled(row)[-1] in STOPS for row in raw[:8])
     row = metrics(tmp_path / 'run', 'eval')[0]
     assert row['kl_eval/samples'] == pytest.approx(np.mean(gaps), abs=1e-3)

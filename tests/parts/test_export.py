@@ -40,8 +40,8 @@ def test_what_came_in(dtype):
     mixed = {key: w.float() if w.dim() == 1 else w for key, w in tensors('mixed').items()}
     save_file(mixed | {f'x{i}': torch.ones(2) for i in range(30)}, 'mixed/model.safetensors')
     expected = dtype if dtype != 'float64' else 'float32'
-    assert [load.kept_in(name) for name in ('one', 'shards', 'mixed')] == [expected] * 3
-    assert load.kept_in('toy') == 'float32'
+    assert [load.stored_dtype(name) for name in ('one', 'shards', 'mixed')] == [expected] * 3
+    assert load.stored_dtype('toy') == 'float32'
 
 
 @pytest.mark.parametrize(('dtype', 'step'), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])

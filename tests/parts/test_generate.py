@@ -97,6 +97,14 @@ def test_rows_come_and_go(name, monkeypatch):
     assert name == 'mamba' or drawn <= steps < 1.1 * drawn
 
 
+def test_rows_stay_until_enough_tokens_were_sampled(monkeypatch):
+    monkeypatch.setattr(generate, 'REFILL_AFTER', 13)  # more than an answer has
+    net = build()
+    shapes = watch(net)
+    sample(net, PROMPTS * 6, range(24))
+    assert {rows for rows, columns in shapes if columns == 1} == {24}
+
+
 def test_one_prompt_of_many_answers_is_read_once():
     net = build()
     shapes = watch(net)

@@ -263,7 +263,7 @@ def test_a_bug_of_ours_is_raised(monkeypatch):
 
 
 def sees_everything(module, query, *args, packed, **rest):
-    whole = types.SimpleNamespace(blocks=data.make_blocks([(1, (query.shape[2] - 1,))]))
+    whole = types.SimpleNamespace(blocks=[data.Block([(1, (query.shape[2] - 1,))])])
     return model.packed_attention(module, query, *args, packed=whole, **rest)
 
 
@@ -342,7 +342,7 @@ def test_results_do_not_depend_on_the_longest_sequence(which):
     for tokens in [30, 80] if limit == math.inf else [limit]:
         probe.check_positions(net, tokens, 'the examples')
         assert_close(beside(tokens), alone)
-    assert probe.room(net) == min(limit, net.config.max_position_embeddings)
+    assert probe.max_sequence_length(net) == min(limit, net.config.max_position_embeddings)
     if limit < math.inf:
         assert (beside(limit + 60) - alone).abs().max() > 1e-2
         with pytest.raises(UserError, match=f'beyond {limit} tokens .* longest sequence .* take {limit + 1} tokens'):
@@ -795,7 +795,7 @@ def test_the_kernel_gets_what_the_loop_computes(heads, old, window, shape, monke
     loop, _ = model.packed_attention(None, q, k, v, None, **options)
     assert loop.shape == (1, batch.ids.numel(), 4, 8) and not calls
     # each answer by itself, as in large groups
-    monkeypatch.setattr(data, 'SMALL', 0)
+    monkeypatch.setattr(data, 'MAX_BLOCK_TOKENS', 0)
     alone, _ = model.packed_attention(None, q, k, v, None, **options | {'packed': pack(shape)})
     assert_close(alone, loop, 1e-6)
     batch.varlen = data.Varlen(batch.groups)

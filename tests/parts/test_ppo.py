@@ -79,6 +79,8 @@ def test_grpo_by_hand():
     A group whose rewards are equal teaches nothing: there is no gradient at the reference."""
     advantage = formulas.group_advantage(rows([1, 3], [5, 5]), eps=0.25)
     assert torch.allclose(advantage, rows([-0.8, 0.8], [0, 0]))
+    # by default eps is 1e-4, here as large as the std
+    assert torch.allclose(formulas.group_advantage(rows([0, 2e-4])), rows([-0.5, 0.5]))
     l = formulas.grpo(rows(-2), rows(-2), rows(math.log(2) - 2), rows(0.8), clip=0.2, kl_coef=0.5)
     assert l.item() == pytest.approx(-0.8 + 0.5 * (1 - math.log(2)), abs=1e-12)
     pi = rows(-2, -1).requires_grad_()

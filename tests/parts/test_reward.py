@@ -18,6 +18,7 @@ from feedback import score
 from hf import export, load, probe
 from rl import heads
 from text import tokenise, toy
+from text.examples import in_words
 
 EOS, FULL = toy.tokenizer().eos_token_id, len(toy.tokenizer())  # FULL: rows of an embedding without a spare one
 CONFIGS = {'llama': {'tie_word_embeddings': True}, 'gpt_neox': {}, 'qwen2': {}, 'gpt2': {'vocab_size': FULL},
@@ -233,14 +234,14 @@ def test_margins_of_rows(tmp_path, monkeypatch):
     for _ in range(2):  # computed, then from the cache
         found = examples(file)
         assert found.margin.tolist() == [1, 0.5, 0, -2, 3] and found.margin.dtype == np.float32
-        assert found.changes() == ('1 pairs without a margin, taken as 0', [])
+        assert in_words(found.left_out) == ('1 pairs without a margin, taken as 0', [])
     assert found.select(np.array([4, 1])).margin.tolist() == [3, 0.5]
     flipped = found.flip(0.99, 0)
     assert flipped.margin.tolist() == found.margin.tolist() and (flipped.spans != found.spans).any()
     for task in ('pairs', 'singles', 'sft'):
         other = examples(file, margins=False, task=task)
         assert other.margin is None
-        assert other.changes()[0] == ('4 margins, which only reward.py uses' if task == 'pairs' else 'nothing')
+        assert in_words(other.left_out)[0] == ('4 margins, which only reward.py uses' if task == 'pairs' else 'nothing')
     assert examples(write_jsonl(tmp_path / 'none.jsonl', rows([None, None]))).margin is None
 
 

@@ -16,6 +16,7 @@ from stub import completion, serve
 
 import fsdp
 from configurator import UserError
+from feedback.answers import append
 from hf import generate, load
 from model import set_attention
 from runtime.files import lock
@@ -162,6 +163,13 @@ def test_resume(asked):
         assert 'another run is using moved' in refused(*FLAGS, out_dir='moved')
 
 
+def test_answers_outlive_a_power_cut(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr('os.fsync', synced.append)
+    append(tmp_path / 'samples.jsonl', [{}])
+    assert len(synced) == 1
+
+
 def test_stops_and_greedy(folder):
     """Stop tokens of generation_config.json hold in a sharded model, too; temperature 0 is model.generate's greedy answer."""
     _, rows = run(f'--model={folder}/model', '--temperature=0', '--max_new_tokens=16')
@@ -247,6 +255,10 @@ def test_prompts_as_chats():
     assert messages.instruction([{'role': 'user', 'content': ' x '}]) == ' x '
     chat = [{'role': role, 'content': role[0]} for role in ('system', 'user', 'assistant', 'user')]
     assert messages.instruction(chat) == 'user: u\n\nassistant: a\n\nuser: u'
+    # the example that is made a chat of stays as it was
+    example = {'prompt': 'a', 'response': ' b'}
+    assert messages.as_chats(example)['response'] == [{'role': 'assistant', 'content': 'b'}]
+    assert example == {'prompt': 'a', 'response': ' b'}
 
 
 def test_sources(folder, capsys):

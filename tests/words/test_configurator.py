@@ -160,6 +160,7 @@ KNOWN = [  # what values an option of this name can have
     ('max_grad_norm', math.inf, None),  # no clipping
     ('max_grad_norm', 0.0, 'must lie between 1e-09 and inf, not 0.0'), ('temperature', -math.inf, 'must lie between'),
     ('batch_size', 1, None), ('batch_size', 0, 'must lie between 1 and inf, not 0'), ('seed', 2**32, 'must lie between'),
+    ('seed', 2**32 - 1, None),
     ('attn', None, None), ('dtype', 'float16', "must be one of float32, bfloat16, not 'float16'"),
     ('attn', 'x', "must be one of sdpa, eager, flash_attention_2, flash_attention_3, not 'x'"),
     ('save_every', 'auto', None), ('max_tokens', 'all', "must be a number or auto, not 'all'"),
