@@ -307,22 +307,22 @@ def example_of(row, columns):
     return {'prompt': prompt, **{key: chat[-1:] for key, chat in chats.items()}}
 
 
-def whole_chat(prompt, answer):
-    """Return all turns of a prompt (text, chat or None) and a chat that either continues it or repeats it."""
+def whole_chat(prompt, chat):
+    """Return all turns of a prompt (text, chat or None) and a chat that either continues the prompt or includes it."""
     turns = [] if prompt is None else as_chat(prompt)
-    if answer[0]['role'] == 'assistant':
-        return turns + answer
-    # the chat must contain the prompt without its system message, or the prompt all questions of the chat
+    if chat[0]['role'] == 'assistant':
+        return turns + chat
+    # either the chat includes the prompt (system message aside), or the prompt includes all questions of the chat
     prompt_text = '\n'.join(turn['content'].strip() for turn in turns if turn['role'] != 'system')
-    chat_text = '\n'.join(turn['content'].strip() for turn in answer[:-1])
-    questions = [turn['content'].strip() for turn in answer[:-1] if turn['role'] == 'user']
+    chat_text = '\n'.join(turn['content'].strip() for turn in chat[:-1])
+    questions = [turn['content'].strip() for turn in chat[:-1] if turn['role'] == 'user']
     prompt_has_questions = len(questions) > 1 and all(question in prompt_text for question in questions)
     if prompt_text not in chat_text and not prompt_has_questions:
         raise LeftOut('answers to something else than the prompt')
     has_system = bool(turns) and turns[0]['role'] == 'system'
-    if has_system and answer[0]['role'] != 'system':
-        return turns[:1] + answer
-    return answer
+    if has_system and chat[0]['role'] != 'system':
+        return turns[:1] + chat
+    return chat
 
 
 def _example_of_texts(row, prompt, answers):
@@ -364,6 +364,7 @@ def _split_at_marker(chosen, rejected):
     """Return the example of two full texts that share a prompt, by splitting each at its last turn marker."""
     common = os.path.commonprefix([chosen, rejected])
     marker = next((marker for marker in TURN_MARKERS if marker in common), None)
+    # HH: the prompts themselves may differ, which is checked below
     if ASSISTANT in chosen:
         marker = ASSISTANT
     if marker is None:
@@ -553,14 +554,14 @@ def read_completions(row, task=None):
 
 def read_scored(row, task=None):
     """Read a list of answers and a list of their scores: numbers, true or false (correct or not), or null (skipped)."""
-    answers, scores = next((a, s) for a in MANY for s in SCORES if {a, s} <= row.keys())
-    texts, known = field(row, answers, list), field(row, scores, list)
-    all_numbers = all(isinstance(score, NUMBER | None) for score in known)
-    if not are_texts(texts, len(known)) or not all_numbers:
-        raise ValueError(f'{answers!r} and {scores!r} are not as many texts and numbers')
-    if task == 'sft' and all(score is False for score in known):
+    columns = next((answers, scores) for answers in MANY for scores in SCORES if {answers, scores} <= row.keys())
+    texts, scores = (field(row, column, list) for column in columns)
+    all_numbers = all(isinstance(score, NUMBER | None) for score in scores)
+    if not are_texts(texts, len(scores)) or not all_numbers:
+        raise ValueError(f'{columns[0]!r} and {columns[1]!r} are not as many texts and numbers')
+    if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
-    scored = [(score, said(text)) for score, text in zip(known, texts, strict=True) if score is not None]
+    scored = [(score, said(text)) for score, text in zip(scores, texts, strict=True) if score is not None]
     return ranked(as_chat(asked(row)), scored, task)
 
 
@@ -574,10 +575,7 @@ def grouped(rows, task, read):
             yield row, found
             continue
         prompt, scored = found
-        key = json.dumps(prompt)
-        if key not in groups:
-            groups[key] = (row, prompt, [])
-        all_scored = groups[key][2]
+        _, _, all_scored = groups.setdefault(json.dumps(prompt), (row, prompt, []))
         all_scored += [pair for pair in scored if pair not in all_scored]
     for row, prompt, all_scored in groups.values():
         yield row, ranked(prompt, all_scored, task)
@@ -615,6 +613,7 @@ def read_trees(rows, task=None, language=None):
     only messages in this language; None: all."""
     rows = list(rows)
     by_id = {str(row.get('message_id')): row for row in rows}
+    # [parent, language, rank] as text -> row
     by_rank = {str([row.get(key) for key in ('parent_id', 'lang', 'rank')]): row for row in rows}
 
     def conversation_to(message_id):
@@ -691,7 +690,7 @@ def label_of(row):
 
 
 def read_chat(row, task=None):
-    """Read a conversation: {'prompt', 'response': the last answer, 'turns': all messages if several answers are trained on}.
+    """Read a conversation: {'prompt', 'response': last answer, 'turns': all messages, if several answers are trained on}.
 
     A conversation that ends with a question is a prompt, or its answer has another column. If messages before the first
     question or after the last answer are removed, {'drop': UNASKED} follows the example, so that they are counted."""

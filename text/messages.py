@@ -219,6 +219,7 @@ def alternating(texts):
 def dialogue(text, turn_pattern):
     """Return the messages of a dialogue in one text; what precedes the first marker is ignored. turn_pattern: regular
     expression of the markers that begin a turn; its only group is the speaker."""
+    # [text before, speaker, text, speaker, text, ...]
     _, *parts = re.split(turn_pattern, text)
     roles = ['assistant' if speaker in ('Assistant', 'Response') else 'user' for speaker in parts[::2]]
     return [message(role, text.strip()) for role, text in zip(roles, parts[1::2], strict=True)]
