@@ -1,7 +1,7 @@
-"""From texts and chats to what the tokenizer reads: the chat template, and the special tokens that somebody has written.
+"""Write chats as text with the tokenizer's chat template, and mark special tokens that came from the data.
 
-A special token that somebody has written into a text is text. It is put between two marks, and ids.py encodes what stands
-between them as text. Elsewhere the tokenizer finds its special tokens, as the template wrote them."""
+A special token in the data must stay plain text. It is put between MARK and UNMARK, and ids.py encodes what stands between
+them as text. Special tokens that the template wrote are unmarked, and become tokens."""
 
 import contextlib
 import os
@@ -17,13 +17,14 @@ from typing import NamedTuple
 from configurator import UserError
 from text.messages import REASONING, message
 
-PLAIN_CHAT = (  # for tokenizers without a chat template: Anthropic's format, as in the original DPO code
+# for tokenizers without a chat template: Anthropic's format, as in the original DPO code
+PLAIN_CHAT = (
     "{% for m in messages %}{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' if m.role == 'assistant' else "
     "'\n\n' }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-# a chat template is a program that came with the model: its length, the time of all processors for one chat, and the memory
+# a chat template is a program from the hub, so its length, CPU time for one chat, and memory are limited
 TEMPLATE_LENGTH, TEMPLATE_SECONDS, TEMPLATE_BYTES = 1_000_000, 20, 2**30
-# before and behind a special token that is text: characters for private use, which no text has
+# private-use characters around a special token that came from the data
 MARK, UNMARK = '\U000f0000', '\U000f0001'
 
 NO_TEMPLATE = 'note: no chat template in the tokenizer, so chats are written as Human: / Assistant:'
@@ -33,64 +34,65 @@ THOUGHTLESS = 'answers without a thought, behind a prompt that opens one: an emp
 
 
 class Refused(Exception):
-    """What is wrong with one row, so that the chat template cannot write it."""
+    """Raised for a row that the chat template cannot write; the message is the reason."""
 
 
 def render(prompt, answers, tools, tokenizer, left_out, blank=False):
-    """Prompt and answers as marked texts; None where an answer says nothing that the template writes (unless blank may be).
+    """Return [prompt, *answers] as marked texts, or None if the template writes nothing of an answer. Raises Refused.
 
-    Texts are as they are. Of chats, prompt and answer are what the template makes of the whole, with four differences:
-    prompt and answer become tokens apart, as in sampling; line breaks that a template writes after the end of a turn are
-    not part of the answer; tokenise adds the end of text where the template ends a turn with something else, or with
-    nothing; and where the template's prompt opens a thought, an answer without one closes it. Raises Refused."""
+    If all are texts, the template is not used. Otherwise an answer is what the template writes after the prompt, without
+    line breaks at its end. If the prompt opens a thought (<think>), an answer without thoughts closes it.
+    left_out: Counter of reasons, updated. blank: allow empty answers."""
     special = special_of(tokenizer)
     if isinstance(prompt, str) and all(isinstance(text, str) for text in answers):
         left_out['tools beside texts, which only chats can have'] += bool(tools)
         texts = _plain(prompt, answers, special, left_out)
         left_out[KEPT] += sum(MARK in text for text in texts)
         return texts
-
-    # a text beside chats is a user's, or the assistant's, message
-    prompt = [message('user', prompt)] if isinstance(prompt, str) else prompt
+    # if only some are chats, texts become messages
+    if isinstance(prompt, str):
+        prompt = [message('user', prompt)]
     answers = [[message('assistant', text)] if isinstance(text, str) else text for text in answers]
-    prompt, tools = marked(prompt, special, left_out), special.mark(tools)
+    prompt = marked(prompt, special, left_out)
+    tools = special.mark(tools)
     answers = [marked(answer, special, left_out) for answer in answers]
     if template_of(tokenizer, tools) == PLAIN_CHAT:
         left_out[NO_TEMPLATE] = 1
     texts = _write_all(prompt, answers, tools, tokenizer, left_out)
 
-    # count what the template does not write
-    def prompt_again(turns, tools):
+    def write_prompt(turns, tools):
         return _write_all(turns, [], tools, tokenizer, Counter())[0]
 
-    def answer_again(turns, _=None):
+    def write_answer(turns, _=None):
         return _write_all(prompt, [turns], tools, tokenizer, Counter())[1]
 
-    count_unwritten(prompt, tools, texts[0], prompt_again, left_out)
+    count_unwritten(prompt, tools, texts[0], write_prompt, left_out)
     for turns, text in zip(answers, texts[1:], strict=True):
-        count_unwritten(turns, None, text, answer_again, left_out)
-        if blank or any(turn['content'].strip() for turn in turns):
+        count_unwritten(turns, None, text, write_answer, left_out)
+        has_content = any(turn['content'].strip() for turn in turns)
+        if blank or has_content:
             continue
-        bare = [message(turn['role'], turn['content']) for turn in turns]
-        if answer_again(bare) == text:
+        # the answer has only other fields, such as tool calls: it is empty if the template writes none of them
+        content_only = [message(turn['role'], turn['content']) for turn in turns]
+        if write_answer(content_only) == text:
             return None
     left_out[KEPT] += sum(MARK in text for text in texts)
     return texts
 
 
-# ---- special tokens that somebody has written ----
+# ---- special tokens in the data ----
 
 
 class Special(NamedTuple):
     """A tokenizer's special tokens, as regular expressions."""
 
     any: re.Pattern
-    stop: re.Pattern  # one that ends a turn or a text
-    tail: re.Pattern  # those at a text's end
-    bos: str
+    stop: re.Pattern  # EOS or the end of a turn
+    tail: re.Pattern  # one or more stops at the end of a text
+    bos: str  # '' if the tokenizer has none
 
     def mark(self, value):
-        """A json-able value with marks around the special tokens in its strings; marks that it has are taken out."""
+        """Return a JSON-like value with marks around the special tokens in its strings; existing marks are removed."""
         if isinstance(value, str):
             return self.any.sub(rf'{MARK}\g<0>{UNMARK}', value.replace(MARK, '').replace(UNMARK, ''))
         if isinstance(value, list):
@@ -100,56 +102,62 @@ class Special(NamedTuple):
         return value
 
     def split(self, text):
-        """(a text, the ends of turn behind it)"""
+        """Return (text without the stop tokens at its end, these tokens)."""
         tail = self.tail.search(text)
         return (text[: tail.start()], tail[0]) if tail else (text, '')
 
 
 def _any_of(words):
-    """A regular expression of any of these words, the longest first; of no words, of nothing."""
-    return re.compile('|'.join(map(re.escape, sorted(words, key=len, reverse=True))) or '(?!)')
+    """Return a pattern that matches any of the words, longest first; without words it never matches."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile('|'.join(map(re.escape, longest_first)) or '(?!)')
 
 
 def special_of(tokenizer):
-    """The Special of a tokenizer and its chat template."""
+    """Return the Special of a tokenizer and its chat template."""
+    # the other arguments are cache keys: they change if somebody edits the tokenizer
     template = repr(tokenizer.chat_template)
     return _special_in(tokenizer, len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, template)
 
 
 @lru_cache(maxsize=8)
 def _special_in(tokenizer, *_):
+    """Return the Special of a tokenizer: its special tokens, EOS, and the added tokens that the chat template writes."""
     added = tokenizer.added_tokens_decoder
     tokens = {token.content for token in added.values() if token.special} | {tokenizer.eos_token}
     stops = {tokenizer.eos_token}
-    # what the template writes around turns is special too, whatever the tokenizer says; a thought's marks are not
+    # some tokenizers do not flag their turn markers as special, so write a chat and see; <think> is not written here
     chat = [message('user', 'one'), message('assistant', 'zebra'), message('user', 'two')]
-    # a template that is of no use is named where there is a chat that needs it
+    # a broken template is reported later, and only if there are chats
     with contextlib.suppress(Refused, UserError):
         text = write(chat, None, tokenizer)
         written = set(tokenizer(text, add_special_tokens=False)['input_ids'])
-        tokens |= {token.content for i, token in added.items() if i in written and token.content.strip()}
-        behind = _any_of(tokens).match(text.rpartition('zebra')[2].lstrip())
-        if behind:
-            stops.add(behind[0])
+        tokens |= {token.content for token_id, token in added.items() if token_id in written and token.content.strip()}
+        after_answer = text.rpartition('zebra')[2].lstrip()
+        end_of_turn = _any_of(tokens).match(after_answer)
+        if end_of_turn:
+            stops.add(end_of_turn[0])
     stop = _any_of(stops)
-    return Special(_any_of(tokens), stop, re.compile(rf'(?:(?:{stop.pattern})\s*)+\Z'), tokenizer.bos_token or '')
+    tail = re.compile(rf'(?:(?:{stop.pattern})\s*)+\Z')
+    return Special(_any_of(tokens), stop, tail, tokenizer.bos_token or '')
 
 
 def _plain(prompt, answers, special, left_out):
-    """A prompt and answers that are texts, marked: a BOS before the prompt and ends behind the answers stay tokens.
-
-    So do all where the prompt (or, without one, the answer) begins or ends with one: then a chat template, or its author,
-    has written them."""
+    """Return [prompt, *answers], all texts, with their special tokens marked, except a leading BOS and stops at the end.
+    Nothing is marked if the prompt (the first answer if it is empty) begins or ends with a special token: the text was
+    then written by a chat template, and its special tokens are meant as tokens."""
     bos = special.bos if prompt.startswith(special.bos) else ''
     body = prompt.removeprefix(bos)
-    written = special.any.match(body or ''.join(answers[:1])) or re.search(rf'(?:{special.any.pattern})\s*\Z', body)
-    left_out['texts that begin or end with a special token: theirs are read as tokens'] += bool(written)
-    mark = str if written else special.mark
-
+    begins_special = special.any.match(body or ''.join(answers[:1]))
+    ends_special = re.search(rf'(?:{special.any.pattern})\s*\Z', body)
+    is_formatted = bool(begins_special or ends_special)
+    left_out['texts that begin or end with a special token: theirs are read as tokens'] += is_formatted
+    # str leaves texts unchanged
+    mark = str if is_formatted else special.mark
     texts = [bos + mark(body)]
     for answer in answers:
         body, tail = special.split(answer)
-        # each end once, and no line breaks between or behind them
+        # keep each stop token once, without line breaks
         end = ''.join(dict.fromkeys(special.stop.findall(tail)))
         left_out[ENDED] += tail != end
         texts.append(mark(body) + end)
@@ -157,7 +165,7 @@ def _plain(prompt, answers, special, left_out):
 
 
 def marked(chat, special, left_out):
-    """The messages of a chat, marked; the assistant's without the end of turn that the template writes once more."""
+    """Return a chat with its special tokens marked. Stops at the end of answers go: the template writes them. Raises Refused."""
     turns = []
     for turn in chat:
         if special.any.search(turn['role']):
@@ -174,123 +182,141 @@ def marked(chat, special, left_out):
 
 
 def template_of(tokenizer, tools=None):
-    """The text of the chat template that applies to a chat with or without tools. Raises UserError where there is none."""
+    """Return the source of the chat template for a chat with these tools, or PLAIN_CHAT. Raises UserError."""
     if not tokenizer.chat_template:
         return PLAIN_CHAT
     try:
-        found = tokenizer.get_chat_template(tools=tools or None)
+        template = tokenizer.get_chat_template(tools=tools or None)
     except ValueError:
-        found = tokenizer.chat_template  # several, none of the name default
-    if isinstance(found, str) and len(found) <= TEMPLATE_LENGTH:
-        return found
-    wanted = f'a text of at most {TEMPLATE_LENGTH:,} characters, or several with one of the name default'
-    there = f'{type(found).__name__} of {len(str(found)):,} characters, {str(found)[:60]!r}'
-    raise UserError(f"the tokenizer's chat template is not {wanted}, but {there}: mend it in the model folder")
+        # a dict of templates without a default
+        template = tokenizer.chat_template
+    if isinstance(template, str) and len(template) <= TEMPLATE_LENGTH:
+        return template
+    expected = f'a text of at most {TEMPLATE_LENGTH:,} characters, or several with one of the name default'
+    found = f'{type(template).__name__} of {len(str(template)):,} characters, {str(template)[:60]!r}'
+    raise UserError(f"the tokenizer's chat template is not {expected}, but {found}: mend it in the model folder")
 
 
 @contextlib.contextmanager
 def _limits():
-    """Raise TimeoutError or MemoryError in what takes longer, or more memory, than a chat template may.
-
-    Threads other than the main one have no limit, nor has anything outside Linux."""
-    table = Path('/proc/self/statm')  # its first number: pages of memory
-    if threading.current_thread() is not threading.main_thread() or not table.exists():
+    """Raise TimeoutError or MemoryError in the body if it exceeds the CPU time or memory of a chat template. No limits
+    outside the main thread, where signals cannot be handled, and outside Linux."""
+    memory_use = Path('/proc/self/statm')
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or not memory_use.exists():
         yield
         return
 
-    def stop(*_):
+    def raise_timeout(*_):
         raise TimeoutError
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    allowed = int(table.read_text().split()[0]) * resource.getpagesize() + TEMPLATE_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (allowed if soft == resource.RLIM_INFINITY else min(allowed, soft), hard))
-    before = signal.signal(signal.SIGVTALRM, stop)
+    # the first number is the size of the address space in pages
+    num_pages = int(memory_use.read_text().split()[0])
+    allowed = num_pages * resource.getpagesize() + TEMPLATE_BYTES
+    if soft != resource.RLIM_INFINITY:
+        allowed = min(allowed, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
+    old_handler = signal.signal(signal.SIGVTALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGVTALRM, old_handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def write(chat, tools, tokenizer, **how):
-    """What the chat template makes of a chat. Raises Refused where it refuses it, UserError where it does so always."""
-    template, chat = template_of(tokenizer, tools), [with_thoughts(turn) for turn in chat]
+def write(chat, tools, tokenizer, **options):
+    """Return a chat as text, written by the chat template. options: for apply_chat_template. Raises Refused if the
+    template raises an error, and UserError if it is invalid or exceeds its time or memory."""
+    template = template_of(tokenizer, tools)
+    chat = [with_thoughts(turn) for turn in chat]
     try:
         with _limits():
-            return tokenizer.apply_chat_template(chat, tools=tools, chat_template=template, tokenize=False, **how)
+            return tokenizer.apply_chat_template(chat, tools=tools, chat_template=template, tokenize=False, **options)
     except TimeoutError:
         raise UserError(f'the chat template does not end: it was stopped after {TEMPLATE_SECONDS} seconds') from None
     except MemoryError:
         raise UserError(f'the chat template takes more than {TEMPLATE_BYTES / 2**30:.0f} GiB for one chat') from None
-    except Exception as error:  # templates are programs and raise what they like
+    # a template may raise any exception
+    except Exception as error:
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         raise Refused(f'the chat template refuses an example: {reason}') from None
 
 
 def with_thoughts(turn):
-    """A message with its thoughts in both fields that templates look for, whichever they are in."""
+    """Return a message with its thoughts in both fields that templates read, 'thinking' and 'reasoning_content'."""
     thoughts = next((turn[key] for key in REASONING if turn.get(key) is not None), None)
-    return turn if thoughts is None else {'thinking': thoughts, **turn, 'reasoning_content': thoughts}
+    if thoughts is None:
+        return turn
+    return {'thinking': thoughts, **turn, 'reasoning_content': thoughts}
 
 
 def _write_all(prompt, answers, tools, tokenizer, left_out):
-    """The texts of a prompt that asks for an answer, and of the answers behind it. Raises Refused."""
-    # with the header of an answer, or in the midst of the one that it has begun
-    *before, last = prompt
-    begun = last['role'] == 'assistant'
-    asked = write(prompt, tools, tokenizer, add_generation_prompt=not begun, continue_final_message=begun)
-    texts = [asked]
+    """Return the text of a prompt, up to where an answer begins, and the text of each answer after it. Raises Refused."""
+    *earlier, last = prompt
+    # a prompt that ends with the assistant has begun the answer
+    has_begun = last['role'] == 'assistant'
+    prompt_text = write(prompt, tools, tokenizer, add_generation_prompt=not has_begun, continue_final_message=has_begun)
+    texts = [prompt_text]
     for answer in answers:
         chat = prompt + answer
-        if begun and answer and answer[0]['role'] == 'assistant':
-            joined = last | answer[0] | {'content': last['content'] + answer[0]['content']}
-            chat = [*before, joined, *answer[1:]]
-        whole = write(chat, tools, tokenizer)
-        text = whole.removeprefix(asked) if whole.startswith(asked) else _thought(asked, whole, answer, left_out)
+        if has_begun and answer and answer[0]['role'] == 'assistant':
+            content = last['content'] + answer[0]['content']
+            chat = [*earlier, {**last, **answer[0], 'content': content}, *answer[1:]]
+        full_text = write(chat, tools, tokenizer)
+        if full_text.startswith(prompt_text):
+            text = full_text.removeprefix(prompt_text)
+        else:
+            text = _after_opened_thought(prompt_text, full_text, answer, left_out)
         texts.append(text.rstrip('\n'))
     return texts
 
 
-def _thought(asked, whole, answer, left_out):
-    """The text of an answer behind a prompt that opens a thought, where the template does not write it so: the answer's own
-    thought, which may be empty, its end, and what the template writes of the rest. Raises Refused where all else differs."""
-    opens = re.search(r'<([\w:]*think\w*|thought|reasoning)>\s*\Z', asked)
-    if not opens or not whole.startswith(asked[: opens.start()]):
-        differs = asked[len(os.path.commonprefix([asked, whole])) :][:60]
+def _after_opened_thought(prompt_text, full_text, answer, left_out):
+    """Return the text of an answer if the prompt's text ends with <think> and the full chat's text differs from there on.
+    The text is the thought, which may be empty, its end tag, and the answer. Raises Refused if they differ earlier."""
+    tag = re.search(r'<([\w:]*think\w*|thought|reasoning)>\s*\Z', prompt_text)
+    if not tag or not full_text.startswith(prompt_text[: tag.start()]):
+        num_equal = len(os.path.commonprefix([prompt_text, full_text]))
         wrong = 'the chat template writes an answered chat differently from the prompt it asks to continue'
-        raise Refused(f'{wrong}: where that has {differs!r} it has something else')
-    begin, end, rest = f'<{opens[1]}>', f'</{opens[1]}>', whole[opens.start() :]
-    # it writes the thought, with other white space
-    if rest.startswith(begin):
-        return rest.removeprefix(begin).lstrip()
-    # the template leaves the thought out, or there is none: in sampling it comes first all the same
-    inline, _, _ = answer[0]['content'].rpartition(end)
-    thought = next((answer[0][key] for key in REASONING if answer[0].get(key)), inline)
-    thought = str(thought).strip().removeprefix(begin).strip()
+        raise Refused(f'{wrong}: where that has {prompt_text[num_equal:][:60]!r} it has something else')
+    start, end = f'<{tag[1]}>', f'</{tag[1]}>'
+    rest = full_text[tag.start() :]
+    # the template writes the thought, only with other white space after the tag
+    if rest.startswith(start):
+        return rest.removeprefix(start).lstrip()
+    # the template drops thoughts, but in sampling the model writes one first, so add it back
+    first = answer[0]
+    inline_thought, _, _ = first['content'].rpartition(end)
+    thought = next((first[key] for key in REASONING if first.get(key)), inline_thought)
+    thought = str(thought).strip().removeprefix(start).strip()
     left_out[THOUGHTLESS] += not thought
     return f'{thought}\n{end}\n\n{rest.lstrip()}'
 
 
 def count_unwritten(turns, tools, text, write_again, left_out):
-    """Count the contents that are not in the text, and the fields of messages, and tools, that make no difference to it.
+    """Count in left_out what the template does not write to the text: contents, other fields of messages, and tools.
+    write_again(turns, tools): returns the text of other turns and tools. A field is unwritten if the text is the same
+    without it."""
+    num_changed = sum(turn['content'].strip() not in text for turn in turns)
+    left_out['messages whose content the chat template changes or leaves out'] += num_changed
+    tools_unwritten = bool(tools) and write_again(turns, None) == text
+    left_out['tools, which the chat template does not write'] += tools_unwritten
 
-    write_again(turns, tools) -> the text of others."""
-    changed = sum(turn['content'].strip() not in text for turn in turns)
-    left_out['messages whose content the chat template changes or leaves out'] += changed
-    left_out['tools, which the chat template does not write'] += bool(tools) and write_again(turns, None) == text
-
-    def same_without(name, holders):
-        less = [{k: v for k, v in turn.items() if k != name or i not in holders} for i, turn in enumerate(turns)]
+    def is_same_without(name, indices):
+        fewer = [{k: v for k, v in turn.items() if k != name or i not in indices} for i, turn in enumerate(turns)]
         try:
-            return write_again(less, tools) == text
-        except Refused:  # the template cannot do without
+            return write_again(fewer, tools) == text
+        # the template needs the field
+        except Refused:
             return False
 
-    # usually it writes a field of all messages, or of none
-    for name in sorted({name for turn in turns for name in turn} - {'role', 'content'}):
-        holders = [i for i, turn in enumerate(turns) if turn.get(name) not in (None, '', [], {})]
-        if not same_without(name, holders):
-            holders = [i for i in holders if same_without(name, [i])]
-        left_out[f'messages with {name!r}, which the chat template does not write'] += len(holders)
+    names = {name for turn in turns for name in turn} - {'role', 'content'}
+    for name in sorted(names):
+        indices = [i for i, turn in enumerate(turns) if turn.get(name) not in (None, '', [], {})]
+        # usually no message's field is written; if one is, try them one by one
+        if not is_same_without(name, indices):
+            indices = [i for i in indices if is_same_without(name, [i])]
+        left_out[f'messages with {name!r}, which the chat template does not write'] += len(indices)

@@ -1,9 +1,10 @@
-"""Columns as people have them -> prompt and answers. A new layout is one row of LAYOUTS and one function.
+"""Read the column layouts that people use into prompts and answers.
 
-A row is normalised (unified), its columns name a layout, and the layout's function read(row, task) makes a list of
-examples, as sources.py describes them. Where one row does not tell its examples (OF_ALL_ROWS), read(rows, task) yields
-(row, its examples or the ValueError). ValueError: a row is not what it should be; LeftOut(reason): it is sound, and a
-rule leaves it out. task: 'pairs', 'singles', 'sft', 'prompts', or None."""
+unified() gives a row's columns our names and parses its chats. The first Layout whose columns the row has then reads it:
+read(row, task) returns a list of examples (described in sources.py). Readers in OF_ALL_ROWS need the whole dataset:
+read(rows, task) yields (row, its examples or a ValueError). task: 'pairs', 'singles', 'sft', 'prompts' or None.
+Readers raise ValueError for invalid rows and LeftOut for valid rows that a rule excludes.
+To add a layout, write a reader and add a row to LAYOUTS."""
 
 import json
 import os
@@ -20,54 +21,53 @@ DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNASKED = 'note: conversations that lose what precedes the first question or follows the last answer to train on'
 
-# ---- the names that people use ----
-
 # fmt: off
-# the columns that may ask: the first one there is
-QUESTIONS = ('prompt', 'question', 'instruction', 'problem', 'query', 'input')
-# what an instruction or a question is about, written behind it
-ADDED = ('input', 'context')
-# more that a question may be about
-ABOUT = ('context', 'history', 'options', 'choices', 'article', 'passage')
-# beside a solution, an answer is its last line
-ANSWERS = ('response', 'completion', 'output', 'solution', 'answer', 'label')
-# in the name of a column that nobody knows
-LIKE_ANSWERS = ('chosen', 'rejected', 'response', 'completion', 'output', 'answer', 'reply', 'target')
-CHATS = ('messages', 'conversations', 'conversation', 'context_messages', 'trajectory')
-LABELS = ('good', 'label', 'kto_tag', 'desirable', 'is_safe')
-# what --columns may name
-COLUMNS = ('prompt', 'question', 'system', 'chosen', 'rejected', 'response', 'label', 'messages', 'text', 'margin', 'tools')
-# what is no text
-MEDIA = ('image', 'images', 'video', 'videos', 'audio', 'audios')
-# other names, which stand together -> ours
-RENAMED = (
-    {'chosen_response': 'chosen', 'rejected_response': 'rejected'}, {'response_j': 'chosen', 'response_k': 'rejected'},
-    {'preferred_output': 'chosen', 'non_preferred_output': 'rejected'}, {'accepted': 'chosen', 'rejected': 'rejected'},
-    {'response': 'chosen', 'rejected_response': 'rejected'}, {'messages': 'chosen', 'rejected_messages': 'rejected'},
-    {'chosen_conversations': 'chosen', 'rejected_conversations': 'rejected'},
-    {'system_prompt': 'system'}, {'system_message': 'system'}, {'messages': 'messages', 'functions': 'tools'},
-    {'definition': 'instruction', 'inputs': 'input', 'targets': 'output'},
-    {'definition': 'instruction', 'input': 'input', 'output': 'output'},
-    {'inputs': 'input', 'targets': 'output'}, {'input': 'input', 'target': 'output'},
-    {'human': 'instruction', 'assistant': 'response'}, {'user': 'instruction', 'assistant': 'response'},
-    {'r1_solution_1': 'response'}, {'generated_solution': 'response'},
-)
-# where a chat may stand (if no other column is known: items, dialogue, data), and is then
-OTHERWISE = {'input': 'messages', 'items': 'messages', 'dialogue': 'messages', 'data': 'messages', 'context': 'prompt', 'query': 'prompt'}
-# two answers that somebody has compared, and the columns that say which is better: by name or number, or by sign; or scores
-STEMS = ('response_', 'response', 'answer_', 'completion_', 'conversation_', 'output_')
-COMPARED = [(stem + one, stem + two) for stem in STEMS for one, two in ('ab', '01', '12')]
-BY_NAME = ('winner', 'preferred', 'preference', 'better_response_id', 'safer_response_id', 'label')
-BY_SIGN = ('preference_strength', 'overall_preference')
-# how a verdict names a side (a number may be a fraction, and a text), and how it says that there is none
+# columns with the question; the first one present is used
+QUESTIONS = 'prompt question instruction problem query input'.split()
+# columns that are appended to a question or an instruction
+ADDED = 'input context'.split()
+# columns with more context for a question
+ABOUT = 'context history options choices article passage'.split()
+# columns with the answer, best first: next to a full solution, 'answer' is only its last line
+ANSWERS = 'response completion output solution answer label'.split()
+# an unknown column whose name contains one of these may be an answer
+LIKE_ANSWERS = 'chosen rejected response completion output answer reply target'.split()
+CHATS = 'messages conversations conversation context_messages trajectory'.split()
+LABELS = 'good label kto_tag desirable is_safe'.split()
+# the names that --columns accepts
+COLUMNS = 'prompt question system chosen rejected response label messages text margin tools'.split()
+# columns that cannot be read: rows that use them are refused
+MEDIA = 'image images video videos audio audios'.split()
+# their name=our name; an entry applies if a row has all its columns
+RENAMED = [dict(names.split('=') for names in entry.split()) for entry in (
+    'chosen_response=chosen rejected_response=rejected', 'response_j=chosen response_k=rejected',
+    'preferred_output=chosen non_preferred_output=rejected', 'accepted=chosen rejected=rejected',
+    'response=chosen rejected_response=rejected', 'messages=chosen rejected_messages=rejected',
+    'chosen_conversations=chosen rejected_conversations=rejected', 'system_prompt=system', 'system_message=system',
+    'messages=messages functions=tools', 'definition=instruction inputs=input targets=output',
+    'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
+    'human=instruction assistant=response', 'user=instruction assistant=response', 'r1_solution_1=response',
+    'generated_solution=response',
+)]
+# their name -> our name, if the column holds a list of messages
+RENAMED_CHATS = {'input': 'messages', 'items': 'messages', 'dialogue': 'messages', 'data': 'messages',
+                 'context': 'prompt', 'query': 'prompt'}
+# pairs of columns with two answers to compare: response_a and response_b, response_0 and response_1, ...
+STEMS = 'response_ response answer_ completion_ conversation_ output_'.split()
+COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in ('ab', '01', '12')]
+# columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
+BY_NAME = 'winner preferred preference better_response_id safer_response_id label'.split()
+BY_SIGN = 'preference_strength overall_preference'.split()
+# a verdict that names a side ('model_a', 'B', '1', '1.0', 'A>>B'), and one that means a tie; both in lower case
 SIDE = re.compile(r'(model|response|answer|completion|conversation|assistant|output|option)?[ _-]?([ab012])(\.0|>+.)?')
 TIE = re.compile(r'|none|nan|-1(\.0)?|equal|draw|.=.|.*tie.*|.*both.*')
-# where a null is not the same as no such column
-NULL_SAYS = (*LABELS, *BY_NAME, *BY_SIGN, 'output_1')
-# lists of answers, and of their scores
-MANY = ('generations', 'responses', 'completions', 'outputs', 'all_generated_responses')
-SCORES = ('correctness_math_verify', 'correctness_llama', 'scores', 'ratings', 'rating', 'rewards', 'all_rm_scores')
-# behind the last of these, in a text, stands the answer; the first that a pair has is taken
+VERDICTS = [*BY_NAME, *BY_SIGN]
+# columns where null has a meaning: not labelled, or no winner
+NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
+# columns with lists of answers, and with lists of their scores
+MANY = 'generations responses completions outputs all_generated_responses'.split()
+SCORES = 'correctness_math_verify correctness_llama scores ratings rating rewards all_rm_scores'.split()
+# markers between a prompt and its answer in one text, in order of preference
 TURN_MARKERS = (ASSISTANT, '<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n', '<start_of_turn>model\n',
                 '<|assistant|>\n', '[/INST]', '### Assistant:', '### Response:', '\nAssistant:', ' ASSISTANT:', '\nAnswer:', '\nA:',
                 '\nTL;DR:')
@@ -75,17 +75,18 @@ TURN_MARKERS = (ASSISTANT, '<|im_start|>assistant\n', '<|start_header_id|>assist
 
 
 class LeftOut(Exception):
-    """A sound row that a rule leaves out: its message is the reason."""
+    """Raised for a valid row that a rule excludes; the message is the reason."""
 
 
-# the columns that a row must have, and how it is read
+# columns: a frozenset of the columns that a row must have
 Layout = namedtuple('Layout', 'name columns read')
 
 # ---- any row ----
 
 
 def each(rows, read):
-    """(row, its examples or the ValueError) of every row."""
+    """Yield (row, read(row)) for every row, or (row, ValueError) if the row is invalid. A row that read() leaves out
+    gives [{'drop': reason}]."""
     for row in rows:
         try:
             if row.error:
@@ -95,103 +96,130 @@ def each(rows, read):
             yield row, [{'drop': str(reason)}]
         except ValueError as error:
             yield row, error
-        # nested a thousand deep, or a list where a text should be
+        # unexpected nesting, such as a thousand levels, or a list in place of a text
         except (RecursionError, TypeError, LookupError, AttributeError) as error:
             yield row, ValueError(f'its columns cannot be read ({error})')
 
 
 def parse_any(row, task=None, columns=None):
-    """The examples of a row in any layout that LAYOUTS knows; columns: as in unified."""
+    """Return the examples of a row in any known layout. columns: {our name: column}, or None to detect them."""
     row = unified(row, columns)
     layout = layout_of(row)
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
-    return [_complete(example, row) for example in layout.read(row, task)]
+    return [_with_system_and_tools(example, row) for example in layout.read(row, task)]
 
 
 def layout_of(row):
-    """The Layout of a normalised row. Raises ValueError where its columns fit none, and names the nearest."""
+    """Return the first Layout whose columns a unified row has. Raises ValueError, with the nearest layout, if none fits."""
     for layout in LAYOUTS:
         if layout.columns <= row.keys():
             return layout
-    shares = [len(layout.columns & row.keys()) / len(layout.columns) for layout in LAYOUTS]
-    nearest = LAYOUTS[shares.index(max(shares))]
-    hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}' if any(shares) else ''
+
+    def share_present(layout):
+        return len(layout.columns & row.keys()) / len(layout.columns)
+
+    nearest = max(LAYOUTS, key=share_present)
+    hint = ''
+    if share_present(nearest) > 0:
+        hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
     raise ValueError(f"'prompt' is missing, and no other column is known{hint}")
 
 
 def unified(row, columns=None):
-    """A row without nulls, with our names, where a chat is a list of {'role', 'content'}, whatever it was written as.
+    """Return a copy of a row with our column names, every chat as a list of messages, and no null columns.
 
-    columns: our name -> its column, where the user says so; no other column counts then. A null stays in columns where it
-    says something, such as that nobody has labelled an answer, or preferred one."""
+    columns: {our name: column of the row}; if given, only these are read. Nulls stay in columns where they mean
+    "not labelled" or "no winner". Raises ValueError for media columns and for tools that are not JSON."""
     if columns:
         row = {name: row.get(column) for name, column in columns.items()}
-    # a table's Prompt is prompt, unless two columns would have one name
-    plain = {name.lower() if name.lower() in KNOWN else name: value for name, value in row.items()}
-    row = plain if len(plain) == len(row) else row
-    in_turn = (*CHATS, 'data') if 'id' in row else CHATS
-    row = {k: messages.as_messages(v, k in in_turn) for k, v in row.items()}
-    row = {k: v for k, v in row.items() if v is not None or k in NULL_SAYS}
-    seen = next((name for name in MEDIA if row.get(name)), None)
-    if seen:
-        raise ValueError(f'{seen!r} would be lost: only text is read')
-    for names in RENAMED:
-        if names.keys() <= row.keys() and row.keys().isdisjoint(names.values() - names.keys()):
-            row = {names.get(key, key): value for key, value in row.items()}
+    # Prompt -> prompt, unless two columns would get the same name
+    lowered = {name.lower() if name.lower() in KNOWN else name: value for name, value in row.items()}
+    if len(lowered) == len(row):
+        row = lowered
+    # 'data' next to 'id' is a chat (UltraChat)
+    chat_columns = [*CHATS, 'data'] if 'id' in row else CHATS
+    row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
+    row = {name: value for name, value in row.items() if value is not None or name in NULL_SAYS}
+    for name in MEDIA:
+        if row.get(name):
+            raise ValueError(f'{name!r} would be lost: only text is read')
 
-    # OpenAI's preferences, and chats that are called otherwise
+    # names: {their name: our name}
+    for names in RENAMED:
+        has_all_columns = names.keys() <= row.keys()
+        new_names = set(names.values()) - names.keys()
+        if has_all_columns and new_names.isdisjoint(row):
+            row = {names.get(name, name): value for name, value in row.items()}
+    # OpenAI's preference format has the chat and its tools in 'input'
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
-    unknown = KNOWN.isdisjoint(row.keys() - {'system', 'tools'})
-    for name, ours in OTHERWISE.items():
-        if row.get(name) and isinstance(row[name], list) and ours not in row and (unknown or name in KNOWN):
-            row[ours] = row.pop(name)
-    # WebGPT's questions; one of SQuAD's answers, which say the same; ms-swift's pairs, whose good answer ends the chat
-    if isinstance(row.get('question'), dict):
-        row['question'] = row['question'].get('full_text', row['question'])
-    if isinstance(row.get('answers'), dict) and row['answers'].keys() == {'text', 'answer_start'}:
-        row['answer'] = next(iter(row.pop('answers')['text']), '')
-    if isinstance(row.get('rejected_response'), str) and isinstance(row.get('messages'), list):
-        row['chosen'] = row.pop('messages')
-        row['rejected'] = [*row['chosen'][:-1], *said(row.pop('rejected_response'))]
-    # what SmolTalk 2 tells its template
-    told = row.get('chat_template_kwargs')
-    for name, ours in (('custom_instructions', 'system'), ('xml_tools', 'tools'), ('python_tools', 'tools')):
-        if isinstance(told, dict) and told.get(name):
-            row.setdefault(ours, told[name])
-    # tools as JSON, all of them or each
+    _unpack(row)
+    # tools may be JSON, as a whole or one by one
     if isinstance(row.get('tools'), str):
         row['tools'] = json.loads(row['tools'] or 'null')
     if are_texts(row.get('tools')):
-        row['tools'] = list(map(messages.loaded, row['tools']))
+        row['tools'] = [messages.loads(text) for text in row['tools']]
         if None in row['tools']:
             raise ValueError("'tools' has a text that is no JSON")
     return row
 
 
-def _complete(example, row):
-    """An example with its row's system message and tools; what to drop, where an answer has the weight 0."""
+def _unpack(row):
+    """Move chats, question, answers and template settings out of differently named or nested columns, in place."""
+    # an unknown column may hold the chat if no other column is known (KNOWN: all names with a meaning)
+    has_known_column = not KNOWN.isdisjoint(row.keys() - {'system', 'tools'})
+    for name, our_name in RENAMED_CHATS.items():
+        may_rename = name in KNOWN or not has_known_column
+        holds_list = isinstance(row.get(name), list) and row[name]
+        if may_rename and holds_list and our_name not in row:
+            row[our_name] = row.pop(name)
+    # WebGPT: the question is an object
+    if isinstance(row.get('question'), dict):
+        row['question'] = row['question'].get('full_text', row['question'])
+    # SQuAD: several answers that mean the same
+    answers = row.get('answers')
+    if isinstance(answers, dict) and answers.keys() == {'text', 'answer_start'}:
+        row['answer'] = next(iter(row.pop('answers')['text']), '')
+    # ChatQA: the last answer of the chat is the only item of a list
+    chat = row.get('messages')
+    if are_texts(answers, 1) and isinstance(chat, list) and chat and messages.checked(chat[-1])['role'] == 'user':
+        row['messages'] = chat + said(row.pop('answers')[0])
+    # ms-swift: the chat ends with the chosen answer, the rejected one has its own column
+    if isinstance(row.get('rejected_response'), str) and isinstance(row.get('messages'), list):
+        row['chosen'] = row.pop('messages')
+        row['rejected'] = [*row['chosen'][:-1], *said(row.pop('rejected_response'))]
+    # SmolTalk 2: arguments for the chat template
+    template_args = row.get('chat_template_kwargs')
+    if isinstance(template_args, dict):
+        for name, our_name in (('custom_instructions', 'system'), ('xml_tools', 'tools'), ('python_tools', 'tools')):
+            if template_args.get(name):
+                row.setdefault(our_name, template_args[name])
+
+
+def _with_system_and_tools(example, row):
+    """Return an example with its row's system message and tools; {'drop': reason} if an answer has weight 0. Changes
+    the example. Raises ValueError if the chat has another system message."""
     if 'drop' in example:
         return example
     answers = [example[key] for key in ('chosen', 'rejected', 'response') if key in example]
     if any(isinstance(chat, list) and 'weight' in chat[0] for chat in answers):
         return {'drop': UNTRAINED}
-    # the weight is for the trainer, not for the template
-    prompt = example['prompt']
-    if isinstance(prompt, list):
-        prompt = example['prompt'] = [{k: v for k, v in turn.items() if k != 'weight'} for turn in prompt]
+    # chat templates must not see the weights
+    if isinstance(example['prompt'], list):
+        example['prompt'] = [{k: v for k, v in turn.items() if k != 'weight'} for turn in example['prompt']]
     if row.get('tools'):
         example['tools'] = field(row, 'tools', list)
-
-    # a system message goes before, once, unless a text that is formatted already has it
     if not row.get('system'):
         return example
-    system = field(row, 'system')
-    if isinstance(prompt, str) and prompt.endswith(TURN_MARKERS) and system.strip() in prompt:
+    # a prompt that a chat template has already formatted may contain the system message
+    prompt, system = example['prompt'], field(row, 'system')
+    is_formatted = isinstance(prompt, str) and prompt.endswith(TURN_MARKERS)
+    if is_formatted and system.strip() in prompt:
         return example
     if not prompt:
         raise ValueError("there is a 'system' message and no question behind it")
+    # as_chats keeps a system message that the chat already has
     example = messages.as_chats(example, system)
     if example['prompt'][0]['content'].strip() != system.strip():
         raise ValueError("the column 'system' and the system message of the chat are not the same")
@@ -202,134 +230,150 @@ def _complete(example, row):
 
 
 def first_of(names, row):
-    """The first of these names that is a column of the row, or None."""
+    """Return the first of the names that is a column of the row, or None."""
     return next((name for name in names if name in row), None)
 
 
-def asked(row, found=None):
-    """What the columns of a row ask: text that the answer goes on from, or chat.
+def asked(row, given_answer=None):
+    """Return the prompt of a row: text for the answer to continue, or a list of messages.
 
-    The text of 'prompt', and whatever ends in a turn marker, stays text; a question or an instruction becomes a message.
-    found: the answer, which may have the question in it: then None is right where no column asks."""
+    The column 'prompt', and any text that ends with a turn marker, stays text; other questions become a user message.
+    given_answer: an answer that may include its question; without a question column, None is then returned, else
+    ValueError is raised."""
     column, chat = first_of(QUESTIONS, row), first_of(CHATS, row)
-    # a conversation that ends with a question asks it
+    # a conversation that ends with a question is the prompt; under this key, text_or_chat accepts any last role
     if chat and column != 'prompt':
         turns = text_or_chat({'prompt': field(row, chat, list)}, 'prompt')
         return None if turns[-1]['role'] == 'assistant' else turns
     if column is None:
-        if found is None:
+        if given_answer is None:
             raise ValueError("'prompt' is missing")
         return None
 
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
     if column in ('question', 'instruction'):
-        for more in ADDED:
-            prompt += '\n\n' + field(row, more) if row.get(more) else ''
+        for added in ADDED:
+            if row.get(added):
+                prompt += '\n\n' + field(row, added)
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
-    # an answer that is the whole chat may have the question in it
-    before = found[:-1] if isinstance(found, list) else []
-    nothing_lost(row, column, '\n'.join(turn['content'] for turn in turns + before))
-    if isinstance(prompt, str) and is_history(row.get('history')):
+    # other question columns may be part of a full chat in the answer column
+    earlier = given_answer[:-1] if isinstance(given_answer, list) else []
+    check_nothing_lost(row, column, '\n'.join(turn['content'] for turn in turns + earlier))
+    if isinstance(prompt, list):
+        return prompt
+    if is_history(row.get('history')):
         return messages.alternating(chain.from_iterable(row['history'])) + turns
-    return prompt if column == 'prompt' or prompt.endswith(TURN_MARKERS) else turns
+    stays_text = column == 'prompt' or prompt.endswith(TURN_MARKERS)
+    return prompt if stays_text else turns
 
 
-def nothing_lost(row, column, text):
-    """Raise ValueError where another column asks, too, and what it says is not in this text."""
-    for other in (name for name in (*QUESTIONS, *ABOUT) if name != column and row.get(name)):
+def check_nothing_lost(row, column, text):
+    """Raise ValueError if a question column other than `column` has content that the text does not include."""
+    others = [name for name in (*QUESTIONS, *ABOUT) if name != column and row.get(name)]
+    for other in others:
         parts = row[other] if isinstance(row[other], list) else [row[other]]
-        kept = all(isinstance(part, str) and part.strip() in text for part in parts)
-        if not kept and not is_history(row[other]):
+        is_included = all(isinstance(part, str) and part.strip() in text for part in parts)
+        if not is_included and not is_history(row[other]):
             raise ValueError(f'{other!r} asks something, too, which would be lost beside {column!r}')
 
 
 def is_history(value):
-    """Whether these are LLaMA-Factory's earlier turns, each a question and its answer."""
+    """Return whether a value is LLaMA-Factory's history: a non-empty list of [question, answer]."""
     return isinstance(value, list) and bool(value) and all(are_texts(turn, 2) for turn in value)
 
 
-def answered(row, columns):
-    """The example of what a row asks and its answers: {'chosen', 'rejected' or 'response': its column} of texts or chats.
-
-    An answer may have the prompt in it."""
+def example_of(row, columns):
+    """Return the example of a row: {'prompt', and every key of columns}, all texts or all chats.
+    columns: {'chosen', 'rejected' or 'response': the column with this answer}. An answer may repeat the prompt, which is
+    then removed. Raises ValueError, and LeftOut for chats without an answer or with different prompts."""
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}
-    first, *others = answers.values()
-    prompt = asked(row, first)
-    if any(type(other) is not type(first) for other in others):
+    first_answer = next(iter(answers.values()))
+    prompt = asked(row, first_answer)
+    if len(set(map(type, answers.values()))) > 1:
         raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
-    if isinstance(first, str):
-        return _behind_text(row, prompt, answers)
-
-    # all turns before the last answer are the prompt, and must be the same for both
+    if isinstance(first_answer, str):
+        return _example_of_texts(row, prompt, answers)
     if not all(answers.values()):
         raise LeftOut('empty answers')
     if len({chat[0]['role'] == 'assistant' for chat in answers.values()}) > 1:
         raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
+    # all turns before the last answer are the prompt, which both answers must share
     chats = {key: whole_chat(prompt, chat) for key, chat in answers.items()}
-    before, *others = [chat[:-1] for chat in chats.values()]
-    if not before or any(other[:1] != before[:1] for other in others):
+    prompt, *other_prompts = [chat[:-1] for chat in chats.values()]
+    if not prompt or any(other[:1] != prompt[:1] for other in other_prompts):
         raise ValueError("'prompt' is missing: the answers do not begin with a question, or not with the same question")
-    if any(other != before for other in others):
+    if any(other != prompt for other in other_prompts):
         raise LeftOut(DIFFERENT)
-    return {'prompt': before} | {key: chat[-1:] for key, chat in chats.items()}
+    return {'prompt': prompt, **{key: chat[-1:] for key, chat in chats.items()}}
 
 
-def whole_chat(prompt, answer):
-    """All turns of a prompt (text, chat or None) and an answer, which may be what follows it, or the whole chat."""
+def whole_chat(prompt, chat):
+    """Return all turns of a prompt (text, chat or None) and a chat that either continues the prompt or includes it."""
     turns = [] if prompt is None else as_chat(prompt)
-    if answer[0]['role'] == 'assistant':
-        return turns + answer
-    # the whole chat has all of the prompt in it, but for a system message, or the prompt has all of its questions
-    asks = '\n'.join(turn['content'].strip() for turn in turns if turn['role'] != 'system')
-    chat = '\n'.join(turn['content'].strip() for turn in answer[:-1])
-    questions = [turn['content'].strip() for turn in answer[:-1] if turn['role'] == 'user']
-    if asks not in chat and not (len(questions) > 1 and all(question in asks for question in questions)):
+    if chat[0]['role'] == 'assistant':
+        return turns + chat
+    # either the chat includes the prompt (system message aside), or the prompt includes all questions of the chat
+    prompt_text = '\n'.join(turn['content'].strip() for turn in turns if turn['role'] != 'system')
+    chat_text = '\n'.join(turn['content'].strip() for turn in chat[:-1])
+    questions = [turn['content'].strip() for turn in chat[:-1] if turn['role'] == 'user']
+    prompt_has_questions = len(questions) > 1 and all(question in prompt_text for question in questions)
+    if prompt_text not in chat_text and not prompt_has_questions:
         raise LeftOut('answers to something else than the prompt')
-    if turns and turns[0]['role'] == 'system' != answer[0]['role']:
-        return turns[:1] + answer
-    return answer
+    has_system = bool(turns) and turns[0]['role'] == 'system'
+    if has_system and chat[0]['role'] != 'system':
+        return turns[:1] + chat
+    return chat
 
 
-def _behind_text(row, prompt, answers):
-    """The example of answers that are texts; in a pair, what precedes a turn marker is the prompt if no column asks."""
+def _example_of_texts(row, prompt, answers):
+    """Return the example of answers that are texts, {'chosen', 'rejected' or 'response': text}.
+
+    prompt: text, chat or None; a pair without one is split at a turn marker. If there is a question, the example also has
+    'repeats': whether all answers began with the prompt, which is removed then."""
     if prompt is None:
         if len(answers) == 1:
             raise ValueError("'prompt' is missing")
-        return _by_marker(**answers)
+        return _split_at_marker(**answers)
 
-    # all answers may begin with the prompt, and white space around it may differ
     example = {}
-    question = prompt.strip() if isinstance(prompt, str) else prompt[-1]['content'].strip()
-    begins = {text.lstrip().startswith(question) for text in answers.values()}
-    if question and len(begins) == 2:
-        raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
+    question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
     if question:
-        example['repeats'] = True in begins
+        repeats = {text.lstrip().startswith(question) for text in answers.values()}
+        if len(repeats) == 2:
+            raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
+        example['repeats'] = repeats.pop()
     if example.get('repeats'):
         answers = {key: text.lstrip().removeprefix(question) for key, text in answers.items()}
-        prompt = prompt.rstrip() if isinstance(prompt, str) else prompt
-
-    # CarperAI's summaries have their mark in the answers; Math-Step-DPO has steps that begin both answers
-    if isinstance(prompt, str) and len(answers) == 2 and all(text.startswith('TL;DR:') for text in answers.values()):
+        # white space after the prompt is part of the answers now
+        if isinstance(prompt, str):
+            prompt = prompt.rstrip()
+    # CarperAI's summaries have the marker in the answers
+    is_summary_pair = len(answers) == 2 and all(text.startswith('TL;DR:') for text in answers.values())
+    if isinstance(prompt, str) and is_summary_pair:
         prompt = prompt.rstrip() + '\n\n'
-    answers = {key: row.get('initial_reason_steps', '') + text for key, text in answers.items()}
-    # behind a question that has become a message, the answer is one, too
+    # Math-Step-DPO has the first steps of both answers in a column of their own
+    first_steps = row.get('initial_reason_steps', '')
+    answers = {key: first_steps + text for key, text in answers.items()}
+    # if the question became a message, the answers become messages, too
     if isinstance(prompt, list) and not isinstance(row.get('prompt'), list):
         answers = {key: said(text) for key, text in answers.items()}
-    return {'prompt': prompt} | answers | example
+    return {'prompt': prompt, **answers, **example}
 
 
-def _by_marker(chosen, rejected):
-    """The pair in two texts that differ in their last answer; what precedes it is the prompt."""
+def _split_at_marker(chosen, rejected):
+    """Return the example of two full texts that share a prompt, by splitting each at its last turn marker."""
     common = os.path.commonprefix([chosen, rejected])
-    marker = ASSISTANT if ASSISTANT in chosen else next((m for m in TURN_MARKERS if m in common), None)
+    marker = next((marker for marker in TURN_MARKERS if marker in common), None)
+    # HH: the prompts themselves may differ, which is checked below
+    if ASSISTANT in chosen:
+        marker = ASSISTANT
     if marker is None:
         missing = r"no turn marker (as '\n\nAssistant:')"
         raise ValueError(f'no column has the prompt, and {missing} shows where answers begin')
     prompt, _, chosen = chosen.rpartition(marker)
-    other, _, rejected = rejected.rpartition(marker)
-    # about 1 in 900 of HH
-    if prompt != other:
+    rejected_prompt, _, rejected = rejected.rpartition(marker)
+    # about 1 in 900 pairs of HH
+    if prompt != rejected_prompt:
         raise LeftOut(DIFFERENT)
     return {'prompt': prompt + marker, 'chosen': chosen, 'rejected': rejected}
 
@@ -338,175 +382,207 @@ def _by_marker(chosen, rejected):
 
 
 def read_pair(row, task=None):
-    """Two answers to one prompt, which has a column, or stands before both."""
+    """Read two answers, 'chosen' and 'rejected', to one prompt: a column, or the common beginning of both."""
     if row.get('status') == 'tie':
         raise LeftOut('tie')
-    # RewardBench 2 has lists of good and of bad answers; two good ones are no pair, and nothing is lost by that
+    # RewardBench 2 has lists of good and bad answers; ties among good ones are expected, so they are not counted
     if are_texts(row.get('chosen')) and are_texts(row.get('rejected')):
-        scored = [(1, said(text)) for text in row['chosen']] + [(0, said(text)) for text in row['rejected']]
+        scored = [(1, said(text)) for text in row['chosen']]
+        scored += [(0, said(text)) for text in row['rejected']]
         return [example for example in ranked(as_chat(asked(row)), scored, task) if 'drop' not in example]
-    example = answered(row, {'chosen': 'chosen', 'rejected': 'rejected'})
+    example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
         example['margin'] = float(field(row, 'margin', NUMBER))
     return [example]
 
 
 def read_compared(row, task=None):
-    """Two answers, or whole conversations, and a column that says which is better."""
-    columns = next(two for two in COMPARED if set(two) <= row.keys())
+    """Read two answers or conversations, and a column that tells the better one."""
+    columns = next(pair for pair in COMPARED if set(pair) <= row.keys())
     better = _better(row, columns)
     if better is None and task != 'prompts':
         raise LeftOut('tie')
-    good, bad = columns[::-1] if better == columns[1] else columns
-    # the better conversation needs no other with the same questions
-    wanted = {'response': good} if task == 'sft' else {'chosen': good, 'rejected': bad}
-    # texts become chats, and the messages of two sides may differ in other fields
+    chosen, rejected = columns
+    if better == rejected:
+        chosen, rejected = rejected, chosen
+    # SFT takes the better conversation even if the other one has different questions
+    wanted = {'response': chosen} if task == 'sft' else {'chosen': chosen, 'rejected': rejected}
     for column in wanted.values():
+        # only role and content: other fields may differ between the sides
         chat = [message(turn['role'], turn['content']) for turn in said(text_or_chat(row, column))]
-        # MT-Bench has two turns, and a verdict of each
-        row[column] = chat[:2] if row.get('turn') == 1 and len(chat) == 4 else chat
-    return [answered(row, wanted)]
+        # MT-Bench judges each of two turns; the verdict on turn 1 is about the first exchange
+        if row.get('turn') == 1 and len(chat) == 4:
+            chat = chat[:2]
+        row = row | {column: chat}
+    return [example_of(row, wanted)]
 
 
 def _better(row, columns):
-    """The column that a verdict names ('model_a', 'B', 1), or means by its sign; None for a tie."""
-    verdict = first_of((*BY_NAME, *BY_SIGN), row)
-    if verdict is None:
-        one, two = (field(row, f'score_{column[-1]}', NUMBER) for column in columns)
-        return columns[two > one] if one != two else None
-    if verdict in BY_SIGN:
-        return columns[field(row, verdict, NUMBER) > 0] if row[verdict] else None
-    name = str(row[verdict]).strip().lower()
-    side = SIDE.fullmatch(name)
-    found = [column for column in columns if side and column.endswith(side[2])]
-    if not found and not TIE.fullmatch(name):
-        raise ValueError(f'{name[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
-    return found[0] if found else None
+    """Return the column with the better answer by the row's verdict or scores, or None for a tie. Raises ValueError.
+    columns: two names such as ('response_a', 'response_b')."""
+    first, second = columns
+    verdict_column = first_of(VERDICTS, row)
+    if verdict_column is None:
+        first_score, second_score = (field(row, f'score_{column[-1]}', NUMBER) for column in columns)
+        if first_score == second_score:
+            return None
+        return second if second_score > first_score else first
+    verdict = row[verdict_column]
+    # null or 0 is a tie, a positive number prefers the second answer
+    if verdict_column in BY_SIGN:
+        if not verdict:
+            return None
+        return second if field(row, verdict_column, NUMBER) > 0 else first
+    verdict = str(verdict).strip().lower()
+    side = SIDE.fullmatch(verdict)
+    for column in columns:
+        if side and column.endswith(side[2]):
+            return column
+    if not TIE.fullmatch(verdict):
+        raise ValueError(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
+    return None
 
 
 def read_votes(row, task=None):
-    """LMSYS's votes as a table: questions and both sides' answers in JSON lists, and who has won in zeros and ones."""
+    """Read LMSYS's table of votes: lists (or JSON) of questions and of both models' answers, and a 1 for the winner."""
     texts = [row[key] for key in ('prompt', 'response_a', 'response_b')]
     texts = [json.loads(value) if isinstance(value, str) else value for value in texts]
     if not all(map(are_texts, texts)):
         raise LeftOut('empty answers')
-    questions, *answers = texts
-    a, b = (messages.alternating(chain.from_iterable(zip(questions, side, strict=False))) for side in answers)
-    won = [side for side in 'ab' if str(row[f'winner_model_{side}']) in ('1', '1.0', 'True')]
-    return read_compared({'conversation_a': a, 'conversation_b': b, 'winner': ''.join(won)}, task)
+    questions, *answers_of_sides = texts
+    comparison = {'winner': ''}
+    for side, answers in zip('ab', answers_of_sides, strict=True):
+        exchanges = zip(questions, answers, strict=False)
+        comparison[f'conversation_{side}'] = messages.alternating(chain.from_iterable(exchanges))
+        if str(row[f'winner_model_{side}']) in ('1', '1.0', 'True'):
+            comparison['winner'] += side
+    return read_compared(comparison, task)
 
 
 def read_sides(row, task=None):
-    """Arena's newer votes: turns that have the user's message and that of each side."""
-    chats = {'winner': row['winner']}
+    """Read Arena's newer votes: each turn has a user's message, an answer of model A and one of model B."""
+    comparison = {'winner': row['winner']}
     for side in 'ab':
         turns = [turn[key] for turn in row['full_conversation'] for key in ('user', f'model_side_{side}')]
-        chats[f'conversation_{side}'] = list(chain.from_iterable(map(messages.as_messages, turns)))
-    return read_compared(chats, task)
+        comparison[f'conversation_{side}'] = list(chain.from_iterable(map(messages.as_messages, turns)))
+    return read_compared(comparison, task)
 
 
 def read_summaries(row, task=None):
-    """openai/summarize_from_feedback's comparisons, with prompts as TRL writes them."""
+    """Read openai/summarize_from_feedback's pairs of summaries; the prompt has TRL's format."""
     info, choice = field(row, 'info', dict), field(row, 'choice', int)
     chosen, rejected = [answer(field(summary, 'text')) for summary in field(row, 'summaries', list)]
     if choice not in (0, 1):
         raise ValueError("'choice' is neither 0 nor 1")
-    if choice:
+    if choice == 1:
         chosen, rejected = rejected, chosen
-    # a post of reddit, or an article of CNN or Daily Mail
-    text = field(info, 'post' if info.get('post') else 'article').replace('\n\n', '\n')
+    # a Reddit post, or an article of CNN or Daily Mail
+    is_post = bool(info.get('post'))
+    text = field(info, 'post' if is_post else 'article').replace('\n\n', '\n')
     prompt = f'TITLE: {info.get("title") or ""}\n\n'
-    if info.get('post'):
+    if is_post:
         prompt = f'SUBREDDIT: r/{info.get("subreddit") or ""}\n\n{prompt}POST: '
     return [{'prompt': f'{prompt}{text}\n\nTL;DR:', 'chosen': chosen, 'rejected': rejected}]
 
 
 def read_annotation(row, task=None):
-    """AlpacaEval's annotations: preference below 1.5 means output_1, above it output_2; 0 and 1.5 are ties."""
-    outputs, verdict = [field(row, 'output_1'), field(row, 'output_2')], row['preference']
-    # label.py keeps a prompt that is not '\n\nHuman: instruction\n\nAssistant:' as it is
+    """Read AlpacaEval's annotations: preference < 1.5 means output_1, > 1.5 output_2; 0 and 1.5 are ties."""
+    outputs = [field(row, 'output_1'), field(row, 'output_2')]
+    # label.py writes 'prompt' if it is not '\n\nHuman: instruction\n\nAssistant:'; its outputs stay as they are
     if 'prompt' in row:
         prompt = text_or_chat(row, 'prompt')
     else:
-        prompt, outputs = ask(messages.instruction(asked(row))), [answer(x) for x in outputs]
-    # null or NaN
-    if verdict is None or verdict != verdict:
+        prompt = ask(messages.instruction(asked(row)))
+        outputs = [answer(text) for text in outputs]
+    preference = row['preference']
+    is_nan = preference != preference
+    if preference is None or is_nan:
         raise LeftOut('no verdict')
     if field(row, 'preference', NUMBER) in (0, 1.5):
         raise LeftOut('tie')
-    if not 1 <= verdict <= 2:
+    if not 1 <= preference <= 2:
         raise ValueError("'preference' is not 0, null, or from 1 to 2")
-    return [{'prompt': prompt, 'chosen': outputs[verdict > 1.5], 'rejected': outputs[verdict < 1.5]}]
+    chosen, rejected = outputs
+    if preference > 1.5:
+        chosen, rejected = rejected, chosen
+    return [{'prompt': prompt, 'chosen': chosen, 'rejected': rejected}]
 
 
 # ---- answers with scores ----
 
 
 def ranked(prompt, scored, task):
-    """The examples of a prompt and its (score, answer)s: for sft the best answer, else all pairs that are no ties."""
+    """Return the examples of a prompt and its scored answers, a list of (score, answer). For 'prompts', the prompt; for
+    'sft', the answer with the highest score; else every pair, with a 'drop' for each tie."""
     if task == 'prompts':
         return [{'prompt': prompt}]
     if task == 'sft' and scored:
-        return [{'prompt': prompt, 'response': max(scored, key=itemgetter(0))[1]}]
+        _, best = max(scored, key=itemgetter(0))
+        return [{'prompt': prompt, 'response': best}]
     examples = []
     for pair in combinations(scored, 2):
-        (high, good), (low, bad) = sorted(pair, key=itemgetter(0), reverse=True)
-        examples.append({'prompt': prompt, 'chosen': good, 'rejected': bad} if high > low else {'drop': 'tie'})
+        (low_score, rejected), (high_score, chosen) = sorted(pair, key=itemgetter(0))
+        is_tie = high_score == low_score
+        examples.append({'drop': 'tie'} if is_tie else {'prompt': prompt, 'chosen': chosen, 'rejected': rejected})
     return examples or [{'drop': 'fewer than two answers'}]
 
 
 def read_stack_exchange(row, task=None):
-    """HuggingFaceH4/stack-exchange-preferences: a question's answers by pm_score."""
-    html = [(field(found, 'pm_score', NUMBER), field(found, 'text')) for found in field(row, 'answers', list)]
-    scored = [(score, answer(messages.strip_html(text))) for score, text in html]
-    return ranked(ask(messages.strip_html(field(row, 'question'))), scored, task)
+    """Read HuggingFaceH4/stack-exchange-preferences: a question and its answers in HTML, scored by pm_score."""
+    answers = [(field(found, 'pm_score', NUMBER), field(found, 'text')) for found in field(row, 'answers', list)]
+    scored = [(score, answer(messages.strip_html(markup))) for score, markup in answers]
+    question = messages.strip_html(field(row, 'question'))
+    return ranked(ask(question), scored, task)
 
 
 def read_nectar(row, task=None):
-    """berkeley-nest/Nectar: a prompt in Anthropic's format, and answers by rank, 1 the best."""
-    scored = [(-field(found, 'rank', NUMBER), answer(field(found, 'answer'))) for found in field(row, 'answers', list)]
+    """Read berkeley-nest/Nectar: a prompt in Anthropic's format and its answers by rank, 1 the best."""
+    answers = [(field(found, 'rank', NUMBER), field(found, 'answer')) for found in field(row, 'answers', list)]
+    scored = [(-rank, answer(text)) for rank, text in answers]
     return ranked(field(row, 'prompt').rstrip(), scored, task)
 
 
 def read_completions(row, task=None):
-    """openbmb/UltraFeedback: four answers by their score, the mean of four aspects where there is one."""
+    """Read openbmb/UltraFeedback: four answers by the mean score of four aspects, or else by the overall score."""
     scored = []
     for found in field(row, 'completions', list):
-        score = 'overall_score' if found.get('fine-grained_score') is None else 'fine-grained_score'
-        scored.append((field(found, score, NUMBER), said(field(found, 'response'))))
+        has_mean = found.get('fine-grained_score') is not None
+        score = field(found, 'fine-grained_score' if has_mean else 'overall_score', NUMBER)
+        scored.append((score, said(field(found, 'response'))))
     return ranked(as_chat(asked(row)), scored, task)
 
 
 def read_scored(row, task=None):
-    """A list of answers and one of their scores, which may be whether they are right."""
-    answers, scores = next((a, s) for a in MANY for s in SCORES if {a, s} <= row.keys())
-    texts, known = field(row, answers, list), field(row, scores, list)
-    if not are_texts(texts, len(known)) or not all(isinstance(score, NUMBER | None) for score in known):
-        raise ValueError(f'{answers!r} and {scores!r} are not as many texts and numbers')
-    if task == 'sft' and all(score is False for score in known):
+    """Read a list of answers and a list of their scores: numbers, true or false (correct or not), or null (skipped)."""
+    columns = next((answers, scores) for answers in MANY for scores in SCORES if {answers, scores} <= row.keys())
+    texts, scores = (field(row, column, list) for column in columns)
+    all_numbers = all(isinstance(score, NUMBER | None) for score in scores)
+    if not are_texts(texts, len(scores)) or not all_numbers:
+        raise ValueError(f'{columns[0]!r} and {columns[1]!r} are not as many texts and numbers')
+    if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
-    scored = [(score, said(text)) for score, text in zip(known, texts, strict=True) if score is not None]
+    scored = [(score, said(text)) for score, text in zip(scores, texts, strict=True) if score is not None]
     return ranked(as_chat(asked(row)), scored, task)
 
 
 def grouped(rows, task, read):
-    """The examples of answers that belong together by their prompt, wherever they stand; they come with its first row.
-
-    read(row) -> (prompt, [(score, answer)])."""
-    groups = {}  # prompt as JSON -> (first row, prompt, scored)
+    """Yield (row, examples or ValueError), with the answers of all rows to the same prompt ranked together.
+    read(row) returns (prompt, [(score, answer)]), or a list of examples, which is passed on. The examples of a group come
+    last, with its first row."""
+    groups = {}  # prompt as JSON -> (first row, prompt, scored answers)
     for row, found in each(rows, read):
         if not isinstance(found, tuple):
             yield row, found
             continue
         prompt, scored = found
-        _, _, known = groups.setdefault(json.dumps(prompt), (row, prompt, []))
-        known += [pair for pair in scored if pair not in known]
-    for row, prompt, scored in groups.values():
-        yield row, ranked(prompt, scored, task)
+        _, _, all_scored = groups.setdefault(json.dumps(prompt), (row, prompt, []))
+        all_scored += [pair for pair in scored if pair not in all_scored]
+    for row, prompt, all_scored in groups.values():
+        yield row, ranked(prompt, all_scored, task)
 
 
 def read_shp(rows, task=None):
-    """stanfordnlp/SHP: pairs with a score ratio of 2 or more; SFT on the best answer in a prompt's kept pairs."""
+    """Read stanfordnlp/SHP: pairs with a score ratio of at least 2. SFT gets the best answer of all pairs with one prompt."""
 
     def read(row):
         scored = [(field(row, f'score_{x}', NUMBER), answer(field(row, f'human_ref_{x}'))) for x in 'AB']
@@ -514,13 +590,14 @@ def read_shp(rows, task=None):
         if high < 2 * low:
             raise LeftOut('score ratio below 2')
         prompt = ask(field(row, 'history'))
+        # SFT compares the answers of all rows with this prompt, pairs only those of one row
         return (prompt, scored) if task == 'sft' else ranked(prompt, scored, task)
 
     return grouped(rows, task, read)
 
 
 def read_rated(rows, task=None):
-    """HelpSteer and HelpSteer 2: an answer a row, with its ratings; the answers to a prompt are compared by helpfulness."""
+    """Read HelpSteer and HelpSteer 2: one rated answer per row; the answers to a prompt are compared by helpfulness."""
 
     def read(row):
         row = unified(row)
@@ -530,46 +607,52 @@ def read_rated(rows, task=None):
 
 
 def read_trees(rows, task=None, language=None):
-    """OpenAssistant: each ranked answer against the next better one, after the conversation so far; for sft the best one.
+    """Read OpenAssistant's trees of messages: each ranked answer is rejected, and the next better one is chosen.
 
-    language: only messages in this one."""
+    The prompt is the conversation above. For 'sft' only the best answers, for 'prompts' every question. language: read
+    only messages in this language; None: all."""
     rows = list(rows)
     by_id = {str(row.get('message_id')): row for row in rows}
+    # [parent, language, rank] as text -> row
     by_rank = {str([row.get(key) for key in ('parent_id', 'lang', 'rank')]): row for row in rows}
 
-    def above(message_id):
-        """The conversation that ends with this message."""
+    def conversation_to(message_id):
+        """Return all turns from the root to this message."""
         turns = []
         while message_id is not None:
             row = by_id.get(message_id)
+            # the limit ends cycles
             if row is None or len(turns) == 100:
                 raise ValueError('the conversation above the answer is not whole')
             role = 'assistant' if row.get('role') == 'assistant' else 'user'
-            turns.insert(0, message(role, field(row, 'text')))
+            turns.append(message(role, field(row, 'text')))
             message_id = row.get('parent_id')
-        return turns
+        return turns[::-1]
 
     def read(row):
         if language and field(row, 'lang') != language:
             raise LeftOut('not English')
-        if field(row, 'role') == 'prompter':
-            return [{'prompt': above(field(row, 'message_id'))}] if task == 'prompts' else []
-        if task == 'prompts':
+        is_question = field(row, 'role') == 'prompter'
+        if is_question and task == 'prompts':
+            return [{'prompt': conversation_to(field(row, 'message_id'))}]
+        if is_question or task == 'prompts':
             return []
         if row.get('rank') is None:
             raise LeftOut('an answer without a rank')
         rank, parent = field(row, 'rank', NUMBER), field(row, 'parent_id')
-        mine = [message('assistant', field(row, 'text'))]
-
-        # rank 0, the best, takes part as the better one of rank 1
-        if rank == 0:
-            return [{'prompt': above(parent), 'response': mine}] if task == 'sft' else []
+        own_answer = [message('assistant', field(row, 'text'))]
         if task == 'sft':
-            raise LeftOut('answers that are not the best')
+            if rank != 0:
+                raise LeftOut('answers that are not the best')
+            return [{'prompt': conversation_to(parent), 'response': own_answer}]
+        # the best answer is the chosen one of the row with rank 1
+        if rank == 0:
+            return []
         better = by_rank.get(str([parent, row.get('lang'), rank - 1]))
         if better is None:
             raise LeftOut('no answer of the next better rank')
-        return [{'prompt': above(parent), 'chosen': [message('assistant', field(better, 'text'))], 'rejected': mine}]
+        better_answer = [message('assistant', field(better, 'text'))]
+        return [{'prompt': conversation_to(parent), 'chosen': better_answer, 'rejected': own_answer}]
 
     return each(rows, read)
 
@@ -578,25 +661,26 @@ def read_trees(rows, task=None, language=None):
 
 
 def read_answer(row, task=None):
-    """A prompt and an answer, which a label may call good or bad."""
-    key = first_of(ANSWERS, row)
-    # LLaMA-Factory's older pairs: the good and the bad output
-    if key == 'output' and are_texts(row[key], 2):
-        chosen, rejected = row.pop(key)
-        return read_pair(row | {'chosen': chosen, 'rejected': rejected}, task)
-    # a label that is a text is the answer itself
-    label = {} if key == 'label' else thumb(row)
-    example = answered(row, {'response': key})
-    # the answers of a history are trained on, too, as LLaMA-Factory does
+    """Read a prompt and one answer, with its label as 'good' if there is one."""
+    column = first_of(ANSWERS, row)
+    # older LLaMA-Factory pairs: 'output' is [chosen, rejected]
+    if column == 'output' and are_texts(row['output'], 2):
+        chosen, rejected = row['output']
+        pair = {name: value for name, value in row.items() if name != 'output'}
+        return read_pair(pair | {'chosen': chosen, 'rejected': rejected}, task)
+    # CarperAI's answers are texts in the column 'label', which is no label then
+    label = {} if column == 'label' else label_of(row)
+    example = example_of(row, {'response': column})
+    # train on the answers of the history, too, as LLaMA-Factory does
     if is_history(row.get('history')) and isinstance(example['prompt'], list):
         return read_chat({'messages': example['prompt'] + example['response'], **label}, task)
     return [example | label]
 
 
-def thumb(row):
-    """{'good': whether the answer is good}, if a column says so; a table may have it as text."""
+def label_of(row):
+    """Return {'good': bool} from the row's label column, or {} if the row has none. Raises ValueError."""
     column = first_of(LABELS, row)
-    # Infinity-Instruct's labels are of other things
+    # Infinity-Instruct's labels are lists of topics
     if column is None or isinstance(row[column], list | dict):
         return {}
     value = str(row[column]).lower()
@@ -606,55 +690,57 @@ def thumb(row):
 
 
 def read_chat(row, task=None):
-    """A conversation: all its answers are trained on, and the last one is the response."""
-    key = first_of(CHATS, row)
-    turns = [messages.checked(turn) for turn in field(row, key, list)]
-    last = turns[-1]['role'] if turns else 'assistant'
-    if last != 'assistant':
-        # the answer may have a column of its own
-        if any(isinstance(row.get(column), (str, list)) for column in ANSWERS):
+    """Read a conversation: {'prompt', 'response': last answer, 'turns': all messages, if several answers are trained on}.
+
+    A conversation that ends with a question is a prompt, or its answer has another column. If messages before the first
+    question or after the last answer are removed, {'drop': UNASKED} follows the example, so that they are counted."""
+    column = first_of(CHATS, row)
+    turns = [messages.checked(turn) for turn in field(row, column, list)]
+    if turns and turns[-1]['role'] != 'assistant':
+        if any(isinstance(row.get(name), str | list) for name in ANSWERS):
             return read_answer(row, task)
-        if last not in messages.ROLES.values():
-            text_or_chat(row, key)  # says that this is no answer
+        # only users, systems and tools ask
+        if turns[-1]['role'] not in messages.ROLES.values():
+            raise messages.no_answer_error(column, turns[-1]['role'])
         if task == 'prompts' or (task is None and len(turns) == 1):
             return [{'prompt': turns}]
-
-    # an empty answer among others is no demonstration; one that has a label stays, for the label is its own
-    good = thumb(row)
+    # do not train on an empty answer, unless all are empty or a label judges the conversation
+    label = label_of(row)
     answers = [turn for turn in turns if turn['role'] == 'assistant']
-    if task != 'prompts' and not good and not messages.is_empty(answers):
+    has_content = not messages.is_empty(answers)
+    if has_content and not label and task != 'prompts':
         for turn in answers:
             if messages.is_empty([turn]):
                 turn['weight'] = 0
-
-    # as FastChat does: what precedes the first question, and what follows the last answer, is left out
+    # as FastChat does, begin with a question and end with an answer
     kept = turns.copy()
     while kept and kept[0]['role'] == 'assistant':
         kept.pop(0)
     while kept and not messages.is_trained(kept[-1]):
         kept.pop()
     if not kept:
-        untrained = any('weight' in turn for turn in turns)
-        raise LeftOut(UNTRAINED if untrained else 'conversations without a question and its answer')
-    example = {'prompt': kept[:-1], 'response': kept[-1:], **good}
-    if not good and sum(map(messages.is_trained, kept)) > 1:
+        has_untrained = any('weight' in turn for turn in turns)
+        raise LeftOut(UNTRAINED if has_untrained else 'conversations without a question and its answer')
+    example = {'prompt': kept[:-1], 'response': kept[-1:], **label}
+    num_trained = sum(map(messages.is_trained, kept))
+    if num_trained > 1 and not label:
         example['turns'] = kept
     return [example] if kept == turns else [example, {'drop': UNASKED}]
 
 
 def read_text(row, task=None):
-    """A text to learn as it stands; where it is a dialogue with marks, a conversation."""
+    """Read a text: a conversation if it is a dialogue with known turn markers, else a response to an empty prompt."""
     text = field(row, 'text')
-    nothing_lost(row, 'text', text)
+    check_nothing_lost(row, 'text', text)
     for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code'):
         if isinstance(row.get(other), str | list):
-            raise ValueError(
-                f"'text' may be what {other!r} answers: --columns='question=text, response={other}', or 'text=text'"
-            )
-    for start, marks in messages.DIALOGUES.items():
+            fix = f"--columns='question=text, response={other}', or 'text=text'"
+            raise ValueError(f"'text' may be what {other!r} answers: {fix}")
+    for start, turn_pattern in messages.DIALOGUES.items():
         if text.startswith(start):
-            turns = messages.dialogue(text, marks)
-            if {turn['role'] for turn in turns} == {'user', 'assistant'}:
+            turns = messages.dialogue(text, turn_pattern)
+            roles = {turn['role'] for turn in turns}
+            if roles == {'user', 'assistant'}:
                 return read_chat({'messages': turns}, task)
     if task == 'prompts':
         raise ValueError("'text' is an answer, and no column asks: if it asks, --columns='question=text'")
@@ -662,20 +748,24 @@ def read_text(row, task=None):
 
 
 def read_prompt(row, task=None):
-    """A prompt alone, or with CarperAI's label, which is a text, the answer."""
+    """Read a prompt without an answer. Raises ValueError if an unknown column may be the answer and the task needs one."""
     for name, value in row.items():
-        # without a task, a solution may be there for a reward alone
-        like = any(word in name.lower() for word in LIKE_ANSWERS) or (task and 'solution' in name.lower())
-        if task != 'prompts' and like and value and isinstance(value, str | list | dict):
+        looks_like_answer = any(word in name.lower() for word in LIKE_ANSWERS)
+        # without a task, a solution may be for a reward function
+        if task and 'solution' in name.lower():
+            looks_like_answer = True
+        has_content = value and isinstance(value, str | list | dict)
+        if task != 'prompts' and looks_like_answer and has_content:
             raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
+    # CarperAI's answers are texts in the column 'label'
     if 'prompt' in row and isinstance(row.get('label'), str):
         return read_answer(row, task)
     return [{'prompt': asked(row)}]
 
 
 # fmt: off
-# the first whose columns a row has; a comma stands between columns that do for one another
-LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, several, read in (
+# (name, sets of columns separated by commas, reader); the first layout with a set that the row has is used
+READERS = (
     ('AlpacaEval annotations', 'preference output_1', read_annotation),
     ('SHP', 'history human_ref_A human_ref_B labels', read_shp),
     ('Stack Exchange', 'question answers', read_stack_exchange),
@@ -683,7 +773,7 @@ LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, several, rea
     ('OpenAssistant', 'message_id text role', read_trees),
     ('summaries', 'info summaries choice', read_summaries),
     ('arena', 'prompt response_a response_b winner_model_a winner_model_b', read_votes),
-    ('comparison', ','.join(f'{one} {two} {v}' for v in (*BY_NAME, *BY_SIGN) for one, two in COMPARED), read_compared),
+    ('comparison', ','.join(f'{one} {two} {verdict}' for verdict in VERDICTS for one, two in COMPARED), read_compared),
     ('comparison', ','.join(f'{one} {two} score_{one[-1]} score_{two[-1]}' for one, two in COMPARED), read_compared),
     ('arena', 'full_conversation winner', read_sides),
     ('HelpSteer', 'prompt response helpfulness', read_rated),
@@ -696,9 +786,12 @@ LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, several, rea
     ('answer', 'question answer, problem solution, problem answer', read_answer),
     ('text', 'text', read_text),
     ('prompt', ','.join(QUESTIONS), read_prompt),
-) for columns in several.split(',')]
+)
 # fmt: on
-# all names that say something
+LAYOUTS = [
+    Layout(name, frozenset(columns.split()), read) for name, several, read in READERS for columns in several.split(',')
+]
+# every column name that has a meaning somewhere above
 KNOWN = frozenset(chain(COLUMNS, ADDED, ABOUT, LABELS, *RENAMED, *(layout.columns for layout in LAYOUTS)))
-# of these, one row does not tell its examples
+# readers that get all rows at once
 OF_ALL_ROWS = {read_shp, read_rated, read_trees}

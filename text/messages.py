@@ -1,4 +1,4 @@
-"""Texts and chat messages: what is in a row's field, whatever it was written as, and how the one becomes the other."""
+"""Read the texts and chats in a row's fields, whatever form they have, and convert texts to chats and back."""
 
 import ast
 import html
@@ -7,53 +7,55 @@ import re
 from contextlib import suppress
 from copy import copy
 
-# characters of a text, or of all messages of a chat
+# most characters of a text, or of all messages of a chat
 LONGEST = 10_000_000
 ASSISTANT = '\n\nAssistant:'
-# how a chat in JSON begins, or in python's form, and what is in it
-CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|messages)["']:""")
-CUT = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|assistant|gpt)["']""")
-# a question and its answer in one object
+# the beginning of a chat that was written as JSON or as a Python literal, and a message anywhere in it
+SERIALIZED_CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|messages)["']:""")
+SERIALIZED_ROLE = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|assistant|gpt)["']""")
+# objects that hold a question and its answer: (user's field, assistant's field)
 EXCHANGES = (('input', 'output'), ('human', 'assistant'))
-# the fields that a message's thoughts stand in
+# fields for a message's thoughts
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
-# what an answer may have beside its content, or in its place
+# fields that may stand in place of an answer's content
 BESIDE = ('tool_calls', *REASONING)
+# a role as written, in lower case -> the role that chat templates know
 ROLES = {name: role for role, names in {
     'user': 'user human prompter question',
     'assistant': 'assistant gpt chatgpt model bot chatbot ai bing bard function_call',
     'tool': 'tool observation',
     'system': 'system', 'developer': 'developer', 'function': 'function', 'ipython': 'ipython',
 }.items() for name in names.split()}  # fmt: skip
-# how a dialogue that is one text begins -> what begins its turns, and who speaks then
+# dialogues in one text: how the text begins -> a pattern of the markers that begin its turns, with the speaker as group 1
 DIALOGUES = {
     '\n\nHuman:': r'\n\n(Human|Assistant):',
     '### Human:': r'### (Human|Assistant):',
     '### Instruction:': r'### (Instruction|Response):',
     'Below is an instruction': r'### (Instruction|Response):',
 }
-# an HTML tag's slash and name; quotes in it may hold a >
+# an HTML tag, with groups for its slash and name; quoted attributes may contain >
 TAG = re.compile(r"""<(/?)([a-zA-Z]\w*)(?:[^<>"']|"[^"]*"|'[^']*')*>""")
-BLOCKS = {'p', 'pre', 'ul', 'ol', 'blockquote', 'div', 'hr', 'table', 'tr', 'h1', 'h2', 'h3', 'h4', 'h5', 'h6'}
+BLOCKS = set('p pre ul ol blockquote div hr table tr h1 h2 h3 h4 h5 h6'.split())
 
-# ---- what is in a row ----
+# ---- fields of a row ----
 
 
 def field(row, key, kind=str):
-    """row[key], which must be of this kind. Raises ValueError; also for texts and lists too long or impossible to write."""
+    """Return row[key]. Raises ValueError unless its type is kind, its length is within LONGEST, and UTF-8 can encode it."""
     value = row.get(key, ...) if isinstance(row, dict) else ...
-    # True is an int, for python
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    # bool is a subclass of int
+    is_unwanted_bool = isinstance(value, bool) and kind is not bool
+    if not isinstance(value, kind) or is_unwanted_bool:
         raise ValueError(f'{key!r} is missing or of the wrong type')
+    # NaN fails every comparison
     if isinstance(value, int | float) and not abs(value) < 1e30:
         raise ValueError(f'{key!r} is not a finite number')
     if not isinstance(value, str | list):
         return value
-
-    # json can write half a surrogate pair, and no tokenizer can read it
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if len(text) > LONGEST:
         raise ValueError(f'{key!r} has {len(text):,} characters; the limit is {LONGEST:,}')
+    # JSON can contain half a surrogate pair, which no tokenizer accepts
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -62,43 +64,52 @@ def field(row, key, kind=str):
 
 
 def text_or_chat(row, key):
-    """row[key]: a string, or a list of chat messages, which end with the assistant's where it is an answer."""
+    """Return row[key]: a string, or a list of checked messages. Raises ValueError. An empty list is allowed for an
+    answer, not for the key 'prompt'; a non-empty answer must end with the assistant."""
     value = field(row, key, (str, list))
     if isinstance(value, str):
-        # whole ones are messages by now
-        if CHAT.match(value) and CUT.search(value):
+        # as_messages has already parsed every chat that is complete
+        if SERIALIZED_CHAT.match(value) and SERIALIZED_ROLE.search(value):
             raise ValueError(f'{key!r} begins as a chat in JSON does, and cannot be read as one')
         return value
     turns = [checked(turn) for turn in value]
-    last = turns[-1]['role'] if turns else 'none'
     if key == 'prompt' and not turns:
         raise ValueError("'prompt' has no messages")
-    if key != 'prompt' and last not in ('assistant', 'none'):
-        raise ValueError(f'{key!r} does not end with an answer, but with a message of the role {last[:24]!r}')
+    if key != 'prompt' and turns and turns[-1]['role'] != 'assistant':
+        raise no_answer_error(key, turns[-1]['role'])
     return turns
 
 
-def checked(turn):
-    """A chat message as {'role', 'content'} with all its other fields, and its weight only where it is 0. Raises ValueError.
+def no_answer_error(key, last_role):
+    """Return the ValueError for a chat that should end with an answer and ends with another role."""
+    return ValueError(f'{key!r} does not end with an answer, but with a message of the role {last_role[:24]!r}')
 
-    Its role gets the name that templates know. It may be written as {'from', 'value'}, its content as a list of texts."""
+
+def checked(turn):
+    """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
+
+    'from' and 'value' (or 'text') are renamed, nulls are removed, and a list of content parts is joined to one text.
+    'weight' stays only if it is 0 and the message is an answer."""
     if not isinstance(turn, dict):
         raise ValueError('a message is no object with a role and content')
-    names = {'from': 'role', 'value': 'content'} if turn.get('role') is None else {}
-    if 'text' in turn and not names and turn.get('content') is None:
+    names = {}
+    if turn.get('role') is None:
+        names = {'from': 'role', 'value': 'content'}
+    elif 'text' in turn and turn.get('content') is None:
         names = {'text': 'content'}
     turn = {names.get(key, key): value for key, value in turn.items() if value is not None}
     role = field(turn, 'role')
-    if names and role.strip().lower() not in ROLES:
+    known_role = ROLES.get(role.strip().lower())
+    # messages with 'role' may have roles of their own chat template
+    if names and known_role is None:
         raise ValueError(f'a message is from {role[:24]!r}; known are {", ".join(ROLES)}')
-    role = ROLES.get(role.strip().lower(), role)
+    role = known_role or role
     weight = turn.pop('weight', 1)
     if weight not in (0, 1):
         raise ValueError(f"the 'weight' of a message is {weight!r}: 1 is trained on, 0 is not, and there is no other")
-    if role == 'assistant' and not weight:
+    if role == 'assistant' and weight == 0:
         turn['weight'] = 0
-
-    # a call, or a thought, may stand alone
+    # a tool call or a thought needs no content
     if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')
     if isinstance(turn.get('content'), list):
@@ -107,69 +118,77 @@ def checked(turn):
 
 
 def _text_of(part):
-    """The text of a part of a message's content: a string, or {'type': 'text', 'text'}."""
-    part = part if isinstance(part, dict) else {'text': part}
+    """Return the text of a content part: a string, or {'type': 'text', 'text': string}. Raises ValueError."""
+    if not isinstance(part, dict):
+        part = {'text': part}
     if part.get('type') not in (None, 'text'):
         raise ValueError(f'a message has a part of the type {str(part["type"])[:24]!r}, and only text is read')
     return field(part, 'text')
 
 
 def are_texts(value, count=None):
-    """Whether this is a list of texts: of so many, or of any."""
-    sound = isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
-    return sound and count in (None, len(value))
+    """Return whether a value is a non-empty list of strings, of length `count` if given."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(text, str) for text in value) and count in (None, len(value))
 
 
-# ---- any form of a chat ----
+# ---- forms of a chat ----
 
 
-def as_messages(value, in_turn=False):
-    """Any form of a chat as a list of messages, which checked() takes; anything else as it is.
-
-    Forms: a single message; messages as JSON, or in {'messages'}; and, where this must be a chat (in_turn), texts, or
-    EXCHANGES, of the user and the assistant in turn."""
-    if isinstance(value, str) and (CHAT.match(value) or (in_turn and value.startswith('['))):
-        value = _from_json(value)
+def as_messages(value, must_be_chat=False):
+    """Return a chat in any form as a list of messages for checked(); other values unchanged.
+    Forms: one message, {'messages': list}, and both or a list as JSON. must_be_chat: the column is known to be a chat, so
+    a list of strings, or of EXCHANGES such as {'input', 'output'}, becomes turns of the user and the assistant."""
+    if isinstance(value, str):
+        # in a chat column any list is parsed, elsewhere only one that begins with a message
+        if SERIALIZED_CHAT.match(value) or (must_be_chat and value.startswith('[')):
+            value = _parsed_chat(value)
     if isinstance(value, dict) and value.keys() == {'messages'}:
         value = value['messages']
     if isinstance(value, dict) and ('role' in value or 'from' in value):
         value = [value]
-    if not in_turn or not isinstance(value, list):
+    if not must_be_chat or not isinstance(value, list) or not value:
         return value
-    for sides in EXCHANGES:
-        if value and all(isinstance(turn, dict) and set(sides) <= turn.keys() for turn in value):
-            # XTuner has the system message in the first one
-            begin = [message('system', value[0]['system'])] if value[0].get('system') else []
-            return begin + alternating([turn[side] for turn in value for side in sides])
+    for fields in EXCHANGES:
+        if all(isinstance(exchange, dict) and set(fields) <= exchange.keys() for exchange in value):
+            turns = alternating([exchange[name] for exchange in value for name in fields])
+            # XTuner has the system message in the first exchange
+            if value[0].get('system'):
+                turns.insert(0, message('system', value[0]['system']))
+            return turns
     return alternating(value) if are_texts(value) else value
 
 
-def loaded(text):
-    """What a text says in JSON, or in python's form, which pandas writes in a csv; None where it is neither."""
-    # numpy writes no comma between the items of an array
+def loads(text):
+    """Parse JSON or a Python literal (pandas writes those to CSV). Returns None if the text is neither."""
+    # numpy prints arrays without commas
     with_commas = re.sub(r"\}\s+\{(?='(role|content|from|value)':)", '}, {', text)
-    for read, form in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, with_commas)):
+    for parse, source in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, with_commas)):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return read(form.strip())
+            return parse(source.strip())
 
 
-def _from_json(text):
-    """The messages in a text, if it is JSON of such; else the text."""
-    value = loaded(text)
+def _parsed_chat(text):
+    """Return the messages or strings that a text contains as JSON, or the text if it is something else."""
+    value = loads(text)
     turns = value if isinstance(value, list) else [value]
     forms = ({'role', 'content'}, {'from', 'value'}, {'messages'})
-    sound = all(isinstance(turn, dict) and any(form <= turn.keys() for form in forms) for turn in turns)
-    return value if turns and (sound or are_texts(turns)) else text
+    are_turns = all(isinstance(turn, dict) and any(form <= turn.keys() for form in forms) for turn in turns)
+    is_chat = bool(turns) and (are_turns or are_texts(turns))
+    return value if is_chat else text
 
 
-# ---- from texts to messages and back ----
+# ---- texts, messages and chats ----
 
 
 def ask(text):
+    """Return a question as a prompt in Anthropic's format."""
     return '\n\nHuman: ' + text + ASSISTANT
 
 
 def answer(text):
+    """Return an answer as it follows ask()."""
     return ' ' + text.strip()
 
 
@@ -178,48 +197,54 @@ def message(role, text):
 
 
 def said(answer):
-    """An answer as a list of messages: a text is one."""
+    """Return an answer as a list of messages: a text becomes one message, a list stays."""
     return [message('assistant', answer.strip())] if isinstance(answer, str) else answer
 
 
 def is_trained(turn):
-    """Whether a message is an answer that is trained on."""
+    """Return whether a message is an answer that is trained on."""
     return turn['role'] == 'assistant' and turn.get('weight') != 0
 
 
 def is_empty(answer):
-    """Whether an answer, text or chat, neither says nor thinks anything, nor calls a tool."""
+    """Return whether an answer, text or chat, has no content, no thoughts and no tool calls."""
     return not any(turn['content'].strip() or any(turn.get(key) for key in BESIDE) for turn in said(answer))
 
 
 def alternating(texts):
-    """Texts as messages of the user and the assistant in turn."""
+    """Return texts as messages of the user and the assistant in turn."""
     return [message('assistant' if i % 2 else 'user', text) for i, text in enumerate(texts)]
 
 
-def dialogue(text, marks):
-    """The messages of a text whose turns begin with these marks, a regular expression; what precedes them is no turn."""
-    _, *parts = re.split(marks, text)
-    roles = ['assistant' if who in ('Assistant', 'Response') else 'user' for who in parts[::2]]
+def dialogue(text, turn_pattern):
+    """Return the messages of a dialogue in one text; what precedes the first marker is ignored. turn_pattern: regular
+    expression of the markers that begin a turn; its only group is the speaker."""
+    # [text before, speaker, text, speaker, text, ...]
+    _, *parts = re.split(turn_pattern, text)
+    roles = ['assistant' if speaker in ('Assistant', 'Response') else 'user' for speaker in parts[::2]]
     return [message(role, text.strip()) for role, text in zip(roles, parts[1::2], strict=True)]
 
 
 def as_chat(prompt):
-    """A prompt, text or chat, as chat messages: the reverse of Human: / Assistant:, or else one user's message."""
+    """Return a prompt as a list of messages: a dialogue in Anthropic's format is split, other text is one question."""
     if not isinstance(prompt, str):
         return prompt
-    # HelpSteer's longer prompts have marks behind the first question
+    # HelpSteer's dialogues have no marker before the first question
     if '<extra_id_1>' in prompt:
         return dialogue(f'<extra_id_1>User\n{prompt}', r'\s*<extra_id_1>(User|Assistant)\n')
-    marks = DIALOGUES['\n\nHuman:']
-    turns = dialogue(prompt, marks)
-    if not turns or re.split(marks, prompt)[0].strip():
+    turn_pattern = DIALOGUES['\n\nHuman:']
+    turns = dialogue(prompt, turn_pattern)
+    text_before = re.split(turn_pattern, prompt)[0]
+    if not turns or text_before.strip():
         return [message('user', prompt)]
-    return turns[:-1] if turns[-1] == message('assistant', '') else turns
+    # a prompt ends with the marker of the answer to come
+    if turns[-1] == message('assistant', ''):
+        turns.pop()
+    return turns
 
 
 def as_chats(example, system=None):
-    """A copy of an example whose texts are chats, behind a system message if there is one and it has none."""
+    """Return a copy of an example with all its texts as chats, and with a system message unless the chat has one."""
     example = copy(example)
     for key in ('chosen', 'rejected', 'response'):
         if key in example:
@@ -227,39 +252,48 @@ def as_chats(example, system=None):
     for key in ('prompt', 'turns'):
         if key in example:
             chat = as_chat(example[key])
-            begins = bool(chat) and chat[0]['role'] == 'system'
-            example[key] = chat if begins or not system else [message('system', system), *chat]
+            has_system = bool(chat) and chat[0]['role'] == 'system'
+            if system and not has_system:
+                chat = [message('system', system), *chat]
+            example[key] = chat
     return example
 
 
 def instruction(prompt):
-    """What a prompt asks, as AlpacaEval has it: of a single question its text alone, else the whole dialogue."""
+    """Return a prompt as AlpacaEval's instruction: the text of a single question, or a whole dialogue as text."""
     if isinstance(prompt, str):
         text = prompt.removeprefix('\n\nHuman: ').removesuffix(ASSISTANT)
-        return text if ask(text) == prompt and ASSISTANT not in text else prompt
+        is_single_question = ask(text) == prompt and ASSISTANT not in text
+        return text if is_single_question else prompt
     turns = [turn for turn in prompt if turn['role'] != 'system']
-    return turns[0]['content'] if len(turns) == 1 else '\n\n'.join(f'{t["role"]}: {t["content"]}' for t in turns)
+    if len(turns) == 1:
+        return turns[0]['content']
+    return '\n\n'.join(f'{turn["role"]}: {turn["content"]}' for turn in turns)
 
 
 def strip_html(markup):
-    """The text of HTML: paragraphs, list items, <code> tags and the text of links; all other tags go."""
+    """Return the text of HTML. Paragraphs, list items, line breaks and <code> tags stay, other tags are removed."""
     text, in_pre = '', False
+    # split by TAG's two groups: text, then slash, name and following text of each tag
     before, *pieces = TAG.split(re.sub('(?s)<!--.*?-->', '', markup))
-    slashes, tags, texts = ['', *pieces[::3]], ['', *map(str.lower, pieces[1::3])], [before, *pieces[2::3]]
+    slashes = ['', *pieces[::3]]
+    tags = ['', *map(str.lower, pieces[1::3])]
+    texts = [before, *pieces[2::3]]
     for slash, tag, data in zip(slashes, tags, texts, strict=True):
         if tag == 'pre':
             in_pre = not slash
-        # a paragraph may open a list item
-        if tag in BLOCKS and (slash or not text.endswith('\n- ')):
+        # a paragraph at the start of a list item stays on its line
+        starts_item = not slash and text.endswith('\n- ')
+        if tag in BLOCKS and not starts_item:
             text = text.rstrip() + '\n\n'
         elif tag == 'li' and not slash:
             text = text.rstrip() + '\n- '
         text += {'code': f'<{slash}code>', 'br': '\n'}.get(tag, '')
-
-        # outside code blocks, white space means nothing
+        # collapse white space outside of <pre>
         data = html.unescape(data)
         if not in_pre:
             data = re.sub(r'\s+', ' ', data)
-            data = data.lstrip() if text[-1:] in ('', ' ', '\n') else data
+            if text[-1:] in ('', ' ', '\n'):
+                data = data.lstrip()
         text += data
     return text.strip()

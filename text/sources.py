@@ -1,13 +1,12 @@
-"""The datasets: where examples come from. Adding one is adding a get_foo(split, path) -> (rows, parse).
+"""The datasets, and how their rows become examples. To add a dataset, write get_foo(split, path) -> (rows, parse).
 
-rows are the raw rows as the hub, or the local file or folder `path`, has them; parse(row) -> list of examples, each one of
-  {'prompt', 'chosen', 'rejected'}, perhaps with 'margin', a number: by how much the chosen one is better;
-  {'prompt', 'response'}, with 'good': bool for KTO, or with 'turns', all messages of a conversation, where every answer in it
-  is trained on but those of weight 0;
-  {'prompt'};  {'drop': reason} for what the dataset's rules leave out.
-A row that is not what it should be makes parse raise ValueError(reason). Texts are strings in Anthropic's format
-('\\n\\nHuman: ...\\n\\nAssistant:', then ' answer') or lists of chat messages. Where parse is None, the columns decide (formats.py);
-where one row is not enough, it is a Layout.
+rows: the raw rows of the hub dataset, or of the local file or folder `path`. parse(row) returns a list of examples:
+  {'prompt', 'chosen', 'rejected'}, with 'margin', a number, if the data says by how much chosen is better;
+  {'prompt', 'response'}, with 'good': bool for KTO, or 'turns': all messages of a conversation, whose answers are trained
+  on unless their 'weight' is 0;
+  {'prompt'};  {'drop': reason} for a row that the dataset's rules exclude.
+Texts are strings in Anthropic's format ('\\n\\nHuman: ...\\n\\nAssistant:', then ' answer') or lists of messages. parse
+raises ValueError for an invalid row. It may also be None (formats.py detects the layout by the columns) or a Layout.
 """
 
 import hashlib
@@ -29,101 +28,114 @@ from text.files import ENDINGS, HELP, Row, content_hash, data_files, hub_splits,
 from text.formats import Layout, each
 from text.messages import answer, ask, field, message
 
-# without a test split, the prompts whose hash is 0 modulo this are held out
+# without a test split, 1 in so many prompts (by hash) is held out
 HELD_OUT = 20
-# the first rows: whether they have a layout, whether their answers repeat the prompt, whether all are bad
+# how many rows to look at to detect the layout, whether answers repeat prompts, and whether all rows are bad
 LOOK_AHEAD = 100
-KNOWN = (
+KNOWN_COLUMNS = (
     'known are prompt (or question, instruction, query) with chosen and rejected, or with response (completion, output) '
     "and perhaps good (label); messages; text: say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
 )
 MIXED = 'answers that begin with their prompt among others that do not: all or none must'
-# once, though a source is read for training and for evaluation
-_note = cache(say)
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
+# print each note once, although a source is opened for training and again for evaluation
+_note = cache(say)
 
 
 def load_rows(source, split, **options):
-    """(list of all examples, Counter of reasons) of one source: see read_examples."""
+    """Return (list of all examples, Counter of reasons why rows were left out). options: of read_examples."""
     left_out = Counter()
     return list(read_examples(source, split, left_out, **options)), left_out
 
 
 def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip_bad_rows=False, task=None, columns=None,
                   both=False):  # fmt: skip
-    """The examples of one source ('hh', 'hh:PATH', 'toy', a hub id, a file or folder), one by one.
-
-    split: 'train' or 'test'. A single file, or a dataset without a test split, is divided by a hash of the prompt unless
-    undivided. left_out: a Counter that says what was left out, when all are read; reasons that begin with 'note: ' are of
-    examples that stay. An example's .where is the file and line it comes from. task: 'pairs', 'singles', 'sft' or 'prompts';
-    of a dataset with many answers to a prompt, sft takes the best. both: of a divided source, all examples; .held_out of each
-    says which part it is of, and is None where the source has a test split. columns: 'prompt=question, ...' reads these columns alone.
-    Raises UserError for an unreadable source and, unless skip_bad_rows, for a bad row."""
-    rows, parse, no_test_part = _opened(source, split, num_turns, undivided)
-    found = _parsed(rows, parse, task, columns_of(columns))
-    examples = _agreeing(_sound(found, source, left_out, skip_bad_rows), left_out, skip_bad_rows)
-    divided = no_test_part and not undivided
-    for example in examples:
-        example.held_out = _held_out(example) if divided else None
-        if both or not divided or example.held_out == (split == 'test'):
+    """Yield the examples of one source: 'hh', 'hh:PATH', 'toy', a hub id, a file or a folder. Raises UserError.
+    An example is a Row; .where is its file and line. left_out: Counter, updated with reasons for rows left out; reasons
+    that begin with 'note: ' count examples that are kept. num_turns: for ShareGPT, answers per conversation.
+    A source without a test split is divided by a hash of the prompt, unless undivided. both: yield both parts; the
+    example's .held_out is then True for the test part, and None if the source is not divided.
+    task: 'pairs', 'singles', 'sft' or 'prompts'; if a prompt has several answers, 'sft' takes the best.
+    columns: 'prompt=question, ...' reads only these columns. skip_bad_rows: count bad rows instead of raising."""
+    rows, parse, has_no_test_part = _opened(source, split, num_turns, undivided)
+    parsed_rows = _parsed(rows, parse, task, columns_of(columns))
+    sound_examples = _sound(parsed_rows, source, left_out, skip_bad_rows)
+    is_divided = has_no_test_part and not undivided
+    for example in _agreeing(sound_examples, left_out, skip_bad_rows):
+        example.held_out = _is_held_out(example) if is_divided else None
+        is_in_split = not is_divided or example.held_out == (split == 'test')
+        if both or is_in_split:
             yield example
 
 
 def _opened(source, split, num_turns=1, undivided=False):
-    """(rows, parse, whether a part of them has to be held out, for want of a test split) of a source."""
+    """Return (rows, parse, has_no_test_part) of a source. has_no_test_part: a part of the rows must be held out."""
     getter, path, hub_id = locate(source)
-    name, config, wanted = files.named_part(source)
+    name, config, wanted_split = files.named_part(source)
     if getter:
-        if wanted:
-            raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{wanted}] out')
+        if wanted_split:
+            raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{wanted_split}] out')
         rows, parse = getter(split, path)
         if parse is parse_sharegpt:
             parse = partial(parse, num_turns=num_turns)
-        no_test_split = getattr(getter, 'test', split) is None
-        return rows, parse, no_test_split or (bool(path) and not files.has_test_part(path))
-
-    # the split that is meant, and the one to test on, if there is any
+        # only a HubDataset can lack a test split
+        hub_has_no_test_split = getattr(getter, 'test', split) is None
+        files_have_no_test_part = bool(path) and not files.has_test_part(path)
+        return rows, parse, hub_has_no_test_split or files_have_no_test_part
     splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
-    if undivided and not wanted and split in splits:
-        wanted = split
-    train, held_out = files.choose_splits(splits, wanted, source)
-    trains = split == 'train' or held_out is None or (undivided and wanted)
-    chosen = train if trains else held_out
-    return read_rows(hub_id, chosen, splits[chosen], name=config), None, held_out is None
+    if undivided and not wanted_split and split in splits:
+        wanted_split = split
+    train_split, test_split = files.choose_splits(splits, wanted_split, source)
+    # without a test split, both parts are taken from the train split
+    use_train_split = split == 'train' or test_split is None or (undivided and wanted_split)
+    chosen_split = train_split if use_train_split else test_split
+    rows = read_rows(hub_id, chosen_split, splits[chosen_split], name=config)
+    return rows, None, test_split is None
 
 
 def divides(source):
-    """Whether a source has no test split, so that a part of its rows is held out."""
-    return _opened(source, 'train')[2]
+    """Return whether a source has no test split, so that a part of its rows is held out."""
+    _, _, has_no_test_part = _opened(source, 'train')
+    return has_no_test_part
 
 
 def columns_of(text):
-    """{our name: column} of 'prompt=question, chosen=good'; None of None. Raises UserError."""
+    """Parse --columns, 'prompt=question, chosen=good', into {our name: column}. None and '' give None. Raises UserError."""
+    if not text:
+        return None
     columns = {}
-    for part in text.split(',') if text else ():
-        name, _, column = (x.strip() for x in part.partition('='))
+    for assignment in text.split(','):
+        name, _, column = assignment.partition('=')
+        name, column = name.strip(), column.strip()
         if name not in formats.COLUMNS or not column or name in columns:
             known = f'names are {", ".join(formats.COLUMNS)}, each once'
-            raise UserError(f"--columns: cannot read {part.strip()!r}: write 'prompt=question, chosen=good'; {known}")
+            example = "write 'prompt=question, chosen=good'"
+            raise UserError(f'--columns: cannot read {assignment.strip()!r}: {example}; {known}')
         columns[name] = column
-    return columns or None
+    return columns
 
 
 def locate(source):
-    """(getter, local path, hub id) of one source, each None where there is no such: what is read, and what it is known by."""
-    source = files.named_part(source)[0]
+    """Return (getter, local path, hub id) of one source; what does not apply is None. Raises UserError if nothing is found."""
+    source, _, _ = files.named_part(source)
     name, _, path = source.partition(':')
+    # the functions get_foo of this module
     getter = globals().get(f'get_{name}')
-    path, local = os.path.expanduser(path), os.path.expanduser(source)
+    path = os.path.expanduser(path)
+    # raises UserError if the path has no files
     if path:
-        data_files(path)  # raises if there is none
+        data_files(path)
     if getter and not path and os.path.exists(name):
         _note(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
+    if getter and path:
+        return getter, path, None
     if getter:
-        return getter, path or None, None if path else getattr(getter, 'hub_id', None)
-    if os.path.exists(local) or glob(local, recursive=True):
-        return None, local, None
-    if source.endswith(ENDINGS) or source.count('/') != 1 or source.startswith(('~', '.', '/')) or '*' in source:
+        return getter, None, getattr(getter, 'hub_id', None)
+    local_path = os.path.expanduser(source)
+    if os.path.exists(local_path) or glob(local_path, recursive=True):
+        return None, local_path, None
+    looks_like_path = source.endswith(ENDINGS) or source.startswith(('~', '.', '/')) or '*' in source
+    if looks_like_path or source.count('/') != 1:
         known = ', '.join(sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_')))
         wrong = f'data {source!r} is no file or folder{looked_in(source) or " here"} and no hub id (owner/name)'
         raise UserError(f'{wrong}: correct it ({HELP}), or name one of the known datasets: {known}')
@@ -131,20 +143,19 @@ def locate(source):
 
 
 def fingerprint(source, split):
-    """A string that changes with the content of a source, or None where that cannot be told without reading it all.
-
-    Of files: their names and contents. Of a hub dataset: its commit, at which it is also read."""
+    """Return a hash of a source's content (its files, or the hub dataset's commit), or None if neither is known."""
     _, path, hub_id = locate(source)
     digest = hashlib.sha256(source.encode())
     commit = files.hub_commit(hub_id) if hub_id else None
     if path:
         files.add_to_digest(digest, path)
     digest.update(f'{hub_id}@{commit}'.encode())
-    return digest.hexdigest() if path or commit or source == 'toy' else None
+    is_known = path or commit or source == 'toy'
+    return digest.hexdigest() if is_known else None
 
 
 def vanished(source, split, left_out):
-    """The error for a source of which no example is left."""
+    """Return the UserError for a source without any examples left."""
     return UserError(f'no {split} examples are left in data {source!r}; left out: {in_words(left_out)[0]} ({HELP})')
 
 
@@ -152,31 +163,35 @@ def vanished(source, split, left_out):
 
 
 def _parsed(rows, parse, task, columns):
-    """(row, its examples or the ValueError) of all rows. parse: of one row, or a Layout; None: what the columns say."""
+    """Yield (row, its examples or a ValueError) for all rows.
+    parse: a function of one row, a Layout, or None to detect the layout. columns: {our name: column}, which replaces
+    parse, or None. Raises UserError if the first rows have no such column."""
     if parse is None or columns:
         rows = iter(rows)
         head = list(islice(rows, LOOK_AHEAD))
         rows = chain(head, rows)
-        there = dict.fromkeys(name for row in head for name in row)
+        found_columns = dict.fromkeys(name for row in head for name in row)
         for column in (columns or {}).values():
-            if there and column not in there:
-                raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(there)}')
-        # a row that alone tells its examples may have another layout than the first one
-        layout = None if columns else _first_layout(head)
+            if found_columns and column not in found_columns:
+                raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
+        # every row may have a layout of its own, unless the first layout needs all rows
         parse = partial(formats.parse_any, task=task, columns=columns)
+        layout = None if columns else _first_layout(head)
         if layout and layout.read in formats.OF_ALL_ROWS:
             parse = layout
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
 
 
 def _first_layout(rows):
-    """The layout of the first row that has one; None where none has."""
-    found = each(rows, lambda row: formats.layout_of(formats.unified(row)))
-    return next((layout for _, layout in found if isinstance(layout, Layout)), None)
+    """Return the Layout of the first row that fits one, or None."""
+    for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
+        if isinstance(layout, Layout):
+            return layout
+    return None
 
 
 def describe(source):
-    """By which reader or columns a source is read, and which columns stay unread, for the screen."""
+    """Return a sentence about how a source is read: by which dataset's reader, or by which layout and columns."""
     rows, parse, _ = _opened(source, 'train')
     head = list(islice(rows, LOOK_AHEAD))
     layout = parse or _first_layout(head)
@@ -186,13 +201,14 @@ def describe(source):
     return f'{layout.name}, told by {", ".join(sorted(layout.columns))} (columns: {names})'
 
 
-def _sound(found, source, left_out, skip_bad_rows):
-    """The examples of sound rows, which know where they stand; what is left out is counted."""
+def _sound(parsed_rows, source, left_out, skip_bad_rows):
+    """Yield the examples of all valid rows as Rows, and count the others in left_out. Raises UserError for a bad row.
+    parsed_rows: iterator of (row, its examples or a ValueError)."""
     any_sound = False
-    for row, examples in found:
+    for row, examples in parsed_rows:
         if isinstance(examples, Exception):
             if not skip_bad_rows:
-                raise UserError(_refusal(row, examples, any_sound, found, source)) from None
+                raise UserError(_refusal(row, examples, any_sound, parsed_rows, source)) from None
             left_out[f'bad rows: {examples}'] += 1
             continue
         any_sound = any_sound or bool(examples)
@@ -200,39 +216,40 @@ def _sound(found, source, left_out, skip_bad_rows):
             if 'drop' in example:
                 left_out[example['drop']] += 1
                 continue
-            # tokenise names the row where a chat template refuses it
             example = Row(example)
+            # for error messages: tokenise may find out later that the chat template refuses the row
             example.where, example.raw = row.where, row
             yield example
 
 
-def _refusal(row, error, any_sound, found, source):
-    """The sentence on a bad row. any_sound: whether a good one came before; found: what comes behind it."""
+def _refusal(row, error, any_sound, following, source):
+    """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout. any_sound:
+    whether an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
     seen = [(row, error)]
-    # the file may end in something broken
+    # a file that is broken further down must not hide this message
     with suppress(UserError):
-        seen.extend(islice(found, LOOK_AHEAD))
+        seen.extend(islice(following, LOOK_AHEAD))
     bad = [_columns(other) for other, examples in seen if isinstance(examples, Exception)]
-    said = f'{row.where}: {error}'
+    text = f'{row.where}: {error}'
     if row:
-        said += f'; found: {_columns(row)}'
-
-    # one bad row among good ones is to be mended; if all are bad, it is the layout
+        text += f'; found: {_columns(row)}'
+    # bad rows among good ones are the user's to fix; if all are bad, the layout is wrong
     if any_sound or len(bad) < len(seen):
         if len(bad) > 1:
-            common = [f'{n} with {shorten(names, 90)}' for names, n in Counter(bad).most_common(2)]
-            said += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
-        return f'{said}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
-    name, fits = source.partition(':')[0], KNOWN
+            common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(bad).most_common(2)]
+            text += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
+        return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
+    name, _, _ = source.partition(':')
+    hint = KNOWN_COLUMNS
     if row.error:
-        fits = 'a row is a JSON object with named fields'
+        hint = 'a row is a JSON object with named fields'
     elif getattr(globals().get(f'get_{name}'), 'parse', None):
-        fits = f'the reader {name!r} is for another one; without {name + ":"!r} the columns decide'
-    return f'{said}; none of the first {len(seen)} rows can be read, so it is the layout: {fits} ({HELP})'
+        hint = f'the reader {name!r} is for another one; without {name + ":"!r} the columns decide'
+    return f'{text}; none of the first {len(seen)} rows can be read, so it is the layout: {hint} ({HELP})'
 
 
 def _columns(row):
-    """The columns of a row and what is in them, for a message."""
+    """Return a row's columns and their types as text, at most nine."""
     kinds = {str: 'text', list: 'list', dict: 'object', bool: 'true or false', int: 'number', float: 'number'}
     named = [f'{str(key)[:24]!r} ({kinds.get(type(value), "null")})' for key, value in row.items()]
     more = f' and {len(named) - 9} more' if len(named) > 9 else ''
@@ -240,15 +257,16 @@ def _columns(row):
 
 
 def _agreeing(examples, left_out, skip_bad_rows):
-    """The examples, if all answers of text repeat their prompt (which is off by now and counted) or none does.
-
-    The first ones decide: 'Hi' may begin an answer to 'Hi'. Others are bad rows."""
+    """Yield the examples without 'repeats'. Raises UserError if some text answers began with their prompt and others did not.
+    example['repeats']: whether the answers did, absent if unknown. The first rows decide for all, since an answer such as
+    'Hi there' to 'Hi' is no repetition. left_out counts prompts that were removed from answers."""
     head = list(islice(examples, LOOK_AHEAD))
-    # True: its answers began with the prompt; False: they did not; None: that cannot be told
-    told = {example['repeats'] for example in head if 'repeats' in example}
+    # some answers without a repetition, or none at all: then none may repeat its prompt
+    values = {example['repeats'] for example in head if 'repeats' in example}
+    must_repeat = values == {True}
     for example in chain(head, examples):
         repeats = example.pop('repeats', None)
-        if repeats is not None and repeats != (told == {True}):
+        if repeats is not None and repeats != must_repeat:
             if not skip_bad_rows:
                 raise UserError(f'{example.where}: {MIXED}; mend it, or leave it out with --skip_bad_rows ({HELP})')
             left_out[f'bad rows: {MIXED}'] += 1
@@ -258,8 +276,8 @@ def _agreeing(examples, left_out, skip_bad_rows):
         yield example
 
 
-def _held_out(example):
-    """Whether a hash of the prompt holds an example out: of messages, only role and content count."""
+def _is_held_out(example):
+    """Return whether a hash of the prompt puts an example in the test part; of messages, only role and content count."""
     prompt = example['prompt']
     if not isinstance(prompt, str):
         prompt = [message(turn['role'], turn['content']) for turn in prompt]
@@ -270,15 +288,13 @@ def _held_out(example):
 
 
 class HubDataset(NamedTuple):
-    """A get_foo of a dataset of the hub, or of files of it that lie here.
-
-    parse: as get_foo returns it. train, test: its splits; test None: there is none. options: what load_dataset is told."""
+    """A get_foo(split, path) for a hub dataset or its local files. test: None if there is no test split."""
 
     hub_id: str
     parse: object = None
     train: str = 'train'
     test: str | None = 'test'
-    options: dict = {}
+    options: dict = {}  # for load_dataset
 
     def __call__(self, split, path=None):
         part = self.train if split == 'train' or self.test is None else self.test
@@ -288,13 +304,13 @@ class HubDataset(NamedTuple):
 
 
 def parse_sharegpt(row, num_turns):
-    """A conversation's first num_turns answers, each after all before it."""
+    """Return an example for each of the first num_turns answers; its prompt is everything before the answer."""
     turns = [(field(turn, 'from'), field(turn, 'value')) for turn in field(row, 'conversations', list)]
     if any(token in text for _, text in turns for token in ('<s>', '</s>', '<|endoftext|>')):
         return [{'drop': 'special token in the text'}]
     prompt, examples = '', []
     for (asker, question), (replier, reply) in zip(turns[::2], turns[1::2], strict=False):
-        # pieces of long chats may begin with an answer
+        # long chats are split into pieces, which may begin with an answer
         if (asker, replier) != ('human', 'gpt') or len(examples) == num_turns:
             break
         prompt += ask(question)
@@ -304,7 +320,7 @@ def parse_sharegpt(row, num_turns):
 
 
 def parse_imdb(row):
-    """A review's first tokens and two sampled continuations, positive first."""
+    """Return the beginning of a review ('text') and two sampled continuations; the positive one is chosen."""
     prompt, chosen, rejected = (field(row, key) for key in ('text', 'chosen', 'rejected'))
     if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
         raise ValueError("the answers do not begin with 'text'")
@@ -312,7 +328,7 @@ def parse_imdb(row):
 
 
 def parse_ultrachat(row):
-    """The first exchange of a conversation."""
+    """Return the first question and answer of a conversation."""
     turns = [message(field(turn, 'role'), field(turn, 'content')) for turn in field(row, 'messages', list)[:2]]
     if [turn['role'] for turn in turns] != ['user', 'assistant']:
         return [{'drop': 'does not begin with user, assistant'}]
@@ -336,7 +352,7 @@ get_ultrachat = HubDataset('HuggingFaceH4/ultrachat_200k', parse_ultrachat, 'tra
 
 
 def get_toy(split, path=None):
-    """The toy world's pairs (toy.py)."""
+    """Return the pairs that toy.py generates."""
     if path:
         raise UserError(f'the toy world has no files: --data=toy, or --data={path}')
     from text import toy
@@ -345,14 +361,14 @@ def get_toy(split, path=None):
 
 
 def get_alpaca_eval(split, path=None):
-    """tatsu-lab/alpaca_eval: instructions, for sampling only. The hub has a loading script there, so its json file is read."""
+    """Return AlpacaEval's instructions, for sampling only. Reads the JSON file, since the hub has a loading script there."""
     file = 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'
     rows = read_rows('json', 'train', path, undivided=True, data_files=file)
     return rows, lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 
 
 def get_annotations(split, path=None):
-    """AlpacaEval's annotations.json: verdicts, of which ties are left out."""
+    """Return the pairs of AlpacaEval's annotations.json, a local file."""
     if path is None:
         raise UserError('annotations is a local file: --data=annotations:PATH')
     return read_rows(None, split, path), None

@@ -1,7 +1,7 @@
-"""A whole conversation as one sequence, of which every answer is trained on (sft.py).
+"""Write a whole conversation as one sequence in which every answer is trained on (sft.py).
 
-The user's turns are seen and not trained on. A template that marks answers itself ({% generation %}) is taken at its word.
-Elsewhere an answer is what the template writes behind the prompt that asks for it, its end of turn included."""
+If the template marks answers itself ({% generation %}), these are used. Otherwise an answer is what the template writes
+after the prompt for it, up to and including the end of turn."""
 
 import re
 
@@ -12,15 +12,15 @@ APART = 'note: conversations that the chat template does not write as one text: 
 
 
 def marks_answers(tokenizer, tools):
-    """Whether the chat template itself says what is an answer."""
+    """Return whether the chat template marks the answers itself, with {% generation %}."""
     return bool(re.search(r'\{%-?\s*generation\s*-?%\}', chat.template_of(tokenizer, tools)))
 
 
 def segments(turns, tools, tokenizer, left_out):
-    """The marked texts of a conversation up to its last trained answer, by turns only seen and trained on; none if there is
-    no such answer; None where the template does not write it as one text.
+    """Return a conversation as texts that are by turns context and trained answer, up to the last trained answer.
 
-    turns: messages; an assistant's message of weight 0 is only seen. Raises chat.Refused."""
+    Returns [] if no answer is trained on, and None if the template cannot write the conversation as one text. Special
+    tokens are marked as in chat.py. turns: messages; answers of weight 0 are context. Raises chat.Refused."""
     special = chat.special_of(tokenizer)
     if chat.template_of(tokenizer, tools) == chat.PLAIN_CHAT:
         left_out[chat.NO_TEMPLATE] = 1
@@ -31,63 +31,62 @@ def segments(turns, tools, tokenizer, left_out):
     def write(turns, tools=tools):
         return chat.write(turns, tools, tokenizer)
 
-    # an answer of which the template writes nothing would train its end alone
-    whole = write(turns)
+    full_text = write(turns)
     answers = [i for i, turn in enumerate(turns) if turn['role'] == 'assistant']
     for i in answers:
-        bare = message('assistant', turns[i]['content'])
-        if bare['content'].strip() or turns[i] == bare:
+        # an answer of which the template writes nothing would only train the end of turn
+        content_only = message('assistant', turns[i]['content'])
+        has_content = bool(turns[i]['content'].strip())
+        if has_content or turns[i] == content_only:
             continue
-        silent = write([*turns[:i], bare, *turns[i + 1 :]]) == whole
-        trained[i] &= not silent
-        left_out['empty answers'] += silent
+        is_unwritten = write([*turns[:i], content_only, *turns[i + 1 :]]) == full_text
+        trained[i] &= not is_unwritten
+        left_out['empty answers'] += is_unwritten
     if not any(trained):
         return []
 
-    # where each answer begins and ends
     if marks_answers(tokenizer, tools):
         spans = _marked_spans(turns, tools, tokenizer)
     else:
-        spans = [_span(turns, i, whole, tools, tokenizer, special) for i in answers]
+        spans = [_span(turns, i, full_text, tools, tokenizer, special) for i in answers]
     if None in spans or len(spans) != len(answers):
         return None
-    chat.count_unwritten(turns, tools, whole, write, left_out)
-
+    chat.count_unwritten(turns, tools, full_text, write, left_out)
     texts, position = [], 0
     for i, (start, end) in zip(answers, spans, strict=True):
         if trained[i]:
-            texts += [whole[position:start], whole[start:end]]
+            texts += [full_text[position:start], full_text[start:end]]
             position = end
     left_out[chat.KEPT] += sum(chat.MARK in text for text in texts)
     return texts
 
 
 def _marked_spans(turns, tools, tokenizer):
-    """(start, end) in the text of every answer, as the template marks them."""
+    """Return (start, end) of every answer in the conversation's text, from the template's {% generation %} marks."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = chat.template_of(tokenizer, tools)
-    how = {'tools': tools, 'chat_template': template, 'return_assistant_tokens_mask': True}
+    options = {'tools': tools, 'chat_template': template, 'return_assistant_tokens_mask': True}
     turns = [chat.with_thoughts(turn) for turn in turns]
-    _, (spans,) = render_jinja_template([turns], **how, **tokenizer.special_tokens_map)
+    _, (spans,) = render_jinja_template([turns], **options, **tokenizer.special_tokens_map)
     return spans
 
 
-def _span(turns, i, whole, tools, tokenizer, special):
-    """(start, end) in the text of the answer turns[i], its end of turn included; None where that cannot be told."""
-    start = chat.write(turns[:i], tools, tokenizer, add_generation_prompt=True)
-    if not whole.startswith(start):
+def _span(turns, i, full_text, tools, tokenizer, special):
+    """Return (start, end) of the answer turns[i] in the conversation's text, with its end of turn; None if unknown."""
+    prompt_text = chat.write(turns[:i], tools, tokenizer, add_generation_prompt=True)
+    start = len(prompt_text)
+    if not full_text.startswith(prompt_text):
         return None
-    # usually the text goes on as it would if the conversation ended here
-    answered = chat.write(turns[: i + 1], tools, tokenizer).rstrip('\n')
-    if len(answered) >= len(start) and whole.startswith(answered):
-        return len(start), len(answered)
-
-    # if not (a template that leaves thoughts out of earlier answers): up to the end of turn behind its content
+    # usually the full text begins with the text of the conversation up to this answer
+    answered_text = chat.write(turns[: i + 1], tools, tokenizer).rstrip('\n')
+    if len(answered_text) >= start and full_text.startswith(answered_text):
+        return start, len(answered_text)
+    # a template may remove the thoughts of earlier answers: find the content and the end of turn after it
     content = turns[i]['content'].strip()
-    at = whole.find(content, len(start))
-    if at < 0 or not content:
+    content_start = full_text.find(content, start)
+    if content_start < 0 or not content:
         return None
-    end = at + len(content)
-    stop = re.compile(rf'\s*(?:{special.stop.pattern})').match(whole, end)
-    return len(start), stop.end() if stop else end
+    content_end = content_start + len(content)
+    stop = re.compile(rf'\s*(?:{special.stop.pattern})').match(full_text, content_end)
+    return start, stop.end() if stop else content_end
