@@ -10,9 +10,9 @@ ROOT = figures.ROOT
 OURS = figures.product() + sorted((ROOT / 'experiments').rglob('*.py'))
 LIMITS = {
     'dpo.py': 435,
-    'sft.py': 132,
+    'sft.py': 135,
     'reward.py': 115,
-    'ppo.py': 395,
+    'ppo.py': 400,
     'losses.py': 190,
 }  # lines; 175, and room for a loss of one's own
 
@@ -28,8 +28,8 @@ def relative(path):
 def test_top_level_and_lines():
     assert len(list(ROOT.glob('*.py'))) <= 12
     assert {name: n for name, limit in LIMITS.items() if (n := figures.measure(ROOT / name).lines) > limit} == {}
-    assert figures.total([ROOT / name for name in figures.STEP]).lines <= 2520
-    assert figures.total(figures.product()).lines <= 13600
+    assert figures.total([ROOT / name for name in figures.STEP]).lines <= 2500
+    assert figures.total(figures.product()).lines <= 14550
     assert figures.total(sorted((ROOT / 'experiments').rglob('*.py'))).lines <= 4610
 
 
