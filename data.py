@@ -139,7 +139,9 @@ class Batch:
     """A microbatch of A answers with N predicted tokens, made by pack. A place is an index into the flattened ids."""
 
     ids: torch.Tensor  # packed: (1, T), all prompts and answers in a row; padded: (A, T), a row for each answer
-    predict_at: torch.Tensor  # (N,) place of the token before each predicted token
+    predict_at: (
+        torch.Tensor
+    )  # (N,) place that predicts each: the prompt's last token, or the token before it in its answer
     target: torch.Tensor  # (N,) the predicted tokens, all in answers
     answer: torch.Tensor  # (N,) number of the answer, 0 to A - 1, that each belongs to
     offset: torch.Tensor  # (N,) index of each in its answer
@@ -281,7 +283,7 @@ MAX_BLOCK_TOKENS = 96  # a larger mask wastes more work on masked entries than a
 
 
 class Block:
-    """Consecutive groups of a packed row that one attention call computes under a mask, or a single large group."""
+    """Consecutive groups of a packed row that one attention call computes under a mask, or a single group."""
 
     def __init__(self, groups):
         self.groups = groups

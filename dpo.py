@@ -5,7 +5,7 @@
 
 One step: columns of every example (log-probs of its answers under policy and reference) -> the step's statistic, if the loss has
 one -> loss and weight of every example -> one gradient, that of the weighted mean loss over the whole step. The result does not
-depend on the number of ranks or microbatches. Options count examples, except warmup_steps, which counts steps.
+depend on the number of ranks or microbatches. The length and rhythm of a run are counted in examples, except warmup_steps.
 """
 
 from runtime import guard
@@ -38,7 +38,9 @@ noise_rate = 0.0  # fraction of training pairs whose labels are flipped
 frac_good = 1.0  # kto, kto_zero: keep this fraction of the good answers
 frac_bad = 1.0  # kto, kto_zero: keep this fraction of the bad answers
 max_length = 512  # tokens of prompt and answer
-max_prompt_length: int | None = None  # a prompt is cut to this if the whole is too long; None: half of max_length
+max_prompt_length: int | None = (
+    None  # a prompt is cut to this if the whole is too long; None: half of max_length, by configure
+)
 # loss
 loss = 'dpo'  # dpo, drdpo, ipo, kto, ...: the README's table, or losses.LOSSES
 beta = 0.1  # strength of the pull towards the reference; simpo, cpo: scale of the margin
@@ -179,6 +181,7 @@ def measure(batch, paired=paired):
 
     pi: log-prob under the policy (with graph); n: number of tokens; ref: log-prob under the reference, if any; div: divergence,
     if the loss has one. Pairs are split into chosen and rejected: pi_w and pi_l, n_w and n_l, ... of shape (A / 2,)."""
+    # Models have response_logps and hidden_and_head of model.py as methods, see fsdp.shard.
     # reference: cached, or a forward pass; for a divergence only the hidden states, since the policy's pass computes the rest
     reference, ref_logps = None, batch.ref
     with torch.no_grad(), lora.adapters_off(ref):
@@ -196,7 +199,7 @@ def measure(batch, paired=paired):
         columns['ref'] = ref_logps
     if not paired:
         return columns
-    # answers alternate: chosen, rejected, chosen, rejected, ...
+    # answers alternate, in the order of Examples: chosen, rejected, chosen, rejected, ...
     chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
     rejected = {f'{name}_l': values[1::2] for name, values in columns.items()}
     return chosen | rejected
@@ -258,8 +261,8 @@ def loss_and_weight(measured, step_columns, slots):
 def run_step(step, backward=False, shift=None):
     """Run forward, and optionally backward, on one step. Returns (its columns in step order, new state of the statistic).
 
-    After backward, gradients hold sum_i w_i grad loss_i over the step's examples, divided by the number of ranks; w is the
-    column gradient_weight. shift: constant in the weights of Dr. DPO; None: the smallest loss of the first microbatch."""
+    After backward and fsdp.average_gradients, gradients are sum_i w_i grad loss_i over the step's examples, divided by the number
+    of ranks; w is the column gradient_weight. shift: constant in the weights of Dr. DPO; None: the smallest loss of the first microbatch."""
     # 1. what depends on the whole step: the statistic, and the labels of single answers
     step_columns, new_state, already_measured = {}, run.state['statistic'], None
     if statistic_fn:

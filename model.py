@@ -52,7 +52,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     if query.is_cuda and half and softcap is None and same_size:
         return varlen.attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
-    # a block is either several small groups, computed as one piece under one mask, or a single large group, which is cut into
+    # a block is either several small groups, computed as one piece under one mask, or a single group, which is cut into
     # pieces: its prompt, then each answer
     sizes = [size for block in packed.blocks for size in block.sizes]
     # one split for all pieces, because its backward is a single cat
@@ -78,7 +78,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
 
 
 def _causal(n, m, window, device):
-    """Return the causal mask (n, m) of the last n of m positions, or None if sdpa's is_causal, which is faster, is the same."""
+    """Return the causal mask (n, m) of the last n of m positions; None: plainly causal, for which sdpa has the faster is_causal."""
     n_before = m - n  # keys before the first query
     window_cuts = window and window < m
     if n_before == 0 and not window_cuts:
@@ -157,7 +157,7 @@ def response_logps(model, batch, divergence=None, reference=None):
 
 def hidden_and_head(model, batch):
     """Return hidden states (N, d) that predict the N answer tokens, and the LM head: (weight, bias or None)."""
-    # FSDP gathers the head's weight only if this is called as the model's method, see fsdp.add_method
+    # FSDP gathers the head's weight only if this, or response_logps around it, runs as the model's method, see fsdp.add_method
     head = core(model).get_output_embeddings()
     hidden = body(model, batch).to(head.weight.device).flatten(0, 1)
     predict_at = batch.predict_at.to(hidden.device)
@@ -205,7 +205,7 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def logits(policy, reference, config):
-        """Yield (rows, logits (n, V), pieces) for each chunk of positions. policy, reference: (hidden, weight, bias); or None.
+        """Yield (rows, logits (n, V), pieces) for each chunk of positions. policy, reference: (hidden, weight, bias); no reference: None.
 
         rows: slice of the chunk's positions. pieces: the chunk in smaller parts, [(slice of positions, logits, reference's logits
         or None)]. The caller may overwrite logits; the next chunk reuses their memory."""

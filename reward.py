@@ -67,7 +67,8 @@ run.check_room()
 def run_step(step, backward=False):
     """Run forward, and optionally backward, on one step. Returns its columns, (pairs,) each, in step order.
 
-    After backward, gradients are those of the loss summed over the step's pairs, divided by the number of ranks."""
+    After backward and fsdp.average_gradients, gradients are those of the loss summed over the step's pairs, divided by the number
+    of ranks."""
     # target gap between the two scores, (pairs,)
     margin = step.labels.get('margin', torch.zeros(len(step.rows)))
     # microbatch by microbatch: scores, loss, gradient

@@ -78,8 +78,8 @@ run.check_room()
 def run_step(step, backward=False):
     """Run forward, and optionally backward, on one step. Returns its columns, (examples,) each, in step order.
 
-    After backward, gradients are those of the loss summed over the step's answer tokens on all ranks, divided by the number of
-    ranks, since FSDP averages them. batch.real is 0 for the fillers of ranks that have no examples."""
+    After backward and fsdp.average_gradients, gradients are those of the loss summed over the step's answer tokens on all ranks,
+    divided by the number of ranks. batch.real is 0 for the fillers of ranks that have no examples."""
     # microbatch by microbatch: log-probs, loss, gradient
     parts = []
     for batch in step.batches:

@@ -1,16 +1,16 @@
 """What all training scripts share around their own step: set-up, resuming, logging, evaluation, checkpoints, export.
 
     run = training.begin(config)               # ranks, signals, out_dir, tokenizer
-    run.load_data(task='pairs')                # run.train, run.held_out; then load_policy, choose_attention, check_room
+    run.load_data(task='pairs')                # run.train, run.held_out; then load_policy, choose_attention, say_data, check_room
     run.start('dpo ')                          # from the newest checkpoint, or afresh
     for step in run.steps():                   # microbatches, made ahead in a thread
-        columns = run.compute(step, run_step)  # the script's own: forward and backward
+        columns = run.compute(step, run_step)  # the script's own step, backward=True for training
         run.update(step, columns, weight)      # one optimizer step
         run.finish_step(step)                  # saves where that is due, and obeys signals
     run.finish()                               # the exported model
 
 The constants below are options of every script that imports this file; a script may redeclare one to change its default.
-Counts are in examples over all ranks.
+The length and rhythm of a run are counted in examples over all ranks.
 """
 
 import math
@@ -305,7 +305,7 @@ class Run:
     # ---- steps ----
 
     def prepare(self, examples, first, rows):
-        """Return the Step that trains on these rows of examples. first: number of examples before it."""
+        """Return the Step of these rows of examples. first: number of examples before it."""
         labels = {'good': torch.from_numpy(examples.good[rows])}
         if examples.margin is not None:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
@@ -356,7 +356,7 @@ class Run:
     def update(self, step, columns, weight):
         """Apply the gradients of a step. Returns False if the step is bad and was skipped.
 
-        columns: of the whole step; weight: the sum of its examples' weights. A step is bad if a loss or the gradient norm is not
+        columns: of the whole step; weight: the sum of the examples' weights in the gradient. A step is bad if a loss or the gradient norm is not
         finite, or if weight is 0. Raises UserError after more than skip_bad_steps bad steps."""
         config = self.config
         n_steps = math.ceil(self.total / config.batch_size)

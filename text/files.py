@@ -180,7 +180,7 @@ def _is_data_file(file):
 
 
 def folder_splits(path, config=None):
-    """Return {split: files} of a folder or pattern, from the folder's README, or else from the file names.
+    """Return {split: files} of a file, folder or pattern, from the folder's README, or else from the file names.
 
     config: a config in the README; None: its default or only one. Raises UserError if it is missing or ambiguous."""
     import huggingface_hub
@@ -228,7 +228,7 @@ def _named_files(folder, entry):
 
 
 def _splits_by_name(path):
-    """Return {split: files} from the file names of a folder or pattern; all are 'train' if no name tells a split."""
+    """Return {split: files} from the file names of a file, folder or pattern; all are 'train' if no name tells a split."""
     # DatasetDict.save_to_disk writes a folder per split and this file
     is_saved = os.path.exists(os.path.join(path, 'dataset_dict.json'))
     # names are relative to the folder, or to the folder before the first wildcard of a pattern

@@ -98,7 +98,7 @@ def fit_conversation(prompt, segments, limits, left_out):
 
 
 def encode_texts(texts, tokenizer):
-    """Return the token ids of each text, without BOS or EOS. chat.py has marked special tokens written by users."""
+    """Return the token ids of each text; adds no BOS or EOS. chat.py has marked special tokens written by users."""
     unmarked = [text for text in texts if MARK not in text]
     unmarked_ids = []
     if unmarked and tokenizer.is_fast:

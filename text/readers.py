@@ -58,7 +58,7 @@ def read_file(file):
         raise UserError(f'{file}: data files end in {", ".join(FORMATS)}: convert it to one of them ({HELP})')
     suffix = Path(file).suffix
     unpacked_name = file.removesuffix(suffix) if suffix in PACKED else file
-    read_rows = READERS['.' + unpacked_name.rpartition('.')[2]]
+    read = READERS['.' + unpacked_name.rpartition('.')[2]]
     try:
         with open(file, 'rb') as stream:
             head = stream.read(40).lstrip().lower()
@@ -67,7 +67,7 @@ def read_file(file):
         # a web page saved as .txt would be read as rows
         if head.startswith((b'<!doctype html', b'<html')):
             raise UserError(f'{file} is a web page, not the data: fetch it again, perhaps after a login')
-        yield from read_rows(file)
+        yield from read(file)
     except UserError:
         raise
     except Exception as error:  # every library has its own error classes

@@ -4,7 +4,7 @@ rows: the raw rows of the hub dataset, or of the local file or folder `path`. pa
   {'prompt', 'chosen', 'rejected'}, with 'margin', a number, if the data says by how much chosen is better;
   {'prompt', 'response'}, with 'good': bool for KTO, or 'turns': all messages of a conversation, whose answers are trained
   on unless their 'weight' is 0;
-  {'prompt'};  {'drop': reason} for a row that the dataset's rules exclude.
+  {'prompt'};  {'drop': reason} for a row that the dataset's rules exclude. formats.py adds 'repeats' if answers repeat the prompt.
 Texts are strings in Anthropic's format ('\\n\\nHuman: ...\\n\\nAssistant:', then ' answer') or lists of messages. parse
 raises ValueError for an invalid row. It may also be None (formats.py detects the layout by the columns) or a Layout.
 """
@@ -142,7 +142,7 @@ def locate(source):
     return None, None, source
 
 
-def fingerprint(source, split):
+def fingerprint(source):
     """Return a hash of a source's content (its files, or the hub dataset's commit), or None if neither is known."""
     _, path, hub_id = locate(source)
     digest = hashlib.sha256(source.encode())
@@ -174,7 +174,7 @@ def _parsed(rows, parse, task, columns):
         for column in (columns or {}).values():
             if found_columns and column not in found_columns:
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
-        # every row may have a layout of its own, unless the first layout needs all rows
+        # each row is read by its own layout, unless the first one is a layout that needs all rows
         parse = partial(formats.parse_any, task=task, columns=columns)
         layout = None if columns else _first_layout(head)
         if layout and layout.read in formats.OF_ALL_ROWS:

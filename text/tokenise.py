@@ -1,6 +1,6 @@
 """Turn rows of text into tokenised Examples, cached on disk. Training scripts call load_examples.
 
-Pipeline: sources.read_examples -> as_parts -> chat.render or turns.segments -> ids.encode_texts -> _Builder.add.
+Raw row -> example (a Row) -> Part -> Examples: sources.read_examples -> as_parts -> chat.render or turns.segments -> ids.encode_texts -> _Builder.add.
 Prompt and answers are tokenised separately. Every answer ends with EOS, even if truncated.
 """
 
@@ -70,10 +70,10 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     names = data.split('+')
     enough = enough or {}
     # the cache key has all that the tokens depend on; sources without a fingerprint are hashed row by row
-    hashes = [sources.fingerprint(source, split) for source in names]
+    hashes = [sources.fingerprint(source) for source in names]
     is_fingerprinted = None not in hashes
     if not is_fingerprinted:
-        hashes = [content_hash(row) for row in _read_sources(names, split, task, read_args, Counter())]
+        hashes = [content_hash(row) for row in _read_sources(names, split, task, read_args, Counter(), both=False)]
     # 8: format version, to be raised when this code produces other tokens for the same text
     key = [8, hashes, names, task, read_args, lengths, render_args, *_tokenizer_key(tokenizer)]
     # {}: the file with all examples, which serves any `enough`
@@ -119,7 +119,7 @@ def _tokenise_all(names, splits, tokenizer, task, read_args, render_args, length
     return tokenised, is_complete
 
 
-def _read_sources(names, split, task, read_args, left_out, both=False):
+def _read_sources(names, split, task, read_args, left_out, *, both):
     """Yield the untokenised examples of all sources. Raises UserError if a source has none that is usable.
 
     read_args: arguments of read_examples. both: yield train and test rows. left_out: updated when the reading stops."""
@@ -145,7 +145,7 @@ def source_rows(examples, data, split, task, *, chat, system, **read_args):
     """Return {uid: (prompt, raw row with all columns)} for Examples that load_examples made with these arguments."""
     wanted = set(examples.uid.tolist())
     found = {}
-    for row in _read_sources(data.split('+'), split, task, read_args, Counter()):
+    for row in _read_sources(data.split('+'), split, task, read_args, Counter(), both=False):
         example = as_chats(row, system) if chat or system else row
         for part in as_parts(example, task, Counter()):
             # setdefault: the first of several equal rows counts

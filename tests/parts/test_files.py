@@ -150,7 +150,7 @@ def test_home_and_patterns(tmp_path, monkeypatch):
         write(tmp_path / f'mine/part-{i}.jsonl', part)
     for source in ('~/mine', '~/mine/part-*.jsonl', '~/mine/part-[01].jsonl', f'{tmp_path}/**/*.jsonl'):
         assert divided(source), source
-        assert sources.fingerprint(source, 'train')
+        assert sources.fingerprint(source)
     refused('~/mine/none-*.jsonl', 'no file or folder')
 
 
@@ -250,9 +250,9 @@ def test_the_configs_of_a_readme(tmp_path):
     assert sorted(answers(f'{tmp_path}:both', undivided=True)) == sorted(ALL + ALL[:2])
     refused(f'{tmp_path}:gone', "none of the files that its README names for the config 'gone': fetch them")
     # what the README says is of the fingerprint
-    before = sources.fingerprint(f'{tmp_path}:easy', 'train')
+    before = sources.fingerprint(f'{tmp_path}:easy')
     (tmp_path / 'README.md').write_text(README.replace('easy/held', 'easy/a'))
-    assert sources.fingerprint(f'{tmp_path}:easy', 'train') != before
+    assert sources.fingerprint(f'{tmp_path}:easy') != before
     # the one that the hub would take, and patterns that fit more than data
     (tmp_path / 'README.md').write_text(README.replace('hard/*', '"hard/**"\n  default: true'))
     (tmp_path / 'hard/LICENSE').write_text('free')
@@ -345,6 +345,13 @@ def test_a_few_examples_are_the_first_and_need_few_rows(load, all_first):
     assert load.read == before if all_first else load.read - before <= 180
     # what was cached of the first is not taken for all
     assert len(load('train')[0]) > 300
+
+
+def test_what_a_stopped_reading_left_out_is_counted(tmp_path):
+    rows = [{'prompt': 'the room', 'chosen': ' a', 'rejected': ' a'}, *PAIRS]
+    source, enough = write_jsonl(tmp_path / 'pairs.jsonl', rows), {'train': 50, 'test': 2}
+    found = tokenise.load_examples(source, 'train', toy.tokenizer(), 'pairs', cache=False, enough=enough, **LIMITS)
+    assert len(found) == 50 and sum(found.left_out.values()) == 1
 
 
 def test_repeated_demonstrations_are_counted(tmp_path):

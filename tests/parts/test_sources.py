@@ -180,7 +180,7 @@ ASKED = {  # name -> what load_dataset is asked for
 @pytest.mark.parametrize('source, asked', ASKED.items())
 def test_what_is_asked_of_the_hub(hub, source, asked):
     assert sources.load_rows(source, 'test') == ([], {}) and hub.asked and all(call == asked for call in hub.asked)
-    assert sources.fingerprint(source, 'test') is None
+    assert sources.fingerprint(source) is None
 
 
 def test_hub_rows_and_errors(hub):
@@ -202,13 +202,13 @@ def test_a_hub_dataset_is_known_by_its_commit_and_read_there(hub, monkeypatch):
     commits = {'Anthropic/hh-rlhf': 'aaa', 'owner/name': 'bbb'}
     monkeypatch.setattr('text.files.hub_commit', commits.get)
     names = ['hh', 'hh_helpful', 'Anthropic/hh-rlhf', 'owner/name']
-    before = [sources.fingerprint(name, 'train') for name in names]
+    before = [sources.fingerprint(name) for name in names]
     assert len(set(before)) == 4 and None not in before
     for name in names:
         sources.load_rows(name, 'test')
     assert [call[2].pop('revision') for call in hub.asked] == ['aaa', 'aaa', 'aaa', 'bbb']
     commits['Anthropic/hh-rlhf'] = 'xxx'
-    after = [sources.fingerprint(name, 'train') for name in names]
+    after = [sources.fingerprint(name) for name in names]
     assert [a == b for a, b in zip(before, after, strict=True)] == [False] * 3 + [True]
 
 
@@ -374,6 +374,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('OpenR1-Math, right and wrong', 'pairs', [{'problem': 'q?', 'answer': '4', 'generations': ['b', 'a'], 'correctness_math_verify': [False, True]}], [PAIR], {}),
     ('answers and ratings', 'pairs', [{'instruction': 'q?', 'generations': ['b', 'a', 'x'], 'ratings': [1, 4, None]}], [PAIR], {}),
     ('answers and scores', 'sft', [{'prompt': 'q?', 'responses': ['b', 'a'], 'scores': [0.1, 0.4]}], [SFT], {}),
+    ('answers and scores, prompts', 'prompts', [{'prompt': 'q?', 'responses': ['b', 'a'], 'scores': [0.1, 0.4]}], [{'prompt': [user('q?')]}], {}),
     ('LMSYS chats', 'sft', [{'conversation': TWO_TURNS, 'turn': 2, 'redacted': False}], [MULTI], {}),
     ('MetaMath', 'sft', [{'query': 'q?', 'original_question': 'x', 'response': 'a'}], [SFT], {}),
     ('NuminaMath', 'sft', [{'problem': 'q?', 'solution': 'a'}], [SFT], {}),
@@ -807,7 +808,7 @@ def test_clones_of_datasets(tmp_path):
     write(tmp_path / 'trees/validation.jsonl', rows)
     source = f'oasst:{tmp_path}/trees'
     assert [len(sources.load_rows(source, s, skip_bad_rows=True)[0]) for s in ('train', 'test')] == [2, 3]
-    assert sources.fingerprint(source, 'train') and sources.fingerprint(source, 'test')
+    assert sources.fingerprint(source)
 
 
 # ---- hashes ----
@@ -819,11 +820,11 @@ def test_fingerprints(tmp_path):
         write(tmp_path / name, [{'text': name}])
 
     def stamps():
-        return [sources.fingerprint(name, 'train') for name in (path, f'hh:{path}', str(tmp_path))]
+        return [sources.fingerprint(name) for name in (path, f'hh:{path}', str(tmp_path))]
 
     before = stamps()
     assert None not in before and len(set(before)) == 3 and before == stamps()
-    assert sources.fingerprint('toy', 'train') and sources.fingerprint('owner/name', 'train') is None
+    assert sources.fingerprint('toy') and sources.fingerprint('owner/name') is None
     # a renamed file is of another split
     (tmp_path / 'b_train.jsonl').rename(tmp_path / 'b_test.jsonl')
     assert [a == b for a, b in zip(before, stamps(), strict=True)] == [True, True, False]
@@ -839,9 +840,9 @@ def test_a_folder_that_is_called_like_a_dataset_is_not_its_fingerprint(hub, tmp_
     hub.rows = [row] * 3
     write(tmp_path / 'hh' / 'train.jsonl', [row])
     sources._note.cache_clear()
-    assert sources.fingerprint('hh', 'train') is None and len(sources.load_rows('hh', 'train')[0]) == 3
+    assert sources.fingerprint('hh') is None and len(sources.load_rows('hh', 'train')[0]) == 3
     assert capsys.readouterr().out.count("note: 'hh' is the dataset of that name") == 1
-    assert sources.fingerprint('./hh', 'train') and len(load('./hh')[0]) == 1 and len(hub.asked) == 1
+    assert sources.fingerprint('./hh') and len(load('./hh')[0]) == 1 and len(hub.asked) == 1
 
 
 def test_content_hash():
