@@ -347,7 +347,8 @@ def test_a_few_examples_are_the_first_and_need_few_rows(load, all_first):
     assert len(load('train')[0]) > 300
 
 
-def test_what_a_stopped_reading_left_out_is_counted(tmp_path):
+def test_what_a_stopped_reading_left_out_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenise, 'CHUNK', 30)
     rows = [{'prompt': f'the room {i}', 'responses': [' a', ' b'], 'scores': [0, min(i, 1)]} for i in range(400)]  # one tie
     source, enough = write_jsonl(tmp_path / 'pairs.jsonl', rows), {'train': 50, 'test': 2}
     found = tokenise.load_examples(source, 'train', toy.tokenizer(), 'pairs', cache=False, enough=enough, **LIMITS)
