@@ -38,9 +38,7 @@ noise_rate = 0.0  # fraction of training pairs whose labels are flipped
 frac_good = 1.0  # kto, kto_zero: keep this fraction of the good answers
 frac_bad = 1.0  # kto, kto_zero: keep this fraction of the bad answers
 max_length = 512  # tokens of prompt and answer
-max_prompt_length: int | None = (
-    None  # a prompt is cut to this if the whole is too long; None: half of max_length, by configure
-)
+max_prompt_length: int | None = None  # a prompt is cut to this if the whole is too long; None: half of max_length
 # loss
 loss = 'dpo'  # dpo, drdpo, ipo, kto, ...: the README's table, or losses.LOSSES
 beta = 0.1  # strength of the pull towards the reference; simpo, cpo: scale of the margin

@@ -282,7 +282,9 @@ def test_the_pages_say_what_the_record_says(tmp_path):
     # KTO's shares of good answers differ at settings that one of them has found: that is no tuning of both
     assert [line for line in rows if 'KTO 1:4' in line][0].split(' | ')[2].startswith('equal:')
     assert f'tries {n.total()} claims' in readme
-    told = f'{n[HOLDS] + n[SIZE_OPEN]} hold, {n[CONTRARY]} is contrary, {n[SAME] + n[NEGLIGIBLE]} are no or a negligible'
+    told = (
+        f'{n[HOLDS] + n[SIZE_OPEN]} hold, {n[CONTRARY]} is contrary, {n[SAME] + n[NEGLIGIBLE]} are no or a negligible'
+    )
     assert told in readme and f'{n[OPEN]} cannot be told' in readme
 
 
