@@ -222,8 +222,8 @@ def _check(name, value, options, where):
     # a larger int may not fit into a float: it stays an int, and is rejected below
     if type(value) is int and 'int' not in allowed and 'float' in allowed and abs(value) < 2**63:
         value = float(value)
-    is_nan = value != value
-    if _kind(value) not in allowed or is_nan:
+    # NaN is not equal to itself
+    if _kind(value) not in allowed or value != value:
         raise UserError(f'{where}: {name} must be {" or ".join(allowed)}, not {value!r}')
     # range, choices, and no secrets such as API keys
     if problem := values.problem(name, value):

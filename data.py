@@ -141,7 +141,7 @@ class Batch:
     ids: torch.Tensor  # packed: (1, T), all prompts and answers in a row; padded: (A, T), a row for each answer
     predict_at: (
         torch.Tensor
-    )  # (N,) place that predicts each: the prompt's last token, or the token before it in its answer
+    )  # (N,) place of the token before each; before an answer's first one, the prompt's last token
     target: torch.Tensor  # (N,) the predicted tokens, all in answers
     answer: torch.Tensor  # (N,) number of the answer, 0 to A - 1, that each belongs to
     offset: torch.Tensor  # (N,) index of each in its answer

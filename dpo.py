@@ -86,7 +86,7 @@ inputs = check_loss.inputs(loss_fn, statistic_fn)  # the names of their paramete
 paired = bool({'pi_w', 'ratio_w'} & inputs)  # False: single answers, each labelled good or bad
 has_ratio = bool({'ratio', 'ratio_w'} & inputs)  # a log-ratio of policy and reference
 has_risk = loss.startswith('radpo')
-# for losses with a divergence of policy from reference at each position: (n, V) log-probs of both -> (n,)
+# for losses with a divergence of policy from reference at each position: (n, V) log-probs of both -> (n,), mass (n, V)
 divergence = None
 if 'div_w' in inputs:
     divergence = partial(RISKS[risk], mu=mu) if has_risk else kl
@@ -260,7 +260,8 @@ def run_step(step, backward=False, shift=None):
     """Run forward, and optionally backward, on one step. Returns (its columns in step order, new state of the statistic).
 
     After backward and fsdp.average_gradients, gradients are sum_i w_i grad loss_i over the step's examples, divided by the number
-    of ranks; w is the column gradient_weight. shift: constant in the weights of Dr. DPO; None: the smallest loss of the first microbatch."""
+    of ranks; w is the column step_weight. shift: constant in the weights of Dr. DPO; None: the smallest loss of the first
+    microbatch."""
     # 1. what depends on the whole step: the statistic, and the labels of single answers
     step_columns, new_state, already_measured = {}, run.state['statistic'], None
     if statistic_fn:
@@ -275,15 +276,15 @@ def run_step(step, backward=False, shift=None):
             # already measured only if the step is a single microbatch
             measured = already_measured or measure(batch)
             loss, weight = loss_and_weight(measured, step_columns, batch.slot)
-        gradient_weight = weight
+        step_weight = weight
         if beta_prime:
             # Dr. DPO: weights exp((shift - loss) / beta'). The shift cancels when weights are normalized; it avoids overflow
             if shift is None:
                 shift = fsdp.smallest(torch.where(batch.real, loss.detach(), torch.inf))
-            gradient_weight = weight * losses.drdpo_weight(loss.detach(), shift, beta_prime=beta_prime)
+            step_weight = weight * losses.drdpo_weight(loss.detach(), shift, beta_prime=beta_prime)
         if backward:
-            (gradient_weight * loss * batch.real).sum().backward()
-        parts.append(measured | {'loss': loss, 'weight': weight, 'gradient_weight': gradient_weight})
+            (step_weight * loss * batch.real).sum().backward()
+        parts.append(measured | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
 
     # 3. columns of the whole step, for metrics and for normalizing by the sum of weights
     columns = training.gather(parts, step.batches, len(step.rows))
@@ -361,7 +362,7 @@ def log_ratios(prompts, answers):
 def sample(seen):
     """Sample answers of policy and reference to held-out prompts into samples.jsonl. Returns KL metrics.
 
-    Returns {} if there is no live reference, or if a signal stops the run meanwhile."""
+    Returns {} if there is no live reference, or no held-out prompt."""
     # both answer the same prompts, from the same seeds
     models = {'policy': run.policy, 'reference': ref} if ref else {'policy': run.policy}
     measured = run.sample(models, seen, ref and log_ratios)
@@ -419,7 +420,7 @@ if run.eval_due_at_start():
     evaluate(run.seen)
 for step in run.steps():
     columns, new_state = run.compute(step, run_step, backward=True)
-    if run.update(step, columns, weight=columns['gradient_weight'].sum()):
+    if run.update(step, columns, weight=columns['step_weight'].sum()):
         run.state['statistic'] = new_state
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):

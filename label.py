@@ -7,7 +7,8 @@ Answer files are samples.jsonl of sample.py or AlpacaEval's model_outputs.json. 
 are a pair, lower sample number first; with --against, the answers of both files to the same prompt are paired in order.
 
 Output in out_dir:
-* verdicts.jsonl: one line per verdict, with the judge's reply, synced to disk at once; the same command resumes a killed run.
+* verdicts.jsonl: one line per verdict; a judge's reply is synced to disk at once. The same command resumes a killed run, and asks
+  again what failed.
 * annotations.json, for --data=, in AlpacaEval's format (preference 1: output_1, 2: output_2, 1.5: tie, null: no verdict).
 * report.json: the win rate and other numbers, explained in feedback/winrate.py.
 
@@ -181,9 +182,9 @@ todo = [key for key in keys if key not in verdicts]
 
 # a signal stops at once and drops pending requests
 guard.on_stop(lambda: f'{len(verdicts)} of {len(keys)} verdicts are in {out_dir}; the same command goes on there')
-new_rows = ask_judge(todo) if endpoint is not None else compare_rewards(todo)
+judge_pairs = ask_judge if endpoint is not None else compare_rewards
 with log.progress(len(keys), ' verdicts', 'judged', initial=len(verdicts)) as bar:
-    for row in new_rows:
+    for row in judge_pairs(todo):
         # claim out_dir with the first verdict only, so that a mistaken command does not block the corrected one
         if not config_file.exists():
             log.claim_out_dir(out_dir, record)

@@ -205,9 +205,9 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def logits(policy, reference, config):
-        """Yield (rows, logits (n, V), pieces) for each chunk of positions. policy, reference: (hidden, weight, bias); no reference: None.
+        """Yield (rows, logits (n, V), pieces) for each chunk of positions.
 
-        rows: slice of the chunk's positions. pieces: the chunk in smaller parts, [(slice of positions, logits, reference's logits
+        policy, reference: (hidden, weight, bias); reference may be None. rows: slice of the chunk's positions. pieces: the chunk in smaller parts, [(slice of positions, logits, reference's logits
         or None)]. The caller may overwrite logits; the next chunk reuses their memory."""
         hidden, weight, _ = policy
         vocab_size = len(weight)

@@ -275,7 +275,7 @@ def run_minibatch(batches, this_round, rows):
 
 
 def train_round(this_round):
-    """Run all optimizer steps of a rollout.Round. Return metrics: means over answer tokens; grad_norm and lr of the last step.
+    """Run all optimizer steps of a rollout.Round. Return metrics: means over answer tokens, the last finite grad_norm, the last lr.
 
     Steps with a non-finite loss or gradient leave the weights alone, count in no mean, and go to bad_step.jsonl."""
     steps_before = steps_per_round * (this_round.first // batch_size)

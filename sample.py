@@ -339,7 +339,7 @@ with log.progress(n_missing // world_size, ' answers', 'sampled by this rank', d
     if endpoint:
         ask_all()
     elif n_missing:
-        # on_ranks re-raises one rank's error on all ranks
+        # on_ranks re-raises one rank's UserError on all ranks
         with fsdp.unsharded(net):
             fsdp.on_ranks(True, generate_all)
 

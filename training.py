@@ -251,7 +251,8 @@ class Run:
         return make_batches(examples, rows, self.rank, self.world, **options)
 
     def check_room(self, *others):
-        """Raise UserError if the disk is too small for the model. Log notes on memory and on examples longer than max_tokens.
+        """Raise UserError if the disk is too small for the model or the checkpoints of --save_every. Log notes on memory and long
+        examples.
 
         others: frozen models in memory besides the policy."""
         policy, per_token, train, limit = self.policy, self.bytes_per_token, self.train, self.max_tokens
@@ -340,7 +341,7 @@ class Run:
                 with self.memory(step.batches):
                     return work(step, **options)
             except UserError as error:
-                out_of_memory = hasattr(error, 'of_this_rank')  # a mark set by guard.memory
+                out_of_memory = hasattr(error, 'of_this_rank')  # a mark set by guard.explained
                 single_process = self.world * tp == 1
                 can_split = any(len(batch.slot) > 1 for batch in step.batches)
                 if not (out_of_memory and max_tokens == 'auto' and single_process and can_split):
@@ -356,8 +357,8 @@ class Run:
     def update(self, step, columns, weight):
         """Apply the gradients of a step. Returns False if the step is bad and was skipped.
 
-        columns: of the whole step; weight: the sum of the examples' weights in the gradient. A step is bad if a loss or the gradient norm is not
-        finite, or if weight is 0. Raises UserError after more than skip_bad_steps bad steps."""
+        columns: of the whole step; weight: the sum of the examples' weights in the gradient. A step is bad if a loss or the gradient
+        norm is not finite, or if weight is 0. Raises UserError after more than skip_bad_steps bad steps."""
         config = self.config
         n_steps = math.ceil(self.total / config.batch_size)
         factor = log.schedule(step.first // config.batch_size, n_steps, self.state['warmup'], lr_schedule)

@@ -36,8 +36,10 @@ def read_back(path, key_of):
     a UserError with the line number, as does a line that is not JSON. An incomplete last line is cut off, with a note."""
     rows = {}
     content = path.read_bytes() if path.exists() else b''
+    size = len(content)
     # every complete line ends with a line break, so the last piece is empty unless a kill interrupted a write
     *lines, incomplete = content.split(b'\n')
+    del content  # the lines are a second copy of the file
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -49,7 +51,7 @@ def read_back(path, key_of):
             raise UserError(f'{problem}: delete that line, and the same command makes it anew') from None
     if incomplete:
         files.say(f'note: the last line of {path} was not written to its end: what it was to hold is done again')
-        os.truncate(path, len(content) - len(incomplete))
+        os.truncate(path, size - len(incomplete))
     return rows
 
 
@@ -75,7 +77,7 @@ def collect(out_dir, wanted):
     """Merge the sample files of all ranks into a sorted samples.jsonl, and return its rows as {(prompt index, sample): row}.
 
     wanted(index, sample): returns the fields and values that this row must have, or None if the run has no such answer.
-    Raises UserError for a damaged row or one of another run; all files are left as they were."""
+    Raises UserError for a damaged row or one of another run; then no file is merged or deleted."""
 
     def key_of(row):
         """Return (index, sample) of a row after checking its fields. Raises ValueError, KeyError or UserError."""

@@ -37,7 +37,8 @@ class Reply(NamedTuple):
 
 
 class _AttemptFailed(Exception):
-    """A failed attempt. can_retry: whether a retry may succeed. wait: seconds requested by Retry-After."""
+    """A failed attempt. can_retry: whether a retry may succeed. connected: False if the endpoint was not reached. wait: seconds
+    requested by Retry-After."""
 
     def __init__(self, message, *, can_retry=True, connected=True, wait=0.0):
         super().__init__(message)

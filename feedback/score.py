@@ -195,9 +195,8 @@ def main():
     changed, notes = in_words(left_out)
     at_most = f', at most {limit:,} tokens each' if limit < UNLIMITED else ''
     counts = f'{len(rows):,} of {len(examples):,} scored{at_most}'
-    lines = [f'data: {counts}; left out or changed: {changed}', *notes]
-    lines += [f'{reward_model} on {data}', *report(rows), f'{out}: a line for each']
-    say('\n'.join(lines))
+    say('\n'.join([f'data: {counts}; left out or changed: {changed}', *notes]))
+    say('\n'.join([f'{reward_model} on {data}', *report(rows), f'{out}: a line for each']))
 
 
 def read():

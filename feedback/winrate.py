@@ -29,7 +29,8 @@ def interval(wins, clusters=None):
     """Return [low, high], the Wilson 95% interval for the mean of wins (n,), which lie in [0, 1], or None if n is 0.
 
     clusters (n,): cluster id of each value; None puts each value in a cluster of its own. Wilson's sample size is Kish's
-    effective size (sum_c m_c)^2 / sum_c m_c^2 for clusters of m_c values, or larger if the cluster-robust error implies it."""
+    effective size (sum_c m_c)^2 / sum_c m_c^2 for clusters of m_c values; with ENOUGH clusters it is larger if the cluster-robust
+    error implies that."""
     p, error = mean(wins, clusters)
     if p is None:
         return None
@@ -59,12 +60,14 @@ def interval_of_fit(rate, error):
 
 
 def length_controlled(wins, difference, clusters=None):
-    """Return (win rate at equal length, its standard error, length effect b), or three None if the fit diverges.
+    """Return (win rate at equal length, its standard error, length effect b), or three None without a finite fit.
 
     Fits P(win) = sigmoid(a + b tanh(difference / s)), like AlpacaEval 2 (2404.04475) without its instruction difficulty. The
-    rate is sigmoid(a); b is 0 if all lengths are equal. The fit diverges if all are wins, all are losses, or the length
-    difference alone predicts every win. wins (n,): 1, 0, or 1/2 for a tie. difference (n,): length of the first answer minus
-    length of the second, with root mean square s. clusters (n,): cluster ids for the sandwich covariance, or None."""
+    rate is sigmoid(a); b is 0 if all lengths are equal. There is no finite fit without pairs, if all are wins or all are
+    losses, if the length difference alone predicts every win, or if it is the same (not 0) in all pairs.
+
+    wins (n,): 1, 0, or 1/2 for a tie. difference (n,): length of the first answer minus length of the second, with root mean
+    square s. clusters (n,): cluster ids for the sandwich covariance, or None."""
     wins = np.asarray(wins, float)
     difference = np.asarray(difference, float)
     if len(wins) == 0:

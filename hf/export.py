@@ -73,9 +73,9 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
             if has_adapters:
                 adapted = build(empty=False)
                 lora.write(adapted, trained_weights, adapter_temporary)
-                move_folder(adapter_temporary, folder.with_name('adapter'))
                 plain_model = lora.merged(adapted)
                 weights = plain_model.state_dict()
+                move_folder(adapter_temporary, folder.with_name('adapter'))
             else:
                 plain_model = build(empty=True)
                 tie_as(plain_model, tied)
@@ -88,13 +88,16 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
             move_folder(temporary, folder)
             return str(written_dtype).removeprefix('torch.')
 
-    try:
-        return on_one_rank(write)
-    except UserError:
-        # free the disk space for the next attempt
-        for path in (temporary, adapter_temporary):
-            shutil.rmtree(path, ignore_errors=True)
-        raise
+    def write_or_clean_up():
+        try:
+            return write()
+        except UserError:
+            # free the disk space for the next attempt
+            for path in (temporary, adapter_temporary):
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    return on_one_rank(write_or_clean_up)
 
 
 def _save_weights(model, weights, dtype, folder):
@@ -113,6 +116,8 @@ def _save_weights(model, weights, dtype, folder):
     # fixed seed: the same weights always give the same file
     generator = torch.Generator().manual_seed(0)
     rounded_weights = {name: rounded(weights[name], dtype, generator) for name in weights if name in first_names}
+    # free the weights before rounding, as large as the model, before writing
+    weights.clear()
     # save_pretrained records the model's dtype in the config; on the meta device the cast is free
     model.to('meta', dtype).save_pretrained(folder, state_dict=rounded_weights, max_shard_size=SHARD)
     return dtype

@@ -63,7 +63,7 @@ def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
 def sample_held_out(run, models, n, seen, measure=None, **settings):
     """Sample answers of several models to the first n held-out prompts, and append them to out_dir/samples.jsonl.
 
-    run: a training.Run. models: name -> sharded model; 'reference' answers without its adapters. seen: examples trained on.
+    run: a training.Run. models: name -> sharded model; 'reference' answers with its adapters off. seen: examples trained on.
     measure(prompts, answers) -> {column: (n,) tensor}, more fields for samples.jsonl. settings: keyword arguments of generate().
     Returns {model name: result of measure}, empty without measure. Raises UserError if memory runs out."""
     # kto has two examples per pair; the good ones have each prompt once
@@ -266,7 +266,7 @@ def _merge(caches, width):
 
 
 def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
-    """Return the StoppingCriteriaList that ends a row at a stop token, or if it has max_new_tokens after n_sampled earlier ones.
+    """Return the StoppingCriteriaList that ends a row at a stop token, or at max_new_tokens, n_sampled earlier ones included.
 
     All rows end together once `enough` rows have ended and REFILL_AFTER tokens were sampled, or when a signal arrives."""
     stop = torch.tensor(sorted(stop), device=inner.device)

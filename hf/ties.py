@@ -53,6 +53,6 @@ def correct_tie_config(model):
         return False
     for config in wrong:
         config.tie_word_embeddings = False
-    # save_pretrained() drops the weights listed here, a list made when the model was created
+    # transformers' own record of ties, made when the model was created
     inner.all_tied_weights_keys = ties(inner)
     return True

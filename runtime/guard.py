@@ -179,12 +179,12 @@ def boundary(save, close, already_started=False):
 def keep(save, already_started=False):
     """Write a checkpoint, retrying every PAUSE seconds, since the latest steps exist only in memory. Collective.
 
-    save(): starts a checkpoint; already_started: it has been called. A signal during the retries allows one last try; raises
-    UserError if that fails."""
+    save(): starts a checkpoint; already_started: it has been called. A new signal of a higher code during the retries allows
+    one last try; raises UserError if that fails."""
     import fsdp
     from runtime import checkpoint
 
-    # _code: 0 without a signal, higher after SIGTERM, highest after Ctrl-C; only a signal from now on ends the retries. Not by
+    # _code: 0 without a signal, higher after SIGTERM, highest after Ctrl-C; only a higher code from now on ends the retries. Not by
     # stop_asked(), which would raise if an earlier checkpoint has failed; below, wait() has cleared that failure
     (code_before,) = fsdp.largest([_code])
     has_warned = False
@@ -213,7 +213,9 @@ def keep(save, already_started=False):
 
 
 def export(model, tokenizer, build, folder, card, dtype, save):
-    """Write the model and return its dtype; if that fails, save() a checkpoint and raise UserError. Collective."""
+    """Write log rows that wait for disk space, then the model. Returns its dtype on rank 0. Collective.
+
+    If that fails, save() a checkpoint and raise UserError."""
     import fsdp
     from hf.export import write_model
 

@@ -14,8 +14,7 @@ from runtime.values import looked_in
 
 @functools.cache
 def reachable():
-    """Return whether the hub answers. If not, switch its libraries to offline mode, or each would retry for a
-    minute."""
+    """Return whether the hub answers. If not, switch its libraries to offline mode: each would retry for a minute."""
     import huggingface_hub
 
     constants = huggingface_hub.constants

@@ -33,8 +33,7 @@ SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin
 
 
 def check_names(out_dir):
-    """Raise UserError if a run would write through symlinks in out_dir, or overwrite files while it has no
-    config.json."""
+    """Raise UserError if a run would write through symlinks in out_dir, or overwrite files beside no config.json."""
     folder = Path(out_dir)
     has_config = (folder / 'config.json').exists()
     for name in ('.lock', 'config.json', *WRITTEN):

@@ -30,10 +30,10 @@ SAFE = {'cuda': 0.9, 'cpu': 0.7}
 
 
 def check_room(config, policy, per_token, train, total, packed, max_tokens, others=()):
-    """Raise UserError if the disk has no room for the model; on a CPU, also print the memory needed. Collective.
+    """Raise UserError if the disk has no room for the model or the checkpoints of --save_every; on a CPU, print the memory needed.
 
     per_token(): returns bytes of activations per token; train: Examples; total: examples of the run; packed: no
-    padding; others: models in memory besides policy, may be None. Returns whether checkpoints fit on the disk, too."""
+    padding; others: models in memory besides policy, or None in their place. Returns whether checkpoints fit, too. Collective."""
     import fsdp
 
     # bytes over all ranks; the exported model lacks ppo.py's value head and critic, which are in its checkpoints

@@ -76,7 +76,7 @@ def content_hash(*parts) -> int:
 def named_part(source):
     """Parse a source 'NAME:config[split]' into (name, config or None, split or None).
 
-    Only hub ids and folders with a slash (./mine:easy) have configs. The path of an existing file is not parsed."""
+    Only hub ids and folders with a slash (./mine:easy) have configs. Brackets in an existing path, or a pattern that fits, stay."""
     split = None
     in_brackets = re.fullmatch(r'(.+)\[([\w.+-]+)\]', source)
     exists = os.path.exists(source) or glob.glob(os.path.expanduser(source))

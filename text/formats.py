@@ -4,7 +4,7 @@ unified() gives a row's columns our names and parses its chats. The first Layout
 read(row, task) returns a list of examples (described in sources.py). Readers in OF_ALL_ROWS need the whole dataset:
 read(rows, task) yields (row, its examples or a ValueError). task: 'pairs', 'singles', 'sft', 'prompts' or None.
 Readers raise ValueError for invalid rows and LeftOut for valid rows that a rule excludes.
-To add a layout, write a reader and add a row to LAYOUTS."""
+To add a layout, write a reader and add a row to READERS."""
 
 import json
 import os
@@ -141,8 +141,8 @@ def unified(row, columns=None):
     chat_columns = [*CHATS, 'data'] if 'id' in row else CHATS
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
     row = {name: value for name, value in row.items() if value is not None or name in NULL_SAYS}
-    for name in MEDIA:
-        if row.get(name):
+    for name in row:
+        if name.lower() in MEDIA and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
 
     # names: {their name: our name}

@@ -39,7 +39,7 @@ class Row(dict):
     where = ''  # position for messages, such as 'FILE, line 3'
     error = ''  # why the row could not be read, or ''
     # set for examples only
-    held_out = None  # whether it belongs to the test part of a divided source; None if the source has splits
+    held_out = None  # whether it belongs to the test part of a divided source; None if the source is not divided
     raw = None  # the raw Row it was made from
 
     @classmethod
@@ -106,11 +106,13 @@ def _read_columns(file):
     """Yield the Rows of a .parquet file, or of an .arrow file in stream format (save_to_disk) or file format."""
     import pyarrow.parquet
 
-    with pyarrow.OSFile(file) as source:
-        if file.endswith('.parquet'):
+    is_parquet = file.endswith('.parquet')
+    # map .arrow files, whose batches are not compressed and may be large
+    open_source = pyarrow.OSFile if is_parquet else pyarrow.memory_map
+    with open_source(file) as source:
+        if is_parquet:
             batches = pyarrow.parquet.ParquetFile(source).iter_batches(1000)
-        elif source.read(6) == b'ARROW1':
-            # magic bytes of the file format
+        elif source.read(6) == b'ARROW1':  # magic bytes of the file format
             table = pyarrow.ipc.open_file(source)
             batches = map(table.get_batch, range(table.num_record_batches))
         else:

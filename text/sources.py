@@ -4,7 +4,8 @@ rows: the raw rows of the hub dataset, or of the local file or folder `path`. pa
   {'prompt', 'chosen', 'rejected'}, with 'margin', a number, if the data says by how much chosen is better;
   {'prompt', 'response'}, with 'good': bool for KTO, or 'turns': all messages of a conversation, whose answers are trained
   on unless their 'weight' is 0;
-  {'prompt'};  {'drop': reason} for a row that the dataset's rules exclude. formats.py adds 'repeats' if answers repeat the prompt.
+  {'prompt'};  {'drop': reason} for a row that the dataset's rules exclude. formats.py adds 'repeats': whether the answers
+  began with the prompt, which is then removed; absent if that is unknown.
 Texts are strings in Anthropic's format ('\\n\\nHuman: ...\\n\\nAssistant:', then ' answer') or lists of messages. parse
 raises ValueError for an invalid row. It may also be None (formats.py detects the layout by the columns) or a Layout.
 """
@@ -78,10 +79,9 @@ def _opened(source, split, num_turns=1, undivided=False):
         rows, parse = getter(split, path)
         if parse is parse_sharegpt:
             parse = partial(parse, num_turns=num_turns)
-        # only a HubDataset can lack a test split
+        # only a HubDataset can lack a test split; then all files of a folder are read, whatever their names or README say
         hub_has_no_test_split = getattr(getter, 'test', split) is None
-        files_have_no_test_part = bool(path) and not files.has_test_part(path)
-        return rows, parse, hub_has_no_test_split or files_have_no_test_part
+        return rows, parse, hub_has_no_test_split or (bool(path) and not files.has_test_part(path))
     splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
     if undivided and not wanted_split and split in splits:
         wanted_split = split
@@ -143,7 +143,7 @@ def locate(source):
 
 
 def fingerprint(source):
-    """Return a hash of a source's content (its files, or the hub dataset's commit), or None if neither is known."""
+    """Return a hash of a source's content (its files, the hub dataset's commit, or the name toy), or None if that is unknown."""
     _, path, hub_id = locate(source)
     digest = hashlib.sha256(source.encode())
     commit = files.hub_commit(hub_id) if hub_id else None
@@ -352,7 +352,7 @@ get_ultrachat = HubDataset('HuggingFaceH4/ultrachat_200k', parse_ultrachat, 'tra
 
 
 def get_toy(split, path=None):
-    """Return the pairs that toy.py generates."""
+    """Return (rows, parse) of the pairs that toy.py generates."""
     if path:
         raise UserError(f'the toy world has no files: --data=toy, or --data={path}')
     from text import toy
@@ -361,14 +361,15 @@ def get_toy(split, path=None):
 
 
 def get_alpaca_eval(split, path=None):
-    """Return AlpacaEval's instructions, for sampling only. Reads the JSON file, since the hub has a loading script there."""
+    """Return (rows, parse) of AlpacaEval's instructions, for sampling only."""
+    # its JSON file, since the hub has a loading script there
     file = 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'
     rows = read_rows('json', 'train', path, undivided=True, data_files=file)
     return rows, lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 
 
 def get_annotations(split, path=None):
-    """Return the pairs of AlpacaEval's annotations.json, a local file."""
+    """Return (rows, parse) of AlpacaEval's annotations.json, a local file."""
     if path is None:
         raise UserError('annotations is a local file: --data=annotations:PATH')
     return read_rows(None, split, path), None

@@ -1,6 +1,7 @@
 """Turn rows of text into tokenised Examples, cached on disk. Training scripts call load_examples.
 
-Raw row -> example (a Row) -> Part -> Examples: sources.read_examples -> as_parts -> chat.render or turns.segments -> ids.encode_texts -> _Builder.add.
+A raw row becomes an example (a Row), then Parts, then an item of Examples:
+sources.read_examples -> as_parts -> chat.render or turns.segments -> ids.encode_texts -> _Builder.add.
 Prompt and answers are tokenised separately. Every answer ends with EOS, even if truncated.
 """
 
@@ -74,11 +75,11 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     is_fingerprinted = None not in hashes
     if not is_fingerprinted:
         hashes = [content_hash(row) for row in _read_sources(names, split, task, read_args, Counter(), both=False)]
-    # 8: format version, to be raised when this code produces other tokens for the same text
-    key = [8, hashes, names, task, read_args, lengths, render_args, *_tokenizer_key(tokenizer)]
+    # 9: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
+    key = [9, hashes, names, task, read_args, lengths, render_args, *_tokenizer_key(tokenizer)]
     # {}: the file with all examples, which serves any `enough`
-    files = [_cache_file(key, split, count) for count in ({}, enough)]
-    examples = _read_cache(files) if cache else None
+    files = [_cache_file(key, split, count) for count in ({}, enough)] if cache else []
+    examples = _read_cache(files)
     if examples is None:
         splits = [split]
         # if the test split is taken from the train rows, tokenise and cache both splits in one pass
@@ -241,7 +242,9 @@ def _render_part(part, tools, tokenizer, left_out):
 
 
 def _encode_in_chunks(items, tokenizer):
-    """Encode (builder, texts, Part) items in a thread; yield lists of (builder, Part, ids of each text), in order."""
+    """Encode (builder, texts, Part) items; yield lists of (builder, Part, ids of each text), in order.
+
+    All chunks but the last are encoded in a thread."""
 
     def encode_chunk(chunk):
         ids = iter(encode_texts([text for _, texts, _ in chunk for text in texts], tokenizer))
