@@ -55,7 +55,7 @@ def _fill_bins(lengths, n_bins, max_tokens):
     for slot in longest_first:
         tokens, number, slots = heapq.heappop(bins)
         tokens += int(lengths[slot])
-        # a single example may be longer
+        # an example alone in its bin may exceed max_tokens
         if slots and tokens > max_tokens:
             return None
         slots.append(slot)
@@ -181,7 +181,7 @@ class Batch:
 def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu'):
     """Make a Batch of a list of examples, (prompt, answers) each. slots: index of each example in the step.
 
-    pad: a padded row for each answer. share_prefix=False: a copy of the prompt for each answer. filler: answers of the dummy
+    pad: a padded row for each answer. share_prefix=False: a copy of the prompt for each answer. filler: number of answers of the dummy
     example that replaces an empty list: a rank without data must still run its passes, because the others wait for it."""
     if not examples:
         one_token = np.array([0])
@@ -192,15 +192,15 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
 
     # concatenate all pieces: a prompt, its answers, the next prompt, ...
-    pieces, prompt_of = [], []  # prompt_of: index of each piece's prompt, or a prompt's own index
+    pieces, prompt_of = [], []  # prompt_of: for each piece, the index of its prompt; a prompt's is its own
     for prompt, answers in groups:
         prompt_of += [len(pieces)] * (1 + len(answers))
         pieces += [prompt, *answers]
     ids, prompt_of = np.concatenate(pieces), np.array(prompt_of)
     sizes = np.array([len(piece) for piece in pieces])
     is_answer = prompt_of != np.arange(len(pieces))
+    # tokens that are context only are stored as ~id, which is negative: _predicted leaves them out, then the marks go
     arrays = _predicted(ids, sizes, is_answer, prompt_of)
-    # tokens that are seen but not predicted are stored as ~id, which is negative
     ids = np.where(ids < 0, ~ids, ids)
 
     if pad:

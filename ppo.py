@@ -188,8 +188,8 @@ def make_round(first, rows):
         first_seed = (seed + 1) * 2**32 + first
         examples = rollout.sample(run, train, rows, answers_each=answers_per_prompt, first_seed=first_seed)
 
-    # log-probs and values. Offline, the reference stands in for the unknown policy that wrote the answers
     tokens, answers = rollout.measure(run, ref, examples, stop_ids)
+    # old: log-probs under the policy that wrote the answers; offline it is unknown, and the reference stands in for it
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
 
     # scores, (answers,): offline the labels

@@ -110,6 +110,7 @@ def choose_arithmetic(config, device):
         config.ignored(['tf32'], 'it is for float32 on a GPU')
     if deterministic and not on_gpu:
         config.ignored(['deterministic'], 'it is for a GPU')
+    # device_map computes in float32 only, so there is no other choice
     if on_gpu and in_float32 and device_map is None:
         slow = 'packed attention in float32 computes each answer by itself'
         log.say(f'note: on a GPU {slow}: --dtype=bfloat16 is several times faster')

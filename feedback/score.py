@@ -239,7 +239,7 @@ def score_examples(model, tokenizer, examples, limit, left_out):
     options = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
     rows = []
     items = []  # (prompt ids, answer ids) of all answers
-    targets = []  # (row, column) for the score of each item
+    targets = []  # (row, column): where the score of each item goes
     for task, example in examples:
         # fall back to the position in the data if there is no id
         row = {'id': example.raw.get('id', example.where or None)}

@@ -214,7 +214,7 @@ def without_end(answer, stop):
 
 
 def can_refill(inner):
-    """Return whether rows of a model's cache can be dropped and merged with rows of another cache.
+    """Return whether finished rows of a model's cache can be replaced: dropped, and merged with rows of another cache.
 
     True for per-token keys and values, also with sliding windows. False for states that mix tokens (Mamba) and for chunks that
     count from a row's first column, padding included (Llama 4)."""
@@ -224,7 +224,7 @@ def can_refill(inner):
         return False
     cache = transformers.DynamicCache(config=inner.config)
     layer_types = {type(layer) for layer in cache.layers}
-    return layer_types <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return layer_types.issubset({DynamicLayer, DynamicSlidingWindowLayer})
 
 
 def _cache_for(inner, texts, cache, cache_rows):

@@ -64,9 +64,10 @@ def _tolerance(model):
 def deviation(model, batch, padded):
     """Compare our log-probs or scores of a batch with the model's own forward on the same examples, padded.
 
-    Returns (maximum error, infinity if it cannot run packed; message). Raises UserError if a padded batch cannot run."""
+    Returns (maximum error, infinity if it cannot run packed; message in case that is too large). Raises UserError if a padded batch
+    cannot run."""
     config = core(model).config
-    is_packed = bool(batch.groups)
+    is_packed = bool(batch.groups)  # only packed batches have groups
     # convolutions and linear attention would leak from one answer into the next
     other_layers = set(getattr(config, 'layer_types', None) or ()) - {'full_attention', 'sliding_attention'}
     if is_packed and other_layers:
@@ -82,7 +83,8 @@ def deviation(model, batch, padded):
                 ours = model.response_scores(batch)
             else:
                 (ours,) = model.response_logps(batch)
-    # the forward may raise anything, as it gets no mask (MPT) or drops unknown arguments (StableLM)
+    # a model's forward may raise anything: MPT's needs a mask, StableLM's drops our argument. Errors of the machine, or in our code,
+    # say nothing about the model
     except Exception as error:
         if guard.out_of_memory(error) or (is_packed and _is_machine_or_bug(error)):
             raise

@@ -76,13 +76,13 @@ def content_hash(*parts) -> int:
 def named_part(source):
     """Parse a source 'NAME:config[split]' into (name, config or None, split or None).
 
-    Only hub ids and folders with a slash (./mine:easy) have configs. Brackets in an existing path, or a pattern that fits, stay."""
+    Only hub ids and folders with a slash (./mine:easy) have configs; in hh:PATH, hh is a reader, and the source is returned whole.
+    Brackets are no split if the source as it stands is a path, or a pattern that matches files."""
     split = None
     in_brackets = re.fullmatch(r'(.+)\[([\w.+-]+)\]', source)
     exists = os.path.exists(source) or glob.glob(os.path.expanduser(source))
     if in_brackets and not exists:
         source, split = in_brackets.groups()
-    # a name without a slash is a reader: hh:PATH
     name, _, config = source.partition(':')
     if config and '/' in name:
         is_hub_id = re.fullmatch(r'[\w.-]+/[\w.-]+:[\w.-]+', source)

@@ -69,15 +69,15 @@ def fit(prompt, answers, limits, left_out):
 def fit_conversation(prompt, segments, limits, left_out):
     """Return (prompt, answer), the ids of a conversation truncated to the limits.
 
-    segments: lists of ids after the prompt, alternately trained (assistant) and untrained (user). answer: all segments
-    joined, with untrained tokens stored as ~id; [] if no trained token fits, which left_out counts."""
+    segments: lists of ids after the prompt, alternately trained (assistant) and untrained (user), the last one trained. answer: all
+    segments joined, with untrained tokens stored as ~id; [] if no trained token fits. left_out: Counter of what was cut."""
     eos = limits.eos
     prompt = add_bos(prompt, limits)
     answer = []
     for i, segment in enumerate(segments):
         is_trained = i % 2 == 0
         answer += segment if is_trained else [~token for token in segment]
-    # EOS may be second to last: some templates count the newline after it as part of the answer
+    # close with EOS, unless it is there: some templates write a newline after it, so look at the last two tokens
     if eos not in answer[-2:]:
         answer.append(eos)
     if len(prompt) + len(answer) > limits.max_length:
@@ -86,12 +86,13 @@ def fit_conversation(prompt, segments, limits, left_out):
     if len(answer) <= room:
         return prompt, answer
     left_out['conversations cut'] += 1
-    # drop everything after the last trained token that fits
+    # drop everything after the last trained token that fits (~id is negative)
     trained = [i for i, token in enumerate(answer[:room]) if token >= 0]
     if not trained:
         left_out['conversations without an answer within max_length'] += 1
         return prompt, []
     answer = answer[: trained[-1] + 1]
+    # EOS replaces the last token if there is no room for one more
     if eos not in answer[-2:]:
         answer = [*answer[: room - 1], eos]
     return prompt, answer

@@ -199,13 +199,14 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
         builder = builders[-1] if getattr(row, 'held_out', False) else builders[0]
         left_out = builder.left_out
         example = as_chats(row, system) if chat or system else row
+        # a row may give several Parts, such as the two answers of a pair for KTO, or none if it is left out
         parts = as_parts(example, task, left_out, last_turn_only)
         if not parts:
             continue
         if task in ('sft', 'prompts') and parts[0].uid in seen_uids:
             left_out['same prompt again' if task == 'prompts' else 'same demonstration again'] += 1
             continue
-        rendered = []
+        rendered = []  # (texts, part) for each; texts is None if the answer is empty
         try:
             for part in parts:
                 rendered += _render_part(part, row.get('tools'), tokenizer, left_out)
@@ -214,7 +215,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
             continue
         # only now, since a rejected row yields no example
         seen_uids.update(part.uid for part in parts)
-        # the user may have forgotten --chat: these are plain texts without turn markers
+        # count plain texts without turn markers, for a note: the user may have forgotten --chat
         prompt, answer = parts[0].prompt, parts[0].answers[0]
         are_texts = prompt and isinstance(prompt, str) and isinstance(answer, str)
         if has_template and are_texts and not prompt.endswith(TURN_MARKERS):

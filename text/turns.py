@@ -17,13 +17,13 @@ def marks_answers(tokenizer, tools):
 
 
 def segments(turns, tools, tokenizer, left_out):
-    """Return a conversation as texts that are by turns context and trained answer, up to the last trained answer.
+    """Return a conversation's text cut into [context, trained answer, context, trained answer, ...]; the rest is dropped.
 
     Returns [] if no answer is trained on, and None if the template cannot write the conversation as one text. Special
     tokens are marked as in chat.py. turns: messages; answers of weight 0 are context. Raises chat.Refused."""
     special = chat.special_of(tokenizer)
     if chat.template_of(tokenizer, tools) == chat.PLAIN_CHAT:
-        left_out[chat.NO_TEMPLATE] = 1
+        left_out[chat.NO_TEMPLATE] = 1  # a flag, not a count
     trained = [is_trained(turn) for turn in turns]
     turns = [{key: value for key, value in turn.items() if key != 'weight'} for turn in turns]
     turns, tools = chat.marked(turns, special, left_out), special.mark(tools)
@@ -34,7 +34,8 @@ def segments(turns, tools, tokenizer, left_out):
     full_text = write(turns)
     answers = [i for i, turn in enumerate(turns) if turn['role'] == 'assistant']
     for i in answers:
-        # an answer of which the template writes nothing would only train the end of turn
+        # An answer without content may have other fields, such as tool calls. If the template writes none of them, do not train on
+        # it, since that would only train the end of turn
         content_only = message('assistant', turns[i]['content'])
         has_content = bool(turns[i]['content'].strip())
         if has_content or turns[i] == content_only:

@@ -183,7 +183,7 @@ class Variant:
         """Select the optimizations of a variant. Variants are cumulative: each adds one to all the previous ones in VARIANTS."""
         enabled = VARIANTS[: VARIANTS.index(name) + 1]
         self.name = name
-        self.pad = 'packed' not in enabled
+        self.pad = 'packed' not in enabled  # without packing, pad all answers to the longest
         self.share = 'shared' in enabled
         self.head = 'head' in enabled
         self.cached = 'cached' in enabled
