@@ -244,7 +244,9 @@ def asked(row, given_answer=None):
     # a conversation that ends with a question is the prompt; under this key, text_or_chat accepts any last role
     if chat and column != 'prompt':
         turns = text_or_chat({'prompt': field(row, chat, list)}, 'prompt')
-        return None if turns[-1]['role'] == 'assistant' else turns
+        if turns[-1]['role'] != 'assistant':
+            return turns
+        column = None
     if column is None:
         if given_answer is None:
             raise ValueError("'prompt' is missing")

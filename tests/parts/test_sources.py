@@ -441,6 +441,7 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'prompt': 'p', 'response': 'a', 'label': 'fine'}, "'label' is neither true"),
     ({'prompt': 'p', 'response': 'a', 'good': 'yes'}, "'good' is neither true"),
     ({'response': 'a'}, "'prompt' is missing"),
+    ({'messages': said('q?', 'a'), 'chosen': ['c'], 'rejected': ['d']}, "'prompt' is missing"),
     ({'messages': 'hello'}, "'messages' is missing"),
     ({'messages': [3]}, 'a message is no object'),
     ({'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}, "a message has a part of the type 'image'"),
