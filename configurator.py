@@ -171,6 +171,8 @@ def _read_file(path):
     try:
         for statement in ast.parse(source, path).body:
             before, line = dict(names), statement.lineno
+            if isinstance(statement, ast.AnnAssign) and statement.value is None:
+                raise ValueError(f'{ast.unparse(statement)!r} sets nothing: write = for :')
             exec(compile(ast.Module([statement], []), path, 'exec'), names)
             for name, value in names.items():
                 is_private = name.startswith('_') or isinstance(value, types.ModuleType)

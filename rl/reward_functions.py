@@ -294,7 +294,8 @@ def _work(fd, folder, file, name):
     threading.Thread(target=exit_with_parent, daemon=True).start()
     load_function(file, name)
     pipe.send('ready')
-    with contextlib.suppress(EOFError):
+    # the parent has gone
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
             prompt, response, row = pipe.recv()
             pipe.send(call_one(part, prompt, response, row))

@@ -93,6 +93,9 @@ def problem(name, value):
     if name in ('max_tokens', 'save_every') and isinstance(value, str) and value != 'auto':
         return f'must be a number or auto, not {value!r}'
 
+    # such as --out_dir=$UNSET; files would land in the working directory, or in the root folder
+    if name in ('out_dir', 'out') and value == '':
+        return 'is empty: give it a name'
     # options that are not in CHOICES may have any value
     if value not in CHOICES.get(name, (value,)):
         known = ', '.join(str(choice) for choice in CHOICES[name] if choice)

@@ -15,6 +15,7 @@ from helpers import ROOT, metrics, read_jsonl, write_jsonl
 
 from configurator import UserError
 from hf import generate
+from runtime import files
 from text import toy
 
 PAIRS = [{'prompt': f'place {i}:', 'chosen': f' good {i} .', 'rejected': f' bad {i} .'} for i in range(6)]
@@ -165,6 +166,19 @@ def test_a_run_that_never_began_does_not_claim_its_folder(run, refused):
 
 
 # ---- the output folder ----
+
+
+def test_a_run_that_ends_while_another_waits_for_its_lock(run, refused, tmp_path, monkeypatch):
+    run('dpo.py')
+    (tmp_path / 'out').rename(tmp_path / 'done')
+    lock = files.lock
+
+    def wait(out_dir):
+        shutil.copytree(tmp_path / 'done', out_dir, dirs_exist_ok=True)
+        return lock(out_dir)
+
+    monkeypatch.setattr(files, 'lock', wait)
+    assert 'holds this run already (finished)' in refused('dpo.py')
 
 
 def test_out_dir(run, refused, tmp_path):

@@ -142,6 +142,7 @@ REFUSED_FILES = [  # text, line, words
     ('import no_such_module_anywhere\n', 1, 'no_such_module_anywhere'),
     ('def _f():\n    raise ValueError("so\\nthere")\n\nrate = _f()\n', 4, 'ValueError', 'so there'),
     ('rate = 1\nassert False\n', 2, 'AssertionError'),
+    ('rate = 1\nsteps: 3\n', 2, "'steps: 3' sets nothing"),
     ('rate = 1\nexec("1 +")\n', 2, 'SyntaxError'),
     ('rate = 1\nreturn\n', 2, 'SyntaxError'),
     # it cannot end the script as if all had gone well
@@ -405,6 +406,8 @@ def test_shared_options_are_set_where_they_are_declared(tmp_path, monkeypatch, c
     assert scope['config'].threads == 3 and not hasattr(scope['config'], 'lr')
     assert scope['out_dir'] == 'out/own' and shared.out_dir == 'out/shared'
     assert run('--out_dir=x')['out_dir'] == 'x'
+    with pytest.raises(UserError, match='out_dir is empty'):
+        run('--out_dir=')
     assert shared.work() == 1  # from the default of the source, not from what the last run has left
     assert 'dtype must be one of float32, bfloat16' in refused(run, '--dtype=float16')
     assert 'did you mean threads' in refused(run, '--thread=1')
