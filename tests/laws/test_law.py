@@ -16,12 +16,11 @@ import data
 import losses
 from hf import load
 from model import set_attention
-from runtime import check_loss
 from text import tokenise, toy
 
 ONE, MANY = 4096, 110  # tokens of a microbatch: the whole step, or two or three pairs
-# --shard of so many ranks and tokens
-SHARDINGS = {(1, ONE): 'auto', (2, MANY): 'full', (1, MANY): 'none', (4, ONE): 'none', (4, MANY): 'none'}
+# --shard of so many ranks and tokens; of the last two every case has one
+SHARDINGS = {(1, ONE): 'auto', (1, MANY): 'none', (2, MANY): 'full', (4, ONE): 'full', (4, MANY): 'none'}
 MODES = [(world, size, mode) for world, size in ((2, MANY), (4, ONE)) for mode in ('none', 'grads', 'full')]
 TEXT = ['--batch_size=12', '--max_length=64', '--max_prompt_length=32']
 STEPS = [*TEXT, '--n_eval_examples=8', '--do_first_eval=false', '--lr=1e-3', '--warmup_steps=1', '--max_grad_norm=0.5',
@@ -62,20 +61,10 @@ RESUMED = {
 }
 
 
-def is_plain(case):
-    """Whether it is a loss whose formula looks at the log-probs of one pair alone: all of these run the same lines of dpo.py."""
-    if CASES[case] != ['dpo.py', f'--loss={case}'] or case in ('dpo', 'drdpo'):
-        return False
-    return not check_loss.inputs(losses.LOSSES[case]) & {'div_w', 'shift', 'good'}
-
-
 def shardings(case):
-    """(ranks, tokens) -> --shard of a case: one rank, and two ranks in microbatches, which FSDP cuts where a step looks beyond one
-    pair. There, and for dpo, also one rank in microbatches, and copies on four ranks, with one microbatch or with several."""
-    if is_plain(case):
-        return {(1, ONE): 'auto', (2, MANY): 'none'}
+    """Those of a case: a step on one rank and one in microbatches, on two ranks in microbatches, and on four ranks."""
     even = list(CASES).index(case) % 2 == 0
-    return {how: mode for how, mode in SHARDINGS.items() if how != (4, MANY if even else ONE)}
+    return [how for how in SHARDINGS if how != (4, MANY if even else ONE)]
 
 
 @pytest.fixture(scope='module')
@@ -92,12 +81,11 @@ def runs(tmp_path_factory):
     for world in (2, 4, 1):
         out, plan = folder / str(world), []
         for size in (ONE, MANY):
-            for name, words in CASES.items():
-                if mode := shardings(name).get((world, size)):
-                    script, *flags = (word.format(folder=folder) for word in words)
-                    how = [f'--shard={mode}', f'--max_tokens={size}']
-                    plan += [[script, *STEPS, '--n_examples=24', *flags, *how, f'--out_dir={out}/{name}-{size}']]
             how = [f'--shard={SHARDINGS.get((world, size), "none")}', f'--max_tokens={size}']
+            for name, words in CASES.items():
+                if (world, size) in shardings(name):
+                    script, *flags = (word.format(folder=folder) for word in words)
+                    plan += [[script, *STEPS, '--n_examples=24', *flags, *how, f'--out_dir={out}/{name}-{size}']]
             for name, flags in REWARD.items() if world < 4 else ():
                 run = f'{out}/reward-{name}-{size}'
                 common = [*STEPS, f'--data={pairs}', '--n_examples=24', *how, f'--out_dir={run}']
@@ -119,7 +107,7 @@ def test_sharding_law(runs, case):
     reference = runs / '1' / f'{case}-{ONE}'
     trained = [row.get('grad_norm', 0) > 0 for row in metrics(reference)]
     assert trained == [False] * (not case.startswith('sft')) + [True] * (3 if 'beta_dpo' in case else 2) + [False]
-    for world, size in list(shardings(case))[1:]:
+    for world, size in shardings(case)[1:]:
         run = runs / str(world) / f'{case}-{size}'
         same_runs(run, reference, rel=5e-4, abs=5e-5)
         same_weights(tensors(run / 'model'), tensors(reference / 'model'), 1e-5)
