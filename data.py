@@ -4,6 +4,10 @@ An example is a prompt and its answers (two for a pair, one for SFT and KTO), as
 tokens, and is a single row without padding, in which the answers of a pair share one copy of their prompt:
     [prompt | chosen | rejected] [prompt | chosen | rejected] ..."""
 
+from runtime import guard
+
+guard.watch(__name__)  # before the heavy imports
+
 import functools
 import heapq
 from dataclasses import dataclass, field
@@ -139,9 +143,8 @@ class Batch:
     """A microbatch of A answers with N predicted tokens, made by pack. A place is an index into the flattened ids."""
 
     ids: torch.Tensor  # packed: (1, T), all prompts and answers in a row; padded: (A, T), a row for each answer
-    predict_at: (
-        torch.Tensor
-    )  # (N,) place of the token before each; before an answer's first one, the prompt's last token
+    # (N,) place of the token before each predicted one; before an answer's first one, the prompt's last token
+    predict_at: torch.Tensor
     target: torch.Tensor  # (N,) the predicted tokens, all in answers
     answer: torch.Tensor  # (N,) number of the answer, 0 to A - 1, that each belongs to
     offset: torch.Tensor  # (N,) index of each in its answer

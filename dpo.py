@@ -179,8 +179,7 @@ def measure(batch, paired=paired):
 
     pi: log-prob under the policy (with graph); n: number of tokens; ref: log-prob under the reference, if any; div: divergence,
     if the loss has one. Pairs are split into chosen and rejected: pi_w and pi_l, n_w and n_l, ... of shape (A / 2,)."""
-    # Models have response_logps and hidden_and_head of model.py as methods, see fsdp.shard.
-    # reference: cached, or a forward pass; for a divergence only the hidden states, since the policy's pass computes the rest
+    # reference (its methods are functions of model.py, see fsdp.shard): cached, or a forward pass; for a divergence its hidden states
     reference, ref_logps = None, batch.ref
     with torch.no_grad(), lora.adapters_off(ref):
         if divergence:
@@ -260,8 +259,7 @@ def run_step(step, backward=False, shift=None):
     """Run forward, and optionally backward, on one step. Returns (its columns in step order, new state of the statistic).
 
     After backward and fsdp.average_gradients, gradients are sum_i w_i grad loss_i over the step's examples, divided by the number
-    of ranks; w is the column step_weight. shift: constant in the weights of Dr. DPO; None: the smallest loss of the first
-    microbatch."""
+    of ranks; w is the column step_weight. shift: of the weights of Dr. DPO; None: the smallest loss of the first microbatch."""
     # 1. what depends on the whole step: the statistic, and the labels of single answers
     step_columns, new_state, already_measured = {}, run.state['statistic'], None
     if statistic_fn:

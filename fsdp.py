@@ -45,9 +45,8 @@ def _join_process_group(device):
     store, rank, world_size = dist.HashStore(), 0, 1
     if 'RANK' in os.environ:
         store, rank, world_size = next(rendezvous('env://'))
-        # After a restart, torch 2.13's agent reuses its store, which still has the addresses of dead ranks; connecting to them would
-        # hang. So each restart gets a key prefix of its own. On several hosts the counts can differ: the prefix is fixed there, and
-        # users need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (a new store per restart)
+        # torch 2.13's agent reuses its store after a restart, with the addresses of dead ranks, on which this one would hang: so use a
+        # key prefix per restart. On several hosts counts can differ: there, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (a new store)
         has_one_agent = os.environ.get('GROUP_WORLD_SIZE') == '1'
         restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if has_one_agent else '0'
         store = dist.PrefixStore(f'start{restarts}', store)
@@ -258,12 +257,16 @@ def _recompute(model, activation_checkpointing=False):
             block.training = True
 
 
+def _to_bfloat16(parameters):
+    """Cast parameters in place. Not model.to: buffers, such as rotary frequencies, must stay float32."""
+    for p in parameters:
+        p.data = p.data.bfloat16()
+
+
 def _replicate(model, device, tied, half):
     """Move a model to the device, in place, in bfloat16 if half, and broadcast rank 0's tensors. tied: name -> earlier name."""
     if half:
-        # not model.to: buffers, such as rotary frequencies, must stay float32
-        for p in model.parameters():
-            p.data = p.data.bfloat16()
+        _to_bfloat16(model.parameters())
     if dist.get_rank() == 0:
         model.to(device)
     else:
@@ -294,9 +297,7 @@ def _distribute(model, full, device, half, cpu_offload):
             for p in full.parameters():
                 p.data = p.data.bfloat16().to(p.dtype)
         # frozen weights are never updated, so they need no float32 copy
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        for p in frozen:
-            p.data = p.data.bfloat16()
+        _to_bfloat16(p for p in model.parameters() if not p.requires_grad)
     if cpu_offload:
         settings['offload_policy'] = CPUOffloadPolicy(pin_memory=device.type == 'cuda')
         shard_device = torch.device('cpu')
@@ -343,18 +344,18 @@ def stays_gathered(model, mode):
 def add_method(model, function):
     """Bind function to the model as a method. FSDP gathers the root module's parameters for it, as it does for forward."""
     setattr(model, function.__name__, types.MethodType(function, model))
-    if model in _fsdp_modules(model):
+    if model in fsdp_modules(model):
         dist.fsdp.register_fsdp_forward_method(model, function.__name__)
 
 
 def _reshard(model):
     """Free all gathered parameters. After a forward without backward, modules hold them instead of the optimizer's shards."""
-    for module in _fsdp_modules(model):
+    for module in fsdp_modules(model):
         # FSDP's own method, which model.reshard hides
         type(module).reshard(module)
 
 
-def _fsdp_modules(model):
+def fsdp_modules(model):
     """Return the modules of a model that FSDP shards; an empty list for a model without FSDP."""
     return [m for m in model.modules() if hasattr(m, 'unshard')]
 
@@ -366,7 +367,7 @@ def _begin(model, unused):
 @contextlib.contextmanager
 def unsharded(model):
     """Keep all parameters gathered in the with block. Generation is several times faster, and ranks need not run in step."""
-    modules = _fsdp_modules(model)
+    modules = fsdp_modules(model)
     try:
         # FSDP takes the first module that runs as its root, but generation may start inside PEFT's wrapper
         if modules:

@@ -204,15 +204,21 @@ class Head(torch.autograd.Function):
         return [slice(start, min(start + size, n)) for start in starts]
 
     @staticmethod
+    def max_logits(device):
+        """Return the maximum number of logits per chunk on a device."""
+        return 2**27 if device.type == 'cuda' else 2**23
+
+    @staticmethod
     def logits(policy, reference, config):
         """Yield (rows, logits (n, V), pieces) for each chunk of positions.
 
-        policy, reference: (hidden, weight, bias); reference may be None. rows: slice of the chunk's positions. pieces: the chunk in smaller parts, [(slice of positions, logits, reference's logits
-        or None)]. The caller may overwrite logits; the next chunk reuses their memory."""
+        policy, reference: (hidden, weight, bias); reference may be None. rows: slice of the chunk's positions. pieces: the chunk in
+        smaller parts, [(slice of positions, logits, reference's logits or None)]. The caller may overwrite logits; the next chunk
+        reuses their memory."""
         hidden, weight, _ = policy
         vocab_size = len(weight)
         # each chunk is one matrix product; pieces are smaller, because their logits may be copied
-        max_of_chunk, max_of_piece = (2**27, 2**24) if hidden.is_cuda else (2**23, 2**19)
+        max_of_chunk, max_of_piece = Head.max_logits(hidden.device), 2**24 if hidden.is_cuda else 2**19
         chunks = Head.chunks(len(hidden), vocab_size, max_of_chunk)
         models = [policy, reference] if reference else [policy]
         # chunks share a buffer: on a CPU, fresh memory costs as much as the product

@@ -19,6 +19,7 @@ import losses
 import training
 from configurator import UserError, configure
 from hf.load import load_model
+from runtime import metrics
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -96,10 +97,10 @@ def run_step(step, backward=False):
 def summary(columns, split):
     """Return metrics (name -> float) from the columns of a step or an evaluation. split: 'train' or 'eval'."""
     loss, n = columns['loss'], columns['n']
-    metrics = {f'loss/{split}': (n * loss).sum() / n.sum()}
-    metrics[f'logps_{split}/chosen'] = columns['pi'].mean()
-    metrics[f'length_{split}/chosen'] = n.mean()
-    return {name: round(value.item(), 10) for name, value in metrics.items()}
+    found = {f'loss/{split}': (n * loss).sum() / n.sum()}
+    found[f'logps_{split}/chosen'] = columns['pi'].mean()
+    found[f'length_{split}/chosen'] = n.mean()
+    return metrics.numbers(found)
 
 
 # ---- evaluation ----

@@ -252,10 +252,8 @@ class Run:
         return make_batches(examples, rows, self.rank, self.world, **options)
 
     def check_room(self, *others):
-        """Raise UserError if the disk is too small for the model or the checkpoints of --save_every. Log notes on memory and long
-        examples.
-
-        others: frozen models in memory besides the policy."""
+        """Raise UserError if the disk lacks room for the model or the checkpoints of --save_every; log notes on memory and long
+        examples. others: frozen models in memory besides the policy."""
         policy, per_token, train, limit = self.policy, self.bytes_per_token, self.train, self.max_tokens
         checkpoints_fit = room.check_room(self.config, policy, per_token, train, self.total, self.packed, limit, others)
         # with save_every='auto', save no checkpoints if only the final model fits on the disk

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from configurator import UserError
+from runtime.values import MIN_KEY_LENGTH
 
 # huggingface_hub depends on one of these two, which have the same interface
 try:
@@ -24,7 +25,6 @@ except ImportError:
 LONGEST_WAIT = 600.0  # seconds; end the run if Retry-After asks for more
 FAILED_IN_A_ROW = 20  # consecutive failed jobs after which the endpoint is to blame, not the jobs
 MAX_REPLY_BYTES = 64 * 2**20  # after decompression
-MIN_KEY_LENGTH = 8  # shorter keys, such as EMPTY, are not redacted: they are no secret, and may occur in answers
 
 
 class Reply(NamedTuple):

@@ -16,7 +16,7 @@ from hf.lora import adapters_off
 from model import core, padded_attention
 from runtime import guard
 from runtime.files import append
-from text.examples import splitmix64
+from text.examples import GOLDEN_STEP, splitmix64
 
 # Rows of ended answers are refilled with new prompts once 1 / REFILL_SHARE of the rows have ended, and at least REFILL_AFTER
 # tokens after the last refill: a refill takes as long as one or two tokens.
@@ -307,7 +307,7 @@ class _Draw(transformers.LogitsProcessor):
     def __init__(self, seeds, n_sampled):
         # seeds may be negative or exceed 64 bits
         unsigned = [seed % 2**64 for seed in seeds]
-        self.seeds = seeds
+        self.seeds = seeds  # read by tests
         self.keys = splitmix64(np.array(unsigned, np.uint64))  # (rows,)
         self.step = np.array(n_sampled, np.uint64)  # (rows,) tokens sampled so far
 
@@ -335,8 +335,7 @@ class _Draw(transformers.LogitsProcessor):
         """Return (rows, n) float32 Gumbel noise for this step; a row never reuses a counter in later steps."""
         first = self.step * np.uint64(n)
         counters = first[:, None] + np.arange(n, dtype=np.uint64)
-        # splitmix64 advances its state by this constant
-        states = self.keys[:, None] + counters * np.uint64(0x9E3779B97F4A7C15)
+        states = self.keys[:, None] + counters * np.uint64(GOLDEN_STEP)
         # 53 bits fit a float64; + 0.5 avoids log(0)
         upper_bits = splitmix64(states) >> np.uint64(11)
         uniform = (upper_bits + 0.5) / 2**53

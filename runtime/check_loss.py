@@ -2,6 +2,7 @@
 
 dpo.py uses find() to look up its loss, and call() to pass it the columns that it takes."""
 
+import difflib
 import inspect
 import math
 import sys
@@ -33,8 +34,9 @@ def find(name, losses, statistics, options):
 
     Raises UserError if there is no such loss, or if it takes unknown options or columns."""
     if name not in losses:
-        known = ', '.join(losses)
-        raise UserError(f'loss must be one of {known}, not {name!r}')
+        near = difflib.get_close_matches(name, losses, 1)
+        hint = f'; did you mean {near[0]}?' if near else ''
+        raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}{hint}')
     fn = losses[name]
     statistic = statistics.get(name)
     for p in inspect.signature(fn).parameters.values():

@@ -182,6 +182,12 @@ def _open_tensorboard(out_dir, start):
     return write, writer.close
 
 
+def key_of(metric, split):
+    """Return the key of a metric in a row: loss -> loss/train, rewards/margins -> rewards_train/margins."""
+    group, slash, rest = metric.partition('/')
+    return f'{group}_{split}/{rest}' if slash else f'{group}/{split}'
+
+
 class Log:
     """Writes a row per step and evaluation to metrics.jsonl and the trackers, and a line to the screen. Rank 0 only."""
 
@@ -263,9 +269,7 @@ class Log:
         split, examples = row['split'], row['counters/examples']
         parts = [f'{split:5s} {examples:>7d}/{self.total}']
         for metric, short_name in SHOWN.items():
-            # keys contain the split: loss -> loss/train, rewards/margins -> rewards_train/margins
-            group, slash, rest = metric.partition('/')
-            key = f'{group}_{split}/{rest}' if slash else f'{group}/{split}'
+            key = key_of(metric, split)
             if key in row:
                 parts.append(f'{short_name} {row[key]:.4g}')
 

@@ -7,8 +7,8 @@ import torch
 from runtime import guard
 
 
-def prefetch(iterator, depth=2):
-    """Yield the items of an iterator, while a thread computes up to depth items ahead.
+def prefetch(iterator):
+    """Yield the items of an iterator, while a thread computes the next two.
 
     The iterator's exceptions are raised here, as UserError if memory is full."""
     # new threads default to the first GPU
@@ -21,7 +21,7 @@ def prefetch(iterator, depth=2):
     # a single thread keeps the order; next() returns end after the last item
     thread = ThreadPoolExecutor(1, initializer=choose_gpu)
     end = object()
-    futures = [thread.submit(next, iterator, end) for _ in range(depth)]
+    futures = [thread.submit(next, iterator, end) for _ in range(2)]
     while True:
         try:
             item = futures.pop(0).result()

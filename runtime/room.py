@@ -146,9 +146,7 @@ def _logits_bytes(policy, tokens, bytes_each, device):
     if head is None:
         return 0
     vocab_size, hidden_size = head.weight.shape
-    # maximum number of logits per chunk, as in Head.logits
-    is_cuda = (device or head.weight.device).type == 'cuda'
-    max_logits = 2**27 if is_cuda else 2**23
+    max_logits = model.Head.max_logits(device or head.weight.device)
     first_chunk = model.Head.chunks(int(tokens), vocab_size, max_logits)[0]
     logits = vocab_size * first_chunk.stop
     chunk_gradient = vocab_size * hidden_size  # of the head, before it is accumulated
@@ -161,7 +159,7 @@ def _count_gathered(policy, shard):
     """Return the peak number of elements that FSDP gathers on a rank: weights, and the gradients of a block."""
     import fsdp
 
-    fsdp_blocks = [m for m in policy.modules() if hasattr(m, 'unshard') and m is not policy]
+    fsdp_blocks = [m for m in fsdp.fsdp_modules(policy) if m is not policy]
     block_sizes = [_count(block.parameters()) for block in fsdp_blocks or model.blocks(policy)]
     # the root module, outside of the blocks, stays gathered
     gathered = _count(policy.parameters()) - sum(block_sizes)

@@ -34,6 +34,7 @@ CHOICES = {
 }  # fmt: skip
 # environment variables that hold API keys. Options must not, because they are printed and saved
 SECRETS = ('NANOPREF_API_KEY', 'OPENAI_API_KEY', 'HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'WANDB_API_KEY')
+MIN_KEY_LENGTH = 8  # shorter ones, such as EMPTY, are no secret, and may occur in texts
 
 # option (with a remark on differences) -> its names in other projects
 ELSEWHERE = {
@@ -107,8 +108,7 @@ def _text_problem(text):
     """Return why text is invalid as an option (it holds a key or a bad character), or None. Does not quote the text."""
     for variable in SECRETS:
         secret = os.environ.get(variable, '').strip()
-        # shorter values are not keys, and could match parts of words
-        if len(secret) >= 8 and secret in text:
+        if len(secret) >= MIN_KEY_LENGTH and secret in text:
             return f'holds the key of {variable}; it stays in the environment, nothing else is needed'
     # https://user:password@host/
     if re.search(r'://[^/?#\s]*@', text):

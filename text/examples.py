@@ -179,11 +179,12 @@ def spans_of(widths, parts):
     return spans.reshape(-1, parts, 2)
 
 
+GOLDEN_STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of splitmix64
+
+
 def uniform_hash(uid, seed):
     """Return a pseudorandom float in [0, 1) for each uint64 uid, which depends on uid and seed alone (splitmix64)."""
-    # 2**64 / golden ratio, the increment of splitmix64
-    golden_step = 0x9E3779B97F4A7C15
-    offset = (seed + 1) * golden_step % 2**64
+    offset = (seed + 1) * GOLDEN_STEP % 2**64
     mixed = splitmix64(uid + np.uint64(offset))
     return mixed.astype(np.float64) / 2**64
 

@@ -80,8 +80,7 @@ def named_part(source):
     Brackets are no split if the source as it stands is a path, or a pattern that matches files."""
     split = None
     in_brackets = re.fullmatch(r'(.+)\[([\w.+-]+)\]', source)
-    exists = os.path.exists(source) or glob.glob(os.path.expanduser(source))
-    if in_brackets and not exists:
+    if in_brackets and not os.path.exists(source) and not glob.glob(os.path.expanduser(source)):
         source, split = in_brackets.groups()
     name, _, config = source.partition(':')
     if config and '/' in name:

@@ -147,9 +147,10 @@ def unified(row, columns=None):
 
     # names: {their name: our name}
     for names in RENAMED:
-        has_all_columns = names.keys() <= row.keys()
+        if not names.keys() <= row.keys():
+            continue
         new_names = set(names.values()) - names.keys()
-        if has_all_columns and new_names.isdisjoint(row):
+        if new_names.isdisjoint(row):
             row = {names.get(name, name): value for name, value in row.items()}
     # OpenAI's preference format has the chat and its tools in 'input'
     if isinstance(row.get('input'), dict):

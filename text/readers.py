@@ -179,12 +179,13 @@ def _read_text(file):
 def _read_table(file, delimiter=','):
     """Yield the Rows of a .csv or .tsv file. Columns of numbers or booleans are converted; empty cells become None."""
     # read the file twice: one cell that is no number, or a name in TEXT_NAMES, makes the whole column text
-    text_columns = set()
+    names, text_columns = set(), set()
     for _, cells, _ in _cells(file, delimiter):
-        for name, cell in cells.items():
-            is_text = cell is not None and not NUMBER.fullmatch(cell)
-            if is_text or name.lower() in TEXT_NAMES or ANSWER_SUFFIX.sub('', name.lower()) in TEXT_NAMES:
-                text_columns.add(name)
+        names.update(cells)
+        text_columns.update(name for name, cell in cells.items() if cell is not None and not NUMBER.fullmatch(cell))
+    for name in names:
+        if name.lower() in TEXT_NAMES or ANSWER_SUFFIX.sub('', name.lower()) in TEXT_NAMES:
+            text_columns.add(name)
     for line, cells, error in _cells(file, delimiter):
         raw = {}
         for name, cell in cells.items():

@@ -117,7 +117,10 @@ def _print_text(left_out):
         # skip unusable examples, which left_out has counted
         if not items:
             continue
-        for number, item in enumerate(items, counts.total() + 1):
+        # (text, characters) of each item
+        written = [] if tokenizer else [_as_written(example, item) for item in items]
+        for i in range(len(items)):
+            number = counts.total() + i + 1
             if n is not None and number > n:
                 break
             print(f'--- {task}, example {number}: {example.where or data} ---')
@@ -125,7 +128,7 @@ def _print_text(left_out):
                 # the tokenised text shows all items of the example at once
                 print(_tokenised_text(example, task, tokenizer), end='\n\n')
                 break
-            text, _ = _as_written(example, item)
+            text, _ = written[i]
             print(text, end='\n\n')
         counts[task] += len(items)
         if len(lengths) >= MEASURED:
@@ -135,7 +138,7 @@ def _print_text(left_out):
             tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
             lengths += [tokenised.longest()] if len(tokenised) else []
         else:
-            lengths += [_as_written(example, item)[1] for item in items]
+            lengths += [size for _, size in written]
     _print_summary(counts, lengths, left_out)
 
 

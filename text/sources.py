@@ -14,14 +14,14 @@ import hashlib
 import os
 from collections import Counter
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from glob import glob
 from itertools import chain, islice
 from textwrap import shorten
 from typing import NamedTuple
 
 from configurator import UserError
-from runtime.log import say
+from runtime.files import say_once
 from runtime.values import looked_in
 from text import files, formats
 from text.examples import in_words
@@ -39,8 +39,6 @@ KNOWN_COLUMNS = (
 )
 MIXED = 'answers that begin with their prompt among others that do not: all or none must'
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
-# print each note once, although a source is opened for training and again for evaluation
-_note = cache(say)
 
 
 def load_rows(source, split, **options):
@@ -126,7 +124,8 @@ def locate(source):
     if path:
         data_files(path)
     if getter and not path and os.path.exists(name):
-        _note(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
+        # once, although a source is opened for training and again for evaluation
+        say_once(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
     if getter and path:
         return getter, path, None
     if getter:

@@ -77,8 +77,9 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         hashes = [content_hash(row) for row in _read_sources(names, split, task, read_args, Counter(), both=False)]
     # 9: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
     key = [9, hashes, names, task, read_args, lengths, render_args, *_tokenizer_key(tokenizer)]
-    # {}: the file with all examples, which serves any `enough`
-    files = [_cache_file(key, split, count) for count in ({}, enough)] if cache else []
+    # {}: the file with all examples, which serves any `enough`; one by one, since each name is a hash of the whole tokenizer
+    counts = [{}, enough] if enough else [{}]
+    files = (_cache_file(key, split, count) for count in counts) if cache else ()
     examples = _read_cache(files)
     if examples is None:
         splits = [split]

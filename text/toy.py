@@ -32,10 +32,14 @@ VALUES = {
 WORDS = ['Review', 'of', 'the', 'was', 'very', 'and', '.', ':'] + list(PLACES) + ASPECTS + list(VALUES)
 
 
+def place_of(prompt: str) -> str:
+    """Return the place that a prompt names."""
+    return prompt.removeprefix('Review of the ').removesuffix(':')
+
+
 def gold(prompt: str, answer: str) -> float:
     """Return the gold reward of an answer, in [-2.5, 1.5]: the mean score of its clauses."""
-    place = prompt.removeprefix('Review of the ').removesuffix(':')
-    aspects_of_place = PLACES.get(place, ())
+    aspects_of_place = PLACES.get(place_of(prompt), ())
     scores = []
     for aspect, very, adjective in _clauses(answer):
         score = -2.0  # for an ungrammatical clause, which has no adjective
@@ -69,7 +73,7 @@ def _clauses(answer):
 
 def demonstration(prompt: str, rng: random.Random) -> str:
     """Return a random answer, more or less positive and sometimes off topic."""
-    place = prompt.removeprefix('Review of the ').removesuffix(':')
+    place = place_of(prompt)
     # probability of a positive adjective, drawn once per answer
     taste = rng.random()
     clauses = []

@@ -151,7 +151,7 @@ def synthetic_pairs(count):
     """Return Examples with `count` pairs of random tokens. Lengths: --prompt_tokens, --answer_tokens, or drawn from LENGTHS."""
     rng = np.random.default_rng(seed)
     fixed_lengths = [prompt_tokens, answer_tokens, answer_tokens]
-    num_ids = min(vocabulary or 4096, 4096)  # every published shape has these ids
+    num_ids = min(meta_model.config.vocab_size, 4096)  # every published shape has these ids
     pairs = []
     for _ in range(count):
         # fixed lengths override the drawn ones
@@ -262,7 +262,6 @@ class Variant:
                     ref_logps = self.logps(self.ref, batch)
             values['pi'] = self.logps(self.policy, batch)
         if ref_logps is not None:
-            values['ref'] = ref_logps
             values['ratio'] = values['pi'] - ref_logps
         # answers alternate: chosen, rejected, chosen, rejected, ...
         columns = {}
@@ -430,8 +429,8 @@ def show(rows, lengths, limit):
 
 # indices of the pairs of each step, (num_steps, batch_size); the first step is the warm-up
 steps = np.arange((n_steps + 1) * batch_size).reshape(-1, batch_size)
-examples = synthetic_pairs(steps.size) if data == 'synthetic' else real_pairs(steps.size)
 meta_model = build(empty=True)
+examples = synthetic_pairs(steps.size) if data == 'synthetic' else real_pairs(steps.size)
 if estimate_for:
     show_estimates()
     fsdp.leave()

@@ -34,8 +34,9 @@ def frontier(run):
     The gold reward is the metric gold/eval of ppo.py, or else the mean over the policy's samples at that evaluation."""
     sample_rewards = {}  # training examples before the evaluation -> gold rewards
     for sample in run.samples:
-        if sample['generator'] == 'policy' and gold(sample) is not None:
-            sample_rewards.setdefault(sample['examples'], []).append(gold(sample))
+        reward = gold(sample) if sample['generator'] == 'policy' else None
+        if reward is not None:
+            sample_rewards.setdefault(sample['examples'], []).append(reward)
     points = []
     evaluations = [row for row in run.rows if row['split'] == 'eval']
     for row in evaluations:

@@ -80,11 +80,12 @@ def sample_cards(number, run):
             cards[key] = {'run': number, 'examples': row['examples'], 'prompt': cut(row['prompt']), 'answers': []}
         answer = answer_of(row['generator'], row['response'])
         answer |= {name: row[name] for name in ('tokens', 'logratio') if name in row}
+        gold_reward = gold(row)
         # prefer the score of a reward model, then the toy world's gold reward, then DPO's implicit reward beta * logratio
         if 'score' in row:
             answer |= {'reward': row['score'], 'reward_source': 'reward model'}
-        elif gold(row) is not None:
-            answer |= {'reward': gold(row), 'reward_source': 'gold'}
+        elif gold_reward is not None:
+            answer |= {'reward': gold_reward, 'reward_source': 'gold'}
         elif 'logratio' in row and isinstance(beta, int | float):
             answer |= {'reward': beta * row['logratio'], 'reward_source': 'implicit'}
         cards[key]['answers'].append(answer)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import UserError
-from runtime.log import NEUTRAL
+from runtime.log import NEUTRAL, key_of
 from runtime.values import looked_in
 from text import toy
 
@@ -110,9 +110,7 @@ def read_rows(file, types):
 
 def value_of(row, split, metric):
     """Return a metric (group/name) of a row of metrics.jsonl: None if it is missing, NaN if it is not a drawable number."""
-    # loss is stored as loss/train, and rewards/margins as rewards_train/margins
-    group, slash, name = metric.partition('/')
-    value = row.get(f'{group}_{split}/{name}' if slash else f'{group}/{split}')
+    value = row.get(key_of(metric, split))
     if value is None:
         return None
     is_drawable = isinstance(value, int | float) and abs(value) < 1e300
@@ -122,8 +120,7 @@ def value_of(row, split, metric):
 def gold(row):
     """Return the gold reward of a row of samples.jsonl, or None if its prompt is not of the toy world."""
     prompt = row['prompt']
-    place = prompt.removeprefix('Review of the ').removesuffix(':')
-    return toy.gold(prompt, row['response']) if place in toy.PLACES else None
+    return toy.gold(prompt, row['response']) if toy.place_of(prompt) in toy.PLACES else None
 
 
 def differing(runs):

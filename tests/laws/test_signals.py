@@ -165,7 +165,7 @@ def test_while_a_script_is_imported(tmp_path):
     for number, process in processes.items():
         process.send_signal(number)
         assert end(process, CODES[number], 20).strip() == f'{number.name}: stopped'
-    for script in 'sft dpo reward ppo sample label tools/bench tools/plot tools/report feedback/score'.split():
+    for script in 'sft dpo reward ppo sample label data tools/bench tools/plot tools/report feedback/score'.split():
         heavy = (
             'torch numpy transformers tqdm matplotlib fsdp training datasets data losses hf rl text feedback'.split()
         )

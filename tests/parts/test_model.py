@@ -561,7 +561,7 @@ def test_a_copy_in_bfloat16_serves_a_whole_step(saved, device, rank):
         return lora.adapt(net, None, options, empty=empty) if rank else net
 
     policy, ref = (fsdp.shard(adapted, device, dtype='bfloat16', train=train) for train in (True, False))
-    assert not fsdp._fsdp_modules(ref) and fsdp._fsdp_modules(policy)
+    assert not fsdp.fsdp_modules(ref) and fsdp.fsdp_modules(policy)
     asked = []
     state = type(policy._get_fsdp_state())
     with pytest.MonkeyPatch.context() as patch:
@@ -571,13 +571,13 @@ def test_a_copy_in_bfloat16_serves_a_whole_step(saved, device, rank):
             pass
         policy.response_logps(pack(PAIRS))[0].sum().backward()
     assert len(asked) >= 2 and all(arguments or options for arguments, options in asked)
-    block = fsdp._fsdp_modules(policy)[-1]
+    block = fsdp.fsdp_modules(policy)[-1]
     assert hasattr(next(block.parameters()), 'to_local') == (rank is not None)
     # and what it takes is known beforehand
     kept, not_kept = (
         room.estimate(policy, 0, 1, optimizer='SGD', dtype='bfloat16', shard=how)['buffers'] for how in ('none', 'full')
     )
-    weights = sum(p.numel() for each in fsdp._fsdp_modules(policy)[1:] for p in each.parameters())
+    weights = sum(p.numel() for each in fsdp.fsdp_modules(policy)[1:] for p in each.parameters())
     assert kept - not_kept == (2 * weights if rank is None else 0)
     assert all(g.dtype == torch.float32 for g in map(fsdp.local, fsdp.average_gradients(policy)))
     assert hasattr(next(block.parameters()), 'to_local')

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,16 @@ def test_turns_of_sharegpt(num_turns):
         'prompt': first['prompt'] + ' The Thames.\n\nHuman: Another?\n\nAssistant:',
         'response': ' The Oder.',
     }
+
+
+def test_a_reader_without_a_test_split_reads_all_files(tmp_path):
+    """Whatever their names, and whatever configs the README has."""
+    for name in ('train', 'more'):
+        shutil.copy(raw('sharegpt'), tmp_path / f'{name}.json')
+    configs = [{'config_name': name, 'data_files': f'{name}.json'} for name in ('train', 'more')]
+    (tmp_path / 'README.md').write_text(f'---\nconfigs: {json.dumps(configs)}\n---\n')
+    alone, both = (load(f'sharegpt:{path}', skip_bad_rows=True)[0] for path in (raw('sharegpt'), tmp_path))
+    assert len(both) == 2 * len(alone) > 0
 
 
 def test_annotations(tmp_path):
@@ -457,6 +468,7 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'question': 'q', 'article': 'c', 'answer': 'a'}, "'article' asks something, too"),
     ({'question': 'q', 'answer': 'a', 'image': 'a.png'}, "'image' would be lost"),
     ({'messages': [user('q'), assistant('a')], 'images': ['a.png']}, "'images' would be lost"),
+    ({'Question': 'q', 'Answer': 'a', 'Image': 'a.png'}, "'Image' would be lost"),
     ({'text': 'c', 'summary': 'a'}, "--columns='question=text, response=summary'"),
     ({'prompt': 'q', 'question': {'id': '1'}, **ANSWERS}, "'question' asks something, too"),
     ({'Prompt': 'q', 'PROMPT': 'p', 'response': 'a'}, "'prompt' is missing"),
@@ -842,7 +854,7 @@ def test_a_folder_that_is_called_like_a_dataset_is_not_its_fingerprint(hub, tmp_
     row = {'chosen': EGG + ' a', 'rejected': EGG + ' b'}
     hub.rows = [row] * 3
     write(tmp_path / 'hh' / 'train.jsonl', [row])
-    sources._note.cache_clear()
+    sources.say_once.cache_clear()
     assert sources.fingerprint('hh') is None and len(sources.load_rows('hh', 'train')[0]) == 3
     assert capsys.readouterr().out.count("note: 'hh' is the dataset of that name") == 1
     assert sources.fingerprint('./hh') and len(load('./hh')[0]) == 1 and len(hub.asked) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import end_process_group, python, refused, run_script
+from helpers import end_process_group, python, refused, run_script, tiny_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -194,6 +194,14 @@ def test_bench(tmp_path, monkeypatch, capsys):
     assert cost[0] == cost[1] and cost[1] > cost[2] > cost[3] > cost[4]
     assert rows['cached']['pairs_per_second_with_cache_pass'] < rows['cached']['pairs_per_second']
     assert rows['head']['estimated_memory_gb'] > 0 and written['limit_pairs_per_second'] > 0
+
+
+def test_bench_of_a_folder(tmp_path, capsys):
+    """Whose model has fewer words than a published shape."""
+    flags = [f'--model={tiny_model(tmp_path, "llama")}', '--batch_size=2', '--n_steps=1', '--variants=head']
+    run_script('tools/bench.py', *flags)
+    end_process_group()
+    assert '\nhead ' in capsys.readouterr().out
 
 
 def test_bench_of_a_divergence(capsys):

@@ -124,7 +124,7 @@ DPO = [
     *((f'--{name}=1.5', rf'{name} .*1.5') for name in ('noise_rate', 'data_fraction', 'top_p', 'frac_good')),
     ('--max_length=8 --max_prompt_length=7', 'max_length .*8'),  # no room but for an end of text
     # of the loss
-    ('--loss=dop', "loss must be one of .*'dop'"),
+    ('--loss=dop', "loss must be one of .*'dop'; did you mean dpo"),
     ('--gamma=2', '--gamma has no effect: the loss dpo'),
     ('--loss=simpo --reference_free', '--reference_free has no effect: the loss simpo'),
     ('--frac_good=0.5', '--frac_good has no effect'),
