@@ -16,13 +16,12 @@ from functools import partial
 
 import torch
 
-import fsdp
 import training
 from configurator import UserError, configure
-from data import move
 from hf.load import load_reward, separate_pad
 from rl import formulas
-from runtime import metrics
+from runtime import metrics, ranks
+from runtime.prefetch import move
 
 # model and data
 model = 'toy'  # hub id or folder of a language model or a reward model, or 'toy'
@@ -111,4 +110,4 @@ for step in run.steps():
 evaluate(run.total)
 run.finish()
 if __name__ == '__main__':
-    fsdp.leave()
+    ranks.leave()

@@ -14,12 +14,11 @@ from functools import partial
 
 import torch
 
-import fsdp
 import losses
 import training
 from configurator import UserError, configure
 from hf.load import load_model
-from runtime import metrics
+from runtime import metrics, ranks
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -129,4 +128,4 @@ for step in run.steps():
 evaluate(run.total)
 run.finish()
 if __name__ == '__main__':
-    fsdp.leave()
+    ranks.leave()
