@@ -11,7 +11,6 @@ trl_fastest and trl_cuda are TRL's trainer. In each round every variant is built
 and freed, one at a time; every other round runs backwards, to cancel slow drift of the machine. The figures are medians.
 """
 
-from rl import divergences
 from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
@@ -39,6 +38,7 @@ import model as models
 from configurator import UserError, configure, main_rank
 from data import make_batches
 from hf import attention, load
+from rl import divergences
 from runtime import ranks, room
 from runtime.files import writing
 from runtime.log import per_second, progress
