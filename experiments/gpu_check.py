@@ -26,7 +26,6 @@ from pathlib import Path
 
 from configurator import UserError, configure
 from experiments import ROOT
-from hf import attention
 
 only = ''  # names of checks; none: all
 device = 'cuda'  # or cpu
@@ -53,6 +52,7 @@ import fsdp
 import losses
 import model as models
 from data import pack
+from hf import attention
 from runtime import ranks
 from text import toy
 
