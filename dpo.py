@@ -167,7 +167,7 @@ def step_statistic(step, backward):
         parts = [measure(batch) for batch in batches]
 
     # all ranks see the columns of the whole step, so they compute the same statistic
-    gathered = training.gather(parts, batches, len(step.rows))
+    gathered = fsdp.gather(parts, batches, len(step.rows))
     columns = {f'{name}{suffix}': values for name, values in gathered.items()}
     columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)  # a different seed every step
     columns['state'] = run.state['statistic']
@@ -221,7 +221,7 @@ def run_step(step, backward=False, shift=None):
         parts.append(measured | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
 
     # 3. columns of the whole step, for metrics and for normalizing by the sum of weights
-    columns = training.gather(parts, step.batches, len(step.rows))
+    columns = fsdp.gather(parts, step.batches, len(step.rows))
     if not paired:
         columns |= step_columns
 
@@ -245,7 +245,7 @@ def log_ratios(prompts, answers):
     batches, *_ = run.make_batches(examples, np.arange(len(answers)))
     with torch.no_grad(), run.memory(batches):
         parts = [measure(batch, paired=False) for batch in batches]
-    columns = training.gather(parts, batches, len(answers))
+    columns = fsdp.gather(parts, batches, len(answers))
     return {'logratio': columns['pi'] - columns['ref'], 'tokens': columns['n'].long()}
 
 

@@ -20,19 +20,16 @@ from rl.heads import response_scores, token_logps
 from runtime import guard, ranks, room
 from runtime.rmsprop import RMSprop
 
-
-@cache
-def _mesh(device_type, tp, replicated, group):
-    """Return a DeviceMesh of all ranks: ('dp',), or if replicated ('copies', 'dp') with a single rank in dp; plus 'tp' if tp > 1."""
-    # FSDP shards over dp. group, the default process group, is only a cache key: a new group needs a new mesh
-    n = dist.get_world_size() // tp
-    sizes = {'copies': n, 'dp': 1} if replicated else {'dp': n}
-    if tp > 1:
-        sizes['tp'] = tp
-    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+# ---- numbers of a step: every rank has to call these ----
 
 
-# ---- collectives: every rank has to call these ----
+def gather(parts, batches, total):
+    """Gather columns over all ranks: name -> (total,), in step order, the same on every rank.
+
+    parts: one dict of columns per microbatch of this rank; batches: those microbatches; total: examples of the step."""
+    slots = [slot for batch in batches for slot in batch.slot]
+    joined = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
+    return gather_columns(joined, slots, total)
 
 
 def gather_columns(columns, slots, total):
@@ -59,7 +56,7 @@ def smallest(values):
     return least
 
 
-# ---- models ----
+# ---- a model on all ranks ----
 
 
 @guard.memory_for('a model does not fit; try --dtype=bfloat16, --cpu_offload or more GPUs, or a smaller one')
@@ -161,6 +158,17 @@ def _distribute(model, full, device, half, cpu_offload):
     _fill(model, full, device, shard_device)
 
 
+@cache
+def _mesh(device_type, tp, replicated, group):
+    """Return a DeviceMesh of all ranks: ('dp',), or if replicated ('copies', 'dp') with a single rank in dp; plus 'tp' if tp > 1."""
+    # FSDP shards over dp. group, the default process group, is only a cache key: a new group needs a new mesh
+    n = dist.get_world_size() // tp
+    sizes = {'copies': n, 'dp': 1} if replicated else {'dp': n}
+    if tp > 1:
+        sizes['tp'] = tp
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
 def _fill(model, full, device, shard_device):
     """Load the weights of full (None on all ranks but 0) into an empty sharded model. Buffers go to device."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -228,6 +236,9 @@ def unsharded(model):
         for m in modules:
             m.set_reshard_after_forward(m is not model and not model.stays_gathered, recurse=False)
         _reshard(model)
+
+
+# ---- the update ----
 
 
 def make_optimizer(name, model, lr, weight_decay):

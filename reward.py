@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 
+import fsdp
 import training
 from configurator import UserError, configure
 from hf.load import load_reward, separate_pad
@@ -83,7 +84,7 @@ def run_step(step, backward=False):
         if backward:
             (loss * batch.real).sum().backward()
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
-    return training.gather(parts, step.batches, len(step.rows))
+    return fsdp.gather(parts, step.batches, len(step.rows))
 
 
 def summary(columns, split):

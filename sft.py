@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+import fsdp
 import losses
 import training
 from configurator import UserError, configure
@@ -90,7 +91,7 @@ def run_step(step, backward=False):
         if backward:
             (batch.n * loss * batch.real).sum().backward()
         parts.append({'loss': loss, 'pi': pi, 'n': batch.n})
-    return training.gather(parts, step.batches, len(step.rows))
+    return fsdp.gather(parts, step.batches, len(step.rows))
 
 
 def summary(columns, split):

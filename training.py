@@ -448,12 +448,3 @@ class Run:
         guard.end()
         rounded = f', rounded to {kept} (a new run with --save_dtype=float32 keeps all bits)'
         log.say(f'done: {folder}{rounded if kept != "float32" else ""}')
-
-
-def gather(parts, batches, total):
-    """Gather columns over all ranks: name -> (total,), in step order, the same on every rank.
-
-    parts: one dict of columns per microbatch of this rank; batches: those microbatches; total: examples of the step."""
-    slots = [slot for batch in batches for slot in batch.slot]
-    joined = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
-    return fsdp.gather_columns(joined, slots, total)
