@@ -110,6 +110,20 @@ def test_links():
             assert path.with_suffix('.py').exists() or (path / '__main__.py').exists(), f'{name}: {module}'
 
 
+def test_the_guide_to_the_code_fits_it():
+    """Files have the lines that docs/code.md says, within a tenth, and the functions that it names after them."""
+    guide = PAGES['docs/code.md']
+    for path, lines in re.findall(r'^\| `([\w/.]+)` \| (\d+) \|', guide, re.M):
+        assert len((ROOT / path).read_text().splitlines()) == pytest.approx(int(lines), rel=0.1), path
+    named = re.findall(r'`([\w/]+\.py)` `(\w+)`', guide) + re.findall(r'`(\w+)` in `([\w/]+\.py)`', guide)
+    named += [(path, name) for path, cell in re.findall(r'^\| `([\w/.]+)` \| \d+ \| (.*) \|$', guide, re.M)
+              for name in re.findall(r'`(\w+)`', cell)]  # fmt: skip
+    assert len(named) > 25
+    for one, other in named:
+        path, name = (one, other) if one.endswith('.py') else (other, one)
+        assert re.search(rf'(def|class) {name}\b', (ROOT / path).read_text()), f'{path} has no {name}'
+
+
 def test_options_exist():
     """Every --option that README and docs name is one of a script, or of another program."""
     known = {name for script in RUN for name in constants(script)} | set(constants('training.py'))
