@@ -36,6 +36,7 @@ from text.examples import in_words
 from text.files import content_hash
 from text.messages import answer
 
+# the answers
 answers: str | None = None  # a file of answers: samples.jsonl or model_outputs.json
 against: str | None = None  # judge them against the answers in this file; None: against each other
 # the judge, one of these

@@ -42,13 +42,15 @@ def read_rows(hub_id, split, path, undivided=False, **options):
         return
     import datasets
 
+    # `datasets` reads a single file by its format, json: the file's address says more
+    name = options['data_files'] if hub_id == 'json' else hub_id
     given = {name: value for name, value in options.items() if value is not None}
     try:
         rows = datasets.load_dataset(hub_id, split=split, **given, **_revision(hub_id))
     except Exception as error:  # no network, no such dataset, no such split, ...
-        raise UserError(f'cannot load {hub_id!r}, split {split!r}, from the hub: {_reason(error)}') from None
+        raise UserError(f'cannot load {name!r}, split {split!r}, from the hub: {_reason(error)}') from None
     for number, raw in enumerate(rows, 1):
-        yield Row.of(without_inner_nulls(raw), f'{hub_id} [{split}], row {number}')
+        yield Row.of(without_inner_nulls(raw), f'{name} [{split}], row {number}')
 
 
 def add_to_digest(digest, path):

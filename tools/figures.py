@@ -11,6 +11,8 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
+from configurator import configure
+
 ROOT = Path(__file__).resolve().parent.parent
 STEP = 'dpo.py training.py losses.py data.py model.py fsdp.py configurator.py'.split()  # files of a DPO step
 SCRIPTS = 'sft.py dpo.py reward.py ppo.py sample.py label.py'.split()
@@ -127,4 +129,5 @@ def main():
 if __name__ == '__main__':
     # exit silently on a closed pipe, as in `figures | head`
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    configure(globals())  # there are no options but --help
     main()
