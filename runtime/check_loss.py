@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, configure
+from runtime import guard
 from runtime.objective import PAIRS, call, find, inputs
 
 # log-ratio of the chosen minus that of the rejected answer, or log-ratio of a single answer, in nats
@@ -56,6 +57,7 @@ def main(losses, statistics):
     """Check the loss named on the command line and print its table. losses, statistics: name -> function.
 
     Other arguments are options of dpo.py. Raises UserError if no loss is named, or if the loss or a slope is not finite."""
+    guard.watch('__main__')
     words = sys.argv[1:]
     name = next((word for word in words if not word.startswith('-')), None)
     flags = [word for word in words if word != name]
