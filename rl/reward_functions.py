@@ -156,15 +156,12 @@ def load_function(file, name):
         others = [other for other, value in vars(module).items() if inspect.isfunction(value) and other[0] != '_']
         raise UserError(f'--reward: {file} has no function {name}; it has {", ".join(others) or "none"}')
     try:
-        signature = inspect.signature(function)
-    except ValueError:
-        # some functions of C have no signature
-        return function
-    try:
-        signature.bind('prompts', 'responses', 'rows')
+        inspect.signature(function).bind('prompts', 'responses', 'rows')
     except TypeError:
-        wanted = f'{name}(prompts, responses, rows), three positional arguments'
-        raise UserError(f'--reward: {name}{signature} of {file} is called as {wanted}: write it so') from None
+        found = f'{name}{inspect.signature(function)} of {file}'
+        raise UserError(f'--reward: {found} is called as {name}(prompts, responses, rows): give it these three') from None
+    except ValueError:
+        pass  # some functions of C have no signature
     return function
 
 

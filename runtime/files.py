@@ -86,10 +86,9 @@ def remove_unused():
     """Remove the file and the folders that lock() has made, if the run has written nothing there: it failed before it began."""
     with contextlib.suppress(OSError):
         if _made and os.listdir(_made[0].parent) == ['.lock']:
-            lock_file, *folders = _made
-            lock_file.unlink()
-            # the folder first, then those above; fails at one that has something else
-            for folder in folders:
+            _made[0].unlink()
+            # up to a folder that has something else, which rmdir refuses
+            for folder in _made[1:]:
                 folder.rmdir()
 
 

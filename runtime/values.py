@@ -84,7 +84,10 @@ def problem(name, value):
         if name in names.split():
             low, high = bounds
     if is_number and not low <= value <= high:
-        return f'must {_limits(low, high)}, not {value}'
+        # 1e-9 stands for the smallest number above 0
+        least = 'above 0' if low == 1e-9 else f'at least {low}'
+        most = '' if high == math.inf else f' and at most {high}'
+        return f'must be {least}{most}, not {value}'
     # infinity is invalid even if the range has no upper end; but max_grad_norm=inf turns clipping off
     has_range = low > -math.inf
     if is_number and has_range and abs(value) == math.inf and name != 'max_grad_norm':
@@ -102,16 +105,6 @@ def problem(name, value):
         known = ', '.join(str(choice) for choice in CHOICES[name] if choice)
         return f'must be one of {known}, not {value!r}'
     return _text_problem(value) if isinstance(value, str) else None
-
-
-def _limits(low, high):
-    """Return a range as a phrase that follows 'must'; a minimum of 1e-9 means any number above 0."""
-    least = 'above 0' if low == 1e-9 else f'at least {low}'
-    if high == math.inf:
-        return f'be {least}'
-    if low == 1e-9:
-        return f'be {least} and at most {high}'
-    return f'lie between {low} and {high}'
 
 
 def _text_problem(text):

@@ -405,7 +405,7 @@ def row_of(run, lengths, baseline):
 def show(rows, lengths, limit):
     """Print the table. rows: {column: value} of each variant; lengths (pairs, 3): tokens; limit: highest possible pairs/s."""
     machine = card if on_gpu else f'CPU, {torch.get_num_threads()} threads'
-    setting = f'{model}, {data}, {loss}, batch {batch_size}, {world_size} ranks'
+    setting = f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}'
     print(f'{setting}, {machine}, {dtype}, torch {torch.__version__}')
     print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
     print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')

@@ -7,6 +7,7 @@ those of ast.walk. tests/words/test_house.py checks the limits.
 """
 
 import ast
+import graphlib
 import signal
 from pathlib import Path
 from typing import NamedTuple
@@ -89,21 +90,15 @@ def product():
 
 
 def cycle(paths):
-    """Return the sorted names of the modules in import cycles, and of modules that import one of these; [] without a cycle."""
+    """Return the names of the modules of an import cycle among these files, in order; [] if there is none."""
     files = {module_of(path): path for path in paths}
-    modules = set(files)
-    imports = {}  # module -> modules among these files that it imports
-    for name, path in files.items():
-        imports[name] = imported(path, modules) - {name}
-    # repeatedly remove the leaves, modules without remaining imports
-    while True:
-        leaves = {name for name, targets in imports.items() if not targets}
-        if not leaves:
-            return sorted(imports)
-        for leaf in leaves:
-            del imports[leaf]
-        for targets in imports.values():
-            targets -= leaves
+    imports = {name: imported(path, set(files)) - {name} for name, path in files.items()}
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        _, names = error.args
+        return names
+    return []
 
 
 def main():

@@ -276,7 +276,7 @@ REFUSED = [
     ('--lora_rank=0', 'lora_rank must be at least 1'),
     ('--quantize=4bit', 'weights of 4 bits do not train; add --lora_rank'),
     ('--quantize=4bit --lora_rank=2 --device_map=balanced', 'quantize and device_map do not go together'),
-    ('--lora_rank=2 --lora_dropout=1', 'lora_dropout must lie between 0 and 0.9'),
+    ('--lora_rank=2 --lora_dropout=1', 'lora_dropout must be at least 0 and at most 0.9'),
 ]  # fmt: skip
 
 

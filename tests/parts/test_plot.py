@@ -176,7 +176,7 @@ def test_mistakes(tmp_path, monkeypatch):
         ([tmp_path / 'nowhere'], 'there is no folder'),
         ([folder, f'--out={tmp_path}/no/where.png'], 'cannot write'),
         ([folder, f'--out={tmp_path}/x.odd'], 'cannot write'),
-        ([folder, '--smooth=3'], 'smooth must lie between 0 and 1'),
+        ([folder, '--smooth=3'], 'smooth must be at least 0 and at most 1'),
     ):
         assert message in refused('tools/plot.py', *words)
     monkeypatch.setitem(sys.modules, 'matplotlib', None)

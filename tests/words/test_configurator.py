@@ -160,7 +160,7 @@ KNOWN = [  # what values an option of this name can have
     ('lr', 0.0, None), ('lr', -1e-9, 'must be at least 0, not -1e-09'), ('lr', math.inf, 'must be a finite number, not inf'),
     ('max_grad_norm', math.inf, None),  # no clipping
     ('max_grad_norm', 0.0, 'must be above 0, not 0.0'), ('temperature', -math.inf, 'must be at least 0'),
-    ('batch_size', 1, None), ('batch_size', 0, 'must be at least 1, not 0'), ('seed', 2**32, 'must lie between'),
+    ('batch_size', 1, None), ('batch_size', 0, 'must be at least 1, not 0'), ('seed', 2**32, 'must be at least 0 and at most 4294967295'),
     ('seed', 2**32 - 1, None), ('top_p', 0.0, 'must be above 0 and at most 1, not 0.0'),
     ('attn', None, None), ('dtype', 'float16', "must be one of float32, bfloat16, not 'float16'"),
     ('attn', 'x', "must be one of sdpa, eager, flash_attention_2, flash_attention_3, not 'x'"),
