@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from configurator import UserError
-from tests.helpers import write_data, write_jsonl
 from runtime import cache
+from tests.helpers import write_data, write_jsonl
 from text import files, sources, tokenise, toy
 
 ROWS = [{'prompt': f'q "{i}",\n', 'response': f'ä{i}', 'good': bool(i % 2)} for i in range(200)]
