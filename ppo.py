@@ -124,7 +124,7 @@ if not offline:
     run.train.left_out.pop('answers cut', None)
 elif noise_rate:
     run.train = run.train.flip(noise_rate, seed)
-run.say_data(answers_per_prompt)
+run.count_data(answers_per_prompt)
 train = run.train
 held_out = run.held_out
 total = run.total

@@ -55,7 +55,7 @@ run.tokenizer = separate_pad(run.tokenizer)
 run.load_data(task='pairs', margins=True)
 if noise_rate:
     run.train = run.train.flip(noise_rate, seed)
-run.say_data()
+run.count_data()
 run.load_policy(partial(load_reward, model, new_head=True, adapters=run.adapters, **run.model_options()))
 longest = max(run.train.longest(), run.held_out.longest())
 run.choose_attention(longest, share_prefix=share_prefix, forward=run.policy.response_scores)
