@@ -23,8 +23,7 @@ from text.examples import Examples
 def steps(n, batch_size, total, seed, start=0, shuffle=True):
     """Yield (first, rows) for each step: the number of examples taken before it, and the rows (of n examples) that it takes.
 
-    start, total: the run takes examples number start to total - 1; numbers count on across epochs: 0 to n - 1 are the first
-    epoch. shuffle: each epoch has its own random order."""
+    start, total: take examples number start to total - 1; the second epoch begins at n. shuffle: each epoch in a new random order."""
 
     @functools.lru_cache(maxsize=1)
     def order_of(epoch):
@@ -71,10 +70,8 @@ def _fill_bins(lengths, n_bins, max_tokens):
 
 
 def plan_padded(widths, world_size, max_tokens):
-    """Split a step into padded microbatches: [rank][microbatch] -> list of slots, the same number of microbatches on every rank.
-
-    widths: tokens of each example with its own answers padded alike; a microbatch pads all its examples to the widest one."""
-    # fill one bin after another with slots, widest first: similar widths go together
+    """Split a step into padded microbatches: [rank][microbatch] -> list of slots. widths: tokens of each example, padded by itself."""
+    # fill bin after bin with slots. Similar widths go together, because a microbatch pads all its examples to the widest one
     bins = [[]]
     widest_first = sorted(range(len(widths)), key=lambda slot: -widths[slot])
     for slot in widest_first:
@@ -95,9 +92,7 @@ def plan_padded(widths, world_size, max_tokens):
 
 
 def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
-    """Pack a step, the given rows of examples, into microbatches. Options: see pack.
-
-    Returns (this rank's Batches, number of tokens on all ranks, that number plus padding)."""
+    """Pack a step, the given rows of examples. Returns (this rank's Batches, tokens on all ranks, those and padding); see pack."""
     widths = examples.widths[rows]  # (step, 1 + answers) tokens of the prompt and of each answer
     prompt_widths = widths[:, 0]
     n_answers = widths.shape[1] - 1
@@ -202,8 +197,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     ids, prompt_of = np.concatenate(pieces), np.array(prompt_of)
     sizes = np.array([len(piece) for piece in pieces])
     is_answer = prompt_of != np.arange(len(pieces))
-    # an answer's tokens that are context only, such as the user's later turns, are stored as ~id, which is negative: _predicted
-    # leaves them out; then restore their ids
+    # tokens of an answer that are context only, such as the user's later turns, are stored as ~id, which is negative
     arrays = _predicted(ids, sizes, is_answer, prompt_of)
     ids = np.where(ids < 0, ~ids, ids)
 

@@ -92,7 +92,6 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
     model.shard_mode = mode
     if by_fsdp:
         _distribute(model, loaded, device, half, cpu_offload)
-    # methods that the training scripts call; then check that the model still computes the same
     model.reshard = types.MethodType(_reshard, model)
     for method in (response_logps, hidden_and_head, response_scores, token_logps, _be_root):
         add_method(model, method)

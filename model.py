@@ -44,9 +44,8 @@ def response_logps(model, batch, divergence=None, reference=None):
 
 
 def hidden_and_head(model, batch):
-    """Return the hidden states (N, d) that predict a batch's N answer tokens, and the LM head: (weight (V, d), bias or None).
-
-    Under FSDP, call it, or response_logps, as the model's method: FSDP then gathers the head's weight, see fsdp.add_method."""
+    """Return the hidden states (N, d) that predict a batch's N answer tokens, and the LM head: (weight (V, d), bias or None)."""
+    # FSDP gathers the head's weight only if this, or response_logps around it, is called as the model's method (fsdp.add_method)
     head = core(model).get_output_embeddings()
     hidden = body(model, batch).to(head.weight.device).flatten(0, 1)
     predict_at = batch.predict_at.to(hidden.device)  # indices into the flattened batch

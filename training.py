@@ -202,10 +202,9 @@ class Run:
             check_positions(model, longest, what)
         if self.config.get('sample_during_eval'):
             check_positions(policy, self.held_out.longest_prompt() + self.config.max_new_tokens, 'samples')
-        # pack if the options allow it, and if the model then computes the same log-probs as on padded batches
+        # pack if the options allow it, and if the model then computes the same log-probs as on padded batches (can_pack)
         allowed = pack and attn is None
-        two_batches = pack_probe(self.train, self.device)  # the same examples, packed and padded
-        self.packed = can_pack(policy, *two_batches, log.say, wanted=allowed)
+        self.packed = can_pack(policy, *pack_probe(self.train, self.device), log.say, wanted=allowed)
         for model in models:
             set_attention(model, self.packed, attn)
         self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
@@ -337,7 +336,6 @@ class Run:
         if math.isfinite(self.norm):
             return True
 
-        # count the bad step, or stop
         uid = self.train.uid[step.rows]
         guard.bad_step(config.out_dir, self.state, skip_bad_steps, step.first, step.rows, uid, self.norm, columns)
         return False
@@ -405,7 +403,6 @@ class Run:
         n = len(self.held_out)
         if not n or seen <= self.state['evaluated']:
             return
-        # all held-out examples, once, in their order
         parts = []
         numbered_rows = steps(n, self.config.batch_size, n, seed=0, shuffle=False)
         for step in self.prefetch_steps(self.held_out, numbered_rows):
@@ -447,6 +444,5 @@ class Run:
         written = guard.export(self.policy, self.tokenizer, build or self.build, folder, write_card, wanted, save)
         self.logger.close()
         guard.end()
-        is_rounded = written != 'float32'
-        note = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)' if is_rounded else ''
-        log.say(f'done: {folder}{note}')
+        rounded = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'
+        log.say(f'done: {folder}{rounded if written != "float32" else ""}')
