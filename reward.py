@@ -71,6 +71,7 @@ def run_step(step, backward=False):
     of ranks."""
     # target gap between the two scores, (pairs,)
     margin = step.labels.get('margin', torch.zeros(len(step.rows)))
+    options = {'center_coef': center_coef, 'label_smoothing': label_smoothing}
     # microbatch by microbatch: scores, loss, gradient
     parts = []
     for batch in step.batches:
@@ -78,9 +79,8 @@ def run_step(step, backward=False):
             scores = run.policy.response_scores(batch)  # (A,): chosen, rejected, chosen, ...
             s_w, s_l = scores[::2], scores[1::2]
             batch_margin = move(margin[batch.slot], run.device)
-            loss = formulas.bradley_terry(
-                s_w, s_l, batch_margin, center_coef=center_coef, label_smoothing=label_smoothing
-            )
+            loss = formulas.bradley_terry(s_w, s_l, batch_margin, **options)
+        # batch.real: 0 for the filler of a rank without examples
         if backward:
             (loss * batch.real).sum().backward()
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
@@ -88,7 +88,7 @@ def run_step(step, backward=False):
 
 
 def summary(columns, split):
-    """Return metrics (name -> float) from the columns of a step or an evaluation; the rewards are the scores."""
+    """Return metrics (name -> float) from the columns of a step or an evaluation. split: 'train' or 'eval'."""
     s_w, s_l = columns['s_w'], columns['s_l']
     chosen, rejected = {'reward': s_w, 'n': columns['n_w']}, {'reward': s_l, 'n': columns['n_l']}
     found = metrics.of_preferences(split, columns['loss'].mean(), chosen, rejected, s_w > s_l)
