@@ -235,7 +235,8 @@ def _predicted(ids, sizes, is_answer, prompt_of):
     ids [7, 8, 1, 2, 3], gives predict_at [1, 2, 1], target [1, 2, 3], answer [0, 0, 1], offset [0, 1, 0], n [2, 1], last [3, 4]."""
     # all answer tokens: the number of their answer, their index in it, their place
     ends = np.cumsum(sizes)
-    lengths, answer_ends = sizes[is_answer], ends[is_answer]
+    answer_ends = ends[is_answer]
+    lengths = sizes[is_answer]
     answer = np.repeat(np.arange(len(lengths)), lengths)
     offset = np.concatenate([np.arange(length) for length in lengths])
     answer_starts = answer_ends - lengths

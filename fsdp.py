@@ -114,8 +114,7 @@ def _replicate(model, device, tied, half):
     if dist.get_rank() == 0:
         model.to(device)
     else:
-        # to_empty unties parameters
-        model.to_empty(device=device)
+        model.to_empty(device=device)  # this unties parameters
         tie_as(model, tied)
     tensors = [*model.parameters(), *model.buffers()]
     assert len(set(ranks.gather_objects(len(tensors)))) == 1, 'the broadcasts would hang: ranks have different tensors'

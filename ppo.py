@@ -96,7 +96,6 @@ else:
 if group_size == 1:
     config.ignored(['share_prefix'], 'there is one answer to a prompt')
 
-# invalid combinations
 if offline and loss == 'grpo':
     raise UserError('--offline goes with --loss=ppo: grpo compares several answers to one prompt, and samples them')
 if loss == 'grpo' and group_size < 2:
@@ -120,8 +119,7 @@ tokenizer = run.tokenizer
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
 run.load_data(train={'task': 'singles'} if offline else prompts_only, held_out=prompts_only)
 if not offline:
-    # only dummy answers were cut
-    run.train.left_out.pop('answers cut', None)
+    run.train.left_out.pop('answers cut', None)  # only dummy answers were cut
 elif noise_rate:
     run.train = run.train.flip(noise_rate, seed)
 run.count_data(answers_per_prompt)
@@ -233,8 +231,7 @@ def token_losses(pi, value, columns):
         policy_loss = formulas.ppo(pi, old, advantage, clip=clip)
     if value is None:
         return policy_loss, torch.zeros_like(policy_loss)
-    # None or 0: no clipping
-    limit = value_clip or math.inf
+    limit = value_clip or math.inf  # None or 0: no clipping
     return policy_loss, formulas.value_loss(value, columns['value'], columns['target'], value_clip=limit)
 
 
@@ -321,8 +318,7 @@ def record_bad_step(this_round, rows, loss_sum, norm):
     # (answers,) each; the loss is known for the whole step only
     columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
     columns['loss'] = torch.full((len(columns['n']),), loss_sum)
-    # training-set index of each answer's prompt
-    train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)
+    train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)  # of each answer's prompt
     uids = train.uid[train_rows]
     guard.bad_step(out_dir, run.state, training.skip_bad_steps, this_round.first, train_rows, uids, norm, columns)
 

@@ -68,10 +68,9 @@ def run_step(step, backward=False):
     """Run forward, and optionally backward, on one step. Returns its columns, (pairs,) each, in step order.
 
     After backward and fsdp.average_gradients, gradients are those of the loss summed over the step's pairs, divided by the number
-    of ranks."""
+    of ranks. batch.real is 0 for the fillers of ranks that have no examples."""
     # target gap between the two scores, (pairs,)
     margin = step.labels.get('margin', torch.zeros(len(step.rows)))
-    options = {'center_coef': center_coef, 'label_smoothing': label_smoothing}
     # microbatch by microbatch: scores, loss, gradient
     parts = []
     for batch in step.batches:
@@ -79,8 +78,9 @@ def run_step(step, backward=False):
             scores = run.policy.response_scores(batch)  # (A,): chosen, rejected, chosen, ...
             s_w, s_l = scores[::2], scores[1::2]
             batch_margin = move(margin[batch.slot], run.device)
-            loss = formulas.bradley_terry(s_w, s_l, batch_margin, **options)
-        # batch.real: 0 for the filler of a rank without examples
+            loss = formulas.bradley_terry(
+                s_w, s_l, batch_margin, center_coef=center_coef, label_smoothing=label_smoothing
+            )
         if backward:
             (loss * batch.real).sum().backward()
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})

@@ -115,8 +115,7 @@ def read_rows():
     wanted_split = split or 'test'
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
-        # one prompt per line
-        if source.endswith('.txt'):
+        if source.endswith('.txt'):  # one prompt per line
             lines = read_text(source).splitlines()
             rows += [{'prompt': line} for line in lines if line.strip()]
             continue
@@ -134,8 +133,7 @@ def read_prompts():
 
     A row is a dict with 'prompt', a text or a list of messages, and perhaps 'tools'."""
     rows, left_out = read_rows()
-    # drop duplicates
-    row_of_hash = {}
+    row_of_hash = {}  # the first row with each prompt
     for row in rows:
         prompt_and_tools = [row[name] for name in ('prompt', 'tools') if name in row]
         row_of_hash.setdefault(content_hash(*prompt_and_tools), row)
@@ -204,7 +202,6 @@ if not endpoint:
     all_texts = all(isinstance(row['prompt'], str) for row in prompts)
     if all_texts and tokenizer.chat_template not in (None, tokenise.PLAIN_CHAT):
         log.say('note: the tokenizer has a chat template, but the prompts are text: --chat makes chats of them')
-    # drop rejected prompts
     keys = [(i, sample) for i, sample in keys if ids[i] is not None]
     if not keys:
         raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {in_words(left_out)[0]}')
@@ -226,8 +223,7 @@ def plan():
         while waiting:
             n_rows = batch_size
             if max_tokens:
-                # the first prompt is the longest of the batch
-                i, _ = waiting[0]
+                i, _ = waiting[0]  # the longest prompt of the batch
                 longest = len(ids[i]) + max_new_tokens
                 n_rows = min(n_rows, max(1, max_tokens // longest))
             # four answers per row: generate() refills a row when its answer has ended, so few rows idle at the end
@@ -297,8 +293,7 @@ def finish_and_tokens(raw):
         finish = 'eos'
     usage = raw.get('usage')
     tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
-    # not isinstance, because bool is a subclass of int
-    if type(tokens) is not int or tokens < 0:
+    if type(tokens) is not int or tokens < 0:  # not isinstance: True is an int, too
         tokens = None
     return finish, tokens
 
@@ -377,9 +372,8 @@ def score_answers():
 if reward_parts:
     ranks.on_one_rank(score_answers)
 
-# missing answers are an error on every rank
 raise_if_missing(failed, 'answers')
-n_found = ranks.shared(lambda: len(rows_by_key))  # from rank 0
+n_found = ranks.shared(lambda: len(rows_by_key))  # rank 0's number, so that all ranks raise the error
 if n_found < len(keys):
     raise UserError(f'answers are missing in {out_dir}/samples.jsonl: run the same command again')
 if __name__ == '__main__':

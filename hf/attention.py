@@ -108,8 +108,7 @@ def _causal(n, m, window, device):
 
 def _attend(q, k, v, mask, scaling, softcap):
     """Return the attention output (1, H, n, D). q (1, H, n, D); k, v (1, H_kv, m, D); mask (n, m), or None for causal."""
-    # grouped-query attention: number of query heads per key-value head
-    repeat = q.shape[1] // k.shape[1]
+    repeat = q.shape[1] // k.shape[1]  # query heads per key-value head (grouped-query attention)
     if not softcap:
         options = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
         return F.scaled_dot_product_attention(q, k, v, mask, **options)

@@ -16,8 +16,7 @@ def of_preferences(split, loss, chosen, rejected, is_right):
         n = columns['n']
         metrics[f'rewards_{split}/{side}'] = columns['reward'].mean()
         metrics[f'length_{split}/{side}'] = n.mean()
-        # reward models have no log-probs
-        if 'pi' in columns:
+        if 'pi' in columns:  # reward models have no log-probs
             metrics[f'logps_{split}/{side}'] = columns['pi'].mean()
         # estimates of KL(reference || policy), as if the answers were samples of the reference
         if 'ref' in columns:

@@ -133,8 +133,7 @@ def _reject_conflicts(name, options, needs_ref, has_divergence, has_risk):
     is_alone = name == 'kto' and options['batch_size'] < 2
     # the cache has log-probs of the data's answers: no divergences, and none of the mismatched answers of kto
     needs_live_ref = has_divergence or name == 'kto'
-    # message -> whether it applies
-    mistakes = {
+    mistakes = {  # message -> whether it applies
         f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {smoothing}': bad_smoothing,
         f'mu must lie between 0 and 1 for the risk {risk}, not {mu}': has_risk and risk != 'erm' and mu > 1,
         '--importance is a ratio to the reference: leave out --reference_free': options['importance'] and not needs_ref,

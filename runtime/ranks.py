@@ -31,8 +31,7 @@ def setup(tp=1):
 
 def _join_process_group(device):
     """Create the default process group: of all ranks that torchrun started, or without torchrun of this process alone."""
-    # without torchrun
-    store, rank, world_size = dist.HashStore(), 0, 1
+    store, rank, world_size = dist.HashStore(), 0, 1  # without torchrun
     if 'RANK' in os.environ:
         store, rank, world_size = next(rendezvous('env://'))
         # after a restart, torchrun of torch 2.13 keeps its store, where this process would read the addresses of dead ones, and hang.
