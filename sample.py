@@ -108,10 +108,10 @@ if endpoint and world_size > 1:
 
 
 def read_rows():
-    """Read the data rows of all sources in --data. Return (rows, Counter of what was left out). Raises UserError."""
+    """Read the rows (dicts with 'prompt') of all sources in --data. Return (rows, Counter of what was left out). Raises UserError."""
     rows = []
     left_out = Counter()
-    # without --split, prefer 'test'; undivided reads all rows if the data has no splits
+    # without --split, take the split 'test', or (undivided) all rows of data without splits
     wanted_split = split or 'test'
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
@@ -120,7 +120,7 @@ def read_rows():
             rows += [{'prompt': line} for line in lines if line.strip()]
             continue
         new_rows, new_left_out = sources.load_rows(source, wanted_split, task='prompts', **options)
-        # read_prompts() reports an empty single source
+        # an empty source is an error; if it is the only one, read_prompts() reports it
         if not new_rows and source != data:
             raise sources.vanished(source, wanted_split, new_left_out)
         rows += new_rows
@@ -208,17 +208,17 @@ if not endpoint:
 
 
 def plan():
-    """Split all answers into batches: a list of (n_rows, keys of the answers); n_rows answers are generated side by side.
+    """Split all answers into batches [(n_rows, keys)]: the keys, (prompt index, sample number), of answers to generate n_rows at a time.
 
-    Independent of the rank and of what is answered already. A batch has one temperature; longest prompts come first."""
+    The same on every rank and after a resume. A batch has one temperature; longest prompts come first."""
 
     def longest_first(key):
         i, _ = key
-        return -len(ids[i]), key  # ties by key
+        return -len(ids[i]), key  # ids[i]: tokens of prompt i; ties by key
 
     batches = []
     for number in range(len(temperatures)):
-        waiting = [(i, sample) for i, sample in keys if sample // n == number]
+        waiting = [(i, sample) for i, sample in keys if sample // n == number]  # n samples have one temperature
         waiting.sort(key=longest_first)
         while waiting:
             n_rows = batch_size
@@ -235,7 +235,7 @@ def plan():
 
 def generate_all():
     """Generate this rank's batches and append the answers that are not in out_dir yet. Raises UserError."""
-    # regenerate unfinished batches as a whole: the same batches round the same way, and so give the same answers
+    # done: keys of the answers in out_dir. Generate an unfinished batch as a whole, because another batch would round differently
     unfinished = [(n_rows, batch) for n_rows, batch in plan() if not done.issuperset(batch)]
     for n_rows, batch in unfinished[rank::world_size]:
         rows = [expected_row(*key) for key in batch]
@@ -251,7 +251,7 @@ def generate_all():
             # chat templates add white space around messages; plain text continues the prompt
             is_chat = not isinstance(row['prompt'], str)
             row['response'] = text.strip() if is_chat else text
-            # the end token was removed, but counts
+            # the end token, which generate() has removed, counts
             ended = len(answer_ids) < max_new_tokens
             row['finish'] = 'eos' if ended else 'length'
             row['tokens'] = len(answer_ids) + ended
@@ -300,7 +300,7 @@ def finish_and_tokens(raw):
 
 def append_rows(rows):
     """Append new rows to this rank's samples file and update the progress bar."""
-    # collect() merges the files of all ranks at the end
+    # a file for each rank; collect() merges them at the end
     name = 'samples.jsonl' if rank == 0 else f'samples-{rank}.jsonl'
     append(f'{out_dir}/{name}', rows)
     counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
@@ -357,7 +357,7 @@ def score_answers():
         # .raw: the data row with all its columns; prompts of .txt files have none
         data_rows.append(getattr(prompts[i], 'raw', prompts[i]))
         lines.append({'index': i, 'sample': sample, 'score': 0.0})
-    # 'score' is the weighted sum, the others are unweighted
+    # a line has the value of each function, and in 'score' their weighted sum
     for part in reward_parts:
         values, _ = reward_functions.score(part, asked, responses, data_rows)
         for line, value in zip(lines, values, strict=True):
