@@ -99,7 +99,7 @@ longest = min(max_length, max(run.train.longest(mixed=is_kto), run.held_out.long
 # a policy with adapters is its own reference while they are switched off
 is_policy = run.adapters and ref_model is None
 is_loaded = needs_ref and not cache_ref and not is_policy
-run.choose_attention(longest, share_prefix=share_prefix, frozen=int(is_loaded))
+run.set_batching(longest, share_prefix=share_prefix, n_frozen=int(is_loaded))
 
 # the reference model, or with cache_ref its log-probs from a file; then it is loaded only if there is no such file yet
 ref_options = {'adapters': lora.reference_options(config, run.adapters), **run.model_options()}

@@ -58,7 +58,7 @@ if noise_rate:
 run.count_data()
 run.load_policy(partial(load_reward, model, new_head=True, adapters=run.adapters, **run.model_options()))
 longest = max(run.train.longest(), run.held_out.longest())
-run.choose_attention(longest, share_prefix=share_prefix, forward=run.policy.response_scores)
+run.set_batching(longest, share_prefix=share_prefix, forward=run.policy.response_scores)
 run.check_room()
 
 # ---- one step ----

@@ -1,7 +1,7 @@
 """What all training scripts share around their own step: set-up, resuming, logging, evaluation, checkpoints, export.
 
     run = training.begin(config)               # ranks, signals, out_dir, tokenizer
-    run.load_data(task='pairs')                # run.train, run.held_out; then load_policy, choose_attention, count_data, check_room
+    run.load_data(task='pairs')                # run.train, run.held_out; then load_policy, set_batching, count_data, check_room
     run.start('dpo ')                          # from the newest checkpoint, or afresh
     for step in run.steps():                   # microbatches, made ahead in a thread
         columns = run.compute(step, run_step)  # the script's own step, backward=True for training
@@ -9,8 +9,8 @@
         run.finish_step(step)                  # saves where that is due, and obeys signals
     run.finish()                               # the exported model
 
-The constants below are options of every script that imports this file; a script may redeclare one to change its default.
-The length and rhythm of a run are counted in examples over all ranks.
+The constants below are options of every script that imports this file; a script may redeclare one to change its default. The
+functions read them as globals, and the script's own options as config.NAME. Runs are counted in examples over all ranks.
 """
 
 import math
@@ -108,7 +108,7 @@ class Run:
         self.config, self.adapters = config, adapters
         self.rank, self.world, self.device = rank, world, device  # data rank and their number, see runtime/ranks.py
         self.tokenizer = load_tokenizer(config.model, trust_remote_code)
-        self.max_tokens = max_tokens  # an option; choose_attention replaces 'auto' by a number
+        self.max_tokens = max_tokens  # an option; set_batching replaces 'auto' by a number
         self.save_every = save_every  # an option; finish_step replaces 'auto' by a number, after a few steps
         self.step_ends = []  # end times of those first steps
 
@@ -127,10 +127,10 @@ class Run:
         if config.n_examples and config.n_examples <= ENOUGH // 10:
             common['enough'] = {'train': ENOUGH, 'test': n_eval_examples}
 
-        # one process per host tokenises, the others read its cache
         for_train = common | options | {'data_fraction': data_fraction} | (train or {})
         for_eval = common | options | (held_out or {})
         self.task = for_train['task']
+        # one process per host tokenises, the others read its cache
         self.train = ranks.first_of_host(lambda: load_examples(config.data, 'train', **for_train))
         test_split = ranks.first_of_host(lambda: load_examples(eval_data or config.data, 'test', **for_eval))
         self.held_out = test_split.select(slice(n_eval_examples))
@@ -148,8 +148,9 @@ class Run:
 
         answers_each: in ppo.py, whose examples are sampled answers, their number per prompt; run.total is a multiple of it."""
         config, train = self.config, self.train
-        most = config.n_epochs * len(train) * answers_each
-        self.total = min(most, config.n_examples or most) // answers_each * answers_each
+        total = config.n_epochs * len(train) * answers_each
+        total = min(total, config.n_examples or total)
+        self.total = total // answers_each * answers_each
         changed, notes = in_words(train.left_out)
         sizes = f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {len(self.held_out):,} to evaluate on'
         if n_eval_examples and not len(self.held_out):
@@ -182,20 +183,18 @@ class Run:
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def load_frozen(self, build, longest, what='the examples'):
-        """Build and return a frozen model, such as the reference, with the policy's attention. build: as in load_policy.
-
-        Raises UserError if it cannot read sequences of `longest` tokens; what: their name in the message."""
+        """Build and return a frozen model, such as the reference. UserError if it cannot read `longest` tokens (what: their name)."""
         model = self.shard(build, train=False)
         check_positions(model, longest, what)
-        set_attention(model, self.packed, attn)
+        set_attention(model, self.packed, attn)  # the same as the policy's
         return model
 
-    def choose_attention(self, longest, what='the examples', share_prefix=True, *, forward=None, frozen=0, critic=None):
+    def set_batching(self, longest, what='the examples', share_prefix=True, *, forward=None, n_frozen=0, critic=None):
         """Set run.packed (packed or padded batches) and run.max_tokens (tokens per microbatch).
 
         longest: tokens of the longest sequence; UserError if the model has fewer positions (what: its name in the message).
-        share_prefix: compute the prompt of a pair once. forward: the policy's training pass, default response_logps. frozen: number
-        of models of the policy's size that will be loaded later. critic: a module inside the policy with attention of its own."""
+        share_prefix: compute the prompt of a pair once. forward: the policy's training pass, default response_logps. n_frozen: how
+        many models of the policy's size will be loaded later. critic: a module inside the policy with attention of its own."""
         policy = self.policy
         models = [policy] if critic is None else [policy, critic]
         for model in models:
@@ -213,7 +212,7 @@ class Run:
         forward = forward or policy.response_logps
         self.bytes_per_token = cache(partial(room.bytes_per_token, policy, forward, self.train, self.packed))
         if max_tokens == 'auto':
-            later = frozen * sum(p.numel() for p in policy.parameters())  # weights that will be loaded later
+            later = n_frozen * sum(p.numel() for p in policy.parameters())  # weights that will be loaded later
             per_token = self.bytes_per_token()
             self.max_tokens = room.choose_max_tokens(self.config, policy, per_token, self.train, self.packed, later)
 
@@ -244,7 +243,7 @@ class Run:
         # hashes and options, to reject a checkpoint of another run; fingerprints are the hashes of the models
         self.identity = checkpoint.identify(config, partial(fingerprints, config), self.train, self.held_out)
         latest = checkpoint.latest(out_dir, self.identity) if resume else None
-        # saved in a checkpoint, besides weights and optimizer
+        # saved in a checkpoint, besides weights and optimizer. evaluated: number of examples at the last evaluation
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}}
         self.state |= {'warmup': log.warmup_steps(config, self.total), 'max_tokens': self.max_tokens}
         if latest:
