@@ -37,7 +37,7 @@ def _excepthook(kind, error, trace):
     if not isinstance(error, UserError):
         return sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
-    # most errors are raised on every rank, and rank 0 prints them. An error with of_this_rank is not raised on rank 0
+    # most errors are raised on every rank: rank 0 prints them. of_this_rank marks an error that this rank may have alone
     if main_rank() or getattr(error, 'of_this_rank', False):
         sys.__stderr__.write(f'error: {error}\n')
         sys.__stderr__.flush()

@@ -162,9 +162,7 @@ what = 'prompts with their answers'  # for error messages
 # with adapters, the policy without them serves as the reference
 has_own_ref = bool(ref_model or not run.adapters)
 own_critic = getattr(core(policy), 'critic', None)
-run.set_batching(
-    longest, what, share_prefix, forward=policy.token_logps, critic=own_critic, n_frozen=int(has_own_ref)
-)
+run.set_batching(longest, what, share_prefix, forward=policy.token_logps, critic=own_critic, n_frozen=int(has_own_ref))
 ref = policy
 if has_own_ref:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
