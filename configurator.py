@@ -62,7 +62,7 @@ class Config(dict):
         """Return the names in options, a space-separated string, that were set on the command line."""
         return [name for name in options.split() if self.origin[name] == COMMAND_LINE]
 
-    def ignored(self, options, why):
+    def report_unused(self, options, why):
         """Report options without effect: raise UserError if set on the command line, print a note if set in a config file."""
         for name in options:
             origin = self.origin[name]

@@ -86,15 +86,15 @@ config = configure(globals(), shared=training)
 if loss not in ('ppo', 'grpo'):
     raise UserError(f'loss must be one of ppo, grpo, not {loss!r}: dpo.py has the losses on preferences')
 if offline:
-    config.ignored(['missing_eos_penalty', 'group_size'], 'offline, answers come from the data')
+    config.report_unused(['missing_eos_penalty', 'group_size'], 'offline, answers come from the data')
 else:
-    config.ignored(['noise_rate', 'max_length'], 'answers are sampled, not taken from the data')
+    config.report_unused(['noise_rate', 'max_length'], 'answers are sampled, not taken from the data')
 if loss == 'grpo':
-    config.ignored(['critic', 'vf_coef', 'value_clip', 'gamma', 'lam', 'whiten'], 'grpo has no critic')
+    config.report_unused(['critic', 'vf_coef', 'value_clip', 'gamma', 'lam', 'whiten'], 'grpo has no critic')
 else:
-    config.ignored(['per_answer'], 'it belongs to grpo')
+    config.report_unused(['per_answer'], 'it belongs to grpo')
 if group_size == 1:
-    config.ignored(['share_prefix'], 'there is one answer to a prompt')
+    config.report_unused(['share_prefix'], 'there is one answer to a prompt')
 
 if offline and loss == 'grpo':
     raise UserError('--offline goes with --loss=ppo: grpo compares several answers to one prompt, and samples them')

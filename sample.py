@@ -75,12 +75,12 @@ config = configure(globals())
 # options without effect: an error on the command line, a note in a config file
 if endpoint:
     model_options = 'model max_prompt_length truncation batch_size max_tokens dtype trust_remote_code'
-    config.ignored(model_options.split(), 'an endpoint answers')
+    config.report_unused(model_options.split(), 'an endpoint answers')
     completions_url(endpoint)  # raises UserError for a bad address
     if not endpoint_model:
         raise UserError('--endpoint needs --endpoint_model, the name of a model there')
 else:
-    config.ignored(['endpoint_model', 'concurrency', 'timeout'], 'there is no --endpoint')
+    config.report_unused(['endpoint_model', 'concurrency', 'timeout'], 'there is no --endpoint')
 
 try:
     temperatures = [float(word) for word in str(temperature).split()]
@@ -93,7 +93,7 @@ if not temperatures or not in_range or has_duplicates:
 if 0 in temperatures and n > 1:
     raise UserError(f'at temperature 0 all {n} answers to a prompt are the same: use --n=1, or another temperature')
 if temperatures == [0]:
-    config.ignored(['top_p'], 'temperature 0 takes the most probable token')
+    config.report_unused(['top_p'], 'temperature 0 takes the most probable token')
 # answers per prompt: samples 0 to n - 1 have the first temperature, the next n the second, ...
 n_samples = n * len(temperatures)
 reward_parts = reward_functions.parse(reward) if reward else []

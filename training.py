@@ -90,7 +90,7 @@ def begin(config):
     # scripts that cannot sample have no such option
     if not config.get('sample_during_eval', True):
         given = config.given('n_eval_model_samples max_new_tokens temperature top_p')
-        config.ignored(given, 'sample_during_eval is off')
+        config.report_unused(given, 'sample_during_eval is off')
 
     # join the process group, then lock out_dir
     rank, world, device = ranks.setup(tp)

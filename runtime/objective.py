@@ -112,9 +112,12 @@ def objective_of(config, losses, statistics):
     options['importance'] = config.importance and uses['importance']
     options['sft_coef'] = config.sft_coef if uses['sft_coef'] else 0.0
     needs_ref = has_ratio and not (config.reference_free and uses['reference_free'])
-    config.ignored([option for option in config if not uses.get(option, True)], f'the loss {name} does not use it')
-    config.ignored([] if options['importance'] else ['importance_max'], 'importance is off')
-    config.ignored([] if needs_ref else ['ref_model'], 'there is no reference')
+    unused = [option for option in config if not uses.get(option, True)]
+    config.report_unused(unused, f'the loss {name} does not use it')
+    if not options['importance']:
+        config.report_unused(['importance_max'], 'importance is off')
+    if not needs_ref:
+        config.report_unused(['ref_model'], 'there is no reference')
 
     # defaults that depend on the loss
     if config.label_smoothing is None or not uses['label_smoothing']:
