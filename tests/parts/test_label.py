@@ -419,7 +419,7 @@ def toy_samples():
     return rows
 
 
-def test_gold():
+def test_gold(capsys):
     rows = toy_samples()
     report, annotations = label('--gold=toy')
     assert len(annotations) == report['won'] + report['lost'] + report['ties'] == 30 and 'agreement' not in report
@@ -429,6 +429,11 @@ def test_gold():
     examples, _ = sources.load_rows('out/annotations.json', 'train', undivided=True)
     assert examples[0]['prompt'] in {row['prompt'] for row in rows}
     assert examples[0]['chosen'].startswith(' the ')  # as it was
+    # an out_dir of another run is told before all else
+    capsys.readouterr()
+    with pytest.raises(UserError, match='different run'):
+        label('--gold=toy', '--against=samples.jsonl')
+    assert not capsys.readouterr().out
     # the place of out_dir is no other run
     Path('out').rename('moved')
     assert label('--gold=toy', '--out_dir=moved/') == [report, annotations]
