@@ -92,7 +92,7 @@ def plan_padded(widths, world_size, max_tokens):
 
 
 def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
-    """Pack a step, the given rows of examples. Returns (this rank's Batches, tokens on all ranks, those and padding); see pack."""
+    """Pack a step, the given rows of examples. Returns (this rank's Batches, tokens on all ranks, tokens plus padding); see pack."""
     widths = examples.widths[rows]  # (step, 1 + answers) tokens of the prompt and of each answer
     prompt_widths = widths[:, 0]
     n_answers = widths.shape[1] - 1
@@ -197,9 +197,9 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     ids, prompt_of = np.concatenate(pieces), np.array(prompt_of)
     sizes = np.array([len(piece) for piece in pieces])
     is_answer = prompt_of != np.arange(len(pieces))
-    # tokens of an answer that are context only, such as the user's later turns, are stored as ~id, which is negative
+    # tokens of an answer that are context only, such as the user's later turns, are ~id (negative): _predicted skips them
     arrays = _predicted(ids, sizes, is_answer, prompt_of)
-    ids = np.where(ids < 0, ~ids, ids)
+    ids = np.where(ids < 0, ~ids, ids)  # without the marks
 
     if pad:
         # one row for each prompt and its answer
