@@ -154,9 +154,7 @@ class Block:
         self.masks = {}  # (window, device) -> mask, shared by all layers
 
     def mask(self, window, device):
-        """Return the mask (T, T) of the block's T tokens, cached: True if query i sees key j.
-
-        That is: j belongs to the prompt or the answer of i, and 0 <= position of i - position of j < window."""
+        """Return the mask (T, T), cached: query i sees the keys j of its prompt and its answer for which 0 <= i - j < window."""
         if (window, device) in self.masks:
             return self.masks[window, device]
         tokens = []  # (group, part, position) of each token; part 0 is the prompt, others are answers
@@ -165,7 +163,7 @@ class Block:
                 start = prompt if part > 0 else 0
                 tokens += [(group, part, position) for position in range(start, start + size)]
         group, part, position = np.array(tokens).T
-        # x[:, None] is of the queries i, x of the keys j
+        # i - j of all pairs, in positions: x[:, None] is of the queries i, x of the keys j
         distance = position[:, None] - position
         same_group = group[:, None] == group
         in_prompt_or_answer = (part == 0) | (part[:, None] == part)
