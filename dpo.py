@@ -128,7 +128,7 @@ def measure(batch, paired=paired):
 
     pi: log-prob under the policy (with graph); n: number of tokens; ref: log-prob under the reference, if any; div: divergence,
     if the loss has one. Pairs are split into chosen and rejected: pi_w and pi_l, n_w and n_l, ... of shape (A / 2,)."""
-    # run the reference model, if there is one (both models have model.py's functions as methods, see fsdp.shard)
+    # run ref, the reference model, if there is one. Functions of model.py are methods of both models, see fsdp.shard
     ref_hidden, ref_logps = None, batch.ref  # batch.ref: log-probs read from a file by cache_ref, else None
     with torch.no_grad(), lora.adapters_off(ref):
         if divergence:
@@ -154,8 +154,8 @@ def measure(batch, paired=paired):
 def step_statistic(step, backward):
     """Compute the statistic over a step (for beta_dpo, say, a beta from the mean margin) that its loss takes as input.
 
-    backward: whether a backward pass follows. Returns (statistic, a dict of columns of the whole step; new state, a dict; measured).
-    measured: columns of the step's only microbatch, with graph, which spare its forward pass; None if that is not possible."""
+    Returns (statistic: columns of the whole step, a dict; its new state, a dict; measured). If the step is a single microbatch and
+    backward follows, measured is its columns with graph, so that run_step need not repeat the forward pass; otherwise None."""
     batches, suffix = step.batches, ''
     # kto estimates its KL on prompts paired with answers to other prompts: columns pi_kl, ref_kl
     if is_kto:
@@ -195,7 +195,7 @@ def run_step(step, backward=False, shift=None):
     """Run forward, and optionally backward, on one step. Returns (its columns in step order, new state of the statistic).
 
     After backward and fsdp.average_gradients, gradients are sum_i w_i grad loss_i over the step's examples, divided by the number
-    of ranks; w is the column step_weight. shift: see 2., Dr. DPO; None: the smallest loss of the first microbatch."""
+    of ranks; w is the column step_weight. shift: used for Dr. DPO, see below; None: the smallest loss of the first microbatch."""
     # 1. columns of the whole step: the statistic, and the labels of single answers
     step_columns, new_state, already_measured = {}, run.state['statistic'], None
     if objective.statistic:
