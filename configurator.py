@@ -116,7 +116,7 @@ def configure(scope, argv=None, shared=None, early=False):
 
 
 def _declared(scope):
-    """Return name -> Option: the lines `name: types = value  # comment` at the top of a module, above its first function or call.
+    """Return name -> Option: the lines `name: types = value  # comment` at the top of a module, above its first function or `x = call()`.
 
     scope: the module's globals. `a: int | None = 3  # size` -> {'a': Option(3, ['int', 'None'], 'size', heading, scope)}"""
     source = Path(scope['__file__']).read_text('utf-8')
