@@ -640,7 +640,7 @@ def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
 
     run.make_batches = functools.partial(training.Run.make_batches, run)
     monkeypatch.setattr(training, 'make_batches', halves_meanwhile)
-    step = training.Run.prepare(run, examples, 0, np.array([0]))
+    step = training.Run.make_step(run, examples, 0, np.array([0]))
     assert (step.batches, step.max_tokens, run.max_tokens) == (['microbatches of 64'], 64, 32)
 
 

@@ -69,7 +69,7 @@ def test_memory_that_grows_in_place():
 
 
 class Options(Config):
-    def ignored(self, names, why):
+    def report_unused(self, names, why):
         self.said = [*self.said, *names]
 
 

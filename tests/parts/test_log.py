@@ -20,7 +20,7 @@ import configurator
 import training
 from hf import load
 from runtime import guard, log, ranks
-from runtime.metrics import meaning
+from runtime.metrics import note_on_accuracy
 from text.examples import in_words
 
 KEY = 'f00dfeed' * 5  # what a key looks like: must not appear in anything that is written
@@ -330,7 +330,7 @@ def test_the_default_warm_up_is_at_most_a_tenth_of_the_run(capsys, given, total,
     (True, True, None), (False, True, 'note: acc is the share of answers on the right side'), (True, False, 'note: simpo has no reference'),
 ])  # fmt: skip
 def test_acc_and_margin_are_explained_where_they_are_something_else(paired, has_reference, words):
-    found = meaning('simpo', paired, has_reference)
+    found = note_on_accuracy('simpo', paired, has_reference)
     assert found.startswith(words) if words else found is None
 
 
