@@ -210,6 +210,13 @@ def _reshard(model):
         type(module).reshard(module)
 
 
+def abandon_backward(model):
+    """Clear what a backward that ended in an error leaves in FSDP's state. Otherwise later ones would give no gradients."""
+    if fsdp_modules(model):
+        # the end of every backward, which FSDP runs no more while it takes the broken one for unfinished
+        model._get_fsdp_state()._root_post_backward_final_callback()
+
+
 def fsdp_modules(model):
     """Return the modules of a model that FSDP shards; an empty list for a model without FSDP."""
     return [m for m in model.modules() if hasattr(m, 'unshard')]

@@ -252,12 +252,16 @@ class Run:
             self.state |= checkpoint.load(latest, self.policy, self.optimizer)
         self.seen = self.state.pop('examples')
         # after a resume, the same microbatches as before, for bitwise equal sums
-        if max_tokens == 'auto':
+        if max_tokens == 'auto' and self.max_tokens != self.state['max_tokens']:
             self.max_tokens = self.state['max_tokens']
+            log.say(
+                f'memory: going on with max_tokens={self.max_tokens}, as before: --max_tokens=NUMBER if it does not fit here'
+            )
 
         # from here on out_dir belongs to this run
         ranks.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
-        self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard, self.state['evaluated'])
+        ranks.on_one_rank(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
+        self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard)
         verb = 'resuming' if self.seen else 'training'
         units = units or f'examples, {config.batch_size} a step'
         processes = '1 rank' if self.world == 1 else f'{self.world} ranks'
@@ -309,6 +313,7 @@ class Run:
                 if not (out_of_memory and max_tokens == 'auto' and single_process and can_split):
                     raise
             # outside of the except block the traceback no longer keeps the activations alive
+            fsdp.abandon_backward(self.policy)
             self.optimizer.zero_grad(set_to_none=True)
             # microbatches may be smaller than max_tokens: halve the size that did not fit
             largest = max(batch.ids.numel() for batch in step.batches)

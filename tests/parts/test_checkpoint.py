@@ -629,6 +629,25 @@ def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, case):
             assert row[key] == pytest.approx(expected[key], rel=1e-4)
 
 
+def test_auto_goes_on_after_a_backward_that_failed(tmp_path, monkeypatch, whole, capsys):
+    """Memory runs out in a backward of FSDP, which does the cast to bfloat16: later ones give gradients all the same."""
+    real, calls = model.Head.backward, []
+
+    def fails_once(ctx, grad):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return real(ctx, grad)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.Head, 'backward', staticmethod(fails_once))
+        run(tmp_path / 'auto', '--dtype=bfloat16', script='sft.py')
+    (number,) = re.findall(r'going on with max_tokens=(\d+)', capsys.readouterr().out)
+    run(tmp_path / 'number', '--dtype=bfloat16', f'--max_tokens={number}', script='sft.py')
+    norms = [[row['grad_norm'] for row in metrics(tmp_path / name, 'train')] for name in ('auto', 'number')]
+    assert norms[0] == pytest.approx(norms[1], rel=0.02) and min(norms[1]) > 0
+
+
 def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
     """compute() halves max_tokens in one thread while another prepares a step: the step says for which limit it was made."""
     examples = Examples.of([(np.arange(3), [np.arange(2)])])

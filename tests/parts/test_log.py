@@ -256,7 +256,7 @@ def test_rows_of_before_that_stay(tmp_path, start, evaluated, left):
     kept = [('check', 0), ('eval', 0), ('train', 8), ('eval', 8), ('train', 16), ('eval', 16)]
     rows = [{'split': split, 'counters/examples': examples} for split, examples in kept]
     write_jsonl(tmp_path / 'metrics.jsonl', rows)
-    log.Log(tmp_path, 16, start, 1, evaluated=evaluated).close()
+    log.cut_back(tmp_path, start, evaluated)
     assert [row['split'] for row in read_jsonl(tmp_path / 'metrics.jsonl')] == left
 
 
