@@ -4,6 +4,7 @@ A data rank is the tp neighbouring processes that hold a model together (tensor 
 
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from configurator import UserError
 
+# how long ranks wait for one another. One may tokenise, hash or write alone for longer than torch's 10 or 30 minutes; torchrun
+# ends the others at once where one dies
+PATIENCE = timedelta(hours=12)
 _tp_size = 1  # tensor parallelism: number of neighbouring ranks that share the matrices of each block; set by setup
 
 
@@ -41,7 +45,7 @@ def _join_process_group(device):
         restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_host else '0'
         store = dist.PrefixStore(f'start{restarts}', store)
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
 
 
 def _own_device():
