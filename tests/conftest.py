@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+# what is imported stays: the garbage collector need not look at it again and again
+gc.disable()
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 # what is compared bit for bit is compared on the CPU: python -m experiments.gpu_check is the test of a GPU, and
 # CUDA_VISIBLE_DEVICES=0 lets the few tests run that are skipped without one
@@ -17,6 +19,7 @@ import torch
 from helpers import end_process_group
 
 from runtime import values
+from tests import forks
 
 SLOW = 'law signals parallel law_ppo lora checkpoint speed log bad_input trl readme sample'.split()
 
@@ -36,11 +39,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.launch)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """All test files are imported, and no test has run."""
+    gc.freeze()
+    gc.enable()
+    forks.begin()
+
+
 @pytest.fixture(scope='session', autouse=True)
 def surroundings(tmp_path_factory):
     """No keys, no network. Tests that look into the cache set one of their own; one thread is faster for models this small."""
-    # what has been imported stays: the garbage collector need not look at it again and again
-    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('NANOPREF_CACHE', str(tmp_path_factory.mktemp('cache')))
         for name in ('RANK', 'HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy', *values.SECRETS):

@@ -8,14 +8,12 @@ import gzip
 import io
 import json
 import lzma
-import multiprocessing
 import os
 import runpy
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,12 +21,13 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from tests import forks
+
 # without this bfloat16 attention asks the processor itself whether it has AVX-512, and then fails, told not to use it
 if os.environ.get('ATEN_CPU_CAPABILITY') in ('default', 'avx2'):
     torch.backends.mkldnn.enabled = False
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM = multiprocessing.get_context('forkserver')
 SPEEDS = ('_per_second', 'sampling_share')  # ends of the names of metrics that depend on the machine
 
 # ---- scripts ----
@@ -60,7 +59,7 @@ def python(*words, timeout=300, cwd=ROOT, **environment):
 def launch(world, plan, folder):
     """Do a plan on so many ranks, or with 0 in this process: tests/laws/launch.py has the words.
 
-    Ranks are what torchrun would start, but forked from a process that has imported everything once."""
+    Ranks are what torchrun would start, but forked from a process that has imported everything."""
     from tests.laws.launch import follow, rank
 
     plan = [[str(word) for word in command] for command in plan]
@@ -71,24 +70,11 @@ def launch(world, plan, folder):
             return follow(plan)
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
-    WARM.set_forkserver_preload(['tests.laws.launch'])
     common = {'NANOPREF_CACHE': cache, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'GROUP_WORLD_SIZE': '1'}
     common |= {'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(world)}
-    ranks = []
-    for i in range(world):
-        said, environment = Path(folder) / f'rank-{i}-of-{world}.txt', common | {'RANK': str(i), 'LOCAL_RANK': str(i)}
-        ranks.append((WARM.Process(target=rank, args=(plan, said, environment), daemon=True), said))
-        ranks[-1][0].start()
-
-    # one that fails leaves the others waiting for it; they may also wait for each other
-    deadline = time.monotonic() + 500
-    for process, _ in ranks:
-        while process.is_alive() and not any(other.exitcode for other, _ in ranks) and time.monotonic() < deadline:
-            process.join(0.1)
-    for process, _ in ranks:
-        process.kill()
-        process.join()
-    assert [process.exitcode for process, _ in ranks] == [0] * world, [said.read_text()[-3000:] for _, said in ranks]
+    said = [Path(folder) / f'rank-{i}-of-{world}.txt' for i in range(world)]
+    jobs = [(rank, plan, file, common | {'RANK': str(i), 'LOCAL_RANK': str(i)}) for i, file in enumerate(said)]
+    assert forks.together(jobs) == [0] * world, [file.read_text()[-3000:] for file in said]
 
 
 def end_process_group():

@@ -14,7 +14,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from helpers import cut_short, end_process_group, metrics, python, read_jsonl, refused, run_script, write_jsonl
+from helpers import cut_short, end_process_group, metrics, read_jsonl, refused, run_script, write_jsonl
 
 import configurator
 import fsdp
@@ -22,6 +22,7 @@ import training
 from hf import load
 from runtime import guard, log
 from runtime.metrics import meaning
+from tests import forks
 from text.examples import in_words
 
 KEY = 'f00dfeed' * 5  # what a key looks like: must not appear in anything that is written
@@ -80,7 +81,7 @@ def dpo(folder, *flags, status=0):
     given = ['--n_examples=64', '--batch_size=16', '--save_every=16', '--keep_last=9', '--lr=1e-3', '--eval_every=32',
              '--n_eval_examples=8', '--warmup_steps=0', *flags, f'--out_dir={folder}']  # fmt: skip
     last = {flag.partition('=')[0]: flag for flag in given}
-    done = python('dpo.py', *last.values(), WANDB_MODE='offline', WANDB_API_KEY=KEY)
+    done = forks.python('dpo.py', *last.values(), WANDB_MODE='offline', WANDB_API_KEY=KEY)
     assert done.returncode == status, done.stderr[-2000:]
 
 

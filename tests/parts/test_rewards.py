@@ -3,11 +3,12 @@
 import os
 
 import pytest
-from helpers import ROOT, metrics, python, read_jsonl, refused, run_script, write_jsonl
+from helpers import ROOT, metrics, read_jsonl, refused, run_script, write_jsonl
 
 from configurator import UserError
 from experiments import rewards, sums
 from rl import reward_functions
+from tests import forks
 from text.files import Row
 
 ROWS = [{'prompt': f'Say {i}:', 'answer': str(i)} for i in range(40)]
@@ -262,7 +263,7 @@ def test_mistakes_in_a_run(here):
 
 def test_a_process_of_the_users_can_be_ended(here):
     """The signals that our own process blocks are not blocked in what a function starts."""
-    done = python(ROOT / RUN[0], *RUN[1:], '--data=toy', '--reward=own.py:ends', cwd=here)
+    done = forks.python(ROOT / RUN[0], *RUN[1:], '--data=toy', '--reward=own.py:ends', cwd=here)
     assert done.returncode == 0, done.stderr
     assert {row['score/train'] for row in metrics('run', 'train')} == {-15}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import end_process_group, python, refused, run_script, tiny_model
+from helpers import end_process_group, refused, run_script, tiny_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +19,7 @@ import fsdp
 import model as models
 from configurator import UserError
 from experiments import real
+from tests import forks
 from tools import limits
 
 
@@ -143,7 +144,7 @@ print(words, batch.ids.numel(), memory('VmHWM') - before, config.vocab_size * co
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='peak memory of a process is read from /proc')
 def test_memory_hardly_follows_the_vocabulary():
     """A step of 16k packed tokens: 131,072 words take less than 1.5 times the memory of 4,096, plus the head's gradients."""
-    done = python('-c', MEMORY)
+    done = forks.python('-c', MEMORY)
     assert done.returncode == 0, done.stderr
     peak = {}
     for line in done.stdout.splitlines():

@@ -8,9 +8,10 @@ import subprocess
 import types
 
 import pytest
-from helpers import LOSSES, ROOT, python, write_jsonl
+from helpers import LOSSES, ROOT, write_jsonl
 
 from configurator import configure
+from tests import forks
 from tools import figures
 
 SCRIPTS = {
@@ -202,7 +203,7 @@ def test_adding_a_loss_and_a_data_set(tmp_path):
     counts = '--n_examples=16 --batch_size=8 --n_eval_examples=8 --out_dir=run'
     trained = f'dpo.py --loss=my_loss --beta=0.2 --data=mine:mine.jsonl {counts}'.split()
     for command in (tested, checked, trained):
-        done = python(*command, cwd=here, NANOPREF_CACHE=tmp_path / 'cache')
+        done = forks.python(*command, cwd=here, NANOPREF_CACHE=tmp_path / 'cache')
         assert done.returncode == 0, done.stdout + done.stderr
     assert (here / 'run/model/model.safetensors').exists()
 
@@ -214,6 +215,6 @@ def test_speed_table(tmp_path):
     assert stale != README[start:end]
     (tmp_path / 'README.md').write_text(README[:start] + stale + README[end:])
     files = [f'--readme={tmp_path / "README.md"}', f'--out={ROOT / "experiments/speed/table.json"}']
-    done = python('-m', 'experiments.speed.table', '--report', *files)
+    done = forks.python('-m', 'experiments.speed.table', '--report', *files)
     assert done.returncode == 0 and 'head / trl' in done.stdout, done.stderr
     assert (tmp_path / 'README.md').read_text() == README
