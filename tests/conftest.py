@@ -10,6 +10,7 @@ import pytest
 
 # what is imported stays: the garbage collector need not look at it again and again
 gc.disable()
+
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 # what is compared bit for bit is compared on the CPU: python -m experiments.gpu_check is the test of a GPU, and
 # CUDA_VISIBLE_DEVICES=0 lets the few tests run that are skipped without one
@@ -44,6 +45,7 @@ def pytest_runtestloop():
     """All test files are imported, and no test has run."""
     gc.freeze()
     gc.enable()
+    gc.set_threshold(100_000)
     forks.begin()
 
 
