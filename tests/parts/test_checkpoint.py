@@ -249,9 +249,10 @@ def on_a_small_disk(folder, size, flags, meanwhile, code=2):
     small = folder / 'small'
     small.mkdir(parents=True)
     (folder / 'start.py').write_text("""
-import sys, runpy
+import sys, runpy, time
 from runtime import guard
 guard.PAUSE, sys.argv[0] = 1, 'dpo.py'
+sleep, time.sleep = time.sleep, lambda seconds: sleep(seconds / 10)
 runpy.run_path('dpo.py', run_name='__main__')""")
     command = f"""echo begun
 mount -t tmpfs -o size={size}m none {small} || exit 99
@@ -275,7 +276,7 @@ def test_what_was_trained_outlives_a_full_disk(tmp_path):
     """The disk is full from the first step on, until two tries to save have failed; no checkpoint was asked for."""
     flags = [flag for flag in FLAGS if not flag.startswith('--save_every')]
     full = 'until [ -s run/metrics.jsonl ]; do sleep 0.01; done; cat /dev/zero > fill; until grep -q kept.in.memory:.make said; '
-    full += 'do sleep 0.1; done; sleep 3; rm fill'
+    full += 'do sleep 0.1; done; sleep 0.5; rm fill'
     said = on_a_small_disk(tmp_path / '20', 20, flags, full)
     assert 'What was trained is in a checkpoint: the same command writes the model' in said and 'lost' not in said
     kept = tmp_path / '20/kept'
@@ -298,6 +299,7 @@ def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path,
     assert same_bits(tmp_path / 'run/model', whole / 'model') and metrics(tmp_path / 'run') == metrics(whole)
     tries = []
     monkeypatch.setattr(guard, 'PAUSE', 1)
+    monkeypatch.setattr(guard.time, 'sleep', lambda seconds: None)
     monkeypatch.setattr(guard, 'stop_asked', iter([0, guard.SAVED]).__next__)
     with pytest.raises(UserError, match='cannot write it. Given up: what was trained since .* is lost'):
         guard.keep(lambda: tries.append(1) or fails())
@@ -310,6 +312,7 @@ def test_a_checkpoint_that_has_failed_already_does_not_cost_the_last_one(monkeyp
     failed.set_exception(UserError('no room'))
     monkeypatch.setattr(checkpoint, '_pending', failed)
     monkeypatch.setattr(guard, 'PAUSE', 1)
+    monkeypatch.setattr(guard.time, 'sleep', lambda seconds: None)
     tries = []
     guard.keep(lambda: checkpoint.wait() or tries.append(1))
     assert len(tries) == 1 and 'warning: no room. What was trained is kept in memory' in capsys.readouterr().out
