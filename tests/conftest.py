@@ -21,6 +21,7 @@ from helpers import end_process_group
 
 from runtime import values
 from tests import forks
+from text import toy
 
 SLOW = 'law signals parallel law_ppo lora checkpoint speed log bad_input trl readme sample'.split()
 
@@ -59,6 +60,14 @@ def surroundings(tmp_path_factory):
         patch.setattr(torch, 'set_num_threads', lambda n: None)
         patch.setattr('text.files.hub_commit', lambda hub_id: None)
         yield
+
+
+@pytest.fixture
+def small_toy(monkeypatch, tmp_path):
+    """The toy world with 200 pairs a split in place of thousands, and a cache of the test's own."""
+    pairs = toy.pairs
+    monkeypatch.setattr(toy, 'pairs', lambda split, n=200: pairs(split, min(n, 200)))
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
 
 
 @pytest.fixture

@@ -276,14 +276,13 @@ OTHERS = {
 
 
 @pytest.mark.parametrize('script, step', [*((name, 0) for name in (*SCRIPTS, *OTHERS)), ('dpo.py', -5)])
-def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_path, capsys):
+def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_path, capsys, small_toy):
     """Rates are then unknown: no row holds one, no run ends for it."""
     answers = [{'prompt': 'Review of the hotel:', 'sample': i, 'generator': 'x', 'response': f' the bed was {word} .'}
                for i, word in enumerate(('nice', 'dull'))]  # fmt: skip
     write_jsonl(tmp_path / 'samples.jsonl', answers)
     flags = OTHERS.get(script, '--out_dir={0}/run').format(tmp_path).split() + SCRIPTS.get(script, [])
     flags += ['--variants=padded cached'] if script == 'tools/bench.py' else []
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
     end_process_group()
     with monkeypatch.context() as patch:
         for name in ('time', 'perf_counter', 'process_time'):

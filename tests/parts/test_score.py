@@ -33,8 +33,9 @@ def reward_model(request, tmp_path_factory):
         before = tokenizers.processors.TemplateProcessing('x $A', special_tokens=[('x', BOS)])
         tokenizer.backend_tokenizer.post_processor = before
     tokenizer.save_pretrained(folder / 'base')
+    data = write_jsonl(folder / 'train.jsonl', toy.pairs('train', 60))
     counts = '--n_examples=16 --batch_size=8 --n_eval_examples=4 --max_length=128 --lr=1e-2 --chat'
-    run_script('reward.py', f'--model={folder}/base', *counts.split(), f'--out_dir={folder}/run')
+    run_script('reward.py', f'--model={folder}/base', f'--data={data}', *counts.split(), f'--out_dir={folder}/run')
     return folder / 'run'
 
 

@@ -28,9 +28,8 @@ ANSWERS = [{'prompt': 'Review of the hotel:', 'response': f' the room was {word}
 
 
 @pytest.fixture(autouse=True)
-def outside(tmp_path, monkeypatch):
+def outside(tmp_path, monkeypatch, small_toy):
     """A working directory of its own with a few files."""
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
     monkeypatch.chdir(tmp_path)
     write_jsonl('good.jsonl', PAIRS)
     write_jsonl('answers.jsonl', ANSWERS)
