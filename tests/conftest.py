@@ -23,7 +23,7 @@ from runtime import values
 from tests import forks
 from text import toy
 
-SLOW = 'law signals parallel law_ppo lora checkpoint speed log bad_input trl readme sample'.split()
+SLOW = 'law signals parallel law_ppo lora checkpoint bad_input model speed log attack claims trl endpoint reward sample'.split()
 
 
 @cache
