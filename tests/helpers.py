@@ -1,5 +1,6 @@
 """What several test files use: scripts run here, in a process of their own or under torchrun; their files; tiny models."""
 
+import ast
 import bz2
 import contextlib
 import csv
@@ -10,17 +11,20 @@ import json
 import lzma
 import os
 import runpy
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
 
+from configurator import configure
 from tests import forks
 
 # without this bfloat16 attention asks the processor itself whether it has AVX-512, and then fails, told not to use it
@@ -93,6 +97,39 @@ def cut_short(run, resumed, examples):
     for checkpoint in Path(f'{resumed}/checkpoints').iterdir():
         if int(checkpoint.name) > int(examples):
             shutil.rmtree(checkpoint)
+
+
+# ---- commands ----
+
+RUN = 'dpo.py sft.py reward.py sample.py label.py ppo.py data.py tools.bench tools.plot tools.report feedback.score'.split()
+
+
+def constants(script):
+    """The options that a script declares above its first call, as globals() has them there."""
+    script = 'text.show' if script == 'data.py' else script
+    path = ROOT / (script if script.endswith('.py') else script.replace('.', '/') + '.py')
+    scope = {'__file__': str(path), '__doc__': ''}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            if isinstance(node.value, ast.Call):
+                break
+            exec(compile(ast.Module([node], []), script, 'exec'), scope)
+    return scope
+
+
+def parse(command, monkeypatch):
+    """Resolve a command's options as its script would, without running it."""
+    words = shlex.split(command)
+    script = next(word for word in words if word in RUN)
+    arguments = words[words.index(script) + 1 :]
+    if script in ('tools.plot', 'tools.report'):  # folders, not config files
+        arguments = [word for word in arguments if word.startswith('-')]
+    monkeypatch.chdir(ROOT)
+    trains = script in ('dpo.py', 'sft.py', 'reward.py', 'ppo.py')
+    # a copy of training's options, so that parsing leaves the module alone
+    return configure(
+        constants(script), arguments, shared=SimpleNamespace(**constants('training.py')) if trains else None
+    )
 
 
 # ---- files ----
