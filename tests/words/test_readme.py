@@ -1,6 +1,5 @@
 """What the project says of itself: every command of the README and of the configs parses, imports keep to the layers."""
 
-import ast
 import re
 import shutil
 import subprocess
@@ -11,7 +10,6 @@ from helpers import LOSSES, ROOT, RUN, constants, parse, write_jsonl
 import losses
 from runtime.objective import objective_of
 from tests import forks
-from tools import figures
 
 README = (ROOT / 'README.md').read_text()
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / 'README.md', *ROOT.glob('docs/*.md')]}
@@ -135,18 +133,6 @@ def test_every_loss_and_every_dataset_is_documented():
     for text in (README, PAGES['docs/data.md']):
         known = re.search(r'Known[^`]*`([^`]*)`', text).group(1)
         assert datasets == set(known.split())
-
-
-def test_layers():
-    """Scripts never import one another, and losses.py imports torch alone. tests/words/test_house.py has the other laws."""
-    modules = {figures.module_of(path) for path in figures.product()}
-    scripts = {script.removesuffix('.py') for script in RUN} - {'data', 'feedback.score'}  # these are libraries, too
-    for path in figures.product():
-        assert not figures.imported(path, modules, late=True) & (scripts - {figures.module_of(path)}), path
-    # at its head; run as a script it imports what checks a loss
-    nodes = [n for n in ast.parse((ROOT / 'losses.py').read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
-    names = [node.module if isinstance(node, ast.ImportFrom) else alias.name for node in nodes for alias in node.names]
-    assert {name.partition('.')[0] for name in names} == {'torch'}
 
 
 def test_adding_a_loss_and_a_data_set(tmp_path):
