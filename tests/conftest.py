@@ -17,11 +17,10 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
 
 import torch
-from helpers import end_process_group
+from helpers import end_process_group, shrink_toy
 
 from runtime import values
 from tests import forks
-from text import toy
 
 SLOW = 'law signals parallel law_ppo lora checkpoint bad_input model speed log attack claims trl endpoint reward sample'.split()
 
@@ -65,9 +64,7 @@ def surroundings(tmp_path_factory):
 @pytest.fixture
 def small_toy(monkeypatch, tmp_path):
     """The toy world with 200 pairs a split in place of thousands, and a cache of the test's own."""
-    pairs = toy.pairs
-    monkeypatch.setattr(toy, 'pairs', lambda split, n=200: pairs(split, min(n, 200)))
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    shrink_toy(monkeypatch, tmp_path)
 
 
 @pytest.fixture

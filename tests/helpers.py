@@ -241,6 +241,15 @@ def tiny_reward(folder, tokenizer=None):
     return str(folder)
 
 
+def shrink_toy(patch, folder):
+    """Give the toy world 200 pairs a split in place of thousands, and a cache of its own in the folder."""
+    from text import toy
+
+    pairs = toy.pairs
+    patch.setattr(toy, 'pairs', lambda split, n=200: pairs(split, min(n, 200)))
+    patch.setenv('NANOPREF_CACHE', str(folder / 'cache'))
+
+
 def own_head(folder):
     """Give a saved model, whose config says that the head is the embedding, a different lm_head.weight all the same."""
     from safetensors.torch import load_file, save_file

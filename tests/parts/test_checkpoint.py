@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, cut_short, metrics, read_jsonl, run_script, same_bits, tensors
+from helpers import ROOT, cut_short, metrics, read_jsonl, run_script, same_bits, shrink_toy, tensors
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import fsdp
@@ -32,7 +32,7 @@ from text.examples import Examples
 from text.tokenise import load_examples
 
 FLAGS = ['--batch_size=12', '--n_examples=60', '--save_every=12', '--keep_last=3', '--eval_every=24', '--n_eval_examples=8',
-         '--lr=1e-3', '--warmup_steps=1', '--max_length=64', '--max_prompt_length=32', '--data_fraction=0.1']  # fmt: skip
+         '--lr=1e-3', '--warmup_steps=1', '--max_length=64', '--max_prompt_length=32']  # fmt: skip
 PPO = ['--reward_model=gold', '--minibatch_size=12', '--max_new_tokens=8']
 
 
@@ -46,7 +46,7 @@ def whole(tmp_path_factory):
     """A run that was never interrupted, with its last three checkpoints."""
     folder = tmp_path_factory.mktemp('checkpoint')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('NANOPREF_CACHE', str(folder / 'cache'))
+        shrink_toy(patch, folder)
         run(folder / 'run')
         yield folder / 'run'
 
@@ -469,7 +469,7 @@ def poison(monkeypatch, name, at, places):
 
 def tokens(task):
     """The training examples of the runs of this file."""
-    how = {'truncation': 'start', 'num_turns': 1, 'skip_bad_rows': False, 'undivided': False, 'data_fraction': 0.1}
+    how = {'truncation': 'start', 'num_turns': 1, 'skip_bad_rows': False, 'undivided': False}
     lengths = {'max_length': 64, 'max_prompt_length': 32}
     return load_examples('toy', 'train', tokenizer=load_tokenizer('toy'), task=task, seed=0, **lengths, **how)
 
