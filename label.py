@@ -36,6 +36,7 @@ from text.examples import in_words
 from text.files import content_hash
 from text.messages import answer
 
+# the answers
 answers: str | None = None  # a file of answers: samples.jsonl or model_outputs.json
 against: str | None = None  # judge them against the answers in this file; None: against each other
 # the judge, one of these
@@ -76,10 +77,6 @@ equal = {i for i, pair in enumerate(pairs) if len({output.strip() for output in 
 # a verdict's key: (pair index, order); order 2 shows the second answer first
 orders = (1, 2) if endpoint else (1,)
 keys = [(i, order) for i in range(len(pairs)) if i not in equal for order in orders]
-n_prompts = len({pair['question'] for pair in pairs})
-counts = f'{len(pairs)} pairs of answers to {n_prompts} prompts, {len(equal)} of them equal'
-log.say(f'data: {counts}, {len(keys)} verdicts to take; left out: {in_words(left_out)[0]}')
-
 record = config | {'content of answers': f'{content_hash(pairs):016x}'}  # everything that verdicts depend on
 failed = Counter()  # request errors by reason
 cut = Counter()  # truncated prompts and answers, by kind
@@ -111,8 +108,18 @@ if reward_model is not None:
     _, world_size, device = ranks.setup()
     if world_size > 1:
         raise UserError('label.py scores in one process: run it with python, not torchrun')
-    model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
     record['content of reward_model'] = lora.weights_hash(reward_model)
+
+# out_dir must be new, or hold a run with the same answers and options except these
+neutral = {'out_dir', 'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'}
+log.check_out_dir(out_dir, record, resume=True, neutral=neutral)
+lock(out_dir)
+
+n_prompts = len({pair['question'] for pair in pairs})
+counts = f'{len(pairs)} pairs of answers to {n_prompts} prompts, {len(equal)} of them equal'
+log.say(f'data: {counts}, {len(keys)} verdicts to take; left out: {in_words(left_out)[0]}')
+if reward_model is not None:
+    model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
 
 
 def ask_judge(todo):
@@ -163,10 +170,6 @@ def compare_rewards(todo):
 
 # ---- the verdicts ----
 
-# out_dir must be new, or hold a run with the same answers and options except these
-neutral = {'out_dir', 'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'}
-log.check_out_dir(out_dir, record, resume=True, neutral=neutral)
-lock(out_dir)
 config_file = Path(out_dir) / 'config.json'
 if config_file.exists():
     first_endpoint = json.loads(config_file.read_text())['config']['endpoint']

@@ -105,10 +105,11 @@ reward_parts = reward_functions.parts_of_options(config, training.eval_data)
 if not (0 <= gamma <= 1 and 0 <= lam <= 1):
     raise UserError(f'gamma and lam must lie between 0 and 1, not {gamma} and {lam}')
 answers_per_prompt = 1 if offline else group_size
-splits_groups = batch_size % answers_per_prompt or minibatch_size % answers_per_prompt
-if splits_groups or minibatch_size > batch_size:
-    sizes = f'batch_size {batch_size} and minibatch_size {minibatch_size} must be multiples of group_size'
-    raise UserError(f'{sizes} {answers_per_prompt}, and a minibatch no larger than the batch')
+if batch_size % answers_per_prompt or minibatch_size % answers_per_prompt:
+    sizes = f'batch_size {batch_size} and minibatch_size {minibatch_size} count answers'
+    raise UserError(f'{sizes}: both must be multiples of group_size {group_size}, those to a prompt')
+if minibatch_size > batch_size:
+    raise UserError(f'minibatch_size {minibatch_size} is more than batch_size {batch_size}, the answers of a round')
 kl_in_loss = offline or loss == 'grpo'  # online PPO has the KL penalty in the rewards instead
 
 # ---- set-up ----

@@ -155,6 +155,13 @@ def load_function(file, name):
     if not callable(function):
         others = [other for other, value in vars(module).items() if inspect.isfunction(value) and other[0] != '_']
         raise UserError(f'--reward: {file} has no function {name}; it has {", ".join(others) or "none"}')
+    try:
+        inspect.signature(function).bind('prompts', 'responses', 'rows')
+    except TypeError:
+        found = f'{name}{inspect.signature(function)} of {file}'
+        raise UserError(f'--reward: {found} is called as {name}(prompts, responses, rows): give it these three') from None
+    except ValueError:
+        pass  # some functions of C have no signature
     return function
 
 

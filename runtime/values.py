@@ -84,7 +84,10 @@ def problem(name, value):
         if name in names.split():
             low, high = bounds
     if is_number and not low <= value <= high:
-        return f'must lie between {low} and {high}, not {value}'
+        # 1e-9 stands for the smallest number above 0
+        least = 'above 0' if low == 1e-9 else f'at least {low}'
+        most = '' if high == math.inf else f' and at most {high}'
+        return f'must be {least}{most}, not {value}'
     # infinity is invalid even if the range has no upper end; but max_grad_norm=inf turns clipping off
     has_range = low > -math.inf
     if is_number and has_range and abs(value) == math.inf and name != 'max_grad_norm':

@@ -766,6 +766,21 @@ def read_prompt(row, task=None):
     return [{'prompt': asked(row)}]
 
 
+def unread_answers(rows):
+    """Return the columns beside a prompt that nothing reads and that may be answers: texts in most rows, all different.
+
+    A category or an id has fewer than four words, or the same ones in many rows."""
+    found = []
+    for name in dict.fromkeys(chain.from_iterable(rows)):
+        texts = {row[name] for row in rows if isinstance(row.get(name), str) and len(row[name].split()) >= 4}
+        # read_prompt decides about columns that are called like answers
+        is_decided = any(word in name.lower() for word in (*LIKE_ANSWERS, 'solution'))
+        is_read = name.lower() in (*QUESTIONS, *ABOUT, 'system')
+        if len(texts) > len(rows) / 2 and not is_read and not is_decided:
+            found.append(name)
+    return found
+
+
 # fmt: off
 # (name, sets of columns separated by commas, reader); the first layout with a set that the row has is used
 READERS = (

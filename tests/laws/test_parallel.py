@@ -132,7 +132,7 @@ def test_models_that_cannot_be_cut(runs, name, words):
     (['--attn=moon'], 'attn must be one of'),
     (['--attn=sdpa', '--pack'], '--pack has no effect'),
     (['--attn=flash_attention_2'], 'LlamaForCausalLM cannot use attention by flash_attention_2'),
-    (['--tp=0'], 'tp must lie between 1'),
+    (['--tp=0'], 'tp must be at least 1'),
     (['--tp=2', '--shard=none'], 'tp needs shard=full'),
     (['--cpu_offload', '--shard=grads'], 'cpu_offload needs shard=full'),
     (['--device_map=balanced', '--shard=none'], '--shard has no effect'),

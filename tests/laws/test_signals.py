@@ -153,7 +153,7 @@ def test_at_once_where_nothing_can_be_lost(tmp_path):
     until(lambda: (tmp_path / 'run/.lock').exists(), process)
     process.send_signal(signal.SIGTERM)
     assert 'SIGTERM: stopped' in end(process, guard.SAVED)
-    assert not (tmp_path / 'run/checkpoints').exists()
+    assert not (tmp_path / 'run').exists()
 
 
 def test_while_a_script_is_imported(tmp_path):

@@ -49,5 +49,7 @@ def test_one_number_an_example():
 def test_as_a_script():
     done = forks.python('losses.py', 'kto', '--beta=0.5')
     assert done.returncode == 0 and done.stdout.endswith('kto can train: python dpo.py --loss=kto\n')
+    done = forks.python('losses.py')
+    assert done.returncode == 2 and done.stderr.startswith('error: name a loss: python losses.py dpo --beta=0.2')
     done = forks.python('losses.py', 'ktoo')
     assert done.returncode == 2 and done.stderr.startswith('error: loss must be one of dpo, ')

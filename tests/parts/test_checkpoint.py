@@ -299,7 +299,7 @@ def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path,
     assert same_bits(tmp_path / 'run/model', whole / 'model') and metrics(tmp_path / 'run') == metrics(whole)
     tries = []
     monkeypatch.setattr(guard, 'PAUSE', 1)
-    monkeypatch.setattr(guard.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(guard, 'time', types.SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr(guard, 'stop_asked', iter([0, guard.SAVED]).__next__)
     with pytest.raises(UserError, match='cannot write it. Given up: what was trained since .* is lost'):
         guard.keep(lambda: tries.append(1) or fails())
@@ -312,7 +312,7 @@ def test_a_checkpoint_that_has_failed_already_does_not_cost_the_last_one(monkeyp
     failed.set_exception(UserError('no room'))
     monkeypatch.setattr(checkpoint, '_pending', failed)
     monkeypatch.setattr(guard, 'PAUSE', 1)
-    monkeypatch.setattr(guard.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(guard, 'time', types.SimpleNamespace(sleep=lambda seconds: None))
     tries = []
     guard.keep(lambda: checkpoint.wait() or tries.append(1))
     assert len(tries) == 1 and 'warning: no room. What was trained is kept in memory' in capsys.readouterr().out

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -393,7 +394,7 @@ def test_another_input_or_judge_is_refused_and_a_mistake_is_not_held_against_any
         before = len(server.seen)
         with open('out/.lock', 'a') as held:
             fcntl.flock(held, fcntl.LOCK_EX)
-            monkeypatch.setattr('runtime.files.time.sleep', lambda seconds: None)
+            monkeypatch.setattr('runtime.files.time', SimpleNamespace(sleep=lambda seconds: None))
             with pytest.raises(UserError, match='another run is using out'):
                 label(*flags(server))
         # a line that something else has damaged
@@ -421,7 +422,7 @@ def toy_samples():
     return rows
 
 
-def test_gold():
+def test_gold(capsys):
     rows = toy_samples()
     report, annotations = label('--gold=toy')
     assert len(annotations) == report['won'] + report['lost'] + report['ties'] == 30 and 'agreement' not in report
@@ -431,6 +432,11 @@ def test_gold():
     examples, _ = sources.load_rows('out/annotations.json', 'train', undivided=True)
     assert examples[0]['prompt'] in {row['prompt'] for row in rows}
     assert examples[0]['chosen'].startswith(' the ')  # as it was
+    # an out_dir of another run is told before all else
+    capsys.readouterr()
+    with pytest.raises(UserError, match='different run'):
+        label('--gold=toy', '--against=samples.jsonl')
+    assert not capsys.readouterr().out
     # the place of out_dir is no other run
     Path('out').rename('moved')
     assert label('--gold=toy', '--out_dir=moved/') == [report, annotations]

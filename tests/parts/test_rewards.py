@@ -96,8 +96,8 @@ MIXED = 'def f(prompts, responses, rows):\n    return [{} if row["answer"] == "3
     ('def f(p, responses, rows): return None', 'it returned None, where a list'),
     ('def f(p, responses, rows): return [1.0] * 3', r'it returned \[1.0, 1.0, 1.0\], where a list of 1 numbers'),
     ('def f(p, responses, rows): return [1.0] if len(rows) == 1 else 1 / 0', 'ZeroDivisionError.*no answer alone makes it fail'),
-    ('def f(completions, **more): pass', r'line 0: TypeError: f\(\) takes 1 positional argument but 3 were given'),
     # the file
+    ('def f(completions, **more): pass', r'f\(completions, \*\*more\) of .* is called as f\(prompts, responses, rows\)'),
     ('def g(p, responses, rows): pass\nx = 1', 'has no function f; it has g'),
     ('f = 1', 'has no function f; it has none'),
     ('import nowhere_at_all\ndef f(a, b, c): pass', r"cannot load .*ModuleNotFoundError: No module named .* \(line 1: import"),

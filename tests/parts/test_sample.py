@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ties
@@ -160,7 +161,7 @@ def test_resume(asked, monkeypatch):
     assert run(*FLAGS, out_dir='moved')[0] == whole and not asked
     lock('elsewhere')  # gives up that of the run
     slept = []
-    monkeypatch.setattr('runtime.files.time.sleep', slept.append)
+    monkeypatch.setattr('runtime.files.time', SimpleNamespace(sleep=slept.append))
     with open('moved/.lock', 'a') as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert 'another run is using moved' in refused(*FLAGS, out_dir='moved')

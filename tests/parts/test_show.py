@@ -9,6 +9,7 @@ import pytest
 
 import text.show
 from configurator import UserError
+from runtime.files import say_once
 from tests import forks
 from tests.helpers import ROOT, run_script, write_jsonl
 from text import toy
@@ -51,9 +52,27 @@ def test_lengths_are_of_the_text_alone(show, row):
 
 
 @pytest.mark.parametrize('rows', [[], PAIRS[5:]], ids=['no rows', 'no answers'])
-def test_nothing_is_left(show, rows):
+def test_nothing_is_left(show, rows, capsys):
     with pytest.raises(UserError, match='no examples are left in .*data.jsonl'):
         show(rows)
+    assert ('read as: nothing, there are no rows in ' in capsys.readouterr().out) == (not rows)
+
+
+def test_columns_that_nobody_reads(show):
+    """Texts of their own in most rows, which may be answers; not a category, an id, a number, nor what one row has."""
+    rows = [{'question': f'q{i}?', 'good': f'the answer to {i} is', 'bad': f'not the answer {i}', 'topic': 'sums of two numbers',
+             'id': f'row-{i}', 'level': i} for i in range(9)]  # fmt: skip
+    rows[0]['note'] = 'this row is the first'
+    for flags in ([], ['--task=prompts'], ['--json']):
+        say_once.cache_clear()
+        assert 'note: columns not read: good, bad; if they are answers' in ''.join(show(rows, *flags))
+    say_once.cache_clear()
+    assert 'note' not in show(rows, '--columns=prompt=question, chosen=good, rejected=bad')[0]
+
+
+def test_half_of_the_length_is_the_prompts(show):
+    out, err = show(PAIRS, '--max_length=30', '--json')
+    assert 'max_prompt_length is 15' in err and all(map(json.loads, out.splitlines()))
 
 
 def test_lengths_are_of_the_first(show, monkeypatch):

@@ -208,6 +208,8 @@ def test_hub_rows_and_errors(hub):
     hub.load_dataset = refuse
     with pytest.raises(UserError, match=r"^cannot load 'owner/name', split 'train', from the hub: no network at all$"):
         sources.load_rows('owner/name', 'train')
+    with pytest.raises(UserError, match='^cannot load .*/alpaca_eval.json'):
+        sources.load_rows('alpaca_eval', 'train')
 
 
 def test_a_hub_dataset_is_known_by_its_commit_and_read_there(hub, monkeypatch):
