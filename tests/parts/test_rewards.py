@@ -254,11 +254,8 @@ def test_mistakes_in_a_run(here):
     ]:
         assert sentence in refused(*RUN, '--data=data.jsonl', *more)
     last = refused(*RUN, '--data=data.jsonl', '--reward=own.py:seen')
-    assert (
-        last.startswith('--reward: seen of ')
-        and 'fails at data.jsonl, line ' in last
-        and "KeyError: 'hardness'" in last
-    )
+    assert last.startswith('--reward: seen of ')
+    assert 'fails at data.jsonl, line ' in last and "KeyError: 'hardness'" in last
 
 
 def test_a_process_of_the_users_can_be_ended(here):
@@ -269,14 +266,10 @@ def test_a_process_of_the_users_can_be_ended(here):
 
 
 def test_late_answers_are_counted(here, capsys):
-    flags = [
-        '--data=toy',
-        '--reward=own.py:slow + own.py:characters*0',
-        '--reward_timeout=0.5',
-        '--reward_workers=2',
-        '--n_examples=8',
-    ]
-    run_script(*RUN, *flags, '--do_first_eval=false', '--n_eval_examples=0')
+    flags = (
+        '--data=toy --n_examples=8 --do_first_eval=false --n_eval_examples=0 --reward_timeout=0.5 --reward_workers=2'
+    )
+    run_script(*RUN, *flags.split(), '--reward=own.py:slow + own.py:characters*0')
     (row,) = metrics('run', 'train')
     assert row['score/train'] == 1 - row['late/train']
     assert f'{round(8 * row["late/train"])} of 8 calls of slow of ' in capsys.readouterr().out
