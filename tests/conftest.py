@@ -15,6 +15,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 # what is compared bit for bit is compared on the CPU: python -m experiments.gpu_check is the test of a GPU, and
 # CUDA_VISIBLE_DEVICES=0 lets the few tests run that are skipped without one
 os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
+# to ask whether there is a GPU must not begin its use: forked processes could not use it then
+os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')
 
 import torch
 from helpers import end_process_group, shrink_toy
