@@ -251,9 +251,7 @@ if endpoint is not None:
     for name, column in columns.items():
         rates[name] = (column, clusters)
 for name, (column, clusters) in rates.items():
-    mean, error = winrate.mean(column, clusters)
-    report[name] = mean
-    report[f'{name}_se'] = error
+    report[name], report[f'{name}_se'] = winrate.mean(column, clusters)
     report[f'{name}_interval'] = winrate.interval(column, clusters)
 
 # length-controlled win rate; with few prompts, length cannot be told from quality
@@ -261,9 +259,7 @@ n_judged = len(set(questions))
 rate = error = effect = None
 if n_judged >= winrate.ENOUGH:
     rate, error, effect = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], questions)
-report['length_controlled'] = rate
-report['length_controlled_se'] = error
-report['length_effect'] = effect
+report |= {'length_controlled': rate, 'length_controlled_se': error, 'length_effect': effect}
 report['length_controlled_interval'] = winrate.interval_of_fit(rate, error)
 report['mean_lengths'] = lengths.mean(0).tolist() if clear else None
 replace_text(Path(out_dir) / 'report.json', json.dumps(report, indent=1))

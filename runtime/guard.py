@@ -242,9 +242,7 @@ def end():
 
 
 def tell_torchrun(error):
-    """Write an exception that ends this process to torchrun's error file, if any, so that torchrun reports it as the cause.
-
-    Before that, remove an out_dir that this run has made and not used."""
+    """Tell torchrun, by its error file if there is one, what ends this process; before that, remove an unused out_dir."""
     files.remove_unused()
     path = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not path:

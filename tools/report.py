@@ -47,8 +47,7 @@ def last_numbers(run):
     """Return the metrics of a run's last evaluation, or of its last training step, as {short name: number}.
 
     Two more keys: 'examples', the training examples so far, and 'split', 'eval' or 'train'."""
-    splits = [row['split'] for row in run.rows]
-    split = 'eval' if 'eval' in splits else 'train'
+    split = 'eval' if any(row['split'] == 'eval' for row in run.rows) else 'train'
     last = [row for row in run.rows if row['split'] == split][-1]
     numbers = {'examples': last['counters/examples'], 'split': split}
     for metric, short_name in SHOWN.items():
