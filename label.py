@@ -66,10 +66,12 @@ if answers is None:
 if sum(option is not None for option in (endpoint, reward_model, gold)) != 1:
     raise UserError('name one judge: --endpoint=http://... with --judge_model, --reward_model=FOLDER, or --gold=toy')
 if endpoint is None:
-    config.ignored('judge_model judge_prompt request concurrency timeout retries'.split(), 'there is no --endpoint')
+    config.report_unused(
+        'judge_model judge_prompt request concurrency timeout retries'.split(), 'there is no --endpoint'
+    )
 if reward_model is None:
     model_options = 'max_length max_prompt_length truncation max_tokens trust_remote_code'
-    config.ignored(model_options.split(), 'there is no --reward_model')
+    config.report_unused(model_options.split(), 'there is no --reward_model')
 
 pairs, left_out = make_pairs(answers, against)
 # indices of pairs with identical answers, which need no judge

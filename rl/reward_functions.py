@@ -77,7 +77,7 @@ def parts_of_options(config, eval_data):
     if len(models) == 1:
         config['reward_model'] = models[0]
     if len(models) == len(parts):
-        config.ignored(['reward_workers', 'reward_timeout'], 'no function of your own is in --reward')
+        config.report_unused(['reward_workers', 'reward_timeout'], 'no function of your own is in --reward')
     return parts
 
 

@@ -15,6 +15,7 @@ import torch
 from helpers import cut_short, metrics, read_jsonl, run_script, same_bits, shrink_toy, tensors
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+import data
 import fsdp
 import losses
 import model
@@ -208,6 +209,27 @@ def test_loads_into_a_model_that_has_run(tmp_path):
         trained.policy.response_logps(batches[0])
     state = checkpoint.load(checkpoint.latest(tmp_path / 'run'), trained.policy, optimizer)
     assert state['examples'] == 48
+
+
+def test_layers_that_never_run_have_no_optimizer_state(tmp_path):
+    """As a multimodal model's image encoder, trained on texts: checkpoints lack their state, and load all the same."""
+    ranks.setup()
+    states = []
+    for _ in range(2):
+        net = torch.nn.ModuleDict({'runs': torch.nn.Linear(2, 2), 'never': torch.nn.Linear(2, 2)})
+        net.shard_mode, net.reshard = 'none', lambda: None
+        optimizer = fsdp.make_optimizer('AdamW', net, 0.1, 0.0)
+        if states:
+            checkpoint.load(checkpoint.latest(tmp_path), net, optimizer)
+        net['runs'](torch.ones(2)).sum().backward()
+        optimizer.step()
+        if not states:
+            checkpoint.save(tmp_path, 5, net, optimizer, {}, 1)
+            checkpoint.wait()
+        states.append(
+            {name: optimizer.state[p]['step'].item() for name, p in net.named_parameters() if optimizer.state[p]}
+        )
+    assert states == [{'runs.weight': n, 'runs.bias': n} for n in (1, 2)]
 
 
 # ---- a full disk ----
@@ -603,6 +625,25 @@ def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, case):
             assert row[key] == pytest.approx(expected[key], rel=1e-4)
 
 
+def test_auto_goes_on_after_a_backward_that_failed(tmp_path, monkeypatch, whole, capsys):
+    """Memory runs out in a backward of FSDP, which does the cast to bfloat16: later ones give gradients all the same."""
+    real, calls = model.Head.backward, []
+
+    def fails_once(ctx, grad):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return real(ctx, grad)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.Head, 'backward', staticmethod(fails_once))
+        run(tmp_path / 'auto', '--dtype=bfloat16', script='sft.py')
+    (number,) = re.findall(r'going on with max_tokens=(\d+)', capsys.readouterr().out)
+    run(tmp_path / 'number', '--dtype=bfloat16', f'--max_tokens={number}', script='sft.py')
+    norms = [[row['grad_norm'] for row in metrics(tmp_path / name, 'train')] for name in ('auto', 'number')]
+    assert norms[0] == pytest.approx(norms[1], rel=0.02) and min(norms[1]) > 0
+
+
 def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
     """compute() halves max_tokens in one thread while another prepares a step: the step says for which limit it was made."""
     examples = Examples.of([(np.arange(3), [np.arange(2)])])
@@ -614,7 +655,7 @@ def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
 
     run.make_batches = functools.partial(training.Run.make_batches, run)
     monkeypatch.setattr(training, 'make_batches', halves_meanwhile)
-    step = training.Run.prepare(run, examples, 0, np.array([0]))
+    step = training.Run.make_step(run, examples, 0, np.array([0]))
     assert (step.batches, step.max_tokens, run.max_tokens) == (['microbatches of 64'], 64, 32)
 
 
@@ -628,6 +669,25 @@ def test_auto_is_the_largest_that_fits(monkeypatch, whole, free, size):
     monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, size: size)
     monkeypatch.setattr(room, 'free_memory', lambda: free)
     assert room.choose_max_tokens(config, layers, 4096, examples, True, 0) == size
+
+
+@pytest.mark.parametrize(
+    ('packed', 'share', 'world_size'),
+    [(True, True, 1), (True, False, 1), (True, True, 2), (True, True, 8), (False, True, 2)],
+)
+def test_no_microbatch_is_larger_than_what_is_reckoned_with(monkeypatch, packed, share, world_size):
+    """Nine examples on eight ranks: one rank has two of them."""
+    monkeypatch.setattr(room.dist, 'get_world_size', lambda: world_size)
+    examples = Examples.of([(np.arange(50), [np.arange(40), np.arange(30 + i)]) for i in range(9)])
+    config = {'batch_size': 9, 'share_prefix': share}
+    largest = max(
+        batch.ids.numel()
+        for rank in range(world_size)
+        for batch in data.make_batches(
+            examples, np.arange(9), rank, world_size, 700, share_prefix=share, pad=not packed
+        )[0]
+    )
+    assert largest <= room._largest_batch(config, examples, packed, 700) <= max(700, 2 * largest)
 
 
 @pytest.mark.parametrize(('costs', 'noted'), [(0.3, False), (40, True)])

@@ -20,7 +20,7 @@ import configurator
 import training
 from hf import load
 from runtime import guard, log, ranks
-from runtime.metrics import meaning
+from runtime.metrics import note_on_accuracy
 from tests import forks
 from text.examples import in_words
 
@@ -257,7 +257,7 @@ def test_rows_of_before_that_stay(tmp_path, start, evaluated, left):
     kept = [('check', 0), ('eval', 0), ('train', 8), ('eval', 8), ('train', 16), ('eval', 16)]
     rows = [{'split': split, 'counters/examples': examples} for split, examples in kept]
     write_jsonl(tmp_path / 'metrics.jsonl', rows)
-    log.Log(tmp_path, 16, start, 1, evaluated=evaluated).close()
+    log.cut_back(tmp_path, start, evaluated)
     assert [row['split'] for row in read_jsonl(tmp_path / 'metrics.jsonl')] == left
 
 
@@ -330,7 +330,7 @@ def test_the_default_warm_up_is_at_most_a_tenth_of_the_run(capsys, given, total,
     (True, True, None), (False, True, 'note: acc is the share of answers on the right side'), (True, False, 'note: simpo has no reference'),
 ])  # fmt: skip
 def test_acc_and_margin_are_explained_where_they_are_something_else(paired, has_reference, words):
-    found = meaning('simpo', paired, has_reference)
+    found = note_on_accuracy('simpo', paired, has_reference)
     assert found.startswith(words) if words else found is None
 
 

@@ -4,7 +4,9 @@ import gc
 import weakref
 
 import numpy as np
+import peft
 import pytest
+import torch
 from helpers import metrics, run_script, write_jsonl
 from safetensors.numpy import load_file
 
@@ -98,12 +100,18 @@ def test_a_damaged_file_is_found_out(run, tmp_path, capsys):
 
 
 def test_a_file_belongs_to_weights_tokens_borders_and_type():
-    """Two pairs of the same ids differ where the prompt ends."""
+    """Two pairs of the same ids differ where the prompt ends. The factor of an adapter's output is in no weight."""
     pairs = [([5, 6], [[7, 8], [9]]), ([5], [[6, 7, 8], [9]]), ([5, 6], [[7, 8], [10]])]
     examples, model = [Examples.of([pair]) for pair in pairs], load_model('toy')
     keys = [reference._key(model, one, dtype) for one in examples for dtype in ('float32', 'bfloat16')]
     keys.append(reference._key(load_model('toy', seed=1), examples[0], 'float32'))
-    assert len(set(keys)) == 7 and keys[0] == reference._key(load_model('toy'), examples[0], 'float32')
+    for alpha in (4.0, 400.0):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(
+            load_model('toy'), peft.LoraConfig(r=2, lora_alpha=alpha, target_modules='all-linear')
+        )
+        keys.append(reference._key(adapted, examples[0], 'float32'))
+    assert len(set(keys)) == 9 and keys[0] == reference._key(load_model('toy'), examples[0], 'float32')
 
 
 @pytest.mark.parametrize(

@@ -294,9 +294,9 @@ def test_ignored(script, capsys, monkeypatch, options, rank, printed, raised):
     monkeypatch.setenv('RANK', rank)
     if raised:
         with pytest.raises(UserError, match=raised):
-            config.ignored(options.split(), 'the reason')
+            config.report_unused(options.split(), 'the reason')
     else:
-        config.ignored(options.split(), 'the reason')
+        config.report_unused(options.split(), 'the reason')
     assert capsys.readouterr().out == printed
     assert config.given('steps name rate limit') == ['name', 'rate']
 
