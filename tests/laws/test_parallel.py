@@ -35,13 +35,7 @@ ALONE = {  # not with FSDP
     'reward': ['reward.py', *COMMON, *ADAM, '--model=llama'],
     'judged': [*PPO, '--model=llama', '--reward_model=judge', '--critic=own'],
 }
-VARIANTS = [
-    '--seed=3',
-    '--cpu_offload',
-    '--device_map=balanced',
-    '--attn=eager',
-    '--attn=sdpa',
-]  # the first is as it was
+VARIANTS = '--seed=3 --cpu_offload --device_map=balanced --attn=eager --attn=sdpa'.split()  # the first is as it was
 WORLDS = {'tp2': (2, '--tp=2'), 'dp2tp2': (4, '--tp=2')}
 
 

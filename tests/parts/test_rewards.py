@@ -3,11 +3,12 @@
 import os
 
 import pytest
-from helpers import ROOT, metrics, python, read_jsonl, refused, run_script, write_jsonl
+from helpers import ROOT, metrics, read_jsonl, refused, run_script, write_jsonl
 
 from configurator import UserError
 from experiments import rewards, sums
 from rl import reward_functions
+from tests import forks
 from text.files import Row
 
 ROWS = [{'prompt': f'Say {i}:', 'answer': str(i)} for i in range(40)]
@@ -253,29 +254,22 @@ def test_mistakes_in_a_run(here):
     ]:
         assert sentence in refused(*RUN, '--data=data.jsonl', *more)
     last = refused(*RUN, '--data=data.jsonl', '--reward=own.py:seen')
-    assert (
-        last.startswith('--reward: seen of ')
-        and 'fails at data.jsonl, line ' in last
-        and "KeyError: 'hardness'" in last
-    )
+    assert last.startswith('--reward: seen of ')
+    assert 'fails at data.jsonl, line ' in last and "KeyError: 'hardness'" in last
 
 
 def test_a_process_of_the_users_can_be_ended(here):
     """The signals that our own process blocks are not blocked in what a function starts."""
-    done = python(ROOT / RUN[0], *RUN[1:], '--data=toy', '--reward=own.py:ends', cwd=here)
+    done = forks.python(ROOT / RUN[0], *RUN[1:], '--data=toy', '--reward=own.py:ends', cwd=here)
     assert done.returncode == 0, done.stderr
     assert {row['score/train'] for row in metrics('run', 'train')} == {-15}
 
 
 def test_late_answers_are_counted(here, capsys):
-    flags = [
-        '--data=toy',
-        '--reward=own.py:slow + own.py:characters*0',
-        '--reward_timeout=0.5',
-        '--reward_workers=2',
-        '--n_examples=8',
-    ]
-    run_script(*RUN, *flags, '--do_first_eval=false', '--n_eval_examples=0')
+    flags = (
+        '--data=toy --n_examples=8 --do_first_eval=false --n_eval_examples=0 --reward_timeout=0.5 --reward_workers=2'
+    )
+    run_script(*RUN, *flags.split(), '--reward=own.py:slow + own.py:characters*0')
     (row,) = metrics('run', 'train')
     assert row['score/train'] == 1 - row['late/train']
     assert f'{round(8 * row["late/train"])} of 8 calls of slow of ' in capsys.readouterr().out

@@ -10,7 +10,8 @@ import pytest
 import text.show
 from configurator import UserError
 from runtime.files import say_once
-from tests.helpers import ROOT, python, run_script, write_jsonl
+from tests import forks
+from tests.helpers import ROOT, run_script, write_jsonl
 from text import toy
 from text.examples import Examples
 
@@ -175,9 +176,9 @@ def test_json(show, rows, task, expected):
 
 def test_as_a_command(tmp_path):
     data = write_jsonl(tmp_path / 'data.jsonl', PAIRS[:1])
-    done = python('data.py', f'--data={data}', '--n=none', '--json')
+    done = forks.python('data.py', f'--data={data}', '--n=none', '--json')
     assert json.loads(done.stdout) == PAIRS[0] and done.returncode == 0, done.stderr
-    done = python('data.py', f'--data={data}', '--task=pair')
+    done = forks.python('data.py', f'--data={data}', '--task=pair')
     assert done.returncode == 2 and not done.stdout
     assert 'task must be one of pairs, singles, sft, prompts' in done.stderr
 
