@@ -2,7 +2,8 @@
 
 import copy
 import math
-import os
+import types
+import uuid
 from collections import Counter
 
 import numpy as np
@@ -381,7 +382,8 @@ def test_a_cache_that_cannot_be_written_is_a_note(tmp_path, tok, cache, monkeypa
     first = load(source, tok)
     (file,) = cache.iterdir()
     file.unlink()
-    file.with_suffix(f'.{os.getpid()}').mkdir()  # where it would be written first
+    monkeypatch.setattr(uuid, 'uuid4', lambda: types.SimpleNamespace(hex='new'))
+    file.with_suffix('.new').mkdir()  # where it would be written first
     assert same(load(source, tok), first) and 'not cached' in capsys.readouterr().out
     monkeypatch.setenv('NANOPREF_CACHE', source)  # a file
     assert same(load(source, tok), first)
