@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from configurator import Config, UserError
 from fsdp import local
-from runtime.files import append_kept, file_hash, make_room, move_folder, replace_text, say, sync, writing
+from runtime.files import append_kept, clear_path, file_hash, move_folder, replace_text, say, sync, writing
 from runtime.log import NEUTRAL, check_same, recorded
 from runtime.ranks import gather_objects, on_one_rank, on_ranks, shared
 
@@ -106,7 +106,7 @@ def _remove_unfinished(folder):
         for unfinished in {folder.with_suffix('.tmp'), *folder.parent.glob('*.tmp')}:
             # leave other *.tmp entries alone
             if NUMBER.fullmatch(unfinished.stem):
-                make_room(unfinished)
+                clear_path(unfinished)
 
 
 def failed():
