@@ -56,7 +56,7 @@ class SavedAdapter(NamedTuple):
 _found = {}
 
 
-def find(name):
+def find_adapter(name):
     """Return the adapter in a folder or of a hub id as a SavedAdapter, or None. Raises UserError if it is unsupported."""
     if os.path.exists(name) or name not in _found:
         file = hub.file_of(name, CONFIG_FILE)
@@ -66,7 +66,7 @@ def find(name):
 
 def adapter_and_base(name):
     """Return (SavedAdapter, name of its base model) if name is an adapter, else (None, name)."""
-    saved = find(name)
+    saved = find_adapter(name)
     return saved, saved.base if saved else name
 
 
@@ -182,7 +182,7 @@ def options(config):
         config.report_unused(['lora_alpha', 'lora_dropout', 'lora_targets'], 'there is no --lora_rank')
         return None
     # a saved adapter is trained further with its own rank and alpha; its target layers come with its weights
-    saved = find(config['model'])
+    saved = find_adapter(config['model'])
     if saved and config['lora_rank'] != saved.rank:
         ways = f'--lora_rank={saved.rank} goes on with it, and without --lora_rank it is merged and all weights train'
         raise UserError(f'the adapter {saved.name!r} has rank {saved.rank}: {ways}; for a new adapter {WAY_OUT}')
@@ -196,7 +196,7 @@ def options(config):
 def reference_options(config, adapters):
     """Return the adapter options for loading the reference: the policy's, or None to load a plain model."""
     # 4-bit weights and saved adapters need the policy's options, to give its starting point under adapters_off()
-    starts_plain = not config['quantize'] and not find(config['model'])
+    starts_plain = not config['quantize'] and not find_adapter(config['model'])
     if starts_plain or config['ref_model'] is not None:
         return None
     return adapters
