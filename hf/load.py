@@ -187,7 +187,6 @@ def _make_model(auto, name, config, *, new_head=False, empty=False, trust_remote
     offload_devices = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
     if device_map and offload_devices & {p.device.type for p in model.parameters()}:
         raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
-
     # no problem with a new head: score.weight is missing, and lm_head.weight unused (a name without a layer number)
     if new_head:
         missing = {key for key in missing if not key.startswith('score.')}
@@ -270,9 +269,8 @@ def add_value_head(model, critic=None):
 
 def drop_value_head(model):
     """Remove what add_value_head added, in place, so that the model is exported as a plain causal LM."""
-    inner = core(model)
-    for name in {'critic', 'value_head'} & inner._modules.keys():
-        delattr(inner, name)
+    for name in {'critic', 'value_head'} & core(model)._modules.keys():
+        delattr(core(model), name)
 
 
 @torch.no_grad()
@@ -369,7 +367,7 @@ def fingerprints(config):
 
     Returns option -> {file: SHA-256}, or {'commit': hash} for a hub id; files of an adapter's base model as base/file."""
     hashes_of = {}
-    for option in MODELS:
+    for option in MODELS:  # model, ref_model, ...
         name = config.get(option)
         if name in NO_MODEL:
             continue
