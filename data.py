@@ -92,7 +92,9 @@ def plan_padded(widths, world_size, max_tokens):
 
 
 def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
-    """Pack a step, the given rows of examples. Returns (this rank's Batches, tokens on all ranks, tokens plus padding); see pack."""
+    """Pack a step, the given rows of examples. Returns (this rank's Batches, tokens on all ranks, tokens plus padding).
+
+    A slot is the index of an example in the step: the example at rows[slot]. Prompts that are not shared count for each answer."""
     widths = examples.widths[rows]  # (step, 1 + answers) tokens of the prompt and of each answer
     prompt_widths = widths[:, 0]
     n_answers = widths.shape[1] - 1
@@ -114,7 +116,7 @@ def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, shar
     for slots in plans[rank]:
         items = [examples[row] for row in rows[slots]]
         batch = pack(items, slots, share_prefix=share_prefix, pad=pad, filler=n_answers, device=device)
-        # the reference's log-probs, if cached; the filler in an empty microbatch has none
+        # the reference's log-probs, if cached; pack has put a filler, which has none, into an empty microbatch
         if examples.ref is not None:
             ref = examples.ref[rows[slots]] if slots else np.zeros(n_answers, np.float32)
             batch.ref = move(torch.from_numpy(ref.flatten()), device)

@@ -83,6 +83,7 @@ class Lean:
             with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
                 return forward(*args, **options)
         finally:
+            # only pack looks recipes up; the graph keeps those that it has saved
             self.recipes.clear()
 
     def call(self, function, module, *inputs, **options):
