@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from hf.varlen import Varlen
+from hf.attention import Varlen, blocks_of
+from runtime.prefetch import move
 from text.examples import Examples
 
 
@@ -162,17 +163,8 @@ class Batch:
 
     @functools.cached_property
     def blocks(self):
-        """Split groups, in order, into Blocks of at most MAX_BLOCK_TOKENS tokens. A larger group gets its own Block."""
-        blocks = []  # lists of groups
-        tokens = MAX_BLOCK_TOKENS  # of the last block; initially full, so that the first group starts a block
-        for prompt, answers in self.groups:
-            size = prompt + sum(answers)
-            tokens += size
-            if tokens > MAX_BLOCK_TOKENS:
-                blocks.append([])
-                tokens = size
-            blocks[-1].append((prompt, answers))
-        return [Block(block) for block in blocks]
+        """The groups as Blocks, which attention computes one by one on a CPU."""
+        return blocks_of(self.groups)
 
     def sum(self, values):
         """Sum values (N,) of tokens over each answer: (A,). The other answers do not change the order of additions."""
@@ -257,63 +249,11 @@ def _predicted(ids, sizes, is_answer, prompt_of):
     return of_tokens | {'n': np.bincount(answer, minlength=len(lengths)), 'last': answer_ends - 1}
 
 
-def move(value, device):
-    """Move a tensor, or all tensors in a list or tuple (copied), dict or object (in place), to a device; return the result."""
-    if isinstance(value, torch.Tensor):
-        # pinned memory makes the copy to a GPU asynchronous
-        if torch.device(device).type == 'cuda' and not value.is_cuda:
-            value = value.pin_memory()
-        return value.to(device, non_blocking=True)
-    if isinstance(value, list | tuple):
-        # a NamedTuple's constructor takes no list, but its _make does
-        make = getattr(value, '_make', type(value))
-        return make([move(part, device) for part in value])
-    # other values, such as numbers, have no parts
-    parts = value if isinstance(value, dict) else getattr(value, '__dict__', {})
-    for name, part in parts.items():
-        parts[name] = move(part, device)
-    return value
-
-
 def pack_probe(examples, device):
     """Return two examples as a packed Batch and as a padded one. A model must give both the same log-probs (hf/probe.py)."""
     longest = int(examples.lengths.argmax())
     two = [examples[0], examples[longest]]
     return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]
-
-
-MAX_BLOCK_TOKENS = 96  # a larger mask wastes more work on masked entries than another attention call costs
-
-
-class Block:
-    """Consecutive groups of a packed row that one attention call computes under a mask, or a single group."""
-
-    def __init__(self, groups):
-        self.groups = groups
-        self.is_one_piece = len(groups) > 1  # otherwise the prompt and each answer are a piece
-        # tokens of each piece
-        sizes = [size for prompt, answers in groups for size in (prompt, *answers)]
-        self.sizes = [sum(sizes)] if self.is_one_piece else sizes
-        self.masks = {}  # (window, device) -> mask, shared by all layers
-
-    def mask(self, window, device):
-        """Return the boolean mask (T, T), cached. Token i sees j of its own prompt or answer if 0 <= position i - j < window."""
-        if (window, device) in self.masks:
-            return self.masks[window, device]
-        tokens = []  # (group, piece, position) of each token; piece 0 is the prompt, others are answers
-        for group, (prompt, answers) in enumerate(self.groups):
-            for piece, size in enumerate((prompt, *answers)):
-                start = prompt if piece > 0 else 0
-                tokens += [(group, piece, position) for position in range(start, start + size)]
-        group, piece, position = np.array(tokens).T
-        distance = position[:, None] - position  # how far j is before i
-        same_group = group[:, None] == group
-        in_prompt_or_answer = (piece == 0) | (piece[:, None] == piece)
-        mask = same_group & in_prompt_or_answer & (distance >= 0)
-        if window:
-            mask &= distance < window
-        self.masks[window, device] = move(torch.from_numpy(mask), device)
-        return self.masks[window, device]
 
 
 if __name__ == '__main__':

@@ -21,13 +21,13 @@ import fsdp
 import losses
 import training
 from configurator import UserError, configure
-from data import move
-from hf import lora
+from hf import lora, reference
 from hf.load import check_same_tokens, load_model
 from hf.probe import check_heads
-from hf.reference import cached_logps
-from model import RISKS, kl
-from runtime import check_loss, log, metrics
+from rl.divergences import divergence_of
+from runtime import metrics, ranks
+from runtime.objective import objective_of
+from runtime.prefetch import move
 from text.examples import Examples
 
 # model and data
@@ -80,54 +80,11 @@ config = configure(globals(), shared=training)
 
 # ---- what the loss asks for: its signature says ----
 
-# the formula, and for some losses a function that first computes a statistic over the whole step
-loss_fn, statistic_fn = check_loss.find(loss, losses.LOSSES, losses.STATISTICS, config)
-inputs = check_loss.inputs(loss_fn, statistic_fn)  # the names of their parameters
-paired = bool({'pi_w', 'ratio_w'} & inputs)  # False: single answers, each labelled good or bad
-has_ratio = bool({'ratio', 'ratio_w'} & inputs)  # a log-ratio of policy and reference
-has_risk = loss.startswith('radpo')
-# for losses with a divergence of policy from reference at each position: (n, V) log-probs of both -> (n,), mass (n, V)
-divergence = None
-if 'div_w' in inputs:
-    divergence = partial(RISKS[risk], mu=mu) if has_risk else kl
-
-# ---- what the options mean together ----
-
-# for each option that only some losses use: whether this one does
-every_input = check_loss.inputs(*losses.LOSSES.values(), *losses.STATISTICS.values())
-uses = {name: name in inputs for name in every_input}
-# these are not in the formulas' signatures
-uses |= {'reference_free': has_ratio and not divergence, 'sft_coef': paired, 'risk': has_risk, 'mu': has_risk}
-uses |= dict.fromkeys(('importance', 'importance_max'), has_ratio and paired)
-uses |= dict.fromkeys(('frac_good', 'frac_bad'), not paired)
-
-# an option without effect is an error on the command line; in a config file it is ignored, with a note
-config.ignored([name for name in config if not uses.get(name, True)], f'the loss {loss} does not use it')
-importance = importance and uses['importance']
-sft_coef = sft_coef if uses['sft_coef'] else 0.0
-needs_ref = has_ratio and not (reference_free and uses['reference_free'])
-config.ignored([] if importance else ['importance_max'], 'importance is off')
-config.ignored([] if needs_ref else ['ref_model'], 'there is no reference')
-
-# defaults that depend on the loss
-if label_smoothing is None or not uses['label_smoothing']:
-    label_smoothing = 0.1 if loss in ('cdpo', 'robust', 'exo') else 0.0
-if beta_prime is None and loss == 'drdpo':
-    beta_prime = 1.0
-
-# invalid combinations: error message -> whether it applies
-too_smooth = not 0 <= label_smoothing < 0.5 or (loss == 'exo' and label_smoothing == 0)
-mistakes = {
-    f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {label_smoothing}': too_smooth,
-    f'mu must lie between 0 and 1 for the risk {risk}, not {mu}': has_risk and risk != 'erm' and mu > 1,
-    '--importance is a ratio to the reference: leave out --reference_free': importance and not needs_ref,
-    f'--cache_ref: the loss {loss} has no reference to cache': cache_ref and not needs_ref,
-    f'--cache_ref: the loss {loss} needs the live reference': cache_ref and (divergence or loss == 'kto'),
-    'kto compares examples of a step with one another: batch_size must be 2 or more': loss == 'kto' and batch_size < 2,
-}
-for sentence, is_so in mistakes.items():
-    if is_so:
-        raise UserError(sentence)
+objective = objective_of(config, losses.LOSSES, losses.STATISTICS)
+paired, needs_ref = objective.paired, objective.needs_ref
+beta_prime = objective.options['beta_prime']
+# of policy from reference at each position, if the loss has one
+divergence = divergence_of(loss, risk, mu) if objective.has_divergence else None
 
 # ---- set-up ----
 
@@ -152,15 +109,7 @@ ref = make_ref() if needs_ref and not cache_ref else None
 if divergence:
     check_heads(run.policy, ref)
 if cache_ref:
-    # the pass that fills the cache keeps no activations, so microbatches can be larger
-    larger = partial(run.make_batches, max_tokens=4 * run.max_tokens)
-    # only the rows that this run trains on; for single answers those are not known yet, so all rows
-    used = run.used_rows() if paired else slice(None)
-    for examples, rows in ((run.train, used), (run.held_out, slice(None))):
-        if len(examples):
-            cached_logps(build_ref, make_ref, examples, larger, training.dtype, rows)
-if cache_ref and sample_during_eval:
-    log.say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
+    reference.use_cache(run, build_ref, make_ref, every_row=not paired)
 
 # label flips and fractions depend on a hash of each example, so they are the same in every run
 run.train = run.train.flip(noise_rate, seed)
@@ -180,15 +129,15 @@ def measure(batch, paired=paired):
     pi: log-prob under the policy (with graph); n: number of tokens; ref: log-prob under the reference, if any; div: divergence,
     if the loss has one. Pairs are split into chosen and rejected: pi_w and pi_l, n_w and n_l, ... of shape (A / 2,)."""
     # reference (its methods are functions of model.py, see fsdp.shard): cached, or a forward pass; for a divergence its hidden states
-    reference, ref_logps = None, batch.ref
+    ref_hidden, ref_logps = None, batch.ref
     with torch.no_grad(), lora.adapters_off(ref):
         if divergence:
-            reference = ref.hidden_and_head(batch)
+            ref_hidden = ref.hidden_and_head(batch)
         elif ref is not None:
             (ref_logps,) = ref.response_logps(batch)
 
     # policy: (1, A) log-probs, or (3, A) with divergences and the reference's log-probs
-    pi, *with_divergence = run.policy.response_logps(batch, divergence, reference)
+    pi, *with_divergence = run.policy.response_logps(batch, divergence, ref_hidden)
     columns = {'pi': pi, 'n': batch.n.float()}
     if divergence:
         columns['div'], ref_logps = with_divergence
@@ -200,19 +149,6 @@ def measure(batch, paired=paired):
     chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
     rejected = {f'{name}_l': values[1::2] for name, values in columns.items()}
     return chosen | rejected
-
-
-def call(fn, columns):
-    """Call a function of losses.py with the options, columns and log-ratios that its signature asks for.
-
-    Columns override options of the same name: beta_dpo's statistic provides its own beta."""
-    known = {**config, 'label_smoothing': label_smoothing, **columns}
-    for name, log_probs in columns.items():
-        if name.startswith('pi'):
-            # without a reference the log-ratio is the policy's log-prob
-            ref_log_probs = columns.get(name.replace('pi', 'ref'), 0.0)
-            known[name.replace('pi', 'ratio')] = log_probs - ref_log_probs
-    return check_loss.call(fn, known)
 
 
 def step_statistic(step, backward):
@@ -231,11 +167,11 @@ def step_statistic(step, backward):
         parts = [measure(batch) for batch in batches]
 
     # all ranks see the columns of the whole step, so they compute the same statistic
-    gathered = training.gather(parts, batches, len(step.rows))
+    gathered = fsdp.gather(parts, batches, len(step.rows))
     columns = {f'{name}{suffix}': values for name, values in gathered.items()}
     columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)  # a different seed every step
     columns['state'] = run.state['statistic']
-    given, new_state = call(statistic_fn, columns)
+    given, new_state = objective.call(objective.statistic, columns)
     given = {name: values.float() for name, values in given.items()}
     return given, new_state, parts[0] if reusable else None
 
@@ -247,10 +183,10 @@ def loss_and_weight(measured, step_columns, slots):
     in the step, -1 for a filler, whose loss is masked out later."""
     columns = measured | {name: move(values[slots], run.device) for name, values in step_columns.items()}
     # the formula, and optional terms on top of it
-    loss = call(loss_fn, columns)
-    if importance:
-        loss = loss * call(losses.importance, columns)
-    if sft_coef:
+    loss = objective.call(objective.fn, columns)
+    if objective.options['importance']:
+        loss = loss * objective.call(losses.importance, columns)
+    if objective.options['sft_coef']:
         loss = loss + sft_coef * losses.sft(measured['pi_w'], measured['n_w'])
     return loss, columns.get('weight', torch.ones_like(loss))
 
@@ -262,7 +198,7 @@ def run_step(step, backward=False, shift=None):
     of ranks; w is the column step_weight. shift: of the weights of Dr. DPO; None: the smallest loss of the first microbatch."""
     # 1. what depends on the whole step: the statistic, and the labels of single answers
     step_columns, new_state, already_measured = {}, run.state['statistic'], None
-    if statistic_fn:
+    if objective.statistic:
         step_columns, new_state, already_measured = step_statistic(step, backward)
     if not paired:
         step_columns['good'] = step.labels['good']
@@ -285,7 +221,7 @@ def run_step(step, backward=False, shift=None):
         parts.append(measured | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
 
     # 3. columns of the whole step, for metrics and for normalizing by the sum of weights
-    columns = training.gather(parts, step.batches, len(step.rows))
+    columns = fsdp.gather(parts, step.batches, len(step.rows))
     if not paired:
         columns |= step_columns
 
@@ -298,53 +234,9 @@ def run_step(step, backward=False, shift=None):
     return columns, new_state
 
 
-# ---- metrics ----
-
-
-def answers_of(columns, side):
-    """Return the columns of one side, without its suffix, plus their log-ratios and implicit rewards.
-
-    side: '_w' for chosen answers, '_l' for rejected ones, '' for single answers."""
-    answers = {name.removesuffix(side): values for name, values in columns.items() if name.endswith(side)}
-    answers['ratio'] = answers['pi'] - answers.get('ref', 0.0)
-    # the reward is the quantity that this loss compares: scaled by beta, with its divergence, or per token
-    parts = {name: config[name] for name in ('beta', 'alpha') if uses[name]}
-    if divergence:
-        parts['div'] = answers['div']
-    per_token = 'n_l' in inputs and (loss != 'ipo' or average)
-    if per_token:
-        parts['n'] = answers['n']
-    answers['reward'] = losses.reward(answers['ratio'], **parts)
-    return answers
-
-
-def summary(columns, split):
-    """Return metrics (name -> float) from the columns of a step or an evaluation. split: 'train' or 'eval'."""
-    loss, weight = columns['loss'], columns['weight']
-    objective = (weight * loss).sum() / weight.sum()
-    if beta_prime:
-        # the objective whose gradient the weights of Dr. DPO give: -beta' log mean exp(-loss / beta')
-        log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
-        objective = -beta_prime * log_mean
-
-    # accuracy: pairs whose chosen reward is higher; single answers on the right side of kto's z (or of 0)
-    if paired:
-        chosen, rejected = answers_of(columns, '_w'), answers_of(columns, '_l')
-        is_right = chosen['reward'] > rejected['reward']
-    else:
-        is_good, answers = columns['good'], answers_of(columns, '')
-        chosen = {name: values[is_good] for name, values in answers.items()}
-        rejected = {name: values[~is_good] for name, values in answers.items()}
-        is_right = (answers['reward'] > beta * columns.get('z', 0.0)) == is_good
-    found = metrics.of_preferences(split, objective, chosen, rejected, is_right)
-    # unlike rewards, plain log-ratios are comparable across losses
-    if paired and needs_ref:
-        accuracy = (chosen['ratio'] > rejected['ratio']).double().mean()
-        found |= metrics.numbers({f'logratio_{split}/accuracies': accuracy})
-    return found
-
-
 # ---- evaluation ----
+
+summary = partial(metrics.of_dpo, objective)  # (columns of a step or an evaluation, split) -> metrics
 
 
 def log_ratios(prompts, answers):
@@ -353,14 +245,12 @@ def log_ratios(prompts, answers):
     batches, *_ = run.make_batches(examples, np.arange(len(answers)))
     with torch.no_grad(), run.memory(batches):
         parts = [measure(batch, paired=False) for batch in batches]
-    columns = training.gather(parts, batches, len(answers))
+    columns = fsdp.gather(parts, batches, len(answers))
     return {'logratio': columns['pi'] - columns['ref'], 'tokens': columns['n'].long()}
 
 
 def sample(seen):
-    """Sample answers of policy and reference to held-out prompts into samples.jsonl. Returns KL metrics.
-
-    Returns {} if there is no live reference, or no held-out prompt."""
+    """Sample answers of policy and reference to held-out prompts into samples.jsonl. Returns KL metrics; {} if there are none."""
     # both answer the same prompts, from the same seeds
     models = {'policy': run.policy, 'reference': ref} if ref else {'policy': run.policy}
     measured = run.sample(models, seen, ref and log_ratios)
@@ -381,34 +271,13 @@ def evaluate(seen):
 
 @torch.no_grad()
 def check_first_step():
-    """Sanity check before training: log and print loss and rewards of the first step.
-
-    Raises UserError if no loss is finite. Warns if rewards are not 0 although policy and reference are the same model."""
+    """Log and print loss and rewards of the first step before training, and what they should be."""
     columns, _ = run.compute(next(run.steps()), run_step)
     if not columns['loss'].isfinite().any():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')
     run.logger.row('check', 0, found)
-    # a step without, say, rejected answers has no such metric
-    chosen, rejected = (found.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
-    said = f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {columns["loss"].mean():.6f}'
-
-    # the loss if the policy equaled its reference: replace the ref columns by the pi columns
-    if needs_ref:
-        policy_as_ref = {name.replace('pi', 'ref'): x for name, x in columns.items() if name.startswith('pi')}
-        # an input of the loss aot, from its statistic; the other losses do not ask for it
-        no_shift = {'shift': torch.zeros_like(columns['loss'])}
-        expected = call(loss_fn, no_shift | columns | policy_as_ref).mean()
-        said += f' ({loss} of a policy that is its reference: {expected:.6f})'
-    run.logger.say(said)
-    if explanation := metrics.meaning(loss, paired, needs_ref):
-        run.logger.say(explanation)
-
-    is_rounded = training.dtype == 'bfloat16' or training.tf32
-    allowed = 1e-2 if is_rounded else 1e-4
-    policy_is_ref = needs_ref and ref_model is None
-    if policy_is_ref and max(abs(chosen), abs(rejected)) > allowed:
-        run.logger.say('warning: policy and reference are one model, so the rewards should be 0 before the first step')
+    metrics.say_first_step(objective, columns, found, run.logger.say)
 
 
 run.start(f'{loss} ')
@@ -427,4 +296,4 @@ for step in run.steps():
 evaluate(run.total)
 run.finish()
 if __name__ == '__main__':
-    fsdp.leave()
+    ranks.leave()

@@ -103,12 +103,12 @@ if gold is not None:
             raise UserError(f'--gold=toy knows {expected}, not {str(pair["prompt"])[:80]!r}')
 
 if reward_model is not None:
-    import fsdp
     from feedback import score
     from hf import lora
+    from runtime import ranks
     from text.tokenise import encode
 
-    _, world_size, device = fsdp.setup()
+    _, world_size, device = ranks.setup()
     if world_size > 1:
         raise UserError('label.py scores in one process: run it with python, not torchrun')
     model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
@@ -299,4 +299,4 @@ if unclear:
 # missing verdicts are an error, after everything else is written
 raise_if_missing(failed, 'verdicts')
 if reward_model is not None and __name__ == '__main__':
-    fsdp.leave()
+    ranks.leave()

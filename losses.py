@@ -4,7 +4,7 @@ A loss maps columns, one number per example (B,), to (B,) losses; keyword argume
   ratio_w, ratio_l        log-ratio of the chosen (w) and the rejected (l) answer: its log-prob, summed over its tokens,
                           under the policy minus under the reference. A loss without ratios runs no reference
   pi_w, pi_l, n_w, n_l    the policy's log-prob alone; the number of answer tokens
-  div_w, div_l            divergence of the policy from the reference, summed over the answer's positions (model.py)
+  div_w, div_l            divergence of the policy from the reference, summed over the answer's positions (rl/divergences.py)
   ratio, pi, n, good      the same for single answers, with a label: good, or bad (good = False)
 Below, a = ratio_w, r = ratio_l, d = a - r, S = sigmoid, L(x) = -log S(x), e = label_smoothing; sg: no gradient. A step
 minimises sum_i w_i loss_i / sum_i w_i over all its examples; w has no gradient, and is 1 unless said. Add yours to LOSSES.

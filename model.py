@@ -1,16 +1,9 @@
-"""Inside a transformers model: attention over packed answers, log-probs of answers, divergences. hf/load.py loads models.
+"""Log-probs of packed answers, computed inside a transformers model. hf/attention.py has its attention, hf/load.py loads models.
 
 Training calls response_logps(model, batch): the summed log-prob of every answer of a packed microbatch (data.Batch). The LM head
 is applied where an answer token is predicted, in chunks, and again in backward: all logits at once never exist."""
 
-import contextlib
-
 import torch
-import torch.nn.functional as F
-import transformers
-
-from configurator import UserError
-from hf import varlen
 
 
 def core(model):
@@ -31,111 +24,6 @@ def blocks(model):
         if type(module).__name__ in class_names and not is_inside_block:
             found[path] = module
     return list(found.values())
-
-
-def register_attention():
-    """Register packed_attention with transformers as 'packed'. transformers builds no mask for a name that it does not know."""
-    transformers.AttentionInterface.register('packed', packed_attention)
-
-
-def packed_attention(module, query, key, value, mask, scaling=None, sliding_window=None, packed=None, **options):
-    """Compute attention in a row of groups [prompt | answer | answer ...]: each answer sees itself and its group's prompt.
-
-    query (1, H, T, D), key and value (1, H_kv, T, D); packed: the data.Batch. Returns (output (1, T, H, D), None). Raises
-    NotImplementedError if the architecture cannot be packed; hf/probe.py then falls back to padded batches."""
-    softcap = options.get('softcap')
-    if packed is None or options.get('s_aux') is not None:
-        raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
-    # a single kernel does it all on CUDA in half precision; it needs keys and values of the same size, and has no soft cap
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    same_size = key.shape[-1] == value.shape[-1]
-    if query.is_cuda and half and softcap is None and same_size:
-        return varlen.attention(query, key, value, scaling, sliding_window, packed.varlen)[None], None
-
-    # a block is either several small groups, computed as one piece under one mask, or a single group, which is cut into
-    # pieces: its prompt, then each answer
-    sizes = [size for block in packed.blocks for size in block.sizes]
-    # one split for all pieces, because its backward is a single cat
-    pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    out = []  # (1, H, n, D) each
-    for block in packed.blocks:
-        if block.is_one_piece:
-            q, k, v = next(pieces)
-            mask = block.mask(sliding_window, q.device)
-            out.append(_attend(q, k, v, mask, scaling, softcap))
-            continue
-        # every answer sees the prompt's keys and values. The prompt's queries go before those of the first answer, in row order
-        prompt_q, prompt_k, prompt_v = next(pieces)
-        for number in range(1, len(block.sizes)):
-            q, answer_k, answer_v = next(pieces)
-            if number == 1:
-                q = torch.cat((prompt_q, q), 2)
-            k = torch.cat((prompt_k, answer_k), 2)
-            v = torch.cat((prompt_v, answer_v), 2)
-            mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
-            out.append(_attend(q, k, v, mask, scaling, softcap))
-    return torch.cat(out, 2).transpose(1, 2), None
-
-
-def _causal(n, m, window, device):
-    """Return the causal mask (n, m) of the last n of m positions; None: plainly causal, for which sdpa has the faster is_causal."""
-    n_before = m - n  # keys before the first query
-    window_cuts = window and window < m
-    if n_before == 0 and not window_cuts:
-        return None
-    mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(n_before)
-    return mask.triu(n_before - window + 1) if window_cuts else mask
-
-
-def _attend(q, k, v, mask, scaling, softcap):
-    """Return the attention output (1, H, n, D). q (1, H, n, D); k, v (1, H_kv, m, D); mask (n, m), or None for causal."""
-    # grouped-query attention: number of query heads per key-value head
-    repeat = q.shape[1] // k.shape[1]
-    if not softcap:
-        options = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
-        return F.scaled_dot_product_attention(q, k, v, mask, **options)
-
-    # sdpa cannot cap the scores before softmax: compute them here, (1, H, n, m)
-    k = k.repeat_interleave(repeat, 1)
-    v = v.repeat_interleave(repeat, 1)
-    scores = q @ k.mT * scaling
-    scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
-    scores = scores.masked_fill(~mask, float('-inf'))
-    weights = scores.float().softmax(-1)
-    return weights.to(v.dtype) @ v
-
-
-def set_attention(model, packed, for_padded=None):
-    """Switch a model to packed_attention, or with packed=False to one of transformers' implementations for padded batches.
-
-    for_padded: name of that implementation, remembered for later calls. None: the remembered one, or if there is none, sdpa if the
-    model supports it, else eager. Raises UserError if the model lacks it."""
-    inner = core(model)
-    if for_padded:
-        inner.attention_if_padded = for_padded
-    elif not hasattr(inner, 'attention_if_padded'):
-        # some versions of transformers offer sdpa for Gemma 2, though sdpa has no soft cap
-        has_cap = getattr(inner.config, 'attn_logit_softcapping', None) is not None
-        inner.attention_if_padded = 'sdpa' if inner._supports_sdpa and not has_cap else 'eager'
-    name = 'packed' if packed else inner.attention_if_padded
-    try:
-        inner.set_attn_implementation(name)
-    except (ImportError, ValueError) as error:
-        reason = str(error).strip().partition('\n')[0]
-        raise UserError(f'{type(inner).__name__} cannot use attention by {name}: {reason}') from None
-
-
-@contextlib.contextmanager
-def padded_attention(model):
-    """Use attention for padded batches inside the with block."""
-    before = core(model).config._attn_implementation
-    set_attention(model, packed=False)
-    try:
-        yield
-    finally:
-        core(model).set_attn_implementation(before)
 
 
 def response_logps(model, batch, divergence=None, reference=None):
@@ -322,71 +210,3 @@ def _to_gradient(logits, target, grad, config, divergence, ref_logits):
     logits.scatter_add_(1, target[:, None], grad_logps)
     if cap or scale != 1:
         logits *= slope * scale
-
-
-# ---- divergences of the policy from the reference at one position, for TDPO and Ra-DPO (arXiv:2505.20359) ----
-# log_pi, log_ref: log-probs (..., V) of policy and reference. Each function returns (D, mass): the divergence D (...,) and
-# mass = -dD / dlog_pi (..., V), by how much D falls if the policy raises the log-prob of a token
-
-
-def kl(log_pi, log_ref):
-    """Return KL(reference || policy) and its mass -dKL / dlog_pi, the reference's probabilities."""
-    p = log_ref.exp()
-    return (p * (log_ref - log_pi)).sum(-1), p
-
-
-def cvar(log_pi, log_ref, *, mu):
-    """Return D, the mean of Z = log_ref - log_pi in the tail of largest Z with reference probability mu, and -dD / dlog_pi."""
-    z = log_ref - log_pi
-    mass = _worst(z.detach(), log_ref.exp(), mu) / mu
-    return (mass * z).sum(-1), mass
-
-
-def _worst(z, p, mu, bins=4096):
-    """Return the part of each token's probability p in the worst tail: tokens with the largest z, until their p sum to mu.
-
-    z, p, result: (..., V). Without a sort: a histogram of p over z finds the bin where the tail ends, and a second one refines it
-    to 2e-7 of the range of z. Tokens of one bin get the same share of their p."""
-    exact_p = p.double()
-    low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
-    for _ in range(2):
-        width = ((high - low) / bins).clamp(min=1e-30)
-        # bins 1 to bins go from high down to low; bin 0: all above, bins + 1: all below. NaN: any bin, the result is NaN anyway
-        bin_index = ((high - z) / width).add_(1).nan_to_num_(0)
-        bin_index = bin_index.clamp_(0, bins + 1).long()
-        bin_p = exact_p.new_zeros(*p.shape[:-1], bins + 2).scatter_add_(-1, bin_index, exact_p)
-        cumulative_p = bin_p.cumsum(-1)
-        last_bin = (cumulative_p < mu).sum(-1, keepdim=True).clamp(max=bins + 1)
-        # next, refine this bin, and one more on each side because of rounding
-        high = high - (last_bin - 2) * width
-        low = high - 3 * width
-    # share of each bin in the tail: all of the bins before the last one, a part of that, nothing after it
-    left_of_mu = mu - cumulative_p + bin_p  # mu minus the p of all bins before
-    share = (left_of_mu / bin_p.clamp(min=1e-30)).clamp_(0, 1)
-    return share.to(p.dtype).gather(-1, bin_index).mul_(p)
-
-
-def erm(log_pi, log_ref, *, mu):
-    """Return D = (1 / mu) log mean exp(mu Z) under the reference, Z = log_ref - log_pi, and -dD / dlog_pi. mu -> 0 is the KL."""
-    terms = log_ref + mu * (log_ref - log_pi)
-    return terms.logsumexp(-1) / mu, terms.softmax(-1)
-
-
-def released(log_pi, log_ref, *, mu, parts=2):
-    """Return D as Ra-DPO's released code computes it, which is no risk measure, and -dD / dlog_pi.
-
-    D sums p Z, p = exp(log_ref), over tokens whose Z = log_ref - log_pi exceeds the 1 - mu quantile of their vocabulary part."""
-    z = log_ref - log_pi
-    p = log_ref.exp()
-    # the last part takes the remainder
-    size, rest = divmod(z.shape[-1], parts)
-    sizes = [size] * (parts - 1) + [size + rest]
-    counts = []
-    for part in z.detach().split(sizes, -1):
-        quantile = part.quantile(1 - mu, dim=-1, keepdim=True)
-        counts.append(part > quantile)
-    mass = p * torch.cat(counts, -1)
-    return (mass * z).sum(-1), mass
-
-
-RISKS = {'cvar': cvar, 'erm': erm, 'released': released}

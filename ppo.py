@@ -30,13 +30,14 @@ import torch
 import fsdp
 import training
 from configurator import UserError, configure
-from data import move, steps
+from data import steps
 from hf import generate
 from hf.load import add_value_head, check_same_tokens, drop_value_head, load_model, load_reward
 from model import core
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
-from runtime import checkpoint, log
+from runtime import checkpoint, log, ranks
+from runtime.prefetch import move
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -350,7 +351,7 @@ def evaluate(seen):
         columns['policy', i] = fields[i]
     to_write = to_write[:n_eval_model_samples]
     write = partial(generate.write, f'{out_dir}/samples.jsonl', tokenizer, prompts, to_write, seen, columns)
-    fsdp.on_one_rank(write)
+    ranks.on_one_rank(write)
     run.log_evaluation(seen, rollout.describe(run, examples, tokens, answers, 'eval'))
 
 
@@ -393,4 +394,4 @@ checkpoint.wait()
 drop_value_head(policy)
 run.finish(build_policy)
 if __name__ == '__main__':
-    fsdp.leave()
+    ranks.leave()

@@ -19,10 +19,10 @@ import torch
 import fsdp
 import training
 from configurator import UserError, configure
-from data import move
 from hf.load import load_reward, separate_pad
 from rl import formulas
-from runtime import metrics
+from runtime import metrics, ranks
+from runtime.prefetch import move
 
 # model and data
 model = 'toy'  # hub id or folder of a language model or a reward model, or 'toy'
@@ -84,7 +84,7 @@ def run_step(step, backward=False):
         if backward:
             (loss * batch.real).sum().backward()
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
-    return training.gather(parts, step.batches, len(step.rows))
+    return fsdp.gather(parts, step.batches, len(step.rows))
 
 
 def summary(columns, split):
@@ -111,4 +111,4 @@ for step in run.steps():
 evaluate(run.total)
 run.finish()
 if __name__ == '__main__':
-    fsdp.leave()
+    ranks.leave()

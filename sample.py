@@ -31,7 +31,7 @@ from hf.load import load_model, load_tokenizer
 from hf.lora import weights_hash
 from hf.probe import max_sequence_length
 from rl import reward_functions
-from runtime import log
+from runtime import log, ranks
 from runtime.files import lock, replace_text
 from text import sources, tokenise
 from text.examples import in_words, uniform_hash
@@ -100,7 +100,7 @@ reward_parts = reward_functions.parse(reward) if reward else []
 if not all(part.is_function for part in reward_parts):
     others = 'label.py and feedback.score read reward models'
     raise UserError(f'--reward of sample.py takes functions, FILE.py:NAME: {others}')
-rank, world_size, device = fsdp.setup()
+rank, world_size, device = ranks.setup()
 if endpoint and world_size > 1:
     raise UserError('one process is enough to ask an endpoint: run python sample.py, and raise --concurrency')
 
@@ -180,11 +180,11 @@ def expected_row(i, sample):
 # compare weights by content: another model under the same name makes another run
 record = dict(config)
 if not endpoint:
-    record['weights'] = fsdp.shared(partial(weights_hash, model))
+    record['weights'] = ranks.shared(partial(weights_hash, model))
 # these options may change when a run is resumed
 neutral = {'out_dir', 'reward', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
-fsdp.on_one_rank(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))
-prompts, left_out = fsdp.first_of_host(read_prompts)
+ranks.on_one_rank(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))
+prompts, left_out = ranks.first_of_host(read_prompts)
 # an answer's key: (prompt index, sample number)
 keys = list(itertools.product(range(len(prompts)), range(n_samples)))
 
@@ -323,11 +323,11 @@ text = str(prompts[i]['prompt']) if endpoint else tokenizer.decode(ids[i])
 log.say(f'first prompt: {text[-300:]!r}')
 
 # claim out_dir, and skip the answers that it has already
-fsdp.on_one_rank(partial(lock, out_dir))
-done = set(fsdp.shared(lambda: list(collect(out_dir, expected_row))))  # keys
+ranks.on_one_rank(partial(lock, out_dir))
+done = set(ranks.shared(lambda: list(collect(out_dir, expected_row))))  # keys
 if done:
     log.say(f'{len(done)} answers are in {out_dir} already')
-fsdp.on_one_rank(partial(log.claim_out_dir, out_dir, record))
+ranks.on_one_rank(partial(log.claim_out_dir, out_dir, record))
 guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes on there')
 
 started = time.time()
@@ -341,10 +341,10 @@ with log.progress(n_missing // world_size, ' answers', 'sampled by this rank', d
     elif n_missing:
         # on_ranks re-raises one rank's UserError on all ranks
         with fsdp.unsharded(net):
-            fsdp.on_ranks(True, generate_all)
+            ranks.on_ranks(True, generate_all)
 
 # merge the answers of all ranks; {key: row} on rank 0
-rows_by_key = fsdp.on_one_rank(partial(collect, out_dir, expected_row))
+rows_by_key = ranks.on_one_rank(partial(collect, out_dir, expected_row))
 if rank == 0:
     write_model_outputs(out_dir, rows_by_key)
     n_cut = sum(row['finish'] == 'length' for row in rows_by_key.values())
@@ -375,12 +375,12 @@ def score_answers():
 
 
 if reward_parts:
-    fsdp.on_one_rank(score_answers)
+    ranks.on_one_rank(score_answers)
 
 # missing answers are an error on every rank
 raise_if_missing(failed, 'answers')
-n_found = fsdp.shared(lambda: len(rows_by_key))  # from rank 0
+n_found = ranks.shared(lambda: len(rows_by_key))  # from rank 0
 if n_found < len(keys):
     raise UserError(f'answers are missing in {out_dir}/samples.jsonl: run the same command again')
 if __name__ == '__main__':
-    fsdp.leave()
+    ranks.leave()

@@ -19,7 +19,7 @@ import losses
 import training
 from configurator import UserError, configure
 from hf.load import load_model
-from runtime import metrics
+from runtime import metrics, ranks
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -91,7 +91,7 @@ def run_step(step, backward=False):
         if backward:
             (batch.n * loss * batch.real).sum().backward()
         parts.append({'loss': loss, 'pi': pi, 'n': batch.n})
-    return training.gather(parts, step.batches, len(step.rows))
+    return fsdp.gather(parts, step.batches, len(step.rows))
 
 
 def summary(columns, split):
@@ -129,4 +129,4 @@ for step in run.steps():
 evaluate(run.total)
 run.finish()
 if __name__ == '__main__':
-    fsdp.leave()
+    ranks.leave()

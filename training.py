@@ -14,7 +14,6 @@ The length and rhythm of a run are counted in examples over all ranks.
 """
 
 import math
-import os
 import time
 from functools import cache, partial
 
@@ -25,10 +24,10 @@ import fsdp
 from configurator import UserError
 from data import Step, make_batches, pack_probe, steps
 from hf import export, generate, lora, parallel
+from hf.attention import set_attention
 from hf.load import fingerprints, load_tokenizer, stored_dtype
 from hf.probe import can_pack, check_positions
-from model import set_attention
-from runtime import checkpoint, guard, log, room
+from runtime import checkpoint, guard, log, ranks, room
 from runtime.prefetch import prefetch
 from text import show
 from text.examples import in_words
@@ -94,39 +93,12 @@ def begin(config):
         config.ignored(of_samples, 'sample_during_eval is off')
 
     # join the process group, then lock out_dir
-    rank, world, device = fsdp.setup(tp)
+    rank, world, device = ranks.setup(tp)
     if config.batch_size < world:
         raise UserError(f'batch_size {config.batch_size} is too small: one example for each of {world} ranks')
-    choose_arithmetic(config, device)
+    parallel.choose_arithmetic(config, device)
     guard.begin(config.out_dir, config, resume)
     return Run(config, adapters, rank, world, device)
-
-
-def choose_arithmetic(config, device):
-    """Apply --tf32 and --deterministic, and print a note if dtype is slow on this device."""
-    on_gpu, in_float32 = device.type == 'cuda', dtype == 'float32'
-    use_tf32 = tf32 and on_gpu and in_float32
-    if tf32 and not use_tf32:
-        config.ignored(['tf32'], 'it is for float32 on a GPU')
-    if deterministic and not on_gpu:
-        config.ignored(['deterministic'], 'it is for a GPU')
-    # device_map computes in float32 only, so there is no other choice
-    if on_gpu and in_float32 and device_map is None:
-        slow = 'packed attention in float32 computes each answer by itself'
-        log.say(f'note: on a GPU {slow}: --dtype=bfloat16 is several times faster')
-    if not on_gpu and not in_float32:
-        costs = room.bfloat16_costs()
-        if costs > 2:
-            log.say(f'note: this CPU takes {costs:.0f} times as long for bfloat16 as for float32: --dtype=float32')
-
-    if use_tf32:
-        torch.set_float32_matmul_precision('high')
-    if deterministic and on_gpu:
-        # read by cuBLAS at the first matmul
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-        torch.use_deterministic_algorithms(True)
-        # don't fill new tensors, which is slow: no code here reads uninitialized memory
-        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 class Run:
@@ -160,8 +132,8 @@ class Run:
         for_train = common | options | {'data_fraction': data_fraction} | (train or {})
         for_eval = common | options | (held_out or {})
         self.task = for_train['task']
-        self.train = fsdp.first_of_host(lambda: load_examples(config.data, 'train', **for_train))
-        found = fsdp.first_of_host(lambda: load_examples(eval_data or config.data, 'test', **for_eval))
+        self.train = ranks.first_of_host(lambda: load_examples(config.data, 'train', **for_train))
+        found = ranks.first_of_host(lambda: load_examples(eval_data or config.data, 'test', **for_eval))
         self.held_out = found.select(slice(n_eval_examples))
 
     def used_rows(self):
@@ -206,7 +178,7 @@ class Run:
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
         # by default the model is saved in the dtype of its input files
         if save_dtype is None:
-            came_in = fsdp.shared(lambda: stored_dtype(self.config.model))
+            came_in = ranks.shared(lambda: stored_dtype(self.config.model))
             self.config['save_dtype'] = 'bfloat16' if quantize else came_in
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
@@ -275,7 +247,7 @@ class Run:
         latest = checkpoint.latest(out_dir, self.identity) if resume else None
         # what a checkpoint holds besides weights and optimizer
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}}
-        self.state |= {'warmup': self.warmup(), 'max_tokens': self.max_tokens}
+        self.state |= {'warmup': log.warmup_steps(config, self.total), 'max_tokens': self.max_tokens}
         if latest:
             # checkpoints of older versions lack 'warmup', which then was always the option
             self.state['warmup'] = config.warmup_steps
@@ -286,21 +258,12 @@ class Run:
             self.max_tokens = self.state['max_tokens']
 
         # from here on out_dir belongs to this run
-        fsdp.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
+        ranks.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
         self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard, self.state['evaluated'])
         verb = 'resuming' if self.seen else 'training'
         counts = counts or f'examples, {config.batch_size} a step'
-        self.logger.say(f'{verb} {what}on {self.world} ranks: {self.total} {counts}')
-
-    def warmup(self):
-        """Return the number of warm-up steps: the option, but if it is left at its default, at most a tenth of the run."""
-        asked = self.config.warmup_steps
-        most = math.ceil(self.total / self.config.batch_size) // 10
-        is_default = self.config.origin['warmup_steps'] == 'default'
-        if not is_default or asked <= most:
-            return asked
-        log.say(f'note: {most or "no"} steps of warm-up, a tenth of this short run: --warmup_steps={asked} for more')
-        return most
+        processes = '1 rank' if self.world == 1 else f'{self.world} ranks'
+        self.logger.say(f'{verb} {what}on {processes}: {self.total} {counts}')
 
     # ---- steps ----
 
@@ -309,7 +272,9 @@ class Run:
         labels = {'good': torch.from_numpy(examples.good[rows])}
         if examples.margin is not None:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
-        return Step(first, rows, *self.make_batches(examples, rows), labels, examples, self.max_tokens)
+        # read once: compute() may halve it while this runs in the background, and looks at the step's own
+        limit = self.max_tokens
+        return Step(first, rows, *self.make_batches(examples, rows, max_tokens=limit), labels, examples, limit)
 
     def prepared(self, examples, todo):
         """Yield a Step for each (first, rows) in todo, prepared ahead in a background thread."""
@@ -395,25 +360,15 @@ class Run:
 
     def finish_step(self, step):
         """Save a checkpoint if one is due, and stop the run if a signal has asked for it."""
+        # remains 'auto' (no checkpoint) in the first steps
         if self.save_every == 'auto':
-            self.choose_save_every(step)  # remains 'auto' (no checkpoint) in the first steps
+            self.stamps.append(time.time())
+            self.save_every = room.save_every_of(self.stamps, step, self.total)
         due = self.crossed(self.save_every, step.first, step.seen)
         if due:
             self.save(step.seen)
             self.clock = time.time()
         self.obey_signals(step.seen, saved=due)
-
-    def choose_save_every(self, step):
-        """After four steps, set save_every to about 15 minutes worth of examples, or to 0 if the run ends before that."""
-        self.stamps.append(time.time())
-        if len(self.stamps) < 4:
-            return
-        # median of three step times, measured on rank 0 so that all ranks agree
-        seconds = fsdp.shared(lambda: float(np.median(np.diff(self.stamps))))
-        every = max(1, round(room.SAVE_AFTER / seconds)) * (step.seen - step.first)
-        self.save_every = every if every < self.total - step.seen else 0
-        if self.save_every:
-            log.say(f'note: a checkpoint every {every:,} examples, about 15 minutes; --save_every=0: none')
 
     def crossed(self, every, first, seen):
         """Return whether the step from first to seen examples crosses a multiple of every; False at the end of the run."""
@@ -493,12 +448,3 @@ class Run:
         guard.end()
         rounded = f', rounded to {kept} (a new run with --save_dtype=float32 keeps all bits)'
         log.say(f'done: {folder}{rounded if kept != "float32" else ""}')
-
-
-def gather(parts, batches, total):
-    """Gather columns over all ranks: name -> (total,), in step order, the same on every rank.
-
-    parts: one dict of columns per microbatch of this rank; batches: those microbatches; total: examples of the step."""
-    slots = [slot for batch in batches for slot in batch.slot]
-    joined = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
-    return fsdp.gather_columns(joined, slots, total)

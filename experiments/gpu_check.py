@@ -52,6 +52,8 @@ import fsdp
 import losses
 import model as models
 from data import pack
+from hf import attention
+from runtime import ranks
 from text import toy
 
 BEGAN = time.time()
@@ -162,7 +164,7 @@ def kernel():
                 batch = pack(examples, range(len(examples)), device=where)
                 qkv = [x.to(where, kind).requires_grad_() for x in inputs]
                 how = {'scaling': width**-0.5, 'sliding_window': window, 'packed': batch}
-                result, _ = models.packed_attention(None, *qkv, None, **how)
+                result, _ = attention.packed_attention(None, *qkv, None, **how)
                 result.backward(slope.to(where, kind))
                 found.append([result, *(x.grad for x in qkv)])
             for what, exact, half in zip(('out', 'dq', 'dk', 'dv'), *found, strict=True):
@@ -180,7 +182,7 @@ def logps_and_gradient(model, examples, where, kind, packed):
     copy = copy.to(where)
     for p in copy.parameters():  # not the rotary frequencies
         p.data = p.data.to(kind)
-    models.set_attention(copy, packed)
+    attention.set_attention(copy, packed)
     batch = pack(examples, range(len(examples)), pad=not packed, device=where)
     logps = models.response_logps(copy, batch)[0]
     logps.backward(torch.linspace(-1, 1, len(logps)).to(where))
@@ -190,7 +192,7 @@ def logps_and_gradient(model, examples, where, kind, packed):
 def architectures():
     """Packed in bfloat16 no worse than padded in bfloat16, and float32 on the device as on the CPU."""
     examples = random_examples(np.random.default_rng(1), 999, SHAPES['pairs'] + SHAPES['short'] + SHAPES['long'] * gpu)
-    models.register_attention()
+    attention.register_attention()
     for name, options in ARCHITECTURES.items():
         torch.manual_seed(0)
         sizes = {'vocab_size': 1000, 'num_hidden_layers': 4, 'intermediate_size': 512}
@@ -344,8 +346,8 @@ def memory():
 
 def step():
     """Of a step of DPO with a live reference: memory, what makes the host wait, which kernels take the time."""
-    fsdp.setup()
-    models.register_attention()
+    ranks.setup()
+    attention.register_attention()
     for width, layers, heads in [(768, 12, 12), (2560, 32, 32)] if gpu else [(64, 2, 4)]:
         shape = transformers.GPTNeoXConfig(vocab_size=50304, hidden_size=width, num_hidden_layers=layers,
                                            num_attention_heads=heads, intermediate_size=4 * width)  # fmt: skip
@@ -450,8 +452,8 @@ def say_kernels(name, take):
 
 def checkpointing():
     """What activation checkpointing costs and saves, beside a step that keeps all activations."""
-    fsdp.setup()
-    models.register_attention()
+    ranks.setup()
+    attention.register_attention()
     # Pythia-410M, and a Llama of a billion weights
     neox = {'hidden_size': 1024, 'intermediate_size': 4096, 'num_hidden_layers': 24, 'num_attention_heads': 16}
     llama = {'hidden_size': 2048, 'intermediate_size': 8192, 'num_hidden_layers': 16, 'num_attention_heads': 32}

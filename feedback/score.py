@@ -25,9 +25,11 @@ from configurator import UserError, configure
 from data import pack, pack_probe, plan, plan_padded
 from feedback import winrate
 from feedback.answers import append
+from hf.attention import set_attention
 from hf.load import load_reward, load_tokenizer, separate_pad
 from hf.probe import can_pack, max_sequence_length
-from model import core, set_attention
+from model import core
+from runtime import ranks
 from runtime.files import writing
 from runtime.log import progress, say
 from text.examples import Examples, in_words
@@ -71,7 +73,7 @@ SECTIONS = {
 
 
 def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_code=False):
-    """Load and shard a reward model; return (model, tokenizer). name: folder or hub id. Call on all ranks, after fsdp.setup.
+    """Load and shard a reward model; return (model, tokenizer). name: folder or hub id. Call on all ranks, after ranks.setup.
 
     Batches are packed if that gives the same scores as padding, otherwise padded. Raises UserError if there is no such model."""
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
@@ -103,7 +105,7 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
     groups = _groups(items, tokenizer.eos_token_id, ends, max_sequence_length(model), group_limit)
     lengths = np.array([group.tokens for group in groups])
     # microbatches of this rank, as lists of indices into groups; every rank computes the same plan
-    rank, world_size = fsdp.data_rank()
+    rank, world_size = ranks.data_rank()
     make_plan = plan_padded if is_padded else plan
     microbatches = make_plan(lengths, world_size, max_tokens)[rank]
     parts = []  # scores of each microbatch
@@ -170,8 +172,8 @@ def main():
         raise UserError('name the model and what it scores: --reward_model=FOLDER --data=FILE')
     if by in SCORES:
         raise UserError(f'--by={by}: {out} has the new scores under that name; call the column of the data otherwise')
-    _, _, device = fsdp.setup()
-    examples, left_out = fsdp.first_of_host(read)
+    _, _, device = ranks.setup()
+    examples, left_out = ranks.first_of_host(read)
     # a missing column is an error only if the user asked for it
     has_column = any(by in example.raw for _, example in examples)
     if config.given('by') and not has_column:
@@ -182,12 +184,12 @@ def main():
     limit = int(min(max_length or UNLIMITED, max_sequence_length(model)))
     rows = []
     guard.on_stop(lambda: f'{len(rows)} of {len(examples)} are in {out}')
-    fsdp.on_one_rank(create_output)
+    ranks.on_one_rank(create_output)
     with progress(len(examples), ' examples', 'scored') as bar:
         for start in range(0, len(examples), CHUNK):
             chunk = examples[start : start + CHUNK]
             new_rows = score_examples(model, tokenizer, chunk, limit, left_out)
-            fsdp.on_one_rank(partial(append, out, new_rows, sync=False))
+            ranks.on_one_rank(partial(append, out, new_rows, sync=False))
             rows += new_rows
             bar.update(len(chunk))
     if not rows:
@@ -336,4 +338,4 @@ def table(pairs):
 
 if __name__ == '__main__':
     main()
-    fsdp.leave()
+    ranks.leave()

@@ -10,12 +10,12 @@ import transformers
 import yaml
 
 from configurator import UserError
-from fsdp import on_one_rank
 from hf import lora
 from hf.ties import tie_as, ties
 from model import core
 from runtime import checkpoint
 from runtime.files import make_room, move_folder, say, writing
+from runtime.ranks import on_one_rank
 from text.ids import bos_of
 
 # maximum size of a weights file; larger models are sharded

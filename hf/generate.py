@@ -12,9 +12,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import fsdp
 from configurator import UserError
+from hf.attention import padded_attention
 from hf.lora import adapters_off
-from model import core, padded_attention
-from runtime import guard
+from model import core
+from runtime import guard, ranks
 from runtime.files import append
 from text.examples import GOLDEN_STEP, splitmix64
 
@@ -29,7 +30,7 @@ def sample(model, tokenizer, prompts, seeds, **settings):
 
     prompts: lists of token ids. seeds: one int per prompt. settings: keyword arguments of generate()."""
     # deal the prompts out by length: similar lengths per batch, equal work per rank
-    rank, world_size = fsdp.data_rank()
+    rank, world_size = ranks.data_rank()
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     indices = longest_first[rank::world_size]
     own_prompts = [prompts[i] for i in indices]
@@ -38,7 +39,7 @@ def sample(model, tokenizer, prompts, seeds, **settings):
         own_answers = generate(model, tokenizer, own_prompts, own_seeds, **settings)
 
     answers = {}
-    for rank_answers in fsdp.gather_objects(dict(zip(indices, own_answers, strict=True))):
+    for rank_answers in ranks.gather_objects(dict(zip(indices, own_answers, strict=True))):
         answers |= rank_answers
     return [answers.get(i) for i in range(len(prompts))]
 
@@ -88,7 +89,7 @@ def sample_held_out(run, models, n, seen, measure=None, **settings):
             for column, values in measured.get(name, {}).items():
                 columns[name, i][column] = round(values[i].item(), 6)
     file = f'{run.config.out_dir}/samples.jsonl'
-    fsdp.on_one_rank(lambda: write(file, run.tokenizer, prompts, to_write, seen, columns))
+    ranks.on_one_rank(lambda: write(file, run.tokenizer, prompts, to_write, seen, columns))
     return measured
 
 
@@ -153,7 +154,7 @@ def _extend(answer, tokens, stop, max_new_tokens):
 
 def _stop_asked():
     """Return whether a signal asks this process to stop. False in tensor-parallel groups, whose ranks must stay in step."""
-    return guard.asked_here() and not fsdp.in_groups()
+    return guard.asked_here() and not ranks.tp_size() > 1
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from model import blocks
+from model import blocks, core
 
 # source of the MLP forward of Llama and about a hundred other architectures in transformers
 GATED = 'self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))'
@@ -120,7 +120,18 @@ class Lean:
         return recipe.recompute().detach().view(shape)
 
 
-def enable(model):
-    """Enable selective checkpointing for all blocks of a model, in place."""
-    for block in blocks(model):
-        Lean(block)
+def recompute(model, activation_checkpointing=False):
+    """Turn on activation checkpointing, in place: for whole blocks (True), for cheap operations ('selective'), or not at all."""
+    if activation_checkpointing == 'selective':
+        for block in blocks(model):
+            Lean(block)
+    elif activation_checkpointing:
+        inner = core(model)
+        # transformers 5.20 renamed the method, and warns of the old name
+        renamed = hasattr(inner, 'activation_checkpointing_enable')
+        enable = inner.activation_checkpointing_enable if renamed else inner.gradient_checkpointing_enable
+        enable()
+        # transformers checkpoints only blocks in training mode, but models here stay in eval mode. block.train() would also turn
+        # on the dropout inside the block, so set the block's own flag only
+        for block in blocks(model):
+            block.training = True

@@ -15,8 +15,9 @@ from huggingface_hub import get_local_safetensors_metadata
 
 from configurator import UserError, main_rank
 from hf import lora
+from hf.attention import register_attention
 from hf.ties import correct_tie_config
-from model import core, register_attention
+from model import core
 from runtime import hub
 from runtime.files import file_hash, say_once
 from runtime.values import MODELS, NO_MODEL

@@ -1,9 +1,13 @@
-"""Tensor parallelism, which divides the matrices of each block among ranks, and checks of all options about devices."""
+"""Tensor parallelism, which divides the matrices of each block among ranks, and what the options about devices mean."""
 
 import os
 
+import torch
+
 from configurator import UserError
 from model import core
+from runtime import room
+from runtime.files import say
 
 
 def check(config):
@@ -27,6 +31,33 @@ def check(config):
     config.ignored(without_effect, 'device_map uses no FSDP')
     if config['model'] == 'toy':
         raise UserError('device_map spreads the model of a folder or of the hub: the toy model is made here')
+
+
+def choose_arithmetic(config, device):
+    """Apply --tf32 and --deterministic, and print a note if dtype is slow on this device."""
+    on_gpu, in_float32 = device.type == 'cuda', config.dtype == 'float32'
+    use_tf32 = config.tf32 and on_gpu and in_float32
+    if config.tf32 and not use_tf32:
+        config.ignored(['tf32'], 'it is for float32 on a GPU')
+    if config.deterministic and not on_gpu:
+        config.ignored(['deterministic'], 'it is for a GPU')
+    # device_map computes in float32 only, so there is no other choice
+    if on_gpu and in_float32 and config.device_map is None:
+        slow = 'packed attention in float32 computes each answer by itself'
+        say(f'note: on a GPU {slow}: --dtype=bfloat16 is several times faster')
+    if not on_gpu and not in_float32:
+        costs = room.bfloat16_costs()
+        if costs > 2:
+            say(f'note: this CPU takes {costs:.0f} times as long for bfloat16 as for float32: --dtype=float32')
+
+    if use_tf32:
+        torch.set_float32_matmul_precision('high')
+    if config.deterministic and on_gpu:
+        # read by cuBLAS at the first matmul
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+        # don't fill new tensors, which is slow: no code here reads uninitialized memory
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def tensor_parallel(model, mesh, n_meshes):

@@ -11,7 +11,8 @@ import torch
 
 from configurator import UserError
 from data import pack
-from model import core, padded_attention, set_attention
+from hf.attention import padded_attention, set_attention
+from model import core
 from rl.heads import response_scores, token_logps
 from runtime import guard
 from runtime.hub import first_line

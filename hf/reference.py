@@ -11,8 +11,22 @@ import torch
 
 import fsdp
 from hf.lora import adapters_off
-from runtime import cache, guard, log
+from runtime import cache, guard, log, ranks
 from runtime.files import say
+
+
+def use_cache(run, build, make, every_row):
+    """Set .ref of run.train and run.held_out, from a file or by a pass over the reference. See cached_logps.
+
+    every_row: cache all training rows, not only those that this run trains on."""
+    # this pass keeps no activations, so microbatches can be larger
+    larger = partial(run.make_batches, max_tokens=4 * run.max_tokens)
+    used = slice(None) if every_row else run.used_rows()
+    for examples, rows in ((run.train, used), (run.held_out, slice(None))):
+        if len(examples):
+            cached_logps(build, make, examples, larger, run.config.dtype, rows)
+    if run.config.sample_during_eval:
+        say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
 
 
 def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
@@ -22,12 +36,12 @@ def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
     build(empty): builds the reference on the CPU, to hash it; make(): returns it sharded, called on a cache miss only
     make_batches(examples, rows): returns a tuple, microbatches first; dtype: the compute dtype, a part of the key"""
     used = examples.select(rows)
-    key, file, logps = fsdp.shared(partial(_look_up, build, used, dtype))
+    key, file, logps = ranks.shared(partial(_look_up, build, used, dtype))
     if logps is None:
         logps = _compute(make(), used, make_batches)
         # break the model's reference cycles (methods added by fsdp.py) to free its memory
         gc.collect()
-        fsdp.on_one_rank(partial(_save, key, file, logps))
+        ranks.on_one_rank(partial(_save, key, file, logps))
     else:
         say(f'reference log-probs of {len(used)} examples: read from {file}')
     examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)

@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
-import fsdp
 from feedback import score
 from hf.load import check_same_tokens
 from rl import reward_functions
+from runtime import ranks
 from runtime.log import say
 from text import toy
 from text.tokenise import source_rows
@@ -63,7 +63,7 @@ class Reward:
             if examples:
                 # None on the other ranks
                 read = partial(source_rows, examples, data, split, 'prompts', **options)
-                self.rows[split] = fsdp.on_one_rank(read)
+                self.rows[split] = ranks.on_one_rank(read)
 
     def score_columns(self, examples, split, uids, ends=()):
         """Score all answers of Examples. Return columns by name, (answers,) float64 each, equal on all ranks.
@@ -77,7 +77,7 @@ class Reward:
             # functions run on rank 0, reward models on all ranks together
             if part.is_function:
                 call = partial(self._call_function, part, examples, split, uids)
-                values, late = fsdp.shared(call)
+                values, late = ranks.shared(call)
                 late_by_part.append(late)
             elif part.function_or_model == 'gold':
                 values = [toy.gold(prompt, answer) for prompt, answer in texts(examples, self.tokenizer)]

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 import fsdp
-from data import move
 from hf import generate
 from hf.lora import adapters_off
 from rl import formulas
 from rl.rewards import toy_metrics
 from runtime import guard, metrics
+from runtime.prefetch import move
 from text.examples import Examples
 
 

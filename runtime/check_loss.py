@@ -1,9 +1,5 @@
-"""Check that a loss of losses.py can train: `python losses.py my_loss --beta=0.2` prints its values and slopes.
+"""Check that a loss of losses.py can train: `python losses.py my_loss --beta=0.2` prints its values and slopes."""
 
-dpo.py uses find() to look up its loss, and call() to pass it the columns that it takes."""
-
-import difflib
-import inspect
 import math
 import sys
 from pathlib import Path
@@ -11,55 +7,10 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, configure
+from runtime.objective import PAIRS, call, find, inputs
 
-# column arguments of losses of pairs and of single answers, described in losses.py
-PAIRS = set('ratio_w ratio_l pi_w pi_l n_w n_l div_w div_l'.split())
-SINGLES = set('ratio pi n div good'.split())
 # log-ratio of the chosen minus that of the rejected answer, or log-ratio of a single answer, in nats
 MARGINS = [-1000.0, -20.0, -5.0, -1.0, 0.0, 1.0, 5.0, 20.0, 1000.0]
-
-
-def inputs(*functions):
-    """Return the set of all parameter names of these functions; None counts as a function without parameters."""
-    return {name for fn in functions if fn for name in inspect.signature(fn).parameters}
-
-
-def call(fn, known):
-    """Call fn with the entries of known (name -> column or option) that match its parameters."""
-    return fn(**{name: known[name] for name in inputs(fn) if name in known})
-
-
-def find(name, losses, statistics, options):
-    """Return (loss function, its per-step statistic or None) for a loss name. losses, statistics: name -> function.
-
-    Raises UserError if there is no such loss, or if it takes unknown options or columns."""
-    if name not in losses:
-        near = difflib.get_close_matches(name, losses, 1)
-        hint = f'; did you mean {near[0]}?' if near else ''
-        raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}{hint}')
-    fn = losses[name]
-    statistic = statistics.get(name)
-    for p in inspect.signature(fn).parameters.values():
-        has_default = p.default is not p.empty
-        # a statistic makes columns of its own, so parameters of its loss cannot be checked
-        if statistic or has_default:
-            continue
-        # options are keyword-only
-        is_option = p.kind is p.KEYWORD_ONLY
-        if is_option and p.name not in options:
-            advice = f'declare it in dpo.py, as in {p.name} = 1.0'
-            raise UserError(f'the loss {name} asks for {p.name!r}, which is no option: {advice}')
-        if not is_option and p.name not in PAIRS | SINGLES:
-            known = 'those at the top of losses.py, and options after a *'
-            raise UserError(f'the loss {name} asks for the column {p.name!r}, and there are only {known}')
-
-    names = inputs(fn)
-    takes_pairs = not PAIRS.isdisjoint(names)
-    takes_singles = not SINGLES.isdisjoint(names)
-    if takes_pairs == takes_singles:
-        wanted = 'columns of pairs or of single answers, not for neither, nor both'
-        raise UserError(f'the loss {name} must ask for {wanted}')
-    return fn, statistic
 
 
 def table(name, fn, statistic, options):

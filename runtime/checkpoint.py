@@ -18,9 +18,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from configurator import Config, UserError
-from fsdp import gather_objects, local, on_one_rank, on_ranks, shared
+from fsdp import local
 from runtime.files import append_kept, file_hash, make_room, move_folder, replace_text, say, sync, writing
 from runtime.log import NEUTRAL, check_same, recorded
+from runtime.ranks import gather_objects, on_one_rank, on_ranks, shared
 
 NUMBER = re.compile('[0-9]{10,}')  # name of a checkpoint folder: number of examples, zero-padded to ten digits
 _writer = ThreadPoolExecutor(1)

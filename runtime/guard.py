@@ -115,10 +115,9 @@ def asked_here():
 
 def stop_asked():
     """Return the largest exit code requested by a signal on any rank, or 0. Collective."""
-    import fsdp
-    from runtime import checkpoint
+    from runtime import checkpoint, ranks
 
-    code, any_failed = fsdp.largest([_code, int(checkpoint.failed())])
+    code, any_failed = ranks.largest([_code, int(checkpoint.failed())])
     # raises a UserError on all ranks
     if any_failed:
         checkpoint.wait()
@@ -145,7 +144,7 @@ def check_early(script):
 
 def begin(out_dir, config, resume):
     """Reset the signal state and lock out_dir. resume: it may hold an unfinished run. Collective."""
-    import fsdp
+    from runtime import ranks
 
     # one process may do several runs in a row
     global _code, _stage
@@ -159,14 +158,14 @@ def begin(out_dir, config, resume):
         # again: the run that held the lock may have ended while this one waited
         log.check_out_dir(out_dir, config, resume)
 
-    fsdp.on_one_rank(take)
+    ranks.on_one_rank(take)
 
 
 def boundary(save, close, already_started=False):
     """If a signal has asked for it, save, close the trackers and exit. Collective; call it after every step.
 
     save(): starts a checkpoint of this step; already_started: save() has been called; close(): flushes the trackers."""
-    import fsdp
+    from runtime import ranks
 
     global _stage
     _stage = 'training'
@@ -175,7 +174,7 @@ def boundary(save, close, already_started=False):
         keep(save, already_started)
         close()
         say('saved: the same command continues from here')
-        fsdp.leave(code)
+        ranks.leave(code)
 
 
 def keep(save, already_started=False):
@@ -183,12 +182,11 @@ def keep(save, already_started=False):
 
     save(): starts a checkpoint; already_started: it has been called. A new signal of a higher code during the retries allows
     one last try; raises UserError if that fails."""
-    import fsdp
-    from runtime import checkpoint
+    from runtime import checkpoint, ranks
 
     # _code: 0 without a signal, higher after SIGTERM, highest after Ctrl-C; only a higher code from now on ends the retries. Not by
     # stop_asked(), which would raise if an earlier checkpoint has failed; below, wait() has cleared that failure
-    (code_before,) = fsdp.largest([_code])
+    (code_before,) = ranks.largest([_code])
     has_warned = False
     is_last_try = False
     while True:
@@ -218,11 +216,11 @@ def export(model, tokenizer, build, folder, card, dtype, save):
     """Write log rows that wait for disk space, then the model. Returns its dtype on rank 0. Collective.
 
     If that fails, save() a checkpoint and raise UserError."""
-    import fsdp
     from hf.export import write_model
+    from runtime import ranks
 
     try:
-        fsdp.on_one_rank(files.append_kept)
+        ranks.on_one_rank(files.append_kept)
         return write_model(model, tokenizer, build, folder, card, dtype)
     except UserError as error:
         keep(save)

@@ -326,6 +326,17 @@ def per_second(amount, seconds):
     return amount / seconds if seconds > 0 else math.nan
 
 
+def warmup_steps(config, total):
+    """Return the number of warm-up steps of a run of total examples: the option, but if left at its default at most a tenth."""
+    asked = config.warmup_steps
+    most = math.ceil(total / config.batch_size) // 10
+    is_default = config.origin['warmup_steps'] == 'default'
+    if not is_default or asked <= most:
+        return asked
+    say(f'note: {most or "no"} steps of warm-up, a tenth of this short run: --warmup_steps={asked} for more')
+    return most
+
+
 def schedule(step, steps, warmup, shape):
     """Return the learning rate factor of a step (0 to steps - 1): linear warmup, then decay.
 

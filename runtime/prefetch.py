@@ -32,3 +32,21 @@ def prefetch(iterator):
         # start the next item before the caller uses this one
         futures.append(thread.submit(next, iterator, end))
         yield item
+
+
+def move(value, device):
+    """Move a tensor, or all tensors in a list or tuple (copied), dict or object (in place), to a device; return the result."""
+    if isinstance(value, torch.Tensor):
+        # pinned memory makes the copy to a GPU asynchronous
+        if torch.device(device).type == 'cuda' and not value.is_cuda:
+            value = value.pin_memory()
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list | tuple):
+        # a NamedTuple's constructor takes no list, but its _make does
+        make = getattr(value, '_make', type(value))
+        return make([move(part, device) for part in value])
+    # other values, such as numbers, have no parts
+    parts = value if isinstance(value, dict) else getattr(value, '__dict__', {})
+    for name, part in parts.items():
+        parts[name] = move(part, device)
+    return value

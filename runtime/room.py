@@ -9,6 +9,7 @@ import shutil
 import timeit
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -19,6 +20,7 @@ import model
 from configurator import UserError
 from data import pack
 from hf.quantize import packed_weights
+from runtime import ranks
 from runtime.files import say
 
 MOMENTS = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}  # numbers that the optimizer keeps per trained weight
@@ -34,7 +36,6 @@ def check_room(config, policy, per_token, train, total, packed, max_tokens, othe
 
     per_token(): returns bytes of activations per token; train: Examples; total: examples of the run; packed: no
     padding; others: models in memory besides policy, or None in their place. Returns whether checkpoints fit, too. Collective."""
-    import fsdp
 
     # bytes over all ranks; the exported model lacks ppo.py's value head and critic, which are in its checkpoints
     not_exported = {'critic', 'value_head'}
@@ -44,7 +45,7 @@ def check_room(config, policy, per_token, train, total, packed, max_tokens, othe
     # float32 weights and optimizer state
     numbers_each = 1 + MOMENTS[config['optimizer']]
     checkpoint_bytes = 4 * numbers_each * _count(policy.parameters(), only_trained=True)
-    checkpoints_fit = fsdp.shared(lambda: _check_disk(config, model_bytes, checkpoint_bytes, total))
+    checkpoints_fit = ranks.shared(lambda: _check_disk(config, model_bytes, checkpoint_bytes, total))
 
     # a full GPU raises an error; on a full CPU the system kills the process silently
     if not torch.cuda.is_available():
@@ -113,7 +114,7 @@ def _check_memory(needs, subject, tokens, longest):
     say(f'warning: {text}: the system may kill this process; {advice}')
 
 
-def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='none', frozen=0, device=None):
+def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard='none', frozen=0, device=None):
     """Return the memory needed by one rank as name -> bytes: activations, weights, gradients, optimizer etc.
 
     policy: may be on the meta device; per_token: bytes of activations per token; tokens: of a microbatch; shard: none,
@@ -125,7 +126,7 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, ranks=1, shard='non
     not_trained = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
     fixed_bytes = sum(x.numel() * x.element_size() for x in not_trained)
     # 'grads' and 'full' shard everything but activations and buffers
-    ranks_that_share = 1 if shard == 'none' else ranks
+    ranks_that_share = 1 if shard == 'none' else world_size
     needs = {
         'activations': per_token * tokens,
         'weights': (4 * trained + fixed_bytes) / ranks_that_share,
@@ -170,11 +171,44 @@ def _count_gathered(policy, shard):
     return gathered
 
 
+def save_every_of(stamps, step, total):
+    """Return save_every for 'auto': about SAVE_AFTER seconds worth of examples, or 0 if the run ends before that.
+
+    stamps: end times of the steps so far; before the fourth, the result is 'auto'. total: examples of the run. Collective."""
+    if len(stamps) < 4:
+        return 'auto'
+    # median of three step times, measured on rank 0 so that all ranks agree
+    seconds = ranks.shared(lambda: float(np.median(np.diff(stamps))))
+    every = max(1, round(SAVE_AFTER / seconds)) * (step.seen - step.first)
+    if every >= total - step.seen:
+        return 0
+    say(f'note: a checkpoint every {every:,} examples, about 15 minutes; --save_every=0: none')
+    return every
+
+
+def choose_mode(model, mode, train, half, device, cpu_offload):
+    """Resolve mode 'auto': 'none' if a replica fills at most a quarter of a rank's memory, else 'full'."""
+    if mode != 'auto':
+        return mode
+    if ranks.tp_size() > 1 or cpu_offload:
+        return 'full'
+    if dist.get_world_size() == 1:
+        return 'none'
+    trained = sum(p.numel() for p in model.parameters() if train and p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    # bytes: a trained weight, its gradient and AdamW's two moments are float32
+    needed = 16 * trained + (2 if half else 4) * frozen
+    if device.type == 'cuda':
+        available = torch.cuda.get_device_properties(device).total_memory
+    else:
+        available = machine_memory() / int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return 'none' if needed <= available / 4 else 'full'
+
+
 def choose_max_tokens(config, policy, per_token, train, packed, frozen):
     """Return the largest of BUDGETS whose microbatches fit into every rank's free memory, or the smallest. Collective.
 
     per_token: bytes of activations per token; packed: no padding; frozen: parameters of models still to be loaded."""
-    import fsdp
 
     free = free_memory()
     usable = SAFE[next(policy.parameters()).device.type] * free
@@ -187,7 +221,7 @@ def choose_max_tokens(config, policy, per_token, train, packed, frozen):
 
     fitting = [max_tokens for max_tokens in BUDGETS if bytes_to_come(max_tokens) <= usable]
     # min over ranks = -max of the negatives
-    (negative,) = fsdp.largest([-max(fitting, default=BUDGETS[0])])
+    (negative,) = ranks.largest([-max(fitting, default=BUDGETS[0])])
     max_tokens = -negative
     # on a CPU, check_room() prints the details
     if torch.cuda.is_available():
@@ -199,7 +233,7 @@ def choose_max_tokens(config, policy, per_token, train, packed, frozen):
 def _needs(config, policy, per_token, frozen, tokens):
     """Return estimate() for a microbatch of this many tokens, with the options of this run."""
     options = {'optimizer': config['optimizer'], 'dtype': config['dtype'], 'frozen': frozen}
-    options['ranks'] = dist.get_world_size()
+    options['world_size'] = dist.get_world_size()
     options['shard'] = getattr(policy, 'shard_mode', 'full')
     return estimate(policy, per_token, tokens, **options)
 

@@ -37,8 +37,9 @@ import losses
 import model as models
 from configurator import UserError, configure, main_rank
 from data import make_batches
-from hf import load
-from runtime import room
+from hf import attention, load
+from rl import divergences
+from runtime import ranks, room
 from runtime.files import writing
 from runtime.log import per_second, progress
 from text.examples import Examples
@@ -101,7 +102,7 @@ if estimate_for and model not in SHAPES:
 # fail before the measurement, not after it
 if out and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
     raise UserError(f'cannot write {out}: there is no such folder, or it is one')
-rank, world_size, device = fsdp.setup()
+rank, world_size, device = ranks.setup()
 on_gpu = device.type == 'cuda'
 # TRL is optional, so import it only on request
 if has_trl:
@@ -118,7 +119,7 @@ def build(empty=False, layers=None):
     empty: create it on the meta device, without weights. layers: override the number of layers of a published shape."""
     if model not in SHAPES:
         return load.load_model(model, empty=empty)
-    models.register_attention()
+    attention.register_attention()
     width, depth, heads = SHAPES[model]
     sizes = {'hidden_size': width, 'num_hidden_layers': layers or depth, 'num_attention_heads': heads}
     if model == 'llama-8b':
@@ -139,7 +140,7 @@ def real_pairs(count):
     if not tokenizer and model in SHAPES:
         raise UserError(f'{model} has no tokenizer for --data={data}: give the folder of one with --tokenizer')
     options = {'tokenizer': load.load_tokenizer(tokenizer or model), 'max_length': 512, 'max_prompt_length': 256}
-    pairs = fsdp.first_of_host(lambda: load_examples(data, 'train', task='pairs', **options))
+    pairs = ranks.first_of_host(lambda: load_examples(data, 'train', task='pairs', **options))
     if vocabulary:
         pairs.ids = pairs.ids % vocabulary
     order = np.random.default_rng(seed).permutation(len(pairs))
@@ -218,7 +219,7 @@ class Variant:
         """Build and shard the policy (train=True) or the reference."""
         built = fsdp.shard(build, device, dtype=dtype, mode=shard, train=train)
         fsdp.add_method(built, full_head)
-        models.set_attention(built, packed=not self.pad)
+        attention.set_attention(built, packed=not self.pad)
         return built
 
     def free(self):
@@ -254,7 +255,7 @@ class Variant:
         if has_divergence:
             with torch.no_grad():
                 reference = self.ref.hidden_and_head(batch)
-            pi, divergence, ref_logps = self.policy.response_logps(batch, models.kl, reference)
+            pi, divergence, ref_logps = self.policy.response_logps(batch, divergences.kl, reference)
             values |= {'pi': pi, 'div': divergence}
         else:
             if has_ratio and ref_logps is None:
@@ -296,7 +297,7 @@ class Variant:
         largest = max(batch.ids.numel() for batch in batches)
         # cached variants have freed the reference
         frozen = 0 if self.ref is None else sum(parameter.numel() for parameter in self.ref.parameters())
-        options = {'ranks': world_size, 'shard': self.policy.shard_mode, 'frozen': frozen}
+        options = {'world_size': world_size, 'shard': self.policy.shard_mode, 'frozen': frozen}
         needs = room.estimate(self.policy, self.per_token, largest, optimizer=optimizer, dtype=dtype, **options)
         return gb_without_model + sum(needs.values()) / 1e9
 
@@ -349,12 +350,12 @@ def show_estimates():
     bytes_per_token = []
     for layers in (1, 2):
         small = build(layers=layers).to(getattr(torch, dtype))
-        models.set_attention(small, packed=True)
+        attention.set_attention(small, packed=True)
         forward = partial(models.response_logps, small)
         bytes_per_token.append(room.bytes_per_token(small, forward, examples, packed=True))
     one_layer, two_layers = bytes_per_token
     per_token = one_layer + (meta_model.config.num_hidden_layers - 1) * (two_layers - one_layer)
-    options = {'ranks': world_size, 'device': torch.device('cuda')}
+    options = {'world_size': world_size, 'device': torch.device('cuda')}
     # without --shard, estimate a replicated model
     options['shard'] = 'none' if shard == 'auto' else shard
     # the live reference is a frozen copy of the model
@@ -433,7 +434,7 @@ meta_model = build(empty=True)
 examples = synthetic_pairs(steps.size) if data == 'synthetic' else real_pairs(steps.size)
 if estimate_for:
     show_estimates()
-    fsdp.leave()
+    ranks.leave()
 # memory of the process itself; on a GPU only tensors count
 gb_without_model = 0.0 if on_gpu else peak_memory()
 card = torch.cuda.get_device_name() if on_gpu else 'this CPU'
@@ -477,4 +478,4 @@ if main_rank():
         with writing(out):
             Path(out).write_text(json.dumps(record, indent=1))
 if __name__ == '__main__':
-    fsdp.leave()
+    ranks.leave()

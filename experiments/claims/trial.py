@@ -25,8 +25,9 @@ import model as models
 from configurator import UserError
 from data import make_batches
 from experiments import ROOT
-from hf import generate
+from hf import attention, generate
 from hf.load import load_model, load_tokenizer
+from rl import divergences
 from text import tokenise, toy
 from text.examples import Examples
 
@@ -208,7 +209,7 @@ def measure(trial, folder, work, n_samples):
     margin = gain[::2] - gain[1::2]
     result |= {'accuracy': (margin > 0).double().mean(), 'margin': margin.mean() / margin.std()}
     if options['loss'] in ('dpo', *DIVERGE):
-        forward = columns(policy, reference, pairs.select(slice(500)), models.kl)[1]
+        forward = columns(policy, reference, pairs.select(slice(500)), divergences.kl)[1]
         result |= {'kl_chosen': forward[::2].mean(), 'kl_rejected': forward[1::2].mean()}
     if options['loss'] in ('dpo', 'drdpo'):
         train_pairs = tokenise.load_examples(str(data_file(trial, work)), 'train', tokenizer, 'pairs', **LIMITS)
@@ -240,9 +241,9 @@ def sampled(policy, reference, tokenizer, seed, n_samples):
 def kl_on_samples(policy, reference, prompts, answers):
     """KL(policy || reference) in nats an answer, the mean over the policy's own samples, one to each prompt; all are token ids."""
     for either in (policy, reference):
-        models.set_attention(either, packed=True)
+        attention.set_attention(either, packed=True)
     own = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
-    return columns(policy, reference, own, lambda log_pi, log_ref: models.kl(log_ref, log_pi))[1].mean().item()
+    return columns(policy, reference, own, lambda log_pi, log_ref: divergences.kl(log_ref, log_pi))[1].mean().item()
 
 
 def gradient_shares(policy, reference, pairs, seed, options):

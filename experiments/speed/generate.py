@@ -21,8 +21,9 @@ import transformers
 import fsdp
 from configurator import configure
 from hf import generate
+from hf.attention import set_attention
 from hf.load import load_model, load_tokenizer
-from model import set_attention
+from runtime import ranks
 from text import sources
 from text.tokenise import tokenise_prompts
 
@@ -42,7 +43,7 @@ config = configure(globals())
 # tokens, by SmolLM2's tokenizer, of 797 outputs in AlpacaEval's annotations: the smallest, nine deciles, the largest
 DECILES = [2, 27, 63, 89, 116, 164, 236, 330, 419, 524, 1301]
 
-_, _, device = fsdp.setup()
+_, _, device = ranks.setup()
 tokenizer = load_tokenizer(model)
 rows = sources.load_rows(data, 'test', undivided=True)[0]
 prompts = [rows[i % len(rows)]['prompt'] for i in range(n_examples)]
@@ -131,4 +132,4 @@ with fsdp.unsharded(ours), torch.no_grad():
 plain_time, our_time = (statistics.median(times[1:]) for times in seconds.values())
 print(f'{n_examples} prompts, {batch_size} rows, at most {max_new_tokens} tokens, {lengths} lengths, top_p {top_p}: '
       f'plain {plain_time:.2f} s, ours {our_time:.2f} s, plain / ours {plain_time / our_time:.2f}')  # fmt: skip
-fsdp.leave()
+ranks.leave()

@@ -13,24 +13,24 @@ import torch
 import fsdp
 from configurator import configure, main_rank
 from hf import load
-from runtime import checkpoint
+from runtime import checkpoint, ranks
 
 model = 'toy'  # hub id, local folder, or 'toy'
 n_steps = 3  # how many checkpoints
 folder: str | None = None  # on which disk; None: the temporary folder's
 config = configure(globals())
 
-rank, world, device = fsdp.setup()
+rank, world, device = ranks.setup()
 policy = fsdp.shard(partial(load.load_model, model), device)
 optimizer = fsdp.make_optimizer('AdamW', policy, 1e-4, 0.0)
 for p in policy.parameters():
     p.grad = torch.zeros_like(p)
 optimizer.step()
 optimizer.zero_grad()
-out = fsdp.gather_objects(tempfile.mkdtemp(dir=folder))[0]
+out = ranks.gather_objects(tempfile.mkdtemp(dir=folder))[0]
 pauses, totals = [], []
 for i in range(n_steps):
-    fsdp.gather_objects(None)
+    ranks.gather_objects(None)
     began = time.perf_counter()
     checkpoint.save(out, i, policy, optimizer, {}, 1)
     pauses.append(time.perf_counter() - began)
@@ -49,4 +49,4 @@ if main_rank():
     print(f'pause, waiting            {statistics.median(totals):6.2f} s (largest {max(totals):.2f})')
     print(f'on resume: check the sums {checked:6.2f} s, load {loaded:.2f} s')
     shutil.rmtree(out)
-fsdp.leave()
+ranks.leave()

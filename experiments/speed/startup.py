@@ -32,11 +32,11 @@ from hf import load
 lap('import model, fsdp, load')
 from data import make_batches, pack_probe
 from hf import generate, probe, reference  # noqa: F401
-from runtime import checkpoint  # noqa: F401
+from runtime import checkpoint, ranks  # noqa: F401
 from text.tokenise import load_examples
 
 lap('import the rest')
-rank, world, device = fsdp.setup()
+rank, world, device = ranks.setup()
 lap('process group')
 tokenizer = load.load_tokenizer('toy')
 lap('tokenizer')
@@ -54,4 +54,4 @@ batches, *_ = make_batches(examples, np.arange(64), rank, world, 16384)
 policy.response_logps(batches[0]).sum().backward()
 fsdp.update(policy, optimizer, 1e-4, 1.0, 1.0)
 lap('first step')
-fsdp.leave()
+ranks.leave()

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fsdp
 from configurator import UserError
 from hf.load import load_model, load_tokenizer
+from runtime import ranks
 from tests.helpers import cut_short, run_script, silent
 from training import Run
 
@@ -99,7 +100,7 @@ def steps(file, script, *flags):
     finally:
         fsdp.update = update
     collectives = [after - before for before, after in zip(seen, seen[1:], strict=False)]
-    found = {'collectives': collectives, 'copies': len(set(fsdp.gather_objects(copies[0])))}
+    found = {'collectives': collectives, 'copies': len(set(ranks.gather_objects(copies[0])))}
     on_first_rank(Path(file).write_text, json.dumps(found))
 
 
@@ -130,4 +131,4 @@ def rank(plan, said, environment):
     with open(said, 'w') as file:
         os.dup2(file.fileno(), 2)
     follow(plan)
-    fsdp.leave()
+    ranks.leave()

@@ -15,7 +15,7 @@ from ties import same_runs, same_weights
 import data
 import losses
 from hf import load
-from model import set_attention
+from hf.attention import set_attention
 from text import tokenise, toy
 
 ONE, MANY = 4096, 110  # tokens of a microbatch: the whole step, or two or three pairs

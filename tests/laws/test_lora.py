@@ -17,6 +17,8 @@ import model
 from configurator import UserError
 from hf import lora
 from hf.load import load_model
+from rl import divergences
+from runtime import ranks
 
 COMMON = ['--batch_size=12', '--n_examples=24', '--n_eval_examples=8', '--do_first_eval=false', '--warmup_steps=1',
           '--max_grad_norm=0.5', '--seed=3', '--max_length=64', '--max_prompt_length=32']  # fmt: skip
@@ -223,19 +225,19 @@ def trained(policy):
 
 
 def test_adapters_off_equal_the_base_exactly(tmp_path):
-    device = fsdp.setup()[2]
+    device = ranks.setup()[2]
     build = partial(load_model, tiny_model(tmp_path, 'llama'))
     policy = trained(fsdp.shard(partial(build, adapters=OPTIONS), device, cpu_offload=True))
     base = fsdp.shard(build, device, train=False, cpu_offload=True)
     prompt, answers = torch.arange(5, 8).numpy(), [torch.arange(8, 12).numpy(), torch.arange(12, 14).numpy()]
     batch = data.pack([(prompt, answers)], [0])
     with torch.no_grad():
-        expected = base.response_logps(batch, model.kl, base.hidden_and_head(batch))
+        expected = base.response_logps(batch, divergences.kl, base.hidden_and_head(batch))
         assert not policy.response_logps(batch)[0].equal(expected[0])
         with lora.adapters_off(policy):
             assert policy.response_logps(batch)[0].equal(expected[0])
             reference = policy.hidden_and_head(batch)
-    ours = policy.response_logps(batch, model.kl, reference)
+    ours = policy.response_logps(batch, divergences.kl, reference)
     assert ours[2].equal(expected[0]) and (ours[1] > 0.01).all()
     ours[0].sum().backward()
     for name, p in policy.named_parameters():

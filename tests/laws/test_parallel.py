@@ -8,7 +8,6 @@ import transformers
 from helpers import launch, metrics, read_jsonl, run_script, same_bits, tensors, tiny_model
 from ties import same_runs, same_weights
 
-import fsdp
 from configurator import UserError
 from runtime import room
 from text import toy
@@ -154,9 +153,9 @@ def test_which_models_are_replicated(monkeypatch, ranks, gigabytes, half, train,
     monkeypatch.setenv('LOCAL_WORLD_SIZE', f'{ranks}')
     monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: ranks)
     monkeypatch.setattr(room, 'machine_memory', lambda: gigabytes and gigabytes * 1e9)
-    assert fsdp._choose_mode(model, 'auto', train, half, device, False) == mode
-    assert fsdp._choose_mode(model, 'grads', train, half, device, False) == 'grads'
-    assert fsdp._choose_mode(model, 'auto', train, half, device, True) == 'full'
+    assert room.choose_mode(model, 'auto', train, half, device, False) == mode
+    assert room.choose_mode(model, 'grads', train, half, device, False) == 'grads'
+    assert room.choose_mode(model, 'auto', train, half, device, True) == 'full'
 
 
 def test_device_map_is_for_one_process(monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ import fsdp
 from configurator import UserError
 from hf import lora, quantize
 from hf.load import load_model
+from runtime import ranks
 
 pytest.importorskip('bitsandbytes', reason='bitsandbytes is not installed: pip install bitsandbytes')
 ADAPTERS = {'rank': 4, 'alpha': 16.0, 'dropout': 0.0, 'targets': 'q_proj v_proj', 'quantize': '4bit'}
@@ -39,7 +40,7 @@ def test_layer(bias):
 
 def test_log_probs(tmp_path):
     """The packed forward gives those of the dequantised model, adapters on or off; all linear layers of the blocks are in 4 bits."""
-    device = fsdp.setup()[2]
+    device = ranks.setup()[2]
     with pytest.raises(UserError, match='the layers of GPT-2 are no torch.nn.Linear'):
         load_model(tiny_model(tmp_path / 'gpt2', 'gpt2'), adapters=ADAPTERS | {'targets': None})
     base = tiny_model(tmp_path / 'llama', 'llama')

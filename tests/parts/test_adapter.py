@@ -11,11 +11,10 @@ import transformers
 from helpers import refused, tensors, tiny_model
 from safetensors.torch import save_file
 
-import fsdp
 from configurator import UserError
 from hf import load, lora
 from hf.ties import ties
-from runtime import hub
+from runtime import hub, ranks
 from text import toy
 
 RANK = {'rank': 4, 'alpha': 16.0, 'dropout': 0.0, 'targets': None}
@@ -27,7 +26,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lora, '_found', {})
     lora.say_once.cache_clear()
-    fsdp.setup()
+    ranks.setup()
 
 
 def write(kind='llama', reward=False, folder='run/adapter', **options):

@@ -13,8 +13,8 @@ import transformers as hf
 from helpers import metrics, run_script, write_jsonl
 from test_model import ALL, GROUPED, NONE, PACKED, randomise
 
-import model
 from configurator import UserError
+from hf import attention
 from text import toy
 
 BETA, LR = 0.3, 0.5
@@ -104,7 +104,7 @@ def test_one_step_and_the_folder_it_leaves(name, tmp_path, capsys):
     tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert tied == bool(getattr(loaded.config, 'tie_word_embeddings', False))
     ids = torch.arange(30)[None]
-    with torch.no_grad(), model.padded_attention(policy):
+    with torch.no_grad(), attention.padded_attention(policy):
         ours = policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         assert (loaded(ids, use_cache=False).logits - ours).abs().max() < 1e-4 * ours.abs().max()
 

@@ -23,10 +23,10 @@ import model
 import training
 from configurator import Config, UserError
 from data import steps
-from hf import export, generate
+from hf import export, generate, parallel
 from hf.load import load_model, load_tokenizer
 from rl import formulas
-from runtime import checkpoint, files, guard, log, room
+from runtime import checkpoint, files, guard, log, ranks, room
 from text import toy
 from text.examples import Examples
 from text.tokenise import load_examples
@@ -234,7 +234,7 @@ def test_a_save_that_fails_surfaces_at_the_next_step(tmp_path, monkeypatch, whol
 
 
 def test_a_failed_save_ends_the_step_that_sees_it(monkeypatch):
-    fsdp.setup()
+    ranks.setup()
     pending = futures.Future()
     pending.set_exception(UserError('a full disk'))
     monkeypatch.setattr(checkpoint, '_pending', pending)
@@ -366,7 +366,7 @@ def test_a_checkpoint_is_not_written_twice(monkeypatch):
     said, code = [], []
     monkeypatch.setattr(guard, 'stop_asked', lambda: guard.SAVED)
     monkeypatch.setattr(checkpoint, 'wait', lambda: said.append('wait'))
-    monkeypatch.setattr(fsdp, 'leave', code.append)
+    monkeypatch.setattr(ranks, 'leave', code.append)
     guard.boundary(lambda: said.append('save'), lambda: said.append('close'), already_started=True)
     guard.boundary(lambda: said.append('save'), lambda: said.append('close'))
     assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
@@ -432,13 +432,11 @@ def test_room_on_the_disk(tmp_path, monkeypatch, capsys, every, free, fits):
 @pytest.mark.parametrize(('total', 'every'), [(131, 90), (130, 0)])
 def test_auto_saves_every_15_minutes_of_a_longer_run(monkeypatch, capsys, total, every):
     """Steps of 10 examples take 100 seconds; after four of them, 40 examples, more than 90 must be left."""
-    monkeypatch.setattr(training.time, 'time', iter(range(0, 400, 100)).__next__)
-    monkeypatch.setattr(fsdp, 'shared', lambda fn: fn())
-    run = types.SimpleNamespace(stamps=[], save_every='auto', total=total)
-    for first in range(0, 40, 10):
-        assert run.save_every == 'auto'
-        training.Run.choose_save_every(run, types.SimpleNamespace(first=first, seen=first + 10))
-    assert run.save_every == every
+    monkeypatch.setattr(ranks, 'shared', lambda fn: fn())
+    for n_steps in range(1, 5):
+        step = types.SimpleNamespace(first=10 * n_steps - 10, seen=10 * n_steps)
+        found = room.save_every_of(list(range(0, 100 * n_steps, 100)), step, total)
+        assert found == ('auto' if n_steps < 4 else every)
     assert ('a checkpoint every 90 examples' in capsys.readouterr().out) == bool(every)
 
 
@@ -609,6 +607,21 @@ def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, case):
             assert row[key] == pytest.approx(expected[key], rel=1e-4)
 
 
+def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
+    """compute() halves max_tokens in one thread while another prepares a step: the step says for which limit it was made."""
+    examples = Examples.of([(np.arange(3), [np.arange(2)])])
+    run = types.SimpleNamespace(max_tokens=64, layout={}, rank=0, world=1)
+
+    def halves_meanwhile(*_, max_tokens, **options):
+        run.max_tokens = 32
+        return [f'microbatches of {max_tokens}'], 5, 5
+
+    run.make_batches = functools.partial(training.Run.make_batches, run)
+    monkeypatch.setattr(training, 'make_batches', halves_meanwhile)
+    step = training.Run.prepare(run, examples, 0, np.array([0]))
+    assert (step.batches, step.max_tokens, run.max_tokens) == (['microbatches of 64'], 64, 32)
+
+
 @pytest.mark.parametrize(('free', 'size'), [(10**12, 16384), (77_000_000, 12288), (1000, 1024)])
 def test_auto_is_the_largest_that_fits(monkeypatch, whole, free, size):
     layers = torch.nn.Linear(4, 8)
@@ -623,10 +636,9 @@ def test_auto_is_the_largest_that_fits(monkeypatch, whole, free, size):
 
 @pytest.mark.parametrize(('costs', 'noted'), [(0.3, False), (40, True)])
 def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted):
-    monkeypatch.setattr(training, 'dtype', 'bfloat16')
     monkeypatch.setattr(room, 'bfloat16_costs', lambda: costs)
-    config = Config({'tf32': False, 'deterministic': False})
-    training.choose_arithmetic(config, torch.device('cpu'))
+    config = Config({'tf32': False, 'deterministic': False, 'dtype': 'bfloat16', 'device_map': None})
+    parallel.choose_arithmetic(config, torch.device('cpu'))
     assert ('40 times as long for bfloat16 as for float32: --dtype=float32' in capsys.readouterr().out) == noted
 
 

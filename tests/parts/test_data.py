@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import data
 from configurator import UserError
+from hf import attention
 from runtime.prefetch import prefetch
 from text import sources, tokenise, toy
 from text.examples import Examples, uniform_hash
@@ -784,10 +785,10 @@ def test_pack(groups, layout):
 @given(GROUPS, st.sampled_from([None, 1, 2, 5]), st.sampled_from([0, 30, 10_000]))
 def test_blocks(groups, window, small):
     """Blocks cut the row into its groups; a mask lets a token see its prompt and its own answer so far."""
-    batch, before = packed(groups), data.MAX_BLOCK_TOKENS
-    data.MAX_BLOCK_TOKENS = small
+    batch, before = packed(groups), attention.MAX_BLOCK_TOKENS
+    attention.MAX_BLOCK_TOKENS = small
     blocks = batch.blocks
-    data.MAX_BLOCK_TOKENS = before
+    attention.MAX_BLOCK_TOKENS = before
     assert [group for block in blocks for group in block.groups] == batch.groups
     for block in blocks:
         tokens = sum(prompt + sum(answers) for prompt, answers in block.groups)

@@ -6,9 +6,9 @@ import torch
 import transformers
 from helpers import metrics, read_jsonl, run_script
 
-import fsdp
 from feedback import score
 from hf import generate, load
+from runtime import ranks
 from text import toy
 
 EOS = toy.tokenizer().eos_token_id
@@ -112,7 +112,7 @@ def test_what_was_sampled_is_trained_on_scored_and_counted(folders, raw, tmp_pat
 
 def test_scores_know_other_ends(folders):
     """score.scores appends the end of text to an answer that does not end; what counts as an end is told."""
-    fsdp.setup()
+    ranks.setup()
     scorer, tokenizer = score.load_scorer(str(folders / 'reward'), torch.device('cpu'))
     found = score.scores(scorer, tokenizer, [([1, 2], [3, 100]), ([1, 2], [3, 100, EOS])], 4096)
     assert found[0] == pytest.approx(found[1], abs=1e-5)

@@ -9,8 +9,8 @@ from helpers import read_jsonl
 
 import data
 import fsdp
-import model
-from hf import generate
+from hf import attention, generate
+from runtime import ranks
 
 # fmt: off
 VOCAB, EOS = 13, 12
@@ -32,7 +32,7 @@ PROMPTS = [[3], [5, 1, 7, 2, 9, 9, 4], [8, 8], [1, 2, 3, 4]]
 
 
 def build(name='llama', empty=False):
-    model.register_attention()
+    attention.register_attention()
     with torch.device('meta' if empty else 'cpu'), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(name, **(CONFIGS | {'mamba': MAMBA})[name])
@@ -211,7 +211,7 @@ def test_leaves_the_model_as_it_was(before):
 
 
 def test_sharded(tmp_path, monkeypatch):
-    device = fsdp.setup()[2]
+    device = ranks.setup()[2]
     plain = build()
     net = fsdp.shard(build, device, cpu_offload=True)
     modules = [m for m in net.modules() if hasattr(m, 'unshard')]
@@ -233,7 +233,7 @@ def test_sharded(tmp_path, monkeypatch):
     expected = sample(plain, PROMPTS, seeds)
     assert generate.sample(net, TOKENIZER, PROMPTS, seeds, max_new_tokens=12) == expected
     for r, mine in enumerate(([1, 0], [3], [2])):
-        monkeypatch.setattr(fsdp, 'data_rank', lambda r=r: (r, 3))
+        monkeypatch.setattr(ranks, 'data_rank', lambda r=r: (r, 3))
         found = generate.sample(net, TOKENIZER, PROMPTS, seeds, max_new_tokens=12)
         assert found == [answer if i in mine else None for i, answer in enumerate(expected)]
 
@@ -249,7 +249,7 @@ def test_sharded(tmp_path, monkeypatch):
 def test_a_trained_step_after_sampling():
     """Sampling between two steps changes neither their gradients nor what the optimizer sees."""
     batch = data.pack([(torch.tensor(PROMPTS[1]).numpy(), [torch.tensor(PROMPTS[3]).numpy()])], [0])
-    norms, device = [], fsdp.setup()[2]
+    norms, device = [], ranks.setup()[2]
     for sampling in (False, True):
         net = fsdp.shard(build, device, cpu_offload=True)
         optimizer = fsdp.make_optimizer('AdamW', net, 0.01, 0.0)

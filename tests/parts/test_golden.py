@@ -26,7 +26,7 @@ from helpers import LOSSES, with_ratios
 
 import losses
 import model
-from rl import formulas
+from rl import divergences, formulas
 
 HERE = Path(__file__).resolve().parent
 SMALL, FULL = HERE / 'golden_small.json', HERE.parents[2] / 'shared/golden/losses_golden.json'
@@ -381,12 +381,12 @@ def sft_from_logits(case, x, h):
 
 def tdpo(case, x, h):
     """TDPO and Ra-DPO with the risk of its published code, from logits."""
-    divergence = model.kl
+    divergence = divergences.kl
     if 'confidence_level' in h:
         parts = 2 if h['is_split_risk_ratio'] else 1
-        divergence = partial(model.RISKS['released'], mu=h['confidence_level'], parts=parts)
+        divergence = partial(divergences.RISKS['released'], mu=h['confidence_level'], parts=parts)
     second = h.get('if_tdpo2') or h.get('if_ra_dpo2')
-    c, kl = columns_from_logits(x, divergence), columns_from_logits(x, model.kl)
+    c, kl = columns_from_logits(x, divergence), columns_from_logits(x, divergences.kl)
     name = ('radpo' if 'confidence_level' in h else 'tdpo') + ('2' if second else '1')
     l = loss(name, c, beta=h['beta'], **({'alpha': h['alpha']} if second else {}))
     # the original's rewards have no alpha, in version 2 neither; ours compared with alpha = 1

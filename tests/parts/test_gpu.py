@@ -11,10 +11,9 @@ from helpers import ROOT, python
 from torch.utils._pytree import tree_leaves
 
 import data
-import fsdp
-import training
-from configurator import UserError
-from runtime import guard, log
+from configurator import Config, UserError
+from hf import parallel
+from runtime import guard, prefetch, ranks
 
 PAIRS = [(np.arange(3), [np.arange(2), np.arange(4)]), (np.arange(5), [np.arange(1), np.arange(2)])]
 
@@ -42,7 +41,7 @@ def test_a_microbatch_is_copied_from_pinned_memory(pad, monkeypatch):
 
 def test_move_keeps_what_holds_the_tensors():
     layout = types.SimpleNamespace(a=torch.ones(2), rest=[(torch.ones(1), 3)], number=1)
-    assert data.move(layout, 'meta') is layout and layout.number == 1
+    assert prefetch.move(layout, 'meta') is layout and layout.number == 1
     assert layout.a.is_meta and layout.rest[0][0].is_meta and layout.rest[0][1] == 3
 
 
@@ -54,7 +53,7 @@ def test_more_processes_than_gpus(monkeypatch):
     for local_rank in (0, 2):
         monkeypatch.setenv('LOCAL_RANK', str(local_rank))
         with pytest.raises(UserError, match='3 processes .* 2 GPUs.*--nproc_per_node=2') as info:
-            fsdp.setup()
+            ranks.setup()
         assert info.value.of_this_rank == (local_rank == 0)
 
 
@@ -69,7 +68,7 @@ def test_memory_that_grows_in_place():
     assert done.stdout.splitlines() == ['expandable_segments:True None', 'mine None', 'None mine'], done.stderr
 
 
-class Options(dict):
+class Options(Config):
     def ignored(self, names, why):
         self.said = [*self.said, *names]
 
@@ -81,15 +80,13 @@ def arithmetic(monkeypatch):
     monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda x: told.update(precision=x))
     monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda x: told.update(deterministic=x))
     monkeypatch.setattr(torch.utils.deterministic, 'fill_uninitialized_memory', True, raising=False)
-    monkeypatch.setattr(log, 'say', said.append)
+    monkeypatch.setattr(parallel, 'say', said.append)
     monkeypatch.setattr(os, 'environ', {})
 
     def choose(device, **options):
-        config = Options({'tf32': False, 'deterministic': False, 'dtype': 'float32'} | options)
+        config = Options({'tf32': False, 'deterministic': False, 'dtype': 'float32', 'device_map': None} | options)
         config.said = []
-        for name, value in config.items():
-            monkeypatch.setattr(training, name, value)
-        training.choose_arithmetic(config, torch.device(device))
+        parallel.choose_arithmetic(config, torch.device(device))
         return told, said, config.said
 
     return choose

@@ -17,10 +17,9 @@ import pytest
 from helpers import cut_short, end_process_group, metrics, python, read_jsonl, refused, run_script, write_jsonl
 
 import configurator
-import fsdp
 import training
 from hf import load
-from runtime import guard, log
+from runtime import guard, log, ranks
 from runtime.metrics import meaning
 from text.examples import in_words
 
@@ -47,7 +46,7 @@ def test_an_out_dir_that_cannot_be_looked_into(monkeypatch):
     def closed(path):
         raise PermissionError(13, 'Permission denied', str(path))
 
-    fsdp.setup()
+    ranks.setup()
     monkeypatch.setattr(log.Path, 'exists', closed)
     for check in (partial(log.check_out_dir, 'theirs/out', {}, True), partial(guard.begin, 'theirs/out', {}, True)):
         with pytest.raises(configurator.UserError, match='cannot write to out_dir theirs/out: Permission denied'):
@@ -323,7 +322,7 @@ def test_what_was_left_out_is_a_sentence_and_its_notes_are_notes():
 def test_the_default_warm_up_is_at_most_a_tenth_of_the_run(capsys, given, total, steps):
     config = configurator.Config({'warmup_steps': 150, 'batch_size': 64})
     config.origin = {'warmup_steps': given}
-    assert training.Run.warmup(SimpleNamespace(config=config, total=total)) == steps
+    assert log.warmup_steps(config, total) == steps
     assert ('a tenth of this short run' in capsys.readouterr().out) == (steps < 150)
 
 

@@ -23,8 +23,9 @@ import data
 import fsdp
 import model
 from configurator import UserError
-from hf import export, load, lora, probe, ties, varlen
-from runtime import room
+from hf import attention, export, load, lora, probe, ties
+from rl import divergences
+from runtime import ranks, room
 from runtime.rmsprop import rmsprop_
 from text import toy
 
@@ -92,7 +93,7 @@ def randomise(net, seed=0):
 
 
 def tiny(name, seed=0, dtype=torch.float32, settings=None):
-    model.register_attention()
+    attention.register_attention()
     net = hf.AutoModelForCausalLM.from_config(settings or config(name), dtype=torch.float32)
     net = randomise(net, seed).to(dtype).eval()
     net.set_attn_implementation('packed')
@@ -166,7 +167,7 @@ def test_log_probs_and_gradients(name, layout, shape):
     expected = plain_logps(net, shape)
     expected_grads = gradients(net, expected)
     batch = pack(shape, **LAYOUTS[layout])
-    model.set_attention(net, packed=layout != 'padded')
+    attention.set_attention(net, packed=layout != 'padded')
     values = net.response_logps(batch)
     assert values.dtype == torch.float32 and values.shape == (1, len(expected))
     assert_close(values[0], expected)
@@ -179,7 +180,7 @@ def test_log_probs_and_gradients(name, layout, shape):
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_a_filler_changes_nothing(layout):
     net = tiny('gpt_neox')
-    model.set_attention(net, packed=layout != 'padded')
+    attention.set_attention(net, packed=layout != 'padded')
     for filler in (1, 2):
         batch = data.pack([], [], filler=filler, **LAYOUTS[layout])
         values = net.response_logps(batch)[0]
@@ -229,10 +230,10 @@ def test_can_pack(name, dtype):
 
 
 @pytest.fixture
-def attention():
+def register():
     """Another function in place of packed_attention, for a while."""
     yield partial(hf.AttentionInterface.register, 'packed')
-    model.register_attention()
+    attention.register_attention()
 
 
 # fmt: off
@@ -242,12 +243,12 @@ def attention():
     (ValueError('unknown mask'), None), (RuntimeError('shapes do not match'), None),
 ])
 # fmt: on
-def test_what_is_not_the_fault_of_the_architecture_is_raised(error, raised, attention):
+def test_what_is_not_the_fault_of_the_architecture_is_raised(error, raised, register):
     def fails(*args, **rest):
         raise error
 
     net = tiny('llama')
-    attention(fails)
+    register(fails)
     if raised is None:
         found, said = can_pack(net)
         assert not found and str(error) in said
@@ -257,36 +258,36 @@ def test_what_is_not_the_fault_of_the_architecture_is_raised(error, raised, atte
 
 
 def test_a_bug_of_ours_is_raised(monkeypatch):
-    monkeypatch.setattr(model, '_attend', None)
+    monkeypatch.setattr(attention, '_attend', None)
     with pytest.raises(TypeError):
         can_pack(tiny('llama'))
 
 
 def sees_everything(module, query, *args, packed, **rest):
-    whole = types.SimpleNamespace(blocks=[data.Block([(1, (query.shape[2] - 1,))])])
-    return model.packed_attention(module, query, *args, packed=whole, **rest)
+    whole = types.SimpleNamespace(blocks=[attention.Block([(1, (query.shape[2] - 1,))])])
+    return attention.packed_attention(module, query, *args, packed=whole, **rest)
 
 
 def no_window(*args, sliding_window=None, **rest):
-    return model.packed_attention(*args, **rest)
+    return attention.packed_attention(*args, **rest)
 
 
 def no_cap(*args, softcap=None, **rest):
-    return model.packed_attention(*args, **rest)
+    return attention.packed_attention(*args, **rest)
 
 
 def hardly_wrong(*args, scaling, **rest):
-    return model.packed_attention(*args, scaling=1.02 * scaling, **rest)
+    return attention.packed_attention(*args, scaling=1.02 * scaling, **rest)
 
 
 WRONG = [('llama', sees_everything), ('mistral', no_window), ('gemma2', no_cap), ('llama', hardly_wrong)]
 
 
 @pytest.mark.parametrize(('name', 'wrong'), WRONG)
-def test_a_wrong_attention_is_noticed(name, wrong, attention):
+def test_a_wrong_attention_is_noticed(name, wrong, register):
     net = tiny(name)
     assert probe.deviation(net, *probed())[0] < 1e-6
-    attention(wrong)
+    register(wrong)
     assert 2e-4 < probe.deviation(net, *probed())[0] < (0.01 if wrong is hardly_wrong else math.inf)
     assert not can_pack(net)[0]
 
@@ -368,8 +369,8 @@ def test_scaled_rotary_positions_when_sharded(half, saved, device):
 
 # ---- divergences ----
 
-DIVERGENCES = {'kl': model.kl, 'cvar': partial(model.cvar, mu=0.6), 'erm': partial(model.erm, mu=0.9)}
-DIVERGENCES['released'] = partial(model.released, mu=0.7)
+DIVERGENCES = {'kl': divergences.kl, 'cvar': partial(divergences.cvar, mu=0.6), 'erm': partial(divergences.erm, mu=0.9)}
+DIVERGENCES['released'] = partial(divergences.released, mu=0.7)
 # not released, which is not continuous, with Gemma 2, which has no float64 forward to compare with
 OF_MODELS = [(n, d) for n in ('llama', 'gpt_neox', 'phi', 'cohere', 'gemma2') for d in DIVERGENCES][:-1]
 
@@ -386,7 +387,7 @@ def test_divergences(name, which, layout):
 
     batch = pack(PAIRS, **layout)
     for net in (policy, ref):
-        model.set_attention(net, packed='pad' not in layout)
+        attention.set_attention(net, packed='pad' not in layout)
     with torch.no_grad():
         reference = model.hidden_and_head(ref, batch)
         ref_logps = ref.response_logps(batch)[0]
@@ -483,7 +484,7 @@ def test_no_tensor_of_tokens_times_vocabulary(tied, monkeypatch):
 
 @pytest.fixture(scope='module')
 def device():
-    return fsdp.setup()[2]
+    return ranks.setup()[2]
 
 
 @pytest.fixture(scope='module')
@@ -520,7 +521,7 @@ def test_sharded_model_is_the_plain_one(name, saved, device):
     plain.response_logps = types.MethodType(model.response_logps, plain)
     assert can_pack(net)[0] == packed
     for each in (plain, net):
-        model.set_attention(each, packed)
+        attention.set_attention(each, packed)
     batch = pack(PAIRS, pad=not packed)
     values, grads = same_grads(net, batch)
     expected, expected_grads = same_grads(plain, batch)
@@ -541,7 +542,7 @@ def test_bfloat16(name, saved, device):
         reference = ref.hidden_and_head(batch)
     values, grads = same_grads(policy, batch)
     assert values.dtype == torch.float32 and values.equal(expected)  # rewards of exactly 0 at step 0
-    both = policy.response_logps(batch, model.kl, reference)
+    both = policy.response_logps(batch, divergences.kl, reference)
     assert both[0].equal(both[2]) and not both[1].any()
     assert {g.dtype for g in grads.values()} == {torch.float32}
     wide, wide_grads = same_grads(fsdp.shard(build, device, cpu_offload=True), batch)
@@ -604,21 +605,21 @@ def test_bfloat16_begins_off_the_ties(saved, device):
 
 @pytest.mark.parametrize('dropout', [0.0, 0.1])
 @pytest.mark.parametrize('name', ['gpt2', 'llama', 'gpt_neox'])
-def test_activation_checkpointing(name, dropout, saved, device, attention):
+def test_activation_checkpointing(name, dropout, saved, device, register):
     keys = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop') if name == 'gpt2' else ('attention_dropout',)
     build, calls = saved(name, **dict.fromkeys(keys, dropout)), []
 
     def counted(*args, **rest):
         calls.append(rest.get('dropout'))
-        return model.packed_attention(*args, **rest)
+        return attention.packed_attention(*args, **rest)
 
     results = []
     for checkpointing in (False, True, 'selective'):
         net = fsdp.shard(build, device, cpu_offload=True, activation_checkpointing=checkpointing)
-        attention(counted)
+        register(counted)
         calls.clear()
         results += [same_grads(net, pack(PAIRS)) for _ in range(2)]
-        model.register_attention()
+        attention.register_attention()
         assert len(calls) == 2 * (4 if checkpointing is True else 2)  # two layers, recomputed in backward
         assert not any(m.training for m in net.modules() if isinstance(m, torch.nn.Dropout))
     for values, _ in results[1:]:
@@ -792,16 +793,16 @@ def test_the_kernel_gets_what_the_loop_computes(heads, old, window, shape, monke
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, batch.ids.numel(), 8, generator=generator) for h in (4, heads, heads))
     options = {'scaling': 0.3, 'sliding_window': window, 'packed': batch}
-    loop, _ = model.packed_attention(None, q, k, v, None, **options)
+    loop, _ = attention.packed_attention(None, q, k, v, None, **options)
     assert loop.shape == (1, batch.ids.numel(), 4, 8) and not calls
     # each answer by itself, as in large groups
-    monkeypatch.setattr(data, 'MAX_BLOCK_TOKENS', 0)
-    alone, _ = model.packed_attention(None, q, k, v, None, **options | {'packed': pack(shape)})
+    monkeypatch.setattr(attention, 'MAX_BLOCK_TOKENS', 0)
+    alone, _ = attention.packed_attention(None, q, k, v, None, **options | {'packed': pack(shape)})
     assert_close(alone, loop, 1e-6)
-    batch.varlen = data.Varlen(batch.groups)
+    batch.varlen = attention.Varlen(batch.groups)
     # a tensor that lies about its type cannot be read by words
-    monkeypatch.setattr(varlen, '_rows', lambda x, index: x.as_subclass(torch.Tensor)[index])
-    out, weights = model.packed_attention(None, *(x.as_subclass(OnCuda) for x in (q, k, v)), None, **options)
+    monkeypatch.setattr(attention, '_rows', lambda x, index: x.as_subclass(torch.Tensor)[index])
+    out, weights = attention.packed_attention(None, *(x.as_subclass(OnCuda) for x in (q, k, v)), None, **options)
     assert calls == [heads == 2 and not old] and weights is None
     assert_close(out, loop, 1e-6)
 
@@ -811,18 +812,18 @@ def test_the_kernel_gets_what_the_loop_computes(heads, old, window, shape, monke
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_gathered_keys(dtype, strided, width):
     """Rows, and the sums of their gradients, as by plain indexing: keys lie as a rotary embedding leaves them, values inside qkv."""
-    layout = data.Varlen([(3, (2, 4)), (5, (1,)), (2, (2, 1, 3))])
+    layout = attention.Varlen([(3, (2, 4)), (5, (1,)), (2, (2, 1, 3))])
     n = 3 + 6 + 6 + 2 + 6
     x = torch.randn(1, n, 4, 3 * width).to(dtype)
     x = x[..., 2 * width :] if strided else x[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
     ours, plain = (x[0].detach().requires_grad_() for _ in range(2))
-    gathered = varlen.Gather.apply(ours, layout)
+    gathered = attention.Gather.apply(ours, layout)
     assert torch.equal(gathered, plain[layout.gather])
     slope = torch.randn_like(gathered.float()).to(dtype)
     gathered.backward(slope)
     plain.double()[layout.gather].backward(slope.double())
     assert_close(ours.grad.float(), plain.grad.float(), 0.02 if dtype == torch.bfloat16 else 1e-6)
-    assert data.Varlen([(3, (2,)), (5, (1,))]).gather is None
+    assert attention.Varlen([(3, (2,)), (5, (1,))]).gather is None
 
 
 @pytest.mark.parametrize('weight_decay', [0.0, 0.1])

@@ -13,8 +13,10 @@ from helpers import ROOT, metrics, run_script, same_bits, write_jsonl
 import data
 import model as models
 from experiments.claims.trial import columns
+from hf import attention
 from hf.generate import generate, stop_tokens
 from hf.load import load_model, load_reward, load_tokenizer, separate_pad
+from rl import divergences
 from rl.heads import response_scores
 from text.tokenise import load_examples, tokenise_prompts
 
@@ -52,7 +54,7 @@ def packed_and_padded(model, examples, function):
     """function(model, batch) of the examples packed, and padded."""
     found = []
     for pad in (False, True):
-        models.set_attention(model, packed=not pad)
+        attention.set_attention(model, packed=not pad)
         items = [examples[i] for i in range(len(examples))]
         found.append(function(model, data.pack(items, range(len(items)), pad=pad)))
     return found
@@ -72,9 +74,9 @@ def train(pairs, out_dir, *flags):
 def kl_between(policy, reference, examples):
     """KL(reference || policy), in nats, at the tokens of the examples' answers: exact, so never below 0."""
     for either in (policy, reference):
-        models.set_attention(either, True)
+        attention.set_attention(either, True)
     with torch.no_grad():
-        return columns(policy, reference, examples, models.kl)[1]
+        return columns(policy, reference, examples, divergences.kl)[1]
 
 
 def test_a_step(pairs, examples, original, tmp_path):

@@ -12,11 +12,11 @@ from helpers import metrics, run_script, tiny_model, write_jsonl
 
 import data
 import fsdp
-import model
 from configurator import UserError
 from feedback import score
-from hf import export, load, probe
+from hf import attention, export, load, probe
 from rl import heads
+from runtime import ranks
 from text import tokenise, toy
 from text.examples import in_words
 
@@ -30,7 +30,7 @@ LAYOUTS = ({}, {'share_prefix': False}, {'pad': True})
 
 @pytest.fixture(scope='module', autouse=True)
 def process_group():
-    fsdp.setup()
+    ranks.setup()
 
 
 @pytest.fixture(scope='module')
@@ -75,7 +75,7 @@ def test_scores_and_gradients_are_those_of_transformers(folders, name):
         grads = torch.autograd.grad((weights * scores).sum(), list(net.parameters()), allow_unused=True)
         return torch.cat([g.flatten() for g in grads if g is not None])
 
-    model.set_attention(net, packed=False)
+    attention.set_attention(net, packed=False)
     expected = plain_scores(net, tokenizer, items_of(examples))
     slope = gradient(expected)
     single = [net(input_ids=torch.tensor([[*p, *a]])).logits[0, 0].item() for p, a in items_of(examples)]
@@ -83,7 +83,7 @@ def test_scores_and_gradients_are_those_of_transformers(folders, name):
     for options in LAYOUTS:
         batch = data.pack(examples, range(4), **options)
         assert (batch.ids.flatten()[batch.last] == EOS).all()
-        model.set_attention(net, packed='pad' not in options)
+        attention.set_attention(net, packed='pad' not in options)
         scores = heads.response_scores(net, batch)
         assert scores.dtype == torch.float32 and scores._base is None  # FSDP2 cannot hook a view
         assert (scores - expected).abs().max() < 1e-5, options
@@ -122,7 +122,7 @@ def test_exported_folder_is_plain_transformers(folders, name, tmp_path, capsys):
     assert again.dtype == np.float32 and again[::-1].tolist() == same()
     with pytest.raises(UserError, match='item 1: .*60 . 6 tokens.*64'):
         score.scores(scorer, tokenizer, [items[0], (range(60), range(5))], 4096)
-    model.set_attention(scorer, packed=False)
+    attention.set_attention(scorer, packed=False)
     assert score.scores(scorer, tokenizer, items, 40).tolist() == same()
 
 

@@ -18,7 +18,8 @@ import fsdp
 from configurator import UserError
 from feedback.answers import append
 from hf import generate, load
-from model import set_attention
+from hf.attention import set_attention
+from runtime import ranks
 from runtime.files import lock
 from text import messages, tokenise, toy
 
@@ -374,7 +375,7 @@ def test_endpoint(monkeypatch):
 
 def test_unsharded_ends_well(folder):
     """An error inside leaves the model sharded, and generate leaves its settings."""
-    *_, device = fsdp.setup()
+    *_, device = ranks.setup()
     net = fsdp.shard(lambda empty: load.load_model('toy', empty=empty), device, cpu_offload=True)
     groups = [m._get_fsdp_state()._fsdp_param_group for m in net.modules() if hasattr(m, 'unshard')]
     set_attention(net, packed=True)

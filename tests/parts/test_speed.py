@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdp
-import model as models
 from configurator import UserError
 from experiments import real
+from hf import attention
+from runtime import ranks
 from tools import limits
 
 
@@ -41,7 +42,18 @@ class Waits(TorchDispatchMode):
 class Copies(TorchFunctionMode):
     """Notes the calls that copy to or from the device and wait. Models are left out: there .to is for device maps alone."""
 
-    FILES = {'data.py', 'dpo.py', 'fsdp.py', 'ppo.py', 'reward.py', 'rollout.py', 'training.py'}
+    FILES = {
+        'data.py',
+        'dpo.py',
+        'fsdp.py',
+        'ppo.py',
+        'reward.py',
+        'rollout.py',
+        'training.py',
+        'objective.py',
+        'prefetch.py',
+        'attention.py',
+    }
 
     def __init__(self):
         super().__init__()
@@ -63,7 +75,7 @@ def steps_of(loss, folder):
     script = run_script('dpo.py', f'--loss={loss}', *flags)
     run = script['run']
     for max_tokens in (100_000, 40):
-        run.make_batches = script['partial'](run.make_batches, max_tokens=max_tokens)
+        run.max_tokens = max_tokens
         step = run.prepare(run.train, 0, script['np'].arange(8))
 
         def do(step=step):
@@ -113,7 +125,8 @@ MEMORY = """
 import os, sys
 import numpy as np, torch, transformers
 from data import pack
-from model import register_attention, response_logps, set_attention
+from hf.attention import register_attention, set_attention
+from model import response_logps
 torch.set_num_threads(1)
 register_attention()
 transformers.LlamaForCausalLM  # is imported once
@@ -213,7 +226,7 @@ def test_bench_of_a_divergence(capsys):
 
 def test_bench_estimates(monkeypatch, capsys):
     """From shapes alone: what is kept grows with the microbatch, and the rest is four bytes of each weight, five times."""
-    monkeypatch.setattr(fsdp, 'leave', lambda: sys.exit())
+    monkeypatch.setattr(ranks, 'leave', lambda: sys.exit())
     with pytest.raises(SystemExit):
         run_script('tools/bench.py', '--model=pythia-14m', '--estimate_for=1')
     end_process_group()
@@ -264,13 +277,13 @@ def test_the_check_of_a_gpu_finds_a_wrong_kernel(tmp_path, monkeypatch, capsys):
     for name in ('triples', 'long'):
         del script['SHAPES'][name]
     script['kernel']()
-    attend = models._attend
+    attend = attention._attend
 
     def wrong(q, *rest):
         out = attend(q, *rest)
         return out * 1.05 if q.dtype == torch.bfloat16 else out
 
-    monkeypatch.setattr(models, '_attend', wrong)
+    monkeypatch.setattr(attention, '_attend', wrong)
     script['kernel']()
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith('PASS') and second.startswith('FAIL') and script['failed'] == ['attention in bfloat16']

@@ -13,6 +13,7 @@ from test_chat import BARE, CASES, CHATML, EOS, HEADERS, OPENS, THINKS, tokenize
 
 import data
 import model as models
+from hf import attention
 from text import turns
 from text.tokenise import load_examples, tokenise
 
@@ -166,8 +167,8 @@ def test_the_gradient_is_that_of_a_masked_loss(tmp_path, pad):
     folder = tiny_model(tmp_path / 'model', 'llama', vocab_size=len(tokenizer) + 8)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     examples = tokens(tokenizer, CHAT, CHAT[:4], CHAT[:2])
-    models.register_attention()
-    models.set_attention(model, packed=not pad)
+    attention.register_attention()
+    attention.set_attention(model, packed=not pad)
     batch = data.pack([examples[i] for i in range(3)], [0, 1, 2], pad=pad)
     logps = models.response_logps(model, batch)[0]
     logps.sum().backward()
@@ -175,7 +176,7 @@ def test_the_gradient_is_that_of_a_masked_loss(tmp_path, pad):
 
     # the same by transformers, one conversation at a time
     model.zero_grad()
-    models.set_attention(model, packed=False)
+    attention.set_attention(model, packed=False)
     for i in range(3):
         ids, mask = map(torch.tensor, ids_and_mask(examples[i]))
         labels, count = torch.where(mask > 0, ids, -100), int(mask.sum())

@@ -10,7 +10,9 @@ import types
 import pytest
 from helpers import LOSSES, ROOT, python, write_jsonl
 
+import losses
 from configurator import configure
+from runtime.objective import objective_of
 from tools import figures
 
 SCRIPTS = {
@@ -108,6 +110,20 @@ def test_links():
             assert path.with_suffix('.py').exists() or (path / '__main__.py').exists(), f'{name}: {module}'
 
 
+def test_the_guide_to_the_code_fits_it():
+    """Files have the lines that docs/code.md says, within a tenth, and the functions that it names after them."""
+    guide = PAGES['docs/code.md']
+    for path, lines in re.findall(r'^\| `([\w/.]+)` \| (\d+) \|', guide, re.M):
+        assert len((ROOT / path).read_text().splitlines()) == pytest.approx(int(lines), rel=0.1), path
+    named = re.findall(r'`([\w/]+\.py)` `(\w+)`', guide) + re.findall(r'`(\w+)` in `([\w/]+\.py)`', guide)
+    named += [(path, name) for path, cell in re.findall(r'^\| `([\w/.]+)` \| \d+ \| (.*) \|$', guide, re.M)
+              for name in re.findall(r'`(\w+)`', cell)]  # fmt: skip
+    assert len(named) > 25
+    for one, other in named:
+        path, name = (one, other) if one.endswith('.py') else (other, one)
+        assert re.search(rf'(def|class) {name}\b', (ROOT / path).read_text()), f'{path} has no {name}'
+
+
 def test_options_exist():
     """Every --option that README and docs name is one of a script, or of another program."""
     known = {name for script in RUN for name in constants(script)} | set(constants('training.py'))
@@ -148,13 +164,12 @@ def test_papers_settings(monkeypatch):
 @pytest.mark.parametrize('name', ['drdpo_hh', 'drdpo_hh_noise20', 'drdpo_toy'])
 def test_dpo_with_the_config_of_drdpo_is_the_plain_baseline(name, monkeypatch):
     """beta' weights any loss when it is set, so these configs leave it to the loss."""
-    assert parse(f'dpo.py config/{name}.py --loss=dpo', monkeypatch)['beta_prime'] is None
-    rule = "if beta_prime is None and loss == 'drdpo':\n    beta_prime = 1.0\n"
-    assert rule in (ROOT / 'dpo.py').read_text()
+    for loss, beta_prime in (('dpo', None), ('drdpo', 1.0)):
+        config = parse(f'dpo.py config/{name}.py --loss={loss}', monkeypatch)
+        assert objective_of(config, losses.LOSSES, losses.STATISTICS).options['beta_prime'] == beta_prime
 
 
 def test_every_loss_and_every_dataset_is_documented():
-    import losses
     from text import sources
 
     # a loss of somebody's own may do without

@@ -1,0 +1,260 @@
+"""Attention over a packed row, in which each answer sees its prompt and itself: in blocks, or on CUDA by a varlen kernel.
+
+A row is a list of groups, (tokens of a prompt, tokens of each answer that shares it): [prompt | answer | answer ...]."""
+
+import contextlib
+import inspect
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from configurator import UserError
+from model import core
+from runtime.prefetch import move
+
+MAX_BLOCK_TOKENS = 96  # a larger mask wastes more work on masked entries than another attention call costs
+
+
+def register_attention():
+    """Register packed_attention with transformers as 'packed'. transformers builds no mask for a name that it does not know."""
+    import transformers
+
+    transformers.AttentionInterface.register('packed', packed_attention)
+
+
+def set_attention(model, packed, for_padded=None):
+    """Switch a model to packed_attention, or with packed=False to one of transformers' implementations for padded batches.
+
+    for_padded: name of that implementation, remembered for later calls. None: the remembered one, or if there is none, sdpa if the
+    model supports it, else eager. Raises UserError if the model lacks it."""
+    inner = core(model)
+    if for_padded:
+        inner.attention_if_padded = for_padded
+    elif not hasattr(inner, 'attention_if_padded'):
+        # some versions of transformers offer sdpa for Gemma 2, though sdpa has no soft cap
+        has_cap = getattr(inner.config, 'attn_logit_softcapping', None) is not None
+        inner.attention_if_padded = 'sdpa' if inner._supports_sdpa and not has_cap else 'eager'
+    name = 'packed' if packed else inner.attention_if_padded
+    try:
+        inner.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().partition('\n')[0]
+        raise UserError(f'{type(inner).__name__} cannot use attention by {name}: {reason}') from None
+
+
+@contextlib.contextmanager
+def padded_attention(model):
+    """Use attention for padded batches inside the with block."""
+    before = core(model).config._attn_implementation
+    set_attention(model, packed=False)
+    try:
+        yield
+    finally:
+        core(model).set_attn_implementation(before)
+
+
+def packed_attention(module, query, key, value, mask, scaling=None, sliding_window=None, packed=None, **options):
+    """Compute attention in a row of groups [prompt | answer | answer ...]: each answer sees itself and its group's prompt.
+
+    query (1, H, T, D), key and value (1, H_kv, T, D); packed: the data.Batch. Returns (output (1, T, H, D), None). Raises
+    NotImplementedError if the architecture cannot be packed; hf/probe.py then falls back to padded batches."""
+    softcap = options.get('softcap')
+    if packed is None or options.get('s_aux') is not None:
+        raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
+    # a single kernel does it all on CUDA in half precision; it needs keys and values of the same size, and has no soft cap
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    same_size = key.shape[-1] == value.shape[-1]
+    if query.is_cuda and half and softcap is None and same_size:
+        return _attend_varlen(query, key, value, scaling, sliding_window, packed.varlen)[None], None
+
+    # a block is either several small groups, computed as one piece under one mask, or a single group, which is cut into
+    # pieces: its prompt, then each answer
+    sizes = [size for block in packed.blocks for size in block.sizes]
+    # one split for all pieces, because its backward is a single cat
+    pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    out = []  # (1, H, n, D) each
+    for block in packed.blocks:
+        if block.is_one_piece:
+            q, k, v = next(pieces)
+            mask = block.mask(sliding_window, q.device)
+            out.append(_attend(q, k, v, mask, scaling, softcap))
+            continue
+        # every answer sees the prompt's keys and values. The prompt's queries go before those of the first answer, in row order
+        prompt_q, prompt_k, prompt_v = next(pieces)
+        for number in range(1, len(block.sizes)):
+            q, answer_k, answer_v = next(pieces)
+            if number == 1:
+                q = torch.cat((prompt_q, q), 2)
+            k = torch.cat((prompt_k, answer_k), 2)
+            v = torch.cat((prompt_v, answer_v), 2)
+            mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
+            out.append(_attend(q, k, v, mask, scaling, softcap))
+    return torch.cat(out, 2).transpose(1, 2), None
+
+
+def _causal(n, m, window, device):
+    """Return the causal mask (n, m) of the last n of m positions; None: plainly causal, for which sdpa has the faster is_causal."""
+    n_before = m - n  # keys before the first query
+    window_cuts = window and window < m
+    if n_before == 0 and not window_cuts:
+        return None
+    mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(n_before)
+    return mask.triu(n_before - window + 1) if window_cuts else mask
+
+
+def _attend(q, k, v, mask, scaling, softcap):
+    """Return the attention output (1, H, n, D). q (1, H, n, D); k, v (1, H_kv, m, D); mask (n, m), or None for causal."""
+    # grouped-query attention: number of query heads per key-value head
+    repeat = q.shape[1] // k.shape[1]
+    if not softcap:
+        options = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+    # sdpa cannot cap the scores before softmax: compute them here, (1, H, n, m)
+    k = k.repeat_interleave(repeat, 1)
+    v = v.repeat_interleave(repeat, 1)
+    scores = q @ k.mT * scaling
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+    scores = scores.masked_fill(~mask, float('-inf'))
+    weights = scores.float().softmax(-1)
+    return weights.to(v.dtype) @ v
+
+
+# ---- blocks: attention by sdpa ----
+
+
+def blocks_of(groups):
+    """Split groups, in order, into Blocks of at most MAX_BLOCK_TOKENS tokens. A larger group gets its own Block."""
+    blocks = []  # lists of groups
+    tokens = MAX_BLOCK_TOKENS  # of the last block; initially full, so that the first group starts a block
+    for prompt, answers in groups:
+        size = prompt + sum(answers)
+        tokens += size
+        if tokens > MAX_BLOCK_TOKENS:
+            blocks.append([])
+            tokens = size
+        blocks[-1].append((prompt, answers))
+    return [Block(block) for block in blocks]
+
+
+class Block:
+    """Consecutive groups of a packed row that one attention call computes under a mask, or a single group."""
+
+    def __init__(self, groups):
+        self.groups = groups
+        self.is_one_piece = len(groups) > 1  # otherwise the prompt and each answer are a piece
+        # tokens of each piece
+        sizes = [size for prompt, answers in groups for size in (prompt, *answers)]
+        self.sizes = [sum(sizes)] if self.is_one_piece else sizes
+        self.masks = {}  # (window, device) -> mask, shared by all layers
+
+    def mask(self, window, device):
+        """Return the boolean mask (T, T), cached. Token i sees j of its own prompt or answer if 0 <= position i - j < window."""
+        if (window, device) in self.masks:
+            return self.masks[window, device]
+        tokens = []  # (group, piece, position) of each token; piece 0 is the prompt, others are answers
+        for group, (prompt, answers) in enumerate(self.groups):
+            for piece, size in enumerate((prompt, *answers)):
+                start = prompt if piece > 0 else 0
+                tokens += [(group, piece, position) for position in range(start, start + size)]
+        group, piece, position = np.array(tokens).T
+        distance = position[:, None] - position  # how far j is before i
+        same_group = group[:, None] == group
+        in_prompt_or_answer = (piece == 0) | (piece[:, None] == piece)
+        mask = same_group & in_prompt_or_answer & (distance >= 0)
+        if window:
+            mask &= distance < window
+        self.masks[window, device] = move(torch.from_numpy(mask), device)
+        return self.masks[window, device]
+
+
+# ---- one kernel for the whole row: CUDA in half precision ----
+
+
+class Varlen:
+    """A packed row as the varlen kernel wants it: the keys of each answer are its prompt's and its own.
+
+    groups: [(tokens of a prompt, tokens of each answer that shares it)]. Queries stay in row order; a prompt's queries belong to
+    its first answer. gather (K,): row of each key, or None if no prompt is shared, since keys are in row order then. copies:
+    [(rows, places in gather)] of all first copies, of all second copies, ... cu_q, cu_k: cumulative query and key counts."""
+
+    def __init__(self, groups):
+        n_queries, n_keys = [], []  # of each answer
+        gather = []
+        start = 0  # row index of the next piece
+        for prompt, answers in groups:
+            prompt_rows = np.arange(start, start + prompt)
+            start += prompt
+            n_queries += [prompt + answers[0], *answers[1:]]
+            n_keys += [prompt + answer for answer in answers]
+            for answer in answers:
+                gather += [prompt_rows, np.arange(start, start + answer)]
+                start += answer
+        self.gather, self.copies = None, []
+        has_shared_prompt = any(len(answers) > 1 for _, answers in groups)
+        if has_shared_prompt:
+            gather = np.concatenate(gather)
+            self.gather = torch.from_numpy(gather)
+            left = np.arange(len(gather))  # places whose copy is not listed yet
+            while len(left):
+                rows, first = np.unique(gather[left], return_index=True)
+                places = left[first]
+                self.copies.append((torch.from_numpy(rows), torch.from_numpy(places)))
+                left = np.delete(left, first)
+        # the kernel takes int32
+        self.cu_q = torch.tensor(np.cumsum([0, *n_queries]), dtype=torch.int32)
+        self.cu_k = torch.tensor(np.cumsum([0, *n_keys]), dtype=torch.int32)
+        self.max_q, self.max_k = max(n_queries), max(n_keys)
+
+
+def _attend_varlen(query, key, value, scaling, sliding_window, layout):
+    """Return the attention output (T, H, D) of a packed row. query (1, H, T, D); key, value (1, H_kv, T, D); layout: a Varlen."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    if layout.gather is not None:
+        k, v = Gather.apply(k, layout), Gather.apply(v, layout)
+    # number of earlier tokens that a query sees (-1: all), and 0 later ones
+    n_before = -1 if sliding_window is None else sliding_window - 1
+    options = {'scale': scaling, 'window_size': (n_before, 0)}
+    # grouped-query attention: before torch 2.13, repeat the key and value heads
+    repeat = q.shape[1] // k.shape[1]
+    if repeat > 1 and 'enable_gqa' in inspect.signature(varlen_attn).parameters:
+        options['enable_gqa'] = True
+    elif repeat > 1:
+        k = k.repeat_interleave(repeat, 1)
+        v = v.repeat_interleave(repeat, 1)
+    return varlen_attn(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, **options)
+
+
+class Gather(torch.autograd.Function):
+    """Keys or values (T, H, D) -> (K, H, D), where each answer has a copy of its prompt before it. layout: a Varlen."""
+
+    @staticmethod
+    def forward(ctx, x, layout):
+        ctx.layout = layout
+        return _rows(x, layout.gather)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Sum the gradients of all copies of each row. Indexing's own backward would sort all rows, which is slow."""
+        (_, first_places), *further_copies = ctx.layout.copies
+        # all rows have a first copy, in row order
+        total = _rows(grad.contiguous(), first_places)
+        for rows, places in further_copies:
+            total[rows] = _rows(total, rows) + _rows(grad, places)
+        return total, None
+
+
+def _rows(x, index):
+    """Return x[index] for x (T, H, D), three times as fast on a GPU if it can be read in words of 16 bytes."""
+    word = 16 // x.element_size()
+    sizes = (x.storage_offset(), x.shape[-1], *x.stride()[:-1])
+    if any(size % word for size in sizes):
+        return x[index]
+    # complex128 has 16 bytes
+    words = x.view(torch.complex128)
+    return words[index].view(x.dtype)
