@@ -584,6 +584,23 @@ def test_a_copy_in_bfloat16_serves_a_whole_step(saved, device, rank):
     assert hasattr(next(block.parameters()), 'to_local')
 
 
+def test_memory_by_hand(saved):
+    """A model whose embeddings are frozen, on four ranks: weights, gradients and two moments in float32, a reference in bfloat16."""
+    net = saved('llama')()
+    net.get_input_embeddings().requires_grad_(False)
+    vocab, width = net.get_input_embeddings().weight.shape
+    n = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    fixed = 4 * vocab * width + sum(x.nbytes for x in net.buffers())
+    options = {'optimizer': 'AdamW', 'dtype': 'bfloat16', 'world_size': 4, 'frozen': 100}
+    needs = room.estimate(net, 10, 7, shard='full', **options)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks(net)]
+    gathered = n + vocab * width - sum(sizes) + 3 * max(sizes)
+    assert needs.pop('buffers') == 6 * (logits := vocab * (7 + width)) + 2 * gathered
+    assert needs == {'activations': 70, 'weights': n + fixed / 4, 'gradients': n, 'optimizer': 2 * n, 'reference': 50}
+    needs = room.estimate(net, 10, 7, **options | {'dtype': 'float32'})
+    assert (needs['buffers'], needs['gradients'], needs['reference']) == (4 * logits, 4 * n, 400)
+
+
 def test_bfloat16_begins_off_the_ties(saved, device):
     """Weights halfway between two numbers of bfloat16 stay put in a step of almost no learning rate."""
     build, batch = saved('llama'), pack(PAIRS)
