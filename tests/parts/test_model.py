@@ -584,7 +584,7 @@ def test_a_copy_in_bfloat16_serves_a_whole_step(saved, device, rank):
     assert hasattr(next(block.parameters()), 'to_local')
 
 
-def test_memory_by_hand(saved):
+def test_memory_by_hand(saved, device, monkeypatch):
     """A model whose embeddings are frozen, on four ranks: weights, gradients and two moments in float32, a reference in bfloat16."""
     net = saved('llama')()
     net.get_input_embeddings().requires_grad_(False)
@@ -599,6 +599,11 @@ def test_memory_by_hand(saved):
     assert needs == {'activations': 70, 'weights': n + fixed / 4, 'gradients': n, 'optimizer': 2 * n, 'reference': 50}
     needs = room.estimate(net, 10, 7, **options | {'dtype': 'float32'})
     assert (needs['buffers'], needs['gradients'], needs['reference']) == (4 * logits, 4 * n, 400)
+    # on the disk: the model as it came in, checkpoints of what trains
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(room, '_check_disk', lambda config, *sizes: sizes)
+    sizes = room.check_room({'save_dtype': None, 'optimizer': 'AdamW'}, net, None, None, 50, True, 7)
+    assert sizes == (2 * (n + vocab * width), 12 * n, 50)
 
 
 def test_bfloat16_begins_off_the_ties(saved, device):
