@@ -37,7 +37,7 @@ def _excepthook(kind, error, trace):
     if not isinstance(error, UserError):
         return sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
-    # most errors are raised on every rank: rank 0 prints them; of_this_rank marks an error of another rank alone
+    # most errors are raised on every rank: rank 0 prints them. of_this_rank marks an error that this rank may have alone
     if main_rank() or getattr(error, 'of_this_rank', False):
         sys.__stderr__.write(f'error: {error}\n')
         sys.__stderr__.flush()
@@ -46,7 +46,7 @@ def _excepthook(kind, error, trace):
 
 
 def main_rank():
-    """Return whether this process prints to the user: rank 0, or the only process."""
+    """Return whether this process is the one that prints to the user: rank 0, or the only process."""
     return os.environ.get('RANK', '0') == '0'
 
 
@@ -62,7 +62,7 @@ class Config(dict):
         """Return the names in options, a space-separated string, that were set on the command line."""
         return [name for name in options.split() if self.origin[name] == COMMAND_LINE]
 
-    def ignored(self, options, why):
+    def report_unused(self, options, why):
         """Report options without effect: raise UserError if set on the command line, print a note if set in a config file."""
         for name in options:
             origin = self.origin[name]
@@ -103,7 +103,7 @@ def configure(scope, argv=None, shared=None, early=False):
             raise UserError(f'--{name} is given twice')
         config[name] = _check(name, value, options, where)
         config.origin[name] = origin
-    # set options that depend on others, then reject conflicts
+    # fill in options that depend on others, then reject conflicts
     notes = values.settle(config)
     if main_rank() and not early:
         for note in notes:
@@ -116,12 +116,14 @@ def configure(scope, argv=None, shared=None, early=False):
 
 
 def _declared(scope):
-    """Parse a module's options, `name: types = value  # comment`, down to its first call, function or class: name -> Option."""
+    """Return name -> Option: the lines `name: types = value  # comment` at the top of a module, above its first function or `x = call()`.
+
+    scope: the module's globals. `a: int | None = 3  # size` -> {'a': Option(3, ['int', 'None'], 'size', heading, scope)}"""
     source = Path(scope['__file__']).read_text('utf-8')
     lines = ['', *source.splitlines()]  # node.lineno counts from 1
     options, heading = {}, ''
     for node in ast.parse(source).body:
-        # skip the docstring, imports and bare calls
+        # skip the docstring, imports and bare calls; stop at the first function, class, or assignment of a call's result
         if isinstance(node, ast.Import | ast.ImportFrom | ast.Expr):
             continue
         if not isinstance(node, ast.AnnAssign | ast.Assign) or isinstance(node.value, ast.Call):
@@ -134,9 +136,9 @@ def _declared(scope):
         default = ast.literal_eval(value)
         allowed = annotation or type(default).__name__
         # a comment line above an option is the heading of all options from here on
-        above = lines[node.lineno - 1]
-        if above.startswith('# '):
-            heading = above.strip('# -')
+        line_above = lines[node.lineno - 1]
+        if line_above.startswith('# '):
+            heading = line_above.strip('# -')
         options[name] = Option(default, allowed.split(' | '), comment or '', heading, scope)
     return options
 
@@ -157,7 +159,7 @@ def _print_help(doc, options):
 
 
 def _read_file(path):
-    """Run a config file. Returns [(name, value, path, 'path, line n')] of its public names. Raises UserError for any failure."""
+    """Run a config file. Returns [(name, value, path, 'path, line n')] of the names it sets. Raises UserError for any failure."""
     if not path.endswith('.py'):
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value')
     try:
@@ -166,15 +168,15 @@ def _read_file(path):
         reason = getattr(error, 'strerror', 'not a text file')
         raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}') from None
     # run it statement by statement, to know the line of each assignment or error
-    names, settings, line = {}, {}, 1
+    namespace, settings, line = {}, {}, 1
     absent = object()  # a default that equals no value
     try:
         for statement in ast.parse(source, path).body:
-            before, line = dict(names), statement.lineno
-            if isinstance(statement, ast.AnnAssign) and statement.value is None:
+            before, line = dict(namespace), statement.lineno
+            if isinstance(statement, ast.AnnAssign) and statement.value is None:  # such as lr: 1e-6
                 raise ValueError(f'{ast.unparse(statement)!r} sets nothing: write = for :')
-            exec(compile(ast.Module([statement], []), path, 'exec'), names)
-            for name, value in names.items():
+            exec(compile(ast.Module([statement], []), path, 'exec'), namespace)
+            for name, value in namespace.items():
                 is_private = name.startswith('_') or isinstance(value, types.ModuleType)
                 is_new = value is not before.get(name, absent)
                 if is_new and not is_private:
@@ -189,7 +191,7 @@ def _read_file(path):
 
 
 def _read_flag(word, options):
-    """Parse a flag --name=value, or --name for True. Returns (name, value, origin, origin as a phrase for messages)."""
+    """Parse a flag, '--lr=1e-6' or '--chat' for True, into (name, value, COMMAND_LINE, the origin as a phrase for messages)."""
     name, equals, text = word.removeprefix('--').partition('=')
     if not word.startswith('--') or not name:
         raise UserError(f'cannot read {word!r}: options are written --name=value')
@@ -199,7 +201,7 @@ def _read_flag(word, options):
         if 'bool' not in allowed:
             raise UserError(f'--{name} needs a value: --{name}=value')
         text = 'true'
-    # the last conversion that is allowed and succeeds counts: text, float, int, then the words for None, True and False
+    # of these conversions, the last one counts that is allowed and succeeds: text, float, int, words for None, True and False
     value = text
     for kind in (float, int):
         if kind.__name__ in allowed:
@@ -217,7 +219,7 @@ def _kind(value):
 
 
 def _check(name, value, options, where):
-    """Return an option's value, an int as a float if only float is allowed. Raises UserError if name or value is invalid."""
+    """Return an option's value, converted from int to float if necessary. Raises UserError if name or value is invalid."""
     if name not in options:
         raise UserError(f'{where}: unknown option {name!r}; {_hint(name, options)}')
     allowed = options[name].types
@@ -234,14 +236,15 @@ def _check(name, value, options, where):
 
 
 def _hint(name, options):
-    """Suggest an option for an unknown name: the most similar, or the one other projects call so, such as learning_rate."""
-    # other spellings: loss.beta, max-length
+    """Return a phrase that suggests an option for an unknown name, such as 'here it is lr' for learning_rate."""
+    # loss.beta -> beta, max-length -> max_length
     plain = name.rpartition('.')[2].replace('-', '_')
-    option_by_foreign_name = values.names_elsewhere(options)
-    matches = difflib.get_close_matches(plain, {*option_by_foreign_name, *options}, n=1)
+    # options, and the names that other projects have for them
+    option_of_foreign = values.names_elsewhere(options)
+    matches = difflib.get_close_matches(plain, {*option_of_foreign, *options}, n=1)
     if not matches:
         return '--help lists the options'
     nearest = matches[0]
-    if nearest in option_by_foreign_name or nearest == plain:
-        return f'here it is {option_by_foreign_name.get(nearest, plain)}'
-    return f'did you mean {nearest}?'
+    if nearest in option_of_foreign:
+        return f'here it is {option_of_foreign[nearest]}'
+    return f'here it is {nearest}' if nearest == plain else f'did you mean {nearest}?'

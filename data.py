@@ -23,7 +23,7 @@ from text.examples import Examples
 def steps(n, batch_size, total, seed, start=0, shuffle=True):
     """Yield (first, rows) for each step: the number of examples taken before it, and the rows (of n examples) that it takes.
 
-    start, total: range of example numbers, which count on across epochs. Each epoch has its own random order, if shuffle."""
+    start, total: take examples number start to total - 1; the second epoch begins at n. shuffle: each epoch in a new random order."""
 
     @functools.lru_cache(maxsize=1)
     def order_of(epoch):
@@ -31,7 +31,7 @@ def steps(n, batch_size, total, seed, start=0, shuffle=True):
             return np.arange(n)
         return np.random.default_rng((seed, epoch)).permutation(n)
 
-    # an example's row depends only on its number, so a resumed run sees the same rows
+    # a row depends on the example's number alone, so a resumed run takes the same rows
     for first in range(start, total, batch_size):
         numbers = range(first, min(first + batch_size, total))
         rows = [order_of(number // n)[number % n] for number in numbers]
@@ -41,13 +41,14 @@ def steps(n, batch_size, total, seed, start=0, shuffle=True):
 def plan(lengths, world_size, max_tokens):
     """Split a step into microbatches, the same number on every rank. Returns [rank][microbatch] -> list of slots.
 
-    lengths: tokens of each example; slot: its index in the step. An example longer than max_tokens gets its own microbatch."""
-    # the fewest microbatches per rank; -(-a // b) rounds up
+    lengths: tokens of each example; slot: its index in the step. An example longer than max_tokens gets its own microbatch.
+    plan([5, 3, 4], world_size=2, max_tokens=8) -> [[[1, 2]], [[0]]]: rank 0 has examples 1 and 2, rank 1 has example 0."""
+    # start with as many per rank as the tokens need at least; -(-a // b) rounds up
     tokens = sum(min(int(n), max_tokens) for n in lengths)
-    count = max(1, -(-tokens // (world_size * max_tokens)))
-    # one more on every rank until all examples fit
-    while (bins := _fill_bins(lengths, world_size * count, max_tokens)) is None:
-        count += 1
+    per_rank = max(1, -(-tokens // (world_size * max_tokens)))
+    # add one on every rank until all examples fit
+    while (bins := _fill_bins(lengths, world_size * per_rank, max_tokens)) is None:
+        per_rank += 1
     # a bin is (tokens, number, slots). Deal them out, heaviest first: all ranks run their heaviest microbatches at the same time
     bins.sort(key=lambda item: (-item[0], item[1]))
     return [[sorted(slots) for _, _, slots in bins[rank::world_size]] for rank in range(world_size)]
@@ -69,8 +70,8 @@ def _fill_bins(lengths, n_bins, max_tokens):
 
 
 def plan_padded(widths, world_size, max_tokens):
-    """Split a step into padded microbatches: [rank][microbatch] -> list of slots. widths: tokens of each example, padded alone."""
-    # similar widths go together, because a microbatch pads all its examples to the widest one
+    """Split a step into padded microbatches: [rank][microbatch] -> list of slots. widths: tokens of each example, padded by itself."""
+    # fill bin after bin with slots. Similar widths go together, because a microbatch pads all its examples to the widest one
     bins = [[]]
     widest_first = sorted(range(len(widths)), key=lambda slot: -widths[slot])
     for slot in widest_first:
@@ -91,19 +92,20 @@ def plan_padded(widths, world_size, max_tokens):
 
 
 def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
-    """Pack a step, the given rows of examples. Returns (Batches of this rank, tokens on all ranks, the same with padding)."""
-    widths = examples.widths[rows]  # (step, 1 + answers) tokens of prompt and answers
+    """Pack a step, the given rows of examples. Returns (this rank's Batches, tokens on all ranks, tokens plus padding); see pack."""
+    widths = examples.widths[rows]  # (step, 1 + answers) tokens of the prompt and of each answer
     prompt_widths = widths[:, 0]
-    answers = widths.shape[1] - 1
+    n_answers = widths.shape[1] - 1
     lengths = examples.lengths[rows]  # (step,) tokens of each example, its prompt once
+    # without sharing, each further answer has its own copy of the prompt
     if pad or not share_prefix:
-        lengths = lengths + (answers - 1) * prompt_widths
-    # every rank computes the plan of all ranks
+        lengths = lengths + (n_answers - 1) * prompt_widths
+    # every rank plans for all ranks, so they agree without talking
     if pad:
-        padded = answers * (prompt_widths + widths[:, 1:].max(1))
-        plans = plan_padded(padded, world_size, max_tokens)
+        padded_lengths = n_answers * (prompt_widths + widths[:, 1:].max(1))
+        plans = plan_padded(padded_lengths, world_size, max_tokens)
         not_empty = [slots for microbatches in plans for slots in microbatches if slots]
-        allocated = sum(len(slots) * int(padded[slots].max()) for slots in not_empty)
+        allocated = sum(len(slots) * int(padded_lengths[slots].max()) for slots in not_empty)
     else:
         plans = plan(lengths, world_size, max_tokens)
         allocated = int(lengths.sum())
@@ -111,10 +113,10 @@ def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, shar
     batches = []
     for slots in plans[rank]:
         items = [examples[row] for row in rows[slots]]
-        batch = pack(items, slots, share_prefix=share_prefix, pad=pad, filler=answers, device=device)
+        batch = pack(items, slots, share_prefix=share_prefix, pad=pad, filler=n_answers, device=device)
+        # the reference's log-probs, if cached; the filler in an empty microbatch has none
         if examples.ref is not None:
-            # an empty microbatch gets a filler, which has no cached log-probs
-            ref = examples.ref[rows[slots]] if slots else np.zeros(answers, np.float32)
+            ref = examples.ref[rows[slots]] if slots else np.zeros(n_answers, np.float32)
             batch.ref = move(torch.from_numpy(ref.flatten()), device)
         batches.append(batch)
     return batches, int(lengths.sum()), allocated
@@ -127,8 +129,8 @@ class Step:
     first: int  # number of examples taken before this step
     rows: np.ndarray  # rows of its examples in `examples`
     batches: list  # this rank's Batches
-    tokens: int  # tokens on all ranks
-    allocated: int  # tokens with padding
+    tokens: int  # number of tokens on all ranks
+    allocated: int  # that number plus padding
     labels: dict = field(default_factory=dict)  # name -> column of the step: good (KTO) or margin (reward.py)
     examples: Examples | None = None  # the training or held-out examples
     max_tokens: int = 0  # limit of its microbatches
@@ -144,10 +146,10 @@ class Batch:
     """A microbatch of A answers with N predicted tokens, made by pack. A place is an index into the flattened ids."""
 
     ids: torch.Tensor  # packed: (1, T), all prompts and answers in a row; padded: (A, T), a row for each answer
-    # (N,) place of the token before each predicted one; before an answer's first one, the prompt's last token
+    # (N,) places whose logits predict the tokens: the token before each; for an answer's first one, the prompt's last token
     predict_at: torch.Tensor
-    target: torch.Tensor  # (N,) the predicted tokens, all in answers
-    answer: torch.Tensor  # (N,) number of the answer, 0 to A - 1, that each belongs to
+    target: torch.Tensor  # (N,) ids of the predicted tokens, all in answers
+    answer: torch.Tensor  # (N,) number of the answer that each belongs to, 0 to A - 1
     offset: torch.Tensor  # (N,) index of each in its answer
     n: torch.Tensor  # (A,) number of predicted tokens of each answer
     last: torch.Tensor  # (A,) place of each answer's last token
@@ -167,17 +169,17 @@ class Batch:
         return blocks_of(self.groups)
 
     def sum(self, values):
-        """Sum values (N,) of tokens over each answer: (A,). The other answers do not change the order of additions."""
-        # (A, longest): one row for each answer, padded with zeros
+        """Sum values (N,), one per predicted token, over the tokens of each answer. Returns (A,)."""
+        # a row for each answer, padded with zeros: other answers do not change its order of additions
         table = values.new_zeros(len(self.n), self.longest)
         return table.index_put((self.answer, self.offset), values).sum(1)
 
 
 def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu'):
-    """Make a Batch of a list of examples, (prompt, answers) each. slots: index of each example in the step.
+    """Make a Batch of a list of examples, (prompt, [answer, ...]) each, token ids. slots: index of each example in the step.
 
-    pad: a padded row for each answer. share_prefix=False: a copy of the prompt for each answer. filler: number of answers of the dummy
-    example that replaces an empty list: a rank without data must still run its passes, because the others wait for it."""
+    pad: a padded row for each answer. share_prefix=False: a copy of the prompt for each answer. filler: number of answers of the
+    dummy example that replaces an empty list. A rank without data must still run its passes, because the others wait for it."""
     if not examples:
         one_token = np.array([0])
         examples, slots = [(one_token, [one_token] * filler)], [-1]
@@ -186,17 +188,18 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     if pad or not share_prefix:
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
 
-    # concatenate all pieces: a prompt, its answers, the next prompt, ...
-    pieces, prompt_of = [], []  # prompt_of: for each piece, the index of its prompt; a prompt's is its own
+    # concatenate all pieces: a prompt, its answers, the next prompt, ... prompt_of: for each piece, the index of its prompt's piece.
+    # A pair with prompt [7, 8] and answers [1, 2], [3]: ids [7, 8, 1, 2, 3], sizes [2, 2, 1], prompt_of [0, 0, 0]
+    pieces, prompt_of = [], []
     for prompt, answers in groups:
         prompt_of += [len(pieces)] * (1 + len(answers))
         pieces += [prompt, *answers]
     ids, prompt_of = np.concatenate(pieces), np.array(prompt_of)
     sizes = np.array([len(piece) for piece in pieces])
     is_answer = prompt_of != np.arange(len(pieces))
-    # tokens that are context only are stored as ~id, which is negative: _predicted leaves them out, then the marks go
+    # tokens of an answer that are context only, such as the user's later turns, are ~id (negative): _predicted skips them
     arrays = _predicted(ids, sizes, is_answer, prompt_of)
-    ids = np.where(ids < 0, ~ids, ids)
+    ids = np.where(ids < 0, ~ids, ids)  # without the marks
 
     if pad:
         # one row for each prompt and its answer
@@ -210,7 +213,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
         for name in ('predict_at', 'last'):
             arrays[name] = padded_place[arrays[name]]
     else:
-        # an answer's positions continue those of its prompt
+        # an answer's positions continue those of its prompt: [0, 1, 2, 3, 2] in the example above
         first_position = np.where(is_answer, sizes[prompt_of], 0)
         index_in_piece = np.concatenate([np.arange(size) for size in sizes])
         position = np.repeat(first_position, sizes) + index_in_piece
@@ -226,20 +229,19 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
 
 
 def _predicted(ids, sizes, is_answer, prompt_of):
-    """Return a Batch's arrays about predicted tokens. Places are indices into ids, the concatenated pieces.
+    """Return a Batch's arrays about predicted tokens: name -> array. Places are indices into ids, the concatenated pieces.
 
-    Per predicted token: predict_at (place of the logits that predict it), target (its id), answer (number of its answer), offset
-    (index in its answer). Per answer: n (predicted tokens), last (place of its last token). Arguments, per piece: sizes (tokens),
-    is_answer, prompt_of (index of its prompt's piece)."""
+    sizes (tokens), is_answer, prompt_of (index of its prompt's piece): of each piece. Prompt [7, 8] with answers [1, 2] and [3],
+    ids [7, 8, 1, 2, 3], gives predict_at [1, 2, 1], target [1, 2, 3], answer [0, 0, 1], offset [0, 1, 0], n [2, 1], last [3, 4]."""
+    # all answer tokens: the number of their answer, their index in it, their place
     ends = np.cumsum(sizes)
     answer_ends = ends[is_answer]
-    # of each answer token: its answer's number, its index in the answer, its place
     lengths = sizes[is_answer]
     answer = np.repeat(np.arange(len(lengths)), lengths)
     offset = np.concatenate([np.arange(length) for length in lengths])
     answer_starts = answer_ends - lengths
     place = answer_starts[answer] + offset
-    # drop tokens that are seen but not predicted, such as the user's later turns: stored as ~id, which is negative
+    # drop the tokens that are context only: stored as ~id, which is negative
     is_predicted = ids[place] >= 0
     answer, offset, place = answer[is_predicted], offset[is_predicted], place[is_predicted]
     # an answer's first token is predicted at the prompt's last token, any other at the token before it
@@ -250,7 +252,7 @@ def _predicted(ids, sizes, is_answer, prompt_of):
 
 
 def pack_probe(examples, device):
-    """Return two examples as a packed Batch and as a padded one. A model must give both the same log-probs (hf/probe.py)."""
+    """Return two examples as [packed Batch, padded Batch]. A model must give both the same log-probs, see hf/probe.py."""
     longest = int(examples.lengths.argmax())
     two = [examples[0], examples[longest]]
     return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]

@@ -94,12 +94,12 @@ if ref_model and needs_ref:
     check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 run.load_data(task='pairs' if paired else 'singles')
 run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_options()))
-mixed = loss == 'kto'  # its KL estimate pairs prompts with answers to other prompts
-longest = min(max_length, max(run.train.longest(mixed), run.held_out.longest(mixed)))
+is_kto = loss == 'kto'  # its KL estimate pairs prompts with answers to other prompts
+longest = min(max_length, max(run.train.longest(mixed=is_kto), run.held_out.longest(mixed=is_kto)))
 # a policy with adapters is its own reference while they are switched off
 is_policy = run.adapters and ref_model is None
 is_loaded = needs_ref and not cache_ref and not is_policy
-run.choose_attention(longest, share_prefix=share_prefix, frozen=int(is_loaded))
+run.set_batching(longest, share_prefix=share_prefix, n_frozen=int(is_loaded))
 
 # the reference model, or with cache_ref its log-probs from a file; then it is loaded only if there is no such file yet
 ref_options = {'adapters': lora.reference_options(config, run.adapters), **run.model_options()}
@@ -115,9 +115,9 @@ if cache_ref:
 run.train = run.train.flip(noise_rate, seed)
 if not paired:
     run.train = run.train.keep(frac_good, frac_bad, seed)
-if loss == 'kto' and len(run.train) == 1:
+if is_kto and len(run.train) == 1:
     raise UserError(f'kto compares an answer with that of another example, and the training data {data!r} has one only')
-run.say_data()
+run.count_data()
 run.check_room(ref)
 
 # ---- one step ----
@@ -128,19 +128,19 @@ def measure(batch, paired=paired):
 
     pi: log-prob under the policy (with graph); n: number of tokens; ref: log-prob under the reference, if any; div: divergence,
     if the loss has one. Pairs are split into chosen and rejected: pi_w and pi_l, n_w and n_l, ... of shape (A / 2,)."""
-    # reference (its methods are functions of model.py, see fsdp.shard): cached, or a forward pass; for a divergence its hidden states
-    ref_hidden, ref_logps = None, batch.ref
+    # run ref, the reference model, if there is one. Functions of model.py are methods of both models, see fsdp.shard
+    ref_hidden, ref_logps = None, batch.ref  # batch.ref: log-probs read from a file by cache_ref, else None
     with torch.no_grad(), lora.adapters_off(ref):
         if divergence:
             ref_hidden = ref.hidden_and_head(batch)
         elif ref is not None:
             (ref_logps,) = ref.response_logps(batch)
 
-    # policy: (1, A) log-probs, or (3, A) with divergences and the reference's log-probs
-    pi, *with_divergence = run.policy.response_logps(batch, divergence, ref_hidden)
+    # run the policy. With a divergence, the result has two more rows: divergences and the reference's log-probs
+    pi, *more_rows = run.policy.response_logps(batch, divergence, ref_hidden)
     columns = {'pi': pi, 'n': batch.n.float()}
     if divergence:
-        columns['div'], ref_logps = with_divergence
+        columns['div'], ref_logps = more_rows
     if ref_logps is not None:
         columns['ref'] = ref_logps
     if not paired:
@@ -152,37 +152,37 @@ def measure(batch, paired=paired):
 
 
 def step_statistic(step, backward):
-    """Compute the statistic over a step (such as the mean margin for beta_dpo) that its loss needs before the gradient.
+    """Compute the statistic over a step (for beta_dpo, say, a beta from the mean margin) that its loss takes as input.
 
-    Returns (columns of the statistic, (examples of the step,) each; its new state, a dict; measured columns or None). If the
-    step is a single microbatch, it is measured with a graph and returned, so that backward need not repeat the forward pass."""
+    Returns (statistic: columns of the whole step, a dict; its new state, a dict; measured). If the step is a single microbatch and
+    backward follows, measured is its columns with graph, so that run_step need not repeat the forward pass; otherwise None."""
     batches, suffix = step.batches, ''
     # kto estimates its KL on prompts paired with answers to other prompts: columns pi_kl, ref_kl
-    if mixed:
-        others = step.examples.mismatched(step.rows, longest, more=run.train)
-        batches, *_ = run.make_batches(others, np.arange(len(others)))
+    if is_kto:
+        mismatched = step.examples.mismatched(step.rows, longest, more=run.train)
+        batches, *_ = run.make_batches(mismatched, np.arange(len(mismatched)))
         suffix = '_kl'
-    reusable = backward and len(batches) == 1 and not mixed
-    with torch.set_grad_enabled(reusable):
+    is_reusable = backward and len(batches) == 1 and not is_kto
+    with torch.set_grad_enabled(is_reusable):
         parts = [measure(batch) for batch in batches]
 
     # all ranks see the columns of the whole step, so they compute the same statistic
     gathered = fsdp.gather(parts, batches, len(step.rows))
-    columns = {f'{name}{suffix}': values for name, values in gathered.items()}
-    columns['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)  # a different seed every step
-    columns['state'] = run.state['statistic']
-    given, new_state = objective.call(objective.statistic, columns)
-    given = {name: values.float() for name, values in given.items()}
-    return given, new_state, parts[0] if reusable else None
+    inputs = {f'{name}{suffix}': values for name, values in gathered.items()}
+    inputs['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)  # a different seed every step
+    inputs['state'] = run.state['statistic']
+    statistic, new_state = objective.call(objective.statistic, inputs)
+    statistic = {name: values.float() for name, values in statistic.items()}
+    return statistic, new_state, parts[0] if is_reusable else None
 
 
 def loss_and_weight(measured, step_columns, slots):
     """Return loss and weight of each example in a microbatch, (examples,) each.
 
-    measured: the microbatch's columns; step_columns: those of the whole step (statistic, labels); slots: each example's index
-    in the step, -1 for a filler, whose loss is masked out later."""
+    measured: the microbatch's columns; step_columns: columns of the whole step (statistic, labels); slots: index in the step of
+    each example in the microbatch, or -1 for a filler, which gets any number here: run_step masks its loss."""
     columns = measured | {name: move(values[slots], run.device) for name, values in step_columns.items()}
-    # the formula, and optional terms on top of it
+    # the formula of losses.py, and optional terms on top of it
     loss = objective.call(objective.fn, columns)
     if objective.options['importance']:
         loss = loss * objective.call(losses.importance, columns)
@@ -195,8 +195,8 @@ def run_step(step, backward=False, shift=None):
     """Run forward, and optionally backward, on one step. Returns (its columns in step order, new state of the statistic).
 
     After backward and fsdp.average_gradients, gradients are sum_i w_i grad loss_i over the step's examples, divided by the number
-    of ranks; w is the column step_weight. shift: of the weights of Dr. DPO; None: the smallest loss of the first microbatch."""
-    # 1. what depends on the whole step: the statistic, and the labels of single answers
+    of ranks; w is the column step_weight. shift: used for Dr. DPO, see below; None: the smallest loss of the first microbatch."""
+    # 1. columns of the whole step: the statistic, and the labels of single answers
     step_columns, new_state, already_measured = {}, run.state['statistic'], None
     if objective.statistic:
         step_columns, new_state, already_measured = step_statistic(step, backward)
@@ -225,8 +225,8 @@ def run_step(step, backward=False, shift=None):
     if not paired:
         columns |= step_columns
 
-    # rare: a later loss is so far below the shift that its weight exceeds e^20, and the squared gradient norm would overflow.
-    # Discard the gradients and rerun the step with its smallest loss as the shift
+    # rare: a later loss is so far below the shift that its weight exceeds e^20. The squared gradient norm could overflow, so
+    # discard the gradients and rerun the step with its smallest loss as the shift
     smallest = columns['loss'].min()
     if backward and beta_prime and smallest < shift.cpu() - 20 * beta_prime:
         run.optimizer.zero_grad(set_to_none=True)
@@ -240,7 +240,7 @@ summary = partial(metrics.of_dpo, objective)  # (columns of a step or an evaluat
 
 
 def log_ratios(prompts, answers):
-    """Return the log-ratios (policy minus reference, in nats) and token counts of n sampled answers, (n,) each."""
+    """Return {'logratio': policy's log-prob minus reference's, 'tokens': length} of n sampled answers (token ids), (n,) each."""
     examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
     batches, *_ = run.make_batches(examples, np.arange(len(answers)))
     with torch.no_grad(), run.memory(batches):
@@ -250,19 +250,19 @@ def log_ratios(prompts, answers):
 
 
 def sample(seen):
-    """Sample answers of policy and reference to held-out prompts into samples.jsonl. Returns KL metrics; {} if there are none."""
-    # both answer the same prompts, from the same seeds
+    """Sample answers of policy and reference to held-out prompts into samples.jsonl. Returns KL metrics, {} without a reference."""
     models = {'policy': run.policy, 'reference': ref} if ref else {'policy': run.policy}
-    measured = run.sample(models, seen, ref and log_ratios)
-    if 'policy' not in measured:
+    measured = run.sample(models, seen, measure=log_ratios if ref else None)  # model name -> result of log_ratios
+    of_policy = measured.get('policy')
+    if of_policy is None:
         return {}
-    # the log-ratio of the policy's own samples, on average, is the KL
-    ratio, tokens = measured['policy'].values()
+    # KL(policy || reference) is the mean log-ratio of the policy's own samples
+    ratio, tokens = of_policy['logratio'], of_policy['tokens']
     return {'kl_eval/samples': ratio.mean().item(), 'kl_eval/samples_per_token': (ratio.sum() / tokens.sum()).item()}
 
 
 def evaluate(seen):
-    """Log metrics on the held-out examples, and optionally samples. Does not change the statistic's state."""
+    """Log metrics on the held-out examples, and optionally samples. Drops the second result of run_step, the statistic's state."""
     run.evaluate(seen, lambda step: run_step(step)[0], summary, sample)
 
 
@@ -271,7 +271,7 @@ def evaluate(seen):
 
 @torch.no_grad()
 def check_first_step():
-    """Log and print loss and rewards of the first step before training, and what they should be."""
+    """Log and print loss and rewards of the first step before training, and what they should be. UserError if no loss is finite."""
     columns, _ = run.compute(next(run.steps()), run_step)
     if not columns['loss'].isfinite().any():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')

@@ -28,8 +28,8 @@ def gather(parts, batches, total):
 
     parts: one dict of columns per microbatch of this rank; batches: those microbatches; total: examples of the step."""
     slots = [slot for batch in batches for slot in batch.slot]
-    joined = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
-    return gather_columns(joined, slots, total)
+    of_this_rank = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
+    return gather_columns(of_this_rank, slots, total)
 
 
 def gather_columns(columns, slots, total):
@@ -68,21 +68,21 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
     optimizer on the CPU. device_map: build(device_map=...) spreads the model over this process's GPUs. options: of lean.recompute."""
     half = dtype == 'bfloat16'
     by_fsdp = False
-    expected_numbers = None  # what the loaded model computes for a probe; None: no need to compare
+    loaded_outputs = None  # what the loaded model computes for a made-up example; None: no need to compare
     if device_map is not None:
         mode, model = 'none', build(device_map=device_map)
     else:
-        # full: the loaded model; None on all ranks but 0
-        full = ranks.on_one_rank(partial(build, empty=False))
-        mode = ranks.shared(partial(room.choose_mode, full, mode, train, half, device, cpu_offload))
+        # loaded: the model with its weights on rank 0, None on all other ranks
+        loaded = ranks.on_one_rank(partial(build, empty=False))
+        mode = ranks.shared(partial(room.choose_mode, loaded, mode, train, half, device, cpu_offload))
         # the weight file, not the config, says which parameters are tied
-        tied = ranks.shared(partial(ties, full))
-        # FSDP keeps the float32 master weights of bfloat16 training, even for replicas
+        tied = ranks.shared(partial(ties, loaded))
+        # bfloat16 training keeps float32 master weights. FSDP manages them, even for replicas
         by_fsdp = mode != 'none' or (half and train)
         if by_fsdp or dist.get_world_size() > 1:
-            expected_numbers = ranks.shared(partial(probe.measure_loaded, full))
-        # FSDP shards an empty model and fills it afterwards; replicas on other ranks start empty, too
-        model = build(empty=True) if by_fsdp or full is None else full
+            loaded_outputs = ranks.shared(partial(probe.measure_loaded, loaded))
+        # FSDP shards an empty model and then fills it (_distribute); replicas on other ranks start empty, too
+        model = build(empty=True) if by_fsdp or loaded is None else loaded
         tie_as(model, tied)
         if not by_fsdp:
             _replicate(model, device, tied, half)
@@ -91,12 +91,12 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
     lean.recompute(model, **options)
     model.shard_mode = mode
     if by_fsdp:
-        _distribute(model, full, device, half, cpu_offload)
+        _distribute(model, loaded, device, half, cpu_offload)
     model.reshard = types.MethodType(_reshard, model)
-    for method in (response_logps, hidden_and_head, response_scores, token_logps, _begin):
+    for method in (response_logps, hidden_and_head, response_scores, token_logps, _be_root):
         add_method(model, method)
-    if expected_numbers is not None:
-        probe.compare(model, expected_numbers, device, half)
+    if loaded_outputs is not None:
+        probe.compare(model, loaded_outputs, device, half)
     set_attention(model, packed=True)
     return model
 
@@ -114,8 +114,7 @@ def _replicate(model, device, tied, half):
     if dist.get_rank() == 0:
         model.to(device)
     else:
-        # to_empty unties parameters
-        model.to_empty(device=device)
+        model.to_empty(device=device)  # this unties parameters
         tie_as(model, tied)
     tensors = [*model.parameters(), *model.buffers()]
     assert len(set(ranks.gather_objects(len(tensors)))) == 1, 'the broadcasts would hang: ranks have different tensors'
@@ -123,22 +122,22 @@ def _replicate(model, device, tied, half):
         dist.broadcast(tensor.data, 0)
 
 
-def _distribute(model, full, device, half, cpu_offload):
-    """Shard an empty model by FSDP, in place, and load the weights of full, which is None on all ranks but 0."""
+def _distribute(model, loaded, device, half, cpu_offload):
+    """Shard an empty model by FSDP, in place, and copy the weights of loaded, a model on rank 0, None on the other ranks."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     # a replica is sharded over a mesh of one rank: FSDP then does mixed precision only
     is_replica = model.shard_mode == 'none'
     mesh = _mesh(device.type, ranks.tp_size(), is_replica, group=dist.group.WORLD)
     settings = {'mesh': mesh['dp']}
-    shard_device = device
+    shard_device = device  # where the shards of the weights are kept
     if half:
         # compute in bfloat16, sum gradients in float32
         settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         # Round the float32 master weights to bfloat16, too. Otherwise a weight halfway between two bfloat16 numbers, common in
         # fp16 files, would jump to the other one with the first update, however small
-        if full is not None:
-            for p in full.parameters():
+        if loaded is not None:
+            for p in loaded.parameters():
                 p.data = p.data.bfloat16().to(p.dtype)
         # frozen weights are never updated, so they need no float32 copy
         _to_bfloat16(p for p in model.parameters() if not p.requires_grad)
@@ -147,7 +146,7 @@ def _distribute(model, full, device, half, cpu_offload):
         shard_device = torch.device('cpu')
     if ranks.tp_size() > 1:
         tensor_parallel(model, mesh['tp'], mesh['dp'].size())
-    # a unit per block, so that one block is gathered at a time; the root unit has the rest, which backward needs first
+    # FSDP gathers the weights of a block together, and those outside of blocks. The latter stay gathered: backward needs them first
     model.stays_gathered = stays_gathered(model, model.shard_mode)
     for block in blocks(model):
         fully_shard(block, **settings, reshard_after_forward=not model.stays_gathered)
@@ -155,13 +154,14 @@ def _distribute(model, full, device, half, cpu_offload):
     # a replica's bfloat16 copy of the weights serves all microbatches of a step
     if is_replica and model.stays_gathered:
         model.set_reshard_after_backward(False)
-    _fill(model, full, device, shard_device)
+    _fill(model, loaded, device, shard_device)
 
 
 @cache
 def _mesh(device_type, tp, replicated, group):
-    """Return a DeviceMesh of all ranks: ('dp',), or if replicated ('copies', 'dp') with a single rank in dp; plus 'tp' if tp > 1."""
-    # FSDP shards over dp. group, the default process group, is only a cache key: a new group needs a new mesh
+    """Return a DeviceMesh of all ranks, with 'dp' as the dimension that FSDP shards over. group: a cache key, not used.
+
+    Dimensions of 8 ranks: dp 8; if replicated: copies 8, dp 1; with tp=2: dp 4, tp 2; with both: copies 4, dp 1, tp 2."""
     n = dist.get_world_size() // tp
     sizes = {'copies': n, 'dp': 1} if replicated else {'dp': n}
     if tp > 1:
@@ -169,17 +169,17 @@ def _mesh(device_type, tp, replicated, group):
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def _fill(model, full, device, shard_device):
-    """Load the weights of full (None on all ranks but 0) into an empty sharded model. Buffers go to device."""
+def _fill(model, loaded, device, shard_device):
+    """Copy the weights of loaded (None on all ranks but 0) into an empty sharded model on shard_device. Buffers go to device."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     model.to_empty(device=shard_device)
-    weights = {} if full is None else full.state_dict()
+    weights = {} if loaded is None else loaded.state_dict()
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     # the state dict lacks non-persistent buffers, such as rotary frequencies: broadcast all buffers
     for name, buffer in model.named_buffers():
-        if full is not None:
-            buffer.copy_(full.get_buffer(name))
+        if loaded is not None:
+            buffer.copy_(loaded.get_buffer(name))
         dist.broadcast(buffer, 0)
     # with cpu_offload, FSDP moves parameters to the device for each pass, but not buffers
     if shard_device != device:
@@ -189,25 +189,32 @@ def _fill(model, full, device, shard_device):
 
 
 def stays_gathered(model, mode):
-    """Return whether FSDP keeps a block's weights gathered between forward and backward."""
-    # in mode 'none' they are a bfloat16 copy; it is freed if some weights are frozen, which would be in memory twice
+    """Return whether FSDP keeps a block's weights gathered from forward to backward. mode: none, grads or full."""
+    # in mode none, gathered weights are a bfloat16 copy. Frozen weights are bfloat16 already: a kept copy would double their memory
     if mode == 'none':
         return all(p.requires_grad for p in model.parameters())
     return mode == 'grads'
 
 
 def add_method(model, function):
-    """Bind function to the model as a method. FSDP gathers the root module's parameters for it, as it does for forward."""
+    """Make function(model, ...) a method of the model. FSDP gathers the root module's parameters for it, as it does for forward."""
     setattr(model, function.__name__, types.MethodType(function, model))
     if model in fsdp_modules(model):
         dist.fsdp.register_fsdp_forward_method(model, function.__name__)
 
 
 def _reshard(model):
-    """Free all gathered parameters. After a forward without backward, modules hold them instead of the optimizer's shards."""
+    """Free all gathered weights: model.parameters() are then this rank's shards again, as the optimizer needs them."""
     for module in fsdp_modules(model):
-        # FSDP's own method, which model.reshard hides
+        # not module.reshard: in the root, that is this function
         type(module).reshard(module)
+
+
+def abandon_backward(model):
+    """Clear what a backward that ended in an error leaves in FSDP's state. Otherwise later ones would give no gradients."""
+    if fsdp_modules(model):
+        # the end of every backward, which FSDP runs no more while it takes the broken one for unfinished
+        model._get_fsdp_state()._root_post_backward_final_callback()
 
 
 def fsdp_modules(model):
@@ -215,24 +222,24 @@ def fsdp_modules(model):
     return [m for m in model.modules() if hasattr(m, 'unshard')]
 
 
-def _begin(model, unused):
-    """Run an empty forward of the root module. unused: on CUDA, torch 2.11's FSDP indexes the forward's arguments."""
+def _be_root(model, unused):
+    """Do nothing. As a method of model, it makes model FSDP's root. unused: torch 2.11's FSDP on CUDA wants an argument."""
 
 
 @contextlib.contextmanager
 def unsharded(model):
-    """Keep all parameters gathered in the with block. Generation is several times faster, and ranks need not run in step."""
+    """Keep all weights gathered in the with block. Generation is several times faster, and ranks need not run in step."""
     modules = fsdp_modules(model)
     try:
-        # FSDP takes the first module that runs as its root, but generation may start inside PEFT's wrapper
+        # FSDP takes the first module that runs as its root. Generation may start with a module inside PEFT's wrapper
         if modules:
-            model._begin(None)
+            model._be_root(None)
         for m in modules:
             m.set_reshard_after_forward(False, recurse=False)
             m.unshard()
         yield
     finally:
-        # restore what _distribute has set: the root never reshards after forward
+        # restore the settings of _distribute: False for the root
         for m in modules:
             m.set_reshard_after_forward(m is not model and not model.stays_gathered, recurse=False)
         _reshard(model)
@@ -255,13 +262,13 @@ def local(tensor):
 
 def average_gradients(model):
     """Average a step's gradients over all ranks, in place, and return the list of them: tensors, or DTensors if sharded."""
-    # free the gathered weights: the parameters are then the shards again, which have the gradients
+    # after this, model.parameters() are the shards, which have the gradients
     model.reshard()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    # FSDP has averaged them in backward
+    # shards: FSDP has averaged their gradients in backward
     if model.shard_mode != 'none':
         return grads
-    # a replica has whole gradients; in bfloat16 they are DTensors over one rank
+    # replicas; those in bfloat16 have DTensors over one rank
     grads = [local(grad) for grad in grads]
     world_size = dist.get_world_size()
     if world_size > 1:
@@ -277,7 +284,7 @@ def update(model, optimizer, lr, scale, max_norm):
     """Multiply the gradients by scale, clip them to max_norm, step and clear them. Returns the norm before clipping.
 
     scale: number of ranks / sum of example weights. If the norm is not finite, the step is skipped: weights do not change."""
-    # get_total_norm wants tensors of one mesh: tensor parallelism has two meshes, a replica none
+    # group the gradients by mesh (tensor parallelism has two, a replica None), because get_total_norm takes one mesh at a time
     grads_by_mesh = {}
     for grad in average_gradients(model):
         mesh = getattr(grad, 'device_mesh', None)

@@ -36,6 +36,7 @@ from text.examples import in_words
 from text.files import content_hash
 from text.messages import answer
 
+# the answers
 answers: str | None = None  # a file of answers: samples.jsonl or model_outputs.json
 against: str | None = None  # judge them against the answers in this file; None: against each other
 # the judge, one of these
@@ -65,10 +66,12 @@ if answers is None:
 if sum(option is not None for option in (endpoint, reward_model, gold)) != 1:
     raise UserError('name one judge: --endpoint=http://... with --judge_model, --reward_model=FOLDER, or --gold=toy')
 if endpoint is None:
-    config.ignored('judge_model judge_prompt request concurrency timeout retries'.split(), 'there is no --endpoint')
+    config.report_unused(
+        'judge_model judge_prompt request concurrency timeout retries'.split(), 'there is no --endpoint'
+    )
 if reward_model is None:
     model_options = 'max_length max_prompt_length truncation max_tokens trust_remote_code'
-    config.ignored(model_options.split(), 'there is no --reward_model')
+    config.report_unused(model_options.split(), 'there is no --reward_model')
 
 pairs, left_out = make_pairs(answers, against)
 # indices of pairs with identical answers, which need no judge
@@ -76,10 +79,6 @@ equal = {i for i, pair in enumerate(pairs) if len({output.strip() for output in 
 # a verdict's key: (pair index, order); order 2 shows the second answer first
 orders = (1, 2) if endpoint else (1,)
 keys = [(i, order) for i in range(len(pairs)) if i not in equal for order in orders]
-n_prompts = len({pair['question'] for pair in pairs})
-counts = f'{len(pairs)} pairs of answers to {n_prompts} prompts, {len(equal)} of them equal'
-log.say(f'data: {counts}, {len(keys)} verdicts to take; left out: {in_words(left_out)[0]}')
-
 record = config | {'content of answers': f'{content_hash(pairs):016x}'}  # everything that verdicts depend on
 failed = Counter()  # request errors by reason
 cut = Counter()  # truncated prompts and answers, by kind
@@ -111,8 +110,18 @@ if reward_model is not None:
     _, world_size, device = ranks.setup()
     if world_size > 1:
         raise UserError('label.py scores in one process: run it with python, not torchrun')
-    model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
     record['content of reward_model'] = lora.weights_hash(reward_model)
+
+# out_dir must be new, or hold a run with the same answers and options except these
+neutral = {'out_dir', 'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'}
+log.check_out_dir(out_dir, record, resume=True, neutral=neutral)
+lock(out_dir)
+
+n_prompts = len({pair['question'] for pair in pairs})
+counts = f'{len(pairs)} pairs of answers to {n_prompts} prompts, {len(equal)} of them equal'
+log.say(f'data: {counts}, {len(keys)} verdicts to take; left out: {in_words(left_out)[0]}')
+if reward_model is not None:
+    model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
 
 
 def ask_judge(todo):
@@ -163,10 +172,6 @@ def compare_rewards(todo):
 
 # ---- the verdicts ----
 
-# out_dir must be new, or hold a run with the same answers and options except these
-neutral = {'out_dir', 'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'}
-log.check_out_dir(out_dir, record, resume=True, neutral=neutral)
-lock(out_dir)
 config_file = Path(out_dir) / 'config.json'
 if config_file.exists():
     first_endpoint = json.loads(config_file.read_text())['config']['endpoint']
@@ -248,9 +253,7 @@ if endpoint is not None:
     for name, column in columns.items():
         rates[name] = (column, clusters)
 for name, (column, clusters) in rates.items():
-    mean, error = winrate.mean(column, clusters)
-    report[name] = mean
-    report[f'{name}_se'] = error
+    report[name], report[f'{name}_se'] = winrate.mean(column, clusters)
     report[f'{name}_interval'] = winrate.interval(column, clusters)
 
 # length-controlled win rate; with few prompts, length cannot be told from quality
@@ -258,9 +261,7 @@ n_judged = len(set(questions))
 rate = error = effect = None
 if n_judged >= winrate.ENOUGH:
     rate, error, effect = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], questions)
-report['length_controlled'] = rate
-report['length_controlled_se'] = error
-report['length_effect'] = effect
+report |= {'length_controlled': rate, 'length_controlled_se': error, 'length_effect': effect}
 report['length_controlled_interval'] = winrate.interval_of_fit(rate, error)
 report['mean_lengths'] = lengths.mean(0).tolist() if clear else None
 replace_text(Path(out_dir) / 'report.json', json.dumps(report, indent=1))

@@ -17,51 +17,51 @@ def blocks(model):
     class_names = set()
     for module in core(model).modules():
         class_names.update(getattr(module, '_no_split_modules', None) or ())
-    found = {}
+    block_at = {}  # path in the model -> block
     for path, module in core(model).named_modules():
-        # only outermost modules, which named_modules lists first: Mamba declares a block and also a part of it
-        is_inside_block = any(path.startswith(f'{block_path}.') for block_path in found)
+        # no blocks inside blocks: Mamba declares a block and also a part of it. named_modules lists the outer one first
+        is_inside_block = any(path.startswith(f'{block_path}.') for block_path in block_at)
         if type(module).__name__ in class_names and not is_inside_block:
-            found[path] = module
-    return list(found.values())
+            block_at[path] = module
+    return list(block_at.values())
 
 
 def response_logps(model, batch, divergence=None, reference=None):
-    """Return the summed log-probs (1, A), float32, of a batch's A answers.
+    """Return the log-probs of a batch's A answers, summed over the tokens of each: (1, A), float32.
 
-    divergence: kl or one of RISKS; reference: the reference model's hidden_and_head(batch). With both, the result is (3, A):
-    log-probs of the policy, summed divergences, log-probs of the reference."""
+    divergence: a function of rl/divergences.py; reference: the reference model's hidden_and_head(batch). With both, the result is
+    (3, A): log-probs under this model, summed divergences from the reference, log-probs under the reference."""
     hidden, (weight, bias) = hidden_and_head(model, batch)
-    # with a device map, targets and reference may be on another device
+    # a model spread over several GPUs (--device_map) may have its head on another one than the batch and the reference
     device = hidden.device
     if reference is not None:
         ref_hidden, (ref_weight, ref_bias) = reference
         reference = [x if x is None else x.to(device) for x in (ref_hidden, ref_weight, ref_bias)]
     target = batch.target.to(device)
-    # (1 or 3, N): values of each token, summed over each answer below
+    # (1 or 3, N): the same numbers for each token
     token_values = Head.apply(hidden, weight, bias, target, core(model).config, divergence, reference)
     return torch.stack([batch.sum(row) for row in token_values.to(batch.ids.device)])
 
 
 def hidden_and_head(model, batch):
-    """Return hidden states (N, d) that predict the N answer tokens, and the LM head: (weight, bias or None)."""
-    # FSDP gathers the head's weight only if this, or response_logps around it, runs as the model's method, see fsdp.add_method
+    """Return the hidden states (N, d) that predict a batch's N answer tokens, and the LM head: (weight (V, d), bias or None)."""
+    # FSDP gathers the head's weight only if this, or response_logps around it, is called as the model's method (fsdp.add_method)
     head = core(model).get_output_embeddings()
     hidden = body(model, batch).to(head.weight.device).flatten(0, 1)
-    predict_at = batch.predict_at.to(hidden.device)
+    predict_at = batch.predict_at.to(hidden.device)  # indices into the flattened batch
     return hidden[predict_at], (head.weight, head.bias)
 
 
 def body(model, batch):
     """Return the last hidden states of a batch, (rows, T, d): the model's output before the LM head."""
     inner = core(model)
-    trunk = inner.base_model
+    trunk = inner.base_model  # the model without its head
     # Llama 4 declares a wrong name for its trunk, so its base_model is the whole model
     if trunk is inner:
         trunk = inner.model
     layout = {'attention_mask': batch.mask}
+    # only a packed batch has groups; transformers passes the option packed on to packed_attention
     if batch.groups:
-        # transformers passes the option packed on to packed_attention
         layout = {'position_ids': batch.position, 'packed': batch}
     return trunk(input_ids=batch.ids, use_cache=False, **layout).last_hidden_state
 
@@ -86,7 +86,7 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def chunks(n, vocab_size, max_logits):
-        """Split n positions into slices of at most max_logits logits (n_positions * vocab_size), but at least one position."""
+        """Split n positions into slices of at most max_logits // vocab_size positions, but at least one."""
         size = max(1, max_logits // vocab_size)
         starts = range(0, n, size)
         return [slice(start, min(start + size, n)) for start in starts]
@@ -98,28 +98,27 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def logits(policy, reference, config):
-        """Yield (rows, logits (n, V), pieces) for each chunk of positions.
+        """Yield (rows, logits, pieces) for each chunk of the N positions: their slice, the policy's logits (n, V), and the same in pieces.
 
-        policy, reference: (hidden, weight, bias); reference may be None. rows: slice of the chunk's positions. pieces: the chunk in
-        smaller parts, [(slice of positions, logits, reference's logits or None)]. The caller may overwrite logits; the next chunk
-        reuses their memory."""
+        policy, reference: (hidden (N, d), weight (V, d), bias); reference may be None. pieces: [(slice of the N positions, policy's
+        logits, reference's logits or None)]. The caller may overwrite logits; the next chunk reuses their memory."""
         hidden, weight, _ = policy
         vocab_size = len(weight)
-        # each chunk is one matrix product; pieces are smaller, because their logits may be copied
+        # a chunk is as large as one matrix product may be; the caller needs copies of a piece's logits, so pieces are smaller
         max_of_chunk, max_of_piece = Head.max_logits(hidden.device), 2**24 if hidden.is_cuda else 2**19
         chunks = Head.chunks(len(hidden), vocab_size, max_of_chunk)
         models = [policy, reference] if reference else [policy]
-        # chunks share a buffer: on a CPU, fresh memory costs as much as the product
+        # one buffer for each model and all chunks: on a CPU, fresh memory costs as much as the product
         buffers = [hidden.new_empty(chunks[0].stop, vocab_size, dtype=wide(hidden)) for _ in models]
         for rows in chunks:
             n = rows.stop - rows.start
             for buffer, (model_hidden, *head) in zip(buffers, models, strict=True):
                 _write_logits(buffer[:n], model_hidden[rows], *head, config)
             pieces = []
-            for piece in Head.chunks(n, vocab_size, max_of_piece):
-                at = slice(rows.start + piece.start, rows.start + piece.stop)
-                ref_logits = buffers[1][piece] if reference else None
-                pieces.append((at, buffers[0][piece], ref_logits))
+            for in_chunk in Head.chunks(n, vocab_size, max_of_piece):
+                piece_rows = slice(rows.start + in_chunk.start, rows.start + in_chunk.stop)
+                ref_logits = buffers[1][in_chunk] if reference else None
+                pieces.append((piece_rows, buffers[0][in_chunk], ref_logits))
             yield rows, buffers[0][:n], pieces
 
     @staticmethod
@@ -132,14 +131,14 @@ class Head(torch.autograd.Function):
         n_values = 3 if divergence else 1
         values = hidden.new_empty(n_values, len(target), dtype=wide(hidden))
         for _, _, pieces in Head.logits((hidden, weight, bias), reference, config):
-            for at, logits, ref_logits in pieces:
-                piece_target = target[at, None]
+            for rows, logits, ref_logits in pieces:
+                piece_target = target[rows, None]  # (n, 1)
                 log_pi = torch.log_softmax(logits, 1, out=logits)
-                values[0, at] = log_pi.gather(1, piece_target).squeeze(1)
+                values[0, rows] = log_pi.gather(1, piece_target).squeeze(1)
                 if divergence:
                     log_ref = torch.log_softmax(ref_logits, 1, out=ref_logits)
-                    values[1, at], _ = divergence(log_pi, log_ref)
-                    values[2, at] = log_ref.gather(1, piece_target).squeeze(1)
+                    values[1, rows], _ = divergence(log_pi, log_ref)
+                    values[2, rows] = log_ref.gather(1, piece_target).squeeze(1)
         return values
 
     @staticmethod
@@ -153,12 +152,12 @@ class Head(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
         d_bias = torch.zeros_like(bias, dtype=wide(bias)) if bias_trains else None
         for rows, chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
-            # in place: pieces are views of chunk_logits
-            for at, logits, ref_logits in pieces:
-                _to_gradient(logits, target[at], grad[:, at], config, divergence, ref_logits)
+            # pieces are views of chunk_logits, which thereby become the gradient
+            for piece_rows, logits, ref_logits in pieces:
+                _to_gradient(logits, target[piece_rows], grad[:, piece_rows], config, divergence, ref_logits)
             d_logits = chunk_logits.to(weight.dtype)
             d_hidden[rows] = d_logits @ weight
-            # addmm_ needs no memory for the product, but a single dtype
+            # addmm_ saves the memory of the product, but wants a single dtype
             if weight_trains and d_weight.dtype == weight.dtype:
                 d_weight.addmm_(d_logits.T, hidden[rows])
             elif weight_trains:
@@ -190,13 +189,13 @@ def _write_logits(out, hidden, weight, bias, config):
 def _to_gradient(logits, target, grad, config, divergence, ref_logits):
     """Replace logits (n, V), in place, by the loss gradient of the head's output (before scale and cap). Overwrites ref_logits.
 
-    grad (1 or 3, n): loss gradients of the targets' log-probs, and of the divergences if any. Derivatives by the logits:
-    d log pi(target) = onehot(target) - pi;  d divergence = pi * mass.sum() - mass, with the mass that divergence() returns."""
+    grad (1 or 3, n): loss gradients g of the targets' log-probs, and h of the divergences if any. The gradient of the logits is
+    g (onehot(target) - pi) + h (pi * mass.sum() - mass), with the mass that divergence() returns."""
     scale, cap = _scale_and_cap(config)
     # derivative of the soft cap, before logits are overwritten
     slope = 1 - (logits / cap) ** 2 if cap else 1
     grad_logps = grad[0, :, None]
-    # first the terms with pi, then the one-hot
+    # all terms but g onehot(target)
     if divergence:
         log_pi = torch.log_softmax(logits, 1, out=logits)
         log_ref = torch.log_softmax(ref_logits, 1, out=ref_logits)

@@ -86,17 +86,16 @@ config = configure(globals(), shared=training)
 if loss not in ('ppo', 'grpo'):
     raise UserError(f'loss must be one of ppo, grpo, not {loss!r}: dpo.py has the losses on preferences')
 if offline:
-    config.ignored(['missing_eos_penalty', 'group_size'], 'offline, answers come from the data')
+    config.report_unused(['missing_eos_penalty', 'group_size'], 'offline, answers come from the data')
 else:
-    config.ignored(['noise_rate', 'max_length'], 'answers are sampled, not taken from the data')
+    config.report_unused(['noise_rate', 'max_length'], 'answers are sampled, not taken from the data')
 if loss == 'grpo':
-    config.ignored(['critic', 'vf_coef', 'value_clip', 'gamma', 'lam', 'whiten'], 'grpo has no critic')
+    config.report_unused(['critic', 'vf_coef', 'value_clip', 'gamma', 'lam', 'whiten'], 'grpo has no critic')
 else:
-    config.ignored(['per_answer'], 'it belongs to grpo')
+    config.report_unused(['per_answer'], 'it belongs to grpo')
 if group_size == 1:
-    config.ignored(['share_prefix'], 'there is one answer to a prompt')
+    config.report_unused(['share_prefix'], 'there is one answer to a prompt')
 
-# invalid combinations
 if offline and loss == 'grpo':
     raise UserError('--offline goes with --loss=ppo: grpo compares several answers to one prompt, and samples them')
 if loss == 'grpo' and group_size < 2:
@@ -105,10 +104,11 @@ reward_parts = reward_functions.parts_of_options(config, training.eval_data)
 if not (0 <= gamma <= 1 and 0 <= lam <= 1):
     raise UserError(f'gamma and lam must lie between 0 and 1, not {gamma} and {lam}')
 answers_per_prompt = 1 if offline else group_size
-splits_groups = batch_size % answers_per_prompt or minibatch_size % answers_per_prompt
-if splits_groups or minibatch_size > batch_size:
-    sizes = f'batch_size {batch_size} and minibatch_size {minibatch_size} must be multiples of group_size'
-    raise UserError(f'{sizes} {answers_per_prompt}, and a minibatch no larger than the batch')
+if batch_size % answers_per_prompt or minibatch_size % answers_per_prompt:
+    sizes = f'batch_size {batch_size} and minibatch_size {minibatch_size} count answers'
+    raise UserError(f'{sizes}: both must be multiples of group_size {group_size}, those to a prompt')
+if minibatch_size > batch_size:
+    raise UserError(f'minibatch_size {minibatch_size} is more than batch_size {batch_size}, the answers of a round')
 kl_in_loss = offline or loss == 'grpo'  # online PPO has the KL penalty in the rewards instead
 
 # ---- set-up ----
@@ -120,11 +120,10 @@ tokenizer = run.tokenizer
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
 run.load_data(train={'task': 'singles'} if offline else prompts_only, held_out=prompts_only)
 if not offline:
-    # only dummy answers were cut
-    run.train.left_out.pop('answers cut', None)
+    run.train.left_out.pop('answers cut', None)  # only dummy answers were cut
 elif noise_rate:
     run.train = run.train.flip(noise_rate, seed)
-run.say_data(answers_per_prompt)
+run.count_data(answers_per_prompt)
 train = run.train
 held_out = run.held_out
 total = run.total
@@ -140,16 +139,16 @@ build_policy = partial(load_model, model, adapters=run.adapters, **run.model_opt
 
 
 def build(**options):
-    """Load the policy with these options of load_model; for ppo attach its critic, so one optimizer and checkpoint cover both."""
-    lm = build_policy(**options)
+    """Load the policy, for ppo with its critic inside, so that one optimizer and checkpoint cover both. options: see fsdp.shard."""
+    language_model = build_policy(**options)
     if loss == 'grpo':
-        return lm
+        return language_model
     if critic == 'head':
-        return add_value_head(lm)
+        return add_value_head(language_model)
     critic_name = model if critic == 'own' else critic
     # new_head: replace the head of a language model by one with a single output
     critic_model = load_reward(critic_name, new_head=True, **run.model_options(), **options)
-    return add_value_head(lm, critic_model)
+    return add_value_head(language_model, critic_model)
 
 
 run.load_policy(build)
@@ -164,9 +163,7 @@ what = 'prompts with their answers'  # for error messages
 # with adapters, the policy without them serves as the reference
 has_own_ref = bool(ref_model or not run.adapters)
 own_critic = getattr(core(policy), 'critic', None)
-run.choose_attention(
-    longest, what, share_prefix, forward=policy.token_logps, critic=own_critic, frozen=int(has_own_ref)
-)
+run.set_batching(longest, what, share_prefix, forward=policy.token_logps, critic=own_critic, n_frozen=int(has_own_ref))
 ref = policy
 if has_own_ref:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
@@ -182,18 +179,19 @@ def make_round(first, rows):
 
     first: number of answers before the round. rows: training-set indices of its prompts. Call it on all ranks together. After a
     stop signal the answers are truncated, and the caller must not train on them."""
-    # rollout. Answer k of a run has seed (seed + 1) * 2**32 + k, so runs with different --seed share none
+    # 1. answers. Answer k of a run has seed (seed + 1) * 2**32 + k, so runs with different --seed share none
     if offline:
         examples = train.select(rows)
     else:
         first_seed = (seed + 1) * 2**32 + first
         examples = rollout.sample(run, train, rows, answers_each=answers_per_prompt, first_seed=first_seed)
 
+    # columns of all tokens (log-probs pi and ref, values) and of all answers: name -> (tokens,), name -> (answers,)
     tokens, answers = rollout.measure(run, ref, examples, stop_ids)
     # old: log-probs under the policy that wrote the answers; offline it is unknown, and the reference stands in for it
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
 
-    # scores, (answers,): offline the labels
+    # 2. scores, (answers,): offline the labels
     if offline:
         scores = torch.from_numpy(np.where(examples.good, 1.0, -1.0))
         answers['score'] = scores
@@ -204,11 +202,11 @@ def make_round(first, rows):
         # the logged scores are without the penalty
         scores = answers['score'] - missing_eos_penalty * ~answers['ended']
 
-    # advantages, (tokens,): with grpo every token gets that of its answer
+    # 3. advantages, (tokens,)
     if loss == 'grpo':
         groups = scores.view(-1, answers_per_prompt)  # (prompts, answers per prompt)
         advantages = formulas.group_advantage(groups).view(-1)
-        tokens['advantage'] = advantages.repeat_interleave(answers['n'])
+        tokens['advantage'] = advantages.repeat_interleave(answers['n'])  # a token gets that of its answer
         # groups with equal scores give no gradient
         metrics['equal_groups/train'] = (groups.std(1) == 0).double().mean().item()
     else:
@@ -232,8 +230,7 @@ def token_losses(pi, value, columns):
         policy_loss = formulas.ppo(pi, old, advantage, clip=clip)
     if value is None:
         return policy_loss, torch.zeros_like(policy_loss)
-    # None or 0: no clipping
-    limit = value_clip or math.inf
+    limit = value_clip or math.inf  # None or 0: no clipping
     return policy_loss, formulas.value_loss(value, columns['value'], columns['target'], value_clip=limit)
 
 
@@ -243,11 +240,11 @@ def run_minibatch(batches, this_round, rows):
     batches: this rank's microbatches. rows: indices of the minibatch's examples in this_round (rollout.Round). Sums: loss and
     value_loss (weighted), clipped (number of clipped ratios), approx_kl (KL estimate from the current to the sampling policy).
     Gradients of the weighted loss accumulate as the sum over all tokens, divided by the number of ranks."""
-    sums = {}
-    # name -> (tokens,), all tokens of the round
+    sums = {}  # of this rank
+    # name -> (tokens,): all tokens of the round
     round_columns = move({name: column.float() for name, column in this_round.tokens.items()}, run.device)
     for batch in batches:
-        # filler tokens have slot -1: they read the last token's numbers and get weight 0
+        # (N,): where the microbatch's answer tokens are in round_columns. Filler tokens have -1: they get some numbers, and weight 0
         slots = rollout.token_slots(batch, rows, this_round.answers['start'], answers_per_prompt)
         is_real = slots >= 0
         columns = {name: column[slots] for name, column in round_columns.items()}
@@ -255,9 +252,9 @@ def run_minibatch(batches, this_round, rows):
         value = values[0] if values else None
         policy_loss, value_loss = token_losses(pi, value, columns)
 
+        # all tokens weigh the same, or with per_answer all answers
         weight = torch.ones_like(pi)
         if per_answer:
-            # every answer has the same total weight
             weight = 1 / batch.n[batch.answer]
         weight = weight * is_real
         (weight * (policy_loss + vf_coef * value_loss)).sum().backward()
@@ -266,11 +263,11 @@ def run_minibatch(batches, this_round, rows):
         ratio = (pi - columns['old']).detach().exp()
         is_clipped = (ratio - 1).abs() > clip
         approx_kl = ratio - 1 - ratio.log()
-        to_add = {'loss': weight * policy_loss, 'value_loss': weight * value_loss}
-        to_add |= {'clipped': is_real * is_clipped, 'approx_kl': is_real * approx_kl}
-        for name, column in to_add.items():
+        terms = {'loss': weight * policy_loss, 'value_loss': weight * value_loss}
+        terms |= {'clipped': is_real * is_clipped, 'approx_kl': is_real * approx_kl}
+        for name, column in terms.items():
             sums[name] = sums.get(name, 0) + column.detach().double().sum().view(1)  # (1,)
-    # sum over ranks: each rank fills its entry of a (world_size,) column
+    # add up over ranks: each rank fills in its own entry of a (world_size,) column
     by_rank = fsdp.gather_columns(sums, slots=[run.rank], total=run.world)
     return {name: column.sum().item() for name, column in by_rank.items()}
 
@@ -281,13 +278,13 @@ def train_round(this_round):
     Steps with a non-finite loss or gradient leave the weights alone, count in no mean, and go to bad_step.jsonl."""
     steps_before = steps_per_round * (this_round.first // batch_size)
     n_tokens = 0
-    totals = Counter()
-    last_step = {'grad_norm': math.nan}
+    totals = Counter()  # sums over the answer tokens of all good steps
+    last = {'grad_norm': math.nan}
     # minibatches consist of examples: a prompt with all its answers
     minibatches = this_round.minibatches(minibatch_size // answers_per_prompt, ppo_epochs, seed)
     for step, rows in enumerate(minibatches, start=steps_before):
         step_lr = lr * log.schedule(step, n_rounds * steps_per_round, warmup_steps, training.lr_schedule)
-        last_step['lr'] = step_lr
+        last['lr'] = step_lr
         batches, *_ = run.make_batches(this_round.examples, rows)
         lengths = this_round.by_example('n')[rows]  # (examples, answers per prompt)
         n = int(lengths.sum())
@@ -301,16 +298,16 @@ def train_round(this_round):
             record_bad_step(this_round, rows, sums['loss'], norm)
             continue
 
-        last_step['grad_norm'] = norm
+        last['grad_norm'] = norm
         n_tokens += n
-        # rescale from weighted to token sums, because the means below are per token
+        # weighted mean * n: the means below are per token
         for name in ('loss', 'value_loss'):
             sums[name] = sums[name] * n / total_weight
         totals.update(sums)  # Counter.update adds
     if loss == 'grpo':
         totals.pop('value_loss', None)
-    means = {f'{name}/train': value / max(1, n_tokens) for name, value in totals.items()}
-    return means | last_step
+    means = {f'{name}/train': total / max(1, n_tokens) for name, total in totals.items()}
+    return means | last
 
 
 def record_bad_step(this_round, rows, loss_sum, norm):
@@ -320,8 +317,7 @@ def record_bad_step(this_round, rows, loss_sum, norm):
     # (answers,) each; the loss is known for the whole step only
     columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
     columns['loss'] = torch.full((len(columns['n']),), loss_sum)
-    # training-set index of each answer's prompt
-    train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)
+    train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)  # of each answer's prompt
     uids = train.uid[train_rows]
     guard.bad_step(out_dir, run.state, training.skip_bad_steps, this_round.first, train_rows, uids, norm, columns)
 
@@ -342,15 +338,15 @@ def evaluate(seen):
     if guard.stop_asked():
         return
 
-    # answers for people to read, without the end token
-    prompts, to_write, columns = [], [], {}
-    fields = rollout.answer_rows(tokens, answers)
+    # answers for people to read, (model, number of the prompt, token ids) each, and more fields for samples.jsonl
+    prompts, to_write, fields = [], [], {}
+    rows = rollout.answer_rows(tokens, answers)
     for i, (prompt, (answer,)) in enumerate(examples):
         prompts.append(prompt.tolist())
         to_write.append(('policy', i, generate.without_end(answer.tolist(), stop_ids)))
-        columns['policy', i] = fields[i]
+        fields['policy', i] = rows[i]
     to_write = to_write[:n_eval_model_samples]
-    write = partial(generate.write, f'{out_dir}/samples.jsonl', tokenizer, prompts, to_write, seen, columns)
+    write = partial(generate.write, f'{out_dir}/samples.jsonl', tokenizer, prompts, to_write, seen, fields)
     ranks.on_one_rank(write)
     run.log_evaluation(seen, rollout.describe(run, examples, tokens, answers, 'eval'))
 

@@ -55,10 +55,10 @@ run.tokenizer = separate_pad(run.tokenizer)
 run.load_data(task='pairs', margins=True)
 if noise_rate:
     run.train = run.train.flip(noise_rate, seed)
-run.say_data()
+run.count_data()
 run.load_policy(partial(load_reward, model, new_head=True, adapters=run.adapters, **run.model_options()))
 longest = max(run.train.longest(), run.held_out.longest())
-run.choose_attention(longest, share_prefix=share_prefix, forward=run.policy.response_scores)
+run.set_batching(longest, share_prefix=share_prefix, forward=run.policy.response_scores)
 run.check_room()
 
 # ---- one step ----
@@ -68,7 +68,7 @@ def run_step(step, backward=False):
     """Run forward, and optionally backward, on one step. Returns its columns, (pairs,) each, in step order.
 
     After backward and fsdp.average_gradients, gradients are those of the loss summed over the step's pairs, divided by the number
-    of ranks."""
+    of ranks. batch.real is 0 for the fillers of ranks that have no examples."""
     # target gap between the two scores, (pairs,)
     margin = step.labels.get('margin', torch.zeros(len(step.rows)))
     # microbatch by microbatch: scores, loss, gradient
@@ -88,7 +88,7 @@ def run_step(step, backward=False):
 
 
 def summary(columns, split):
-    """Return metrics (name -> float) from the columns of a step or an evaluation; the rewards are the scores."""
+    """Return metrics (name -> float) from the columns of a step or an evaluation. split: 'train' or 'eval'."""
     s_w, s_l = columns['s_w'], columns['s_l']
     chosen, rejected = {'reward': s_w, 'n': columns['n_w']}, {'reward': s_l, 'n': columns['n_l']}
     found = metrics.of_preferences(split, columns['loss'].mean(), chosen, rejected, s_w > s_l)

@@ -75,12 +75,12 @@ config = configure(globals())
 # options without effect: an error on the command line, a note in a config file
 if endpoint:
     model_options = 'model max_prompt_length truncation batch_size max_tokens dtype trust_remote_code'
-    config.ignored(model_options.split(), 'an endpoint answers')
+    config.report_unused(model_options.split(), 'an endpoint answers')
     completions_url(endpoint)  # raises UserError for a bad address
     if not endpoint_model:
         raise UserError('--endpoint needs --endpoint_model, the name of a model there')
 else:
-    config.ignored(['endpoint_model', 'concurrency', 'timeout'], 'there is no --endpoint')
+    config.report_unused(['endpoint_model', 'concurrency', 'timeout'], 'there is no --endpoint')
 
 try:
     temperatures = [float(word) for word in str(temperature).split()]
@@ -93,7 +93,7 @@ if not temperatures or not in_range or has_duplicates:
 if 0 in temperatures and n > 1:
     raise UserError(f'at temperature 0 all {n} answers to a prompt are the same: use --n=1, or another temperature')
 if temperatures == [0]:
-    config.ignored(['top_p'], 'temperature 0 takes the most probable token')
+    config.report_unused(['top_p'], 'temperature 0 takes the most probable token')
 # answers per prompt: samples 0 to n - 1 have the first temperature, the next n the second, ...
 n_samples = n * len(temperatures)
 reward_parts = reward_functions.parse(reward) if reward else []
@@ -108,20 +108,19 @@ if endpoint and world_size > 1:
 
 
 def read_rows():
-    """Read the data rows of all sources in --data. Return (rows, Counter of what was left out). Raises UserError."""
+    """Read the rows (dicts with 'prompt') of all sources in --data. Return (rows, Counter of what was left out). Raises UserError."""
     rows = []
     left_out = Counter()
-    # without --split, prefer 'test'; undivided reads all rows if the data has no splits
+    # without --split, take the split 'test', or (undivided) all rows of data without splits
     wanted_split = split or 'test'
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
-        # one prompt per line
-        if source.endswith('.txt'):
+        if source.endswith('.txt'):  # one prompt per line
             lines = read_text(source).splitlines()
             rows += [{'prompt': line} for line in lines if line.strip()]
             continue
         new_rows, new_left_out = sources.load_rows(source, wanted_split, task='prompts', **options)
-        # read_prompts() reports an empty single source
+        # an empty source is an error; if it is the only one, read_prompts() reports it
         if not new_rows and source != data:
             raise sources.vanished(source, wanted_split, new_left_out)
         rows += new_rows
@@ -134,8 +133,7 @@ def read_prompts():
 
     A row is a dict with 'prompt', a text or a list of messages, and perhaps 'tools'."""
     rows, left_out = read_rows()
-    # drop duplicates
-    row_of_hash = {}
+    row_of_hash = {}  # the first row with each prompt
     for row in rows:
         prompt_and_tools = [row[name] for name in ('prompt', 'tools') if name in row]
         row_of_hash.setdefault(content_hash(*prompt_and_tools), row)
@@ -204,30 +202,28 @@ if not endpoint:
     all_texts = all(isinstance(row['prompt'], str) for row in prompts)
     if all_texts and tokenizer.chat_template not in (None, tokenise.PLAIN_CHAT):
         log.say('note: the tokenizer has a chat template, but the prompts are text: --chat makes chats of them')
-    # drop rejected prompts
     keys = [(i, sample) for i, sample in keys if ids[i] is not None]
     if not keys:
         raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {in_words(left_out)[0]}')
 
 
 def plan():
-    """Split all answers into batches: a list of (n_rows, keys of the answers); n_rows answers are generated side by side.
+    """Split all answers into batches [(n_rows, keys)]: the keys, (prompt index, sample number), of answers to generate n_rows at a time.
 
-    Independent of the rank and of what is answered already. A batch has one temperature; longest prompts come first."""
+    The same on every rank and after a resume. A batch has one temperature; longest prompts come first."""
 
     def longest_first(key):
         i, _ = key
-        return -len(ids[i]), key  # ties by key
+        return -len(ids[i]), key  # ids[i]: tokens of prompt i; ties by key
 
     batches = []
     for number in range(len(temperatures)):
-        waiting = [(i, sample) for i, sample in keys if sample // n == number]
+        waiting = [(i, sample) for i, sample in keys if sample // n == number]  # n samples have one temperature
         waiting.sort(key=longest_first)
         while waiting:
             n_rows = batch_size
             if max_tokens:
-                # the first prompt is the longest of the batch
-                i, _ = waiting[0]
+                i, _ = waiting[0]  # the longest prompt of the batch
                 longest = len(ids[i]) + max_new_tokens
                 n_rows = min(n_rows, max(1, max_tokens // longest))
             # four answers per row: generate() refills a row when its answer has ended, so few rows idle at the end
@@ -239,7 +235,7 @@ def plan():
 
 def generate_all():
     """Generate this rank's batches and append the answers that are not in out_dir yet. Raises UserError."""
-    # regenerate unfinished batches as a whole: the same batches round the same way, and so give the same answers
+    # done: keys of the answers in out_dir. Generate an unfinished batch as a whole, because another batch would round differently
     unfinished = [(n_rows, batch) for n_rows, batch in plan() if not done.issuperset(batch)]
     for n_rows, batch in unfinished[rank::world_size]:
         rows = [expected_row(*key) for key in batch]
@@ -255,7 +251,7 @@ def generate_all():
             # chat templates add white space around messages; plain text continues the prompt
             is_chat = not isinstance(row['prompt'], str)
             row['response'] = text.strip() if is_chat else text
-            # the end token was removed, but counts
+            # the end token, which generate() has removed, counts
             ended = len(answer_ids) < max_new_tokens
             row['finish'] = 'eos' if ended else 'length'
             row['tokens'] = len(answer_ids) + ended
@@ -297,15 +293,14 @@ def finish_and_tokens(raw):
         finish = 'eos'
     usage = raw.get('usage')
     tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
-    # not isinstance, because bool is a subclass of int
-    if type(tokens) is not int or tokens < 0:
+    if type(tokens) is not int or tokens < 0:  # not isinstance: True is an int, too
         tokens = None
     return finish, tokens
 
 
 def append_rows(rows):
     """Append new rows to this rank's samples file and update the progress bar."""
-    # collect() merges the files of all ranks at the end
+    # a file for each rank; collect() merges them at the end
     name = 'samples.jsonl' if rank == 0 else f'samples-{rank}.jsonl'
     append(f'{out_dir}/{name}', rows)
     counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
@@ -362,7 +357,7 @@ def score_answers():
         # .raw: the data row with all its columns; prompts of .txt files have none
         data_rows.append(getattr(prompts[i], 'raw', prompts[i]))
         lines.append({'index': i, 'sample': sample, 'score': 0.0})
-    # 'score' is the weighted sum, the others are unweighted
+    # a line has the value of each function, and in 'score' their weighted sum
     for part in reward_parts:
         values, _ = reward_functions.score(part, asked, responses, data_rows)
         for line, value in zip(lines, values, strict=True):
@@ -377,9 +372,8 @@ def score_answers():
 if reward_parts:
     ranks.on_one_rank(score_answers)
 
-# missing answers are an error on every rank
 raise_if_missing(failed, 'answers')
-n_found = ranks.shared(lambda: len(rows_by_key))  # from rank 0
+n_found = ranks.shared(lambda: len(rows_by_key))  # rank 0's number, so that all ranks raise the error
 if n_found < len(keys):
     raise UserError(f'answers are missing in {out_dir}/samples.jsonl: run the same command again')
 if __name__ == '__main__':

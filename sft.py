@@ -68,9 +68,9 @@ elif noise_rate:
     run.train = run.train.flip(noise_rate, seed).first_answers()
 else:
     run.load_data(task='sft', last_turn_only=last_turn_only)
-run.say_data()
+run.count_data()
 run.load_policy(partial(load_model, model, adapters=run.adapters, grow=control_tokens, **run.model_options()))
-run.choose_attention(longest=max(run.train.longest(), run.held_out.longest()))
+run.set_batching(longest=max(run.train.longest(), run.held_out.longest()))
 run.check_room()
 
 # ---- one step ----

@@ -1,7 +1,7 @@
 """What all training scripts share around their own step: set-up, resuming, logging, evaluation, checkpoints, export.
 
     run = training.begin(config)               # ranks, signals, out_dir, tokenizer
-    run.load_data(task='pairs')                # run.train, run.held_out; then load_policy, choose_attention, say_data, check_room
+    run.load_data(task='pairs')                # run.train, run.held_out; then load_policy, set_batching, count_data, check_room
     run.start('dpo ')                          # from the newest checkpoint, or afresh
     for step in run.steps():                   # microbatches, made ahead in a thread
         columns = run.compute(step, run_step)  # the script's own step, backward=True for training
@@ -9,8 +9,8 @@
         run.finish_step(step)                  # saves where that is due, and obeys signals
     run.finish()                               # the exported model
 
-The constants below are options of every script that imports this file; a script may redeclare one to change its default.
-The length and rhythm of a run are counted in examples over all ranks.
+The constants below are options of every script that imports this file; a script may redeclare one to change its default. The
+functions read them as globals, and the script's own options as config.NAME. Runs are counted in examples over all ranks.
 """
 
 import math
@@ -89,8 +89,8 @@ def begin(config):
         raise UserError('--activation_checkpointing=selective does not go with --tp')
     # scripts that cannot sample have no such option
     if not config.get('sample_during_eval', True):
-        of_samples = config.given('n_eval_model_samples max_new_tokens temperature top_p')
-        config.ignored(of_samples, 'sample_during_eval is off')
+        given = config.given('n_eval_model_samples max_new_tokens temperature top_p')
+        config.report_unused(given, 'sample_during_eval is off')
 
     # join the process group, then lock out_dir
     rank, world, device = ranks.setup(tp)
@@ -106,12 +106,11 @@ class Run:
 
     def __init__(self, config, adapters, rank, world, device):
         self.config, self.adapters = config, adapters
-        self.rank, self.world, self.device = rank, world, device
-        self.models = partial(fingerprints, config)  # computes hashes of the models, for checkpoints
+        self.rank, self.world, self.device = rank, world, device  # data rank and their number, see runtime/ranks.py
         self.tokenizer = load_tokenizer(config.model, trust_remote_code)
-        self.max_tokens = max_tokens  # 'auto' is resolved in choose_attention
-        self.save_every = save_every  # 'auto' is resolved after a few steps
-        self.stamps = []  # end times of those first steps
+        self.max_tokens = max_tokens  # an option; set_batching replaces 'auto' by a number
+        self.save_every = save_every  # an option; finish_step replaces 'auto' by a number, after a few steps
+        self.step_ends = []  # end times of those first steps
 
     # ---- set-up, in this order ----
 
@@ -122,35 +121,36 @@ class Run:
         config = self.config
         names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
         common = {name: config[name] for name in names.split()}
-        # undivided: with eval_data, no part of data is held out
+        # undivided: train on all of data, because eval_data has the examples to evaluate on
         common |= {'tokenizer': self.tokenizer, 'undivided': eval_data is not None}
-        # a short run draws from the first ENOUGH rows, instead of tokenising millions
+        # for a short run, tokenise only the first ENOUGH examples instead of millions
         if config.n_examples and config.n_examples <= ENOUGH // 10:
             common['enough'] = {'train': ENOUGH, 'test': n_eval_examples}
 
-        # one process per host tokenises, the others read its cache
         for_train = common | options | {'data_fraction': data_fraction} | (train or {})
         for_eval = common | options | (held_out or {})
         self.task = for_train['task']
+        # one process per host tokenises, the others read its cache
         self.train = ranks.first_of_host(lambda: load_examples(config.data, 'train', **for_train))
-        found = ranks.first_of_host(lambda: load_examples(eval_data or config.data, 'test', **for_eval))
-        self.held_out = found.select(slice(n_eval_examples))
+        test_split = ranks.first_of_host(lambda: load_examples(eval_data or config.data, 'test', **for_eval))
+        self.held_out = test_split.select(slice(n_eval_examples))
 
     def used_rows(self):
         """Return the sorted rows of run.train that the run visits: all of them, or fewer with a small n_examples."""
         n = len(self.train)
-        # after one epoch all rows are visited
+        # the steps of the first epoch suffice, because an epoch visits every row
         total = min(n, self.config.n_examples or n)
-        all_steps = steps(n, self.config.batch_size, total, self.config.seed)
-        return np.unique(np.concatenate([rows for _, rows in all_steps]))
+        first_epoch = steps(n, self.config.batch_size, total, self.config.seed)
+        return np.unique(np.concatenate([rows for _, rows in first_epoch]))
 
-    def say_data(self, group=1):
-        """Set run.total, the number of examples to train on, and print a summary of the data.
+    def count_data(self, answers_each=1):
+        """Set run.total, the number of examples to train on over all epochs, and print a summary of the data.
 
-        group: answers per prompt in ppo.py, where examples are sampled answers; run.total is rounded down to a multiple."""
+        answers_each: in ppo.py, whose examples are sampled answers, their number per prompt; run.total is a multiple of it."""
         config, train = self.config, self.train
-        total = config.n_epochs * len(train) * group
-        self.total = min(total, config.n_examples or total) // group * group
+        total = config.n_epochs * len(train) * answers_each
+        total = min(total, config.n_examples or total)
+        self.total = total // answers_each * answers_each
         changed, notes = in_words(train.left_out)
         sizes = f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {len(self.held_out):,} to evaluate on'
         if n_eval_examples and not len(self.held_out):
@@ -169,83 +169,81 @@ class Run:
         return fsdp.shard(build, self.device, **options)
 
     def load_policy(self, build):
-        """Create run.policy and run.optimizer. build(empty) constructs the model on the CPU, see fsdp.shard."""
-        self.build = build  # reused by the export
+        """Set run.policy and run.optimizer. build(empty) makes the transformers model on the CPU, see fsdp.shard."""
+        self.build = build  # finish() needs it again
         self.policy = self.shard(build, activation_checkpointing=activation_checkpointing)
         if self.adapters:
             log.say(lora.describe(self.policy))
         # torch's global generator is used by the adapters' dropout only
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
-        # by default the model is saved in the dtype of its input files
+        # by default the model is saved in the dtype of its input files, and with 4-bit weights in bfloat16
         if save_dtype is None:
-            came_in = ranks.shared(lambda: stored_dtype(self.config.model))
-            self.config['save_dtype'] = 'bfloat16' if quantize else came_in
+            dtype_of_files = ranks.shared(lambda: stored_dtype(self.config.model))
+            self.config['save_dtype'] = 'bfloat16' if quantize else dtype_of_files
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def load_frozen(self, build, longest, what='the examples'):
-        """Build a frozen model with the policy's attention.
-
-        Raises UserError if it cannot read sequences of `longest` tokens; what: their name in the message."""
+        """Build and return a frozen model, such as the reference. UserError if it cannot read `longest` tokens (what: their name)."""
         model = self.shard(build, train=False)
         check_positions(model, longest, what)
-        set_attention(model, self.packed, attn)
+        set_attention(model, self.packed, attn)  # the same as the policy's
         return model
 
-    def choose_attention(self, longest, what='the examples', share_prefix=True, *, forward=None, frozen=0, critic=None):
-        """Choose run.packed (packed or padded batches) and run.max_tokens (tokens per microbatch).
+    def set_batching(self, longest, what='the examples', share_prefix=True, *, forward=None, n_frozen=0, critic=None):
+        """Set run.packed (packed or padded batches) and run.max_tokens (tokens per microbatch).
 
         longest: tokens of the longest sequence; UserError if the model has fewer positions (what: its name in the message).
-        share_prefix: compute the prompt of a pair once. forward: the policy's training pass, default response_logps. frozen: number
-        of models of the policy's size that will be loaded later. critic: a module inside the policy with attention of its own."""
+        share_prefix: compute the prompt of a pair once. forward: the policy's training pass, default response_logps. n_frozen: how
+        many models of the policy's size will be loaded later. critic: a module inside the policy with attention of its own."""
         policy = self.policy
         models = [policy] if critic is None else [policy, critic]
         for model in models:
             check_positions(model, longest, what)
         if self.config.get('sample_during_eval'):
             check_positions(policy, self.held_out.longest_prompt() + self.config.max_new_tokens, 'samples')
-        # pack only if this architecture then computes the same log-probs as on padded batches
-        wanted = pack and attn is None
-        self.packed = can_pack(policy, *pack_probe(self.train, self.device), log.say, wanted=wanted)
+        # pack if the options allow it, and if the model then computes the same log-probs as on padded batches (can_pack)
+        allowed = pack and attn is None
+        self.packed = can_pack(policy, *pack_probe(self.train, self.device), log.say, wanted=allowed)
         for model in models:
             set_attention(model, self.packed, attn)
         self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
 
-        # activation memory per token, measured lazily and once
+        # a function that measures the activation memory of a token, at its first call
         forward = forward or policy.response_logps
         self.bytes_per_token = cache(partial(room.bytes_per_token, policy, forward, self.train, self.packed))
         if max_tokens == 'auto':
-            coming = frozen * sum(p.numel() for p in policy.parameters())  # weights yet to be loaded
+            later = n_frozen * sum(p.numel() for p in policy.parameters())  # weights that will be loaded later
             per_token = self.bytes_per_token()
-            self.max_tokens = room.choose_max_tokens(self.config, policy, per_token, self.train, self.packed, coming)
+            self.max_tokens = room.choose_max_tokens(self.config, policy, per_token, self.train, self.packed, later)
 
     def make_batches(self, examples, rows, **options):
-        """Return (microbatches of this rank, tokens over all ranks, the same with padding), see data.make_batches."""
+        """Pack these rows of examples. Returns what data.make_batches returns; options: further options of it."""
         options = {'max_tokens': self.max_tokens} | self.layout | options
         return make_batches(examples, rows, self.rank, self.world, **options)
 
-    def check_room(self, *others):
+    def check_room(self, *frozen):
         """Raise UserError if the disk lacks room for the model or the checkpoints of --save_every; log notes on memory and long
-        examples. others: frozen models in memory besides the policy."""
+        examples. frozen: models in memory besides the policy, or None."""
         policy, per_token, train, limit = self.policy, self.bytes_per_token, self.train, self.max_tokens
-        checkpoints_fit = room.check_room(self.config, policy, per_token, train, self.total, self.packed, limit, others)
+        checkpoints_fit = room.check_room(self.config, policy, per_token, train, self.total, self.packed, limit, frozen)
         # with save_every='auto', save no checkpoints if only the final model fits on the disk
         if save_every == 'auto' and not checkpoints_fit:
             self.save_every = 0
         too_long = train.lengths[train.lengths > limit]
         if len(too_long):
-            what = f'{len(too_long)} examples are longer than max_tokens={limit} (the longest: {too_long.max()})'
-            log.say(f'note: {what}: each gets a microbatch of its own')
+            problem = f'{len(too_long)} examples are longer than max_tokens={limit} (the longest: {too_long.max()})'
+            log.say(f'note: {problem}: each gets a microbatch of its own')
 
-    def start(self, what='', counts=None):
+    def start(self, method='', units=None):
         """Resume from the newest checkpoint, or start from scratch. Sets run.seen (examples so far), run.state and run.logger.
 
-        what: name of the run on the screen, such as 'dpo '; counts: the units there. Raises UserError if the checkpoint belongs to
-        other weights, data or options."""
+        method, units: words of the line on the screen, 'training dpo on 1 rank: 160 examples, 64 a step'; units=None: examples and
+        batch_size. Raises UserError if the checkpoint belongs to other weights, data or options."""
         config, out_dir = self.config, self.config.out_dir
-        # hashes and options, to reject a checkpoint of another run
-        self.identity = checkpoint.identify(config, self.models, self.train, self.held_out)
+        # hashes and options, to reject a checkpoint of another run; fingerprints are the hashes of the models
+        self.identity = checkpoint.identify(config, partial(fingerprints, config), self.train, self.held_out)
         latest = checkpoint.latest(out_dir, self.identity) if resume else None
-        # what a checkpoint holds besides weights and optimizer
+        # saved in a checkpoint, besides weights and optimizer. evaluated: number of examples at the last evaluation
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}}
         self.state |= {'warmup': log.warmup_steps(config, self.total), 'max_tokens': self.max_tokens}
         if latest:
@@ -253,38 +251,42 @@ class Run:
             self.state['warmup'] = config.warmup_steps
             self.state |= checkpoint.load(latest, self.policy, self.optimizer)
         self.seen = self.state.pop('examples')
-        # the same microbatches as before, for bitwise equal sums
-        if max_tokens == 'auto':
+        # after a resume, the same microbatches as before, for bitwise equal sums
+        if max_tokens == 'auto' and self.max_tokens != self.state['max_tokens']:
             self.max_tokens = self.state['max_tokens']
+            log.say(
+                f'memory: going on with max_tokens={self.max_tokens}, as before: --max_tokens=NUMBER if it does not fit here'
+            )
 
         # from here on out_dir belongs to this run
         ranks.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
-        self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard, self.state['evaluated'])
+        ranks.on_one_rank(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
+        self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard)
         verb = 'resuming' if self.seen else 'training'
-        counts = counts or f'examples, {config.batch_size} a step'
+        units = units or f'examples, {config.batch_size} a step'
         processes = '1 rank' if self.world == 1 else f'{self.world} ranks'
-        self.logger.say(f'{verb} {what}on {processes}: {self.total} {counts}')
+        self.logger.say(f'{verb} {method}on {processes}: {self.total} {units}')
 
     # ---- steps ----
 
-    def prepare(self, examples, first, rows):
-        """Return the Step of these rows of examples. first: number of examples before it."""
+    def make_step(self, examples, first, rows):
+        """Return the Step that takes these rows of examples. first: number of examples taken before it."""
         labels = {'good': torch.from_numpy(examples.good[rows])}
         if examples.margin is not None:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
-        # read once: compute() may halve it while this runs in the background, and looks at the step's own
+        # read it only once, because this runs in a thread, and compute() may halve it at any moment
         limit = self.max_tokens
         return Step(first, rows, *self.make_batches(examples, rows, max_tokens=limit), labels, examples, limit)
 
-    def prepared(self, examples, todo):
-        """Yield a Step for each (first, rows) in todo, prepared ahead in a background thread."""
-        return prefetch(self.prepare(examples, first, rows) for first, rows in todo)
+    def prefetch_steps(self, examples, numbered_rows):
+        """Yield a Step for each (first, rows) of data.steps, made ahead in a background thread."""
+        return prefetch(self.make_step(examples, first, rows) for first, rows in numbered_rows)
 
     def steps(self):
         """Yield the remaining Steps of the run. run.waited: seconds that the loop waited for the current one."""
-        self.clock = time.time()
-        todo = steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
-        for step in self.prepared(self.train, todo):
+        self.clock = time.time()  # log_step and save reset it
+        numbered_rows = steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
+        for step in self.prefetch_steps(self.train, numbered_rows):
             self.waited = time.time() - self.clock
             yield step
 
@@ -292,18 +294,18 @@ class Run:
         """Return a context manager that turns an out-of-memory error in these microbatches into a UserError with advice."""
         return guard.memory(batches, self.max_tokens)
 
-    def compute(self, step, work, **options):
-        """Return work(step, **options), the forward (and backward) pass over a step's microbatches.
+    def compute(self, step, run_step, **options):
+        """Return run_step(step, **options), the forward (and backward) pass over a step's microbatches.
 
         If memory runs out and max_tokens is 'auto', halve max_tokens and retry. Single process only: with more ranks, the others
         would hang in a collective. Otherwise raises UserError."""
         while True:
-            # the step was prepared before max_tokens was halved: make its microbatches anew
+            # the step was made before max_tokens was halved: replace its microbatches, in place, because the caller has the step
             if step.max_tokens > self.max_tokens:
-                vars(step).update(vars(self.prepare(step.examples, step.first, step.rows)))
+                vars(step).update(vars(self.make_step(step.examples, step.first, step.rows)))
             try:
                 with self.memory(step.batches):
-                    return work(step, **options)
+                    return run_step(step, **options)
             except UserError as error:
                 out_of_memory = hasattr(error, 'of_this_rank')  # a mark set by guard.explained
                 single_process = self.world * tp == 1
@@ -311,12 +313,13 @@ class Run:
                 if not (out_of_memory and max_tokens == 'auto' and single_process and can_split):
                     raise
             # outside of the except block the traceback no longer keeps the activations alive
+            fsdp.abandon_backward(self.policy)
             self.optimizer.zero_grad(set_to_none=True)
             # microbatches may be smaller than max_tokens: halve the size that did not fit
             largest = max(batch.ids.numel() for batch in step.batches)
             self.max_tokens = self.state['max_tokens'] = min(self.max_tokens, largest) // 2
-            new = f'going on with max_tokens={self.max_tokens}'
-            log.say(f'memory: a microbatch of {largest} tokens does not fit: {new}')
+            problem = f'a microbatch of {largest} tokens does not fit'
+            log.say(f'memory: {problem}: going on with max_tokens={self.max_tokens}')
 
     def update(self, step, columns, weight):
         """Apply the gradients of a step. Returns False if the step is bad and was skipped.
@@ -337,7 +340,6 @@ class Run:
         if math.isfinite(self.norm):
             return True
 
-        # count the bad step, or stop
         uid = self.train.uid[step.rows]
         guard.bad_step(config.out_dir, self.state, skip_bad_steps, step.first, step.rows, uid, self.norm, columns)
         return False
@@ -360,10 +362,10 @@ class Run:
 
     def finish_step(self, step):
         """Save a checkpoint if one is due, and stop the run if a signal has asked for it."""
-        # remains 'auto' (no checkpoint) in the first steps
+        # for save_every='auto', time the first steps. Until then it stays 'auto', and no checkpoint is due
         if self.save_every == 'auto':
-            self.stamps.append(time.time())
-            self.save_every = room.save_every_of(self.stamps, step, self.total)
+            self.step_ends.append(time.time())
+            self.save_every = room.save_every_of(self.step_ends, step, self.total)
         due = self.crossed(self.save_every, step.first, step.seen)
         if due:
             self.save(step.seen)
@@ -371,7 +373,7 @@ class Run:
         self.obey_signals(step.seen, saved=due)
 
     def crossed(self, every, first, seen):
-        """Return whether the step from first to seen examples crosses a multiple of every; False at the end of the run."""
+        """Return whether the step from `first` to `seen` examples crosses a multiple of `every`; False at the end of the run."""
         if not every or every == 'auto' or seen >= self.total:
             return False
         return seen // every > first // every
@@ -382,7 +384,7 @@ class Run:
         checkpoint.save(self.config.out_dir, seen, self.policy, self.optimizer, state, keep_last)
 
     def obey_signals(self, seen, saved=False):
-        """Exit if a signal has asked for it, after saving a checkpoint unless there is one already (saved)."""
+        """Exit if a signal has asked for it, after saving a checkpoint. saved: save(seen) has been called already."""
         guard.boundary(partial(self.save, seen), self.logger.close, already_started=saved)
 
     # ---- evaluation ----
@@ -405,10 +407,9 @@ class Run:
         n = len(self.held_out)
         if not n or seen <= self.state['evaluated']:
             return
-        # all held-out examples, once, in their order
         parts = []
-        todo = steps(n, self.config.batch_size, n, seed=0, shuffle=False)
-        for step in self.prepared(self.held_out, todo):
+        numbered_rows = steps(n, self.config.batch_size, n, seed=0, shuffle=False)
+        for step in self.prefetch_steps(self.held_out, numbered_rows):
             parts.append(self.compute(step, run_step))
             if guard.stop_asked():
                 return
@@ -420,7 +421,7 @@ class Run:
         self.log_evaluation(seen, metrics)
 
     def sample(self, models, seen, measure=None):
-        """Sample answers of models (name -> model) to held-out prompts into samples.jsonl, see generate.sample_held_out."""
+        """Sample answers of models (name -> model) into samples.jsonl. Returns {name: result of measure(prompts, answers)}."""
         config = self.config
         settings = {name: config[name] for name in ('max_new_tokens', 'temperature', 'top_p')}
         return generate.sample_held_out(self, models, config.n_eval_model_samples, seen, measure, **settings)
@@ -435,16 +436,17 @@ class Run:
     # ---- the end ----
 
     def finish(self, build=None):
-        """Export the model with its card and close the log.
+        """Export the model with its card to out_dir/model and close the log.
 
-        build: constructs the model to export, if it differs from the trained one (ppo.py drops the value head)."""
+        build: makes the model to export, if it differs from the trained one (ppo.py drops the value head)."""
         folder = f'{self.config.out_dir}/model'
         # a pending signal stops the run here, with a checkpoint
         self.obey_signals(self.total)
-        card, keep = partial(export.write_card, self.config.out_dir), partial(self.save, self.total)
-        save_dtype = self.config['save_dtype']
-        kept = guard.export(self.policy, self.tokenizer, build or self.build, folder, card, save_dtype, keep)
+        write_card = partial(export.write_card, self.config.out_dir)
+        save = partial(self.save, self.total)  # called if the export fails
+        wanted = self.config['save_dtype']
+        written = guard.export(self.policy, self.tokenizer, build or self.build, folder, write_card, wanted, save)
         self.logger.close()
         guard.end()
-        rounded = f', rounded to {kept} (a new run with --save_dtype=float32 keeps all bits)'
-        log.say(f'done: {folder}{rounded if kept != "float32" else ""}')
+        rounded = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'
+        log.say(f'done: {folder}{rounded if written != "float32" else ""}')

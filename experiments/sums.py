@@ -44,4 +44,4 @@ def write(folder, seed=0):
 
 
 if __name__ == '__main__':
-    write(*sys.argv[1:])
+    write(*sys.argv[1:] or ['out/sums'])

@@ -26,8 +26,8 @@ def register_attention():
 def set_attention(model, packed, for_padded=None):
     """Switch a model to packed_attention, or with packed=False to one of transformers' implementations for padded batches.
 
-    for_padded: name of that implementation, remembered for later calls. None: the remembered one, or if there is none, sdpa if the
-    model supports it, else eager. Raises UserError if the model lacks it."""
+    for_padded: name of that implementation, such as 'sdpa', which the model remembers for later calls. None: the remembered name;
+    without one, sdpa if the model supports it, else eager. Raises UserError if the model lacks it."""
     inner = core(model)
     if for_padded:
         inner.attention_if_padded = for_padded
@@ -68,22 +68,23 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     if query.is_cuda and half and softcap is None and same_size:
         return _attend_varlen(query, key, value, scaling, sliding_window, packed.varlen)[None], None
 
-    # a block is either several small groups, computed as one piece under one mask, or a single group, which is cut into
-    # pieces: its prompt, then each answer
+    # otherwise block by block. A block is either several small groups, computed as one piece under one mask, or a single group,
+    # which is cut into pieces: its prompt, then each answer
     sizes = [size for block in packed.blocks for size in block.sizes]
-    # one split for all pieces, because its backward is a single cat
+    # an iterator over (q, k, v) of each piece. Split the whole row at once: in backward, that is a single cat
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    out = []  # (1, H, n, D) each
+    out = []  # (1, H, n, D) each, in row order
     for block in packed.blocks:
         if block.is_one_piece:
             q, k, v = next(pieces)
             mask = block.mask(sliding_window, q.device)
             out.append(_attend(q, k, v, mask, scaling, softcap))
             continue
-        # every answer sees the prompt's keys and values. The prompt's queries go before those of the first answer, in row order
+        # each answer sees the keys and values of the prompt and its own
         prompt_q, prompt_k, prompt_v = next(pieces)
         for number in range(1, len(block.sizes)):
             q, answer_k, answer_v = next(pieces)
+            # the prompt's queries are computed once, with those of the first answer
             if number == 1:
                 q = torch.cat((prompt_q, q), 2)
             k = torch.cat((prompt_k, answer_k), 2)
@@ -94,19 +95,20 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
 
 
 def _causal(n, m, window, device):
-    """Return the causal mask (n, m) of the last n of m positions; None: plainly causal, for which sdpa has the faster is_causal."""
+    """Return the causal mask (n, m) of n queries, the last n of m positions: True for the keys that a query sees.
+
+    window: a query sees at most this many keys; None or 0: all. Returns None for a plain square mask: sdpa has is_causal for that."""
     n_before = m - n  # keys before the first query
-    window_cuts = window and window < m
-    if n_before == 0 and not window_cuts:
+    is_limited = window and window < m
+    if n_before == 0 and not is_limited:
         return None
     mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(n_before)
-    return mask.triu(n_before - window + 1) if window_cuts else mask
+    return mask.triu(n_before - window + 1) if is_limited else mask
 
 
 def _attend(q, k, v, mask, scaling, softcap):
     """Return the attention output (1, H, n, D). q (1, H, n, D); k, v (1, H_kv, m, D); mask (n, m), or None for causal."""
-    # grouped-query attention: number of query heads per key-value head
-    repeat = q.shape[1] // k.shape[1]
+    repeat = q.shape[1] // k.shape[1]  # query heads per key-value head (grouped-query attention)
     if not softcap:
         options = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
@@ -128,8 +130,8 @@ def _attend(q, k, v, mask, scaling, softcap):
 
 def blocks_of(groups):
     """Split groups, in order, into Blocks of at most MAX_BLOCK_TOKENS tokens. A larger group gets its own Block."""
-    blocks = []  # lists of groups
-    tokens = MAX_BLOCK_TOKENS  # of the last block; initially full, so that the first group starts a block
+    blocks = []  # a list of groups each
+    tokens = MAX_BLOCK_TOKENS  # of the last block; as if it were full, so that the first group starts a block
     for prompt, answers in groups:
         size = prompt + sum(answers)
         tokens += size
@@ -141,29 +143,30 @@ def blocks_of(groups):
 
 
 class Block:
-    """Consecutive groups of a packed row that one attention call computes under a mask, or a single group."""
+    """Consecutive small groups of a packed row, which are one piece for attention; or a single group: a piece for each part."""
 
     def __init__(self, groups):
         self.groups = groups
-        self.is_one_piece = len(groups) > 1  # otherwise the prompt and each answer are a piece
-        # tokens of each piece
+        self.is_one_piece = len(groups) > 1
+        # sizes: tokens of each piece. A single group's pieces are its prompt and each answer
         sizes = [size for prompt, answers in groups for size in (prompt, *answers)]
         self.sizes = [sum(sizes)] if self.is_one_piece else sizes
         self.masks = {}  # (window, device) -> mask, shared by all layers
 
     def mask(self, window, device):
-        """Return the boolean mask (T, T), cached. Token i sees j of its own prompt or answer if 0 <= position i - j < window."""
+        """Return the mask (T, T), cached: query i sees the keys j of its prompt and its answer for which 0 <= i - j < window."""
         if (window, device) in self.masks:
             return self.masks[window, device]
-        tokens = []  # (group, piece, position) of each token; piece 0 is the prompt, others are answers
+        tokens = []  # (group, part, position) of each token; part 0 is the prompt, others are answers
         for group, (prompt, answers) in enumerate(self.groups):
-            for piece, size in enumerate((prompt, *answers)):
-                start = prompt if piece > 0 else 0
-                tokens += [(group, piece, position) for position in range(start, start + size)]
-        group, piece, position = np.array(tokens).T
-        distance = position[:, None] - position  # how far j is before i
+            for part, size in enumerate((prompt, *answers)):
+                start = prompt if part > 0 else 0
+                tokens += [(group, part, position) for position in range(start, start + size)]
+        group, part, position = np.array(tokens).T
+        # i - j of all pairs, in positions: x[:, None] is of the queries i, x of the keys j
+        distance = position[:, None] - position
         same_group = group[:, None] == group
-        in_prompt_or_answer = (piece == 0) | (piece[:, None] == piece)
+        in_prompt_or_answer = (part == 0) | (part[:, None] == part)
         mask = same_group & in_prompt_or_answer & (distance >= 0)
         if window:
             mask &= distance < window
@@ -175,34 +178,35 @@ class Block:
 
 
 class Varlen:
-    """A packed row as the varlen kernel wants it: the keys of each answer are its prompt's and its own.
+    """A packed row as the varlen kernel wants it: a sequence for each answer, whose keys are its prompt's and its own.
 
-    groups: [(tokens of a prompt, tokens of each answer that shares it)]. Queries stay in row order; a prompt's queries belong to
-    its first answer. gather (K,): row of each key, or None if no prompt is shared, since keys are in row order then. copies:
-    [(rows, places in gather)] of all first copies, of all second copies, ... cu_q, cu_k: cumulative query and key counts."""
+    groups: [(tokens of a prompt, tokens of each answer that shares it)]. Queries are in row order; a prompt's belong to its first
+    answer. gather (K,): token of each key; None if no prompt is shared: keys are in row order then. copies: [(tokens, places in
+    gather)] of all first copies, of all second ones, ... cu_q, cu_k: cumulative query and key counts. For groups [(2, (1, 2))]:
+    gather [0, 1, 2, 0, 1, 3, 4], copies ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6]), ([0, 1], [3, 4]), cu_q [0, 3, 5], cu_k [0, 3, 7]."""
 
     def __init__(self, groups):
         n_queries, n_keys = [], []  # of each answer
         gather = []
-        start = 0  # row index of the next piece
+        start = 0  # index in the row where the next prompt or answer starts
         for prompt, answers in groups:
-            prompt_rows = np.arange(start, start + prompt)
+            prompt_tokens = np.arange(start, start + prompt)
             start += prompt
             n_queries += [prompt + answers[0], *answers[1:]]
             n_keys += [prompt + answer for answer in answers]
             for answer in answers:
-                gather += [prompt_rows, np.arange(start, start + answer)]
+                gather += [prompt_tokens, np.arange(start, start + answer)]
                 start += answer
         self.gather, self.copies = None, []
         has_shared_prompt = any(len(answers) > 1 for _, answers in groups)
         if has_shared_prompt:
             gather = np.concatenate(gather)
             self.gather = torch.from_numpy(gather)
-            left = np.arange(len(gather))  # places whose copy is not listed yet
+            left = np.arange(len(gather))  # places in gather that are in no list of copies yet
             while len(left):
-                rows, first = np.unique(gather[left], return_index=True)
+                tokens, first = np.unique(gather[left], return_index=True)
                 places = left[first]
-                self.copies.append((torch.from_numpy(rows), torch.from_numpy(places)))
+                self.copies.append((torch.from_numpy(tokens), torch.from_numpy(places)))
                 left = np.delete(left, first)
         # the kernel takes int32
         self.cu_q = torch.tensor(np.cumsum([0, *n_queries]), dtype=torch.int32)
@@ -217,7 +221,7 @@ def _attend_varlen(query, key, value, scaling, sliding_window, layout):
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     if layout.gather is not None:
         k, v = Gather.apply(k, layout), Gather.apply(v, layout)
-    # number of earlier tokens that a query sees (-1: all), and 0 later ones
+    # a query sees this many earlier tokens (-1: all), and 0 later ones
     n_before = -1 if sliding_window is None else sliding_window - 1
     options = {'scale': scaling, 'window_size': (n_before, 0)}
     # grouped-query attention: before torch 2.13, repeat the key and value heads
@@ -240,21 +244,20 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Sum the gradients of all copies of each row. Indexing's own backward would sort all rows, which is slow."""
+        """Sum the gradients of all copies of each token. Indexing's own backward would sort all keys, which is slow."""
         (_, first_places), *further_copies = ctx.layout.copies
-        # all rows have a first copy, in row order
+        # every token has a first copy, and they are in row order
         total = _rows(grad.contiguous(), first_places)
-        for rows, places in further_copies:
-            total[rows] = _rows(total, rows) + _rows(grad, places)
+        for tokens, places in further_copies:
+            total[tokens] = _rows(total, tokens) + _rows(grad, places)
         return total, None
 
 
 def _rows(x, index):
-    """Return x[index] for x (T, H, D), three times as fast on a GPU if it can be read in words of 16 bytes."""
-    word = 16 // x.element_size()
-    sizes = (x.storage_offset(), x.shape[-1], *x.stride()[:-1])
-    if any(size % word for size in sizes):
+    """Return x[index] for x (T, H, D), where possible as complex128 numbers: copying 16 bytes at a time is three times as fast."""
+    per_word = 16 // x.element_size()  # elements in 16 bytes
+    must_be_multiples = (x.storage_offset(), x.shape[-1], *x.stride()[:-1])
+    if any(size % per_word for size in must_be_multiples):
         return x[index]
-    # complex128 has 16 bytes
     words = x.view(torch.complex128)
     return words[index].view(x.dtype)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def _save_weights(model, weights, dtype, folder):
 def rounded(weights, dtype, generator):
     """Round float32 weights stochastically to dtype, so that small updates from training survive on average.
 
-    A weight 30% of the way to the next number of dtype moves there with probability 0.3. Integers are returned as is."""
+    A weight 30% of the way to the next number of dtype moves there with probability 0.3; below 6.1e-5 the numbers of float16
+    are further apart, and weights go to the nearest one. Integers are returned as is."""
     if not weights.is_floating_point():
         return weights
     # mantissa bits of float32 that dtype lacks
@@ -175,12 +177,13 @@ def _card_text(out_dir, folder):
 `{base}` after {rows[-1]['counters/examples']:,} examples of `{options.get('data')}` with the loss `{loss}`, by nanopref.
 
 ```sh
-python {' '.join(record['command'])}
+python {shlex.join(record['command'])}
 ```
 
 Commit {record['commit'] or 'unknown'}; {versions}.
 """
-    if options.get('save_dtype'):
+    # the base of 4-bit adapters was not
+    if options.get('save_dtype') and not options.get('quantize'):
         text += f'\nThe weights were trained in float32, and are kept in {saved_config["dtype"]}.\n'
     # usage example of a reward model
     architecture = saved_config.get('architectures', [''])[0]

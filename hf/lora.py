@@ -1,7 +1,8 @@
 """LoRA adapters (arXiv 2106.09685) through PEFT and in its file format, either new or saved by an earlier run.
 
 The base model is frozen, so the reference is the policy without adapters or, if a saved adapter is trained further, with a
-frozen copy of it. Without --lora_rank a saved adapter is merged. With lora_dropout results depend on the number of ranks."""
+frozen copy of it. Without --lora_rank a saved adapter is merged. With lora_dropout results depend on the number of ranks;
+passes without gradients, such as one for a step's statistic, have no dropout."""
 
 import contextlib
 import hashlib
@@ -178,7 +179,7 @@ def options(config):
     For a saved adapter, config['lora_alpha'] is set to the saved alpha. Raises UserError for conflicting options."""
     quantize.check(config)
     if config['lora_rank'] is None:
-        config.ignored(['lora_alpha', 'lora_dropout', 'lora_targets'], 'there is no --lora_rank')
+        config.report_unused(['lora_alpha', 'lora_dropout', 'lora_targets'], 'there is no --lora_rank')
         return None
     # a saved adapter is trained further with its own rank and alpha; its target layers come with its weights
     saved = find(config['model'])
@@ -186,7 +187,7 @@ def options(config):
         ways = f'--lora_rank={saved.rank} goes on with it, and without --lora_rank it is merged and all weights train'
         raise UserError(f'the adapter {saved.name!r} has rank {saved.rank}: {ways}; for a new adapter {WAY_OUT}')
     if saved:
-        config.ignored(['lora_alpha', 'lora_targets'], f'the adapter {saved.name!r} goes on with its own')
+        config.report_unused(['lora_alpha', 'lora_targets'], f'the adapter {saved.name!r} goes on with its own')
         config['lora_alpha'] = float(saved.options['lora_alpha'])
     lora_options = {name: config[f'lora_{name}'] for name in ('rank', 'alpha', 'dropout', 'targets')}
     return lora_options | {'quantize': config['quantize']}

@@ -20,7 +20,7 @@ def check(config):
         raise UserError(f'{needs_full} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')
     # with pack=False batches are padded anyway
     if config['attn'] and config['pack']:
-        config.ignored(['pack'], f'attention by {config["attn"]} works on padded batches')
+        config.report_unused(['pack'], f'attention by {config["attn"]} works on padded batches')
     if config['device_map'] is None:
         return
     if 'RANK' in os.environ:
@@ -28,7 +28,7 @@ def check(config):
     if config['dtype'] != 'float32':
         raise UserError('device_map computes in float32: leave dtype out, or use torchrun for bfloat16')
     without_effect = ['cpu_offload'] if config['shard'] == 'auto' else ['cpu_offload', 'shard']
-    config.ignored(without_effect, 'device_map uses no FSDP')
+    config.report_unused(without_effect, 'device_map uses no FSDP')
     if config['model'] == 'toy':
         raise UserError('device_map spreads the model of a folder or of the hub: the toy model is made here')
 
@@ -38,9 +38,9 @@ def choose_arithmetic(config, device):
     on_gpu, in_float32 = device.type == 'cuda', config.dtype == 'float32'
     use_tf32 = config.tf32 and on_gpu and in_float32
     if config.tf32 and not use_tf32:
-        config.ignored(['tf32'], 'it is for float32 on a GPU')
+        config.report_unused(['tf32'], 'it is for float32 on a GPU')
     if config.deterministic and not on_gpu:
-        config.ignored(['deterministic'], 'it is for a GPU')
+        config.report_unused(['deterministic'], 'it is for a GPU')
     # device_map computes in float32 only, so there is no other choice
     if on_gpu and in_float32 and config.device_map is None:
         slow = 'packed attention in float32 computes each answer by itself'

@@ -82,6 +82,11 @@ def _key(model, examples, dtype):
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    # of LoRA layers: {adapter: factor}, which is not in the config
+    for module in model.modules():
+        scaling = getattr(module, 'scaling', None)
+        if isinstance(scaling, dict):
+            digest.update(repr(sorted(scaling.items())).encode())
     # all token ids, and the spans of each prompt and answer in them
     for array in (examples.ids, examples.spans):
         digest.update(np.ascontiguousarray(array))

@@ -77,7 +77,7 @@ def parts_of_options(config, eval_data):
     if len(models) == 1:
         config['reward_model'] = models[0]
     if len(models) == len(parts):
-        config.ignored(['reward_workers', 'reward_timeout'], 'no function of your own is in --reward')
+        config.report_unused(['reward_workers', 'reward_timeout'], 'no function of your own is in --reward')
     return parts
 
 
@@ -155,6 +155,15 @@ def load_function(file, name):
     if not callable(function):
         others = [other for other, value in vars(module).items() if inspect.isfunction(value) and other[0] != '_']
         raise UserError(f'--reward: {file} has no function {name}; it has {", ".join(others) or "none"}')
+    try:
+        inspect.signature(function).bind('prompts', 'responses', 'rows')
+    except TypeError:
+        found = f'{name}{inspect.signature(function)} of {file}'
+        raise UserError(
+            f'--reward: {found} is called as {name}(prompts, responses, rows): give it these three'
+        ) from None
+    except ValueError:
+        pass  # some functions of C have no signature
     return function
 
 

@@ -132,6 +132,5 @@ def texts(examples, tokenizer):
     pairs = []
     for prompt_ids, answers in examples:
         prompt = tokenizer.decode(prompt_ids)
-        for answer_ids in answers:
-            pairs.append((prompt, tokenizer.decode(answer_ids, skip_special_tokens=True)))
+        pairs += [(prompt, tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
     return pairs

@@ -2,16 +2,24 @@
 
 import contextlib
 import os
+import uuid
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from configurator import UserError
+
 
 def path_of(kind, key):
-    """Return the path of a cache file, named by kind and key, a hex hash of everything its contents depend on."""
-    folder = Path(os.environ.get('NANOPREF_CACHE', Path.home() / '.cache' / 'nanopref'))
-    return folder / f'{kind}-{key[:32]}.safetensors'
+    """Return the path of a cache file, named by kind and key, a hex hash of everything its contents depend on.
+
+    Raises UserError if there is neither NANOPREF_CACHE nor a home folder."""
+    folder = os.environ.get('NANOPREF_CACHE') or os.path.expanduser('~/.cache/nanopref')
+    # a process without a home, as in some containers
+    if folder.startswith('~'):
+        raise UserError('there is no home folder to keep tokens in: set NANOPREF_CACHE to a folder')
+    return Path(folder) / f'{kind}-{key[:32]}.safetensors'
 
 
 def read(file, valid):
@@ -31,8 +39,8 @@ def read(file, valid):
 
 def write(file, arrays, metadata):
     """Write a cache file atomically. Returns None, or the reason if that failed: a run goes on without its cache."""
-    # include the process id: other processes may write the same file
-    temporary = file.with_suffix(f'.{os.getpid()}')
+    # other processes, of other machines too, may write the same file
+    temporary = file.with_suffix(f'.{uuid.uuid4().hex}')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, temporary, metadata)

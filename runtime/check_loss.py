@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, configure
+from runtime import guard
 from runtime.objective import PAIRS, call, find, inputs
 
 # log-ratio of the chosen minus that of the rejected answer, or log-ratio of a single answer, in nats
@@ -55,10 +56,16 @@ def table(name, fn, statistic, options):
 def main(losses, statistics):
     """Check the loss named on the command line and print its table. losses, statistics: name -> function.
 
-    Other arguments are options of dpo.py. Raises UserError if the loss or a slope is not finite."""
-    name, *flags = sys.argv[1:] or ['']
+    Other arguments are options of dpo.py. Raises UserError if no loss is named, or if the loss or a slope is not finite."""
+    guard.watch('__main__')
+    words = sys.argv[1:]
+    name = next((word for word in words if not word.startswith('-')), None)
+    flags = [word for word in words if word != name]
+    usage = f'python losses.py dpo --beta=0.2 checks a loss; there are {", ".join(losses)}'
     script = Path(__file__).parents[1] / 'dpo.py'
-    config = configure({'__file__': script}, argv=flags)
+    config = configure({'__file__': script, '__doc__': usage}, argv=flags)
+    if name is None:
+        raise UserError(f'name a loss: {usage}')
     fn, statistic = find(name, losses, statistics, config)
     # None: the default depends on the loss; 0.1 is valid for all
     if config['label_smoothing'] is None:

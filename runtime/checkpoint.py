@@ -252,9 +252,10 @@ def load(folder, model, optimizer):
     reader = HuggingFaceStorageReader(str(folder))
     saved_tensors = reader.read_metadata().state_dict_metadata
     saved_shapes = {name: tuple(tensor.size) for name, tensor in saved_tensors.items()}
-    # a checkpoint from before the first optimizer step has no optimizer state
-    if not any(name.startswith('optimizer.') for name in saved_shapes):
-        optimizer.state.clear()
+    # there is no state of parameters that have had no gradient: of none before the first step, nor of layers that never run
+    for name, parameter in model.named_parameters():
+        if not any(saved.startswith(f'optimizer.{name}.') for saved in saved_shapes):
+            optimizer.state.pop(parameter, None)
 
     tensors = _live_tensors(model, optimizer)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 from configurator import UserError, main_rank
 
 _lock = None  # open file that holds the lock on this process's folder
+_made = []  # what lock() has made: .lock, its folder, the folders above; [] if .lock was there before
 _kept = {}  # path -> bytes not yet appended, because the disk is full
 _append_lock = threading.RLock()  # append() is also called from the checkpoint thread
 
@@ -45,32 +46,50 @@ def lock(folder):
     """Create folder if needed and lock it against other processes, until unlock() or the end of this process.
 
     Raises UserError if another process holds the lock. Prints a note if the file system does not support locks."""
-    global _lock
+    global _lock, _made
     unlock()
-    with writing(f'to {folder}'):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        # closing this file releases the lock
-        _lock = open(Path(folder) / '.lock', 'a')
+    folder = Path(folder)
+    file = folder / '.lock'
+    made = [path for path in (file, folder, *folder.parents) if not path.exists()]
     # retry for two seconds: a killed process may take a moment to exit
     for _attempt in range(10):
+        with writing(f'to {folder}'):
+            folder.mkdir(parents=True, exist_ok=True)
+            # closing this file releases the lock
+            _lock = open(file, 'a')
         try:
             # LOCK_NB: raise BlockingIOError instead of waiting
             fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
+            # a run that failed may just have removed this file: then no other run would see the lock
+            if os.path.samefile(_lock.fileno(), file):
+                _made = made
+                return
+        except (BlockingIOError, FileNotFoundError):
             time.sleep(0.2)
         except OSError as error:
             say(f'note: {folder} cannot be locked ({error.strerror}): see to it that no second run uses it')
             return
+        _lock.close()
     raise UserError(f'another run is using {folder}: wait for its end, or choose another --out_dir')
 
 
 def unlock():
-    """Release the lock taken by lock(), if any."""
-    global _lock
+    """Release the lock taken by lock(), if any, after remove_unused()."""
+    global _lock, _made
     if _lock:
+        remove_unused()
         _lock.close()
-        _lock = None
+    _lock, _made = None, []
+
+
+def remove_unused():
+    """Remove the file and the folders that lock() has made, if the run has written nothing there: it failed before it began."""
+    with contextlib.suppress(OSError):
+        if _made and os.listdir(_made[0].parent) == ['.lock']:
+            _made[0].unlink()
+            # up to a folder that has something else, which rmdir refuses
+            for folder in _made[1:]:
+                folder.rmdir()
 
 
 def append(path, text):

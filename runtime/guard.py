@@ -99,6 +99,7 @@ def on_signal(number):
     if main_rank() and exits_now and _progress:
         os.write(1, f'{_progress()}\n'.encode())
     if exits_now:
+        files.remove_unused()
         os._exit(_code)
 
 
@@ -241,7 +242,8 @@ def end():
 
 
 def tell_torchrun(error):
-    """Write an exception to torchrun's error file, so that torchrun reports it as the cause; no-op without torchrun."""
+    """Tell torchrun, by its error file if there is one, what ends this process; before that, remove an unused out_dir."""
+    files.remove_unused()
     path = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not path:
         return

@@ -188,34 +188,40 @@ def key_of(metric, split):
     return f'{group}_{split}/{rest}' if slash else f'{group}/{split}'
 
 
+def cut_back(out_dir, start, evaluated):
+    """Delete rows that a run will write again from the files of out_dir. Raises UserError for damaged files or a full disk.
+
+    start: examples done before a resume, or 0; evaluated: examples at the last complete evaluation, or -1."""
+    folder = Path(out_dir)
+
+    def is_kept(row):
+        # a new run keeps no rows, not even those of the evaluation at 0 examples
+        if not start:
+            return False
+        last = evaluated if row['split'] == 'eval' else start
+        return row['counters/examples'] <= last
+
+    cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
+    cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
+    cut_rows(folder / 'metrics.jsonl', is_kept)
+
+
 class Log:
     """Writes a row per step and evaluation to metrics.jsonl and the trackers, and a line to the screen. Rank 0 only."""
 
     say = staticmethod(say)
 
-    def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False, evaluated=-1):
-        """Open the logs and the trackers; delete rows that this run will write again.
+    def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False):
+        """Open the logs and the trackers.
 
         total: examples of the run; start: examples done before a resume, or 0; every: examples between lines on the
-        screen; wandb: project or None; evaluated: examples at the last complete evaluation, or -1."""
+        screen; wandb: project or None."""
         self.total, self.start, self.every = total, start, every
         self.began = time.time()
         if not main_rank():
             return
         folder = Path(out_dir)
         self.path = folder / 'metrics.jsonl'
-
-        def is_kept(row):
-            # a new run keeps no rows, not even those of the evaluation at 0 examples
-            if not start:
-                return False
-            last = evaluated if row['split'] == 'eval' else start
-            return row['counters/examples'] <= last
-
-        cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
-        cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
-        cut_rows(self.path, is_kept)
-
         self.trackers = {}  # name -> (write, close), or None if opening failed
         self.failed = set()
         if wandb:

@@ -14,7 +14,7 @@ SINGLES = set('ratio pi n div good'.split())
 
 
 def inputs(*functions):
-    """Return the set of all parameter names of these functions; None counts as a function without parameters."""
+    """Return the set of all parameter names of these functions, such as {'ratio_w', 'ratio_l', 'beta'} for dpo. Skips None."""
     return {name for fn in functions if fn for name in inspect.signature(fn).parameters}
 
 
@@ -35,10 +35,10 @@ def find(name, losses, statistics, options):
     statistic = statistics.get(name)
     for p in inspect.signature(fn).parameters.values():
         has_default = p.default is not p.empty
-        # a statistic makes columns of its own, so parameters of its loss cannot be checked
+        # a loss with a statistic also takes its columns, whose names are not known here
         if statistic or has_default:
             continue
-        # options are keyword-only
+        # in a signature, options stand after a *, columns before it
         is_option = p.kind is p.KEYWORD_ONLY
         if is_option and p.name not in options:
             advice = f'declare it in dpo.py, as in {p.name} = 1.0'
@@ -47,9 +47,8 @@ def find(name, losses, statistics, options):
             known = 'those at the top of losses.py, and options after a *'
             raise UserError(f'the loss {name} asks for the column {p.name!r}, and there are only {known}')
 
-    names = inputs(fn)
-    takes_pairs = not PAIRS.isdisjoint(names)
-    takes_singles = not SINGLES.isdisjoint(names)
+    takes_pairs = not PAIRS.isdisjoint(inputs(fn))
+    takes_singles = not SINGLES.isdisjoint(inputs(fn))
     if takes_pairs == takes_singles:
         wanted = 'columns of pairs or of single answers, not for neither, nor both'
         raise UserError(f'the loss {name} must ask for {wanted}')
@@ -57,22 +56,22 @@ def find(name, losses, statistics, options):
 
 
 class Objective(NamedTuple):
-    """A loss and what it asks for: its signature says."""
+    """A loss of losses.py with the options of a run, and what its signature says that it asks for."""
 
     name: str
     fn: object  # the formula
     statistic: object  # for some losses, a function that first computes a statistic over the whole step; else None
     options: dict  # those of the run, with this loss's defaults; terms that it cannot have are off
-    uses: dict  # for each option that only some losses use: whether this one does
-    paired: bool  # False: single answers, each labelled good or bad
-    needs_ref: bool  # rewards are log-ratios of policy and reference
-    has_divergence: bool  # of the policy from the reference, at each position
+    uses: dict  # name of an option that only some losses use -> whether this loss does
+    paired: bool  # it compares pairs; False: single answers, each labelled good or bad
+    needs_ref: bool  # it compares policy and reference, so its rewards are log-ratios
+    has_divergence: bool  # it takes the divergence of the policy from the reference, at each position
     is_per_token: bool  # it compares means over tokens
 
     def call(self, fn, columns):
-        """Call a function of losses.py with the options, columns and log-ratios that its signature asks for.
+        """Call fn, a function of losses.py, with the options, columns and log-ratios that its signature asks for.
 
-        Columns override options of the same name: beta_dpo's statistic provides its own beta."""
+        Log-ratios come from the columns: ratio_w = pi_w - ref_w. A column overrides the option of its name: beta of beta_dpo."""
         known = {**self.options, **columns}
         for name, log_probs in columns.items():
             if name.startswith('pi'):
@@ -82,11 +81,12 @@ class Objective(NamedTuple):
         return call(fn, known)
 
     def loss_of_reference(self, columns):
-        """Return the mean loss of a step if the policy equaled its reference. columns: those of the step."""
-        policy_as_ref = {name.replace('pi', 'ref'): x for name, x in columns.items() if name.startswith('pi')}
-        # an input of the loss aot, from its statistic; the other losses do not ask for it
+        """Return the mean loss that a step would have if the reference were equal to the policy. columns: those of the step."""
+        # ref_w = pi_w, ref_l = pi_l, ...: all log-ratios are 0
+        ref_as_policy = {name.replace('pi', 'ref'): x for name, x in columns.items() if name.startswith('pi')}
+        # only the loss aot takes a shift; then it is 0, too
         no_shift = {'shift': torch.zeros_like(columns['loss'])}
-        return self.call(self.fn, no_shift | columns | policy_as_ref).mean()
+        return self.call(self.fn, no_shift | columns | ref_as_policy).mean()
 
 
 def objective_of(config, losses, statistics):
@@ -96,14 +96,14 @@ def objective_of(config, losses, statistics):
     exclude one another are a UserError."""
     name = config.loss
     fn, statistic = find(name, losses, statistics, config)
-    names = inputs(fn, statistic)
-    paired = bool({'pi_w', 'ratio_w'} & names)
-    has_ratio = bool({'ratio', 'ratio_w'} & names)
-    has_divergence = 'div_w' in names
+    asks_for = inputs(fn, statistic)
+    paired = bool({'pi_w', 'ratio_w'} & asks_for)
+    has_ratio = bool({'ratio', 'ratio_w'} & asks_for)
+    has_divergence = 'div_w' in asks_for
     has_risk = name.startswith('radpo')
     every_input = inputs(*losses.values(), *statistics.values())
-    uses = {option: option in names for option in every_input}
-    # these are not in the formulas' signatures
+    uses = {option: option in asks_for for option in every_input}
+    # options that are in no signature
     uses |= {'reference_free': has_ratio and not has_divergence, 'sft_coef': paired, 'risk': has_risk, 'mu': has_risk}
     uses |= dict.fromkeys(('importance', 'importance_max'), has_ratio and paired)
     uses |= dict.fromkeys(('frac_good', 'frac_bad'), not paired)
@@ -112,9 +112,12 @@ def objective_of(config, losses, statistics):
     options['importance'] = config.importance and uses['importance']
     options['sft_coef'] = config.sft_coef if uses['sft_coef'] else 0.0
     needs_ref = has_ratio and not (config.reference_free and uses['reference_free'])
-    config.ignored([option for option in config if not uses.get(option, True)], f'the loss {name} does not use it')
-    config.ignored([] if options['importance'] else ['importance_max'], 'importance is off')
-    config.ignored([] if needs_ref else ['ref_model'], 'there is no reference')
+    unused = [option for option in config if not uses.get(option, True)]
+    config.report_unused(unused, f'the loss {name} does not use it')
+    if not options['importance']:
+        config.report_unused(['importance_max'], 'importance is off')
+    if not needs_ref:
+        config.report_unused(['ref_model'], 'there is no reference')
 
     # defaults that depend on the loss
     if config.label_smoothing is None or not uses['label_smoothing']:
@@ -122,19 +125,19 @@ def objective_of(config, losses, statistics):
     if config.beta_prime is None and name == 'drdpo':
         options['beta_prime'] = 1.0
     _reject_conflicts(name, options, needs_ref, has_divergence, has_risk)
-    is_per_token = 'n_l' in names and (name != 'ipo' or config.average)
+    is_per_token = 'n_l' in asks_for and (name != 'ipo' or config.average)
     return Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_per_token)
 
 
 def _reject_conflicts(name, options, needs_ref, has_divergence, has_risk):
     """Raise UserError for options that make no sense together."""
     smoothing, risk, mu = options['label_smoothing'], options['risk'], options['mu']
-    too_smooth = not 0 <= smoothing < 0.5 or (name == 'exo' and smoothing == 0)
+    bad_smoothing = not 0 <= smoothing < 0.5 or (name == 'exo' and smoothing == 0)
     is_alone = name == 'kto' and options['batch_size'] < 2
+    # the cache has log-probs of the data's answers: no divergences, and none of the mismatched answers of kto
     needs_live_ref = has_divergence or name == 'kto'
-    # message -> whether it applies
-    mistakes = {
-        f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {smoothing}': too_smooth,
+    mistakes = {  # message -> whether it applies
+        f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {smoothing}': bad_smoothing,
         f'mu must lie between 0 and 1 for the risk {risk}, not {mu}': has_risk and risk != 'erm' and mu > 1,
         '--importance is a ratio to the reference: leave out --reference_free': options['importance'] and not needs_ref,
         f'--cache_ref: the loss {name} has no reference to cache': options['cache_ref'] and not needs_ref,

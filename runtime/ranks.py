@@ -4,6 +4,7 @@ A data rank is the tp neighbouring processes that hold a model together (tensor 
 
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,13 +12,16 @@ from torch.distributed.rendezvous import rendezvous
 
 from configurator import UserError
 
+# how long ranks wait for one another. One may tokenise, hash or write alone for longer than torch's 10 or 30 minutes; torchrun
+# ends the others at once where one dies
+PATIENCE = timedelta(hours=12)
 _tp_size = 1  # tensor parallelism: number of neighbouring ranks that share the matrices of each block; set by setup
 
 
 def setup(tp=1):
     """Join torchrun's process group, or create a group of one process. Returns (data rank, number of data ranks, device).
 
-    tp: this many neighbouring ranks get the same data, and count as one data rank. UserError if it does not divide all ranks."""
+    tp: this many neighbouring ranks count as one data rank. UserError if the number of ranks is no multiple of it."""
     global _tp_size
     device = _own_device()
     if not dist.is_initialized():
@@ -31,21 +35,21 @@ def setup(tp=1):
 
 def _join_process_group(device):
     """Create the default process group: of all ranks that torchrun started, or without torchrun of this process alone."""
-    # without torchrun
-    store, rank, world_size = dist.HashStore(), 0, 1
+    store, rank, world_size = dist.HashStore(), 0, 1  # without torchrun
     if 'RANK' in os.environ:
         store, rank, world_size = next(rendezvous('env://'))
-        # torch 2.13's agent reuses its store after a restart, with the addresses of dead ranks, on which this one would hang: so use a
-        # key prefix per restart. On several hosts counts can differ: there, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (a new store)
-        has_one_agent = os.environ.get('GROUP_WORLD_SIZE') == '1'
-        restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if has_one_agent else '0'
+        # after a restart, torchrun of torch 2.13 keeps its store, where this process would read the addresses of dead ones, and hang.
+        # So each restart has its own key prefix. On several hosts the counts of restarts can differ: all use start0, and the user
+        # sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store
+        is_one_host = os.environ.get('GROUP_WORLD_SIZE') == '1'
+        restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_host else '0'
         store = dist.PrefixStore(f'start{restarts}', store)
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
 
 
 def _own_device():
-    """Return this process's device, its own GPU or else the CPU, and make it current. Raises UserError if GPUs are too few."""
+    """Return this process's device: its own GPU, made current, or the CPU. Raises UserError for more processes than GPUs."""
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     if not torch.cuda.is_available():
@@ -66,12 +70,12 @@ def _own_device():
 
 
 def data_rank():
-    """Return (data rank, number of data ranks). The ranks of a tensor-parallel group share their data and count as one."""
+    """Return (data rank, number of data ranks). With tp=2, the ranks 0 and 1 are data rank 0, the ranks 2 and 3 data rank 1."""
     return dist.get_rank() // _tp_size, dist.get_world_size() // _tp_size
 
 
 def tp_size():
-    """Return how many neighbouring ranks hold a model together. Above 1, they must also generate in step."""
+    """Return the size of a tensor-parallel group: so many neighbouring ranks hold a model together, and must generate in step."""
     return _tp_size
 
 
@@ -126,7 +130,7 @@ def first_of_host(fn):
 
 
 def largest(numbers):
-    """Return the elementwise maximum over all ranks of a list of integers. It runs on the CPU: no wait for the GPU."""
+    """Return the elementwise maximum over all ranks of a list of integers. Does not wait for the GPU, as it runs on the CPU."""
     table = torch.tensor(numbers)
     dist.all_reduce(table, dist.ReduceOp.MAX)
     return table.tolist()

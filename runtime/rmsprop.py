@@ -24,9 +24,7 @@ class RMSprop(torch.optim.RMSprop):
             params = [local(x) for x in params]
             grads = [local(x) for x in grads]
             squares = [local(x) for x in squares]
-            options = {}
-            for name in ('lr', 'alpha', 'eps', 'weight_decay'):
-                options[name] = group[name]
+            options = {name: group[name] for name in ('lr', 'alpha', 'eps', 'weight_decay')}
             rmsprop_(params, grads, squares, **options)
 
 

@@ -240,15 +240,22 @@ def _needs(config, policy, per_token, frozen, tokens):
 
 def _largest_batch(config, train, packed, max_tokens):
     """Return the tokens of the largest microbatch: max_tokens, or the longest example, or less if steps are smaller."""
+    prompts, answers = train.widths[:, 0], train.widths[:, 1:]
+    lengths = train.lengths
+    if not packed:
+        lengths = answers.shape[1] * (prompts + answers.max(1))
+    elif not config.get('share_prefix', True):
+        lengths = lengths + (answers.shape[1] - 1) * prompts
     # an example longer than max_tokens is a microbatch of its own
-    longest = int(train.lengths.max())
+    longest = int(lengths.max())
     tokens = max(max_tokens, longest)
     # bound by the batch_size longest examples; not for ppo.py, whose steps have minibatch_size answers
     if packed and 'minibatch_size' not in config:
-        copies_of_prompt = 1 if config.get('share_prefix', True) else 2
-        longest_examples = sorted(train.lengths)[-config['batch_size'] :]
-        largest_step = int(sum(longest_examples)) * copies_of_prompt
-        tokens = min(tokens, max(longest, largest_step // dist.get_world_size()))
+        largest_step = int(np.sort(lengths)[-config['batch_size'] :].sum())
+        world_size = dist.get_world_size()
+        # examples are not divided, so a rank may have one more than its share
+        largest = largest_step if world_size == 1 else largest_step // world_size + longest
+        tokens = min(tokens, max(longest, largest))
     return tokens
 
 
@@ -261,8 +268,9 @@ def bytes_per_token(policy, forward, train, packed):
     by_length = sorted(range(len(train)), key=lambda i: train.lengths[i])
     example = train[by_length[len(train) // 2]]
     batch = pack([example], [0], pad=not packed, device=next(policy.parameters()).device)
-    # fork_rng: dropout must not advance the training RNG
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), fsdp.unsharded(policy):
+    # dropout must not advance the training RNG, on a GPU its own
+    devices = [batch.ids.device] if batch.ids.is_cuda else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), fsdp.unsharded(policy):
         kept = _kept_bytes(lambda: forward(batch))
         # here, training mode only switches on activation checkpointing, block by block. Backward recomputes one block at a time, so
         # add the activations of an average block: of a forward without checkpointing, divided by the number of blocks

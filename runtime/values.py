@@ -9,7 +9,7 @@ import re
 # (minimum, maximum) -> options
 RANGES = {
     (0, math.inf): 'skip_bad_steps lr warmup_steps weight_decay n_eval_examples save_every temperature retries center_coef kl_coef '
-                   'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam',
+                   'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam gamma',
     (0, 2**32 - 1): 'seed',  # multiples of it seed generators that take 64 bits
     (0, 1): 'noise_rate data_fraction frac_good frac_bad smooth',
     (0, 0.99): 'rho',
@@ -84,7 +84,10 @@ def problem(name, value):
         if name in names.split():
             low, high = bounds
     if is_number and not low <= value <= high:
-        return f'must lie between {low} and {high}, not {value}'
+        # 1e-9 stands for the smallest number above 0
+        least = 'above 0' if low == 1e-9 else f'at least {low}'
+        most = '' if high == math.inf else f' and at most {high}'
+        return f'must be {least}{most}, not {value}'
     # infinity is invalid even if the range has no upper end; but max_grad_norm=inf turns clipping off
     has_range = low > -math.inf
     if is_number and has_range and abs(value) == math.inf and name != 'max_grad_norm':

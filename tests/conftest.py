@@ -8,17 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 
+# what is imported stays: the garbage collector need not look at it again and again
+gc.disable()
+
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 # what is compared bit for bit is compared on the CPU: python -m experiments.gpu_check is the test of a GPU, and
 # CUDA_VISIBLE_DEVICES=0 lets the few tests run that are skipped without one
 os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
+# to ask whether there is a GPU must not begin its use: forked processes could not use it then
+os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')
 
 import torch
-from helpers import end_process_group
+from helpers import end_process_group, shrink_toy
 
 from runtime import values
+from tests import forks
 
-SLOW = 'law signals parallel law_ppo lora checkpoint speed log bad_input trl readme sample'.split()
+SLOW = 'law signals parallel law_ppo lora checkpoint bad_input model speed log attack claims trl endpoint reward sample'.split()
 
 
 @cache
@@ -36,11 +42,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.launch)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """All test files are imported, and no test has run."""
+    gc.freeze()
+    gc.enable()
+    gc.set_threshold(100_000)
+    forks.begin()
+
+
 @pytest.fixture(scope='session', autouse=True)
 def surroundings(tmp_path_factory):
     """No keys, no network. Tests that look into the cache set one of their own; one thread is faster for models this small."""
-    # what has been imported stays: the garbage collector need not look at it again and again
-    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('NANOPREF_CACHE', str(tmp_path_factory.mktemp('cache')))
         for name in ('RANK', 'HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy', *values.SECRETS):
@@ -48,6 +61,12 @@ def surroundings(tmp_path_factory):
         patch.setattr(torch, 'set_num_threads', lambda n: None)
         patch.setattr('text.files.hub_commit', lambda hub_id: None)
         yield
+
+
+@pytest.fixture
+def small_toy(monkeypatch, tmp_path):
+    """The toy world with 200 pairs a split in place of thousands, and a cache of the test's own."""
+    shrink_toy(monkeypatch, tmp_path)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What several test files use: scripts run here, in a process of their own or under torchrun; their files; tiny models."""
 
+import ast
 import bz2
 import contextlib
 import csv
@@ -8,27 +9,29 @@ import gzip
 import io
 import json
 import lzma
-import multiprocessing
 import os
 import runpy
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
 
+from configurator import configure
+from tests import forks
+
 # without this bfloat16 attention asks the processor itself whether it has AVX-512, and then fails, told not to use it
 if os.environ.get('ATEN_CPU_CAPABILITY') in ('default', 'avx2'):
     torch.backends.mkldnn.enabled = False
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM = multiprocessing.get_context('forkserver')
 SPEEDS = ('_per_second', 'sampling_share')  # ends of the names of metrics that depend on the machine
 
 # ---- scripts ----
@@ -60,7 +63,7 @@ def python(*words, timeout=300, cwd=ROOT, **environment):
 def launch(world, plan, folder):
     """Do a plan on so many ranks, or with 0 in this process: tests/laws/launch.py has the words.
 
-    Ranks are what torchrun would start, but forked from a process that has imported everything once."""
+    Ranks are what torchrun would start, but forked from a process that has imported everything."""
     from tests.laws.launch import follow, rank
 
     plan = [[str(word) for word in command] for command in plan]
@@ -71,24 +74,11 @@ def launch(world, plan, folder):
             return follow(plan)
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
-    WARM.set_forkserver_preload(['tests.laws.launch'])
     common = {'NANOPREF_CACHE': cache, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'GROUP_WORLD_SIZE': '1'}
     common |= {'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(world)}
-    ranks = []
-    for i in range(world):
-        said, environment = Path(folder) / f'rank-{i}-of-{world}.txt', common | {'RANK': str(i), 'LOCAL_RANK': str(i)}
-        ranks.append((WARM.Process(target=rank, args=(plan, said, environment), daemon=True), said))
-        ranks[-1][0].start()
-
-    # one that fails leaves the others waiting for it; they may also wait for each other
-    deadline = time.monotonic() + 500
-    for process, _ in ranks:
-        while process.is_alive() and not any(other.exitcode for other, _ in ranks) and time.monotonic() < deadline:
-            process.join(0.1)
-    for process, _ in ranks:
-        process.kill()
-        process.join()
-    assert [process.exitcode for process, _ in ranks] == [0] * world, [said.read_text()[-3000:] for _, said in ranks]
+    said = [Path(folder) / f'rank-{i}-of-{world}.txt' for i in range(world)]
+    jobs = [(rank, plan, file, common | {'RANK': str(i), 'LOCAL_RANK': str(i)}) for i, file in enumerate(said)]
+    assert forks.together(jobs) == [0] * world, [file.read_text()[-3000:] for file in said]
 
 
 def end_process_group():
@@ -107,6 +97,39 @@ def cut_short(run, resumed, examples):
     for checkpoint in Path(f'{resumed}/checkpoints').iterdir():
         if int(checkpoint.name) > int(examples):
             shutil.rmtree(checkpoint)
+
+
+# ---- commands ----
+
+RUN = 'dpo.py sft.py reward.py sample.py label.py ppo.py data.py tools.bench tools.plot tools.report feedback.score'.split()
+
+
+def constants(script):
+    """The options that a script declares above its first call, as globals() has them there."""
+    script = 'text.show' if script == 'data.py' else script
+    path = ROOT / (script if script.endswith('.py') else script.replace('.', '/') + '.py')
+    scope = {'__file__': str(path), '__doc__': ''}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            if isinstance(node.value, ast.Call):
+                break
+            exec(compile(ast.Module([node], []), script, 'exec'), scope)
+    return scope
+
+
+def parse(command, monkeypatch):
+    """Resolve a command's options as its script would, without running it."""
+    words = shlex.split(command)
+    script = next(word for word in words if word in RUN)
+    arguments = words[words.index(script) + 1 :]
+    if script in ('tools.plot', 'tools.report'):  # folders, not config files
+        arguments = [word for word in arguments if word.startswith('-')]
+    monkeypatch.chdir(ROOT)
+    trains = script in ('dpo.py', 'sft.py', 'reward.py', 'ppo.py')
+    # a copy of training's options, so that parsing leaves the module alone
+    return configure(
+        constants(script), arguments, shared=SimpleNamespace(**constants('training.py')) if trains else None
+    )
 
 
 # ---- files ----
@@ -216,6 +239,15 @@ def tiny_reward(folder, tokenizer=None):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def shrink_toy(patch, folder):
+    """Give the toy world 200 pairs a split in place of thousands, and a cache of its own in the folder."""
+    from text import toy
+
+    pairs = toy.pairs
+    patch.setattr(toy, 'pairs', lambda split, n=200: pairs(split, min(n, 200)))
+    patch.setenv('NANOPREF_CACHE', str(folder / 'cache'))
 
 
 def own_head(folder):

@@ -16,6 +16,7 @@ def completion(text):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True  # head and body would be 40 ms apart
 
     def do_POST(self):
         server, body = self.server, json.loads(self.rfile.read(int(self.headers['Content-Length'])))

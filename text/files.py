@@ -42,13 +42,15 @@ def read_rows(hub_id, split, path, undivided=False, **options):
         return
     import datasets
 
+    # `datasets` reads a single file by its format, json: the file's address says more
+    name = options['data_files'] if hub_id == 'json' else hub_id
     given = {name: value for name, value in options.items() if value is not None}
     try:
         rows = datasets.load_dataset(hub_id, split=split, **given, **_revision(hub_id))
     except Exception as error:  # no network, no such dataset, no such split, ...
-        raise UserError(f'cannot load {hub_id!r}, split {split!r}, from the hub: {_reason(error)}') from None
+        raise UserError(f'cannot load {name!r}, split {split!r}, from the hub: {hub.first_line(error)}') from None
     for number, raw in enumerate(rows, 1):
-        yield Row.of(without_inner_nulls(raw), f'{hub_id} [{split}], row {number}')
+        yield Row.of(without_inner_nulls(raw), f'{name} [{split}], row {number}')
 
 
 def add_to_digest(digest, path):
@@ -123,7 +125,7 @@ def hub_splits(hub_id, config=None):
         return datasets.get_dataset_split_names(hub_id, **options, **_revision(hub_id))
     except Exception as error:  # no network, no such dataset, several configs, ...
         hint = f"a config is named as in --data='{hub_id}:CONFIG'"
-        raise UserError(f'cannot find {hub_id!r} on the hub: {_reason(error)} ({hint})') from None
+        raise UserError(f'cannot find {hub_id!r} on the hub: {hub.first_line(error)} ({hint})') from None
 
 
 @cache
@@ -143,11 +145,6 @@ def _revision(hub_id):
     # 'json' is not a dataset, but the loader of `datasets` for JSON files
     commit = None if hub_id == 'json' else hub_commit(hub_id)
     return {'revision': commit} if commit else {}
-
-
-def _reason(error):
-    """Return an exception's message on one line, or its class name if it has none."""
-    return ' '.join(str(error).split())[:300] or type(error).__name__
 
 
 def data_files(path):

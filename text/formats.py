@@ -27,7 +27,7 @@ QUESTIONS = 'prompt question instruction problem query input'.split()
 # columns that are appended to a question or an instruction
 ADDED = 'input context'.split()
 # columns with more context for a question
-ABOUT = 'context history options choices article passage'.split()
+ABOUT = 'context history options choices article passage document documents passages contexts'.split()
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
 ANSWERS = 'response completion output solution answer label'.split()
 # an unknown column whose name contains one of these may be an answer
@@ -671,6 +671,11 @@ def read_answer(row, task=None):
         chosen, rejected = row['output']
         pair = {name: value for name, value in row.items() if name != 'output'}
         return read_pair(pair | {'chosen': chosen, 'rejected': rejected}, task)
+    # a column with the thought behind the answer becomes a field of its message; a flag ('reasoning': 'on') does not
+    thought = next((row[name] for name in messages.REASONING if isinstance(row.get(name), str)), '')
+    if len(thought.split()) > 2 and isinstance(row[column], str):
+        (reply,) = said(row[column])
+        row = row | {column: [reply | {'reasoning_content': thought}]}
     # CarperAI's answers are texts in the column 'label', which is no label then
     label = {} if column == 'label' else label_of(row)
     example = example_of(row, {'response': column})
@@ -764,6 +769,21 @@ def read_prompt(row, task=None):
     if 'prompt' in row and isinstance(row.get('label'), str):
         return read_answer(row, task)
     return [{'prompt': asked(row)}]
+
+
+def unread_answers(rows):
+    """Return the columns beside a prompt that nothing reads and that may be answers: texts in most rows, all different.
+
+    A category or an id has fewer than four words, or the same ones in many rows."""
+    found = []
+    for name in dict.fromkeys(chain.from_iterable(rows)):
+        texts = {row[name] for row in rows if isinstance(row.get(name), str) and len(row[name].split()) >= 4}
+        # read_prompt decides about columns that are called like answers
+        is_decided = any(word in name.lower() for word in (*LIKE_ANSWERS, 'solution'))
+        is_read = name.lower() in (*QUESTIONS, *ABOUT, 'system')
+        if len(texts) > len(rows) / 2 and not is_read and not is_decided:
+            found.append(name)
+    return found
 
 
 # fmt: off

@@ -17,6 +17,8 @@ SERIALIZED_ROLE = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|a
 EXCHANGES = (('input', 'output'), ('human', 'assistant'))
 # fields for a message's thoughts
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
+# other names of the field 'weight', where they are true or false (AgentInstruct, axolotl, XTuner)
+TRAINS = ('loss', 'train', 'training', 'train_on_turn', 'need_calculate_loss')
 # fields that may stand in place of an answer's content
 BESIDE = ('tool_calls', *REASONING)
 # a role as written, in lower case -> the role that chat templates know
@@ -89,7 +91,7 @@ def checked(turn):
     """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
 
     'from' and 'value' (or 'text') are renamed, nulls are removed, and a list of content parts is joined to one text.
-    'weight' stays only if it is 0 and the message is an answer."""
+    'weight', or one of TRAINS, stays as 'weight': 0 if it says so and the message is an answer."""
     if not isinstance(turn, dict):
         raise ValueError('a message is no object with a role and content')
     names = {}
@@ -107,7 +109,10 @@ def checked(turn):
     weight = turn.pop('weight', 1)
     if weight not in (0, 1):
         raise ValueError(f"the 'weight' of a message is {weight!r}: 1 is trained on, 0 is not, and there is no other")
-    if role == 'assistant' and weight == 0:
+    for name in TRAINS:
+        if isinstance(turn.get(name), bool):
+            weight = min(weight, turn.pop(name))
+    if role == 'assistant' and not weight:
         turn['weight'] = 0
     # a tool call or a thought needs no content
     if any(turn.get(key) for key in BESIDE):
@@ -153,6 +158,8 @@ def as_messages(value, must_be_chat=False):
     for fields in EXCHANGES:
         if all(isinstance(exchange, dict) and set(fields) <= exchange.keys() for exchange in value):
             turns = alternating([exchange[name] for exchange in value for name in fields])
+            for exchange, reply in zip(value, turns[1::2], strict=True):
+                reply |= {name: exchange[name] for name in TRAINS if name in exchange}
             # XTuner has the system message in the first exchange
             if value[0].get('system'):
                 turns.insert(0, message('system', value[0]['system']))

@@ -19,6 +19,7 @@ from text.messages import as_chats, is_trained
 from text.sources import describe, read_examples
 from text.tokenise import as_parts, tokenise
 
+# which rows, and how they are read
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
 task: str | None = None  # pairs, singles, sft or prompts; None: what the first example is for
 columns: str | None = None  # which column is what: 'prompt=question, system=system, chosen=good, rejected=bad'
@@ -26,10 +27,12 @@ num_turns = 1  # sharegpt: answers taken from a conversation
 chat = False  # texts become chats, so that the model's chat template applies
 system: str | None = None  # a message of the system before every prompt; texts become chats
 skip_bad_rows = False  # count unreadable rows instead of stopping
+# as a model sees them
 model: str | None = None  # hub id or local folder whose tokenizer to use; None: the text as it is
 max_length = 512  # tokens of prompt and answer
-max_prompt_length = 256  # a prompt is cut to this if the whole is too long
+max_prompt_length: int | None = None  # a prompt is cut to this if the whole is too long; None: half of max_length
 truncation = 'start'  # which end a too long prompt loses: start or end
+# what is printed
 n: int | None = 3  # how many examples; None: all
 json = False  # one JSON object a line, and nothing else
 
@@ -42,10 +45,11 @@ NO_LIMIT = 2**30
 def main():
     """Print the examples that the options select. Raises UserError if they cannot be read."""
     # set the options above from the command line and config files
-    configure(globals())
+    configure(globals(), early=True)
     left_out, out = Counter(), sys.stdout
-    # with --json, stdout has only JSON lines; the readers' notes go to stderr
+    # with --json, stdout has only JSON lines; notes go to stderr
     with redirect_stdout(sys.stderr if json else out):
+        configure(globals())  # again, for its notes
         try:
             if json:
                 all_items = (item for _, _, items in _read_items(left_out) for item in items)

@@ -178,6 +178,11 @@ def _parsed(rows, parse, task, columns):
         layout = None if columns else _first_layout(head)
         if layout and layout.read in formats.OF_ALL_ROWS:
             parse = layout
+        is_prompt = layout and layout.read is formats.read_prompt
+        unread = formats.unread_answers(head) if is_prompt else []
+        if unread:
+            advice = "if they are answers, say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
+            say_once(f'note: columns not read: {", ".join(unread)}; {advice}')
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
 
 
@@ -190,14 +195,17 @@ def _first_layout(rows):
 
 
 def describe(source):
-    """Return a sentence about how a source is read: by which dataset's reader, or by which layout and columns."""
+    """Return a phrase about how a source is read: by which dataset's reader, or by which layout and columns."""
     rows, parse, _ = _opened(source, 'train')
     head = list(islice(rows, LOOK_AHEAD))
-    layout = parse or _first_layout(head)
-    if parse or not layout:
+    if not head:
+        return f'nothing, there are no rows in {source}'
+    if parse:
         return f'the reader {source.partition(":")[0]!r}'
-    names = ', '.join(dict.fromkeys(name for row in head for name in row))
-    return f'{layout.name}, told by {", ".join(sorted(layout.columns))} (columns: {names})'
+    names = ', '.join(dict.fromkeys(name for row in head for name in row)) or 'none'
+    layout = _first_layout(head)
+    known = f'{layout.name}, told by {", ".join(sorted(layout.columns))}' if layout else 'no known layout'
+    return f'{known} (columns: {names})'
 
 
 def _sound(parsed_rows, source, left_out, skip_bad_rows):

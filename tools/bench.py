@@ -45,26 +45,29 @@ from runtime.log import per_second, progress
 from text.examples import Examples
 from tools import limits
 
+# model and data
 model = 'pythia-70m'  # a published shape with random weights (pythia-14m to pythia-2.8b, llama-8b), or a model folder
 tokenizer: str | None = None  # a tokenizer folder, for real data with a published shape
 vocabulary: int | None = None  # another vocabulary size for a published shape; token ids are taken modulo it
 data = 'synthetic'  # synthetic (lengths like HH), or what dpo.py reads
+prompt_tokens: int | None = None  # synthetic: tokens of every prompt; None: log-normal lengths like those of HH
+answer_tokens: int | None = None  # synthetic: tokens of every answer; None: as for prompts
+seed = 0  # of weights and data
+# the step
 loss = 'dpo'  # a pair loss without batch statistics; tdpo and radpo only with --variants=head
 batch_size = 8  # pairs of a step, all ranks together
 max_tokens = 16384  # tokens of a microbatch
-prompt_tokens: int | None = None  # synthetic: tokens of every prompt; None: log-normal lengths like those of HH
-answer_tokens: int | None = None  # synthetic: tokens of every answer; None: as for prompts
-n_steps = 5  # timed steps of each variant, over all rounds
-rounds = 2  # how often each variant is built and freed; use more on a noisy machine
-variants = 'padded packed shared head cached'  # cumulative, in this order; also: trl, trl_fastest, trl_cuda
 optimizer = 'AdamW'  # AdamW, RMSprop or SGD
 dtype = 'float32'  # float32 or bfloat16
 shard = 'auto'  # how ranks share the model, as in training.py: auto, none, grads or full
+# the measurement
+variants = 'padded packed shared head cached'  # cumulative, in this order; also: trl, trl_fastest, trl_cuda
+n_steps = 5  # timed steps of each variant, over all rounds
+rounds = 2  # how often each variant is built and freed; use more on a noisy machine
 threads: int | None = None  # CPU threads; None: torch decides
 wall = False  # always measure wall-clock time; False: CPU time if there is one process with one CPU thread
-estimate_for: float | None = None  # GB of a GPU: only print the estimated memory of a step, and whether it fits
 peak_tflops: float | None = None  # peak of the GPU in bfloat16, for the MFU; None: from its data sheet
-seed = 0  # of weights and data
+estimate_for: float | None = None  # GB of a GPU: only print the estimated memory of a step, and whether it fits
 out: str | None = None  # also write the table to this file, as JSON
 config = configure(globals())
 
@@ -402,7 +405,7 @@ def row_of(run, lengths, baseline):
 def show(rows, lengths, limit):
     """Print the table. rows: {column: value} of each variant; lengths (pairs, 3): tokens; limit: highest possible pairs/s."""
     machine = card if on_gpu else f'CPU, {torch.get_num_threads()} threads'
-    setting = f'{model}, {data}, {loss}, batch {batch_size}, {world_size} ranks'
+    setting = f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}'
     print(f'{setting}, {machine}, {dtype}, torch {torch.__version__}')
     print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
     print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')

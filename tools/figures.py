@@ -7,9 +7,12 @@ those of ast.walk. tests/words/test_house.py checks the limits.
 """
 
 import ast
+import graphlib
 import signal
 from pathlib import Path
 from typing import NamedTuple
+
+from configurator import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = 'dpo.py training.py losses.py data.py model.py fsdp.py configurator.py'.split()  # files of a DPO step
@@ -87,21 +90,15 @@ def product():
 
 
 def cycle(paths):
-    """Return the sorted names of the modules in import cycles, and of modules that import one of these; [] without a cycle."""
+    """Return the names of the modules of an import cycle among these files, in order; [] if there is none."""
     files = {module_of(path): path for path in paths}
-    modules = set(files)
-    imports = {}  # module -> modules among these files that it imports
-    for name, path in files.items():
-        imports[name] = imported(path, modules) - {name}
-    # repeatedly remove the leaves, modules without remaining imports
-    while True:
-        leaves = {name for name, targets in imports.items() if not targets}
-        if not leaves:
-            return sorted(imports)
-        for leaf in leaves:
-            del imports[leaf]
-        for targets in imports.values():
-            targets -= leaves
+    imports = {name: imported(path, set(files)) - {name} for name, path in files.items()}
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        _, names = error.args
+        return names
+    return []
 
 
 def main():
@@ -127,4 +124,5 @@ def main():
 if __name__ == '__main__':
     # exit silently on a closed pipe, as in `figures | head`
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    configure(globals())  # there are no options but --help
     main()

@@ -21,6 +21,7 @@ import numpy as np
 from configurator import UserError, configure
 from tools.runs import gold, labels, panels_of, read, smoothed, value_of
 
+# the picture
 out = 'plot.png'  # the extension decides the format (png, pdf, svg)
 smooth = 0.04  # moving average of training curves, as a fraction of the run's steps; 0: none
 width = 13.0  # inches

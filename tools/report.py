@@ -21,9 +21,11 @@ from runtime.files import replace_text
 from runtime.log import SHOWN
 from tools.runs import differing, gold, labels, panels_of, read, read_options, smoothed, value_of
 
+# the page, and what is drawn
 out = 'report.html'  # the page
 smooth = 0.04  # moving average of training curves, as a fraction of the run's steps; 0: none
 max_points = 300  # of a curve; longer ones are thinned out
+# what is shown at most
 max_samples = 100  # sampled prompts of a run, newest first
 max_pairs = 300  # judged pairs of a folder
 max_letters = 5000  # longer texts are cut
@@ -45,8 +47,7 @@ def last_numbers(run):
     """Return the metrics of a run's last evaluation, or of its last training step, as {short name: number}.
 
     Two more keys: 'examples', the training examples so far, and 'split', 'eval' or 'train'."""
-    splits = [row['split'] for row in run.rows]
-    split = 'eval' if 'eval' in splits else 'train'
+    split = 'eval' if any(row['split'] == 'eval' for row in run.rows) else 'train'
     last = [row for row in run.rows if row['split'] == split][-1]
     numbers = {'examples': last['counters/examples'], 'split': split}
     for metric, short_name in SHOWN.items():

@@ -69,7 +69,8 @@ def read(folder):
     options = read_options(folder)
     rows = read_rows(folder / 'metrics.jsonl', {'split': str, 'counters/examples': int})
     if not any(row['split'] in ('train', 'eval') for row in rows):
-        raise UserError(f'{folder} has no steps in its metrics.jsonl yet')
+        wanted = 'wanted is the out_dir of a training script, or, in tools.report, of label.py'
+        raise UserError(f'{folder} has no steps in its metrics.jsonl yet: {wanted}')
     sample_types = {'examples': int, 'generator': str, 'prompt': str, 'response': str}
     return Run(options, rows, read_rows(folder / 'samples.jsonl', sample_types), folder)
 

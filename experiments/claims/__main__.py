@@ -92,7 +92,7 @@ def main():
     if claims_grid.SEARCH_SEED in chosen and not search:
         raise UserError(f'seed {claims_grid.SEARCH_SEED} has chosen the settings: report others')
     if search:
-        config.ignored(['seeds', 'quick', 'report'], 'the search has one seed and one size')
+        config.report_unused(['seeds', 'quick', 'report'], 'the search has one seed and one size')
     out = Path(out_dir or f'out/claims{"_quick" if quick else ""}').resolve()
     work = out / 'work'  # the SFT model, the pairs, the cache of tokens
     work.mkdir(parents=True, exist_ok=True)

@@ -273,10 +273,10 @@ REFUSED = [
     ('--lora_rank=2 --lora_targets=lm_head', "cannot put adapters on 'lm_head'"),
     ('--lora_rank=2 --lora_targets=', "cannot put adapters on "),
     ('--lora_alpha=2', '--lora_alpha has no effect: there is no --lora_rank'),
-    ('--lora_rank=0', 'lora_rank must lie between 1'),
+    ('--lora_rank=0', 'lora_rank must be at least 1'),
     ('--quantize=4bit', 'weights of 4 bits do not train; add --lora_rank'),
     ('--quantize=4bit --lora_rank=2 --device_map=balanced', 'quantize and device_map do not go together'),
-    ('--lora_rank=2 --lora_dropout=1', 'lora_dropout must lie between 0 and 0.9'),
+    ('--lora_rank=2 --lora_dropout=1', 'lora_dropout must be at least 0 and at most 0.9'),
 ]  # fmt: skip
 
 

@@ -35,13 +35,7 @@ ALONE = {  # not with FSDP
     'reward': ['reward.py', *COMMON, *ADAM, '--model=llama'],
     'judged': [*PPO, '--model=llama', '--reward_model=judge', '--critic=own'],
 }
-VARIANTS = [
-    '--seed=3',
-    '--cpu_offload',
-    '--device_map=balanced',
-    '--attn=eager',
-    '--attn=sdpa',
-]  # the first is as it was
+VARIANTS = '--seed=3 --cpu_offload --device_map=balanced --attn=eager --attn=sdpa'.split()  # the first is as it was
 WORLDS = {'tp2': (2, '--tp=2'), 'dp2tp2': (4, '--tp=2')}
 
 
@@ -132,7 +126,7 @@ def test_models_that_cannot_be_cut(runs, name, words):
     (['--attn=moon'], 'attn must be one of'),
     (['--attn=sdpa', '--pack'], '--pack has no effect'),
     (['--attn=flash_attention_2'], 'LlamaForCausalLM cannot use attention by flash_attention_2'),
-    (['--tp=0'], 'tp must lie between 1'),
+    (['--tp=0'], 'tp must be at least 1'),
     (['--tp=2', '--shard=none'], 'tp needs shard=full'),
     (['--cpu_offload', '--shard=grads'], 'cpu_offload needs shard=full'),
     (['--device_map=balanced', '--shard=none'], '--shard has no effect'),

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from helpers import LOSSES, python
+from helpers import LOSSES
 
 import losses
 from configurator import UserError
 from runtime import check_loss
+from tests import forks
 
 OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0.5, 'w_good': 1.0, 'w_bad': 1.0, 'delta': 1.0, 'lam': 0.1,
            'gamma': 1.0, 'tau': 0.05, 'a': 0.6, 'rho': 0.2}  # fmt: skip
@@ -46,7 +47,9 @@ def test_one_number_an_example():
 
 
 def test_as_a_script():
-    done = python('losses.py', 'kto', '--beta=0.5')
+    done = forks.python('losses.py', 'kto', '--beta=0.5')
     assert done.returncode == 0 and done.stdout.endswith('kto can train: python dpo.py --loss=kto\n')
-    done = python('losses.py', 'ktoo')
+    done = forks.python('losses.py')
+    assert done.returncode == 2 and done.stderr.startswith('error: name a loss: python losses.py dpo --beta=0.2')
+    done = forks.python('losses.py', 'ktoo')
     assert done.returncode == 2 and done.stderr.startswith('error: loss must be one of dpo, ')

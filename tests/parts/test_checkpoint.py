@@ -5,8 +5,6 @@ import importlib
 import os
 import re
 import shutil
-import subprocess
-import sys
 import types
 from concurrent import futures
 from pathlib import Path
@@ -14,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, cut_short, metrics, read_jsonl, run_script, same_bits, tensors
+from helpers import cut_short, metrics, read_jsonl, run_script, same_bits, shrink_toy, tensors
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+import data
 import fsdp
 import losses
 import model
@@ -27,12 +26,13 @@ from hf import export, generate, parallel
 from hf.load import load_model, load_tokenizer
 from rl import formulas
 from runtime import checkpoint, files, guard, log, ranks, room
+from tests import forks
 from text import toy
 from text.examples import Examples
 from text.tokenise import load_examples
 
 FLAGS = ['--batch_size=12', '--n_examples=60', '--save_every=12', '--keep_last=3', '--eval_every=24', '--n_eval_examples=8',
-         '--lr=1e-3', '--warmup_steps=1', '--max_length=64', '--max_prompt_length=32', '--data_fraction=0.1']  # fmt: skip
+         '--lr=1e-3', '--warmup_steps=1', '--max_length=64', '--max_prompt_length=32']  # fmt: skip
 PPO = ['--reward_model=gold', '--minibatch_size=12', '--max_new_tokens=8']
 
 
@@ -46,7 +46,7 @@ def whole(tmp_path_factory):
     """A run that was never interrupted, with its last three checkpoints."""
     folder = tmp_path_factory.mktemp('checkpoint')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('NANOPREF_CACHE', str(folder / 'cache'))
+        shrink_toy(patch, folder)
         run(folder / 'run')
         yield folder / 'run'
 
@@ -211,6 +211,27 @@ def test_loads_into_a_model_that_has_run(tmp_path):
     assert state['examples'] == 48
 
 
+def test_layers_that_never_run_have_no_optimizer_state(tmp_path):
+    """As a multimodal model's image encoder, trained on texts: checkpoints lack their state, and load all the same."""
+    ranks.setup()
+    states = []
+    for _ in range(2):
+        net = torch.nn.ModuleDict({'runs': torch.nn.Linear(2, 2), 'never': torch.nn.Linear(2, 2)})
+        net.shard_mode, net.reshard = 'none', lambda: None
+        optimizer = fsdp.make_optimizer('AdamW', net, 0.1, 0.0)
+        if states:
+            checkpoint.load(checkpoint.latest(tmp_path), net, optimizer)
+        net['runs'](torch.ones(2)).sum().backward()
+        optimizer.step()
+        if not states:
+            checkpoint.save(tmp_path, 5, net, optimizer, {}, 1)
+            checkpoint.wait()
+        states.append(
+            {name: optimizer.state[p]['step'].item() for name, p in net.named_parameters() if optimizer.state[p]}
+        )
+    assert states == [{'runs.weight': n, 'runs.bias': n} for n in (1, 2)]
+
+
 # ---- a full disk ----
 
 
@@ -242,43 +263,38 @@ def test_a_failed_save_ends_the_step_that_sees_it(monkeypatch):
         guard.stop_asked()
 
 
-def on_a_small_disk(folder, size, flags, meanwhile, code=2):
-    """What dpo.py says with its out_dir on a file system of so many MB, on which a shell does something meanwhile.
-
-    Skips where mounts are not permitted."""
-    small = folder / 'small'
-    small.mkdir(parents=True)
-    (folder / 'start.py').write_text("""
-import sys, runpy
+ON_A_SMALL_DISK = """
+import ctypes, os, runpy, shutil, subprocess, sys, time
 from runtime import guard
-guard.PAUSE, sys.argv[0] = 1, 'dpo.py'
-runpy.run_path('dpo.py', run_name='__main__')""")
-    command = f"""echo begun
-mount -t tmpfs -o size={size}m none {small} || exit 99
-ln -s {folder}/said {small}/said
-(cd {small}; timeout 60 sh -c "{meanwhile}") 2> /dev/null &
-{sys.executable} {folder}/start.py {' '.join(flags)} --out_dir={small}/run > {folder}/said 2>&1
-code=$?
-cp -r {small}/run {folder}/kept
-exit $code"""
-    environment = os.environ | {'PYTHONPATH': str(ROOT)}
-    done = subprocess.run(['unshare', '-m', 'sh', '-c', command], cwd=ROOT, env=environment, timeout=120,
-                          capture_output=True, text=True)  # fmt: skip
-    if 'begun' not in done.stdout or done.returncode == 99:
-        pytest.skip('mounts are not permitted here')
-    said = (folder / 'said').read_text()
-    assert done.returncode == code and 'Traceback' not in said, said
-    return said
+folder, size, meanwhile, *flags = sys.argv[1:]
+small = folder + '/small'
+os.makedirs(small)
+mounts = 'mount --make-rprivate /', f'mount -t tmpfs -o size={size}m none {small}'
+# a mount of this process alone
+if ctypes.CDLL(None).unshare(0x20000) or any(subprocess.run(words.split()).returncode for words in mounts):
+    sys.exit(99)
+shell = meanwhile.replace('SAID', f'/proc/{os.getpid()}/fd/1')
+subprocess.Popen(['timeout', '60', 'sh', '-c', shell], cwd=small, stderr=subprocess.DEVNULL)
+sleep, time.sleep = time.sleep, lambda seconds: sleep(seconds / 10)
+guard.PAUSE, sys.argv = 1, ['dpo.py', *flags, f'--out_dir={small}/run']
+try:
+    runpy.run_path('dpo.py', run_name='__main__')
+finally:
+    shutil.copytree(small + '/run', folder + '/kept')
+"""
 
 
 def test_what_was_trained_outlives_a_full_disk(tmp_path):
     """The disk is full from the first step on, until two tries to save have failed; no checkpoint was asked for."""
     flags = [flag for flag in FLAGS if not flag.startswith('--save_every')]
-    full = 'until [ -s run/metrics.jsonl ]; do sleep 0.01; done; cat /dev/zero > fill; until grep -q kept.in.memory:.make said; '
-    full += 'do sleep 0.1; done; sleep 3; rm fill'
-    said = on_a_small_disk(tmp_path / '20', 20, flags, full)
+    full = 'until [ -s run/metrics.jsonl ]; do sleep 0.01; done; cat /dev/zero > fill; until grep -q kept.in.memory:.make SAID; '
+    full += 'do sleep 0.1; done; sleep 0.5; rm fill'
+    done = forks.python('-c', ON_A_SMALL_DISK, tmp_path, 20, full, *flags)
+    if done.returncode == 99:
+        pytest.skip('mounts are not permitted here')
+    said, kept = done.stdout + done.stderr, tmp_path / 'kept'
+    assert done.returncode == 2 and 'Traceback' not in said, said
     assert 'What was trained is in a checkpoint: the same command writes the model' in said and 'lost' not in said
-    kept = tmp_path / '20/kept'
     assert read_jsonl(kept / 'metrics.jsonl')[-1]['counters/examples'] == 60
     assert checkpoint._damage(kept / 'checkpoints/0000000060') is None and not list(kept.glob('model*'))
 
@@ -298,6 +314,7 @@ def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path,
     assert same_bits(tmp_path / 'run/model', whole / 'model') and metrics(tmp_path / 'run') == metrics(whole)
     tries = []
     monkeypatch.setattr(guard, 'PAUSE', 1)
+    monkeypatch.setattr(guard, 'time', types.SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr(guard, 'stop_asked', iter([0, guard.SAVED]).__next__)
     with pytest.raises(UserError, match='cannot write it. Given up: what was trained since .* is lost'):
         guard.keep(lambda: tries.append(1) or fails())
@@ -310,6 +327,7 @@ def test_a_checkpoint_that_has_failed_already_does_not_cost_the_last_one(monkeyp
     failed.set_exception(UserError('no room'))
     monkeypatch.setattr(checkpoint, '_pending', failed)
     monkeypatch.setattr(guard, 'PAUSE', 1)
+    monkeypatch.setattr(guard, 'time', types.SimpleNamespace(sleep=lambda seconds: None))
     tries = []
     guard.keep(lambda: checkpoint.wait() or tries.append(1))
     assert len(tries) == 1 and 'warning: no room. What was trained is kept in memory' in capsys.readouterr().out
@@ -466,7 +484,7 @@ def poison(monkeypatch, name, at, places):
 
 def tokens(task):
     """The training examples of the runs of this file."""
-    how = {'truncation': 'start', 'num_turns': 1, 'skip_bad_rows': False, 'undivided': False, 'data_fraction': 0.1}
+    how = {'truncation': 'start', 'num_turns': 1, 'skip_bad_rows': False, 'undivided': False}
     lengths = {'max_length': 64, 'max_prompt_length': 32}
     return load_examples('toy', 'train', tokenizer=load_tokenizer('toy'), task=task, seed=0, **lengths, **how)
 
@@ -607,6 +625,25 @@ def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, case):
             assert row[key] == pytest.approx(expected[key], rel=1e-4)
 
 
+def test_auto_goes_on_after_a_backward_that_failed(tmp_path, monkeypatch, whole, capsys):
+    """Memory runs out in a backward of FSDP, which does the cast to bfloat16: later ones give gradients all the same."""
+    real, calls = model.Head.backward, []
+
+    def fails_once(ctx, grad):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return real(ctx, grad)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.Head, 'backward', staticmethod(fails_once))
+        run(tmp_path / 'auto', '--dtype=bfloat16', script='sft.py')
+    (number,) = re.findall(r'going on with max_tokens=(\d+)', capsys.readouterr().out)
+    run(tmp_path / 'number', '--dtype=bfloat16', f'--max_tokens={number}', script='sft.py')
+    norms = [[row['grad_norm'] for row in metrics(tmp_path / name, 'train')] for name in ('auto', 'number')]
+    assert norms[0] == pytest.approx(norms[1], rel=0.02) and min(norms[1]) > 0
+
+
 def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
     """compute() halves max_tokens in one thread while another prepares a step: the step says for which limit it was made."""
     examples = Examples.of([(np.arange(3), [np.arange(2)])])
@@ -618,7 +655,7 @@ def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
 
     run.make_batches = functools.partial(training.Run.make_batches, run)
     monkeypatch.setattr(training, 'make_batches', halves_meanwhile)
-    step = training.Run.prepare(run, examples, 0, np.array([0]))
+    step = training.Run.make_step(run, examples, 0, np.array([0]))
     assert (step.batches, step.max_tokens, run.max_tokens) == (['microbatches of 64'], 64, 32)
 
 
@@ -632,6 +669,25 @@ def test_auto_is_the_largest_that_fits(monkeypatch, whole, free, size):
     monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, size: size)
     monkeypatch.setattr(room, 'free_memory', lambda: free)
     assert room.choose_max_tokens(config, layers, 4096, examples, True, 0) == size
+
+
+@pytest.mark.parametrize(
+    ('packed', 'share', 'world_size'),
+    [(True, True, 1), (True, False, 1), (True, True, 2), (True, True, 8), (False, True, 2)],
+)
+def test_no_microbatch_is_larger_than_what_is_reckoned_with(monkeypatch, packed, share, world_size):
+    """Nine examples on eight ranks: one rank has two of them."""
+    monkeypatch.setattr(room.dist, 'get_world_size', lambda: world_size)
+    examples = Examples.of([(np.arange(50), [np.arange(40), np.arange(30 + i)]) for i in range(9)])
+    config = {'batch_size': 9, 'share_prefix': share}
+    largest = max(
+        batch.ids.numel()
+        for rank in range(world_size)
+        for batch in data.make_batches(
+            examples, np.arange(9), rank, world_size, 700, share_prefix=share, pad=not packed
+        )[0]
+    )
+    assert largest <= room._largest_batch(config, examples, packed, 700) <= max(700, 2 * largest)
 
 
 @pytest.mark.parametrize(('costs', 'noted'), [(0.3, False), (40, True)])

@@ -200,10 +200,8 @@ def test_log_linear_runs(tmp_path, monkeypatch):
     loglinear.world.cache_clear()
     found = loglinear.equal_settings([1, 2])
     clean, dirty = (found['DPO', flips, 0.1] for flips in (0.0, 0.4))
-    assert (
-        clean['accuracy'].mean() > dirty['accuracy'].mean() > 0.5
-        and dirty['last_share'].min() > dirty['share'].min() > 0.3
-    )
+    assert clean['accuracy'].mean() > dirty['accuracy'].mean() > 0.5
+    assert dirty['last_share'].min() > dirty['share'].min() > 0.3
     # without flips nothing is flipped; with small steps all pairs weigh alike, and two in five are
     few = found['DPO', 0.4, 0.003]['share']
     assert clean['share'].max() == 0 and (abs(few - 0.4) < 0.05).all()
@@ -329,9 +327,7 @@ def test_a_trial(tmp_path, monkeypatch):
     assert moved['kl'] > 0 and moved['h_std'] > 0 and moved['commit'] and moved['cpu_seconds'] > 0
     assert 0.2 < moved['flipped_pairs'] < 0.6 and abs(moved['flipped_share'] - moved['flipped_pairs']) < 0.2
     again = claims_run.run_trial(trial, tmp_path, 12)
-    assert {k: v for k, v in again.items() if 'seconds' not in k} == {
-        k: v for k, v in moved.items() if 'seconds' not in k
-    }
+    assert again.keys() == moved.keys() and all(again[k] == moved[k] for k in moved if 'seconds' not in k)
     assert claims_run.run_trial(FULL.pull('tdpo2', 1.0, 3), tmp_path, 12)['kl_rejected'] > 0
     refused = claims_run.run_trial(claims_grid.make(3, {'loss': 'nonsense'}), tmp_path, 12)
     assert 'loss must be one of' in refused['error'] and 'gold' not in refused

@@ -95,7 +95,13 @@ def test_card_of_a_run(trained):
 def test_card_names_the_hub_and_no_folders(tmp_path):
     config = {'model': 'EleutherAI/pythia-70m', 'loss': 'drdpo', 'out_dir': 'out/a', 'lr': 1e-6}
     config |= {'data': 'hh:/home/me/hh.jsonl.gz+shp', 'eval_data': '../x/y.jsonl', 'ref_model': '~/models/base'}
-    command = ['/opt/nanopref/dpo.py', 'config/a.py', '--data=hh:/home/me/hh.jsonl.gz+shp', '--ref_model=~/models/base']
+    command = [
+        '/opt/nanopref/dpo.py',
+        'config/a.py',
+        '--data=hh:/home/me/hh.jsonl.gz+shp',
+        '--ref_model=~/models/base',
+        '--columns=prompt=a, chosen=b',
+    ]
     record = {'config': config, 'command': command, 'commit': '', 'versions': {'torch': '2'}}
     (tmp_path / 'model').mkdir()
     (tmp_path / 'model/config.json').write_text('{}')
@@ -106,6 +112,10 @@ def test_card_names_the_hub_and_no_folders(tmp_path):
     front = yaml.safe_load(text.split('---\n')[1])
     tags = ['nanopref', 'drdpo']
     assert front == {'base_model': 'EleutherAI/pythia-70m', 'library_name': 'transformers', 'tags': tags}
-    assert 'python dpo.py config/a.py --data=hh:hh.jsonl.gz+shp --ref_model=base\n' in text
+    # a shell reads it as the words that were given
+    assert (
+        "python dpo.py config/a.py --data=hh:hh.jsonl.gz+shp '--ref_model=base' '--columns=prompt=a, chosen=b'\n"
+        in text
+    )
     assert "eval_data = 'y.jsonl'" in text and "out_dir = 'out/a'" in text and 'lr = 1e-06' in text
     assert not any(word in text for word in ('home', 'opt', '~', '..', str(tmp_path.parent)))

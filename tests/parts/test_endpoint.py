@@ -177,8 +177,8 @@ def test_no_server():
         unused.bind(('127.0.0.1', 0))
         port = unused.getsockname()[1]
     sentence = f'{port}/v1/chat/completions cannot be reached .*see that the server runs'
-    with within(8):
-        refused(f'http://127.0.0.1:{port}', 50, sentence, backoff=1.0, timeout=120.0, concurrency=8)
+    with within(2):
+        refused(f'http://127.0.0.1:{port}', 50, sentence, backoff=0.2, timeout=120.0, concurrency=8)
     (reply,) = ask(f'http://127.0.0.1:{port}', 1, proven=True, retries=1)
     assert 'cannot be reached' in reply.error
 

@@ -25,7 +25,7 @@ def base(folder, dtype, **options):
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, small_toy):
     monkeypatch.chdir(tmp_path)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from configurator import UserError
+from runtime import cache
 from tests.helpers import write_data, write_jsonl
 from text import files, sources, tokenise, toy
 
@@ -142,6 +143,16 @@ def divided(source):
     """Whether a source gives all rows, once, a part of them for testing."""
     train, test = answers(source), answers(source, 'test')
     return test and len(test) < 25 and sorted(train + test) == sorted(ALL)
+
+
+def test_a_cache_without_a_home(monkeypatch):
+    """An empty NANOPREF_CACHE is none; a process without a home says which variable is missing."""
+    monkeypatch.setenv('NANOPREF_CACHE', '')
+    monkeypatch.setenv('HOME', '/somewhere')
+    assert cache.path_of('tokens', 'ab') == Path('/somewhere/.cache/nanopref/tokens-ab.safetensors')
+    monkeypatch.setattr(cache.os.path, 'expanduser', lambda path: path)
+    with pytest.raises(UserError, match='set NANOPREF_CACHE'):
+        cache.path_of('tokens', 'ab')
 
 
 def test_home_and_patterns(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from helpers import ROOT, read_jsonl, run_script, tiny_reward, write_jsonl
 from stub import completion, serve, wait_until
 
 from configurator import UserError
-from feedback import judge
+from feedback import endpoint, judge
 from feedback.answers import make_pairs, write_model_outputs
 from hf.load import load_model, load_tokenizer
 from runtime.files import lock
@@ -36,6 +37,7 @@ KEY = 'sk-made-up-0123456789'
 def surroundings(monkeypatch, tmp_path):
     monkeypatch.setenv('NANOPREF_API_KEY', KEY)
     monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(endpoint.random, 'uniform', lambda low, high: 0.01)  # hardly any waiting before another attempt
     monkeypatch.chdir(tmp_path)
 
 
@@ -363,7 +365,7 @@ def test_killed_and_continued():
     assert KEY not in out + err + leftovers() and len(read('out')[1]) == 60
 
 
-def test_another_input_or_judge_is_refused_and_a_mistake_is_not_held_against_anyone():
+def test_another_input_or_judge_is_refused_and_a_mistake_is_not_held_against_anyone(monkeypatch):
     write_samples(range(3))
     mine = ['--out_dir=out3', '--judge_prompt=mine.txt']
     Path('mine.txt').write_text(TEMPLATE)
@@ -392,6 +394,7 @@ def test_another_input_or_judge_is_refused_and_a_mistake_is_not_held_against_any
         before = len(server.seen)
         with open('out/.lock', 'a') as held:
             fcntl.flock(held, fcntl.LOCK_EX)
+            monkeypatch.setattr('runtime.files.time', SimpleNamespace(sleep=lambda seconds: None))
             with pytest.raises(UserError, match='another run is using out'):
                 label(*flags(server))
         # a line that something else has damaged
@@ -419,7 +422,7 @@ def toy_samples():
     return rows
 
 
-def test_gold():
+def test_gold(capsys):
     rows = toy_samples()
     report, annotations = label('--gold=toy')
     assert len(annotations) == report['won'] + report['lost'] + report['ties'] == 30 and 'agreement' not in report
@@ -429,6 +432,11 @@ def test_gold():
     examples, _ = sources.load_rows('out/annotations.json', 'train', undivided=True)
     assert examples[0]['prompt'] in {row['prompt'] for row in rows}
     assert examples[0]['chosen'].startswith(' the ')  # as it was
+    # an out_dir of another run is told before all else
+    capsys.readouterr()
+    with pytest.raises(UserError, match='different run'):
+        label('--gold=toy', '--against=samples.jsonl')
+    assert not capsys.readouterr().out
     # the place of out_dir is no other run
     Path('out').rename('moved')
     assert label('--gold=toy', '--out_dir=moved/') == [report, annotations]
@@ -473,14 +481,11 @@ def test_reward_model(reward_folder):
 SERVER = os.environ.get('NANOPREF_SERVE_PYTHON', sys.executable)  # a python that has transformers[serving]
 
 
-def serving():
-    found = subprocess.run([SERVER, '-c', 'import fastapi, uvicorn, openai, accelerate'], capture_output=True)
-    return found.returncode == 0
-
-
-@pytest.mark.skipif(not serving(), reason='needs transformers[serving], here or in the python of NANOPREF_SERVE_PYTHON')
 def test_transformers_serve(tmp_path):
     """Its replies are read, though a model that has learnt nothing gives no verdict."""
+    found = subprocess.run([SERVER, '-c', 'import fastapi, uvicorn, openai, accelerate'], capture_output=True)
+    if found.returncode:
+        pytest.skip('needs transformers[serving], here or in the python of NANOPREF_SERVE_PYTHON')
     tokenizer, model = load_tokenizer('toy'), load_model('toy')
     tokenizer.chat_template = tokenise.PLAIN_CHAT
     model.save_pretrained(tmp_path / 'judge')

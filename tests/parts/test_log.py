@@ -14,13 +14,14 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from helpers import cut_short, end_process_group, metrics, python, read_jsonl, refused, run_script, write_jsonl
+from helpers import cut_short, end_process_group, metrics, read_jsonl, refused, run_script, write_jsonl
 
 import configurator
 import training
 from hf import load
 from runtime import guard, log, ranks
-from runtime.metrics import meaning
+from runtime.metrics import note_on_accuracy
+from tests import forks
 from text.examples import in_words
 
 KEY = 'f00dfeed' * 5  # what a key looks like: must not appear in anything that is written
@@ -79,7 +80,7 @@ def dpo(folder, *flags, status=0):
     given = ['--n_examples=64', '--batch_size=16', '--save_every=16', '--keep_last=9', '--lr=1e-3', '--eval_every=32',
              '--n_eval_examples=8', '--warmup_steps=0', *flags, f'--out_dir={folder}']  # fmt: skip
     last = {flag.partition('=')[0]: flag for flag in given}
-    done = python('dpo.py', *last.values(), WANDB_MODE='offline', WANDB_API_KEY=KEY)
+    done = forks.python('dpo.py', *last.values(), WANDB_MODE='offline', WANDB_API_KEY=KEY)
     assert done.returncode == status, done.stderr[-2000:]
 
 
@@ -256,7 +257,7 @@ def test_rows_of_before_that_stay(tmp_path, start, evaluated, left):
     kept = [('check', 0), ('eval', 0), ('train', 8), ('eval', 8), ('train', 16), ('eval', 16)]
     rows = [{'split': split, 'counters/examples': examples} for split, examples in kept]
     write_jsonl(tmp_path / 'metrics.jsonl', rows)
-    log.Log(tmp_path, 16, start, 1, evaluated=evaluated).close()
+    log.cut_back(tmp_path, start, evaluated)
     assert [row['split'] for row in read_jsonl(tmp_path / 'metrics.jsonl')] == left
 
 
@@ -274,14 +275,13 @@ OTHERS = {
 
 
 @pytest.mark.parametrize('script, step', [*((name, 0) for name in (*SCRIPTS, *OTHERS)), ('dpo.py', -5)])
-def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_path, capsys):
+def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_path, capsys, small_toy):
     """Rates are then unknown: no row holds one, no run ends for it."""
     answers = [{'prompt': 'Review of the hotel:', 'sample': i, 'generator': 'x', 'response': f' the bed was {word} .'}
                for i, word in enumerate(('nice', 'dull'))]  # fmt: skip
     write_jsonl(tmp_path / 'samples.jsonl', answers)
     flags = OTHERS.get(script, '--out_dir={0}/run').format(tmp_path).split() + SCRIPTS.get(script, [])
     flags += ['--variants=padded cached'] if script == 'tools/bench.py' else []
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
     end_process_group()
     with monkeypatch.context() as patch:
         for name in ('time', 'perf_counter', 'process_time'):
@@ -330,7 +330,7 @@ def test_the_default_warm_up_is_at_most_a_tenth_of_the_run(capsys, given, total,
     (True, True, None), (False, True, 'note: acc is the share of answers on the right side'), (True, False, 'note: simpo has no reference'),
 ])  # fmt: skip
 def test_acc_and_margin_are_explained_where_they_are_something_else(paired, has_reference, words):
-    found = meaning('simpo', paired, has_reference)
+    found = note_on_accuracy('simpo', paired, has_reference)
     assert found.startswith(words) if words else found is None
 
 

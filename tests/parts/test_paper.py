@@ -1,47 +1,17 @@
 """The procedures for a cluster: every command they would run parses, with and without stand-ins; what is missing is said at once."""
 
-import ast
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, RUN, parse
 
-from configurator import configure
 from experiments.papers import expected
 
-SCRIPTS = {'sft.py', 'dpo.py', 'sample.py', 'label.py'}
 NAMES = ['drdpo_hh', 'beta_dpo_hh', 'radpo_hh', 'rlaif_sharegpt']
-
-
-def constants(script):
-    """The constants of a script, which are its options, without running it."""
-    scope = {'__file__': str(ROOT / script), '__doc__': ''}
-    for node in ast.parse((ROOT / script).read_text()).body:
-        if (
-            isinstance(node, ast.FunctionDef)
-            or isinstance(getattr(node, 'value', None), ast.Call)
-            and isinstance(node, ast.Assign)
-        ):
-            break
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            name = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            scope[name.id] = ast.literal_eval(node.value)
-    return scope
-
-
-def parse(command, monkeypatch):
-    """The options of a command, as its script resolves them."""
-    words = shlex.split(command)
-    script = next(word for word in words if word in SCRIPTS)
-    shared = SimpleNamespace(**constants('training.py')) if script in ('sft.py', 'dpo.py') else None
-    monkeypatch.chdir(ROOT)
-    return configure(constants(script), words[words.index(script) + 1 :], shared)
 
 
 def run(name, **settings):
@@ -69,7 +39,7 @@ def test_commands_parse(name, settings, monkeypatch):
         assert ('nproc_per_node=4' in command) == (
             settings.get('GPUS') == '4' and script in ('sft.py', 'dpo.py', 'sample.py')
         )
-        if script in SCRIPTS:
+        if script in RUN:
             config = parse(command, monkeypatch)
             folders.append(config['out_dir'])
             if script in ('sft.py', 'dpo.py') and 'DRY' in settings:

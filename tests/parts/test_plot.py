@@ -153,7 +153,7 @@ DEEP = '[' * 100_000
 @pytest.mark.parametrize(('file', 'text', 'message'), [
     ('config.json', None, "has no config.json, so it is no run's out_dir"),
     *(('config.json', text, 'config.json is damaged') for text in ('{"config": ', '[]', '{"config": []', '{"config": 3}', DEEP)),
-    ('metrics.jsonl', None, 'has no steps in its metrics.jsonl yet'),
+    ('metrics.jsonl', None, 'has no steps in its metrics.jsonl yet: wanted is the out_dir of'),
     ('metrics.jsonl', '', 'has no steps in its metrics.jsonl yet'),
     ('metrics.jsonl', '{"split": "check", "counters/examples": 0}\n{broken\n{}\n', 'metrics.jsonl, line 2 is damaged'),
     *(('metrics.jsonl', text + '\n', 'metrics.jsonl, line 1 is damaged') for text in ('{"split": "train"}', '[]\n[]', DEEP)),
@@ -176,7 +176,7 @@ def test_mistakes(tmp_path, monkeypatch):
         ([tmp_path / 'nowhere'], 'there is no folder'),
         ([folder, f'--out={tmp_path}/no/where.png'], 'cannot write'),
         ([folder, f'--out={tmp_path}/x.odd'], 'cannot write'),
-        ([folder, '--smooth=3'], 'smooth must lie between 0 and 1'),
+        ([folder, '--smooth=3'], 'smooth must be at least 0 and at most 1'),
     ):
         assert message in refused('tools/plot.py', *words)
     monkeypatch.setitem(sys.modules, 'matplotlib', None)

@@ -59,9 +59,8 @@ def test_data_of_runs(tmp_path):
     assert [a['who'] for a in cards[0]['answers']] == ['policy', 'reference']
     assert cards[0]['answers'][0] | {'reward_source': 'gold', 'reward': 0.5} == cards[0]['answers'][0]
     implicit, scored, unknown = (card['answers'][0] for card in cards[6:9])
-    assert (
-        implicit['reward'] == pytest.approx(0.2) and implicit['reward_source'] == 'implicit' and implicit['tokens'] == 7
-    )
+    assert implicit['reward'] == pytest.approx(0.2) and implicit['reward_source'] == 'implicit'
+    assert implicit['tokens'] == 7
     assert scored['reward'] == 2 and 'reward' not in unknown and unknown['letters'] == len(EVIL)
     # no text ends the script, and nothing is loaded
     assert text.count('</script>') == 2 and implicit['text'] == SHOWN

@@ -3,11 +3,12 @@
 import os
 
 import pytest
-from helpers import ROOT, metrics, python, read_jsonl, refused, run_script, write_jsonl
+from helpers import ROOT, metrics, read_jsonl, refused, run_script, write_jsonl
 
 from configurator import UserError
 from experiments import rewards, sums
 from rl import reward_functions
+from tests import forks
 from text.files import Row
 
 ROWS = [{'prompt': f'Say {i}:', 'answer': str(i)} for i in range(40)]
@@ -95,8 +96,8 @@ MIXED = 'def f(prompts, responses, rows):\n    return [{} if row["answer"] == "3
     ('def f(p, responses, rows): return None', 'it returned None, where a list'),
     ('def f(p, responses, rows): return [1.0] * 3', r'it returned \[1.0, 1.0, 1.0\], where a list of 1 numbers'),
     ('def f(p, responses, rows): return [1.0] if len(rows) == 1 else 1 / 0', 'ZeroDivisionError.*no answer alone makes it fail'),
-    ('def f(completions, **more): pass', r'line 0: TypeError: f\(\) takes 1 positional argument but 3 were given'),
     # the file
+    ('def f(completions, **more): pass', r'f\(completions, \*\*more\) of .* is called as f\(prompts, responses, rows\)'),
     ('def g(p, responses, rows): pass\nx = 1', 'has no function f; it has g'),
     ('f = 1', 'has no function f; it has none'),
     ('import nowhere_at_all\ndef f(a, b, c): pass', r"cannot load .*ModuleNotFoundError: No module named .* \(line 1: import"),
@@ -253,29 +254,22 @@ def test_mistakes_in_a_run(here):
     ]:
         assert sentence in refused(*RUN, '--data=data.jsonl', *more)
     last = refused(*RUN, '--data=data.jsonl', '--reward=own.py:seen')
-    assert (
-        last.startswith('--reward: seen of ')
-        and 'fails at data.jsonl, line ' in last
-        and "KeyError: 'hardness'" in last
-    )
+    assert last.startswith('--reward: seen of ')
+    assert 'fails at data.jsonl, line ' in last and "KeyError: 'hardness'" in last
 
 
 def test_a_process_of_the_users_can_be_ended(here):
     """The signals that our own process blocks are not blocked in what a function starts."""
-    done = python(ROOT / RUN[0], *RUN[1:], '--data=toy', '--reward=own.py:ends', cwd=here)
+    done = forks.python(ROOT / RUN[0], *RUN[1:], '--data=toy', '--reward=own.py:ends', cwd=here)
     assert done.returncode == 0, done.stderr
     assert {row['score/train'] for row in metrics('run', 'train')} == {-15}
 
 
 def test_late_answers_are_counted(here, capsys):
-    flags = [
-        '--data=toy',
-        '--reward=own.py:slow + own.py:characters*0',
-        '--reward_timeout=0.5',
-        '--reward_workers=2',
-        '--n_examples=8',
-    ]
-    run_script(*RUN, *flags, '--do_first_eval=false', '--n_eval_examples=0')
+    flags = (
+        '--data=toy --n_examples=8 --do_first_eval=false --n_eval_examples=0 --reward_timeout=0.5 --reward_workers=2'
+    )
+    run_script(*RUN, *flags.split(), '--reward=own.py:slow + own.py:characters*0')
     (row,) = metrics('run', 'train')
     assert row['score/train'] == 1 - row['late/train']
     assert f'{round(8 * row["late/train"])} of 8 calls of slow of ' in capsys.readouterr().out

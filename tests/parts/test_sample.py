@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ties
@@ -140,7 +141,7 @@ def asked(monkeypatch):
     return asked
 
 
-def test_resume(asked):
+def test_resume(asked, monkeypatch):
     whole, rows = run(*FLAGS)
     assert len(asked) == 36 and set(asked.values()) == {1}
     file, by_time = Path('out/samples.jsonl'), sorted(rows, key=lambda row: (row['sample'] // 3, row['index']))
@@ -159,9 +160,12 @@ def test_resume(asked):
     Path('out').rename('moved')
     assert run(*FLAGS, out_dir='moved')[0] == whole and not asked
     lock('elsewhere')  # gives up that of the run
+    slept = []
+    monkeypatch.setattr('runtime.files.time', SimpleNamespace(sleep=slept.append))
     with open('moved/.lock', 'a') as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert 'another run is using moved' in refused(*FLAGS, out_dir='moved')
+    assert sum(slept) == pytest.approx(2)  # a killed process may take a moment to exit
 
 
 def test_answers_outlive_a_power_cut(tmp_path, monkeypatch):

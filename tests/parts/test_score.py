@@ -33,8 +33,9 @@ def reward_model(request, tmp_path_factory):
         before = tokenizers.processors.TemplateProcessing('x $A', special_tokens=[('x', BOS)])
         tokenizer.backend_tokenizer.post_processor = before
     tokenizer.save_pretrained(folder / 'base')
+    data = write_jsonl(folder / 'train.jsonl', toy.pairs('train', 60))
     counts = '--n_examples=16 --batch_size=8 --n_eval_examples=4 --max_length=128 --lr=1e-2 --chat'
-    run_script('reward.py', f'--model={folder}/base', *counts.split(), f'--out_dir={folder}/run')
+    run_script('reward.py', f'--model={folder}/base', f'--data={data}', *counts.split(), f'--out_dir={folder}/run')
     return folder / 'run'
 
 
@@ -85,7 +86,8 @@ def scored(subset, *margins):
 def test_what_is_printed():
     """By hand: 3 of 4 pairs, a tie counts as wrong; sections weighted by the published sizes, 100 to 40 and 984 to 164."""
     lines = '\n'.join(score.report(scored('mine', 2.0, 1.0, 0.0, 5.0) + scored('other', -3.0)))
-    assert '0.600 (95% interval 0.231 to 0.882), 3 of 5 pairs; 1 with equal scores count as wrong' in lines
+    assert '0.600 (95% interval 0.231 to 0.882 over 5 prompts), 3 of 5 pairs' in lines
+    assert ', 3 of 5 pairs; 1 with equal scores count as wrong' in lines
     assert 'mean 1.0000, median 1.0000' in lines and 'chosen 1.0000, rejected 0.0000' in lines
     assert re.search(r'mine +0.750 .*3 of 4', lines) and re.search(r'other +0.000 .*0 of 1', lines)
     assert 'RewardBench' not in lines

@@ -9,7 +9,9 @@ import pytest
 
 import text.show
 from configurator import UserError
-from tests.helpers import ROOT, python, run_script, write_jsonl
+from runtime.files import say_once
+from tests import forks
+from tests.helpers import ROOT, run_script, write_jsonl
 from text import toy
 from text.examples import Examples
 
@@ -50,9 +52,27 @@ def test_lengths_are_of_the_text_alone(show, row):
 
 
 @pytest.mark.parametrize('rows', [[], PAIRS[5:]], ids=['no rows', 'no answers'])
-def test_nothing_is_left(show, rows):
+def test_nothing_is_left(show, rows, capsys):
     with pytest.raises(UserError, match='no examples are left in .*data.jsonl'):
         show(rows)
+    assert ('read as: nothing, there are no rows in ' in capsys.readouterr().out) == (not rows)
+
+
+def test_columns_that_nobody_reads(show):
+    """Texts of their own in most rows, which may be answers; not a category, an id, a number, nor what one row has."""
+    rows = [{'question': f'q{i}?', 'good': f'the answer to {i} is', 'bad': f'not the answer {i}', 'topic': 'sums of two numbers',
+             'id': f'row-{i}', 'level': i} for i in range(9)]  # fmt: skip
+    rows[0]['note'] = 'this row is the first'
+    for flags in ([], ['--task=prompts'], ['--json']):
+        say_once.cache_clear()
+        assert 'note: columns not read: good, bad; if they are answers' in ''.join(show(rows, *flags))
+    say_once.cache_clear()
+    assert 'note' not in show(rows, '--columns=prompt=question, chosen=good, rejected=bad')[0]
+
+
+def test_half_of_the_length_is_the_prompts(show):
+    out, err = show(PAIRS, '--max_length=30', '--json')
+    assert 'max_prompt_length is 15' in err and all(map(json.loads, out.splitlines()))
 
 
 def test_lengths_are_of_the_first(show, monkeypatch):
@@ -156,9 +176,9 @@ def test_json(show, rows, task, expected):
 
 def test_as_a_command(tmp_path):
     data = write_jsonl(tmp_path / 'data.jsonl', PAIRS[:1])
-    done = python('data.py', f'--data={data}', '--n=none', '--json')
+    done = forks.python('data.py', f'--data={data}', '--n=none', '--json')
     assert json.loads(done.stdout) == PAIRS[0] and done.returncode == 0, done.stderr
-    done = python('data.py', f'--data={data}', '--task=pair')
+    done = forks.python('data.py', f'--data={data}', '--task=pair')
     assert done.returncode == 2 and not done.stdout
     assert 'task must be one of pairs, singles, sft, prompts' in done.stderr
 

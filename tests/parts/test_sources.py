@@ -208,6 +208,8 @@ def test_hub_rows_and_errors(hub):
     hub.load_dataset = refuse
     with pytest.raises(UserError, match=r"^cannot load 'owner/name', split 'train', from the hub: no network at all$"):
         sources.load_rows('owner/name', 'train')
+    with pytest.raises(UserError, match='^cannot load .*/alpaca_eval.json'):
+        sources.load_rows('alpaca_eval', 'train')
 
 
 def test_a_hub_dataset_is_known_by_its_commit_and_read_there(hub, monkeypatch):
@@ -361,6 +363,12 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('ms-swift, chats', 'pairs', [{'messages': [user('q?'), assistant('a')], 'rejected_messages': [user('q?'), assistant('b')]}], [PAIR], {}),
     ('OpenAI, answers not trained on', 'sft', [{'messages': [*TWO_TURNS[:1], assistant('b') | {'weight': 0}, *TWO_TURNS[2:]]}], [SFT | {'prompt': TWO_TURNS[:3]}], {}),
     ('OpenAI, one of three not trained on', 'sft', [{'messages': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}], [{'prompt': [user('x'), assistant('y'), *TWO_TURNS[:3]], 'response': TWO_TURNS[3:], 'turns': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}], {}),
+    *((f'{flag}, answers not trained on', 'sft', [{'messages': [TWO_TURNS[0] | {flag: None}, assistant('b') | {flag: False}, *TWO_TURNS[2:3], TWO_TURNS[3] | {flag: True}]}],
+       [SFT | {'prompt': TWO_TURNS[:3]}], {}) for flag in messages.TRAINS),
+    ('XTuner, answers not trained on', 'sft', [{'conversation': [{'input': 'a', 'output': 'b', 'need_calculate_loss': False}, {'input': 'q?', 'output': 'a', 'need_calculate_loss': True}]}], [SFT | {'prompt': [user('a'), assistant('b'), user('q?')]}], {}),
+    ('a number called loss', 'sft', [{'messages': [user('q?'), assistant('a') | {'loss': 0.0}]}], [SFT | {'response': [assistant('a') | {'loss': 0.0}]}], {}),
+    ('a thought in a column', 'sft', [{'question': 'q?', 'reasoning_content': 'let me think', 'answer': 'a'}], [SFT | {'response': [assistant('a') | {'reasoning_content': 'let me think'}]}], {}),
+    ('a flag in that column', 'sft', [{'question': 'q?', 'reasoning': 'on', 'answer': 'a'}], [SFT], {}),
     ('OpenAI, last answer not trained on', 'sft', [{'messages': [user('q?'), assistant('a'), user('x'), assistant('y') | {'weight': 0}]}], [SFT], {formats.UNASKED: 1}),
     ('ChatQA', 'sft', [{'messages': TWO_TURNS[:3], 'answers': ['a']}], [MULTI], {}),
     ('Guanaco', 'sft', [{'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'}], [MULTI], {}),
@@ -466,6 +474,7 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'question': 'q', 'answer': ['a', 'b']}, 'a message is no object'),
     ({'question': 'q', 'options': ['a', 'b'], 'answer': 'a'}, "'options' asks something, too"),
     ({'question': 'q', 'article': 'c', 'answer': 'a'}, "'article' asks something, too"),
+    ({'question': 'q', 'documents': ['c'], 'answer': 'a'}, "'documents' asks something, too"),
     ({'question': 'q', 'answer': 'a', 'image': 'a.png'}, "'image' would be lost"),
     ({'messages': [user('q'), assistant('a')], 'images': ['a.png']}, "'images' would be lost"),
     ({'Question': 'q', 'Answer': 'a', 'Image': 'a.png'}, "'Image' would be lost"),

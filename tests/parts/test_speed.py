@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import end_process_group, python, refused, run_script, tiny_model
+from helpers import refused, run_script, tiny_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +20,7 @@ from configurator import UserError
 from experiments import real
 from hf import attention
 from runtime import ranks
+from tests import forks
 from tools import limits
 
 
@@ -76,7 +77,7 @@ def steps_of(loss, folder):
     run = script['run']
     for max_tokens in (100_000, 40):
         run.max_tokens = max_tokens
-        step = run.prepare(run.train, 0, script['np'].arange(8))
+        step = run.make_step(run.train, 0, script['np'].arange(8))
 
         def do(step=step):
             script['run_step'](step, backward=True)
@@ -142,7 +143,7 @@ config = transformers.LlamaConfig(vocab_size=words, hidden_size=32, intermediate
 model = transformers.AutoModelForCausalLM.from_config(config).eval()
 set_attention(model, packed=True)
 rng = np.random.default_rng(0)
-batch = pack([(rng.integers(0, 4096, 896), [rng.integers(0, 4096, 64) for _ in 'wl']) for _ in range(16)], range(16))
+batch = pack([(rng.integers(0, 4096, 960), [rng.integers(0, 4096, 32) for _ in 'wl']) for _ in range(16)], range(16))
 def memory(field):
     return int(next(x for x in open('/proc/self/status') if x.startswith(field)).split()[1]) / 1e6
 model(torch.zeros(1, 8, dtype=torch.long), packed=pack([(np.zeros(4, int), [np.zeros(4, int)])], [0]))  # what loads late
@@ -156,7 +157,7 @@ print(words, batch.ids.numel(), memory('VmHWM') - before, config.vocab_size * co
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='peak memory of a process is read from /proc')
 def test_memory_hardly_follows_the_vocabulary():
     """A step of 16k packed tokens: 131,072 words take less than 1.5 times the memory of 4,096, plus the head's gradients."""
-    done = python('-c', MEMORY)
+    done = forks.python('-c', MEMORY)
     assert done.returncode == 0, done.stderr
     peak = {}
     for line in done.stdout.splitlines():
@@ -189,7 +190,6 @@ def test_bench(tmp_path, monkeypatch, capsys):
     script = run_script(
         *SMALL, '--model=toy', '--batch_size=2', '--seed=5', '--peak_tflops=0.001', f'--out={tmp_path}/bench.json'
     )
-    end_process_group()
     # a policy, then its reference, in two rounds of five variants
     assert said == [(0, True), (1, False)] * 10
     assert [(run.name, len(run.times), len(run.passes)) for run in script['runs']] == [
@@ -213,13 +213,11 @@ def test_bench_of_a_folder(tmp_path, capsys):
     """Whose model has fewer words than a published shape."""
     flags = [f'--model={tiny_model(tmp_path, "llama")}', '--batch_size=2', '--n_steps=1', '--variants=head']
     run_script('tools/bench.py', *flags)
-    end_process_group()
     assert '\nhead ' in capsys.readouterr().out
 
 
 def test_bench_of_a_divergence(capsys):
     run_script(*SMALL, '--loss=tdpo2', '--variants=head', '--n_steps=1')
-    end_process_group()
     printed = capsys.readouterr().out
     assert '\nhead ' in printed and 'MFU' in printed.splitlines()[2] and 'MFU: ' not in printed
 
@@ -229,7 +227,6 @@ def test_bench_estimates(monkeypatch, capsys):
     monkeypatch.setattr(ranks, 'leave', lambda: sys.exit())
     with pytest.raises(SystemExit):
         run_script('tools/bench.py', '--model=pythia-14m', '--estimate_for=1')
-    end_process_group()
     printed = capsys.readouterr().out
     found = {
         int(n): (float(gb), fits)
@@ -253,7 +250,6 @@ def test_bench_estimates(monkeypatch, capsys):
 def test_bench_refuses(flags, words, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     assert words in refused(*SMALL, *flags.split())
-    end_process_group()
 
 
 @pytest.mark.parametrize('card, peak', [

@@ -17,6 +17,7 @@ from configurator import UserError
 from feedback import answers, endpoint
 from hf import load
 from runtime import hub, log, values
+from tests import forks
 from text import toy
 
 KEY = 'sentinel-key-0123456789'
@@ -27,9 +28,8 @@ ANSWERS = [{'prompt': 'Review of the hotel:', 'response': f' the room was {word}
 
 
 @pytest.fixture(autouse=True)
-def outside(tmp_path, monkeypatch):
+def outside(tmp_path, monkeypatch, small_toy):
     """A working directory of its own with a few files."""
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
     monkeypatch.chdir(tmp_path)
     write_jsonl('good.jsonl', PAIRS)
     write_jsonl('answers.jsonl', ANSWERS)
@@ -489,6 +489,6 @@ def test_what_is_no_address(monkeypatch, capfd, script, known):
 
 def test_fuzz():
     """experiments/attack/fuzz.py, a hundredth of it: it ends with 0 and says what it counted."""
-    done = helpers.python('-m', 'experiments.attack.fuzz', '--rows=1000', '--lines=400', '--seed=11', timeout=200)
+    done = forks.python('-m', 'experiments.attack.fuzz', '--rows=1000', '--lines=400', '--seed=11')
     assert done.returncode == 0, done.stdout[-3000:]
     assert 'no failure' in done.stdout and 'mutated rows' in done.stdout and 'mutated command lines' in done.stdout

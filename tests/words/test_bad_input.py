@@ -16,6 +16,7 @@ from helpers import ROOT, metrics, read_jsonl, write_jsonl
 from configurator import UserError
 from hf import generate
 from runtime import files
+from tests import forks
 from text import toy
 
 PAIRS = [{'prompt': f'place {i}:', 'chosen': f' good {i} .', 'rejected': f' bad {i} .'} for i in range(6)]
@@ -159,9 +160,16 @@ def test_one_sentence(refused, script, flags, words):
     assert re.search(words, message), message
 
 
-def test_a_run_that_never_began_does_not_claim_its_folder(run, refused):
+def test_a_run_that_never_began_does_not_claim_its_folder(run, refused, tmp_path):
     for flag in ('--optimizer=adam', '--data={world}/broken.jsonl', '--model={world}/nothing', '--model={world}/small'):
         refused('sft.py', flag)
+        assert not (tmp_path / 'out').exists()
+    # as a process, which ends without giving the lock back; a folder that was there stays
+    (tmp_path / 'mine').mkdir()
+    for folder in ('mine', 'a/b'):
+        ended = forks.python('sft.py', '--model=nowhere', '--data=toy', f'--out_dir={tmp_path / folder}')
+        assert ended.returncode == 2 and 'nowhere' in ended.stderr
+    assert not list((tmp_path / 'mine').iterdir()) and not (tmp_path / 'a').exists()
     assert run('sft.py')['run'].total == 6
 
 

@@ -157,11 +157,11 @@ REFUSED_FILES = [  # text, line, words
     *((text, 1, 'name must be str, not') for text in ('name = 1', 'name = b"x"', 'def name(): pass', 'from math import pi as name')),
 ]
 KNOWN = [  # what values an option of this name can have
-    ('lr', 0.0, None), ('lr', -1e-9, 'must lie between 0 and inf, not -1e-09'), ('lr', math.inf, 'must be a finite number, not inf'),
+    ('lr', 0.0, None), ('lr', -1e-9, 'must be at least 0, not -1e-09'), ('lr', math.inf, 'must be a finite number, not inf'),
     ('max_grad_norm', math.inf, None),  # no clipping
-    ('max_grad_norm', 0.0, 'must lie between 1e-09 and inf, not 0.0'), ('temperature', -math.inf, 'must lie between'),
-    ('batch_size', 1, None), ('batch_size', 0, 'must lie between 1 and inf, not 0'), ('seed', 2**32, 'must lie between'),
-    ('seed', 2**32 - 1, None),
+    ('max_grad_norm', 0.0, 'must be above 0, not 0.0'), ('temperature', -math.inf, 'must be at least 0'),
+    ('batch_size', 1, None), ('batch_size', 0, 'must be at least 1, not 0'), ('seed', 2**32, 'must be at least 0 and at most 4294967295'),
+    ('seed', 2**32 - 1, None), ('top_p', 0.0, 'must be above 0 and at most 1, not 0.0'),
     ('attn', None, None), ('dtype', 'float16', "must be one of float32, bfloat16, not 'float16'"),
     ('attn', 'x', "must be one of sdpa, eager, flash_attention_2, flash_attention_3, not 'x'"),
     ('save_every', 'auto', None), ('max_tokens', 'all', "must be a number or auto, not 'all'"),
@@ -265,6 +265,17 @@ def test_every_option_says_what_it_is(words):
     assert done.returncode == 0 and not done.stderr
 
 
+def test_every_option_has_a_heading():
+    files = [*ROOT.glob('*.py'), *ROOT.glob('tools/*.py'), ROOT / 'text/show.py', ROOT / 'feedback/score.py']
+    for file in files:
+        options = configurator._declared({'__file__': file})
+        assert not [name for name, option in options.items() if not option.heading], file
+    # where there are no options, there is a help, too
+    for word, status in (('--help', 0), ('--hlep', 2)):
+        done = python('-m', 'tools.figures', word)
+        assert done.returncode == status and ('python -m tools.figures' in done.stdout) == (status == 0)
+
+
 # options, rank -> what is printed, or what is raised
 # fmt: off
 IGNORED = [
@@ -283,9 +294,9 @@ def test_ignored(script, capsys, monkeypatch, options, rank, printed, raised):
     monkeypatch.setenv('RANK', rank)
     if raised:
         with pytest.raises(UserError, match=raised):
-            config.ignored(options.split(), 'the reason')
+            config.report_unused(options.split(), 'the reason')
     else:
-        config.ignored(options.split(), 'the reason')
+        config.report_unused(options.split(), 'the reason')
     assert capsys.readouterr().out == printed
     assert config.given('steps name rate limit') == ['name', 'rate']
 

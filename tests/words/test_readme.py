@@ -1,70 +1,22 @@
 """What the project says of itself: every command of the README and of the configs parses, imports keep to the layers."""
 
-import ast
 import re
-import shlex
 import shutil
 import subprocess
-import types
 
 import pytest
-from helpers import LOSSES, ROOT, python, write_jsonl
+from helpers import LOSSES, ROOT, RUN, constants, parse, write_jsonl
 
 import losses
-from configurator import configure
 from runtime.objective import objective_of
-from tools import figures
+from tests import forks
 
-SCRIPTS = {
-    'dpo.py',
-    'sft.py',
-    'reward.py',
-    'sample.py',
-    'label.py',
-    'ppo.py',
-    'tools.bench',
-    'tools.plot',
-    'tools.report',
-}
-RUN = SCRIPTS | {'data.py', 'feedback.score'}  # libraries, too
 README = (ROOT / 'README.md').read_text()
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / 'README.md', *ROOT.glob('docs/*.md')]}
 OURS = {name: text for name, text in PAGES.items() if name not in ('docs/moved.md', 'docs/coming-from.md')}
 BLOCKS = [block for text in OURS.values() for block in re.findall(r'```sh\n(.*?)```', text, re.S)]
 COMMANDS = sorted({line.split('#')[0].strip() for block in BLOCKS for line in block.splitlines()} - {''})
 CONFIGS = sorted((ROOT / 'config').glob('*.py'))
-
-
-def constants(script):
-    """The options that a script declares above its first call, as globals() has them there."""
-    script = 'text.show' if script == 'data.py' else script
-    path = ROOT / (script if script.endswith('.py') else script.replace('.', '/') + '.py')
-    scope = {'__file__': str(path), '__doc__': ''}
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            if isinstance(node.value, ast.Call):
-                break
-            exec(compile(ast.Module([node], []), script, 'exec'), scope)
-    return scope
-
-
-def parse(command, monkeypatch):
-    """Resolve a command's options as its script would, without running it."""
-    words = shlex.split(command)
-    script = next(word for word in words if word in RUN)
-    arguments = words[words.index(script) + 1 :]
-    if script in ('tools.plot', 'tools.report'):  # folders, not config files
-        arguments = [word for word in arguments if word.startswith('-')]
-    monkeypatch.chdir(ROOT)
-    trains = script in ('dpo.py', 'sft.py', 'reward.py', 'ppo.py')
-    return configure(constants(script), arguments, shared=shared_options() if trains else None)
-
-
-def shared_options():
-    """A copy of training's options, so that parsing leaves the module alone."""
-    shared = types.ModuleType('shared')
-    vars(shared).update(constants('training.py'))
-    return shared
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -183,18 +135,6 @@ def test_every_loss_and_every_dataset_is_documented():
         assert datasets == set(known.split())
 
 
-def test_layers():
-    """Scripts never import one another, and losses.py imports torch alone. tests/words/test_house.py has the other laws."""
-    modules = {figures.module_of(path) for path in figures.product()}
-    scripts = {script.removesuffix('.py') for script in SCRIPTS}
-    for path in figures.product():
-        assert not figures.imported(path, modules, late=True) & (scripts - {figures.module_of(path)}), path
-    # at its head; run as a script it imports what checks a loss
-    nodes = [n for n in ast.parse((ROOT / 'losses.py').read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
-    names = [node.module if isinstance(node, ast.ImportFrom) else alias.name for node in nodes for alias in node.names]
-    assert {name.partition('.')[0] for name in names} == {'torch'}
-
-
 def test_adding_a_loss_and_a_data_set(tmp_path):
     """The README's recipes, done to a copy: the new row is tested, and the new loss trains on the new data set."""
     ignored = shutil.ignore_patterns('.*', 'out', '__pycache__', 'experiments', 'runs', 'docs')
@@ -217,7 +157,7 @@ def test_adding_a_loss_and_a_data_set(tmp_path):
     counts = '--n_examples=16 --batch_size=8 --n_eval_examples=8 --out_dir=run'
     trained = f'dpo.py --loss=my_loss --beta=0.2 --data=mine:mine.jsonl {counts}'.split()
     for command in (tested, checked, trained):
-        done = python(*command, cwd=here, NANOPREF_CACHE=tmp_path / 'cache')
+        done = forks.python(*command, cwd=here, NANOPREF_CACHE=tmp_path / 'cache')
         assert done.returncode == 0, done.stdout + done.stderr
     assert (here / 'run/model/model.safetensors').exists()
 
@@ -229,6 +169,6 @@ def test_speed_table(tmp_path):
     assert stale != README[start:end]
     (tmp_path / 'README.md').write_text(README[:start] + stale + README[end:])
     files = [f'--readme={tmp_path / "README.md"}', f'--out={ROOT / "experiments/speed/table.json"}']
-    done = python('-m', 'experiments.speed.table', '--report', *files)
+    done = forks.python('-m', 'experiments.speed.table', '--report', *files)
     assert done.returncode == 0 and 'head / trl' in done.stdout, done.stderr
     assert (tmp_path / 'README.md').read_text() == README
