@@ -133,9 +133,9 @@ class Step:
     batches: list  # this rank's Batches
     tokens: int  # number of tokens on all ranks
     allocated: int  # that number plus padding
-    labels: dict = field(default_factory=dict)  # name -> column of the step: good (KTO) or margin (reward.py)
-    examples: Examples | None = None  # the training or held-out examples
-    max_tokens: int = 0  # limit of its microbatches
+    labels: dict  # name -> column of the step: good (KTO) or margin (reward.py)
+    examples: Examples  # the training or held-out examples
+    max_tokens: int  # limit of its microbatches
 
     @property
     def seen(self):

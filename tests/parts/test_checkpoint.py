@@ -725,5 +725,7 @@ def test_memory_of_a_control_group(tmp_path, monkeypatch):
     assert room.machine_memory() == 60000
     files['/sys/fs/cgroup/memory.max'] = 'max'
     assert room.machine_memory() == 70000
+    files['/proc/meminfo'] = 'MemFree: 7 kB\nMemAvailable:   40 kB\n'
+    assert room.machine_memory(free=True) == 40960
     files.clear()
     assert room.machine_memory() > 10**8

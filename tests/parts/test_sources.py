@@ -616,6 +616,8 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
     assert "--columns='prompt=NAME, chosen=NAME, rejected=NAME'" in message
     with pytest.raises(UserError, match='the nearest layout, comparison, has answer_a, answer_b, winner'):
         read(tmp_path / 'other.jsonl', [{'winer': 'a', 'answer_a': 'x', 'answer_b': 'y'}])
+    with pytest.raises(UserError, match='no other column is known; found'):
+        read(tmp_path / 'none.jsonl', [{'winer': 'a'}])
     with pytest.raises(UserError, match="the reader 'imdb' is for another one; without 'imdb:' the columns decide"):
         sources.load_rows(f'imdb:{path}', 'train')
     write(tmp_path / 'data.jsonl', rows[:30] + [{'prompt': 'p', 'response': 'r'}])  # not all of them after all
