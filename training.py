@@ -313,7 +313,8 @@ class Run:
                 if not (out_of_memory and max_tokens == 'auto' and single_process and can_split):
                     raise
             # outside of the except block the traceback no longer keeps the activations alive
-            fsdp.abandon_backward(self.policy)
+            with self.memory(step.batches):
+                fsdp.abandon_backward(self.policy)
             self.optimizer.zero_grad(set_to_none=True)
             # microbatches may be smaller than max_tokens: halve the size that did not fit
             largest = max(batch.ids.numel() for batch in step.batches)
