@@ -25,9 +25,9 @@ def path_of(kind, key):
 def read(file, valid):
     """Return (arrays, metadata) of a cache file, or None if it is missing, damaged or not valid.
 
-    valid: function of (arrays, metadata) that returns whether they are as expected; if it raises, they are not."""
+    valid(arrays, metadata): returns whether they are as expected; if it raises, they are not."""
     with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
-        # 'pt': the torch reader memory-maps the file, the numpy reader copies it
+        # 'pt': torch's reader memory-maps the file; the reader of numpy would copy it
         with safe_open(file, 'pt') as content:
             arrays = {name: content.get_tensor(name).numpy() for name in content.keys()}  # noqa: SIM118
             metadata = content.metadata()
