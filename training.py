@@ -313,7 +313,8 @@ class Run:
                 if not (out_of_memory and max_tokens == 'auto' and single_process and can_split):
                     raise
             # outside of the except block the traceback no longer keeps the activations alive
-            fsdp.abandon_backward(self.policy)
+            with self.memory(step.batches):
+                fsdp.abandon_backward(self.policy)
             self.optimizer.zero_grad(set_to_none=True)
             # microbatches may be smaller than max_tokens: halve the size that did not fit
             largest = max(batch.ids.numel() for batch in step.batches)
@@ -402,13 +403,13 @@ class Run:
     def evaluate(self, seen, run_step, summary, sample=None):
         """Evaluate on all held-out examples and log the metrics. No-op if that was done already, before a resume.
 
-        run_step(step) returns columns, summary(columns, split) metrics; sample(seen) returns more metrics with
-        sample_during_eval. If a signal interrupts, nothing is logged, and the resumed run evaluates again."""
+        seen: training examples so far. run_step(step) returns columns, name -> (examples of the step,); summary(columns, split)
+        metrics; sample(seen) more of them, with sample_during_eval. After a signal nothing is logged: the resumed run does it again."""
         n = len(self.held_out)
         if not n or seen <= self.state['evaluated']:
             return
         parts = []
-        numbered_rows = steps(n, self.config.batch_size, n, seed=0, shuffle=False)
+        numbered_rows = steps(n, self.config.batch_size, total=n, seed=0, shuffle=False)
         for step in self.prefetch_steps(self.held_out, numbered_rows):
             parts.append(self.compute(step, run_step))
             if guard.stop_asked():

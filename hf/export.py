@@ -142,7 +142,9 @@ def rounded(weights, dtype, generator):
 
 
 def write_card(out_dir, folder):
-    """Write the card of the run in out_dir to folder/README.md. If a file of the run is damaged, only print a note."""
+    """Write the card of the run in out_dir to folder/README.md. If a file of the run is damaged, only print a note.
+
+    Raises UserError if the card cannot be written."""
     try:
         text = _card_text(Path(out_dir), folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

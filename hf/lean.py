@@ -85,6 +85,7 @@ class LeanBlock:
             with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
                 return forward(*args, **options)
         finally:
+            # only pack looks recipes up; the graph keeps those that it has saved
             self.recipes.clear()
 
     def run_recomputed(self, function, module, *inputs, **options):

@@ -365,7 +365,8 @@ def stored_dtype(name):
 def fingerprints(config):
     """Hash all models named in a run's config, to detect changes on resume.
 
-    Returns option -> {file: SHA-256}, or {'commit': hash} for a hub id; files of an adapter's base model as base/file."""
+    Returns option -> {file: SHA-256}, or {'commit': hash} for a hub id that has been loaded. The files are those of HASHED_SUFFIXES
+    in the folder; an adapter has those of its base model, too, as base/file."""
     hashes_of = {}
     for option in MODELS:  # model, ref_model, ...
         name = config.get(option)
@@ -375,7 +376,7 @@ def fingerprints(config):
         hashes = _hashes(saved.folder if saved else name)
         if saved:
             hashes |= _hashes(base, prefix='base/')
-        # {} for a folder without such files
+        # a folder with no file to hash is recorded, too, as {}
         if hashes or os.path.isdir(name):
             hashes_of[option] = hashes
     return hashes_of

@@ -15,7 +15,7 @@ def path_of(kind, key):
     """Return the path of a cache file, named by kind and key, a hex hash of everything its contents depend on.
 
     Raises UserError if there is neither NANOPREF_CACHE nor a home folder."""
-    folder = os.environ.get('NANOPREF_CACHE') or os.path.expanduser('~/.cache/nanopref')
+    folder = os.path.expanduser(os.environ.get('NANOPREF_CACHE') or '~/.cache/nanopref')
     # a process without a home, as in some containers
     if folder.startswith('~'):
         raise UserError('there is no home folder to keep tokens in: set NANOPREF_CACHE to a folder')

@@ -21,13 +21,13 @@ from configurator import Config, UserError
 from fsdp import local
 from runtime.files import append_kept, clear_path, file_hash, move_folder, replace_text, say, sync, writing
 from runtime.log import NEUTRAL, check_same, recorded
-from runtime.ranks import gather_objects, on_one_rank, on_ranks, shared
+from runtime.ranks import PATIENCE, gather_objects, on_one_rank, on_ranks, shared
 
 NUMBER = re.compile('[0-9]{10,}')  # name of a checkpoint folder: number of examples, zero-padded to ten digits
 _writer = ThreadPoolExecutor(1)
 _pending = None  # future of _write() for the checkpoint being written
 # the writer thread's collectives must not interleave with those of training: it has a process group of its own
-_writer_group = functools.cache(lambda default_group: dist.new_group(backend='gloo'))
+_writer_group = functools.cache(lambda default_group: dist.new_group(backend='gloo', timeout=PATIENCE))
 
 
 def identify(config, hash_models, train, held_out):
@@ -252,8 +252,9 @@ def load(folder, model, optimizer):
     saved_tensors = reader.read_metadata().state_dict_metadata
     saved_shapes = {name: tuple(tensor.size) for name, tensor in saved_tensors.items()}
     # drop the state of parameters that had none when the checkpoint was saved: all before the first step, or layers that never run
+    with_state = {saved.rpartition('.')[0] for saved in saved_shapes}  # optimizer.NAME.exp_avg -> optimizer.NAME
     for name, parameter in model.named_parameters():
-        if not any(saved.startswith(f'optimizer.{name}.') for saved in saved_shapes):
+        if f'optimizer.{name}' not in with_state:
             optimizer.state.pop(parameter, None)
     tensors = _live_tensors(model, optimizer)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

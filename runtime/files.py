@@ -50,7 +50,8 @@ def lock(folder):
     unlock()
     folder = Path(folder)
     file = folder / '.lock'
-    made = [path for path in (file, folder, *folder.parents) if not path.exists()]
+    with writing(f'to {folder}'):
+        made = [path for path in (file, folder, *folder.parents) if not path.exists()]
     # retry for two seconds: a killed process may take a moment to exit
     for _attempt in range(10):
         with writing(f'to {folder}'):

@@ -191,7 +191,8 @@ def cut_back(out_dir, start, evaluated):
     folder = Path(out_dir)
 
     def is_kept(row):
-        # a new run keeps no rows, not even those of the evaluation at 0 examples
+        """Whether a row of metrics.jsonl stays; the run writes the others again."""
+        # a new run keeps none, not even those of the evaluation at 0 examples
         if not start:
             return False
         last = evaluated if row['split'] == 'eval' else start

@@ -255,8 +255,12 @@ def _largest_batch(config, train, packed, max_tokens):
     tokens = max(max_tokens, longest)
     # no step has more tokens than the batch_size longest examples; not for ppo.py, whose steps have minibatch_size answers
     if packed and 'minibatch_size' not in config:
-        largest_step = int(np.sort(lengths)[-config['batch_size'] :].sum())
-        world_size = dist.get_world_size()
+        # a step takes an example again if it is larger than the data, or reaches into the next epoch
+        batch_size, n = config['batch_size'], len(lengths)
+        reaches_on = config.get('n_epochs', 1) > 1 and n % batch_size > 0
+        copies = -(-batch_size // n) + reaches_on
+        largest_step = int(np.sort(np.tile(lengths, copies))[-batch_size:].sum())
+        _, world_size = ranks.data_rank()
         # examples are not divided, so a rank may have one more than its share
         largest_share = largest_step if world_size == 1 else largest_step // world_size + longest
         tokens = min(tokens, max(longest, largest_share))

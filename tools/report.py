@@ -99,7 +99,7 @@ def show_runs(runs):
     charts = []
     for panel in panels_of(runs):
         curves = [show_curve(curve) for curve in panel.curves]
-        charts.append({'title': panel.title, 'meaning': panel.meaning, 'curves': curves})
+        charts.append({'title': panel.title, 'meaning': panel.subtitle, 'curves': curves})
     options = []
     for name in differing(runs):
         # None if a script has no such option; the value None becomes 'null'

@@ -690,6 +690,19 @@ def test_no_microbatch_is_larger_than_what_is_reckoned_with(monkeypatch, packed,
     assert largest <= room._largest_batch(config, examples, packed, 700) <= max(700, 2 * largest)
 
 
+@pytest.mark.parametrize(('local_world_size', 'free', 'mode'), [(None, 1000, 'none'), ('4', 250, 'full')])
+def test_the_ranks_of_a_machine_share_its_memory(monkeypatch, local_world_size, free, mode):
+    """Fifteen weights in training take 240 bytes: a quarter of 1000, but not of 250."""
+    monkeypatch.setattr(room, 'machine_memory', lambda free=False: 1000)
+    monkeypatch.setattr(room.dist, 'get_world_size', lambda: 2)
+    monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+    if local_world_size:
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', local_world_size)
+    assert room.free_memory() == free
+    layer = torch.nn.Linear(5, 3, bias=False)
+    assert room.choose_mode(layer, 'auto', True, False, torch.device('cpu'), False) == mode
+
+
 @pytest.mark.parametrize(('costs', 'noted'), [(0.3, False), (40, True)])
 def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted):
     monkeypatch.setattr(room, 'bfloat16_costs', lambda: costs)
@@ -725,5 +738,7 @@ def test_memory_of_a_control_group(tmp_path, monkeypatch):
     assert room.machine_memory() == 60000
     files['/sys/fs/cgroup/memory.max'] = 'max'
     assert room.machine_memory() == 70000
+    files['/proc/meminfo'] = 'MemFree: 7 kB\nMemAvailable:   40 kB\n'
+    assert room.machine_memory(free=True) == 40960
     files.clear()
     assert room.machine_memory() > 10**8

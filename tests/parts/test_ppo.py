@@ -139,6 +139,19 @@ def test_slots_of_a_microbatch_among_the_tokens_of_a_round():
     assert found.tolist() == [11, 12, 20, 21, 22, -1]
 
 
+def test_advantages_and_targets_by_hand():
+    """Log-ratios 0.5 1 | -2, so rewards -0.05 -0.1 | 0.2, and the score at each last token; offline the score alone."""
+    tokens = {'pi': rows(1, 2, 3), 'ref': rows(0.5, 1, 5), 'value': rows(0.6, 0.2, 0.3)}
+    options = SimpleNamespace(kl_coef=0.1, gamma=1.0, lam=0.5, whiten=False)
+    for offline, advantage, target in (
+        (False, (-0.1, 0.7, -1.1), (0.5, 0.9, -0.8)),
+        (True, (0, 0.8, -1.3), (1, 1, -1)),
+    ):
+        options.offline = offline
+        found = rollout.advantages_and_targets(options, tokens, rows(1, -1), torch.tensor([2, 1]))
+        assert close(found[0], rows(*advantage)) and close(found[1], rows(*target))
+
+
 # ---- a user's mistakes ----
 
 
