@@ -230,8 +230,8 @@ def _cache_for(inner, texts, cache, cache_rows):
     caches = [(cache, cache_rows)] if cache_rows else []
     new_texts = texts[len(cache_rows) :]
     if new_texts:
-        # equal texts are computed once; {text without its last token: row}
-        row_of = {}
+        # equal texts are computed once
+        row_of = {}  # text without its last token -> row
         rows = [row_of.setdefault(tuple(text[:-1]), len(row_of)) for text in new_texts]
         new_cache = transformers.DynamicCache(config=inner.config)
         # fills new_cache; the generated token is ignored
@@ -265,12 +265,13 @@ def _merge(caches, width):
 
 
 def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
-    """Return the StoppingCriteriaList that ends a row at a stop token, or at max_new_tokens, n_sampled earlier ones included.
+    """Return the StoppingCriteriaList that ends a row at a stop token, or when its answer has max_new_tokens tokens.
 
-    All rows end together once `enough` rows have ended and REFILL_AFTER tokens were sampled, or when a signal arrives."""
+    n_sampled: tokens of each row's answer so far. All rows end together once `enough` of them have ended, but not before
+    REFILL_AFTER steps, or when a signal asks this process to stop."""
     stop = torch.tensor(sorted(stop), device=inner.device)
-    n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)
-    sampled = []  # (rows,) tokens of each step
+    n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)  # (rows,)
+    sampled = []  # for each step, the tokens of all rows: (rows,)
 
     # called after every step; returns (rows,) bool
     def has_ended(ids, scores, **unused):

@@ -261,7 +261,6 @@ def load(folder, model, optimizer):
     if saved_shapes != shapes:
         raise UserError(f'the checkpoint {folder} is of another model or optimizer: choose another --out_dir')
     dcp.load(tensors, storage_reader=reader)
-
     state = json.loads((Path(folder) / 'state.json').read_text())
     state.pop('run', None)
     rng_of_ranks = state.pop('rng')

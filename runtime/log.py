@@ -261,7 +261,6 @@ class Log:
         for name in self.trackers.keys() - self.failed:
             write, _close = self.trackers[name]
             self._attempt(name, write, row)
-
         before_step = examples - metrics.get('counters/step_examples', 0)
         is_due = examples // self.every > before_step // self.every
         if split == 'eval' or is_due:

@@ -119,18 +119,18 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
     policy: may be on the meta device; per_token: bytes of activations per token; tokens: of a microbatch; shard: none,
     grads or full, as in training.py; frozen: number of parameters of other models; device: where it will run, by default
     the policy's. 'buffers' are a chunk of logits and the weights gathered by FSDP."""
-    bytes_each = 2 if dtype == 'bfloat16' else 4
-    trained = _count(policy.parameters(), only_trained=True)
-    # 4-bit weights are buffers
+    bytes_each = 2 if dtype == 'bfloat16' else 4  # of a number in the compute dtype
+    num_trained = _count(policy.parameters(), only_trained=True)
+    # among the buffers are 4-bit weights
     not_trained = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
     fixed_bytes = sum(x.numel() * x.element_size() for x in not_trained)
     # FSDP ('grads', 'full') divides everything but activations and buffers among the ranks
     num_shards = 1 if shard == 'none' else world_size
     needs = {
         'activations': per_token * tokens,
-        'weights': (4 * trained + fixed_bytes) / num_shards,
-        'gradients': 4 * trained / num_shards,
-        'optimizer': 4 * MOMENTS[optimizer] * trained / num_shards,
+        'weights': (4 * num_trained + fixed_bytes) / num_shards,
+        'gradients': 4 * num_trained / num_shards,
+        'optimizer': 4 * MOMENTS[optimizer] * num_trained / num_shards,
         'reference': bytes_each * frozen / num_shards,
         'buffers': _logits_bytes(policy, tokens, bytes_each, device),
     }
@@ -256,10 +256,11 @@ def _largest_batch(config, train, packed, max_tokens):
     # no step has more tokens than the batch_size longest examples; not for ppo.py, whose steps have minibatch_size answers
     if packed and 'minibatch_size' not in config:
         # a step takes an example again if it is larger than the data, or reaches into the next epoch
-        batch_size, n = config['batch_size'], len(lengths)
-        reaches_on = config.get('n_epochs', 1) > 1 and n % batch_size > 0
-        copies = -(-batch_size // n) + reaches_on
-        largest_step = int(np.sort(np.tile(lengths, copies))[-batch_size:].sum())
+        batch_size, n_examples = config['batch_size'], len(lengths)
+        crosses_epochs = config.get('n_epochs', 1) > 1 and n_examples % batch_size > 0
+        max_copies = -(-batch_size // n_examples) + crosses_epochs  # of an example in a step; the quotient is rounded up
+        longest_examples = np.sort(np.tile(lengths, max_copies))[-batch_size:]
+        largest_step = int(longest_examples.sum())
         _, world_size = ranks.data_rank()
         # examples are not divided, so a rank may have one more than its share
         largest_share = largest_step if world_size == 1 else largest_step // world_size + longest
