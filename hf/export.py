@@ -163,7 +163,6 @@ def _card_text(out_dir, folder):
     base = str(options.get('model'))
     # sft.py and reward.py have no option loss: use the script's name
     loss = options.get('loss') or Path(record['command'][0]).name.removesuffix('.py')
-
     # metadata for the hub, which links to a base model that is on the hub, too
     header = {'library_name': 'transformers', 'tags': ['nanopref', loss]}
     looks_like_hub_id = re.fullmatch(r'[\w.-]+/[\w.-]+', base)
@@ -192,7 +191,6 @@ Commit {record['commit'] or 'unknown'}; {versions}.
         first = bos_of(transformers.AutoTokenizer.from_pretrained(folder))
         first_ids = '[]' if first is None else f'[{first}]'
         text += '\n' + SCORE.replace('{first}', first_ids)
-
     # last evaluation, then all options
     evaluations = [row for row in rows if row['split'] == 'eval']
     if evaluations:

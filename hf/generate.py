@@ -37,7 +37,6 @@ def sample(model, tokenizer, prompts, seeds, **settings):
     own_seeds = [seeds[i] for i in indices]
     with fsdp.unsharded(model):
         own_answers = generate(model, tokenizer, own_prompts, own_seeds, **settings)
-
     answers = {}
     for rank_answers in ranks.gather_objects(dict(zip(indices, own_answers, strict=True))):
         answers |= rank_answers
@@ -52,8 +51,7 @@ def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
     lines = []
     for name, i, answer in answers:
         row = {'examples': examples_seen, 'generator': name, 'sample': i}
-        row['prompt'] = tokenizer.decode(prompts[i])
-        row['response'] = tokenizer.decode(answer)
+        row |= {'prompt': tokenizer.decode(prompts[i]), 'response': tokenizer.decode(answer)}
         if columns:
             row |= columns[name, i]
         lines.append(json.dumps(row) + '\n')
@@ -122,7 +120,6 @@ def generate(
             texts = [[*prompts[i], *answers[i]] for i in active]
             if refill:
                 cache = _cache_for(inner, texts, cache, cache_rows)
-
             # sample until `enough` rows have ended: without refill, all of them
             n_sampled = [len(answers[i]) for i in active]
             enough = max(1, len(active) // REFILL_SHARE) if refill else len(active)
@@ -130,7 +127,6 @@ def generate(
             processors = _processors([seeds[i] for i in active], n_sampled, temperature, top_p)
             n_left = max_new_tokens - min(n_sampled)
             continuations = _generate(inner, texts, cache, n_left, criteria, processors)
-
             # keep the rows that have not ended
             cache_rows = []
             for row, tokens in enumerate(continuations):
@@ -215,9 +211,7 @@ def without_end(answer, stop):
 
 
 def can_refill(inner):
-    """Return whether rows of this model's cache can be dropped, and merged with rows of another cache: see _merge().
-
-    That needs keys and values of each token in every layer, perhaps only of the last ones (sliding windows)."""
+    """Return whether _merge() works for this model's cache: all layers hold keys and values of each token, or of the last ones."""
     # states that mix tokens (Mamba)
     if inner._is_stateful or not inner._supports_default_dynamic_cache():
         return False
@@ -236,8 +230,8 @@ def _cache_for(inner, texts, cache, cache_rows):
     caches = [(cache, cache_rows)] if cache_rows else []
     new_texts = texts[len(cache_rows) :]
     if new_texts:
-        # equal texts are computed once; {text without its last token: row}
-        row_of = {}
+        # equal texts are computed once
+        row_of = {}  # text without its last token -> row
         rows = [row_of.setdefault(tuple(text[:-1]), len(row_of)) for text in new_texts]
         new_cache = transformers.DynamicCache(config=inner.config)
         # fills new_cache; the generated token is ignored
@@ -271,12 +265,13 @@ def _merge(caches, width):
 
 
 def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
-    """Return the StoppingCriteriaList that ends a row at a stop token, or at max_new_tokens, n_sampled earlier ones included.
+    """Return the StoppingCriteriaList that ends a row at a stop token, or when its answer has max_new_tokens tokens.
 
-    All rows end together once `enough` rows have ended and REFILL_AFTER tokens were sampled, or when a signal arrives."""
+    n_sampled: tokens of each row's answer so far. All rows end together once `enough` of them have ended, but not before
+    REFILL_AFTER steps, or when a signal asks this process to stop."""
     stop = torch.tensor(sorted(stop), device=inner.device)
-    n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)
-    sampled = []  # (rows,) tokens of each step
+    n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)  # (rows,)
+    sampled = []  # for each step, the tokens of all rows: (rows,)
 
     # called after every step; returns (rows,) bool
     def has_ended(ids, scores, **unused):
@@ -325,7 +320,6 @@ class _Draw(transformers.LogitsProcessor):
         noise = self.noise(2 * side).to(scores.device, non_blocking=True)
         block_noise, token_noise = noise.split(side, 1)  # (rows, side) each
         self.step += np.uint64(1)
-
         # draw a block of each row, then a token of this block
         block_scores = blocks.logsumexp(2)  # (rows, side)
         if block_scores.isnan().any():

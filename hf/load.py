@@ -187,7 +187,6 @@ def _make_model(auto, name, config, *, new_head=False, empty=False, trust_remote
     offload_devices = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
     if device_map and offload_devices & {p.device.type for p in model.parameters()}:
         raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
-
     # no problem with a new head: score.weight is missing, and lm_head.weight unused (a name without a layer number)
     if new_head:
         missing = {key for key in missing if not key.startswith('score.')}
@@ -374,7 +373,7 @@ def fingerprints(config):
     Returns option -> {file: SHA-256}, or {'commit': hash} for a hub id that has been loaded. The files are those of HASHED_SUFFIXES
     in the folder; an adapter has those of its base model, too, as base/file."""
     hashes_of = {}
-    for option in MODELS:
+    for option in MODELS:  # model, ref_model, ...
         name = config.get(option)
         if name in NO_MODEL:
             continue

@@ -90,7 +90,6 @@ def _read_adapter(name, file):
         raise UserError(f'the adapter {name!r} has {", ".join(unsupported)}, which is not supported here: {WAY_OUT}')
     if hub.file_of(name, WEIGHTS_FILE) is None:
         raise UserError(f'the adapter {name!r} has no {WEIGHTS_FILE}: save it as safetensors')
-
     # resolve the base path relative to the working directory (like PEFT), or else to the adapter's folder
     sibling = os.path.normpath(file.parent / base)
     if not os.path.exists(base) and os.path.exists(sibling):
@@ -287,7 +286,7 @@ def adapters_off(model):
     layers = [module for module in model.modules() if hasattr(module, 'lora_A')] if model else []
     # not by PEFT's own context managers: they also change requires_grad, under FSDP on gathered copies of the parameters
     for layer in layers:
-        layer._disable_adapters = FROZEN_COPY not in layer.lora_A
+        layer._disable_adapters = FROZEN_COPY not in layer.lora_A  # name of an adapter -> its matrix A
         layer._active_adapter = [FROZEN_COPY]
     try:
         yield

@@ -49,7 +49,6 @@ def choose_arithmetic(config, device):
         costs = room.bfloat16_costs()
         if costs > 2:
             say(f'note: this CPU takes {costs:.0f} times as long for bfloat16 as for float32: --dtype=float32')
-
     if use_tf32:
         torch.set_float32_matmul_precision('high')
     if config.deterministic and on_gpu:
@@ -86,7 +85,6 @@ def tensor_parallel(model, mesh, n_meshes):
     if not plan or set(plan.values()) - styles.keys():
         hint = 'leave out --tp, FSDP needs none'
         raise UserError(f'{name} has no tensor-parallel plan in transformers that is supported here: {hint}')
-
     # name of a size -> (size, number that must divide it)
     ranks = mesh.size()
     key_value_heads = getattr(config, 'num_key_value_heads', None) or config.num_attention_heads

@@ -53,11 +53,8 @@ def _look_up(build, examples, dtype):
     """Return (key, cache file, log-probs). Log-probs are None if the file is missing or damaged. Loads the model to hash it."""
     key = _key(build(empty=False), examples, dtype)
     file = cache.path_of('reference', key)
-
-    def is_intact(arrays, metadata):
-        return metadata == _metadata(key, arrays['logps'])
-
-    content = cache.read(file, is_intact)
+    # also None for a damaged file, whose checksum (in the metadata) is wrong
+    content = cache.read(file, lambda arrays, metadata: metadata == _metadata(key, arrays['logps']))
     if content is not None:
         arrays, _ = content
         return key, file, arrays['logps']

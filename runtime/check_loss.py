@@ -34,7 +34,6 @@ def table(name, fn, statistic, options):
         # typical values: ten tokens per answer, a divergence of 0.3 nats
         columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
         columns[f'div{suffix}'] = torch.full_like(ratio, 0.3)
-
     # treat the rows as the examples of a run's first step
     if statistic:
         step_inputs = {'state': {}, 'generator': torch.Generator().manual_seed(0)}
@@ -42,7 +41,6 @@ def table(name, fn, statistic, options):
         step_inputs['ratio_kl'] = columns.get('ratio')
         new_columns, _state = call(statistic, options | columns | step_inputs)
         columns |= {column: values.detach().float() for column, values in new_columns.items()}
-
     # columns override options of the same name
     losses = call(fn, options | columns)
     if not isinstance(losses, torch.Tensor) or losses.shape != margin.shape:
@@ -58,8 +56,7 @@ def main(losses, statistics):
 
     Other arguments are options of dpo.py. Raises UserError if no loss is named, or if the loss or a slope is not finite."""
     guard.watch('__main__')
-    # such as my_loss --beta=0.2
-    words = sys.argv[1:]
+    words = sys.argv[1:]  # such as my_loss --beta=0.2
     name = next((word for word in words if not word.startswith('-')), None)
     flags = [word for word in words if word != name]
     usage = f'python losses.py dpo --beta=0.2 checks a loss; there are {", ".join(losses)}'
@@ -72,7 +69,6 @@ def main(losses, statistics):
     if config['label_smoothing'] is None:
         config['label_smoothing'] = 0.1
     rows = table(name, fn, statistic, config)
-
     # losses of pairs have two slopes: rows are [margin, loss, slope, slope]
     slopes = 'slope chosen  slope rejected' if len(rows[0]) == 4 else 'slope'
     print(f'    margin         loss {slopes}')

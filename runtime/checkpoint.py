@@ -57,7 +57,7 @@ def _live_tensors(model, optimizer):
     Tied weights appear once, under their first name."""
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
-    # DTensors are saved shard by shard; but if every rank has the whole model, as plain tensors
+    # DTensors are saved shard by shard; but if every rank has the whole model, as plain tensors (local)
     is_replica = model.shard_mode == 'none'
     tensors = {}
     for name, p in model.named_parameters():
@@ -85,19 +85,18 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     wait()
     folder = Path(out_dir) / 'checkpoints' / f'{examples:010d}'
     on_one_rank(lambda: _remove_unfinished(folder))
-
     # replicas hold identical tensors: divide them between the ranks, alternating by size to balance the load
     tensors = _live_tensors(model, optimizer)
     if model.shard_mode == 'none':
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
         tensors = {name: tensors[name] for name in by_size[dist.get_rank() :: dist.get_world_size()]}
-
     # copy, because training changes the tensors while the thread writes
     copies = {name: tensor.to('cpu', copy=True) for name, tensor in tensors.items()}
     cuda_rng = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
     rng_of_ranks = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda_rng})
     state_text = json.dumps({**state, 'examples': examples, 'rng': rng_of_ranks})
-    _pending = _writer.submit(_write, folder, copies, state_text, keep_last, _writer_group(dist.group.WORLD))
+    group = _writer_group(dist.group.WORLD)  # of the collectives of the writer's thread
+    _pending = _writer.submit(_write, folder, copies, state_text, keep_last, group)
 
 
 def _remove_unfinished(folder):
@@ -155,7 +154,6 @@ def _complete(temporary, folder, state_text, keep_last):
     """Add state.json and manifest.json to temporary, rename it to folder, and delete all but keep_last checkpoints."""
     (temporary / 'state.json').write_text(state_text)
     (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))
-
     # flush the logs first (raises on a full disk): a resumed run does not rewrite rows from before its checkpoint
     out_dir = folder.parent.parent
     append_kept()
@@ -163,7 +161,6 @@ def _complete(temporary, folder, state_text, keep_last):
         sync(out_dir / name)
     move_folder(temporary, folder)
     replace_text(out_dir / 'latest', f'checkpoints/{folder.name}\n')
-
     # newest first; later ones than this are damaged, as the run has resumed from an earlier one: they do not count
     candidates = [path for path in _folders(out_dir) if path.name <= folder.name]
     for old in candidates[keep_last:]:
@@ -259,13 +256,11 @@ def load(folder, model, optimizer):
     for name, parameter in model.named_parameters():
         if f'optimizer.{name}' not in with_state:
             optimizer.state.pop(parameter, None)
-
     tensors = _live_tensors(model, optimizer)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if saved_shapes != shapes:
         raise UserError(f'the checkpoint {folder} is of another model or optimizer: choose another --out_dir')
     dcp.load(tensors, storage_reader=reader)
-
     state = json.loads((Path(folder) / 'state.json').read_text())
     state.pop('run', None)
     rng_of_ranks = state.pop('rng')

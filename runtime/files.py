@@ -63,7 +63,7 @@ def lock(folder):
             fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # another run may have removed the file after we opened it (remove_unused): then nobody else would see our lock
             if os.path.samefile(_lock.fileno(), file):
-                _made = made
+                _made = made  # for remove_unused()
                 return
         # locked by another process, or removed
         except (BlockingIOError, FileNotFoundError):
@@ -86,11 +86,9 @@ def unlock():
 
 def remove_unused():
     """Remove the file and the folders that lock() has made, if the run has written nothing there: it failed before it began."""
-    if not _made:
-        return
-    lock_file, *folders = _made
     with contextlib.suppress(OSError):
-        if os.listdir(lock_file.parent) == ['.lock']:
+        if _made and os.listdir(_made[0].parent) == ['.lock']:
+            lock_file, *folders = _made
             lock_file.unlink()
             # innermost first; rmdir raises at a folder that holds something else
             for folder in folders:

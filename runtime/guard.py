@@ -61,7 +61,6 @@ def watch(name):
     threading.Thread(target=listen, daemon=True).start()
     # a forked child has no listening thread
     os.register_at_fork(after_in_child=restore_defaults)
-
     # python -c has no file to read options from
     script = getattr(sys.modules['__main__'], '__file__', None)
     if script:
@@ -79,15 +78,15 @@ def unblocked():
 
 
 def on_signal(number):
-    """Handle a stop signal: exit at once, or set _code so that the training loop stops after this step."""
+    """Handle a stop signal: exit at once, or set _code, an exit code, so that the training loop stops after this step."""
     global _code
-    if _stage == 'over':
+    if _stage == 'over':  # all is written
         return
     # an earlier Ctrl-C has set _code. torchrun forwards the second one as SIGTERM; SIGUSR1 comes from a cluster's scheduler instead
     is_second_interrupt = _code == INTERRUPTED and number != signal.SIGUSR1
-    exits_now = is_second_interrupt or _stage == 'loading'
+    exits_now = is_second_interrupt or _stage == 'loading'  # nothing to lose yet
     is_first_signal = _code == 0
-    code = INTERRUPTED if number == signal.SIGINT else SAVED
+    code = INTERRUPTED if number == signal.SIGINT else SAVED  # 130 or 75
     _code = max(_code, code)
 
     message = 'stopping after this step (Ctrl-C twice: at once, without saving)'
@@ -154,8 +153,8 @@ def begin(out_dir, config, resume):
 
     # one process may do several runs in a row
     global _code, _stage
-    _code = 0
-    _stage = 'loading'
+    _code = 0  # exit code that a signal has asked for; 0: no signal
+    _stage = 'loading'  # a signal exits at once
 
     def take():
         log.check_out_dir(out_dir, config, resume)
@@ -174,7 +173,7 @@ def boundary(save, close, already_started=False):
     from runtime import ranks
 
     global _stage
-    _stage = 'training'
+    _stage = 'training'  # from now on a signal waits for the end of the step
     code = stop_asked()
     if code:
         keep(save, already_started)
@@ -241,7 +240,7 @@ def end():
 
     global _stage
     checkpoint.wait()
-    _stage = 'over'
+    _stage = 'over'  # on_signal() ignores signals
     files.unlock()
 
 
@@ -281,7 +280,6 @@ def bad_step(out_dir, state, allowed, first, rows, uid, norm, columns):
     if not slots:
         quantity = 'gradient'
         slots = range(len(rows))
-
     file = Path(out_dir) / 'bad_step.jsonl'
     last = first + len(rows)
     for slot in slots:

@@ -26,7 +26,6 @@ def reachable():
     # the exception type depends on the HTTP library and on what fails (network, DNS, proxy)
     except Exception as error:
         reason = first_line(error)[:100]
-
     # libraries read the environment variable when they are imported; in those that are already, set their constant
     os.environ['HF_HUB_OFFLINE'] = '1'
     constants.HF_HUB_OFFLINE = True

@@ -41,7 +41,6 @@ def check_names(out_dir):
         for path in (folder / name, folder / f'{name}.tmp'):
             if path.is_symlink():
                 raise UserError(f'{path} is a symbolic link, and a run would write through it: remove the link')
-            # without config.json nobody knows whose file this is
             if name in WRITTEN and not has_config and path.exists():
                 found = f'{out_dir} has {path.name}, but no config.json that says which run has written it'
                 raise UserError(f'{found}: put that back, or choose another --out_dir')
@@ -75,8 +74,7 @@ def differences(recorded_run, run, neutral=NEUTRAL):
         phrases.append(f'of {recorded_run["script"]} there and of {run["script"]} here')
 
     recorded_options = recorded_run['options']
-    # option -> where its value comes from
-    origin = getattr(run['options'], 'origin', {})
+    origin = getattr(run['options'], 'origin', {})  # option -> where its value comes from, such as 'default'
     for name, value in run['options'].items():
         # an option that did not exist when the run was recorded
         is_new_default = name not in recorded_options and origin.get(name) == 'default'
@@ -119,7 +117,6 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
     for name in ('wandb', 'tensorboard'):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
-
     # test the nearest existing folder for write access
     folder = Path(out_dir)
     with writing(f'to out_dir {out_dir}'):
@@ -128,7 +125,6 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
         recorded_run = recorded(out_dir)
     if not recorded_run:
         return
-
     # hashes are compared later, when models and data are loaded
     run = {'script': Path(sys.argv[0]).name, 'options': config, 'contents': {}}
     check_same(f'{out_dir} holds', recorded_run, run, neutral)
@@ -265,7 +261,6 @@ class Log:
         for name in self.trackers.keys() - self.failed:
             write, _close = self.trackers[name]
             self._attempt(name, write, row)
-
         before_step = examples - metrics.get('counters/step_examples', 0)
         is_due = examples // self.every > before_step // self.every
         if split == 'eval' or is_due:
@@ -279,7 +274,6 @@ class Log:
             key = key_of(metric, split)
             if key in row:
                 parts.append(f'{short_name} {row[key]:.4g}')
-
         if split == 'train':
             seconds_each = (time.time() - self.began) / max(1, examples - self.start)
             # max: the clock may have been set back

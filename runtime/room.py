@@ -46,7 +46,6 @@ def check_room(config, policy, measure_per_token, train, total, packed, max_toke
     numbers_each = 1 + MOMENTS[config['optimizer']]
     checkpoint_bytes = 4 * numbers_each * _count(policy.parameters(), only_trained=True)
     checkpoints_fit = ranks.shared(lambda: _check_disk(config, model_bytes, checkpoint_bytes, total))
-
     # only for a CPU: if its memory is full, the system kills the process silently, where a GPU raises an error
     if not torch.cuda.is_available():
         tokens = _largest_batch(config, train, packed, max_tokens)
@@ -84,7 +83,6 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
     free = shutil.disk_usage(out_dir).free
     if model_bytes + num_to_come * checkpoint_bytes <= free:
         return True
-
     text = f'{out_dir} lies on a disk with {_size(free)} free: the model takes {_size(model_bytes)}'
     if num_to_come:
         text += f', and {num_to_come} checkpoints take {_size(checkpoint_bytes)} each'
@@ -121,18 +119,18 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
     policy: may be on the meta device; per_token: bytes of activations per token; tokens: of a microbatch; shard: none,
     grads or full, as in training.py; frozen: number of parameters of other models; device: where it will run, by default
     the policy's. 'buffers' are a chunk of logits and the weights gathered by FSDP."""
-    bytes_each = 2 if dtype == 'bfloat16' else 4
-    trained = _count(policy.parameters(), only_trained=True)
-    # 4-bit weights are buffers
+    bytes_each = 2 if dtype == 'bfloat16' else 4  # of a number in the compute dtype
+    num_trained = _count(policy.parameters(), only_trained=True)
+    # among the buffers are 4-bit weights
     not_trained = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
     fixed_bytes = sum(x.numel() * x.element_size() for x in not_trained)
     # FSDP ('grads', 'full') divides everything but activations and buffers among the ranks
     num_shards = 1 if shard == 'none' else world_size
     needs = {
         'activations': per_token * tokens,
-        'weights': (4 * trained + fixed_bytes) / num_shards,
-        'gradients': 4 * trained / num_shards,
-        'optimizer': 4 * MOMENTS[optimizer] * trained / num_shards,
+        'weights': (4 * num_trained + fixed_bytes) / num_shards,
+        'gradients': 4 * num_trained / num_shards,
+        'optimizer': 4 * MOMENTS[optimizer] * num_trained / num_shards,
         'reference': bytes_each * frozen / num_shards,
         'buffers': _logits_bytes(policy, tokens, bytes_each, device),
     }
@@ -143,9 +141,7 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
 
 
 def _logits_bytes(policy, tokens, bytes_each, device):
-    """Return the bytes of a chunk of logits and of its gradient for the LM head, or 0 if the policy has no such head.
-
-    tokens: of a microbatch, whose logits are computed in chunks; bytes_each: 4, or 2 if the compute dtype is bfloat16."""
+    """Return the bytes of a chunk of a microbatch's logits and of its gradient for the LM head, or 0 if the policy has none."""
     head = model.core(policy).get_output_embeddings()
     if head is None:
         return 0
@@ -193,18 +189,16 @@ def save_every_of(step_ends, step, total):
 
 
 def choose_mode(model, mode, train, half, device, cpu_offload):
-    """Return mode (none, grads, full); for 'auto', 'none' if the whole model fills at most a quarter of a rank's memory, else 'full'.
-
-    train: the model is trained, not frozen; half: frozen weights are bfloat16."""
+    """Return mode; for 'auto', 'none' (a whole model on each rank) if that fills at most a quarter of its memory, else 'full'."""
     if mode != 'auto':
         return mode
     if ranks.tp_size() > 1 or cpu_offload:
         return 'full'
     if dist.get_world_size() == 1:
         return 'none'
-    trained = sum(p.numel() for p in model.parameters() if train and p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    # bytes: a trained weight, its gradient and AdamW's two moments are float32
+    trained = _count(model.parameters(), only_trained=True) if train else 0
+    frozen = _count(model.parameters()) - trained
+    # bytes: a trained weight, its gradient and AdamW's two moments are float32; frozen weights may be bfloat16 (half)
     needed = 16 * trained + (2 if half else 4) * frozen
     if device.type == 'cuda':
         available = torch.cuda.get_device_properties(device).total_memory
@@ -218,7 +212,8 @@ def choose_max_tokens(config, policy, per_token, train, packed, frozen):
 
     per_token: bytes of activations per token; packed: no padding; frozen: number of parameters of models still to be loaded."""
     free = free_memory()
-    usable = SAFE[next(policy.parameters()).device.type] * free
+    device = next(policy.parameters()).device
+    usable = SAFE[device.type] * free  # SAFE: the share to fill, 'cpu' or 'cuda' -> 0 to 1
 
     def bytes_to_come(max_tokens):
         tokens = _largest_batch(config, train, packed, max_tokens)
@@ -261,10 +256,13 @@ def _largest_batch(config, train, packed, max_tokens):
     # no step has more tokens than the batch_size longest examples; not for ppo.py, whose steps have minibatch_size answers
     if packed and 'minibatch_size' not in config:
         # a step takes an example again if it is larger than the data, or reaches into the next epoch
-        batch_size, n = config['batch_size'], len(lengths)
-        reaches_on = config.get('n_epochs', 1) > 1 and n % batch_size > 0
-        copies = -(-batch_size // n) + reaches_on
-        largest_step = int(np.sort(np.tile(lengths, copies))[-batch_size:].sum())
+        batch_size, n_examples = config['batch_size'], len(lengths)
+        crosses_epochs = config.get('n_epochs', 1) > 1 and n_examples % batch_size > 0
+        max_copies = (
+            -(-batch_size // n_examples) + crosses_epochs
+        )  # of an example in a step; the quotient is rounded up
+        longest_examples = np.sort(np.tile(lengths, max_copies))[-batch_size:]
+        largest_step = int(longest_examples.sum())
         _, world_size = ranks.data_rank()
         # examples are not divided, so a rank may have one more than its share
         largest_share = largest_step if world_size == 1 else largest_step // world_size + longest
@@ -279,7 +277,8 @@ def bytes_per_token(policy, forward, train, packed):
     import fsdp
 
     by_length = sorted(range(len(train)), key=lambda i: train.lengths[i])
-    example = train[by_length[len(train) // 2]]
+    median = by_length[len(train) // 2]
+    example = train[median]
     batch = pack([example], [0], pad=not packed, device=next(policy.parameters()).device)
     # dropout must not advance the training RNG, on a GPU its own
     devices = [batch.ids.device] if batch.ids.is_cuda else []

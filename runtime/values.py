@@ -96,7 +96,6 @@ def problem(name, value):
         return 'is an integer that no machine counts to'
     if name in ('max_tokens', 'save_every') and isinstance(value, str) and value != 'auto':
         return f'must be a number or auto, not {value!r}'
-
     # such as --out_dir=$UNSET; files would land in the working directory, or in the root folder
     if name in ('out_dir', 'out') and value == '':
         return 'is empty: give it a name'
@@ -140,7 +139,6 @@ def settle(config):
         if not has_weights:
             config[name] = f'{folder}/model'
             notes.append(f'{name} is {config[name]}, the model that the run in {folder} has left')
-
     # max_prompt_length=None means half of max_length; some scripts have neither
     if 'max_length' in config and config.get('max_prompt_length', 0) is None:
         half = config['max_length'] // 2
