@@ -267,10 +267,15 @@ def add_value_head(model, critic=None):
     return model
 
 
-def drop_value_head(model):
-    """Remove what add_value_head added, in place, so that the model is exported as a plain causal LM."""
-    for name in {'critic', 'value_head'} & core(model)._modules.keys():
-        delattr(core(model), name)
+@contextlib.contextmanager
+def without_value_head(model):
+    """Within the block, the model lacks what add_value_head added: it is exported as a plain causal LM."""
+    inner = core(model)
+    added = {name: inner._modules.pop(name) for name in ('critic', 'value_head') if name in inner._modules}
+    try:
+        yield
+    finally:
+        inner._modules.update(added)
 
 
 @torch.no_grad()

@@ -326,10 +326,10 @@ def per_second(amount, seconds):
     return amount / seconds if seconds > 0 else math.nan
 
 
-def warmup_steps(config, total):
-    """Return the number of warm-up steps of a run of total examples: the option, but if left at its default at most a tenth."""
+def warmup_steps(config, n_steps):
+    """Return the number of warm-up steps of a run of n_steps: the option, but if left at its default at most a tenth."""
     wanted = config.warmup_steps
-    tenth = math.ceil(total / config.batch_size) // 10
+    tenth = n_steps // 10
     is_default = config.origin['warmup_steps'] == 'default'
     if not is_default or wanted <= tenth:
         return wanted

@@ -258,7 +258,9 @@ def _largest_batch(config, train, packed, max_tokens):
         # a step takes an example again if it is larger than the data, or reaches into the next epoch
         batch_size, n_examples = config['batch_size'], len(lengths)
         crosses_epochs = config.get('n_epochs', 1) > 1 and n_examples % batch_size > 0
-        max_copies = -(-batch_size // n_examples) + crosses_epochs  # of an example in a step; the quotient is rounded up
+        max_copies = (
+            -(-batch_size // n_examples) + crosses_epochs
+        )  # of an example in a step; the quotient is rounded up
         longest_examples = np.sort(np.tile(lengths, max_copies))[-batch_size:]
         largest_step = int(longest_examples.sum())
         _, world_size = ranks.data_rank()

@@ -84,7 +84,7 @@ def sample_cards(number, run):
         gold_reward = gold(row)
         # prefer the score of a reward model, then the toy world's gold reward, then DPO's implicit reward beta * logratio
         if 'score' in row:
-            answer |= {'reward': row['score'], 'reward_source': 'reward model'}
+            answer |= {'reward': row['score'], 'reward_source': 'score'}
         elif gold_reward is not None:
             answer |= {'reward': gold_reward, 'reward_source': 'gold'}
         elif 'logratio' in row and isinstance(beta, int | float):

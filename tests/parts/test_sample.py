@@ -203,6 +203,10 @@ def test_chat(folder, capsys):
     assert run(*flags, '--system=Be kind.', out_dir='b')[1][0]['prompt'] == kind
     assert "'<|system|>Be kind.\\n<|user|>Hi\\n<|assistant|>'" in capsys.readouterr().out
     assert model_outputs('b')[0]['instruction'] == 'Hi'
+    # as in training, a system message of the data stays
+    french = [{'role': 'system', 'content': 'Answer in French.'}, USER]
+    write_jsonl('french.jsonl', [{'prompt': french}])
+    assert run(flags[0], '--data=french.jsonl', *flags[2:], '--system=Be kind.', out_dir='c')[1][0]['prompt'] == french
 
     tokenizer = load.load_tokenizer(f'{folder}/chat')
     for prompt in (kind, question['prompt'], ''):
