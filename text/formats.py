@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections import namedtuple
+from functools import lru_cache
 from itertools import chain, combinations
 from operator import itemgetter
 
@@ -27,36 +28,43 @@ QUESTIONS = 'prompt question instruction problem query input'.split()
 # columns that are appended to a question or an instruction
 ADDED = 'input context'.split()
 # columns with more context for a question
-ABOUT = 'context history options choices article passage document documents passages contexts'.split()
+ABOUT = ('context history options choices article passage document documents passages contexts body story paragraph premise '
+         'ctxs starter_code').split()
+# columns that are each one of a question's options: A, option_b, opc, choice1
+OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
-ANSWERS = 'response completion output solution answer label'.split()
+ANSWERS = 'response completion output generation solution answer label'.split()
+# columns with the thought behind the answer
+THOUGHTS = (*messages.REASONING, 'complex_cot', 'cot')
 # an unknown column whose name contains one of these may be an answer
 LIKE_ANSWERS = 'chosen rejected response completion output answer reply target'.split()
 CHATS = 'messages conversations conversation context_messages trajectory'.split()
-LABELS = 'good label kto_tag desirable is_safe'.split()
+LABELS = 'good label kto_tag desirable is_safe is_correct'.split()
 # the names that --columns accepts
 COLUMNS = 'prompt question system chosen rejected response label messages text margin tools'.split()
 # columns that cannot be read: rows that use them are refused
-MEDIA = 'image images video videos audio audios'.split()
+MEDIA = re.compile(r'(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id', re.IGNORECASE)
+# the two answers of a pair by other names: chosen_response and rejected_response, response_chosen, preferred_output, ...
+SIDES = [('chosen', 'rejected'), ('accepted', 'rejected'), ('selected', 'rejected'), ('preferred', 'non_preferred'), ('chosen', 'reject')]
+SIDE_NAMES = '{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text {}_conversations {}_messages'.split()
 # their name=our name; an entry applies if a row has all its columns
-RENAMED = [dict(names.split('=') for names in entry.split()) for entry in (
-    'chosen_response=chosen rejected_response=rejected', 'response_j=chosen response_k=rejected',
-    'preferred_output=chosen non_preferred_output=rejected', 'accepted=chosen rejected=rejected',
-    'response=chosen rejected_response=rejected', 'messages=chosen rejected_messages=rejected',
-    'chosen_conversations=chosen rejected_conversations=rejected', 'system_prompt=system', 'system_message=system',
+RENAMED = [{name.format(good): 'chosen', name.format(bad): 'rejected'} for name in SIDE_NAMES for good, bad in SIDES]
+RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
+    'response_j=chosen response_k=rejected', 'response=chosen rejected_response=rejected',
+    'messages=chosen rejected_messages=rejected', 'system_prompt=system', 'system_message=system', 'input_text=input',
     'messages=messages functions=tools', 'definition=instruction inputs=input targets=output',
     'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
     'human=instruction assistant=response', 'user=instruction assistant=response', 'r1_solution_1=response',
-    'generated_solution=response',
+    'generated_solution=response', 'output_text=response',
 )]
 # their name -> our name, if the column holds a list of messages
 RENAMED_CHATS = {'input': 'messages', 'items': 'messages', 'dialogue': 'messages', 'data': 'messages',
                  'context': 'prompt', 'query': 'prompt'}
 # pairs of columns with two answers to compare: response_a and response_b, response_0 and response_1, ...
-STEMS = 'response_ response answer_ completion_ conversation_ output_'.split()
+STEMS = 'response_ response answer_ completion_ conversation_ output_ candidate_'.split()
 COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in ('ab', '01', '12')]
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
-BY_NAME = 'winner preferred preference better_response_id safer_response_id label'.split()
+BY_NAME = 'winner preferred preference better_response_id safer_response_id overall_response choice label'.split()
 BY_SIGN = 'preference_strength overall_preference'.split()
 # a verdict that names a side ('model_a', 'B', '1', '1.0', 'A>>B'), and one that means a tie; both in lower case
 SIDE = re.compile(r'(model|response|answer|completion|conversation|assistant|output|option)?[ _-]?([ab012])(\.0|>+.)?')
@@ -65,8 +73,8 @@ VERDICTS = [*BY_NAME, *BY_SIGN]
 # columns where null has a meaning: not labelled, or no winner
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
 # columns with lists of answers, and with lists of their scores
-MANY = 'generations responses completions outputs all_generated_responses'.split()
-SCORES = 'correctness_math_verify correctness_llama scores ratings rating rewards all_rm_scores'.split()
+MANY = 'generations responses completions outputs all_generated_responses samples'.split()
+SCORES = 'correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores'.split()
 # markers between a prompt and its answer in one text, in order of preference
 TURN_MARKERS = (ASSISTANT, '<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n', '<start_of_turn>model\n',
                 '<|assistant|>\n', '[/INST]', '### Assistant:', '### Response:', '\nAssistant:', ' ASSISTANT:', '\nAnswer:', '\nA:',
@@ -142,28 +150,33 @@ def unified(row, columns=None):
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
     row = {name: value for name, value in row.items() if value is not None or name in NULL_SAYS}
     for name in row:
-        if name.lower() in MEDIA and row[name]:
+        if MEDIA.fullmatch(name) and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
 
-    # names: {their name: our name}
-    for names in RENAMED:
-        if not names.keys() <= row.keys():
-            continue
-        new_names = set(names.values()) - names.keys()
-        if new_names.isdisjoint(row):
-            row = {names.get(name, name): value for name, value in row.items()}
+    row = dict(zip(renamed(tuple(row)), row.values(), strict=True))
     # OpenAI's preference format has the chat and its tools in 'input'
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
     _unpack(row)
     # tools may be JSON, as a whole or one by one
-    if isinstance(row.get('tools'), str):
-        row['tools'] = json.loads(row['tools'] or 'null')
-    if are_texts(row.get('tools')):
-        row['tools'] = [messages.loads(text) for text in row['tools']]
-        if None in row['tools']:
-            raise ValueError("'tools' has a text that is no JSON")
-    return row
+    tools = row.pop('tools', None) or []
+    if isinstance(tools, str):
+        tools = messages.loads(tools) if tools.strip() != 'null' else []
+    if are_texts(tools):
+        tools = [messages.loads(text) for text in tools]
+    if tools is None or None in tools:
+        raise ValueError("'tools' has a text that is no JSON")
+    return row | {'tools': tools} if tools else row
+
+
+@lru_cache(1000)
+def renamed(columns):
+    """Return the names of a row's columns as RENAMED has them."""
+    for names in RENAMED:
+        new_names = set(names.values()) - names.keys()
+        if names.keys() <= set(columns) and new_names.isdisjoint(columns):
+            columns = tuple(names.get(name, name) for name in columns)
+    return columns
 
 
 def _unpack(row):
@@ -175,6 +188,18 @@ def _unpack(row):
         holds_list = isinstance(row.get(name), list) and row[name]
         if may_rename and holds_list and our_name not in row:
             row[our_name] = row.pop(name)
+    # a text 'context' is the question if nothing else asks
+    if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS), row):
+        row['question'] = row.pop('context')
+    # NeMo RL: answers by rank, 0 the best
+    found = row.get('completions')
+    if isinstance(found, list) and found and all(map({'rank', 'completion'}.issubset, found)):
+        row['completions'] = [item['completion'] for item in found]
+        row['scores'] = [-field(item, 'rank', NUMBER) for item in found]
+    # scores that are no list are of something else than a list of answers
+    for name in SCORES:
+        if not isinstance(row.get(name, []), list):
+            del row[name]
     # WebGPT: the question is an object
     if isinstance(row.get('question'), dict):
         row['question'] = row['question'].get('full_text', row['question'])
@@ -246,6 +271,7 @@ def asked(row, given_answer=None):
     if chat and column != 'prompt':
         turns = text_or_chat({'prompt': field(row, chat, list)}, 'prompt')
         if turns[-1]['role'] != 'assistant':
+            check_nothing_lost(row, chat, turns, ABOUT)
             return turns
         column = None
     if column is None:
@@ -254,6 +280,11 @@ def asked(row, given_answer=None):
         return None
 
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
+    # if another column asks, a text that ends with the answer is all of it
+    if column == 'prompt' and isinstance(given_answer, str) and first_of(QUESTIONS[1:], row):
+        before, _, after = str(prompt).rpartition(given_answer.strip() or '\n')
+        if before.rstrip().endswith(':') and not after.strip():
+            return asked({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
     if column in ('question', 'instruction'):
         for added in ADDED:
             if row.get(added):
@@ -261,7 +292,9 @@ def asked(row, given_answer=None):
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # other question columns may be part of a full chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
-    check_nothing_lost(row, column, '\n'.join(turn['content'] for turn in turns + earlier))
+    options = [name for name in row if OPTION.fullmatch(name)]
+    # one alone is something else
+    check_nothing_lost(row, column, turns + earlier, (*QUESTIONS, *ABOUT, *options[len(options) == 1 :]))
     if isinstance(prompt, list):
         return prompt
     if is_history(row.get('history')):
@@ -270,10 +303,10 @@ def asked(row, given_answer=None):
     return prompt if stays_text else turns
 
 
-def check_nothing_lost(row, column, text):
-    """Raise ValueError if a question column other than `column` has content that the text does not include."""
-    others = [name for name in (*QUESTIONS, *ABOUT) if name != column and row.get(name)]
-    for other in others:
+def check_nothing_lost(row, column, turns, names=(*QUESTIONS, *ABOUT)):
+    """Raise ValueError if one of the columns with these names, other than `column`, has content that no message includes."""
+    text = '\n'.join(turn['content'] for turn in turns)
+    for other in [name for name in names if name != column and row.get(name)]:
         parts = row[other] if isinstance(row[other], list) else [row[other]]
         is_included = all(isinstance(part, str) and part.strip() in text for part in parts)
         if not is_included and not is_history(row[other]):
@@ -336,6 +369,11 @@ def _example_of_texts(row, prompt, answers):
     if prompt is None:
         if len(answers) == 1:
             raise ValueError("'prompt' is missing")
+        for name, value in row.items():
+            is_text = isinstance(value, str) and len(value.split()) > 2 and value.strip() not in answers['chosen']
+            if is_text and any(word in name.lower() for word in QUESTIONS):
+                fix = f"--columns='prompt={name}, chosen=chosen, rejected=rejected'"
+                raise ValueError(f'{name!r} may be the prompt: {fix}')
         return _split_at_marker(**answers)
 
     example = {}
@@ -558,9 +596,10 @@ def read_completions(row, task=None):
 def read_scored(row, task=None):
     """Read a list of answers and a list of their scores: numbers, true or false (correct or not), or null (skipped)."""
     columns = next((answers, scores) for answers in MANY for scores in SCORES if {answers, scores} <= row.keys())
-    texts, scores = (field(row, column, list) for column in columns)
+    found, scores = (field(row, column, list) for column in columns)
+    texts = [text_or_chat({columns[0]: text}, columns[0]) for text in found]
     all_numbers = all(isinstance(score, NUMBER | None) for score in scores)
-    if not are_texts(texts, len(scores)) or not all_numbers:
+    if len(texts) != len(scores) or not all_numbers:
         raise ValueError(f'{columns[0]!r} and {columns[1]!r} are not as many texts and numbers')
     if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
@@ -672,7 +711,7 @@ def read_answer(row, task=None):
         pair = {name: value for name, value in row.items() if name != 'output'}
         return read_pair(pair | {'chosen': chosen, 'rejected': rejected}, task)
     # a column with the thought behind the answer becomes a field of its message; a flag ('reasoning': 'on') does not
-    thought = next((row[name] for name in messages.REASONING if isinstance(row.get(name), str)), '')
+    thought = next((row[name] for name in THOUGHTS if isinstance(row.get(name), str)), '')
     if len(thought.split()) > 2 and isinstance(row[column], str):
         (reply,) = said(row[column])
         row = row | {column: [reply | {'reasoning_content': thought}]}
@@ -712,6 +751,7 @@ def read_chat(row, task=None):
             raise messages.no_answer_error(column, turns[-1]['role'])
         if task == 'prompts' or (task is None and len(turns) == 1):
             return [{'prompt': turns}]
+    check_nothing_lost(row, column, turns, ABOUT)
     # do not train on an empty answer, unless all are empty or a label judges the conversation
     label = label_of(row)
     answers = [turn for turn in turns if turn['role'] == 'assistant']
@@ -739,7 +779,7 @@ def read_chat(row, task=None):
 def read_text(row, task=None):
     """Read a text: a conversation if it is a dialogue with known turn markers, else a response to an empty prompt."""
     text = field(row, 'text')
-    check_nothing_lost(row, 'text', text)
+    check_nothing_lost(row, 'text', [message('user', text)])
     for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code'):
         if isinstance(row.get(other), str | list):
             fix = f"--columns='question=text, response={other}', or 'text=text'"
@@ -803,7 +843,7 @@ READERS = (
     ('pair', 'chosen, rejected', read_pair),
     ('conversation', ','.join(CHATS), read_chat),
     ('answer', 'response, completion, instruction output, input output, prompt output', read_answer),
-    ('answer', 'prompt answer, instruction answer, query answer', read_answer),
+    ('answer', 'prompt answer, instruction answer, query answer, prompt generation, instruction generation', read_answer),
     ('scored answers', ','.join(f'{answers} {scores}' for answers in MANY for scores in SCORES), read_scored),
     ('UltraFeedback', 'instruction completions', read_completions),
     ('answer', 'question answer, problem solution, problem answer', read_answer),
@@ -815,6 +855,6 @@ LAYOUTS = [
     Layout(name, frozenset(columns.split()), read) for name, several, read in READERS for columns in several.split(',')
 ]
 # every column name that has a meaning somewhere above
-KNOWN = frozenset(chain(COLUMNS, ADDED, ABOUT, LABELS, *RENAMED, *(layout.columns for layout in LAYOUTS)))
+KNOWN = frozenset(chain(COLUMNS, ADDED, ABOUT, LABELS, THOUGHTS, *RENAMED, *(layout.columns for layout in LAYOUTS)))
 # readers that get all rows at once
 OF_ALL_ROWS = {read_shp, read_rated, read_trees}

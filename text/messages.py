@@ -19,8 +19,10 @@ EXCHANGES = (('input', 'output'), ('human', 'assistant'))
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
 # other names of the field 'weight', where they are true or false (AgentInstruct, axolotl, XTuner)
 TRAINS = ('loss', 'train', 'training', 'train_on_turn', 'need_calculate_loss')
-# fields that may stand in place of an answer's content
-BESIDE = ('tool_calls', *REASONING)
+# fields that may stand in place of an answer's content (function_calls: OLMo 3)
+BESIDE = ('tool_calls', 'function_calls', *REASONING)
+# types of content parts that are text; the last two are of OpenAI's Responses
+TEXT_PARTS = (None, 'text', 'input_text', 'output_text')
 # a role as written, in lower case -> the role that chat templates know
 ROLES = {name: role for role, names in {
     'user': 'user human prompter question',
@@ -68,6 +70,9 @@ def field(row, key, kind=str):
 def text_or_chat(row, key):
     """Return row[key]: a string, or a list of checked messages. Raises ValueError. An empty list is allowed for an
     answer, not for the key 'prompt'; a non-empty answer must end with the assistant."""
+    # the answer to a sum may be a number
+    if key == 'answer' and isinstance(row.get(key), int | float):
+        return str(field(row, key, int | float))
     value = field(row, key, (str, list))
     if isinstance(value, str):
         # as_messages has already parsed every chat that is complete
@@ -90,16 +95,18 @@ def no_answer_error(key, last_role):
 def checked(turn):
     """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
 
-    'from' and 'value' (or 'text') are renamed, nulls are removed, and a list of content parts is joined to one text.
+    'from' and 'value' (or 'text') are renamed, nulls are removed, a list of content parts is joined to one text, and
+    OpenAI's former 'function_call' becomes a tool call.
     'weight', or one of TRAINS, stays as 'weight': 0 if it says so and the message is an answer."""
     if not isinstance(turn, dict):
         raise ValueError('a message is no object with a role and content')
+    turn = {key: value for key, value in turn.items() if value is not None}
     names = {}
-    if turn.get('role') is None:
-        names = {'from': 'role', 'value': 'content'}
-    elif 'text' in turn and turn.get('content') is None:
-        names = {'text': 'content'}
-    turn = {names.get(key, key): value for key, value in turn.items() if value is not None}
+    for ours, theirs in (('role', ('from',)), ('content', ('value', 'text'))):
+        found = next((name for name in theirs if name in turn), None)
+        if found and ours not in turn:
+            names[found] = ours
+    turn = {names.get(key, key): value for key, value in turn.items()}
     role = field(turn, 'role')
     known_role = ROLES.get(role.strip().lower())
     # messages with 'role' may have roles of their own chat template
@@ -114,6 +121,8 @@ def checked(turn):
             weight = min(weight, turn.pop(name))
     if role == 'assistant' and not weight:
         turn['weight'] = 0
+    if isinstance(turn.get('function_call'), dict):
+        turn['tool_calls'] = [{'type': 'function', 'function': turn.pop('function_call')}]
     # a tool call or a thought needs no content
     if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')
@@ -123,10 +132,10 @@ def checked(turn):
 
 
 def _text_of(part):
-    """Return the text of a content part: a string, or {'type': 'text', 'text': string}. Raises ValueError."""
+    """Return the text of a content part: a string, or {'type': one of TEXT_PARTS, 'text': string}. Raises ValueError."""
     if not isinstance(part, dict):
         part = {'text': part}
-    if part.get('type') not in (None, 'text'):
+    if part.get('type') not in TEXT_PARTS:
         raise ValueError(f'a message has a part of the type {str(part["type"])[:24]!r}, and only text is read')
     return field(part, 'text')
 

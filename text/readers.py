@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import re
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -129,6 +130,9 @@ def without_inner_nulls(raw):
 
     # columnar files give all messages the same fields: a message without tool calls has 'tool_calls': None
     def without_nulls(value):
+        # WildChat's messages have a time, which JSON does not know
+        if isinstance(value, datetime):
+            return value.isoformat()
         if isinstance(value, list):
             return [without_nulls(item) for item in value]
         if isinstance(value, dict):
@@ -139,7 +143,7 @@ def without_inner_nulls(raw):
 
 
 def _read_json(file):
-    """Yield the Rows of a .json file: a list of objects, or one object per line (as in SHP)."""
+    """Yield the Rows of a JSON file, whatever its ending: a list of objects, or one object per line (as in SHP)."""
     with _open(file) as stream:
         # skip a byte order mark and white space
         is_list = stream.peek(100).lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'[')
@@ -219,6 +223,6 @@ def _cells(file, delimiter):
             raise UserError(f'{file}, line {line}: not a valid table ({error}), {CUT_SHORT}') from None
 
 
-READERS = {'.jsonl': _read_lines, '.ndjson': _read_lines, '.json': _read_json, '.parquet': _read_columns,
+READERS = {'.jsonl': _read_json, '.ndjson': _read_json, '.json': _read_json, '.parquet': _read_columns,
            '.csv': _read_table, '.tsv': partial(_read_table, delimiter='\t'), '.arrow': _read_columns,
            '.txt': _read_text}  # fmt: skip
