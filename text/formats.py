@@ -46,7 +46,7 @@ COLUMNS = 'prompt question system chosen rejected response label messages text m
 MEDIA = re.compile(r'(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id', re.IGNORECASE)
 # the two answers of a pair by other names: chosen_response and rejected_response, response_chosen, preferred_output, ...
 SIDES = [('chosen', 'rejected'), ('accepted', 'rejected'), ('selected', 'rejected'), ('preferred', 'non_preferred'), ('chosen', 'reject')]
-SIDE_NAMES = '{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text {}_conversations {}_messages'.split()
+SIDE_NAMES = '{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text text_{} {}_conversations {}_messages'.split()
 # their name=our name; an entry applies if a row has all its columns
 RENAMED = [{name.format(good): 'chosen', name.format(bad): 'rejected'} for name in SIDE_NAMES for good, bad in SIDES]
 RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
@@ -288,7 +288,7 @@ def asked(row, given_answer=None):
     if column in ('question', 'instruction'):
         for added in ADDED:
             if row.get(added):
-                prompt += '\n\n' + field(row, added)
+                prompt += ('\n\n' if prompt else '') + field(row, added)
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # other question columns may be part of a full chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
@@ -431,6 +431,9 @@ def read_pair(row, task=None):
         scored = [(1, said(text)) for text in row['chosen']]
         scored += [(0, said(text)) for text in row['rejected']]
         return [example for example in ranked(as_chat(asked(row)), scored, task) if 'drop' not in example]
+    # the names of two other columns with the answers
+    if SIDE.fullmatch(str(row.get('chosen')).lower()) and any(set(pair) <= row.keys() for pair in COMPARED):
+        return read_compared(row | {'winner': row['chosen']}, task)
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
         example['margin'] = float(field(row, 'margin', NUMBER))
@@ -487,7 +490,8 @@ def _better(row, columns):
 def read_votes(row, task=None):
     """Read LMSYS's table of votes: lists (or JSON) of questions and of both models' answers, and a 1 for the winner."""
     texts = [row[key] for key in ('prompt', 'response_a', 'response_b')]
-    texts = [json.loads(value) if isinstance(value, str) else value for value in texts]
+    texts = [json.loads(value) if isinstance(value, str) and value[:1] == '[' else value for value in texts]
+    texts = [[value] if isinstance(value, str) else value for value in texts]
     if not all(map(are_texts, texts)):
         raise LeftOut('empty answers')
     questions, *answers_of_sides = texts
@@ -780,7 +784,7 @@ def read_text(row, task=None):
     """Read a text: a conversation if it is a dialogue with known turn markers, else a response to an empty prompt."""
     text = field(row, 'text')
     check_nothing_lost(row, 'text', [message('user', text)])
-    for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code'):
+    for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code', *chain(*COMPARED)):
         if isinstance(row.get(other), str | list):
             fix = f"--columns='question=text, response={other}', or 'text=text'"
             raise ValueError(f"'text' may be what {other!r} answers: {fix}")

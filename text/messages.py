@@ -123,6 +123,8 @@ def checked(turn):
         turn['weight'] = 0
     if isinstance(turn.get('function_call'), dict):
         turn['tool_calls'] = [{'type': 'function', 'function': turn.pop('function_call')}]
+    if isinstance(turn.get('tool_calls'), str):
+        turn['tool_calls'] = field({'tool_calls': loads(turn['tool_calls'] or '[]')}, 'tool_calls', list)
     # a tool call or a thought needs no content
     if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')
@@ -152,7 +154,7 @@ def are_texts(value, count=None):
 
 def as_messages(value, must_be_chat=False):
     """Return a chat in any form as a list of messages for checked(); other values unchanged.
-    Forms: one message, {'messages': list}, and both or a list as JSON. must_be_chat: the column is known to be a chat, so
+    Forms: one message, an object of lists of roles and contents, {'messages': list}, and all these or a list as JSON. must_be_chat: the column is known to be a chat, so
     a list of strings, or of EXCHANGES such as {'input', 'output'}, becomes turns of the user and the assistant."""
     if isinstance(value, str):
         # in a chat column any list is parsed, elsewhere only one that begins with a message
@@ -161,6 +163,9 @@ def as_messages(value, must_be_chat=False):
     if isinstance(value, dict) and value.keys() == {'messages'}:
         value = value['messages']
     if isinstance(value, dict) and ('role' in value or 'from' in value):
+        # `datasets` writes a Sequence of messages as an object of lists
+        if all(isinstance(item, list) for item in value.values()):
+            return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
         value = [value]
     if not must_be_chat or not isinstance(value, list) or not value:
         return value
