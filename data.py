@@ -92,7 +92,9 @@ def plan_padded(widths, world_size, max_tokens):
 
 
 def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
-    """Pack a step, the given rows of examples. Returns (this rank's Batches, tokens on all ranks, tokens plus padding); see pack."""
+    """Pack a step, the given rows of examples. Returns (this rank's Batches, tokens on all ranks, tokens plus padding).
+
+    A slot is the index of an example in the step: the example at rows[slot]. Prompts that are not shared count for each answer."""
     widths = examples.widths[rows]  # (step, 1 + answers) tokens of the prompt and of each answer
     prompt_widths = widths[:, 0]
     n_answers = widths.shape[1] - 1
@@ -114,7 +116,7 @@ def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, shar
     for slots in plans[rank]:
         items = [examples[row] for row in rows[slots]]
         batch = pack(items, slots, share_prefix=share_prefix, pad=pad, filler=n_answers, device=device)
-        # the reference's log-probs, if cached; the filler in an empty microbatch has none
+        # the reference's log-probs, if cached; pack has put a filler, which has none, into an empty microbatch
         if examples.ref is not None:
             ref = examples.ref[rows[slots]] if slots else np.zeros(n_answers, np.float32)
             batch.ref = move(torch.from_numpy(ref.flatten()), device)
@@ -131,9 +133,9 @@ class Step:
     batches: list  # this rank's Batches
     tokens: int  # number of tokens on all ranks
     allocated: int  # that number plus padding
-    labels: dict = field(default_factory=dict)  # name -> column of the step: good (KTO) or margin (reward.py)
-    examples: Examples | None = None  # the training or held-out examples
-    max_tokens: int = 0  # limit of its microbatches
+    labels: dict  # name -> column of the step: good (KTO) or margin (reward.py)
+    examples: Examples  # the training or held-out examples
+    max_tokens: int  # limit of its microbatches
 
     @property
     def seen(self):

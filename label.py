@@ -21,6 +21,7 @@ from runtime import guard
 guard.watch(__name__)  # before the heavy imports
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -61,6 +62,8 @@ config = configure(globals())
 
 BLOCK = 64  # pairs scored by a reward before their verdicts are flushed to disk
 
+if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    raise UserError('label.py runs in one process: start it with python, not torchrun')
 if answers is None:
     raise UserError('--answers=FILE is missing: the samples.jsonl of sample.py, or a model_outputs.json')
 if sum(option is not None for option in (endpoint, reward_model, gold)) != 1:
@@ -104,12 +107,11 @@ if gold is not None:
 if reward_model is not None:
     from feedback import score
     from hf import lora
+    from hf.probe import max_sequence_length
     from runtime import ranks
     from text.tokenise import encode
 
-    _, world_size, device = ranks.setup()
-    if world_size > 1:
-        raise UserError('label.py scores in one process: run it with python, not torchrun')
+    *_, device = ranks.setup()
     record['content of reward_model'] = lora.weights_hash(reward_model)
 
 # out_dir must be new, or hold a run with the same answers and options except these
@@ -122,6 +124,9 @@ counts = f'{len(pairs)} pairs of answers to {n_prompts} prompts, {len(equal)} of
 log.say(f'data: {counts}, {len(keys)} verdicts to take; left out: {in_words(left_out)[0]}')
 if reward_model is not None:
     model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
+    # longer texts are cut, and not refused
+    max_length = min(max_length, max_sequence_length(model))
+    max_prompt_length = min(max_prompt_length, max_length // 2)
 
 
 def ask_judge(todo):

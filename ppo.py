@@ -32,11 +32,11 @@ import training
 from configurator import UserError, configure
 from data import steps
 from hf import generate
-from hf.load import add_value_head, check_same_tokens, drop_value_head, load_model, load_reward
+from hf.load import add_value_head, check_same_tokens, load_model, load_reward, without_value_head
 from model import core
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
-from runtime import checkpoint, log, ranks
+from runtime import log, ranks
 from runtime.prefetch import move
 
 # model and data
@@ -169,7 +169,7 @@ if has_own_ref:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
 
 # reward functions get the data rows of the prompts; offline, only held-out answers are scored
-scorer = Reward(reward_parts, config, run.max_tokens, tokenizer, run.device)
+scorer = Reward(reward_parts, config, run.max_tokens, tokenizer, run.device, longest)
 scorer.read_rows(train=None if offline else train, test=held_out)
 run.check_room(ref, *(reward_model for reward_model, _ in scorer.reward_models.values()))
 
@@ -250,6 +250,8 @@ def run_minibatch(batches, this_round, rows):
         columns = {name: column[slots] for name, column in round_columns.items()}
         pi, *values = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
         value = values[0] if values else None
+        # the ratio of a filler could be infinite, and 0 times that is no number
+        pi = torch.where(is_real, pi, columns['old'])
         policy_loss, value_loss = token_losses(pi, value, columns)
 
         # all tokens weigh the same, or with per_answer all answers
@@ -283,7 +285,7 @@ def train_round(this_round):
     # minibatches consist of examples: a prompt with all its answers
     minibatches = this_round.minibatches(minibatch_size // answers_per_prompt, ppo_epochs, seed)
     for step, rows in enumerate(minibatches, start=steps_before):
-        step_lr = lr * log.schedule(step, n_rounds * steps_per_round, warmup_steps, training.lr_schedule)
+        step_lr = lr * log.schedule(step, n_rounds * steps_per_round, run.state['warmup'], training.lr_schedule)
         last['lr'] = step_lr
         batches, *_ = run.make_batches(this_round.examples, rows)
         lengths = this_round.by_example('n')[rows]  # (examples, answers per prompt)
@@ -352,11 +354,11 @@ def evaluate(seen):
 
 
 method = f'{loss} offline ' if offline else f'{loss} '
-run.start(method, f'answers, {batch_size} a round, {minibatch_size} a step')
-if run.eval_due_at_start():
-    evaluate(run.seen)
 n_rounds = math.ceil(total / batch_size)
 steps_per_round = ppo_epochs * math.ceil(batch_size / minibatch_size)
+run.start(method, f'answers, {batch_size} a round, {minibatch_size} a step', n_steps=n_rounds * steps_per_round)
+if run.eval_due_at_start():
+    evaluate(run.seen)
 run.clock = time.time()
 # steps() counts prompts, everything else answers
 prompts_per_round = batch_size // answers_per_prompt
@@ -385,9 +387,6 @@ for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_
 evaluate(total)
 
 # export the language model without its critic
-run.obey_signals(total)
-checkpoint.wait()
-drop_value_head(policy)
-run.finish(build_policy)
+run.finish(build_policy, without_value_head(policy))
 if __name__ == '__main__':
     ranks.leave()

@@ -36,7 +36,7 @@ from runtime.files import lock, replace_text
 from text import sources, tokenise
 from text.examples import in_words, uniform_hash
 from text.files import content_hash
-from text.messages import answer, as_chat, message
+from text.messages import answer, as_chat, as_chats
 
 # who answers
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -146,12 +146,9 @@ def read_prompts():
         raise UserError(f'there are no prompts in data {data!r}; left out: {in_words(left_out)[0]}')
     left_out['prompts beyond n_examples or data_fraction'] += len(row_of_hash) - len(rows)
     for row in rows:
+        # as in training, a system message of the data stays
         if chat or system:
-            row['prompt'] = as_chat(row['prompt'])
-        if system:
-            # --system replaces any system message of the data
-            others = [turn for turn in row['prompt'] if turn['role'] != 'system']
-            row['prompt'] = [message('system', system), *others]
+            row['prompt'] = as_chats({'prompt': row['prompt']}, system)['prompt']
         if endpoint and row.pop('tools', None):
             left_out['tools, which are not sent to an endpoint'] += 1
     return rows, left_out

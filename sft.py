@@ -47,6 +47,8 @@ config = configure(globals(), shared=training)
 
 # ---- what the options mean together ----
 
+if control_tokens or noise_rate:
+    config.report_unused(['last_turn_only'], 'a pair has one answer to its prompt, the last')
 if config.lora_rank and control_tokens:
     raise UserError('control_tokens need embeddings that train, and lora_rank freezes them: leave out one of the two')
 

@@ -15,6 +15,7 @@ functions read them as globals, and the script's own options as config.NAME. Run
 
 import math
 import time
+from contextlib import nullcontext
 from functools import cache, partial
 
 import numpy as np
@@ -87,10 +88,14 @@ def begin(config):
     parallel.check(config)
     if activation_checkpointing == 'selective' and tp > 1:
         raise UserError('--activation_checkpointing=selective does not go with --tp')
+    if 'sharegpt' not in f'{config.data} {eval_data}':
+        config.report_unused(['num_turns'], 'it is for sharegpt')
     # scripts that cannot sample have no such option
     if not config.get('sample_during_eval', True):
         given = config.given('n_eval_model_samples max_new_tokens temperature top_p')
         config.report_unused(given, 'sample_during_eval is off')
+    elif config.get('temperature') == 0:
+        config.report_unused(['top_p'], 'temperature 0 takes the likeliest token')
 
     # join the process group, then lock out_dir
     rank, world, device = ranks.setup(tp)
@@ -234,18 +239,22 @@ class Run:
             problem = f'{len(too_long)} examples are longer than max_tokens={limit} (the longest: {too_long.max()})'
             log.say(f'note: {problem}: each gets a microbatch of its own')
 
-    def start(self, method='', units=None):
+    def start(self, method='', units=None, n_steps=None):
         """Resume from the newest checkpoint, or start from scratch. Sets run.seen (examples so far), run.state and run.logger.
 
         method, units: words of the line on the screen, 'training dpo on 1 rank: 160 examples, 64 a step'; units=None: examples and
-        batch_size. Raises UserError if the checkpoint belongs to other weights, data or options."""
+        batch_size. n_steps: optimizer steps of the run; None: one for batch_size examples. Raises UserError if the checkpoint belongs
+        to other weights, data or options."""
         config, out_dir = self.config, self.config.out_dir
         # hashes and options, to reject a checkpoint of another run; fingerprints are the hashes of the models
         self.identity = checkpoint.identify(config, partial(fingerprints, config), self.train, self.held_out)
         latest = checkpoint.latest(out_dir, self.identity) if resume else None
         # saved in a checkpoint, besides weights and optimizer. evaluated: number of examples at the last evaluation
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}}
-        self.state |= {'warmup': log.warmup_steps(config, self.total), 'max_tokens': self.max_tokens}
+        self.state |= {
+            'warmup': log.warmup_steps(config, n_steps or math.ceil(self.total / config.batch_size)),
+            'max_tokens': self.max_tokens,
+        }
         if latest:
             # checkpoints of older versions lack 'warmup', which then was always the option
             self.state['warmup'] = config.warmup_steps
@@ -313,7 +322,8 @@ class Run:
                 if not (out_of_memory and max_tokens == 'auto' and single_process and can_split):
                     raise
             # outside of the except block the traceback no longer keeps the activations alive
-            fsdp.abandon_backward(self.policy)
+            with self.memory(step.batches):
+                fsdp.abandon_backward(self.policy)
             self.optimizer.zero_grad(set_to_none=True)
             # microbatches may be smaller than max_tokens: halve the size that did not fit
             largest = max(batch.ids.numel() for batch in step.batches)
@@ -402,13 +412,13 @@ class Run:
     def evaluate(self, seen, run_step, summary, sample=None):
         """Evaluate on all held-out examples and log the metrics. No-op if that was done already, before a resume.
 
-        run_step(step) returns columns, summary(columns, split) metrics; sample(seen) returns more metrics with
-        sample_during_eval. If a signal interrupts, nothing is logged, and the resumed run evaluates again."""
+        seen: training examples so far. run_step(step) returns columns, name -> (examples of the step,); summary(columns, split)
+        metrics; sample(seen) more of them, with sample_during_eval. After a signal nothing is logged: the resumed run does it again."""
         n = len(self.held_out)
         if not n or seen <= self.state['evaluated']:
             return
         parts = []
-        numbered_rows = steps(n, self.config.batch_size, n, seed=0, shuffle=False)
+        numbered_rows = steps(n, self.config.batch_size, total=n, seed=0, shuffle=False)
         for step in self.prefetch_steps(self.held_out, numbered_rows):
             parts.append(self.compute(step, run_step))
             if guard.stop_asked():
@@ -435,17 +445,19 @@ class Run:
 
     # ---- the end ----
 
-    def finish(self, build=None):
+    def finish(self, build=None, as_exported=None):
         """Export the model with its card to out_dir/model and close the log.
 
-        build: makes the model to export, if it differs from the trained one (ppo.py drops the value head)."""
+        build: makes the model to export, if it differs from the trained one; as_exported: a context manager in which the trained
+        one has no other parts (ppo.py: no value head)."""
         folder = f'{self.config.out_dir}/model'
         # a pending signal stops the run here, with a checkpoint
         self.obey_signals(self.total)
         write_card = partial(export.write_card, self.config.out_dir)
         save = partial(self.save, self.total)  # called if the export fails
         wanted = self.config['save_dtype']
-        written = guard.export(self.policy, self.tokenizer, build or self.build, folder, write_card, wanted, save)
+        build, as_exported = build or self.build, as_exported or nullcontext()
+        written = guard.export(self.policy, self.tokenizer, build, folder, write_card, wanted, save, as_exported)
         self.logger.close()
         guard.end()
         rounded = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'

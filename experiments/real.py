@@ -244,7 +244,8 @@ def machine():
 
 def report(results):
     """The results as Markdown: rewards and KL, speed of a step, answers side by side."""
-    text = f"""SmolLM2-135M-Instruct on {results['pairs']} pairs of {data}, {results['date']}, {machine()}:
+    name = Path(model).name if model else 'SmolLM2-135M-Instruct'
+    text = f"""{name} on {results['pairs']} pairs of {data}, {results['date']}, {machine()}:
 {results['minutes']:.1f} minutes, at most {results['peak_gb']:.1f} GB in one process.
 
 """

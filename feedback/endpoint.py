@@ -79,7 +79,7 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
         loop = runner.get_loop()
         while True:
             # be less patient until the endpoint has answered once
-            max_failures = FAILED_IN_A_ROW if endpoint.proven else max(2, concurrency)
+            max_failures = max(concurrency, FAILED_IN_A_ROW if endpoint.proven else 2)
             # never run more jobs than may still fail: after max_failures no job starts, and the loop runs dry
             num_new = min(concurrency, max_failures - failures) - len(tasks)
             for key, body in itertools.islice(jobs, max(0, num_new)):

@@ -15,7 +15,7 @@ from hf import lora
 from hf.ties import tie_as, ties
 from model import core
 from runtime import checkpoint
-from runtime.files import make_room, move_folder, say, writing
+from runtime.files import clear_path, move_folder, say, writing
 from runtime.ranks import on_one_rank
 from text.ids import bos_of
 
@@ -49,77 +49,75 @@ def score(prompt, answer):  # the prompt as in training, a text or a list of mes
 def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     """Write a sharded model to a Hugging Face folder, replacing any older one. All ranks call this; rank 0 writes.
 
-    build(empty): builds the same model unsharded on the CPU; card(folder): writes the model card; dtype: of the weights
+    build(empty): builds the same model unsharded on the CPU, or without weights; card(folder): writes the model card
     With adapters, folder gets the merged model, and the folder `adapter` beside it the adapter alone, in float32.
-    Returns the dtype written, on rank 0: float32 if a weight overflows in dtype. Raises UserError if the disk is full."""
+    dtype: of the weights. Returns the one written, float32 if a weight overflows in dtype. UserError if the disk is full."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     # let a checkpoint that is being written in the background finish, and raise its error if it failed
     checkpoint.wait()
     # free the gathered copies that a forward leaves behind
     model.reshard()
-    # gather full tensors on the CPU of rank 0; with adapters (a PeftModel) only the trained ones
+    # a model with adapters is a PeftModel around the transformers model, which core() returns
     has_adapters = core(model) is not model
+    # gather full tensors on the CPU of rank 0; with adapters only the trained ones
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapters)
     trained_weights = get_model_state_dict(model, options=options)
-    tied = ties(model)
+    tied = ties(model)  # such as the LM head, if it is the embedding
     folder = Path(folder)
     temporary = folder.with_name(f'{folder.name}.tmp')
     adapter_temporary = folder.with_name('adapter.tmp')
 
     def write():
-        with writing(folder):
-            make_room(temporary)
-            # save through an unsharded model: FSDP renames the class of a sharded one, which would end up in the config
-            if has_adapters:
-                adapted = build(empty=False)
-                lora.write(adapted, trained_weights, adapter_temporary)
-                plain_model = lora.merged(adapted)
-                weights = plain_model.state_dict()
-                move_folder(adapter_temporary, folder.with_name('adapter'))
-            else:
-                plain_model = build(empty=True)
-                tie_as(plain_model, tied)
-                weights = trained_weights
-            written_dtype = _save_weights(plain_model, weights, getattr(torch, dtype), temporary)
-            tokenizer.save_pretrained(temporary)
-            # before the rename, so that no model is left without its card
-            if card:
-                card(temporary)
-            move_folder(temporary, folder)
-            return str(written_dtype).removeprefix('torch.')
-
-    def write_or_clean_up():
         try:
-            return write()
+            with writing(folder):
+                clear_path(temporary)
+                # save through an unsharded model: FSDP renames the class of a sharded one, which would end up in the config
+                if has_adapters:
+                    adapted = build(empty=False)
+                    lora.write(adapted, trained_weights, adapter_temporary)
+                    plain_model = lora.merged(adapted)
+                    weights = plain_model.state_dict()
+                    move_folder(adapter_temporary, folder.with_name('adapter'))
+                else:
+                    plain_model = build(empty=True)
+                    tie_as(plain_model, tied)
+                    weights = trained_weights
+                written_dtype = _save_weights(plain_model, weights, getattr(torch, dtype), temporary)
+                tokenizer.save_pretrained(temporary)
+                # before the rename, so that no model is left without its card
+                if card:
+                    card(temporary)
+                move_folder(temporary, folder)
+                return str(written_dtype).removeprefix('torch.')
         except UserError:
             # free the disk space for the next attempt
             for path in (temporary, adapter_temporary):
                 shutil.rmtree(path, ignore_errors=True)
             raise
 
-    return on_one_rank(write_or_clean_up)
+    return on_one_rank(write)
 
 
 def _save_weights(model, weights, dtype, folder):
-    """Save weights (name -> tensor), rounded to dtype, with model's class and config. Return the dtype written."""
+    """Save weights (name -> tensor), rounded to dtype, with model's class and config. Empties weights. Return the dtype written."""
     # fall back to float32 if a finite weight would overflow in dtype
     limit = torch.finfo(dtype).max
-    largest = {name: torch.linalg.vector_norm(w.float(), torch.inf) for name, w in weights.items() if w.numel()}
-    overflowing = [name for name, value in largest.items() if limit < value < torch.inf]
+    max_abs = {name: torch.linalg.vector_norm(w.float(), torch.inf) for name, w in weights.items() if w.numel()}
+    overflowing = [name for name, value in max_abs.items() if limit < value < torch.inf]
     if overflowing:
         name = overflowing[0]
-        cause = f'{name} has a weight of {largest[name]:.6g}, and {dtype} ends at {limit:.6g}'
+        cause = f'{name} has a weight of {max_abs[name]:.6g}, and {dtype} ends at {limit:.6g}'
         say(f'note: {cause}: the model is kept in float32')
         dtype = torch.float32
-    # tied tensors are written once, under their first name
+    # write a tensor of several names (tied) once, under the first: named_parameters() lists no other
     first_names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     # fixed seed: the same weights always give the same file
     generator = torch.Generator().manual_seed(0)
     rounded_weights = {name: rounded(weights[name], dtype, generator) for name in weights if name in first_names}
-    # free the weights before rounding, as large as the model, before writing
+    # free the original weights, as large as the model, before writing
     weights.clear()
-    # save_pretrained records the model's dtype in the config; on the meta device the cast is free
+    # save_pretrained records the model's dtype in the config, so cast the model too; on the meta device that is free
     model.to('meta', dtype).save_pretrained(folder, state_dict=rounded_weights, max_shard_size=SHARD)
     return dtype
 
@@ -135,15 +133,18 @@ def rounded(weights, dtype, generator):
     dropped_bits = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
     if weights.dtype != torch.float32 or dropped_bits == 0:
         return weights.to(dtype)
-    # add uniform noise to the dropped bits, so that they carry with a probability proportional to their value
+    # add uniform noise to the dropped bits: the larger they are, the more often the sum carries into the kept bits
     bits = weights.contiguous().view(torch.int32)
     noise = torch.randint(0, 2**dropped_bits, bits.shape, generator=generator, dtype=torch.int32)
     kept_mask = ~(2**dropped_bits - 1)
-    return ((bits + noise) & kept_mask).view(torch.float32).to(dtype)
+    kept = (bits + noise) & kept_mask
+    return kept.view(torch.float32).to(dtype)
 
 
 def write_card(out_dir, folder):
-    """Write the card of the run in out_dir to folder/README.md. If a file of the run is damaged, only print a note."""
+    """Write the card of the run in out_dir to folder/README.md. If a file of the run is damaged, only print a note.
+
+    Raises UserError if the card cannot be written."""
     try:
         text = _card_text(Path(out_dir), folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -162,7 +163,6 @@ def _card_text(out_dir, folder):
     base = str(options.get('model'))
     # sft.py and reward.py have no option loss: use the script's name
     loss = options.get('loss') or Path(record['command'][0]).name.removesuffix('.py')
-
     # metadata for the hub, which links to a base model that is on the hub, too
     header = {'library_name': 'transformers', 'tags': ['nanopref', loss]}
     looks_like_hub_id = re.fullmatch(r'[\w.-]+/[\w.-]+', base)
@@ -182,7 +182,7 @@ python {shlex.join(record['command'])}
 
 Commit {record['commit'] or 'unknown'}; {versions}.
 """
-    # the base of 4-bit adapters was not
+    # with --quantize the base model was in 4 bits, not in float32
     if options.get('save_dtype') and not options.get('quantize'):
         text += f'\nThe weights were trained in float32, and are kept in {saved_config["dtype"]}.\n'
     # usage example of a reward model
@@ -191,7 +191,6 @@ Commit {record['commit'] or 'unknown'}; {versions}.
         first = bos_of(transformers.AutoTokenizer.from_pretrained(folder))
         first_ids = '[]' if first is None else f'[{first}]'
         text += '\n' + SCORE.replace('{first}', first_ids)
-
     # last evaluation, then all options
     evaluations = [row for row in rows if row['split'] == 'eval']
     if evaluations:
@@ -199,5 +198,5 @@ Commit {record['commit'] or 'unknown'}; {versions}.
         text += '\nHeld-out examples, after training:\n\n| metric | value |\n|---|---|\n' + '\n'.join(table) + '\n'
     listed = '\n'.join(f'{name} = {value!r}' for name, value in options.items())
     text += f'\nOptions:\n\n```python\n{listed}\n```\n'
-    # reduce paths that start with /, ~ or ../ to their last component
+    # reduce paths that start with /, ~ or ../ to their last component: /home/me/out/dpo -> dpo
     return re.sub(r'(?<![\w./])(?:~|/|\.\./)[^\s\'"=:+|`]*/(?=[^\s/])', '', text)

@@ -20,7 +20,7 @@ from runtime.files import append
 from text.examples import GOLDEN_STEP, splitmix64
 
 # Rows of ended answers are refilled with new prompts once 1 / REFILL_SHARE of the rows have ended, and at least REFILL_AFTER
-# tokens after the last refill: a refill takes as long as one or two tokens.
+# tokens after the last refill: a refill takes as long as sampling one or two tokens.
 REFILL_SHARE = 4
 REFILL_AFTER = 8
 
@@ -29,7 +29,7 @@ def sample(model, tokenizer, prompts, seeds, **settings):
     """Sample an answer to every prompt from a sharded model, split over all ranks. Return all answers (token ids) on every rank.
 
     prompts: lists of token ids. seeds: one int per prompt. settings: keyword arguments of generate()."""
-    # deal the prompts out by length: similar lengths per batch, equal work per rank
+    # deal the prompts out to the ranks by length: similar lengths per batch, equal work per rank
     rank, world_size = ranks.data_rank()
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     indices = longest_first[rank::world_size]
@@ -37,7 +37,6 @@ def sample(model, tokenizer, prompts, seeds, **settings):
     own_seeds = [seeds[i] for i in indices]
     with fsdp.unsharded(model):
         own_answers = generate(model, tokenizer, own_prompts, own_seeds, **settings)
-
     answers = {}
     for rank_answers in ranks.gather_objects(dict(zip(indices, own_answers, strict=True))):
         answers |= rank_answers
@@ -52,8 +51,7 @@ def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
     lines = []
     for name, i, answer in answers:
         row = {'examples': examples_seen, 'generator': name, 'sample': i}
-        row['prompt'] = tokenizer.decode(prompts[i])
-        row['response'] = tokenizer.decode(answer)
+        row |= {'prompt': tokenizer.decode(prompts[i]), 'response': tokenizer.decode(answer)}
         if columns:
             row |= columns[name, i]
         lines.append(json.dumps(row) + '\n')
@@ -61,15 +59,15 @@ def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
 
 
 @guard.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
-def sample_held_out(run, models, n, seen, measure=None, **settings):
-    """Sample answers of several models to the first n held-out prompts, and append them to out_dir/samples.jsonl.
+def sample_held_out(run, models, n_prompts, examples_seen, measure=None, **settings):
+    """Sample answers of several models to the first n_prompts held-out prompts, and append them to out_dir/samples.jsonl.
 
-    run: a training.Run. models: name -> sharded model; 'reference' answers with its adapters off. seen: examples trained on.
-    measure(prompts, answers) -> {column: (n,) tensor}, more fields for samples.jsonl. settings: keyword arguments of generate().
+    run: a training.Run. models: name -> sharded model; 'reference' answers with its adapters off. examples_seen: trained on so far.
+    measure(prompts, answers) -> {column: (n_prompts,) tensor}, more fields for samples.jsonl. settings: options of generate().
     Returns {model name: result of measure}, empty without measure. Raises UserError if memory runs out."""
-    # kto has two examples per pair; the good ones have each prompt once
+    # for kto a pair is two examples with one prompt, of which one is good; of other losses, all examples are good
     good = run.held_out.select(run.held_out.good)
-    prompts = [prompt for prompt, _ in good.select(slice(n))]
+    prompts = [prompt for prompt, _ in good.select(slice(n_prompts))]
     # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
     first_seed = run.config.seed * 1_000_003
     seeds = range(first_seed, first_seed + len(prompts))
@@ -77,7 +75,7 @@ def sample_held_out(run, models, n, seen, measure=None, **settings):
     columns = {}
     to_write = []
     for name, model in sorted(models.items()):
-        # adapters_off(None) is a no-op
+        # the reference may be the policy itself without its adapters; adapters_off(None) changes nothing
         with adapters_off(model if name == 'reference' else None):
             answers = sample(model, run.tokenizer, prompts, seeds, keep_end=True, **settings)
         if measure and prompts:
@@ -89,7 +87,7 @@ def sample_held_out(run, models, n, seen, measure=None, **settings):
             for column, values in measured.get(name, {}).items():
                 columns[name, i][column] = round(values[i].item(), 6)
     file = f'{run.config.out_dir}/samples.jsonl'
-    ranks.on_one_rank(lambda: write(file, run.tokenizer, prompts, to_write, seen, columns))
+    ranks.on_one_rank(lambda: write(file, run.tokenizer, prompts, to_write, examples_seen, columns))
     return measured
 
 
@@ -122,15 +120,13 @@ def generate(
             texts = [[*prompts[i], *answers[i]] for i in active]
             if refill:
                 cache = _cache_for(inner, texts, cache, cache_rows)
-
-            # sample until enough rows have ended: without refill, all of them
+            # sample until `enough` rows have ended: without refill, all of them
             n_sampled = [len(answers[i]) for i in active]
             enough = max(1, len(active) // REFILL_SHARE) if refill else len(active)
             criteria = _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough)
             processors = _processors([seeds[i] for i in active], n_sampled, temperature, top_p)
             n_left = max_new_tokens - min(n_sampled)
             continuations = _generate(inner, texts, cache, n_left, criteria, processors)
-
             # keep the rows that have not ended
             cache_rows = []
             for row, tokens in enumerate(continuations):
@@ -146,7 +142,7 @@ def _extend(answer, tokens, stop, max_new_tokens):
     """Append tokens to an answer in place, up to its stop token or max_new_tokens. Return whether the answer goes on."""
     for token in tokens[: max_new_tokens - len(answer)]:
         answer.append(token)
-        # the rest is padding
+        # behind a stop token is only padding
         if token in stop:
             return False
     return len(answer) < max_new_tokens
@@ -176,29 +172,29 @@ def _generation_mode(model, **settings):
             module.training = True
 
 
-def _generate(inner, texts, cache, n, criteria=None, processors=None):
-    """Continue texts (lists of token ids) by up to n tokens with transformers' greedy generate(). Return new ids, padded.
+def _generate(inner, texts, cache, max_new_tokens, criteria=None, processors=None):
+    """Continue texts (lists of token ids) with transformers' greedy generate(). Return only the new ids, padded at the end.
 
     cache: a Cache of all but the last token of each text, an empty Cache to fill, or None. criteria, processors: a
     StoppingCriteriaList and a LogitsProcessorList."""
     n_cached = 0 if cache is None else cache.get_seq_length()
+    # pad on the left, as in the cache, whose columns may all be padding: generate() needs one column more
     width = max(n_cached + 1, *map(len, texts))
-    # left padding, as in the cache
     pad_id = inner.generation_config.pad_token_id
     ids, mask = [], []
     for text in texts:
         n_pad = width - len(text)
         ids.append([pad_id] * n_pad + list(text))
         mask.append([0] * n_pad + [1] * len(text))
-    # the mask covers the cached columns, the ids do not
+    # generate() wants the ids of the columns that are not cached, but the mask of all columns
     ids = torch.tensor(ids, device=inner.device)[:, n_cached:]
     mask = torch.tensor(mask, device=inner.device)
-    options = {'max_new_tokens': n, 'stopping_criteria': criteria, 'logits_processor': processors}
+    options = {'max_new_tokens': max_new_tokens, 'stopping_criteria': criteria, 'logits_processor': processors}
     if cache is not None:
         options['past_key_values'] = cache
     # synced_gpus=False: every rank generates independently
     out = inner.generate(ids, attention_mask=mask, synced_gpus=False, **options)
-    # generate() repeats its input columns
+    # out begins with the columns of ids
     return out[:, ids.shape[1] :].tolist()
 
 
@@ -215,31 +211,32 @@ def without_end(answer, stop):
 
 
 def can_refill(inner):
-    """Return whether finished rows of a model's cache can be replaced: dropped, and merged with rows of another cache.
-
-    True for per-token keys and values, also with sliding windows. False for states that mix tokens (Mamba) and for chunks that
-    count from a row's first column, padding included (Llama 4)."""
+    """Return whether _merge() works for this model's cache: all layers hold keys and values of each token, or of the last ones."""
+    # states that mix tokens (Mamba)
     if inner._is_stateful or not inner._supports_default_dynamic_cache():
         return False
+    # attention in chunks that are counted from a row's first column, padding included (Llama 4)
     if getattr(inner.config, 'attention_chunk_size', None):
         return False
-    cache = transformers.DynamicCache(config=inner.config)
-    layer_types = {type(layer) for layer in cache.layers}
+    empty_cache = transformers.DynamicCache(config=inner.config)
+    layer_types = {type(layer) for layer in empty_cache.layers}
     return layer_types.issubset({DynamicLayer, DynamicSlidingWindowLayer})
 
 
 def _cache_for(inner, texts, cache, cache_rows):
-    """Return a cache of all but the last token of each text: cache[cache_rows] for the first texts, prefilled for the others."""
+    """Return a cache of all but the last token of each text (lists of token ids), with a row for each text.
+
+    The first texts are in progress: row cache_rows[i] of cache has the tokens of texts[i]. The others are computed here."""
     caches = [(cache, cache_rows)] if cache_rows else []
-    new = texts[len(cache_rows) :]
-    if new:
-        # equal texts share a row
+    new_texts = texts[len(cache_rows) :]
+    if new_texts:
+        # equal texts are computed once
         row_of = {}  # text without its last token -> row
-        rows = [row_of.setdefault(tuple(text[:-1]), len(row_of)) for text in new]
-        prefilled = transformers.DynamicCache(config=inner.config)
-        # fills the cache; the sampled token is discarded
-        _generate(inner, list(row_of), prefilled, 1)
-        caches.append((prefilled, rows))
+        rows = [row_of.setdefault(tuple(text[:-1]), len(row_of)) for text in new_texts]
+        new_cache = transformers.DynamicCache(config=inner.config)
+        # fills new_cache; the generated token is ignored
+        _generate(inner, list(row_of), new_cache, max_new_tokens=1)
+        caches.append((new_cache, rows))
     longest = max(map(len, texts))
     # at least one column, of padding if all texts have one token
     return _merge(caches, width=max(1, longest - 1))
@@ -248,31 +245,33 @@ def _cache_for(inner, texts, cache, cache_rows):
 def _merge(caches, width):
     """Merge rows of several caches, right-aligned, into the first cache, in place, and return it.
 
-    caches: tuples (cache, rows to keep). width: columns of the merged cache; only padding is cut off."""
+    caches: tuples (cache, rows to keep). width: columns of the merged cache, enough for the tokens of all these rows."""
     merged, _ = caches[0]
     for i, layer in enumerate(merged.layers):
-        # sliding-window layers hold fewer columns
-        longest = max(cache.layers[i].keys.shape[2] for cache, _ in caches)
-        size = min(width, longest)
+        # sliding-window layers hold fewer columns than width
+        n_held = max(cache.layers[i].keys.shape[2] for cache, _ in caches)
+        n_columns = min(width, n_held)
         for name in ('keys', 'values'):
             padded = []
             for cache, rows in caches:
                 states = getattr(cache.layers[i], name)[rows]  # (rows, heads, tokens, head_dim)
-                # pad on the left; a negative number crops
-                n_pad = size - states.shape[2]
+                # pad the third dimension on the left; a negative number cuts padding off
+                n_pad = n_columns - states.shape[2]
                 padded.append(F.pad(states, (0, 0, n_pad, 0)))
             setattr(layer, name, torch.cat(padded))
+        # read by sliding-window layers: columns so far, with those that have left the window
         layer.cumulative_length = width
     return merged
 
 
 def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
-    """Return the StoppingCriteriaList that ends a row at a stop token, or at max_new_tokens, n_sampled earlier ones included.
+    """Return the StoppingCriteriaList that ends a row at a stop token, or when its answer has max_new_tokens tokens.
 
-    All rows end together once `enough` rows have ended and REFILL_AFTER tokens were sampled, or when a signal arrives."""
+    n_sampled: tokens of each row's answer so far. All rows end together once `enough` of them have ended, but not before
+    REFILL_AFTER steps, or when a signal asks this process to stop."""
     stop = torch.tensor(sorted(stop), device=inner.device)
-    n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)
-    sampled = []  # (rows,) tokens of each step
+    n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)  # (rows,)
+    sampled = []  # for each step, the tokens of all rows: (rows,)
 
     # called after every step; returns (rows,) bool
     def has_ended(ids, scores, **unused):
@@ -302,8 +301,8 @@ class _Draw(transformers.LogitsProcessor):
     """Draw a token for every row and mask all others, so that greedy decoding returns the sample.
 
     Gumbel-max: the argmax of scores + Gumbel noise is a sample from their softmax, and rounding changes it only at a near tie.
-    Draw one of about sqrt(V) blocks of tokens by its total probability, then a token in it: that takes 2 sqrt(V) noises instead
-    of V, the vocabulary size. Each noise is a hash of the row's seed and a counter."""
+    The vocabulary of V tokens is cut into about sqrt(V) blocks. A block is drawn by its total probability, then a token of this
+    block, which takes 2 sqrt(V) noises instead of V. Each noise is a hash of the row's seed and a counter."""
 
     def __init__(self, seeds, n_sampled):
         # seeds may be negative or exceed 64 bits
@@ -315,31 +314,31 @@ class _Draw(transformers.LogitsProcessor):
     def __call__(self, ids, scores):
         """Return scores (rows, vocab_size), changed in place: 0 for each row's drawn token, -inf for all others."""
         n_rows, vocab_size = scores.shape
-        # view the vocabulary as side x side, padded with impossible tokens
+        # view the vocabulary as `side` blocks of `side` tokens, padded with impossible tokens
         side = math.isqrt(vocab_size - 1) + 1  # sqrt, rounded up
         blocks = F.pad(scores, (0, side * side - vocab_size), value=-math.inf).view(n_rows, side, side)
         noise = self.noise(2 * side).to(scores.device, non_blocking=True)
-        block_noise, token_noise = noise.split(side, 1)
+        block_noise, token_noise = noise.split(side, 1)  # (rows, side) each
         self.step += np.uint64(1)
-
-        block_scores = blocks.logsumexp(2)
+        # draw a block of each row, then a token of this block
+        block_scores = blocks.logsumexp(2)  # (rows, side)
         if block_scores.isnan().any():
             raise UserError("the model's scores are not numbers: its weights are broken, or too large for its type")
-        block = (block_scores + block_noise).argmax(1)
-        token_scores = blocks[torch.arange(n_rows, device=block.device), block]
-        token = (token_scores + token_noise).argmax(1)
-        drawn = block * side + token
+        block = (block_scores + block_noise).argmax(1)  # (rows,)
+        token_scores = blocks[torch.arange(n_rows, device=block.device), block]  # (rows, side)
+        token_in_block = (token_scores + token_noise).argmax(1)  # (rows,)
+        drawn = block * side + token_in_block
         scores.fill_(-math.inf)
         return scores.scatter_(1, drawn[:, None], 0.0)
 
     def noise(self, n):
-        """Return (rows, n) float32 Gumbel noise for this step; a row never reuses a counter in later steps."""
-        first = self.step * np.uint64(n)
-        counters = first[:, None] + np.arange(n, dtype=np.uint64)
+        """Return (rows, n) float32 Gumbel noise for this step. Step s of a row uses the counters s * n to s * n + n - 1."""
+        first = self.step * np.uint64(n)  # (rows,)
+        counters = first[:, None] + np.arange(n, dtype=np.uint64)  # (rows, n)
         states = self.keys[:, None] + counters * np.uint64(GOLDEN_STEP)
-        # 53 bits fit a float64; + 0.5 avoids log(0)
+        # keep 53 of the 64 bits, as many as a float64 has; + 0.5 avoids log(0)
         upper_bits = splitmix64(states) >> np.uint64(11)
-        uniform = (upper_bits + 0.5) / 2**53
+        uniform = (upper_bits + 0.5) / 2**53  # in (0, 1)
         noise = torch.from_numpy(-np.log(-np.log(uniform))).float()
         # pinned memory makes the copy to the GPU asynchronous
         return noise.pin_memory() if torch.cuda.is_available() else noise

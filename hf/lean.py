@@ -16,13 +16,13 @@ GATED = 'self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))'
 
 
 class Recipe:
-    """An output that can be recomputed as function(*inputs). Holds the inputs until backward, instead of the output."""
+    """How to recompute an output, function(*inputs). Holds the inputs until backward, instead of the output."""
 
     def __init__(self, function, inputs):
         self.function, self.output = function, None
-        # detached leaves, so that Recompute.backward differentiates this function alone
+        # detach them from the graph, so that Recompute.backward differentiates this function alone
         self.inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        # autograd's counters of in-place changes
+        # autograd counts the in-place changes of a tensor, which would make the recomputed output wrong
         self.versions = [x._version for x in self.inputs]
 
     def recompute(self):
@@ -55,41 +55,44 @@ class Recompute(torch.autograd.Function):
         recipe.output = None
         tensors = [*recipe.inputs, *ctx.parameters]
         gradients = iter(torch.autograd.grad(output, [x for x in tensors if x.requires_grad], grad))
+        gradients_or_none = [next(gradients) if x.requires_grad else None for x in tensors]
         # None for recipe and num_inputs
-        return None, None, *(next(gradients) if x.requires_grad else None for x in tensors)
+        return None, None, *gradients_or_none
 
 
-class Lean:
-    """Selective checkpointing of one block: replaces forward methods inside it, in place."""
+class LeanBlock:
+    """Selective checkpointing of one block: replaces the forward of the block, its norms, activations and MLP, in place."""
 
     def __init__(self, block):
         # data_ptr of an output -> (output, Recipe); filled during the block's forward
         self.recipes = {}
-        for name, module in block.named_modules():
-            last = name.rpartition('.')[2]
-            is_activation = last.startswith('act') and 'drop' not in last
-            # named_modules() lists an MLP before its act_fn, so act_fn.forward has not been replaced yet
+        for path, module in block.named_modules():
+            # such as act_fn of mlp.act_fn; not act_dropout
+            name = path.rpartition('.')[2]
+            is_activation = name.startswith('act') and 'drop' not in name
             if is_activation or 'Norm' in type(module).__name__:
-                module.forward = partial(self.call, module.forward, module)
+                module.forward = partial(self.run_recomputed, module.forward, module)
+            # named_modules() lists an MLP before its act_fn, so act_fn.forward is still the original one
             elif GATED in inspect.getsource(type(module).forward):
-                module.forward = partial(self.gated, module, module.act_fn.forward)
-        block.forward = partial(self.run, block.forward)
+                module.forward = partial(self.run_gated_mlp, module, module.act_fn.forward)
+        block.forward = partial(self.run_block, block.forward)
 
-    def run(self, forward, *args, **options):
-        """Run the block's forward, saving Recipes instead of recomputable tensors if gradients are enabled."""
+    def run_block(self, forward, *args, **options):
+        """Run the block's own forward; if gradients are enabled, autograd saves Recipes in place of outputs that have one."""
         if not torch.is_grad_enabled():
             return forward(*args, **options)
         try:
             with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
                 return forward(*args, **options)
         finally:
+            # only pack looks recipes up; the graph keeps those that it has saved
             self.recipes.clear()
 
-    def call(self, function, module, *inputs, **options):
+    def run_recomputed(self, function, module, *inputs, **options):
         """Return function(*inputs), to be recomputed in backward. module: owns the parameters that the function uses."""
-        # only plain tensors can be detached leaves of a Recipe
-        plain = not options and all(type(x) is torch.Tensor for x in inputs)
-        if not plain or not torch.is_grad_enabled():
+        # a Recipe detaches its inputs, which works for plain tensors only
+        has_plain_inputs = not options and all(type(x) is torch.Tensor for x in inputs)
+        if not has_plain_inputs or not torch.is_grad_enabled():
             return function(*inputs, **options)
         recipe = Recipe(function, inputs)
         output = Recompute.apply(recipe, len(inputs), *inputs, *module.parameters())
@@ -97,16 +100,16 @@ class Lean:
         self.recipes[output.data_ptr()] = output, recipe
         return output
 
-    def gated(self, mlp, act, x):
+    def run_gated_mlp(self, mlp, act, x):
         """Run an MLP of the form GATED, recomputing act(gate) * up in backward. act: the original mlp.act_fn.forward."""
-        product = self.call(lambda gate, up: act(gate) * up, mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x))
+        product = self.run_recomputed(lambda gate, up: act(gate) * up, mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x))
         return mlp.down_proj(product)
 
     def pack(self, tensor):
         """Return what autograd saves for a tensor: (recipe, shape) if it is a recipe's output, else the tensor."""
         if type(tensor) is not torch.Tensor or tensor.data_ptr() not in self.recipes:
             return tensor
-        # same address, so either a reshaped output, or only a part of it
+        # tensor starts at the address of an output: it is the output, perhaps of another shape, or a part of it
         output, recipe = self.recipes[tensor.data_ptr()]
         is_whole = tensor.numel() == output.numel() and tensor.dtype == output.dtype
         both_contiguous = tensor.is_contiguous() and output.is_contiguous()
@@ -124,7 +127,7 @@ def recompute(model, activation_checkpointing=False):
     """Turn on activation checkpointing, in place: for whole blocks (True), for cheap operations ('selective'), or not at all."""
     if activation_checkpointing == 'selective':
         for block in blocks(model):
-            Lean(block)
+            LeanBlock(block)
     elif activation_checkpointing:
         inner = core(model)
         # transformers 5.20 renamed the method, and warns of the old name

@@ -101,39 +101,41 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **options)
     is_lm = not _is_classifier(config)
+    # the adapter of a reward model has the head that its base model, a language model, lacks
     has_head = not is_lm or (saved and saved.is_reward)
     _check_reward(name, config, tokenizer, allow_language_model=new_head or has_head)
     config.num_labels = 1
-    # the pad token added by separate_pad may have no embedding row yet: append a row of zeros
+    # the embedding has no row for a pad token that separate_pad has added, with the first id behind all others: add one
     text_config = config.get_text_config()
-    vocab_size, pad_id = text_config.vocab_size, tokenizer.pad_token_id
-    needs_pad_row = pad_id == vocab_size == len(tokenizer) - 1
-    is_from_file = name != 'toy' and not options.get('empty')
+    old_rows, pad_id = text_config.vocab_size, tokenizer.pad_token_id
+    needs_pad_row = pad_id == old_rows == len(tokenizer) - 1
+    has_weights_file = name != 'toy' and not options.get('empty')
     # from_pretrained rejects a pad id without a row, so it is set after loading
-    text_config.pad_token_id = None if is_from_file else pad_id
-    if needs_pad_row and not is_from_file:
+    text_config.pad_token_id = None if has_weights_file else pad_id
+    if needs_pad_row and not has_weights_file:
         text_config.vocab_size += 1
     model = _make_model(transformers.AutoModelForSequenceClassification, base, config, new_head=is_lm, **options)
-    if is_from_file and needs_pad_row:
-        embedding = model.resize_token_embeddings(vocab_size + 1, mean_resizing=False)
-        embedding.weight.data[vocab_size:] = 0.0
+    if needs_pad_row and has_weights_file:
+        embedding = model.resize_token_embeddings(old_rows + 1, mean_resizing=False)
+        embedding.weight.data[old_rows:] = 0.0
     # the model holds its own copy of the config
     model.config.get_text_config().pad_token_id = pad_id
     check_tokenizer(tokenizer, model, name)
     if not hasattr(model, 'score'):
         raise UserError(f'{type(model).__name__} has no head of the name score: it cannot be a reward model here')
     if not has_head and not options.get('empty'):
-        new = f'a new scalar head, drawn from seed {options.get("seed", 0)}'
+        added = f'a new scalar head, drawn from seed {options.get("seed", 0)}'
         if needs_pad_row:
-            new += f', and one row more for the pad token {tokenizer.pad_token}'
-        say_once(f'a reward model from the language model {name!r}: {new}')
+            added += f', and one row more for the pad token {tokenizer.pad_token}'
+        say_once(f'a reward model from the language model {name!r}: {added}')
     return lora.adapt(model, saved, adapters, **options)
 
 
 def _read_config(name, *, trust_remote_code=False, **_others):
-    """Return a copy of a model's config, and cache both its config and its generation config."""
+    """Return a copy of a model's config. Fills _configs and _generation_configs. Raises UserError if the model is unusable."""
     if name == 'toy':
         return toy.model_config()
+    # read a folder anew each time, as it may have changed; but not if it is gone by now
     if os.path.exists(name) or name not in _configs:
         hub.check_there(name)
         if not trust_remote_code:
@@ -150,21 +152,23 @@ def _read_config(name, *, trust_remote_code=False, **_others):
 
 def _read_generation_config(name):
     """Return a model's GenerationConfig, or None if transformers finds none or cannot parse it."""
-    usable = None
-    with contextlib.suppress(OSError, TypeError, ValueError):
+    try:
         full = transformers.GenerationConfig.from_pretrained(name)
-        # fallback if validate() raises: the token ids alone, as the export could not save contradictory options
-        token_ids = {key: getattr(full, key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
-        usable = transformers.GenerationConfig(**token_ids)
+    except (OSError, TypeError, ValueError):
+        return None
+    try:
         full.validate(strict=True)
-        usable = full
-    return usable
+        return full
+    except (TypeError, ValueError):
+        # the export could not save contradictory options: keep the token ids alone
+        token_ids = {key: getattr(full, key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+        return transformers.GenerationConfig(**token_ids)
 
 
 def _make_model(auto, name, config, *, new_head=False, empty=False, trust_remote_code=False, seed=0, device_map=None):
-    """Create a model through a transformers auto class and load its weights. Raises UserError if the weights do not fit.
+    """Create a model by a transformers auto class and load its weights. Raises UserError if some are missing or out of room.
 
-    new_head: the file's LM head is ignored; the new score head is initialised from seed
+    new_head: the file has an LM head, which is ignored, and no score head, which is initialised from seed
     empty: no weights, on the meta device; device_map: passed to from_pretrained"""
     register_attention()
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
@@ -183,8 +187,7 @@ def _make_model(auto, name, config, *, new_head=False, empty=False, trust_remote
     offload_devices = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
     if device_map and offload_devices & {p.device.type for p in model.parameters()}:
         raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
-
-    # expected with a new head: no score head in the file, and an unused LM head (keys without a layer number)
+    # no problem with a new head: score.weight is missing, and lm_head.weight unused (a name without a layer number)
     if new_head:
         missing = {key for key in missing if not key.startswith('score.')}
         unexpected = {key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')}
@@ -201,14 +204,14 @@ def _is_classifier(config):
 
 
 def _check_reward(name, config, tokenizer, allow_language_model):
-    """Raise UserError unless a config is that of a one-output classifier, or of an LM with allow_language_model."""
+    """Raise UserError unless a config is that of a reward model: a classifier of one output, or a language model if allowed."""
     problem = None
     if not _is_classifier(config):
         if not allow_language_model:
             problem = 'is no reward model but a language model: train one from it with reward.py'
     elif config.num_labels != 1:
         problem = f'has {config.num_labels} outputs; a reward model has one'
-    # transformers reads the score at the last token that is not padding
+    # transformers reads the score at the last token that is not the pad token: here, not at the end of text
     elif config.get_text_config().pad_token_id == tokenizer.eos_token_id:
         problem = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id'
     if problem:
@@ -234,12 +237,12 @@ def _check_code(name):
 
 def _check_files(name, config):
     """Raise UserError unless all weights of a model are .safetensors files directly in its folder."""
-    # the config may name the weights file, or the index of a sharded one
-    named = getattr(config, 'transformers_weights', None)
-    index = named if str(named).endswith('.json') else 'model.safetensors.index.json'
+    # the config may name the weights file, or the index of several ones: {'weight_map': {name of a weight: file}}
+    file_in_config = getattr(config, 'transformers_weights', None)
+    index = file_in_config if str(file_in_config).endswith('.json') else 'model.safetensors.index.json'
     files = list(hub.read_dict(name, index).get('weight_map', {}).values())
-    if named:
-        files.insert(0, named)
+    if file_in_config:
+        files.insert(0, file_in_config)
     # reject paths, which could point outside the folder
     for file in map(str, files):
         if not re.fullmatch(r'[^/\\]+\.safetensors(\.index\.json)?', file):
@@ -264,21 +267,26 @@ def add_value_head(model, critic=None):
     return model
 
 
-def drop_value_head(model):
-    """Remove what add_value_head added, in place, so that the model is exported as a plain causal LM."""
-    for name in {'critic', 'value_head'} & core(model)._modules.keys():
-        delattr(core(model), name)
+@contextlib.contextmanager
+def without_value_head(model):
+    """Within the block, the model lacks what add_value_head added: it is exported as a plain causal LM."""
+    inner = core(model)
+    added = {name: inner._modules.pop(name) for name in ('critic', 'value_head') if name in inner._modules}
+    try:
+        yield
+    finally:
+        inner._modules.update(added)
 
 
 @torch.no_grad()
 def _grow(model, vocab_size):
     """Resize embedding and head to at least vocab_size rows, in place. New rows are the mean of the old ones."""
-    old_size = core(model).get_input_embeddings().num_embeddings
-    model.resize_token_embeddings(max(vocab_size, old_size), mean_resizing=False)
+    old_rows = core(model).get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(max(vocab_size, old_rows), mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         # weight, and the head's bias if it has one
         for p in layer.parameters():
-            p[old_size:] = p[:old_size].mean(0)
+            p[old_rows:] = p[:old_rows].mean(0)
 
 
 def load_tokenizer(name, trust_remote_code=False):
@@ -325,18 +333,18 @@ def check_tokenizer(tokenizer, model, name):
         raise UserError(f'the tokenizer has {size} ids but the model {name!r} embeds {rows}; {last}: {way_out}')
 
 
-def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
-    """Raise UserError if another model's tokenizer lacks a token of the policy's, or gives it another id.
+def check_same_tokens(tokenizer, other, other_role, policy_name, trust_remote_code=False):
+    """Raise UserError if another model's tokenizer lacks a token of the policy's tokenizer, or gives it another id.
 
     other: the other model's tokenizer or name; a folder without a tokenizer only gets a note
-    what: the other model's role, for messages; model: name of the policy"""
+    other_role: such as 'the reference NAME', for messages"""
     if isinstance(other, str):
-        if other == model:
+        if other == policy_name:
             return
         lacks_tokenizer = Path(other).is_dir() and not any(Path(other).glob('*token*'))
         # an adapter without a tokenizer has that of its base model
-        if lacks_tokenizer and not lora.find(other):
-            say_once(f'note: {what} comes without a tokenizer: it must read the tokens of {model}')
+        if lacks_tokenizer and not lora.find_adapter(other):
+            say_once(f'note: {other_role} comes without a tokenizer: it must read the tokens of {policy_name}')
             return
         other = load_tokenizer(other, trust_remote_code)
     # extra tokens of the other model do no harm
@@ -344,7 +352,7 @@ def check_same_tokens(tokenizer, other, what, model, trust_remote_code=False):
     wrong = [token for token, i in tokenizer.get_vocab().items() if other_ids.get(token) != i]
     if wrong:
         differences = f'{len(wrong)} differ, such as {wrong[0]!r}; both need the same tokenizer'
-        raise UserError(f'{what} reads other tokens than the model {model} writes: {differences}')
+        raise UserError(f'{other_role} reads other tokens than the model {policy_name} writes: {differences}')
 
 
 def stored_dtype(name):
@@ -362,9 +370,10 @@ def stored_dtype(name):
 def fingerprints(config):
     """Hash all models named in a run's config, to detect changes on resume.
 
-    Returns option -> {file: SHA-256}, or {'commit': hash} for a hub id; files of an adapter's base model as base/file."""
-    found = {}
-    for option in MODELS:
+    Returns option -> {file: SHA-256}, or {'commit': hash} for a hub id that has been loaded. The files are those of HASHED_SUFFIXES
+    in the folder; an adapter has those of its base model, too, as base/file."""
+    hashes_of = {}
+    for option in MODELS:  # model, ref_model, ...
         name = config.get(option)
         if name in NO_MODEL:
             continue
@@ -372,10 +381,10 @@ def fingerprints(config):
         hashes = _hashes(saved.folder if saved else name)
         if saved:
             hashes |= _hashes(base, prefix='base/')
-        # also record a folder without such files
+        # a folder with no file to hash is recorded, too, as {}
         if hashes or os.path.isdir(name):
-            found[option] = hashes
-    return found
+            hashes_of[option] = hashes
+    return hashes_of
 
 
 def _hashes(name, prefix=''):

@@ -56,21 +56,21 @@ class SavedAdapter(NamedTuple):
 _found = {}
 
 
-def find(name):
+def find_adapter(name):
     """Return the adapter in a folder or of a hub id as a SavedAdapter, or None. Raises UserError if it is unsupported."""
     if os.path.exists(name) or name not in _found:
         file = hub.file_of(name, CONFIG_FILE)
-        _found[name] = _read(name, Path(file)) if file else None
+        _found[name] = _read_adapter(name, Path(file)) if file else None
     return _found[name]
 
 
 def adapter_and_base(name):
     """Return (SavedAdapter, name of its base model) if name is an adapter, else (None, name)."""
-    saved = find(name)
+    saved = find_adapter(name)
     return saved, saved.base if saved else name
 
 
-def _read(name, file):
+def _read_adapter(name, file):
     """Return the SavedAdapter whose adapter_config.json is file. Raises UserError if it is incomplete or unsupported."""
     options = hub.read_dict(name, CONFIG_FILE)
     rank, alpha, base = (options.get(key) for key in ('r', 'lora_alpha', 'base_model_name_or_path'))
@@ -78,10 +78,11 @@ def _read(name, file):
     has_base = type(base) is str and base != ''
     if not (has_rank and has_base and type(alpha) in (int, float)):
         raise UserError(f'{CONFIG_FILE} of {name!r} does not say its r, its lora_alpha and its model: {WAY_OUT}')
-    # Unsupported adapters compute something else than LoRA, or changed their base model before training. Keys in ANY_VALUE do not
-    # matter; those in ALLOWED_VALUES need one of its values (None if the key is missing); any other option must be off
+    # refuse adapters that compute something else than LoRA, or that changed their base model before training
     unsupported = []
-    for key, value in (dict.fromkeys(ALLOWED_VALUES) | options).items():
+    with_missing_as_none = dict.fromkeys(ALLOWED_VALUES) | options
+    for key, value in with_missing_as_none.items():
+        # an option in neither table is unknown here, and must be off
         allowed = ALLOWED_VALUES.get(key, DISABLED)
         if key not in ANY_VALUE and value not in allowed:
             unsupported.append(f'{key}={value!r}'[:100])
@@ -89,7 +90,6 @@ def _read(name, file):
         raise UserError(f'the adapter {name!r} has {", ".join(unsupported)}, which is not supported here: {WAY_OUT}')
     if hub.file_of(name, WEIGHTS_FILE) is None:
         raise UserError(f'the adapter {name!r} has no {WEIGHTS_FILE}: save it as safetensors')
-
     # resolve the base path relative to the working directory (like PEFT), or else to the adapter's folder
     sibling = os.path.normpath(file.parent / base)
     if not os.path.exists(base) and os.path.exists(sibling):
@@ -109,13 +109,13 @@ def weights_hash(folder):
     hashes = [file_hash(file) for file in sorted(files)]
     saved, base = adapter_and_base(folder)
     if saved:
-        # a base model on the hub has no hash
+        # '': a base model on the hub has no hash
         hashes.append(weights_hash(base) or '')
     return hashlib.sha256(bytes.fromhex(''.join(hashes))).hexdigest()[:16]
 
 
 def _load_weights(model, saved, adapter_name='default'):
-    """Load a saved adapter into a PeftModel. Raises UserError for wrong keys; warns if the base model has changed."""
+    """Load a saved adapter into the adapter of this name in a PeftModel. UserError for wrong keys; warns of another base model."""
     import peft
 
     weights = load_file(hub.file_of(saved.name, WEIGHTS_FILE))
@@ -125,7 +125,7 @@ def _load_weights(model, saved, adapter_name='default'):
     for problem, keys in ('lacks', missing), ('has, without a place in its model,', result.unexpected_keys):
         if keys:
             raise UserError(f'the adapter {saved.name!r} {problem} weights: {", ".join(sorted(keys)[:3])}')
-    # only once, not for the frozen copy again; adapters written by other tools have no hash file
+    # adapters written by other tools have no hash file; the frozen copy, which is no 'default', is not checked again
     hash_file = saved.folder / BASE_HASH_FILE
     if adapter_name == 'default' and hash_file.exists() and hash_file.read_text() != weights_hash(saved.base):
         say_once(f'warning: {saved.base} is not the model that the adapter {saved.name} was trained on')
@@ -136,13 +136,13 @@ def _merge_saved(model, saved, empty):
     say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
     if empty:
         return model
-    settings = _settings(model, saved)
+    lora_config = _lora_config(model, saved)
     # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
-    settings.task_type = None
-    wrapped = _peft_model(model, settings, seed=0)
-    # untie head and embedding if the adapter changes one of them
-    outer_layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in outer_layers):
+    lora_config.task_type = None
+    wrapped = _peft_model(model, lora_config, seed=0)
+    # untie head and embedding if the adapter changes one of them: PEFT has then replaced it by a layer with these attributes
+    embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
         separate(wrapped)
     _load_weights(wrapped, saved)
     # PEFT warns about untied weights; that is intended, and correct_tie_config records it in the config
@@ -153,21 +153,21 @@ def _merge_saved(model, saved, empty):
     return model.requires_grad_(True)
 
 
-def _peft_model(model, settings, seed, with_frozen_copy=False):
-    """Return a PeftModel in eval mode with a new trainable adapter. Changes settings, a peft.LoraConfig, in place.
+def _peft_model(model, lora_config, seed, with_frozen_copy=False):
+    """Return a PeftModel in eval mode with a new trainable adapter. Changes lora_config, a peft.LoraConfig, in place.
 
     with_frozen_copy: add a second, frozen adapter, which is to hold the same weights"""
     import peft
 
     # saved configs have inference_mode=True, which would freeze the adapter
-    settings.inference_mode = False
+    lora_config.inference_mode = False
     # PEFT triggers a deprecation warning of transformers
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*gradient_checkpointing. is deprecated')
         torch.manual_seed(seed)
-        model = peft.get_peft_model(model, settings)
+        model = peft.get_peft_model(model, lora_config)
         if with_frozen_copy:
-            model.add_adapter(FROZEN_COPY, settings)
+            model.add_adapter(FROZEN_COPY, lora_config)
             # only the active adapter trains
             model.set_adapter('default')
     return model.eval()
@@ -181,8 +181,8 @@ def options(config):
     if config['lora_rank'] is None:
         config.report_unused(['lora_alpha', 'lora_dropout', 'lora_targets'], 'there is no --lora_rank')
         return None
-    # a saved adapter is trained further with its own rank and alpha; its target layers come with its weights
-    saved = find(config['model'])
+    # a saved adapter is trained further with its own rank and alpha, and on its own layers
+    saved = find_adapter(config['model'])
     if saved and config['lora_rank'] != saved.rank:
         ways = f'--lora_rank={saved.rank} goes on with it, and without --lora_rank it is merged and all weights train'
         raise UserError(f'the adapter {saved.name!r} has rank {saved.rank}: {ways}; for a new adapter {WAY_OUT}')
@@ -194,12 +194,13 @@ def options(config):
 
 
 def reference_options(config, adapters):
-    """Return the adapter options for loading the reference: the policy's, or None to load a plain model."""
-    # 4-bit weights and saved adapters need the policy's options, to give its starting point under adapters_off()
-    starts_plain = not config['quantize'] and not find(config['model'])
-    if starts_plain or config['ref_model'] is not None:
-        return None
-    return adapters
+    """Return the adapter options for loading the reference: those of the policy (adapters), or None to load a plain model.
+
+    By default the reference is the policy before training: the model of --model, under adapters_off()."""
+    # a new adapter starts as zero, so the plain model is the same; but 4-bit weights or a saved adapter change the model
+    starts_plain = not config['quantize'] and not find_adapter(config['model'])
+    has_own_model = config['ref_model'] is not None
+    return None if starts_plain or has_own_model else adapters
 
 
 def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
@@ -211,28 +212,29 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     model.eval()
     if not adapters:
         return _merge_saved(model, saved, empty) if saved else model
-    dropout, is_reward = adapters['dropout'], hasattr(model, 'score')
-    settings = _settings(model, saved, adapters)
-    settings.lora_dropout = dropout
-    settings.task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'
-    # the frozen copy is the reference; reward models have none
+    dropout = adapters['dropout']
+    is_reward = hasattr(model, 'score')
+    lora_config = _lora_config(model, saved, adapters)
+    lora_config.lora_dropout = dropout
+    lora_config.task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'
+    # the reference is a frozen copy of the saved adapter; reward models have no reference
     with_frozen_copy = saved is not None and not is_reward
-    model = _peft_model(model, settings, seed, with_frozen_copy)
+    model = _peft_model(model, lora_config, seed, with_frozen_copy)
     if saved:
         _check_trainable(core(model), saved)
         if not empty:
             for adapter_name in model.peft_config:
                 _load_weights(model, saved, adapter_name)
-        reference = ', and a frozen copy of it is the reference' if with_frozen_copy else ''
-        say_once(f'adapter: {saved.name}, rank {saved.rank}, goes on in its model {saved.base}{reference}')
-    # the model stays in eval mode, so enable dropout whenever gradients are recorded
+        remark = ', and a frozen copy of it is the reference' if with_frozen_copy else ''
+        say_once(f'adapter: {saved.name}, rank {saved.rank}, goes on in its model {saved.base}{remark}')
+    # the model stays in eval mode, which turns PEFT's dropout off: replace it by one that works whenever gradients are recorded
     for path, module in model.named_modules():
         if dropout and path.endswith('lora_dropout.default'):
             module.forward = lambda x: F.dropout(x, dropout, training=torch.is_grad_enabled())
     return quantize.quantize(model) if adapters.get('quantize') else model
 
 
-def _settings(model, saved, adapters=None):
+def _lora_config(model, saved, adapters=None):
     """Return the peft.LoraConfig of a saved adapter, or of a new one on linear layers of the model's blocks.
 
     adapters['targets'] holds layer names such as 'q_proj v_proj', or None for all. Raises UserError for unknown names."""
@@ -241,7 +243,7 @@ def _settings(model, saved, adapters=None):
     if saved:
         return peft.LoraConfig.from_pretrained(str(saved.folder))
     linear = {m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
-    # the last part of a module's path, such as q_proj in model.layers.0.self_attn.q_proj
+    # path -> its last part: model.layers.0.self_attn.q_proj -> q_proj
     layer_names = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}
     known = sorted({layer_names[path] for path, module in model.named_modules() if module in linear})
     targets = adapters['targets']
@@ -249,7 +251,7 @@ def _settings(model, saved, adapters=None):
     if not wanted or set(wanted) - set(known):
         choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {choices}')
-    # PEFT matches by name alone: exclude other modules of the same name by their full path
+    # PEFT finds layers by name, also outside of the blocks: exclude those by their full path
     others = [path for path, module in model.named_modules() if layer_names[path] in wanted and module not in linear]
     return peft.LoraConfig(
         r=adapters['rank'],
@@ -265,10 +267,10 @@ def _settings(model, saved, adapters=None):
 
 def _check_trainable(model, saved):
     """Raise UserError if a saved adapter can only be merged, not trained further. model: the one inside the PeftModel."""
-    inside = {module for block in blocks(model) for module in block.modules()}
+    in_blocks = {module for block in blocks(model) for module in block.modules()}
     # an adapter on the LM head would be ignored: training reads the head's weight without calling the layer
-    outside = [path for path, module in model.named_modules() if hasattr(module, 'lora_A') and module not in inside]
-    # fully trained modules; PEFT lists these two names for any classifier's head
+    outside = [path for path, module in model.named_modules() if hasattr(module, 'lora_A') and module not in in_blocks]
+    # modules that the adapter stores whole; only a reward model's head, which PEFT lists under both names, can train here
     outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
     # load_model has already rejected the reverse, a reward model's adapter for a language model
@@ -282,9 +284,9 @@ def _check_trainable(model, saved):
 def adapters_off(model):
     """Context manager: switch adapters off, or to their frozen copy if there is one. No-op without adapters, or if None."""
     layers = [module for module in model.modules() if hasattr(module, 'lora_A')] if model else []
-    # PEFT's own context managers would also change requires_grad, under FSDP on gathered copies of the parameters
+    # not by PEFT's own context managers: they also change requires_grad, under FSDP on gathered copies of the parameters
     for layer in layers:
-        layer._disable_adapters = FROZEN_COPY not in layer.lora_A
+        layer._disable_adapters = FROZEN_COPY not in layer.lora_A  # name of an adapter -> its matrix A
         layer._active_adapter = [FROZEN_COPY]
     try:
         yield

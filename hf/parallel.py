@@ -15,7 +15,7 @@ def check(config):
     if config['tp'] > 1 and config['lora_rank']:
         raise UserError('tp and lora_rank do not go together: adapters are small enough for FSDP alone')
     is_on = {'tp': config['tp'] > 1, 'cpu_offload': config['cpu_offload']}
-    needs_full = ' and '.join(name for name in is_on if is_on[name])
+    needs_full = ' and '.join(name for name in is_on if is_on[name])  # '', 'tp', ...
     if needs_full and config['shard'] in ('none', 'grads'):
         raise UserError(f'{needs_full} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')
     # with pack=False batches are padded anyway
@@ -49,7 +49,6 @@ def choose_arithmetic(config, device):
         costs = room.bfloat16_costs()
         if costs > 2:
             say(f'note: this CPU takes {costs:.0f} times as long for bfloat16 as for float32: --dtype=float32')
-
     if use_tf32:
         torch.set_float32_matmul_precision('high')
     if config.deterministic and on_gpu:
@@ -86,24 +85,25 @@ def tensor_parallel(model, mesh, n_meshes):
     if not plan or set(plan.values()) - styles.keys():
         hint = 'leave out --tp, FSDP needs none'
         raise UserError(f'{name} has no tensor-parallel plan in transformers that is supported here: {hint}')
-
     # name of a size -> (size, number that must divide it)
     ranks = mesh.size()
     key_value_heads = getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
     sizes = {'attention heads': (config.num_attention_heads, ranks), 'key-value heads': (key_value_heads, ranks)}
+    head_shape = (getattr(config, 'head_dim', None),)
     for path, module in inner.named_modules():
+        # layers.0.mlp.up_proj -> layers.*.mlp.up_proj
         path_in_plan = '.'.join('*' if part.isdigit() else part for part in path.split('.'))
         style = plan.get(path_in_plan, '')
         if style.startswith('rowwise'):
             sizes[f'columns of {path}'] = (module.weight.shape[1], ranks)
         elif style.startswith('colwise'):
-            # colwise divides the rows (dim 0), and FSDP divides each part again
+            # torch calls it colwise to divide the rows of a weight (dim 0); FSDP divides each part again
             sizes[f'rows of {path}'] = (len(module.weight), ranks * n_meshes)
-        # what is left are norms; only those of a single head work
-        elif style and tuple(module.weight.shape) != (getattr(config, 'head_dim', None),):
+        # the other style in `styles` is for norms, of which only those of a single head work
+        elif style and tuple(module.weight.shape) != head_shape:
             raise UserError(f'{name} has norms across heads, which are not supported with --tp: leave it out')
-    for what, (size, parts) in sizes.items():
+    for size_name, (size, parts) in sizes.items():
         if size % parts:
-            problem = f'the {size} {what} of {name} do not divide by {parts}'
+            problem = f'the {size} {size_name} of {name} do not divide by {parts}'
             raise UserError(f'tp={ranks} on {ranks * n_meshes} ranks: {problem}')
     parallelize_module(inner, mesh, {path: styles[style] for path, style in plan.items()})

@@ -30,20 +30,21 @@ def _is_reward(model):
 
 def _difference(found, expected):
     """Return the maximum error of a tensor: relative, but absolute for expected values below 1."""
-    return ((found - expected).abs() / expected.abs().clamp(min=1)).max().item()
+    errors = (found - expected).abs() / expected.abs().clamp(min=1)
+    return errors.max().item()
 
 
 def can_pack(model, packed, padded, say, wanted=True):
     """Return whether packed batches give the model's own log-probs or scores up to rounding. False if not wanted.
 
     packed, padded: Batches of the same examples; say: prints why packing does not work
-    If not packed, the padded batch is checked: UserError if its numbers differ, as model.Head then misses something."""
+    If the result is False, training uses padded batches: raises UserError if those give other numbers, too."""
     if wanted:
-        distance, reason = deviation(model, packed, padded)
-        if distance <= _tolerance(model):
+        max_error, reason = deviation(model, packed, padded)
+        if max_error <= _tolerance(model):
             return True
-    distance, message = deviation(model, padded, padded)
-    if distance > _tolerance(model):
+    max_error, message = deviation(model, padded, padded)
+    if max_error > _tolerance(model):
         # for example a logit scale under a config key that model.Head does not read
         raise UserError(f'the head of {_name(model)} does something that nanopref does not know: {message}')
     if wanted:
@@ -52,21 +53,20 @@ def can_pack(model, packed, padded, say, wanted=True):
 
 
 def _tolerance(model):
-    """Return the largest error that rounding can explain. Call it after a forward, which decides the dtype under FSDP."""
-    # the parameters gathered by a forward may be bfloat16; the sharded ones are always float32
-    half = any(p.dtype == torch.bfloat16 for p in model.parameters())
-    # TF32 matmuls on a GPU
-    rough = half or torch.get_float32_matmul_precision() != 'highest'
-    return 0.03 if rough else 1e-4
+    """Return the largest error that rounding can explain. Call it after a forward, which under FSDP leaves gathered parameters."""
+    # gathered parameters have the dtype of the forward; sharded ones are always float32
+    in_bfloat16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    in_tf32 = torch.get_float32_matmul_precision() != 'highest'
+    return 0.03 if in_bfloat16 or in_tf32 else 1e-4
 
 
 @guard.memory_for('the two examples that try the model out do not fit; lower max_length, or try --dtype=bfloat16')
 @torch.no_grad()
 def deviation(model, batch, padded):
-    """Compare our log-probs or scores of a batch with the model's own forward on the same examples, padded.
+    """Compare our log-probs or scores of a batch, packed or padded, with the model's own forward on the same examples, padded.
 
-    Returns (maximum error, infinity if it cannot run packed; message in case that is too large). Raises UserError if a padded batch
-    cannot run."""
+    Returns (maximum error, message): infinity and the reason if a packed batch cannot run, else a message for an error that is too
+    large. Raises UserError if a padded batch cannot run."""
     config = core(model).config
     is_packed = bool(batch.groups)  # only packed batches have groups
     # convolutions and linear attention would leak from one answer into the next
@@ -75,9 +75,9 @@ def deviation(model, batch, padded):
         return math.inf, f'it has layers of type {" ".join(sorted(other_layers))}'
     try:
         with padded_attention(model):
-            expected = _own_numbers(model, padded)
+            expected = _transformers_numbers(model, padded)
             set_attention(model, is_packed)
-            # architectures with hard-coded attention, such as GPT-J and BLOOM, ignore the request
+            # architectures with hard-coded attention, such as GPT-J and BLOOM, keep their own
             if is_packed and config._attn_implementation != 'packed':
                 return math.inf, 'it takes no attention from outside'
             if _is_reward(model):
@@ -92,12 +92,12 @@ def deviation(model, batch, padded):
         if is_packed:
             return math.inf, first_line(error)
         raise UserError(f'{_name(model)} cannot be trained here: its forward says {first_line(error)}') from None
-    distance = _difference(ours, expected)
+    max_error = _difference(ours, expected)
     kind = 'scores' if _is_reward(model) else 'log-probs'
-    return distance, f'other {kind} than those of transformers, off by {distance:.1%}'
+    return max_error, f'other {kind} than those of transformers, off by {max_error:.1%}'
 
 
-def _own_numbers(model, padded):
+def _transformers_numbers(model, padded):
     """Return log-probs or scores of the A answers of a padded batch, (A,), from the forward of transformers."""
     # transformers reads the score at the last token that is not pad_token_id; language models take any filler
     filler = core(model).config.get_text_config().pad_token_id if _is_reward(model) else 0
@@ -105,9 +105,10 @@ def _own_numbers(model, padded):
     logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
     if _is_reward(model):
         return logits[:, 0]
-    # (N, V) for the N answer tokens -> (N,) log-probs of the tokens -> (A,) sums per answer
-    logps = logits.log_softmax(-1).flatten(0, 1)[padded.predict_at]
-    return padded.sum(logps.gather(1, padded.target[:, None])[:, 0])
+    # of the whole vocabulary, where each of the N answer tokens is predicted: (N, V)
+    vocabulary_logps = logits.log_softmax(-1).flatten(0, 1)[padded.predict_at]
+    answer_logps = vocabulary_logps.gather(1, padded.target[:, None])[:, 0]  # (N,)
+    return padded.sum(answer_logps)
 
 
 def _is_machine_or_bug(error):
@@ -125,21 +126,22 @@ def measure_loaded(model):
     """Return an unsharded model's outputs for a made-up example, for compare(); None with a note if it cannot run."""
     device = next(model.parameters()).device
     try:
-        return _measure(model, device)
+        return _outputs(model, device)
     # some models have GPU kernels only; any other failure will show up again in can_pack
     except Exception as error:
         say(f'note: the loaded model was not compared with the sharded one: {type(error).__name__} on {device}')
         return None
 
 
-def _measure(model, device):
+def _outputs(model, device):
     """Return outputs for a made-up example, on the CPU: scores (2,), log-probs (1, 8), or log-probs and values (2, 8)."""
     # a prompt and two answers, of four random tokens each
-    ids = np.random.default_rng(0).integers(core(model).get_input_embeddings().num_embeddings, size=12)
+    vocab_size = core(model).get_input_embeddings().num_embeddings
+    ids = np.random.default_rng(0).integers(vocab_size, size=12)
     prompt, answers = ids[:4], [ids[4:8], ids[8:]]
     batch = pack([(prompt, answers)], [0], pad=True, device=device)
     function = response_scores if _is_reward(model) else token_logps
-    # fsdp.shard adds the function as a method that gathers the weights
+    # a sharded model has a method of the same name, which gathers the weights (fsdp.shard)
     forward = getattr(model, function.__name__, partial(function, model))
     set_attention(model, packed=False)
     with torch.no_grad():
@@ -147,14 +149,14 @@ def _measure(model, device):
 
 
 def compare(model, expected, device, half):
-    """Raise UserError if a sharded model's outputs differ from those of measure_loaded(). half (bfloat16): only warn."""
-    distance = _difference(_measure(model, device), expected)
+    """Raise UserError if a sharded model's outputs differ from expected, of measure_loaded(). half (bfloat16): only warn."""
+    max_error = _difference(_outputs(model, device), expected)
     # free the parameters gathered by the forward
     model.reshard()
     limit = 0.1 if half else 0.01
-    if distance <= limit:
+    if max_error <= limit:
         return
-    text = f'the sharded {_name(model)} gives other log-probs than the loaded one: off by {distance:.1%}'
+    text = f'the sharded {_name(model)} gives other log-probs than the loaded one: off by {max_error:.1%}'
     if not half:
         raise UserError(f'{text}; start it in one process without torchrun, in float32, and report this')
     say(f'warning: {text}, more than bfloat16 should cost: compare with --dtype=float32')
@@ -162,7 +164,7 @@ def compare(model, expected, device, half):
 
 def check_positions(model, length, what):
     """Raise UserError if sequences of length tokens are too long for the model. what: their name in the message."""
-    # learned position embeddings are a hard limit; unscaled rotary embeddings have none
+    # max_positions is a hard limit only for learned position embeddings, not for rotary ones
     embeddings = [name for name, module in core(model).named_modules() if isinstance(module, torch.nn.Embedding)]
     learns_positions = any(re.search('wpe|position', name) for name in embeddings)
     max_positions, max_unscaled = _length_limits(model)
@@ -182,12 +184,12 @@ def max_sequence_length(model):
 def _length_limits(model):
     """Return (max_position_embeddings, longest sequence without RoPE scaling) in tokens; infinity for no limit.
 
-    Dynamic and longrope scaling change the encoding of all positions with the longest sequence of a batch."""
+    Beyond the second, dynamic and longrope scaling encode all positions of a batch by its longest sequence."""
     config = core(model).config.get_text_config()
     max_positions = getattr(config, 'max_position_embeddings', None) or math.inf
     parameters = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
     max_unscaled = math.inf
-    # either one dict of RoPE parameters, or one such dict per layer type
+    # {'rope_type': 'dynamic', ...}, or such a dict for each layer type: {'full_attention': {'rope_type': ...}, ...}
     for rope in (parameters, *parameters.values()):
         if not isinstance(rope, dict):
             continue

@@ -15,30 +15,31 @@ from runtime import cache, guard, log, ranks
 from runtime.files import say
 
 
-def use_cache(run, build, make, every_row):
-    """Set .ref of run.train and run.held_out, from a file or by a pass over the reference. See cached_logps.
+def use_cache(run, build, make_sharded, every_row):
+    """Set .ref of run.train and run.held_out: the reference's log-probs, from a file or by a pass over the reference.
 
-    every_row: cache all training rows, not only those that this run trains on."""
+    build, make_sharded: see cached_logps. every_row: cache all training rows, not only those that this run trains on."""
     # this pass keeps no activations, so microbatches can be larger
-    larger = partial(run.make_batches, max_tokens=4 * run.max_tokens)
-    used = slice(None) if every_row else run.used_rows()
-    for examples, rows in ((run.train, used), (run.held_out, slice(None))):
+    make_batches = partial(run.make_batches, max_tokens=4 * run.max_tokens)
+    all_rows = slice(None)
+    train_rows = all_rows if every_row else run.used_rows()
+    for examples, rows in ((run.train, train_rows), (run.held_out, all_rows)):
         if len(examples):
-            cached_logps(build, make, examples, larger, run.config.dtype, rows)
+            cached_logps(build, make_sharded, examples, make_batches, run.config.dtype, rows)
     if run.config.sample_during_eval:
         say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
 
 
-def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
-    """Set examples.ref to the reference's log-prob sums of all answers; return examples. All ranks call this together.
+def cached_logps(build, make_sharded, examples, make_batches, dtype, rows):
+    """Set examples.ref to the log-probs (sums over tokens) of all answers under the reference. All ranks call this together.
 
-    examples.ref: (n, answers), float32; NaN outside rows, the examples that the run uses
-    build(empty): builds the reference on the CPU, to hash it; make(): returns it sharded, called on a cache miss only
+    examples.ref: (examples, answers of each), float32; NaN outside rows, the examples that the run uses
+    build(empty): builds the reference on the CPU, to hash it; make_sharded(): returns it sharded, called on a cache miss only
     make_batches(examples, rows): returns a tuple, microbatches first; dtype: the compute dtype, a part of the key"""
     used = examples.select(rows)
     key, file, logps = ranks.shared(partial(_look_up, build, used, dtype))
     if logps is None:
-        logps = _compute(make(), used, make_batches)
+        logps = _compute(make_sharded(), used, make_batches)
         # break the model's reference cycles (methods added by fsdp.py) to free its memory
         gc.collect()
         ranks.on_one_rank(partial(_save, key, file, logps))
@@ -46,14 +47,13 @@ def cached_logps(build, make, examples, make_batches, dtype, rows=slice(None)):
         say(f'reference log-probs of {len(used)} examples: read from {file}')
     examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)
     examples.ref[rows] = logps
-    return examples
 
 
 def _look_up(build, examples, dtype):
-    """Return (key, cache file, log-probs, or None if the file is missing or damaged). Loads the model to hash it."""
+    """Return (key, cache file, log-probs). Log-probs are None if the file is missing or damaged. Loads the model to hash it."""
     key = _key(build(empty=False), examples, dtype)
     file = cache.path_of('reference', key)
-    # the check makes read() return None for a damaged file
+    # also None for a damaged file, whose checksum (in the metadata) is wrong
     content = cache.read(file, lambda arrays, metadata: metadata == _metadata(key, arrays['logps']))
     if content is not None:
         arrays, _ = content
@@ -82,7 +82,7 @@ def _key(model, examples, dtype):
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy())
-    # of LoRA layers: {adapter: factor}, which is not in the config
+    # the factor of a LoRA layer, {adapter: alpha / rank}, is neither a weight nor in the config
     for module in model.modules():
         scaling = getattr(module, 'scaling', None)
         if isinstance(scaling, dict):
@@ -96,23 +96,21 @@ def _key(model, examples, dtype):
 @guard.memory_for('the pass that caches the reference takes microbatches of 4 x max_tokens; lower max_tokens')
 @torch.no_grad()
 def _compute(model, examples, make_batches):
-    """Return the log-prob sums of all answers under a sharded model: (n, answers), float32, the same on every rank."""
+    """Return the log-probs of all answers under a sharded model: (examples, answers of each), float32, the same on every rank."""
     # spans has a column for the prompt and one per answer
     num_answers = examples.spans.shape[1] - 1
     result = np.zeros((len(examples), num_answers), np.float32)
     bar = log.progress(len(examples), ' examples', 'reference')
-    # chunks of 512 examples, distributed over the ranks as microbatches
+    # 512 examples at a time; make_batches divides them among the ranks and returns this rank's microbatches
     for start in range(0, len(examples), 512):
         rows = np.arange(start, min(start + 512, len(examples)))
         batches, *_ = make_batches(examples, rows)
-        # a microbatch holds whole examples: (1, examples * answers) -> (examples, answers)
+        # response_logps returns (1, answers of the batch), in the order of the examples
         with adapters_off(model):
-            parts = [model.response_logps(batch).view(-1, num_answers) for batch in batches]
-        logps = torch.cat(parts)
-        # this rank's share: answer number -> log-probs of its examples; slot: position of each example in rows
+            own_logps = torch.cat([model.response_logps(batch).view(-1, num_answers) for batch in batches])
+        # gather_columns puts the column of each answer together from all ranks; slots: where this rank's values belong in it
         slots = [slot for batch in batches for slot in batch.slot]
-        own_columns = dict(enumerate(logps.T))
-        # of all ranks: answer number -> log-probs of all rows
+        own_columns = dict(enumerate(own_logps.T))
         columns = fsdp.gather_columns(own_columns, slots, len(rows))
         for answer, column in columns.items():
             result[rows, answer] = column

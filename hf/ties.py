@@ -6,22 +6,23 @@ from model import core
 
 
 def ties(model):
-    """Return name -> earlier name of the same tensor, for every tied parameter."""
-    first_name = {}  # parameter -> name
+    """Return name -> first name of the same tensor, for every tied parameter: {'lm_head.weight': 'model.embed_tokens.weight'}."""
+    first_names = {}  # parameter -> name
     tied = {}
     # with remove_duplicate=False, a tied parameter is listed under each of its names
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        earlier = first_name.setdefault(parameter, name)
-        if earlier != name:
-            tied[name] = earlier
+        first_name = first_names.setdefault(parameter, name)
+        if first_name != name:
+            tied[name] = first_name
     return tied
 
 
 def tie_as(model, wanted):
-    """Tie the parameters in wanted (name -> earlier name) and untie all others, in place. Updates the config, too."""
-    separate(model, ties(model).keys() - wanted.keys())
-    for name, source in wanted.items():
-        _put(model, name, model.get_parameter(source))
+    """Tie the parameters in wanted (a dict as from ties()) and untie all others, in place. Updates the config, too."""
+    unwanted = ties(model).keys() - wanted.keys()
+    separate(model, unwanted)
+    for name, first_name in wanted.items():
+        _set_parameter(model, name, model.get_parameter(first_name))
     correct_tie_config(model)
 
 
@@ -29,19 +30,19 @@ def separate(model, names=None):
     """Untie these parameters, in place: each gets its own copy of the tensor. None: all tied parameters."""
     for name in ties(model) if names is None else names:
         shared = model.get_parameter(name)
-        _put(model, name, torch.nn.Parameter(shared.detach().clone(), shared.requires_grad))
+        _set_parameter(model, name, torch.nn.Parameter(shared.detach().clone(), shared.requires_grad))
 
 
-def _put(model, name, parameter):
+def _set_parameter(model, name, parameter):
     """Set the parameter with this dotted name."""
     owner, _, attribute = name.rpartition('.')
     setattr(model.get_submodule(owner), attribute, parameter)
 
 
 def correct_tie_config(model):
-    """If head and embedding are separate but the config says tied, set it to untied. Returns whether the config was changed.
+    """If head and embedding are separate but the config says tied, correct the config. Returns whether it was changed.
 
-    Otherwise loading the saved model would tie them."""
+    With the wrong config, loading the saved model would tie them."""
     inner = core(model)
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     if head is None or head.weight is embedding.weight:

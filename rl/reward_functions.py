@@ -302,9 +302,9 @@ def _work(fd, folder, file, name):
     # in a thread, because the function may never return
     threading.Thread(target=exit_with_parent, daemon=True).start()
     load_function(file, name)
-    pipe.send('ready')
-    # the parent has gone
+    # the parent may have gone
     with contextlib.suppress(EOFError, ConnectionError):
+        pipe.send('ready')
         while True:
             prompt, response, row = pipe.recv()
             pipe.send(call_one(part, prompt, response, row))

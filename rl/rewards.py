@@ -6,8 +6,10 @@ from functools import partial
 
 import torch
 
+from configurator import UserError
 from feedback import score
 from hf.load import check_same_tokens
+from hf.probe import max_sequence_length
 from rl import reward_functions
 from runtime import ranks
 from runtime.log import say
@@ -18,10 +20,11 @@ from text.tokenise import source_rows
 class Reward:
     """A weighted sum of reward_functions.Parts. Construct it and call its methods on all ranks together."""
 
-    def __init__(self, parts, config, max_tokens, tokenizer, device):
+    def __init__(self, parts, config, max_tokens, tokenizer, device, longest=0):
         """Load the reward models and prepare the functions. Raises UserError if token ids differ from the policy's.
 
-        max_tokens: per microbatch of a reward model. tokenizer: the policy's."""
+        max_tokens: per microbatch of a reward model. tokenizer: the policy's. longest: tokens of the longest prompt and answer;
+        UserError if a reward model does not take so many and an end token."""
         self.parts = parts
         self.config = config
         self.max_tokens = max_tokens
@@ -45,6 +48,11 @@ class Reward:
                 reward_model, own_tokenizer = score.load_scorer(name, device, **options)
                 check_same_tokens(tokenizer, own_tokenizer, f'the reward model {name}', config.model)
                 self.reward_models[part] = reward_model, own_tokenizer
+                limit = max_sequence_length(reward_model)
+                if longest + 1 > limit:
+                    found = f'prompts with their answers and an end have up to {longest + 1} tokens'
+                    way_out = 'lower --max_new_tokens or --max_prompt_length'
+                    raise UserError(f'{found}, where the reward model {name} takes {limit}: {way_out}')
 
     def read_rows(self, **examples_by_split):
         """Reread the data rows with all their columns, for reward functions. No-op without functions.

@@ -15,7 +15,7 @@ def path_of(kind, key):
     """Return the path of a cache file, named by kind and key, a hex hash of everything its contents depend on.
 
     Raises UserError if there is neither NANOPREF_CACHE nor a home folder."""
-    folder = os.environ.get('NANOPREF_CACHE') or os.path.expanduser('~/.cache/nanopref')
+    folder = os.path.expanduser(os.environ.get('NANOPREF_CACHE') or '~/.cache/nanopref')
     # a process without a home, as in some containers
     if folder.startswith('~'):
         raise UserError('there is no home folder to keep tokens in: set NANOPREF_CACHE to a folder')
@@ -25,9 +25,9 @@ def path_of(kind, key):
 def read(file, valid):
     """Return (arrays, metadata) of a cache file, or None if it is missing, damaged or not valid.
 
-    valid: function of (arrays, metadata) that returns whether they are as expected; if it raises, they are not."""
+    valid(arrays, metadata): returns whether they are as expected; if it raises, they are not."""
     with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
-        # 'pt': the torch reader memory-maps the file, the numpy reader copies it
+        # 'pt': torch's reader memory-maps the file; the reader of numpy would copy it
         with safe_open(file, 'pt') as content:
             arrays = {name: content.get_tensor(name).numpy() for name in content.keys()}  # noqa: SIM118
             metadata = content.metadata()

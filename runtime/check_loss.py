@@ -21,7 +21,7 @@ def table(name, fn, statistic, options):
     ratio_l] for losses of pairs, [margin, loss, d loss / d ratio] for losses of single answers. Raises UserError if the
     loss does not return one number per example."""
     margin = torch.tensor(MARGINS)
-    # pair losses take *_w (chosen) and *_l (rejected) arguments; single-answer losses have no suffix
+    # arguments of a loss of pairs end in _w (chosen) or _l (rejected), such as ratio_w; those of single answers do not
     ratios = {'': margin}
     if not PAIRS.isdisjoint(inputs(fn)):
         ratios = {'_w': margin / 2, '_l': -margin / 2}
@@ -29,26 +29,24 @@ def table(name, fn, statistic, options):
     for suffix, ratio in ratios.items():
         ratio.requires_grad_()
         columns[f'ratio{suffix}'] = ratio
-        # the reference log-prob is -20.01; the clamp keeps the policy log-prob below 0
+        # the policy's log-prob is that of the reference, -20.01, plus the log-ratio; the clamp keeps it below 0
         columns[f'pi{suffix}'] = ratio.clamp(max=20.0) - 20.01
         # typical values: ten tokens per answer, a divergence of 0.3 nats
         columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
         columns[f'div{suffix}'] = torch.full_like(ratio, 0.3)
-
     # treat the rows as the examples of a run's first step
     if statistic:
         step_inputs = {'state': {}, 'generator': torch.Generator().manual_seed(0)}
-        # kto: log-ratios of mismatched answers
+        # log-ratios of answers to other prompts (kto); any numbers do here
         step_inputs['ratio_kl'] = columns.get('ratio')
         new_columns, _state = call(statistic, options | columns | step_inputs)
         columns |= {column: values.detach().float() for column, values in new_columns.items()}
-
     # columns override options of the same name
     losses = call(fn, options | columns)
     if not isinstance(losses, torch.Tensor) or losses.shape != margin.shape:
         expected = f'a number for each example, ({len(margin)},)'
         raise UserError(f'the loss {name} must return {expected}, not {losses!r:.100}')
-    # rows are independent, so the gradient of the sum holds every row's slope; unused inputs get slope 0
+    # rows are independent, so the gradient of the sum holds every row's slope; an input that the loss does not use has slope 0
     slopes = torch.autograd.grad(losses.sum(), list(ratios.values()), allow_unused=True, materialize_grads=True)
     return torch.stack([margin, losses, *slopes], dim=1).tolist()
 
@@ -58,7 +56,7 @@ def main(losses, statistics):
 
     Other arguments are options of dpo.py. Raises UserError if no loss is named, or if the loss or a slope is not finite."""
     guard.watch('__main__')
-    words = sys.argv[1:]
+    words = sys.argv[1:]  # such as my_loss --beta=0.2
     name = next((word for word in words if not word.startswith('-')), None)
     flags = [word for word in words if word != name]
     usage = f'python losses.py dpo --beta=0.2 checks a loss; there are {", ".join(losses)}'
@@ -71,7 +69,6 @@ def main(losses, statistics):
     if config['label_smoothing'] is None:
         config['label_smoothing'] = 0.1
     rows = table(name, fn, statistic, config)
-
     # losses of pairs have two slopes: rows are [margin, loss, slope, slope]
     slopes = 'slope chosen  slope rejected' if len(rows[0]) == 4 else 'slope'
     print(f'    margin         loss {slopes}')

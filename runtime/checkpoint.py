@@ -19,23 +19,22 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from configurator import Config, UserError
 from fsdp import local
-from runtime.files import append_kept, file_hash, make_room, move_folder, replace_text, say, sync, writing
+from runtime.files import append_kept, clear_path, file_hash, move_folder, replace_text, say, sync, writing
 from runtime.log import NEUTRAL, check_same, recorded
-from runtime.ranks import gather_objects, on_one_rank, on_ranks, shared
+from runtime.ranks import PATIENCE, gather_objects, on_one_rank, on_ranks, shared
 
 NUMBER = re.compile('[0-9]{10,}')  # name of a checkpoint folder: number of examples, zero-padded to ten digits
 _writer = ThreadPoolExecutor(1)
-_pending = None  # future of the checkpoint being written
+_pending = None  # future of _write() for the checkpoint being written
 # the writer thread's collectives must not interleave with those of training: it has a process group of its own
-_writer_group = functools.cache(lambda default_group: dist.new_group(backend='gloo'))
+_writer_group = functools.cache(lambda default_group: dist.new_group(backend='gloo', timeout=PATIENCE))
 
 
-def identify(config, models, train, held_out):
+def identify(config, hash_models, train, held_out):
     """Return a JSON-serializable dict by which a run recognizes its own checkpoints. Collective; the same on all ranks.
 
-    models: function that returns model name -> hashes; train, held_out: Examples. Keys: 'script' (file name), 'options'
-    (Config without the NEUTRAL ones), 'contents' (hashes of models and data). Raises UserError if ranks' data
-    differ."""
+    hash_models(): returns option -> hashes of its model; train, held_out: Examples. Keys of the result: 'script' (file name),
+    'options' (Config without the NEUTRAL ones), 'contents' (hashes of models and data). UserError if ranks' data differ."""
     data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}
     for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):
         if other_hashes != data_hashes:
@@ -45,7 +44,8 @@ def identify(config, models, train, held_out):
     options = Config({name: value for name, value in config.items() if name not in NEUTRAL})
     # origin tells check_same() which options are defaults
     options.origin = config.origin
-    return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': shared(models) | data_hashes}
+    contents = shared(hash_models) | data_hashes
+    return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': contents}
 
 
 # ---- writing ----
@@ -57,7 +57,7 @@ def _live_tensors(model, optimizer):
     Tied weights appear once, under their first name."""
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
-    # DTensors are saved shard by shard, replicas as plain tensors
+    # DTensors are saved shard by shard; but if every rank has the whole model, as plain tensors (local)
     is_replica = model.shard_mode == 'none'
     tensors = {}
     for name, p in model.named_parameters():
@@ -66,7 +66,7 @@ def _live_tensors(model, optimizer):
         weight = p.detach()
         tensors[f'model.{name}'] = local(weight) if is_replica else weight
         for key, value in optimizer.state[p].items():
-            # scalars (AdamW's step count) cannot be saved: use a view of shape (1,)
+            # a tensor without dimensions (AdamW's step count) cannot be saved: use a view of shape (1,)
             if value.dim() == 0:
                 value = value[None]
             elif is_replica:
@@ -85,28 +85,27 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     wait()
     folder = Path(out_dir) / 'checkpoints' / f'{examples:010d}'
     on_one_rank(lambda: _remove_unfinished(folder))
-
     # replicas hold identical tensors: divide them between the ranks, alternating by size to balance the load
     tensors = _live_tensors(model, optimizer)
     if model.shard_mode == 'none':
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
         tensors = {name: tensors[name] for name in by_size[dist.get_rank() :: dist.get_world_size()]}
-
     # copy, because training changes the tensors while the thread writes
     copies = {name: tensor.to('cpu', copy=True) for name, tensor in tensors.items()}
     cuda_rng = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
     rng_of_ranks = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda_rng})
     state_text = json.dumps({**state, 'examples': examples, 'rng': rng_of_ranks})
-    _pending = _writer.submit(_write, folder, copies, state_text, keep_last, _writer_group(dist.group.WORLD))
+    group = _writer_group(dist.group.WORLD)  # of the collectives of the writer's thread
+    _pending = _writer.submit(_write, folder, copies, state_text, keep_last, group)
 
 
 def _remove_unfinished(folder):
-    """Delete the N.tmp folders of checkpoints that were interrupted, including the one for this checkpoint folder."""
+    """Delete the N.tmp folders of checkpoints that were interrupted. folder: the checkpoint to be written beside them."""
     with writing(folder):
-        for unfinished in {folder.with_suffix('.tmp'), *folder.parent.glob('*.tmp')}:
-            # leave other *.tmp entries alone
+        for unfinished in list(folder.parent.glob('*.tmp')):
+            # leave *.tmp of other names alone
             if NUMBER.fullmatch(unfinished.stem):
-                make_room(unfinished)
+                clear_path(unfinished)
 
 
 def failed():
@@ -121,6 +120,7 @@ def wait():
     # reset first, so that the error is raised only once
     _pending = None
     if pending:
+        # result() waits, and raises the error of _write(), which on_ranks() then raises on the other ranks, too
         on_ranks(True, pending.result)
 
 
@@ -141,10 +141,11 @@ def _write(folder, copies, state_text, keep_last, group):
     except BaseException as error:
         if is_first_rank:
             shutil.rmtree(temporary, ignore_errors=True)
-        # CheckpointException.failures: rank -> (error, traceback); one of the errors is enough
-        errors = [failure[0] for failure in getattr(error, 'failures', {}).values()] or [error]
-        first_line, _, _ = str(errors[-1]).partition('\n')
-        reason = getattr(errors[-1], 'strerror', None) or first_line
+        # CheckpointException.failures: rank -> (error, traceback); report one of these errors
+        failures = getattr(error, 'failures', {})
+        *_, cause = [error, *(failure for failure, _traceback in failures.values())]
+        first_line, _, _ = str(cause).partition('\n')
+        reason = getattr(cause, 'strerror', None) or first_line
         advice = 'older ones are kept, and the same command continues from the newest of them'
         raise UserError(f'cannot write the checkpoint {folder}: {reason}; {advice}') from None
 
@@ -153,7 +154,6 @@ def _complete(temporary, folder, state_text, keep_last):
     """Add state.json and manifest.json to temporary, rename it to folder, and delete all but keep_last checkpoints."""
     (temporary / 'state.json').write_text(state_text)
     (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))
-
     # flush the logs first (raises on a full disk): a resumed run does not rewrite rows from before its checkpoint
     out_dir = folder.parent.parent
     append_kept()
@@ -161,8 +161,7 @@ def _complete(temporary, folder, state_text, keep_last):
         sync(out_dir / name)
     move_folder(temporary, folder)
     replace_text(out_dir / 'latest', f'checkpoints/{folder.name}\n')
-
-    # newest first; skip later checkpoints, which are damaged if the run has resumed from an earlier one
+    # newest first; later ones than this are damaged, as the run has resumed from an earlier one: they do not count
     candidates = [path for path in _folders(out_dir) if path.name <= folder.name]
     for old in candidates[keep_last:]:
         # best effort: a symlink cannot be removed this way
@@ -252,17 +251,16 @@ def load(folder, model, optimizer):
     reader = HuggingFaceStorageReader(str(folder))
     saved_tensors = reader.read_metadata().state_dict_metadata
     saved_shapes = {name: tuple(tensor.size) for name, tensor in saved_tensors.items()}
-    # there is no state of parameters that have had no gradient: of none before the first step, nor of layers that never run
+    # drop the state of parameters that had none when the checkpoint was saved: all before the first step, or layers that never run
+    with_state = {saved.rpartition('.')[0] for saved in saved_shapes}  # optimizer.NAME.exp_avg -> optimizer.NAME
     for name, parameter in model.named_parameters():
-        if not any(saved.startswith(f'optimizer.{name}.') for saved in saved_shapes):
+        if f'optimizer.{name}' not in with_state:
             optimizer.state.pop(parameter, None)
-
     tensors = _live_tensors(model, optimizer)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if saved_shapes != shapes:
         raise UserError(f'the checkpoint {folder} is of another model or optimizer: choose another --out_dir')
     dcp.load(tensors, storage_reader=reader)
-
     state = json.loads((Path(folder) / 'state.json').read_text())
     state.pop('run', None)
     rng_of_ranks = state.pop('rng')
@@ -276,7 +274,7 @@ def load(folder, model, optimizer):
 
 def _create_optimizer_state(model, optimizer):
     """Allocate the optimizer's state tensors, so that a checkpoint can be loaded into them."""
-    # optimizers allocate in their first step; lr = 0 leaves the weights unchanged, and later steps set lr anew
+    # an optimizer allocates them in its first step: do one with lr = 0, which leaves the weights unchanged. Each later step sets lr
     model.reshard()
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None

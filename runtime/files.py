@@ -14,7 +14,7 @@ from pathlib import Path
 from configurator import UserError, main_rank
 
 _lock = None  # open file that holds the lock on this process's folder
-_made = []  # what lock() has made: .lock, its folder, the folders above; [] if .lock was there before
+_made = []  # paths that lock() has created, innermost first: [out/dpo/.lock, out/dpo, out]; [] if .lock was there before
 _kept = {}  # path -> bytes not yet appended, because the disk is full
 _append_lock = threading.RLock()  # append() is also called from the checkpoint thread
 
@@ -50,7 +50,8 @@ def lock(folder):
     unlock()
     folder = Path(folder)
     file = folder / '.lock'
-    made = [path for path in (file, folder, *folder.parents) if not path.exists()]
+    with writing(f'to {folder}'):
+        made = [path for path in (file, folder, *folder.parents) if not path.exists()]
     # retry for two seconds: a killed process may take a moment to exit
     for _attempt in range(10):
         with writing(f'to {folder}'):
@@ -60,10 +61,11 @@ def lock(folder):
         try:
             # LOCK_NB: raise BlockingIOError instead of waiting
             fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # a run that failed may just have removed this file: then no other run would see the lock
+            # another run may have removed the file after we opened it (remove_unused): then nobody else would see our lock
             if os.path.samefile(_lock.fileno(), file):
-                _made = made
+                _made = made  # for remove_unused()
                 return
+        # locked by another process, or removed
         except (BlockingIOError, FileNotFoundError):
             time.sleep(0.2)
         except OSError as error:
@@ -86,9 +88,10 @@ def remove_unused():
     """Remove the file and the folders that lock() has made, if the run has written nothing there: it failed before it began."""
     with contextlib.suppress(OSError):
         if _made and os.listdir(_made[0].parent) == ['.lock']:
-            _made[0].unlink()
-            # up to a folder that has something else, which rmdir refuses
-            for folder in _made[1:]:
+            lock_file, *folders = _made
+            lock_file.unlink()
+            # innermost first; rmdir raises at a folder that holds something else
+            for folder in folders:
                 folder.rmdir()
 
 
@@ -96,6 +99,7 @@ def append(path, text):
     """Append whole lines to a file. On a full disk, warn and keep them in memory, to be retried by the next call."""
     path = Path(path)
     with _append_lock:
+        # rows of earlier calls that are still in memory come first
         waiting = _kept.pop(path, b'')
         rest = waiting + text.encode()
         try:
@@ -106,7 +110,7 @@ def append(path, text):
                     rest = rest[written:]
         except OSError as error:
             _kept[path] = rest
-            # warn once, until the rows could be written
+            # if rows were waiting before, the user has been warned
             if not waiting:
                 say(f'warning: cannot write {path}: {error.strerror}: its rows are kept in memory until there is room')
 
@@ -161,14 +165,14 @@ def move_folder(temporary, folder):
     for path in (*temporary.rglob('*'), temporary):
         sync(path)
     # rename() cannot replace a folder that is not empty
-    make_room(folder)
+    clear_path(folder)
     temporary.rename(folder)
     # flush the new name, too
     sync(folder.parent)
 
 
-def make_room(path):
-    """Delete the folder at path; rename a file or symlink, which is not from this run, with a note. Raises OSError."""
+def clear_path(path):
+    """Free this path for a new folder: delete a folder there; rename a file or symlink, which is not of this run. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     # lexists: includes broken symlinks

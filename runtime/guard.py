@@ -39,7 +39,7 @@ def watch(name):
     """Set up signal handling and validate the command line before heavy imports; no-op unless name is '__main__'."""
     if name != '__main__':
         return
-    # expandable segments avoid fragmentation when batch sizes vary. Keep the user's setting (new or old name), if any
+    # on a GPU: less fragmented memory when batch sizes vary. Keep the user's setting (new or old name), if any
     if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
         os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
 
@@ -52,15 +52,15 @@ def watch(name):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    # block signals in all threads and wait for them in one: the main thread may be inside C code for minutes (such as a
-    # rendezvous), where Python runs no handlers. The handlers set here run only inside unblocked()
+    # handlers for user code inside unblocked()
     for number in SIGNALS:
         signal.signal(number, lambda received, frame: on_signal(received))
+    # elsewhere signals are blocked in all threads, and one thread waits for them: the main thread may be inside C code for minutes
+    # (such as a rendezvous), where Python runs no handlers
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=listen, daemon=True).start()
     # a forked child has no listening thread
     os.register_at_fork(after_in_child=restore_defaults)
-
     # python -c has no file to read options from
     script = getattr(sys.modules['__main__'], '__file__', None)
     if script:
@@ -78,15 +78,16 @@ def unblocked():
 
 
 def on_signal(number):
-    """Handle a stop signal: exit at once, or set _code so that the training loop stops after this step."""
+    """Handle a stop signal: exit at once, or set _code, an exit code, so that the training loop stops after this step."""
     global _code
-    if _stage == 'over':
+    if _stage == 'over':  # all is written
         return
-    # torchrun forwards a second Ctrl-C as SIGTERM; SIGUSR1 comes from a cluster scheduler, not from an impatient user
+    # an earlier Ctrl-C has set _code. torchrun forwards the second one as SIGTERM; SIGUSR1 comes from a cluster's scheduler instead
     is_second_interrupt = _code == INTERRUPTED and number != signal.SIGUSR1
-    exits_now = is_second_interrupt or _stage == 'loading'
+    exits_now = is_second_interrupt or _stage == 'loading'  # nothing to lose yet
     is_first_signal = _code == 0
-    _code = max(_code, INTERRUPTED if number == signal.SIGINT else SAVED)
+    code = INTERRUPTED if number == signal.SIGINT else SAVED  # 130 or 75
+    _code = max(_code, code)
 
     message = 'stopping after this step (Ctrl-C twice: at once, without saving)'
     if is_second_interrupt:
@@ -115,12 +116,13 @@ def asked_here():
 
 
 def stop_asked():
-    """Return the largest exit code requested by a signal on any rank, or 0. Collective."""
+    """Return the largest exit code requested by a signal on any rank, or 0. UserError if a checkpoint has failed. Collective."""
     from runtime import checkpoint, ranks
 
-    code, any_failed = ranks.largest([_code, int(checkpoint.failed())])
-    # raises a UserError on all ranks
+    has_failed = checkpoint.failed()
+    code, any_failed = ranks.largest([_code, int(has_failed)])
     if any_failed:
+        # raises the error, on all ranks
         checkpoint.wait()
     return code
 
@@ -128,15 +130,17 @@ def stop_asked():
 def check_early(script):
     """Validate the command line of a script without running its slow imports. Exits on --help; raises UserError."""
     source = Path(script).read_text('utf-8')
-    # scripts that pass configure() only part of the command line (plot.py, report.py) are checked later
+    # find the script's own call: configure(globals()) or configure(globals(), shared=training). Scripts that pass other arguments
+    # (plot.py, report.py) check their command line later
     call = re.search(r'configure\(globals\(\)(?:, shared=(\w+))?\)', source)
     if not call:
         return
-    # configure() parses the source at __file__, so objects that have a __file__ can stand in for the modules
+    # make the same call without importing the two modules: configure() only reads the source at their __file__
     script_globals = {'__file__': script, '__doc__': ast.get_docstring(ast.parse(source))}
+    shared_name = call[1]
     shared_module = None
-    if call[1]:
-        shared_module = types.SimpleNamespace(__file__=Path(script).with_name(f'{call[1]}.py'))
+    if shared_name:
+        shared_module = types.SimpleNamespace(__file__=Path(script).with_name(f'{shared_name}.py'))
     configure(script_globals, shared=shared_module, early=True)
 
 
@@ -149,8 +153,8 @@ def begin(out_dir, config, resume):
 
     # one process may do several runs in a row
     global _code, _stage
-    _code = 0
-    _stage = 'loading'
+    _code = 0  # exit code that a signal has asked for; 0: no signal
+    _stage = 'loading'  # a signal exits at once
 
     def take():
         log.check_out_dir(out_dir, config, resume)
@@ -169,7 +173,7 @@ def boundary(save, close, already_started=False):
     from runtime import ranks
 
     global _stage
-    _stage = 'training'
+    _stage = 'training'  # from now on a signal waits for the end of the step
     code = stop_asked()
     if code:
         keep(save, already_started)
@@ -181,12 +185,12 @@ def boundary(save, close, already_started=False):
 def keep(save, already_started=False):
     """Write a checkpoint, retrying every PAUSE seconds, since the latest steps exist only in memory. Collective.
 
-    save(): starts a checkpoint; already_started: it has been called. A new signal of a higher code during the retries allows
-    one last try; raises UserError if that fails."""
+    save(): starts a checkpoint; already_started: it has been called. Ctrl-C, or the first signal at all, during the retries
+    leaves one last try; raises UserError if that fails."""
     from runtime import checkpoint, ranks
 
-    # _code: 0 without a signal, higher after SIGTERM, highest after Ctrl-C; only a higher code from now on ends the retries. Not by
-    # stop_asked(), which would raise if an earlier checkpoint has failed; below, wait() has cleared that failure
+    # largest exit code asked for so far: 0, SAVED or INTERRUPTED. A signal with a larger one ends the retries. This is not by
+    # stop_asked(), which raises the error of an earlier checkpoint; checkpoint.wait() below has cleared it
     (code_before,) = ranks.largest([_code])
     has_warned = False
     is_last_try = False
@@ -194,8 +198,8 @@ def keep(save, already_started=False):
         try:
             if not already_started:
                 save()
-            # only the first try may find its checkpoint already started
             already_started = False
+            # raises if the checkpoint has failed
             checkpoint.wait()
             return
         except UserError as error:
@@ -205,7 +209,7 @@ def keep(save, already_started=False):
                 hint = f'make room; saving is tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up'
                 say(f'warning: {error}. What was trained is kept in memory: {hint}')
             has_warned = True
-        # all ranks poll together, once a second
+        # sleep for PAUSE seconds, but look for a signal each second, on all ranks together
         for _second in range(PAUSE):
             time.sleep(1)
             is_last_try = stop_asked() > code_before
@@ -213,16 +217,18 @@ def keep(save, already_started=False):
                 break
 
 
-def export(model, tokenizer, build, folder, card, dtype, save):
+def export(model, tokenizer, build, folder, card, dtype, save, as_exported):
     """Write log rows that wait for disk space, then the model. Returns its dtype on rank 0. Collective.
 
-    If that fails, save() a checkpoint and raise UserError."""
+    as_exported: context manager in which the model has the parts that build() makes, and no others. If the export fails, save()
+    a checkpoint of the whole model and raise UserError."""
     from hf.export import write_model
     from runtime import ranks
 
     try:
         ranks.on_one_rank(files.append_kept)
-        return write_model(model, tokenizer, build, folder, card, dtype)
+        with as_exported:
+            return write_model(model, tokenizer, build, folder, card, dtype)
     except UserError as error:
         keep(save)
         raise UserError(f'{error}. What was trained is in a checkpoint: the same command writes the model') from None
@@ -234,7 +240,7 @@ def end():
 
     global _stage
     checkpoint.wait()
-    _stage = 'over'
+    _stage = 'over'  # on_signal() ignores signals
     files.unlock()
 
 
@@ -268,13 +274,12 @@ def bad_step(out_dir, state, allowed, first, rows, uid, norm, columns):
     import torch
 
     is_bad = torch.stack([~values.isfinite() for values in columns.values()]).any(0)  # (examples,)
-    slots = is_bad.nonzero().flatten().tolist()
+    slots = is_bad.nonzero().flatten().tolist()  # places of the bad examples in the step
     quantity = 'loss'
-    # the gradient cannot be traced to single examples: record them all
+    # a gradient cannot be traced to single examples: record them all
     if not slots:
         quantity = 'gradient'
         slots = range(len(rows))
-
     file = Path(out_dir) / 'bad_step.jsonl'
     last = first + len(rows)
     for slot in slots:
@@ -310,12 +315,12 @@ def explained(error, advice):
 
     advice: what did not fit and what to lower; ends the message. Out-of-memory errors get of_this_rank = True: this
     rank must print its error itself, since other ranks may have enough memory."""
-    # torch's message starts with the name of the operation
+    # 'OPERATION does not have a deterministic implementation, but ...'; the second part is '' if the text is not found
     operation, is_about_determinism, _ = str(error).partition(' does not have a deterministic implementation')
     if is_about_determinism:
         mistake = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
         return UserError(f'{mistake}; leave it out (the risk cvar, and samples with top_p below 1, cannot have it)')
-    full_memory = out_of_memory(error)
+    full_memory = out_of_memory(error)  # 'the GPU', 'this machine' or None
     # a UserError is readable already
     if full_memory is None or isinstance(error, UserError):
         return error

@@ -26,10 +26,9 @@ def reachable():
     # the exception type depends on the HTTP library and on what fails (network, DNS, proxy)
     except Exception as error:
         reason = first_line(error)[:100]
-
-    # libraries read HF_HUB_OFFLINE on import: also set it in those that are imported already
-    constants.HF_HUB_OFFLINE = True
+    # libraries read the environment variable when they are imported; in those that are already, set their constant
     os.environ['HF_HUB_OFFLINE'] = '1'
+    constants.HF_HUB_OFFLINE = True
     if 'datasets' in sys.modules:
         sys.modules['datasets'].config.HF_HUB_OFFLINE = True
     say(f'note: the hub cannot be reached ({reason}): only what is in its cache can be used')
@@ -56,6 +55,7 @@ def check_there(name):
     where = looked_in(name).strip() or 'on this machine'
     if not _may_be_hub_id(name):
         raise UserError(f'there is no model folder {name!r} {where}: train it first, or name another one')
+    # offline, file_of() finds only what is in the cache
     if not reachable() and file_of(name, 'config.json') is None:
         reason = 'the hub cannot be reached, and its cache does not have it'
         raise UserError(f'there is no folder {name!r} {where}, {reason}: name a model folder')
@@ -68,9 +68,9 @@ def file_of(name, file):
     if not os.path.exists(name):
         if not _may_be_hub_id(name):
             return None
-        # switches to offline mode if the hub does not answer
+        # called for its effect: offline mode if the hub does not answer
         reachable()
-    # return None instead of raising; an invalid hub id is reported by the code that reads its config
+    # cached_file returns None for these, and raises OSError for an invalid hub id, which the reader of its config will report
     quiet = ('gated_repo', 'missing_entries', 'connection_errors')
     options = {f'_raise_exceptions_for_{kind}': False for kind in quiet}
     with contextlib.suppress(OSError):

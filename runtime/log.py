@@ -65,18 +65,18 @@ def recorded(out_dir):
 
 
 def differences(recorded_run, run, neutral=NEUTRAL):
-    """Return the differences between two runs as a list of phrases, [] if they are the same run.
+    """Return the differences between two runs as a list of phrases, such as 'lr 1e-06 there and 5e-07 here'; [] if there are none.
 
-    Both are dicts of 'script', 'options' and 'contents' (name -> hash, or file -> hash for models). neutral: options to
-    ignore. What an older version did not record counts as equal."""
+    Both are dicts of 'script', 'options' (name -> value) and 'contents', hashes: {'model': {file: hash}, 'training examples': hash}.
+    neutral: options to ignore. Fields that an older version did not record count as equal."""
     phrases = []
     if recorded_run['script'] not in ('', run['script']):
         phrases.append(f'of {recorded_run["script"]} there and of {run["script"]} here')
 
-    # options added in a later version count as equal if left at their default
     recorded_options = recorded_run['options']
-    origin = getattr(run['options'], 'origin', {})
+    origin = getattr(run['options'], 'origin', {})  # option -> where its value comes from, such as 'default'
     for name, value in run['options'].items():
+        # an option that did not exist when the run was recorded
         is_new_default = name not in recorded_options and origin.get(name) == 'default'
         if name in neutral or is_new_default:
             continue
@@ -84,15 +84,14 @@ def differences(recorded_run, run, neutral=NEUTRAL):
         if recorded_value != value:
             phrases.append(f'{name} {recorded_value!r} there and {value!r} here')
 
-    for name, content in run['contents'].items():
-        recorded_content = recorded_run['contents'].get(name, content)
-        if recorded_content == content:
+    for name, hashes in run['contents'].items():
+        recorded_hashes = recorded_run['contents'].get(name, hashes)
+        if recorded_hashes == hashes:
             continue
-        # models have a hash per file: name the first file that differs
-        if isinstance(content, dict):
-            file, _hash = min(recorded_content.items() ^ content.items())
+        # a model: name the first file that differs
+        if isinstance(hashes, dict):
+            file, _hash = min(recorded_hashes.items() ^ hashes.items())
             phrases.append(f'{name} {run["options"].get(name)!r} has changed since: {file}')
-        # datasets have a single hash
         else:
             phrases.append(f'the {name} have changed since: their tokens, labels or order')
     return phrases
@@ -101,8 +100,7 @@ def differences(recorded_run, run, neutral=NEUTRAL):
 def check_same(place, recorded_run, run, neutral=NEUTRAL):
     """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
-    place: start of the message, such as 'FOLDER holds'. The runs are dicts of 'script', 'options' and 'contents'."""
-    # at most three differences in the error message
+    place: start of the message, such as 'FOLDER holds'. The runs are dicts as for differences()."""
     phrases = ', '.join(differences(recorded_run, run, neutral)[:3])
     if phrases:
         advice = 'put back what it began with, or choose another --out_dir'
@@ -113,13 +111,12 @@ def check_same(place, recorded_run, run, neutral=NEUTRAL):
 
 
 def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
-    """Raise UserError if a run with these options cannot use out_dir, or if its tracker is not installed.
+    """Raise UserError if a run with these options cannot use out_dir, or if its tracker (wandb, tensorboard) is not installed.
 
-    out_dir must be writable, and new or of the same run: all options but neutral equal, unfinished, and resume on."""
+    out_dir must be writable, and either new or of the same run: all options but neutral equal, unfinished, and resume on."""
     for name in ('wandb', 'tensorboard'):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
-
     # test the nearest existing folder for write access
     folder = Path(out_dir)
     with writing(f'to out_dir {out_dir}'):
@@ -128,7 +125,6 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
         recorded_run = recorded(out_dir)
     if not recorded_run:
         return
-
     # hashes are compared later, when models and data are loaded
     run = {'script': Path(sys.argv[0]).name, 'options': config, 'contents': {}}
     check_same(f'{out_dir} holds', recorded_run, run, neutral)
@@ -195,7 +191,8 @@ def cut_back(out_dir, start, evaluated):
     folder = Path(out_dir)
 
     def is_kept(row):
-        # a new run keeps no rows, not even those of the evaluation at 0 examples
+        """Whether a row of metrics.jsonl stays; the run writes the others again."""
+        # a new run keeps none, not even those of the evaluation at 0 examples
         if not start:
             return False
         last = evaluated if row['split'] == 'eval' else start
@@ -222,13 +219,13 @@ class Log:
             return
         folder = Path(out_dir)
         self.path = folder / 'metrics.jsonl'
-        self.trackers = {}  # name -> (write, close), or None if opening failed
-        self.failed = set()
+        self.trackers = {}  # name -> (write(row), close()), or None if opening failed
+        self.failed = set()  # names of trackers that have raised an error
         if wandb:
             self.trackers['wandb'] = self._attempt('wandb', _open_wandb, wandb, folder)
         if tensorboard:
             self.trackers['tensorboard'] = self._attempt('tensorboard', _open_tensorboard, folder, start)
-        # sys.excepthook ends the process after an uncaught error: flush the trackers first
+        # the hook of configurator.py ends the process after an uncaught error: flush the trackers first
         hook_before = sys.excepthook
 
         def close_and_report(*error):
@@ -256,17 +253,16 @@ class Log:
         Prints a line for each evaluation, and for each step that crosses a multiple of self.every examples."""
         if not main_rank():
             return
-        # JSON has no NaN or infinity
         row = {'split': split, 'counters/examples': examples}
+        # leave NaN and infinity out, which JSON has not
         row |= {name: value for name, value in metrics.items() if math.isfinite(value)}
         append(self.path, json.dumps(row) + '\n')
-        # trackers that could not be opened are in failed, too
+        # failed names trackers that could not be opened, too
         for name in self.trackers.keys() - self.failed:
             write, _close = self.trackers[name]
             self._attempt(name, write, row)
-
-        previous = examples - metrics.get('counters/step_examples', 0)
-        is_due = examples // self.every > previous // self.every
+        before_step = examples - metrics.get('counters/step_examples', 0)
+        is_due = examples // self.every > before_step // self.every
         if split == 'eval' or is_due:
             say(self.line(row))
 
@@ -278,7 +274,6 @@ class Log:
             key = key_of(metric, split)
             if key in row:
                 parts.append(f'{short_name} {row[key]:.4g}')
-
         if split == 'train':
             seconds_each = (time.time() - self.began) / max(1, examples - self.start)
             # max: the clock may have been set back
@@ -310,12 +305,11 @@ def progress(total, unit, description, **options):
     total: number of items, or None if unknown; unit: with a leading space, such as ' rows'; options: passed to tqdm."""
     from tqdm import tqdm
 
-    # options come last, so that callers can override 'disable'
     options = {'total': total, 'unit': unit, 'desc': description, 'disable': not main_rank()} | options
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, leave=False, **options)
 
-    # write plain lines instead of the carriage returns and padding with which tqdm redraws its bar
+    # tqdm redraws its bar by a carriage return and padding: in a file, write plain lines instead
     def write_line(text):
         if text.strip():
             sys.stderr.write(f'{text.strip()}\n')
@@ -332,27 +326,24 @@ def per_second(amount, seconds):
     return amount / seconds if seconds > 0 else math.nan
 
 
-def warmup_steps(config, total):
-    """Return the number of warm-up steps of a run of total examples: the option, but if left at its default at most a tenth."""
-    asked = config.warmup_steps
-    most = math.ceil(total / config.batch_size) // 10
+def warmup_steps(config, n_steps):
+    """Return the number of warm-up steps of a run of n_steps: the option, but if left at its default at most a tenth."""
+    wanted = config.warmup_steps
+    tenth = n_steps // 10
     is_default = config.origin['warmup_steps'] == 'default'
-    if not is_default or asked <= most:
-        return asked
-    say(f'note: {most or "no"} steps of warm-up, a tenth of this short run: --warmup_steps={asked} for more')
-    return most
+    if not is_default or wanted <= tenth:
+        return wanted
+    say(f'note: {tenth or "no"} steps of warm-up, a tenth of this short run: --warmup_steps={wanted} for more')
+    return tenth
 
 
 def schedule(step, steps, warmup, shape):
-    """Return the learning rate factor of a step (0 to steps - 1): linear warmup, then decay.
+    """Return the factor, 0 to 1, of the learning rate in a step (0 to steps - 1): linear warmup, then decay.
 
     warmup: number of warmup steps; shape: 'constant', or 'linear' or 'cosine' decay to zero."""
-    # decays from 1 at the end of the warmup to 0 after the last step
-    decay = min(1.0, max(0.0, (steps - step) / max(1, steps - warmup)))
-    if shape == 'constant':
-        decay = 1.0
-    elif shape == 'cosine':
-        decay = (1 - math.cos(math.pi * decay)) / 2
+    # share of the steps after the warmup that remain: 1 at the end of the warmup, 0 after the last step
+    remaining = min(1.0, max(0.0, (steps - step) / max(1, steps - warmup)))
+    decay = {'constant': 1.0, 'linear': remaining, 'cosine': (1 - math.cos(math.pi * remaining)) / 2}[shape]
     # + 1: the first step has a rate above 0
     rising = (step + 1) / (warmup + 1)
     return min(1.0, rising, decay)

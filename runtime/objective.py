@@ -116,6 +116,8 @@ def objective_of(config, losses, statistics):
     config.report_unused(unused, f'the loss {name} does not use it')
     if not options['importance']:
         config.report_unused(['importance_max'], 'importance is off')
+    if not paired:
+        config.report_unused(['share_prefix'], 'there is one answer to a prompt')
     if not needs_ref:
         config.report_unused(['ref_model'], 'there is no reference')
 

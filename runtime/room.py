@@ -23,7 +23,7 @@ from hf.quantize import packed_weights
 from runtime import ranks
 from runtime.files import say
 
-MOMENTS = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}  # numbers that the optimizer keeps per trained weight
+MOMENTS = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}  # float32 numbers that the optimizer keeps for each trained weight
 # choices for max_tokens='auto'; larger microbatches are not faster
 BUDGETS = [1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384]
 SAVE_AFTER = 15 * 60  # seconds between checkpoints with save_every='auto'
@@ -31,30 +31,30 @@ SAVE_AFTER = 15 * 60  # seconds between checkpoints with save_every='auto'
 SAFE = {'cuda': 0.9, 'cpu': 0.7}
 
 
-def check_room(config, policy, per_token, train, total, packed, max_tokens, others=()):
+def check_room(config, policy, measure_per_token, train, total, packed, max_tokens, others=()):
     """Raise UserError if the disk has no room for the model or the checkpoints of --save_every; on a CPU, print the memory needed.
 
-    per_token(): returns bytes of activations per token; train: Examples; total: examples of the run; packed: no
+    measure_per_token(): returns bytes of activations per token; train: Examples; total: examples of the run; packed: no
     padding; others: models in memory besides policy, or None in their place. Returns whether checkpoints fit, too. Collective."""
-
     # bytes over all ranks; the exported model lacks ppo.py's value head and critic, which are in its checkpoints
     not_exported = {'critic', 'value_head'}
     exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
     bytes_each = 4 if config['save_dtype'] == 'float32' else 2
+    # 4-bit weights are exported unpacked; as buffers, parameters() lacks them
     model_bytes = bytes_each * (_count(exported) + packed_weights(policy))
-    # float32 weights and optimizer state
+    # a checkpoint has the trained weights and the optimizer state, in float32
     numbers_each = 1 + MOMENTS[config['optimizer']]
     checkpoint_bytes = 4 * numbers_each * _count(policy.parameters(), only_trained=True)
     checkpoints_fit = ranks.shared(lambda: _check_disk(config, model_bytes, checkpoint_bytes, total))
-
-    # a full GPU raises an error; on a full CPU the system kills the process silently
+    # only for a CPU: if its memory is full, the system kills the process silently, where a GPU raises an error
     if not torch.cuda.is_available():
         tokens = _largest_batch(config, train, packed, max_tokens)
         subject = f'a microbatch of up to {tokens:,} tokens'
         if config['max_tokens'] == 'auto':
             subject = f'max_tokens={max_tokens} (auto): {subject}'
-        frozen = sum(_count(other.parameters()) for other in others if other is not None and other is not policy)
-        needs = _needs(config, policy, per_token(), frozen, tokens)
+        other_models = [other for other in others if other is not None and other is not policy]
+        frozen = sum(_count(other.parameters()) for other in other_models)
+        needs = _estimate_for(config, policy, measure_per_token(), frozen, tokens)
         _check_memory(needs, subject, tokens, longest=int(train.lengths.max()))
     return checkpoints_fit
 
@@ -69,23 +69,23 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
 
     Raises UserError if the model does not fit, or checkpoints that save_every asks for. With 'auto' it only warns."""
     out_dir = config['out_dir']
-    every = config['save_every']
+    every = config['save_every']  # examples between checkpoints, 0 for none, or 'auto': not known yet
     num_saves = 0
     if every == 'auto':
         num_saves = total
-    # no checkpoint at the end of the run
+    # - 1: at the end of the run the model is written, and no checkpoint
     elif every:
         num_saves = (total - 1) // every
-    present = len([entry for entry in Path(out_dir).glob('checkpoints/*') if entry.name.isdigit()])
+    num_present = len([entry for entry in Path(out_dir).glob('checkpoints/*') if entry.name.isdigit()])
     # + 1: an old checkpoint is deleted only after the new one is complete
-    to_come = max(0, min(config['keep_last'] + 1, num_saves) - present)
+    num_at_once = min(config['keep_last'] + 1, num_saves)
+    num_to_come = max(0, num_at_once - num_present)
     free = shutil.disk_usage(out_dir).free
-    if model_bytes + to_come * checkpoint_bytes <= free:
+    if model_bytes + num_to_come * checkpoint_bytes <= free:
         return True
-
     text = f'{out_dir} lies on a disk with {_size(free)} free: the model takes {_size(model_bytes)}'
-    if to_come:
-        text += f', and {to_come} checkpoints take {_size(checkpoint_bytes)} each'
+    if num_to_come:
+        text += f', and {num_to_come} checkpoints take {_size(checkpoint_bytes)} each'
     if every != 'auto' or model_bytes > free:
         raise UserError(f'{text}; make room, or choose another --out_dir')
     say(f'warning: {text}: however long this run is, it writes no checkpoint')
@@ -95,8 +95,7 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
 def _check_memory(needs, subject, tokens, longest):
     """Print the memory that all ranks on this machine need; warn, with advice, if it has less.
 
-    needs: name -> bytes of one rank; subject: start of the message; tokens: of the microbatch; longest: of the
-    examples."""
+    needs: name -> bytes of one rank; subject: start of the message; tokens: of the microbatch; longest: of the longest example."""
     ranks_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     available = machine_memory()
     needs = {name: number * ranks_here for name, number in needs.items() if number}
@@ -106,7 +105,7 @@ def _check_memory(needs, subject, tokens, longest):
     if total <= available:
         say(text)
         return
-    # only activations shrink with the microbatch, which holds at least one example
+    # only activations shrink with the microbatch, which holds at least the longest example
     share_that_fits = 1 - (total - available) / needs['activations']
     tokens_that_fit = max(longest, int(tokens * share_that_fits))
     options = 'try --activation_checkpointing or --lora_rank'
@@ -118,68 +117,71 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
     """Return the memory needed by one rank as name -> bytes: activations, weights, gradients, optimizer etc.
 
     policy: may be on the meta device; per_token: bytes of activations per token; tokens: of a microbatch; shard: none,
-    grads or full, as in training.py; frozen: parameters of other models; device: where it will run, by default the
-    policy's. 'buffers' are a chunk of logits and the weights gathered by FSDP."""
-    bytes_each = 2 if dtype == 'bfloat16' else 4
-    trained = _count(policy.parameters(), only_trained=True)
-    # 4-bit weights are buffers
+    grads or full, as in training.py; frozen: number of parameters of other models; device: where it will run, by default
+    the policy's. 'buffers' are a chunk of logits and the weights gathered by FSDP."""
+    bytes_each = 2 if dtype == 'bfloat16' else 4  # of a number in the compute dtype
+    num_trained = _count(policy.parameters(), only_trained=True)
+    # among the buffers are 4-bit weights
     not_trained = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
     fixed_bytes = sum(x.numel() * x.element_size() for x in not_trained)
-    # 'grads' and 'full' shard everything but activations and buffers
-    ranks_that_share = 1 if shard == 'none' else world_size
+    # FSDP ('grads', 'full') divides everything but activations and buffers among the ranks
+    num_shards = 1 if shard == 'none' else world_size
     needs = {
         'activations': per_token * tokens,
-        'weights': (4 * trained + fixed_bytes) / ranks_that_share,
-        'gradients': 4 * trained / ranks_that_share,
-        'optimizer': 4 * MOMENTS[optimizer] * trained / ranks_that_share,
-        'reference': bytes_each * frozen / ranks_that_share,
+        'weights': (4 * num_trained + fixed_bytes) / num_shards,
+        'gradients': 4 * num_trained / num_shards,
+        'optimizer': 4 * MOMENTS[optimizer] * num_trained / num_shards,
+        'reference': bytes_each * frozen / num_shards,
         'buffers': _logits_bytes(policy, tokens, bytes_each, device),
     }
     # FSDP also does the cast to bfloat16, for which it gathers copies even on a single rank
-    if ranks_that_share > 1 or bytes_each == 2:
+    if num_shards > 1 or bytes_each == 2:
         needs['buffers'] += bytes_each * _count_gathered(policy, shard)
     return needs
 
 
 def _logits_bytes(policy, tokens, bytes_each, device):
-    """Return the bytes of a chunk of logits and a gradient of the output head, or 0 if the policy has none."""
+    """Return the bytes of a chunk of a microbatch's logits and of its gradient for the LM head, or 0 if the policy has none."""
     head = model.core(policy).get_output_embeddings()
     if head is None:
         return 0
     vocab_size, hidden_size = head.weight.shape
     max_logits = model.Head.max_logits(device or head.weight.device)
+    # a slice of the tokens that starts at 0; no chunk is larger
     first_chunk = model.Head.chunks(int(tokens), vocab_size, max_logits)[0]
-    logits = vocab_size * first_chunk.stop
-    chunk_gradient = vocab_size * hidden_size  # of the head, before it is accumulated
+    num_logits = vocab_size * first_chunk.stop
+    num_gradients = vocab_size * hidden_size  # each chunk makes a gradient of the whole head weight
     # both exist in float32, and also in bfloat16 if that is the compute dtype
-    bytes_of_copies = 6 if bytes_each == 2 else 4
-    return bytes_of_copies * (logits + chunk_gradient)
+    bytes_of_copies = 4 + 2 if bytes_each == 2 else 4
+    return bytes_of_copies * (num_logits + num_gradients)
 
 
 def _count_gathered(policy, shard):
-    """Return the peak number of elements that FSDP gathers on a rank: weights, and the gradients of a block."""
+    """Return how many numbers FSDP gathers on a rank at most: weights, and the gradients of a block. shard: 'none', 'grads', 'full'."""
     import fsdp
 
+    # before the policy is sharded, as in an estimate, count the blocks that FSDP will shard
     fsdp_blocks = [m for m in fsdp.fsdp_modules(policy) if m is not policy]
     block_sizes = [_count(block.parameters()) for block in fsdp_blocks or model.blocks(policy)]
-    # the root module, outside of the blocks, stays gathered
-    gathered = _count(policy.parameters()) - sum(block_sizes)
-    # the current block, its gradients, and the prefetched next block
-    gathered += 3 * max(block_sizes)
-    if fsdp.stays_gathered(policy, shard):
-        gathered += sum(block_sizes)
-    return gathered
+    # parameters outside of the blocks, such as the embedding, stay gathered
+    outside = _count(policy.parameters()) - sum(block_sizes)
+    # the current block, its gradients, and the next block, which is gathered early
+    at_a_block = 3 * max(block_sizes)
+    other_blocks = sum(block_sizes) if fsdp.stays_gathered(policy, shard) else 0
+    return outside + at_a_block + other_blocks
 
 
-def save_every_of(stamps, step, total):
+def save_every_of(step_ends, step, total):
     """Return save_every for 'auto': about SAVE_AFTER seconds worth of examples, or 0 if the run ends before that.
 
-    stamps: end times of the steps so far; before the fourth, the result is 'auto'. total: examples of the run. Collective."""
-    if len(stamps) < 4:
+    step_ends: times at which steps ended; 'auto' is returned before the fourth. total: examples of the run. Collective."""
+    if len(step_ends) < 4:
         return 'auto'
-    # median of three step times, measured on rank 0 so that all ranks agree
-    seconds = ranks.shared(lambda: float(np.median(np.diff(stamps))))
-    every = max(1, round(SAVE_AFTER / seconds)) * (step.seen - step.first)
+    # median of the time between them, measured on rank 0 so that all ranks agree
+    seconds = ranks.shared(lambda: float(np.median(np.diff(step_ends))))
+    num_steps = max(1, round(SAVE_AFTER / seconds))
+    examples_of_a_step = step.seen - step.first
+    every = num_steps * examples_of_a_step
     if every >= total - step.seen:
         return 0
     say(f'note: a checkpoint every {every:,} examples, about 15 minutes; --save_every=0: none')
@@ -187,16 +189,16 @@ def save_every_of(stamps, step, total):
 
 
 def choose_mode(model, mode, train, half, device, cpu_offload):
-    """Resolve mode 'auto': 'none' if a replica fills at most a quarter of a rank's memory, else 'full'."""
+    """Return mode; for 'auto', 'none' (a whole model on each rank) if that fills at most a quarter of its memory, else 'full'."""
     if mode != 'auto':
         return mode
     if ranks.tp_size() > 1 or cpu_offload:
         return 'full'
     if dist.get_world_size() == 1:
         return 'none'
-    trained = sum(p.numel() for p in model.parameters() if train and p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    # bytes: a trained weight, its gradient and AdamW's two moments are float32
+    trained = _count(model.parameters(), only_trained=True) if train else 0
+    frozen = _count(model.parameters()) - trained
+    # bytes: a trained weight, its gradient and AdamW's two moments are float32; frozen weights may be bfloat16 (half)
     needed = 16 * trained + (2 if half else 4) * frozen
     if device.type == 'cuda':
         available = torch.cuda.get_device_properties(device).total_memory
@@ -208,14 +210,14 @@ def choose_mode(model, mode, train, half, device, cpu_offload):
 def choose_max_tokens(config, policy, per_token, train, packed, frozen):
     """Return the largest of BUDGETS whose microbatches fit into every rank's free memory, or the smallest. Collective.
 
-    per_token: bytes of activations per token; packed: no padding; frozen: parameters of models still to be loaded."""
-
+    per_token: bytes of activations per token; packed: no padding; frozen: number of parameters of models still to be loaded."""
     free = free_memory()
-    usable = SAFE[next(policy.parameters()).device.type] * free
+    device = next(policy.parameters()).device
+    usable = SAFE[device.type] * free  # SAFE: the share to fill, 'cpu' or 'cuda' -> 0 to 1
 
     def bytes_to_come(max_tokens):
         tokens = _largest_batch(config, train, packed, max_tokens)
-        needs = _needs(config, policy, per_token, frozen, tokens)
+        needs = _estimate_for(config, policy, per_token, frozen, tokens)
         # the policy's weights are in memory already
         return sum(needs.values()) - needs['weights']
 
@@ -230,8 +232,8 @@ def choose_max_tokens(config, policy, per_token, train, packed, frozen):
     return max_tokens
 
 
-def _needs(config, policy, per_token, frozen, tokens):
-    """Return estimate() for a microbatch of this many tokens, with the options of this run."""
+def _estimate_for(config, policy, per_token, frozen, tokens):
+    """Return estimate() for a microbatch of this many tokens, with the options of this run: config, a dict."""
     options = {'optimizer': config['optimizer'], 'dtype': config['dtype'], 'frozen': frozen}
     options['world_size'] = dist.get_world_size()
     options['shard'] = getattr(policy, 'shard_mode', 'full')
@@ -240,22 +242,31 @@ def _needs(config, policy, per_token, frozen, tokens):
 
 def _largest_batch(config, train, packed, max_tokens):
     """Return the tokens of the largest microbatch: max_tokens, or the longest example, or less if steps are smaller."""
-    prompts, answers = train.widths[:, 0], train.widths[:, 1:]
+    prompts, answers = train.widths[:, 0], train.widths[:, 1:]  # tokens: (examples,) and (examples, answers of each)
+    num_answers = answers.shape[1]
+    # tokens that an example takes: once the prompt and all answers; padded, or without share_prefix, a prompt for each answer
     lengths = train.lengths
     if not packed:
-        lengths = answers.shape[1] * (prompts + answers.max(1))
+        lengths = num_answers * (prompts + answers.max(1))
     elif not config.get('share_prefix', True):
-        lengths = lengths + (answers.shape[1] - 1) * prompts
+        lengths = lengths + (num_answers - 1) * prompts
     # an example longer than max_tokens is a microbatch of its own
     longest = int(lengths.max())
     tokens = max(max_tokens, longest)
-    # bound by the batch_size longest examples; not for ppo.py, whose steps have minibatch_size answers
+    # no step has more tokens than the batch_size longest examples; not for ppo.py, whose steps have minibatch_size answers
     if packed and 'minibatch_size' not in config:
-        largest_step = int(np.sort(lengths)[-config['batch_size'] :].sum())
-        world_size = dist.get_world_size()
+        # a step takes an example again if it is larger than the data, or reaches into the next epoch
+        batch_size, n_examples = config['batch_size'], len(lengths)
+        crosses_epochs = config.get('n_epochs', 1) > 1 and n_examples % batch_size > 0
+        max_copies = (
+            -(-batch_size // n_examples) + crosses_epochs
+        )  # of an example in a step; the quotient is rounded up
+        longest_examples = np.sort(np.tile(lengths, max_copies))[-batch_size:]
+        largest_step = int(longest_examples.sum())
+        _, world_size = ranks.data_rank()
         # examples are not divided, so a rank may have one more than its share
-        largest = largest_step if world_size == 1 else largest_step // world_size + longest
-        tokens = min(tokens, max(longest, largest))
+        largest_share = largest_step if world_size == 1 else largest_step // world_size + longest
+        tokens = min(tokens, max(longest, largest_share))
     return tokens
 
 
@@ -266,14 +277,15 @@ def bytes_per_token(policy, forward, train, packed):
     import fsdp
 
     by_length = sorted(range(len(train)), key=lambda i: train.lengths[i])
-    example = train[by_length[len(train) // 2]]
+    median = by_length[len(train) // 2]
+    example = train[median]
     batch = pack([example], [0], pad=not packed, device=next(policy.parameters()).device)
     # dropout must not advance the training RNG, on a GPU its own
     devices = [batch.ids.device] if batch.ids.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), fsdp.unsharded(policy):
         kept = _kept_bytes(lambda: forward(batch))
-        # here, training mode only switches on activation checkpointing, block by block. Backward recomputes one block at a time, so
-        # add the activations of an average block: of a forward without checkpointing, divided by the number of blocks
+        # modules in training mode are blocks with activation checkpointing (hf/lean.py), which backward recomputes one at a time:
+        # add the activations of an average block, those of a forward without checkpointing divided by the number of blocks
         checkpointed = [module for module in policy.modules() if module.training]
         for block in checkpointed:
             block.training = False
@@ -288,8 +300,9 @@ def _kept_bytes(function):
     """Call function and return the bytes of the tensors it creates that are still alive at its end, result included."""
     import fsdp
 
-    created = {}  # address of a storage -> (weak reference to it, bytes)
+    created = {}  # address of a storage (the memory behind tensors) -> (weak reference to it, bytes)
 
+    # storages of all tensors in nested values, as in created
     def storages(values):
         by_address = {}
         for value in tree_leaves(values):
@@ -350,7 +363,7 @@ def _cgroup_sizes(free):
     version_2 = ('/sys/fs/cgroup', 'memory.max', 'memory.current')
     version_1 = ('/sys/fs/cgroup/memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes')
     sizes = []
-    # lines such as `0::/user.slice` (v2) and `4:cpu,memory:/docker/1f` (v1)
+    # `0::/user.slice` -> ('0:', 'user.slice'), of v2; `4:cpu,memory:/docker/1f` -> ('4:cpu,memory', 'docker/1f'), of v1
     for start, path in re.findall(r'^(0:|\d+:[^:]*\bmemory\b[^:]*):/(.*)', _read('/proc/self/cgroup'), re.M):
         root, limit_file, usage_file = version_2 if start == '0:' else version_1
         group = Path(root, path)
@@ -360,7 +373,7 @@ def _cgroup_sizes(free):
             with contextlib.suppress(ValueError, TypeError):
                 size = int(_read(folder / limit_file))
                 if free:
-                    # file caches can be reclaimed
+                    # file caches count as in use, but can be reclaimed
                     cached = re.search(r'^(?:total_)?inactive_file (\d+)', _read(folder / 'memory.stat'), re.M)
                     size += int(cached[1]) - int(_read(folder / usage_file))
                 sizes.append(size)

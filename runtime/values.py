@@ -9,19 +9,19 @@ import re
 # (minimum, maximum) -> options
 RANGES = {
     (0, math.inf): 'skip_bad_steps lr warmup_steps weight_decay n_eval_examples save_every temperature retries center_coef kl_coef '
-                   'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam gamma',
+                   'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam gamma a',
     (0, 2**32 - 1): 'seed',  # multiples of it seed generators that take 64 bits
     (0, 1): 'noise_rate data_fraction frac_good frac_bad smooth',
     (0, 0.99): 'rho',
     (0, 0.9): 'lora_dropout',
     (1e-9, 1): 'top_p',
-    (1e-9, math.inf): 'max_grad_norm beta_prime lora_alpha clip value_clip beta tau mu importance_max peak_tflops',
+    (1e-9, math.inf): 'max_grad_norm beta_prime lora_alpha clip value_clip beta tau mu importance_max peak_tflops estimate_for',
     (1e-3, 1e6): 'timeout reward_timeout',
     (0, 1000): 'reward_workers',
     (1, 1000): 'concurrency threads width',
     (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every keep_last log_every max_length max_prompt_length '
-                   'max_new_tokens num_turns n_eval_model_samples n_steps prompt_tokens answer_tokens vocabulary n lora_rank tp '
-                   'minibatch_size ppo_epochs group_size sample_batch',
+                   'max_new_tokens num_turns n_eval_model_samples n_steps prompt_tokens answer_tokens vocabulary n lora_rank tp max_points rounds '
+                   'minibatch_size ppo_epochs group_size sample_batch n_pairs n_held_out',
 }  # fmt: skip
 # option -> allowed values
 CHOICES = {
@@ -96,7 +96,6 @@ def problem(name, value):
         return 'is an integer that no machine counts to'
     if name in ('max_tokens', 'save_every') and isinstance(value, str) and value != 'auto':
         return f'must be a number or auto, not {value!r}'
-
     # such as --out_dir=$UNSET; files would land in the working directory, or in the root folder
     if name in ('out_dir', 'out') and value == '':
         return 'is empty: give it a name'
@@ -140,7 +139,6 @@ def settle(config):
         if not has_weights:
             config[name] = f'{folder}/model'
             notes.append(f'{name} is {config[name]}, the model that the run in {folder} has left')
-
     # max_prompt_length=None means half of max_length; some scripts have neither
     if 'max_length' in config and config.get('max_prompt_length', 0) is None:
         half = config['max_length'] // 2

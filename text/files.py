@@ -246,7 +246,10 @@ def _splits_by_name(path):
 
 
 def _split_of(name):
-    """Return the split that a relative file path tells by the rules of `datasets`, or ''."""
+    """Return the split that a relative file path tells by the rules of `datasets`, or ''.
+
+    'test_sft-00000-of-00002.parquet' -> 'test_sft', 'data/easy-00000-of-00001.parquet' -> 'easy', 'my.eval.json' -> 'test',
+    'latest.json' -> ''."""
     word = SPLIT_WORD.search(name.lower())
     shard = SHARD.search(name)
     if shard:
@@ -257,8 +260,8 @@ def _split_of(name):
             return '' if shard[1] in ('data', 'part') else shard[1]
     if not word:
         return ''
-    split, purpose = word.groups(default='')
-    return SPLIT_OF_WORD.get(split, split) + purpose
+    split, suffix = word.groups(default='')  # such as 'eval' and '_sft'
+    return SPLIT_OF_WORD.get(split, split) + suffix
 
 
 def has_test_part(path):

@@ -20,6 +20,7 @@ from text.messages import ASSISTANT, answer, are_texts, as_chat, ask, field, mes
 NUMBER = int | float
 DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
+UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
 UNASKED = 'note: conversations that lose what precedes the first question or follows the last answer to train on'
 
 # fmt: off
@@ -28,8 +29,9 @@ QUESTIONS = 'prompt question instruction problem query input'.split()
 # columns that are appended to a question or an instruction
 ADDED = 'input context'.split()
 # columns with more context for a question
-ABOUT = ('context history options choices article passage document documents passages contexts body story paragraph premise '
-         'ctxs starter_code').split()
+ABOUT = 'context history options choices article passage starter_code'.split()
+# columns with texts that a question is about, or with names of files, or numbers
+DOCUMENTS = 'document documents passages contexts body story paragraph premise ctxs'.split()
 # columns that are each one of a question's options: A, option_b, opc, choice1
 OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
@@ -311,6 +313,18 @@ def check_nothing_lost(row, column, turns, names=(*QUESTIONS, *ABOUT)):
         is_included = all(isinstance(part, str) and part.strip() in text for part in parts)
         if not is_included and not is_history(row[other]):
             raise ValueError(f'{other!r} asks something, too, which would be lost beside {column!r}')
+    for name in DOCUMENTS:
+        # a name or a number has fewer than four words
+        if any(len(part.split()) > 3 and part.strip() not in text for part in _texts_in(row.get(name))):
+            raise ValueError(f'{name!r} asks something, too, which would be lost beside {column!r}')
+
+
+def _texts_in(value):
+    """Return all strings in a JSON-like value."""
+    if isinstance(value, str):
+        return [value]
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return [text for part in parts for text in _texts_in(part)] if isinstance(parts, list) else []
 
 
 def is_history(value):
@@ -714,14 +728,16 @@ def read_answer(row, task=None):
         chosen, rejected = row['output']
         pair = {name: value for name, value in row.items() if name != 'output'}
         return read_pair(pair | {'chosen': chosen, 'rejected': rejected}, task)
-    # a column with the thought behind the answer becomes a field of its message; a flag ('reasoning': 'on') does not
-    thought = next((row[name] for name in THOUGHTS if isinstance(row.get(name), str)), '')
-    if len(thought.split()) > 2 and isinstance(row[column], str):
-        (reply,) = said(row[column])
-        row = row | {column: [reply | {'reasoning_content': thought}]}
     # CarperAI's answers are texts in the column 'label', which is no label then
     label = {} if column == 'label' else label_of(row)
     example = example_of(row, {'response': column})
+    # a column with the thought behind the answer becomes a field of its message; a flag ('reasoning': 'on') does not, nor the
+    # reason for a label
+    thoughts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str) and len(row[name].split()) > 2]
+    if thoughts and not label and isinstance(row[column], str) and '</think>' not in row[column]:
+        if isinstance(example['prompt'], str):
+            return [example, {'drop': UNTHOUGHT}]
+        example['response'][-1]['reasoning_content'] = thoughts[0]
     # train on the answers of the history, too, as LLaMA-Factory does
     if is_history(row.get('history')) and isinstance(example['prompt'], list):
         return read_chat({'messages': example['prompt'] + example['response'], **label}, task)
@@ -859,6 +875,8 @@ LAYOUTS = [
     Layout(name, frozenset(columns.split()), read) for name, several, read in READERS for columns in several.split(',')
 ]
 # every column name that has a meaning somewhere above
-KNOWN = frozenset(chain(COLUMNS, ADDED, ABOUT, LABELS, THOUGHTS, *RENAMED, *(layout.columns for layout in LAYOUTS)))
+KNOWN = frozenset(
+    chain(COLUMNS, ADDED, ABOUT, DOCUMENTS, LABELS, THOUGHTS, *RENAMED, *(layout.columns for layout in LAYOUTS))
+)
 # readers that get all rows at once
 OF_ALL_ROWS = {read_shp, read_rated, read_trees}

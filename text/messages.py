@@ -17,7 +17,7 @@ SERIALIZED_ROLE = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|a
 EXCHANGES = (('input', 'output'), ('human', 'assistant'))
 # fields for a message's thoughts
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
-# other names of the field 'weight', where they are true or false (AgentInstruct, axolotl, XTuner)
+# other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner)
 TRAINS = ('loss', 'train', 'training', 'train_on_turn', 'need_calculate_loss')
 # fields that may stand in place of an answer's content (function_calls: OLMo 3)
 BESIDE = ('tool_calls', 'function_calls', *REASONING)
@@ -117,7 +117,7 @@ def checked(turn):
     if weight not in (0, 1):
         raise ValueError(f"the 'weight' of a message is {weight!r}: 1 is trained on, 0 is not, and there is no other")
     for name in TRAINS:
-        if isinstance(turn.get(name), bool):
+        if turn.get(name) in (0, 1):
             weight = min(weight, turn.pop(name))
     if role == 'assistant' and not weight:
         turn['weight'] = 0

@@ -114,8 +114,11 @@ def columns_of(text):
 
 
 def locate(source):
-    """Return (getter, local path, hub id) of one source; what does not apply is None. Raises UserError if nothing is found."""
-    source, _, _ = files.named_part(source)
+    """Return (getter, local path, hub id) of one source; what does not apply is None. Raises UserError if nothing is found.
+
+    'hh' -> (get_hh, None, its hub id), 'hh:FILE' -> (get_hh, FILE, None), './FILE' -> (None, FILE, None),
+    'owner/name' -> (None, None, 'owner/name')."""
+    source, _, _ = files.named_part(source)  # without its config and [split]
     name, _, path = source.partition(':')
     # the functions get_foo of this module
     getter = globals().get(f'get_{name}')

@@ -1,4 +1,4 @@
-"""Plot the curves of runs into one PNG: loss, accuracy, margins, log-probs, KL, and gold reward against KL.
+"""Plot the curves of runs into one picture: loss, accuracy, margins, log-probs, KL, and gold reward against KL.
 
     python -m tools.plot out/dpo_toy out/drdpo_toy --out=plot.png
 
@@ -78,7 +78,7 @@ def draw(runs):
     for axis, panel in zip(axes.flat, panels, strict=False):
         for curve in panel.curves:
             draw_curve(axis, curve, colors[curve.run])
-        entitle(axis, panel.title, panel.meaning, 'training examples')
+        entitle(axis, panel.title, panel.subtitle, 'training examples')
     if any(frontiers):
         draw_frontiers(axes.flat[len(panels)], frontiers, colors)
     for unused in axes.flat[num_panels:]:
@@ -127,13 +127,13 @@ def draw_curve(axis, curve, color):
     axis.plot(curve.examples, curve.values, marker='o', **style)
 
 
-def entitle(axis, title, meaning, xlabel):
-    """Set a panel's title, its subtitle (meaning), and the label of the x axis."""
+def entitle(axis, title, subtitle, xlabel):
+    """Set a panel's title, its subtitle, and the label of the x axis."""
     axis.set(xlabel=xlabel)
     # no power of ten above the axis, where it would overlap the subtitle
     axis.ticklabel_format(useOffset=False, scilimits=(-9, 9))
     axis.set_title(title, loc='left', pad=17)
-    text = axis.text(0, 1.025, meaning, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
+    text = axis.text(0, 1.025, subtitle, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
     # a long subtitle must not widen its column
     text.set_in_layout(False)
 

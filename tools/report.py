@@ -84,7 +84,7 @@ def sample_cards(number, run):
         gold_reward = gold(row)
         # prefer the score of a reward model, then the toy world's gold reward, then DPO's implicit reward beta * logratio
         if 'score' in row:
-            answer |= {'reward': row['score'], 'reward_source': 'reward model'}
+            answer |= {'reward': row['score'], 'reward_source': 'score'}
         elif gold_reward is not None:
             answer |= {'reward': gold_reward, 'reward_source': 'gold'}
         elif 'logratio' in row and isinstance(beta, int | float):
@@ -99,7 +99,7 @@ def show_runs(runs):
     charts = []
     for panel in panels_of(runs):
         curves = [show_curve(curve) for curve in panel.curves]
-        charts.append({'title': panel.title, 'meaning': panel.meaning, 'curves': curves})
+        charts.append({'title': panel.title, 'meaning': panel.subtitle, 'curves': curves})
     options = []
     for name in differing(runs):
         # None if a script has no such option; the value None becomes 'null'

@@ -57,10 +57,10 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A plot of Curves. meaning: the subtitle, which also counts the values that are not drawn."""
+    """A plot of Curves. subtitle: the subtitle, which also counts the values that are not drawn."""
 
     title: str
-    meaning: str
+    subtitle: str
     curves: list
 
 
@@ -161,17 +161,17 @@ def panels_of(runs):
 
     The last one, the KL on chosen answers, is left out if the one before it, the more accurate KL on samples, has curves."""
     panels = []
-    for title, meaning, metrics in PANELS:
+    for title, subtitle, metrics in PANELS:
         curves = curves_of(metrics, runs)
         # far: values outside the axes; gaps: number of values that are nan or infinite
         far = [value for curve in curves for value in curve.far]
         if far:
             farthest = max(far, key=abs)
-            meaning += f'; outside: {len(far)}, such as {farthest:.3g}'
+            subtitle += f'; outside: {len(far)}, such as {farthest:.3g}'
         gaps = sum(curve.gaps for curve in curves)
         if gaps:
-            meaning += f'; no numbers: {gaps}'
-        panels.append(Panel(title, meaning, curves))
+            subtitle += f'; no numbers: {gaps}'
+        panels.append(Panel(title, subtitle, curves))
     kl_on_samples = panels[-2]
     if kl_on_samples.curves:
         panels.pop()

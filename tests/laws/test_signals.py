@@ -143,6 +143,7 @@ def test_every_signal_in_one_run(tmp_path, whole):
     assert end(process, guard.INTERRUPTED) and not (out / 'model').exists()
     assert 'done' in end(start(out), 0)
     same(out, whole(0))
+    assert len(os.listdir(whole(0) / 'checkpoints')) == 2  # by default
     assert 'holds this run already (finished)' in refused('dpo.py', *FLAGS, f'--out_dir={out}')
     same(out, whole(0))
 

@@ -115,7 +115,7 @@ def test_its_files():
     tokenizer.save_pretrained('run/adapter')
     assert load.load_tokenizer('run/adapter').chat_template == 'mine'
     change(base_model_name_or_path='../../base')
-    assert lora.find('run/adapter').base == 'base'
+    assert lora.find_adapter('run/adapter').base == 'base'
     same_logits(load.load_model('run/adapter'), expected)
 
     config = {'model': 'run/adapter'}
@@ -196,12 +196,12 @@ def test_of_a_hub(monkeypatch):
         return str(path) if path.exists() else None
 
     monkeypatch.setattr(hub, 'file_of', cached)
-    found = lora.find('some/adapter')
+    found = lora.find_adapter('some/adapter')
     assert (found.base, found.folder) == ('some/base', Path('run/adapter'))
     with pytest.raises(UserError, match="model of the adapter 'some/adapter' is missing.*its cache does not have it"):
         places['some/base'] = 'nowhere'
         monkeypatch.setattr(lora, '_found', {})
-        lora.find('some/adapter')
+        lora.find_adapter('some/adapter')
 
 
 def test_a_model_of_the_same_shape_is_another(capsys):

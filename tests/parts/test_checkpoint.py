@@ -321,6 +321,35 @@ def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path,
     assert len(tries) == 3
 
 
+@pytest.mark.parametrize('flags', [[], ['--critic=own'], ['--lora_rank=2']])
+def test_a_critic_is_in_the_checkpoint_of_a_model_that_cannot_be_written(tmp_path, monkeypatch, whole, flags):
+    """The same command then writes the model, which is that of a run whose model could be written, and has no critic."""
+    flags = [
+        '--reward=gold',
+        '--model=toy',
+        '--data=toy',
+        '--n_examples=16',
+        '--batch_size=8',
+        '--minibatch_size=8',
+        *flags,
+    ]
+    flags += ['--ppo_epochs=1', '--max_new_tokens=4', '--n_eval_examples=0', '--sample_batch=8', '--save_every=0']
+
+    def fails(*arguments):
+        raise UserError('cannot write it')
+
+    run_script('ppo.py', *flags, f'--out_dir={tmp_path}/well')
+    # two steps have no warm-up, a tenth of them
+    assert metrics(tmp_path / 'well', 'train')[0]['lr'] == 1e-6
+    with monkeypatch.context() as patch:
+        patch.setattr(export, 'write_model', fails)
+        with pytest.raises(UserError, match='the same command writes the model'):
+            run_script('ppo.py', *flags, f'--out_dir={tmp_path}/ill')
+    run_script('ppo.py', *flags, f'--out_dir={tmp_path}/ill')
+    assert same_bits(tmp_path / 'ill/model', tmp_path / 'well/model')
+    assert not any('critic' in name or 'value_head' in name for name in tensors(tmp_path / 'ill/model'))
+
+
 def test_a_checkpoint_that_has_failed_already_does_not_cost_the_last_one(monkeypatch, whole, capsys):
     """The disk fills while one is written in the background, and the rows cannot be written either: it is tried again."""
     failed = futures.Future()
@@ -690,6 +719,19 @@ def test_no_microbatch_is_larger_than_what_is_reckoned_with(monkeypatch, packed,
     assert largest <= room._largest_batch(config, examples, packed, 700) <= max(700, 2 * largest)
 
 
+@pytest.mark.parametrize(('local_world_size', 'free', 'mode'), [(None, 1000, 'none'), ('4', 250, 'full')])
+def test_the_ranks_of_a_machine_share_its_memory(monkeypatch, local_world_size, free, mode):
+    """Fifteen weights in training take 240 bytes: a quarter of 1000, but not of 250."""
+    monkeypatch.setattr(room, 'machine_memory', lambda free=False: 1000)
+    monkeypatch.setattr(room.dist, 'get_world_size', lambda: 2)
+    monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+    if local_world_size:
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', local_world_size)
+    assert room.free_memory() == free
+    layer = torch.nn.Linear(5, 3, bias=False)
+    assert room.choose_mode(layer, 'auto', True, False, torch.device('cpu'), False) == mode
+
+
 @pytest.mark.parametrize(('costs', 'noted'), [(0.3, False), (40, True)])
 def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted):
     monkeypatch.setattr(room, 'bfloat16_costs', lambda: costs)
@@ -725,5 +767,7 @@ def test_memory_of_a_control_group(tmp_path, monkeypatch):
     assert room.machine_memory() == 60000
     files['/sys/fs/cgroup/memory.max'] = 'max'
     assert room.machine_memory() == 70000
+    files['/proc/meminfo'] = 'MemFree: 7 kB\nMemAvailable:   40 kB\n'
+    assert room.machine_memory(free=True) == 40960
     files.clear()
     assert room.machine_memory() > 10**8

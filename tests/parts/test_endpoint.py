@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import socket
+import threading
 import time
 from collections import Counter
 
@@ -80,6 +81,24 @@ def test_every_job_is_answered_once_and_no_more_are_under_way_than_asked_for():
         assert sorted(replies) == [(i, f'answer {i}', completion(f'answer {i}'), None) for i in range(30)]
         path, headers, _ = server.seen[0]
         assert len(server.seen) == 30 and (path, headers['Authorization']) == ('/v1/chat/completions', f'Bearer {KEY}')
+
+
+def test_as_many_are_under_way_as_asked_for():
+    """More than may fail in a row, too, and after the first answer."""
+    here, most, lock = [0], [0], threading.Lock()
+
+    def behave(n, body):
+        with lock:
+            here[0] += 1
+            most[0] = max(most[0], here[0])
+        time.sleep(0.1)
+        with lock:
+            here[0] -= 1
+        return 'ok'
+
+    with serve(behave) as server:
+        assert len(ask(server, 90, concurrency=endpoint.FAILED_IN_A_ROW + 10, proven=True, timeout=5)) == 90
+    assert most[0] > endpoint.FAILED_IN_A_ROW
 
 
 # fmt: off

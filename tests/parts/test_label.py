@@ -522,3 +522,10 @@ def test_transformers_serve(tmp_path):
         process.kill()
         process.wait()
         log.close()
+
+
+def test_one_process_judges(monkeypatch):
+    """Two of torchrun's would wait for one another's lock, or judge twice."""
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='label.py runs in one process'):
+        label('--gold=toy')

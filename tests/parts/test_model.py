@@ -584,6 +584,28 @@ def test_a_copy_in_bfloat16_serves_a_whole_step(saved, device, rank):
     assert hasattr(next(block.parameters()), 'to_local')
 
 
+def test_memory_by_hand(saved, device, monkeypatch):
+    """A model whose embeddings are frozen, on four ranks: weights, gradients and two moments in float32, a reference in bfloat16."""
+    net = saved('llama')()
+    net.get_input_embeddings().requires_grad_(False)
+    vocab, width = net.get_input_embeddings().weight.shape
+    n = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    fixed = 4 * vocab * width + sum(x.nbytes for x in net.buffers())
+    options = {'optimizer': 'AdamW', 'dtype': 'bfloat16', 'world_size': 4, 'frozen': 100}
+    needs = room.estimate(net, 10, 7, shard='full', **options)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks(net)]
+    gathered = n + vocab * width - sum(sizes) + 3 * max(sizes)
+    assert needs.pop('buffers') == 6 * (logits := vocab * (7 + width)) + 2 * gathered
+    assert needs == {'activations': 70, 'weights': n + fixed / 4, 'gradients': n, 'optimizer': 2 * n, 'reference': 50}
+    needs = room.estimate(net, 10, 7, **options | {'dtype': 'float32'})
+    assert (needs['buffers'], needs['gradients'], needs['reference']) == (4 * logits, 4 * n, 400)
+    # on the disk: the model as it came in, checkpoints of what trains
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(room, '_check_disk', lambda config, *sizes: sizes)
+    sizes = room.check_room({'save_dtype': None, 'optimizer': 'AdamW'}, net, None, None, 50, True, 7)
+    assert sizes == (2 * (n + vocab * width), 12 * n, 50)
+
+
 def test_bfloat16_begins_off_the_ties(saved, device):
     """Weights halfway between two numbers of bfloat16 stay put in a step of almost no learning rate."""
     build, batch = saved('llama'), pack(PAIRS)
@@ -823,6 +845,9 @@ def test_gathered_keys(dtype, strided, width):
     gathered.backward(slope)
     plain.double()[layout.gather].backward(slope.double())
     assert_close(ours.grad.float(), plain.grad.float(), 0.02 if dtype == torch.bfloat16 else 1e-6)
+    # heads that do not begin at a word of 16 bytes, though rows do
+    odd = torch.randn(n, 4, 9).to(dtype)[..., :8]
+    assert torch.equal(attention.Gather.apply(odd, layout), odd[layout.gather])
     assert attention.Varlen([(3, (2,)), (5, (1,))]).gather is None
 
 

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, refused
+from helpers import ROOT, refused, run_script
 
-from rl import formulas, rollout
+import data
+from configurator import Config, UserError
+from rl import formulas, rewards, rollout
 from rl.reward_functions import Part
 from rl.rewards import Reward, texts
 from text import toy
@@ -130,6 +132,19 @@ def test_scores_of_the_toy_world_are_of_texts():
     assert scores.tolist() == [2 * toy.gold(prompt, answer) for answer in answers] and scores[0] != scores[1]
 
 
+def test_a_reward_model_has_positions_for_the_longest_answer_and_its_end(monkeypatch):
+    names = ('reward_timeout', 'reward_workers', 'dtype', 'device_map', 'trust_remote_code', 'model')
+    options = Config(dict.fromkeys(names))
+    monkeypatch.setattr(rewards.score, 'load_scorer', lambda *where, **how: (None, None))
+    monkeypatch.setattr(rewards, 'check_same_tokens', lambda *names: None)
+    monkeypatch.setattr(rewards, 'max_sequence_length', lambda model: 12)
+    Reward([Part('rm', 1.0, 'out/rm')], options, 1, None, None, longest=11)
+    with pytest.raises(
+        UserError, match='up to 13 tokens, where the reward model out/rm takes 12: lower --max_new_tokens'
+    ):
+        Reward([Part('rm', 1.0, 'out/rm')], options, 1, None, None, longest=12)
+
+
 def test_slots_of_a_microbatch_among_the_tokens_of_a_round():
     """Two answers to each of three prompts; the microbatch has the third prompt, first of its step, and a filler."""
     answer, offset = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 0, 1, 2, 0]])
@@ -137,6 +152,39 @@ def test_slots_of_a_microbatch_among_the_tokens_of_a_round():
     starts = torch.tensor([0, 3, 5, 9, 11, 20])
     found = rollout.token_slots(batch, np.array([2, 0]), starts, per_prompt=2)
     assert found.tolist() == [11, 12, 20, 21, 22, -1]
+
+
+def test_a_filler_has_no_ratio(tmp_path):
+    """A rank without examples runs a filler, whose ratio to other tokens may be infinite: it counts nothing and has no gradient."""
+    flags = [
+        '--reward=gold',
+        '--model=toy',
+        '--data=toy',
+        '--loss=grpo',
+        '--group_size=2',
+        '--n_examples=4',
+        '--batch_size=4',
+    ]
+    flags += ['--minibatch_size=4', '--ppo_epochs=1', '--max_new_tokens=4', '--n_eval_examples=0', '--sample_batch=4']
+    script = run_script('ppo.py', *flags, f'--out_dir={tmp_path}/run')
+    batch = data.pack([], [], filler=2)
+    far_away = torch.full((1, len(batch.target)), 500.0, requires_grad=True)
+    script['policy'].token_logps = lambda batch: far_away
+    sums = script['run_minibatch']([batch], script['this_round'], np.arange(1))
+    assert not any(sums.values()) and not far_away.grad.any()
+
+
+def test_advantages_and_targets_by_hand():
+    """Log-ratios 0.5 1 | -2, so rewards -0.05 -0.1 | 0.2, and the score at each last token; offline the score alone."""
+    tokens = {'pi': rows(1, 2, 3), 'ref': rows(0.5, 1, 5), 'value': rows(0.6, 0.2, 0.3)}
+    options = SimpleNamespace(kl_coef=0.1, gamma=1.0, lam=0.5, whiten=False)
+    for offline, advantage, target in (
+        (False, (-0.1, 0.7, -1.1), (0.5, 0.9, -0.8)),
+        (True, (0, 0.8, -1.3), (1, 1, -1)),
+    ):
+        options.offline = offline
+        found = rollout.advantages_and_targets(options, tokens, rows(1, -1), torch.tensor([2, 1]))
+        assert close(found[0], rows(*advantage)) and close(found[1], rows(*target))
 
 
 # ---- a user's mistakes ----

@@ -1,6 +1,7 @@
 """The reference cache: exact, shared, found out when damaged, refused where a loss needs more than log-probs."""
 
 import gc
+import math
 import weakref
 
 import numpy as np
@@ -48,6 +49,15 @@ def test_same_numbers_as_the_live_reference(run, tmp_path, loss):
         assert row.keys() == cached.keys()
         assert [cached[k] for k in keys] == pytest.approx([row[k] for k in keys], rel=1e-5, abs=1e-5)
     assert len(caches(tmp_path)) == 2  # training and evaluation
+
+
+def test_terms_on_top_of_the_formula(run, tmp_path):
+    """Both log-ratios are -log 2, so DPO's loss is log 2 and the importance 1/2; NLL 2 over 4 tokens, half of it added."""
+    scope = run_script('dpo.py', *FLAGS, '--loss=dpo', '--importance', '--sft_coef=0.5', f'--out_dir={tmp_path}/run')
+    measured = {'pi_w': -2.0, 'ref_w': math.log(2) - 2, 'n_w': 4.0, 'pi_l': -3.0, 'ref_l': math.log(2) - 3, 'n_l': 5.0}
+    measured = {name: torch.tensor([value]) for name, value in measured.items()}
+    loss, weight = scope['loss_and_weight'](measured, {}, torch.tensor([0]))
+    assert loss.item() == pytest.approx(math.log(2) / 2 + 0.25, abs=1e-6) and weight.item() == 1
 
 
 def test_shared_between_runs_and_losses_and_keyed_by_content(run, tmp_path, capsys):

@@ -95,7 +95,7 @@ def test_ranks_batches_and_order(tmp_path, monkeypatch):
     assert {row['temperature'] for row in rows if row['sample'] < 3} == {0.7}
     assert len({row['seed'] for row in rows}) == len(rows) == 36 and len({row['response'] for row in rows}) > 30
     assert all(row['finish'] == ('eos' if row['tokens'] < 10 else 'length') or row['tokens'] == 10 for row in rows)
-    assert slack.keys() == {row['seed'] for row in rows}
+    assert slack.keys() == {row['seed'] for row in rows} and all(0 <= seed < 2**31 for seed in slack)
     assert statistics.median(slack.values()) > ties.ROUNDING  # most answers rest on no near tie
     # other batches, which round otherwise; nor do the other prompts matter
     others = [flag for flag in FLAGS if 'batch_size' not in flag]
@@ -203,6 +203,10 @@ def test_chat(folder, capsys):
     assert run(*flags, '--system=Be kind.', out_dir='b')[1][0]['prompt'] == kind
     assert "'<|system|>Be kind.\\n<|user|>Hi\\n<|assistant|>'" in capsys.readouterr().out
     assert model_outputs('b')[0]['instruction'] == 'Hi'
+    # as in training, a system message of the data stays
+    french = [{'role': 'system', 'content': 'Answer in French.'}, USER]
+    write_jsonl('french.jsonl', [{'prompt': french}])
+    assert run(flags[0], '--data=french.jsonl', *flags[2:], '--system=Be kind.', out_dir='c')[1][0]['prompt'] == french
 
     tokenizer = load.load_tokenizer(f'{folder}/chat')
     for prompt in (kind, question['prompt'], ''):

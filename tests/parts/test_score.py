@@ -99,6 +99,7 @@ def test_what_is_printed():
     assert re.search(r'Reasoning +0.571\n    math-prm +0.500', lines) and 'Safety ' not in lines
     assert re.search(r'RewardBench +0.643, the mean of 2 of its 4 sections', lines) and 'donotanswer' in lines
     assert sum(map(len, score.SECTIONS.values())) == 23
+    assert [sum(sizes.values()) for sizes in score.SECTIONS.values()] == [358, 456, 740, 1968]
 
     answers = [
         {'score': 1.0, 'good': True},

@@ -363,11 +363,16 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('ms-swift, chats', 'pairs', [{'messages': [user('q?'), assistant('a')], 'rejected_messages': [user('q?'), assistant('b')]}], [PAIR], {}),
     ('OpenAI, answers not trained on', 'sft', [{'messages': [*TWO_TURNS[:1], assistant('b') | {'weight': 0}, *TWO_TURNS[2:]]}], [SFT | {'prompt': TWO_TURNS[:3]}], {}),
     ('OpenAI, one of three not trained on', 'sft', [{'messages': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}], [{'prompt': [user('x'), assistant('y'), *TWO_TURNS[:3]], 'response': TWO_TURNS[3:], 'turns': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}], {}),
-    *((f'{flag}, answers not trained on', 'sft', [{'messages': [TWO_TURNS[0] | {flag: None}, assistant('b') | {flag: False}, *TWO_TURNS[2:3], TWO_TURNS[3] | {flag: True}]}],
-       [SFT | {'prompt': TWO_TURNS[:3]}], {}) for flag in messages.TRAINS),
+    *((f'{flag}, answers not trained on', 'sft', [{'messages': [TWO_TURNS[0] | {flag: None}, assistant('b') | {flag: no}, *TWO_TURNS[2:3], TWO_TURNS[3] | {flag: type(no)(1)}]}],
+       [SFT | {'prompt': TWO_TURNS[:3]}], {}) for flag, no in zip(messages.TRAINS, (False, 0, 0.0, False, 0), strict=True)),
     ('XTuner, answers not trained on', 'sft', [{'conversation': [{'input': 'a', 'output': 'b', 'need_calculate_loss': False}, {'input': 'q?', 'output': 'a', 'need_calculate_loss': True}]}], [SFT | {'prompt': [user('a'), assistant('b'), user('q?')]}], {}),
-    ('a number called loss', 'sft', [{'messages': [user('q?'), assistant('a') | {'loss': 0.0}]}], [SFT | {'response': [assistant('a') | {'loss': 0.0}]}], {}),
+    ('a number called loss', 'sft', [{'messages': [user('q?'), assistant('a') | {'loss': 0.3}]}], [SFT | {'response': [assistant('a') | {'loss': 0.3}]}], {}),
     ('a thought in a column', 'sft', [{'question': 'q?', 'reasoning_content': 'let me think', 'answer': 'a'}], [SFT | {'response': [assistant('a') | {'reasoning_content': 'let me think'}]}], {}),
+    ('a thought beside a text', 'sft', [{'prompt': 'p', 'thinking': 'let me think', 'completion': 'a'}], [{'prompt': 'p', 'response': 'a'}], {formats.UNTHOUGHT: 1}),
+    ('a reason for a label', 'singles', [{'question': 'q?', 'reasoning': 'it is right', 'answer': 'a', 'label': True}], [SFT | {'good': True}], {}),
+    ('a thought in both', 'sft', [{'question': 'q?', 'reasoning': 'let me think', 'answer': '<think>so</think>a'}], [SFT | {'response': [assistant('<think>so</think>a')]}], {}),
+    ('names of documents', 'sft', [{'question': 'q?', 'document': 'a.pdf', 'passages': 3, 'answer': 'a'}], [SFT], {}),
+    ('documents that are asked about', 'sft', [{'question': 'a b c d e. q?', 'documents': [{'text': 'a b c d e.'}], 'answer': 'a'}], [SFT | {'prompt': [user('a b c d e. q?')]}], {}),
     ('a flag in that column', 'sft', [{'question': 'q?', 'reasoning': 'on', 'answer': 'a'}], [SFT], {}),
     ('OpenAI, last answer not trained on', 'sft', [{'messages': [user('q?'), assistant('a'), user('x'), assistant('y') | {'weight': 0}]}], [SFT], {formats.UNASKED: 1}),
     ('ChatQA', 'sft', [{'messages': TWO_TURNS[:3], 'answers': ['a']}], [MULTI], {}),
@@ -474,7 +479,7 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'question': 'q', 'answer': ['a', 'b']}, 'a message is no object'),
     ({'question': 'q', 'options': ['a', 'b'], 'answer': 'a'}, "'options' asks something, too"),
     ({'question': 'q', 'article': 'c', 'answer': 'a'}, "'article' asks something, too"),
-    ({'question': 'q', 'documents': ['c'], 'answer': 'a'}, "'documents' asks something, too"),
+    ({'question': 'q', 'documents': [{'id': 'a.pdf', 'text': 'what the question is about'}], 'answer': 'a'}, "'documents' asks something, too"),
     ({'question': 'q', 'answer': 'a', 'image': 'a.png'}, "'image' would be lost"),
     ({'messages': [user('q'), assistant('a')], 'images': ['a.png']}, "'images' would be lost"),
     ({'Question': 'q', 'Answer': 'a', 'Image': 'a.png'}, "'Image' would be lost"),
@@ -616,6 +621,8 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
     assert "--columns='prompt=NAME, chosen=NAME, rejected=NAME'" in message
     with pytest.raises(UserError, match='the nearest layout, comparison, has answer_a, answer_b, winner'):
         read(tmp_path / 'other.jsonl', [{'winer': 'a', 'answer_a': 'x', 'answer_b': 'y'}])
+    with pytest.raises(UserError, match='no other column is known; found'):
+        read(tmp_path / 'none.jsonl', [{'winer': 'a'}])
     with pytest.raises(UserError, match="the reader 'imdb' is for another one; without 'imdb:' the columns decide"):
         sources.load_rows(f'imdb:{path}', 'train')
     write(tmp_path / 'data.jsonl', rows[:30] + [{'prompt': 'p', 'response': 'r'}])  # not all of them after all

@@ -139,10 +139,16 @@ DPO = [
     ('--loss=kto --frac_good=0 --frac_bad=0', 'frac_good|no train examples'),
     ('--loss=simpo --ref_model=toy', '--ref_model has no effect: there is no reference'),
     ('--importance --reference_free', 'leave out --reference_free'),
+    ('--loss=kto --share_prefix=false', '--share_prefix has no effect: there is one answer to a prompt'),
+    ('--num_turns=2', '--num_turns has no effect: it is for sharegpt'),
+    ('--sample_during_eval --temperature=0 --top_p=0.5', '--top_p has no effect'),
+    ('--loss=beta_dpo --a=inf', 'a must be a finite number, not inf'),
     ('--temperature=0.3', '--temperature has no effect: sample_during_eval is off'),
 ]  # fmt: skip
 SFT = [
     ('--control_tokens --lora_rank=2', 'lora_rank freezes them'),
+    ('--control_tokens --last_turn_only', '--last_turn_only has no effect'),
+    ('--noise_rate=0.1 --last_turn_only', '--last_turn_only has no effect'),
     ('--temperature=0.3', '--temperature has no effect: sample_during_eval is off'),
     ('--data={world}/empty_answers.jsonl', 'no train examples are left.*6 empty answers'),
     ('--data={world}/broken.jsonl', r'broken\.jsonl, line 3: not valid JSON'),
