@@ -31,8 +31,8 @@ ADDED = 'input context'.split()
 # columns with more context for a question
 ABOUT = 'context history options choices article passage starter_code'.split()
 # columns with texts that a question is about, or with names of files, or numbers
-DOCUMENTS = 'document documents passages contexts body story paragraph premise ctxs'.split()
-# columns that are each one of a question's options: A, option_b, opc, choice1
+DOCUMENTS = 'document documents passages contexts ctxs body story paragraph premise article passage'.split()
+# columns that are each one of a question's options, if there are several: A and B, option_a, opb, choice1
 OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
 ANSWERS = 'response completion output generation solution answer label'.split()
@@ -125,13 +125,10 @@ def layout_of(row):
     for layout in LAYOUTS:
         if layout.columns <= row.keys():
             return layout
-
-    def share_present(layout):
-        return len(layout.columns & row.keys()) / len(layout.columns)
-
-    nearest = max(LAYOUTS, key=share_present)
+    shares = {layout: len(layout.columns & row.keys()) / len(layout.columns) for layout in LAYOUTS}
+    nearest = max(shares, key=shares.get)
     hint = ''
-    if share_present(nearest) > 0:
+    if shares[nearest] > 0:
         hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
     raise ValueError(f"'prompt' is missing, and no other column is known{hint}")
 
@@ -154,7 +151,6 @@ def unified(row, columns=None):
     for name in row:
         if MEDIA.fullmatch(name) and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
-
     row = dict(zip(renamed(tuple(row)), row.values(), strict=True))
     # OpenAI's preference format has the chat and its tools in 'input'
     if isinstance(row.get('input'), dict):
@@ -273,7 +269,7 @@ def asked(row, given_answer=None):
     if chat and column != 'prompt':
         turns = text_or_chat({'prompt': field(row, chat, list)}, 'prompt')
         if turns[-1]['role'] != 'assistant':
-            check_nothing_lost(row, chat, turns, ABOUT)
+            check_nothing_lost(row, chat, turns)
             return turns
         column = None
     if column is None:
@@ -295,7 +291,6 @@ def asked(row, given_answer=None):
     # other question columns may be part of a full chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
     options = [name for name in row if OPTION.fullmatch(name)]
-    # one alone is something else
     check_nothing_lost(row, column, turns + earlier, (*QUESTIONS, *ABOUT, *options[len(options) == 1 :]))
     if isinstance(prompt, list):
         return prompt
@@ -305,8 +300,8 @@ def asked(row, given_answer=None):
     return prompt if stays_text else turns
 
 
-def check_nothing_lost(row, column, turns, names=(*QUESTIONS, *ABOUT)):
-    """Raise ValueError if one of the columns with these names, other than `column`, has content that no message includes."""
+def check_nothing_lost(row, column, turns, names=()):
+    """Raise ValueError if a column with one of the names, or of DOCUMENTS, has content that the messages do not include."""
     text = '\n'.join(turn['content'] for turn in turns)
     for other in [name for name in names if name != column and row.get(name)]:
         parts = row[other] if isinstance(row[other], list) else [row[other]]
@@ -383,11 +378,10 @@ def _example_of_texts(row, prompt, answers):
     if prompt is None:
         if len(answers) == 1:
             raise ValueError("'prompt' is missing")
-        for name, value in row.items():
-            is_text = isinstance(value, str) and len(value.split()) > 2 and value.strip() not in answers['chosen']
-            if is_text and any(word in name.lower() for word in QUESTIONS):
-                fix = f"--columns='prompt={name}, chosen=chosen, rejected=rejected'"
-                raise ValueError(f'{name!r} may be the prompt: {fix}')
+        for name in [name for name in row if any(word in name.lower() for word in QUESTIONS)]:
+            text = str(row[name]).strip()
+            if len(text.split()) > 2 and text not in answers['chosen']:
+                raise ValueError(f"{name!r} may ask: --columns='prompt={name}, chosen=chosen, rejected=rejected'")
         return _split_at_marker(**answers)
 
     example = {}
@@ -445,9 +439,6 @@ def read_pair(row, task=None):
         scored = [(1, said(text)) for text in row['chosen']]
         scored += [(0, said(text)) for text in row['rejected']]
         return [example for example in ranked(as_chat(asked(row)), scored, task) if 'drop' not in example]
-    # the names of two other columns with the answers
-    if SIDE.fullmatch(str(row.get('chosen')).lower()) and any(set(pair) <= row.keys() for pair in COMPARED):
-        return read_compared(row | {'winner': row['chosen']}, task)
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
         example['margin'] = float(field(row, 'margin', NUMBER))
@@ -504,8 +495,7 @@ def _better(row, columns):
 def read_votes(row, task=None):
     """Read LMSYS's table of votes: lists (or JSON) of questions and of both models' answers, and a 1 for the winner."""
     texts = [row[key] for key in ('prompt', 'response_a', 'response_b')]
-    texts = [json.loads(value) if isinstance(value, str) and value[:1] == '[' else value for value in texts]
-    texts = [[value] if isinstance(value, str) else value for value in texts]
+    texts = [json.loads(value) if isinstance(value, str) else value for value in texts]
     if not all(map(are_texts, texts)):
         raise LeftOut('empty answers')
     questions, *answers_of_sides = texts
@@ -731,8 +721,7 @@ def read_answer(row, task=None):
     # CarperAI's answers are texts in the column 'label', which is no label then
     label = {} if column == 'label' else label_of(row)
     example = example_of(row, {'response': column})
-    # a column with the thought behind the answer becomes a field of its message; a flag ('reasoning': 'on') does not, nor the
-    # reason for a label
+    # a thought in a column becomes a field of its answer; a flag ('reasoning': 'on') does not, nor the reason for a label
     thoughts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str) and len(row[name].split()) > 2]
     if thoughts and not label and isinstance(row[column], str) and '</think>' not in row[column]:
         if isinstance(example['prompt'], str):
@@ -771,7 +760,7 @@ def read_chat(row, task=None):
             raise messages.no_answer_error(column, turns[-1]['role'])
         if task == 'prompts' or (task is None and len(turns) == 1):
             return [{'prompt': turns}]
-    check_nothing_lost(row, column, turns, ABOUT)
+    check_nothing_lost(row, column, turns)
     # do not train on an empty answer, unless all are empty or a label judges the conversation
     label = label_of(row)
     answers = [turn for turn in turns if turn['role'] == 'assistant']
@@ -799,7 +788,7 @@ def read_chat(row, task=None):
 def read_text(row, task=None):
     """Read a text: a conversation if it is a dialogue with known turn markers, else a response to an empty prompt."""
     text = field(row, 'text')
-    check_nothing_lost(row, 'text', [message('user', text)])
+    check_nothing_lost(row, 'text', [message('user', text)], (*QUESTIONS, *ABOUT))
     for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code', *chain(*COMPARED)):
         if isinstance(row.get(other), str | list):
             fix = f"--columns='question=text, response={other}', or 'text=text'"
@@ -875,8 +864,6 @@ LAYOUTS = [
     Layout(name, frozenset(columns.split()), read) for name, several, read in READERS for columns in several.split(',')
 ]
 # every column name that has a meaning somewhere above
-KNOWN = frozenset(
-    chain(COLUMNS, ADDED, ABOUT, DOCUMENTS, LABELS, THOUGHTS, *RENAMED, *(layout.columns for layout in LAYOUTS))
-)
+KNOWN = frozenset(chain(COLUMNS, ABOUT, DOCUMENTS, LABELS, THOUGHTS, *RENAMED, *(layout.columns for layout in LAYOUTS)))
 # readers that get all rows at once
 OF_ALL_ROWS = {read_shp, read_rated, read_trees}

@@ -21,8 +21,6 @@ REASONING = ('reasoning_content', 'thinking', 'reasoning')
 TRAINS = ('loss', 'train', 'training', 'train_on_turn', 'need_calculate_loss')
 # fields that may stand in place of an answer's content (function_calls: OLMo 3)
 BESIDE = ('tool_calls', 'function_calls', *REASONING)
-# types of content parts that are text; the last two are of OpenAI's Responses
-TEXT_PARTS = (None, 'text', 'input_text', 'output_text')
 # a role as written, in lower case -> the role that chat templates know
 ROLES = {name: role for role, names in {
     'user': 'user human prompter question',
@@ -95,22 +93,19 @@ def no_answer_error(key, last_role):
 def checked(turn):
     """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
 
-    'from' and 'value' (or 'text') are renamed, nulls are removed, a list of content parts is joined to one text, and
-    OpenAI's former 'function_call' becomes a tool call.
-    'weight', or one of TRAINS, stays as 'weight': 0 if it says so and the message is an answer."""
+    'from' and 'value' (or 'text') are renamed, nulls are removed, and a list of content parts is joined to one text. A
+    'function_call' becomes a tool call. 'weight', or one of TRAINS, stays as 'weight': 0 if it says so of an answer."""
     if not isinstance(turn, dict):
         raise ValueError('a message is no object with a role and content')
     turn = {key: value for key, value in turn.items() if value is not None}
-    names = {}
-    for ours, theirs in (('role', ('from',)), ('content', ('value', 'text'))):
-        found = next((name for name in theirs if name in turn), None)
-        if found and ours not in turn:
-            names[found] = ours
+    names = {} if 'role' in turn else {'from': 'role'}
+    if 'content' not in turn:
+        names['value' if 'value' in turn else 'text'] = 'content'
     turn = {names.get(key, key): value for key, value in turn.items()}
     role = field(turn, 'role')
     known_role = ROLES.get(role.strip().lower())
     # messages with 'role' may have roles of their own chat template
-    if names and known_role is None:
+    if 'from' in names and known_role is None:
         raise ValueError(f'a message is from {role[:24]!r}; known are {", ".join(ROLES)}')
     role = known_role or role
     weight = turn.pop('weight', 1)
@@ -134,10 +129,10 @@ def checked(turn):
 
 
 def _text_of(part):
-    """Return the text of a content part: a string, or {'type': one of TEXT_PARTS, 'text': string}. Raises ValueError."""
+    """Return the text of a content part: a string, or {'type': 'text', 'text': string}. Raises ValueError."""
     if not isinstance(part, dict):
         part = {'text': part}
-    if part.get('type') not in TEXT_PARTS:
+    if part.get('type') not in (None, 'text', 'input_text', 'output_text'):
         raise ValueError(f'a message has a part of the type {str(part["type"])[:24]!r}, and only text is read')
     return field(part, 'text')
 
@@ -154,8 +149,8 @@ def are_texts(value, count=None):
 
 def as_messages(value, must_be_chat=False):
     """Return a chat in any form as a list of messages for checked(); other values unchanged.
-    Forms: one message, an object of lists of roles and contents, {'messages': list}, and all these or a list as JSON. must_be_chat: the column is known to be a chat, so
-    a list of strings, or of EXCHANGES such as {'input', 'output'}, becomes turns of the user and the assistant."""
+    Forms: one message, an object of lists (a Sequence of `datasets`), {'messages': list}, and these or a list as JSON.
+    must_be_chat: a list of strings, or of EXCHANGES such as {'input', 'output'}, becomes turns of the user and the assistant."""
     if isinstance(value, str):
         # in a chat column any list is parsed, elsewhere only one that begins with a message
         if SERIALIZED_CHAT.match(value) or (must_be_chat and value.startswith('[')):
@@ -163,7 +158,6 @@ def as_messages(value, must_be_chat=False):
     if isinstance(value, dict) and value.keys() == {'messages'}:
         value = value['messages']
     if isinstance(value, dict) and ('role' in value or 'from' in value):
-        # `datasets` writes a Sequence of messages as an object of lists
         if all(isinstance(item, list) for item in value.values()):
             return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
         value = [value]

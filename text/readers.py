@@ -130,14 +130,12 @@ def without_inner_nulls(raw):
 
     # columnar files give all messages the same fields: a message without tool calls has 'tool_calls': None
     def without_nulls(value):
-        # WildChat's messages have a time, which JSON does not know
-        if isinstance(value, datetime):
-            return value.isoformat()
         if isinstance(value, list):
             return [without_nulls(item) for item in value]
         if isinstance(value, dict):
             return {key: without_nulls(item) for key, item in value.items() if item is not None}
-        return value
+        # JSON has no times, and WildChat's messages have
+        return value.isoformat() if isinstance(value, datetime) else value
 
     return {name: without_nulls(value) for name, value in raw.items()}
 
