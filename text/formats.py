@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections import namedtuple
+from functools import lru_cache
 from itertools import chain, combinations
 from operator import itemgetter
 
@@ -28,38 +29,44 @@ QUESTIONS = 'prompt question instruction problem query input'.split()
 # columns that are appended to a question or an instruction
 ADDED = 'input context'.split()
 # columns with more context for a question
-ABOUT = 'context history options choices article passage'.split()
+ABOUT = 'context history options choices article passage starter_code'.split()
 # columns with texts that a question is about, or with names of files, or numbers
-DOCUMENTS = 'document documents passages contexts'.split()
+DOCUMENTS = 'document documents passages contexts ctxs body story paragraph premise article passage'.split()
+# columns that are each one of a question's options, if there are several: A and B, option_a, opb, choice1
+OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
-ANSWERS = 'response completion output solution answer label'.split()
+ANSWERS = 'response completion output generation solution answer label'.split()
+# columns with the thought behind the answer
+THOUGHTS = (*messages.REASONING, 'complex_cot', 'cot')
 # an unknown column whose name contains one of these may be an answer
 LIKE_ANSWERS = 'chosen rejected response completion output answer reply target'.split()
 CHATS = 'messages conversations conversation context_messages trajectory'.split()
-LABELS = 'good label kto_tag desirable is_safe'.split()
+LABELS = 'good label kto_tag desirable is_safe is_correct'.split()
 # the names that --columns accepts
 COLUMNS = 'prompt question system chosen rejected response label messages text margin tools'.split()
 # columns that cannot be read: rows that use them are refused
-MEDIA = 'image images video videos audio audios'.split()
+MEDIA = re.compile(r'(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id', re.IGNORECASE)
+# the two answers of a pair by other names: chosen_response and rejected_response, response_chosen, preferred_output, ...
+SIDES = [('chosen', 'rejected'), ('accepted', 'rejected'), ('selected', 'rejected'), ('preferred', 'non_preferred'), ('chosen', 'reject')]
+SIDE_NAMES = '{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text text_{} {}_conversations {}_messages'.split()
 # their name=our name; an entry applies if a row has all its columns
-RENAMED = [dict(names.split('=') for names in entry.split()) for entry in (
-    'chosen_response=chosen rejected_response=rejected', 'response_j=chosen response_k=rejected',
-    'preferred_output=chosen non_preferred_output=rejected', 'accepted=chosen rejected=rejected',
-    'response=chosen rejected_response=rejected', 'messages=chosen rejected_messages=rejected',
-    'chosen_conversations=chosen rejected_conversations=rejected', 'system_prompt=system', 'system_message=system',
+RENAMED = [{name.format(good): 'chosen', name.format(bad): 'rejected'} for name in SIDE_NAMES for good, bad in SIDES]
+RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
+    'response_j=chosen response_k=rejected', 'response=chosen rejected_response=rejected',
+    'messages=chosen rejected_messages=rejected', 'system_prompt=system', 'system_message=system', 'input_text=input',
     'messages=messages functions=tools', 'definition=instruction inputs=input targets=output',
     'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
     'human=instruction assistant=response', 'user=instruction assistant=response', 'r1_solution_1=response',
-    'generated_solution=response',
+    'generated_solution=response', 'output_text=response',
 )]
 # their name -> our name, if the column holds a list of messages
 RENAMED_CHATS = {'input': 'messages', 'items': 'messages', 'dialogue': 'messages', 'data': 'messages',
                  'context': 'prompt', 'query': 'prompt'}
 # pairs of columns with two answers to compare: response_a and response_b, response_0 and response_1, ...
-STEMS = 'response_ response answer_ completion_ conversation_ output_'.split()
+STEMS = 'response_ response answer_ completion_ conversation_ output_ candidate_'.split()
 COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in ('ab', '01', '12')]
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
-BY_NAME = 'winner preferred preference better_response_id safer_response_id label'.split()
+BY_NAME = 'winner preferred preference better_response_id safer_response_id overall_response choice label'.split()
 BY_SIGN = 'preference_strength overall_preference'.split()
 # a verdict that names a side ('model_a', 'B', '1', '1.0', 'A>>B'), and one that means a tie; both in lower case
 SIDE = re.compile(r'(model|response|answer|completion|conversation|assistant|output|option)?[ _-]?([ab012])(\.0|>+.)?')
@@ -68,8 +75,8 @@ VERDICTS = [*BY_NAME, *BY_SIGN]
 # columns where null has a meaning: not labelled, or no winner
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
 # columns with lists of answers, and with lists of their scores
-MANY = 'generations responses completions outputs all_generated_responses'.split()
-SCORES = 'correctness_math_verify correctness_llama scores ratings rating rewards all_rm_scores'.split()
+MANY = 'generations responses completions outputs all_generated_responses samples'.split()
+SCORES = 'correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores'.split()
 # markers between a prompt and its answer in one text, in order of preference
 TURN_MARKERS = (ASSISTANT, '<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n', '<start_of_turn>model\n',
                 '<|assistant|>\n', '[/INST]', '### Assistant:', '### Response:', '\nAssistant:', ' ASSISTANT:', '\nAnswer:', '\nA:',
@@ -118,13 +125,10 @@ def layout_of(row):
     for layout in LAYOUTS:
         if layout.columns <= row.keys():
             return layout
-
-    def share_present(layout):
-        return len(layout.columns & row.keys()) / len(layout.columns)
-
-    nearest = max(LAYOUTS, key=share_present)
+    shares = {layout: len(layout.columns & row.keys()) / len(layout.columns) for layout in LAYOUTS}
+    nearest = max(shares, key=shares.get)
     hint = ''
-    if share_present(nearest) > 0:
+    if shares[nearest] > 0:
         hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
     raise ValueError(f"'prompt' is missing, and no other column is known{hint}")
 
@@ -145,28 +149,32 @@ def unified(row, columns=None):
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
     row = {name: value for name, value in row.items() if value is not None or name in NULL_SAYS}
     for name in row:
-        if name.lower() in MEDIA and row[name]:
+        if MEDIA.fullmatch(name) and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
-
-    # names: {their name: our name}
-    for names in RENAMED:
-        if not names.keys() <= row.keys():
-            continue
-        new_names = set(names.values()) - names.keys()
-        if new_names.isdisjoint(row):
-            row = {names.get(name, name): value for name, value in row.items()}
+    row = dict(zip(renamed(tuple(row)), row.values(), strict=True))
     # OpenAI's preference format has the chat and its tools in 'input'
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
     _unpack(row)
     # tools may be JSON, as a whole or one by one
-    if isinstance(row.get('tools'), str):
-        row['tools'] = json.loads(row['tools'] or 'null')
-    if are_texts(row.get('tools')):
-        row['tools'] = [messages.loads(text) for text in row['tools']]
-        if None in row['tools']:
-            raise ValueError("'tools' has a text that is no JSON")
-    return row
+    tools = row.pop('tools', None) or []
+    if isinstance(tools, str):
+        tools = messages.loads(tools) if tools.strip() != 'null' else []
+    if are_texts(tools):
+        tools = [messages.loads(text) for text in tools]
+    if tools is None or None in tools:
+        raise ValueError("'tools' has a text that is no JSON")
+    return row | {'tools': tools} if tools else row
+
+
+@lru_cache(1000)
+def renamed(columns):
+    """Return the names of a row's columns as RENAMED has them."""
+    for names in RENAMED:
+        new_names = set(names.values()) - names.keys()
+        if names.keys() <= set(columns) and new_names.isdisjoint(columns):
+            columns = tuple(names.get(name, name) for name in columns)
+    return columns
 
 
 def _unpack(row):
@@ -178,6 +186,18 @@ def _unpack(row):
         holds_list = isinstance(row.get(name), list) and row[name]
         if may_rename and holds_list and our_name not in row:
             row[our_name] = row.pop(name)
+    # a text 'context' is the question if nothing else asks
+    if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS), row):
+        row['question'] = row.pop('context')
+    # NeMo RL: answers by rank, 0 the best
+    found = row.get('completions')
+    if isinstance(found, list) and found and all(map({'rank', 'completion'}.issubset, found)):
+        row['completions'] = [item['completion'] for item in found]
+        row['scores'] = [-field(item, 'rank', NUMBER) for item in found]
+    # scores that are no list are of something else than a list of answers
+    for name in SCORES:
+        if not isinstance(row.get(name, []), list):
+            del row[name]
     # WebGPT: the question is an object
     if isinstance(row.get('question'), dict):
         row['question'] = row['question'].get('full_text', row['question'])
@@ -249,6 +269,7 @@ def asked(row, given_answer=None):
     if chat and column != 'prompt':
         turns = text_or_chat({'prompt': field(row, chat, list)}, 'prompt')
         if turns[-1]['role'] != 'assistant':
+            check_nothing_lost(row, chat, turns)
             return turns
         column = None
     if column is None:
@@ -257,14 +278,20 @@ def asked(row, given_answer=None):
         return None
 
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
+    # if another column asks, a text that ends with the answer is all of it
+    if column == 'prompt' and isinstance(given_answer, str) and first_of(QUESTIONS[1:], row):
+        before, _, after = str(prompt).rpartition(given_answer.strip() or '\n')
+        if before.rstrip().endswith(':') and not after.strip():
+            return asked({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
     if column in ('question', 'instruction'):
         for added in ADDED:
             if row.get(added):
-                prompt += '\n\n' + field(row, added)
+                prompt += ('\n\n' if prompt else '') + field(row, added)
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # other question columns may be part of a full chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
-    check_nothing_lost(row, column, '\n'.join(turn['content'] for turn in turns + earlier))
+    options = [name for name in row if OPTION.fullmatch(name)]
+    check_nothing_lost(row, column, turns + earlier, (*QUESTIONS, *ABOUT, *options[len(options) == 1 :]))
     if isinstance(prompt, list):
         return prompt
     if is_history(row.get('history')):
@@ -273,10 +300,10 @@ def asked(row, given_answer=None):
     return prompt if stays_text else turns
 
 
-def check_nothing_lost(row, column, text):
-    """Raise ValueError if a question column other than `column` has content that the text does not include."""
-    others = [name for name in (*QUESTIONS, *ABOUT) if name != column and row.get(name)]
-    for other in others:
+def check_nothing_lost(row, column, turns, names=()):
+    """Raise ValueError if a column with one of the names, or of DOCUMENTS, has content that the messages do not include."""
+    text = '\n'.join(turn['content'] for turn in turns)
+    for other in [name for name in names if name != column and row.get(name)]:
         parts = row[other] if isinstance(row[other], list) else [row[other]]
         is_included = all(isinstance(part, str) and part.strip() in text for part in parts)
         if not is_included and not is_history(row[other]):
@@ -351,6 +378,10 @@ def _example_of_texts(row, prompt, answers):
     if prompt is None:
         if len(answers) == 1:
             raise ValueError("'prompt' is missing")
+        for name in [name for name in row if any(word in name.lower() for word in QUESTIONS)]:
+            text = str(row[name]).strip()
+            if len(text.split()) > 2 and text not in answers['chosen']:
+                raise ValueError(f"{name!r} may ask: --columns='prompt={name}, chosen=chosen, rejected=rejected'")
         return _split_at_marker(**answers)
 
     example = {}
@@ -573,9 +604,10 @@ def read_completions(row, task=None):
 def read_scored(row, task=None):
     """Read a list of answers and a list of their scores: numbers, true or false (correct or not), or null (skipped)."""
     columns = next((answers, scores) for answers in MANY for scores in SCORES if {answers, scores} <= row.keys())
-    texts, scores = (field(row, column, list) for column in columns)
+    found, scores = (field(row, column, list) for column in columns)
+    texts = [text_or_chat({columns[0]: text}, columns[0]) for text in found]
     all_numbers = all(isinstance(score, NUMBER | None) for score in scores)
-    if not are_texts(texts, len(scores)) or not all_numbers:
+    if len(texts) != len(scores) or not all_numbers:
         raise ValueError(f'{columns[0]!r} and {columns[1]!r} are not as many texts and numbers')
     if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
@@ -689,11 +721,8 @@ def read_answer(row, task=None):
     # CarperAI's answers are texts in the column 'label', which is no label then
     label = {} if column == 'label' else label_of(row)
     example = example_of(row, {'response': column})
-    # a column with the thought behind the answer becomes a field of its message; a flag ('reasoning': 'on') does not, nor the
-    # reason for a label
-    thoughts = [
-        row[name] for name in messages.REASONING if isinstance(row.get(name), str) and len(row[name].split()) > 2
-    ]
+    # a thought in a column becomes a field of its answer; a flag ('reasoning': 'on') does not, nor the reason for a label
+    thoughts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str) and len(row[name].split()) > 2]
     if thoughts and not label and isinstance(row[column], str) and '</think>' not in row[column]:
         if isinstance(example['prompt'], str):
             return [example, {'drop': UNTHOUGHT}]
@@ -731,6 +760,7 @@ def read_chat(row, task=None):
             raise messages.no_answer_error(column, turns[-1]['role'])
         if task == 'prompts' or (task is None and len(turns) == 1):
             return [{'prompt': turns}]
+    check_nothing_lost(row, column, turns)
     # do not train on an empty answer, unless all are empty or a label judges the conversation
     label = label_of(row)
     answers = [turn for turn in turns if turn['role'] == 'assistant']
@@ -758,8 +788,8 @@ def read_chat(row, task=None):
 def read_text(row, task=None):
     """Read a text: a conversation if it is a dialogue with known turn markers, else a response to an empty prompt."""
     text = field(row, 'text')
-    check_nothing_lost(row, 'text', text)
-    for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code'):
+    check_nothing_lost(row, 'text', [message('user', text)], (*QUESTIONS, *ABOUT))
+    for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code', *chain(*COMPARED)):
         if isinstance(row.get(other), str | list):
             fix = f"--columns='question=text, response={other}', or 'text=text'"
             raise ValueError(f"'text' may be what {other!r} answers: {fix}")
@@ -822,7 +852,7 @@ READERS = (
     ('pair', 'chosen, rejected', read_pair),
     ('conversation', ','.join(CHATS), read_chat),
     ('answer', 'response, completion, instruction output, input output, prompt output', read_answer),
-    ('answer', 'prompt answer, instruction answer, query answer', read_answer),
+    ('answer', 'prompt answer, instruction answer, query answer, prompt generation, instruction generation', read_answer),
     ('scored answers', ','.join(f'{answers} {scores}' for answers in MANY for scores in SCORES), read_scored),
     ('UltraFeedback', 'instruction completions', read_completions),
     ('answer', 'question answer, problem solution, problem answer', read_answer),
@@ -834,6 +864,6 @@ LAYOUTS = [
     Layout(name, frozenset(columns.split()), read) for name, several, read in READERS for columns in several.split(',')
 ]
 # every column name that has a meaning somewhere above
-KNOWN = frozenset(chain(COLUMNS, ADDED, ABOUT, LABELS, *RENAMED, *(layout.columns for layout in LAYOUTS)))
+KNOWN = frozenset(chain(COLUMNS, ABOUT, DOCUMENTS, LABELS, THOUGHTS, *RENAMED, *(layout.columns for layout in LAYOUTS)))
 # readers that get all rows at once
 OF_ALL_ROWS = {read_shp, read_rated, read_trees}

@@ -19,8 +19,8 @@ EXCHANGES = (('input', 'output'), ('human', 'assistant'))
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
 # other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner)
 TRAINS = ('loss', 'train', 'training', 'train_on_turn', 'need_calculate_loss')
-# fields that may stand in place of an answer's content
-BESIDE = ('tool_calls', *REASONING)
+# fields that may stand in place of an answer's content (function_calls: OLMo 3)
+BESIDE = ('tool_calls', 'function_calls', *REASONING)
 # a role as written, in lower case -> the role that chat templates know
 ROLES = {name: role for role, names in {
     'user': 'user human prompter question',
@@ -68,6 +68,9 @@ def field(row, key, kind=str):
 def text_or_chat(row, key):
     """Return row[key]: a string, or a list of checked messages. Raises ValueError. An empty list is allowed for an
     answer, not for the key 'prompt'; a non-empty answer must end with the assistant."""
+    # the answer to a sum may be a number
+    if key == 'answer' and isinstance(row.get(key), int | float):
+        return str(field(row, key, int | float))
     value = field(row, key, (str, list))
     if isinstance(value, str):
         # as_messages has already parsed every chat that is complete
@@ -90,20 +93,19 @@ def no_answer_error(key, last_role):
 def checked(turn):
     """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
 
-    'from' and 'value' (or 'text') are renamed, nulls are removed, and a list of content parts is joined to one text.
-    'weight', or one of TRAINS, stays as 'weight': 0 if it says so and the message is an answer."""
+    'from' and 'value' (or 'text') are renamed, nulls are removed, and a list of content parts is joined to one text. A
+    'function_call' becomes a tool call. 'weight', or one of TRAINS, stays as 'weight': 0 if it says so of an answer."""
     if not isinstance(turn, dict):
         raise ValueError('a message is no object with a role and content')
-    names = {}
-    if turn.get('role') is None:
-        names = {'from': 'role', 'value': 'content'}
-    elif 'text' in turn and turn.get('content') is None:
-        names = {'text': 'content'}
-    turn = {names.get(key, key): value for key, value in turn.items() if value is not None}
+    turn = {key: value for key, value in turn.items() if value is not None}
+    names = {} if 'role' in turn else {'from': 'role'}
+    if 'content' not in turn:
+        names['value' if 'value' in turn else 'text'] = 'content'
+    turn = {names.get(key, key): value for key, value in turn.items()}
     role = field(turn, 'role')
     known_role = ROLES.get(role.strip().lower())
     # messages with 'role' may have roles of their own chat template
-    if names and known_role is None:
+    if 'from' in names and known_role is None:
         raise ValueError(f'a message is from {role[:24]!r}; known are {", ".join(ROLES)}')
     role = known_role or role
     weight = turn.pop('weight', 1)
@@ -114,6 +116,10 @@ def checked(turn):
             weight = min(weight, turn.pop(name))
     if role == 'assistant' and not weight:
         turn['weight'] = 0
+    if isinstance(turn.get('function_call'), dict):
+        turn['tool_calls'] = [{'type': 'function', 'function': turn.pop('function_call')}]
+    if isinstance(turn.get('tool_calls'), str):
+        turn['tool_calls'] = field({'tool_calls': loads(turn['tool_calls'] or '[]')}, 'tool_calls', list)
     # a tool call or a thought needs no content
     if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')
@@ -126,7 +132,7 @@ def _text_of(part):
     """Return the text of a content part: a string, or {'type': 'text', 'text': string}. Raises ValueError."""
     if not isinstance(part, dict):
         part = {'text': part}
-    if part.get('type') not in (None, 'text'):
+    if part.get('type') not in (None, 'text', 'input_text', 'output_text'):
         raise ValueError(f'a message has a part of the type {str(part["type"])[:24]!r}, and only text is read')
     return field(part, 'text')
 
@@ -143,8 +149,8 @@ def are_texts(value, count=None):
 
 def as_messages(value, must_be_chat=False):
     """Return a chat in any form as a list of messages for checked(); other values unchanged.
-    Forms: one message, {'messages': list}, and both or a list as JSON. must_be_chat: the column is known to be a chat, so
-    a list of strings, or of EXCHANGES such as {'input', 'output'}, becomes turns of the user and the assistant."""
+    Forms: one message, an object of lists (a Sequence of `datasets`), {'messages': list}, and these or a list as JSON.
+    must_be_chat: a list of strings, or of EXCHANGES such as {'input', 'output'}, becomes turns of the user and the assistant."""
     if isinstance(value, str):
         # in a chat column any list is parsed, elsewhere only one that begins with a message
         if SERIALIZED_CHAT.match(value) or (must_be_chat and value.startswith('[')):
@@ -152,6 +158,8 @@ def as_messages(value, must_be_chat=False):
     if isinstance(value, dict) and value.keys() == {'messages'}:
         value = value['messages']
     if isinstance(value, dict) and ('role' in value or 'from' in value):
+        if all(isinstance(item, list) for item in value.values()):
+            return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
         value = [value]
     if not must_be_chat or not isinstance(value, list) or not value:
         return value

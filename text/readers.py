@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import re
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -133,13 +134,14 @@ def without_inner_nulls(raw):
             return [without_nulls(item) for item in value]
         if isinstance(value, dict):
             return {key: without_nulls(item) for key, item in value.items() if item is not None}
-        return value
+        # JSON has no times, and WildChat's messages have
+        return value.isoformat() if isinstance(value, datetime) else value
 
     return {name: without_nulls(value) for name, value in raw.items()}
 
 
 def _read_json(file):
-    """Yield the Rows of a .json file: a list of objects, or one object per line (as in SHP)."""
+    """Yield the Rows of a JSON file, whatever its ending: a list of objects, or one object per line (as in SHP)."""
     with _open(file) as stream:
         # skip a byte order mark and white space
         is_list = stream.peek(100).lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'[')
@@ -219,6 +221,6 @@ def _cells(file, delimiter):
             raise UserError(f'{file}, line {line}: not a valid table ({error}), {CUT_SHORT}') from None
 
 
-READERS = {'.jsonl': _read_lines, '.ndjson': _read_lines, '.json': _read_json, '.parquet': _read_columns,
+READERS = {'.jsonl': _read_json, '.ndjson': _read_json, '.json': _read_json, '.parquet': _read_columns,
            '.csv': _read_table, '.tsv': partial(_read_table, delimiter='\t'), '.arrow': _read_columns,
            '.txt': _read_text}  # fmt: skip

@@ -252,7 +252,7 @@ def _refusal(row, error, any_sound, following, source):
     name, _, _ = source.partition(':')
     hint = KNOWN_COLUMNS
     if row.error:
-        hint = 'a row is a JSON object with named fields'
+        hint = 'a row is a JSON object with named fields, on a line of its own or in one list'
     elif getattr(globals().get(f'get_{name}'), 'parse', None):
         hint = f'the reader {name!r} is for another one; without {name + ":"!r} the columns decide'
     return f'{text}; none of the first {len(seen)} rows can be read, so it is the layout: {hint} ({HELP})'

@@ -75,8 +75,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     is_fingerprinted = None not in hashes
     if not is_fingerprinted:
         hashes = [content_hash(row) for row in _read_sources(names, split, task, read_args, Counter(), both=False)]
-    # 10: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
-    key = [10, hashes, names, task, read_args, lengths, render_args, *_tokenizer_key(tokenizer)]
+    # 11: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
+    key = [11, hashes, names, task, read_args, lengths, render_args, *_tokenizer_key(tokenizer)]
     # {}: the file with all examples, which serves any `enough`; one by one, since each name is a hash of the whole tokenizer
     counts = [{}, enough] if enough else [{}]
     files = (_cache_file(key, split, count) for count in counts) if cache else ()

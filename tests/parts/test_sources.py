@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections import Counter
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -376,6 +377,35 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('a flag in that column', 'sft', [{'question': 'q?', 'reasoning': 'on', 'answer': 'a'}], [SFT], {}),
     ('OpenAI, last answer not trained on', 'sft', [{'messages': [user('q?'), assistant('a'), user('x'), assistant('y') | {'weight': 0}]}], [SFT], {formats.UNASKED: 1}),
     ('ChatQA', 'sft', [{'messages': TWO_TURNS[:3], 'answers': ['a']}], [MULTI], {}),
+    *(('sides by other names', 'pairs', [{'question': 'q?', good: 'a', bad: 'b'}], [PAIR], {}) for good, bad in (
+        ('response_chosen', 'response_rejected'), ('selected', 'rejected'), ('chosen', 'reject'), ('chosen_answer', 'rejected_answer'), ('text_chosen', 'text_rejected'))),
+    ('align-anything', 'pairs', [{'question': 'q?', 'response_1': 'b', 'response_2': 'a', 'overall_response': 2}], [PAIR], {}),
+    ('Vertex, preferences', 'pairs', [{'input_text': 'q?', 'candidate_0': 'a', 'candidate_1': 'b', 'choice': 0}], [PAIR], {}),
+    ('Vertex', 'sft', [{'input_text': 'q?', 'output_text': 'a'}], [SFT], {}),
+    *(('NeMo RL', task, [{'context': [user('q?')], 'completions': [{'rank': n, 'completion': [assistant(x)]} for n, x in ((1, 'b'), (0, 'a'))]}], [example], {})
+      for task, example in (('pairs', PAIR), ('sft', SFT))),
+    ('PRIME rollouts', 'pairs', [{'prompt': 'q?', 'completions': ['b', 'a'], 'correctness': [False, True], 'steps': [['b'], ['a']]}], [PAIR], {}),
+    ('monkey business', 'pairs', [{'prompt': 'x q?', 'question': 'q?', 'gt_answer': '4', 'samples': ['b', 'a'], 'is_corrects': [False, True]}], [PAIR | {'prompt': [user('x q?')]}], {}),
+    ('OpenR1-Math, raw', 'sft', [{'problem': 'q?', 'solution': 'a', 'generations': ['x'], 'correctness': {'llama': [True]}}], [SFT], {}),
+    ('OpenMathInstruct, wrong ones', 'singles', [{'question': 'q?', 'generated_solution': 'a', 'is_correct': x} for x in (True, False)], [SFT | {'good': x} for x in (True, False)], {}),
+    ('Amod counselling', 'sft', [{'Context': 'q?', 'Response': 'a'}], [SFT], {}),
+    ('a context alone, pairs', 'pairs', [{'context': 'q?', **ANSWERS}], [PAIR], {}),
+    *(('distilabel', 'sft', [{name: [user('q?')] if name == 'prompt' else 'q?', 'generation': 'a', 'model_name': 'm'}], [SFT | ({'response': 'a'} if name == 'prompt' else {})], {}) for name in ('instruction', 'prompt')),
+    ('medical-o1', 'sft', [{'Question': 'q?', 'Complex_CoT': 'let me think', 'Response': 'a'}], [SFT | {'response': [assistant('a') | {'reasoning_content': 'let me think'}]}], {}),
+    ('python_code_instructions_18k_alpaca', 'sft', [{'instruction': 'q?', 'input': '', 'output': 'a', 'prompt': 'Below.\n\n### Instruction:\nq?\n\n### Output:\na'}], [SFT], {}),
+    ('a prompt that only ends as its answer does', 'sft', [{'prompt': 'x q? b or a', 'question': 'q?', 'response': 'a'}], [{'prompt': 'x q? b or a', 'response': 'a'}], {}),
+    ('options in the question, and in columns', 'sft', [{'question': 'q? A: red B: blue', 'A': 'red', 'B': 'blue', 'answer': 'a'}, {'question': 'q?', 'A': 'x', 'answer': 'a'}], [SFT | {'prompt': [user('q? A: red B: blue')]}, SFT], {}),
+    ('an address of an image', 'sft', [{'text': 'a', 'image_url': 'http://x', 'video_id': 'y'}], [{'prompt': '', 'response': 'a'}], {}),
+    ('an empty instruction', 'sft', [{'instruction': '', 'input': 'q?', 'output': 'a'}], [SFT], {}),
+    *(('a number as answer', 'sft', [{'question': 'q?', 'answer': x}], [SFT | {'response': [assistant(str(x))]}], {}) for x in (42, 2.5)),
+    *(('keys of a message', 'sft', [{'conversations': [{role: 'user', text: 'q?'}, {role: 'assistant', text: 'a'}]}], [SFT], {}) for role, text in (('role', 'value'), ('from', 'content'), ('from', 'text'))),
+    ('OpenAI, parts of a response', 'sft', [{'messages': [user([{'type': 'input_text', 'text': 'q?'}]), assistant([{'type': 'output_text', 'text': 'a'}])]}], [SFT], {}),
+    *(('OpenAI, a call as it was', 'sft', [{'messages': [user('q?'), {'role': 'assistant', 'content': x, 'function_call': {'name': 'f', 'arguments': '{}'}}]}],
+       [SFT | {'response': [assistant('') | {'tool_calls': [{'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}]}]}], {}) for x in ('', None)),
+    *(('tool calls as JSON', 'sft', [{'messages': [user('q?'), assistant('') | {'tool_calls': x}]}], [SFT | {'response': [assistant('') | {'tool_calls': [{'name': 'f'}]}]}], {}) for x in ('[{"name": "f"}]', "[{'name': 'f'}]")),
+    ('OLMo 3', 'sft', [{'messages': [user('q?'), assistant('') | {'function_calls': 'f()'}]}], [SFT | {'response': [assistant('') | {'function_calls': 'f()'}]}], {}),
+    ('no tools', 'sft', [{'messages': [user('q?'), assistant('a')], 'tools': x} for x in ('', 'null', '[]')], [SFT] * 3, {}),
+    ('a Sequence of messages', 'sft', [{'messages': {'role': ['user', 'assistant'], 'content': ['q?', 'a']}}], [SFT], {}),
     ('Guanaco', 'sft', [{'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'}], [MULTI], {}),
     ('Guanaco, cut short', 'sft', [{'text': '### Human: q?### Assistant: a### Human: x'}], [SFT], {formats.UNASKED: 1}),
     ('alpaca as text', 'sft', [{'text': 'Below is an instruction.\n\n### Instruction:\nq?\n\n### Response:\na'}], [SFT], {}),
@@ -508,7 +538,20 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'it', 'value': 'b'}]}, "a message is from 'it'"),
     ({'prompt': 'q', 'response_0': 'a', 'response_1': 'b', 'better_response_id': 7}, "'7' is neither of response_0 and response_1, nor a tie"),
     ({'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference_strength': 'x'}, "'preference_strength' is missing"),
-    ({'prompt': 'p', 'response': 'a', 'tools': '[1'}, 'Expecting'),
+    ({'prompt': 'p', 'response': 'a', 'tools': '[1'}, "'tools' has a text that is no JSON"),
+    ({'messages': [user('q'), assistant('') | {'tool_calls': 'f(x)'}]}, "'tool_calls' is missing or of the wrong type"),
+    ({'question': 'q', 'A': 'red', 'B': 'blue', 'answer': 'B'}, "'A' asks something, too"),
+    ({'question': 'q', 'option_a': 1, 'option_b': 2, 'answer': 'b'}, "'option_a' asks something, too"),
+    ({'question': 'q', 'opa': 'red', 'opb': 'blue', 'cop': 1}, "'opa' asks something, too"),
+    ({'question': 'q', 'starter_code': 'def f', 'input_output': None}, "'starter_code' asks something, too"),
+    ({'Body': 'Jo has three pens.', 'Question': 'How many?', 'Answer': '3'}, "'body' asks something, too"),
+    ({'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}, "'ctxs' asks something, too"),
+    ({'conversations': said('q', '')[:1], 'document': 'what the question is about', **ANSWERS}, "'document' asks something, too"),
+    ({'prompts': 'how many is it', 'chosen': 'So\nAnswer: 4', 'rejected': 'So\nAnswer: 5'}, "'prompts' may ask: --columns='prompt=prompts"),
+    ({'source': 'Guten Tag', 'chosen': 'Good day', 'reject': 'Day good'}, 'no column has the prompt'),
+    ({'text': 'q', 'completion_a': 'a', 'completion_b': 'b'}, "--columns='question=text, response=completion_a'"),
+    *(({'question': 'q', 'answer': 'a', name: 'a.png'}, f'{name!r} would be lost') for name in ('image_path', 'image_id', 'video_file')),
+    *(({'question': 'q', 'answer': x}, "'answer' is") for x in (True, math.nan)),
     ({'prompt': 'p', 'response': 'a', 'tools': ['def f(x)']}, "'tools' has a text that is no JSON"),
     ({'dialogue': ['q', 'a']}, 'a message is no object'),
     ({'data': ['q', 'a']}, 'a message is no object'),
@@ -693,6 +736,15 @@ def test_broken_and_blank_lines(tmp_path):
         assert str(info.value).startswith(f'{path}, line 2: ')
         examples, left_out = load(str(path), skip_bad_rows=True)
         assert len(examples) == 2 and left_out.total() == 5
+
+
+def test_times_in_messages_and_lists_of_rows(tmp_path):
+    """WildChat's times become texts; a list in a .jsonl file is one of rows."""
+    answer = assistant('a') | {'timestamp': datetime(2024, 1, 1)}
+    examples, _ = read(tmp_path / 'data.parquet', [{'conversation': [user('q?') | {'timestamp': None}, answer]}])
+    assert json.loads(json.dumps(examples)) == [SFT | {'response': [answer | {'timestamp': '2024-01-01T00:00:00'}]}]
+    (tmp_path / 'data.jsonl').write_text(json.dumps([{'question': 'q?', 'answer': 'a'}] * 2, indent=1))
+    assert load(str(tmp_path / 'data.jsonl')) == ([SFT] * 2, {})
 
 
 # fmt: off
