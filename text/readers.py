@@ -141,7 +141,7 @@ def without_inner_nulls(raw):
 
 
 def _read_json(file):
-    """Yield the Rows of a JSON file, whatever its ending: a list of objects, or one object per line (as in SHP)."""
+    """Yield the Rows of a .json file: a list of objects, or one object per line (as in SHP)."""
     with _open(file) as stream:
         # skip a byte order mark and white space
         is_list = stream.peek(100).lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'[')
@@ -221,6 +221,6 @@ def _cells(file, delimiter):
             raise UserError(f'{file}, line {line}: not a valid table ({error}), {CUT_SHORT}') from None
 
 
-READERS = {'.jsonl': _read_json, '.ndjson': _read_json, '.json': _read_json, '.parquet': _read_columns,
+READERS = {'.jsonl': _read_lines, '.ndjson': _read_lines, '.json': _read_json, '.parquet': _read_columns,
            '.csv': _read_table, '.tsv': partial(_read_table, delimiter='\t'), '.arrow': _read_columns,
            '.txt': _read_text}  # fmt: skip
