@@ -403,7 +403,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     *(('OpenAI, a call as it was', 'sft', [{'messages': [user('q?'), {'role': 'assistant', 'content': x, 'function_call': {'name': 'f', 'arguments': '{}'}}]}],
        [SFT | {'response': [assistant('') | {'tool_calls': [{'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}]}]}], {}) for x in ('', None)),
     *(('tool calls as JSON', 'sft', [{'messages': [user('q?'), assistant('') | {'tool_calls': x}]}], [SFT | {'response': [assistant('') | {'tool_calls': [{'name': 'f'}]}]}], {}) for x in ('[{"name": "f"}]', "[{'name': 'f'}]")),
-    ('OLMo 3', 'sft', [{'messages': [user('q?'), assistant('') | {'function_calls': 'f()'}]}], [SFT | {'response': [assistant('') | {'function_calls': 'f()'}]}], {}),
+    *(('OLMo 3', 'sft', [{'messages': [user('a'), x, *TWO_TURNS[2:]]}], [{'prompt': [user('a'), x, user('q?')], 'response': [assistant('a')], 'turns': [user('a'), x, *TWO_TURNS[2:]]}], {}) for x in [assistant('') | {'function_calls': 'f()'}]),
     ('no tools', 'sft', [{'messages': [user('q?'), assistant('a')], 'tools': x} for x in ('', 'null', '[]')], [SFT] * 3, {}),
     ('a Sequence of messages', 'sft', [{'messages': {'role': ['user', 'assistant'], 'content': ['q?', 'a']}}], [SFT], {}),
     ('Guanaco', 'sft', [{'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'}], [MULTI], {}),
