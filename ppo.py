@@ -8,7 +8,7 @@ log-probs under policy and reference, values, scores and advantages, and trains 
 one optimizer step on the mean gradient over its answer tokens. All counts but warmup_steps are in examples, here answers.
 
 Differences from papers and other code:
-* Answers are sampled at temperature 1 without top-p, from the policy being trained, so ratios start at 1.
+* Answers are sampled at temperature 1 without top-p, from the policy being trained, so ratios start at 1 (but for lora_dropout).
 * Online PPO subtracts the per-token KL to the reference from the rewards, like Ziegler et al. (1909.08593). GRPO and offline PPO
   add kl_penalty of rl/formulas.py to the loss; HALOs' offline PPO adds kl_coef mean(pi - ref) there.
 * Offline, the old policy is the reference, and value targets are discounted returns, as in HALOs; online they are A + V.

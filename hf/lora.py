@@ -58,7 +58,7 @@ _found = {}
 
 def find_adapter(name):
     """Return the adapter in a folder or of a hub id as a SavedAdapter, or None. Raises UserError if it is unsupported."""
-    if os.path.exists(name) or name not in _found:
+    if os.path.exists(name) or name not in _found:  # a cache; a folder is read anew, as it may have changed
         file = hub.file_of(name, CONFIG_FILE)
         _found[name] = _read_adapter(name, Path(file)) if file else None
     return _found[name]

@@ -142,8 +142,8 @@ def _write(folder, copies, state_text, keep_last, group):
         if is_first_rank:
             shutil.rmtree(temporary, ignore_errors=True)
         # CheckpointException.failures: rank -> (error, traceback); report one of these errors
-        failures = getattr(error, 'failures', {})
-        *_, cause = [error, *(failure for failure, _traceback in failures.values())]
+        causes = [failure for failure, _traceback in getattr(error, 'failures', {}).values()]
+        cause = causes[-1] if causes else error
         first_line, _, _ = str(cause).partition('\n')
         reason = getattr(cause, 'strerror', None) or first_line
         advice = 'older ones are kept, and the same command continues from the newest of them'

@@ -68,7 +68,7 @@ NO_MODEL = (None, 'toy', 'gold', 'head', 'own')
 
 
 def names_elsewhere(options):
-    """Return name in another project -> key of ELSEWHERE, for the keys that start with one of these options."""
+    """Return {name in another project: key of ELSEWHERE}, such as {'learning_rate': 'lr'}, for keys that start with one of options."""
     found = {}
     for ours, theirs in ELSEWHERE.items():
         if re.match(r'\w+', ours)[0] in options:
@@ -130,7 +130,7 @@ def looked_in(path):
 def settle(config):
     """Set options of config that follow from others, in place. Returns notes about them for the user."""
     notes = []
-    # replace a run's out_dir by its model folder, unless out_dir has weights itself
+    # --model=out/dpo, the out_dir of a run, means out/dpo/model; but not if out/dpo has weights itself
     for name in MODELS:
         folder = config.get(name)
         if folder in NO_MODEL or not os.path.exists(f'{folder}/model/config.json'):
