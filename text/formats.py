@@ -187,7 +187,7 @@ def _unpack(row):
         if may_rename and holds_list and our_name not in row:
             row[our_name] = row.pop(name)
     # a text 'context' is the question if nothing else asks
-    if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS), row):
+    if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
         row['question'] = row.pop('context')
     # NeMo RL: answers by rank, 0 the best
     found = row.get('completions')
@@ -305,7 +305,7 @@ def check_nothing_lost(row, column, turns, names=()):
     text = '\n'.join(turn['content'] for turn in turns)
     for other in [name for name in names if name != column and row.get(name)]:
         parts = row[other] if isinstance(row[other], list) else [row[other]]
-        is_included = all(isinstance(part, str) and part.strip() in text for part in parts)
+        is_included = all(str(part).strip() in text for part in parts)
         if not is_included and not is_history(row[other]):
             raise ValueError(f'{other!r} asks something, too, which would be lost beside {column!r}')
     for name in DOCUMENTS:
@@ -752,6 +752,7 @@ def read_chat(row, task=None):
     question or after the last answer are removed, {'drop': UNASKED} follows the example, so that they are counted."""
     column = first_of(CHATS, row)
     turns = [messages.checked(turn) for turn in field(row, column, list)]
+    check_nothing_lost(row, column, turns)
     if turns and turns[-1]['role'] != 'assistant':
         if any(isinstance(row.get(name), str | list) for name in ANSWERS):
             return read_answer(row, task)
@@ -760,9 +761,8 @@ def read_chat(row, task=None):
             raise messages.no_answer_error(column, turns[-1]['role'])
         if task == 'prompts' or (task is None and len(turns) == 1):
             return [{'prompt': turns}]
-    check_nothing_lost(row, column, turns)
-    # do not train on an empty answer, unless all are empty or a label judges the conversation
-    label = label_of(row)
+    # do not train on an empty answer, unless all are empty or a label judges the conversation, which SFT takes if it is good
+    label = {} if task == 'sft' and label_of(row).get('good') else label_of(row)
     answers = [turn for turn in turns if turn['role'] == 'assistant']
     has_content = not messages.is_empty(answers)
     if has_content and not label and task != 'prompts':
