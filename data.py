@@ -91,20 +91,27 @@ def plan_padded(widths, world_size, max_tokens):
     return [[sorted(slots) for slots in bins[rank::world_size]] for rank in range(world_size)]
 
 
+def tokens_taken(widths, share_prefix=True, pad=False):
+    """Return the tokens that each example takes in a microbatch, (n,). widths: (n, 1 + answers) of prompt and answers."""
+    prompts, answers = widths[:, 0], widths[:, 1:]
+    n_answers = answers.shape[1]
+    # a row for each answer, all as wide as the widest
+    if pad:
+        return n_answers * (prompts + answers.max(1))
+    copies = 1 if share_prefix else n_answers
+    return copies * prompts + answers.sum(1)
+
+
 def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
     """Pack a step, the given rows of examples. Returns (this rank's Batches, tokens on all ranks, tokens plus padding).
 
     A slot is the index of an example in the step: the example at rows[slot]. Prompts that are not shared count for each answer."""
     widths = examples.widths[rows]  # (step, 1 + answers) tokens of the prompt and of each answer
-    prompt_widths = widths[:, 0]
     n_answers = widths.shape[1] - 1
-    lengths = examples.lengths[rows]  # (step,) tokens of each example, its prompt once
-    # without sharing, each further answer has its own copy of the prompt
-    if pad or not share_prefix:
-        lengths = lengths + (n_answers - 1) * prompt_widths
+    lengths = tokens_taken(widths, share_prefix and not pad)  # (step,) of each example, without padding
     # every rank plans for all ranks, so they agree without talking
     if pad:
-        padded_lengths = n_answers * (prompt_widths + widths[:, 1:].max(1))
+        padded_lengths = tokens_taken(widths, pad=True)
         plans = plan_padded(padded_lengths, world_size, max_tokens)
         not_empty = [slots for microbatches in plans for slots in microbatches if slots]
         allocated = sum(len(slots) * int(padded_lengths[slots].max()) for slots in not_empty)

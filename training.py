@@ -23,7 +23,7 @@ import torch
 
 import fsdp
 from configurator import UserError
-from data import Step, make_batches, pack_probe, steps
+from data import Step, make_batches, pack_probe, steps, tokens_taken
 from hf import export, generate, lora, parallel
 from hf.attention import set_attention
 from hf.load import fingerprints, load_tokenizer, stored_dtype
@@ -234,7 +234,8 @@ class Run:
         # with save_every='auto', save no checkpoints if only the final model fits on the disk
         if save_every == 'auto' and not checkpoints_fit:
             self.save_every = 0
-        too_long = train.lengths[train.lengths > limit]
+        lengths = tokens_taken(train.widths, self.layout['share_prefix'], self.layout['pad'])
+        too_long = lengths[lengths > limit]
         if len(too_long):
             problem = f'{len(too_long)} examples are longer than max_tokens={limit} (the longest: {too_long.max()})'
             log.say(f'note: {problem}: each gets a microbatch of its own')

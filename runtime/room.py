@@ -3,6 +3,7 @@
 training.py calls bytes_per_token() and choose_max_tokens() for max_tokens='auto', and check_room() for every run."""
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import model
 from configurator import UserError
-from data import pack
+from data import pack, tokens_taken
 from hf.quantize import packed_weights
 from runtime import ranks
 from runtime.files import say
@@ -242,14 +243,7 @@ def _estimate_for(config, policy, per_token, frozen, tokens):
 
 def _largest_batch(config, train, packed, max_tokens):
     """Return the tokens of the largest microbatch: max_tokens, or the longest example, or less if steps are smaller."""
-    prompts, answers = train.widths[:, 0], train.widths[:, 1:]  # tokens: (examples,) and (examples, answers of each)
-    num_answers = answers.shape[1]
-    # tokens that an example takes: once the prompt and all answers; padded, or without share_prefix, a prompt for each answer
-    lengths = train.lengths
-    if not packed:
-        lengths = num_answers * (prompts + answers.max(1))
-    elif not config.get('share_prefix', True):
-        lengths = lengths + (num_answers - 1) * prompts
+    lengths = tokens_taken(train.widths, config.get('share_prefix', True), pad=not packed)
     # an example longer than max_tokens is a microbatch of its own
     longest = int(lengths.max())
     tokens = max(max_tokens, longest)
@@ -258,9 +252,7 @@ def _largest_batch(config, train, packed, max_tokens):
         # a step takes an example again if it is larger than the data, or reaches into the next epoch
         batch_size, n_examples = config['batch_size'], len(lengths)
         crosses_epochs = config.get('n_epochs', 1) > 1 and n_examples % batch_size > 0
-        max_copies = (
-            -(-batch_size // n_examples) + crosses_epochs
-        )  # of an example in a step; the quotient is rounded up
+        max_copies = math.ceil(batch_size / n_examples) + crosses_epochs  # of an example in a step
         longest_examples = np.sort(np.tile(lengths, max_copies))[-batch_size:]
         largest_step = int(longest_examples.sum())
         _, world_size = ranks.data_rank()
