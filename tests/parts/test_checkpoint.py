@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import cut_short, metrics, read_jsonl, run_script, same_bits, shrink_toy, tensors
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
@@ -209,6 +210,13 @@ def test_loads_into_a_model_that_has_run(tmp_path):
         trained.policy.response_logps(batches[0])
     state = checkpoint.load(checkpoint.latest(tmp_path / 'run'), trained.policy, optimizer)
     assert state['examples'] == 48
+
+
+def test_ranks_wait_for_one_that_works_alone():
+    """In the group of training, and in that of the thread that writes."""
+    ranks.setup()
+    for group in (dist.group.WORLD, checkpoint._writer_group(dist.group.WORLD)):
+        assert group._get_backend(torch.device('cpu')).options._timeout == ranks.PATIENCE
 
 
 def test_layers_that_never_run_have_no_optimizer_state(tmp_path):
@@ -700,23 +708,30 @@ def test_auto_is_the_largest_that_fits(monkeypatch, whole, free, size):
     assert room.choose_max_tokens(config, layers, 4096, examples, True, 0) == size
 
 
-@pytest.mark.parametrize(
-    ('packed', 'share', 'world_size'),
-    [(True, True, 1), (True, False, 1), (True, True, 2), (True, True, 8), (False, True, 2)],
-)
-def test_no_microbatch_is_larger_than_what_is_reckoned_with(monkeypatch, packed, share, world_size):
-    """Nine examples on eight ranks: one rank has two of them."""
+# fmt: off
+@pytest.mark.parametrize(('packed', 'share', 'world_size', 'tp', 'batch_size', 'max_tokens'), [
+    (True, True, 1, 1, 9, 10_000), (True, False, 1, 1, 9, 10_000), (True, True, 2, 1, 9, 10_000), (True, True, 8, 1, 9, 10_000),
+    (True, True, 8, 8, 9, 10_000), (True, True, 1, 1, 30, 10_000), (True, True, 1, 1, 8, 10_000), (False, True, 2, 1, 9, 100),
+])
+# fmt: on
+def test_no_microbatch_is_larger_than_what_is_reckoned_with(
+    monkeypatch, packed, share, world_size, tp, batch_size, max_tokens
+):
+    """Nine examples on eight ranks: one rank has two. Eight ranks in one group of tp are one. A step may take an example again."""
     monkeypatch.setattr(room.dist, 'get_world_size', lambda: world_size)
-    examples = Examples.of([(np.arange(50), [np.arange(40), np.arange(30 + i)]) for i in range(9)])
-    config = {'batch_size': 9, 'share_prefix': share}
+    monkeypatch.setattr(room.dist, 'get_rank', lambda: 0)
+    monkeypatch.setattr(ranks, '_tp_size', tp)
+    lengths = [30, 31, 300, 33, 34, 35, 36, 37, 38]
+    examples = Examples.of([(np.arange(50), [np.arange(40), np.arange(length)]) for length in lengths])
+    config = {'batch_size': batch_size, 'share_prefix': share, 'n_epochs': 3}
+    layout = {'share_prefix': share, 'pad': not packed}
     largest = max(
         batch.ids.numel()
-        for rank in range(world_size)
-        for batch in data.make_batches(
-            examples, np.arange(9), rank, world_size, 700, share_prefix=share, pad=not packed
-        )[0]
+        for _, rows in steps(9, batch_size, 27, seed=0)
+        for rank in range(world_size // tp)
+        for batch in data.make_batches(examples, rows, rank, world_size // tp, max_tokens, **layout)[0]
     )
-    assert largest <= room._largest_batch(config, examples, packed, 700) <= max(700, 2 * largest)
+    assert largest <= room._largest_batch(config, examples, packed, max_tokens) <= 2.5 * largest
 
 
 @pytest.mark.parametrize(('local_world_size', 'free', 'mode'), [(None, 1000, 'none'), ('4', 250, 'full')])

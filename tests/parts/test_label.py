@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from stub import completion, serve, wait_until
 from configurator import UserError
 from feedback import endpoint, judge
 from feedback.answers import make_pairs, write_model_outputs
+from hf import probe
 from hf.load import load_model, load_tokenizer
 from runtime.files import lock
 from text import messages, sources, tokenise, toy
@@ -474,6 +476,17 @@ def test_reward_model(reward_folder):
     with pytest.raises(UserError, match='content of reward_model'):
         label(*flags)
     state.write_text(text)
+
+
+def test_what_is_longer_than_a_reward_model_reads_is_cut(reward_folder, monkeypatch, capsys):
+    """As it is at --max_length, and not refused."""
+    write_jsonl('samples.jsonl', toy_samples())
+    label(f'--reward_model={reward_folder}', '--max_length=8', '--max_prompt_length=4')
+    expected = verdicts()
+    shutil.rmtree('out')
+    monkeypatch.setattr(probe, 'max_sequence_length', lambda model: 8)
+    label(f'--reward_model={reward_folder}')
+    assert verdicts() == expected and 'answers cut for the judge: nothing' not in capsys.readouterr().out
 
 
 # ---- a real server ----

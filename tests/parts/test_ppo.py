@@ -132,7 +132,7 @@ def test_scores_of_the_toy_world_are_of_texts():
     assert scores.tolist() == [2 * toy.gold(prompt, answer) for answer in answers] and scores[0] != scores[1]
 
 
-def test_a_reward_model_has_positions_for_the_longest_answer_and_its_end(monkeypatch):
+def test_a_reward_model_has_positions_for_the_longest_answer_and_its_end(monkeypatch, tmp_path):
     names = ('reward_timeout', 'reward_workers', 'dtype', 'device_map', 'trust_remote_code', 'model')
     options = Config(dict.fromkeys(names))
     monkeypatch.setattr(rewards.score, 'load_scorer', lambda *where, **how: (None, None))
@@ -143,6 +143,15 @@ def test_a_reward_model_has_positions_for_the_longest_answer_and_its_end(monkeyp
         UserError, match='up to 13 tokens, where the reward model out/rm takes 12: lower --max_new_tokens'
     ):
         Reward([Part('rm', 1.0, 'out/rm')], options, 1, None, None, longest=12)
+    flags = [
+        '--reward_model=out/rm',
+        '--model=toy',
+        '--data=toy',
+        '--batch_size=4',
+        '--minibatch_size=4',
+        '--max_new_tokens=9',
+    ]
+    assert 'where the reward model out/rm takes 12' in refused('ppo.py', *flags, f'--out_dir={tmp_path}/run')
 
 
 def test_slots_of_a_microbatch_among_the_tokens_of_a_round():

@@ -195,6 +195,23 @@ def test_a_run_that_ends_while_another_waits_for_its_lock(run, refused, tmp_path
     assert 'holds this run already (finished)' in refused('dpo.py')
 
 
+def test_a_lock_whose_file_is_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
+    """By a run that failed and removed its out_dir: no other run would see a lock on a file that is gone."""
+    flock, calls = files.fcntl.flock, []
+
+    def and_gone(file, how):
+        flock(file, how)
+        calls.append(how)
+        if len(calls) == 1:
+            (tmp_path / 'out/.lock').unlink()
+
+    monkeypatch.setattr(files.fcntl, 'flock', and_gone)
+    files.lock(tmp_path / 'out')
+    assert len(calls) == 2 and (tmp_path / 'out/.lock').exists()
+    files.unlock()
+    assert not (tmp_path / 'out').exists()  # nothing was written
+
+
 def test_out_dir(run, refused, tmp_path):
     script = 'dpo.py'
     (tmp_path / 'file').write_text('')
