@@ -95,9 +95,8 @@ def tokens_taken(widths, share_prefix=True, pad=False):
     """Return the tokens that each example takes in a microbatch, (n,). widths: (n, 1 + answers) of prompt and answers."""
     prompts, answers = widths[:, 0], widths[:, 1:]
     n_answers = answers.shape[1]
-    # a row for each answer, all as wide as the widest
     if pad:
-        return n_answers * (prompts + answers.max(1))
+        return n_answers * (prompts + answers.max(1))  # a row for each answer, all as wide as the widest
     copies = 1 if share_prefix else n_answers
     return copies * prompts + answers.sum(1)
 

@@ -86,8 +86,6 @@ def begin(config):
     # reject incompatible options first
     adapters = lora.options(config)
     parallel.check(config)
-    if activation_checkpointing == 'selective' and tp > 1:
-        raise UserError('--activation_checkpointing=selective does not go with --tp')
     if 'sharegpt' not in f'{config.data} {eval_data}':
         config.report_unused(['num_turns'], 'it is for sharegpt')
     # scripts that cannot sample have no such option

@@ -14,6 +14,8 @@ def check(config):
     """Raise UserError if options about devices and attention exclude one another. Reports options without effect."""
     if config['tp'] > 1 and config['lora_rank']:
         raise UserError('tp and lora_rank do not go together: adapters are small enough for FSDP alone')
+    if config['tp'] > 1 and config['activation_checkpointing'] == 'selective':
+        raise UserError('--activation_checkpointing=selective does not go with --tp')
     is_on = {'tp': config['tp'] > 1, 'cpu_offload': config['cpu_offload']}
     needs_full = ' and '.join(name for name in is_on if is_on[name])  # '', 'tp', ...
     if needs_full and config['shard'] in ('none', 'grads'):
