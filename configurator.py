@@ -8,7 +8,6 @@ Only names declared above the call to configure are options. A user's mistake is
 
 import ast
 import contextlib
-import difflib
 import itertools
 import os
 import re
@@ -25,24 +24,6 @@ WORDS = {'none': None, 'null': None, 'true': True, 'false': False}  # spellings 
 
 class UserError(ValueError):
     """A user's mistake: what is wrong, where, and what to do. Printed without a traceback; exit code 2."""
-
-
-def _excepthook(kind, error, trace):
-    """Print an uncaught exception: a UserError or an out-of-memory error as one sentence (exit code 2), others as a traceback."""
-    from runtime import guard
-
-    # turn out-of-memory errors into a UserError with this advice
-    error = guard.explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
-    guard.tell_torchrun(error)
-    if not isinstance(error, UserError):
-        return sys.__excepthook__(kind, error, trace)
-    sys.stdout.flush()
-    # most errors are raised on every rank: rank 0 prints them. of_this_rank marks an error that this rank may have alone
-    if main_rank() or getattr(error, 'of_this_rank', False):
-        sys.__stderr__.write(f'error: {error}\n')
-        sys.__stderr__.flush()
-    # not sys.exit: threads of the process group can abort a normal exit and change the exit code
-    os._exit(2)
 
 
 def main_rank():
@@ -84,7 +65,9 @@ def configure(scope, argv=None, shared=None, early=False):
     """Override a script's constants, its globals() in scope, by config files and flags. Returns a Config; exits after --help.
 
     shared: a module with more options. early: print no notes, since configure will be called again. Raises UserError."""
-    sys.excepthook = _excepthook
+    from runtime import errors
+
+    sys.excepthook = errors.report
     argv = sys.argv[1:] if argv is None else argv
     # the script's declarations come first, and override those of the shared module
     options = _declared(scope)
@@ -221,7 +204,7 @@ def _kind(value):
 def _check(name, value, options, where):
     """Return an option's value, converted from int to float if necessary. Raises UserError if name or value is invalid."""
     if name not in options:
-        raise UserError(f'{where}: unknown option {name!r}; {_hint(name, options)}')
+        raise UserError(f'{where}: unknown option {name!r}; {values.hint(name, options)}')
     allowed = options[name].types
     # a larger int may not fit into a float: it stays an int, and is rejected below
     if type(value) is int and 'int' not in allowed and 'float' in allowed and abs(value) < 2**63:
@@ -233,18 +216,3 @@ def _check(name, value, options, where):
     if problem := values.problem(name, value):
         raise UserError(f'{where}: {name} {problem}')
     return value
-
-
-def _hint(name, options):
-    """Return a phrase that suggests an option for an unknown name, such as 'here it is lr' for learning_rate."""
-    # loss.beta -> beta, max-length -> max_length
-    plain = name.rpartition('.')[2].replace('-', '_')
-    # options, and the names that other projects have for them
-    option_of_foreign = values.names_elsewhere(options)
-    matches = difflib.get_close_matches(plain, {*option_of_foreign, *options}, n=1)
-    if not matches:
-        return '--help lists the options'
-    nearest = matches[0]
-    if nearest in option_of_foreign:
-        return f'here it is {option_of_foreign[nearest]}'
-    return f'here it is {nearest}' if nearest == plain else f'did you mean {nearest}?'

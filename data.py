@@ -259,13 +259,6 @@ def _predicted(ids, sizes, is_answer, prompt_of):
     return of_tokens | {'n': np.bincount(answer, minlength=len(lengths)), 'last': answer_ends - 1}
 
 
-def pack_probe(examples, device):
-    """Return two examples as [packed Batch, padded Batch]. A model must give both the same log-probs, see hf/probe.py."""
-    longest = int(examples.lengths.argmax())
-    two = [examples[0], examples[longest]]
-    return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]
-
-
 if __name__ == '__main__':
     from text import show
 

@@ -17,7 +17,7 @@ from hf.parallel import tensor_parallel
 from hf.ties import tie_as, ties
 from model import blocks, hidden_and_head, response_logps
 from rl.heads import response_scores, token_logps
-from runtime import guard, ranks, room
+from runtime import errors, ranks, room
 from runtime.rmsprop import RMSprop
 
 # ---- numbers of a step: every rank has to call these ----
@@ -59,7 +59,7 @@ def smallest(values):
 # ---- a model on all ranks ----
 
 
-@guard.memory_for('a model does not fit; try --dtype=bfloat16, --cpu_offload or more GPUs, or a smaller one')
+@errors.memory_for('a model does not fit; try --dtype=bfloat16, --cpu_offload or more GPUs, or a smaller one')
 def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offload=False, device_map=None, **options):
     """Load a model on rank 0 and replicate or shard it over all ranks. Raises UserError if it then computes other log-probs.
 

@@ -31,7 +31,7 @@ from hf.load import load_model, load_tokenizer
 from hf.lora import weights_hash
 from hf.probe import max_sequence_length
 from rl import reward_functions
-from runtime import log, ranks
+from runtime import errors, log, ranks
 from runtime.files import lock, replace_text
 from text import sources, tokenise
 from text.examples import in_words, uniform_hash
@@ -240,7 +240,7 @@ def generate_all():
         seeds = [row['seed'] for row in rows]
         settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
         advice = f'{min(n_rows, len(batch))} answers do not fit; run the same command with a smaller --batch_size'
-        with guard.memory_for(f'{advice}; what is answered is kept'):
+        with errors.memory_for(f'{advice}; what is answered is kept'):
             answers = generate.generate(net, tokenizer, prompt_ids, seeds, rows=n_rows, **settings)
 
         for row, answer_ids in zip(rows, answers, strict=True):

@@ -18,20 +18,18 @@ import time
 from contextlib import nullcontext
 from functools import cache, partial
 
-import numpy as np
 import torch
 
 import fsdp
 from configurator import UserError
-from data import Step, make_batches, pack_probe, steps, tokens_taken
+from data import Step, make_batches, steps
 from hf import export, generate, lora, parallel
 from hf.attention import set_attention
 from hf.load import fingerprints, load_tokenizer, stored_dtype
 from hf.probe import can_pack, check_positions
-from runtime import checkpoint, guard, log, ranks, room
+from runtime import checkpoint, errors, guard, log, ranks, room, values
 from runtime.prefetch import prefetch
 from text import show
-from text.examples import in_words
 from text.tokenise import ENOUGH, load_examples
 
 # data
@@ -86,14 +84,8 @@ def begin(config):
     # reject incompatible options first
     adapters = lora.options(config)
     parallel.check(config)
-    if 'sharegpt' not in f'{config.data} {eval_data}':
-        config.report_unused(['num_turns'], 'it is for sharegpt')
-    # scripts that cannot sample have no such option
-    if not config.get('sample_during_eval', True):
-        given = config.given('n_eval_model_samples max_new_tokens temperature top_p')
-        config.report_unused(given, 'sample_during_eval is off')
-    elif config.get('temperature') == 0:
-        config.report_unused(['top_p'], 'temperature 0 takes the likeliest token')
+    for names, why in values.without_effect(config):
+        config.report_unused(names, why)
 
     # join the process group, then lock out_dir
     rank, world, device = ranks.setup(tp)
@@ -138,29 +130,15 @@ class Run:
         test_split = ranks.first_of_host(lambda: load_examples(eval_data or config.data, 'test', **for_eval))
         self.held_out = test_split.select(slice(n_eval_examples))
 
-    def used_rows(self):
-        """Return the sorted rows of run.train that the run visits: all of them, or fewer with a small n_examples."""
-        n = len(self.train)
-        # the steps of the first epoch suffice, because an epoch visits every row
-        total = min(n, self.config.n_examples or n)
-        first_epoch = steps(n, self.config.batch_size, total, self.config.seed)
-        return np.unique(np.concatenate([rows for _, rows in first_epoch]))
-
     def count_data(self, answers_each=1):
         """Set run.total, the number of examples to train on over all epochs, and print a summary of the data.
 
         answers_each: in ppo.py, whose examples are sampled answers, their number per prompt; run.total is a multiple of it."""
-        config, train = self.config, self.train
-        total = config.n_epochs * len(train) * answers_each
-        total = min(total, config.n_examples or total)
+        total = self.config.n_epochs * len(self.train) * answers_each
+        total = min(total, self.config.n_examples or total)
         self.total = total // answers_each * answers_each
-        changed, notes = in_words(train.left_out)
-        sizes = f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {len(self.held_out):,} to evaluate on'
-        if n_eval_examples and not len(self.held_out):
-            notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
-        example = show.first(train, self.tokenizer, self.task)
-        for text in (f'data: {sizes}; left out or changed: {changed}', *notes, example):
-            log.say(text)
+        for line in show.summary(self.train, self.held_out, self.tokenizer, self.task, n_eval_examples):
+            log.say(line)
 
     def model_options(self):
         """Return loading options that are common to all models of the run."""
@@ -181,8 +159,8 @@ class Run:
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
         # by default the model is saved in the dtype of its input files, and with 4-bit weights in bfloat16
         if save_dtype is None:
-            dtype_of_files = ranks.shared(lambda: stored_dtype(self.config.model))
-            self.config['save_dtype'] = 'bfloat16' if quantize else dtype_of_files
+            of_files = partial(stored_dtype, self.config.model)
+            self.config['save_dtype'] = 'bfloat16' if quantize else ranks.shared(of_files)
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def load_frozen(self, build, longest, what='the examples'):
@@ -206,7 +184,7 @@ class Run:
             check_positions(policy, self.held_out.longest_prompt() + self.config.max_new_tokens, 'samples')
         # pack if the options allow it, and if the model then computes the same log-probs as on padded batches (can_pack)
         allowed = pack and attn is None
-        self.packed = can_pack(policy, *pack_probe(self.train, self.device), log.say, wanted=allowed)
+        self.packed = can_pack(policy, self.train, self.device, log.say, wanted=allowed)
         for model in models:
             set_attention(model, self.packed, attn)
         self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
@@ -227,16 +205,11 @@ class Run:
     def check_room(self, *frozen):
         """Raise UserError if the disk lacks room for the model or the checkpoints of --save_every; log notes on memory and long
         examples. frozen: models in memory besides the policy, or None."""
-        policy, per_token, train, limit = self.policy, self.bytes_per_token, self.train, self.max_tokens
-        checkpoints_fit = room.check_room(self.config, policy, per_token, train, self.total, self.packed, limit, frozen)
+        sizes = self.train, self.total, self.packed, self.max_tokens
+        checkpoints_fit = room.check_room(self.config, self.policy, self.bytes_per_token, *sizes, frozen)
         # with save_every='auto', save no checkpoints if only the final model fits on the disk
         if save_every == 'auto' and not checkpoints_fit:
             self.save_every = 0
-        lengths = tokens_taken(train.widths, self.layout['share_prefix'], self.layout['pad'])
-        too_long = lengths[lengths > limit]
-        if len(too_long):
-            problem = f'{len(too_long)} examples are longer than max_tokens={limit} (the longest: {too_long.max()})'
-            log.say(f'note: {problem}: each gets a microbatch of its own')
 
     def start(self, method='', units=None, n_steps=None):
         """Resume from the newest checkpoint, or start from scratch. Sets run.seen (examples so far), run.state and run.logger.
@@ -249,11 +222,8 @@ class Run:
         self.identity = checkpoint.identify(config, partial(fingerprints, config), self.train, self.held_out)
         latest = checkpoint.latest(out_dir, self.identity) if resume else None
         # saved in a checkpoint, besides weights and optimizer. evaluated: number of examples at the last evaluation
-        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}}
-        self.state |= {
-            'warmup': log.warmup_steps(config, n_steps or math.ceil(self.total / config.batch_size)),
-            'max_tokens': self.max_tokens,
-        }
+        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'max_tokens': self.max_tokens}
+        self.state['warmup'] = log.warmup_steps(config, n_steps or math.ceil(self.total / config.batch_size))
         if latest:
             # checkpoints of older versions lack 'warmup', which then was always the option
             self.state['warmup'] = config.warmup_steps
@@ -262,9 +232,8 @@ class Run:
         # after a resume, the same microbatches as before, for bitwise equal sums
         if max_tokens == 'auto' and self.max_tokens != self.state['max_tokens']:
             self.max_tokens = self.state['max_tokens']
-            log.say(
-                f'memory: going on with max_tokens={self.max_tokens}, as before: --max_tokens=NUMBER if it does not fit here'
-            )
+            advice = '--max_tokens=NUMBER if it does not fit here'
+            log.say(f'memory: going on with max_tokens={self.max_tokens}, as before: {advice}')
 
         # from here on out_dir belongs to this run
         ranks.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
@@ -300,7 +269,7 @@ class Run:
 
     def memory(self, batches):
         """Return a context manager that turns an out-of-memory error in these microbatches into a UserError with advice."""
-        return guard.memory(batches, self.max_tokens)
+        return errors.memory_of(batches, self.max_tokens)
 
     def compute(self, step, run_step, **options):
         """Return run_step(step, **options), the forward (and backward) pass over a step's microbatches.
@@ -315,20 +284,14 @@ class Run:
                 with self.memory(step.batches):
                     return run_step(step, **options)
             except UserError as error:
-                out_of_memory = hasattr(error, 'of_this_rank')  # a mark set by guard.explained
-                single_process = self.world * tp == 1
-                can_split = any(len(batch.slot) > 1 for batch in step.batches)
-                if not (out_of_memory and max_tokens == 'auto' and single_process and can_split):
+                may_halve = max_tokens == 'auto' and self.world * tp == 1
+                if not (may_halve and errors.can_split(error, step.batches)):
                     raise
             # outside of the except block the traceback no longer keeps the activations alive
             with self.memory(step.batches):
                 fsdp.abandon_backward(self.policy)
             self.optimizer.zero_grad(set_to_none=True)
-            # microbatches may be smaller than max_tokens: halve the size that did not fit
-            largest = max(batch.ids.numel() for batch in step.batches)
-            self.max_tokens = self.state['max_tokens'] = min(self.max_tokens, largest) // 2
-            problem = f'a microbatch of {largest} tokens does not fit'
-            log.say(f'memory: {problem}: going on with max_tokens={self.max_tokens}')
+            self.max_tokens = self.state['max_tokens'] = room.halved(self.max_tokens, step.batches)
 
     def update(self, step, columns, weight):
         """Apply the gradients of a step. Returns False if the step is bad and was skipped.
@@ -358,11 +321,7 @@ class Run:
         # time since the last step, without evaluations and checkpoints, which reset the clock
         now = time.time()
         elapsed, self.clock = now - self.clock, now
-        n = len(step.rows)
-        metrics |= {'grad_norm': self.norm, 'lr': self.rate, 'counters/step_examples': n}
-        metrics['padding_share'] = 1 - step.tokens / step.allocated
-        for name, amount in {'examples': n, 'tokens': step.tokens, 'data_wait': self.waited}.items():
-            metrics[f'{name}_per_second'] = log.per_second(amount, elapsed)
+        metrics |= {'grad_norm': self.norm, 'lr': self.rate, **log.speeds(step, elapsed, self.waited)}
         # the running state of the loss's statistic
         metrics |= {f'state/{name}': value for name, value in self.state['statistic'].items()}
         if skip_bad_steps:
@@ -459,5 +418,7 @@ class Run:
         written = guard.export(self.policy, self.tokenizer, build, folder, write_card, wanted, save, as_exported)
         self.logger.close()
         guard.end()
-        rounded = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'
-        log.say(f'done: {folder}{rounded if written != "float32" else ""}')
+        rounded = ''
+        if written != 'float32':
+            rounded = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'
+        log.say(f'done: {folder}{rounded}')

@@ -22,14 +22,14 @@ import torch
 
 import fsdp
 from configurator import UserError, configure
-from data import pack, pack_probe, plan, plan_padded
+from data import pack, plan, plan_padded
 from feedback import winrate
 from feedback.answers import append
 from hf.attention import set_attention
 from hf.load import load_reward, load_tokenizer, separate_pad
 from hf.probe import can_pack, max_sequence_length
 from model import core
-from runtime import ranks
+from runtime import errors, ranks
 from runtime.files import writing
 from runtime.log import progress, say
 from text.examples import Examples, in_words
@@ -84,12 +84,11 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     a, b, c = rng.integers(len(tokenizer), size=(3, 20))
     long_pair = a, [b, c[:5]]
     short_pair = b[:7], [c[:9], a]
-    packed, padded = pack_probe(Examples.of([long_pair, short_pair]), device)
-    set_attention(model, can_pack(model, packed, padded, say))
+    set_attention(model, can_pack(model, Examples.of([long_pair, short_pair]), device, say))
     return model, tokenizer
 
 
-@guard.memory_for('answers do not fit beside the reward model; lower max_tokens, which changes no score')
+@errors.memory_for('answers do not fit beside the reward model; lower max_tokens, which changes no score')
 @torch.no_grad()
 def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
     """Return the scores (n,), float32, of n answers; equal on all ranks, and all ranks must call this.

@@ -15,7 +15,7 @@ from configurator import UserError
 from hf.attention import padded_attention
 from hf.lora import adapters_off
 from model import core
-from runtime import guard, ranks
+from runtime import errors, guard, ranks
 from runtime.files import append
 from text.examples import GOLDEN_STEP, splitmix64
 
@@ -58,7 +58,7 @@ def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
     append(file, ''.join(lines))
 
 
-@guard.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
+@errors.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
 def sample_held_out(run, models, n_prompts, examples_seen, measure=None, **settings):
     """Sample answers of several models to the first n_prompts held-out prompts, and append them to out_dir/samples.jsonl.
 

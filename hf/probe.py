@@ -14,7 +14,7 @@ from data import pack
 from hf.attention import padded_attention, set_attention
 from model import core
 from rl.heads import response_scores, token_logps
-from runtime import guard
+from runtime import errors
 from runtime.hub import first_line
 from runtime.log import say
 
@@ -34,11 +34,12 @@ def _difference(found, expected):
     return errors.max().item()
 
 
-def can_pack(model, packed, padded, say, wanted=True):
+def can_pack(model, examples, device, say, wanted=True):
     """Return whether packed batches give the model's own log-probs or scores up to rounding. False if not wanted.
 
-    packed, padded: Batches of the same examples; say: prints why packing does not work
+    examples: Examples, two of which are tried; say: prints why packing does not work
     If the result is False, training uses padded batches: raises UserError if those give other numbers, too."""
+    packed, padded = two_layouts(examples, device)
     if wanted:
         max_error, reason = deviation(model, packed, padded)
         if max_error <= _tolerance(model):
@@ -52,6 +53,13 @@ def can_pack(model, packed, padded, say, wanted=True):
     return False
 
 
+def two_layouts(examples, device):
+    """Return the first and the longest of these Examples as [packed Batch, padded Batch]."""
+    longest = int(examples.lengths.argmax())
+    two = [examples[0], examples[longest]]
+    return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]
+
+
 def _tolerance(model):
     """Return the largest error that rounding can explain. Call it after a forward, which under FSDP leaves gathered parameters."""
     # gathered parameters have the dtype of the forward; sharded ones are always float32
@@ -60,7 +68,7 @@ def _tolerance(model):
     return 0.03 if in_bfloat16 or in_tf32 else 1e-4
 
 
-@guard.memory_for('the two examples that try the model out do not fit; lower max_length, or try --dtype=bfloat16')
+@errors.memory_for('the two examples that try the model out do not fit; lower max_length, or try --dtype=bfloat16')
 @torch.no_grad()
 def deviation(model, batch, padded):
     """Compare our log-probs or scores of a batch, packed or padded, with the model's own forward on the same examples, padded.
@@ -87,7 +95,7 @@ def deviation(model, batch, padded):
     # a model's forward may raise anything: MPT's needs a mask, StableLM's drops our argument. Errors of the machine, or in our code,
     # say nothing about the model
     except Exception as error:
-        if guard.out_of_memory(error) or (is_packed and _is_machine_or_bug(error)):
+        if errors.out_of_memory(error) or (is_packed and _is_machine_or_bug(error)):
             raise
         if is_packed:
             return math.inf, first_line(error)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 import fsdp
+from data import steps
 from hf.lora import adapters_off
-from runtime import cache, guard, log, ranks
+from runtime import cache, errors, log, ranks
 from runtime.files import say
 
 
@@ -22,12 +23,20 @@ def use_cache(run, build, make_sharded, every_row):
     # this pass keeps no activations, so microbatches can be larger
     make_batches = partial(run.make_batches, max_tokens=4 * run.max_tokens)
     all_rows = slice(None)
-    train_rows = all_rows if every_row else run.used_rows()
+    train_rows = all_rows if every_row else _used_rows(len(run.train), run.config)
     for examples, rows in ((run.train, train_rows), (run.held_out, all_rows)):
         if len(examples):
             cached_logps(build, make_sharded, examples, make_batches, run.config.dtype, rows)
     if run.config.sample_during_eval:
         say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
+
+
+def _used_rows(n, config):
+    """Return the sorted rows of n training examples that a run visits: all of them, or fewer with a small n_examples."""
+    # the steps of the first epoch suffice, because an epoch visits every row
+    total = min(n, config.n_examples or n)
+    first_epoch = steps(n, config.batch_size, total, config.seed)
+    return np.unique(np.concatenate([rows for _, rows in first_epoch]))
 
 
 def cached_logps(build, make_sharded, examples, make_batches, dtype, rows):
@@ -93,7 +102,7 @@ def _key(model, examples, dtype):
     return digest.hexdigest()
 
 
-@guard.memory_for('the pass that caches the reference takes microbatches of 4 x max_tokens; lower max_tokens')
+@errors.memory_for('the pass that caches the reference takes microbatches of 4 x max_tokens; lower max_tokens')
 @torch.no_grad()
 def _compute(model, examples, make_batches):
     """Return the log-probs of all answers under a sharded model: (examples, answers of each), float32, the same on every rank."""

@@ -13,7 +13,7 @@ from hf import generate
 from hf.lora import adapters_off
 from rl import formulas
 from rl.rewards import toy_metrics
-from runtime import guard, metrics
+from runtime import errors, metrics
 from runtime.prefetch import move
 from text.examples import Examples
 
@@ -60,7 +60,7 @@ def sample(run, source, rows, *, answers_each, first_seed):
         prompts += [prompt.tolist()] * answers_each
     seeds = range(first_seed, first_seed + len(prompts))
     settings = {'max_new_tokens': run.config.max_new_tokens, 'rows': run.config.sample_batch}
-    with guard.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
+    with errors.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
         answers = generate.sample(run.policy, run.tokenizer, prompts, seeds, keep_end=True, **settings)
     # group the answers by prompt
     starts = range(0, len(prompts), answers_each)

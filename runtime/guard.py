@@ -1,4 +1,4 @@
-"""What can end a run early (signals, full disks, NaN, too little memory), and how it ends without losing progress.
+"""What can end a run early (signals, full disks, NaN), and how it ends without losing progress. errors.py has its messages.
 
 A signal exits at once while there is nothing to lose. During training the run finishes its step, saves, and exits with
 code 75 (130 after Ctrl-C); the same command resumes it. A second Ctrl-C exits at once.
@@ -247,19 +247,6 @@ def end():
 # ---- errors and bad numbers ----
 
 
-def tell_torchrun(error):
-    """Tell torchrun, by its error file if there is one, what ends this process; before that, remove an unused out_dir."""
-    files.remove_unused()
-    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    if not path:
-        return
-    kind = 'error' if isinstance(error, UserError) else type(error).__name__
-    # torchrun expects the text in a nested 'message'
-    details = {'message': f'{kind}: {error}', 'extraInfo': {'timestamp': str(int(time.time()))}}
-    with contextlib.suppress(OSError):
-        Path(path).write_text(json.dumps({'message': details}))
-
-
 def finite(columns):
     """Return whether no tensor in columns (name -> tensor) holds NaN or infinity."""
     return all(bool(values.isfinite().all()) for values in columns.values())
@@ -297,56 +284,3 @@ def bad_step(out_dir, state, allowed, first, rows, uid, norm, columns):
         hint = f'lower the learning rate, or allow more than --skip_bad_steps={allowed}'
         raise UserError(f'{sentence}; {written}: look at them, {hint}')
     say(f'warning: {sentence}; {written}: skipped, {state["bad_steps"]} of {allowed} allowed')
-
-
-def out_of_memory(error):
-    """Return which memory ran out, 'the GPU' or 'this machine', or None if error is of another kind."""
-    text = str(error)
-    # compare the class name, to avoid importing torch
-    if type(error).__name__ == 'OutOfMemoryError' or re.search('CUDA.*out of memory|CUBLAS_STATUS_ALLOC_FAILED', text):
-        return 'the GPU'
-    if isinstance(error, MemoryError) or re.search("can't allocate memory|Cannot allocate memory", text):
-        return 'this machine'
-    return None
-
-
-def explained(error, advice):
-    """Translate an out-of-memory or non-determinism error into a UserError; return any other error unchanged.
-
-    advice: what did not fit and what to lower; ends the message. Out-of-memory errors get of_this_rank = True: this
-    rank must print its error itself, since other ranks may have enough memory."""
-    # 'OPERATION does not have a deterministic implementation, but ...'; the second part is '' if the text is not found
-    operation, is_about_determinism, _ = str(error).partition(' does not have a deterministic implementation')
-    if is_about_determinism:
-        mistake = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
-        return UserError(f'{mistake}; leave it out (the risk cvar, and samples with top_p below 1, cannot have it)')
-    full_memory = out_of_memory(error)  # 'the GPU', 'this machine' or None
-    # a UserError is readable already
-    if full_memory is None or isinstance(error, UserError):
-        return error
-    user_error = UserError(f'{full_memory} is out of memory: {advice}')
-    user_error.of_this_rank = True
-    return user_error
-
-
-@contextlib.contextmanager
-def memory_for(advice):
-    """Context manager and decorator: turn an out-of-memory error inside into a UserError that ends with advice."""
-    try:
-        yield
-    except Exception as error:
-        to_raise = explained(error, advice)
-        if to_raise is error:
-            raise
-        raise to_raise from None
-
-
-def memory(batches, max_tokens):
-    """Return a memory_for() context for work on these microbatches, with advice on which option to lower."""
-    longest = max((batch.ids.numel() for batch in batches), default=0)
-    # lowering max_tokens cannot shrink a microbatch of a single example
-    to_lower = 'max_tokens, which changes no result'
-    if all(len(batch.slot) == 1 for batch in batches):
-        to_lower = 'max_length, since one example fills it'
-    advice = f'the longest microbatch has {longest} tokens (max_tokens={max_tokens}); lower {to_lower}'
-    return memory_for(f'{advice}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs')

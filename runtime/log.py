@@ -321,6 +321,15 @@ def progress(total, unit, description, **options):
     return tqdm(file=file, mininterval=30, delay=30, bar_format=bar_format, **options)
 
 
+def speeds(step, elapsed, waited):
+    """Return the metrics of a step on its size and speed. elapsed, waited: seconds that it took, and waited for its data."""
+    n = len(step.rows)
+    metrics = {'counters/step_examples': n, 'padding_share': 1 - step.tokens / step.allocated}
+    for name, amount in {'examples': n, 'tokens': step.tokens, 'data_wait': waited}.items():
+        metrics[f'{name}_per_second'] = per_second(amount, elapsed)
+    return metrics
+
+
 def per_second(amount, seconds):
     """Return amount / seconds, or NaN, which Log.row() drops, if seconds is not positive (clock set back)."""
     return amount / seconds if seconds > 0 else math.nan

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from runtime import guard
+from runtime import errors
 
 
 def prefetch(iterator):
@@ -26,7 +26,7 @@ def prefetch(iterator):
         try:
             item = futures.pop(0).result()
         except Exception as error:
-            raise guard.explained(error, 'the next batches do not fit beside this one; lower max_tokens') from None
+            raise errors.explained(error, 'the next batches do not fit beside this one; lower max_tokens') from None
         if item is end:
             return
         # start the next item before the caller uses this one

@@ -35,6 +35,7 @@ SAFE = {'cuda': 0.9, 'cpu': 0.7}
 def check_room(config, policy, measure_per_token, train, total, packed, max_tokens, others=()):
     """Raise UserError if the disk has no room for the model or the checkpoints of --save_every; on a CPU, print the memory needed.
 
+    Prints a note on examples that are longer than max_tokens.
     measure_per_token(): returns bytes of activations per token; train: Examples; total: examples of the run; packed: no
     padding; others: models in memory besides policy, or None in their place. Returns whether checkpoints fit, too. Collective."""
     # bytes over all ranks; the exported model lacks ppo.py's value head and critic, which are in its checkpoints
@@ -57,6 +58,11 @@ def check_room(config, policy, measure_per_token, train, total, packed, max_toke
         frozen = sum(_count(other.parameters()) for other in other_models)
         needs = _estimate_for(config, policy, measure_per_token(), frozen, tokens)
         _check_memory(needs, subject, tokens, longest=int(train.lengths.max()))
+    lengths = _lengths(config, train, packed)
+    too_long = lengths[lengths > max_tokens]
+    if len(too_long):
+        problem = f'{len(too_long)} examples are longer than max_tokens={max_tokens} (the longest: {too_long.max()})'
+        say(f'note: {problem}: each gets a microbatch of its own')
     return checkpoints_fit
 
 
@@ -189,6 +195,14 @@ def save_every_of(step_ends, step, total):
     return every
 
 
+def halved(max_tokens, batches):
+    """Return half of max_tokens, or of the largest of these microbatches, which did not fit, if that is smaller. Says so."""
+    largest = max(batch.ids.numel() for batch in batches)
+    half = min(max_tokens, largest) // 2
+    say(f'memory: a microbatch of {largest} tokens does not fit: going on with max_tokens={half}')
+    return half
+
+
 def choose_mode(model, mode, train, half, device, cpu_offload):
     """Return mode; for 'auto', 'none' (a whole model on each rank) if that fills at most a quarter of its memory, else 'full'."""
     if mode != 'auto':
@@ -243,7 +257,7 @@ def _estimate_for(config, policy, per_token, frozen, tokens):
 
 def _largest_batch(config, train, packed, max_tokens):
     """Return the tokens of the largest microbatch: max_tokens, or the longest example, or less if steps are smaller."""
-    lengths = tokens_taken(train.widths, config.get('share_prefix', True), pad=not packed)
+    lengths = _lengths(config, train, packed)
     # an example longer than max_tokens is a microbatch of its own
     longest = int(lengths.max())
     tokens = max(max_tokens, longest)
@@ -260,6 +274,11 @@ def _largest_batch(config, train, packed, max_tokens):
         largest_share = largest_step if world_size == 1 else largest_step // world_size + longest
         tokens = min(tokens, max(longest, largest_share))
     return tokens
+
+
+def _lengths(config, train, packed):
+    """Return the tokens that each training example takes in a microbatch, (n,)."""
+    return tokens_taken(train.widths, config.get('share_prefix', True), pad=not packed)
 
 
 def bytes_per_token(policy, forward, train, packed):

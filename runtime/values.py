@@ -2,6 +2,7 @@
 
 configurator.py calls problem() for each value, then settle() and conflict(). An option means the same in every script."""
 
+import difflib
 import math
 import os
 import re
@@ -65,6 +66,21 @@ ELSEWHERE = {
 # options that hold a model's folder or hub id, and their special values
 MODELS = ('model', 'ref_model', 'reward_model', 'critic')
 NO_MODEL = (None, 'toy', 'gold', 'head', 'own')
+
+
+def hint(name, options):
+    """Return a phrase that suggests an option for an unknown name, such as 'here it is lr' for learning_rate."""
+    # loss.beta -> beta, max-length -> max_length
+    plain = name.rpartition('.')[2].replace('-', '_')
+    # options, and the names that other projects have for them
+    option_of_foreign = names_elsewhere(options)
+    matches = difflib.get_close_matches(plain, {*option_of_foreign, *options}, n=1)
+    if not matches:
+        return '--help lists the options'
+    nearest = matches[0]
+    if nearest in option_of_foreign:
+        return f'here it is {option_of_foreign[nearest]}'
+    return f'here it is {nearest}' if nearest == plain else f'did you mean {nearest}?'
 
 
 def names_elsewhere(options):
@@ -146,6 +162,20 @@ def settle(config):
         if config.origin['max_length'] != 'default':
             notes.append(f'max_prompt_length is {half}, half of max_length')
     return notes
+
+
+def without_effect(config):
+    """Return [(names of options, why they have no effect)] for the options of training.py and of samples."""
+    found = []
+    if 'sharegpt' not in f'{config.data} {config.eval_data}':
+        found.append((['num_turns'], 'it is for sharegpt'))
+    # scripts that cannot sample have no such option
+    if not config.get('sample_during_eval', True):
+        given = config.given('n_eval_model_samples max_new_tokens temperature top_p')
+        found.append((given, 'sample_during_eval is off'))
+    elif config.get('temperature') == 0:
+        found.append((['top_p'], 'temperature 0 takes the likeliest token'))
+    return found
 
 
 def conflict(config):

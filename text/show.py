@@ -15,6 +15,7 @@ from json import dumps
 import numpy as np
 
 from configurator import UserError, configure
+from text.examples import in_words
 from text.messages import as_chats, is_trained
 from text.sources import describe, read_examples
 from text.tokenise import as_parts, tokenise
@@ -245,6 +246,17 @@ def _decode_example(examples, i, tokenizer, task):
     if task == 'singles':
         text += '\nlabel: good' if examples.good[i] else '\nlabel: bad'
     return text
+
+
+def summary(train, held_out, tokenizer, task, n_eval_examples):
+    """Return lines on the data of a run: sizes, what was left out or changed, notes, and the first training example."""
+    changed, notes = in_words(train.left_out)
+    sizes = (
+        f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {len(held_out):,} to evaluate on'
+    )
+    if n_eval_examples and not len(held_out):
+        notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
+    return [f'data: {sizes}; left out or changed: {changed}', *notes, first(train, tokenizer, task)]
 
 
 def first(examples, tokenizer, task, longest=1200):

@@ -39,7 +39,7 @@ from configurator import UserError, configure, main_rank
 from data import make_batches
 from hf import attention, load
 from rl import divergences
-from runtime import ranks, room
+from runtime import errors, ranks, room
 from runtime.files import writing
 from runtime.log import per_second, progress
 from text.examples import Examples
@@ -195,7 +195,7 @@ class Variant:
         self.tokens = self.allocated = 0
         self.peak = self.estimate = 0.0
 
-    @guard.memory_for('lower batch_size or max_tokens')
+    @errors.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):
         """Build policy, reference and optimizer, with the same weights in each round.
 
@@ -274,7 +274,7 @@ class Variant:
             columns[f'{name}_l'] = value[1::2]
         return columns
 
-    @guard.memory_for('lower batch_size or max_tokens')
+    @errors.memory_for('lower batch_size or max_tokens')
     def step(self, examples, rows):
         """Run and measure one optimizer step (forward, backward, update) on examples[rows].
 

@@ -30,7 +30,7 @@ import model  # noqa: F401
 from hf import load
 
 lap('import model, fsdp, load')
-from data import make_batches, pack_probe
+from data import make_batches
 from hf import generate, probe, reference  # noqa: F401
 from runtime import checkpoint, ranks  # noqa: F401
 from text.tokenise import load_examples
@@ -48,7 +48,7 @@ lap('load and shard the policy')
 reference_model = fsdp.shard(build, device, train=False)
 lap('load and shard the reference')
 optimizer = fsdp.make_optimizer('AdamW', policy, 1e-4, 0.0)
-probe.can_pack(policy, *pack_probe(examples, device), print)
+probe.can_pack(policy, examples, device, print)
 lap('check that the model can be packed')
 batches, *_ = make_batches(examples, np.arange(64), rank, world, 16384)
 policy.response_logps(batches[0]).sum().backward()

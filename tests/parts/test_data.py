@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import data
 from configurator import UserError
-from hf import attention
+from hf import attention, probe
 from runtime.prefetch import prefetch
 from text import sources, tokenise, toy
 from text.examples import Examples, uniform_hash
@@ -841,10 +841,10 @@ def test_ranks_share_a_step_out(groups, world, max_tokens, layout, cached, rando
     assert allocated == sum(batch.ids.numel() for batch in counted) >= real and ('pad' in layout or allocated == real)
 
 
-def test_pack_probe():
+def test_two_layouts():
     """The first and the longest."""
     groups = [([1, 2], [[3], [4]]), ([5], [[6] * 40, [7]]), ([8], [[9], [1]])]
-    packed, padded = data.pack_probe(Examples.of(groups), 'cpu')
+    packed, padded = probe.two_layouts(Examples.of(groups), 'cpu')
     assert read_back(packed) == read_back(padded) == last_and_answers(groups[:2])
     assert packed.mask is None and padded.mask is not None
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import data
 from configurator import Config, UserError
 from hf import parallel
-from runtime import guard, prefetch, ranks
+from runtime import errors, prefetch, ranks
 
 PAIRS = [(np.arange(3), [np.arange(2), np.arange(4)]), (np.arange(5), [np.arange(1), np.arange(2)])]
 
@@ -105,5 +105,5 @@ def test_arithmetic(arithmetic):
 
 def test_what_cannot_be_deterministic_is_a_sentence():
     error = RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set 'torch...'")
-    better = guard.explained(error, '')
+    better = errors.explained(error, '')
     assert isinstance(better, UserError) and 'no cumsum_cuda_kernel' in str(better) and '--deterministic' in str(better)

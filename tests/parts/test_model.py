@@ -204,14 +204,17 @@ def test_blocks(name):
 # ---- architectures that cannot be packed are recognised ----
 
 
+PROBED = data.Examples.of(examples([(6, (9, 4)), (3, (5, 8))]))
+
+
 def probed():
-    return data.pack_probe(data.Examples.of(examples([(6, (9, 4)), (3, (5, 8))])), 'cpu')
+    return probe.two_layouts(PROBED, 'cpu')
 
 
 def can_pack(net, **options):
     """(whether it can, the one note that says why not, if there is one)."""
     said = []
-    found = probe.can_pack(net, *probed(), said.append, **options)
+    found = probe.can_pack(net, PROBED, 'cpu', said.append, **options)
     assert len(said) <= 1
     return found, *said
 
@@ -602,8 +605,14 @@ def test_memory_by_hand(saved, device, monkeypatch):
     # on the disk: the model as it came in, checkpoints of what trains
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(room, '_check_disk', lambda config, *sizes: sizes)
-    sizes = room.check_room({'save_dtype': None, 'optimizer': 'AdamW'}, net, None, None, 50, True, 7)
+    said = []
+    monkeypatch.setattr(room, 'say', said.append)
+    train = data.Examples.of(examples([(3, (4, 9)), (1, (2, 2)), (3, (2, 2))]))  # 16, 5 and 7 tokens
+    sizes = room.check_room({'save_dtype': None, 'optimizer': 'AdamW'}, net, None, train, 50, True, 7)
     assert sizes == (2 * (n + vocab * width), 12 * n, 50)
+    assert said == [
+        'note: 1 examples are longer than max_tokens=7 (the longest: 16): each gets a microbatch of its own'
+    ]
 
 
 def test_bfloat16_begins_off_the_ties(saved, device):

@@ -18,7 +18,7 @@ from hf import attention, export, load, probe
 from rl import heads
 from runtime import ranks
 from text import tokenise, toy
-from text.examples import in_words
+from text.examples import Examples, in_words
 
 EOS, FULL = toy.tokenizer().eos_token_id, len(toy.tokenizer())  # FULL: rows of an embedding without a spare one
 CONFIGS = {'llama': {'tie_word_embeddings': True}, 'gpt_neox': {}, 'qwen2': {}, 'gpt2': {'vocab_size': FULL},
@@ -126,18 +126,19 @@ def test_exported_folder_is_plain_transformers(folders, name, tmp_path, capsys):
     assert score.scores(scorer, tokenizer, items, 40).tolist() == same()
 
 
-def test_the_place_of_the_last_token(folders):
+def test_the_place_of_the_last_token(folders, monkeypatch):
     """An answer of one token is predicted by the prompt. The check at the start compares with transformers' own forward."""
     one = data.pack([([5, 6], [[7], [8], [9, 10]])], [0])
     assert one.last.tolist() == [2, 3, 5]
     net, _ = make(folders / 'llama', new_head=True)
     net.response_scores = types.MethodType(heads.response_scores, net)
     batches = [data.pack(pairs(), range(4), pad=pad) for pad in (False, True)]
-    assert probe.can_pack(net, *batches, print)
+    monkeypatch.setattr(probe, 'two_layouts', lambda *_: batches)
+    assert probe.can_pack(net, None, 'cpu', print)
     for batch in batches:
         batch.last -= 1
     with pytest.raises(UserError, match='other scores'):
-        probe.can_pack(net, *batches, print)
+        probe.can_pack(net, None, 'cpu', print)
 
 
 def test_padded_scores_in_bfloat16(folders):
@@ -145,10 +146,10 @@ def test_padded_scores_in_bfloat16(folders):
     folder = str(folders / 'llama')
     tokenizer = load.separate_pad(load.load_tokenizer(folder))
     build = partial(load.load_reward, folder, tokenizer, new_head=True)
-    batches = [data.pack(pairs(), range(4), pad=pad) for pad in (False, True)]
+    examples = Examples.of(pairs())
     for mode in ('none', 'full'):
         net = fsdp.shard(build, torch.device('cpu'), dtype='bfloat16', mode=mode)
-        assert not probe.can_pack(net, *batches, print, wanted=False)
+        assert not probe.can_pack(net, examples, 'cpu', print, wanted=False)
 
 
 # ---- heads ----
