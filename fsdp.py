@@ -2,7 +2,6 @@
 
 runtime/ranks.py has the processes themselves."""
 
-import contextlib
 import math
 import types
 from functools import cache, partial
@@ -14,8 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from hf import lean, probe
 from hf.attention import set_attention
 from hf.parallel import tensor_parallel
+from hf.parts import blocks
+from hf.sharded import add_method, be_root, local, reshard, stays_gathered
 from hf.ties import tie_as, ties
-from model import blocks, hidden_and_head, response_logps
+from model import hidden_and_head, response_logps
 from rl.heads import response_scores, token_logps
 from runtime import errors, ranks, room
 from runtime.rmsprop import RMSprop
@@ -92,8 +93,8 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
     model.shard_mode = mode
     if by_fsdp:
         _distribute(model, loaded, device, half, cpu_offload)
-    model.reshard = types.MethodType(_reshard, model)
-    for method in (response_logps, hidden_and_head, response_scores, token_logps, _be_root):
+    model.reshard = types.MethodType(reshard, model)
+    for method in (response_logps, hidden_and_head, response_scores, token_logps, be_root):
         add_method(model, method)
     if loaded_outputs is not None:
         probe.compare(model, loaded_outputs, device, half)
@@ -188,63 +189,6 @@ def _fill(model, loaded, device, shard_device):
                 module._buffers[name] = buffer.to(device)
 
 
-def stays_gathered(model, mode):
-    """Return whether FSDP keeps a block's weights gathered from forward to backward. mode: none, grads or full."""
-    # in mode none, gathered weights are a bfloat16 copy. Frozen weights are bfloat16 already: a kept copy would double their memory
-    if mode == 'none':
-        return all(p.requires_grad for p in model.parameters())
-    return mode == 'grads'
-
-
-def add_method(model, function):
-    """Make function(model, ...) a method of the model. FSDP gathers the root module's parameters for it, as it does for forward."""
-    setattr(model, function.__name__, types.MethodType(function, model))
-    if model in fsdp_modules(model):
-        dist.fsdp.register_fsdp_forward_method(model, function.__name__)
-
-
-def _reshard(model):
-    """Free all gathered weights: model.parameters() are then this rank's shards again, as the optimizer needs them."""
-    for module in fsdp_modules(model):
-        # not module.reshard: in the root, that is this function
-        type(module).reshard(module)
-
-
-def abandon_backward(model):
-    """Clear what a backward that ended in an error leaves in FSDP's state. Otherwise later ones would give no gradients."""
-    if fsdp_modules(model):
-        # the end of every backward, which FSDP runs no more while it takes the broken one for unfinished
-        model._get_fsdp_state()._root_post_backward_final_callback()
-
-
-def fsdp_modules(model):
-    """Return the modules of a model that FSDP shards; an empty list for a model without FSDP."""
-    return [m for m in model.modules() if hasattr(m, 'unshard')]
-
-
-def _be_root(model, unused):
-    """Do nothing. As a method of model, it makes model FSDP's root. unused: torch 2.11's FSDP on CUDA wants an argument."""
-
-
-@contextlib.contextmanager
-def unsharded(model):
-    """Keep all weights gathered in the with block. Generation is several times faster, and ranks need not run in step."""
-    modules = fsdp_modules(model)
-    try:
-        # FSDP takes the first module that runs as its root. Generation may start with a module inside PEFT's wrapper
-        if modules:
-            model._be_root(None)
-        for m in modules:
-            m.set_reshard_after_forward(False, recurse=False)
-            m.unshard()
-        yield
-    finally:
-        # restore the settings of _distribute: False for the root
-        for m in modules:
-            m.set_reshard_after_forward(m is not model and not model.stays_gathered, recurse=False)
-        _reshard(model)
-
-
 # ---- the update ----
 
 
@@ -253,11 +197,6 @@ def make_optimizer(name, model, lr, weight_decay):
     params = [p for p in model.parameters() if p.requires_grad]
     classes = {'AdamW': partial(torch.optim.AdamW, fused=True), 'RMSprop': RMSprop, 'SGD': torch.optim.SGD}
     return classes[name](params, lr=lr, weight_decay=weight_decay)
-
-
-def local(tensor):
-    """Return this rank's shard of a DTensor. A plain tensor is returned as it is."""
-    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
 def average_gradients(model):

@@ -5,25 +5,7 @@ is applied where an answer token is predicted, in chunks, and again in backward:
 
 import torch
 
-
-def core(model):
-    """Return the transformers model inside a PEFT wrapper, or the model itself if it has no wrapper."""
-    return model.get_base_model() if hasattr(model, 'get_base_model') else model
-
-
-def blocks(model):
-    """Return the list of a model's transformer blocks, in order: modules of the classes declared in _no_split_modules."""
-    # any submodule may declare classes, such as a critic with blocks of its own
-    class_names = set()
-    for module in core(model).modules():
-        class_names.update(getattr(module, '_no_split_modules', None) or ())
-    block_at = {}  # path in the model -> block
-    for path, module in core(model).named_modules():
-        # no blocks inside blocks: Mamba declares a block and also a part of it. named_modules lists the outer one first
-        is_inside_block = any(path.startswith(f'{block_path}.') for block_path in block_at)
-        if type(module).__name__ in class_names and not is_inside_block:
-            block_at[path] = module
-    return list(block_at.values())
+from hf.parts import core, trunk
 
 
 def response_logps(model, batch, divergence=None, reference=None):
@@ -45,7 +27,7 @@ def response_logps(model, batch, divergence=None, reference=None):
 
 def hidden_and_head(model, batch):
     """Return the hidden states (N, d) that predict a batch's N answer tokens, and the LM head: (weight (V, d), bias or None)."""
-    # FSDP gathers the head's weight only if this, or response_logps around it, is called as the model's method (fsdp.add_method)
+    # FSDP gathers the head's weight only if this, or response_logps around it, is called as the model's method (sharded.add_method)
     head = core(model).get_output_embeddings()
     hidden = body(model, batch).to(head.weight.device).flatten(0, 1)
     predict_at = batch.predict_at.to(hidden.device)  # indices into the flattened batch
@@ -54,16 +36,11 @@ def hidden_and_head(model, batch):
 
 def body(model, batch):
     """Return the last hidden states of a batch, (rows, T, d): the model's output before the LM head."""
-    inner = core(model)
-    trunk = inner.base_model  # the model without its head
-    # Llama 4 declares a wrong name for its trunk, so its base_model is the whole model
-    if trunk is inner:
-        trunk = inner.model
     layout = {'attention_mask': batch.mask}
     # only a packed batch has groups; transformers passes the option packed on to packed_attention
     if batch.groups:
         layout = {'position_ids': batch.position, 'packed': batch}
-    return trunk(input_ids=batch.ids, use_cache=False, **layout).last_hidden_state
+    return trunk(model)(input_ids=batch.ids, use_cache=False, **layout).last_hidden_state
 
 
 def wide(x):

@@ -33,7 +33,7 @@ from configurator import UserError, configure
 from data import steps
 from hf import generate
 from hf.load import add_value_head, check_same_tokens, load_model, load_reward, without_value_head
-from model import core
+from hf.parts import core
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
 from runtime import log, ranks

@@ -26,7 +26,7 @@ import fsdp
 from configurator import UserError, configure, main_rank
 from feedback.answers import append, collect, raise_if_missing, read_text, write_model_outputs
 from feedback.endpoint import ask, completions_url
-from hf import generate
+from hf import generate, sharded
 from hf.load import load_model, load_tokenizer
 from hf.lora import weights_hash
 from hf.probe import max_sequence_length
@@ -332,7 +332,7 @@ with log.progress(n_missing // world_size, ' answers', 'sampled by this rank', d
         ask_all()
     elif n_missing:
         # on_ranks re-raises one rank's UserError on all ranks
-        with fsdp.unsharded(net):
+        with sharded.unsharded(net):
             ranks.on_ranks(True, generate_all)
 
 # merge the answers of all ranks; {key: row} on rank 0

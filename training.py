@@ -23,7 +23,7 @@ import torch
 import fsdp
 from configurator import UserError
 from data import Step, make_batches, steps
-from hf import export, generate, lora, parallel
+from hf import export, generate, lora, parallel, sharded
 from hf.attention import set_attention
 from hf.load import fingerprints, load_tokenizer, stored_dtype
 from hf.probe import can_pack, check_positions
@@ -289,7 +289,7 @@ class Run:
                     raise
             # outside of the except block the traceback no longer keeps the activations alive
             with self.memory(step.batches):
-                fsdp.abandon_backward(self.policy)
+                sharded.abandon_backward(self.policy)
             self.optimizer.zero_grad(set_to_none=True)
             self.max_tokens = self.state['max_tokens'] = room.halved(self.max_tokens, step.batches)
 

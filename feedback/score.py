@@ -27,8 +27,8 @@ from feedback import winrate
 from feedback.answers import append
 from hf.attention import set_attention
 from hf.load import load_reward, load_tokenizer, separate_pad
+from hf.parts import core
 from hf.probe import can_pack, max_sequence_length
-from model import core
 from runtime import errors, ranks
 from runtime.files import writing
 from runtime.log import progress, say

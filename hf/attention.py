@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
-from model import core
+from hf.parts import core
 from runtime.prefetch import move
 
 MAX_BLOCK_TOKENS = 96  # a larger mask wastes more work on masked entries than another attention call costs

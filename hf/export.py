@@ -12,8 +12,8 @@ import yaml
 
 from configurator import UserError
 from hf import lora
+from hf.parts import core
 from hf.ties import tie_as, ties
-from model import core
 from runtime import checkpoint
 from runtime.files import clear_path, move_folder, say, writing
 from runtime.ranks import on_one_rank

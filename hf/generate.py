@@ -10,11 +10,11 @@ import torch.nn.functional as F
 import transformers
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-import fsdp
 from configurator import UserError
+from hf import sharded
 from hf.attention import padded_attention
 from hf.lora import adapters_off
-from model import core
+from hf.parts import core
 from runtime import errors, guard, ranks
 from runtime.files import append
 from text.examples import GOLDEN_STEP, splitmix64
@@ -35,7 +35,7 @@ def sample(model, tokenizer, prompts, seeds, **settings):
     indices = longest_first[rank::world_size]
     own_prompts = [prompts[i] for i in indices]
     own_seeds = [seeds[i] for i in indices]
-    with fsdp.unsharded(model):
+    with sharded.unsharded(model):
         own_answers = generate(model, tokenizer, own_prompts, own_seeds, **settings)
     answers = {}
     for rank_answers in ranks.gather_objects(dict(zip(indices, own_answers, strict=True))):
@@ -99,7 +99,7 @@ def generate(
 
     prompts: lists of token ids. seeds: one int per answer. temperature: 0 is greedy. keep_end: keep the stop token at the end of
     an answer. rows: maximum batch size, None for all; rows of ended answers are refilled with waiting prompts. A stop signal
-    truncates all answers. Under FSDP, call it inside fsdp.unsharded()."""
+    truncates all answers. Under FSDP, call it inside sharded.unsharded()."""
     inner = core(model)
     stop = stop_tokens(model, tokenizer)
     n_rows = rows or len(prompts)

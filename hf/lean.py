@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from model import blocks, core
+from hf.parts import blocks, core
 
 # source of the MLP forward of Llama and about a hundred other architectures in transformers
 GATED = 'self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))'

@@ -16,8 +16,8 @@ from huggingface_hub import get_local_safetensors_metadata
 from configurator import UserError, main_rank
 from hf import lora
 from hf.attention import register_attention
+from hf.parts import core
 from hf.ties import correct_tie_config
-from model import core
 from runtime import hub
 from runtime.files import file_hash, say_once
 from runtime.values import MODELS, NO_MODEL

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from configurator import UserError
 from hf import quantize
+from hf.parts import blocks, core
 from hf.ties import correct_tie_config, separate
-from model import blocks, core
 from runtime import hub
 from runtime.files import file_hash, say_once
 

@@ -5,7 +5,7 @@ import os
 import torch
 
 from configurator import UserError
-from model import core
+from hf.parts import core
 from runtime import room
 from runtime.files import say
 

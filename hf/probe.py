@@ -12,7 +12,7 @@ import torch
 from configurator import UserError
 from data import pack
 from hf.attention import padded_attention, set_attention
-from model import core
+from hf.parts import core
 from rl.heads import response_scores, token_logps
 from runtime import errors
 from runtime.hub import first_line

@@ -9,7 +9,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from configurator import UserError
-from model import blocks
+from hf.parts import blocks
 
 BLOCK_SIZE = 64  # weights that share a scale
 NF4_OPTIONS = {'blocksize': BLOCK_SIZE, 'quant_type': 'nf4'}

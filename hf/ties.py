@@ -2,7 +2,7 @@
 
 import torch
 
-from model import core
+from hf.parts import core
 
 
 def ties(model):

@@ -6,7 +6,8 @@ model as methods that run inside a forward of the root module."""
 import torch
 import torch.nn.functional as F
 
-from model import Head, body, core, hidden_and_head, wide
+from hf.parts import core
+from model import Head, body, hidden_and_head, wide
 
 
 def token_logps(model, batch, values=True):

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from configurator import Config, UserError
-from fsdp import local
+from hf.sharded import local
 from runtime.files import append_kept, clear_path, file_hash, move_folder, replace_text, say, sync, writing
 from runtime.log import NEUTRAL, check_same, recorded
 from runtime.ranks import PATIENCE, gather_objects, on_one_rank, on_ranks, shared

@@ -2,6 +2,8 @@
 
 import torch
 
+from hf.sharded import local
+
 
 class RMSprop(torch.optim.RMSprop):
     """torch.optim.RMSprop with a fused step on GPUs. Does not support momentum or centered."""
@@ -9,8 +11,6 @@ class RMSprop(torch.optim.RMSprop):
     @torch.no_grad()
     def step(self):
         """Update the weights in place from their gradients."""
-        from fsdp import local
-
         for group in self.param_groups:
             # _init_group fills these lists; the two empty ones are for momentum and centered
             params, grads, squares, steps = [], [], [], []

@@ -17,10 +17,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import model
 from configurator import UserError
 from data import pack, tokens_taken
+from hf import sharded
+from hf.parts import blocks, core
 from hf.quantize import packed_weights
+from model import Head
 from runtime import ranks
 from runtime.files import say
 
@@ -149,13 +151,13 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
 
 def _logits_bytes(policy, tokens, bytes_each, device):
     """Return the bytes of a chunk of a microbatch's logits and of its gradient for the LM head, or 0 if the policy has none."""
-    head = model.core(policy).get_output_embeddings()
+    head = core(policy).get_output_embeddings()
     if head is None:
         return 0
     vocab_size, hidden_size = head.weight.shape
-    max_logits = model.Head.max_logits(device or head.weight.device)
+    max_logits = Head.max_logits(device or head.weight.device)
     # a slice of the tokens that starts at 0; no chunk is larger
-    first_chunk = model.Head.chunks(int(tokens), vocab_size, max_logits)[0]
+    first_chunk = Head.chunks(int(tokens), vocab_size, max_logits)[0]
     num_logits = vocab_size * first_chunk.stop
     num_gradients = vocab_size * hidden_size  # each chunk makes a gradient of the whole head weight
     # both exist in float32, and also in bfloat16 if that is the compute dtype
@@ -165,16 +167,15 @@ def _logits_bytes(policy, tokens, bytes_each, device):
 
 def _count_gathered(policy, shard):
     """Return how many numbers FSDP gathers on a rank at most: weights, and the gradients of a block. shard: 'none', 'grads', 'full'."""
-    import fsdp
 
     # before the policy is sharded, as in an estimate, count the blocks that FSDP will shard
-    fsdp_blocks = [m for m in fsdp.fsdp_modules(policy) if m is not policy]
-    block_sizes = [_count(block.parameters()) for block in fsdp_blocks or model.blocks(policy)]
+    fsdp_blocks = [m for m in sharded.fsdp_modules(policy) if m is not policy]
+    block_sizes = [_count(block.parameters()) for block in fsdp_blocks or blocks(policy)]
     # parameters outside of the blocks, such as the embedding, stay gathered
     outside = _count(policy.parameters()) - sum(block_sizes)
     # the current block, its gradients, and the next block, which is gathered early
     at_a_block = 3 * max(block_sizes)
-    other_blocks = sum(block_sizes) if fsdp.stays_gathered(policy, shard) else 0
+    other_blocks = sum(block_sizes) if sharded.stays_gathered(policy, shard) else 0
     return outside + at_a_block + other_blocks
 
 
@@ -285,7 +286,6 @@ def bytes_per_token(policy, forward, train, packed):
     """Measure and return the bytes of activations per token that are kept for backward.
 
     forward(batch): the policy's training forward, run here on the example of median length; packed: no padding."""
-    import fsdp
 
     by_length = sorted(range(len(train)), key=lambda i: train.lengths[i])
     median = by_length[len(train) // 2]
@@ -293,7 +293,7 @@ def bytes_per_token(policy, forward, train, packed):
     batch = pack([example], [0], pad=not packed, device=next(policy.parameters()).device)
     # dropout must not advance the training RNG, on a GPU its own
     devices = [batch.ids.device] if batch.ids.is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), fsdp.unsharded(policy):
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), sharded.unsharded(policy):
         kept = _kept_bytes(lambda: forward(batch))
         # modules in training mode are blocks with activation checkpointing (hf/lean.py), which backward recomputes one at a time:
         # add the activations of an average block, those of a forward without checkpointing divided by the number of blocks
@@ -309,7 +309,6 @@ def bytes_per_token(policy, forward, train, packed):
 
 def _kept_bytes(function):
     """Call function and return the bytes of the tensors it creates that are still alive at its end, result included."""
-    import fsdp
 
     created = {}  # address of a storage (the memory behind tensors) -> (weak reference to it, bytes)
 
@@ -319,7 +318,7 @@ def _kept_bytes(function):
         for value in tree_leaves(values):
             if isinstance(value, torch.Tensor):
                 # local shard of a DTensor
-                storage = fsdp.local(value).untyped_storage()
+                storage = sharded.local(value).untyped_storage()
                 by_address[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return by_address
 

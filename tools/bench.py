@@ -37,7 +37,7 @@ import losses
 import model as models
 from configurator import UserError, configure, main_rank
 from data import make_batches
-from hf import attention, load
+from hf import attention, load, sharded
 from rl import divergences
 from runtime import errors, ranks, room
 from runtime.files import writing
@@ -221,7 +221,7 @@ class Variant:
     def model(self, train):
         """Build and shard the policy (train=True) or the reference."""
         built = fsdp.shard(build, device, dtype=dtype, mode=shard, train=train)
-        fsdp.add_method(built, full_head)
+        sharded.add_method(built, full_head)
         attention.set_attention(built, packed=not self.pad)
         return built
 

@@ -20,7 +20,7 @@ import transformers
 
 import fsdp
 from configurator import configure
-from hf import generate
+from hf import generate, sharded
 from hf.attention import set_attention
 from hf.load import load_model, load_tokenizer
 from runtime import ranks
@@ -122,7 +122,7 @@ plain = build().to(device)
 set_attention(plain, packed=False)
 ours = fsdp.shard(partial(build), device, train=False)
 seconds = {run_plain: [], run_ours: []}
-with fsdp.unsharded(ours), torch.no_grad():
+with sharded.unsharded(ours), torch.no_grad():
     for step in range(n_steps + 1):
         for run, times in seconds.items():
             before = time.process_time()

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdp
 from configurator import UserError
+from hf import sharded
 from hf.load import load_model, load_tokenizer
 from runtime import ranks
 from tests.helpers import cut_short, run_script, silent
@@ -89,7 +90,7 @@ def steps(file, script, *flags):
         digest = hashlib.sha256()
         for p in model.parameters():
             for tensor in (p, *optimizer.state[p].values()):
-                digest.update(fsdp.local(tensor).detach().numpy().tobytes())
+                digest.update(sharded.local(tensor).detach().numpy().tobytes())
         copies[:] = [digest.hexdigest()]
         return norm
 

@@ -13,9 +13,8 @@ from ties import same_runs, same_weights
 
 import data
 import fsdp
-import model
 from configurator import UserError
-from hf import lora
+from hf import lora, parts
 from hf.load import load_model
 from rl import divergences
 from runtime import ranks
@@ -262,7 +261,7 @@ def test_head_beside_the_adapters(tmp_path):
     weights = {n: p.detach() + 0.5 for n, p in wrapped.named_parameters() if p.requires_grad}
     (head,) = (n for n in weights if 'lora_' not in n)
     # what a script reads is what trains
-    assert 'score' in head and model.core(wrapped).score.weight is wrapped.get_parameter(head)
+    assert 'score' in head and parts.core(wrapped).score.weight is wrapped.get_parameter(head)
     lora.write(wrapped, weights, tmp_path / 'adapter')
     assert lora.merged(wrapped).score.weight.equal(weights[head])
     assert any('score' in name for name in adapter(tmp_path))

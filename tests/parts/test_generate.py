@@ -9,7 +9,7 @@ from helpers import read_jsonl
 
 import data
 import fsdp
-from hf import attention, generate
+from hf import attention, generate, sharded
 from runtime import ranks
 
 # fmt: off
@@ -222,7 +222,7 @@ def test_sharded(tmp_path, monkeypatch):
 
     before = state()
     assert len(modules) == 3 and all(sharded for sharded, _ in before)
-    with fsdp.unsharded(net):
+    with sharded.unsharded(net):
         assert not any(sharded for sharded, _ in state())
         assert sample(net, PROMPTS, range(4)) == sample(plain, PROMPTS, range(4))
         assert not any(sharded for sharded, _ in state())
@@ -257,6 +257,6 @@ def test_a_trained_step_after_sampling():
             net.response_logps(batch).sum().backward()
             norms.append(fsdp.update(net, optimizer, 0.01, 1.0, 1.0))
             if sampling:
-                with fsdp.unsharded(net):
+                with sharded.unsharded(net):
                     sample(net, PROMPTS, range(4))
     assert norms[:2] == norms[2:] and norms[0] != norms[1]

@@ -23,7 +23,7 @@ import data
 import fsdp
 import model
 from configurator import UserError
-from hf import attention, export, load, lora, probe, ties
+from hf import attention, export, load, lora, parts, probe, sharded, ties
 from rl import divergences
 from runtime import ranks, room
 from runtime.rmsprop import rmsprop_
@@ -193,7 +193,7 @@ def test_a_filler_changes_nothing(layout):
 @pytest.mark.parametrize('name', ALL)
 def test_blocks(name):
     net = tiny(name)
-    found = model.blocks(net)
+    found = parts.blocks(net)
     assert len(found) == 2 and len({type(block) for block in found}) == 1
     inside = sum(p.numel() for block in found for p in block.parameters())
     outside = {id(m): m for m in net.modules() if isinstance(m, torch.nn.Embedding) or m is net.get_output_embeddings()}
@@ -565,25 +565,25 @@ def test_a_copy_in_bfloat16_serves_a_whole_step(saved, device, rank):
         return lora.adapt(net, None, options, empty=empty) if rank else net
 
     policy, ref = (fsdp.shard(adapted, device, dtype='bfloat16', train=train) for train in (True, False))
-    assert not fsdp.fsdp_modules(ref) and fsdp.fsdp_modules(policy)
+    assert not sharded.fsdp_modules(ref) and sharded.fsdp_modules(policy)
     asked = []
     state = type(policy._get_fsdp_state())
     with pytest.MonkeyPatch.context() as patch:
         real = state._root_pre_forward
         patch.setattr(state, '_root_pre_forward', lambda self, m, a, k: asked.append((a, k)) or real(self, m, a, k))
-        with fsdp.unsharded(policy):
+        with sharded.unsharded(policy):
             pass
         policy.response_logps(pack(PAIRS))[0].sum().backward()
     assert len(asked) >= 2 and all(arguments or options for arguments, options in asked)
-    block = fsdp.fsdp_modules(policy)[-1]
+    block = sharded.fsdp_modules(policy)[-1]
     assert hasattr(next(block.parameters()), 'to_local') == (rank is not None)
     # and what it takes is known beforehand
     kept, not_kept = (
         room.estimate(policy, 0, 1, optimizer='SGD', dtype='bfloat16', shard=how)['buffers'] for how in ('none', 'full')
     )
-    weights = sum(p.numel() for each in fsdp.fsdp_modules(policy)[1:] for p in each.parameters())
+    weights = sum(p.numel() for each in sharded.fsdp_modules(policy)[1:] for p in each.parameters())
     assert kept - not_kept == (2 * weights if rank is None else 0)
-    assert all(g.dtype == torch.float32 for g in map(fsdp.local, fsdp.average_gradients(policy)))
+    assert all(g.dtype == torch.float32 for g in map(sharded.local, fsdp.average_gradients(policy)))
     assert hasattr(next(block.parameters()), 'to_local')
 
 
@@ -596,7 +596,7 @@ def test_memory_by_hand(saved, device, monkeypatch):
     fixed = 4 * vocab * width + sum(x.nbytes for x in net.buffers())
     options = {'optimizer': 'AdamW', 'dtype': 'bfloat16', 'world_size': 4, 'frozen': 100}
     needs = room.estimate(net, 10, 7, shard='full', **options)
-    sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks(net)]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in parts.blocks(net)]
     gathered = n + vocab * width - sum(sizes) + 3 * max(sizes)
     assert needs.pop('buffers') == 6 * (logits := vocab * (7 + width)) + 2 * gathered
     assert needs == {'activations': 70, 'weights': n + fixed / 4, 'gradients': n, 'optimizer': 2 * n, 'reference': 50}

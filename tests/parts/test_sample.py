@@ -18,7 +18,7 @@ from stub import completion, serve
 import fsdp
 from configurator import UserError
 from feedback.answers import append
-from hf import generate, load
+from hf import generate, load, sharded
 from hf.attention import set_attention
 from runtime import ranks
 from runtime.files import lock
@@ -390,7 +390,7 @@ def test_unsharded_ends_well(folder):
     own = net.generation_config
     with torch.no_grad():
         net.lm_head.weight.fill_(float('nan'))
-    with pytest.raises(UserError), fsdp.unsharded(net):
+    with pytest.raises(UserError), sharded.unsharded(net):
         generate.generate(net, toy.tokenizer(), [[1]], [0], max_new_tokens=2)
     assert all(group.is_sharded for group in groups) and net.generation_config is own
     assert net.config._attn_implementation == 'packed'

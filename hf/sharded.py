@@ -1,0 +1,68 @@
+"""A model that fsdp.py has sharded by FSDP2, or replicated: which weights are gathered, and methods that gather them."""
+
+import contextlib
+import types
+
+import torch.distributed as dist
+
+
+def stays_gathered(model, mode):
+    """Return whether FSDP keeps a block's weights gathered from forward to backward. mode: none, grads or full."""
+    # in mode none, gathered weights are a bfloat16 copy. Frozen weights are bfloat16 already: a kept copy would double their memory
+    if mode == 'none':
+        return all(p.requires_grad for p in model.parameters())
+    return mode == 'grads'
+
+
+def add_method(model, function):
+    """Make function(model, ...) a method of the model. FSDP gathers the root module's parameters for it, as it does for forward."""
+    setattr(model, function.__name__, types.MethodType(function, model))
+    if model in fsdp_modules(model):
+        dist.fsdp.register_fsdp_forward_method(model, function.__name__)
+
+
+def reshard(model):
+    """Free all gathered weights: model.parameters() are then this rank's shards again, as the optimizer needs them."""
+    for module in fsdp_modules(model):
+        # not module.reshard: in the root, that is this function
+        type(module).reshard(module)
+
+
+def abandon_backward(model):
+    """Clear what a backward that ended in an error leaves in FSDP's state. Otherwise later ones would give no gradients."""
+    if fsdp_modules(model):
+        # the end of every backward, which FSDP runs no more while it takes the broken one for unfinished
+        model._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def fsdp_modules(model):
+    """Return the modules of a model that FSDP shards; an empty list for a model without FSDP."""
+    return [m for m in model.modules() if hasattr(m, 'unshard')]
+
+
+def be_root(model, unused):
+    """Do nothing. As a method of model, it makes model FSDP's root. unused: torch 2.11's FSDP on CUDA wants an argument."""
+
+
+@contextlib.contextmanager
+def unsharded(model):
+    """Keep all weights gathered in the with block. Generation is several times faster, and ranks need not run in step."""
+    modules = fsdp_modules(model)
+    try:
+        # FSDP takes the first module that runs as its root. Generation may start with a module inside PEFT's wrapper
+        if modules:
+            model.be_root(None)
+        for m in modules:
+            m.set_reshard_after_forward(False, recurse=False)
+            m.unshard()
+        yield
+    finally:
+        # restore the settings of fsdp.shard: False for the root
+        for m in modules:
+            m.set_reshard_after_forward(m is not model and not model.stays_gathered, recurse=False)
+        reshard(model)
+
+
+def local(tensor):
+    """Return this rank's shard of a DTensor. A plain tensor is returned as it is."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
