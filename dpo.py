@@ -253,12 +253,7 @@ def sample(seen):
     """Sample answers of policy and reference to held-out prompts into samples.jsonl. Returns KL metrics, {} without a reference."""
     models = {'policy': run.policy, 'reference': ref} if ref else {'policy': run.policy}
     measured = run.sample(models, seen, measure=log_ratios if ref else None)  # model name -> result of log_ratios
-    of_policy = measured.get('policy')
-    if of_policy is None:
-        return {}
-    # KL(policy || reference) is the mean log-ratio of the policy's own samples
-    ratio, tokens = of_policy['logratio'], of_policy['tokens']
-    return {'kl_eval/samples': ratio.mean().item(), 'kl_eval/samples_per_token': (ratio.sum() / tokens.sum()).item()}
+    return metrics.of_samples(**measured['policy']) if 'policy' in measured else {}
 
 
 def evaluate(seen):

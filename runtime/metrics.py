@@ -64,6 +64,14 @@ def of_dpo(objective, columns, split):
     return metrics
 
 
+def of_samples(logratio, tokens):
+    """Return the KL of policy and reference (name -> float): the mean log-ratio of the policy's own samples.
+
+    logratio, tokens: log-prob under the policy minus that under the reference, and length, of n samples, (n,) each."""
+    per_token = logratio.sum() / tokens.sum()
+    return {'kl_eval/samples': logratio.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
+
+
 def answers_of(objective, columns, side):
     """Return the columns of one side, pi_w as 'pi' and so on, plus log-ratios ('ratio') and implicit rewards ('reward').
 
