@@ -734,6 +734,15 @@ def test_no_microbatch_is_larger_than_what_is_reckoned_with(
     assert largest <= room._largest_batch(config, examples, packed, max_tokens) <= 2.5 * largest
 
 
+@pytest.mark.parametrize(('free', 'chosen'), [(3000, 1536), (4000, 2048), (100, 1024)])
+def test_the_largest_budget_that_fits(monkeypatch, whole, capsys, free, chosen):
+    """Into seven tenths of what is free, beside all that is to come: the weights are there already."""
+    monkeypatch.setattr(room, 'free_memory', lambda: free)
+    monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, max_tokens: max_tokens)
+    monkeypatch.setattr(room, '_estimate_for', lambda *given: {'activations': given[-1], 'weights': 10**6, 'optimizer': 500})
+    assert room.choose_max_tokens({}, torch.nn.Linear(2, 2), 1, None, True, 0) == chosen
+
+
 @pytest.mark.parametrize(('local_world_size', 'free', 'mode'), [(None, 1000, 'none'), ('4', 250, 'full')])
 def test_the_ranks_of_a_machine_share_its_memory(monkeypatch, local_world_size, free, mode):
     """Fifteen weights in training take 240 bytes: a quarter of 1000, but not of 250."""
@@ -783,6 +792,6 @@ def test_memory_of_a_control_group(tmp_path, monkeypatch):
     files['/sys/fs/cgroup/memory.max'] = 'max'
     assert room.machine_memory() == 70000
     files['/proc/meminfo'] = 'MemFree: 7 kB\nMemAvailable:   40 kB\n'
-    assert room.machine_memory(free=True) == 40960
+    assert room.machine_memory(free=True) == 40960 and room.machine_memory() == 70000
     files.clear()
     assert room.machine_memory() > 10**8
