@@ -181,9 +181,9 @@ class Varlen:
     """A packed row as the varlen kernel wants it: a sequence for each answer, whose keys are its prompt's and its own.
 
     groups: [(tokens of a prompt, tokens of each answer that shares it)]. Queries are in row order; a prompt's belong to its first
-    answer. gather (K,): token of each key; None if no prompt is shared: keys are in row order then. copies: [(tokens, places in
-    gather)] of all first copies, of all second ones, ... cu_q, cu_k: cumulative query and key counts. For groups [(2, (1, 2))]:
-    gather [0, 1, 2, 0, 1, 3, 4], copies ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6]), ([0, 1], [3, 4]), cu_q [0, 3, 5], cu_k [0, 3, 7]."""
+    answer. gather (K,): the token whose key comes at each place; None if no prompt is shared: keys are in row order then. copies: of
+    gather, see _copies_of. cu_q, cu_k: cumulative numbers of queries and keys. A prompt of 2 tokens with answers of 1 and 2, groups
+    [(2, (1, 2))], has 5 tokens, and gives gather [0, 1, 2, 0, 1, 3, 4], cu_q [0, 3, 5], cu_k [0, 3, 7]."""
 
     def __init__(self, groups):
         n_queries, n_keys = [], []  # of each answer
@@ -201,17 +201,24 @@ class Varlen:
         has_shared_prompt = any(len(answers) > 1 for _, answers in groups)
         if has_shared_prompt:
             gather = np.concatenate(gather)
-            self.gather = torch.from_numpy(gather)
-            left = np.arange(len(gather))  # places in gather that are in no list of copies yet
-            while len(left):
-                tokens, first = np.unique(gather[left], return_index=True)
-                places = left[first]
-                self.copies.append((torch.from_numpy(tokens), torch.from_numpy(places)))
-                left = np.delete(left, first)
+            self.gather, self.copies = torch.from_numpy(gather), _copies_of(gather)
         # the kernel takes int32
         self.cu_q = torch.tensor(np.cumsum([0, *n_queries]), dtype=torch.int32)
         self.cu_k = torch.tensor(np.cumsum([0, *n_keys]), dtype=torch.int32)
         self.max_q, self.max_k = max(n_queries), max(n_keys)
+
+
+def _copies_of(gather):
+    """Return [(tokens, their places in gather)]: where each token comes first, where some come a second time, and so on.
+
+    Gather's backward adds up these lists one by one, since no list has a token twice. [0, 1, 0] -> ([0, 1], [0, 1]), ([0], [2])."""
+    copies = []
+    left = np.arange(len(gather))  # places that are in no list yet
+    while len(left):
+        tokens, first = np.unique(gather[left], return_index=True)
+        copies.append((torch.from_numpy(tokens), torch.from_numpy(left[first])))
+        left = np.delete(left, first)
+    return copies
 
 
 def _attend_varlen(query, key, value, scaling, sliding_window, layout):

@@ -144,12 +144,16 @@ def _read_sources(names, split, task, read_args, left_out, *, both):
 
 
 def source_rows(examples, data, split, task, *, chat, system, **read_args):
-    """Return {uid: (prompt, raw row with all columns)} for Examples that load_examples made with these arguments."""
+    """Read the data again for the rows behind Examples that load_examples made with these arguments: ppo.py's rewards want them.
+
+    Returns {uid: (prompt, raw row with all columns)}."""
     wanted = set(examples.uid.tolist())
     found = {}
-    for row in _read_sources(data.split('+'), split, task, read_args, Counter(), both=False):
+    not_counted = Counter()  # what is left out was counted the first time
+    for row in _read_sources(data.split('+'), split, task, read_args, not_counted, both=False):
         example = as_chats(row, system) if chat or system else row
-        for part in as_parts(example, task, Counter()):
+        # a pair is one part, or two for a task of single answers
+        for part in as_parts(example, task, not_counted):
             # setdefault: the first of several equal rows counts
             if part.uid in wanted:
                 found.setdefault(part.uid, (part.prompt, row.raw))
