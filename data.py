@@ -70,7 +70,7 @@ def _fill_bins(lengths, n_bins, max_tokens):
 
 
 def plan_padded(widths, world_size, max_tokens):
-    """Split a step into padded microbatches: [rank][microbatch] -> list of slots. widths: tokens of each example, padded by itself."""
+    """Split a step into padded microbatches: [rank][microbatch] -> list of slots. widths: tokens that each example takes alone."""
     # fill bin after bin with slots. Similar widths go together, because a microbatch pads all its examples to the widest one
     bins = [[]]
     widest_first = sorted(range(len(widths)), key=lambda slot: -widths[slot])

@@ -143,12 +143,14 @@ def blocks_of(groups):
 
 
 class Block:
-    """Consecutive small groups of a packed row, which are one piece for attention; or a single group: a piece for each part."""
+    """Consecutive small groups of a packed row, or a single group. A piece of it is what attends in one call.
+
+    Small groups are one piece together, under a mask: fewer calls. A single group's pieces are its prompt and each answer."""
 
     def __init__(self, groups):
         self.groups = groups
         self.is_one_piece = len(groups) > 1
-        # sizes: tokens of each piece. A single group's pieces are its prompt and each answer
+        # sizes: tokens of each piece
         sizes = [size for prompt, answers in groups for size in (prompt, *answers)]
         self.sizes = [sum(sizes)] if self.is_one_piece else sizes
         self.masks = {}  # (window, device) -> mask, shared by all layers

@@ -73,8 +73,8 @@ def _tolerance(model):
 def deviation(model, batch, padded):
     """Compare our log-probs or scores of a batch, packed or padded, with the model's own forward on the same examples, padded.
 
-    Returns (maximum error, message): infinity and the reason if a packed batch cannot run, else a message for an error that is too
-    large. Raises UserError if a padded batch cannot run."""
+    Returns (maximum error as of _difference, what to say if that is too large); if a packed batch cannot run, infinity and the
+    reason. Raises UserError if a padded batch cannot run."""
     config = core(model).config
     is_packed = bool(batch.groups)  # only packed batches have groups
     # convolutions and linear attention would leak from one answer into the next
@@ -82,6 +82,7 @@ def deviation(model, batch, padded):
     if is_packed and other_layers:
         return math.inf, f'it has layers of type {" ".join(sorted(other_layers))}'
     try:
+        # at the end of the with block the model has the attention again that it has now
         with padded_attention(model):
             expected = _transformers_numbers(model, padded)
             set_attention(model, is_packed)

@@ -135,7 +135,7 @@ def check_early(script):
     call = re.search(r'configure\(globals\(\)(?:, shared=(\w+))?\)', source)
     if not call:
         return
-    # make the same call without importing the two modules: configure() only reads the source at their __file__
+    # the same call, without importing the script or its shared module: configure() only reads the source at their __file__
     script_globals = {'__file__': script, '__doc__': ast.get_docstring(ast.parse(source))}
     shared_name = call[1]
     shared_module = None

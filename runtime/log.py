@@ -47,9 +47,9 @@ def check_names(out_dir):
 
 
 def recorded(out_dir):
-    """Return the run described by out_dir/config.json: a dict of 'script', 'options' and 'contents' (hashes).
+    """Return the run described by out_dir/config.json: a dict as for differences().
 
-    Returns None if config.json is missing, or if the run wrote nothing else. Raises UserError if it is damaged."""
+    Returns None if config.json is missing, or if nothing else was written: then out_dir is free. Raises UserError if it is damaged."""
     file = Path(out_dir) / 'config.json'
     if not file.exists():
         return None

@@ -72,14 +72,14 @@ def hint(name, options):
     """Return a phrase that suggests an option for an unknown name, such as 'here it is lr' for learning_rate."""
     # loss.beta -> beta, max-length -> max_length
     plain = name.rpartition('.')[2].replace('-', '_')
-    # options, and the names that other projects have for them
-    option_of_foreign = names_elsewhere(options)
-    matches = difflib.get_close_matches(plain, {*option_of_foreign, *options}, n=1)
+    # names of other projects, with what to say for each: bf16 -> 'dtype=bfloat16'
+    phrase_of_foreign = names_elsewhere(options)
+    matches = difflib.get_close_matches(plain, {*phrase_of_foreign, *options}, n=1)
     if not matches:
         return '--help lists the options'
     nearest = matches[0]
-    if nearest in option_of_foreign:
-        return f'here it is {option_of_foreign[nearest]}'
+    if nearest in phrase_of_foreign:
+        return f'here it is {phrase_of_foreign[nearest]}'
     return f'here it is {nearest}' if nearest == plain else f'did you mean {nearest}?'
 
 

@@ -159,9 +159,9 @@ def unified(row, columns=None):
     # tools may be JSON, as a whole or one by one
     tools = row.pop('tools', None) or []
     if isinstance(tools, str):
-        tools = messages.loads(tools) if tools.strip() != 'null' else []
+        tools = messages.parse_literal(tools) if tools.strip() != 'null' else []
     if are_texts(tools):
-        tools = [messages.loads(text) for text in tools]
+        tools = [messages.parse_literal(text) for text in tools]
     if tools is None or None in tools:
         raise ValueError("'tools' has a text that is no JSON")
     return row | {'tools': tools} if tools else row

@@ -28,7 +28,7 @@ def bos_of(tokenizer):
 
 
 def add_bos(prompt, limits):
-    """Return a prompt's ids with BOS in front, added unless it is there. Without a BOS: unchanged, or [EOS] if empty."""
+    """Return a prompt's ids with BOS in front, added unless it is there. For a tokenizer without BOS: unchanged, or [EOS] if empty."""
     if limits.bos is None:
         # an empty prompt becomes EOS: the first answer token needs a token to be predicted from
         return prompt or [limits.eos]

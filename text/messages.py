@@ -119,7 +119,7 @@ def checked(turn):
     if isinstance(turn.get('function_call'), dict):
         turn['tool_calls'] = [{'type': 'function', 'function': turn.pop('function_call')}]
     if isinstance(turn.get('tool_calls'), str):
-        turn['tool_calls'] = field({'tool_calls': loads(turn['tool_calls'] or '[]')}, 'tool_calls', list)
+        turn['tool_calls'] = field({'tool_calls': parse_literal(turn['tool_calls'] or '[]')}, 'tool_calls', list)
     # a tool call or a thought needs no content
     if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')
@@ -130,6 +130,7 @@ def checked(turn):
 
 def _text_of(part):
     """Return the text of a content part: a string, or {'type': 'text', 'text': string}. Raises ValueError."""
+    # what is neither a dict nor a string is rejected by field()
     if not isinstance(part, dict):
         part = {'text': part}
     if part.get('type') not in (None, 'text', 'input_text', 'output_text'):
@@ -175,8 +176,8 @@ def as_messages(value, must_be_chat=False):
     return alternating(value) if are_texts(value) else value
 
 
-def loads(text):
-    """Parse JSON or a Python literal (pandas writes those to CSV). Returns None if the text is neither."""
+def parse_literal(text):
+    """Return the value of a text in JSON, or of a Python literal (pandas writes those to CSV); None if it is neither."""
     # numpy prints arrays without commas
     with_commas = re.sub(r"\}\s+\{(?='(role|content|from|value)':)", '}, {', text)
     for parse, source in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, with_commas)):
@@ -185,8 +186,10 @@ def loads(text):
 
 
 def _parsed_chat(text):
-    """Return the messages or strings that a text contains as JSON, or the text if it is something else."""
-    value = loads(text)
+    """Return the chat that a text contains as JSON, or the text if it is something else.
+
+    A chat: a list of messages or of strings, or a single message. A message: a dict with these keys."""
+    value = parse_literal(text)
     turns = value if isinstance(value, list) else [value]
     forms = ({'role', 'content'}, {'from', 'value'}, {'messages'})
     are_turns = all(isinstance(turn, dict) and any(form <= turn.keys() for form in forms) for turn in turns)
