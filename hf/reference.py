@@ -46,12 +46,12 @@ def cached_logps(build, make_sharded, examples, make_batches, dtype, rows):
     build(empty): builds the reference on the CPU, to hash it; make_sharded(): returns it sharded, called on a cache miss only
     make_batches(examples, rows): returns a tuple, microbatches first; dtype: the compute dtype, a part of the key"""
     used = examples.select(rows)
-    key, file, logps = ranks.shared(partial(_look_up, build, used, dtype))
+    file, logps = ranks.shared(partial(_look_up, build, used, dtype))
     if logps is None:
         logps = _compute(make_sharded(), used, make_batches)
         # break the model's reference cycles (methods added by fsdp.py) to free its memory
         gc.collect()
-        ranks.on_one_rank(partial(_save, key, file, logps))
+        ranks.on_one_rank(partial(_save, file, logps))
     else:
         say(f'reference log-probs of {len(used)} examples: read from {file}')
     examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)
@@ -59,35 +59,26 @@ def cached_logps(build, make_sharded, examples, make_batches, dtype, rows):
 
 
 def _look_up(build, examples, dtype):
-    """Return (key, cache file, log-probs). Log-probs are None if the file is missing or damaged. Loads the model to hash it."""
-    key = _key(build(empty=False), examples, dtype)
-    file = cache.path_of('reference', key)
-    # also None for a damaged file, whose checksum (in the metadata) is wrong
-    content = cache.read(file, lambda arrays, metadata: metadata == _metadata(key, arrays['logps']))
-    if content is not None:
+    """Return (cache file, log-probs). Log-probs are None if the file is missing or damaged. Loads the model to hash it."""
+    file = cache.path_of('reference', _key(build(empty=False), examples, dtype))
+    if content := cache.read(file):
         arrays, _ = content
-        return key, file, arrays['logps']
+        return file, arrays['logps']
     if file.exists():
         say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')
-    return key, file, None
+    return file, None
 
 
-def _save(key, file, logps):
+def _save(file, logps):
     """Write log-probs to the cache file, on rank 0. Best effort: a failure only prints a note."""
-    failure = cache.write(file, {'logps': logps}, _metadata(key, logps))
-    if failure:
+    if failure := cache.write(file, {'logps': logps}):
         say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')
-
-
-def _metadata(key, logps):
-    """Return the metadata of a cache file, its key and a checksum of its log-probs."""
-    return {'key': key, 'sha256': hashlib.sha256(logps).hexdigest()}
 
 
 def _key(model, examples, dtype):
     """Return a hash of everything that determines the log-probs: weights, config, tokens and compute dtype."""
-    # 1: version of the file format
-    digest = hashlib.sha256(f'1 {dtype} {model.config.to_json_string()}'.encode())
+    # 2: version of the file format
+    digest = hashlib.sha256(f'2 {dtype} {model.config.to_json_string()}'.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy())

@@ -1,6 +1,8 @@
 """The user's cache of tokenized examples and reference log-probs: memory-mapped safetensors files."""
 
 import contextlib
+import hashlib
+import json
 import os
 import uuid
 from pathlib import Path
@@ -22,23 +24,25 @@ def path_of(kind, key):
     return Path(folder) / f'{kind}-{key[:32]}.safetensors'
 
 
-def read(file, valid):
-    """Return (arrays, metadata) of a cache file, or None if it is missing, damaged or not valid.
-
-    valid(arrays, metadata): returns whether they are as expected; if it raises, they are not."""
+def read(file):
+    """Return (arrays, extra) as written to a cache file, or None if it is missing, damaged or copied from another name."""
     with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
         # 'pt': torch's reader memory-maps the file; the reader of numpy would copy it
         with safe_open(file, 'pt') as content:
             arrays = {name: content.get_tensor(name).numpy() for name in content.keys()}  # noqa: SIM118
-            metadata = content.metadata()
-        # a file written by another version may have the same name
-        if valid(arrays, metadata):
-            return arrays, metadata
+            extra, checksum = json.loads(content.metadata()['extra'])
+        # a bit may have flipped on the disk
+        if checksum == _checksum(file, arrays, extra):
+            return arrays, extra
     return None
 
 
-def write(file, arrays, metadata):
-    """Write a cache file atomically. Returns None, or the reason if that failed: a run goes on without its cache."""
+def write(file, arrays, extra=None):
+    """Write a cache file atomically. Returns None, or the reason if that failed: a run goes on without its cache.
+
+    arrays: {name: contiguous numpy array}. extra: a JSON-serializable value to keep beside them."""
+    # one entry, since safetensors writes several in any order
+    metadata = {'extra': json.dumps([extra, _checksum(file, arrays, extra)])}
     # other processes, of other machines too, may write the same file
     temporary = file.with_suffix(f'.{uuid.uuid4().hex}')
     try:
@@ -50,3 +54,12 @@ def write(file, arrays, metadata):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         return getattr(error, 'strerror', None) or str(error)
+
+
+def _checksum(file, arrays, extra):
+    """Return a hash of a cache file's contents and of its name, which stands for the key."""
+    digest = hashlib.sha256(json.dumps([file.name, extra]).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(name.encode())
+        digest.update(array)
+    return digest.hexdigest()

@@ -56,7 +56,8 @@ def main():
                 all_items = (item for _, _, items in _read_items(left_out) for item in items)
                 for item in islice(all_items, n):
                     out.write(dumps(item, ensure_ascii=False) + '\n')
-                _print_left_out(left_out)
+                changed, notes = in_words(left_out)
+                print(f'left out or changed: {changed}', *notes, sep='\n')
             else:
                 _print_text(left_out)
             out.flush()
@@ -152,7 +153,8 @@ def _print_summary(counts, lengths, left_out):
     words = ', '.join(f'{count} {task}' for task, count in counts.items())
     print(f'{data}: {words or "no examples"}')
     print('read as:', columns or '; '.join(map(describe, data.split('+'))))
-    _print_left_out(left_out)
+    changed, notes = in_words(left_out)
+    print(f'left out or changed: {changed}', *notes, sep='\n')
     if not counts:
         raise UserError(f'no examples are left in {data!r}: nothing can be trained on it')
     # items are measured in tokens if the model option names a tokenizer
@@ -167,14 +169,6 @@ def _print_summary(counts, lengths, left_out):
         print(f'cut at max_length {max_length}: {np.mean(sizes > max_length):.0%}')
     else:
         print('this is the text as it stands: --model=FOLDER shows it as a model sees it')
-
-
-def _print_left_out(left_out):
-    """Print each reason and its count. Reasons that begin with 'note' are about examples that are kept."""
-    # unary + drops zero counts
-    for reason, count in (+left_out).items():
-        heading = '' if reason.startswith('note') else 'left out: '
-        print(f'{heading}{reason}: {count}')
 
 
 def mark(text):

@@ -75,8 +75,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     is_fingerprinted = None not in hashes
     if not is_fingerprinted:
         hashes = [content_hash(row) for row in _read_sources(names, split, task, read_args, Counter(), both=False)]
-    # 11: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
-    key = [11, hashes, names, task, read_args, lengths, render_args, *_tokenizer_key(tokenizer)]
+    # 12: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
+    key = [12, hashes, names, task, read_args, lengths, render_args, *_tokenizer_key(tokenizer)]
     # {}: the file with all examples, which serves any `enough`; one by one, since each name is a hash of the whole tokenizer
     counts = [{}, enough] if enough else [{}]
     files = (_cache_file(key, split, count) for count in counts) if cache else ()
@@ -429,15 +429,9 @@ def _cache_file(key, split, enough):
 
 def _read_cache(files):
     """Return the Examples of the first intact cache file, or None. Prints a note about damaged files."""
-
-    def is_intact(arrays, metadata):
-        left_out, digest = json.loads(metadata['left_out'])
-        return digest == _digest(arrays, left_out)
-
     for file in files:
-        if found := cache.read(file, is_intact):
-            arrays, metadata = found
-            left_out, _ = json.loads(metadata['left_out'])
+        if found := cache.read(file):
+            arrays, left_out = found
             return Examples(**arrays, left_out=Counter(left_out))
         if file.exists():
             say(f'note: {file} is damaged: tokenising anew')
@@ -449,15 +443,5 @@ def _write_cache(file, examples):
     # safetensors needs contiguous arrays and no None
     present = [name for name in CACHED if getattr(examples, name) is not None]
     arrays = {name: np.ascontiguousarray(getattr(examples, name)) for name in present}
-    metadata = {'left_out': json.dumps([examples.left_out, _digest(arrays, examples.left_out)])}
-    if failure := cache.write(file, arrays, metadata):
+    if failure := cache.write(file, arrays, examples.left_out):
         say(f'note: tokens are not cached: {failure}')
-
-
-def _digest(arrays, left_out):
-    """Return a checksum of a cache file's contents, stored in it to detect bit flips on disk."""
-    digest = hashlib.sha256(json.dumps(left_out).encode())
-    for name in CACHED:
-        # b'-' stands for a missing array
-        digest.update(np.ascontiguousarray(arrays[name]) if name in arrays else b'-')
-    return digest.hexdigest()
