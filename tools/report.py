@@ -39,7 +39,7 @@ def show_curve(curve):
     points = list(zip(curve.examples, values, strict=True))
     # keep every n-th point, counting from the last one
     n = max(1, math.ceil(len(points) / max_points))
-    shown = {'metric': curve.metric, 'run': curve.run, 'split': curve.split, 'place': curve.place}
+    shown = {'metric': curve.metric, 'run': curve.run, 'split': curve.split, 'extra': curve.extra}
     return shown | {'points': points[::-n][::-1]}
 
 

@@ -44,7 +44,7 @@ class Curve(NamedTuple):
     """A metric of a run in one split ('train' or 'eval'), as points with x = examples and y = values.
 
     far: outliers that are not drawn; gaps: number of values that are not finite. metric: index among the metrics of the panel;
-    run: index of the run. place: (number, size) if this is the number-th (from 0) of `size` curves that look the same."""
+    run: index of the run. extra: how much wider than the last run's it is drawn, so that it is seen under an equal one."""
 
     split: str
     examples: list
@@ -53,7 +53,7 @@ class Curve(NamedTuple):
     gaps: int
     metric: int = 0
     run: int = 0
-    place: tuple = (0, 1)
+    extra: float = 0.0
 
 
 class Panel(NamedTuple):
@@ -181,6 +181,7 @@ def panels_of(runs):
 def curves_of(metrics, runs):
     """Return the non-empty Curves of a panel's metrics, ordered by metric, split ('train' first) and run."""
     found = []
+    extras = np.linspace(min(3, len(runs) - 1), 0, len(runs)).tolist()
     for number, metric in enumerate(metrics):
         by_split = {split: [curve(run, split, metric) for run in runs] for split in ('train', 'eval')}
         # training log-probs vary with the lengths of the answers: draw only evaluations, if there are two or more
@@ -188,14 +189,14 @@ def curves_of(metrics, runs):
         if metric.startswith('logps') and has_evaluations:
             by_split['train'] = []
         for curves in by_split.values():
-            for i, (one, place) in enumerate(zip(curves, duplicates(curves), strict=True)):
+            for i, one in enumerate(curves):
                 if one.examples or one.gaps:
-                    found.append(one._replace(metric=number, run=i, place=place))
+                    found.append(one._replace(metric=number, run=i, extra=extras[i]))
     return found
 
 
 def curve(run, split, metric):
-    """Return the Curve of a metric of one run; its fields metric, run and place are left at their defaults."""
+    """Return the Curve of a metric of one run; its fields metric, run and extra are left at their defaults."""
     gaps = 0
     points = []  # (training examples so far, value)
     rows = [row for row in run.rows if row['split'] == split]
@@ -241,18 +242,3 @@ def smoothed(values, fraction):
         start = max(0, end - size)
         means.append((sums[end] - sums[start]) / (end - start))
     return means
-
-
-def duplicates(curves):
-    """Return (number, size) for each curve, if it is the number-th (from 0) of `size` curves that look the same."""
-    values = [value for one in curves for value in one.values]
-    # 0.4% of the picture's height is invisible
-    tolerance = 0.004 * (max(values) - min(values)) if values else 0.0
-    found = []
-    for i, one in enumerate(curves):
-        looks_same = []
-        for other in curves:
-            same_steps = other.examples == one.examples
-            looks_same.append(same_steps and np.allclose(other.values, one.values, rtol=0, atol=tolerance))
-        found.append((sum(looks_same[:i]), sum(looks_same)))
-    return found
