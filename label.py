@@ -251,12 +251,15 @@ report = {
 # rates with standard errors and 95% intervals: name -> (values per pair, prompts), clustered by prompt
 rates = {'win_rate': (wins, questions)}
 if endpoint is not None:
-    # position bias, from pairs judged in both orders
+    # position bias, from pairs judged in both orders: the share of a pair's two verdicts for the answer shown first, and whether
+    # both are the same
     in_both_orders = [i for i in clear if i not in equal]
     clusters = [pairs[i]['question'] for i in in_both_orders]
-    columns = winrate.orders([preferences_by_order[i] for i in in_both_orders])
-    for name, column in columns.items():
-        rates[name] = (column, clusters)
+    straight, swapped = np.array([preferences_by_order[i] for i in in_both_orders]).reshape(-1, 2).T
+    won_straight = 2 - straight  # 1 if the answer shown first won, 0 if it lost, 1/2 for a tie
+    won_swapped = swapped - 1
+    rates['shown_first'] = ((won_straight + won_swapped) / 2, clusters)
+    rates['agreement'] = (straight == swapped, clusters)
 for name, (column, clusters) in rates.items():
     report[name], report[f'{name}_se'] = winrate.mean(column, clusters)
     report[f'{name}_interval'] = winrate.interval(column, clusters)

@@ -1,6 +1,5 @@
 """Read run folders for plot.py and report.py: options, metrics and samples, and from them the names and curves of the runs."""
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -214,9 +213,7 @@ def smoothed(values, fraction):
     """Return the trailing moving average of values. fraction: window size as a share of len(values); 0: no smoothing."""
     size = max(1, round(fraction * len(values)))
     # sums[k]: the sum of the first k values
-    sums = [0.0, *itertools.accumulate(values)]
-    means = []
-    for end in range(1, len(values) + 1):
-        start = max(0, end - size)
-        means.append((sums[end] - sums[start]) / (end - start))
-    return means
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - size)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
