@@ -144,6 +144,18 @@ def ask_judge(todo):
         yield {'pair': i, 'order': order, 'preference': preference, 'text': text, 'raw': raw}
 
 
+def model_rewards(to_score):
+    """Return the reward model's score of each (prompt, text) in the dict to_score, under the same key."""
+    # answers with equal prompt ids share the computed prompt: prompt ids -> {key: answer ids}
+    by_prompt = {}
+    for key, (prompt, text) in to_score.items():
+        prompt_ids, answer_ids = encode(prompt, text, tokenizer, max_length, max_prompt_length, truncation, cut)
+        by_prompt.setdefault(tuple(prompt_ids), {})[key] = answer_ids
+    examples = [(prompt_ids, list(answers.values())) for prompt_ids, answers in by_prompt.items()]
+    scored = [key for answers in by_prompt.values() for key in answers]
+    return dict(zip(scored, score.scores(model, tokenizer, examples, max_tokens).tolist(), strict=True))
+
+
 def compare_rewards(todo):
     """Yield a row of verdicts.jsonl per key (pair index, order); the higher reward is preferred. order is 1: rewards ignore it."""
     # in blocks, so that verdicts reach the disk early
@@ -157,14 +169,10 @@ def compare_rewards(todo):
                 # the text that dpo.py will read from annotations.json
                 text = answer(output) if is_plain(pairs[i]) else output
                 to_score[str(prompt), output] = (prompt, text)
-        items = to_score.values()
         if gold is not None:
-            rewards = [toy.gold(prompt, text) for prompt, text in items]
+            reward_of = {key: toy.gold(prompt, text) for key, (prompt, text) in to_score.items()}
         else:
-            lengths = (max_length, max_prompt_length, truncation)
-            ids = [encode(prompt, text, tokenizer, *lengths, cut) for prompt, text in items]
-            rewards = score.scores(model, tokenizer, ids, max_tokens).tolist()
-        reward_of = dict(zip(to_score, rewards, strict=True))
+            reward_of = model_rewards(to_score)
 
         for i in indices:
             prompt = str(pairs[i]['prompt'])
@@ -251,12 +259,15 @@ report = {
 # rates with standard errors and 95% intervals: name -> (values per pair, prompts), clustered by prompt
 rates = {'win_rate': (wins, questions)}
 if endpoint is not None:
-    # position bias, from pairs judged in both orders
+    # position bias, from pairs judged in both orders: the share of a pair's two verdicts for the answer shown first, and whether
+    # both are the same
     in_both_orders = [i for i in clear if i not in equal]
     clusters = [pairs[i]['question'] for i in in_both_orders]
-    columns = winrate.orders([preferences_by_order[i] for i in in_both_orders])
-    for name, column in columns.items():
-        rates[name] = (column, clusters)
+    straight, swapped = np.array([preferences_by_order[i] for i in in_both_orders]).reshape(-1, 2).T
+    won_straight = 2 - straight  # 1 if the answer shown first won, 0 if it lost, 1/2 for a tie
+    won_swapped = swapped - 1
+    rates['shown_first'] = ((won_straight + won_swapped) / 2, clusters)
+    rates['agreement'] = (straight == swapped, clusters)
 for name, (column, clusters) in rates.items():
     report[name], report[f'{name}_se'] = winrate.mean(column, clusters)
     report[f'{name}_interval'] = winrate.interval(column, clusters)

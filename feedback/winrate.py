@@ -1,4 +1,4 @@
-"""Win rates from verdicts: confidence intervals, length control, and the position bias of a judge.
+"""Win rates from verdicts: confidence intervals and length control.
 
 label.py reports them, and feedback/score.py uses the intervals. A win is 1, a loss 0, a tie 1/2. Pairs with the same prompt are
 correlated, so they form a cluster, and all standard errors are cluster-robust.
@@ -113,20 +113,6 @@ def _fit_logistic(x, wins):
         if np.abs(step).max() < 1e-10:
             return beta, information, residuals
     return None
-
-
-def orders(verdicts):
-    """Return the position bias of a judge that saw each pair in both orders: {'shown_first': (n,), 'agreement': (n,)}.
-
-    verdicts (n, 2): preference for each pair (1: first answer, 2: second answer, 1.5: tie); the first answer was shown first
-    for column 0, and second for column 1. shown_first: share of the pair's two verdicts for the answer shown first, with
-    ties as half; the mean is 1/2 without position bias. agreement: whether both verdicts are the same."""
-    # reshape gives an empty list two columns
-    straight, swapped = np.asarray(verdicts, float).reshape(-1, 2).T
-    # 1 if the answer shown first won, 0 if it lost, 1/2 for a tie
-    won_straight = 2 - straight
-    won_swapped = swapped - 1
-    return {'shown_first': (won_straight + won_swapped) / 2, 'agreement': straight == swapped}
 
 
 def _sigmoid(x):

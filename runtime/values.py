@@ -16,7 +16,7 @@ RANGES = {
     (0, 0.99): 'rho',
     (0, 0.9): 'lora_dropout',
     (1e-9, 1): 'top_p',
-    (1e-9, math.inf): 'max_grad_norm beta_prime lora_alpha clip value_clip beta tau mu importance_max peak_tflops estimate_for',
+    (1e-9, math.inf): 'max_grad_norm beta_prime lora_alpha clip value_clip beta tau mu importance_max peak_tflops',
     (1e-3, 1e6): 'timeout reward_timeout',
     (0, 1000): 'reward_workers',
     (1, 1000): 'concurrency threads width',

@@ -67,7 +67,6 @@ rounds = 2  # how often each variant is built and freed; use more on a noisy mac
 threads: int | None = None  # CPU threads; None: torch decides
 wall = False  # always measure wall-clock time; False: CPU time if there is one process with one CPU thread
 peak_tflops: float | None = None  # peak of the GPU in bfloat16, for the MFU; None: from its data sheet
-estimate_for: float | None = None  # GB of a GPU: only print the estimated memory of a step, and whether it fits
 out: str | None = None  # also write the table to this file, as JSON
 config = configure(globals())
 
@@ -100,8 +99,6 @@ if has_divergence and names != ['head']:
     raise UserError(f'{loss} needs the whole distribution of the live reference: only --variants=head measures it')
 if has_trl and (loss != 'dpo' or batch_size % min(PADDED_PAIRS, batch_size)):
     raise UserError(f'TRL is measured with --loss=dpo, and a batch_size that is a multiple of {PADDED_PAIRS}')
-if estimate_for and model not in SHAPES:
-    raise UserError('--estimate_for is for a published shape')
 # fail before the measurement, not after it
 if out and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
     raise UserError(f'cannot write {out}: there is no such folder, or it is one')
@@ -116,15 +113,15 @@ if threads:
     torch.set_num_threads(threads)
 
 
-def build(empty=False, layers=None):
+def build(empty=False):
     """Return the model in eval mode: a published shape with random weights, or a model folder.
 
-    empty: create it on the meta device, without weights. layers: override the number of layers of a published shape."""
+    empty: create it on the meta device, without weights."""
     if model not in SHAPES:
         return load.load_model(model, empty=empty)
     attention.register_attention()
     width, depth, heads = SHAPES[model]
-    sizes = {'hidden_size': width, 'num_hidden_layers': layers or depth, 'num_attention_heads': heads}
+    sizes = {'hidden_size': width, 'num_hidden_layers': depth, 'num_attention_heads': heads}
     if model == 'llama-8b':
         sizes |= {'intermediate_size': 14336, 'num_key_value_heads': 8, 'rope_theta': 500000.0}
         shape = transformers.LlamaConfig(vocab_size=vocabulary or 128256, **sizes)
@@ -347,31 +344,6 @@ def release():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def show_estimates():
-    """Print the estimated memory of a step with a live reference for each max_tokens, and whether it fits --estimate_for GB."""
-    # activation bytes per token are linear in the number of layers: extrapolate from models with one and two layers
-    bytes_per_token = []
-    for layers in (1, 2):
-        small = build(layers=layers).to(getattr(torch, dtype))
-        attention.set_attention(small, packed=True)
-        forward = partial(models.response_logps, small)
-        bytes_per_token.append(room.bytes_per_token(small, forward, examples, packed=True))
-    one_layer, two_layers = bytes_per_token
-    per_token = one_layer + (meta_model.config.num_hidden_layers - 1) * (two_layers - one_layer)
-    options = {'world_size': world_size, 'device': torch.device('cuda')}
-    # without --shard, estimate a replicated model
-    options['shard'] = 'none' if shard == 'auto' else shard
-    # the live reference is a frozen copy of the model
-    options['frozen'] = meta_model.num_parameters()
-    print(f'{model}, {optimizer}, {dtype}, live reference: GB of {estimate_for:g}')
-    for tokens in room.BUDGETS:
-        needs = room.estimate(meta_model, per_token, tokens, optimizer=optimizer, dtype=dtype, **options)
-        total = sum(needs.values()) / 1e9
-        fits = 'fits' if total <= room.SAFE['cuda'] * estimate_for else 'too much'
-        parts = ', '.join(f'{name} {number / 1e9:.1f}' for name, number in needs.items())
-        print(f'max_tokens {tokens:6d}: {total:6.1f}  {fits:8s}  ({parts})')
-
-
 def row_of(run, lengths, baseline):
     """Return a variant's row of the table as {column: value}: its name and medians over its timed steps.
 
@@ -435,9 +407,6 @@ def show(rows, lengths, limit):
 steps = np.arange((n_steps + 1) * batch_size).reshape(-1, batch_size)
 meta_model = build(empty=True)
 examples = synthetic_pairs(steps.size) if data == 'synthetic' else real_pairs(steps.size)
-if estimate_for:
-    show_estimates()
-    ranks.leave()
 # memory of the process itself; on a GPU only tensors count
 gb_without_model = 0.0 if on_gpu else peak_memory()
 card = torch.cuda.get_device_name() if on_gpu else 'this CPU'

@@ -2,7 +2,7 @@
 
     python -m tools.plot out/dpo_toy out/drdpo_toy --out=plot.png
 
-Arguments without dashes are run folders. Thin lines are training steps, smoothed; points are evaluations on held-out examples. The
+Arguments without dashes are run folders. Pale lines are training steps, smoothed; points are evaluations on held-out examples. The
 legend names a run by its folder and the options in which the runs differ. The last panel needs evaluations with
 --sample_during_eval on the toy world, whose gold reward is known, or ppo.py's metric gold/eval.
 """
@@ -108,19 +108,14 @@ def draw_frontiers(axis, frontiers, colors):
 def draw_curve(axis, curve, color):
     """Draw a Curve: a smoothed line for training steps; points for evaluations, joined if there are more than two.
 
-    Identical curves are all kept visible by alternating dashes and by points of decreasing size."""
-    number, size = curve.place  # this is the number-th of `size` identical curves
+    Earlier runs are wider and lie below later ones, so that identical curves are all visible."""
     is_second = curve.metric == 1
-    linestyle = '--' if is_second else '-'
-    if size > 1:
-        # (offset, (dash, gap)): dashes of length 6, with gaps for the dashes of the other curves
-        linestyle = (6 * number, (6, 6 * (size - 1)))
-    style = {'color': color, 'linestyle': linestyle}
+    style = {'color': color, 'linestyle': '--' if is_second else '-'}
     if curve.split == 'train':
-        axis.plot(curve.examples, smoothed(curve.values, smooth), linewidth=1, alpha=0.6, **style)
+        axis.plot(curve.examples, smoothed(curve.values, smooth), linewidth=1 + curve.extra, alpha=0.6, **style)
         return
-    style['linewidth'] = 1.5 if len(curve.examples) > 2 else 0
-    style['markersize'] = 5 + 3 * (size - 1 - number)
+    style['linewidth'] = 1.5 + curve.extra if len(curve.examples) > 2 else 0
+    style['markersize'] = 5 + 3 * curve.extra
     # hollow points for the panel's second metric
     if is_second:
         style['markerfacecolor'] = 'white'

@@ -39,7 +39,7 @@ def show_curve(curve):
     points = list(zip(curve.examples, values, strict=True))
     # keep every n-th point, counting from the last one
     n = max(1, math.ceil(len(points) / max_points))
-    shown = {'metric': curve.metric, 'run': curve.run, 'split': curve.split, 'place': curve.place}
+    shown = {'metric': curve.metric, 'run': curve.run, 'split': curve.split, 'extra': curve.extra}
     return shown | {'points': points[::-n][::-1]}
 
 
@@ -52,7 +52,7 @@ def last_numbers(run):
     numbers = {'examples': last['counters/examples'], 'split': split}
     for metric, short_name in SHOWN.items():
         value = value_of(last, split, metric)
-        if value is not None and math.isfinite(value):
+        if value is not None:
             numbers[short_name] = value
     return numbers
 

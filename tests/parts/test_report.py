@@ -51,7 +51,7 @@ def test_data_of_runs(tmp_path):
     assert loss['title'] == 'loss' and [c['split'] for c in loss['curves']] == ['train', 'train', 'eval', 'eval']
     steps = [seen for seen, _ in loss['curves'][0]['points']]
     assert len(steps) == 17 and steps[-1] == 400 and steps[-2] == 400 - 3 * 8
-    assert [c['place'] for c in loss['curves']] == [[0, 2], [1, 2]] * 2
+    assert [c['extra'] for c in loss['curves']] == [1, 0] * 2
     assert data['numbers'][0]['examples'] == 400 and data['numbers'][0]['kl'] == pytest.approx(15)
     # prompts: two places at two evaluations in each run, the latest first
     cards = data['samples']

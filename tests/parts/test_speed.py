@@ -2,7 +2,6 @@
 
 import gc
 import json
-import re
 import sys
 import time
 import warnings
@@ -19,7 +18,6 @@ import fsdp
 from configurator import UserError
 from experiments import real
 from hf import attention
-from runtime import ranks
 from tests import forks
 from tools import limits
 
@@ -222,27 +220,12 @@ def test_bench_of_a_divergence(capsys):
     assert '\nhead ' in printed and 'MFU' in printed.splitlines()[2] and 'MFU: ' not in printed
 
 
-def test_bench_estimates(monkeypatch, capsys):
-    """From shapes alone: what is kept grows with the microbatch, and the rest is four bytes of each weight, five times."""
-    monkeypatch.setattr(ranks, 'leave', lambda: sys.exit())
-    with pytest.raises(SystemExit):
-        run_script('tools/bench.py', '--model=pythia-14m', '--estimate_for=1')
-    printed = capsys.readouterr().out
-    found = {
-        int(n): (float(gb), fits)
-        for n, gb, fits in re.findall(r'max_tokens +(\d+): +([\d.]+)  (fits|too much)', printed)
-    }
-    assert found[1024] == (0.6, 'fits') and found[16384] == (1.8, 'too much')
-    assert 'weights 0.1, gradients 0.1, optimizer 0.1, reference 0.1' in printed
-
-
 # fmt: off
 @pytest.mark.parametrize('flags, words', [
     ('--loss=tdpo2', 'only --variants=head'),
     ('--loss=kto', 'losses on pairs'),
     ('--loss=typo', 'losses on pairs'),
     ('--variants=padded,fast', 'variants must be some of padded'),
-    ('--estimate_for=80 --model=toy', 'is for a published shape'),
     ('--data=hh:missing.jsonl', 'give the folder of one with --tokenizer'),
     ('--data=hh:missing.jsonl --tokenizer=nowhere/here', 'nowhere/here'),
 ])

@@ -117,14 +117,3 @@ def test_known_coefficients_are_recovered(size):
     ends = np.array([winrate.interval_of_fit(*pair) for pair in zip(rate, error, strict=True)])
     assert 0.90 < ((ends[:, 0] < truth) & (truth < ends[:, 1])).mean() < 0.99
     assert plain.mean() > truth + 0.02  # the longer answers win more, which the plain rate takes for quality
-
-
-def test_orders_by_hand():
-    """Pairs: both orders for the first answer (unbiased); first shown twice; tie and second. Verdicts for what is shown first:
-    (1 + 0)/2, (1 + 1)/2, (1/2 + 1)/2: mean 3/4. Agreement: 1 of 3."""
-    result = winrate.orders([(1, 1), (1, 2), (1.5, 2)])
-    assert list(result['shown_first']) == [0.5, 1, 0.75] and list(result['agreement']) == [True, False, False]
-    shown, agreement = winrate.mean(result['shown_first']), winrate.mean(result['agreement'])
-    assert shown == pytest.approx((0.75, math.sqrt((1 / 16 + 1 / 16 + 0) / 2 / 3)))
-    assert agreement == pytest.approx((1 / 3, math.sqrt((4 / 9 + 1 / 9 + 1 / 9) / 2 / 3)))
-    assert all(len(values) == 0 for values in winrate.orders([]).values())
