@@ -2,7 +2,7 @@
 
     python -m tools.plot out/dpo_toy out/drdpo_toy --out=plot.png
 
-Arguments without dashes are run folders. Pale lines are training steps, smoothed; points are evaluations on held-out examples. The
+Arguments without dashes are run folders. Thin lines are training steps, smoothed; points are evaluations on held-out examples. The
 legend names a run by its folder and the options in which the runs differ. The last panel needs evaluations with
 --sample_during_eval on the toy world, whose gold reward is known, or ppo.py's metric gold/eval.
 """

@@ -52,7 +52,7 @@ def last_numbers(run):
     numbers = {'examples': last['counters/examples'], 'split': split}
     for metric, short_name in SHOWN.items():
         value = value_of(last, split, metric)
-        if value is not None:
+        if value is not None and math.isfinite(value):
             numbers[short_name] = value
     return numbers
 

@@ -18,7 +18,7 @@ FIRST = 'loss beta beta_prime label_smoothing lr batch_size n_epochs n_examples 
 # (title, subtitle, metrics as group/name); a second metric is dashed. Chosen and rejected log-probs are too far apart to share a
 # panel. panels_of() drops the last panel if the one before has curves.
 PANELS = [
-    ('loss', 'pale: training steps, smoothed; points: held-out; outliers are clipped', ['loss']),
+    ('loss', 'thin: training steps, smoothed; points: held-out examples', ['loss']),
     ('reward accuracy', 'share of pairs with the higher reward on the chosen answer', ['rewards/accuracies']),
     ('reward margin', 'chosen minus rejected implicit reward', ['rewards/margins']),
     ('rewards', 'chosen (solid, filled) and rejected (dashed, open)', ['rewards/chosen', 'rewards/rejected']),
@@ -42,19 +42,21 @@ class Run(NamedTuple):
 class Curve(NamedTuple):
     """A metric of a run in one split ('train' or 'eval'), as points with x = examples and y = values.
 
-    metric: index among the metrics of the panel; run: index of the run. extra: how much wider than the last run's it is drawn, so
-    that it is seen under an equal one."""
+    far: outliers that are not drawn; gaps: number of values that are not finite. metric: index among the metrics of the panel;
+    run: index of the run. extra: how much wider than the last run's it is drawn, so that it is seen under an equal one."""
 
     split: str
     examples: list
     values: list
+    far: list
+    gaps: int
     metric: int = 0
     run: int = 0
     extra: float = 0.0
 
 
 class Panel(NamedTuple):
-    """A plot of Curves."""
+    """A plot of Curves. subtitle: the subtitle, which also counts the values that are not drawn."""
 
     title: str
     subtitle: str
@@ -107,10 +109,12 @@ def read_rows(file, types):
 
 
 def value_of(row, split, metric):
-    """Return a metric (group/name) of a row of metrics.jsonl: None if it is missing, or not a drawable number."""
+    """Return a metric (group/name) of a row of metrics.jsonl: None if it is missing, NaN if it is not a drawable number."""
     value = row.get(key_of(metric, split))
+    if value is None:
+        return None
     is_drawable = isinstance(value, int | float) and abs(value) < 1e300
-    return value if is_drawable else None
+    return value if is_drawable else math.nan
 
 
 def gold(row):
@@ -155,7 +159,18 @@ def panels_of(runs):
     """Return the Panels with at least one curve, in the order of PANELS.
 
     The last one, the KL on chosen answers, is left out if the one before it, the more accurate KL on samples, has curves."""
-    panels = [Panel(title, subtitle, curves_of(metrics, runs)) for title, subtitle, metrics in PANELS]
+    panels = []
+    for title, subtitle, metrics in PANELS:
+        curves = curves_of(metrics, runs)
+        # far: values outside the axes; gaps: number of values that are nan or infinite
+        far = [value for curve in curves for value in curve.far]
+        if far:
+            farthest = max(far, key=abs)
+            subtitle += f'; outside: {len(far)}, such as {farthest:.3g}'
+        gaps = sum(curve.gaps for curve in curves)
+        if gaps:
+            subtitle += f'; no numbers: {gaps}'
+        panels.append(Panel(title, subtitle, curves))
     kl_on_samples = panels[-2]
     if kl_on_samples.curves:
         panels.pop()
@@ -174,26 +189,33 @@ def curves_of(metrics, runs):
             by_split['train'] = []
         for curves in by_split.values():
             for i, one in enumerate(curves):
-                if one.examples:
+                if one.examples or one.gaps:
                     found.append(one._replace(metric=number, run=i, extra=extras[i]))
     return found
 
 
 def curve(run, split, metric):
     """Return the Curve of a metric of one run; its fields metric, run and extra are left at their defaults."""
-    examples, values = [], []
-    for row in run.rows:
+    gaps = 0
+    points = []  # (training examples so far, value)
+    rows = [row for row in run.rows if row['split'] == split]
+    for row in rows:
         value = value_of(row, split, metric)
-        if row['split'] == split and value is not None:
-            examples.append(row['counters/examples'])
-            values.append(float(value))
-    # outliers, which would flatten the rest of the curve, are drawn at its edge
-    low, high = bounds(values)
-    return Curve(split, examples, np.clip(values, low, high).tolist())
+        if value is None:
+            continue
+        if math.isfinite(value):
+            points.append((row['counters/examples'], value))
+        else:
+            gaps += 1
+    # leave out outliers, which would flatten the rest of the curve
+    low, high = bounds([value for _, value in points])
+    far = [value for _, value in points if not low <= value <= high]
+    near = [(examples, value) for examples, value in points if low <= value <= high]
+    return Curve(split, [examples for examples, _ in near], [value for _, value in near], far, gaps)
 
 
 def bounds(values):
-    """Return (low, high) to clip values to: infinite, unless a few outliers would flatten the rest, whose range it is then."""
+    """Return (low, high), the range of values to draw: infinite, unless a few outliers would flatten the rest of the curve."""
     # too few values to call any of them an outlier
     if len(values) < 5:
         return -math.inf, math.inf
@@ -205,7 +227,7 @@ def bounds(values):
     near = [value for value in values if low <= value <= high]
     near_range = max(near) - min(near)
     if near_range > 0 and max(values) - min(values) > 3 * near_range:
-        return min(near), max(near)
+        return low, high
     return -math.inf, math.inf
 
 
