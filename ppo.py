@@ -32,7 +32,7 @@ import training
 from configurator import UserError, configure
 from data import steps
 from hf import generate
-from hf.load import add_value_head, check_same_tokens, load_model, load_reward, without_value_head
+from hf.load import add_value_head, check_same_tokens, load_model, load_reward
 from hf.parts import core
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
@@ -387,6 +387,6 @@ for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_
 evaluate(total)
 
 # export the language model without its critic
-run.finish(build_policy, without_value_head(policy))
+run.finish(build_policy)
 if __name__ == '__main__':
     ranks.leave()

@@ -15,7 +15,6 @@ functions read them as globals, and the script's own options as config.NAME. Run
 
 import math
 import time
-from contextlib import nullcontext
 from functools import cache, partial
 
 import torch
@@ -403,19 +402,17 @@ class Run:
 
     # ---- the end ----
 
-    def finish(self, build=None, as_exported=None):
+    def finish(self, build=None):
         """Export the model with its card to out_dir/model and close the log.
 
-        build: makes the model to export, if it differs from the trained one; as_exported: a context manager in which the trained
-        one has no other parts (ppo.py: no value head)."""
+        build: makes the model to export, if it differs from the trained one (ppo.py: no value head)."""
         folder = f'{self.config.out_dir}/model'
         # a pending signal stops the run here, with a checkpoint
         self.obey_signals(self.total)
         write_card = partial(export.write_card, self.config.out_dir)
         save = partial(self.save, self.total)  # called if the export fails
         wanted = self.config['save_dtype']
-        build, as_exported = build or self.build, as_exported or nullcontext()
-        written = guard.export(self.policy, self.tokenizer, build, folder, write_card, wanted, save, as_exported)
+        written = guard.export(self.policy, self.tokenizer, build or self.build, folder, write_card, wanted, save)
         self.logger.close()
         guard.end()
         rounded = ''

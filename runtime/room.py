@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from configurator import UserError
 from data import pack, tokens_taken
 from hf import sharded
-from hf.parts import blocks, core
+from hf.parts import blocks, core, is_exported
 from hf.quantize import packed_weights
 from model import Head
 from runtime import ranks
@@ -41,8 +41,7 @@ def check_room(config, policy, measure_per_token, train, total, packed, max_toke
     measure_per_token(): returns bytes of activations per token; train: Examples; total: examples of the run; packed: no
     padding; others: models in memory besides policy, or None in their place. Returns whether checkpoints fit, too. Collective."""
     # bytes over all ranks; the exported model lacks ppo.py's value head and critic, which are in its checkpoints
-    not_exported = {'critic', 'value_head'}
-    exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
+    exported = [p for name, p in policy.named_parameters() if is_exported(name)]
     bytes_each = 4 if config['save_dtype'] == 'float32' else 2
     # 4-bit weights are exported unpacked; as buffers, parameters() lacks them
     model_bytes = bytes_each * (_count(exported) + packed_weights(policy))
