@@ -36,8 +36,9 @@ from hf.load import add_value_head, check_same_tokens, load_model, load_reward
 from hf.parts import core
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
-from runtime import log, ranks
+from runtime import errors, log, ranks
 from runtime.prefetch import move
+from text.examples import Examples
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -324,33 +325,29 @@ def record_bad_step(this_round, rows, loss_sum, norm):
     guard.bad_step(out_dir, run.state, training.skip_bad_steps, this_round.first, train_rows, uids, norm, columns)
 
 
+@errors.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens')
 def evaluate(seen):
     """Sample an answer to every held-out prompt, log metrics, and append the first answers to samples.jsonl.
 
     seen: number of answers trained on so far. No-op without held-out prompts, or if a run before a resume logged it already."""
     if not len(held_out) or seen <= run.state['evaluated']:
         return
-    # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
-    first_seed = seed * 1_000_003
-    examples = rollout.sample(run, held_out, range(len(held_out)), answers_each=1, first_seed=first_seed)
-    tokens, answers = rollout.measure(run, ref, examples, stop_ids)
-    if reward_parts:
-        answers |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)
-    # a signal truncated the answers: the resumed run evaluates again
-    if guard.stop_asked():
-        return
+    metrics = {}
 
-    # answers for people to read, (model, number of the prompt, token ids) each, and more fields for samples.jsonl
-    prompts, to_write, fields = [], [], {}
-    rows = rollout.answer_rows(tokens, answers)
-    for i, (prompt, (answer,)) in enumerate(examples):
-        prompts.append(prompt.tolist())
-        to_write.append(('policy', i, generate.without_end(answer.tolist(), stop_ids)))
-        fields['policy', i] = rows[i]
-    to_write = to_write[:n_eval_model_samples]
-    write = partial(generate.write, f'{out_dir}/samples.jsonl', tokenizer, prompts, to_write, seen, fields)
-    ranks.on_one_rank(write)
-    run.log_evaluation(seen, rollout.describe(run, examples, tokens, answers, 'eval'))
+    def measure(prompts, answers):
+        """Fill in metrics. Return more fields for samples.jsonl: columns logratio and scores, (answers,) each."""
+        examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
+        tokens, columns = rollout.measure(run, ref, examples, stop_ids)
+        if reward_parts:
+            columns |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)
+        metrics.update(rollout.describe(run, examples, tokens, columns, 'eval'))
+        logratios = (tokens['pi'] - tokens['ref']).split(columns['n'].tolist())
+        fields = {name: column for name, column in columns.items() if name.startswith('score')}
+        return {'logratio': torch.stack([of_tokens.sum() for of_tokens in logratios])} | fields
+
+    settings = {'n_written': n_eval_model_samples, 'max_new_tokens': max_new_tokens, 'rows': sample_batch}
+    generate.sample_held_out(run, {'policy': policy}, len(held_out), seen, measure, **settings)
+    run.log_evaluation(seen, metrics)
 
 
 method = f'{loss} offline ' if offline else f'{loss} '

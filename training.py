@@ -387,6 +387,7 @@ class Run:
             metrics |= sample(seen)
         self.log_evaluation(seen, metrics)
 
+    @errors.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
     def sample(self, models, seen, measure=None):
         """Sample answers of models (name -> model) into samples.jsonl. Returns {name: result of measure(prompts, answers)}."""
         config = self.config

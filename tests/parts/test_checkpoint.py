@@ -427,7 +427,7 @@ def test_a_checkpoint_is_not_written_twice(monkeypatch):
     assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
 
 
-def test_a_signal_ends_sampling(whole, monkeypatch):
+def test_a_signal_ends_sampling(tmp_path, whole, monkeypatch):
     """The rank that got it stops after one more token; what it has is thrown away."""
     tokenizer = load_tokenizer('toy')
     model = load_model('toy', tokenizer=tokenizer)
@@ -435,6 +435,10 @@ def test_a_signal_ends_sampling(whole, monkeypatch):
     assert len(generate.generate(model, tokenizer, [[5, 6]], [0], **settings)[0]) > 1
     monkeypatch.setattr(guard, '_code', guard.SAVED)
     assert len(generate.generate(model, tokenizer, [[5, 6]], [0], **settings)[0]) == 1
+    held_out = Examples.of([([5, 6], [[7]])])
+    run = types.SimpleNamespace(config=Config(seed=0, out_dir=str(tmp_path)), held_out=held_out, tokenizer=tokenizer)
+    assert generate.sample_held_out(run, {'policy': model}, 1, 0, measure=None, **settings) == {}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py', 'ppo.py'])
