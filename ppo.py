@@ -282,26 +282,23 @@ def train_round(this_round):
     steps_before = steps_per_round * (this_round.first // batch_size)
     n_tokens = 0
     totals = Counter()  # sums over the answer tokens of all good steps
-    last = {'grad_norm': math.nan}
+    grad_norm = math.nan
     # minibatches consist of examples: a prompt with all its answers
     minibatches = this_round.minibatches(minibatch_size // answers_per_prompt, ppo_epochs, seed)
     for step, rows in enumerate(minibatches, start=steps_before):
-        step_lr = lr * log.schedule(step, n_rounds * steps_per_round, run.state['warmup'], training.lr_schedule)
-        last['lr'] = step_lr
         batches, *_ = run.make_batches(this_round.examples, rows)
-        lengths = this_round.by_example('n')[rows]  # (examples, answers per prompt)
-        n = int(lengths.sum())
-        total_weight = lengths.numel() if per_answer else n
         with run.memory(batches):
             sums = run_minibatch(batches, this_round, rows)
-            # gradients are averaged over ranks; a NaN scale makes update() skip the step
-            scale = run.world / total_weight if math.isfinite(sums['loss']) else math.nan
-            norm = fsdp.update(policy, run.optimizer, step_lr, scale, max_grad_norm)
-        if not math.isfinite(norm):
-            record_bad_step(this_round, rows, sums['loss'], norm)
+        # (answers,) each; the loss is known for the whole step only
+        columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
+        columns['loss'] = torch.full_like(columns['n'], sums['loss'])
+        n = int(columns['n'].sum())
+        total_weight = len(columns['n']) if per_answer else n
+        train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)  # of each answer's prompt
+        if not run.optimizer_step(step, batches, this_round.first, train_rows, columns, total_weight):
             continue
 
-        last['grad_norm'] = norm
+        grad_norm = run.norm
         n_tokens += n
         # weighted mean * n: the means below are per token
         for name in ('loss', 'value_loss'):
@@ -310,19 +307,7 @@ def train_round(this_round):
     if loss == 'grpo':
         totals.pop('value_loss', None)
     means = {f'{name}/train': total / max(1, n_tokens) for name, total in totals.items()}
-    return means | last
-
-
-def record_bad_step(this_round, rows, loss_sum, norm):
-    """Log score, length and loss of the answers of a non-finite step to bad_step.jsonl; UserError after too many such steps.
-
-    rows: the step's examples in this_round. loss_sum, norm: summed loss and gradient norm; at least one is not finite."""
-    # (answers,) each; the loss is known for the whole step only
-    columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
-    columns['loss'] = torch.full((len(columns['n']),), loss_sum)
-    train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)  # of each answer's prompt
-    uids = train.uid[train_rows]
-    guard.bad_step(out_dir, run.state, training.skip_bad_steps, this_round.first, train_rows, uids, norm, columns)
+    return means | {'grad_norm': grad_norm, 'lr': run.rate}
 
 
 @errors.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens')

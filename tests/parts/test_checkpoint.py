@@ -556,6 +556,14 @@ def test_bad_step_of_ppo_names_prompts_of_the_training_set(tmp_path, monkeypatch
     assert [row['uid'] for row in bad] == train.uid[places].tolist() and all(row['loss'] == 'nan' for row in bad)
 
 
+def test_ppo_clips_to_its_own_norm(tmp_path, monkeypatch, whole):
+    """It declares max_grad_norm again, with another default than that of training.py."""
+    update, limits = fsdp.update, set()
+    monkeypatch.setattr(fsdp, 'update', lambda *arguments: limits.add(arguments[-1]) or update(*arguments))
+    run(tmp_path / 'run', *PPO, script='ppo.py')
+    assert limits == {1.0}
+
+
 def test_skipped_steps_are_counted_and_leave_the_weights(tmp_path, monkeypatch, whole, capsys):
     """One infinite gradient is skipped; the second, after a resume, is beyond the number allowed."""
     flags = ['--skip_bad_steps=1', '--lr_schedule=cosine']
