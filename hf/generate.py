@@ -157,21 +157,16 @@ def _stop_asked():
 
 @contextlib.contextmanager
 def _generation_mode(model, **settings):
-    """Within the block, keep the model in eval mode with padded attention and a GenerationConfig of these settings."""
+    """Within the block, the model has padded attention and a GenerationConfig of these settings."""
     inner = core(model)
     # hide the model's own config, which may have a repetition penalty etc.
     own_config = inner.generation_config
     inner.generation_config = transformers.GenerationConfig(do_sample=False, **settings)
-    # eval mode, because activation checkpointing in training mode disables the KV cache
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
         with padded_attention(model):
             yield
     finally:
         inner.generation_config = own_config
-        for module in in_training:
-            module.training = True
 
 
 def _generate(inner, texts, cache, max_new_tokens, criteria=None, processors=None):

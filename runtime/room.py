@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 from data import pack, tokens_taken
@@ -294,15 +295,15 @@ def bytes_per_token(policy, forward, train, packed):
     devices = [batch.ids.device] if batch.ids.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), sharded.unsharded(policy):
         kept = _kept_bytes(lambda: forward(batch))
-        # modules in training mode are blocks with activation checkpointing (hf/lean.py), which backward recomputes one at a time:
-        # add the activations of an average block, those of a forward without checkpointing divided by the number of blocks
-        checkpointed = [module for module in policy.modules() if module.training]
-        for block in checkpointed:
-            block.training = False
+        # backward recomputes blocks with activation checkpointing (hf/lean.py) one at a time: add the activations of an average
+        # block, those of a forward without checkpointing divided by the number of blocks
+        checkpointed = {m: m.forward for m in policy.modules() if getattr(m.forward, 'func', None) is checkpoint}
+        for block, block_forward in checkpointed.items():
+            block.forward = block_forward.args[0]
         if checkpointed:
             kept += _kept_bytes(lambda: forward(batch)) / len(checkpointed)
-        for block in checkpointed:
-            block.training = True
+        for block, block_forward in checkpointed.items():
+            block.forward = block_forward
     return kept / batch.ids.numel()
 
 
