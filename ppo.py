@@ -32,12 +32,13 @@ import training
 from configurator import UserError, configure
 from data import steps
 from hf import generate
-from hf.load import add_value_head, check_same_tokens, load_model, load_reward, without_value_head
+from hf.load import add_value_head, check_same_tokens, load_model, load_reward
 from hf.parts import core
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
-from runtime import log, ranks
+from runtime import errors, log, ranks
 from runtime.prefetch import move
+from text.examples import Examples
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -281,26 +282,23 @@ def train_round(this_round):
     steps_before = steps_per_round * (this_round.first // batch_size)
     n_tokens = 0
     totals = Counter()  # sums over the answer tokens of all good steps
-    last = {'grad_norm': math.nan}
+    grad_norm = math.nan
     # minibatches consist of examples: a prompt with all its answers
     minibatches = this_round.minibatches(minibatch_size // answers_per_prompt, ppo_epochs, seed)
     for step, rows in enumerate(minibatches, start=steps_before):
-        step_lr = lr * log.schedule(step, n_rounds * steps_per_round, run.state['warmup'], training.lr_schedule)
-        last['lr'] = step_lr
         batches, *_ = run.make_batches(this_round.examples, rows)
-        lengths = this_round.by_example('n')[rows]  # (examples, answers per prompt)
-        n = int(lengths.sum())
-        total_weight = lengths.numel() if per_answer else n
         with run.memory(batches):
             sums = run_minibatch(batches, this_round, rows)
-            # gradients are averaged over ranks; a NaN scale makes update() skip the step
-            scale = run.world / total_weight if math.isfinite(sums['loss']) else math.nan
-            norm = fsdp.update(policy, run.optimizer, step_lr, scale, max_grad_norm)
-        if not math.isfinite(norm):
-            record_bad_step(this_round, rows, sums['loss'], norm)
+        # (answers,) each; the loss is known for the whole step only
+        columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
+        columns['loss'] = torch.full_like(columns['n'], sums['loss'])
+        n = int(columns['n'].sum())
+        total_weight = len(columns['n']) if per_answer else n
+        train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)  # of each answer's prompt
+        if not run.optimizer_step(step, batches, this_round.first, train_rows, columns, total_weight):
             continue
 
-        last['grad_norm'] = norm
+        grad_norm = run.norm
         n_tokens += n
         # weighted mean * n: the means below are per token
         for name in ('loss', 'value_loss'):
@@ -309,48 +307,32 @@ def train_round(this_round):
     if loss == 'grpo':
         totals.pop('value_loss', None)
     means = {f'{name}/train': total / max(1, n_tokens) for name, total in totals.items()}
-    return means | last
+    return means | {'grad_norm': grad_norm, 'lr': run.rate}
 
 
-def record_bad_step(this_round, rows, loss_sum, norm):
-    """Log score, length and loss of the answers of a non-finite step to bad_step.jsonl; UserError after too many such steps.
-
-    rows: the step's examples in this_round. loss_sum, norm: summed loss and gradient norm; at least one is not finite."""
-    # (answers,) each; the loss is known for the whole step only
-    columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
-    columns['loss'] = torch.full((len(columns['n']),), loss_sum)
-    train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)  # of each answer's prompt
-    uids = train.uid[train_rows]
-    guard.bad_step(out_dir, run.state, training.skip_bad_steps, this_round.first, train_rows, uids, norm, columns)
-
-
+@errors.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens')
 def evaluate(seen):
     """Sample an answer to every held-out prompt, log metrics, and append the first answers to samples.jsonl.
 
     seen: number of answers trained on so far. No-op without held-out prompts, or if a run before a resume logged it already."""
     if not len(held_out) or seen <= run.state['evaluated']:
         return
-    # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
-    first_seed = seed * 1_000_003
-    examples = rollout.sample(run, held_out, range(len(held_out)), answers_each=1, first_seed=first_seed)
-    tokens, answers = rollout.measure(run, ref, examples, stop_ids)
-    if reward_parts:
-        answers |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)
-    # a signal truncated the answers: the resumed run evaluates again
-    if guard.stop_asked():
-        return
+    metrics = {}
 
-    # answers for people to read, (model, number of the prompt, token ids) each, and more fields for samples.jsonl
-    prompts, to_write, fields = [], [], {}
-    rows = rollout.answer_rows(tokens, answers)
-    for i, (prompt, (answer,)) in enumerate(examples):
-        prompts.append(prompt.tolist())
-        to_write.append(('policy', i, generate.without_end(answer.tolist(), stop_ids)))
-        fields['policy', i] = rows[i]
-    to_write = to_write[:n_eval_model_samples]
-    write = partial(generate.write, f'{out_dir}/samples.jsonl', tokenizer, prompts, to_write, seen, fields)
-    ranks.on_one_rank(write)
-    run.log_evaluation(seen, rollout.describe(run, examples, tokens, answers, 'eval'))
+    def measure(prompts, answers):
+        """Fill in metrics. Return more fields for samples.jsonl: columns logratio and scores, (answers,) each."""
+        examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
+        tokens, columns = rollout.measure(run, ref, examples, stop_ids)
+        if reward_parts:
+            columns |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)
+        metrics.update(rollout.describe(run, examples, tokens, columns, 'eval'))
+        logratios = (tokens['pi'] - tokens['ref']).split(columns['n'].tolist())
+        fields = {name: column for name, column in columns.items() if name.startswith('score')}
+        return {'logratio': torch.stack([of_tokens.sum() for of_tokens in logratios])} | fields
+
+    settings = {'n_written': n_eval_model_samples, 'max_new_tokens': max_new_tokens, 'rows': sample_batch}
+    generate.sample_held_out(run, {'policy': policy}, len(held_out), seen, measure, **settings)
+    run.log_evaluation(seen, metrics)
 
 
 method = f'{loss} offline ' if offline else f'{loss} '
@@ -387,6 +369,6 @@ for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_
 evaluate(total)
 
 # export the language model without its critic
-run.finish(build_policy, without_value_head(policy))
+run.finish(build_policy)
 if __name__ == '__main__':
     ranks.leave()

@@ -15,7 +15,6 @@ functions read them as globals, and the script's own options as config.NAME. Run
 
 import math
 import time
-from contextlib import nullcontext
 from functools import cache, partial
 
 import torch
@@ -223,7 +222,8 @@ class Run:
         latest = checkpoint.latest(out_dir, self.identity) if resume else None
         # saved in a checkpoint, besides weights and optimizer. evaluated: number of examples at the last evaluation
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'max_tokens': self.max_tokens}
-        self.state['warmup'] = log.warmup_steps(config, n_steps or math.ceil(self.total / config.batch_size))
+        self.n_steps = n_steps or math.ceil(self.total / config.batch_size)
+        self.state['warmup'] = log.warmup_steps(config, self.n_steps)
         if latest:
             # checkpoints of older versions lack 'warmup', which then was always the option
             self.state['warmup'] = config.warmup_steps
@@ -294,26 +294,29 @@ class Run:
             self.max_tokens = self.state['max_tokens'] = room.halved(self.max_tokens, step.batches)
 
     def update(self, step, columns, weight):
-        """Apply the gradients of a step. Returns False if the step is bad and was skipped.
+        """Apply the gradients of a Step: optimizer_step() with its microbatches and rows."""
+        number = step.first // self.config.batch_size
+        return self.optimizer_step(number, step.batches, step.first, step.rows, columns, weight)
 
-        columns: of the whole step; weight: the sum of the examples' weights in the gradient. A step is bad if a loss or the gradient
-        norm is not finite, or if weight is 0. Raises UserError after more than skip_bad_steps bad steps."""
+    def optimizer_step(self, number, batches, first, rows, columns, weight):
+        """Apply the gradients of optimizer step `number` of the run. Returns False if the step is bad and was skipped.
+
+        batches: its microbatches; first: examples before it; rows: (n,) rows of its examples in run.train; columns: name -> (n,);
+        weight: the sum of the examples' weights in the gradient. A step is bad if a column or the gradient norm is not finite, or
+        if weight is 0. Raises UserError after more than skip_bad_steps bad steps."""
         config = self.config
-        n_steps = math.ceil(self.total / config.batch_size)
-        factor = log.schedule(step.first // config.batch_size, n_steps, self.state['warmup'], lr_schedule)
-        self.rate = config.lr * factor
-
+        self.rate = config.lr * log.schedule(number, self.n_steps, self.state['warmup'], lr_schedule)
         # gradients are (sum of weighted gradients) / world; scale turns them into the weighted mean over the step.
         # In a bad step it is NaN: then the norm is NaN on every rank, and fsdp.update changes nothing
         is_good = weight and guard.finite(columns)
         scale = self.world / float(weight) if is_good else math.nan
-        with self.memory(step.batches):
-            self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, max_grad_norm)
+        with self.memory(batches):
+            # not the global max_grad_norm: ppo.py declares its own
+            self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, config.max_grad_norm)
         if math.isfinite(self.norm):
             return True
-
-        uid = self.train.uid[step.rows]
-        guard.bad_step(config.out_dir, self.state, skip_bad_steps, step.first, step.rows, uid, self.norm, columns)
+        uid = self.train.uid[rows]
+        guard.bad_step(config.out_dir, self.state, skip_bad_steps, first, rows, uid, self.norm, columns)
         return False
 
     def log_step(self, step, metrics):
@@ -388,6 +391,7 @@ class Run:
             metrics |= sample(seen)
         self.log_evaluation(seen, metrics)
 
+    @errors.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
     def sample(self, models, seen, measure=None):
         """Sample answers of models (name -> model) into samples.jsonl. Returns {name: result of measure(prompts, answers)}."""
         config = self.config
@@ -403,19 +407,17 @@ class Run:
 
     # ---- the end ----
 
-    def finish(self, build=None, as_exported=None):
+    def finish(self, build=None):
         """Export the model with its card to out_dir/model and close the log.
 
-        build: makes the model to export, if it differs from the trained one; as_exported: a context manager in which the trained
-        one has no other parts (ppo.py: no value head)."""
+        build: makes the model to export, if it differs from the trained one (ppo.py: no value head)."""
         folder = f'{self.config.out_dir}/model'
         # a pending signal stops the run here, with a checkpoint
         self.obey_signals(self.total)
         write_card = partial(export.write_card, self.config.out_dir)
         save = partial(self.save, self.total)  # called if the export fails
         wanted = self.config['save_dtype']
-        build, as_exported = build or self.build, as_exported or nullcontext()
-        written = guard.export(self.policy, self.tokenizer, build, folder, write_card, wanted, save, as_exported)
+        written = guard.export(self.policy, self.tokenizer, build or self.build, folder, write_card, wanted, save)
         self.logger.close()
         guard.end()
         rounded = ''

@@ -15,7 +15,7 @@ from hf import sharded
 from hf.attention import padded_attention
 from hf.lora import adapters_off
 from hf.parts import core
-from runtime import errors, guard, ranks
+from runtime import guard, ranks
 from runtime.files import append
 from text.examples import GOLDEN_STEP, splitmix64
 
@@ -58,13 +58,13 @@ def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
     append(file, ''.join(lines))
 
 
-@errors.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
-def sample_held_out(run, models, n_prompts, examples_seen, measure=None, **settings):
+def sample_held_out(run, models, n_prompts, examples_seen, measure=None, n_written=None, **settings):
     """Sample answers of several models to the first n_prompts held-out prompts, and append them to out_dir/samples.jsonl.
 
     run: a training.Run. models: name -> sharded model; 'reference' answers with its adapters off. examples_seen: trained on so far.
-    measure(prompts, answers) -> {column: (n_prompts,) tensor}, more fields for samples.jsonl. settings: options of generate().
-    Returns {model name: result of measure}, empty without measure. Raises UserError if memory runs out."""
+    measure(prompts, answers) -> {column: (n_prompts,) tensor}, more fields for samples.jsonl. n_written: how many answers of a
+    model go there, None for all. settings: options of generate(). Returns {model name: result of measure}, empty without measure
+    or after a stop signal, which truncates answers: nothing is written then."""
     # for kto a pair is two examples with one prompt, of which one is good; of other losses, all examples are good
     good = run.held_out.select(run.held_out.good)
     prompts = [prompt for prompt, _ in good.select(slice(n_prompts))]
@@ -78,10 +78,12 @@ def sample_held_out(run, models, n_prompts, examples_seen, measure=None, **setti
         # the reference may be the policy itself without its adapters; adapters_off(None) changes nothing
         with adapters_off(model if name == 'reference' else None):
             answers = sample(model, run.tokenizer, prompts, seeds, keep_end=True, **settings)
+        if guard.stop_asked():
+            return {}
         if measure and prompts:
             measured[name] = measure(prompts, answers)
         stop = stop_tokens(model, run.tokenizer)
-        for i, answer in enumerate(answers):
+        for i, answer in enumerate(answers[:n_written]):
             to_write.append((name, i, without_end(answer, stop)))
             columns[name, i] = {'tokens': len(answer)}
             for column, values in measured.get(name, {}).items():
@@ -155,21 +157,16 @@ def _stop_asked():
 
 @contextlib.contextmanager
 def _generation_mode(model, **settings):
-    """Within the block, keep the model in eval mode with padded attention and a GenerationConfig of these settings."""
+    """Within the block, the model has padded attention and a GenerationConfig of these settings."""
     inner = core(model)
     # hide the model's own config, which may have a repetition penalty etc.
     own_config = inner.generation_config
     inner.generation_config = transformers.GenerationConfig(do_sample=False, **settings)
-    # eval mode, because activation checkpointing in training mode disables the KV cache
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
         with padded_attention(model):
             yield
     finally:
         inner.generation_config = own_config
-        for module in in_training:
-            module.training = True
 
 
 def _generate(inner, texts, cache, max_new_tokens, criteria=None, processors=None):

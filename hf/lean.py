@@ -8,8 +8,9 @@ import inspect
 from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from hf.parts import blocks, core
+from hf.parts import blocks
 
 # source of the MLP forward of Llama and about a hundred other architectures in transformers
 GATED = 'self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))'
@@ -129,12 +130,5 @@ def recompute(model, activation_checkpointing=False):
         for block in blocks(model):
             LeanBlock(block)
     elif activation_checkpointing:
-        inner = core(model)
-        # transformers 5.20 renamed the method, and warns of the old name
-        renamed = hasattr(inner, 'activation_checkpointing_enable')
-        enable = inner.activation_checkpointing_enable if renamed else inner.gradient_checkpointing_enable
-        enable()
-        # transformers checkpoints only blocks in training mode, but models here stay in eval mode. block.train() would also turn
-        # on the dropout inside the block, so set the block's own flag only
         for block in blocks(model):
-            block.training = True
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)

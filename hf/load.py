@@ -267,17 +267,6 @@ def add_value_head(model, critic=None):
     return model
 
 
-@contextlib.contextmanager
-def without_value_head(model):
-    """Within the block, the model lacks what add_value_head added: it is exported as a plain causal LM."""
-    inner = core(model)
-    added = {name: inner._modules.pop(name) for name in ('critic', 'value_head') if name in inner._modules}
-    try:
-        yield
-    finally:
-        inner._modules.update(added)
-
-
 @torch.no_grad()
 def _grow(model, vocab_size):
     """Resize embedding and head to at least vocab_size rows, in place. New rows are the mean of the old ones."""

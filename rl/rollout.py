@@ -145,22 +145,6 @@ def advantages_and_targets(config, tokens, scores, n):
     return advantage[mask], target[mask]
 
 
-def answer_rows(tokens, answers):
-    """Return the fields of samples.jsonl for every answer, a list of dicts: tokens (number), logratio, and any scores.
-
-    logratio: log-prob of the policy minus the reference, in nats. tokens, answers: token and answer columns by name; answer
-    columns whose name starts with 'score' are scores."""
-    logratio = tokens['pi'] - tokens['ref']
-    rows = []
-    for answer_logratio in logratio.split(answers['n'].tolist()):
-        rows.append({'tokens': len(answer_logratio), 'logratio': round(answer_logratio.sum().item(), 6)})
-    for name, column in answers.items():
-        if name.startswith('score'):
-            for row, score in zip(rows, column.tolist(), strict=True):
-                row[name] = round(score, 6)
-    return rows
-
-
 def describe(run, examples, tokens, answers, split):
     """Return the log metrics of sampled answers: name -> float. The toy world adds its gold reward.
 

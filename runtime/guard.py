@@ -217,18 +217,16 @@ def keep(save, already_started=False):
                 break
 
 
-def export(model, tokenizer, build, folder, card, dtype, save, as_exported):
+def export(model, tokenizer, build, folder, card, dtype, save):
     """Write log rows that wait for disk space, then the model. Returns its dtype on rank 0. Collective.
 
-    as_exported: context manager in which the model has the parts that build() makes, and no others. If the export fails, save()
-    a checkpoint of the whole model and raise UserError."""
+    If the export fails, save() a checkpoint and raise UserError."""
     from hf.export import write_model
     from runtime import ranks
 
     try:
         ranks.on_one_rank(files.append_kept)
-        with as_exported:
-            return write_model(model, tokenizer, build, folder, card, dtype)
+        return write_model(model, tokenizer, build, folder, card, dtype)
     except UserError as error:
         keep(save)
         raise UserError(f'{error}. What was trained is in a checkpoint: the same command writes the model') from None

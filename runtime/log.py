@@ -110,10 +110,11 @@ def check_same(place, recorded_run, run, neutral=NEUTRAL):
         say(f'note: {place} a run of an older version, which kept no hash of {unhashed}: not checked')
 
 
-def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
+def check_out_dir(out_dir, config, resume, neutral=NEUTRAL, contents=None):
     """Raise UserError if a run with these options cannot use out_dir, or if its tracker (wandb, tensorboard) is not installed.
 
-    out_dir must be writable, and either new or of the same run: all options but neutral equal, unfinished, and resume on."""
+    out_dir must be writable, and either new or of the same run: all options but neutral equal, unfinished, and resume on.
+    contents: hashes to compare, too, see differences(); a training run compares them later, when models and data are loaded."""
     for name in ('wandb', 'tensorboard'):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
@@ -125,8 +126,7 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
         recorded_run = recorded(out_dir)
     if not recorded_run:
         return
-    # hashes are compared later, when models and data are loaded
-    run = {'script': Path(sys.argv[0]).name, 'options': config, 'contents': {}}
+    run = {'script': Path(sys.argv[0]).name, 'options': config, 'contents': contents or {}}
     check_same(f'{out_dir} holds', recorded_run, run, neutral)
     is_finished = (folder / 'model').exists()
     if is_finished or not resume:

@@ -427,7 +427,7 @@ def test_a_checkpoint_is_not_written_twice(monkeypatch):
     assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
 
 
-def test_a_signal_ends_sampling(whole, monkeypatch):
+def test_a_signal_ends_sampling(tmp_path, whole, monkeypatch):
     """The rank that got it stops after one more token; what it has is thrown away."""
     tokenizer = load_tokenizer('toy')
     model = load_model('toy', tokenizer=tokenizer)
@@ -435,6 +435,10 @@ def test_a_signal_ends_sampling(whole, monkeypatch):
     assert len(generate.generate(model, tokenizer, [[5, 6]], [0], **settings)[0]) > 1
     monkeypatch.setattr(guard, '_code', guard.SAVED)
     assert len(generate.generate(model, tokenizer, [[5, 6]], [0], **settings)[0]) == 1
+    held_out = Examples.of([([5, 6], [[7]])])
+    run = types.SimpleNamespace(config=Config(seed=0, out_dir=str(tmp_path)), held_out=held_out, tokenizer=tokenizer)
+    assert generate.sample_held_out(run, {'policy': model}, 1, 0, measure=None, **settings) == {}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py', 'ppo.py'])
@@ -550,6 +554,14 @@ def test_bad_step_of_ppo_names_prompts_of_the_training_set(tmp_path, monkeypatch
     first_round = next(steps(len(train), 4, 20, 0))[1].tolist()
     assert len(places) == 6 and len(set(places)) == 2 and set(places) < set(first_round) and max(places) > 3
     assert [row['uid'] for row in bad] == train.uid[places].tolist() and all(row['loss'] == 'nan' for row in bad)
+
+
+def test_ppo_clips_to_its_own_norm(tmp_path, monkeypatch, whole):
+    """It declares max_grad_norm again, with another default than that of training.py."""
+    update, limits = fsdp.update, set()
+    monkeypatch.setattr(fsdp, 'update', lambda *arguments: limits.add(arguments[-1]) or update(*arguments))
+    run(tmp_path / 'run', *PPO, script='ppo.py')
+    assert limits == {1.0}
 
 
 def test_skipped_steps_are_counted_and_leave_the_weights(tmp_path, monkeypatch, whole, capsys):

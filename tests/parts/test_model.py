@@ -634,9 +634,9 @@ def test_bfloat16_begins_off_the_ties(saved, device):
         assert_close(policy.response_logps(batch), before, 1e-3)
 
 
-@pytest.mark.parametrize('dropout', [0.0, 0.1])
+@pytest.mark.parametrize(('dropout', 'mode'), [(0.0, 'none'), (0.1, 'full')])
 @pytest.mark.parametrize('name', ['gpt2', 'llama', 'gpt_neox'])
-def test_activation_checkpointing(name, dropout, saved, device, register):
+def test_activation_checkpointing(name, dropout, mode, saved, device, register):
     keys = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop') if name == 'gpt2' else ('attention_dropout',)
     build, calls = saved(name, **dict.fromkeys(keys, dropout)), []
 
@@ -644,15 +644,18 @@ def test_activation_checkpointing(name, dropout, saved, device, register):
         calls.append(rest.get('dropout'))
         return attention.packed_attention(*args, **rest)
 
-    results = []
+    results, kept = [], []
     for checkpointing in (False, True, 'selective'):
-        net = fsdp.shard(build, device, cpu_offload=True, activation_checkpointing=checkpointing)
+        net = fsdp.shard(build, device, cpu_offload=True, mode=mode, activation_checkpointing=checkpointing)
+        kept.append(room.bytes_per_token(net, net.response_logps, data.Examples.of(examples(PAIRS)), packed=True))
         register(counted)
         calls.clear()
         results += [same_grads(net, pack(PAIRS)) for _ in range(2)]
         attention.register_attention()
         assert len(calls) == 2 * (4 if checkpointing is True else 2)  # two layers, recomputed in backward
         assert not any(m.training for m in net.modules() if isinstance(m, torch.nn.Dropout))
+    # the second one of two layers is kept while backward recomputes it
+    assert kept[0] / 2 < kept[1] < kept[0] and kept[2] < kept[0], kept
     for values, _ in results[1:]:
         assert values.equal(results[0][0])
     for _, grads in results[1:4]:
