@@ -5,6 +5,7 @@ frozen copy of it. Without --lora_rank a saved adapter is merged. With lora_drop
 passes without gradients, such as one for a step's statistic, have no dropout."""
 
 import contextlib
+import hashlib
 import os
 import warnings
 from pathlib import Path
@@ -20,10 +21,11 @@ from hf import quantize
 from hf.parts import blocks, core
 from hf.ties import correct_tie_config, separate
 from runtime import hub
-from runtime.files import say_once
+from runtime.files import file_hash, say_once
 
 FROZEN_COPY = 'reference'  # PEFT's name of the frozen copy; the trained adapter is 'default'
-CONFIG_FILE, WEIGHTS_FILE = 'adapter_config.json', 'adapter_model.safetensors'  # PEFT's file names
+# file names: the first two are PEFT's, the last is ours and holds weights_hash() of the base model at training time
+CONFIG_FILE, WEIGHTS_FILE, BASE_HASH_FILE = 'adapter_config.json', 'adapter_model.safetensors', 'base_model.sha256'
 # supported values of options in adapter_config.json; a missing option counts as None
 ALLOWED_VALUES = {
     'peft_type': ('LORA',),
@@ -99,8 +101,21 @@ def _read_adapter(name, file):
     return SavedAdapter(name, file.parent, base, options, rank, is_reward=options.get('task_type') == 'SEQ_CLS')
 
 
+def weights_hash(folder):
+    """Return a hash of a folder's weights and configs, including an adapter's base model. None if it is not a folder."""
+    if not folder or not os.path.isdir(folder):
+        return None
+    files = [file for pattern in ('*.safetensors', 'config.json', CONFIG_FILE) for file in Path(folder).glob(pattern)]
+    hashes = [file_hash(file) for file in sorted(files)]
+    saved, base = adapter_and_base(folder)
+    if saved:
+        # '': a base model on the hub has no hash
+        hashes.append(weights_hash(base) or '')
+    return hashlib.sha256(bytes.fromhex(''.join(hashes))).hexdigest()[:16]
+
+
 def _load_weights(model, saved, adapter_name='default'):
-    """Load a saved adapter into the adapter of this name in a PeftModel. Raises UserError for wrong keys."""
+    """Load a saved adapter into the adapter of this name in a PeftModel. UserError for wrong keys; warns of another base model."""
     import peft
 
     weights = load_file(hub.file_of(saved.name, WEIGHTS_FILE))
@@ -110,6 +125,10 @@ def _load_weights(model, saved, adapter_name='default'):
     for problem, keys in ('lacks', missing), ('has, without a place in its model,', result.unexpected_keys):
         if keys:
             raise UserError(f'the adapter {saved.name!r} {problem} weights: {", ".join(sorted(keys)[:3])}')
+    # adapters written by other tools have no hash file; the frozen copy, which is no 'default', is not checked again
+    hash_file = saved.folder / BASE_HASH_FILE
+    if adapter_name == 'default' and hash_file.exists() and hash_file.read_text() != weights_hash(saved.base):
+        say_once(f'warning: {saved.base} is not the model that the adapter {saved.name} was trained on')
 
 
 def _merge_saved(model, saved, empty):
@@ -284,6 +303,10 @@ def write(model, weights, folder):
     model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=['default'])
     # PEFT's model card is an empty template
     (folder / 'README.md').unlink()
+    # lets _load_weights detect a changed base model; None for a base on the hub
+    base_hash = weights_hash(model.peft_config['default'].base_model_name_or_path)
+    if base_hash is not None:
+        (folder / BASE_HASH_FILE).write_text(base_hash)
 
 
 def merged(model):

@@ -119,11 +119,12 @@ def test_its_files():
     same_logits(load.load_model('run/adapter'), expected)
 
     config = {'model': 'run/adapter'}
-    before = load.fingerprints(config)['model']
+    before, content = load.fingerprints(config)['model'], lora.weights_hash('run/adapter')
     assert {'adapter_model.safetensors', 'adapter_config.json', 'base/model.safetensors'} <= before.keys()
     tiny_model('base', 'llama', tie_word_embeddings=False)
     after = load.fingerprints(config)['model']
     assert {name for name in after if before[name] != after[name]} == {'base/model.safetensors', 'base/config.json'}
+    assert lora.weights_hash('run/adapter') != content
 
 
 def said():
@@ -203,7 +204,8 @@ def test_of_a_hub(monkeypatch):
         lora.find_adapter('some/adapter')
 
 
-def test_what_is_written_and_said_of_it():
+def test_a_model_of_the_same_shape_is_another(capsys):
+    """Our adapters know the content of the model that they were trained on."""
     tiny_model('base', 'llama')
     model = load.load_model('base', adapters=RANK)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -211,3 +213,8 @@ def test_what_is_written_and_said_of_it():
     assert re.fullmatch(rf'LoRA: {count:,} of [\d,]+ weights train, on down_proj gate_proj .*', lora.describe(model))
     lora.write(model, weights, Path('run/adapter'))
     assert not Path('run/adapter/README.md').exists()
+    load.load_model('run/adapter')
+    assert 'was trained on' not in capsys.readouterr().out
+    tiny_model('base', 'llama', initializer_range=0.3)
+    load.load_model('run/adapter', adapters=RANK)
+    assert 'warning: base is not the model that the adapter run/adapter was trained on' in capsys.readouterr().out
