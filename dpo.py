@@ -256,10 +256,8 @@ def sample(seen):
     return metrics.of_samples(**measured['policy']) if 'policy' in measured else {}
 
 
-def evaluate(seen):
-    """Log metrics on the held-out examples, and optionally samples. Drops the second result of run_step, the statistic's state."""
-    run.evaluate(seen, lambda step: run_step(step)[0], summary, sample)
-
+# an evaluation drops the second result of run_step, the statistic's state
+evaluate = partial(run.evaluate, run_step=lambda step: run_step(step)[0], summary=summary, sample=sample)
 
 # ---- training ----
 

@@ -158,8 +158,9 @@ class Run:
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
         # by default the model is saved in the dtype of its input files, and with 4-bit weights in bfloat16
         if save_dtype is None:
-            of_files = partial(stored_dtype, self.config.model)
-            self.config['save_dtype'] = 'bfloat16' if quantize else ranks.shared(of_files)
+            self.config['save_dtype'] = (
+                'bfloat16' if quantize else ranks.shared(partial(stored_dtype, self.config.model))
+            )
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def load_frozen(self, build, longest, what='the examples'):
@@ -192,9 +193,8 @@ class Run:
         forward = forward or policy.response_logps
         self.bytes_per_token = cache(partial(room.bytes_per_token, policy, forward, self.train, self.packed))
         if max_tokens == 'auto':
-            later = n_frozen * sum(p.numel() for p in policy.parameters())  # weights that will be loaded later
-            per_token = self.bytes_per_token()
-            self.max_tokens = room.choose_max_tokens(self.config, policy, per_token, self.train, self.packed, later)
+            sizes = self.bytes_per_token(), self.train, self.packed, n_frozen
+            self.max_tokens = room.choose_max_tokens(self.config, policy, *sizes)
 
     def make_batches(self, examples, rows, **options):
         """Pack these rows of examples. Returns what data.make_batches returns; options: further options of it."""
@@ -420,7 +420,5 @@ class Run:
         written = guard.export(self.policy, self.tokenizer, build or self.build, folder, write_card, wanted, save)
         self.logger.close()
         guard.end()
-        rounded = ''
-        if written != 'float32':
-            rounded = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'
-        log.say(f'done: {folder}{rounded}')
+        rounded = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'
+        log.say(f'done: {folder}' + rounded * (written != 'float32'))

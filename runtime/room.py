@@ -223,11 +223,12 @@ def choose_mode(model, mode, train, half, device, cpu_offload):
     return 'none' if needed <= available / 4 else 'full'
 
 
-def choose_max_tokens(config, policy, per_token, train, packed, frozen):
+def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
     """Return the largest of BUDGETS whose microbatches fit into every rank's free memory, or the smallest. Collective.
 
-    per_token: bytes of activations per token; packed: no padding; frozen: number of parameters of models still to be loaded."""
+    per_token: bytes of activations per token; packed: no padding; n_frozen: models of the policy's size that are still to be loaded."""
     free = free_memory()
+    frozen = n_frozen * _count(policy.parameters())
     device = next(policy.parameters()).device
     usable = SAFE[device.type] * free  # SAFE: the share to fill, 'cpu' or 'cuda' -> 0 to 1
 
