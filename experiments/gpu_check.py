@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from configurator import UserError, configure
-from experiments import ROOT
+from experiments import ROOT, read_rows, write_rows
 
 only = ''  # names of checks; none: all
 device = 'cuda'  # or cpu
@@ -95,11 +95,6 @@ def random_examples(rng, words, shapes):
     ]
 
 
-def read_rows(folder, split='train'):
-    rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    return [row for row in rows if row['split'] == split]
-
-
 def run(*command, limit=300):
     """A command of this Python from the repository's root: (exit code, what it has printed, seconds)."""
     start = time.time()
@@ -117,7 +112,7 @@ def make_files():
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     for file, split, n in ((PAIRS, 'train', 400), (HELD_OUT, 'test', 64)):
-        file.write_text(''.join(json.dumps(row) + '\n' for row in toy.pairs(split, n)))
+        write_rows(file, toy.pairs(split, n))
 
     # byte pairs, learned from these pairs; no tiktoken, which the toy tokenizer needs
     tokenizer = Tokenizer(models.BPE())
@@ -225,7 +220,7 @@ def short_run(name, script, *flags):
     code, text, seconds = run(script, *flags, f'--out_dir={OUT / name}')
     if code:
         return say(False, name, f'exit code {code}: {text.strip()[-400:]}')
-    rows = read_rows(OUT / name)
+    rows = [row for row in read_rows(OUT / name / 'metrics.jsonl') if row['split'] == 'train']
     finite = all(math.isfinite(value) for row in rows for value in row.values() if not isinstance(value, str))
     moved = all(row['grad_norm'] > 0 for row in rows)
     shown = [f'{row.get("loss/train", math.nan):.5f}' for row in rows]

@@ -28,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 
 from configurator import UserError, configure
-from experiments import ROOT, evaluations, read_rows, table, used
+from experiments import ROOT, evaluations, read_rows, table, used, write_rows
 from runtime.files import replace_text
 
 model: str | None = None  # a model folder; None: SmolLM2-135M-Instruct
@@ -193,7 +193,7 @@ def write_pairs(out):
         pairs = list(islice(filter(is_usable, rows), wanted))
         if not pairs:
             raise UserError(f'{data!r} has no pairs of at most {max_characters} characters: raise --max_characters')
-        replace_text(files[-1], ''.join(json.dumps(pair) + '\n' for pair in pairs))
+        write_rows(files[-1], pairs)
     return files
 
 
@@ -224,7 +224,7 @@ def kl_to_reference(folder, reference_folder, n=8):
 def answers_of(run, out, name, folder):
     """Greedy answers of a model to the five prompts, each in one line."""
     prompts, target = out / 'prompts.jsonl', out / f'answers-{name}'
-    prompts.write_text(''.join(json.dumps({'prompt': [{'role': 'user', 'content': text}]}) + '\n' for text in PROMPTS))
+    write_rows(prompts, [{'prompt': [{'role': 'user', 'content': text}]} for text in PROMPTS])
     shutil.rmtree(target, ignore_errors=True)
     limits = [f'--max_new_tokens={max_new_tokens}', '--temperature=0']
     run('sample.py', f'--model={folder}', f'--data={prompts}', *limits, f'--out_dir={target}', quiet=True)

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from configurator import UserError, configure
+from experiments import write_rows
 from text import messages, sources, toy
 
 out = 'out/dry'  # where the stand-ins go
@@ -20,10 +21,6 @@ serve: int | None = None  # answer as a judge on this port of 127.0.0.1 instead
 config = configure(globals())
 
 N = 64  # examples
-
-
-def write_lines(file, rows):
-    file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def make():
@@ -38,7 +35,7 @@ def make():
         for i, row in enumerate(toy.pairs('train', 600)):
             prompt = f'\n\nHuman: {row["prompt"]} number {i}\n\nAssistant:'
             rows.append({side: prompt + row[side] for side in ('chosen', 'rejected')})
-        write_lines(source, rows)
+        write_rows(source, rows)
     if not Path(source).exists():
         raise UserError(f'there is no {source}: give HH=FILE, pairs of Anthropic/hh-rlhf')
 
@@ -53,7 +50,7 @@ def make():
         answer = {'from': 'gpt', 'value': row['chosen'].strip()}
         talks.append({'conversations': [{'from': 'human', 'value': asked}, answer]})
         questions.append({'instruction': asked, 'output': ''})
-    write_lines(folder / 'hh.jsonl', dialogues)
+    write_rows(folder / 'hh.jsonl', dialogues)
     (folder / 'sharegpt.json').write_text(json.dumps(talks))
     (folder / 'alpaca_eval.json').write_text(json.dumps(questions))
     if not (folder / 'tiny').exists():

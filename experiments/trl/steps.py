@@ -17,8 +17,6 @@ the end of text; here the tokenizer has one, so that both read it at the end.
 
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError, configure
-from experiments import ROOT, read_rows
+from experiments import ROOT, read_rows, run, write_rows
 from text import sources, toy
 
 kinds = 'dpo reward'  # what to compare
@@ -120,10 +118,6 @@ def other_pairs():
     return pairs
 
 
-def write_pairs(pairs, file):
-    Path(file).write_text(''.join(json.dumps(pair) + '\n' for pair in pairs))
-
-
 # ---- what is compared ----
 
 
@@ -179,11 +173,7 @@ def with_nanopref(kind, folder, file, out_dir, options):
     """Run our script by its command line, on the CPU. Returns the kind's columns of every step."""
     flags = [f'--{name}={value}' for name, value in options.items()]
     flags += [f'--model={folder}', f'--data={file}', f'--eval_data={file}', f'--out_dir={out_dir}']
-    environment = os.environ | {'NANOPREF_CACHE': str(Path(out_dir).parent / 'cache'), 'CUDA_VISIBLE_DEVICES': ''}
-    command = [sys.executable, kind.script, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f'{kind.script} stopped with exit code {done.returncode}: {done.stderr.strip()[-2000:]}')
+    run(kind.script, *flags, NANOPREF_CACHE=str(Path(out_dir).parent / 'cache'), CUDA_VISIBLE_DEVICES='')
     rows = [row for row in read_rows(Path(out_dir) / 'metrics.jsonl') if row['split'] == 'train']
     if any(row['padding_share'] for row in rows):
         raise UserError(f'{kind.script} found packing to be wrong and padded: packed is what should be compared')
@@ -268,7 +258,7 @@ def compare(kind, name, pairs, work):
     architecture = options.pop('model')
     folder, file = work / 'model', work / 'pairs.jsonl'
     tok = kind.model(architecture, folder)
-    write_pairs(pairs, file)
+    write_rows(file, pairs)
     theirs, their_ids = with_trl(kind, folder, pairs, work / 'trl', options)
     ours = with_nanopref(kind, folder, file, work / 'nanopref', options)
     same_ids = our_ids(tok, file, options) == their_ids

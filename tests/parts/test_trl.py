@@ -6,11 +6,11 @@ with SGD, in several microbatches, and a Llama with AdamW, in one; most steps cl
 """
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from helpers import run_script
 
+from experiments import write_rows
 from experiments.trl import steps
 
 NUMBERS = {kind: json.loads(steps.KINDS[kind].numbers.read_text()) for kind in steps.KINDS}
@@ -20,8 +20,7 @@ NUMBERS = {kind: json.loads(steps.KINDS[kind].numbers.read_text()) for kind in s
 def here(tmp_path, monkeypatch):
     """What the experiments start as processes runs in this one."""
     monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
-    stand_in = SimpleNamespace(run=lambda command, **_: run_script(*command[1:]) and SimpleNamespace(returncode=0))
-    monkeypatch.setattr(steps, 'subprocess', stand_in)
+    monkeypatch.setattr(steps, 'run', lambda *command, **_: run_script(*command))
 
 
 @pytest.mark.parametrize('name', ['SGD', 'AdamW'])
@@ -30,7 +29,7 @@ def test_every_step_is_what_trl_says(kind, name, tmp_path):
     """Pairs for the reward model have margins, and its Llama has centred scores."""
     run, compared = NUMBERS[kind]['runs'][name], steps.KINDS[kind]
     compared.model(run['model'], tmp_path / 'model')
-    steps.write_pairs(NUMBERS[kind]['pairs'], tmp_path / 'pairs.jsonl')
+    write_rows(tmp_path / 'pairs.jsonl', NUMBERS[kind]['pairs'])
     folders = tmp_path / 'model', tmp_path / 'pairs.jsonl', tmp_path / 'out'
     ours = steps.with_nanopref(compared, *folders, run['options'])
     assert len(ours) == len(run['steps']) >= 5
