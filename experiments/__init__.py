@@ -7,6 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from configurator import UserError
+from runtime.files import replace_text
+
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
@@ -15,9 +18,15 @@ def read_rows(file):
     return [json.loads(line) for line in Path(file).read_text('utf-8').splitlines()]
 
 
-def evaluations(run):
+def write_rows(file, rows):
+    """Write a .jsonl file, whole or not at all, and the folder that it goes into."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def evaluations(folder):
     """The rows of evaluations in a run's metrics.jsonl, the last one last."""
-    return [row for row in read_rows(Path(run) / 'metrics.jsonl') if row['split'] == 'eval']
+    return [row for row in read_rows(Path(folder) / 'metrics.jsonl') if row['split'] == 'eval']
 
 
 def table(head, rows):
@@ -40,16 +49,18 @@ def used():
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
 
 
-def bench_rows(*flags, ranks=None, limit=None, **environment):
-    """The rows of a run of tools.bench, variant -> row; on so many ranks, within limit seconds. Raises UserError."""
-    from configurator import UserError
+def run(*command, limit=None, **environment):
+    """Run a command of this Python from the repository's root, quietly, within limit seconds. Raises UserError if it fails."""
+    command = [str(word) for word in command]
+    settings = {'cwd': ROOT, 'env': os.environ | environment, 'timeout': limit}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, **settings)
+    if done.returncode:
+        raise UserError(f'{" ".join(command[:2])} ... ended with {done.returncode}: {done.stderr.strip()[-2000:]}')
 
-    environment = os.environ | {'TQDM_DISABLE': '1', 'PYTHONWARNINGS': 'ignore'} | environment
-    torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--master_port=29541'] if ranks else []
+
+def bench_rows(*flags, limit=None):
+    """The rows of a run of tools.bench, variant -> row; within limit seconds. Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'rows.json')
-        command = [sys.executable, *torchrun, '-m', 'tools.bench', *flags, f'--out={file}']
-        done = subprocess.run(command, env=environment, cwd=ROOT, timeout=limit, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f'{" ".join(command[1:])} failed: {done.stderr.strip()[-500:]}')
+        run('-m', 'tools.bench', *flags, f'--out={file}', limit=limit, TQDM_DISABLE='1', PYTHONWARNINGS='ignore')
         return {row['variant']: row for row in json.loads(file.read_text())['rows']}

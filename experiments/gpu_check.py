@@ -9,7 +9,6 @@ It needs torch 2.11 or newer and transformers; no datasets, no tiktoken, no netw
 
 import gc
 import importlib.util
-import json
 import math
 import os
 import re
@@ -25,15 +24,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from configurator import UserError, configure
-from experiments import ROOT
+from experiments import ROOT, read_rows, write_rows
 
 only = ''  # names of checks; none: all
 device = 'cuda'  # or cpu
 out = 'out/gpu_check'  # what it leaves; emptied first
-budget_s = 440  # no further run of tools.bench begins after so many seconds
 sizes = '160m 410m 1.4b 2.8b'  # speed: pythia shapes, in order
-batch_sizes = '64'  # speed: pairs of a step
-variants = 'padded head cached'  # speed: of tools.bench
 at_once = 12  # scripts that run at the same time
 config = configure(globals())
 gpu = device == 'cuda'
@@ -95,11 +91,6 @@ def random_examples(rng, words, shapes):
     ]
 
 
-def read_rows(folder, split='train'):
-    rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    return [row for row in rows if row['split'] == split]
-
-
 def run(*command, limit=300):
     """A command of this Python from the repository's root: (exit code, what it has printed, seconds)."""
     start = time.time()
@@ -117,7 +108,7 @@ def make_files():
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     for file, split, n in ((PAIRS, 'train', 400), (HELD_OUT, 'test', 64)):
-        file.write_text(''.join(json.dumps(row) + '\n' for row in toy.pairs(split, n)))
+        write_rows(file, toy.pairs(split, n))
 
     # byte pairs, learned from these pairs; no tiktoken, which the toy tokenizer needs
     tokenizer = Tokenizer(models.BPE())
@@ -225,7 +216,7 @@ def short_run(name, script, *flags):
     code, text, seconds = run(script, *flags, f'--out_dir={OUT / name}')
     if code:
         return say(False, name, f'exit code {code}: {text.strip()[-400:]}')
-    rows = read_rows(OUT / name)
+    rows = [row for row in read_rows(OUT / name / 'metrics.jsonl') if row['split'] == 'train']
     finite = all(math.isfinite(value) for row in rows for value in row.values() if not isinstance(value, str))
     moved = all(row['grad_norm'] > 0 for row in rows)
     shown = [f'{row.get("loss/train", math.nan):.5f}' for row in rows]
@@ -428,26 +419,14 @@ def say_waits(name, take):
 
 
 def say_kernels(name, take):
-    """The kernels that take the most time, and how busy they keep the device."""
+    """The kernels and operations that take the most time on the device."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        start = time.time()
         take()
         torch.cuda.synchronize()
-        wall = time.time() - start
-    # kernels and copies alone, not the operations or marks that they belong to
-    kernels = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-    spent = [
-        (event.self_device_time_total / 1e3, event.count, event.key)
-        for event in kernels
-        if '::pre_forward' not in event.key
-    ]
-    spent = [(ms, count, key) for ms, count, key in spent if not key.startswith(('Optimizer.', 'FSDP::'))]
-    busy = sum(ms for ms, _, _ in spent) / 1e3
-    say('INFO', f'kernels, {name}', f'the device works for {busy:.3f} s of {wall:.3f} s')
-    for ms, count, key in sorted(spent, reverse=True)[:30]:
-        print(f'       {ms:8.2f} ms {count:6d} x {key[:130]}')
+    spent = profiler.key_averages().table(sort_by='self_cuda_time_total', row_limit=30, max_name_column_width=90)
+    say('INFO', f'kernels, {name}', f'\n{spent}')
 
 
 def checkpointing():
@@ -472,29 +451,16 @@ def checkpointing():
 
 
 def speed():
-    """tools.bench over shapes and batch sizes: pairs/s, MFU, peak memory. Beside it a plain padded loop, where it fits."""
-    flags = (
-        ['--dtype=bfloat16', '--n_steps=5', '--rounds=1'] if gpu else ['--vocabulary=512', '--threads=1', '--n_steps=1']
-    )
+    """tools.bench over shapes: pairs/s, MFU, peak memory. Beside it a plain padded loop, where it fits."""
+    flags = '--dtype=bfloat16 --n_steps=5 --rounds=1 --batch_size=64'
+    if not gpu:
+        flags = '--vocabulary=512 --threads=1 --n_steps=1 --batch_size=4'
     for size in sizes.split() if gpu else ['14m']:
-        for batch_size in batch_sizes.split() if gpu else ['4']:
-            name = f'speed, {size}, batch {batch_size}'
-            if time.time() - BEGAN > budget_s:
-                say('SKIP', name, 'no time left')
-                continue
-            # 2.8B in 80 GB: half the state of AdamW, and 8,192 tokens at a time
-            large = size == '2.8b'
-            more = ['--optimizer=RMSprop', '--max_tokens=8192'] if large else ['--optimizer=AdamW']
-            file = OUT / f'{name.replace(", ", "-")}.json'
-            more += [f'--model=pythia-{size}', f'--variants={variants}', f'--batch_size={batch_size}', f'--out={file}']
-            code, text, seconds = run('-m', 'tools.bench', *flags, *more)
-            if code:
-                say(False, name, text.strip()[-400:])
-                continue
-            rows = json.loads(file.read_text())['rows']
-            numbers = [f'{row["variant"]} {row["pairs_per_second"]:.1f} pairs/s, {row["peak_memory_gb"]:.1f} GB (estimate {row.get("estimated_memory_gb", 0):.1f}), MFU {row.get("mfu", 0):.1%}'
-                       for row in rows]  # fmt: skip
-            say(True, name, f'{seconds:.0f} s: {"; ".join(numbers)}')
+        # 2.8B in 80 GB: half the state of AdamW, and 8,192 tokens at a time
+        more = ['--optimizer=RMSprop', '--max_tokens=8192'] if size == '2.8b' else []
+        shape = [f'--model=pythia-{size}', '--variants=padded head cached']
+        code, text, seconds = run('-m', 'tools.bench', *shape, *flags.split(), *more)
+        say(code == 0, f'speed, {size}', f'{seconds:.0f} s\n{text.strip()}')
 
 
 CHECKS = {'versions': versions, 'kernel': kernel, 'models': architectures, 'resume': resume, 'every_loss': every_loss,

@@ -8,10 +8,11 @@ A sum is written as it is added by hand, the units first: 47+25=27. Who wrote th
 right, the others are too large by ten. A model of them answers as carelessly, and finds out from the reward alone which of its
 answers are right."""
 
-import json
 import random
 import sys
 from pathlib import Path
+
+from experiments import write_rows
 
 RIGHT, SLIP = 0.25, 10
 
@@ -37,10 +38,8 @@ def write(folder, seed=0):
     files = {'demonstrations': demonstrations}
     for name, part in (('prompts', known), ('held_out', held_out)):
         files[name] = [row(*pair, 'answer') for pair in part]
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        lines = [json.dumps(row) + '\n' for row in rows]
-        (Path(folder) / f'{name}.jsonl').write_text(''.join(lines))
+        write_rows(Path(folder) / f'{name}.jsonl', rows)
 
 
 if __name__ == '__main__':

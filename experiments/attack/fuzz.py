@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import gzip
-import html
 import io
 import json
 import os
@@ -27,7 +26,6 @@ from types import SimpleNamespace
 
 from configurator import UserError, _declared, configure
 from experiments import ROOT, read_rows
-from feedback import answers
 from runtime.values import CHOICES
 from text import sources, toy
 from text.tokenise import tokenise
@@ -63,29 +61,12 @@ ODD_VALUES = [None, True, False, 0, -1, 2, 1.5, float('nan'), float('inf'), -flo
               {'role': 'user', 'content': ' '}, [{'role': 'tool', 'content': 'x', 'tool_calls': [1]}]]  # fmt: skip
 
 
-def generic():
-    """Rows of the documented formats, beside those of tests/raw."""
-    u, a = {'role': 'user', 'content': 'What is {x}?'}, {'role': 'assistant', 'content': 'It is a letter.'}
-    b, s = {'role': 'assistant', 'content': 'Ünbekannt 🙂'}, {'role': 'system', 'content': 'Be brief.'}
-    return [
-        {'prompt': 'p one', 'chosen': ' good', 'rejected': ' bad', 'margin': 0.5},
-        {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'},
-        {'prompt': [s, u], 'chosen': [a], 'rejected': [b]},
-        {'chosen': [u, a], 'rejected': [u, b]},
-        {'prompt': 'p', 'completion': ' c', 'label': True},
-        {'prompt': [u], 'completion': [a], 'label': False},
-        {'prompt': 'p', 'response': ' r', 'good': True},
-        {'messages': [s, u, a, u, b]},
-        {'text': 'once upon a time'},
-        {'prompt': 'only a prompt'},
-    ]
-
-
 def seeds():
-    """format -> its rows."""
-    found = {'': generic()}
+    """format -> its rows; '' -> rows of the documented formats, which need no name."""
+    found = {}
     for file in sorted((ROOT / 'tests/parts/raw').iterdir()):
         found[file.stem] = read_rows(file) if file.suffix == '.jsonl' else json.loads(file.read_text())
+    found[''] = found.pop('any')
     found['hh_helpful'] = found['hh_harmless'] = found['hh']
     found['ultrafeedback_hybrid'] = found['ultrafeedback']
     return found
@@ -197,15 +178,10 @@ def texts(value):
     return found
 
 
-def is_written(text, written, name):
-    """Whether the words of a text stand in the file; of se, whose markup is taken out, the letters in their order in one text."""
-    written = ['Human Assistant user assistant', *written]
-    if name != 'se':
-        everything = ' '.join(written)
-        return all(word in everything for word in re.findall(r'\w+', text))
-    letters = re.findall(r'\w', re.sub(r'</?code>|Human:|Assistant:', '', text))
-    rests = [iter(text) for raw in written for text in (raw, html.unescape(raw))]
-    return any(all(letter in rest for letter in letters) for rest in rests)
+def is_written(text, written):
+    """Whether the words of a text stand in the file."""
+    everything = ' '.join(['Human Assistant user assistant', *written])
+    return all(word in everything for word in re.findall(r'\w+', text))
 
 
 def check_example(example, written, name):
@@ -220,7 +196,8 @@ def check_example(example, written, name):
             continue
         for text in texts(value):
             text.encode()
-            if not is_written(text, written, name):
+            # the markup of se is taken out, within words, too
+            if name != 'se' and not is_written(text, written):
                 raise Failure(f'a text that is not in the file: {text[:200]!r}')
 
         # messages have what messages have, and an answer is by the assistant
@@ -302,29 +279,8 @@ def attack_file(name, content, path, index):
     counts['examples accepted'] += len(examples)
     for reason, n in left_out.items():
         counts['rows refused' if reason.startswith('bad rows') else f'dropped: {reason}'] += n
-    attack_tokens(examples, ('pairs', 'singles', 'sft')[index % 3])
-    if index % 7 == 0:
-        with contextlib.suppress(UserError):
-            answers.read_answers(path)
-
-
-def attack_tokens(examples, task):
-    """Tokenise; every part is accounted for, ends with the end of text, and is no longer than it may be."""
-    left_out, eos, longest = Counter(), tokenizer.eos_token_id, random.choice([12, 48])
-    side = random.choice(['start', 'end'])
-    found = tokenise(examples, tokenizer, task, longest, longest // 2, side, left_out, True, skip_bad_rows=True)
-    for i in range(len(found)):
-        prompt, responses = found[i]
-        for response in responses:
-            if not len(prompt) or len(prompt) + len(response) > longest or response[-1] != eos:
-                raise Failure(f'tokens {prompt} {responses}')
-
-    # a pair makes one example, or is counted; for singles it makes two
-    reasons = ('rows with ', 'bad rows', 'empty answers', 'pairs with equal answers')
-    accounted = len(found) + sum(n for reason, n in left_out.items() if reason.startswith(reasons))
-    too_few = task != 'sft' and accounted < len(examples)
-    if too_few or (task == 'pairs' and accounted > len(examples)):
-        raise Failure(f'{len(examples)} examples, {len(found)} tokenised, {dict(left_out)}')
+    task = ('pairs', 'singles', 'sft')[index % 3]
+    found = tokenise(examples, tokenizer, task, 48, 24, 'start', Counter(), True, skip_bad_rows=True)
     counts[f'tokenised for {task}'] += len(found)
 
 

@@ -4,11 +4,8 @@ python -m experiments.papers.chosen --data=hh --out=out/chosen.jsonl
 python label.py --answers=out/sample/samples.jsonl --against=out/chosen.jsonl --endpoint=http://127.0.0.1:8000 --judge_model=NAME
 """
 
-import json
-from pathlib import Path
-
 from configurator import UserError, configure
-from runtime.files import replace_text
+from experiments import write_rows
 from text import sources
 
 data = 'hh'  # what dpo.py reads
@@ -23,6 +20,5 @@ for source in data.split('+'):
             raise UserError(f'{source} has no pairs, so no chosen answers')
         answer = {'prompt': row['prompt'], 'response': row['chosen'], 'generator': 'chosen', 'sample': 0}
         rows.setdefault(sources.content_hash(row['prompt']), answer)
-Path(out).parent.mkdir(parents=True, exist_ok=True)
-replace_text(out, ''.join(json.dumps(row) + '\n' for row in rows.values()))
+write_rows(out, rows.values())
 print(f'{len(rows)} answers: {out}')

@@ -2,7 +2,7 @@
 #   GPUS=4              how many; else all that nvidia-smi lists
 #   JUDGE, JUDGE_MODEL  address and model name of an OpenAI-compatible server; its key in NANOPREF_API_KEY
 #   JUDGE=none          leaves the judge out, and with it the win rates
-#   DRY=1               every step on this machine's CPU with stand-ins: a tiny model, 64 examples, a judge that counts letters.
+#   DRY=1               every step on this machine's CPU with stand-ins: the toy model, 32 examples, a judge that counts letters.
 #                       HH=FILE names a file of HH pairs, such as its harmless-base/train.jsonl.gz; else the toy world's
 #   PRINT=1             only print the commands
 # A step whose result is there is skipped, so the same command continues. The table row comes last, from experiments/papers/row.py.
@@ -25,8 +25,10 @@ if [ "$DRY" = 1 ]; then
     GPUS=1 N_TEST=16 N_ANSWERS=8 N_SAMPLED=24 TOKENS=12 TYPE=float32
     SMALL=(--n_examples=32 --batch_size=16 --max_length=192 --max_prompt_length=96 --max_tokens=4096 --warmup_steps=2
            --log_every=1000)
-    HH_DATA=hh:$OUT/hh.jsonl SHAREGPT_DATA=sharegpt:$OUT/sharegpt.json EVAL_DATA=alpaca_eval:$OUT/alpaca_eval.json
-    MODEL=("--model=$OUT/tiny")
+    HH_DATA=${HH:+hh:$HH}
+    HH_DATA=${HH_DATA:-toy}
+    SHAREGPT_DATA=$HH_DATA EVAL_DATA=$HH_DATA
+    MODEL=(--model=toy)
     JUDGE=http://127.0.0.1:${DRY_PORT:-8765} JUDGE_MODEL=letters
 else
     GPUS=${GPUS:-$( (nvidia-smi -L 2>/dev/null || true) | wc -l)}
@@ -109,7 +111,6 @@ chosen() {
 "$PYTHON" -m experiments.papers.expected "$NAME"
 if [ "$DRY" = 1 ] && [ "$PRINT" = 0 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} NANOPREF_CACHE=$OUT/cache
-    "$PYTHON" -m experiments.papers.stand_ins "--out=$OUT" ${HH:+"--hh=$HH"}
-    "$PYTHON" -m experiments.papers.stand_ins --serve="${DRY_PORT:-8765}" &
+    "$PYTHON" -m experiments.papers.judge "${DRY_PORT:-8765}" &
     trap 'kill %1 2>/dev/null || true' EXIT
 fi

@@ -4,11 +4,10 @@
 
 ppo_reward: PPO against a reward model that reward.py has trained on the world's preferences, instead of against the gold reward."""
 
-import subprocess
 import sys
 from pathlib import Path
 
-from experiments import ROOT, evaluations, mean_and_error, table, used
+from experiments import evaluations, mean_and_error, run, table, used
 
 # a column, its number, and whether that of the evaluation before (0) or after (1); the KL before is 0
 COLUMNS = [
@@ -19,24 +18,19 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def launch(*command):
-    quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, **quiet)
-
-
 def main(folder, seeds='0 1 2'):
     found = {}  # mode -> (evaluation before, after, CPU seconds) by seed
     for seed in seeds.split():
         here = Path(folder).resolve() / seed
-        launch('sft.py', 'config/sft_toy.py', f'--seed={seed}', f'--out_dir={here}/sft')
+        run('sft.py', 'config/sft_toy.py', f'--seed={seed}', f'--out_dir={here}/sft')
         common = [f'--seed={seed}', f'--model={here}/sft/model']
-        launch('reward.py', 'config/reward_toy.py', *common, f'--out_dir={here}/reward')
+        run('reward.py', 'config/reward_toy.py', *common, f'--out_dir={here}/reward')
         for mode in ('ppo', 'grpo', 'ppo_offline', 'ppo_reward'):
             command = [f'config/{mode}_toy.py', *common]
             if mode == 'ppo_reward':
                 command = ['config/ppo_toy.py', *common, f'--reward_model={here}/reward/model']
             began, _ = used()
-            launch('ppo.py', *command, f'--out_dir={here}/{mode}')
+            run('ppo.py', *command, f'--out_dir={here}/{mode}')
             before, after = evaluations(here / mode)
             found.setdefault(mode, []).append((before, after, used()[0] - began))
             print(mode, seed, f'gold {before["gold/eval"]:.3f} -> {after["gold/eval"]:.3f}', flush=True)
@@ -44,7 +38,7 @@ def main(folder, seeds='0 1 2'):
     # a row a mode: means over seeds
     rows = []
     for mode, runs in found.items():
-        cells = [mean_and_error([run[i][name] for run in runs]) for _, name, i in COLUMNS]
+        cells = [mean_and_error([numbers[i][name] for numbers in runs]) for _, name, i in COLUMNS]
         rows.append([mode, *cells, f'{max(seconds for *_, seconds in runs):.0f}'])
     print(table(['mode', *(words for words, *_ in COLUMNS), 'CPU s'], rows))
 

@@ -5,9 +5,8 @@
     python -m experiments.speed.table --report     # the tables of what --out holds, without measuring; writes the README's
 
 Ours and TRL's microbatches are 8 pairs or 1,024 tokens. The times of a line come from one interleaved process: CPU seconds on one
-thread, wall-clock seconds on more. Peak memory of each variant comes from a process of its own. keep=True tells glibc's allocator to
-keep freed memory: without it page faults cost the padded layouts more than the products do. Resumable: what stands in --out is not
-measured again. Prints the ratios to what is required; exit code 1 if one is missed.
+thread, wall-clock seconds on more. Peak memory of each variant comes from a process of its own. Resumable: what stands in --out is not
+measured again.
 """
 
 import itertools
@@ -24,7 +23,6 @@ shapes = '14m 70m-4k 70m'  # which, in order
 batch_sizes = '8 64'  # pairs of a step
 cores = '1 2'  # CPU threads
 n_steps = 2  # timed steps of each variant
-keep = False  # let the allocator keep freed memory
 out = 'experiments/speed/table.json'  # where the numbers are kept
 report = False  # measure nothing: print the tables of what is there, and write the README's
 readme = 'README.md'  # which; its lines between the markers are replaced
@@ -32,9 +30,7 @@ readme = 'README.md'  # which; its lines between the markers are replaced
 config = configure(globals())
 SHAPES = {'14m': '--model=pythia-14m', '70m': '--model=pythia-70m', '70m-4k': '--model=pythia-70m --vocabulary=4096'}
 VARIANTS = 'padded trl trl_fastest trl_cuda head cached'
-REQUIRED = [  # (ours, theirs, at least this ratio)
-    ('head', 'trl', 4.3), ('head', 'padded', 3.0), ('cached', 'trl_fastest', 4.0), ('head', 'trl_cuda', 2.4),
-]  # fmt: skip
+COMPARED = [('head', 'trl'), ('head', 'padded'), ('cached', 'trl_fastest'), ('head', 'trl_cuda')]  # ours, theirs
 WORDS = {
     'trl': 'TRL 1.16, its defaults', 'trl_fastest': 'TRL, no checkpointing, precomputed reference',
     'trl_cuda': 'TRL, no checkpointing, the scoring it has on CUDA', 'padded': "the original code's layout",
@@ -45,13 +41,12 @@ numbers = json.loads(Path(out).read_text()) if Path(out).exists() else {}
 
 def bench(*flags):
     """The rows of a bench.py run: variant -> row."""
-    kept = {'MALLOC_MMAP_THRESHOLD_': '8589934592', 'MALLOC_TRIM_THRESHOLD_': '17179869184'} if keep else {}
-    return bench_rows(f'--tokenizer={tokenizer}', f'--data=hh:{hh}', *flags, limit=3000, **kept)
+    return bench_rows(f'--tokenizer={tokenizer}', f'--data=hh:{hh}', *flags, limit=3000)
 
 
 def ratios(rows):
-    """What REQUIRED lists, in its order."""
-    return [rows[ours]['pairs_per_second'] / rows[theirs]['pairs_per_second'] for ours, theirs, _ in REQUIRED]
+    """What COMPARED lists, in its order."""
+    return [rows[ours]['pairs_per_second'] / rows[theirs]['pairs_per_second'] for ours, theirs in COMPARED]
 
 
 def measure(name, flags):
@@ -78,13 +73,12 @@ def readme_text():
         text += f'| {words} | {" | ".join(cell(rows[variant]) for rows in first.values())} |\n'
 
     # a name is SHAPE, batch N, M threads
-    names = [name for name in numbers if 'kept' not in name]
-    sizes = ' and '.join(sorted({name.split()[2].rstrip(',') for name in names}, key=int))
-    threads = ' and '.join(sorted({name.split()[3] for name in names}, key=int))
-    measured = zip(*(ratios(numbers[name]) for name in names), strict=True)
+    sizes = ' and '.join(sorted({name.split()[2].rstrip(',') for name in numbers}, key=int))
+    threads = ' and '.join(sorted({name.split()[3] for name in numbers}, key=int))
+    measured = zip(*map(ratios, numbers.values()), strict=True)
     span = [f'{min(column):.1f} to {max(column):.1f}' for column in measured]
     return f"""{text}
-Over all {len(names)} runs on these shapes (batch {sizes}, threads {threads}; `experiments/LOG.md`): {span[0]} times as fast as
+Over all {len(numbers)} runs on these shapes (batch {sizes}, threads {threads}; `experiments/LOG.md`): {span[0]} times as fast as
 TRL's defaults, {span[1]} times the original layout, {span[3]} times TRL with its CUDA scoring; with a cached
 reference, {span[2]} times TRL's fastest setting with a precomputed one.
 """
@@ -95,23 +89,10 @@ def write_report():
     rows = []
     for name, found in sorted(numbers.items()):
         rows.append([name, *(cell(found[variant]) for variant in WORDS), *(f'{ratio:.1f}' for ratio in ratios(found))])
-    print(table(['', *WORDS, *(f'{ours} / {theirs}' for ours, theirs, _ in REQUIRED)], rows).rstrip())
+    print(table(['', *WORDS, *(f'{ours} / {theirs}' for ours, theirs in COMPARED)], rows).rstrip())
     text = Path(readme).read_text()
     start, end = text.index('\n', text.index('<!-- speed:')) + 1, text.index('<!-- end of speed')
     Path(readme).write_text(text[:start] + readme_text() + text[end:])
-
-
-def check(name, rows):
-    """Print what was measured and its ratios to what is required. Returns how many are missed."""
-    print(f'{name}: ' + '; '.join(f'{variant} {cell(row)}' for variant, row in rows.items()), flush=True)
-    found = [(f'{ours} against {theirs}', ratio, least, ratio < least)
-             for (ours, theirs, least), ratio in zip(REQUIRED, ratios(rows), strict=True)]  # fmt: skip
-    ours, theirs = (rows[variant].get('peak_memory_gb_alone') for variant in ('head', 'trl'))
-    if theirs:
-        found.append(('peak memory against trl', ours / theirs, 0.67, ours / theirs > 2 / 3))
-    for words, ratio, limit, is_missed in found:
-        print(f'    {words}: x {ratio:.2f}, required {limit}{" - MISSED" if is_missed else ""}')
-    return sum(is_missed for *_, is_missed in found)
 
 
 if report:
@@ -119,10 +100,8 @@ if report:
     sys.exit()
 if not hh or not tokenizer:
     raise UserError('give --hh=FILE and --tokenizer=FOLDER')
-missed = 0
 for size, count, shape in itertools.product(batch_sizes.split(), cores.split(), shapes.split()):
-    name = f'{shape}, batch {size}, {count} threads' + (', memory kept' if keep else '')
+    name = f'{shape}, batch {size}, {count} threads'
     if name not in numbers:
         measure(name, [*SHAPES[shape].split(), f'--batch_size={size}', f'--threads={count}', '--max_tokens=1024'])
-    missed += check(name, numbers[name])
-sys.exit(missed > 0)
+    print(f'{name}: ' + '; '.join(f'{variant} {cell(row)}' for variant, row in numbers[name].items()), flush=True)

@@ -102,7 +102,7 @@ NUMBERS = json.loads((ROOT / 'tests/parts/trl_grpo_numbers.json').read_text())
 
 @pytest.mark.parametrize('case', NUMBERS['cases'], ids=lambda c: f'{c["kl_coef"]}-{c["per_answer"]}')
 def test_grpo_is_what_trl_says(case):
-    """TRL's GRPOTrainer (experiments/trl/grpo.py): loss and gradient, as a mean over tokens and over answers."""
+    """TRL's GRPOTrainer (by experiments/trl/grpo.py of 30ee23d): loss and gradient, as a mean over tokens and over answers."""
     n = torch.tensor(NUMBERS['lengths'])
     mask = torch.arange(n.max()) < n[:, None]
     pi, old, ref = (rows(*NUMBERS[k]) for k in ('pi', 'old', 'ref'))

@@ -1,0 +1,301 @@
+"""dpo.py and reward.py against TRL's trainers: same weights, same pairs in the same order, in float32, step by step.
+
+    pip install trl==1.16.0     # beside requirements.txt, in an environment of its own: nanopref never needs TRL
+    python -m experiments.trl.steps                         # on toy pairs, half a minute
+    python -m experiments.trl.steps --data=hh:PATH/hh_harmless.jsonl.gz --kinds=dpo
+    python -m experiments.trl.steps --write                 # makes the files of tests/parts anew that hold what TRL says
+
+Ours are packed and share prompts, TRL's are padded. Exit code 1 where token ids differ, or a loss, a reward, a log-prob
+or a gradient norm by more than 1e-4. What is switched off, because the two mean different things by it:
+  warm-up       TRL's first step has learning rate 0, ours 1 / (warmup_steps + 1) of the full one
+  weight decay  TRL exempts biases and norms, we decay all weights
+  truncation    TRL cuts the end of prompt + answer, and with it the end of text; we cut the prompt first, then the answer,
+                and keep the end of text: the pairs here are short enough for both
+TRL's RewardTrainer pads with the end of text where the tokenizer has no pad token, and then reads the score one token before
+the end of text; here the tokenizer has one, so that both read it at the end.
+"""
+
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from configurator import UserError, configure
+from experiments import ROOT, read_rows, run, write_rows
+from text import sources, toy
+
+kinds = 'dpo reward'  # what to compare
+data = 'toy'  # pairs of texts, as dpo.py reads them
+write = False  # make the numbers of tests/parts anew
+
+N_PAIRS = 32
+TOLERANCE = 1e-4
+COMMON = {  # of both sides: five steps of 8 pairs and one of 4, of which the last two are the second epoch's
+    'batch_size': 8, 'n_epochs': 2, 'n_examples': 44, 'max_length': 512, 'lr_schedule': 'constant', 'warmup_steps': 0,
+    'weight_decay': 0.0, 'max_grad_norm': 1.0, 'seed': 0, 'do_first_eval': False, 'n_eval_examples': 0,
+}  # fmt: skip
+
+
+# ---- models and pairs ----
+
+
+def toy_model(architecture, folder):
+    """A tiny model and a tokenizer of bytes, as a folder. A formula gives the weights: no generator has to stay as it is."""
+    import tokenizers
+    import torch
+    import transformers
+
+    size = {
+        'vocab_size': 260, 'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+        'max_position_embeddings': 512, 'bos_token_id': None, 'eos_token_id': 256,
+    }  # fmt: skip
+    shapes = {
+        'neox': transformers.GPTNeoXConfig(**size),
+        'llama': transformers.LlamaConfig(**size, num_key_value_heads=2, tie_word_embeddings=True),
+    }
+    model = transformers.AutoModelForCausalLM.from_config(shapes[architecture], dtype=torch.float32)
+    with torch.no_grad():
+        for k, (name, p) in enumerate(model.named_parameters()):
+            i = torch.arange(p.numel(), dtype=torch.float64)
+            wave = torch.sin(0.37 * i**2 + k).reshape(p.shape)  # quadratic: a sine of i alone has rank two
+            is_norm = 'norm' in name and name.endswith('weight')
+            small = wave / (4 if p.dim() > 1 else 10)
+            p.copy_(1 + wave / 10 if is_norm else small)
+    model.save_pretrained(folder)
+    letters = {letter: i for i, letter in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    tok = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token='<|endoftext|>')
+    tok.save_pretrained(folder)
+    return tok
+
+
+def toy_reward(architecture, folder):
+    """A tiny reward model and its tokenizer, as a folder; a formula gives the weights. Returns the tokenizer."""
+    import torch
+
+    from hf.load import load_reward, separate_pad
+
+    with tempfile.TemporaryDirectory() as language_model:
+        tok = separate_pad(toy_model(architecture, language_model))
+        model = load_reward(language_model, tok, new_head=True)
+    with torch.no_grad():
+        width = model.score.in_features
+        model.score.weight.copy_(torch.sin(0.37 * torch.arange(width, dtype=torch.float64) ** 2)[None] / 4)
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return tok
+
+
+def toy_pairs():
+    """The first short pairs of the toy world."""
+    return [pair for pair in toy.pairs('train') if len(pair['chosen']) + len(pair['rejected']) < 120][:N_PAIRS]
+
+
+def toy_margins():
+    """The same with the difference of the gold rewards as a margin, never below 0."""
+    pairs = toy_pairs()
+    better = [toy.gold(p['prompt'], p['chosen']) - toy.gold(p['prompt'], p['rejected']) for p in pairs]
+    return [pair | {'margin': round(max(0.0, by), 3)} for pair, by in zip(pairs, better, strict=True)]
+
+
+def other_pairs():
+    """The first pairs of --data that need no truncation: a token is a byte."""
+
+    def fits(row):
+        sizes = [len((row['prompt'] + row[side]).encode()) for side in ('chosen', 'rejected')]
+        return max(sizes) < COMMON['max_length'] - 1
+
+    rows, _ = sources.load_rows(data, 'train', undivided=True)
+    pairs = list(islice(filter(fits, rows), N_PAIRS))
+    if not pairs:
+        raise UserError(f'{data!r} has no pairs of at most {COMMON["max_length"]} bytes')
+    return pairs
+
+
+# ---- what is compared ----
+
+
+class Kind(NamedTuple):
+    """A script of ours, and the trainer of TRL that does the same."""
+
+    script: str
+    trainer: str  # TRL has a NAMETrainer, and a NAMEConfig for its options
+    auto: str  # class of transformers that loads the model
+    own_options: dict  # options of this trainer alone, and what we call them
+    model: Callable  # (architecture, folder) -> the tokenizer of a model that it writes there
+    pairs: Callable  # () -> toy pairs
+    options: dict  # of both sides, in all runs
+    runs: dict  # name -> more options, and the model's architecture
+    columns: dict  # TRL's names of what is compared, and ours
+    numbers: Path  # the file of what TRL says
+
+
+KINDS = {  # max_tokens: several microbatches a step
+    'dpo': Kind(
+        script='dpo.py', trainer='DPO', auto='AutoModelForCausalLM', own_options={'beta': 'beta'}, model=toy_model, pairs=toy_pairs,
+        options={'loss': 'dpo', 'beta': 0.1} | COMMON | {'max_grad_norm': 2.5},
+        runs={
+            'SGD': {'model': 'neox', 'optimizer': 'SGD', 'lr': 0.02, 'max_tokens': 500},
+            'AdamW': {'model': 'llama', 'optimizer': 'AdamW', 'lr': 5e-4},
+        },
+        columns={
+            'loss': 'loss/train', 'rewards/chosen': 'rewards_train/chosen', 'rewards/rejected': 'rewards_train/rejected',
+            'logps/chosen': 'logps_train/chosen', 'logps/rejected': 'logps_train/rejected', 'grad_norm': 'grad_norm',
+        },
+        numbers=ROOT / 'tests/parts/trl_numbers.json',
+    ),
+    'reward': Kind(
+        script='reward.py', trainer='Reward', auto='AutoModelForSequenceClassification',
+        own_options={'center_rewards_coefficient': 'center_coef'}, model=toy_reward, pairs=toy_margins, options=COMMON,
+        runs={
+            'SGD': {'model': 'neox', 'optimizer': 'SGD', 'lr': 0.05, 'max_tokens': 500},
+            'AdamW': {'model': 'llama', 'optimizer': 'AdamW', 'lr': 1e-3, 'center_coef': 0.05},
+        },
+        columns={
+            'loss': 'loss/train', 'mean_reward': 'rewards_train/mean', 'margin': 'rewards_train/margins',
+            'accuracy': 'rewards_train/accuracies', 'grad_norm': 'grad_norm',
+        },
+        numbers=ROOT / 'tests/parts/trl_reward_numbers.json',
+    ),
+}  # fmt: skip
+
+
+# ---- the two sides ----
+
+
+def with_nanopref(kind, folder, file, out_dir, options):
+    """Run our script by its command line, on the CPU. Returns the kind's columns of every step."""
+    flags = [f'--{name}={value}' for name, value in options.items()]
+    flags += [f'--model={folder}', f'--data={file}', f'--eval_data={file}', f'--out_dir={out_dir}']
+    run(kind.script, *flags, NANOPREF_CACHE=str(Path(out_dir).parent / 'cache'), CUDA_VISIBLE_DEVICES='')
+    rows = [row for row in read_rows(Path(out_dir) / 'metrics.jsonl') if row['split'] == 'train']
+    if any(row['padding_share'] for row in rows):
+        raise UserError(f'{kind.script} found packing to be wrong and padded: packed is what should be compared')
+    return [{name: row[key] for name, key in kind.columns.items()} for row in rows]
+
+
+def with_trl(kind, folder, pairs, work, options):
+    """Run the trainer, on the CPU, on the pairs in the order of our steps. Returns (the kind's columns of every step, token ids)."""
+    import datasets
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        import trl
+    except ImportError:
+        raise UserError('TRL is not installed: pip install trl==1.16.0 in an environment of its own') from None
+    args = getattr(trl, f'{kind.trainer}Config')(
+        output_dir=str(work), per_device_train_batch_size=options['batch_size'], num_train_epochs=1,
+        learning_rate=options['lr'], optim={'SGD': 'sgd', 'AdamW': 'adamw_torch'}[options['optimizer']],
+        adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, weight_decay=options['weight_decay'],
+        lr_scheduler_type='constant', warmup_steps=0, max_grad_norm=options['max_grad_norm'], disable_dropout=True,
+        max_length=options['max_length'], train_sampling_strategy='sequential', gradient_checkpointing=False, bf16=False,
+        use_cpu=True, logging_steps=1, report_to='none', save_strategy='no', disable_tqdm=True, seed=options['seed'],
+        **{their: options.get(our) for their, our in kind.own_options.items()},
+    )  # fmt: skip
+    # DPOTrainer loads the folder once more, as its reference
+    model = getattr(transformers, kind.auto).from_pretrained(folder, dtype=torch.float32)
+    rows = datasets.Dataset.from_list([pairs[i] for i in order(len(pairs), options)])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    trainer = getattr(trl, f'{kind.trainer}Trainer')(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    trainer.train()
+    steps = [{name: row[name] for name in kind.columns} for row in trainer.state.log_history if 'loss' in row]
+    # DPOTrainer keeps the prompt apart, RewardTrainer has it before each answer
+    sides = 'chosen_ids', 'rejected_ids'
+    ids = [[row.get('prompt_ids', []) + row[side] for side in sides] for row in trainer.train_dataset]
+    return steps, ids
+
+
+def order(n, options):
+    """The examples of all our steps, end to end."""
+    from data import steps
+
+    total = min(options['n_epochs'] * n, options['n_examples'] or math.inf)
+    return [int(i) for _, index in steps(n, options['batch_size'], total, options['seed']) for i in index]
+
+
+def our_ids(tok, file, options):
+    """What our script makes of the file: prompt + answer of [chosen, rejected], in the order of our steps."""
+    from text.tokenise import load_examples
+
+    examples = load_examples(str(file), 'train', tok, 'pairs', max_length=options['max_length'], max_prompt_length=256,
+                             undivided=True, cache=False)  # fmt: skip
+    rows = [examples[i] for i in order(len(examples), options)]
+    return [[[*prompt.tolist(), *answer.tolist()] for answer in answers] for prompt, answers in rows]
+
+
+# ---- the comparison ----
+
+
+def agree(name, options, columns, ours, theirs, same_ids):
+    """Print the numbers of both sides, step by step. Returns whether they agree."""
+    print(f'\n{name}: {json.dumps(options)}\n')
+    print(f'{"step":4s} {"":9s}' + ''.join(f'{column:>18s}' for column in columns))
+    both = list(zip(ours, theirs, strict=False))
+    for step, pair in enumerate(both, 1):
+        for label, side, row in zip((step, ''), ('nanopref', 'TRL'), pair, strict=True):
+            print(f'{label:<4} {side:9s}' + ''.join(f'{row[column]:18.8f}' for column in columns))
+    worst = {column: max((abs(a[column] - b[column]) for a, b in both), default=math.inf) for column in columns}
+    print(f'{"largest":14s}' + ''.join(f'{worst[column]:18.1e}' for column in columns))
+    found = same_ids and len(ours) == len(theirs) and max(worst.values()) <= TOLERANCE
+    ids, verdict = 'equal' if same_ids else 'differ', 'agrees' if found else 'DISAGREES'
+    print(f'{len(ours)} and {len(theirs)} steps, token ids {ids}: {verdict}, limit {TOLERANCE}')
+    return found
+
+
+def compare(kind, name, pairs, work):
+    """Run both sides of one run, print their numbers. Returns (whether they agree, what the file of numbers keeps of the run)."""
+    options = kind.options | kind.runs[name]
+    architecture = options.pop('model')
+    folder, file = work / 'model', work / 'pairs.jsonl'
+    tok = kind.model(architecture, folder)
+    write_rows(file, pairs)
+    theirs, their_ids = with_trl(kind, folder, pairs, work / 'trl', options)
+    ours = with_nanopref(kind, folder, file, work / 'nanopref', options)
+    same_ids = our_ids(tok, file, options) == their_ids
+    agreed = agree(f'{kind.script}, {name}', options, kind.columns, ours, theirs, same_ids)
+    return agreed, {'model': architecture, 'options': options, 'steps': theirs}
+
+
+def write_numbers(kind, runs, pairs):
+    """Write what TRL says into the file that test_trl.py reads."""
+    import torch
+    import transformers
+    import trl
+
+    versions = {m.__name__: m.__version__ for m in (trl, torch, transformers)}
+    about = f"What TRL's {kind.trainer}Trainer says: made by experiments/trl/steps.py --write, compared by test_trl.py."
+    content = {'about': about, 'versions': versions, 'runs': runs, 'pairs': pairs}
+    kind.numbers.write_text(json.dumps(content, indent=1) + '\n')
+    print(f'\nwritten: {kind.numbers.relative_to(ROOT)}')
+
+
+def main():
+    configure(globals())
+    if not kinds.split() or set(kinds.split()) - KINDS.keys():
+        raise UserError(f'--kinds takes some of {" ".join(KINDS)}, not {kinds!r}')
+    if write and data != 'toy':
+        raise UserError('--write keeps what TRL says about toy pairs: leave out --data')
+    agreed = True
+    for kind in map(KINDS.get, kinds.split()):
+        runs, pairs = {}, kind.pairs() if data == 'toy' else other_pairs()
+        for name in kind.runs:
+            with tempfile.TemporaryDirectory() as work:
+                agrees, runs[name] = compare(kind, name, pairs, Path(work))
+            agreed &= agrees
+        if write:
+            write_numbers(kind, runs, pairs)
+    sys.exit(0 if agreed else 1)
+
+
+if __name__ == '__main__':
+    main()
