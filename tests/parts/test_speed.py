@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdp
+from configurator import UserError
 from experiments import real
 from hf import attention
 from tests import forks
@@ -266,24 +268,27 @@ def test_the_check_of_a_gpu_finds_a_wrong_kernel(tmp_path, monkeypatch, capsys):
     assert first.startswith('PASS') and second.startswith('FAIL') and script['failed'] == ['attention in bfloat16']
 
 
-def test_the_clock_of_real(monkeypatch, capsys):
-    """Time left goes by the seconds expected of the present stage and of later ones."""
-    now = 1000.0
-    monkeypatch.setattr(real.time, 'time', lambda: now)
+def test_the_clock_of_real(capsys):
+    """Time left goes by stages done, and by the share of the present one, at the pace so far."""
     clock = real.Clock({'model': 100, 'dpo': 200, 'answers': 100})
-    now += 10
-    clock.say('a line')
+
+    def said(passed, text=''):
+        clock.began = time.time() - passed
+        clock.say(text)
+        return capsys.readouterr().out.split(']')[0]
+
+    clock.begin('model')
+    assert said(10) == '[0:10, about 6:40 left'
     clock.begin('dpo')
-    now += 300
-    clock.say('train      32/64  loss 0.69')
-    assert capsys.readouterr().out.splitlines() == [
-        '[0:10, about 6:30 left] a line',
-        '[0:10, about 5:00 left] dpo ...',
-        '[5:10, about 1:40 left] train      32/64  loss 0.69',
-    ]
+    assert said(200) == '[3:20, about 10:00 left'  # 100 of 400 took 200
+    assert said(400, 'train      32/64  loss 0.69') == '[6:40, about 6:40 left'
+    clock.begin('answers')
+    assert said(600) == '[10:00, about 3:20 left'
 
 
-def test_real_does_not_mix_two_runs(tmp_path):
-    (tmp_path / 'results.md').write_text('numbers')
-    done = forks.python('-m', 'experiments.real', f'--out_dir={tmp_path}')
-    assert done.returncode == 2 and 'choose another --out_dir' in done.stderr
+def test_results_of_real_are_of_one_run(tmp_path):
+    settings = {'n_pairs': 8, 'data': 'x'}
+    (tmp_path / 'results.json').write_text(json.dumps({'settings': settings}))
+    assert real.load_results(tmp_path, settings)['settings'] == settings
+    with pytest.raises(UserError, match='n_pairs 8 there and 9 here.*choose another --out_dir'):
+        real.load_results(tmp_path, settings | {'n_pairs': 9})
