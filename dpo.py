@@ -83,8 +83,7 @@ config = configure(globals(), shared=training)
 objective = objective_of(config, losses.LOSSES, losses.STATISTICS)
 paired, needs_ref = objective.paired, objective.needs_ref
 beta_prime = objective.options['beta_prime']
-# of policy from reference at each position, if the loss has one
-divergence = divergence_of(loss, risk, mu) if objective.has_divergence else None
+divergence = divergence_of(loss, risk, mu) if objective.has_divergence else None  # from the reference, at each position
 
 # ---- set-up ----
 
@@ -115,8 +114,6 @@ if cache_ref:
 run.train = run.train.flip(noise_rate, seed)
 if not paired:
     run.train = run.train.keep(frac_good, frac_bad, seed)
-if is_kto and len(run.train) == 1:
-    raise UserError(f'kto compares an answer with that of another example, and the training data {data!r} has one only')
 run.count_data()
 run.check_room(ref)
 

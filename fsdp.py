@@ -1,6 +1,4 @@
-"""The distributed part of a step: replicas or FSDP2, sums over ranks, the optimizer's update. One process is a group of one.
-
-runtime/ranks.py has the processes themselves."""
+"""The distributed part of a step: replicas or FSDP2, sums over ranks, the optimizer's update. One process is a group of one."""
 
 import math
 import types

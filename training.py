@@ -421,4 +421,4 @@ class Run:
         self.logger.close()
         guard.end()
         rounded = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'
-        log.say(f'done: {folder}' + rounded * (written != 'float32'))
+        log.say(f'done: {folder}{rounded if written != "float32" else ""}')
