@@ -82,12 +82,12 @@ def collect(out_dir, wanted):
     def key_of(row):
         """Return (index, sample) of a row after checking its fields. Raises ValueError, KeyError or UserError."""
         key = field(row, 'index', int), field(row, 'sample', int)
-        # lookups that raise if the field is missing
+        # lookups that raise if the field is missing, or, for the response, no text
         field(row, 'response')
         row['finish']
         expected = wanted(*key)
-        # row | expected != row: a value differs from the expected one
-        if expected is None or row | expected != row:
+        is_of_this_run = expected is not None and row | expected == row
+        if not is_of_this_run:
             raise UserError('answers a prompt that is not in the data any more: choose another --out_dir')
         return key
 
@@ -152,6 +152,7 @@ def _prompt_and_response(row):
     # model_outputs.json stores a dialogue with its role markers, but a single question without them
     if prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT):
         return prompt, answer(response)
+    # label.py adds the space before the answer to a single question
     return ask(prompt), response
 
 

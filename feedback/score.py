@@ -185,6 +185,7 @@ def read():
     left_out = Counter()
     options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     part = split or 'test'
+    # without --split, data without a test split is read whole (undivided)
     for source in data.split('+'):
         # never overwrite the data
         _, path, _ = locate(source)

@@ -118,17 +118,18 @@ def generate(
             n_free = n_rows - len(active)
             new = waiting[:n_free]
             waiting = waiting[n_free:]
+            # those in the cache come first, in the order of cache_rows
             active += new
-            texts = [[*prompts[i], *answers[i]] for i in active]
+            sequences = [[*prompts[i], *answers[i]] for i in active]
             if refill:
-                cache = _cache_for(inner, texts, cache, cache_rows)
+                cache = _cache_for(inner, sequences, cache, cache_rows)
             # sample until `enough` rows have ended: without refill, all of them
             n_sampled = [len(answers[i]) for i in active]
             enough = max(1, len(active) // REFILL_SHARE) if refill else len(active)
             criteria = _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough)
             processors = _processors([seeds[i] for i in active], n_sampled, temperature, top_p)
             n_left = max_new_tokens - min(n_sampled)
-            continuations = _generate(inner, texts, cache, n_left, criteria, processors)
+            continuations = _generate(inner, sequences, cache, n_left, criteria, processors)
             # keep the rows that have not ended
             cache_rows = []
             for row, tokens in enumerate(continuations):
@@ -169,20 +170,20 @@ def _generation_mode(model, **settings):
         inner.generation_config = own_config
 
 
-def _generate(inner, texts, cache, max_new_tokens, criteria=None, processors=None):
-    """Continue texts (lists of token ids) with transformers' greedy generate(). Return only the new ids, padded at the end.
+def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors=None):
+    """Continue sequences (lists of token ids) with transformers' greedy generate(). Return only the new ids, padded at the end.
 
-    cache: a Cache of all but the last token of each text, an empty Cache to fill, or None. criteria, processors: a
+    cache: a Cache of all but the last token of each sequence, an empty Cache to fill, or None. criteria, processors: a
     StoppingCriteriaList and a LogitsProcessorList."""
     n_cached = 0 if cache is None else cache.get_seq_length()
     # pad on the left, as in the cache, whose columns may all be padding: generate() needs one column more
-    width = max(n_cached + 1, *map(len, texts))
+    width = max(n_cached + 1, *map(len, sequences))
     pad_id = inner.generation_config.pad_token_id
     ids, mask = [], []
-    for text in texts:
-        n_pad = width - len(text)
-        ids.append([pad_id] * n_pad + list(text))
-        mask.append([0] * n_pad + [1] * len(text))
+    for sequence in sequences:
+        n_pad = width - len(sequence)
+        ids.append([pad_id] * n_pad + list(sequence))
+        mask.append([0] * n_pad + [1] * len(sequence))
     # generate() wants the ids of the columns that are not cached, but the mask of all columns
     ids = torch.tensor(ids, device=inner.device)[:, n_cached:]
     mask = torch.tensor(mask, device=inner.device)
@@ -196,7 +197,7 @@ def _generate(inner, texts, cache, max_new_tokens, criteria=None, processors=Non
 
 
 def stop_tokens(model, tokenizer):
-    """Return the set of token ids that end an answer: the tokenizer's end of text and those of the model's generation config."""
+    """Return the set of token ids that end an answer: the tokenizer's end of sequence and those of the model's generation config."""
     eos = core(model).generation_config.eos_token_id  # an id, a list of ids, or None
     ids = eos if isinstance(eos, list) else [eos]
     return {tokenizer.eos_token_id, *ids} - {None}
@@ -220,22 +221,22 @@ def can_refill(inner):
     return layer_types.issubset({DynamicLayer, DynamicSlidingWindowLayer})
 
 
-def _cache_for(inner, texts, cache, cache_rows):
-    """Return a cache of all but the last token of each text (lists of token ids), with a row for each text.
+def _cache_for(inner, sequences, cache, cache_rows):
+    """Return a cache of all but the last token of each sequence (lists of token ids), with a row for each sequence.
 
-    The first texts are in progress: row cache_rows[i] of cache has the tokens of texts[i]. The others are computed here."""
+    The first sequences are in progress: row cache_rows[i] of cache has the tokens of sequences[i]. The others are computed here."""
     caches = [(cache, cache_rows)] if cache_rows else []
-    new_texts = texts[len(cache_rows) :]
-    if new_texts:
-        # equal texts are computed once
-        row_of = {}  # text without its last token -> row
-        rows = [row_of.setdefault(tuple(text[:-1]), len(row_of)) for text in new_texts]
+    new = sequences[len(cache_rows) :]
+    if new:
+        # equal sequences are computed once
+        row_of = {}  # sequence without its last token -> row
+        rows = [row_of.setdefault(tuple(sequence[:-1]), len(row_of)) for sequence in new]
         new_cache = transformers.DynamicCache(config=inner.config)
         # fills new_cache; the generated token is ignored
         _generate(inner, list(row_of), new_cache, max_new_tokens=1)
         caches.append((new_cache, rows))
-    longest = max(map(len, texts))
-    # at least one column, of padding if all texts have one token
+    longest = max(map(len, sequences))
+    # at least one column, of padding if all sequences have one token
     return _merge(caches, width=max(1, longest - 1))
 
 

@@ -177,8 +177,8 @@ class Variant:
 
     pad: one padded row per answer instead of one packed row. share: both answers share one copy of the prompt. head: logits at
     answer tokens only. cached: load() precomputes the reference log-probs. times: seconds of all timed steps. passes: if cached,
-    seconds of the reference pass of each of these steps, else empty. tokens, allocated: tokens of all steps without and with
-    padding. peak, estimate: measured and estimated memory in GB, maximum over all steps."""
+    seconds of the reference pass of each of these steps, else empty. tokens, allocated: tokens of all batches made, without and
+    with padding. peak, estimate: measured and estimated memory in GB, maximum over all steps."""
 
     def __init__(self, name):
         """Select the optimizations of a variant. Variants are cumulative: each adds one to all the previous ones in VARIANTS."""
@@ -201,6 +201,7 @@ class Variant:
         self.ref = self.model(train=False)
         self.torch_optimizer = fsdp.make_optimizer(optimizer, self.policy, lr=LEARNING_RATE, weight_decay=0.0)
         forward = partial(self.logps, self.policy)
+        # bytes of activations, for the estimate of memory in the table
         self.per_token = room.bytes_per_token(self.policy, forward, examples, packed=not self.pad)
         self.ref_logps = {}  # indices of a step -> [log-probs (A,) of each microbatch]
         if not self.cached:
@@ -218,6 +219,7 @@ class Variant:
     def model(self, train):
         """Build and shard the policy (train=True) or the reference."""
         built = fsdp.shard(build, device, dtype=dtype, mode=shard, train=train)
+        # the log-probs of variants without `head`, from logits at every position
         sharded.add_method(built, full_head)
         attention.set_attention(built, packed=not self.pad)
         return built
