@@ -201,18 +201,10 @@ def folder_splits(path, config=None):
         names = [str(Path(path, os.path.relpath(file, os.path.realpath(path)))) for file in files]
         if data := [name for name in dict.fromkeys(names) if name in found]:
             splits[str(split)] = data
-            # train_sft.jsonl beside train_prefs.jsonl, which may be two versions of the same prompts
-            stems = sorted({re.split(r'[-.]', Path(name).name)[0] for name in data})
-            if len(stems) > 1 and all(stem.startswith(f'{split}_') for stem in stems):
-                say_once(
-                    f'note: the split {split} of {path} is {" and ".join(stems)} together: name a file to read one of them'
-                )
     unread = sorted(set(found).difference(*splits.values()))
     listed = shorten(', '.join(unread), 300)
     if not splits:
-        raise UserError(
-            f'{path}: `datasets` would read none of the data files here: fetch those that it wants, or name one of {listed}'
-        )
+        raise UserError(f'{path} lacks the files that `datasets` would read: fetch them, or name one of {listed}')
     if unread and not config:
         # a folder is opened several times, so print the note once
         say_once(f'note: not read, since `datasets` takes other files by their names or kind: {listed}')

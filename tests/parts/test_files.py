@@ -197,19 +197,11 @@ def test_a_note_names_the_files_that_no_split_has(tmp_path, capsys):
     write(tmp_path / 'texts/a.jsonl')
     for name in ('LICENSE.txt', 'NOTES.txt'):
         (tmp_path / 'texts' / name).write_text('free')
-    refused(tmp_path / 'texts', '`datasets` would read none of the data files here: .* name one of .*/a.jsonl')
+    refused(tmp_path / 'texts', 'lacks the files that `datasets` would read: fetch them, or name one of .*/a.jsonl')
     # train and test of different kinds
     write(tmp_path / 'both/train.parquet')
     write(tmp_path / 'both/test.jsonl')
     refused(tmp_path / 'both', 'cannot tell the splits of the folder .*both by its README or its files: .*file format for all')
-
-
-def test_files_of_several_names_in_a_split_are_said(tmp_path, capsys):
-    for name in ('train_prefs', 'train_sft', 'test_sft'):
-        write(tmp_path / f'{name}.jsonl', ROWS[:3])
-    assert len(answers(str(tmp_path))) == 6
-    note = f'note: the split train of {tmp_path} is train_prefs and train_sft together: name a file to read one of them'
-    assert capsys.readouterr().out == f'{note}\n'
 
 
 def test_splits_of_one_folder_are_not_mixed(tmp_path):
@@ -269,7 +261,7 @@ def test_the_configs_of_a_readme(tmp_path):
     assert divided(f'{tmp_path}:hard') and answers(f'{tmp_path}:easy[test]', undivided=True) == ALL[:2]
     refused(f'{tmp_path}:soft', f"'soft' not found. Available: .{configs}")
     assert sorted(answers(f'{tmp_path}:both', undivided=True)) == sorted(ALL + ALL[:2])
-    refused(f'{tmp_path}:gone', 'would read none of the data files here: fetch those that it wants, or name one of .*easy/a.jsonl')
+    refused(f'{tmp_path}:gone', 'lacks the files that `datasets` would read: fetch them, or name one of .*easy/a.jsonl')
     # what the README says is of the fingerprint
     before = sources.fingerprint(f'{tmp_path}:easy')
     (tmp_path / 'README.md').write_text(README.replace('easy/held', 'easy/a'))
