@@ -26,12 +26,14 @@ NOT_DATA = {'dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'sta
 HELD_OUT_NAMES = ('test', 'validation', 'valid', 'dev', 'val')
 
 
-def read_rows(hub_id, split, path, **options):
-    """Yield the Rows of local files, or of a split of the hub dataset hub_id if path is None. Raises UserError.
+def read_rows(hub_id, split, path, undivided=False, **options):
+    """Yield the Rows of a split of local files, or of the hub dataset hub_id if path is None. Raises UserError.
 
-    path: a list of files, or one file. options: arguments of load_dataset."""
+    path: a file, a folder (undivided: read all its splits), or a list of files. options: arguments of load_dataset."""
     if path is not None:
-        for file in data_files(path) if isinstance(path, str) else path:
+        wanted = None if undivided else split
+        files = path if isinstance(path, list) else local_files(path, wanted)
+        for file in files:
             yield from read_file(file)
         return
     # `datasets` reads a single file by its format, json: the file's address says more
@@ -209,3 +211,22 @@ def folder_splits(path, config=None):
         # a folder is opened several times, so print the note once
         say_once(f'note: not read, since `datasets` takes other files by their names or kind: {listed}')
     return splits
+
+
+def has_test_part(path):
+    """Whether a folder has a test split. A single file has none, even if it is called test.jsonl."""
+    return len(data_files(path)) > 1 and any(name.startswith(HELD_OUT_NAMES) for name in folder_splits(path))
+
+
+def local_files(path, split):
+    """Return a path's data files for a split, or all files if split is None."""
+    if split is None:
+        return data_files(path)
+    splits = folder_splits(path)
+    if split in splits:
+        return splits[split]
+    # the split may be called validation instead of test, or train_sft instead of train
+    train, held_out = choose_splits(splits, wanted=None, source=path)
+    # without a test split, the caller holds out a part of the train files
+    is_train = held_out is None or split.startswith('train')
+    return splits[train if is_train else held_out]

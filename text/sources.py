@@ -1,6 +1,6 @@
 """The datasets, and how their rows become examples. To add a dataset, write get_foo(split, path) -> (rows, parse).
 
-rows: the raw rows of a split of the hub dataset, or of the list of local files `path`. parse(row) returns a list of examples:
+rows: the raw rows of the hub dataset, or of the local file or folder `path`. parse(row) returns a list of examples:
   {'prompt', 'chosen', 'rejected'}, with 'margin', a number, if the data says by how much chosen is better;
   {'prompt', 'response'}, with 'good': bool for KTO, or 'turns': all messages of a conversation, whose answers are trained
   on unless their 'weight' is 0;
@@ -71,31 +71,24 @@ def _opened(source, split, num_turns=1, undivided=False):
     """Return (rows, parse, has_no_test_part) of a source. has_no_test_part: a part of the rows must be held out."""
     getter, path, hub_id = locate(source)
     name, config, wanted_split = files.named_part(source)
-    if getter and wanted_split:
-        raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{wanted_split}] out')
-    is_known = isinstance(getter, HubDataset)
-    # {split: its files, or None for a split of the hub}
-    if path:
-        splits = getter.local_splits(path) if is_known else files.folder_splits(path, config)
-    elif is_known:
-        splits = {name: None for name in (getter.train, getter.test) if name}
-    elif getter:
-        # a function chooses for itself what it reads of the hub
-        return *getter(split), False
-    else:
-        splits = dict.fromkeys(hub_splits(hub_id, config))
+    if getter:
+        if wanted_split:
+            raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{wanted_split}] out')
+        rows, parse = getter(split, path)
+        if parse is parse_sharegpt:
+            parse = partial(parse, num_turns=num_turns)
+        # only a HubDataset can lack a test split; then all files of a folder are read, whatever their names or README say
+        hub_has_no_test_split = getattr(getter, 'test', split) is None
+        return rows, parse, hub_has_no_test_split or (bool(path) and not files.has_test_part(path))
+    splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
     if undivided and not wanted_split and split in splits:
         wanted_split = split
-    usual_split = getter.train if is_known and getter.train in splits else None
-    train_split, test_split = files.choose_splits(splits, wanted_split or usual_split, path if getter else source)
+    train_split, test_split = files.choose_splits(splits, wanted_split, source)
     # without a test split, both parts are taken from the train split
     use_train_split = split == 'train' or test_split is None or (undivided and wanted_split)
     chosen_split = train_split if use_train_split else test_split
-    read = getter or HubDataset(hub_id, options={'name': config})
-    rows, parse = read(chosen_split, splits[chosen_split])
-    if parse is parse_sharegpt:
-        parse = partial(parse, num_turns=num_turns)
-    return rows, parse, test_split is None
+    rows = read_rows(hub_id, chosen_split, splits[chosen_split], name=config)
+    return rows, None, test_split is None
 
 
 def divides(source):
@@ -305,7 +298,7 @@ def _is_held_out(example):
 
 
 class HubDataset(NamedTuple):
-    """A get_foo(split, path) for a hub dataset or its local files. test: 'validation', say, or None if there is no test split."""
+    """A get_foo(split, path) for a hub dataset or its local files. test: None if there is no test split."""
 
     hub_id: str
     parse: object = None
@@ -314,14 +307,10 @@ class HubDataset(NamedTuple):
     options: dict = {}  # for load_dataset
 
     def __call__(self, split, path=None):
-        return read_rows(self.hub_id, split, path, **self.options), self.parse
-
-    def local_splits(self, path):
-        """Return {split: files} of a clone of the dataset, or of another file or folder."""
-        folder = os.path.join(path, self.options.get('data_dir', ''))
-        path = folder if os.path.isdir(folder) else path
-        # without a test split, all files are read, whatever their names or README say
-        return {self.train: data_files(path)} if self.test is None else files.folder_splits(path)
+        part = self.train if split == 'train' or self.test is None else self.test
+        folder = os.path.join(path or '', self.options.get('data_dir', ''))
+        path = folder if path and os.path.isdir(folder) else path
+        return read_rows(self.hub_id, part, path, undivided=self.test is None, **self.options), self.parse
 
 
 def parse_sharegpt(row, num_turns):
@@ -375,7 +364,7 @@ get_ultrachat = HubDataset('HuggingFaceH4/ultrachat_200k', parse_ultrachat, 'tra
 def get_toy(split, path=None):
     """Return (rows, parse) of the pairs that toy.py generates."""
     if path:
-        raise UserError('the toy world has no files: --data=toy, or --data= and the path alone')
+        raise UserError(f'the toy world has no files: --data=toy, or --data={path}')
     from text import toy
 
     return map(Row, toy.pairs(split, 6000 if split == 'train' else 600)), lambda row: [dict(row)]
@@ -385,7 +374,7 @@ def get_alpaca_eval(split, path=None):
     """Return (rows, parse) of AlpacaEval's instructions, for sampling only."""
     # its JSON file, since the hub has a loading script there
     file = 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'
-    rows = read_rows('json', 'train', path, data_files=file)
+    rows = read_rows('json', 'train', path, undivided=True, data_files=file)
     return rows, lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 
 

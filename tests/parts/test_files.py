@@ -208,8 +208,6 @@ def test_splits_of_one_folder_are_not_mixed(tmp_path):
     for name, rows in {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3]}.items():
         write(tmp_path / f'data/{name}-00000-of-00001.jsonl', rows)
     refused(tmp_path, r"several splits; there are test_prefs, train_prefs, train_sft: say which: --data='.*\[train_prefs\]'")
-    # a reader has no [split], the same folder without it has
-    refused(f'hh:{tmp_path}', r"say which: --data='/.*\[train_prefs\]'")
     assert answers(f'{tmp_path}[train_prefs]') == ALL and answers(f'{tmp_path}[train_prefs]', 'test') == ALL[:3]
     # where one is for training, any name will do
     write(tmp_path / 'one/train_dpo.jsonl')
