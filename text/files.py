@@ -3,13 +3,11 @@
 import glob
 import hashlib
 import json
-import logging
 import os
 import re
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from textwrap import shorten
 
 from configurator import UserError
@@ -18,12 +16,18 @@ from runtime.files import file_hash, say_once
 from runtime.values import looked_in
 from text.readers import ENDINGS, FORMATS, HELP, Row, read_file, without_inner_nulls
 
-# a README without metadata is no reason to warn
-logging.getLogger('huggingface_hub.repocard').setLevel(logging.ERROR)
 # metadata files, which have the endings of data files
 NOT_DATA = {'dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'state.json'}
 # names of test splits, best first
 HELD_OUT_NAMES = ('test', 'validation', 'valid', 'dev', 'val')
+# a shard of a split as `datasets` names it: train-00000-of-00002.parquet
+SHARD = re.compile(r'([^/]+?)-\d{5}(?:-of-\d{5})?\.[^/]*$')
+# words in a path that tell its split, as in `datasets`; not within longer words: latest.json is no test file
+SPLIT_WORD = re.compile(
+    r'(?<![a-z])(train|training|test|testing|eval|evaluation|validation|dev|valid|val)(_sft|_prefs|_gen|_dpo|_rm)?(?![a-z])'
+)
+SPLIT_OF_WORD = {'training': 'train', 'testing': 'test', 'eval': 'test', 'evaluation': 'test',
+                 'dev': 'validation', 'valid': 'validation', 'val': 'validation'}  # fmt: skip
 
 
 def read_rows(hub_id, split, path, undivided=False, **options):
@@ -36,14 +40,14 @@ def read_rows(hub_id, split, path, undivided=False, **options):
         for file in files:
             yield from read_file(file)
         return
+    import datasets
+
     # `datasets` reads a single file by its format, json: the file's address says more
     name = options['data_files'] if hub_id == 'json' else hub_id
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        import datasets
-
         rows = datasets.load_dataset(hub_id, split=split, **given, **_revision(hub_id))
-    except Exception as error:  # no such package, no network, no such dataset or split, ...
+    except Exception as error:  # no network, no such dataset, no such split, ...
         raise UserError(f'cannot load {name!r}, split {split!r}, from the hub: {hub.first_line(error)}') from None
     for number, raw in enumerate(rows, 1):
         yield Row.of(without_inner_nulls(raw), f'{name} [{split}], row {number}')
@@ -114,12 +118,12 @@ def choose_splits(names, wanted, source):
 
 def hub_splits(hub_id, config=None):
     """Return the split names of a hub dataset. config None: its default or only config. Raises UserError."""
+    import datasets
+
     options = {'config_name': config} if config else {}
     try:
-        import datasets
-
         return datasets.get_dataset_split_names(hub_id, **options, **_revision(hub_id))
-    except Exception as error:  # no such package, no network, no such dataset, several configs, ...
+    except Exception as error:  # no network, no such dataset, several configs, ...
         hint = f"a config is named as in --data='{hub_id}:CONFIG'"
         raise UserError(f'cannot find {hub_id!r} on the hub: {hub.first_line(error)} ({hint})') from None
 
@@ -172,45 +176,92 @@ def _is_data_file(file):
 
 
 def folder_splits(path, config=None):
-    """Return {split: files} of a folder, as `datasets` finds them: by its README, or else by the names of files and folders.
+    """Return {split: files} of a file, folder or pattern, from the folder's README, or else from the file names.
 
-    A file, or what a pattern matches, is 'train'. config: a config in the README; None: its default or only one.
-    Raises UserError if there are none, or `datasets` cannot tell, such as between several configs."""
+    config: a config in the README; None: its default or only one. Raises UserError if it is missing or ambiguous."""
+    import huggingface_hub
+
     path = os.path.expanduser(path)
-    found = data_files(path)
-    if not os.path.isdir(path):
-        tests = [file for file in found if any(name in os.path.basename(file) for name in HELD_OUT_NAMES)]
-        if 0 < len(tests) < len(found):
-            say_once(f'note: what the pattern {path} matches is one part, with {tests[0]}: a folder has its splits')
-        return {'train': found}
-    splits = {}
-    # DatasetDict.save_to_disk writes a folder per split and this file; `datasets` reads such a folder by other means
-    if os.path.exists(os.path.join(path, 'dataset_dict.json')) and not config:
-        for file in found:
-            splits.setdefault(Path(file).relative_to(path).parts[0], []).append(file)
-        return splits
-    try:
-        import datasets
+    configs, entry = {}, {}
+    with suppress(Exception):  # no README, no YAML header, or an unexpected structure
+        listed = huggingface_hub.metadata_load(os.path.join(path, 'README.md'))['configs']
+        configs = {str(entry.get('config_name', 'default')): entry for entry in listed}
+    if configs or config:
+        # fall back to the default config, or to the only one
+        defaults = [name for name, entry in configs.items() if name == 'default' or entry.get('default')]
+        candidates = [config] if config else defaults or list(configs)
+        if len(candidates) != 1 or candidates[0] not in configs:
+            problem = f'no config {config!r}' if config else 'several configs'
+            names = ', '.join(configs) or 'none'
+            raise UserError(f'{path} has {problem}; there are {names}: say which: --data={path}:CONFIG ({HELP})')
+        entry = configs[candidates[0]]
+    named_files = _named_files(path, entry)
+    if named_files:
+        return named_files
+    # the files of this config are missing, and the files present may belong to other configs
+    if 'data_files' in entry and len(configs) > 1:
+        raise UserError(f'{path} has none of the files that its README names for the config {config!r}: fetch them')
+    if 'data_dir' in entry:
+        path = os.path.join(path, str(entry['data_dir']))
+    return _splits_by_name(path)
 
-        # its cache is for the rows, which are not read here
-        with TemporaryDirectory() as scratch:
-            builder = datasets.load_dataset_builder(os.path.abspath(path), config, cache_dir=scratch)
-    except Exception as error:  # no such package, no valid README, several configs, splits of different kinds, ...
-        problem = f'cannot tell the splits of the folder {path} by its README or its files: {hub.first_line(error)}'
-        raise UserError(f'{problem} (mend that, or name a config, --data={path}:CONFIG, or a file)') from None
-    for split, files in builder.config.data_files.items():
-        # theirs are absolute, with symbolic links resolved
-        names = [str(Path(path, os.path.relpath(file, os.path.realpath(path)))) for file in files]
-        if data := [name for name in dict.fromkeys(names) if name in found]:
-            splits[str(split)] = data
-    unread = sorted(set(found).difference(*splits.values()))
-    listed = shorten(', '.join(unread), 300)
-    if not splits:
-        raise UserError(f'{path} lacks the files that `datasets` would read: fetch them, or name one of {listed}')
-    if unread and not config:
-        # a folder is opened several times, so print the note once
-        say_once(f'note: not read, since `datasets` takes other files by their names or kind: {listed}')
+
+def _named_files(folder, entry):
+    """Return {split: existing files} that a README's config entry names in data_files."""
+    splits = {}
+    # data_files: a glob pattern, or a list of patterns or of dicts {'split': name, 'path': pattern or list of patterns}
+    items = entry.get('data_files') or []
+    for item in items if isinstance(items, list) else [items]:
+        named = item if isinstance(item, dict) else {'path': item}
+        split = str(named.get('split', 'train'))
+        patterns = named.get('path', [])
+        for pattern in patterns if isinstance(patterns, list) else [patterns]:
+            for name in sorted(glob.glob(str(pattern), root_dir=folder, recursive=True)):
+                file = os.path.join(folder, name)
+                if _is_data_file(Path(file)) and file not in splits.get(split, []):
+                    splits.setdefault(split, []).append(file)
     return splits
+
+
+def _splits_by_name(path):
+    """Return {split: files} from the file names of a file, folder or pattern; all are 'train' if no name tells a split."""
+    # DatasetDict.save_to_disk writes a folder per split and this file
+    is_saved = os.path.exists(os.path.join(path, 'dataset_dict.json'))
+    # names are relative to the folder, or to the folder before the first wildcard of a pattern
+    root = path if os.path.isdir(path) else os.path.dirname(re.split(r'[*?\[]', path)[0])
+    splits = {}
+    for file in data_files(path):
+        name = os.path.relpath(file, root or '.')
+        split = name.partition('/')[0] if is_saved else _split_of(name)
+        splits.setdefault(split, []).append(file)
+    # _split_of returns '' if a name tells no split
+    unnamed = splits.pop('', [])
+    if unnamed and any(split.startswith('train') for split in splits):
+        # ignore them, as `datasets` does; a folder is scanned several times, so print the note once
+        listed = shorten(', '.join(unnamed), 300)
+        say_once(f'note: not read, since other files are named train: {listed}')
+    elif unnamed:
+        splits = {'train': unnamed, **splits}
+    return splits
+
+
+def _split_of(name):
+    """Return the split that a relative file path tells by the rules of `datasets`, or ''.
+
+    'test_sft-00000-of-00002.parquet' -> 'test_sft', 'data/easy-00000-of-00001.parquet' -> 'easy', 'my.eval.json' -> 'test',
+    'latest.json' -> ''."""
+    word = SPLIT_WORD.search(name.lower())
+    shard = SHARD.search(name)
+    if shard:
+        # the text before the number, for train_x-00000-of-00002 anywhere and any x-00000-of-00002 in a folder `data`
+        is_in_data_folder = not word and '/data/' in f'/{name}'
+        if is_in_data_folder or SPLIT_WORD.search(shard[1].lower()):
+            # data-00000-of-00002 and part-00000 are common file names, not splits
+            return '' if shard[1] in ('data', 'part') else shard[1]
+    if not word:
+        return ''
+    split, suffix = word.groups(default='')  # such as 'eval' and '_sft'
+    return SPLIT_OF_WORD.get(split, split) + suffix
 
 
 def has_test_part(path):

@@ -1,7 +1,7 @@
 """Files and folders as people have them: formats and compressions, splits and configs, what a broken download says."""
 
 import json
-import sys
+import os
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -178,35 +178,36 @@ def test_a_folder_as_the_hub_has_it(tmp_path, held_out):
     refused(f'{tmp_path}[tests]', rf"no split 'tests'; there are train, {held_out}|{held_out}, train: say which")
 
 
+# fmt: off
+@pytest.mark.parametrize('names', [
+    'data/train-00000-of-00002 data/train-00001-of-00002 data/validation-00000-of-00001',
+    'data/train_sft-00000-of-00001 data/test_sft-00000-of-00001', 'math-00000-of-00001 code-00000-of-00001',
+    'train test', 'train eval extra', 'a b', 'train/a train/b test/a', 'my_train my_dev', 'training-set testing',
+    'helpful/train helpful/test harmless/train', 'latest values trainer', 'train2 test2', 'train/data validation/data',
+    'x-train-1 x-valid-1', 'test', 'dev/train', 'train/test', 'default/train/0000 default/test/0000', 'part-00000 part-00001',
+])  # fmt: on
+def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
+    data_files = pytest.importorskip('datasets.data_files')
+    # datasets looks at the names of the folders above, too
+    folder = tmp_path_factory.mktemp('folder')
+    for name in names.split():
+        write(folder / f'{name}.jsonl', ROWS[:1])
+    monkeypatch.chdir(folder)
+    theirs = data_files.DataFilesDict.from_patterns(data_files.get_data_patterns('.'), base_path='.')
+    ours = {split: sorted(map(os.path.abspath, found)) for split, found in files.folder_splits('.').items()}
+    assert ours == {str(split): sorted(map(os.path.abspath, found)) for split, found in theirs.items()}
+
+
 def test_a_note_names_the_files_that_no_split_has(tmp_path, capsys):
     for name in ('train', 'test', 'notes'):
         write(tmp_path / f'{name}.jsonl', ROWS[:3])
     assert len(answers(str(tmp_path))) == len(answers(str(tmp_path), 'test')) == 3
-    note = 'note: not read, since `datasets` takes other files by their names or kind: '
-    assert capsys.readouterr().out == f'{note}{tmp_path}/notes.jsonl\n'
-    # a pattern has no splits
-    assert len(answers(f'{tmp_path}/t*.jsonl', undivided=True)) == 6
-    pattern = f'note: what the pattern {tmp_path}/t*.jsonl matches is one part, with {tmp_path}/test.jsonl: '
-    assert capsys.readouterr().out.startswith(pattern)
-    # of several kinds the commonest is read; a text is a licence, even where there are two
-    for name in ('a.jsonl', 'b.jsonl', 'c.csv'):
-        write(tmp_path / 'kinds' / name, ROWS[:3])
-    (tmp_path / 'kinds/LICENSE.txt').write_text('free')
-    assert len(answers(f'{tmp_path}/kinds', undivided=True)) == 6
-    assert capsys.readouterr().out == f'{note}{tmp_path}/kinds/c.csv\n'
-    write(tmp_path / 'texts/a.jsonl')
-    for name in ('LICENSE.txt', 'NOTES.txt'):
-        (tmp_path / 'texts' / name).write_text('free')
-    refused(tmp_path / 'texts', 'lacks the files that `datasets` would read: fetch them, or name one of .*/a.jsonl')
-    # train and test of different kinds
-    write(tmp_path / 'both/train.parquet')
-    write(tmp_path / 'both/test.jsonl')
-    refused(tmp_path / 'both', 'cannot tell the splits of the folder .*both by its README or its files: .*file format for all')
+    assert capsys.readouterr().out == f'note: not read, since other files are named train: {tmp_path}/notes.jsonl\n'
 
 
 def test_splits_of_one_folder_are_not_mixed(tmp_path):
-    for name, rows in {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3]}.items():
-        write(tmp_path / f'data/{name}-00000-of-00001.jsonl', rows)
+    for name, rows in {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3], 'other': ROWS[:1]}.items():
+        write(tmp_path / f'{name}.jsonl', rows)
     refused(tmp_path, r"several splits; there are test_prefs, train_prefs, train_sft: say which: --data='.*\[train_prefs\]'")
     assert answers(f'{tmp_path}[train_prefs]') == ALL and answers(f'{tmp_path}[train_prefs]', 'test') == ALL[:3]
     # where one is for training, any name will do
@@ -253,13 +254,12 @@ def test_the_configs_of_a_readme(tmp_path):
     for name, rows in {'easy/a': ROWS[:20], 'easy/b1': ROWS[20:], 'easy/held': ROWS[:2], 'hard/x': ROWS}.items():
         write(tmp_path / f'{name}.jsonl', rows)
     (tmp_path / 'README.md').write_text(README)
-    configs = "'easy', 'hard', 'both', 'gone'"
-    refused(tmp_path, f'Config name is missing.*{configs}.*or name a config, --data=.*:CONFIG')
+    refused(tmp_path, 'has several configs; there are easy, hard, both, gone: say which: --data=.*:CONFIG')
     assert answers(f'{tmp_path}:easy') == ALL and answers(f'{tmp_path}:easy', 'test') == ALL[:2]
     assert divided(f'{tmp_path}:hard') and answers(f'{tmp_path}:easy[test]', undivided=True) == ALL[:2]
-    refused(f'{tmp_path}:soft', f"'soft' not found. Available: .{configs}")
+    refused(f'{tmp_path}:soft', "no config 'soft'; there are easy, hard, both")
     assert sorted(answers(f'{tmp_path}:both', undivided=True)) == sorted(ALL + ALL[:2])
-    refused(f'{tmp_path}:gone', 'lacks the files that `datasets` would read: fetch them, or name one of .*easy/a.jsonl')
+    refused(f'{tmp_path}:gone', "none of the files that its README names for the config 'gone': fetch them")
     # what the README says is of the fingerprint
     before = sources.fingerprint(f'{tmp_path}:easy')
     (tmp_path / 'README.md').write_text(README.replace('easy/held', 'easy/a'))
@@ -270,17 +270,7 @@ def test_the_configs_of_a_readme(tmp_path):
     assert divided(str(tmp_path))
     for broken in ('configs: [1, 2]', 'configs: {a: b}', 'configs: [{data_files: 3}]', ': : ['):
         (tmp_path / 'README.md').write_text(f'---\n{broken}\n---\n')
-        refused(tmp_path, 'cannot tell the splits of the folder .* by its README or its files: ')
-
-
-def test_without_datasets_a_file_is_read(tmp_path, monkeypatch):
-    """A folder and the hub need the package, and say so."""
-    monkeypatch.setitem(sys.modules, 'datasets', None)
-    for source in (write(tmp_path / 'test.jsonl'), f'{tmp_path}/*.jsonl'):
-        assert divided(source)
-    refused(tmp_path, 'cannot tell the splits of the folder .*: import of datasets')
-    refused('o/n', "cannot find 'o/n' on the hub: import of datasets")
-    refused('hh', "cannot load 'Anthropic/hh-rlhf', split 'train', from the hub: import of datasets")
+        assert ALL[5] in answers(str(tmp_path), undivided=True)
 
 
 # ---- the hub ----

@@ -10,7 +10,6 @@ from collections import Counter
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers import assistant, system, user
@@ -852,7 +851,7 @@ def test_a_folder_with_train_and_test_files(tmp_path):
     folder = tmp_path / 'latest test of training'  # the name of the folder itself says nothing
     folder.mkdir()
     write(folder / 'latest_train.jsonl', [{'text': 'c'}])
-    write(folder / 'train-00000.jsonl.gz', [{'text': 'a'}, {'text': 'b'}])
+    write(folder / 'train-00000.parquet', [{'text': 'a'}, {'text': 'b'}])
     write(folder / 'test.json', [{'text': 'd'}])
     (folder / 'README.md').write_text('about train and test')
     assert sorted(answers(str(folder), 'train')) == ['a', 'b', 'c'] and answers(str(folder), 'test') == ['d']
@@ -863,10 +862,9 @@ def test_a_folder_with_train_and_test_files(tmp_path):
 
 def test_a_folder_has_the_split_that_is_meant(tmp_path):
     """As the repositories of UltraFeedback and UltraChat are laid out."""
-    (tmp_path / 'data').mkdir()
     for split in ('train', 'test'):
         for kind in ('prefs', 'sft', 'gen'):
-            write(tmp_path / f'data/{split}_{kind}-00000-of-00001.parquet', [{'text': f'{split} {kind}'}])
+            write(tmp_path / f'{split}_{kind}-00000.parquet', [{'text': f'{split} {kind}'}])
     for split in ('train_prefs', 'test_sft', 'train_gen'):
         (file,) = sources.files.local_files(str(tmp_path), split)
         assert Path(file).name.startswith(split)
@@ -919,8 +917,6 @@ def test_fingerprints(tmp_path):
 
 def test_a_folder_that_is_called_like_a_dataset_is_not_its_fingerprint(hub, tmp_path, monkeypatch, capsys):
     """What is read decides what it is known by, and the user is told."""
-    found = SimpleNamespace(data_files={'train': [str(tmp_path / 'hh/train.jsonl')]})
-    hub.load_dataset_builder = lambda folder, name, cache_dir: SimpleNamespace(config=found)
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'hh').mkdir()
     row = {'chosen': EGG + ' a', 'rejected': EGG + ' b'}
