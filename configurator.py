@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import os
 import re
-import signal
 import sys
 import types
 from pathlib import Path
@@ -135,9 +134,11 @@ def _print_help(doc, options):
         lines += ['', heading]
         for name, option in group:
             lines.append(f'  --{name} = {option.default!r} ({" | ".join(option.types)})  {option.comment}')
-    # --help | head: end without an error when head closes the pipe, as other programs do
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    print('\n'.join(lines), flush=True)
+    try:
+        print('\n'.join(lines), flush=True)
+    except BrokenPipeError:
+        # --help | head: discard what Python flushes at exit, which would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _read_file(path):

@@ -114,6 +114,8 @@ if cache_ref:
 run.train = run.train.flip(noise_rate, seed)
 if not paired:
     run.train = run.train.keep(frac_good, frac_bad, seed)
+if is_kto and len(run.train) == 1:
+    raise UserError(f'kto compares an answer with that of another example, and the training data {data!r} has one only')
 run.count_data()
 run.check_room(ref)
 

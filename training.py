@@ -80,7 +80,6 @@ trust_remote_code = False  # run code that comes with a model
 
 def begin(config):
     """Start a run: check the options, join the process group, install signal handlers, lock out_dir. Raises UserError."""
-    # reject incompatible options first
     adapters = lora.options(config)
     parallel.check(config)
     for names, why in values.without_effect(config):
@@ -408,9 +407,7 @@ class Run:
     # ---- the end ----
 
     def finish(self, build=None):
-        """Export the model with its card to out_dir/model and close the log.
-
-        build: makes the model to export, if it differs from the trained one (ppo.py: no value head)."""
+        """Export the model with its card to out_dir/model. build: makes it, if it is not the trained one (ppo.py: no value head)."""
         folder = f'{self.config.out_dir}/model'
         # a pending signal stops the run here, with a checkpoint
         self.obey_signals(self.total)

@@ -12,7 +12,7 @@ import yaml
 
 from configurator import UserError
 from hf import lora
-from hf.parts import core, is_exported
+from hf.parts import core
 from hf.ties import tie_as, ties
 from runtime import checkpoint
 from runtime.files import clear_path, move_folder, say, writing
@@ -63,9 +63,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     # gather full tensors on the CPU of rank 0; with adapters only the trained ones
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapters)
     trained_weights = get_model_state_dict(model, options=options)
-    trained_weights = {name: w for name, w in trained_weights.items() if is_exported(name)}
-    # such as the LM head, if it is the embedding
-    tied = {name: first for name, first in ties(model).items() if is_exported(name)}
+    tied = ties(model)  # such as the LM head, if it is the embedding
     folder = Path(folder)
     temporary = folder.with_name(f'{folder.name}.tmp')
     adapter_temporary = folder.with_name('adapter.tmp')

@@ -124,6 +124,13 @@ class LeanBlock:
         return recipe.recompute().detach().view(shape)
 
 
+def checkpointed(forward, *args, **options):
+    """Return forward(*args, **options), whose activations backward computes again. Without gradients it is forward alone."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **options)
+    return checkpoint(forward, *args, use_reentrant=False, **options)
+
+
 def recompute(model, activation_checkpointing=False):
     """Turn on activation checkpointing, in place: for whole blocks (True), for cheap operations ('selective'), or not at all."""
     if activation_checkpointing == 'selective':
@@ -131,4 +138,4 @@ def recompute(model, activation_checkpointing=False):
             LeanBlock(block)
     elif activation_checkpointing:
         for block in blocks(model):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpointed, block.forward)

@@ -256,7 +256,8 @@ def _check_files(name, config):
 def add_value_head(model, critic=None):
     """Add a trainable value estimator to a causal LM and return it. critic: a reward model; None: a zero linear head."""
     inner = core(model)
-    # rl/heads.py looks for either of these attributes
+    # rl/heads.py looks for either of these attributes, and without_value_head for the name
+    inner.value_estimator = 'value_head' if critic is None else 'critic'
     if critic is not None:
         inner.critic = critic
         return model
@@ -265,6 +266,18 @@ def add_value_head(model, critic=None):
     for p in inner.value_head.parameters():
         torch.nn.init.zeros_(p)
     return model
+
+
+@contextlib.contextmanager
+def without_value_head(model):
+    """Within the block, the model lacks what add_value_head added, if it did: it is exported as a plain causal LM."""
+    inner = core(model)
+    names = [inner.value_estimator] if hasattr(inner, 'value_estimator') else []
+    added = {name: inner._modules.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        inner._modules.update(added)
 
 
 @torch.no_grad()

@@ -21,11 +21,6 @@ def blocks(model):
     return list(block_at.values())
 
 
-def is_exported(name):
-    """Return whether the parameter of this name is in the exported model. The value head or critic of ppo.py is not."""
-    return {'critic', 'value_head'}.isdisjoint(name.split('.'))
-
-
 def trunk(model):
     """Return the model without its head."""
     inner = core(model)

@@ -222,11 +222,13 @@ def export(model, tokenizer, build, folder, card, dtype, save):
 
     If the export fails, save() a checkpoint and raise UserError."""
     from hf.export import write_model
+    from hf.load import without_value_head
     from runtime import ranks
 
     try:
         ranks.on_one_rank(files.append_kept)
-        return write_model(model, tokenizer, build, folder, card, dtype)
+        with without_value_head(model):
+            return write_model(model, tokenizer, build, folder, card, dtype)
     except UserError as error:
         keep(save)
         raise UserError(f'{error}. What was trained is in a checkpoint: the same command writes the model') from None

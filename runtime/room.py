@@ -16,12 +16,11 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 from data import pack, tokens_taken
-from hf import sharded
-from hf.parts import blocks, core, is_exported
+from hf import lean, sharded
+from hf.parts import blocks, core
 from hf.quantize import packed_weights
 from model import Head
 from runtime import ranks
@@ -42,7 +41,8 @@ def check_room(config, policy, measure_per_token, train, total, packed, max_toke
     measure_per_token(): returns bytes of activations per token; train: Examples; total: examples of the run; packed: no
     padding; others: models in memory besides policy, or None in their place. Returns whether checkpoints fit, too. Collective."""
     # bytes over all ranks; the exported model lacks ppo.py's value head and critic, which are in its checkpoints
-    exported = [p for name, p in policy.named_parameters() if is_exported(name)]
+    not_exported = {'critic', 'value_head'}
+    exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
     bytes_each = 4 if config['save_dtype'] == 'float32' else 2
     # 4-bit weights are exported unpacked; as buffers, parameters() lacks them
     model_bytes = bytes_each * (_count(exported) + packed_weights(policy))
@@ -298,7 +298,7 @@ def bytes_per_token(policy, forward, train, packed):
         kept = _kept_bytes(lambda: forward(batch))
         # backward recomputes blocks with activation checkpointing (hf/lean.py) one at a time: add the activations of an average
         # block, those of a forward without checkpointing divided by the number of blocks
-        checkpointed = {m: m.forward for m in policy.modules() if getattr(m.forward, 'func', None) is checkpoint}
+        checkpointed = {m: m.forward for m in policy.modules() if getattr(m.forward, 'func', None) is lean.checkpointed}
         for block, block_forward in checkpointed.items():
             block.forward = block_forward.args[0]
         if checkpointed:

@@ -134,9 +134,7 @@ class Examples:
         """Return the prompts at rows (one step), each with an answer to a different prompt, for KTO's KL estimate z.
 
         Examples have one answer each. The answer comes from the next example of the step with a different prompt, else of
-        self, else of the Examples `more`; if all prompts are equal, from any other example. UserError if there is none."""
-        if self is more and len(self) == 1:
-            raise UserError('kto compares an answer with that of another example, and the training data has one only')
+        self, else of the Examples `more`; if all prompts are equal, from any other example."""
 
         def donors(slot, row):
             """Yield (examples, candidate rows) in order of preference; the candidates may be empty."""

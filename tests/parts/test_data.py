@@ -569,14 +569,6 @@ def test_mismatched(examples, rows, more, answers):
     assert ''.join(chr(answer[0]) for _, (answer,) in mixed) == answers
 
 
-def test_nothing_is_mismatched_with_itself():
-    one = Examples.of([([1], [[2]])])
-    with pytest.raises(UserError, match='kto compares .* has one only'):
-        one.mismatched(np.array([0]), 512, one)
-    # a held-out example alone takes its answer from the training data
-    assert items(one.mismatched(np.array([0]), 512, Examples.of([([3], [[4]])])))
-
-
 def test_a_mismatched_answer_is_cut_to_the_length_of_an_example():
     examples = Examples.of([(list(range(10)), [[20, 21]]), ([1], [list(range(30, 41))]), (list(range(50, 62)), [[7]])])
     assert examples.longest() == 13 and examples.longest(mixed=True) == 12 + 11 and examples.longest_prompt() == 12

@@ -105,3 +105,14 @@ def test_a_weight_that_does_not_fit_becomes_no_infinity(flags, capsys):
     assert said.endswith('done: run/model\n')
     assert {value.dtype for value in tensors('run/model').values()} == {torch.float32}
     assert 'are kept in float32' in Path('run/model/README.md').read_text()
+
+
+def test_only_the_value_head_of_ppo_is_left_out():
+    """A model's own part of that name, of code that came with it, stays."""
+    model, own = load.load_model('toy'), load.load_model('toy')
+    own.value_head = torch.nn.Linear(2, 1)
+    load.add_value_head(model)
+    for net, left in ((model, False), (own, True)):
+        with load.without_value_head(net):
+            assert hasattr(net, 'value_head') == left
+        assert hasattr(net, 'value_head')

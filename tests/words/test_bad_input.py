@@ -22,6 +22,7 @@ from text import toy
 PAIRS = [{'prompt': f'place {i}:', 'chosen': f' good {i} .', 'rejected': f' bad {i} .'} for i in range(6)]
 CONTENTS = {
     'good.jsonl': PAIRS,
+    'one.jsonl': [{'prompt': 'p', 'response': 'a', 'label': True}],
     'fields.jsonl': [*PAIRS[:3], {'prompt': 'p', 'chosen': 'a'}],
     'empty_answers.jsonl': [row | {'chosen': '', 'rejected': ''} for row in PAIRS],
     'one_empty.jsonl': [row | {'rejected': ''} for row in PAIRS],
@@ -136,6 +137,7 @@ DPO = [
     ('--loss=radpo1 --risk=none', "risk must be one of .*cvar.*'none'"),
     ('--loss=radpo1 --mu=1.5', 'mu must lie .* for the risk cvar, not 1.5'),
     ('--loss=kto --batch_size=1', 'kto'),
+    ('--loss=kto --data={world}/one.jsonl --eval_data={world}/good.jsonl', "another example, .*one.jsonl' has one only"),
     ('--loss=kto --frac_good=0 --frac_bad=0', 'frac_good|no train examples'),
     ('--loss=simpo --ref_model=toy', '--ref_model has no effect: there is no reference'),
     ('--importance --reference_free', 'leave out --reference_free'),
