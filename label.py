@@ -145,18 +145,6 @@ def ask_judge(todo):
         yield {'pair': i, 'order': order, 'preference': preference, 'text': text, 'raw': raw}
 
 
-def model_rewards(to_score):
-    """Return the reward model's score of each (prompt, text) in the dict to_score, under the same key."""
-    # answers with equal prompt ids share the computed prompt: prompt ids -> {key: answer ids}
-    by_prompt = {}
-    for key, (prompt, text) in to_score.items():
-        prompt_ids, answer_ids = encode(prompt, text, tokenizer, max_length, max_prompt_length, truncation, cut)
-        by_prompt.setdefault(tuple(prompt_ids), {})[key] = answer_ids
-    examples = [(prompt_ids, list(answers.values())) for prompt_ids, answers in by_prompt.items()]
-    scored = [key for answers in by_prompt.values() for key in answers]
-    return dict(zip(scored, score.scores(model, tokenizer, examples, max_tokens).tolist(), strict=True))
-
-
 def compare_rewards(todo):
     """Yield a row of verdicts.jsonl per key (pair index, order); the higher reward is preferred. order is 1: rewards ignore it."""
     # in blocks, so that verdicts reach the disk early
@@ -170,10 +158,14 @@ def compare_rewards(todo):
                 # the text that dpo.py will read from annotations.json
                 text = answer(output) if is_plain(pairs[i]) else output
                 to_score[str(prompt), output] = (prompt, text)
+        items = to_score.values()
         if gold is not None:
-            reward_of = {key: toy.gold(prompt, text) for key, (prompt, text) in to_score.items()}
+            rewards = [toy.gold(prompt, text) for prompt, text in items]
         else:
-            reward_of = model_rewards(to_score)
+            lengths = (max_length, max_prompt_length, truncation)
+            ids = [encode(prompt, text, tokenizer, *lengths, cut) for prompt, text in items]
+            rewards = score.scores(model, tokenizer, ids, max_tokens).tolist()
+        reward_of = dict(zip(to_score, rewards, strict=True))
 
         for i in indices:
             prompt = str(pairs[i]['prompt'])

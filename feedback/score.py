@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -89,56 +90,78 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
 
 @errors.memory_for('answers do not fit beside the reward model; lower max_tokens, which changes no score')
 @torch.no_grad()
-def scores(model, tokenizer, examples, max_tokens, ends=()) -> np.ndarray:
-    """Return the scores of all answers in order, (answers,) float32; equal on all ranks, and all ranks must call this.
+def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
+    """Return the scores (n,), float32, of n answers; equal on all ranks, and all ranks must call this.
 
-    examples: tuples (prompt ids, [answer ids, ...]), whose answers share the computed prompt; eos is appended to an answer without
-    an end token, as in training. max_tokens: tokens of a microbatch on one rank, unless a single example has more. ends: end tokens
-    besides eos, such as the end of a turn. The score is read at the last token. Raises UserError for an answer that is too long for
-    the model, and for scores that are not finite."""
+    items: n tuples (prompt ids, answer ids); eos is appended to an answer without an end token, as in training. max_tokens:
+    tokens of a microbatch on one rank. ends: end tokens besides eos, such as the end of a turn. The score is read at the last
+    token. Raises UserError for an item that is too long for the model, and for scores that are not finite."""
     net = core(model)
+    device = net.device
     is_padded = net.config._attn_implementation != 'packed'
-    eos = tokenizer.eos_token_id
-    endings = {eos, *ends}
-    examples = [(prompt, [_with_end(answer, endings, eos) for answer in answers]) for prompt, answers in examples]
-    limit = max_sequence_length(model)
-    for number, (prompt, answers) in enumerate(examples):
-        longest = max(map(len, answers), default=0)
-        if not len(prompt) or len(prompt) + longest > limit:
-            takes = f'the reward model takes a prompt and at most {limit} in all'
-            raise UserError(f'example {number}: prompt and answer have {len(prompt)} + {longest} tokens, where {takes}')
-    if is_padded:
-        # padded rows cannot share a prompt
-        examples = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
-    lengths = np.array([len(prompt) + sum(map(len, answers)) for prompt, answers in examples])
-    # a slot is the number of an answer among all; the slots of example i: first_slots[i] to first_slots[i + 1]
-    first_slots = np.cumsum([0] + [len(answers) for _, answers in examples])
-    # microbatches of this rank, as lists of indices into examples; every rank computes the same plan
+    # padded batches cannot share prompts: with a limit of 0 each answer gets a group of its own
+    group_limit = 0 if is_padded else max_tokens
+    groups = _groups(items, tokenizer.eos_token_id, ends, max_sequence_length(model), group_limit)
+    lengths = np.array([group.tokens for group in groups])
+    # microbatches of this rank, as lists of indices into groups; every rank computes the same plan
     rank, world_size = ranks.data_rank()
     make_plan = plan_padded if is_padded else plan
     microbatches = make_plan(lengths, world_size, max_tokens)[rank]
     parts = []  # scores of each microbatch
-    slots = []  # of these scores
+    slots = []  # item number of each of these scores
     for indices in microbatches:
-        batch = pack([examples[i] for i in indices], indices, pad=is_padded, filler=1, device=net.device)
+        examples = []
+        for index in indices:
+            group = groups[index]
+            examples.append((group.prompt, group.answers))
+            slots += group.slots
+        batch = pack(examples, indices, pad=is_padded, filler=1, device=device)
         parts.append(model.response_scores(batch))
-        for i in indices:
-            slots += range(first_slots[i], first_slots[i + 1])
         # an idle rank scores a filler answer to stay in step with the others; slot -1 drops its score
         if not indices:
             slots.append(-1)
-    columns = fsdp.gather_columns({'score': torch.cat(parts)}, slots, int(first_slots[-1]))
+    columns = fsdp.gather_columns({'score': torch.cat(parts)}, slots, len(items))
     values = columns['score'].float().numpy()
     if not np.isfinite(values).all():
         raise UserError("the reward model's scores are not numbers: its weights are broken, or too large for its type")
     return values
 
 
-def _with_end(answer, endings, eos):
-    """Return answer ids (n,), with eos appended unless the last one is in endings."""
-    if len(answer) and answer[-1] in endings:
-        return answer
-    return np.append(answer, eos).astype(int)  # np.append makes floats of an empty list
+class _Group(NamedTuple):
+    """Answers that share a prompt, which is computed once. slots: the item number of each answer."""
+
+    prompt: np.ndarray
+    answers: list
+    slots: list
+
+    @property
+    def tokens(self):
+        """Number of tokens of the prompt and all answers."""
+        return len(self.prompt) + sum(map(len, self.answers))
+
+
+def _groups(items, eos, ends, max_length, max_tokens):
+    """Group items (prompt ids, answer ids) by prompt into _Groups of at most max_tokens, or of one answer if that is longer.
+
+    Appends eos to answers without an end token. Raises UserError without a prompt, and for more than max_length tokens."""
+    endings = {eos, *ends}
+    by_prompt = {}  # bytes of the prompt ids -> groups
+    for slot, (prompt, answer) in enumerate(items):
+        prompt = np.asarray(prompt, np.int64)
+        answer = np.asarray(answer, np.int64)
+        has_end = len(answer) > 0 and answer[-1] in endings
+        if not has_end:
+            answer = np.append(answer, eos)
+        if not len(prompt) or len(prompt) + len(answer) > max_length:
+            takes = f'the reward model takes a prompt and at most {max_length} in all'
+            raise UserError(f'item {slot}: prompt and answer have {len(prompt)} + {len(answer)} tokens, where {takes}')
+        # add to the last group of this prompt, or open a new one if it is full
+        groups = by_prompt.setdefault(prompt.tobytes(), [])
+        if not groups or groups[-1].tokens + len(answer) > max_tokens:
+            groups.append(_Group(prompt, [], []))
+        groups[-1].answers.append(answer)
+        groups[-1].slots.append(slot)
+    return [group for groups in by_prompt.values() for group in groups]
 
 
 def main():
@@ -217,8 +240,8 @@ def score_examples(model, tokenizer, examples, limit, left_out):
     limit: tokens to truncate to. left_out: Counter to which truncated and skipped examples are added; the latter get no row."""
     options = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
     rows = []
-    to_score = []  # (prompt ids, [answer ids, ...])
-    targets = []  # (row, column): where the score of each answer goes
+    items = []  # (prompt ids, answer ids) of all answers
+    targets = []  # (row, column): where the score of each item goes
     for task, example in examples:
         # fall back to the position in the data if there is no id
         row = {'id': example.raw.get('id', example.where or None)}
@@ -230,9 +253,10 @@ def score_examples(model, tokenizer, examples, limit, left_out):
         tokenised = tokenise([example], tokenizer, task, limit, limit // 2, truncation, left_out, **options)
         for prompt, answers in tokenised:
             rows.append(row)
-            to_score.append((prompt, answers))
-            targets += [(row, name) for name in names]
-    values = scores(model, tokenizer, to_score, max_tokens).tolist() if to_score else []
+            for name, answer in zip(names, answers, strict=True):
+                items.append((prompt, answer))
+                targets.append((row, name))
+    values = scores(model, tokenizer, items, max_tokens).tolist() if items else []
     for (row, name), value in zip(targets, values, strict=True):
         row[name] = value
     for row in rows:

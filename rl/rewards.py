@@ -90,8 +90,9 @@ class Reward:
             elif part.function_or_model == 'gold':
                 values = [toy.gold(prompt, answer) for prompt, answer in texts(examples, self.tokenizer)]
             else:
+                items = [(prompt, answer) for prompt, answers in examples for answer in answers]
                 reward_model, tokenizer = self.reward_models[part]
-                values = score.scores(reward_model, tokenizer, examples, self.max_tokens, ends=ends)
+                values = score.scores(reward_model, tokenizer, items, self.max_tokens, ends=ends)
 
             values = torch.as_tensor(values, dtype=torch.float64)
             columns['score'] += part.weight * values

@@ -114,10 +114,10 @@ def test_scores_know_other_ends(folders):
     """score.scores appends the end of text to an answer that does not end; what counts as an end is told."""
     ranks.setup()
     scorer, tokenizer = score.load_scorer(str(folders / 'reward'), torch.device('cpu'))
-    found = score.scores(scorer, tokenizer, [([1, 2], [[3, 100], [3, 100, EOS]])], 4096)
+    found = score.scores(scorer, tokenizer, [([1, 2], [3, 100]), ([1, 2], [3, 100, EOS])], 4096)
     assert found[0] == pytest.approx(found[1], abs=1e-5)
-    other = score.scores(scorer, tokenizer, [([1, 2], [[3, 100], [3]])], 4096, ends={100})
-    alone = score.scores(scorer, tokenizer, [([1, 2], [[3, EOS]])], 4096)
+    other = score.scores(scorer, tokenizer, [([1, 2], [3, 100]), ([1, 2], [3])], 4096, ends={100})
+    alone = score.scores(scorer, tokenizer, [([1, 2], [3, EOS])], 4096)
     assert abs(other[0] - found[0]) > 1e-3 and other[1] == pytest.approx(alone[0], abs=1e-5)
 
 

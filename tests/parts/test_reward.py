@@ -117,13 +117,13 @@ def test_exported_folder_is_plain_transformers(folders, name, tmp_path, capsys):
     scorer, tokenizer = score.load_scorer(str(tmp_path / 'model'), torch.device('cpu'))
     assert 'padded' not in capsys.readouterr().out
     same = partial(pytest.approx, own.tolist(), abs=1e-5)
-    assert score.scores(scorer, tokenizer, pairs(), 4096).tolist() == same()
-    again = score.scores(scorer, tokenizer, [(p, [a[:-1]]) for p, a in items[::-1]], 20)
+    assert score.scores(scorer, tokenizer, items, 4096).tolist() == same()
+    again = score.scores(scorer, tokenizer, [(p, a[:-1]) for p, a in items[::-1]], 20)
     assert again.dtype == np.float32 and again[::-1].tolist() == same()
-    with pytest.raises(UserError, match='example 1: .*60 . 6 tokens.*64'):
-        score.scores(scorer, tokenizer, [pairs()[0], (range(60), [range(2), range(5)])], 4096)
+    with pytest.raises(UserError, match='item 1: .*60 . 6 tokens.*64'):
+        score.scores(scorer, tokenizer, [items[0], (range(60), range(5))], 4096)
     attention.set_attention(scorer, packed=False)
-    assert score.scores(scorer, tokenizer, pairs(), 40).tolist() == same()
+    assert score.scores(scorer, tokenizer, items, 40).tolist() == same()
 
 
 def test_the_place_of_the_last_token(folders, monkeypatch):
