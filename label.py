@@ -93,7 +93,6 @@ if endpoint is not None:
     template = judge.read_prompt(judge_prompt)
     fields = judge.read_request(request) | {'model': judge_model, 'stream': False}
     record['content of judge_prompt'] = f'{content_hash(template):016x}'
-contents = {}  # hashes of the reward model's files
 
 # heavy modules are imported only if needed
 if gold is not None:
@@ -107,17 +106,17 @@ if gold is not None:
 
 if reward_model is not None:
     from feedback import score
-    from hf.load import fingerprints
+    from hf import lora
     from hf.probe import max_sequence_length
     from runtime import ranks
     from text.tokenise import encode
 
     *_, device = ranks.setup()
-    contents = fingerprints(config)
+    record['content of reward_model'] = lora.weights_hash(reward_model)
 
 # out_dir must be new, or hold a run with the same answers and options except these
 neutral = {'out_dir', 'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'}
-log.check_out_dir(out_dir, record, resume=True, neutral=neutral, contents=contents)
+log.check_out_dir(out_dir, record, resume=True, neutral=neutral)
 lock(out_dir)
 
 n_prompts = len({pair['question'] for pair in pairs})
@@ -198,7 +197,7 @@ with log.progress(len(keys), ' verdicts', 'judged', initial=len(verdicts)) as ba
     for row in judge_pairs(todo):
         # claim out_dir with the first verdict only, so that a mistaken command does not block the corrected one
         if not config_file.exists():
-            log.claim_out_dir(out_dir, record, contents)
+            log.claim_out_dir(out_dir, record)
         # sync every reply, which costs money; rewards come fast, so sync them once per block
         ends_block = (len(verdicts) + 1) % BLOCK == 0
         append(verdicts_file, [row], sync=endpoint is not None or ends_block)

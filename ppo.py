@@ -330,7 +330,12 @@ def evaluate(seen):
         fields = {name: column for name, column in columns.items() if name.startswith('score')}
         return {'logratio': torch.stack([of_tokens.sum() for of_tokens in logratios])} | fields
 
-    settings = {'n_written': n_eval_model_samples, 'max_new_tokens': max_new_tokens, 'rows': sample_batch}
+    settings = {
+        'n_written': n_eval_model_samples,
+        'all_rows': True,
+        'max_new_tokens': max_new_tokens,
+        'rows': sample_batch,
+    }
     generate.sample_held_out(run, {'policy': policy}, len(held_out), seen, measure, **settings)
     run.log_evaluation(seen, metrics)
 

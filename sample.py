@@ -27,7 +27,8 @@ from configurator import UserError, configure, main_rank
 from feedback.answers import append, collect, raise_if_missing, read_text, write_model_outputs
 from feedback.endpoint import ask, completions_url
 from hf import generate, sharded
-from hf.load import fingerprints, load_model, load_tokenizer
+from hf.load import load_model, load_tokenizer
+from hf.lora import weights_hash
 from hf.probe import max_sequence_length
 from rl import reward_functions
 from runtime import errors, log, ranks
@@ -171,11 +172,13 @@ def expected_row(i, sample):
     return row
 
 
-# compare the model by content: another one under the same name makes another run
-contents = {} if endpoint else ranks.shared(partial(fingerprints, config))
+# compare weights by content: another model under the same name makes another run
+record = dict(config)
+if not endpoint:
+    record['weights'] = ranks.shared(partial(weights_hash, model))
 # these options may change when a run is resumed
 neutral = {'out_dir', 'reward', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
-ranks.on_one_rank(partial(log.check_out_dir, out_dir, config, resume=True, neutral=neutral, contents=contents))
+ranks.on_one_rank(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = ranks.first_of_host(read_prompts)
 # an answer's key: (prompt index, sample number)
 keys = list(itertools.product(range(len(prompts)), range(n_samples)))
@@ -316,7 +319,7 @@ ranks.on_one_rank(partial(lock, out_dir))
 done = set(ranks.shared(lambda: list(collect(out_dir, expected_row))))  # keys
 if done:
     log.say(f'{len(done)} answers are in {out_dir} already')
-ranks.on_one_rank(partial(log.claim_out_dir, out_dir, config, contents))
+ranks.on_one_rank(partial(log.claim_out_dir, out_dir, record))
 guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes on there')
 
 started = time.time()

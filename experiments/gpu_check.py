@@ -53,6 +53,7 @@ from runtime import ranks
 from text import toy
 
 BEGAN = time.time()
+BUDGET = 440  # no further shape is measured after so many seconds: a call ends after ten minutes
 failed = []
 MODEL, PAIRS, HELD_OUT = OUT / 'model', OUT / 'pairs.jsonl', OUT / 'held_out.jsonl'
 # shapes of examples: tokens of the prompt, then of each answer
@@ -456,6 +457,9 @@ def speed():
     if not gpu:
         flags = '--vocabulary=512 --threads=1 --n_steps=1 --batch_size=4'
     for size in sizes.split() if gpu else ['14m']:
+        if time.time() - BEGAN > BUDGET:
+            say(False, f'speed, {size}', 'not measured: no time left')
+            continue
         # 2.8B in 80 GB: half the state of AdamW, and 8,192 tokens at a time
         more = ['--optimizer=RMSprop', '--max_tokens=8192'] if size == '2.8b' else []
         shape = [f'--model=pythia-{size}', '--variants=padded head cached']

@@ -110,11 +110,10 @@ def check_same(place, recorded_run, run, neutral=NEUTRAL):
         say(f'note: {place} a run of an older version, which kept no hash of {unhashed}: not checked')
 
 
-def check_out_dir(out_dir, config, resume, neutral=NEUTRAL, contents=None):
+def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
     """Raise UserError if a run with these options cannot use out_dir, or if its tracker (wandb, tensorboard) is not installed.
 
-    out_dir must be writable, and either new or of the same run: all options but neutral equal, unfinished, and resume on.
-    contents: hashes to compare, too, see differences(); a training run compares them later, when models and data are loaded."""
+    out_dir must be writable, and either new or of the same run: all options but neutral equal, unfinished, and resume on."""
     for name in ('wandb', 'tensorboard'):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
@@ -126,7 +125,8 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL, contents=None):
         recorded_run = recorded(out_dir)
     if not recorded_run:
         return
-    run = {'script': Path(sys.argv[0]).name, 'options': config, 'contents': contents or {}}
+    # hashes are compared later, when models and data are loaded
+    run = {'script': Path(sys.argv[0]).name, 'options': config, 'contents': {}}
     check_same(f'{out_dir} holds', recorded_run, run, neutral)
     is_finished = (folder / 'model').exists()
     if is_finished or not resume:

@@ -473,7 +473,7 @@ def test_reward_model(reward_folder):
     state = Path(reward_folder) / 'config.json'
     text = state.read_text()
     state.write_text(text + '\n')
-    with pytest.raises(UserError, match='reward_model .* has changed since: config.json'):
+    with pytest.raises(UserError, match='content of reward_model'):
         label(*flags)
     state.write_text(text)
 

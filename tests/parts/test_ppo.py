@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, refused, run_script
+from helpers import ROOT, read_jsonl, refused, run_script, write_jsonl
 
 import data
 from configurator import Config, UserError
@@ -194,6 +194,19 @@ def test_advantages_and_targets_by_hand():
         options.offline = offline
         found = rollout.advantages_and_targets(options, tokens, rows(1, -1), torch.tensor([2, 1]))
         assert close(found[0], rows(*advantage)) and close(found[1], rows(*target))
+
+
+def test_held_out_prompts_of_bad_answers_are_answered_too(tmp_path, small_toy):
+    """Labels are of the data's answers, and none of these is sampled from."""
+    rows = [{'prompt': f'Review {i}:', 'completion': ' good .', 'label': i == 0} for i in range(4)]
+    write_jsonl(tmp_path / 'rows.jsonl', rows)
+    data_flags = [f'--data={tmp_path}/rows.jsonl', f'--eval_data={tmp_path}/rows.jsonl']
+    flags = (
+        '--offline --batch_size=4 --minibatch_size=4 --ppo_epochs=1 --max_new_tokens=2 --max_length=32 --save_every=0'
+    )
+    run_script('ppo.py', *flags.split(), *data_flags, f'--out_dir={tmp_path}/run')
+    samples = read_jsonl(tmp_path / 'run/samples.jsonl')
+    assert [(row['examples'], row['sample']) for row in samples] == [(n, i) for n in (0, 4) for i in range(4)]
 
 
 # ---- a user's mistakes ----
