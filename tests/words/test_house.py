@@ -85,7 +85,7 @@ def test_top_level_and_lines():
     assert len(groups['top level']) <= 12
     assert {name: n for name, limit in LIMITS.items() if (n := measure(ROOT / name).lines) > limit} == {}
     assert total(groups['a DPO step']).lines <= 1800
-    assert total(PRODUCT).lines <= 14745
+    assert total(PRODUCT).lines <= 14755
     assert total(EXPERIMENTS).lines <= 3800
 
 
