@@ -135,7 +135,7 @@ class Run:
         total = self.config.n_epochs * len(self.train) * answers_each
         total = min(total, self.config.n_examples or total)
         self.total = total // answers_each * answers_each
-        for line in show.summary(self.train, self.held_out, self.tokenizer, self.task, n_eval_examples):
+        for line in show.summary(self, n_eval_examples):
             log.say(line)
 
     def model_options(self):

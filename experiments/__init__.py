@@ -13,6 +13,15 @@ from runtime.files import replace_text
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
+def arguments(doc):
+    """The words behind `python -m experiments.NAME`, of a script that has no options. With one, its docstring is printed instead."""
+    words = sys.argv[1:]
+    if any(word.startswith('-') for word in words):
+        print(doc)
+        sys.exit(0 if words in (['--help'], ['-h']) else 2)
+    return words
+
+
 def read_rows(file):
     """The rows of a .jsonl file."""
     return [json.loads(line) for line in Path(file).read_text('utf-8').splitlines()]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from experiments import ROOT, evaluations, read_rows
+from experiments import ROOT, arguments, evaluations, read_rows
 from text import toy
 
 SFT, DPO = ROOT / 'out' / 'demo_sft', ROOT / 'out' / 'demo_drdpo'
@@ -78,4 +78,5 @@ def main():
     print(f'\nThe aligned model is a Hugging Face folder: {(DPO / "model").relative_to(ROOT)}')
 
 
+arguments(__doc__)
 main()

@@ -9,10 +9,9 @@ right, the others are too large by ten. A model of them answers as carelessly, a
 answers are right."""
 
 import random
-import sys
 from pathlib import Path
 
-from experiments import write_rows
+from experiments import arguments, write_rows
 
 RIGHT, SLIP = 0.25, 10
 
@@ -43,4 +42,4 @@ def write(folder, seed=0):
 
 
 if __name__ == '__main__':
-    write(*sys.argv[1:] or ['out/sums'])
+    write(*arguments(__doc__) or ['out/sums'])

@@ -174,7 +174,7 @@ def _peft_model(model, lora_config, seed, with_frozen_copy=False):
 
 
 def options(config):
-    """Return the adapter options of a run (rank, alpha, dropout, targets, quantize) as a dict, or None without lora_rank.
+    """Return the adapter options of a run (rank, alpha, dropout, targets, quantize, keeps_copy), or None without lora_rank.
 
     For a saved adapter, config['lora_alpha'] is set to the saved alpha. Raises UserError for conflicting options."""
     quantize.check(config)
@@ -190,7 +190,9 @@ def options(config):
         config.report_unused(['lora_alpha', 'lora_targets'], f'the adapter {saved.name!r} goes on with its own')
         config['lora_alpha'] = float(saved.options['lora_alpha'])
     lora_options = {name: config[f'lora_{name}'] for name in ('rank', 'alpha', 'dropout', 'targets')}
-    return lora_options | {'quantize': config['quantize']}
+    # a saved adapter is its own reference before training, if the script has one and no --ref_model names another
+    keeps_copy = 'ref_model' in config and config['ref_model'] is None
+    return lora_options | {'quantize': config['quantize'], 'keeps_copy': keeps_copy}
 
 
 def reference_options(config, adapters):
@@ -217,8 +219,8 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     lora_config = _lora_config(model, saved, adapters)
     lora_config.lora_dropout = dropout
     lora_config.task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'
-    # the reference is a frozen copy of the saved adapter; reward models have no reference
-    with_frozen_copy = saved is not None and not is_reward
+    # reward models, such as PPO's critic, have no reference
+    with_frozen_copy = saved is not None and not is_reward and adapters.get('keeps_copy', True)
     model = _peft_model(model, lora_config, seed, with_frozen_copy)
     if saved:
         _check_trainable(core(model), saved)

@@ -29,8 +29,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
-from configurator import UserError, main_rank
+from configurator import COMMAND_LINE, UserError, main_rank
 from runtime import guard
+from runtime.files import say
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +62,10 @@ def parts_of_options(config, eval_data):
 
     Sets config.reward_model if exactly one Part is a model. Raises UserError for invalid combinations of options."""
     reward, model = config.reward, config.reward_model
+    # a flag goes before the config file that names the other
+    if reward and model and config.origin['reward'] == COMMAND_LINE != config.origin['reward_model']:
+        say(f'note: --reward={reward} scores, instead of the reward_model {model!r} of {config.origin["reward_model"]}')
+        config['reward_model'] = model = None
     if reward and model:
         raise UserError(f"--reward and --reward_model both score: write one sum, --reward='{reward} + {model}'")
     text = reward or model

@@ -8,7 +8,8 @@ import torch
 
 from configurator import UserError, configure
 from runtime import guard
-from runtime.objective import PAIRS, call, find, inputs
+from runtime.errors import one_line
+from runtime.objective import PAIRS, call, inputs, objective_of
 
 # log-ratio of the chosen minus that of the rejected answer, or log-ratio of a single answer, in nats
 MARGINS = [-1000.0, -20.0, -5.0, -1.0, 0.0, 1.0, 5.0, 20.0, 1000.0]
@@ -41,11 +42,18 @@ def table(name, fn, statistic, options):
         step_inputs['ratio_kl'] = columns.get('ratio')
         new_columns, _state = call(statistic, options | columns | step_inputs)
         columns |= {column: values.detach().float() for column, values in new_columns.items()}
-    # columns override options of the same name
-    losses = call(fn, options | columns)
+    try:
+        # columns override options of the same name
+        losses = call(fn, options | columns)
+    except Exception as error:  # whatever a mistake in somebody's formula raises
+        raise UserError(f'the loss {name} fails: {one_line(error)}') from None
     if not isinstance(losses, torch.Tensor) or losses.shape != margin.shape:
         expected = f'a number for each example, ({len(margin)},)'
         raise UserError(f'the loss {name} must return {expected}, not {losses!r:.100}')
+    if not losses.requires_grad:
+        raise UserError(
+            f'the loss {name} has no gradient: it must be computed from the columns that it asks for, without detach'
+        )
     # rows are independent, so the gradient of the sum holds every row's slope; an input that the loss does not use has slope 0
     slopes = torch.autograd.grad(losses.sum(), list(ratios.values()), allow_unused=True, materialize_grads=True)
     return torch.stack([margin, losses, *slopes], dim=1).tolist()
@@ -64,11 +72,9 @@ def main(losses, statistics):
     config = configure({'__file__': script, '__doc__': usage}, argv=flags)
     if name is None:
         raise UserError(f'name a loss: {usage}')
-    fn, statistic = find(name, losses, statistics, config)
-    # None: the default depends on the loss; 0.1 is valid for all
-    if config['label_smoothing'] is None:
-        config['label_smoothing'] = 0.1
-    rows = table(name, fn, statistic, config)
+    config['loss'] = name
+    objective = objective_of(config, losses, statistics)
+    rows = table(name, objective.fn, objective.statistic, objective.options)
     # losses of pairs have two slopes: rows are [margin, loss, slope, slope]
     slopes = 'slope chosen  slope rejected' if len(rows[0]) == 4 else 'slope'
     print(f'    margin         loss {slopes}')

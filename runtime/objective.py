@@ -127,6 +127,10 @@ def objective_of(config, losses, statistics):
     if config.beta_prime is None and name == 'drdpo':
         options['beta_prime'] = 1.0
     _reject_conflicts(name, options, needs_ref, has_divergence, has_risk)
+    # a mistake in a new formula is told here, before any model is loaded
+    from runtime import check_loss
+
+    check_loss.table(name, fn, statistic, options)
     is_per_token = 'n_l' in asks_for and (name != 'ipo' or config.average)
     return Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_per_token)
 

@@ -173,6 +173,8 @@ def without_effect(config):
     if not config.get('sample_during_eval', True):
         given = config.given('n_eval_model_samples max_new_tokens temperature top_p')
         found.append((given, 'sample_during_eval is off'))
+    elif 'sample_during_eval' in config and not config.n_eval_examples:
+        found.append((['sample_during_eval'], 'there are no held-out prompts (n_eval_examples is 0)'))
     elif config.get('temperature') == 0:
         found.append((['top_p'], 'temperature 0 takes the likeliest token'))
     return found

@@ -242,15 +242,20 @@ def _decode_example(examples, i, tokenizer, task):
     return text
 
 
-def summary(train, held_out, tokenizer, task, n_eval_examples):
-    """Return lines on the data of a run: sizes, what was left out or changed, notes, and the first training example."""
+def summary(run, n_eval_examples):
+    """Return lines on the data of a training.Run: sizes, what was left out or changed, notes, and the first training example."""
+    train, held_out, config = run.train, run.held_out, run.config
     changed, notes = in_words(train.left_out)
     sizes = (
         f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {len(held_out):,} to evaluate on'
     )
     if n_eval_examples and not len(held_out):
         notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
-    return [f'data: {sizes}; left out or changed: {changed}', *notes, first(train, tokenizer, task)]
+    if (config.n_examples or 0) > run.total:
+        notes.append(
+            f'note: the run ends after {run.total:,} of --n_examples={config.n_examples}: raise --n_epochs for more'
+        )
+    return [f'data: {sizes}; left out or changed: {changed}', *notes, first(train, run.tokenizer, run.task)]
 
 
 def first(examples, tokenizer, task, longest=1200):

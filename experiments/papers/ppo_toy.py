@@ -4,10 +4,9 @@
 
 ppo_reward: PPO against a reward model that reward.py has trained on the world's preferences, instead of against the gold reward."""
 
-import sys
 from pathlib import Path
 
-from experiments import evaluations, mean_and_error, run, table, used
+from experiments import arguments, evaluations, mean_and_error, run, table, used
 
 # a column, its number, and whether that of the evaluation before (0) or after (1); the KL before is 0
 COLUMNS = [
@@ -43,4 +42,4 @@ def main(folder, seeds='0 1 2'):
     print(table(['mode', *(words for words, *_ in COLUMNS), 'CPU s'], rows))
 
 
-main(*sys.argv[1:])
+main(*arguments(__doc__))

@@ -11,7 +11,7 @@ import transformers
 from helpers import refused, tensors, tiny_model
 from safetensors.torch import save_file
 
-from configurator import UserError
+from configurator import Config, UserError
 from hf import load, lora
 from hf.ties import ties
 from runtime import hub, ranks
@@ -218,3 +218,11 @@ def test_a_model_of_the_same_shape_is_another(capsys):
     tiny_model('base', 'llama', initializer_range=0.3)
     load.load_model('run/adapter', adapters=RANK)
     assert 'warning: base is not the model that the adapter run/adapter was trained on' in capsys.readouterr().out
+    # a frozen copy only where it is the reference
+    assert load.load_model('run/adapter', adapters=RANK).peft_config.keys() == {'default', 'reference'}
+    assert load.load_model('run/adapter', adapters=RANK | {'keeps_copy': False}).peft_config.keys() == {'default'}
+    options = Config(
+        {'model': 'toy', 'quantize': None, 'lora_rank': 2, 'lora_alpha': 1, 'lora_dropout': 0, 'lora_targets': None}
+    )
+    for ref_model, keeps in (({'ref_model': None}, True), ({'ref_model': 'base'}, False), ({}, False)):
+        assert lora.options(Config(options | ref_model))['keeps_copy'] == keeps

@@ -1,14 +1,15 @@
 """python losses.py NAME: a loss is checked before it trains."""
 
 import math
+import re
 
 import pytest
 import torch
-from helpers import LOSSES
+from helpers import LOSSES, refused
 
 import losses
 from configurator import UserError
-from runtime import check_loss
+from runtime import check_loss, objective
 from tests import forks
 
 OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0.5, 'w_good': 1.0, 'w_bad': 1.0, 'delta': 1.0, 'lam': 0.1,
@@ -18,7 +19,7 @@ OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0.5, '
 @pytest.mark.parametrize('name', LOSSES)
 def test_every_loss_is_ready(name):
     """By hand: dpo at a margin of 5, beta 0.1, is L(0.5), with slopes -+ 0.1 S(-0.5)."""
-    rows = check_loss.table(name, *check_loss.find(name, losses.LOSSES, losses.STATISTICS, OPTIONS), OPTIONS)
+    rows = check_loss.table(name, *objective.find(name, losses.LOSSES, losses.STATISTICS, OPTIONS), OPTIONS)
     assert all(math.isfinite(value) for row in rows for value in row)
     assert [row[0] for row in rows] == check_loss.MARGINS
     if name == 'dpo':
@@ -38,17 +39,34 @@ WRONG = [
 @pytest.mark.parametrize('fn, words', WRONG, ids=range(len(WRONG)))
 def test_mistakes(fn, words):
     with pytest.raises(UserError, match=words):
-        check_loss.find('mine', {'mine': fn}, {}, OPTIONS)
+        objective.find('mine', {'mine': fn}, {}, OPTIONS)
 
 
-def test_one_number_an_example():
-    with pytest.raises(UserError, match='must return a number for each example, .9,., not tensor'):
-        check_loss.table('mine', lambda ratio_w: ratio_w.mean(), None, OPTIONS)
+MISTAKES = [
+    (lambda ratio_w: ratio_w.mean(), 'must return a number for each example, .9,., not tensor'),
+    (lambda ratio_w: ratio_w.detach(), 'has no gradient: .* without detach'),
+    (lambda ratio_w: undefined(ratio_w), "the loss mine fails: NameError: name 'undefined' is not defined"),  # noqa: F821
+]
+
+
+@pytest.mark.parametrize('fn, words', MISTAKES)
+def test_mistakes_of_a_formula(fn, words, tmp_path, monkeypatch):
+    """Told by losses.py and by dpo.py, before a model is loaded."""
+    with pytest.raises(UserError, match=words):
+        check_loss.table('mine', fn, None, OPTIONS)
+    monkeypatch.setitem(losses.LOSSES, 'mine', fn)
+    sentence = refused('dpo.py', '--loss=mine', '--model=nowhere', '--data=nowhere', f'--out_dir={tmp_path}/run')
+    assert re.search(words, sentence) and not (tmp_path / 'run').exists()
 
 
 def test_as_a_script():
     done = forks.python('losses.py', 'kto', '--beta=0.5')
     assert done.returncode == 0 and done.stdout.endswith('kto can train: python dpo.py --loss=kto\n')
+    # as dpo.py would call it: without label smoothing, and with no option that it does not use
+    done = forks.python('losses.py', 'drdpo', '--beta=0.5')
+    assert re.search('^ +0.0 +0.69315 +-0.25 +0.25$', done.stdout, re.M), done.stdout
+    done = forks.python('losses.py', 'dpo', '--gamma=3')
+    assert done.returncode == 2 and '--gamma has no effect: the loss dpo does not use it' in done.stderr
     done = forks.python('losses.py')
     assert done.returncode == 2 and done.stderr.startswith('error: name a loss: python losses.py dpo --beta=0.2')
     done = forks.python('losses.py', 'ktoo')

@@ -5,7 +5,7 @@ import os
 import pytest
 from helpers import ROOT, metrics, read_jsonl, refused, run_script, write_jsonl
 
-from configurator import UserError
+from configurator import Config, UserError
 from experiments import rewards, sums
 from rl import reward_functions
 from tests import forks
@@ -59,6 +59,23 @@ def test_a_sum_of_functions_and_models(tmp_path, monkeypatch):
 def test_options_that_mean_nothing(text, sentence):
     with pytest.raises(UserError, match=sentence):
         reward_functions.parse(text)
+
+
+def test_a_flag_goes_before_a_config_file(tmp_path, monkeypatch, capsys):
+    """config/grpo_toy.py names gold; two flags are one too many."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'own.py').write_text('def one(prompts, responses, rows): return [1.0] * len(rows)')
+    config = Config({'reward': 'own.py:one', 'reward_model': 'gold', 'data': 'toy', 'offline': False})
+    config.origin = {'reward': 'command line', 'reward_model': 'config/grpo_toy.py'}
+    (part,) = reward_functions.parts_of_options(config, None)
+    assert part.is_function and config.reward_model is None
+    assert (
+        "note: --reward=own.py:one scores, instead of the reward_model 'gold' of config/grpo_toy.py"
+        in capsys.readouterr().out
+    )
+    config['reward_model'], config.origin['reward_model'] = 'gold', 'command line'
+    with pytest.raises(UserError, match="write one sum, --reward='own.py:one . gold'"):
+        reward_functions.parts_of_options(config, None)
 
 
 # ---- what a function is and gives ----

@@ -181,6 +181,18 @@ def test_a_run_that_never_began_does_not_claim_its_folder(run, refused, tmp_path
     assert run('sft.py')['run'].total == 6
 
 
+def test_more_examples_than_the_epochs_have(run, capsys):
+    run('sft.py', '--n_examples=20', '--n_epochs=2')
+    assert 'note: the run ends after 12 of --n_examples=20: raise --n_epochs for more\n' in capsys.readouterr().out
+    run('sft.py', '--n_examples=4', out='fewer')
+    assert 'n_epochs' not in capsys.readouterr().out
+
+
+def test_samples_without_held_out_prompts(refused):
+    sentence = refused('dpo.py', '--sample_during_eval', '--n_eval_examples=0')
+    assert '--sample_during_eval has no effect: there are no held-out prompts' in sentence
+
+
 # ---- the output folder ----
 
 
