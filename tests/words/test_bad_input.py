@@ -108,7 +108,7 @@ DPO = [
     # models
     ('--model={world}/nothing', 'nothing'),
     ('--model={world}/no_tokenizer', 'tokenizer'),
-    ('--model={world}/only_tokenizer', 'cannot load the model'),
+    ('--model={world}/only_tokenizer', 'only_tokenizer. has no config.json'),
     ('--model={world}/damaged', 'cannot load the model'),
     ('--model={world}/no_eos', 'eos_token'),
     ('--model={world}/small', r'the tokenizer has \d+ ids but the model .* embeds 100'),
