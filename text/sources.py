@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from configurator import UserError
 from runtime.files import say_once
-from runtime.values import looked_in
+from runtime.values import did_you_mean, looked_in
 from text import files, formats
 from text.examples import in_words
 from text.files import ENDINGS, HELP, Row, content_hash, data_files, hub_splits, read_rows
@@ -139,7 +139,8 @@ def locate(source):
         return None, local_path, None
     looks_like_path = source.endswith(ENDINGS) or source.startswith(('~', '.', '/')) or '*' in source
     if looks_like_path or source.count('/') != 1:
-        known = ', '.join(sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_')))
+        readers = sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_'))
+        known = ', '.join(readers) + did_you_mean(source, readers)
         wrong = f'data {source!r} is no file or folder{looked_in(source) or " here"} and no hub id (owner/name)'
         raise UserError(f'{wrong}: correct it ({HELP}), or name one of the known datasets: {known}')
     return None, None, source

@@ -360,7 +360,7 @@ def test_special_tokens_of_texts_that_a_template_has_written():
 # ---- rows and templates that cannot be used ----
 
 
-def test_a_role_that_nobody_knows():
+def test_a_role_that_nobody_knows(tmp_path):
     """Only a template that asks for it or writes it knows it, not one that takes it for some other role, nor none at all."""
     names = INST.replace("m.role == 'user'", "m.role == 'user' or m.role == 'bot2'")
     turns = [{'role': 'bot2', 'content': 'bot2 asks'}, assistant('x'), user('y'), assistant('z')]
@@ -376,7 +376,8 @@ def test_a_role_that_nobody_knows():
         for template in (CHATML, names):
             assert len(ids_of(tokenizer_of(template, EOS), row, task=task)) == 1
     for role in ('tool', 'function', 'ipython', 'observation', 'developer', 'model', 'bot', 'gpt', 'human', 'Human'):
-        assert written(tokenizer_of(None, EOS), pair([user('a'), {'role': role, 'content': 'b'}, user('c')]))[0]
+        rows = read(tmp_path, pair([user('a'), {'role': role, 'content': 'b'}, user('c')]))
+        assert written(tokenizer_of(None, EOS), *rows)[0]
 
 
 def test_a_row_that_the_template_refuses(tmp_path):

@@ -127,6 +127,8 @@ DPO = [
     ('--max_length=8 --max_prompt_length=7', 'max_length .*8'),  # no room but for an end of text
     # of the loss
     ('--loss=dop', "loss must be one of .*'dop'; did you mean dpo"),
+    ('--loss=DPO', "not 'DPO'; did you mean dpo"),
+    ('--data=hhh', "'hhh' is no file .*, ultrafeedback_hybrid; did you mean hh"),
     ('--gamma=2', '--gamma has no effect: the loss dpo'),
     ('--loss=simpo --reference_free', '--reference_free has no effect: the loss simpo'),
     ('--frac_good=0.5', '--frac_good has no effect'),
