@@ -66,11 +66,9 @@ def _check_config(folder):
     """Raise UserError if a folder's config.json cannot be read as JSON. There may be none: a tokenizer or an adapter needs none."""
     try:
         json.loads(Path(folder, 'config.json').read_text('utf-8'))
-    except (FileNotFoundError, NotADirectoryError):
-        return
     except (OSError, ValueError, RecursionError) as error:
-        problem = f'is not valid JSON ({first_line(error)})'
-        raise UserError(f'the config.json of {folder!r} {problem}: mend it, or fetch the model again') from None
+        if os.path.exists(f'{folder}/config.json'):
+            raise UserError(f'the config.json of {folder!r} is not valid JSON ({first_line(error)}): mend it') from None
 
 
 def file_of(name, file):

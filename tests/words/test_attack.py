@@ -167,7 +167,7 @@ def not_loaded(words):
 
 
 BROKEN = {
-    'config, cut': "the config.json of 'model' is not valid JSON .*line .*: mend it, or fetch the model again",
+    'config, cut': "the config.json of 'model' is not valid JSON .*line .*: mend it$",
     'config, nothing': "'model' has no config.json, so it is no model folder",
     'no weights': "'model' has no .safetensors file: fetch its weights$",
     'a pickle': "'model' has no .safetensors file: convert it from a pickle, which can run any code$",

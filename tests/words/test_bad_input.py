@@ -265,7 +265,7 @@ def test_what_is_counted(run, script, tmp_path, capsys):
     reasons = re.search(r'^data: [69] training examples .* and 2 to evaluate on; (.*)$', capsys.readouterr().out, re.M)[
         1
     ]
-    assert all(f'1 bad rows: {reason} ' in reasons for reason in ('not valid JSON', "'rejected' is missing"))
+    assert all(f'1 bad row: {reason} ' in reasons for reason in ('not valid JSON', "'rejected' is missing"))
 
 
 # fmt: off
