@@ -80,7 +80,7 @@ def configure(scope, argv=None, shared=None, early=False):
     config = Config({name: option.default for name, option in options.items()})
     config.origin = dict.fromkeys(options, 'default')
     flags = [_read_flag(word, options) for word in argv if word.startswith('-')]
-    files = [_read_file(word) for word in argv if not word.startswith('-')]
+    files = [_read_file(word, options) for word in argv if not word.startswith('-')]
     for name, value, origin, where in [*itertools.chain(*files), *flags]:
         if origin == COMMAND_LINE and config.origin.get(name) == COMMAND_LINE:
             raise UserError(f'--{name} is given twice')
@@ -141,18 +141,19 @@ def _print_help(doc, options):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _read_file(path):
+def _read_file(path, options):
     """Run a config file. Returns [(name, value, path, 'path, line n')] of the names it sets. Raises UserError for any failure."""
     if not path.endswith('.py'):
-        raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value')
+        data = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
+        raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{data}')
     try:
         source = Path(path).read_text('utf-8')
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', 'not a text file')
-        raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}') from None
+        near = values.did_you_mean(path, map(str, Path(os.path.dirname(path) or 'config').glob('*.py')))
+        raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}{near}') from None
     # run it statement by statement, to know the line of each assignment or error
-    namespace, settings, line = {}, {}, 1
-    absent = object()  # a default that equals no value
+    namespace, settings, line, absent = {}, {}, 1, object()  # absent: a default that equals no value
     try:
         for statement in ast.parse(source, path).body:
             before, line = dict(namespace), statement.lineno
@@ -180,12 +181,10 @@ def _read_flag(word, options):
         raise UserError(f'cannot read {word!r}: options are written --name=value')
     # an unknown name passes here, with or without a value: _check rejects it
     allowed = options[name].types if name in options else ['bool']
-    if not equals:
-        if 'bool' not in allowed:
-            raise UserError(f'--{name} needs a value: --{name}=value')
-        text = 'true'
+    if not equals and 'bool' not in allowed:
+        raise UserError(f'--{name} needs a value: --{name}=value')
     # of these conversions, the last one counts that is allowed and succeeds: text, float, int, words for None, True and False
-    value = text
+    value = text = text if equals else 'true'
     for kind in (float, int):
         if kind.__name__ in allowed:
             with contextlib.suppress(ValueError):
@@ -211,7 +210,8 @@ def _check(name, value, options, where):
         value = float(value)
     # NaN is not equal to itself
     if _kind(value) not in allowed or value != value:
-        raise UserError(f'{where}: {name} must be {" or ".join(allowed)}, not {value!r}')
+        kinds = ' or '.join(allowed).replace('bool', 'true or false')
+        raise UserError(f'{where}: {name} must be {kinds}, not {value!r}')
     # range, choices, and no secrets such as API keys
     if problem := values.problem(name, value):
         raise UserError(f'{where}: {name} {problem}')

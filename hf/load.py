@@ -138,6 +138,10 @@ def _read_config(name, *, trust_remote_code=False, **_others):
     # read a folder anew each time, as it may have changed; but not if it is gone by now
     if os.path.exists(name) or name not in _configs:
         hub.check_there(name)
+        if os.path.isdir(name) and not os.path.exists(f'{name}/config.json'):
+            raise UserError(
+                f'{name!r} has no config.json, so it is no model folder: name another one, or fetch the model again'
+            )
         if not trust_remote_code:
             _check_code(name)
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -250,7 +254,9 @@ def _check_files(name, config):
             raise UserError(f'{source}: weights must be .safetensors files in the same folder')
     # transformers would fall back to unpickling
     if os.path.isdir(name) and not any(Path(name).glob('*.safetensors')):
-        raise UserError(f'{name!r} has no .safetensors file: convert it from a pickle, which can run any code')
+        has_pickle = any(Path(name).glob('*.bin')) or any(Path(name).glob('*.pt*'))
+        way_out = 'convert it from a pickle, which can run any code' if has_pickle else 'fetch its weights'
+        raise UserError(f'{name!r} has no .safetensors file: {way_out}')
 
 
 def add_value_head(model, critic=None):

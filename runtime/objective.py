@@ -1,12 +1,12 @@
 """What a loss of losses.py asks for, with the options of a run: columns, a reference, a statistic, terms on top of it."""
 
-import difflib
 import inspect
 from typing import NamedTuple
 
 import torch
 
 from configurator import UserError
+from runtime.values import did_you_mean
 
 # column arguments of losses of pairs and of single answers, described in losses.py
 PAIRS = set('ratio_w ratio_l pi_w pi_l n_w n_l div_w div_l'.split())
@@ -28,9 +28,7 @@ def find(name, losses, statistics, options):
 
     Raises UserError if there is no such loss, or if it takes unknown options or columns."""
     if name not in losses:
-        near = difflib.get_close_matches(name, losses, 1)
-        hint = f'; did you mean {near[0]}?' if near else ''
-        raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}{hint}')
+        raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}{did_you_mean(name, losses)}')
     fn = losses[name]
     statistic = statistics.get(name)
     for p in inspect.signature(fn).parameters.values():

@@ -83,6 +83,13 @@ def hint(name, options):
     return f'here it is {nearest}' if nearest == plain else f'did you mean {nearest}?'
 
 
+def did_you_mean(word, known):
+    """Return '; did you mean NAME?' for the name in known that is nearest to a word, or ''. Case and folders do not count."""
+    names = {os.path.basename(name).lower(): name for name in known}
+    near = difflib.get_close_matches(os.path.basename(str(word)).lower(), names, 1)
+    return f'; did you mean {names[near[0]]}?' if near else ''
+
+
 def names_elsewhere(options):
     """Return {name in another project: key of ELSEWHERE}, such as {'learning_rate': 'lr'}, for keys that start with one of options."""
     found = {}
@@ -117,8 +124,8 @@ def problem(name, value):
         return 'is empty: give it a name'
     # options that are not in CHOICES may have any value
     if value not in CHOICES.get(name, (value,)):
-        known = ', '.join(str(choice) for choice in CHOICES[name] if choice)
-        return f'must be one of {known}, not {value!r}'
+        known = [str(choice) for choice in CHOICES[name] if choice]
+        return f'must be one of {", ".join(known)}, not {value!r}{did_you_mean(value, known)}'
     return _text_problem(value) if isinstance(value, str) else None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
-from text.messages import REASONING, message
+from text.messages import REASONING, ROLES, message
 
 # for tokenizers without a chat template: Anthropic's format, as in the original DPO code
 PLAIN_CHAT = (
@@ -229,7 +229,21 @@ def _limits():
 
 def write(chat, tools, tokenizer, **options):
     """Return a chat as text, written by the chat template. options: for apply_chat_template. Raises Refused if the
-    template raises an error, and UserError if it is invalid or exceeds its time or memory."""
+    template raises an error or a role is unknown, and UserError if it is invalid or exceeds its time or memory."""
+    text = _applied(chat, tools, tokenizer, **options)
+    unknown = {turn['role'] for turn in chat}.difference(ROLES.values())
+    # a template knows a role if it asks for it, or writes it
+    if unknown:
+        without_contents = _applied([turn | {'content': '-'} for turn in chat], tools, tokenizer)
+        for role in sorted(unknown):
+            is_named = re.search(f"""["']{re.escape(role)}["']""", template_of(tokenizer, tools))
+            if not is_named and role not in without_contents:
+                raise Refused(f'a message has the unknown role {role[:24]!r}; known are {", ".join(ROLES)}')
+    return text
+
+
+def _applied(chat, tools, tokenizer, **options):
+    """Return what the chat template writes. Arguments and errors are those of write()."""
     template = template_of(tokenizer, tools)
     chat = [with_thoughts(turn) for turn in chat]
     try:

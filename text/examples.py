@@ -1,6 +1,7 @@
 """Tokenised examples as flat arrays. tokenise.py creates them, data.py packs them into batches."""
 
 import hashlib
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,6 +9,9 @@ from functools import cached_property
 import numpy as np
 
 from configurator import UserError
+
+# a plural at the beginning of a reason, perhaps behind an adjective; its group 1 lacks the s
+NOUN = re.compile(r'^((\w+ )?(answer|conversation|message|pair|prompt|row|tie|time))s\b')
 
 
 def in_words(left_out):
@@ -18,7 +22,9 @@ def in_words(left_out):
         if reason.startswith('note: '):
             notes.append(f'{reason} ({count:,} times)')
         else:
-            counts.append(f'{count:,} {reason}')
+            noun = re.sub('^same', 'times the same', reason + 's' * (reason == 'tie'))
+            noun = NOUN.sub(r'\1', noun) if count == 1 else noun
+            counts.append(f'{count:,} {noun}')
     return ', '.join(counts) or 'nothing', notes
 
 

@@ -488,7 +488,7 @@ def _better(row, columns):
         if side and column.endswith(side[2]):
             return column
     if not TIE.fullmatch(verdict):
-        raise ValueError(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
+        raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
     return None
 
 
@@ -522,7 +522,7 @@ def read_summaries(row, task=None):
     info, choice = field(row, 'info', dict), field(row, 'choice', int)
     chosen, rejected = [answer(field(summary, 'text')) for summary in field(row, 'summaries', list)]
     if choice not in (0, 1):
-        raise ValueError("'choice' is neither 0 nor 1")
+        raise messages.BadValue("'choice' is neither 0 nor 1")
     if choice == 1:
         chosen, rejected = rejected, chosen
     # a Reddit post, or an article of CNN or Daily Mail
@@ -550,7 +550,7 @@ def read_annotation(row, task=None):
     if field(row, 'preference', NUMBER) in (0, 1.5):
         raise LeftOut('tie')
     if not 1 <= preference <= 2:
-        raise ValueError("'preference' is not 0, null, or from 1 to 2")
+        raise messages.BadValue("'preference' is not 0, null, or from 1 to 2")
     chosen, rejected = outputs
     if preference > 1.5:
         chosen, rejected = rejected, chosen
@@ -741,7 +741,7 @@ def label_of(row):
         return {}
     value = str(row[column]).lower()
     if value not in ('true', 'false', '1', '0', '1.0', '0.0'):
-        raise ValueError(f'{column!r} is neither true (1) nor false (0)')
+        raise messages.BadValue(f'{column!r} is neither true (1) nor false (0)')
     return {'good': value in ('true', '1', '1.0')}
 
 

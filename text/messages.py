@@ -39,6 +39,11 @@ DIALOGUES = {
 TAG = re.compile(r"""<(/?)([a-zA-Z]\w*)(?:[^<>"']|"[^"]*"|'[^']*')*>""")
 BLOCKS = set('p pre ul ol blockquote div hr table tr h1 h2 h3 h4 h5 h6'.split())
 
+
+class BadValue(ValueError):
+    """Raised for a value that cannot be read, where the columns are known and it is no use to name others."""
+
+
 # ---- fields of a row ----
 
 
@@ -48,20 +53,21 @@ def field(row, key, kind=str):
     # bool is a subclass of int
     is_unwanted_bool = isinstance(value, bool) and kind is not bool
     if not isinstance(value, kind) or is_unwanted_bool:
-        raise ValueError(f'{key!r} is missing or of the wrong type')
+        error = ValueError if value is ... else BadValue
+        raise error(f'{key!r} is missing or of the wrong type')
     # NaN fails every comparison
     if isinstance(value, int | float) and not abs(value) < 1e30:
-        raise ValueError(f'{key!r} is not a finite number')
+        raise BadValue(f'{key!r} is not a finite number')
     if not isinstance(value, str | list):
         return value
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if len(text) > LONGEST:
-        raise ValueError(f'{key!r} has {len(text):,} characters; the limit is {LONGEST:,}')
+        raise BadValue(f'{key!r} has {len(text):,} characters; the limit is {LONGEST:,}')
     # JSON can contain half a surrogate pair, which no tokenizer accepts
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f'{key!r} has half a surrogate pair in it') from None
+        raise BadValue(f'{key!r} has half a surrogate pair in it') from None
     return value
 
 
@@ -75,19 +81,19 @@ def text_or_chat(row, key):
     if isinstance(value, str):
         # as_messages has already parsed every chat that is complete
         if SERIALIZED_CHAT.match(value) and SERIALIZED_ROLE.search(value):
-            raise ValueError(f'{key!r} begins as a chat in JSON does, and cannot be read as one')
+            raise BadValue(f'{key!r} begins as a chat in JSON does, and cannot be read as one')
         return value
     turns = [checked(turn) for turn in value]
     if key == 'prompt' and not turns:
-        raise ValueError("'prompt' has no messages")
+        raise BadValue("'prompt' has no messages")
     if key != 'prompt' and turns and turns[-1]['role'] != 'assistant':
         raise no_answer_error(key, turns[-1]['role'])
     return turns
 
 
 def no_answer_error(key, last_role):
-    """Return the ValueError for a chat that should end with an answer and ends with another role."""
-    return ValueError(f'{key!r} does not end with an answer, but with a message of the role {last_role[:24]!r}')
+    """Return the BadValue for a chat that should end with an answer and ends with another role."""
+    return BadValue(f'{key!r} does not end with an answer, but with a message of the role {last_role[:24]!r}')
 
 
 def checked(turn):
@@ -96,21 +102,22 @@ def checked(turn):
     'from' and 'value' (or 'text') are renamed, nulls are removed, and a list of content parts is joined to one text. A
     'function_call' becomes a tool call. 'weight', or one of TRAINS, stays as 'weight': 0 if it says so of an answer."""
     if not isinstance(turn, dict):
-        raise ValueError('a message is no object with a role and content')
+        raise BadValue('a message is no object with a role and content')
     turn = {key: value for key, value in turn.items() if value is not None}
     names = {} if 'role' in turn else {'from': 'role'}
     if 'content' not in turn:
         names['value' if 'value' in turn else 'text'] = 'content'
     turn = {names.get(key, key): value for key, value in turn.items()}
-    role = field(turn, 'role')
+    # where there is none it is the message that lacks it, not the row
+    role = field({'role': None, **turn}, 'role')
     known_role = ROLES.get(role.strip().lower())
     # messages with 'role' may have roles of their own chat template
     if 'from' in names and known_role is None:
-        raise ValueError(f'a message is from {role[:24]!r}; known are {", ".join(ROLES)}')
+        raise BadValue(f'a message is from {role[:24]!r}; known are {", ".join(ROLES)}')
     role = known_role or role
     weight = turn.pop('weight', 1)
     if weight not in (0, 1):
-        raise ValueError(f"the 'weight' of a message is {weight!r}: 1 is trained on, 0 is not, and there is no other")
+        raise BadValue(f"the 'weight' of a message is {weight!r}: 1 is trained on, 0 is not, and there is no other")
     for name in TRAINS:
         if turn.get(name) in (0, 1):
             weight = min(weight, turn.pop(name))
@@ -125,7 +132,7 @@ def checked(turn):
         turn.setdefault('content', '')
     if isinstance(turn.get('content'), list):
         turn['content'] = ''.join(map(_text_of, turn['content']))
-    return turn | message(role, field(turn, 'content'))
+    return turn | message(role, field({'content': None, **turn}, 'content'))
 
 
 def _text_of(part):
@@ -134,7 +141,7 @@ def _text_of(part):
     if not isinstance(part, dict):
         part = {'text': part}
     if part.get('type') not in (None, 'text', 'input_text', 'output_text'):
-        raise ValueError(f'a message has a part of the type {str(part["type"])[:24]!r}, and only text is read')
+        raise BadValue(f'a message has a part of the type {str(part["type"])[:24]!r}, and only text is read')
     return field(part, 'text')
 
 

@@ -22,6 +22,7 @@ ENDINGS = (*FORMATS, *(ending + suffix for ending in COMPRESSIBLE for suffix in 
 # endings of messages to users
 HELP = 'see README, "Data of your own"'
 CUT_SHORT = 'perhaps a download that was cut short'
+NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
 # table cells that are JSON once in lower case. re.ASCII: \d must not match the digits of other scripts
 NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE', re.ASCII)
 # table columns that stay text even if every cell is a number, such as the answers to sums
@@ -100,7 +101,7 @@ def _open_text(file, newline=None):
 
 def _utf8_error(text):
     """Return the error message for a text with bytes that are not UTF-8, or ''."""
-    return 'not valid UTF-8' if INVALID_BYTES.search(text) else ''
+    return NOT_UTF8 if INVALID_BYTES.search(text) else ''
 
 
 def _read_columns(file):
@@ -161,6 +162,8 @@ def _read_lines(file):
             raw, error = {}, ''
             try:
                 raw = json.loads(line.decode('utf-8-sig'))
+            except UnicodeDecodeError:
+                error = NOT_UTF8
             except (ValueError, RecursionError) as wrong:
                 # JSONDecodeError.msg: the message without the position
                 error = f'not valid JSON ({getattr(wrong, "msg", wrong)})'

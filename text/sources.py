@@ -12,6 +12,7 @@ raises ValueError for an invalid row. It may also be None (formats.py detects th
 
 import hashlib
 import os
+import re
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -22,12 +23,12 @@ from typing import NamedTuple
 
 from configurator import UserError
 from runtime.files import say_once
-from runtime.values import looked_in
+from runtime.values import did_you_mean, looked_in
 from text import files, formats
 from text.examples import in_words
 from text.files import ENDINGS, HELP, Row, content_hash, data_files, hub_splits, read_rows
 from text.formats import Layout, each
-from text.messages import answer, ask, field, message
+from text.messages import BadValue, answer, ask, field, message
 
 # without a test split, 1 in so many prompts (by hash) is held out
 HELD_OUT = 20
@@ -35,7 +36,7 @@ HELD_OUT = 20
 LOOK_AHEAD = 100
 KNOWN_COLUMNS = (
     'known are prompt (or question, instruction, query) with chosen and rejected, or with response (completion, output) '
-    "and perhaps good (label); messages; text: say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
+    "and perhaps good (label); messages; text: say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME' (no other is read then)"
 )
 MIXED = 'answers that begin with their prompt among others that do not: all or none must'
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
@@ -138,7 +139,8 @@ def locate(source):
         return None, local_path, None
     looks_like_path = source.endswith(ENDINGS) or source.startswith(('~', '.', '/')) or '*' in source
     if looks_like_path or source.count('/') != 1:
-        known = ', '.join(sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_')))
+        readers = sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_'))
+        known = ', '.join(readers) + did_you_mean(source, readers)
         wrong = f'data {source!r} is no file or folder{looked_in(source) or " here"} and no hub id (owner/name)'
         raise UserError(f'{wrong}: correct it ({HELP}), or name one of the known datasets: {known}')
     return None, None, source
@@ -250,12 +252,19 @@ def _refusal(row, error, any_sound, following, source):
             text += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
         return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
     name, _, _ = source.partition(':')
-    hint = KNOWN_COLUMNS
-    if row.error:
+    hint = f'so it is the layout: {KNOWN_COLUMNS}'
+    only_column = next(iter(row)) if len(row) == 1 else ''
+    if separator := re.search(r'[;\t|,]', only_column):
+        hint = f'its columns are separated by {separator[0]!r}: in a .csv it is a comma, in a .tsv a tab'
+    elif row.error:
         hint = 'a row is a JSON object with named fields, on a line of its own or in one list'
+        hint = hint if re.search('JSON|object', row.error) else 'mend the file'
     elif getattr(globals().get(f'get_{name}'), 'parse', None):
-        hint = f'the reader {name!r} is for another one; without {name + ":"!r} the columns decide'
-    return f'{text}; none of the first {len(seen)} rows can be read, so it is the layout: {hint} ({HELP})'
+        hint = f'so it is the layout: the reader {name!r} is for another one; without {name + ":"!r} the columns decide'
+    elif isinstance(error, BadValue):
+        hint = 'mend that value, the columns are known'
+    rows = f'none of the first {len(seen)} rows can be read' if len(seen) > 1 else 'the only row cannot be read'
+    return f'{text}; {rows}; {hint} ({HELP})'
 
 
 def _columns(row):

@@ -360,6 +360,26 @@ def test_special_tokens_of_texts_that_a_template_has_written():
 # ---- rows and templates that cannot be used ----
 
 
+def test_a_role_that_nobody_knows(tmp_path):
+    """Only a template that asks for it or writes it knows it, not one that takes it for some other role, nor none at all."""
+    names = INST.replace("m.role == 'user'", "m.role == 'user' or m.role == 'bot2'")
+    turns = [{'role': 'bot2', 'content': 'bot2 asks'}, assistant('x'), user('y'), assistant('z')]
+    for row, task in (
+        (pair(turns[:1]), 'pairs'),
+        ({'prompt': turns[:3], 'response': turns[3:], 'turns': turns}, 'sft'),
+    ):
+        for template in (None, INST):
+            with pytest.raises(
+                UserError, match="a message has the unknown role 'bot2'; known are user, human, .*, ipython"
+            ):
+                written(tokenizer_of(template, EOS), row, task=task)
+        for template in (CHATML, names):
+            assert len(ids_of(tokenizer_of(template, EOS), row, task=task)) == 1
+    for role in ('tool', 'function', 'ipython', 'observation', 'developer', 'model', 'bot', 'gpt', 'human', 'Human'):
+        rows = read(tmp_path, pair([user('a'), {'role': role, 'content': 'b'}, user('c')]))
+        assert written(tokenizer_of(None, EOS), *rows)[0]
+
+
 def test_a_row_that_the_template_refuses(tmp_path):
     rows, t = read(tmp_path, pair(), pair([SYSTEM, user('hi')])), tokenizer_of(NO_SYSTEM, '<|im_end|>')
     refused, counted = 'the chat template refuses an example: no system turn', Counter()

@@ -295,7 +295,7 @@ def test_annotations_are_read_by_dpo(capsys):
     capsys.readouterr()
     options = '--batch_size=10 --n_examples=10 --do_first_eval=false --n_eval_examples=4 --out_dir=dpo'
     run_script('dpo.py', '--data=out/annotations.json', '--eval_data=out/annotations.json', *options.split())
-    assert re.search(r'data: 20 training .*: 10 tie, 10 no verdict', capsys.readouterr().out)
+    assert re.search(r'data: 20 training .*: 10 ties, 10 no verdict', capsys.readouterr().out)
 
 
 def test_faults_and_failures():

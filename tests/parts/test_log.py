@@ -314,6 +314,19 @@ def test_what_was_left_out_is_a_sentence_and_its_notes_are_notes():
     counts = {'answers cut': 1200, 'empty answers': 0, 'note: chats of no template': 3}
     assert in_words(Counter(counts)) == ('1,200 answers cut', ['note: chats of no template (3 times)'])
     assert in_words(Counter()) == ('nothing', [])
+    ones = (
+        'tie,empty answers,bad rows: no rows,same prompt again,pairs with equal answers,special tokens in a text'.split(
+            ','
+        )
+    )
+    one, two = (in_words(Counter(dict.fromkeys(ones, n)))[0].split(', ') for n in (1, 2))
+    assert one[:3] == ['1 tie', '1 empty answer', '1 bad row: no rows'] and two[:3] == [
+        '2 ties',
+        '2 empty answers',
+        '2 bad rows: no rows',
+    ]
+    assert one[3:] == ['1 time the same prompt again', '1 pair with equal answers', '1 special tokens in a text']
+    assert two[3:] == ['2 times the same prompt again', '2 pairs with equal answers', '2 special tokens in a text']
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_margins_of_rows(tmp_path, monkeypatch):
     for _ in range(2):  # computed, then from the cache
         found = examples(file)
         assert found.margin.tolist() == [1, 0.5, 0, -2, 3] and found.margin.dtype == np.float32
-        assert in_words(found.left_out) == ('1 pairs without a margin, taken as 0', [])
+        assert in_words(found.left_out) == ('1 pair without a margin, taken as 0', [])
     assert found.select(np.array([4, 1])).margin.tolist() == [3, 0.5]
     flipped = found.flip(0.99, 0)
     assert flipped.margin.tolist() == found.margin.tolist() and (flipped.spans != found.spans).any()

@@ -229,7 +229,7 @@ def test_tools_begun_answers_and_prompts_that_the_template_refuses(folder, capsy
     assert [row['prompt'] for row in found] == [row['prompt'] for row in rows[1:]]
     assert [row.get('tools') for row in found] == [[{'name': 'look'}], None, None]
     said = capsys.readouterr().out
-    assert '1 bad rows: the chat template refuses an example: no system turn' in said
+    assert '1 bad row: the chat template refuses an example: no system turn' in said
     assert """first prompt: '[{"name": "look"}]<|user|>Hi""" in said
     write_jsonl('chats.jsonl', rows[:1])
     assert 'refuses every prompt' in refused(*flags, '--skip_bad_rows', out_dir='none')
@@ -274,7 +274,7 @@ def test_sources(folder, capsys):
     """A text file, cut to what the model's 256 positions leave; AlpacaEval's questions as they are in its file."""
     _, rows = run(f'--data={folder}/prompts.txt', '--max_new_tokens=6')
     assert [row['prompt'][:6] for row in rows] == ['Review', 'Why?', 'long l']
-    assert 'changed: 1 same prompt again, 1 prompts cut' in capsys.readouterr().out
+    assert 'changed: 1 time the same prompt again, 1 prompt cut' in capsys.readouterr().out
     run(f'--data=alpaca_eval:{folder}/alpaca_eval.json', '--max_new_tokens=6', '--generator=me', out_dir='a')
     found = [(output['instruction'], output['generator']) for output in model_outputs('a')]
     assert found == [(f' What is {i}?\n', 'me') for i in range(4)]

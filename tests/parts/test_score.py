@@ -127,7 +127,7 @@ def test_answers_long_texts_and_a_folder(reward_model, tmp_path, monkeypatch, ca
     capsys.readouterr()
     command(monkeypatch, *flags, f'--data={tmp_path}/bench[filtered]', '--max_length=100', '--chat')
     said = capsys.readouterr().out
-    assert '2 of 2 scored, at most 100 tokens each; left out or changed: 1 prompts cut, 2 answers cut' in said
+    assert '2 of 2 scored, at most 100 tokens each; left out or changed: 1 prompt cut, 2 answers cut' in said
     found = [(row['id'], row['subset']) for row in read_jsonl(tmp_path / 'scores.jsonl')]
     assert found == [(3, 'hep-go'), (4, 'hep-go')]
     with pytest.raises(UserError, match='several splits; there are filtered, raw: say which'):

@@ -38,7 +38,7 @@ def test_examples_and_counts(show):
     out, _ = show(PAIRS)
     assert out.count('--- pairs, example') == 3 and 'data.jsonl, line 3 ---' in out
     assert 'Q: 2?\nA:\nchosen:\n[[ yes]]\nrejected:\n[[ no]]\n' in out and 'Q: 3?' not in out
-    assert 'data.jsonl: 5 pairs' in out and 'left out or changed: 1 empty answers\n' in out
+    assert 'data.jsonl: 5 pairs' in out and 'left out or changed: 1 empty answer\n' in out
     assert 'read as: pair, told by chosen (columns: prompt, chosen, rejected, margin)' in out
     assert 'lengths in characters: median' in out
 
@@ -137,7 +137,7 @@ def test_what_a_chat_template_refuses_is_said_and_counted(show, tmp_path):
     rows = [{'messages': TALK, 'system': x} for x in ('', 'Be brief.')]
     out, _ = show([*rows, {'messages': TALK, 'system': ''}], f'--model={tmp_path / "model"}')
     assert 'the chat template refuses an example: no system here\n' in out and '3 sft' in out
-    assert re.search('left out or changed: 1 bad rows: the chat template refuses an example: no system here\n', out)
+    assert re.search('left out or changed: 1 bad row: the chat template refuses an example: no system here\n', out)
     # of a conversation, both answers are marked
     assert out.count('[[') == 4
 
@@ -147,7 +147,7 @@ def test_labels_and_every_answer_of_a_conversation_are_shown(show):
     assert 'response, good:\n[[r]]' in out and 'response, bad:\n[[r]]' in out
     out, _ = show([{'messages': TALK}, {'messages': TALK[:1]}])
     assert 'user: a?\nassistant: [[b]]\nuser: c?\nassistant: [[d]]\n' in out
-    assert 'left out or changed: 1 conversations without a question and its answer\n' in out and '1 sft' in out
+    assert 'left out or changed: 1 conversation without a question and its answer\n' in out and '1 sft' in out
     out, _ = show([{'prompt': 'Say a.', 'response': 'Say a. a'}])
     assert 'changed: nothing\nnote: answers that repeated their prompt, which was taken off (1 times)\n' in out
 
@@ -173,7 +173,7 @@ def test_json(show, rows, task, expected):
     found = [json.loads(line) for line in out.splitlines()]
     shown = [{k: v for k, v in x.items() if k != 'margin'} if task != 'pairs' else x for x in found]
     assert shown == expected
-    assert len(rows) < 6 or 'left out or changed: 1 empty answers\n' in err
+    assert len(rows) < 6 or 'left out or changed: 1 empty answer\n' in err
 
 
 def test_as_a_command(tmp_path):

@@ -678,6 +678,35 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
         sources.load_rows(path, 'train')
 
 
+IMAGE = [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}, assistant('a')]
+UNFIT = [  # name, content, the words of the message
+    ('a.csv', b'prompt;chosen;rejected\nq;a;b\n', "; the only row cannot be read; its columns are separated by ';': in a .csv it"),
+    ('a.csv', b'prompt;chosen;rejected\nq, r;a;b\nq;a;b\n', "first 2 rows can be read; its columns are separated by ';'"),
+    ('a.csv', b'prompt,response\nq,a,b\n', 'and the table has 2 columns; .*cannot be read; mend the file'),
+    ('a.tsv', b'prompt\tresponse\nq\t\xe9\n', 'not valid UTF-8: save the file as UTF-8; .*cannot be read; mend the file'),
+    ('a.jsonl', '{"prompt": "é", "response": "a"}'.encode('latin-1'), 'line 1: not valid UTF-8: save the file as UTF-8; '),
+    ('a.jsonl', '{"prompt": "q", "response": "a"}'.encode('utf-16'), 'line 1: not valid UTF-8: save the file as UTF-8; '),
+    *(('a.jsonl', json.dumps(row).encode(), f'{words}.*; mend that value, the columns are known')
+      for row, words in (({'messages': IMAGE}, 'image_url'), ({'prompt': 'q', 'response': 'a', 'good': 'maybe'}, "'good' is neither"),
+                         ({**pair('q', 'a', 'b'), 'margin': 'big'}, "'margin' is missing or of the wrong type"),
+                         ({'messages': [{'content': 'q'}, assistant('a')]}, "'role' is missing"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('name', 'content', 'words'), UNFIT)
+def test_where_it_is_not_the_columns(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words) as info:
+        sources.load_rows(str(tmp_path / name), 'train')
+    assert '--columns' not in str(info.value) and 'layout' not in str(info.value)
+
+
+def test_columns_say_that_no_other_is_read(tmp_path):
+    path = write(tmp_path / 'data.jsonl', [pair('q', 'a', 'b')])
+    with pytest.raises(UserError, match=r"rejected=NAME' \(no other is read then\)"):
+        sources.load_rows(path, 'train', columns='chosen=rejected, rejected=chosen')
+
+
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
 @pytest.mark.parametrize('name', ['shp', 'se', 'oasst', 'ultrafeedback', 'hh'])
 def test_a_named_dataset_is_read_by_its_columns(tmp_path, name, task):

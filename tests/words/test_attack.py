@@ -166,6 +166,21 @@ def not_loaded(words):
     assert not Path('evil').exists()
 
 
+BROKEN = {
+    'config, cut': "the config.json of 'model' is not valid JSON .*line .*: mend it$",
+    'config, nothing': "'model' has no config.json, so it is no model folder",
+    'no weights': "'model' has no .safetensors file: fetch its weights$",
+    'a pickle': "'model' has no .safetensors file: convert it from a pickle, which can run any code$",
+}
+
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_broken_folders(model, name):
+    changes = {**DAMAGES, 'no weights': lambda f: (f / 'model.safetensors').unlink(), 'a pickle': pickled}
+    model('good', changes[name])
+    not_loaded(BROKEN[name])
+
+
 @pytest.mark.parametrize('name', DAMAGES)
 def test_damaged_models(model, name):
     model('shards' if name.startswith(('shard', 'index')) else 'good', DAMAGES[name])

@@ -108,7 +108,7 @@ DPO = [
     # models
     ('--model={world}/nothing', 'nothing'),
     ('--model={world}/no_tokenizer', 'tokenizer'),
-    ('--model={world}/only_tokenizer', 'cannot load the model'),
+    ('--model={world}/only_tokenizer', 'only_tokenizer. has no config.json'),
     ('--model={world}/damaged', 'cannot load the model'),
     ('--model={world}/no_eos', 'eos_token'),
     ('--model={world}/small', r'the tokenizer has \d+ ids but the model .* embeds 100'),
@@ -127,6 +127,8 @@ DPO = [
     ('--max_length=8 --max_prompt_length=7', 'max_length .*8'),  # no room but for an end of text
     # of the loss
     ('--loss=dop', "loss must be one of .*'dop'; did you mean dpo"),
+    ('--loss=DPO', "not 'DPO'; did you mean dpo"),
+    ('--data=hhh', "'hhh' is no file .*, ultrafeedback_hybrid; did you mean hh"),
     ('--gamma=2', '--gamma has no effect: the loss dpo'),
     ('--loss=simpo --reference_free', '--reference_free has no effect: the loss simpo'),
     ('--frac_good=0.5', '--frac_good has no effect'),
@@ -275,7 +277,7 @@ def test_what_is_counted(run, script, tmp_path, capsys):
     reasons = re.search(r'^data: [69] training examples .* and 2 to evaluate on; (.*)$', capsys.readouterr().out, re.M)[
         1
     ]
-    assert all(f'1 bad rows: {reason} ' in reasons for reason in ('not valid JSON', "'rejected' is missing"))
+    assert all(f'1 bad row: {reason} ' in reasons for reason in ('not valid JSON', "'rejected' is missing"))
 
 
 # fmt: off

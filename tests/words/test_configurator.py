@@ -118,7 +118,7 @@ REFUSED_FLAGS = [
     *((f'--{text}', 'rate must be float, not', 'the command line: ') for text in ('rate=fast', 'rate=', 'rate=true', 'rate=none', 'rate=nan')),
     *((f'--steps={text}', 'steps must be int, not', text) for text in ('1.0', '1e3', 'true', 'none')),
     ('--share=nan', 'share must be float or None, not'), ('--limit=2.5', 'limit must be int or None, not'),
-    ('--flag=2', 'flag must be bool, not'), ('--flag=none', 'flag must be bool, not'), ('--sure=maybe', 'sure must be bool or None, not'),
+    ('--flag=2', 'flag must be true or false, not'), ('--flag=none', 'flag must be true or false, not'), ('--sure=maybe', 'sure must be true or false or None, not'),
 ]
 VALUES = [
     ('--rate=1', 1.0), ('--rate=-1e-3', -1e-3), ('--rate=inf', math.inf), ('--steps=-4', -4),
@@ -153,7 +153,7 @@ REFUSED_FILES = [  # text, line, words
                                                               'rate = 1j', 'rate = -10 ** 400', 'class rate: pass')),
     *((f'\n{text}', 2, 'steps must be int, not') for text in ('steps = True', 'steps = 1.0', 'steps = "1"', 'steps = None')),
     ('share = "0.5"', 1, 'share must be float or None, not'), ('limit = False', 1, 'limit must be int or None, not'),
-    ('flag = 1', 1, 'flag must be bool, not'), ('sure = 0', 1, 'sure must be bool or None, not'),
+    ('flag = 1', 1, 'flag must be true or false, not'), ('sure = 0', 1, 'sure must be true or false or None, not'),
     *((text, 1, 'name must be str, not') for text in ('name = 1', 'name = b"x"', 'def name(): pass', 'from math import pi as name')),
 ]
 KNOWN = [  # what values an option of this name can have
@@ -435,6 +435,13 @@ ELSEWHERE = {
     '--per_device_train_batch_size=4': r'here it is batch_size \(of all GPUs and microbatches together\)$',
     '--beta 0.1': '--beta needs a value: --beta=value$',
     'loss.beta=0.1': r"'loss.beta=0.1' is neither a config file \(.py\) nor an option: one word, --name=value$",
+    '--optimizer=adam': "must be one of AdamW, RMSprop, SGD, not 'adam'; did you mean AdamW.$",
+    '--optimizer=zzz': "must be one of AdamW, RMSprop, SGD, not 'zzz'$",
+    'config/dpo_toi.py': 'cannot read the config file config/dpo_toi.py in .*: No such file .*; did you mean config/dpo_toy.py.$',
+    'dpo_toy.py': 'cannot read the config file dpo_toy.py in .*; did you mean config/dpo_toy.py.$',
+    'config/xx.py': 'No such file or directory$',
+    'README.md': r"'README.md' is neither .* one word, --name=value, such as --data=README.md$",
+    'nosuch.jsonl': r"'nosuch.jsonl' is neither .* one word, --name=value$",
     '--max_length=200 --max_prompt_length=199': 'max_length 200 leaves no room for an answer behind max_prompt_length 199$',
 }
 
@@ -443,6 +450,7 @@ ELSEWHERE = {
 def test_what_people_type_is_answered_before_the_imports(argv, monkeypatch):
     """dpo.py itself is not imported: check_early reads its source and that of training.py."""
     monkeypatch.setattr(sys, 'argv', ['dpo.py', *argv.split()])
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=ELSEWHERE[argv]):
         guard.check_early(ROOT / 'dpo.py')
 
