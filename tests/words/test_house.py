@@ -85,8 +85,8 @@ def test_top_level_and_lines():
     assert len(groups['top level']) <= 12
     assert {name: n for name, limit in LIMITS.items() if (n := measure(ROOT / name).lines) > limit} == {}
     assert total(groups['a DPO step']).lines <= 1800
-    assert total(PRODUCT).lines <= 14755
-    assert total(EXPERIMENTS).lines <= 3800
+    assert total(PRODUCT).lines <= 14845
+    assert total(EXPERIMENTS).lines <= 3805
 
 
 def test_no_import_cycle():
