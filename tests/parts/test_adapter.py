@@ -147,7 +147,7 @@ OPTIONS = [
     ({'r': 0}, INCOMPLETE),
     ({'lora_alpha': None}, INCOMPLETE),
     ({'base_model_name_or_path': 'gone'}, "model of the adapter 'run/adapter' is missing: there is no model folder 'gone'"),
-    ({'base_model_name_or_path': 'run/adapter'}, "cannot load the model 'run/adapter'"),
+    ({'base_model_name_or_path': 'run/adapter'}, "'run/adapter' has no config.json, so it is no model folder"),
 ]  # fmt: skip
 
 

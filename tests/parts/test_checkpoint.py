@@ -531,7 +531,8 @@ def tokens(task):
 
 
 def test_bad_step_stops_before_the_weights_are_touched(tmp_path, monkeypatch, whole):
-    poison(monkeypatch, 'dpo', [3], [1, 4])
+    # the first call tries the formula out, before the run
+    poison(monkeypatch, 'dpo', [4], [1, 4])
     words = 'the loss of the step from 24 to 36 examples is not finite; 2 of its examples are in .*bad_step'
     with pytest.raises(UserError, match=words):
         run(tmp_path / 'run')

@@ -257,7 +257,7 @@ def test_an_out_dir_that_is_no_run(refused, tmp_path, content):
 
 
 def test_without_evaluation(run, tmp_path):
-    run('dpo.py', '--n_eval_examples=0', '--eval_every=2', '--sample_during_eval')
+    run('dpo.py', '--n_eval_examples=0', '--eval_every=2')
     rows = metrics(tmp_path / 'out')
     assert {row['split'] for row in rows} <= {'train', 'check'} and rows[-1]['counters/examples'] == 6
     assert (tmp_path / 'out/model/config.json').exists()
