@@ -36,7 +36,7 @@ from hf.load import add_value_head, check_same_tokens, load_model, load_reward
 from hf.parts import core
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
-from runtime import errors, log, ranks
+from runtime import errors, ranks
 from runtime.prefetch import move
 from text.examples import Examples
 
@@ -125,9 +125,7 @@ if not offline:
 elif noise_rate:
     run.train = run.train.flip(noise_rate, seed)
 run.count_data(answers_per_prompt)
-train = run.train
-held_out = run.held_out
-total = run.total
+train, held_out, total = run.train, run.held_out, run.total
 if not total:
     raise UserError(f'n_examples {n_examples} is less than one group of {answers_per_prompt} answers')
 
@@ -330,13 +328,9 @@ def evaluate(seen):
         fields = {name: column for name, column in columns.items() if name.startswith('score')}
         return {'logratio': torch.stack([of_tokens.sum() for of_tokens in logratios])} | fields
 
-    settings = {
-        'n_written': n_eval_model_samples,
-        'all_rows': True,
-        'max_new_tokens': max_new_tokens,
-        'rows': sample_batch,
-    }
-    generate.sample_held_out(run, {'policy': policy}, len(held_out), seen, measure, **settings)
+    settings = {'max_new_tokens': max_new_tokens, 'rows': sample_batch}
+    which = {'n_written': n_eval_model_samples, 'all_rows': True}
+    generate.sample_held_out(run, {'policy': policy}, len(held_out), seen, measure, **which, **settings)
     run.log_evaluation(seen, metrics)
 
 
@@ -358,12 +352,7 @@ for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_
     metrics = this_round.metrics | train_round(this_round)
     # log the round; speeds include everything since the previous row
     now = time.time()
-    elapsed = now - run.clock
-    n = this_round.answers['n']  # (answers,) tokens per answer
-    metrics['counters/step_examples'] = len(n)
-    metrics['examples_per_second'] = log.per_second(len(n), elapsed)
-    metrics['tokens_per_second'] = log.per_second(int(n.sum()), elapsed)
-    metrics['sampling_share'] = log.per_second(sampled - run.clock, elapsed)
+    metrics |= rollout.speeds(this_round.answers['n'], now - run.clock, sampled - run.clock)
     run.clock = now
     if training.skip_bad_steps:
         metrics['counters/bad_steps'] = run.state['bad_steps']

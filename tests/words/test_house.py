@@ -14,7 +14,7 @@ PRODUCT = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob('*
 EXPERIMENTS = sorted((ROOT / 'experiments').rglob('*.py'))
 OURS = PRODUCT + EXPERIMENTS
 # lines; of losses.py 175, and room for a loss of one's own
-LIMITS = {'dpo.py': 300, 'sft.py': 135, 'reward.py': 115, 'ppo.py': 400, 'losses.py': 190}
+LIMITS = {'dpo.py': 300, 'sft.py': 135, 'reward.py': 115, 'ppo.py': 370, 'losses.py': 190}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
