@@ -328,9 +328,8 @@ def evaluate(seen):
         fields = {name: column for name, column in columns.items() if name.startswith('score')}
         return {'logratio': torch.stack([of_tokens.sum() for of_tokens in logratios])} | fields
 
-    settings = {'max_new_tokens': max_new_tokens, 'rows': sample_batch}
-    which = {'n_written': n_eval_model_samples, 'all_rows': True}
-    generate.sample_held_out(run, {'policy': policy}, len(held_out), seen, measure, **which, **settings)
+    settings = {'n_written': n_eval_model_samples, 'max_new_tokens': max_new_tokens, 'rows': sample_batch}
+    generate.sample_held_out(run, {'policy': policy}, held_out, seen, measure, **settings)
     run.log_evaluation(seen, metrics)
 
 

@@ -85,7 +85,6 @@ def begin(config):
     for names, why in values.without_effect(config):
         config.report_unused(names, why)
 
-    # join the process group, then lock out_dir
     rank, world, device = ranks.setup(tp)
     if config.batch_size < world:
         raise UserError(f'batch_size {config.batch_size} is too small: one example for each of {world} ranks')
@@ -157,9 +156,8 @@ class Run:
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
         # by default the model is saved in the dtype of its input files, and with 4-bit weights in bfloat16
         if save_dtype is None:
-            self.config['save_dtype'] = (
-                'bfloat16' if quantize else ranks.shared(partial(stored_dtype, self.config.model))
-            )
+            of_files = partial(stored_dtype, self.config.model)
+            self.config['save_dtype'] = 'bfloat16' if quantize else ranks.shared(of_files)
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def load_frozen(self, build, longest, what='the examples'):
@@ -394,8 +392,10 @@ class Run:
     def sample(self, models, seen, measure=None):
         """Sample answers of models (name -> model) into samples.jsonl. Returns {name: result of measure(prompts, answers)}."""
         config = self.config
+        # of kto's pairs, which are two examples with one prompt, the good one; of other losses all examples are good
+        examples = self.held_out.select(self.held_out.good).select(slice(config.n_eval_model_samples))
         settings = {name: config[name] for name in ('max_new_tokens', 'temperature', 'top_p')}
-        return generate.sample_held_out(self, models, config.n_eval_model_samples, seen, measure, **settings)
+        return generate.sample_held_out(self, models, examples, seen, measure, **settings)
 
     def log_evaluation(self, seen, metrics):
         """Log an evaluation row and record it in run.state, unless a signal has interrupted the evaluation."""

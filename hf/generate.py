@@ -58,19 +58,14 @@ def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
     append(file, ''.join(lines))
 
 
-def sample_held_out(run, models, n_prompts, examples_seen, measure=None, n_written=None, all_rows=False, **settings):
-    """Sample answers of several models to the first n_prompts held-out prompts, and append them to out_dir/samples.jsonl.
+def sample_held_out(run, models, examples, examples_seen, measure=None, n_written=None, **settings):
+    """Sample answers of several models to the prompts of these held-out Examples, and append them to out_dir/samples.jsonl.
 
     run: a training.Run. models: name -> sharded model; 'reference' answers with its adapters off. examples_seen: trained on so far.
-    measure(prompts, answers) -> {column: (n_prompts,) tensor}, more fields for samples.jsonl. n_written: how many answers of a
-    model go there, None for all. all_rows: take prompts whose answer is labelled bad, too. settings: options of generate().
-    Returns {model name: result of measure}, empty without measure, or after a stop signal, which truncates answers: nothing is
-    written then."""
-    examples = run.held_out
-    # for kto a pair is two examples with one prompt, of which one is good; of other losses, all examples are good
-    if not all_rows:
-        examples = examples.select(examples.good)
-    prompts = [prompt for prompt, _ in examples.select(slice(n_prompts))]
+    measure(prompts, answers) -> {column: (n,) tensor}, n prompts: more fields for samples.jsonl. n_written: how many answers of a
+    model go there, None for all. settings: options of generate(). Returns {model name: result of measure}, empty without measure,
+    or after a stop signal, which truncates answers: nothing is written then."""
+    prompts = [prompt for prompt, _ in examples]
     # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
     first_seed = run.config.seed * 1_000_003
     seeds = range(first_seed, first_seed + len(prompts))

@@ -139,9 +139,8 @@ def _read_config(name, *, trust_remote_code=False, **_others):
     if os.path.exists(name) or name not in _configs:
         hub.check_there(name)
         if os.path.isdir(name) and not os.path.exists(f'{name}/config.json'):
-            raise UserError(
-                f'{name!r} has no config.json, so it is no model folder: name another one, or fetch the model again'
-            )
+            way_out = 'name another one, or fetch the model again'
+            raise UserError(f'{name!r} has no config.json, so it is no model folder: {way_out}')
         if not trust_remote_code:
             _check_code(name)
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)

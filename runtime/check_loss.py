@@ -8,7 +8,7 @@ import torch
 
 from configurator import UserError, configure
 from runtime import guard
-from runtime.errors import one_line
+from runtime.hub import first_line
 from runtime.objective import PAIRS, call, inputs, objective_of
 
 # log-ratio of the chosen minus that of the rejected answer, or log-ratio of a single answer, in nats
@@ -46,14 +46,13 @@ def table(name, fn, statistic, options):
         # columns override options of the same name
         losses = call(fn, options | columns)
     except Exception as error:  # whatever a mistake in somebody's formula raises
-        raise UserError(f'the loss {name} fails: {one_line(error)}') from None
+        raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None
     if not isinstance(losses, torch.Tensor) or losses.shape != margin.shape:
         expected = f'a number for each example, ({len(margin)},)'
         raise UserError(f'the loss {name} must return {expected}, not {losses!r:.100}')
     if not losses.requires_grad:
-        raise UserError(
-            f'the loss {name} has no gradient: it must be computed from the columns that it asks for, without detach'
-        )
+        advice = 'it must be computed from the columns that it asks for, without detach'
+        raise UserError(f'the loss {name} has no gradient: {advice}')
     # rows are independent, so the gradient of the sum holds every row's slope; an input that the loss does not use has slope 0
     slopes = torch.autograd.grad(losses.sum(), list(ratios.values()), allow_unused=True, materialize_grads=True)
     return torch.stack([margin, losses, *slopes], dim=1).tolist()

@@ -30,11 +30,6 @@ def report(kind, error, trace):
     os._exit(2)
 
 
-def one_line(error):
-    """Return an exception as 'NameError: name 'x' is not defined', of its first line."""
-    return f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
-
-
 def tell_torchrun(error):
     """Tell torchrun, by its error file if there is one, what ends this process; before that, remove an unused out_dir."""
     files.remove_unused()

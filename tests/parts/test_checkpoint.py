@@ -26,7 +26,7 @@ from data import steps
 from hf import export, generate, parallel
 from hf.load import load_model, load_tokenizer
 from rl import formulas
-from runtime import checkpoint, files, guard, log, ranks, room
+from runtime import checkpoint, errors, files, guard, log, ranks, room
 from tests import forks
 from text import toy
 from text.examples import Examples
@@ -437,7 +437,7 @@ def test_a_signal_ends_sampling(tmp_path, whole, monkeypatch):
     assert len(generate.generate(model, tokenizer, [[5, 6]], [0], **settings)[0]) == 1
     held_out = Examples.of([([5, 6], [[7]])])
     run = types.SimpleNamespace(config=Config(seed=0, out_dir=str(tmp_path)), held_out=held_out, tokenizer=tokenizer)
-    assert generate.sample_held_out(run, {'policy': model}, 1, 0, measure=None, **settings) == {}
+    assert generate.sample_held_out(run, {'policy': model}, run.held_out, 0, measure=None, **settings) == {}
     assert not list(tmp_path.iterdir())
 
 
@@ -745,6 +745,12 @@ def test_no_microbatch_is_larger_than_what_is_reckoned_with(
         for batch in data.make_batches(examples, rows, rank, world_size // tp, max_tokens, **layout)[0]
     )
     assert largest <= room._largest_batch(config, examples, packed, max_tokens) <= 2.5 * largest
+
+
+def test_memory_is_saved_by_halving_where_a_microbatch_can_be_split():
+    one, two = types.SimpleNamespace(slot=[0]), types.SimpleNamespace(slot=[1, 2])
+    full = errors.explained(MemoryError(), 'lower it')
+    assert errors.can_split(full, [one, two]) and not errors.can_split(full, [one]) and not errors.can_split(UserError('other'), [two])
 
 
 @pytest.mark.parametrize(('free', 'chosen'), [(3000, 1536), (4000, 2048), (100, 1024)])

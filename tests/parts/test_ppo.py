@@ -209,6 +209,12 @@ def test_held_out_prompts_of_bad_answers_are_answered_too(tmp_path, small_toy):
     assert [(row['examples'], row['sample']) for row in samples] == [(n, i) for n in (0, 4) for i in range(4)]
 
 
+def test_the_speeds_of_a_round():
+    found = rollout.speeds(torch.tensor([3, 5]), elapsed=4.0, sampling=1.0)
+    rates = {'examples_per_second': 0.5, 'tokens_per_second': 2, 'sampling_share': 0.25}
+    assert found == {'counters/step_examples': 2} | rates
+
+
 # ---- a user's mistakes ----
 
 
