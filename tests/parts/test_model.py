@@ -655,7 +655,7 @@ def test_activation_checkpointing(name, dropout, mode, saved, device, register):
         assert len(calls) == 2 * (4 if checkpointing is True else 2)  # two layers, recomputed in backward
         assert not any(m.training for m in net.modules() if isinstance(m, torch.nn.Dropout))
     # the second one of two layers is kept while backward recomputes it
-    assert kept[0] / 2 < kept[1] < kept[0] and kept[2] < kept[0], kept
+    assert kept[0] / 2 < kept[1] < kept[0] and kept[2] < 0.65 * kept[0], kept
     for values, _ in results[1:]:
         assert values.equal(results[0][0])
     for _, grads in results[1:4]:
