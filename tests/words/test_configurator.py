@@ -148,6 +148,7 @@ REFUSED_FILES = [  # text, line, words
     # it cannot end the script as if all had gone well
     *((f'rate = 1.0\n{text}\n', 2) for text in ('raise SystemExit', 'exit()')),
     ('steps = 2**63', 1, 'no machine'),
+    ('rate = 2**63', 1, 'rate must be float'),
     *((f'note = {text!r}', 1, 'characters that are no text') for text in ('a\0b', '\ud800')),
     *((f'\n{text}', 2, 'rate must be float, not') for text in ("rate = '1e-3'", 'rate = True', 'rate = None', 'rate = float("nan")',
                                                               'rate = 1j', 'rate = -10 ** 400', 'class rate: pass')),
