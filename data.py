@@ -170,8 +170,7 @@ class Batch:
     longest: int  # tokens of the longest answer
     position: torch.Tensor | None = None  # packed: (1, T) position of each token in its own sequence
     mask: torch.Tensor | None = None  # padded: (A, T) 1 for tokens, 0 for padding
-    # packed: for each copy of a prompt, (tokens of the prompt, tokens of each answer that shares it); padded: empty
-    groups: list = field(default_factory=list)
+    groups: list = field(default_factory=list)  # packed: (tokens of a prompt, (tokens of each answer that shares it))
     varlen: Varlen | None = None  # packed on a GPU: the groups in the format of the CUDA kernel
     ref: torch.Tensor | None = None  # (A,) cached log-probs of the reference
 

@@ -26,7 +26,7 @@ def gather(parts, batches, total):
     """Gather columns over all ranks: name -> (total,), in step order, the same on every rank.
 
     parts: one dict of columns per microbatch of this rank; batches: those microbatches; total: examples of the step."""
-    slots = [slot for batch in batches for slot in batch.slot]
+    slots = [slot for batch in batches for slot in batch.slot]  # index in the step of each example, -1 for a filler
     of_this_rank = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
     return gather_columns(of_this_rank, slots, total)
 
@@ -67,20 +67,20 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
     optimizer on the CPU. device_map: build(device_map=...) spreads the model over this process's GPUs. options: of lean.recompute."""
     half = dtype == 'bfloat16'
     by_fsdp = False
-    loaded_outputs = None  # what the loaded model computes for a made-up example; None: no need to compare
+    loaded_outputs = None  # what the loaded model computes for a made-up example; None: it is used as it was loaded
     if device_map is not None:
         mode, model = 'none', build(device_map=device_map)
     else:
         # loaded: the model with its weights on rank 0, None on all other ranks
         loaded = ranks.on_one_rank(partial(build, empty=False))
         mode = ranks.shared(partial(room.choose_mode, loaded, mode, train, half, device, cpu_offload))
-        # the weight file, not the config, says which parameters are tied
+        # tied: name of a parameter -> name of the one whose tensor it shares, as the weight file (not the config) has it
         tied = ranks.shared(partial(ties, loaded))
-        # bfloat16 training keeps float32 master weights. FSDP manages them, even for replicas
+        # bfloat16 training keeps float32 master weights, which FSDP manages, even for whole models on every rank (mode none)
         by_fsdp = mode != 'none' or (half and train)
         if by_fsdp or dist.get_world_size() > 1:
             loaded_outputs = ranks.shared(partial(probe.measure_loaded, loaded))
-        # FSDP shards an empty model and then fills it (_distribute); replicas on other ranks start empty, too
+        # FSDP shards an empty model and then fills it (_distribute); whole models on other ranks start empty, too
         model = build(empty=True) if by_fsdp or loaded is None else loaded
         tie_as(model, tied)
         if not by_fsdp:
@@ -91,25 +91,21 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
     model.shard_mode = mode
     if by_fsdp:
         _distribute(model, loaded, device, half, cpu_offload)
+    # without FSDP it does nothing
     model.reshard = types.MethodType(reshard, model)
     for method in (response_logps, hidden_and_head, response_scores, token_logps, be_root):
         add_method(model, method)
     if loaded_outputs is not None:
         probe.compare(model, loaded_outputs, device, half)
-    set_attention(model, packed=True)
+    set_attention(model, packed=True)  # until Run.set_batching has tried whether the model can do it
     return model
 
 
-def _to_bfloat16(parameters):
-    """Cast parameters in place. Not model.to: buffers, such as rotary frequencies, must stay float32."""
-    for p in parameters:
-        p.data = p.data.bfloat16()
-
-
 def _replicate(model, device, tied, half):
-    """Move a model to the device, in place, in bfloat16 if half, and broadcast rank 0's tensors. tied: name -> earlier name."""
+    """Move a model to the device, in place, in bfloat16 if half, and broadcast rank 0's tensors. tied: see shard()."""
     if half:
-        _to_bfloat16(model.parameters())
+        for p in model.parameters():  # not model.to: buffers, such as rotary frequencies, stay float32
+            p.data = p.data.bfloat16()
     if dist.get_rank() == 0:
         model.to(device)
     else:
@@ -139,7 +135,9 @@ def _distribute(model, loaded, device, half, cpu_offload):
             for p in loaded.parameters():
                 p.data = p.data.bfloat16().to(p.dtype)
         # frozen weights are never updated, so they need no float32 copy
-        _to_bfloat16(p for p in model.parameters() if not p.requires_grad)
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.bfloat16()
     if cpu_offload:
         settings['offload_policy'] = CPUOffloadPolicy(pin_memory=device.type == 'cuda')
         shard_device = torch.device('cpu')
@@ -158,9 +156,10 @@ def _distribute(model, loaded, device, half, cpu_offload):
 
 @cache
 def _mesh(device_type, tp, replicated, group):
-    """Return a DeviceMesh of all ranks, with 'dp' as the dimension that FSDP shards over. group: a cache key, not used.
+    """Return a DeviceMesh of all ranks, with 'dp' as the dimension that FSDP shards over; one for all models of a process group.
 
-    Dimensions of 8 ranks: dp 8; if replicated: copies 8, dp 1; with tp=2: dp 4, tp 2; with both: copies 4, dp 1, tp 2."""
+    group: a cache key: tests make new groups. Dimensions of 8 ranks: dp 8; if replicated: copies 8, dp 1; with tp=2: dp 4, tp 2;
+    with both: copies 4, dp 1, tp 2."""
     n = dist.get_world_size() // tp
     sizes = {'copies': n, 'dp': 1} if replicated else {'dp': n}
     if tp > 1:
@@ -205,7 +204,7 @@ def average_gradients(model):
     # shards: FSDP has averaged their gradients in backward
     if model.shard_mode != 'none':
         return grads
-    # replicas; those in bfloat16 have DTensors over one rank
+    # whole models; those that train in bfloat16 have DTensors over a mesh of one rank
     grads = [local(grad) for grad in grads]
     world_size = dist.get_world_size()
     if world_size > 1:

@@ -33,7 +33,6 @@ from configurator import UserError, configure
 from data import steps
 from hf import generate
 from hf.load import add_value_head, check_same_tokens, load_model, load_reward
-from hf.parts import core
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
 from runtime import errors, ranks
@@ -114,7 +113,7 @@ kl_in_loss = offline or loss == 'grpo'  # online PPO has the KL penalty in the r
 
 # ---- set-up ----
 
-run = training.begin(config)  # initialises torch.distributed and claims out_dir
+run = training.Run(config)  # initialises torch.distributed and claims out_dir
 tokenizer = run.tokenizer
 
 # examples of the task 'prompts' carry a dummy answer: 2 leaves room for one token and the end token
@@ -161,8 +160,7 @@ if offline:
 what = 'prompts with their answers'  # for error messages
 # with adapters, the policy without them serves as the reference
 has_own_ref = bool(ref_model or not run.adapters)
-own_critic = getattr(core(policy), 'critic', None)
-run.set_batching(longest, what, share_prefix, forward=policy.token_logps, critic=own_critic, n_frozen=int(has_own_ref))
+run.set_batching(longest, what, share_prefix, forward=policy.token_logps, n_frozen=int(has_own_ref))
 ref = policy
 if has_own_ref:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
@@ -283,17 +281,17 @@ def train_round(this_round):
     grad_norm = math.nan
     # minibatches consist of examples: a prompt with all its answers
     minibatches = this_round.minibatches(minibatch_size // answers_per_prompt, ppo_epochs, seed)
-    for step, rows in enumerate(minibatches, start=steps_before):
-        batches, *_ = run.make_batches(this_round.examples, rows)
-        with run.memory(batches):
-            sums = run_minibatch(batches, this_round, rows)
+    for number, rows in enumerate(minibatches, start=steps_before):
+        step = run.make_step(this_round.examples, rows, this_round.first)
+        with errors.memory_of(step.batches, run.max_tokens):
+            sums = run_minibatch(step.batches, this_round, rows)
         # (answers,) each; the loss is known for the whole step only
         columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
         columns['loss'] = torch.full_like(columns['n'], sums['loss'])
         n = int(columns['n'].sum())
         total_weight = len(columns['n']) if per_answer else n
         train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)  # of each answer's prompt
-        if not run.optimizer_step(step, batches, this_round.first, train_rows, columns, total_weight):
+        if not run.update(step, columns, total_weight, number=number, rows=train_rows):
             continue
 
         grad_norm = run.norm
@@ -333,7 +331,7 @@ def evaluate(seen):
     run.log_evaluation(seen, metrics)
 
 
-method = f'{loss} offline ' if offline else f'{loss} '
+method = f'{loss} offline' if offline else loss
 n_rounds = math.ceil(total / batch_size)
 steps_per_round = ppo_epochs * math.ceil(batch_size / minibatch_size)
 run.start(method, f'answers, {batch_size} a round, {minibatch_size} a step', n_steps=n_rounds * steps_per_round)

@@ -49,7 +49,7 @@ if not 0 <= label_smoothing < 0.5:
 
 # ---- set-up ----
 
-run = training.begin(config)
+run = training.Run(config)
 # a score is read at the end of text, so that must not be the pad token
 run.tokenizer = separate_pad(run.tokenizer)
 run.load_data(task='pairs', margins=True)

@@ -90,11 +90,11 @@ def token_columns(run, model, examples, starts, names):
     n_examples, per_prompt = lengths.shape
     # this rank's microbatches: all examples are one step, so an index in the step is an index in examples
     rows = np.arange(n_examples)
-    batches, *_ = run.make_batches(examples, rows)
+    batches = run.make_step(examples, rows).batches
     logps_and_values = []
     slots = []
     for batch in batches:
-        with torch.no_grad(), run.memory(batches):
+        with torch.no_grad(), errors.memory_of(batches, run.max_tokens):
             logps_and_values.append(model.token_logps(batch, values='value' in names))  # (1 or 2, N)
         slots.append(token_slots(batch, rows, starts, per_prompt))
     # not strict: without a critic there is one row for two names
