@@ -143,8 +143,8 @@ def build(**options):
         return language_model
     if critic == 'head':
         return add_value_head(language_model)
+    # a critic of its own: a whole model. new_head: replace the head of a language model by one with a single output
     critic_name = model if critic == 'own' else critic
-    # new_head: replace the head of a language model by one with a single output
     critic_model = load_reward(critic_name, new_head=True, **run.model_options(), **options)
     return add_value_head(language_model, critic_model)
 
@@ -242,11 +242,11 @@ def run_minibatch(batches, this_round, rows):
     round_columns = move({name: column.float() for name, column in this_round.tokens.items()}, run.device)
     for batch in batches:
         # (N,): where the microbatch's answer tokens are in round_columns. Filler tokens have -1: they get some numbers, and weight 0
-        slots = rollout.token_slots(batch, rows, this_round.answers['start'], answers_per_prompt)
-        is_real = slots >= 0
-        columns = {name: column[slots] for name, column in round_columns.items()}
-        pi, *values = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
-        value = values[0] if values else None
+        indices = rollout.token_indices(batch, rows, this_round.answers['start'], answers_per_prompt)
+        is_real = indices >= 0
+        columns = {name: column[indices] for name, column in round_columns.items()}
+        logps_and_values = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
+        pi, value = logps_and_values if len(logps_and_values) == 2 else (logps_and_values[0], None)
         # the ratio of a filler could be infinite, and 0 times that is no number
         pi = torch.where(is_real, pi, columns['old'])
         policy_loss, value_loss = token_losses(pi, value, columns)
@@ -275,9 +275,9 @@ def train_round(this_round):
     """Run all optimizer steps of a rollout.Round. Return metrics: means over answer tokens, the last finite grad_norm, the last lr.
 
     Steps with a non-finite loss or gradient leave the weights alone, count in no mean, and go to bad_step.jsonl."""
-    steps_before = steps_per_round * (this_round.first // batch_size)
-    n_tokens = 0
-    totals = Counter()  # sums over the answer tokens of all good steps
+    steps_before = steps_per_round * (this_round.first // batch_size)  # of the run, for the learning rate
+    n_tokens = 0  # of all good steps
+    totals = Counter()  # sums over these tokens, of what run_minibatch returns
     grad_norm = math.nan
     # minibatches consist of examples: a prompt with all its answers
     minibatches = this_round.minibatches(minibatch_size // answers_per_prompt, ppo_epochs, seed)
@@ -296,12 +296,12 @@ def train_round(this_round):
 
         grad_norm = run.norm
         n_tokens += n
-        # weighted mean * n: the means below are per token
+        # with per_answer the sum over the total weight is a mean over answers: times n, it counts like a sum over tokens
         for name in ('loss', 'value_loss'):
             sums[name] = sums[name] * n / total_weight
         totals.update(sums)  # Counter.update adds
     if loss == 'grpo':
-        totals.pop('value_loss', None)
+        totals.pop('value_loss', None)  # always 0; missing if all steps were bad
     means = {f'{name}/train': total / max(1, n_tokens) for name, total in totals.items()}
     return means | {'grad_norm': grad_norm, 'lr': run.rate}
 
@@ -313,19 +313,21 @@ def evaluate(seen):
     seen: number of answers trained on so far. No-op without held-out prompts, or if a run before a resume logged it already."""
     if not len(held_out) or seen <= run.state['evaluated']:
         return
-    metrics = {}
+    metrics = {}  # measure() fills it; it stays empty after a stop signal, and is then not logged
 
     def measure(prompts, answers):
-        """Fill in metrics. Return more fields for samples.jsonl: columns logratio and scores, (answers,) each."""
+        """Fill in metrics. Return more fields for samples.jsonl, of n answers (token ids): logratio and scores, (n,) each."""
         examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
         tokens, columns = rollout.measure(run, ref, examples, stop_ids)
-        if reward_parts:
+        if reward_parts:  # offline there may be none
             columns |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)
         metrics.update(rollout.describe(run, examples, tokens, columns, 'eval'))
-        logratios = (tokens['pi'] - tokens['ref']).split(columns['n'].tolist())
-        fields = {name: column for name, column in columns.items() if name.startswith('score')}
-        return {'logratio': torch.stack([of_tokens.sum() for of_tokens in logratios])} | fields
+        by_answer = (tokens['pi'] - tokens['ref']).split(columns['n'].tolist())
+        logratio = torch.stack([of_tokens.sum() for of_tokens in by_answer])
+        scores = {name: column for name, column in columns.items() if name.startswith('score')}
+        return {'logratio': logratio} | scores
 
+    # rows: how many answers a rank samples side by side
     settings = {'n_written': n_eval_model_samples, 'max_new_tokens': max_new_tokens, 'rows': sample_batch}
     generate.sample_held_out(run, {'policy': policy}, held_out, seen, measure, **settings)
     run.log_evaluation(seen, metrics)
