@@ -111,7 +111,7 @@ def _declared(scope):
             continue
         if not isinstance(node, ast.AnnAssign | ast.Assign) or isinstance(node.value, ast.Call):
             break
-        # names in capitals are no options
+        # name: types = value  # comment. Names in capitals are no options
         match = re.fullmatch(r'([a-z]\w*)(?:: (.+?))? = (.+?)(?:  # (.*))?', lines[node.lineno])
         if not match:
             continue

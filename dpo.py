@@ -267,7 +267,7 @@ evaluate = partial(run.evaluate, run_step=lambda step: run_step(step)[0], summar
 @torch.no_grad()
 def check_first_step():
     """Log and print loss and rewards of the first step before training, and what they should be. UserError if no loss is finite."""
-    columns, _ = run.compute(next(run.steps()), run_step)
+    columns, _ = run.compute(next(run.steps()), run_step)  # without the statistic's new state
     if not columns['loss'].isfinite().any():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')

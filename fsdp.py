@@ -64,7 +64,7 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
 
     build(empty): make the transformers model on the CPU, without weights if empty. dtype: compute dtype; weights that train stay
     float32. train=False: freeze it. mode: none, grads, full or auto (training.py's option shard). cpu_offload: keep weights and
-    optimizer on the CPU. device_map: build(device_map=...) spreads the model over this process's GPUs. options: of lean.recompute."""
+    optimizer on the CPU. device_map: build(device_map=...) spreads it over this process's GPUs. options: activation_checkpointing."""
     half = dtype == 'bfloat16'
     by_fsdp = False
     loaded_outputs = None  # what the loaded model computes for a made-up example; None: it is used as it was loaded
@@ -91,7 +91,6 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
     model.shard_mode = mode
     if by_fsdp:
         _distribute(model, loaded, device, half, cpu_offload)
-    # without FSDP it does nothing
     model.reshard = types.MethodType(reshard, model)
     for method in (response_logps, hidden_and_head, response_scores, token_logps, be_root):
         add_method(model, method)
@@ -121,7 +120,7 @@ def _distribute(model, loaded, device, half, cpu_offload):
     """Shard an empty model by FSDP, in place, and copy the weights of loaded, a model on rank 0, None on the other ranks."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    # a replica is sharded over a mesh of one rank: FSDP then does mixed precision only
+    # a replica, a whole model on each rank, is "sharded" over a mesh of one rank: FSDP then does mixed precision only
     is_replica = model.shard_mode == 'none'
     mesh = _mesh(device.type, ranks.tp_size(), is_replica, group=dist.group.WORLD)
     settings = {'mesh': mesh['dp']}
@@ -143,7 +142,7 @@ def _distribute(model, loaded, device, half, cpu_offload):
         shard_device = torch.device('cpu')
     if ranks.tp_size() > 1:
         tensor_parallel(model, mesh['tp'], mesh['dp'].size())
-    # FSDP gathers the weights of a block together, and those outside of blocks. The latter stay gathered: backward needs them first
+    # FSDP gathers the weights of a block together; those outside of the blocks, too, and they stay so: backward needs them first
     model.stays_gathered = stays_gathered(model, model.shard_mode)
     for block in blocks(model):
         fully_shard(block, **settings, reshard_after_forward=not model.stays_gathered)
@@ -156,10 +155,9 @@ def _distribute(model, loaded, device, half, cpu_offload):
 
 @cache
 def _mesh(device_type, tp, replicated, group):
-    """Return a DeviceMesh of all ranks, with 'dp' as the dimension that FSDP shards over; one for all models of a process group.
+    """Return a DeviceMesh of all ranks: FSDP shards over its dimension 'dp'. All models of a process group, `group`, share it.
 
-    group: a cache key: tests make new groups. Dimensions of 8 ranks: dp 8; if replicated: copies 8, dp 1; with tp=2: dp 4, tp 2;
-    with both: copies 4, dp 1, tp 2."""
+    Dimensions of 8 ranks: dp 8; if replicated: copies 8, dp 1; with tp=2: dp 4, tp 2; with both: copies 4, dp 1, tp 2."""
     n = dist.get_world_size() // tp
     sizes = {'copies': n, 'dp': 1} if replicated else {'dp': n}
     if tp > 1:

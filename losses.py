@@ -56,7 +56,7 @@ def dpop(ratio_w, ratio_l, *, beta, lam):
 def exo(ratio_w, ratio_l, *, beta, label_smoothing):
     """KL(Bernoulli S(beta d) || Bernoulli 1 - e), needs e > 0. EXO, arXiv:2402.00856."""
     h = beta * (ratio_w - ratio_l)
-    e = torch.as_tensor(label_smoothing, dtype=h.dtype)
+    e = torch.as_tensor(label_smoothing, dtype=h.dtype)  # for its log
     return torch.sigmoid(h) * (logsigmoid(h) - (1 - e).log()) + torch.sigmoid(-h) * (logsigmoid(-h) - e.log())
 
 def nca(ratio_w, ratio_l, *, beta):

@@ -109,8 +109,7 @@ class Run:
         config = self.config
         names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
         common = {name: config[name] for name in names.split()} | {'tokenizer': self.tokenizer}
-        # with eval_data, no part of data is held out
-        common['undivided'] = eval_data is not None
+        common['undivided'] = eval_data is not None  # then no part of data is held out
         # a run that takes at most a tenth of the first ENOUGH examples tokenises those only, and not millions
         if config.n_examples and 10 * config.n_examples <= ENOUGH:
             common['enough'] = {'train': ENOUGH, 'test': n_eval_examples}
@@ -126,9 +125,9 @@ class Run:
         """Set run.total, the number of examples to train on over all epochs, and print a summary of the data.
 
         answers_each: in ppo.py, whose examples are sampled answers, their number per prompt; run.total is a multiple of it."""
-        of_epochs = self.config.n_epochs * len(self.train) * answers_each
-        total = min(of_epochs, self.config.n_examples or of_epochs)
-        self.total = total // answers_each * answers_each
+        in_epochs = self.config.n_epochs * len(self.train) * answers_each
+        limit = self.config.n_examples or in_epochs
+        self.total = min(in_epochs, limit) // answers_each * answers_each  # rounded down to whole prompts
         for line in show.summary(self, n_eval_examples):
             log.say(line)
 
@@ -192,8 +191,8 @@ class Run:
     def check_room(self, *frozen):
         """Raise UserError if the disk lacks room for the model or the checkpoints of --save_every; log notes on memory and long
         examples. frozen: models in memory besides the policy, or None."""
-        examples = self.train, self.total, self.packed, self.max_tokens
-        checkpoints_fit = room.check_room(self.config, self.policy, self.bytes_per_token, *examples, frozen)
+        batching = self.train, self.total, self.packed, self.max_tokens  # the next arguments of room.check_room
+        checkpoints_fit = room.check_room(self.config, self.policy, self.bytes_per_token, *batching, frozen)
         # with save_every='auto', save no checkpoints if only the final model fits on the disk
         if save_every == 'auto' and not checkpoints_fit:
             self.save_every = 0
@@ -280,9 +279,9 @@ class Run:
     def update(self, step, columns, weight, number=None, rows=None):
         """Apply the gradients of a Step and set run.norm and run.rate. Returns False if the step is bad and was skipped.
 
-        columns: name -> (n,), numbers of its examples; weight: the sum of their weights in the gradient. A step is bad if a column
-        or the gradient norm is not finite, or if weight is 0. Raises UserError after more than skip_bad_steps bad steps. ppo.py alone
-        gives: number, of the optimizer step in the run; rows, (n,) rows in run.train; both follow from the Step otherwise."""
+        columns: name -> (n,), of its examples; weight: the sum of their weights in the gradient. A step is bad if a column or the
+        gradient norm is not finite, or weight is 0; after more than skip_bad_steps of them UserError. number: of the optimizer step in
+        the run, and rows: (n,) of the examples in run.train: ppo.py gives them, else they follow from the Step."""
         config = self.config
         if number is None:
             number, rows = step.first // config.batch_size, step.rows
@@ -345,7 +344,7 @@ class Run:
     def eval_due_at_start(self):
         """Return whether to evaluate before the first step; after a resume, only if the step before it had one due."""
         if self.seen:
-            return self.crossed(eval_every, self.seen - self.config.batch_size, self.seen)
+            return self.crossed(eval_every, first=self.seen - self.config.batch_size, seen=self.seen)
         return do_first_eval
 
     def eval_due(self, step):
