@@ -105,16 +105,20 @@ class Head(torch.autograd.Function):
         hidden (N, d), weight (V, d), bias (V,) or None, target (N,). reference: its (hidden, weight, bias), or None."""
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
+        ctx.tails = []  # of each piece
         n_values = 3 if divergence else 1
         values = hidden.new_empty(n_values, len(target), dtype=wide(hidden))
         for _, _, pieces in Head.logits((hidden, weight, bias), reference, config):
             for rows, logits, ref_logits in pieces:
                 piece_target = target[rows, None]  # (n, 1)
+                if divergence:
+                    mass, tail = divergence.mass(logits, ref_logits)
+                    ctx.tails.append(tail)
                 log_pi = torch.log_softmax(logits, 1, out=logits)
                 values[0, rows] = log_pi.gather(1, piece_target).squeeze(1)
                 if divergence:
                     log_ref = torch.log_softmax(ref_logits, 1, out=ref_logits)
-                    values[1, rows], _ = divergence(log_pi, log_ref)
+                    values[1, rows] = divergence.value(log_pi, log_ref, mass)
                     values[2, rows] = log_ref.gather(1, piece_target).squeeze(1)
         return values
 
@@ -123,15 +127,19 @@ class Head(torch.autograd.Function):
         """Return the gradients of forward's arguments. grad: (1 or 3, N), the gradient of its result."""
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
+        tails = iter(ctx.tails)
         _, weight_trains, bias_trains, *_ = ctx.needs_input_grad
-        # the head's gradients are summed over chunks, in float32 even if the compute type is bfloat16
+        # sum the head's gradients over chunks in float32, even if the compute type is bfloat16: autograd casts the result
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
         d_bias = torch.zeros_like(bias, dtype=wide(bias)) if bias_trains else None
         for rows, chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
             # pieces are views of chunk_logits, which thereby become the gradient
             for piece_rows, logits, ref_logits in pieces:
-                _to_gradient(logits, target[piece_rows], grad[:, piece_rows], config, divergence, ref_logits)
+                mass = None
+                if divergence:
+                    mass, _ = divergence.mass(logits, ref_logits, next(tails))
+                _to_gradient(logits, target[piece_rows], grad[:, piece_rows], config, mass)
             d_logits = chunk_logits.to(weight.dtype)
             d_hidden[rows] = d_logits @ weight
             # addmm_ saves the memory of the product, but wants a single dtype
@@ -141,10 +149,6 @@ class Head(torch.autograd.Function):
                 d_weight += d_logits.T @ hidden[rows]
             if bias_trains:
                 d_bias += chunk_logits.sum(0)
-        if weight_trains:
-            d_weight = d_weight.to(weight.dtype)
-        if bias_trains:
-            d_bias = d_bias.to(bias.dtype)
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
@@ -163,26 +167,21 @@ def _write_logits(out, hidden, weight, bias, config):
         out.div_(cap).tanh_().mul_(cap)
 
 
-def _to_gradient(logits, target, grad, config, divergence, ref_logits):
-    """Replace logits (n, V), in place, by the loss gradient of the head's output (before scale and cap). Overwrites ref_logits.
+def _to_gradient(logits, target, grad, config, mass):
+    """Replace logits (n, V), in place, by the loss gradient of the head's output (before scale and cap). Overwrites mass.
 
     grad (1 or 3, n): loss gradients g of the targets' log-probs, and h of the divergences if any. The gradient of the logits is
-    g (onehot(target) - pi) + h (pi * mass.sum() - mass), with the mass that divergence() returns."""
+    g (onehot(target) - pi) + h (pi * mass.sum() - mass). mass: Divergence.mass (n, V), or None."""
     scale, cap = _scale_and_cap(config)
     # derivative of the soft cap, before logits are overwritten
     slope = 1 - (logits / cap) ** 2 if cap else 1
     grad_logps = grad[0, :, None]
-    # all terms but g onehot(target)
-    if divergence:
-        log_pi = torch.log_softmax(logits, 1, out=logits)
-        log_ref = torch.log_softmax(ref_logits, 1, out=ref_logits)
-        _, mass = divergence(log_pi, log_ref)
-        mass.mul_(grad[1, :, None])
-        pi = log_pi.exp_()
-        pi.mul_(mass.sum(1, keepdim=True) - grad_logps).sub_(mass)
-    else:
-        pi = torch.softmax(logits, 1, out=logits)
+    pi = torch.softmax(logits, 1, out=logits)
+    if mass is None:
         pi.mul_(-grad_logps)
+    else:
+        mass.mul_(grad[1, :, None])
+        pi.mul_(mass.sum(1, keepdim=True) - grad_logps).sub_(mass)
     logits.scatter_add_(1, target[:, None], grad_logps)
     if cap or scale != 1:
         logits *= slope * scale

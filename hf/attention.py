@@ -73,12 +73,12 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     sizes = [size for block in packed.blocks for size in block.sizes]
     # an iterator over (q, k, v) of each piece. Split the whole row at once: in backward, that is a single cat
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    out = []  # (1, H, n, D) each, in row order
+    out = []  # (1, n, H, D) each, in row order
     for block in packed.blocks:
         if block.is_one_piece:
             q, k, v = next(pieces)
             mask = block.mask(sliding_window, q.device)
-            out.append(_attend(q, k, v, mask, scaling, softcap))
+            out.append(_attend(q, k, v, mask, scaling, softcap).transpose(1, 2))
             continue
         # each answer sees the keys and values of the prompt and its own
         prompt_q, prompt_k, prompt_v = next(pieces)
@@ -90,8 +90,15 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
             k = torch.cat((prompt_k, answer_k), 2)
             v = torch.cat((prompt_v, answer_v), 2)
             mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
-            out.append(_attend(q, k, v, mask, scaling, softcap))
-    return torch.cat(out, 2).transpose(1, 2), None
+            out.append(_attend(q, k, v, mask, scaling, softcap).transpose(1, 2))
+    # selective activation checkpointing joins the pieces again in backward, rather than keep them twice
+    if hasattr(module, 'recomputed'):
+        return module.recomputed(_join, *out), None
+    return _join(*out), None
+
+
+def _join(*pieces):
+    return torch.cat(pieces, 1)
 
 
 def _causal(n, m, window, device):

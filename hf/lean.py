@@ -72,10 +72,12 @@ class LeanBlock:
             name = path.rpartition('.')[2]
             is_activation = name.startswith('act') and 'drop' not in name
             if is_activation or 'Norm' in type(module).__name__:
-                module.forward = partial(self.run_recomputed, module.forward, module)
+                module.forward = partial(self.recomputed, module.forward, module=module)
             # named_modules() lists an MLP before its act_fn, so act_fn.forward is still the original one
             elif GATED in inspect.getsource(type(module).forward):
                 module.forward = partial(self.run_gated_mlp, module, module.act_fn.forward)
+            # for hf/attention.py
+            module.recomputed = self.recomputed
         block.forward = partial(self.run_block, block.forward)
 
     def run_block(self, forward, *args, **options):
@@ -89,27 +91,31 @@ class LeanBlock:
             # only pack looks recipes up; the graph keeps those that it has saved
             self.recipes.clear()
 
-    def run_recomputed(self, function, module, *inputs, **options):
-        """Return function(*inputs), to be recomputed in backward. module: owns the parameters that the function uses."""
+    def recomputed(self, function, *inputs, module=None, **options):
+        """Return function(*inputs), to be recomputed in backward. module: owns the parameters that the function uses, if any."""
         # a Recipe detaches its inputs, which works for plain tensors only
         has_plain_inputs = not options and all(type(x) is torch.Tensor for x in inputs)
         if not has_plain_inputs or not torch.is_grad_enabled():
             return function(*inputs, **options)
         recipe = Recipe(function, inputs)
-        output = Recompute.apply(recipe, len(inputs), *inputs, *module.parameters())
+        output = Recompute.apply(recipe, len(inputs), *inputs, *(module.parameters() if module else ()))
         # keep a reference to the output, so that its address is not reused during this forward
         self.recipes[output.data_ptr()] = output, recipe
         return output
 
     def run_gated_mlp(self, mlp, act, x):
         """Run an MLP of the form GATED, recomputing act(gate) * up in backward. act: the original mlp.act_fn.forward."""
-        product = self.run_recomputed(lambda gate, up: act(gate) * up, mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x))
+        product = self.recomputed(lambda gate, up: act(gate) * up, mlp.gate_proj(x), mlp.up_proj(x), module=mlp.act_fn)
         return mlp.down_proj(product)
 
     def pack(self, tensor):
-        """Return what autograd saves for a tensor: (recipe, shape) if it is a recipe's output, else the tensor."""
-        if type(tensor) is not torch.Tensor or tensor.data_ptr() not in self.recipes:
+        """Return what autograd saves for a tensor: (recipe, shape) if it is a recipe's output, else the tensor or a copy."""
+        if type(tensor) is not torch.Tensor:
             return tensor
+        if tensor.data_ptr() not in self.recipes:
+            # a small view, such as the values in a fused query_key_value, would keep all of its memory
+            is_small_view = tensor.requires_grad and tensor.untyped_storage().nbytes() >= 2 * tensor.nbytes
+            return tensor.detach().clone() if is_small_view else tensor
         # tensor starts at the address of an output: it is the output, perhaps of another shape, or a part of it
         output, recipe = self.recipes[tensor.data_ptr()]
         is_whole = tensor.numel() == output.numel() and tensor.dtype == output.dtype

@@ -243,7 +243,8 @@ def kl_on_samples(policy, reference, prompts, answers):
     for either in (policy, reference):
         attention.set_attention(either, packed=True)
     own = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
-    return columns(policy, reference, own, lambda log_pi, log_ref: divergences.kl(log_ref, log_pi))[1].mean().item()
+    reverse_kl = divergences.kl._replace(value=lambda log_pi, log_ref, mass: divergences.kl(log_ref, log_pi)[0])
+    return columns(policy, reference, own, reverse_kl)[1].mean().item()
 
 
 def gradient_shares(policy, reference, pairs, seed, options):

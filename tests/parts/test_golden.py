@@ -16,7 +16,6 @@ import json
 import math
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -384,7 +383,7 @@ def tdpo(case, x, h):
     divergence = divergences.kl
     if 'confidence_level' in h:
         parts = 2 if h['is_split_risk_ratio'] else 1
-        divergence = partial(divergences.RISKS['released'], mu=h['confidence_level'], parts=parts)
+        divergence = divergences.released(h['confidence_level'], parts)
     second = h.get('if_tdpo2') or h.get('if_ra_dpo2')
     c, kl = columns_from_logits(x, divergence), columns_from_logits(x, divergences.kl)
     name = ('radpo' if 'confidence_level' in h else 'tdpo') + ('2' if second else '1')

@@ -372,8 +372,8 @@ def test_scaled_rotary_positions_when_sharded(half, saved, device):
 
 # ---- divergences ----
 
-DIVERGENCES = {'kl': divergences.kl, 'cvar': partial(divergences.cvar, mu=0.6), 'erm': partial(divergences.erm, mu=0.9)}
-DIVERGENCES['released'] = partial(divergences.released, mu=0.7)
+DIVERGENCES = {'kl': divergences.kl, 'cvar': divergences.cvar(0.6), 'erm': divergences.erm(0.9)}
+DIVERGENCES['released'] = divergences.released(0.7)
 # not released, which is not continuous, with Gemma 2, which has no float64 forward to compare with
 OF_MODELS = [(n, d) for n in ('llama', 'gpt_neox', 'phi', 'cohere', 'gemma2') for d in DIVERGENCES][:-1]
 
@@ -655,7 +655,7 @@ def test_activation_checkpointing(name, dropout, mode, saved, device, register):
         assert len(calls) == 2 * (4 if checkpointing is True else 2)  # two layers, recomputed in backward
         assert not any(m.training for m in net.modules() if isinstance(m, torch.nn.Dropout))
     # the second one of two layers is kept while backward recomputes it
-    assert kept[0] / 2 < kept[1] < kept[0] and kept[2] < kept[0], kept
+    assert kept[0] / 2 < kept[1] < kept[0] and kept[2] < 0.65 * kept[0], kept
     for values, _ in results[1:]:
         assert values.equal(results[0][0])
     for _, grads in results[1:4]:
