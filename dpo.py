@@ -122,14 +122,14 @@ run.check_room(ref)
 # ---- one step ----
 
 
-def measure(batch, paired=paired):
+def measure(batch, as_pairs=paired):
     """Run policy and reference on a microbatch of A answers and return its columns, a dict of (A,) tensors.
 
     pi: log-prob under the policy (with graph); n: number of tokens; ref: log-prob under the reference, if any; div: divergence,
-    if the loss has one. Pairs are split into chosen and rejected: pi_w and pi_l, n_w and n_l, ... of shape (A / 2,)."""
+    if the loss has one. as_pairs: split into chosen and rejected, pi_w and pi_l, n_w and n_l, ... of shape (A / 2,)."""
     # run ref, the reference model, if there is one. Functions of model.py are methods of both models, see fsdp.shard
     ref_hidden, ref_logps = None, batch.ref  # batch.ref: log-probs read from a file by cache_ref, else None
-    with torch.no_grad(), lora.adapters_off(ref):
+    with torch.no_grad(), lora.adapters_off(ref):  # ref may be the policy itself, without its adapters
         if divergence:
             ref_hidden = ref.hidden_and_head(batch)
         elif ref is not None:
@@ -142,7 +142,7 @@ def measure(batch, paired=paired):
         columns['div'], ref_logps = more_rows
     if ref_logps is not None:
         columns['ref'] = ref_logps
-    if not paired:
+    if not as_pairs:
         return columns
     # answers alternate, in the order of Examples: chosen, rejected, chosen, rejected, ...
     chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
@@ -193,7 +193,7 @@ def run_step(step, backward=False, shift=None):
     """Run forward, and optionally backward, on one step. Returns (its columns in step order, new state of the statistic).
 
     After backward and fsdp.average_gradients, gradients are sum_i w_i grad loss_i over the step's examples, divided by the number
-    of ranks; w is the column step_weight. shift: used for Dr. DPO, see below; None: the smallest loss of the first microbatch."""
+    of ranks; w is the column step_weight. shift: of Dr. DPO's weights, see below; None: the smallest loss of the first microbatch."""
     # 1. columns of the whole step: the statistic, and the labels of single answers
     step_columns, new_state, measured_before = {}, run.state['statistic'], None
     if objective.statistic:
@@ -244,7 +244,7 @@ def log_ratios(prompts, answers):
     examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
     batches = run.make_step(examples, np.arange(len(answers))).batches
     with torch.no_grad(), errors.memory_of(batches, run.max_tokens):
-        parts = [measure(batch, paired=False) for batch in batches]
+        parts = [measure(batch, as_pairs=False) for batch in batches]
     columns = fsdp.gather(parts, batches, len(answers))
     return {'logratio': columns['pi'] - columns['ref'], 'tokens': columns['n'].long()}
 

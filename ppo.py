@@ -245,8 +245,8 @@ def run_minibatch(batches, this_round, rows):
         indices = rollout.token_indices(batch, rows, this_round.answers['start'], answers_per_prompt)
         is_real = indices >= 0
         columns = {name: column[indices] for name, column in round_columns.items()}
-        logps_and_values = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
-        pi, value = logps_and_values if len(logps_and_values) == 2 else (logps_and_values[0], None)
+        pi, *values = policy.token_logps(batch)  # rows (N,): log-probs and, with a critic, values
+        value = values[0] if values else None
         # the ratio of a filler could be infinite, and 0 times that is no number
         pi = torch.where(is_real, pi, columns['old'])
         policy_loss, value_loss = token_losses(pi, value, columns)

@@ -176,8 +176,7 @@ class Run:
         if self.config.get('sample_during_eval'):
             check_positions(policy, self.held_out.longest_prompt() + self.config.max_new_tokens, 'samples')
         # pack if the options allow it, and if the model then computes the same log-probs as on padded batches (can_pack)
-        allowed = pack and attn is None
-        self.packed = can_pack(policy, self.train, self.device, log.say, wanted=allowed)
+        self.packed = can_pack(policy, self.train, self.device, log.say, wanted=pack and attn is None)
         for model in with_attention:
             set_attention(model, self.packed, attn)
         self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
@@ -190,9 +189,10 @@ class Run:
 
     def check_room(self, *frozen):
         """Raise UserError if the disk lacks room for the model or the checkpoints of --save_every; log notes on memory and long
-        examples. frozen: models in memory besides the policy, or None."""
-        batching = self.train, self.total, self.packed, self.max_tokens  # the next arguments of room.check_room
-        checkpoints_fit = room.check_room(self.config, self.policy, self.bytes_per_token, *batching, frozen)
+        examples. frozen: the models in memory besides the policy; None in place of one that there is not."""
+        checkpoints_fit = room.check_room(
+            self.config, self.policy, self.bytes_per_token, self.train, self.total, self.packed, self.max_tokens, frozen
+        )
         # with save_every='auto', save no checkpoints if only the final model fits on the disk
         if save_every == 'auto' and not checkpoints_fit:
             self.save_every = 0
@@ -295,7 +295,7 @@ class Run:
             self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, config.max_grad_norm)
         if math.isfinite(self.norm):
             return True
-        # counts it in run.state, and writes its examples to bad_step.jsonl
+        # count it in run.state, and write its examples to bad_step.jsonl
         uid = self.train.uid[rows]
         guard.bad_step(config.out_dir, self.state, skip_bad_steps, step.first, rows, uid, self.norm, columns)
         return False
