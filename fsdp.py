@@ -1,4 +1,6 @@
-"""The distributed part of a step: replicas or FSDP2, sums over ranks, the optimizer's update. One process is a group of one."""
+"""The distributed part of a step: replicas or FSDP2, sums over ranks, the optimizer's update. One process is a group of one.
+
+A replica is a whole model on each rank (shard_mode none). half: computed in bfloat16; weights that train are float32 all the same."""
 
 import math
 import types
@@ -76,11 +78,11 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
         mode = ranks.shared(partial(room.choose_mode, loaded, mode, train, half, device, cpu_offload))
         # tied: name of a parameter -> name of the one whose tensor it shares, as the weight file (not the config) has it
         tied = ranks.shared(partial(ties, loaded))
-        # bfloat16 training keeps float32 master weights, which FSDP manages, even for whole models on every rank (mode none)
+        # bfloat16 training keeps float32 master weights, which FSDP manages, even for replicas
         by_fsdp = mode != 'none' or (half and train)
         if by_fsdp or dist.get_world_size() > 1:
             loaded_outputs = ranks.shared(partial(probe.measure_loaded, loaded))
-        # FSDP shards an empty model and then fills it (_distribute); whole models on other ranks start empty, too
+        # FSDP shards an empty model and then fills it (_distribute); replicas on other ranks start empty, too
         model = build(empty=True) if by_fsdp or loaded is None else loaded
         tie_as(model, tied)
         if not by_fsdp:
@@ -120,14 +122,13 @@ def _distribute(model, loaded, device, half, cpu_offload):
     """Shard an empty model by FSDP, in place, and copy the weights of loaded, a model on rank 0, None on the other ranks."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    # a replica, a whole model on each rank, is "sharded" over a mesh of one rank: FSDP then does mixed precision only
+    # a replica is "sharded" over a mesh of one rank: FSDP then does mixed precision only
     is_replica = model.shard_mode == 'none'
     mesh = _mesh(device.type, ranks.tp_size(), is_replica, group=dist.group.WORLD)
     settings = {'mesh': mesh['dp']}
     shard_device = device  # where the shards of the weights are kept
     if half:
-        # compute in bfloat16, sum gradients in float32
-        settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)  # to compute, to sum gradients
         # Round the float32 master weights to bfloat16, too. Otherwise a weight halfway between two bfloat16 numbers, common in
         # fp16 files, would jump to the other one with the first update, however small
         if loaded is not None:
@@ -202,12 +203,11 @@ def average_gradients(model):
     # shards: FSDP has averaged their gradients in backward
     if model.shard_mode != 'none':
         return grads
-    # whole models; those that train in bfloat16 have DTensors over a mesh of one rank
+    # replicas; those that train in bfloat16 have DTensors over a mesh of one rank, see _distribute
     grads = [local(grad) for grad in grads]
-    world_size = dist.get_world_size()
-    if world_size > 1:
+    if dist.get_world_size() > 1:
         # one flat bucket, for a single all-reduce
-        bucket = torch.cat([grad.flatten() for grad in grads]).div_(world_size)
+        bucket = torch.cat([grad.flatten() for grad in grads]).div_(dist.get_world_size())
         dist.all_reduce(bucket)
         for grad, mean in zip(grads, bucket.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(mean.view_as(grad))

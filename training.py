@@ -80,7 +80,11 @@ trust_remote_code = False  # run code that comes with a model
 
 
 class Run:
-    """State of a training run on one rank. Many methods communicate, so all ranks must call them together."""
+    """State of a training run on one rank. Many methods communicate, so all ranks must call them together.
+
+    total: examples of the run; seen: those before its start, above 0 after a resume. state: what a checkpoint holds besides weights
+    and optimizer, such as evaluated: the number of examples seen at the last evaluation. norm, rate: gradient norm and learning
+    rate of the last update. clock: when the last step was logged; waited: seconds that the loop then waited for data."""
 
     def __init__(self, config):
         """Check the options, join the process group, install signal handlers, lock out_dir. Raises UserError."""
@@ -126,8 +130,7 @@ class Run:
 
         answers_each: in ppo.py, whose examples are sampled answers, their number per prompt; run.total is a multiple of it."""
         in_epochs = self.config.n_epochs * len(self.train) * answers_each
-        limit = self.config.n_examples or in_epochs
-        self.total = min(in_epochs, limit) // answers_each * answers_each  # rounded down to whole prompts
+        self.total = min(in_epochs, self.config.n_examples or in_epochs) // answers_each * answers_each  # whole prompts
         for line in show.summary(self, n_eval_examples):
             log.say(line)
 
@@ -198,7 +201,7 @@ class Run:
             self.save_every = 0
 
     def start(self, method=None, units=None, n_steps=None):
-        """Resume from the newest checkpoint, or start from scratch. Sets run.seen (examples so far), run.state and run.logger.
+        """Resume from the newest checkpoint, or start from scratch. Sets run.seen, run.state and run.logger.
 
         method, units: words of the line on the screen, 'training dpo on 1 rank: 160 examples, 64 a step'; units=None: examples and
         batch_size. n_steps: optimizer steps of the run; None: one for batch_size examples. Raises UserError if the checkpoint belongs
@@ -208,7 +211,6 @@ class Run:
         self.identity = checkpoint.identify(config, partial(fingerprints, config), self.train, self.held_out)
         newest = checkpoint.latest(out_dir, self.identity) if resume else None
         self.n_steps = n_steps or math.ceil(self.total / config.batch_size)
-        # what a checkpoint holds besides weights and optimizer. examples: seen so far; evaluated: those seen at the last evaluation
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'max_tokens': self.max_tokens}
         self.state['warmup'] = log.warmup_steps(config, self.n_steps)
         if newest:
@@ -245,7 +247,7 @@ class Run:
         return data.Step(first, rows, *made, labels=labels, examples=examples, max_tokens=limit)
 
     def steps(self):
-        """Yield the remaining Steps of the run, made ahead in a thread. run.waited: seconds that the loop waited for the last one."""
+        """Yield the remaining Steps of the run, made ahead in a thread."""
         self.clock = time.time()  # log_step, evaluations and checkpoints reset it
         starts = data.steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
         for step in prefetch(self.make_step(self.train, rows, first) for first, rows in starts):
@@ -277,11 +279,9 @@ class Run:
             self.max_tokens = self.state['max_tokens'] = room.halved(self.max_tokens, step.batches)
 
     def update(self, step, columns, weight, number=None, rows=None):
-        """Apply the gradients of a Step and set run.norm and run.rate. Returns False if the step is bad and was skipped.
-
-        columns: name -> (n,), of its examples; weight: the sum of their weights in the gradient. A step is bad if a column or the
-        gradient norm is not finite, or weight is 0; after more than skip_bad_steps of them UserError. number: of the optimizer step in
-        the run, and rows: (n,) of the examples in run.train: ppo.py gives them, else they follow from the Step."""
+        """Apply the gradients of a Step. Returns False if the step is bad and was skipped: a column or the gradient norm is not finite,
+        or weight is 0. Raises UserError after more than skip_bad_steps of them. columns: name -> (n,), of the examples; weight: the sum
+        of their weights in the gradient. ppo.py gives number, of the optimizer step in the run, and rows, (n,) in run.train."""
         config = self.config
         if number is None:
             number, rows = step.first // config.batch_size, step.rows
@@ -357,7 +357,7 @@ class Run:
         seen: number of training examples so far. run_step(step) -> columns of the step, name -> (n,). summary(columns, split) ->
         metrics. sample(seen) -> more metrics, if sample_during_eval. After a signal nothing is logged: the resumed run starts over."""
         n = len(self.held_out)
-        if not n or seen <= self.state['evaluated']:  # examples seen at the last evaluation
+        if not n or seen <= self.state['evaluated']:
             return
         parts = []
         starts = data.steps(n, self.config.batch_size, total=n, seed=0, shuffle=False)
