@@ -65,7 +65,7 @@ def configure(scope, argv=None, shared=None, early=False):
     """Override a script's constants, its globals() in scope, by config files and flags. Returns a Config; exits after --help.
 
     shared: a module with more options. early: print no notes, since configure will be called again. Raises UserError."""
-    from runtime import errors
+    from runtime import errors  # late: it imports this file
 
     sys.excepthook = errors.report
     argv = sys.argv[1:] if argv is None else argv
@@ -94,7 +94,7 @@ def configure(scope, argv=None, shared=None, early=False):
     if problem := values.conflict(config):
         raise UserError(problem)
     for name, option in options.items():
-        option.scope[name] = config[name]
+        option.scope[name] = config[name]  # the constant itself
     return config
 
 
@@ -193,9 +193,9 @@ def _read_flag(word, options):
         if kind.__name__ in allowed:
             with contextlib.suppress(ValueError):
                 value = kind(text)
-    word = text.lower()
-    if word in WORDS and _kind(WORDS[word]) in allowed:
-        value = WORDS[word]
+    lower = text.lower()
+    if lower in WORDS and _kind(WORDS[lower]) in allowed:
+        value = WORDS[lower]
     return name, value, COMMAND_LINE, f'the {COMMAND_LINE}'
 
 

@@ -240,7 +240,7 @@ summary = partial(metrics.of_dpo, objective)  # (columns of a step or an evaluat
 
 
 def log_ratios(prompts, answers):
-    """Return 'logratio' (log-prob under policy minus reference) and 'tokens' (length) of n prompts' answers (token ids), (n,) each."""
+    """Return {'logratio': log-prob under policy minus reference, 'tokens': length}, (n,) each, of n answers. All are token ids."""
     examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
     batches = run.make_step(examples, np.arange(len(answers))).batches
     with torch.no_grad(), errors.memory_of(batches, run.max_tokens):

@@ -25,7 +25,7 @@ from runtime.rmsprop import RMSprop
 
 
 def gather(parts, batches, total):
-    """Gather columns over all ranks: name -> (total,), in step order, the same on every rank.
+    """Gather the columns of a step over all ranks: name -> (total,), in step order, the same on every rank.
 
     parts: one dict of columns per microbatch of this rank; batches: those microbatches; total: examples of the step."""
     slots = [slot for batch in batches for slot in batch.slot]  # index in the step of each example, -1 for a filler
@@ -34,16 +34,16 @@ def gather(parts, batches, total):
 
 
 def gather_columns(columns, slots, total):
-    """Combine each rank's columns into those of the whole step, on every rank. Returns name -> (total,) float64 CPU tensor.
+    """Combine each rank's part of some columns into the whole, on every rank. Returns name -> (total,) float64 CPU tensor.
 
-    columns: name -> (k,) tensor, same names on all ranks. slots: index in the step of each example; -1: a filler, left out."""
+    columns: name -> (k,) tensor, same names on all ranks. slots: (k,) where in the whole each number belongs; -1: it is left out."""
     names = sorted(columns)
     # stacked into one (names, k) tensor: a single device-to-host copy
     own_values = torch.stack([columns[name].detach().double() for name in names]).cpu()
     slots = torch.as_tensor(slots, dtype=torch.long)
     # all ranks of a tensor-parallel group have the same columns: count only the first rank's
     counts = (slots >= 0) & (dist.get_rank() % ranks.tp_size() == 0)
-    # every rank fills in its own slots and leaves zeros elsewhere: the sum over ranks is the whole step
+    # every rank fills in its own slots and leaves zeros elsewhere: the sum over ranks is the whole
     table = torch.zeros(len(names), total, dtype=torch.float64)
     table[:, slots[counts]] = own_values[:, counts]
     dist.all_reduce(table)

@@ -137,7 +137,7 @@ build_policy = partial(load_model, model, adapters=run.adapters, **run.model_opt
 
 
 def build(**options):
-    """Load the policy, for ppo with its critic inside, so that one optimizer and checkpoint cover both. options: see fsdp.shard."""
+    """Load the policy, for ppo with its critic inside, so that one optimizer and checkpoint cover both. options: of fsdp.shard's build."""
     language_model = build_policy(**options)
     if loss == 'grpo':
         return language_model
@@ -202,8 +202,8 @@ def make_round(first, rows):
     # 3. advantages, (tokens,)
     if loss == 'grpo':
         groups = scores.view(-1, answers_per_prompt)  # (prompts, answers per prompt)
-        advantages = formulas.group_advantage(groups).view(-1)
-        tokens['advantage'] = advantages.repeat_interleave(answers['n'])  # a token gets that of its answer
+        of_answers = formulas.group_advantage(groups).view(-1)
+        tokens['advantage'] = of_answers.repeat_interleave(answers['n'])  # a token gets that of its answer
         # groups with equal scores give no gradient
         metrics['equal_groups/train'] = (groups.std(1) == 0).double().mean().item()
     else:

@@ -279,9 +279,10 @@ class Run:
             self.max_tokens = self.state['max_tokens'] = room.halved(self.max_tokens, step.batches)
 
     def update(self, step, columns, weight, number=None, rows=None):
-        """Apply the gradients of a Step. Returns False if the step is bad and was skipped: a column or the gradient norm is not finite,
-        or weight is 0. Raises UserError after more than skip_bad_steps of them. columns: name -> (n,), of the examples; weight: the sum
-        of their weights in the gradient. ppo.py gives number, of the optimizer step in the run, and rows, (n,) in run.train."""
+        """Apply the gradients of a Step. Returns False if it is bad and was skipped. UserError after more than skip_bad_steps of them.
+
+        columns: name -> (n,), of the examples; weight: the sum of their weights in the gradient. A step is bad if a column or the
+        gradient norm is not finite, or if weight is 0. ppo.py gives number, of the optimizer step in the run, and rows, (n,) in run.train."""
         config = self.config
         if number is None:
             number, rows = step.first // config.batch_size, step.rows
@@ -296,8 +297,8 @@ class Run:
         if math.isfinite(self.norm):
             return True
         # count it in run.state, and write its examples to bad_step.jsonl
-        uid = self.train.uid[rows]
-        guard.bad_step(config.out_dir, self.state, skip_bad_steps, step.first, rows, uid, self.norm, columns)
+        uids = self.train.uid[rows]
+        guard.bad_step(config.out_dir, self.state, skip_bad_steps, step.first, rows, uids, self.norm, columns)
         return False
 
     def log_step(self, step, metrics):
@@ -306,8 +307,7 @@ class Run:
         speeds = log.speeds(step, time.time() - self.clock, self.waited)
         self.clock = time.time()
         row = metrics | {'grad_norm': self.norm, 'lr': self.rate} | speeds
-        # the running state of the loss's statistic, such as a mean
-        row |= {f'state/{name}': value for name, value in self.state['statistic'].items()}
+        row |= {f'state/{name}': value for name, value in self.state['statistic'].items()}  # a running mean, say
         if skip_bad_steps:
             row['counters/bad_steps'] = self.state['bad_steps']
         self.logger.row('train', step.seen, row)
