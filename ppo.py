@@ -275,7 +275,8 @@ def train_round(this_round):
     """Run all optimizer steps of a rollout.Round. Return metrics: means over answer tokens, the last finite grad_norm, the last lr.
 
     Steps with a non-finite loss or gradient leave the weights alone, count in no mean, and go to bad_step.jsonl."""
-    steps_before = steps_per_round * (this_round.first // batch_size)  # of the run, for the learning rate
+    # optimizer steps of earlier rounds: the learning rate depends on them
+    steps_before = steps_per_round * (this_round.first // batch_size)
     n_tokens = 0  # of all good steps
     totals = Counter()  # sums over these tokens, of what run_minibatch returns
     grad_norm = math.nan
@@ -290,7 +291,8 @@ def train_round(this_round):
         columns['loss'] = torch.full_like(columns['n'], sums['loss'])
         n = int(columns['n'].sum())
         total_weight = len(columns['n']) if per_answer else n
-        train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)  # of each answer's prompt
+        # (answers,), like the columns: the training row of each answer's prompt
+        train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)
         if not run.update(step, columns, total_weight, number=number, rows=train_rows):
             continue
 
@@ -313,7 +315,8 @@ def evaluate(seen):
     seen: number of answers trained on so far. No-op without held-out prompts, or if a run before a resume logged it already."""
     if not len(held_out) or seen <= run.state['evaluated']:
         return
-    metrics = {}  # measure() fills it; it stays empty after a stop signal, and is then not logged
+    # measure() fills it; it stays empty after a stop signal, and is then not logged
+    metrics = {}
 
     def measure(prompts, answers):
         """Fill in metrics. Return more fields for samples.jsonl, of n answers (token ids): logratio and scores, (n,) each."""

@@ -203,14 +203,14 @@ class Run:
     def start(self, method=None, units=None, n_steps=None):
         """Resume from the newest checkpoint, or start from scratch. Sets run.seen, run.state and run.logger.
 
-        method, units: words of the line on the screen, 'training dpo on 1 rank: 160 examples, 64 a step'; units=None: examples and
-        batch_size. n_steps: optimizer steps of the run; None: one for batch_size examples. Raises UserError if the checkpoint belongs
-        to other weights, data or options."""
+        method, units: words of the line 'training dpo on 1 rank: 160 examples, 64 a step'; None: no method, and batch_size. n_steps:
+        optimizer steps of the run; None: one for batch_size examples. UserError for a checkpoint of other weights, data or options."""
         config, out_dir = self.config, self.config.out_dir
         # hashes and options, to reject a checkpoint of another run; fingerprints are the hashes of the models
         self.identity = checkpoint.identify(config, partial(fingerprints, config), self.train, self.held_out)
         newest = checkpoint.latest(out_dir, self.identity) if resume else None
         self.n_steps = n_steps or math.ceil(self.total / config.batch_size)
+        # where a run stands, from its beginning or from the checkpoint
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'max_tokens': self.max_tokens}
         self.state['warmup'] = log.warmup_steps(config, self.n_steps)
         if newest:

@@ -209,10 +209,12 @@ def score(part, prompts, responses, rows, workers=None):
     Raises UserError, which names the first failing row."""
     # rows may be text.files.Row, a dict subclass with a location; functions get plain dicts
     plain_rows = [dict(row) for row in rows]
+    # a call for each answer; None: it timed out
     if workers:
         results = _checked(part, prompts, rows, workers.threads.map(workers.ask, prompts, responses, plain_rows))
         timed_out = [result is None for result in results]
         return [0.0 if result is None else result for result in results], timed_out
+    # one call for all
     try:
         return call(part, prompts, responses, plain_rows), [False] * len(rows)
     except Failed as error:

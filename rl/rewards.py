@@ -86,7 +86,8 @@ class Reward:
             # functions run on rank 0, reward models on all ranks together
             if part.is_function:
                 call = partial(self._call_function, part, examples, split, uids)
-                values, late = ranks.shared(call)  # called on rank 0, returned on all
+                # called on rank 0, returned on all
+                values, late = ranks.shared(call)
                 late_by_part.append(late)
             elif part.function_or_model == 'gold':
                 values = [toy.gold(prompt, answer) for prompt, answer in texts(examples, self.tokenizer)]

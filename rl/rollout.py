@@ -73,7 +73,8 @@ def token_indices(batch, rows, starts, per_prompt):
     slot = np.array(batch.slot)  # index of each example in the step; -1: a filler
     starts_by_example = starts.view(-1, per_prompt)  # of the round
     own_starts = starts_by_example[rows[slot]]  # (examples of the microbatch, per_prompt)
-    own_starts[slot < 0] = -1  # rows[-1] has picked another example
+    # for a filler, rows[-1] has picked another example
+    own_starts[slot < 0] = -1
     # of each token: batch.answer is the number of its answer in the microbatch, batch.offset its index in that answer
     start = move(own_starts.flatten(), batch.answer.device)[batch.answer]  # (N,)
     return torch.where(start >= 0, start + batch.offset, -1)
