@@ -203,7 +203,7 @@ class Run:
     def start(self, method=None, units=None, n_steps=None):
         """Resume from the newest checkpoint, or start from scratch. Sets run.seen, run.state and run.logger.
 
-        method, units: words of the line 'training dpo on 1 rank: 160 examples, 64 a step'; None: no method, and batch_size. n_steps:
+        method, units: words of the line 'training dpo on 1 rank: 160 examples, 64 a step'; units=None: examples, batch_size. n_steps:
         optimizer steps of the run; None: one for batch_size examples. UserError for a checkpoint of other weights, data or options."""
         config, out_dir = self.config, self.config.out_dir
         # hashes and options, to reject a checkpoint of another run; fingerprints are the hashes of the models
@@ -325,7 +325,7 @@ class Run:
         self.obey_signals(step.seen, saved=due)
 
     def crossed(self, every, first, seen):
-        """Return whether the step from `first` to `seen` examples crosses a multiple of `every`; False at the end of the run."""
+        """Return whether the step from `first` to `seen` examples crosses a multiple of `every`. Not at the end, which is due anyway."""
         if not every or every == 'auto' or seen >= self.total:
             return False
         return seen // every > first // every
