@@ -231,18 +231,18 @@ def token_losses(pi, value, columns):
     return policy_loss, formulas.value_loss(value, columns['value'], columns['target'], value_clip=limit)
 
 
-def run_minibatch(batches, this_round, rows):
+def run_minibatch(step, this_round):
     """Run forward and backward of a minibatch. Return sums over its answer tokens on all ranks: name -> float.
 
-    batches: this rank's microbatches. rows: indices of the minibatch's examples in this_round (rollout.Round). Sums: loss and
-    value_loss (weighted), clipped (number of clipped ratios), approx_kl (KL estimate from the current to the sampling policy).
-    Gradients of the weighted loss accumulate as the sum over all tokens, divided by the number of ranks."""
+    step: a data.Step whose rows are examples of this_round, a rollout.Round. Sums: loss and value_loss (weighted), clipped (number
+    of clipped ratios), approx_kl (KL estimate from the current to the sampling policy). Gradients of the weighted loss accumulate
+    as the sum over all tokens, divided by the number of ranks."""
     sums = {}  # of this rank
     # name -> (tokens,): all tokens of the round
     round_columns = move({name: column.float() for name, column in this_round.tokens.items()}, run.device)
-    for batch in batches:
+    for batch in step.batches:
         # (N,): where the microbatch's answer tokens are in round_columns. Filler tokens have -1: they get some numbers, and weight 0
-        indices = rollout.token_indices(batch, rows, this_round.answers['start'], answers_per_prompt)
+        indices = rollout.token_indices(batch, step.rows, this_round.answers['start'], answers_per_prompt)
         is_real = indices >= 0
         columns = {name: column[indices] for name, column in round_columns.items()}
         pi, *values = policy.token_logps(batch)  # rows (N,): log-probs and, with a critic, values
@@ -285,7 +285,7 @@ def train_round(this_round):
     for number, rows in enumerate(minibatches, start=steps_before):
         step = run.make_step(this_round.examples, rows, this_round.first)
         with errors.memory_of(step.batches, run.max_tokens):
-            sums = run_minibatch(step.batches, this_round, rows)
+            sums = run_minibatch(step, this_round)
         # (answers,) each; the loss is known for the whole step only
         columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
         columns['loss'] = torch.full_like(columns['n'], sums['loss'])

@@ -179,7 +179,7 @@ def test_a_filler_has_no_ratio(tmp_path):
     batch = data.pack([], [], filler=2)
     far_away = torch.full((1, len(batch.target)), 500.0, requires_grad=True)
     script['policy'].token_logps = lambda batch: far_away
-    sums = script['run_minibatch']([batch], script['this_round'], np.arange(1))
+    sums = script['run_minibatch'](SimpleNamespace(batches=[batch], rows=np.arange(1)), script['this_round'])
     assert not any(sums.values()) and not far_away.grad.any()
 
 
