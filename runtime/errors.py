@@ -63,7 +63,7 @@ def explained(error, advice):
     operation, is_about_determinism, _ = str(error).partition(' does not have a deterministic implementation')
     if is_about_determinism:
         mistake = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
-        return UserError(f'{mistake}; leave it out (the risk cvar, and samples with top_p below 1, cannot have it)')
+        return UserError(f'{mistake}; leave it out (samples with top_p below 1 cannot have it)')
     full_memory = out_of_memory(error)  # 'the GPU', 'this machine' or None
     # a UserError is readable already
     if full_memory is None or isinstance(error, UserError):

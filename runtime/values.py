@@ -41,6 +41,7 @@ MIN_KEY_LENGTH = 8  # shorter ones, such as EMPTY, are no secret, and may occur 
 ELSEWHERE = {
     'lr': 'learning_rate', 'out_dir': 'output_dir exp_name', 'n_epochs': 'num_train_epochs num_epochs epochs',
     'n_examples (steps times batch_size)': 'max_steps', 'model': 'model_name_or_path model_name pretrained model_id',
+    'n_examples': 'num_examples n_prompts num_prompts max_samples max_train_samples',
     'model (its folder has the tokenizer)': 'tokenizer_name', 'ref_model': 'ref_model_name_or_path',
     'data': 'dataset_name dataset datasets train_file train_data', 'eval_data': 'eval_dataset val_data eval_file',
     'reward_model': 'reward_model_path reward_model_name_or_path', 'reward': 'reward_funcs reward_function custom_reward_function',
@@ -74,13 +75,14 @@ def hint(name, options):
     plain = name.rpartition('.')[2].replace('-', '_')
     # names of other projects, with what to say for each: bf16 -> 'dtype=bfloat16'
     phrase_of_foreign = names_elsewhere(options)
-    matches = difflib.get_close_matches(plain, {*phrase_of_foreign, *options}, n=1)
+    # a name of theirs must be nearly the same: n_prompts is not system_prompt
+    close_foreign = difflib.get_close_matches(plain, phrase_of_foreign, cutoff=0.8)
+    matches = difflib.get_close_matches(plain, {*close_foreign, *options}, n=1)
     if not matches:
         return '--help lists the options'
     nearest = matches[0]
-    if nearest in phrase_of_foreign:
-        return f'here it is {phrase_of_foreign[nearest]}'
-    return f'here it is {nearest}' if nearest == plain else f'did you mean {nearest}?'
+    ours = phrase_of_foreign.get(nearest, nearest)
+    return f'here it is {ours}' if nearest == plain else f'did you mean {ours}?'
 
 
 def did_you_mean(word, known):

@@ -1,17 +1,15 @@
-"""Attack the readers: mutated dataset rows through load_rows and tokenise, mutated command lines and configs through configure.
+"""Attack the readers: mutated dataset rows through load_rows and tokenise.
 
-    python -m experiments.attack.fuzz --rows=100000 --lines=10000 --seed=0
+    python -m experiments.attack.fuzz --rows=100000 --seed=0
 
 A row must come out as texts whose words were in the file, be counted by reason, or be refused by a UserError that names file and
-line; so must a command line come out as what was written, or be refused. Anything else ends the run with the case that shows
-it, and exit code 1: another exception, ten seconds without an end, a text that nobody wrote, a row that nobody counted.
+line. Anything else ends the run with the case that shows it, and exit code 1: another exception, ten seconds without an end, a text
+that nobody wrote, a row that nobody counted. Command lines and config files: tests/words/test_configurator.py.
 """
 
 import contextlib
 import copy
-import functools
 import gzip
-import io
 import json
 import os
 import random
@@ -21,22 +19,16 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from pathlib import Path
-from types import SimpleNamespace
 
-from configurator import UserError, _declared, configure
+from configurator import UserError, configure
 from experiments import ROOT, read_rows
-from runtime.values import CHOICES
 from text import sources, toy
 from text.tokenise import tokenise
 
 rows = 100_000  # mutated rows, in files of a few
-lines = 10_000  # mutated command lines and config files
 seed = 0  # of the mutations
 config = configure(globals())
 
-SCRIPTS = ['dpo.py', 'sft.py', 'reward.py', 'ppo.py', 'sample.py', 'label.py', 'tools/plot.py', 'tools/bench.py']
-TRAINING = SCRIPTS[:4]  # these have the options of training.py, too
 SECONDS = 10  # after which a case hangs
 FIELDS = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools', 'turns'}  # of an example
 FILE_ROWS = 8  # rows of a file, about half of them mutated
@@ -306,136 +298,8 @@ def attack_rows(total):
             index += 1
 
 
-# ---- command lines ----
-
-
-@functools.cache
-def scope_of(script):
-    """The constants of a script, without running it."""
-    scope = {'__file__': str(ROOT / script), '__doc__': ''}
-    return scope | {name: option.default for name, option in _declared(scope).items()}
-
-
-VALUES = ['', '0', '1', '-1', '1e-3', '1e999', '-inf', 'nan', 'None', 'true', 'False', '0x10', '1_0', ' 3 ', '3.0', '９', '9' * 5000,
-          'toy', 'dpo', 'kto', 'radpo1', 'ipo', '[1]', '=', '--', '\x00', '\ud800', 'http://u:p@host', 'x' * 10_000, '../..', '0.5',
-          '99999999999999999999', '1e308', '-0.0', 'SGD', 'cvar', 'é', "');import os", '\n']  # fmt: skip
-LITERALS = ['0', '1', '-1', '1e-3', 'float("inf")', 'float("nan")', 'None', 'True', '"toy"', '""', '[]', '{}', '(1,)', 'lambda: 0', '1j',
-            'b"x"', '10**400', '"a\\0b"', '"\\ud800"', 'object()', 'int', '...', '1/0', 'undefined', '"kto"', '0.5', '2**31', 'range(3)']  # fmt: skip
-STATEMENTS = ['import os', 'from math import *', 'raise SystemExit', 'raise KeyError("x")', 'import no_such_module', 'def f(: pass',
-              'x' * 5000, '(' * 200, 'class A: pass', '_private = 1', '\x00', 'exit()', 'assert False', 'for i in range(3): lr = 0.1',
-              'beta = = 1', '\ufeff', 'return 1', 'yield 1', 'await x', 'del lr', 'lr: float = 0.1', 'raise Exception("a\\nb")', '1' * 5000,
-              '# -*- coding: latin-9 -*-', '"""', 'lr = lr * 2', '-' * 3000 + '1', 'raise BaseException("x")', 'f"{"']  # fmt: skip
-
-
-def attack_line(script, folder):
-    """One command line; its values come out as they were written, by their declared types, or it is refused."""
-    scope, shared = dict(scope_of(script)), None
-    options = scope
-    if script in TRAINING:
-        shared = SimpleNamespace(**scope_of('training.py'))
-        options = vars(shared) | scope
-    argv, given = odd_arguments(options)
-    argv += odd_configs(options, folder)
-    random.shuffle(argv)
-    before = dict(options)
-    Path(folder, 'case.txt').write_text(repr((script, argv)))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            resolved = configure(scope, list(argv), shared)
-    except UserError as error:
-        if (vars(shared) if shared else {}) | scope != before:
-            raise Failure('a refused command line changed the options') from None
-        if '\n' in str(error) or not str(error):
-            raise Failure(f'not one sentence: {str(error)!r}') from None
-        counts['command lines refused'] += 1
-    except SystemExit as end:
-        if end.code or not {'--help', '-h'} & set(argv):
-            raise Failure(f'exit {end.code}') from None
-    else:
-        check_resolved(argv, given, resolved, before)
-        counts['command lines accepted'] += 1
-
-
-def odd_value_of(name, options):
-    """A value that an option may have, or its default."""
-    return random.choice(CHOICES.get(name, [options.get(name), '7']))
-
-
-def odd_arguments(options):
-    """(flags, name -> what was written for it, or None) of some of these options and of others."""
-    names = [name for name in options if not name.startswith('_')]
-    argv, given = [], {}
-    for _ in range(random.choice([0, 1, 1, 2, 5])):
-        unknown = random.choice(['lerning_rate', '', 'config', '__file__', '-x', 'é', 'x' * 999])
-        name = random.choice(names) if random.random() < 0.9 else unknown
-        value = random.choice(VALUES) if random.random() < 0.4 else str(odd_value_of(name, options))
-        flag = f'--{name}={value}'
-        if random.random() > 0.9:
-            others = [f'--{name}', f'-{name}={value}', f'--{name} {value}', name, f'--{name}=={value}', '--', '-']
-            flag = random.choice(others)
-        argv.append(flag)
-        given[name] = flag.partition('=')[2] if flag.startswith(f'--{name}=') else None
-    return argv, given
-
-
-def odd_line(options):
-    """A line of a config file, every second one sound."""
-    name = random.choice([name for name in options if not name.startswith('_')])
-    sound = f'{name} = {odd_value_of(name, options)!r}'
-    return random.choice([sound, sound, f'{name} = {random.choice(LITERALS)}', random.choice(STATEMENTS)])
-
-
-def odd_configs(options, folder):
-    """Paths of config files, written into the folder, or of what is none."""
-    argv = []
-    for _ in range(random.choice([0, 0, 1, 1, 2])):
-        path = f'{folder}/config{random.randrange(3)}.py'
-        text = '\n'.join(odd_line(options) for _ in range(random.randrange(4)))
-        content = text.encode(random.choice(['utf-8', 'utf-8', 'utf-8', 'utf-16']), 'surrogatepass')
-        Path(path).write_bytes(random.randbytes(40) if random.random() < 0.03 else content)
-        other = random.choice([folder, f'{folder}/none.py', f'{folder}/a\x00b.py', path[:-3]])
-        argv.append(path if random.random() < 0.85 else other)
-    return argv
-
-
-def check_resolved(argv, given, resolved, before):
-    """What was written is what comes out, and nothing else has changed; else Failure."""
-    for name, text in given.items():
-        if text is None and f'--{name}' not in argv:
-            raise Failure(f'{name} was not written as --name=value')
-        follows = name == 'max_prompt_length' and str(text).lower() in ('none', 'null')  # half of max_length
-        if text is not None and not follows and not means(text, resolved[name]):
-            raise Failure(f'--{name}={text} became {resolved[name]!r}')
-    for name, value in resolved.items():
-        json.dumps(value)
-        if isinstance(value, str):
-            value.encode()
-        follows = name == 'max_prompt_length' and before[name] is None
-        if resolved.origin[name] == 'default' and value != before[name] and not follows:
-            raise Failure(f'{name} is {value!r} though nobody set it')
-
-
-def means(text, value):
-    """Whether a value is what the text says."""
-    if value is None:
-        return text.lower() in ('none', 'null')
-    if isinstance(value, bool):
-        return text.lower() == str(value).lower()
-    return text == value if isinstance(value, str) else float(text) == value
-
-
-def attack_lines(total):
-    """So many command lines, of all scripts in turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(total):
-            with caught(f'{folder}/case.txt, and configs beside it'):
-                attack_line(SCRIPTS[i % len(SCRIPTS)], folder)
-            counts['mutated command lines'] += 1
-
-
 began = time.process_time()
 attack_rows(rows)
-attack_lines(lines)
 for what, n in sorted(counts.items()):
     print(f'{n:>9d}  {what}')
 print(f'no failure; {time.process_time() - began:.0f} s of CPU')

@@ -504,6 +504,6 @@ def test_what_is_no_address(monkeypatch, capfd, script, known):
 
 def test_fuzz():
     """experiments/attack/fuzz.py, a hundredth of it: it ends with 0 and says what it counted."""
-    done = forks.python('-m', 'experiments.attack.fuzz', '--rows=1000', '--lines=400', '--seed=11')
+    done = forks.python('-m', 'experiments.attack.fuzz', '--rows=1000', '--seed=11')
     assert done.returncode == 0, done.stdout[-3000:]
-    assert 'no failure' in done.stdout and 'mutated rows' in done.stdout and 'mutated command lines' in done.stdout
+    assert 'no failure' in done.stdout and 'mutated rows' in done.stdout

@@ -430,6 +430,10 @@ def test_shared_options_are_set_where_they_are_declared(tmp_path, monkeypatch, c
 ELSEWHERE = {
     '--learning_rate=1': 'unknown option .learning_rate.; here it is lr$',
     '--num-train-epochs=1': 'here it is n_epochs$',
+    '--learning_rat=1': 'did you mean lr.$',
+    '--num_prompts=1': 'here it is n_examples$',
+    '--system_pro=x': 'did you mean system.$',
+    '--n_prompt=1': 'did you mean n_examples.$',
     '--bf16': 'here it is dtype=bfloat16$',
     '--loss.beta=1': 'here it is beta$',
     '--per_device_train_batch_size=4': r'here it is batch_size \(of all GPUs and microbatches together\)$',
