@@ -65,13 +65,13 @@ def configure(scope, argv=None, shared=None, early=False):
     """Override a script's constants, its globals() in scope, by config files and flags. Returns a Config; exits after --help.
 
     shared: a module with more options. early: print no notes, since configure will be called again. Raises UserError."""
-    from runtime import errors
+    from runtime import errors  # late: it imports this file
 
     sys.excepthook = errors.report
     argv = sys.argv[1:] if argv is None else argv
-    # the script's declarations come first, and override those of the shared module
     options = _declared(scope)
     if shared:
+        # the script's options once more, since they override those of the shared module; in --help they come first
         options = options | _declared(vars(shared)) | options
     if '--help' in argv or '-h' in argv:
         _print_help(scope.get('__doc__') or '', options)
@@ -94,7 +94,7 @@ def configure(scope, argv=None, shared=None, early=False):
     if problem := values.conflict(config):
         raise UserError(problem)
     for name, option in options.items():
-        option.scope[name] = config[name]
+        option.scope[name] = config[name]  # the constant itself
     return config
 
 
@@ -111,7 +111,7 @@ def _declared(scope):
             continue
         if not isinstance(node, ast.AnnAssign | ast.Assign) or isinstance(node.value, ast.Call):
             break
-        # names in capitals are no options
+        # name: types = value  # comment. Names in capitals are no options
         match = re.fullmatch(r'([a-z]\w*)(?:: (.+?))? = (.+?)(?:  # (.*))?', lines[node.lineno])
         if not match:
             continue
@@ -127,7 +127,7 @@ def _declared(scope):
 
 
 def _print_help(doc, options):
-    """Print a script's docstring, then its options with default, types and comment, grouped by heading."""
+    """Print a script's docstring, then its options (name -> Option) with default, types and comment, grouped by heading."""
     lines = [doc.strip(), '', 'options, to be set in a config file or as --name=value:']
     # no sort: options of a heading are neighbours in the source
     for heading, group in itertools.groupby(options.items(), key=lambda item: item[1].heading):
@@ -153,17 +153,20 @@ def _read_file(path, options):
         near = values.did_you_mean(path, map(str, Path(os.path.dirname(path) or 'config').glob('*.py')))
         raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}{near}') from None
     # run it statement by statement, to know the line of each assignment or error
-    namespace, settings, line, absent = {}, {}, 1, object()  # absent: a default that equals no value
+    namespace = {}  # variables of the file
+    settings = {}  # name -> what is returned for it
+    line = 1
     try:
         for statement in ast.parse(source, path).body:
-            before, line = dict(namespace), statement.lineno
+            line = statement.lineno
             if isinstance(statement, ast.AnnAssign) and statement.value is None:  # such as lr: 1e-6
                 raise ValueError(f'{ast.unparse(statement)!r} sets nothing: write = for :')
+            before = dict(namespace)
             exec(compile(ast.Module([statement], []), path, 'exec'), namespace)
             for name, value in namespace.items():
                 is_private = name.startswith('_') or isinstance(value, types.ModuleType)
-                is_new = value is not before.get(name, absent)
-                if is_new and not is_private:
+                is_unchanged = name in before and value is before[name]
+                if not is_private and not is_unchanged:
                     settings[name] = (name, value, path, f'{path}, line {line}')
     # BaseException: a config file may raise anything, even SystemExit
     except BaseException as error:
@@ -175,7 +178,7 @@ def _read_file(path, options):
 
 
 def _read_flag(word, options):
-    """Parse a flag, '--lr=1e-6' or '--chat' for True, into (name, value, COMMAND_LINE, the origin as a phrase for messages)."""
+    """Parse a flag: '--lr=1e-6' (or '--chat', for True) gives ('lr', 1e-6, COMMAND_LINE, 'the command line'), as _read_file does."""
     name, equals, text = word.removeprefix('--').partition('=')
     if not word.startswith('--') or not name:
         raise UserError(f'cannot read {word!r}: options are written --name=value')
@@ -183,8 +186,9 @@ def _read_flag(word, options):
     allowed = options[name].types if name in options else ['bool']
     if not equals and 'bool' not in allowed:
         raise UserError(f'--{name} needs a value: --{name}=value')
-    # of these conversions, the last one counts that is allowed and succeeds: text, float, int, words for None, True and False
-    value = text = text if equals else 'true'
+    text = text if equals else 'true'
+    # each of these replaces the one before, if the option allows it: the text, a float, an int, a word for None, True or False
+    value = text
     for kind in (float, int):
         if kind.__name__ in allowed:
             with contextlib.suppress(ValueError):

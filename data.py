@@ -10,6 +10,7 @@ guard.watch(__name__)  # before the heavy imports
 
 import functools
 import heapq
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,14 +44,14 @@ def plan(lengths, world_size, max_tokens):
 
     lengths: tokens of each example; slot: its index in the step. An example longer than max_tokens gets its own microbatch.
     plan([5, 3, 4], world_size=2, max_tokens=8) -> [[[1, 2]], [[0]]]: rank 0 has examples 1 and 2, rank 1 has example 0."""
-    # start with as many per rank as the tokens need at least; -(-a // b) rounds up
+    # microbatches of a rank, at least: all tokens by those of a microbatch, rounded up (longer examples count as max_tokens)
     tokens = sum(min(int(n), max_tokens) for n in lengths)
-    per_rank = max(1, -(-tokens // (world_size * max_tokens)))
+    per_rank = max(1, math.ceil(tokens / (world_size * max_tokens)))
     # add one on every rank until all examples fit
     while (bins := _fill_bins(lengths, world_size * per_rank, max_tokens)) is None:
         per_rank += 1
-    # a bin is (tokens, number, slots). Deal them out, heaviest first: all ranks run their heaviest microbatches at the same time
-    bins.sort(key=lambda item: (-item[0], item[1]))
+    # deal them out, heaviest first, so that all ranks run their heaviest microbatches at the same time
+    bins.sort(key=lambda numbered_bin: (-numbered_bin[0], numbered_bin[1]))  # (tokens, number, slots)
     return [[sorted(slots) for _, _, slots in bins[rank::world_size]] for rank in range(world_size)]
 
 
@@ -69,15 +70,15 @@ def _fill_bins(lengths, n_bins, max_tokens):
     return bins
 
 
-def plan_padded(widths, world_size, max_tokens):
-    """Split a step into padded microbatches: [rank][microbatch] -> list of slots. widths: tokens that each example takes alone."""
-    # fill bin after bin with slots. Similar widths go together, because a microbatch pads all its examples to the widest one
+def plan_padded(lengths, world_size, max_tokens):
+    """Split a step into padded microbatches, as plan() does. lengths: tokens that each example takes, with padding, if alone."""
+    # fill bin after bin with slots, the longest first: a microbatch pads all its examples to its longest, so those are alike
     bins = [[]]
-    widest_first = sorted(range(len(widths)), key=lambda slot: -widths[slot])
-    for slot in widest_first:
-        last = bins[-1]
-        # the first example of a bin is its widest
-        if last and (len(last) + 1) * widths[last[0]] > max_tokens:
+    longest_first = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])
+    for slot in longest_first:
+        last_bin = bins[-1]
+        # the first example of a bin is its longest
+        if last_bin and (len(last_bin) + 1) * lengths[last_bin[0]] > max_tokens:
             bins.append([])
         bins[-1].append(slot)
     # split the fullest bin until all ranks get the same number, even if half of it is empty
@@ -87,16 +88,18 @@ def plan_padded(widths, world_size, max_tokens):
         bins.append(fullest[middle:])
         del fullest[middle:]
     # deal them out by size, so that all ranks run their heaviest microbatches at the same time
-    bins.sort(key=lambda slots: -len(slots) * widths[slots[0]] if slots else 0)
+    bins.sort(key=lambda slots: -len(slots) * lengths[slots[0]] if slots else 0)
     return [[sorted(slots) for slots in bins[rank::world_size]] for rank in range(world_size)]
 
 
 def tokens_taken(widths, share_prefix=True, pad=False):
-    """Return the tokens that each example takes in a microbatch, (n,). widths: (n, 1 + answers) of prompt and answers."""
+    """Return the tokens that each example takes in a microbatch, (n,). widths: (n, 1 + answers), tokens of prompt and answers.
+
+    share_prefix: the answers share one copy of the prompt. pad: each answer has a row of its own, all as wide as the widest."""
     prompts, answers = widths[:, 0], widths[:, 1:]
     n_answers = answers.shape[1]
     if pad:
-        return n_answers * (prompts + answers.max(1))  # a row for each answer, all as wide as the widest
+        return n_answers * (prompts + answers.max(1))
     copies = 1 if share_prefix else n_answers
     return copies * prompts + answers.sum(1)
 
@@ -105,18 +108,19 @@ def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, shar
     """Pack a step, the given rows of examples. Returns (this rank's Batches, tokens on all ranks, tokens plus padding).
 
     A slot is the index of an example in the step: the example at rows[slot]. Prompts that are not shared count for each answer."""
-    widths = examples.widths[rows]  # (step, 1 + answers) tokens of the prompt and of each answer
+    widths = examples.widths[rows]  # (n, 1 + answers): tokens of the prompt and of each answer
     n_answers = widths.shape[1] - 1
-    lengths = tokens_taken(widths, share_prefix and not pad)  # (step,) of each example, without padding
+    lengths = tokens_taken(widths, share_prefix and not pad)  # (n,): tokens of each example, without padding
+    n_tokens = n_allocated = int(lengths.sum())
     # every rank plans for all ranks, so they agree without talking
     if pad:
         padded_lengths = tokens_taken(widths, pad=True)
         plans = plan_padded(padded_lengths, world_size, max_tokens)
+        # the microbatches of all ranks: each example is as long as their longest
         not_empty = [slots for microbatches in plans for slots in microbatches if slots]
-        allocated = sum(len(slots) * int(padded_lengths[slots].max()) for slots in not_empty)
+        n_allocated = sum(len(slots) * int(padded_lengths[slots].max()) for slots in not_empty)
     else:
         plans = plan(lengths, world_size, max_tokens)
-        allocated = int(lengths.sum())
 
     batches = []
     for slots in plans[rank]:
@@ -127,7 +131,7 @@ def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, shar
             ref = examples.ref[rows[slots]] if slots else np.zeros(n_answers, np.float32)
             batch.ref = move(torch.from_numpy(ref.flatten()), device)
         batches.append(batch)
-    return batches, int(lengths.sum()), allocated
+    return batches, n_tokens, n_allocated
 
 
 @dataclass
@@ -166,8 +170,7 @@ class Batch:
     longest: int  # tokens of the longest answer
     position: torch.Tensor | None = None  # packed: (1, T) position of each token in its own sequence
     mask: torch.Tensor | None = None  # padded: (A, T) 1 for tokens, 0 for padding
-    # packed: for each copy of a prompt, (tokens of the prompt, tokens of each answer that shares it); padded: empty
-    groups: list = field(default_factory=list)
+    groups: list = field(default_factory=list)  # packed: (tokens of a prompt, (tokens of each answer that shares it))
     varlen: Varlen | None = None  # packed on a GPU: the groups in the format of the CUDA kernel
     ref: torch.Tensor | None = None  # (A,) cached log-probs of the reference
 
@@ -178,7 +181,7 @@ class Batch:
 
     def sum(self, values):
         """Sum values (N,), one per predicted token, over the tokens of each answer. Returns (A,)."""
-        # a row for each answer, padded with zeros: other answers do not change its order of additions
+        # (A, longest), a row for each answer, padded with zeros: other answers do not change its order of additions
         table = values.new_zeros(len(self.n), self.longest)
         return table.index_put((self.answer, self.offset), values).sum(1)
 
@@ -195,39 +198,23 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     groups = examples
     if pad or not share_prefix:
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
-
-    # concatenate all pieces: a prompt, its answers, the next prompt, ... prompt_of: for each piece, the index of its prompt's piece.
-    # A pair with prompt [7, 8] and answers [1, 2], [3]: ids [7, 8, 1, 2, 3], sizes [2, 2, 1], prompt_of [0, 0, 0]
-    pieces, prompt_of = [], []
-    for prompt, answers in groups:
-        prompt_of += [len(pieces)] * (1 + len(answers))
-        pieces += [prompt, *answers]
-    ids, prompt_of = np.concatenate(pieces), np.array(prompt_of)
-    sizes = np.array([len(piece) for piece in pieces])
-    is_answer = prompt_of != np.arange(len(pieces))
-    # tokens of an answer that are context only, such as the user's later turns, are ~id (negative): _predicted skips them
-    arrays = _predicted(ids, sizes, is_answer, prompt_of)
-    ids = np.where(ids < 0, ~ids, ids)  # without the marks
+    arrays = _concatenate(groups)
 
     if pad:
-        # one row for each prompt and its answer
-        lengths = sizes[0::2] + sizes[1::2]
+        # each group becomes a row: its prompt, its only answer, padding
+        lengths = np.array([len(prompt) + len(answer) for prompt, [answer] in groups])
         mask = np.arange(lengths.max()) < lengths[:, None]
         padded_ids = np.zeros(mask.shape, int)
-        padded_ids[mask] = ids
-        arrays |= {'ids': padded_ids, 'mask': mask}
-        # place in the concatenated ids -> place in the padded ones
+        padded_ids[mask] = arrays['ids']
+        # index of each token in the flattened rows
         padded_place = np.flatnonzero(mask)
-        for name in ('predict_at', 'last'):
-            arrays[name] = padded_place[arrays[name]]
+        predict_at, last = padded_place[arrays['predict_at']], padded_place[arrays['last']]
+        del arrays['position']
+        arrays |= {'ids': padded_ids, 'mask': mask, 'predict_at': predict_at, 'last': last}
     else:
-        # an answer's positions continue those of its prompt: [0, 1, 2, 3, 2] in the example above
-        first_position = np.where(is_answer, sizes[prompt_of], 0)
-        index_in_piece = np.concatenate([np.arange(size) for size in sizes])
-        position = np.repeat(first_position, sizes) + index_in_piece
-        arrays |= {'ids': ids[None], 'position': position[None]}
+        arrays |= {'ids': arrays['ids'][None], 'position': arrays['position'][None]}  # one row
     tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
-    longest = int(sizes[is_answer].max())
+    longest = max(len(answer) for _, answers in groups for answer in answers)
     batch = Batch(**tensors, slot=list(slots), real=torch.tensor(slots) >= 0, longest=longest)
     if not pad:
         batch.groups = [(len(prompt), tuple(map(len, answers))) for prompt, answers in groups]
@@ -236,27 +223,35 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     return move(batch, device)
 
 
-def _predicted(ids, sizes, is_answer, prompt_of):
-    """Return a Batch's arrays about predicted tokens: name -> array. Places are indices into ids, the concatenated pieces.
+def _concatenate(groups):
+    """Return the arrays of a packed Batch, name -> (T,), (N,) or (A,), of a list of (prompt, [answer, ...]).
 
-    sizes (tokens), is_answer, prompt_of (index of its prompt's piece): of each piece. Prompt [7, 8] with answers [1, 2] and [3],
-    ids [7, 8, 1, 2, 3], gives predict_at [1, 2, 1], target [1, 2, 3], answer [0, 0, 1], offset [0, 1, 0], n [2, 1], last [3, 4]."""
-    # all answer tokens: the number of their answer, their index in it, their place
-    ends = np.cumsum(sizes)
-    answer_ends = ends[is_answer]
-    lengths = sizes[is_answer]
-    answer = np.repeat(np.arange(len(lengths)), lengths)
-    offset = np.concatenate([np.arange(length) for length in lengths])
-    answer_starts = answer_ends - lengths
-    place = answer_starts[answer] + offset
-    # drop the tokens that are context only: stored as ~id, which is negative
-    is_predicted = ids[place] >= 0
-    answer, offset, place = answer[is_predicted], offset[is_predicted], place[is_predicted]
-    # an answer's first token is predicted at the prompt's last token, any other at the token before it
-    prompt_last = ends[prompt_of[is_answer]] - 1
-    predict_at = np.where(offset == 0, prompt_last[answer], place - 1)
-    of_tokens = {'predict_at': predict_at, 'target': ids[place], 'answer': answer, 'offset': offset}
-    return of_tokens | {'n': np.bincount(answer, minlength=len(lengths)), 'last': answer_ends - 1}
+    For the prompt [7, 8] with the answers [1, 2] and [3]: ids [7, 8, 1, 2, 3], position [0, 1, 2, 3, 2], predict_at [1, 2, 1],
+    target [1, 2, 3], answer [0, 0, 1], offset [0, 1, 0], n [2, 1], last [3, 4]."""
+    parts = {name: [] for name in 'ids position predict_at target answer offset n last'.split()}
+    end = 0  # number of tokens so far
+    for prompt, answers in groups:
+        parts['ids'].append(prompt)
+        parts['position'].append(np.arange(len(prompt)))
+        end += len(prompt)
+        prompt_last = end - 1
+        for answer in map(np.asarray, answers):
+            # tokens that are context only, such as the user's later turns, are stored as ~id, which is negative
+            is_predicted = answer >= 0
+            offset = np.flatnonzero(is_predicted)
+            place = end + np.arange(len(answer))
+            # a token is predicted at the token before it, an answer's first one at the prompt's last
+            predict_at = np.append(prompt_last, place)[:-1]
+            parts['ids'].append(np.where(is_predicted, answer, ~answer))
+            parts['position'].append(len(prompt) + np.arange(len(answer)))
+            parts['predict_at'].append(predict_at[offset])
+            parts['target'].append(answer[offset])
+            parts['answer'].append(np.full(len(offset), len(parts['n'])))
+            parts['offset'].append(offset)
+            parts['n'].append([len(offset)])
+            end += len(answer)
+            parts['last'].append([end - 1])
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 if __name__ == '__main__':

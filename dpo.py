@@ -25,7 +25,7 @@ from hf import lora, reference
 from hf.load import check_same_tokens, load_model
 from hf.probe import check_heads
 from rl.divergences import divergence_of
-from runtime import metrics, ranks
+from runtime import errors, metrics, ranks
 from runtime.objective import objective_of
 from runtime.prefetch import move
 from text.examples import Examples
@@ -88,7 +88,7 @@ divergence = divergence_of(loss, risk, mu) if objective.has_divergence else None
 # ---- set-up ----
 
 # process group and out_dir; then data and policy
-run = training.begin(config)
+run = training.Run(config)
 if ref_model and needs_ref:
     check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 run.load_data(task='pairs' if paired else 'singles')
@@ -122,14 +122,14 @@ run.check_room(ref)
 # ---- one step ----
 
 
-def measure(batch, paired=paired):
+def measure(batch, as_pairs=paired):
     """Run policy and reference on a microbatch of A answers and return its columns, a dict of (A,) tensors.
 
     pi: log-prob under the policy (with graph); n: number of tokens; ref: log-prob under the reference, if any; div: divergence,
-    if the loss has one. Pairs are split into chosen and rejected: pi_w and pi_l, n_w and n_l, ... of shape (A / 2,)."""
+    if the loss has one. as_pairs: split into chosen and rejected, pi_w and pi_l, n_w and n_l, ... of shape (A / 2,)."""
     # run ref, the reference model, if there is one. Functions of model.py are methods of both models, see fsdp.shard
     ref_hidden, ref_logps = None, batch.ref  # batch.ref: log-probs read from a file by cache_ref, else None
-    with torch.no_grad(), lora.adapters_off(ref):
+    with torch.no_grad(), lora.adapters_off(ref):  # ref may be the policy itself, without its adapters
         if divergence:
             ref_hidden = ref.hidden_and_head(batch)
         elif ref is not None:
@@ -142,7 +142,7 @@ def measure(batch, paired=paired):
         columns['div'], ref_logps = more_rows
     if ref_logps is not None:
         columns['ref'] = ref_logps
-    if not paired:
+    if not as_pairs:
         return columns
     # answers alternate, in the order of Examples: chosen, rejected, chosen, rejected, ...
     chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
@@ -150,20 +150,20 @@ def measure(batch, paired=paired):
     return chosen | rejected
 
 
-def step_statistic(step, backward):
-    """Compute the statistic over a step (for beta_dpo, say, a beta from the mean margin) that its loss takes as input.
+def step_statistic(step, parts=None):
+    """Compute what a loss needs to know of the whole step: for beta_dpo, say, a beta from the mean margin of its pairs.
 
-    Returns (statistic: columns of the whole step, a dict; its new state, a dict; measured). If the step is a single microbatch and
-    backward follows, measured is its columns with graph, so that run_step need not repeat the forward pass; otherwise None."""
+    parts: the columns of this rank's microbatches, if measured already. Returns (columns of the step, which the loss takes as
+    further arguments; the new state, a dict, such as a running mean): beta_dpo's are {'beta': ..., 'weight': ...}, (examples,) each."""
     batches, suffix = step.batches, ''
     # kto estimates its KL on prompts paired with answers to other prompts: columns pi_kl, ref_kl
     if is_kto:
         mismatched = step.examples.mismatched(step.rows, longest, more=run.train)
-        batches, *_ = run.make_batches(mismatched, np.arange(len(mismatched)))
+        batches = run.make_step(mismatched, np.arange(len(mismatched))).batches
         suffix = '_kl'
-    is_reusable = backward and len(batches) == 1 and not is_kto
-    with torch.set_grad_enabled(is_reusable):
-        parts = [measure(batch) for batch in batches]
+    if parts is None:
+        with torch.no_grad():
+            parts = [measure(batch) for batch in batches]
 
     # all ranks see the columns of the whole step, so they compute the same statistic
     gathered = fsdp.gather(parts, batches, len(step.rows))
@@ -171,8 +171,7 @@ def step_statistic(step, backward):
     inputs['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)  # a different seed every step
     inputs['state'] = run.state['statistic']
     statistic, new_state = objective.call(objective.statistic, inputs)
-    statistic = {name: values.float() for name, values in statistic.items()}
-    return statistic, new_state, parts[0] if is_reusable else None
+    return {name: values.float() for name, values in statistic.items()}, new_state
 
 
 def loss_and_weight(measured, step_columns, slots):
@@ -181,7 +180,7 @@ def loss_and_weight(measured, step_columns, slots):
     measured: the microbatch's columns; step_columns: columns of the whole step (statistic, labels); slots: index in the step of
     each example in the microbatch, or -1 for a filler, which gets any number here: run_step masks its loss."""
     columns = measured | {name: move(values[slots], run.device) for name, values in step_columns.items()}
-    # the formula of losses.py, and optional terms on top of it
+    # the formula of losses.py, called with the columns and options that its signature names; then optional terms on top of it
     loss = objective.call(objective.fn, columns)
     if objective.options['importance']:
         loss = loss * objective.call(losses.importance, columns)
@@ -194,11 +193,14 @@ def run_step(step, backward=False, shift=None):
     """Run forward, and optionally backward, on one step. Returns (its columns in step order, new state of the statistic).
 
     After backward and fsdp.average_gradients, gradients are sum_i w_i grad loss_i over the step's examples, divided by the number
-    of ranks; w is the column step_weight. shift: used for Dr. DPO, see below; None: the smallest loss of the first microbatch."""
+    of ranks; w is the column step_weight. shift: of Dr. DPO's weights, see below; None: the smallest loss of the first microbatch."""
     # 1. columns of the whole step: the statistic, and the labels of single answers
-    step_columns, new_state, already_measured = {}, run.state['statistic'], None
+    step_columns, new_state, measured_before = {}, run.state['statistic'], None
     if objective.statistic:
-        step_columns, new_state, already_measured = step_statistic(step, backward)
+        # a single microbatch is measured once, for statistic and gradient (kto's statistic has microbatches of its own)
+        if backward and len(step.batches) == 1 and not is_kto:
+            measured_before = [measure(step.batches[0])]
+        step_columns, new_state = step_statistic(step, measured_before)
     if not paired:
         step_columns['good'] = step.labels['good']
 
@@ -206,12 +208,11 @@ def run_step(step, backward=False, shift=None):
     parts = []
     for batch in step.batches:
         with torch.set_grad_enabled(backward):
-            # already measured only if the step is a single microbatch
-            measured = already_measured or measure(batch)
+            measured = measured_before[0] if measured_before else measure(batch)
             loss, weight = loss_and_weight(measured, step_columns, batch.slot)
         step_weight = weight
         if beta_prime:
-            # Dr. DPO: weights exp((shift - loss) / beta'). The shift cancels when weights are normalized; it avoids overflow
+            # Dr. DPO: weights exp((shift - loss) / beta'). The shift avoids overflow, and cancels in the weighted mean
             if shift is None:
                 shift = fsdp.smallest(torch.where(batch.real, loss.detach(), torch.inf))
             step_weight = weight * losses.drdpo_weight(loss.detach(), shift, beta_prime=beta_prime)
@@ -239,20 +240,22 @@ summary = partial(metrics.of_dpo, objective)  # (columns of a step or an evaluat
 
 
 def log_ratios(prompts, answers):
-    """Return {'logratio': policy's log-prob minus reference's, 'tokens': length} of n sampled answers (token ids), (n,) each."""
+    """Return {'logratio': log-prob under policy minus reference, 'tokens': length}, (n,) each, of n answers. All are token ids."""
     examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
-    batches, *_ = run.make_batches(examples, np.arange(len(answers)))
-    with torch.no_grad(), run.memory(batches):
-        parts = [measure(batch, paired=False) for batch in batches]
+    batches = run.make_step(examples, np.arange(len(answers))).batches
+    with torch.no_grad(), errors.memory_of(batches, run.max_tokens):
+        parts = [measure(batch, as_pairs=False) for batch in batches]
     columns = fsdp.gather(parts, batches, len(answers))
     return {'logratio': columns['pi'] - columns['ref'], 'tokens': columns['n'].long()}
 
 
 def sample(seen):
     """Sample answers of policy and reference to held-out prompts into samples.jsonl. Returns KL metrics, {} without a reference."""
-    models = {'policy': run.policy, 'reference': ref} if ref else {'policy': run.policy}
-    measured = run.sample(models, seen, measure=log_ratios if ref else None)  # model name -> result of log_ratios
-    return metrics.of_samples(**measured['policy']) if 'policy' in measured else {}
+    if not ref:
+        return run.sample({'policy': run.policy}, seen)
+    measured = run.sample({'policy': run.policy, 'reference': ref}, seen, measure=log_ratios)
+    # after a stop signal nothing was measured
+    return metrics.of_samples(**measured['policy']) if measured else {}
 
 
 # an evaluation drops the second result of run_step, the statistic's state
@@ -264,7 +267,7 @@ evaluate = partial(run.evaluate, run_step=lambda step: run_step(step)[0], summar
 @torch.no_grad()
 def check_first_step():
     """Log and print loss and rewards of the first step before training, and what they should be. UserError if no loss is finite."""
-    columns, _ = run.compute(next(run.steps()), run_step)
+    columns, _ = run.compute(next(run.steps()), run_step)  # without the statistic's new state
     if not columns['loss'].isfinite().any():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')
@@ -272,7 +275,7 @@ def check_first_step():
     metrics.say_first_step(objective, columns, found, run.logger.say)
 
 
-run.start(f'{loss} ')
+run.start(loss)
 if not run.seen:
     check_first_step()
 if run.eval_due_at_start():

@@ -1,4 +1,6 @@
-"""The distributed part of a step: replicas or FSDP2, sums over ranks, the optimizer's update. One process is a group of one."""
+"""The distributed part of a step: replicas or FSDP2, sums over ranks, the optimizer's update. One process is a group of one.
+
+A replica is a whole model on each rank (shard_mode none). half: computed in bfloat16; weights that train are float32 all the same."""
 
 import math
 import types
@@ -23,25 +25,25 @@ from runtime.rmsprop import RMSprop
 
 
 def gather(parts, batches, total):
-    """Gather columns over all ranks: name -> (total,), in step order, the same on every rank.
+    """Gather the columns of a step over all ranks: name -> (total,), in step order, the same on every rank.
 
     parts: one dict of columns per microbatch of this rank; batches: those microbatches; total: examples of the step."""
-    slots = [slot for batch in batches for slot in batch.slot]
+    slots = [slot for batch in batches for slot in batch.slot]  # index in the step of each example, -1 for a filler
     of_this_rank = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
     return gather_columns(of_this_rank, slots, total)
 
 
 def gather_columns(columns, slots, total):
-    """Combine each rank's columns into those of the whole step, on every rank. Returns name -> (total,) float64 CPU tensor.
+    """Combine each rank's part of some columns into the whole, on every rank. Returns name -> (total,) float64 CPU tensor.
 
-    columns: name -> (k,) tensor, same names on all ranks. slots: index in the step of each example; -1: a filler, left out."""
+    columns: name -> (k,) tensor, same names on all ranks. slots: (k,) where in the whole each number belongs; -1: it is left out."""
     names = sorted(columns)
     # stacked into one (names, k) tensor: a single device-to-host copy
     own_values = torch.stack([columns[name].detach().double() for name in names]).cpu()
     slots = torch.as_tensor(slots, dtype=torch.long)
     # all ranks of a tensor-parallel group have the same columns: count only the first rank's
     counts = (slots >= 0) & (dist.get_rank() % ranks.tp_size() == 0)
-    # every rank fills in its own slots and leaves zeros elsewhere: the sum over ranks is the whole step
+    # every rank fills in its own slots and leaves zeros elsewhere: the sum over ranks is the whole
     table = torch.zeros(len(names), total, dtype=torch.float64)
     table[:, slots[counts]] = own_values[:, counts]
     dist.all_reduce(table)
@@ -64,19 +66,19 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
 
     build(empty): make the transformers model on the CPU, without weights if empty. dtype: compute dtype; weights that train stay
     float32. train=False: freeze it. mode: none, grads, full or auto (training.py's option shard). cpu_offload: keep weights and
-    optimizer on the CPU. device_map: build(device_map=...) spreads the model over this process's GPUs. options: of lean.recompute."""
+    optimizer on the CPU. device_map: build(device_map=...) spreads it over this process's GPUs. options: activation_checkpointing."""
     half = dtype == 'bfloat16'
     by_fsdp = False
-    loaded_outputs = None  # what the loaded model computes for a made-up example; None: no need to compare
+    loaded_outputs = None  # what the loaded model computes for a made-up example; None: it is used as it was loaded
     if device_map is not None:
         mode, model = 'none', build(device_map=device_map)
     else:
         # loaded: the model with its weights on rank 0, None on all other ranks
         loaded = ranks.on_one_rank(partial(build, empty=False))
         mode = ranks.shared(partial(room.choose_mode, loaded, mode, train, half, device, cpu_offload))
-        # the weight file, not the config, says which parameters are tied
+        # tied: name of a parameter -> name of the one whose tensor it shares, as the weight file (not the config) has it
         tied = ranks.shared(partial(ties, loaded))
-        # bfloat16 training keeps float32 master weights. FSDP manages them, even for replicas
+        # bfloat16 training keeps float32 master weights, which FSDP manages, even for replicas
         by_fsdp = mode != 'none' or (half and train)
         if by_fsdp or dist.get_world_size() > 1:
             loaded_outputs = ranks.shared(partial(probe.measure_loaded, loaded))
@@ -96,20 +98,15 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
         add_method(model, method)
     if loaded_outputs is not None:
         probe.compare(model, loaded_outputs, device, half)
-    set_attention(model, packed=True)
+    set_attention(model, packed=True)  # until Run.set_batching has tried whether the model can do it
     return model
 
 
-def _to_bfloat16(parameters):
-    """Cast parameters in place. Not model.to: buffers, such as rotary frequencies, must stay float32."""
-    for p in parameters:
-        p.data = p.data.bfloat16()
-
-
 def _replicate(model, device, tied, half):
-    """Move a model to the device, in place, in bfloat16 if half, and broadcast rank 0's tensors. tied: name -> earlier name."""
+    """Move a model to the device, in place, in bfloat16 if half, and broadcast rank 0's tensors. tied: see shard()."""
     if half:
-        _to_bfloat16(model.parameters())
+        for p in model.parameters():  # not model.to: buffers, such as rotary frequencies, stay float32
+            p.data = p.data.bfloat16()
     if dist.get_rank() == 0:
         model.to(device)
     else:
@@ -125,27 +122,28 @@ def _distribute(model, loaded, device, half, cpu_offload):
     """Shard an empty model by FSDP, in place, and copy the weights of loaded, a model on rank 0, None on the other ranks."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    # a replica is sharded over a mesh of one rank: FSDP then does mixed precision only
+    # a replica is "sharded" over a mesh of one rank: FSDP then does mixed precision only
     is_replica = model.shard_mode == 'none'
     mesh = _mesh(device.type, ranks.tp_size(), is_replica, group=dist.group.WORLD)
     settings = {'mesh': mesh['dp']}
     shard_device = device  # where the shards of the weights are kept
     if half:
-        # compute in bfloat16, sum gradients in float32
-        settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)  # to compute, to sum gradients
         # Round the float32 master weights to bfloat16, too. Otherwise a weight halfway between two bfloat16 numbers, common in
         # fp16 files, would jump to the other one with the first update, however small
         if loaded is not None:
             for p in loaded.parameters():
                 p.data = p.data.bfloat16().to(p.dtype)
         # frozen weights are never updated, so they need no float32 copy
-        _to_bfloat16(p for p in model.parameters() if not p.requires_grad)
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.bfloat16()
     if cpu_offload:
         settings['offload_policy'] = CPUOffloadPolicy(pin_memory=device.type == 'cuda')
         shard_device = torch.device('cpu')
     if ranks.tp_size() > 1:
         tensor_parallel(model, mesh['tp'], mesh['dp'].size())
-    # FSDP gathers the weights of a block together, and those outside of blocks. The latter stay gathered: backward needs them first
+    # FSDP gathers the weights of a block together; those outside of the blocks, too, and they stay so: backward needs them first
     model.stays_gathered = stays_gathered(model, model.shard_mode)
     for block in blocks(model):
         fully_shard(block, **settings, reshard_after_forward=not model.stays_gathered)
@@ -158,7 +156,7 @@ def _distribute(model, loaded, device, half, cpu_offload):
 
 @cache
 def _mesh(device_type, tp, replicated, group):
-    """Return a DeviceMesh of all ranks, with 'dp' as the dimension that FSDP shards over. group: a cache key, not used.
+    """Return a DeviceMesh of all ranks: FSDP shards over its dimension 'dp'. All models of a process group, `group`, share it.
 
     Dimensions of 8 ranks: dp 8; if replicated: copies 8, dp 1; with tp=2: dp 4, tp 2; with both: copies 4, dp 1, tp 2."""
     n = dist.get_world_size() // tp
@@ -205,12 +203,11 @@ def average_gradients(model):
     # shards: FSDP has averaged their gradients in backward
     if model.shard_mode != 'none':
         return grads
-    # replicas; those in bfloat16 have DTensors over one rank
+    # replicas; those that train in bfloat16 have DTensors over a mesh of one rank, see _distribute
     grads = [local(grad) for grad in grads]
-    world_size = dist.get_world_size()
-    if world_size > 1:
+    if dist.get_world_size() > 1:
         # one flat bucket, for a single all-reduce
-        bucket = torch.cat([grad.flatten() for grad in grads]).div_(world_size)
+        bucket = torch.cat([grad.flatten() for grad in grads]).div_(dist.get_world_size())
         dist.all_reduce(bucket)
         for grad, mean in zip(grads, bucket.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(mean.view_as(grad))

@@ -56,7 +56,7 @@ def dpop(ratio_w, ratio_l, *, beta, lam):
 def exo(ratio_w, ratio_l, *, beta, label_smoothing):
     """KL(Bernoulli S(beta d) || Bernoulli 1 - e), needs e > 0. EXO, arXiv:2402.00856."""
     h = beta * (ratio_w - ratio_l)
-    e = torch.as_tensor(label_smoothing, dtype=h.dtype)
+    e = torch.as_tensor(label_smoothing, dtype=h.dtype)  # for its log
     return torch.sigmoid(h) * (logsigmoid(h) - (1 - e).log()) + torch.sigmoid(-h) * (logsigmoid(-h) - e.log())
 
 def nca(ratio_w, ratio_l, *, beta):
@@ -82,7 +82,7 @@ def apo_down(ratio_w, ratio_l, *, beta):
 def discopop(ratio_w, ratio_l, *, beta, tau):
     """(1 - u) L(h) + u exp(-h), h = beta d, u = S(h / tau), in a form without overflow (tau <= 1). arXiv:2406.08414."""
     h = beta * (ratio_w - ratio_l)
-    return -torch.sigmoid(-h / tau) * logsigmoid(h) + (logsigmoid(h / tau) - h).exp()
+    return -torch.sigmoid(-h / tau) * logsigmoid(h) + (logsigmoid(h / tau) - h).exp()  # u exp(-h) = exp(log u - h)
 
 def sigmoid_norm(ratio_w, ratio_l, n_w, n_l, *, beta):
     """L(beta (a / n_w - r / n_l)): DPO per token. Tulu 3, arXiv:2411.15124."""
@@ -98,14 +98,16 @@ def simpo(pi_w, pi_l, n_w, n_l, *, beta, gamma):
 
 def orpo(pi_w, pi_l, n_w, n_l, *, lam):
     """NLL per token + lam L(log odds_w - log odds_l), odds of the mean token prob. ORPO, arXiv:2403.07691."""
-    p, q = pi_w / n_w, pi_l / n_l
-    return -p - lam * logsigmoid((p - q) - (log1mexp(p) - log1mexp(q)))
+    p_w, p_l = pi_w / n_w, pi_l / n_l  # logs of the mean token probs; log odds = p - log(1 - exp(p))
+    return -p_w - lam * logsigmoid((p_w - p_l) - (log1mexp(p_w) - log1mexp(p_l)))
 
 def log1mexp(x):
-    """log(1 - exp(x)) for x <= 0, finite in value and gradient: x is kept a little below 0."""
-    x = x.clamp(max=-torch.finfo(x.dtype).eps ** 2)
-    near = x > -0.6931471805599453  # log(1/2). Each branch sees only what it can take, or its gradient would be NaN
-    return torch.where(near, (-torch.expm1(x.where(near, -1.0))).log(), torch.log1p(-x.where(~near, -1.0).exp()))
+    """log(1 - exp(x)) for x <= 0, accurate near 0 and far from it, finite in value and gradient."""
+    x = x.clamp(max=-torch.finfo(x.dtype).eps ** 2)  # below 0, where the logarithm is infinite
+    is_near = x > -0.6931471805599453  # log(1/2)
+    # each formula sees -1 in place of what is not its own: where() multiplies an infinite gradient by 0, which is NaN
+    near, far = x.where(is_near, -1.0), x.where(~is_near, -1.0)
+    return torch.where(is_near, (-torch.expm1(near)).log(), torch.log1p(-far.exp()))
 
 def cpo(pi_w, pi_l, n_w, *, beta):
     """L(beta (pi_w - pi_l)) + NLL per token of the chosen answer. CPO, arXiv:2401.08417."""
@@ -139,19 +141,21 @@ def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
     """beta_t = max(beta (1 + a (mean of the kept d - mean)), 1e-3); weight 1 for kept pairs, else 0. arXiv:2407.08639.
     The state is mean and std of d: running, momentum 0.9, this step included, starting at the first step's own."""
     d = ratio_w - ratio_l
-    now = {'mean': d.mean().item(), 'std': d.std().item() if len(d) > 1 and d.min() < d.max() else 0.0}
-    state = {k: 0.9 * state[k] + 0.1 * now[k] if state else now[k] for k in now}
-    keep = keep_near(d, state['mean'], state['std'] if now['std'] else 0.0, generator, rho=rho)
+    varies = d.min() < d.max()  # False for a single pair
+    now = {'mean': d.mean().item(), 'std': d.std().item() if varies else 0.0}
+    state = {name: 0.9 * state[name] + 0.1 * now[name] for name in now} if state else now
+    std = state['std'] if now['std'] else 0.0  # 0 keeps all pairs
+    keep = keep_near(d, state['mean'], std, generator, rho=rho)
     beta_t = beta * (1 + a * (d[keep].mean() - state['mean']))
     return {'beta': beta_t.clamp(min=1e-3).expand_as(d), 'weight': keep.to(d.dtype)}, state
 
 def keep_near(d, mean, std, generator, *, rho):
-    """Mask of round(B (1 - rho)) >= 1 pairs, drawn without replacement with weight exp(-(d - mean)^2 / (2 std^2))."""
+    """Mask of round(B (1 - rho)) >= 1 pairs, drawn without replacement with weight exp(-(d - mean)^2 / (2 std^2)); std 0: all."""
     if std == 0:
         return torch.ones_like(d, dtype=torch.bool)
-    # the largest log weight + Gumbel noise is such a draw, and cannot underflow
-    noise = torch.rand(d.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)
-    score = -(((d.double() - mean) / std) ** 2) / 2 - (-noise.log()).log()
+    # the pairs with the largest log weight + Gumbel noise are such a draw, and cannot underflow
+    uniform = torch.rand(d.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)
+    score = -(((d.double() - mean) / std) ** 2) / 2 - (-uniform.log()).log()
     kept = score.topk(max(1, round(len(d) * (1 - rho)))).indices
     return torch.zeros_like(d, dtype=torch.bool).index_fill(0, kept, True)
 
@@ -162,7 +166,7 @@ def kto_statistic(ratio_kl, state, generator):
 def aot_statistic(pi_w, pi_l, ratio_w, ratio_l, state, generator):
     """shift: from a pair's own reference margin to the one that has the same rank as its policy margin."""
     ref_margin = (pi_w - ratio_w) - (pi_l - ratio_l)
-    rank = (pi_w - pi_l).argsort().argsort()
+    rank = (pi_w - pi_l).argsort().argsort()  # of each pair: 0 for the smallest policy margin
     return {'shift': ref_margin - ref_margin.sort().values[rank]}, state
 
 LOSSES = {f.__name__: f for f in (dpo, cdpo, robust, ipo, tdpo1, tdpo2, aot, hinge, dpop, exo, nca, bco, sppo, apo_zero,

@@ -33,7 +33,6 @@ from configurator import UserError, configure
 from data import steps
 from hf import generate
 from hf.load import add_value_head, check_same_tokens, load_model, load_reward
-from hf.parts import core
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
 from runtime import errors, ranks
@@ -114,7 +113,7 @@ kl_in_loss = offline or loss == 'grpo'  # online PPO has the KL penalty in the r
 
 # ---- set-up ----
 
-run = training.begin(config)  # initialises torch.distributed and claims out_dir
+run = training.Run(config)  # initialises torch.distributed and claims out_dir
 tokenizer = run.tokenizer
 
 # examples of the task 'prompts' carry a dummy answer: 2 leaves room for one token and the end token
@@ -138,14 +137,14 @@ build_policy = partial(load_model, model, adapters=run.adapters, **run.model_opt
 
 
 def build(**options):
-    """Load the policy, for ppo with its critic inside, so that one optimizer and checkpoint cover both. options: see fsdp.shard."""
+    """Load the policy, for ppo with its critic inside, so that one optimizer and checkpoint cover both. options: of fsdp.shard's build."""
     language_model = build_policy(**options)
     if loss == 'grpo':
         return language_model
     if critic == 'head':
         return add_value_head(language_model)
+    # a critic of its own: a whole model. new_head: replace the head of a language model by one with a single output
     critic_name = model if critic == 'own' else critic
-    # new_head: replace the head of a language model by one with a single output
     critic_model = load_reward(critic_name, new_head=True, **run.model_options(), **options)
     return add_value_head(language_model, critic_model)
 
@@ -161,8 +160,7 @@ if offline:
 what = 'prompts with their answers'  # for error messages
 # with adapters, the policy without them serves as the reference
 has_own_ref = bool(ref_model or not run.adapters)
-own_critic = getattr(core(policy), 'critic', None)
-run.set_batching(longest, what, share_prefix, forward=policy.token_logps, critic=own_critic, n_frozen=int(has_own_ref))
+run.set_batching(longest, what, share_prefix, forward=policy.token_logps, n_frozen=int(has_own_ref))
 ref = policy
 if has_own_ref:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
@@ -204,8 +202,8 @@ def make_round(first, rows):
     # 3. advantages, (tokens,)
     if loss == 'grpo':
         groups = scores.view(-1, answers_per_prompt)  # (prompts, answers per prompt)
-        advantages = formulas.group_advantage(groups).view(-1)
-        tokens['advantage'] = advantages.repeat_interleave(answers['n'])  # a token gets that of its answer
+        of_answers = formulas.group_advantage(groups).view(-1)
+        tokens['advantage'] = of_answers.repeat_interleave(answers['n'])  # a token gets that of its answer
         # groups with equal scores give no gradient
         metrics['equal_groups/train'] = (groups.std(1) == 0).double().mean().item()
     else:
@@ -233,21 +231,21 @@ def token_losses(pi, value, columns):
     return policy_loss, formulas.value_loss(value, columns['value'], columns['target'], value_clip=limit)
 
 
-def run_minibatch(batches, this_round, rows):
+def run_minibatch(step, this_round):
     """Run forward and backward of a minibatch. Return sums over its answer tokens on all ranks: name -> float.
 
-    batches: this rank's microbatches. rows: indices of the minibatch's examples in this_round (rollout.Round). Sums: loss and
-    value_loss (weighted), clipped (number of clipped ratios), approx_kl (KL estimate from the current to the sampling policy).
-    Gradients of the weighted loss accumulate as the sum over all tokens, divided by the number of ranks."""
+    step: a data.Step whose rows are examples of this_round, a rollout.Round. Sums: loss and value_loss (weighted), clipped (number
+    of clipped ratios), approx_kl (KL estimate from the current to the sampling policy). Gradients of the weighted loss accumulate
+    as the sum over all tokens, divided by the number of ranks."""
     sums = {}  # of this rank
     # name -> (tokens,): all tokens of the round
     round_columns = move({name: column.float() for name, column in this_round.tokens.items()}, run.device)
-    for batch in batches:
+    for batch in step.batches:
         # (N,): where the microbatch's answer tokens are in round_columns. Filler tokens have -1: they get some numbers, and weight 0
-        slots = rollout.token_slots(batch, rows, this_round.answers['start'], answers_per_prompt)
-        is_real = slots >= 0
-        columns = {name: column[slots] for name, column in round_columns.items()}
-        pi, *values = policy.token_logps(batch)  # (1, N), or (2, N) with a critic
+        indices = rollout.token_indices(batch, step.rows, this_round.answers['start'], answers_per_prompt)
+        is_real = indices >= 0
+        columns = {name: column[indices] for name, column in round_columns.items()}
+        pi, *values = policy.token_logps(batch)  # rows (N,): log-probs and, with a critic, values
         value = values[0] if values else None
         # the ratio of a filler could be infinite, and 0 times that is no number
         pi = torch.where(is_real, pi, columns['old'])
@@ -277,33 +275,35 @@ def train_round(this_round):
     """Run all optimizer steps of a rollout.Round. Return metrics: means over answer tokens, the last finite grad_norm, the last lr.
 
     Steps with a non-finite loss or gradient leave the weights alone, count in no mean, and go to bad_step.jsonl."""
+    # optimizer steps of earlier rounds: the learning rate depends on them
     steps_before = steps_per_round * (this_round.first // batch_size)
-    n_tokens = 0
-    totals = Counter()  # sums over the answer tokens of all good steps
+    n_tokens = 0  # of all good steps
+    totals = Counter()  # sums over these tokens, of what run_minibatch returns
     grad_norm = math.nan
     # minibatches consist of examples: a prompt with all its answers
     minibatches = this_round.minibatches(minibatch_size // answers_per_prompt, ppo_epochs, seed)
-    for step, rows in enumerate(minibatches, start=steps_before):
-        batches, *_ = run.make_batches(this_round.examples, rows)
-        with run.memory(batches):
-            sums = run_minibatch(batches, this_round, rows)
+    for number, rows in enumerate(minibatches, start=steps_before):
+        step = run.make_step(this_round.examples, rows, this_round.first)
+        with errors.memory_of(step.batches, run.max_tokens):
+            sums = run_minibatch(step, this_round)
         # (answers,) each; the loss is known for the whole step only
         columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
         columns['loss'] = torch.full_like(columns['n'], sums['loss'])
         n = int(columns['n'].sum())
         total_weight = len(columns['n']) if per_answer else n
-        train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)  # of each answer's prompt
-        if not run.optimizer_step(step, batches, this_round.first, train_rows, columns, total_weight):
+        # (answers,), like the columns: the training row of each answer's prompt
+        train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)
+        if not run.update(step, columns, total_weight, number=number, rows=train_rows):
             continue
 
         grad_norm = run.norm
         n_tokens += n
-        # weighted mean * n: the means below are per token
+        # with per_answer the sum over the total weight is a mean over answers: times n, it counts like a sum over tokens
         for name in ('loss', 'value_loss'):
             sums[name] = sums[name] * n / total_weight
         totals.update(sums)  # Counter.update adds
     if loss == 'grpo':
-        totals.pop('value_loss', None)
+        totals.pop('value_loss', None)  # always 0; missing if all steps were bad
     means = {f'{name}/train': total / max(1, n_tokens) for name, total in totals.items()}
     return means | {'grad_norm': grad_norm, 'lr': run.rate}
 
@@ -315,25 +315,28 @@ def evaluate(seen):
     seen: number of answers trained on so far. No-op without held-out prompts, or if a run before a resume logged it already."""
     if not len(held_out) or seen <= run.state['evaluated']:
         return
+    # measure() fills it; it stays empty after a stop signal, and is then not logged
     metrics = {}
 
     def measure(prompts, answers):
-        """Fill in metrics. Return more fields for samples.jsonl: columns logratio and scores, (answers,) each."""
+        """Fill in metrics. Return more fields for samples.jsonl, of n answers (token ids): logratio and scores, (n,) each."""
         examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
         tokens, columns = rollout.measure(run, ref, examples, stop_ids)
-        if reward_parts:
+        if reward_parts:  # offline there may be none
             columns |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)
         metrics.update(rollout.describe(run, examples, tokens, columns, 'eval'))
-        logratios = (tokens['pi'] - tokens['ref']).split(columns['n'].tolist())
-        fields = {name: column for name, column in columns.items() if name.startswith('score')}
-        return {'logratio': torch.stack([of_tokens.sum() for of_tokens in logratios])} | fields
+        by_answer = (tokens['pi'] - tokens['ref']).split(columns['n'].tolist())
+        logratio = torch.stack([of_tokens.sum() for of_tokens in by_answer])
+        scores = {name: column for name, column in columns.items() if name.startswith('score')}
+        return {'logratio': logratio} | scores
 
+    # rows: how many answers a rank samples side by side
     settings = {'n_written': n_eval_model_samples, 'max_new_tokens': max_new_tokens, 'rows': sample_batch}
     generate.sample_held_out(run, {'policy': policy}, held_out, seen, measure, **settings)
     run.log_evaluation(seen, metrics)
 
 
-method = f'{loss} offline ' if offline else f'{loss} '
+method = f'{loss} offline' if offline else loss
 n_rounds = math.ceil(total / batch_size)
 steps_per_round = ppo_epochs * math.ceil(batch_size / minibatch_size)
 run.start(method, f'answers, {batch_size} a round, {minibatch_size} a step', n_steps=n_rounds * steps_per_round)

@@ -49,7 +49,7 @@ if not 0 <= label_smoothing < 0.5:
 
 # ---- set-up ----
 
-run = training.begin(config)
+run = training.Run(config)
 # a score is read at the end of text, so that must not be the pad token
 run.tokenizer = separate_pad(run.tokenizer)
 run.load_data(task='pairs', margins=True)
@@ -91,7 +91,7 @@ def summary(columns, split):
     """Return metrics (name -> float) from the columns of a step or an evaluation. split: 'train' or 'eval'."""
     s_w, s_l = columns['s_w'], columns['s_l']
     chosen, rejected = {'reward': s_w, 'n': columns['n_w']}, {'reward': s_l, 'n': columns['n_l']}
-    found = metrics.of_preferences(split, columns['loss'].mean(), chosen, rejected, s_w > s_l)
+    found = metrics.of_preferences(split, columns['loss'].mean(), chosen, rejected, is_right=s_w > s_l)
     return found | metrics.numbers({f'rewards_{split}/mean': (s_w + s_l).mean() / 2})
 
 

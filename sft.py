@@ -57,7 +57,7 @@ CONTROL = ['<|good|>', '<|bad|>']
 
 # ---- set-up ----
 
-run = training.begin(config)
+run = training.Run(config)
 if control_tokens:
     # both answers of a pair are examples, with room for the control token
     run.tokenizer.add_tokens(CONTROL, special_tokens=True)
@@ -105,19 +105,10 @@ def summary(columns, split):
     return metrics.numbers(found)
 
 
-# ---- evaluation ----
-
-
-def sample(seen):
-    """Sample answers to held-out prompts into samples.jsonl. Returns no metrics."""
-    run.sample({'policy': run.policy}, seen)
-    return {}
-
-
-evaluate = partial(run.evaluate, run_step=run_step, summary=summary, sample=sample)
-
 # ---- training ----
 
+sample = partial(run.sample, {'policy': run.policy})  # (seen) -> {}, no metrics
+evaluate = partial(run.evaluate, run_step=run_step, summary=summary, sample=sample)
 run.start()
 if run.eval_due_at_start():
     evaluate(run.seen)

@@ -1,8 +1,8 @@
 """What all training scripts share around their own step: set-up, resuming, logging, evaluation, checkpoints, export.
 
-    run = training.begin(config)               # ranks, signals, out_dir, tokenizer
+    run = training.Run(config)                 # ranks, signals, out_dir, tokenizer
     run.load_data(task='pairs')                # run.train, run.held_out; then load_policy, set_batching, count_data, check_room
-    run.start('dpo ')                          # from the newest checkpoint, or afresh
+    run.start('dpo')                           # from the newest checkpoint, or afresh
     for step in run.steps():                   # microbatches, made ahead in a thread
         columns = run.compute(step, run_step)  # the script's own step, backward=True for training
         run.update(step, columns, weight)      # one optimizer step
@@ -19,12 +19,13 @@ from functools import cache, partial
 
 import torch
 
+import data
 import fsdp
 from configurator import UserError
-from data import Step, make_batches, steps
 from hf import export, generate, lora, parallel, sharded
 from hf.attention import set_attention
 from hf.load import fingerprints, load_tokenizer, stored_dtype
+from hf.parts import core
 from hf.probe import can_pack, check_positions
 from runtime import checkpoint, errors, guard, log, ranks, room, values
 from runtime.prefetch import prefetch
@@ -78,27 +79,26 @@ attn: str | None = None  # attention on padded batches, such as sdpa, eager, fla
 trust_remote_code = False  # run code that comes with a model
 
 
-def begin(config):
-    """Start a run: check the options, join the process group, install signal handlers, lock out_dir. Raises UserError."""
-    adapters = lora.options(config)
-    parallel.check(config)
-    for names, why in values.without_effect(config):
-        config.report_unused(names, why)
-
-    rank, world, device = ranks.setup(tp)
-    if config.batch_size < world:
-        raise UserError(f'batch_size {config.batch_size} is too small: one example for each of {world} ranks')
-    parallel.choose_arithmetic(config, device)
-    guard.begin(config.out_dir, config, resume)
-    return Run(config, adapters, rank, world, device)
-
-
 class Run:
-    """State of a training run on one rank. Many methods communicate, so all ranks must call them together."""
+    """State of a training run on one rank. Many methods communicate, so all ranks must call them together.
 
-    def __init__(self, config, adapters, rank, world, device):
-        self.config, self.adapters = config, adapters
-        self.rank, self.world, self.device = rank, world, device  # data rank and their number, see runtime/ranks.py
+    total: examples of the run; seen: those before its start, above 0 after a resume. state: what a checkpoint holds besides weights
+    and optimizer, such as evaluated: the number of examples seen at the last evaluation. norm, rate: gradient norm and learning
+    rate of the last update. clock: when the last step was logged; waited: seconds that the loop then waited for data."""
+
+    def __init__(self, config):
+        """Check the options, join the process group, install signal handlers, lock out_dir. Raises UserError."""
+        self.config = config
+        self.adapters = lora.options(config)  # a dict, or None without --lora_rank
+        parallel.check(config)
+        for names, why in values.without_effect(config):
+            config.report_unused(names, why)
+        # rank and world count groups of tp processes: those of a group take the same examples
+        self.rank, self.world, self.device = ranks.setup(tp)
+        if config.batch_size < self.world:
+            raise UserError(f'batch_size {config.batch_size} is too small: one example for each of {self.world} ranks')
+        parallel.choose_arithmetic(config, self.device)
+        guard.begin(config.out_dir, config, resume)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code)
         self.max_tokens = max_tokens  # an option; set_batching replaces 'auto' by a number
         self.save_every = save_every  # an option; finish_step replaces 'auto' by a number, after a few steps
@@ -109,16 +109,14 @@ class Run:
     def load_data(self, *, train=None, held_out=None, **options):
         """Load run.train and run.held_out, the training and evaluation examples.
 
-        options: for load_examples. train, held_out: dicts of options for one of the two, which override the common ones."""
+        options: of load_examples, for both. train, held_out: dicts of further options for one of the two, which go first."""
         config = self.config
         names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
-        common = {name: config[name] for name in names.split()}
-        # undivided: train on all of data, because eval_data has the examples to evaluate on
-        common |= {'tokenizer': self.tokenizer, 'undivided': eval_data is not None}
-        # for a short run, tokenise only the first ENOUGH examples instead of millions
-        if config.n_examples and config.n_examples <= ENOUGH // 10:
+        common = {name: config[name] for name in names.split()} | {'tokenizer': self.tokenizer}
+        common['undivided'] = eval_data is not None  # then no part of data is held out
+        # a run that takes at most a tenth of the first ENOUGH examples tokenises those only, and not millions
+        if config.n_examples and 10 * config.n_examples <= ENOUGH:
             common['enough'] = {'train': ENOUGH, 'test': n_eval_examples}
-
         for_train = common | options | {'data_fraction': data_fraction} | (train or {})
         for_eval = common | options | (held_out or {})
         self.task = for_train['task']
@@ -131,9 +129,8 @@ class Run:
         """Set run.total, the number of examples to train on over all epochs, and print a summary of the data.
 
         answers_each: in ppo.py, whose examples are sampled answers, their number per prompt; run.total is a multiple of it."""
-        total = self.config.n_epochs * len(self.train) * answers_each
-        total = min(total, self.config.n_examples or total)
-        self.total = total // answers_each * answers_each
+        in_epochs = self.config.n_epochs * len(self.train) * answers_each
+        self.total = min(in_epochs, self.config.n_examples or in_epochs) // answers_each * answers_each  # whole prompts
         for line in show.summary(self, n_eval_examples):
             log.say(line)
 
@@ -141,91 +138,86 @@ class Run:
         """Return loading options that are common to all models of the run."""
         return {'tokenizer': self.tokenizer, 'trust_remote_code': trust_remote_code, 'seed': self.config.seed}
 
-    def shard(self, build, **options):
-        """Build a model on all ranks with this run's options, see fsdp.shard."""
+    def _load(self, build, **options):
+        """Build a model on all ranks with this run's options (mode is the option shard), see fsdp.shard."""
         options |= {'dtype': dtype, 'mode': shard, 'cpu_offload': cpu_offload, 'device_map': device_map}
         return fsdp.shard(build, self.device, **options)
 
     def load_policy(self, build):
         """Set run.policy and run.optimizer. build(empty) makes the transformers model on the CPU, see fsdp.shard."""
         self.build = build  # finish() needs it again
-        self.policy = self.shard(build, activation_checkpointing=activation_checkpointing)
+        self.policy = self._load(build, activation_checkpointing=activation_checkpointing)
         if self.adapters:
             log.say(lora.describe(self.policy))
         # torch's global generator is used by the adapters' dropout only
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
-        # by default the model is saved in the dtype of its input files, and with 4-bit weights in bfloat16
+        # by default the model is saved in the dtype of its input files (rank 0 reads them), and with 4-bit weights in bfloat16
         if save_dtype is None:
-            of_files = partial(stored_dtype, self.config.model)
-            self.config['save_dtype'] = 'bfloat16' if quantize else ranks.shared(of_files)
+            read_dtype = partial(stored_dtype, self.config.model)
+            self.config['save_dtype'] = 'bfloat16' if quantize else ranks.shared(read_dtype)
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def load_frozen(self, build, longest, what='the examples'):
         """Build and return a frozen model, such as the reference. UserError if it cannot read `longest` tokens (what: their name)."""
-        model = self.shard(build, train=False)
+        model = self._load(build, train=False)
         check_positions(model, longest, what)
         set_attention(model, self.packed, attn)  # the same as the policy's
         return model
 
-    def set_batching(self, longest, what='the examples', share_prefix=True, *, forward=None, n_frozen=0, critic=None):
+    def set_batching(self, longest, what='the examples', share_prefix=True, *, forward=None, n_frozen=0):
         """Set run.packed (packed or padded batches) and run.max_tokens (tokens per microbatch).
 
         longest: tokens of the longest sequence; UserError if the model has fewer positions (what: its name in the message).
         share_prefix: compute the prompt of a pair once. forward: the policy's training pass, default response_logps. n_frozen: how
-        many models of the policy's size will be loaded later. critic: a module inside the policy with attention of its own."""
+        many models of the policy's size will be loaded later."""
         policy = self.policy
-        models = [policy] if critic is None else [policy, critic]
-        for model in models:
+        # ppo.py's policy may hold a critic, a whole model
+        critic = getattr(core(policy), 'critic', None)
+        with_attention = [policy] if critic is None else [policy, critic]
+        for model in with_attention:
             check_positions(model, longest, what)
         if self.config.get('sample_during_eval'):
             check_positions(policy, self.held_out.longest_prompt() + self.config.max_new_tokens, 'samples')
         # pack if the options allow it, and if the model then computes the same log-probs as on padded batches (can_pack)
-        allowed = pack and attn is None
-        self.packed = can_pack(policy, self.train, self.device, log.say, wanted=allowed)
-        for model in models:
+        self.packed = can_pack(policy, self.train, self.device, log.say, wanted=pack and attn is None)
+        for model in with_attention:
             set_attention(model, self.packed, attn)
         self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
-
-        # a function that measures the activation memory of a token, at its first call
+        # () -> bytes of activations that a token takes; cache: it is measured at the first call only
         forward = forward or policy.response_logps
         self.bytes_per_token = cache(partial(room.bytes_per_token, policy, forward, self.train, self.packed))
         if max_tokens == 'auto':
-            sizes = self.bytes_per_token(), self.train, self.packed, n_frozen
-            self.max_tokens = room.choose_max_tokens(self.config, policy, *sizes)
-
-    def make_batches(self, examples, rows, **options):
-        """Pack these rows of examples. Returns what data.make_batches returns; options: further options of it."""
-        options = {'max_tokens': self.max_tokens} | self.layout | options
-        return make_batches(examples, rows, self.rank, self.world, **options)
+            per_token = self.bytes_per_token()
+            self.max_tokens = room.choose_max_tokens(self.config, policy, per_token, self.train, self.packed, n_frozen)
 
     def check_room(self, *frozen):
         """Raise UserError if the disk lacks room for the model or the checkpoints of --save_every; log notes on memory and long
-        examples. frozen: models in memory besides the policy, or None."""
-        sizes = self.train, self.total, self.packed, self.max_tokens
-        checkpoints_fit = room.check_room(self.config, self.policy, self.bytes_per_token, *sizes, frozen)
+        examples. frozen: the models in memory besides the policy; None in place of one that there is not."""
+        checkpoints_fit = room.check_room(
+            self.config, self.policy, self.bytes_per_token, self.train, self.total, self.packed, self.max_tokens, frozen
+        )
         # with save_every='auto', save no checkpoints if only the final model fits on the disk
         if save_every == 'auto' and not checkpoints_fit:
             self.save_every = 0
 
-    def start(self, method='', units=None, n_steps=None):
-        """Resume from the newest checkpoint, or start from scratch. Sets run.seen (examples so far), run.state and run.logger.
+    def start(self, method=None, units=None, n_steps=None):
+        """Resume from the newest checkpoint, or start from scratch. Sets run.seen, run.state and run.logger.
 
-        method, units: words of the line on the screen, 'training dpo on 1 rank: 160 examples, 64 a step'; units=None: examples and
-        batch_size. n_steps: optimizer steps of the run; None: one for batch_size examples. Raises UserError if the checkpoint belongs
-        to other weights, data or options."""
+        method, units: words of the line 'training dpo on 1 rank: 160 examples, 64 a step'; units=None: examples, batch_size. n_steps:
+        optimizer steps of the run; None: one for batch_size examples. UserError for a checkpoint of other weights, data or options."""
         config, out_dir = self.config, self.config.out_dir
         # hashes and options, to reject a checkpoint of another run; fingerprints are the hashes of the models
         self.identity = checkpoint.identify(config, partial(fingerprints, config), self.train, self.held_out)
-        latest = checkpoint.latest(out_dir, self.identity) if resume else None
-        # saved in a checkpoint, besides weights and optimizer. evaluated: number of examples at the last evaluation
-        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'max_tokens': self.max_tokens}
+        newest = checkpoint.latest(out_dir, self.identity) if resume else None
         self.n_steps = n_steps or math.ceil(self.total / config.batch_size)
+        # where a run stands, from its beginning or from the checkpoint
+        self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'max_tokens': self.max_tokens}
         self.state['warmup'] = log.warmup_steps(config, self.n_steps)
-        if latest:
+        if newest:
             # checkpoints of older versions lack 'warmup', which then was always the option
             self.state['warmup'] = config.warmup_steps
-            self.state |= checkpoint.load(latest, self.policy, self.optimizer)
-        self.seen = self.state.pop('examples')
+            self.state |= checkpoint.load(newest, self.policy, self.optimizer)
+        self.seen = self.state.pop('examples')  # save() takes it as an argument
         # after a resume, the same microbatches as before, for bitwise equal sums
         if max_tokens == 'auto' and self.max_tokens != self.state['max_tokens']:
             self.max_tokens = self.state['max_tokens']
@@ -237,36 +229,30 @@ class Run:
         ranks.on_one_rank(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
         self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard)
         verb = 'resuming' if self.seen else 'training'
+        what = f'{verb} {method}' if method else verb
         units = units or f'examples, {config.batch_size} a step'
         processes = '1 rank' if self.world == 1 else f'{self.world} ranks'
-        self.logger.say(f'{verb} {method}on {processes}: {self.total} {units}')
+        self.logger.say(f'{what} on {processes}: {self.total} {units}')
 
     # ---- steps ----
 
-    def make_step(self, examples, first, rows):
-        """Return the Step that takes these rows of examples. first: number of examples taken before it."""
+    def make_step(self, examples, rows, first=0, max_tokens=None):
+        """Return the Step that takes these rows of examples. first: number of examples taken before it. max_tokens: None: the run's."""
         labels = {'good': torch.from_numpy(examples.good[rows])}
         if examples.margin is not None:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
         # read it only once, because this runs in a thread, and compute() may halve it at any moment
-        limit = self.max_tokens
-        return Step(first, rows, *self.make_batches(examples, rows, max_tokens=limit), labels, examples, limit)
-
-    def prefetch_steps(self, examples, numbered_rows):
-        """Yield a Step for each (first, rows) of data.steps, made ahead in a background thread."""
-        return prefetch(self.make_step(examples, first, rows) for first, rows in numbered_rows)
+        limit = max_tokens or self.max_tokens
+        made = data.make_batches(examples, rows, self.rank, self.world, limit, **self.layout)
+        return data.Step(first, rows, *made, labels=labels, examples=examples, max_tokens=limit)
 
     def steps(self):
-        """Yield the remaining Steps of the run. run.waited: seconds that the loop waited for the current one."""
-        self.clock = time.time()  # log_step and save reset it
-        numbered_rows = steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
-        for step in self.prefetch_steps(self.train, numbered_rows):
+        """Yield the remaining Steps of the run, made ahead in a thread."""
+        self.clock = time.time()  # log_step, evaluations and checkpoints reset it
+        starts = data.steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
+        for step in prefetch(self.make_step(self.train, rows, first) for first, rows in starts):
             self.waited = time.time() - self.clock
             yield step
-
-    def memory(self, batches):
-        """Return a context manager that turns an out-of-memory error in these microbatches into a UserError with advice."""
-        return errors.memory_of(batches, self.max_tokens)
 
     def compute(self, step, run_step, **options):
         """Return run_step(step, **options), the forward (and backward) pass over a step's microbatches.
@@ -274,59 +260,57 @@ class Run:
         If memory runs out and max_tokens is 'auto', halve max_tokens and retry. Single process only: with more ranks, the others
         would hang in a collective. Otherwise raises UserError."""
         while True:
-            # the step was made before max_tokens was halved: replace its microbatches, in place, because the caller has the step
+            # made ahead, before max_tokens was halved: give the step, which the caller has, too, smaller microbatches
             if step.max_tokens > self.max_tokens:
-                vars(step).update(vars(self.make_step(step.examples, step.first, step.rows)))
+                remade = self.make_step(step.examples, step.rows, step.first)
+                step.batches, step.allocated, step.max_tokens = remade.batches, remade.allocated, remade.max_tokens
             try:
-                with self.memory(step.batches):
+                with errors.memory_of(step.batches, self.max_tokens):
                     return run_step(step, **options)
             except UserError as error:
                 may_halve = max_tokens == 'auto' and self.world * tp == 1
+                # can_split: memory ran out, and in a microbatch of several examples
                 if not (may_halve and errors.can_split(error, step.batches)):
                     raise
-            # outside of the except block the traceback no longer keeps the activations alive
-            with self.memory(step.batches):
+            # clean up, outside of the except block: there the traceback would still keep the activations alive
+            with errors.memory_of(step.batches, self.max_tokens):
                 sharded.abandon_backward(self.policy)
             self.optimizer.zero_grad(set_to_none=True)
             self.max_tokens = self.state['max_tokens'] = room.halved(self.max_tokens, step.batches)
 
-    def update(self, step, columns, weight):
-        """Apply the gradients of a Step: optimizer_step() with its microbatches and rows."""
-        number = step.first // self.config.batch_size
-        return self.optimizer_step(number, step.batches, step.first, step.rows, columns, weight)
+    def update(self, step, columns, weight, number=None, rows=None):
+        """Apply the gradients of a Step. Returns False if it is bad and was skipped. UserError after more than skip_bad_steps of them.
 
-    def optimizer_step(self, number, batches, first, rows, columns, weight):
-        """Apply the gradients of optimizer step `number` of the run. Returns False if the step is bad and was skipped.
-
-        batches: its microbatches; first: examples before it; rows: (n,) rows of its examples in run.train; columns: name -> (n,);
-        weight: the sum of the examples' weights in the gradient. A step is bad if a column or the gradient norm is not finite, or
-        if weight is 0. Raises UserError after more than skip_bad_steps bad steps."""
+        columns: name -> (n,), of the examples; weight: the sum of their weights in the gradient. A step is bad if a column or the
+        gradient norm is not finite, or if weight is 0. ppo.py gives number, of the optimizer step in the run, and rows, (n,) in run.train."""
         config = self.config
+        if number is None:
+            number, rows = step.first // config.batch_size, step.rows
         self.rate = config.lr * log.schedule(number, self.n_steps, self.state['warmup'], lr_schedule)
         # gradients are (sum of weighted gradients) / world; scale turns them into the weighted mean over the step.
         # In a bad step it is NaN: then the norm is NaN on every rank, and fsdp.update changes nothing
-        is_good = weight and guard.finite(columns)
-        scale = self.world / float(weight) if is_good else math.nan
-        with self.memory(batches):
+        weight = float(weight)
+        scale = self.world / weight if weight != 0 and guard.finite(columns) else math.nan
+        with errors.memory_of(step.batches, self.max_tokens):
             # not the global max_grad_norm: ppo.py declares its own
             self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, config.max_grad_norm)
         if math.isfinite(self.norm):
             return True
-        uid = self.train.uid[rows]
-        guard.bad_step(config.out_dir, self.state, skip_bad_steps, first, rows, uid, self.norm, columns)
+        # count it in run.state, and write its examples to bad_step.jsonl
+        uids = self.train.uid[rows]
+        guard.bad_step(config.out_dir, self.state, skip_bad_steps, step.first, rows, uids, self.norm, columns)
         return False
 
     def log_step(self, step, metrics):
         """Log a training row: metrics plus gradient norm, learning rate and speeds."""
         # time since the last step, without evaluations and checkpoints, which reset the clock
-        now = time.time()
-        elapsed, self.clock = now - self.clock, now
-        metrics |= {'grad_norm': self.norm, 'lr': self.rate, **log.speeds(step, elapsed, self.waited)}
-        # the running state of the loss's statistic
-        metrics |= {f'state/{name}': value for name, value in self.state['statistic'].items()}
+        speeds = log.speeds(step, time.time() - self.clock, self.waited)
+        self.clock = time.time()
+        row = metrics | {'grad_norm': self.norm, 'lr': self.rate} | speeds
+        row |= {f'state/{name}': value for name, value in self.state['statistic'].items()}  # a running mean, say
         if skip_bad_steps:
-            metrics['counters/bad_steps'] = self.state['bad_steps']
-        self.logger.row('train', step.seen, metrics)
+            row['counters/bad_steps'] = self.state['bad_steps']
+        self.logger.row('train', step.seen, row)
 
     def finish_step(self, step):
         """Save a checkpoint if one is due, and stop the run if a signal has asked for it."""
@@ -341,13 +325,13 @@ class Run:
         self.obey_signals(step.seen, saved=due)
 
     def crossed(self, every, first, seen):
-        """Return whether the step from `first` to `seen` examples crosses a multiple of `every`; False at the end of the run."""
+        """Return whether the step from `first` to `seen` examples crosses a multiple of `every`. Not at the end, which is due anyway."""
         if not every or every == 'auto' or seen >= self.total:
             return False
         return seen // every > first // every
 
     def save(self, seen):
-        """Start writing a checkpoint in the background."""
+        """Start writing a checkpoint, after `seen` examples, in the background; the newest keep_last are kept."""
         state = self.state | {'run': self.identity}
         checkpoint.save(self.config.out_dir, seen, self.policy, self.optimizer, state, keep_last)
 
@@ -358,9 +342,9 @@ class Run:
     # ---- evaluation ----
 
     def eval_due_at_start(self):
-        """Return whether to evaluate before the first step; after a resume, only if an evaluation was due at that point."""
+        """Return whether to evaluate before the first step; after a resume, only if the step before it had one due."""
         if self.seen:
-            return self.crossed(eval_every, self.seen - self.config.batch_size, self.seen)
+            return self.crossed(eval_every, first=self.seen - self.config.batch_size, seen=self.seen)
         return do_first_eval
 
     def eval_due(self, step):
@@ -370,14 +354,14 @@ class Run:
     def evaluate(self, seen, run_step, summary, sample=None):
         """Evaluate on all held-out examples and log the metrics. No-op if that was done already, before a resume.
 
-        seen: training examples so far. run_step(step) returns columns, name -> (examples of the step,); summary(columns, split)
-        metrics; sample(seen) more of them, with sample_during_eval. After a signal nothing is logged: the resumed run does it again."""
+        seen: number of training examples so far. run_step(step) -> columns of the step, name -> (n,). summary(columns, split) ->
+        metrics. sample(seen) -> more metrics, if sample_during_eval. After a signal nothing is logged: the resumed run starts over."""
         n = len(self.held_out)
         if not n or seen <= self.state['evaluated']:
             return
         parts = []
-        numbered_rows = steps(n, self.config.batch_size, total=n, seed=0, shuffle=False)
-        for step in self.prefetch_steps(self.held_out, numbered_rows):
+        starts = data.steps(n, self.config.batch_size, total=n, seed=0, shuffle=False)
+        for step in prefetch(self.make_step(self.held_out, rows, first) for first, rows in starts):
             parts.append(self.compute(step, run_step))
             if guard.stop_asked():
                 return
@@ -390,10 +374,11 @@ class Run:
 
     @errors.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
     def sample(self, models, seen, measure=None):
-        """Sample answers of models (name -> model) into samples.jsonl. Returns {name: result of measure(prompts, answers)}."""
+        """Sample answers of models (name -> model) into samples.jsonl. Returns {name: measure(prompts, answers)}, {} without measure."""
         config = self.config
-        # of kto's pairs, which are two examples with one prompt, the good one; of other losses all examples are good
-        examples = self.held_out.select(self.held_out.good).select(slice(config.n_eval_model_samples))
+        # kto has a good and a bad example of each prompt: one is enough. All examples of other losses are good
+        good = self.held_out.select(self.held_out.good)
+        examples = good.select(slice(config.n_eval_model_samples))
         settings = {name: config[name] for name in ('max_new_tokens', 'temperature', 'top_p')}
         return generate.sample_held_out(self, models, examples, seen, measure, **settings)
 
@@ -402,7 +387,7 @@ class Run:
         if not guard.stop_asked():
             self.logger.row('eval', seen, metrics)
             self.state['evaluated'] = seen
-        self.clock = time.time()
+        self.clock = time.time()  # log_step counts no time of evaluations
 
     # ---- the end ----
 
@@ -413,9 +398,9 @@ class Run:
         self.obey_signals(self.total)
         write_card = partial(export.write_card, self.config.out_dir)
         save = partial(self.save, self.total)  # called if the export fails
-        wanted = self.config['save_dtype']
+        wanted = self.config['save_dtype']  # not the global: load_policy has replaced None
         written = guard.export(self.policy, self.tokenizer, build or self.build, folder, write_card, wanted, save)
         self.logger.close()
         guard.end()
-        rounded = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'
-        log.say(f'done: {folder}{rounded if written != "float32" else ""}')
+        note = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'
+        log.say(f'done: {folder}{note if written != "float32" else ""}')

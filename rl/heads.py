@@ -19,7 +19,7 @@ def token_logps(model, batch, values=True):
     device = batch.ids.device
     hidden, (weight, bias) = hidden_and_head(model, batch)  # hidden: (N, hidden_size)
     target = batch.target.to(hidden.device)
-    # the two None: no divergence, no reference log-probs
+    # the two None: no divergence from a reference, and none of its log-probs
     logps = Head.apply(hidden, weight, bias, target, inner.config, None, None).to(device)  # (1, N)
     if values and hasattr(inner, 'critic'):
         # a separate critic model, read at the token before each answer token

@@ -29,7 +29,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
-from configurator import COMMAND_LINE, UserError, main_rank
+from configurator import UserError, main_rank
 from runtime import guard
 from runtime.files import say
 
@@ -62,8 +62,8 @@ def parts_of_options(config, eval_data):
 
     Sets config.reward_model if exactly one Part is a model. Raises UserError for invalid combinations of options."""
     reward, model = config.reward, config.reward_model
-    # a flag goes before the config file that names the other
-    if reward and model and config.origin['reward'] == COMMAND_LINE != config.origin['reward_model']:
+    # --reward goes before a reward_model that is not a flag, too
+    if reward and model and config.given('reward reward_model') == ['reward']:
         say(f'note: --reward={reward} scores, instead of the reward_model {model!r} of {config.origin["reward_model"]}')
         config['reward_model'] = model = None
     if reward and model:
@@ -114,8 +114,8 @@ def parse(text):
 
 def _make_part(scorer, weight):
     """Return the Part of a scorer: FILE.py:FUNCTION, a model folder or hub id, or 'gold'. Raises UserError."""
-    # the extra colon also matches a bare FILE.py, which is rejected below
-    is_function = '.py:' in f'{scorer}:'
+    # a bare FILE.py is rejected below
+    is_function = '.py:' in scorer or scorer.endswith('.py')
     if not is_function:
         # 'gold' and hub ids pass through; a run folder stands for the model in it
         inside = f'{scorer}/model'
@@ -209,30 +209,32 @@ def score(part, prompts, responses, rows, workers=None):
     Raises UserError, which names the first failing row."""
     # rows may be text.files.Row, a dict subclass with a location; functions get plain dicts
     plain_rows = [dict(row) for row in rows]
+    # a call for each answer; None: it timed out
     if workers:
-        results = workers.threads.map(workers.ask, prompts, responses, plain_rows)
-    else:
-        try:
-            return call(part, prompts, responses, plain_rows), [False] * len(rows)
-        except Failed as error:
-            joint_failure = error
-        # retry one answer at a time to find the failing row
-        results = map(partial(call_one, part), prompts, responses, plain_rows)
+        results = _checked(part, prompts, rows, workers.threads.map(workers.ask, prompts, responses, plain_rows))
+        timed_out = [result is None for result in results]
+        return [0.0 if result is None else result for result in results], timed_out
+    # one call for all
+    try:
+        return call(part, prompts, responses, plain_rows), [False] * len(rows)
+    except Failed as error:
+        joint_failure = error
+    # retry one answer at a time: a UserError names the failing row
+    _checked(part, prompts, rows, map(partial(call_one, part), prompts, responses, plain_rows))
+    raise UserError(f'--reward: {part}: {joint_failure}; no answer alone makes it fail')
 
-    scores, timed_out = [], []
+
+def _checked(part, prompts, rows, results):
+    """Return a list of the results of n single calls, an iterator. Raises UserError at the first that is a Failed."""
+    checked = []
     for prompt, row, result in zip(prompts, rows, results, strict=True):
         if isinstance(result, Failed):
             location = getattr(row, 'where', '') or f'prompt {shorten(str(prompt), 80)!r}'
             # a KeyError is usually a misspelt column
             columns = f'; its columns are {", ".join(map(str, row))}' if 'KeyError' in str(result) else ''
             raise UserError(f'--reward: {part} fails at {location}: {result}{columns}')
-        # None: the call timed out
-        scores.append(0.0 if result is None else result)
-        timed_out.append(result is None)
-    # without workers this line is reached only after a failed joint call, though no single call failed
-    if not workers:
-        raise UserError(f'--reward: {part}: {joint_failure}; no answer alone makes it fail')
-    return scores, timed_out
+        checked.append(result)
+    return checked
 
 
 def call_one(part, prompt, response, row):
@@ -247,7 +249,7 @@ class Workers:
     """n worker processes that call a part's function, one answer at a time, each driven by its own thread of self.threads."""
 
     def __init__(self, part, n, timeout):
-        """timeout: seconds per call, None for no limit."""
+        """part: whose function is called. n: number of processes. timeout: seconds per call, None for no limit."""
         self.part = part
         self.timeout = timeout
         self.threads = ThreadPoolExecutor(n)
@@ -290,7 +292,9 @@ class Workers:
 
 
 def _work(fd, folder, file, name):
-    """Worker process: serve calls of function `name` in file from the pipe with this file descriptor until the pipe closes."""
+    """Worker process: serve calls of function `name` in file from the pipe with this file descriptor until the pipe closes.
+
+    All arguments are words of the command line that _start_worker makes. folder: of the relative paths in user code."""
     pipe = Connection(int(fd))
     part = Part(name, 1.0, name, file)
     parent = os.getppid()

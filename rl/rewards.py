@@ -43,19 +43,22 @@ class Reward:
             if part.is_function and n_workers:
                 self.workers[part] = reward_functions.Workers(part, n_workers, config.reward_timeout)
             elif not part.is_function and part.function_or_model != 'gold':
-                name = part.function_or_model
-                options = {option: config[option] for option in ('dtype', 'device_map', 'trust_remote_code')}
-                reward_model, own_tokenizer = score.load_scorer(name, device, **options)
-                check_same_tokens(tokenizer, own_tokenizer, f'the reward model {name}', config.model)
-                self.reward_models[part] = reward_model, own_tokenizer
-                limit = max_sequence_length(reward_model)
-                if longest + 1 > limit:
-                    found = f'prompts with their answers and an end have up to {longest + 1} tokens'
-                    way_out = 'lower --max_new_tokens or --max_prompt_length'
-                    raise UserError(f'{found}, where the reward model {name} takes {limit}: {way_out}')
+                self.reward_models[part] = self._load_model(part.function_or_model, device, longest)
+
+    def _load_model(self, name, device, longest):
+        """Return (reward model, sharded; its tokenizer). Raises UserError, see __init__. name: folder or hub id."""
+        options = {option: self.config[option] for option in ('dtype', 'device_map', 'trust_remote_code')}
+        reward_model, its_tokenizer = score.load_scorer(name, device, **options)
+        check_same_tokens(self.tokenizer, its_tokenizer, f'the reward model {name}', self.config.model)
+        limit = max_sequence_length(reward_model)
+        if longest + 1 > limit:
+            found = f'prompts with their answers and an end have up to {longest + 1} tokens'
+            way_out = 'lower --max_new_tokens or --max_prompt_length'
+            raise UserError(f'{found}, where the reward model {name} takes {limit}: {way_out}')
+        return reward_model, its_tokenizer
 
     def read_rows(self, **examples_by_split):
-        """Reread the data rows with all their columns, for reward functions. No-op without functions.
+        """Fill self.rows with the data rows, all their columns, for reward functions. No-op without functions.
 
         examples_by_split: train= and test= Examples; None if answers of that split are never scored."""
         if not any(part.is_function for part in self.parts):
@@ -64,13 +67,11 @@ class Reward:
         config = self.config
         options = {name: config[name] for name in ('num_turns', 'skip_bad_rows', 'columns', 'chat', 'system')}
         options['undivided'] = config.eval_data is not None
+        sources = {'train': config.data, 'test': config.eval_data or config.data}
         for split, examples in examples_by_split.items():
-            data = config.data
-            if split == 'test' and config.eval_data:
-                data = config.eval_data
             if examples:
-                # None on the other ranks
-                read = partial(source_rows, examples, data, split, 'prompts', **options)
+                # rank 0 reads; None on the other ranks
+                read = partial(source_rows, examples, sources[split], split, 'prompts', **options)
                 self.rows[split] = ranks.on_one_rank(read)
 
     def score_columns(self, examples, split, uids, ends=()):
@@ -85,6 +86,7 @@ class Reward:
             # functions run on rank 0, reward models on all ranks together
             if part.is_function:
                 call = partial(self._call_function, part, examples, split, uids)
+                # called on rank 0, returned on all
                 values, late = ranks.shared(call)
                 late_by_part.append(late)
             elif part.function_or_model == 'gold':
@@ -109,7 +111,7 @@ class Reward:
         Prints a note if there were late calls. Raises UserError if the function fails."""
         prompts, responses, rows = [], [], []
         for uid, (_, answers) in zip(uids.tolist(), examples, strict=True):
-            prompt, row = self.rows[split][uid]
+            prompt, row = self.rows[split][uid]  # prompt: text or chat messages, as in the data
             is_chat = not isinstance(prompt, str)
             for answer in answers:
                 response = self.tokenizer.decode(answer, skip_special_tokens=True)

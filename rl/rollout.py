@@ -42,6 +42,7 @@ class Round:
         """Yield arrays of `size` example indices (the last of a pass may be smaller); every pass covers all, reshuffled."""
         n_examples = len(self.examples)
         for number in range(passes):
+            # an order of its own for every round and pass
             rng = np.random.default_rng((seed, self.first, number))
             order = rng.permutation(n_examples)
             for start in range(0, n_examples, size):
@@ -53,53 +54,51 @@ def sample(run, source, rows, *, answers_each, first_seed):
 
     Answer k has seed first_seed + k, so it depends neither on the number of ranks nor on where a run was resumed. Answers keep
     their end token. Raises UserError if memory runs out."""
-    # one prompt per answer
-    prompts = []
-    for row in rows:
-        prompt, _ = source[row]
-        prompts += [prompt.tolist()] * answers_each
-    seeds = range(first_seed, first_seed + len(prompts))
+    prompts = [prompt.tolist() for prompt, _ in source.select(rows)]
+    repeated = [prompt for prompt in prompts for _ in range(answers_each)]  # one for each answer
+    seeds = range(first_seed, first_seed + len(repeated))
+    # rows: how many answers a rank samples side by side
     settings = {'max_new_tokens': run.config.max_new_tokens, 'rows': run.config.sample_batch}
     with errors.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
-        answers = generate.sample(run.policy, run.tokenizer, prompts, seeds, keep_end=True, **settings)
-    # group the answers by prompt
-    starts = range(0, len(prompts), answers_each)
-    return Examples.of([(prompts[start], answers[start : start + answers_each]) for start in starts])
+        answers = generate.sample(run.policy, run.tokenizer, repeated, seeds, keep_end=True, **settings)
+    starts = range(0, len(answers), answers_each)  # of the answers to each prompt
+    return Examples.of([(prompt, answers[i : i + answers_each]) for prompt, i in zip(prompts, starts, strict=True)])
 
 
-def token_slots(batch, rows, starts, per_prompt):
+def token_indices(batch, rows, starts, per_prompt):
     """Return indices into the round's token columns for the N answer tokens of a microbatch: (N,), -1 for filler tokens.
 
     rows: indices, in the round, of the step's examples. starts: (answers,) index of each answer's first token in the token
     columns. per_prompt: answers per prompt."""
-    # batch.slot: index of each example in the step; a filler's -1 picks the last row, which the next line overwrites
-    index_in_step = np.array(batch.slot)
-    start_of_answer = starts.view(-1, per_prompt)[rows[index_in_step]]  # (examples, per_prompt)
-    start_of_answer[index_in_step < 0] = -1
-    # per token: batch.answer is the index of its answer in the microbatch, batch.offset its position in that answer
-    start = move(start_of_answer.flatten(), batch.answer.device)[batch.answer]  # (N,)
+    slot = np.array(batch.slot)  # index of each example in the step; -1: a filler
+    starts_by_example = starts.view(-1, per_prompt)  # of the round
+    own_starts = starts_by_example[rows[slot]]  # (examples of the microbatch, per_prompt)
+    # for a filler, rows[-1] has picked another example
+    own_starts[slot < 0] = -1
+    # of each token: batch.answer is the number of its answer in the microbatch, batch.offset its index in that answer
+    start = move(own_starts.flatten(), batch.answer.device)[batch.answer]  # (N,)
     return torch.where(start >= 0, start + batch.offset, -1)
 
 
-def token_columns(run, model, examples, starts, names):
+def token_columns(run, model, examples, starts, name, values=False):
     """Run a model over all examples without gradient. Return token columns by name, (tokens,) float64 each.
 
-    names: ['ref'], for log-probs only, or ['pi', 'value']; without a critic the result has no 'value'. starts: (answers,)
-    index of each answer's first token in the token columns."""
+    They are the log-probs, called `name`, and with values, if the model has a critic, 'value'. starts: (answers,) index of each
+    answer's first token in the token columns."""
     lengths = examples.widths[:, 1:]  # (examples, answers per prompt); column 0 is the prompt
     n_examples, per_prompt = lengths.shape
     # this rank's microbatches: all examples are one step, so an index in the step is an index in examples
     rows = np.arange(n_examples)
-    batches, *_ = run.make_batches(examples, rows)
-    logps_and_values = []
-    slots = []
+    batches = run.make_step(examples, rows).batches
+    parts = []
+    indices = []
     for batch in batches:
-        with torch.no_grad(), run.memory(batches):
-            logps_and_values.append(model.token_logps(batch, values='value' in names))  # (1 or 2, N)
-        slots.append(token_slots(batch, rows, starts, per_prompt))
-    # not strict: without a critic there is one row for two names
-    columns = dict(zip(names, torch.cat(logps_and_values, 1), strict=False))
-    return fsdp.gather_columns(columns, torch.cat(slots).cpu(), int(lengths.sum()))
+        with torch.no_grad(), errors.memory_of(batches, run.max_tokens):
+            parts.append(model.token_logps(batch, values=values))  # (1, N): log-probs; or (2, N): and values
+        indices.append(token_indices(batch, rows, starts, per_prompt))
+    # not strict: one row has one name
+    columns = dict(zip([name, 'value'], torch.cat(parts, 1), strict=False))
+    return fsdp.gather_columns(columns, torch.cat(indices).cpu(), int(lengths.sum()))
 
 
 def measure(run, ref, examples, stop):
@@ -111,9 +110,9 @@ def measure(run, ref, examples, stop):
     # column 0 of widths is the prompt
     n = torch.from_numpy(examples.widths[:, 1:].flatten()).long()
     start = n.cumsum(0) - n
-    tokens = token_columns(run, run.policy, examples, start, ['pi', 'value'])
+    tokens = token_columns(run, run.policy, examples, start, 'pi', values=True)
     with adapters_off(ref):
-        tokens |= token_columns(run, ref, examples, start, ['ref'])
+        tokens |= token_columns(run, ref, examples, start, 'ref')
     # spans: (examples, 1 + answers, 2), begin and exclusive end
     ends = examples.spans[:, 1:, 1].flatten()
     last_tokens = examples.ids[ends - 1]
@@ -146,7 +145,9 @@ def advantages_and_targets(config, tokens, scores, n):
 
 
 def speeds(n, elapsed, sampling):
-    """Return the metrics of a round on its size and speed. n: (answers,) tokens of each; elapsed, sampling: seconds, sampling a part."""
+    """Return the metrics of a round on its size and speed. n: (answers,) tokens of each. elapsed: seconds of the round.
+
+    sampling: seconds of these that went into sampling; their share of elapsed is a quotient like the speeds."""
     amounts = {'examples_per_second': len(n), 'tokens_per_second': int(n.sum()), 'sampling_share': sampling}
     rates = {name: log.per_second(amount, elapsed) for name, amount in amounts.items()}
     return {'counters/step_examples': len(n)} | rates

@@ -55,7 +55,12 @@ def check_there(name):
     # looked_in() returns ' in FOLDER' for a relative path, '' for an absolute one
     where = looked_in(name).strip() or 'on this machine'
     if not _may_be_hub_id(name):
-        raise UserError(f'there is no model folder {name!r} {where}: train it first, or name another one')
+        # the config files call their models out/sft_toy/model and so on: name the command that trains it
+        run = Path(name).parent.name
+        script = run.partition('_')[0]
+        is_ours = name == f'out/{run}/model' and Path(__file__).parents[1].joinpath('config', f'{run}.py').exists()
+        how = f' by python {script}.py config/{run}.py' if is_ours else ''
+        raise UserError(f'there is no model folder {name!r} {where}: train it first{how}, or name another one')
     # offline, file_of() finds only what is in the cache
     if not reachable() and file_of(name, 'config.json') is None:
         reason = 'the hub cannot be reached, and its cache does not have it'

@@ -205,7 +205,7 @@ def test_loads_into_a_model_that_has_run(tmp_path):
     trained = run(tmp_path / 'run', '--shard=full', script='sft.py')['run']
     trained.policy.reshard()
     optimizer = fsdp.make_optimizer('AdamW', trained.policy, 0.0, 0.0)
-    batches, *_ = trained.make_batches(trained.train, np.arange(1))
+    batches = trained.make_step(trained.train, np.arange(1)).batches
     with torch.no_grad():
         trained.policy.response_logps(batches[0])
     state = checkpoint.load(checkpoint.latest(tmp_path / 'run'), trained.policy, optimizer)
@@ -699,13 +699,12 @@ def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
     examples = Examples.of([(np.arange(3), [np.arange(2)])])
     run = types.SimpleNamespace(max_tokens=64, layout={}, rank=0, world=1)
 
-    def halves_meanwhile(*_, max_tokens, **options):
+    def halves_meanwhile(examples, rows, rank, world, max_tokens, **options):
         run.max_tokens = 32
         return [f'microbatches of {max_tokens}'], 5, 5
 
-    run.make_batches = functools.partial(training.Run.make_batches, run)
-    monkeypatch.setattr(training, 'make_batches', halves_meanwhile)
-    step = training.Run.make_step(run, examples, 0, np.array([0]))
+    monkeypatch.setattr(data, 'make_batches', halves_meanwhile)
+    step = training.Run.make_step(run, examples, np.array([0]))
     assert (step.batches, step.max_tokens, run.max_tokens) == (['microbatches of 64'], 64, 32)
 
 

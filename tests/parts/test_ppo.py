@@ -159,7 +159,7 @@ def test_slots_of_a_microbatch_among_the_tokens_of_a_round():
     answer, offset = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 0, 1, 2, 0]])
     batch = SimpleNamespace(slot=[0, -1], answer=answer, offset=offset)
     starts = torch.tensor([0, 3, 5, 9, 11, 20])
-    found = rollout.token_slots(batch, np.array([2, 0]), starts, per_prompt=2)
+    found = rollout.token_indices(batch, np.array([2, 0]), starts, per_prompt=2)
     assert found.tolist() == [11, 12, 20, 21, 22, -1]
 
 
@@ -179,7 +179,7 @@ def test_a_filler_has_no_ratio(tmp_path):
     batch = data.pack([], [], filler=2)
     far_away = torch.full((1, len(batch.target)), 500.0, requires_grad=True)
     script['policy'].token_logps = lambda batch: far_away
-    sums = script['run_minibatch']([batch], script['this_round'], np.arange(1))
+    sums = script['run_minibatch'](SimpleNamespace(batches=[batch], rows=np.arange(1)), script['this_round'])
     assert not any(sums.values()) and not far_away.grad.any()
 
 

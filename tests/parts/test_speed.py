@@ -75,7 +75,7 @@ def steps_of(loss, folder):
     run = script['run']
     for max_tokens in (100_000, 40):
         run.max_tokens = max_tokens
-        step = run.make_step(run.train, 0, script['np'].arange(8))
+        step = run.make_step(run.train, script['np'].arange(8))
 
         def do(step=step):
             script['run_step'](step, backward=True)
