@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 from configurator import UserError, main_rank
-from runtime import files
 
 
 def report(kind, error, trace):
@@ -31,8 +30,7 @@ def report(kind, error, trace):
 
 
 def tell_torchrun(error):
-    """Tell torchrun, by its error file if there is one, what ends this process; before that, remove an unused out_dir."""
-    files.remove_unused()
+    """Tell torchrun, by its error file if there is one, what ends this process."""
     path = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not path:
         return

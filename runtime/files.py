@@ -14,7 +14,6 @@ from pathlib import Path
 from configurator import UserError, main_rank
 
 _lock = None  # open file that holds the lock on this process's folder
-_made = []  # paths that lock() has created, innermost first: [out/dpo/.lock, out/dpo, out]; [] if .lock was there before
 _kept = {}  # path -> bytes not yet appended, because the disk is full
 _append_lock = threading.RLock()  # append() is also called from the checkpoint thread
 
@@ -46,53 +45,32 @@ def lock(folder):
     """Create folder if needed and lock it against other processes, until unlock() or the end of this process.
 
     Raises UserError if another process holds the lock. Prints a note if the file system does not support locks."""
-    global _lock, _made
+    global _lock
     unlock()
-    folder = Path(folder)
-    file = folder / '.lock'
     with writing(f'to {folder}'):
-        made = [path for path in (file, folder, *folder.parents) if not path.exists()]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        # closing this file releases the lock
+        _lock = open(f'{folder}/.lock', 'a')
     # retry for two seconds: a killed process may take a moment to exit
     for _attempt in range(10):
-        with writing(f'to {folder}'):
-            folder.mkdir(parents=True, exist_ok=True)
-            # closing this file releases the lock
-            _lock = open(file, 'a')
         try:
             # LOCK_NB: raise BlockingIOError instead of waiting
             fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # another run may have removed the file after we opened it (remove_unused): then nobody else would see our lock
-            if os.path.samefile(_lock.fileno(), file):
-                _made = made  # for remove_unused()
-                return
-        # locked by another process, or removed
-        except (BlockingIOError, FileNotFoundError):
+            return
+        except BlockingIOError:
             time.sleep(0.2)
         except OSError as error:
             say(f'note: {folder} cannot be locked ({error.strerror}): see to it that no second run uses it')
             return
-        _lock.close()
     raise UserError(f'another run is using {folder}: wait for its end, or choose another --out_dir')
 
 
 def unlock():
-    """Release the lock taken by lock(), if any, after remove_unused()."""
-    global _lock, _made
+    """Release the lock taken by lock(), if any."""
+    global _lock
     if _lock:
-        remove_unused()
         _lock.close()
-    _lock, _made = None, []
-
-
-def remove_unused():
-    """Remove the file and the folders that lock() has made, if the run has written nothing there: it failed before it began."""
-    with contextlib.suppress(OSError):
-        if _made and os.listdir(_made[0].parent) == ['.lock']:
-            lock_file, *folders = _made
-            lock_file.unlink()
-            # innermost first; rmdir raises at a folder that holds something else
-            for folder in folders:
-                folder.rmdir()
+    _lock = None
 
 
 def append(path, text):

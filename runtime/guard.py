@@ -100,7 +100,6 @@ def on_signal(number):
     if main_rank() and exits_now and _progress:
         os.write(1, f'{_progress()}\n'.encode())
     if exits_now:
-        files.remove_unused()
         os._exit(_code)
 
 
