@@ -10,6 +10,11 @@ from typing import NamedTuple
 import torch
 
 
+def mean_z(log_pi, log_ref, mass):
+    """Return the sum of mass Z: the mean of Z, if mass are probabilities."""
+    return (mass * (log_ref - log_pi)).sum(-1)
+
+
 class Divergence(NamedTuple):
     """A divergence D, by two functions.
 
@@ -19,7 +24,7 @@ class Divergence(NamedTuple):
     value(log_pi, log_ref, mass) -> D (...,)."""
 
     mass: Callable
-    value: Callable
+    value: Callable = mean_z
 
     def __call__(self, log_pi, log_ref):
         """Return (D (...,), mass (..., V))."""
@@ -27,21 +32,13 @@ class Divergence(NamedTuple):
         return self.value(log_pi, log_ref, mass), mass
 
 
-def mean_z(log_pi, log_ref, mass):
-    """Return the sum of mass Z: the mean of Z, if mass are probabilities."""
-    return (mass * (log_ref - log_pi)).sum(-1)
-
-
-def _kl_mass(logits, ref_logits, tail=None):
-    return ref_logits.softmax(-1), None
-
-
-kl = Divergence(_kl_mass, mean_z)  # KL(reference || policy)
+# KL(reference || policy): its mass are the reference's probabilities
+kl = Divergence(lambda logits, ref_logits, tail=None: (ref_logits.softmax(-1), None))
 
 
 def cvar(mu):
     """Return the Divergence whose D is the mean of Z over the largest Z that have reference probability mu together."""
-    return Divergence(partial(_cvar_mass, mu=mu), mean_z)
+    return Divergence(partial(_cvar_mass, mu=mu))
 
 
 class Tail(NamedTuple):
@@ -86,24 +83,20 @@ def find_tail(z, p, mu, rounds=22):
 def erm(mu):
     """Return the Divergence D = (1 / mu) log mean exp(mu Z), mean under the reference. mu -> 0: the KL."""
 
-    # terms of the mean: p exp(mu Z), p = exp(log_ref)
-    def log_terms(log_pi, log_ref):
+    def log_terms(log_pi, log_ref):  # terms of the mean: p exp(mu Z), p = exp(log_ref)
         return log_ref + mu * (log_ref - log_pi)
 
-    def mass(logits, ref_logits, tail=None):
-        return log_terms(logits, ref_logits).softmax(-1), None
-
-    def value(log_pi, log_ref, mass):
-        return log_terms(log_pi, log_ref).logsumexp(-1) / mu
-
-    return Divergence(mass, value)
+    return Divergence(
+        mass=lambda logits, ref_logits, tail=None: (log_terms(logits, ref_logits).softmax(-1), None),
+        value=lambda log_pi, log_ref, mass: log_terms(log_pi, log_ref).logsumexp(-1) / mu,
+    )
 
 
 def released(mu, parts=2):
     """Return the Divergence that Ra-DPO's released code computes, which is no risk measure.
 
     D sums p Z, p = exp(log_ref), over tokens whose Z = log_ref - log_pi exceeds the 1 - mu quantile of their vocabulary part."""
-    return Divergence(partial(_released_mass, mu=mu, parts=parts), mean_z)
+    return Divergence(partial(_released_mass, mu=mu, parts=parts))
 
 
 def _released_mass(logits, ref_logits, tail=None, *, mu, parts):
