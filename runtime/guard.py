@@ -234,11 +234,8 @@ def export(model, tokenizer, build, folder, card, dtype, save):
 
 
 def end():
-    """Wait for the last checkpoint (raises UserError if it failed), unlock out_dir and ignore further signals."""
-    from runtime import checkpoint
-
+    """Unlock out_dir and ignore further signals. export() has waited for the last checkpoint."""
     global _stage
-    checkpoint.wait()
     _stage = 'over'  # on_signal() ignores signals
     files.unlock()
 

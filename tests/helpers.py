@@ -50,6 +50,7 @@ def run_script(script, *flags):
         finally:
             # signals and the lock on out_dir are given back
             if not checkpoint.failed():
+                checkpoint.wait()
                 guard.end()
 
 
