@@ -177,12 +177,6 @@ def compare_rewards(todo):
 
 # ---- the verdicts ----
 
-config_file = Path(out_dir) / 'config.json'
-if config_file.exists():
-    first_endpoint = json.loads(config_file.read_text())['config']['endpoint']
-    if first_endpoint != endpoint:
-        log.say(f'note: this run began at another endpoint; {judge_model} must be the same model here')
-
 verdicts_file = Path(out_dir) / 'verdicts.jsonl'
 append(verdicts_file, [])  # creates the file
 verdicts = read_verdicts(verdicts_file)  # key -> row
@@ -196,7 +190,7 @@ judge_pairs = ask_judge if endpoint is not None else compare_rewards
 with log.progress(len(keys), ' verdicts', 'judged', initial=len(verdicts)) as bar:
     for row in judge_pairs(todo):
         # claim out_dir with the first verdict only, so that a mistaken command does not block the corrected one
-        if not config_file.exists():
+        if not (Path(out_dir) / 'config.json').exists():
             log.claim_out_dir(out_dir, record)
         # sync every reply, which costs money; rewards come fast, so sync them once per block
         ends_block = (len(verdicts) + 1) % BLOCK == 0

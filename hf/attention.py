@@ -201,6 +201,7 @@ class Varlen:
         for prompt, answers in groups:
             prompt_tokens = np.arange(start, start + prompt)
             start += prompt
+            # a prompt's queries are computed with those of its first answer
             n_queries += [prompt + answers[0], *answers[1:]]
             n_keys += [prompt + answer for answer in answers]
             for answer in answers:

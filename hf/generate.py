@@ -131,7 +131,8 @@ def generate(
             # keep the rows that have not ended
             cache_rows = []
             for row, tokens in enumerate(continuations):
-                if _extend(answers[active[row]], tokens, stop, max_new_tokens):
+                goes_on = _extend(answers[active[row]], tokens, stop, max_new_tokens)
+                if goes_on:
                     cache_rows.append(row)
             active = [active[row] for row in cache_rows]
             if _stop_asked():

@@ -194,10 +194,15 @@ def _as_written(example, item):
 
 
 def _format_lines(text_or_chat, is_marked):
-    """Return a text unchanged, or a chat as `role: content` lines. If is_marked(message), its content is marked."""
+    """Return a text unchanged, or a chat as `role: content` lines. If is_marked(message), all but its role is marked."""
     lines = []
     for turn in _messages(text_or_chat):
-        content = mark(turn['content']) if is_marked(turn) else turn['content']
+        content = turn['content']
+        # calls of tools, thoughts and the like, which a template may write
+        others = {key: value for key, value in turn.items() if value and key not in ('role', 'content', 'weight')}
+        if others:
+            content += ' ' + dumps(others, ensure_ascii=False)
+        content = mark(content) if is_marked(turn) else content
         lines.append(content if isinstance(text_or_chat, str) else f'{turn["role"]}: {content}')
     return '\n'.join(lines)
 
@@ -246,15 +251,13 @@ def summary(run, n_eval_examples):
     """Return lines on the data of a training.Run: sizes, what was left out or changed, notes, and the first training example."""
     train, held_out, config = run.train, run.held_out, run.config
     changed, notes = in_words(train.left_out)
-    sizes = (
-        f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {len(held_out):,} to evaluate on'
-    )
+    tokens, n_held_out = int(train.lengths.sum()), len(held_out)
+    sizes = f'{len(train):,} training examples ({tokens:,} tokens) and {n_held_out:,} to evaluate on'
     if n_eval_examples and not len(held_out):
         notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
     if (config.n_examples or 0) > run.total:
-        notes.append(
-            f'note: the run ends after {run.total:,} of --n_examples={config.n_examples}: raise --n_epochs for more'
-        )
+        ends = f'the run ends after {run.total:,} of --n_examples={config.n_examples}'
+        notes.append(f'note: {ends}: raise --n_epochs for more')
     return [f'data: {sizes}; left out or changed: {changed}', *notes, first(train, run.tokenizer, run.task)]
 
 

@@ -115,6 +115,15 @@ def test_texts_as_chats(show):
                                'chosen': [turn], 'rejected': [turn | {'content': 'no'}]}  # fmt: skip
 
 
+def test_calls_of_tools_are_shown(show):
+    call = {'type': 'function', 'function': {'name': 'rain', 'arguments': {'city': 'Rome'}}}
+    answer = {'role': 'assistant', 'content': '', 'tool_calls': [call]}
+    out, _ = show([{'messages': [{'role': 'user', 'content': 'Rain?'}, answer]}])
+    assert (
+        'user: Rain?\nresponse:\nassistant: [[ {"tool_calls": [{"type": "function", ' in out and '"Rome"}}}]}]]' in out
+    )
+
+
 def test_as_a_model_sees_it(show):
     out, _ = show(PAIRS, '--model=toy', '--n=1', '--max_length=12', '--max_prompt_length=6')
     assert out.count('--- pairs') == 1 and 'rejected: [[' in out and '<|endoftext|>]]' in out
