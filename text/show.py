@@ -16,7 +16,7 @@ import numpy as np
 
 from configurator import UserError, configure
 from text.examples import in_words
-from text.messages import as_chats, is_trained
+from text.messages import BESIDE, as_chats, is_trained
 from text.sources import describe, read_examples
 from text.tokenise import as_parts, tokenise
 
@@ -198,8 +198,8 @@ def _format_lines(text_or_chat, is_marked):
     lines = []
     for turn in _messages(text_or_chat):
         content = turn['content']
-        # calls of tools, thoughts and the like, which a template may write
-        others = {key: value for key, value in turn.items() if value and key not in ('role', 'content', 'weight')}
+        # calls of tools and thoughts, which a template may write
+        others = {key: turn[key] for key in BESIDE if turn.get(key)}
         if others:
             content += ' ' + dumps(others, ensure_ascii=False)
         content = mark(content) if is_marked(turn) else content
