@@ -13,8 +13,8 @@ from pathlib import Path
 from configurator import UserError
 from runtime import files
 from runtime.values import looked_in
-from text.files import read_rows
 from text.messages import ASSISTANT, answer, ask, field, instruction, text_or_chat
+from text.sources import read_rows
 
 
 def append(path, rows, sync=True):

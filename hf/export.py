@@ -17,11 +17,11 @@ from hf.ties import tie_as, ties
 from runtime import checkpoint
 from runtime.files import clear_path, move_folder, say, writing
 from runtime.ranks import on_one_rank
-from text.ids import bos_of
+from text.examples import bos_of
 
 # maximum size of a weights file; larger models are sharded
 SHARD = '5GB'
-# Usage example for the card of a reward model; it reproduces the token ids of training (text/chat.py, text/ids.py).
+# Usage example for the card of a reward model; it reproduces the token ids of training (text/chat.py, text/examples.py).
 # {first} is replaced by the ids at the start of every prompt: [BOS], or [] if the tokenizer adds no BOS.
 SCORE = """The score of an answer, by transformers alone, exactly as in training. A chat template may write a line break behind the end of an
 answer; with it the score would be another one. `python -m feedback.score` of nanopref scores whole files so.

@@ -207,7 +207,7 @@ def score(part, prompts, responses, rows, workers=None):
 
     workers: the part's Workers, which call the function once per answer; None: one call in this process, without time limit.
     Raises UserError, which names the first failing row."""
-    # rows may be text.files.Row, a dict subclass with a location; functions get plain dicts
+    # rows may be text.readers.Row, a dict subclass with a location; functions get plain dicts
     plain_rows = [dict(row) for row in rows]
     # a call for each answer; None: it timed out
     if workers:

@@ -1,7 +1,7 @@
 """Write chats as text with the tokenizer's chat template, and mark special tokens that came from the data.
 
-A special token in the data must stay plain text. It is put between MARK and UNMARK, and ids.py encodes what stands between
-them as text. Special tokens that the template wrote are unmarked, and become tokens."""
+A special token in the data must stay plain text. It is put between MARK and UNMARK, and encode_texts() encodes what stands
+between them as text. Special tokens that the template wrote are unmarked, and become tokens."""
 
 import contextlib
 import os
@@ -334,3 +334,66 @@ def count_unwritten(turns, tools, text, write_again, left_out):
         if not is_same_without(name, indices):
             indices = [i for i in indices if is_same_without(name, [i])]
         left_out[f'messages with {name!r}, which the chat template does not write'] += len(indices)
+
+
+def encode_texts(texts, tokenizer):
+    """Return the token ids of each text; adds no BOS or EOS. chat.py has marked special tokens written by users."""
+    unmarked = [text for text in texts if MARK not in text]
+    unmarked_ids = []
+    if unmarked and tokenizer.is_fast:
+        # this call turns off truncation and padding, which the faster encode_batch_fast would apply
+        tokenizer(unmarked[0], add_special_tokens=False)
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(unmarked, add_special_tokens=False)
+        unmarked_ids = [encoding.ids for encoding in encodings]
+    elif unmarked:
+        unmarked_ids = tokenizer(unmarked, add_special_tokens=False)['input_ids']
+    next_ids = iter(unmarked_ids)
+    return [_encode_marked(text, tokenizer) if MARK in text else next(next_ids) for text in texts]
+
+
+def _encode_marked(text, tokenizer):
+    """Return the token ids of a text; special tokens between marks are encoded as ordinary text."""
+    # re.split puts the marked pieces at odd positions
+    pieces = re.split(f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}', text)
+    ids = []
+    for i, piece in enumerate(pieces):
+        # remove unpaired marks, whose counterpart the chat template has cut off
+        piece = piece.replace(MARK, '').replace(UNMARK, '')
+        was_marked = i % 2 == 1
+        encode = _encode_as_text if was_marked else _encode_with_specials
+        piece_ids = _encode_inside(encode, piece, tokenizer) if i else encode(piece, tokenizer)
+        # Unigram may have the special token in its vocabulary, too: split it after the first letter
+        if was_marked and tokenizer.convert_tokens_to_ids(piece) in piece_ids:
+            piece_ids = _encode_inside(encode, piece[:1], tokenizer) + _encode_inside(encode, piece[1:], tokenizer)
+        ids += piece_ids
+    return ids
+
+
+def _encode_inside(encode, text, tokenizer):
+    """Return encode(text, tokenizer) without the space that some tokenizers add at the start of a text."""
+    # encode the text after a newline, then remove the newline's ids
+    newline = encode('\n', tokenizer)
+    ids = encode('\n' + text, tokenizer)
+    if ids[: len(newline)] == newline:
+        return ids[len(newline) :]
+    # fallback: the tokenizer merged the newline with the text
+    return encode(text, tokenizer)
+
+
+def _encode_with_specials(text, tokenizer):
+    """Return the ids of a text in which special tokens are recognized."""
+    return tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
+
+
+def _encode_as_text(text, tokenizer):
+    """Return the ids of a text in which special and other added tokens are encoded as ordinary text."""
+    if not tokenizer.is_fast:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    # the steps of the Rust tokenizer, without its search for added tokens
+    inner = tokenizer.backend_tokenizer
+    if inner.normalizer is not None:
+        text = inner.normalizer.normalize_str(text)
+    words = [text]
+    if inner.pre_tokenizer is not None:
+        words = [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for word in words for token in inner.model.tokenize(word)]

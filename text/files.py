@@ -14,7 +14,7 @@ from configurator import UserError
 from runtime import hub
 from runtime.files import file_hash, say_once
 from runtime.values import looked_in
-from text.readers import ENDINGS, FORMATS, HELP, Row, read_file, without_inner_nulls
+from text.readers import ENDINGS, FORMATS, HELP
 
 # metadata files, which have the endings of data files
 NOT_DATA = {'dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'state.json'}
@@ -28,29 +28,6 @@ SPLIT_WORD = re.compile(
 )
 SPLIT_OF_WORD = {'training': 'train', 'testing': 'test', 'eval': 'test', 'evaluation': 'test',
                  'dev': 'validation', 'valid': 'validation', 'val': 'validation'}  # fmt: skip
-
-
-def read_rows(hub_id, split, path, undivided=False, **options):
-    """Yield the Rows of a split of local files, or of the hub dataset hub_id if path is None. Raises UserError.
-
-    path: a file, a folder (undivided: read all its splits), or a list of files. options: arguments of load_dataset."""
-    if path is not None:
-        wanted = None if undivided else split
-        files = path if isinstance(path, list) else local_files(path, wanted)
-        for file in files:
-            yield from read_file(file)
-        return
-    import datasets
-
-    # `datasets` reads a single file by its format, json: the file's address says more
-    name = options['data_files'] if hub_id == 'json' else hub_id
-    given = {name: value for name, value in options.items() if value is not None}
-    try:
-        rows = datasets.load_dataset(hub_id, split=split, **given, **_revision(hub_id))
-    except Exception as error:  # no network, no such dataset, no such split, ...
-        raise UserError(f'cannot load {name!r}, split {split!r}, from the hub: {hub.first_line(error)}') from None
-    for number, raw in enumerate(rows, 1):
-        yield Row.of(without_inner_nulls(raw), f'{name} [{split}], row {number}')
 
 
 def add_to_digest(digest, path):
@@ -122,7 +99,7 @@ def hub_splits(hub_id, config=None):
 
     options = {'config_name': config} if config else {}
     try:
-        return datasets.get_dataset_split_names(hub_id, **options, **_revision(hub_id))
+        return datasets.get_dataset_split_names(hub_id, **options, **revision(hub_id))
     except Exception as error:  # no network, no such dataset, several configs, ...
         hint = f"a config is named as in --data='{hub_id}:CONFIG'"
         raise UserError(f'cannot find {hub_id!r} on the hub: {hub.first_line(error)} ({hint})') from None
@@ -140,7 +117,7 @@ def hub_commit(hub_id):
     return None
 
 
-def _revision(hub_id):
+def revision(hub_id):
     """Return {'revision': commit} to pin a hub dataset to its commit, or {} if that is unknown."""
     # 'json' is not a dataset, but the loader of `datasets` for JSON files
     commit = None if hub_id == 'json' else hub_commit(hub_id)

@@ -22,13 +22,15 @@ from textwrap import shorten
 from typing import NamedTuple
 
 from configurator import UserError
+from runtime import hub
 from runtime.files import say_once
 from runtime.values import did_you_mean, looked_in
 from text import files, formats
 from text.examples import in_words
-from text.files import ENDINGS, HELP, Row, content_hash, data_files, hub_splits, read_rows
+from text.files import content_hash, data_files, hub_splits
 from text.formats import Layout, each
 from text.messages import BadValue, answer, ask, field, message
+from text.readers import ENDINGS, HELP, Row, read_file, without_inner_nulls
 
 # without a test split, 1 in so many prompts (by hash) is held out
 HELD_OUT = 20
@@ -164,6 +166,28 @@ def vanished(source, split, left_out):
 
 
 # ---- from rows to examples ----
+
+
+def read_rows(hub_id, split, path, undivided=False, **options):
+    """Yield the Rows of a split of local files, or of the hub dataset hub_id if path is None. Raises UserError.
+
+    path: a file, a folder (undivided: read all its splits), or a list of files. options: arguments of load_dataset."""
+    if path is not None:
+        wanted = None if undivided else split
+        for file in path if isinstance(path, list) else files.local_files(path, wanted):
+            yield from read_file(file)
+        return
+    import datasets
+
+    # `datasets` reads a single file by its format, json: the file's address says more
+    name = options['data_files'] if hub_id == 'json' else hub_id
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        rows = datasets.load_dataset(hub_id, split=split, **given, **files.revision(hub_id))
+    except Exception as error:  # no network, no such dataset, no such split, ...
+        raise UserError(f'cannot load {name!r}, split {split!r}, from the hub: {hub.first_line(error)}') from None
+    for number, raw in enumerate(rows, 1):
+        yield Row.of(without_inner_nulls(raw), f'{name} [{split}], row {number}')
 
 
 def _parsed(rows, parse, task, columns):

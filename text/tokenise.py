@@ -1,14 +1,12 @@
 """Turn rows of text into tokenised Examples, cached on disk. Training scripts call load_examples.
 
 A raw row becomes an example (a Row), then Parts, then an item of Examples:
-sources.read_examples -> as_parts -> chat.render or turns.segments -> ids.encode_texts -> _Builder.add.
+sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encode_texts -> examples.Builder.add.
 Prompt and answers are tokenised separately. Every answer ends with EOS, even if truncated.
 """
 
 import hashlib
 import json
-import math
-from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -20,12 +18,12 @@ from runtime import cache
 from runtime.log import progress, say
 from runtime.values import no_room
 from text import sources, turns
-from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, render
-from text.examples import Examples, spans_of, uniform_hash
-from text.files import HELP, content_hash
+from text.chat import NO_TEMPLATE, PLAIN_CHAT, Refused, encode_texts, render
+from text.examples import Builder, Examples, Limits, add_bos, fit, truncate_prompt, uniform_hash
+from text.files import content_hash
 from text.formats import TURN_MARKERS
-from text.ids import Limits, add_bos, encode_texts, fit, fit_conversation, truncate_prompt
 from text.messages import as_chats, is_empty, is_trained, said
+from text.readers import HELP
 
 NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
 # training.py tokenises only the first ENOUGH examples if a run uses at most a tenth of them
@@ -178,7 +176,7 @@ def tokenise_splits(rows, splits, tokenizer, task, lengths, enough, margins=Fals
     """Tokenise rows; return ({split: Examples}, whether all rows were read). A second split gets the .held_out rows.
 
     lengths: (max_length, max_prompt_length, truncation). enough: {split: count}; stops when every split has it."""
-    builders = {split: _Builder() for split in splits}
+    builders = {split: Builder() for split in splits}
     limits = Limits.of(tokenizer, *lengths)
     rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **render_args)
     is_complete = True
@@ -193,7 +191,7 @@ def tokenise_splits(rows, splits, tokenizer, task, lengths, enough, margins=Fals
 
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
-    """Apply the chat template; yield (builder, texts, Part) for each example. builder: the _Builder of the row's split.
+    """Apply the chat template; yield (builder, texts, Part) for each example. builder: the Builder of the row's split.
 
     texts: [prompt, *answers], or the segments of a conversation (turns.py); special tokens written by users are marked.
     builder.left_out counts skipped rows. Rows that the template rejects raise UserError unless skip_bad_rows."""
@@ -270,60 +268,6 @@ def _encode_in_chunks(items, tokenizer):
         if previous:
             yield previous.result()
         yield encode_chunk(chunk)
-
-
-class _Builder:
-    """Collects tokenised examples in typed arrays, which take 4 bytes per token instead of a list's 36."""
-
-    def __init__(self):
-        self.left_out = Counter()
-        self.ids = array('i')
-        self.widths = array('q')  # tokens of each prompt and each answer
-        self.good = array('b')
-        self.uid = array('Q')
-        self.margins = array('f')  # NaN: no margin
-
-    def add(self, part, ids, limits):
-        """Truncate and add an example, or count why it is unusable. ids: [prompt ids, answer or segment ids, ...]."""
-        prompt, *answers = ids
-        if part.conversation:
-            prompt, answer = fit_conversation(prompt, answers, limits, self.left_out)
-            # no answer fits (already counted)
-            if not answer:
-                return
-            answers = [answer]
-        else:
-            if any(answer in ([], [limits.eos]) for answer in answers):
-                self.left_out['empty answers'] += 1
-                return
-            prompt, answers = fit(prompt, answers, limits, self.left_out)
-        # truncation can make two answers equal
-        if len(answers) == 2 and answers[0] == answers[1]:
-            self.left_out['pairs with equal answers'] += 1
-            return
-        for piece in (prompt, *answers):
-            self.ids.extend(piece)
-            self.widths.append(len(piece))
-        self.good.append(part.good)
-        self.uid.append(part.uid)
-        self.margins.append(math.nan if part.margin is None else part.margin)
-
-    def examples(self, task, keep_margins):
-        """Return everything added as Examples. keep_margins: keep margins if there are any; missing ones become 0."""
-        margin = np.asarray(self.margins)
-        is_missing = np.isnan(margin)
-        if keep_margins and not is_missing.all():
-            self.left_out['pairs without a margin, taken as 0'] += int(is_missing.sum())
-            margin = np.nan_to_num(margin)
-        else:
-            self.left_out['margins, which only reward.py uses'] += int((~is_missing).sum())
-            margin = None
-        # a reason about answers, which prompts do not use; a Counter ignores del of a missing key
-        if task == 'prompts':
-            del self.left_out[THOUGHTLESS]
-        spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
-        arrays = np.asarray(self.ids), spans, np.array(self.good, bool), np.asarray(self.uid)
-        return Examples(*arrays, +self.left_out, margin=margin)
 
 
 def _skip_or_raise(error, row, skip_bad_rows, left_out):

@@ -14,8 +14,7 @@ from helpers import assistant, end_process_group, metrics, read_jsonl, run_scrip
 from configurator import UserError
 from hf import load
 from text import sources, toy
-from text.chat import MARK, PLAIN_CHAT, UNMARK
-from text.ids import encode_texts
+from text.chat import MARK, PLAIN_CHAT, UNMARK, encode_texts
 from text.tokenise import NO_CHAT, tokenise, tokenise_prompts
 
 CHATML = (

@@ -57,23 +57,23 @@ def test_text_files_and_the_kinds_of_the_columns_of_a_table(tmp_path):
 
     path = tmp_path / 'data.csv'
     path.write_text('\ufeffPrompt,response_a,Answer2,label,score_A,note,zip\n1,7,8,True,0.5,,007\n2,9,9,false,-3,x,1\n')
-    rows = list(files.read_rows(None, 'train', str(path)))
+    rows = list(sources.read_rows(None, 'train', str(path)))
     assert list(rows[0].values()) == ['1', '7', '8', True, 0.5, None, '007']
     assert list(rows[1].values()) == ['2', '9', '9', False, -3, 'x', '1']
     # an empty line counts as a line; a row that is cut short does not make numbers of the answers before it
     path.write_text('prompt,response,n\n1,2,3\n\n4,5,6\n7\n')
-    rows = list(files.read_rows(None, 'train', str(path)))
+    rows = list(sources.read_rows(None, 'train', str(path)))
     assert [(*row.values(), int(row.where.split()[-1])) for row in rows[:2]] == [('1', '2', 3, 2), ('4', '5', 6, 4)]
     assert rows[2].where.endswith('line 5') and rows[2].error
     # digits of other scripts are text
     path.write_text('prompt,n\na,1٣\n')
-    assert list(files.read_rows(None, 'train', str(path))) == [{'prompt': 'a', 'n': '1٣'}]
+    assert list(sources.read_rows(None, 'train', str(path))) == [{'prompt': 'a', 'n': '1٣'}]
     # a table without a row is read; the name of a folder says nothing of the delimiter
     (tmp_path / 'a.tsv').mkdir()
     (tmp_path / 'a.tsv/b.csv').write_text('prompt,response\n')
-    assert list(files.read_rows(None, 'train', f'{tmp_path}/a.tsv/b.csv')) == []
+    assert list(sources.read_rows(None, 'train', f'{tmp_path}/a.tsv/b.csv')) == []
     (tmp_path / 'a.tsv/b.csv').write_text('prompt,response\n1,2\n')
-    assert list(files.read_rows(None, 'train', f'{tmp_path}/a.tsv/b.csv')) == [{'prompt': '1', 'response': '2'}]
+    assert list(sources.read_rows(None, 'train', f'{tmp_path}/a.tsv/b.csv')) == [{'prompt': '1', 'response': '2'}]
 
 
 def test_a_list_in_json_is_read_one_by_one(tmp_path):
@@ -81,12 +81,12 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
     path, lines = tmp_path / 'data.json', ''.join(json.dumps(row) + '\n' for row in ROWS)
     for text in (json.dumps(ROWS), '\ufeff ' + json.dumps(ROWS, indent=1) + '\n', lines, ' [ ]'):
         path.write_text(text)
-        assert list(files.read_rows(None, 'train', str(path))) == (ROWS if len(text) > 9 else [])
+        assert list(sources.read_rows(None, 'train', str(path))) == (ROWS if len(text) > 9 else [])
     path.write_text(json.dumps(ROWS, indent=1)[:-4] + '"x"')
     refused(path, "line 1001: not valid JSON: Expecting ',' delimiter")
     path.write_text(json.dumps([{'text': 'x' * 10_000}] * 500))
     tracemalloc.start()
-    assert sum(1 for _ in files.read_rows(None, 'train', str(path))) == 500
+    assert sum(1 for _ in sources.read_rows(None, 'train', str(path))) == 500
     assert tracemalloc.get_traced_memory()[1] < 2.1 * path.stat().st_size
     tracemalloc.stop()
 

@@ -9,7 +9,7 @@ from configurator import Config, UserError
 from experiments import rewards, sums
 from rl import reward_functions
 from tests import forks
-from text.files import Row
+from text.readers import Row
 
 ROWS = [{'prompt': f'Say {i}:', 'answer': str(i)} for i in range(40)]
 PROMPTS, RESPONSES = [row['prompt'] for row in ROWS], [row['answer'] for row in ROWS]
