@@ -91,7 +91,7 @@ divergence = divergence_of(loss, risk, mu) if objective.has_divergence else None
 run = training.Run(config)
 if ref_model and needs_ref:
     check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
-run.load_data(task='pairs' if paired else 'singles')
+run.load_data(task='pairs' if paired else 'singles')  # text/tokenise.py: load_examples
 run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_options()))
 is_kto = loss == 'kto'  # its KL estimate pairs prompts with answers to other prompts
 longest = min(max_length, max(run.train.longest(mixed=is_kto), run.held_out.longest(mixed=is_kto)))
@@ -180,8 +180,9 @@ def loss_and_weight(measured, step_columns, slots):
     measured: the microbatch's columns; step_columns: columns of the whole step (statistic, labels); slots: index in the step of
     each example in the microbatch, or -1 for a filler, which gets any number here: run_step masks its loss."""
     columns = measured | {name: move(values[slots], run.device) for name, values in step_columns.items()}
-    # the formula of losses.py, called with the columns and options that its signature names; then optional terms on top of it
+    # the formula of losses.py, called with what its signature names: columns, options, log-ratios (ratio_w = pi_w - ref_w)
     loss = objective.call(objective.fn, columns)
+    # optional terms on top of it
     if objective.options['importance']:
         loss = loss * objective.call(losses.importance, columns)
     if objective.options['sft_coef']:
@@ -267,7 +268,7 @@ evaluate = partial(run.evaluate, run_step=lambda step: run_step(step)[0], summar
 @torch.no_grad()
 def check_first_step():
     """Log and print loss and rewards of the first step before training, and what they should be. UserError if no loss is finite."""
-    columns, _ = run.compute(next(run.steps()), run_step)  # without the statistic's new state
+    columns, _ = run.within_memory(run_step, next(run.steps()))  # without the statistic's new state
     if not columns['loss'].isfinite().any():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')
@@ -280,8 +281,8 @@ if not run.seen:
     check_first_step()
 if run.eval_due_at_start():
     evaluate(run.seen)
-for step in run.steps():
-    columns, new_state = run.compute(step, run_step, backward=True)
+for step in run.steps():  # data.py: steps, then make_batches
+    columns, new_state = run.within_memory(run_step, step, backward=True)
     if run.update(step, columns, weight=columns['step_weight'].sum()):
         run.state['statistic'] = new_state
     run.log_step(step, summary(columns, 'train'))

@@ -37,7 +37,7 @@ def hidden_and_head(model, batch):
 def body(model, batch):
     """Return the last hidden states of a batch, (rows, T, d): the model's output before the LM head."""
     layout = {'attention_mask': batch.mask}
-    # only a packed batch has groups; transformers passes the option packed on to packed_attention
+    # only a packed batch has groups; transformers hands it on to packed_attention (hf/attention.py): each answer sees its prompt and itself
     if batch.groups:
         layout = {'position_ids': batch.position, 'packed': batch}
     return trunk(model)(input_ids=batch.ids, use_cache=False, **layout).last_hidden_state

@@ -112,8 +112,8 @@ evaluate = partial(run.evaluate, run_step=run_step, summary=summary, sample=samp
 run.start()
 if run.eval_due_at_start():
     evaluate(run.seen)
-for step in run.steps():
-    columns = run.compute(step, run_step, backward=True)
+for step in run.steps():  # data.py: steps, then make_batches
+    columns = run.within_memory(run_step, step, backward=True)
     run.update(step, columns, weight=columns['n'].sum())
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):

@@ -4,7 +4,7 @@
     run.load_data(task='pairs')                # run.train, run.held_out; then load_policy, set_batching, count_data, check_room
     run.start('dpo')                           # from the newest checkpoint, or afresh
     for step in run.steps():                   # microbatches, made ahead in a thread
-        columns = run.compute(step, run_step)  # the script's own step, backward=True for training
+        columns = run.within_memory(run_step, step)  # the script's own run_step, backward=True for training
         run.update(step, columns, weight)      # one optimizer step
         run.finish_step(step)                  # saves where that is due, and obeys signals
     run.finish()                               # the exported model
@@ -242,7 +242,7 @@ class Run:
         labels = {'good': torch.from_numpy(examples.good[rows])}
         if examples.margin is not None:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
-        # read it only once, because this runs in a thread, and compute() may halve it at any moment
+        # read it only once, because this runs in a thread, and within_memory() may halve it at any moment
         limit = max_tokens or self.max_tokens
         made = data.make_batches(examples, rows, self.rank, self.world, limit, **self.layout)
         return data.Step(first, rows, *made, labels=labels, examples=examples, max_tokens=limit)
@@ -255,7 +255,7 @@ class Run:
             self.waited = time.time() - self.clock
             yield step
 
-    def compute(self, step, run_step, **options):
+    def within_memory(self, run_step, step, **options):
         """Return run_step(step, **options), the forward (and backward) pass over a step's microbatches.
 
         If memory runs out and max_tokens is 'auto', halve max_tokens and retry. Single process only: with more ranks, the others
@@ -363,7 +363,7 @@ class Run:
         parts = []
         starts = data.steps(n, self.config.batch_size, total=n, seed=0, shuffle=False)
         for step in prefetch(self.make_step(self.held_out, rows, first) for first, rows in starts):
-            parts.append(self.compute(step, run_step))
+            parts.append(self.within_memory(run_step, step))
             if guard.stop_asked():
                 return
         # metrics over all examples, not means of per-step means

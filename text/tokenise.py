@@ -191,10 +191,11 @@ def tokenise_splits(rows, splits, tokenizer, task, lengths, enough, margins=Fals
 
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
-    """Apply the chat template; yield (builder, texts, Part) for each example. builder: the Builder of the row's split.
+    """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example.
 
-    texts: [prompt, *answers], or the segments of a conversation (turns.py); special tokens written by users are marked.
-    builder.left_out counts skipped rows. Rows that the template rejects raise UserError unless skip_bad_rows."""
+    builder: the Builder of the row's split. texts: [prompt, *answers], or the segments of a conversation (turns.py); special tokens
+    written by users are marked. builder.left_out counts skipped rows. Raises UserError for rows that the template rejects, unless
+    skip_bad_rows."""
     seen_uids = set()
     has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
     for row in rows:
@@ -228,7 +229,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
 
 
 def _render_part(part, tools, tokenizer, left_out):
-    """Return [(texts, Part)], one per example; texts is None if the answer is empty. Raises Refused."""
+    """Return [(texts, Part)], one per example, chats through the template; texts is None if the answer is empty. Raises Refused."""
     conversation = part.conversation or []
     single = part._replace(conversation=None)
     trained = [i for i, turn in enumerate(conversation) if is_trained(turn)]

@@ -695,7 +695,7 @@ def test_auto_goes_on_after_a_backward_that_failed(tmp_path, monkeypatch, whole,
 
 
 def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
-    """compute() halves max_tokens in one thread while another prepares a step: the step says for which limit it was made."""
+    """within_memory() halves max_tokens in one thread while another prepares a step: the step says for which limit it was made."""
     examples = Examples.of([(np.arange(3), [np.arange(2)])])
     run = types.SimpleNamespace(max_tokens=64, layout={}, rank=0, world=1)
 
