@@ -226,3 +226,13 @@ def test_a_model_of_the_same_shape_is_another(capsys):
     )
     for ref_model, keeps in (({'ref_model': None}, True), ({'ref_model': 'base'}, False), ({}, False)):
         assert lora.options(Config(options | ref_model))['keeps_copy'] == keeps
+
+
+def test_the_reference_is_built_with_adapters_where_the_policy_starts_as_another_model(monkeypatch):
+    """With 4-bit weights or a saved adapter. Its cached log-probs have the key of what is built."""
+    plain = {'quantize': None, 'model': 'toy', 'ref_model': None}
+    for options in (plain, plain | {'quantize': '4bit', 'ref_model': 'other'}):
+        assert lora.reference_options(options, RANK) is None
+    assert lora.reference_options(plain | {'quantize': '4bit'}, RANK) is RANK
+    monkeypatch.setattr(lora, 'find_adapter', lambda name: name == 'saved')
+    assert lora.reference_options(plain | {'model': 'saved'}, RANK) is RANK
