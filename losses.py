@@ -104,10 +104,8 @@ def orpo(pi_w, pi_l, n_w, n_l, *, lam):
 def log1mexp(x):
     """log(1 - exp(x)) for x <= 0, accurate near 0 and far from it, finite in value and gradient."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps ** 2)  # below 0, where the logarithm is infinite
-    is_near = x > -0.6931471805599453  # log(1/2)
-    # each formula sees -1 in place of what is not its own: where() multiplies an infinite gradient by 0, which is NaN
-    near, far = x.where(is_near, -1.0), x.where(~is_near, -1.0)
-    return torch.where(is_near, (-torch.expm1(near)).log(), torch.log1p(-far.exp()))
+    is_near = x > -0.6931471805599453  # log(1/2). Each formula sees only what it can take, or its gradient would be NaN
+    return torch.where(is_near, (-torch.expm1(x.where(is_near, -1.0))).log(), torch.log1p(-x.where(~is_near, -1.0).exp()))
 
 def cpo(pi_w, pi_l, n_w, *, beta):
     """L(beta (pi_w - pi_l)) + NLL per token of the chosen answer. CPO, arXiv:2401.08417."""
@@ -141,11 +139,9 @@ def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
     """beta_t = max(beta (1 + a (mean of the kept d - mean)), 1e-3); weight 1 for kept pairs, else 0. arXiv:2407.08639.
     The state is mean and std of d: running, momentum 0.9, this step included, starting at the first step's own."""
     d = ratio_w - ratio_l
-    varies = d.min() < d.max()  # False for a single pair
-    now = {'mean': d.mean().item(), 'std': d.std().item() if varies else 0.0}
+    now = {'mean': d.mean().item(), 'std': d.std().item() if d.min() < d.max() else 0.0}  # std of a single pair: 0
     state = {name: 0.9 * state[name] + 0.1 * now[name] for name in now} if state else now
-    std = state['std'] if now['std'] else 0.0  # 0 keeps all pairs
-    keep = keep_near(d, state['mean'], std, generator, rho=rho)
+    keep = keep_near(d, state['mean'], state['std'] if now['std'] else 0.0, generator, rho=rho)
     beta_t = beta * (1 + a * (d[keep].mean() - state['mean']))
     return {'beta': beta_t.clamp(min=1e-3).expand_as(d), 'weight': keep.to(d.dtype)}, state
 
