@@ -230,7 +230,7 @@ class Run:
         self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard)
         verb = 'resuming' if self.seen else 'training'
         what = f'{verb} {method}' if method else verb
-        epochs = f' ({self.total / len(self.train):.3g} epochs)' if self.total > len(self.train) else ''
+        epochs = f' ({round(self.total / len(self.train), 2):g} epochs)' if self.total > len(self.train) else ''
         units = units or f'examples{epochs}, {config.batch_size} a step'
         processes = '1 rank' if self.world == 1 else f'{self.world} ranks'
         self.logger.say(f'{what} on {processes}: {self.total} {units}')

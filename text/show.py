@@ -201,7 +201,7 @@ def _format_lines(text_or_chat, is_marked):
         # calls of tools and thoughts, which a template may write
         others = {key: turn[key] for key in BESIDE if turn.get(key)}
         if others:
-            content += ' ' + dumps(others, ensure_ascii=False)
+            content += ' ' * bool(content) + dumps(others, ensure_ascii=False)
         content = mark(content) if is_marked(turn) else content
         lines.append(content if isinstance(text_or_chat, str) else f'{turn["role"]}: {content}')
     return '\n'.join(lines)

@@ -62,8 +62,10 @@ def test_mistakes_of_a_formula(fn, words, tmp_path, monkeypatch):
 def test_as_a_script():
     done = forks.python('losses.py', 'kto', '--beta=0.5')
     assert done.returncode == 0 and done.stdout.endswith('kto can train: python dpo.py --loss=kto\n')
+    assert done.stdout.startswith('    margin         loss slope\n')
     # as dpo.py would call it: without label smoothing, and with no option that it does not use
     done = forks.python('losses.py', 'drdpo', '--beta=0.5')
+    assert done.stdout.startswith('    margin         loss slope chosen  slope rejected\n')
     assert re.search('^ +0.0 +0.69315 +-0.25 +0.25$', done.stdout, re.M), done.stdout
     done = forks.python('losses.py', 'dpo', '--gamma=3')
     assert done.returncode == 2 and '--gamma has no effect: the loss dpo does not use it' in done.stderr

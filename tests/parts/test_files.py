@@ -214,6 +214,8 @@ def test_splits_of_one_folder_are_not_mixed(tmp_path):
     write(tmp_path / 'one/train_dpo.jsonl')
     write(tmp_path / 'one/test.jsonl', ROWS[:4])
     assert answers(f'{tmp_path}/one') == ALL and answers(f'{tmp_path}/one', 'test') == ALL[:4]
+    # so does a reader of one's own, which leaves the rest of the options
+    assert len(list(sources.read_rows(None, 'test', f'{tmp_path}/one'))) == 4
     # a single file of a named reader is divided, whatever its name
     write(tmp_path / 'alone/test.jsonl')
     assert [files.has_test_part(tmp_path / name) for name in ('one', 'alone')] == [True, False]

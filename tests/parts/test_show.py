@@ -120,7 +120,7 @@ def test_calls_of_tools_are_shown(show):
     answer = {'role': 'assistant', 'content': '', 'tool_calls': [call]}
     out, _ = show([{'messages': [{'role': 'user', 'content': 'Rain?'}, answer]}])
     assert (
-        'user: Rain?\nresponse:\nassistant: [[ {"tool_calls": [{"type": "function", ' in out and '"Rome"}}}]}]]' in out
+        'user: Rain?\nresponse:\nassistant: [[{"tool_calls": [{"type": "function", ' in out and '"Rome"}}}]}]]' in out
     )
 
 

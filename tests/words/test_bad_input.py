@@ -182,7 +182,9 @@ def test_a_run_that_never_began_does_not_claim_its_folder(run, refused, tmp_path
 
 def test_more_examples_than_the_epochs_have(run, capsys):
     run('sft.py', '--n_examples=20', '--n_epochs=2')
-    assert 'note: the run ends after 12 of --n_examples=20: raise --n_epochs for more\n' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'note: the run ends after 12 of --n_examples=20: raise --n_epochs for more\n' in out
+    assert 'training on 1 rank: 12 examples (2 epochs), ' in out
     run('sft.py', '--n_examples=4', out='fewer')
     assert 'n_epochs' not in capsys.readouterr().out
 
