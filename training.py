@@ -399,7 +399,7 @@ class Run:
         self.obey_signals(self.total)
         write_card = partial(export.write_card, self.config.out_dir)
         save = partial(self.save, self.total)  # called if the export fails
-        wanted = self.config['save_dtype']  # not the global: load_policy has replaced None
+        wanted = self.config['save_dtype']  # load_policy has set it there; the global may still be None
         written = guard.export(self.policy, self.tokenizer, build or self.build, folder, write_card, wanted, save)
         self.logger.close()
         guard.end()

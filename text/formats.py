@@ -77,9 +77,10 @@ NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
 # columns with lists of answers, and with lists of their scores
 MANY = 'generations responses completions outputs all_generated_responses samples'.split()
 SCORES = 'correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores'.split()
-# markers between a prompt and its answer in one text, in order of preference
-TURN_MARKERS = (ASSISTANT, '<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n', '<start_of_turn>model\n',
-                '<|assistant|>\n', '[/INST]', '### Assistant:', '### Response:', '\nAssistant:', ' ASSISTANT:', '\nAnswer:', '\nA:',
+# markers between a prompt and its answer in one text, in order of preference; the first are those of chat templates
+TEMPLATE_MARKERS = ('<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n', '<start_of_turn>model\n',
+                    '<|assistant|>\n', '[/INST]')
+TURN_MARKERS = (ASSISTANT, *TEMPLATE_MARKERS, '### Assistant:', '### Response:', '\nAssistant:', ' ASSISTANT:', '\nAnswer:', '\nA:',
                 '\nTL;DR:')
 # fmt: on
 
@@ -227,6 +228,7 @@ def _with_system_and_tools(example, row):
     if 'drop' in example:
         return example
     answers = [example[key] for key in ('chosen', 'rejected', 'response') if key in example]
+    # as_messages keeps no other weight than 0
     if any(isinstance(chat, list) and 'weight' in chat[0] for chat in answers):
         return {'drop': UNTRAINED}
     # chat templates must not see the weights
@@ -241,6 +243,8 @@ def _with_system_and_tools(example, row):
     is_formatted = isinstance(prompt, str) and prompt.endswith(TURN_MARKERS)
     if is_formatted and system.strip() in prompt:
         return example
+    if isinstance(prompt, str) and prompt.endswith(TEMPLATE_MARKERS):
+        raise ValueError("the prompt is written by a chat template already, without the message in 'system'")
     if not prompt:
         raise ValueError("there is a 'system' message and no question behind it")
     # as_chats keeps a system message that the chat already has

@@ -535,6 +535,8 @@ BAD_ROWS = [  # a row, and what is said of it
     ({'prompt': 'ask', 'chosen': 'a', 'rejected': ' ask b'}, 'only one of'),
     ({'prompt': 'ask', **CHAT_PAIR, 'rejected': [user('ask'), assistant('b')]}, 'only one of'),
     ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}, 'all or none must'),
+    ({'prompt': '<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n', 'chosen': 'b', 'rejected': 'c', 'system': 'Be X.'},
+     "written by a chat template already, without the message in 'system'"),
     ({'prompt': [system('s'), user('a')], 'system': 't', **CHAT_PAIR}, "the column 'system' and the system message of the chat are not the same"),
     ({'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'it', 'value': 'b'}]}, "a message is from 'it'"),
     ({'prompt': 'q', 'response_0': 'a', 'response_1': 'b', 'better_response_id': 7}, "'7' is neither of response_0 and response_1, nor a tie"),
