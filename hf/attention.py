@@ -93,12 +93,8 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
             out.append(_attend(q, k, v, mask, scaling, softcap).transpose(1, 2))
     # selective activation checkpointing joins the pieces again in backward, rather than keep them twice
     if hasattr(module, 'recomputed'):
-        return module.recomputed(_join, *out), None
-    return _join(*out), None
-
-
-def _join(*pieces):
-    return torch.cat(pieces, 1)
+        return module.recomputed(lambda *pieces: torch.cat(pieces, 1), *out), None
+    return torch.cat(out, 1), None
 
 
 def _causal(n, m, window, device):

@@ -76,8 +76,7 @@ class LeanBlock:
             # named_modules() lists an MLP before its act_fn, so act_fn.forward is still the original one
             elif GATED in inspect.getsource(type(module).forward):
                 module.forward = partial(self.run_gated_mlp, module, module.act_fn.forward)
-            # for hf/attention.py
-            module.recomputed = self.recomputed
+            module.recomputed = self.recomputed  # for hf/attention.py
         block.forward = partial(self.run_block, block.forward)
 
     def run_block(self, forward, *args, **options):

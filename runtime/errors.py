@@ -1,6 +1,7 @@
 """How a run ends at an error: in one sentence for a user's mistake or full memory, and how torchrun hears of it."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -17,10 +18,14 @@ def report(kind, error, trace):
     configurator.py makes it sys.excepthook."""
     # turn out-of-memory errors into a UserError with this advice
     error = explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
+    # print() on a full disk: such an error names no file
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        error = UserError(f'cannot print: {error.strerror}')
     tell_torchrun(error)
     if not isinstance(error, UserError):
         return sys.__excepthook__(kind, error, trace)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     # most errors are raised on every rank: rank 0 prints them. of_this_rank marks an error that this rank may have alone
     if main_rank() or getattr(error, 'of_this_rank', False):
         sys.__stderr__.write(f'error: {error}\n')

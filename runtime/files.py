@@ -19,9 +19,10 @@ _append_lock = threading.RLock()  # append() is also called from the checkpoint 
 
 
 def say(text):
-    """Print a line on the main rank only."""
+    """Print a line on the main rank only. If that fails, for stdout is a file on a full disk, the run goes on."""
     if main_rank():
-        print(text, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
 
 
 # once per process, for messages about a model that is loaded several times (policy, reference, export)

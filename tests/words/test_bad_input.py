@@ -7,6 +7,9 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import helpers
 import pytest
@@ -192,6 +195,25 @@ def test_more_examples_than_the_epochs_have(run, capsys):
 def test_samples_without_held_out_prompts(refused):
     sentence = refused('dpo.py', '--sample_during_eval', '--n_eval_examples=0')
     assert '--sample_during_eval has no effect: there are no held-out prompts' in sentence
+
+
+# ---- where it prints ----
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full')
+def test_stdout_on_a_full_disk(monkeypatch):
+    """A run goes on, since its rows and its model are elsewhere; what only prints ends with a sentence."""
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, 'dpo.py', '--help'], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, 'error: cannot print: No space left on device\n')
+    full = open('/dev/full', 'w')
+    monkeypatch.setattr(sys, 'stdout', full)
+    files.say('a line')
+    monkeypatch.undo()
+    with pytest.raises(OSError):
+        full.close()
 
 
 # ---- the output folder ----
