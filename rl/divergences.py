@@ -64,7 +64,8 @@ def find_tail(z, p, mu, rounds=22):
     """Return the Tail of z and p, (..., V) each, by bisection, which is faster than sorting. high - low is 2e-7 of the range of z.
 
     z [3, 1, 2], p [0.2, 0.5, 0.3], mu 0.4: low and high enclose 2, and share is 2/3."""
-    low, high = z.amin(-1, keepdim=True) - 1, z.amax(-1, keepdim=True)
+    low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
+    low = low.nextafter(low.new_tensor(-torch.inf))  # all z > low
     buffer = torch.empty_like(z)
 
     def p_above(threshold):

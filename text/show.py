@@ -198,8 +198,7 @@ def _format_lines(text_or_chat, is_marked):
     lines = []
     for turn in _messages(text_or_chat):
         content = turn['content']
-        # calls of tools and thoughts, which a template may write
-        others = {key: turn[key] for key in BESIDE if turn.get(key)}
+        others = {key: turn[key] for key in BESIDE if turn.get(key)}  # calls of tools, thoughts
         if others:
             content += ' ' * bool(content) + dumps(others, ensure_ascii=False)
         content = mark(content) if is_marked(turn) else content

@@ -23,7 +23,7 @@ import data
 import fsdp
 import model
 from configurator import UserError
-from hf import attention, export, load, lora, parts, probe, sharded, ties
+from hf import attention, export, lean, load, lora, parts, probe, sharded, ties
 from rl import divergences
 from runtime import ranks, room
 from runtime.rmsprop import rmsprop_
@@ -663,6 +663,14 @@ def test_activation_checkpointing(name, dropout, mode, saved, device, register):
     # the two ways through a norm meet in another order
     for _, grads in results[4:]:
         assert all((grads[key] - grad).norm() <= 1e-6 * grad.norm() + 1e-9 for key, grad in results[0][1].items())
+
+
+def test_selective_checkpointing_copies_parts_of_activations_but_not_of_weights():
+    pack = lean.LeanBlock(torch.nn.Linear(2, 2)).pack
+    weights = torch.nn.Parameter(torch.ones(4, 8))
+    expert, values = weights[1], (2 * weights)[1]
+    assert pack(expert) is expert and pack(2 * weights).shape == (4, 8)
+    assert pack(values).equal(values) and pack(values).untyped_storage().nbytes() == values.nbytes
 
 
 @pytest.mark.parametrize(('name', 'tied'), [('llama', True), ('llama', False), ('gpt_neox', False), ('gpt2', True)])
