@@ -114,7 +114,7 @@ class LeanBlock:
         if tensor.data_ptr() not in self.recipes:
             # a small view, such as the values in a fused query_key_value, would keep all of its memory. Weights (leaves) stay anyway
             is_view = tensor._base is not None and not tensor._base.is_leaf
-            return tensor.detach().clone() if is_view and tensor.untyped_storage().nbytes() >= 2 * tensor.nbytes else tensor
+            return tensor.data.clone() if is_view and tensor.untyped_storage().nbytes() >= 2 * tensor.nbytes else tensor
         # tensor starts at the address of an output: it is the output, perhaps of another shape, or a part of it
         output, recipe = self.recipes[tensor.data_ptr()]
         is_whole = tensor.numel() == output.numel() and tensor.dtype == output.dtype
