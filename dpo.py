@@ -268,7 +268,7 @@ evaluate = partial(run.evaluate, run_step=lambda step: run_step(step)[0], summar
 @torch.no_grad()
 def check_first_step():
     """Log and print loss and rewards of the first step before training, and what they should be. UserError if no loss is finite."""
-    columns, _ = run.within_memory(run_step, next(run.steps()))  # without the statistic's new state
+    columns, _ = run.within_memory(run_step, next(run.steps()))  # the new state is dropped: training repeats it
     if not columns['loss'].isfinite().any():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')

@@ -156,7 +156,7 @@ def _distribute(model, loaded, device, half, cpu_offload):
 
 @cache
 def _mesh(device_type, tp, replicated, group):
-    """Return a DeviceMesh of all ranks: FSDP shards over its dimension 'dp'. All models of a process group, `group`, share it.
+    """Return a DeviceMesh of all ranks: FSDP shards over its dimension 'dp'. group: only a key of the cache.
 
     Dimensions of 8 ranks: dp 8; if replicated: copies 8, dp 1; with tp=2: dp 4, tp 2; with both: copies 4, dp 1, tp 2."""
     n = dist.get_world_size() // tp

@@ -146,7 +146,7 @@ def read_prompts():
         raise UserError(f'there are no prompts in data {data!r}; left out: {in_words(left_out)[0]}')
     left_out['prompts beyond n_examples or data_fraction'] += len(row_of_hash) - len(rows)
     for row in rows:
-        # as in training, a system message of the data stays
+        # --system is added only where the data has no system message of its own, as in training
         if chat or system:
             row['prompt'] = as_chats({'prompt': row['prompt']}, system)['prompt']
         if endpoint and row.pop('tools', None):

@@ -24,7 +24,7 @@ def add_method(model, function):
 def reshard(model):
     """Free all gathered weights: model.parameters() are then this rank's shards again, as the optimizer needs them."""
     for module in fsdp_modules(model):
-        # not module.reshard: in the root, that is this function
+        # not module.reshard: fsdp.shard has made this function a method of the root, which would call itself
         type(module).reshard(module)
 
 

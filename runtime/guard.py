@@ -234,7 +234,7 @@ def export(model, tokenizer, build, folder, card, dtype, save):
 
 
 def end():
-    """Unlock out_dir and ignore further signals. export() has waited for the last checkpoint."""
+    """Unlock out_dir and ignore further signals. Called last: export() above has waited for the last checkpoint."""
     global _stage
     _stage = 'over'  # on_signal() ignores signals
     files.unlock()

@@ -290,7 +290,7 @@ class Log:
         try:
             append_kept()
         except UserError as error:
-            say(f'warning: {error}, and are lost')
+            say(f'warning: {error}, and are lost')  # cannot write FILE: 3 rows wait for room, and are lost
         while self.trackers:
             name, functions = self.trackers.popitem()
             # None: opening failed

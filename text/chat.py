@@ -165,7 +165,7 @@ def _plain(prompt, answers, special, left_out):
 
 
 def marked(chat, special, left_out):
-    """Return a chat with its special tokens marked. Stops at the end of answers go: the template writes them. Raises Refused."""
+    """Return a chat with its special tokens (a Special) marked, and without stop tokens at the end of answers. Raises Refused."""
     turns = []
     for turn in chat:
         if special.any.search(turn['role']):

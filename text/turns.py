@@ -79,7 +79,7 @@ def _span(turns, i, full_text, tools, tokenizer, special):
     start = len(prompt_text)
     if not full_text.startswith(prompt_text):
         return None
-    # usually the full text begins with the text of the conversation up to this answer
+    # usually the full text begins with the text up to this answer; a line break that the template writes behind it is not trained on
     answered_text = chat.write(turns[: i + 1], tools, tokenizer).rstrip('\n')
     if len(answered_text) >= start and full_text.startswith(answered_text):
         return start, len(answered_text)

@@ -152,7 +152,7 @@ def synthetic_pairs(count):
     """Return Examples with `count` pairs of random tokens. Lengths: --prompt_tokens, --answer_tokens, or drawn from LENGTHS."""
     rng = np.random.default_rng(seed)
     fixed_lengths = [prompt_tokens, answer_tokens, answer_tokens]
-    num_ids = min(meta_model.config.vocab_size, 4096)  # every published shape has these ids
+    num_ids = min(meta_model.config.vocab_size, 4096)  # ids that every shape in SHAPES has
     pairs = []
     for _ in range(count):
         # fixed lengths override the drawn ones
@@ -181,7 +181,7 @@ class Variant:
     with padding. peak, estimate: measured and estimated memory in GB, maximum over all steps."""
 
     def __init__(self, name):
-        """Select the optimizations of a variant. Variants are cumulative: each adds one to all the previous ones in VARIANTS."""
+        """Select the optimizations of a variant. Variants are cumulative: padded, packed, shared, head, cached."""
         enabled = VARIANTS[: VARIANTS.index(name) + 1]
         self.name = name
         self.pad = 'packed' not in enabled  # without packing, pad all answers to the longest
