@@ -75,8 +75,8 @@ def hint(name, options):
     plain = name.rpartition('.')[2].replace('-', '_')
     # names of other projects, with what to say for each: bf16 -> 'dtype=bfloat16'
     phrase_of_foreign = names_elsewhere(options)
-    # a name of theirs must be nearly the same: n_prompts is not system_prompt
-    close_foreign = difflib.get_close_matches(plain, phrase_of_foreign, cutoff=0.8)
+    # a name of theirs must be rather alike: reward_name is not exp_name
+    close_foreign = difflib.get_close_matches(plain, phrase_of_foreign, cutoff=0.7)
     matches = difflib.get_close_matches(plain, {*close_foreign, *options}, n=1)
     if not matches:
         return '--help lists the options'

@@ -8,6 +8,7 @@ import shutil
 import types
 from concurrent import futures
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -563,6 +564,17 @@ def test_ppo_clips_to_its_own_norm(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(fsdp, 'update', lambda *arguments: limits.add(arguments[-1]) or update(*arguments))
     run(tmp_path / 'run', *PPO, script='ppo.py')
     assert limits == {1.0}
+
+
+def test_a_step_without_weight_is_bad(monkeypatch):
+    """Its gradient is 0 / 0: the update gets NaN for a scale, and changes nothing."""
+    monkeypatch.setattr(training.fsdp, 'update', lambda policy, optimizer, rate, scale, max_norm: scale)
+    monkeypatch.setattr(training.guard, 'bad_step', lambda *details: None)
+    config = Config({'batch_size': 2, 'lr': 1.0, 'max_grad_norm': 1.0, 'out_dir': ''})
+    run = SimpleNamespace(config=config, n_steps=4, state={'warmup': 0}, world=1, policy=None, optimizer=None, max_tokens=1,
+                          train=SimpleNamespace(uid=np.arange(4)))  # fmt: skip
+    step, columns = SimpleNamespace(first=0, rows=np.arange(2), batches=[]), {'loss': torch.ones(2)}
+    assert [training.Run.update(run, step, columns, torch.tensor(weight)) for weight in (2.0, 0.0)] == [True, False]
 
 
 def test_skipped_steps_are_counted_and_leave_the_weights(tmp_path, monkeypatch, whole, capsys):

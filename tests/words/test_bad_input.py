@@ -192,6 +192,13 @@ def test_more_examples_than_the_epochs_have(run, capsys):
     assert 'n_epochs' not in capsys.readouterr().out
 
 
+def test_the_learning_rate_of_each_step(run, tmp_path):
+    run('sft.py', '--n_examples=6', '--batch_size=2', '--warmup_steps=3', '--lr=0.3')
+    assert [row['lr'] for row in metrics(tmp_path / 'out', 'train')] == pytest.approx(
+        [0.075, 0.15, 0.225]
+    )  # 1, 2, 3 quarters
+
+
 def test_samples_without_held_out_prompts(refused):
     sentence = refused('dpo.py', '--sample_during_eval', '--n_eval_examples=0')
     assert '--sample_during_eval has no effect: there are no held-out prompts' in sentence
