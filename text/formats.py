@@ -439,10 +439,8 @@ def _split_texts(row, answers):
         if len(text.split()) > 2 and text not in chosen:
             raise ValueError(f"{name!r} may ask: --columns='prompt={name}, chosen=chosen, rejected=rejected'")
     common = os.path.commonprefix([chosen, rejected])
-    marker = next((marker for marker in TURN_MARKERS if marker in common), None)
-    # HH: the prompts themselves may differ, which is checked below
-    if ASSISTANT in chosen:
-        marker = ASSISTANT
+    # HH, whose marker is the first: the prompts themselves may differ, which is checked below
+    marker = next((marker for marker in TURN_MARKERS if marker in common or ASSISTANT in chosen), None)
     if marker is None:
         missing = r"no turn marker (as '\n\nAssistant:')"
         raise ValueError(f'no column has the prompt, and {missing} shows where answers begin')
@@ -495,31 +493,23 @@ def read_compared(row, task=None):
 def _better(row, columns):
     """Return the column with the better answer by the row's verdict or scores, or None for a tie. Raises ValueError.
     columns: two names such as ('response_a', 'response_b')."""
-    first, second = columns
     verdict_column = first_of(VERDICTS, row)
     if verdict_column in BY_NAME:
-        return _side_of(str(row[verdict_column]).strip().lower(), columns)
-    # how much better the second answer is
+        verdict = str(row[verdict_column]).strip().lower()
+        named = SIDE.fullmatch(verdict)
+        better = next((column for column in columns if named and column.endswith(named['side'])), None)
+        if not better and not TIE.fullmatch(verdict):
+            raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
+        return better
+    # lead: how much better the second answer is; null is a tie
     if verdict_column:
-        # null is a tie, as 0 is
         lead = row[verdict_column] and field(row, verdict_column, NUMBER)
     else:
         first_score, second_score = (field(row, f'score_{column[-1]}', NUMBER) for column in columns)
         lead = second_score - first_score
     if not lead:
         return None
-    return second if lead > 0 else first
-
-
-def _side_of(verdict, columns):
-    """Return the one of two columns that a verdict such as 'model_a' or '1' names, or None for a tie. Raises ValueError."""
-    named = SIDE.fullmatch(verdict)
-    for column in columns:
-        if named and column.endswith(named['side']):
-            return column
-    if not TIE.fullmatch(verdict):
-        raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
-    return None
+    return columns[1] if lead > 0 else columns[0]
 
 
 def read_votes(row, task=None):
