@@ -41,6 +41,8 @@ json = False  # one JSON object a line, and nothing else
 MEASURED = 2000
 # a max_length that truncates nothing, for measuring full lengths
 NO_LIMIT = 2**30
+# what an item may have beside its prompt
+ANSWERS = ('chosen', 'rejected', 'response')
 
 
 def main():
@@ -123,19 +125,13 @@ def _print_text(left_out):
         # skip unusable examples, which left_out has counted
         if not items:
             continue
-        # (text, characters) of each item
-        written = [] if tokenizer else [_as_written(example, item) for item in items]
-        for i in range(len(items)):
-            number = counts.total() + i + 1
-            if n is not None and number > n:
-                break
-            print(f'--- {task}, example {number}: {example.where or data} ---')
-            if tokenizer:
-                # the tokenised text shows all items of the example at once
-                print(_tokenised_text(example, task, tokenizer), end='\n\n')
-                break
-            text, _ = written[i]
-            print(text, end='\n\n')
+        shown = items if n is None else items[: max(0, n - counts.total())]
+        texts = [_as_written(example, item) for item in shown]
+        # the tokenised text has all items of the example at once
+        if tokenizer and shown:
+            texts = [_tokenised_text(example, task, tokenizer)]
+        for number, text in enumerate(texts, counts.total() + 1):
+            print(f'--- {task}, example {number}: {example.where or data} ---\n{text}\n')
         counts[task] += len(items)
         if len(lengths) >= MEASURED:
             continue
@@ -144,7 +140,7 @@ def _print_text(left_out):
             tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
             lengths += [tokenised.longest()] if len(tokenised) else []
         else:
-            lengths += [size for _, size in written]
+            lengths += map(_num_characters, items)
     _print_summary(counts, lengths, left_out)
 
 
@@ -177,20 +173,16 @@ def mark(text):
 
 
 def _as_written(example, item):
-    """Return (an item as text with marks, characters of the conversation, or of the prompt and the longest answer)."""
-    # SFT trains on every assistant turn of a conversation
+    """Return an item as text, in which what is trained on is marked."""
+    # SFT ('trained') trains on every assistant turn of a conversation
     if 'turns' in example and 'trained' in item:
-        return _format_lines(example['turns'], is_trained), _num_characters(example['turns'])
+        return _format_lines(example['turns'], is_trained)
     texts = [_format_lines(item['prompt'], lambda turn: False)]
-    sizes = [0]
-    for name in ('chosen', 'rejected', 'response'):
+    label = {True: ', good', False: ', bad', None: ''}[item.get('good')]
+    for name in ANSWERS:
         if name in item:
-            heading = name
-            if 'good' in item:
-                heading += ', good' if item['good'] else ', bad'
-            texts.append(f'{heading}:\n' + _format_lines(item[name], lambda turn: True))
-            sizes.append(_num_characters(item[name]))
-    return '\n'.join(texts), _num_characters(item['prompt']) + max(sizes)
+            texts.append(f'{name}{label}:\n' + _format_lines(item[name], lambda turn: True))
+    return '\n'.join(texts)
 
 
 def _format_lines(text_or_chat, is_marked):
@@ -211,9 +203,11 @@ def _messages(text_or_chat):
     return [{'role': 'assistant', 'content': text_or_chat}] if isinstance(text_or_chat, str) else text_or_chat
 
 
-def _num_characters(text_or_chat):
-    """Return the number of characters of a text, or of all message contents of a chat."""
-    return sum(len(turn['content']) for turn in _messages(text_or_chat))
+def _num_characters(item):
+    """Return the number of characters of an item's prompt and longest answer; of chats only their contents."""
+    prompt, *answers = [item[key] for key in ('prompt', *ANSWERS) if key in item]
+    sizes = [sum(len(turn['content']) for turn in _messages(answer)) for answer in answers]
+    return sum(len(turn['content']) for turn in _messages(prompt)) + max(sizes, default=0)
 
 
 def _tokenised_text(example, task, tokenizer):
