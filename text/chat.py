@@ -38,7 +38,6 @@ class Refused(Exception):
 
 def render(prompt, answers, tools, tokenizer, left_out, blank=False):
     """Return [prompt, *answers] as marked texts, or None if the template writes nothing of an answer. Raises Refused.
-
     If all are texts, the template is not used. Otherwise an answer is what the template writes after the prompt, without
     line breaks at its end. If the prompt opens a thought (<think>), an answer without thoughts closes it.
     left_out: Counter of reasons, updated. blank: allow empty answers."""
@@ -238,13 +237,12 @@ def write(chat, tools, tokenizer, **options):
     template raises an error or a role is unknown, and UserError if it is invalid or exceeds its time or memory."""
     text = _applied(chat, tools, tokenizer, **options)
     unknown = {turn['role'] for turn in chat}.difference(ROLES.values())
-    # a template knows a role if it asks for it, or writes it outside of the contents
-    if unknown:
-        without_contents = _applied([turn | {'content': '-'} for turn in chat], tools, tokenizer)
-        for role in sorted(unknown):
-            is_named = re.search(f"""["']{re.escape(role)}["']""", template_of(tokenizer, tools))
-            if not is_named and role not in without_contents:
-                raise Refused(f'a message has the unknown role {role[:24]!r}; known are {", ".join(ROLES)}')
+    for role in sorted(unknown):
+        # a template knows a role if it asks for it, or writes it outside of the contents
+        is_named = re.search(f"""["']{re.escape(role)}["']""", template_of(tokenizer, tools))
+        without_contents = [turn | {'content': '-'} for turn in chat]
+        if not is_named and role not in _applied(without_contents, tools, tokenizer):
+            raise Refused(f'a message has the unknown role {role[:24]!r}; known are {", ".join(ROLES)}')
     return text
 
 

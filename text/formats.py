@@ -11,7 +11,7 @@ import os
 import re
 from collections import namedtuple
 from functools import lru_cache
-from itertools import chain, combinations
+from itertools import chain, combinations, dropwhile
 from operator import itemgetter
 
 from text import messages
@@ -163,15 +163,12 @@ def layout_of(row):
             return layout
     shares = {layout: len(layout.columns & row.keys()) / len(layout.columns) for layout in LAYOUTS}
     nearest = max(shares, key=shares.get)
-    hint = ''
-    if shares[nearest] > 0:
-        hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
-    raise ValueError(f"'prompt' is missing, and no other column is known{hint}")
+    hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
+    raise ValueError(f"'prompt' is missing, and no other column is known{hint if shares[nearest] else ''}")
 
 
 def unified(row, columns=None):
     """Return a copy of a row with our column names, every chat as a list of messages, and no null columns.
-
     columns: {our name: column of the row}; if given, only these are read. Nulls stay in columns where they mean
     "not labelled" or "no winner". Raises ValueError for media columns and for tools that are not JSON."""
     if columns:
@@ -276,7 +273,6 @@ def first_of(names, row):
 
 def asked(row, given_answer=None):
     """Return the prompt of a row: text for the answer to continue, or a list of messages.
-
     The column 'prompt', and any text that ends with a turn marker, stays text; other questions become a user message.
     given_answer: an answer, text or chat, that may include its question: then a row without a column for it gives None
     in place of a ValueError."""
@@ -289,13 +285,15 @@ def asked(row, given_answer=None):
             check_nothing_lost(row, chat_column, turns)
             return turns
         column = None
-    if column is None and given_answer is None:
+    if column is not None:
+        return _prompt_in(column, row, given_answer)
+    if given_answer is None:
         raise ValueError("'prompt' is missing")
-    return None if column is None else _prompt_in(column, row, given_answer)
+    return None
 
 
 def _prompt_in(column, row, given_answer):
-    """Return the prompt that this question column has, with what ADDED and the history add to it. See asked()."""
+    """Return the prompt of asked() from a question column, with what the columns ADDED and the history add to it."""
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
     # if another column asks, a 'prompt' such as 'Q: ... A: the answer' is no question but the whole text
     if column == 'prompt' and isinstance(given_answer, str) and first_of(QUESTIONS[1:], row):
@@ -303,17 +301,15 @@ def _prompt_in(column, row, given_answer):
         if before.rstrip().endswith(':') and not after.strip():
             return asked({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
     if column in ('question', 'instruction'):
-        for added in ADDED:
-            if row.get(added):
-                prompt += ('\n\n' if prompt else '') + field(row, added)
+        parts = [prompt, *(field(row, added) for added in ADDED if row.get(added))]
+        prompt = '\n\n'.join(filter(None, parts))
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # other question columns may be part of a full chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
-    options = [name for name in row if OPTION.fullmatch(name)]
     # a column 'a' alone is not an option
-    if len(options) == 1:
-        options = []
-    check_nothing_lost(row, column, turns + earlier, (*QUESTIONS, *ABOUT, *options))
+    options = [name for name in row if OPTION.fullmatch(name)]
+    names = (*QUESTIONS, *ABOUT, *options) if len(options) > 1 else (*QUESTIONS, *ABOUT)
+    check_nothing_lost(row, column, turns + earlier, names)
     if isinstance(prompt, list):
         return prompt
     if is_history(row.get('history')):
@@ -326,17 +322,13 @@ def check_nothing_lost(row, column, turns, names=()):
     """Raise ValueError if a column with one of the names, or of DOCUMENTS, has content that the messages do not include.
     column: the one that the messages are from."""
     text = '\n'.join(turn['content'] for turn in turns)
-
-    def is_lost(value):
+    others = [(name, row[name]) for name in names if name != column and row.get(name) and not is_history(row[name])]
+    # a name or a number, which has fewer than four words, is no document
+    others += [(name, [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]) for name in DOCUMENTS]
+    for name, value in others:
         parts = value if isinstance(value, list) else [value]
-        return not is_history(value) and any(str(part).strip() not in text for part in parts)
-
-    lost = [name for name in names if name != column and row.get(name) and is_lost(row[name])]
-    # in documents, a name or a number has fewer than four words
-    long_texts = {name: [part for part in _texts_in(row.get(name)) if len(part.split()) > 3] for name in DOCUMENTS}
-    lost += [name for name, parts in long_texts.items() if is_lost(parts)]
-    if lost:
-        raise ValueError(f'{lost[0]!r} asks something, too, which would be lost beside {column!r}')
+        if any(str(part).strip() not in text for part in parts):
+            raise ValueError(f'{name!r} asks something, too, which would be lost beside {column!r}')
 
 
 def _texts_in(value):
@@ -358,6 +350,7 @@ def example_of(row, columns):
     then removed. Raises ValueError, and LeftOut for chats without an answer or with different prompts."""
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}
     first_answer = next(iter(answers.values()))
+    # None if no column asks: then the answers must begin with the prompt
     prompt = asked(row, first_answer)
     if len(set(map(type, answers.values()))) > 1:
         raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
@@ -394,15 +387,13 @@ def whole_chat(prompt, chat):
     prompt_has_questions = len(questions) > 1 and all(question in prompt_text for question in questions)
     if prompt_text not in chat_text and not prompt_has_questions:
         raise LeftOut('answers to something else than the prompt')
-    has_system = bool(turns) and turns[0]['role'] == 'system'
-    if has_system and chat[0]['role'] != 'system':
-        return turns[:1] + chat
-    return chat
+    # the system message of the prompt, unless the chat has its own
+    has_own = chat[0]['role'] == 'system'
+    return chat if has_own else [turn for turn in turns[:1] if turn['role'] == 'system'] + chat
 
 
 def _example_of_texts(row, prompt, answers):
     """Return the example of a prompt, text or chat, and answers that are texts, {'chosen', 'rejected' or 'response': text}.
-
     If there is a question, the example also has 'repeats': whether all answers began with it, and it was removed."""
     question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
     # every text begins with an empty question
@@ -563,8 +554,8 @@ def read_annotation(row, task=None):
         prompt = ask(messages.instruction(asked(row)))
         first, second = answer(first), answer(second)
     preference = row['preference']
-    is_nan = preference != preference
-    if preference is None or is_nan:
+    # null, or NaN, which is not equal to itself
+    if preference is None or preference != preference:
         raise LeftOut('no verdict')
     if field(row, 'preference', NUMBER) in (0, 1.5):
         raise LeftOut('tie')
@@ -603,8 +594,8 @@ def read_stack_exchange(row, task=None):
 
 def read_nectar(row, task=None):
     """Read berkeley-nest/Nectar: a prompt in Anthropic's format and its answers by rank, 1 the best."""
-    answers = [(field(found, 'rank', NUMBER), field(found, 'answer')) for found in field(row, 'answers', list)]
-    scored = [(-rank, answer(text)) for rank, text in answers]
+    answers = field(row, 'answers', list)
+    scored = [(-field(found, 'rank', NUMBER), answer(field(found, 'answer'))) for found in answers]
     return ranked(field(row, 'prompt').rstrip(), scored, task)
 
 
@@ -612,9 +603,8 @@ def read_completions(row, task=None):
     """Read openbmb/UltraFeedback: four answers by the mean score of four aspects, or else by the overall score."""
     scored = []
     for found in field(row, 'completions', list):
-        has_mean = found.get('fine-grained_score') is not None
-        score = field(found, 'fine-grained_score' if has_mean else 'overall_score', NUMBER)
-        scored.append((score, said(field(found, 'response'))))
+        score_name = 'overall_score' if found.get('fine-grained_score') is None else 'fine-grained_score'
+        scored.append((field(found, score_name, NUMBER), said(field(found, 'response'))))
     return ranked(as_chat(asked(row)), scored, task)
 
 
@@ -675,7 +665,6 @@ def read_rated(rows, task=None):
 
 def read_trees(rows, task=None, language=None):
     """Read OpenAssistant's trees of messages: each ranked answer is rejected, and the next better one is chosen.
-
     The prompt is the conversation above. For 'sft' only the best answers, for 'prompts' every question. language: read
     only messages in this language; None: all."""
     rows = list(rows)
@@ -767,7 +756,6 @@ def label_of(row):
 
 def read_chat(row, task=None):
     """Read a conversation: {'prompt', 'response': last answer, 'turns': all messages, if several answers are trained on}.
-
     A conversation that ends with a question is a prompt, or its answer has another column. If messages before the first
     question or after the last answer are removed, {'drop': UNASKED} follows the example, so that they are counted."""
     column = first_of(CHATS, row)
@@ -792,9 +780,7 @@ def read_chat(row, task=None):
             if messages.is_empty([turn]):
                 turn['weight'] = 0
     # as FastChat does, begin with a question and end with an answer
-    kept = turns.copy()
-    while kept and kept[0]['role'] == 'assistant':
-        kept.pop(0)
+    kept = list(dropwhile(lambda turn: turn['role'] == 'assistant', turns))
     while kept and not messages.is_trained(kept[-1]):
         kept.pop()
     if not kept:
@@ -843,7 +829,6 @@ def read_prompt(row, task=None):
 
 def unread_answers(rows):
     """Return the columns beside a prompt that nothing reads and that may be answers: texts in most rows, all different.
-
     A category or an id has fewer than four words, or the same ones in many rows."""
     found = []
     for name in dict.fromkeys(chain.from_iterable(rows)):

@@ -99,7 +99,6 @@ def no_answer_error(key, last_role):
 
 def checked(turn):
     """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
-
     'from' and 'value' (or 'text') are renamed, nulls are removed, and a list of content parts is joined to one text. A
     'function_call' becomes a tool call. 'weight', or one of TRAINS, stays as 'weight': 0 if it says so of an answer."""
     if not isinstance(turn, dict):
@@ -147,9 +146,8 @@ def _text_of(part):
 
 def are_texts(value, count=None):
     """Return whether a value is a non-empty list of strings, of length `count` if given."""
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(text, str) for text in value) and count in (None, len(value))
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(text, str) for text in value) and count in (None, len(value))
 
 
 # ---- forms of a chat ----

@@ -72,11 +72,8 @@ def _read_items(left_out):
     """Yield (task, example, its training items) for every row of `data`; the Counter left_out counts skipped rows."""
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
-        source_task = task
-        if source_task is None:
-            # use the task of the first example; discard the counts, since the row is read again below
-            first_example = next(read_examples(source, 'train', Counter(), **options), {})
-            source_task = task_of(first_example)
+        # by default the task that fits the first example, which is read, and counted, again below
+        source_task = task or task_of(next(read_examples(source, 'train', Counter(), **options), {}))
         for example in read_examples(source, 'train', left_out, task=source_task, **options):
             if chat or system:
                 example = as_chats(example, system)
@@ -213,8 +210,8 @@ def _num_characters(item):
 def _tokenised_text(example, task, tokenizer):
     """Tokenise and truncate an example, and return it decoded; or return the reasons why it is left out."""
     reasons = Counter()
-    limits = max_length, max_prompt_length, truncation
-    examples = tokenise([example], tokenizer, task, *limits, reasons, skip_bad_rows=True)
+    lengths = max_length, max_prompt_length, truncation
+    examples = tokenise([example], tokenizer, task, *lengths, reasons, skip_bad_rows=True)
     if not len(examples):
         return 'left out: ' + ', '.join(+reasons)
     return '\n\n'.join(_decode_example(examples, i, tokenizer, task) for i in range(len(examples)))
@@ -242,14 +239,14 @@ def _decode_example(examples, i, tokenizer, task):
 
 def summary(run, n_eval_examples):
     """Return lines on the data of a training.Run: sizes, what was left out or changed, notes, and the first training example."""
-    train, held_out, config = run.train, run.held_out, run.config
+    train, n_held_out, n_examples = run.train, len(run.held_out), run.config.n_examples
+    sizes = f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {n_held_out:,} to evaluate on'
     changed, notes = in_words(train.left_out)
-    tokens, n_held_out = int(train.lengths.sum()), len(held_out)
-    sizes = f'{len(train):,} training examples ({tokens:,} tokens) and {n_held_out:,} to evaluate on'
-    if n_eval_examples and not len(held_out):
+    if n_eval_examples and not n_held_out:
         notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
-    if (config.n_examples or 0) > run.total:
-        ends = f'the run ends after {run.total:,} of --n_examples={config.n_examples}'
+    # run.total: how many examples the run takes in all epochs
+    if (n_examples or 0) > run.total:
+        ends = f'the run ends after {run.total:,} of --n_examples={n_examples}'
         notes.append(f'note: {ends}: raise --n_epochs for more')
     return [f'data: {sizes}; left out or changed: {changed}', *notes, first(train, run.tokenizer, run.task)]
 

@@ -19,7 +19,6 @@ def marks_answers(tokenizer, tools):
 
 def segments(turns, tools, tokenizer, left_out):
     """Return a conversation's text cut into [context, trained answer, context, trained answer, ...]; the rest is dropped.
-
     Returns [] if no answer is trained on, and None if the template cannot write the conversation as one text. Special
     tokens are marked as in chat.py. turns: messages; answers of weight 0 are context. Raises chat.Refused."""
     special = chat.special_of(tokenizer)
