@@ -130,7 +130,8 @@ def _special_in(tokenizer, *_):
     added = tokenizer.added_tokens_decoder
     tokens = {token.content for token in added.values() if token.special} | {tokenizer.eos_token}
     stops = {tokenizer.eos_token}
-    # some tokenizers do not flag their turn markers as special, so write a chat and see; <think> is not written here
+    # some tokenizers do not flag their turn markers as special, so write a chat and see; <think> is not written here.
+    # zebra: a word that no template has, to find the end of the turn behind it
     chat = [message('user', 'one'), message('assistant', 'zebra'), message('user', 'two')]
     # a broken template is reported later, and only if there are chats
     with contextlib.suppress(Refused, UserError):

@@ -173,7 +173,7 @@ def unified(row, columns=None):
     "not labelled" or "no winner". Raises ValueError for media columns and for tools that are not JSON."""
     if columns:
         row = {name: row.get(column) for name, column in columns.items()}
-    # Prompt -> prompt, unless two columns would get the same name
+    # Prompt -> prompt (KNOWN: all names with a meaning), unless two columns would get the same name
     lowered = {name.lower() if name.lower() in KNOWN else name: value for name, value in row.items()}
     if len(lowered) == len(row):
         row = lowered
@@ -196,7 +196,8 @@ def unified(row, columns=None):
 
 @lru_cache(1000)
 def renamed(columns):
-    """Return a tuple of column names with ours in place of RENAMED's, except where two columns would get one name."""
+    """Return a tuple of column names, renamed by all entries {their name: our name} of RENAMED that apply to them: their
+    names are all there, and none of ours, so that no two columns get one name."""
     for names in RENAMED:
         new_names = set(names.values()) - names.keys()
         if names.keys() <= set(columns) and new_names.isdisjoint(columns):
@@ -217,7 +218,7 @@ def _parsed_tools(tools):
 
 def _rename_chats(row):
     """Rename the column that holds the chat, or the text that asks, if its own name means something else, in place."""
-    # an unknown column may hold the chat if no other column is known (KNOWN: all names with a meaning)
+    # an unknown column may hold the chat if no other column is known
     has_known_column = not KNOWN.isdisjoint(row.keys() - {'system', 'tools'})
     for name, our_name in RENAMED_CHATS.items():
         may_rename = name in KNOWN or not has_known_column

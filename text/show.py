@@ -50,9 +50,9 @@ def main():
     # set the options above from the command line and config files
     configure(globals(), early=True)
     left_out, out = Counter(), sys.stdout
-    # with --json, stdout has only JSON lines; notes go to stderr
+    # with --json, stdout has only JSON lines; notes, also those of configure, go to stderr
     with redirect_stdout(sys.stderr if json else out):
-        configure(globals())  # again, for its notes
+        configure(globals())
         try:
             if json:
                 all_items = (item for _, _, items in _read_items(left_out) for item in items)

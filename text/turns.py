@@ -65,6 +65,7 @@ def _is_empty(turns, i, tools, full_text, write):
 
 def _marked_spans(turns, tools, tokenizer):
     """Return (start, end) of every answer in the conversation's text, from the template's {% generation %} marks."""
+    # apply_chat_template uses it, and returns the marks of tokens only
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = chat.template_of(tokenizer, tools)
