@@ -40,6 +40,13 @@ def read(path, rows, **options):
     return load(write(path, rows), **options)
 
 
+def refusal(source, **options):
+    """The message with which a source is refused."""
+    with pytest.raises(UserError) as info:
+        sources.load_rows(source, 'train', **options)
+    return str(info.value)
+
+
 def pair(prompt, chosen, rejected):
     return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected}
 
@@ -47,9 +54,7 @@ def pair(prompt, chosen, rejected):
 # ---- the datasets ----
 
 EGG = messages.ask('How do I boil an egg?')
-COLOUR = (
-    '\n\nHuman: Name a colour.\n\nAssistant: Blue.\n\nHuman: My script prints "Assistant: Blue." Why?\n\nAssistant:'
-)
+COLOUR = messages.ask('Name a colour.') + ' Blue.' + messages.ask('My script prints "Assistant: Blue." Why?')
 TOMATOES, SOIL = messages.ask('Why are my tomatoes yellow?'), ' Check the soil first, then the light.'
 GARLIC = messages.ask('Best time to plant garlic?')
 CODE = (
@@ -89,16 +94,9 @@ RAWS = {  # name: (some examples by number, how many there are, what is left out
 # fmt: on
 
 
-@pytest.mark.parametrize(
-    'name, reader',
-    [
-        *zip(RAWS, RAWS, strict=True),
-        ('hh', 'hh_helpful'),
-        ('hh', 'hh_harmless'),
-        ('ultrafeedback', 'ultrafeedback_hybrid'),
-    ],
-)
-def test_raw_files(name, reader):
+@pytest.mark.parametrize('reader', [*RAWS, 'hh_helpful', 'hh_harmless', 'ultrafeedback_hybrid'])
+def test_raw_files(reader):
+    name = reader if reader in RAWS else reader.partition('_')[0]
     some, count, left_out, bad = RAWS[name]
     examples, counted = load(f'{reader}:{raw(name)}', skip_bad_rows=True)
     assert {i: examples[i] for i in some} == some and len(examples) == count
@@ -119,10 +117,8 @@ def test_turns_of_sharegpt(num_turns):
     """The third question of the first chat has no answer."""
     first, second, other = load(f'sharegpt:{raw("sharegpt")}', num_turns=num_turns, skip_bad_rows=True)[0]
     assert [first, other] == list(RAWS['sharegpt'][0].values())
-    assert second == {
-        'prompt': first['prompt'] + ' The Thames.\n\nHuman: Another?\n\nAssistant:',
-        'response': ' The Oder.',
-    }
+    asked = first['prompt'] + ' The Thames.' + messages.ask('Another?')
+    assert second == {'prompt': asked, 'response': ' The Oder.'}
 
 
 def test_a_reader_without_a_test_split_reads_all_files(tmp_path):
@@ -137,16 +133,10 @@ def test_a_reader_without_a_test_split_reads_all_files(tmp_path):
 
 def test_annotations(tmp_path):
     """Named, or recognised by their fields."""
-    by_name, bare = (
-        load(source, skip_bad_rows=True) for source in ('annotations:' + raw('annotations'), raw('annotations'))
-    )
+    by_name, bare = (load(name + raw('annotations'), skip_bad_rows=True) for name in ('annotations:', ''))
     assert by_name == bare
-    assert [(x['chosen'], x['rejected']) for x in bare[0]] == [
-        (' One 0.', ' Two 0.'),
-        (' Two 1.', ' One 1.'),
-        (' One 4.', ' Two 4.'),
-        (' Two 5.', ' One 5.'),
-    ]
+    answers = [' One 0. Two 0.', ' Two 1. One 1.', ' One 4. Two 4.', ' Two 5. One 5.']
+    assert [x['chosen'] + x['rejected'] for x in bare[0]] == answers
     row = {'instruction': 'q', 'output_1': 'a', 'output_2': 'b', 'preference': float('nan')}
     assert read(tmp_path / 'annotations.json', [row]) == ([], {'no verdict': 1})
     with pytest.raises(UserError, match='annotations:PATH'):
@@ -197,7 +187,7 @@ def test_what_is_asked_of_the_hub(hub, source, asked):
 
 
 def test_hub_rows_and_errors(hub):
-    good = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
+    good = pair('p', 'a', 'b')
     hub.rows = [good, {'prompt': 'p', 'chosen': 'a'}]
     assert sources.load_rows('owner/name', 'test', skip_bad_rows=True)[0] == [good]
     with pytest.raises(UserError, match=r"owner/name \[test\], row 2: 'rejected' is missing"):
@@ -604,39 +594,37 @@ def test_data_sets_by_their_columns(tmp_path, name, task, rows, expected, out, e
 
 @pytest.mark.parametrize('row, reason', BAD_ROWS)
 def test_bad_rows(tmp_path, row, reason):
-    good = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
-    rows, path = [good, row, good, row], tmp_path / 'data.jsonl'
-    with pytest.raises(UserError) as info:
-        read(path, rows)
-    message = str(info.value)
+    good = pair('p', 'a', 'b')
+    path = write(tmp_path / 'data.jsonl', [good, row, good, row])
+    message = refusal(path, undivided=True)
     assert message.startswith(f'{path}, line 2: ') and reason in message
     assert '--skip_bad_rows' in message and 'README' in message and len(message) < 600
     if 'all or none' not in message and isinstance(row, dict):
         assert all(repr(key) in message.partition('; found: ')[2] for key in row)
-    examples, left_out = load(str(path), skip_bad_rows=True)
+    examples, left_out = load(path, skip_bad_rows=True)
     assert examples == [good] * 2 and list(left_out.values()) == [2] and reason in next(iter(left_out))
 
 
 def test_columns_that_the_user_names(tmp_path):
-    path = tmp_path / 'data.jsonl'
-    row = {'ask': 'q?', 'tone': 'Be brief.', 'good_answer': 'a', 'bad_answer': 'b', 'prompt': 'not this', 'sure': 2}
+    path, margin = tmp_path / 'data.jsonl', {'margin': 2.0}
+    row = {'ask': 'q?', 'tone': 'Be brief.', 'good_answer': 'a', 'bad_answer': 'b', 'prompt': 'not this', 'sure': 2, 'ok': 0,
+           'talk': TWO_TURNS, 'text': 'A film.', 'summary': 'Good.'}  # fmt: skip
     mapped = 'question=ask, system=tone,chosen=good_answer, rejected=bad_answer, margin=sure'
-    expected = [PAIR | BRIEF | {'margin': 2.0}, PAIR | {'margin': 2.0}]
-    assert read(path, [row, row | {'tone': None}], columns=mapped)[0] == expected
-    assert read(path, [row], columns='prompt=ask, response=good_answer')[0] == [{'prompt': 'q?', 'response': 'a'}]
-    assert read(path, [row | {'talk': TWO_TURNS}], columns='messages=talk')[0] == [MULTI]
-    assert read(path, [row | {'ok': 0}], columns='prompt=ask, response=bad_answer, label=ok')[0][0]['good'] is False
-    film = {'text': 'A film.', 'summary': 'Good.'}
-    assert read(path, [film], columns='text=text')[0] == [{'prompt': '', 'response': 'A film.'}]
-    assert read(path, [film], columns='question=text', task='prompts')[0] == [{'prompt': [user('A film.')]}]
+    assert read(path, [row, row | {'tone': None}], columns=mapped)[0] == [PAIR | BRIEF | margin, PAIR | margin]
+    for columns, example in (
+        ('prompt=ask, response=good_answer', {'prompt': 'q?', 'response': 'a'}), ('messages=talk', MULTI),
+        ('prompt=ask, response=bad_answer, label=ok', {'prompt': 'q?', 'response': 'b', 'good': False}),
+        ('text=text', {'prompt': '', 'response': 'A film.'}),
+    ):  # fmt: skip
+        assert read(path, [row], columns=columns)[0] == [example]
+    assert read(path, [row], columns='question=text', task='prompts')[0] == [{'prompt': [user('A film.')]}]
     with pytest.raises(UserError, match="'text' is an answer, and no column asks"):
         read(path, [{'text': 'A film.'}], task='prompts')
     for columns, words in (
         ('prompt=ask, chosen=good_answr', "no column 'good_answr'; there are ask, tone, good_answer,"),
-        ('promt=ask', "cannot read 'promt=ask': .*names are prompt, question"),
-        ('prompt', "cannot read 'prompt'"),
-        ('prompt=ask, prompt=tone', 'each once'),
-    ):
+        ('promt=ask', "cannot read 'promt=ask': .*names are prompt, question"), ('prompt', "cannot read 'prompt'"),
+        ('prompt=ask, prompt=tone', 'each once'), ('chosen=ask, rejected=tone', r"rejected=NAME' \(no other is read then\)"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=words):
             read(path, [row], columns=columns)
 
@@ -659,25 +647,20 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
     """Leaving rows out would leave nothing: what was found is said, and what is known."""
     rows = [{'ask': f'q{i}', 'chosen': 'a', 'rejected': 'b'} for i in range(200)]
     path = write(tmp_path / 'data.jsonl', rows)
-    with pytest.raises(UserError) as info:
-        sources.load_rows(path, 'train')
-    message = str(info.value)
-    assert message.startswith(f'{path}, line 1: ') and 'none of the first 101 rows' in message and 'layout' in message
-    assert "'ask' (text), 'chosen' (text), 'rejected' (text)" in message and 'question, instruction' in message
-    assert '--skip_bad_rows' not in message and 'README' in message and len(message) < 600
-    assert "--columns='prompt=NAME, chosen=NAME, rejected=NAME'" in message
-    with pytest.raises(UserError, match='the nearest layout, comparison, has answer_a, answer_b, winner'):
-        read(tmp_path / 'other.jsonl', [{'winer': 'a', 'answer_a': 'x', 'answer_b': 'y'}])
-    with pytest.raises(UserError, match='no other column is known; found'):
-        read(tmp_path / 'none.jsonl', [{'winer': 'a'}])
-    with pytest.raises(UserError, match="the reader 'imdb' is for another one; without 'imdb:' the columns decide"):
-        sources.load_rows(f'imdb:{path}', 'train')
-    write(tmp_path / 'data.jsonl', rows[:30] + [{'prompt': 'p', 'response': 'r'}])  # not all of them after all
-    with pytest.raises(UserError, match='--skip_bad_rows'):
-        sources.load_rows(path, 'train')
+    message = refusal(path)
+    assert message.startswith(f'{path}, line 1: ') and '--skip_bad_rows' not in message and len(message) < 600
+    for words in ('none of the first 101 rows', 'layout', "'ask' (text), 'chosen' (text), 'rejected' (text)",
+                  'question, instruction', 'README', "--columns='prompt=NAME, chosen=NAME, rejected=NAME'"):  # fmt: skip
+        assert words in message
+    assert "the reader 'imdb' is for another one; without 'imdb:' the columns decide" in refusal(f'imdb:{path}')
+    for content, words in (
+        ([{'winer': 'a', 'answer_a': 'x', 'answer_b': 'y'}], 'the nearest layout, comparison, has answer_a, answer_b, winner'),
+        ([{'winer': 'a'}], 'no other column is known; found'),
+        (rows[:30] + [{'prompt': 'p', 'response': 'r'}], '--skip_bad_rows'),  # not all of them after all
+    ):  # fmt: skip
+        assert words in refusal(write(tmp_path / 'data.jsonl', content))
     (tmp_path / 'data.jsonl').write_text('nonsense\n' * 3)
-    with pytest.raises(UserError, match='line 1: not valid JSON.* none of the first 3 rows .* a row is a JSON object'):
-        sources.load_rows(path, 'train')
+    assert re.search('line 1: not valid JSON.* none of the first 3 rows .* a row is a JSON object', refusal(path))
 
 
 IMAGE = [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}, assistant('a')]
@@ -698,15 +681,8 @@ UNFIT = [  # name, content, the words of the message
 @pytest.mark.parametrize(('name', 'content', 'words'), UNFIT)
 def test_where_it_is_not_the_columns(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=words) as info:
-        sources.load_rows(str(tmp_path / name), 'train')
-    assert '--columns' not in str(info.value) and 'layout' not in str(info.value)
-
-
-def test_columns_say_that_no_other_is_read(tmp_path):
-    path = write(tmp_path / 'data.jsonl', [pair('q', 'a', 'b')])
-    with pytest.raises(UserError, match=r"rejected=NAME' \(no other is read then\)"):
-        sources.load_rows(path, 'train', columns='chosen=rejected, rejected=chosen')
+    message = refusal(str(tmp_path / name))
+    assert re.search(words, message) and '--columns' not in message and 'layout' not in message
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
@@ -722,8 +698,8 @@ def test_a_named_dataset_is_read_by_its_columns(tmp_path, name, task):
 
 def test_answers_that_begin_with_the_prompt_by_chance(tmp_path):
     """Where other rows do not repeat it, nobody knows: such rows are refused, or left out and counted, in both parts."""
-    rows = [{'prompt': f'p{i}:', 'chosen': ' a', 'rejected': ' b'} for i in range(99)]
-    path = write(tmp_path / 'data.jsonl', rows + [{'prompt': 'Hi', 'chosen': 'Hi there', 'rejected': 'Hi!'}])
+    rows = [pair(f'p{i}:', ' a', ' b') for i in range(99)]
+    path = write(tmp_path / 'data.jsonl', rows + [pair('Hi', 'Hi there', 'Hi!')])
     for split in ('train', 'test'):
         with pytest.raises(UserError, match='line 100: answers that begin with their prompt among others that do not'):
             sources.load_rows(path, split)
@@ -753,20 +729,13 @@ def test_pairs_that_part_before_their_last_answer_are_left_out(tmp_path):
 
 def test_broken_and_blank_lines(tmp_path):
     good = b'{"prompt": "p", "response": "a"}'
-    broken = [
-        b'{"prompt": "p", ',
-        b'nonsense',
-        b'{"prompt": "\xff\xfe"}',
-        b'{"prompt": "\xed\xa0\x80"}',
-        b'[' * 100_000,
-    ]
-    lines = [b'\xef\xbb\xbf' + good, broken[0], b'', good + b'\r', b'  ', *broken[1:]]
+    broken = [b'nonsense', b'{"prompt": "\xff\xfe"}', b'{"prompt": "\xed\xa0\x80"}', b'[' * 100_000]
+    lines = [b'\xef\xbb\xbf' + good, b'{"prompt": "p", ', b'', good + b'\r', b'  ', *broken]
     for name, packed in (('data.jsonl', bytes), ('data.jsonl.gz', gzip.compress)):
         path = tmp_path / name
         path.write_bytes(packed(b'\n'.join(lines)))
-        with pytest.raises(UserError, match=r'line 2: not valid JSON \([^)]*\)') as info:
-            load(str(path))
-        assert str(info.value).startswith(f'{path}, line 2: ')
+        message = refusal(str(path), undivided=True)
+        assert re.match(re.escape(str(path)) + r', line 2: not valid JSON \([^)]*\)', message)
         examples, left_out = load(str(path), skip_bad_rows=True)
         assert len(examples) == 2 and left_out.total() == 5
 
@@ -797,16 +766,13 @@ def test_unreadable_files(tmp_path, name, content, words):
     path.write_bytes(content)
     # the line of a list that is broken is no matter of a row, but one of a file with a row a line is
     for skip in {False, b'\n{"text"' not in content}:
-        with pytest.raises(UserError) as info:
-            sources.load_rows(str(path), 'train', skip_bad_rows=skip)
-        assert words in str(info.value) and str(path) in str(info.value) and '\n' not in str(info.value)
+        message = refusal(str(path), skip_bad_rows=skip)
+        assert words in message and str(path) in message and '\n' not in message
 
 
 @pytest.mark.parametrize('source', ['nothing', 'missing.jsonl', 'some/missing.jsonl', 'a/b/c', 'hhh', 'HH'])
 def test_unknown_sources(source):
-    with pytest.raises(UserError) as info:
-        sources.load_rows(source, 'train')
-    message = str(info.value)
+    message = refusal(source)
     assert repr(source) in message and 'the known datasets' in message
     known = message.rpartition(': ')[2].split(', ')
     assert known == sorted(known) and {*RAWS, 'toy', 'hh_helpful'} <= set(known)
@@ -824,7 +790,7 @@ def test_missing_paths(source):
 
 
 def pairs(n, prompts):
-    return [{'prompt': f'p{i % prompts}', 'chosen': f'a{i}', 'rejected': 'b'} for i in range(n)]
+    return [pair(f'p{i % prompts}', f'a{i}', 'b') for i in range(n)]
 
 
 def answers(source, split, **options):
@@ -858,10 +824,10 @@ def test_one_file_is_divided_by_its_prompts(tmp_path):
     held_out = [{x['prompt'] for x in sources.load_rows(source, 'test')[0]} for source in (path, other)]
     assert held_out[0] == held_out[1]
     # and a folder of one file is divided as the file is
-    for name in ('data.jsonl', 'train.jsonl'):
-        (tmp_path / name.partition('.')[0]).mkdir()
-        write(tmp_path / name.partition('.')[0] / name, rows)
-        assert_divided(str(tmp_path / name.partition('.')[0]), rows)
+    for name in ('data', 'train'):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / f'{name}.jsonl', rows)
+        assert_divided(str(tmp_path / name), rows)
 
 
 @pytest.mark.parametrize('name', ['se', 'sharegpt'])

@@ -8,23 +8,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import assistant, metrics, run_script, tiny_model, turn, user, write_jsonl
+from helpers import assistant, metrics, run_script, tiny_model, turn, write_jsonl
 from test_chat import BARE, CALL, CASES, CHATML, EOS, HEADERS, OPENS, THINKS, tokenizer_of
 
 import data
 import model as models
 from hf import attention
 from text import turns
+from text.messages import alternating
 from text.tokenise import load_examples, tokenise
 
-CHAT = [
-    user('the room ?'),
-    assistant('clean .'),
-    user('the bed ?'),
-    assistant('very fine .'),
-    user('and the bar ?'),
-    assistant('dusty and dull'),
-]
+CHAT = alternating(['the room ?', 'clean .', 'the bed ?', 'very fine .', 'and the bar ?', 'dusty and dull'])
 SPECIAL = [said | ({'content': 'a <|im_end|> b'} if i in (2, 3) else {}) for i, said in enumerate(CHAT)]
 CALLS, TOOL = assistant('', tool_calls=[CALL]), turn('tool', '5')
 TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -34,15 +28,13 @@ GENERATES = CHATML.replace(
     "{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}",
 )
 # as TRL's for Qwen 3: the header of an answer, and the line break behind its end, are of the answer, too
-ANSWER = (
-    "{% if m.role == 'assistant' %}{% generation %}" + TURN + '{% endgeneration %}{% else %}' + TURN + '{% endif %}'
-)
-MARKS_ALL = CHATML.replace(TURN, ANSWER)
+ANSWER = '{% if m.role == "assistant" %}{% generation %}TURN{% endgeneration %}{% else %}TURN{% endif %}'
+MARKS_ALL = CHATML.replace(TURN, ANSWER.replace('TURN', TURN))
 
 
-def tokens(tokenizer, *chats, max_length=256, max_prompt_length=128, truncation='start', **how):
+def tokens(tokenizer, *chats, max_length=256, max_prompt_length=128, **how):
     rows = [{'prompt': chat[:-1], 'response': chat[-1:], 'turns': chat} for chat in chats]
-    return tokenise(rows, tokenizer, 'sft', max_length, max_prompt_length, truncation, Counter(), **how)
+    return tokenise(rows, tokenizer, 'sft', max_length, max_prompt_length, 'start', Counter(), **how)
 
 
 def ids_and_mask(example):
