@@ -91,11 +91,8 @@ def written(t, *rows, **options):
     return [(t.decode(p), [t.decode(a) for a in answers]) for p, answers in items], examples.left_out
 
 
-def read(tmp_path, *rows, left_out=None):
-    found, counted = sources.load_rows(write_jsonl(tmp_path / 'rows.jsonl', rows), 'train', undivided=True)
-    if left_out is not None:
-        left_out.update(counted)
-    return found
+def read(tmp_path, *rows):
+    return sources.load_rows(write_jsonl(tmp_path / 'rows.jsonl', rows), 'train', undivided=True)[0]
 
 
 @pytest.mark.parametrize('messages', [PROMPT[:1], PROMPT, [SYSTEM, *PROMPT]], ids=['one turn', 'turns', 'system'])
@@ -261,10 +258,8 @@ def tokenizers_of_all_kinds():
     kinds = {'llama': (llama, 'Bpe', {}), 'metaspace': (metaspace, 'Bpe', {}), 'wordpiece': (wordpiece, 'WordPiece', {}),
              'unigram': (unigram, 'Unigram', {'unk_token': '<unk>'})}  # fmt: skip
     for name, (inner, kind, more) in kinds.items():
-        trainer = getattr(trainers, f'{kind}Trainer')(
-            vocab_size=120, special_tokens=special, show_progress=False, **more
-        )
-        inner.train_from_iterator(text, trainer)
+        options = {'vocab_size': 120, 'special_tokens': special, 'show_progress': False} | more
+        inner.train_from_iterator(text, getattr(trainers, f'{kind}Trainer')(**options))
         yield name, transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token='</s>', unk_token='<unk>')
     yield 'byte level', tokenizer_of(CHATML, '<|im_end|>')
 
@@ -321,10 +316,8 @@ def test_a_role_that_nobody_knows(tmp_path):
     names = INST.replace("m.role == 'user'", "m.role == 'user' or m.role == 'bot2'")
     turns = [{'role': 'bot2', 'content': 'bot2 asks'}, assistant('x'), user('y'), assistant('z')]
     unknown = "a message has the unknown role 'bot2'; known are user, human, .*, ipython"
-    for row, task in (
-        (pair(turns[:1]), 'pairs'),
-        ({'prompt': turns[:3], 'response': turns[3:], 'turns': turns}, 'sft'),
-    ):
+    chat = {'prompt': turns[:3], 'response': turns[3:], 'turns': turns}
+    for row, task in ((pair(turns[:1]), 'pairs'), (chat, 'sft')):
         for template in (None, INST):
             with pytest.raises(UserError, match=unknown):
                 written(tokenizer_of(template, EOS), row, task=task)
