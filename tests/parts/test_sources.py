@@ -249,6 +249,12 @@ def said(human, gpt, **more):
 
 
 # fmt: off
+COLUMNS = {  # the names of a question's column and of one answer's (Amod counselling, Vertex, FLAN, ...), or of the better and the worse one's
+    ('sft', 'q? a'): 'Context Response, input_text output_text, inputs targets, input target, human assistant, question answer, problem solution, user assistant',
+    ('pairs', 'q? a b'): 'question chosen rejected, query chosen rejected, context chosen rejected, input accepted rejected, question selected rejected, '
+        'question chosen reject, question response_j response_k, instruction chosen_response rejected_response, query response rejected_response, '
+        'question response_chosen response_rejected, question chosen_answer rejected_answer, question text_chosen text_rejected',
+}
 SAME = [  # task, the example that each of these rows gives: of None also with other fields, {what it is: row}
     (None, PAIR, {
         'instruction': {'instruction': 'q?', 'input': '', **ANSWERS, 'prompt': None},
@@ -281,23 +287,18 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'Arena, content in parts': {'winner': 'model_a', **{f'conversation_{x}': [{'role': r, 'content': [{'type': 'text', 'text': t, 'image': None}]} for r, t in (('user', 'q?'), ('assistant', y))] for x, y in ('aa', 'bb')}},
         'Arena, sides': {'winner': 'model_a', 'full_conversation': [{'user': user('q?'), 'model_side_a': assistant('a'), 'model_side_b': assistant('b')}]},
         'Arena, other fields': {'winner': 'model_a', **{f'conversation_{x}': [user('q?') | {'num_tokens': x}, assistant(x)] for x in 'ab'}},
-        'Stack Exchange, paired': {'qid': 1, 'question': 'q?', 'response_j': 'a', 'response_k': 'b'},
-        'argilla': {'instruction': 'q?', 'chosen_response': 'a', 'rejected_response': 'b', 'chosen_avg_rating': 5.0},
         'Snorkel': {'prompt': 'q?', 'chosen': QA, 'rejected': [user('q?'), assistant('b')], 'all_rm_scores': [1.0, 0.0]},
         'LLaMA-Factory, ranking': {'instruction': 'q?', 'input': '', 'output': ['a', 'b']},
         'OpenAI, preferences without tools': {'input': {'messages': [user('q?')]}, 'preferred_output': [assistant('a')], 'non_preferred_output': [assistant('b')]},
         'OpenAI, preferences in a table': {'input': json.dumps({'messages': [user('q?')], 'tools': []}), 'preferred_output': json.dumps([assistant('a')]), 'non_preferred_output': json.dumps([assistant('b')])},
-        'ms-swift': {'query': 'q?', 'response': 'a', 'rejected_response': 'b'},
         'ms-swift, chats': {'messages': QA, 'rejected_messages': [user('q?'), assistant('b')]},
         'align-anything': {'question': 'q?', 'response_1': 'b', 'response_2': 'a', 'overall_response': 2},
         'Vertex, preferences': {'input_text': 'q?', 'candidate_0': 'a', 'candidate_1': 'b', 'choice': 0},
         'PRIME rollouts': {'prompt': 'q?', 'completions': ['b', 'a'], 'correctness': [False, True], 'steps': [['b'], ['a']]},
-        'a context alone, pairs': {'context': 'q?', **ANSWERS},
         'answers and ratings': {'instruction': 'q?', 'generations': ['b', 'a', 'x'], 'ratings': [1, 4, None]},
         'UltraInteract': {'trajectory': said('q?', '')[:1], **ANSWERS},
         'chats in objects': {'chosen': {'messages': QA}, 'rejected': {'messages': [user('q?'), assistant('b')]}},
         'torchtune': {'Q': 'q?', 'chosen_conversations': QA, 'rejected_conversations': [user('q?'), assistant('b')]},
-        'accepted and rejected': {'input': 'q?', 'accepted': 'a', 'rejected': 'b'},
         'HH, processed': {k: [{'role': 'human', 'text': 'q?'}] if k == 'context' else {'role': 'assistant', 'text': x} for k, x in (('context', ''), ('chosen', 'a'), ('rejected', 'b'))}}),
     ('pairs', PAIR | {'prompt': ASKS}, {
         'HelpSteer 3': {'domain': 'd', 'context': ASKS, 'response1': 'a', 'response2': 'b', 'overall_preference': -1},
@@ -319,9 +320,8 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('sft', SFT, {
         'UltraFeedback': {'instruction': 'q?', 'completions': [{'response': 'b', 'overall_score': 9, 'fine-grained_score': 1.5}, {'response': 'a', 'overall_score': 2, 'fine-grained_score': 4}]},
         'names of documents': {'question': 'q?', 'document': 'a.pdf', 'passages': 3, 'answer': 'a'},
-        'a flag in that column': {'question': 'q?', 'reasoning': 'on', 'answer': 'a'}, 'Vertex': {'input_text': 'q?', 'output_text': 'a'},
+        'a flag in that column': {'question': 'q?', 'reasoning': 'on', 'answer': 'a'},
         'OpenR1-Math, raw': {'problem': 'q?', 'solution': 'a', 'generations': ['x'], 'correctness': {'llama': [True]}},
-        'Amod counselling': {'Context': 'q?', 'Response': 'a'},
         'python_code_instructions_18k_alpaca': {'instruction': 'q?', 'input': '', 'output': 'a', 'prompt': 'Below.\n\n### Instruction:\nq?\n\n### Output:\na'},
         'an empty instruction': {'instruction': '', 'input': 'q?', 'output': 'a'},
         'OpenAI, parts of a response': {'messages': [user([{'type': 'input_text', 'text': 'q?'}]), assistant([{'type': 'output_text', 'text': 'a'}])]},
@@ -331,8 +331,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'MetaMath': {'query': 'q?', 'original_question': 'x', 'response': 'a'},
         'DeepMath': {'question': 'q?', 'final_answer': '4', 'r1_solution_1': 'a', 'r1_solution_2': 'x'},
         'LIMO': {'question': 'q?', 'solution': 'a', 'answer': '4'}, 'OpenMathInstruct': {'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'},
-        'FLAN': {'inputs': 'q?', 'targets': 'a', 'language': 'English'}, 'Firefly': {'kind': 'x', 'input': 'q?', 'target': 'a'},
-        'human and assistant as columns': {'human': 'q?', 'assistant': 'a'}, 'OpenChat': {'id': 'x', 'items': said('q?', 'a')},
+        'OpenChat': {'id': 'x', 'items': said('q?', 'a')},
         'items that are no chat': {'question': 'q?', 'answer': 'a', 'items': [{'name': 'x'}]},
         'data beside columns that are known': {'question': 'q?', 'answer': 'a', 'data': ['x', 'y'], 'items': [user('x')]},
         'Infinity-Instruct': {'conversations': said('q?', 'a'), 'label': {'ability': ['x']}}}),
@@ -401,8 +400,6 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
        [SFT | {'prompt': ASKS}], {}) for flag, no in zip(messages.TRAINS, (False, 0, 0.0, False, 0), strict=True)),
     ('a thought beside a text', 'sft', [{'prompt': 'p', 'thinking': 'let me think', 'completion': 'a'}], [{'prompt': 'p', 'response': 'a'}], {formats.UNTHOUGHT: 1}),
     ('OpenAI, last answer not trained on', 'sft', [{'messages': [user('q?'), assistant('a'), user('x'), assistant('y') | {'weight': 0}]}], [SFT], {formats.UNASKED: 1}),
-    *(('sides by other names', 'pairs', [{'question': 'q?', good: 'a', bad: 'b'}], [PAIR], {}) for good, bad in (
-        ('response_chosen', 'response_rejected'), ('selected', 'rejected'), ('chosen', 'reject'), ('chosen_answer', 'rejected_answer'), ('text_chosen', 'text_rejected'))),
     *(('NeMo RL', task, [{'context': [user('q?')], 'completions': [{'rank': n, 'completion': [assistant(x)]} for n, x in ((1, 'b'), (0, 'a'))]}], [example], {})
       for task, example in (('pairs', PAIR), ('sft', SFT))),
     *(('a good conversation', 'sft', [{'messages': TWO_TURNS, name: x} for x in (True, False)], [MULTI, {'prompt': ASKS, 'response': SAYS, 'good': False}], {}) for name in ('label', 'is_correct')),
@@ -517,6 +514,8 @@ BAD_ROWS = [  # what is said of a row, and rows
 
 OTHERS = {'id': 7, 'score': 0.5}  # other fields do not matter
 ALIKE = [(name, task, row, example) for task, example, rows in SAME for name, row in rows.items()]
+ALIKE += [(names, task, dict(zip(names.split(), values.split(), strict=True)), PAIR if task == 'pairs' else SFT)
+          for (task, values), several in COLUMNS.items() for names in several.split(', ')]  # fmt: skip
 
 
 @pytest.mark.parametrize('ending', ['.jsonl.gz', '.parquet'])
