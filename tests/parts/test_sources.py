@@ -250,7 +250,7 @@ def said(human, gpt, **more):
 
 # fmt: off
 COLUMNS = {  # the names of a question's column and of one answer's (Amod counselling, Vertex, FLAN, ...), or of the better and the worse one's
-    ('sft', 'q? a'): 'Context Response, input_text output_text, inputs targets, input target, human assistant, question answer, problem solution, user assistant',
+    ('sft', 'q? a'): 'Context Response, input_text output_text, inputs targets, input target, human assistant, user assistant, question answer, instruction output, problem solution',
     ('pairs', 'q? a b'): 'question chosen rejected, query chosen rejected, context chosen rejected, input accepted rejected, question selected rejected, '
         'question chosen reject, question response_j response_k, instruction chosen_response rejected_response, query response rejected_response, '
         'question response_chosen response_rejected, question chosen_answer rejected_answer, question text_chosen text_rejected',
@@ -436,13 +436,37 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('OpenAssistant, prompts', 'prompts', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': None} for i, p, t, r in (('1', None, 'a', 'prompter'), ('2', '1', 'b', 'assistant'), ('3', '2', 'q?', 'prompter'))], [{'prompt': [user('a')]}, {'prompt': ASKS}], {}),
 ]
 
+OF_COLUMNS = {  # what is said of a column, and (its name, a row)
+    'is missing or of the wrong type': [
+        ('rejected', {'prompt': 'p', 'chosen': 'a'}), ('rejected', {'prompt': 'p', 'chosen': 'a', 'rejected': None}), ('prompt', {'prompt': 3, **ANSWERS}),
+        ('score_b', {'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'score_a': 1, 'score_b': 'x'}),
+        ('tool_calls', {'messages': [user('q'), assistant('') | {'tool_calls': 'f(x)'}]}), ('margin', {'prompt': 'p', **ANSWERS, 'margin': True})],
+    'is missing': [
+        ('prompt', {'response': 'a'}), ('prompt', {'messages': said('q?', 'a'), 'chosen': ['c'], 'rejected': ['d']}), ('prompt', {'text': None}),
+        ('prompt', {'Prompt': 'q', 'PROMPT': 'p', 'response': 'a'}), ('prompt', {}),
+        ('content', {'prompt': 'p', 'chosen': [{'role': 'assistant'}], 'rejected': []}), ('messages', {'messages': 'hello'}),
+        ('preference_strength', {'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference_strength': 'x'})],
+    'asks something, too': [
+        ('question', {'prompt': 'q', 'question': {'id': '1'}, **ANSWERS}), ('question', {'prompt': 'p', 'question': 'q', **ANSWERS}),
+        ('options', {'question': 'q', 'options': ['a', 'b'], 'answer': 'a'}), ('article', {'question': 'q', 'article': 'c', 'answer': 'a'}),
+        ('documents', {'question': 'q', 'documents': [{'id': 'a.pdf', 'text': 'what the question is about'}], 'answer': 'a'}),
+        ('history', {'question': 'q', 'history': [['x']], **ANSWERS}), ('prompt', {'prompt': 'p', 'text': 'a'}),
+        ('A', {'question': 'q', 'A': 'red', 'B': 'blue', 'answer': 'B'}), ('option_a', {'question': 'q', 'option_a': 1, 'option_b': 2, 'answer': 'b'}),
+        ('opa', {'question': 'q', 'opa': 'red', 'opb': 'blue', 'cop': 1}), ('starter_code', {'question': 'q', 'starter_code': 'def f', 'input_output': None}),
+        ('body', {'Body': 'Jo has three pens.', 'Question': 'How many?', 'Answer': '3'}),
+        ('ctxs', {'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}), ('context', {'context': 'q', 'text': 'a'}),
+        ('document', {'conversations': said('q', '')[:1], 'document': 'what the question is about', **ANSWERS})],
+    'is neither true': [
+        ('label', {'prompt': 'p', 'completion': 'a', 'label': None}), ('good', {'prompt': 'p', 'response': 'a', 'good': 'yes'})],
+    'may be an answer': [
+        ('completions', {'prompt': 'q', 'completions': ['a', 'b'], 'labels': [1, 0]}), ('target_text', {'input': 'q', 'target_text': 'a'}),
+        ('better_reply', {'prompt': 'p', 'better_reply': 'a'})],
+    'would be lost': [
+        ('images', {'messages': [user('q'), assistant('a')], 'images': ['a.png']}), ('Image', {'Question': 'q', 'Answer': 'a', 'Image': 'a.png'})],
+}
 BAD_ROWS = [  # what is said of a row, and rows
-    ("'rejected' is missing or of the wrong type", [{'prompt': 'p', 'chosen': 'a'}, {'prompt': 'p', 'chosen': 'a', 'rejected': None}]),
-    ("'prompt' is missing", [
-        {'response': 'a'}, {'messages': said('q?', 'a'), 'chosen': ['c'], 'rejected': ['d']}, {'text': None}, {'Prompt': 'q', 'PROMPT': 'p', 'response': 'a'},
-        {}]),
+    *((f'{name!r} {words}', [row]) for words, rows in OF_COLUMNS.items() for name, row in rows),
     ('a message is no object', [{'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'data': ['q', 'a']}]),
-    ("'question' asks something, too", [{'prompt': 'q', 'question': {'id': '1'}, **ANSWERS}, {'prompt': 'p', 'question': 'q', **ANSWERS}]),
     ('no column has the prompt', [
         {'prompt': None, **ANSWERS}, {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, {'riddle': 'q', 'chosen': 'So: a', 'rejected': 'So: b'},
         {'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, {'source': 'Guten Tag', 'chosen': 'Good day', 'reject': 'Day good'}]),
@@ -452,27 +476,11 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("'tools' has a text that is no JSON", [{'prompt': 'p', 'response': 'a', 'tools': '[1'}, {'prompt': 'p', 'response': 'a', 'tools': ['def f(x)']}]),
     ('not an object with named fields', [[], None]),
     ("'chosen' is text and 'rejected' is chat", [{'prompt': 'p', 'chosen': 'a', 'rejected': [assistant('b')]}]),
-    ("'prompt' is missing or of the wrong type", [{'prompt': 3, **ANSWERS}]),
-    ("'content' is missing", [{'prompt': 'p', 'chosen': [{'role': 'assistant'}], 'rejected': []}]),
-    ("'label' is neither true", [{'prompt': 'p', 'completion': 'a', 'label': None}]),
-    ("'good' is neither true", [{'prompt': 'p', 'response': 'a', 'good': 'yes'}]),
-    ("'messages' is missing", [{'messages': 'hello'}]),
     ("a message has a part of the type 'image'", [{'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}]),
     ("'chosen' begins as a chat in JSON does", [{'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}]),
-    ("'completions' may be an answer", [{'prompt': 'q', 'completions': ['a', 'b'], 'labels': [1, 0]}]),
-    ("'target_text' may be an answer", [{'input': 'q', 'target_text': 'a'}]),
-    ("'options' asks something, too", [{'question': 'q', 'options': ['a', 'b'], 'answer': 'a'}]),
-    ("'article' asks something, too", [{'question': 'q', 'article': 'c', 'answer': 'a'}]),
-    ("'documents' asks something, too", [{'question': 'q', 'documents': [{'id': 'a.pdf', 'text': 'what the question is about'}], 'answer': 'a'}]),
-    ("'images' would be lost", [{'messages': [user('q'), assistant('a')], 'images': ['a.png']}]),
-    ("'Image' would be lost", [{'Question': 'q', 'Answer': 'a', 'Image': 'a.png'}]),
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
     ("'0' is neither of response_1 and response_2", [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'label': 0}]),
-    ("'score_b' is missing or of the wrong type", [{'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'score_a': 1, 'score_b': 'x'}]),
     ("'llama-7b' is neither of response_a and response_b", [{'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}]),
-    ("'history' asks something, too", [{'question': 'q', 'history': [['x']], **ANSWERS}]),
-    ("'prompt' asks something, too", [{'prompt': 'p', 'text': 'a'}]),
-    ("'better_reply' may be an answer", [{'prompt': 'p', 'better_reply': 'a'}]),
     ('all or none must', [{'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}]),
     ("written by a chat template already, without the message in 'system'", [{'prompt': '<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n', 'chosen': 'b', 'rejected': 'c', 'system': 'Be X.'}]),
     ("the column 'system' and the system message of the chat are not the same", [{'prompt': [system('s'), user('a')], 'system': 't', **CHAT_PAIR}]),
@@ -480,16 +488,6 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("does not end with an answer, but with a message of the role 'narrator'", [{'messages': [user('a'), {'role': 'narrator', 'content': 'b'}]}]),
     ("the 'weight' of a message is 0.5", [{'messages': [user('a'), assistant('b', weight=0.5)]}]),
     ("a message is from 'it'", [{'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'it', 'value': 'b'}]}]),
-    ("'preference_strength' is missing", [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference_strength': 'x'}]),
-    ("'tool_calls' is missing or of the wrong type", [{'messages': [user('q'), assistant('') | {'tool_calls': 'f(x)'}]}]),
-    ("'A' asks something, too", [{'question': 'q', 'A': 'red', 'B': 'blue', 'answer': 'B'}]),
-    ("'option_a' asks something, too", [{'question': 'q', 'option_a': 1, 'option_b': 2, 'answer': 'b'}]),
-    ("'opa' asks something, too", [{'question': 'q', 'opa': 'red', 'opb': 'blue', 'cop': 1}]),
-    ("'starter_code' asks something, too", [{'question': 'q', 'starter_code': 'def f', 'input_output': None}]),
-    ("'body' asks something, too", [{'Body': 'Jo has three pens.', 'Question': 'How many?', 'Answer': '3'}]),
-    ("'ctxs' asks something, too", [{'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}]),
-    ("'context' asks something, too", [{'context': 'q', 'text': 'a'}]),
-    ("'document' asks something, too", [{'conversations': said('q', '')[:1], 'document': 'what the question is about', **ANSWERS}]),
     ("'prompts' may ask: --columns='prompt=prompts", [{'prompts': 'how many is it', 'chosen': 'So\nAnswer: 4', 'rejected': 'So\nAnswer: 5'}]),
     ("--columns='question=text, response=completion_a'", [{'text': 'q', 'completion_a': 'a', 'completion_b': 'b'}]),
     ('asks something, too', [{'prompt': 'p', 'response': 'a', 'history': [[1]], 'initial_reason_steps': 3}]),
@@ -504,7 +502,6 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("'prompt' has no messages", [{'prompt': [], 'chosen': [], 'rejected': []}]),
     ("'completion' does not end with an answer", [{'prompt': 'p', 'completion': [user('x')]}]),
     ('not with the same question', [{'chosen': [assistant('x')], 'rejected': [assistant('y')]}]),
-    ("'margin' is missing or of the wrong type", [{'prompt': 'p', **ANSWERS, 'margin': True}]),
     ("'preference' is not a finite", [{'instruction': 'i', 'output_1': 'a', 'output_2': 'b', 'preference': math.inf}]),
     *((f'{name!r} would be lost', [{'question': 'q', 'answer': 'a', name: 'a.png'}]) for name in ('image_path', 'image_id', 'video_file')),
     ("'answer' is", [{'question': 'q', 'answer': True}, {'question': 'q', 'answer': math.nan}]),
