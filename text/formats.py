@@ -454,8 +454,7 @@ def read_pair(row, task=None):
         raise LeftOut('tie')
     # RewardBench 2 has lists of good and bad answers; ties among good ones are expected, so they are not counted
     if are_texts(row.get('chosen')) and are_texts(row.get('rejected')):
-        scored = [(1, said(text)) for text in row['chosen']]
-        scored += [(0, said(text)) for text in row['rejected']]
+        scored = [(score, said(text)) for score, key in ((1, 'chosen'), (0, 'rejected')) for text in row[key]]
         return [example for example in ranked(as_chat(asked(row)), scored, task) if 'drop' not in example]
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
@@ -776,10 +775,10 @@ def read_chat(row, task=None):
         label = {}
     # do not train on an empty answer, unless all are empty, which is counted later, or a label judges the whole conversation
     answers = [turn for turn in turns if turn['role'] == 'assistant']
-    if task != 'prompts' and not label and not messages.is_empty(answers):
-        for turn in answers:
-            if messages.is_empty([turn]):
-                turn['weight'] = 0
+    empty = [turn for turn in answers if messages.is_empty([turn])]
+    if task != 'prompts' and not label and len(empty) < len(answers):
+        for turn in empty:
+            turn['weight'] = 0
     # as FastChat does, begin with a question and end with an answer
     kept = list(dropwhile(lambda turn: turn['role'] == 'assistant', turns))
     while kept and not messages.is_trained(kept[-1]):

@@ -202,9 +202,9 @@ def _messages(text_or_chat):
 
 def _num_characters(item):
     """Return the number of characters of an item's prompt and longest answer; of chats only their contents."""
-    prompt, *answers = [item[key] for key in ('prompt', *ANSWERS) if key in item]
-    sizes = [sum(len(turn['content']) for turn in _messages(answer)) for answer in answers]
-    return sum(len(turn['content']) for turn in _messages(prompt)) + max(sizes, default=0)
+    texts = [item[key] for key in ('prompt', *ANSWERS) if key in item]
+    of_prompt, *of_answers = [sum(len(turn['content']) for turn in _messages(text)) for text in texts]
+    return of_prompt + max(of_answers, default=0)
 
 
 def _tokenised_text(example, task, tokenizer):
