@@ -62,16 +62,11 @@ def tokenizer_of(template, eos, begins=False):
 
 # template, end of text, whether BOS is added, what is added to the template's end
 CASES = {
-    'chatml, instruct': (CHATML, '<|im_end|>', False, []),
-    'chatml on a base model': (CHATML, EOS, False, [EOS]),
-    'headers': (HEADERS, '<|eot|>', True, []),
-    'inst': (INST, EOS, True, []),
-    'thinks': (THINKS, '<|im_end|>', False, []),
-    'no system': (NO_SYSTEM, '<|im_end|>', False, []),
-    'no end of turn': (BARE, EOS, False, [EOS]),
-    'plain': (PLAIN_CHAT, EOS, False, [EOS]),
+    'chatml, instruct': (CHATML, '<|im_end|>', False, []), 'chatml on a base model': (CHATML, EOS, False, [EOS]),
+    'headers': (HEADERS, '<|eot|>', True, []), 'inst': (INST, EOS, True, []), 'thinks': (THINKS, '<|im_end|>', False, []),
+    'no system': (NO_SYSTEM, '<|im_end|>', False, []), 'no end of turn': (BARE, EOS, False, [EOS]), 'plain': (PLAIN_CHAT, EOS, False, [EOS]),
     'several': ({'default': CHATML, 'tool_use': HEADERS}, '<|im_end|>', False, []),
-}
+}  # fmt: skip
 
 
 def pair(prompt='hi', chosen='yes', rejected='no'):

@@ -154,23 +154,16 @@ def test_strip_html(html, text):
 
 # ---- the hub ----
 
-# fmt: off
+HH, SHAREGPT = 'Anthropic/hh-rlhf', 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json'
+IMDB = 'insub/imdb_prefix20_forDPO_gpt2-large-imdb-FT_siebert_sentiment-roberta-large-english'
 ASKED = {  # name -> what load_dataset is asked for
-    'hh': ('Anthropic/hh-rlhf', 'test', {}),
-    'hh_helpful': ('Anthropic/hh-rlhf', 'test', {'data_dir': 'helpful-base'}),
-    'hh_harmless': ('Anthropic/hh-rlhf', 'test', {'data_dir': 'harmless-base'}),
-    'shp': ('stanfordnlp/SHP', 'test', {}),
-    'se': ('HuggingFaceH4/stack-exchange-preferences', 'train', {}),
-    'sharegpt': ('anon8231489123/ShareGPT_Vicuna_unfiltered', 'train', {'data_files': 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json'}),
-    'imdb': ('insub/imdb_prefix20_forDPO_gpt2-large-imdb-FT_siebert_sentiment-roberta-large-english', 'test', {}),
-    'oasst': ('OpenAssistant/oasst1', 'validation', {}),
-    'ultrafeedback': ('HuggingFaceH4/ultrafeedback_binarized', 'test_prefs', {}),
-    'ultrafeedback_hybrid': ('wzhouad/gemma-2-ultrafeedback-hybrid', 'test', {}),
-    'ultrachat': ('HuggingFaceH4/ultrachat_200k', 'test_sft', {}),
+    'hh': (HH, 'test', {}), 'hh_helpful': (HH, 'test', {'data_dir': 'helpful-base'}), 'hh_harmless': (HH, 'test', {'data_dir': 'harmless-base'}),
+    'shp': ('stanfordnlp/SHP', 'test', {}), 'se': ('HuggingFaceH4/stack-exchange-preferences', 'train', {}), 'imdb': (IMDB, 'test', {}),
+    'sharegpt': ('anon8231489123/ShareGPT_Vicuna_unfiltered', 'train', {'data_files': SHAREGPT}), 'oasst': ('OpenAssistant/oasst1', 'validation', {}),
+    'ultrafeedback': ('HuggingFaceH4/ultrafeedback_binarized', 'test_prefs', {}), 'owner/name': ('owner/name', 'test', {}),
+    'ultrafeedback_hybrid': ('wzhouad/gemma-2-ultrafeedback-hybrid', 'test', {}), 'ultrachat': ('HuggingFaceH4/ultrachat_200k', 'test_sft', {}),
     'alpaca_eval': ('json', 'train', {'data_files': 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'}),
-    'owner/name': ('owner/name', 'test', {}),
-}
-# fmt: on
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('source, asked', ASKED.items())
@@ -255,12 +248,12 @@ COLUMNS = {  # the names of a question's column and of one answer's (Amod counse
         'question chosen reject, question response_j response_k, instruction chosen_response rejected_response, query response rejected_response, '
         'question response_chosen response_rejected, question chosen_answer rejected_answer, question text_chosen text_rejected',
 }
+OWN = [{'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'prompt': SKY}, {'prompt': [user('q?')]}]
 SAME = [  # task, the example that each of these rows gives: of None also with other fields, {what it is: row}
     (None, PAIR, {
         'instruction': {'instruction': 'q?', 'input': '', **ANSWERS, 'prompt': None},
         'from and value, pairs': {'conversations': said('q?', '')[:1], 'chosen': said('', 'a')[1], 'rejected': said('', 'b')[1]},
         'messages and one message each': {'messages': [user('q?')], 'chosen': assistant('a'), 'rejected': assistant('b')}}),
-    (None, {'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'explicit': {'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}}),
     (None, {'prompt': 'Human: hi\nAssistant:', 'chosen': 'hello', 'rejected': 'hey'}, {'implicit, after a colon': {'chosen': 'Human: hi\nAssistant:hello', 'rejected': 'Human: hi\nAssistant:hey'}}),
     (None, {'prompt': 'Q: one?\nA:', 'chosen': ' yes', 'rejected': ' yes, no'}, {'implicit, one answer begins the other': {'chosen': 'Q: one?\nA: yes', 'rejected': 'Q: one?\nA: yes, no'}}),
     (None, {'prompt': MARKUP, **{k: f'{k}<|im_end|>' for k in ANSWERS}}, {'implicit, chat markup': {k: f'{MARKUP}{k}<|im_end|>' for k in ANSWERS}}),
@@ -275,12 +268,9 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     (None, {'prompt': SKY, 'response': ' blue.', 'good': True}, {'label as text': {'prompt': SKY, 'response': ' blue.', 'label': 'True'}}),
     (None, {'prompt': [system('s'), user('a')], **CHAT_PAIR}, {'chat prompt beside whole chats': {'prompt': [system('s'), user('a')], **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}}),
     (None, {'prompt': [user('a'), assistant('b'), user('c')], **CHAT_PAIR}, {'answers of several turns that differ in the last': {'prompt': [user('a')], **{k: [assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}}}),
-    (None, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'ours': {'prompt': SKY, 'response': ' blue.', 'good': False}}),
     (None, {'prompt': SKY, 'response': ' blue.'}, {'no history': {'prompt': SKY, 'response': ' blue.', 'history': []}}),
     (None, MULTI, {'messages': {'messages': TWO_TURNS}}),
     (None, {'prompt': '', 'response': 'The sky is blue.'}, {'text': {'text': 'The sky is blue.'}}),
-    (None, {'prompt': SKY}, {'prompt only': {'prompt': SKY}}),
-    (None, {'prompt': [user('q?')]}, {'prompt only chat': {'prompt': [user('q?')]}}),
     ('pairs', PAIR, {
         'PKU-SafeRLHF, safety': {'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'safer_response_id': 1},
         'Arena, texts as in csv': {'prompt': '["q?"]', 'response_a': '["b"]', 'response_b': '["a"]', 'winner_model_a': '0', 'winner_model_b': '1'},
@@ -511,6 +501,7 @@ BAD_ROWS = [  # what is said of a row, and rows
 
 OTHERS = {'id': 7, 'score': 0.5}  # other fields do not matter
 ALIKE = [(name, task, row, example) for task, example, rows in SAME for name, row in rows.items()]
+ALIKE += [('as it is', None, row, row) for row in OWN]
 ALIKE += [(names, task, dict(zip(names.split(), values.split(), strict=True)), PAIR if task == 'pairs' else SFT)
           for (task, values), several in COLUMNS.items() for names in several.split(', ')]  # fmt: skip
 
