@@ -298,6 +298,7 @@ def _prompt_in(column, row, given_answer):
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
     # if another column asks, a 'prompt' such as 'Q: ... A: the answer' is no question but the whole text
     if column == 'prompt' and isinstance(given_answer, str) and first_of(QUESTIONS[1:], row):
+        # rpartition needs a separator: a line break in place of an empty answer
         before, _, after = str(prompt).rpartition(given_answer.strip() or '\n')
         if before.rstrip().endswith(':') and not after.strip():
             return asked({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
