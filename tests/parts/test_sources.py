@@ -246,13 +246,12 @@ COLUMNS = {  # the names of a question's column and of one answer's (Amod counse
     ('sft', 'q? a'): 'Context Response, input_text output_text, inputs targets, input target, human assistant, user assistant, question answer, instruction output, problem solution',
     ('pairs', 'q? a b'): 'question chosen rejected, query chosen rejected, context chosen rejected, input accepted rejected, question selected rejected, '
         'question chosen reject, question response_j response_k, instruction chosen_response rejected_response, query response rejected_response, '
-        'question response_chosen response_rejected, question chosen_answer rejected_answer, question text_chosen text_rejected',
+        'question response_chosen response_rejected, question chosen_answer rejected_answer, question text_chosen text_rejected, question chosen_conversations rejected_conversations',
 }
 OWN = [{'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'prompt': SKY}, {'prompt': [user('q?')]}]
 SAME = [  # task, the example that each of these rows gives: of None also with other fields, {what it is: row}
     (None, PAIR, {
         'instruction': {'instruction': 'q?', 'input': '', **ANSWERS, 'prompt': None},
-        'from and value, pairs': {'conversations': said('q?', '')[:1], 'chosen': said('', 'a')[1], 'rejected': said('', 'b')[1]},
         'messages and one message each': {'messages': [user('q?')], 'chosen': assistant('a'), 'rejected': assistant('b')}}),
     (None, {'prompt': 'Human: hi\nAssistant:', 'chosen': 'hello', 'rejected': 'hey'}, {'implicit, after a colon': {'chosen': 'Human: hi\nAssistant:hello', 'rejected': 'Human: hi\nAssistant:hey'}}),
     (None, {'prompt': 'Q: one?\nA:', 'chosen': ' yes', 'rejected': ' yes, no'}, {'implicit, one answer begins the other': {'chosen': 'Q: one?\nA: yes', 'rejected': 'Q: one?\nA: yes, no'}}),
@@ -265,11 +264,9 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     (None, SFT | {'prompt': [user('i\n\nc')]}, {'dolly': {'instruction': 'i', 'context': 'c', 'response': 'a'}}),
     (None, {'prompt': 'Be brief.\nQ: 0?\nA:', **ANSWERS}, {'markup that has the system message': {'system': 'Be brief.', 'prompt': 'Be brief.\nQ: 0?\nA:', **ANSWERS}}),
     (None, {'prompt': SKY, 'response': ' green.', 'good': False}, {'label of 0 or 1': {'prompt': SKY, 'completion': ' green.', 'label': 0}}),
-    (None, {'prompt': SKY, 'response': ' blue.', 'good': True}, {'label as text': {'prompt': SKY, 'response': ' blue.', 'label': 'True'}}),
     (None, {'prompt': [system('s'), user('a')], **CHAT_PAIR}, {'chat prompt beside whole chats': {'prompt': [system('s'), user('a')], **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}}),
     (None, {'prompt': [user('a'), assistant('b'), user('c')], **CHAT_PAIR}, {'answers of several turns that differ in the last': {'prompt': [user('a')], **{k: [assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}}}),
     (None, {'prompt': SKY, 'response': ' blue.'}, {'no history': {'prompt': SKY, 'response': ' blue.', 'history': []}}),
-    (None, MULTI, {'messages': {'messages': TWO_TURNS}}),
     (None, {'prompt': '', 'response': 'The sky is blue.'}, {'text': {'text': 'The sky is blue.'}}),
     ('pairs', PAIR, {
         'PKU-SafeRLHF, safety': {'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'safer_response_id': 1},
@@ -288,7 +285,6 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'answers and ratings': {'instruction': 'q?', 'generations': ['b', 'a', 'x'], 'ratings': [1, 4, None]},
         'UltraInteract': {'trajectory': said('q?', '')[:1], **ANSWERS},
         'chats in objects': {'chosen': {'messages': QA}, 'rejected': {'messages': [user('q?'), assistant('b')]}},
-        'torchtune': {'Q': 'q?', 'chosen_conversations': QA, 'rejected_conversations': [user('q?'), assistant('b')]},
         'HH, processed': {k: [{'role': 'human', 'text': 'q?'}] if k == 'context' else {'role': 'assistant', 'text': x} for k, x in (('context', ''), ('chosen', 'a'), ('rejected', 'b'))}}),
     ('pairs', PAIR | {'prompt': ASKS}, {
         'HelpSteer 3': {'domain': 'd', 'context': ASKS, 'response1': 'a', 'response2': 'b', 'overall_preference': -1},
@@ -318,7 +314,6 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'a Sequence of messages': {'messages': {'role': ['user', 'assistant'], 'content': ['q?', 'a']}},
         'alpaca as text': {'text': 'Below is an instruction.\n\n### Instruction:\nq?\n\n### Response:\na'},
         'HH as text': {'text': '\n\nHuman: q?\n\nAssistant: a'}, 'Magpie': {'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')},
-        'MetaMath': {'query': 'q?', 'original_question': 'x', 'response': 'a'},
         'DeepMath': {'question': 'q?', 'final_answer': '4', 'r1_solution_1': 'a', 'r1_solution_2': 'x'},
         'LIMO': {'question': 'q?', 'solution': 'a', 'answer': '4'}, 'OpenMathInstruct': {'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'},
         'OpenChat': {'id': 'x', 'items': said('q?', 'a')},
@@ -326,11 +321,9 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'data beside columns that are known': {'question': 'q?', 'answer': 'a', 'data': ['x', 'y'], 'items': [user('x')]},
         'Infinity-Instruct': {'conversations': said('q?', 'a'), 'label': {'ability': ['x']}}}),
     ('sft', MULTI, {
-        'Capybara': {'conversation': [{'input': 'a', 'output': 'b'}, {'input': 'q?', 'output': 'a'}]},
         'LLaMA-Factory, history': {'instruction': 'q?', 'input': '', 'output': 'a', 'history': [['a', 'b']]}, 'ChatQA': {'messages': ASKS, 'answers': ['a']},
         'Guanaco': {'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'},
         'weights of questions': {'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0), strict=True)]},
-        'chats as JSON with blanks': {'messages': '\n' + json.dumps(TWO_TURNS, indent=1)},
         'texts in turn as JSON': {'conversations': json.dumps(['a', 'b', 'q?', 'a'])},
         'human and assistant': {'conversation': [{'human': 'a', 'assistant': 'b'}, {'human': 'q?', 'assistant': 'a'}]},
         'UltraChat': {'id': '0', 'data': ['a', 'b', 'q?', 'a']}}),
@@ -365,7 +358,6 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('singles', SFT | {'good': True}, {
         'LLaMA-Factory, KTO': {'instruction': 'q?', 'input': '', 'output': 'a', 'kto_tag': True},
         'a reason for a label': {'question': 'q?', 'reasoning': 'it is right', 'answer': 'a', 'label': True}}),
-    ('singles', SFT | {'good': False}, {'KTO mix': {'completion': QA, 'label': False, 'rating': 1}}),
     ('singles', {'prompt': ASKS, 'response': [assistant('')], 'good': False}, {'an empty answer with a label': {'messages': [*ASKS, assistant('')], 'label': False}}),
     ('prompts', {'prompt': [user('q?')]}, {
         'answers and scores, prompts': {'prompt': 'q?', 'responses': ['b', 'a'], 'scores': [0.1, 0.4]},
