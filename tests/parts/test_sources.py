@@ -251,8 +251,7 @@ COLUMNS = {  # the names of a question's column and of one answer's (Amod counse
 OWN = [{'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'prompt': SKY}, {'prompt': [user('q?')]}]
 SAME = [  # task, the example that each of these rows gives: of None also with other fields, {what it is: row}
     (None, PAIR, {
-        'instruction': {'instruction': 'q?', 'input': '', **ANSWERS, 'prompt': None},
-        'messages and one message each': {'messages': [user('q?')], 'chosen': assistant('a'), 'rejected': assistant('b')}}),
+        'instruction': {'instruction': 'q?', 'input': '', **ANSWERS, 'prompt': None}}),
     (None, {'prompt': 'Human: hi\nAssistant:', 'chosen': 'hello', 'rejected': 'hey'}, {'implicit, after a colon': {'chosen': 'Human: hi\nAssistant:hello', 'rejected': 'Human: hi\nAssistant:hey'}}),
     (None, {'prompt': 'Q: one?\nA:', 'chosen': ' yes', 'rejected': ' yes, no'}, {'implicit, one answer begins the other': {'chosen': 'Q: one?\nA: yes', 'rejected': 'Q: one?\nA: yes, no'}}),
     (None, {'prompt': MARKUP, **{k: f'{k}<|im_end|>' for k in ANSWERS}}, {'implicit, chat markup': {k: f'{MARKUP}{k}<|im_end|>' for k in ANSWERS}}),
@@ -261,7 +260,6 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     (None, PAIR | BRIEF, {'prompt and system': {'system_prompt': 'Be brief.', 'prompt': 'q?', **ANSWERS}}),
     (None, {'prompt': 'Q: 0?\nA:', **ANSWERS}, {'question that ends in a turn marker': {'question': 'Q: 0?\nA:', **ANSWERS}}),
     (None, SFT | {'prompt': [user('i\n\nabout this')]}, {'alpaca': {'instruction': 'i', 'input': 'about this', 'output': 'a', 'text': 'all of it: i'}}),
-    (None, SFT | {'prompt': [user('i\n\nc')]}, {'dolly': {'instruction': 'i', 'context': 'c', 'response': 'a'}}),
     (None, {'prompt': 'Be brief.\nQ: 0?\nA:', **ANSWERS}, {'markup that has the system message': {'system': 'Be brief.', 'prompt': 'Be brief.\nQ: 0?\nA:', **ANSWERS}}),
     (None, {'prompt': SKY, 'response': ' green.', 'good': False}, {'label of 0 or 1': {'prompt': SKY, 'completion': ' green.', 'label': 0}}),
     (None, {'prompt': [system('s'), user('a')], **CHAT_PAIR}, {'chat prompt beside whole chats': {'prompt': [system('s'), user('a')], **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}}),
@@ -284,12 +282,10 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'PRIME rollouts': {'prompt': 'q?', 'completions': ['b', 'a'], 'correctness': [False, True], 'steps': [['b'], ['a']]},
         'answers and ratings': {'instruction': 'q?', 'generations': ['b', 'a', 'x'], 'ratings': [1, 4, None]},
         'UltraInteract': {'trajectory': said('q?', '')[:1], **ANSWERS},
-        'chats in objects': {'chosen': {'messages': QA}, 'rejected': {'messages': [user('q?'), assistant('b')]}},
-        'HH, processed': {k: [{'role': 'human', 'text': 'q?'}] if k == 'context' else {'role': 'assistant', 'text': x} for k, x in (('context', ''), ('chosen', 'a'), ('rejected', 'b'))}}),
+        'chats in objects': {'chosen': {'messages': QA}, 'rejected': {'messages': [user('q?'), assistant('b')]}}}),
     ('pairs', PAIR | {'prompt': ASKS}, {
         'HelpSteer 3': {'domain': 'd', 'context': ASKS, 'response1': 'a', 'response2': 'b', 'overall_preference': -1},
-        'Capybara, pairs': {'conversation': [{'input': 'x', 'output': 'y'}], 'prompt': 'a q?', 'chosen': TWO_TURNS, 'rejected': [*ASKS, assistant('b')]},
-        'LLaMA-Factory, pairs with history': {'instruction': 'q?', **ANSWERS, 'history': [['a', 'b']]}}),
+        'Capybara, pairs': {'conversation': [{'input': 'x', 'output': 'y'}], 'prompt': 'a q?', 'chosen': TWO_TURNS, 'rejected': [*ASKS, assistant('b')]}}),
     ('pairs', PAIR | BRIEF, {
         'chats as JSON': {k: json.dumps(v) for k, v in (PAIR | BRIEF).items()},
         'ms-swift': {'messages': [system('Be brief.'), user('q?'), assistant('a')], 'rejected_response': 'b'}}),
@@ -309,7 +305,6 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'a flag in that column': {'question': 'q?', 'reasoning': 'on', 'answer': 'a'},
         'OpenR1-Math, raw': {'problem': 'q?', 'solution': 'a', 'generations': ['x'], 'correctness': {'llama': [True]}},
         'python_code_instructions_18k_alpaca': {'instruction': 'q?', 'input': '', 'output': 'a', 'prompt': 'Below.\n\n### Instruction:\nq?\n\n### Output:\na'},
-        'an empty instruction': {'instruction': '', 'input': 'q?', 'output': 'a'},
         'OpenAI, parts of a response': {'messages': [user([{'type': 'input_text', 'text': 'q?'}]), assistant([{'type': 'output_text', 'text': 'a'}])]},
         'a Sequence of messages': {'messages': {'role': ['user', 'assistant'], 'content': ['q?', 'a']}},
         'alpaca as text': {'text': 'Below is an instruction.\n\n### Instruction:\nq?\n\n### Response:\na'},
@@ -322,7 +317,6 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'Infinity-Instruct': {'conversations': said('q?', 'a'), 'label': {'ability': ['x']}}}),
     ('sft', MULTI, {
         'LLaMA-Factory, history': {'instruction': 'q?', 'input': '', 'output': 'a', 'history': [['a', 'b']]}, 'ChatQA': {'messages': ASKS, 'answers': ['a']},
-        'Guanaco': {'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'},
         'weights of questions': {'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0), strict=True)]},
         'texts in turn as JSON': {'conversations': json.dumps(['a', 'b', 'q?', 'a'])},
         'human and assistant': {'conversation': [{'human': 'a', 'assistant': 'b'}, {'human': 'q?', 'assistant': 'a'}]},
@@ -334,8 +328,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'a dialogue of messages': {'system': 'Be brief.', 'dialogue': QA}, 'names in capitals': {'Question': 'q?', 'System': 'Be brief.', 'RESPONSE': 'a'},
         'system_message': {'system_message': 'Be brief.', 'conversations': said('q?', 'a')}}),
     ('sft', SFT | {'prompt': ASKS}, {
-        'HelpSteer, several turns': {'prompt': 'a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nq?', 'response': 'a', 'helpfulness': 3},
-        'OpenAI, answers not trained on': {'messages': [*TWO_TURNS[:1], assistant('b') | {'weight': 0}, *TWO_TURNS[2:]]}}),
+        'HelpSteer, several turns': {'prompt': 'a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nq?', 'response': 'a', 'helpfulness': 3}}),
     ('sft', SFT | {'response': [assistant('a') | {'reasoning_content': 'let me think'}]}, {
         'a thought in a column': {'question': 'q?', 'reasoning_content': 'let me think', 'answer': 'a'},
         'medical-o1': {'Question': 'q?', 'Complex_CoT': 'let me think', 'Response': 'a'}}),
@@ -369,7 +362,6 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('HelpSteer', 'pairs', [{'prompt': q, 'response': x, 'helpfulness': n, 'verbosity': 9 - n} for q, x, n in (('q?', 'b', 1), ('q?', 'a', 4), ('r?', 'a', 3), ('r?', 'b', 3), ('s?', 'a', 3))], [PAIR], {'tie': 1, 'fewer than two answers': 1}),
     ('annotations, no verdict', 'pairs', [{'instruction': 'q', 'output_1': 'a', 'output_2': 'b', 'preference': math.nan}], [], {'no verdict': 1}),
     ('HelpSteer 2, preferences', 'pairs', [{'prompt': 'q?', 'response_1': x, 'response_2': y, 'preference_strength': n} for x, y, n in (('b', 'a', 2), ('b', 'a', 0), ('a', 'b', -1), ('a', 'b', None))], [PAIR] * 2, {'tie': 2}),
-    ('HelpSteer, best answer', 'sft', [{'prompt': 'q?', 'response': x, 'helpfulness': n} for x, n in (('b', 1), ('a', 4), ('c', 2))], [SFT], {}),
     ('PKU-SafeRLHF, whole numbers as fractions, and none', 'pairs', [{'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'better_response_id': x, 'safer_response_id': 0} for x in (1.0, None)], [PAIR], {'tie': 1}),
     ('BeaverTails', 'singles', [{'prompt': 'q?', 'response': 'a', 'category': {'x': True}, 'is_safe': x} for x in (True, False)], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False)], {}),
     ('RewardBench 2', 'pairs', [{'prompt': 'q?', 'chosen': ['a'], 'rejected': ['b', 'c'], 'models': ['x'] * 3}], [PAIR, PAIR | {'rejected': [assistant('c')]}], {}),
@@ -381,7 +373,6 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     *((f'{flag}, answers not trained on', 'sft', [{'messages': [TWO_TURNS[0] | {flag: None}, assistant('b') | {flag: no}, *TWO_TURNS[2:3], TWO_TURNS[3] | {flag: type(no)(1)}]}],
        [SFT | {'prompt': ASKS}], {}) for flag, no in zip(messages.TRAINS, (False, 0, 0.0, False, 0), strict=True)),
     ('a thought beside a text', 'sft', [{'prompt': 'p', 'thinking': 'let me think', 'completion': 'a'}], [{'prompt': 'p', 'response': 'a'}], {formats.UNTHOUGHT: 1}),
-    ('OpenAI, last answer not trained on', 'sft', [{'messages': [user('q?'), assistant('a'), user('x'), assistant('y') | {'weight': 0}]}], [SFT], {formats.UNASKED: 1}),
     *(('NeMo RL', task, [{'context': [user('q?')], 'completions': [{'rank': n, 'completion': [assistant(x)]} for n, x in ((1, 'b'), (0, 'a'))]}], [example], {})
       for task, example in (('pairs', PAIR), ('sft', SFT))),
     *(('a good conversation', 'sft', [{'messages': TWO_TURNS, name: x} for x in (True, False)], [MULTI, {'prompt': ASKS, 'response': SAYS, 'good': False}], {}) for name in ('label', 'is_correct')),
@@ -461,7 +452,6 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("a message has a part of the type 'image'", [{'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}]),
     ("'chosen' begins as a chat in JSON does", [{'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}]),
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
-    ("'0' is neither of response_1 and response_2", [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'label': 0}]),
     ("'llama-7b' is neither of response_a and response_b", [{'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}]),
     ('all or none must', [{'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}]),
     ("written by a chat template already, without the message in 'system'", [{'prompt': '<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n', 'chosen': 'b', 'rejected': 'c', 'system': 'Be X.'}]),
@@ -476,10 +466,8 @@ BAD_ROWS = [  # what is said of a row, and rows
     ('its columns cannot be read', [{'prompt': 'p', 'response': 'a', 'initial_reason_steps': 3}]),
     ("'pm_score' is not a finite number", [{'question': 'q', 'answers': [{'pm_score': math.nan, 'text': 'a'}]}]),
     ('a row of the layout HelpSteer among others', [{'prompt': 'q', 'response': 'a', 'helpfulness': 1}]),
-    ('Expecting', [{'prompt': '["q"', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': 1, 'winner_model_b': 0}]),
     ("'responses' and 'scores' are not as many texts and numbers", [{'prompt': 'q', 'responses': ['a', 'b'], 'scores': [1]}]),
     ("'choice' is neither 0 nor 1", [{'info': {}, 'summaries': [{'text': 'a'}, {'text': 'b'}], 'choice': 2}]),
-    ("'chosen' has half a surrogate pair", [{'prompt': 'p', 'chosen': '\ud800', 'rejected': 'b'}]),
     ("'chosen' has half", [{'prompt': 'p', 'chosen': [assistant('\udc00')], 'rejected': []}]),
     ("'prompt' has no messages", [{'prompt': [], 'chosen': [], 'rejected': []}]),
     ("'completion' does not end with an answer", [{'prompt': 'p', 'completion': [user('x')]}]),
