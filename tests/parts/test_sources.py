@@ -302,7 +302,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('sft', SFT, {
         'UltraFeedback': {'instruction': 'q?', 'completions': [{'response': 'b', 'overall_score': 9, 'fine-grained_score': 1.5}, {'response': 'a', 'overall_score': 2, 'fine-grained_score': 4}]},
         'names of documents': {'question': 'q?', 'document': 'a.pdf', 'passages': 3, 'answer': 'a'},
-        'a flag in that column': {'question': 'q?', 'reasoning': 'on', 'answer': 'a'},
+        'a flag in that column': {'question': 'q?', 'reasoning': 'on', 'answer': 'a'}, 'an answer beside the chat': {'messages': [user('q?')], 'response': 'a'},
         'OpenR1-Math, raw': {'problem': 'q?', 'solution': 'a', 'generations': ['x'], 'correctness': {'llama': [True]}},
         'python_code_instructions_18k_alpaca': {'instruction': 'q?', 'input': '', 'output': 'a', 'prompt': 'Below.\n\n### Instruction:\nq?\n\n### Output:\na'},
         'OpenAI, parts of a response': {'messages': [user([{'type': 'input_text', 'text': 'q?'}]), assistant([{'type': 'output_text', 'text': 'a'}])]},
