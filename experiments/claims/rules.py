@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.claims import verdict
-from experiments.claims.grid import FLIPS, ONLINE, Grid, key, make, name_of, value
+from experiments.claims.grid import FLIPS, METHODS, ONLINE, Grid, key, make, name_of, value
 
 MOST = FLIPS[-1]
 # at equal beta and learning rate, by accuracy: ours, theirs, flips, paper
@@ -43,7 +43,9 @@ class Claim(NamedTuple):
 
 
 def judged(grid, seeds, results):
-    """[(claim, differences by seed, verdict)] of all claims, decided together; a small grid's, of those that it can say something about."""
+    """[(claim, differences by seed, the rule's word)] of all claims, decided together.
+
+    A difference is None where a run is missing. Of a small grid's claims those without any difference are left out."""
     rows = []
     for claim in claims(grid, results):
         differences = []
@@ -52,10 +54,10 @@ def judged(grid, seeds, results):
                 differences.append(claim.difference(seed))
             except KeyError:
                 differences.append(None)
-        if grid.cut == 1 or any(x is not None for x in differences):
+        if grid.cut == 1 or set(differences) != {None}:
             rows.append((claim, differences))
-    verdicts = verdict.judge([(differences, claim.unit) for claim, differences in rows])
-    return [(*row, decided) for row, decided in zip(rows, verdicts, strict=True)]
+    words = verdict.judge([(differences, claim.unit) for claim, differences in rows])
+    return [(*row, word) for row, word in zip(rows, words, strict=True)]
 
 
 # ---- what is measured ----
@@ -102,18 +104,13 @@ class Measured:
         flipped, clean = (self.equal('drdpo 1', 'dpo', flips, self.grid.cells(), seed) for flips in (MOST, 0.0))
         return flipped - clean
 
-    def over_betas(self, method, seed):
-        """The score at every beta, on pairs of mixed gap."""
-        return [self.value(self.grid.mixed(method, beta, seed), 'score') for beta in self.grid.mixed_betas]
-
-    def narrower(self, seed):
-        """By how much beta-DPO's range of scores over beta is smaller than DPO's."""
-        ours, theirs = self.over_betas('beta_dpo', seed), self.over_betas('dpo', seed)
-        return max(theirs) - min(theirs) - (max(ours) - min(ours))
-
-    def higher(self, seed):
-        """By how much beta-DPO's mean score over beta is larger."""
-        return statistics.mean(self.over_betas('beta_dpo', seed)) - statistics.mean(self.over_betas('dpo', seed))
+    def mixed(self, summary, seed):
+        """A summary of the scores at every beta, on pairs of mixed gap: that of beta-DPO minus that of DPO."""
+        ours, theirs = (
+            summary([self.value(self.grid.mixed(method, beta, seed), 'score') for beta in self.grid.mixed_betas])
+            for method in ('beta_dpo', 'dpo')
+        )
+        return ours - theirs
 
     def above(self, ours, theirs, seed):
         """The gold reward between two methods' frontiers: the SFT model, and the method at every beta."""
@@ -139,8 +136,18 @@ class Measured:
         return self.value(a, metric) - self.value(b, metric)
 
 
+def narrowness(numbers):
+    """The negative of their range."""
+    return min(numbers) - max(numbers)
+
+
 def listed(numbers):
     return ', '.join(f'{x:g}' for x in numbers)
+
+
+def settings_of(options):
+    """What a search has found, in words."""
+    return ', '.join(f'{option} {x:g}' for option, x in options.items())
 
 
 def claims(grid: Grid, results):
@@ -162,9 +169,9 @@ def claims(grid: Grid, results):
     yield Claim(words, what, settings, partial(measured.equal, 'beta_dpo', 'dpo', 0.0, own), 'accuracy')
     settings = f'equal: beta {listed(grid.mixed_betas)}, lr {grid.mixed_lr:g}; a 0.6, rho 0.2'
     words = 'beta-DPO depends less on beta than DPO (2407.08639)'
-    yield Claim(words, 'largest minus smallest score over beta, mixed gap', settings, measured.narrower, 'score')
+    yield Claim(words, 'largest minus smallest score over beta, mixed gap', settings, partial(measured.mixed, narrowness), 'score')
     words = 'beta-DPO beats DPO on pairs of mixed gap (2407.08639)'
-    yield Claim(words, 'score, mean over beta', settings, measured.higher, 'score')
+    yield Claim(words, 'score, mean over beta', settings, partial(measured.mixed, statistics.mean), 'score')
 
     # reward against KL
     betas, between = f'beta {listed(grid.frontier_betas)}, lr {grid.frontier_lr:g}', 'gold reward between the frontiers'
@@ -174,9 +181,9 @@ def claims(grid: Grid, results):
         words = f'{name_of(ours)} stays nearer to the reference than {name_of(theirs)} ({paper})'
         less = 'forward KL on held-out pairs, same beta: share less'
         yield Claim(words, less, f'equal: {betas}', partial(measured.nearer, ours, theirs), 'share')
-    for name, options in ONLINE.items():
+    for name in ONLINE:
         words = f'{name_of(name)} on the gold reward is above DPO at the same KL'
-        settings = f'kl_coef {listed(grid.kl_coefs)}, lr {options["lr"]:g}; DPO: {betas}; neither tuned'
+        settings = f'kl_coef {listed(grid.kl_coefs)}, lr {METHODS[name]["lr"]:g}; DPO: {betas}; neither tuned'
         yield Claim(words, between, settings, partial(measured.above, name, 'dpo'), 'gold')
 
     # both sides tuned for the metric of the claim
@@ -188,9 +195,7 @@ def claims(grid: Grid, results):
 
 def tuned_words(grid, ours, theirs, metric):
     """(words, settings) of a claim about two tuned methods."""
-    found, against = (
-        ', '.join(f'{option} {x:g}' for option, x in grid.setting(name, metric).items()) for name in (ours, theirs)
-    )
+    found, against = (settings_of(grid.setting(name, metric)) for name in (ours, theirs))
     kind, method = ours.split(maxsplit=1)
     other = theirs.split(maxsplit=1)[1]
     settings, how = f'tuned for {metric}: {found}; against {against}', ', both tuned'
