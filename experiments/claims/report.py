@@ -1,6 +1,5 @@
 """The report of experiments/claims: verdicts and all numbers from the trials that are there, and their place in docs/evidence.md."""
 
-import json
 import re
 import statistics
 
@@ -71,7 +70,9 @@ def write(grid, seeds, results, out):
     n_samples = '/'.join(sorted({str(row['n_samples']) for row in used}))
     words = [word for _, _, word in rows]
     counts = ', '.join(f'{word}: {words.count(word)}' for word in WORDS)
-    found = [[name, metric, settings_of(best)] for name, metrics in grid.settings.items() for metric, best in metrics.items()]
+    found = []
+    for name, metrics in grid.settings.items():
+        found += [[name, metric, settings_of(best)] for metric, best in metrics.items()]
     text = f"""# The papers' claims on the toy world
 
 Written by `experiments/claims`; the raw results are in `results.jsonl`. {len(used)} of {len(trials)} trials, seeds {', '.join(map(str, seeds))},

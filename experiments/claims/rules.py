@@ -169,7 +169,8 @@ def claims(grid: Grid, results):
     yield Claim(words, what, settings, partial(measured.equal, 'beta_dpo', 'dpo', 0.0, own), 'accuracy')
     settings = f'equal: beta {listed(grid.mixed_betas)}, lr {grid.mixed_lr:g}; a 0.6, rho 0.2'
     words = 'beta-DPO depends less on beta than DPO (2407.08639)'
-    yield Claim(words, 'largest minus smallest score over beta, mixed gap', settings, partial(measured.mixed, narrowness), 'score')
+    what = 'largest minus smallest score over beta, mixed gap'
+    yield Claim(words, what, settings, partial(measured.mixed, narrowness), 'score')
     words = 'beta-DPO beats DPO on pairs of mixed gap (2407.08639)'
     yield Claim(words, 'score, mean over beta', settings, partial(measured.mixed, statistics.mean), 'score')
 

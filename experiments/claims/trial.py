@@ -4,9 +4,7 @@ A trial is {'script', 'data', 'seed', 'options'}; options None is the SFT model 
 """
 
 import contextlib
-import functools
 import io
-import json
 import os
 import runpy
 import shutil
@@ -14,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +23,7 @@ import losses
 import model as models
 from configurator import UserError
 from data import make_batches
-from experiments import ROOT
+from experiments import ROOT, write_rows
 from hf import attention, generate
 from hf.load import load_model, load_tokenizer
 from rl import divergences
@@ -32,19 +31,17 @@ from text import tokenise, toy
 from text.examples import Examples
 
 N_PAIRS = 2560  # training pairs of a trial: 40 steps of 64
-COMMON = {  # of every trial on pairs
-    'n_epochs': 1, 'batch_size': 64, 'lr_schedule': 'linear', 'warmup_steps': 4, 'n_eval_examples': 0, 'do_first_eval': False,
-    'max_length': 64, 'max_prompt_length': 16, 'log_every': 10**6,
-}  # fmt: skip
+QUIET = {'n_eval_examples': 0, 'do_first_eval': False, 'log_every': 10**6}
+LENGTHS = {'max_length': 64, 'max_prompt_length': 16}
+# of every trial on pairs
+COMMON = QUIET | LENGTHS | {'n_epochs': 1, 'batch_size': 64, 'lr_schedule': 'linear', 'warmup_steps': 4}
+# of every trial with sampled answers, as in config/ppo_toy.py and config/grpo_toy.py
+COMMON_ONLINE = QUIET | {'data': 'toy', 'reward_model': 'gold', 'batch_size': 256, 'minibatch_size': 64,
+                         'lr_schedule': 'linear', 'max_new_tokens': 48}  # fmt: skip
 DIVERGE = ('tdpo1', 'tdpo2', 'radpo1', 'radpo2')  # these need the live reference, and are measured by forward KL
 UNCACHED = (*DIVERGE, 'simpo', 'orpo', 'kto')  # without a reference, or with more of it than its log-probs
-COMMON_ONLINE = {  # of every trial with sampled answers, as in config/ppo_toy.py and config/grpo_toy.py
-    'data': 'toy', 'reward_model': 'gold', 'batch_size': 256, 'minibatch_size': 64, 'lr_schedule': 'linear', 'max_new_tokens': 48,
-    'n_eval_examples': 0, 'do_first_eval': False, 'log_every': 10**6,
-}  # fmt: skip
 LOW, HIGH = 0.5, 1.2  # a pair has a low gap below the first, a high gap above the second
 N_TEST = 1800  # held-out pairs; about 1,690 are left without ties
-LIMITS = {'max_length': 64, 'max_prompt_length': 16, 'undivided': True}
 
 
 def gap(pair):
@@ -74,9 +71,8 @@ def held_out_pairs():
 def write_pairs(file, make, *args):
     """A jsonl file of make(*args), whole or not at all, written once."""
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f'.{os.getpid()}')
-        part.write_text(''.join(json.dumps(pair) + '\n' for pair in make(*args)))
+        part = file.with_suffix(f'.{os.getpid()}')  # another process may be at it, too
+        write_rows(part, make(*args))
         part.replace(file)
     return file
 
@@ -101,10 +97,9 @@ def train_reference(work, seed):
     if not (model / 'config.json').exists():
         shutil.rmtree(model.parent, ignore_errors=True)
         file = write_pairs(work / 'data' / f'sft-{seed}.jsonl', toy.pairs, f'claims sft {seed}')
-        train('sft.py', model.parent, {
-            'model': 'toy', 'data': file, 'seed': seed, 'n_epochs': 3, 'batch_size': 32, 'lr': 1e-2, 'lr_schedule': 'cosine',
-            'warmup_steps': 20, 'eval_data': 'toy', 'n_eval_examples': 0, 'do_first_eval': False, 'log_every': 10**6,
-        })  # fmt: skip
+        options = QUIET | {'n_epochs': 3, 'batch_size': 32, 'lr': 1e-2, 'lr_schedule': 'cosine', 'warmup_steps': 20}
+        options |= {'model': 'toy', 'data': file, 'eval_data': 'toy', 'seed': seed}
+        train('sft.py', model.parent, options)
 
 
 def run_trial(trial, work, n_samples):
@@ -112,17 +107,14 @@ def run_trial(trial, work, n_samples):
     torch.set_num_threads(1)
     work, began, cpu = Path(work), time.time(), time.process_time()
     os.environ.setdefault('NANOPREF_CACHE', str(work / 'cache'))
-    reference, out = reference_of(work, trial['seed']), work / f'run-{os.getpid()}'
+    folder, out = reference_of(work, trial['seed']), work / f'run-{os.getpid()}'
     shutil.rmtree(out, ignore_errors=True)
     result = dict(trial, commit=commit(), n_samples=n_samples)
     try:
-        folder = reference
         if trial['options'] is not None:
             train(trial['script'], out, all_options(trial, work))
             folder = out / 'model'
-        trained = time.time()
         result |= measure(trial, folder, work, n_samples)
-        result['seconds_training'] = round(trained - began, 1)
     except UserError as error:
         result['error'] = str(error)
     shutil.rmtree(out, ignore_errors=True)
@@ -150,7 +142,7 @@ def all_options(trial, work):
     return options
 
 
-@functools.lru_cache(1)
+@lru_cache(1)
 def commit():
     """The commit that is checked out, with a + where files differ from it."""
 
@@ -201,7 +193,8 @@ def measure(trial, folder, work, n_samples):
     result = sampled(policy, reference, tokenizer, trial['seed'], n_samples)
 
     # the held-out pairs; a model that is the reference itself has no ratios
-    pairs = tokenise.load_examples(str(test_file(work)), 'test', tokenizer, 'pairs', **LIMITS)
+    examples_of = partial(tokenise.load_examples, tokenizer=tokenizer, task='pairs', undivided=True, **LENGTHS)
+    pairs = examples_of(str(test_file(work)), 'test')
     if options['loss'] is None:
         gain = columns(policy, None, pairs, None)[0] / np.diff(pairs.spans[:, 1:], axis=2).reshape(-1)
     else:
@@ -212,8 +205,8 @@ def measure(trial, folder, work, n_samples):
         forward = columns(policy, reference, pairs.select(slice(500)), divergences.kl)[1]
         result |= {'kl_chosen': forward[::2].mean(), 'kl_rejected': forward[1::2].mean()}
     if options['loss'] in ('dpo', 'drdpo'):
-        train_pairs = tokenise.load_examples(str(data_file(trial, work)), 'train', tokenizer, 'pairs', **LIMITS)
-        result |= gradient_shares(policy, reference, train_pairs, trial['seed'], options)
+        trained_on = examples_of(str(data_file(trial, work)), 'train')
+        result |= gradient_shares(policy, reference, trained_on, trial['seed'], options)
     return {name: round(float(x), 5) for name, x in result.items()}
 
 
@@ -259,6 +252,5 @@ def gradient_shares(policy, reference, pairs, seed, options):
     size = torch.sigmoid(-h)
     if options['loss'] == 'drdpo':
         size *= losses.drdpo_weight(-torch.nn.functional.logsigmoid(h), 0.0, beta_prime=options.get('beta_prime', 1.0))
-    return {
-        'h_std': h.std(), 'flipped_share': size[flipped].sum() / size.sum(), 'flipped_pairs': flipped.double().mean(),
-    }  # fmt: skip
+    share = size[flipped].sum() / size.sum()
+    return {'h_std': h.std(), 'flipped_share': share, 'flipped_pairs': flipped.double().mean()}
