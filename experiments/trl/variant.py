@@ -38,9 +38,8 @@ class TrlVariant:
             import trl.trainer.utils as utils
             from trl import DPOConfig, DPOTrainer
         except ImportError as error:
-            raise UserError(
-                f'the variant {self.name} needs trl==1.16.0 ({error}); leave it out of --variants'
-            ) from None
+            what = f'the variant {self.name} needs trl==1.16.0 ({error})'
+            raise UserError(f'{what}; leave it out of --variants') from None
         name, clock, variant, model = self.name, self.clock, self, self.build()
         self.go, self.done, self.error = threading.Event(), threading.Event(), None
 
@@ -63,10 +62,9 @@ class TrlVariant:
 
         rows = []
         for i in steps.flatten():
-            prompt, (chosen, rejected) = examples[i]
-            rows.append(
-                {'prompt_ids': prompt.tolist(), 'chosen_ids': chosen.tolist(), 'rejected_ids': rejected.tolist()}
-            )
+            prompt, answers = examples[i]
+            parts = zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), (prompt, *answers), strict=True)
+            rows.append({name: ids.tolist() for name, ids in parts})
         fast = {} if name == 'trl' else {'gradient_checkpointing': False}
         args = DPOConfig(
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=self.step_pairs,
