@@ -7,9 +7,9 @@
     python -m experiments.claims --report            # write the report again from what is there
 
 experiments/claims/record has what --out_dir=experiments/claims/record left there; with that docs/evidence.md is written, too. Resumable:
-every finished trial is a line of results.jsonl, and is not made again. Settings are those of settings.json, here or in the record; where
-there is none, the search comes first. results.md has the verdicts and tables. grid.py says which trials, rules.py which claims, verdict.py
-by which rule; loglinear.py is a command of its own.
+every finished trial is a line of results.jsonl, and is not made again. Settings are those of settings.json, here or else in the record.
+results.md has the verdicts and tables. grid.py says which trials, rules.py which claims, verdict.py by which rule; loglinear.py is a
+command of its own.
 """
 
 import json
@@ -83,33 +83,25 @@ def main():
     if quick:
         seeds = '1 2 3' if config.origin['seeds'] == 'default' else seeds
         n_samples = 256 if config.origin['n_samples'] == 'default' else n_samples
-    try:
-        chosen = [int(seed) for seed in seeds.split()]
-    except ValueError:
-        chosen = []
-    if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
+    chosen = [int(word) for word in seeds.split() if word.isdecimal()]
+    if not chosen or len(set(chosen)) < len(seeds.split()):
         raise UserError(f"seeds must be different whole numbers, such as '1 2 3', not {seeds!r}")
     if claims_grid.SEARCH_SEED in chosen and not search:
         raise UserError(f'seed {claims_grid.SEARCH_SEED} has chosen the settings: report others')
-    if search:
-        config.report_unused(['seeds', 'quick', 'report'], 'the search has one seed and one size')
     out = Path(out_dir or f'out/claims{"_quick" if quick else ""}').resolve()
     work = out / 'work'  # the SFT model, the pairs, the cache of tokens
     work.mkdir(parents=True, exist_ok=True)
     os.environ['OMP_NUM_THREADS'] = '1'  # the workers inherit it
     os.environ.setdefault('NANOPREF_CACHE', str(work / 'cache'))
     settings, results = out / 'settings.json', out / 'results.jsonl'
-    known = [file for file in (settings, RECORD / 'settings.json') if file.exists()]
-    if report and not known:
-        raise UserError(f'there is nothing to report in {out}')
-    if search or not known:
+    if search:
+        config.report_unused(['seeds', 'quick', 'report'], 'the search has one seed and one size')
         find_settings(settings, out, work)
-        known = [settings]
-        if search:
-            print(f'{settings}:\n{settings.read_text()}')
-            return
+        print(f'{settings}:\n{settings.read_text()}')
+        return
+    found = settings if settings.exists() else RECORD / 'settings.json'
     axes = claims_grid.QUICK if quick else claims_grid.FULL
-    grid = claims_grid.Grid(settings=json.loads(known[0].read_text()), **axes)
+    grid = claims_grid.Grid(settings=json.loads(found.read_text()), **axes)
     if not report:
         run(grid.trials(chosen), results, work)
     claims_report.write(grid, chosen, read_results(results), out)

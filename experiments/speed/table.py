@@ -12,6 +12,7 @@ measured again.
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from configurator import UserError, configure
@@ -39,11 +40,6 @@ WORDS = {
 numbers = json.loads(Path(out).read_text()) if Path(out).exists() else {}
 
 
-def bench(*flags):
-    """The rows of a bench.py run: variant -> row."""
-    return bench_rows(f'--tokenizer={tokenizer}', f'--data=hh:{hh}', *flags, limit=3000)
-
-
 def ratios(rows):
     """What COMPARED lists, in its order."""
     return [rows[ours]['pairs_per_second'] / rows[theirs]['pairs_per_second'] for ours, theirs in COMPARED]
@@ -51,9 +47,10 @@ def ratios(rows):
 
 def measure(name, flags):
     """The rows of one line: all variants in one process, then memory, a process each."""
-    rows = bench(*flags, f'--n_steps={n_steps}', f'--variants={VARIANTS}')
+    bench = partial(bench_rows, f'--tokenizer={tokenizer}', f'--data=hh:{hh}', *flags, limit=3000)
+    rows = bench(f'--n_steps={n_steps}', f'--variants={VARIANTS}')
     for variant in ('padded', 'trl', 'head', 'cached'):
-        alone = bench(*flags, '--n_steps=1', f'--variants={variant}')
+        alone = bench('--n_steps=1', f'--variants={variant}')
         rows[variant]['peak_memory_gb_alone'] = alone[variant]['peak_memory_gb']
     numbers[name] = rows
     Path(out).write_text(json.dumps(numbers, indent=1) + '\n')

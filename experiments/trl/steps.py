@@ -2,7 +2,6 @@
 
     pip install trl==1.16.0     # beside requirements.txt, in an environment of its own: nanopref never needs TRL
     python -m experiments.trl.steps                         # on toy pairs, half a minute
-    python -m experiments.trl.steps --data=hh:PATH/hh_harmless.jsonl.gz --kinds=dpo
     python -m experiments.trl.steps --write                 # makes the files of tests/parts anew that hold what TRL says
 
 Ours are packed and share prompts, TRL's are padded. Exit code 1 where token ids differ, or a loss, a reward, a log-prob
@@ -21,16 +20,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError, configure
 from experiments import ROOT, read_rows, run, write_rows
-from text import sources, toy
+from text import toy
 
 kinds = 'dpo reward'  # what to compare
-data = 'toy'  # pairs of texts, as dpo.py reads them
 write = False  # make the numbers of tests/parts anew
 
 N_PAIRS = 32
@@ -100,20 +97,6 @@ def toy_pairs(margins=False):
             better = toy.gold(pair['prompt'], pair['chosen']) - toy.gold(pair['prompt'], pair['rejected'])
             pair['margin'] = round(max(0.0, better), 3)
     return short
-
-
-def other_pairs():
-    """The first pairs of --data that need no truncation: a token is a byte."""
-
-    def fits(row):
-        sizes = [len((row['prompt'] + row[side]).encode()) for side in ('chosen', 'rejected')]
-        return max(sizes) < COMMON['max_length'] - 1
-
-    rows, _ = sources.load_rows(data, 'train', undivided=True)
-    pairs = list(islice(filter(fits, rows), N_PAIRS))
-    if not pairs:
-        raise UserError(f'{data!r} has no pairs of at most {COMMON["max_length"]} bytes')
-    return pairs
 
 
 # ---- what is compared ----
@@ -281,11 +264,9 @@ def main():
     configure(globals())
     if not kinds.split() or set(kinds.split()) - KINDS.keys():
         raise UserError(f'--kinds takes some of {" ".join(KINDS)}, not {kinds!r}')
-    if write and data != 'toy':
-        raise UserError('--write keeps what TRL says about toy pairs: leave out --data')
     agreed = True
     for kind in map(KINDS.get, kinds.split()):
-        runs, pairs = {}, kind.pairs() if data == 'toy' else other_pairs()
+        runs, pairs = {}, kind.pairs()
         for name in kind.runs:
             with tempfile.TemporaryDirectory() as work:
                 agrees, runs[name] = compare(kind, name, pairs, Path(work))
