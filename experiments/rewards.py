@@ -10,9 +10,8 @@ NUMBER = re.compile(r'(?:####|\\boxed\s*\{)\s*\$?(-?[\d,]*\.?\d+)')
 
 def gsm8k(prompts, responses, rows):
     """1 for an answer whose last number behind #### or in \\boxed{} is that of the row's column 'answer', else 0."""
-    return [
-        float(_last_number(response) == _right(row['answer'])) for response, row in zip(responses, rows, strict=True)
-    ]
+    pairs = zip(responses, rows, strict=True)
+    return [float(_last_number(response) == _right(row['answer'])) for response, row in pairs]
 
 
 def _last_number(text):

@@ -81,22 +81,27 @@ def odd_value(depth=0):
     return copy.deepcopy(random.choice(ODD_VALUES))
 
 
-def places(value, depth=0):
-    """All (container, key) in a row, down to the sixth level."""
+def places(value, levels):
+    """All (container, key) in a json value, down to so many levels."""
     keys = list(value) if isinstance(value, dict) else []
     if isinstance(value, list):
         keys = range(len(value))
     found = [(value, key) for key in keys]
-    for key in keys if depth < 5 else []:
-        found += places(value[key], depth + 1)
+    for key in keys if levels > 1 else []:
+        found += places(value[key], levels - 1)
     return found
+
+
+def texts(value):
+    """All texts in a json value."""
+    return [container[key] for container, key in places([value], 900) if isinstance(container[key], str)]
 
 
 def mutate(row, pool):
     """A copy of a row in which a few values are gone, renamed, copied from another row, repeated or odd."""
     row = copy.deepcopy(row)
     for _ in range(random.choice([1, 1, 1, 2, 4])):
-        spots = places(row)
+        spots = places(row, 6)
         if not spots:
             return odd_value()
         container, key = random.choice(spots)
@@ -107,7 +112,7 @@ def mutate(row, pool):
             others = [f'{key}x', 'prompt', 'chosen', 'preference', 'output_1', random.choice(ODD_TEXTS)[:20]]
             container[random.choice(others)] = container.pop(key)
         elif act == 'copy':
-            other, place = random.choice(places(random.choice(pool)))
+            other, place = random.choice(places(random.choice(pool), 6))
             container[key] = copy.deepcopy(other[place])
         elif act == 'insert' and isinstance(container[key], str):
             text = container[key]
@@ -139,18 +144,6 @@ def write_line(row):
 
 def ring(*_):
     raise Failure(f'no end within {SECONDS} s')
-
-
-def texts(value):
-    """All texts in a json value."""
-    found, left = [], [value]
-    while left:
-        value = left.pop()
-        if isinstance(value, str):
-            found.append(value)
-        elif isinstance(value, dict | list):
-            left += value.values() if isinstance(value, dict) else value
-    return found
 
 
 def check_example(example, written, name):

@@ -139,26 +139,25 @@ def train_killed(loss, world, work, rng, duration):
         kill(process)
         done = max((row['counters/examples'] for row in metrics(out)), default=0)
         hits.append(f'{done} examples ({moment or "any moment"})')
-    # it had just finished: another start would rightly be refused
-    if (out / 'model').exists():
-        return hits, 0
-    return hits, start(loss, world, out, work / 'cache').wait()
+    # it may have finished just now: another start would rightly be refused
+    code = 0 if (out / 'model').exists() else start(loss, world, out, work / 'cache').wait()
+    return hits, code
 
 
 def main():
     rng = random.Random(seed)
     base = Path(folder or tempfile.mkdtemp(prefix='soak-'))
     base.mkdir(parents=True, exist_ok=True)
-    kinds, worlds = itertools.cycle(losses.split()), itertools.cycle(map(int, processes.split()))
-    done = survived = number = resumed = 0
+    cases = zip(itertools.count(1), itertools.cycle(losses.split()), itertools.cycle(map(int, processes.split())))
+    done = survived = resumed = 0
     while done < kills:
         # the run without interruption, then the one that is killed, and what it has left
-        loss, world = next(kinds), next(worlds)
+        number, loss, world = next(cases)
         whole, duration = train_whole(loss, world, base)
         work = base / f'run{number}'
         hits, code = train_killed(loss, world, work, rng, duration)
         wrong = f'exit code {code}' if code else difference(work / 'out', whole)
-        number, done = number + 1, done + len(hits)
+        done += len(hits)
         print(f'{loss:9s} {world} processes, killed after {", ".join(hits) or "no examples"}: '
               f'{wrong or "as if nothing had happened"}', flush=True)  # fmt: skip
         resumed += (work / 'out.txt').read_text().count('resuming')  # the others came before the first checkpoint

@@ -126,27 +126,6 @@ def test_scripts_and_models(model, what, harm):
     assert not Path('evil').exists() and left in ([], ['.lock'])
 
 
-DAMAGES = {
-    'weights, garbage': lambda f: (f / 'model.safetensors').write_bytes(bytes(range(256)) * 9),
-    'weights, empty': lambda f: (f / 'model.safetensors').write_bytes(b''),
-    'weights, a folder': lambda f: ((f / 'model.safetensors').unlink(), (f / 'model.safetensors').mkdir()),
-    'config, cut': lambda f: shorten(f / 'config.json'),
-    'config, a list': lambda f: (f / 'config.json').write_text('[1]'),
-    'config, no number': lambda f: (f / 'config.json').write_text('{"model_type": "llama", "hidden_size": "x"}'),
-    'config, nothing': lambda f: (f / 'config.json').unlink(),
-    'tokenizer, cut': lambda f: shorten(f / 'tokenizer.json'),
-    'tokenizer, a list': lambda f: (f / 'tokenizer.json').write_text('[]'),
-    'tokenizer, bytes': lambda f: (f / 'tokenizer.json').write_bytes(bytes(range(256))),
-    'tokenizer_config': lambda f: (f / 'tokenizer_config.json').write_text('{'),
-    'shard, missing': lambda f: (f / 'model-00002-of-00006.safetensors').unlink(),
-    'shard, cut': lambda f: shorten(f / 'model-00002-of-00006.safetensors'),
-    'index, cut': lambda f: shorten(f / 'model.safetensors.index.json'),
-    'index, empty': lambda f: (f / 'model.safetensors.index.json').write_text('{}'),
-    "tokenizer's code": lambda f: own_code(f, 'tokenizer_config.json'),
-    "adapter's pickle": lambda f: (pickled(f), (f / 'pytorch_model.bin').rename(f / 'adapter_model.bin')),
-}
-
-
 def both(name, **options):
     """How a model folder is read: as language model, as base of a reward model."""
     padded = load.separate_pad(toy.tokenizer())
@@ -154,37 +133,6 @@ def both(name, **options):
         lambda: load.load_model(name, tokenizer=toy.tokenizer(), **options),
         lambda: load.load_reward(name, padded, new_head=True, **options),
     )
-
-
-def not_loaded(words):
-    """Neither way of reading ./model succeeds, each says these words, and no code of it has run."""
-    for read in both('model'):
-        with pytest.raises(UserError, match=words) as info:
-            load.load_tokenizer('model')
-            read()
-        assert '\n' not in str(info.value)
-    assert not Path('evil').exists()
-
-
-BROKEN = {
-    'config, cut': "the config.json of 'model' is not valid JSON .*line .*: mend it$",
-    'config, nothing': "'model' has no config.json, so it is no model folder",
-    'no weights': "'model' has no .safetensors file: fetch its weights$",
-    'a pickle': "'model' has no .safetensors file: convert it from a pickle, which can run any code$",
-}
-
-
-@pytest.mark.parametrize('name', BROKEN)
-def test_broken_folders(model, name):
-    changes = {**DAMAGES, 'no weights': lambda f: (f / 'model.safetensors').unlink(), 'a pickle': pickled}
-    model('good', changes[name])
-    not_loaded(BROKEN[name])
-
-
-@pytest.mark.parametrize('name', DAMAGES)
-def test_damaged_models(model, name):
-    model('shards' if name.startswith(('shard', 'index')) else 'good', DAMAGES[name])
-    not_loaded("'model'")
 
 
 def names_shard(shard):
@@ -210,33 +158,70 @@ def sets(**options):
     return change
 
 
-NAMES = ['a.bin', '../x.safetensors', 'sub/x.safetensors', '/tmp/x.safetensors', '..', 'a.safetensors.bin', 7, '', None]
-KERNEL = 'a kernel from the hub .*--trust_remote_code'
+def writes(name, content):
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def cuts(name):
+    return lambda folder: shorten(folder / name)
+
+
+def removes(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def an_adapters_pickle(folder):
+    pickled(folder)
+    (folder / 'pytorch_model.bin').rename(folder / 'adapter_model.bin')
+
+
+def weights_are_a_folder(folder):
+    (folder / 'model.safetensors').unlink()
+    (folder / 'model.safetensors').mkdir()
+
+
+SHARD, INDEX = 'model-00002-of-00006.safetensors', 'model.safetensors.index.json'
+ANY, NO_SHARD = "'model'", "names '.*': weights must be .safetensors files in the same folder"
+ELSEWHERE, KERNEL = 'config.json of .* names', 'a kernel from the hub .*--trust_remote_code'
 # fmt: off
-CONFIGS = [  # what config.json sets, and what is said
-    *(({'transformers_weights': file}, 'config.json of .* names')
-      for file in ('adapter_model.bin', '../x.safetensors', 'a.bin', '/x/y.safetensors.index.json')),
-    *((options, KERNEL) for options in (
+DAMAGES = {  # what is changed -> how, and what is said; a shard or an index is that of a model in several files
+    'weights, garbage': (writes('model.safetensors', bytes(range(256)) * 9), ANY), 'weights, empty': (writes('model.safetensors', b''), ANY),
+    'weights, a folder': (weights_are_a_folder, ANY), "adapter's pickle": (an_adapters_pickle, ANY),
+    'weights, none': (removes('model.safetensors'), "'model' has no .safetensors file: fetch its weights$"),
+    'a pickle': (pickled, "'model' has no .safetensors file: convert it from a pickle, which can run any code$"),
+    'config, cut': (cuts('config.json'), "the config.json of 'model' is not valid JSON .*line .*: mend it$"),
+    'config, a list': (writes('config.json', '[1]'), ANY), 'config, nothing': (removes('config.json'), "'model' has no config.json, so it is no model folder"),
+    'config, no number': (writes('config.json', '{"model_type": "llama", "hidden_size": "x"}'), ANY),
+    'tokenizer, cut': (cuts('tokenizer.json'), ANY), 'tokenizer, a list': (writes('tokenizer.json', '[]'), ANY),
+    'tokenizer, bytes': (writes('tokenizer.json', bytes(range(256))), ANY), 'tokenizer_config': (writes('tokenizer_config.json', '{'), ANY),
+    "tokenizer's code": (lambda folder: own_code(folder, 'tokenizer_config.json'), ANY),
+    'shard, missing': (removes(SHARD), ANY), 'shard, cut': (cuts(SHARD), ANY), 'index, cut': (cuts(INDEX), ANY), 'index, empty': (writes(INDEX, '{}'), ANY),
+    # weights elsewhere, kernels, quantised weights
+    **{f'shard, {file}': (names_shard(file), NO_SHARD) for file in (
+        'a.bin', '../x.safetensors', 'sub/x.safetensors', '/tmp/x.safetensors', '..', 'a.safetensors.bin', 7, '', None)},
+    **{f'weights, {file}': (sets(transformers_weights=file), ELSEWHERE) for file in (
+        'adapter_model.bin', '../x.safetensors', 'a.bin', '/x/y.safetensors.index.json')},
+    **{f'kernel, {options}': (sets(**options), KERNEL) for options in (
         {'attn_implementation': 'some/kernel'}, {'_attn_implementation': 'some/kernel@v1:fn'}, {'experts_implementation': 'some/kernel'},
-        {'attn_implementation': {'text_config': 'some/kernel'}}, {'text_config': {'attn_implementation': 'some/kernel'}})),
-    *(({'quantization_config': options}, f'holds quantised weights .{options["quant_method"]}.*name the model') for options in (
+        {'attn_implementation': {'text_config': 'some/kernel'}}, {'text_config': {'attn_implementation': 'some/kernel'}})},
+    **{f'quantised, {options}': (sets(quantization_config=options), f'holds quantised weights .{options["quant_method"]}.*name the model') for options in (
         {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'},
-        {'quant_method': 'gptq', 'bits': 4, 'group_size': 128}, {'quant_method': 'fp8', 'activation_scheme': 'dynamic'})),
-]
+        {'quant_method': 'gptq', 'bits': 4, 'group_size': 128}, {'quant_method': 'fp8', 'activation_scheme': 'dynamic'})},
+}
 # fmt: on
 
 
-@pytest.mark.parametrize('shard', NAMES)
-def test_shards_are_safetensors_of_the_same_folder(model, shard):
-    model('shards', names_shard(shard))
-    not_loaded("names '.*': weights must be .safetensors files in the same folder")
-
-
-@pytest.mark.parametrize('options, words', CONFIGS)
-def test_what_a_config_names(model, options, words):
-    """Weights elsewhere, kernels, quantised weights."""
-    model('good', sets(**options))
-    not_loaded(words)
+@pytest.mark.parametrize('name', DAMAGES)
+def test_damaged_models(model, name):
+    """Neither way of reading ./model succeeds, each says why, and no code of it has run."""
+    change, words = DAMAGES[name]
+    model('shards' if name.startswith(('shard', 'index')) else 'good', change)
+    for read in both('model'):
+        with pytest.raises(UserError, match=words) as info:
+            load.load_tokenizer('model')
+            read()
+        assert '\n' not in str(info.value)
+    assert not Path('evil').exists()
 
 
 def test_an_attention_that_is_no_kernel(model):
