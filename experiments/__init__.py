@@ -4,7 +4,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from configurator import UserError
@@ -65,11 +64,3 @@ def run(*command, limit=None, **environment):
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, **settings)
     if done.returncode:
         raise UserError(f'{" ".join(command[:2])} ... ended with {done.returncode}: {done.stderr.strip()[-2000:]}')
-
-
-def bench_rows(*flags, limit=None):
-    """The rows of a run of tools.bench, variant -> row; within limit seconds. Raises UserError."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, 'rows.json')
-        run('-m', 'tools.bench', *flags, f'--out={file}', limit=limit, TQDM_DISABLE='1', PYTHONWARNINGS='ignore')
-        return {row['variant']: row for row in json.loads(file.read_text())['rows']}

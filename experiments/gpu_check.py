@@ -58,9 +58,13 @@ BEGAN = time.time()
 BUDGET = 440  # no further shape is measured after so many seconds: a call ends after ten minutes
 failed = []
 MODEL, PAIRS, HELD_OUT = OUT / 'model', OUT / 'pairs.jsonl', OUT / 'held_out.jsonl'
-# shapes of examples: tokens of the prompt, and of each answer
-SHAPES = {'pairs': [(70, [50, 33]), (111, [41, 51]), (3, [8, 1])], 'short': [(1, [4, 3]), (1, [1, 1]), (6, [1, 1])],
-          'triples': [(150, [30, 4, 260]), (1, [2, 1, 1])], 'long': [(256, [256, 200])] * 3}  # fmt: skip
+# shapes of examples: tokens of the prompt, then of each answer
+SHAPES = {
+    'pairs': [(70, 50, 33), (111, 41, 51), (3, 8, 1)],
+    'short': [(1, 4, 3), (1, 1, 1), (6, 1, 1)],
+    'triples': [(150, 30, 4, 260), (1, 2, 1, 1)],
+    'long': [(256, 256, 200)] * 3,
+}
 # what is special about an architecture's attention
 ARCHITECTURES = {
     'GPTNeoX': {'hidden_size': 320, 'num_attention_heads': 4},  # heads of 80, as Pythia-2.8B has
@@ -90,7 +94,7 @@ def far(a, b):
 def random_examples(rng, words, shapes):
     """Examples of random tokens in these shapes."""
     draw = partial(rng.integers, 1, words)
-    return [(draw(prompt), [draw(n) for n in answers]) for prompt, answers in shapes]
+    return [(draw(prompt), [draw(n) for n in answers]) for prompt, *answers in shapes]
 
 
 def run(*command, limit=300):
@@ -160,7 +164,8 @@ def kernel():
             if exact[what].norm() > 1e-3 * slope.norm():
                 worst[what, heads, kv, width, window, name] = far(half[what], exact[what])
     top = max(worst, key=worst.get)
-    say(worst[top] < 0.02, 'attention in bfloat16', f'off by {worst[top]:.4f} at most, at {top}; {len(worst)} compared')
+    off = worst[top]
+    say(off < 0.02, 'attention in bfloat16', f'off by {off:.4f} at most, at {top}; {len(worst)} compared')
 
 
 def attention_and_gradients(inputs, slope, examples, scaling, window, where, kind):
@@ -188,7 +193,8 @@ def logps_and_gradient(model, examples, where, kind, packed):
 
 def architectures():
     """Packed in bfloat16 no worse than padded in bfloat16, and float32 on the device as on the CPU."""
-    examples = random_examples(np.random.default_rng(1), 999, SHAPES['pairs'] + SHAPES['short'] + SHAPES['long'] * gpu)
+    shapes = SHAPES['pairs'] + SHAPES['short'] + SHAPES['long'] * gpu
+    examples = random_examples(np.random.default_rng(1), 999, shapes)
     attention.register_attention()
     sizes = {'vocab_size': 1000, 'num_hidden_layers': 4, 'intermediate_size': 512}
     ways = {'float32': (torch.float32, True), 'packed': (torch.bfloat16, True), 'padded': (torch.bfloat16, False)}
@@ -300,7 +306,8 @@ def one_resume(option):
     whole, *others = (load_file(folder / 'model/model.safetensors') for folder in folders)
     for folder, weights in zip((repeated, resumed), others, strict=True):
         off = max(far(weights[name].float(), whole[name].float()) for name in whole)
-        say(off == 0 if option or not gpu else off < 1e-3, f'{folder.name}, weights', f'off by {off:.1e}')
+        limit = 0 if option or not gpu else 1e-3
+        say(off <= limit, f'{folder.name}, weights', f'off by {off:.1e}')
 
 
 def memory():
@@ -355,8 +362,10 @@ def say_steps(shapes, ways, profiled=False):
             continue
         before = torch.cuda.memory_allocated()
         seconds, peak = measure(take)
-        held = torch.cuda.max_memory_reserved() / 1e9
-        memory = f'{peak / 1e9:.1f} GB at the peak, {(peak - before) / 1e9:.1f} beside weights and optimizer, {held:.1f} held'
+        beside, held = peak - before, torch.cuda.max_memory_reserved()
+        memory = (
+            f'{peak / 1e9:.1f} GB at the peak, {beside / 1e9:.1f} beside weights and optimizer, {held / 1e9:.1f} held'
+        )
         say('INFO', name, f'{seconds:.3f} s, {tokens} tokens, {memory}')
         if profiled:
             say_waits(name, take)
@@ -378,7 +387,7 @@ def make_step(kind, checkpointing, **sizes):
     policy = fsdp.shard(build, where, dtype='bfloat16', activation_checkpointing=checkpointing)
     reference = fsdp.shard(build, where, dtype='bfloat16', train=False)
     optimizer = fsdp.make_optimizer('RMSprop', policy, 1e-7, 0.0)
-    examples = random_examples(np.random.default_rng(0), 4096, [(111, [41, 51])] * (40 if gpu else 2))
+    examples = random_examples(np.random.default_rng(0), 4096, [(111, 41, 51)] * (40 if gpu else 2))
     batch = pack(examples, range(len(examples)), device=device)
 
     def take():
@@ -423,7 +432,8 @@ def say_waits(name, take):
         torch.cuda.set_sync_debug_mode('default')
     where = Counter(f'{Path(w.filename).name}:{w.lineno}' for w in seen if 'synchron' in str(w.message))
     # the gradient's norm, which decides whether the weights change
-    say(where.total() <= 2, f'host waits, {name}', f'{where.total()}: {dict(where.most_common(6))}')
+    n = where.total()
+    say(n <= 2, f'host waits, {name}', f'{n}: {dict(where.most_common(6))}')
 
 
 def say_kernels(name, take):

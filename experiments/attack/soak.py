@@ -148,11 +148,12 @@ def main():
     rng = random.Random(seed)
     base = Path(folder or tempfile.mkdtemp(prefix='soak-'))
     base.mkdir(parents=True, exist_ok=True)
-    cases = zip(itertools.count(1), itertools.cycle(losses.split()), itertools.cycle(map(int, processes.split())))
-    done = survived = resumed = 0
+    kinds, worlds = itertools.cycle(losses.split()), itertools.cycle(processes.split())
+    done = survived = number = resumed = 0
     while done < kills:
         # the run without interruption, then the one that is killed, and what it has left
-        number, loss, world = next(cases)
+        loss, world = next(kinds), int(next(worlds))
+        number += 1
         whole, duration = train_whole(loss, world, base)
         work = base / f'run{number}'
         hits, code = train_killed(loss, world, work, rng, duration)

@@ -66,15 +66,8 @@ def run(trials, file, work):
             what = ' '.join(f'{k}={v}' for k, v in (result['options'] or {}).items())
             said = result.get('error') or 'gold {gold:+.3f}  acc {accuracy:.3f}  kl {kl:.3f}'.format(**result)
             minutes = (time.time() - began) / i * (len(left) - i) / 60
-            print(f'{i:4d}/{len(left)}  seed {result["seed"]}  {what:60s}  {said}  {minutes:.0f} min left', flush=True)
-
-
-def find_settings(settings, out, work):
-    """Make the searches, and write what they found."""
-    run([trial for name in claims_grid.SEARCHES for trial in claims_grid.search(name)], out / 'search.jsonl', work)
-    rows = read_results(out / 'search.jsonl')
-    found = {name: claims_grid.found(name, rows) for name in claims_grid.SEARCHES}
-    settings.write_text(json.dumps(found, indent=1) + '\n')
+            done = f'{i:4d}/{len(left)}  seed {result["seed"]}'
+            print(f'{done}  {what:60s}  {said}  {minutes:.0f} min left', flush=True)
 
 
 def main():
@@ -96,9 +89,11 @@ def main():
     settings, results = out / 'settings.json', out / 'results.jsonl'
     if search:
         config.report_unused(['seeds', 'quick', 'report'], 'the search has one seed and one size')
-        find_settings(settings, out, work)
-        print(f'{settings}:\n{settings.read_text()}')
-        return
+        run([trial for name in claims_grid.SEARCHES for trial in claims_grid.search(name)], out / 'search.jsonl', work)
+        rows = read_results(out / 'search.jsonl')
+        found = {name: claims_grid.found(name, rows) for name in claims_grid.SEARCHES}
+        settings.write_text(json.dumps(found, indent=1) + '\n')
+        return print(f'{settings}:\n{settings.read_text()}')
     found = settings if settings.exists() else RECORD / 'settings.json'
     axes = claims_grid.QUICK if quick else claims_grid.FULL
     grid = claims_grid.Grid(settings=json.loads(found.read_text()), **axes)

@@ -16,21 +16,27 @@ FLIPS = (0.0, 0.4)  # cDPO and robust DPO are told the true share
 METHODS = {
     'dpo': {'loss': 'dpo'},
     # like for like, under flips; 'dpo quarter' is DPO at a quarter of the beta
-    'drdpo 1': {'loss': 'drdpo', 'beta_prime': 1.0}, 'drdpo 4': {'loss': 'drdpo', 'beta_prime': 4.0}, 'dpo quarter': {'loss': 'dpo'},
-    'cdpo': {'loss': 'cdpo', 'label_smoothing': 0.4}, 'robust': {'loss': 'robust', 'label_smoothing': 0.4},
+    'drdpo 1': {'loss': 'drdpo', 'beta_prime': 1.0},
+    'drdpo 4': {'loss': 'drdpo', 'beta_prime': 4.0},
+    'dpo quarter': {'loss': 'dpo'},
+    'cdpo': {'loss': 'cdpo', 'label_smoothing': 0.4},
+    'robust': {'loss': 'robust', 'label_smoothing': 0.4},
     # over beta, on pairs of mixed gap
     'beta_dpo': {'loss': 'beta_dpo', 'rho': 0.2, 'a': 0.6},
     # reward against KL
-    'tdpo1': {'loss': 'tdpo1'}, 'tdpo2': {'loss': 'tdpo2', 'alpha': 0.5}, 'radpo1': {'loss': 'radpo1', 'risk': 'cvar', 'mu': 0.98},
+    'tdpo1': {'loss': 'tdpo1'},
+    'tdpo2': {'loss': 'tdpo2', 'alpha': 0.5},
+    'radpo1': {'loss': 'radpo1', 'risk': 'cvar', 'mu': 0.98},
     'radpo2': {'loss': 'radpo2', 'risk': 'cvar', 'mu': 0.98, 'alpha': 0.5},
     # good to bad answers; the weights keep both sides' sums equal, as the KTO paper advises; a batch of 128 answers is one of 64 pairs
     'kto 1:1': {'loss': 'kto', 'batch_size': 128},
-    'kto 1:4': {'loss': 'kto', 'batch_size': 128, 'frac_good': 1 / 4, 'w_good': 4.0},
-    'kto 1:10': {'loss': 'kto', 'batch_size': 128, 'frac_good': 1 / 10, 'w_good': 10.0},
-    'simpo': {'loss': 'simpo', 'gamma': 0.5}, 'orpo': {'loss': 'orpo'},
+    'kto 1:4': {'loss': 'kto', 'batch_size': 128, 'frac_good': 0.25, 'w_good': 4.0},
+    'kto 1:10': {'loss': 'kto', 'batch_size': 128, 'frac_good': 0.1, 'w_good': 10.0},
+    'simpo': {'loss': 'simpo', 'gamma': 0.5},
+    'orpo': {'loss': 'orpo'},
     'ppo': {'loss': 'ppo', 'n_examples': 4096, 'ppo_epochs': 2, 'lr': 1e-3},
     'grpo': {'loss': 'grpo', 'n_examples': 4096, 'ppo_epochs': 2, 'lr': 1e-3, 'group_size': 8},
-}  # fmt: skip
+}
 ONLINE = ('ppo', 'grpo')
 
 # the searches: metrics to choose by, pairs, options that stay, and axes whose product is twelve settings
@@ -158,17 +164,14 @@ class Grid(SimpleNamespace):
         found = [(name, metric) for name in noisy for metric in SEARCHES[name][0]]
         return found + [(f'clean {method}', 'score') for method in self.others]
 
-    def flips_of(self, method):
-        """cDPO and robust DPO believe in flips, so they are tried with flips only."""
-        return FLIPS[-1:] if method in ('cdpo', 'robust') else FLIPS
-
     def trials(self, seeds):
         """All of them, each once, seed by seed: what is there after an hour is whole seeds."""
         every = {}
         for seed in seeds:
             trials = [make(seed, None)]
             for method in self.like:
-                for flips in self.flips_of(method):
+                # cDPO and robust DPO believe in flips, so they are tried with flips only
+                for flips in FLIPS[-1:] if method in ('cdpo', 'robust') else FLIPS:
                     trials += [self.equal(method, beta, lr, flips, seed) for beta, lr in self.cells()]
             trials += [self.equal('beta_dpo', beta, lr, 0.0, seed) for beta, lr in self.own_units()]
             for method in ('dpo', 'beta_dpo'):

@@ -160,8 +160,11 @@ def tuned(seeds):
             score = np.array([accuracies(TUNING_SEEDS, flips, *setting).mean() for setting in grid])
             beta, beta_prime, lr = grid[score.argmax()]
             best.append(accuracies(seeds, flips, beta, beta_prime, lr))
-            words = f'beta {beta:g}, step {lr:g}' + (f", beta' {beta_prime:g}" if name != 'DPO' else '')
-            row += [words, f'{best[-1].mean():.3f}', f'{(score > score.max() - 0.02).sum()} of {len(grid)}']
+            words = f'beta {beta:g}, step {lr:g}'
+            if name != 'DPO':
+                words += f", beta' {beta_prime:g}"
+            near = (score > score.max() - 0.02).sum()
+            row += [words, f'{best[-1].mean():.3f}', f'{near} of {len(grid)}']
         rows.append([*row, interval(list(best[1] - best[0]))])
     return rows
 

@@ -12,11 +12,11 @@ measured again.
 import itertools
 import json
 import sys
-from functools import partial
+import tempfile
 from pathlib import Path
 
 from configurator import UserError, configure
-from experiments import bench_rows, table
+from experiments import run, table
 
 hh: str | None = None  # HH pairs: a .jsonl.gz file of Anthropic/hh-rlhf
 tokenizer: str | None = None  # a folder with the tokenizer of the Pythia models
@@ -40,6 +40,14 @@ WORDS = {
 numbers = json.loads(Path(out).read_text()) if Path(out).exists() else {}
 
 
+def bench(*flags):
+    """The rows of a run of tools.bench, variant -> row. Raises UserError."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = f'--tokenizer={tokenizer}', f'--data=hh:{hh}', f'--out={folder}/rows.json'
+        run('-m', 'tools.bench', *files, *flags, limit=3000, TQDM_DISABLE='1', PYTHONWARNINGS='ignore')
+        return {row['variant']: row for row in json.loads(Path(folder, 'rows.json').read_text())['rows']}
+
+
 def ratios(rows):
     """What COMPARED lists, in its order."""
     return [rows[ours]['pairs_per_second'] / rows[theirs]['pairs_per_second'] for ours, theirs in COMPARED]
@@ -47,10 +55,9 @@ def ratios(rows):
 
 def measure(name, flags):
     """The rows of one line: all variants in one process, then memory, a process each."""
-    bench = partial(bench_rows, f'--tokenizer={tokenizer}', f'--data=hh:{hh}', *flags, limit=3000)
-    rows = bench(f'--n_steps={n_steps}', f'--variants={VARIANTS}')
+    rows = bench(*flags, f'--n_steps={n_steps}', f'--variants={VARIANTS}')
     for variant in ('padded', 'trl', 'head', 'cached'):
-        alone = bench('--n_steps=1', f'--variants={variant}')
+        alone = bench(*flags, '--n_steps=1', f'--variants={variant}')
         rows[variant]['peak_memory_gb_alone'] = alone[variant]['peak_memory_gb']
     numbers[name] = rows
     Path(out).write_text(json.dumps(numbers, indent=1) + '\n')
@@ -101,4 +108,5 @@ for size, count, shape in itertools.product(batch_sizes.split(), cores.split(), 
     name = f'{shape}, batch {size}, {count} threads'
     if name not in numbers:
         measure(name, [*SHAPES[shape].split(), f'--batch_size={size}', f'--threads={count}', '--max_tokens=1024'])
-    print(f'{name}: ' + '; '.join(f'{variant} {cell(row)}' for variant, row in numbers[name].items()), flush=True)
+    cells = [f'{variant} {cell(row)}' for variant, row in numbers[name].items()]
+    print(f'{name}: {"; ".join(cells)}', flush=True)

@@ -91,12 +91,11 @@ def toy_reward(architecture, folder):
 
 def toy_pairs(margins=False):
     """The first short pairs of the toy world; with the difference of the gold rewards as a margin, never below 0."""
-    short = [pair for pair in toy.pairs('train') if len(pair['chosen']) + len(pair['rejected']) < 120][:N_PAIRS]
-    if margins:
-        for pair in short:
-            better = toy.gold(pair['prompt'], pair['chosen']) - toy.gold(pair['prompt'], pair['rejected'])
-            pair['margin'] = round(max(0.0, better), 3)
-    return short
+    pairs = [pair for pair in toy.pairs('train') if len(pair['chosen']) + len(pair['rejected']) < 120]
+    for pair in pairs if margins else []:
+        better = toy.gold(pair['prompt'], pair['chosen']) - toy.gold(pair['prompt'], pair['rejected'])
+        pair['margin'] = round(max(0.0, better), 3)
+    return pairs[:N_PAIRS]
 
 
 # ---- what is compared ----

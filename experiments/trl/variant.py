@@ -34,6 +34,7 @@ class TrlVariant:
         """Make the trainer, for these steps (k, batch_size): rows of the examples."""
         try:
             import datasets
+            import tokenizers
             import transformers
             import trl.trainer.utils as utils
             from trl import DPOConfig, DPOTrainer
@@ -75,7 +76,8 @@ class TrlVariant:
         )  # fmt: skip
         model.config.use_cache = False
         model.set_attn_implementation('sdpa')
-        token = transformers.PreTrainedTokenizerFast(tokenizer_object=_no_tokenizer(), eos_token='<e>', pad_token='<e>')
+        one_word = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<e>': 0}, '<e>'))
+        token = transformers.PreTrainedTokenizerFast(tokenizer_object=one_word, eos_token='<e>', pad_token='<e>')
         ref = {} if name == 'trl_fastest' else {'ref_model': copy.deepcopy(model)}
         self.trainer = Trainer(model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=token,
                                callbacks=[Steps()], **ref)  # fmt: skip
@@ -111,9 +113,3 @@ class TrlVariant:
         if self.error:
             raise self.error
         self.peak = max(self.peak, self.peak_memory())
-
-
-def _no_tokenizer():
-    import tokenizers
-
-    return tokenizers.Tokenizer(tokenizers.models.WordLevel({'<e>': 0}, '<e>'))
