@@ -25,10 +25,11 @@ pytestmark = pytest.mark.skipif(
     not (FOLDER / 'model.safetensors').exists(),
     reason='there is no SmolLM2-135M-Instruct: make real makes it, or NANOPREF_REAL_MODEL names its folder',
 )
-PAIRS = [
-    {'prompt': 'How do I keep bread fresh?', 'chosen': 'Keep it in a paper bag, away from light.', 'rejected': 'No idea, just buy another one.'},
-    {'prompt': 'Name a river in France.', 'chosen': 'The Loire is the longest of them.', 'rejected': 'Rivers are boring. Ask me something else!'},
-]  # fmt: skip
+TEXTS = [
+    ('How do I keep bread fresh?', 'Keep it in a paper bag, away from light.', 'No idea, just buy another one.'),
+    ('Name a river in France.', 'The Loire is the longest of them.', 'Rivers are boring. Ask me something else!'),
+]
+PAIRS = [dict(zip(('prompt', 'chosen', 'rejected'), pair, strict=True)) for pair in TEXTS]
 
 
 @pytest.fixture(scope='module')

@@ -159,54 +159,52 @@ def sets(**options):
 
 
 def writes(name, content):
-    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return lambda f: (f / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def cuts(name):
-    return lambda folder: shorten(folder / name)
+    return lambda f: shorten(f / name)
 
 
 def removes(name):
-    return lambda folder: (folder / name).unlink()
+    return lambda f: (f / name).unlink()
 
 
-def an_adapters_pickle(folder):
-    pickled(folder)
-    (folder / 'pytorch_model.bin').rename(folder / 'adapter_model.bin')
-
-
-def weights_are_a_folder(folder):
-    (folder / 'model.safetensors').unlink()
-    (folder / 'model.safetensors').mkdir()
-
-
+WEIGHTS, CONFIG, TOKENIZER = 'model.safetensors', 'config.json', 'tokenizer.json'
 SHARD, INDEX = 'model-00002-of-00006.safetensors', 'model.safetensors.index.json'
-ANY, NO_SHARD = "'model'", "names '.*': weights must be .safetensors files in the same folder"
-ELSEWHERE, KERNEL = 'config.json of .* names', 'a kernel from the hub .*--trust_remote_code'
+NO_WEIGHTS, NO_JSON = (
+    "'model' has no .safetensors file: ",
+    "the config.json of 'model' is not valid JSON .*line .*: mend it$",
+)
+NO_SHARD, KERNEL = (
+    "names '.*': weights must be .safetensors files in the same folder",
+    'a kernel from the hub .*--trust_remote_code',
+)
 # fmt: off
-DAMAGES = {  # what is changed -> how, and what is said; a shard or an index is that of a model in several files
-    'weights, garbage': (writes('model.safetensors', bytes(range(256)) * 9), ANY), 'weights, empty': (writes('model.safetensors', b''), ANY),
-    'weights, a folder': (weights_are_a_folder, ANY), "adapter's pickle": (an_adapters_pickle, ANY),
-    'weights, none': (removes('model.safetensors'), "'model' has no .safetensors file: fetch its weights$"),
-    'a pickle': (pickled, "'model' has no .safetensors file: convert it from a pickle, which can run any code$"),
-    'config, cut': (cuts('config.json'), "the config.json of 'model' is not valid JSON .*line .*: mend it$"),
-    'config, a list': (writes('config.json', '[1]'), ANY), 'config, nothing': (removes('config.json'), "'model' has no config.json, so it is no model folder"),
-    'config, no number': (writes('config.json', '{"model_type": "llama", "hidden_size": "x"}'), ANY),
-    'tokenizer, cut': (cuts('tokenizer.json'), ANY), 'tokenizer, a list': (writes('tokenizer.json', '[]'), ANY),
-    'tokenizer, bytes': (writes('tokenizer.json', bytes(range(256))), ANY), 'tokenizer_config': (writes('tokenizer_config.json', '{'), ANY),
-    "tokenizer's code": (lambda folder: own_code(folder, 'tokenizer_config.json'), ANY),
-    'shard, missing': (removes(SHARD), ANY), 'shard, cut': (cuts(SHARD), ANY), 'index, cut': (cuts(INDEX), ANY), 'index, empty': (writes(INDEX, '{}'), ANY),
+DAMAGES = {  # what is changed -> how, and perhaps what is said; a shard or an index is that of a model in several files
+    'weights, garbage': [writes(WEIGHTS, bytes(range(256)) * 9)], 'weights, empty': [writes(WEIGHTS, b'')],
+    'weights, a folder': [lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir())],
+    "adapter's pickle": [lambda f: (pickled(f), (f / 'pytorch_model.bin').rename(f / 'adapter_model.bin'))],
+    'weights, none': [removes(WEIGHTS), f'{NO_WEIGHTS}fetch its weights$'],
+    'a pickle': [pickled, f'{NO_WEIGHTS}convert it from a pickle, which can run any code$'],
+    'config, cut': [cuts(CONFIG), NO_JSON], 'config, a list': [writes(CONFIG, '[1]')],
+    'config, nothing': [removes(CONFIG), "'model' has no config.json, so it is no model folder"],
+    'config, no number': [writes(CONFIG, '{"model_type": "llama", "hidden_size": "x"}')],
+    'tokenizer, cut': [cuts(TOKENIZER)], 'tokenizer, a list': [writes(TOKENIZER, '[]')],
+    'tokenizer, bytes': [writes(TOKENIZER, bytes(range(256)))], 'tokenizer_config': [writes('tokenizer_config.json', '{')],
+    "tokenizer's code": [lambda f: own_code(f, 'tokenizer_config.json')],
+    'shard, missing': [removes(SHARD)], 'shard, cut': [cuts(SHARD)], 'index, cut': [cuts(INDEX)], 'index, empty': [writes(INDEX, '{}')],
     # weights elsewhere, kernels, quantised weights
-    **{f'shard, {file}': (names_shard(file), NO_SHARD) for file in (
+    **{f'shard, {file}': [names_shard(file), NO_SHARD] for file in (
         'a.bin', '../x.safetensors', 'sub/x.safetensors', '/tmp/x.safetensors', '..', 'a.safetensors.bin', 7, '', None)},
-    **{f'weights, {file}': (sets(transformers_weights=file), ELSEWHERE) for file in (
+    **{f'weights, {file}': [sets(transformers_weights=file), 'config.json of .* names'] for file in (
         'adapter_model.bin', '../x.safetensors', 'a.bin', '/x/y.safetensors.index.json')},
-    **{f'kernel, {options}': (sets(**options), KERNEL) for options in (
+    **{f'kernel, {options}': [sets(**options), KERNEL] for options in (
         {'attn_implementation': 'some/kernel'}, {'_attn_implementation': 'some/kernel@v1:fn'}, {'experts_implementation': 'some/kernel'},
         {'attn_implementation': {'text_config': 'some/kernel'}}, {'text_config': {'attn_implementation': 'some/kernel'}})},
-    **{f'quantised, {options}': (sets(quantization_config=options), f'holds quantised weights .{options["quant_method"]}.*name the model') for options in (
-        {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'},
-        {'quant_method': 'gptq', 'bits': 4, 'group_size': 128}, {'quant_method': 'fp8', 'activation_scheme': 'dynamic'})},
+    **{f'quantised, {how}': [sets(quantization_config={'quant_method': how, **more}), f'holds quantised weights .{how}.*name the model']
+       for how, more in (('bitsandbytes', {'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'}), ('gptq', {'bits': 4, 'group_size': 128}),
+                         ('fp8', {'activation_scheme': 'dynamic'}))},
 }
 # fmt: on
 
@@ -214,7 +212,7 @@ DAMAGES = {  # what is changed -> how, and what is said; a shard or an index is 
 @pytest.mark.parametrize('name', DAMAGES)
 def test_damaged_models(model, name):
     """Neither way of reading ./model succeeds, each says why, and no code of it has run."""
-    change, words = DAMAGES[name]
+    change, words = (*DAMAGES[name], "'model'")[:2]
     model('shards' if name.startswith(('shard', 'index')) else 'good', change)
     for read in both('model'):
         with pytest.raises(UserError, match=words) as info:
@@ -231,9 +229,8 @@ def test_an_attention_that_is_no_kernel(model):
 
 def test_shards_of_a_hub_id(model, monkeypatch):
     model('shards', names_shard('../x.safetensors'))
-    read = transformers.AutoConfig.from_pretrained
+    read, found = transformers.AutoConfig.from_pretrained, {file.name: str(file) for file in Path('model').iterdir()}
     monkeypatch.setattr(load.transformers.AutoConfig, 'from_pretrained', lambda name, **k: read('model'))
-    found = {file.name: str(file) for file in Path('model').iterdir()}
     monkeypatch.setattr(hub, 'file_of', lambda name, file: found.get(file))
     with pytest.raises(UserError, match='weights must be .safetensors files'):
         load.load_model('some/body')
@@ -314,18 +311,15 @@ def test_data_and_model_may_vanish_while_it_trains(model, folders, monkeypatch, 
 # ---- where nothing can be written ----
 
 
-OUT = {script: ['--out_dir=good.jsonl/out'] for script in ('sft.py', 'dpo.py', 'reward.py')} | {
-    'ppo.py': ['--out_dir=good.jsonl/out', '--reward_model=gold'],
-    'label.py': ['--out_dir=good.jsonl/out', '--answers=answers.jsonl', '--gold=toy'],
-    'sample.py': ['--out_dir=good.jsonl/out', '--n_examples=2'],
-    'tools/bench.py': ['--out=good.jsonl/x.json', '--model=toy'],
-}
+OUT = {'sft.py': '', 'dpo.py': '', 'reward.py': '', 'ppo.py': '--reward_model=gold', 'label.py': '--answers=answers.jsonl --gold=toy',
+       'sample.py': '--n_examples=2', 'tools/bench.py': '--model=toy'}  # fmt: skip
 
 
 @pytest.mark.parametrize('script', OUT)
 def test_out_dir_below_a_file(script):
     """As for a read-only file system, for which one must not be root."""
-    message = refused(script, *OUT[script])
+    place = '--out=good.jsonl/x.json' if script == 'tools/bench.py' else '--out_dir=good.jsonl/out'
+    message = refused(script, place, *OUT[script].split())
     assert 'cannot write' in message and 'good.jsonl' in message
 
 
@@ -465,10 +459,8 @@ def test_tokens_that_are_not_counted_are_no_fault(capfd):
 
 ADDRESSES = [f'http://user:{KEY}@host', f'https://{KEY}@host/v1', f'{KEY}@host', f'user:{KEY}@host', f'http://host/?key={KEY}',
              f'http://host:{KEY}@x', f'http://host#{KEY}']  # fmt: skip
-
-
-ASKING = {'sample.py': ['--endpoint_model=m'], 'label.py': ['--judge_model=m', '--answers=answers.jsonl']}
 NOWHERE = ['http://[::1', 'http://host:99999', 'http://host:x', 'http://', 'http://a b', 'http://é', 'file:///etc']
+ASKING = {'sample.py': ['--endpoint_model=m'], 'label.py': ['--judge_model=m', '--answers=answers.jsonl']}
 
 
 @pytest.mark.parametrize('script', ASKING)
