@@ -47,7 +47,8 @@ def mean_and_error(numbers):
     """'mean (standard error)'; of a single number itself alone, of none nothing."""
     if len(numbers) < 2:
         return ''.join(f'{x:.3f}' for x in numbers)
-    return f'{statistics.mean(numbers):.3f} ({statistics.stdev(numbers) / len(numbers) ** 0.5:.3f})'
+    error = statistics.stdev(numbers) / len(numbers) ** 0.5
+    return f'{statistics.mean(numbers):.3f} ({error:.3f})'
 
 
 def used():
@@ -63,4 +64,5 @@ def run(*command, limit=None, **environment):
     settings = {'cwd': ROOT, 'env': os.environ | environment, 'timeout': limit}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, **settings)
     if done.returncode:
-        raise UserError(f'{" ".join(command[:2])} ... ended with {done.returncode}: {done.stderr.strip()[-2000:]}')
+        what, why = ' '.join(command[:2]), done.stderr.strip()[-2000:]
+        raise UserError(f'{what} ... ended with {done.returncode}: {why}')

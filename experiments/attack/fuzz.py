@@ -26,7 +26,7 @@ from text.tokenise import tokenise
 
 rows = 100_000  # mutated rows, in files of a few
 seed = 0  # of the mutations
-config = configure(globals())
+configure(globals())
 
 SECONDS = 10  # after which a case hangs
 ANSWERS = 'chosen', 'rejected', 'response'

@@ -114,4 +114,5 @@ def write_page(out, page):
     verdicts = report[report.index('## Verdicts') : report.index('The rule, fixed')].removeprefix('## Verdicts\n\n')
     size = re.search(r'\d+ of \d+ trials, seeds \d+(, \d+)*', report).group()
     body = f'{size}, each seed with its own SFT model. The difference is paired, with its 95% interval.\n\n{verdicts}'
-    page.write_text(f'{text[: begin.end()]}\n{body.rstrip()}\n{text[text.index(END) :]}')
+    before, after = text[: begin.end()], text[text.index(END) :]
+    page.write_text(f'{before}\n{body.rstrip()}\n{after}')

@@ -28,7 +28,7 @@ out = 'experiments/speed/table.json'  # where the numbers are kept
 report = False  # measure nothing: print the tables of what is there, and write the README's
 readme = 'README.md'  # which; its lines between the markers are replaced
 
-config = configure(globals())
+configure(globals())
 SHAPES = {'14m': '--model=pythia-14m', '70m': '--model=pythia-70m', '70m-4k': '--model=pythia-70m --vocabulary=4096'}
 VARIANTS = 'padded trl trl_fastest trl_cuda head cached'
 COMPARED = [('head', 'trl'), ('head', 'padded'), ('cached', 'trl_fastest'), ('head', 'trl_cuda')]  # ours, theirs
@@ -90,10 +90,11 @@ reference, {span[2]} times TRL's fastest setting with a precomputed one.
 
 def write_report():
     """Print the tables, and write the README's, between its markers."""
-    rows = []
+    head, rows = ['', *WORDS, *map(' / '.join, COMPARED)], []
     for name, found in sorted(numbers.items()):
-        rows.append([name, *(cell(found[variant]) for variant in WORDS), *(f'{ratio:.1f}' for ratio in ratios(found))])
-    print(table(['', *WORDS, *(f'{ours} / {theirs}' for ours, theirs in COMPARED)], rows).rstrip())
+        speeds = [cell(found[variant]) for variant in WORDS]
+        rows.append([name, *speeds, *(f'{ratio:.1f}' for ratio in ratios(found))])
+    print(table(head, rows).rstrip())
     text = Path(readme).read_text()
     start, end = text.index('\n', text.index('<!-- speed:')) + 1, text.index('<!-- end of speed')
     Path(readme).write_text(text[:start] + readme_text() + text[end:])

@@ -5,13 +5,8 @@
     python -m experiments.trl.steps --write                 # makes the files of tests/parts anew that hold what TRL says
 
 Ours are packed and share prompts, TRL's are padded. Exit code 1 where token ids differ, or a loss, a reward, a log-prob
-or a gradient norm by more than 1e-4. What is switched off, because the two mean different things by it:
-  warm-up       TRL's first step has learning rate 0, ours 1 / (warmup_steps + 1) of the full one
-  weight decay  TRL exempts biases and norms, we decay all weights
-  truncation    TRL cuts the end of prompt + answer, and with it the end of text; we cut the prompt first, then the answer,
-                and keep the end of text: the pairs here are short enough for both
-TRL's RewardTrainer pads with the end of text where the tokenizer has no pad token, and then reads the score one token before
-the end of text; here the tokenizer has one, so that both read it at the end.
+or a gradient norm by more than 1e-4. Warm-up, weight decay and truncation are switched off, and the tokenizer has a pad token:
+the two mean different things by them (experiments/LOG.md, agreement with TRL). The pairs are short enough for both.
 """
 
 import json
@@ -219,14 +214,14 @@ def our_ids(tok, file, options):
 def agree(name, options, columns, ours, theirs, same_ids):
     """Print the numbers of both sides, step by step. Returns whether they agree."""
     print(f'\n{name}: {json.dumps(options)}\n')
-    print(f'{"step":4s} {"":9s}' + ''.join(f'{column:>18s}' for column in columns))
+    print('step          ' + ''.join(f'{column:>18s}' for column in columns))
     both = list(zip(ours, theirs, strict=False))
     for step, (our, their) in enumerate(both, 1):
         for label, row in ((f'{step:<4} nanopref', our), ('     TRL', their)):
             print(f'{label:14s}' + ''.join(f'{row[column]:18.8f}' for column in columns))
-    worst = {column: max((abs(a[column] - b[column]) for a, b in both), default=math.inf) for column in columns}
-    print(f'{"largest":14s}' + ''.join(f'{worst[column]:18.1e}' for column in columns))
-    found = same_ids and len(ours) == len(theirs) and max(worst.values()) <= TOLERANCE
+    worst = [max((abs(a[column] - b[column]) for a, b in both), default=math.inf) for column in columns]
+    print('largest       ' + ''.join(f'{off:18.1e}' for off in worst))
+    found = same_ids and len(ours) == len(theirs) and max(worst) <= TOLERANCE
     ids, verdict = 'equal' if same_ids else 'differ', 'agrees' if found else 'DISAGREES'
     print(f'{len(ours)} and {len(theirs)} steps, token ids {ids}: {verdict}, limit {TOLERANCE}')
     return found
