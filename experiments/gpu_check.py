@@ -33,7 +33,7 @@ device = 'cuda'  # or cpu
 out = 'out/gpu_check'  # what it leaves; emptied first
 sizes = '160m 410m 1.4b 2.8b'  # speed: pythia shapes, in order
 at_once = 12  # scripts that run at the same time
-configure(globals())
+config = configure(globals())
 gpu = device == 'cuda'
 
 # before torch is imported: what it sees, and how its allocator works

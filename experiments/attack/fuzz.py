@@ -26,7 +26,7 @@ from text.tokenise import tokenise
 
 rows = 100_000  # mutated rows, in files of a few
 seed = 0  # of the mutations
-configure(globals())
+config = configure(globals())
 
 SECONDS = 10  # after which a case hangs
 ANSWERS = 'chosen', 'rejected', 'response'
@@ -51,6 +51,8 @@ ODD_TEXTS = [
 ]  # fmt: skip
 ODD_VALUES = [None, True, False, 0, -1, 2, 1.5, float('nan'), float('inf'), -float('inf'), 10**400, 2**64, [], {},
               {'role': 'user', 'content': ' '}, [{'role': 'tool', 'content': 'x', 'tool_calls': [1]}]]  # fmt: skip
+KINDS = 'text text nested messages list object value value'.split()  # of odd values
+ACTS = 'delete rename copy insert wrap repeat replace replace'.split()  # of a mutation
 
 
 def seeds():
@@ -66,7 +68,7 @@ def seeds():
 
 def odd_value(depth=0):
     """A json value that hardly any reader expects: a text, something nested, a message, or one of ODD_VALUES."""
-    kind = random.choice(['text', 'text', 'nested', 'messages', 'list', 'object', 'value', 'value'])
+    kind = random.choice(KINDS)
     if kind == 'text':
         return random.choice(ODD_TEXTS)
     if kind == 'nested':
@@ -105,7 +107,7 @@ def mutate(row, pool):
         if not spots:
             return odd_value()
         container, key = random.choice(spots)
-        act = random.choice(['delete', 'rename', 'copy', 'insert', 'wrap', 'repeat', 'replace', 'replace'])
+        act = random.choice(ACTS)
         if act == 'delete':
             del container[key]
         elif act == 'rename' and isinstance(container, dict):

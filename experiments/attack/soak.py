@@ -32,7 +32,7 @@ per_run = 3  # kills before a run may finish
 losses = 'dpo beta_dpo kto'  # taken in turns
 processes = '1 2 1 2 4'  # likewise
 folder: str | None = None  # where to work; None: a temporary folder, removed if all survive
-configure(globals())
+config = configure(globals())
 
 COMMON = ['--batch_size=16', '--n_examples=640', '--save_every=48', '--eval_every=144', '--n_eval_examples=16', '--lr=1e-3',
           '--warmup_steps=2', '--sample_during_eval', '--n_eval_model_samples=4', '--max_new_tokens=8', '--data_fraction=0.1',

@@ -141,7 +141,9 @@ class Grid(SimpleNamespace):
 
     def pull(self, method, strength, seed):
         """A point of the frontier: beta for losses on pairs, kl_coef online."""
-        own = {'kl_coef': strength} if method in ONLINE else {'beta': strength, 'lr': self.frontier_lr}
+        own = {'beta': strength, 'lr': self.frontier_lr}
+        if method in ONLINE:
+            own = {'kl_coef': strength}
         return make(seed, METHODS[method] | own, self.cut)
 
     def pulls(self, method):

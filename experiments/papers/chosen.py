@@ -12,7 +12,7 @@ data = 'hh'  # what dpo.py reads
 split = 'test'  # train or test
 out = 'out/chosen.jsonl'  # the file: prompt and response, a line an answer
 
-configure(globals())
+config = configure(globals())
 rows = {}
 for source in data.split('+'):
     for row in sources.load_rows(source, split)[0]:

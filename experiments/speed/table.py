@@ -28,7 +28,7 @@ out = 'experiments/speed/table.json'  # where the numbers are kept
 report = False  # measure nothing: print the tables of what is there, and write the README's
 readme = 'README.md'  # which; its lines between the markers are replaced
 
-configure(globals())
+config = configure(globals())
 SHAPES = {'14m': '--model=pythia-14m', '70m': '--model=pythia-70m', '70m-4k': '--model=pythia-70m --vocabulary=4096'}
 VARIANTS = 'padded trl trl_fastest trl_cuda head cached'
 COMPARED = [('head', 'trl'), ('head', 'padded'), ('cached', 'trl_fastest'), ('head', 'trl_cuda')]  # ours, theirs
