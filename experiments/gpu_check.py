@@ -86,19 +86,19 @@ def say(word, name, text=''):
 
 
 def far(a, b):
-    """How far tensor a is from b: the norm of the difference, in norms of b."""
+    """Return how far tensor a is from b: the norm of the difference, in norms of b."""
     a, b = (x.detach().double().cpu() for x in (a, b))
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
 def random_examples(rng, words, shapes):
-    """Examples of random tokens in these shapes."""
+    """Return examples of random tokens in these shapes. words: size of the vocabulary."""
     draw = partial(rng.integers, 1, words)
     return [(draw(prompt), [draw(n) for n in answers]) for prompt, *answers in shapes]
 
 
 def run(*command, limit=300):
-    """A command of this Python from the repository's root: (exit code, what it has printed, seconds)."""
+    """Run a command of this Python from the repository's root. Returns (exit code, what it has printed, seconds)."""
     start = time.time()
     command = [sys.executable, *map(str, command)]
     # beside a GPU several run at the same time, and share the cores
@@ -108,7 +108,7 @@ def run(*command, limit=300):
 
 
 def make_files():
-    """A small model with grouped heads and a tokenizer of its own, and pairs of the toy world."""
+    """Write a small model with grouped heads and a tokenizer of its own, and pairs of the toy world."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     shutil.rmtree(OUT, ignore_errors=True)
@@ -125,7 +125,7 @@ def make_files():
 
 
 def random_model(kind, **options):
-    """A model with random weights: GPTNeoX, Llama ..., and options of its config."""
+    """Return a model with random weights. kind: GPTNeoX, Llama ...; options: of its config."""
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(getattr(transformers, f'{kind}Config')(**options)).eval()
 
@@ -140,13 +140,13 @@ def llama(folder, **options):
 
 
 def versions():
-    """What this machine has."""
+    """Say what this machine has."""
     card = torch.cuda.get_device_name() if gpu else 'no GPU'
     say('INFO', 'versions', f'torch {torch.__version__}, transformers {transformers.__version__}, {card}')
 
 
 def kernel():
-    """packed_attention in bfloat16 on the device against float32 on the CPU: output and gradients."""
+    """Compare packed_attention in bfloat16 on the device with float32 on the CPU: output and gradients."""
     rng, generator, worst = np.random.default_rng(0), torch.Generator().manual_seed(0), {}
     cases = [(8, 8, width, None) for width in (32, 64, 80, 96, 128, 256)]  # heads, of keys, width, window
     cases += [(8, kv, 64, None) for kv in (4, 1)] + [(8, 2, 64, window) for window in (1, 2, 17, 1000)]
@@ -169,7 +169,7 @@ def kernel():
 
 
 def attention_and_gradients(inputs, slope, examples, scaling, window, where, kind):
-    """Output of packed_attention on a device in a dtype, and its gradients in queries, keys and values, by name."""
+    """Return by name the output of packed_attention on a device in a dtype, and its gradients in queries, keys and values."""
     batch = pack(examples, range(len(examples)), device=where)
     qkv = [x.to(where, kind).requires_grad_() for x in inputs]
     out, _ = attention.packed_attention(None, *qkv, None, scaling=scaling, sliding_window=window, packed=batch)
@@ -178,7 +178,7 @@ def attention_and_gradients(inputs, slope, examples, scaling, window, where, kin
 
 
 def logps_and_gradient(model, examples, where, kind, packed):
-    """Log-probs of the examples' answers, and one gradient of all weights."""
+    """Return the log-probs of the examples' answers, and one gradient of all weights."""
     copy = transformers.AutoModelForCausalLM.from_config(model.config).eval()
     copy.load_state_dict(model.state_dict())
     copy = copy.to(where)
@@ -192,7 +192,7 @@ def logps_and_gradient(model, examples, where, kind, packed):
 
 
 def architectures():
-    """Packed in bfloat16 no worse than padded in bfloat16, and float32 on the device as on the CPU."""
+    """Check that packed bfloat16 is no worse than padded bfloat16, and float32 on the device as on the CPU."""
     shapes = SHAPES['pairs'] + SHAPES['short'] + SHAPES['long'] * gpu
     examples = random_examples(np.random.default_rng(1), 999, shapes)
     attention.register_attention()
@@ -221,7 +221,7 @@ STEPS = ['--n_examples=16', '--batch_size=8', '--n_eval_examples=16']
 
 
 def short_run(name, script, *flags):
-    """Run a script for a few steps: every number of its rows is finite, and a model is left."""
+    """Run a script for a few steps, and check that every number of its rows is finite and that it leaves a model."""
     code, text, seconds = run(script, *flags, f'--out_dir={OUT / name}')
     if code:
         return say(False, name, f'exit code {code}: {text.strip()[-400:]}')
@@ -233,19 +233,19 @@ def short_run(name, script, *flags):
 
 
 def short_runs(runs):
-    """Several of them at the same time: name -> (script, *flags)."""
+    """Do short runs at the same time. runs: name -> (script, *flags)."""
     with ThreadPoolExecutor(at_once if gpu else 1) as pool:
         list(pool.map(lambda name: short_run(name, *runs[name]), runs))
 
 
 def every_loss():
-    """Two steps of every loss in bfloat16, in several microbatches."""
+    """Train two steps with every loss in bfloat16, in several microbatches."""
     flags = *HALF, *STEPS, '--max_tokens=300'
     short_runs({f'loss {loss}': ('dpo.py', *flags, f'--loss={loss}') for loss in losses.LOSSES})
 
 
 def scripts():
-    """The other scripts, and options that take other paths on a GPU."""
+    """Train with the other scripts, and with options that take other paths on a GPU."""
     options = """loss=dpo sample_during_eval activation_checkpointing activation_checkpointing=selective cache_ref
                  pack=false optimizer=RMSprop cpu_offload lora_rank=4 attn=eager""".split()
     runs = {f'dpo {option}': ('dpo.py', *HALF, *STEPS, f'--{option}') for option in options}
@@ -263,14 +263,14 @@ def scripts():
 
 
 def resume():
-    """torchrun, step 0, a run that goes on from its middle, and the same run again; with and without --deterministic."""
+    """Check torchrun, step 0, the same run again, and a run that goes on from its middle; with and without --deterministic."""
     options = ('', '--deterministic') if gpu else ('',)
     with ThreadPoolExecutor() as pool:
         list(pool.map(one_resume, options))
 
 
 def one_resume(option):
-    """The check above with one more option."""
+    """Do the check above with one more option."""
     from safetensors.torch import load_file
 
     flags = f"""-m torch.distributed.run --nproc_per_node=1 --standalone dpo.py --loss=drdpo --n_examples=64 --batch_size=16
@@ -311,7 +311,7 @@ def one_resume(option):
 
 
 def memory():
-    """Where GPU memory runs out: one sentence and exit code 2, or with max_tokens=auto half of it, and the run goes on."""
+    """Let GPU memory run out: one sentence and exit code 2, or with max_tokens=auto half of it, and the run goes on."""
     if not gpu:
         return say('SKIP', 'memory', 'only on a GPU')
     shutil.copytree(MODEL, OUT / 'wide')
@@ -339,13 +339,13 @@ def memory():
 
 
 def step():
-    """Of a step of DPO with a live reference: memory, what makes the host wait, which kernels take the time."""
+    """Measure a step of DPO with a live reference: memory, what makes the host wait, which kernels take the time."""
     # Pythia-160M and 2.8B: width, inner width, layers, heads
     say_steps([('GPTNeoX', 768, 3072, 12, 12), ('GPTNeoX', 2560, 10240, 32, 32)], [False], profiled=True)
 
 
 def checkpointing():
-    """What activation checkpointing costs and saves, beside a step that keeps all activations."""
+    """Measure what activation checkpointing costs and saves, beside a step that keeps all activations."""
     # Pythia-410M, and a Llama of a billion weights
     say_steps([('GPTNeoX', 1024, 4096, 24, 16), ('Llama', 2048, 8192, 16, 32)], [False, 'selective', True])
 
@@ -375,7 +375,7 @@ def say_steps(shapes, ways, profiled=False):
 
 
 def make_step(kind, checkpointing, **sizes):
-    """(a function that takes a step of DPO with a live reference and random weights of this shape, tokens of its batch)."""
+    """Return (a function that takes a step of DPO with a live reference and random weights of this shape, tokens of its batch)."""
     ranks.setup()
     attention.register_attention()
 
@@ -404,7 +404,7 @@ def make_step(kind, checkpointing, **sizes):
 
 
 def measure(take):
-    """(seconds of a step, bytes at its peak), on a GPU."""
+    """Return (seconds of a step, bytes at its peak), on a GPU."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -417,14 +417,14 @@ def measure(take):
 
 
 def release():
-    """Give back what no tensor holds any more."""
+    """Give back memory that no tensor holds any more."""
     gc.collect()
     if gpu:
         torch.cuda.empty_cache()
 
 
 def say_waits(name, take):
-    """Where the host waits for the device in a step."""
+    """Say where the host waits for the device in a step."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
         torch.cuda.set_sync_debug_mode('warn')
@@ -437,7 +437,7 @@ def say_waits(name, take):
 
 
 def say_kernels(name, take):
-    """The kernels and operations that take the most time on the device."""
+    """Say which kernels and operations take the most time on the device."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
@@ -448,7 +448,7 @@ def say_kernels(name, take):
 
 
 def speed():
-    """tools.bench over shapes: pairs/s, MFU, peak memory. Beside it a plain padded loop, where it fits."""
+    """Run tools.bench over shapes: pairs/s, MFU, peak memory, beside a plain padded loop."""
     flags = '--dtype=bfloat16 --n_steps=5 --rounds=1 --batch_size=64'
     if not gpu:
         flags = '--vocabulary=512 --threads=1 --n_steps=1 --batch_size=4'

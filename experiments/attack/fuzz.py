@@ -56,7 +56,7 @@ ACTS = 'delete rename copy insert wrap repeat replace replace'.split()  # of a m
 
 
 def seeds():
-    """format -> its rows; '' -> rows of the documented formats, which need no name."""
+    """Return format -> its rows; '' -> rows of the documented formats, which need no name."""
     found = {}
     for file in sorted((ROOT / 'tests/parts/raw').iterdir()):
         found[file.stem] = read_rows(file) if file.suffix == '.jsonl' else json.loads(file.read_text())
@@ -67,7 +67,7 @@ def seeds():
 
 
 def odd_value(depth=0):
-    """A json value that hardly any reader expects: a text, something nested, a message, or one of ODD_VALUES."""
+    """Return a json value that hardly any reader expects: a text, something nested, a message, or one of ODD_VALUES."""
     kind = random.choice(KINDS)
     if kind == 'text':
         return random.choice(ODD_TEXTS)
@@ -84,7 +84,7 @@ def odd_value(depth=0):
 
 
 def places(value, levels):
-    """All (container, key) in a json value, down to so many levels."""
+    """Return all (container, key) in a json value, down to so many levels."""
     keys = list(value) if isinstance(value, dict) else []
     if isinstance(value, list):
         keys = range(len(value))
@@ -95,12 +95,12 @@ def places(value, levels):
 
 
 def texts(value):
-    """All texts in a json value."""
+    """Return all texts in a json value."""
     return [container[key] for container, key in places([value], 900) if isinstance(container[key], str)]
 
 
 def mutate(row, pool):
-    """A copy of a row in which a few values are gone, renamed, copied from another row, repeated or odd."""
+    """Return a copy of a row in which a few values are gone, renamed, copied from another row of the pool, repeated or odd."""
     row = copy.deepcopy(row)
     for _ in range(random.choice([1, 1, 1, 2, 4])):
         spots = places(row, 6)
@@ -130,7 +130,7 @@ def mutate(row, pool):
 
 
 def write_line(row):
-    """A row as json text, sometimes broken."""
+    """Return a row as json text, sometimes broken."""
     ascii_only = random.random() < 0.5
     text = json.dumps(row, ensure_ascii=ascii_only).encode('utf-8', 'surrogatepass')
     if random.random() < 0.9:
@@ -173,7 +173,7 @@ def check_example(example, written, name):
 
 
 def read_json(content, in_lines):
-    """(rows that are json, number of rows) of a file's bytes."""
+    """Return (rows that are json, number of rows) of a file's bytes."""
     lines = content.split(b'\n') if in_lines else [content]
     parsed = []
     for line in lines:
@@ -186,7 +186,7 @@ def read_json(content, in_lines):
 
 
 def load(source, path, in_lines, options):
-    """(examples, left_out) of a file read with skip_bad_rows, or None where it is refused; as many bad rows as without."""
+    """Load a file without and with skip_bad_rows. Returns (examples, left_out) of the second, or None if it is refused."""
     refused = None
     try:
         sources.load_rows(source, 'train', **options)
@@ -210,7 +210,7 @@ def load(source, path, in_lines, options):
 
 
 def attack_file(name, content, path, index):
-    """One file through load_rows, with and without skip_bad_rows, and what is left through tokenise."""
+    """Send a file through load_rows, and what is left through tokenise. Raises Failure."""
     in_lines = not path.endswith('.json')
     with (gzip.open if path.endswith('.gz') else open)(path, 'wb') as stream:
         stream.write(content)
@@ -246,7 +246,7 @@ def attack_file(name, content, path, index):
 
 
 def random_file(name, pool):
-    """(ending, content) of a file with rows of a format, most of them mutated."""
+    """Return (ending, content) of a file with rows of a format, most of them mutated."""
     ending = random.choice(['.jsonl', '.jsonl', '.jsonl', '.json', '.jsonl.gz'])
     changed = []
     for _ in range(FILE_ROWS):

@@ -43,7 +43,7 @@ MOMENTS = {'save': 'out/checkpoints/*.tmp', 'sampling': 'out/samples.jsonl', 'te
 
 
 def is_new(file):
-    """Whether a file was changed in the last second."""
+    """Return whether a file was changed in the last second."""
     with contextlib.suppress(OSError):  # it may be gone meanwhile
         return time.time() - file.stat().st_mtime < 1
     return False
@@ -76,14 +76,14 @@ def kill(process):
 
 
 def metrics(out):
-    """The whole rows of a run's metrics.jsonl, but for speeds, which differ."""
+    """Return the whole rows of a run's metrics.jsonl, without speeds, which differ."""
     text = (out / 'metrics.jsonl').read_text() if size(out / 'metrics.jsonl') else ''
     rows = [json.loads(line) for line in text.split('\n')[:-1]]
     return [{k: v for k, v in row.items() if not k.endswith('_per_second')} for row in rows]
 
 
 def difference(out, whole):
-    """Where two runs differ, or None."""
+    """Return where two runs differ, or None."""
     for mine, right in itertools.zip_longest(metrics(out), metrics(whole)):
         if mine != right:
             return f'rows differ: {mine} and {right}'
@@ -95,7 +95,7 @@ def difference(out, whole):
 
 @functools.cache
 def train_whole(loss, world, base):
-    """(folder of the uninterrupted run, seconds from its first step to its end)."""
+    """Train without interruption. Returns (folder, seconds from the first step to the end)."""
     whole = base / f'{loss}-{world}'
     # a cache of its own: the reference's log-probs equal those of another number of processes to rounding only
     process = start(loss, world, whole, base / f'cache-{loss}-{world}')

@@ -37,7 +37,7 @@ RECORD = ROOT / 'experiments/claims/record'
 
 
 def read_results(file):
-    """Results by key of their trial. A line that a crash has cut short is taken off the file."""
+    """Return the results in a file, by key of their trial. Removes a last line that a crash has cut short."""
     lines = file.read_text().splitlines(True) if file.exists() else []
     if lines and not lines[-1].endswith('\n'):
         file.write_text(''.join(lines[:-1]))
@@ -46,7 +46,7 @@ def read_results(file):
 
 
 def run(trials, file, work):
-    """Make those trials that are not in the file yet, several side by side, and append each when it is done."""
+    """Run the trials that are not in the file yet, several side by side, and append each result when it is there."""
     results = read_results(file)
     left = [trial for trial in trials if results.get(claims_grid.key(trial), {}).get('n_samples') != n_samples]
     print(f'{len(trials)} trials, {len(trials) - len(left)} of them done already: {file}', flush=True)

@@ -63,22 +63,22 @@ NAMES = {'drdpo 1': "Dr. DPO (beta' 1)", 'drdpo 4': "Dr. DPO (beta' 4)", 'dpo qu
 
 
 def name_of(method):
-    """A method's name as papers write it."""
+    """Return a method's name as papers write it."""
     return NAMES.get(method) or method.replace('kto', 'KTO')
 
 
 def key(trial):
-    """What makes two trials the same: everything but the results. Rows of before 2026-11-26 have no sft, and belong to other models."""
+    """Return the identity of a trial, without its results. Rows of before 2026-11-26 have no sft: they belong to other models."""
     return json.dumps({k: trial.get(k) for k in ('script', 'data', 'sft', 'seed', 'options')}, sort_keys=True)
 
 
 def value(result, metric):
-    """One metric of a result; the score is the gold reward minus the price of the KL."""
+    """Return one metric of a result. The score is the gold reward minus the price of the KL."""
     return result['gold'] - PRICE * result['kl'] if metric == 'score' else result[metric]
 
 
 def make(seed, options, cut=1, data='all'):
-    """A trial; options None: the SFT model itself. cut: train on 1 / cut of the examples."""
+    """Return a trial. options None: the SFT model itself. cut: train on 1 / cut of the examples."""
     trial = {'script': 'dpo.py', 'data': data, 'sft': seed, 'seed': seed, 'options': options}
     if options is None:
         return trial | {'script': None, 'data': None}
@@ -91,14 +91,14 @@ def make(seed, options, cut=1, data='all'):
 
 
 def search(name):
-    """The twelve trials of a search, on the seed that is not reported."""
+    """Return the twelve trials of a search, on the seed that is not reported."""
     _, data, fixed, axes = SEARCHES[name]
     settings = itertools.product(*axes.values())
     return [make(SEARCH_SEED, fixed | dict(zip(axes, values, strict=True)), data=data) for values in settings]
 
 
 def found(name, results):
-    """{metric: {option: value}} of the best trials of a finished search. results: key -> result."""
+    """Return {metric: {option: value}} of the best trials of a finished search. results: key of a trial -> result."""
     metrics, _, _, axes = SEARCHES[name]
     done = [row for trial in search(name) if 'error' not in (row := results[key(trial)])]
     best = {metric: max(done, key=partial(value, metric=metric)) for metric in metrics}
@@ -123,11 +123,11 @@ class Grid(SimpleNamespace):
     settings: what the searches have found, search -> metric -> {option: value}. cut: train on 1 / cut of the examples."""
 
     def cells(self):
-        """(beta, lr) of the comparisons at equal settings."""
+        """Return all (beta, lr) of the comparisons at equal settings."""
         return list(itertools.product(self.like_betas, self.like_lrs))
 
     def equal(self, method, beta, lr, flips, seed):
-        """At this beta and lr; DPO at a quarter of the beta is named by the beta it is compared at."""
+        """Return a trial at this beta and lr. 'dpo quarter' trains with a quarter of this beta."""
         options = METHODS[method] | {'beta': beta, 'lr': lr}
         if method == 'dpo quarter':
             options['beta'] = beta / 4
@@ -136,11 +136,11 @@ class Grid(SimpleNamespace):
         return make(seed, options, self.cut)
 
     def mixed(self, method, beta, seed):
-        """beta-DPO and DPO on pairs of mixed gap."""
+        """Return a trial of beta-DPO or DPO on pairs of mixed gap."""
         return make(seed, METHODS[method] | {'beta': beta, 'lr': self.mixed_lr}, self.cut, 'mixed')
 
     def pull(self, method, strength, seed):
-        """A point of the frontier: beta for losses on pairs, kl_coef online."""
+        """Return the trial of a point on a frontier. strength: beta for losses on pairs, kl_coef online."""
         own = {'beta': strength, 'lr': self.frontier_lr}
         if method in ONLINE:
             own = {'kl_coef': strength}
@@ -150,24 +150,24 @@ class Grid(SimpleNamespace):
         return self.kl_coefs if method in ONLINE else self.frontier_betas
 
     def setting(self, name, metric):
-        """What a search has found for a metric; KTO's is for all shares of good answers."""
+        """Return what a search has found for a metric. KTO's is for all shares of good answers."""
         kind, method = name.split()[:2]
         return self.settings[f'{kind} {method}'][metric]
 
     def tuned(self, name, metric, seed):
-        """A method ('flips drdpo', 'clean kto 1:4') at what its search has found for the metric."""
+        """Return the trial of a method ('flips drdpo', 'clean kto 1:4') at what its search has found for the metric."""
         kind, method = name.split(maxsplit=1)
         fixed = METHODS[method] if kind == 'clean' else SEARCHES[name][2]
         return make(seed, fixed | self.setting(name, metric), self.cut, 'mixed' if kind == 'mixed' else 'all')
 
     def tuned_names(self):
-        """(name, metric) of all that was tuned."""
+        """Return (name, metric) of all that was tuned."""
         noisy = [name for name in SEARCHES if not name.startswith('clean')]
         found = [(name, metric) for name in noisy for metric in SEARCHES[name][0]]
         return found + [(f'clean {method}', 'score') for method in self.others]
 
     def trials(self, seeds):
-        """All of them, each once, seed by seed: what is there after an hour is whole seeds."""
+        """Return all trials, each once, seed by seed: a run that is stopped early has whole seeds."""
         every = {}
         for seed in seeds:
             trials = [make(seed, None)]
@@ -185,5 +185,5 @@ class Grid(SimpleNamespace):
         return list(every.values())
 
     def own_units(self):
-        """(beta, lr) of beta-DPO in its own units: the smallest beta, without flips."""
+        """Return all (beta, lr) of beta-DPO in its own units: the smallest beta."""
         return [(min(self.like_betas), lr) for lr in self.like_lrs]

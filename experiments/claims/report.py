@@ -15,7 +15,7 @@ EQUAL, TUNED = 'Equal settings, one thing changed:', 'Both tuned for the metric 
 
 
 def interval(found):
-    """'mean [lower, upper]' of differences by seed, the plain 95% interval; missing seeds are said."""
+    """Return 'mean [lower, upper]' of the differences by seed, with the plain 95% interval, and how many seeds are missing."""
     numbers = [x for x in found if x is not None]
     if not numbers:
         return 'no numbers'
@@ -27,7 +27,7 @@ def interval(found):
 
 
 def verdict_tables(rows):
-    """A table of the claims at equal settings, and one of those with both sides tuned; bold only what holds and what is contrary."""
+    """Return a table of the claims at equal settings and one of the tuned ones. Only what holds and what is contrary is bold."""
     lines = {EQUAL: [], TUNED: []}
     for claim, found, word in rows:
         shown = f'**{word}**' if word in (HOLDS, CONTRARY) else word
@@ -38,7 +38,7 @@ def verdict_tables(rows):
 
 
 def number_table(trials, results):
-    """Of every setting that was tried: 'mean (standard error)' of all that was measured; what failed or is missing is said."""
+    """Return a table with a row a setting: 'mean (standard error)' of each metric, and how many trials failed or are missing."""
     groups = {}  # (loss, setting in words) -> results, None where one is missing
     for trial in trials:
         setting = {'pairs': trial['data'], **(trial['options'] or {'loss': 'the SFT model'})}
@@ -60,7 +60,7 @@ def number_table(trials, results):
 
 
 def write(grid, seeds, results, out):
-    """results.md, into the folder out."""
+    """Write results.md into the folder out, and print the verdicts."""
     rows = judged(grid, seeds, results)
     trials = grid.trials(seeds)
     used = [results[key(trial)] for trial in trials if key(trial) in results]

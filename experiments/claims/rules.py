@@ -43,7 +43,7 @@ class Claim(NamedTuple):
 
 
 def judged(grid, seeds, results):
-    """[(claim, differences by seed, the rule's word)] of all claims, decided together.
+    """Decide about all claims together. Returns [(claim, differences by seed, the rule's word)].
 
     A difference is None where a run is missing. Of a small grid's claims those without any difference are left out."""
     rows = []
@@ -64,7 +64,7 @@ def judged(grid, seeds, results):
 
 
 def above(ours, theirs):
-    """Mean difference of two frontiers, lists of (KL, gold), over the sqrt(KL) that both reach. KeyError if there is none."""
+    """Return the mean difference of two frontiers, lists of (KL, gold), over the sqrt(KL) that both reach. KeyError if none is."""
     x, ours = np.array(sorted(ours)).T
     u, theirs = np.array(sorted(theirs)).T
     x, u = np.sqrt(x), np.sqrt(u)
@@ -85,14 +85,14 @@ class Measured:
         self.grid, self.results = grid, results
 
     def value(self, trial, metric):
-        """One metric of one trial."""
+        """Return one metric of one trial."""
         result = self.results[key(trial)]
         if 'error' in result:
             raise KeyError(result['error'])
         return value(result, metric)
 
     def equal(self, ours, theirs, flips, cells, seed):
-        """Accuracy at equal beta and lr: the mean over cells (beta, lr)."""
+        """Return the difference in accuracy at equal beta and lr: the mean over cells (beta, lr)."""
         gains = []
         for beta, lr in cells:
             a, b = (self.grid.equal(method, beta, lr, flips, seed) for method in (ours, theirs))
@@ -100,12 +100,12 @@ class Measured:
         return statistics.mean(gains)
 
     def loses_less(self, seed):
-        """By how much more of its accuracy DPO loses than Dr. DPO, from no flips to the most."""
+        """Return by how much more DPO loses than Dr. DPO of its accuracy, from no flips to the most."""
         flipped, clean = (self.equal('drdpo 1', 'dpo', flips, self.grid.cells(), seed) for flips in (MOST, 0.0))
         return flipped - clean
 
     def mixed(self, summary, seed):
-        """A summary of the scores at every beta, on pairs of mixed gap: that of beta-DPO minus that of DPO."""
+        """Summarise the scores at every beta, on pairs of mixed gap. Returns the summary of beta-DPO minus that of DPO."""
         ours, theirs = (
             summary([self.value(self.grid.mixed(method, beta, seed), 'score') for beta in self.grid.mixed_betas])
             for method in ('beta_dpo', 'dpo')
@@ -113,7 +113,7 @@ class Measured:
         return ours - theirs
 
     def above(self, ours, theirs, seed):
-        """The gold reward between two methods' frontiers: the SFT model, and the method at every beta."""
+        """Return the gold reward between two methods' frontiers. A frontier is the SFT model, and the method at every beta."""
         frontiers = []
         for method in (ours, theirs):
             pulls = [self.grid.pull(method, strength, seed) for strength in self.grid.pulls(method)]
@@ -122,7 +122,7 @@ class Measured:
         return above(*frontiers)
 
     def nearer(self, ours, theirs, seed):
-        """The share by which our forward KL on held-out answers is lower, mean over beta."""
+        """Return the share by which our forward KL on held-out answers is lower than theirs, the mean over beta."""
         shares = []
         for beta in self.grid.frontier_betas:
             trials = [self.grid.pull(method, beta, seed) for method in (ours, theirs)]
@@ -131,13 +131,13 @@ class Measured:
         return statistics.mean(shares)
 
     def gain(self, ours, theirs, metric, seed):
-        """A metric of one tuned method above that of another."""
+        """Return the difference in a metric between two tuned methods."""
         a, b = (self.grid.tuned(name, metric, seed) for name in (ours, theirs))
         return self.value(a, metric) - self.value(b, metric)
 
 
 def narrowness(numbers):
-    """The negative of their range."""
+    """Return the negative of their range."""
     return min(numbers) - max(numbers)
 
 
@@ -146,12 +146,12 @@ def listed(numbers):
 
 
 def settings_of(options):
-    """What a search has found, in words."""
+    """Return options that a search has found in words."""
     return ', '.join(f'{option} {x:g}' for option, x in options.items())
 
 
 def claims(grid: Grid, results):
-    """The claims, in the order of the report. results: key of a trial -> result."""
+    """Yield the claims, in the order of the report. results: key of a trial -> result."""
     measured = Measured(grid, results)
     # one thing changed, under flips
     what = 'accuracy, mean over settings'
@@ -195,7 +195,7 @@ def claims(grid: Grid, results):
 
 
 def tuned_words(grid, ours, theirs, metric):
-    """(words, settings) of a claim about two tuned methods."""
+    """Return (words, settings) of a claim about two tuned methods."""
     found, against = (settings_of(grid.setting(name, metric)) for name in (ours, theirs))
     kind, method = ours.split(maxsplit=1)
     other = theirs.split(maxsplit=1)[1]

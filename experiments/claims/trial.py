@@ -45,12 +45,12 @@ N_TEST = 1800  # held-out pairs; about 1,690 are left without ties
 
 
 def gap(pair):
-    """Gold reward of the chosen answer minus that of the rejected one."""
+    """Return the gold reward of the chosen answer minus that of the rejected one."""
     return toy.gold(pair['prompt'], pair['chosen']) - toy.gold(pair['prompt'], pair['rejected'])
 
 
 def training_pairs(kind, seed, n=N_PAIRS):
-    """n pairs of the toy world that belong to this seed. kind: all, or mixed (of gap): every second low, every second high."""
+    """Return n toy pairs that belong to this seed. kind: all, or mixed, where gaps are low and high by turns."""
     if kind == 'all':
         return list(toy.pairs(f'claims {seed}', n))
     pairs = list(toy.pairs(f'claims {seed}', 4 * n))
@@ -62,14 +62,14 @@ def training_pairs(kind, seed, n=N_PAIRS):
 
 
 def held_out_pairs():
-    """Pairs whose labels the gold reward itself decides, without noise; ties are left out."""
+    """Yield pairs that the gold reward itself labels, without noise; ties are left out."""
     for pair in toy.pairs('test', N_TEST):
         if g := gap(pair):
             yield pair if g > 0 else pair | {'chosen': pair['rejected'], 'rejected': pair['chosen']}
 
 
 def write_pairs(file, make, *args):
-    """A jsonl file of make(*args), whole or not at all, written once."""
+    """Write the rows of make(*args) as a .jsonl file, unless it exists. Returns the file."""
     if not file.exists():
         part = file.with_suffix(f'.{os.getpid()}')  # another process may be at it, too
         write_rows(part, make(*args))
@@ -86,12 +86,12 @@ def train(script, out, options):
 
 
 def reference_of(work, seed):
-    """The folder of the SFT model that every trial of a seed starts from."""
+    """Return the folder of the SFT model that every trial of a seed starts from."""
     return Path(work) / f'sft-{seed}' / 'model'
 
 
 def train_reference(work, seed):
-    """Train a seed's SFT model, on demonstrations of its own, once."""
+    """Train the SFT model of a seed on demonstrations of its own, unless that is done."""
     torch.set_num_threads(1)
     model = reference_of(work, seed)
     if not (model / 'config.json').exists():
@@ -103,7 +103,7 @@ def train_reference(work, seed):
 
 
 def run_trial(trial, work, n_samples):
-    """Train and measure. Returns the trial with its result; with 'error' where the script refused it."""
+    """Train and measure. Returns the trial with its result, or with 'error' if the script refused it."""
     torch.set_num_threads(1)
     work, began, cpu = Path(work), time.time(), time.process_time()
     os.environ.setdefault('NANOPREF_CACHE', str(work / 'cache'))
@@ -122,7 +122,7 @@ def run_trial(trial, work, n_samples):
 
 
 def data_file(trial, work):
-    """The file of a trial's training pairs."""
+    """Return the file of a trial's training pairs."""
     file = work / 'data' / f'{trial["data"]}-{trial["seed"]}.jsonl'
     return write_pairs(file, training_pairs, trial['data'], trial['seed'])
 
@@ -132,7 +132,7 @@ def test_file(work):
 
 
 def all_options(trial, work):
-    """Every option that a trial's script gets."""
+    """Return every option that a trial's script gets."""
     options = {'model': reference_of(work, trial['seed']), 'seed': trial['seed']} | trial['options']
     if trial['script'] == 'ppo.py':
         return COMMON_ONLINE | options
@@ -144,7 +144,7 @@ def all_options(trial, work):
 
 @lru_cache(1)
 def commit():
-    """The commit that is checked out, with a + where files differ from it."""
+    """Return the commit that is checked out, with a + if .py files differ from it."""
 
     def git(*words):
         return subprocess.run(['git', *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -160,7 +160,7 @@ KNOWN = {}  # log-probs under references, of this process
 
 @torch.no_grad()
 def columns(policy, reference, examples, divergence):
-    """(3, answers): log-probs, divergences summed over positions, the reference's log-probs; examples in order.
+    """Return (3, answers): log-probs, divergences summed over positions, the reference's log-probs; examples in order.
 
     Without a divergence (1, answers): the log-probs alone."""
     parts = []
@@ -173,7 +173,7 @@ def columns(policy, reference, examples, divergence):
 
 
 def ratios(policy, reference, examples):
-    """(answers,) log-ratios. The reference's log-probs (its folder is its name) are computed once a process."""
+    """Return the log-ratios (answers,). The reference's log-probs are computed once a process; its folder is its name."""
     key = (reference.name_or_path, hash(examples.ids.tobytes()))
     if key not in KNOWN:
         KNOWN[key] = columns(reference, None, examples, None)[0]
@@ -181,7 +181,7 @@ def ratios(policy, reference, examples):
 
 
 def measure(trial, folder, work, n_samples):
-    """Gold reward, KL to the reference and accuracy: the same prompts and test pairs for every model, the same noise for a seed.
+    """Measure a model: gold reward, KL, accuracy ... All models get the same prompts and test pairs, those of a seed the same noise.
 
     kl: KL(policy || reference) of whole answers, summed exactly over the words at every position of the policy's own samples.
     accuracy: share of held-out pairs whose better answer has gained more probability (for the reference itself: has more
@@ -212,7 +212,7 @@ def measure(trial, folder, work, n_samples):
 
 
 def sampled(policy, reference, tokenizer, seed, n_samples):
-    """gold, gold_se, kl, well_formed and length, of n_samples answers that the policy samples."""
+    """Return gold, gold_se, kl, well_formed and length of n_samples answers that the policy samples."""
     places = sorted(toy.PLACES)
     prompts = [f'Review of the {places[i % len(places)]}:' for i in range(n_samples)]
     ids = tokenizer(prompts, add_special_tokens=False)['input_ids']
@@ -233,7 +233,7 @@ def sampled(policy, reference, tokenizer, seed, n_samples):
 
 
 def kl_on_samples(policy, reference, prompts, answers):
-    """KL(policy || reference) in nats an answer, the mean over the policy's own samples, one to each prompt; all are token ids."""
+    """Return KL(policy || reference) in nats an answer, the mean over the policy's own answers, one to each prompt (token ids)."""
     for either in (policy, reference):
         attention.set_attention(either, packed=True)
     own = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
@@ -242,7 +242,7 @@ def kl_on_samples(policy, reference, prompts, answers):
 
 
 def gradient_shares(policy, reference, pairs, seed, options):
-    """Of the training pairs after training: h_std, the standard deviation of h = beta d, and the flipped pairs' share of the gradient.
+    """Return h_std, the standard deviation of h = beta d on the training pairs, and the flipped pairs' share of the gradient.
 
     flipped_share is of the sizes of dloss/dh, times Dr. DPO's weights; before training it is flipped_pairs, their share of pairs."""
     seen = pairs.flip(options.get('noise_rate', 0.0), seed)

@@ -29,7 +29,7 @@ LEVEL = 0.05
 
 
 def t_tail(t, df):
-    """P(T > t) for Student's t with a whole number of degrees of freedom: Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    """Return P(T > t) for Student's t with a whole number of degrees of freedom: Abramowitz and Stegun 26.7.3 and 26.7.4."""
     angle = math.atan(abs(t) / math.sqrt(df))
     cos2 = math.cos(angle) ** 2
 
@@ -50,7 +50,7 @@ def t_tail(t, df):
 
 @functools.cache
 def t_quantile(tail, df):
-    """The t with P(T > t) = tail, for a tail below a half, by bisection."""
+    """Return the t with P(T > t) = tail, for a tail below a half, by bisection."""
     low, high = 0.0, 1e6
     for _ in range(100):
         middle = (low + high) / 2
@@ -62,7 +62,7 @@ def t_quantile(tail, df):
 
 
 def holm(p_values):
-    """For each p-value whether Holm's method rejects: the smallest against LEVEL / n, the next against LEVEL / (n - 1) ..."""
+    """Return for each p-value whether Holm's method rejects: the smallest against LEVEL / n, the next against LEVEL / (n - 1) ..."""
     rejected = [False] * len(p_values)
     in_order = sorted(range(len(p_values)), key=p_values.__getitem__)
     for rank, i in enumerate(in_order):
@@ -73,12 +73,12 @@ def holm(p_values):
 
 
 def standard_error(differences):
-    """Of their mean. Rounding in the numbers must not make five equal differences infinitely sure."""
+    """Return the standard error of the mean, at least 1e-9: rounding must not make five equal differences infinitely sure."""
     return max(statistics.stdev(differences) / len(differences) ** 0.5, 1e-9)
 
 
 def p_values(differences, d):
-    """p-values of the three questions of the rule: not zero, above d, within d."""
+    """Return the p-values of the three questions of the rule: not zero, above d, within d."""
     df, mean, error = len(differences) - 1, statistics.fmean(differences), standard_error(differences)
     not_zero = 2 * t_tail(abs(mean) / error, df)
     above = min(1.0, 2 * t_tail((mean - d) / error, df))
@@ -87,14 +87,14 @@ def p_values(differences, d):
 
 
 def confidence(differences):
-    """The plain 95% interval of their mean: (lower, upper)."""
+    """Return the plain 95% interval of the mean: (lower, upper)."""
     mean = statistics.fmean(differences)
     reach = t_quantile(LEVEL / 2, len(differences) - 1) * standard_error(differences)
     return mean - reach, mean + reach
 
 
 def word_of(differences, is_not_zero, is_above, is_within):
-    """The rule's word from the answers to its three questions."""
+    """Return the rule's word, from the answers to its three questions."""
     if not is_not_zero:
         return SAME if is_within else OPEN
     if statistics.fmean(differences) < 0:
@@ -105,7 +105,7 @@ def word_of(differences, is_not_zero, is_above, is_within):
 
 
 def judge(claims):
-    """The words for all claims of a report together. claims: (differences by seed, None where a run is missing; unit)."""
+    """Return the words for all claims of a report. claims: [(differences by seed, None where a run is missing; unit)]."""
     # a claim without numbers still counts as one of the many: its p-values are 1
     measured = []
     for differences, unit in claims:

@@ -12,7 +12,7 @@ COMPARED = [('drdpo', 'dpo'), ('quarter', 'dpo'), ('drdpo', 'quarter')]  # ours,
 
 
 def accuracy(file):
-    """The last evaluation's accuracy, or None where the run is missing."""
+    """Return the accuracy of the last evaluation, or None if the run is missing."""
     rows = read_rows(file) if file.exists() else []
     return next((row['rewards_eval/accuracies'] for row in reversed(rows) if row['split'] == 'eval'), None)
 

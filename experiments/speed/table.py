@@ -41,7 +41,7 @@ numbers = json.loads(Path(out).read_text()) if Path(out).exists() else {}
 
 
 def bench(*flags):
-    """The rows of a run of tools.bench, variant -> row. Raises UserError."""
+    """Run tools.bench. Returns variant -> row. Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
         files = f'--tokenizer={tokenizer}', f'--data=hh:{hh}', f'--out={folder}/rows.json'
         run('-m', 'tools.bench', *files, *flags, limit=3000, TQDM_DISABLE='1', PYTHONWARNINGS='ignore')
@@ -49,12 +49,12 @@ def bench(*flags):
 
 
 def ratios(rows):
-    """What COMPARED lists, in its order."""
+    """Return the ratios of speed that COMPARED lists, in its order."""
     return [rows[ours]['pairs_per_second'] / rows[theirs]['pairs_per_second'] for ours, theirs in COMPARED]
 
 
 def measure(name, flags):
-    """The rows of one line: all variants in one process, then memory, a process each."""
+    """Measure one line: all variants in one process, then the memory of each in a process of its own."""
     rows = bench(*flags, f'--n_steps={n_steps}', f'--variants={VARIANTS}')
     for variant in ('padded', 'trl', 'head', 'cached'):
         alone = bench(*flags, '--n_steps=1', f'--variants={variant}')
@@ -69,7 +69,7 @@ def cell(row):
 
 
 def readme_text():
-    """Batch 8 on one thread, whole; of all lines that were measured, the smallest and largest ratios."""
+    """Return the README's text: batch 8 on one thread as a table; of all lines the smallest and largest ratios."""
     first = {name.partition(',')[0]: rows for name, rows in numbers.items() if name.endswith(', batch 8, 1 threads')}
     titles = [f'Pythia-{shape}'.replace('-4k', ', 4k words') for shape in first]
     text = f'| | {" | ".join(titles)} |\n|---|{"---|" * len(titles)}\n'

@@ -37,7 +37,7 @@ COMMON = {  # of both sides: five steps of 8 pairs and one of 4, of which the la
 
 
 def toy_model(architecture, folder):
-    """A tiny model and a tokenizer of bytes, as a folder. A formula gives the weights: no generator has to stay as it is."""
+    """Write a tiny model and a tokenizer of bytes. A formula gives the weights, so that they never change. Returns the tokenizer."""
     import tokenizers
     import torch
     import transformers
@@ -68,7 +68,7 @@ def toy_model(architecture, folder):
 
 
 def toy_reward(architecture, folder):
-    """A tiny reward model and its tokenizer, as a folder; a formula gives the weights. Returns the tokenizer."""
+    """Write a tiny reward model and its tokenizer; a formula gives the weights. Returns the tokenizer."""
     import torch
 
     from hf.load import load_reward, separate_pad
@@ -85,7 +85,7 @@ def toy_reward(architecture, folder):
 
 
 def toy_pairs(margins=False):
-    """The first short pairs of the toy world; with the difference of the gold rewards as a margin, never below 0."""
+    """Return the first short pairs of the toy world. margins: add the difference of the gold rewards, never below 0."""
     pairs = [pair for pair in toy.pairs('train') if len(pair['chosen']) + len(pair['rejected']) < 120]
     for pair in pairs if margins else []:
         better = toy.gold(pair['prompt'], pair['chosen']) - toy.gold(pair['prompt'], pair['rejected'])
@@ -191,7 +191,7 @@ def with_trl(kind, folder, pairs, work, options):
 
 
 def order(n, options):
-    """The examples of all our steps, end to end."""
+    """Return the indices of the examples of all our steps, end to end."""
     from data import steps
 
     total = min(options['n_epochs'] * n, options['n_examples'] or math.inf)
@@ -199,7 +199,7 @@ def order(n, options):
 
 
 def our_ids(tok, file, options):
-    """What our script makes of the file: prompt + answer of [chosen, rejected], in the order of our steps."""
+    """Return the token ids that our script makes of the file: prompt + answer of [chosen, rejected], in the order of our steps."""
     from text.tokenise import load_examples
 
     examples = load_examples(str(file), 'train', tok, 'pairs', max_length=options['max_length'], max_prompt_length=256,
