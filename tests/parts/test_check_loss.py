@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from helpers import LOSSES, refused
+from helpers import LOSSES, parse, refused
 
 import losses
 from configurator import UserError
-from runtime import check_loss, objective
+from runtime import objective
 from tests import forks
 
 OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0.5, 'w_good': 1.0, 'w_bad': 1.0, 'delta': 1.0, 'lam': 0.1,
@@ -19,9 +19,9 @@ OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0.5, '
 @pytest.mark.parametrize('name', LOSSES)
 def test_every_loss_is_ready(name):
     """By hand: dpo at a margin of 5, beta 0.1, is L(0.5), with slopes -+ 0.1 S(-0.5)."""
-    rows = check_loss.table(name, *objective.find(name, losses.LOSSES, losses.STATISTICS, OPTIONS), OPTIONS)
+    rows = objective.table(name, *objective.find(name, losses.LOSSES, losses.STATISTICS, OPTIONS), OPTIONS)
     assert all(math.isfinite(value) for row in rows for value in row)
-    assert [row[0] for row in rows] == check_loss.MARGINS
+    assert [row[0] for row in rows] == objective.MARGINS
     if name == 'dpo':
         assert rows[6] == pytest.approx((5, 0.474077, -0.0377541, 0.0377541), rel=1e-5)
 
@@ -53,10 +53,25 @@ MISTAKES = [
 def test_mistakes_of_a_formula(fn, words, tmp_path, monkeypatch):
     """Told by losses.py and by dpo.py, before a model is loaded."""
     with pytest.raises(UserError, match=words):
-        check_loss.table('mine', fn, None, OPTIONS)
+        objective.table('mine', fn, None, OPTIONS)
     monkeypatch.setitem(losses.LOSSES, 'mine', fn)
     sentence = refused('dpo.py', '--loss=mine', '--model=nowhere', '--data=nowhere', f'--out_dir={tmp_path}/run')
     assert re.search(words, sentence) and not (tmp_path / 'run').exists()
+
+
+# a loss, whether it compares pairs, and whether it asks for the divergence
+NEW = [
+    (lambda pi_l, n_l: -(pi_l / n_l), True, False),
+    (lambda ratio_l, div_l: ratio_l + div_l, True, True),
+    (lambda ratio, div, *, beta: beta * ratio * div, False, True),
+]
+
+
+@pytest.mark.parametrize('fn, paired, has_divergence', NEW, ids=range(len(NEW)))
+def test_any_column_says_what_a_loss_asks_for(fn, paired, has_divergence, monkeypatch):
+    config = parse('dpo.py --loss=mine', monkeypatch)
+    found = objective.objective_of(config, losses.LOSSES | {'mine': fn}, losses.STATISTICS)
+    assert (found.paired, found.has_divergence, found.needs_ref) == (paired, has_divergence, has_divergence)
 
 
 def test_as_a_script():
