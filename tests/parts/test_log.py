@@ -20,7 +20,6 @@ import configurator
 import training
 from hf import load
 from runtime import guard, log, ranks
-from runtime.metrics import note_on_accuracy
 from tests import forks
 from text.examples import in_words
 
@@ -337,14 +336,6 @@ def test_the_default_warm_up_is_at_most_a_tenth_of_the_run(capsys, given, total,
     config.origin = {'warmup_steps': given}
     assert log.warmup_steps(config, total // 64) == steps
     assert ('a tenth of this short run' in capsys.readouterr().out) == (steps < 150)
-
-
-@pytest.mark.parametrize('paired, has_reference, words', [
-    (True, True, None), (False, True, 'note: acc is the share of answers on the right side'), (True, False, 'note: simpo has no reference'),
-])  # fmt: skip
-def test_acc_and_margin_are_explained_where_they_are_something_else(paired, has_reference, words):
-    found = note_on_accuracy('simpo', paired, has_reference)
-    assert found.startswith(words) if words else found is None
 
 
 def test_warnings_of_libraries(monkeypatch):

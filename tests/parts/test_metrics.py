@@ -24,6 +24,11 @@ PAIRS = columns(
 )
 REF = columns(ref_w=[-7.0, -2.0], ref_l=[-7.0, -3.0])
 
+SINGLES = columns(
+    loss=[1.0] * 3, weight=[1.0] * 3, pi=[-6.0, -2.0, -4.8], ref=[-7.0, -3.0, -5.0], n=[3.0, 1.0, 2.0], z=[0.5] * 3
+)
+SINGLES |= {'good': torch.tensor([True, False, True])}
+
 
 def test_pairs_with_their_reference():
     """Log-ratios are 1 and 0 of chosen answers, -1 and 2 of rejected ones."""
@@ -56,15 +61,36 @@ def test_the_loss_of_drdpo():
 
 def test_single_answers():
     """A good answer is right above kto's z, a bad one below: log-ratios 1, 1, 0.2 around z = 0.5, the second one bad."""
-    singles = columns(
-        loss=[1.0, 1.0, 1.0], weight=[1.0, 1.0, 1.0], pi=[-6.0, -2.0, -4.8], ref=[-7.0, -3.0, -5.0], n=[3.0, 1.0, 2.0]
-    )
-    singles |= {'good': torch.tensor([True, False, True]), 'z': torch.full((3,), 0.5, dtype=torch.float64)}
-    found = metrics.of_dpo(objective('kto', paired=False), singles, 'train')
+    found = metrics.of_dpo(objective('kto', paired=False), SINGLES, 'train')
     assert found['rewards_train/accuracies'] == pytest.approx(1 / 3)
-    assert found['rewards_train/chosen'] == pytest.approx(0.06) and found['rewards_train/rejected'] == pytest.approx(
-        0.1
-    )
+    assert (found['rewards_train/chosen'], found['rewards_train/rejected']) == pytest.approx((0.06, 0.1))
+
+
+ACC = 'note: acc is the share of answers on the right side, margin the mean reward of good less that of bad ones\n'
+ALONE = 'note: simpo has no reference: rewards, acc and margin are of the policy alone, and do not begin at 0\n'
+WARNING = 'warning: policy and reference are one model, so the rewards should be 0 before the first step\n'
+# fmt: off
+FIRST = [  # loss, options, reward of the chosen answers -> what is printed
+    ('dpo', {}, 0.0, 'step 0: rewards 0.000000, 0.000000; loss 0.600000 (dpo of a policy that is its reference: 0.693147)\n'),
+    ('dpo', {}, -2e-4, 'step 0: rewards -0.000200, 0.000000; loss 0.600000 (dpo of a policy that is its reference: 0.693147)\n' + WARNING),
+    ('dpo', {'tf32': True}, 2e-4, 'step 0: rewards 0.000200, 0.000000; loss 0.600000 (dpo of a policy that is its reference: 0.693147)\n'),
+    ('dpo', {'dtype': 'bfloat16'}, 0.02,
+     'step 0: rewards 0.020000, 0.000000; loss 0.600000 (dpo of a policy that is its reference: 0.693147)\n' + WARNING),
+    ('dpo', {'ref_model': 'x'}, 2.0, 'step 0: rewards 2.000000, 0.000000; loss 0.600000 (dpo of a policy that is its reference: 0.693147)\n'),
+    ('simpo', {}, -3.0, 'step 0: rewards -3.000000, 0.000000; loss 0.600000\n' + ALONE),
+    ('kto', {}, 0.0, 'step 0: rewards 0.000000, 0.000000; loss 1.000000 (kto of a policy that is its reference: 0.500000)\n' + ACC),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize('name, options, chosen, printed', FIRST)
+def test_what_is_said_of_the_first_step(name, options, chosen, printed, capsys):
+    options = {'dtype': 'float32', 'tf32': False, 'ref_model': None, 'w_good': 1.0, 'w_bad': 1.0} | options
+    is_kto = name == 'kto'
+    of_step = SINGLES | {'z': torch.zeros(3)} if is_kto else PAIRS | REF
+    asked = objective(name, paired=not is_kto, needs_ref=name != 'simpo', **options)
+    metrics.say_first_step(asked, of_step, {'rewards_train/chosen': chosen})
+    assert capsys.readouterr().out == printed
 
 
 def test_the_kl_of_samples():
