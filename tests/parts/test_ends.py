@@ -17,7 +17,9 @@ EOS = toy.tokenizer().eos_token_id
 STOPS = range(100, 180)  # ends of the generation config, so many that most answers meet one
 ENDS = {EOS, *STOPS}
 LENGTH = 10  # tokens of the longest answer
-PPO = f'--n_examples=16 --batch_size=16 --minibatch_size=16 --ppo_epochs=1 --n_eval_examples=8 --max_new_tokens={LENGTH}'
+PPO = (
+    f'--n_examples=16 --batch_size=16 --minibatch_size=16 --ppo_epochs=1 --n_eval_examples=8 --max_new_tokens={LENGTH}'
+)
 
 
 @pytest.fixture(scope='module')

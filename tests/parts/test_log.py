@@ -177,9 +177,6 @@ def broken(where, error, monkeypatch):
     return tool
 
 
-SHORT = ['--n_examples=8', '--batch_size=4', '--n_eval_examples=4', '--eval_every=4']
-PPO = ['--minibatch_size=4', '--ppo_epochs=1', '--max_new_tokens=4', '--reward_model=gold']
-SCRIPTS = {'dpo.py': SHORT, 'sft.py': SHORT, 'reward.py': SHORT, 'ppo.py': [*SHORT, *PPO]}
 BROKEN = RuntimeError('no more\nroom')
 
 
@@ -209,15 +206,6 @@ def test_a_tracker_that_fails_costs_one_note(name, where, error, reason, monkeyp
     assert tool.finish.call_count == (where != 'init')  # what came before the failure is written out
 
 
-@pytest.mark.parametrize(('script', 'name'), [('dpo.py', 'wandb'), ('ppo.py', 'tensorboard')])
-def test_a_run_goes_on_without_its_tracker(script, name, monkeypatch, tmp_path, capsys):
-    broken('log', BROKEN, monkeypatch)
-    run_script(script, *SCRIPTS[script], TRACKERS[name], f'--out_dir={tmp_path}/run')
-    out = capsys.readouterr().out
-    assert out.count(' failed (') == out.count(f'note: {name} failed (no more)') == 1 and 'done: ' in out
-    assert [row['counters/examples'] for row in metrics(tmp_path / 'run', 'train')] == [4, 8]
-
-
 # ---- clocks that stand still ----
 
 
@@ -236,22 +224,24 @@ def test_per_second():
     assert all(value != value for value in (log.per_second(6, 0), log.per_second(0, 0.0), log.per_second(6, -1)))
 
 
-OTHERS = {
+TRAINING = '--n_examples=8 --batch_size=4 --n_eval_examples=4 --eval_every=4 --out_dir={0}/run'
+FLAGS = {
+    'sft.py': TRAINING, 'dpo.py': TRAINING, 'reward.py': TRAINING,
+    'ppo.py': f'{TRAINING} --minibatch_size=4 --ppo_epochs=1 --max_new_tokens=4 --reward_model=gold',
     'sample.py': '--n_examples=4 --max_new_tokens=4 --out_dir={0}/run',
     'tools/bench.py': '--model=toy --data=synthetic --vocabulary=500 --prompt_tokens=5 --answer_tokens=5 --n_steps=1 --batch_size=2 '
-                      '--out={0}/bench.json',
+                      '--out={0}/bench.json --variants=padded,cached',
     'label.py': '--gold=toy --answers={0}/samples.jsonl --out_dir={0}/run',
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('script, step', [*((name, 0) for name in (*SCRIPTS, *OTHERS)), ('dpo.py', -5)])
+@pytest.mark.parametrize('script, step', [*((name, 0) for name in FLAGS), ('dpo.py', -5)])
 def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_path, capsys, small_toy):
     """Rates are then unknown: no row holds one, no run ends for it."""
     answer = {'prompt': 'Review of the hotel:', 'generator': 'x'}
     answers = [answer | {'sample': i, 'response': f' the bed was {word} .'} for i, word in enumerate(('nice', 'dull'))]
     write_jsonl(tmp_path / 'samples.jsonl', answers)
-    flags = OTHERS.get(script, '--out_dir={0}/run').format(tmp_path).split() + SCRIPTS.get(script, [])
-    flags += ['--variants=padded cached'] if script == 'tools/bench.py' else []
+    flags = [flag.replace(',', ' ') for flag in FLAGS[script].format(tmp_path).split()]
     end_process_group()
     with monkeypatch.context() as patch:
         for name in ('time', 'perf_counter', 'process_time'):
@@ -261,7 +251,7 @@ def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_p
     end_process_group()
     printed = capsys.readouterr().out
     assert 'inf' not in printed.lower().replace('information', '')
-    if script in SCRIPTS:
+    if TRAINING in FLAGS[script]:
         assert 'done: ' in printed and 'nan ex/s  0:00 left' in printed
         for row in read_jsonl(tmp_path / 'run/metrics.jsonl'):
             assert not any('per_second' in name or name == 'sampling_share' for name in row)
