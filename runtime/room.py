@@ -289,8 +289,7 @@ def bytes_per_token(policy, forward, train, packed):
     """Measure and return the bytes of activations per token that are kept for backward.
 
     forward(batch): the policy's training forward, run here on the example of median length."""
-    by_length = sorted(range(len(train)), key=lambda i: train.lengths[i])
-    median = by_length[len(train) // 2]
+    median = int(np.argsort(train.lengths, kind='stable')[len(train) // 2])
     batch = pack([train[median]], [0], pad=not packed, device=next(policy.parameters()).device)
     # dropout must not advance the training RNG, on a GPU its own
     devices = [batch.ids.device] if batch.ids.is_cuda else []
