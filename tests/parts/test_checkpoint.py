@@ -307,16 +307,6 @@ def test_what_was_trained_outlives_a_full_disk(tmp_path):
     assert checkpoint._damage(kept / 'checkpoints/0000000060') is None and not list(kept.glob('model*'))
 
 
-def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path, monkeypatch, whole):
-    with monkeypatch.context() as patch:
-        patch.setattr(export, 'write_model', no_export)
-        with pytest.raises(UserError, match='cannot write it. What was trained is in a checkpoint: the same command'):
-            run(tmp_path / 'run', '--save_every=0')
-    assert names(tmp_path / 'run') == ['0000000060']
-    run(tmp_path / 'run', '--save_every=0')
-    assert same_bits(tmp_path / 'run/model', whole / 'model') and metrics(tmp_path / 'run') == metrics(whole)
-
-
 def test_a_checkpoint_that_fails_until_a_signal_is_given_up(monkeypatch, no_pause):
     ranks.setup()
     monkeypatch.setattr(guard, 'stop_asked', iter([0, guard.SAVED]).__next__)
@@ -326,20 +316,27 @@ def test_a_checkpoint_that_fails_until_a_signal_is_given_up(monkeypatch, no_paus
     assert save.call_count == 3
 
 
-@pytest.mark.parametrize('flags', [[], ['--critic=own'], ['--lora_rank=2']])
-def test_a_critic_is_in_the_checkpoint_of_a_model_that_cannot_be_written(tmp_path, monkeypatch, whole, flags):
-    """The same command then writes the model, which is that of a run whose model could be written, and has no critic."""
-    flags = ['--reward=gold', '--n_examples=16', '--batch_size=8', '--minibatch_size=8', '--ppo_epochs=1', '--max_new_tokens=4',
-             '--n_eval_examples=0', '--sample_batch=8', '--save_every=0', *flags]  # fmt: skip
-    run_script('ppo.py', *flags, f'--out_dir={tmp_path}/well')
+SHORT = '--n_examples=16 --batch_size=8 --n_eval_examples=0 --save_every=0'
+SHORT_PPO = f'{SHORT} --reward=gold --minibatch_size=8 --ppo_epochs=1 --max_new_tokens=4 --sample_batch=8'
+
+
+@pytest.mark.parametrize('script, flags', [
+    ('dpo.py', SHORT), ('ppo.py', SHORT_PPO), ('ppo.py', f'{SHORT_PPO} --critic=own'), ('ppo.py', f'{SHORT_PPO} --lora_rank=2'),
+])  # fmt: skip
+def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path, monkeypatch, whole, script, flags):
+    """From a checkpoint, which has ppo's critic as well; the model is that of a run that could write it, and has no critic."""
+    ill, well = ([script, *flags.split(), f'--out_dir={tmp_path / name}'] for name in ('ill', 'well'))
+    run_script(*well)
     # two steps have no warm-up, a tenth of them
-    assert metrics(tmp_path / 'well', 'train')[0]['lr'] == 1e-6
+    assert metrics(tmp_path / 'well', 'train')[0]['lr'] == {'dpo.py': 5e-7, 'ppo.py': 1e-6}[script]
     with monkeypatch.context() as patch:
         patch.setattr(export, 'write_model', no_export)
-        with pytest.raises(UserError, match='the same command writes the model'):
-            run_script('ppo.py', *flags, f'--out_dir={tmp_path}/ill')
-    run_script('ppo.py', *flags, f'--out_dir={tmp_path}/ill')
+        with pytest.raises(UserError, match='cannot write it. What was trained is in a checkpoint: the same command'):
+            run_script(*ill)
+    assert names(tmp_path / 'ill') == ['0000000016']
+    run_script(*ill)
     assert same_bits(tmp_path / 'ill/model', tmp_path / 'well/model')
+    assert metrics(tmp_path / 'ill') == metrics(tmp_path / 'well')
     assert not any('critic' in name or 'value_head' in name for name in tensors(tmp_path / 'ill/model'))
 
 
@@ -428,16 +425,14 @@ def test_a_signal_ends_sampling(tmp_path, whole, monkeypatch):
 @pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py', 'ppo.py'])
 def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsys, script):
     """Every 0 seconds are every step, from the fourth on; less than 15 minutes save nothing. What a microbatch takes is measured once."""
-    more = PPO if script == 'ppo.py' else []
-    without = ('--n_examples', '--save_every') + (('--max_length',) if more else ())
-    flags = [flag for flag in [*FLAGS, *more] if not flag.startswith(without)] + ['--n_examples=96']
+    flags = ['--save_every=auto', '--n_examples=96', *(PPO if script == 'ppo.py' else [])]
     flags += ['--max_tokens=600'] * script.endswith('po.py')  # in the others auto asks for the measure, too
     calls, real = [], room.bytes_per_token
     with monkeypatch.context() as patch:
         patch.setattr(room, 'SAVE_AFTER', 0)
         patch.setattr(room, 'machine_memory', lambda free=False: 10**10)
         patch.setattr(room, 'bytes_per_token', lambda *arguments: calls.append(1) or real(*arguments))
-        run_script(script, *flags, f'--out_dir={tmp_path / "auto"}')
+        run(tmp_path / 'auto', *flags, script=script)
     assert names(tmp_path / 'auto') == ['0000000060', '0000000072', '0000000084'] and len(calls) == 1
     said = r'(?:max_tokens=\d+ \(auto\): )?a microbatch of up to (\d+) tokens takes about \d+\.\d MB \(activations .*, gradients .*, optimizer .*\), of the'
     text = capsys.readouterr().out
@@ -447,7 +442,7 @@ def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsy
     if script == 'dpo.py':
         little = int(0.7e6 * float(re.search(r'takes about (\S+) MB', text)[1]))
         monkeypatch.setattr(room, 'machine_memory', lambda free=False: little)
-        run_script(script, *flags, f'--out_dir={tmp_path / "none"}')
+        run(tmp_path / 'none', *flags, script=script)
         text = capsys.readouterr().out
         advice = f'{little / 1e6:.1f} MB .*; lower --max_tokens to (\\d+), which'
         found = re.search(f'^warning: memory: {said} {advice}', text, re.M)
