@@ -26,10 +26,10 @@ def call(fn, known):
     return fn(**{name: known[name] for name in inputs(fn) if name in known})
 
 
-def find(name, losses, statistics, options):
-    """Return (loss function, its per-step statistic or None) for a loss name. losses, statistics: name -> function.
+def _find(name, losses, statistics, options):
+    """Return (loss function, its per-step statistic or None, whether it compares pairs) for a loss name.
 
-    Raises UserError if there is no such loss, or if it takes unknown options or columns."""
+    losses, statistics: name -> function. Raises UserError if there is no such loss, or if it takes unknown options or columns."""
     if name not in losses:
         raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}{did_you_mean(name, losses)}')
     fn = losses[name]
@@ -52,7 +52,7 @@ def find(name, losses, statistics, options):
     if takes_pairs == takes_singles:
         wanted = 'columns of pairs or of single answers, not for neither, nor both'
         raise UserError(f'the loss {name} must ask for {wanted}')
-    return fn, statistic
+    return fn, statistic, takes_pairs
 
 
 class Objective(NamedTuple):
@@ -94,9 +94,8 @@ def objective_of(config, losses, statistics):
 
     Raises UserError for options without effect or that exclude one another, and for a loss that fails when it is tried out."""
     name = config.loss
-    fn, statistic = find(name, losses, statistics, config)
+    fn, statistic, paired = _find(name, losses, statistics, config)
     asks_for = inputs(fn, statistic)
-    paired = not PAIRS.isdisjoint(inputs(fn))
     has_ratio = not asks_for.isdisjoint(('ratio', 'ratio_w', 'ratio_l'))
     has_divergence = not asks_for.isdisjoint(('div', 'div_w', 'div_l'))
     has_risk = name.startswith('radpo')
