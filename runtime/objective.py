@@ -164,20 +164,7 @@ def table(name, fn, statistic, options):
     fn, statistic: the loss and its per-step statistic or None. Rows are [margin, loss, d loss / d ratio_w, d loss / d
     ratio_l] for losses of pairs, [margin, loss, d loss / d ratio] for losses of single answers. Raises UserError if the
     loss fails, or does not return one number per example, with a gradient."""
-    margin = torch.tensor(MARGINS)
-    # arguments of a loss of pairs end in _w (chosen) or _l (rejected), such as ratio_w; those of single answers do not
-    ratios = {'': margin}
-    if not PAIRS.isdisjoint(inputs(fn)):
-        ratios = {'_w': margin / 2, '_l': -margin / 2}
-    columns = {'good': torch.ones_like(margin, dtype=torch.bool)}
-    for suffix, ratio in ratios.items():
-        ratio.requires_grad_()
-        columns[f'ratio{suffix}'] = ratio
-        # a log-prob is below 0: the reference's is -20.01, and the policy's this plus the log-ratio, at most -0.01
-        columns[f'pi{suffix}'] = ratio.clamp(max=20.0) - 20.01
-        # typical values: ten tokens per answer, a divergence of 0.3 nats
-        columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
-        columns[f'div{suffix}'] = torch.full_like(ratio, 0.3)
+    columns, ratios = _columns_to_try(is_paired=not PAIRS.isdisjoint(inputs(fn)))
     # treat the rows as the examples of a run's first step. ratio_kl are kto's log-ratios of answers to other prompts: any numbers do
     if statistic:
         step_inputs = {'state': {}, 'generator': torch.Generator().manual_seed(0), 'ratio_kl': columns.get('ratio')}
@@ -188,12 +175,28 @@ def table(name, fn, statistic, options):
         losses = call(fn, options | columns)
     except Exception as error:  # whatever a mistake in somebody's formula raises
         raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None
-    if not isinstance(losses, torch.Tensor) or losses.shape != margin.shape:
-        expected = f'a number for each example, ({len(margin)},)'
+    if not isinstance(losses, torch.Tensor) or losses.shape != (len(MARGINS),):
+        expected = f'a number for each example, ({len(MARGINS)},)'
         raise UserError(f'the loss {name} must return {expected}, not {losses!r:.100}')
     if not losses.requires_grad:
         advice = 'it must be computed from the columns that it asks for, without detach'
         raise UserError(f'the loss {name} has no gradient: {advice}')
     # rows are independent, so the gradient of the sum holds every row's slope; an input that the loss does not use has slope 0
-    slopes = torch.autograd.grad(losses.sum(), list(ratios.values()), allow_unused=True, materialize_grads=True)
-    return torch.stack([margin, losses, *slopes], dim=1).tolist()
+    slopes = torch.autograd.grad(losses.sum(), ratios, allow_unused=True, materialize_grads=True)
+    return torch.stack([torch.tensor(MARGINS), losses, *slopes], dim=1).tolist()
+
+
+def _columns_to_try(is_paired):
+    """Return (columns of one example for each of MARGINS, name -> tensor; the list of the log-ratios among them, with gradient)."""
+    margin = torch.tensor(MARGINS)
+    # names of columns of pairs end in _w (chosen) or _l (rejected), such as ratio_w; those of single answers do not
+    ratios = {'_w': margin / 2, '_l': -margin / 2} if is_paired else {'': margin}
+    columns = {'good': torch.ones_like(margin, dtype=torch.bool)}
+    for suffix, ratio in ratios.items():
+        columns[f'ratio{suffix}'] = ratio.requires_grad_()
+        # a log-prob is below 0: the reference's is -20.01, and the policy's this plus the log-ratio, at most -0.01
+        columns[f'pi{suffix}'] = ratio.clamp(max=20.0) - 20.01
+        # typical values: ten tokens per answer, a divergence of 0.3 nats
+        columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
+        columns[f'div{suffix}'] = torch.full_like(ratio, 0.3)
+    return columns, list(ratios.values())
