@@ -608,7 +608,9 @@ def test_memory_by_hand(saved, device, monkeypatch):
     said = []
     monkeypatch.setattr(room, 'say', said.append)
     train = data.Examples.of(examples([(3, (4, 9)), (1, (2, 2)), (3, (2, 2))]))  # 16, 5 and 7 tokens
-    sizes = room.check_room({'save_dtype': None, 'optimizer': 'AdamW'}, net, None, train, 50, True, 7)
+    config = {'save_dtype': None, 'optimizer': 'AdamW'}
+    run = types.SimpleNamespace(config=config, policy=net, train=train, total=50, packed=True, max_tokens=7)
+    sizes = room.check_room(run)
     assert sizes == (2 * (n + vocab * width), 12 * n, 50)
     assert said == [
         'note: 1 examples are longer than max_tokens=7 (the longest: 16): each gets a microbatch of its own'
