@@ -13,6 +13,7 @@ from pathlib import Path
 from configurator import UserError
 from runtime import files
 from runtime.values import looked_in
+from text.examples import counted
 from text.messages import ASSISTANT, answer, ask, field, instruction, text_or_chat
 from text.sources import read_rows
 
@@ -69,7 +70,7 @@ def raise_if_missing(failed, what):
     """Raise UserError if any request failed. failed: Counter of error messages; what: a plural noun, such as 'answers'."""
     if failed:
         [(reason, times)] = failed.most_common(1)
-        missing = f'{failed.total()} {what} are missing ({times} times: {reason})'
+        missing = f'{counted(failed.total(), what)} missing ({counted(times, "times")}: {reason})'
         raise UserError(f'{missing}: run the same command to ask again')
 
 

@@ -211,6 +211,19 @@ def test_both_orders_ties_and_unclear_replies(capsys):
     assert by_key[5, 2] == said
 
 
+def test_one_pair_of_a_chat(capsys):
+    write_samples([0], prompt=[{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Why?'}])
+    with serve(lambda n, body: 'Verdict: A' if n < 2 else (503, 'ill')) as server:
+        label(*flags(server))
+        data = 'data: 1 pair of answers to 1 prompt, 0 of them equal, 2 verdicts to take; left out: 1 system message, which the '
+        assert data + 'judge is not shown\n' in capsys.readouterr().out
+        Path('out/verdicts.jsonl').write_text(Path('out/verdicts.jsonl').read_text().splitlines(True)[0])
+        with pytest.raises(UserError, match='^1 verdict missing .1 time: '):
+            label(*flags(server), '--retries=0')
+        said = capsys.readouterr().out
+        assert 'out has 1 verdict already' in said and 'without a verdict  1 pair;' in said
+
+
 def contents(*more):
     """What a judge that takes A is asked, pair by pair and order by order."""
     with serve(lambda n, body: 'Verdict: A') as server:
@@ -314,7 +327,7 @@ def test_faults_and_failures():
     write_samples(range(12))
     with serve(behave) as server:
         run = flags(server, '--timeout=0.4', '--retries=1')
-        missing = '4 verdicts are missing .4 times: .*503 .ill., after 2 attempts.*the same command'
+        missing = '4 verdicts missing .4 times: .*503 .ill., after 2 attempts.*the same command'
         with pytest.raises(UserError, match=missing):
             label(*run)
         report, rows = read('out')
@@ -485,8 +498,14 @@ def test_what_is_longer_than_a_reward_model_reads_is_cut(reward_folder, monkeypa
     expected = verdicts()
     shutil.rmtree('out')
     monkeypatch.setattr(probe, 'max_sequence_length', lambda model: 8)
-    label(f'--reward_model={reward_folder}')
-    assert verdicts() == expected and 'answers cut for the judge: nothing' not in capsys.readouterr().out
+    report, _ = label(f'--reward_model={reward_folder}')
+    assert verdicts() == expected and report['cut']['answers cut'] > 9
+    # a run that goes on counts what was cut before, and an answer to two pairs once
+    write_jsonl('out/verdicts.jsonl', expected[:20])
+    assert label(f'--reward_model={reward_folder}')[0] == report
+    write_samples([0], n=3, answer='word ' * 9 + '{k} {i}')
+    assert label(f'--reward_model={reward_folder}', '--out_dir=three')[0]['cut']['answers cut'] == 3
+    assert '; answers cut for the judge: 3 prompts cut, 3 answers cut' in capsys.readouterr().out
 
 
 # ---- a real server ----

@@ -358,7 +358,7 @@ def test_endpoint(monkeypatch):
         known = {question(body) for body in bodies()}
         bad = next(q for q in (f'Review of the {place}:' for place in toy.PLACES) if q not in known)
         status = lambda body: 400 if question(body) == bad else 200  # noqa: E731
-        assert '2 answers are missing' in refused(*flags)
+        assert '2 answers missing (2 times: ' in refused(*flags)
         seeds = {body['seed'] for body in bodies()}
         assert not set(answered) & seeds and len(seeds) == 12 - len(answered)
         # it is well again
