@@ -19,6 +19,7 @@ from configurator import UserError, configure
 from feedback.answers import read_verdicts
 from runtime.files import replace_text
 from runtime.log import SHOWN
+from text.examples import counted
 from tools.runs import differing, gold, labels, panels_of, read, read_options, smoothed, value_of
 
 # the page, and what is drawn
@@ -82,13 +83,14 @@ def sample_cards(number, run):
         answer = answer_of(row['generator'], row['response'])
         answer |= {name: row[name] for name in ('tokens', 'logratio') if name in row}
         gold_reward = gold(row)
-        # prefer the score of a reward model, then the toy world's gold reward, then DPO's implicit reward beta * logratio
+        # prefer the score of a reward model, then the toy world's gold reward, then what it is in DPO: losses that divide by
+        # the length or add a divergence have other implicit rewards, and those without a reference no logratio
         if 'score' in row:
             answer |= {'reward': row['score'], 'reward_source': 'score'}
         elif gold_reward is not None:
             answer |= {'reward': gold_reward, 'reward_source': 'gold'}
         elif 'logratio' in row and isinstance(beta, int | float):
-            answer |= {'reward': beta * row['logratio'], 'reward_source': 'implicit'}
+            answer |= {'reward': beta * row['logratio'], 'reward_source': 'beta * log-ratio'}
         cards[key]['answers'].append(answer)
     # stable sort: prompts of an evaluation keep their order
     return sorted(cards.values(), key=lambda card: -card['examples'])
@@ -151,7 +153,7 @@ def write(data):
     # replace lone surrogates by question marks, since they crash browsers
     text = text.encode('utf-8', 'replace').decode()
     replace_text(out, template.replace('{{data}}', text))
-    print(f'{out}: {len(data["names"])} runs, {len(data["verdicts"])} folders of verdicts')
+    print(f'{out}: {counted(len(data["names"]), "runs")}, {counted(len(data["verdicts"]), "folders of verdicts")}')
 
 
 if not folders:

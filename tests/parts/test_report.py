@@ -59,7 +59,7 @@ def test_data_of_runs(tmp_path):
     assert [a['who'] for a in cards[0]['answers']] == ['policy', 'reference']
     assert cards[0]['answers'][0] | {'reward_source': 'gold', 'reward': 0.5} == cards[0]['answers'][0]
     implicit, scored, unknown = (card['answers'][0] for card in cards[6:9])
-    assert implicit['reward'] == pytest.approx(0.2) and implicit['reward_source'] == 'implicit'
+    assert implicit['reward'] == pytest.approx(0.2) and implicit['reward_source'] == 'beta * log-ratio'
     assert implicit['tokens'] == 7
     assert scored['reward'] == 2 and 'reward' not in unknown and unknown['letters'] == len(EVIL)
     # no text ends the script, and nothing is loaded
@@ -68,12 +68,13 @@ def test_data_of_runs(tmp_path):
     assert not re.search(r'https?:| (src|href)=|url\(|@import', page)
 
 
-def test_what_is_left_out_is_counted(tmp_path):
+def test_what_is_left_out_is_counted(tmp_path, capsys):
     run = run_folder(tmp_path / 'a')
     long = {'examples': 48, 'generator': 'policy', 'prompt': 'p' * 60, 'response': 'x'}
     write_jsonl(run / 'samples.jsonl', [long | {'sample': i} for i in range(7)])
     limits = ['--max_samples=3', '--max_letters=10', '--max_pairs=2']
     _, data = report(tmp_path, run, label_folder(tmp_path / 'label'), *limits)
+    assert capsys.readouterr().out == f'{tmp_path}/report.html: 1 run, 1 folder of verdicts\n'
     assert len(data['samples']) == 3 and data['samples_left_out'] == 4
     assert data['samples'][0]['prompt'] == 'p' * 10 + ' … (50 more characters)'
     (found,) = data['verdicts']

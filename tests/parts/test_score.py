@@ -107,7 +107,7 @@ def test_what_is_printed():
         {'score': -1.0, 'good': False},
         {'score': 9.0},
     ]
-    said = ['mean 2.0000 over 2 good answers', 'mean -1.0000 over 1 bad answers', 'mean 9.0000 over 1 answers']
+    said = ['mean 2.0000 over 2 good answers', 'mean -1.0000 over 1 bad answer', 'mean 9.0000 over 1 answer']
     assert [line.split(maxsplit=1)[1] for line in score.report(answers)] == said
 
 
