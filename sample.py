@@ -23,7 +23,7 @@ from functools import partial
 import numpy as np
 
 import fsdp
-from configurator import UserError, configure, main_rank
+from configurator import UserError, configure
 from feedback.answers import append, collect, raise_if_missing, read_text, write_model_outputs
 from feedback.endpoint import ask, completions_url
 from hf import generate, sharded
@@ -275,15 +275,12 @@ def ask_all():
 def finish_and_tokens(raw):
     """Return (finish reason, number of tokens) of an endpoint's parsed JSON reply, each None if missing or malformed."""
     finish = raw['choices'][0].get('finish_reason')
-    if not isinstance(finish, str):
-        finish = None
     if finish == 'stop':
         finish = 'eos'
     usage = raw.get('usage')
     tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
-    if type(tokens) is not int or tokens < 0:  # not isinstance: True is an int, too
-        tokens = None
-    return finish, tokens
+    is_count = type(tokens) is int and tokens >= 0  # not isinstance: True is an int, too
+    return finish if isinstance(finish, str) else None, tokens if is_count else None
 
 
 def append_rows(rows):
@@ -315,8 +312,7 @@ started = time.time()
 counts = Counter()  # 'tokens' sampled by this rank
 failed = Counter()  # endpoint errors by reason
 n_missing = len(keys) - len(done)
-no_bar = not main_rank() or not n_missing
-with log.progress(n_missing // world_size, ' answers', 'sampled by this rank', disable=no_bar) as bar:
+with log.progress(n_missing // world_size, ' answers', 'sampled by this rank') as bar:
     if endpoint:
         ask_all()
     elif n_missing:

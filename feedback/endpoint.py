@@ -101,7 +101,7 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
     never_answered = failures > 0 and not endpoint.proven
     if failures >= max_failures or never_answered:
         advice = 'see that the server runs, and the address, the model and the other options, or run this again later'
-        raise UserError(f'{failures} requests in a row failed; the last one: {last_error}: {advice}')
+        raise UserError(f'requests failed, {failures} in a row; the last one: {last_error}: {advice}')
 
 
 class _Endpoint:

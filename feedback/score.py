@@ -79,10 +79,12 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
     model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
-    # whether packed and padded scores are equal is tried on two random pairs of different lengths: (prompt ids, answers)
-    a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
-    pairs = Examples.of([(a, [b, c[:5]]), (b[:7], [c[:9], a])])
-    set_attention(model, packed=can_pack(model, pairs, device, say))
+    # compare packed and padded scores of two random pairs of different lengths
+    rng = np.random.default_rng(0)
+    a, b, c = rng.integers(len(tokenizer), size=(3, 20))
+    long_pair = a, [b, c[:5]]
+    short_pair = b[:7], [c[:9], a]
+    set_attention(model, can_pack(model, Examples.of([long_pair, short_pair]), device, say))
     return model, tokenizer
 
 
@@ -274,9 +276,10 @@ def report(rows):
         lines.append(f'  accuracy   {accuracy_text}')
         lines.append(f'  margin     mean {np.mean(margins):.4f}, median {np.median(margins):.4f}')
         lines.append(f'  scores     chosen {chosen:.4f}, rejected {rejected:.4f}')
+    answers = [row for row in rows if 'score' in row]
     # unlabeled answers have no 'good'
     for label, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
-        values = [row['score'] for row in rows if 'score' in row and row.get('good') is label]
+        values = [row['score'] for row in answers if row.get('good') is label]
         if values:
             lines.append(f'  scores     mean {np.mean(values):.4f} over {counted(len(values), name)}')
     return lines + table(pairs)

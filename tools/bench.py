@@ -194,8 +194,8 @@ class Variant:
         """Build policy, reference and optimizer, with the same weights in each round.
 
         steps (num_steps, batch_size): indices into examples. If cached, times and stores the reference log-probs, too."""
-        self.policy = self.model(train=True)
-        self.ref = self.model(train=False)
+        self.policy = self.build_model(train=True)
+        self.ref = self.build_model(train=False)
         self.torch_optimizer = fsdp.make_optimizer(optimizer, self.policy, lr=LEARNING_RATE, weight_decay=0.0)
         forward = partial(self.logps, self.policy)
         # bytes of activations, for the estimate of memory in the table
@@ -213,7 +213,7 @@ class Variant:
         self.ref = None
         release()
 
-    def model(self, train):
+    def build_model(self, train):
         """Build and shard the policy (train=True) or the reference."""
         built = fsdp.shard(build, device, dtype=dtype, mode=shard, train=train)
         # the log-probs of variants without `head`, from logits at every position

@@ -182,7 +182,7 @@ def test_one_refused_job_fails_alone(bad):
 @pytest.mark.parametrize('answered, limit', [(0, 4), (30, 20)])
 def test_an_endpoint_that_fails_every_job_is_not_asked_for_ever(answered, limit):
     with serve(lambda n, body: 'ok' if n < answered else (502, 'bad gateway')) as server:
-        refused(server, 100, f'^{limit} requests in a row failed; the last one: .*502', retries=0)
+        refused(server, 100, f'^requests failed, {limit} in a row; the last one: .*502', retries=0)
         assert len(server.seen) < answered + limit + 5
 
 
