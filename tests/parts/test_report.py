@@ -23,7 +23,7 @@ def report(tmp_path, *arguments):
 
 
 def label_folder(folder):
-    """What label.py leaves: three pairs, of which one is judged in both orders, one in one of them and one not at all."""
+    """What label.py leaves: three pairs, of which one is judged in both orders, one in one of them and one not at all; and more."""
     folder.mkdir()
     write_jsonl(folder / 'config.json', [{'config': {'judge_model': 'm', 'answers': 'x'}}])
     pair = {'output_1': 'short', 'output_2': EVIL, 'generator_1': 'ours', 'generator_2': 'theirs', 'annotator': 'm'}
@@ -31,7 +31,7 @@ def label_folder(folder):
     (folder / 'annotations.json').write_text(json.dumps(pairs))
     write_jsonl(folder / 'report.json', [{'win_rate': 0.5, 'win_rate_interval': [0.2, 0.8], 'first': 'ours', 'second': 'theirs', 'judge': 'm',
                  'pairs': 3, 'won': 0, 'lost': 0, 'ties': 2, 'unclear_replies': 0, 'failed': 0}])  # fmt: skip
-    said = [(0, 2, 2), (0, 1, 1), (1, 1, None)]
+    said = [(0, 2, 2), (0, 1, 1), (1, 1, None), (3, 1, 1)]
     rows = [{'pair': i, 'order': order, 'preference': value, 'text': EVIL} for i, order, value in said]
     write_jsonl(folder / 'verdicts.jsonl', rows)
     return folder
@@ -80,10 +80,8 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     (found,) = data['verdicts']
     assert found['report']['win_rate_interval'] == [0.2, 0.8] and found['left_out'] == 1
     first, second = found['pairs']
-    assert [(o['order'], o['preference'], o['text'][:10]) for o in first['orders']] == [
-        (1, 1, SHOWN[:10]),
-        (2, 2, SHOWN[:10]),
-    ]
+    orders = [(o['order'], o['preference'], o['text'][:10]) for o in first['orders']]
+    assert orders == [(k, k, SHOWN[:10]) for k in (1, 2)]
     assert len(second['orders']) == 1 and first['answers'][1]['letters'] == len(EVIL)
 
 

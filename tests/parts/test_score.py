@@ -101,12 +101,7 @@ def test_what_is_printed():
     assert sum(map(len, score.SECTIONS.values())) == 23
     assert [sum(sizes.values()) for sizes in score.SECTIONS.values()] == [358, 456, 740, 1968]
 
-    answers = [
-        {'score': 1.0, 'good': True},
-        {'score': 3.0, 'good': True},
-        {'score': -1.0, 'good': False},
-        {'score': 9.0},
-    ]
+    answers = [*({'score': x, 'good': good} for x, good in ((1.0, True), (3.0, True), (-1.0, False))), {'score': 9.0}]
     said = ['mean 2.0000 over 2 good answers', 'mean -1.0000 over 1 bad answer', 'mean 9.0000 over 1 answer']
     assert [line.split(maxsplit=1)[1] for line in score.report(answers)] == said
 
