@@ -68,9 +68,6 @@ def within(seconds):
     assert time.monotonic() - began < seconds
 
 
-# ---- jobs and attempts ----
-
-
 def test_every_job_is_answered_once_and_no_more_are_under_way_than_asked_for():
     with serve(lambda n, body: f'answer {number(body)}') as server:
         replies = []
@@ -189,9 +186,6 @@ def test_stopping_early_asks_no_more():
         assert len(server.seen) == 4
 
 
-# ---- addresses and surroundings ----
-
-
 def test_addresses():
     base = 'http://host:1/a'
     for url in (base, base + '/', base + '/v1', base + '/v1/', base + '/v1/chat/completions'):
@@ -216,9 +210,6 @@ def test_no_redirect_carries_the_key_away(status):
         with serve(lambda n, body: moved) as server:
             refused(server, 3, f'HTTP {status} ')
         assert not thief.seen
-
-
-# ---- the key is shown nowhere ----
 
 
 @pytest.mark.parametrize('name', ['NANOPREF_API_KEY', 'OPENAI_API_KEY'])
@@ -269,9 +260,6 @@ def test_messages_move_no_cursor():
     with serve(lambda n, body: (404, {'error': {'message': '\x1b[2J\x1b]0;x\x07 a\u202eb\r\n\ud800 c'}})) as server:
         shown = refused(server, 1, '404')
     assert '[2J' in shown and 'a b' in shown
-
-
-# ---- time, size and form of replies ----
 
 
 def drip(*pieces, every=0.05):

@@ -83,9 +83,6 @@ def shown(body):
     return int(question.split()[-1]), *answers
 
 
-# ---- which pairs ----
-
-
 def test_pairs_of_one_file():
     """Three answers to each prompt, in any order: three pairs, the lower sample number first. One asked twice is two questions."""
     file = Path(write_samples(range(2), n=3))
@@ -155,9 +152,6 @@ def test_mistakes(content, options, error):
         Path('samples.jsonl').write_text(content)
     refused(re.escape(error), *options)
     assert not Path('out').exists() or os.listdir('out') == ['.lock']
-
-
-# ---- an endpoint ----
 
 
 def test_both_orders_ties_and_unclear_replies(capsys):
@@ -403,9 +397,6 @@ def test_another_input_or_judge_is_refused_and_a_mistake_is_not_held_against_any
         file.write_text(''.join(file.read_text().splitlines(True)[1:]))
         label(*flags(server))
         assert len(server.seen) == before + 1
-
-
-# ---- rewards ----
 
 
 def toy_samples():

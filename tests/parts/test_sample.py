@@ -40,8 +40,7 @@ def outside(tmp_path, monkeypatch):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """A model folder whose generation_config.json has two stop tokens, the tokenizer a chat template, and files of prompts."""
-    folder = tmp_path_factory.mktemp('world')
-    tokenizer = toy.tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp('world'), toy.tokenizer()
     net = load.load_model('toy', seed=3)
     net.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(20, 60)]
     for name, template in (('model', tokenizer.chat_template), ('chat', CHATML)):
@@ -289,10 +288,9 @@ def test_mistakes(flags, words):
 
 
 def test_another_run_is_refused(folder):
-    model, here = f'--model={folder}/model', '--max_new_tokens=4'
     prompts, file = Path('p.txt'), Path('out/samples.jsonl')
     prompts.write_text('one\ntwo\n')
-    flags = [model, here, '--data=p.txt']
+    flags = [f'--model={folder}/model', '--max_new_tokens=4', '--data=p.txt']
     content, _ = run(*flags)
     assert 'holds a different run (seed 0 there and 1 here)' in refused(*flags, '--seed=1')
     prompts.write_text('one\nthree\n')
@@ -309,25 +307,17 @@ def test_another_run_is_refused(folder):
     net.lm_head.weight.data.fill_(float('nan'))
     net.save_pretrained('broken')
     toy.tokenizer().save_pretrained('broken')
-    assert 'scores are not numbers' in refused('--model=broken', here, out_dir='other')
+    assert 'scores are not numbers' in refused('--model=broken', *flags[1:], out_dir='other')
 
 
 def test_endpoint(monkeypatch):
     monkeypatch.setenv('NANOPREF_API_KEY', 'sk-very-secret')
-    answered, status = [], lambda body: 200
-
-    def until_it_runs_out(body):
-        if len(answered) < 5:
-            answered.append(body['seed'])
-            return 200
-        time.sleep(0.5)  # what was answered before is written by then
-        return 401
 
     def question(body):
         return body['messages'][-1]['content']
 
     def behave(n, body):
-        code = status(body)
+        code = status(n, body)
         reply = completion(f' {question(body)} {body["seed"]} ') | {'usage': {'completion_tokens': 7}}
         reply['choices'][0]['finish_reason'] = 'stop'
         return code, reply if code == 200 else {'error': 'no'}
@@ -341,27 +331,27 @@ def test_endpoint(monkeypatch):
     with serve(behave) as server:
         flags = [f'--endpoint={server.url}', '--endpoint_model=m', '--n=2', '--concurrency=2', '--temperature=0.5']
         flags += ['--max_new_tokens=9', '--system=Be brief.']
-        # the key runs out; then one question is refused, and nothing is asked twice
-        status = until_it_runs_out
+        # the key runs out, when what was answered before is written; then one question is refused, and nothing is asked twice
+        status = lambda n, body: 200 if n < 5 else time.sleep(0.5) or 401  # noqa: E731
         assert 'NANOPREF_API_KEY' in refused(*flags)
-        known = {question(body) for body in bodies()}
+        asked = bodies()
+        answered, known = {body['seed'] for body in asked[:5]}, set(map(question, asked))
         bad = next(q for q in (f'Review of the {place}:' for place in toy.PLACES) if q not in known)
-        status = lambda body: 400 if question(body) == bad else 200  # noqa: E731
+        status = lambda n, body: 400 if question(body) == bad else 200  # noqa: E731
         assert '2 answers missing (2 times: ' in refused(*flags)
         seeds = {body['seed'] for body in bodies()}
-        assert not set(answered) & seeds and len(seeds) == 12 - len(answered)
+        assert not answered & seeds and len(seeds) == 12 - 5
         # it is well again
-        status = lambda body: 200  # noqa: E731
+        status = lambda n, body: 200  # noqa: E731
         _, rows = run(*flags)
         (*_, last) = asked = bodies()
-        assert {question(body) for body in asked} == {bad}
+        assert set(map(question, asked)) == {bad}
         expected = {'model': 'm', 'max_tokens': 9, 'top_p': 1.0, 'temperature': 0.5, 'seed': last['seed']}
         assert last == expected | {'messages': [system('Be brief.'), user(bad)]}
         assert [(row['index'], row['sample']) for row in rows] == [(i, k) for i in range(6) for k in range(2)]
+        fields = {'generator': 'm', 'finish': 'eos', 'tokens': 7, 'temperature': 0.5}
         for row in rows:
-            said = f' {row["prompt"][-1]["content"]} {row["seed"]} '
-            fields = {'response': said, 'generator': 'm', 'finish': 'eos', 'tokens': 7, 'temperature': 0.5}
-            assert row | fields == row
+            assert row | fields | {'response': f' {row["prompt"][-1]["content"]} {row["seed"]} '} == row
         assert run(*flags)[1] == rows and not bodies()
         assert not any(b'very-secret' in file.read_bytes() for file in Path('out').iterdir())
         # text prompts are answered as in training data

@@ -221,9 +221,6 @@ def test_the_data_sheet(card, peak):
     assert found == peak and ('the data sheet of the' if peak else 'give --peak_tflops') in source
 
 
-# ---- experiments ----
-
-
 def test_the_check_of_a_gpu_finds_a_wrong_kernel(tmp_path, monkeypatch, capsys):
     """Without a GPU the same code passes; where attention in bfloat16 goes wrong, the check says so."""
     for name in ('CUDA_VISIBLE_DEVICES', 'NANOPREF_CACHE', 'TQDM_DISABLE', 'HF_HUB_OFFLINE'):
