@@ -145,9 +145,10 @@ def ask_judge(todo):
         yield {'pair': i, 'order': order, 'preference': preference, 'text': text, 'raw': raw}
 
 
-def answers_of(pair):
-    """Return hashable keys of a pair's two answers: equal for one answer in several pairs. A chat prompt, a list, becomes text."""
-    return [(str(pair['prompt']), output) for output in pair['outputs']]
+def items_of(pair):
+    """Return the two answers of a pair as (prompt, answer), as dpo.py will read them from annotations.json."""
+    texts = [answer(output) if is_plain(pair) else output for output in pair['outputs']]
+    return [(pair['prompt'], text) for text in texts]
 
 
 def reward_answers(items):
@@ -164,22 +165,21 @@ def compare_rewards(todo):
     """Yield a row of verdicts.jsonl per key (pair index, order); the higher reward is preferred. order is 1: rewards ignore it."""
     # in blocks, so that verdicts reach the disk early
     for start in range(0, len(todo), BLOCK):
-        block = [(i, pairs[i]) for i, _ in todo[start : start + BLOCK]]
-        items = {}  # key of an answer, which is scored once -> (prompt, the text that dpo.py will read from annotations.json)
-        for _, pair in block:
-            texts = [answer(output) if is_plain(pair) else output for output in pair['outputs']]
-            items |= zip(answers_of(pair), [(pair['prompt'], text) for text in texts], strict=True)
+        indices = [i for i, _ in todo[start : start + BLOCK]]
+        # score each answer once, even if it is in several pairs; str, because a chat prompt is an unhashable list
+        items = {str(item): item for i in indices for item in items_of(pairs[i])}
         rewards, cuts = reward_answers(list(items.values()))
         reward_of = dict(zip(items, rewards, strict=True))
         cut_of = dict(zip(items, cuts, strict=True))
 
-        for i, pair in block:
-            first, second = [reward_of[key] for key in answers_of(pair)]
+        for i in indices:
+            keys = list(map(str, items_of(pairs[i])))
+            first, second = [reward_of[key] for key in keys]
             preference = 1 if first > second else 2
             if first == second:
                 preference = 1.5  # tie
             row = {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
-            cut = [cut_of[key] for key in answers_of(pair)]
+            cut = [cut_of[key] for key in keys]
             yield row | {'cut': cut} if any(cut) else row
 
 
@@ -228,15 +228,15 @@ questions = [pairs[i]['question'] for i in clear]
 wins = 2 - np.array([preferences[i] for i in clear])
 lengths = [[len(output.strip()) for output in pairs[i]['outputs']] for i in clear]
 lengths = np.array(lengths).reshape(-1, 2)  # (pairs, 2) even without pairs
-first_name = ' + '.join(sorted({pair['generators'][0] for pair in pairs}))
-second_name = ' + '.join(sorted({pair['generators'][1] for pair in pairs}))
+first_name, second_name = [' + '.join(sorted({pair['generators'][k] for pair in pairs})) for k in (0, 1)]
 if first_name == second_name:
     first_name = 'the first answer'
     second_name = 'the second'
-cut_of = {}  # key of an answer -> {what was cut of it: times}; not in rows of endpoints
+# prompt and answer as text -> {what was cut of them: times}; rows of verdicts without a cut have no such column
+cut_texts = {}
 for (i, _), row in verdicts.items():
-    cut_of |= zip(answers_of(pairs[i]), row.get('cut', ()), strict=False)
-cut = sum(map(Counter, cut_of.values()), Counter())
+    cut_texts |= zip(map(str, items_of(pairs[i])), row.get('cut', ()), strict=False)
+cut = sum(map(Counter, cut_texts.values()), Counter())
 unclear = [row['text'] for row in verdicts.values() if row['preference'] is None]
 report = {
     'first': first_name,

@@ -55,12 +55,11 @@ def test_the_card_and_the_command_agree(reward_model, tmp_path, monkeypatch, cap
     texts = list(toy.pairs('test', 3))
     texts[0]['prompt'] = ''
     (code,) = re.findall(r'```python\n(import.*?)```', (reward_model / 'model/README.md').read_text(), re.S)
+    out = tmp_path / 'new/folder/scores.jsonl'
     for rows in (chats, texts):
         file = write_jsonl(tmp_path / 'pairs.jsonl', rows)
-        command(
-            monkeypatch, f'--reward_model={reward_model}', f'--data={file}', f'--out={tmp_path}/out/new/scores.jsonl'
-        )
-        found = read_jsonl(tmp_path / 'out/new/scores.jsonl')
+        command(monkeypatch, f'--reward_model={reward_model}', f'--data={file}', f'--out={out}')
+        found = read_jsonl(out)
         scope = {}
         with monkeypatch.context() as inside:
             inside.chdir(reward_model / 'model')
