@@ -310,9 +310,7 @@ def test_another_run_is_refused(folder):
     assert 'scores are not numbers' in refused('--model=broken', *flags[1:], out_dir='other')
 
 
-def test_endpoint(monkeypatch):
-    monkeypatch.setenv('NANOPREF_API_KEY', 'sk-very-secret')
-
+def test_endpoint():
     def question(body):
         return body['messages'][-1]['content']
 
@@ -353,7 +351,6 @@ def test_endpoint(monkeypatch):
         for row in rows:
             assert row | fields | {'response': f' {row["prompt"][-1]["content"]} {row["seed"]} '} == row
         assert run(*flags)[1] == rows and not bodies()
-        assert not any(b'very-secret' in file.read_bytes() for file in Path('out').iterdir())
         # text prompts are answered as in training data
         text = run(*(flag for flag in flags if 'system' not in flag), out_dir='text')[1][0]
         assert text['response'] == f' {text["prompt"]} {text["seed"]}'
