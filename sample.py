@@ -279,8 +279,9 @@ def finish_and_tokens(raw):
         finish = 'eos'
     usage = raw.get('usage')
     tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
-    is_count = type(tokens) is int and tokens >= 0  # not isinstance: True is an int, too
-    return finish if isinstance(finish, str) else None, tokens if is_count else None
+    if type(tokens) is not int or tokens < 0:  # not isinstance: True is an int, too
+        tokens = None
+    return finish if isinstance(finish, str) else None, tokens
 
 
 def append_rows(rows):
