@@ -1,12 +1,14 @@
 """What makes a step cheap: no wait for the device per microbatch, memory that does not follow the vocabulary, and bench.py."""
 
 import gc
+import itertools
 import json
 import sys
 import time
 import warnings
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,6 +221,13 @@ def test_the_data_sheet(card, peak):
     """What a utilisation is a share of goes by the card's name, and is named; of an unknown card it is asked for."""
     found, source = limits.peak_of(card)
     assert found == peak and ('the data sheet of the' if peak else 'give --peak_tflops') in source
+
+
+def test_the_limit():
+    """Of three layers, where a product of the forward takes a second, and both of the backward take one."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(*shape) for shape in ((3, 4), (4, 3), (3, 4))))
+    model.config = SimpleNamespace(vocab_size=4)
+    assert limits.products_alone(model, 5, 2, torch.float32, 'cpu', itertools.count().__next__) == 3 * (2 * 1 + 1)
 
 
 def test_the_check_of_a_gpu_finds_a_wrong_kernel(tmp_path, monkeypatch, capsys):
