@@ -15,8 +15,7 @@ from text import toy
 # options that labels show first, most important first
 FIRST = 'loss beta beta_prime label_smoothing lr batch_size n_epochs n_examples noise_rate seed model data'.split()
 
-# (title, subtitle, metrics as group/name); a second metric is dashed. Chosen and rejected log-probs are too far apart to share a
-# panel.
+# (title, subtitle, metrics as group/name); a second metric is dashed. Chosen and rejected log-probs are too far apart for one panel
 PANELS = [
     ('loss', 'thin: training steps, smoothed; points: held-out examples', ['loss']),
     ('reward accuracy', 'share of pairs with the higher reward on the chosen answer', ['rewards/accuracies']),
@@ -178,6 +177,7 @@ def panels_of(runs):
 def curves_of(metrics, runs):
     """Return the non-empty Curves of a panel's metrics, ordered by metric, split ('train' first) and run."""
     found = []
+    # from at most 3 for the first run down to 0 for the last, which is drawn on top
     extras = np.linspace(min(3, len(runs) - 1), 0, len(runs)).tolist()
     for number, metric in enumerate(metrics):
         by_split = {split: [curve(run, split, metric) for run in runs] for split in ('train', 'eval')}
