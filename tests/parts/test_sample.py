@@ -280,9 +280,11 @@ def test_sources(folder, capsys):
     *(([f'--temperature={text}'], 'temperature') for text in ('hot', '', '0.5 -1', '1 1.0', 'nan', 'inf', '-1')),
     (['--data=nowhere.txt'], 'cannot read nowhere.txt'),
     (['--data=none.txt'], 'there are no prompts'),
+    (['--data=toy+bad.jsonl', '--skip_bad_rows'], 'no test examples are left'),
 ])  # fmt: skip
 def test_mistakes(flags, words):
     Path('none.txt').write_text('\n')
+    Path('bad.jsonl').write_text('{"prompt": 3}\n')
     assert words in refused(*flags)
     assert not Path('out').exists()
 
