@@ -15,7 +15,14 @@ from configurator import UserError
 from text.chat import THOUGHTLESS
 
 # a plural at the beginning of a reason, perhaps behind an adjective; its group 1 lacks the s
-NOUN = re.compile(r'^((\w+ )?(answer|conversation|message|pair|prompt|row|tie|time))s\b')
+NOUNS = 'answer|conversation|folder|label|margin|message|pair|panel|prompt|row|run|tie|time|tool|verdict'
+NOUN = re.compile(rf'^((\w+ )?({NOUNS}))s\b')
+
+
+def counted(count, noun):
+    """Return a count and its noun, given as a plural: '1 pair of answers', '2,000 pairs of answers'."""
+    words = NOUN.sub(r'\1', noun) if count == 1 else noun
+    return f'{count:,} {words}'
 
 
 def in_words(left_out):
@@ -26,9 +33,7 @@ def in_words(left_out):
         if reason.startswith('note: '):
             notes.append(f'{reason} ({count:,} times)')
         else:
-            noun = re.sub('^same', 'times the same', reason + 's' * (reason == 'tie'))
-            noun = NOUN.sub(r'\1', noun) if count == 1 else noun
-            counts.append(f'{count:,} {noun}')
+            counts.append(counted(count, re.sub('^same', 'times the same', reason + 's' * (reason == 'tie'))))
     return ', '.join(counts) or 'nothing', notes
 
 

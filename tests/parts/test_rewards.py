@@ -7,7 +7,9 @@ from helpers import ROOT, metrics, read_jsonl, refused, run_script, write_jsonl
 
 from configurator import Config, UserError
 from experiments import rewards, sums
+from hf import load
 from rl import reward_functions
+from runtime import log
 from tests import forks
 from text.readers import Row
 
@@ -76,6 +78,23 @@ def test_a_flag_goes_before_a_config_file(tmp_path, monkeypatch, capsys):
     config['reward_model'], config.origin['reward_model'] = 'gold', 'command line'
     with pytest.raises(UserError, match="write one sum, --reward='own.py:one . gold'"):
         reward_functions.parts_of_options(config, None)
+
+
+def test_files_of_two_reward_models_are_hashed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('a', 'b'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text('{}')
+    config = Config({'reward': 'a + b*0.5 + gold', 'reward_model': None, 'data': 'toy', 'offline': False})
+    config.origin = dict.fromkeys([*config, 'reward_workers', 'reward_timeout'], 'default')
+    reward_functions.parts_of_options(config, None)
+    before = load.fingerprints(config)
+    assert before['reward'].keys() == {'a/config.json', 'b/config.json'} and config.reward_model is None
+    (tmp_path / 'b/config.json').write_text('{ }')
+    run = {'script': '', 'options': config, 'contents': before}
+    words = "reward 'a . b.0.5 . gold' has changed since: b/config.json"
+    with pytest.raises(UserError, match=words):
+        log.check_same('out holds', run, run | {'contents': load.fingerprints(config)})
 
 
 # ---- what a function is and gives ----
