@@ -216,9 +216,12 @@ def test_splits_of_one_folder_are_not_mixed(tmp_path):
     assert answers(f'{tmp_path}/one') == ALL and answers(f'{tmp_path}/one', 'test') == ALL[:4]
     # so does a reader of one's own, which leaves the rest of the options
     assert len(list(sources.read_rows(None, 'test', f'{tmp_path}/one'))) == 4
-    # a single file of a named reader is divided, whatever its name
-    write(tmp_path / 'alone/test.jsonl')
-    assert [files.has_test_part(tmp_path / name) for name in ('one', 'alone')] == [True, False]
+    # a named reader divides what has no test part, whatever the files are called: it must not evaluate on training rows
+    for files_there in ({'test': ROWS}, {'validation-0': ROWS[:9], 'validation-1': ROWS[9:]}, {'train_sft': ROWS, 'test_prefs': ROWS}):
+        folder = tmp_path / '+'.join(files_there)
+        for name, rows in files_there.items():
+            write(folder / f'{name}.jsonl', rows)
+        assert divided(f'hh:{folder}'), files_there.keys()
 
 
 def test_save_to_disk(tmp_path):
