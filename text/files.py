@@ -82,7 +82,7 @@ def choose_splits(names, wanted, source):
             say_which = f"say which: --data='{name}[{example}]' ({HELP})"
             raise UserError(f'{name} has {problem}; there are {", ".join(names)}: {say_which}')
         train = likely[0]
-    # train_prefs is tested on test_prefs; with a single train split, plain test names are candidates, too
+    # train_prefs is tested on test_prefs; with a single train split, test, validation and so on are candidates, too
     test_names = [train.replace('train', name, 1) for name in HELD_OUT_NAMES]
     if sum(name.startswith('train') for name in names) == 1:
         test_names += HELD_OUT_NAMES

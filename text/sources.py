@@ -108,9 +108,8 @@ def columns_of(text):
         name, _, column = assignment.partition('=')
         name, column = name.strip(), column.strip()
         if name not in formats.COLUMNS or not column or name in columns:
-            known = f'names are {", ".join(formats.COLUMNS)}, each once'
-            example = "write 'prompt=question, chosen=good'"
-            raise UserError(f'--columns: cannot read {assignment.strip()!r}: {example}; {known}')
+            advice = f"write 'prompt=question, chosen=good'; names are {', '.join(formats.COLUMNS)}, each once"
+            raise UserError(f'--columns: cannot read {assignment.strip()!r}: {advice}')
         columns[name] = column
     return columns
 
@@ -128,12 +127,12 @@ def locate(source):
     # raises UserError if the path has no files
     if path:
         data_files(path)
-    if getter and not path and os.path.exists(name):
-        # once, although a source is opened for training and again for evaluation
-        say_once(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
     if getter and path:
         return getter, path, None
     if getter:
+        if os.path.exists(name):
+            # once, although a source is opened for training and again for evaluation
+            say_once(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
         return getter, None, getattr(getter, 'hub_id', None)
     local_path = os.path.expanduser(source)
     if os.path.exists(local_path) or glob(local_path, recursive=True):
@@ -165,13 +164,13 @@ def vanished(source, split, left_out):
 # ---- from rows to examples ----
 
 
-def read_rows(hub_id, split, path, undivided=False, **options):
+def read_rows(hub_id, split, path, all_splits=False, **options):
     """Yield the Rows of a split of local files, or of the hub dataset hub_id if path is None. Raises UserError.
 
-    path: a file, a folder (undivided: read all its splits), or a list of files. options: arguments of load_dataset."""
+    path: a list of files to read, or a file or folder, of which the split is read, or (all_splits) everything. options:
+    arguments of load_dataset."""
     if path is not None:
-        wanted = None if undivided else split
-        for file in path if isinstance(path, list) else files.local_files(path, wanted):
+        for file in path if isinstance(path, list) else files.local_files(path, None if all_splits else split):
             yield from read_file(file)
         return
     import datasets
@@ -196,21 +195,25 @@ def _parsed(rows, parse, task, columns):
         rows = iter(rows)
         head = list(islice(rows, LOOK_AHEAD))
         rows = chain(head, rows)
-        found_columns = dict.fromkeys(name for row in head for name in row)
-        for column in (columns or {}).values():
-            if found_columns and column not in found_columns:
-                raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
-        # each row is read by its own layout, unless the first one is a layout that needs all rows
-        parse = partial(formats.parse_any, task=task, columns=columns)
-        layout = None if columns else _first_layout(head)
-        if layout and layout.read in formats.OF_ALL_ROWS:
-            parse = layout
-        is_prompt = layout and layout.read is formats.read_prompt
-        unread = formats.unread_answers(head) if is_prompt else []
-        if unread:
-            advice = "if they are answers, say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
-            say_once(f'note: columns not read: {", ".join(unread)}; {advice}')
+        parse = _parser_for(head, task, columns)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
+
+
+def _parser_for(head, task, columns):
+    """Return how to parse rows of which `head` are the first: a Layout that needs all rows, or a function of one row."""
+    found_columns = dict.fromkeys(name for row in head for name in row)
+    for column in (columns or {}).values():
+        if found_columns and column not in found_columns:
+            raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
+    layout = None if columns else _first_layout(head)
+    if layout and layout.read in formats.OF_ALL_ROWS:
+        return layout
+    has_prompts_alone = layout and layout.read is formats.read_prompt
+    if has_prompts_alone and (unread := formats.unread_answers(head)):
+        advice = "if they are answers, say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
+        say_once(f'note: columns not read: {", ".join(unread)}; {advice}')
+    # each row by a layout of its own
+    return partial(formats.parse_any, task=task, columns=columns)
 
 
 def _first_layout(rows):
@@ -346,7 +349,7 @@ class HubDataset(NamedTuple):
         # a clone of the hub's repository has the folder data_dir, too
         folder = os.path.join(path or '', self.options.get('data_dir', ''))
         path = folder if path and os.path.isdir(folder) else path
-        return read_rows(self.hub_id, part, path, undivided=self.test is None, **self.options), self.parse
+        return read_rows(self.hub_id, part, path, all_splits=self.test is None, **self.options), self.parse
 
 
 def parse_sharegpt(row, num_turns):
@@ -403,14 +406,15 @@ def get_toy(split, path=None):
         raise UserError(f'the toy world has no files: --data=toy, or --data={path}')
     from text import toy
 
-    return map(Row, toy.pairs(split, 6000 if split == 'train' else 600)), lambda row: [dict(row)]
+    rows = toy.pairs(split, 6000 if split == 'train' else 600)
+    return map(Row, rows), lambda row: [dict(row)]
 
 
 def get_alpaca_eval(split, path=None):
     """Return (rows, parse) of AlpacaEval's instructions, for sampling only."""
     # its JSON file, since the hub has a loading script there
     file = 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'
-    rows = read_rows('json', 'train', path, undivided=True, data_files=file)
+    rows = read_rows('json', 'train', path, all_splits=True, data_files=file)
     return rows, lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 
 
