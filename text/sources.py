@@ -170,7 +170,8 @@ def read_rows(hub_id, split, path, all_splits=False, **options):
     path: a list of files to read, or a file or folder, of which the split is read, or (all_splits) everything. options:
     arguments of load_dataset."""
     if path is not None:
-        for file in path if isinstance(path, list) else files.local_files(path, None if all_splits else split):
+        wanted = None if all_splits else split
+        for file in path if isinstance(path, list) else files.local_files(path, wanted):
             yield from read_file(file)
         return
     import datasets
