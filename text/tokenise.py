@@ -58,7 +58,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     examples lose the start ('end': the end) of the prompt, then the ends of the answers. undivided, num_turns,
     skip_bad_rows, columns: for sources.read_examples. chat: turn texts into chats. system: system message to prepend.
     last_turn_only: SFT trains on a conversation's last answer only. data_fraction: fraction to keep, by a text hash.
-    margins: keep the pairs' margins. enough: {'train': count, 'test': count}, stop after these counts; None (of either): read all.
+    margins: keep the pairs' margins. enough: {'train': count, 'test': count}, to stop there; None: read all.
     Sets tokenizer.chat_template to PLAIN_CHAT if chats need one and it has none. Raises UserError."""
     if problem := no_room(max_length, max_prompt_length):
         raise UserError(problem)

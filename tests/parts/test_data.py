@@ -12,6 +12,7 @@ import torch
 from helpers import assistant, metrics, run_script, user, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 import data
 from configurator import UserError
@@ -34,31 +35,18 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / 'cache'
 
 
-@pytest.fixture(scope='module')
-def make_tokenizer():
-    """make(bos=False, template=None) -> the toy world's tokenizer, perhaps with a BOS that it adds, or a template."""
-    import tokenizers
-    import transformers
-
-    text = toy.tokenizer().backend_tokenizer.to_str()
-
-    def make(bos=False, template=None):
-        inner = tokenizers.Tokenizer.from_str(text)
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token='<|endoftext|>')
-        if bos:
-            tokenizer.add_special_tokens({'bos_token': '<s>'})
-            pair = ('<s>', tokenizer.bos_token_id)
-            single = tokenizers.processors.TemplateProcessing(single='<s> $A', special_tokens=[pair])
-            tokenizer.backend_tokenizer.post_processor = single
-        tokenizer.chat_template = template
-        return tokenizer
-
-    return make
+tok = toy.tokenizer()
 
 
-@pytest.fixture(scope='module')
-def tok(make_tokenizer):
-    return make_tokenizer()
+def make_tokenizer(bos=False, template=None):
+    """The toy world's tokenizer, perhaps with a BOS that it adds, or a template."""
+    tokenizer = copy.deepcopy(tok)
+    tokenizer.chat_template = template
+    if bos:
+        tokenizer.add_special_tokens({'bos_token': '<s>'})
+        special = [('<s>', tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single='<s> $A', special_tokens=special)
+    return tokenizer
 
 
 def encode(tokenizer, text):
@@ -71,8 +59,7 @@ def tokens(tokenizer, rows, task='pairs', max_length=64, max_prompt_length=32, t
 
 def items(examples):
     """[(prompt ids, [answer ids ...])] as lists."""
-    found = [examples[i] for i in range(len(examples))]
-    return [(p.tolist(), [a.tolist() for a in answers]) for p, answers in found]
+    return [(prompt.tolist(), [answer.tolist() for answer in answers]) for prompt, answers in examples]
 
 
 def answers_of(examples):
@@ -123,7 +110,7 @@ def check_tokens(tokenizer, prompt, answers, limits=(64, 32), truncation='start'
 
 @pytest.mark.parametrize('truncation', ['start', 'end'])
 @pytest.mark.parametrize('bos', [False, True])
-def test_lengths(make_tokenizer, truncation, bos):
+def test_lengths(truncation, bos):
     """A long prompt loses its start or its end, but for BOS; then answers are cut before their end. By every length."""
     tokenizer = make_tokenizer(bos)
     prompt, answers = 'a b c d e', [' 1 2 3', ' 6 7']
@@ -133,7 +120,7 @@ def test_lengths(make_tokenizer, truncation, bos):
             check_tokens(tokenizer, prompt, answers, (longest, longest_prompt), truncation, bos=bos)
 
 
-def test_what_is_joined(tok, make_tokenizer):
+def test_what_is_joined():
     """Prompt and answers that would be other tokens if they were joined as text; empty prompts; BOS and the end as text."""
     apart = 'Review of the ho', 'tel: the bed', ' was great .<|endoftext|>'
     assert encode(tok, apart[0] + apart[1]) != encode(tok, apart[0]) + encode(tok, apart[1])
@@ -158,14 +145,14 @@ TOKENIZERS = {}
 
 @MANY
 @given(TEXT, TWO, SIZES, st.sampled_from(['start', 'end']), st.sampled_from(['pairs', 'singles']), st.booleans())
-def test_every_token_is_accounted_for(make_tokenizer, prompt, answers, limits, truncation, task, bos):
+def test_every_token_is_accounted_for(prompt, answers, limits, truncation, task, bos):
     tokenizer = TOKENIZERS.setdefault(bos, make_tokenizer(bos))
     check_tokens(tokenizer, prompt, answers, limits, truncation, task, bos)
 
 
 @MANY
 @given(st.lists(st.tuples(TEXT, TEXT, TEXT), max_size=6), st.sampled_from(['pairs', 'singles', 'sft']))
-def test_rows_do_not_touch_each_other(tok, rows, task):
+def test_rows_do_not_touch_each_other(rows, task):
     rows = [pair(f'{i} {prompt}', chosen, rejected) for i, (prompt, chosen, rejected) in enumerate(rows)]
     alone, together = [tokens(tok, [row], task) for row in rows], tokens(tok, rows, task)
     assert items(together) == [item for one in alone for item in items(one)]
@@ -173,7 +160,7 @@ def test_rows_do_not_touch_each_other(tok, rows, task):
     assert together.good.tolist() == [good for one in alone for good in one.good.tolist()]
 
 
-def test_equal_answers(tok):
+def test_equal_answers():
     """Of text, of tokens once they are cut, of chats; for SFT it is a demonstration all the same."""
     rows = [pair('p', ' a', ' a'), pair('p', ' a b c d', ' a b c e'), pair('p', ' a', ' a<|endoftext|>')]
     reason = 'pairs with equal answers'
@@ -188,7 +175,7 @@ def test_equal_answers(tok):
 
 @pytest.mark.parametrize('template', [None, CHATML])
 @pytest.mark.parametrize('empty', ['', ' ', '\n', '<|endoftext|>', [], [assistant('')], [assistant(' ')]])
-def test_empty_answers_are_dropped_and_counted(make_tokenizer, empty, template):
+def test_empty_answers_are_dropped_and_counted(empty, template):
     tokenizer, chat = make_tokenizer(template=template), not isinstance(empty, str)
     full, prompt = ([assistant('a')], [user('p')]) if chat else (' a', 'p')
     pairs = pair(prompt, full, empty), pair(prompt, empty, full)
@@ -201,7 +188,7 @@ def test_empty_answers_are_dropped_and_counted(make_tokenizer, empty, template):
 
 
 @pytest.mark.parametrize('task, answers', [('pairs', 2), ('singles', 1), ('sft', 1)])
-def test_nothing_left_is_no_crash(tok, task, answers):
+def test_nothing_left_is_no_crash(task, answers):
     for rows in ([], [{'prompt': 'p'}], [pair('p', '', '')]):
         examples = tokens(tok, rows, task)
         assert len(examples) == 0 and len(examples.select(slice(5))) == 0 and examples.lengths.sum() == 0
@@ -233,7 +220,7 @@ TAKEN = {  # task -> (answers, good, margins, what is left out) of ROWS
 
 
 @pytest.mark.parametrize('task', TAKEN)
-def test_what_each_task_takes_from_a_row(tok, task):
+def test_what_each_task_takes_from_a_row(task):
     """The margin of a pair is kept for pairs alone, and there only where it is asked for."""
     answers, good, margins, left_out = TAKEN[task]
     examples = tokens(tok, ROWS, task, margins=True)
@@ -244,7 +231,7 @@ def test_what_each_task_takes_from_a_row(tok, task):
     assert unasked.margin is None and unasked.left_out['margins, which only reward.py uses'] == (task == 'pairs')
 
 
-def test_prompts_and_demonstrations_are_taken_once(make_tokenizer, tok):
+def test_prompts_and_demonstrations_are_taken_once():
     """A prompt is kept whatever its answer; of a chat, too, without which a template can write it."""
     examples = tokens(tok, [{'prompt': 'p', 'response': ' '}, {'prompt': 'p'}, {'prompt': 'q'}], 'prompts')
     assert [tok.decode(p) for p, _ in items(examples)] == ['p', 'q'] and examples.left_out == {'same prompt again': 1}
@@ -255,7 +242,7 @@ def test_prompts_and_demonstrations_are_taken_once(make_tokenizer, tok):
     assert [tok.decode(a[:-1]) for a in answers_of(tokens(tok, rows, 'sft'))] == [' a', ' a', ' d']
 
 
-def test_uid_is_of_the_text(tok):
+def test_uid_is_of_the_text():
     rows = [pair('p', ' a', ' b'), pair('p', ' b', ' a'), pair('q', ' a', ' b')]
     uid = tokens(tok, rows).uid
     assert len(set(uid.tolist())) == 3 and (tokens(tok, rows[::-1]).uid == uid[::-1]).all()
@@ -282,7 +269,7 @@ CHATS = [  # template, task, row, texts of the prompt and the answers
 
 
 @pytest.mark.parametrize('template, task, row, texts', CHATS)
-def test_chats(make_tokenizer, template, task, row, texts):
+def test_chats(template, task, row, texts):
     """With a template, which stays as it is, or without: then there is one note, however many chats."""
     tokenizer = make_tokenizer(template=template)
     examples = tokens(tokenizer, [row, row | {'rejected': [assistant('maybe')]}] if template is None else [row], task)
@@ -300,7 +287,7 @@ def test_chats(make_tokenizer, template, task, row, texts):
     ('{{ nonsense', 'refuses'),
     ('{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}', 'differently'),
 ])  # fmt: skip
-def test_templates_that_refuse(make_tokenizer, template, words):
+def test_templates_that_refuse(template, words):
     with pytest.raises(UserError, match=words) as info:
         tokens(make_tokenizer(template=template), [CHAT])
     assert '\n' not in str(info.value)
@@ -328,7 +315,7 @@ def count(monkeypatch):
 
 
 @pytest.mark.parametrize(('task', 'chat'), [('pairs', False), ('pairs', True), ('singles', False), ('sft', True)])
-def test_a_second_load_reads_the_cache(tmp_path, make_tokenizer, count, cache, task, chat):
+def test_a_second_load_reads_the_cache(tmp_path, count, cache, task, chat):
     source = write_jsonl(tmp_path / 'd.jsonl', [CHAT] if chat else [*many_pairs(20), pair('p', '', '')])
     tokenizer, other = make_tokenizer(), make_tokenizer()
     first = load(source, tokenizer, task=task)
@@ -341,7 +328,7 @@ def test_a_second_load_reads_the_cache(tmp_path, make_tokenizer, count, cache, t
     assert len(list(cache.iterdir())) == 1
 
 
-def test_what_makes_another_cache_file(tmp_path, make_tokenizer, count, cache):
+def test_what_makes_another_cache_file(tmp_path, count, cache):
     rows = many_pairs(20)
     source, tokenizer = write_jsonl(tmp_path / 'd.jsonl', rows), make_tokenizer()
     load(source, tokenizer)
@@ -366,7 +353,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
-def test_a_damaged_cache_file_is_rebuilt(tmp_path, tok, count, cache, damage, capsys):
+def test_a_damaged_cache_file_is_rebuilt(tmp_path, count, cache, damage, capsys):
     source = write_jsonl(tmp_path / 'd.jsonl', many_pairs(20))
     first = copy.deepcopy(load(source, tok))
     (file,) = cache.iterdir()
@@ -377,7 +364,7 @@ def test_a_damaged_cache_file_is_rebuilt(tmp_path, tok, count, cache, damage, ca
     assert [file.read_bytes() for file in cache.iterdir()] == [content]
 
 
-def test_a_cache_that_cannot_be_written_is_a_note(tmp_path, tok, cache, monkeypatch, capsys):
+def test_a_cache_that_cannot_be_written_is_a_note(tmp_path, cache, monkeypatch, capsys):
     source = write_jsonl(tmp_path / 'd.jsonl', many_pairs(20))
     first = load(source, tok)
     (file,) = cache.iterdir()
@@ -391,7 +378,7 @@ def test_a_cache_that_cannot_be_written_is_a_note(tmp_path, tok, cache, monkeypa
     assert out.startswith('note: ') and 'not cached' in out and out.count('\n') == 1
 
 
-def test_rows_of_the_hub_are_cached_by_their_content(tok, cache, count, monkeypatch):
+def test_rows_of_the_hub_are_cached_by_their_content(cache, count, monkeypatch):
     monkeypatch.setattr(sources, 'hub_splits', lambda *_: ['train', 'test'])
     for rows, tokenised in ((3, 1), (3, 1), (4, 2)):
         monkeypatch.setattr(sources, 'read_rows', lambda *_, n=rows, **__: map(sources.Row, many_pairs(n)))
@@ -401,7 +388,7 @@ def test_rows_of_the_hub_are_cached_by_their_content(tok, cache, count, monkeypa
 # ---- what is loaded ----
 
 
-def test_load_examples(tmp_path, tok):
+def test_load_examples(tmp_path):
     """Several sources; what was left out in reading and in tokenising; a fraction, by a hash of its own."""
     a = write_jsonl(tmp_path / 'a.jsonl', [*many_pairs(20), pair('p', '', ' a')])
     b = write_jsonl(tmp_path / 'b.jsonl', [pair('x', ' y', ' z'), pair('p', ' a', '')])
@@ -436,7 +423,7 @@ VANISHING = {  # rows of which nothing is left, and what is said
 
 
 @pytest.mark.parametrize('name', VANISHING)
-def test_every_source_must_give_something(tmp_path, tok, name):
+def test_every_source_must_give_something(tmp_path, name):
     """Else half of the data is gone and nobody has seen it. Nothing held out of a file is no mistake, from the cache neither."""
     rows, words = VANISHING[name]
     good, bad = (
@@ -452,7 +439,7 @@ def test_every_source_must_give_something(tmp_path, tok, name):
         load(good, tok, data_fraction=0.0)
 
 
-def test_which_prompts_are_held_out(tmp_path, tok):
+def test_which_prompts_are_held_out(tmp_path):
     """Those whose hash is a multiple of 20, today and in older versions; of messages only role and content count."""
     chats = [user(f'chat {i}') for i in range(200)]
     rows = [pair(f'prompt {i}', ' a', ' b') for i in range(200)]
@@ -466,7 +453,7 @@ def test_which_prompts_are_held_out(tmp_path, tok):
         assert set(found) == wanted and len(found) == len(wanted) > 5
 
 
-def test_a_small_file_may_have_nothing_held_out(tmp_path, tok):
+def test_a_small_file_may_have_nothing_held_out(tmp_path):
     source = write_jsonl(tmp_path / 'd.jsonl', many_pairs(1))
     there = [split for split in ('train', 'test') if sources.load_rows(source, split)[0]]
     assert len(there) == 1 and len(load(source, tok, split='test', undivided=False)) == (there == ['test'])
@@ -493,7 +480,7 @@ def flipped(examples, rate, seed=0):
     return set(examples.uid[changed].tolist())
 
 
-def test_flips(tok):
+def test_flips():
     rows = many_pairs(1000)
     examples = tokens(tok, rows)
     before, uid = items(examples), examples.uid.tolist()
@@ -519,7 +506,7 @@ def test_uniform_hash():
     assert u[1] == pytest.approx(0.5665616, abs=1e-6)  # the same always
 
 
-def test_keep(tok):
+def test_keep():
     examples = tokens(tok, many_pairs(1000), 'singles')
     found = {(good, bad, seed): examples.keep(good, bad, seed) for good, bad, seed in
              [(1.0, 1.0, 0), (1.0, 0.0, 0), (0.0, 1.0, 0), (0.3, 0.6, 0), (0.5, 0.5, 0), (0.2, 0.2, 0), (0.5, 0.5, 1)]}  # fmt: skip
@@ -595,7 +582,7 @@ def train(tmp_path):
     return train
 
 
-def test_scripts_flip_training_pairs_alone(train, tok, capsys):
+def test_scripts_flip_training_pairs_alone(train, capsys):
     flipped = tokens(tok, many_pairs(60))
     clean = items(flipped)
     run = train('dpo.py', 60, '--noise_rate=1', out='all')
