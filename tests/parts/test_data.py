@@ -91,19 +91,18 @@ def check_tokens(tokenizer, prompt, answers, limits=(64, 32), truncation='start'
     assert len(found) + said == full or (task == 'singles' and not len(found) and said)
     cut_prompts = cut_answers = 0
     for i, (p, kept) in enumerate(items(found)):
-        mine = ended if task == 'pairs' else [ended[0 if found.good[i] else 1]]
-        assert all(x[-1] == eos and len(x) for x in kept) and len(p) + max(map(len, kept)) <= longest
-        if len(whole) + max(map(len, mine)) <= longest:
-            assert (p, kept) == (whole, mine)
-            continue
-        # the prompt first, then each answer
-        cut, size, rest = len(whole) > longest_prompt, longest_prompt - len(head), whole[len(head) :]
-        rest = rest[len(rest) - size :] if truncation == 'start' else rest[:size]
-        expected = [*head, *rest] if cut else whole
-        room = longest - len(expected)
-        assert (p, kept) == (expected, [x if len(x) <= room else [*x[: room - 1], eos] for x in mine])
-        cut_prompts += cut
-        cut_answers += sum(len(x) > room for x in mine)
+        expected, mine = whole, ended if task == 'pairs' else [ended[0 if found.good[i] else 1]]
+        assert all(x[-1] == eos for x in kept) and len(p) + max(map(len, kept)) <= longest
+        if len(whole) + max(map(len, mine)) > longest:
+            # the prompt first, then each answer
+            if len(whole) > longest_prompt:
+                size, rest = longest_prompt - len(head), whole[len(head) :]
+                expected = head + (rest[len(rest) - size :] if truncation == 'start' else rest[:size])
+                cut_prompts += 1
+            room = longest - len(expected)
+            cut_answers += sum(len(x) > room for x in mine)
+            mine = [x if len(x) <= room else [*x[: room - 1], eos] for x in mine]
+        assert (p, kept) == (expected, mine)
     if len(found) == full:
         assert (counts['prompts cut'], counts['answers cut']) == (cut_prompts, cut_answers)
 
@@ -126,14 +125,12 @@ def test_what_is_joined():
     assert encode(tok, apart[0] + apart[1]) != encode(tok, apart[0]) + encode(tok, apart[1])
     has, adds = make_tokenizer(), make_tokenizer(bos=True)
     has.add_special_tokens({'bos_token': '<s>'})  # has one and does not add it
-    for prompt in (apart[0], ''):
-        for tokenizer in (tok, has, adds):
+    for tokenizer, prompts in ((tok, [apart[0], '']), (has, [apart[0], '']), (adds, [apart[0], '', '<s>a prompt'])):
+        for prompt in prompts:
             check_tokens(tokenizer, prompt, apart[1:], bos=tokenizer is adds)
-    check_tokens(adds, '<s>a prompt', apart[1:], bos=True)
     examples = tokens(tok, [pair(*apart)])
     assert examples.good.tolist() == [True] and examples.ids.dtype == np.int32 and examples.uid.dtype == np.uint64
     assert examples.lengths.tolist() == [sum(len(x) for p, a in items(examples) for x in (p, *a))]
-    assert items(examples)[0][1][1][-2:].count(tok.eos_token_id) == 1
 
 
 TEXT = st.text(st.characters(exclude_categories=['Cs']), max_size=30)
@@ -164,13 +161,12 @@ def test_equal_answers():
     """Of text, of tokens once they are cut, of chats; for SFT it is a demonstration all the same."""
     rows = [pair('p', ' a', ' a'), pair('p', ' a b c d', ' a b c e'), pair('p', ' a', ' a<|endoftext|>')]
     reason = 'pairs with equal answers'
-    assert len(tokens(tok, rows[1:2])) == 1
+    assert len(tokens(tok, rows[1:2])) == len(tokens(tok, rows[:1], 'sft')) == 1
     examples = tokens(tok, [*rows, pair('p', ' a', ' b')], max_length=5, max_prompt_length=2)  # ' a b c' of the second
     assert len(examples) == 1 and examples.left_out[reason] == 3
     for task in ('pairs', 'singles'):  # before they are cut
         assert tokens(tok, rows[:1], task).left_out == {reason: 1}
-    assert tokens(tok, [pair([user('p')], [assistant('a')], [assistant('a')])]).left_out[reason] == 1
-    assert len(tokens(tok, rows[:1], 'sft')) == 1
+    assert tokens(tok, [pair([user('p')], *[[assistant('a')]] * 2)]).left_out[reason] == 1
 
 
 @pytest.mark.parametrize('template', [None, CHATML])
@@ -190,16 +186,15 @@ def test_empty_answers_are_dropped_and_counted(empty, template):
 @pytest.mark.parametrize('task, answers', [('pairs', 2), ('singles', 1), ('sft', 1)])
 def test_nothing_left_is_no_crash(task, answers):
     for rows in ([], [{'prompt': 'p'}], [pair('p', '', '')]):
-        examples = tokens(tok, rows, task)
-        assert len(examples) == 0 and len(examples.select(slice(5))) == 0 and examples.lengths.sum() == 0
-        assert examples.spans.shape == (0, 1 + answers, 2)
+        for examples in (tokens(tok, rows, task), tokens(tok, rows, task).select(slice(5))):
+            assert examples.spans.shape == (0, 1 + answers, 2) and examples.lengths.sum() == 0
 
 
+LABELLED = [{'prompt': 'p', 'response': ' c', 'good': True}, {'prompt': 'p', 'response': ' d', 'good': False}]
 ROWS = [
     pair('p', ' a', ' b', margin=0.5),
     pair('q', ' best', ' b'),
-    {'prompt': 'p', 'response': ' c', 'good': True},
-    {'prompt': 'p', 'response': ' d', 'good': False},
+    *LABELLED,
     {'prompt': 'p', 'response': ' e'},
     {'prompt': 'p'},
 ]
@@ -235,9 +230,11 @@ def test_prompts_and_demonstrations_are_taken_once():
     """A prompt is kept whatever its answer; of a chat, too, without which a template can write it."""
     examples = tokens(tok, [{'prompt': 'p', 'response': ' '}, {'prompt': 'p'}, {'prompt': 'q'}], 'prompts')
     assert [tok.decode(p) for p, _ in items(examples)] == ['p', 'q'] and examples.left_out == {'same prompt again': 1}
-    asked, answered = tokens(make_tokenizer(), [{'prompt': [user('one two')], **answer}
-                                                for answer in ({}, {'response': [assistant('x')]})], 'prompts')  # fmt: skip
-    assert asked[0].tolist() == answered[0].tolist() and len(asked[0]) > 1
+    asked = {'prompt': [user('one two')]}
+    (alone, _), (answered, _) = items(
+        tokens(make_tokenizer(), [asked, asked | {'response': [assistant('x')]}], 'prompts')
+    )
+    assert alone == answered and len(alone) > 1
     rows = [pair('p', ' a', ' b'), pair('p', ' a', ' c'), pair('q', ' a', ' b'), pair('p', ' d', ' b')]
     assert [tok.decode(a[:-1]) for a in answers_of(tokens(tok, rows, 'sft'))] == [' a', ' a', ' d']
 
@@ -272,14 +269,13 @@ CHATS = [  # template, task, row, texts of the prompt and the answers
 def test_chats(template, task, row, texts):
     """With a template, which stays as it is, or without: then there is one note, however many chats."""
     tokenizer = make_tokenizer(template=template)
-    examples = tokens(tokenizer, [row, row | {'rejected': [assistant('maybe')]}] if template is None else [row], task)
+    examples = tokens(tokenizer, [row] if template else [row, row | {'rejected': [assistant('maybe')]}], task)
     prompt, answers = items(examples)[0]
     assert [tokenizer.decode(ids) for ids in (prompt, *answers)] == texts and tokenizer.chat_template == template
-    notes = [(note.partition(' (')[0][:22], count) for note, count in examples.left_out.items()]
-    expected = [('note: no chat template', 1)] if template is None else []
-    if row['prompt'] == texts[0]:
-        expected = [('note: texts beside a c', 1)]  # they are no chat
-    assert notes == expected
+    is_text = row['prompt'] == texts[0]  # two strings are no chat
+    note = 'note: texts beside a c' if is_text else 'note: no chat template'
+    expected = [] if template and not is_text else [(note, 1)]
+    assert [(reason.partition(' (')[0][:22], count) for reason, count in examples.left_out.items()] == expected
 
 
 @pytest.mark.parametrize('template, words', [
@@ -296,9 +292,19 @@ def test_templates_that_refuse(template, words):
 # ---- the cache of tokens ----
 
 
-def load(source, tokenizer, split='train', task='pairs', **options):
+@pytest.fixture
+def write(tmp_path):
+    """write(rows or number of pairs, name='d') -> the path of a file of them."""
+
+    def write(rows, name='d'):
+        return write_jsonl(tmp_path / f'{name}.jsonl', many_pairs(rows) if isinstance(rows, int) else rows)
+
+    return write
+
+
+def load(source, tokenizer=tok, split='train', task='pairs', **options):
     common = {'max_length': 64, 'max_prompt_length': 32, 'undivided': True}
-    return tokenise.load_examples(str(source), split, tokenizer, task, **common | options)
+    return tokenise.load_examples(source, split, tokenizer, task, **common | options)
 
 
 def same(a, b):
@@ -315,11 +321,10 @@ def count(monkeypatch):
 
 
 @pytest.mark.parametrize(('task', 'chat'), [('pairs', False), ('pairs', True), ('singles', False), ('sft', True)])
-def test_a_second_load_reads_the_cache(tmp_path, count, cache, task, chat):
-    source = write_jsonl(tmp_path / 'd.jsonl', [CHAT] if chat else [*many_pairs(20), pair('p', '', '')])
+def test_a_second_load_reads_the_cache(write, count, cache, task, chat):
+    source = write([CHAT] if chat else [*many_pairs(20), pair('p', '', '')])
     tokenizer, other = make_tokenizer(), make_tokenizer()
-    first = load(source, tokenizer, task=task)
-    second = load(source, other, task=task)
+    first, second = load(source, tokenizer, task=task), load(source, other, task=task)
     assert len(count) == 1 and len(first) and same(first, second)
     assert first.left_out and isinstance(second.left_out, Counter)
     # what is exported must not depend on the cache
@@ -328,20 +333,21 @@ def test_a_second_load_reads_the_cache(tmp_path, count, cache, task, chat):
     assert len(list(cache.iterdir())) == 1
 
 
-def test_what_makes_another_cache_file(tmp_path, count, cache):
-    rows = many_pairs(20)
-    source, tokenizer = write_jsonl(tmp_path / 'd.jsonl', rows), make_tokenizer()
+def test_what_makes_another_cache_file(write, count, cache):
+    source, tokenizer = write(20), make_tokenizer()
     load(source, tokenizer)
     changes = [{'max_length': 63}, {'max_prompt_length': 31}, {'truncation': 'end'}, {'task': 'sft'}, {'task': 'singles'},
                {'split': 'test'}, {'undivided': False, 'split': 'test'}, {'skip_bad_rows': True}, {'num_turns': 2},
+               {'margins': True}, {'last_turn_only': True}, {'chat': True}, {'system': 's'},
                {'tokenizer': make_tokenizer(bos=True)}, {'tokenizer': make_tokenizer(template=CHATML)},
-               {'source': f'{source}+{source}'}, {'source': write_jsonl(tmp_path / 'e.jsonl', rows[:10])}]  # fmt: skip
+               {'source': f'{source}+{source}'}, {'source': write(10, 'e')}]  # fmt: skip
     for number, changed in enumerate(changes, 2):
         load(**({'source': source, 'tokenizer': tokenizer} | changed))
+        tokenizer.chat_template = None  # which a chat sets
         assert len(count) == number == len(list(cache.iterdir())), changed
     load(source, tokenizer, data_fraction=0.5, seed=3)  # is taken from the whole
     assert len(count) == len(changes) + 1
-    write_jsonl(tmp_path / 'd.jsonl', rows[:10])
+    write(10)
     assert len(load(source, tokenizer)) == 10
 
 
@@ -353,110 +359,101 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
-def test_a_damaged_cache_file_is_rebuilt(tmp_path, count, cache, damage, capsys):
-    source = write_jsonl(tmp_path / 'd.jsonl', many_pairs(20))
-    first = copy.deepcopy(load(source, tok))
+def test_a_damaged_cache_file_is_rebuilt(write, count, cache, damage, capsys):
+    source = write(20)
+    first = copy.deepcopy(load(source))
     (file,) = cache.iterdir()
     content = file.read_bytes()
     file.write_bytes(DAMAGES[damage](content))
-    assert same(load(source, tok), first) and len(count) == 2
+    assert same(load(source), first) and len(count) == 2
     assert 'is damaged: tokenising anew' in capsys.readouterr().out
     assert [file.read_bytes() for file in cache.iterdir()] == [content]
 
 
-def test_a_cache_that_cannot_be_written_is_a_note(tmp_path, cache, monkeypatch, capsys):
-    source = write_jsonl(tmp_path / 'd.jsonl', many_pairs(20))
-    first = load(source, tok)
+def test_a_cache_that_cannot_be_written_is_a_note(write, cache, monkeypatch, capsys):
+    source = write(20)
+    first = load(source)
     (file,) = cache.iterdir()
     file.unlink()
     monkeypatch.setattr(uuid, 'uuid4', lambda: types.SimpleNamespace(hex='new'))
     file.with_suffix('.new').mkdir()  # where it would be written first
-    assert same(load(source, tok), first) and 'not cached' in capsys.readouterr().out
-    monkeypatch.setenv('NANOPREF_CACHE', source)  # a file
-    assert same(load(source, tok), first)
-    out = capsys.readouterr().out
-    assert out.startswith('note: ') and 'not cached' in out and out.count('\n') == 1
+    for folder in (cache, source):  # the second is a file
+        monkeypatch.setenv('NANOPREF_CACHE', str(folder))
+        assert same(load(source), first)
+        out = capsys.readouterr().out
+        assert out.startswith('note: ') and 'not cached' in out and out.count('\n') == 1
 
 
 def test_rows_of_the_hub_are_cached_by_their_content(cache, count, monkeypatch):
     monkeypatch.setattr(sources, 'hub_splits', lambda *_: ['train', 'test'])
     for rows, tokenised in ((3, 1), (3, 1), (4, 2)):
         monkeypatch.setattr(sources, 'read_rows', lambda *_, n=rows, **__: map(sources.Row, many_pairs(n)))
-        assert len(load('owner/name', tok)) == rows and len(count) == tokenised
+        assert len(load('owner/name')) == rows and len(count) == tokenised
 
 
 # ---- what is loaded ----
 
 
-def test_load_examples(tmp_path):
+def test_load_examples(write):
     """Several sources; what was left out in reading and in tokenising; a fraction, by a hash of its own."""
-    a = write_jsonl(tmp_path / 'a.jsonl', [*many_pairs(20), pair('p', '', ' a')])
-    b = write_jsonl(tmp_path / 'b.jsonl', [pair('x', ' y', ' z'), pair('p', ' a', '')])
-    both = load(f'{a}+{b}', tok)
+    a, b = write([*many_pairs(20), pair('p', '', ' a')], 'a'), write([pair('x', ' y', ' z'), pair('p', ' a', '')], 'b')
+    both = load(f'{a}+{b}')
     assert len(both) == 21 and both.left_out == {'empty answers': 2} and tok.decode(both[20][0]) == 'x'
-    mixed = write_jsonl(
-        tmp_path / 'm.jsonl', [{'prompt': 'p'}, pair('p', ' a', ' b'), {'chosen': 'a'}, pair('p', ' a', '')]
-    )
+    mixed = write([{'prompt': 'p'}, pair('p', ' a', ' b'), {'chosen': 'a'}, pair('p', ' a', '')], 'm')
     left_out = {"bad rows: 'rejected' is missing or of the wrong type": 1, 'empty answers': 1}
     left_out[ONLY.format('a prompt', 'pairs', 'chosen and rejected')] = 1
-    assert load(mixed, tok, skip_bad_rows=True).left_out == left_out
+    assert load(mixed, skip_bad_rows=True).left_out == left_out
 
-    source = write_jsonl(tmp_path / 'c.jsonl', many_pairs(2000))
-    whole = set(load(source, tok).uid.tolist())
-    parts = {f: set(load(source, tok, data_fraction=f).uid.tolist()) for f in (0.2, 0.5, 1.0)}
-    assert parts[0.2] < parts[0.5] < parts[1.0] == whole
+    source = write(2000)
+    parts = {f: set(load(source, data_fraction=f).uid.tolist()) for f in (0.2, 0.5, 1.0)}
+    assert parts[0.2] < parts[0.5] < parts[1.0] == set(load(source).uid.tolist())
     assert 300 < len(parts[0.2]) < 500 and 900 < len(parts[0.5]) < 1100
-    assert set(load(source, tok, data_fraction=0.5, seed=1).uid.tolist()) != parts[0.5]
-    some = load(source, tok, data_fraction=0.5)
+    assert set(load(source, data_fraction=0.5, seed=1).uid.tolist()) != parts[0.5]
+    some = load(source, data_fraction=0.5)
     assert 150 < some.flip(0.2, 0).left_out['labels flipped'] < 250  # a fifth of what is kept, not of the low hashes
 
 
 # fmt: off
-VANISHING = {  # rows of which nothing is left, and what is said
-    'layout': ([{'ask': 'q', 'chosen': 'a', 'rejected': 'b'}] * 5, '5 bad rows'),
-    'equal': ([pair(f'p{i}', ' a', ' a') for i in range(5)], '5 pairs with equal answers'),
-    'prompts': ([{'prompt': 'p'}] * 5, '5 rows with a prompt only, where pairs needs chosen and rejected'),
-    'empty': ([pair(f'p{i}', ' a', '') for i in range(5)], '5 empty answers'),
-    'nothing': ([], 'left out: nothing'),
-}
+VANISHING = [  # rows of which nothing is left, and what is said
+    ([{'ask': 'q', 'chosen': 'a', 'rejected': 'b'}] * 5, '5 bad rows'),
+    ([pair(f'p{i}', ' a', ' a') for i in range(5)], '5 pairs with equal answers'),
+    ([{'prompt': 'p'}] * 5, '5 rows with a prompt only, where pairs needs chosen and rejected'),
+    ([pair(f'p{i}', ' a', '') for i in range(5)], '5 empty answers'),
+    ([], 'left out: nothing'),
+]
 # fmt: on
 
 
-@pytest.mark.parametrize('name', VANISHING)
-def test_every_source_must_give_something(tmp_path, name):
+@pytest.mark.parametrize('rows, words', VANISHING)
+def test_every_source_must_give_something(write, rows, words):
     """Else half of the data is gone and nobody has seen it. Nothing held out of a file is no mistake, from the cache neither."""
-    rows, words = VANISHING[name]
-    good, bad = (
-        write_jsonl(tmp_path / f'{file}.jsonl', rows) for file, rows in (('good', many_pairs(5)), (name, rows))
-    )
-    sentence = rf'no %s examples are left in data .*{name}\.jsonl.*{words}.*README'
+    good, bad = write(5, 'good'), write(rows, 'bad')
     for source, split in ((f'{good}+{bad}', 'train'), (f'{bad}+{good}', 'train'), (bad, 'train'), (bad, 'test')):
-        with pytest.raises(UserError, match=sentence % split):
-            load(source, tok, split=split, skip_bad_rows=True)
+        with pytest.raises(UserError, match=rf'no {split} examples are left in data .*bad\.jsonl.*{words}.*README'):
+            load(source, split=split, skip_bad_rows=True)
     for _ in range(2):
-        assert len(load(bad, tok, split='test', undivided=False, skip_bad_rows=True)) == 0
+        assert len(load(bad, split='test', undivided=False, skip_bad_rows=True)) == 0
     with pytest.raises(UserError, match='no train examples are left'):
-        load(good, tok, data_fraction=0.0)
+        load(good, data_fraction=0.0)
 
 
-def test_which_prompts_are_held_out(tmp_path):
+def test_which_prompts_are_held_out(write):
     """Those whose hash is a multiple of 20, today and in older versions; of messages only role and content count."""
-    chats = [user(f'chat {i}') for i in range(200)]
-    rows = [pair(f'prompt {i}', ' a', ' b') for i in range(200)]
-    rows += [pair([chat | {'name': 'x'}], [assistant('a')], [assistant('b')]) for chat in chats]
-    file = write_jsonl(tmp_path / 'd.jsonl', rows)
-    prompts = {f'prompt {i}': f'prompt {i}' for i in range(200)} | {chat['content']: [chat] for chat in chats}
+    prompts = {f'prompt {i}': f'prompt {i}' for i in range(200)} | {
+        f'chat {i}': [user(f'chat {i}')] for i in range(200)
+    }
+    rows = [pair(name, ' a', ' b') if name == prompt else pair([prompt[0] | {'name': 'x'}], [assistant('a')], [assistant('b')])
+            for name, prompt in prompts.items()]  # fmt: skip
+    file = write(rows)
     expected = {name for name, prompt in prompts.items() if sources.content_hash(prompt) % 20 == 0}
     for split, wanted in (('test', expected), ('train', prompts.keys() - expected)):
-        rows, _ = sources.load_rows(file, split)
-        found = [row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][0]['content'] for row in rows]
+        found = [row['prompt'] for row in sources.load_rows(file, split)[0]]
+        found = [prompt if isinstance(prompt, str) else prompt[0]['content'] for prompt in found]
         assert set(found) == wanted and len(found) == len(wanted) > 5
-
-
-def test_a_small_file_may_have_nothing_held_out(tmp_path):
-    source = write_jsonl(tmp_path / 'd.jsonl', many_pairs(1))
-    there = [split for split in ('train', 'test') if sources.load_rows(source, split)[0]]
-    assert len(there) == 1 and len(load(source, tok, split='test', undivided=False)) == (there == ['test'])
+    # a small file may have nothing held out
+    small = write(1)
+    there = [split for split in ('train', 'test') if sources.load_rows(small, split)[0]]
+    assert len(there) == 1 and len(load(small, split='test', undivided=False)) == (there == ['test'])
 
 
 # ---- noise and selection ----
