@@ -78,8 +78,7 @@ def many_pairs(n):
 
 
 def check_tokens(tokenizer, prompt, answers, limits=(64, 32), truncation='start', task='pairs', bos=False):
-    """One pair against the definition: what is kept of prompt and answers, in which order, and what the counts say. Prompt and
-    answers are tokenised apart; BOS only where the tokenizer adds it; an end of text is not doubled."""
+    """One pair against the definition: tokenised apart, BOS only where the tokenizer adds it, an end of text not doubled."""
     longest, longest_prompt = limits
     found = tokens(tokenizer, [pair(prompt, *answers)], task, longest, longest_prompt, truncation)
     counts, eos, head = found.left_out, tokenizer.eos_token_id, [tokenizer.bos_token_id] if bos else []
@@ -236,7 +235,9 @@ def test_prompts_and_demonstrations_are_taken_once():
     )
     assert alone == answered and len(alone) > 1
     rows = [pair('p', ' a', ' b'), pair('p', ' a', ' c'), pair('q', ' a', ' b'), pair('p', ' d', ' b')]
-    assert [tok.decode(a[:-1]) for a in answers_of(tokens(tok, rows, 'sft'))] == [' a', ' a', ' d']
+    examples = tokenise.tokenise(rows, tok, 'sft', 64, 32, 'start', counts := Counter({'tie': 1}))
+    assert [tok.decode(a[:-1]) for a in answers_of(examples)] == [' a', ' a', ' d']
+    assert examples.left_out == {'same demonstration again': 1} and counts == examples.left_out + Counter({'tie': 1})
 
 
 def test_uid_is_of_the_text():
@@ -439,17 +440,14 @@ def test_every_source_must_give_something(write, rows, words):
 
 def test_which_prompts_are_held_out(write):
     """Those whose hash is a multiple of 20, today and in older versions; of messages only role and content count."""
-    prompts = {f'prompt {i}': f'prompt {i}' for i in range(200)} | {
-        f'chat {i}': [user(f'chat {i}')] for i in range(200)
-    }
-    rows = [pair(name, ' a', ' b') if name == prompt else pair([prompt[0] | {'name': 'x'}], [assistant('a')], [assistant('b')])
-            for name, prompt in prompts.items()]  # fmt: skip
-    file = write(rows)
-    expected = {name for name, prompt in prompts.items() if sources.content_hash(prompt) % 20 == 0}
-    for split, wanted in (('test', expected), ('train', prompts.keys() - expected)):
+    texts, chats = [f'prompt {i}' for i in range(200)], [[user(f'chat {i}')] for i in range(200)]
+    rows = [pair(text, ' a', ' b') for text in texts]
+    file = write(rows + [pair([chat | {'name': 'x'}], [assistant('a')], [assistant('b')]) for (chat,) in chats])
+    held_out = [prompt for prompt in texts + chats if sources.content_hash(prompt) % 20 == 0]
+    for split, expected in (('test', held_out), ('train', [x for x in texts + chats if x not in held_out])):
         found = [row['prompt'] for row in sources.load_rows(file, split)[0]]
-        found = [prompt if isinstance(prompt, str) else prompt[0]['content'] for prompt in found]
-        assert set(found) == wanted and len(found) == len(wanted) > 5
+        found = [x if isinstance(x, str) else [user(x[0]['content'])] for x in found]
+        assert found == expected and len(found) > 5
     # a small file may have nothing held out
     small = write(1)
     there = [split for split in ('train', 'test') if sources.load_rows(small, split)[0]]
@@ -461,16 +459,17 @@ def test_which_prompts_are_held_out(write):
 
 def labels(examples):
     """{(uid, where the answer begins): whether it is good}."""
-    starts = examples.spans[:, 1, 0].tolist()
-    return dict(zip(zip(examples.uid.tolist(), starts, strict=True), examples.good.tolist(), strict=True))
+    answers = zip(examples.uid.tolist(), examples.spans[:, 1, 0].tolist(), strict=True)
+    return dict(zip(answers, examples.good.tolist(), strict=True))
 
 
 def flipped(examples, rate, seed=0):
     """The uids of what flip changes; checks that nothing else changes, and that it is counted."""
     after, before = examples.flip(rate, seed), examples.spans
-    pairs = before.shape[1] == 3
-    changed = (after.spans != before).any((1, 2)) if pairs else after.good != examples.good
-    swapped = before[:, [0, 2, 1]] if pairs else before
+    changed, swapped = after.good != examples.good, before
+    if before.shape[1] == 3:
+        changed, swapped = (after.spans != before).any((1, 2)), before[:, [0, 2, 1]]
+        assert (after.good == examples.good).all()
     assert (after.spans == np.where(changed[:, None, None], swapped, before)).all()
     assert (after.uid == examples.uid).all()
     assert after.left_out - examples.left_out == +Counter({'labels flipped': int(changed.sum())})
@@ -505,15 +504,15 @@ def test_uniform_hash():
 
 def test_keep():
     examples = tokens(tok, many_pairs(1000), 'singles')
-    found = {(good, bad, seed): examples.keep(good, bad, seed) for good, bad, seed in
-             [(1.0, 1.0, 0), (1.0, 0.0, 0), (0.0, 1.0, 0), (0.3, 0.6, 0), (0.5, 0.5, 0), (0.2, 0.2, 0), (0.5, 0.5, 1)]}  # fmt: skip
-    for (good, bad, _), kept in found.items():
+    shares = (1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.3, 0.6), (0.5, 0.5), (0.2, 0.2)
+    found = {both: examples.keep(*both, seed=0) for both in shares}
+    for (good, bad), kept in found.items():
         assert labels(kept).items() <= labels(examples).items()
         assert abs(kept.good.sum() - 1000 * good) < 50 and abs((~kept.good).sum() - 1000 * bad) < 50
-    kept, less, other = (labels(found[key]) for key in ((0.5, 0.5, 0), (0.2, 0.2, 0), (0.5, 0.5, 1)))
+    kept, less, other = labels(found[0.5, 0.5]), labels(found[0.2, 0.2]), labels(examples.keep(0.5, 0.5, seed=1))
     assert less.items() < kept.items() and kept != other
-    uids = [{u for (u, _), good in kept.items() if good == thumb} for thumb in (True, False)]
-    assert uids[0] != uids[1]  # the two answers of a pair are drawn apart
+    good, bad = ({uid for (uid, _), is_good in kept.items() if is_good == thumb} for thumb in (True, False))
+    assert good != bad  # the two answers of a pair are drawn apart
 
 
 def test_examples_of_and_first_answers():
@@ -546,8 +545,7 @@ MISMATCHED = [  # set, rows of the step, the other set, answers that are taken
 
 @pytest.mark.parametrize('examples, rows, more, answers', MISMATCHED)
 def test_mismatched(examples, rows, more, answers):
-    """The next example of the step with another prompt; else of the set; else of the other set. Never the own prompt's answer
-    if there is any other."""
+    """Of the next example of the step with another prompt; else of the set; else of the other set; else of any."""
     mixed = items(examples.mismatched(np.array(rows), 512, more))
     assert [prompt for prompt, _ in mixed] == [examples[i][0].tolist() for i in rows]
     assert ''.join(chr(answer[0]) for _, (answer,) in mixed) == answers
@@ -566,14 +564,12 @@ def test_a_mismatched_answer_is_cut_to_the_length_of_an_example():
 
 
 @pytest.fixture
-def train(tmp_path):
+def train(tmp_path, write):
     """train(script, number of pairs, *flags) -> its Run, of which the same pairs are held out."""
 
     def train(script, rows, *flags, out='run'):
-        rows = many_pairs(rows) if isinstance(rows, int) else rows
-        source = write_jsonl(tmp_path / 'd.jsonl', rows)
         common = ['--n_examples=2', '--batch_size=2', '--n_eval_examples=8', '--do_first_eval=false']
-        files = [f'--data={source}', f'--eval_data={source}', f'--out_dir={tmp_path / out}']
+        files = [f'--data={write(rows)}', f'--eval_data={write(rows)}', f'--out_dir={tmp_path / out}']
         return run_script(script, *common, *files, *flags)['run']
 
     return train
@@ -603,8 +599,8 @@ def test_kto_flips_and_keeps_fractions_of_training_answers(train, capsys):
 @pytest.mark.parametrize(('n_examples', 'n_eval'), [(3, 1), (4, 2), (5, 3)])
 def test_kto_is_never_compared_with_the_own_answer(train, tmp_path, n_examples, n_eval):
     """Its own answer would make the loss of a single example 0.5 whatever the model has learned; here z is of another one."""
-    run = train('dpo.py', 6, '--loss=kto', '--beta=1', '--lr=1e-2', '--warmup_steps=0', f'--n_examples={n_examples}',
-                f'--n_eval_examples={n_eval}')  # fmt: skip
+    sizes = f'--n_examples={n_examples}', f'--n_eval_examples={n_eval}'
+    run = train('dpo.py', 6, '--loss=kto', '--beta=1', '--lr=1e-2', '--warmup_steps=0', *sizes)
     last = list(data.steps(len(run.train), 2, n_examples, 0))[-1][1]
     for examples, rows in ((run.train, last), (run.held_out, np.arange(n_eval))):
         mixed = items(examples.mismatched(rows, 512, run.train))
@@ -809,7 +805,7 @@ def test_ranks_share_a_step_out(groups, world, max_tokens, layout, cached, rando
         examples.ref = np.array([[answer[0] for answer in answers] for _, answers in groups], np.float32)
     rows = np.array(random.sample(range(len(groups)), len(groups)))
     ranks = [data.make_batches(examples, rows, rank, world, max_tokens, **layout) for rank in range(world)]
-    assert len({len(batches) for batches, *_ in ranks}) == 1 and len({tuple(rest) for _, *rest in ranks}) == 1
+    assert len({(len(batches), *rest) for batches, *rest in ranks}) == 1
     counted = [batch for batches, *_ in ranks for batch in batches if batch.slot != [-1]]
     assert sorted(slot for batch in counted for slot in batch.slot) == list(range(len(groups)))
     for batch in counted:
@@ -817,7 +813,6 @@ def test_ranks_share_a_step_out(groups, world, max_tokens, layout, cached, rando
         assert read_back(batch) == last_and_answers(mine)
         assert len(batch.slot) == 1 or batch.ids.numel() <= max_tokens
         assert not cached or batch.ref.tolist() == [answer[0] for _, answers in mine for answer in answers]
-
     # tokens, and tokens with padding
     _, real, allocated = ranks[0]
     separate = sum(len(p) + len(a) for p, answers in groups for a in answers)
