@@ -383,6 +383,53 @@ def test_rows_of_the_hub_are_cached_by_their_content(cache, count, monkeypatch):
         assert len(load('owner/name')) == rows and len(count) == tokenised
 
 
+# ---- one reading for both parts, and for no more than is needed ----
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """A list that grows by each row that is read; a chunk is of 30 rows."""
+    rows, original = [], sources.read_rows
+    monkeypatch.setattr(tokenise, 'CHUNK', 30)
+    monkeypatch.setattr(
+        sources, 'read_rows', lambda *args, **how: (rows.append(x) or x for x in original(*args, **how))
+    )
+    return rows
+
+
+def parts(source, **options):
+    """The Examples of the train and the test part of a file."""
+    return [load(source, split=split, undivided=False, **options) for split in ('train', 'test')]
+
+
+def test_both_parts_are_of_one_reading(write, reads):
+    source = write(400)
+    alone = parts(source, cache=False)
+    assert len(reads) == 800 and 0 < len(alone[1]) < 40
+    for _ in range(2):  # the second time from the cache
+        assert all(map(same, parts(source), alone)) and len(reads) == 1200
+    assert not parts(source)[0].ids.flags.owndata
+
+
+@pytest.mark.parametrize('all_first', [False, True])
+def test_a_few_examples_are_the_first_and_need_few_rows(write, reads, all_first):
+    source, enough = write(400), {'train': 50, 'test': 2}
+    train, test = parts(source, cache=all_first)
+    before = len(reads)
+    for _ in range(2):
+        assert list(map(items, parts(source, enough=enough))) == [items(train)[:50], items(test)[:2]]
+    assert len(reads) == before if all_first else len(reads) - before <= 180
+    # what was cached of the first is not taken for all
+    assert len(parts(source)[0]) > 300
+
+
+def test_what_a_stopped_reading_left_out_is_counted(write, reads, capsys):
+    tie, *rows = [{'prompt': f'{i}', 'responses': [' a', ' b'], 'scores': [0, min(i, 1)]} for i in range(400)]
+    found = parts(write([tie, *rows]), cache=False, enough={'train': 50, 'test': 2})[0]
+    assert len(found) == 50 and found.left_out['tie'] == 1 and len(reads) < 600
+    assert capsys.readouterr().out == 'note: the first 50 training examples are enough: the others are not read\n'
+
+
 # ---- what is loaded ----
 
 
@@ -397,10 +444,10 @@ def test_load_examples(write):
     assert load(mixed, skip_bad_rows=True).left_out == left_out
 
     source = write(2000)
-    parts = {f: set(load(source, data_fraction=f).uid.tolist()) for f in (0.2, 0.5, 1.0)}
-    assert parts[0.2] < parts[0.5] < parts[1.0] == set(load(source).uid.tolist())
-    assert 300 < len(parts[0.2]) < 500 and 900 < len(parts[0.5]) < 1100
-    assert set(load(source, data_fraction=0.5, seed=1).uid.tolist()) != parts[0.5]
+    kept = {f: set(load(source, data_fraction=f).uid.tolist()) for f in (0.2, 0.5, 1.0)}
+    assert kept[0.2] < kept[0.5] < kept[1.0] == set(load(source).uid.tolist())
+    assert 300 < len(kept[0.2]) < 500 and 900 < len(kept[0.5]) < 1100
+    assert set(load(source, data_fraction=0.5, seed=1).uid.tolist()) != kept[0.5]
     some = load(source, data_fraction=0.5)
     assert 150 < some.flip(0.2, 0).left_out['labels flipped'] < 250  # a fifth of what is kept, not of the low hashes
 
@@ -504,12 +551,12 @@ def test_keep():
     assert good != bad  # the two answers of a pair are drawn apart
 
 
-def test_examples_of_and_first_answers():
+def test_examples_of_items():
     made = [([1, 2], [[3], [4, 5]]), ([6], [[7, 8, 9], [1]])]
     examples = Examples.of(made)
     assert items(examples) == made and examples.lengths.tolist() == [5, 5] and len(set(examples.uid.tolist())) == 2
-    assert items(examples.first_answers()) == [(p, a[:1]) for p, a in made]
-    assert items(examples.flip(1.0, 0).first_answers()) == [(p, a[1:]) for p, a in made]
+    for answer, some in ((0, examples), (1, examples.flip(1.0, 0))):
+        assert items(some.first_answers()) == [(prompt, [answers[answer]]) for prompt, answers in made]
 
 
 # two answers each to the prompts p, q, p, r: examples 0 to 7. `few` has one prompt, q, with the answers x and y

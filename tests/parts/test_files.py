@@ -10,7 +10,7 @@ import pytest
 from configurator import UserError
 from runtime import cache
 from tests.helpers import write_data, write_jsonl
-from text import files, sources, tokenise, toy
+from text import files, sources
 
 ROWS = [{'prompt': f'q "{i}",\n', 'response': f'ä{i}', 'good': bool(i % 2)} for i in range(200)]
 
@@ -293,61 +293,3 @@ def test_what_the_hub_asks_to_choose(hub):
     refused('hh[x]', r"the reader 'hh' chooses the split itself: leave \[x\] out")
     hub.get_dataset_split_names = refuse
     refused('o/n', r"available configs: .'easy', 'hard'.*--data='o/n:CONFIG'")
-
-
-# ---- size ----
-
-LIMITS = {'max_length': 32, 'max_prompt_length': 16}
-PAIRS = [{'prompt': f'the room {i}', 'chosen': f' was clean {i}', 'rejected': ' was dull'} for i in range(400)]
-
-
-@pytest.fixture
-def load(tmp_path, monkeypatch):
-    """load(split, **options) -> (ids of all parts, left_out, the Examples) of 400 pairs; load.read: rows that were read so far."""
-    source, tokenizer, original = write_jsonl(tmp_path / 'pairs.jsonl', PAIRS), toy.tokenizer(), sources.read_rows
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(tokenise, 'CHUNK', 30)
-
-    def read_rows(*args, **options):
-        for row in original(*args, **options):
-            load.read += 1
-            yield row
-
-    def load(split, **options):
-        found = tokenise.load_examples(source, split, tokenizer, 'pairs', **LIMITS | options)
-        ids = [[part.tolist() for part in (p, *a)] for p, a in map(found.__getitem__, range(len(found)))]
-        return ids, found.left_out, found
-
-    load.read = 0
-    monkeypatch.setattr(sources, 'read_rows', read_rows)
-    return load
-
-
-def test_both_parts_are_of_one_reading(load):
-    alone = [load(split, cache=False)[:2] for split in ('train', 'test')]
-    assert load.read == 800 and 0 < len(alone[1][0]) < 40
-    for _ in range(2):  # the second time from the cache
-        assert [load(split)[:2] for split in ('train', 'test')] == alone and load.read == 1200
-    assert not load('train')[2].ids.flags.owndata
-
-
-@pytest.mark.parametrize('all_first', [False, True])
-def test_a_few_examples_are_the_first_and_need_few_rows(load, all_first):
-    enough = {'train': 50, 'test': 2}
-    wanted = [load(split, cache=all_first)[0][: enough[split]] for split in ('train', 'test')]
-    before = load.read
-    for _ in range(2):
-        assert [load(split, enough=enough)[0] for split in ('train', 'test')] == wanted
-    assert load.read == before if all_first else load.read - before <= 180
-    # what was cached of the first is not taken for all
-    assert len(load('train')[0]) > 300
-
-
-def test_what_a_stopped_reading_left_out_is_counted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tokenise, 'CHUNK', 30)
-    # one tie
-    rows = [{'prompt': f'the room {i}', 'responses': [' a', ' b'], 'scores': [0, min(i, 1)]} for i in range(400)]
-    source, enough = write_jsonl(tmp_path / 'pairs.jsonl', rows), {'train': 50, 'test': 2}
-    found = tokenise.load_examples(source, 'train', toy.tokenizer(), 'pairs', cache=False, enough=enough, **LIMITS)
-    assert len(found) == 50 and found.left_out['tie'] == 1
-    assert capsys.readouterr().out == 'note: the first 50 training examples are enough: the others are not read\n'
