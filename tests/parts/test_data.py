@@ -271,8 +271,7 @@ def test_chats(template, task, row, texts):
 
 
 @pytest.mark.parametrize('template, words', [
-    ("{{ raise_exception('no such role\nhere') }}", 'refuses'),
-    ('{{ nonsense', 'refuses'),
+    ("{{ raise_exception('no such role\nhere') }}", 'refuses'), ('{{ nonsense', 'refuses'),
     ('{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}', 'differently'),
 ])  # fmt: skip
 def test_templates_that_refuse(template, words):
@@ -389,11 +388,9 @@ def test_rows_of_the_hub_are_cached_by_their_content(cache, count, monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     """A list that grows by each row that is read; a chunk is of 30 rows."""
-    rows, original = [], sources.read_rows
+    rows, read = [], sources.read_rows
     monkeypatch.setattr(tokenise, 'CHUNK', 30)
-    monkeypatch.setattr(
-        sources, 'read_rows', lambda *args, **how: (rows.append(x) or x for x in original(*args, **how))
-    )
+    monkeypatch.setattr(sources, 'read_rows', lambda *args, **how: (rows.append(x) or x for x in read(*args, **how)))
     return rows
 
 
@@ -609,21 +606,17 @@ def train(tmp_path, write):
     return train
 
 
-def test_scripts_flip_training_pairs_alone(train, capsys):
-    flipped = tokens(tok, many_pairs(60))
-    clean = items(flipped)
+def test_scripts_flip_training_examples_alone(train, capsys):
+    pairs, clean = tokens(tok, many_pairs(60)), items(tokens(tok, many_pairs(60)))
     run = train('dpo.py', 60, '--noise_rate=1', out='all')
     assert items(run.train) == [(p, [b, a]) for p, (a, b) in clean] and items(run.held_out) == clean[:8]
     assert '60 labels flipped' in capsys.readouterr().out
     run = train('dpo.py', 60, '--noise_rate=0.2', '--seed=3', out='part')
-    assert items(run.train) == items(flipped.flip(0.2, 3)) and items(run.held_out) == clean[:8]
+    assert items(run.train) == items(pairs.flip(0.2, 3)) and items(run.held_out) == clean[:8]
     run = train('sft.py', 60, '--noise_rate=1', out='sft')
     assert items(run.train) == [(p, [b]) for p, (_, b) in clean]
     assert items(run.held_out) == [(p, [a]) for p, (a, _) in clean[:8]]
-
-
-def test_kto_flips_and_keeps_fractions_of_training_answers(train, capsys):
-    run = train('dpo.py', 60, '--loss=kto', '--noise_rate=1', out='flipped')
+    run = train('dpo.py', 60, '--loss=kto', '--noise_rate=1', out='kto')
     assert run.train.good.tolist() == [False, True] * 60 and run.held_out.good.tolist() == [True, False] * 4
     assert '120 labels flipped' in capsys.readouterr().out
     run = train('dpo.py', 60, '--loss=kto', '--frac_good=0', '--frac_bad=0.5', out='kept')
@@ -748,7 +741,7 @@ def read_back(batch):
         assert batch.offset[mine].tolist() == list(range(n))
         target, index = batch.target[mine].tolist(), batch.predict_at[mine].tolist()
         assert [flat[i] for i in index[1:]] == target[:-1]  # the token before each is the one before
-        assert index[1:] == list(range(index[1], index[1] + n - 1)) if n > 1 else True
+        assert index[1:] == [index[1] + i for i in range(n - 1)]
         assert flat[batch.last[number]] == target[-1]
         out.append((flat[index[0]], target))
     return out
@@ -774,14 +767,13 @@ def test_pack(groups, layout):
         assert batch.position is None and not batch.groups
         return
     units = groups if layout['share_prefix'] else [(p, [a]) for p, a in flat]
-    ids = [x for p, answers in units for part in (p, *answers) for x in part]
-    position = [i for p, answers in units for k in (0, *(len(p) + len(a) for a in answers))
-                for i in (range(len(p), k) if k else range(len(p)))]  # fmt: skip
+    ids, position, ends = [], [], []
+    for p, answers in units:
+        ends += [len(ids) + len(p) - 1] * len(answers)  # the first token follows this prompt, no other
+        ids += [x for part in (p, *answers) for x in part]
+        position += [*range(len(p)), *(len(p) + i for a in answers for i in range(len(a)))]
     assert batch.ids.tolist() == [ids] and batch.position.tolist() == [position]
     assert batch.groups == [(len(p), tuple(map(len, answers))) for p, answers in units] and batch.mask is None
-    starts = np.cumsum([0] + [len(p) + sum(map(len, answers)) for p, answers in units])
-    # the first token follows this prompt, no other
-    ends = [start + len(p) - 1 for (p, answers), start in zip(units, starts[:-1], strict=True) for _ in answers]
     assert batch.predict_at[batch.offset == 0].tolist() == ends
 
 
