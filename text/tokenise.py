@@ -34,8 +34,6 @@ NEEDS = {  # task -> what a row needs besides its prompt
     'singles': 'a response and whether it is good (label), or chosen and rejected',
     'sft': 'an answer',
 }
-# arrays in a cache file; margin is optional
-CACHED = ('ids', 'spans', 'good', 'uid', 'margin')
 
 
 class Part(NamedTuple):
@@ -129,8 +127,7 @@ def source_rows(examples, data, split, task, *, chat, system, **read_args):
     """Read the data again for the rows behind Examples that load_examples made with these arguments: ppo.py's rewards want them.
 
     Returns {uid: (prompt, raw row with all columns)}."""
-    wanted = set(examples.uid.tolist())
-    found = {}
+    wanted, found = set(examples.uid.tolist()), {}
     not_counted = Counter()  # what is left out was counted the first time
     for row in _read_sources(data.split('+'), split, task, read_args, not_counted):
         example = as_chats(row, system) if chat or system else row
@@ -368,8 +365,8 @@ def _read_cache(files):
 
 def _write_cache(file, examples):
     """Write Examples to a cache file; print a note on failure."""
+    columns = {name: getattr(examples, name) for name in ('ids', 'spans', 'good', 'uid', 'margin')}
     # safetensors needs contiguous arrays and no None
-    present = [name for name in CACHED if getattr(examples, name) is not None]
-    arrays = {name: np.ascontiguousarray(getattr(examples, name)) for name in present}
+    arrays = {name: np.ascontiguousarray(column) for name, column in columns.items() if column is not None}
     if failure := cache.write(file, arrays, examples.left_out):
         say(f'note: tokens are not cached: {failure}')
