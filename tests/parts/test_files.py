@@ -106,6 +106,7 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
     ('a.txt', b'x\n\xe4\n', 'line 2: not valid UTF-8'),
     ('a.txt', '<!DOCTYPE html>\n<p>Sign in</p>\n', '^[^ ]*a.txt is a web page, not the data: fetch it again'),
     ('a.arrow', '', 'cannot read .*a.arrow: .*cut short'),
+    ('a.zip', 'PK', 'a.zip: data files end in .jsonl, .*: convert it to one of them'),
 ])  # fmt: skip
 def test_files_that_are_no_data(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
