@@ -236,7 +236,7 @@ def test_a_hub_dataset_and_the_cache_of_its_tokens(splits, tmp_path, monkeypatch
 
     monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path))
     rows = [{'prompt': f'p{i}', 'chosen': ' a', 'rejected': ' b'} for i in range(200)]
-    monkeypatch.setattr(datasets, 'get_dataset_split_names', lambda name: splits)
+    monkeypatch.setattr(datasets, 'get_dataset_split_names', lambda name, **_: splits)
     monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: rows if split == 'train' else rows[:3])
     tokenizer = toy.tokenizer()
 
