@@ -237,13 +237,18 @@ def test_sharded(tmp_path, monkeypatch):
         found = generate.sample(net, TOKENIZER, PROMPTS, seeds, max_new_tokens=12)
         assert found == [answer if i in mine else None for i, answer in enumerate(expected)]
 
-    rows = [(name, i, answer) for name in ('policy', 'reference') for i, answer in enumerate(expected)]
+    # of two models, in a file that is not there at first
+    monkeypatch.setattr(ranks, 'data_rank', lambda: (0, 1))
+    run = types.SimpleNamespace(config=types.SimpleNamespace(seed=5, out_dir=tmp_path / 'run'), tokenizer=TOKENIZER)
     for seen in (0, 64):
-        generate.write(tmp_path / 'samples.jsonl', TOKENIZER, PROMPTS, rows, seen)
-    lines = read_jsonl(tmp_path / 'samples.jsonl')
+        models, examples = {'reference': net, 'policy': net}, [(prompt, []) for prompt in PROMPTS]
+        assert generate.sample_held_out(run, models, examples, seen, max_new_tokens=12) == {}
+        run.config.out_dir.mkdir(exist_ok=True)
+    lines = read_jsonl(tmp_path / 'run/samples.jsonl')
     assert [line['examples'] for line in lines] == [0] * 8 + [64] * 8
-    told = {'prompt': '5 1 7 2 9 9 4', 'response': ' '.join(map(str, expected[1]))}
-    assert lines[5] == {'examples': 0, 'generator': 'reference', 'sample': 1, **told}
+    tokens = len(sample(plain, PROMPTS, seeds, keep_end=True)[1])
+    written = {'prompt': '5 1 7 2 9 9 4', 'response': ' '.join(map(str, expected[1])), 'tokens': tokens}
+    assert lines[5] == {'examples': 0, 'generator': 'reference', 'sample': 1, **written}
 
 
 def test_a_trained_step_after_sampling():
