@@ -284,10 +284,8 @@ class _Draw(transformers.LogitsProcessor):
     block, which takes 2 sqrt(V) noises instead of V. Each noise is a hash of the row's seed and a counter."""
 
     def __init__(self, seeds, n_sampled):
-        # seeds may be negative or exceed 64 bits
-        unsigned = [seed % 2**64 for seed in seeds]
-        self.seeds = seeds  # read by tests
-        self.keys = splitmix64(np.array(unsigned, np.uint64))  # (rows,)
+        self.seeds = seeds  # read by tests; they may be negative or exceed 64 bits
+        self.keys = splitmix64(np.array([seed % 2**64 for seed in seeds], np.uint64))  # (rows,)
         self.step = np.array(n_sampled, np.uint64)  # (rows,) tokens sampled so far
 
     def __call__(self, ids, scores):

@@ -291,8 +291,8 @@ def adapters_off(model):
     layers = [module for module in model.modules() if hasattr(module, 'lora_A')] if model else []
     # not by PEFT's own context managers: they also change requires_grad, under FSDP on gathered copies of the parameters
     for layer in layers:
-        layer._disable_adapters = FROZEN_COPY not in layer.lora_A  # name of an adapter -> its matrix A
-        layer._active_adapter = [FROZEN_COPY]
+        has_copy = FROZEN_COPY in layer.lora_A  # name of an adapter -> its matrix A
+        layer._disable_adapters, layer._active_adapter = not has_copy, [FROZEN_COPY]
     try:
         yield
     finally:
@@ -312,11 +312,6 @@ def write(model, weights, folder):
     base_hash = weights_hash(model.peft_config['default'].base_model_name_or_path)
     if base_hash is not None:
         (folder / BASE_HASH_FILE).write_text(base_hash)
-
-
-def merged(model):
-    """Merge the adapter of a PeftModel into its weights, in place, and return the inner transformers model."""
-    return quantize.dequantize(model).merge_and_unload()
 
 
 def describe(model):

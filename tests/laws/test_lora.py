@@ -263,7 +263,7 @@ def test_head_beside_the_adapters(tmp_path):
     # what a script reads is what trains
     assert 'score' in head and parts.core(wrapped).score.weight is wrapped.get_parameter(head)
     lora.write(wrapped, weights, tmp_path / 'adapter')
-    assert lora.merged(wrapped).score.weight.equal(weights[head])
+    assert wrapped.merge_and_unload().score.weight.equal(weights[head])
     assert any('score' in name for name in adapter(tmp_path))
 
 
