@@ -109,13 +109,10 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     text_config = config.get_text_config()
     old_rows, pad_id = text_config.vocab_size, tokenizer.pad_token_id
     needs_pad_row = pad_id == old_rows == len(tokenizer) - 1
-    # before loading, or behind it if there is a file: from_pretrained rejects other shapes than the file's, and a pad id without a row
-    is_from_file = name != 'toy' and not options.get('empty')
-    text_config.pad_token_id = None if is_from_file else pad_id
-    if needs_pad_row and not is_from_file:
-        text_config.vocab_size += 1
+    # from_pretrained rejects a pad id without a row, so it is set after loading; the toy model has the row
+    text_config.pad_token_id = pad_id if name == 'toy' else None
     model = _make_model(transformers.AutoModelForSequenceClassification, base, config, new_head=is_lm, **options)
-    if needs_pad_row and is_from_file:
+    if needs_pad_row:
         embedding = model.resize_token_embeddings(old_rows + 1, mean_resizing=False)
         embedding.weight.data[old_rows:] = 0.0
     # the model holds its own copy of the config

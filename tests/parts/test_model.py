@@ -466,8 +466,7 @@ def saved(tmp_path_factory):
     def save(settings, **changes):
         folder = tmp_path_factory.mktemp('model')
         settings = config(settings) if isinstance(settings, str) else settings
-        for key, value in changes.items():
-            setattr(settings, key, value)
+        settings.update(changes)
         randomise(hf.AutoModelForCausalLM.from_config(settings)).save_pretrained(folder)
         return partial(load.load_model, str(folder))
 
@@ -605,21 +604,16 @@ def test_bfloat16_begins_off_the_ties(saved, device):
 @pytest.mark.parametrize('name', ['gpt2', 'llama', 'gpt_neox'])
 def test_activation_checkpointing(name, dropout, mode, saved, device, register):
     keys = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop') if name == 'gpt2' else ('attention_dropout',)
-    build, calls = saved(name, **dict.fromkeys(keys, dropout)), []
-
-    def counted(*args, **rest):
-        calls.append(rest.get('dropout'))
-        return attention.packed_attention(*args, **rest)
-
+    build, counted = saved(name, **dict.fromkeys(keys, dropout)), mock.Mock(wraps=attention.packed_attention)
     results, kept = [], []
     for checkpointing in (False, True, 'selective'):
         net = fsdp.shard(build, device, cpu_offload=True, mode=mode, activation_checkpointing=checkpointing)
         kept.append(room.bytes_per_token(net, net.response_logps, data.Examples.of(examples(PAIRS)), packed=True))
         register(counted)
-        calls.clear()
+        counted.reset_mock()
         results += [same_grads(net, pack(PAIRS)) for _ in range(2)]
         attention.register_attention()
-        assert len(calls) == 2 * (4 if checkpointing is True else 2)  # two layers, recomputed in backward
+        assert counted.call_count == 2 * (4 if checkpointing is True else 2)  # two layers, recomputed in backward
         assert not any(m.training for m in net.modules() if isinstance(m, torch.nn.Dropout))
     # the second one of two layers is kept while backward recomputes it
     assert kept[0] / 2 < kept[1] < kept[0] and kept[2] < 0.65 * kept[0], kept
