@@ -73,7 +73,8 @@ def test_runs(tmp_path):
     launch(2, [plan['none'], plan['full'], cut, plan['again']], tmp_path)
     for name in RUNS:
         (row,) = metrics(tmp_path / name, 'check')
-        assert row['rewards_train/chosen'] == row['rewards_train/rejected'] == 0
+        rounding = 1e-6 if name == 'cached' else 0  # the cache was made in larger microbatches
+        assert max(abs(row['rewards_train/chosen']), abs(row['rewards_train/rejected'])) <= rounding
     for name in ('cached', 'none', 'full'):
         same_runs(tmp_path / name, tmp_path / 'one', rel=5e-4, abs=5e-5)
         same_weights(tensors(tmp_path / name / 'adapter'), tensors(tmp_path / 'one/adapter'), 1e-5)
