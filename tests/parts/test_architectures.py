@@ -1,8 +1,6 @@
 """dpo.py as a user runs it, on a tiny random model of every family: one step, the model folder, and what is said on screen.
 
-What a step must do is computed here from the plain transformers model, one unpadded sequence at a time: the weights in
-out_dir/model are those before it minus lr times the gradient of the DPO loss, and that folder loads with nothing but
-transformers. Whether log-probs and gradients are right for every layout is test_model.py's."""
+What a step must do is computed here from the plain transformers model, one unpadded sequence at a time."""
 
 import math
 from unittest import mock

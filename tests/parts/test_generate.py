@@ -7,26 +7,16 @@ import pytest
 import torch
 import transformers
 from helpers import read_jsonl
+from test_model import NONE, PACKED
 
 import data
 import fsdp
 from hf import attention, generate, sharded
 from runtime import ranks
 
-# fmt: off
 VOCAB, EOS = 13, 12
-BASE = {'vocab_size': VOCAB, 'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 4,
-        'max_position_embeddings': 64, 'bos_token_id': None, 'eos_token_id': None}
-GROUPED = BASE | {'num_key_value_heads': 2, 'pad_token_id': None}
-CONFIGS = {
-    'llama': GROUPED,
-    'gpt_neox': BASE,
-    'gpt2': BASE,
-    'mistral': GROUPED | {'sliding_window': 3},
-    'gemma2': GROUPED | {'head_dim': 8, 'sliding_window': 4, 'attn_logit_softcapping': 0.5, 'final_logit_softcapping': 2.0},
-}
-MAMBA = {'vocab_size': VOCAB, 'hidden_size': 16, 'num_hidden_layers': 2, 'state_size': 4, 'bos_token_id': None, 'eos_token_id': None}
-# fmt: on
+CONFIGS = {name: PACKED[name] | {'vocab_size': VOCAB} for name in ('llama', 'gpt_neox', 'gpt2', 'mistral', 'gemma2')}
+MAMBA = NONE | {'vocab_size': VOCAB, 'hidden_size': 16, 'num_hidden_layers': 2, 'state_size': 4}
 TOKENIZER = types.SimpleNamespace(eos_token_id=EOS, decode=lambda ids: ' '.join(map(str, ids)))
 UNLIKELY = 1e-7  # so that no seed fails by chance
 PROMPTS = [[3], [5, 1, 7, 2, 9, 9, 4], [8, 8], [1, 2, 3, 4]]
