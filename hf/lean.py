@@ -121,8 +121,9 @@ class LeanBlock:
             return (recipe, tensor.shape) if is_whole and both_contiguous else tensor
         # a small view, such as the values in a fused query_key_value, would keep all of its memory. Weights (leaves) stay anyway
         is_view = tensor._base is not None and not tensor._base.is_leaf
-        is_small = tensor.untyped_storage().nbytes() >= 2 * tensor.nbytes
-        return tensor.data.clone() if is_view and is_small else tensor
+        if is_view and tensor.untyped_storage().nbytes() >= 2 * tensor.nbytes:
+            return tensor.data.clone()
+        return tensor
 
     def unpack(self, saved):
         """Return the tensor for which pack returned saved."""

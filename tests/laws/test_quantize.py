@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import launch, metrics, same_bits, tensors, tiny_model
-from test_lora import trained
+from test_lora import COMMON, trained
 from ties import same_runs, same_weights
 
 import data
@@ -17,8 +17,7 @@ from runtime import ranks
 
 pytest.importorskip('bitsandbytes', reason='bitsandbytes is not installed: pip install bitsandbytes')
 ADAPTERS = {'rank': 4, 'alpha': 16.0, 'dropout': 0.0, 'targets': 'q_proj v_proj', 'quantize': '4bit'}
-DPO = ['dpo.py', '--batch_size=12', '--n_examples=36', '--n_eval_examples=8', '--do_first_eval=false', '--warmup_steps=1', '--lr=1e-2',
-       '--max_length=64', '--max_prompt_length=32', '--lora_rank=4', '--quantize=4bit', '--save_every=12']  # fmt: skip
+DPO = ['dpo.py', *COMMON, '--n_examples=36', '--lr=1e-2', '--lora_rank=4', '--quantize=4bit', '--save_every=12']
 
 
 @pytest.mark.parametrize('bias', [True, False])
