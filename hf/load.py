@@ -78,7 +78,7 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
     if _is_classifier(config) or (saved and saved.is_reward):
         raise UserError(f'{name!r} is a reward model: a language model is needed here')
     model = _make_model(transformers.AutoModelForCausalLM, base, config, **options)
-    if _generation_configs.get(base):
+    if _generation_configs.get(base):  # set by _read_config, None if there is none
         model.generation_config = copy.deepcopy(_generation_configs[base])
     # correct a config that ties head and embedding although the file has both; an empty model has read no file
     if not options.get('empty') and correct_tie_config(model):

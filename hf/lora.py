@@ -278,7 +278,7 @@ def _check_trainable(model, saved):
     # modules that the adapter stores whole; only a reward model's head, which PEFT lists under both names, can train here
     outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
-    # load_model has already rejected the reverse, a reward model's adapter for a language model
+    # of another task; load_model has already rejected the reverse, a reward model's adapter for a language model
     if hasattr(model, 'score') and not saved.is_reward:
         problem = 'is of a language model, and a reward model has another head'
     if problem:

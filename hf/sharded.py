@@ -31,7 +31,7 @@ def reshard(model):
 def abandon_backward(model):
     """Clear what a backward that ended in an error leaves in FSDP's state. Otherwise later ones would give no gradients."""
     if fsdp_modules(model):
-        # the end of every backward, which FSDP runs no more while it takes the broken one for unfinished
+        # what FSDP runs at the end of a backward, and otherwise would not run again: it takes the broken one for unfinished
         model._get_fsdp_state()._root_post_backward_final_callback()
 
 

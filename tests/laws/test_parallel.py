@@ -148,7 +148,7 @@ def test_which_models_are_replicated(monkeypatch, ranks, gigabytes, half, train,
     model, device = torch.nn.Linear(10**4, 10**3, bias=False), torch.device('cpu')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', f'{ranks}')
     monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: ranks)
-    monkeypatch.setattr(room, 'machine_memory', lambda: gigabytes and gigabytes * 1e9)
+    monkeypatch.setattr(room, 'machine_memory', lambda: gigabytes * 1e9)
     assert room.choose_mode(model, 'auto', train, half, device, False) == mode
     assert room.choose_mode(model, 'grads', train, half, device, False) == 'grads'
     assert room.choose_mode(model, 'auto', train, half, device, True) == 'full'

@@ -29,7 +29,7 @@ def build(name='llama', empty=False):
         config = transformers.AutoConfig.for_model(name, **(CONFIGS | {'mamba': MAMBA})[name])
         net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for p in net.parameters():
-            torch.nn.init.normal_(p, float('norm' in name and p.dim() == 1), 0.3)
+            torch.nn.init.normal_(p, 0.0, 0.3)
     if name != 'mamba':
         net.set_attn_implementation('packed')
     return net
