@@ -78,34 +78,27 @@ def same(folder, other, limit=1e-5):
     same_weights(tensors(folder / 'model'), tensors(other / 'model'), limit)
 
 
-@pytest.mark.parametrize(('case', 'where'), [(c, w) for w in WORLDS for c in CASES] + [(c, 'tp2') for c in ALONE])
-def test_as_one_process(runs, case, where):
+@pytest.mark.parametrize(('run', 'other'), [
+    *((f'{where}/{case}', f'one/{case}') for where in WORLDS for case in CASES), *((f'tp2/{c}', f'one/{c}') for c in ALONE),
+    *((f'one/llama{flag}', f'one/llama{VARIANTS[0]}') for flag in VARIANTS[1:]),
+])  # fmt: skip
+def test_as_one_process(runs, run, other):
     """Losses, gradient norms (of clipped gradients) and metrics of every step, and the weights after the last."""
-    norms = [row['grad_norm'] for row in metrics(runs / 'one' / case) if 'grad_norm' in row]
+    norms = [row['grad_norm'] for row in metrics(runs / other) if 'grad_norm' in row]
     assert len(norms) == 2 and min(norms) > 0.5
-    same(runs / where / case, runs / 'one' / case)
+    same(runs / run, runs / other)
 
 
 @pytest.mark.parametrize('where', WORLDS)
-def test_samples_are_there_once(runs, where):
-    rows = [read_jsonl(runs / w / 'samples/samples.jsonl') for w in ('one', where)]
+def test_sampled_and_resumed(runs, where):
+    """Samples are there once. Bit-exact where it was begun; to rounding where a run without tensor parallelism was begun."""
+    ours, theirs = (read_jsonl(runs / w / 'samples/samples.jsonl') for w in (where, 'one'))
     # the same texts; log-ratios differ by rounding
-    ratios = [[row.pop('logratio') for row in part] for part in rows]
-    assert rows[0] == rows[1] and len(rows[0]) == 6
-    assert ratios[0] == pytest.approx(ratios[1], abs=1e-4)
-
-
-@pytest.mark.parametrize('where', WORLDS)
-def test_resumed(runs, where):
-    """Bit-exact where it was begun; to rounding where a run without tensor parallelism was begun."""
+    ratios, expected = ([row.pop('logratio') for row in rows] for rows in (ours, theirs))
+    assert ours == theirs and len(ours) == 6 and ratios == pytest.approx(expected, abs=1e-4)
     whole, again = runs / where / 'samples', runs / where / f'from_{where}'
     assert metrics(whole) == metrics(again) and same_bits(whole / 'model', again / 'model')
     same(runs / where / 'from_one', runs / 'one/samples')
-
-
-@pytest.mark.parametrize('flag', VARIANTS[1:])
-def test_variants(runs, flag):
-    same(runs / f'one/llama{flag}', runs / f'one/llama{VARIANTS[0]}')
 
 
 @pytest.mark.parametrize(('name', 'words'), [('gpt2', 'GPT2LMHeadModel has no tensor-parallel plan'), ('three', '3 attention heads'),
