@@ -533,15 +533,14 @@ def test_a_copy_in_bfloat16_serves_a_whole_step(saved, device, rank):
 
     policy, ref = (fsdp.shard(adapted, device, dtype='bfloat16', train=train) for train in (True, False))
     assert not sharded.fsdp_modules(ref) and sharded.fsdp_modules(policy)
-    asked = []
     state = type(policy._get_fsdp_state())
-    with pytest.MonkeyPatch.context() as patch:
-        real = state._root_pre_forward
-        patch.setattr(state, '_root_pre_forward', lambda self, m, a, k: asked.append((a, k)) or real(self, m, a, k))
+    wrapped = {'autospec': True, 'side_effect': state._root_pre_forward}
+    with mock.patch.object(state, '_root_pre_forward', **wrapped) as spy:
         with sharded.unsharded(policy):
             pass
         policy.response_logps(pack(PAIRS))[0].sum().backward()
-    assert len(asked) >= 2 and all(arguments or options for arguments, options in asked)
+    calls = [call.args[2:] for call in spy.call_args_list]
+    assert len(calls) >= 2 and all(arguments or options for arguments, options in calls)
     block = sharded.fsdp_modules(policy)[-1]
     assert hasattr(next(block.parameters()), 'to_local') == (rank is not None)
     # and what it takes is known beforehand
