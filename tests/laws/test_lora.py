@@ -268,6 +268,6 @@ REFUSED = [
 
 @pytest.mark.parametrize(('flags', 'words'), REFUSED)
 def test_sentences(tmp_path, monkeypatch, flags, words):
-    monkeypatch.setitem(sys.modules, 'bitsandbytes', None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, 'bitsandbytes.functional', None)  # as if bitsandbytes were not installed
     with pytest.raises(UserError, match=words):
         run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', *flags.split())
