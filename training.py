@@ -179,7 +179,7 @@ class Run:
         if self.config.get('sample_during_eval'):
             check_positions(policy, self.held_out.longest_prompt() + self.config.max_new_tokens, 'samples')
         # pack if the options allow it, and if the model then computes the same log-probs as on padded batches (can_pack)
-        self.packed = can_pack(policy, self.train, self.device, log.say, wanted=pack and attn is None)
+        self.packed = can_pack(policy, self.train, self.device, wanted=pack and attn is None)
         for model in with_attention:
             set_attention(model, self.packed, attn)
         self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}

@@ -84,7 +84,7 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     a, b, c = rng.integers(len(tokenizer), size=(3, 20))
     long_pair = a, [b, c[:5]]
     short_pair = b[:7], [c[:9], a]
-    set_attention(model, can_pack(model, Examples.of([long_pair, short_pair]), device, say))
+    set_attention(model, can_pack(model, Examples.of([long_pair, short_pair]), device))
     return model, tokenizer
 
 

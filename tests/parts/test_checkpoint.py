@@ -31,7 +31,6 @@ from hf.load import load_model, load_tokenizer
 from rl import formulas
 from runtime import checkpoint, errors, files, guard, log, ranks, room
 from tests import forks
-from text import toy
 from text.examples import Examples
 from text.tokenise import load_examples
 
@@ -378,7 +377,7 @@ def test_full_disk_under_rows_and_export(tmp_path, whole, monkeypatch, capsys):
 
     # samples, too
     file = tmp_path / 'none/samples.jsonl'
-    generate.write(file, toy.tokenizer(), [[5]], [('policy', 0, [6])], 0)
+    files.append(file, '{"examples": 0}\n')
     assert f'cannot write {file}: No such file' in capsys.readouterr().out
     file.parent.mkdir()
     files.append_kept()

@@ -134,11 +134,11 @@ def test_the_place_of_the_last_token(folders, monkeypatch):
     net.response_scores = types.MethodType(heads.response_scores, net)
     batches = [data.pack(pairs(), range(4), pad=pad) for pad in (False, True)]
     monkeypatch.setattr(probe, 'two_layouts', lambda *_: batches)
-    assert probe.can_pack(net, None, 'cpu', print)
+    assert probe.can_pack(net, None, 'cpu')
     for batch in batches:
         batch.last -= 1
     with pytest.raises(UserError, match='other scores'):
-        probe.can_pack(net, None, 'cpu', print)
+        probe.can_pack(net, None, 'cpu')
 
 
 def test_padded_scores_in_bfloat16(folders):
@@ -149,7 +149,7 @@ def test_padded_scores_in_bfloat16(folders):
     examples = Examples.of(pairs())
     for mode in ('none', 'full'):
         net = fsdp.shard(build, torch.device('cpu'), dtype='bfloat16', mode=mode)
-        assert not probe.can_pack(net, examples, 'cpu', print, wanted=False)
+        assert not probe.can_pack(net, examples, 'cpu', wanted=False)
 
 
 # ---- heads ----
