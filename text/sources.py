@@ -81,7 +81,10 @@ def _opened(source, split, num_turns=1, undivided=False):
             parse = partial(parse, num_turns=num_turns)
         # a HubDataset says how it names its splits; its test may be None
         train, test = getattr(getter, 'train', 'train'), getattr(getter, 'test', 'test')
-        has_same_files = path and test and files.local_files(path, train) == files.local_files(path, test)
+        try:
+            has_same_files = path and test and files.local_files(path, train) == files.local_files(path, test)
+        except UserError:  # several splits: a function may read them all; a HubDataset refuses them when its rows are read
+            has_same_files = True
         return rows, parse, test is None or bool(has_same_files)
     splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
     # undivided: read the split that is named in brackets, or else the one called `split`, as if it were for training

@@ -206,6 +206,12 @@ def test_splits_of_one_folder_are_not_mixed(tmp_path):
     halves = {'validation-0': ROWS[:9], 'validation-1': ROWS[9:]}
     for there in ({'test': ROWS}, halves, {'train_sft': ROWS, 'test_prefs': ROWS}):
         assert divided('hh:' + write(tmp_path / '+'.join(there), there)), there.keys()
+    # so does one that reads all splits, where it cannot be said which of them is for training
+    splits = {'train_prefs': ROWS[:9], 'train_sft': ROWS[9:], 'test_prefs': ROWS[:1]}
+    splits = {split: [{'instruction': row['response']} for row in rows] for split, rows in splits.items()}
+    source = 'alpaca_eval:' + write(tmp_path / 'prompts', splits)
+    train, test = [{row['prompt'] for row in sources.load_rows(source, split)[0]} for split in ('train', 'test')]
+    assert test and len(train | test) == len(ALL) and not train & test
 
 
 def test_save_to_disk(tmp_path):
