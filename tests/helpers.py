@@ -5,6 +5,7 @@ import bz2
 import contextlib
 import csv
 import functools
+import gc
 import gzip
 import io
 import json
@@ -35,6 +36,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SPEEDS = ('_per_second', 'sampling_share')  # ends of the names of metrics that depend on the machine
 
 # ---- scripts ----
+
+
+def collect_garbage():
+    """Collect it now, if there is much, and not whenever python likes: in python 3.11 ast.parse fails (cpython issue 106905)
+    where a collection within it runs a finalizer that parses, too, as every traceback that is printed does."""
+    gc.disable()
+    if gc.get_count()[0] > 100_000:
+        gc.collect()
 
 
 def run_script(script, *flags):

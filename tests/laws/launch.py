@@ -26,7 +26,7 @@ from configurator import UserError
 from hf import sharded
 from hf.load import load_model, load_tokenizer
 from runtime import ranks
-from tests.helpers import cut_short, run_script, silent
+from tests.helpers import collect_garbage, cut_short, run_script, silent
 from training import Run
 
 # imported when first used: once here, before ranks are forked
@@ -121,6 +121,7 @@ def follow(plan):
     own = {'fails': fails, 'gradients': gradients, 'steps': steps, 'cut': lambda *words: on_first_rank(cut_short, *words),
            'shake': lambda *words: on_first_rank(shake, *words)}  # fmt: skip
     for command, *words in plan:
+        collect_garbage()
         with silent():
             own[command](*words) if command in own else run_script(command, *words)
 
