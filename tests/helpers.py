@@ -285,15 +285,20 @@ def silent():
         yield
 
 
-def refused(script, *flags):
-    """The one sentence with which a script, run in this process, refuses its command line."""
+def sentence(call, *arguments):
+    """The one sentence with which a call is refused."""
     from configurator import UserError
 
     with pytest.raises(UserError) as info:
-        run_script(script, *flags)
+        call(*arguments)
     message = str(info.value)
-    assert '\n' not in message and len(message) < 600
+    assert message and '\n' not in message and len(message) < 600
     return message
+
+
+def refused(script, *flags):
+    """The one sentence with which a script, run in this process, refuses its command line."""
+    return sentence(run_script, script, *flags)
 
 
 # the losses that are documented here, and have numbers of their authors'; a fork may have more
