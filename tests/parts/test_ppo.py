@@ -139,16 +139,22 @@ def test_slots_of_a_microbatch_among_the_tokens_of_a_round():
     assert found.tolist() == [11, 12, 20, 21, 22, -1]
 
 
-def test_a_filler_has_no_ratio(tmp_path):
-    """A rank without examples runs a filler, whose ratio to other tokens may be infinite: it counts nothing and has no gradient."""
+def test_weights_of_tokens(tmp_path):
+    """A rank without examples runs a filler, whose ratio to other tokens may be infinite: it counts nothing and has no gradient.
+    With --per_answer answers of one and of two tokens weigh the same."""
     flags = '--reward=gold --model=toy --data=toy --loss=grpo --group_size=2 --n_examples=4 --batch_size=4 --minibatch_size=4'
-    flags += ' --ppo_epochs=1 --max_new_tokens=4 --n_eval_examples=0 --sample_batch=4'
+    flags += ' --ppo_epochs=1 --max_new_tokens=4 --n_eval_examples=0 --sample_batch=4 --per_answer'
     script = run_script('ppo.py', *flags.split(), f'--out_dir={tmp_path}/run')
-    batch = data.pack([], [], filler=2)
-    far_away = torch.full((1, len(batch.target)), 500.0, requires_grad=True)
-    script['policy'].token_logps = lambda batch: far_away
-    sums = script['run_minibatch'](SimpleNamespace(batches=[batch], rows=np.arange(1)), script['this_round'])
-    assert not any(sums.values()) and not far_away.grad.any()
+    columns = dict.fromkeys(('old', 'ref'), torch.zeros(3)) | {'advantage': torch.tensor([1.0, 10, 10])}
+    this_round = SimpleNamespace(tokens=columns, answers={'start': torch.tensor([0, 1])})
+    for batch, log_ratio, loss in (
+        (data.pack([], [], filler=2), 500.0, 0),
+        (data.pack([([5], [[6], [7, 8]])], [0]), 0.0, -11),
+    ):
+        pi = torch.full((1, len(batch.target)), log_ratio, requires_grad=True)
+        script['policy'].token_logps = lambda batch, pi=pi: pi
+        sums = script['run_minibatch'](SimpleNamespace(batches=[batch], rows=np.arange(1)), this_round)
+        assert sums == {'loss': loss, 'value_loss': 0, 'clipped': 0, 'approx_kl': 0} and pi.grad.any() == bool(loss)
 
 
 def test_advantages_and_targets_by_hand():
