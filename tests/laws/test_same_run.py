@@ -165,7 +165,10 @@ def test_the_same_continues_whatever_does_not_matter(here, world):
 
 
 def test_older_versions_resume_with_a_note(here, world, capsys):
-    """They wrote no hashes, and had fewer options."""
+    """They wrote no hashes, and had fewer options, of which none is set midway; where nobody says what a checkpoint is of, its
+    shapes do."""
+    change('reward/config.json', ['center_coef'], part='config')
+    assert 'center_coef None there and 0.5 here' in sentence(run, 'reward', 'reward', '--center_coef=0.5')
     change('dpo/config.json', ['contents'])
     change('dpo/config.json', ['lora_targets', 'truncation'], part='config')
     forget_run('dpo')
@@ -175,15 +178,9 @@ def test_older_versions_resume_with_a_note(here, world, capsys):
     assert 'kept no hash of evaluation examples, model, ref_model, training examples: not checked' in out
     assert metrics('dpo') == metrics(world / 'dpo')
     assert 'model' in json.loads(Path('dpo/config.json').read_text())['contents']
-
-
-def test_what_an_older_version_did_not_write_down(here):
-    """An option that it lacked is not set midway; where nobody says what a checkpoint is of, its shapes do."""
-    change('reward/config.json', ['center_coef'], part='config')
-    assert 'center_coef None there and 0.5 here' in sentence(run, 'reward', 'reward', '--center_coef=0.5')
-    copy_in('dpo', 'lora')
-    forget_run('dpo')
-    assert 'is of another model or optimizer' in sentence(run, 'dpo', 'dpo')
+    copy_in('lora', 'reward')
+    forget_run('lora')
+    assert 'is of another model or optimizer' in sentence(run, 'lora', 'lora')
 
 
 def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):

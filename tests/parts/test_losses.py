@@ -235,22 +235,20 @@ def test_beta_dpo_keeps_all(d, state, options, beta):
         assert after == pytest.approx({'mean': 1.1, 'std': 0.9})
 
 
-def test_beta_dpo_mask_follows_the_generator():
-    masks = [beta_statistic([0.1 * i for i in range(20)], seed=seed, rho=0.5)[0]['weight'] for seed in (0, 0, 1)]
-    assert masks[0].equal(masks[1]) and not masks[0].equal(masks[2])
-
-
 def keep_near(d, mean, std, rho):
     return losses.keep_near(double(d), mean, std, torch.Generator().manual_seed(0), rho=rho)
 
 
-def test_keep_near_count():
-    """round(B (1 - rho)), at least one: 10 (1 - 0.9) is 0.9999999999999998 in floating point, and keeps one."""
+def test_how_many_are_kept():
+    """round(B (1 - rho)), at least one: 10 (1 - 0.9) is 0.9999999999999998 in floating point, and keeps one. Which ones follows
+    the generator."""
     for size, rho, kept in (10, 0.9, 1), (10, 0.2, 8), (7, 0.3, 5), (8, 0.0, 8), (4, 0.99, 1), (1, 0.9, 1):
         assert keep_near(range(size), 0.0, 2.0, rho).sum() == kept
     # 100 to 107 standard deviations away exp() is 0 for all; the nearest are still the ones kept
     assert keep_near(range(100, 108), 0.0, 1.0, 0.5).tolist() == [True] * 4 + [False] * 4
     assert keep_near(range(100, 108), 0.0, 1e-200, 0.5).sum() == 4
+    masks = [beta_statistic(range(20), seed=seed, rho=0.5)[0]['weight'] for seed in (0, 0, 1)]
+    assert masks[0].equal(masks[1]) and not masks[0].equal(masks[2])
 
 
 # of three pairs, of weights 1, U and V, the third stays out if the others come in either order
@@ -273,19 +271,13 @@ def test_keep_near_draws_near_pairs_more_often(d, mean, std, rho, which, expecte
     assert kept == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / draws))
 
 
-# ---- the other statistics ----
-
-
-def test_kto_statistic():
-    """Mean of the log-ratios (2, -1) is 0.5; of (-2, 1) below 0, so 0. The same z for every example of the step."""
+def test_statistics_of_kto_and_aot():
+    """kto: the mean of the log-ratios (2, -1) is 0.5; of (-2, 1) below 0, so 0. The same z for every example of the step.
+    aot: policy margins (3, 1, 2) against reference margins (10, 30, 20): smallest with smallest, so (30, 10, 20).
+    The shifts are 10 - 30, 30 - 10 and 20 - 20, and d becomes 3 - 30, 1 - 10 and 2 - 20."""
     for ratios, z in ([2.0, -1.0], 0.5), ([-2.0, 1.0], 0.0):
         columns, state = losses.kto_statistic(torch.tensor(ratios), {'some': 'state'}, None)
         assert columns['z'].tolist() == [z, z] and state == {'some': 'state'}
-
-
-def test_aot_statistic():
-    """Policy margins (3, 1, 2) against reference margins (10, 30, 20): smallest with smallest, so (30, 10, 20).
-    The shifts are 10 - 30, 30 - 10 and 20 - 20, and d becomes 3 - 30, 1 - 10 and 2 - 20."""
     pi_w, pi_l, ref_w, ref_l = double([[3.0, 1, 4], [0, 0, 2], [10, 31, 20], [0, 1, 0]])
     ratios = pi_w - ref_w, pi_l - ref_l
     shift = losses.aot_statistic(pi_w, pi_l, *ratios, {}, None)[0]['shift']
@@ -326,16 +318,13 @@ def test_float32_at_extreme_margins(name, beta):
         torch.testing.assert_close(short.double(), long, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('p', [0.0, -1e-30, -1e-8, -0.5, -0.6931472, -0.7, -3.0, -200.0])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_orpo_of_certain_and_hopeless_answers(p, dtype):
+def test_orpo_of_certain_and_hopeless_answers(dtype):
     """Mean log-probs from 0 to -200 on either side: finite value and gradient."""
-    given = {'pi_w': [p, -1.0, p], 'pi_l': [-1.0, p, p], 'n_w': [1.0] * 3, 'n_l': [1.0] * 3}
-    loss, x = evaluate('orpo', given, dtype, leaves=['pi_w', 'pi_l'], lam=0.5)
-    assert all(v.isfinite().all() for v in (loss, *gradients(loss, x).values()))
-
-
-def test_log1mexp():
+    for p in (0.0, -1e-30, -1e-8, -0.5, -0.6931472, -0.7, -3.0, -200.0):
+        given = {'pi_w': [p, -1.0, p], 'pi_l': [-1.0, p, p], 'n_w': [1.0] * 3, 'n_l': [1.0] * 3}
+        loss, x = evaluate('orpo', given, dtype, leaves=['pi_w', 'pi_l'], lam=0.5)
+        assert all(v.isfinite().all() for v in (loss, *gradients(loss, x).values())), p
     x = double([-1e-12, -1e-3, -0.5, -0.6931, -0.6932, -1.0, -30.0], requires_grad=True)
     value = losses.log1mexp(x)
     (slope,) = torch.autograd.grad(value.sum(), x)
@@ -433,12 +422,17 @@ def test_divergence_at_extremes(name, dtype):
 
 
 @pytest.mark.parametrize('name', DIVERGENCES)
-def test_mass_is_the_slope(name):
+def test_mass_and_broken_logits(name):
+    """The mass is the slope. What is not finite gives no number nor an error: a bad step, which skip_bad_steps may leave out."""
     log_pi, log_ref = random_log_probs(2).log_softmax(-1)
     log_pi.requires_grad_()
     value, mass = DIVERGENCES[name](log_pi, log_ref)
-    (slope,) = torch.autograd.grad(value.sum(), log_pi)
-    torch.testing.assert_close(mass, -slope)
+    torch.testing.assert_close(mass, -torch.autograd.grad(value.sum(), log_pi)[0])
+    for broken in (math.nan, -math.inf):
+        logits, reference = random_log_probs(4, rows=3, vocabulary=7)
+        logits[1, 2] = broken
+        value, _ = DIVERGENCES[name](logits.log_softmax(-1), reference.log_softmax(-1))
+        assert value.isfinite().tolist() == [True, False, True]
 
 
 def by_sorting(z, p, mu):
@@ -468,16 +462,6 @@ def test_worst_mass_is_that_of_a_sort(mu, dtype):
     torch.testing.assert_close((mass * z).double().sum(-1), (expected * z).sum(-1), rtol=0, atol=3e-6)
     # of words that tie at the border any may count
     torch.testing.assert_close(mass[10:].double(), expected[10:], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize('name', DIVERGENCES)
-@pytest.mark.parametrize('broken', [math.nan, -math.inf])
-def test_broken_logits_give_no_number(name, broken):
-    """Nor an error: what is not finite is a bad step, which skip_bad_steps may leave out."""
-    logits, reference = random_log_probs(4, rows=3, vocabulary=7) * 1.0
-    logits[1, 2] = broken
-    value, _ = DIVERGENCES[name](logits.log_softmax(-1), reference.log_softmax(-1))
-    assert value.isfinite().tolist() == [True, False, True]
 
 
 # ---- the LM head that turns hidden states into log-probs and divergences ----
@@ -543,22 +527,15 @@ def test_chunks_cover_everything():
         assert [i for piece in pieces for i in range(n)[piece]] == list(range(n))
 
 
-# ---- the specification as a text ----
+SPECIFICATION = dict.fromkeys((*losses.LOSSES.values(), formulas.bradley_terry))
 
 
-FUNCTIONS = dict.fromkeys((*losses.LOSSES.values(), formulas.bradley_terry))
-
-
-@pytest.mark.parametrize('fn', FUNCTIONS, ids=lambda fn: fn.__name__)
-def test_docstring_has_equation_and_source(fn):
-    text = fn.__doc__ or ''
-    assert re.search(r'\b[LS]\(|\^2|max\(0|KL\(', text), 'an equation'
-    assert re.search(r'\d{4}\.\d{5}|note, eq', text), 'an arXiv number or a named note'
-
-
-def test_signature_tells_what_a_loss_needs():
-    """No *args or **kwargs; columns are positional without a default (but z), hyper-parameters are keyword-only."""
+@pytest.mark.parametrize('fn', SPECIFICATION, ids=lambda fn: fn.__name__)
+def test_specification(fn):
+    """An equation and its source. No *args or **kwargs; columns are positional without a default (but z), options are keywords."""
+    assert re.search(r'\b[LS]\(|\^2|max\(0|KL\(', fn.__doc__), 'an equation'
+    assert re.search(r'\d{4}\.\d{5}|note, eq', fn.__doc__), 'an arXiv number or a named note'
     columns = (*PAIR, *GOOD, 'ratio', 'ratio_w', 'ratio_l')
-    for p in [p for fn in losses.LOSSES.values() for p in inspect.signature(fn).parameters.values()]:
+    for p in inspect.signature(fn).parameters.values() if fn in losses.LOSSES.values() else ():
         assert p.kind == (p.POSITIONAL_OR_KEYWORD if p.name in columns else p.KEYWORD_ONLY)
         assert p.default is p.empty or p.name == 'z'

@@ -30,15 +30,19 @@ def close(found, *expected):
 # ---- formulas ----
 
 
-def test_gae_by_hand():
+def test_gae_and_whitening_by_hand():
     """gamma 0.9, lam 0.5, so gamma lam = 0.45. Row 1: rewards 0 0 1, values 0.5 0.2 0.4.
     delta_3 = 1 - 0.4 = 0.6; delta_2 = 0 + 0.9 * 0.4 - 0.2 = 0.16; delta_1 = 0 + 0.9 * 0.2 - 0.5 = -0.32.
     A_3 = 0.6; A_2 = 0.16 + 0.45 * 0.6 = 0.43; A_1 = -0.32 + 0.45 * 0.43 = -0.1265.
-    Row 2 has one token, reward -1, value 0.5: A = -1.5; what stands behind it does not count."""
+    Row 2 has one token, reward -1, value 0.5: A = -1.5; what stands behind it does not count.
+    Whitened: mean 2 and population variance 2/3 of 1 2 3; what is masked is neither counted nor left."""
     mask = torch.tensor([[True] * 3, [True, False, False]])
     rewards, values = rows([0, 0, 1], [-1, 7, 7]), rows([0.5, 0.2, 0.4], [0.5, 7, 7])
     found = formulas.gae(rewards, values, mask, gamma=0.9, lam=0.5)
     assert close(found, [-0.1265, 0.43, 0.6], [-1.5, 0, 0])
+    scale = (2 / 3 + 1e-8) ** 0.5
+    whitened = formulas.whiten(rows([1, 2], [3, 9]), torch.tensor([[True, True], [True, False]]))
+    assert close(whitened, [-1 / scale, 0], [1 / scale, 0])
     # lam = 0: delta; lam = 1: discounted rewards from here on minus the value: 0.81 - 0.5, 0.9 - 0.2, 0.6
     assert close(formulas.gae(rewards, values, mask, gamma=0.9, lam=0.0), [-0.32, 0.16, 0.6], [-1.5, 0, 0])
     assert close(formulas.gae(rewards, values, mask, gamma=0.9, lam=1.0), [0.31, 0.7, 0.6], [-1.5, 0, 0])
@@ -74,13 +78,6 @@ def test_grpo_by_hand():
     pi = rows(-2, -1).requires_grad_()
     l = formulas.grpo(pi, pi.detach(), pi.detach(), advantage[1], clip=0.2, kl_coef=0.1)
     assert not torch.autograd.grad(l.sum(), pi)[0].any()
-
-
-def test_whiten():
-    """Mean 2 and population variance 2/3 of 1 2 3; what is masked is neither counted nor left."""
-    x, mask = rows([1, 2], [3, 9]), torch.tensor([[True, True], [True, False]])
-    scale = (2 / 3 + 1e-8) ** 0.5
-    assert close(formulas.whiten(x, mask), [-1 / scale, 0], [1 / scale, 0])
 
 
 NUMBERS = json.loads((ROOT / 'tests/parts/trl_grpo_numbers.json').read_text())
@@ -130,13 +127,15 @@ def test_a_reward_model_has_positions_for_the_longest_answer_and_its_end(monkeyp
     assert 'where the reward model out/rm takes 12' in refused('ppo.py', *flags, f'--out_dir={tmp_path}/run')
 
 
-def test_slots_of_a_microbatch_among_the_tokens_of_a_round():
+def test_slots_and_speeds_of_a_round():
     """Two answers to each of three prompts; the microbatch has the third prompt, first of its step, and a filler."""
     answer, offset = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 0, 1, 2, 0]])
     batch = SimpleNamespace(slot=[0, -1], answer=answer, offset=offset)
     starts = torch.tensor([0, 3, 5, 9, 11, 20])
     found = rollout.token_indices(batch, np.array([2, 0]), starts, per_prompt=2)
     assert found.tolist() == [11, 12, 20, 21, 22, -1]
+    speeds = {'counters/step_examples': 2, 'examples_per_second': 0.5, 'tokens_per_second': 2, 'sampling_share': 0.25}
+    assert rollout.speeds(torch.tensor([3, 5]), elapsed=4.0, sampling=1.0) == speeds
 
 
 def test_weights_of_tokens(tmp_path):
@@ -177,12 +176,6 @@ def test_held_out_prompts_of_bad_answers_are_answered_too(tmp_path, small_toy):
     run_script('ppo.py', *flags.split(), f'--data={file}', f'--eval_data={file}', f'--out_dir={tmp_path}/run')
     samples = read_jsonl(tmp_path / 'run/samples.jsonl')
     assert [(row['examples'], row['sample']) for row in samples] == [(n, i) for n in (0, 4) for i in range(4)]
-
-
-def test_the_speeds_of_a_round():
-    found = rollout.speeds(torch.tensor([3, 5]), elapsed=4.0, sampling=1.0)
-    rates = {'examples_per_second': 0.5, 'tokens_per_second': 2, 'sampling_share': 0.25}
-    assert found == {'counters/step_examples': 2} | rates
 
 
 # ---- a user's mistakes ----

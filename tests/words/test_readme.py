@@ -152,7 +152,7 @@ def test_adding_a_loss_and_a_data_set(tmp_path):
     )
     flags = '--n_examples=16 --batch_size=8 --n_eval_examples=8 --out_dir=run'
     for command in (
-        f'-m pytest -q -p no:cacheprovider {tests} -k "my_loss or every_loss or signature"',
+        f'-m pytest -q -p no:cacheprovider {tests} -k "my_loss or every_loss"',
         'losses.py my_loss --beta=0.2',
         f'dpo.py --loss=my_loss --beta=0.2 --data=mine:mine.jsonl {flags}',
     ):
