@@ -236,9 +236,6 @@ def test_killed_at_random_moments(tmp_path):
     assert done.returncode == 0 and survived, done.stdout + done.stderr[-2000:]
 
 
-# ---- two hosts ----
-
-
 def free_port():
     with socket.create_server(('127.0.0.1', 0)) as free:
         return free.getsockname()[1]

@@ -169,9 +169,6 @@ def test_what_is_no_loss_of_pairs():
     assert losses.reward(1.0, 4.0, 0.4, beta=0.5, alpha=0.5) == pytest.approx(0.15) and losses.reward(-10.0) == -10.0
 
 
-# ---- Dr. DPO's weight ----
-
-
 def normalized(loss, shift, beta_prime):
     w = losses.drdpo_weight(torch.as_tensor(loss), torch.as_tensor(shift), beta_prime=beta_prime)
     return w / w.sum()

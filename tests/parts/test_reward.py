@@ -210,9 +210,6 @@ def test_pad_tokens():
         assert tokenizer('Review of!').input_ids == toy.tokenizer()('Review of!').input_ids
 
 
-# ---- margins ----
-
-
 def rows(margins):
     texts = toy.pairs('train', len(margins))
     return [row if m is None else row | {'margin': m} for row, m in zip(texts, margins, strict=True)]
@@ -249,9 +246,6 @@ def test_bad_margins(tmp_path):
         with pytest.raises(UserError, match="line 2: 'margin' is "):
             examples(str(file), cache=False)
         assert len(examples(str(file), cache=False, skip_bad_rows=True)) == 1, bad
-
-
-# ---- whole runs ----
 
 
 def test_it_learns_the_toy_world(tmp_path, capsys):

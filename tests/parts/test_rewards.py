@@ -122,8 +122,6 @@ def test_a_mistake_names_row_and_function(text, sentence, score):
         score(text, rows)
 
 
-# ---- worker processes ----
-
 SLOW = """
 import os, subprocess
 def f(prompts, responses, rows):
@@ -164,21 +162,12 @@ def test_workers_are_several_and_have_a_limit(tmp_path, monkeypatch):
     assert score(1)[1] == [False]
 
 
-# ---- ready ones, and sums ----
-
-
-@pytest.mark.parametrize('response, right', [
-    ('4 + 4 = 8\n#### 1,008', 1), (r'so \boxed{1008}.', 1), ('#### 1008.0', 1), ('#### 8', 0), ('1008', 0), ('#### 7 #### 1008', 1), ('', 0),
-])  # fmt: skip
-def test_gsm8k(response, right):
+def test_ready_ones_and_sums(tmp_path):
+    responses = ['4 + 4 = 8\n#### 1,008', r'so \boxed{1008}.', '#### 1008.0', '#### 8', '1008', '#### 7 #### 1008', '']
     for answer in ('because\n#### 1,008', '1008', 1008):
-        assert rewards.gsm8k([''], [response], [{'answer': answer}]) == [right]
-
-
-def test_format_length_and_sums(tmp_path):
+        assert rewards.gsm8k([''] * 7, responses, [{'answer': answer}] * 7) == [1, 1, 1, 0, 0, 1, 0]
     texts = ['<think>so\nit is</think> 4', 'so it is 4', '<think></think>4']
-    assert rewards.think(texts, texts, texts) == [1, 0, 0]
-    assert rewards.length(texts, texts, texts) == [0.04, 0.04, 0.01]
+    assert rewards.think(texts, texts, texts) == [1, 0, 0] and rewards.length(texts, texts, texts) == [0.04, 0.04, 0.01]
     sums.write(tmp_path)
     answers = {row['prompt']: row['answer'] for row in read_jsonl(tmp_path / 'prompts.jsonl')}
     shown = read_jsonl(tmp_path / 'demonstrations.jsonl')

@@ -71,9 +71,6 @@ def same(a, b):
     return type(a) is type(b) and a == b
 
 
-# ---- order ----
-
-
 @pytest.mark.parametrize('argv', ['a.py b.py --rate=3', 'a.py --rate=3 b.py', '--rate=3 a.py b.py'])
 def test_files_in_their_order_then_flags_wherever_they_stand(script, argv):
     file('rate = 1.0\nsteps = 1\nname = "a"\n', 'a.py')
@@ -284,8 +281,6 @@ def test_ignored(script, capsys, monkeypatch, options, rank, printed, raised):
     assert config.given('steps name rate limit') == ['name', 'rate']
 
 
-# ---- how a script ends ----
-
 # fmt: off
 ENDS = [  # code, a flag, rank, exit code, what stderr begins with
     ('raise UserError("this is wrong")', '', '0', 2, 'error: this is wrong\n'),
@@ -359,8 +354,6 @@ def test_a_value_printed_as_a_flag_is_read_back(script, values):
     scope = script(*(f'--{name}={value}' for name, value in values.items()))
     assert all(same(scope[name], value) for name, value in (DEFAULTS | values).items())
 
-
-# ---- options that several scripts share ----
 
 SHARED = '''"""What scripts share."""
 import math
