@@ -107,14 +107,11 @@ def test_configs_of_papers(monkeypatch):
     paper = dict(batch_size=64, lr=5e-7, optimizer='RMSprop', warmup_steps=150, max_length=512, max_prompt_length=256)
     paper |= dict(beta=0.1, n_epochs=1, dtype='bfloat16', noise_rate=0.2, max_grad_norm=10.0)
     assert {k: config[k] for k in paper} == paper
-
-
-@pytest.mark.parametrize('name', ['drdpo_hh', 'drdpo_hh_noise20', 'drdpo_toy'])
-def test_dpo_with_the_config_of_drdpo_is_the_plain_baseline(name, monkeypatch):
-    """beta' weights any loss when it is set, so these configs leave it to the loss."""
-    for loss, beta_prime in (('dpo', None), ('drdpo', 1.0)):
-        config = parse(f'dpo.py config/{name}.py --loss={loss}', monkeypatch)
-        assert objective_of(config, losses.LOSSES, losses.STATISTICS).options['beta_prime'] == beta_prime
+    # beta' weights any loss when it is set, so these configs leave it to the loss: with --loss=dpo they are the plain baseline
+    for name in ('drdpo_hh', 'drdpo_hh_noise20', 'drdpo_toy'):
+        for loss, beta_prime in (('dpo', None), ('drdpo', 1.0)):
+            config = parse(f'dpo.py config/{name}.py --loss={loss}', monkeypatch)
+            assert objective_of(config, losses.LOSSES, losses.STATISTICS).options['beta_prime'] == beta_prime
 
 
 def test_every_loss_and_every_dataset_is_documented():
