@@ -1,6 +1,5 @@
 """What several test files use: scripts run here, in a process of their own or under torchrun; their files; tiny models."""
 
-import ast
 import bz2
 import contextlib
 import csv
@@ -114,17 +113,10 @@ def cut_short(run, resumed, examples):
 RUN = 'dpo.py sft.py reward.py sample.py label.py ppo.py data.py tools.bench tools.plot tools.report feedback.score'.split()
 
 
-def constants(script):
-    """The options that a script declares above its first call, as globals() has them there."""
+def source_of(script):
+    """Its file, as globals() has it there."""
     script = 'text.show' if script == 'data.py' else script
-    path = ROOT / (script if script.endswith('.py') else script.replace('.', '/') + '.py')
-    scope = {'__file__': str(path), '__doc__': ''}
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            if isinstance(node.value, ast.Call):
-                break
-            exec(compile(ast.Module([node], []), script, 'exec'), scope)
-    return scope
+    return {'__file__': ROOT / (script if script.endswith('.py') else script.replace('.', '/') + '.py')}
 
 
 def parse(command, monkeypatch):
@@ -136,10 +128,8 @@ def parse(command, monkeypatch):
         arguments = [word for word in arguments if word.startswith('-')]
     monkeypatch.chdir(ROOT)
     trains = script in ('dpo.py', 'sft.py', 'reward.py', 'ppo.py')
-    # a copy of training's options, so that parsing leaves the module alone
-    return configure(
-        constants(script), arguments, shared=SimpleNamespace(**constants('training.py')) if trains else None
-    )
+    # from the sources alone, so that parsing leaves the modules as they are
+    return configure(source_of(script), arguments, SimpleNamespace(**source_of('training.py')) if trains else None)
 
 
 # ---- files ----

@@ -6,9 +6,10 @@ import shutil
 import subprocess
 
 import pytest
-from helpers import LOSSES, ROOT, RUN, constants, parse, write_jsonl
+from helpers import LOSSES, ROOT, RUN, parse, source_of, write_jsonl
 
 import losses
+from configurator import _declared
 from runtime.objective import objective_of
 from tests import forks
 
@@ -76,7 +77,7 @@ def test_the_guide_to_the_code_fits_it():
 
 def test_options_exist():
     """Every --option that README and docs name is one of a script, or of another program."""
-    known = {name for script in RUN for name in constants(script)} | set(constants('training.py'))
+    known = {name for script in (*RUN, 'training.py') for name in _declared(source_of(script))}
     others = set('help nproc_per_node nnodes rdzv_backend rdzv_endpoint max-restarts nodes gpus-per-node'.split())
     others |= set('report quick rows lines kills seed'.split())  # of experiments
     coming_from = '\n'.join(line.rsplit(' | ', 1)[-1] for line in PAGES['docs/coming-from.md'].splitlines())
