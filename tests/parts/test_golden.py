@@ -10,7 +10,6 @@ Where theirs is another reduction it is applied outside the formula. Other depar
 """
 
 import contextlib
-import copy
 import inspect
 import json
 import math
@@ -403,6 +402,11 @@ def tdpo(case, x, h):
     return ours
 
 
+def gold_of(case):
+    """The part of a case that holds the numbers to compare with; of a sequence, its last step."""
+    return case['steps'][-1] if 'steps' in case else case['clean'] if case.get('do_not_copy') else case
+
+
 def ppo(case, x, h):
     """Whole PPO steps of HALOs and Ra-DPO: advantages from rewards and old values, policy and value loss."""
     mask, out = x['mask'].bool(), gold_of(case)['outputs']
@@ -467,19 +471,16 @@ def compare(case):
     return [(gold, x, CHECKS[case['group']](case, x, h))]
 
 
-def has_slopes(case):
-    """Whether its gradients are compared: where policy = reference they may depend on rounding."""
-    return 'gradient_depends_on_rounding' not in case.get('flags', [])
-
-
 def differences(case):
     """Sentences about what does not agree in a case."""
     found = []
     tolerance = 1e-5 if case.get('dtype') == 'float32' else 1e-9
     for gold, x, ours in compare(case):
         pairs = {k: (ours[k], v) for k, v in gold['outputs'].items() if k in ours}
-        assert 'scalar' in pairs, 'a case without a scalar cannot be checked'
-        if has_slopes(case) and (wanted := gold.get('grads')):
+        assert 'scalar' in pairs and ('losses' in pairs) == ('losses' in gold['outputs']), 'not all of it is compared'
+        # where policy = reference the gradient may depend on rounding: values only
+        wanted = gold['grads'] if 'gradient_depends_on_rounding' not in case.get('flags', []) else {}
+        if wanted:
             value, leaves = ours.get('gradient_of', ours['scalar']), [x[k] for k in wanted]
             slopes = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
             pairs |= {f'gradient of {k}': (mine, wanted[k]) for k, mine in zip(wanted, slopes, strict=True)}
@@ -514,33 +515,6 @@ def test_group(group):
     assert not (wrong := [text for _, texts in found for text in texts]), '\n'.join(wrong[:10])
     if not found:
         pytest.skip('no case of it is among the losses here')
-
-
-def shifted(x, by):
-    """x with every finite number moved."""
-    if isinstance(x, list):
-        return [shifted(y, by) for y in x]
-    return x + by * max(1.0, abs(x)) if math.isfinite(float(x)) else x
-
-
-def gold_of(case):
-    """The part of a case that holds the numbers to compare with; of a sequence, its last step."""
-    return case['steps'][-1] if 'steps' in case else case['clean'] if case.get('do_not_copy') else case
-
-
-@pytest.mark.parametrize('group', [group for group in GOLDEN['groups'] if group in CHECKS])
-def test_a_wrong_number_is_noticed(group):
-    """Whatever is compared can fail: the scalar, the losses and every gradient of a case, moved by 1e-6, must."""
-    case, _ = next(compared(group), (None, None))
-    if case is None:
-        pytest.skip('nothing is compared in this group')
-    by = 1e-3 if case.get('dtype') == 'float32' else 1e-6
-    kinds = [('outputs', 'scalar'), ('outputs', 'losses'), *(('grads', name) for name in gold_of(case)['grads'])]
-    for kind, name in kinds if has_slopes(case) else kinds[:2]:
-        wrong = copy.deepcopy(case)
-        if name in (held := gold_of(wrong)[kind]):
-            held[name] = shifted(held[name], by)
-            assert differences(wrong) or wrong == case, f'{case["id"]}: a wrong {kind} {name} went unnoticed'
 
 
 def test_small_file_has_every_loss(monkeypatch):
