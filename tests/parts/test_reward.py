@@ -254,7 +254,10 @@ def test_it_learns_the_toy_world(tmp_path, capsys):
                '--center_coef=0.01', '--seed=1', '--data_fraction=0.5', f'--out_dir={tmp_path}/run')  # fmt: skip
     before, after = metrics(tmp_path / 'run', 'eval')
     assert 0.4 < before['rewards_eval/accuracies'] < 0.6 and after['rewards_eval/accuracies'] > 0.7
-    assert after['rewards_eval/margins'] > 0.5 > abs(after['rewards_eval/mean'])
-    assert after['rewards_eval/margins'] == pytest.approx(after['rewards_eval/chosen'] - after['rewards_eval/rejected'])
+    margin, mean, chosen, rejected = (
+        after[f'rewards_eval/{name}'] for name in ('margins', 'mean', 'chosen', 'rejected')
+    )
+    assert margin > 0.5 > abs(mean)
+    assert [margin, mean] == pytest.approx([chosen - rejected, (chosen + rejected) / 2], abs=1e-6)
     out = capsys.readouterr().out
     assert 'left out or changed: nothing' in out and 'acc 0.' in out
