@@ -195,22 +195,24 @@ def test_a_signal_to_a_forked_child_is_not_the_parents():
     """A pool ends its workers with SIGTERM; they have inherited the handlers, and the pipe that the parent listens to."""
     code = """import os, signal, time
 from runtime import guard
-guard.on_signal = lambda number: print('heard', number, flush=True)
+heard = []
+guard.on_signal = heard.append
 guard.watch('__main__')
 child = os.fork()
 if not child:
     time.sleep(20)
     os._exit(0)
 os.kill(child, signal.SIGTERM)
-print('ended', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-os.kill(os.getpid(), signal.SIGUSR1)
-time.sleep(1)
+ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def send(number):
+    os.kill(os.getpid(), number)
+    while number not in heard:
+        time.sleep(0.01)
+send(signal.SIGUSR1)
 with guard.unblocked():
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1)
-print('blocked', set(guard.SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, []))"""
-    heard = f'heard {signal.SIGUSR1:d}\nheard {signal.SIGINT:d}\n'
-    assert python('-c', code).stdout == f'ended {-signal.SIGTERM}\n{heard}blocked True\n'
+    send(signal.SIGINT)
+print(ended, *map(int, heard), set(guard.SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, []))"""
+    assert python('-c', code).stdout == f'{-signal.SIGTERM} {signal.SIGUSR1:d} {signal.SIGINT:d} True\n'
 
 
 def test_torchrun(tmp_path, whole):
