@@ -160,24 +160,27 @@ def rewards(c, *, ref=True, n=False, div=False, **keywords):
 # ---- one function per family of originals: (case, inputs, hyper-parameters) -> what to compare ----
 
 
-def plain_loss(c, h, e):
-    """DPO, IPO of sums, cDPO or the loss under Dr. DPO's weight; e: label smoothing."""
-    if h.get('ipo') or h.get('name') == 'ipo':
-        return loss('ipo', c, beta=h['beta'], average=False)
-    if e or 'beta_prime' in h:
-        return loss('drdpo' if 'beta_prime' in h else 'cdpo', c, beta=h['beta'], label_smoothing=e)
-    return loss('dpo', c, beta=h['beta'])
-
-
 def dpo_family(case, x, h):
-    """DPO's own code, its forks, and the DPO and cDPO of HALOs and Ra-DPO."""
-    c = columns(x)
+    """DPO's own code, its forks, dpo-rlaif, and the DPO and cDPO of HALOs and Ra-DPO; IPO of sums, Dr. DPO."""
+    c, beta, ipo = columns(x), h['beta'], h.get('ipo') or h.get('name') == 'ipo'
+    e = h.get('label_smoothing', h.get('epsilon', h.get('robust_eps', 0.0)))
     ours = {'policy_chosen_logps': c['pi_w'], 'policy_rejected_logps': c['pi_l']}
     if h.get('reference_free'):  # the original's rewards still use the reference, ours do not; rewards not compared
         c = no_reference(c)
     else:
-        ours |= rewards(c, beta=h['beta'])
-    l = plain_loss(c, h, h.get('label_smoothing', h.get('epsilon', 0.0)))
+        ours |= rewards(c, beta=beta)
+    if ipo:
+        l = loss('ipo', c, beta=beta, average=False)
+    elif e or 'beta_prime' in h:
+        l = loss('drdpo' if 'beta_prime' in h else 'cdpo', c, beta=beta, label_smoothing=e)
+    else:
+        l = loss('dpo', c, beta=beta)
+    if h.get('robust_eps') and not ipo:  # the original is cDPO divided by beta
+        l = l / beta
+    if h.get('importance_correction') and not ipo:  # without an upper limit
+        l = l * losses.importance(c['pi_l'] - c['ref_l'], importance_max=math.inf)
+    if h.get('sft_reg'):  # of the summed log-prob, ours of the mean per token: checked with n = 1
+        l = l + h['sft_reg'] * losses.sft(c['pi_w'], torch.ones_like(c['pi_w']))
     ours |= compared_losses(case, l)
     if 'beta_prime' in h and h.get('mode_loss') != 'mean':
         b, fixed = h['beta_prime'], l.detach()
@@ -185,18 +188,6 @@ def dpo_family(case, x, h):
         ours['scalar'] = -b * (torch.logsumexp(-l / b, 0) - math.log(len(l)))
         ours['gradient_of'] = step(l, losses.drdpo_weight(fixed, fixed.min(), beta_prime=b))
     return ours
-
-
-def rlaif_dpo(case, x, h):
-    c, e = columns(x), h.get('robust_eps', 0.0)
-    l = plain_loss(c, h, e)
-    if e and not h.get('ipo'):  # the original is cDPO divided by beta
-        l = l / h['beta']
-    if h.get('importance_correction') and not h.get('ipo'):  # without an upper limit
-        l = l * losses.importance(c['pi_l'] - c['ref_l'], importance_max=math.inf)
-    if h.get('sft_reg'):  # of the summed log-prob, ours of the mean per token: checked with n = 1
-        l = l + h['sft_reg'] * losses.sft(c['pi_w'], torch.ones_like(c['pi_w']))
-    return {**compared_losses(case, l), **rewards(c, beta=h['beta'])}
 
 
 def beta_dpo(case):
@@ -444,7 +435,7 @@ def grpo(case, x, h):
 
 
 FAMILIES = {
-    dpo_family: 'dpo dpo_reference_free cdpo ipo dr_dpo e2e_dpo halos_dpo halos_cdpo radpo_dpo radpo_cdpo',
+    dpo_family: 'dpo dpo_reference_free cdpo ipo dr_dpo e2e_dpo rlaif_dpo halos_dpo halos_cdpo radpo_dpo radpo_cdpo',
     reward_model: 'rlaif_reward_model halos_bradley_terry trl_reward',
     trl_dpo: ' '.join(f'trl_{kind}' for kind in ('multi', 'sft', *TRL)),
     trl_simpo_and_cpo: 'trl_simpo trl_cpo e2e_cpo',
@@ -455,7 +446,7 @@ FAMILIES = {
     sft_from_logits: 'e2e_sft e2e_sft_tokenmean',
     tdpo: 'tdpo radpo_tdpo ra_dpo',
     ppo: 'halos_ppo radpo_ppo',
-    **{rlaif_dpo: 'rlaif_dpo', grpo: 'halos_grpo', beta_dpo: 'beta_dpo', seq_logps: 'seq_logps'},
+    **{grpo: 'halos_grpo', beta_dpo: 'beta_dpo', seq_logps: 'seq_logps'},
 }
 CHECKS = {group: family for family, groups in FAMILIES.items() for group in groups.split()}
 
