@@ -83,7 +83,9 @@ def _opened(source, split, num_turns=1, undivided=False):
         train, test = getattr(getter, 'train', 'train'), getattr(getter, 'test', 'test')
         try:
             has_same_files = path and test and files.local_files(path, train) == files.local_files(path, test)
-        except UserError:  # several splits: a function may read them all; a HubDataset refuses them when its rows are read
+        except (
+            UserError
+        ):  # several splits: a function may read them all; a HubDataset refuses them when its rows are read
             has_same_files = True
         return rows, parse, test is None or bool(has_same_files)
     splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))

@@ -10,6 +10,7 @@ Where theirs is another reduction it is applied outside the formula. Other depar
 """
 
 import contextlib
+import copy
 import inspect
 import json
 import math
@@ -506,6 +507,37 @@ def test_group(group):
     assert not (wrong := [text for _, texts in found for text in texts]), '\n'.join(wrong[:10])
     if not found:
         pytest.skip('no case of it is among the losses here')
+
+
+def shifted(x, by):
+    """x with its first finite number moved, and whether there was one."""
+    if not isinstance(x, list):
+        return (x + by * max(1.0, abs(x)), True) if math.isfinite(float(x)) else (x, False)
+    for i, y in enumerate(x):
+        y, done = shifted(y, by)
+        if done:
+            return x[:i] + [y] + x[i + 1 :], True
+    return x, False
+
+
+@pytest.mark.parametrize('group', [group for group in GOLDEN['groups'] if group in CHECKS])
+def test_a_wrong_number_is_noticed(group):
+    """Whatever is compared can fail: the scalar, the losses and every gradient of a case, moved by 1e-6, must."""
+    case, _ = next(compared(group), (None, None))
+    if case is None:
+        pytest.skip('nothing is compared in this group')
+    by = 1e-3 if case.get('dtype') == 'float32' else 1e-6
+    kinds = [('outputs', 'scalar'), ('outputs', 'losses')]
+    if 'gradient_depends_on_rounding' not in case.get('flags', []):
+        kinds += [('grads', name) for name in gold_of(case)['grads']]
+    moved = 0
+    for kind, name in kinds:
+        wrong = copy.deepcopy(case)
+        if name in gold_of(wrong)[kind]:
+            gold_of(wrong)[kind][name], done = shifted(gold_of(wrong)[kind][name], by)
+            moved += done
+            assert differences(wrong) or not done, f'{case["id"]}: a wrong {kind} {name} went unnoticed'
+    assert moved
 
 
 def test_small_file_has_every_loss(monkeypatch):
